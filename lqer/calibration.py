@@ -1,0 +1,166 @@
+"""Stage "calibrate": what is known of the inputs of every linear, one safetensors file per decoder block.
+
+Linears fed by the same tensor (q, k and v; gate and up) form one input site and share its statistics. A file holds, for
+each site named after its first linear,
+    <site>.mean_abs     (I,)    float32, maximum over batches of the mean of |x_i| over a batch's tokens (LQER's statistic)
+    <site>.mean_square  (I,)    float32, mean of x_i² over all tokens
+    <site>.sample       (S, I)  inputs of S tokens spread evenly over the text, to report output errors on
+and in `sites.json` which site each linear belongs to.
+
+Shapes: W windows, T tokens of a window, N tokens of a batch, I in_features, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lqer.errors import ModelError
+from lqer.models import block_linears
+from lqer.store import Workspace
+from lqer.walker import BlockVisit, walk_blocks
+
+# Raised whenever the same inputs would give other statistics than before.
+CALIBRATE_VERSION = 1
+SITES_FILE = "sites.json"
+
+
+def block_file(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
+
+
+class SiteStatistics:
+    """Accumulates the statistics of one input site over the batches of the calibration text."""
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.mean_abs_I = torch.zeros(in_features, device=device)
+        self.square_sum_I = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.tokens = 0
+        self.sample_SI: list[Tensor] = []
+
+    def add(self, x_NI: Tensor, sampled_N: Tensor) -> None:
+        """Take in a batch: x_NI inputs, sampled_N the indices of the tokens to keep."""
+        x32_NI = x_NI.to(torch.float32)
+        norms_I = torch.linalg.vector_norm(x32_NI, ord=1, dim=0)
+        self.mean_abs_I = torch.maximum(self.mean_abs_I, norms_I / len(x_NI))
+        self.square_sum_I += torch.linalg.vector_norm(x32_NI, ord=2, dim=0).to(torch.float64).square()
+        self.tokens += len(x_NI)
+        self.sample_SI.append(x_NI[sampled_N].cpu())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "mean_abs": self.mean_abs_I,
+            "mean_square": (self.square_sum_I / self.tokens).to(torch.float32),
+            "sample": torch.cat(self.sample_SI),
+        }
+
+
+class BlockObserver:
+    """Hooks on the linears of one block: finds which of them share an input and feeds each site's statistics."""
+
+    def __init__(self, linears: dict[str, nn.Linear], sample_every: float, device: torch.device):
+        self.sites: dict[str, SiteStatistics] = {}
+        self.site_of: dict[str, str] = {}
+        self._every, self._device = sample_every, device
+        self._last_input: Tensor | None = None
+        self._last_site = ""
+        self._first_token = 0
+        self._hooks = [
+            linear.register_forward_pre_hook(lambda _, args, name=name: self._observe(name, args[0]))
+            for name, linear in linears.items()
+        ]
+
+    def begin_batch(self, first_token: int) -> None:
+        self._first_token = first_token
+
+    def _observe(self, name: str, x: Tensor) -> None:
+        # Linears that share an input are called one after the other with the very same tensor.
+        if x is self._last_input:
+            self.site_of.setdefault(name, self._last_site)
+            return
+        site = self.site_of.setdefault(name, name)
+        self._last_input, self._last_site = x, site
+        x_NI = x.reshape(-1, x.shape[-1])
+        statistics = self.sites.setdefault(site, SiteStatistics(x.shape[-1], self._device))
+        statistics.add(x_NI, spread_indices(self._first_token, len(x_NI), self._every).to(x.device))
+
+    def close(self) -> None:
+        self._last_input = None
+        for hook in self._hooks:
+            hook.remove()
+
+
+def spread_indices(first_token: int, count: int, every: float) -> Tensor:
+    """Which of the tokens first_token .. first_token + count are multiples of `every` (rounded down), counted from 0.
+
+    The choice depends on a token's place in the whole text alone, so it is the same for every batch size.
+    """
+    start, stop = -(-first_token // every), -(-(first_token + count) // every)
+    indices = torch.floor(torch.arange(start, stop, dtype=torch.float64) * every).long() - first_token
+    return indices[(indices >= 0) & (indices < count)]
+
+
+def calibrate(
+    workspace: Workspace,
+    model: PreTrainedModel,
+    blocks_name: str,
+    blocks: nn.ModuleList,
+    windows_WT: Tensor,
+    batch_size: int,
+    error_tokens: int,
+    device: torch.device,
+) -> None:
+    """Gather the statistics of every block that `workspace` does not hold yet.
+
+    windows_WT: int64 token ids. Raises ModelError, naming the linear, where an input is NaN or infinite.
+    """
+    sites: dict[str, str] = workspace.json(SITES_FILE) if SITES_FILE in workspace else {}
+    seq_len = windows_WT.shape[1]
+    every = max(1.0, windows_WT.numel() / error_tokens)
+    visits = walk_blocks(model, blocks_name, blocks, windows_WT, batch_size, device)
+    for visit in tqdm(visits, total=len(blocks), desc="calibrate", unit="block"):
+        if block_file(visit.index) in workspace:
+            visit.forward()
+            continue
+        tensors, block_sites = _observe_block(visit, seq_len, every, device)
+        sites.update(block_sites)
+        # The table first: a block whose file is there is then sure to be in it.
+        workspace.write_json(SITES_FILE, sites)
+        workspace.write_tensors(block_file(visit.index), tensors)
+
+
+def _observe_block(
+    visit: BlockVisit, seq_len: int, every: float, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    observer = BlockObserver(block_linears(visit.block), every, device)
+    try:
+        visit.forward(before_batch=lambda first_window: observer.begin_batch(first_window * seq_len))
+    finally:
+        observer.close()
+    tensors: dict[str, Tensor] = {}
+    for site, statistics in observer.sites.items():
+        full_name = f"{visit.name}.{site}"
+        for key, tensor in statistics.tensors().items():
+            if not torch.isfinite(tensor).all():
+                raise ModelError(f"the calibration inputs of {full_name} hold NaN or infinities (dtype {tensor.dtype})")
+            tensors[f"{full_name}.{key}"] = tensor
+    return tensors, {f"{visit.name}.{name}": f"{visit.name}.{site}" for name, site in observer.site_of.items()}
+
+
+def calibration_key(
+    model_fingerprint: str, tokens: str, batch_size: int, error_tokens: int, dtype: Any, device: torch.device
+) -> dict[str, Any]:
+    """What decides the outcome: the weights, the token ids, the micro-batch, the arithmetic."""
+    return {
+        "version": CALIBRATE_VERSION,
+        "model": model_fingerprint,
+        "tokens": tokens,
+        "batch_size": batch_size,
+        "error_tokens": error_tokens,
+        "dtype": str(dtype),
+        "device": device.type,
+    }

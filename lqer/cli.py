@@ -1,0 +1,74 @@
+"""The command line of experiments/pipeline.py: arguments in, exit status out, errors as one line.
+
+Heavy imports wait until the arguments are known to have the right form, so that `--help` is answered at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from lqer.errors import ConfigError, LqerError
+
+EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+
+
+def main(arguments: Sequence[str], usage: str) -> int:
+    """Run the pipeline on command-line arguments. Returns the exit status."""
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        print(usage.strip())
+        return EXIT_OK if arguments else EXIT_USER_ERROR
+    try:
+        validate_only, path, tag, overrides = split_arguments(arguments)
+        return _run(path, tag, overrides, validate_only)
+    except LqerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[bool, str, str | None, list[str]]:
+    """(validate only, config path, tag or None, overrides). Raises ConfigError if the arguments are not of that form."""
+    overrides = [argument for argument in arguments if argument.startswith("--") and argument != "--validate"]
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    strays = [argument for argument in arguments if argument.startswith("-") and not argument.startswith("--")]
+    if strays:
+        raise ConfigError(f"{strays[0]}: an override has the form --section.key=value")
+    if not 1 <= len(words) <= 2:
+        raise ConfigError(f"one config file and at most one tag are expected; found {' '.join(words) or 'nothing'}")
+    return "--validate" in arguments, words[0], words[1] if len(words) == 2 else None, overrides
+
+
+def _run(path: str, tag: str | None, overrides: list[str], validate_only: bool) -> int:
+    _quieten_libraries()
+    from lqer.config import read_config
+
+    config = read_config(path, tag, overrides)
+    from lqer import pipeline
+
+    if validate_only:
+        print(pipeline.describe(config))
+        return EXIT_OK
+    results = pipeline.run(config)
+    from lqer.report.write import REPORT_FILE, summary_table
+
+    print(f"\n{results['model']['description']}\n\n{summary_table(results)}\n")
+    print(f"report: {os.path.join(config.output_dir, config.tag, REPORT_FILE)}")  # noqa: PTH118 (shown as typed)
+    return EXIT_OK
+
+
+def _quieten_libraries() -> None:
+    """Our own lines on the console, libraries only when something is wrong."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    console = logging.StreamHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger().addHandler(console)
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("lqer").setLevel(logging.INFO)

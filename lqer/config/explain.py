@@ -1,0 +1,138 @@
+"""Turns a schema error into the one line a user needs: who set which key, what was found, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from lqer.config.schema import Config, KeyedError
+from lqer.formats import Format
+
+Loc = tuple[str | int, ...]
+
+# pydantic's error types for a key that a model, or a dataclass, does not have.
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+def explain(error: ValidationError, values: Mapping[str, Any], origin: Callable[[Loc], str]) -> str:
+    """The first of `error`'s complaints about `values` as one line."""
+    # A misspelt key shows up twice, as an unknown one and as a missing one: the first says more.
+    first = min(error.errors(include_url=False), key=lambda found: found["type"] not in UNKNOWN_KEY)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, KeyedError):
+        return _line(origin(cause.loc), cause.loc, cause.rule, cause.found, cause.allowed)
+
+    loc = _without_tags(first["loc"], values)
+    found = _lookup(values, loc)
+    kind = first["type"]
+    if kind in UNKNOWN_KEY:
+        allowed = _keys_at(Config, loc[:-1], values)
+        return _line(origin(loc), loc, "unknown key", None, allowed, misspelt=str(loc[-1]))
+    if kind == "missing":
+        return _line(origin(loc[:-1]), loc, "is missing", None, None)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = found.get("kind") if isinstance(found, Mapping) else found
+        rule = "unknown kind of number format" if tag is not None else "a number format names its kind"
+        return _line(origin((*loc, "kind")), (*loc, "kind"), rule, tag, _kinds())
+    if kind in ("literal_error", "enum"):
+        allowed = tuple(part.strip(" '\"") for part in first["ctx"]["expected"].replace(" or ", ", ").split(","))
+        return _line(origin(loc), loc, "not allowed", found, allowed)
+    rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").replace("an object", "a table")
+    rule = rule if kind == "value_error" else f"must be {rule}"
+    shown = None if isinstance(found, Mapping) and kind == "value_error" else found
+    return _line(origin(loc), loc, rule, shown, None)
+
+
+def nearest(word: str, choices: Sequence[str]) -> str | None:
+    """The choice that `word` is probably a misspelling of, if any."""
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def _line(
+    origin: str,
+    loc: Loc,
+    rule: str,
+    found: object,
+    allowed: Sequence[str] | None,
+    misspelt: str | None = None,
+) -> str:
+    line = f"{origin}: {'.'.join(map(str, loc))}: {rule}" if loc else f"{origin}: {rule}"
+    if found is not None:
+        line += f"; found {found!r}"
+    if allowed:
+        line += f"; allowed: {', '.join(allowed)}"
+        guess = nearest(misspelt or str(found), allowed)
+        line += f"; did you mean {guess!r}?" if guess else ""
+    return line
+
+
+def _without_tags(loc: Loc, values: Any) -> Loc:
+    """Drop the discriminator tags that pydantic puts into a location: they are no keys of the TOML file."""
+    kept: list[str | int] = []
+    for i, part in enumerate(loc):
+        is_key = isinstance(values, Mapping) and part in values
+        is_index = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if is_key or is_index:
+            kept.append(part)
+            values = values[part]  # type: ignore[call-overload]
+        elif i == len(loc) - 1 and not (isinstance(values, Mapping) and values.get("kind") == part):
+            kept.append(part)
+    return tuple(kept)
+
+
+def _lookup(values: Any, loc: Loc) -> Any:
+    for part in loc:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return values
+
+
+def _keys_at(model: Any, loc: Loc, values: Any) -> tuple[str, ...] | None:
+    """The keys that the schema knows in the table at `loc`."""
+    for part in loc:
+        values = _lookup(values, (part,))
+        if isinstance(part, int):
+            continue
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = _class_in(model.model_fields[part].annotation, values)
+        elif isinstance(model, dict):
+            model = next(iter(model.values()))
+        if typing.get_origin(model) is dict:
+            model = {"*": model}
+            continue
+        if isinstance(model, dict):
+            continue
+    if isinstance(model, dict):
+        model = _class_in(typing.get_args(model["*"])[1], values)
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return tuple(model.model_fields)
+    if is_dataclass(model):
+        return tuple(f.name for f in fields(model))
+    return None
+
+
+def _class_in(annotation: Any, values: Any) -> Any:
+    """The schema class that an annotation such as `Section | None` or `tuple[Section, ...]` speaks of."""
+    if typing.get_origin(annotation) is dict or isinstance(annotation, type):
+        return annotation
+    candidates = [_class_in(arg, values) for arg in typing.get_args(annotation) if arg is not type(None)]
+    for candidate in candidates:
+        if is_dataclass(candidate) and isinstance(values, Mapping):
+            kind = next((f.default for f in fields(candidate) if f.name == "kind"), None)
+            if kind == values.get("kind"):
+                return candidate
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return candidates[0] if candidates else annotation
+
+
+def _kinds() -> tuple[str, ...]:
+    return tuple(f.default for cls in typing.get_args(Format) for f in fields(cls) if f.name == "kind")

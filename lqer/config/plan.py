@@ -1,0 +1,41 @@
+"""What the configuration means for one linear: names resolved to number formats, overrides applied."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lqer.config.schema import NOT_QUANTIZED, Config
+from lqer.formats import NumberFormat, Passthrough
+from lqer.methods import LinearPlan
+
+# Where [quantize.low_rank] names no format, A and B are stored as halves.
+DEFAULT_FACTOR = Passthrough(dtype="float16")
+
+def plan_linear(config: Config, name: str) -> LinearPlan | None:
+    """The plan of the linear with the full name `name`, or None where it is skipped."""
+    quantize = config.quantize
+    if any(fnmatchcase(name, pattern) for pattern in quantize.skip):
+        return None
+
+    def number_format(format_name: str) -> NumberFormat | None:
+        return None if format_name == NOT_QUANTIZED else config.formats[format_name]
+
+    override = next((o for o in quantize.override if fnmatchcase(name, o.match)), None)
+    merged = quantize if override is None else quantize.model_copy(update=_given(override, "weight", "activation", "bias"))
+    low_rank = quantize.low_rank
+    if override is not None and override.low_rank is not None:
+        low_rank = low_rank.model_copy(update=_given(override.low_rank, "rank", "format", "blocks"))
+    return LinearPlan(
+        method=quantize.method,
+        weight=config.formats[merged.weight],
+        activation=number_format(merged.activation),
+        bias=number_format(merged.bias),
+        rank=low_rank.rank,
+        factor=number_format(low_rank.format) or DEFAULT_FACTOR,
+        factor_blocks=low_rank.blocks,
+    )
+
+
+def _given(section: Any, *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(section, name)) is not None}

@@ -1,0 +1,129 @@
+"""Reads a configuration: TOML files that extend one another, then `--section.key=value` overrides, then the schema.
+
+Every value remembers which file or override it came from, so that an error can name it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli
+from pydantic import ValidationError
+
+from lqer.config.explain import explain
+from lqer.config.schema import Config
+from lqer.errors import ConfigError
+
+Key = tuple[str, ...]
+
+
+@dataclass
+class Layers:
+    """Merged TOML values and, for each leaf, the name of the file or override that set it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Key, str] = field(default_factory=dict)
+
+    def merge(self, values: Mapping[str, Any], origin: str) -> None:
+        self._merge(self.values, values, (), origin)
+
+    def _merge(self, into: dict[str, Any], values: Mapping[str, Any], prefix: Key, origin: str) -> None:
+        for name, value in values.items():
+            key = (*prefix, name)
+            if isinstance(value, dict) and isinstance(into.get(name), dict) and not _another_kind(into[name], value):
+                self._merge(into[name], value, key, origin)
+                continue
+            into[name] = {} if isinstance(value, dict) else value
+            self.origins.pop(key, None)
+            self.origins[key] = origin
+            if isinstance(value, dict):
+                self._merge(into[name], value, key, origin)
+
+    def origin(self, key: Sequence[str | int]) -> str | None:
+        """Who set `key`: for a table the last to touch it, for an absent key the nearest table around it."""
+        names = tuple(str(name) for name in key)
+        within = [origin for set_key, origin in self.origins.items() if set_key[: len(names)] == names]
+        if within:
+            return within[-1]
+        for end in range(len(names), 0, -1):
+            if names[:end] in self.origins:
+                return self.origins[names[:end]]
+        return None
+
+
+def _another_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """A number format of another kind replaces the old one whole: keys of two kinds do not mix."""
+    return "kind" in new and new["kind"] != old.get("kind")
+
+
+def read_config(path: str | Path, tag: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read `path` with everything it extends, apply `overrides` ("--section.key=value"), check it against the schema.
+
+    Raises ConfigError, one line: who set which key, what was found, what is allowed.
+    """
+    path = Path(path)
+    layers = Layers()
+    for file, values in _read_file(path, ()):
+        layers.merge(values, str(file))
+    layers.values.setdefault("tag", path.stem)
+    for override in overrides:
+        layers.merge(parse_override(override), override)
+    if tag is not None:
+        layers.merge({"tag": tag}, "the command line")
+    try:
+        # JSON mode is strict about types (no "4" for 4) while lists may still become tuples and tables classes.
+        return Config.model_validate_json(json.dumps(layers.values, default=str), strict=True)
+    except ValidationError as error:
+        raise ConfigError(explain(error, layers.values, lambda key: layers.origin(key) or str(path))) from None
+
+
+def _read_file(path: Path, chain: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return [(file, its own values)], extended files first."""
+    if path.resolve() in chain:
+        cycle = " -> ".join(file.name for file in (*chain, path))
+        raise ConfigError(f"{chain[-1]}: extends: the files extend one another in a circle: {cycle}")
+    try:
+        values = tomli.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        where = f"{_shown(chain[-1])}: extends: " if chain else ""
+        raise ConfigError(f"{where}no such config file: {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, not a config file") from None
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    parents = values.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
+        raise ConfigError(f"{path}: extends: must be a file name or a list of file names; found {parents!r}")
+    files: list[tuple[Path, dict[str, Any]]] = []
+    for parent in parents:
+        files += _read_file(Path(os.path.normpath(path.parent / parent)), (*chain, path.resolve()))
+    return [*files, (path, values)]
+
+
+def _shown(path: Path) -> Path:
+    """A resolved path as the user would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """'--a.b=1' -> {"a": {"b": 1}}. The value is read as TOML; what is no TOML is taken as a string.
+
+    Raises ConfigError if the argument has another shape.
+    """
+    name, equals, text = override.removeprefix("--").partition("=")
+    keys = name.split(".")
+    if not override.startswith("--") or not equals or not all(keys):
+        raise ConfigError(f"{override}: an override has the form --section.key=value")
+    try:
+        value = tomli.loads(f"value = {text}")["value"]
+    except (tomli.TOMLDecodeError, KeyError):
+        value = text
+    for key in reversed(keys):
+        value = {key: value}
+    return value

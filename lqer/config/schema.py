@@ -1,0 +1,179 @@
+"""What a configuration may say: one frozen pydantic class per TOML table, unknown keys refused.
+
+A number format is defined once under [formats] and referred to by its name everywhere else. The reserved name "none"
+stands for "not quantized", so that a command line can switch off what a preset switched on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lqer.data import DatasetSpec
+from lqer.formats import Format
+from lqer.methods import METHODS
+
+NOT_QUANTIZED = "none"
+
+Positive = Annotated[int, Field(gt=0)]
+FormatName = str
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrationConfig(Section):
+    """Which text the input statistics are gathered on."""
+
+    dataset: DatasetSpec = DatasetSpec(path="slimpajama-6b")
+    num_samples: Positive = 32
+    seq_len: Positive = 2048
+    # Also the micro-batch of LQER's statistic, a maximum over batches of per-batch means: changing it changes the result.
+    batch_size: Positive = 2
+    # Tokens kept per input site to report each layer's output error on.
+    error_tokens: Positive = 256
+
+
+class LowRankConfig(Section):
+    """The branch x·A·B beside a quantized weight."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    format: FormatName = NOT_QUANTIZED
+    # Along which dimension A and B are cut into blocks: "reduction" is the one a GEMM sums over (A along in_features,
+    # B along the rank); "reference" is what the sweeps of LQER's paper ran (A along the rank, B along out_features).
+    blocks: Literal["reduction", "reference"] = "reduction"
+
+
+class LowRankOverride(Section):
+    rank: Annotated[int, Field(ge=0)] | None = None
+    format: FormatName | None = None
+    blocks: Literal["reduction", "reference"] | None = None
+
+
+class OverrideConfig(Section):
+    """Settings of the linears whose full name matches `match` (shell wildcards); the first match wins."""
+
+    match: str
+    weight: FormatName | None = None
+    activation: FormatName | None = None
+    bias: FormatName | None = None
+    low_rank: LowRankOverride | None = None
+
+
+class QuantizeConfig(Section):
+    """What every linear of the decoder blocks becomes."""
+
+    method: str = "lqer-act"
+    weight: FormatName
+    activation: FormatName = NOT_QUANTIZED
+    bias: FormatName = NOT_QUANTIZED
+    attention: FormatName = NOT_QUANTIZED
+    attention_blocks: Literal["reference", "reduction"] = "reduction"
+    low_rank: LowRankConfig = LowRankConfig()
+    skip: tuple[str, ...] = ("lm_head",)
+    override: tuple[OverrideConfig, ...] = ()
+
+
+class PerplexityConfig(Section):
+    datasets: tuple[DatasetSpec, ...] = (DatasetSpec(path="wikitext2"),)
+    protocol: Literal["gptq", "lqer", "lm-eval"] = "gptq"
+    seq_len: Positive = 2048
+    batch_size: Positive = 1
+    # Only the first windows of each dataset, for a quick look; the token count in the results says so.
+    max_windows: Positive | None = None
+
+    @model_validator(mode="after")
+    def _windows_exist(self) -> PerplexityConfig:
+        if self.protocol == "lm-eval" and self.max_windows is not None:
+            raise ValueError('max_windows cuts token windows; protocol "lm-eval" scores whole documents (use rows)')
+        return self
+
+
+class DownstreamConfig(Section):
+    tasks: tuple[str, ...]
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Positive | None = None
+    batch_size: Positive = 8
+    max_length: Positive = 2048
+    # A folder of task YAMLs beside lm-eval's own, and the folder their relative data files are read from.
+    include_path: str | None = None
+    data_dir: str | None = None
+
+
+class EvaluationConfig(Section):
+    backend: Literal["auto", "emulate"] = "auto"
+    # What is evaluated beside the quantized model: the original, and "plain", the same formats without reconstruction.
+    baselines: tuple[Literal["original", "plain"], ...] = ("original",)
+    perplexity: PerplexityConfig | None = None
+    downstream: DownstreamConfig | None = None
+
+
+class TrackingConfig(Section):
+    backend: Literal["wandb", "trackio"]
+    project: str = "lqer"
+
+
+class Config(Section):
+    """One experiment. Keys are explained in docs/config.md."""
+
+    model: str
+    revision: str | None = None
+    output_dir: str = "checkpoints"
+    tag: str
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    formats: dict[str, Annotated[Format, Field(discriminator="kind")]] = {}
+    calibration: CalibrationConfig = CalibrationConfig()
+    quantize: QuantizeConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig | None = None
+
+    @model_validator(mode="after")
+    def _is_one_experiment(self) -> Config:
+        quantize = self.quantize
+        if not self.tag or "/" in self.tag or self.tag.startswith("."):
+            raise KeyedError(("tag",), "must be a plain folder name", found=self.tag)
+        if NOT_QUANTIZED in self.formats:
+            raise KeyedError(("formats", NOT_QUANTIZED), 'the name "none" is reserved for "not quantized"')
+        if quantize.method not in METHODS:
+            raise KeyedError(("quantize", "method"), "unknown method", quantize.method, tuple(METHODS))
+        self._check_format(("quantize", "weight"), quantize.weight, optional=False)
+        for key in ("activation", "bias", "attention"):
+            self._check_format(("quantize", key), getattr(quantize, key))
+        self._check_format(("quantize", "low_rank", "format"), quantize.low_rank.format)
+        for i, override in enumerate(quantize.override):
+            for key in ("weight", "activation", "bias"):
+                if (name := getattr(override, key)) is not None:
+                    self._check_format(("quantize", "override", i, key), name, optional=key != "weight")
+            if override.low_rank and override.low_rank.format is not None:
+                self._check_format(("quantize", "override", i, "low_rank", "format"), override.low_rank.format)
+        ranks = [(("quantize", "low_rank", "rank"), quantize.low_rank.rank)]
+        ranks += [
+            (("quantize", "override", i, "low_rank", "rank"), override.low_rank.rank)
+            for i, override in enumerate(quantize.override)
+            if override.low_rank and override.low_rank.rank is not None
+        ]
+        for loc, rank in ranks:
+            if rank > 0 and not METHODS[quantize.method].reconstructs:
+                raise KeyedError(loc, f'must be 0: quantize.method "{quantize.method}" reconstructs nothing', rank)
+        return self
+
+    def _check_format(self, loc: tuple[str | int, ...], name: str, optional: bool = True) -> None:
+        if name == NOT_QUANTIZED and optional:
+            return
+        if name not in self.formats:
+            allowed = (*self.formats, *([NOT_QUANTIZED] if optional else []))
+            raise KeyedError(loc, "no such number format under [formats]", name, allowed)
+
+
+class KeyedError(ValueError):
+    """A rule across sections was broken at one key; the reader turns it into the usual one line."""
+
+    def __init__(
+        self, loc: tuple[str | int, ...], rule: str, found: object = None, allowed: tuple[str, ...] | None = None
+    ):
+        super().__init__(rule)
+        self.loc, self.rule, self.found, self.allowed = loc, rule, found, allowed

@@ -1,0 +1,124 @@
+"""Zero- and few-shot tasks of lm-evaluation-harness, from its own collection or from local YAMLs and JSON-lines files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import set_seed
+
+from lqer.errors import ConfigError
+from lqer.evaluation import harness
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    task: str  # a task, or a group that aggregates its tasks
+    metric: str  # "acc", "acc_norm", "perplexity", ...; "exact_match,strict-match" where a task filters answers
+    value: float
+    stderr: float | None
+    num_fewshot: int | None  # None for a group whose tasks differ
+    samples: int
+
+
+def check_tasks(
+    tasks: Sequence[str], include_path: Path | None, data_dir: Path | None = None, num_fewshot: int | None = None
+) -> None:
+    """Raise ConfigError for what is wrong with the tasks and can be told without a model or the network.
+
+    That is: an unknown name, a task asked for twice, a local task whose file under `data_dir` is missing, and examples
+    asked of a local task that has no training split, which would take them from the rows it is judged on.
+    """
+    manager = harness.task_manager(tasks, include_path, data_dir)
+    asked_as: dict[str, str] = {}
+    for name in tasks:
+        for leaf, entry in harness.leaves(manager, name).items():
+            if leaf in asked_as:
+                raise ConfigError(f"evaluation.downstream.tasks: {leaf!r} is in both {asked_as[leaf]!r} and {name!r}")
+            asked_as[leaf] = name
+            files = harness.data_files(entry)
+            for file in files:
+                harness.jsonl_path(file, data_dir)
+            if files and num_fewshot and "training_split" not in (entry.cfg or {}):
+                raise ConfigError(
+                    f"evaluation.downstream.num_fewshot must be 0 for {leaf!r}, whose YAML names no training_split: "
+                    f"found {num_fewshot}"
+                )
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    max_length: int,
+    include_path: Path | None,
+    data_dir: Path | None,
+    seed: int,
+) -> list[TaskResult]:
+    """Every numeric metric of every task; a group gives its tasks, and itself where it aggregates them.
+
+    Args:
+        num_fewshot: examples in the prompt; None leaves each task its own number.
+        limit: only the first rows of each task.
+        max_length: tokens of a prompt with its answer; longer ones lose their beginning.
+        include_path: a folder of local task YAMLs; they win over the library's tasks of the same name.
+        data_dir: the folder that the paths in local YAMLs are relative to.
+        seed: chooses the few-shot examples and seeds what a task may sample; sets the global generators.
+
+    Raises ConfigError as `check_tasks` does, and DataError when a dataset cannot be loaded.
+    """
+    check_tasks(tasks, include_path, data_dir, num_fewshot)
+    set_seed(seed)
+    loaded = harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks)
+    for task in loaded["tasks"].values():
+        harness.set_shots(task, num_fewshot, seed)
+    results = harness.evaluate(model, tokenizer, loaded, limit=limit, batch_size=batch_size, max_length=max_length)
+    return [
+        TaskResult(
+            task=task,
+            metric=metric if answer_filter == "none" else key,
+            value=float(value),
+            stderr=float(stderr) if isinstance(stderr, Real) else None,
+            num_fewshot=results["n-shot"].get(task),
+            samples=metrics["sample_len"],
+        )
+        for task, metrics in results["results"].items()
+        for key, value in metrics.items()
+        for metric, _, answer_filter in [key.partition(",")]
+        for stderr in [metrics.get(f"{metric}_stderr,{answer_filter}")]
+        if answer_filter and not metric.endswith("_stderr") and isinstance(value, Real)
+    ]
+
+
+def task_fingerprint(tasks: Sequence[str], include_path: Path | None, data_dir: Path | None) -> str:
+    """sha256 (hex) of what decides the scores besides the model and the arguments of `evaluate_tasks`.
+
+    Covers the names of the tasks, lm_eval's version, and for every local task its YAML with what it includes, the
+    Python files beside it and the data files it reads. Data on the hub is not covered. Raises as `check_tasks` does.
+    """
+    check_tasks(tasks, include_path, data_dir)
+    manager = harness.task_manager(tasks, include_path, data_dir)
+    digest = hashlib.sha256(json.dumps([version("lm_eval"), *tasks]).encode())
+    for name in tasks:
+        for leaf, entry in harness.leaves(manager, name).items():
+            if include_path is None or not entry.yaml_path.is_relative_to(include_path.resolve()):
+                continue
+            folder = entry.yaml_path.parent
+            # The index spells a function with its folder in front; where the folder lies must not matter.
+            digest.update(json.dumps([leaf, entry.cfg], sort_keys=True).replace(str(folder), "").encode())
+            for path in [*sorted(folder.glob("*.py")), *(harness.jsonl_path(f, data_dir) for f in harness.data_files(entry))]:
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,287 @@
+"""The one place that touches lm-evaluation-harness: its task index, its model adapter, its scoring.
+
+The library takes seconds to import and a dozen more to read the YAMLs of its own tasks. So it is imported inside
+functions, and its own tasks are read only when a name is not found in the local folder.
+
+A local task is a YAML with `custom_dataset: !function lqer.evaluation.harness.load_jsonl` and
+`dataset_kwargs.data_files`, one JSON-lines file per split relative to `evaluation.downstream.data_dir`. That folder
+reaches the loader as task metadata, so the same YAMLs serve the library's own command line, given
+`--metadata '{"data_dir": ...}'`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import functools
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from lqer.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.result_schema import EvalResults
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry
+    from lm_eval.tasks.manager import TaskDict
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOCAL_LOADER = "lqer.evaluation.harness.load_jsonl"
+
+# Resamples behind the standard error of a metric that is not a mean; 1000 give it to about 2%. Means need none.
+BOOTSTRAP_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class RollingScore:
+    """What the library found over all documents of a perplexity task."""
+
+    log_likelihood: float  # nats, summed
+    words: int  # by the task's own count
+    tokens: int
+    windows: int
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Only errors of the library's log get through, and what it prints goes to stderr; progress bars stay."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def task_manager(tasks: Sequence[str], include_path: Path | None, data_dir: Path | None) -> TaskManager:
+    """The index that knows all of `tasks`; a local task wins over the library's task of the same name.
+
+    Raises ConfigError for an unknown name, with the nearest one, and for an `include_path` that is no folder.
+    """
+    if include_path is not None:
+        include_path = include_path.resolve()
+        if not include_path.is_dir():
+            raise ConfigError(f"evaluation.downstream.include_path must be a folder: found {str(include_path)!r}")
+        local = _index(include_path, data_dir, library_tasks=False)
+        if set(tasks) <= set(local.all_subtasks):
+            return local
+    manager = _index(include_path, data_dir, library_tasks=True)
+    for task in tasks:
+        if task not in manager.task_index:
+            nearest = difflib.get_close_matches(task, manager.all_tasks, n=1, cutoff=0)
+            raise ConfigError(f"evaluation.downstream.tasks: unknown task {task!r}; the nearest is {nearest[0]!r}")
+    return manager
+
+
+@functools.cache
+def _index(include_path: Path | None, data_dir: Path | None, library_tasks: bool) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    metadata: dict[str, Any] = {"data_dir": str(data_dir)} if data_dir is not None else {}
+    with quiet():
+        return TaskManager(include_path=include_path, include_defaults=library_tasks, metadata=metadata)
+
+
+def leaves(manager: TaskManager, name: str) -> dict[str, Entry]:
+    """The index entries of a task, or of all tasks in a group or tag; inline members of a group have none."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return {}
+    if entry.kind.name == "TAG":
+        members = sorted(entry.tags)
+    elif entry.kind.name == "GROUP" and entry.cfg is not None:
+        members = [member if isinstance(member, str) else member.get("task") for member in entry.cfg["task"]]
+    else:
+        return {name: entry}
+    return {leaf: found for member in members for leaf, found in leaves(manager, member).items()}
+
+
+def data_files(entry: Entry) -> list[str]:
+    """The files under data_dir that a local task reads; none for any other task."""
+    config = entry.cfg or {}
+    if not str(config.get("custom_dataset", "")).endswith(LOCAL_LOADER):
+        return []
+    return list(config["dataset_kwargs"]["data_files"].values())
+
+
+def load_jsonl(data_files: dict[str, str], data_dir: str | None = None, **metadata: Any) -> datasets.DatasetDict:
+    """The dataset of a local task: one JSON object per line, in memory, so that no cache can outlive an edited file.
+
+    `data_files` maps a split to a path relative to `data_dir`; the library also passes the task's other metadata.
+    """
+    import datasets
+
+    splits = {}
+    for split, name in data_files.items():
+        path = jsonl_path(name, data_dir)
+        with path.open(encoding="utf-8") as lines:
+            try:
+                splits[split] = datasets.Dataset.from_list([json.loads(line) for line in lines if line.strip()])
+            except ValueError as error:
+                raise DataError(f"{path} must hold one JSON object per line: {error}") from error
+    return datasets.DatasetDict(splits)
+
+
+def jsonl_path(name: str, data_dir: str | Path | None) -> Path:
+    """Where a local task's file is. Raises ConfigError when data_dir is not set or the file is not there."""
+    if data_dir is None:
+        raise ConfigError(f"evaluation.downstream.data_dir must be set: a task reads {name!r} under it")
+    path = Path(data_dir) / name
+    if not path.is_file():
+        raise ConfigError(f"evaluation.downstream.data_dir must hold {name!r}: no file {str(path)!r}")
+    return path
+
+
+def load_tasks(manager: TaskManager, tasks: Sequence[str]) -> TaskDict:
+    """The tasks with their data. Raises DataError when a dataset cannot be had."""
+    with quiet():
+        try:
+            return manager.load(list(tasks))
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"the data of {', '.join(tasks)} cannot be loaded: {reason}") from error
+
+
+def set_shots(task: Task, num_fewshot: int | None, seed: int) -> None:
+    """Give the task its number of examples, as the library's own entry point does: a task that fixes 0 keeps 0."""
+    default = task.get_config("num_fewshot")
+    if num_fewshot is not None and default != 0:
+        task.set_config("num_fewshot", num_fewshot)
+    elif default is None:
+        task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(seed)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    loaded: TaskDict,
+    *,
+    limit: int | None,
+    batch_size: int,
+    max_length: int,
+) -> EvalResults:
+    """The library's results of loaded tasks. Its `simple_evaluate` would add seconds of looking at the environment."""
+    import lm_eval
+
+    # Otherwise the bootstrap forks this process, with its tokenizer threads and its device, once per core.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    with quiet():
+        results = lm_eval.evaluate(
+            lm=_adapter(model, tokenizer, batch_size, max_length),
+            task_dict=loaded,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP_RESAMPLES,
+            log_samples=False,
+        )
+    assert results is not None, "the adapter is of rank 0, for which the library returns results"
+    return results
+
+
+def score_documents(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str], seq_len: int, batch_size: int
+) -> RollingScore:
+    """Score plain documents, in windows of seq_len tokens, as a perplexity task of the library."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    rows = datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": documents}))
+    with quiet():
+        task = ConfigurableTask(
+            config={
+                "task": "documents",
+                "custom_dataset": lambda **metadata: rows,
+                "test_split": "test",
+                "output_type": "loglikelihood_rolling",
+                "doc_to_text": "",
+                # A function, because a template's text goes through literal_eval when it looks like a list.
+                "doc_to_target": lambda document: document["text"],
+                "metric_list": [{"metric": "word_perplexity"}],
+            }
+        )
+    return _score_rolling(model, tokenizer, task, seq_len, batch_size)
+
+
+def score_stock_task(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seq_len: int, batch_size: int
+) -> RollingScore:
+    """Score one of the library's perplexity tasks. Raises ConfigError when it is no such task."""
+    task = load_tasks(task_manager([name], None, None), [name])["tasks"].get(name)
+    if task is None or task.get_config("output_type") != "loglikelihood_rolling":
+        raise ConfigError(f"perplexity by lm-eval needs a task of output type loglikelihood_rolling: {name!r} is not")
+    return _score_rolling(model, tokenizer, task, seq_len, batch_size)
+
+
+def _score_rolling(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, seq_len: int, batch_size: int
+) -> RollingScore:
+    with quiet():
+        adapter = _adapter(model, tokenizer, batch_size, seq_len)
+        set_shots(task, None, seed=0)
+        task.build_all_requests()
+        log_likelihoods = adapter.loglikelihood_rolling(task.instances)
+    scores = [
+        task.process_results(request.doc, [log_likelihood])["word_perplexity"]
+        for request, log_likelihood in zip(task.instances, log_likelihoods)
+    ]
+    lengths = [len(adapter.tok_encode(*request.args)) for request in task.instances]
+    return RollingScore(
+        log_likelihood=sum(log_likelihood for log_likelihood, _ in scores),
+        words=sum(words for _, words in scores),
+        tokens=sum(lengths),
+        windows=sum(math.ceil(length / seq_len) for length in lengths),
+    )
+
+
+def _adapter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
+) -> HFLM:
+    """The model as the library sees it, with log-probabilities in fp32 whatever the model's dtype.
+
+    In bf16, the library's default for a bf16 model, log-probabilities of answers would tie at steps of 1/16.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Adapter(HFLM):
+        """Shows one progress bar per perplexity task, where the library opens one per batch."""
+
+        def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+            with tqdm(desc="lm-eval perplexity", unit="window", disable=disable_tqdm) as self.rolling_bar:
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(
+            self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            rolling = override_bs is not None
+            scored = super()._loglikelihood_tokens(requests, disable_tqdm or rolling, override_bs)
+            if rolling:
+                self.rolling_bar.update(len(scored))
+            return scored
+
+    # A copy, because the library gives the tokenizer a padding token; and without a length limit, because documents
+    # are longer than the model's context by design and are cut before the model sees them.
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = sys.maxsize
+    return Adapter(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        softmax_dtype=torch.float32,
+    )

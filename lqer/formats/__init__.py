@@ -1,0 +1,47 @@
+"""Number formats: which values a tensor can take, and what they cost in bits.
+
+    quantized = MXInt(bits=4).quantize(weight_OI)      # codes and shared exponents
+    quantized.dequantize()                             # the values they stand for
+    MXInt(bits=8).fake_quantize(activation_TI)         # the same rounding, without codes
+
+This folder imports torch and the standard library only.
+"""
+
+from typing import Any, get_args
+
+from .base import NonFiniteError, NumberFormat, QuantizedTensor
+from .integer import Int
+from .mx import MX
+from .mxint import MXInt
+from .packing import pack_bits, packed_length, unpack_bits
+from .passthrough import Passthrough
+
+Format = MXInt | Int | MX | Passthrough
+
+__all__ = [
+    "MX",
+    "Format",
+    "Int",
+    "MXInt",
+    "NonFiniteError",
+    "NumberFormat",
+    "Passthrough",
+    "QuantizedTensor",
+    "format_from_dict",
+    "pack_bits",
+    "packed_length",
+    "unpack_bits",
+]
+
+_FORMATS = {cls.kind: cls for cls in get_args(Format)}
+
+
+def format_from_dict(fields: dict[str, Any]) -> NumberFormat:
+    """The format that `NumberFormat.to_dict` described. Raises ValueError for an unknown kind, key or value."""
+    kind = fields.get("kind")
+    if kind not in _FORMATS:
+        raise ValueError(f"format kind {kind!r} is not one of {', '.join(map(repr, _FORMATS))}")
+    try:
+        return _FORMATS[kind](**fields)
+    except TypeError as error:  # an unknown or a missing field
+        raise ValueError(f"{error} ({kind})") from error

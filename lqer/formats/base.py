@@ -1,0 +1,182 @@
+"""What a number format is, and what a tensor in one is.
+
+A format cuts an axis into blocks, fits scales to each block, and rounds every element to a code. `fit`, `encode` and
+`decode` are those steps, separate so that error feedback and adaptive rounding can encode with frozen scales. They, and
+the methods named `*_blocks` and `*_parts`, see the block axis last; `quantize` and `QuantizedTensor` move it.
+
+Shapes: L = length of the block axis, N = leading dims and blocks, B = within a block.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import from_blocks, to_blocks
+from .packing import pack_bits, unpack_bits
+
+
+class NonFiniteError(ValueError):
+    """A tensor to be quantized holds NaN or infinities; the message says how many of each."""
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise NonFiniteError unless every element is finite. Waits for the device."""
+    if not torch.isfinite(x).all():
+        nans, infinities = int(x.isnan().sum()), int(x.isinf().sum())
+        raise NonFiniteError(f"{nans} NaN and {infinities} infinite of {x.numel()} values")
+
+
+def require_range(field: str, value: int, low: int, high: int, kind: str) -> None:
+    """Raise ValueError unless `value` is an integer in low..high."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{field} {value!r} is not in {low}..{high} ({kind})")
+
+
+def require_choice(field: str, value: Any, choices: Sequence[Any], kind: str) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{field} {value!r} is not one of {', '.join(map(repr, choices))} ({kind})")
+
+
+def require_block_size(value: int, kind: str) -> None:
+    """Raise ValueError unless `value` is -1 (the whole axis) or a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
+        raise ValueError(f"block_size {value!r} is neither -1 (the whole axis) nor at least 1 ({kind})")
+
+
+class NumberFormat(ABC):
+    """Which values a tensor can take and what they cost. Every format is a frozen dataclass deriving from this."""
+
+    kind: str
+    block_size: int  # elements that share a scale; -1 = the whole axis
+
+    @property
+    @abstractmethod
+    def code_width(self) -> int:
+        """Bits of a code as stored."""
+
+    @property
+    def code_offset(self) -> int:
+        """What is added to a code to store it unsigned (offset binary); 0 where codes are unsigned already."""
+        return 0
+
+    @abstractmethod
+    def bits_per_value(self, length: int) -> float:
+        """Nominal bits per element, metadata included, for an axis of `length` (a ragged last block is a block)."""
+
+    @abstractmethod
+    def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
+        """Scales [N] of float32 blocks [N, B]. A block that holds NaN or infinity gets a scale that decodes to NaN."""
+
+    @abstractmethod
+    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """Codes [N, B] of float32 blocks [N, B] under scales [N], saturating. B need not be the block size."""
+
+    @abstractmethod
+    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """float32 values [N, B] that codes [N, B] under scales [N] stand for."""
+
+    def quantize(self, x: Tensor, axis: int = -1) -> "QuantizedTensor":
+        """Quantize a float tensor of any dtype along `axis`, in float32.
+
+        Raises NonFiniteError for NaN or infinity, ValueError for a tensor without an element along `axis`.
+        """
+        axis = _normalize_axis(x, axis)
+        x_L = x.detach().movedim(axis, -1).to(torch.float32, memory_format=torch.contiguous_format)
+        check_finite(x_L)
+        return QuantizedTensor(self, tuple(x.shape), axis, self.quantize_parts(x_L))
+
+    def fake_quantize(self, x: Tensor, axis: int = -1) -> Tensor:
+        """The values of `quantize(x, axis).dequantize(x.dtype)`, without codes, checks or waiting for the device.
+
+        For activations. NaN and infinity are not refused but turn their whole block into NaN. Carries no gradient.
+        """
+        axis = _normalize_axis(x, axis)
+        x_L = x.detach().movedim(axis, -1).to(torch.float32, memory_format=torch.contiguous_format)
+        y_L = from_blocks(self.round_blocks(to_blocks(x_L, self.block_size)), x_L.shape[-1])
+        return y_L.movedim(-1, axis).to(x.dtype, memory_format=torch.contiguous_format)
+
+    def round_blocks(self, x_NB: Tensor) -> Tensor:
+        """A new tensor with `decode(encode(x))` of float32 blocks; formats override it with something faster."""
+        scales = self.fit(x_NB)
+        return self.decode(self.encode(x_NB, scales), scales)
+
+    def quantize_parts(self, x_L: Tensor) -> dict[str, Tensor]:
+        """Codes [..., L] and metadata [..., blocks] of a finite float32 tensor [..., L]."""
+        x_NB = to_blocks(x_L, self.block_size)
+        scales = self.fit(x_NB)
+        return {"codes": from_blocks(self.encode(x_NB, scales), x_L.shape[-1]), **scales}
+
+    def dequantize_parts(self, parts: dict[str, Tensor]) -> Tensor:
+        """float32 values [..., L]: the inverse of `quantize_parts`, up to rounding."""
+        codes_L = parts["codes"]
+        return from_blocks(self.decode(to_blocks(codes_L, self.block_size), parts), codes_L.shape[-1])
+
+    def pack_parts(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parts as stored: codes as a bit stream, metadata as it is."""
+        unsigned_L = parts["codes"].view(torch.uint8) + self.code_offset  # uint8 wraps: -1 is 255, plus 8 is 7
+        return {**parts, "codes": pack_bits(unsigned_L, self.code_width)}
+
+    def unpack_parts(self, packed: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        """The inverse of `pack_parts` for an axis of `length`."""
+        codes_L = unpack_bits(packed["codes"], length, self.code_width)
+        if self.code_offset:
+            codes_L = (codes_L - self.code_offset).view(torch.int8)
+        return {**packed, "codes": codes_L}
+
+    def unpack(self, packed: dict[str, Tensor], shape: Sequence[int], axis: int) -> "QuantizedTensor":
+        """The inverse of `QuantizedTensor.pack`, without loss; `shape` and `axis` are those of the tensor."""
+        axis = axis % len(shape)
+        return QuantizedTensor(self, tuple(shape), axis, self.unpack_parts(packed, shape[axis]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, `kind` included, as TOML and JSON can write them; `format_from_dict` reads them."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A tensor in a number format: one code per element and what is needed to decode them."""
+
+    format: NumberFormat
+    shape: tuple[int, ...]  # of the tensor it stands for
+    axis: int  # blocks run along it; >= 0
+    parts: dict[str, Tensor]  # the axis moved last: "codes" [*lead, L] and the format's metadata [*lead, blocks]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values, computed in float32, as a contiguous tensor of `shape`."""
+        values = self.format.dequantize_parts(self.parts).movedim(-1, self.axis)
+        return values.to(dtype, memory_format=torch.contiguous_format)
+
+    def pack(self) -> dict[str, Tensor]:
+        """What is stored: "codes" as a uint8 bit stream per row, metadata in its storage dtype."""
+        return self.format.pack_parts(self.parts)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of the packed codes, rows rounded up to whole bytes."""
+        return self._stored_bits()["codes"]
+
+    @property
+    def metadata_bits(self) -> int:
+        """Bits of everything packed that is not a code."""
+        stored = self._stored_bits()
+        return sum(stored.values()) - stored["codes"]
+
+    def _stored_bits(self) -> dict[str, int]:
+        # Packing on the meta device gives the stored shapes and dtypes without touching data.
+        packed = self.format.pack_parts({name: part.to("meta") for name, part in self.parts.items()})
+        return {name: part.numel() * part.element_size() * 8 for name, part in packed.items()}
+
+
+def _normalize_axis(x: Tensor, axis: int) -> int:
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(f"axis {axis} is not an axis of a tensor of shape {tuple(x.shape)}")
+    if x.shape[axis] == 0:
+        raise ValueError(f"axis {axis} of a tensor of shape {tuple(x.shape)} has no element to quantize")
+    return axis % x.dim()

@@ -1,0 +1,60 @@
+"""Values kept in a floating-point dtype: what an operand costs and becomes when it is not quantized."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .base import NumberFormat, check_finite, require_choice
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Passthrough(NumberFormat):
+    """Values rounded to `dtype` (half to even) and stored as such; parts: "codes" [*lead, L] of that dtype.
+
+    `quantize` raises NonFiniteError where float16 overflows, `fake_quantize` then gives infinity.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    block_size: Literal[-1] = -1
+    kind: Literal["passthrough"] = "passthrough"
+
+    def __post_init__(self) -> None:
+        require_choice("kind", self.kind, ["passthrough"], "passthrough")
+        require_choice("dtype", self.dtype, list(DTYPES), "passthrough")
+        require_choice("block_size", self.block_size, [-1], "passthrough")
+
+    @property
+    def code_width(self) -> int:
+        return DTYPES[self.dtype].itemsize * 8
+
+    def bits_per_value(self, length: int) -> float:
+        return self.code_width
+
+    def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
+        """No scales."""
+        return {}
+
+    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """The values in `dtype`, never sharing memory with `x_NB`."""
+        return x_NB.to(DTYPES[self.dtype], copy=True)
+
+    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """The values in float32."""
+        return codes_NB.to(torch.float32)
+
+    def quantize_parts(self, x_L: Tensor) -> dict[str, Tensor]:
+        parts = super().quantize_parts(x_L)
+        check_finite(parts["codes"])
+        return parts
+
+    def pack_parts(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(parts)
+
+    def unpack_parts(self, packed: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        return dict(packed)

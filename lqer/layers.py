@@ -1,0 +1,74 @@
+"""The quantized linear as a module: y = W_q x_q + b_q + Q(Q(x_q A) B), emulated in ordinary arithmetic.
+
+x_q is the input rounded to the activation format; where activations are quantized, the rank-r intermediate and the
+product are rounded to the same format again (LQER, arXiv 2402.02446, section 4). Every factor holds exactly the values of
+its number format, so an emulated layer differs from a kernel on packed codes only by the order of summation.
+
+Shapes: I in_features, O out_features, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lqer.formats import NumberFormat
+
+
+class QuantizedLinear(nn.Module):
+    """A linear on dequantized values, in the dtype of the model around it.
+
+    weight_OI, bias_O, a_IR, b_RO: any float dtype; bias_O and both factors may be None. They are held as non-persistent
+    buffers: the packed checkpoint, not this module, is what is kept.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    low_rank_a: Tensor | None
+    low_rank_b: Tensor | None
+
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_IR: Tensor | None,
+        b_RO: Tensor | None,
+        activation: NumberFormat | None,
+    ):
+        super().__init__()
+        self.out_features, self.in_features = weight_OI.shape
+        self.activation = activation
+        self.register_buffer("weight", weight_OI, persistent=False)
+        self.register_buffer("bias", bias_O, persistent=False)
+        self.register_buffer("low_rank_a", a_IR, persistent=False)
+        self.register_buffer("low_rank_b", b_RO, persistent=False)
+
+    def _round(self, x: Tensor) -> Tensor:
+        return x if self.activation is None else self.activation.fake_quantize(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) in the layer's dtype -> (..., out_features)."""
+        x = self._round(x)
+        y = F.linear(x, self.weight, self.bias)
+        if self.low_rank_a is None or self.low_rank_b is None:
+            return y
+        return y + self._round(self._round(x @ self.low_rank_a) @ self.low_rank_b)
+
+    def extra_repr(self) -> str:
+        rank = 0 if self.low_rank_a is None else self.low_rank_a.shape[1]
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={rank}, x={self.activation}"
+
+
+def output_error(weight_OI: Tensor, quantized_OI: Tensor, sample_SI: Tensor) -> float:
+    """|| (W − Ŵ) x ||² / || W x ||² summed over the sampled inputs (float32; 0 where W x is 0 throughout)."""
+    sample_SI = sample_SI.to(weight_OI)
+    reference = (sample_SI @ weight_OI.T).square().sum()
+    error = (sample_SI @ (weight_OI - quantized_OI).T).square().sum()
+    return float(error / reference) if reference > 0 else 0.0
+
+
+def weight_error(weight_OI: Tensor, quantized_OI: Tensor) -> float:
+    """|| W − Ŵ ||_F / || W ||_F (0 for a zero weight)."""
+    norm = torch.linalg.vector_norm(weight_OI)
+    return float(torch.linalg.vector_norm(weight_OI - quantized_OI) / norm) if norm > 0 else 0.0

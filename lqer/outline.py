@@ -1,0 +1,74 @@
+"""A model's outline, read without its weights: which linears there are, so that a configuration can be checked at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lqer.config import Config, plan_linear
+from lqer.config.explain import nearest
+from lqer.errors import ConfigError, ModelError
+from lqer.methods import LinearPlan
+from lqer.models import ModelSource, block_linears, find_blocks, load_model_config, prepare_model
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Names and sizes of what is quantized, by full name, in the order of the model."""
+
+    architecture: str
+    parameters: int
+    blocks_name: str
+    blocks: int
+    linears: dict[str, tuple[int, int]]
+    # Linears outside the decoder blocks (the head, projections around the embedding): never quantized.
+    outside: tuple[str, ...]
+
+
+def read_outline(source: ModelSource) -> Outline:
+    """Build the model without weights and look at it. Raises ModelError for what cannot be quantized."""
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(load_model_config(source))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model: {source.name} is no causal language model: {str(error).splitlines()[0]}") from None
+    model.tie_weights()
+    prepare_model(model)
+    blocks_name, blocks = find_blocks(model)
+    linears = {
+        f"{blocks_name}.{index}.{name}": (linear.out_features, linear.in_features)
+        for index, block in enumerate(blocks)
+        for name, linear in block_linears(block).items()
+    }
+    outside = tuple(
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Outline(type(model).__name__, parameters, blocks_name, len(blocks), linears, outside)
+
+
+def plan_model(config: Config, outline: Outline) -> dict[str, LinearPlan | None]:
+    """Every linear's plan, None where it is skipped.
+
+    Raises ConfigError for a pattern that matches no linear: a misspelt one would otherwise change nothing, in silence.
+    """
+    names = [*outline.linears, *outline.outside]
+    patterns = {f"quantize.skip.{i}": pattern for i, pattern in enumerate(config.quantize.skip)}
+    patterns |= {f"quantize.override.{i}.match": o.match for i, o in enumerate(config.quantize.override)}
+    for key, pattern in patterns.items():
+        # Not every model has an nn.Linear of that name as its head, and presets skip it for all of them.
+        if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in names):
+            ends = sorted({name.rpartition(".")[2] for name in names})
+            guess = nearest(pattern.rpartition(".")[2], ends)
+            hint = f"; did you mean {guess!r}?" if guess else ""
+            raise ConfigError(
+                f"{key}: {pattern!r} matches no linear of {outline.architecture}; its linears are named {', '.join(ends)}{hint}"
+            )
+    plans = {name: plan_linear(config, name) for name in outline.linears}
+    if not any(plans.values()):
+        raise ConfigError("quantize.skip: every linear is skipped, nothing is left to quantize")
+    return plans

@@ -1,0 +1,268 @@
+"""The order of the stages: calibrate -> quantize -> evaluate -> report.
+
+Each stage is a pure step from artifacts to one artifact; this module derives their names, loads a model only when a
+stage really needs it, and never edits the configuration.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import tomli_w
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lqer.bits import average_bits
+from lqer.calibration import calibrate, calibration_key
+from lqer.checkpoint import load_quantized
+from lqer.config import Config
+from lqer.config.schema import NOT_QUANTIZED
+from lqer.errors import HubError
+from lqer.data import calibration_windows, load_rows, tokens_sha256
+from lqer.evaluation.stage import Candidate, evaluate
+from lqer.methods import LinearPlan
+from lqer.models import ModelSource, find_blocks, load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
+from lqer.outline import Outline, plan_model, read_outline
+from lqer.quantization import QuantizeSettings, quantization_key, quantize
+from lqer.report.environment import device_name, peak_memory_bytes, versions
+from lqer.report.results import SCHEMA_VERSION, Baseline, CalibrationInfo, Layers, ModelInfo, Results, Seconds
+from lqer.report.write import LAYERS_FILE, RESULTS_FILE, layer_rows, write_run
+from lqer.store import Artifact, Store, write_atomically
+from lqer.tracking import track
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_LINK = "checkpoint"
+CONFIG_FILE = "config.toml"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every stage of one run shares."""
+
+    config: Config
+    source: ModelSource
+    outline: Outline
+    plans: dict[str, LinearPlan | None]
+    device: torch.device
+    dtype: torch.dtype
+
+
+def prepare(config: Config) -> Setting:
+    """Resolve everything that can be wrong before any work is done. Raises LqerError."""
+    device = pick_device(config.device)
+    source = resolve_model(config.model, config.revision)
+    outline = read_outline(source)
+    plans = plan_model(config, outline)
+    if config.evaluation.downstream is not None:
+        from lqer.evaluation.downstream import check_tasks
+
+        downstream = config.evaluation.downstream
+        check_tasks(list(downstream.tasks), _path(downstream.include_path))
+    return Setting(config, source, outline, plans, device, pick_dtype(config.dtype, source, device))
+
+
+def run(config: Config) -> Results:
+    """Run the experiment, or what of it the store does not hold yet, and write its folder. Returns results.json."""
+    started = time.monotonic()
+    folder = Path(config.output_dir) / config.tag
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = config.model_dump(mode="json", exclude_none=True)
+    write_atomically(folder / CONFIG_FILE, lambda beside: beside.write_bytes(tomli_w.dumps(resolved).encode()) and None)
+    (folder / RESULTS_FILE).unlink(missing_ok=True)
+    with _logging_to(folder / "run.log"):
+        results = _run(config, folder, started)
+    if config.tracking is not None:
+        track(config.tracking, results)
+    return results
+
+
+def describe(config: Config) -> str:
+    """What `--validate` prints: the experiment in a few lines, checked against the model where that is at hand."""
+    quantize = config.quantize
+    lines = [
+        f"{config.tag}: {config.model}",
+        f"method {quantize.method}, rank {quantize.low_rank.rank}; weights {_shown(config, quantize.weight)}; "
+        f"activations {_shown(config, quantize.activation)}; A and B {_shown(config, quantize.low_rank.format)}; "
+        f"attention operands {_shown(config, quantize.attention)}",
+    ]
+    try:
+        setting = prepare(config)
+    except HubError as error:
+        lines.append(f"not checked against the model: {error}")
+    else:
+        planned = sum(plan is not None for plan in setting.plans.values())
+        lines.append(f"{planned} of {len(setting.plans)} linears in {setting.outline.blocks} blocks are quantized")
+    return "\n".join([*lines, "valid"])
+
+
+def _shown(config: Config, format_name: str) -> str:
+    if format_name == NOT_QUANTIZED:
+        return "as they are"
+    number_format = config.formats[format_name]
+    return f"{format_name} ({number_format.kind}, {number_format.bits_per_value(4096):g} bits)"
+
+
+def _run(config: Config, folder: Path, started: float) -> Results:
+    setting = prepare(config)
+    store = Store(Path(config.output_dir) / "store", log.info)
+    tokenizer = load_tokenizer(setting.source)
+    log.info("%s: %s, %d linears in %d blocks, on %s", config.tag, setting.source.description,
+             len(setting.outline.linears), setting.outline.blocks, device_name(setting.device))  # fmt: skip
+
+    calibration, calibration_info = _calibrate(setting, store, tokenizer)
+    checkpoint = _quantize(setting, store, tokenizer, calibration, setting.plans)
+    _link(folder / CHECKPOINT_LINK, checkpoint.path)
+
+    candidates = {"quantized": _candidate_from_checkpoint(setting, checkpoint)}
+    plain: Artifact | None = None
+    if "plain" in config.evaluation.baselines:
+        plans = {name: plan and plan.plain() for name, plan in setting.plans.items()}
+        plain = _quantize(setting, store, tokenizer, calibration, plans)
+        candidates["plain"] = _candidate_from_checkpoint(setting, plain)
+    if "original" in config.evaluation.baselines:
+        load = partial(load_model, setting.source, setting.dtype, setting.device)
+        candidates["original"] = Candidate(setting.source.fingerprint, load)
+    arithmetic = {
+        "dtype": str(setting.dtype), "device": setting.device.type, "backend": config.evaluation.backend
+    }  # fmt: skip
+    evaluation = evaluate(config.evaluation, candidates, tokenizer, store, arithmetic, config.seed)
+
+    rows = layer_rows(checkpoint, setting.outline.blocks)
+    results = Results(
+        schema_version=SCHEMA_VERSION,
+        tag=config.tag,
+        config=config.model_dump(mode="json", exclude_none=True),
+        versions=versions(),
+        model=_model_info(setting, rows),
+        bits=average_bits(rows),
+        baseline=None if plain is None else Baseline(bits=average_bits(layer_rows(plain, setting.outline.blocks))),
+        calibration=calibration_info,
+        perplexity=evaluation.perplexity,
+        downstream=evaluation.downstream,
+        layers=Layers(file=LAYERS_FILE, count=len(rows)),
+        seconds=Seconds(
+            calibrate=calibration.seconds,
+            quantize=checkpoint.seconds,
+            evaluate=evaluation.seconds,
+            total=round(time.monotonic() - started, 3),
+        ),
+        peak_memory_bytes=peak_memory_bytes(setting.device),
+        device=device_name(setting.device),
+    )
+    write_run(folder, results, rows, checkpoint, setting.outline.blocks)
+    return results
+
+
+def _calibrate(
+    setting: Setting, store: Store, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Artifact, CalibrationInfo]:
+    settings = setting.config.calibration
+    windows_WT = calibration_windows(tokenizer, settings.dataset, settings.num_samples, settings.seq_len)
+    tokens = tokens_sha256(windows_WT)
+    key = calibration_key(
+        setting.source.fingerprint, tokens, settings.batch_size, settings.error_tokens, setting.dtype, setting.device
+    )
+
+    def make(workspace):
+        model = load_model(setting.source, setting.dtype, torch.device("cpu"))
+        name, blocks = find_blocks(model)
+        calibrate(
+            workspace, model, name, blocks, windows_WT, settings.batch_size, settings.error_tokens, setting.device
+        )
+
+    artifact = _obtain(store, "calibrate", key, make)
+    info = CalibrationInfo(
+        dataset=settings.dataset.label,
+        source=load_rows(settings.dataset, "calibration").source,
+        tokens=windows_WT.numel(),
+        fingerprint=tokens,
+    )
+    return artifact, info
+
+
+def _quantize(
+    setting: Setting,
+    store: Store,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Artifact,
+    plans: dict[str, LinearPlan | None],
+) -> Artifact:
+    quantize_config = setting.config.quantize
+    attention = None
+    if quantize_config.attention != NOT_QUANTIZED:
+        operand = setting.config.formats[quantize_config.attention].to_dict()
+        attention = {"format": operand, "blocks": quantize_config.attention_blocks}
+    settings = QuantizeSettings(plans, attention, setting.config.seed)
+    key = quantization_key(calibration.content, setting.source.fingerprint, settings, setting.device)
+
+    def make(workspace):
+        model = load_model(setting.source, "auto", torch.device("cpu"))
+        name, blocks = find_blocks(model)
+        quantize(workspace, model, tokenizer, name, blocks, calibration, settings, setting.device)
+
+    return _obtain(store, "quantize", key, make)
+
+
+def _obtain(store: Store, stage: str, key, make: Callable) -> Artifact:
+    """store.obtain with a word to the user, and the memory of a stage given back before the next one."""
+    path = store.path(stage, key)
+    if store.find(stage, key) is not None:
+        log.info("%s: reused, %s", stage, path.name)
+    artifact = store.obtain(stage, key, make)
+    gc.collect()
+    return artifact
+
+
+def _candidate_from_checkpoint(setting: Setting, checkpoint: Artifact) -> Candidate:
+    def load() -> PreTrainedModel:
+        checkpoint.verify()
+        return load_quantized(checkpoint.path, setting.device, setting.dtype, setting.config.evaluation.backend)
+
+    return Candidate(checkpoint.content, load)
+
+
+def _model_info(setting: Setting, rows: list[dict]) -> ModelInfo:
+    return ModelInfo(
+        name=setting.config.model,
+        revision=setting.source.revision,
+        fingerprint=setting.source.fingerprint,
+        architecture=setting.outline.architecture,
+        parameters=setting.outline.parameters,
+        quantized_parameters=sum(row["out_features"] * row["in_features"] for row in rows),
+        description=setting.source.description,
+    )
+
+
+def _link(link: Path, target: Path) -> None:
+    """Point `link` at the artifact, replacing what an earlier run with this tag left."""
+    if link.is_symlink() or link.exists():
+        link.unlink()
+    link.symlink_to(Path("..") / target.relative_to(link.parent.parent))
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+@contextmanager
+def _logging_to(path: Path):
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        log.error("%s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,62 @@
+"""What a run ran on and with: library versions, the device by name, peak memory."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import lqer
+from lqer.report.results import Versions
+
+
+def versions() -> Versions:
+    return Versions(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=metadata.version("transformers"),
+        triton=_version_or_none("triton"),
+        lm_eval=_version_or_none("lm_eval") or "not installed",
+        lqer=lqer.__version__,
+        git=_git_commit(),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """ "NVIDIA H200" or "x86_64 CPU, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most this process has held: allocated on the GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _version_or_none(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,137 @@
+"""The figures of a report: singular values of the rounding error, output error per linear, perplexities.
+
+Colours are of the Okabe-Ito palette, which stays apart for colour-blind readers; the same model kind has the same colour in
+every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lqer.report.results import PerplexityRow
+
+COLOURS = {"original": "#000000", "plain": "#D55E00", "quantized": "#0072B2"}
+DPI = 130
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+}
+
+
+def save_singular_values(path: Path, spectra: Mapping[str, np.ndarray], rank: int) -> None:
+    """One panel per kind of linear of the middle block: how fast the error's singular values fall, plain and scaled.
+
+    spectra: "<linear>.plain" and "<linear>.scaled", descending; each curve is divided by its own first value.
+    """
+    linears = list(dict.fromkeys(name.rpartition(".")[0] for name in spectra))
+    columns = min(4, len(linears))
+    rows = -(-len(linears) // columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 2.2 * rows), sharey=True, squeeze=False)
+        for axis, linear in zip(axes.flat, linears):
+            for kind, label, colour in (
+                ("plain", "W − W$_q$", COLOURS["plain"]),
+                ("scaled", "(W − W$_q$)·S", COLOURS["quantized"]),
+            ):
+                values = spectra[f"{linear}.{kind}"]
+                axis.plot(np.arange(1, len(values) + 1), values / max(values[0], 1e-30), label=label, color=colour)
+            if rank:
+                axis.axvline(rank, color="#777777", linewidth=0.8, linestyle=":")
+                axis.annotate(f"rank {rank}", (rank, 0.97), xytext=(3, 0), textcoords="offset points", fontsize=7)
+            axis.set_title(".".join(linear.split(".")[-2:]))
+            axis.set_ylim(0, 1.05)
+        for axis in axes.flat[len(linears) :]:
+            axis.set_visible(False)
+        for axis in axes[-1]:
+            axis.set_xlabel("index")
+        axes[0][0].set_ylabel("singular value / first")
+        axes[0][0].legend(loc="upper right")
+        block = linears[0].rsplit(".", 2)[0]
+        figure.suptitle(f"Singular values of the rounding error, {block}", fontsize=10)
+        _save(figure, path)
+
+
+def save_output_errors(path: Path, layers: pd.DataFrame) -> None:
+    """Relative output error of every linear, before and after reconstruction, in the order of the model."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8, 3))
+        x = np.arange(len(layers))
+        reconstructed = bool((layers["rank"] > 0).any())
+        if reconstructed:
+            axis.scatter(x, layers["output_error_before"], s=9, color=COLOURS["plain"], label="rounded")
+        label = "with low-rank reconstruction" if reconstructed else "rounded"
+        axis.scatter(x, layers["output_error"], s=9, color=COLOURS["quantized"], label=label)
+        axis.set_yscale("log")
+        axis.set_ylabel("‖(W − Ŵ)x‖² / ‖Wx‖²")
+        axis.set_xlabel("linear, in the order of the model")
+        axis.set_title("Output error of each linear on calibration inputs")
+        axis.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.08), borderaxespad=0)
+        _save(figure, path)
+
+
+def save_perplexities(path: Path, rows: Sequence[PerplexityRow], bits: Mapping[str, float]) -> None:
+    """One group of bars per dataset: original, plain rounding where evaluated, quantized."""
+    kinds = [kind for kind in COLOURS if any(row[kind] is not None for row in rows)]  # type: ignore[literal-required]
+    names = {"original": "original", "plain": "plain rounding", "quantized": "quantized"}
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(max(4.0, 1.6 + 1.8 * len(rows)), 3))
+        width = 0.8 / len(kinds)
+        for k, kind in enumerate(kinds):
+            values = [row[kind] if row[kind] is not None else np.nan for row in rows]  # type: ignore[literal-required]
+            label = f"{names[kind]}, {bits[kind]:.2f} bits" if kind in bits else names[kind]
+            places = np.arange(len(rows)) + (k - (len(kinds) - 1) / 2) * width
+            bars = axis.bar(places, values, width * 0.92, label=label, color=COLOURS[kind])
+            axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        axis.set_xticks(np.arange(len(rows)), [f"{row['dataset']}\n{row['protocol']}, {row['seq_len']}" for row in rows])
+        axis.grid(axis="x", visible=False)
+        axis.set_ylabel("perplexity (lower is better)")
+        axis.margins(y=0.15)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1.02), borderaxespad=0)
+        _save(figure, path)
+
+
+def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
+    """Perplexity over average bits, one point per run, with the front of runs that no other run beats in both."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6, 4))
+        palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+        for colour, (method, group) in zip(palette * 3, table.groupby("method")):
+            axis.scatter(group["bits"], group["perplexity"], label=method, color=colour, s=22, zorder=3)
+        front = pareto_front(table)
+        axis.plot(front["bits"], front["perplexity"], color="#777777", linewidth=1, zorder=2, label="Pareto front")
+        original = table["original"].dropna()
+        if len(original):
+            axis.axhline(original.iloc[0], color="#000000", linewidth=0.8, linestyle="--", label="original")
+        axis.set_xlabel("average bits per weight, low rank and metadata included")
+        axis.set_ylabel("perplexity")
+        axis.set_title(title)
+        axis.legend()
+        _save(figure, path)
+
+
+def pareto_front(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows for which no other has at most the bits and less perplexity, by growing bits."""
+    ordered = table.dropna(subset=["bits", "perplexity"]).sort_values(["bits", "perplexity"])
+    return ordered[ordered["perplexity"] < ordered["perplexity"].cummin().shift(fill_value=np.inf)]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    plt.close(figure)

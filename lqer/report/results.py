@@ -1,0 +1,98 @@
+"""The contract of results.json: every key of it, with what it means and in which unit.
+
+Numbers that do not apply are left out of their table or null; they are never strings or zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from lqer.bits import Bits
+
+SCHEMA_VERSION = 1
+
+
+class Versions(TypedDict):
+    python: str
+    torch: str
+    transformers: str
+    triton: str | None  # null where it is not installed
+    lm_eval: str
+    lqer: str
+    git: str | None  # commit of lqer's own checkout, with "-dirty" where it was changed; null outside one
+
+
+class ModelInfo(TypedDict):
+    name: str  # as in the configuration
+    revision: str | None  # commit on the hub; null for local files
+    fingerprint: str  # sha256 over the local files, or over name and commit
+    architecture: str  # transformers class
+    parameters: int  # of the original model, tied ones once
+    quantized_parameters: int  # weights of the quantized linears
+    description: str
+
+
+class Baseline(TypedDict):
+    """Plain rounding in the same formats, where evaluation.baselines asks for it."""
+
+    bits: Bits
+
+
+class CalibrationInfo(TypedDict):
+    dataset: str  # label
+    source: str  # repository, revision, split and rows, or file
+    tokens: int
+    fingerprint: str  # sha256 of the token ids
+
+
+class PerplexityRow(TypedDict):
+    dataset: str
+    source: str
+    protocol: str  # gptq | lqer | lm-eval
+    seq_len: int  # tokens of a window
+    tokens: int  # predicted tokens the mean runs over
+    original: float | None  # null where evaluation.baselines leaves it out; so too plain
+    plain: float | None
+    quantized: float
+
+
+class DownstreamRow(TypedDict):
+    task: str
+    metric: str
+    original: float | None
+    plain: float | None
+    quantized: float
+    stderr: float | None  # of the quantized model's value
+    num_fewshot: int
+    samples: int
+
+
+class Layers(TypedDict):
+    file: str
+    count: int  # quantized linears
+
+
+class Seconds(TypedDict):
+    """Seconds spent making the artifacts, in whichever run they were made; total is the wall clock of this run."""
+
+    calibrate: float
+    quantize: float
+    evaluate: float
+    total: float
+
+
+class Results(TypedDict):
+    schema_version: int
+    tag: str
+    config: dict[str, Any]  # resolved
+    versions: Versions
+    model: ModelInfo
+    bits: Bits
+    baseline: Baseline | None
+    calibration: CalibrationInfo
+    perplexity: list[PerplexityRow]
+    downstream: list[DownstreamRow]
+    layers: Layers
+    seconds: Seconds
+    peak_memory_bytes: int  # of this process: resident on a CPU, allocated on the GPU where there is one
+    device: str  # processor or GPU by name

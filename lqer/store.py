@@ -1,0 +1,224 @@
+"""A content-addressed store of artifacts: folders named after what made them, whole or not there at all.
+
+An artifact's name is a hash of its stage, that stage's code version, its settings and the contents of its inputs. It is
+built in `<name>.partial`, file by file; each file is written beside its place, synced and renamed, then entered with its
+sha256 into a journal. A killed build goes on with the files that the journal vouches for. A finished one gets a manifest
+and its name. Every file is checked against its recorded sha256 before it is used: a damaged one is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lqer.errors import StoreError
+
+MANIFEST = "manifest.json"
+JOURNAL = "journal.json"
+CHUNK_BYTES = 1 << 22
+
+
+def content_hash(value: Any) -> str:
+    """sha256 (hex) of a JSON-able value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file beside `path`, sync it, and rename it into place: `path` is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8") and None)
+
+
+class Artifact:
+    """A finished, read-only folder of the store."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._verified: set[str] = set()
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.path / MANIFEST} is damaged ({error}); {_mend(self.path)}") from None
+
+    @property
+    def content(self) -> str:
+        """A hash of every file's content: what later stages name their own artifacts after."""
+        return content_hash(self.manifest["files"])
+
+    @property
+    def seconds(self) -> float:
+        """How long the making took, over all the processes that had a part in it."""
+        return float(self.manifest["seconds"])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.manifest["files"]
+
+    def file(self, name: str) -> Path:
+        """The path of one of the files, checked. Raises StoreError if it is not what was written."""
+        path = self.path / name
+        if name not in self._verified:
+            _check(path, self.manifest["files"].get(name), self.path)
+            self._verified.add(name)
+        return path
+
+    def verify(self) -> None:
+        for name in self.manifest["files"]:
+            self.file(name)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.file(name))
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.file(name).read_text(encoding="utf-8"))
+
+
+class Workspace:
+    """An artifact in the making: files already journalled survive a kill."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, str] = {}
+        self._seconds = 0.0
+        self._since = time.monotonic()
+        if (path / JOURNAL).exists():
+            try:
+                journal = json.loads((path / JOURNAL).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise StoreError(f"{path / JOURNAL} is damaged ({error}); {_mend(path)}") from None
+            self._files, self._seconds = journal["files"], journal["seconds"]
+        for name, recorded in self._files.items():
+            _check(path / name, recorded, path)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.path / name)
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors (moved to the CPU, made contiguous) as safetensors. Names are sorted: same tensors, same bytes."""
+        ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+        self.write(name, lambda beside: save_file(ready, beside, metadata={"format": "pt"}))
+
+    def write_json(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=1) + "\n"
+        self.write(name, lambda beside: beside.write_text(text, encoding="utf-8") and None)
+
+    def write(self, name: str, write: Callable[[Path], None]) -> None:
+        write_atomically(self.path / name, write)
+        self._files[name] = hash_file(self.path / name)
+        write_json(self.path / JOURNAL, {"files": self._files, "seconds": self._elapsed()})
+
+    def finish(self, destination: Path, key: Any) -> None:
+        manifest = {"key": key, "files": dict(sorted(self._files.items())), "seconds": round(self._elapsed(), 3)}
+        write_json(self.path / MANIFEST, manifest)
+        (self.path / JOURNAL).unlink(missing_ok=True)
+        for stray in self.path.iterdir():
+            if stray.name != MANIFEST and stray.name not in self._files:
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+        self.path.rename(destination)
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.monotonic() - self._since
+
+
+class Store:
+    """All artifacts under one folder, shared by any number of runs and processes."""
+
+    def __init__(self, root: Path, say: Callable[[str], None] = lambda message: None):
+        self.root = root
+        self._say = say
+
+    def path(self, stage: str, key: Any) -> Path:
+        return self.root / f"{stage}-{content_hash({'stage': stage, 'key': key})[:16]}"
+
+    def find(self, stage: str, key: Any) -> Artifact | None:
+        """The artifact if it is finished."""
+        path = self.path(stage, key)
+        return Artifact(path) if (path / MANIFEST).exists() else None
+
+    def obtain(self, stage: str, key: Any, make: Callable[[Workspace], None]) -> Artifact:
+        """Return the artifact, made by `make` if it is not there yet.
+
+        Of several processes that want the same one, the first makes it and the others wait. Raises StoreError if files
+        of an interrupted or finished build are damaged.
+        """
+        path = self.path(stage, key)
+        with self._lock(path):
+            artifact = self.find(stage, key)
+            if artifact is None:
+                workspace = Workspace(path.with_name(f"{path.name}.partial"))
+                make(workspace)
+                workspace.finish(path, key)
+                artifact = Artifact(path)
+            return artifact
+
+    @contextmanager
+    def _lock(self, path: Path):
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self._say(f"waiting for another process that makes {path.name}")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _check(path: Path, recorded: str | None, folder: Path) -> None:
+    if not path.exists():
+        raise StoreError(f"{path} is missing; {_mend(folder)}")
+    if recorded is None:
+        raise StoreError(f"{path} is not in the manifest; {_mend(folder)}")
+    found = hash_file(path)
+    if found != recorded:
+        raise StoreError(
+            f"{path} is damaged: sha256 {found[:12]}… where {recorded[:12]}… was written; {_mend(folder)}"
+        )
+
+
+def _mend(folder: Path) -> str:
+    return f"remove {folder} to have it made again"

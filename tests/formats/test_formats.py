@@ -1,0 +1,335 @@
+"""What holds for every number format."""
+
+import ast
+import dataclasses
+import doctest
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+
+import lqer.formats
+from lqer.formats import MX, Format, Int, MXInt, NonFiniteError, Passthrough, format_from_dict
+
+ROOT = Path(__file__).parents[2]
+FORMATS = [
+    MXInt(2),
+    MXInt(3, block_size=32),
+    MXInt(4),
+    MXInt(4, scale_rounding="floor"),
+    MXInt(5, block_size=-1),
+    MXInt(6, compat=True),
+    MXInt(8),
+    Int(2, block_size=32),
+    Int(3, symmetric=True, scale_dtype="bfloat16"),
+    Int(4, block_size=16, scale_dtype="float32"),
+    Int(7, block_size=-1),
+    Int(8, block_size=-1, symmetric=True),
+    MX("mxfp8_e4m3"),
+    MX("mxfp8_e5m2", block_size=-1),
+    MX("mxfp6_e3m2", element_rounding="away"),
+    MX("mxfp6_e2m3"),
+    MX("mxfp4_e2m1", block_size=16),
+    MX("mxint8"),
+    Passthrough(),
+    Passthrough("float16"),
+    Passthrough("bfloat16"),
+]
+QUANTIZING = [f for f in FORMATS if f.kind != "passthrough"]
+IDS = dict(ids=lambda f: "-".join(str(value) for value in f.to_dict().values()))
+each_format = pytest.mark.parametrize("number_format", FORMATS, **IDS)
+each_quantizing_format = pytest.mark.parametrize("number_format", QUANTIZING, **IDS)
+SHAPES_AND_AXES = [((3, 64), -1), ((40, 6), 0), ((2, 20, 5), 1), ((2, 3, 37), 2), ((7,), 0), ((4, 1), -1), ((0, 32), 1)]
+
+
+def sample(shape, dtype=torch.float32, seed=0) -> torch.Tensor:
+    """Normal values whose rows differ in scale, with a few exact zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    x = x * 2.0 ** torch.randint(-6, 7, (*shape[:-1], 1), generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.05, 0.0, x).to(dtype)
+
+
+@each_format
+@pytest.mark.parametrize(("shape", "axis"), SHAPES_AND_AXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_fake_quantize_gives_the_values_of_quantize(number_format, shape, axis, dtype):
+    x = sample(shape, dtype)
+    quantized = number_format.quantize(x, axis)
+    emulated = number_format.fake_quantize(x, axis)
+    assert emulated.dtype == dtype
+    assert emulated.is_contiguous()
+    assert torch.equal(emulated, quantized.dequantize(dtype))
+    assert quantized.shape == shape
+    assert quantized.axis == axis % len(shape)
+
+
+@each_format
+@pytest.mark.parametrize(("shape", "axis"), SHAPES_AND_AXES)
+def test_packing_loses_nothing(number_format, shape, axis):
+    quantized = number_format.quantize(sample(shape), axis)
+    packed = quantized.pack()
+    restored = number_format.unpack(packed, shape, axis)
+    assert restored.axis == quantized.axis
+    assert restored.parts.keys() == quantized.parts.keys() == packed.keys()
+    for name, part in quantized.parts.items():
+        assert restored.parts[name].dtype == part.dtype
+        assert torch.equal(restored.parts[name], part)
+    assert torch.equal(restored.dequantize(), quantized.dequantize())
+    assert all(part.is_contiguous() for part in packed.values())
+
+
+@each_format
+@pytest.mark.parametrize(("shape", "axis"), SHAPES_AND_AXES)
+def test_the_bits_charged_are_the_bits_packed(number_format, shape, axis):
+    quantized = number_format.quantize(sample(shape), axis)
+    packed = {name: part.numel() * part.element_size() * 8 for name, part in quantized.pack().items()}
+    assert quantized.code_bits == packed.pop("codes")
+    assert quantized.metadata_bits == sum(packed.values())
+
+
+@each_format
+def test_the_bits_charged_are_the_nominal_ones_when_rows_fill_whole_bytes(number_format):
+    # 16 blocks of 32 a row, or 1 whole-row block whose zero point rounds up to a byte.
+    x = sample((4, 2048))
+    if number_format.block_size == -1 and number_format.kind == "int" and not number_format.symmetric:
+        number_format = dataclasses.replace(number_format, bits=8)
+    quantized = number_format.quantize(x)
+    assert quantized.code_bits + quantized.metadata_bits == number_format.bits_per_value(2048) * x.numel()
+
+
+def test_nominal_bits_count_a_ragged_last_block():
+    assert MXInt(4).bits_per_value(32) == 4.5
+    assert MXInt(4).bits_per_value(20) == 4 + 2 * 8 / 20
+    assert MXInt(4, block_size=-1).bits_per_value(64) == 4.125
+    assert MXInt(4).bits_per_value(8) == 5
+    assert Int(4).bits_per_value(256) == 4 + 20 / 128
+    assert Int(4, symmetric=True, scale_dtype="float32").bits_per_value(128) == 4.25
+    assert MX("mxfp6_e3m2").bits_per_value(64) == 6.25
+    assert Passthrough("bfloat16").bits_per_value(5) == 16
+
+
+@each_format
+def test_quantizing_twice_changes_nothing_more(number_format):
+    if getattr(number_format, "compat", False) or number_format == Int(2, block_size=32):
+        pytest.skip("its step is half as large once a block's maximum has become a power of two")
+    values = number_format.fake_quantize(sample((16, 64)))
+    assert torch.equal(number_format.fake_quantize(values), values)
+
+
+@each_quantizing_format
+def test_codes_can_be_made_column_by_column_with_frozen_scales(number_format):
+    if number_format.block_size == -1:
+        number_format = dataclasses.replace(number_format, block_size=16)
+    x_NB = sample((5, 3, number_format.block_size))
+    scales = number_format.fit(x_NB)
+    columns = [number_format.encode(x_NB[..., i : i + 1], scales) for i in range(x_NB.shape[-1])]
+    codes_NB = torch.cat(columns, dim=-1)
+    assert torch.equal(codes_NB, number_format.encode(x_NB, scales))
+    assert torch.equal(number_format.decode(codes_NB, scales), number_format.round_blocks(x_NB))
+
+
+@each_quantizing_format
+def test_a_ragged_last_block_is_quantized_as_if_padded_with_zeros(number_format):
+    if number_format.block_size == -1:
+        number_format = dataclasses.replace(number_format, block_size=16)
+    size = number_format.block_size
+    x = sample((4, 2 * size + size // 2))
+    padded = torch.nn.functional.pad(x, (0, size - size // 2))
+    assert torch.equal(number_format.fake_quantize(x), number_format.fake_quantize(padded)[:, : x.shape[1]])
+
+
+@each_quantizing_format
+def test_an_axis_shorter_than_a_block_is_one_block(number_format):
+    x = sample((4, 12))
+    whole = dataclasses.replace(number_format, block_size=-1)
+    assert torch.equal(number_format.fake_quantize(x), whole.fake_quantize(x))
+
+
+@each_format
+def test_blocks_run_along_the_axis_asked_for(number_format):
+    x = sample((6, 48, 4))
+    assert torch.equal(number_format.fake_quantize(x, 1), number_format.fake_quantize(x.mT).mT)
+    assert torch.equal(number_format.quantize(x, -2).parts["codes"], number_format.quantize(x.mT).parts["codes"])
+
+
+@each_format
+def test_blocks_do_not_see_each_other(number_format):
+    x = sample((2, 256))
+    y = x.clone()
+    y[:, 128:] *= 1000
+    y[1] = 0
+    if number_format.block_size == -1:
+        assert torch.equal(number_format.fake_quantize(y)[1], torch.zeros(256))
+    else:
+        assert torch.equal(number_format.fake_quantize(y)[0, :128], number_format.fake_quantize(x)[0, :128])
+
+
+@each_format
+def test_zeros_stay_zeros(number_format):
+    x = torch.zeros(2, 40)
+    x[1, :5] = 3.0
+    quantized = number_format.quantize(x)
+    assert not quantized.dequantize()[0].any()
+    assert not quantized.dequantize()[1, 5:].any()
+    assert not number_format.fake_quantize(-torch.zeros(3, 5)).any()
+
+
+@each_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nan_and_infinity_are_refused_with_their_count(number_format, dtype):
+    x = torch.ones(2, 8, dtype=dtype)
+    x[0, 1] = x[1, 1] = torch.nan
+    x[0, 3] = -torch.inf
+    with pytest.raises(NonFiniteError, match="^2 NaN and 1 infinite of 16 values$"):
+        number_format.quantize(x)
+
+
+@each_quantizing_format
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_emulation_turns_a_block_with_nan_or_infinity_into_nan(number_format, bad):
+    x = sample((2, 32))
+    x[0, 5] = bad
+    emulated = number_format.fake_quantize(x)
+    assert emulated[0, :16].isnan().all()
+    assert emulated[1].isfinite().all()
+
+
+def test_float64_that_overflows_float32_is_refused():
+    with pytest.raises(NonFiniteError, match="0 NaN and 1 infinite of 2 values"):
+        MXInt(4).quantize(torch.tensor([1e300, 1.0], dtype=torch.float64))
+
+
+def test_a_value_beyond_float16_is_refused_by_its_passthrough():
+    with pytest.raises(NonFiniteError, match="0 NaN and 1 infinite of 2 values"):
+        Passthrough("float16").quantize(torch.tensor([1e5, 1.0]))
+
+
+@each_quantizing_format
+def test_tiny_and_huge_inputs_give_finite_values(number_format):
+    for exponent in (-149, -140, -127, -126, -120, 100, 127):
+        x = (torch.linspace(-1, 1, 33, dtype=torch.float64) * 2.0**exponent).float()
+        if getattr(number_format, "compat", False) and exponent == 127:
+            x = x * 0.99  # above 2^127 compat reproduces NaN
+        values = number_format.fake_quantize(x)
+        assert values.isfinite().all()
+        assert torch.equal(values, number_format.quantize(x).dequantize())
+
+
+@each_format
+def test_emulation_never_waits_for_the_device(number_format):
+    # A meta tensor has no data: whatever asks for a value raises.
+    x = torch.empty(3, 40, dtype=torch.bfloat16, device="meta")
+    assert number_format.fake_quantize(x).shape == x.shape
+
+
+@each_format
+def test_the_input_is_left_alone_and_not_shared(number_format):
+    x = sample((4, 64)).requires_grad_()
+    before = x.detach().clone()
+    emulated, quantized = number_format.fake_quantize(x), number_format.quantize(x)
+    assert not emulated.requires_grad
+    assert not quantized.dequantize().requires_grad
+    emulated.zero_()
+    for part in quantized.parts.values():
+        part.zero_()
+    assert torch.equal(x.detach(), before)
+
+
+def test_an_axis_that_is_not_there_or_has_no_element_is_refused():
+    with pytest.raises(ValueError, match=r"axis 2 is not an axis of a tensor of shape \(3, 4\)"):
+        MXInt(4).quantize(torch.zeros(3, 4), axis=2)
+    with pytest.raises(ValueError, match=r"axis -1 of a tensor of shape \(3, 0\) has no element"):
+        MXInt(4).fake_quantize(torch.zeros(3, 0))
+    with pytest.raises(ValueError, match=r"axis -1 is not an axis of a tensor of shape \(\)"):
+        MXInt(4).quantize(torch.tensor(1.0))
+
+
+REFUSED = [
+    ({"kind": "mxint", "bits": 9}, "bits 9 is not in 2..8 (mxint)"),
+    ({"kind": "int", "bits": 1}, "bits 1 is not in 2..8 (int)"),
+    (
+        {"kind": "mxint", "bits": 4, "block_size": 0},
+        "block_size 0 is neither -1 (the whole axis) nor at least 1 (mxint)",
+    ),
+    (
+        {"kind": "mxint", "bits": 4, "scale_rounding": "floor", "compat": True},
+        "compat True needs scale_rounding 'ceil'",
+    ),
+]
+REFUSED_BY_TYPE = [
+    ({"kind": "mxint", "bits": 4, "scale_rounding": "up"}, "scale_rounding 'up' is not one of 'ceil', 'floor' (mxint)"),
+    (
+        {"kind": "int", "bits": 4, "scale_dtype": "int8"},
+        "scale_dtype 'int8' is not one of 'float16', 'bfloat16', 'float32'",
+    ),
+    ({"kind": "mx", "element": "fp4"}, "element 'fp4' is not one of 'mxfp8_e4m3'"),
+    ({"kind": "passthrough", "dtype": "float64"}, "dtype 'float64' is not one of"),
+    ({"kind": "mxint"}, "missing 1 required positional argument: 'bits' (mxint)"),
+    ({"kind": "mxint", "bits": 4, "group": 16}, "unexpected keyword argument 'group' (mxint)"),
+    ({"kind": "nf4"}, "format kind 'nf4' is not one of 'mxint', 'int', 'mx', 'passthrough'"),
+    ({"bits": 4}, "format kind None is not one of"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED + REFUSED_BY_TYPE)
+def test_a_format_that_cannot_be_is_refused_with_rule_and_value(fields, message):
+    with pytest.raises(ValueError) as refusal:
+        format_from_dict(fields)
+    assert message in str(refusal.value)
+
+
+@each_format
+def test_a_format_survives_its_own_description(number_format):
+    fields = json.loads(json.dumps(number_format.to_dict()))
+    assert list(fields)[0] == "kind"
+    assert format_from_dict(fields) == number_format
+    assert hash(format_from_dict(fields)) == hash(number_format)
+
+
+class TestPydantic:
+    adapter = TypeAdapter(Annotated[Format, Field(discriminator="kind")])
+
+    @each_format
+    def test_reads_what_to_dict_wrote(self, number_format):
+        read = self.adapter.validate_python(number_format.to_dict())
+        assert read == number_format
+        assert type(read) is type(number_format)
+
+    @pytest.mark.parametrize(("fields", "message"), REFUSED)
+    def test_reports_the_formats_own_rules(self, fields, message):
+        with pytest.raises(ValidationError) as refusal:
+            self.adapter.validate_python(fields)
+        assert message in str(refusal.value)
+
+    @pytest.mark.parametrize("kind", ["mxint", "int", "mx", "passthrough"])
+    def test_refuses_an_unknown_key(self, kind):
+        needed = {"mxint": {"bits": 4}, "int": {"bits": 4}, "mx": {"element": "mxint8"}, "passthrough": {}}[kind]
+        with pytest.raises(ValidationError, match="group_size"):
+            self.adapter.validate_python({"kind": kind, **needed, "group_size": 16})
+
+    def test_refuses_an_unknown_kind(self):
+        with pytest.raises(ValidationError, match="'mxint', 'int', 'mx', 'passthrough'"):
+            self.adapter.validate_python({"kind": "nf4"})
+
+
+def test_the_folder_imports_only_torch_and_the_standard_library():
+    allowed = sys.stdlib_module_names | {"torch"}
+    for path in Path(lqer.formats.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path.name
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module.split(".")[0] in allowed, path.name
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1, path.name
+
+
+def test_the_examples_in_the_documentation_are_true():
+    results = doctest.testfile(str(ROOT / "docs" / "formats.md"), module_relative=False, encoding="utf-8")
+    assert results.attempted > 0
+    assert results.failed == 0

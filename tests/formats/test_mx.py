@@ -1,0 +1,122 @@
+"""OCP MX against microxcaling's outputs, PyTorch's own 8-bit floats, and a search over all element values."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from lqer.formats import MX
+
+BLOCKS = {b["name"]: b for b in json.loads((Path(__file__).parent / "mx_vectors.json").read_text())["blocks"]}
+ELEMENTS = ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4_e2m1", "mxint8"]
+SCALE_ONE = 127
+
+
+def tensor(digits: str) -> torch.Tensor:
+    return torch.tensor(struct.unpack(">16f", bytes.fromhex(digits)))
+
+
+def element_values(element: str) -> torch.Tensor:
+    """Every finite value of the element, by ascending code, through decode with a shared scale of 1."""
+    mx = MX(element)
+    codes = torch.arange(1 << mx.code_width, dtype=torch.int32).to(torch.uint8)
+    return mx.decode(codes.unsqueeze(0), {"exponents": torch.tensor([SCALE_ONE], dtype=torch.uint8)})[0]
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("rounding", ["even", "away"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_values_equal_microxcaling(name, rounding, element):
+    x, expected = tensor(BLOCKS[name]["input"]), tensor(BLOCKS[name][rounding][element])
+    mx = MX(element, block_size=16, element_rounding=rounding)
+    assert torch.equal(mx.quantize(x).dequantize(), expected)
+    assert torch.equal(mx.fake_quantize(x), expected)
+
+
+@pytest.mark.parametrize(("element", "dtype"), [("mxfp8_e4m3", torch.float8_e4m3fn), ("mxfp8_e5m2", torch.float8_e5m2)])
+def test_8_bit_floats_are_those_of_pytorch(element, dtype):
+    patterns = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    values = patterns.view(dtype).float()
+    assert torch.equal(element_values(element).nan_to_num(nan=-1), values.nan_to_num(nan=-1))
+    largest = values[values.isfinite()].max()
+    x = torch.linspace(-1, 1, 4001) ** 5 * largest
+    codes = MX(element).encode(x.unsqueeze(0), {"exponents": torch.tensor([SCALE_ONE], dtype=torch.uint8)})[0]
+    assert torch.equal(codes, x.to(dtype).view(torch.uint8))
+
+
+def test_small_floats_have_the_values_of_the_specification():
+    assert element_values("mxfp4_e2m1").tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    e2m3 = element_values("mxfp6_e2m3")[:32]
+    assert e2m3[[1, 7, 8, 15, 16, 31]].tolist() == [0.125, 0.875, 1, 1.875, 2, 7.5]
+    e3m2 = element_values("mxfp6_e3m2")[:32]
+    assert e3m2[[1, 3, 4, 7, 8, 31]].tolist() == [0.0625, 0.1875, 0.25, 0.4375, 0.5, 28]
+
+
+def test_mxint8_is_twos_complement_in_units_of_a_64th():
+    values = element_values("mxint8")
+    assert values[[0, 1, 64, 127, 128, 192, 255]].tolist() == [0, 1 / 64, 1, 127 / 64, -2, -1, -1 / 64]
+
+
+@pytest.mark.parametrize("rounding", ["even", "away"])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_encoding_takes_the_nearest_element_value(element, rounding):
+    mx = MX(element, element_rounding=rounding)
+    values = element_values(element)
+    finite_codes = torch.arange(1 << mx.code_width)[values.isfinite() & (values >= 0)]
+    finite, order = values[finite_codes].sort()
+    midpoints = (finite[1:] + finite[:-1]) / 2
+    x = torch.cat([finite, midpoints, midpoints * (1 + 2**-20), midpoints * (1 - 2**-20), finite[-1:] * 1.1])
+    scales = {"exponents": torch.tensor([SCALE_ONE], dtype=torch.uint8)}
+    got = mx.decode(mx.encode(x.unsqueeze(0), scales), scales)[0]
+
+    distance = (x.clamp(max=finite[-1].item()).unsqueeze(-1) - finite).abs()
+    best = distance.min(dim=-1, keepdim=True).values
+    tied = distance == best
+    even = (finite_codes[order] % 2 == 0) & tied
+    below, above = tied.int().argmax(-1), len(finite) - 1 - tied.flip(-1).int().argmax(-1)
+    pick = torch.where(even.any(-1) & (below != above), even.int().argmax(-1), below) if rounding == "even" else above
+    assert torch.equal(got, finite[pick])
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_every_finite_pattern_encodes_back_under_every_scale_that_keeps_it_finite(element):
+    mx = MX(element)
+    codes = torch.arange(1 << mx.code_width, dtype=torch.int32).to(torch.uint8)
+    codes = codes[element_values(element).isfinite() & (element_values(element) != -2 if element == "mxint8" else True)]
+    exponents = torch.arange(0, 255 - 16, dtype=torch.int32).to(torch.uint8)
+    values = mx.decode(codes.expand(len(exponents), -1), {"exponents": exponents})
+    scale = 2.0 ** (exponents.double() - 127).unsqueeze(-1)
+    assert torch.equal(values.double(), mx.decode(codes.unsqueeze(0), one_scale()).double() * scale)
+    assert torch.equal(mx.encode(values, {"exponents": exponents}), codes.expand(len(exponents), -1))
+
+
+def one_scale() -> dict[str, torch.Tensor]:
+    return {"exponents": torch.tensor([SCALE_ONE], dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_finite_input_gives_finite_values_at_both_ends_of_float32(element):
+    limits = torch.finfo(torch.float32)
+    x = torch.tensor([[limits.max, -limits.max, 1.0, 0.0], [2.0**-149, -(2.0**-140), 2.0**-126, 0.0]])
+    values = MX(element, block_size=4).quantize(x).dequantize()
+    assert values.isfinite().all()
+    assert values[0, 0] > 0.7 * limits.max
+    assert values[1, 2] == 2.0**-126
+
+
+def test_exponent_255_decodes_to_nan():
+    scales = {"exponents": torch.tensor([255], dtype=torch.uint8)}
+    assert MX("mxfp4_e2m1").decode(torch.arange(16, dtype=torch.uint8).unsqueeze(0), scales).isnan().all()
+
+
+def test_the_maximum_saturates_between_the_largest_element_and_the_next_power_of_two():
+    x = torch.tensor([7.9, 7.0, 5.1, 1.0])
+    assert MX("mxfp4_e2m1", block_size=4).fake_quantize(x).tolist() == [6, 6, 6, 1]
+
+
+def test_away_and_even_part_at_ties_only():
+    x = torch.tensor([4.0, 2.5, 1.25, 0.25, -0.75])
+    assert MX("mxfp4_e2m1").fake_quantize(x).tolist() == [4, 2, 1, 0, -1]
+    assert MX("mxfp4_e2m1", element_rounding="away").fake_quantize(x).tolist() == [4, 3, 1.5, 0.5, -1]

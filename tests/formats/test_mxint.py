@@ -1,0 +1,202 @@
+"""MXINT against the published implementations' outputs, and against its definition written out for one number."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from lqer.formats import Int, MXInt, QuantizedTensor
+
+VECTORS = json.loads((Path(__file__).parent / "mxint_vectors.json").read_text())
+BLOCKS = {block["name"]: block for block in VECTORS["blocks"]}
+WIDTHS = [2, 3, 4, 6, 8]
+
+# LQER adds 1e-9 to every magnitude, which takes ties up where |x| < 2^-5, and leaves |x| <= 1e-8 as it is.
+CLEAN_DIFFERS_FROM_LQER = {
+    "powers_of_two_ramp": {6, 8},  # ties at 2^-7 and 2^-9
+    "ties_w6": {6},
+    "ties_w8": {8},
+    "ties_scaled_2em20": {4},
+    "tiny_1e-7": set(WIDTHS),
+    "tiny_1e-8": set(WIDTHS),
+    "tiny_1e-10": set(WIDTHS),
+    "fp32_denormals": set(WIDTHS),
+    "denormal_plus_normal": set(WIDTHS),
+    "above_2e127": set(WIDTHS),  # LQER's shared scale 2^128 overflows: NaN
+}
+# QERA multiplies codes by the scale before dividing by 2^(bits - 2): infinity although the value is representable.
+QERA_OVERFLOWS = {"max_2e127": {3, 4, 6, 8}, "above_2e127": {3, 4, 6, 8}}
+
+
+def tensor(digits: str, shape=(-1,)) -> torch.Tensor:
+    count = len(digits) // 8
+    return torch.tensor(struct.unpack(f">{count}f", bytes.fromhex(digits))).reshape(shape)
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal numbers: NaN matches NaN, -0 matches +0."""
+    return actual.shape == expected.shape and bool(((actual == expected) | (actual.isnan() & expected.isnan())).all())
+
+
+def by_definition(block: list[float], bits: int, scale_rounding: str) -> list[float]:
+    """MXINT of one block in Python floats, where every step is exact."""
+    largest = max(map(abs, block))
+    if largest == 0 or (scale_rounding == "floor" and largest < 2.0**-126):
+        return [0.0] * len(block)
+    mantissa, exponent = math.frexp(largest)  # mantissa in [0.5, 1)
+    if scale_rounding == "floor" or mantissa == 0.5:
+        exponent -= 1
+    step = 2.0 ** (min(max(exponent, -126), 127) - (bits - 1 if scale_rounding == "ceil" else bits - 2))
+    limit = 2 ** (bits - 1) - 1
+    return [step * max(-limit, min(limit, round(x / step))) for x in block]
+
+
+def blocks_of_all_magnitudes() -> torch.Tensor:
+    """[1024, 16]: maxima over the whole range of float32, subnormals and exact powers of two included."""
+    generator = torch.Generator().manual_seed(0)
+    mantissas = torch.rand(1024, 16, generator=generator, dtype=torch.float64) * 2 - 1
+    mantissas[::4, 3] = 1.0
+    exponents = torch.linspace(-148, 128, 1024, dtype=torch.float64).round().unsqueeze(-1)
+    limit = torch.finfo(torch.float32).max
+    return (mantissas * 2.0**exponents).clamp(-limit, limit).to(torch.float32)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_compat_equals_lqer(name, bits):
+    x, expected = tensor(BLOCKS[name]["input"]), tensor(BLOCKS[name]["lqer"][str(bits)])
+    mxint = MXInt(bits, compat=True)
+    assert same(mxint.quantize(x).dequantize(), expected)
+    assert same(mxint.fake_quantize(x), expected)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_clean_differs_from_lqer_only_where_a_quirk_acts(name, bits):
+    x, expected = tensor(BLOCKS[name]["input"]), tensor(BLOCKS[name]["lqer"][str(bits)])
+    assert same(MXInt(bits).fake_quantize(x), expected) == (bits not in CLEAN_DIFFERS_FROM_LQER.get(name, set()))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_floor_equals_qera_and_is_right_where_qera_overflows(name, bits):
+    x, expected = tensor(BLOCKS[name]["input"]), tensor(BLOCKS[name]["qera"][str(bits)])
+    overflowed = expected.isinf()
+    assert bool(overflowed.any()) == (bits in QERA_OVERFLOWS.get(name, set()))
+    expected = torch.where(overflowed, torch.tensor(by_definition(x.tolist(), bits, "floor")), expected)
+    mxint = MXInt(bits, scale_rounding="floor")
+    assert same(mxint.quantize(x).dequantize(), expected)
+    assert same(mxint.fake_quantize(x), expected)
+
+
+@pytest.mark.parametrize("case", VECTORS["tensors"], ids=lambda case: case["name"])
+@pytest.mark.parametrize("compat", [True, False])
+def test_whole_tensors_equal_lqer(case, compat):
+    x, expected = tensor(case["input"], case["shape"]), tensor(case["output"], case["shape"])
+    mxint = MXInt(case["bits"], case["block_size"], compat=compat)
+    # A block of values around 1e-9 is where the clean variant must part from LQER.
+    agrees = compat or case["name"] != "near_zero_block"
+    assert same(mxint.quantize(x, case["axis"]).dequantize(), expected) == agrees
+    assert same(mxint.fake_quantize(x, case["axis"]), expected) == agrees
+
+
+@pytest.mark.parametrize("scale_rounding", ["ceil", "floor"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_values_follow_the_definition_over_the_whole_range_of_float32(bits, scale_rounding):
+    x = blocks_of_all_magnitudes()
+    expected = torch.tensor([by_definition(block, bits, scale_rounding) for block in x.tolist()])
+    mxint = MXInt(bits, scale_rounding=scale_rounding)
+    assert torch.equal(mxint.fake_quantize(x), expected)
+    assert torch.equal(mxint.quantize(x).dequantize(), expected)
+
+
+@pytest.mark.parametrize("scale_rounding", ["ceil", "floor"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_code_decodes_exactly_under_every_exponent_and_encodes_back(bits, scale_rounding):
+    mxint = MXInt(bits, scale_rounding=scale_rounding)
+    limit = 2 ** (bits - 1) - 1
+    codes = torch.arange(-limit, limit + 1, dtype=torch.int8).expand(255, -1)
+    scales = {"exponents": torch.arange(255, dtype=torch.uint8)}
+    values = mxint.decode(codes, scales)
+    exponents = torch.arange(255, dtype=torch.float64).unsqueeze(-1) - 127 - mxint.fraction_bits
+    assert torch.equal(values.double(), codes.double() * 2.0**exponents)
+    assert torch.equal(mxint.encode(values, scales)[1:], codes[1:])
+    assert not mxint.encode(values, scales)[0].any()  # byte 0 is a zero block
+
+
+def test_exponent_255_decodes_to_nan_whatever_the_code():
+    codes = torch.arange(-7, 8, dtype=torch.int8).unsqueeze(0)
+    assert MXInt(4).decode(codes, {"exponents": torch.tensor([255], dtype=torch.uint8)}).isnan().all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_maximum_that_is_a_power_of_two_saturates_under_ceil_and_is_kept_under_floor(bits):
+    x = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert MXInt(bits).fake_quantize(x)[0] == 1 - 2.0 ** (1 - bits)
+    assert MXInt(bits, scale_rounding="floor").fake_quantize(x)[0] == 1
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_ceil_and_floor_agree_unless_the_maximum_is_a_power_of_two(bits):
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(MXInt(bits).fake_quantize(x), MXInt(bits, scale_rounding="floor").fake_quantize(x))
+
+
+@pytest.mark.parametrize("scale_rounding", ["ceil", "floor"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_error_is_at_most_half_a_step_where_no_code_saturates(bits, scale_rounding):
+    mxint = MXInt(bits, scale_rounding=scale_rounding)
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(2))
+    quantized = mxint.quantize(x)
+    step = 2.0 ** (quantized.parts["exponents"].float() - 127 - mxint.fraction_bits)
+    step = step.repeat_interleave(16, dim=-1)
+    inside = x.abs() <= mxint.max_code * step
+    error = (quantized.dequantize() - x).abs()
+    assert inside.float().mean() > 0.5
+    assert (error <= step / 2)[inside].all()
+    assert (error <= step)[~inside].all()
+
+
+def test_scaling_by_a_power_of_two_scales_the_values():
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
+    for exponent in (-100, -17, 5, 100):
+        for scale_rounding in ("ceil", "floor"):
+            mxint = MXInt(5, scale_rounding=scale_rounding)
+            assert torch.equal(mxint.fake_quantize(x * 2.0**exponent), mxint.fake_quantize(x) * 2.0**exponent)
+
+
+def test_compat_takes_a_maximum_just_above_a_large_power_of_two_for_that_power():
+    x = torch.tensor([2.0**20 * (1 + 2.0**-23), 0.0])
+    assert MXInt(4, compat=True).quantize(x).parts["exponents"].item() == 127 + 20
+    assert MXInt(4).quantize(x).parts["exponents"].item() == 127 + 21
+
+
+def test_compat_stores_the_values_that_pass_through_and_charges_for_them():
+    x = torch.zeros(2, 16)
+    x[0, :3] = torch.tensor([1.0, 1e-9, -5e-9])
+    quantized = MXInt(4, compat=True).quantize(x)
+    assert quantized.parts["passthrough_index"].tolist() == [1, 2]
+    assert torch.equal(quantized.dequantize()[0, 1:], x[0, 1:])
+    assert quantized.metadata_bits == 2 * 8 + 2 * (64 + 32)
+
+
+def test_compat_passes_values_through_along_any_axis():
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(4)) * 1e-8
+    mxint = MXInt(4, compat=True)
+    quantized = mxint.quantize(x, axis=0)
+    assert 0 < len(quantized.parts["passthrough_index"]) < x.numel()
+    assert torch.equal(quantized.dequantize(), mxint.fake_quantize(x, axis=0))
+    assert torch.equal(mxint.unpack(quantized.pack(), x.shape, 0).dequantize(), quantized.dequantize())
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weights_are_exactly_symmetric_integers_with_a_bfloat16_scale(bits):
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
+    quantized = MXInt(bits, block_size=32).quantize(x)
+    steps = 2.0 ** (quantized.parts["exponents"].float() - 127 - (bits - 1))
+    parts = {"codes": quantized.parts["codes"], "scales": steps.to(torch.bfloat16)}
+    integer = Int(bits, block_size=32, symmetric=True, scale_dtype="bfloat16")
+    assert torch.equal(QuantizedTensor(integer, (32, 64), 1, parts).dequantize(), quantized.dequantize())
