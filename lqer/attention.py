@@ -4,8 +4,8 @@ Both products are quantized, S = Q·Kᵀ and O = P·V. Where blocks of a number 
     "reduction"  along the dimension that the product sums over: head_dim for Q and K, keys for P and V
     "reference"  along the last dimension of each operand as LQER's code presents it: head_dim for Q, keys for Kᵀ,
                  keys for P, head_dim for V
-Blocks along keys share a scale between neighbouring tokens, so a token's result depends, within rounding, on tokens after
-it: see docs/footguns.md.
+Blocks along keys share a scale between neighbouring tokens, so a token's result depends, within rounding, on tokens
+after it: see docs/footguns.md.
 
 Shapes: B batch, H heads, G key/value heads, T query tokens, K keys, D head_dim.
 """
@@ -22,8 +22,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lqer.errors import ModelError
+from lqer.files import content_hash
 from lqer.formats import NumberFormat
-from lqer.store import content_hash
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 Linears fed by the same tensor (q, k and v; gate and up) form one input site and share its statistics. A file holds, for
 each site named after its first linear,
-    <site>.mean_abs     (I,)    float32, maximum over batches of the mean of |x_i| over a batch's tokens (LQER's statistic)
-    <site>.mean_square  (I,)    float32, mean of x_i² over all tokens
-    <site>.sample       (S, I)  inputs of S tokens spread evenly over the text, to report output errors on
+    <site>.mean_abs     (I,)    float32, maximum over batches of the mean of |x_i| over a batch's tokens (LQER's
+    statistic) <site>.mean_square  (I,)    float32, mean of x_i² over all tokens <site>.sample       (S, I)  inputs of S
+    tokens spread evenly over the text, to report output errors on
 and in `sites.json` which site each linear belongs to.
 
 Shapes: W windows, T tokens of a window, N tokens of a batch, I in_features, S sampled tokens.

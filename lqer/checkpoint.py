@@ -5,8 +5,8 @@
     block-00000.safetensors   one per decoder block: packed codes and metadata of its linears, its norms as they were
     outside.safetensors       everything outside the blocks, as it was
 
-Tensors of a quantized linear are named <linear>.{weight,low_rank_a,low_rank_b,bias}.<part>; no dequantized copy of a weight
-is stored.
+Tensors of a quantized linear are named <linear>.{weight,low_rank_a,low_rank_b,bias}.<part>; no dequantized copy of a
+weight is stored.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ OUTSIDE_FILE = "outside.safetensors"
 FORMAT_VERSION = 1
 
 
-def pack_linear(
-    name: str, weight: QuantizedWeight, bias: QuantizedTensor | None
-) -> dict[str, Tensor]:
+def pack_linear(name: str, weight: QuantizedWeight, bias: QuantizedTensor | None) -> dict[str, Tensor]:
     """The tensors that stand for one linear in its block's file."""
     quantized = {"weight": weight.weight_OI, "bias": bias}
     if weight.low_rank is not None:

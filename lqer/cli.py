@@ -32,7 +32,7 @@ def main(arguments: Sequence[str], usage: str) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[bool, str, str | None, list[str]]:
-    """(validate only, config path, tag or None, overrides). Raises ConfigError if the arguments are not of that form."""
+    """(validate only, config path, tag or None, overrides). Raises ConfigError for arguments of another form."""
     overrides = [argument for argument in arguments if argument.startswith("--") and argument != "--validate"]
     words = [argument for argument in arguments if not argument.startswith("-")]
     strays = [argument for argument in arguments if argument.startswith("-") and not argument.startswith("--")]

@@ -12,7 +12,6 @@ Rows are read once, in order, and no further than needed: calibration stops as s
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from lqer.errors import DataError
+from lqer.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,12 +139,10 @@ def load_rows(spec: DatasetSpec, purpose: Purpose) -> TextRows:
         # Calibration wants a few rows of what may be very large. Evaluation reads all, so that may stay in the cache.
         return _hub_rows(spec, HubText(repository=spec.path, stream=purpose == "calibration"), purpose)
     known = f"known names are {', '.join(KNOWN_NAMES)}; else give a hub id (owner/name), .txt, .jsonl or .parquet file"
-    raise DataError(f"unknown dataset {spec.path!r}{_nearest(spec.path, KNOWN_NAMES)}; {known}")
+    raise DataError(f"unknown dataset {spec.path!r}; {known}{did_you_mean(spec.path, KNOWN_NAMES)}")
 
 
-def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, spec: DatasetSpec, num_samples: int, seq_len: int
-) -> Tensor:
+def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: TextRows, num_samples: int, seq_len: int) -> Tensor:
     """Return the first token windows of a text: int64, (num_samples, seq_len).
 
     Token ids are those of the rows in order, concatenated and cut every `seq_len`; nothing is drawn at random.
@@ -152,7 +150,6 @@ def calibration_windows(
     """
     import torch
 
-    text = load_rows(spec, "calibration")
     needed = num_samples * seq_len
     ids: list[int] = []
     if text.documents:  # verbose=False: ids are cut into windows, so one longer than the model's context is no fault
@@ -255,7 +252,7 @@ def _texts(records: Iterable[Any], column: str, source: str) -> Iterator[str]:
         for record in records:
             columns = list(record) if isinstance(record, dict) else []
             if column not in columns:
-                found = f"{_nearest(column, columns)}; it has {', '.join(columns) or 'none'}"
+                found = f"; it has {', '.join(columns) or 'none'}{did_you_mean(column, columns)}"
                 raise DataError(f"dataset {source} has no column {column!r}{found}")
             if not isinstance(record[column], str):
                 raise DataError(
@@ -292,8 +289,3 @@ def _reading(source: str) -> Iterator[None]:
     except Exception as error:  # hub, network, cache and parsers raise types with no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"dataset {source} cannot be read: {reason}") from error
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -16,7 +16,6 @@ Shape suffixes: O output features, I input features, K key/value heads, D their 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from lqer.errors import ModelError
+from lqer.files import fsync, hash_file
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -177,9 +177,9 @@ def _make(key: str, demo: DemoModel, target: Path) -> None:
         shutil.copy(source / Path(demo.license).name, checkpoint / "LICENSE")
         (checkpoint / "README.md").write_text(f"{demo.about}\n", encoding="utf-8")
         for path in (*checkpoint.iterdir(), checkpoint):
-            _fsync(path)
+            fsync(path)
         checkpoint.rename(target)
-        _fsync(target.parent)
+        fsync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     log.info("%s%s: written to %s", DEMO_PREFIX, key, target)
@@ -237,17 +237,6 @@ def _expand(key: str, gguf: Path, folder: Path) -> None:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
-        raise ModelError(f"{path.name} has SHA-256 {digest.hexdigest()}; it must be {expected}")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    found = hash_file(path)
+    if found != expected:
+        raise ModelError(f"{path.name} has SHA-256 {found}; it must be {expected}")

@@ -1,8 +1,8 @@
 """The quantized linear as a module: y = W_q x_q + b_q + Q(Q(x_q A) B), emulated in ordinary arithmetic.
 
 x_q is the input rounded to the activation format; where activations are quantized, the rank-r intermediate and the
-product are rounded to the same format again (LQER, arXiv 2402.02446, section 4). Every factor holds exactly the values of
-its number format, so an emulated layer differs from a kernel on packed codes only by the order of summation.
+product are rounded to the same format again (LQER, arXiv 2402.02446, section 4). Every factor holds exactly the values
+of its number format, so an emulated layer differs from a kernel on packed codes only by the order of summation.
 
 Shapes: I in_features, O out_features, R rank.
 """

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lqer.demo import DEMO_PREFIX, demo_description, resolve_demo_model
 from lqer.errors import HubError, ModelError
-from lqer.store import content_hash, hash_file
+from lqer.files import content_hash, hash_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,7 +77,7 @@ def _fingerprint_folder(folder: Path) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU where there is one. Raises ModelError for a device that is not there."""
+    """The device of that name; "auto" is a GPU where there is one. Raises ModelError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -96,7 +96,7 @@ def pick_dtype(name: str, source: ModelSource, device: torch.device) -> torch.dt
     if device.type == "cpu":
         return torch.float32
     stored = getattr(load_model_config(source), "dtype", None)
-    return stored if stored in DTYPES.values() else torch.bfloat16
+    return stored if isinstance(stored, torch.dtype) else torch.bfloat16
 
 
 def load_model_config(source: ModelSource) -> Any:
@@ -111,7 +111,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_model(source: ModelSource, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
-    """Load the model in eval mode; dtype "auto" is the checkpoint's own. Raises ModelError with the library's reason."""
+    """Load the model in eval mode; dtype "auto" is the checkpoint's own. Raises ModelError with the reason."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -124,7 +124,8 @@ def load_model(source: ModelSource, dtype: torch.dtype | str, device: torch.devi
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model: {source.name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     prepare_model(model)
-    return model.to(device).eval()
+    nn.Module.to(model, device)
+    return model.eval()
 
 
 def prepare_model(model: nn.Module) -> None:
@@ -141,7 +142,9 @@ def prepare_model(model: nn.Module) -> None:
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder blocks: full name and ModuleList. Raises ModelError if the model has none or cannot be quantized."""
     unsplit = set(getattr(model, "_no_split_modules", None) or ())
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
     declared = [(name, blocks) for name, blocks in lists if all(type(block).__name__ in unsplit for block in blocks)]
     candidates = declared or lists
     if not candidates:

@@ -1,4 +1,4 @@
-"""A model's outline, read without its weights: which linears there are, so that a configuration can be checked at once."""
+"""A model's outline, read without its weights: which linears there are, to check a configuration against at once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lqer.config import Config, plan_linear
-from lqer.config.explain import nearest
 from lqer.errors import ConfigError, ModelError
 from lqer.methods import LinearPlan
 from lqer.models import ModelSource, block_linears, find_blocks, load_model_config, prepare_model
+from lqer.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ def plan_model(config: Config, outline: Outline) -> dict[str, LinearPlan | None]
         # Not every model has an nn.Linear of that name as its head, and presets skip it for all of them.
         if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in names):
             ends = sorted({name.rpartition(".")[2] for name in names})
-            guess = nearest(pattern.rpartition(".")[2], ends)
-            hint = f"; did you mean {guess!r}?" if guess else ""
             raise ConfigError(
-                f"{key}: {pattern!r} matches no linear of {outline.architecture}; its linears are named {', '.join(ends)}{hint}"
+                f"{key}: {pattern!r} matches no linear of {outline.architecture}; "
+                f"its linears are named {', '.join(ends)}{did_you_mean(pattern.rpartition('.')[2], ends)}"
             )
     plans = {name: plan_linear(config, name) for name in outline.linears}
     if not any(plans.values()):

@@ -24,9 +24,10 @@ from lqer.calibration import calibrate, calibration_key
 from lqer.checkpoint import load_quantized
 from lqer.config import Config
 from lqer.config.schema import NOT_QUANTIZED
-from lqer.errors import HubError
 from lqer.data import calibration_windows, load_rows, tokens_sha256
+from lqer.errors import HubError
 from lqer.evaluation.stage import Candidate, evaluate
+from lqer.files import write_text
 from lqer.methods import LinearPlan
 from lqer.models import ModelSource, find_blocks, load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
 from lqer.outline import Outline, plan_model, read_outline
@@ -34,7 +35,7 @@ from lqer.quantization import QuantizeSettings, quantization_key, quantize
 from lqer.report.environment import device_name, peak_memory_bytes, versions
 from lqer.report.results import SCHEMA_VERSION, Baseline, CalibrationInfo, Layers, ModelInfo, Results, Seconds
 from lqer.report.write import LAYERS_FILE, RESULTS_FILE, layer_rows, write_run
-from lqer.store import Artifact, Store, write_atomically
+from lqer.store import Artifact, Store
 from lqer.tracking import track
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def run(config: Config) -> Results:
     folder = Path(config.output_dir) / config.tag
     folder.mkdir(parents=True, exist_ok=True)
     resolved = config.model_dump(mode="json", exclude_none=True)
-    write_atomically(folder / CONFIG_FILE, lambda beside: beside.write_bytes(tomli_w.dumps(resolved).encode()) and None)
+    write_text(folder / CONFIG_FILE, tomli_w.dumps(resolved))
     (folder / RESULTS_FILE).unlink(missing_ok=True)
     with _logging_to(folder / "run.log"):
         results = _run(config, folder, started)
@@ -161,11 +162,10 @@ def _run(config: Config, folder: Path, started: float) -> Results:
     return results
 
 
-def _calibrate(
-    setting: Setting, store: Store, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Artifact, CalibrationInfo]:
+def _calibrate(setting: Setting, store: Store, tokenizer: PreTrainedTokenizerBase) -> tuple[Artifact, CalibrationInfo]:
     settings = setting.config.calibration
-    windows_WT = calibration_windows(tokenizer, settings.dataset, settings.num_samples, settings.seq_len)
+    text = load_rows(settings.dataset, "calibration")
+    windows_WT = calibration_windows(tokenizer, text, settings.num_samples, settings.seq_len)
     tokens = tokens_sha256(windows_WT)
     key = calibration_key(
         setting.source.fingerprint, tokens, settings.batch_size, settings.error_tokens, setting.dtype, setting.device
@@ -181,7 +181,7 @@ def _calibrate(
     artifact = _obtain(store, "calibrate", key, make)
     info = CalibrationInfo(
         dataset=settings.dataset.label,
-        source=load_rows(settings.dataset, "calibration").source,
+        source=text.source,
         tokens=windows_WT.numel(),
         fingerprint=tokens,
     )

@@ -1,7 +1,8 @@
 """Stage "quantize": every linear of every decoder block through its method, one checkpoint file per block.
 
-Beside the checkpoint it writes, per block, `layers-*.json` (one row per linear: bits, ranks, errors) and, for the first,
-middle and last block, `spectra-*.safetensors` (singular values of the rounding error, plain and activation-scaled).
+Beside the checkpoint it writes, per block, `layers-*.json` (one row per linear: bits, ranks, errors) and, for the
+first, middle and last block, `spectra-*.safetensors` (singular values of the rounding error, plain and
+activation-scaled).
 
 Shapes: I in_features, O out_features, S sampled tokens, K = min(I, O).
 """
@@ -75,8 +76,8 @@ def quantize(
 ) -> None:
     """Write the files of every block that `workspace` does not hold yet, then what lies around the blocks.
 
-    `model` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, where a weight
-    is NaN or infinite or was never reached by the calibration text.
+    `model` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, where a
+    weight is NaN or infinite or was never reached by the calibration text.
     """
     sites = calibration.json(SITES_FILE)
     spectra_blocks = {0, len(blocks) // 2, len(blocks) - 1}

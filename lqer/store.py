@@ -1,16 +1,15 @@
 """A content-addressed store of artifacts: folders named after what made them, whole or not there at all.
 
 An artifact's name is a hash of its stage, that stage's code version, its settings and the contents of its inputs. It is
-built in `<name>.partial`, file by file; each file is written beside its place, synced and renamed, then entered with its
-sha256 into a journal. A killed build goes on with the files that the journal vouches for. A finished one gets a manifest
-and its name. Every file is checked against its recorded sha256 before it is used: a damaged one is refused by name.
+built in `<name>.partial`, file by file; each file is written beside its place, synced and renamed, then entered with
+its sha256 into a journal. A killed build goes on with the files that the journal vouches for. A finished one gets a
+manifest and its name. Every file is checked against its recorded sha256 before it is used: a damaged one is refused by
+name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -24,42 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lqer.errors import StoreError
+from lqer.files import content_hash, hash_file, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
-CHUNK_BYTES = 1 << 22
-
-
-def content_hash(value: Any) -> str:
-    """sha256 (hex) of a JSON-able value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file beside `path`, sync it, and rename it into place: `path` is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8") and None)
 
 
 class Artifact:
@@ -136,15 +103,15 @@ class Workspace:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors (moved to the CPU, made contiguous) as safetensors. Names are sorted: same tensors, same bytes."""
+        """Write tensors of any device as safetensors, their names sorted: same tensors, same bytes."""
         ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
         self.write(name, lambda beside: save_file(ready, beside, metadata={"format": "pt"}))
 
     def write_json(self, name: str, value: Any) -> None:
         text = json.dumps(value, indent=1) + "\n"
-        self.write(name, lambda beside: beside.write_text(text, encoding="utf-8") and None)
+        self.write(name, lambda beside: beside.write_text(text, encoding="utf-8"))
 
-    def write(self, name: str, write: Callable[[Path], None]) -> None:
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
         write_atomically(self.path / name, write)
         self._files[name] = hash_file(self.path / name)
         write_json(self.path / JOURNAL, {"files": self._files, "seconds": self._elapsed()})
@@ -215,9 +182,7 @@ def _check(path: Path, recorded: str | None, folder: Path) -> None:
         raise StoreError(f"{path} is not in the manifest; {_mend(folder)}")
     found = hash_file(path)
     if found != recorded:
-        raise StoreError(
-            f"{path} is damaged: sha256 {found[:12]}… where {recorded[:12]}… was written; {_mend(folder)}"
-        )
+        raise StoreError(f"{path} is damaged: sha256 {found[:12]}… where {recorded[:12]}… was written; {_mend(folder)}")
 
 
 def _mend(folder: Path) -> str:

@@ -21,11 +21,17 @@ def track(settings: TrackingConfig, results: Results) -> None:
             f"tracking.backend: {settings.backend!r} is not installed (pip install {settings.backend})"
         ) from None
     run = backend.init(project=settings.project, name=results["tag"], config=results["config"])
-    numbers: dict[str, float] = {f"bits/{key}": value for key, value in results["bits"].items()}  # type: ignore[misc]
+    numbers = {
+        "bits/average": results["bits"]["average"],
+        "bits/weight": results["bits"]["weight"],
+        "bits/low_rank": results["bits"]["low_rank"],
+        "bits/metadata": results["bits"]["metadata"],
+    }
     for row in results["perplexity"]:
-        for kind in ("original", "plain", "quantized"):
-            if row[kind] is not None:  # type: ignore[literal-required]
-                numbers[f"perplexity/{row['dataset']}/{row['protocol']}/{kind}"] = row[kind]  # type: ignore[literal-required]
+        measured = {"original": row["original"], "plain": row["plain"], "quantized": row["quantized"]}
+        for kind, perplexity in measured.items():
+            if perplexity is not None:
+                numbers[f"perplexity/{row['dataset']}/{row['protocol']}/{kind}"] = perplexity
     for task in results["downstream"]:
         numbers[f"{task['task']}/{task['metric']}"] = task["quantized"]
     run.log(numbers)

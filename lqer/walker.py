@@ -1,8 +1,8 @@
 """Walks the decoder blocks of a model, one at a time: the one loop that every stage and method shares.
 
-A block is called with the arguments its own model calls it with. They are learnt by running the model once per batch with
-every block replaced by a recorder that hands its input through: masks, positions and rotary tables do not depend on the
-hidden states, so nothing else is needed, whatever the architecture.
+A block is called with the arguments its own model calls it with. They are learnt by running the model once per batch
+with every block replaced by a recorder that hands its input through: masks, positions and rotary tables do not depend
+on the hidden states, so nothing else is needed, whatever the architecture.
 
 Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size.
 """
@@ -65,8 +65,8 @@ def walk_blocks(
 ) -> Iterator[BlockVisit]:
     """Visit the blocks in order with the hidden states of `windows_WT` (int64 token ids).
 
-    The caller runs `visit.forward()` exactly once per visit. The model stays where it is but for the block at hand, which
-    is moved to `device` and back. Hidden states are kept on the CPU in the model's dtype.
+    The caller runs `visit.forward()` exactly once per visit. The model stays where it is but for the block at hand,
+    which is moved to `device` and back. Hidden states are kept on the CPU in the model's dtype.
     """
     stream = _enter(model, blocks, windows_WT.split(batch_size), device)
     for index, block in enumerate(blocks):
@@ -100,9 +100,7 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
-def _enter(
-    model: PreTrainedModel, blocks: nn.ModuleList, batches: tuple[Tensor, ...], device: torch.device
-) -> Stream:
+def _enter(model: PreTrainedModel, blocks: nn.ModuleList, batches: tuple[Tensor, ...], device: torch.device) -> Stream:
     """Embed every batch and record, per block and batch shape, how the model calls the block."""
     originals = list(blocks)
     recorders = [_Recorder(block) for block in originals]
@@ -110,7 +108,7 @@ def _enter(
     try:
         for index, recorder in enumerate(recorders):
             blocks[index] = recorder
-        model.to(device)
+        nn.Module.to(model, device)
         _learn_what_blocks_return(model, recorders, batches[0][:1].to(device))
         for ids_BT in batches:
             model.base_model(input_ids=ids_BT.to(device), use_cache=False)
@@ -139,4 +137,6 @@ def _learn_what_blocks_return(model: PreTrainedModel, recorders: list[_Recorder]
             continue
         if all(torch.equal(recorder.hidden, recorders[0].hidden) for recorder in recorders):
             return
-    raise ModelError(f"{type(model).__name__} changes the hidden states between its blocks: they cannot be walked alone")
+    raise ModelError(
+        f"{type(model).__name__} changes the hidden states between its blocks: they cannot be walked alone"
+    )

@@ -1,4 +1,4 @@
-"""The experiment's configuration: what it may say (schema), how it is read (reader), what it means per linear (plan)."""
+"""The configuration: what it may say (schema), how it is read (reader), what it means for a linear (plan)."""
 
 from lqer.config.plan import plan_linear
 from lqer.config.reader import read_config

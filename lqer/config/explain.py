@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from lqer.config.schema import Config, KeyedError
 from lqer.formats import Format
+from lqer.spelling import did_you_mean
 
 Loc = tuple[str | int, ...]
 
@@ -48,12 +48,6 @@ def explain(error: ValidationError, values: Mapping[str, Any], origin: Callable[
     return _line(origin(loc), loc, rule, shown, None)
 
 
-def nearest(word: str, choices: Sequence[str]) -> str | None:
-    """The choice that `word` is probably a misspelling of, if any."""
-    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return matches[0] if matches else None
-
-
 def _line(
     origin: str,
     loc: Loc,
@@ -67,8 +61,7 @@ def _line(
         line += f"; found {found!r}"
     if allowed:
         line += f"; allowed: {', '.join(allowed)}"
-        guess = nearest(misspelt or str(found), allowed)
-        line += f"; did you mean {guess!r}?" if guess else ""
+        line += did_you_mean(misspelt or str(found), allowed)
     return line
 
 
@@ -80,7 +73,7 @@ def _without_tags(loc: Loc, values: Any) -> Loc:
         is_index = isinstance(values, list) and isinstance(part, int) and part < len(values)
         if is_key or is_index:
             kept.append(part)
-            values = values[part]  # type: ignore[call-overload]
+            values = values[part]
         elif i == len(loc) - 1 and not (isinstance(values, Mapping) and values.get("kind") == part):
             kept.append(part)
     return tuple(kept)
@@ -135,4 +128,4 @@ def _class_in(annotation: Any, values: Any) -> Any:
 
 
 def _kinds() -> tuple[str, ...]:
-    return tuple(f.default for cls in typing.get_args(Format) for f in fields(cls) if f.name == "kind")
+    return tuple(str(f.default) for cls in typing.get_args(Format) for f in fields(cls) if f.name == "kind")

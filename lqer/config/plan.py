@@ -12,6 +12,7 @@ from lqer.methods import LinearPlan
 # Where [quantize.low_rank] names no format, A and B are stored as halves.
 DEFAULT_FACTOR = Passthrough(dtype="float16")
 
+
 def plan_linear(config: Config, name: str) -> LinearPlan | None:
     """The plan of the linear with the full name `name`, or None where it is skipped."""
     quantize = config.quantize
@@ -22,7 +23,9 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
         return None if format_name == NOT_QUANTIZED else config.formats[format_name]
 
     override = next((o for o in quantize.override if fnmatchcase(name, o.match)), None)
-    merged = quantize if override is None else quantize.model_copy(update=_given(override, "weight", "activation", "bias"))
+    merged = (
+        quantize if override is None else quantize.model_copy(update=_given(override, "weight", "activation", "bias"))
+    )
     low_rank = quantize.low_rank
     if override is not None and override.low_rank is not None:
         low_rank = low_rank.model_copy(update=_given(override.low_rank, "rank", "format", "blocks"))

@@ -30,7 +30,8 @@ class CalibrationConfig(Section):
     dataset: DatasetSpec = DatasetSpec(path="slimpajama-6b")
     num_samples: Positive = 32
     seq_len: Positive = 2048
-    # Also the micro-batch of LQER's statistic, a maximum over batches of per-batch means: changing it changes the result.
+    # Also the micro-batch of LQER's statistic, a maximum over batches of per-batch means: changing it changes the
+    # result.
     batch_size: Positive = 2
     # Tokens kept per input site to report each layer's output error on.
     error_tokens: Positive = 256
@@ -150,14 +151,12 @@ class Config(Section):
                     self._check_format(("quantize", "override", i, key), name, optional=key != "weight")
             if override.low_rank and override.low_rank.format is not None:
                 self._check_format(("quantize", "override", i, "low_rank", "format"), override.low_rank.format)
-        ranks = [(("quantize", "low_rank", "rank"), quantize.low_rank.rank)]
-        ranks += [
-            (("quantize", "override", i, "low_rank", "rank"), override.low_rank.rank)
-            for i, override in enumerate(quantize.override)
-            if override.low_rank and override.low_rank.rank is not None
-        ]
-        for loc, rank in ranks:
-            if rank > 0 and not METHODS[quantize.method].reconstructs:
+        ranks: dict[tuple[str | int, ...], int | None] = {("quantize", "low_rank", "rank"): quantize.low_rank.rank}
+        for i, override in enumerate(quantize.override):
+            if override.low_rank:
+                ranks["quantize", "override", i, "low_rank", "rank"] = override.low_rank.rank
+        for loc, rank in ranks.items():
+            if rank and not METHODS[quantize.method].reconstructs:
                 raise KeyedError(loc, f'must be 0: quantize.method "{quantize.method}" reconstructs nothing', rank)
         return self
 

@@ -1,4 +1,4 @@
-"""Zero- and few-shot tasks of lm-evaluation-harness, from its own collection or from local YAMLs and JSON-lines files."""
+"""Zero- and few-shot tasks of lm-evaluation-harness: its own collection, and local YAMLs on JSON-lines files."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from lqer.evaluation import harness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The keys by which a task's YAML says where few-shot examples come from.
+EXAMPLES_FROM = {"training_split", "fewshot_split", "fewshot_config"}
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,16 @@ def check_tasks(
     manager = harness.task_manager(tasks, include_path, data_dir)
     asked_as: dict[str, str] = {}
     for name in tasks:
-        for leaf, entry in harness.leaves(manager, name).items():
-            if leaf in asked_as:
-                raise ConfigError(f"evaluation.downstream.tasks: {leaf!r} is in both {asked_as[leaf]!r} and {name!r}")
-            asked_as[leaf] = name
+        for task, entry in harness.entries(manager, name).items():
+            if task in asked_as:
+                raise ConfigError(f"evaluation.downstream.tasks: {task!r} is in both {asked_as[task]!r} and {name!r}")
+            asked_as[task] = name
             files = harness.data_files(entry)
             for file in files:
                 harness.jsonl_path(file, data_dir)
-            if files and num_fewshot and "training_split" not in (entry.cfg or {}):
+            if files and num_fewshot and EXAMPLES_FROM.isdisjoint(entry.cfg or {}):
                 raise ConfigError(
-                    f"evaluation.downstream.num_fewshot must be 0 for {leaf!r}, whose YAML names no training_split: "
+                    f"evaluation.downstream.num_fewshot must be 0 for {task!r}, whose YAML names no training_split: "
                     f"found {num_fewshot}"
                 )
 
@@ -70,13 +73,12 @@ def evaluate_tasks(
 ) -> list[TaskResult]:
     """Every numeric metric of every task; a group gives its tasks, and itself where it aggregates them.
 
-    Args:
-        num_fewshot: examples in the prompt; None leaves each task its own number.
-        limit: only the first rows of each task.
-        max_length: tokens of a prompt with its answer; longer ones lose their beginning.
-        include_path: a folder of local task YAMLs; they win over the library's tasks of the same name.
-        data_dir: the folder that the paths in local YAMLs are relative to.
-        seed: chooses the few-shot examples and seeds what a task may sample; sets the global generators.
+    num_fewshot     examples in the prompt; None leaves each task its own number
+    limit           only the first rows of each task
+    max_length      tokens of a prompt with its answer; longer ones lose their beginning
+    include_path    a folder of local task YAMLs; they win over the library's tasks of the same name
+    data_dir        the folder that the paths in local YAMLs are relative to
+    seed            chooses the few-shot examples and seeds whatever a task samples; sets the global generators
 
     Raises ConfigError as `check_tasks` does, and DataError when a dataset cannot be loaded.
     """
@@ -113,12 +115,13 @@ def task_fingerprint(tasks: Sequence[str], include_path: Path | None, data_dir: 
     manager = harness.task_manager(tasks, include_path, data_dir)
     digest = hashlib.sha256(json.dumps([version("lm_eval"), *tasks]).encode())
     for name in tasks:
-        for leaf, entry in harness.leaves(manager, name).items():
+        for task, entry in harness.entries(manager, name).items():
             if include_path is None or not entry.yaml_path.is_relative_to(include_path.resolve()):
                 continue
             folder = entry.yaml_path.parent
             # The index spells a function with its folder in front; where the folder lies must not matter.
-            digest.update(json.dumps([leaf, entry.cfg], sort_keys=True).replace(str(folder), "").encode())
-            for path in [*sorted(folder.glob("*.py")), *(harness.jsonl_path(f, data_dir) for f in harness.data_files(entry))]:
+            digest.update(json.dumps([task, entry.cfg], sort_keys=True).replace(str(folder), "").encode())
+            files = [harness.jsonl_path(file, data_dir) for file in harness.data_files(entry)]
+            for path in [*sorted(folder.glob("*.py")), *files]:
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

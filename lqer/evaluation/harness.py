@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry
     from lm_eval.tasks.manager import TaskDict
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOCAL_LOADER = "lqer.evaluation.harness.load_jsonl"
 
@@ -98,18 +98,21 @@ def _index(include_path: Path | None, data_dir: Path | None, library_tasks: bool
         return TaskManager(include_path=include_path, include_defaults=library_tasks, metadata=metadata)
 
 
-def leaves(manager: TaskManager, name: str) -> dict[str, Entry]:
-    """The index entries of a task, or of all tasks in a group or tag; inline members of a group have none."""
+def entries(manager: TaskManager, name: str) -> dict[str, Entry]:
+    """The index entries behind a name: a task; a group and all it holds; the tasks of a tag.
+
+    What a group defines in its own YAML has no entry of its own.
+    """
     entry = manager.task_index.get(name)
     if entry is None:
         return {}
-    if entry.kind.name == "TAG":
-        members = sorted(entry.tags)
-    elif entry.kind.name == "GROUP" and entry.cfg is not None:
-        members = [member if isinstance(member, str) else member.get("task") for member in entry.cfg["task"]]
-    else:
-        return {name: entry}
-    return {leaf: found for member in members for leaf, found in leaves(manager, member).items()}
+    config = entry.cfg or {}
+    found = {} if entry.kind.name == "TAG" else {name: entry}
+    members = sorted(entry.tags) if entry.kind.name == "TAG" else config["task"] if "group" in config else []
+    for member in members:
+        member_name = member if isinstance(member, str) else member.get("group") or member["task"]
+        found |= entries(manager, member_name)
+    return found
 
 
 def data_files(entry: Entry) -> list[str]:
@@ -130,11 +133,14 @@ def load_jsonl(data_files: dict[str, str], data_dir: str | None = None, **metada
     splits = {}
     for split, name in data_files.items():
         path = jsonl_path(name, data_dir)
-        with path.open(encoding="utf-8") as lines:
-            try:
-                splits[split] = datasets.Dataset.from_list([json.loads(line) for line in lines if line.strip()])
-            except ValueError as error:
-                raise DataError(f"{path} must hold one JSON object per line: {error}") from error
+        try:
+            with path.open(encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in lines if line.strip()]
+            splits[split] = datasets.Dataset.from_list(rows)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} must hold one JSON object per line, all with the same fields: {error}") from error
+        if not rows:
+            raise DataError(f"{path} must hold at least one row")
     return datasets.DatasetDict(splits)
 
 
@@ -222,10 +228,10 @@ def score_stock_task(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seq_len: int, batch_size: int
 ) -> RollingScore:
     """Score one of the library's perplexity tasks. Raises ConfigError when it is no such task."""
-    task = load_tasks(task_manager([name], None, None), [name])["tasks"].get(name)
-    if task is None or task.get_config("output_type") != "loglikelihood_rolling":
+    manager = task_manager([name], None, None)
+    if (manager.task_index[name].cfg or {}).get("output_type") != "loglikelihood_rolling":
         raise ConfigError(f"perplexity by lm-eval needs a task of output type loglikelihood_rolling: {name!r} is not")
-    return _score_rolling(model, tokenizer, task, seq_len, batch_size)
+    return _score_rolling(model, tokenizer, load_tasks(manager, [name])["tasks"][name], seq_len, batch_size)
 
 
 def _score_rolling(
@@ -249,9 +255,7 @@ def _score_rolling(
     )
 
 
-def _adapter(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
-) -> HFLM:
+def _adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int) -> HFLM:
     """The model as the library sees it, with log-probabilities in fp32 whatever the model's dtype.
 
     In bf16, the library's default for a bf16 model, log-probabilities of answers would tie at steps of 1/16.
@@ -261,8 +265,15 @@ def _adapter(
     class Adapter(HFLM):
         """Shows one progress bar per perplexity task, where the library opens one per batch."""
 
+        @functools.cached_property
+        def config(self) -> PretrainedConfig:
+            """The model's, less a quantized checkpoint's own entry: the library would look that up in transformers."""
+            config = copy.deepcopy(self._config)
+            config.quantization_config = None
+            return config
+
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-            with tqdm(desc="lm-eval perplexity", unit="window", disable=disable_tqdm) as self.rolling_bar:
+            with tqdm(desc="perplexity", unit="window", disable=disable_tqdm) as self.rolling_bar:
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(

@@ -5,11 +5,12 @@
     lqer     as LQER's code does it: the rows are tokenized in parts, every shard of them loses its own tail, and the
              mean is taken over batches. For comparing with LQER's tables.
     lm-eval  word perplexity of whole documents by lm-evaluation-harness: rolling windows in which every token is
-             predicted, divided by the number of words.
+             predicted, divided by the number of words. A BOS that the tokenizer adds is predicted too, and dearly, once
+             per document: on short documents it dominates.
 
 The first two are pure functions from text to token windows and from windows to a result; one loss loop serves both.
 
-Shapes: W windows, B windows of one batch, T = seq_len tokens of a window, V vocabulary, R predicted positions.
+Shapes: W windows, B windows of one batch, T tokens of a window, V vocabulary, R positions of a chunk.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def lqer_windows(
 def gptq_perplexity(
     model: PreTrainedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
 ) -> PerplexityResult:
-    """exp of the mean over all predicted tokens; `batch_size` changes it by rounding at most."""
+    """The exponential of the mean over all predicted tokens; `batch_size` changes it by rounding at most."""
     nll_W = _window_nlls(model, windows_WT, batch_size, progress)
     return _result("gptq", nll_W.mean(), windows_WT)
 
@@ -91,7 +92,7 @@ def gptq_perplexity(
 def lqer_perplexity(
     model: PreTrainedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
 ) -> PerplexityResult:
-    """exp of the mean over batches of each batch's mean.
+    """The exponential of the mean over batches of each batch's mean.
 
     A last batch with fewer windows weighs as much as a full one, so the result depends on `batch_size` unless that
     divides the number of windows.
@@ -160,26 +161,31 @@ def _window_nlls(model: PreTrainedModel, windows_WT: Tensor, batch_size: int, pr
     running perplexity; without it nothing waits until the end.
     """
     model.eval()
-    nlls = []
+    batches = []
+    running_nll = torch.zeros((), dtype=torch.float64)
     with tqdm(total=len(windows_WT), desc="perplexity", unit="window", disable=not progress) as bar:
         for windows_BT in windows_WT.split(batch_size):
-            windows_BT = windows_BT.to(model.device)
-            logits_BTV = model(input_ids=windows_BT, use_cache=False).logits
-            nlls.append(torch.stack([_mean_nll(logits, ids) for logits, ids in zip(logits_BTV, windows_BT)]))
-            bar.update(len(windows_BT))
+            tokens_BT = windows_BT.to(model.device)
+            logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+            nll_B = torch.stack([_mean_nll(logits_TV, tokens_T) for logits_TV, tokens_T in zip(logits_BTV, tokens_BT)])
+            batches.append(nll_B)
             if progress:
-                bar.set_postfix(ppl=f"{torch.cat(nlls).mean().exp().item():.4f}")
-    return torch.cat(nlls).cpu()
+                running_nll += nll_B.sum().cpu()
+                bar.update(len(nll_B))
+                bar.set_postfix(ppl=f"{(running_nll / bar.n).exp().item():.4f}")
+    return torch.cat(batches).cpu()
 
 
 def _mean_nll(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
-    """The mean over tokens 1 .. T-1 of -log p(token | tokens before it): losses in fp32, their sum in fp64."""
-    logits_RV, targets_R = logits_TV[:-1], tokens_T[1:].to(logits_TV.device)
-    total = sum(
-        F.cross_entropy(logits.float(), targets, reduction="none").double().sum()
-        for logits, targets in zip(logits_RV.split(LOSS_POSITIONS), targets_R.split(LOSS_POSITIONS))
+    """The mean over tokens 1 .. T-1 of -log p(token | tokens before it), a float64 scalar; losses are taken in fp32."""
+    targets_T = tokens_T[1:].to(logits_TV.device)
+    nll_T = torch.cat(
+        [
+            F.cross_entropy(logits_RV.float(), targets_R, reduction="none")
+            for logits_RV, targets_R in zip(logits_TV[:-1].split(LOSS_POSITIONS), targets_T.split(LOSS_POSITIONS))
+        ]
     )
-    return total / len(targets_R)
+    return nll_T.double().mean()
 
 
 def _result(protocol: str, nll: Tensor, windows_WT: Tensor) -> PerplexityResult:

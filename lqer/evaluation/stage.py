@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.config.schema import DownstreamConfig, EvaluationConfig, PerplexityConfig
 from lqer.data import DatasetSpec, load_rows, tokens_sha256
 from lqer.evaluation.downstream import evaluate_tasks, task_fingerprint
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, lm_eval_perplexity
+from lqer.files import content_hash
 from lqer.report.results import DownstreamRow, PerplexityRow
-from lqer.store import Artifact, Store, Workspace, content_hash
+from lqer.store import Artifact, Store, Workspace
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure all `candidates` ("quantized" and, where asked for, "original" and "plain").
 
-    arithmetic: dtype, device and backend, part of every result's name. Raises DataError or ConfigError where a text or task
-    cannot be had.
+    arithmetic: dtype, device and backend, part of every result's name. Raises DataError or ConfigError where a text or
+    task cannot be had.
     """
     texts = [_perplexity_job(settings.perplexity, spec, tokenizer) for spec in _datasets(settings.perplexity)]
     tasks = [] if settings.downstream is None else [_downstream_job(settings.downstream, tokenizer, seed)]
@@ -122,9 +122,14 @@ def _perplexity_job(
     """The job of one dataset, and the description of its text."""
     assert settings is not None
     text = load_rows(spec, "evaluation")
-    key: dict[str, Any] = {"protocol": settings.protocol, "seq_len": settings.seq_len, "batch_size": settings.batch_size}
+    key: dict[str, Any] = {
+        "protocol": settings.protocol,
+        "seq_len": settings.seq_len,
+        "batch_size": settings.batch_size,
+    }
     if settings.protocol == "lm-eval":
-        documents = list(text.rows)
+        # Lines of a running text are no documents: scored one by one they would lose their context.
+        documents = list(text.rows) if text.documents else [text.joiner.join(text.rows)]
         key["documents"] = content_hash(documents)
 
         def measure(model: PreTrainedModel) -> Any:

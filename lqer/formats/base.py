@@ -8,6 +8,7 @@ Shapes: L = length of the block axis, N = leading dims and blocks, B = within a 
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import from_blocks, to_blocks
-from .packing import pack_bits, unpack_bits
+from .blocks import block_count, from_blocks, to_blocks
+from .packing import pack_bits, packed_length, unpack_bits
 
 
 class NonFiniteError(ValueError):
@@ -57,8 +58,8 @@ class NumberFormat(ABC):
 
     @property
     @abstractmethod
-    def code_width(self) -> int:
-        """Bits of a code as stored."""
+    def stream_widths(self) -> dict[str, int]:
+        """Bits per element of the parts that are stored as bit streams: "codes", and metadata narrower than a byte."""
 
     @property
     def code_offset(self) -> int:
@@ -87,7 +88,7 @@ class NumberFormat(ABC):
         Raises NonFiniteError for NaN or infinity, ValueError for a tensor without an element along `axis`.
         """
         axis = _normalize_axis(x, axis)
-        x_L = x.detach().movedim(axis, -1).to(torch.float32, memory_format=torch.contiguous_format)
+        x_L = _axis_last(x, axis)
         check_finite(x_L)
         return QuantizedTensor(self, tuple(x.shape), axis, self.quantize_parts(x_L))
 
@@ -97,9 +98,9 @@ class NumberFormat(ABC):
         For activations. NaN and infinity are not refused but turn their whole block into NaN. Carries no gradient.
         """
         axis = _normalize_axis(x, axis)
-        x_L = x.detach().movedim(axis, -1).to(torch.float32, memory_format=torch.contiguous_format)
+        x_L = _axis_last(x, axis)
         y_L = from_blocks(self.round_blocks(to_blocks(x_L, self.block_size)), x_L.shape[-1])
-        return y_L.movedim(-1, axis).to(x.dtype, memory_format=torch.contiguous_format)
+        return y_L.to(x.dtype).movedim(-1, axis).contiguous()
 
     def round_blocks(self, x_NB: Tensor) -> Tensor:
         """A new tensor with `decode(encode(x))` of float32 blocks; formats override it with something faster."""
@@ -118,16 +119,23 @@ class NumberFormat(ABC):
         return from_blocks(self.decode(to_blocks(codes_L, self.block_size), parts), codes_L.shape[-1])
 
     def pack_parts(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Parts as stored: codes as a bit stream, metadata as it is."""
-        unsigned_L = parts["codes"].view(torch.uint8) + self.code_offset  # uint8 wraps: -1 is 255, plus 8 is 7
-        return {**parts, "codes": pack_bits(unsigned_L, self.code_width)}
+        """Parts as stored: the narrow ones as uint8 bit streams, the others as they are."""
+        packed = dict(parts)
+        if self.code_offset:
+            packed["codes"] = parts["codes"].view(torch.uint8) + self.code_offset  # uint8 wraps: -1 is 255, plus 8 is 7
+        for name, width in self.stream_widths.items():
+            packed[name] = pack_bits(packed[name], width)
+        return packed
 
     def unpack_parts(self, packed: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         """The inverse of `pack_parts` for an axis of `length`."""
-        codes_L = unpack_bits(packed["codes"], length, self.code_width)
+        parts = dict(packed)
+        for name, width in self.stream_widths.items():
+            elements = length if name == "codes" else block_count(length, self.block_size)
+            parts[name] = unpack_bits(packed[name], elements, width)
         if self.code_offset:
-            codes_L = (codes_L - self.code_offset).view(torch.int8)
-        return {**packed, "codes": codes_L}
+            parts["codes"] = (parts["codes"] - self.code_offset).view(torch.int8)
+        return parts
 
     def unpack(self, packed: dict[str, Tensor], shape: Sequence[int], axis: int) -> "QuantizedTensor":
         """The inverse of `QuantizedTensor.pack`, without loss; `shape` and `axis` are those of the tensor."""
@@ -150,8 +158,7 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, computed in float32, as a contiguous tensor of `shape`."""
-        values = self.format.dequantize_parts(self.parts).movedim(-1, self.axis)
-        return values.to(dtype, memory_format=torch.contiguous_format)
+        return self.format.dequantize_parts(self.parts).to(dtype).movedim(-1, self.axis).contiguous()
 
     def pack(self) -> dict[str, Tensor]:
         """What is stored: "codes" as a uint8 bit stream per row, metadata in its storage dtype."""
@@ -160,18 +167,19 @@ class QuantizedTensor:
     @property
     def code_bits(self) -> int:
         """Bits of the packed codes, rows rounded up to whole bytes."""
-        return self._stored_bits()["codes"]
+        return self._stored_bits("codes")
 
     @property
     def metadata_bits(self) -> int:
         """Bits of everything packed that is not a code."""
-        stored = self._stored_bits()
-        return sum(stored.values()) - stored["codes"]
+        return sum(self._stored_bits(name) for name in self.parts if name != "codes")
 
-    def _stored_bits(self) -> dict[str, int]:
-        # Packing on the meta device gives the stored shapes and dtypes without touching data.
-        packed = self.format.pack_parts({name: part.to("meta") for name, part in self.parts.items()})
-        return {name: part.numel() * part.element_size() * 8 for name, part in packed.items()}
+    def _stored_bits(self, name: str) -> int:
+        part = self.parts[name]
+        if name not in self.format.stream_widths:
+            return part.numel() * part.element_size() * 8
+        rows = math.prod(part.shape[:-1])
+        return rows * packed_length(part.shape[-1], self.format.stream_widths[name]) * 8
 
 
 def _normalize_axis(x: Tensor, axis: int) -> int:
@@ -180,3 +188,8 @@ def _normalize_axis(x: Tensor, axis: int) -> int:
     if x.shape[axis] == 0:
         raise ValueError(f"axis {axis} of a tensor of shape {tuple(x.shape)} has no element to quantize")
     return axis % x.dim()
+
+
+def _axis_last(x: Tensor, axis: int) -> Tensor:
+    """`x` in float32 with the block axis last, contiguous; shares memory with `x` where nothing has to change."""
+    return x.detach().movedim(axis, -1).contiguous().to(torch.float32)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from .base import NumberFormat, require_block_size, require_choice, require_range
 from .blocks import FLOAT32_INF_PATTERN, block_count, max_magnitude_pattern
-from .packing import pack_bits, unpack_bits
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -49,8 +48,8 @@ class Int(NumberFormat):
         require_choice("scale_dtype", self.scale_dtype, list(SCALE_DTYPES), "int")
 
     @property
-    def code_width(self) -> int:
-        return self.bits
+    def stream_widths(self) -> dict[str, int]:
+        return {"codes": self.bits} if self.symmetric else {"codes": self.bits, "zeros": self.bits}
 
     @property
     def code_offset(self) -> int:
@@ -106,18 +105,6 @@ class Int(NumberFormat):
             return y_NB.clamp_(self.min_code, self.max_code).mul_(step_NB)
         zeros_NB = scales["zeros"].to(torch.float32).unsqueeze(-1)
         return y_NB.add_(zeros_NB).clamp_(0, self.max_code).sub_(zeros_NB).mul_(step_NB)
-
-    def pack_parts(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        packed = super().pack_parts(parts)
-        if not self.symmetric:
-            packed["zeros"] = pack_bits(parts["zeros"], self.bits)
-        return packed
-
-    def unpack_parts(self, packed: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-        parts = super().unpack_parts(packed, length)
-        if not self.symmetric:
-            parts["zeros"] = unpack_bits(packed["zeros"], block_count(length, self.block_size), self.bits)
-        return parts
 
     def _storable(self, scales_N: Tensor) -> Tensor:
         """Float32 scales in their storage dtype, kept positive and small enough that every code decodes finite."""

@@ -89,11 +89,11 @@ class MX(NumberFormat):
         require_choice("element_rounding", self.element_rounding, ["even", "away"], "mx")
 
     @property
-    def code_width(self) -> int:
-        return ELEMENTS[self.element].width
+    def stream_widths(self) -> dict[str, int]:
+        return {"codes": ELEMENTS[self.element].width}
 
     def bits_per_value(self, length: int) -> float:
-        return self.code_width + 8 * block_count(length, self.block_size) / length
+        return ELEMENTS[self.element].width + 8 * block_count(length, self.block_size) / length
 
     def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
         """Scales uint8 [N] (E8M0) of float32 blocks [N, B]."""
@@ -131,7 +131,8 @@ class MX(NumberFormat):
     def _units(self, v_NB: Tensor) -> tuple[Tensor, Tensor]:
         """The spacing of element values around each scaled value v, and v rounded to a whole number of them.
 
-        Both float32 [N, B], the spacing of INT8 a scalar. That of a float is 2^(max(floor(log2 |v|), emin) - fraction_bits).
+        Both float32 [N, B], but INT8's spacing is one number for all. A float's is 2^(max(floor(log2 |v|), emin) -
+        fraction_bits).
         """
         element = ELEMENTS[self.element]
         if element.exponent_bits == 0:

@@ -63,8 +63,8 @@ class MXInt(NumberFormat):
             raise ValueError("compat True needs scale_rounding 'ceil', found 'floor' (mxint)")
 
     @property
-    def code_width(self) -> int:
-        return self.bits
+    def stream_widths(self) -> dict[str, int]:
+        return {"codes": self.bits}
 
     @property
     def code_offset(self) -> int:

@@ -30,11 +30,11 @@ class Passthrough(NumberFormat):
         require_choice("block_size", self.block_size, [-1], "passthrough")
 
     @property
-    def code_width(self) -> int:
-        return DTYPES[self.dtype].itemsize * 8
+    def stream_widths(self) -> dict[str, int]:
+        return {}
 
     def bits_per_value(self, length: int) -> float:
-        return self.code_width
+        return DTYPES[self.dtype].itemsize * 8
 
     def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
         """No scales."""
@@ -52,9 +52,3 @@ class Passthrough(NumberFormat):
         parts = super().quantize_parts(x_L)
         check_finite(parts["codes"])
         return parts
-
-    def pack_parts(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(parts)
-
-    def unpack_parts(self, packed: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-        return dict(packed)

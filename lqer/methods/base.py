@@ -23,8 +23,8 @@ class LinearPlan:
     """How one linear is quantized; None stands for "stays in the model's dtype".
 
     `rank` may exceed what the weight admits: it is then taken as min(out_features, in_features). `factor_blocks` says
-    along which dimension A and B are cut into blocks: "reduction", the one a GEMM sums over (A along in_features, B along
-    the rank), or "reference", as the sweeps of LQER's paper ran (A along the rank, B along out_features).
+    along which dimension A and B are cut into blocks: "reduction", the one a GEMM sums over (A along in_features, B
+    along the rank), or "reference", as the sweeps of LQER's paper ran (A along the rank, B along out_features).
     """
 
     method: str

@@ -28,7 +28,7 @@ def versions() -> Versions:
 
 
 def device_name(device: torch.device) -> str:
-    """ "NVIDIA H200" or "x86_64 CPU, 2 threads"."""
+    """The GPU's name, or "x86_64 CPU, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
@@ -55,7 +55,11 @@ def _git_commit() -> str | None:
         return None
     try:
         described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

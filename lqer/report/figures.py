@@ -1,13 +1,14 @@
 """The figures of a report: singular values of the rounding error, output error per linear, perplexities.
 
-Colours are of the Okabe-Ito palette, which stays apart for colour-blind readers; the same model kind has the same colour in
-every figure.
+Colours are of the Okabe-Ito palette, which stays apart for colour-blind readers; the same model kind has the same
+colour in every figure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -21,7 +22,7 @@ from lqer.report.results import PerplexityRow
 
 COLOURS = {"original": "#000000", "plain": "#D55E00", "quantized": "#0072B2"}
 DPI = 130
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -33,12 +34,11 @@ STYLE = {
 }
 
 
-def save_singular_values(path: Path, spectra: Mapping[str, np.ndarray], rank: int) -> None:
-    """One panel per kind of linear of the middle block: how fast the error's singular values fall, plain and scaled.
+def save_singular_values(path: Path, spectra: Mapping[str, np.ndarray], linears: Sequence[str], rank: int) -> None:
+    """One panel per linear of a block: how fast the rounding error's singular values fall, plain and scaled.
 
     spectra: "<linear>.plain" and "<linear>.scaled", descending; each curve is divided by its own first value.
     """
-    linears = list(dict.fromkeys(name.rpartition(".")[0] for name in spectra))
     columns = min(4, len(linears))
     rows = -(-len(linears) // columns)
     with plt.rc_context(STYLE):
@@ -84,10 +84,11 @@ def save_output_errors(path: Path, layers: pd.DataFrame) -> None:
         _save(figure, path)
 
 
-def save_perplexities(path: Path, rows: Sequence[PerplexityRow], bits: Mapping[str, float]) -> None:
-    """One group of bars per dataset: original, plain rounding where evaluated, quantized."""
+def save_perplexities(
+    path: Path, rows: Sequence[PerplexityRow], names: Mapping[str, str], bits: Mapping[str, float]
+) -> None:
+    """One group of bars per dataset: original, plain rounding where evaluated, quantized, named by `names`."""
     kinds = [kind for kind in COLOURS if any(row[kind] is not None for row in rows)]  # type: ignore[literal-required]
-    names = {"original": "original", "plain": "plain rounding", "quantized": "quantized"}
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(max(4.0, 1.6 + 1.8 * len(rows)), 3))
         width = 0.8 / len(kinds)
@@ -97,7 +98,9 @@ def save_perplexities(path: Path, rows: Sequence[PerplexityRow], bits: Mapping[s
             places = np.arange(len(rows)) + (k - (len(kinds) - 1) / 2) * width
             bars = axis.bar(places, values, width * 0.92, label=label, color=COLOURS[kind])
             axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-        axis.set_xticks(np.arange(len(rows)), [f"{row['dataset']}\n{row['protocol']}, {row['seq_len']}" for row in rows])
+        axis.set_xticks(
+            np.arange(len(rows)), [f"{row['dataset']}\n{row['protocol']}, {row['seq_len']}" for row in rows]
+        )
         axis.grid(axis="x", visible=False)
         axis.set_ylabel("perplexity (lower is better)")
         axis.margins(y=0.15)

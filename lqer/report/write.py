@@ -8,15 +8,18 @@ from typing import Any
 
 import pandas as pd
 
+from lqer.files import write_atomically, write_json, write_text
 from lqer.quantization import layers_file, spectra_file
 from lqer.report import figures
 from lqer.report.results import Results
-from lqer.store import Artifact, write_atomically, write_json
+from lqer.store import Artifact
 
 LAYERS_FILE = "layers.csv"
 REPORT_FILE = "report.md"
 RESULTS_FILE = "results.json"
-NAMES = {"original": "original", "plain": "plain rounding", "quantized": "quantized"}
+PERPLEXITY_FIGURE = "figures/perplexity.png"
+ERROR_FIGURE = "figures/output_error.png"
+SPECTRA_FIGURE = "figures/singular_values.png"
 
 
 def layer_rows(checkpoint: Artifact, blocks: int) -> list[dict[str, Any]]:
@@ -44,20 +47,24 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     )
 
 
-def write_run(folder: Path, results: Results, rows: Sequence[Mapping[str, Any]], checkpoint: Artifact, blocks: int) -> None:
+def write_run(
+    folder: Path, results: Results, rows: Sequence[Mapping[str, Any]], checkpoint: Artifact, blocks: int
+) -> None:
     """Write everything a reader looks at; results.json comes last, so that its presence says the run is complete."""
     layers = layers_table(rows)
     write_atomically(folder / LAYERS_FILE, lambda beside: layers.to_csv(beside, index=False, float_format="%.6g"))
-    spectra = {name: tensor.numpy() for name, tensor in checkpoint.tensors(spectra_file(blocks // 2)).items()}
-    if spectra:
-        middle = layers["name"].isin({name.rpartition(".")[0] for name in spectra})
-        rank = int(layers.loc[middle, "rank"].max())
-        figures.save_singular_values(folder / "figures/singular_values.png", spectra, rank)
-    figures.save_output_errors(folder / "figures/output_error.png", layers)
+    middle = spectra_file(blocks // 2)
+    if middle in checkpoint:
+        spectra = {name: tensor.numpy() for name, tensor in checkpoint.tensors(middle).items()}
+        shown = layers[layers["name"].isin({name.rpartition(".")[0] for name in spectra})]
+        figures.save_singular_values(folder / SPECTRA_FIGURE, spectra, list(shown["name"]), int(shown["rank"].max()))
+    figures.save_output_errors(folder / ERROR_FIGURE, layers)
     if results["perplexity"]:
-        figures.save_perplexities(folder / "figures/perplexity.png", results["perplexity"], _bits_by_kind(results))
-    text = render_report(results, layers)
-    write_atomically(folder / REPORT_FILE, lambda beside: beside.write_text(text, encoding="utf-8") and None)
+        figures.save_perplexities(
+            folder / PERPLEXITY_FIGURE, results["perplexity"], _kind_names(results), _bits_by_kind(results)
+        )
+    text = render_report(results, layers, middle in checkpoint)
+    write_text(folder / REPORT_FILE, text)
     write_json(folder / RESULTS_FILE, results)
 
 
@@ -68,16 +75,26 @@ def _bits_by_kind(results: Results) -> dict[str, float]:
     return bits
 
 
+def _kind_names(results: Results) -> dict[str, str]:
+    method = results["config"]["quantize"]["method"]
+    return {
+        "original": "original",
+        "plain": "plain rounding",
+        "quantized": "plain rounding" if method == "none" else method,
+    }
+
+
 def summary_table(results: Results) -> str:
     """The table that a run ends with: one row per evaluation, one column per kind of model (markdown)."""
     kinds = ["original", *(["plain"] if results["baseline"] is not None else []), "quantized"]
-    method = results["config"]["quantize"]["method"]
-    names = NAMES | {"quantized": method if method != "none" else "plain rounding"}
+    names = _kind_names(results)
     bits = _bits_by_kind(results)
     lines = [
         "| | " + " | ".join(names[kind] for kind in kinds) + " |",
         "|---" * (len(kinds) + 1) + "|",
-        "| bits per quantized weight | " + " | ".join(f"{bits[kind]:.3f}" if kind in bits else "–" for kind in kinds) + " |",
+        "| bits per quantized weight | "
+        + " | ".join(f"{bits[kind]:.3f}" if kind in bits else "–" for kind in kinds)
+        + " |",
     ]
     for row in results["perplexity"]:
         label = f"perplexity, {row['dataset']} ({row['protocol']}, seq_len {row['seq_len']}, {row['tokens']} tokens)"
@@ -92,41 +109,45 @@ def _number(value: Any, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def render_report(results: Results, layers: pd.DataFrame) -> str:
+def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool) -> str:
     """report.md: what was compared, on what, and how each layer fared."""
-    model, calibration, bits, seconds = (results[key] for key in ("model", "calibration", "bits", "seconds"))  # type: ignore[literal-required]
+    model, calibration, bits, seconds = results["model"], results["calibration"], results["bits"], results["seconds"]
     quantize = results["config"]["quantize"]
     worst = layers.nlargest(5, "output_error")[["name", "rank", "bits", "output_error_before", "output_error"]]
     share = model["quantized_parameters"] / max(model["parameters"], 1)
     evaluations = "".join(f"- evaluated on {row['source']}\n" for row in results["perplexity"])
-    pictures = "![perplexity](figures/perplexity.png)\n\n" if results["perplexity"] else ""
-    return f"""# {results["tag"]}
-
-{model["name"]} ({model["architecture"]}, {model["parameters"] / 1e6:.1f}M parameters; {share:.0%} of them quantized).
-{model["description"]}
-
-{summary_table(results)}
-
-Bits are charged in full: {bits["weight"]:.3f} codes + {bits["metadata"]:.3f} scales and exponents + {bits["low_rank"]:.3f} low rank.
-Method `{quantize["method"]}`, weights `{quantize["weight"]}`, activations `{quantize["activation"]}`, attention operands `{quantize["attention"]}`.
-
-- calibrated on {calibration["source"]}: {calibration["tokens"]} tokens
-{evaluations}
-{pictures}![output error](figures/output_error.png)
-
-![singular values](figures/singular_values.png)
-
-The five linears with the largest output error (all of them: `{results["layers"]["file"]}`):
-
-{_markdown(worst)}
-
-Made in {seconds["calibrate"]:.1f} s calibration + {seconds["quantize"]:.1f} s quantization + {seconds["evaluate"]:.1f} s evaluation on
-{results["device"]}; peak memory {results["peak_memory_bytes"] / 2**30:.2f} GiB. Versions: {", ".join(f"{k} {v}" for k, v in results["versions"].items())}.
-"""
+    pictures = [PERPLEXITY_FIGURE] if results["perplexity"] else []
+    pictures += [ERROR_FIGURE, *([SPECTRA_FIGURE] if with_spectra else [])]
+    shown = "\n\n".join(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures)
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    paragraphs = [
+        f"# {results['tag']}",
+        f"{model['name']} ({model['architecture']}, {model['parameters'] / 1e6:.1f}M parameters; {share:.0%} of them "
+        f"quantized).\n{model['description']}",
+        summary_table(results),
+        f"Bits are charged in full: {bits['weight']:.3f} codes + {bits['metadata']:.3f} scales and exponents + "
+        f"{bits['low_rank']:.3f} low rank.\nMethod `{quantize['method']}`, weights `{quantize['weight']}`, activations "
+        f"`{quantize['activation']}`, attention operands `{quantize['attention']}`.",
+        f"- calibrated on {calibration['source']}: {calibration['tokens']} tokens\n{evaluations}",
+        shown,
+        f"The five linears with the largest output error (all of them: `{results['layers']['file']}`):",
+        markdown_table(worst),
+        f"Made in {seconds['calibrate']:.1f} s calibration + {seconds['quantize']:.1f} s quantization + "
+        f"{seconds['evaluate']:.1f} s evaluation on {results['device']}; peak memory "
+        f"{results['peak_memory_bytes'] / 2**30:.2f} GiB.\nVersions: {versions}.",
+    ]
+    return "\n\n".join(paragraph.rstrip() for paragraph in paragraphs) + "\n"
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table as markdown: numbers to five significant digits, absent ones as a dash."""
     lines = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
     for row in table.itertuples(index=False):
-        lines.append("| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+        lines.append("| " + " | ".join(map(_cell, row)) + " |")
     return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "–"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -7,32 +7,37 @@ from pathlib import Path
 import pytest
 import torch
 
-from lqer.formats import MX
+from lqer.formats import MX, MXInt
 
 BLOCKS = {b["name"]: b for b in json.loads((Path(__file__).parent / "mx_vectors.json").read_text())["blocks"]}
 ELEMENTS = ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4_e2m1", "mxint8"]
-SCALE_ONE = 127
 
 
 def tensor(digits: str) -> torch.Tensor:
     return torch.tensor(struct.unpack(">16f", bytes.fromhex(digits)))
 
 
+def one_scale() -> dict[str, torch.Tensor]:
+    """A block whose shared scale is 1."""
+    return {"exponents": torch.tensor([127], dtype=torch.uint8)}
+
+
 def element_values(element: str) -> torch.Tensor:
-    """Every finite value of the element, by ascending code, through decode with a shared scale of 1."""
+    """The value of every bit pattern of the element, decoded with a shared scale of 1."""
     mx = MX(element)
-    codes = torch.arange(1 << mx.code_width, dtype=torch.int32).to(torch.uint8)
-    return mx.decode(codes.unsqueeze(0), {"exponents": torch.tensor([SCALE_ONE], dtype=torch.uint8)})[0]
+    codes = torch.arange(1 << mx.stream_widths["codes"], dtype=torch.int32).to(torch.uint8)
+    return mx.decode(codes.unsqueeze(0), one_scale())[0]
 
 
-@pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("rounding", ["even", "away"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_values_equal_microxcaling(name, rounding, element):
-    x, expected = tensor(BLOCKS[name]["input"]), tensor(BLOCKS[name][rounding][element])
-    mx = MX(element, block_size=16, element_rounding=rounding)
-    assert torch.equal(mx.quantize(x).dequantize(), expected)
-    assert torch.equal(mx.fake_quantize(x), expected)
+def test_values_equal_microxcaling(name, rounding):
+    x = tensor(BLOCKS[name]["input"])
+    for element in ELEMENTS:
+        expected = tensor(BLOCKS[name][rounding][element])
+        mx = MX(element, block_size=16, element_rounding=rounding)
+        assert torch.equal(mx.quantize(x).dequantize(), expected), element
+        assert torch.equal(mx.fake_quantize(x), expected), element
 
 
 @pytest.mark.parametrize(("element", "dtype"), [("mxfp8_e4m3", torch.float8_e4m3fn), ("mxfp8_e5m2", torch.float8_e5m2)])
@@ -42,7 +47,7 @@ def test_8_bit_floats_are_those_of_pytorch(element, dtype):
     assert torch.equal(element_values(element).nan_to_num(nan=-1), values.nan_to_num(nan=-1))
     largest = values[values.isfinite()].max()
     x = torch.linspace(-1, 1, 4001) ** 5 * largest
-    codes = MX(element).encode(x.unsqueeze(0), {"exponents": torch.tensor([SCALE_ONE], dtype=torch.uint8)})[0]
+    codes = MX(element).encode(x.unsqueeze(0), one_scale())[0]
     assert torch.equal(codes, x.to(dtype).view(torch.uint8))
 
 
@@ -59,41 +64,42 @@ def test_mxint8_is_twos_complement_in_units_of_a_64th():
     assert values[[0, 1, 64, 127, 128, 192, 255]].tolist() == [0, 1 / 64, 1, 127 / 64, -2, -1, -1 / 64]
 
 
+def test_mxint8_is_mxint_with_floor_outside_subnormal_blocks():
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-37, 37, 64).unsqueeze(-1)
+    x[::5, ::32] = 2.0 ** torch.arange(-126, -126 + 13).unsqueeze(-1)
+    mxint = MXInt(8, block_size=32, scale_rounding="floor")
+    assert torch.equal(MX("mxint8").fake_quantize(x), mxint.fake_quantize(x))
+
+
 @pytest.mark.parametrize("rounding", ["even", "away"])
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_encoding_takes_the_nearest_element_value(element, rounding):
     mx = MX(element, element_rounding=rounding)
     values = element_values(element)
-    finite_codes = torch.arange(1 << mx.code_width)[values.isfinite() & (values >= 0)]
-    finite, order = values[finite_codes].sort()
-    midpoints = (finite[1:] + finite[:-1]) / 2
-    x = torch.cat([finite, midpoints, midpoints * (1 + 2**-20), midpoints * (1 - 2**-20), finite[-1:] * 1.1])
-    scales = {"exponents": torch.tensor([SCALE_ONE], dtype=torch.uint8)}
-    got = mx.decode(mx.encode(x.unsqueeze(0), scales), scales)[0]
-
-    distance = (x.clamp(max=finite[-1].item()).unsqueeze(-1) - finite).abs()
-    best = distance.min(dim=-1, keepdim=True).values
-    tied = distance == best
-    even = (finite_codes[order] % 2 == 0) & tied
-    below, above = tied.int().argmax(-1), len(finite) - 1 - tied.flip(-1).int().argmax(-1)
-    pick = torch.where(even.any(-1) & (below != above), even.int().argmax(-1), below) if rounding == "even" else above
-    assert torch.equal(got, finite[pick])
+    values = values[values.isfinite() & ~values.signbit()]  # ascending, as their codes are
+    low, high = values[:-1], values[1:]
+    middle = (low + high) / 2
+    low_is_even = torch.arange(len(low)) % 2 == 0
+    tie = high if rounding == "away" else torch.where(low_is_even, low, high)
+    x = torch.cat([values, middle * (1 - 2**-20), middle, middle * (1 + 2**-20), values[-1:] * 1.1])
+    expected = torch.cat([values, low, tie, high, values[-1:]])
+    for sign in (1, -1):
+        codes = mx.encode(sign * x.unsqueeze(0), one_scale())
+        assert torch.equal(mx.decode(codes, one_scale())[0], sign * expected)
 
 
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_every_finite_pattern_encodes_back_under_every_scale_that_keeps_it_finite(element):
     mx = MX(element)
-    codes = torch.arange(1 << mx.code_width, dtype=torch.int32).to(torch.uint8)
-    codes = codes[element_values(element).isfinite() & (element_values(element) != -2 if element == "mxint8" else True)]
+    codes = torch.arange(1 << mx.stream_widths["codes"], dtype=torch.int32).to(torch.uint8)
+    codes = codes[element_values(element).isfinite()]
+    if element == "mxint8":
+        codes = codes[codes != 128]  # -2, which encoding never uses
     exponents = torch.arange(0, 255 - 16, dtype=torch.int32).to(torch.uint8)
     values = mx.decode(codes.expand(len(exponents), -1), {"exponents": exponents})
     scale = 2.0 ** (exponents.double() - 127).unsqueeze(-1)
     assert torch.equal(values.double(), mx.decode(codes.unsqueeze(0), one_scale()).double() * scale)
     assert torch.equal(mx.encode(values, {"exponents": exponents}), codes.expand(len(exponents), -1))
-
-
-def one_scale() -> dict[str, torch.Tensor]:
-    return {"exponents": torch.tensor([SCALE_ONE], dtype=torch.uint8)}
 
 
 @pytest.mark.parametrize("element", ELEMENTS)

@@ -1,0 +1,39 @@
+# make demo: environment, then a real model quantized and evaluated.   make test: environment, then the whole test suite.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/python experiments/pipeline.py configs/demo.toml
+
+test: $(VENV)/.dev
+	$(MAKE) lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check lqer experiments tests
+	$(BIN)/ruff format --check lqer experiments tests
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix lqer experiments tests
+	$(BIN)/ruff format lqer experiments tests
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "lqer needs Python 3.10 or newer"'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is touched once its requirements are installed, and is older than them when they change.
+$(VENV)/.runtime: requirements.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-deps -e .
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

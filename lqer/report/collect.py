@@ -1,0 +1,75 @@
+"""Merges the results of many runs into one table and one perplexity-over-bits plot per evaluated text."""
+
+from __future__ import annotations
+
+import json
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pandas as pd
+
+from lqer.errors import DataError
+from lqer.files import write_atomically, write_text
+from lqer.report import figures
+from lqer.report.results import SCHEMA_VERSION, Results
+from lqer.report.write import RESULTS_FILE, markdown_table
+
+# Perplexities are compared only between rows that agree on all of these.
+SAME_MEASUREMENT = ["model", "dataset", "protocol", "seq_len", "tokens"]
+
+
+def collect(folder: Path, match: str = "*") -> pd.DataFrame:
+    """One row per run and evaluated text (a run without perplexity gets one row), sorted by model, text and bits.
+
+    Raises DataError if no run below `folder` matches.
+    """
+    rows = []
+    for path in sorted(folder.glob(f"*/{RESULTS_FILE}")):
+        if fnmatchcase(path.parent.name, match):
+            rows += _rows(_read(path))
+    if not rows:
+        raise DataError(f"no {RESULTS_FILE} under {folder}/{match}")
+    table = pd.DataFrame(rows)
+    return table.sort_values([*SAME_MEASUREMENT, "bits", "tag"], kind="stable").reset_index(drop=True)
+
+
+def write_collection(table: pd.DataFrame, out: Path) -> list[Path]:
+    """Write results.csv, results.md and one pareto-*.png per measurement. Returns their paths."""
+    csv, md = out / "results.csv", out / "results.md"
+    shown = table.dropna(axis="columns", how="all")
+    write_atomically(csv, lambda beside: table.to_csv(beside, index=False, float_format="%.6g"))
+    write_text(md, markdown_table(shown) + "\n")
+    paths = [csv, md]
+    for (model, dataset, protocol, seq_len, _), group in table.dropna(subset=["perplexity"]).groupby(SAME_MEASUREMENT):
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", f"pareto-{model}-{dataset}-{protocol}-{seq_len}").strip("-")
+        figures.save_pareto(out / f"{name}.png", group, f"{model}, {dataset} ({protocol}, seq_len {seq_len})")
+        paths.append(out / f"{name}.png")
+    return paths
+
+
+def _read(path: Path) -> Results:
+    results: Results = json.loads(path.read_text(encoding="utf-8"))
+    if results.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version {results.get('schema_version')} is not {SCHEMA_VERSION}; run it again")
+    return results
+
+
+def _rows(results: Results) -> list[dict]:
+    quantize = results["config"]["quantize"]
+    run = {
+        "tag": results["tag"],
+        "model": Path(results["model"]["name"]).name,
+        "method": quantize["method"],
+        "weight": quantize["weight"],
+        "activation": quantize["activation"],
+        "rank": quantize["low_rank"]["rank"],
+        "bits": results["bits"]["average"],
+    }
+    tasks = {f"{row['task']} {row['metric']}": row["quantized"] for row in results["downstream"]}
+    texts = [
+        {key: row[key] for key in ("dataset", "protocol", "seq_len", "tokens", "original")}
+        | {"perplexity": row["quantized"]}
+        for row in results["perplexity"]
+    ] or [dict.fromkeys(("dataset", "protocol", "seq_len", "tokens", "original", "perplexity"))]
+    return [run | text | tasks for text in texts]

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Plain rounding without reconstruction, over weight and activation bits: what every method must beat.
+#   sweeps/baseline_no_lqer.sh CONFIG TAG [--section.key=value ...]
+weights=(w4 w3 w2)
+activations=(x8 x6 none)
+
+source "$(dirname "$0")/common.sh"
+for weight in "${weights[@]}"; do
+    for activation in "${activations[@]}"; do
+        run_one "$weight-$activation" --quantize.method=none --quantize.low_rank.rank=0 --quantize.weight="$weight" \
+            --quantize.activation="$activation" --quantize.attention="$activation"
+    done
+done
+finish

@@ -1,0 +1,242 @@
+"""The three perplexity protocols against computations written out here, on a tiny model and a byte tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from lqer.errors import ConfigError, DataError
+from lqer.evaluation import perplexity
+from lqer.evaluation.perplexity import (
+    WINDOWED_PROTOCOLS,
+    gptq_perplexity,
+    gptq_windows,
+    lm_eval_perplexity,
+    lm_eval_stock_perplexity,
+    lqer_perplexity,
+    lqer_windows,
+)
+
+BOS = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A tiny model computes faster than its threads can be woken."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def byte_tokenizer(adds_bos: bool) -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", model_max_length=32)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def windows_WT() -> torch.Tensor:
+    return torch.randint(257, (7, 16), generator=torch.Generator().manual_seed(0))
+
+
+def log_probabilities(model: LlamaForCausalLM, tokens: list[int]) -> list[float]:
+    """Of tokens[1:], each given all before it."""
+    with torch.no_grad():
+        log_p_TV = torch.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1)
+    return [log_p_TV[position, token].item() for position, token in enumerate(tokens[1:])]
+
+
+def window_nll(model: LlamaForCausalLM, tokens: list[int]) -> float:
+    return -sum(log_probabilities(model, tokens)) / (len(tokens) - 1)
+
+
+def test_gptq_perplexity_is_exp_of_the_mean_over_all_predicted_tokens(model, windows_WT):
+    nlls = [window_nll(model, tokens) for tokens in windows_WT.tolist()]
+    result = gptq_perplexity(model, windows_WT, batch_size=2, progress=False)
+    assert result.nll == pytest.approx(sum(nlls) / 7, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(sum(nlls) / 7), rel=1e-6)
+    assert (result.protocol, result.windows, result.seq_len, result.tokens) == ("gptq", 7, 16, 7 * 15)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
+def test_gptq_perplexity_does_not_depend_on_the_batch_size(model, windows_WT, batch_size):
+    expected = gptq_perplexity(model, windows_WT, batch_size=3, progress=False)
+    assert gptq_perplexity(model, windows_WT, batch_size).perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+
+
+def test_the_loss_does_not_depend_on_how_many_positions_are_widened_at_once(model, windows_WT, monkeypatch):
+    expected = gptq_perplexity(model, windows_WT, batch_size=3, progress=False)
+    monkeypatch.setattr(perplexity, "LOSS_POSITIONS", 4)
+    assert gptq_perplexity(model, windows_WT, 3, progress=False).nll == pytest.approx(expected.nll, rel=1e-12)
+
+
+@pytest.mark.parametrize(("factor", "perplexity"), [(1e4, math.inf), (math.nan, math.nan)])
+def test_a_loss_beyond_numbers_is_reported_as_it_is(model, windows_WT, factor, perplexity):
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data.mul_(factor)
+    assert gptq_perplexity(broken, windows_WT, batch_size=4).perplexity == pytest.approx(perplexity, nan_ok=True)
+
+
+def test_gptq_windows_hold_one_bos_and_the_joined_rows():
+    windows_WT = gptq_windows(byte_tokenizer(adds_bos=True), iter(["ab", "", "cd"]), "\n\n", seq_len=3)
+    ids = byte_tokenizer(adds_bos=False)("ab\n\n\n\ncd")["input_ids"]
+    assert windows_WT.tolist() == [[BOS, ids[0], ids[1]], ids[2:5], ids[5:8]]
+    assert windows_WT.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("characters", "windows"), [(8, 2), (11, 2), (12, 3)])
+def test_gptq_windows_drop_the_tail_and_only_the_tail(characters, windows):
+    assert gptq_windows(byte_tokenizer(adds_bos=False), ["x" * characters], "\n", seq_len=4).shape == (windows, 4)
+
+
+@pytest.mark.parametrize("name", WINDOWED_PROTOCOLS)
+def test_a_text_shorter_than_a_window_is_refused_with_both_lengths(name):
+    with pytest.raises(DataError, match="seq_len = 9 tokens: found 8"):
+        WINDOWED_PROTOCOLS[name].windows(byte_tokenizer(adds_bos=False), ["x" * 8], "\n", 9)
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(DataError, match="found 0"):
+        lqer_windows(byte_tokenizer(adds_bos=False), [], "\n\n", seq_len=4)
+
+
+def test_a_window_that_predicts_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"at least 2.*found 1"):
+        gptq_windows(byte_tokenizer(adds_bos=False), ["text"], "\n", seq_len=1)
+
+
+def test_a_text_longer_than_the_models_context_is_tokenized_without_a_warning(caplog):
+    logger = transformers_logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.WARNING):
+            gptq_windows(byte_tokenizer(adds_bos=True), ["x" * 100], "\n", seq_len=4)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
+# 20 rows: shards of 3 and 2. 8100 rows: shards of 1013 and 1012, each of two parts.
+@pytest.mark.parametrize("n_rows", [5, 20, 8100])
+def test_lqer_windows_are_those_of_rows_mapped_in_batches_of_1000_by_8_processes(n_rows):
+    rows = [f"row {index}" for index in range(n_rows)]
+    tokenizer = byte_tokenizer(adds_bos=True)
+    dataset = datasets.Dataset.from_dict({"text": rows})
+    expected = []
+    for index in range(min(8, n_rows)):
+        tokens = []
+        for batch in dataset.shard(min(8, n_rows), index, contiguous=True).iter(batch_size=1000):
+            tokens += tokenizer("\n\n".join(batch["text"]), verbose=False)["input_ids"]
+        expected += [tokens[start : start + 4] for start in range(0, len(tokens) // 4 * 4, 4)]
+    assert lqer_windows(tokenizer, rows, "\n", seq_len=4).tolist() == expected
+
+
+def test_lqer_perplexity_counts_the_last_partial_batch_as_full(model, windows_WT):
+    first, second, third = (window_nll(model, tokens) for tokens in windows_WT[:3].tolist())
+    result = lqer_perplexity(model, windows_WT[:3], batch_size=2, progress=False)
+    assert result.nll == pytest.approx(((first + second) / 2 + third) / 2, rel=1e-6)
+    assert result.protocol == "lqer"
+    assert result.nll != pytest.approx(gptq_perplexity(model, windows_WT[:3], 2, progress=False).nll, rel=1e-4)
+
+
+def test_lm_eval_perplexity_predicts_every_token_and_divides_by_words(model):
+    seq_len = 10
+    documents = ["ab cd", "the quick  brown fox\njumps over", "[1, 2]", "x" * 20]
+    tokenizer = byte_tokenizer(adds_bos=False)
+    log_likelihood, n_tokens, n_windows = 0.0, 0, 0
+    for document in documents:
+        tokens = [BOS, *tokenizer(document, verbose=False)["input_ids"]]
+        n_predicted = len(tokens) - 1
+        n_tokens += n_predicted
+        for start in range(0, n_predicted, seq_len):
+            # A last window that is not full looks back, so that it too reads seq_len tokens.
+            stop = min(start + seq_len, n_predicted)
+            first = max(0, stop - seq_len)
+            n_windows += 1
+            log_likelihood += sum(log_probabilities(model, tokens[first : stop + 1])[start - first :])
+    words = sum(len(re.split(r"\s+", document)) for document in documents)
+    result = lm_eval_perplexity(model, tokenizer, documents, seq_len, batch_size=3)
+    assert result.nll == pytest.approx(-log_likelihood / words, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(-log_likelihood / words), rel=1e-4)
+    assert (result.protocol, result.tokens, result.windows, result.seq_len) == ("lm-eval", n_tokens, n_windows, 10)
+
+
+def test_lm_eval_perplexity_leaves_out_documents_without_text(model):
+    tokenizer = byte_tokenizer(adds_bos=False)
+    with_blanks = lm_eval_perplexity(model, tokenizer, ["", "some words", " \n"], seq_len=8, batch_size=2)
+    assert with_blanks == lm_eval_perplexity(model, tokenizer, ["some words"], seq_len=8, batch_size=2)
+    with pytest.raises(DataError, match="at least one document with text"):
+        lm_eval_perplexity(model, tokenizer, ["", "\n"], seq_len=8, batch_size=2)
+
+
+def test_lm_eval_perplexity_leaves_tokenizer_and_model_as_they_were(model):
+    tokenizer = byte_tokenizer(adds_bos=False)
+    model.config.quantization_config = {"quant_method": "unknown to transformers"}
+    try:
+        lm_eval_perplexity(model, tokenizer, ["some words"], seq_len=8, batch_size=2)
+        assert model.config.quantization_config == {"quant_method": "unknown to transformers"}
+    finally:
+        del model.config.quantization_config
+    assert tokenizer.pad_token is None
+    assert tokenizer.model_max_length == 32
+
+
+def test_a_library_task_of_another_kind_gives_no_perplexity(model):
+    with pytest.raises(ConfigError, match="needs a task of output type loglikelihood_rolling: 'arc_easy' is not"):
+        lm_eval_stock_perplexity(model, byte_tokenizer(adds_bos=False), "arc_easy", seq_len=8, batch_size=2)
+
+
+def test_the_librarys_wikitext_scores_detokenized_pages_and_counts_the_words_of_the_originals(model, monkeypatch):
+    pages = datasets.Dataset.from_dict({"page": [" = A page = \n\n Some words , and more .", "Half @-@ open"]})
+    splits = datasets.DatasetDict(train=pages, validation=pages, test=pages)
+    monkeypatch.setattr(datasets, "load_dataset", lambda **names: splits)
+    tokenizer = byte_tokenizer(adds_bos=False)
+    result = lm_eval_stock_perplexity(model, tokenizer, "wikitext", seq_len=10, batch_size=2)
+    detokenized = [" = A page =\n\nSome words, and more .", "Half-open"]
+    expected = lm_eval_perplexity(model, tokenizer, detokenized, seq_len=10, batch_size=2)
+    n_words, n_words_detokenized = (
+        sum(len(re.split(r"\s+", text)) for text in texts) for texts in (pages["page"], detokenized)
+    )
+    assert result.nll * n_words == pytest.approx(expected.nll * n_words_detokenized, rel=1e-5)
+    assert (result.tokens, result.windows) == (expected.tokens, expected.windows)
+
+
+def test_a_trained_model_has_its_known_perplexity(assets: Path):
+    folder = assets / "models" / "stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    text = (assets / "text" / "tinystories" / "tinystories.txt").read_text()
+    windows_WT = gptq_windows(tokenizer, [text], "\n", seq_len=256)[:117]
+    result = gptq_perplexity(AutoModelForCausalLM.from_pretrained(folder), windows_WT, batch_size=4, progress=False)
+    assert result.perplexity == pytest.approx(4.54, abs=0.005)
