@@ -66,7 +66,9 @@ def prepare(config: Config) -> Setting:
         from lqer.evaluation.downstream import check_tasks
 
         downstream = config.evaluation.downstream
-        check_tasks(list(downstream.tasks), _path(downstream.include_path))
+        check_tasks(
+            downstream.tasks, _path(downstream.include_path), _path(downstream.data_dir), downstream.num_fewshot
+        )
     return Setting(config, source, outline, plans, device, pick_dtype(config.dtype, source, device))
 
 
@@ -115,8 +117,10 @@ def _run(config: Config, folder: Path, started: float) -> Results:
     setting = prepare(config)
     store = Store(Path(config.output_dir) / "store", log.info)
     tokenizer = load_tokenizer(setting.source)
-    log.info("%s: %s, %d linears in %d blocks, on %s", config.tag, setting.source.description,
-             len(setting.outline.linears), setting.outline.blocks, device_name(setting.device))  # fmt: skip
+    log.info(
+        "%s: %s, %d linears in %d blocks, on %s",
+        config.tag, config.model, len(setting.outline.linears), setting.outline.blocks, device_name(setting.device),
+    )  # fmt: skip
 
     calibration, calibration_info = _calibrate(setting, store, tokenizer)
     checkpoint = _quantize(setting, store, tokenizer, calibration, setting.plans)

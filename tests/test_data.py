@@ -156,9 +156,8 @@ class TestFiles:
 class TestKnownNames:
     def test_unknown_name(self):
         message = failure("wikitext-2")
-        assert message.startswith(
-            "unknown dataset 'wikitext-2' (did you mean 'wikitext2'?); known names are wikitext2, c4,"
-        )
+        assert message.startswith("unknown dataset 'wikitext-2'; known names are wikitext2, c4,")
+        assert message.endswith("did you mean 'wikitext2'?")
 
     @pytest.mark.parametrize("name", HUB_TEXTS)
     def test_revisions_are_pinned(self, name):

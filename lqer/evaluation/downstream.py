@@ -116,11 +116,11 @@ def task_fingerprint(tasks: Sequence[str], include_path: Path | None, data_dir: 
     digest = hashlib.sha256(json.dumps([version("lm_eval"), *tasks]).encode())
     for name in tasks:
         for task, entry in harness.entries(manager, name).items():
-            if include_path is None or not entry.yaml_path.is_relative_to(include_path.resolve()):
+            if include_path is None or entry.yaml_path is None or include_path.resolve() not in entry.yaml_path.parents:
                 continue
             folder = entry.yaml_path.parent
             # The index spells a function with its folder in front; where the folder lies must not matter.
-            digest.update(json.dumps([task, entry.cfg], sort_keys=True).replace(str(folder), "").encode())
+            digest.update(json.dumps([task, entry.cfg], sort_keys=True, default=str).replace(str(folder), "").encode())
             files = [harness.jsonl_path(file, data_dir) for file in harness.data_files(entry)]
             for path in [*sorted(folder.glob("*.py")), *files]:
                 digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -57,7 +57,7 @@ class RollingScore:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Only errors of the library's log get through, and what it prints goes to stderr; progress bars stay."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
@@ -94,7 +94,7 @@ def _index(include_path: Path | None, data_dir: Path | None, library_tasks: bool
     from lm_eval.tasks import TaskManager
 
     metadata: dict[str, Any] = {"data_dir": str(data_dir)} if data_dir is not None else {}
-    with quiet():
+    with _quiet():
         return TaskManager(include_path=include_path, include_defaults=library_tasks, metadata=metadata)
 
 
@@ -156,7 +156,7 @@ def jsonl_path(name: str, data_dir: str | Path | None) -> Path:
 
 def load_tasks(manager: TaskManager, tasks: Sequence[str]) -> TaskDict:
     """The tasks with their data. Raises DataError when a dataset cannot be had."""
-    with quiet():
+    with _quiet():
         try:
             return manager.load(list(tasks))
         except OSError as error:
@@ -188,7 +188,7 @@ def evaluate(
 
     # Otherwise the bootstrap forks this process, with its tokenizer threads and its device, once per core.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    with quiet():
+    with _quiet():
         results = lm_eval.evaluate(
             lm=_adapter(model, tokenizer, batch_size, max_length),
             task_dict=loaded,
@@ -208,7 +208,7 @@ def score_documents(
     from lm_eval.api.task import ConfigurableTask
 
     rows = datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": documents}))
-    with quiet():
+    with _quiet():
         task = ConfigurableTask(
             config={
                 "task": "documents",
@@ -221,23 +221,6 @@ def score_documents(
                 "metric_list": [{"metric": "word_perplexity"}],
             }
         )
-    return _score_rolling(model, tokenizer, task, seq_len, batch_size)
-
-
-def score_stock_task(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seq_len: int, batch_size: int
-) -> RollingScore:
-    """Score one of the library's perplexity tasks. Raises ConfigError when it is no such task."""
-    manager = task_manager([name], None, None)
-    if (manager.task_index[name].cfg or {}).get("output_type") != "loglikelihood_rolling":
-        raise ConfigError(f"perplexity by lm-eval needs a task of output type loglikelihood_rolling: {name!r} is not")
-    return _score_rolling(model, tokenizer, load_tasks(manager, [name])["tasks"][name], seq_len, batch_size)
-
-
-def _score_rolling(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, seq_len: int, batch_size: int
-) -> RollingScore:
-    with quiet():
         adapter = _adapter(model, tokenizer, batch_size, seq_len)
         set_shots(task, None, seed=0)
         task.build_all_requests()

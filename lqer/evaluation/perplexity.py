@@ -2,11 +2,11 @@
 
     gptq     one string joiner.join(rows), one tokenizer call, windows of seq_len without overlap, the tail dropped;
              exp of the mean over all predicted tokens. The number that papers print for WikiText-2.
-    lqer     as LQER's code does it: the rows are tokenized in parts, every shard of them loses its own tail, and the
-             mean is taken over batches. For comparing with LQER's tables.
+    lqer     as LQER's code does it: the rows are tokenized in parts of 1000, and the mean is taken over batches. For
+             comparing with LQER's tables.
     lm-eval  word perplexity of whole documents by lm-evaluation-harness: rolling windows in which every token is
-             predicted, divided by the number of words. A BOS that the tokenizer adds is predicted too, and dearly, once
-             per document: on short documents it dominates.
+             predicted, divided by the number of words. A BOS that the tokenizer adds is predicted too, at some ten nats
+             per document, which tells on short documents.
 
 The first two are pure functions from text to token windows and from windows to a result; one loss loop serves both.
 
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 # model's dtype that take 512 MiB per window of 2048.
 LOSS_POSITIONS = 256
 
-# LQER maps the tokenizer over its dataset with datasets' default batch of 1000 rows, in 8 processes.
+# LQER maps the tokenizer over its dataset with datasets' default batch of 1000 rows.
 LQER_BATCH_ROWS = 1000
-LQER_SHARDS = 8
 LQER_JOINER = "\n\n"
 
 
@@ -55,30 +54,20 @@ def gptq_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner
 
     Raises DataError when the text is shorter than one window.
     """
-    return _cut([_tokenize(tokenizer, joiner.join(rows))], seq_len)
+    return _cut(_tokenize(tokenizer, joiner.join(rows)), seq_len)
 
 
-def lqer_windows(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner: str, seq_len: int, shards: int = LQER_SHARDS
-) -> Tensor:
-    """windows_WT int64 as LQER's code makes them: special tokens per part, one tail dropped per shard.
+def lqer_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner: str, seq_len: int) -> Tensor:
+    """windows_WT int64 as LQER's code makes them: special tokens once per 1000 rows.
 
-    The rows fall into `shards` contiguous shards, as `datasets` deals them to processes, and each shard into parts of
-    1000 rows. A part is joined by blank lines and tokenized; the tokens of a shard are cut together. `joiner` is taken
-    for the sake of a common signature: LQER's code knows only the blank line.
+    The rows are joined by blank lines in parts of 1000, each part is tokenized by itself, and the tokens of all parts
+    are cut together. `joiner` is taken for the sake of a common signature: LQER's code knows only the blank line.
 
-    Raises DataError when no shard is as long as one window.
+    Raises DataError when the text is shorter than one window.
     """
     rows = list(rows)
-    shard_rows, longer_shards = divmod(len(rows), shards)
-    token_lists = []
-    start = 0
-    for shard in range(min(shards, len(rows))):
-        stop = start + shard_rows + (shard < longer_shards)
-        parts = (rows[part : min(part + LQER_BATCH_ROWS, stop)] for part in range(start, stop, LQER_BATCH_ROWS))
-        token_lists.append([token for part in parts for token in _tokenize(tokenizer, LQER_JOINER.join(part))])
-        start = stop
-    return _cut(token_lists, seq_len)
+    parts = (rows[start : start + LQER_BATCH_ROWS] for start in range(0, len(rows), LQER_BATCH_ROWS))
+    return _cut([token for part in parts for token in _tokenize(tokenizer, LQER_JOINER.join(part))], seq_len)
 
 
 def gptq_perplexity(
@@ -114,13 +103,6 @@ def lm_eval_perplexity(
     return _lm_eval_result(harness.score_documents(model, tokenizer, documents, seq_len, batch_size), seq_len)
 
 
-def lm_eval_stock_perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, seq_len: int, batch_size: int
-) -> PerplexityResult:
-    """Word perplexity of a task that the library brings, such as `wikitext`; its data comes from the hub."""
-    return _lm_eval_result(harness.score_stock_task(model, tokenizer, task, seq_len, batch_size), seq_len)
-
-
 class WindowedProtocol(NamedTuple):
     windows: Callable[[PreTrainedTokenizerBase, Iterable[str], str, int], Tensor]
     perplexity: Callable[[PreTrainedModel, Tensor, int, bool], PerplexityResult]
@@ -138,19 +120,16 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def _cut(token_lists: list[list[int]], seq_len: int) -> Tensor:
-    """windows_WT int64: every list cut into windows of seq_len, its tail dropped."""
+def _cut(tokens: list[int], seq_len: int) -> Tensor:
+    """windows_WT int64: the tokens cut into windows of seq_len, the tail dropped."""
     if seq_len < 2:
         raise ConfigError(f"seq_len must be at least 2, so that a window predicts a token: found {seq_len}")
-    windows = [
-        tokens[start : start + seq_len]
-        for tokens in token_lists
-        for start in range(0, len(tokens) - seq_len + 1, seq_len)
-    ]
-    if not windows:
-        longest = max(map(len, token_lists), default=0)
-        raise DataError(f"perplexity needs a text of at least one window, seq_len = {seq_len} tokens: found {longest}")
-    return torch.tensor(windows, dtype=torch.int64)
+    n_windows = len(tokens) // seq_len
+    if not n_windows:
+        raise DataError(
+            f"perplexity needs a text of at least one window, seq_len = {seq_len} tokens: found {len(tokens)}"
+        )
+    return torch.tensor(tokens[: n_windows * seq_len], dtype=torch.int64).view(n_windows, seq_len)
 
 
 @torch.inference_mode()
@@ -165,15 +144,19 @@ def _window_nlls(model: PreTrainedModel, windows_WT: Tensor, batch_size: int, pr
     running_nll = torch.zeros((), dtype=torch.float64)
     with tqdm(total=len(windows_WT), desc="perplexity", unit="window", disable=not progress) as bar:
         for windows_BT in windows_WT.split(batch_size):
-            tokens_BT = windows_BT.to(model.device)
-            logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
-            nll_B = torch.stack([_mean_nll(logits_TV, tokens_T) for logits_TV, tokens_T in zip(logits_BTV, tokens_BT)])
+            nll_B = _batch_nlls(model, windows_BT.to(model.device))
             batches.append(nll_B)
             if progress:
                 running_nll += nll_B.sum().cpu()
                 bar.update(len(nll_B))
                 bar.set_postfix(ppl=f"{(running_nll / bar.n).exp().item():.4f}")
     return torch.cat(batches).cpu()
+
+
+def _batch_nlls(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+    """nll_B float64 on the model's device. A function, so that one batch's logits are gone before the next one's."""
+    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+    return torch.stack([_mean_nll(logits_TV, tokens_T) for logits_TV, tokens_T in zip(logits_BTV, tokens_BT)])
 
 
 def _mean_nll(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:

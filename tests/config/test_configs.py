@@ -1,0 +1,60 @@
+"""Every configuration that ships can be read, and templates say nothing that a preset already says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tomli
+
+from lqer.config import plan_linear, read_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TEMPLATES = sorted((CONFIGS / "template").glob("*.toml"))
+PARTS = sorted([*(CONFIGS / "formats").glob("*.toml"), *(CONFIGS / "methods").glob("*.toml")])
+NAMED_BY_LQER = [
+    *(f"opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b")),
+    *(f"llama-{size}" for size in ("7b", "13b", "30b", "65b")),
+    *(f"llama-2-{size}" for size in ("7b", "13b", "70b")),
+    *("tinyllama-1.1b", "mistral-7b", "vicuna-7b-v1.5", "vicuna-13b-v1.5"),
+]
+NEWER = ["llama-3.1-8b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "gemma-3-1b"]
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_is_a_whole_experiment(path):
+    config = read_config(path)
+    plan = plan_linear(config, "model.layers.0.self_attn.q_proj")
+    assert (plan.weight.bits, plan.activation.bits, plan.rank) == (4, 8, 32)
+    assert config.evaluation.perplexity is not None
+    assert config.tag.startswith(path.stem)
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_holds_only_what_its_model_needs(path):
+    assert set(tomli.loads(path.read_text())) == {"extends", "model", "tag"}
+
+
+@pytest.mark.parametrize("name", [*NAMED_BY_LQER, *NEWER, "smollm2-135m"])
+def test_there_is_a_template_for(name):
+    assert (CONFIGS / "template" / f"{name}.toml") in TEMPLATES
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_part_makes_an_experiment_once_model_and_weight_are_named(path, tmp_path):
+    child = tmp_path / "child.toml"
+    parents = [str(CONFIGS / "formats/mxint.toml"), str(path)]
+    child.write_text(f'extends = {parents}\nmodel = "some/model"\n[quantize]\nweight = "w4"\n')
+    assert read_config(child).quantize.weight == "w4"
+
+
+def test_the_demo_needs_no_hub():
+    config = read_config(CONFIGS / "demo.toml")
+    assert config.model.startswith("demo:")
+    assert config.calibration.dataset.path == "pydoc"
+    assert [spec.path for spec in config.evaluation.perplexity.datasets] == ["pydoc"]
+
+
+def test_no_configuration_is_left_untested():
+    tested = {*TEMPLATES, *PARTS, CONFIGS / "demo.toml"}
+    assert set(CONFIGS.rglob("*.toml")) == tested

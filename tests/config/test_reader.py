@@ -1,0 +1,189 @@
+"""Reading a configuration: what extends what, what overrides what, and one line for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lqer.config import read_config
+from lqer.config.reader import parse_override
+from lqer.errors import ConfigError
+
+BASE = """
+model = "some/model"
+[formats]
+w4 = { kind = "mxint", bits = 4, block_size = 32 }
+x8 = { kind = "mxint", bits = 8 }
+[quantize]
+weight = "w4"
+low_rank = { rank = 32, format = "x8" }
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.toml"
+    path.write_text(BASE)
+    return path
+
+
+def mistake(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, None, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+class TestExtends:
+    def test_a_file_extends_another_key_by_key(self, tmp_path, base):
+        child = tmp_path / "child.toml"
+        child.write_text('extends = "base.toml"\n[quantize]\nlow_rank = { rank = 8 }\n')
+        config = read_config(child)
+        assert config.model == "some/model"
+        assert (config.quantize.low_rank.rank, config.quantize.low_rank.format) == (8, "x8")
+
+    def test_of_several_parents_the_later_one_wins(self, tmp_path, base):
+        (tmp_path / "second.toml").write_text("seed = 5\n[formats]\nw4 = { bits = 3 }\n")
+        child = tmp_path / "child.toml"
+        child.write_text('extends = ["base.toml", "second.toml"]\n')
+        config = read_config(child)
+        assert config.seed == 5
+        assert (config.formats["w4"].bits, config.formats["w4"].block_size) == (3, 32)
+
+    def test_paths_are_relative_to_the_extending_file(self, tmp_path, base):
+        (tmp_path / "deep").mkdir()
+        child = tmp_path / "deep" / "child.toml"
+        child.write_text('extends = "../base.toml"\n')
+        assert read_config(child).model == "some/model"
+
+    def test_a_number_format_of_another_kind_replaces_the_old_one_whole(self, tmp_path, base):
+        child = tmp_path / "child.toml"
+        child.write_text('extends = "base.toml"\n[formats]\nw4 = { kind = "int", bits = 4 }\n')
+        assert read_config(child).formats["w4"].block_size == 128
+
+    def test_a_circle_is_refused_with_its_members(self, tmp_path):
+        (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
+        (tmp_path / "b.toml").write_text('extends = "a.toml"\n')
+        assert "a.toml -> b.toml -> a.toml" in mistake(tmp_path / "a.toml")
+
+    def test_a_file_may_be_reached_by_two_ways(self, tmp_path, base):
+        for name in ("left", "right"):
+            (tmp_path / f"{name}.toml").write_text('extends = "base.toml"\n')
+        child = tmp_path / "child.toml"
+        child.write_text('extends = ["left.toml", "right.toml"]\n')
+        assert read_config(child).model == "some/model"
+
+    def test_a_missing_parent_is_named_with_the_file_that_wants_it(self, tmp_path):
+        child = tmp_path / "child.toml"
+        child.write_text('extends = "nowhere.toml"\n')
+        message = mistake(child)
+        assert "child.toml" in message
+        assert "nowhere.toml" in message
+
+
+class TestOverrides:
+    @pytest.mark.parametrize(
+        ("argument", "expected"),
+        [
+            ("--a.b=1", {"a": {"b": 1}}),
+            ("--a=true", {"a": True}),
+            ("--a=w4", {"a": "w4"}),
+            ("--a='1'", {"a": "1"}),
+            ("--a=[1, 2]", {"a": [1, 2]}),
+            ("--a={ b = 2 }", {"a": {"b": 2}}),
+            ("--a=x=y", {"a": "x=y"}),
+            ("--a=some/model", {"a": "some/model"}),
+            ("--a=", {"a": ""}),
+        ],
+    )
+    def test_a_value_is_read_as_toml_and_a_bare_word_as_a_string(self, argument, expected):
+        assert parse_override(argument) == expected
+
+    @pytest.mark.parametrize("argument", ["--a", "--=1", "--a..b=1", "a=1"])
+    def test_another_form_is_refused(self, argument):
+        with pytest.raises(ConfigError, match=r"--section\.key=value"):
+            parse_override(argument)
+
+    def test_a_date_is_taken_as_the_word_it_was_typed_as(self, base):
+        assert read_config(base, None, ["--tag=1979-05-27"]).tag == "1979-05-27"
+
+    def test_the_later_override_wins(self, base):
+        assert read_config(base, None, ["--seed=1", "--seed=2"]).seed == 2
+
+    def test_the_tag_comes_from_the_command_line_then_the_file_then_the_file_name(self, base):
+        assert read_config(base).tag == "base"
+        assert read_config(base, None, ["--tag=override"]).tag == "override"
+        assert read_config(base, "word").tag == "word"
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("override", "parts"),
+        [
+            ("--quantize.low_rnak.rank=3", ["quantize.low_rnak: unknown key", "did you mean 'low_rank'?"]),
+            ("--quantize.low_rank.rnak=3", ["quantize.low_rank.rnak: unknown key", "allowed: rank, format, blocks"]),
+            ("--quantize.low_rank.rank=abc", ["quantize.low_rank.rank: must be a valid integer", "found 'abc'"]),
+            ("--quantize.low_rank.rank='3'", ["must be a valid integer", "found '3'"]),
+            ("--quantize.low_rank.rank=-1", ["must be greater than or equal to 0", "found -1"]),
+            ("--quantize.low_rank.rank=1.5", ["quantize.low_rank.rank: must be"]),
+            ("--seed=true", ["seed: must be a valid integer", "found True"]),
+            (
+                "--quantize.weight=w44",
+                ["quantize.weight: no such number format", "allowed: w4, x8", "did you mean 'w4'?"],
+            ),
+            ("--quantize.weight=none", ["quantize.weight: no such number format"]),
+            ("--quantize.activation=x9", ["quantize.activation", "allowed: w4, x8, none"]),
+            ("--quantize.method=lqer-atc", ["quantize.method: unknown method", "did you mean 'lqer-act'?"]),
+            ("--quantize.method=none", ["quantize.low_rank.rank: must be 0", "found 32"]),
+            ("--formats.w4.bits=9", ["formats.w4: bits 9 is not in 2..8 (mxint)"]),
+            ("--formats.w4.kind=mxin", ["formats.w4.kind: unknown kind", "found 'mxin'", "did you mean 'mxint'?"]),
+            ("--formats.q={ bits = 4 }", ["formats.q.kind: a number format names its kind"]),
+            ("--formats.q={ kind = 'int', bits = 4, blocksize = 3 }", ["blocksize: unknown key", "'block_size'?"]),
+            ("--formats.none={ kind = 'int', bits = 4 }", ["formats.none", "reserved"]),
+            ("--evaluation.perplexity={ protocol = 'gtpq' }", ["protocol: not allowed", "did you mean 'gptq'?"]),
+            ("--evaluation.baselines=['plan']", ["did you mean 'plain'?"]),
+            ("--evaluation.perplexity={ datasets = [{ path = 'c4', rowz = '3' }] }", ["rowz: unknown key", "'rows'?"]),
+            ("--calibration.datset=c4", ["calibration.datset: unknown key", "did you mean 'dataset'?"]),
+            ("--calibration=3", ["calibration: must be a table", "found 3"]),
+            ("--calibration.num_samples=0", ["must be greater than 0"]),
+            ("--quantize.override=[{ mach = '*' }]", ["override.0.mach: unknown key", "did you mean 'match'?"]),
+            ("--quantize.override=[{ match = '*', weight = 'w9' }]", ["quantize.override.0.weight", "found 'w9'"]),
+            ("--quantize.override=[{ match = '*', low_rank = { rank = 'a' } }]", ["override.0.low_rank.rank"]),
+            ("--tag=a/b", ["tag: must be a plain folder name"]),
+            ("--foo=1", ["foo: unknown key", "allowed: model"]),
+            ("--evaluation.perplexity={ protocol = 'lm-eval', max_windows = 3 }", ["max_windows"]),
+        ],
+    )
+    def test_an_override_is_answered_with_one_line_that_names_it(self, base, override, parts):
+        message = mistake(base, override)
+        assert message.startswith(f"{override}: ") or "quantize.low_rank.rank: must be 0" in message
+        for part in parts:
+            assert part in message
+
+    def test_the_file_that_set_the_value_is_named(self, tmp_path, base):
+        child = tmp_path / "child.toml"
+        child.write_text('extends = "base.toml"\nseed = "x"\n')
+        assert mistake(child).startswith(f"{child}: seed: ")
+        base.write_text(BASE.replace("rank = 32", 'rank = "32"'))
+        child.write_text('extends = "base.toml"\n')
+        assert mistake(child).startswith(f"{base}: quantize.low_rank.rank: ")
+
+    def test_a_missing_key_is_named(self, tmp_path):
+        path = tmp_path / "empty.toml"
+        path.write_text("")
+        assert mistake(path) in (f"{path}: model: is missing", f"{path}: quantize: is missing")
+
+    def test_what_is_no_toml_is_named_with_its_place(self, tmp_path):
+        path = tmp_path / "broken.toml"
+        path.write_text("model = \n")
+        message = mistake(path)
+        assert str(path) in message
+        assert "line 1" in message
+
+    def test_a_file_that_is_not_there_is_named(self, tmp_path):
+        assert mistake(tmp_path / "nowhere.toml") == f"no such config file: {tmp_path / 'nowhere.toml'}"
+
+    def test_a_folder_is_no_config(self, tmp_path):
+        assert "is a folder" in mistake(tmp_path)
