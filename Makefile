@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.runtime
 	$(BIN)/python experiments/pipeline.py configs/demo.toml
 
+# Two processes of one thread each: the models are too small to gain from more, and bars would drown a failure.
 test: $(VENV)/.dev
 	$(MAKE) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check lqer experiments tests

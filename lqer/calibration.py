@@ -2,9 +2,9 @@
 
 Linears fed by the same tensor (q, k and v; gate and up) form one input site and share its statistics. A file holds, for
 each site named after its first linear,
-    <site>.mean_abs     (I,)    float32, maximum over batches of the mean of |x_i| over a batch's tokens (LQER's
-    statistic) <site>.mean_square  (I,)    float32, mean of x_i² over all tokens <site>.sample       (S, I)  inputs of S
-    tokens spread evenly over the text, to report output errors on
+    <site>.mean_abs     (I,)    float32, maximum over batches of the mean of |x_i| over a batch's tokens (LQER)
+    <site>.mean_square  (I,)    float32, mean of x_i² over all tokens
+    <site>.sample       (S, I)  inputs of S tokens spread evenly over the text, to report output errors on
 and in `sites.json` which site each linear belongs to.
 
 Shapes: W windows, T tokens of a window, N tokens of a batch, I in_features, S sampled tokens.
@@ -25,7 +25,7 @@ from lqer.store import Workspace
 from lqer.walker import BlockVisit, walk_blocks
 
 # Raised whenever the same inputs would give other statistics than before.
-CALIBRATE_VERSION = 1
+CALIBRATE_VERSION = 2
 SITES_FILE = "sites.json"
 
 
@@ -62,10 +62,10 @@ class SiteStatistics:
 class BlockObserver:
     """Hooks on the linears of one block: finds which of them share an input and feeds each site's statistics."""
 
-    def __init__(self, linears: dict[str, nn.Linear], sample_every: float, device: torch.device):
+    def __init__(self, linears: dict[str, nn.Linear], tokens: int, sampled: int, device: torch.device):
         self.sites: dict[str, SiteStatistics] = {}
         self.site_of: dict[str, str] = {}
-        self._every, self._device = sample_every, device
+        self._tokens, self._sampled, self._device = tokens, sampled, device
         self._last_input: Tensor | None = None
         self._last_site = ""
         self._first_token = 0
@@ -86,7 +86,8 @@ class BlockObserver:
         self._last_input, self._last_site = x, site
         x_NI = x.reshape(-1, x.shape[-1])
         statistics = self.sites.setdefault(site, SiteStatistics(x.shape[-1], self._device))
-        statistics.add(x_NI, spread_indices(self._first_token, len(x_NI), self._every).to(x.device))
+        sampled_N = spread_indices(self._first_token, len(x_NI), self._tokens, self._sampled)
+        statistics.add(x_NI, sampled_N.to(x.device))
 
     def close(self) -> None:
         self._last_input = None
@@ -94,13 +95,13 @@ class BlockObserver:
             hook.remove()
 
 
-def spread_indices(first_token: int, count: int, every: float) -> Tensor:
-    """Which of the tokens first_token .. first_token + count are multiples of `every` (rounded down), counted from 0.
+def spread_indices(first_token: int, count: int, tokens: int, sampled: int) -> Tensor:
+    """Which of the `count` tokens from first_token on are among the `sampled` ones spread evenly over all `tokens`.
 
     The choice depends on a token's place in the whole text alone, so it is the same for every batch size.
     """
-    start, stop = -(-first_token // every), -(-(first_token + count) // every)
-    indices = torch.floor(torch.arange(start, stop, dtype=torch.float64) * every).long() - first_token
+    sampled = min(sampled, tokens)
+    indices = torch.arange(sampled) * tokens // sampled - first_token
     return indices[(indices >= 0) & (indices < count)]
 
 
@@ -119,14 +120,13 @@ def calibrate(
     windows_WT: int64 token ids. Raises ModelError, naming the linear, where an input is NaN or infinite.
     """
     sites: dict[str, str] = workspace.json(SITES_FILE) if SITES_FILE in workspace else {}
-    seq_len = windows_WT.shape[1]
-    every = max(1.0, windows_WT.numel() / error_tokens)
     visits = walk_blocks(model, blocks_name, blocks, windows_WT, batch_size, device)
     for visit in tqdm(visits, total=len(blocks), desc="calibrate", unit="block"):
         if block_file(visit.index) in workspace:
             visit.forward()
             continue
-        tensors, block_sites = _observe_block(visit, seq_len, every, device)
+        observer = BlockObserver(block_linears(visit.block), windows_WT.numel(), error_tokens, device)
+        tensors, block_sites = _observe_block(visit, observer, windows_WT.shape[1])
         sites.update(block_sites)
         # The table first: a block whose file is there is then sure to be in it.
         workspace.write_json(SITES_FILE, sites)
@@ -134,9 +134,8 @@ def calibrate(
 
 
 def _observe_block(
-    visit: BlockVisit, seq_len: int, every: float, device: torch.device
+    visit: BlockVisit, observer: BlockObserver, seq_len: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    observer = BlockObserver(block_linears(visit.block), every, device)
     try:
         visit.forward(before_batch=lambda first_window: observer.begin_batch(first_window * seq_len))
     finally:

@@ -49,6 +49,8 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         args = {"gguf_file": path.name}
         return ModelSource(name, str(path.parent), None, hash_file(path), f"GGUF file {path.name}", args)
     if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ModelError(f"model: no such file: {name}")
         path = path.parent
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -56,7 +58,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         if not any(path.glob("*.safetensors")):
             raise ModelError(f"model: {path} holds no .safetensors file (pickled weights are not read)")
         return ModelSource(name, str(path), None, _fingerprint_folder(path), f"local folder {path.name}")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".safetensors":
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model: no such file or folder: {name}")
     return _resolve_hub(name, revision)
 
@@ -169,5 +171,5 @@ def _refuse_unknown_weights(list_name: str, blocks: nn.ModuleList) -> None:
                 full_name = f"{list_name}.{name}.{parameter_name}"
                 raise ModelError(
                     f"{full_name} is a {parameter.ndim}-D parameter of {type(module).__name__}, not an nn.Linear: "
-                    "mixture-of-experts weights of this kind are not supported"
+                    "mixture-of-experts and convolution weights of this kind are not supported"
                 )

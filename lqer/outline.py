@@ -56,12 +56,16 @@ def plan_model(config: Config, outline: Outline) -> dict[str, LinearPlan | None]
 
     Raises ConfigError for a pattern that matches no linear: a misspelt one would otherwise change nothing, in silence.
     """
-    names = [*outline.linears, *outline.outside]
-    patterns = {f"quantize.skip.{i}": pattern for i, pattern in enumerate(config.quantize.skip)}
-    patterns |= {f"quantize.override.{i}.match": o.match for i, o in enumerate(config.quantize.override)}
-    for key, pattern in patterns.items():
-        # Not every model has an nn.Linear of that name as its head, and presets skip it for all of them.
-        if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in names):
+    # What lies outside the blocks may be skipped, as it is anyway; an override of it would change nothing. Not every
+    # model has an nn.Linear called lm_head, and presets skip it for all of them.
+    skippable = [*outline.linears, *outline.outside, "lm_head"]
+    checks = [(f"quantize.skip.{i}", pattern, skippable) for i, pattern in enumerate(config.quantize.skip)]
+    checks += [
+        (f"quantize.override.{i}.match", override.match, [*outline.linears])
+        for i, override in enumerate(config.quantize.override)
+    ]
+    for key, pattern, names in checks:
+        if not any(fnmatchcase(name, pattern) for name in names):
             ends = sorted({name.rpartition(".")[2] for name in names})
             raise ConfigError(
                 f"{key}: {pattern!r} matches no linear of {outline.architecture}; "

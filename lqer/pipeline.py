@@ -262,6 +262,7 @@ def _logging_to(path: Path):
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
+    logging.getLogger("lqer").setLevel(logging.INFO)
     try:
         yield
     except Exception as error:

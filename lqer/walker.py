@@ -83,6 +83,7 @@ class _Recorder(nn.Module):
         # Models read attributes such as `attention_type` off their blocks; a tuple keeps the block from being a child.
         self._block = (block,)
         self.returns_tuple = False
+        self.called = False
         self.hidden: Tensor
         self.call: BlockCall
 
@@ -95,6 +96,7 @@ class _Recorder(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not args:
             raise ModelError(f"{type(self._block[0]).__name__} is not called with its hidden states in first place")
+        self.called = True
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
         return (args[0],) if self.returns_tuple else args[0]
 
@@ -134,9 +136,16 @@ def _learn_what_blocks_return(model: PreTrainedModel, recorders: list[_Recorder]
         try:
             model.base_model(input_ids=ids_BT, use_cache=False)
         except (IndexError, RuntimeError, TypeError):
+            if not recorders[0].called:
+                raise  # in the embedding: nothing to do with what blocks return
             continue
-        if all(torch.equal(recorder.hidden, recorders[0].hidden) for recorder in recorders):
+        if all(_same(recorder.hidden, recorders[0].hidden) for recorder in recorders):
             return
     raise ModelError(
         f"{type(model).__name__} changes the hidden states between its blocks: they cannot be walked alone"
     )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal, where NaN equals NaN: broken weights are reported by whoever looks at the numbers."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

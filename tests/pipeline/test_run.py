@@ -1,0 +1,249 @@
+"""A whole run: what it leaves behind, what it does not do twice, what it refuses before any work."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import typing
+
+import pandas as pd
+import pytest
+import tomli
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lqer
+from lqer import pipeline
+from lqer.bits import Bits
+from lqer.config import Config, read_config
+from lqer.data import DatasetSpec, load_rows
+from lqer.errors import ConfigError, DataError, LqerError, ModelError, StoreError
+from lqer.evaluation.perplexity import gptq_perplexity, gptq_windows
+from lqer.report.results import PerplexityRow, Results
+
+
+@pytest.fixture
+def run(experiment):
+    def run_with(*overrides: str, tag: str | None = None) -> Results:
+        return pipeline.run(read_config(experiment.config, tag, overrides))
+
+    return run_with
+
+
+def stages(experiment) -> list[str]:
+    return sorted(path.name.split("-")[0] for path in (experiment.output / "store").glob("[!.]*"))
+
+
+class TestWhatARunLeaves:
+    def test_the_files_of_the_contract(self, experiment, run):
+        results = run()
+        folder = experiment.output / "tiny"
+        assert json.loads((folder / "results.json").read_text()) == results
+        for name in ("report.md", "layers.csv", "config.toml", "run.log", "checkpoint/lqer.json"):
+            assert (folder / name).stat().st_size > 0
+        figures = {path.name for path in (folder / "figures").iterdir()}
+        assert figures == {"perplexity.png", "output_error.png", "singular_values.png"}
+
+    def test_every_key_of_the_contract_is_there_and_no_other(self, run):
+        results = run()
+        assert set(results) == set(typing.get_type_hints(Results))
+        assert set(results["bits"]) == set(typing.get_type_hints(Bits))
+        assert set(results["perplexity"][0]) == set(typing.get_type_hints(PerplexityRow))
+
+    def test_the_resolved_configuration_is_itself_a_configuration(self, experiment, run):
+        run("--quantize.low_rank.rank=4")
+        saved = experiment.output / "tiny" / "config.toml"
+        assert read_config(saved) == read_config(experiment.config, None, ["--quantize.low_rank.rank=4"])
+
+    def test_one_row_per_linear(self, experiment, run):
+        results = run()
+        layers = pd.read_csv(experiment.output / "tiny" / "layers.csv")
+        assert len(layers) == results["layers"]["count"] == 4 * 7
+        assert (layers["output_error"] < layers["output_error_before"]).all()
+        assert (layers["weight_error"] < layers["weight_error_before"]).all()
+
+    def test_average_bits_weigh_the_layers_by_their_size(self, experiment, run):
+        results = run()
+        layers = pd.read_csv(experiment.output / "tiny" / "layers.csv")
+        weights = layers["out_features"] * layers["in_features"]
+        assert results["bits"]["average"] == pytest.approx((layers["bits"] * weights).sum() / weights.sum(), rel=1e-5)
+        assert results["bits"]["weight"] == 4
+        assert results["bits"]["metadata"] == 0.5
+        assert results["baseline"]["bits"]["average"] == 4.5
+
+    def test_perplexities_are_those_of_the_saved_models(self, experiment, run, tiny_model):
+        results = run()
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        text = load_rows(DatasetSpec(path=str(experiment.folder / "evaluation.txt")), "evaluation")
+        windows_WT = gptq_windows(tokenizer, list(text.rows), "\n", 64)
+        original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        quantized = lqer.load_quantized(experiment.output / "tiny" / "checkpoint")
+        row = results["perplexity"][0]
+        assert row["tokens"] == windows_WT.numel() - len(windows_WT)
+        assert row["original"] == pytest.approx(gptq_perplexity(original, windows_WT, 4, False).perplexity, rel=1e-6)
+        assert row["quantized"] == pytest.approx(gptq_perplexity(quantized, windows_WT, 4, False).perplexity, rel=1e-6)
+        assert len({row["original"], row["plain"], row["quantized"]}) == 3
+
+
+class TestWhatIsNotDoneTwice:
+    def test_a_second_run_makes_no_artifact_and_gives_the_same_results(self, run, monkeypatch):
+        first = run()
+        monkeypatch.setattr(pipeline, "load_model", lambda *args: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(pipeline, "load_quantized", lambda *args: pytest.fail("a checkpoint was loaded"))
+        second = run()
+        for key in ("bits", "perplexity", "calibration", "layers", "baseline", "model"):
+            assert second[key] == first[key]
+
+    def test_another_rank_reuses_calibration_original_and_plain(self, experiment, run):
+        run()
+        before = stages(experiment)
+        run("--quantize.low_rank.rank=4", tag="other")
+        assert sorted([*before, "quantize", "perplexity"]) == stages(experiment)
+
+    def test_names_of_formats_do_not_matter_to_the_store(self, experiment, run):
+        run()
+        before = stages(experiment)
+        run("--formats.w={ kind = 'mxint', bits = 4 }", "--quantize.weight=w", tag="other")
+        assert stages(experiment) == before
+
+    def test_other_calibration_text_calibrates_again(self, experiment, run):
+        run()
+        run("--calibration.num_samples=4", tag="other")
+        assert stages(experiment).count("calibrate") == 2
+
+    def test_two_output_folders_hold_the_same_checkpoint_bytes(self, experiment, run):
+        run()
+        run(f"--output_dir={experiment.folder / 'again'}")
+        first, second = (folder / "tiny/checkpoint" for folder in (experiment.output, experiment.folder / "again"))
+        names = {path.name for path in first.iterdir()}
+        assert names == {path.name for path in second.iterdir()}
+        for name in names - {"manifest.json"}:
+            assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+class TestOtherSettings:
+    def test_plain_rounding_has_no_low_rank_bits(self, run):
+        results = run("--quantize.method=none", "--quantize.low_rank.rank=0")
+        assert results["bits"]["low_rank"] == 0
+        assert results["perplexity"][0]["quantized"] == results["perplexity"][0]["plain"]
+
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "--quantize.method=lqer-svd",
+            "--quantize.activation=none",
+            "--quantize.attention_blocks=reference",
+            "--quantize.low_rank.blocks=reference",
+            "--quantize.low_rank.rank=7",
+            "--quantize.low_rank.rank=1000",
+            "--quantize.low_rank.format=none",
+            "--formats.w4={ kind = 'int', bits = 4, block_size = 48 }",
+            "--formats.w4={ kind = 'mx', element = 'mxfp4_e2m1' }",
+            "--quantize.skip=['*.down_proj', 'model.layers.2.*']",
+            "--evaluation.perplexity.protocol=lqer",
+            "--evaluation.perplexity.protocol=lm-eval",
+            "--evaluation.baselines=[]",
+            "--calibration.batch_size=3",
+        ],
+    )
+    def test_a_run_ends_well_with(self, run, override):
+        results = run(override)
+        assert results["perplexity"][0]["quantized"] > 1
+        assert results["layers"]["count"] > 0
+
+    def test_an_override_changes_the_linears_it_matches_alone(self, experiment, run):
+        run("--quantize.override=[{ match = '*.down_proj', weight = 'w8', low_rank = { rank = 0 } }]",
+            "--formats.w8={ kind = 'mxint', bits = 8 }")  # fmt: skip
+        layers = pd.read_csv(experiment.output / "tiny" / "layers.csv").set_index("name")
+        down = layers.index.str.endswith("down_proj")
+        assert set(layers.loc[down, "rank"]) == {0}
+        assert set(layers.loc[down, "bits"]) == {8.5}
+        assert set(layers.loc[~down, "rank"]) == {8}
+
+    def test_downstream_tasks_are_scored_for_every_candidate(self, experiment, run):
+        tasks = experiment.folder / "tasks" / "arc_easy"
+        tasks.mkdir(parents=True)
+        choices = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
+        rows = [{"id": str(i), "question": f"Colour {i}?", "choices": choices, "answerKey": "B"} for i in range(4)]
+        (tasks / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        results = run(
+            "--evaluation.downstream.tasks=['arc_easy_local']",
+            f"--evaluation.downstream.include_path={pipeline.Path(__file__).parents[2] / 'experiments/tasks'}",
+            f"--evaluation.downstream.data_dir={tasks.parent}",
+        )
+        row = next(row for row in results["downstream"] if row["metric"] == "acc")
+        assert row["samples"] == 4
+        assert all(0 <= row[kind] <= 1 for kind in ("original", "plain", "quantized"))
+
+
+class TestWhatIsRefused:
+    @pytest.mark.parametrize(
+        ("override", "error", "part"),
+        [
+            ("--model=/nowhere/model", ModelError, "no such file or folder: /nowhere/model"),
+            ("--model=demo:smollm3", ModelError, "demo:smollm2-135m"),
+            ("--device=cuda:99", LqerError, "device"),
+            ("--calibration.dataset=wikitext-2", DataError, "did you mean 'wikitext2'?"),
+            ("--calibration.num_samples=100000", DataError, "calibration.num_samples is 100000"),
+            ("--quantize.skip=['*.dwn_proj']", ConfigError, "did you mean 'down_proj'?"),
+            ("--quantize.override=[{ match = '*.nothing' }]", ConfigError, "quantize.override.0.match"),
+            ("--quantize.skip=['model.layers.*']", ConfigError, "every linear is skipped"),
+            ("--evaluation.downstream={ tasks = ['arc_easyy'] }", ConfigError, "arc_easy"),
+        ],
+    )
+    def test_a_mistake_is_one_line_before_any_artifact_is_made(self, experiment, run, override, error, part):
+        with pytest.raises(error) as caught:
+            run(override)
+        assert part in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not list(experiment.output.glob("store/quantize-*"))
+
+    def test_a_damaged_checkpoint_is_refused_by_name(self, experiment, run):
+        run()
+        shard = experiment.output / "tiny" / "checkpoint" / "block-00001.safetensors"
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(StoreError, match=r"block-00001\.safetensors is damaged"):
+            run("--evaluation.perplexity.seq_len=32")
+
+    def test_nothing_is_ever_unpickled(self, run, monkeypatch):
+        def refuse(*args, **kwargs):
+            pytest.fail("something was unpickled")
+
+        for name in ("load", "loads", "Unpickler"):
+            monkeypatch.setattr(pickle, name, refuse)
+        monkeypatch.setattr(torch, "load", refuse)
+        assert run()["perplexity"]
+
+    def test_trackers_are_not_imported_unless_asked_for(self, run):
+        import sys
+
+        run()
+        assert not {"wandb", "trackio"} & set(sys.modules)
+
+    def test_a_tracker_gets_the_numbers_when_asked_for(self, run, monkeypatch):
+        logged = {}
+
+        class Run:
+            def log(self, numbers):
+                logged.update(numbers)
+
+            def finish(self):
+                logged["finished"] = True
+
+        fake = type(pickle)("trackio")
+        fake.init = lambda **settings: logged.update(settings) or Run()
+        monkeypatch.setitem(__import__("sys").modules, "trackio", fake)
+        results = run("--tracking.backend=trackio")
+        assert logged["finished"]
+        assert logged["project"] == "lqer"
+        assert logged["bits/average"] == results["bits"]["average"]
+        assert results["perplexity"][0]["quantized"] in logged.values()
+
+
+def test_the_saved_configuration_holds_no_null(experiment, run):
+    run()
+    saved = tomli.loads((experiment.output / "tiny" / "config.toml").read_text())
+    assert "tracking" not in saved
+    assert Config.model_validate_json(json.dumps(saved), strict=True).tag == "tiny"

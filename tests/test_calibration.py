@@ -1,0 +1,163 @@
+"""Input sites and their statistics, against hooks on the model itself.
+
+Shapes: T tokens of the whole text, I in_features, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lqer.calibration import block_file, calibrate, spread_indices
+from lqer.errors import ModelError
+from lqer.models import block_linears, find_blocks
+from lqer.store import Workspace
+
+BATCH_SIZE = 2
+ERROR_TOKENS = 24
+CPU = torch.device("cpu")
+
+SEPARATE = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+OPT = [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}]
+SITES = {
+    "llama": SEPARATE,
+    "mistral": SEPARATE,
+    "qwen3": SEPARATE,
+    "gemma3": SEPARATE,
+    "opt": OPT,
+    "opt-350m": OPT,
+    "gpt-neox": [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}],
+    "phi3": [{"qkv_proj"}, {"o_proj"}, {"gate_up_proj"}, {"down_proj"}],
+    "gpt2": [{"attn.c_attn"}, {"attn.c_proj"}, {"mlp.c_fc"}, {"mlp.c_proj"}],
+}
+
+
+def run_calibration(
+    folder: Path, model: PreTrainedModel, windows_WT: Tensor, batch_size: int = BATCH_SIZE, make=Workspace
+) -> Workspace:
+    workspace = make(folder)
+    name, blocks = find_blocks(model)
+    calibrate(workspace, model, name, blocks, windows_WT, batch_size, ERROR_TOKENS, CPU)
+    return workspace
+
+
+@torch.no_grad()
+def inputs_of_linears(model: PreTrainedModel, windows_WT: Tensor, batch_size: int) -> dict[str, list[Tensor]]:
+    """Every batch's inputs, (tokens, in_features), of each linear of the decoder blocks by full name."""
+    name, blocks = find_blocks(model)
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
+    hooks = [
+        linear.register_forward_pre_hook(
+            lambda _, args, key=f"{name}.{i}.{key}": inputs[key].append(args[0].flatten(0, -2))
+        )
+        for i, block in enumerate(blocks)
+        for key, linear in block_linears(block).items()
+    ]
+    for ids_BT in windows_WT.split(batch_size):
+        model(ids_BT)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def test_linears_with_a_common_input_form_one_site(stages, architecture):
+    groups = defaultdict(set)
+    name, blocks = find_blocks(stages.model)
+    for linear, site in stages.calibration.json("sites.json").items():
+        block, end = linear.removeprefix(f"{name}.").split(".", 1)
+        groups[site].add((int(block), end if architecture == "gpt2" else end.rpartition(".")[2]))
+    expected = [{(i, linear) for linear in site} for i in range(len(blocks)) for site in SITES[architecture]]
+    assert sorted(map(sorted, groups.values())) == sorted(map(sorted, expected))
+
+
+def test_statistics_are_those_of_the_models_own_forward_pass(stages, windows_WT):
+    sites = stages.calibration.json("sites.json")
+    for linear, batches in inputs_of_linears(stages.model, windows_WT, BATCH_SIZE).items():
+        block = int(linear.removeprefix(f"{find_blocks(stages.model)[0]}.").split(".")[0])
+        site = sites[linear]
+        found = stages.calibration.tensors(block_file(block))
+        x_TI = torch.cat(batches).double()
+        mean_abs_I = torch.stack([batch.double().abs().mean(0) for batch in batches]).amax(0)
+        torch.testing.assert_close(found[f"{site}.mean_abs"].double(), mean_abs_I, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found[f"{site}.mean_square"].double(), x_TI.square().mean(0), rtol=1e-6, atol=1e-10)
+        rows = [i * len(x_TI) // ERROR_TOKENS for i in range(ERROR_TOKENS)]
+        assert torch.equal(found[f"{site}.sample"].double(), x_TI[rows])
+
+
+def test_only_the_mean_absolute_depends_on_the_batch_size(random_model, windows_WT, tmp_path):
+    model = random_model("llama")
+    files = {
+        size: run_calibration(tmp_path / str(size), model, windows_WT, size).tensors(block_file(1))
+        for size in (1, 2, 5)
+    }
+    for size in (1, 2):
+        for name, tensor in files[5].items():
+            close = torch.allclose(files[size][name], tensor, rtol=1e-6, atol=1e-6)
+            assert close != name.endswith("mean_abs"), name
+
+
+def test_sampled_tokens_are_spread_evenly_whatever_the_batches():
+    rng = random.Random(0)
+    for _ in range(300):
+        tokens, sampled, batch = rng.randint(1, 500), rng.randint(1, 600), rng.randint(1, 60)
+        whole = spread_indices(0, tokens, tokens, sampled)
+        parts = [
+            spread_indices(first, min(batch, tokens - first), tokens, sampled) + first
+            for first in range(0, tokens, batch)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+        assert len(whole) == min(sampled, tokens)
+        gaps = whole.diff()
+        assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+class Killed(Exception):
+    pass
+
+
+class Dying(Workspace):
+    """Dies when the second block is about to be written."""
+
+    def write_tensors(self, name, tensors):
+        if name == block_file(1):
+            raise Killed
+        super().write_tensors(name, tensors)
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_bytes(random_model, windows_WT, tmp_path):
+    model = random_model("gemma3")
+    run_calibration(tmp_path / "whole", model, windows_WT)
+    resumed = tmp_path / "resumed"
+    with pytest.raises(Killed):
+        run_calibration(resumed, model, windows_WT, make=Dying)
+    assert (resumed / block_file(0)).exists()
+    assert not (resumed / block_file(1)).exists()
+    first_block_written = (resumed / block_file(0)).stat().st_mtime_ns
+    run_calibration(resumed, model, windows_WT)
+    assert (resumed / block_file(0)).stat().st_mtime_ns == first_block_written
+    for name in ("sites.json", *map(block_file, range(3))):
+        assert (resumed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("broken", "reported"),
+    [
+        ("model.embed_tokens", "model.layers.0.self_attn.q_proj"),
+        ("model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.o_proj"),
+        ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_reported_at_the_first_linear_it_reaches(
+    random_model, windows_WT, tmp_path, broken, reported, value
+):
+    model = random_model("llama")
+    model.get_submodule(broken).weight.data[int(windows_WT[1, 3]) % 16] = value
+    with pytest.raises(ModelError, match=f"inputs of {reported} hold NaN or infinities"):
+        run_calibration(tmp_path, model, windows_WT)
