@@ -86,7 +86,8 @@ def write_surroundings(
         model.config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        # Templates inside tokenizer_config.json: several of them would else go to a folder of their own.
+        tokenizer.save_pretrained(folder, save_jinja_files=False)
         for file in sorted(Path(folder).iterdir()):
             if file.name != "config.json":
                 workspace.write(file.name, partial(_copy, file))
@@ -126,14 +127,14 @@ def load_quantized(
 
     # Parameters stay on the meta device until their values are read; buffers (rotary tables) are computed for real.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     prepare_model(model)
     _fill(model, load_file(path / OUTSIDE_FILE), {}, device, dtype)
     for index in range(details["blocks"]["count"]):
         prefix = f"{details['blocks']['name']}.{index}."
         linears = {name: entry for name, entry in details["linears"].items() if name.startswith(prefix)}
         _fill(model, load_file(path / block_file(index)), linears, device, dtype)
-    model.tie_weights()
+    _tie(model)
     _refuse_unfilled(model, path)
     if details["attention"] is not None:
         operand = format_from_dict(details["attention"]["format"])
@@ -190,6 +191,12 @@ def _unpack(
     described = entry[role]
     quantized = format_from_dict(described["format"]).unpack(packed, tuple(described["shape"]), described["axis"])
     return quantized.dequantize(dtype)
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Share the weights that the checkpoint holds once; two that it holds apart stay apart, whatever the config says."""
+    missing = {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.is_meta}
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
 def _refuse_unfilled(model: nn.Module, path: Path) -> None:

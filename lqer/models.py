@@ -86,8 +86,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ModelError(f'device: {name!r} is no torch device (use "auto", "cpu" or "cuda")') from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device: {name!r} asked for, but this machine has no usable GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device: {name!r} asked for, but this machine has {torch.cuda.device_count()} usable GPUs")
     return device
 
 

@@ -68,8 +68,8 @@ def plan_model(config: Config, outline: Outline) -> dict[str, LinearPlan | None]
         if not any(fnmatchcase(name, pattern) for name in names):
             ends = sorted({name.rpartition(".")[2] for name in names})
             raise ConfigError(
-                f"{key}: {pattern!r} matches no linear of {outline.architecture}; "
-                f"its linears are named {', '.join(ends)}{did_you_mean(pattern.rpartition('.')[2], ends)}"
+                f"{key}: {pattern!r} matches no linear of {outline.architecture} that could be quantized or skipped; "
+                f"those are named {', '.join(ends)}{did_you_mean(pattern.rpartition('.')[2], ends)}"
             )
     plans = {name: plan_linear(config, name) for name in outline.linears}
     if not any(plans.values()):

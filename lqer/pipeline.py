@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -266,7 +267,8 @@ def _logging_to(path: Path):
     try:
         yield
     except Exception as error:
-        log.error("%s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
+        # To the file alone, with its traceback: the console gets its one line from the command line's own handler.
+        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (error,), sys.exc_info()))
         raise
     finally:
         root.removeHandler(handler)

@@ -37,7 +37,9 @@ def make(workspace: Workspace) -> None:
 def kill_after(files: int):
     def make_some(workspace: Workspace) -> None:
         for index in range(files):
-            workspace.write_tensors(f"block-{index}.safetensors", {"b": torch.full((4,), index), "a": torch.arange(3.0)})
+            workspace.write_tensors(
+                f"block-{index}.safetensors", {"b": torch.full((4,), index), "a": torch.arange(3.0)}
+            )
         raise Killed
 
     return make_some

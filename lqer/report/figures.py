@@ -22,6 +22,7 @@ from lqer.report.results import PerplexityRow
 
 COLOURS = {"original": "#000000", "plain": "#D55E00", "quantized": "#0072B2"}
 DPI = 130
+LOG_SPAN = 3
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -109,17 +110,25 @@ def save_perplexities(
 
 
 def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
-    """Perplexity over average bits, one point per run, with the front of runs that no other run beats in both."""
+    """Perplexity over average bits, one point per run, with the front of points that no other beats in both.
+
+    Plain rounding, where runs evaluated it beside their method, is a point of its own. The perplexity axis is logarithmic
+    once it spans more than a factor of LOG_SPAN.
+    """
+    points = _with_plain_points(table)
+    original = table["original"].dropna()
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6, 4))
         palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-        for colour, (method, group) in zip(palette * 3, table.groupby("method")):
+        for colour, (method, group) in zip(palette * 3, points.groupby("method")):
             axis.scatter(group["bits"], group["perplexity"], label=method, color=colour, s=22, zorder=3)
-        front = pareto_front(table)
+        front = pareto_front(points)
         axis.plot(front["bits"], front["perplexity"], color="#777777", linewidth=1, zorder=2, label="Pareto front")
-        original = table["original"].dropna()
         if len(original):
             axis.axhline(original.iloc[0], color="#000000", linewidth=0.8, linestyle="--", label="original")
+        lowest = min(points["perplexity"].min(), original.min() if len(original) else np.inf)
+        if points["perplexity"].max() > LOG_SPAN * lowest:
+            axis.set_yscale("log")
         axis.set_xlabel("average bits per weight, low rank and metadata included")
         axis.set_ylabel("perplexity")
         axis.set_title(title)
@@ -127,9 +136,16 @@ def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
         _save(figure, path)
 
 
-def pareto_front(table: pd.DataFrame) -> pd.DataFrame:
+def _with_plain_points(table: pd.DataFrame) -> pd.DataFrame:
+    points = table[["method", "bits", "perplexity"]].replace({"method": {"none": "plain rounding"}})
+    plain = table[["plain_bits", "plain"]].dropna().drop_duplicates()
+    plain = plain.set_axis(["bits", "perplexity"], axis="columns").assign(method="plain rounding")
+    return pd.concat([points, plain], ignore_index=True).drop_duplicates()
+
+
+def pareto_front(points: pd.DataFrame) -> pd.DataFrame:
     """The rows for which no other has at most the bits and less perplexity, by growing bits."""
-    ordered = table.dropna(subset=["bits", "perplexity"]).sort_values(["bits", "perplexity"])
+    ordered = points.dropna(subset=["bits", "perplexity"]).sort_values(["bits", "perplexity"])
     return ordered[ordered["perplexity"] < ordered["perplexity"].cummin().shift(fill_value=np.inf)]
 
 

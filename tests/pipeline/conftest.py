@@ -73,6 +73,7 @@ def experiment(tmp_path: Path, tiny_model: Path) -> Experiment:
 extends = "{ROOT / "configs/formats/mxint.toml"}"
 model = "{tiny_model}"
 output_dir = "{tmp_path / "checkpoints"}"
+device = "cpu"
 
 [calibration]
 dataset = "{tmp_path / "calibration.txt"}"

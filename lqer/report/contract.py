@@ -1,0 +1,29 @@
+"""Prints the contract of results.json as markdown; docs/results.md is its output.
+
+    python -m lqer.report.contract > docs/results.md
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from lqer import bits
+from lqer.report import results
+
+INTRODUCTION = """# results.json
+
+Every run leaves `<output_dir>/<tag>/results.json`. Its keys, with their meaning, are these classes; this page is made from them
+by `python -m lqer.report.contract`. `schema_version` is raised when a key changes its meaning.
+"""
+
+
+def render() -> str:
+    """The page: every TypedDict of the contract as it stands in the code."""
+    classes = [results.Results, results.Versions, results.ModelInfo, bits.Bits, results.Baseline, results.CalibrationInfo]
+    classes += [results.PerplexityRow, results.DownstreamRow, results.Layers, results.Seconds]
+    source = "\n\n\n".join(inspect.getsource(cls).rstrip() for cls in classes)
+    return f"{INTRODUCTION}\n```python\n{source}\n```\n"
+
+
+if __name__ == "__main__":
+    print(render(), end="")

@@ -1,0 +1,79 @@
+"""What a configuration means for one linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lqer.config import Config, plan_linear
+from lqer.formats import MXInt, Passthrough
+
+FORMATS = {f"w{bits}": {"kind": "mxint", "bits": bits} for bits in (3, 4, 8)}
+DOWN = "model.layers.0.mlp.down_proj"
+UP = "model.layers.0.mlp.up_proj"
+
+
+def config(**quantize: Any) -> Config:
+    return Config.model_validate(
+        {"model": "m", "tag": "t", "formats": FORMATS, "quantize": {"weight": "w4", **quantize}}
+    )
+
+
+def test_names_become_number_formats():
+    plan = plan_linear(
+        config(
+            activation="w8", bias="w3", low_rank={"rank": 5, "format": "w8", "blocks": "reference"}, method="lqer-svd"
+        ),
+        UP,
+    )
+    assert (plan.weight, plan.activation, plan.bias, plan.factor) == (MXInt(4), MXInt(8), MXInt(3), MXInt(8))
+    assert (plan.method, plan.rank, plan.factor_blocks) == ("lqer-svd", 5, "reference")
+
+
+def test_none_leaves_activations_and_biases_alone_and_stores_factors_as_halves():
+    plan = plan_linear(config(activation="none", bias="none", low_rank={"rank": 5, "format": "none"}), UP)
+    assert plan.activation is None
+    assert plan.bias is None
+    assert plan.factor == Passthrough("float16")
+
+
+def test_the_first_override_that_matches_wins():
+    both = [{"match": "*.down_proj", "weight": "w8"}, {"match": "*.mlp.*", "weight": "w3", "activation": "w8"}]
+    assert plan_linear(config(override=both), DOWN).weight == MXInt(8)
+    assert plan_linear(config(override=both), DOWN).activation is None
+    assert plan_linear(config(override=both), UP).weight == MXInt(3)
+    assert plan_linear(config(override=both[::-1]), DOWN).weight == MXInt(3)
+
+
+def test_an_override_of_one_key_leaves_the_others():
+    base = {"activation": "w8", "low_rank": {"rank": 5, "format": "w8", "blocks": "reference"}}
+    override = [{"match": "*.down_proj", "low_rank": {"rank": 9}}]
+    plan = plan_linear(config(**base, override=override), DOWN)
+    assert (plan.rank, plan.factor, plan.factor_blocks) == (9, MXInt(8), "reference")
+    assert (plan.weight, plan.activation) == (MXInt(4), MXInt(8))
+    assert plan_linear(config(**base, override=override), UP).rank == 5
+
+
+@pytest.mark.parametrize(("key", "value"), [("activation", "none"), ("bias", "none")])
+def test_an_override_can_switch_off(key, value):
+    override = [{"match": "*.down_proj", key: value}]
+    switched = config(activation="w8", bias="w8", override=override)
+    assert getattr(plan_linear(switched, DOWN), key) is None
+    assert getattr(plan_linear(switched, UP), key) == MXInt(8)
+
+
+def test_an_override_can_set_the_rank_to_zero():
+    plan = plan_linear(config(low_rank={"rank": 5}, override=[{"match": "*", "low_rank": {"rank": 0}}]), UP)
+    assert plan.rank == 0
+
+
+def test_a_skipped_linear_has_no_plan_whatever_the_overrides():
+    skipping = config(skip=["*.down_proj"], override=[{"match": "*.down_proj", "weight": "w8"}])
+    assert plan_linear(skipping, DOWN) is None
+    assert plan_linear(skipping, UP) is not None
+
+
+def test_a_pattern_is_matched_to_the_whole_name_and_its_case():
+    assert plan_linear(config(skip=["down_proj", "*.Down_proj", "model.layers.1*"]), DOWN) is not None
+    assert plan_linear(config(skip=["model.layers.[0-3].*"]), DOWN) is None

@@ -1,0 +1,107 @@
+"""The documentation says what the code does: commands run, keys exist, tables are those of the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from lqer.config import read_config
+from lqer.config.schema import Config, OverrideConfig, TrackingConfig
+from lqer.data import DatasetSpec
+from lqer.report import contract
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# Tables with a paragraph or a row of their own.
+EXPLAINED_ELSEWHERE = (DatasetSpec, OverrideConfig)
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(program: str) -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
+
+
+@pytest.mark.parametrize("command", commands("python experiments/pipeline.py"), ids=" ".join)
+def test_a_pipeline_command_of_the_readme_is_valid(command):
+    arguments = [argument for argument in command[2:] if argument != "--validate"]
+    done = subprocess.run(
+        [sys.executable, command[1], "--validate", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("valid")
+
+
+def test_the_readme_shows_commands():
+    assert len(commands("python experiments/pipeline.py")) >= 2
+    assert len(commands("make")) == 2
+    assert len(commands("sweeps/")) == 1
+
+
+@pytest.mark.parametrize("command", commands("make"), ids=" ".join)
+def test_a_make_target_of_the_readme_exists(command):
+    done = subprocess.run(["make", "-n", command[1]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", commands("sweeps/"), ids=" ".join)
+def test_a_sweep_of_the_readme_exists_and_its_config_too(command):
+    assert (ROOT / command[0]).stat().st_mode & 0o100
+    assert (ROOT / command[1]).exists()
+
+
+def test_the_config_of_the_readme_is_an_experiment(tmp_path):
+    (text,) = blocks("toml")
+    path = tmp_path / "example.toml"
+    path.write_text(text.replace("../methods", str(ROOT / "configs" / "methods")))
+    config = read_config(path)
+    assert config.formats["w3"].kind == "int"
+    assert config.quantize.override[0].low_rank.rank == 64
+
+
+def test_the_mistake_of_the_readme_is_answered_as_shown():
+    shown = re.search(r"\$ python (\S+) (\S+) (\S+)\n(error: .*)\n", README)
+    done = subprocess.run(
+        [sys.executable, *shown.groups()[:3]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.rstrip() == shown[4]
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> typing.Iterator[str]:
+    for name, field in model.model_fields.items():
+        nested = [
+            part
+            for part in (field.annotation, *typing.get_args(field.annotation))
+            if isinstance(part, type) and issubclass(part, BaseModel) and part not in EXPLAINED_ELSEWHERE
+        ]
+        if nested:
+            yield from keys_of(nested[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("key", [*keys_of(Config), *keys_of(TrackingConfig, "tracking.")])
+def test_every_key_of_the_configuration_is_explained(key):
+    page = (ROOT / "docs" / "config.md").read_text()
+    assert f"`{key}" in page
+
+
+def test_the_page_of_the_contract_is_made_from_the_code():
+    assert (ROOT / "docs" / "results.md").read_text() == contract.render()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
