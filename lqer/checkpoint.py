@@ -194,7 +194,7 @@ def _unpack(
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Share the weights that the checkpoint holds once; two that it holds apart stay apart, whatever the config says."""
+    """Share the weights that the checkpoint holds once; those it holds apart stay apart, whatever the config says."""
     missing = {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.is_meta}
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
 

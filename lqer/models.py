@@ -81,7 +81,7 @@ def _fingerprint_folder(folder: Path) -> str:
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is a GPU where there is one. Raises ModelError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.device_count() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

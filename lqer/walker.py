@@ -65,8 +65,8 @@ def walk_blocks(
 ) -> Iterator[BlockVisit]:
     """Visit the blocks in order with the hidden states of `windows_WT` (int64 token ids).
 
-    The caller runs `visit.forward()` exactly once per visit. The model stays where it is but for the block at hand,
-    which is moved to `device` and back. Hidden states are kept on the CPU in the model's dtype.
+    The caller runs `visit.forward()` exactly once per visit. What surrounds the blocks is moved to `device` for good, a
+    block for the time of its visit. Hidden states are kept on the CPU in the model's dtype.
     """
     stream = _enter(model, blocks, windows_WT.split(batch_size), device)
     for index, block in enumerate(blocks):

@@ -93,6 +93,7 @@ def test_operands_are_rounded_along_the_stated_dimensions(round_mxint, blocks, s
 
 
 def test_scores_are_scaled_by_the_head_width_unless_the_model_says_otherwise():
+    torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 3, 16) for _ in range(3))
     default = EXACT(torch.nn.Module(), q, k, v, None)[0]
     assert torch.equal(default, EXACT(torch.nn.Module(), q, k, v, None, scaling=0.25)[0])

@@ -154,7 +154,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(random_model, wind
     ],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_is_none_is_reported_at_the_first_linear_it_reaches(
+def test_nan_and_infinity_are_reported_at_the_first_linear_they_reach(
     random_model, windows_WT, tmp_path, broken, reported, value
 ):
     model = random_model("llama")

@@ -71,6 +71,7 @@ def test_its_tensors_follow_the_model_but_not_into_a_state_dict(parts):
 
 
 def test_output_error_is_the_share_of_the_outputs_energy():
+    torch.manual_seed(0)
     weight_OI, quantized_OI, sample_SI = torch.randn(6, 4), torch.randn(6, 4), torch.randn(9, 4)
     y, y_q = sample_SI.double() @ weight_OI.double().T, sample_SI.double() @ quantized_OI.double().T
     expected = float((y - y_q).square().sum() / y.square().sum())

@@ -2,9 +2,9 @@
 
 For an error E (out x in) and a positive diagonal S, `reconstruct` minimises || S (Eᵀ − A·B) ||_F over A·B of rank r
 (LQER, arXiv 2402.02446, section 3.2): with S·Eᵀ = U Σ Vᵀ the answer is A = S⁻¹ U_r, B = Σ_r V_rᵀ. U, Σ, V come from
-the eigenvectors of the smaller Gram matrix in float64, which costs a fraction of an SVD. Squaring halves the digits: the
-product is optimal to 1e-6 for scales that span five decades, and directions whose singular value lies below 1e-8 of the
-largest are taken for noise.
+the eigenvectors of the smaller Gram matrix in float64, which costs a fraction of an SVD. Squaring halves the digits:
+the product is optimal to 1e-6 for scales that span five decades, and directions whose singular value lies below 1e-8 of
+the largest are taken for noise.
 
 Shapes: I in_features, O out_features, R rank, K = min(I, O).
 """
