@@ -2,8 +2,8 @@
 
     python experiments/benchmark_calibration.py [MODEL] [--windows 8] [--seq-len 512] [--repeats 5]
 
-MODEL is anything that a config's `model` may be (default: demo:smollm2-135m). Walks alternate in one process; the medians
-and their ratio are printed.
+MODEL is anything that a config's `model` may be (default: demo:smollm2-135m). Walks alternate in one process; the
+medians and their ratio are printed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 
@@ -21,9 +22,12 @@ from lqer.models import block_linears, find_blocks, load_model, pick_device, res
 from lqer.report.environment import device_name
 from lqer.walker import walk_blocks
 
-
 # Tokens kept per site, as calibration.error_tokens does by default.
 SAMPLED = 256
+
+
+def _begin_batch(observer: BlockObserver, seq_len: int, first_window: int) -> None:
+    observer.begin_batch(first_window * seq_len)
 
 
 def main() -> int:
@@ -47,16 +51,13 @@ def main() -> int:
         name, blocks = find_blocks(model)
         total = 0.0
         for visit in walk_blocks(model, name, blocks, windows_WT, arguments.batch_size, device):
-            observer = (
-                BlockObserver(block_linears(visit.block), windows_WT.numel(), SAMPLED, device) if hooked else None
-            )
+            observer = BlockObserver(block_linears(visit.block) if hooked else {}, windows_WT.numel(), SAMPLED, device)
             started = time.perf_counter()
-            visit.forward(lambda window: observer.begin_batch(window * arguments.seq_len) if observer else None)
+            visit.forward(partial(_begin_batch, observer, arguments.seq_len))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             total += time.perf_counter() - started
-            if observer:
-                observer.close()
+            observer.close()
         return total
 
     seconds(hooked=True)

@@ -45,8 +45,11 @@ class QuantizedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """The contract of transformers' attention functions: returns the output (B, T, H, D) and the weights."""
-        if kwargs.get("s_aux") is not None:
-            raise ModelError(f"{type(module).__name__} uses attention sinks: quantized attention does not support them")
+        for name in ("s_aux", "position_bias"):
+            if kwargs.get(name) is not None:
+                raise ModelError(f"{type(module).__name__} hands {name} to attention: quantized attention ignores it")
+        if attention_mask is None and query_BHTD.shape[2] > 1:
+            raise ModelError(f"{type(module).__name__} calls attention without a mask: it would look ahead")
         repeats = query_BHTD.shape[1] // key_BGKD.shape[1]
         key_BHKD = key_BGKD.repeat_interleave(repeats, dim=1)
         value_BHKD = value_BGKD.repeat_interleave(repeats, dim=1)

@@ -25,7 +25,7 @@ from lqer.store import Workspace
 from lqer.walker import BlockVisit, walk_blocks
 
 # Raised whenever the same inputs would give other statistics than before.
-CALIBRATE_VERSION = 2
+CALIBRATE_VERSION = 3
 SITES_FILE = "sites.json"
 
 
@@ -45,9 +45,9 @@ class SiteStatistics:
     def add(self, x_NI: Tensor, sampled_N: Tensor) -> None:
         """Take in a batch: x_NI inputs, sampled_N the indices of the tokens to keep."""
         x32_NI = x_NI.to(torch.float32)
-        norms_I = torch.linalg.vector_norm(x32_NI, ord=1, dim=0)
-        self.mean_abs_I = torch.maximum(self.mean_abs_I, norms_I / len(x_NI))
-        self.square_sum_I += torch.linalg.vector_norm(x32_NI, ord=2, dim=0).to(torch.float64).square()
+        # Two passes each, and still several times faster than a vector norm down the columns.
+        self.mean_abs_I = torch.maximum(self.mean_abs_I, x32_NI.abs().mean(0))
+        self.square_sum_I += x32_NI.square().sum(0).to(torch.float64)
         self.tokens += len(x_NI)
         self.sample_SI.append(x_NI[sampled_N].cpu())
 
@@ -67,8 +67,12 @@ class BlockObserver:
         self.site_of: dict[str, str] = {}
         self._tokens, self._sampled, self._device = tokens, sampled, device
         self._last_input: Tensor | None = None
+        self._last_version = 0
         self._last_site = ""
         self._first_token = 0
+        # The sampled tokens of a batch are the same at every site: (first token, count) and their indices.
+        self._sampled_of = (-1, 0)
+        self._sampled_N = torch.empty(0, dtype=torch.int64)
         self._hooks = [
             linear.register_forward_pre_hook(lambda _, args, name=name: self._observe(name, args[0]))
             for name, linear in linears.items()
@@ -78,16 +82,18 @@ class BlockObserver:
         self._first_token = first_token
 
     def _observe(self, name: str, x: Tensor) -> None:
-        # Linears that share an input are called one after the other with the very same tensor.
-        if x is self._last_input:
+        # Linears that share an input are called one after the other with the very same tensor, unchanged in between.
+        if x is self._last_input and x._version == self._last_version:
             self.site_of.setdefault(name, self._last_site)
             return
         site = self.site_of.setdefault(name, name)
-        self._last_input, self._last_site = x, site
+        self._last_input, self._last_version, self._last_site = x, x._version, site
         x_NI = x.reshape(-1, x.shape[-1])
         statistics = self.sites.setdefault(site, SiteStatistics(x.shape[-1], self._device))
-        sampled_N = spread_indices(self._first_token, len(x_NI), self._tokens, self._sampled)
-        statistics.add(x_NI, sampled_N.to(x.device))
+        if self._sampled_of != (self._first_token, len(x_NI)):
+            self._sampled_of = (self._first_token, len(x_NI))
+            self._sampled_N = spread_indices(*self._sampled_of, self._tokens, self._sampled).to(x.device)
+        statistics.add(x_NI, self._sampled_N)
 
     def close(self) -> None:
         self._last_input = None

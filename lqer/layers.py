@@ -2,7 +2,8 @@
 
 x_q is the input rounded to the activation format; where activations are quantized, the rank-r intermediate and the
 product are rounded to the same format again (LQER, arXiv 2402.02446, section 4). Every factor holds exactly the values
-of its number format, so an emulated layer differs from a kernel on packed codes only by the order of summation.
+of its number format wherever the model's dtype can hold it (float32 always, bfloat16 for up to eight significant bits),
+so an emulated layer differs from a kernel on packed codes only by the order of summation.
 
 Shapes: I in_features, O out_features, R rank.
 """

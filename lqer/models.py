@@ -21,6 +21,9 @@ from lqer.files import content_hash, hash_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# Of the matrices in the decoder blocks: routers and the like are small.
+MAX_UNQUANTIZED_SHARE = 0.05
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -162,14 +165,25 @@ def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _refuse_unknown_weights(list_name: str, blocks: nn.ModuleList) -> None:
-    """A weight that is no nn.Linear's would silently stay unquantized: experts held as 3-D parameters, for one."""
+    """A weight that is no nn.Linear's would silently stay unquantized, and the stated bits would be a flattery."""
+    inside, outside, largest = 0, 0, ("", nn.Parameter(), "")
     for name, module in blocks.named_modules():
-        if isinstance(module, nn.Linear):
-            continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            if isinstance(module, nn.Linear):
+                inside += parameter.numel()
+                continue
+            found = (f"{list_name}.{name}.{parameter_name}", parameter, type(module).__name__)
             if parameter.ndim >= 3:
-                full_name = f"{list_name}.{name}.{parameter_name}"
                 raise ModelError(
-                    f"{full_name} is a {parameter.ndim}-D parameter of {type(module).__name__}, not an nn.Linear: "
+                    f"{found[0]} is a {parameter.ndim}-D parameter of {found[2]}, not an nn.Linear: "
                     "mixture-of-experts and convolution weights of this kind are not supported"
                 )
+            outside += parameter.numel()
+            largest = max(largest, found, key=lambda candidate: candidate[1].numel())
+    if outside > MAX_UNQUANTIZED_SHARE * (inside + outside):
+        raise ModelError(
+            f"{outside / (inside + outside):.0%} of the decoder blocks' weights are no nn.Linear's and would stay "
+            f"unquantized (at most {MAX_UNQUANTIZED_SHARE:.0%}), the largest being {largest[0]} of {largest[2]}"
+        )

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lqer.config import Config, plan_linear
+from lqer.config.schema import NOT_QUANTIZED
 from lqer.errors import ConfigError, ModelError
 from lqer.methods import LinearPlan
 from lqer.models import ModelSource, block_linears, find_blocks, load_model_config, prepare_model
@@ -27,6 +28,8 @@ class Outline:
     linears: dict[str, tuple[int, int]]
     # Linears outside the decoder blocks (the head, projections around the embedding): never quantized.
     outside: tuple[str, ...]
+    # Whether attention goes through transformers' registry, where its operands can be quantized.
+    attention_is_registered: bool
 
 
 def read_outline(source: ModelSource) -> Outline:
@@ -48,7 +51,10 @@ def read_outline(source: ModelSource) -> Outline:
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Outline(type(model).__name__, parameters, blocks_name, len(blocks), linears, outside)
+    attention_is_registered = type(model)._can_set_attn_implementation()
+    return Outline(
+        type(model).__name__, parameters, blocks_name, len(blocks), linears, outside, attention_is_registered
+    )
 
 
 def plan_model(config: Config, outline: Outline) -> dict[str, LinearPlan | None]:
@@ -72,6 +78,11 @@ def plan_model(config: Config, outline: Outline) -> dict[str, LinearPlan | None]
                 f"those are named {', '.join(ends)}{did_you_mean(pattern.rpartition('.')[2], ends)}"
             )
     plans = {name: plan_linear(config, name) for name in outline.linears}
+    if config.quantize.attention != NOT_QUANTIZED and not outline.attention_is_registered:
+        raise ConfigError(
+            f"quantize.attention: must be 'none' for {outline.architecture}, which computes attention by itself; "
+            f"found {config.quantize.attention!r}"
+        )
     if not any(plans.values()):
         raise ConfigError("quantize.skip: every linear is skipped, nothing is left to quantize")
     return plans

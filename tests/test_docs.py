@@ -72,9 +72,7 @@ def test_the_config_of_the_readme_is_an_experiment(tmp_path):
 
 def test_the_mistake_of_the_readme_is_answered_as_shown():
     shown = re.search(r"\$ python (\S+) (\S+) (\S+)\n(error: .*)\n", README)
-    done = subprocess.run(
-        [sys.executable, *shown.groups()[:3]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, *shown.groups()[:3]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr.rstrip() == shown[4]
 
 

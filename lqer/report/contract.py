@@ -1,6 +1,6 @@
 """Prints the contract of results.json as markdown; docs/results.md is its output.
 
-    python -m lqer.report.contract > docs/results.md
+python -m lqer.report.contract > docs/results.md
 """
 
 from __future__ import annotations
@@ -12,16 +12,26 @@ from lqer.report import results
 
 INTRODUCTION = """# results.json
 
-Every run leaves `<output_dir>/<tag>/results.json`. Its keys, with their meaning, are these classes; this page is made from them
-by `python -m lqer.report.contract`. `schema_version` is raised when a key changes its meaning.
+Every run leaves `<output_dir>/<tag>/results.json`. Its keys, with their meaning, are these classes; this page is made
+from them by `python -m lqer.report.contract`. `schema_version` is raised when a key changes its meaning.
 """
+CLASSES = (
+    results.Results,
+    results.Versions,
+    results.ModelInfo,
+    bits.Bits,
+    results.Baseline,
+    results.CalibrationInfo,
+    results.PerplexityRow,
+    results.DownstreamRow,
+    results.Layers,
+    results.Seconds,
+)
 
 
 def render() -> str:
     """The page: every TypedDict of the contract as it stands in the code."""
-    classes = [results.Results, results.Versions, results.ModelInfo, bits.Bits, results.Baseline, results.CalibrationInfo]
-    classes += [results.PerplexityRow, results.DownstreamRow, results.Layers, results.Seconds]
-    source = "\n\n\n".join(inspect.getsource(cls).rstrip() for cls in classes)
+    source = "\n\n\n".join(inspect.getsource(cls).rstrip() for cls in CLASSES)
     return f"{INTRODUCTION}\n```python\n{source}\n```\n"
 
 

@@ -112,8 +112,8 @@ def save_perplexities(
 def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
     """Perplexity over average bits, one point per run, with the front of points that no other beats in both.
 
-    Plain rounding, where runs evaluated it beside their method, is a point of its own. The perplexity axis is logarithmic
-    once it spans more than a factor of LOG_SPAN.
+    Plain rounding, where runs evaluated it beside their method, is a point of its own. The perplexity axis is
+    logarithmic once it spans more than a factor of LOG_SPAN.
     """
     points = _with_plain_points(table)
     original = table["original"].dropna()

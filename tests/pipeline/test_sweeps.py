@@ -100,4 +100,6 @@ def test_a_sweep_runs_end_to_end_and_again_without_work(experiment, tmp_path):
     artifacts = {path: path.stat().st_mtime_ns for path in (experiment.output / "store").glob("*/manifest.json")}
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert artifacts == {path: path.stat().st_mtime_ns for path in (experiment.output / "store").glob("*/manifest.json")}
+    assert artifacts == {
+        path: path.stat().st_mtime_ns for path in (experiment.output / "store").glob("*/manifest.json")
+    }
