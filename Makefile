@@ -11,7 +11,7 @@ demo: $(VENV)/.runtime
 # Two processes of one thread each: the models are too small to gain from more, and bars would drown a failure.
 test: $(VENV)/.dev
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check lqer experiments tests

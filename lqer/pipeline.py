@@ -6,7 +6,6 @@ stage really needs it, and never edits the configuration.
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import time
@@ -217,13 +216,11 @@ def _quantize(
 
 
 def _obtain(store: Store, stage: str, key, make: Callable) -> Artifact:
-    """store.obtain with a word to the user, and the memory of a stage given back before the next one."""
+    """store.obtain with a word to the user."""
     path = store.path(stage, key)
     if store.find(stage, key) is not None:
         log.info("%s: reused, %s", stage, path.name)
-    artifact = store.obtain(stage, key, make)
-    gc.collect()
-    return artifact
+    return store.obtain(stage, key, make)
 
 
 def _candidate_from_checkpoint(setting: Setting, checkpoint: Artifact) -> Candidate:

@@ -86,6 +86,7 @@ ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], Mapping[str, Any]]] = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "network: needs a package index")
+    config.addinivalue_line("markers", "figures: looks at the figures of a run")
 
 
 @pytest.fixture(scope="session")

@@ -95,8 +95,9 @@ def test_operands_are_rounded_along_the_stated_dimensions(round_mxint, blocks, s
 def test_scores_are_scaled_by_the_head_width_unless_the_model_says_otherwise():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 3, 16) for _ in range(3))
-    default = EXACT(torch.nn.Module(), q, k, v, None)[0]
-    assert torch.equal(default, EXACT(torch.nn.Module(), q, k, v, None, scaling=0.25)[0])
+    mask_TK = torch.zeros(3, 3)
+    default = EXACT(torch.nn.Module(), q, k, v, mask_TK)[0]
+    assert torch.equal(default, EXACT(torch.nn.Module(), q, k, v, mask_TK, scaling=0.25)[0])
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     torch.testing.assert_close(default, expected)
 
@@ -131,5 +132,13 @@ def test_a_model_with_attention_of_its_own_is_refused():
 
 def test_attention_sinks_are_refused():
     x = torch.ones(1, 1, 2, 4)
-    with pytest.raises(ModelError, match="SimpleNamespace uses attention sinks"):
+    with pytest.raises(ModelError, match="SimpleNamespace hands s_aux to attention"):
         EXACT(SimpleNamespace(), x, x, x, None, s_aux=torch.zeros(1))
+
+
+def test_attention_without_a_mask_would_look_ahead_and_is_refused():
+    x = torch.ones(1, 1, 2, 4)
+    with pytest.raises(ModelError, match="SimpleNamespace calls attention without a mask"):
+        EXACT(SimpleNamespace(), x, x, x, None)
+    last_token = x[:, :, -1:]
+    assert EXACT(SimpleNamespace(), last_token, x, x, None)[0].shape == (1, 1, 1, 4)

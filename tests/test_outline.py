@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ OUTLINE = Outline(
     blocks=2,
     linears={f"model.layers.{i}.mlp.{name}": (4, 4) for i in range(2) for name in ("up_proj", "down_proj")},
     outside=("lm_head",),
+    attention_is_registered=True,
 )
 
 
@@ -93,10 +95,17 @@ def test_an_override_of_what_is_never_quantized_is_refused():
 
 
 def test_the_head_may_be_skipped_where_there_is_none():
-    headless = Outline("GPTNeoXForCausalLM", 1, "layers", 1, {"layers.0.dense": (4, 4)}, outside=())
+    headless = Outline("GPTNeoXForCausalLM", 1, "layers", 1, {"layers.0.dense": (4, 4)}, (), True)
     assert plan_model(config(skip=["lm_head"]), headless)["layers.0.dense"] is not None
 
 
 def test_skipping_everything_is_refused():
     with pytest.raises(ConfigError, match="every linear is skipped"):
         plan_model(config(skip=["*"]), OUTLINE)
+
+
+def test_quantized_attention_is_refused_where_a_model_computes_attention_by_itself():
+    by_itself = dataclasses.replace(OUTLINE, attention_is_registered=False)
+    assert any(plan_model(config(), by_itself).values())
+    with pytest.raises(ConfigError, match=r"quantize\.attention: must be 'none' for LlamaForCausalLM"):
+        plan_model(config(attention="w8"), by_itself)

@@ -7,7 +7,6 @@ missing, and let go before the next.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -111,8 +110,6 @@ def _evaluate_one(
         if store.find(job.stage, key) is not None:
             log.info("evaluate the %s model: %s reused", kind, job.label)
         artifacts[job.label] = store.obtain(job.stage, key, make)
-    del model
-    gc.collect()
     return artifacts
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import lm_eval.tasks
 import pytest
 import torch
+from helpers import byte_tokenizer
 from lm_eval.tasks._yaml_loader import load_yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lqer.errors import ConfigError, DataError
@@ -54,10 +54,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: index for index, token in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from helpers import BOS, byte_tokenizer
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from lqer.errors import ConfigError, DataError
@@ -26,8 +27,6 @@ from lqer.evaluation.perplexity import (
     lqer_windows,
 )
 
-BOS = 0
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -36,16 +35,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def byte_tokenizer(adds_bos: bool) -> PreTrainedTokenizerFast:
-    vocabulary = {token: index for index, token in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", model_max_length=32)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +185,7 @@ def test_lm_eval_perplexity_leaves_out_documents_without_text(model):
 
 
 def test_lm_eval_perplexity_leaves_tokenizer_and_model_as_they_were(model):
-    tokenizer = byte_tokenizer(adds_bos=False)
+    tokenizer = byte_tokenizer(model_max_length=32)
     model.config.quantization_config = {"quant_method": "unknown to transformers"}
     try:
         lm_eval_perplexity(model, tokenizer, ["some words"], seq_len=8, batch_size=2)

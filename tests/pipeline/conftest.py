@@ -9,19 +9,10 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from helpers import byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
-
-
-def save_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer with one id per byte, and an end-of-text token for lm-eval to start from."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
 def save_tiny_llama(folder: Path) -> None:
@@ -34,8 +25,8 @@ def save_tiny_llama(folder: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=256,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
@@ -59,12 +50,11 @@ class Experiment:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny-llama"
     save_tiny_llama(folder)
-    save_byte_tokenizer(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-@pytest.fixture
-def experiment(tmp_path: Path, tiny_model: Path) -> Experiment:
+def write_experiment(tmp_path: Path, tiny_model: Path) -> Experiment:
     text = "\n".join(topics[name] for name in sorted(topics))
     (tmp_path / "calibration.txt").write_text(text[:20_000])
     (tmp_path / "evaluation.txt").write_text(text[20_000:26_000])
@@ -97,3 +87,22 @@ seq_len = 64
 batch_size = 4
 """)
     return Experiment(tmp_path, config)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, tiny_model: Path) -> Experiment:
+    return write_experiment(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Experiment:
+    """An experiment of the same content in a folder of its own, shared by the tests of a module."""
+    return write_experiment(tmp_path_factory.mktemp("undisturbed"), tiny_model)
+
+
+@pytest.fixture(autouse=True)
+def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a tiny run's time: only tests marked `figures` see it done."""
+    if "figures" not in request.keywords:
+        for name in ("save_singular_values", "save_output_errors", "save_perplexities"):
+            monkeypatch.setattr(f"lqer.report.figures.{name}", lambda *arguments: None)

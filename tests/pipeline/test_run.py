@@ -35,6 +35,7 @@ def stages(experiment) -> list[str]:
 
 
 class TestWhatARunLeaves:
+    @pytest.mark.figures
     def test_the_files_of_the_contract(self, experiment, run):
         results = run()
         folder = experiment.output / "tiny"
