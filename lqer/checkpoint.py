@@ -139,9 +139,15 @@ def load_quantized(
     if details["attention"] is not None:
         operand = format_from_dict(details["attention"]["format"])
         quantize_attention(model, QuantizedAttention(operand, details["attention"]["blocks"]))
+    # Its quantized linears are no parameters: transformers would write a folder without them, in silence.
+    model.save_pretrained = _refuse_saving
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.to(device).eval()
+
+
+def _refuse_saving(*arguments: Any, **options: Any) -> None:
+    raise ModelError("a model from load_quantized is not saved again: copy its checkpoint folder")
 
 
 def _fill(

@@ -97,6 +97,12 @@ def test_tied_embeddings_are_stored_once_and_tied_again(stages):
 
 
 @torch.no_grad()
+def test_saving_a_loaded_model_again_is_refused(stages, tmp_path):
+    with pytest.raises(ModelError, match="copy its checkpoint folder"):
+        load_quantized(stages.checkpoint.path, CPU).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_it_generates_and_its_tokenizer_is_at_hand(stages, letter_tokenizer):
     loaded = load_quantized(stages.checkpoint.path, CPU)
     tokenizer = AutoTokenizer.from_pretrained(stages.checkpoint.path)
