@@ -48,8 +48,12 @@ def _run(path: str, tag: str | None, overrides: list[str], validate_only: bool) 
     from lqer.config import read_config
 
     config = read_config(path, tag, overrides)
+    from transformers.utils import logging as transformers_logging
+
     from lqer import pipeline
 
+    # A bar for every loaded model would stand between those of the stages.
+    transformers_logging.disable_progress_bar()
     if validate_only:
         print(pipeline.describe(config))
         return EXIT_OK
@@ -67,8 +71,9 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # On our own logger: libraries bring handlers of theirs, and would be heard twice.
     console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger().addHandler(console)
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("lqer").setLevel(logging.INFO)
+    ours = logging.getLogger("lqer")
+    ours.addHandler(console)
+    ours.setLevel(logging.INFO)

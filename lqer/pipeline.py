@@ -212,14 +212,15 @@ def _quantize(
         name, blocks = find_blocks(model)
         quantize(workspace, model, tokenizer, name, blocks, calibration, settings, setting.device)
 
-    return _obtain(store, "quantize", key, make)
+    plain = not any(plan and plan.rank for plan in plans.values())
+    return _obtain(store, "quantize", key, make, " (plain rounding)" if plain else "")
 
 
-def _obtain(store: Store, stage: str, key, make: Callable) -> Artifact:
-    """store.obtain with a word to the user."""
+def _obtain(store: Store, stage: str, key, make: Callable, label: str = "") -> Artifact:
+    """store.obtain with a word to the user; `label` tells artifacts of one stage apart."""
     path = store.path(stage, key)
     if store.find(stage, key) is not None:
-        log.info("%s: reused, %s", stage, path.name)
+        log.info("%s%s: reused, %s", stage, label, path.name)
     return store.obtain(stage, key, make)
 
 
