@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lqer.errors import StoreError
-from lqer.files import content_hash, hash_file, write_atomically, write_json
+from lqer.files import content_hash, fsync, hash_file, json_text, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
@@ -108,8 +108,7 @@ class Workspace:
         self.write(name, lambda beside: save_file(ready, beside, metadata={"format": "pt"}))
 
     def write_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=1) + "\n"
-        self.write(name, lambda beside: beside.write_text(text, encoding="utf-8"))
+        self.write(name, lambda beside: beside.write_text(json_text(value), encoding="utf-8"))
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         write_atomically(self.path / name, write)
@@ -119,11 +118,13 @@ class Workspace:
     def finish(self, destination: Path, key: Any) -> None:
         manifest = {"key": key, "files": dict(sorted(self._files.items())), "seconds": round(self._elapsed(), 3)}
         write_json(self.path / MANIFEST, manifest)
-        (self.path / JOURNAL).unlink(missing_ok=True)
         for stray in self.path.iterdir():
-            if stray.name != MANIFEST and stray.name not in self._files:
+            if stray.name not in (MANIFEST, JOURNAL) and stray.name not in self._files:
                 shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
         self.path.rename(destination)
+        fsync(destination.parent)
+        # After the rename: a kill just before it must not cost the whole build.
+        (destination / JOURNAL).unlink(missing_ok=True)
 
     def _elapsed(self) -> float:
         return self._seconds + time.monotonic() - self._since

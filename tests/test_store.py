@@ -124,6 +124,23 @@ def test_what_a_kill_left_half_written_is_not_part_of_the_artifact(store):
     assert sorted(path.name for path in artifact.path.iterdir()) == sorted([MANIFEST, *artifact.manifest["files"]])
 
 
+def test_a_kill_before_the_artifact_gets_its_name_costs_nothing(store, monkeypatch):
+    def refuse(self, target):
+        if target == store.path("stage", KEY):
+            raise Killed
+        return rename(self, target)
+
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(Killed):
+        store.obtain("stage", KEY, make)
+    monkeypatch.undo()
+    written = []
+    artifact = store.obtain("stage", KEY, lambda workspace: make(Recording(workspace, written)))
+    assert written == ["about.json"]
+    assert sorted(path.name for path in artifact.path.iterdir()) == sorted([MANIFEST, *artifact.manifest["files"]])
+
+
 def test_seconds_add_up_over_the_processes_that_had_a_part_in_it(store):
     def slow_then_killed(workspace):
         time.sleep(0.3)

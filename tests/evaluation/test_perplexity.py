@@ -11,9 +11,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from helpers import BOS, byte_tokenizer
+from helpers import BOS, byte_tokenizer, tiny_llama
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from lqer.errors import ConfigError, DataError
@@ -28,29 +28,9 @@ from lqer.evaluation.perplexity import (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A tiny model computes faster than its threads can be woken."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")
