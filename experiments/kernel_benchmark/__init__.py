@@ -1,0 +1,1 @@
+"""The parts of benchmark_kernels.py: rows and bars, contenders, timing, the decoder, and how the result is written."""

@@ -1,0 +1,211 @@
+"""Who is measured: our packed linears, cuBLAS, torch's own int4 product, our emulation, and the peers of peers.py.
+
+Every contender of a scene gets the same numbers where its format can hold them: the weights of a `Variant` with a
+number format are quantized once from the same random matrix. cuBLAS gets that matrix in bf16: what is replaced.
+
+Shapes: M rows of x, K in_features, N out_features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lqer.formats import Int, MXInt, NumberFormat, QuantizedTensor
+from lqer.layers import QuantizedLinear
+
+from . import peers
+from .results import Scene
+
+W4, X8 = MXInt(4), MXInt(8)
+FACTOR = MXInt(8)  # of A and B
+WEIGHT_SCALE = 0.02
+BRANCH_SHARE = 0.1  # of A B in the weights: about the error of rounding them to four bits
+TINYGEMM_INNER_K_TILES = 8
+OWN_TOLERANCE = 5e-3  # rounding y to bf16 costs 1.7e-3, a code of Q(x A) or Q(x A B) that flips a little more
+PEER_TOLERANCE = 0.1  # wrong numbers give 1; gemlite adds its partial sums in bf16
+
+
+class Operands:
+    """Random operands of one (k, n) on the GPU, from one seed; what is derived from them is made on first use."""
+
+    def __init__(self, k: int, n: int, device: torch.device):
+        self.k, self.n = k, n
+        self._generator = torch.Generator(device).manual_seed(0)
+        self.weight_NK = (self._random(n, k) * WEIGHT_SCALE).to(torch.bfloat16)
+        self._quantized: dict[NumberFormat, QuantizedTensor] = {}
+        self._factors: dict[int, tuple[QuantizedTensor, QuantizedTensor]] = {}
+
+    def _random(self, rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=self._generator.device, generator=self._generator)
+
+    def input(self, m: int) -> Tensor:
+        """x_MK in bf16."""
+        return self._random(m, self.k).to(torch.bfloat16)
+
+    def quantized(self, number_format: NumberFormat) -> QuantizedTensor:
+        """The weights (N, K) in `number_format`."""
+        if number_format not in self._quantized:
+            self._quantized[number_format] = number_format.quantize(self.weight_NK)
+        return self._quantized[number_format]
+
+    def factors(self, rank: int) -> tuple[QuantizedTensor, QuantizedTensor] | tuple[None, None]:
+        """A (K, R) and B (R, N), blocks along their contraction dimensions; None twice for rank 0."""
+        if rank == 0:
+            return None, None
+        if rank not in self._factors:
+            a_KR = self._random(self.k, rank) * self.k**-0.5
+            b_RN = self._random(rank, self.n) * (BRANCH_SHARE * WEIGHT_SCALE * (self.k / rank) ** 0.5)
+            self._factors[rank] = FACTOR.quantize(a_KR, axis=0), FACTOR.quantize(b_RN, axis=0)
+        return self._factors[rank]
+
+    def reference(self, variant: Variant, x_MK: Tensor) -> Tensor:
+        """The variant's formula in float64."""
+        a_KR, b_RN = (None if part is None else part.dequantize(torch.float64) for part in self.factors(variant.rank))
+        if variant.weight is None:
+            weight_NK = self.weight_NK.double()
+        else:
+            weight_NK = self.quantized(variant.weight).dequantize(torch.float64)
+        return QuantizedLinear(weight_NK, None, a_KR, b_RN, variant.activation)(x_MK.double())
+
+
+@dataclass(frozen=True)
+class Contender:
+    """State that is copied to rotate weights through the cache, and how one copy is applied to x_MK."""
+
+    state: Any
+    run: Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a contender computes; `make(operands, variant, m)` builds it, and raises ImportError where it is missing."""
+
+    label: str
+    make: Callable[[Operands, Variant, int], Contender]
+    weight: NumberFormat | None = None  # None: bf16
+    activation: NumberFormat | None = None
+    rank: int = 0
+    stored_bits: float | None = None  # per weight, where it is not what the number format asks for
+    eager: bool = False  # called from Python instead of from a CUDA graph
+    tolerance: float = OWN_TOLERANCE
+
+    def weight_bits(self, k: int) -> float:
+        if self.stored_bits is not None:
+            return self.stored_bits
+        return 16.0 if self.weight is None else self.weight.bits_per_value(k)
+
+    def weight_bytes(self, k: int, n: int) -> float:
+        """What is stored: weights, scales and both factors."""
+        branch_bits = self.rank * (k + n) * FACTOR.bits_per_value(self.rank) if self.rank else 0.0
+        return (k * n * self.weight_bits(k) + branch_bits) / 8
+
+    def floor_us(self, scene: Scene, bytes_per_second: float, operations_per_second: float) -> float:
+        """No call can be shorter: weights and x once in, y once out, at these rates."""
+        k, n, m = scene
+        bytes_moved = self.weight_bytes(k, n) + 2 * m * (k + n)
+        operations = 2 * m * (k * n + self.rank * (k + n))
+        return 1e6 * max(bytes_moved / bytes_per_second, operations / operations_per_second)
+
+
+def cublas(operands: Operands, variant: Variant, m: int) -> Contender:
+    return Contender(operands.weight_NK, lambda weight_NK, x_MK: F.linear(x_MK, weight_NK))
+
+
+def _pack(operands: Operands, variant: Variant, rank: int) -> Any:
+    # Imported here, so that kernels that cannot be imported are rows that say so and not the end of the table.
+    from lqer.kernels import PackedLinear
+
+    assert variant.weight is not None
+    a_KR, b_RN = operands.factors(rank)
+    weight = operands.quantized(variant.weight)
+    return PackedLinear.pack(weight, a_KR, b_RN, None, variant.activation, dtype=torch.bfloat16)
+
+
+def packed(operands: Operands, variant: Variant, m: int) -> Contender:
+    """Ours."""
+    from lqer.kernels import packed_linear
+
+    return Contender(_pack(operands, variant, variant.rank), lambda state, x_MK: packed_linear(x_MK, state))
+
+
+def unfused(operands: Operands, variant: Variant, m: int) -> Contender:
+    """Our product without a branch, and the branch as two bf16 products beside it."""
+    from lqer.kernels import packed_linear
+
+    factors = (part.dequantize(torch.bfloat16) for part in operands.factors(variant.rank) if part is not None)
+
+    def run(state: Any, x_MK: Tensor) -> Tensor:
+        product, a_KR, b_RN = state
+        return packed_linear(x_MK, product).addmm_(x_MK @ a_KR, b_RN)
+
+    return Contender((_pack(operands, variant, 0), *factors), run)
+
+
+def emulation(operands: Operands, variant: Variant, m: int) -> Contender:
+    """lqer.layers.QuantizedLinear in bf16."""
+    assert variant.weight is not None
+    a_KR, b_RN = (None if part is None else part.dequantize(torch.bfloat16) for part in operands.factors(variant.rank))
+    weight_NK = operands.quantized(variant.weight).dequantize(torch.bfloat16)
+    layer = QuantizedLinear(weight_NK, None, a_KR, b_RN, variant.activation)
+    return Contender(layer, lambda layer, x_MK: layer(x_MK))
+
+
+def tinygemm(operands: Operands, variant: Variant, m: int) -> Contender:
+    """aten::_weight_int4pack_mm: (code - 8) * scale + zero in groups along K, two codes a byte, the even one high."""
+    assert variant.weight is not None
+    codes_NK, scales_NG = peers.offset_codes_and_scales(operands.quantized(variant.weight))
+    bytes_NP = codes_NK[:, ::2] << 4 | codes_NK[:, 1::2]
+    weight = torch.ops.aten._convert_weight_to_int4pack(bytes_NP, TINYGEMM_INNER_K_TILES)
+    scales_and_zeros_GN2 = torch.stack([scales_NG, torch.zeros_like(scales_NG)], -1).transpose(0, 1).contiguous()
+    group = variant.weight.block_size
+
+    def run(state: tuple[Tensor, Tensor], x_MK: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm(x_MK, state[0], group, state[1])
+
+    return Contender((weight, scales_and_zeros_GN2), run)
+
+
+def humming(operands: Operands, variant: Variant, m: int) -> Contender:
+    assert variant.weight is not None
+    return Contender(*peers.humming_int4(operands.quantized(variant.weight), m))
+
+
+def gemlite(operands: Operands, variant: Variant, m: int) -> Contender:
+    assert variant.weight is not None
+    return Contender(*peers.gemlite_int4(operands.quantized(variant.weight)))
+
+
+def _own(label: str, weight: NumberFormat, activation: NumberFormat | None = None, rank: int = 0) -> Variant:
+    return Variant(label, packed, weight, activation, rank)
+
+
+_LAYER = "W4A8 + rank 32"
+VARIANTS = {
+    "bf16": Variant("cuBLAS bf16", cublas),
+    "humming-int4-g16": Variant("humming int4 g16", humming, W4, tolerance=PEER_TOLERANCE),
+    "gemlite-int4-g16": Variant("gemlite int4 g16", gemlite, W4, stored_bits=5.0, tolerance=PEER_TOLERANCE),
+    "gemlite-int4-g32": Variant("gemlite int4 g32", gemlite, MXInt(4, 32), stored_bits=4.5, tolerance=PEER_TOLERANCE),
+    "tinygemm-int4-g32": Variant(
+        "tinygemm int4 g32", tinygemm, MXInt(4, 32), stored_bits=5.0, tolerance=PEER_TOLERANCE
+    ),
+    "w2a16": _own("W2A16", MXInt(2)),
+    "w3a16": _own("W3A16", MXInt(3)),
+    "w4a16": _own("W4A16", W4),
+    "w8a16": _own("W8A16", MXInt(8)),
+    "int4-g128-a16": _own("INT4 g128 asymmetric, A16", Int(4, 128)),
+    "w4a8": _own("W4A8", W4, X8),
+    "w4a16-r32": _own("W4A16 + rank 32", W4, rank=32),
+    "w4a16-r32-unfused": Variant("W4A16 + rank 32, unfused", unfused, W4, rank=32),
+    **{f"w4a8-r{rank}": _own(f"W4A8 + rank {rank}", W4, X8, rank) for rank in (16, 32, 64, 128, 256)},
+    "w4a8-r32-eager": Variant(f"{_LAYER}, from Python", packed, W4, X8, 32, eager=True),
+    "emulation-w4a8-r32": Variant(
+        f"emulation of {_LAYER}, from Python", emulation, W4, X8, 32, 16.0, eager=True
+    ),
+}  # fmt: skip
+LABELS = {name: variant.label for name, variant in VARIANTS.items()}

@@ -1,0 +1,173 @@
+"""A decoder of Llama-7B's shape with random weights, one token at a time in a CUDA graph: bf16, then packed linears.
+
+The model is built in bf16 on the GPU and timed; then every linear of its blocks is quantized with a random branch,
+packed and put in the place of the bf16 one, block by block, and the same graph is captured and timed again. The
+embeddings and the output layer stay bf16. What is allocated afterwards is added up, to show that no dequantized copy of
+a weight exists.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import timing
+from .contenders import FACTOR, W4, X8
+from .results import Bar, BarResult, compare
+
+CONFIG = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 2048,
+}
+RANK = 32
+CACHE_TOKENS = 512  # every token attends to a cache of this length; a run decodes fewer
+WARM_UPS = 3
+DEVICE = torch.device("cuda")
+AGAINST = "the same model in bf16"
+REPETITIONS = 2
+ACTIVATION_BYTES = 64 << 20  # logits, attention scores, kernels' workspaces
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One model; bytes as torch's allocator counts them."""
+
+    label: str
+    milliseconds: float
+    spread: float
+    tokens_per_second: float
+    allocated_bytes: int
+    peak_bytes: int  # while decoding, the model resident
+    packed_bytes: int  # of all packed linears together
+    unexplained_bytes: int  # allocated, and neither packed, a parameter, a buffer nor the cache
+    copies_of_weights: bool  # is there room for a dequantized weight, resident or while decoding
+
+
+class PackedModule(nn.Module):
+    """A packed linear in a model."""
+
+    def __init__(self, packed: Any):
+        super().__init__()
+        # In a tuple, so that the model's own parameters and buffers stay what is not packed.
+        self.held = (packed,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from lqer.kernels import packed_linear
+
+        return packed_linear(x, self.held[0])
+
+
+def run_decoder(budget_ms: float, bar: Bar, config: dict[str, Any] | None = None) -> tuple[list[Decoding], BarResult]:
+    """Both models, and the bar. Raises whatever goes wrong."""
+    model = build(config or CONFIG)
+    largest = max(linear.weight.numel() * 2 for _, _, linear in block_linears(model))
+    dense = _decode("bf16", model, 0, largest, budget_ms)
+    packed_bytes = pack_in_place(model)
+    packed = _decode(f"W4A8 + rank {RANK}", model, packed_bytes, largest, budget_ms)
+    result = compare(bar, [packed.milliseconds * 1000], [dense.milliseconds * 1000], AGAINST)
+    return [dense, packed], result
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """A LlamaForCausalLM with random weights, made on the GPU in bf16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with DEVICE:
+            return LlamaForCausalLM(LlamaConfig(**config)).eval()
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def block_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name, linear) of every linear in the decoder blocks."""
+    found = []
+    for block in model.model.layers:  # type: ignore[union-attr]
+        for parent in block.modules():
+            found += [(parent, name, child) for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+    return found
+
+
+def pack_in_place(model: nn.Module) -> int:
+    """Replace every linear of the blocks by packed weights and a random branch; their bytes together."""
+    from lqer.kernels import PackedLinear
+
+    total = 0
+    for parent, name, linear in block_linears(model):
+        weight_OI = linear.weight.detach()
+        outputs, inputs = weight_OI.shape
+        a_IR = torch.randn(inputs, RANK, device=weight_OI.device) * inputs**-0.5
+        b_RO = torch.randn(RANK, outputs, device=weight_OI.device) * weight_OI.std().float()
+        factors = FACTOR.quantize(a_IR, axis=0), FACTOR.quantize(b_RO, axis=0)
+        packed = PackedLinear.pack(W4.quantize(weight_OI), *factors, None, X8, dtype=torch.bfloat16)
+        setattr(parent, name, PackedModule(packed))
+        total += packed.nbytes
+    return total
+
+
+def _decode(label: str, model: nn.Module, packed_bytes: int, largest: int, budget_ms: float) -> Decoding:
+    from transformers import StaticCache
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    cache: Any = StaticCache(config=model.config, max_cache_len=CACHE_TOKENS)  # type: ignore[arg-type]
+    token_BT = torch.full((1, 1), 17, device=DEVICE)
+    mask_BHTS = torch.ones(1, 1, 1, CACHE_TOKENS, dtype=torch.bool, device=DEVICE)
+
+    def step() -> Tensor:
+        return model(input_ids=token_BT, attention_mask=mask_BHTS, past_key_values=cache, use_cache=True).logits
+
+    for _ in range(WARM_UPS):
+        logits = step()
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"the logits of the {label} decoder are not finite")
+    del logits
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    graph = timing.graph_of([step], 1)
+    # Every replay writes one token into the cache, so fewer samples than its length.
+    budget_ms = min(budget_ms, CACHE_TOKENS / 8 * _milliseconds_once(graph))
+    times = [timing.median_us(graph.replay, budget_ms) / 1000 for _ in range(REPETITIONS)]
+    peak = torch.cuda.max_memory_allocated()
+    mean = sum(times) / REPETITIONS
+    known = packed_bytes + _tensor_bytes([*model.parameters(), *model.buffers()])
+    known += _tensor_bytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    unexplained = allocated - known
+    return Decoding(
+        label,
+        mean,
+        (max(times) - min(times)) / mean,
+        1000 / mean,
+        allocated,
+        peak,
+        packed_bytes,
+        unexplained,
+        unexplained > largest or peak - allocated > largest + ACTIVATION_BYTES,
+    )
+
+
+def _milliseconds_once(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def _tensor_bytes(tensors: Any) -> int:
+    seen = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(seen.values())

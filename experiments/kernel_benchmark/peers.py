@@ -1,0 +1,109 @@
+"""Peers that are installed apart: what they compute and how they are called.
+
+Versions that this was written for: humming-kernels 0.1.19, gemlite 0.6.0.post2. Both hold the very numbers of MXINT4 in
+blocks of 16: signed integers of 4 bits times a power of two.
+
+Shapes: M rows of x, K in_features, N out_features, G groups along K.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lqer.formats import MXInt, QuantizedTensor
+from lqer.formats.blocks import e8m0_to_float
+
+# State that is copied, and what applies one copy to x_MK.
+Peer = tuple[Any, Callable[[Any, Tensor], Tensor]]
+
+PACKAGES = ("gemlite", "humming-kernels", "triton", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Version of every package in the comparison; "not installed" where it is absent."""
+    found = {"torch": str(torch.__version__)}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def offset_codes_and_scales(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """uint8 codes (N, K) with 8 added, and the bf16 step (N, G), of MXINT4 weights (N, K)."""
+    number_format = _require_mxint4(weight)
+    codes_NK = (weight.parts["codes"] + number_format.code_offset).view(torch.uint8)
+    steps_NG = e8m0_to_float(weight.parts["exponents"]) * 2.0**-number_format.fraction_bits
+    return codes_NK, steps_NG.to(torch.bfloat16)
+
+
+def gemlite_int4(weight: QuantizedTensor) -> Peer:
+    """gemlite: uint4 codes, bf16 scales, the zero point 8 as one integer; tunes itself on the first call of an M."""
+    from gemlite import DType, GemLiteLinear
+    from gemlite.core import forward_functional
+
+    n, k = weight.shape
+    codes_NK, scales_NG = offset_codes_and_scales(weight)
+    layer = GemLiteLinear(
+        4,
+        group_size=weight.format.block_size,
+        in_features=k,
+        out_features=n,
+        input_dtype=DType.BF16,
+        output_dtype=DType.BF16,
+    )
+    layer.pack(codes_NK, scales_NG.reshape(-1, 1), zeros=8)
+    settings = layer.get_meta_args()
+    tensors = [tensor.detach() for tensor in layer.get_tensor_args()]
+    return tensors, lambda tensors, x_MK: forward_functional(x_MK, None, tensors, settings)
+
+
+def humming_int4(weight: QuantizedTensor, m: int) -> Peer:
+    """humming: uint4 codes and E8M0 scales; the kernel its own tables choose for M, compiled on the first call."""
+    # The wheel brings its launcher compiled; without this an import starts two processes that build it once more.
+    os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
+    if shutil.which("nvcc"):  # NVRTC, its own choice, also needs the toolkit's headers where it looks for them
+        os.environ.setdefault("HUMMING_COMPILER", "nvcc")
+    from humming import ops
+    from humming.forward import humming_forward
+    from humming.layer import HummingLayer
+    from humming.tune import get_heuristics_config
+
+    n, k = weight.shape
+    number_format = _require_mxint4(weight)
+    codes_NK, _ = offset_codes_and_scales(weight)
+    config = {"dtype": "int4", "group_size": number_format.block_size, "scale_dtype": "float8e8m0"}
+    layer = HummingLayer(shape_n=n, shape_k=k, weight_config=config, torch_dtype=torch.bfloat16).to(codes_NK.device)
+    exponents_NG = weight.parts["exponents"] - number_format.fraction_bits
+    layer.load_from_tensors(
+        {
+            "weight": ops.pack_weight(codes_NK.to(torch.int32), number_format.bits),
+            "weight_scale": exponents_NG.view(torch.float8_e8m0fnu),
+        }
+    )
+    layer.transform()
+    names = ("weight", "weight_scale", "weight_scale_2", "zero_point", "locks")
+    tensors = {name: getattr(layer, name).detach() for name in names if getattr(layer, name, None) is not None}
+    layer_config = layer.humming_config
+    tuning = json.dumps(get_heuristics_config(layer_config, shape_m=m, device=codes_NK.device))
+
+    def run(tensors: dict[str, Tensor], x_MK: Tensor) -> Tensor:
+        return humming_forward(layer_config, inputs=x_MK, tuning_config=tuning, **tensors)
+
+    return tensors, run
+
+
+def _require_mxint4(weight: QuantizedTensor) -> MXInt:
+    number_format = weight.format
+    if not isinstance(number_format, MXInt) or number_format.bits != 4 or weight.axis != 1:
+        raise ValueError(f"the peers run MXINT4 along the input, found {number_format} along axis {weight.axis}")
+    return number_format

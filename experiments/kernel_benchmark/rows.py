@@ -1,0 +1,102 @@
+"""Which scenes are measured with which contenders, and the bars: the plan of the table, without torch.
+
+Group letters are those of docs/benchmarks.md; `extra` has no bars. Shapes are K x N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from .results import Bar, Scene
+
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672))
+WIDE = (4096, 11008)  # gate and up of a 7B model
+WIDEST = (8192, 28672)  # the same of a 70B model
+
+GROUPS = {
+    "a": "W4A8 with a rank-32 branch, one token, against cuBLAS bf16",
+    "b": "W4A16 without a branch against the fastest peers of the same numbers",
+    "c": "what the rank-32 branch costs",
+    "d": "W4A8 with a rank-32 branch, 16 and 32 tokens",
+    "e": "W4A8 with a rank-32 branch, prefill",
+    "f": "a whole layer against its emulation",
+    "g": "a decoder of 7B shape",
+    "extra": "other formats, ranks and numbers of tokens",
+}
+DECODER_BAR = Bar("g", "tokens/s, decode, 32 blocks of 7B shape", "", (), 1.6, 2.4, times_faster=True)
+
+
+def _everywhere(m: int, against: str) -> tuple[tuple[Scene, str], ...]:
+    return tuple((Scene(*shape, m), against) for shape in SHAPES)
+
+
+def _against_bf16(group: str, shape: tuple[int, int], m: int, at_least: float, aim: float) -> Bar:
+    label = f"W4A8 + rank 32, M={m}, {shape[0]}x{shape[1]}"
+    return Bar(group, label, "w4a8-r32", ((Scene(*shape, m), "bf16"),), at_least, aim)
+
+
+def _weight_only(at_1: str, at_16: str, at_least: float | None = None, aim: float | None = None) -> Bar:
+    label = "W4A16, no branch, five shapes, M=1 and 16"
+    return Bar("b", label, "w4a16", _everywhere(1, at_1) + _everywhere(16, at_16), at_least, aim)
+
+
+def _branch(activation: str, m: int, rank_32: str, at_least: float | None = 1.20, aim: float | None = 1.06) -> Bar:
+    label = f"{'unfused ' if 'unfused' in rank_32 else ''}rank-32 branch, W4{activation.upper()}, M={m}, five shapes"
+    return Bar("c", label, rank_32, _everywhere(m, f"w4{activation}"), at_least, aim)
+
+
+def _layer(m: int, ours: str, calls: str, at_least: float, aim: float) -> Bar:
+    label = f"whole layer W4A8 + rank 32, M={m}, {WIDE[0]}x{WIDE[1]}, {calls}"
+    against = ((Scene(*WIDE, m), "emulation-w4a8-r32"),)
+    return Bar("f", label, ours, against, at_least, aim, times_faster=True)
+
+
+BARS = (
+    _against_bf16("a", (4096, 11008), 1, 0.60, 0.42),
+    _against_bf16("a", (11008, 4096), 1, 0.60, 0.42),
+    _against_bf16("a", WIDEST, 1, 0.45, 0.32),
+    _weight_only("humming-int4-g16", "humming-int4-g16", 1.25, 0.95),
+    # With several rows gemlite multiplies 32 weights at a time by one scale: groups of 16 give wrong results there.
+    _weight_only("gemlite-int4-g16", "gemlite-int4-g32", 0.80, 0.50),
+    _weight_only("tinygemm-int4-g32", "tinygemm-int4-g32"),
+    _weight_only("bf16", "bf16"),
+    _branch("a16", 1, "w4a16-r32"),
+    _branch("a16", 16, "w4a16-r32"),
+    _branch("a8", 1, "w4a8-r32"),
+    _branch("a8", 16, "w4a8-r32"),
+    _branch("a16", 1, "w4a16-r32-unfused", None, None),
+    _against_bf16("d", (8192, 8192), 16, 0.65, 0.45),
+    _against_bf16("d", (8192, 8192), 32, 0.65, 0.45),
+    _against_bf16("e", WIDE, 2048, 1.30, 1.05),
+    _against_bf16("e", WIDE, 8192, 1.20, 1.02),
+    _against_bf16("e", WIDEST, 2048, 1.30, 1.05),
+    _against_bf16("e", WIDEST, 8192, 1.20, 1.02),
+    _layer(1, "w4a8-r32-eager", "both called from Python", 5.0, 40.0),
+    _layer(1, "w4a8-r32", "ours in a CUDA graph", 5.0, 40.0),
+    _layer(2048, "w4a8-r32-eager", "both called from Python", 1.5, 3.0),
+)
+
+_FORMATS = ("w2a16", "w3a16", "w4a16", "w8a16", "int4-g128-a16", "bf16")
+_RANKS = tuple(f"w4a8-r{rank}" for rank in (16, 32, 64, 128, 256))
+EXTRA = {
+    **{Scene(*WIDE, m): (*_FORMATS, "gemlite-int4-g16", "w4a8", *_RANKS) for m in (1, 16)},
+    **{Scene(*WIDE, m): ("w4a16", "w4a8-r32", "bf16") for m in (2, 4, 8, 32, 64, 128, 256, 512)},
+}
+
+
+def scenes_of(groups: Collection[str]) -> dict[Scene, list[str]]:
+    """Every scene of the groups, in the order of the table, with its contenders, each once."""
+    plan: dict[Scene, list[str]] = {}
+
+    def add(scene: Scene, contenders: Collection[str]) -> None:
+        listed = plan.setdefault(scene, [])
+        listed.extend(name for name in contenders if name not in listed)
+
+    for bar in BARS:
+        if bar.group in groups:
+            for scene, against in bar.against:
+                add(scene, (against, bar.ours))
+    if "extra" in groups:
+        for scene, contenders in EXTRA.items():
+            add(scene, contenders)
+    return plan
