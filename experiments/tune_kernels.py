@@ -1,0 +1,167 @@
+"""Make lqer/kernels/table.json again: time every candidate launch on this GPU and keep the fastest of each shape.
+
+    python experiments/tune_kernels.py [--out lqer/kernels/table.json] [--processes 14] [--only gemv]
+
+Candidates compile in parallel processes first, into Triton's cache; then they are timed one after another, as replays
+of a CUDA graph over copies of the weights that do not fit the L2 cache. Takes some three minutes on an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import itertools
+import json
+import math
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from kernel_benchmark import timing
+from torch import Tensor
+
+from lqer.formats import MXInt
+from lqer.kernels import PackedLinear
+from lqer.kernels.launch import run_expanded, run_gemm, run_gemv
+from lqer.kernels.tuning import BUCKETS, TABLE, GemmLaunch, GemvLaunch
+
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672))
+FEWER_SHAPES = ((4096, 4096), (8192, 8192))
+RANK = 32
+ROTATED_BYTES = 250e6
+BUDGET_MS = 12.0
+DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of the table: a kernel for a shape, and for the gemm kernel the code width and the bucket of M."""
+
+    kernel: str
+    k: int
+    n: int
+    width: int
+    m: int
+
+    def candidates(self) -> list[GemmLaunch | GemvLaunch | None]:
+        if self.kernel == "gemv":
+            shapes = ((2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (8, 16), (16, 8), (16, 16))
+            return [GemvLaunch(16, block_t, warps) for block_t, warps in shapes] + [GemvLaunch(32, 4, 8)]
+        tiles = self.k // (16 * 32 // self.width)
+        block_ms = (self.m,) if self.m <= 64 else (64, 128)
+        few = self.width != 4
+        found: list[GemmLaunch | GemvLaunch | None] = [None] if self.m >= 128 else []
+        for (block_n, warps), block_m in itertools.product(((64, 4), (128, 4), (128, 8)), block_ms):
+            if block_m == 128 and (block_n, warps) == (128, 4):
+                continue  # its accumulators alone would take all registers
+            output_tiles = self.n // block_n * -(-self.m // block_m)
+            splits = sorted(
+                (s for s in range(1, min(tiles // 2, 16) + 1) if 0.7 <= output_tiles * s / 132 <= 6.1 or s == 1),
+                key=partial(_waste, output_tiles, tiles),
+            )
+            for split, stages in itertools.product(splits[: 2 if few else 3], (3,) if few else (3, 4)):
+                found.append(GemmLaunch(block_n, block_m, split, stages, warps))
+        return found
+
+    def layer(self) -> PackedLinear:
+        weight_NK = torch.randn(self.n, self.k, device=DEVICE, generator=_generator()) * 0.02
+        weight = MXInt(self.width).quantize(weight_NK)
+        if self.kernel != "gemv":
+            return PackedLinear.pack(weight, None, None, None, None, torch.bfloat16)
+        a = MXInt(8).quantize(torch.randn(self.k, RANK, device=DEVICE, generator=_generator()), axis=0)
+        b = MXInt(8).quantize(torch.randn(RANK, self.n, device=DEVICE, generator=_generator()), axis=0)
+        return PackedLinear.pack(weight, a, b, None, MXInt(8), torch.bfloat16)
+
+    def input(self) -> Tensor:
+        return torch.randn(self.m, self.k, device=DEVICE, generator=_generator()).to(torch.bfloat16)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(0)
+
+
+def _waste(output_tiles: int, tiles: int, splits: int) -> float:
+    """How much longer the fullest multiprocessor works than the mean, times how uneven the split of K is."""
+    waves = output_tiles * splits / 132
+    return math.ceil(waves) / waves * -(-tiles // splits) * splits / tiles
+
+
+def problems(kernels: Sequence[str]) -> list[Problem]:
+    found = [Problem("gemv", k, n, 4, 1) for k, n in SHAPES]
+    for width, shapes in ((4, SHAPES), (2, FEWER_SHAPES), (8, FEWER_SHAPES)):
+        found += [Problem("gemm", k, n, width, m) for k, n in shapes for m in BUCKETS]
+    return [problem for problem in found if problem.kernel in kernels]
+
+
+def call(launch: GemmLaunch | GemvLaunch | None) -> Callable[[Tensor, PackedLinear], Tensor]:
+    if launch is None:
+        return run_expanded
+    if isinstance(launch, GemvLaunch):
+        return lambda x_MK, layer: run_gemv(x_MK, layer, launch)
+    return lambda x_MK, layer: run_gemm(x_MK, layer, launch)
+
+
+def compile_all(problem: Problem) -> None:
+    """Run every candidate once; one that does not compile is left to `fastest` to find out."""
+    layer, x_MK = problem.layer(), problem.input()
+    for launch in problem.candidates():
+        try:
+            call(launch)(x_MK, layer)
+        except Exception as error:
+            print(f"{problem} {launch}: {error!r}"[:300], file=sys.stderr)
+    torch.cuda.synchronize()
+
+
+def fastest(problem: Problem) -> dict:
+    first = problem.layer()
+    copies = max(2, math.ceil(ROTATED_BYTES / first.nbytes))
+    layers = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+    x_MK = problem.input()
+    times: list[tuple[float, GemmLaunch | GemvLaunch | None]] = []
+    for launch in problem.candidates():
+        calls = [partial(call(launch), x_MK, layer) for layer in layers]
+        try:
+            calls[0]()
+            graph = timing.graph_of(calls, 1)
+        except Exception:
+            continue
+        times.append((timing.median_us(graph.replay, BUDGET_MS) / copies, launch))
+    microseconds, launch = min(times, key=lambda found: found[0])
+    row = {"kernel": problem.kernel, "n": problem.n, "k": problem.k}
+    if problem.kernel == "gemm":
+        row |= {"width": problem.width, "m": problem.m}
+    return row | {"launch": launch and asdict(launch), "us": round(microseconds, 2)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--processes", type=int, default=14)
+    parser.add_argument("--only", choices=("gemv", "gemm"), help="rows of one kernel; the others stay as they are")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: tune_kernels.py needs an NVIDIA GPU, and torch finds none here", file=sys.stderr)
+        return 2
+    torch.set_grad_enabled(False)
+    todo = problems([arguments.only] if arguments.only else ["gemv", "gemm"])
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        pool.map(compile_all, todo, chunksize=1)
+    kept = json.loads(TABLE.read_text())["launches"] if arguments.only else []
+    rows = [row for row in kept if row["kernel"] != arguments.only]
+    for problem in todo:
+        rows.append(fastest(problem))
+        print(json.dumps(rows[-1]), flush=True)
+        torch.cuda.empty_cache()
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    head = {"gpu": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    arguments.out.write_text(json.dumps(head)[:-1] + ', "launches": [\n  ' + lines + "\n]}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

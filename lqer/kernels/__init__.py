@@ -1,0 +1,21 @@
+"""Triton kernels for linears on packed weights, beside a torch reference.
+
+    packed = PackedLinear.pack(weight, a, b, bias, activation, torch.bfloat16)
+    y = packed_linear(x, packed)
+
+This folder imports torch, triton and lqer.formats. It imports on a machine without a GPU; kernels run on CUDA tensors,
+or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from .layout import PackedWeight, check_weight_format, pack_weight, unpack_codes
+from .linear import PackedLinear, activation_rounding, packed_linear
+
+__all__ = [
+    "PackedLinear",
+    "PackedWeight",
+    "activation_rounding",
+    "check_weight_format",
+    "pack_weight",
+    "packed_linear",
+    "unpack_codes",
+]

@@ -1,0 +1,259 @@
+"""Device functions that turn packed codes into the values they stand for, tile by tile (see layout.py).
+
+A decoded tile [N, tile_k] holds its columns in kernel order: column j * 16 + word of the tile, which is how the words
+of a row give up their codes. `permute_columns` brings a tile of activations into that order.
+
+A code u of up to four bits becomes a bfloat16 without a conversion: 0x4300 | u are the bits of 128 + u, and one fused
+multiply-add (128 + u) * s - (128 + offset) * s gives the exact product for a power of two s. Two codes share each
+instruction. Everything else takes the general way through float32, which every backend of Triton understands.
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from .layout import PAIRS, ROWS, WORDS
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+WORDS_C = tl.constexpr(WORDS)
+PAIRS_C = tl.constexpr(PAIRS)
+ROWS_C = tl.constexpr(ROWS)
+
+
+def _pairs_asm(width: int, offset: int, high: bool) -> str:
+    """PTX that decodes two words side by side, as pairs of bfloat16, under one scale per half of their codes."""
+    per_word = 32 // width
+    halves = 2 if width == 2 else 1
+    inputs = per_word
+    bias = (0xC300 | offset) if offset < 128 else 0  # bits of -(128 + offset)
+    lines = [".reg .b32 lo, hi, t, c0, c1;"]
+    lines += [f"prmt.b32 lo, ${inputs}, ${inputs + 1}, 0x5410;", f"prmt.b32 hi, ${inputs}, ${inputs + 1}, 0x7632;"]
+    scales = [inputs + 2 + half for half in range(halves)]
+    high_word = inputs + 2 + halves
+    for half, scale in enumerate(scales):
+        lines += [f"mov.b32 t, 0x{bias:04X}{bias:04X};", f"mul.bf16x2 c{half}, ${scale}, t;"]
+    mask = (1 << width) - 1
+    for j in range(per_word):
+        source, place = ("lo", j) if j < per_word // 2 else ("hi", j - per_word // 2)
+        if place:
+            lines.append(f"shr.b32 t, {source}, {place * width};")
+            source = "t"
+        # (source & mask) | 0x43004300
+        lines.append(f"lop3.b32 ${j}, {source}, 0x{mask:04X}{mask:04X}, 0x43004300, 0xEA;")
+        if high:
+            # Bit j of each half to bit 2, or-ed in.
+            shift = f"shr.b32 t, ${high_word}, {j - 2};" if j >= 2 else f"shl.b32 t, ${high_word}, {2 - j};"
+            lines += [shift, f"lop3.b32 ${j}, t, 0x00040004, ${j}, 0xEA;"]
+        half = j // (per_word // halves)
+        lines.append(f"fma.rn.bf16x2 ${j}, ${j}, ${scales[half]}, c{half};")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _constraints(outputs: int, inputs: int) -> str:
+    return ",".join(["=r"] * outputs + ["r"] * inputs)
+
+
+ASM_4 = tl.constexpr(_pairs_asm(4, 8, high=False))
+ASM_2 = tl.constexpr(_pairs_asm(2, 2, high=False))
+ASM_3 = tl.constexpr(_pairs_asm(2, 4, high=True))
+# pack=2 hands every operand over twice, except that two 16-bit scales share a register.
+CONSTRAINTS_4 = tl.constexpr(_constraints(8, 3))
+CONSTRAINTS_2 = tl.constexpr(_constraints(16, 4))
+CONSTRAINTS_3 = tl.constexpr(_constraints(16, 6))
+BF16_8 = tl.constexpr((tl.bfloat16,) * 8)
+BF16_16 = tl.constexpr((tl.bfloat16,) * 16)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b in float32; Triton's interpreter cannot multiply bfloat16."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def load_words(words, rows_N, tile, tiles: tl.constexpr):
+    """int32 [N, 16]: the words of tile number `tile` of each row."""
+    base_N = (rows_N // ROWS_C) * (tiles * ROWS_C * WORDS_C) + (rows_N % ROWS_C) * WORDS_C
+    return tl.load(words + base_N[:, None] + (tl.arange(0, WORDS_C) + tile * (ROWS_C * WORDS_C))[None, :])
+
+
+@triton.jit
+def load_high(high, rows_N, tile, tiles: tl.constexpr):
+    """int32 [N, 8]: the high bits of three-bit codes, one word a pair."""
+    base_N = (rows_N // ROWS_C) * (tiles * ROWS_C * PAIRS_C) + (rows_N % ROWS_C) * PAIRS_C
+    return tl.load(high + base_N[:, None] + (tl.arange(0, PAIRS_C) + tile * (ROWS_C * PAIRS_C))[None, :])
+
+
+@triton.jit
+def load_scales(scales, rows_N, tile, units: tl.constexpr, per_tile: tl.constexpr):
+    """[N, per_tile] of what `scales` (or zeros) holds for unit number `tile`: a tile, or a block longer than one."""
+    base_N = (rows_N // ROWS_C) * (units * ROWS_C * per_tile) + (rows_N % ROWS_C) * per_tile
+    return tl.load(scales + base_N[:, None] + (tl.arange(0, per_tile) + tile * (ROWS_C * per_tile))[None, :])
+
+
+@triton.jit
+def _spread(scales_NS, halves: tl.constexpr):
+    """[N, per_tile] to [N, halves, 8]: one entry for each pair of words and each half of its codes."""
+    rows: tl.constexpr = scales_NS.shape[0]
+    per_half: tl.constexpr = scales_NS.shape[1] // halves
+    wide = scales_NS.reshape(rows, halves, per_half, 1).broadcast_to(rows, halves, per_half, PAIRS_C // per_half)
+    return wide.reshape(rows, halves, PAIRS_C)
+
+
+@triton.jit
+def _per_word(pairs_NP):
+    """[N, 8], an entry a pair, to [N, 16], an entry a word."""
+    rows: tl.constexpr = pairs_NP.shape[0]
+    return pairs_NP[:, :, None].broadcast_to(rows, PAIRS_C, 2).reshape(rows, WORDS_C)
+
+
+@triton.jit
+def exponent_to_scale(exponents, dtype: tl.constexpr):
+    """Biased exponents (uint8) to powers of two; 0 stands for 0."""
+    return (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True).to(dtype)
+
+
+@triton.jit
+def _join4(v0, v1, v2, v3):
+    return tl.join(tl.join(v0, v2), tl.join(v1, v3))
+
+
+@triton.jit
+def _code_major(values_NW222):
+    """[N, 16, 2, ...]: the bits of the code number after the word, to [N, tile_k] with the code number before it."""
+    rows: tl.constexpr = values_NW222.shape[0]
+    if len(values_NW222.shape) == 5:
+        ordered = values_NW222.permute(0, 2, 3, 4, 1)
+        return ordered.reshape(rows, 8 * WORDS_C)
+    else:
+        ordered = values_NW222.permute(0, 2, 3, 4, 5, 1)
+        return ordered.reshape(rows, 16 * WORDS_C)
+
+
+@triton.jit
+def decode_pairs(words_NW, high_NP, exponents_NS, halves: tl.constexpr, bits: tl.constexpr):
+    """MXINT codes of 2, 3 or 4 bits to bfloat16 [N, tile_k], two at a time."""
+    rows: tl.constexpr = words_NW.shape[0]
+    scales = _spread(exponent_to_scale(exponents_NS, tl.bfloat16), halves)
+    if bits == 4:
+        scale_NW = _per_word(scales.reshape(rows, PAIRS_C))
+        v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
+            ASM_4, CONSTRAINTS_4, [words_NW, scale_NW], dtype=BF16_8, is_pure=True, pack=2
+        )
+        return _code_major(tl.join(_join4(v0, v2, v4, v6), _join4(v1, v3, v5, v7)))
+    else:
+        if halves == 2:
+            first_NP, second_NP = tl.split(scales.permute(0, 2, 1))
+        else:
+            first_NP = scales.reshape(rows, PAIRS_C)
+            second_NP = first_NP
+        scale0_NW, scale1_NW = _per_word(first_NP), _per_word(second_NP)
+        if bits == 3:
+            v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
+                ASM_3,
+                CONSTRAINTS_3,
+                [words_NW, scale0_NW, scale1_NW, _per_word(high_NP)],
+                dtype=BF16_16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
+                ASM_2, CONSTRAINTS_2, [words_NW, scale0_NW, scale1_NW], dtype=BF16_16, is_pure=True, pack=2
+            )
+        even = tl.join(_join4(v0, v4, v8, v12), _join4(v2, v6, v10, v14))
+        odd = tl.join(_join4(v1, v5, v9, v13), _join4(v3, v7, v11, v15))
+        return _code_major(tl.join(even, odd))
+
+
+@triton.jit
+def decode_any(
+    words_NW,
+    high_NP,
+    scales_NS,
+    zeros_NS,
+    halves: tl.constexpr,
+    bits: tl.constexpr,
+    width: tl.constexpr,
+    offset: tl.constexpr,
+    exponents: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Codes of any format to (code - offset - zero) * scale in `dtype` [N, tile_k], computed in float32."""
+    rows: tl.constexpr = words_NW.shape[0]
+    per_half: tl.constexpr = 32 // width // halves
+    # [N, half, code of the half, pair, odd], the order of the result
+    words = words_NW.reshape(rows, 1, 1, PAIRS_C, 2)
+    code = tl.arange(0, halves)[:, None] * per_half + tl.arange(0, per_half)[None, :]
+    code = code.reshape(1, halves, per_half, 1, 1)
+    codes = (words >> (code * width)) & ((1 << width) - 1)
+    if bits == 3:
+        place = tl.arange(0, 2).reshape(1, 1, 1, 1, 2) * 16 + code
+        codes |= ((high_NP.reshape(rows, 1, 1, PAIRS_C, 1) >> place) & 1) << 2
+    shifted = codes.to(tl.float32) - offset
+    if exponents:
+        scales = exponent_to_scale(scales_NS, tl.float32)
+    else:
+        scales = scales_NS.to(tl.float32)
+        if zeros_NS is not None:
+            zeros = _spread(zeros_NS.to(tl.float32), halves)
+            shifted -= zeros.reshape(rows, halves, 1, PAIRS_C, 1)
+    values = shifted * _spread(scales, halves).reshape(rows, halves, 1, PAIRS_C, 1)
+    return values.to(dtype).reshape(rows, 32 // width * WORDS_C)
+
+
+@triton.jit
+def decode_tile(
+    words,
+    high,
+    scales,
+    zeros,
+    rows_N,
+    tile,
+    tiles: tl.constexpr,
+    units: tl.constexpr,
+    tiles_per_unit: tl.constexpr,
+    per_tile: tl.constexpr,
+    halves: tl.constexpr,
+    bits: tl.constexpr,
+    width: tl.constexpr,
+    offset: tl.constexpr,
+    exponents: tl.constexpr,
+    dtype: tl.constexpr,
+    paired: tl.constexpr,
+):
+    """Tile number `tile` of rows_N, decoded to `dtype` [N, tile_k]; `paired` takes the fast way."""
+    words_NW = load_words(words, rows_N, tile, tiles)
+    scales_NS = load_scales(scales, rows_N, tile // tiles_per_unit, units, per_tile)
+    if bits == 3:
+        high_NP = load_high(high, rows_N, tile, tiles)
+    else:
+        high_NP = None
+    if paired:
+        return decode_pairs(words_NW, high_NP, scales_NS, halves, bits)
+    else:
+        if zeros is not None:
+            zeros_NS = load_scales(zeros, rows_N, tile // tiles_per_unit, units, per_tile)
+        else:
+            zeros_NS = None
+        return decode_any(words_NW, high_NP, scales_NS, zeros_NS, halves, bits, width, offset, exponents, dtype)
+
+
+@triton.jit
+def permute_columns(x_MT):
+    """A tile of activations [M, tile_k] in natural order to kernel order."""
+    rows: tl.constexpr = x_MT.shape[0]
+    tile_k: tl.constexpr = x_MT.shape[1]
+    # [M, pair, code, odd] to [M, code, pair, odd]
+    return x_MT.reshape(rows, PAIRS_C, tile_k // WORDS_C, 2).permute(0, 2, 1, 3).reshape(rows, tile_k)
+
+
+@triton.jit
+def restore_columns(w_NT):
+    """The inverse of `permute_columns`."""
+    rows: tl.constexpr = w_NT.shape[0]
+    tile_k: tl.constexpr = w_NT.shape[1]
+    return w_NT.reshape(rows, tile_k // WORDS_C, PAIRS_C, 2).permute(0, 2, 1, 3).reshape(rows, tile_k)

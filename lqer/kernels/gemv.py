@@ -1,0 +1,174 @@
+"""One token, MXINT4 weights, MXINT activations: the product in integers, exact within every block.
+
+A block contributes 2^(e_w + e_x) * sum (u - 8) * k with four-bit u and eight-bit k, so four products and their sum are
+one instruction (dp4a) and a weight costs about one. Neither shared memory nor tensor cores take part.
+
+    prepare   x -> codes, steps, sums per word; partial products with A, a slab for each program
+    gemv      y = W_q x_q + b + Q(Q(x_q A) B), each program whole rows of W
+
+The words of a weight hold even and odd columns of a block (layout.py), and masking one with 0x0F0F0F0F leaves every
+other of its codes. The codes of x are laid out to meet them: for each word of a weight's tile two words of four codes,
+first those for all low nibbles of the tile, then those for all high ones. Everything in the loop has one entry a word,
+so that no value has to change threads.
+
+Shapes: N out_features, K in_features, R rank, T tiles at once, B blocks of a tile, W words of a row in a tile.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .decode import INTERPRETED, ROWS_C, WORDS_C, exponent_to_scale
+from .factors import load_factor, load_projection
+from .rounding import mxint_codes, round_columns
+
+BLOCKS = tl.constexpr(8)  # of a tile
+TILE_K = tl.constexpr(128)
+OFFSET = tl.constexpr(8)
+
+
+@triton.jit
+def prepare_vector_kernel(
+    x,  # [1, K]
+    a_codes,  # [KP, RP] int8 or plain, or None
+    a_exponents,  # [KP / a_block, RP] uint8, or None
+    x_codes,  # int8 [KP]: of each tile 16 words of four codes for low nibbles, 16 for high ones
+    x_steps,  # float32 [KP / 8], a step for each word of a weight
+    x_sums,  # int32 [KP / 8], -8 times the sum of the codes that meet a word
+    partial,  # [programs, 1, RP] float32, or None
+    K,
+    rank: tl.constexpr,
+    tiles: tl.constexpr,
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    a_block: tl.constexpr,
+    TILES: tl.constexpr,  # of a program
+    chained: tl.constexpr,
+):
+    size: tl.constexpr = TILES * TILE_K
+    first = tl.program_id(0) * size
+    columns = first + tl.arange(0, size)
+    if rank > 0:
+        # A does not depend on the kernel before.
+        ranks_R = tl.arange(0, rank)
+        a_TR = load_factor(a_codes, a_exponents, first, ranks_R, rank, tiles * TILE_K, size, a_block, tl.float32)
+    if chained:
+        gdc_wait()
+        gdc_launch_dependents()
+    x_T = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
+    codes, steps = mxint_codes(x_T.reshape(size // x_block, x_block), 1, x_bits, x_ceil)
+    # Column 4 * byte + 2 * high + odd of a block meets nibble 2 * byte + high of its word number `odd`.
+    codes_TBIHO = codes.reshape(TILES, BLOCKS, 4, 2, 2)
+    bytes_THBOI = codes_TBIHO.permute(0, 3, 1, 4, 2).to(tl.int8)
+    tl.store(x_codes + columns, bytes_THBOI.reshape(size), mask=columns < tiles * TILE_K)
+    word = tl.program_id(0) * TILES * WORDS_C + tl.arange(0, TILES * WORDS_C)
+    inside_words = word < tiles * WORDS_C
+    steps_W = steps.reshape(size // x_block, 1).broadcast_to(size // x_block, x_block // 8)
+    tl.store(x_steps + word, steps_W.reshape(TILES * WORDS_C), mask=inside_words)
+    sums_W = tl.sum(tl.sum(codes_TBIHO, axis=2), axis=2).to(tl.int32).reshape(TILES * WORDS_C)
+    tl.store(x_sums + word, sums_W * (-OFFSET), mask=inside_words)
+    if rank > 0:
+        product_R = tl.sum((codes * steps).reshape(size)[:, None] * a_TR, axis=0)
+        tl.store(partial + tl.program_id(0) * rank + tl.arange(0, rank), product_R)
+
+
+@triton.jit
+def _products(words, low, high, sums):
+    """sums + the dot product of each word's low nibbles with the bytes of `low`, and of its high ones with `high`."""
+    if INTERPRETED:
+        for i in tl.static_range(4):
+            sums += ((words >> (8 * i)) & 15) * ((low << (24 - 8 * i)) >> 24)
+            sums += ((words >> (8 * i + 4)) & 15) * ((high << (24 - 8 * i)) >> 24)
+        return sums
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high, sum;
+            and.b32 low, $1, 0x0F0F0F0F;
+            shr.u32 high, $1, 4;
+            and.b32 high, high, 0x0F0F0F0F;
+            dp4a.u32.s32 sum, low, $2, $4;
+            dp4a.u32.s32 $0, high, $3, sum;
+            }
+            """,
+            "=r,r,r,r,r",
+            [words, low, high, sums],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _load_tiles(words, exponents, rows_N, first, tiles: tl.constexpr, per_tile: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Words [N, T, 16] and exponents [N, T, per_tile] of the K tiles from `first` on; zeros beyond the last."""
+    tile = (first + tl.arange(0, BLOCK_T))[None, :, None]
+    inside = tile < tiles
+    group = (rows_N // ROWS_C) * (tiles * ROWS_C) + rows_N % ROWS_C
+    row = group[:, None, None] + tile * ROWS_C
+    w = tl.load(words + row * WORDS_C + tl.arange(0, WORDS_C)[None, None, :], mask=inside, other=0)
+    e = tl.load(exponents + row * per_tile + tl.arange(0, per_tile)[None, None, :], mask=inside, other=0)
+    return w, e
+
+
+@triton.jit
+def gemv_kernel(
+    words,
+    exponents,
+    bias,  # [N], or None
+    x_codes,  # int32 view of the bytes, [KP / 4]
+    x_steps,
+    x_sums,
+    partial,  # [chunks, 1, RP] float32, or None
+    b_codes,  # [RP, N] int8 or plain, or None
+    b_exponents,
+    y,  # [1, N]
+    N,
+    rank: tl.constexpr,
+    chunks: tl.constexpr,
+    tiles: tl.constexpr,
+    per_tile: tl.constexpr,  # exponents of a row in a tile
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    b_block: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    chained: tl.constexpr,
+):
+    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    word_W = tl.arange(0, WORDS_C)[None, None, :]
+    shape: tl.constexpr = (BLOCK_N, BLOCK_T, WORDS_C)
+    # Weights do not depend on the kernel before: the first of them are on their way while that one still runs.
+    w, e = _load_tiles(words, exponents, rows_N, 0, tiles, per_tile, BLOCK_T)
+    if rank > 0:
+        b_RN = load_factor(b_codes, b_exponents, 0, rows_N, N, rank, rank, b_block, tl.float32)
+    if chained:
+        gdc_wait()
+    y_N = tl.zeros((BLOCK_N,), tl.float32)
+    if rank > 0:
+        dtype: tl.constexpr = y.dtype.element_ty
+        xa_R = load_projection(partial, 0, 1, 0, 1, rank, rank, chunks, x_bits, x_block, x_ceil, dtype).reshape(rank)
+        product_N = tl.sum(xa_R.to(tl.float32)[:, None] * b_RN, axis=0)
+        y_N += round_columns(product_N.reshape(1, BLOCK_N), x_block, x_bits, x_ceil).reshape(BLOCK_N)
+    acc = tl.zeros(shape, tl.float32)
+    for first in range(0, tiles, BLOCK_T):
+        next_w, next_e = _load_tiles(words, exponents, rows_N, first + BLOCK_T, tiles, per_tile, BLOCK_T)
+        tile = (first + tl.arange(0, BLOCK_T))[None, :, None]
+        inside = tile < tiles
+        # Every row reads its own copy of x, from the cache, so that the loads lie in registers as those of w do.
+        x_word = (tile * WORDS_C + word_W).broadcast_to(shape)
+        low = tl.load(x_codes + x_word + tile * WORDS_C, mask=inside, other=0)
+        high = tl.load(x_codes + x_word + tile * WORDS_C + WORDS_C, mask=inside, other=0)
+        step = tl.load(x_steps + x_word, mask=inside, other=0.0)
+        sums = tl.load(x_sums + x_word, mask=inside, other=0)
+        scale = exponent_to_scale(e, tl.float32)[:, :, :, None]
+        scale = scale.broadcast_to(BLOCK_N, BLOCK_T, per_tile, WORDS_C // per_tile).reshape(shape)
+        acc += _products(w, low, high, sums).to(tl.float32) * (scale * step)
+        w, e = next_w, next_e
+    y_N += tl.sum(tl.sum(acc, axis=2), axis=1)
+    if bias is not None:
+        y_N += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)
+    tl.store(y + rows_N, y_N.to(y.dtype.element_ty), mask=rows_N < N)

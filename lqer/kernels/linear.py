@@ -1,0 +1,240 @@
+"""The quantized linear on packed tensors: y = W_q x_q + b + Q(Q(x_q A) B).
+
+    packed = PackedLinear.pack(weight, a, b, bias, activation, torch.bfloat16)
+    y = packed_linear(x, packed)
+
+On a GPU this runs two Triton kernels (one without low-rank branch and activation rounding), for many tokens a decoding
+kernel, a library's product and an epilogue. Elsewhere it runs the torch reference, or, under TRITON_INTERPRET=1, the
+kernels in Triton's interpreter. No call waits for the device or tunes anything.
+
+Shapes: M tokens, N out_features, K in_features, R rank; P marks padding.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lqer.formats import MXInt, NumberFormat, Passthrough, QuantizedTensor
+
+from .layout import ROW_PADDING, Layout, PackedWeight, pack_weight
+
+FACTOR_BLOCKS = (16, 32, 64)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.bfloat16, torch.float16)
+# A counter of finished parts for each tile of outputs, up to this many tiles of tokens.
+TOKEN_TILES = 4
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How activations are rounded; bits 0: not at all."""
+
+    bits: int = 0
+    block: int = 16
+    ceil: bool = True
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that is fixed at compile time."""
+
+    layout: Layout
+    rounding: Rounding
+    rank: int  # padded
+    a_block: int
+    b_block: int
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A quantized linear as the kernels read it.
+
+    weight: see layout.py. a_codes [KP, RP] and b_codes [RP, N]: int8 with uint8 step exponents [KP/block, RP] and
+    [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in `dtype` or None. workspace: int32,
+    zero whenever no kernel runs; two calls of one layer must not overlap in time.
+    """
+
+    spec: Spec
+    dtype: torch.dtype
+    weight: PackedWeight
+    bias_N: Tensor | None
+    a_codes: Tensor | None
+    a_exponents: Tensor | None
+    b_codes: Tensor | None
+    b_exponents: Tensor | None
+    workspace: Tensor
+
+    @classmethod
+    def pack(
+        cls,
+        weight: QuantizedTensor,
+        a: QuantizedTensor | None,
+        b: QuantizedTensor | None,
+        bias_N: Tensor | None,
+        activation: NumberFormat | None,
+        dtype: torch.dtype,
+    ) -> PackedLinear:
+        """Lay out a linear for the kernels, on the device of its tensors.
+
+        weight: (N, K) in "mxint" or "int", blocks along K. a (K, R), b (R, N): any format; MXINT factors with blocks of
+        16, 32 or 64 along the summed dimension stay packed, others are kept as values in `dtype`. activation: "mxint"
+        with blocks of 16, 32 or 64, or None. dtype: bfloat16 or float16, of x and y.
+
+        Raises ValueError, stating the rule, for anything else.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"kernels compute in bfloat16 or float16, found {dtype}")
+        packed = pack_weight(weight)
+        rounding = activation_rounding(activation)
+        rank = 0 if a is None else padded_rank(a.shape[1], rounding)
+        a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.tiles * packed.layout.tile_k, rank, dtype)
+        b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype)
+        counters = TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
+        return cls(
+            spec=Spec(packed.layout, rounding, rank, a_block, b_block),
+            dtype=dtype,
+            weight=packed,
+            bias_N=None if bias_N is None else bias_N.to(dtype),
+            a_codes=a_codes,
+            a_exponents=a_exponents,
+            b_codes=b_codes,
+            b_exponents=b_exponents,
+            workspace=torch.zeros(counters, dtype=torch.int32, device=packed.words.device),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything it holds, by name."""
+        named = {
+            "words": self.weight.words, "high": self.weight.high, "scales": self.weight.scales,
+            "zeros": self.weight.zeros, "bias": self.bias_N, "a_codes": self.a_codes, "a_exponents": self.a_exponents,
+            "b_codes": self.b_codes, "b_exponents": self.b_exponents, "workspace": self.workspace,
+        }  # fmt: skip
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def activation_rounding(activation: NumberFormat | None) -> Rounding:
+    """Raises ValueError for an activation format that the kernels cannot round to."""
+    if activation is None or isinstance(activation, Passthrough):
+        return Rounding()
+    if not isinstance(activation, MXInt) or activation.compat:
+        raise ValueError(f'kernels round activations to "mxint" without compat, found {activation}')
+    if activation.block_size not in FACTOR_BLOCKS:
+        raise ValueError(f"activation block_size {activation.block_size} is not one of {FACTOR_BLOCKS}")
+    return Rounding(activation.bits, activation.block_size, activation.scale_rounding == "ceil")
+
+
+def padded_rank(rank: int, rounding: Rounding) -> int:
+    """The rank that kernels run: a power of two up to 64, then a multiple of 64; the rest is zeros."""
+    smallest = max(16, rounding.block)
+    return max(smallest, 1 << (rank - 1).bit_length()) if rank <= 64 else -(-rank // 64) * 64
+
+
+def _pack_factor(
+    factor: QuantizedTensor | None, rows: int, columns: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Codes or values [rows, columns], step exponents or None, and the block they share."""
+    if factor is None:
+        return None, None, FACTOR_BLOCKS[0]
+    number_format = factor.format
+    blocked = isinstance(number_format, MXInt) and not number_format.compat and factor.axis == 0
+    if not blocked or number_format.block_size not in FACTOR_BLOCKS:
+        values = factor.dequantize(dtype)
+        return _padded(values, rows, columns), None, FACTOR_BLOCKS[0]
+    assert isinstance(number_format, MXInt)
+    exponents = factor.parts["exponents"].to(torch.int16)
+    steps = torch.where(exponents > 0, exponents - number_format.fraction_bits, 0)
+    if (steps < 0).any():
+        raise ValueError("the step of an MXINT block of a factor lies below 2^-126")
+    block = number_format.block_size
+    codes = _padded(factor.parts["codes"].T, rows, columns)
+    return codes, _padded(steps.to(torch.uint8).T, rows // block, columns), block
+
+
+def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
+    return pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0])).contiguous()
+
+
+def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """y = W_q x_q + b + Q(Q(x_q A) B), x_q = Q(x) where activations are rounded.
+
+    x: (..., K) in packed.dtype -> (..., N) in packed.dtype; sums in float32.
+    Raises ValueError for another dtype or width.
+    """
+    layout = packed.spec.layout
+    if x.dtype != packed.dtype or x.shape[-1] != layout.columns:
+        raise ValueError(
+            f"x must be (..., {layout.columns}) in {packed.dtype}, found {tuple(x.shape)} in {x.dtype}"
+        )
+    weight = packed.weight
+    return torch.ops.lqer.packed_linear(
+        x, weight.words, weight.high, weight.scales, weight.zeros, packed.bias_N, packed.a_codes, packed.a_exponents,
+        packed.b_codes, packed.b_exponents, packed.workspace, encode_spec(packed.spec),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def encode_spec(spec: Spec) -> str:
+    """A spec as a string, the only structured thing that a custom operator takes."""
+    layout, rounding = spec.layout, spec.rounding
+    numbers = (
+        layout.rows, layout.columns, layout.bits, layout.offset, layout.block, layout.exponents,
+        rounding.bits, rounding.block, rounding.ceil, spec.rank, spec.a_block, spec.b_block,
+    )  # fmt: skip
+    return ",".join(str(int(number)) for number in numbers)
+
+
+@lru_cache(maxsize=None)
+def decode_spec(text: str) -> Spec:
+    """The inverse of `encode_spec`."""
+    rows, columns, bits, offset, block, exponents, x_bits, x_block, ceil, rank, a_block, b_block = map(
+        int, text.split(",")
+    )
+    layout = Layout(rows, columns, bits, offset, block, bool(exponents))
+    return Spec(layout, Rounding(x_bits, x_block, bool(ceil)), rank, a_block, b_block)
+
+
+@torch.library.custom_op("lqer::packed_linear", mutates_args=("workspace",))
+def _packed_linear(
+    x: Tensor,
+    words: Tensor,
+    high: Tensor | None,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    a_codes: Tensor | None,
+    a_exponents: Tensor | None,
+    b_codes: Tensor | None,
+    b_exponents: Tensor | None,
+    workspace: Tensor,
+    spec: str,
+) -> Tensor:
+    decoded = decode_spec(spec)
+    packed = PackedLinear(
+        decoded, x.dtype, PackedWeight(decoded.layout, words, high, scales, zeros), bias, a_codes, a_exponents,
+        b_codes, b_exponents, workspace,
+    )  # fmt: skip
+    x_MK = x.reshape(-1, x.shape[-1])
+    if x.is_cuda or INTERPRETED:
+        from .launch import run_layer
+
+        y_MN = run_layer(x_MK, packed)
+    else:
+        from .reference import reference_linear
+
+        y_MN = reference_linear(x_MK, packed)
+    return y_MN.reshape(*x.shape[:-1], decoded.layout.rows)
+
+
+@_packed_linear.register_fake
+def _(x, words, high, scales, zeros, bias, a_codes, a_exponents, b_codes, b_exponents, workspace, spec):
+    return x.new_empty((*x.shape[:-1], decode_spec(spec).layout.rows))

@@ -1,0 +1,61 @@
+"""The first kernel of a layer: rounds the activations and projects them onto A, reading x once.
+
+Shapes: M tokens, K in_features, R rank (padded to whole blocks).
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .decode import dot
+from .factors import load_factor
+from .rounding import round_columns
+
+
+# M changes from call to call: no new compilation for 1, or for multiples of 16.
+@triton.jit(do_not_specialize=["M"])
+def project_kernel(
+    x,  # [M, K], rows `x_stride` apart
+    a_codes,  # [KP, RP] int8 or plain, or None
+    a_exponents,  # [KP / a_block, RP] uint8, or None
+    x_out,  # [M, K] rounded, or None
+    partial,  # [slabs, M, RP] float32, or None
+    M,
+    K,
+    x_stride,
+    rank: tl.constexpr,  # RP, 0 without a low-rank branch
+    a_rows: tl.constexpr,  # KP
+    steps: tl.constexpr,  # of a slab
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    x_bits: tl.constexpr,  # 0: activations are not rounded
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    a_block: tl.constexpr,
+    chained: tl.constexpr,
+):
+    if chained:
+        gdc_wait()
+        gdc_launch_dependents()
+    pid_m, pid_c, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_inside = (rows_M < M)[:, None]
+    dtype: tl.constexpr = x.dtype.element_ty
+    acc_MR = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for step in range(pid_c * steps, pid_c * steps + steps):
+        columns_T = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = row_inside & (columns_T < K)[None, :]
+        x_MT = tl.load(x + rows_M.to(tl.int64)[:, None] * x_stride + columns_T[None, :], mask=inside, other=0.0)
+        if x_bits > 0:
+            x_MT = round_columns(x_MT.to(tl.float32), x_block, x_bits, x_ceil).to(dtype)
+            if x_out is not None and pid_r == 0:
+                tl.store(x_out + rows_M.to(tl.int64)[:, None] * K + columns_T[None, :], x_MT, mask=inside)
+        if rank > 0:
+            a_TR = load_factor(a_codes, a_exponents, step * BLOCK_K, ranks_R, rank, a_rows, BLOCK_K, a_block, dtype)
+            acc_MR = dot(x_MT, a_TR, acc_MR)
+    if rank > 0:
+        slab = tl.cast(M, tl.int64) * rank
+        place = partial + pid_c * slab + rows_M.to(tl.int64)[:, None] * rank + ranks_R[None, :]
+        tl.store(place, acc_MR, mask=row_inside)

@@ -1,0 +1,65 @@
+"""The layer in plain torch, on the packed tensors: what runs without a GPU and what the kernels are compared with.
+
+It shares no code with the kernels beyond the layout of the tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lqer.formats import MXInt
+
+from .layout import PackedWeight, unpack_codes
+from .linear import PackedLinear
+
+
+def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
+    """y [M, N] in packed.dtype, computed in float32."""
+    spec = packed.spec
+    x32_MK = _round(x_MK.to(torch.float32), packed)
+    y_MN = x32_MK @ dequantize(packed.weight, packed.dtype).to(torch.float32).T
+    if packed.bias_N is not None:
+        y_MN += packed.bias_N.to(torch.float32)
+    if packed.a_codes is not None and packed.b_codes is not None:
+        a_KR = _factor(packed.a_codes, packed.a_exponents, spec.a_block)[: x_MK.shape[1]]
+        b_RN = _factor(packed.b_codes, packed.b_exponents, spec.b_block)
+        xa_MR = _round(x32_MK @ a_KR, packed).to(packed.dtype).to(torch.float32)
+        y_MN += _round(xa_MR @ b_RN, packed)
+    return y_MN.to(packed.dtype)
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in `dtype`, rounded once from its exact value."""
+    layout = weight.layout
+    codes_NK = unpack_codes(weight).to(torch.float32)
+    scales_NB = _in_rows(weight.scales, weight)
+    if layout.exponents:
+        scales_NB = torch.where(scales_NB > 0, torch.exp2(scales_NB.to(torch.float32) - 127), 0.0)
+    block_K = torch.arange(layout.columns, device=codes_NK.device) // layout.block
+    if weight.zeros is not None:
+        codes_NK = codes_NK - _in_rows(weight.zeros, weight).to(torch.float32)[:, block_K]
+    return (codes_NK * scales_NB.to(torch.float32)[:, block_K]).to(dtype)
+
+
+def _in_rows(scales: Tensor, weight: PackedWeight) -> Tensor:
+    """Scales or zeros as packed to [N, blocks]."""
+    layout = weight.layout
+    if layout.halves > 1:
+        scales = scales.unflatten(-1, (layout.halves, -1)).transpose(-1, -2).flatten(-2)
+    return scales.transpose(1, 2).reshape(layout.padded_rows, -1)[: layout.rows]
+
+
+def _factor(codes: Tensor, exponents: Tensor | None, block: int) -> Tensor:
+    values = codes.to(torch.float32)
+    if exponents is None:
+        return values
+    steps = torch.where(exponents > 0, torch.exp2(exponents.to(torch.float32) - 127), 0.0)
+    return values * steps.repeat_interleave(block, dim=0)
+
+
+def _round(x: Tensor, packed: PackedLinear) -> Tensor:
+    rounding = packed.spec.rounding
+    if rounding.bits == 0:
+        return x
+    return MXInt(rounding.bits, rounding.block, "ceil" if rounding.ceil else "floor").fake_quantize(x)

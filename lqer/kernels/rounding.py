@@ -1,0 +1,63 @@
+"""MXINT rounding on the device, bit for bit what `lqer.formats.MXInt` does (clean rounding, both scale roundings)."""
+
+import triton
+import triton.language as tl
+
+INF_PATTERN = tl.constexpr(0x7F800000)
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+NAN_PATTERN = tl.constexpr(0x7FC00000)
+LARGEST_POWER = tl.constexpr(0x7F000000)  # 2^127
+MANTISSA = tl.constexpr(0x007FFFFF)
+# Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, half to even.
+ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def mxint_codes(x_GB, axis: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr):
+    """Codes, as float32, and steps of float32 blocks that lie along `axis` (which the steps keep, with length 1).
+
+    A block with NaN or infinity has the step NaN.
+    """
+    fraction_bits: tl.constexpr = bits - 1 if ceil else bits - 2
+    max_code: tl.constexpr = (1 << (bits - 1)) - 1
+    magnitudes = x_GB.to(tl.int32, bitcast=True) & MAGNITUDE
+    largest = tl.max(magnitudes, axis=axis, keep_dims=True)
+    power = largest & INF_PATTERN
+    if ceil:
+        # All mantissa bits carry into the exponent unless the mantissa is zero: the next power of two.
+        power = tl.minimum((largest + MANTISSA) & INF_PATTERN, LARGEST_POWER)
+    power = tl.where(power == 0, LARGEST_POWER, power)
+    power = tl.where(largest >= INF_PATTERN, NAN_PATTERN, power)
+    step = power.to(tl.float32, bitcast=True) * (2.0**-fraction_bits)
+    # 1 / step as a product of two powers of two, because for a subnormal step it is no float32 itself.
+    inverse = 127 + fraction_bits - (power >> 23)
+    half = inverse >> 1
+    first = ((127 + half) << 23).to(tl.float32, bitcast=True)
+    second = ((127 + inverse - half) << 23).to(tl.float32, bitcast=True)
+    codes = tl.minimum(tl.maximum(x_GB * first * second, -max_code), max_code)
+    return (codes + ROUNDER) - ROUNDER, step
+
+
+@triton.jit
+def round_mxint(x_GB, axis: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr):
+    """Round float32 blocks that lie along `axis` to MXINT values; a block with NaN or infinity becomes NaN."""
+    codes, step = mxint_codes(x_GB, axis, bits, ceil)
+    return codes * step
+
+
+@triton.jit
+def round_columns(x_MK, block: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr):
+    """Round float32 [M, K] in blocks along K."""
+    rows: tl.constexpr = x_MK.shape[0]
+    columns: tl.constexpr = x_MK.shape[1]
+    blocks = x_MK.reshape(rows, columns // block, block)
+    return round_mxint(blocks, 2, bits, ceil).reshape(rows, columns)
+
+
+@triton.jit
+def round_rows(x_NM, block: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr):
+    """Round float32 [N, M] in blocks along N."""
+    rows: tl.constexpr = x_NM.shape[0]
+    columns: tl.constexpr = x_NM.shape[1]
+    blocks = x_NM.reshape(rows // block, block, columns)
+    return round_mxint(blocks, 1, bits, ceil).reshape(rows, columns)
