@@ -243,12 +243,13 @@ def decode_tile(
 
 
 @triton.jit
-def permute_columns(x_MT):
-    """A tile of activations [M, tile_k] in natural order to kernel order."""
-    rows: tl.constexpr = x_MT.shape[0]
-    tile_k: tl.constexpr = x_MT.shape[1]
-    # [M, pair, code, odd] to [M, code, pair, odd]
-    return x_MT.reshape(rows, PAIRS_C, tile_k // WORDS_C, 2).permute(0, 2, 1, 3).reshape(rows, tile_k)
+def permute_columns(x_MK, tile_k: tl.constexpr):
+    """Whole tiles of activations in natural order to kernel order."""
+    rows: tl.constexpr = x_MK.shape[0]
+    columns: tl.constexpr = x_MK.shape[1]
+    # [M, tile, pair, code, odd] to [M, tile, code, pair, odd]
+    tiles = x_MK.reshape(rows, columns // tile_k, PAIRS_C, tile_k // WORDS_C, 2)
+    return tiles.permute(0, 1, 3, 2, 4).reshape(rows, columns)
 
 
 @triton.jit

@@ -1,63 +1,26 @@
-"""The last kernel of a layer with a low-rank branch: what the product left, plus the bias, plus Q(Q(x A) B).
+"""Many tokens: the low-rank branch added to what a library's product left.
 
 Shapes: M tokens, N out_features, R rank (padded to whole blocks).
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from .decode import dot
-from .factors import load_factor, load_projection
-from .rounding import round_rows
-
-
-@triton.jit
-def low_rank_product(
-    partial,
-    b_codes,
-    b_exponents,
-    rows_N,
-    first_row,
-    N,
-    M,
-    tokens: tl.constexpr,
-    rank: tl.constexpr,
-    slabs: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    b_block: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """(Q(Q(x A) B))ᵀ float32 [N, tokens] for the tokens from first_row on."""
-    product_NM = tl.zeros((rows_N.shape[0], tokens), tl.float32)
-    for first in tl.static_range(0, rank, BLOCK_R):
-        b_RN = load_factor(b_codes, b_exponents, first, rows_N, N, rank, BLOCK_R, b_block, dtype)
-        xa_MR = load_projection(
-            partial, first_row, M, first, tokens, BLOCK_R, rank, slabs, x_bits, x_block, x_ceil, dtype
-        )
-        product_NM = dot(tl.trans(b_RN), tl.trans(xa_MR), product_NM)
-    if x_bits > 0:
-        product_NM = round_rows(product_NM, x_block, x_bits, x_ceil)
-    return product_NM
+from .factors import load_factor
+from .rounding import round_columns
 
 
 # M changes from call to call: no new compilation for 1, or for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def epilogue_kernel(
-    partial,  # [splits, N, M] float32, or None where y holds the product
-    bias,  # [N], or None
-    projection,  # [slabs, M, RP] float32
+    y,  # [M, N], changed in place
+    projection,  # x A, float32 [M, RP]
     b_codes,
     b_exponents,
-    y,  # [M, N]
     M,
     N,
-    splits: tl.constexpr,
     rank: tl.constexpr,
-    slabs: tl.constexpr,
     b_block: tl.constexpr,
     x_bits: tl.constexpr,
     x_block: tl.constexpr,
@@ -65,26 +28,23 @@ def epilogue_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    chained: tl.constexpr,
 ):
+    """y += Q(Q(x A) B)."""
     rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
+    row_inside = (rows_M < M)[:, None]
     dtype: tl.constexpr = y.dtype.element_ty
-    if chained:
-        gdc_wait()
-    y_NM = low_rank_product(
-        projection, b_codes, b_exponents, rows_N, tl.program_id(1) * BLOCK_M, N, M,
-        BLOCK_M, rank, slabs, BLOCK_R, b_block, x_bits, x_block, x_ceil, dtype,
-    )  # fmt: skip
-    if bias is not None:
-        y_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
-    out = y + rows_M.to(tl.int64)[None, :] * N + rows_N[:, None]
-    if partial is None:
-        y_NM += tl.load(out, mask=inside_NM, other=0.0).to(tl.float32)
-    else:
-        slab = N.to(tl.int64) * M
-        place = partial + rows_N.to(tl.int64)[:, None] * M + rows_M[None, :]
-        for split in tl.static_range(splits):
-            y_NM += tl.load(place + split * slab, mask=inside_NM, other=0.0)
-    tl.store(out, y_NM.to(dtype), mask=inside_NM)
+    out = y + rows_M.to(tl.int64)[:, None] * N + rows_N[None, :]
+    inside = row_inside & (rows_N < N)[None, :]
+    y_MN = tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    product_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in tl.static_range(0, rank, BLOCK_R):
+        place = projection + rows_M.to(tl.int64)[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
+        xa_MR = tl.load(place, mask=row_inside, other=0.0)
+        if x_bits > 0:
+            xa_MR = round_columns(xa_MR, x_block, x_bits, x_ceil)
+        b_RN = load_factor(b_codes, b_exponents, first, rows_N, N, rank, BLOCK_R, b_block, dtype)
+        product_MN = dot(xa_MR.to(dtype), b_RN, product_MN)
+    if x_bits > 0:
+        product_MN = round_columns(product_MN, x_block, x_bits, x_ceil)
+    tl.store(out, (y_MN + product_MN).to(dtype), mask=inside)

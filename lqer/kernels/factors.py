@@ -1,16 +1,12 @@
-"""Device functions that read the low-rank branch: tiles of A and B, and the projection x A.
+"""Device functions of the low-rank branch: tiles of A and B, sums over slabs of partial products, Q(Q(x A) B).
 
-The projection reduces over all of K. Its kernel leaves partial sums, a slab for each chunk of K; whoever needs the
-projection adds them up in a fixed order, so that runs agree bit for bit, and rounds the sum.
-
-Shapes: M tokens, R rank, C columns of a factor, S slabs.
+Shapes: M tokens, N out_features, R rank (padded to whole blocks), C columns of a factor.
 """
 
 import triton
 import triton.language as tl
 
 from .decode import exponent_to_scale
-from .rounding import round_columns
 
 SLABS_AT_ONCE = tl.constexpr(8)
 
@@ -48,38 +44,15 @@ def load_factor(
 
 
 @triton.jit
-def load_projection(
-    partial,  # [slabs, M, rank] float32
-    first_row,
-    M,
-    first_rank,
-    tokens: tl.constexpr,
-    ranks: tl.constexpr,
-    rank: tl.constexpr,
-    slabs: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """Q(x A) in `dtype`, [tokens, ranks] from row first_row and rank first_rank on; zero beyond row M."""
-    rows_M = first_row + tl.arange(0, tokens)
-    ranks_R = first_rank + tl.arange(0, ranks)
-    slab_size = tl.cast(M, tl.int64) * rank
-    inside = (rows_M < M)[:, None]
-    place = partial + rows_M.to(tl.int64)[:, None] * rank + ranks_R[None, :]
-    if slabs == 1:
-        xa_MR = tl.load(place, mask=inside, other=0.0)
-    else:
-        xa_MR = tl.zeros((tokens, ranks), tl.float32)
-        for first in range(0, slabs, SLABS_AT_ONCE):
-            slab = first + tl.arange(0, SLABS_AT_ONCE)
-            parts = tl.load(
-                place[None, :, :] + slab.to(tl.int64)[:, None, None] * slab_size,
-                mask=inside[None, :, :] & (slab < slabs)[:, None, None],
-                other=0.0,
-            )
-            xa_MR += tl.sum(parts, axis=0)
-    if x_bits > 0:
-        xa_MR = round_columns(xa_MR, x_block, x_bits, x_ceil)
-    return xa_MR.to(dtype)
+def sum_slabs(partial, offset_MR, inside, slab, slabs: tl.constexpr):
+    """The sum over slabs, `slab` elements apart, of float32 [M, R]."""
+    sum_MR = tl.zeros(offset_MR.shape, tl.float32)
+    for first in tl.static_range(0, slabs, SLABS_AT_ONCE):
+        number = first + tl.arange(0, SLABS_AT_ONCE)
+        parts = tl.load(
+            partial + number.to(tl.int64)[:, None, None] * slab + offset_MR[None, :, :],
+            mask=inside[None, :, :] & (number < slabs)[:, None, None],
+            other=0.0,
+        )
+        sum_MR += tl.sum(parts, axis=0)
+    return sum_MR

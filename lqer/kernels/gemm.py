@@ -1,36 +1,41 @@
-"""Few tokens: y = W_q x_q + b with weights decoded in registers.
+"""Few tokens: y = W_q x_q + b + Q(xa B) with weights decoded in registers, xa = Q(x A) from the projection.
 
 The product is computed as yᵀ = W xᵀ, so that decoded weights are the operand that tensor cores take from registers.
 For few tokens the grid would not fill the chip: K is then cut into `splits`, each with a slab of partial products. The
-program that finishes a tile of outputs last adds its slabs up in a fixed order, so that runs agree bit for bit. With a
-low-rank branch that is left to a kernel of its own (epilogue.py): here it would take registers from the loop.
+program that finishes a tile of outputs last adds its slabs up in a fixed order, so that runs agree bit for bit, and adds
+bias and low-rank branch.
 
-Shapes: M tokens, N out_features, K in_features.
+Shapes: M tokens, N out_features, K in_features, R rank (padded to whole blocks).
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .decode import decode_tile, dot, permute_columns
+from .factors import load_factor
+from .rounding import round_rows
 
 
 # M changes from call to call: no new compilation for 1, or for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
-    x,  # [M, K], rows `x_stride` apart
+    x,  # [M, K] or, in kernel order, [M, KP], rows `x_stride` apart
     words,
     high,
     scales,
     zeros,
     bias,  # [N], or None
-    partial,  # [splits, N, M] float32, or None where one split writes y
+    projection,  # xa [M, RP], or None
+    b_codes,  # [RP, N] int8 or plain, or None
+    b_exponents,  # [RP / b_block, N] uint8, or None
+    partial,  # [splits, N, M] float32, or None for one split
     finished,  # int32, zero before and after, one a tile of outputs; or None
-    y,  # [M, N], or None where slabs are left to the epilogue
+    y,  # [M, N]
     M,
     N,
     K,
     x_stride,
+    rank: tl.constexpr,
     tiles: tl.constexpr,
     units: tl.constexpr,
     tiles_per_unit: tl.constexpr,
@@ -41,12 +46,16 @@ def gemm_kernel(
     offset: tl.constexpr,
     exponents: tl.constexpr,
     paired: tl.constexpr,
+    ordered: tl.constexpr,  # x is in kernel order
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    b_block: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     splits: tl.constexpr,
     stages: tl.constexpr,
-    wait_first: tl.constexpr,  # x comes from a kernel that may still run
-    wait_last: tl.constexpr,  # only the kernel after this one needs what comes from it
 ):
     pid_n, pid_s, pid_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows_N = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -56,41 +65,45 @@ def gemm_kernel(
     columns_T = tl.arange(0, tile_k)
     x_rows = x + rows_M.to(tl.int64)[:, None] * x_stride + columns_T[None, :]
     row_inside = (rows_M < M)[:, None]
-    if wait_first:
-        gdc_wait()
-    if wait_first or wait_last:
-        gdc_launch_dependents()
     acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for tile in tl.range(pid_s, tiles, splits, num_stages=stages):
         w_NT = decode_tile(
             words, high, scales, zeros, rows_N, tile,
             tiles, units, tiles_per_unit, per_tile, halves, bits, width, offset, exponents, dtype, paired,
         )  # fmt: skip
-        inside = row_inside & (tile * tile_k + columns_T < K)[None, :]
-        x_MT = permute_columns(tl.load(x_rows + tile * tile_k, mask=inside, other=0.0))
+        if ordered:
+            x_MT = tl.load(x_rows + tile * tile_k, mask=row_inside, other=0.0)
+        else:
+            inside = row_inside & (tile * tile_k + columns_T < K)[None, :]
+            x_MT = permute_columns(tl.load(x_rows + tile * tile_k, mask=inside, other=0.0), tile_k)
         acc_NM = dot(w_NT, tl.trans(x_MT), acc_NM)
 
     inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
-    if partial is not None:
+    last = True
+    if splits > 1:
         slab = N.to(tl.int64) * M
-        place = partial + rows_N.to(tl.int64)[:, None] * M + rows_M[None, :]
-        tl.store(place + pid_s * slab, acc_NM, mask=inside_NM)
-    if wait_last:
-        gdc_wait()
-    if y is not None:
-        last = True
-        if splits > 1:
-            # Every thread's part of the slab has to be out before this program counts as finished.
-            tl.debug_barrier()
-            counter = finished + pid_m * tl.num_programs(0) + pid_n
-            last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
-            if last:
-                tl.store(counter, 0)
-                acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                for split in tl.static_range(splits):
-                    acc_NM += tl.load(place + split * slab, mask=inside_NM, other=0.0)
+        offset_NM = rows_N[:, None] * M + rows_M[None, :]
+        tl.store(partial + pid_s * slab + offset_NM, acc_NM, mask=inside_NM)
+        # Every thread's part of the slab has to be out before this program counts as finished.
+        tl.debug_barrier()
+        counter = finished + pid_m * tl.num_programs(0) + pid_n
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if last:
-            if bias is not None:
-                acc_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
-            out = y + rows_M.to(tl.int64)[None, :] * N + rows_N[:, None]
-            tl.store(out, acc_NM.to(y.dtype.element_ty), mask=inside_NM)
+            tl.store(counter, 0)
+            acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for split in range(splits):
+                acc_NM += tl.load(partial + split * slab + offset_NM, mask=inside_NM, other=0.0)
+    if last:
+        if bias is not None:
+            acc_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
+        if rank > 0:
+            product_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for first in range(0, rank, BLOCK_R):
+                b_RN = load_factor(b_codes, b_exponents, first, rows_N, N, rank, BLOCK_R, b_block, dtype)
+                xa_place = projection + rows_M[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
+                xa_MR = tl.load(xa_place, mask=row_inside, other=0.0)
+                product_NM = dot(tl.trans(b_RN), tl.trans(xa_MR), product_NM)
+            if x_bits > 0:
+                product_NM = round_rows(product_NM, x_block, x_bits, x_ceil)
+            acc_NM += product_NM
+        tl.store(y + rows_M[None, :] * N + rows_N[:, None], acc_NM.to(y.dtype.element_ty), mask=inside_NM)

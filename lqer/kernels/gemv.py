@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .decode import INTERPRETED, ROWS_C, WORDS_C, exponent_to_scale
-from .factors import load_factor, load_projection
+from .factors import load_factor, sum_slabs
 from .rounding import mxint_codes, round_columns
 
 BLOCKS = tl.constexpr(8)  # of a tile
@@ -150,8 +150,10 @@ def gemv_kernel(
     y_N = tl.zeros((BLOCK_N,), tl.float32)
     if rank > 0:
         dtype: tl.constexpr = y.dtype.element_ty
-        xa_R = load_projection(partial, 0, 1, 0, 1, rank, rank, chunks, x_bits, x_block, x_ceil, dtype).reshape(rank)
-        product_N = tl.sum(xa_R.to(tl.float32)[:, None] * b_RN, axis=0)
+        offset_MR = tl.arange(0, rank)[None, :]
+        xa_MR = sum_slabs(partial, offset_MR, offset_MR >= 0, rank, chunks)
+        xa_R = round_columns(xa_MR, x_block, x_bits, x_ceil).to(dtype).to(tl.float32).reshape(rank)
+        product_N = tl.sum(xa_R[:, None] * b_RN, axis=0)
         y_N += round_columns(product_N.reshape(1, BLOCK_N), x_block, x_bits, x_ceil).reshape(BLOCK_N)
     acc = tl.zeros(shape, tl.float32)
     for first in range(0, tiles, BLOCK_T):

@@ -17,16 +17,15 @@ from .gemm import gemm_kernel
 from .gemv import gemv_kernel, prepare_vector_kernel
 from .layout import ROW_PADDING as ROW_TILE
 from .layout import Layout, PackedWeight
-from .linear import INTERPRETED, PackedLinear
+from .linear import INTERPRETED, PROJECTION_COUNTERS, PackedLinear
 from .project import project_kernel
 from .tuning import GemmLaunch, GemvLaunch, bucket_of, gemm_launch, gemv_launch
 
-# Programs of the projection: enough to fill the chip, in few enough slabs that adding them up stays cheap.
-PROJECTION_PROGRAMS = 128
 PROJECTION_ROWS, PROJECTION_COLUMNS, PROJECTION_WARPS = 16, 256, 8
 VECTOR_TILES = 4
+SMALLEST_BLOCK_M = 16
 MAX_BLOCK_R = 64
-GEMV_MAX_RANK = 512
+GEMV_MAX_RANK = 64  # a program holds its part of A, and all of B's rows, in registers
 
 
 def run_layer(x_MK: Tensor, packed: PackedLinear) -> Tensor:
@@ -42,8 +41,8 @@ def run_layer(x_MK: Tensor, packed: PackedLinear) -> Tensor:
 def fits_gemv(packed: PackedLinear) -> bool:
     """Whether the integer kernel can run this layer for one token."""
     spec, layout = packed.spec, packed.spec.layout
-    powers_of_two = spec.rank & (spec.rank - 1) == 0
-    return layout.exponents and layout.bits == 4 and layout.block in (16, 32) and spec.rounding.bits > 0 and powers_of_two
+    weight_fits = layout.exponents and layout.bits == 4 and layout.block in (16, 32)
+    return weight_fits and spec.rounding.bits > 0 and spec.rank <= GEMV_MAX_RANK
 
 
 def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch) -> Tensor:
@@ -56,7 +55,7 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch) -> Tensor:
     sums = x_1K.new_empty(padded // 8, dtype=torch.int32)
     slabs = -(-layout.tiles // VECTOR_TILES)
     projection = x_1K.new_empty((slabs, 1, spec.rank), dtype=torch.float32) if spec.rank else None
-    chained = can_chain(x_1K, "gemv")
+    chained = can_chain(x_1K)
     prepare_vector_kernel[(slabs,)](
         x_1K, packed.a_codes, packed.a_exponents, codes.view(torch.int8), steps, sums, projection, layout.columns,
         rank=spec.rank, tiles=layout.tiles, **_rounding_constants(packed), a_block=spec.a_block, TILES=VECTOR_TILES,
@@ -74,33 +73,31 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch) -> Tensor:
 
 def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch) -> Tensor:
     """Few tokens, weights decoded in registers."""
-    layout = packed.spec.layout
+    spec, layout = packed.spec, packed.spec.layout
     given = x_MK = _dense_rows(x_MK)
     m, n = len(x_MK), layout.rows
-    x_MK, projection = project(given, packed)
+    # The kernel order saves a pass through registers for every row of x, and serializes the tensor cores a little.
+    ordered = launch.block_m > SMALLEST_BLOCK_M and spec.rounding.bits > 0
+    x_MK, projection = project(given, packed, ordered)
     y_MN = x_MK.new_empty(m, n)
     block_n = launch.block_n if layout.padded_rows % launch.block_n == 0 else ROW_TILE
     tiles_n, tiles_m = layout.padded_rows // block_n, -(-m // launch.block_m)
     # Tiles of outputs that outnumber the counters fill the chip without splitting K.
-    splits = min(launch.splits, layout.tiles) if tiles_n * tiles_m <= len(packed.workspace) else 1
-    slabs_left = projection is not None
-    partial = x_MK.new_empty((splits, n, m), dtype=torch.float32) if splits > 1 or slabs_left else None
-    rounded = x_MK is not given
-    chained = can_chain(given, "gemm") and (rounded or slabs_left)
+    splits = min(launch.splits, layout.tiles) if tiles_n * tiles_m <= packed.tile_counters else 1
+    partial = x_MK.new_empty((splits, n, m), dtype=torch.float32) if splits > 1 else None
     gemm_kernel[tiles_n, splits, tiles_m](
-        x_MK, *_weight_tensors(packed.weight), packed.bias_N, partial, packed.workspace,
-        None if slabs_left else y_MN, m, n, layout.columns, x_MK.stride(0), **weight_constants(layout, given.dtype),
-        BLOCK_N=block_n, BLOCK_M=launch.block_m, splits=splits, stages=launch.stages, wait_first=chained and rounded,
-        wait_last=chained and not rounded, num_warps=launch.warps, **_launch_options(chained),
+        x_MK, *_weight_tensors(packed.weight), packed.bias_N, projection, packed.b_codes, packed.b_exponents,
+        partial, packed.workspace[PROJECTION_COUNTERS:], y_MN, m, n, layout.columns, x_MK.stride(0),
+        rank=spec.rank, **weight_constants(layout, given.dtype), ordered=ordered, **_rounding_constants(packed),
+        b_block=spec.b_block, BLOCK_N=block_n, BLOCK_M=launch.block_m, BLOCK_R=_block_r(spec.rank), splits=splits,
+        stages=launch.stages, num_warps=launch.warps,
     )  # fmt: skip
-    if projection is not None:
-        add_low_rank_(y_MN, partial, projection, packed, packed.bias_N)
     return y_MN
 
 
 def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     """Many tokens: weights and A decoded to memory once, then a library's products."""
-    x_MK = round_rows(_dense_rows(x_MK), packed)
+    x_MK = round_tokens(_dense_rows(x_MK), packed, ordered=False)
     y_MN = torch.nn.functional.linear(x_MK, expand(packed.weight, x_MK.dtype), packed.bias_N)
     if packed.a_codes is not None:
         a_KR = expand_factor(packed.a_codes, packed.a_exponents, packed.spec.a_block, x_MK.dtype)[: x_MK.shape[1]]
@@ -108,42 +105,40 @@ def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
             projection_MR = torch.mm(x_MK, a_KR, out_dtype=torch.float32)
         else:
             projection_MR = x_MK.to(torch.float32) @ a_KR.to(torch.float32)
-        add_low_rank_(y_MN, None, projection_MR[None], packed, None)
+        add_low_rank_(y_MN, projection_MR, packed)
     return y_MN
 
 
-def round_rows(x_MK: Tensor, packed: PackedLinear) -> Tensor:
-    """x rounded to the layer's activation format; x itself where there is none."""
-    if not packed.spec.rounding.bits:
-        return x_MK
-    return _launch_project(x_MK, packed, rank=0, slabs=-(-x_MK.shape[1] // PROJECTION_COLUMNS))[0]
-
-
-def project(x_MK: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor | None]:
-    """x, rounded where activations are, and the slabs of its product with A [S, M, RP], or None."""
+def project(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> tuple[Tensor, Tensor | None]:
+    """x, rounded where activations are (then in kernel order if asked for), and Q(x A) [M, RP] or None."""
     if not packed.spec.rank:
-        return round_rows(x_MK, packed), None
-    row_blocks = -(-len(x_MK) // PROJECTION_ROWS)
-    # Many tokens fill the chip by themselves, and every slab more is work for whoever adds them up.
-    slabs = max(1, PROJECTION_PROGRAMS // row_blocks)
-    return _launch_project(x_MK, packed, packed.spec.rank, slabs)
+        return round_tokens(x_MK, packed, ordered), None
+    return _launch_project(x_MK, packed, packed.spec.rank, ordered)
 
 
-def _launch_project(x_MK: Tensor, packed: PackedLinear, rank: int, slabs: int) -> tuple[Tensor, Tensor | None]:
+def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
+    """x rounded to the layer's activation format; x itself where there is none."""
+    return _launch_project(x_MK, packed, 0, ordered)[0] if packed.spec.rounding.bits else x_MK
+
+
+def _launch_project(x_MK: Tensor, packed: PackedLinear, rank: int, ordered: bool) -> tuple[Tensor, Tensor | None]:
     spec, layout = packed.spec, packed.spec.layout
     m, k = x_MK.shape
+    row_blocks, block_r = -(-m // PROJECTION_ROWS), _block_r(rank)
+    rank_blocks = max(1, rank // block_r)
     steps = -(-k // PROJECTION_COLUMNS)
-    per_slab = -(-steps // slabs)
-    slabs = -(-steps // per_slab)
-    x_out = x_MK.new_empty(m, k) if spec.rounding.bits else None
-    projection = x_MK.new_empty((slabs, m, rank), dtype=torch.float32) if rank else None
-    block_r = _block_r(rank)
-    chained = can_chain(x_MK, "project")
-    project_kernel[-(-m // PROJECTION_ROWS), slabs, max(1, rank // block_r)](
-        x_MK, packed.a_codes, packed.a_exponents, x_out, projection, m, k, x_MK.stride(0),
-        rank=rank, a_rows=layout.tiles * layout.tile_k, steps=per_slab, BLOCK_K=PROJECTION_COLUMNS,
-        BLOCK_M=PROJECTION_ROWS, BLOCK_R=block_r, **_rounding_constants(packed), a_block=spec.a_block,
-        chained=chained, num_warps=PROJECTION_WARPS, **_launch_options(chained),
+    # A step a program where blocks of tokens are few: programs wait for memory, and for nothing else.
+    slabs = steps if row_blocks * rank_blocks <= PROJECTION_COUNTERS else 1
+    padded = layout.tiles * layout.tile_k
+    x_out = x_MK.new_empty(m, padded if ordered else k) if spec.rounding.bits else None
+    partial = x_MK.new_empty((slabs, m, rank), dtype=torch.float32) if rank and slabs > 1 else None
+    projection = x_MK.new_empty(m, rank) if rank else None
+    chained = can_chain(x_MK)
+    project_kernel[row_blocks, slabs, rank_blocks](
+        x_MK, packed.a_codes, packed.a_exponents, x_out, partial, packed.workspace, projection, m, k, x_MK.stride(0),
+        rank=rank, a_rows=padded, tile_k=layout.tile_k if ordered else 0, steps=steps // slabs,
+        BLOCK_K=PROJECTION_COLUMNS, BLOCK_M=PROJECTION_ROWS, BLOCK_R=block_r, **_rounding_constants(packed),
+        a_block=spec.a_block, slabs=slabs, chained=chained, num_warps=PROJECTION_WARPS, **_launch_options(chained),
     )  # fmt: skip
     return x_MK if x_out is None else x_out, projection
 
@@ -172,20 +167,13 @@ def expand_factor(codes: Tensor, exponents: Tensor | None, block: int, dtype: to
     return values
 
 
-def add_low_rank_(
-    y_MN: Tensor, partial: Tensor | None, projection: Tensor, packed: PackedLinear, bias_N: Tensor | None
-) -> None:
-    """y = the sum of the slabs `partial` [splits, N, M], or y as it is, + bias + Q(Q(x A) B), in place."""
+def add_low_rank_(y_MN: Tensor, projection_MR: Tensor, packed: PackedLinear) -> None:
+    """y += Q(Q(x A) B), in place; projection: x A, float32."""
     spec = packed.spec
     m, n = y_MN.shape
-    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
-    # After the product of a library nothing says when the kernel before has ended but its end.
-    chained = partial is not None and can_chain(y_MN, "epilogue")
-    epilogue_kernel[-(-n // ROW_TILE), -(-m // block_m)](
-        partial, bias_N, projection, packed.b_codes, packed.b_exponents, y_MN, m, n,
-        splits=1 if partial is None else len(partial), rank=spec.rank, slabs=len(projection), b_block=spec.b_block,
-        **_rounding_constants(packed), BLOCK_N=ROW_TILE, BLOCK_M=block_m, BLOCK_R=_block_r(spec.rank),
-        chained=chained, num_warps=4, **_launch_options(chained),
+    epilogue_kernel[-(-n // ROW_TILE), -(-m // ROW_TILE)](
+        y_MN, projection_MR, packed.b_codes, packed.b_exponents, m, n, rank=spec.rank, b_block=spec.b_block,
+        **_rounding_constants(packed), BLOCK_N=ROW_TILE, BLOCK_M=ROW_TILE, BLOCK_R=_block_r(spec.rank), num_warps=4,
     )  # fmt: skip
 
 
@@ -206,12 +194,9 @@ def weight_constants(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-CHAINED = {"gemv", "project", "gemm", "epilogue"}
-
-
-def can_chain(x: Tensor, kernel: str) -> bool:
+def can_chain(x: Tensor) -> bool:
     """Whether a kernel may be launched while the one before it still runs (programmatic dependent launch)."""
-    return kernel in CHAINED and x.is_cuda and _chains(x.device)
+    return x.is_cuda and _chains(x.device)
 
 
 @lru_cache

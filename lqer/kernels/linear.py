@@ -27,7 +27,8 @@ from .layout import ROW_PADDING, Layout, PackedWeight, pack_weight
 FACTOR_BLOCKS = (16, 32, 64)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.bfloat16, torch.float16)
-# A counter of finished parts for each tile of outputs, up to this many tiles of tokens.
+# Counters of finished parts: for the projection's blocks, then for tiles of outputs, up to so many tiles of tokens.
+PROJECTION_COUNTERS = 128
 TOKEN_TILES = 4
 
 
@@ -95,7 +96,7 @@ class PackedLinear:
         rank = 0 if a is None else padded_rank(a.shape[1], rounding)
         a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.tiles * packed.layout.tile_k, rank, dtype)
         b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype)
-        counters = TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
+        counters = PROJECTION_COUNTERS + TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
         return cls(
             spec=Spec(packed.layout, rounding, rank, a_block, b_block),
             dtype=dtype,
@@ -116,6 +117,11 @@ class PackedLinear:
             "b_codes": self.b_codes, "b_exponents": self.b_exponents, "workspace": self.workspace,
         }  # fmt: skip
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def tile_counters(self) -> int:
+        """How many tiles of outputs may be computed in splits."""
+        return len(self.workspace) - PROJECTION_COUNTERS
 
     @property
     def nbytes(self) -> int:
