@@ -48,14 +48,14 @@ class Problem:
     width: int
     m: int
 
-    def candidates(self) -> list[GemmLaunch | GemvLaunch | None]:
+    def candidates(self) -> Sequence[GemmLaunch | GemvLaunch | None]:
         if self.kernel == "gemv":
             shapes = ((2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (8, 16), (16, 8), (16, 16))
             return [GemvLaunch(16, block_t, warps) for block_t, warps in shapes] + [GemvLaunch(32, 4, 8)]
         tiles = self.k // (16 * 32 // self.width)
         block_ms = (self.m,) if self.m <= 64 else (64, 128)
         few = self.width != 4
-        found: list[GemmLaunch | GemvLaunch | None] = [None] if self.m >= 128 else []
+        found: list[GemmLaunch | None] = [None] if self.m >= 128 else []
         for (block_n, warps), block_m in itertools.product(((64, 4), (128, 4), (128, 8)), block_ms):
             if block_m == 128 and (block_n, warps) == (128, 4):
                 continue  # its accumulators alone would take all registers

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.attention import QuantizedAttention, quantize_attention
+from lqer.backend import BACKENDS, Backend, resolve_backend
 from lqer.calibration import block_file
 from lqer.errors import ModelError
-from lqer.formats import QuantizedTensor, format_from_dict
+from lqer.formats import NumberFormat, QuantizedTensor, format_from_dict
 from lqer.layers import QuantizedLinear
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models import pick_device, prepare_model
@@ -109,12 +110,13 @@ def load_quantized(
     """A transformers model, ready for `generate` and lm-eval's HFLM, from a quantized checkpoint.
 
     dtype: of activations and of everything that is not quantized; by default float32 on a CPU, else the original's.
-    backend: "auto" or "emulate", ordinary arithmetic on dequantized weights. Raises ModelError if the folder is no
-    quantized checkpoint.
+    backend: "emulate", ordinary arithmetic on dequantized weights; "triton", kernels on packed weights, for a GPU;
+    "auto", kernels where they can run all of the checkpoint. Raises ModelError if the folder is no quantized checkpoint
+    or the kernels cannot run it.
     """
     path = Path(path)
-    if backend not in ("auto", "emulate"):
-        raise ModelError(f'backend {backend!r} is not one of "auto", "emulate"')
+    if backend not in BACKENDS:
+        raise ModelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if not (path / DETAILS_FILE).exists():
         raise ModelError(f"{path} is no quantized checkpoint: it holds no {DETAILS_FILE}")
     details = json.loads((path / DETAILS_FILE).read_text(encoding="utf-8"))
@@ -124,16 +126,18 @@ def load_quantized(
     config = AutoConfig.from_pretrained(path)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else (getattr(config, "dtype", None) or torch.bfloat16)
+    formats = {name: _formats(entry) for name, entry in details["linears"].items()}
+    resolved = resolve_backend(backend, device, dtype, formats)
 
     # Parameters stay on the meta device until their values are read; buffers (rotary tables) are computed for real.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     prepare_model(model)
-    _fill(model, load_file(path / OUTSIDE_FILE), {}, device, dtype)
+    _fill(model, load_file(path / OUTSIDE_FILE), {}, device, dtype, resolved)
     for index in range(details["blocks"]["count"]):
         prefix = f"{details['blocks']['name']}.{index}."
         linears = {name: entry for name, entry in details["linears"].items() if name.startswith(prefix)}
-        _fill(model, load_file(path / block_file(index)), linears, device, dtype)
+        _fill(model, load_file(path / block_file(index)), linears, device, dtype, resolved)
     _tie(model)
     _refuse_unfilled(model, path)
     if details["attention"] is not None:
@@ -146,6 +150,12 @@ def load_quantized(
     return model.to(device).eval()
 
 
+def _formats(entry: Mapping[str, Any]) -> tuple[NumberFormat, NumberFormat | None]:
+    """The number formats of a linear's weight and of its input."""
+    activation = format_from_dict(entry["activation"]) if "activation" in entry else None
+    return format_from_dict(entry["weight"]["format"]), activation
+
+
 def _refuse_saving(*arguments: Any, **options: Any) -> None:
     raise ModelError("a model from load_quantized is not saved again: copy its checkpoint folder")
 
@@ -156,20 +166,12 @@ def _fill(
     linears: Mapping[str, Mapping[str, Any]],
     device: torch.device,
     dtype: torch.dtype,
+    backend: Backend,
 ) -> None:
     """Put the tensors of one file into the model: quantized linears as modules, the rest as parameters and buffers."""
     taken: set[str] = set()
     for name, entry in linears.items():
-        values = {role: _unpack(tensors, name, role, entry, device, dtype) for role in ("weight", "bias")}
-        values |= {role: _unpack(tensors, name, role, entry, device, dtype) for role in ("low_rank_a", "low_rank_b")}
-        if values["bias"] is None and f"{name}.bias" in tensors:
-            values["bias"] = tensors[f"{name}.bias"].to(device, dtype)
-        activation = format_from_dict(entry["activation"]) if "activation" in entry else None
-        assert values["weight"] is not None
-        linear = QuantizedLinear(
-            values["weight"], values["bias"], values["low_rank_a"], values["low_rank_b"], activation
-        )
-        model.set_submodule(name, linear)
+        model.set_submodule(name, _linear(tensors, name, entry, device, dtype, backend))
         taken |= {key for key in tensors if key.startswith(f"{name}.")}
     for key in tensors.keys() - taken:
         owner_name, _, leaf = key.rpartition(".")
@@ -182,21 +184,40 @@ def _fill(
             owner.register_buffer(leaf, tensor)
 
 
-def _unpack(
+def _linear(
     tensors: Mapping[str, Tensor],
     name: str,
-    role: str,
     entry: Mapping[str, Any],
     device: torch.device,
     dtype: torch.dtype,
-) -> Tensor | None:
+    backend: Backend,
+) -> nn.Module:
+    """One quantized linear from its packed tensors, as the backend runs it."""
+    weight, a_IR, b_RO, bias = (
+        _unpack(tensors, name, role, entry, device) for role in ("weight", "low_rank_a", "low_rank_b", "bias")
+    )
+    assert weight is not None
+    bias_O = bias.dequantize(dtype) if bias is not None else None
+    if bias is None and f"{name}.bias" in tensors:
+        bias_O = tensors[f"{name}.bias"].to(device, dtype)
+    activation = format_from_dict(entry["activation"]) if "activation" in entry else None
+    if backend == "triton":
+        from lqer.kernels import PackedLinear, TritonLinear
+
+        return TritonLinear(PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype))
+    a, b = (None if factor is None else factor.dequantize(dtype) for factor in (a_IR, b_RO))
+    return QuantizedLinear(weight.dequantize(dtype), bias_O, a, b, activation)
+
+
+def _unpack(
+    tensors: Mapping[str, Tensor], name: str, role: str, entry: Mapping[str, Any], device: torch.device
+) -> QuantizedTensor | None:
     if role not in entry:
         return None
     prefix = f"{name}.{role}."
     packed = {key.removeprefix(prefix): tensor.to(device) for key, tensor in tensors.items() if key.startswith(prefix)}
     described = entry[role]
-    quantized = format_from_dict(described["format"]).unpack(packed, tuple(described["shape"]), described["axis"])
-    return quantized.dequantize(dtype)
+    return format_from_dict(described["format"]).unpack(packed, tuple(described["shape"]), described["axis"])
 
 
 def _tie(model: PreTrainedModel) -> None:

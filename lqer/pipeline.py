@@ -19,6 +19,7 @@ import tomli_w
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lqer.backend import Backend, resolve_backend
 from lqer.bits import average_bits
 from lqer.calibration import calibrate, calibration_key
 from lqer.checkpoint import load_quantized
@@ -54,6 +55,7 @@ class Setting:
     plans: dict[str, LinearPlan | None]
     device: torch.device
     dtype: torch.dtype
+    backend: Backend
 
 
 def prepare(config: Config) -> Setting:
@@ -69,7 +71,10 @@ def prepare(config: Config) -> Setting:
         check_tasks(
             downstream.tasks, _path(downstream.include_path), _path(downstream.data_dir), downstream.num_fewshot
         )
-    return Setting(config, source, outline, plans, device, pick_dtype(config.dtype, source, device))
+    dtype = pick_dtype(config.dtype, source, device)
+    formats = {name: (plan.weight, plan.activation) for name, plan in plans.items() if plan is not None}
+    backend = resolve_backend(config.evaluation.backend, device, dtype, formats)
+    return Setting(config, source, outline, plans, device, dtype, backend)
 
 
 def run(config: Config) -> Results:
@@ -135,9 +140,7 @@ def _run(config: Config, folder: Path, started: float) -> Results:
     if "original" in config.evaluation.baselines:
         load = partial(load_model, setting.source, setting.dtype, setting.device)
         candidates["original"] = Candidate(setting.source.fingerprint, load)
-    arithmetic = {
-        "dtype": str(setting.dtype), "device": setting.device.type, "backend": config.evaluation.backend
-    }  # fmt: skip
+    arithmetic = {"dtype": str(setting.dtype), "device": setting.device.type, "backend": setting.backend}
     evaluation = evaluate(config.evaluation, candidates, tokenizer, store, arithmetic, config.seed)
 
     rows = layer_rows(checkpoint, setting.outline.blocks)
@@ -227,7 +230,7 @@ def _obtain(store: Store, stage: str, key, make: Callable, label: str = "") -> A
 def _candidate_from_checkpoint(setting: Setting, checkpoint: Artifact) -> Candidate:
     def load() -> PreTrainedModel:
         checkpoint.verify()
-        return load_quantized(checkpoint.path, setting.device, setting.dtype, setting.config.evaluation.backend)
+        return load_quantized(checkpoint.path, setting.device, setting.dtype, setting.backend)
 
     return Candidate(checkpoint.content, load)
 

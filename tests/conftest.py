@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+
+# Before anything imports the kernels: where there is no GPU they run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (

@@ -104,7 +104,8 @@ class DownstreamConfig(Section):
 
 
 class EvaluationConfig(Section):
-    backend: Literal["auto", "emulate"] = "auto"
+    # "emulate": ordinary arithmetic; "triton": kernels on packed weights; "auto": kernels where they can run.
+    backend: Literal["auto", "emulate", "triton"] = "auto"
     # What is evaluated beside the quantized model: the original, and "plain", the same formats without reconstruction.
     baselines: tuple[Literal["original", "plain"], ...] = ("original",)
     perplexity: PerplexityConfig | None = None

@@ -8,11 +8,14 @@ or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from .layout import PackedWeight, check_weight_format, pack_weight, unpack_codes
-from .linear import PackedLinear, activation_rounding, packed_linear
+from .linear import DTYPES, PackedLinear, activation_rounding, packed_linear
+from .module import TritonLinear
 
 __all__ = [
+    "DTYPES",
     "PackedLinear",
     "PackedWeight",
+    "TritonLinear",
     "activation_rounding",
     "check_weight_format",
     "pack_weight",

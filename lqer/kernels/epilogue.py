@@ -29,7 +29,7 @@ def epilogue_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y += Q(Q(x A) B)."""
+    """Y += Q(Q(x A) B)."""
     rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = (rows_M < M)[:, None]

@@ -59,8 +59,6 @@ def expand_factor_kernel(
     first = tl.program_id(0) * BLOCK_R
     columns_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     rows_R = first + tl.arange(0, BLOCK_R)
-    values = load_factor(
-        codes, exponents, first, columns_C, n_columns, n_rows, BLOCK_R, block, out.dtype.element_ty
-    )
+    values = load_factor(codes, exponents, first, columns_C, n_columns, n_rows, BLOCK_R, block, out.dtype.element_ty)
     place = out + rows_R.to(tl.int64)[:, None] * n_columns + columns_C[None, :]
     tl.store(place, values, mask=(rows_R < n_rows)[:, None] & (columns_C < n_columns)[None, :])

@@ -2,8 +2,8 @@
 
 The product is computed as yᵀ = W xᵀ, so that decoded weights are the operand that tensor cores take from registers.
 For few tokens the grid would not fill the chip: K is then cut into `splits`, each with a slab of partial products. The
-program that finishes a tile of outputs last adds its slabs up in a fixed order, so that runs agree bit for bit, and adds
-bias and low-rank branch.
+program that finishes a tile of outputs last adds its slabs up in a fixed order, so that runs agree bit for bit, then
+the bias and the low-rank branch.
 
 Shapes: M tokens, N out_features, K in_features, R rank (padded to whole blocks).
 """

@@ -75,15 +75,14 @@ def prepare_vector_kernel(
 
 @triton.jit
 def _products(words, low, high, sums):
-    """sums + the dot product of each word's low nibbles with the bytes of `low`, and of its high ones with `high`."""
+    """Sums + the dot product of each word's low nibbles with the bytes of `low`, and of its high ones with `high`."""
     if INTERPRETED:
         for i in tl.static_range(4):
             sums += ((words >> (8 * i)) & 15) * ((low << (24 - 8 * i)) >> 24)
             sums += ((words >> (8 * i + 4)) & 15) * ((high << (24 - 8 * i)) >> 24)
         return sums
-    else:
-        return tl.inline_asm_elementwise(
-            """
+    return tl.inline_asm_elementwise(
+        """
             {
             .reg .b32 low, high, sum;
             and.b32 low, $1, 0x0F0F0F0F;
@@ -93,12 +92,12 @@ def _products(words, low, high, sums):
             dp4a.u32.s32 $0, high, $3, sum;
             }
             """,
-            "=r,r,r,r,r",
-            [words, low, high, sums],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        "=r,r,r,r,r",
+        [words, low, high, sums],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -149,10 +148,9 @@ def gemv_kernel(
         gdc_wait()
     y_N = tl.zeros((BLOCK_N,), tl.float32)
     if rank > 0:
-        dtype: tl.constexpr = y.dtype.element_ty
         offset_MR = tl.arange(0, rank)[None, :]
         xa_MR = sum_slabs(partial, offset_MR, offset_MR >= 0, rank, chunks)
-        xa_R = round_columns(xa_MR, x_block, x_bits, x_ceil).to(dtype).to(tl.float32).reshape(rank)
+        xa_R = round_columns(xa_MR, x_block, x_bits, x_ceil).reshape(rank)
         product_N = tl.sum(xa_R[:, None] * b_RN, axis=0)
         y_N += round_columns(product_N.reshape(1, BLOCK_N), x_block, x_bits, x_ceil).reshape(BLOCK_N)
     acc = tl.zeros(shape, tl.float32)

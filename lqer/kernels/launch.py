@@ -29,7 +29,7 @@ GEMV_MAX_RANK = 64  # a program holds its part of A, and all of B's rows, in reg
 
 
 def run_layer(x_MK: Tensor, packed: PackedLinear) -> Tensor:
-    """y [M, N] of x [M, K], both in packed.dtype, by the kernels that the table names."""
+    """Y [M, N] of x [M, K], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
     if len(x_MK) == 1 and fits_gemv(packed):
         return run_gemv(x_MK, packed, gemv_launch(layout.rows, layout.columns))
@@ -45,8 +45,8 @@ def fits_gemv(packed: PackedLinear) -> bool:
     return weight_fits and spec.rounding.bits > 0 and spec.rank <= GEMV_MAX_RANK
 
 
-def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch) -> Tensor:
-    """One token, in integers."""
+def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
+    """One token, in integers; y in `out_dtype`, by default that of x."""
     spec, layout = packed.spec, packed.spec.layout
     x_1K = _dense_rows(x_1K)
     padded = layout.tiles * layout.tile_k
@@ -61,7 +61,7 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch) -> Tensor:
         rank=spec.rank, tiles=layout.tiles, **_rounding_constants(packed), a_block=spec.a_block, TILES=VECTOR_TILES,
         chained=chained, num_warps=4, **_launch_options(chained),
     )  # fmt: skip
-    y_1N = x_1K.new_empty(1, layout.rows)
+    y_1N = x_1K.new_empty(1, layout.rows, dtype=out_dtype)
     gemv_kernel[(-(-layout.rows // launch.block_n),)](
         packed.weight.words, packed.weight.scales, packed.bias_N, codes, steps, sums, projection, packed.b_codes,
         packed.b_exponents, y_1N, layout.rows, rank=spec.rank, chunks=slabs, tiles=layout.tiles,
@@ -71,15 +71,15 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch) -> Tensor:
     return y_1N
 
 
-def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch) -> Tensor:
-    """Few tokens, weights decoded in registers."""
+def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Few tokens, weights decoded in registers; y in `out_dtype`, by default that of x."""
     spec, layout = packed.spec, packed.spec.layout
     given = x_MK = _dense_rows(x_MK)
     m, n = len(x_MK), layout.rows
     # The kernel order saves a pass through registers for every row of x, and serializes the tensor cores a little.
     ordered = launch.block_m > SMALLEST_BLOCK_M and spec.rounding.bits > 0
     x_MK, projection = project(given, packed, ordered)
-    y_MN = x_MK.new_empty(m, n)
+    y_MN = x_MK.new_empty(m, n, dtype=out_dtype)
     block_n = launch.block_n if layout.padded_rows % launch.block_n == 0 else ROW_TILE
     tiles_n, tiles_m = layout.padded_rows // block_n, -(-m // launch.block_m)
     # Tiles of outputs that outnumber the counters fill the chip without splitting K.
@@ -117,7 +117,7 @@ def project(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> tuple[Tensor, 
 
 
 def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
-    """x rounded to the layer's activation format; x itself where there is none."""
+    """X rounded to the layer's activation format; x itself where there is none."""
     return _launch_project(x_MK, packed, 0, ordered)[0] if packed.spec.rounding.bits else x_MK
 
 
@@ -168,7 +168,7 @@ def expand_factor(codes: Tensor, exponents: Tensor | None, block: int, dtype: to
 
 
 def add_low_rank_(y_MN: Tensor, projection_MR: Tensor, packed: PackedLinear) -> None:
-    """y += Q(Q(x A) B), in place; projection: x A, float32."""
+    """Y += Q(Q(x A) B), in place; projection: x A, float32."""
     spec = packed.spec
     m, n = y_MN.shape
     epilogue_kernel[-(-n // ROW_TILE), -(-m // ROW_TILE)](

@@ -11,7 +11,7 @@ word a pair, bit 16 * odd + j. Widths 5 to 7 take bytes.
 
     words    int32  [N/16, K/tile_k, 16 rows, 16]
     high     int32  [N/16, K/tile_k, 16 rows, 8]        three bits only
-    scales          [N/16, tiles, 16 rows, per_tile]    MXINT: uint8, the biased exponent of a block's step; int: its scale
+    scales          [N/16, tiles, 16 rows, per_tile]    MXINT: uint8, biased exponents of the blocks' steps; int: scales
     zeros    uint8  like scales                         asymmetric int only
 
 Scales of blocks shorter than a pair come sub-block by sub-block: all first halves of the eight pairs, then all second

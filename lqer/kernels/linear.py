@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -171,16 +171,14 @@ def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
-    """y = W_q x_q + b + Q(Q(x_q A) B), x_q = Q(x) where activations are rounded.
+    """Y = W_q x_q + b + Q(Q(x_q A) B), x_q = Q(x) where activations are rounded.
 
     x: (..., K) in packed.dtype -> (..., N) in packed.dtype; sums in float32.
     Raises ValueError for another dtype or width.
     """
     layout = packed.spec.layout
     if x.dtype != packed.dtype or x.shape[-1] != layout.columns:
-        raise ValueError(
-            f"x must be (..., {layout.columns}) in {packed.dtype}, found {tuple(x.shape)} in {x.dtype}"
-        )
+        raise ValueError(f"x must be (..., {layout.columns}) in {packed.dtype}, found {tuple(x.shape)} in {x.dtype}")
     weight = packed.weight
     return torch.ops.lqer.packed_linear(
         x, weight.words, weight.high, weight.scales, weight.zeros, packed.bias_N, packed.a_codes, packed.a_exponents,
@@ -188,7 +186,7 @@ def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     )  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def encode_spec(spec: Spec) -> str:
     """A spec as a string, the only structured thing that a custom operator takes."""
     layout, rounding = spec.layout, spec.rounding
@@ -199,7 +197,7 @@ def encode_spec(spec: Spec) -> str:
     return ",".join(str(int(number)) for number in numbers)
 
 
-@lru_cache(maxsize=None)
+@cache
 def decode_spec(text: str) -> Spec:
     """The inverse of `encode_spec`."""
     rows, columns, bits, offset, block, exponents, x_bits, x_block, ceil, rank, a_block, b_block = map(

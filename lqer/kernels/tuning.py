@@ -49,16 +49,15 @@ class Entry:
 
 
 @lru_cache
-def read_table(path: Path = TABLE) -> dict[tuple, tuple[Entry, ...]]:
+def read_table(path: Path = TABLE) -> dict[tuple[object, ...], tuple[Entry, ...]]:
     """Entries by ("gemv",) or ("gemm", width, bucket)."""
-    table: dict[tuple, list[Entry]] = {}
+    table: dict[tuple[object, ...], list[Entry]] = {}
     for row in json.loads(path.read_text(encoding="utf-8"))["launches"]:
         if row["kernel"] == "gemv":
-            key, launch = ("gemv",), GemvLaunch(**row["launch"])
+            table.setdefault(("gemv",), []).append(Entry(row["n"], row["k"], GemvLaunch(**row["launch"])))
         else:
-            key = ("gemm", row["width"], row["m"])
-            launch = row["launch"] and GemmLaunch(**row["launch"])
-        table.setdefault(key, []).append(Entry(row["n"], row["k"], launch))
+            launch = GemmLaunch(**row["launch"]) if row["launch"] else None
+            table.setdefault(("gemm", row["width"], row["m"]), []).append(Entry(row["n"], row["k"], launch))
     return {key: tuple(entries) for key, entries in table.items()}
 
 
@@ -82,7 +81,7 @@ def bucket_of(m: int) -> int | None:
     return next((top for top in BUCKETS if m <= top), None)
 
 
-def _nearest(key: tuple, n: int, k: int) -> GemmLaunch | GemvLaunch | None:
+def _nearest(key: tuple[object, ...], n: int, k: int) -> GemmLaunch | GemvLaunch | None:
     def distance(entry: Entry) -> float:
         return abs(math.log(entry.n / n)) + abs(math.log(entry.k / k))
 

@@ -1,0 +1,58 @@
+"""Which arithmetic runs a quantized checkpoint: emulation, or the Triton kernels.
+
+Kernels read packed weights in the formats "mxint" and "int", compute in bfloat16 or float16, and need a GPU; emulation
+runs everything everywhere. Both give the same numbers up to the order of summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from lqer.errors import ModelError
+from lqer.formats import NumberFormat
+
+Backend = Literal["emulate", "triton"]
+BACKENDS = ("auto", "emulate", "triton")
+
+Formats = tuple[NumberFormat, NumberFormat | None]
+
+
+def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> Backend:
+    """What "auto" stands for here, or `wanted`; formats: of weight and input, by linear.
+
+    Raises ModelError, with the reason, where "triton" is wanted and cannot run.
+    """
+    if wanted == "emulate":
+        return "emulate"
+    obstacle = kernel_obstacle(device, dtype, formats)
+    if obstacle is None:
+        return "triton"
+    if wanted == "triton":
+        raise ModelError(f'evaluation.backend: "triton" cannot run here: {obstacle}')
+    return "emulate"
+
+
+def kernel_obstacle(device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> str | None:
+    """Why the kernels cannot run linears of these formats, or None."""
+    if device.type != "cuda":
+        return f"it needs a GPU, and the device is {device.type}"
+    try:
+        from lqer.kernels import DTYPES, activation_rounding, check_weight_format
+    except ImportError as error:
+        return f"triton is not usable ({error})"
+    if dtype not in DTYPES:
+        return f"it computes in bfloat16 or float16, and the dtype is {str(dtype).removeprefix('torch.')}"
+    checked: set[Formats] = set()
+    for name, (weight, activation) in formats.items():
+        if (weight, activation) in checked:
+            continue
+        checked.add((weight, activation))
+        try:
+            check_weight_format(weight)
+            activation_rounding(activation)
+        except ValueError as error:
+            return f"{name}: {error}"
+    return None

@@ -1,0 +1,45 @@
+"""The quantized linear as a module on packed tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .layout import PackedWeight
+from .linear import PackedLinear, packed_linear
+
+
+class TritonLinear(nn.Module):
+    """Runs `packed_linear`; its tensors are non-persistent buffers and follow the module from device to device."""
+
+    words: Tensor
+    scales: Tensor
+    workspace: Tensor
+
+    def __init__(self, packed: PackedLinear):
+        super().__init__()
+        layout = packed.spec.layout
+        self.in_features, self.out_features = layout.columns, layout.rows
+        self._spec, self._dtype = packed.spec, packed.dtype
+        for name, tensor in packed.tensors().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def packed(self) -> PackedLinear:
+        """The linear on the tensors that the module holds now."""
+
+        def held(name: str) -> Tensor | None:
+            return self._buffers.get(name)
+
+        weight = PackedWeight(self._spec.layout, self.words, held("high"), self.scales, held("zeros"))
+        return PackedLinear(
+            self._spec, self._dtype, weight, held("bias"), held("a_codes"), held("a_exponents"), held("b_codes"),
+            held("b_exponents"), self.workspace,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) in the packed dtype -> (..., out_features)."""
+        return packed_linear(x, self.packed)
+
+    def extra_repr(self) -> str:
+        spec = self._spec
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={spec.rank}, {spec.rounding}"

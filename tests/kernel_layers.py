@@ -1,0 +1,81 @@
+"""Random packed linears on whatever runs the kernels here: a GPU, or Triton's interpreter.
+
+The interpreter cannot round float32 to bfloat16 (it cuts), so there the dtype under test is float16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lqer.formats import MXInt, NumberFormat, QuantizedTensor
+from lqer.kernels import PackedLinear
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16,)
+DTYPE = DTYPES[0]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized linear, unpacked and packed. weight (N, K), a (K, R), b (R, N)."""
+
+    weight: QuantizedTensor
+    a: QuantizedTensor | None
+    b: QuantizedTensor | None
+    bias_N: Tensor | None
+    activation: NumberFormat | None
+    packed: PackedLinear
+
+    def exact(self, x_MK: Tensor) -> Tensor:
+        """The layer's formula in float64 on the values that the formats stand for."""
+
+        def rounded(x: Tensor) -> Tensor:
+            if self.activation is None:
+                return x
+            return self.activation.fake_quantize(x.to(torch.float32)).to(torch.float64)
+
+        x = rounded(x_MK).to(torch.float64)
+        y = x @ self.weight.dequantize(self.packed.dtype).to(torch.float64).T
+        if self.bias_N is not None:
+            y = y + self.bias_N.to(self.packed.dtype).to(torch.float64)
+        if self.a is not None and self.b is not None:
+            a, b = (f.dequantize(self.packed.dtype).to(torch.float64) for f in (self.a, self.b))
+            xa = rounded(x @ a).to(self.packed.dtype).to(torch.float64)
+            y = y + rounded(xa @ b)
+        return y
+
+
+def build_layer(
+    number_format: NumberFormat,
+    n: int,
+    k: int,
+    rank: int = 0,
+    activation: NumberFormat | None = None,
+    bias: bool = False,
+    dtype: torch.dtype = DTYPE,
+    factor: NumberFormat | None = None,
+) -> Layer:
+    factor = factor or MXInt(8)
+    generator = torch.Generator().manual_seed(n * 7 + k * 3 + rank)
+
+    def random(*shape: int, scale: float) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(DEVICE)
+
+    weight = number_format.quantize(random(n, k, scale=0.05))
+    a = factor.quantize(random(k, rank, scale=k**-0.5), axis=0) if rank else None
+    b = factor.quantize(random(rank, n, scale=0.05), axis=0) if rank else None
+    bias_N = random(n, scale=1.0) if bias else None
+    packed = PackedLinear.pack(weight, a, b, bias_N, activation, dtype)
+    return Layer(weight, a, b, bias_N, activation, packed)
+
+
+def random_input(m: int, k: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m + k)).to(DEVICE, dtype)
+
+
+def relative_error(y: Tensor, exact: Tensor) -> float:
+    return float((y.to(torch.float64) - exact).norm() / exact.norm())

@@ -1,0 +1,188 @@
+"""The kernels against the layer's formula in float64: formats, shapes, ranks, tokens, determinism, graphs.
+
+In Triton's interpreter a few small shapes stand for all; on a GPU every number of tokens up to 130 is run.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, build_layer, random_input, relative_error
+
+from lqer.formats import Int, MXInt, Passthrough
+from lqer.kernels import packed_linear
+from lqer.kernels.launch import expand, fits_gemv, run_expanded, run_gemm, run_gemv
+from lqer.kernels.linear import decode_spec, encode_spec
+from lqer.kernels.reference import reference_linear
+from lqer.kernels.tuning import GemmLaunch, GemvLaunch
+
+FORMATS = [
+    *(MXInt(bits, block) for bits in (2, 3, 4, 8) for block in (16, 32)),
+    MXInt(5),
+    Int(4, 128),
+    Int(4, -1),
+    Int(2, 16),
+    Int(3, 64),
+    Int(8, 128, symmetric=True),
+]
+X8 = MXInt(8)
+GEMM = GemmLaunch(block_n=64, block_m=16, splits=2, stages=2, warps=4)
+GEMV = GemvLaunch(block_n=16, block_t=2, warps=4)
+# Rounding y costs 1.7e-3 in bfloat16 and an eighth of that in float16.
+TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
+TOKENS = range(1, 131) if ON_GPU else (1, 2, 17)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number_format", FORMATS, ids=str)
+def test_decoded_weights_are_those_of_emulation_bit_for_bit(number_format, dtype):
+    layer = build_layer(number_format, 75, 300, dtype=dtype)
+    assert torch.equal(expand(layer.packed.weight, dtype), layer.weight.dequantize(dtype))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the instructions of bfloat16 decoding need a GPU")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_paired_decoding_is_exact_for_all_exponents(bits):
+    number_format = MXInt(bits)
+    power = torch.arange(-118, 116).repeat_interleave(16).float()
+    weight = torch.randn(64, len(power), generator=torch.Generator().manual_seed(bits)) * torch.exp2(power)
+    layer = build_layer(number_format, 64, len(power))
+    quantized = number_format.quantize(weight.to(DEVICE))
+    packed = type(layer.packed).pack(quantized, None, None, None, None, torch.bfloat16)
+    assert torch.equal(expand(packed.weight, torch.bfloat16), quantized.dequantize(torch.bfloat16))
+
+
+@pytest.mark.parametrize("activation", [None, X8, MXInt(6, 32, "floor")], ids=str)
+@pytest.mark.parametrize("number_format", FORMATS, ids=str)
+def test_every_format_gives_the_formula(number_format, activation):
+    layer = build_layer(number_format, 75, 300, rank=16, activation=activation, bias=True)
+    x_MK = random_input(3, 300)
+    exact = layer.exact(x_MK)
+    for run in (lambda: run_gemm(x_MK, layer.packed, GEMM), lambda: run_expanded(x_MK, layer.packed)):
+        # The product of a library is rounded to the dtype before the branch is added, as emulation does it.
+        assert relative_error(run(), exact) < 1.8 * TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 16, 32, 100, 256])
+@pytest.mark.parametrize("activation", [None, X8], ids=str)
+def test_every_rank_gives_the_formula(rank, activation):
+    layer = build_layer(MXInt(4), 80, 272, rank=rank, activation=activation)
+    for m in (1, 5):
+        x_MK = random_input(m, 272)
+        assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("m", TOKENS)
+def test_every_number_of_tokens_gives_the_formula(m):
+    layer = build_layer(MXInt(4), 200, 272, rank=32, activation=X8, bias=True)
+    x_MK = random_input(m, 272)
+    assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (75, 20), (64, 128), (130, 129), (320, 1000)])
+def test_shapes_need_not_be_multiples_of_a_tile(n, k):
+    for activation in (None, X8):
+        layer = build_layer(MXInt(4), n, k, rank=16, activation=activation)
+        for m in (1, 4):
+            x_MK = random_input(m, k)
+            assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sums_are_those_of_float64_to_a_millionth(splits):
+    layer = build_layer(MXInt(4), 80, 1024, rank=32, activation=X8)
+    x_MK = random_input(5, 1024)
+    launch = GemmLaunch(64, 16, splits, 2, 4)
+    assert relative_error(run_gemm(x_MK, layer.packed, launch, torch.float32), layer.exact(x_MK)) < 1e-6
+
+
+def test_the_integer_kernel_sums_as_exactly():
+    for block in (16, 32):
+        layer = build_layer(MXInt(4, block), 80, 1024, rank=32, activation=X8, bias=True)
+        assert fits_gemv(layer.packed)
+        x_1K = random_input(1, 1024)
+        for launch in (GEMV, GemvLaunch(32, 4, 4)):
+            assert relative_error(run_gemv(x_1K, layer.packed, launch, torch.float32), layer.exact(x_1K)) < 1e-6
+
+
+def test_small_integers_are_summed_without_any_error():
+    generator = torch.Generator().manual_seed(0)
+    weight_NK = torch.randint(-7, 8, (64, 256), generator=generator).float()
+    weight_NK[:, ::16] = 7.0  # every block has the exponent of 8
+    x_MK = torch.randint(-127, 128, (4, 256), generator=generator).float()
+    x_MK[:, ::16] = 127.0
+    quantized = MXInt(4).quantize(weight_NK.to(DEVICE))
+    layer = build_layer(MXInt(4), 64, 256, activation=X8)
+    packed = type(layer.packed).pack(quantized, None, None, None, X8, DTYPE)
+    expected = x_MK.double() @ weight_NK.double().T
+    x_MK = x_MK.to(DEVICE, DTYPE)
+    assert torch.equal(run_gemm(x_MK, packed, GEMM, torch.float32).double().cpu(), expected)
+    assert torch.equal(run_gemv(x_MK[:1], packed, GEMV, torch.float32).double().cpu(), expected[:1])
+
+
+def test_the_torch_reference_is_the_formula_too():
+    layer = build_layer(MXInt(4), 80, 272, rank=16, activation=X8, bias=True)
+    x_MK = random_input(4, 272)
+    assert relative_error(reference_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("factor", [Passthrough("float16"), MXInt(8, 32), MXInt(4), Int(8, 16)], ids=str)
+def test_factors_may_be_in_any_format(factor):
+    layer = build_layer(MXInt(4), 80, 272, rank=32, factor=factor)
+    x_MK = random_input(4, 272)
+    assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_ten_runs_give_the_same_bits_and_leave_the_counters_at_zero(m):
+    layer = build_layer(MXInt(4), 200, 1024, rank=32, activation=X8)
+    x_MK = random_input(m, 1024)
+    first = packed_linear(x_MK, layer.packed)
+    for _ in range(9 if ON_GPU else 2):
+        assert torch.equal(packed_linear(x_MK, layer.packed), first)
+    assert (layer.packed.workspace == 0).all()
+
+
+def test_leading_dimensions_and_strides_of_x_do_not_matter():
+    layer = build_layer(MXInt(4), 80, 128, rank=16, activation=X8)
+    x_MK = random_input(6, 128)
+    expected = packed_linear(x_MK, layer.packed)
+    assert torch.equal(packed_linear(x_MK.view(2, 3, 128), layer.packed), expected.view(2, 3, 80))
+    wide = torch.cat([x_MK, x_MK], dim=1)
+    assert torch.equal(packed_linear(wide[:, 128:], layer.packed), expected)
+
+
+def test_another_width_or_dtype_is_refused_with_both_named():
+    layer = build_layer(MXInt(4), 80, 128)
+    with pytest.raises(ValueError, match=r"x must be \(..., 128\) in torch\..*, found \(2, 64\)"):
+        packed_linear(random_input(2, 64), layer.packed)
+    with pytest.raises(ValueError, match=r"found .* in torch\.float32"):
+        packed_linear(random_input(2, 128, torch.float32), layer.packed)
+
+
+def test_a_spec_survives_its_encoding():
+    spec = build_layer(Int(3, 64), 80, 272, rank=16, activation=MXInt(6, 32, "floor")).packed.spec
+    assert decode_spec(encode_spec(spec)) == spec
+
+
+def test_the_operator_says_what_it_returns_and_compiles_as_one_graph():
+    layer = build_layer(MXInt(4), 80, 128, rank=16, activation=X8, bias=True)
+    compiled = torch.compile(lambda x: packed_linear(x * 2, layer.packed), fullgraph=True, backend="aot_eager")
+    for m in (1, 3):
+        x_MK = random_input(m, 128)
+        assert torch.equal(compiled(x_MK), packed_linear(x_MK * 2, layer.packed))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("m", [1, 16, 300])
+def test_a_cuda_graph_replays_it_on_new_inputs(m):
+    layer = build_layer(MXInt(4), 200, 1024, rank=32, activation=X8)
+    static = random_input(m, 1024)
+    packed_linear(static, layer.packed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y_MN = packed_linear(static, layer.packed)
+    fresh = random_input(m, 1024).flip(0) * 3
+    static.copy_(fresh)
+    graph.replay()
+    assert torch.equal(y_MN, packed_linear(fresh, layer.packed))

@@ -1,0 +1,84 @@
+"""A quantized model on packed tensors computes what its emulation computes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from kernel_layers import DEVICE, DTYPE, ON_GPU, build_layer, random_input
+from safetensors.torch import load_file
+
+import lqer
+from lqer.calibration import block_file
+from lqer.checkpoint import DETAILS_FILE
+from lqer.formats import MXInt, QuantizedTensor, format_from_dict
+from lqer.kernels import PackedLinear, TritonLinear, packed_linear
+from lqer.layers import QuantizedLinear
+from lqer.methods import LinearPlan
+
+PLAN = LinearPlan(
+    method="lqer-act", weight=MXInt(4), activation=MXInt(8), bias=MXInt(8), rank=8, factor=MXInt(8),
+    factor_blocks="reduction",
+)  # fmt: skip
+
+
+def packed_modules(checkpoint) -> dict[str, TritonLinear]:
+    """Every quantized linear of a checkpoint folder, packed for the kernels."""
+    details = json.loads((checkpoint / DETAILS_FILE).read_text())
+    modules = {}
+    for index in range(details["blocks"]["count"]):
+        tensors = load_file(checkpoint / block_file(index))
+        for name, entry in details["linears"].items():
+            if not name.startswith(f"{details['blocks']['name']}.{index}."):
+                continue
+
+            def part(role, name=name, entry=entry, tensors=tensors) -> QuantizedTensor | None:
+                if role not in entry:
+                    return None
+                prefix, described = f"{name}.{role}.", entry[role]
+                packed = {
+                    key.removeprefix(prefix): t.to(DEVICE) for key, t in tensors.items() if key.startswith(prefix)
+                }
+                return format_from_dict(described["format"]).unpack(packed, described["shape"], described["axis"])
+
+            bias, activation = part("bias"), format_from_dict(entry["activation"])
+            bias_O = None if bias is None else bias.dequantize(DTYPE)
+            factors = part("low_rank_a"), part("low_rank_b")
+            modules[name] = TritonLinear(PackedLinear.pack(part("weight"), *factors, bias_O, activation, DTYPE))
+    return modules
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@torch.no_grad()
+def test_a_model_on_packed_weights_agrees_with_its_emulation(architecture, random_model, run_stages, windows_WT):
+    checkpoint = run_stages(random_model(architecture), PLAN).checkpoint.path
+    model = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "emulate")
+    ids_WT = windows_WT[:2].to(DEVICE)
+    emulated = model(ids_WT).logits.double()
+    modules = packed_modules(checkpoint)
+    assert modules.keys() == {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    packed = model(ids_WT).logits.double()
+    assert (packed - emulated).norm() / emulated.norm() < 2e-2
+
+
+@pytest.mark.skipif(not ON_GPU, reason="backend triton needs a GPU")
+@torch.no_grad()
+def test_load_quantized_puts_the_kernels_in_and_no_dequantized_weight(random_model, run_stages, windows_WT):
+    checkpoint = run_stages(random_model("llama"), PLAN).checkpoint.path
+    model = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "triton")
+    assert any(isinstance(module, TritonLinear) for module in model.modules())
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    emulated = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "emulate")(windows_WT.to(DEVICE)).logits.double()
+    assert (model(windows_WT.to(DEVICE)).logits.double() - emulated).norm() / emulated.norm() < 2e-2
+
+
+def test_the_module_is_the_function_and_keeps_nothing_in_its_state_dict():
+    layer = build_layer(MXInt(4), 80, 128, rank=16, activation=MXInt(8), bias=True)
+    module = TritonLinear(layer.packed)
+    x_MK = random_input(3, 128)
+    assert torch.equal(module(x_MK), packed_linear(x_MK, layer.packed))
+    assert module.state_dict() == {}
+    assert "rank=16" in repr(module)
