@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.bits import average_bits
-from lqer.calibration import calibrate, calibration_key
+from lqer.calibration import ON_REQUEST, calibrate, calibration_key
 from lqer.checkpoint import load_quantized
 from lqer.config import Config
 from lqer.config.schema import NOT_QUANTIZED
@@ -28,7 +28,7 @@ from lqer.data import calibration_windows, load_rows, tokens_sha256
 from lqer.errors import HubError
 from lqer.evaluation.stage import Candidate, evaluate
 from lqer.files import write_text
-from lqer.methods import LinearPlan
+from lqer.methods import METHODS, LinearPlan
 from lqer.models import ModelSource, find_blocks, load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
 from lqer.outline import Outline, plan_model, read_outline
 from lqer.quantization import QuantizeSettings, quantization_key, quantize
@@ -54,6 +54,12 @@ class Setting:
     plans: dict[str, LinearPlan | None]
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def requested(self) -> frozenset[str]:
+        """The statistics that cost something and that some linear's method or rounding needs."""
+        plans = [plan for plan in self.plans.values() if plan is not None]
+        return ON_REQUEST & frozenset().union(*(METHODS[plan.method].statistics_for(plan) for plan in plans))
 
 
 def prepare(config: Config) -> Setting:
@@ -172,15 +178,17 @@ def _calibrate(setting: Setting, store: Store, tokenizer: PreTrainedTokenizerBas
     windows_WT = calibration_windows(tokenizer, text, settings.num_samples, settings.seq_len)
     tokens = tokens_sha256(windows_WT)
     key = calibration_key(
-        setting.source.fingerprint, tokens, settings.batch_size, settings.error_tokens, setting.dtype, setting.device
-    )
+        setting.source.fingerprint, tokens, settings.batch_size, settings.error_tokens, setting.dtype, setting.device,
+        setting.requested,
+    )  # fmt: skip
 
     def make(workspace):
         model = load_model(setting.source, setting.dtype, torch.device("cpu"))
         name, blocks = find_blocks(model)
         calibrate(
-            workspace, model, name, blocks, windows_WT, settings.batch_size, settings.error_tokens, setting.device
-        )
+            workspace, model, name, blocks, windows_WT, settings.batch_size, settings.error_tokens, setting.device,
+            setting.requested,
+        )  # fmt: skip
 
     artifact = _obtain(store, "calibrate", key, make)
     info = CalibrationInfo(

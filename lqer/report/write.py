@@ -39,6 +39,8 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "in_features": table["in_features"],
             "rank": table["rank"],
             "bits": total / weights,
+            "captured_share": table["captured_share"],
+            "solver_gap": table["solver_gap"],
             "weight_error_before": table["weight_error_before"],
             "weight_error": table["weight_error"],
             "output_error_before": table["output_error_before"],
