@@ -15,7 +15,7 @@ Shapes: W windows, T tokens of a window, N tokens of a batch, I in_features, S s
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -207,6 +207,17 @@ def _observe_block(
                 raise ModelError(f"the calibration inputs of {full_name} hold NaN or infinities (dtype {tensor.dtype})")
             tensors[f"{full_name}.{key}"] = tensor
     return tensors, {f"{visit.name}.{name}": f"{visit.name}.{site}" for name, site in observer.site_of.items()}
+
+
+def site_statistics(statistics: Mapping[str, Tensor], sites: Mapping[str, str], linear: str) -> dict[str, Tensor]:
+    """What a block's file holds of a linear's input site, by the statistic's own name.
+
+    statistics, sites: the block's file and `sites.json`. Raises ModelError if the calibration text never reached it.
+    """
+    if linear not in sites:
+        raise ModelError(f"{linear} was never reached by the calibration text: skip it or calibrate on more")
+    prefix = f"{sites[linear]}."
+    return {name.removeprefix(prefix): tensor for name, tensor in statistics.items() if name.startswith(prefix)}
 
 
 def calibration_key(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.bits import average_bits
-from lqer.calibration import SITES_FILE, block_file
+from lqer.calibration import SITES_FILE, block_file, site_statistics
 from lqer.checkpoint import describe_linear, pack_linear, write_surroundings
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError, QuantizedTensor
@@ -95,9 +95,7 @@ def quantize(
             plan = settings.plans[full_name]
             if plan is None:
                 continue
-            if full_name not in sites:
-                raise ModelError(f"{full_name} was never reached by the calibration text: skip it or calibrate on more")
-            site = site_statistics(statistics, sites[full_name])
+            site = site_statistics(statistics, sites, full_name)
             weight_OI = linear.weight.detach().to(device, torch.float32)
             weight, bias = _quantize_one(full_name, weight_OI, linear.bias, site, plan)
             del tensors[f"{full_name}.weight"]
@@ -135,11 +133,6 @@ def _quantize_one(
     except NonFiniteError as error:
         raise ModelError(f"{name}: {error}") from None
     return weight, bias
-
-
-def site_statistics(statistics: Mapping[str, Tensor], site: str) -> dict[str, Tensor]:
-    """What a block's calibration file holds of one input site, by the statistic's own name."""
-    return {name.removeprefix(f"{site}."): tensor for name, tensor in statistics.items() if name.startswith(f"{site}.")}
 
 
 def _rounded_alone(
