@@ -34,7 +34,8 @@ def _read_rounding(value: Any) -> Rounding:
     try:
         return rounding_from_dict(settings)
     except ValueError as error:
-        raise ValueError(f"{error}{did_you_mean(str(settings.get('kind')), tuple(ROUNDINGS))}") from None
+        kind = settings.get("kind")
+        raise ValueError(f"{error}{'' if kind in ROUNDINGS else did_you_mean(str(kind), ROUNDINGS)}") from None
 
 
 RoundingSpec = Annotated[Rounding, PlainValidator(_read_rounding), PlainSerializer(lambda rounding: rounding.to_dict())]
