@@ -5,6 +5,9 @@ each site named after its first linear,
     <site>.mean_abs     (I,)    float32, maximum over batches of the mean of |x_i| over a batch's tokens (LQER)
     <site>.mean_square  (I,)    float32, mean of x_i² over all tokens
     <site>.sample       (S, I)  inputs of S tokens spread evenly over the text, to report output errors on
+where a method or a rounding asks for it
+    <site>.max_abs          (I,)    float32, largest |x_i| over all tokens
+    <site>.autocorrelation  (I, I)  float32, mean of x xᵀ over all tokens, not centred
 and in `sites.json` which site each linear belongs to.
 
 Shapes: W windows, T tokens of a window, N tokens of a batch, I in_features, S sampled tokens.
@@ -12,6 +15,7 @@ Shapes: W windows, T tokens of a window, N tokens of a batch, I in_features, S s
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
+from lqer.lowrank.precision import full_float32
 from lqer.models import block_linears
 from lqer.store import Workspace
 from lqer.walker import BlockVisit, walk_blocks
@@ -29,18 +34,31 @@ CALIBRATE_VERSION = 3
 SITES_FILE = "sites.json"
 
 
+# Statistics that are gathered only when asked for; the others cost next to nothing.
+ON_REQUEST = frozenset({"max_abs", "autocorrelation"})
+# Tokens whose products are summed in float32 before the sum goes into a float64 one.
+CHUNK_TOKENS = 512
+
+
 def block_file(index: int) -> str:
     return f"block-{index:05d}.safetensors"
 
 
 class SiteStatistics:
-    """Accumulates the statistics of one input site over the batches of the calibration text."""
+    """Accumulates the statistics of one input site over the batches of the calibration text.
 
-    def __init__(self, in_features: int, device: torch.device):
+    requested: those of ON_REQUEST to gather beside the others.
+    """
+
+    def __init__(self, in_features: int, device: torch.device, requested: Collection[str] = ()):
         self.mean_abs_I = torch.zeros(in_features, device=device)
         self.square_sum_I = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.tokens = 0
         self.sample_SI: list[Tensor] = []
+        self.max_abs_I = torch.zeros(in_features, device=device) if "max_abs" in requested else None
+        self.product_sum_II: Tensor | None = None
+        if "autocorrelation" in requested:
+            self.product_sum_II = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
 
     def add(self, x_NI: Tensor, sampled_N: Tensor) -> None:
         """Take in a batch: x_NI inputs, sampled_N the indices of the tokens to keep."""
@@ -50,22 +68,53 @@ class SiteStatistics:
         self.square_sum_I += x32_NI.square().sum(0).to(torch.float64)
         self.tokens += len(x_NI)
         self.sample_SI.append(x_NI[sampled_N].cpu())
+        if self.max_abs_I is not None:
+            self.max_abs_I = torch.maximum(self.max_abs_I, x32_NI.abs().amax(0))
+        if self.product_sum_II is not None:
+            for chunk_NI in x_NI.split(CHUNK_TOKENS):
+                self.product_sum_II += products(chunk_NI)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
+        tensors = {
             "mean_abs": self.mean_abs_I,
             "mean_square": (self.square_sum_I / self.tokens).to(torch.float32),
             "sample": torch.cat(self.sample_SI),
         }
+        if self.max_abs_I is not None:
+            tensors["max_abs"] = self.max_abs_I
+        if self.product_sum_II is not None:
+            # A matrix product need not be symmetric to the last bit.
+            mean_II = (self.product_sum_II + self.product_sum_II.T) / (2 * self.tokens)
+            tensors["autocorrelation"] = mean_II.to(torch.float32)
+        return tensors
+
+
+def products(x_NI: Tensor) -> Tensor:
+    """Σ x xᵀ, float32 (I, I), without TF32.
+
+    Products of two bfloat16 or float16 numbers are exact in float32, where a GPU's half-precision units add them up.
+    """
+    if x_NI.is_cuda and x_NI.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x_NI.T, x_NI, out_dtype=torch.float32)
+    x32_NI = x_NI.to(torch.float32)
+    with full_float32():
+        return x32_NI.T @ x32_NI
 
 
 class BlockObserver:
     """Hooks on the linears of one block: finds which of them share an input and feeds each site's statistics."""
 
-    def __init__(self, linears: dict[str, nn.Linear], tokens: int, sampled: int, device: torch.device):
+    def __init__(
+        self,
+        linears: dict[str, nn.Linear],
+        tokens: int,
+        sampled: int,
+        device: torch.device,
+        requested: Collection[str] = (),
+    ):
         self.sites: dict[str, SiteStatistics] = {}
         self.site_of: dict[str, str] = {}
-        self._tokens, self._sampled, self._device = tokens, sampled, device
+        self._tokens, self._sampled, self._device, self._requested = tokens, sampled, device, requested
         self._last_input: Tensor | None = None
         self._last_version = 0
         self._last_site = ""
@@ -89,7 +138,9 @@ class BlockObserver:
         site = self.site_of.setdefault(name, name)
         self._last_input, self._last_version, self._last_site = x, x._version, site
         x_NI = x.reshape(-1, x.shape[-1])
-        statistics = self.sites.setdefault(site, SiteStatistics(x.shape[-1], self._device))
+        if site not in self.sites:
+            self.sites[site] = SiteStatistics(x.shape[-1], self._device, self._requested)
+        statistics = self.sites[site]
         if self._sampled_of != (self._first_token, len(x_NI)):
             self._sampled_of = (self._first_token, len(x_NI))
             self._sampled_N = spread_indices(*self._sampled_of, self._tokens, self._sampled).to(x.device)
@@ -120,10 +171,12 @@ def calibrate(
     batch_size: int,
     error_tokens: int,
     device: torch.device,
+    requested: Collection[str] = (),
 ) -> None:
     """Gather the statistics of every block that `workspace` does not hold yet.
 
-    windows_WT: int64 token ids. Raises ModelError, naming the linear, where an input is NaN or infinite.
+    windows_WT: int64 token ids. requested: statistics of ON_REQUEST, of which one block's are in memory at a time.
+    Raises ModelError, naming the linear, where an input is NaN or infinite.
     """
     sites: dict[str, str] = workspace.json(SITES_FILE) if SITES_FILE in workspace else {}
     visits = walk_blocks(model, blocks_name, blocks, windows_WT, batch_size, device)
@@ -131,7 +184,7 @@ def calibrate(
         if block_file(visit.index) in workspace:
             visit.forward()
             continue
-        observer = BlockObserver(block_linears(visit.block), windows_WT.numel(), error_tokens, device)
+        observer = BlockObserver(block_linears(visit.block), windows_WT.numel(), error_tokens, device, requested)
         tensors, block_sites = _observe_block(visit, observer, windows_WT.shape[1])
         sites.update(block_sites)
         # The table first: a block whose file is there is then sure to be in it.
@@ -156,10 +209,27 @@ def _observe_block(
     return tensors, {f"{visit.name}.{name}": f"{visit.name}.{site}" for name, site in observer.site_of.items()}
 
 
+def site_statistics(statistics: Mapping[str, Tensor], sites: Mapping[str, str], linear: str) -> dict[str, Tensor]:
+    """What a block's file holds of a linear's input site, by the statistic's own name.
+
+    statistics, sites: the block's file and `sites.json`. Raises ModelError if the calibration text never reached it.
+    """
+    if linear not in sites:
+        raise ModelError(f"{linear} was never reached by the calibration text: skip it or calibrate on more")
+    prefix = f"{sites[linear]}."
+    return {name.removeprefix(prefix): tensor for name, tensor in statistics.items() if name.startswith(prefix)}
+
+
 def calibration_key(
-    model_fingerprint: str, tokens: str, batch_size: int, error_tokens: int, dtype: Any, device: torch.device
+    model_fingerprint: str,
+    tokens: str,
+    batch_size: int,
+    error_tokens: int,
+    dtype: Any,
+    device: torch.device,
+    requested: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What decides the outcome: the weights, the token ids, the micro-batch, the arithmetic."""
+    """What decides the outcome: the weights, the token ids, the micro-batch, the arithmetic, what was asked for."""
     return {
         "version": CALIBRATE_VERSION,
         "model": model_fingerprint,
@@ -168,4 +238,5 @@ def calibration_key(
         "error_tokens": error_tokens,
         "dtype": str(dtype),
         "device": device.type,
+        "requested": sorted(requested),
     }

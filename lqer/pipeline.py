@@ -19,22 +19,32 @@ import tomli_w
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lqer.allocation import Budget, check_budget, measure_spectra, share_out_ranks, spectra_key
 from lqer.backend import Backend, resolve_backend
 from lqer.bits import average_bits
-from lqer.calibration import calibrate, calibration_key
+from lqer.calibration import ON_REQUEST, calibrate, calibration_key
 from lqer.checkpoint import load_quantized
 from lqer.config import Config
-from lqer.config.schema import NOT_QUANTIZED
+from lqer.config.schema import NOT_QUANTIZED, LowRankConfig
 from lqer.data import calibration_windows, load_rows, tokens_sha256
 from lqer.errors import HubError
 from lqer.evaluation.stage import Candidate, evaluate
 from lqer.files import write_text
-from lqer.methods import LinearPlan
+from lqer.methods import METHODS, LinearPlan
 from lqer.models import ModelSource, find_blocks, load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
 from lqer.outline import Outline, plan_model, read_outline
 from lqer.quantization import QuantizeSettings, quantization_key, quantize
 from lqer.report.environment import device_name, peak_memory_bytes, versions
-from lqer.report.results import SCHEMA_VERSION, Baseline, CalibrationInfo, Layers, ModelInfo, Results, Seconds
+from lqer.report.results import (
+    SCHEMA_VERSION,
+    AllocationInfo,
+    Baseline,
+    CalibrationInfo,
+    Layers,
+    ModelInfo,
+    Results,
+    Seconds,
+)
 from lqer.report.write import LAYERS_FILE, RESULTS_FILE, layer_rows, write_run
 from lqer.store import Artifact, Store
 from lqer.tracking import track
@@ -57,6 +67,12 @@ class Setting:
     dtype: torch.dtype
     backend: Backend
 
+    @property
+    def requested(self) -> frozenset[str]:
+        """The statistics that cost something and that some linear's method or rounding needs."""
+        plans = [plan for plan in self.plans.values() if plan is not None]
+        return ON_REQUEST & frozenset().union(*(METHODS[plan.method].statistics_for(plan) for plan in plans))
+
 
 def prepare(config: Config) -> Setting:
     """Resolve everything that can be wrong before any work is done. Raises LqerError."""
@@ -64,6 +80,8 @@ def prepare(config: Config) -> Setting:
     source = resolve_model(config.model, config.revision)
     outline = read_outline(source)
     plans = plan_model(config, outline)
+    if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
+        check_budget(plans, outline.linears, budget_bits)
     if config.evaluation.downstream is not None:
         from lqer.evaluation.downstream import check_tasks
 
@@ -97,7 +115,7 @@ def describe(config: Config) -> str:
     quantize = config.quantize
     lines = [
         f"{config.tag}: {config.model}",
-        f"method {quantize.method}, rank {quantize.low_rank.rank}; weights {_shown(config, quantize.weight)}; "
+        f"method {quantize.method}, {_shown_rank(quantize.low_rank)}; weights {_shown(config, quantize.weight)}; "
         f"activations {_shown(config, quantize.activation)}; A and B {_shown(config, quantize.low_rank.format)}; "
         f"attention operands {_shown(config, quantize.attention)}",
     ]
@@ -109,6 +127,10 @@ def describe(config: Config) -> str:
         planned = sum(plan is not None for plan in setting.plans.values())
         lines.append(f"{planned} of {len(setting.plans)} linears in {setting.outline.blocks} blocks are quantized")
     return "\n".join([*lines, "valid"])
+
+
+def _shown_rank(low_rank: LowRankConfig) -> str:
+    return f"rank {low_rank.rank}" if low_rank.budget_bits is None else f"ranks within {low_rank.budget_bits:g} bits"
 
 
 def _shown(config: Config, format_name: str) -> str:
@@ -128,7 +150,8 @@ def _run(config: Config, folder: Path, started: float) -> Results:
     )  # fmt: skip
 
     calibration, calibration_info = _calibrate(setting, store, tokenizer)
-    checkpoint = _quantize(setting, store, tokenizer, calibration, setting.plans)
+    budget = _share_out(setting, store, calibration)
+    checkpoint = _quantize(setting, store, tokenizer, calibration, setting.plans if budget is None else budget.plans)
     _link(folder / CHECKPOINT_LINK, checkpoint.path)
 
     candidates = {"quantized": _candidate_from_checkpoint(setting, checkpoint)}
@@ -151,6 +174,7 @@ def _run(config: Config, folder: Path, started: float) -> Results:
         versions=versions(),
         model=_model_info(setting, rows),
         bits=average_bits(rows),
+        allocation=None if budget is None else _allocation(budget),
         baseline=None if plain is None else Baseline(bits=average_bits(layer_rows(plain, setting.outline.blocks))),
         calibration=calibration_info,
         perplexity=evaluation.perplexity,
@@ -158,7 +182,7 @@ def _run(config: Config, folder: Path, started: float) -> Results:
         layers=Layers(file=LAYERS_FILE, count=len(rows)),
         seconds=Seconds(
             calibrate=calibration.seconds,
-            quantize=checkpoint.seconds,
+            quantize=checkpoint.seconds + (budget.seconds if budget else 0.0),
             evaluate=evaluation.seconds,
             total=round(time.monotonic() - started, 3),
         ),
@@ -175,15 +199,17 @@ def _calibrate(setting: Setting, store: Store, tokenizer: PreTrainedTokenizerBas
     windows_WT = calibration_windows(tokenizer, text, settings.num_samples, settings.seq_len)
     tokens = tokens_sha256(windows_WT)
     key = calibration_key(
-        setting.source.fingerprint, tokens, settings.batch_size, settings.error_tokens, setting.dtype, setting.device
-    )
+        setting.source.fingerprint, tokens, settings.batch_size, settings.error_tokens, setting.dtype, setting.device,
+        setting.requested,
+    )  # fmt: skip
 
     def make(workspace):
         model = load_model(setting.source, setting.dtype, torch.device("cpu"))
         name, blocks = find_blocks(model)
         calibrate(
-            workspace, model, name, blocks, windows_WT, settings.batch_size, settings.error_tokens, setting.device
-        )
+            workspace, model, name, blocks, windows_WT, settings.batch_size, settings.error_tokens, setting.device,
+            setting.requested,
+        )  # fmt: skip
 
     artifact = _obtain(store, "calibrate", key, make)
     info = CalibrationInfo(
@@ -193,6 +219,37 @@ def _calibrate(setting: Setting, store: Store, tokenizer: PreTrainedTokenizerBas
         fingerprint=tokens,
     )
     return artifact, info
+
+
+def _share_out(setting: Setting, store: Store, calibration: Artifact) -> Budget | None:
+    """The plans with the ranks that quantize.low_rank.budget_bits leads to; None where there is no budget."""
+    budget_bits = setting.config.quantize.low_rank.budget_bits
+    if budget_bits is None:
+        return None
+    key = spectra_key(calibration.content, setting.source.fingerprint, setting.plans, setting.device)
+
+    def make(workspace):
+        name, blocks = find_blocks(load_model(setting.source, "auto", torch.device("cpu")))
+        measure_spectra(workspace, name, blocks, calibration, setting.plans, setting.device)
+
+    spectra = _obtain(store, "spectra", key, make)
+    budget = share_out_ranks(setting.plans, spectra, setting.outline.blocks, setting.outline.linears, budget_bits)
+    log.info(
+        "budget: %.4f of %g bits, ranks %d to %d; summed relative error %.5g, at uniform rank %d (%.4f bits) %.5g",
+        budget.average_bits, budget_bits, *budget.range, budget.allocation.objective, budget.allocation.uniform_rank,
+        budget.uniform_average_bits, budget.allocation.uniform_objective,
+    )  # fmt: skip
+    return budget
+
+
+def _allocation(budget: Budget) -> AllocationInfo:
+    allocation = budget.allocation
+    return AllocationInfo(
+        objective=allocation.objective,
+        uniform_rank=allocation.uniform_rank,
+        uniform_bits=budget.uniform_average_bits,
+        uniform_objective=allocation.uniform_objective,
+    )
 
 
 def _quantize(

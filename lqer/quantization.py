@@ -19,11 +19,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.bits import average_bits
-from lqer.calibration import SITES_FILE, block_file
+from lqer.calibration import SITES_FILE, block_file, site_statistics
 from lqer.checkpoint import describe_linear, pack_linear, write_surroundings
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError, QuantizedTensor
 from lqer.layers import output_error, weight_error
+from lqer.lowrank.metric import Metric
 from lqer.lowrank.scaling import activation_scale
 from lqer.lowrank.solver import singular_values
 from lqer.methods import METHODS, LinearPlan, QuantizedWeight
@@ -31,7 +32,7 @@ from lqer.models import block_linears
 from lqer.store import Artifact, Workspace
 
 # Raised whenever the same inputs would give other bytes than before.
-QUANTIZE_VERSION = 1
+QUANTIZE_VERSION = 2
 
 
 def layers_file(index: int) -> str:
@@ -94,9 +95,7 @@ def quantize(
             plan = settings.plans[full_name]
             if plan is None:
                 continue
-            if full_name not in sites:
-                raise ModelError(f"{full_name} was never reached by the calibration text: skip it or calibrate on more")
-            site = _site_statistics(statistics, sites[full_name])
+            site = site_statistics(statistics, sites, full_name)
             weight_OI = linear.weight.detach().to(device, torch.float32)
             weight, bias = _quantize_one(full_name, weight_OI, linear.bias, site, plan)
             del tensors[f"{full_name}.weight"]
@@ -104,11 +103,12 @@ def quantize(
                 del tensors[f"{full_name}.bias"]
             tensors |= pack_linear(full_name, weight, bias)
             entry = describe_linear(plan, weight, has_bias=linear.bias is not None)
-            rows.append(_layer_row(full_name, weight_OI, weight, site) | {"entry": entry})
+            rounded_OI = _rounded_alone(weight_OI, weight, site, plan)
+            rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | {"entry": entry})
             if index in spectra_blocks:
-                error_OI = weight_OI - weight.weight_OI.dequantize()
-                spectra[f"{full_name}.plain"] = singular_values(error_OI, None)
-                spectra[f"{full_name}.scaled"] = singular_values(error_OI, activation_scale(site["mean_abs"]))
+                error_OI, scale_I = weight_OI - rounded_OI, activation_scale(site["mean_abs"])
+                spectra[f"{full_name}.plain"] = singular_values(error_OI, Metric())
+                spectra[f"{full_name}.scaled"] = singular_values(error_OI, Metric(scale_I=scale_I))
         if spectra:
             workspace.write_tensors(spectra_file(index), spectra)
         workspace.write_json(layers_file(index), rows)
@@ -135,15 +135,20 @@ def _quantize_one(
     return weight, bias
 
 
-def _site_statistics(statistics: Mapping[str, Tensor], site: str) -> dict[str, Tensor]:
-    return {key: statistics[f"{site}.{key}"] for key in ("mean_abs", "mean_square", "sample")}
+def _rounded_alone(
+    weight_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor], plan: LinearPlan
+) -> Tensor:
+    """What rounding alone makes of the weight: the stored W_q, unless that is what is left beside a low-rank part."""
+    if weight.low_rank is None or METHODS[plan.method].rounds_the_weight_itself(plan):
+        return weight.weight_OI.dequantize()
+    return plan.rounding.round(weight_OI, statistics.get("autocorrelation"), plan.weight).dequantize()
 
 
 def _layer_row(
-    name: str, weight_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor]
+    name: str, weight_OI: Tensor, rounded_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """One row of layers.csv; bits are totals here, of everything that is stored for the linear's weight."""
-    rounded_OI, effective_OI = weight.weight_OI.dequantize(), weight.effective_weight()
+    effective_OI = weight.effective_weight()
     return {
         "name": name,
         "out_features": weight_OI.shape[0],
@@ -152,6 +157,8 @@ def _layer_row(
         "weight_bits": weight.weight_OI.code_bits,
         "metadata_bits": weight.weight_OI.metadata_bits,
         "low_rank_bits": weight.low_rank.bits if weight.low_rank else 0,
+        "captured_share": weight.low_rank.captured_share if weight.low_rank else None,
+        "solver_gap": weight.low_rank.gap if weight.low_rank else None,
         "weight_error_before": weight_error(weight_OI, rounded_OI),
         "weight_error": weight_error(weight_OI, effective_OI),
         "output_error_before": output_error(weight_OI, rounded_OI, statistics["sample"]),

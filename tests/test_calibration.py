@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lqer.calibration import block_file, calibrate, spread_indices
+from lqer.calibration import (
+    ON_REQUEST,
+    SiteStatistics,
+    block_file,
+    calibrate,
+    calibration_key,
+    products,
+    spread_indices,
+)
 from lqer.errors import ModelError
 from lqer.models import block_linears, find_blocks
 from lqer.store import Workspace
@@ -39,11 +48,16 @@ SITES = {
 
 
 def run_calibration(
-    folder: Path, model: PreTrainedModel, windows_WT: Tensor, batch_size: int = BATCH_SIZE, make=Workspace
+    folder: Path,
+    model: PreTrainedModel,
+    windows_WT: Tensor,
+    batch_size: int = BATCH_SIZE,
+    make=Workspace,
+    requested: Collection[str] = (),
 ) -> Workspace:
     workspace = make(folder)
     name, blocks = find_blocks(model)
-    calibrate(workspace, model, name, blocks, windows_WT, batch_size, ERROR_TOKENS, CPU)
+    calibrate(workspace, model, name, blocks, windows_WT, batch_size, ERROR_TOKENS, CPU, requested)
     return workspace
 
 
@@ -100,6 +114,73 @@ def test_only_the_mean_absolute_depends_on_the_batch_size(random_model, windows_
         for name, tensor in files[5].items():
             close = torch.allclose(files[size][name], tensor, rtol=1e-6, atol=1e-6)
             assert close != name.endswith("mean_abs"), name
+
+
+def test_what_costs_something_is_gathered_only_on_request(random_model, windows_WT, tmp_path):
+    model = random_model("llama")
+    statistics = {
+        tuple(sorted({name.rpartition(".")[2] for name in tensors}))
+        for requested in ((), ("max_abs",), ("autocorrelation",))
+        for tensors in [
+            run_calibration(tmp_path / "+".join(requested), model, windows_WT, requested=requested).tensors(
+                block_file(0)
+            )
+        ]
+    }
+    always = ("mean_abs", "mean_square", "sample")
+    assert statistics == {always, tuple(sorted((*always, "max_abs"))), ("autocorrelation", *always)}
+
+
+def test_the_requested_statistics_are_those_of_the_models_own_forward_pass(random_model, windows_WT, tmp_path):
+    model = random_model("llama")
+    found = run_calibration(tmp_path, model, windows_WT, requested=ON_REQUEST)
+    sites = found.json("sites.json")
+    for linear, batches in inputs_of_linears(model, windows_WT, BATCH_SIZE).items():
+        tensors = found.tensors(block_file(int(linear.split(".")[2])))
+        x_TI = torch.cat(batches).double()
+        r_II = x_TI.T @ x_TI / len(x_TI)
+        stored_II = tensors[f"{sites[linear]}.autocorrelation"]
+        assert stored_II.dtype == torch.float32
+        assert torch.equal(stored_II, stored_II.T)
+        torch.testing.assert_close(stored_II.double(), r_II, rtol=0, atol=1e-6 * float(r_II.diagonal().mean()))
+        torch.testing.assert_close(stored_II.diagonal(), tensors[f"{sites[linear]}.mean_square"], rtol=1e-6, atol=0)
+        assert torch.equal(tensors[f"{sites[linear]}.max_abs"].double(), x_TI.abs().amax(0))
+    # q, k and v share one matrix, gate and up another.
+    assert sum(name.endswith(".autocorrelation") for name in found.tensors(block_file(0))) == 4
+
+
+@pytest.mark.parametrize("scales", ["even", "outliers"])
+def test_the_autocorrelation_does_not_depend_on_the_batches(scales):
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(4000, 48, generator=generator) + 0.5
+    if scales == "outliers":
+        x_TI *= torch.logspace(-2, 3, 48)
+    found = []
+    for batch in (1, 700, 4000):
+        site = SiteStatistics(48, CPU, {"autocorrelation"})
+        for x_NI in x_TI.split(batch):
+            site.add(x_NI, torch.empty(0, dtype=torch.int64))
+        found.append(site.tensors()["autocorrelation"].double())
+    exact_II = x_TI.double().T @ x_TI.double() / len(x_TI)
+    size_II = (exact_II.diagonal()[:, None] * exact_II.diagonal()).sqrt()
+    for one_II in found:
+        assert ((one_II - exact_II).abs() / size_II).max() < 1e-6
+        assert ((one_II - found[0]).abs() / size_II).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_precision_inputs_are_those_of_their_float32_values(dtype):
+    x_NI = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(products(x_NI), products(x_NI.float()))
+
+
+def test_the_key_says_what_was_asked_for():
+    keys = [
+        calibration_key("model", "tokens", 2, 24, torch.float32, CPU, requested)
+        for requested in ((), {"autocorrelation"}, {"autocorrelation", "max_abs"})
+    ]
+    assert len({str(key) for key in keys}) == 3
+    assert keys[2] == calibration_key("model", "tokens", 2, 24, torch.float32, CPU, ["max_abs", "autocorrelation"])
 
 
 def test_sampled_tokens_are_spread_evenly_whatever_the_batches():
@@ -160,4 +241,4 @@ def test_nan_and_infinity_are_reported_at_the_first_linear_they_reach(
     model = random_model("llama")
     model.get_submodule(broken).weight.data[:, 0] = value
     with pytest.raises(ModelError, match=f"inputs of {reported} hold NaN or infinities"):
-        run_calibration(tmp_path, model, windows_WT)
+        run_calibration(tmp_path, model, windows_WT, requested=ON_REQUEST)

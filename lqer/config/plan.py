@@ -7,7 +7,7 @@ from typing import Any
 
 from lqer.config.schema import NOT_QUANTIZED, Config
 from lqer.formats import NumberFormat, Passthrough
-from lqer.methods import LinearPlan
+from lqer.methods import METHODS, LinearPlan
 
 # Where [quantize.low_rank] names no format, A and B are stored as halves.
 DEFAULT_FACTOR = Passthrough(dtype="float16")
@@ -23,20 +23,26 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
         return None if format_name == NOT_QUANTIZED else config.formats[format_name]
 
     override = next((o for o in quantize.override if fnmatchcase(name, o.match)), None)
-    merged = (
-        quantize if override is None else quantize.model_copy(update=_given(override, "weight", "activation", "bias"))
-    )
+    merged = quantize
+    if override is not None:
+        merged = quantize.model_copy(update=_given(override, "weight", "rounding", "activation", "bias"))
     low_rank = quantize.low_rank
     if override is not None and override.low_rank is not None:
         low_rank = low_rank.model_copy(update=_given(override.low_rank, "rank", "format", "blocks"))
+    own_rank = override is not None and override.low_rank is not None and override.low_rank.rank is not None
     return LinearPlan(
         method=quantize.method,
         weight=config.formats[merged.weight],
+        rounding=merged.rounding,
         activation=number_format(merged.activation),
         bias=number_format(merged.bias),
-        rank=low_rank.rank,
+        # Under a budget, None until the model's errors are known; a linear with a rank of its own keeps it.
+        rank=low_rank.rank if low_rank.budget_bits is None or own_rank else None,
         factor=number_format(low_rank.format) or DEFAULT_FACTOR,
         factor_blocks=low_rank.blocks,
+        solver=low_rank.solver,
+        iterations=low_rank.iterations or METHODS[quantize.method].iterations,
+        seed=config.seed,
     )
 
 

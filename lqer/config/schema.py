@@ -6,18 +6,39 @@ stands for "not quantized", so that a command line can switch off what a preset 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from lqer.data import DatasetSpec
 from lqer.formats import Format
+from lqer.lowrank.solver import Solver
 from lqer.methods import METHODS
+from lqer.rounding import ROUNDINGS, Nearest, Rounding, rounding_from_dict
+from lqer.spelling import did_you_mean
 
 NOT_QUANTIZED = "none"
 
 Positive = Annotated[int, Field(gt=0)]
 FormatName = str
+Loc = tuple[str | int, ...]
+
+
+def _read_rounding(value: Any) -> Rounding:
+    """The name of a rounding, or a table of its kind and settings."""
+    if isinstance(value, Rounding):
+        return value
+    if not isinstance(value, str | dict):
+        raise ValueError("must be the name of a rounding or a table with its kind")
+    settings = {"kind": value} if isinstance(value, str) else value
+    try:
+        return rounding_from_dict(settings)
+    except ValueError as error:
+        kind = settings.get("kind")
+        raise ValueError(f"{error}{'' if kind in ROUNDINGS else did_you_mean(str(kind), ROUNDINGS)}") from None
+
+
+RoundingSpec = Annotated[Rounding, PlainValidator(_read_rounding), PlainSerializer(lambda rounding: rounding.to_dict())]
 
 
 class Section(BaseModel):
@@ -45,6 +66,11 @@ class LowRankConfig(Section):
     # Along which dimension A and B are cut into blocks: "reduction" is the one a GEMM sums over (A along in_features,
     # B along the rank); "reference" is what the sweeps of LQER's paper ran (A along the rank, B along out_features).
     blocks: Literal["reduction", "reference"] = "reduction"
+    # Instead of a rank: average bits of the whole model, from which every linear gets the rank that it needs.
+    budget_bits: Annotated[float, Field(gt=0)] | None = None
+    solver: Solver = "auto"
+    # How often rounding and reconstruction are alternated; by default as the method defines it.
+    iterations: Positive | None = None
 
 
 class LowRankOverride(Section):
@@ -58,6 +84,7 @@ class OverrideConfig(Section):
 
     match: str
     weight: FormatName | None = None
+    rounding: RoundingSpec | None = None
     activation: FormatName | None = None
     bias: FormatName | None = None
     low_rank: LowRankOverride | None = None
@@ -68,6 +95,7 @@ class QuantizeConfig(Section):
 
     method: str = "lqer-act"
     weight: FormatName
+    rounding: RoundingSpec = Nearest()
     activation: FormatName = NOT_QUANTIZED
     bias: FormatName = NOT_QUANTIZED
     attention: FormatName = NOT_QUANTIZED
@@ -152,16 +180,51 @@ class Config(Section):
                     self._check_format(("quantize", "override", i, key), name, optional=key != "weight")
             if override.low_rank and override.low_rank.format is not None:
                 self._check_format(("quantize", "override", i, "low_rank", "format"), override.low_rank.format)
-        ranks: dict[tuple[str | int, ...], int | None] = {("quantize", "low_rank", "rank"): quantize.low_rank.rank}
+        self._check_roundings()
+        self._check_low_rank()
+        return self
+
+    def _check_roundings(self) -> None:
+        """Every weight's format is one that its rounding can round to."""
+        quantize = self.quantize
+        pairs: list[tuple[Loc, Rounding, FormatName]] = [(("quantize", "rounding"), quantize.rounding, quantize.weight)]
+        for i, override in enumerate(quantize.override):
+            rounding, weight = override.rounding or quantize.rounding, override.weight or quantize.weight
+            key = "weight" if override.rounding is None else "rounding"
+            pairs.append((("quantize", "override", i, key), rounding, weight))
+        for loc, rounding, weight in pairs:
+            if (objection := rounding.objection(self.formats[weight])) is not None:
+                raise KeyedError(loc, f'{objection} (weights are "{weight}")', rounding.kind)
+
+    def _check_low_rank(self) -> None:
+        """The method can do what [quantize.low_rank] asks of it."""
+        quantize, low_rank = self.quantize, self.quantize.low_rank
+        method, table = METHODS[quantize.method], ("quantize", "low_rank")
+        ranks: dict[Loc, int | None] = {(*table, "rank"): low_rank.rank}
         for i, override in enumerate(quantize.override):
             if override.low_rank:
                 ranks["quantize", "override", i, "low_rank", "rank"] = override.low_rank.rank
-        for loc, rank in ranks.items():
-            if rank and not METHODS[quantize.method].reconstructs:
-                raise KeyedError(loc, f'must be 0: quantize.method "{quantize.method}" reconstructs nothing', rank)
-        return self
+        if not method.reconstructs:
+            nothing = f'quantize.method "{quantize.method}" reconstructs nothing'
+            for loc, rank in ranks.items():
+                if rank:
+                    raise KeyedError(loc, f"must be 0: {nothing}", rank)
+            for key in ("budget_bits", "iterations"):
+                if getattr(low_rank, key) is not None:
+                    raise KeyedError((*table, key), f"must be left out: {nothing}", getattr(low_rank, key))
+        if low_rank.budget_bits is None:
+            return
+        iterations = low_rank.iterations or method.iterations
+        if low_rank.rank:
+            raise KeyedError((*table, "rank"), "must be 0 beside budget_bits, which chooses every rank", low_rank.rank)
+        if method.starts_with == "reconstruct":
+            rule = f'must be left out: ranks are shared out by the errors of rounding, "{method.name}" rounds last'
+            raise KeyedError((*table, "budget_bits"), rule, low_rank.budget_bits)
+        if iterations > 1:
+            rule = "must be left out: ranks are shared out by the errors of one rounding, iterations are"
+            raise KeyedError((*table, "budget_bits"), f"{rule} {iterations}", low_rank.budget_bits)
 
-    def _check_format(self, loc: tuple[str | int, ...], name: str, optional: bool = True) -> None:
+    def _check_format(self, loc: Loc, name: str, optional: bool = True) -> None:
         if name == NOT_QUANTIZED and optional:
             return
         if name not in self.formats:
@@ -172,8 +235,6 @@ class Config(Section):
 class KeyedError(ValueError):
     """A rule across sections was broken at one key; the reader turns it into the usual one line."""
 
-    def __init__(
-        self, loc: tuple[str | int, ...], rule: str, found: object = None, allowed: tuple[str, ...] | None = None
-    ):
+    def __init__(self, loc: Loc, rule: str, found: object = None, allowed: tuple[str, ...] | None = None):
         super().__init__(rule)
         self.loc, self.rule, self.found, self.allowed = loc, rule, found, allowed

@@ -186,7 +186,6 @@ def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     )  # fmt: skip
 
 
-@cache
 def encode_spec(spec: Spec) -> str:
     """A spec as a string, the only structured thing that a custom operator takes."""
     layout, rounding = spec.layout, spec.rounding

@@ -1,1 +1,1 @@
-"""Low-rank reconstruction of a quantization error: solvers, and the scalings that choose what they minimise."""
+"""Low-rank reconstruction of a quantization error: metrics that say what an error costs, solvers that minimise it."""

@@ -1,10 +1,8 @@
-"""The best rank-r approximation of a scaled error, without a full SVD.
+"""The best rank-r approximation of an error under a metric: min over A·B of ‖ C ᵀ(Eᵀ − A·B) ‖_F with C·Cᵀ = R.
 
-For an error E (out x in) and a positive diagonal S, `reconstruct` minimises || S (Eᵀ − A·B) ||_F over A·B of rank r
-(LQER, arXiv 2402.02446, section 3.2): with S·Eᵀ = U Σ Vᵀ the answer is A = S⁻¹ U_r, B = Σ_r V_rᵀ. U, Σ, V come from
-the eigenvectors of the smaller Gram matrix in float64, which costs a fraction of an SVD. Squaring halves the digits:
-the product is optimal to 1e-6 for scales that span five decades, and directions whose singular value lies below 1e-8 of
-the largest are taken for noise.
+Two solvers: "exact", eigenvectors of the smaller Gram matrix in float64, and "krylov", matrix products in float32,
+which costs a small fraction of it on large matrices and says how far from the optimum it may be. "auto" takes krylov
+where it pays.
 
 Shapes: I in_features, O out_features, R rank, K = min(I, O).
 """
@@ -12,60 +10,57 @@ Shapes: I in_features, O out_features, R rank, K = min(I, O).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-# Singular values below this share of the largest are noise of the Gram matrix in float64 (its eigenvalues carry an
-# error of about 1e-16 of the largest, so singular values one of 1e-8).
-RELATIVE_NOISE = 1e-8
+from lqer.lowrank.exact import singular_values, solve_exact
+from lqer.lowrank.krylov import largest_space, solve_krylov
+from lqer.lowrank.metric import Metric
+
+__all__ = ["Factors", "Metric", "Solver", "reconstruct", "singular_values"]
+
+Solver = Literal["auto", "exact", "krylov"]
+
+# Below this smaller side the exact solution takes well under a second.
+SMALL_SIDE = 1024
 
 
 @dataclass(frozen=True)
 class Factors:
-    """a_IR and b_RO, float32, with Eᵀ ≈ a_IR · b_RO; singular_values_K, float64, of the scaled error, descending."""
+    """a_IR and b_RO, float32, with Eᵀ ≈ a_IR · b_RO.
+
+    singular_values: float64, of the weighted error, descending: all K of them ("exact") or the R captured ("krylov").
+    energy: tr(E R Eᵀ). gap: the estimated share by which the optimum captures more; None where the optimum is known.
+    """
 
     a_IR: Tensor
     b_RO: Tensor
-    singular_values_K: Tensor
+    singular_values: Tensor
+    energy: float
+    gap: float | None
+
+    @property
+    def captured_share(self) -> float:
+        """How much of the error's energy A·B takes away (1 where there is no error)."""
+        captured = float(self.singular_values[: self.a_IR.shape[1]].square().sum())
+        return min(captured / self.energy, 1.0) if self.energy > 0 else 1.0
 
 
-def reconstruct(error_OI: Tensor, scale_I: Tensor | None, rank: int) -> Factors:
-    """Minimise || diag(scale) (Eᵀ − A·B) ||_F over rank-`rank` products A·B.
+def reconstruct(error_OI: Tensor, metric: Metric, rank: int, solver: Solver = "exact", seed: int = 0) -> Factors:
+    """Minimise tr((E − (A·B)ᵀ) R (E − (A·B)ᵀ)ᵀ) over products A·B of rank `rank`.
 
-    error_OI: float32, W − W_q. scale_I: float32, positive; None stands for ones. `rank` above min(I, O) is taken as
-    min(I, O), where the product is exact. Returns Factors with R = min(rank, I, O).
+    error_OI: float32, W − W_q. `rank` above K is taken as K, where the product is exact. seed: of the start of
+    "krylov", which leaves the work to "exact" where K has no room for its space. Returns Factors with R = min(rank, K).
     """
-    rank = min(rank, *error_OI.shape)
-    error_IO = error_OI.T.to(torch.float64)
-    scaled_IO = error_IO if scale_I is None else error_IO * scale_I.to(torch.float64)[:, None]
-    in_features, out_features = scaled_IO.shape
-    if out_features <= in_features:
-        sigma_K, v_OK = _descending_eigh(scaled_IO.T @ scaled_IO)
-        v_OR, sigma_R = v_OK[:, :rank], sigma_K[:rank]
-        inverse_R = torch.where(sigma_R > RELATIVE_NOISE * sigma_K[0], 1 / sigma_R, 0.0)
-        # S⁻¹ U = S⁻¹ (S Eᵀ) V Σ⁻¹ = Eᵀ V Σ⁻¹: the scale is never divided by.
-        a_IR = error_IO @ v_OR * inverse_R
-        b_RO = sigma_R[:, None] * v_OR.T
-    else:
-        sigma_K, u_IK = _descending_eigh(scaled_IO @ scaled_IO.T)
-        u_IR = u_IK[:, :rank]
-        a_IR = u_IR if scale_I is None else u_IR / scale_I.to(torch.float64)[:, None]
-        b_RO = u_IR.T @ scaled_IO
-    return Factors(a_IR.to(torch.float32), b_RO.to(torch.float32), sigma_K)
-
-
-def singular_values(error_OI: Tensor, scale_I: Tensor | None) -> Tensor:
-    """Singular values (float64, descending) of E·diag(scale), for a look at how fast they fall."""
-    scaled_OI = error_OI.to(torch.float64)
-    if scale_I is not None:
-        scaled_OI = scaled_OI * scale_I.to(torch.float64)
-    out_features, in_features = scaled_OI.shape
-    gram = scaled_OI @ scaled_OI.T if out_features <= in_features else scaled_OI.T @ scaled_OI
-    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
-
-
-def _descending_eigh(gram_KK: Tensor) -> tuple[Tensor, Tensor]:
-    """Square roots of the eigenvalues, largest first, and their eigenvectors in the columns."""
-    eigenvalues_K, vectors_KK = torch.linalg.eigh(gram_KK)
-    return eigenvalues_K.flip(0).clamp(min=0).sqrt(), vectors_KK.flip(1)
+    shorter = min(error_OI.shape)
+    rank = min(rank, shorter)
+    iterate = solver == "krylov" or (solver == "auto" and shorter > SMALL_SIDE)
+    # A space of half the shorter side saves nothing any more.
+    if iterate and (2 if solver == "auto" else 1) * largest_space(rank) <= shorter:
+        solution = solve_krylov(error_OI.to(torch.float32), metric, rank, seed)
+        return Factors(solution.a_IR, solution.b_RO, solution.singular_values_R, metric.energy(error_OI), solution.gap)
+    a_IR, b_RO, sigma_K = solve_exact(error_OI, metric, rank)
+    energy = float(sigma_K.square().sum())
+    return Factors(a_IR.to(torch.float32), b_RO.to(torch.float32), sigma_K, energy, None)

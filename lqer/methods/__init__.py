@@ -1,6 +1,14 @@
-"""The published methods, each a composition of a rounding, a scaling and a low-rank reconstruction."""
+"""The published methods, each a composition of a rounding, a metric and a low-rank reconstruction."""
 
 from lqer.methods.base import LinearPlan, LowRank, Method, QuantizedWeight
-from lqer.methods.lqer import METHODS
+from lqer.methods.loftq import LOFTQ
+from lqer.methods.lqer import LQER_ACT, LQER_SVD, NONE, ZEROQUANT_V2
+from lqer.methods.qera import EORA, QERA_APPROX, QERA_EXACT
+from lqer.methods.svdquant import SVDQUANT
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (NONE, LQER_SVD, LQER_ACT, QERA_APPROX, QERA_EXACT, ZEROQUANT_V2, LOFTQ, EORA, SVDQUANT)
+}
 
 __all__ = ["METHODS", "LinearPlan", "LowRank", "Method", "QuantizedWeight"]

@@ -1,19 +1,31 @@
-"""What a method is given and what it returns, for one linear.
+"""What a method is given, what it does and what it returns, for one linear.
 
-A method never sees a path, a configuration, a device map or another layer.
+Every method alternates two steps on W ≈ W_q + (A·B)ᵀ, starting from W_q = 0 and A·B = 0:
+
+    round          W_q = round(W − (A·B)ᵀ)                       by the plan's rounding, in its number format
+    reconstruct    A·B = argmin_{rank r} tr(F R Fᵀ), F = W − W_q − (A·B)ᵀ;  A, B = round(A), round(B)
+
+and differs from the others by the metric R, by which step comes first, and by how often they are repeated. Each step
+sees what the other one stores. A method never sees a path, a configuration, a device map or another layer.
+
+Shapes: I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
+from lqer.lowrank.metric import Metric
+from lqer.lowrank.solver import Solver, reconstruct
+from lqer.rounding import Nearest, Rounding
 
-Statistic = Literal["mean_abs", "mean_square"]
+# By name, of one input site: see lqer/calibration.py.
 Statistics = Mapping[str, Tensor]
 FactorBlocks = Literal["reduction", "reference"]
 
@@ -22,21 +34,26 @@ FactorBlocks = Literal["reduction", "reference"]
 class LinearPlan:
     """How one linear is quantized; None stands for "stays in the model's dtype".
 
-    `rank` may exceed what the weight admits: it is then taken as min(out_features, in_features). `factor_blocks` says
-    along which dimension A and B are cut into blocks: "reduction", the one a GEMM sums over (A along in_features, B
-    along the rank), or "reference", as the sweeps of LQER's paper ran (A along the rank, B along out_features).
+    `rank` may exceed what the weight admits: it is then taken as min(out_features, in_features). It is None until a
+    budget of bits is shared out over the model (lqer/allocation.py). `factor_blocks` says along which dimension A and
+    B are cut into blocks: "reduction", the one a GEMM sums over (A along in_features, B along the rank), or
+    "reference", as the sweeps of LQER's paper ran (A along the rank, B along out_features).
     """
 
     method: str
     weight: NumberFormat
     activation: NumberFormat | None
     bias: NumberFormat | None
-    rank: int
+    rank: int | None
     factor: NumberFormat
     factor_blocks: FactorBlocks
+    rounding: Rounding = field(default_factory=Nearest)
+    solver: Solver = "auto"
+    iterations: int = 1
+    seed: int = 0
 
     def plain(self) -> LinearPlan:
-        """The same formats without reconstruction."""
+        """The same formats and rounding without reconstruction."""
         return replace(self, method="none", rank=0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,8 +63,15 @@ class LinearPlan:
             "weight": self.weight.to_dict(),
             "activation": self.activation and self.activation.to_dict(),
             "bias": self.bias and self.bias.to_dict(),
+            "rounding": self.rounding.to_dict(),
             "low_rank": self.rank
-            and {"rank": self.rank, "format": self.factor.to_dict(), "blocks": self.factor_blocks},
+            and {
+                "rank": self.rank,
+                "format": self.factor.to_dict(),
+                "blocks": self.factor_blocks,
+                "solver": self.solver,
+                "iterations": self.iterations,
+            },
         }
 
     @property
@@ -58,10 +82,17 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The branch x·A·B: a_IR and b_RO as they are stored."""
+    """The branch x·A·B: a_IR and b_RO as they are stored, and what the solver says of them.
+
+    captured_share: of the energy of what was reconstructed (the rounding error, or the weight where the method starts
+    with the low-rank part), under the method's metric, before A and B were rounded. gap: the estimated share by which
+    the optimum captures more; None where the solver is exact.
+    """
 
     a_IR: QuantizedTensor
     b_RO: QuantizedTensor
+    captured_share: float
+    gap: float | None
 
     @property
     def rank(self) -> int:
@@ -70,6 +101,10 @@ class LowRank:
     @property
     def bits(self) -> int:
         return sum(factor.code_bits + factor.metadata_bits for factor in (self.a_IR, self.b_RO))
+
+    def product(self) -> Tensor:
+        """(A·B)ᵀ in float32, (out, in)."""
+        return (self.a_IR.dequantize() @ self.b_RO.dequantize()).T
 
 
 @dataclass(frozen=True)
@@ -82,17 +117,65 @@ class QuantizedWeight:
     def effective_weight(self) -> Tensor:
         """W_q + (A·B)ᵀ in float32, (out, in)."""
         weight_OI = self.weight_OI.dequantize()
-        if self.low_rank is not None:
-            weight_OI = weight_OI + (self.low_rank.a_IR.dequantize() @ self.low_rank.b_RO.dequantize()).T
-        return weight_OI
+        return weight_OI if self.low_rank is None else weight_OI + self.low_rank.product()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A named composition: what it needs to know of the inputs, and what it does with one weight."""
+    """A named composition; what it must know of the inputs is in `statistics`.
+
+    metric: from the weight and its site's statistics; None reconstructs nothing. starts_with: which step comes first.
+    iterations: how often both steps are repeated unless the configuration says otherwise.
+    """
 
     name: str
-    reconstructs: bool
-    statistics: frozenset[Statistic]
-    scale: Callable[[Statistics], Tensor | None]
-    quantize_linear: Callable[[Tensor, Statistics, LinearPlan], QuantizedWeight]
+    metric: Callable[[Tensor, Statistics], Metric] | None
+    statistics: frozenset[str] = frozenset()
+    starts_with: Literal["round", "reconstruct"] = "round"
+    iterations: int = 1
+
+    @property
+    def reconstructs(self) -> bool:
+        return self.metric is not None
+
+    def rounds_the_weight_itself(self, plan: LinearPlan) -> bool:
+        """Whether W_q is round(W), not round(W − (A·B)ᵀ)."""
+        return self.starts_with == "round" and plan.iterations == 1
+
+    def statistics_for(self, plan: LinearPlan) -> frozenset[str]:
+        """What a plan of this method needs: nothing is gathered for a branch of rank 0."""
+        return plan.rounding.statistics | (frozenset() if plan.rank == 0 else self.statistics)
+
+    def quantize_linear(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
+        """Round a weight and, at a rank above 0, reconstruct what rounding loses.
+
+        weight_OI: any float dtype, computed on in float32. statistics: what `statistics_for(plan)` names. Raises
+        NonFiniteError if the weight holds NaN or infinities.
+        """
+        weight_OI = weight_OI.to(torch.float32)
+        hessian_II = statistics.get("autocorrelation")
+        if not plan.rank or self.metric is None:
+            return QuantizedWeight(plan.rounding.round(weight_OI, hessian_II, plan.weight), None)
+        metric = self.metric(weight_OI, statistics)
+        low_rank: LowRank | None = None
+        if self.starts_with == "reconstruct":
+            low_rank = reconstruct_rounded(weight_OI, metric, plan)
+        for iteration in range(plan.iterations):
+            target_OI = weight_OI if low_rank is None else weight_OI - low_rank.product()
+            rounded_OI = plan.rounding.round(target_OI, hessian_II, plan.weight)
+            if self.starts_with == "round" or iteration + 1 < plan.iterations:
+                low_rank = reconstruct_rounded(weight_OI - rounded_OI.dequantize(), metric, plan)
+        return QuantizedWeight(rounded_OI, low_rank)
+
+
+def reconstruct_rounded(target_OI: Tensor, metric: Metric, plan: LinearPlan) -> LowRank:
+    """The best A·B of the plan's rank under the metric, then A and B in their number format."""
+    assert plan.rank, "a budget is shared out before anything is quantized"
+    factors = reconstruct(target_OI, metric, plan.rank, plan.solver, plan.seed)
+    a_axis, b_axis = plan.factor_axes
+    return LowRank(
+        plan.factor.quantize(factors.a_IR, axis=a_axis),
+        plan.factor.quantize(factors.b_RO, axis=b_axis),
+        factors.captured_share,
+        factors.gap,
+    )

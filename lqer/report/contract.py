@@ -20,6 +20,7 @@ CLASSES = (
     results.Versions,
     results.ModelInfo,
     bits.Bits,
+    results.AllocationInfo,
     results.Baseline,
     results.CalibrationInfo,
     results.PerplexityRow,

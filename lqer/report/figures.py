@@ -23,6 +23,7 @@ from lqer.report.results import PerplexityRow
 COLOURS = {"original": "#000000", "plain": "#D55E00", "quantized": "#0072B2"}
 DPI = 130
 LOG_SPAN = 3
+MOST_LABELLED_BLOCKS = 40
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -82,6 +83,33 @@ def save_output_errors(path: Path, layers: pd.DataFrame) -> None:
         axis.set_xlabel("linear, in the order of the model")
         axis.set_title("Output error of each linear on calibration inputs")
         axis.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.08), borderaxespad=0)
+        _save(figure, path)
+
+
+def save_ranks(path: Path, layers: pd.DataFrame, title: str) -> None:
+    """The rank of every linear: one row per kind of linear, one column per decoder block.
+
+    The numbers are written into the cells where there is room for them.
+    """
+    places = layers["name"].str.extract(r"\.(?P<block>\d+)\.(?P<kind>.+)$")
+    table = layers.assign(block=places["block"].astype(int), kind=places["kind"])
+    kinds, blocks = list(dict.fromkeys(table["kind"])), sorted(table["block"].unique())
+    ranks = table.pivot(index="kind", columns="block", values="rank").reindex(index=kinds, columns=blocks)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axis = plt.subplots(figsize=(max(5.0, 2.5 + 0.32 * len(blocks)), 1.4 + 0.32 * len(kinds)))
+        image = axis.imshow(ranks.to_numpy(dtype=float), aspect="auto", cmap="viridis", vmin=0)
+        figure.colorbar(image, ax=axis, label="rank")
+        axis.set_yticks(range(len(kinds)), [kind.removeprefix("self_attn.").removeprefix("mlp.") for kind in kinds])
+        shown = range(0, len(blocks), -(-len(blocks) // 16))
+        axis.set_xticks(list(shown), [str(blocks[i]) for i in shown])
+        axis.set_xlabel("decoder block")
+        axis.set_title(title)
+        if len(blocks) <= MOST_LABELLED_BLOCKS:
+            middle = float(np.nanmax(ranks.to_numpy(dtype=float))) / 2
+            for (row, column), rank in np.ndenumerate(ranks.to_numpy(dtype=float)):
+                if np.isfinite(rank):
+                    colour = "white" if rank < middle else "black"
+                    axis.text(column, row, f"{rank:.0f}", ha="center", va="center", fontsize=6, color=colour)
         _save(figure, path)
 
 

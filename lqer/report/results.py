@@ -38,6 +38,15 @@ class Baseline(TypedDict):
     bits: Bits
 
 
+class AllocationInfo(TypedDict):
+    """How ranks under quantize.low_rank.budget_bits compare with one rank for all; the ranks stand in layers.csv."""
+
+    objective: float  # sum over linears of the relative output error under the method's metric, A and B not rounded
+    uniform_rank: int  # the largest that fits the budget
+    uniform_bits: float  # average bits at that rank
+    uniform_objective: float
+
+
 class CalibrationInfo(TypedDict):
     dataset: str  # label
     source: str  # repository, revision, split and rows, or file
@@ -73,7 +82,10 @@ class Layers(TypedDict):
 
 
 class Seconds(TypedDict):
-    """Seconds spent making the artifacts, in whichever run they were made; total is the wall clock of this run."""
+    """Seconds spent making the artifacts, in whichever run they were made; total is the wall clock of this run.
+
+    quantize includes the error spectra that a budget of bits is shared out by.
+    """
 
     calibrate: float
     quantize: float
@@ -88,6 +100,7 @@ class Results(TypedDict):
     versions: Versions
     model: ModelInfo
     bits: Bits
+    allocation: AllocationInfo | None  # null where ranks are given
     baseline: Baseline | None
     calibration: CalibrationInfo
     perplexity: list[PerplexityRow]

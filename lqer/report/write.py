@@ -20,6 +20,7 @@ RESULTS_FILE = "results.json"
 PERPLEXITY_FIGURE = "figures/perplexity.png"
 ERROR_FIGURE = "figures/output_error.png"
 SPECTRA_FIGURE = "figures/singular_values.png"
+RANKS_FIGURE = "figures/ranks.png"
 
 
 def layer_rows(checkpoint: Artifact, blocks: int) -> list[dict[str, Any]]:
@@ -39,6 +40,8 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "in_features": table["in_features"],
             "rank": table["rank"],
             "bits": total / weights,
+            "captured_share": table["captured_share"],
+            "solver_gap": table["solver_gap"],
             "weight_error_before": table["weight_error_before"],
             "weight_error": table["weight_error"],
             "output_error_before": table["output_error_before"],
@@ -59,6 +62,9 @@ def write_run(
         shown = layers[layers["name"].isin({name.rpartition(".")[0] for name in spectra})]
         figures.save_singular_values(folder / SPECTRA_FIGURE, spectra, list(shown["name"]), int(shown["rank"].max()))
     figures.save_output_errors(folder / ERROR_FIGURE, layers)
+    if results["allocation"] is not None:
+        title = f"Ranks within {results['config']['quantize']['low_rank']['budget_bits']:g} bits per weight"
+        figures.save_ranks(folder / RANKS_FIGURE, layers, title)
     if results["perplexity"]:
         figures.save_perplexities(
             folder / PERPLEXITY_FIGURE, results["perplexity"], _kind_names(results), _bits_by_kind(results)
@@ -118,6 +124,7 @@ def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool) ->
     evaluations = "".join(f"- evaluated on {row['source']}\n" for row in results["perplexity"])
     pictures = [PERPLEXITY_FIGURE] if results["perplexity"] else []
     pictures += [ERROR_FIGURE, *([SPECTRA_FIGURE] if with_spectra else [])]
+    pictures += [RANKS_FIGURE] if results["allocation"] is not None else []
     shown = "\n\n".join(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     paragraphs = [
@@ -128,6 +135,7 @@ def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool) ->
         f"Bits are charged in full: {bits['weight']:.3f} codes + {bits['metadata']:.3f} scales and exponents + "
         f"{bits['low_rank']:.3f} low rank.\nMethod `{quantize['method']}`, weights `{quantize['weight']}`, activations "
         f"`{quantize['activation']}`, attention operands `{quantize['attention']}`.",
+        *_allocation_paragraphs(results),
         f"- calibrated on {calibration['source']}: {calibration['tokens']} tokens\n{evaluations}",
         shown,
         f"The five linears with the largest output error (all of them: `{results['layers']['file']}`):",
@@ -137,6 +145,20 @@ def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool) ->
         f"{results['peak_memory_bytes'] / 2**30:.2f} GiB.\nVersions: {versions}.",
     ]
     return "\n\n".join(paragraph.rstrip() for paragraph in paragraphs) + "\n"
+
+
+def _allocation_paragraphs(results: Results) -> list[str]:
+    """How the ranks under a budget compare with a uniform one."""
+    allocation = results["allocation"]
+    if allocation is None:
+        return []
+    budget = results["config"]["quantize"]["low_rank"]["budget_bits"]
+    return [
+        f"Ranks were shared out within {budget:g} bits per weight; the model takes "
+        f"{results['bits']['average']:.4f}. The sum of the linears' relative errors under the method's metric is "
+        f"{allocation['objective']:.5g}; one rank for all, {allocation['uniform_rank']} at "
+        f"{allocation['uniform_bits']:.4f} bits, leaves {allocation['uniform_objective']:.5g} (A and B not rounded)."
+    ]
 
 
 def markdown_table(table: pd.DataFrame) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from lqer.config import Config, plan_linear
 from lqer.formats import MXInt, Passthrough
+from lqer.rounding import Nearest
 
 FORMATS = {f"w{bits}": {"kind": "mxint", "bits": bits} for bits in (3, 4, 8)}
 DOWN = "model.layers.0.mlp.down_proj"
@@ -77,3 +78,29 @@ def test_a_skipped_linear_has_no_plan_whatever_the_overrides():
 def test_a_pattern_is_matched_to_the_whole_name_and_its_case():
     assert plan_linear(config(skip=["down_proj", "*.Down_proj", "model.layers.1*"]), DOWN) is not None
     assert plan_linear(config(skip=["model.layers.[0-3].*"]), DOWN) is None
+
+
+def test_a_rounding_is_named_or_described():
+    for rounding in ("nearest", {"kind": "nearest"}):
+        assert plan_linear(config(rounding=rounding), UP).rounding == Nearest()
+        override = [{"match": "*.up_proj", "rounding": rounding}]
+        assert plan_linear(config(override=override), UP).rounding == Nearest()
+
+
+def test_iterations_are_the_methods_own_unless_said_otherwise():
+    rank = {"rank": 5}
+    assert plan_linear(config(method="loftq", low_rank=rank), UP).iterations == 5
+    assert plan_linear(config(method="loftq", low_rank={**rank, "iterations": 2}), UP).iterations == 2
+    assert plan_linear(config(method="qera-exact", low_rank=rank), UP).iterations == 1
+
+
+def test_under_a_budget_the_rank_is_open_unless_an_override_fixes_it():
+    overrides = [{"match": "*.down_proj", "low_rank": {"rank": 0}}, {"match": "*", "weight": "w8"}]
+    budget = config(low_rank={"budget_bits": 5.5}, override=overrides)
+    assert plan_linear(budget, UP).rank is None
+    assert plan_linear(budget, DOWN).rank == 0
+
+
+def test_the_solver_and_its_seed_reach_the_plan():
+    plan = plan_linear(config(low_rank={"rank": 5, "solver": "krylov"}), UP)
+    assert (plan.solver, plan.seed) == ("krylov", 0)

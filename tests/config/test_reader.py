@@ -151,6 +151,13 @@ class TestMistakes:
             ("--quantize.override=[{ mach = '*' }]", ["override.0.mach: unknown key", "did you mean 'match'?"]),
             ("--quantize.override=[{ match = '*', weight = 'w9' }]", ["quantize.override.0.weight", "found 'w9'"]),
             ("--quantize.override=[{ match = '*', low_rank = { rank = 'a' } }]", ["override.0.low_rank.rank"]),
+            ("--quantize.rounding=nearst", ["quantize.rounding: unknown rounding 'nearst'", "did you mean 'nearest'?"]),
+            ("--quantize.rounding={ kind = 'nearest', damp = 1 }", ["quantize.rounding: unknown key 'damp'"]),
+            ("--quantize.rounding=4", ["quantize.rounding: must be the name of a rounding or a table", "found 4"]),
+            ("--quantize.override=[{ match = '*', rounding = 'up' }]", ["override.0.rounding: unknown rounding 'up'"]),
+            ("--quantize.low_rank.solver=krilov", ["low_rank.solver: not allowed", "did you mean 'krylov'?"]),
+            ("--quantize.low_rank.iterations=0", ["low_rank.iterations: must be greater than 0"]),
+            ("--quantize.low_rank.budget_bits=0", ["low_rank.budget_bits: must be greater than 0"]),
             ("--tag=a/b", ["tag: must be a plain folder name"]),
             ("--foo=1", ["foo: unknown key", "allowed: model"]),
             ("--evaluation.perplexity={ protocol = 'lm-eval', max_windows = 3 }", ["max_windows"]),
@@ -161,6 +168,31 @@ class TestMistakes:
         assert message.startswith(f"{override}: ") or "quantize.low_rank.rank: must be 0" in message
         for part in parts:
             assert part in message
+
+    @pytest.mark.parametrize(
+        ("method", "low_rank", "parts"),
+        [
+            ("qera-exact", "rank = 32, budget_bits = 5", ["low_rank.rank: must be 0 beside budget_bits", "found 32"]),
+            ("none", "rank = 0, budget_bits = 5", ["budget_bits: must be left out", '"none" reconstructs nothing']),
+            ("none", "rank = 0, iterations = 2", ["iterations: must be left out", '"none" reconstructs nothing']),
+            ("svdquant", "rank = 0, budget_bits = 5", ["budget_bits: must be left out", '"svdquant" rounds last']),
+            ("loftq", "rank = 0, budget_bits = 5", ["budget_bits: must be left out", "iterations are 5"]),
+            ("lqer-act", "rank = 0, budget_bits = 5, iterations = 2", ["must be left out", "iterations are 2"]),
+        ],
+    )
+    def test_a_combination_that_makes_no_sense_is_refused_with_the_reason(self, base, method, low_rank, parts):
+        message = mistake(base, f"--quantize.method={method}", f"--quantize.low_rank={{ {low_rank} }}")
+        for part in parts:
+            assert part in message
+
+    def test_a_format_that_its_rounding_objects_to_is_refused(self, base, monkeypatch):
+        objection = lambda self, number_format: "must be mxfp4" if number_format.bits == 4 else None  # noqa: E731
+        monkeypatch.setattr("lqer.rounding.Nearest.objection", objection)
+        assert 'quantize.rounding: must be mxfp4 (weights are "w4")' in mistake(base)
+        other = "--quantize.override=[{ match = '*', weight = 'w4' }]"
+        assert 'quantize.override.0.weight: must be mxfp4 (weights are "w4")' in mistake(
+            base, "--quantize.weight=x8", other
+        )
 
     def test_the_file_that_set_the_value_is_named(self, tmp_path, base):
         child = tmp_path / "child.toml"

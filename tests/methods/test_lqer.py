@@ -149,23 +149,19 @@ def test_a_weight_with_nan_is_refused(weight_OI, statistics, exact_plan):
         quantize(weight_OI, statistics, exact_plan)
 
 
-def test_methods_ask_for_the_statistics_that_they_read(weight_OI, statistics, exact_plan):
-    for name, method in METHODS.items():
-        wanted = {key: value for key, value in statistics.items() if key in method.statistics}
-        plan = replace(exact_plan, method=name, rank=6 if method.reconstructs else 0)
-        quantize(weight_OI, wanted, plan)
-
-
 def test_a_plan_is_described_by_its_values(exact_plan):
     assert exact_plan.to_dict() == {
         "method": "lqer-act",
         "weight": {"kind": "mxint", "bits": 3, "block_size": 16, "scale_rounding": "ceil", "compat": False},
         "activation": None,
         "bias": None,
+        "rounding": {"kind": "nearest"},
         "low_rank": {
             "rank": 6,
             "format": {"kind": "passthrough", "dtype": "float32", "block_size": -1},
             "blocks": "reduction",
+            "solver": "auto",
+            "iterations": 1,
         },
     }
     # At rank 0 the factors' format decides nothing.

@@ -104,5 +104,5 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> E
 def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a tiny run's time: only tests marked `figures` see it done."""
     if "figures" not in request.keywords:
-        for name in ("save_singular_values", "save_output_errors", "save_perplexities"):
+        for name in ("save_singular_values", "save_output_errors", "save_perplexities", "save_ranks"):
             monkeypatch.setattr(f"lqer.report.figures.{name}", lambda *arguments: None)

@@ -45,6 +45,27 @@ class TestWhatARunLeaves:
         figures = {path.name for path in (folder / "figures").iterdir()}
         assert figures == {"perplexity.png", "output_error.png", "singular_values.png"}
 
+    @pytest.mark.figures
+    def test_a_budget_leaves_its_ranks_in_the_table_the_report_and_a_figure(self, experiment, run):
+        results = run(
+            "--quantize.method=qera-exact", "--quantize.low_rank={ rank = 0, budget_bits = 6.5, format = 'x8' }"
+        )
+        folder = experiment.output / "tiny"
+        assert {"calibrate", "spectra", "quantize"} <= set(stages(experiment))
+        layers = pd.read_csv(folder / "layers.csv")
+        assert layers["rank"].nunique() > 1
+        assert (layers["rank"] % 16 == 0).all()
+        assert 6.3 < results["bits"]["average"] <= 6.5
+        assert results["allocation"]["objective"] <= results["allocation"]["uniform_objective"]
+        assert (folder / "figures/ranks.png").stat().st_size > 0
+        assert "Ranks were shared out within 6.5 bits" in (folder / "report.md").read_text()
+        assert (layers["captured_share"].between(0, 1) == (layers["rank"] > 0)).all()
+
+    def test_a_budget_below_the_weights_is_refused_before_any_work(self, experiment, run):
+        with pytest.raises(ConfigError, match=r"budget_bits: must be at least 4\.5"):
+            run("--quantize.low_rank={ rank = 0, budget_bits = 4.2, format = 'x8' }")
+        assert not (experiment.output / "store").exists()
+
     def test_every_key_of_the_contract_is_there_and_no_other(self, run):
         results = run()
         assert set(results) == set(typing.get_type_hints(Results))
@@ -106,6 +127,19 @@ class TestWhatIsNotDoneTwice:
         before = stages(experiment)
         run("--formats.w={ kind = 'mxint', bits = 4 }", "--quantize.weight=w", tag="other")
         assert stages(experiment) == before
+
+    def test_methods_share_the_statistics_that_cost_nothing(self, experiment, run):
+        run()
+        run("--quantize.method=qera-approx", tag="approx")
+        assert stages(experiment).count("calibrate") == 1
+        run("--quantize.method=qera-exact", tag="exact")
+        run("--quantize.method=eora", tag="eora")
+        assert stages(experiment).count("calibrate") == 2
+
+    def test_another_budget_reuses_the_spectra(self, experiment, run):
+        for bits in (6.5, 7.0):
+            run(f"--quantize.low_rank={{ rank = 0, budget_bits = {bits}, format = 'x8' }}", tag=f"b{bits:g}")
+        assert stages(experiment).count("spectra") == 1
 
     def test_other_calibration_text_calibrates_again(self, experiment, run):
         run()

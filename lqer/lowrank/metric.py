@@ -1,0 +1,53 @@
+"""What an error costs: the metric under which a low-rank reconstruction is the best one.
+
+For inputs x with R = E[x xᵀ], an error E of a weight costs E‖E x‖² = tr(E R Eᵀ) at the layer's output (QERA, arXiv
+2410.06040). A diagonal R = S² is what LQER and QERA-approx use; R = I is the plain Frobenius norm.
+
+Shapes: I in_features, O out_features, L columns of any number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Eigenvalues of R below this share of the largest are noise of its float32 storage and accumulation.
+RELATIVE_EIGENVALUE_NOISE = 1e-12
+
+
+@dataclass(frozen=True)
+class Metric:
+    """R, symmetric positive semi-definite (I, I), in the cheapest form that holds it; with neither field the identity.
+
+    scale_I: float32 S of R = diag(S)², positive. autocorrelation_II: float32 or float64 R itself; it may be singular.
+    """
+
+    scale_I: Tensor | None = None
+    autocorrelation_II: Tensor | None = None
+
+    def times(self, x_IL: Tensor) -> Tensor:
+        """R·x in x's dtype."""
+        if self.autocorrelation_II is not None:
+            return self.autocorrelation_II.to(x_IL.dtype) @ x_IL
+        if self.scale_I is not None:
+            return x_IL * self.scale_I.to(x_IL.dtype).square()[:, None]
+        return x_IL
+
+    def root_times(self, x_IL: Tensor) -> Tensor:
+        """Cᵀ·x for a C with C·Cᵀ = R, in float64."""
+        x_IL = x_IL.to(torch.float64)
+        if self.autocorrelation_II is not None:
+            eigenvalues_I, vectors_II = torch.linalg.eigh(self.autocorrelation_II.to(torch.float64))
+            floor = RELATIVE_EIGENVALUE_NOISE * eigenvalues_I[-1].clamp(min=0)
+            roots_I = torch.where(eigenvalues_I > floor, eigenvalues_I, 0.0).sqrt()
+            return roots_I[:, None] * (vectors_II.T @ x_IL)
+        return x_IL if self.scale_I is None else x_IL * self.scale_I.to(torch.float64)[:, None]
+
+    def energy(self, error_OI: Tensor) -> float:
+        """tr(E R Eᵀ) to float32's accuracy. A full R costs a product of R with the error."""
+        if self.autocorrelation_II is not None:
+            return float((error_OI.T * self.times(error_OI.T)).sum(dtype=torch.float64))
+        squares_I = error_OI.square().sum(0).to(torch.float64)
+        return float((squares_I if self.scale_I is None else squares_I * self.scale_I.to(torch.float64).square()).sum())

@@ -1,0 +1,29 @@
+"""Roundings: which of a number format's values each weight takes.
+
+This folder imports torch and lqer.formats only. A new rounding is a file here and its class in `ROUNDINGS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from lqer.rounding.base import Rounding
+from lqer.rounding.nearest import Nearest
+
+ROUNDINGS: dict[str, type[Rounding]] = {cls.kind: cls for cls in (Nearest,)}
+
+__all__ = ["ROUNDINGS", "Nearest", "Rounding", "rounding_from_dict"]
+
+
+def rounding_from_dict(settings: Mapping[str, Any]) -> Rounding:
+    """The rounding that `Rounding.to_dict` described. Raises ValueError for an unknown kind, key or value."""
+    kind = settings.get("kind")
+    if kind not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {kind!r}; allowed: {', '.join(ROUNDINGS)}")
+    known = [field.name for field in fields(ROUNDINGS[kind])]  # type: ignore[arg-type]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f'unknown key {key!r} of rounding "{kind}"; allowed: {", ".join(known)}')
+    return ROUNDINGS[kind](**settings)

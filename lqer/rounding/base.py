@@ -1,0 +1,42 @@
+"""What a rounding is: the choice of one of a number format's values for every weight.
+
+A rounding is a pure function `round(weight_OI, hessian_II, number_format, **settings) -> QuantizedTensor` in a file of
+its own, and a frozen dataclass here called `Rounding` that carries its settings into it. The dataclass is what a
+configuration's `quantize.rounding` names: `"nearest"`, or `{ kind = "nearest" }` with settings beside the kind.
+
+Shapes: I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lqer.formats import NumberFormat, QuantizedTensor
+
+
+class Rounding(ABC):
+    """Settings of one rounding. Every one is a frozen dataclass deriving from this; bad settings raise ValueError."""
+
+    kind: str
+    # What it must know of the inputs; "autocorrelation" is what `hessian_II` is made of.
+    statistics: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def round(self, weight_OI: Tensor, hessian_II: Tensor | None, number_format: NumberFormat) -> QuantizedTensor:
+        """The weight in the format, blocks along in_features.
+
+        weight_OI: float32. hessian_II: E[x xᵀ] up to scale, undamped, float32 or float64; None unless `statistics` asks
+        for it. Raises NonFiniteError if the weight holds NaN or infinities.
+        """
+
+    def objection(self, number_format: NumberFormat) -> str | None:
+        """Why weights of that format cannot be rounded this way, as a rule to show to a user; None where they can."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, `kind` included, as TOML and JSON can write them; `rounding_from_dict` reads them."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]

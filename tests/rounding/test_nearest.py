@@ -1,0 +1,39 @@
+"""Rounding to nearest, and the table of roundings.
+
+Shapes: I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lqer.formats import Int, MXInt, NonFiniteError
+from lqer.rounding import ROUNDINGS, Nearest, rounding_from_dict
+
+
+@pytest.mark.parametrize("number_format", [MXInt(bits=3), Int(bits=4, block_size=16)], ids=lambda f: f.kind)
+def test_it_is_the_formats_own_rounding_along_in_features(number_format):
+    weight_OI = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    rounded = Nearest().round(weight_OI, None, number_format)
+    assert rounded.axis == 1
+    assert torch.equal(rounded.dequantize(), number_format.quantize(weight_OI).dequantize())
+
+
+def test_a_weight_with_infinities_is_refused():
+    with pytest.raises(NonFiniteError, match="1 infinite"):
+        Nearest().round(torch.tensor([[1.0, torch.inf]]), None, MXInt(bits=4))
+
+
+@pytest.mark.parametrize("kind", ROUNDINGS)
+def test_every_rounding_survives_being_written_down(kind):
+    rounding = ROUNDINGS[kind]()
+    assert rounding_from_dict(rounding.to_dict()) == rounding
+    assert rounding.to_dict()["kind"] == kind
+
+
+def test_unknown_kinds_and_keys_are_refused_with_what_is_allowed():
+    with pytest.raises(ValueError, match="unknown rounding 'farthest'; allowed: nearest"):
+        rounding_from_dict({"kind": "farthest"})
+    with pytest.raises(ValueError, match="unknown key 'damping' of rounding \"nearest\"; allowed: kind"):
+        rounding_from_dict({"kind": "nearest", "damping": 0.1})
