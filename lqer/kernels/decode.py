@@ -69,7 +69,8 @@ def dot(a, b, acc):
     """Acc + a b in float32; Triton's interpreter cannot multiply bfloat16."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -127,8 +128,9 @@ def _code_major(values_NW222):
     if len(values_NW222.shape) == 5:
         ordered = values_NW222.permute(0, 2, 3, 4, 1)
         return ordered.reshape(rows, 8 * WORDS_C)
-    ordered = values_NW222.permute(0, 2, 3, 4, 5, 1)
-    return ordered.reshape(rows, 16 * WORDS_C)
+    else:
+        ordered = values_NW222.permute(0, 2, 3, 4, 5, 1)
+        return ordered.reshape(rows, 16 * WORDS_C)
 
 
 @triton.jit
@@ -142,28 +144,29 @@ def decode_pairs(words_NW, high_NP, exponents_NS, halves: tl.constexpr, bits: tl
             ASM_4, CONSTRAINTS_4, [words_NW, scale_NW], dtype=BF16_8, is_pure=True, pack=2
         )
         return _code_major(tl.join(_join4(v0, v2, v4, v6), _join4(v1, v3, v5, v7)))
-    if halves == 2:
-        first_NP, second_NP = tl.split(scales.permute(0, 2, 1))
     else:
-        first_NP = scales.reshape(rows, PAIRS_C)
-        second_NP = first_NP
-    scale0_NW, scale1_NW = _per_word(first_NP), _per_word(second_NP)
-    if bits == 3:
-        v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
-            ASM_3,
-            CONSTRAINTS_3,
-            [words_NW, scale0_NW, scale1_NW, _per_word(high_NP)],
-            dtype=BF16_16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
-            ASM_2, CONSTRAINTS_2, [words_NW, scale0_NW, scale1_NW], dtype=BF16_16, is_pure=True, pack=2
-        )
-    even = tl.join(_join4(v0, v4, v8, v12), _join4(v2, v6, v10, v14))
-    odd = tl.join(_join4(v1, v5, v9, v13), _join4(v3, v7, v11, v15))
-    return _code_major(tl.join(even, odd))
+        if halves == 2:
+            first_NP, second_NP = tl.split(scales.permute(0, 2, 1))
+        else:
+            first_NP = scales.reshape(rows, PAIRS_C)
+            second_NP = first_NP
+        scale0_NW, scale1_NW = _per_word(first_NP), _per_word(second_NP)
+        if bits == 3:
+            v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
+                ASM_3,
+                CONSTRAINTS_3,
+                [words_NW, scale0_NW, scale1_NW, _per_word(high_NP)],
+                dtype=BF16_16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
+                ASM_2, CONSTRAINTS_2, [words_NW, scale0_NW, scale1_NW], dtype=BF16_16, is_pure=True, pack=2
+            )
+        even = tl.join(_join4(v0, v4, v8, v12), _join4(v2, v6, v10, v14))
+        odd = tl.join(_join4(v1, v5, v9, v13), _join4(v3, v7, v11, v15))
+        return _code_major(tl.join(even, odd))
 
 
 @triton.jit
@@ -231,11 +234,12 @@ def decode_tile(
         high_NP = None
     if paired:
         return decode_pairs(words_NW, high_NP, scales_NS, halves, bits)
-    if zeros is not None:
-        zeros_NS = load_scales(zeros, rows_N, tile // tiles_per_unit, units, per_tile)
     else:
-        zeros_NS = None
-    return decode_any(words_NW, high_NP, scales_NS, zeros_NS, halves, bits, width, offset, exponents, dtype)
+        if zeros is not None:
+            zeros_NS = load_scales(zeros, rows_N, tile // tiles_per_unit, units, per_tile)
+        else:
+            zeros_NS = None
+        return decode_any(words_NW, high_NP, scales_NS, zeros_NS, halves, bits, width, offset, exponents, dtype)
 
 
 @triton.jit

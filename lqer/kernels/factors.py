@@ -32,14 +32,15 @@ def load_factor(
     values = tl.load(codes + rows_R.to(tl.int64)[:, None] * n_columns + columns_C[None, :], mask=inside, other=0)
     if exponents is None:
         return values.to(dtype)
-    blocks: tl.constexpr = rows // block
-    width: tl.constexpr = values.shape[1]
-    rows_B = first_row // block + tl.arange(0, blocks)
-    inside_B = (rows_B * block < n_rows)[:, None] & (columns_C < n_columns)[None, :]
-    place = exponents + rows_B.to(tl.int64)[:, None] * n_columns + columns_C[None, :]
-    scale = exponent_to_scale(tl.load(place, mask=inside_B, other=0), tl.float32).reshape(blocks, 1, width)
-    scaled = values.to(tl.float32).reshape(blocks, block, width) * scale
-    return scaled.reshape(rows, width).to(dtype)
+    else:
+        blocks: tl.constexpr = rows // block
+        width: tl.constexpr = values.shape[1]
+        rows_B = first_row // block + tl.arange(0, blocks)
+        inside_B = (rows_B * block < n_rows)[:, None] & (columns_C < n_columns)[None, :]
+        place = exponents + rows_B.to(tl.int64)[:, None] * n_columns + columns_C[None, :]
+        scale = exponent_to_scale(tl.load(place, mask=inside_B, other=0), tl.float32).reshape(blocks, 1, width)
+        scaled = values.to(tl.float32).reshape(blocks, block, width) * scale
+        return scaled.reshape(rows, width).to(dtype)
 
 
 @triton.jit

@@ -81,23 +81,24 @@ def _products(words, low, high, sums):
             sums += ((words >> (8 * i)) & 15) * ((low << (24 - 8 * i)) >> 24)
             sums += ((words >> (8 * i + 4)) & 15) * ((high << (24 - 8 * i)) >> 24)
         return sums
-    return tl.inline_asm_elementwise(
-        """
-            {
-            .reg .b32 low, high, sum;
-            and.b32 low, $1, 0x0F0F0F0F;
-            shr.u32 high, $1, 4;
-            and.b32 high, high, 0x0F0F0F0F;
-            dp4a.u32.s32 sum, low, $2, $4;
-            dp4a.u32.s32 $0, high, $3, sum;
-            }
-            """,
-        "=r,r,r,r,r",
-        [words, low, high, sums],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
+    else:
+        return tl.inline_asm_elementwise(
+            """
+                {
+                .reg .b32 low, high, sum;
+                and.b32 low, $1, 0x0F0F0F0F;
+                shr.u32 high, $1, 4;
+                and.b32 high, high, 0x0F0F0F0F;
+                dp4a.u32.s32 sum, low, $2, $4;
+                dp4a.u32.s32 $0, high, $3, sum;
+                }
+                """,
+            "=r,r,r,r,r",
+            [words, low, high, sums],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit

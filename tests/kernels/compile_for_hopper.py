@@ -1,0 +1,69 @@
+"""Compile every kernel for compute capability 9.0 on a machine without a GPU; run by test_compilation.py.
+
+The interpreter runs kernels as Python and forgives what the compiler does not. Here the host code launches kernels as
+ever, on CPU tensors, and each launch is compiled instead of run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+import triton
+from kernel_layers import build_layer, random_input
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from lqer.formats import Int, MXInt, Passthrough
+from lqer.kernels import launch
+from lqer.kernels.tuning import GemmLaunch, GemvLaunch
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
+    torch.uint8: "*u8",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+compiled: set[str] = set()
+
+
+def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+    bound = inspect.signature(self.fn).bind(*args, **kwargs).arguments
+    signature, constants, attributes = {}, {}, {}
+    for position, (parameter, (name, value)) in enumerate(zip(self.params, bound.items(), strict=True)):
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=attributes)
+    triton.compile(source, target=HOPPER, options=options)
+    compiled.add(self.fn.__name__)
+
+
+def main() -> None:
+    JITFunction.run = compile_instead
+    launch.can_chain = lambda x: True
+    x8, bf16 = MXInt(8), torch.bfloat16
+    for number_format in (MXInt(4), MXInt(2), MXInt(3), MXInt(3, 32), MXInt(8), Int(4, 128)):
+        layer = build_layer(number_format, 128, 1024, dtype=bf16)
+        launch.run_gemm(random_input(16, 1024, bf16), layer.packed, GemmLaunch(128, 16, 4, 3, 4))
+    layer = build_layer(MXInt(4), 128, 1024, rank=32, activation=x8, bias=True, dtype=bf16)
+    launch.run_gemv(random_input(1, 1024, bf16), layer.packed, GemvLaunch(16, 4, 4))
+    launch.run_gemm(random_input(64, 1024, bf16), layer.packed, GemmLaunch(128, 64, 2, 3, 8))
+    launch.run_expanded(random_input(300, 1024, bf16), layer.packed)
+    layer = build_layer(Int(4, -1), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))
+    launch.run_gemm(random_input(3, 300, torch.float16), layer.packed, GemmLaunch(64, 16, 1, 3, 4))
+    print(" ".join(sorted(compiled)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
