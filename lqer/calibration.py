@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lqer.blocks import HELD, BlockLoader
 from lqer.errors import ModelError
 from lqer.models import block_linears
+from lqer.spill import Spill
 from lqer.store import Workspace
 from lqer.walker import BlockVisit, walk_blocks
 
@@ -34,11 +36,15 @@ def block_file(index: int) -> str:
 
 
 class SiteStatistics:
-    """Accumulates the statistics of one input site over the batches of the calibration text."""
+    """Accumulates the statistics of one input site over the batches of the calibration text.
 
-    def __init__(self, in_features: int, device: torch.device):
-        self.mean_abs_I = torch.zeros(in_features, device=device)
-        self.square_sum_I = torch.zeros(in_features, dtype=torch.float64, device=device)
+    Accumulators come from `spill`, which puts large ones on disk where the memory budget asks for it.
+    """
+
+    def __init__(self, in_features: int, device: torch.device, spill: Spill | None = None):
+        spill = spill or Spill()
+        self.mean_abs_I = spill.zeros([in_features], torch.float32, device)
+        self.square_sum_I = spill.zeros([in_features], torch.float64, device)
         self.tokens = 0
         self.sample_SI: list[Tensor] = []
 
@@ -62,10 +68,18 @@ class SiteStatistics:
 class BlockObserver:
     """Hooks on the linears of one block: finds which of them share an input and feeds each site's statistics."""
 
-    def __init__(self, linears: dict[str, nn.Linear], tokens: int, sampled: int, device: torch.device):
+    def __init__(
+        self,
+        linears: dict[str, nn.Linear],
+        tokens: int,
+        sampled: int,
+        device: torch.device,
+        spill: Spill | None = None,
+    ):
         self.sites: dict[str, SiteStatistics] = {}
         self.site_of: dict[str, str] = {}
         self._tokens, self._sampled, self._device = tokens, sampled, device
+        self._spill = spill or Spill()
         self._last_input: Tensor | None = None
         self._last_version = 0
         self._last_site = ""
@@ -89,7 +103,9 @@ class BlockObserver:
         site = self.site_of.setdefault(name, name)
         self._last_input, self._last_version, self._last_site = x, x._version, site
         x_NI = x.reshape(-1, x.shape[-1])
-        statistics = self.sites.setdefault(site, SiteStatistics(x.shape[-1], self._device))
+        statistics = self.sites.get(site)
+        if statistics is None:
+            statistics = self.sites[site] = SiteStatistics(x.shape[-1], self._device, self._spill)
         if self._sampled_of != (self._first_token, len(x_NI)):
             self._sampled_of = (self._first_token, len(x_NI))
             self._sampled_N = spread_indices(*self._sampled_of, self._tokens, self._sampled).to(x.device)
@@ -120,18 +136,20 @@ def calibrate(
     batch_size: int,
     error_tokens: int,
     device: torch.device,
+    loader: BlockLoader = HELD,
+    spill: Spill | None = None,
 ) -> None:
     """Gather the statistics of every block that `workspace` does not hold yet.
 
-    windows_WT: int64 token ids. Raises ModelError, naming the linear, where an input is NaN or infinite.
+    windows_WT: int64 token ids. loader: where blocks come from. spill: where hidden states and accumulators lie. Raises ModelError, naming the linear, where an input is NaN or infinite.
     """
     sites: dict[str, str] = workspace.json(SITES_FILE) if SITES_FILE in workspace else {}
-    visits = walk_blocks(model, blocks_name, blocks, windows_WT, batch_size, device)
+    visits = walk_blocks(model, blocks_name, blocks, windows_WT, batch_size, device, loader, spill)
     for visit in tqdm(visits, total=len(blocks), desc="calibrate", unit="block"):
         if block_file(visit.index) in workspace:
             visit.forward()
             continue
-        observer = BlockObserver(block_linears(visit.block), windows_WT.numel(), error_tokens, device)
+        observer = BlockObserver(block_linears(visit.block), windows_WT.numel(), error_tokens, device, spill)
         tensors, block_sites = _observe_block(visit, observer, windows_WT.shape[1])
         sites.update(block_sites)
         # The table first: a block whose file is there is then sure to be in it.
