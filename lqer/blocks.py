@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.models import find_blocks
+from lqer.spill import Spill
 
 
 class BlockLoader(Protocol):
@@ -30,6 +31,9 @@ class BlockLoader(Protocol):
         self, blocks: nn.ModuleList, indices: Sequence[int], device: torch.device
     ) -> Iterator[tuple[int, nn.Module]]:
         """The blocks of these indices in turn, each on `device` until the next is asked for."""
+
+    def settle_in(self, blocks: nn.ModuleList, home: Callable[[int], torch.device]) -> None:
+        """Have all blocks in memory for good, the one of each index on `home(index)`."""
 
 
 class Held:
@@ -46,6 +50,10 @@ class Held:
             home = next(block.parameters()).device
             yield index, block.to(device)
             block.to(home)
+
+    def settle_in(self, blocks: nn.ModuleList, home: Callable[[int], torch.device]) -> None:
+        for index, block in enumerate(blocks):
+            block.to(home(index))
 
 
 @dataclass
@@ -78,6 +86,11 @@ class Streamed:
             yield index, block.to(device)
             _let_go(block)
 
+    def settle_in(self, blocks: nn.ModuleList, home: Callable[[int], torch.device]) -> None:
+        for index, tensors in self._read_all(range(len(blocks))):
+            self.fill(blocks[index], index, tensors, home(index))
+            blocks[index].to(home(index))
+
     def _read_all(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         if not self.ahead:
             for index in indices:
@@ -103,15 +116,19 @@ HELD = Held()
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model with its blocks at hand: `model` is whole, or a skeleton that `loader` fills block by block."""
+    """A model with its blocks at hand: `model` is whole, or a skeleton that `loader` fills block by block.
+
+    device: where it is worked on. spill: where hidden states lie meanwhile.
+    """
 
     model: PreTrainedModel
     name: str
     blocks: nn.ModuleList
     loader: BlockLoader
     device: torch.device
+    spill: Spill
 
     @classmethod
-    def held(cls, model: PreTrainedModel, device: torch.device) -> OpenedModel:
+    def held(cls, model: PreTrainedModel, device: torch.device, spill: Spill) -> OpenedModel:
         """Raises ModelError if the model has no blocks that can be quantized."""
-        return cls(model, *find_blocks(model), HELD, device)
+        return cls(model, *find_blocks(model), HELD, device, spill)

@@ -141,7 +141,8 @@ def calibrate(
 ) -> None:
     """Gather the statistics of every block that `workspace` does not hold yet.
 
-    windows_WT: int64 token ids. loader: where blocks come from. spill: where hidden states and accumulators lie. Raises ModelError, naming the linear, where an input is NaN or infinite.
+    windows_WT: int64 token ids. loader: where blocks come from. spill: where hidden states and accumulators lie.
+    Raises ModelError, naming the linear, where an input is NaN or infinite.
     """
     sites: dict[str, str] = workspace.json(SITES_FILE) if SITES_FILE in workspace else {}
     visits = walk_blocks(model, blocks_name, blocks, windows_WT, batch_size, device, loader, spill)

@@ -32,6 +32,7 @@ from lqer.formats import QuantizedTensor, format_from_dict
 from lqer.layers import QuantizedLinear
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models import pick_device, prepare_model
+from lqer.spill import Spill
 from lqer.store import Workspace
 from lqer.streaming import fill_parameters, read_file, tie
 
@@ -116,14 +117,16 @@ def load_quantized(
     device = pick_device(str(device))
     model, _, blocks, loader = _open(Path(path), device, dtype, backend)
     loader.complete()
-    for index, block in enumerate(blocks):
-        loader.fill(block, index, loader.read(index), device)
-    return model.to(device)
+    loader.settle_in(blocks, lambda index: device)
+    nn.Module.to(model, device)
+    return model
 
 
-def open_quantized(path: Path, device: torch.device, dtype: torch.dtype | None, backend: str) -> OpenedModel:
+def open_quantized(
+    path: Path, device: torch.device, dtype: torch.dtype | None, backend: str, spill: Spill | None = None
+) -> OpenedModel:
     """The same model with its blocks to be read one at a time. Raises ModelError as `load_quantized` does."""
-    return OpenedModel(*_open(path, device, dtype, backend), device)
+    return OpenedModel(*_open(path, device, dtype, backend), device, spill or Spill())
 
 
 def _open(

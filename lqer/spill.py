@@ -29,9 +29,9 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", re.IGNORECASE)
 
 def parse_bytes(size: int | str) -> int:
     """4000000000, "4GB", "3.5 GiB" -> bytes. Raises ValueError for anything else."""
-    match = SIZE.fullmatch(str(size).strip())
+    match = SIZE.fullmatch(str(size).strip()) if type(size) in (int, str) else None
     if match is None or match[2].upper() not in UNITS:
-        raise ValueError(f'must be bytes or a size such as "4GB" or "512MiB", not {size!r}')
+        raise ValueError('must be bytes or a size such as "4GB" or "512MiB"')
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

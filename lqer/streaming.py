@@ -1,8 +1,8 @@
 """Opens a model without loading it: its skeleton, and where on disk the values of each block lie.
 
 That works for a checkpoint in safetensors (one file or shards, a local folder or the hub) whose tensors are the model's
-parameters under the model's own names, give or take the prefix of the base model. Where transformers would rename, merge
-or convert tensors, and for GGUF, the model is loaded whole, and the log says why.
+parameters under the model's own names, give or take the prefix of the base model. Where transformers would rename,
+merge or convert tensors, and for GGUF, the model is loaded whole, and the log says why.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers.utils.hub import cached_file
 
 from lqer.blocks import OpenedModel, Streamed
 from lqer.models import ModelSource, find_blocks, load_model, load_model_config, prepare_model
+from lqer.spill import Spill
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 READ_OPTIONS: dict[str, Any] = {"backend": "pread"} if Version(safetensors.__version__) >= Version("0.8") else {}
 
 
-class LoadedWhole(Exception):
+class NotStreamableError(Exception):
     """Why a model cannot be read block by block."""
 
 
@@ -49,19 +50,23 @@ class StoredTensor:
     transposed: bool
 
 
-def open_model(source: ModelSource, dtype: torch.dtype | str, device: torch.device) -> OpenedModel:
+def open_model(
+    source: ModelSource, dtype: torch.dtype | str, device: torch.device, spill: Spill | None = None
+) -> OpenedModel:
     """The model with its blocks to be read one at a time for work on `device`; whole where that is not possible.
 
     dtype: of the parameters, "auto" is the checkpoint's own. Raises ModelError with the reason if it cannot be loaded.
     """
     try:
-        return _open_streamed(source, dtype, device)
-    except LoadedWhole as reason:
+        return _open_streamed(source, dtype, device, spill or Spill())
+    except NotStreamableError as reason:
         log.info("%s is loaded whole: %s", source.name, reason)
-    return OpenedModel.held(load_model(source, dtype, torch.device("cpu")), device)
+    return OpenedModel.held(load_model(source, dtype, torch.device("cpu")), device, spill or Spill())
 
 
-def _open_streamed(source: ModelSource, dtype: torch.dtype | str, device: torch.device) -> OpenedModel:
+def _open_streamed(
+    source: ModelSource, dtype: torch.dtype | str, device: torch.device, spill: Spill
+) -> OpenedModel:  # fmt: skip
     files = _checkpoint_files(source)
     headers = {file: read_header(file) for file in files}
     model, transposed = _skeleton(source, dtype, headers)
@@ -85,28 +90,28 @@ def _open_streamed(source: ModelSource, dtype: torch.dtype | str, device: torch.
         tie(model)
 
     loader = Streamed(read, fill, surround, ahead=device.type == "cuda")
-    return OpenedModel(model, name, blocks, loader, device)
+    return OpenedModel(model, name, blocks, loader, device, spill)
 
 
 def _checkpoint_files(source: ModelSource) -> list[Path]:
     if source.load_args:
-        raise LoadedWhole("a GGUF file is expanded in one piece")
+        raise NotStreamableError("a GGUF file is expanded in one piece")
     config = load_model_config(source)
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
-            raise LoadedWhole(f"its config.json has a {key}")
+            raise NotStreamableError(f"its config.json has a {key}")
     if (Path(source.path) / "adapter_config.json").exists():
-        raise LoadedWhole("it has an adapter")
+        raise NotStreamableError("it has an adapter")
     single = _file(source, SAFE_WEIGHTS_NAME)
     if single is not None:
         return [single]
     index = _file(source, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
-        raise LoadedWhole(f"it holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+        raise NotStreamableError(f"it holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
     shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     files = [_file(source, shard) for shard in shards]
     if None in files:
-        raise LoadedWhole(f"{shards[files.index(None)]} is missing")
+        raise NotStreamableError(f"{shards[files.index(None)]} is missing")
     return [file for file in files if file is not None]
 
 
@@ -140,7 +145,7 @@ def read_header(file: Path) -> Header:
             )
     except (OSError, safetensors.SafetensorError) as error:
         # Loading it the usual way names what is wrong with the file.
-        raise LoadedWhole(f"{file.name} cannot be read: {error}") from None
+        raise NotStreamableError(f"{file.name} cannot be read: {error}") from None
 
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -160,11 +165,11 @@ def _skeleton(
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        raise LoadedWhole(str(error).strip().splitlines()[0]) from None
+        raise NotStreamableError(str(error).strip().splitlines()[0]) from None
     if get_model_conversion_mapping(model, add_legacy=False):
-        raise LoadedWhole(f"transformers converts the tensors of {type(model).__name__}")
+        raise NotStreamableError(f"transformers converts the tensors of {type(model).__name__}")
     if model._get_dtype_plan(model.dtype):
-        raise LoadedWhole(f"{type(model).__name__} keeps some of its parameters in float32")
+        raise NotStreamableError(f"{type(model).__name__} keeps some of its parameters in float32")
     transposed = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
     )  # fmt: skip
@@ -176,14 +181,12 @@ def _skeleton(
 
 def _load_generation_config(model: PreTrainedModel, source: ModelSource) -> None:
     """As from_pretrained does it: from its own file, else from what config.json says of generation."""
-    for options in ({}, {"config_file_name": "config.json", "_from_model_config": True}):
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(
-                source.path, revision=source.revision, **options
-            )  # fmt: skip
-        except OSError:
-            continue
-        return
+    options: dict[str, Any] = {} if source.revision is None else {"revision": source.revision}
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source.path, **options)
+    except OSError:
+        options |= {"config_file_name": "config.json", "_from_model_config": True}
+        model.generation_config = GenerationConfig.from_pretrained(source.path, **options)
 
 
 def _match(
@@ -202,7 +205,7 @@ def _match(
                 continue
             turned = name in transposed
             if tuple(reversed(shape) if turned else shape) != tuple(expected[name].shape):
-                raise LoadedWhole(f"{stored} has shape {list(shape)}, the model {list(expected[name].shape)}")
+                raise NotStreamableError(f"{stored} has shape {list(shape)}, the model {list(expected[name].shape)}")
             index[name] = StoredTensor(file, stored, turned)
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     missing = [name for name in expected if name not in index and name not in tied]
@@ -210,7 +213,7 @@ def _match(
         target for target, origin in model.all_tied_weights_keys.items() if target not in index and origin not in index
     ]
     if missing:
-        raise LoadedWhole(f"the checkpoint has no tensor {missing[0]}")
+        raise NotStreamableError(f"the checkpoint has no tensor {missing[0]}")
     return index
 
 
@@ -230,7 +233,7 @@ def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = Fal
     """Tensors of one safetensors file by name (None: all), on the CPU; the file stays neither open nor mapped."""
     with safe_open(file, framework="pt", **READ_OPTIONS) as opened:
         tensors = {}
-        for name in opened.keys() if names is None else names:  # noqa: SIM118 (no mapping)
+        for name in opened.keys() if names is None else names:
             tensor = opened.get_tensor(name)
             tensors[name] = tensor.pin_memory() if pinned else tensor if READ_OPTIONS else tensor.clone()
         return tensors

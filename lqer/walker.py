@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lqer.blocks import HELD, BlockLoader
+from lqer.blocks import HELD, BlockLoader, OpenedModel
 from lqer.errors import ModelError
 from lqer.spill import Spill
 
@@ -101,13 +101,8 @@ def walk_blocks(
 
 
 def walk_to_logits(
-    model: PreTrainedModel,
-    name: str,
-    blocks: nn.ModuleList,
+    opened: OpenedModel,
     batches: Sequence[Tensor],
-    device: torch.device,
-    loader: BlockLoader,
-    spill: Spill,
     progress: Callable[[Iterator[BlockVisit]], Iterator[BlockVisit]],
 ) -> Callable[[int], Tensor]:
     """Take all batches (B, T) through the blocks; returns what maps a batch's index to its logits (B, T, V).
@@ -115,9 +110,10 @@ def walk_to_logits(
     The logits are those of the model's own forward pass, which is run with the last block's outputs in its place.
     progress: wraps the visits, to show how far they are.
     """
-    loader.complete()
+    model, name, blocks, device, spill = opened.model, opened.name, opened.blocks, opened.device, opened.spill
+    opened.loader.complete()
     stream = _enter(model, blocks, batches, device, spill)
-    for visit in progress(_visits(name, blocks, stream, device, loader)):
+    for visit in progress(_visits(name, blocks, stream, device, opened.loader)):
         visit.forward()
 
     @torch.no_grad()

@@ -6,18 +6,25 @@ stands for "not quantized", so that a command line can switch off what a preset 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lqer.data import DatasetSpec
 from lqer.formats import Format
 from lqer.methods import METHODS
+from lqer.spill import parse_bytes
 
 NOT_QUANTIZED = "none"
 
 Positive = Annotated[int, Field(gt=0)]
 FormatName = str
+
+
+def _is_size(size: Any) -> Any:
+    if size is not None:
+        parse_bytes(size)
+    return size
 
 
 class Section(BaseModel):
@@ -35,6 +42,13 @@ class CalibrationConfig(Section):
     batch_size: Positive = 2
     # Tokens kept per input site to report each layer's output error on.
     error_tokens: Positive = 256
+    # RAM for hidden states between blocks and statistics in the making, here and in blockwise evaluation; what exceeds
+    # it lies in files under output_dir. Bytes, or a size such as "4GB"; no limit by default.
+    max_memory: Annotated[int | str | None, BeforeValidator(_is_size)] = None
+
+    @property
+    def max_bytes(self) -> int | None:
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
 
 
 class LowRankConfig(Section):
@@ -107,6 +121,8 @@ class EvaluationConfig(Section):
     backend: Literal["auto", "emulate"] = "auto"
     # What is evaluated beside the quantized model: the original, and "plain", the same formats without reconstruction.
     baselines: tuple[Literal["original", "plain"], ...] = ("original",)
+    # One decoder block in memory at a time, over all windows: for models larger than memory. The numbers are the same.
+    blockwise: bool = False
     perplexity: PerplexityConfig | None = None
     downstream: DownstreamConfig | None = None
 
@@ -126,6 +142,8 @@ class Config(Section):
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # "auto" spreads a model over all GPUs for its evaluation; calibration and quantization use one.
+    device_map: Literal["single", "auto"] = "single"
     formats: dict[str, Annotated[Format, Field(discriminator="kind")]] = {}
     calibration: CalibrationConfig = CalibrationConfig()
     quantize: QuantizeConfig
@@ -141,6 +159,7 @@ class Config(Section):
             raise KeyedError(("formats", NOT_QUANTIZED), 'the name "none" is reserved for "not quantized"')
         if quantize.method not in METHODS:
             raise KeyedError(("quantize", "method"), "unknown method", quantize.method, tuple(METHODS))
+        self._check_blockwise()
         self._check_format(("quantize", "weight"), quantize.weight, optional=False)
         for key in ("activation", "bias", "attention"):
             self._check_format(("quantize", key), getattr(quantize, key))
@@ -159,6 +178,18 @@ class Config(Section):
             if rank and not METHODS[quantize.method].reconstructs:
                 raise KeyedError(loc, f'must be 0: quantize.method "{quantize.method}" reconstructs nothing', rank)
         return self
+
+    def _check_blockwise(self) -> None:
+        evaluation = self.evaluation
+        if not evaluation.blockwise:
+            return
+        loc = ("evaluation", "blockwise")
+        if evaluation.downstream is not None:
+            raise KeyedError(loc, "must be false with evaluation.downstream, whose tasks call the whole model")
+        if evaluation.perplexity is not None and evaluation.perplexity.protocol == "lm-eval":
+            raise KeyedError(loc, 'must be false with protocol "lm-eval", which scores the whole model')
+        if self.device_map == "auto":
+            raise KeyedError(loc, 'must be false with device_map = "auto": a block at a time needs one GPU')
 
     def _check_format(self, loc: tuple[str | int, ...], name: str, optional: bool = True) -> None:
         if name == NOT_QUANTIZED and optional:

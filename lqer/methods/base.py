@@ -89,10 +89,15 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class Method:
-    """A named composition: what it needs to know of the inputs, and what it does with one weight."""
+    """A named composition: what it needs to know of the inputs, and what it does with one weight.
+
+    propagate: whether the inputs are those of the original model's blocks or of the blocks quantized so far. Only in
+    the first case can blocks be quantized in any order, and so in shares.
+    """
 
     name: str
     reconstructs: bool
     statistics: frozenset[Statistic]
     scale: Callable[[Statistics], Tensor | None]
     quantize_linear: Callable[[Tensor, Statistics, LinearPlan], QuantizedWeight]
+    propagate: Literal["original", "quantized"] = "original"
