@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lqer.blocks import HELD, BlockLoader
 from lqer.calibration import SITES_FILE, block_file, site_statistics
 from lqer.errors import ConfigError, ModelError
 from lqer.formats import NonFiniteError
@@ -75,15 +76,18 @@ def measure_spectra(
     calibration: Artifact,
     plans: Plans,
     device: torch.device,
+    loader: BlockLoader = HELD,
 ) -> None:
-    """Write the spectra of every block that `workspace` does not hold yet.
+    """Write the spectra of every block that `workspace` does not hold yet; `loader` has the blocks, one at a time.
 
     Raises ModelError, naming the linear, where a weight is NaN or infinite or calibration never reached it.
     """
     sites: dict[str, str] = calibration.json(SITES_FILE)
-    for index, block in enumerate(tqdm(blocks, desc="spectra", unit="block")):
-        if block_file(index) in workspace:
-            continue
+    missing = [index for index in range(len(blocks)) if block_file(index) not in workspace]
+    visits = loader.visits(blocks, missing, torch.device("cpu"))
+    for index, block in tqdm(
+        visits, initial=len(blocks) - len(missing), total=len(blocks), desc="spectra", unit="block"
+    ):
         statistics = {name: tensor.to(device) for name, tensor in calibration.tensors(block_file(index)).items()}
         tensors: dict[str, Tensor] = {}
         for name, linear in block_linears(block).items():

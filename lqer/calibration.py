@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lqer.blocks import HELD, BlockLoader
 from lqer.errors import ModelError
 from lqer.lowrank.precision import full_float32
 from lqer.models import block_linears
+from lqer.spill import Spill
 from lqer.store import Workspace
 from lqer.walker import BlockVisit, walk_blocks
 
@@ -47,18 +49,26 @@ def block_file(index: int) -> str:
 class SiteStatistics:
     """Accumulates the statistics of one input site over the batches of the calibration text.
 
-    requested: those of ON_REQUEST to gather beside the others.
+    requested: those of ON_REQUEST to gather beside the others. Accumulators come from `spill`, which puts large ones on
+    disk where the memory budget asks for it.
     """
 
-    def __init__(self, in_features: int, device: torch.device, requested: Collection[str] = ()):
-        self.mean_abs_I = torch.zeros(in_features, device=device)
-        self.square_sum_I = torch.zeros(in_features, dtype=torch.float64, device=device)
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device,
+        requested: Collection[str] = (),
+        spill: Spill | None = None,
+    ):
+        spill = spill or Spill()
+        self.mean_abs_I = spill.zeros([in_features], torch.float32, device)
+        self.square_sum_I = spill.zeros([in_features], torch.float64, device)
         self.tokens = 0
         self.sample_SI: list[Tensor] = []
         self.max_abs_I = torch.zeros(in_features, device=device) if "max_abs" in requested else None
         self.product_sum_II: Tensor | None = None
         if "autocorrelation" in requested:
-            self.product_sum_II = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+            self.product_sum_II = spill.zeros([in_features, in_features], torch.float64, device)
 
     def add(self, x_NI: Tensor, sampled_N: Tensor) -> None:
         """Take in a batch: x_NI inputs, sampled_N the indices of the tokens to keep."""
@@ -111,10 +121,12 @@ class BlockObserver:
         sampled: int,
         device: torch.device,
         requested: Collection[str] = (),
+        spill: Spill | None = None,
     ):
         self.sites: dict[str, SiteStatistics] = {}
         self.site_of: dict[str, str] = {}
         self._tokens, self._sampled, self._device, self._requested = tokens, sampled, device, requested
+        self._spill = spill or Spill()
         self._last_input: Tensor | None = None
         self._last_version = 0
         self._last_site = ""
@@ -139,7 +151,7 @@ class BlockObserver:
         self._last_input, self._last_version, self._last_site = x, x._version, site
         x_NI = x.reshape(-1, x.shape[-1])
         if site not in self.sites:
-            self.sites[site] = SiteStatistics(x.shape[-1], self._device, self._requested)
+            self.sites[site] = SiteStatistics(x.shape[-1], self._device, self._requested, self._spill)
         statistics = self.sites[site]
         if self._sampled_of != (self._first_token, len(x_NI)):
             self._sampled_of = (self._first_token, len(x_NI))
@@ -172,19 +184,22 @@ def calibrate(
     error_tokens: int,
     device: torch.device,
     requested: Collection[str] = (),
+    loader: BlockLoader = HELD,
+    spill: Spill | None = None,
 ) -> None:
     """Gather the statistics of every block that `workspace` does not hold yet.
 
     windows_WT: int64 token ids. requested: statistics of ON_REQUEST, of which one block's are in memory at a time.
+    loader: where blocks come from. spill: where hidden states and accumulators lie.
     Raises ModelError, naming the linear, where an input is NaN or infinite.
     """
     sites: dict[str, str] = workspace.json(SITES_FILE) if SITES_FILE in workspace else {}
-    visits = walk_blocks(model, blocks_name, blocks, windows_WT, batch_size, device)
+    visits = walk_blocks(model, blocks_name, blocks, windows_WT, batch_size, device, loader, spill)
     for visit in tqdm(visits, total=len(blocks), desc="calibrate", unit="block"):
         if block_file(visit.index) in workspace:
             visit.forward()
             continue
-        observer = BlockObserver(block_linears(visit.block), windows_WT.numel(), error_tokens, device, requested)
+        observer = BlockObserver(block_linears(visit.block), windows_WT.numel(), error_tokens, device, requested, spill)
         tensors, block_sites = _observe_block(visit, observer, windows_WT.shape[1])
         sites.update(block_sites)
         # The table first: a block whose file is there is then sure to be in it.

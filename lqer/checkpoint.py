@@ -17,23 +17,25 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.attention import QuantizedAttention, quantize_attention
 from lqer.backend import BACKENDS, Backend, resolve_backend
+from lqer.blocks import OpenedModel, Streamed
 from lqer.calibration import block_file
 from lqer.errors import ModelError
 from lqer.formats import NumberFormat, QuantizedTensor, format_from_dict
 from lqer.layers import QuantizedLinear
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models import pick_device, prepare_model
+from lqer.spill import Spill
 from lqer.store import Workspace
+from lqer.streaming import fill_parameters, read_file, tie
 
 DETAILS_FILE = "lqer.json"
 OUTSIDE_FILE = "outside.safetensors"
@@ -114,7 +116,25 @@ def load_quantized(
     "auto", kernels where they can run all of the checkpoint. Raises ModelError if the folder is no quantized checkpoint
     or the kernels cannot run it.
     """
-    path = Path(path)
+    device = pick_device(str(device))
+    model, _, blocks, loader = _open(Path(path), device, dtype, backend)
+    loader.complete()
+    loader.settle_in(blocks, lambda index: device)
+    nn.Module.to(model, device)
+    return model
+
+
+def open_quantized(
+    path: Path, device: torch.device, dtype: torch.dtype | None, backend: str, spill: Spill | None = None
+) -> OpenedModel:
+    """The same model with its blocks to be read one at a time. Raises ModelError as `load_quantized` does."""
+    return OpenedModel(*_open(path, device, dtype, backend), device, spill or Spill())
+
+
+def _open(
+    path: Path, device: torch.device, dtype: torch.dtype | None, backend: str
+) -> tuple[PreTrainedModel, str, nn.ModuleList, Streamed]:
+    """The skeleton, the name of its blocks, the blocks, and what fills them."""
     if backend not in BACKENDS:
         raise ModelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if not (path / DETAILS_FILE).exists():
@@ -122,24 +142,36 @@ def load_quantized(
     details = json.loads((path / DETAILS_FILE).read_text(encoding="utf-8"))
     if details["format_version"] != FORMAT_VERSION:
         raise ModelError(f"{path / DETAILS_FILE}: format_version {details['format_version']} is not {FORMAT_VERSION}")
-    device = pick_device(str(device))
     config = AutoConfig.from_pretrained(path)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else (getattr(config, "dtype", None) or torch.bfloat16)
     formats = {name: _formats(entry) for name, entry in details["linears"].items()}
     resolved = resolve_backend(backend, device, dtype, formats)
+    target: torch.dtype = dtype
 
     # Parameters stay on the meta device until their values are read; buffers (rotary tables) are computed for real.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=target)
     prepare_model(model)
-    _fill(model, load_file(path / OUTSIDE_FILE), {}, device, dtype, resolved)
-    for index in range(details["blocks"]["count"]):
-        prefix = f"{details['blocks']['name']}.{index}."
-        linears = {name: entry for name, entry in details["linears"].items() if name.startswith(prefix)}
-        _fill(model, load_file(path / block_file(index)), linears, device, dtype, resolved)
-    _tie(model)
-    _refuse_unfilled(model, path)
+    name = details["blocks"]["name"]
+    blocks = cast(nn.ModuleList, model.get_submodule(name))
+
+    def read(index: int) -> dict[str, Tensor]:
+        prefix = f"{name}.{index}."
+        stored = read_file(path / block_file(index), pinned=device.type == "cuda")
+        return {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
+
+    def fill(block: nn.Module, index: int, tensors: dict[str, Tensor], where: torch.device) -> None:
+        prefix = f"{name}.{index}."
+        linears = {key.removeprefix(prefix): e for key, e in details["linears"].items() if key.startswith(prefix)}
+        _fill(block, tensors, linears, where, target, resolved)
+        _refuse_unfilled(path, prefix, block)
+
+    def surround() -> None:
+        fill_parameters(model, read_file(path / OUTSIDE_FILE), device, target)
+        tie(model)
+        _refuse_unfilled(path, "", model, besides=f"{name}.")
+
     if details["attention"] is not None:
         operand = format_from_dict(details["attention"]["format"])
         quantize_attention(model, QuantizedAttention(operand, details["attention"]["blocks"]))
@@ -147,7 +179,7 @@ def load_quantized(
     model.save_pretrained = _refuse_saving
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return model.to(device).eval()
+    return model.eval(), name, blocks, Streamed(read, fill, surround, ahead=device.type == "cuda")
 
 
 def _formats(entry: Mapping[str, Any]) -> tuple[NumberFormat, NumberFormat | None]:
@@ -161,27 +193,22 @@ def _refuse_saving(*arguments: Any, **options: Any) -> None:
 
 
 def _fill(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
+    module: nn.Module,
+    tensors: dict[str, Tensor],
     linears: Mapping[str, Mapping[str, Any]],
     device: torch.device,
     dtype: torch.dtype,
     backend: Backend,
 ) -> None:
-    """Put the tensors of one file into the model: quantized linears as modules, the rest as parameters and buffers."""
-    taken: set[str] = set()
+    """Put tensors into the module they are named in: quantized linears as modules, the rest as parameters and buffers.
+
+    Takes them out of the dictionary.
+    """
     for name, entry in linears.items():
-        model.set_submodule(name, _linear(tensors, name, entry, device, dtype, backend))
-        taken |= {key for key in tensors if key.startswith(f"{name}.")}
-    for key in tensors.keys() - taken:
-        owner_name, _, leaf = key.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        tensor = tensors[key].to(device)
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if leaf in owner._parameters:
-            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-        else:
-            owner.register_buffer(leaf, tensor)
+        module.set_submodule(name, _linear(tensors, name, entry, device, dtype, backend))
+        for key in [key for key in tensors if key.startswith(f"{name}.")]:
+            del tensors[key]
+    fill_parameters(module, tensors, device, dtype)
 
 
 def _linear(
@@ -220,13 +247,11 @@ def _unpack(
     return format_from_dict(described["format"]).unpack(packed, tuple(described["shape"]), described["axis"])
 
 
-def _tie(model: PreTrainedModel) -> None:
-    """Share the weights that the checkpoint holds once; those it holds apart stay apart, whatever the config says."""
-    missing = {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.is_meta}
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-
-
-def _refuse_unfilled(model: nn.Module, path: Path) -> None:
-    missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+def _refuse_unfilled(path: Path, prefix: str, module: nn.Module, besides: str | None = None) -> None:
+    missing = [
+        f"{prefix}{name}"
+        for name, tensor in module.named_parameters()
+        if tensor.is_meta and not (besides and name.startswith(besides))
+    ]
     if missing:
         raise ModelError(f"{path} holds no values for {missing[0]} ({len(missing)} parameters in all)")

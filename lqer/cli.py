@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from lqer.errors import ConfigError, LqerError
+from lqer.shares import Share, parse_share
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 
@@ -21,14 +22,29 @@ def main(arguments: Sequence[str], usage: str) -> int:
         print(usage.strip())
         return EXIT_OK if arguments else EXIT_USER_ERROR
     try:
+        share, arguments = take_share(arguments)
         validate_only, path, tag, overrides = split_arguments(arguments)
-        return _run(path, tag, overrides, validate_only)
+        return _run(path, tag, overrides, validate_only, share)
     except LqerError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def take_share(arguments: Sequence[str]) -> tuple[Share | None, list[str]]:
+    """The share of `--chunk i/n` or `--chunk=i/n`, and the other arguments. Raises ConfigError for another form."""
+    rest = list(arguments)
+    found = [place for place, argument in enumerate(rest) if argument.partition("=")[0] == "--chunk"]
+    if not found:
+        return None, rest
+    if len(found) > 1:
+        raise ConfigError("--chunk: given twice")
+    _, equals, text = rest.pop(found[0]).partition("=")
+    if not equals:
+        text = rest.pop(found[0]) if found[0] < len(rest) else ""
+    return parse_share(text), rest
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[bool, str, str | None, list[str]]:
@@ -43,7 +59,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[bool, str, str | None, li
     return "--validate" in arguments, words[0], words[1] if len(words) == 2 else None, overrides
 
 
-def _run(path: str, tag: str | None, overrides: list[str], validate_only: bool) -> int:
+def _run(path: str, tag: str | None, overrides: list[str], validate_only: bool, share: Share | None) -> int:
     _quieten_libraries()
     from lqer.config import read_config
 
@@ -57,7 +73,9 @@ def _run(path: str, tag: str | None, overrides: list[str], validate_only: bool) 
     if validate_only:
         print(pipeline.describe(config))
         return EXIT_OK
-    results = pipeline.run(config)
+    results = pipeline.run_share(config, share)
+    if results is None:
+        return EXIT_OK
     from lqer.report.write import REPORT_FILE, summary_table
 
     print(f"\n{results['model']['description']}\n\n{summary_table(results)}\n")

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import tomli_w
@@ -22,18 +21,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lqer.allocation import Budget, check_budget, measure_spectra, share_out_ranks, spectra_key
 from lqer.backend import Backend, resolve_backend
 from lqer.bits import average_bits
-from lqer.calibration import ON_REQUEST, calibrate, calibration_key
-from lqer.checkpoint import load_quantized
+from lqer.blocks import OpenedModel
+from lqer.calibration import ON_REQUEST, block_file, calibrate, calibration_key
+from lqer.checkpoint import load_quantized, open_quantized
 from lqer.config import Config
 from lqer.config.schema import NOT_QUANTIZED, LowRankConfig
 from lqer.data import calibration_windows, load_rows, tokens_sha256
-from lqer.errors import HubError
+from lqer.dispatch import spread
+from lqer.errors import ConfigError, HubError
 from lqer.evaluation.stage import Candidate, evaluate
 from lqer.files import write_text
 from lqer.methods import METHODS, LinearPlan
-from lqer.models import ModelSource, find_blocks, load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
+from lqer.models import ModelSource, load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
 from lqer.outline import Outline, plan_model, read_outline
-from lqer.quantization import QuantizeSettings, quantization_key, quantize
+from lqer.quantization import QuantizeSettings, quantization_key, quantize, quantize_blocks
 from lqer.report.environment import device_name, peak_memory_bytes, versions
 from lqer.report.results import (
     SCHEMA_VERSION,
@@ -46,7 +47,10 @@ from lqer.report.results import (
     Seconds,
 )
 from lqer.report.write import LAYERS_FILE, RESULTS_FILE, layer_rows, write_run
-from lqer.store import Artifact, Store
+from lqer.shares import Share
+from lqer.spill import Spill
+from lqer.store import Artifact, Store, Workspace
+from lqer.streaming import open_model
 from lqer.tracking import track
 
 log = logging.getLogger(__name__)
@@ -73,6 +77,14 @@ class Setting:
         plans = [plan for plan in self.plans.values() if plan is not None]
         return ON_REQUEST & frozenset().union(*(METHODS[plan.method].statistics_for(plan) for plan in plans))
 
+    @property
+    def store_path(self) -> Path:
+        return Path(self.config.output_dir) / "store"
+
+    def spill(self) -> Spill:
+        """Memory for hidden states and statistics within calibration.max_memory; what exceeds it lies in the store."""
+        return Spill(self.config.calibration.max_bytes, self.store_path)
+
 
 def prepare(config: Config) -> Setting:
     """Resolve everything that can be wrong before any work is done. Raises LqerError."""
@@ -97,6 +109,19 @@ def prepare(config: Config) -> Setting:
 
 def run(config: Config) -> Results:
     """Run the experiment, or what of it the store does not hold yet, and write its folder. Returns results.json."""
+    results = run_share(config, None)
+    assert results is not None, "only a share may end before the others"
+    return results
+
+
+def run_share(config: Config, share: Share | None) -> Results | None:
+    """The same by one of several processes: quantize the share's blocks alone.
+
+    Returns None, having said so, where other shares are still missing; else goes on to evaluate and report. Raises
+    ConfigError for a method whose blocks must be quantized in order.
+    """
+    if share is not None:
+        _refuse_sharing(config, share)
     started = time.monotonic()
     folder = Path(config.output_dir) / config.tag
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,10 +129,19 @@ def run(config: Config) -> Results:
     write_text(folder / CONFIG_FILE, tomli_w.dumps(resolved))
     (folder / RESULTS_FILE).unlink(missing_ok=True)
     with _logging_to(folder / "run.log"):
-        results = _run(config, folder, started)
-    if config.tracking is not None:
+        results = _run(config, folder, started, share)
+    if config.tracking is not None and results is not None:
         track(config.tracking, results)
     return results
+
+
+def _refuse_sharing(config: Config, share: Share) -> None:
+    method = METHODS[config.quantize.method]
+    if method.propagate != "original":
+        raise ConfigError(
+            f"--chunk {share}: quantize.method {method.name!r} takes the inputs of a block from the quantized blocks "
+            "before it, so blocks cannot be quantized apart: run it without --chunk"
+        )
 
 
 def describe(config: Config) -> str:
@@ -140,9 +174,9 @@ def _shown(config: Config, format_name: str) -> str:
     return f"{format_name} ({number_format.kind}, {number_format.bits_per_value(4096):g} bits)"
 
 
-def _run(config: Config, folder: Path, started: float) -> Results:
+def _run(config: Config, folder: Path, started: float, share: Share | None) -> Results | None:
     setting = prepare(config)
-    store = Store(Path(config.output_dir) / "store", log.info)
+    store = Store(setting.store_path, log.info)
     tokenizer = load_tokenizer(setting.source)
     log.info(
         "%s: %s, %d linears in %d blocks, on %s",
@@ -151,18 +185,23 @@ def _run(config: Config, folder: Path, started: float) -> Results:
 
     calibration, calibration_info = _calibrate(setting, store, tokenizer)
     budget = _share_out(setting, store, calibration)
-    checkpoint = _quantize(setting, store, tokenizer, calibration, setting.plans if budget is None else budget.plans)
+    ranked = setting.plans if budget is None else budget.plans
+    checkpoint = _quantize(setting, store, tokenizer, calibration, ranked, share)
+    plain: Artifact | None = None
+    with_plain = "plain" in config.evaluation.baselines
+    if with_plain:
+        plans = {name: plan and plan.plain() for name, plan in setting.plans.items()}
+        plain = _quantize(setting, store, tokenizer, calibration, plans, share)
+    if checkpoint is None or (with_plain and plain is None):
+        log.info("share %s is done; others are not there yet: whoever finishes last goes on to evaluate", share)
+        return None
     _link(folder / CHECKPOINT_LINK, checkpoint.path)
 
     candidates = {"quantized": _candidate_from_checkpoint(setting, checkpoint)}
-    plain: Artifact | None = None
-    if "plain" in config.evaluation.baselines:
-        plans = {name: plan and plan.plain() for name, plan in setting.plans.items()}
-        plain = _quantize(setting, store, tokenizer, calibration, plans)
+    if plain is not None:
         candidates["plain"] = _candidate_from_checkpoint(setting, plain)
     if "original" in config.evaluation.baselines:
-        load = partial(load_model, setting.source, setting.dtype, setting.device)
-        candidates["original"] = Candidate(setting.source.fingerprint, load)
+        candidates["original"] = Candidate(setting.source.fingerprint, lambda: _load_original(setting))
     arithmetic = {"dtype": str(setting.dtype), "device": setting.device.type, "backend": setting.backend}
     evaluation = evaluate(config.evaluation, candidates, tokenizer, store, arithmetic, config.seed)
 
@@ -186,7 +225,7 @@ def _run(config: Config, folder: Path, started: float) -> Results:
             evaluate=evaluation.seconds,
             total=round(time.monotonic() - started, 3),
         ),
-        peak_memory_bytes=peak_memory_bytes(setting.device),
+        peak_memory_bytes=peak_memory_bytes(setting.device, all_gpus=config.device_map == "auto"),
         device=device_name(setting.device),
     )
     write_run(folder, results, rows, checkpoint, setting.outline.blocks)
@@ -204,11 +243,10 @@ def _calibrate(setting: Setting, store: Store, tokenizer: PreTrainedTokenizerBas
     )  # fmt: skip
 
     def make(workspace):
-        model = load_model(setting.source, setting.dtype, torch.device("cpu"))
-        name, blocks = find_blocks(model)
+        opened = open_model(setting.source, setting.dtype, setting.device, setting.spill())
         calibrate(
-            workspace, model, name, blocks, windows_WT, settings.batch_size, settings.error_tokens, setting.device,
-            setting.requested,
+            workspace, opened.model, opened.name, opened.blocks, windows_WT, settings.batch_size, settings.error_tokens,
+            setting.device, setting.requested, opened.loader, opened.spill,
         )  # fmt: skip
 
     artifact = _obtain(store, "calibrate", key, make)
@@ -229,8 +267,10 @@ def _share_out(setting: Setting, store: Store, calibration: Artifact) -> Budget 
     key = spectra_key(calibration.content, setting.source.fingerprint, setting.plans, setting.device)
 
     def make(workspace):
-        name, blocks = find_blocks(load_model(setting.source, "auto", torch.device("cpu")))
-        measure_spectra(workspace, name, blocks, calibration, setting.plans, setting.device)
+        opened = open_model(setting.source, "auto", setting.device)
+        measure_spectra(
+            workspace, opened.name, opened.blocks, calibration, setting.plans, setting.device, opened.loader
+        )
 
     spectra = _obtain(store, "spectra", key, make)
     budget = share_out_ranks(setting.plans, spectra, setting.outline.blocks, setting.outline.linears, budget_bits)
@@ -258,7 +298,9 @@ def _quantize(
     tokenizer: PreTrainedTokenizerBase,
     calibration: Artifact,
     plans: dict[str, LinearPlan | None],
-) -> Artifact:
+    share: Share | None,
+) -> Artifact | None:
+    """The checkpoint, made whole or, with a share, together with other processes: None while theirs are missing."""
     quantize_config = setting.config.quantize
     attention = None
     if quantize_config.attention != NOT_QUANTIZED:
@@ -267,29 +309,74 @@ def _quantize(
     settings = QuantizeSettings(plans, attention, setting.config.seed)
     key = quantization_key(calibration.content, setting.source.fingerprint, settings, setting.device)
 
-    def make(workspace):
-        model = load_model(setting.source, "auto", torch.device("cpu"))
-        name, blocks = find_blocks(model)
-        quantize(workspace, model, tokenizer, name, blocks, calibration, settings, setting.device)
+    opened: OpenedModel | None = None
+
+    def model() -> OpenedModel:
+        nonlocal opened
+        opened = opened or open_model(setting.source, "auto", setting.device)
+        return opened
+
+    def make(workspace: Workspace) -> None:
+        original = model()
+        quantize(
+            workspace, original.model, tokenizer, original.name, original.blocks, calibration, settings, setting.device,
+            original.loader,
+        )  # fmt: skip
+
+    total = setting.outline.blocks
+
+    def contribute(workspace: Workspace) -> None:
+        assert share is not None
+        original = model()
+        quantize_blocks(
+            workspace, share.blocks(total), original.name, original.blocks, calibration, settings, setting.device,
+            original.loader,
+        )  # fmt: skip
+
+    def is_whole(workspace: Workspace) -> bool:
+        return all(block_file(index) in workspace for index in range(total))
 
     plain = not any(plan and plan.rank for plan in plans.values())
-    return _obtain(store, "quantize", key, make, " (plain rounding)" if plain else "")
+    label = " (plain rounding)" if plain else ""
+    if share is None:
+        return _obtain(store, "quantize", key, make, label)
+    _say_if_reused(store, "quantize", key, label)
+    return store.share("quantize", key, contribute, is_whole, make)
 
 
 def _obtain(store: Store, stage: str, key, make: Callable, label: str = "") -> Artifact:
     """store.obtain with a word to the user; `label` tells artifacts of one stage apart."""
-    path = store.path(stage, key)
-    if store.find(stage, key) is not None:
-        log.info("%s%s: reused, %s", stage, label, path.name)
+    _say_if_reused(store, stage, key, label)
     return store.obtain(stage, key, make)
 
 
+def _say_if_reused(store: Store, stage: str, key, label: str) -> None:
+    if store.find(stage, key) is not None:
+        log.info("%s%s: reused, %s", stage, label, store.path(stage, key).name)
+
+
+def _load_original(setting: Setting) -> PreTrainedModel | OpenedModel:
+    if setting.config.evaluation.blockwise:
+        return open_model(setting.source, setting.dtype, setting.device, setting.spill())
+    if _several_gpus(setting):
+        return spread(open_model(setting.source, setting.dtype, torch.device("cpu")))
+    return load_model(setting.source, setting.dtype, setting.device)
+
+
 def _candidate_from_checkpoint(setting: Setting, checkpoint: Artifact) -> Candidate:
-    def load() -> PreTrainedModel:
+    def load() -> PreTrainedModel | OpenedModel:
         checkpoint.verify()
+        if setting.config.evaluation.blockwise:
+            return open_quantized(checkpoint.path, setting.device, setting.dtype, setting.backend, setting.spill())
+        if _several_gpus(setting):
+            return spread(open_quantized(checkpoint.path, torch.device("cpu"), setting.dtype, setting.backend))
         return load_quantized(checkpoint.path, setting.device, setting.dtype, setting.backend)
 
     return Candidate(checkpoint.content, load)
+
+
+def _several_gpus(setting: Setting) -> bool:
+    return setting.config.device_map == "auto" and setting.device.type == "cuda" and torch.cuda.device_count() > 1
 
 
 def _model_info(setting: Setting, rows: list[dict]) -> ModelInfo:

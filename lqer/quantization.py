@@ -9,7 +9,7 @@ Shapes: I in_features, O out_features, S sampled tokens, K = min(I, O).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.bits import average_bits
+from lqer.blocks import HELD, BlockLoader
 from lqer.calibration import SITES_FILE, block_file, site_statistics
 from lqer.checkpoint import describe_linear, pack_linear, write_surroundings
 from lqer.errors import ModelError
@@ -74,46 +75,14 @@ def quantize(
     calibration: Artifact,
     settings: QuantizeSettings,
     device: torch.device,
+    loader: BlockLoader = HELD,
 ) -> None:
     """Write the files of every block that `workspace` does not hold yet, then what lies around the blocks.
 
-    `model` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, where a
-    weight is NaN or infinite or was never reached by the calibration text.
+    `model` holds the original weights in the checkpoint's own dtype; `loader` has its blocks, one at a time. Raises
+    ModelError, naming the linear, where a weight is NaN or infinite or was never reached by the calibration text.
     """
-    sites = calibration.json(SITES_FILE)
-    spectra_blocks = {0, len(blocks) // 2, len(blocks) - 1}
-    for index, block in enumerate(tqdm(blocks, desc="quantize", unit="block")):
-        if block_file(index) in workspace:
-            continue
-        torch.manual_seed(settings.seed)
-        statistics = {name: tensor.to(device) for name, tensor in calibration.tensors(block_file(index)).items()}
-        prefix = f"{blocks_name}.{index}"
-        tensors = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
-        rows, spectra = [], {}
-        for name, linear in block_linears(block).items():
-            full_name = f"{prefix}.{name}"
-            plan = settings.plans[full_name]
-            if plan is None:
-                continue
-            site = site_statistics(statistics, sites, full_name)
-            weight_OI = linear.weight.detach().to(device, torch.float32)
-            weight, bias = _quantize_one(full_name, weight_OI, linear.bias, site, plan)
-            del tensors[f"{full_name}.weight"]
-            if bias is not None:
-                del tensors[f"{full_name}.bias"]
-            tensors |= pack_linear(full_name, weight, bias)
-            entry = describe_linear(plan, weight, has_bias=linear.bias is not None)
-            rounded_OI = _rounded_alone(weight_OI, weight, site, plan)
-            rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | {"entry": entry})
-            if index in spectra_blocks:
-                error_OI, scale_I = weight_OI - rounded_OI, activation_scale(site["mean_abs"])
-                spectra[f"{full_name}.plain"] = singular_values(error_OI, Metric())
-                spectra[f"{full_name}.scaled"] = singular_values(error_OI, Metric(scale_I=scale_I))
-        if spectra:
-            workspace.write_tensors(spectra_file(index), spectra)
-        workspace.write_json(layers_file(index), rows)
-        # Last: a block counts as done once its tensors are there.
-        workspace.write_tensors(block_file(index), tensors)
+    quantize_blocks(workspace, range(len(blocks)), blocks_name, blocks, calibration, settings, device, loader)
     rows = [row for index in range(len(blocks)) for row in workspace.json(layers_file(index))]
     details = {
         "blocks": {"name": blocks_name, "count": len(blocks)},
@@ -121,7 +90,72 @@ def quantize(
         "attention": settings.attention,
         "bits": average_bits(rows),
     }
+    loader.complete()
     write_surroundings(workspace, model, tokenizer, details)
+
+
+def quantize_blocks(
+    workspace: Workspace,
+    share: Sequence[int],
+    blocks_name: str,
+    blocks: nn.ModuleList,
+    calibration: Artifact,
+    settings: QuantizeSettings,
+    device: torch.device,
+    loader: BlockLoader = HELD,
+) -> None:
+    """The same for the blocks of a share alone, and for nothing around them."""
+    sites = calibration.json(SITES_FILE)
+    missing = [index for index in share if block_file(index) not in workspace]
+    with tqdm(initial=len(share) - len(missing), total=len(share), desc="quantize", unit="block") as bar:
+        for index, block in loader.visits(blocks, missing, torch.device("cpu")):
+            statistics = calibration.tensors(block_file(index))
+            with_spectra = index in {0, len(blocks) // 2, len(blocks) - 1}
+            _quantize_block(workspace, index, f"{blocks_name}.{index}", block, sites, statistics, settings, device,
+                            with_spectra)  # fmt: skip
+            bar.update()
+
+
+def _quantize_block(
+    workspace: Workspace,
+    index: int,
+    prefix: str,
+    block: nn.Module,
+    sites: Mapping[str, str],
+    statistics: Mapping[str, Tensor],
+    settings: QuantizeSettings,
+    device: torch.device,
+    with_spectra: bool,
+) -> None:
+    """Write one block's files; a function, so that one block's tensors are gone before the next one's."""
+    torch.manual_seed(settings.seed)
+    statistics = {name: tensor.to(device) for name, tensor in statistics.items()}
+    tensors = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
+    rows, spectra = [], {}
+    for name, linear in block_linears(block).items():
+        full_name = f"{prefix}.{name}"
+        plan = settings.plans[full_name]
+        if plan is None:
+            continue
+        site = site_statistics(statistics, sites, full_name)
+        weight_OI = linear.weight.detach().to(device, torch.float32)
+        weight, bias = _quantize_one(full_name, weight_OI, linear.bias, site, plan)
+        del tensors[f"{full_name}.weight"]
+        if bias is not None:
+            del tensors[f"{full_name}.bias"]
+        tensors |= pack_linear(full_name, weight, bias)
+        entry = describe_linear(plan, weight, has_bias=linear.bias is not None)
+        rounded_OI = _rounded_alone(weight_OI, weight, site, plan)
+        rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | {"entry": entry})
+        if with_spectra:
+            error_OI, scale_I = weight_OI - rounded_OI, activation_scale(site["mean_abs"])
+            spectra[f"{full_name}.plain"] = singular_values(error_OI, Metric())
+            spectra[f"{full_name}.scaled"] = singular_values(error_OI, Metric(scale_I=scale_I))
+    if spectra:
+        workspace.write_tensors(spectra_file(index), spectra)
+    workspace.write_json(layers_file(index), rows)
+    # Last: a block counts as done once its tensors are there.
+    workspace.write_tensors(block_file(index), tensors)
 
 
 def _quantize_one(

@@ -5,6 +5,9 @@ built in `<name>.partial`, file by file; each file is written beside its place, 
 its sha256 into a journal. A killed build goes on with the files that the journal vouches for. A finished one gets a
 manifest and its name. Every file is checked against its recorded sha256 before it is used: a damaged one is refused by
 name.
+
+An artifact has one lock. Who makes it alone holds the lock throughout; processes that make shares of it hold it for
+each file they write. So the journal knows the files of all of them, and nobody finishes under another's hands.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,22 +79,38 @@ class Artifact:
 
 
 class Workspace:
-    """An artifact in the making: files already journalled survive a kill."""
+    """An artifact in the making: files already journalled survive a kill.
 
-    def __init__(self, path: Path):
+    Several processes may write to one folder, each under `guard`, the artifact's lock. `is_finished` tells whether
+    another of them has finished the artifact: what is written then is dropped, being there already.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        guard: AbstractContextManager | None = None,
+        is_finished: Callable[[], bool] = lambda: False,
+    ):
         self.path = path
+        self._guard = guard or nullcontext()
+        self._is_finished = is_finished
         path.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, str] = {}
         self._seconds = 0.0
         self._since = time.monotonic()
-        if (path / JOURNAL).exists():
-            try:
-                journal = json.loads((path / JOURNAL).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise StoreError(f"{path / JOURNAL} is damaged ({error}); {_mend(path)}") from None
-            self._files, self._seconds = journal["files"], journal["seconds"]
+        self.refresh()
         for name, recorded in self._files.items():
             _check(path / name, recorded, path)
+
+    def refresh(self) -> None:
+        """Learn of the files that other processes have written."""
+        if not (self.path / JOURNAL).exists():
+            return
+        try:
+            journal = json.loads((self.path / JOURNAL).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise StoreError(f"{self.path / JOURNAL} is damaged ({error}); {_mend(self.path)}") from None
+        self._files, self._seconds = journal["files"], journal["seconds"]
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -111,12 +130,18 @@ class Workspace:
         self.write(name, lambda beside: beside.write_text(json_text(value), encoding="utf-8"))
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        write_atomically(self.path / name, write)
-        self._files[name] = hash_file(self.path / name)
-        write_json(self.path / JOURNAL, {"files": self._files, "seconds": self._elapsed()})
+        with self._guard:
+            if self._is_finished():
+                return
+            write_atomically(self.path / name, write)
+            self.refresh()
+            self._files[name] = hash_file(self.path / name)
+            self._spend()
+            write_json(self.path / JOURNAL, {"files": self._files, "seconds": self._seconds})
 
     def finish(self, destination: Path, key: Any) -> None:
-        manifest = {"key": key, "files": dict(sorted(self._files.items())), "seconds": round(self._elapsed(), 3)}
+        self._spend()
+        manifest = {"key": key, "files": dict(sorted(self._files.items())), "seconds": round(self._seconds, 3)}
         write_json(self.path / MANIFEST, manifest)
         for stray in self.path.iterdir():
             if stray.name not in (MANIFEST, JOURNAL) and stray.name not in self._files:
@@ -126,8 +151,11 @@ class Workspace:
         # After the rename: a kill just before it must not cost the whole build.
         (destination / JOURNAL).unlink(missing_ok=True)
 
-    def _elapsed(self) -> float:
-        return self._seconds + time.monotonic() - self._since
+    def _spend(self) -> None:
+        """Add this process's time since the last file to that of all processes."""
+        now = time.monotonic()
+        self._seconds += now - self._since
+        self._since = now
 
 
 class Store:
@@ -152,26 +180,60 @@ class Store:
         of an interrupted or finished build are damaged.
         """
         path = self.path(stage, key)
-        with self._lock(path):
+        with self._locked(path):
             artifact = self.find(stage, key)
             if artifact is None:
-                workspace = Workspace(path.with_name(f"{path.name}.partial"))
+                workspace = Workspace(self._partial(path))
                 make(workspace)
                 workspace.finish(path, key)
                 artifact = Artifact(path)
             return artifact
 
+    def share(
+        self,
+        stage: str,
+        key: Any,
+        contribute: Callable[[Workspace], None],
+        is_whole: Callable[[Workspace], bool],
+        make: Callable[[Workspace], None],
+    ) -> Artifact | None:
+        """Do a share of an artifact's making beside other processes.
+
+        `contribute` writes the share's files. If all shares are there then, as `is_whole` tells, `make` writes what is
+        left and the artifact is returned; else None. Raises StoreError as `obtain` does.
+        """
+        path = self.path(stage, key)
+        with self._locked(path) as lock:
+            artifact = self.find(stage, key)
+            if artifact is not None:
+                return artifact
+            workspace = Workspace(self._partial(path), lock, lambda: self.find(stage, key) is not None)
+        contribute(workspace)
+        with self._locked(path, lock):
+            artifact = self.find(stage, key)
+            if artifact is not None:
+                return artifact
+            workspace.refresh()
+            if not is_whole(workspace):
+                return None
+            make(workspace)
+            workspace.finish(path, key)
+            return Artifact(path)
+
+    def _partial(self, path: Path) -> Path:
+        return path.with_name(f"{path.name}.partial")
+
     @contextmanager
-    def _lock(self, path: Path):
+    def _locked(self, path: Path, lock: BaseFileLock | None = None) -> Iterator[BaseFileLock]:
         self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        lock = lock or FileLock(path.with_name(f".{path.name}.lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
             self._say(f"waiting for another process that makes {path.name}")
             lock.acquire()
         try:
-            yield
+            yield lock
         finally:
             lock.release()
 

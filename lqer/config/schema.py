@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
 
 from lqer.data import DatasetSpec
 from lqer.formats import Format
@@ -16,6 +24,7 @@ from lqer.lowrank.solver import Solver
 from lqer.methods import METHODS
 from lqer.rounding import ROUNDINGS, Nearest, Rounding, rounding_from_dict
 from lqer.spelling import did_you_mean
+from lqer.spill import parse_bytes
 
 NOT_QUANTIZED = "none"
 
@@ -41,6 +50,12 @@ def _read_rounding(value: Any) -> Rounding:
 RoundingSpec = Annotated[Rounding, PlainValidator(_read_rounding), PlainSerializer(lambda rounding: rounding.to_dict())]
 
 
+def _is_size(size: Any) -> Any:
+    if size is not None:
+        parse_bytes(size)
+    return size
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,6 +71,13 @@ class CalibrationConfig(Section):
     batch_size: Positive = 2
     # Tokens kept per input site to report each layer's output error on.
     error_tokens: Positive = 256
+    # RAM for hidden states between blocks and statistics in the making, here and in blockwise evaluation; what exceeds
+    # it lies in files under output_dir. Bytes, or a size such as "4GB"; no limit by default.
+    max_memory: Annotated[int | str | None, BeforeValidator(_is_size)] = None
+
+    @property
+    def max_bytes(self) -> int | None:
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
 
 
 class LowRankConfig(Section):
@@ -136,6 +158,8 @@ class EvaluationConfig(Section):
     backend: Literal["auto", "emulate", "triton"] = "auto"
     # What is evaluated beside the quantized model: the original, and "plain", the same formats without reconstruction.
     baselines: tuple[Literal["original", "plain"], ...] = ("original",)
+    # One decoder block in memory at a time, over all windows: for models larger than memory. The numbers are the same.
+    blockwise: bool = False
     perplexity: PerplexityConfig | None = None
     downstream: DownstreamConfig | None = None
 
@@ -155,6 +179,8 @@ class Config(Section):
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # "auto" spreads a model over all GPUs for its evaluation; calibration and quantization use one.
+    device_map: Literal["single", "auto"] = "single"
     formats: dict[str, Annotated[Format, Field(discriminator="kind")]] = {}
     calibration: CalibrationConfig = CalibrationConfig()
     quantize: QuantizeConfig
@@ -170,6 +196,7 @@ class Config(Section):
             raise KeyedError(("formats", NOT_QUANTIZED), 'the name "none" is reserved for "not quantized"')
         if quantize.method not in METHODS:
             raise KeyedError(("quantize", "method"), "unknown method", quantize.method, tuple(METHODS))
+        self._check_blockwise()
         self._check_format(("quantize", "weight"), quantize.weight, optional=False)
         for key in ("activation", "bias", "attention"):
             self._check_format(("quantize", key), getattr(quantize, key))
@@ -223,6 +250,18 @@ class Config(Section):
         if iterations > 1:
             rule = "must be left out: ranks are shared out by the errors of one rounding, iterations are"
             raise KeyedError((*table, "budget_bits"), f"{rule} {iterations}", low_rank.budget_bits)
+
+    def _check_blockwise(self) -> None:
+        evaluation = self.evaluation
+        if not evaluation.blockwise:
+            return
+        loc = ("evaluation", "blockwise")
+        if evaluation.downstream is not None:
+            raise KeyedError(loc, "must be false with evaluation.downstream, whose tasks call the whole model")
+        if evaluation.perplexity is not None and evaluation.perplexity.protocol == "lm-eval":
+            raise KeyedError(loc, 'must be false with protocol "lm-eval", which scores the whole model')
+        if self.device_map == "auto":
+            raise KeyedError(loc, 'must be false with device_map = "auto": a block at a time needs one GPU')
 
     def _check_format(self, loc: Loc, name: str, optional: bool = True) -> None:
         if name == NOT_QUANTIZED and optional:

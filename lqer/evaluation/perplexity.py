@@ -9,13 +9,14 @@
              per document, which tells on short documents.
 
 The first two are pure functions from text to token windows and from windows to a result; one loss loop serves both.
+They take a model as transformers makes it, or an OpenedModel, whose blocks all windows visit one after the other.
 
 Shapes: W windows, B windows of one batch, T tokens of a window, V vocabulary, R positions of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from lqer.blocks import OpenedModel
 from lqer.errors import ConfigError, DataError
 from lqer.evaluation import harness
+from lqer.walker import BlockVisit, walk_to_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +74,7 @@ def lqer_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner
 
 
 def gptq_perplexity(
-    model: PreTrainedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
+    model: PreTrainedModel | OpenedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
 ) -> PerplexityResult:
     """The exponential of the mean over all predicted tokens; `batch_size` changes it by rounding at most."""
     nll_W = _window_nlls(model, windows_WT, batch_size, progress)
@@ -79,7 +82,7 @@ def gptq_perplexity(
 
 
 def lqer_perplexity(
-    model: PreTrainedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
+    model: PreTrainedModel | OpenedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
 ) -> PerplexityResult:
     """The exponential of the mean over batches of each batch's mean.
 
@@ -105,7 +108,7 @@ def lm_eval_perplexity(
 
 class WindowedProtocol(NamedTuple):
     windows: Callable[[PreTrainedTokenizerBase, Iterable[str], str, int], Tensor]
-    perplexity: Callable[[PreTrainedModel, Tensor, int, bool], PerplexityResult]
+    perplexity: Callable[[PreTrainedModel | OpenedModel, Tensor, int, bool], PerplexityResult]
 
 
 # lm-eval is not among them: it takes documents, not windows.
@@ -133,18 +136,21 @@ def _cut(tokens: list[int], seq_len: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _window_nlls(model: PreTrainedModel, windows_WT: Tensor, batch_size: int, progress: bool) -> Tensor:
+def _window_nlls(
+    model: PreTrainedModel | OpenedModel, windows_WT: Tensor, batch_size: int, progress: bool
+) -> Tensor:  # fmt: skip
     """nll_W float64 on the CPU: the mean negative log-likelihood in nats of each window's T - 1 predicted tokens.
 
     Puts the model into eval mode. The progress bar, when shown, waits for the device once per batch to print the
     running perplexity; without it nothing waits until the end.
     """
-    model.eval()
+    windows = windows_WT.split(batch_size)
+    logits_of = _blockwise(model, windows, progress) if isinstance(model, OpenedModel) else _whole(model, windows)
     batches = []
     running_nll = torch.zeros((), dtype=torch.float64)
     with tqdm(total=len(windows_WT), desc="perplexity", unit="window", disable=not progress) as bar:
-        for windows_BT in windows_WT.split(batch_size):
-            nll_B = _batch_nlls(model, windows_BT.to(model.device))
+        for batch, windows_BT in enumerate(windows):
+            nll_B = _batch_nlls(logits_of, batch, windows_BT)
             batches.append(nll_B)
             if progress:
                 running_nll += nll_B.sum().cpu()
@@ -153,9 +159,23 @@ def _window_nlls(model: PreTrainedModel, windows_WT: Tensor, batch_size: int, pr
     return torch.cat(batches).cpu()
 
 
-def _batch_nlls(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+def _whole(model: PreTrainedModel, windows: Sequence[Tensor]) -> Callable[[int], Tensor]:
+    model.eval()
+    return lambda batch: model(input_ids=windows[batch].to(model.device), use_cache=False).logits
+
+
+def _blockwise(model: OpenedModel, windows: Sequence[Tensor], progress: bool) -> Callable[[int], Tensor]:
+    model.model.eval()
+
+    def shown(visits: Iterator[BlockVisit]) -> Iterator[BlockVisit]:
+        yield from tqdm(visits, total=len(model.blocks), desc="perplexity", unit="block", disable=not progress)
+
+    return walk_to_logits(model, windows, shown)
+
+
+def _batch_nlls(logits_of: Callable[[int], Tensor], batch: int, tokens_BT: Tensor) -> Tensor:
     """nll_B float64 on the model's device. A function, so that one batch's logits are gone before the next one's."""
-    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+    logits_BTV = logits_of(batch)
     return torch.stack([_mean_nll(logits_TV, tokens_T) for logits_TV, tokens_T in zip(logits_BTV, tokens_BT)])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lqer.blocks import OpenedModel
 from lqer.config.schema import DownstreamConfig, EvaluationConfig, PerplexityConfig
 from lqer.data import DatasetSpec, load_rows, tokens_sha256
 from lqer.evaluation.downstream import evaluate_tasks, task_fingerprint
@@ -32,10 +33,10 @@ RESULT_FILE = "result.json"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to be evaluated: what its results are named after, and how it is loaded."""
+    """A model to be evaluated: what its results are named after, and how it is loaded, or opened block by block."""
 
     content: str
-    load: Callable[[], PreTrainedModel]
+    load: Callable[[], PreTrainedModel | OpenedModel]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Job:
     stage: str
     label: str
     key: Mapping[str, Any]
-    measure: Callable[[PreTrainedModel], Any]
+    measure: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _datasets(settings: PerplexityConfig | None) -> tuple[DatasetSpec, ...]:
 def _evaluate_one(
     kind: str, candidate: Candidate, jobs: list[Job], store: Store, arithmetic: Mapping[str, str]
 ) -> dict[str, Artifact]:
-    model: PreTrainedModel | None = None
+    model: PreTrainedModel | OpenedModel | None = None
     artifacts = {}
     for job in jobs:
         key = {"version": EVALUATE_VERSION, "model": candidate.content, "arithmetic": arithmetic, **job.key}
@@ -129,7 +130,7 @@ def _perplexity_job(
         documents = list(text.rows) if text.documents else [text.joiner.join(text.rows)]
         key["documents"] = content_hash(documents)
 
-        def measure(model: PreTrainedModel) -> Any:
+        def measure(model: Any) -> Any:
             return asdict(lm_eval_perplexity(model, tokenizer, documents, settings.seq_len, settings.batch_size))
 
     else:
@@ -137,7 +138,7 @@ def _perplexity_job(
         windows_WT = protocol.windows(tokenizer, text.rows, text.joiner, settings.seq_len)[: settings.max_windows]
         key["tokens"] = tokens_sha256(windows_WT)
 
-        def measure(model: PreTrainedModel) -> Any:
+        def measure(model: Any) -> Any:
             return asdict(protocol.perplexity(model, windows_WT, settings.batch_size, True))
 
     return Job("perplexity", f"{spec.label} ({settings.protocol})", key, measure), text.source

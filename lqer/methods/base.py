@@ -125,7 +125,9 @@ class Method:
     """A named composition; what it must know of the inputs is in `statistics`.
 
     metric: from the weight and its site's statistics; None reconstructs nothing. starts_with: which step comes first.
-    iterations: how often both steps are repeated unless the configuration says otherwise.
+    iterations: how often both steps are repeated unless the configuration says otherwise. propagate: whether the inputs
+    are those of the original model's blocks or of the blocks quantized so far; only in the first case can blocks be
+    quantized in any order, and so in shares.
     """
 
     name: str
@@ -133,6 +135,7 @@ class Method:
     statistics: frozenset[str] = frozenset()
     starts_with: Literal["round", "reconstruct"] = "round"
     iterations: int = 1
+    propagate: Literal["original", "quantized"] = "original"
 
     @property
     def reconstructs(self) -> bool:

@@ -34,10 +34,21 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most this process has held: allocated on the GPU, else resident."""
+def peak_memory_bytes(device: torch.device, all_gpus: bool = False) -> int:
+    """The most this process has held: allocated on the GPU (on all of them, summed), else resident."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        gpus = range(torch.cuda.device_count()) if all_gpus else [device]
+        return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has had resident since it was started."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # ru_maxrss would do, but on Linux a process starts with that of the one it was forked from.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,0 +1,43 @@
+"""Spreads a model over all GPUs of the machine for its evaluation, by accelerate: `device_map = "auto"`.
+
+Blocks are read one at a time, each straight to the GPU where it will stay: the host never holds the whole model.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
+from transformers import PreTrainedModel
+
+from lqer.blocks import OpenedModel
+from lqer.errors import ModelError
+
+DeviceMap = dict[str, int | str | torch.device]
+
+
+def spread(opened: OpenedModel) -> PreTrainedModel:
+    """The whole model over all GPUs. Raises ModelError where they do not hold it."""
+    unsplit = sorted({type(block).__name__ for block in opened.blocks})
+    memory = get_balanced_memory(opened.model, no_split_module_classes=unsplit)
+    device_map: DeviceMap = infer_auto_device_map(opened.model, memory, no_split_module_classes=unsplit)
+    if {"cpu", "disk"} & {str(device) for device in device_map.values()}:
+        raise ModelError(
+            f"device_map: {type(opened.model).__name__} does not fit into the {torch.cuda.device_count()} GPUs of this "
+            "machine: use evaluation.blockwise = true"
+        )
+    return place(opened, device_map)
+
+
+def place(opened: OpenedModel, device_map: DeviceMap) -> PreTrainedModel:
+    """The whole model, its modules where `device_map` says."""
+    opened.loader.complete()
+    opened.loader.settle_in(opened.blocks, lambda index: _home(f"{opened.name}.{index}", device_map))
+    return dispatch_model(opened.model, device_map)
+
+
+def _home(name: str, device_map: DeviceMap) -> torch.device:
+    """The device of the nearest module around `name` that the map speaks of."""
+    parts = name.split(".")
+    around = [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
+    return torch.device(device_map[next(outer for outer in around if outer in device_map)])
