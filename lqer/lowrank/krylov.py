@@ -69,24 +69,28 @@ def solve_krylov(error_OI: Tensor, metric: Metric, rank: int, seed: int) -> Kryl
 
 
 def _iterate(error_OI: Tensor, metric: Metric, rank: int, start_OL: Tensor) -> KrylovSolution:
-    block_OL, _ = torch.linalg.qr(start_OL)
-    basis_OD = block_OL
-    images_ID = error_OI.T @ block_OL
-    weighted_ID = metric.times(images_ID)
     tolerance = LOSS_TOLERANCE if metric.autocorrelation_II is None else FULL_METRIC_LOSS_TOLERANCE
-    # A random orthonormal block is an unbiased sample of M's trace.
-    energy = float((images_ID * weighted_ID).sum(dtype=torch.float64)) * len(start_OL) / start_OL.shape[1]
-    for step in range(1, MOST_STEPS + 1):
-        block_OL = _orthonormal(error_OI @ weighted_ID[:, -block_OL.shape[1] :], basis_OD)
+    block_OL, _ = torch.linalg.qr(start_OL)
+    basis_OD, images_ID = (block_OL.new_empty(size, 0) for size in error_OI.shape)
+    projected_DD = torch.empty(0, 0, dtype=torch.float64, device=error_OI.device)
+    captured: list[float] = []
+    for step in range(MOST_STEPS + 1):
+        if step > 0:
+            block_OL = _orthonormal(error_OI @ weighted_IL, basis_OD)
         image_IL = error_OI.T @ block_OL
+        weighted_IL = metric.times(image_IL)
+        if step == 0:
+            # A random orthonormal block is an unbiased sample of M's trace.
+            energy = float((image_IL * weighted_IL).sum(dtype=torch.float64)) * len(start_OL) / start_OL.shape[1]
         basis_OD = torch.cat([basis_OD, block_OL], dim=1)
         images_ID = torch.cat([images_ID, image_IL], dim=1)
-        weighted_ID = torch.cat([weighted_ID, metric.times(image_IL)], dim=1)
+        projected_DD = _bordered(projected_DD, images_ID.T @ weighted_IL)
+        if step < FIRST_STEPS - 2:
+            continue
+        captured.append(float(torch.linalg.eigvalsh(projected_DD)[-rank:].sum()))
         if step >= FIRST_STEPS:
-            projected_DD = (images_ID.T @ weighted_ID).to(torch.float64)
-            projected_DD = (projected_DD + projected_DD.T) / 2
-            captured, missed = _captured_and_missed(projected_DD, rank, block_OL.shape[1])
-            if missed <= GAP_TOLERANCE * captured and missed <= tolerance * max(energy - captured, 0.0):
+            missed = _missed(*captured[-3:])
+            if missed <= GAP_TOLERANCE * captured[-1] and missed <= tolerance * max(energy - captured[-1], 0.0):
                 break
     ritz_D, vectors_DD = torch.linalg.eigh(projected_DD)
     energies_R = ritz_D.flip(0)[:rank].clamp(min=0)
@@ -96,7 +100,20 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, start_OL: Tensor) -> K
     inverse_R = torch.where(energies_R > noise, 1 / sigma_R, 0.0).to(torch.float32)
     a_IR = images_ID @ vectors_DR * inverse_R
     b_RO = sigma_R.to(torch.float32)[:, None] * (basis_OD @ vectors_DR).T
-    return KrylovSolution(a_IR, b_RO, sigma_R, missed / (captured + missed) if captured > 0 else 0.0)
+    return KrylovSolution(a_IR, b_RO, sigma_R, missed / (captured[-1] + missed) if captured[-1] > 0 else 0.0)
+
+
+def _bordered(projected_DD: Tensor, columns_DL: Tensor) -> Tensor:
+    """The projected matrix of a space that has grown by the last L rows of `columns_DL`, symmetric."""
+    columns_DL = columns_DL.to(torch.float64)
+    size, width = len(projected_DD), columns_DL.shape[1]
+    grown_DD = torch.empty(size + width, size + width, dtype=torch.float64, device=projected_DD.device)
+    grown_DD[:size, :size] = projected_DD
+    grown_DD[:, size:] = columns_DL
+    grown_DD[size:, :size] = columns_DL[:size].T
+    corner_LL = columns_DL[size:]
+    grown_DD[size:, size:] = (corner_LL + corner_LL.T) / 2
+    return grown_DD
 
 
 def _orthonormal(block_OL: Tensor, basis_OD: Tensor) -> Tensor:
@@ -111,15 +128,10 @@ def _orthonormal(block_OL: Tensor, basis_OD: Tensor) -> Tensor:
     return block_OL
 
 
-def _captured_and_missed(projected_DD: Tensor, rank: int, width: int) -> tuple[float, float]:
-    """The captured energy, and how much the limit of the last three steps' energies adds to it; bases are nested."""
-    size = len(projected_DD)
-    before, last, now = (
-        float(torch.linalg.eigvalsh(projected_DD[:end, :end])[-rank:].sum())
-        for end in (size - 2 * width, size - width, size)
-    )
+def _missed(before: float, last: float, now: float) -> float:
+    """How much the limit of the energies captured after the last three steps lies above the last of them."""
     gained, gained_before = now - last, last - before
     if gained <= 0:
-        return now, 0.0
+        return 0.0
     ratio = min(gained / max(gained_before, gained), SLOWEST_CONVERGENCE)
-    return now, gained * ratio / (1 - ratio)
+    return gained * ratio / (1 - ratio)

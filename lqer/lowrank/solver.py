@@ -1,4 +1,4 @@
-"""The best rank-r approximation of an error under a metric: min over A·B of ‖ C ᵀ(Eᵀ − A·B) ‖_F with C·Cᵀ = R.
+"""The best rank-r approximation of an error under a metric: min over A·B of ‖ Cᵀ(Eᵀ − A·B) ‖_F with C·Cᵀ = R.
 
 Two solvers: "exact", eigenvectors of the smaller Gram matrix in float64, and "krylov", matrix products in float32,
 which costs a small fraction of it on large matrices and says how far from the optimum it may be. "auto" takes krylov
@@ -9,7 +9,9 @@ Shapes: I in_features, O out_features, R rank, K = min(I, O).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -32,14 +34,19 @@ class Factors:
     """a_IR and b_RO, float32, with Eᵀ ≈ a_IR · b_RO.
 
     singular_values: float64, of the weighted error, descending: all K of them ("exact") or the R captured ("krylov").
-    energy: tr(E R Eᵀ). gap: the estimated share by which the optimum captures more; None where the optimum is known.
+    gap: the estimated share by which the optimum captures more; None where the optimum is known.
     """
 
     a_IR: Tensor
     b_RO: Tensor
     singular_values: Tensor
-    energy: float
     gap: float | None
+    _measure_energy: Callable[[], float]
+
+    @cached_property
+    def energy(self) -> float:
+        """tr(E R Eᵀ); computed when asked for, since under a full R it costs more than "krylov" itself."""
+        return self._measure_energy()
 
     @property
     def captured_share(self) -> float:
@@ -59,8 +66,7 @@ def reconstruct(error_OI: Tensor, metric: Metric, rank: int, solver: Solver = "e
     iterate = solver == "krylov" or (solver == "auto" and shorter > SMALL_SIDE)
     # A space of half the shorter side saves nothing any more.
     if iterate and (2 if solver == "auto" else 1) * largest_space(rank) <= shorter:
-        solution = solve_krylov(error_OI.to(torch.float32), metric, rank, seed)
-        return Factors(solution.a_IR, solution.b_RO, solution.singular_values_R, metric.energy(error_OI), solution.gap)
+        found = solve_krylov(error_OI, metric, rank, seed)
+        return Factors(found.a_IR, found.b_RO, found.singular_values_R, found.gap, partial(metric.energy, error_OI))
     a_IR, b_RO, sigma_K = solve_exact(error_OI, metric, rank)
-    energy = float(sigma_K.square().sum())
-    return Factors(a_IR.to(torch.float32), b_RO.to(torch.float32), sigma_K, energy, None)
+    return Factors(a_IR.to(torch.float32), b_RO.to(torch.float32), sigma_K, None, lambda: float(sigma_K.square().sum()))
