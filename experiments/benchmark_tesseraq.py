@@ -3,8 +3,8 @@
     python experiments/benchmark_tesseraq.py MODEL TEXT [--bits 2] [--group 32] [--rounds 20] [--steps 50]
 
 MODEL is anything that a config's `model` may be, TEXT a .txt or .jsonl file whose first windows calibrate and whose
-next ones are held out. Four copies of the model are quantized, each block on what the quantized blocks before it hand on:
-to nearest, with AWQ's scales, with clipping too, and by TesseraQ from there. Block losses are squared errors of the
+next ones are held out. Four copies of the model are quantized, each block on what the quantized blocks before it hand
+on: to nearest, with AWQ's scales, with clipping too, and by TesseraQ from there. Block losses are squared errors of the
 block's output per token of the held-out windows, against the original block on the original stream.
 """
 
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lqer.block_function import BlockFunction
 from lqer.data import DatasetSpec, calibration_windows, load_rows
 from lqer.errors import LqerError
 from lqer.formats import Int, MXInt, NumberFormat, QuantizedTensor
@@ -33,6 +32,7 @@ from lqer.report.environment import device_name
 from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, block_loss, round_block
 from lqer.rounding.par_schedule import soft_shares
 from lqer.transforms.awq import scale_block
+from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.clip import SHRINK_FACTORS, quantize_clipped, search_clipping
 
 CANDIDATES = ("nearest", "awq", "awq+clip", "tesseraq")

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .tracing import Trace, trace
+
 BlockCall = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 NO_ROW = -1
@@ -89,42 +91,6 @@ def _along_rows(scale_O: Tensor, weight: Tensor) -> Tensor:
     return scale_O if weight.ndim == 1 else scale_O.unsqueeze(-1)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A tensor as a module saw it: the same one if neither its memory nor its contents have changed."""
-
-    tensor: Tensor
-    version: int
-
-    @classmethod
-    def now(cls, tensor: Tensor) -> _Seen:
-        return cls(tensor, tensor._version)
-
-    def same(self, other: _Seen) -> bool:
-        a, b = self.tensor, other.tensor
-        layouts = ((x.data_ptr(), x.shape, x.stride()) for x in (a, b))
-        return len(set(layouts)) == 1 and self.version == other.version
-
-
-@dataclass
-class _Trace:
-    """What went through one run of a block; the tensors are kept alive, so that an address means one of them."""
-
-    inputs: dict[str, _Seen]  # of linears, in the order of their calls
-    outputs: dict[str, _Seen]  # of modules with a gain
-    block_output: Tensor
-
-    def sites(self) -> list[tuple[str, ...]]:
-        groups: list[tuple[_Seen, list[str]]] = []
-        for name, seen in self.inputs.items():
-            names = next((names for first, names in groups if first.same(seen)), None)
-            if names is None:
-                groups.append((seen, [name]))
-            else:
-                names.append(name)
-        return [tuple(names) for _, names in groups]
-
-
 class _Probe:
     """Runs a block with changed rows and looks at what changes."""
 
@@ -141,11 +107,9 @@ class _Probe:
         return None
 
     def _norm_folds(self, reader: str) -> Iterator[Fold]:
-        seen = self.trace.inputs[reader]
-        rows_I = torch.arange(seen.tensor.shape[-1], device=seen.tensor.device)
-        for name, output in self.trace.outputs.items():
-            if output.same(seen) and len(self._parameters[f"{name}.weight"]) == len(rows_I):
-                yield from (Fold(name, rows_I, offset) for offset in GAIN_OFFSETS)
+        for name in self.trace.norms_before(reader):
+            rows_I = torch.arange(len(self._parameters[f"{name}.weight"]), device=self._hidden_BTD.device)
+            yield from (Fold(name, rows_I, offset) for offset in GAIN_OFFSETS)
 
     def _linear_folds(self, reader: str) -> Iterator[Fold]:
         """From the linears called before, the latest first: all rows of one, or either half of a fused one."""
@@ -192,35 +156,15 @@ class _Probe:
         rows_I = site.fold.rows_I
         rows = len(self._parameters[f"{site.fold.source}.weight"])
         scale_O = 2.0 ** torch.randint(-1, 2, (rows,), generator=self._generator).to(rows_I.device)
-        changed = self._run(fold_scale(self._parameters, site, scale_O[rows_I])).block_output
+        changed = self._run(fold_scale(self._parameters, site, scale_O[rows_I])).result
         difference, branches = (
-            torch.linalg.vector_norm((self.trace.block_output - x).float()) for x in (changed, self._hidden_BTD)
+            torch.linalg.vector_norm((self.trace.result - x).float()) for x in (changed, self._hidden_BTD)
         )
         # A wrong fold changes the branches by about their own size.
         return bool(difference <= torch.finfo(changed.dtype).eps ** 0.5 * branches)
 
-    @torch.no_grad()
-    def _run(self, parameters: Mapping[str, Tensor]) -> _Trace:
-        inputs: dict[str, _Seen] = {}
-        outputs: dict[str, _Seen] = {}
-
-        def see_input(name: str) -> Callable[..., None]:
-            return lambda module, args: inputs.__setitem__(name, _Seen.now(args[0]))
-
-        def see_output(name: str) -> Callable[..., None]:
-            return lambda module, args, output: outputs.__setitem__(name, _Seen.now(output))
-
-        hooks = []
-        for name, module in self._block.named_modules():
-            if isinstance(module, nn.Linear):
-                hooks.append(module.register_forward_pre_hook(see_input(name)))
-            elif f"{name}.weight" in self._parameters and self._parameters[f"{name}.weight"].ndim == 1:
-                hooks.append(module.register_forward_hook(see_output(name)))
-        try:
-            return _Trace(inputs, outputs, self._call(parameters, self._hidden_BTD))
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _run(self, parameters: Mapping[str, Tensor]) -> Trace:
+        return trace(self._block, lambda: self._call(parameters, self._hidden_BTD))
 
 
 def _is(value: int, ratio: Tensor) -> Tensor:
