@@ -113,7 +113,7 @@ def start_of(
     """The block's linears rounded to nearest, scaled and clipped as the candidate says; scales go into `block`."""
     linears = block_linears(block)
     if candidate != "nearest":
-        changed, _ = scale_block(block, call, hidden_STD.split(size), dict.fromkeys(linears, weight_format))
+        changed, _ = scale_block(call, hidden_STD.split(size), dict.fromkeys(linears, weight_format))
         for name, tensor in changed.items():
             block.get_parameter(name).copy_(tensor)
     if candidate not in ("awq+clip", "tesseraq"):

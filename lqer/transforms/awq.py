@@ -27,7 +27,8 @@ from torch.func import functional_call
 
 from lqer.formats import NumberFormat
 
-from .folding import NO_ROW, BlockCall, Site, find_sites, fold_scale
+from .block_function import BlockFunction
+from .folding import NO_ROW, Site, find_sites, fold_scale
 
 # 1 itself is left out, as in AWQ's grid.
 RATIOS = tuple(i / 20 for i in range(20))
@@ -85,26 +86,26 @@ def search_scale(
 
 @torch.no_grad()
 def scale_block(
-    block: nn.Module,
-    call: BlockCall,
+    call: BlockFunction,
     batches: Sequence[Tensor],
     formats: Mapping[str, NumberFormat],
     ratios: Sequence[float] = RATIOS,
 ) -> tuple[dict[str, Tensor], list[ScaledSite]]:
     """Search the scales of a block: the parameters that change (in their dtypes), and what was found for each site.
 
-    `call(parameters, hidden_BTD)` runs `block` with some of its parameters replaced. batches: its inputs, all of the
-    calibration text. formats: by name of the linear; a site with a linear that has none is left alone.
+    batches: hidden states (B, T, D) of all calibration text, B and T as `call` was made for. formats: by name of the
+    linear; a site with a linear that has none is left alone.
     """
+    block = call.block
     parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
     changed: dict[str, Tensor] = {}
     found = []
-    for site in find_sites(block, call, batches[0]):
+    for site in find_sites(call, batches[0]):
         if site.fold is None or not all(name in formats for name in site.linears):
             continue
         around = _closest_around(site.linears)
         inspected = block.get_submodule(around)
-        inputs, calls = _observe(block, call, batches, site.linears[0], inspected)
+        inputs, calls = _observe(call, batches, site.linears[0], inspected)
         mean_abs_I = tie(_mean_abs(inputs), site.fold.rows_I)
         error = _output_error(inspected, calls, prefix=f"{around}." if around else "")
         weights = {f"{name}.weight": parameters[f"{name}.weight"] for name in site.linears}
@@ -133,13 +134,13 @@ class _ModuleCall:
 
 
 def _observe(
-    block: nn.Module, call: BlockCall, batches: Sequence[Tensor], linear: str, inspected: nn.Module
+    call: BlockFunction, batches: Sequence[Tensor], linear: str, inspected: nn.Module
 ) -> tuple[list[Tensor], list[_ModuleCall]]:
     """What reaches the linear, and how the inspected module is called, batch by batch."""
     inputs: list[Tensor] = []
     calls: list[_ModuleCall] = []
     hooks = [
-        block.get_submodule(linear).register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
+        call.block.get_submodule(linear).register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
         inspected.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append(_ModuleCall(args, kwargs)), with_kwargs=True
         ),

@@ -18,15 +18,14 @@ Shapes: B sequences, T tokens, D hidden size, I input channels of a site, O rows
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .block_function import BlockFunction
 from .tracing import Trace, trace
-
-BlockCall = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 NO_ROW = -1
 GAIN_OFFSETS = (0.0, 1.0)
@@ -53,15 +52,14 @@ class Site:
     fold: Fold | None
 
 
-def find_sites(block: nn.Module, call: BlockCall, hidden_BTD: Tensor, seed: int = 0) -> list[Site]:
+def find_sites(call: BlockFunction, hidden_BTD: Tensor, seed: int = 0) -> list[Site]:
     """The input sites of a block in the order of their use, each with its fold or None.
 
-    `call(parameters, hidden_BTD)` runs `block` with some of its parameters replaced, as `BlockFunction` does.
     hidden_BTD: hidden states of real text; they are shuffled over positions, so that first tokens differ.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(hidden_BTD.shape[0] * hidden_BTD.shape[1], generator=generator).to(hidden_BTD.device)
-    probe = _Probe(block, call, hidden_BTD.flatten(0, 1)[order].view_as(hidden_BTD), generator)
+    probe = _Probe(call, hidden_BTD.flatten(0, 1)[order].view_as(hidden_BTD), generator)
     return [Site(linears, probe.find_fold(linears)) for linears in probe.trace.sites()]
 
 
@@ -94,9 +92,9 @@ def _along_rows(scale_O: Tensor, weight: Tensor) -> Tensor:
 class _Probe:
     """Runs a block with changed rows and looks at what changes."""
 
-    def __init__(self, block: nn.Module, call: BlockCall, hidden_BTD: Tensor, generator: torch.Generator):
-        self._block, self._call, self._hidden_BTD, self._generator = block, call, hidden_BTD, generator
-        self._parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
+    def __init__(self, call: BlockFunction, hidden_BTD: Tensor, generator: torch.Generator):
+        self._call, self._hidden_BTD, self._generator = call, hidden_BTD, generator
+        self._parameters = {name: parameter.detach() for name, parameter in call.block.named_parameters()}
         self.trace = self._run({})
 
     def find_fold(self, linears: tuple[str, ...]) -> Fold | None:
@@ -164,7 +162,7 @@ class _Probe:
         return bool(difference <= torch.finfo(changed.dtype).eps ** 0.5 * branches)
 
     def _run(self, parameters: Mapping[str, Tensor]) -> Trace:
-        return trace(self._block, lambda: self._call(parameters, self._hidden_BTD))
+        return trace(self._call.block, lambda: self._call(parameters, self._hidden_BTD))
 
 
 def _is(value: int, ratio: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def learn_clipping(
                 [(outputs_BTD - y[batch_B.to(y.device)].to(device).float()).square().mean() for y in targets]
             ).sum()
             if not torch.isfinite(loss):
-                raise ArithmeticError(f"epoch {epoch + 1} of {settings.epochs} diverged: the loss is {float(loss)}")
+                raise ArithmeticError(f"epoch {epoch + 1} of {settings.epochs} diverged: the loss is {loss.item()}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

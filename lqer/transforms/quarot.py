@@ -145,11 +145,11 @@ def _examine(
     for i, block in enumerate(blocks):
         (hidden_BTD, *args), kwargs = calls[i]
         call = BlockFunction(block, tuple(args), kwargs)
-        for site in find_sites(block, call, hidden_BTD):
+        for site in find_sites(call, hidden_BTD):
             full = [f"{names[block]}.{name}" for name in site.linears]
             if reading.isdisjoint(full):
                 writers += [name for name in full if model.get_submodule(name).out_features == width]
-                rows_Kd = _value_rows(block, call, hidden_BTD, site, _head_dim(model), hadamard)
+                rows_Kd = _value_rows(call, hidden_BTD, site, _head_dim(model), hadamard)
                 if rows_Kd is not None and site.fold is not None:
                     values[full[0]] = (f"{names[block]}.{site.fold.source}", rows_Kd)
     return _Parts({norm: readers[norm] for norm in offsets}, offsets, writers, values)
@@ -185,7 +185,6 @@ def _head_dim(model: Any) -> int:
 
 
 def _value_rows(
-    block: nn.Module,
     call: BlockFunction,
     hidden_BTD: Tensor,
     site: Site,
@@ -198,7 +197,7 @@ def _value_rows(
     rows_Kd = site.fold.rows_I.view(-1, head_dim).unique(dim=0)
     if (rows_Kd == NO_ROW).any() or len(rows_Kd.unique()) < rows_Kd.numel():
         return None
-    parameters = dict(block.named_parameters())
+    parameters = dict(call.block.named_parameters())
     changed = _head_wise(parameters, site.fold.source, site.linears[0], rows_Kd, hadamard(head_dim))
     plain, rotated = call({}, hidden_BTD), call(changed, hidden_BTD)
     difference, branches = (torch.linalg.vector_norm((plain - x).float()) for x in (rotated, hidden_BTD))
