@@ -65,18 +65,18 @@ def attach(linear: nn.Linear, online: OnlineRotation) -> RemovableHandle:
 
 @torch.no_grad()
 def rotate_model(
-    model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: Rotation, hadamard: Callable[[int], Rotation]
+    model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: Rotation, rotation: Rotation
 ) -> dict[str, OnlineRotation]:
     """Rotate a causal language model in place; returns the online rotations, by the linear's full name, attached.
 
     ids_BT: int64 token ids, at least two sequences of a few tokens, on which the model is examined. residual: Q, mostly
-    a randomized Hadamard transform of the hidden size. hadamard(n): the rotation of n values for heads and inputs.
+    a randomized Hadamard transform of the hidden size. rotation: of heads and of inputs, for a last axis of any length.
 
     Raises RotationError before anything is changed where a norm of the residual stream subtracts the mean, has a bias,
     or has a gain that no linear can take; and, with the model changed, where its logits differ afterwards.
     """
     before = model(input_ids=ids_BT, use_cache=False).logits
-    parts = _examine(model, blocks, ids_BT, residual, hadamard)
+    parts = _examine(model, blocks, ids_BT, residual, rotation)
     _untie(model)
     for norm, linears in parts.readers.items():
         for name in linears:
@@ -88,9 +88,9 @@ def rotate_model(
     embedding.weight.copy_(residual(embedding.weight.double()))
     for name in parts.writers:
         _rotate_outputs(model.get_submodule(name), residual)
-    online = _rotate_between(model, parts, hadamard)
-    for name, rotation in online.items():
-        attach(model.get_submodule(name), rotation)
+    online = _rotate_between(model, parts, rotation)
+    for name, rotated in online.items():
+        attach(model.get_submodule(name), rotated)
     after = model(input_ids=ids_BT, use_cache=False).logits
     change = float(torch.linalg.vector_norm((after - before).double()) / torch.linalg.vector_norm(before.double()))
     if not change <= max(LOGIT_TOLERANCE, 10 * torch.finfo(before.dtype).eps):
@@ -110,9 +110,7 @@ class _Parts:
     values: dict[str, tuple[str, Tensor]]  # writer after an attention: the linear of its values, and their rows (K, d)
 
 
-def _examine(
-    model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: Rotation, hadamard: Callable[[int], Rotation]
-) -> _Parts:
+def _examine(model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: Rotation, rotation: Rotation) -> _Parts:
     """Find the parts, changing nothing. Raises RotationError for what cannot be rotated."""
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     hooks = [
@@ -149,7 +147,7 @@ def _examine(
             full = [f"{names[block]}.{name}" for name in site.linears]
             if reading.isdisjoint(full):
                 writers += [name for name in full if model.get_submodule(name).out_features == width]
-                rows_Kd = _value_rows(call, hidden_BTD, site, _head_dim(model), hadamard)
+                rows_Kd = _value_rows(call, hidden_BTD, site, _head_dim(model), rotation)
                 if rows_Kd is not None and site.fold is not None:
                     values[full[0]] = (f"{names[block]}.{site.fold.source}", rows_Kd)
     return _Parts({norm: readers[norm] for norm in offsets}, offsets, writers, values)
@@ -189,7 +187,7 @@ def _value_rows(
     hidden_BTD: Tensor,
     site: Site,
     head_dim: int,
-    hadamard: Callable[[int], Rotation],
+    rotation: Rotation,
 ) -> Tensor | None:
     """The rows (K, head_dim) of the K value heads that a site reads, if it reads those of an attention."""
     if site.fold is None or len(site.linears) > 1 or len(site.fold.rows_I) % head_dim:
@@ -198,7 +196,7 @@ def _value_rows(
     if (rows_Kd == NO_ROW).any() or len(rows_Kd.unique()) < rows_Kd.numel():
         return None
     parameters = dict(call.block.named_parameters())
-    changed = _head_wise(parameters, site.fold.source, site.linears[0], rows_Kd, hadamard(head_dim))
+    changed = _head_wise(parameters, site.fold.source, site.linears[0], rows_Kd, rotation)
     plain, rotated = call({}, hidden_BTD), call(changed, hidden_BTD)
     difference, branches = (torch.linalg.vector_norm((plain - x).float()) for x in (rotated, hidden_BTD))
     return rows_Kd if difference <= torch.finfo(plain.dtype).eps ** 0.5 * branches else None
@@ -220,7 +218,7 @@ def _head_wise(
     return changed
 
 
-def _rotate_between(model: Any, parts: _Parts, hadamard: Callable[[int], Rotation]) -> dict[str, OnlineRotation]:
+def _rotate_between(model: Any, parts: _Parts, rotation: Rotation) -> dict[str, OnlineRotation]:
     """Rotate what the writers read: in the weights as far as possible, for the rest as the model runs."""
     online = {}
     for name in parts.writers:
@@ -228,13 +226,13 @@ def _rotate_between(model: Any, parts: _Parts, hadamard: Callable[[int], Rotatio
         if name in parts.values:
             source, rows_Kd = parts.values[name]
             head_dim = rows_Kd.shape[1]
-            changed = _head_wise(dict(model.named_parameters()), source, name, rows_Kd, hadamard(head_dim))
+            changed = _head_wise(dict(model.named_parameters()), source, name, rows_Kd, rotation)
             for parameter, tensor in changed.items():
                 model.get_parameter(parameter).copy_(tensor)
             heads = writer.in_features // head_dim
-            online[name] = OnlineRotation(hadamard(heads), heads)
+            online[name] = OnlineRotation(rotation, heads)
         else:
-            online[name] = OnlineRotation(hadamard(writer.in_features))
+            online[name] = OnlineRotation(rotation)
         writer.weight.copy_(online[name](writer.weight.double()))
     return online
 
