@@ -123,20 +123,29 @@ def test_scales_are_stretched_by_twice_the_sigmoid_and_stay_where_it_is_one(weig
     assert torch.equal(stretched.parts["codes"], untouched.parts["codes"])
 
 
-def test_gradients_reach_the_rounding_and_the_scale():
-    weight_OI = torch.tensor([[0.3, -0.7, 1.1, 2.0]])
-    number_format = Int(bits=4, block_size=-1, scale_dtype="float32")
-    grid = Grid.of(weight_OI, number_format.quantize(weight_OI))
-    v_OI = inverse_rectified_sigmoid(grid.fraction_OI).requires_grad_()
-    u_ON = torch.zeros_like(grid.step_ON).requires_grad_()
-    grid.weight(v_OI, u_ON).sum().backward()
-    sigmoid = v_OI.detach().sigmoid()
-    expected = grid.step_ON * 1.2 * sigmoid * (1 - sigmoid)
-    # The last one is the largest: nothing lies above it.
-    torch.testing.assert_close(v_OI.grad[:, :3], expected[:, :3])
-    # d/du of s 2 sigmoid(u) times the codes, at u = 0.
-    codes = grid.weight(v_OI.detach(), None) / grid.step_ON
-    torch.testing.assert_close(u_ON.grad, (codes.sum(1, keepdim=True) * grid.step_ON / 2))
+def test_gradients_are_those_of_the_definition(grid, weight_OI):
+    """Against autograd on the formula, written down once more."""
+    generator = torch.Generator().manual_seed(4)
+    v_OI = torch.randn(ROWS, COLUMNS, generator=generator).mul_(3).requires_grad_()
+    u_ON = torch.zeros_like(grid.step_ON).requires_grad_() if grid.tunes_scales else None
+    upstream_OI = torch.randn(ROWS, COLUMNS, generator=generator)
+    soft_OI = grid.weight(v_OI, u_ON)
+    soft_OI.backward(upstream_OI)
+
+    width = COLUMNS if grid.start.format.block_size == -1 else 16
+    zeros_ON = grid.start.parts.get("zeros", torch.zeros_like(grid.step_ON))
+    zeros_OI = zeros_ON.double().repeat_interleave(width, dim=1)[:, :COLUMNS]
+    low = -grid.start.format.max_code if isinstance(grid.start.format, MXInt) else grid.start.format.min_code
+    v = v_OI.detach().double().requires_grad_()
+    u = torch.zeros_like(grid.step_ON, dtype=torch.float64).requires_grad_()
+    steps_OI = steps_of(grid.start) * (2 * torch.sigmoid(u)).repeat_interleave(width, dim=1)[:, :COLUMNS]
+    codes_OI = grid.lower_OI + (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)
+    expected_OI = (codes_OI.clamp(low, grid.start.format.max_code) - zeros_OI) * steps_OI
+    expected_OI.backward(upstream_OI.double())
+    torch.testing.assert_close(soft_OI, expected_OI.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(v_OI.grad, v.grad.float(), rtol=1e-3, atol=1e-6)
+    if u_ON is not None:
+        torch.testing.assert_close(u_ON.grad, u.grad.float(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_decided_rounding_has_no_gradient(weight_OI):
