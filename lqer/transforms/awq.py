@@ -52,12 +52,15 @@ def scale_of(mean_abs_I: Tensor, ratio: float) -> Tensor:
 
 
 def tie(mean_abs_I: Tensor, rows_I: Tensor) -> Tensor:
-    """The mean of the channels that share a row, for each of them; channels without a row (NO_ROW) stay as they are."""
+    """The mean of the channels that share a row, for each of them.
+
+    Channels without a row (NO_ROW) are zero and are not scaled; they get the mean of the others, lest they stretch c.
+    """
     fed_I = rows_I != NO_ROW
     rows = int(rows_I.max()) + 1
     sums = mean_abs_I.new_zeros(rows).index_add_(0, rows_I[fed_I], mean_abs_I[fed_I])
     counts = mean_abs_I.new_zeros(rows).index_add_(0, rows_I[fed_I], torch.ones_like(mean_abs_I[fed_I]))
-    tied_I = mean_abs_I.clone()
+    tied_I = torch.full_like(mean_abs_I, float(mean_abs_I[fed_I].mean()))
     tied_I[fed_I] = (sums / counts)[rows_I[fed_I]]
     return tied_I
 
