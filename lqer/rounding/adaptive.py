@@ -9,8 +9,9 @@
 X are the inputs that reach the block once the blocks before it are quantized, Y what the original block makes of the
 original inputs. The block is any function of weights and hidden states: nothing here knows modules.
 
-Memory: per weight v and its gradient, Adam's two moments and w' with its gradient, in float32, and the activations of
-one micro-batch; inputs and targets stay where they are and are fetched by the micro-batch.
+Memory: some 40 bytes a weight (v of this round and the last, its gradient, Adam's two moments, w' with its codes and
+its gradient, the grid) and the activations of one micro-batch; inputs and targets stay where they are and are fetched
+by the micro-batch.
 
 Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row.
 """
