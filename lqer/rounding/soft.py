@@ -124,7 +124,7 @@ class Grid:
 
 
 class _SoftWeight(torch.autograd.Function):
-    """(clamp(lower + h(v), min_code, max_code) - z) s, its gradient by hand: half of autograd's time."""
+    """(clamp(lower + h(v), min_code, max_code) - z) s, its gradient by hand: half of autograd's time and memory."""
 
     @staticmethod
     def forward(ctx: Any, v_OI: Tensor, step_ON: Tensor, grid: Grid, min_code: int, max_code: int) -> Tensor:
