@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from lqer.models import find_blocks
+from lqer.transforms.block_function import BlockFunction
 
 BOS = 0
 
@@ -36,3 +40,15 @@ def tiny_llama(**settings: Any) -> LlamaForCausalLM:
         **settings,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def first_block(model: PreTrainedModel, windows_WT: Tensor) -> tuple[nn.Module, BlockFunction, Tensor]:
+    """A model's first decoder block, its function, and the hidden states (W, T, D) that reach it."""
+    _, blocks = find_blocks(model)
+    called: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = blocks[0].register_forward_pre_hook(lambda _, args, kwargs: called.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        model.base_model(input_ids=windows_WT, use_cache=False)
+    hook.remove()
+    ((hidden_WTD, *args), kwargs) = called[0]
+    return blocks[0], BlockFunction(blocks[0], tuple(args), kwargs), hidden_WTD

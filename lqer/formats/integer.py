@@ -74,11 +74,11 @@ class Int(NumberFormat):
         """Scales [N] in `scale_dtype` (NaN for a group with NaN or infinity) and, unless symmetric, zeros uint8 [N]."""
         if self.symmetric:
             max_pattern_N = max_magnitude_pattern(x_NB)
-            scales_N = self._storable(max_pattern_N.view(torch.float32) / self.max_code)
+            scales_N = self.storable_scales(max_pattern_N.view(torch.float32) / self.max_code)
             return {"scales": scales_N.masked_fill_(max_pattern_N >= FLOAT32_INF_PATTERN, torch.nan)}
         low_N, high_N = torch.aminmax(x_NB, dim=-1)
         low_N, high_N = low_N.clamp_(max=0), high_N.clamp_(min=0)
-        scales_N = self._storable((high_N - low_N) / self.max_code)
+        scales_N = self.storable_scales((high_N - low_N) / self.max_code)
         scales_N.masked_fill_(~(low_N.isfinite() & high_N.isfinite()), torch.nan)
         zeros_N = (-low_N / scales_N.to(torch.float32)).round_().clamp_(0, self.max_code).to(torch.uint8)
         return {"scales": scales_N, "zeros": zeros_N}
@@ -106,10 +106,10 @@ class Int(NumberFormat):
         zeros_NB = scales["zeros"].to(torch.float32).unsqueeze(-1)
         return y_NB.add_(zeros_NB).clamp_(0, self.max_code).sub_(zeros_NB).mul_(step_NB)
 
-    def _storable(self, scales_N: Tensor) -> Tensor:
-        """Float32 scales in their storage dtype, kept positive and small enough that every code decodes finite."""
+    def storable_scales(self, scales_N: Tensor) -> Tensor:
+        """Float32 scales in `scale_dtype`, kept positive and small enough that every code decodes finite."""
         dtype = SCALE_DTYPES[self.scale_dtype]
         limits = torch.finfo(dtype)
         smallest_subnormal = limits.smallest_normal * limits.eps
         largest = min(limits.max, 2.0 ** (128 - self.bits))
-        return scales_N.clamp_(smallest_subnormal, largest).to(dtype)
+        return scales_N.clamp(smallest_subnormal, largest).to(dtype)

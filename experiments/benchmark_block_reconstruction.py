@@ -1,0 +1,95 @@
+"""What adaptive rounding of one decoder block costs: seconds a step and peak memory, on random weights of some shape.
+
+    python experiments/benchmark_block_reconstruction.py [--hidden 4096] [--intermediate 11008] [--steps 25]
+
+The defaults are a block of Llama-2-7B on batches of 4 x 2048 tokens; the time of 20 rounds of 250 steps is what the
+measured rounds extrapolate to. The first round warms up and is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lqer.formats import Int
+from lqer.models import block_linears, pick_device
+from lqer.report.environment import device_name
+from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, round_block
+from lqer.transforms.block_function import BlockFunction
+
+PUBLISHED_STEPS = 20 * 250
+SEQUENCES = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=11008)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=2, help="after the one that warms up")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--autocast", choices=["bfloat16", "none"], default="bfloat16")
+    arguments = parser.parse_args()
+    device = pick_device("auto")
+    torch.manual_seed(0)
+    with device:
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=arguments.hidden,
+            intermediate_size=arguments.intermediate,
+            num_hidden_layers=1,
+            num_attention_heads=arguments.heads,
+        )
+        model = LlamaForCausalLM(config).eval()
+    block = model.model.layers[0]
+    hidden_STD = torch.randn(SEQUENCES, arguments.seq_len, arguments.hidden, dtype=torch.bfloat16)
+    positions_1T = torch.arange(arguments.seq_len, device=device).unsqueeze(0)
+    call = BlockFunction(
+        block, kwargs={"position_embeddings": model.model.rotary_emb(block.mlp.up_proj.weight, positions_1T)}
+    )
+    weights = {f"{name}.weight": linear.weight.detach() for name, linear in block_linears(block).items()}
+    starts = {name: Int(bits=arguments.bits, block_size=arguments.group).quantize(w) for name, w in weights.items()}
+    autocast = None if arguments.autocast == "none" else torch.bfloat16
+
+    def run(parameters: Mapping[str, Tensor], x_BTD: Tensor) -> Tensor:
+        return call(parameters, x_BTD.float())
+
+    with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        targets_STD = torch.cat([run({}, x.to(device)).to("cpu", torch.bfloat16) for x in hidden_STD.split(1)])
+    ends: list[float] = []
+
+    def end_round(state: AdaptiveState) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    shares = tuple(0.8 - 0.7 * i / (arguments.rounds + 1) for i in range(arguments.rounds + 1))
+    settings = AdaptiveSettings(
+        soft_shares=shares,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        micro_batch=arguments.micro_batch,
+        autocast=autocast,
+    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    round_block(weights, starts, run, hidden_STD, targets_STD, settings, after_round=end_round)
+    seconds = (ends[-1] - ends[0]) / (arguments.rounds * arguments.steps)
+    print(f"{device_name(device)}, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights, {vars(arguments)}")
+    print(f"{1e3 * seconds:.1f} ms a step; 20 rounds of 250 steps: {PUBLISHED_STEPS * seconds / 60:.1f} minutes")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()

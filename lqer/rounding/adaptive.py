@@ -1,0 +1,202 @@
+"""Progressive adaptive rounding: TesseraQ's reconstruction of one decoder block (arXiv 2410.19103, algorithm 1).
+
+    v <- h⁻¹(W / s - floor(W / s)),  u <- 0                            for every linear of the block; s and z are frozen
+    for T in the shares of the schedule:
+        harden:  the surest weights of every linear are decided, a share T of them stays soft
+        soften:  Adam, begun afresh, on what is left of v, and on u:   min  E ‖ B(X; w'(v, u)) - Y ‖²
+    decide the rest
+
+X are the inputs that reach the block once the blocks before it are quantized, Y what the original block makes of the
+original inputs. The block is any function of weights and hidden states: nothing here knows modules.
+
+Memory: some 40 bytes a weight (v of this round and the last, its gradient, Adam's two moments, w' with its codes and
+its gradient, the grid) and the activations of one micro-batch; inputs and targets stay where they are and are fetched
+by the micro-batch.
+
+Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lqer.formats import QuantizedTensor
+
+from .par_schedule import SOFT_SHARES_20, draw_batches
+from .soft import Grid, harden, inverse_rectified_sigmoid
+
+Weights = Mapping[str, Tensor]
+Block = Callable[[Weights, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class AdaptiveSettings:
+    """How a block is reconstructed; the defaults are the published ones.
+
+    soft_shares: per round, the share of every layer that stays soft. steps: of Adam in a round. batch_size: sequences
+    of a step. micro_batch: sequences that pass the block at once; it bounds the memory and changes the result only by
+    the order of summation. scale_decay: L2 decay of u. autocast: the dtype of the block's products, None for its own.
+    """
+
+    soft_shares: tuple[float, ...] = SOFT_SHARES_20
+    steps: int = 250
+    batch_size: int = 4
+    micro_batch: int = 4
+    learning_rate: float = 1e-3
+    tune_scales: bool = True
+    scale_learning_rate: float = 1e-3
+    scale_decay: float = 1e-4
+    autocast: torch.dtype | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        shares = [1.0, *self.soft_shares, 0.0]
+        if not self.soft_shares or any(later >= earlier for earlier, later in itertools.pairwise(shares)):
+            raise ValueError(f"soft_shares {self.soft_shares} do not fall strictly between 1 and 0")
+        for field in ("steps", "batch_size", "micro_batch"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} {getattr(self, field)} is not at least 1")
+
+
+@dataclass(frozen=True)
+class AdaptiveState:
+    """Where a reconstruction stands after a round: everything that the remaining rounds need besides their inputs.
+
+    v: float32 (O, I) per linear. u: float32 (O, N) per linear whose scales are tuned. losses: the mean loss of every
+    finished round, float32 (rounds,).
+    """
+
+    v: dict[str, Tensor]
+    u: dict[str, Tensor]
+    losses: Tensor
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds are finished."""
+        return len(self.losses)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it under flat names, for a file of tensors."""
+        return {
+            "losses": self.losses,
+            **{f"v.{name}": v_OI for name, v_OI in self.v.items()},
+            **{f"u.{name}": u_ON for name, u_ON in self.u.items()},
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> AdaptiveState:
+        """The inverse of `tensors`."""
+        v, u = ({name[2:]: x for name, x in tensors.items() if name.startswith(f"{kind}.")} for kind in "vu")
+        return cls(v, u, tensors["losses"])
+
+
+class DivergedError(ArithmeticError):
+    """The loss or a rounding variable became NaN or infinite. `state` is that after the last round that was sound."""
+
+    def __init__(self, message: str, state: AdaptiveState):
+        super().__init__(message)
+        self.state = state
+
+
+def round_block(
+    weights: Weights,
+    starts: Mapping[str, QuantizedTensor],
+    block: Block,
+    inputs_STD: Tensor,
+    targets_STD: Tensor,
+    settings: AdaptiveSettings,
+    state: AdaptiveState | None = None,
+    after_round: Callable[[AdaptiveState], None] = lambda state: None,
+) -> dict[str, QuantizedTensor]:
+    """Round the weights (O, I) of a block together so that its output keeps to its targets.
+
+    starts: per weight, whose scales and zero points are kept (its codes are not looked at), in `int` or `mxint`.
+    block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which it gets in float32.
+    inputs_STD, targets_STD: float, on any device. state: that of an earlier run, to go on from; `after_round` gets it
+    after every round.
+
+    Returns what to store. Its values are exactly those of the last training step with every rounding decided: scales
+    are trained as `int` stores them. Raises DivergedError, and ValueError where the parts do not fit together.
+    """
+    if weights.keys() != starts.keys():
+        raise ValueError(f"weights {sorted(weights)} and starts {sorted(starts)} are not of the same linears")
+    if inputs_STD.shape[0] != targets_STD.shape[0]:
+        raise ValueError(f"{inputs_STD.shape[0]} sequences of inputs and {targets_STD.shape[0]} of targets")
+    grids = {name: Grid.of(weights[name], starts[name]) for name in weights}
+    state = state or start_state(grids, settings.tune_scales)
+    rounds = len(settings.soft_shares)
+    batches = draw_batches(len(inputs_STD), rounds, settings.steps, settings.batch_size, settings.seed)
+    for t in range(state.rounds, rounds):
+        v = {name: harden(v_OI, settings.soft_shares[t]) for name, v_OI in state.v.items()}
+        v, u, loss = _soften(grids, v, state.u, block, inputs_STD, targets_STD, batches[t], settings)
+        if not all(torch.isfinite(loss) & ~x.isnan().any() for x in (*v.values(), *u.values())):
+            raise DivergedError(f"round {t + 1} of {rounds} diverged: its loss is {float(loss)}", state)
+        state = AdaptiveState(v, u, torch.cat([state.losses, loss.reshape(1).cpu()]))
+        after_round(state)
+    return {name: grid.quantized(state.v[name], state.u.get(name)) for name, grid in grids.items()}
+
+
+def start_state(grids: Mapping[str, Grid], tune_scales: bool) -> AdaptiveState:
+    """The soft weights equal to the original ones, within the grid's range."""
+    v = {name: inverse_rectified_sigmoid(grid.fraction_OI) for name, grid in grids.items()}
+    u = {name: torch.zeros_like(grid.step_ON) for name, grid in grids.items() if tune_scales and grid.tunes_scales}
+    return AdaptiveState(v, u, torch.empty(0))
+
+
+def block_loss(outputs_BTD: Tensor, targets_BTD: Tensor) -> Tensor:
+    """The squared error summed over the hidden size, averaged over tokens, in float32."""
+    return (outputs_BTD.to(torch.float32) - targets_BTD.to(torch.float32)).square().sum(-1).mean()
+
+
+def _soften(
+    grids: Mapping[str, Grid],
+    v: dict[str, Tensor],
+    u: dict[str, Tensor],
+    block: Block,
+    inputs_STD: Tensor,
+    targets_STD: Tensor,
+    batches_KB: Tensor,
+    settings: AdaptiveSettings,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """One round of Adam: the variables it ends with and its mean loss (NaN as soon as one of its steps is)."""
+    v = {name: v_OI.clone().requires_grad_() for name, v_OI in v.items()}
+    u = {name: u_ON.clone().requires_grad_() for name, u_ON in u.items()}
+    device = next(iter(v.values())).device
+    groups: list[dict[str, Any]] = [{"params": [*v.values()], "lr": settings.learning_rate}]
+    if u:
+        groups.append(
+            {"params": [*u.values()], "lr": settings.scale_learning_rate, "weight_decay": settings.scale_decay}
+        )
+    optimizer = torch.optim.Adam(groups, fused=True)
+    total = torch.zeros((), device=device)
+    for batch_B in batches_KB:
+        soft = {name: grid.weight(v[name], u.get(name)) for name, grid in grids.items()}
+        leaves = {name: weight_OI.detach().requires_grad_() for name, weight_OI in soft.items()}
+        for micro_B in batch_B.split(settings.micro_batch):
+            inputs_BTD = inputs_STD[micro_B.to(inputs_STD.device)].to(device)
+            targets_BTD = targets_STD[micro_B.to(targets_STD.device)].to(device)
+            with _autocast(device, settings.autocast):
+                outputs_BTD = block(leaves, inputs_BTD)
+            loss = block_loss(outputs_BTD, targets_BTD) * (len(micro_B) / len(batch_B))
+            loss.backward()
+            total += loss.detach()
+        if not torch.isfinite(total):
+            return v, u, total
+        optimizer.zero_grad()
+        # Through the rounding once, with the gradients of all micro-batches.
+        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        torch.autograd.backward([soft[name] for name in gradients], [*gradients.values()])
+        optimizer.step()
+    trained = ({name: x.detach() for name, x in variables.items()} for variables in (v, u))
+    return *trained, total / len(batches_KB)  # type: ignore[return-value]
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)

@@ -1,0 +1,172 @@
+"""A weight between its two neighbours on a grid: the rounding variable of adaptive rounding.
+
+With the step s and the zero point z of a group frozen, a weight w has the lower code floor(w / s) + z and the fraction
+f = w / s - floor(w / s). A rounding variable v moves it between the lower code and the next one, and a scale variable u
+stretches the step with which its group is read back (dequantization-scale tuning, DST):
+
+    h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)                    rectified sigmoid (AdaRound, arXiv 2004.10568, eq. 23)
+    w'   = (clamp(lower + h(v), min_code, max_code) - z) s 2 sigmoid(u)
+
+v starts where h(v) = f and u at 0, so w' = w wherever the grid reaches. v = +inf or -inf stands for a decision: h is
+exactly 1 or 0 there and has no gradient.
+
+Shapes: O out_features, I in_features, N groups of a row, B within a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lqer.formats import Int, MXInt, QuantizedTensor
+from lqer.formats.blocks import from_blocks, to_blocks
+
+STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
+SMALLEST_STEP = torch.finfo(torch.float32).smallest_normal  # the step of MXINT's zero blocks is too small to divide by
+
+
+def rectified_sigmoid(v: Tensor) -> Tensor:
+    """h(v) in [0, 1]: the share of a step above the lower code. Carries no gradient, unlike `Grid.weight`."""
+    return torch.sigmoid(v).mul_(STRETCH_HIGH - STRETCH_LOW).add_(STRETCH_LOW).clamp_(0, 1)
+
+
+def inverse_rectified_sigmoid(fraction: Tensor) -> Tensor:
+    """The v with h(v) = fraction, for fractions in [0, 1)."""
+    return torch.logit((fraction - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW))
+
+
+def dequantization_scale(u: Tensor) -> Tensor:
+    """2 sigmoid(u) in (0, 2): what a group's step is multiplied by."""
+    return 2 * torch.sigmoid(u)
+
+
+def harden(v: Tensor, soft_share: float) -> Tensor:
+    """Decide a layer's surest elements, those with the largest |h(v) - 0.5|; at most `soft_share` of all stay soft.
+
+    A decided element becomes +inf where h(v) > 0.5, else -inf. What ties with the surest is decided with it.
+    """
+    score = (rectified_sigmoid(v) - 0.5).abs_()
+    soft = int(soft_share * v.numel())
+    if soft >= v.numel():
+        return v.clone()
+    threshold = score.flatten().kthvalue(soft + 1).values
+    return torch.where(score >= threshold, torch.where(v > 0, torch.inf, -torch.inf), v)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a weight (O, I) can become while the scales and zero points of `start` stay as they are."""
+
+    start: QuantizedTensor
+    lower_OI: Tensor  # int16: floor(w / s) + z, clamped where no rounding reaches the format's codes
+    fraction_OI: Tensor  # float32 in [0, 1)
+    step_ON: Tensor  # float32
+    zero_ON: Tensor  # float32
+
+    @classmethod
+    def of(cls, weight_OI: Tensor, start: QuantizedTensor) -> Grid:
+        """The grid of a float weight (O, I) under the scales of `start`, a tensor of its shape with groups along I.
+
+        Raises ValueError for a format whose codes are not evenly spaced and for a start of another shape.
+        """
+        number_format = _evenly_spaced(start)
+        if start.shape != tuple(weight_OI.shape) or start.axis != 1:
+            raise ValueError(
+                f"the start has shape {start.shape} and groups along axis {start.axis}; "
+                f"a weight of shape {tuple(weight_OI.shape)} needs its own shape and groups along axis 1"
+            )
+        step_ON, zero_ON = _steps(start)
+        weight_ONB = to_blocks(weight_OI.detach().to(torch.float32), number_format.block_size)
+        steps_ONB = weight_ONB / step_ON.clamp(min=SMALLEST_STEP).unsqueeze(-1)
+        floor_ONB = steps_ONB.floor()
+        lower_ONB = (floor_ONB + zero_ON.unsqueeze(-1)).clamp_(_min_code(number_format) - 1, number_format.max_code)
+        length = weight_OI.shape[1]
+        lower_OI = from_blocks(lower_ONB.to(torch.int16), length)
+        return cls(start, lower_OI, from_blocks(steps_ONB.sub_(floor_ONB), length), step_ON, zero_ON)
+
+    @property
+    def tunes_scales(self) -> bool:
+        """Whether a group's scale can be stretched: nothing lies between the powers of two of MXINT."""
+        return isinstance(self.start.format, Int)
+
+    def weight(self, v_OI: Tensor, u_ON: Tensor | None) -> Tensor:
+        """The soft weight w' (O, I) in float32, differentiable in both variables; without u the step is s.
+
+        The stretched step is rounded to the dtype it is stored in (its gradient passes straight through), so that what
+        is trained has the scales that are kept.
+        """
+        number_format = _evenly_spaced(self.start)
+        step_ON = self.step_ON if u_ON is None else self._stretched(u_ON)
+        return _SoftWeight.apply(v_OI, step_ON, self, _min_code(number_format), number_format.max_code)
+
+    @torch.no_grad()
+    def quantized(self, v_OI: Tensor, u_ON: Tensor | None) -> QuantizedTensor:
+        """The codes with every v decided (0 rounds down) and the scales as stretched: `weight` of that, bit for bit."""
+        number_format = _evenly_spaced(self.start)
+        raised_OI = self.lower_OI + (v_OI > 0).to(torch.int16)
+        codes_OI = raised_OI.clamp_(_min_code(number_format), number_format.max_code)
+        parts = self.start.parts | {"codes": codes_OI.to(self.start.parts["codes"].dtype)}
+        if u_ON is not None:
+            parts["scales"] = self._stretched(u_ON).to(parts["scales"].dtype)
+        return QuantizedTensor(number_format, self.start.shape, self.start.axis, parts)
+
+    def _stretched(self, u_ON: Tensor) -> Tensor:
+        number_format = _evenly_spaced(self.start)
+        if not isinstance(number_format, Int):
+            raise ValueError(f"the scales of {number_format.kind} are powers of two: they cannot be stretched")
+        stretched_ON = self.step_ON * dequantization_scale(u_ON)
+        stored_ON = number_format.storable_scales(stretched_ON.detach()).to(torch.float32)
+        # The bracket is exactly 0 going forward: the stored value stays as it is, to the last bit.
+        return stored_ON + (stretched_ON - stretched_ON.detach())
+
+
+class _SoftWeight(torch.autograd.Function):
+    """(clamp(lower + h(v), min_code, max_code) - z) s, its gradient by hand: half of autograd's time and memory."""
+
+    @staticmethod
+    def forward(ctx: Any, v_OI: Tensor, step_ON: Tensor, grid: Grid, min_code: int, max_code: int) -> Tensor:
+        centred_OI = rectified_sigmoid(v_OI).add_(grid.lower_OI).clamp_(min_code, max_code)
+        centred_ONB = to_blocks(centred_OI, grid.start.format.block_size).sub_(grid.zero_ON.unsqueeze(-1))
+        ctx.save_for_backward(v_OI, step_ON, centred_ONB)
+        ctx.grid, ctx.min_code, ctx.max_code = grid, min_code, max_code
+        return from_blocks(centred_ONB * step_ON.unsqueeze(-1), v_OI.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        v_OI, step_ON, centred_ONB = ctx.saved_tensors
+        gradient_ONB = to_blocks(gradients[0], ctx.grid.start.format.block_size)
+        step_gradient_ON = (gradient_ONB * centred_ONB).sum(-1)
+        gradient_OI = from_blocks(gradient_ONB * step_ON.unsqueeze(-1), v_OI.shape[1])
+        sigmoid_OI = torch.sigmoid(v_OI)
+        gradient_OI.mul_(sigmoid_OI).mul_(1 - sigmoid_OI).mul_(STRETCH_HIGH - STRETCH_LOW)
+        raised_OI = sigmoid_OI.mul_(STRETCH_HIGH - STRETCH_LOW).add_(STRETCH_LOW)
+        moves_OI = (raised_OI >= 0) & (raised_OI <= 1)
+        raised_OI.add_(ctx.grid.lower_OI)
+        moves_OI &= (raised_OI >= ctx.min_code) & (raised_OI <= ctx.max_code)
+        return gradient_OI.mul_(moves_OI), step_gradient_ON, None, None, None
+
+
+def _evenly_spaced(start: QuantizedTensor) -> Int | MXInt:
+    number_format = start.format
+    if isinstance(number_format, Int) or (isinstance(number_format, MXInt) and not number_format.compat):
+        return number_format
+    raise ValueError(f"adaptive rounding needs the codes of int, or of mxint without compat; found {number_format}")
+
+
+def _min_code(number_format: Int | MXInt) -> int:
+    return number_format.min_code if isinstance(number_format, Int) else -number_format.max_code
+
+
+def _steps(start: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """Step and zero point of every group [O, N], in float32."""
+    if isinstance(start.format, Int):
+        step_ON = start.parts["scales"].to(torch.float32)
+        zeros_ON = start.parts.get("zeros")
+    else:
+        exponents_ON = start.parts["exponents"]
+        one_ON1 = torch.ones_like(exponents_ON, dtype=torch.int8).unsqueeze(-1)
+        step_ON, zeros_ON = start.format.decode(one_ON1, {"exponents": exponents_ON}).squeeze(-1), None
+    return step_ON, torch.zeros_like(step_ON) if zeros_ON is None else zeros_ON.to(torch.float32)

@@ -1,0 +1,77 @@
+"""A decoder block, or any module, as a function of its parameters: y = f(θ, x), for what trains or probes one.
+
+The module itself is never changed: parameters are substituted for the length of a call, the others enter detached, so
+that a backward pass reaches what was handed in and nothing else.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lqer.formats import NumberFormat
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounds going forward and is the identity going backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, round_values: Callable[[Tensor], Tensor]) -> Tensor:
+        return round_values(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(x: Tensor, round_values: Callable[[Tensor], Tensor]) -> Tensor:
+    """`round_values(x)`, through which gradients pass as if nothing had been rounded."""
+    return _StraightThrough.apply(x, round_values)
+
+
+class BlockFunction:
+    """`function(parameters, hidden_BTD)`: the block's output with some parameters replaced.
+
+    `parameters` maps names within the block ("mlp.down_proj.weight") to tensors of any float dtype, which are cast to
+    the dtype of what they stand in for. `args` and `kwargs` are the rest of the block's call. The input of a linear
+    that `activations` names is rounded to that format, per token if its block_size is -1, and gradients pass straight
+    through that rounding.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        activations: Mapping[str, NumberFormat] | None = None,
+    ):
+        self.block, self.activations = block, dict(activations or {})
+        self._args, self._kwargs = args, dict(kwargs or {})
+        self._parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
+
+    def __call__(self, parameters: Mapping[str, Tensor], hidden_BTD: Tensor) -> Tensor:
+        unknown = parameters.keys() - self._parameters.keys()
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))} is no parameter of {type(self.block).__name__}")
+        replaced = {name: tensor.to(self._parameters[name].dtype) for name, tensor in parameters.items()}
+        hooks = []
+        try:
+            for name, activation in self.activations.items():
+                hooks.append(self.block.get_submodule(name).register_forward_pre_hook(_rounded_input(activation)))
+            output = functional_call(
+                self.block, {**self._parameters, **replaced}, (hidden_BTD, *self._args), self._kwargs
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _rounded_input(activation: NumberFormat) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda _, args: (straight_through(args[0], activation.fake_quantize), *args[1:])

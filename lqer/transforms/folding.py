@@ -1,0 +1,170 @@
+"""Where the inverse of an input scale goes: found by probing a block, whatever its architecture.
+
+Scaling the input channels of some linears by 1/c and their columns by c changes nothing if what makes those channels is
+scaled by 1/c too. Two things can make them:
+
+    a norm       whose output is the linears' input: its gain, or 1 + weight, is divided by c, and its bias
+    a linear     whose outputs reach the linears channel by channel, only multiplied on the way: v before o, up before
+                 down, fc1 before fc2 around a ReLU. Its rows and bias are divided by c
+
+Which row of which linear feeds which channel is read off the block itself: rows are doubled, and the channels that
+double with them are theirs. Powers of two scale exactly, so the comparison is sharp. The rows of a fused projection
+are told apart at the first token, which attends to itself alone, whatever its query and key. Several channels may have
+one row (grouped queries). A fold counts only if the block's output stays the same under random scales.
+
+Shapes: B sequences, T tokens, D hidden size, I input channels of a site, O rows of a source.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .block_function import BlockFunction
+from .tracing import Trace, trace
+
+NO_ROW = -1
+GAIN_OFFSETS = (0.0, 1.0)
+RATIO_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Fold:
+    """`source` is a norm or linear of the block; rows_I: int64, its row that feeds each input channel.
+
+    NO_ROW marks a channel that was zero at every token: it is not scaled. offset: what a norm adds to its weight.
+    """
+
+    source: str
+    rows_I: Tensor
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears of one block that are called with the same tensor, and the fold of their input scale, if there is one."""
+
+    linears: tuple[str, ...]
+    fold: Fold | None
+
+
+def find_sites(call: BlockFunction, hidden_BTD: Tensor, seed: int = 0) -> list[Site]:
+    """The input sites of a block in the order of their use, each with its fold or None.
+
+    hidden_BTD: hidden states of real text; they are shuffled over positions, so that first tokens differ.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(hidden_BTD.shape[0] * hidden_BTD.shape[1], generator=generator).to(hidden_BTD.device)
+    probe = _Probe(call, hidden_BTD.flatten(0, 1)[order].view_as(hidden_BTD), generator)
+    return [Site(linears, probe.find_fold(linears)) for linears in probe.trace.sites()]
+
+
+def fold_scale(parameters: Mapping[str, Tensor], site: Site, scale_I: Tensor) -> dict[str, Tensor]:
+    """The parameters of a block that change when the columns of a site's linears are multiplied by `scale_I`.
+
+    scale_I > 0, equal on channels that share a row. Computed in float32; the parameters' dtypes are kept.
+    """
+    if site.fold is None:
+        raise ValueError(f"nothing in the block can take the inverse scale of {', '.join(site.linears)}")
+    fold = site.fold
+    fed_I = fold.rows_I != NO_ROW
+    scale_I = torch.where(fed_I, scale_I.to(torch.float32), 1.0)
+    changed = {f"{name}.weight": parameters[f"{name}.weight"].float() * scale_I for name in site.linears}
+    weight = parameters[f"{fold.source}.weight"].float()
+    scale_O = torch.ones(len(weight), device=weight.device)
+    scale_O[fold.rows_I[fed_I]] = scale_I[fed_I]
+    if not torch.equal(scale_O[fold.rows_I[fed_I]], scale_I[fed_I]):
+        raise ValueError(f"the scale of {', '.join(site.linears)} differs between channels that share a row")
+    changed[f"{fold.source}.weight"] = (weight + fold.offset) / _along_rows(scale_O, weight) - fold.offset
+    if f"{fold.source}.bias" in parameters:
+        changed[f"{fold.source}.bias"] = parameters[f"{fold.source}.bias"].float() / scale_O
+    return {name: tensor.to(parameters[name].dtype) for name, tensor in changed.items()}
+
+
+def _along_rows(scale_O: Tensor, weight: Tensor) -> Tensor:
+    return scale_O if weight.ndim == 1 else scale_O.unsqueeze(-1)
+
+
+class _Probe:
+    """Runs a block with changed rows and looks at what changes."""
+
+    def __init__(self, call: BlockFunction, hidden_BTD: Tensor, generator: torch.Generator):
+        self._call, self._hidden_BTD, self._generator = call, hidden_BTD, generator
+        self._parameters = {name: parameter.detach() for name, parameter in call.block.named_parameters()}
+        self.trace = self._run({})
+
+    def find_fold(self, linears: tuple[str, ...]) -> Fold | None:
+        """The first source that takes an inverse scale and leaves the block's output as it was."""
+        for fold in itertools.chain(self._norm_folds(linears[0]), self._linear_folds(linears[0])):
+            if self._keeps_the_function(Site(linears, fold)):
+                return fold
+        return None
+
+    def _norm_folds(self, reader: str) -> Iterator[Fold]:
+        for name in self.trace.norms_before(reader):
+            rows_I = torch.arange(len(self._parameters[f"{name}.weight"]), device=self._hidden_BTD.device)
+            yield from (Fold(name, rows_I, offset) for offset in GAIN_OFFSETS)
+
+    def _linear_folds(self, reader: str) -> Iterator[Fold]:
+        """From the linears called before, the latest first: all rows of one, or either half of a fused one."""
+        called = [*self.trace.inputs]
+        for source in reversed(called[: called.index(reader)]):
+            rows = len(self._parameters[f"{source}.weight"])
+            for part in (range(rows), range(rows // 2, rows), range(rows // 2)):
+                rows_I = self._feeding_rows(source, part, reader)
+                if rows_I is not None:
+                    yield Fold(source, rows_I)
+
+    def _feeding_rows(self, source: str, rows: range, reader: str) -> Tensor | None:
+        """Which of `rows` feeds each input channel of `reader`; None if they do not do so channel by channel.
+
+        Every row has a number: the channels that double when all rows with bit k set are doubled have bit k set.
+        """
+        ratio_BTI = self._ratio(source, list(rows), reader)
+        tokens = next((t for t in (slice(None), slice(0, 1)) if _is(2, ratio_BTI[:, t]).all()), None)
+        if tokens is None:
+            return None
+        alive_I = ~ratio_BTI[:, tokens].isnan().flatten(0, 1).all(0)
+        rows_I = torch.full_like(alive_I, rows.start, dtype=torch.int64)
+        for bit in range((len(rows) - 1).bit_length()):
+            chosen = [row for row in rows if (row - rows.start) >> bit & 1]
+            ratio_NI = self._ratio(source, chosen, reader)[:, tokens].flatten(0, 1)
+            same_I, doubled_I = _is(1, ratio_NI).all(0), _is(2, ratio_NI).all(0)
+            if not (same_I | doubled_I).all():
+                return None
+            rows_I += doubled_I.to(torch.int64) << bit
+        return rows_I.masked_fill(~alive_I, NO_ROW) if alive_I.any() else None
+
+    def _ratio(self, source: str, rows: list[int], reader: str) -> Tensor:
+        """By what the reader's input (B, T, I) is multiplied when rows of `source` are doubled; NaN for 0 / 0."""
+        changed = {}
+        for name in (f"{source}.weight", f"{source}.bias"):
+            if name in self._parameters:
+                changed[name] = self._parameters[name].clone()
+                changed[name][rows] *= 2
+        x, doubled = (trace.inputs[reader].tensor for trace in (self.trace, self._run(changed)))
+        return (doubled / x).view(*self._hidden_BTD.shape[:2], -1)
+
+    def _keeps_the_function(self, site: Site) -> bool:
+        assert site.fold is not None
+        rows_I = site.fold.rows_I
+        rows = len(self._parameters[f"{site.fold.source}.weight"])
+        scale_O = 2.0 ** torch.randint(-1, 2, (rows,), generator=self._generator).to(rows_I.device)
+        changed = self._run(fold_scale(self._parameters, site, scale_O[rows_I])).result
+        difference, branches = (
+            torch.linalg.vector_norm((self.trace.result - x).float()) for x in (changed, self._hidden_BTD)
+        )
+        # A wrong fold changes the branches by about their own size.
+        return bool(difference <= torch.finfo(changed.dtype).eps ** 0.5 * branches)
+
+    def _run(self, parameters: Mapping[str, Tensor]) -> Trace:
+        return trace(self._call.block, lambda: self._call(parameters, self._hidden_BTD))
+
+
+def _is(value: int, ratio: Tensor) -> Tensor:
+    """Where a ratio is that integer, or is not known."""
+    return ((ratio - value).abs() < RATIO_TOLERANCE) | ratio.isnan()

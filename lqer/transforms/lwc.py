@@ -1,0 +1,128 @@
+"""Learnable weight clipping (OmniQuant, arXiv 2308.13137, section 3.2): the clipped range of every group by gradient.
+
+A group's range [lo, hi] becomes [sigmoid(b) lo, sigmoid(a) hi] with a and b learnt (both 4 at first, sigmoid(4) = 0.98)
+so that the block's output with rounded weights keeps to its target:
+
+    s = (hi' - lo') / (2^bits - 1)      z = round(-lo' / s)       w_q = (clamp(round(w / s) + z, 0, 2^bits - 1) - z) s
+
+The gradient passes straight through `round` and through the rounding of s to the dtype it is stored in. A symmetric
+format has s = max(|lo'|, |hi'|) / (2^(bits-1) - 1) and no z. A power-of-two scale has no gradient: `int` only.
+
+Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row, B within a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lqer.formats import Int, NumberFormat, QuantizedTensor
+from lqer.formats.blocks import from_blocks, to_blocks
+
+from .clip import group_range, quantize_clipped
+
+START = 4.0
+
+
+@dataclass(frozen=True)
+class ClippingSettings:
+    """How clipping is learnt; epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 from AWQ's scales."""
+
+    epochs: int = 20
+    batch_size: int = 1
+    learning_rate: float = 1e-2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RangeFactors:
+    """What the ends of every group's range are multiplied by: float32 (O, N) in (0, 1)."""
+
+    low_ON: Tensor
+    high_ON: Tensor
+
+
+def learn_clipping(
+    weights: Mapping[str, Tensor],
+    formats: Mapping[str, NumberFormat],
+    block: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    inputs_STD: Tensor,
+    targets: Sequence[Tensor],
+    settings: ClippingSettings,
+    fixed: Mapping[str, Tensor] | None = None,
+) -> dict[str, RangeFactors]:
+    """The factors of every weight (O, I) in `weights`; `quantize_clipped` makes of them what was trained.
+
+    block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights. targets: one or several (S, T, D) tensors
+    whose losses are added: the original block's output on the original inputs and, for two bits, on these inputs too.
+    fixed: weights that take part as they are, such as those of q and k, rounded without clipping.
+
+    Raises ValueError for a format other than `int`, ArithmeticError where the loss stops being finite.
+    """
+    for name, number_format in formats.items():
+        if name in weights and not isinstance(number_format, Int):
+            raise ValueError(f"{name}: clipping is learnt for the scales of int, found {number_format.kind}")
+    device = next(iter(weights.values())).device
+    ranges = {name: group_range(weight_OI, formats[name]) for name, weight_OI in weights.items()}
+    logits = {
+        name: tuple(torch.full_like(end_ON, START).requires_grad_() for end_ON in ends) for name, ends in ranges.items()
+    }
+    optimizer = torch.optim.AdamW([x for pair in logits.values() for x in pair], settings.learning_rate, weight_decay=0)
+    generator = torch.Generator().manual_seed(settings.seed)
+    for epoch in range(settings.epochs):
+        for batch_B in torch.randperm(len(inputs_STD), generator=generator).split(settings.batch_size):
+            clipped = {
+                name: _rounded(weight_OI, formats[name], ranges[name], logits[name])
+                for name, weight_OI in weights.items()
+            }
+            inputs_BTD = inputs_STD[batch_B.to(inputs_STD.device)].to(device)
+            outputs_BTD = block({**(fixed or {}), **clipped}, inputs_BTD).float()
+            loss = torch.stack(
+                [(outputs_BTD - y[batch_B.to(y.device)].to(device).float()).square().mean() for y in targets]
+            ).sum()
+            if not torch.isfinite(loss):
+                raise ArithmeticError(f"epoch {epoch + 1} of {settings.epochs} diverged: the loss is {loss.item()}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return {
+        name: RangeFactors(low_logit.detach().sigmoid(), high_logit.detach().sigmoid())
+        for name, (low_logit, high_logit) in logits.items()
+    }
+
+
+def quantize_learnt(weight_OI: Tensor, number_format: NumberFormat, factors: RangeFactors) -> QuantizedTensor:
+    """Round a weight to nearest under its learnt ranges."""
+    return quantize_clipped(weight_OI, number_format, factors.low_ON, factors.high_ON)
+
+
+def _rounded(
+    weight_OI: Tensor,
+    number_format: NumberFormat,
+    ends: tuple[Tensor, Tensor],
+    logits: tuple[Tensor, ...],
+) -> Tensor:
+    """w_q (O, I) in float32: the values of `quantize_learnt`, differentiable in the logits."""
+    assert isinstance(number_format, Int)
+    low_ON, high_ON = (end_ON * logit_ON.sigmoid() for end_ON, logit_ON in zip(ends, logits, strict=True))
+    if number_format.symmetric:
+        step_ON = torch.maximum(-low_ON, high_ON) / number_format.max_code
+    else:
+        step_ON = (high_ON - low_ON) / number_format.max_code
+    step_ON = _through(step_ON, number_format.storable_scales(step_ON.detach()).float())
+    if number_format.symmetric:
+        zero_ON = torch.zeros_like(step_ON)
+    else:
+        zero_ON = _through(-low_ON / step_ON, (-low_ON / step_ON).detach().round().clamp(0, number_format.max_code))
+    steps_ONB = to_blocks(weight_OI.float(), number_format.block_size) / step_ON.unsqueeze(-1)
+    codes_ONB = _through(steps_ONB, steps_ONB.detach().round()) + zero_ON.unsqueeze(-1)
+    codes_ONB = codes_ONB.clamp(number_format.min_code, number_format.max_code)
+    return from_blocks((codes_ONB - zero_ON.unsqueeze(-1)) * step_ON.unsqueeze(-1), weight_OI.shape[1])
+
+
+def _through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of x; exact, since the bracket is 0 going forward."""
+    return rounded + (x - x.detach())

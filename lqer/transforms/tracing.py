@@ -1,0 +1,76 @@
+"""Which tensors go into a module's linears and come out of its norms, and which of them are one and the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A tensor at the moment a module saw it: memory, layout and contents tell whether another is the same."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def now(cls, tensor: Tensor) -> Seen:
+        return cls(tensor, tensor._version)
+
+    def same(self, other: Seen) -> bool:
+        a, b = self.tensor, other.tensor
+        return (a.data_ptr(), a.shape, a.stride(), self.version) == (b.data_ptr(), b.shape, b.stride(), other.version)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run of a module. Its tensors are kept alive, so that an address means one of them."""
+
+    inputs: dict[str, Seen]  # of linears, in the order of their calls
+    outputs: dict[str, Seen]  # of norms, or whatever else has a vector called weight
+    result: Any
+
+    def sites(self) -> list[tuple[str, ...]]:
+        """The linears, those called with the same tensor together, in the order of their calls."""
+        groups: list[tuple[Seen, list[str]]] = []
+        for name, seen in self.inputs.items():
+            names = next((names for first, names in groups if first.same(seen)), None)
+            if names is None:
+                groups.append((seen, [name]))
+            else:
+                names.append(name)
+        return [tuple(names) for _, names in groups]
+
+    def norms_before(self, linear: str) -> list[str]:
+        """The norms whose output is the linear's input."""
+        return [name for name, output in self.outputs.items() if output.same(self.inputs[linear])]
+
+
+@torch.no_grad()
+def trace(module: nn.Module, run: Callable[[], Any]) -> Trace:
+    """Watch the linears and norms of `module` while `run` runs it."""
+    inputs: dict[str, Seen] = {}
+    outputs: dict[str, Seen] = {}
+
+    def see_input(name: str) -> Callable[..., None]:
+        return lambda module, args: inputs.__setitem__(name, Seen.now(args[0]))
+
+    def see_output(name: str) -> Callable[..., None]:
+        return lambda module, args, output: outputs.__setitem__(name, Seen.now(output))
+
+    hooks = []
+    for name, child in module.named_modules():
+        weight = getattr(child, "weight", None)
+        if isinstance(child, nn.Linear):
+            hooks.append(child.register_forward_pre_hook(see_input(name)))
+        elif isinstance(weight, Tensor) and weight.ndim == 1:
+            hooks.append(child.register_forward_hook(see_output(name)))
+    try:
+        return Trace(inputs, outputs, run())
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,246 @@
+"""Progressive adaptive rounding of a small gated block: what it promises, and what it does when something breaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import first_block
+from safetensors.torch import load, save
+from torch.nn import functional as F
+
+from lqer.formats import Int, MXInt
+from lqer.models import block_linears
+from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, DivergedError, block_loss, round_block, start_state
+from lqer.rounding.par_schedule import SOFT_SHARES_10
+from lqer.rounding.soft import Grid
+from lqer.transforms.block_function import BlockFunction
+
+W2 = Int(bits=2, block_size=16)
+QUICK = AdaptiveSettings(soft_shares=SOFT_SHARES_10, steps=12, learning_rate=2e-2)
+
+
+def block(weights, x):
+    return x + F.linear(F.silu(F.linear(x, weights["gate"])) * F.linear(x, weights["up"]), weights["down"])
+
+
+@pytest.fixture(scope="module")
+def task():
+    """Weights, calibration inputs and held-out inputs of one distribution, correlated as activations are."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"gate": (48, 32), "up": (48, 32), "down": (32, 48)}
+    weights = {name: torch.randn(shape, generator=generator) / shape[1] ** 0.5 for name, shape in shapes.items()}
+    inputs = torch.randn(48, 16, 32, generator=generator) @ torch.randn(32, 32, generator=generator) / 6
+    return weights, inputs[:32], inputs[32:]
+
+
+def starts_of(weights, number_format):
+    return {name: number_format.quantize(weight) for name, weight in weights.items()}
+
+
+def values(rounded):
+    return {name: tensor.dequantize() for name, tensor in rounded.items()}
+
+
+@pytest.mark.parametrize(
+    "number_format",
+    [W2, Int(bits=3, block_size=-1), Int(bits=3, block_size=16, symmetric=True), MXInt(bits=3), MXInt(bits=2)],
+    ids=str,
+)
+def test_the_blocks_loss_falls_on_calibration_and_on_held_out_inputs(task, number_format):
+    weights, inputs, held_out = task
+    starts = starts_of(weights, number_format)
+    rounded = round_block(weights, starts, block, inputs, block(weights, inputs), QUICK)
+    for x in (inputs, held_out):
+        target = block(weights, x)
+        assert block_loss(block(values(rounded), x), target) < 0.8 * block_loss(block(values(starts), x), target)
+
+
+def test_the_soft_block_starts_at_the_original_but_for_the_error_of_clipping(task):
+    weights, inputs, _ = task
+    grids = {name: Grid.of(weights[name], start) for name, start in starts_of(weights, W2).items()}
+    state = start_state(grids, tune_scales=True)
+    soft = {name: grid.weight(state.v[name], state.u[name]) for name, grid in grids.items()}
+    clipped = {}
+    for name, start in starts_of(weights, W2).items():
+        steps, zeros = (start.parts[part].float().repeat_interleave(16, dim=1) for part in ("scales", "zeros"))
+        clipped[name] = ((weights[name] / steps + zeros).clamp(0, 3) - zeros) * steps
+    target = block(weights, inputs)
+    clip_error = block_loss(block(clipped, inputs), target)
+    torch.testing.assert_close(block_loss(block(soft, inputs), target), clip_error, rtol=1e-3, atol=1e-6)
+    assert 0 < clip_error < block_loss(block(values(starts_of(weights, W2)), inputs), target)
+
+
+def test_every_round_decides_its_share_of_every_linear(task):
+    weights, inputs, _ = task
+    shares = []
+
+    def watch(state):
+        shares.append([float(v.isinf().float().mean()) for v in state.v.values()])
+
+    round_block(weights, starts_of(weights, W2), block, inputs, block(weights, inputs), QUICK, after_round=watch)
+    assert len(shares) == len(SOFT_SHARES_10)
+    for soft_share, found in zip(SOFT_SHARES_10, shares, strict=True):
+        assert all(1 - soft_share <= share < 1 for share in found)
+
+
+def test_codes_are_never_further_than_the_next_one(task):
+    weights, inputs, _ = task
+    starts = starts_of(weights, W2)
+    rounded = round_block(weights, starts, block, inputs, block(weights, inputs), QUICK)
+    moved = set()
+    for name, start in starts.items():
+        assert torch.equal(rounded[name].parts["zeros"], start.parts["zeros"])
+        difference = rounded[name].parts["codes"].int() - start.parts["codes"].int()
+        moved |= set(difference.unique().tolist())
+    assert moved == {-1, 0, 1}
+
+
+def test_scales_stay_as_they_are_unless_they_are_tuned(task):
+    weights, inputs, _ = task
+    starts, targets = starts_of(weights, W2), block(weights, inputs)
+    for tuned in (False, True):
+        settings = AdaptiveSettings(SOFT_SHARES_10, steps=4, tune_scales=tuned)
+        rounded = round_block(weights, starts, block, inputs, targets, settings)
+        same = [torch.equal(rounded[name].parts["scales"], starts[name].parts["scales"]) for name in starts]
+        assert same == [not tuned] * 3
+
+
+def test_the_last_loss_is_that_of_what_is_returned_once_all_is_decided(task):
+    """With nearly everything decided and no learning, the trained block and the stored one are the same."""
+    weights, inputs, _ = task
+    targets = block(weights, inputs)
+    losses = []
+    settings = AdaptiveSettings(
+        (1e-9,), steps=1, batch_size=32, micro_batch=32, learning_rate=0.0, scale_learning_rate=0.0
+    )
+    rounded = round_block(
+        weights, starts_of(weights, W2), block, inputs, targets, settings, after_round=lambda s: losses.append(s.losses)
+    )
+    assert float(losses[0]) == pytest.approx(float(block_loss(block(values(rounded), inputs), targets)), rel=1e-5)
+
+
+def test_the_micro_batch_bounds_what_passes_the_block_and_changes_nothing_else(task):
+    weights, inputs, _ = task
+    starts, targets = starts_of(weights, W2), block(weights, inputs)
+    results, largest = [], []
+    for micro_batch in (4, 1, 3):
+        sizes = []
+
+        def watch(soft, x, sizes=sizes):
+            sizes.append(len(x))
+            return block(soft, x)
+
+        settings = AdaptiveSettings(SOFT_SHARES_10[:3], steps=3, batch_size=4, micro_batch=micro_batch)
+        states = []
+        round_block(weights, starts, watch, inputs, targets, settings, after_round=states.append)
+        results.append(states[-1])
+        largest.append(max(sizes))
+    assert largest == [4, 1, 3]
+    for other in results[1:]:
+        torch.testing.assert_close(other.losses, results[0].losses)
+        soft = results[0].v["down"].isfinite()
+        torch.testing.assert_close(other.v["down"][soft], results[0].v["down"][soft], rtol=1e-3, atol=1e-3)
+
+
+def test_resuming_between_rounds_gives_the_same_bytes(task):
+    weights, inputs, _ = task
+    arguments = (weights, starts_of(weights, W2), block, inputs, block(weights, inputs), QUICK)
+    files = []
+    whole = round_block(*arguments, after_round=lambda state: files.append(save(state.tensors())))
+    for rounds in (1, 6, len(SOFT_SHARES_10)):
+        state = AdaptiveState.from_tensors(load(files[rounds - 1]))
+        assert state.rounds == rounds
+        resumed = round_block(*arguments, state=state)
+        for name, tensor in whole.items():
+            assert all(torch.equal(tensor.parts[part], resumed[name].parts[part]) for part in tensor.parts)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_sound_state(task):
+    weights, inputs, _ = task
+    states = []
+
+    def breaking(soft, x):
+        return block(soft, x) * (torch.nan if len(states) == 3 else 1)
+
+    with pytest.raises(DivergedError, match=r"round 4 of 10 diverged: its loss is nan") as caught:
+        round_block(
+            weights, starts_of(weights, W2), breaking, inputs, block(weights, inputs), QUICK, after_round=states.append
+        )
+    assert caught.value.state is states[-1]
+    assert all(not v.isnan().any() for v in caught.value.state.v.values())
+
+
+def test_gradients_that_are_not_finite_are_noticed_even_in_the_last_step(task):
+    weights, inputs, _ = task
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.nan
+
+    settings = AdaptiveSettings((0.5,), steps=1)
+    with pytest.raises(DivergedError, match="round 1 of 1 diverged") as caught:
+        round_block(
+            weights,
+            starts_of(weights, W2),
+            lambda soft, x: Poison.apply(block(soft, x)),
+            inputs,
+            block(weights, inputs),
+            settings,
+        )
+    assert caught.value.state.rounds == 0
+
+
+def test_what_does_not_fit_together_is_refused(task):
+    weights, inputs, _ = task
+    starts = starts_of(weights, W2)
+    with pytest.raises(ValueError, match="are not of the same linears"):
+        round_block(weights, {"up": starts["up"]}, block, inputs, inputs, QUICK)
+    with pytest.raises(ValueError, match="32 sequences of inputs and 3 of targets"):
+        round_block(weights, starts, block, inputs, inputs[:3], QUICK)
+    with pytest.raises(ValueError, match="do not fall strictly between 1 and 0"):
+        AdaptiveSettings(soft_shares=(0.5, 0.5))
+    with pytest.raises(ValueError, match="micro_batch 0 is not at least 1"):
+        AdaptiveSettings(micro_batch=0)
+
+
+def test_autocast_trains_in_bfloat16(task):
+    weights, inputs, held_out = task
+    starts, dtypes = starts_of(weights, W2), set()
+
+    def watch(soft, x):
+        y = F.linear(x, soft["gate"])
+        dtypes.add(y.dtype)
+        return block(soft, x)
+
+    settings = AdaptiveSettings(SOFT_SHARES_10, steps=12, learning_rate=2e-2, autocast=torch.bfloat16)
+    rounded = round_block(weights, starts, watch, inputs, block(weights, inputs), settings)
+    assert dtypes == {torch.bfloat16}
+    target = block(weights, held_out)
+    assert block_loss(block(values(rounded), held_out), target) < block_loss(block(values(starts), held_out), target)
+
+
+@pytest.mark.parametrize("activations", [None, Int(bits=4, block_size=-1)], ids=["weight-only", "w2a4"])
+def test_a_decoder_block_is_reconstructed_and_left_as_it_was(random_model, windows_WT, activations):
+    module, call, hidden = first_block(random_model("llama"), windows_WT)
+    hidden = torch.cat([hidden, hidden.flip(1), hidden.roll(3, dims=1)])
+    names = block_linears(module)
+    if activations is not None:
+        call = BlockFunction(module, call._args, call._kwargs, dict.fromkeys(names, activations))
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    weights = {f"{name}.weight": module.get_parameter(f"{name}.weight").detach() for name in names}
+    starts = starts_of(weights, W2)
+    with torch.no_grad():
+        targets = BlockFunction(module, call._args, call._kwargs)({}, hidden)
+    settings = AdaptiveSettings(SOFT_SHARES_10, steps=10, batch_size=5, micro_batch=5, learning_rate=2e-2)
+    rounded = round_block(weights, starts, call, hidden, targets, settings)
+    with torch.no_grad():
+        before, after = (block_loss(call(values(r), hidden), targets) for r in (starts, rounded))
+    assert after < 0.8 * before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert not any(child._forward_pre_hooks for child in module.modules())

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lqer.formats import Int, MXInt
+from lqer.transforms.clip import group_range
+from lqer.transforms.lwc import START, ClippingSettings, RangeFactors, _rounded, learn_clipping, quantize_learnt
+
+FORMATS = [Int(bits=2, block_size=16), Int(bits=3, block_size=-1), Int(bits=3, block_size=16, symmetric=True)]
+
+
+@pytest.fixture(scope="module")
+def task():
+    """A block of two linears with outliers in every row, correlated inputs, and what it makes of them."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(32, 40, generator=generator) for name in ("up", "gate")}
+    for weight in weights.values():
+        weight[:, 7::16] *= 3
+    inputs = torch.randn(64, 6, 40, generator=generator) @ torch.randn(40, 40, generator=generator) / 6
+
+    def block(weights, x):
+        return F.linear(x, weights["up"]) + F.silu(F.linear(x, weights["gate"]))
+
+    return weights, block, inputs, block(weights, inputs)
+
+
+@pytest.mark.parametrize("number_format", FORMATS, ids=str)
+def test_learning_lowers_the_loss_also_on_inputs_it_has_not_seen(task, number_format):
+    weights, block, inputs, targets = task
+    formats = dict.fromkeys(weights, number_format)
+    settings = ClippingSettings(epochs=10, batch_size=2)
+    factors = learn_clipping(weights, formats, block, inputs[:48], [targets[:48]], settings)
+
+    def loss(rounded, part):
+        values = {name: tensor.dequantize() for name, tensor in rounded.items()}
+        return float((block(values, inputs[part]) - targets[part]).square().mean())
+
+    learnt = {name: quantize_learnt(weight, number_format, factors[name]) for name, weight in weights.items()}
+    plain = {name: number_format.quantize(weight) for name, weight in weights.items()}
+    for part in (slice(0, 48), slice(48, 64)):
+        assert loss(learnt, part) < loss(plain, part)
+
+
+@pytest.mark.parametrize("number_format", FORMATS, ids=str)
+def test_what_is_trained_is_what_is_stored(task, number_format):
+    weight_OI = task[0]["up"].clone()
+    weight_OI[2, :16] = 0
+    ends = group_range(weight_OI, number_format)
+    logits = tuple(torch.randn(end.shape, generator=torch.Generator().manual_seed(5)) + 2 for end in ends)
+    trained_OI = _rounded(weight_OI, number_format, ends, logits)
+
+    factors = RangeFactors(*(logit.sigmoid() for logit in logits))
+    assert torch.equal(trained_OI, quantize_learnt(weight_OI, number_format, factors).dequantize())
+
+
+def test_every_group_starts_at_sigmoid_four(task):
+    weights, block, inputs, targets = task
+    settings = ClippingSettings(epochs=1, learning_rate=0.0)
+    formats = dict.fromkeys(weights, FORMATS[0])
+    factors = learn_clipping(weights, formats, block, inputs[:2], [targets[:2]], settings)
+    start = torch.tensor(START).sigmoid()
+    assert all((f.low_ON == start).all() and (f.high_ON == start).all() for f in factors.values())
+
+
+def test_several_targets_pull_together(task):
+    weights, block, inputs, targets = task
+    formats = dict.fromkeys(weights, FORMATS[0])
+    settings = ClippingSettings(epochs=1, batch_size=2)
+    once = learn_clipping(weights, formats, block, inputs, [targets], settings)
+    other = learn_clipping(weights, formats, block, inputs, [targets, targets * 0.5], settings)
+    assert not torch.equal(once["up"].high_ON, other["up"].high_ON)
+
+
+def test_weights_held_fixed_take_part_but_are_not_learnt(task):
+    weights, block, inputs, targets = task
+    fixed = {"gate": FORMATS[0].quantize(weights["gate"]).dequantize()}
+    learnt = learn_clipping(
+        {"up": weights["up"]}, {"up": FORMATS[0]}, block, inputs, [targets], ClippingSettings(epochs=1), fixed
+    )
+    assert learnt.keys() == {"up"}
+
+
+def test_a_power_of_two_scale_is_refused(task):
+    weights, block, inputs, targets = task
+    with pytest.raises(ValueError, match=r"up: clipping is learnt for the scales of int, found mxint"):
+        learn_clipping(weights, {"up": MXInt(4), "gate": FORMATS[0]}, block, inputs, [targets], ClippingSettings())
+
+
+def test_a_loss_that_is_not_finite_ends_it(task):
+    weights, block, inputs, targets = task
+    with pytest.raises(ArithmeticError, match=r"epoch 1 of 20 diverged: the loss is nan"):
+        learn_clipping(
+            weights, dict.fromkeys(weights, FORMATS[0]), block, inputs, [targets * torch.nan], ClippingSettings()
+        )
