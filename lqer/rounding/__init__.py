@@ -1,0 +1,1 @@
+"""Roundings: which of a number format's values each weight takes."""
