@@ -118,13 +118,15 @@ class Codebook(NumberFormat):
         """
         if length % self.dimension:
             raise ValueError(f"an axis of {length} is not a multiple of dimension {self.dimension} (codebook)")
+        if not rows:
+            raise ValueError("a tensor without rows has no codebooks (codebook)")
         wanted_columns = min(self.block_size, self.group_size)
         align = max(self.dimension, self.scale_block_size)
         pieces = max(1, round(length / wanted_columns))
         columns = -(-length // (pieces * align)) * align
         mean_columns = length / block_count(length, columns)
         wanted_rows = max(1, round(self.group_size / mean_columns))
-        group_rows = -(-rows // -(-rows // wanted_rows)) if rows else 1
+        group_rows = -(-rows // -(-rows // wanted_rows))
         return Layout(rows, length, group_rows, columns)
 
     def fit(self, x_NB: Tensor, weight_NB: Tensor | None = None) -> dict[str, Tensor]:
@@ -155,7 +157,7 @@ class Codebook(NumberFormat):
         scales = self.fit_scales(x_RL)
         scale_RL = self.decode_scales(scales, x_RL)
         x_NB = layout.group(x_RL / scale_RL)
-        codebooks = self.fit(x_NB, layout.group(scale_RL.square()))
+        codebooks = self.fit(x_NB, layout.group((scale_RL / scale_RL.amax()).square()))
         codes_RV = layout.ungroup(self.encode(x_NB, codebooks), x_RL.shape[1] // self.dimension)
         return self.shape_parts(layout, codes_RV, codebooks, scales, x_L.shape[:-1])
 
@@ -248,7 +250,7 @@ def factorize(centroids_NK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     norm = len(centroids_NK) ** 0.5
     factors_Nr = pad(u_Nr[:, :rank] * norm, (0, missing))
     basis_rK = pad(sigma_r[:rank, None] * v_rK[:rank] / norm, (0, 0, 0, missing))
-    return factors_Nr.to(torch.float32), basis_rK.to(torch.float32)
+    return factors_Nr.to(torch.float32).contiguous(), basis_rK.to(torch.float32).contiguous()
 
 
 def _encode_int8(values: Tensor) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class Layout:
 
     @property
     def row_groups(self) -> int:
-        return block_count(self.rows, self.group_rows) if self.rows else 0
+        return block_count(self.rows, self.group_rows)
 
     @property
     def column_groups(self) -> int:

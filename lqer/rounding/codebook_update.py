@@ -13,7 +13,7 @@ the paper does. The result is a proposal: a group of rows takes it only if its l
 Codebooks of low rank are factors times a basis, c = F B: the same is done for F and for B in turns.
 
 Shapes: O out_features, I in_features, G groups of rows, C groups of columns, N = G * C codebooks, K centroids, D
-elements of a vector, V vectors, r rank, T parameters of any shape, with a problem of its own per entry of the first dim.
+elements of a vector, V vectors, r rank, T parameters of any shape, a problem of their own per entry of the first dim.
 """
 
 from __future__ import annotations

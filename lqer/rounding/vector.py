@@ -64,7 +64,7 @@ def round_vector(
     hessian_II: Tensor | None,
     number_format: Codebook,
     *,
-    seeds: Seeds = "kmeans++",
+    seeds: Seeds | None = None,
     iterations: int = DEFAULT_ITERATIONS,
     damping: float = DEFAULT_DAMPING,
     update: Update = "cg",
@@ -109,7 +109,7 @@ def round_vector(
         scales.append(number_format.fit_scales(group_OI))
         scale_IO = pad(number_format.decode_scales(scales[-1], group_OI).T, (0, padded_rows), value=1.0).contiguous()
         if codebooks is None:
-            importance_IO = diagonal_I1[group].pow(rules.fit_power) * scale_IO.square() * counted_O
+            importance_IO = diagonal_I1[group].pow(rules.fit_power) * (scale_IO / scale_IO.amax()).square() * counted_O
             x_GND = _vectors(moving_IO[group] / scale_IO, layout.row_groups, number_format.dimension)
             importance_GND = _vectors(importance_IO, layout.row_groups, number_format.dimension)
             centroids_GKD = fit_centroids(
