@@ -49,8 +49,9 @@ def fit_centroids(
     """Centroids [G, K, D], float32, of finite float32 vectors; with D = 1 in ascending order.
 
     weight_GND: float32, not negative, broadcastable to x_GND. seeds: "kmeans++" (drawn with `seed`), "mahalanobis" or
-    "cdf" (D = 1), see `initial_centroids`; None is "cdf" where it can be, else "kmeans++". empty: what becomes of a centroid without vectors, "reseed" or, as GPTVQ's
-    published code has it, "zero" (which can raise the objective). Raises ValueError for "cdf" with D > 1.
+    "cdf" (D = 1), see `initial_centroids`; None is "cdf" where it can be, else "kmeans++". empty: what becomes of a
+    centroid without vectors, "reseed" or, as GPTVQ's published code has it, "zero" (which can raise the objective).
+    Raises ValueError for "cdf" with D > 1.
     """
     seeds = seeds or ("cdf" if x_GND.shape[2] == 1 else "kmeans++")
     unit_G11 = _unit(x_GND)
@@ -159,7 +160,7 @@ def _improve(x_GND: Tensor, weight_GND: Tensor, centroids_GKD: Tensor, iteration
 
 
 def _unit(x_GND: Tensor) -> Tensor:
-    """A power of two near the largest magnitude of each group, [G, 1, 1]: an exact divisor that keeps squares finite."""
+    """A power of two near each group's largest magnitude, [G, 1, 1]: an exact divisor that keeps squares finite."""
     exponent_G11 = torch.frexp(x_GND.abs().amax((1, 2), keepdim=True)).exponent
     return exponent_G11.clamp(-126, 127).to(torch.float32).exp2()
 
