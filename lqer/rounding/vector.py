@@ -87,13 +87,41 @@ def round_vector(
     """
     check_finite(weight_OI)
     weight_OI = weight_OI.detach().to(torch.float32)
-    out_features, in_features = weight_OI.shape
-    layout = number_format.layout(out_features, in_features)
-    rules = reference_rules(number_format) if compat == "reference" else consistent_rules(number_format)
+    in_features = weight_OI.shape[1]
     if hessian_II is None:
         hessian_II = torch.eye(in_features, device=weight_OI.device)
     if hessian_II.shape != (in_features, in_features):
         raise ValueError(f"a Hessian of shape {tuple(hessian_II.shape)} does not fit {in_features} in_features")
+    rules = reference_rules(number_format) if compat == "reference" else consistent_rules(number_format)
+    swept = sweep(
+        weight_OI,
+        hessian_II,
+        number_format,
+        rules,
+        seeds=seeds,
+        iterations=iterations,
+        damping=damping,
+        codebooks=codebooks,
+        seed=seed,
+    )
+    return swept if codebooks else update_codebooks(weight_OI, hessian_II, swept, update)
+
+
+def sweep(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    number_format: Codebook,
+    rules: Rules,
+    *,
+    seeds: Seeds | None = None,
+    iterations: int = DEFAULT_ITERATIONS,
+    damping: float = DEFAULT_DAMPING,
+    codebooks: dict[str, Tensor] | None = None,
+    seed: int = 0,
+) -> QuantizedTensor:
+    """The loop of algorithm 1 under given rules, without the update after it; arguments as `round_vector` has them."""
+    out_features, in_features = weight_OI.shape
+    layout = number_format.layout(out_features, in_features)
     factor_II = inverse_factor(hessian_II, damping)
     feedback_II = block_feedback(factor_II, rules.feedback_block).to(torch.float32)
     diagonal_I1 = (factor_II.diagonal() / factor_II.diagonal().mean()).to(torch.float32).unsqueeze(1)
@@ -136,8 +164,7 @@ def round_vector(
     parts = {"codes": torch.cat(codes_VO).T[:out_features].contiguous()}
     parts |= {name: torch.cat([part[name] for part in scales], dim=-1) for name in scales[0]}
     parts |= {name: torch.stack([part[name] for part in stored], dim=1) for name in PER_GROUP}
-    quantized = QuantizedTensor(number_format, (out_features, in_features), 1, parts | basis)
-    return quantized if codebooks else update_codebooks(weight_OI, hessian_II, quantized, update)
+    return QuantizedTensor(number_format, (out_features, in_features), 1, parts | basis)
 
 
 def _basis(weight_OI: Tensor, number_format: Codebook, codebooks: dict[str, Tensor] | None) -> dict[str, Tensor]:
