@@ -10,16 +10,18 @@ This folder imports torch and the standard library only.
 from typing import Any, get_args
 
 from .base import NonFiniteError, NumberFormat, QuantizedTensor
+from .codebook import Codebook
 from .integer import Int
 from .mx import MX
 from .mxint import MXInt
 from .packing import pack_bits, packed_length, unpack_bits
 from .passthrough import Passthrough
 
-Format = MXInt | Int | MX | Passthrough
+Format = MXInt | Int | MX | Passthrough | Codebook
 
 __all__ = [
     "MX",
+    "Codebook",
     "Format",
     "Int",
     "MXInt",

@@ -3,6 +3,8 @@
 A format cuts an axis into blocks, fits scales to each block, and rounds every element to a code. `fit`, `encode` and
 `decode` are those steps, separate so that error feedback and adaptive rounding can encode with frozen scales. They, and
 the methods named `*_blocks` and `*_parts`, see the block axis last; `quantize` and `QuantizedTensor` move it.
+`quantize` is the format's own, data-free way to a QuantizedTensor; a rounding that fits scales or codes to the inputs
+of a layer makes a QuantizedTensor of the same parts.
 
 Shapes: L = length of the block axis, N = leading dims and blocks, B = within a block.
 """
@@ -131,11 +133,14 @@ class NumberFormat(ABC):
         """The inverse of `pack_parts` for an axis of `length`."""
         parts = dict(packed)
         for name, width in self.stream_widths.items():
-            elements = length if name == "codes" else block_count(length, self.block_size)
-            parts[name] = unpack_bits(packed[name], elements, width)
+            parts[name] = unpack_bits(packed[name], self.stream_length(name, length), width)
         if self.code_offset:
             parts["codes"] = (parts["codes"] - self.code_offset).view(torch.int8)
         return parts
+
+    def stream_length(self, name: str, length: int) -> int:
+        """Elements in a row of a part that is stored as a bit stream, for an axis of `length`."""
+        return length if name == "codes" else block_count(length, self.block_size)
 
     def unpack(self, packed: dict[str, Tensor], shape: Sequence[int], axis: int) -> "QuantizedTensor":
         """The inverse of `QuantizedTensor.pack`, without loss; `shape` and `axis` are those of the tensor."""
@@ -149,12 +154,13 @@ class NumberFormat(ABC):
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A tensor in a number format: one code per element and what is needed to decode them."""
+    """A tensor in a number format: codes, one per element or vector of elements, and what is needed to decode them."""
 
     format: NumberFormat
     shape: tuple[int, ...]  # of the tensor it stands for
     axis: int  # blocks run along it; >= 0
-    parts: dict[str, Tensor]  # the axis moved last: "codes" [*lead, L] and the format's metadata [*lead, blocks]
+    # The axis moved last: "codes" [*lead, L] and metadata [*lead, blocks], or the shapes that the format states.
+    parts: dict[str, Tensor]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, computed in float32, as a contiguous tensor of `shape`."""

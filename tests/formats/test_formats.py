@@ -288,7 +288,7 @@ REFUSED_BY_TYPE = [
     ({"kind": "passthrough", "dtype": "float64"}, "dtype 'float64' is not one of"),
     ({"kind": "mxint"}, "missing 1 required positional argument: 'bits' (mxint)"),
     ({"kind": "mxint", "bits": 4, "group": 16}, "unexpected keyword argument 'group' (mxint)"),
-    ({"kind": "nf4"}, "format kind 'nf4' is not one of 'mxint', 'int', 'mx', 'passthrough'"),
+    ({"kind": "nf4"}, "format kind 'nf4' is not one of 'mxint', 'int', 'mx', 'passthrough', 'codebook'"),
     ({"bits": 4}, "format kind None is not one of"),
 ]
 

@@ -1,0 +1,263 @@
+"""Learned codebooks: D neighbours share one index into a small table, the format of GPTVQ (arXiv 2402.15319).
+
+A group of `group_size` weights, about `block_size` columns by group_size / block_size rows, has a codebook of its own:
+K = 2^(bits * D) centroids of D elements, stored as int8 under one bfloat16 scale. Options:
+
+    scale_block_size   32 or 64 neighbours of a row share a scale, by which they are divided before they meet the
+                       codebook: 2^(offset + step * code), a 4-bit code per block, offset and step per block of columns
+    codebook_rank      D = 1: the sorted codebooks of the tensor, stacked to a matrix [groups, K], are a product of
+                       that rank; stored are int8 factors per group and one float32 basis
+
+`fit`, `encode` and `decode` see a group as a block: N groups of B elements, vectors of D consecutive elements, and one
+code per vector. Which codebook and which codes are good depends on the inputs of a layer, so they are best made by
+`lqer.rounding.vector`; `quantize` is k-means on the values alone.
+
+Shapes: L = length of the block axis, R = rows (all leading dims), N = groups, B = elements of a group, V = vectors,
+K = centroids, D = elements of a vector, S = blocks of columns that share the scale's offset and step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .base import NumberFormat, require_choice, require_range
+from .blocks import block_count
+from .groups import Layout
+from .kmeans import fit_centroids, nearest_centroids
+from .logscale import SCALE_CODE_BITS, SCALE_HEADER, decode_log_scales, fit_log_scales
+
+CODEBOOK_BITS = 8  # of a stored centroid's elements, or of a factor
+LARGEST_CENTROID_CODE = 127
+CODEBOOK_SCALE = torch.bfloat16  # float16 would run out of range for small weights
+
+
+@dataclass(frozen=True)
+class Codebook(NumberFormat):
+    """Vector quantization with learned codebooks.
+
+    Parts: uint8 "codes" [*lead, L / D], one per vector, stored in bits * D bits each, and
+
+    - int8 "codebooks" [row groups, column groups, K, D] and bfloat16 "codebook_scales" [row groups, column groups], or,
+      with `codebook_rank` r, int8 "codebooks" [.., r], the same scales, and float32 "codebook_basis" [r, K];
+    - with `scale_block_size`, uint8 "scale_codes" [*lead, S], stored in 4 bits each, and float16 "scale_offsets" and
+      "scale_steps" [S].
+
+    The axis must be a multiple of `dimension`. A tensor without leading dims has one row.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    bits: int
+    dimension: Literal[1, 2, 4] = 2
+    group_size: int = 2048
+    block_size: int = 256
+    scale_block_size: Literal[0, 32, 64] = 0
+    codebook_rank: int = 0
+    kind: Literal["codebook"] = "codebook"
+
+    def __post_init__(self) -> None:
+        require_choice("kind", self.kind, ["codebook"], "codebook")
+        require_choice("dimension", self.dimension, [1, 2, 4], "codebook")
+        require_range("bits", self.bits, 1, 8, "codebook")
+        if self.index_bits > 8:
+            wide = f"bits {self.bits} * dimension {self.dimension} makes indices of {self.index_bits} bits"
+            raise ValueError(f"{wide}, above 8 (codebook)")
+        for field in ("group_size", "block_size"):
+            require_range(field, getattr(self, field), self.dimension, 1 << 31, "codebook")
+        if self.block_size % self.dimension:
+            raise ValueError(f"block_size {self.block_size} is not a multiple of dimension {self.dimension} (codebook)")
+        if self.group_size % self.block_size and self.block_size % self.group_size:
+            raise ValueError(
+                f"group_size {self.group_size} is neither a multiple nor a divisor of block_size {self.block_size}"
+                " (codebook)"
+            )
+        require_choice("scale_block_size", self.scale_block_size, [0, 32, 64], "codebook")
+        require_range("codebook_rank", self.codebook_rank, 0, self.centroids - 1, "codebook")
+        if self.codebook_rank and self.dimension > 1:
+            raise ValueError(f"codebook_rank {self.codebook_rank} needs dimension 1, found {self.dimension} (codebook)")
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of an index, which stands for `dimension` values."""
+        return self.bits * self.dimension
+
+    @property
+    def centroids(self) -> int:
+        """K, of one codebook."""
+        return 1 << self.index_bits
+
+    @property
+    def stream_widths(self) -> dict[str, int]:
+        return {"codes": self.index_bits} | ({"scale_codes": SCALE_CODE_BITS} if self.scale_block_size else {})
+
+    def stream_length(self, name: str, length: int) -> int:
+        return length // self.dimension if name == "codes" else block_count(length, self.scale_block_size)
+
+    def bits_per_value(self, length: int) -> float:
+        """Index, codebook and block scales of an axis of `length`, where groups are not cut short by the last row.
+
+        What a tensor has once (a codebook's basis, offset and step of each block of columns) is left out.
+        """
+        layout = self.layout(1 << 40, length)
+        stored = self.codebook_rank or self.centroids * self.dimension
+        codebook_bits = stored * CODEBOOK_BITS + CODEBOOK_SCALE.itemsize * 8
+        scale_bits = SCALE_CODE_BITS * block_count(length, self.scale_block_size) if self.scale_block_size else 0
+        return self.bits + (layout.column_groups * codebook_bits / layout.group_rows + scale_bits) / length
+
+    def layout(self, rows: int, length: int) -> Layout:
+        """How a matrix is cut into groups of about `group_size` weights.
+
+        Where `block_size` divides the columns this is GPTVQ's rule, block_size columns by group_size / block_size rows.
+        Elsewhere columns are cut evenly into pieces of about that many, and rows follow so that a codebook still serves
+        about group_size weights: a last piece of a few columns would pay for a whole codebook.
+        """
+        if length % self.dimension:
+            raise ValueError(f"an axis of {length} is not a multiple of dimension {self.dimension} (codebook)")
+        if not rows:
+            raise ValueError("a tensor without rows has no codebooks (codebook)")
+        wanted_columns = min(self.block_size, self.group_size)
+        align = max(self.dimension, self.scale_block_size)
+        pieces = max(1, round(length / wanted_columns))
+        columns = -(-length // (pieces * align)) * align
+        mean_columns = length / block_count(length, columns)
+        wanted_rows = max(1, round(self.group_size / mean_columns))
+        group_rows = -(-rows // -(-rows // wanted_rows))
+        return Layout(rows, length, group_rows, columns)
+
+    def fit(self, x_NB: Tensor, weight_NB: Tensor | None = None) -> dict[str, Tensor]:
+        """Codebooks of float32 groups [N, B] by k-means, each weight counting `weight_NB` times (0: not there)."""
+        x_NVD, weight_NVD = (
+            self._vectors(x_NB),
+            self._vectors(torch.ones_like(x_NB) if weight_NB is None else weight_NB),
+        )
+        return self.encode_centroids(fit_centroids(x_NVD, weight_NVD, self.centroids))
+
+    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """uint8 codes [N, B / D] of the nearest centroids."""
+        x_NVD = self._vectors(x_NB)
+        return nearest_centroids(x_NVD, torch.ones_like(x_NVD), self.decode_centroids(scales))
+
+    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """float32 values [N, B] of codes [N, B / D]."""
+        index_NVD = codes_NB.to(torch.int64).unsqueeze(-1).expand(-1, -1, self.dimension)
+        return self.decode_centroids(scales).gather(1, index_NVD).flatten(1)
+
+    def fake_quantize(self, x: Tensor, axis: int = -1) -> Tensor:
+        """`quantize(x, axis).dequantize(x.dtype)`: fits codebooks, so nothing for activations; refuses NaN."""
+        return self.quantize(x, axis).dequantize(x.dtype)
+
+    def quantize_parts(self, x_L: Tensor) -> dict[str, Tensor]:
+        x_RL = x_L.reshape(-1, x_L.shape[-1])
+        layout = self.layout(*x_RL.shape)
+        scales = self.fit_scales(x_RL)
+        scale_RL = self.decode_scales(scales, x_RL)
+        x_NB = layout.group(x_RL / scale_RL)
+        codebooks = self.fit(x_NB, layout.group((scale_RL / scale_RL.amax()).square()))
+        codes_RV = layout.ungroup(self.encode(x_NB, codebooks), x_RL.shape[1] // self.dimension)
+        return self.shape_parts(layout, codes_RV, codebooks, scales, x_L.shape[:-1])
+
+    def dequantize_parts(self, parts: dict[str, Tensor]) -> Tensor:
+        codes_RV = parts["codes"].reshape(-1, parts["codes"].shape[-1])
+        rows, vectors = codes_RV.shape
+        layout = self.layout(rows, vectors * self.dimension)
+        codes_NV = layout.group(codes_RV, layout.group_columns // self.dimension)
+        flat = {name: parts[name].flatten(0, 1) for name in ("codebooks", "codebook_scales")}
+        values_RL = layout.ungroup(self.decode(codes_NV, parts | flat))
+        values_RL = values_RL * self.decode_scales(parts, values_RL)
+        return values_RL.reshape(*parts["codes"].shape[:-1], -1)
+
+    def shape_parts(
+        self,
+        layout: Layout,
+        codes_RV: Tensor,
+        codebooks: dict[str, Tensor],
+        scales: dict[str, Tensor],
+        lead: tuple[int, ...] | torch.Size,
+    ) -> dict[str, Tensor]:
+        """The parts of a QuantizedTensor from codes [R, V], codebooks of N groups and block scales of R rows."""
+        parts = {"codes": codes_RV.reshape(*lead, -1), **codebooks}
+        for name in ("codebooks", "codebook_scales"):
+            parts[name] = codebooks[name].unflatten(0, (layout.row_groups, layout.column_groups)).contiguous()
+        if scales:
+            parts |= scales | {"scale_codes": scales["scale_codes"].reshape(*lead, -1)}
+        return parts
+
+    def encode_centroids(self, centroids_NKD: Tensor, basis_rK: Tensor | None = None) -> dict[str, Tensor]:
+        """Codebooks of N groups as they are stored.
+
+        With `codebook_rank`, sorted centroids lie near a low rank; they are projected onto `basis_rK`, whose rows are
+        orthogonal, or onto the best basis for them.
+        """
+        if not self.codebook_rank:
+            return _encode_int8(centroids_NKD)
+        centroids_NK = centroids_NKD.squeeze(-1)
+        if basis_rK is None:
+            return self.encode_factors(*factorize(centroids_NK, self.codebook_rank))
+        norm_r = basis_rK.square().sum(1)
+        return self.encode_factors(centroids_NK @ basis_rK.T / norm_r.where(norm_r > 0, 1.0), basis_rK)
+
+    def encode_factors(self, factors_Nr: Tensor, basis_rK: Tensor) -> dict[str, Tensor]:
+        """Codebooks of N groups as they are stored, from float32 factors and the basis they share."""
+        return _encode_int8(factors_Nr) | {"codebook_basis": basis_rK}
+
+    def decode_centroids(self, codebooks: dict[str, Tensor]) -> Tensor:
+        """float32 centroids [..., K, D] of codebooks with any leading dims."""
+        scale = codebooks["codebook_scales"].to(torch.float32)
+        stored = codebooks["codebooks"].to(torch.float32)
+        stored = stored * scale[(..., *[None] * (stored.dim() - scale.dim()))]
+        return (stored @ codebooks["codebook_basis"]).unsqueeze(-1) if self.codebook_rank else stored
+
+    def fit_scales(self, x_RL: Tensor) -> dict[str, Tensor]:
+        """Block scales of a float32 matrix, or nothing where the format has none."""
+        return fit_log_scales(x_RL, self.scale_block_size) if self.scale_block_size else {}
+
+    def decode_scales(self, scales: dict[str, Tensor], like_RL: Tensor) -> Tensor:
+        """float32 scale of each element of a matrix; ones where the format has no block scales."""
+        if not self.scale_block_size:
+            return torch.ones_like(like_RL)
+        return decode_log_scales(scales, like_RL.shape[0], like_RL.shape[1], self.scale_block_size)
+
+    def storage_bits(self, shape: tuple[int, int]) -> dict[str, int]:
+        """Bits that a tensor (rows, length) takes once packed: "index", "codebook", "scale", all padding included."""
+        rows, length = shape
+        layout = self.layout(rows, length)
+        stored = self.codebook_rank or self.centroids * self.dimension
+        per_codebook = stored * CODEBOOK_BITS + CODEBOOK_SCALE.itemsize * 8
+        basis = self.codebook_rank * self.centroids * 32
+        blocks = block_count(length, self.scale_block_size) if self.scale_block_size else 0
+        return {
+            "index": 8 * rows * -(-length * self.bits // 8),
+            "codebook": layout.row_groups * layout.column_groups * per_codebook + basis,
+            "scale": 8 * rows * -(-blocks * SCALE_CODE_BITS // 8) + blocks * 2 * SCALE_HEADER.itemsize * 8,
+        }
+
+    def _vectors(self, x_NB: Tensor) -> Tensor:
+        return x_NB.unflatten(-1, (-1, self.dimension))
+
+
+def factorize(centroids_NK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """float32 factors [N, rank] and basis [rank, K] whose product is the best approximation of that rank.
+
+    The factors' columns have mean square 1, so that rounding them under one scale costs every direction its share.
+    """
+    u_Nr, sigma_r, v_rK = torch.linalg.svd(centroids_NK.to(torch.float64), full_matrices=False)
+    missing = max(0, rank - len(sigma_r))  # fewer groups than the rank
+    norm = len(centroids_NK) ** 0.5
+    factors_Nr = pad(u_Nr[:, :rank] * norm, (0, missing))
+    basis_rK = pad(sigma_r[:rank, None] * v_rK[:rank] / norm, (0, 0, 0, missing))
+    return factors_Nr.to(torch.float32).contiguous(), basis_rK.to(torch.float32).contiguous()
+
+
+def _encode_int8(values: Tensor) -> dict[str, Tensor]:
+    """Symmetric int8 with a scale per leading element, made for the scale as it is stored; zeros stay zeros."""
+    largest_N = values.abs().flatten(1).amax(1)
+    scale_N = (largest_N / LARGEST_CENTROID_CODE).to(CODEBOOK_SCALE)
+    divisor_N = scale_N.to(torch.float32).where(scale_N > 0, 1.0)
+    codes = values / divisor_N.reshape(-1, *[1] * (values.dim() - 1))
+    codes = codes.round_().clamp_(-LARGEST_CENTROID_CODE, LARGEST_CENTROID_CODE).to(torch.int8)
+    return {"codebooks": codes, "codebook_scales": scale_N}
