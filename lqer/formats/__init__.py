@@ -10,23 +10,29 @@ This folder imports torch and the standard library only.
 from typing import Any, get_args
 
 from .base import NonFiniteError, NumberFormat, QuantizedTensor
+from .e8p import E8P
 from .integer import Int
 from .mx import MX
 from .mxint import MXInt
+from .normalfloat import NormalFloat
 from .packing import pack_bits, packed_length, unpack_bits
 from .passthrough import Passthrough
+from .uniform import Uniform
 
-Format = MXInt | Int | MX | Passthrough
+Format = MXInt | Int | MX | Passthrough | E8P | Uniform | NormalFloat
 
 __all__ = [
+    "E8P",
     "MX",
     "Format",
     "Int",
     "MXInt",
     "NonFiniteError",
+    "NormalFloat",
     "NumberFormat",
     "Passthrough",
     "QuantizedTensor",
+    "Uniform",
     "format_from_dict",
     "pack_bits",
     "packed_length",
