@@ -72,7 +72,8 @@ class NormalFloat(NumberFormat):
         """uint8 codes [N, B]; that of level 0 where the scale is 0."""
         boundaries_K = torch.tensor(_boundaries(self.bits, self.nearest), device=x_NB.device)
         scale_NB = scales["scales"].to(torch.float32).unsqueeze(-1)
-        return torch.bucketize(x_NB / torch.where(scale_NB == 0, torch.inf, scale_NB), boundaries_K).to(torch.uint8)
+        share_NB = (x_NB / torch.where(scale_NB == 0, torch.inf, scale_NB)).contiguous()
+        return torch.bucketize(share_NB, boundaries_K).to(torch.uint8)
 
     def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
         """float32 level * scale [N, B]."""

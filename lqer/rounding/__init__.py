@@ -1,0 +1,1 @@
+"""Roundings: which value of a number format each weight takes. Imports torch and lqer.formats only."""
