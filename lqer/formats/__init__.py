@@ -11,24 +11,30 @@ from typing import Any, get_args
 
 from .base import NonFiniteError, NumberFormat, QuantizedTensor
 from .codebook import Codebook
+from .e8p import E8P
 from .integer import Int
 from .mx import MX
 from .mxint import MXInt
+from .normalfloat import NormalFloat
 from .packing import pack_bits, packed_length, unpack_bits
 from .passthrough import Passthrough
+from .uniform import Uniform
 
-Format = MXInt | Int | MX | Passthrough | Codebook
+Format = MXInt | Int | MX | Passthrough | E8P | Uniform | NormalFloat | Codebook
 
 __all__ = [
+    "E8P",
     "MX",
     "Codebook",
     "Format",
     "Int",
     "MXInt",
     "NonFiniteError",
+    "NormalFloat",
     "NumberFormat",
     "Passthrough",
     "QuantizedTensor",
+    "Uniform",
     "format_from_dict",
     "pack_bits",
     "packed_length",

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,11 +57,12 @@ class NumberFormat(ABC):
 
     kind: str
     block_size: int  # elements that share a scale; -1 = the whole axis
+    vector_size: ClassVar[int] = 1  # neighbours along the axis that share a code; divides block_size
 
     @property
     @abstractmethod
     def stream_widths(self) -> dict[str, int]:
-        """Bits per element of the parts that are stored as bit streams: "codes", and metadata narrower than a byte."""
+        """Bits per code or scale of the parts stored as bit streams: "codes", and metadata narrower than a byte."""
 
     @property
     def code_offset(self) -> int:
@@ -78,11 +79,14 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """Codes [N, B] of float32 blocks [N, B] under scales [N], saturating. B need not be the block size."""
+        """Codes [N, B] of float32 blocks [N, B] under scales [N], saturating. B need not be the block size.
+
+        With vectors of D there are [N, ceil(B / D)] codes; a ragged last vector is encoded as if padded with zeros.
+        """
 
     @abstractmethod
     def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """float32 values [N, B] that codes [N, B] under scales [N] stand for."""
+        """float32 values [N, B] that codes [N, B] under scales [N] stand for; whole vectors, B a multiple of D."""
 
     def quantize(self, x: Tensor, axis: int = -1) -> "QuantizedTensor":
         """Quantize a float tensor of any dtype along `axis`, in float32.
@@ -107,18 +111,20 @@ class NumberFormat(ABC):
     def round_blocks(self, x_NB: Tensor) -> Tensor:
         """A new tensor with `decode(encode(x))` of float32 blocks; formats override it with something faster."""
         scales = self.fit(x_NB)
-        return self.decode(self.encode(x_NB, scales), scales)
+        return self.decode(self.encode(x_NB, scales), scales)[..., : x_NB.shape[-1]]
 
     def quantize_parts(self, x_L: Tensor) -> dict[str, Tensor]:
-        """Codes [..., L] and metadata [..., blocks] of a finite float32 tensor [..., L]."""
+        """Codes [..., L] (one per vector) and metadata [..., blocks] of a finite float32 tensor [..., L]."""
         x_NB = to_blocks(x_L, self.block_size)
         scales = self.fit(x_NB)
-        return {"codes": from_blocks(self.encode(x_NB, scales), x_L.shape[-1]), **scales}
+        return {"codes": from_blocks(self.encode(x_NB, scales), self.code_count(x_L.shape[-1])), **scales}
 
     def dequantize_parts(self, parts: dict[str, Tensor]) -> Tensor:
-        """float32 values [..., L]: the inverse of `quantize_parts`, up to rounding."""
+        """float32 values [..., L]: the inverse of `quantize_parts`, up to rounding; whole vectors."""
         codes_L = parts["codes"]
-        return from_blocks(self.decode(to_blocks(codes_L, self.block_size), parts), codes_L.shape[-1])
+        codes_per_block = self.block_size if self.block_size == -1 else self.block_size // self.vector_size
+        values_NB = self.decode(to_blocks(codes_L, codes_per_block), parts)
+        return from_blocks(values_NB, codes_L.shape[-1] * self.vector_size)
 
     def pack_parts(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parts as stored: the narrow ones as uint8 bit streams, the others as they are."""
@@ -140,7 +146,11 @@ class NumberFormat(ABC):
 
     def stream_length(self, name: str, length: int) -> int:
         """Elements in a row of a part that is stored as a bit stream, for an axis of `length`."""
-        return length if name == "codes" else block_count(length, self.block_size)
+        return self.code_count(length) if name == "codes" else block_count(length, self.block_size)
+
+    def code_count(self, length: int) -> int:
+        """Codes of an axis of `length`."""
+        return -(-length // self.vector_size)
 
     def unpack(self, packed: dict[str, Tensor], shape: Sequence[int], axis: int) -> "QuantizedTensor":
         """The inverse of `QuantizedTensor.pack`, without loss; `shape` and `axis` are those of the tensor."""
@@ -159,12 +169,14 @@ class QuantizedTensor:
     format: NumberFormat
     shape: tuple[int, ...]  # of the tensor it stands for
     axis: int  # blocks run along it; >= 0
-    # The axis moved last: "codes" [*lead, L] and metadata [*lead, blocks], or the shapes that the format states.
+    # The axis moved last: "codes" [*lead, L], one per element or vector, and the format's metadata [*lead, blocks] or
+    # [1, .., 1] where the whole tensor shares it; or the shapes that the format states.
     parts: dict[str, Tensor]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, computed in float32, as a contiguous tensor of `shape`."""
-        return self.format.dequantize_parts(self.parts).to(dtype).movedim(-1, self.axis).contiguous()
+        values_L = self.format.dequantize_parts(self.parts)[..., : self.shape[self.axis]]  # a last vector may be ragged
+        return values_L.to(dtype).movedim(-1, self.axis).contiguous()
 
     def pack(self) -> dict[str, Tensor]:
         """What is stored: "codes" as a uint8 bit stream per row, metadata in its storage dtype."""

@@ -74,6 +74,7 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, start_OL: Tensor) -> K
     basis_OD, images_ID = (block_OL.new_empty(size, 0) for size in error_OI.shape)
     projected_DD = torch.empty(0, 0, dtype=torch.float64, device=error_OI.device)
     captured: list[float] = []
+    weighted_IL = images_ID
     for step in range(MOST_STEPS + 1):
         if step > 0:
             block_OL = _orthonormal(error_OI @ weighted_IL, basis_OD)

@@ -10,11 +10,14 @@ from dataclasses import fields
 from typing import Any
 
 from lqer.rounding.base import Rounding
+from lqer.rounding.gptq import Gptq
+from lqer.rounding.ldlq import Ldlq
 from lqer.rounding.nearest import Nearest
+from lqer.rounding.vector import Vector
 
-ROUNDINGS: dict[str, type[Rounding]] = {cls.kind: cls for cls in (Nearest,)}
+ROUNDINGS: dict[str, type[Rounding]] = {cls.kind: cls for cls in (Nearest, Gptq, Ldlq, Vector)}
 
-__all__ = ["ROUNDINGS", "Nearest", "Rounding", "rounding_from_dict"]
+__all__ = ["ROUNDINGS", "Gptq", "Ldlq", "Nearest", "Rounding", "Vector", "rounding_from_dict"]
 
 
 def rounding_from_dict(settings: Mapping[str, Any]) -> Rounding:

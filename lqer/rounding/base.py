@@ -40,3 +40,20 @@ class Rounding(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The fields, `kind` included, as TOML and JSON can write them; `rounding_from_dict` reads them."""
         return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+def require_damping(damping: Any, kind: str) -> None:
+    """Raise ValueError unless `damping`, a share of the hessian's mean diagonal, is a number of at least 0."""
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not damping >= 0:
+        raise ValueError(f"damping {damping!r} is not a number of at least 0 ({kind})")
+
+
+def feedback_objection(number_format: NumberFormat) -> str | None:
+    """Why column after column of that format cannot be rounded with error feedback; None where it can."""
+    if number_format.kind == "codebook":
+        return 'codebooks are learned while the columns are rounded: rounding "vector" does that'
+    if number_format.kind == "passthrough":
+        return "there is no error to feed back in halves"
+    if getattr(number_format, "compat", False):
+        return "compat keeps values outside of its codes, which error feedback cannot make"
+    return None

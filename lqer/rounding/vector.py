@@ -21,15 +21,16 @@ D elements of a vector, P columns of a panel, V vectors of a panel, N vectors of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqer.formats import Codebook, QuantizedTensor
-from lqer.formats.base import check_finite
+from lqer.formats import Codebook, NumberFormat, QuantizedTensor
+from lqer.formats.base import check_finite, require_choice, require_range
 from lqer.formats.kmeans import DEFAULT_ITERATIONS, EmptyCluster, Seeds, fit_centroids, lowest_index
+from lqer.rounding.base import Rounding, require_damping
 from lqer.rounding.codebook_update import Update, update_codebooks
 from lqer.rounding.factor import DEFAULT_DAMPING, block_feedback, inverse_factor
 
@@ -217,3 +218,35 @@ def _vectors(x_IO: Tensor, groups: int, dimension: int) -> Tensor:
     """[G, N, D]: the vectors of each group of rows."""
     x_VDGR = x_IO.unflatten(1, (groups, -1)).unflatten(0, (-1, dimension))
     return x_VDGR.permute(2, 3, 0, 1).flatten(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Vector(Rounding):
+    """`round_vector` as a configuration names it."""
+
+    statistics: ClassVar[frozenset[str]] = frozenset({"autocorrelation"})
+
+    iterations: int = DEFAULT_ITERATIONS
+    damping: float = DEFAULT_DAMPING
+    update: Update = "cg"
+    compat: Literal["reference"] | None = None
+    seed: int = 0
+    kind: Literal["vector"] = "vector"
+
+    def __post_init__(self) -> None:
+        require_damping(self.damping, self.kind)
+        require_range("iterations", self.iterations, 0, 10_000, self.kind)
+        require_choice("update", self.update, get_args(Update), self.kind)
+        require_choice("compat", self.compat, ["reference", None], self.kind)
+
+    def round(self, weight_OI: Tensor, hessian_II: Tensor | None, number_format: NumberFormat) -> QuantizedTensor:
+        assert isinstance(number_format, Codebook), "the configuration lets no other format through"
+        return round_vector(
+            weight_OI, hessian_II, number_format, iterations=self.iterations, damping=self.damping, update=self.update,
+            compat=self.compat, seed=self.seed,
+        )  # fmt: skip
+
+    def objection(self, number_format: NumberFormat) -> str | None:
+        if isinstance(number_format, Codebook):
+            return None
+        return f'vector learns codebooks: its weights are of kind "codebook", not "{number_format.kind}"'

@@ -44,8 +44,9 @@ def test_there_is_a_template_for(name):
 def test_a_part_makes_an_experiment_once_model_and_weight_are_named(path, tmp_path):
     child = tmp_path / "child.toml"
     parents = [str(CONFIGS / "formats/mxint.toml"), str(path)]
-    child.write_text(f'extends = {parents}\nmodel = "some/model"\n[quantize]\nweight = "w4"\n')
-    assert read_config(child).quantize.weight == "w4"
+    weight = tomli.loads(path.read_text()).get("quantize", {}).get("weight", "w4")
+    child.write_text(f'extends = {parents}\nmodel = "some/model"\n[quantize]\nweight = "{weight}"\n')
+    assert read_config(child).quantize.weight == weight
 
 
 def test_the_demo_needs_no_hub():

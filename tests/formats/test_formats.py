@@ -13,7 +13,19 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
 import lqer.formats
-from lqer.formats import MX, Format, Int, MXInt, NonFiniteError, NumberFormat, Passthrough, format_from_dict
+from lqer.formats import (
+    E8P,
+    MX,
+    Format,
+    Int,
+    MXInt,
+    NonFiniteError,
+    NormalFloat,
+    NumberFormat,
+    Passthrough,
+    Uniform,
+    format_from_dict,
+)
 
 ROOT = Path(__file__).parents[2]
 FORMATS = [
@@ -38,8 +50,25 @@ FORMATS = [
     Passthrough(),
     Passthrough("float16"),
     Passthrough("bfloat16"),
+    E8P(2),
+    E8P(3, opt_scale=1.0),
+    E8P(4),
+    E8P(2, block_size=16, scale_per="block", scale_dtype="float16"),
+    E8P(4, scale_per="block"),
+    Uniform(2, block_size=-1, scale_per="tensor"),
+    Uniform(4),
+    Uniform(5, block_size=-1, scale_dtype="float32"),
+    NormalFloat(2, block_size=-1, scale_per="tensor", nearest="cdf"),
+    NormalFloat(3, block_size=32, nearest="cdf"),
+    NormalFloat(4),
+    NormalFloat(8, scale_dtype="bfloat16"),
 ]
 QUANTIZING = [f for f in FORMATS if f.kind != "passthrough"]
+WITH_A_ZERO = [f for f in FORMATS if f.kind != "e8p"]
+ONE_SCALE = [f for f in FORMATS if getattr(f, "scale_per", "block") == "tensor"]
+PER_BLOCK = [f for f in QUANTIZING if f not in ONE_SCALE]
+# The residual of a lattice code is rounded greedily, so that a value may have a better first point than its own.
+NOT_GREEDY = [f for f in FORMATS if not (f.kind == "e8p" and f.bits > 2)]
 
 
 def describe(number_format: NumberFormat) -> str:
@@ -47,8 +76,20 @@ def describe(number_format: NumberFormat) -> str:
 
 
 each_format = pytest.mark.parametrize("number_format", FORMATS, ids=describe)
+each_format_with_a_zero = pytest.mark.parametrize("number_format", WITH_A_ZERO, ids=describe)
+each_format_that_is_not_greedy = pytest.mark.parametrize("number_format", NOT_GREEDY, ids=describe)
+each_format_with_one_scale = pytest.mark.parametrize("number_format", ONE_SCALE, ids=describe)
+each_format_per_block = pytest.mark.parametrize("number_format", PER_BLOCK, ids=describe)
 each_quantizing_format = pytest.mark.parametrize("number_format", QUANTIZING, ids=describe)
 SHAPES_AND_AXES = [((3, 64), -1), ((40, 6), 0), ((2, 20, 5), 1), ((2, 3, 37), 2), ((7,), 0), ((4, 1), -1), ((0, 32), 1)]
+
+
+def in_blocks(number_format: NumberFormat) -> NumberFormat:
+    """The format in blocks of 16 where it has none."""
+    if number_format.block_size != -1:
+        return number_format
+    changes = {"scale_per": "block"} if number_format in ONE_SCALE else {}
+    return dataclasses.replace(number_format, block_size=16, **changes)
 
 
 def sample(shape, dtype=torch.float32, seed=0) -> torch.Tensor:
@@ -105,7 +146,10 @@ def test_the_bits_charged_are_the_nominal_ones_when_rows_fill_whole_bytes(number
     if number_format.block_size == -1 and number_format.kind == "int" and not number_format.symmetric:
         number_format = dataclasses.replace(number_format, bits=8)
     quantized = number_format.quantize(x)
-    assert quantized.code_bits + quantized.metadata_bits == number_format.bits_per_value(2048) * x.numel()
+    nominal = number_format.bits_per_value(2048) * x.numel()
+    if number_format in ONE_SCALE:
+        nominal += 8 * quantized.parts["scales"].element_size()
+    assert quantized.code_bits + quantized.metadata_bits == nominal
 
 
 def test_nominal_bits_count_a_ragged_last_block():
@@ -117,9 +161,14 @@ def test_nominal_bits_count_a_ragged_last_block():
     assert Int(4, symmetric=True, scale_dtype="float32").bits_per_value(128) == 4.25
     assert MX("mxfp6_e3m2").bits_per_value(64) == 6.25
     assert Passthrough("bfloat16").bits_per_value(5) == 16
+    assert E8P(3).bits_per_value(64) == 3
+    assert E8P(2).bits_per_value(12) == 32 / 12
+    assert E8P(2, block_size=32, scale_per="block").bits_per_value(64) == 3
+    assert Uniform(4).bits_per_value(128) == NormalFloat(4).bits_per_value(128) == 4.25
+    assert Uniform(4, block_size=-1, scale_per="tensor").bits_per_value(7) == 4
 
 
-@each_format
+@each_format_that_is_not_greedy
 def test_values_encode_to_their_own_codes(number_format):
     quantized = number_format.quantize(sample((16, 64)))
     blocks = (-1, min(number_format.block_size, 64) if number_format.block_size > 0 else 64)
@@ -140,20 +189,18 @@ def test_quantizing_twice_changes_nothing_where_rounding_keeps_the_maximum_in_it
 
 @each_quantizing_format
 def test_codes_can_be_made_column_by_column_with_frozen_scales(number_format):
-    if number_format.block_size == -1:
-        number_format = dataclasses.replace(number_format, block_size=16)
+    number_format = in_blocks(number_format)
     x_NB = sample((5, 3, number_format.block_size))
     scales = number_format.fit(x_NB)
-    columns = [number_format.encode(x_NB[..., i : i + 1], scales) for i in range(x_NB.shape[-1])]
-    codes_NB = torch.cat(columns, dim=-1)
+    columns = x_NB.split(number_format.vector_size, dim=-1)
+    codes_NB = torch.cat([number_format.encode(column_NB, scales) for column_NB in columns], dim=-1)
     assert torch.equal(codes_NB, number_format.encode(x_NB, scales))
     assert torch.equal(number_format.decode(codes_NB, scales), number_format.round_blocks(x_NB))
 
 
 @each_quantizing_format
 def test_a_ragged_last_block_is_quantized_as_if_padded_with_zeros(number_format):
-    if number_format.block_size == -1:
-        number_format = dataclasses.replace(number_format, block_size=16)
+    number_format = in_blocks(number_format)
     size = number_format.block_size
     x = sample((4, 2 * size + size // 2))
     padded = torch.nn.functional.pad(x, (0, size - size // 2))
@@ -174,7 +221,7 @@ def test_blocks_run_along_the_axis_asked_for(number_format):
     assert torch.equal(number_format.quantize(x, -2).parts["codes"], number_format.quantize(x.mT).parts["codes"])
 
 
-@each_format
+@each_format_per_block
 def test_blocks_do_not_see_each_other(number_format):
     x = sample((2, 256))
     y = x.clone()
@@ -186,7 +233,16 @@ def test_blocks_do_not_see_each_other(number_format):
         assert torch.equal(number_format.fake_quantize(y)[0, :128], number_format.fake_quantize(x)[0, :128])
 
 
-@each_format
+@each_format_with_one_scale
+def test_one_scale_serves_the_whole_tensor(number_format):
+    x = sample((4, 64))
+    scales = number_format.quantize(x).parts["scales"]
+    assert scales.numel() == 1
+    assert torch.equal(scales, number_format.quantize(x.flatten()).parts["scales"].view(1, 1))
+    assert torch.equal(number_format.fake_quantize(x), number_format.fake_quantize(x.view(2, 128)).view(4, 64))
+
+
+@each_format_with_a_zero
 def test_zeros_stay_zeros(number_format):
     x = torch.zeros(2, 40)
     x[1, :5] = 3.0
@@ -213,7 +269,10 @@ def test_emulation_turns_a_block_with_nan_or_infinity_into_nan(number_format, ba
     x[0, 5] = bad
     emulated = number_format.fake_quantize(x)
     assert emulated[0, :16].isnan().all()
-    assert emulated[1].isfinite().all()
+    if number_format in ONE_SCALE:
+        assert emulated.isnan().all()
+    else:
+        assert emulated[1].isfinite().all()
 
 
 def test_float64_that_overflows_float32_is_refused():
@@ -237,7 +296,7 @@ def test_tiny_and_huge_inputs_give_finite_values(number_format):
         assert torch.equal(values, number_format.quantize(x).dequantize())
 
 
-@each_format
+@each_format_with_a_zero  # the lattice search, which is for weights, waits
 def test_emulation_never_waits_for_the_device(number_format):
     # A meta tensor has no data: whatever asks for a value raises.
     x = torch.empty(3, 40, dtype=torch.bfloat16, device="meta")
@@ -277,6 +336,19 @@ REFUSED = [
         {"kind": "mxint", "bits": 4, "scale_rounding": "floor", "compat": True},
         "compat True needs scale_rounding 'ceil'",
     ),
+    ({"kind": "e8p", "bits": 5}, "bits 5 is not in 2..4 (e8p)"),
+    (
+        {"kind": "e8p", "bits": 2, "block_size": 12, "scale_per": "block"},
+        "block_size 12 is not a multiple of 8 (e8p)",
+    ),
+    ({"kind": "e8p", "bits": 2, "block_size": 16}, "scale_per 'tensor' needs block_size -1, found 16 (e8p)"),
+    ({"kind": "e8p", "bits": 2, "opt_scale": 0.0}, "opt_scale 0.0 is not above 0 and up to 16 (e8p)"),
+    ({"kind": "uniform", "bits": 1}, "bits 1 is not in 2..8 (uniform)"),
+    ({"kind": "normal-float", "bits": 9}, "bits 9 is not in 2..8 (normal-float)"),
+    (
+        {"kind": "normal-float", "bits": 4, "scale_per": "tensor"},
+        "scale_per 'tensor' needs block_size -1, found 64 (normal-float)",
+    ),
 ]
 REFUSED_BY_TYPE = [
     ({"kind": "mxint", "bits": 4, "scale_rounding": "up"}, "scale_rounding 'up' is not one of 'ceil', 'floor' (mxint)"),
@@ -286,9 +358,15 @@ REFUSED_BY_TYPE = [
     ),
     ({"kind": "mx", "element": "fp4"}, "element 'fp4' is not one of 'mxfp8_e4m3'"),
     ({"kind": "passthrough", "dtype": "float64"}, "dtype 'float64' is not one of"),
+    ({"kind": "normal-float", "bits": 4, "nearest": "p"}, "nearest 'p' is not one of 'value', 'cdf' (normal-float)"),
+    ({"kind": "uniform", "bits": 4, "scale_per": "row"}, "scale_per 'row' is not one of 'block', 'tensor' (uniform)"),
+    ({"kind": "e8p", "bits": 2, "scale_dtype": "int8"}, "scale_dtype 'int8' is not one of 'float16', 'bfloat16'"),
     ({"kind": "mxint"}, "missing 1 required positional argument: 'bits' (mxint)"),
     ({"kind": "mxint", "bits": 4, "group": 16}, "unexpected keyword argument 'group' (mxint)"),
-    ({"kind": "nf4"}, "format kind 'nf4' is not one of 'mxint', 'int', 'mx', 'passthrough', 'codebook'"),
+    (
+        {"kind": "nf4"},
+        "format kind 'nf4' is not one of 'mxint', 'int', 'mx', 'passthrough', 'e8p', 'uniform', 'normal-float', 'codebook'",
+    ),
     ({"bits": 4}, "format kind None is not one of"),
 ]
 
@@ -323,9 +401,9 @@ class TestPydantic:
             self.adapter.validate_python(fields)
         assert message in str(refusal.value)
 
-    @pytest.mark.parametrize("kind", ["mxint", "int", "mx", "passthrough"])
+    @pytest.mark.parametrize("kind", ["mxint", "int", "mx", "passthrough", "e8p", "uniform", "normal-float"])
     def test_refuses_an_unknown_key(self, kind):
-        needed = {"mxint": {"bits": 4}, "int": {"bits": 4}, "mx": {"element": "mxint8"}, "passthrough": {}}[kind]
+        needed = {"mx": {"element": "mxint8"}, "passthrough": {}}.get(kind, {"bits": 4})
         with pytest.raises(ValidationError, match="group_size"):
             self.adapter.validate_python({"kind": kind, **needed, "group_size": 16})
 

@@ -1,0 +1,126 @@
+"""GPTQ: round column after column, and let the columns to come make up for each one's error (arXiv 2210.17323).
+
+    U = upper Cholesky factor of H⁻¹,   H = E[x xᵀ], damped          H⁻¹ = Uᵀ U
+    for every column i, or vector of columns that share a code, first to last:
+        at the start of a group: fit its scale to W as it is now
+        Q_i = round(W_i)
+        E_i = (W_i - Q_i) U_ii⁻¹
+        W_j = W_j - E_i U_ij        for all j > i
+
+The last line is carried out at once within a panel of columns, and panel by panel for the rest, in one product each.
+A format with codes for vectors of D columns is swept in steps of D, U_ii being the D x D block: the exact update of the
+columns to come (GPTVQ, 2402.15319).
+
+Shapes: O out_features, I in_features, P columns of a panel, D columns of a vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lqer.formats import NumberFormat, QuantizedTensor
+from lqer.formats.base import check_finite
+from lqer.rounding.base import Rounding, feedback_objection, require_damping
+from lqer.rounding.groups import Groups
+from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
+
+
+def gptq(
+    weight_OI: Tensor,
+    hessian: Tensor | DampedHessian | None,
+    number_format: NumberFormat,
+    *,
+    damping: float = DAMPING,
+    activation_order: bool = False,
+    static_groups: bool = False,
+) -> QuantizedTensor:
+    """Round a float32 weight with error feedback.
+
+    hessian: E[x xᵀ] (I, I) up to scale, float32 or float64, damped here by `damping` of its mean diagonal; or damped
+    already (`hessian.damp`, which also tells how often damping had to be raised); None stands for the identity, where
+    there is no feedback. Weights of inputs that were never seen (H_ii = 0) become 0.
+
+    activation_order: columns with the largest H_ii first. Groups then have their columns met at different times, so
+    their scales must be fitted in advance: it needs `static_groups`, unless the whole axis is one group.
+
+    Raises NonFiniteError for a weight or hessian that is not finite, ValueError for settings that do not go together.
+    """
+    check_finite(weight_OI)
+    if hessian is None:
+        return number_format.quantize(weight_OI)
+    damped = as_damped(hessian, damping)
+    groups = Groups(number_format, *weight_OI.shape)
+    step = number_format.vector_size
+    if activation_order and step > 1:
+        raise ValueError(f"activation_order tears vectors of {step} columns apart ({number_format.kind})")
+    if activation_order and not (static_groups or groups.single):
+        raise ValueError(f"activation_order needs static_groups with groups of {groups.width} columns")
+
+    weight_OI = weight_OI.to(torch.float32).masked_fill(damped.dead_I, 0)
+    if static_groups or groups.single:
+        groups.fit_all(weight_OI)
+    order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
+    if activation_order:
+        order_I = damped.hessian_II.diagonal().argsort(descending=True, stable=True)
+    weight_IO = weight_OI.T[order_I]
+    upper_II = _inverse_factor(damped, order_I if activation_order else None).to(weight_IO)
+    columns = order_I.tolist()
+    codes: dict[int, Tensor] = {}
+    for start in range(0, len(weight_IO), groups.panel):
+        stop = min(start + groups.panel, len(weight_IO))
+        error_PO = torch.empty_like(weight_IO[start:stop])
+        for i in range(start, stop, step):
+            now = slice(i, min(i + step, stop))
+            column = columns[i]
+            if not activation_order:
+                groups.fit(column, weight_IO[groups.columns(column)].T)
+            codes[column], values_OD = groups.round(column, weight_IO[now].T)
+            error_DO = weight_IO[now] - values_OD.T
+            if step == 1:
+                error_DO /= upper_II[i, i]
+            else:
+                error_DO = torch.linalg.solve_triangular(upper_II[now, now].T, error_DO, upper=False)
+            error_PO[i - start : now.stop - start] = error_DO
+            weight_IO[now.stop : stop].addmm_(upper_II[now, now.stop : stop].T, error_DO, alpha=-1)
+        weight_IO[stop:].addmm_(upper_II[start:stop, stop:].T, error_PO, alpha=-1)
+    return groups.finish(torch.cat([codes[column] for column in sorted(codes)], dim=1))
+
+
+def _inverse_factor(damped: DampedHessian, order_I: Tensor | None) -> Tensor:
+    """Upper U with H⁻¹ = Uᵀ U, of the hessian in the order given; float64."""
+    cholesky_II = damped.cholesky_II
+    if order_I is not None:
+        cholesky_II = torch.linalg.cholesky(damped.hessian_II[order_I][:, order_I])
+    return torch.linalg.cholesky(torch.cholesky_inverse(cholesky_II), upper=True)
+
+
+@dataclass(frozen=True)
+class Gptq(Rounding):
+    """`gptq` as a configuration names it."""
+
+    statistics: ClassVar[frozenset[str]] = frozenset({"autocorrelation"})
+
+    damping: float = DAMPING
+    activation_order: bool = False
+    static_groups: bool = False
+    kind: Literal["gptq"] = "gptq"
+
+    def __post_init__(self) -> None:
+        require_damping(self.damping, self.kind)
+
+    def round(self, weight_OI: Tensor, hessian_II: Tensor | None, number_format: NumberFormat) -> QuantizedTensor:
+        return gptq(
+            weight_OI, hessian_II, number_format, damping=self.damping, activation_order=self.activation_order,
+            static_groups=self.static_groups,
+        )  # fmt: skip
+
+    def objection(self, number_format: NumberFormat) -> str | None:
+        if self.activation_order and number_format.vector_size > 1:
+            return f'activation_order tears the vectors of "{number_format.kind}" apart'
+        if self.activation_order and not self.static_groups and number_format.block_size != -1:
+            return "activation_order needs static_groups = true where groups are not whole rows"
+        return feedback_objection(number_format)

@@ -1,0 +1,72 @@
+"""Groups of columns under one scale, as a sweep over the columns meets them.
+
+A format's blocks run along in_features and so does the sweep: a group's scale is fitted when the sweep reaches the
+group, to the weights as error feedback has left them by then, and frozen. Or all are fitted in advance ("static").
+
+Shapes: O out_features, I in_features, G columns of a group, D columns of a vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lqer.formats import NumberFormat, QuantizedTensor
+from lqer.formats.blocks import block_count, block_width
+
+PANEL = 128  # columns whose feedback on the others is added in one product
+
+
+class Groups:
+    """The scales of a weight (O, I) in a format, fitted group by group."""
+
+    def __init__(self, number_format: NumberFormat, out_features: int, in_features: int):
+        if getattr(number_format, "compat", False):
+            raise ValueError("compat keeps values outside of its codes, which error feedback cannot make (mxint)")
+        self.number_format = number_format
+        self.shape = (out_features, in_features)
+        self.width = block_width(in_features, number_format.block_size)
+        self._scales: list[dict[str, Tensor] | None] = [None] * block_count(in_features, number_format.block_size)
+
+    @property
+    def single(self) -> bool:
+        """Whether the whole axis is one group, which is fitted before there is any feedback."""
+        return len(self._scales) == 1
+
+    @property
+    def panel(self) -> int:
+        """Columns of a panel, near 128, such that no group starts in one panel and ends in another."""
+        unit = self.number_format.vector_size if self.single else self.width
+        return max(PANEL // unit, 1) * unit
+
+    def fit_all(self, weight_OI: Tensor) -> None:
+        """Static scales: every group's, from the weight before any feedback."""
+        for start in range(0, self.shape[1], self.width):
+            self.fit(start, weight_OI[:, start : start + self.width])
+
+    def fit(self, column: int, weight_OG: Tensor) -> None:
+        """Fit the scale of the group that holds `column` to its weights, unless it has one."""
+        if self._scales[column // self.width] is None:
+            block_OG = pad(weight_OG, (0, self.width - weight_OG.shape[1]))
+            self._scales[column // self.width] = self.number_format.fit(block_OG.unsqueeze(1))
+
+    def columns(self, column: int) -> slice:
+        """The columns of the group that holds `column`."""
+        start = column // self.width * self.width
+        return slice(start, min(start + self.width, self.shape[1]))
+
+    def round(self, column: int, weight_OD: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [O, V] and values [O, D] of whole vectors of one group, from `column` on, under its frozen scale."""
+        scales = self._scales[column // self.width]
+        assert scales is not None
+        codes_OV = self.number_format.encode(weight_OD.unsqueeze(1), scales)
+        values_OD = self.number_format.decode(codes_OV, scales).squeeze(1)[:, : weight_OD.shape[1]]
+        return codes_OV.squeeze(1), values_OD
+
+    def finish(self, codes_OL: Tensor) -> QuantizedTensor:
+        """The weight as it is stored, all groups being fitted."""
+        scales = {
+            name: torch.cat([group[name] for group in self._scales if group], dim=1) for name in self._scales[0] or {}
+        }
+        return QuantizedTensor(self.number_format, self.shape, 1, {"codes": codes_OL, **scales})

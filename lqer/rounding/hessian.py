@@ -1,0 +1,73 @@
+"""The matrix that error feedback runs on: E[x xᵀ], normalised, damped, and factored once for all its users.
+
+Linears that share an input share this, and so do the iterations of an alternation.
+
+Shapes: I in_features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lqer.formats import NonFiniteError
+
+DAMPING = 0.01
+RAISE = 10.0  # what damping is multiplied by after a failed factorization
+FIRST_DAMPING = 1e-6  # where it starts if none was asked for
+LARGEST_DAMPING = 1e6  # with a mean diagonal of 1, whatever needs more is no second moment of anything
+
+
+@dataclass(frozen=True, eq=False)
+class DampedHessian:
+    """H / mean(diag H) + damping, its lower Cholesky factor, and what it took; float64 (I, I).
+
+    dead_I: inputs that were never seen, H_ii = 0; their diagonal is 1 + damping. raises: how often damping was
+    multiplied by 10 because the factorization failed.
+    """
+
+    hessian_II: Tensor
+    cholesky_II: Tensor
+    dead_I: Tensor
+    damping: float
+    raises: int
+
+
+def damp(hessian_II: Tensor, damping: float = DAMPING) -> DampedHessian:
+    """Normalise, damp and factor E[x xᵀ], given up to scale in float32 or float64.
+
+    damping is relative to the mean diagonal. Raises NonFiniteError for NaN or infinity, ValueError for a matrix that is
+    not square, a negative diagonal, or one that no damping makes positive definite.
+    """
+    if hessian_II.dim() != 2 or hessian_II.shape[0] != hessian_II.shape[1]:
+        raise ValueError(f"a hessian is square, found shape {tuple(hessian_II.shape)}")
+    if damping < 0:
+        raise ValueError(f"damping {damping!r} is negative")
+    hessian_II = hessian_II.to(torch.float64)
+    diagonal_I = hessian_II.diagonal()
+    if not hessian_II.isfinite().all():
+        raise NonFiniteError(f"the hessian holds {int((~hessian_II.isfinite()).sum())} values that are not finite")
+    if (diagonal_I < 0).any():
+        raise ValueError(f"the hessian has the negative diagonal entry {float(diagonal_I.min()):g}")
+    dead_I = diagonal_I == 0
+    mean = diagonal_I[~dead_I].mean() if not dead_I.all() else torch.ones((), dtype=torch.float64)
+    normal_II = hessian_II / mean + torch.diag(dead_I.to(torch.float64))
+    raises = 0
+    while True:
+        damped_II = normal_II + damping * torch.eye(len(dead_I), dtype=torch.float64, device=hessian_II.device)
+        cholesky_II, failed = torch.linalg.cholesky_ex(damped_II)
+        if not failed:
+            return DampedHessian(damped_II, cholesky_II, dead_I, damping, raises)
+        damping = max(RAISE * damping, FIRST_DAMPING)
+        raises += 1
+        if damping > LARGEST_DAMPING:
+            raise ValueError(
+                f"the hessian is not positive definite with {LARGEST_DAMPING:g} of its mean diagonal added"
+            )
+
+
+def as_damped(hessian: Tensor | DampedHessian, damping: float) -> DampedHessian:
+    """The hessian itself where it is damped already, whatever `damping`."""
+    return hessian if isinstance(hessian, DampedHessian) else damp(hessian, damping)

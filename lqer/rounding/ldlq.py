@@ -1,0 +1,143 @@
+"""LDLQ: error feedback by a block LDL decomposition, also for codes that stand for vectors (QuIP#, arXiv 2402.04396).
+
+    H = 𝓛 D 𝓛ᵀ          𝓛 block lower triangular with unit diagonal blocks, D block diagonal; H = E[x xᵀ], damped
+    for every block k of columns, last to first:
+        Ẑ_k = round( Z_k + Σ_{j > k} (Z_j - Ẑ_j) 𝓛_jk )
+
+In blocks of one column this is GPTQ from the last column to the first. The sum is taken panel by panel, in one product
+for the panels behind and at once within the panel. A group's scale is fitted when the sweep reaches the group's last
+column, to what its columns would become if the group were not rounded: T with T = Z + (Z - T) (𝓛 - 1) within the group
+and the feedback of the columns behind it.
+
+Sweeps of coordinate descent may follow, each block again from last to first, under the scales that were found:
+
+        Ẑ_k = round( Ẑ_k + (Z - Ẑ) H_:k H_kk⁻¹ )      for the rows whose loss tr((Z - Ẑ) H (Z - Ẑ)ᵀ) falls by it
+
+Shapes: O out_features, I in_features, P columns of a panel, D columns of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lqer.formats import NumberFormat, QuantizedTensor
+from lqer.formats.base import check_finite
+from lqer.rounding.base import Rounding, feedback_objection, require_damping
+from lqer.rounding.groups import Groups
+from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
+
+
+def ldlq(
+    weight_OI: Tensor,
+    hessian: Tensor | DampedHessian | None,
+    number_format: NumberFormat,
+    *,
+    damping: float = DAMPING,
+    block: int | None = None,
+    static_groups: bool = False,
+    tune_iters: int = 0,
+) -> QuantizedTensor:
+    """Round a float32 weight with block error feedback.
+
+    hessian: as `gptq` takes it. block: columns rounded at once, a multiple of the format's vector size and that size by
+    default. tune_iters: sweeps of coordinate descent afterwards; they never raise the loss under the damped hessian.
+
+    Raises NonFiniteError for a weight or hessian that is not finite, ValueError for a block that does not fit the
+    format.
+    """
+    check_finite(weight_OI)
+    if hessian is None:
+        return number_format.quantize(weight_OI)
+    damped = as_damped(hessian, damping)
+    groups = Groups(number_format, *weight_OI.shape)
+    block = number_format.vector_size if block is None else block
+    if block < 1 or block % number_format.vector_size:
+        raise ValueError(f"block {block} is not a multiple of {number_format.vector_size} ({number_format.kind})")
+    if not groups.single and groups.width % block:
+        raise ValueError(f"block {block} does not divide groups of {groups.width} columns ({number_format.kind})")
+
+    if static_groups or groups.single:
+        groups.fit_all(weight_OI.to(torch.float32))
+    weight_IO = weight_OI.T.to(torch.float32).contiguous()
+    lower_II = block_ldl(damped.cholesky_II, block)[0].to(weight_IO)
+    codes: dict[int, Tensor] = {}
+    error_IO = torch.empty_like(weight_IO)
+    panel = -(-groups.panel // block) * block
+    for start in reversed(range(0, len(weight_IO), panel)):
+        stop = min(start + panel, len(weight_IO))
+        target_PO = torch.addmm(weight_IO[start:stop], lower_II[stop:, start:stop].T, error_IO[stop:])
+        for k in reversed(range(start, stop, block)):
+            now = slice(k, min(k + block, stop))
+            if now.stop == groups.columns(k).stop and not groups.single:
+                group = groups.columns(k)
+                feedback_GO = target_PO[group.start - start : group.stop - start] - weight_IO[group]
+                moved_GO = torch.linalg.solve_triangular(lower_II[group, group].T, feedback_GO, upper=True)
+                groups.fit(k, (weight_IO[group] + moved_GO).T)
+            codes[k], values_OD = groups.round(k, target_PO[k - start : now.stop - start].T)
+            error_IO[now] = weight_IO[now] - values_OD.T
+            target_PO[: k - start].addmm_(lower_II[now, start:k].T, error_IO[now])
+    for _ in range(tune_iters):
+        _tune(weight_IO, error_IO, codes, damped.hessian_II.to(weight_IO), groups, block)
+    return groups.finish(torch.cat([codes[k] for k in sorted(codes)], dim=1))
+
+
+def block_ldl(cholesky_II: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """𝓛 (I, I) and the diagonal blocks of D, zero elsewhere (I, I), of H = C Cᵀ given C; the last block may be smaller.
+
+    Block column i of 𝓛 is that of C times C_ii⁻¹, and D_i = C_ii C_iiᵀ.
+    """
+    blocks = [slice(k, min(k + block, len(cholesky_II))) for k in range(0, len(cholesky_II), block)]
+    diagonal_II = torch.block_diag(*(cholesky_II[now, now] for now in blocks))
+    lower_II = torch.empty_like(cholesky_II)
+    for now in blocks:
+        lower_II[:, now] = torch.linalg.solve_triangular(
+            cholesky_II[now, now], cholesky_II[:, now], upper=False, left=False
+        )
+    return lower_II, diagonal_II @ diagonal_II.T
+
+
+def _tune(
+    weight_IO: Tensor, error_IO: Tensor, codes: dict[int, Tensor], hessian_II: Tensor, groups: Groups, block: int
+) -> None:
+    """One sweep of coordinate descent over the blocks, in place."""
+    for k in sorted(codes, reverse=True):
+        now = slice(k, min(k + block, len(weight_IO)))
+        hessian_DD = hessian_II[now, now]
+        gradient_DO = hessian_II[now] @ error_IO
+        values_DO = weight_IO[now] - error_IO[now]
+        new_codes_OV, new_values_OD = groups.round(k, (values_DO + torch.linalg.solve(hessian_DD, gradient_DO)).T)
+        change_DO = new_values_OD.T - values_DO
+        loss_change_O = (change_DO * (hessian_DD @ change_DO - 2 * gradient_DO)).sum(0)
+        better_O = loss_change_O < 0
+        error_IO[now] -= change_DO * better_O
+        codes[k] = torch.where(better_O[:, None], new_codes_OV, codes[k])
+
+
+@dataclass(frozen=True)
+class Ldlq(Rounding):
+    """`ldlq` as a configuration names it; blocks are the format's vectors."""
+
+    statistics: ClassVar[frozenset[str]] = frozenset({"autocorrelation"})
+
+    damping: float = DAMPING
+    static_groups: bool = False
+    tune_iters: int = 0
+    kind: Literal["ldlq"] = "ldlq"
+
+    def __post_init__(self) -> None:
+        require_damping(self.damping, self.kind)
+        if not isinstance(self.tune_iters, int) or self.tune_iters < 0:
+            raise ValueError(f"tune_iters {self.tune_iters!r} is not an integer of at least 0 (ldlq)")
+
+    def round(self, weight_OI: Tensor, hessian_II: Tensor | None, number_format: NumberFormat) -> QuantizedTensor:
+        return ldlq(
+            weight_OI, hessian_II, number_format, damping=self.damping, static_groups=self.static_groups,
+            tune_iters=self.tune_iters,
+        )  # fmt: skip
+
+    def objection(self, number_format: NumberFormat) -> str | None:
+        return feedback_objection(number_format)

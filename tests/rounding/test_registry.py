@@ -1,0 +1,77 @@
+"""Roundings as a configuration names them: the functions behind them, and what they object to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lqer.formats import Codebook, Int, MXInt, Passthrough
+from lqer.rounding import ROUNDINGS, Gptq, Ldlq, Vector, rounding_from_dict
+from lqer.rounding.gptq import gptq
+from lqer.rounding.ldlq import ldlq
+from lqer.rounding.vector import round_vector
+
+
+@pytest.fixture
+def weight_OI():
+    return torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def hessian_II():
+    x_TI = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
+    x_TI[:, 1:] += 0.8 * x_TI[:, :-1]
+    return x_TI.T @ x_TI / len(x_TI)
+
+
+def test_a_named_rounding_is_its_function_with_its_settings(weight_OI, hessian_II):
+    w3 = Int(3, 32)
+    pairs = [
+        (Gptq(damping=0.02), gptq(weight_OI, hessian_II, w3, damping=0.02)),
+        (Ldlq(tune_iters=1), ldlq(weight_OI, hessian_II, w3, tune_iters=1)),
+    ]
+    for rounding, expected in pairs:
+        assert torch.equal(rounding.round(weight_OI, hessian_II, w3).dequantize(), expected.dequantize())
+    codebook = Codebook(bits=2, dimension=2, group_size=512)
+    found = Vector(iterations=5).round(weight_OI, hessian_II, codebook)
+    assert torch.equal(found.dequantize(), round_vector(weight_OI, hessian_II, codebook, iterations=5).dequantize())
+
+
+@pytest.mark.parametrize("kind", ROUNDINGS)
+def test_a_rounding_survives_being_written_down(kind):
+    rounding = rounding_from_dict({"kind": kind})
+    assert rounding_from_dict(rounding.to_dict()) == rounding
+
+
+@pytest.mark.parametrize("kind", ["gptq", "ldlq", "vector"])
+def test_error_feedback_asks_for_the_autocorrelation(kind):
+    assert ROUNDINGS[kind].statistics == {"autocorrelation"}
+
+
+@pytest.mark.parametrize(
+    ("rounding", "number_format", "reason"),
+    [
+        (Gptq(), Codebook(bits=2), 'rounding "vector" does that'),
+        (Gptq(activation_order=True), Int(4, 128), "activation_order needs static_groups = true"),
+        (Ldlq(), Passthrough("float16"), "no error to feed back"),
+        (Ldlq(), MXInt(4, compat=True), "compat keeps values outside of its codes"),
+        (Vector(), MXInt(4), 'its weights are of kind "codebook", not "mxint"'),
+    ],
+)
+def test_a_combination_without_sense_is_objected_to_with_the_reason(rounding, number_format, reason):
+    assert reason in rounding.objection(number_format)
+    assert Gptq(activation_order=True, static_groups=True).objection(Int(4, 128)) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"kind": "gptq", "damping": -1}, "damping -1 is not a number of at least 0"),
+        ({"kind": "ldlq", "tune_iters": 1.5}, "tune_iters 1.5 is not an integer"),
+        ({"kind": "vector", "update": "sgd"}, "update 'sgd' is not one of"),
+        ({"kind": "gptq", "dampin": 1}, "unknown key 'dampin'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, rule):
+    with pytest.raises(ValueError, match=rule):
+        rounding_from_dict(settings)
