@@ -1,6 +1,6 @@
 """What gathering statistics costs: a walk through the decoder blocks with calibration's hooks against one without.
 
-    python experiments/benchmark_calibration.py [MODEL] [--windows 8] [--seq-len 512] [--repeats 5] [--request autocorrelation]
+    python experiments/benchmark_calibration.py [MODEL] [--windows 8] [--seq-len 512] [--repeats 5] [--request NAME ...]
 
 MODEL is anything that a config's `model` may be (default: demo:smollm2-135m). Walks alternate in one process; the
 medians and their ratio are printed. --request adds statistics that are gathered only for methods that need them.

@@ -176,7 +176,6 @@ class TestKrylov:
         assert torch.equal(one.b_RO, same.b_RO)
         assert not torch.equal(one.b_RO, other.b_RO)
 
-    @pytest.mark.parametrize(("shape", "rank"), [((64, 96), 8), (LARGE, 470), (LARGE, 480)])
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_a_gpu_finds_the_same_product(self):
         error_OI, r_II = problem(LARGE)
@@ -185,6 +184,7 @@ class TestKrylov:
         product_IO = here.a_IR @ here.b_RO
         torch.testing.assert_close((there.a_IR @ there.b_RO).cpu(), product_IO, rtol=1e-3, atol=1e-5)
 
+    @pytest.mark.parametrize(("shape", "rank"), [((64, 96), 8), (LARGE, 470), (LARGE, 480)])
     def test_where_its_space_has_no_room_the_exact_solution_is_taken(self, shape, rank):
         error_OI, r_II = problem(shape)
         factors = reconstruct(error_OI, Metric(autocorrelation_II=r_II), rank, "krylov")
