@@ -1,9 +1,9 @@
 """What gathering statistics costs: a walk through the decoder blocks with calibration's hooks against one without.
 
-    python experiments/benchmark_calibration.py [MODEL] [--windows 8] [--seq-len 512] [--repeats 5]
+    python experiments/benchmark_calibration.py [MODEL] [--windows 8] [--seq-len 512] [--repeats 5] [--request NAME ...]
 
 MODEL is anything that a config's `model` may be (default: demo:smollm2-135m). Walks alternate in one process; the
-medians and their ratio are printed.
+medians and their ratio are printed. --request adds statistics that are gathered only for methods that need them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from lqer.calibration import BlockObserver
+from lqer.calibration import ON_REQUEST, BlockObserver
 from lqer.errors import LqerError
 from lqer.models import block_linears, find_blocks, load_model, pick_device, resolve_model
 from lqer.report.environment import device_name
@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--request", nargs="*", default=[], choices=sorted(ON_REQUEST))
     arguments = parser.parse_args()
     device = pick_device("auto")
     try:
@@ -51,7 +52,8 @@ def main() -> int:
         name, blocks = find_blocks(model)
         total = 0.0
         for visit in walk_blocks(model, name, blocks, windows_WT, arguments.batch_size, device):
-            observer = BlockObserver(block_linears(visit.block) if hooked else {}, windows_WT.numel(), SAMPLED, device)
+            linears = block_linears(visit.block) if hooked else {}
+            observer = BlockObserver(linears, windows_WT.numel(), SAMPLED, device, arguments.request)
             started = time.perf_counter()
             visit.forward(partial(_begin_batch, observer, arguments.seq_len))
             if device.type == "cuda":

@@ -174,6 +174,16 @@ def test_products_of_half_precision_inputs_are_those_of_their_float32_values(dty
     assert torch.equal(products(x_NI), products(x_NI.float()))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_on_a_gpu_are_those_of_float64(dtype):
+    x_NI = torch.randn(512, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact_II = x_NI.double().T @ x_NI.double()
+    found_II = products(x_NI.cuda())
+    assert found_II.dtype == torch.float32
+    assert (found_II.cpu().double() - exact_II).abs().max() < 1e-6 * exact_II.diagonal().mean()
+
+
 def test_the_key_says_what_was_asked_for():
     keys = [
         calibration_key("model", "tokens", 2, 24, torch.float32, CPU, requested)

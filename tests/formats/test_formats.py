@@ -365,7 +365,7 @@ REFUSED_BY_TYPE = [
     ({"kind": "mxint", "bits": 4, "group": 16}, "unexpected keyword argument 'group' (mxint)"),
     (
         {"kind": "nf4"},
-        "format kind 'nf4' is not one of 'mxint', 'int', 'mx', 'passthrough', 'e8p', 'uniform', 'normal-float', 'codebook'",
+        "format kind 'nf4' is not one of 'mxint', 'int', 'mx', 'passthrough', 'e8p', 'uniform', 'norm",
     ),
     ({"bits": 4}, "format kind None is not one of"),
 ]

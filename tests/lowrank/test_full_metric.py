@@ -176,6 +176,14 @@ class TestKrylov:
         assert torch.equal(one.b_RO, same.b_RO)
         assert not torch.equal(one.b_RO, other.b_RO)
 
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_a_gpu_finds_the_same_product(self):
+        error_OI, r_II = problem(LARGE)
+        here = reconstruct(error_OI, Metric(autocorrelation_II=r_II), 8, "krylov")
+        there = reconstruct(error_OI.cuda(), Metric(autocorrelation_II=r_II.cuda()), 8, "krylov")
+        product_IO = here.a_IR @ here.b_RO
+        torch.testing.assert_close((there.a_IR @ there.b_RO).cpu(), product_IO, rtol=1e-3, atol=1e-5)
+
     @pytest.mark.parametrize(("shape", "rank"), [((64, 96), 8), (LARGE, 470), (LARGE, 480)])
     def test_where_its_space_has_no_room_the_exact_solution_is_taken(self, shape, rank):
         error_OI, r_II = problem(shape)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from lqer import pipeline
 from lqer.config import read_config
 from lqer.demo import resolve_demo_model
 from lqer.errors import ModelError
+from lqer.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +46,41 @@ def test_reconstruction_lies_between_plain_rounding_and_the_original_and_activat
     assert found["original"] < found["lqer-act"] <= found["lqer-svd"] < found["plain"]
     # Rounding alone costs this model about a fifth; the reconstruction wins back more than half of that.
     assert found["lqer-act"] - found["original"] < 0.5 * (found["plain"] - found["original"])
+
+
+@pytest.mark.parametrize("factor", ["float32", "x8"])
+def test_at_every_linears_output_qera_exact_is_at_most_every_other_reconstruction(assets, tmp_path, factor):
+    """The R-weighted error, at 3 and 2 bits and rank 32; about twenty seconds each."""
+    found = tmp_path / "errors.json"
+    command = [sys.executable, str(ROOT / "experiments/compare_reconstructions.py"), str(assets / "models/stories15M")]
+    command += ["--text", str(assets / "text/c4_slice/c4.jsonl"), "--num-samples", "64", "--factor", factor]
+    subprocess.run([*command, "--device", "cpu", "--json", str(found)], check=True, cwd=ROOT)
+    errors = json.loads(found.read_text())
+    assert {bits: len(linears) for bits, linears in errors.items()} == {"3": 42, "2": 42}
+    for linears in errors.values():
+        for linear, error in linears.items():
+            assert set(error) == set(METHODS)
+            assert all(error["qera-exact"] <= other * (1 + 1e-6) for other in error.values()), (linear, error)
+        means = {method: sum(error[method] for error in linears.values()) / len(linears) for method in METHODS}
+        # Correlations between inputs are worth as much again as their sizes are.
+        assert means["qera-exact"] < 0.6 * means["qera-approx"] < 0.6 * means["lqer-svd"]
+
+
+def test_ranks_under_a_budget_leave_less_error_than_a_uniform_one_of_as_many_bits(assets, tmp_path):
+    tiny_stories = assets / "text/tinystories/tinystories.txt"
+    overrides = [
+        f"--model={assets / 'models/stories15M'}", f"--output_dir={tmp_path}", "--device=cpu",
+        "--quantize.method=qera-exact", "--quantize.weight=w3", "--quantize.low_rank.rank=0",
+        "--quantize.low_rank.budget_bits=5.0", "--evaluation.baselines=[]",
+        f"--calibration.dataset={{ path = '{tiny_stories}', rows = ':50%' }}", "--calibration.num_samples=32",
+        "--calibration.seq_len=256", f"--evaluation.perplexity.datasets=[{{ path = '{tiny_stories}', rows = '50%:' }}]",
+        "--evaluation.perplexity.seq_len=256", "--evaluation.perplexity.max_windows=1",
+    ]  # fmt: skip
+    results = pipeline.run(read_config(ROOT / "configs/methods/lqer-act.toml", "budget", overrides))
+    assert 4.99 <= results["bits"]["average"] <= 5.0
+    allocation = results["allocation"]
+    assert allocation["uniform_bits"] == pytest.approx(5.0, abs=0.01)
+    assert allocation["objective"] < 0.95 * allocation["uniform_objective"]
 
 
 @pytest.mark.network
