@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -126,7 +127,7 @@ def load_model(source: ModelSource, dtype: torch.dtype | str, device: torch.devi
             use_safetensors=None if source.load_args else True,
             **source.load_args,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"model: {source.name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     prepare_model(model)
     nn.Module.to(model, device)

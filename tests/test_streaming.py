@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lqer.blocks import HELD, OpenedModel, Streamed
 from lqer.calibration import block_file, calibrate
-from lqer.checkpoint import OUTSIDE_FILE, open_quantized
+from lqer.checkpoint import OUTSIDE_FILE, load_quantized, open_quantized
 from lqer.errors import ModelError
 from lqer.evaluation.perplexity import gptq_perplexity, lqer_perplexity
-from lqer.checkpoint import load_quantized
 from lqer.models import load_model, resolve_model
 from lqer.quantization import QuantizeSettings, quantize
 from lqer.store import Store
@@ -68,6 +67,10 @@ def assert_is(opened: OpenedModel, whole: PreTrainedModel) -> None:
     assert opened.model.dtype == whole.dtype
 
 
+# transformers converts the tensors of these while it loads them.
+LOADED_WHOLE = ("gpt-neox",)
+
+
 def was_streamed(opened: OpenedModel) -> bool:
     return isinstance(opened.loader, Streamed)
 
@@ -76,8 +79,9 @@ def was_streamed(opened: OpenedModel) -> bool:
 def test_every_family_is_read_block_by_block_as_it_is_loaded_whole(architecture, saved, dtype):
     source = resolve_model(str(saved(architecture, torch.bfloat16)))
     opened = open_model(source, dtype, CPU)
-    assert was_streamed(opened)
-    assert_is(opened, load_model(source, dtype, CPU))
+    assert was_streamed(opened) == (architecture not in LOADED_WHOLE)
+    if was_streamed(opened):
+        assert_is(opened, load_model(source, dtype, CPU))
 
 
 def test_shards_are_read_as_one_file_is(saved):
@@ -183,13 +187,13 @@ def test_stages_on_a_streamed_model_write_the_bytes_of_those_on_a_whole_one(
 
         def make_calibration(workspace, opened=opened):
             model = opened(torch.float32)
-            calibrate(workspace, model.model, model.name, model.blocks, windows_WT, 2, 24, CPU, model.loader)
+            calibrate(workspace, model.model, model.name, model.blocks, windows_WT, 2, 24, CPU, loader=model.loader)
 
         calibration = store.obtain("calibrate", 0, make_calibration)
 
         def make_checkpoint(workspace, opened=opened, calibration=calibration):
             model = opened("auto")
-            linears = [name for name in calibration.json("sites.json")]
+            linears = list(calibration.json("sites.json"))
             settings = QuantizeSettings(dict.fromkeys(linears, plan), None, seed=0)
             quantize(workspace, model.model, letter_tokenizer, model.name, model.blocks, calibration, settings, CPU,
                      model.loader)  # fmt: skip
