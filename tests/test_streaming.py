@@ -19,6 +19,7 @@ from lqer.errors import ModelError
 from lqer.evaluation.perplexity import gptq_perplexity, lqer_perplexity
 from lqer.models import load_model, resolve_model
 from lqer.quantization import QuantizeSettings, quantize
+from lqer.spill import Spill
 from lqer.store import Store
 from lqer.streaming import open_model
 
@@ -183,7 +184,7 @@ def test_stages_on_a_streamed_model_write_the_bytes_of_those_on_a_whole_one(
         def opened(dtype, kind=kind):
             if kind == "streamed":
                 return open_model(source, dtype, CPU)
-            return OpenedModel.held(load_model(source, dtype, CPU), CPU)
+            return OpenedModel.held(load_model(source, dtype, CPU), CPU, Spill())
 
         def make_calibration(workspace, opened=opened):
             model = opened(torch.float32)
