@@ -39,7 +39,8 @@ class Rounding(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, `kind` included, as TOML and JSON can write them; `rounding_from_dict` reads them."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        settings = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {"kind": self.kind, **{key: value for key, value in settings.items() if value is not None}}
 
 
 def require_damping(damping: Any, kind: str) -> None:
