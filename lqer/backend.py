@@ -21,18 +21,18 @@ Formats = tuple[NumberFormat, NumberFormat | None]
 
 
 def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> Backend:
-    """What "auto" stands for here, or `wanted`; formats: of weight and input, by linear.
+    """What "auto" stands for, or `wanted`; formats: of weight and input, by linear.
 
-    Raises ModelError, with the reason, where "triton" is wanted and cannot run.
+    "auto" is emulation: the kernels as they stand have not all been run on a GPU since they were last changed
+    (docs/benchmarks.md), and a default must be trusted. Raises ModelError, with the reason, where "triton" is wanted and
+    cannot run.
     """
-    if wanted == "emulate":
+    if wanted != "triton":
         return "emulate"
     obstacle = kernel_obstacle(device, dtype, formats)
-    if obstacle is None:
-        return "triton"
-    if wanted == "triton":
+    if obstacle is not None:
         raise ModelError(f'evaluation.backend: "triton" cannot run here: {obstacle}')
-    return "emulate"
+    return "triton"
 
 
 def kernel_obstacle(device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> str | None:

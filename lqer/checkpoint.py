@@ -112,8 +112,8 @@ def load_quantized(
     """A transformers model, ready for `generate` and lm-eval's HFLM, from a quantized checkpoint.
 
     dtype: of activations and of everything that is not quantized; by default float32 on a CPU, else the original's.
-    backend: "emulate", ordinary arithmetic on dequantized weights; "triton", kernels on packed weights, for a GPU;
-    "auto", kernels where they can run all of the checkpoint. Raises ModelError if the folder is no quantized checkpoint
+    backend: "emulate" (also "auto"), ordinary arithmetic on dequantized weights; "triton", kernels on packed weights,
+    for a GPU. Raises ModelError if the folder is no quantized checkpoint
     or the kernels cannot run it.
     """
     device = pick_device(str(device))

@@ -19,11 +19,12 @@ def test_without_a_gpu_auto_means_emulation_and_triton_is_refused():
         resolve_backend("triton", CPU, torch.bfloat16, W4A8)
 
 
-def test_on_a_gpu_auto_takes_the_kernels_where_they_can_run_everything():
-    assert resolve_backend("auto", GPU, torch.bfloat16, W4A8) == "triton"
+def test_on_a_gpu_the_kernels_run_where_they_are_asked_for():
+    assert resolve_backend("triton", GPU, torch.bfloat16, W4A8) == "triton"
     assert resolve_backend("emulate", GPU, torch.bfloat16, W4A8) == "emulate"
-    assert resolve_backend("auto", GPU, torch.float32, W4A8) == "emulate"
-    assert resolve_backend("auto", GPU, torch.float16, {"a": (MX("mxfp4_e2m1"), None)}) == "emulate"
+    assert resolve_backend("auto", GPU, torch.bfloat16, W4A8) == "emulate"
+    with pytest.raises(ModelError, match="the dtype is float32"):
+        resolve_backend("triton", GPU, torch.float32, W4A8)
 
 
 @pytest.mark.parametrize(
