@@ -24,8 +24,8 @@ def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, forma
     """What "auto" stands for, or `wanted`; formats: of weight and input, by linear.
 
     "auto" is emulation: the kernels as they stand have not all been run on a GPU since they were last changed
-    (docs/benchmarks.md), and a default must be trusted. Raises ModelError, with the reason, where "triton" is wanted and
-    cannot run.
+    (docs/benchmarks.md), and a default must be trusted. Raises ModelError, with the reason, where "triton" is wanted
+    and cannot run.
     """
     if wanted != "triton":
         return "emulate"
