@@ -1,0 +1,40 @@
+"""A quantization in shares on one store: the last to finish evaluates, and the result is that of one process."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lqer import pipeline
+from lqer.config import read_config
+from lqer.errors import ConfigError
+from lqer.methods import METHODS
+from lqer.shares import Share
+
+
+def test_shares_in_any_order_end_with_what_one_process_makes(experiment, tmp_path):
+    config = read_config(experiment.config, "shared")
+    assert pipeline.run_share(config, Share(2, 3)) is None
+    assert pipeline.run_share(config, Share(3, 3)) is None
+    shared = pipeline.run_share(config, Share(1, 3))
+    alone = pipeline.run(read_config(experiment.config, "alone", [f"--output_dir={tmp_path / 'elsewhere'}"]))
+    assert shared["perplexity"] == alone["perplexity"]
+    assert shared["bits"] == alone["bits"]
+
+
+def test_a_share_that_is_done_already_is_not_done_again(experiment, caplog):
+    config = read_config(experiment.config, "again")
+    pipeline.run_share(config, Share(1, 2))
+    assert pipeline.run_share(config, Share(1, 2)) is None
+    assert "others are not there yet" in caplog.text
+
+
+def test_a_method_that_needs_the_quantized_stream_refuses_shares_with_the_reason(experiment, monkeypatch):
+    config = read_config(experiment.config, "stream")
+    stream = dataclasses.replace(METHODS[config.quantize.method], propagate="quantized")
+    monkeypatch.setitem(METHODS, config.quantize.method, stream)
+    with pytest.raises(
+        ConfigError, match=r"--chunk 1/2: quantize\.method .* takes the inputs of a block from the quant"
+    ):
+        pipeline.run_share(config, Share(1, 2))
