@@ -269,6 +269,8 @@ class Config(Section):
         if name not in self.formats:
             allowed = (*self.formats, *([NOT_QUANTIZED] if optional else []))
             raise KeyedError(loc, "no such number format under [formats]", name, allowed)
+        if loc[-1] != "weight" and self.formats[name].kind == "codebook":
+            raise KeyedError(loc, "must not be a codebook, which is learned from a weight", name)
 
 
 class KeyedError(ValueError):

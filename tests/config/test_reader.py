@@ -219,3 +219,12 @@ class TestMistakes:
 
     def test_a_folder_is_no_config(self, tmp_path):
         assert "is a folder" in mistake(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key", ["quantize.activation", "quantize.attention", "quantize.bias", "quantize.low_rank.format"]
+)
+def test_a_codebook_is_a_format_of_weights_alone(key):
+    codebook = "--formats.vq={ kind = 'codebook', bits = 2 }"
+    with pytest.raises(ConfigError, match=r"must not be a codebook, which is learned from a weight; found 'vq'"):
+        read_config(Path(__file__).parents[2] / "configs/demo.toml", None, [codebook, f"--quantize.{key}=vq"])
