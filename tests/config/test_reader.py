@@ -227,4 +227,4 @@ class TestMistakes:
 def test_a_codebook_is_a_format_of_weights_alone(key):
     codebook = "--formats.vq={ kind = 'codebook', bits = 2 }"
     with pytest.raises(ConfigError, match=r"must not be a codebook, which is learned from a weight; found 'vq'"):
-        read_config(Path(__file__).parents[2] / "configs/demo.toml", None, [codebook, f"--quantize.{key}=vq"])
+        read_config(Path(__file__).parents[2] / "configs/demo.toml", None, [codebook, f"--{key}=vq"])
