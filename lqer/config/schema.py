@@ -6,6 +6,7 @@ stands for "not quantized", so that a command line can switch off what a preset 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -22,9 +23,12 @@ from lqer.data import DatasetSpec
 from lqer.formats import Format
 from lqer.lowrank.solver import Solver
 from lqer.methods import METHODS
-from lqer.rounding import ROUNDINGS, Nearest, Rounding, rounding_from_dict
+from lqer.named import Named, named_from_dict
+from lqer.rounding import ROUNDINGS, Nearest, Rounding
 from lqer.spelling import did_you_mean
 from lqer.spill import parse_bytes
+from lqer.transforms import TRANSFORMS, Scheme, Transform, order_objection
+from lqer.transforms.base import Level
 
 NOT_QUANTIZED = "none"
 
@@ -33,21 +37,30 @@ FormatName = str
 Loc = tuple[str | int, ...]
 
 
-def _read_rounding(value: Any) -> Rounding:
-    """The name of a rounding, or a table of its kind and settings."""
-    if isinstance(value, Rounding):
-        return value
-    if not isinstance(value, str | dict):
-        raise ValueError("must be the name of a rounding or a table with its kind")
-    settings = {"kind": value} if isinstance(value, str) else value
-    try:
-        return rounding_from_dict(settings)
-    except ValueError as error:
-        kind = settings.get("kind")
-        raise ValueError(f"{error}{'' if kind in ROUNDINGS else did_you_mean(str(kind), ROUNDINGS)}") from None
+def _reader(noun: str, known: Mapping[str, type[Named]]) -> PlainValidator:
+    """Reads a part that is named by its kind, or by a table of its kind and settings."""
+
+    def read(value: Any) -> Named:
+        if isinstance(value, Named):
+            return value
+        if not isinstance(value, str | dict):
+            raise ValueError(f"must be the name of a {noun} or a table with its kind")
+        settings = {"kind": value} if isinstance(value, str) else value
+        try:
+            return named_from_dict(noun, known, settings)
+        except ValueError as error:
+            kind = settings.get("kind")
+            raise ValueError(f"{error}{'' if kind in known else did_you_mean(str(kind), known)}") from None
+
+    return PlainValidator(read)
 
 
-RoundingSpec = Annotated[Rounding, PlainValidator(_read_rounding), PlainSerializer(lambda rounding: rounding.to_dict())]
+_WRITER = PlainSerializer(lambda part: part.to_dict())
+RoundingSpec = Annotated[Rounding, _reader("rounding", ROUNDINGS), _WRITER]
+TransformSpec = Annotated[Transform, _reader("transform", TRANSFORMS), _WRITER]
+
+# Levels at which the quantize stage applies transforms.
+TRANSFORMED_LEVELS: frozenset[Level] = frozenset()
 
 
 def _is_size(size: Any) -> Any:
@@ -118,6 +131,8 @@ class QuantizeConfig(Section):
     method: str = "lqer-act"
     weight: FormatName
     rounding: RoundingSpec = Nearest()
+    # Applied in this order: of the whole model, then of a block, then of one linear.
+    transforms: tuple[TransformSpec, ...] = ()
     activation: FormatName = NOT_QUANTIZED
     bias: FormatName = NOT_QUANTIZED
     attention: FormatName = NOT_QUANTIZED
@@ -209,6 +224,7 @@ class Config(Section):
                 self._check_format(("quantize", "override", i, "low_rank", "format"), override.low_rank.format)
         self._check_roundings()
         self._check_low_rank()
+        self._check_transforms()
         return self
 
     def _check_roundings(self) -> None:
@@ -250,6 +266,22 @@ class Config(Section):
         if iterations > 1:
             rule = "must be left out: ranks are shared out by the errors of one rounding, iterations are"
             raise KeyedError((*table, "budget_bits"), f"{rule} {iterations}", low_rank.budget_bits)
+
+    def _check_transforms(self) -> None:
+        """The transforms can follow one another, and every linear can be transformed as they say."""
+        quantize = self.quantize
+        if (objection := order_objection(quantize.transforms)) is not None:
+            raise KeyedError(("quantize", "transforms"), objection)
+        method = METHODS[quantize.method]
+        activation = None if quantize.activation == NOT_QUANTIZED else self.formats[quantize.activation]
+        statistics = method.statistics | quantize.rounding.statistics
+        scheme = Scheme(self.formats[quantize.weight], activation, statistics)
+        for i, transform in enumerate(quantize.transforms):
+            loc = ("quantize", "transforms", i)
+            if (objection := transform.objection(scheme)) is not None:
+                raise KeyedError(loc, f'{objection} (method "{method.name}")', transform.kind)
+            if transform.level not in TRANSFORMED_LEVELS:
+                raise KeyedError(loc, f"transforms of a {transform.level} are not applied yet", transform.kind)
 
     def _check_blockwise(self) -> None:
         evaluation = self.evaluation

@@ -1,14 +1,14 @@
 """Roundings: which of a number format's values each weight takes.
 
-This folder imports torch and lqer.formats only. A new rounding is a file here and its class in `ROUNDINGS`.
+This folder imports torch, lqer.formats and lqer.named only. A new rounding is a file here and its class in `ROUNDINGS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
+from lqer.named import named_from_dict
 from lqer.rounding.base import Rounding
 from lqer.rounding.gptq import Gptq
 from lqer.rounding.ldlq import Ldlq
@@ -22,11 +22,4 @@ __all__ = ["ROUNDINGS", "Gptq", "Ldlq", "Nearest", "Rounding", "Vector", "roundi
 
 def rounding_from_dict(settings: Mapping[str, Any]) -> Rounding:
     """The rounding that `Rounding.to_dict` described. Raises ValueError for an unknown kind, key or value."""
-    kind = settings.get("kind")
-    if kind not in ROUNDINGS:
-        raise ValueError(f"unknown rounding {kind!r}; allowed: {', '.join(ROUNDINGS)}")
-    known = [field.name for field in fields(ROUNDINGS[kind])]  # type: ignore[arg-type]
-    for key in settings:
-        if key not in known:
-            raise ValueError(f'unknown key {key!r} of rounding "{kind}"; allowed: {", ".join(known)}')
-    return ROUNDINGS[kind](**settings)
+    return named_from_dict("rounding", ROUNDINGS, settings)

@@ -9,19 +9,18 @@ Shapes: I in_features, O out_features.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
+from lqer.named import Named
 
 
-class Rounding(ABC):
-    """Settings of one rounding. Every one is a frozen dataclass deriving from this; bad settings raise ValueError."""
+class Rounding(Named, ABC):
+    """Settings of one rounding."""
 
-    kind: str
     # What it must know of the inputs; "autocorrelation" is what `hessian_II` is made of.
     statistics: ClassVar[frozenset[str]] = frozenset()
 
@@ -36,11 +35,6 @@ class Rounding(ABC):
     def objection(self, number_format: NumberFormat) -> str | None:
         """Why weights of that format cannot be rounded this way, as a rule to show to a user; None where they can."""
         return None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, `kind` included, as TOML and JSON can write them; `rounding_from_dict` reads them."""
-        settings = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return {"kind": self.kind, **{key: value for key, value in settings.items() if value is not None}}
 
 
 def require_damping(damping: Any, kind: str) -> None:

@@ -23,10 +23,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lqer.transforms.base import Level, Scheme, Transform
+
+# What a change of basis leaves known of the inputs where it was known before; the largest magnitude is not among it.
+KNOWN_IN_NEW_BASIS = frozenset({"mean_abs", "mean_square", "autocorrelation"})
 # A small factor costs K multiplications an element; beyond this the odd part itself is cheaper or as good.
 LARGEST_PALEY = 256
 
@@ -170,3 +175,18 @@ def _paley_prime(order: int) -> int:
 
 def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
+
+
+@dataclass(frozen=True)
+class Hadamard(Transform):
+    """`hadamard` as a configuration names it; the signs are drawn from the experiment's seed."""
+
+    level: ClassVar[Level] = "linear"
+
+    kind: Literal["hadamard"] = "hadamard"
+
+    def objection(self, scheme: Scheme) -> str | None:
+        unknown = sorted(scheme.statistics - KNOWN_IN_NEW_BASIS)
+        if unknown:
+            return f"{', '.join(unknown)} of rotated inputs cannot be told from statistics of the inputs"
+        return None

@@ -155,6 +155,13 @@ class TestMistakes:
             ("--quantize.rounding={ kind = 'nearest', damp = 1 }", ["quantize.rounding: unknown key 'damp'"]),
             ("--quantize.rounding=4", ["quantize.rounding: must be the name of a rounding or a table", "found 4"]),
             ("--quantize.override=[{ match = '*', rounding = 'up' }]", ["override.0.rounding: unknown rounding 'up'"]),
+            ("--quantize.transforms=['hadamrad']", ["transforms.0: unknown transform", "did you mean 'hadamard'?"]),
+            (
+                "--quantize.transforms=[{ kind = 'hadamard', sed = 1 }]",
+                ["transforms.0: unknown key 'sed'"],
+            ),
+            ("--quantize.transforms=['hadamard', 'hadamard']", ['transforms: "hadamard" is named twice']),
+            ("--quantize.transforms=hadamard", ["quantize.transforms: must be a valid array"]),
             ("--quantize.low_rank.solver=krilov", ["low_rank.solver: not allowed", "did you mean 'krylov'?"]),
             ("--quantize.low_rank.iterations=0", ["low_rank.iterations: must be greater than 0"]),
             ("--quantize.low_rank.budget_bits=0", ["low_rank.budget_bits: must be greater than 0"]),
@@ -193,6 +200,16 @@ class TestMistakes:
         assert 'quantize.override.0.weight: must be mxfp4 (weights are "w4")' in mistake(
             base, "--quantize.weight=x8", other
         )
+
+    def test_transforms_that_are_not_applied_are_refused(self, base):
+        assert "transforms.0: transforms of a linear are not applied yet" in mistake(
+            base, "--quantize.transforms=['hadamard']"
+        )
+
+    def test_statistics_that_are_unknown_in_the_new_basis_are_named(self, base):
+        message = mistake(base, "--quantize.method=svdquant", "--quantize.transforms=['hadamard']")
+        assert "max_abs of rotated inputs cannot be told" in message
+        assert '(method "svdquant")' in message
 
     def test_the_file_that_set_the_value_is_named(self, tmp_path, base):
         child = tmp_path / "child.toml"

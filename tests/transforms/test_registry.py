@@ -1,0 +1,44 @@
+"""Transforms as a configuration names them: which can follow one another, and how they are written down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import pytest
+import tomli
+import tomli_w
+
+from lqer.transforms import TRANSFORMS, Hadamard, Transform, order_objection, transform_from_dict
+from lqer.transforms.base import Level
+
+
+@dataclass(frozen=True)
+class OfABlock(Transform):
+    level: ClassVar[Level] = "block"
+    kind: Literal["of-a-block"] = "of-a-block"
+
+
+@dataclass(frozen=True)
+class AnotherBasis(Transform):
+    level: ClassVar[Level] = "linear"
+    kind: Literal["another-basis"] = "another-basis"
+
+
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_a_transform_survives_being_written_down(kind):
+    transform = transform_from_dict({"kind": kind})
+    assert transform_from_dict(tomli.loads(tomli_w.dumps(transform.to_dict()))) == transform
+
+
+def test_the_wider_level_comes_first():
+    assert order_objection([]) is None
+    assert order_objection([OfABlock(), Hadamard()]) is None
+    assert order_objection([Hadamard(), OfABlock()]) == (
+        '"of-a-block" (block) must come before "hadamard" (linear): the order is model, block, linear'
+    )
+
+
+def test_a_transform_is_named_once_and_a_linear_has_one_basis():
+    assert order_objection([OfABlock(), OfABlock()]) == '"of-a-block" is named twice'
+    assert order_objection([Hadamard(), AnotherBasis()]) == "a linear has one basis, not 2: hadamard, another-basis"
