@@ -30,7 +30,8 @@ from lqer.formats import NonFiniteError
 from lqer.lowrank.allocation import Allocation, Candidate, factor_bits, rank_step, share_out
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import singular_values
-from lqer.methods import METHODS, LinearPlan
+from lqer.methods import METHODS, LinearPlan, QuantizedWeight
+from lqer.methods.base import in_basis
 from lqer.models import block_linears
 from lqer.store import Artifact, Workspace
 
@@ -59,12 +60,15 @@ def _over_budget(needed: float, budget_bits: float) -> ConfigError:
 
 def spectra_key(calibration: str, model_fingerprint: str, plans: Plans, device: torch.device) -> dict[str, Any]:
     """What decides the spectra: the weights, the statistics, how each linear is rounded and under which metric."""
-    decisive = ("method", "weight", "rounding")
+    decisive = ("method", "weight", "rounding", "transform")
     return {
         "version": SPECTRA_VERSION,
         "model": model_fingerprint,
         "calibration": calibration,
-        "plans": {name: plan and {key: plan.to_dict()[key] for key in decisive} for name, plan in plans.items()},
+        "plans": {
+            name: plan and {key: value for key, value in plan.to_dict().items() if key in decisive}
+            for name, plan in plans.items()
+        },
         "device": device.type,
     }
 
@@ -107,13 +111,14 @@ def measure_spectra(
 
 def error_spectrum(weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan) -> dict[str, Tensor]:
     """What the stage keeps of one linear; see the module's head."""
-    method = METHODS[plan.method]
-    rounded = plan.rounding.round(weight_OI, statistics.get("autocorrelation"), plan.weight)
-    metric = Metric() if method.metric is None else method.metric(weight_OI, statistics)
+    method, target = METHODS[plan.method], in_basis(weight_OI, statistics, plan)
+    rounded = plan.rounding.round(target.weight_OI, target.statistics.get("autocorrelation"), plan.weight)
+    metric = Metric() if method.metric is None else method.metric(target.weight_OI, target.statistics)
+    weight = QuantizedWeight(rounded, None, target.basis)
     return {
-        "energies": singular_values(weight_OI - rounded.dequantize(), metric).square(),
-        "weight_energy": torch.tensor(metric.energy(weight_OI), dtype=torch.float64),
-        "weight_bits": torch.tensor(rounded.code_bits + rounded.metadata_bits),
+        "energies": singular_values(target.weight_OI - rounded.dequantize(), metric).square(),
+        "weight_energy": torch.tensor(metric.energy(target.weight_OI), dtype=torch.float64),
+        "weight_bits": torch.tensor(rounded.code_bits + weight.metadata_bits),
     }
 
 

@@ -1,6 +1,6 @@
 """Bits per weight, charging everything that must be stored for the quantized linears.
 
-Codes, shared exponents or scales and zero points, A and B in their formats: all as they lie in the checkpoint, padding
+Codes, shared exponents or scales and zero points, signs of a basis, A and B in their formats: all as they lie in the checkpoint, padding
 of a row to whole bytes included, divided by the number of original weights. Biases and what is not quantized are left
 out of both numbers.
 """
@@ -17,7 +17,7 @@ class Bits(TypedDict):
     average: float  # the sum of the three below
     weight: float  # codes
     low_rank: float  # A and B, their metadata included
-    metadata: float  # exponents, scales, zero points of the weights
+    metadata: float  # exponents, scales, zero points of the weights; signs of a basis
 
 
 def average_bits(rows: Iterable[Mapping[str, Any]]) -> Bits:

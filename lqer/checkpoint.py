@@ -5,8 +5,8 @@
     block-00000.safetensors   one per decoder block: packed codes and metadata of its linears, its norms as they were
     outside.safetensors       everything outside the blocks, as it was
 
-Tensors of a quantized linear are named <linear>.{weight,low_rank_a,low_rank_b,bias}.<part>; no dequantized copy of a
-weight is stored.
+Tensors of a quantized linear are named <linear>.{weight,low_rank_a,low_rank_b,bias,transform}.<part>; no dequantized
+copy of a weight is stored.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from lqer.blocks import OpenedModel, Streamed
 from lqer.calibration import block_file
 from lqer.errors import ModelError
 from lqer.formats import NumberFormat, QuantizedTensor, format_from_dict
-from lqer.layers import QuantizedLinear
+from lqer.layers import HadamardLinear, QuantizedLinear
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models import pick_device, prepare_model
 from lqer.spill import Spill
 from lqer.store import Workspace
 from lqer.streaming import fill_parameters, read_file, tie
+from lqer.transforms import Hadamard, transform_from_dict
 
 DETAILS_FILE = "lqer.json"
 OUTSIDE_FILE = "outside.safetensors"
@@ -47,12 +48,10 @@ def pack_linear(name: str, weight: QuantizedWeight, bias: QuantizedTensor | None
     quantized = {"weight": weight.weight_OI, "bias": bias}
     if weight.low_rank is not None:
         quantized |= {"low_rank_a": weight.low_rank.a_IR, "low_rank_b": weight.low_rank.b_RO}
-    return {
-        f"{name}.{role}.{part}": tensor
-        for role, value in quantized.items()
-        if value is not None
-        for part, tensor in value.pack().items()
-    }
+    stored = {role: value.pack() for role, value in quantized.items() if value is not None}
+    if weight.basis is not None:
+        stored["transform"] = weight.basis.pack()
+    return {f"{name}.{role}.{part}": tensor for role, parts in stored.items() for part, tensor in parts.items()}
 
 
 def describe_linear(plan: LinearPlan, weight: QuantizedWeight, has_bias: bool) -> dict[str, Any]:
@@ -69,6 +68,8 @@ def describe_linear(plan: LinearPlan, weight: QuantizedWeight, has_bias: bool) -
         entry["bias"] = {"format": plan.bias.to_dict(), "shape": [weight.weight_OI.shape[0]], "axis": 0}
     if plan.activation is not None:
         entry["activation"] = plan.activation.to_dict()
+    if plan.transform is not None:
+        entry["transform"] = plan.transform.to_dict()
     return entry
 
 
@@ -227,6 +228,24 @@ def _linear(
     bias_O = bias.dequantize(dtype) if bias is not None else None
     if bias is None and f"{name}.bias" in tensors:
         bias_O = tensors[f"{name}.bias"].to(device, dtype)
+    if "transform" not in entry:
+        return _run_by(backend, weight, a_IR, b_RO, bias_O, entry, dtype)
+    transform = transform_from_dict(entry["transform"])
+    assert isinstance(transform, Hadamard)
+    basis = transform.unpack(_parts(tensors, f"{name}.transform.", device), *weight.shape).to(dtype)
+    return HadamardLinear(_run_by(backend, weight, a_IR, b_RO, None, entry, dtype), basis, bias_O)
+
+
+def _run_by(
+    backend: Backend,
+    weight: QuantizedTensor,
+    a_IR: QuantizedTensor | None,
+    b_RO: QuantizedTensor | None,
+    bias_O: Tensor | None,
+    entry: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The module that computes with these tensors."""
     activation = format_from_dict(entry["activation"]) if "activation" in entry else None
     if backend == "triton":
         from lqer.kernels import PackedLinear, TritonLinear
@@ -236,14 +255,16 @@ def _linear(
     return QuantizedLinear(weight.dequantize(dtype), bias_O, a, b, activation)
 
 
+def _parts(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor.to(device) for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
 def _unpack(
     tensors: Mapping[str, Tensor], name: str, role: str, entry: Mapping[str, Any], device: torch.device
 ) -> QuantizedTensor | None:
     if role not in entry:
         return None
-    prefix = f"{name}.{role}."
-    packed = {key.removeprefix(prefix): tensor.to(device) for key, tensor in tensors.items() if key.startswith(prefix)}
-    described = entry[role]
+    packed, described = _parts(tensors, f"{name}.{role}.", device), entry[role]
     return format_from_dict(described["format"]).unpack(packed, tuple(described["shape"]), described["axis"])
 
 

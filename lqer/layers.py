@@ -5,6 +5,9 @@ product are rounded to the same format again (LQER, arXiv 2402.02446, section 4)
 of its number format wherever the model's dtype can hold it (float32 always, bfloat16 for up to eight significant bits),
 so an emulated layer differs from a kernel on packed codes only by the order of summation.
 
+Where a weight was rounded in another basis, y = D(s_v) H_Oᵀ (W_q x'_q + ..) + b_q with x' = H_I D(s_u) x: the layer
+goes there and back, and all that is rounded is rounded there (QuIP#, arXiv 2402.04396; CALDERA, 2405.18886).
+
 Shapes: I in_features, O out_features, R rank.
 """
 
@@ -15,6 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lqer.formats import NumberFormat
+from lqer.transforms.hadamard import RandomHadamard
+
+# A rotation gathers up to ‖x‖ in one element, which float16 may not hold; a power of two costs no digit. The value is
+# that of CALDERA's kernels.
+FLOAT16_HEADROOM = 32.0
 
 
 class QuantizedLinear(nn.Module):
@@ -59,6 +67,38 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         rank = 0 if self.low_rank_a is None else self.low_rank_a.shape[1]
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={rank}, x={self.activation}"
+
+
+class HadamardLinear(nn.Module):
+    """A linear in another basis between the transform of its input and that of its output.
+
+    inner: of weights in that basis, without bias. basis: signs of its input (I,) and its output (O,), and bias_O, in
+    the linear's own basis, or None: any float dtype.
+    """
+
+    input_signs: Tensor
+    output_signs: Tensor
+    bias: Tensor | None
+
+    def __init__(self, inner: nn.Module, basis: RandomHadamard, bias_O: Tensor | None):
+        super().__init__()
+        self.in_features, self.out_features = len(basis.input_signs_I), len(basis.output_signs_O)
+        self.inner = inner
+        self.register_buffer("input_signs", basis.input_signs_I, persistent=False)
+        self.register_buffer("output_signs", basis.output_signs_O, persistent=False)
+        self.register_buffer("bias", bias_O, persistent=False)
+
+    @property
+    def basis(self) -> RandomHadamard:
+        return RandomHadamard(self.input_signs, self.output_signs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) in the layer's dtype -> (..., out_features)."""
+        if x.dtype == torch.float16:
+            y = self.basis.output(self.inner(self.basis.input(x / FLOAT16_HEADROOM))) * FLOAT16_HEADROOM
+        else:
+            y = self.basis.output(self.inner(self.basis.input(x)))
+        return y if self.bias is None else y + self.bias
 
 
 def output_error(weight_OI: Tensor, quantized_OI: Tensor, sample_SI: Tensor) -> float:

@@ -174,8 +174,9 @@ def _rounded_alone(
 ) -> Tensor:
     """What rounding alone makes of the weight: the stored W_q, unless that is what is left beside a low-rank part."""
     if weight.low_rank is None or METHODS[plan.method].rounds_the_weight_itself(plan):
-        return weight.weight_OI.dequantize()
-    return plan.rounding.round(weight_OI, statistics.get("autocorrelation"), plan.weight).dequantize()
+        return weight.rounded_weight()
+    plain = plan.plain()
+    return METHODS[plain.method].quantize_linear(weight_OI, statistics, plain).rounded_weight()
 
 
 def _layer_row(
@@ -189,7 +190,7 @@ def _layer_row(
         "in_features": weight_OI.shape[1],
         "rank": weight.low_rank.rank if weight.low_rank else 0,
         "weight_bits": weight.weight_OI.code_bits,
-        "metadata_bits": weight.weight_OI.metadata_bits,
+        "metadata_bits": weight.metadata_bits,
         "low_rank_bits": weight.low_rank.bits if weight.low_rank else 0,
         "captured_share": weight.low_rank.captured_share if weight.low_rank else None,
         "solver_gap": weight.low_rank.gap if weight.low_rank else None,

@@ -36,9 +36,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from lqer.calibration import calibrate
+from lqer.calibration import ON_REQUEST, calibrate
 from lqer.formats import MXInt
-from lqer.methods import LinearPlan
+from lqer.methods import METHODS, LinearPlan
 from lqer.models import block_linears, find_blocks, prepare_model
 from lqer.quantization import QuantizeSettings, quantize
 from lqer.store import Artifact, Store, Workspace
@@ -171,7 +171,8 @@ def run_stages(letter_tokenizer, windows_WT, tmp_path_factory) -> Callable[..., 
         settings = QuantizeSettings({linear: None if linear in skip else plan for linear in linears}, attention, seed=0)
 
         def make_calibration(workspace: Workspace) -> None:
-            calibrate(workspace, model, name, blocks, windows_WT, BATCH_SIZE, ERROR_TOKENS, CPU)
+            requested = METHODS[plan.method].statistics_for(plan) & ON_REQUEST
+            calibrate(workspace, model, name, blocks, windows_WT, BATCH_SIZE, ERROR_TOKENS, CPU, requested)
 
         def make_checkpoint(workspace: Workspace) -> None:
             quantize(workspace, model, letter_tokenizer, name, blocks, calibration, settings, CPU)

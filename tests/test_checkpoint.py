@@ -18,9 +18,12 @@ from lqer.attention import QuantizedAttention, quantize_attention
 from lqer.calibration import block_file
 from lqer.checkpoint import DETAILS_FILE, OUTSIDE_FILE, load_quantized
 from lqer.errors import ModelError
-from lqer.formats import MXInt, Passthrough
-from lqer.layers import QuantizedLinear
+from lqer.formats import E8P, MXInt, Passthrough
+from lqer.layers import HadamardLinear, QuantizedLinear
+from lqer.methods import METHODS
 from lqer.models import load_model, resolve_model
+from lqer.rounding import Ldlq
+from lqer.transforms import Hadamard
 
 CPU = torch.device("cpu")
 RANK = 8
@@ -188,6 +191,36 @@ def test_biases_activations_and_attention_are_quantized_as_planned(
     assert not torch.allclose(by_hand(windows_WT).logits, logits, atol=1e-3)
     quantize_attention(by_hand, QuantizedAttention(operand, "reference"))
     assert torch.equal(by_hand(windows_WT).logits, logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture_in_another_basis", ["llama", "opt"])
+def test_a_linear_in_another_basis_computes_what_it_did(
+    architecture_in_another_basis, random_model, run_stages, plan, windows_WT
+):
+    model = random_model(architecture_in_another_basis)
+    path = run_stages(model, replace(plain_plan(plan), transform=Hadamard())).checkpoint.path
+    loaded = load_quantized(path, CPU)
+    assert sum(isinstance(module, HadamardLinear) for module in loaded.modules()) > 0
+    torch.testing.assert_close(loaded(windows_WT).logits, model(windows_WT).logits, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_lattice_codes_and_signs_come_back_from_disk_as_they_were(random_model, run_stages, plan, windows_WT):
+    """The linears of a checkpoint against the method on the same weights and statistics."""
+    plan = replace(plan, method="qera-exact", weight=E8P(2), rounding=Ldlq(), transform=Hadamard(), bias=MXInt(8))
+    stages = run_stages(random_model("opt"), plan)
+    name = "model.decoder.layers.1.fc1"
+    site = stages.calibration.json("sites.json")[name]
+    autocorrelation_II = stages.calibration.tensors(block_file(1))[f"{site}.autocorrelation"]
+    linear = stages.model.get_submodule(name)
+    expected = METHODS["qera-exact"].quantize_linear(linear.weight, {"autocorrelation": autocorrelation_II}, plan)
+    loaded = load_quantized(stages.checkpoint.path, CPU).get_submodule(name)
+    x_TI = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(0))
+    y_TO = x_TI @ expected.effective_weight().T + plan.bias.quantize(linear.bias).dequantize()
+    torch.testing.assert_close(loaded(x_TI), y_TO, rtol=1e-4, atol=1e-4)
+    signs = stages.checkpoint.tensors(block_file(1))[f"{name}.transform.input_signs"]
+    assert (signs.dtype, len(signs)) == (torch.uint8, linear.in_features // 8)
 
 
 def test_several_chat_templates_are_kept(random_model, run_stages, plan, letter_tokenizer, monkeypatch):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lqer.formats import MXInt, Passthrough
-from lqer.layers import QuantizedLinear, output_error, weight_error
+from lqer.layers import HadamardLinear, QuantizedLinear, output_error, weight_error
+from lqer.transforms.hadamard import RandomHadamard, random_hadamard
 
 IN, OUT, RANK = 48, 20, 5
 
@@ -68,6 +69,32 @@ def test_its_tensors_follow_the_model_but_not_into_a_state_dict(parts):
     layer = QuantizedLinear(**parts, activation=None)
     assert layer.state_dict() == {}
     assert {tensor.dtype for tensor in layer.to(torch.bfloat16).buffers()} == {torch.bfloat16}
+
+
+@pytest.fixture
+def basis() -> RandomHadamard:
+    return random_hadamard(OUT, IN, seed=0)
+
+
+@pytest.mark.parametrize("activation", [None, MXInt(6)])
+def test_in_another_basis_all_that_is_rounded_is_rounded_there(parts, x, basis, round_mxint, activation):
+    w, b, a, b_low = parts.values()
+    layer = HadamardLinear(QuantizedLinear(w, None, a, b_low, activation), basis, b)
+    rounded = (lambda x: round_mxint(x, 6)) if activation else (lambda x: x.double())
+    x_there = rounded(basis.input(x))
+    w, b, a, b_low = (tensor.double() for tensor in parts.values())
+    y_there = x_there @ w.T + rounded(rounded(x_there @ a) @ b_low)
+    torch.testing.assert_close(layer(x).double(), basis.output(y_there) + b, rtol=1e-5, atol=1e-4)
+
+
+def test_what_gathers_in_one_element_does_not_overflow_float16(basis):
+    # V x of the first row of V is one element of length ‖x‖.
+    x_I = 20000.0 * IN**0.5 * basis.input(torch.eye(IN))[:, 0]
+    weight_OI = 2.0**-6 * torch.eye(OUT, IN)
+    layer = HadamardLinear(QuantizedLinear(weight_OI, None, None, None, None), basis, None)
+    assert basis.input(x_I)[0] > torch.finfo(torch.float16).max
+    y_O = layer.half()(x_I.half())
+    torch.testing.assert_close(y_O.float(), layer.float()(x_I), rtol=5e-3, atol=1.0)
 
 
 def test_output_error_is_the_share_of_the_outputs_energy():

@@ -8,6 +8,7 @@ from typing import Any
 from lqer.config.schema import NOT_QUANTIZED, Config
 from lqer.formats import NumberFormat, Passthrough
 from lqer.methods import METHODS, LinearPlan
+from lqer.transforms import LinearTransform
 
 # Where [quantize.low_rank] names no format, A and B are stored as halves.
 DEFAULT_FACTOR = Passthrough(dtype="float16")
@@ -34,6 +35,7 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
         method=quantize.method,
         weight=config.formats[merged.weight],
         rounding=merged.rounding,
+        transform=next((part for part in quantize.transforms if isinstance(part, LinearTransform)), None),
         activation=number_format(merged.activation),
         bias=number_format(merged.bias),
         # Under a budget, None until the model's errors are known; a linear with a rank of its own keeps it.

@@ -60,7 +60,7 @@ RoundingSpec = Annotated[Rounding, _reader("rounding", ROUNDINGS), _WRITER]
 TransformSpec = Annotated[Transform, _reader("transform", TRANSFORMS), _WRITER]
 
 # Levels at which the quantize stage applies transforms.
-TRANSFORMED_LEVELS: frozenset[Level] = frozenset()
+TRANSFORMED_LEVELS: frozenset[Level] = frozenset({"linear"})
 
 
 def _is_size(size: Any) -> Any:

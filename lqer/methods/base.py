@@ -6,7 +6,8 @@ Every method alternates two steps on W ≈ W_q + (A·B)ᵀ, starting from W_q = 
     reconstruct    A·B = argmin_{rank r} tr(F R Fᵀ), F = W − W_q − (A·B)ᵀ;  A, B = round(A), round(B)
 
 and differs from the others by the metric R, by which step comes first, and by how often they are repeated. Each step
-sees what the other one stores. A method never sees a path, a configuration, a device map or another layer.
+sees what the other one stores. Where the plan names a basis, W and R are those of the transformed linear, and so are
+W_q, A and B. A method never sees a path, a configuration, a device map or another layer.
 
 Shapes: I in_features, O out_features, R rank.
 """
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
+from lqer.formats.base import check_finite
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import Solver, reconstruct
 from lqer.rounding import Nearest, Rounding
+from lqer.transforms import Basis, LinearTransform
 
 # By name, of one input site: see lqer/calibration.py.
 Statistics = Mapping[str, Tensor]
@@ -48,6 +51,7 @@ class LinearPlan:
     factor: NumberFormat
     factor_blocks: FactorBlocks
     rounding: Rounding = field(default_factory=Nearest)
+    transform: LinearTransform | None = None
     solver: Solver = "auto"
     iterations: int = 1
     seed: int = 0
@@ -72,6 +76,7 @@ class LinearPlan:
                 "solver": self.solver,
                 "iterations": self.iterations,
             },
+            **({} if self.transform is None else {"transform": {**self.transform.to_dict(), "seed": self.seed}}),
         }
 
     @property
@@ -109,15 +114,52 @@ class LowRank:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """W ≈ W_q + (A·B)ᵀ: weight_OI in its number format, and the low-rank branch or None."""
+    """W ≈ W_q + (A·B)ᵀ: weight_OI in its number format, and the low-rank branch or None.
+
+    basis: None, or what all of them are in instead of the linear's own.
+    """
 
     weight_OI: QuantizedTensor
     low_rank: LowRank | None
+    basis: Basis | None = None
+
+    def rounded_weight(self) -> Tensor:
+        """W_q in float32 and in the linear's own basis, (out, in)."""
+        return self._in_own_basis(self.weight_OI.dequantize())
 
     def effective_weight(self) -> Tensor:
-        """W_q + (A·B)ᵀ in float32, (out, in)."""
+        """W_q + (A·B)ᵀ in float32 and in the linear's own basis, (out, in)."""
         weight_OI = self.weight_OI.dequantize()
-        return weight_OI if self.low_rank is None else weight_OI + self.low_rank.product()
+        return self._in_own_basis(weight_OI if self.low_rank is None else weight_OI + self.low_rank.product())
+
+    def _in_own_basis(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI if self.basis is None else self.basis.inverse_weight(weight_OI)
+
+    @property
+    def metadata_bits(self) -> int:
+        """Bits of all that is stored beside the weight's codes and the low-rank branch."""
+        return self.weight_OI.metadata_bits + (0 if self.basis is None else self.basis.bits)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a method works on: a float32 weight and the statistics of its inputs, both in `basis` where there is one."""
+
+    weight_OI: Tensor
+    statistics: Statistics
+    basis: Basis | None = None
+
+
+def in_basis(weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> Target:
+    """The weight, of any float dtype, and its statistics in the basis of the plan."""
+    weight_OI = weight_OI.to(torch.float32)
+    if plan.transform is None:
+        return Target(weight_OI, statistics)
+    # Or the transform would spread what the number format is about to name.
+    check_finite(weight_OI)
+    out_features, in_features = weight_OI.shape
+    basis = plan.transform.basis(out_features, in_features, plan.seed)
+    return Target(basis.weight(weight_OI), basis.statistics(statistics), basis)
 
 
 @dataclass(frozen=True)
@@ -147,7 +189,8 @@ class Method:
 
     def statistics_for(self, plan: LinearPlan) -> frozenset[str]:
         """What a plan of this method needs: nothing is gathered for a branch of rank 0."""
-        return plan.rounding.statistics | (frozenset() if plan.rank == 0 else self.statistics)
+        needed = plan.rounding.statistics | (frozenset() if plan.rank == 0 else self.statistics)
+        return needed if plan.transform is None else plan.transform.statistics(needed)
 
     def quantize_linear(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
         """Round a weight and, at a rank above 0, reconstruct what rounding loses.
@@ -155,7 +198,11 @@ class Method:
         weight_OI: any float dtype, computed on in float32. statistics: what `statistics_for(plan)` names. Raises
         NonFiniteError if the weight holds NaN or infinities.
         """
-        weight_OI = weight_OI.to(torch.float32)
+        target = in_basis(weight_OI, statistics, plan)
+        return replace(self.decompose(target.weight_OI, target.statistics, plan), basis=target.basis)
+
+    def decompose(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
+        """The method's steps, on a float32 weight and statistics in the plan's basis."""
         hessian_II = statistics.get("autocorrelation")
         if not plan.rank or self.metric is None:
             return QuantizedWeight(plan.rounding.round(weight_OI, hessian_II, plan.weight), None)

@@ -10,12 +10,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from lqer.named import named_from_dict
-from lqer.transforms.base import Scheme, Transform, order_objection
+from lqer.transforms.base import Basis, LinearTransform, Scheme, Transform, order_objection
 from lqer.transforms.hadamard import Hadamard
 
 TRANSFORMS: dict[str, type[Transform]] = {cls.kind: cls for cls in (Hadamard,)}
 
-__all__ = ["TRANSFORMS", "Hadamard", "Scheme", "Transform", "order_objection", "transform_from_dict"]
+__all__ = [
+    "TRANSFORMS",
+    "Basis",
+    "Hadamard",
+    "LinearTransform",
+    "Scheme",
+    "Transform",
+    "order_objection",
+    "transform_from_dict",
+]
 
 
 def transform_from_dict(settings: Mapping[str, Any]) -> Transform:

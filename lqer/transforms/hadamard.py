@@ -21,24 +21,24 @@ Shapes: I in_features, O out_features, T rows of activations, K the small factor
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lqer.transforms.base import Level, Scheme, Transform
+from lqer.formats import pack_bits, unpack_bits
+from lqer.transforms.base import Basis, LinearTransform
 
-# What a change of basis leaves known of the inputs where it was known before; the largest magnitude is not among it.
-KNOWN_IN_NEW_BASIS = frozenset({"mean_abs", "mean_square", "autocorrelation"})
 # A small factor costs K multiplications an element; beyond this the odd part itself is cheaper or as good.
 LARGEST_PALEY = 256
 
 
 @dataclass(frozen=True, eq=False)
-class RandomHadamard:
-    """The transform of one linear: float32 signs of its inputs (I,) and outputs (O,).
+class RandomHadamard(Basis):
+    """The transform of one linear: signs of its inputs (I,) and outputs (O,), any float dtype.
 
     Signs need not be ±1: fine-tuning may move them, but then only `input` and `output` still belong together.
     """
@@ -47,28 +47,31 @@ class RandomHadamard:
     output_signs_O: Tensor
 
     def weight(self, weight_OI: Tensor) -> Tensor:
-        """W' = U W Vᵀ."""
         return _randomized(_randomized(weight_OI, self.input_signs_I).T, self.output_signs_O).T.contiguous()
 
     def inverse_weight(self, weight_OI: Tensor) -> Tensor:
-        """W = Uᵀ W' V."""
         return _inverse_randomized(
             _inverse_randomized(weight_OI, self.input_signs_I).T, self.output_signs_O
         ).T.contiguous()
 
     def hessian(self, hessian_II: Tensor) -> Tensor:
-        """R' = V R Vᵀ of a symmetric R, symmetric to the last bit."""
         once_II = _randomized(hessian_II, self.input_signs_I)
         rotated_II = _randomized(once_II.T, self.input_signs_I)
         return (rotated_II + rotated_II.T) / 2
 
     def input(self, x_TI: Tensor) -> Tensor:
-        """Transform inputs, x' = V x for every row."""
         return _randomized(x_TI, self.input_signs_I)
 
     def output(self, y_TO: Tensor) -> Tensor:
-        """Transform outputs back, y = Uᵀ y' for every row."""
         return _inverse_randomized(y_TO, self.output_signs_O)
+
+    def to(self, dtype: torch.dtype) -> RandomHadamard:
+        """The same signs in another dtype."""
+        return RandomHadamard(self.input_signs_I.to(dtype), self.output_signs_O.to(dtype))
+
+    def pack(self) -> dict[str, Tensor]:
+        """Signs as a bit each, uint8, 1 for -1; as they are where fine-tuning has moved them."""
+        return {"input_signs": _pack_signs(self.input_signs_I), "output_signs": _pack_signs(self.output_signs_O)}
 
 
 def random_hadamard(out_features: int, in_features: int, seed: int) -> RandomHadamard:
@@ -78,15 +81,25 @@ def random_hadamard(out_features: int, in_features: int, seed: int) -> RandomHad
     return RandomHadamard(*(2.0 * sign - 1 for sign in signs))
 
 
+def _pack_signs(signs: Tensor) -> Tensor:
+    return pack_bits((signs < 0).to(torch.uint8), 1) if bool((signs.abs() == 1).all()) else signs
+
+
+def _unpack_signs(packed: Tensor, length: int) -> Tensor:
+    if packed.dtype != torch.uint8:
+        return packed
+    return 1 - 2 * unpack_bits(packed, length, 1).to(torch.float32)
+
+
 def hadamard(x: Tensor) -> Tensor:
-    """H_n x along the last dimension, in x's dtype."""
-    power, small_KK = _factors(x.shape[-1], x)
+    """H_n x along the last dimension, in x's dtype; halves are summed in float32."""
+    power, small_KK = _factors(x)
     return _apply(x, power, small_KK)
 
 
 def inverse_hadamard(x: Tensor) -> Tensor:
     """H_nᵀ x along the last dimension: the inverse of `hadamard`."""
-    power, small_KK = _factors(x.shape[-1], x)
+    power, small_KK = _factors(x)
     return _apply(x, power, None if small_KK is None else small_KK.T)
 
 
@@ -99,10 +112,14 @@ def _inverse_randomized(x: Tensor, signs: Tensor) -> Tensor:
 
 
 def _apply(x: Tensor, power: int, small_KK: Tensor | None) -> Tensor:
-    y_KP = x.reshape(*x.shape[:-1], -1, power)
+    y_KP = x.to(_sum_dtype(x)).reshape(*x.shape[:-1], -1, power)
     if small_KK is not None:
         y_KP = small_KK @ y_KP
-    return _fast_transform(y_KP).reshape(x.shape)
+    return _fast_transform(y_KP).reshape(x.shape).to(x.dtype)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def _fast_transform(x_P: Tensor) -> Tensor:
@@ -116,12 +133,18 @@ def _fast_transform(x_P: Tensor) -> Tensor:
     return x_P.reshape(shape) / math.sqrt(length)
 
 
-def _factors(length: int, like: Tensor) -> tuple[int, Tensor | None]:
-    """The power of two, and the small orthonormal factor in `like`'s dtype and on its device, or None if it is 1."""
-    small = small_order(length)
+def _factors(x: Tensor) -> tuple[int, Tensor | None]:
+    """The power of two, and the small orthonormal factor in the dtype x is summed in, or None if it is 1."""
+    small = small_order(x.shape[-1])
     if small == 1:
-        return length, None
-    return length // small, small_factor(small).to(like)
+        return x.shape[-1], None
+    return x.shape[-1] // small, _small_factor_on(small, _sum_dtype(x), x.device)
+
+
+@lru_cache
+def _small_factor_on(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept on the device: a layer transforms in every call, and in a CUDA graph nothing may be copied there."""
+    return small_factor(order).to(device, dtype)
 
 
 @lru_cache
@@ -178,15 +201,18 @@ def _is_prime(number: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Hadamard(Transform):
-    """`hadamard` as a configuration names it; the signs are drawn from the experiment's seed."""
+class Hadamard(LinearTransform):
+    """`hadamard` as a configuration names it; the signs are drawn from the experiment's seed.
 
-    level: ClassVar[Level] = "linear"
+    Inputs of one width have the same signs in every linear, so that q, k and v read the same x'.
+    """
 
     kind: Literal["hadamard"] = "hadamard"
 
-    def objection(self, scheme: Scheme) -> str | None:
-        unknown = sorted(scheme.statistics - KNOWN_IN_NEW_BASIS)
-        if unknown:
-            return f"{', '.join(unknown)} of rotated inputs cannot be told from statistics of the inputs"
-        return None
+    def basis(self, out_features: int, in_features: int, seed: int) -> RandomHadamard:
+        return random_hadamard(out_features, in_features, seed)
+
+    def unpack(self, packed: Mapping[str, Tensor], out_features: int, in_features: int) -> RandomHadamard:
+        return RandomHadamard(
+            _unpack_signs(packed["input_signs"], in_features), _unpack_signs(packed["output_signs"], out_features)
+        )

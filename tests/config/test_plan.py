@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from lqer.config import Config, plan_linear
 from lqer.formats import MXInt, Passthrough
 from lqer.rounding import Nearest
+from lqer.transforms import Hadamard
 
 FORMATS = {f"w{bits}": {"kind": "mxint", "bits": bits} for bits in (3, 4, 8)}
 DOWN = "model.layers.0.mlp.down_proj"
@@ -104,3 +106,12 @@ def test_under_a_budget_the_rank_is_open_unless_an_override_fixes_it():
 def test_the_solver_and_its_seed_reach_the_plan():
     plan = plan_linear(config(low_rank={"rank": 5, "solver": "krylov"}), UP)
     assert (plan.solver, plan.seed) == ("krylov", 0)
+
+
+def test_a_basis_is_part_of_what_decides_the_outcome_and_so_are_its_signs():
+    plain, rotated = plan_linear(config(), UP), plan_linear(config(transforms=["hadamard"]), UP)
+    assert (plain.transform, rotated.transform) == (None, Hadamard())
+    assert "transform" not in plain.to_dict()
+    assert rotated.to_dict() != plain.to_dict()
+    assert replace(rotated, seed=1).to_dict() != rotated.to_dict()
+    assert rotated.plain().transform == Hadamard()

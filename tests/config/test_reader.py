@@ -9,6 +9,7 @@ import pytest
 from lqer.config import read_config
 from lqer.config.reader import parse_override
 from lqer.errors import ConfigError
+from lqer.transforms import Hadamard
 
 BASE = """
 model = "some/model"
@@ -201,14 +202,15 @@ class TestMistakes:
             base, "--quantize.weight=x8", other
         )
 
-    def test_transforms_that_are_not_applied_are_refused(self, base):
-        assert "transforms.0: transforms of a linear are not applied yet" in mistake(
-            base, "--quantize.transforms=['hadamard']"
-        )
+    def test_transforms_that_are_not_applied_are_refused(self, base, monkeypatch):
+        assert read_config(base, None, ["--quantize.transforms=['hadamard']"]).quantize.transforms == (Hadamard(),)
+        monkeypatch.setattr(Hadamard, "level", "block")
+        message = mistake(base, "--quantize.transforms=['hadamard']")
+        assert "transforms.0: transforms of a block are not applied yet; found 'hadamard'" in message
 
     def test_statistics_that_are_unknown_in_the_new_basis_are_named(self, base):
         message = mistake(base, "--quantize.method=svdquant", "--quantize.transforms=['hadamard']")
-        assert "max_abs of rotated inputs cannot be told" in message
+        assert "max_abs of transformed inputs cannot be told" in message
         assert '(method "svdquant")' in message
 
     def test_the_file_that_set_the_value_is_named(self, tmp_path, base):

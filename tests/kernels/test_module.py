@@ -14,8 +14,9 @@ from lqer.calibration import block_file
 from lqer.checkpoint import DETAILS_FILE
 from lqer.formats import MXInt, QuantizedTensor, format_from_dict
 from lqer.kernels import PackedLinear, TritonLinear, packed_linear
-from lqer.layers import QuantizedLinear
+from lqer.layers import HadamardLinear, QuantizedLinear
 from lqer.methods import LinearPlan
+from lqer.transforms.hadamard import random_hadamard
 
 PLAN = LinearPlan(
     method="lqer-act", weight=MXInt(4), activation=MXInt(8), bias=MXInt(8), rank=8, factor=MXInt(8),
@@ -73,6 +74,17 @@ def test_load_quantized_puts_the_kernels_in_and_no_dequantized_weight(random_mod
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
     emulated = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "emulate")(windows_WT.to(DEVICE)).logits.double()
     assert (model(windows_WT.to(DEVICE)).logits.double() - emulated).norm() / emulated.norm() < 2e-2
+
+
+@torch.no_grad()
+def test_a_linear_in_another_basis_runs_its_kernels_there():
+    layer = build_layer(MXInt(4), 96, 128, rank=16, activation=MXInt(8))
+    basis = random_hadamard(96, 128, seed=0)
+    weight_NK, a_KR, b_RN = (part.dequantize(DTYPE) for part in (layer.weight, layer.a, layer.b))
+    emulation, kernels = QuantizedLinear(weight_NK, None, a_KR, b_RN, MXInt(8)), TritonLinear(layer.packed)
+    x_MK, bias_N = random_input(3, 128), torch.ones(96, dtype=DTYPE)
+    emulated, packed = (HadamardLinear(module, basis, bias_N).to(DEVICE) for module in (emulation, kernels))
+    torch.testing.assert_close(packed(x_MK), emulated(x_MK), rtol=2e-2, atol=2e-2)
 
 
 def test_the_module_is_the_function_and_keeps_nothing_in_its_state_dict():

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lqer.transforms.hadamard import (
+    Hadamard,
+    RandomHadamard,
     hadamard,
     inverse_hadamard,
     random_hadamard,
@@ -105,6 +107,32 @@ def test_the_seed_decides_the_signs():
     assert not torch.equal(first.input_signs_I, other.input_signs_I)
     assert first.input_signs_I.abs().eq(1).all()
     assert abs(float(first.input_signs_I.sum())) < 64
+
+
+@pytest.mark.parametrize("length", [48, 67])
+def test_signs_survive_being_packed(length):
+    basis = random_hadamard(length, 2 * length, seed=0)
+    packed = basis.pack()
+    assert {name: (part.dtype, len(part)) for name, part in packed.items()} == {
+        "input_signs": (torch.uint8, -(-2 * length // 8)),
+        "output_signs": (torch.uint8, -(-length // 8)),
+    }
+    again = Hadamard().unpack(packed, length, 2 * length)
+    assert torch.equal(again.input_signs_I, basis.input_signs_I)
+    assert torch.equal(again.output_signs_O, basis.output_signs_O)
+
+
+def test_signs_that_were_moved_are_stored_as_they_are():
+    basis = RandomHadamard(torch.tensor([1.0, -0.5, 1.0]), torch.tensor([1.0, -1.0]))
+    again = Hadamard().unpack(basis.pack(), 2, 3)
+    assert torch.equal(again.input_signs_I, basis.input_signs_I)
+    assert torch.equal(again.output_signs_O, basis.output_signs_O)
+    assert basis.bits == 3 * 32 + 8
+
+
+def test_halves_are_rounded_once():
+    x = normal(4, 288).to(torch.bfloat16)
+    assert torch.equal(hadamard(x), hadamard(x.float()).to(torch.bfloat16))
 
 
 def test_half_precision_stays_half_precision():
