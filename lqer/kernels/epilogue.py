@@ -6,8 +6,8 @@ Shapes: M tokens, N out_features, R rank (padded to whole blocks).
 import triton
 import triton.language as tl
 
+from .branch import load_factor
 from .decode import dot
-from .factors import load_factor
 from .rounding import round_columns
 
 

@@ -6,8 +6,8 @@ Shapes: N out_features, K in_features, T columns of a tile, R rows and C columns
 import triton
 import triton.language as tl
 
+from .branch import load_factor
 from .decode import decode_tile, restore_columns
-from .factors import load_factor
 
 
 @triton.jit

@@ -1,9 +1,9 @@
-"""Few tokens: y = W_q x_q + b + Q(xa B) with weights decoded in registers, xa = Q(x A) from the projection.
+"""Few tokens: y = W_q x_q + b + Q(Q(x_q A) B) with weights decoded in registers.
 
 The product is computed as yᵀ = W xᵀ, so that decoded weights are the operand that tensor cores take from registers.
 For few tokens the grid would not fill the chip: K is then cut into `splits`, each with a slab of partial products. The
 program that finishes a tile of outputs last adds its slabs up in a fixed order, so that runs agree bit for bit, then
-the bias and the low-rank branch.
+the bias and the low-rank branch, for which the first programs of the grid project x (branch.py).
 
 Shapes: M tokens, N out_features, K in_features, R rank (padded to whole blocks).
 """
@@ -11,30 +11,36 @@ Shapes: M tokens, N out_features, K in_features, R rank (padded to whole blocks)
 import triton
 import triton.language as tl
 
+from .branch import await_projection, load_factor, produce_projection
 from .decode import decode_tile, dot, permute_columns
-from .factors import load_factor
 from .rounding import round_rows
 
 
 # M changes from call to call: no new compilation for 1, or for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
-    x,  # [M, K] or, in kernel order, [M, KP], rows `x_stride` apart
+    x,  # rounded where activations are: [M, K] or, in kernel order, [M, KP], rows `x_stride` apart
+    x_given,  # [M, K] as it came, rows `given_stride` apart
     words,
     high,
     scales,
     zeros,
     bias,  # [N], or None
-    projection,  # xa [M, RP], or None
+    a_codes,  # [KP, RP] int8 or plain, or None
+    a_exponents,  # [KP / a_block, RP] uint8, or None
     b_codes,  # [RP, N] int8 or plain, or None
     b_exponents,  # [RP / b_block, N] uint8, or None
     partial,  # [splits, N, M] float32, or None for one split
     finished,  # int32, zero before and after, one a tile of outputs; or None
+    slabs_of_projection,  # [slabs, M, RP] float32, or None
+    projection,  # [M, RP], or None
+    counters,  # of the branch
     y,  # [M, N]
     M,
     N,
     K,
     x_stride,
+    given_stride,
     rank: tl.constexpr,
     tiles: tl.constexpr,
     units: tl.constexpr,
@@ -50,14 +56,29 @@ def gemm_kernel(
     x_bits: tl.constexpr,
     x_block: tl.constexpr,
     x_ceil: tl.constexpr,
+    a_block: tl.constexpr,
     b_block: tl.constexpr,
+    a_rows: tl.constexpr,  # KP
+    slabs: tl.constexpr,
+    SLAB_K: tl.constexpr,
+    tiles_n: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     splits: tl.constexpr,
     stages: tl.constexpr,
 ):
-    pid_n, pid_s, pid_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pid = tl.program_id(0)
+    if rank > 0:
+        producers = slabs * (rank // BLOCK_R) * tl.cdiv(M, BLOCK_M)
+        if pid < producers:
+            produce_projection(
+                pid, x_given, a_codes, a_exponents, slabs_of_projection, projection, counters, M, K, given_stride,
+                rank, a_rows, slabs, SLAB_K, BLOCK_M, BLOCK_R, x_bits, x_block, x_ceil, a_block,
+            )  # fmt: skip
+            return
+        pid -= producers
+    pid_n, pid_s, pid_m = pid % tiles_n, pid // tiles_n % splits, pid // (tiles_n * splits)
     rows_N = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -86,7 +107,7 @@ def gemm_kernel(
         tl.store(partial + pid_s * slab + offset_NM, acc_NM, mask=inside_NM)
         # Every thread's part of the slab has to be out before this program counts as finished.
         tl.debug_barrier()
-        counter = finished + pid_m * tl.num_programs(0) + pid_n
+        counter = finished + pid_m * tiles_n + pid_n
         last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if last:
             tl.store(counter, 0)
@@ -97,6 +118,7 @@ def gemm_kernel(
         if bias is not None:
             acc_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
         if rank > 0:
+            await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
             product_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for first in range(0, rank, BLOCK_R):
                 b_RN = load_factor(b_codes, b_exponents, first, rows_N, N, rank, BLOCK_R, b_block, dtype)

@@ -3,8 +3,8 @@
 A block contributes 2^(e_w + e_x) * sum (u - 8) * k with four-bit u and eight-bit k, so four products and their sum are
 one instruction (dp4a) and a weight costs about one. Neither shared memory nor tensor cores take part.
 
-    prepare   x -> codes, steps, sums per word; partial products with A, a slab for each program
-    gemv      y = W_q x_q + b + Q(Q(x_q A) B), each program whole rows of W
+    prepare   x -> codes, steps, sums per word
+    gemv      y = W_q x_q + b + Q(Q(x_q A) B), each program whole rows of W; the first ones project x (branch.py)
 
 The words of a weight hold even and odd columns of a block (layout.py), and masking one with 0x0F0F0F0F leaves every
 other of its codes. The codes of x are laid out to meet them: for each word of a weight's tile two words of four codes,
@@ -18,41 +18,33 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .branch import await_projection, load_factor, produce_projection
 from .decode import INTERPRETED, ROWS_C, WORDS_C, exponent_to_scale
-from .factors import load_factor, sum_slabs
 from .rounding import mxint_codes, round_columns
 
 BLOCKS = tl.constexpr(8)  # of a tile
 TILE_K = tl.constexpr(128)
 OFFSET = tl.constexpr(8)
+TOKENS = tl.constexpr(16)  # the fewest that tensor cores take
 
 
 @triton.jit
 def prepare_vector_kernel(
     x,  # [1, K]
-    a_codes,  # [KP, RP] int8 or plain, or None
-    a_exponents,  # [KP / a_block, RP] uint8, or None
     x_codes,  # int8 [KP]: of each tile 16 words of four codes for low nibbles, 16 for high ones
     x_steps,  # float32 [KP / 8], a step for each word of a weight
     x_sums,  # int32 [KP / 8], -8 times the sum of the codes that meet a word
-    partial,  # [programs, 1, RP] float32, or None
     K,
-    rank: tl.constexpr,
     tiles: tl.constexpr,
     x_bits: tl.constexpr,
     x_block: tl.constexpr,
     x_ceil: tl.constexpr,
-    a_block: tl.constexpr,
     TILES: tl.constexpr,  # of a program
     chained: tl.constexpr,
 ):
     size: tl.constexpr = TILES * TILE_K
     first = tl.program_id(0) * size
     columns = first + tl.arange(0, size)
-    if rank > 0:
-        # A does not depend on the kernel before.
-        ranks_R = tl.arange(0, rank)
-        a_TR = load_factor(a_codes, a_exponents, first, ranks_R, rank, tiles * TILE_K, size, a_block, tl.float32)
     if chained:
         gdc_wait()
         gdc_launch_dependents()
@@ -68,9 +60,6 @@ def prepare_vector_kernel(
     tl.store(x_steps + word, steps_W.reshape(TILES * WORDS_C), mask=inside_words)
     sums_W = tl.sum(tl.sum(codes_TBIHO, axis=2), axis=2).to(tl.int32).reshape(TILES * WORDS_C)
     tl.store(x_sums + word, sums_W * (-OFFSET), mask=inside_words)
-    if rank > 0:
-        product_R = tl.sum((codes * steps).reshape(size)[:, None] * a_TR, axis=0)
-        tl.store(partial + tl.program_id(0) * rank + tl.arange(0, rank), product_R)
 
 
 @triton.jit
@@ -121,24 +110,43 @@ def gemv_kernel(
     x_codes,  # int32 view of the bytes, [KP / 4]
     x_steps,
     x_sums,
-    partial,  # [chunks, 1, RP] float32, or None
+    x,  # [1, K] as it came
+    a_codes,  # [KP, RP] int8 or plain, or None
+    a_exponents,  # [KP / a_block, RP] uint8, or None
     b_codes,  # [RP, N] int8 or plain, or None
     b_exponents,
+    slabs_of_projection,  # [slabs, 1, RP] float32, or None
+    projection,  # [1, RP], or None
+    counters,  # of the branch
     y,  # [1, N]
     N,
+    K,
     rank: tl.constexpr,
-    chunks: tl.constexpr,
     tiles: tl.constexpr,
     per_tile: tl.constexpr,  # exponents of a row in a tile
     x_bits: tl.constexpr,
     x_block: tl.constexpr,
     x_ceil: tl.constexpr,
+    a_block: tl.constexpr,
     b_block: tl.constexpr,
+    slabs: tl.constexpr,
+    SLAB_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     chained: tl.constexpr,
 ):
-    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = tl.program_id(0)
+    if rank > 0:
+        if pid < slabs:
+            if chained:
+                gdc_wait()
+            produce_projection(
+                pid, x, a_codes, a_exponents, slabs_of_projection, projection, counters, 1, K, K,
+                rank, tiles * TILE_K, slabs, SLAB_K, TOKENS, rank, x_bits, x_block, x_ceil, a_block,
+            )  # fmt: skip
+            return
+        pid -= slabs
+    rows_N = pid * BLOCK_N + tl.arange(0, BLOCK_N)
     word_W = tl.arange(0, WORDS_C)[None, None, :]
     shape: tl.constexpr = (BLOCK_N, BLOCK_T, WORDS_C)
     # Weights do not depend on the kernel before: the first of them are on their way while that one still runs.
@@ -147,13 +155,6 @@ def gemv_kernel(
         b_RN = load_factor(b_codes, b_exponents, 0, rows_N, N, rank, rank, b_block, tl.float32)
     if chained:
         gdc_wait()
-    y_N = tl.zeros((BLOCK_N,), tl.float32)
-    if rank > 0:
-        offset_MR = tl.arange(0, rank)[None, :]
-        xa_MR = sum_slabs(partial, offset_MR, offset_MR >= 0, rank, chunks)
-        xa_R = round_columns(xa_MR, x_block, x_bits, x_ceil).reshape(rank)
-        product_N = tl.sum(xa_R[:, None] * b_RN, axis=0)
-        y_N += round_columns(product_N.reshape(1, BLOCK_N), x_block, x_bits, x_ceil).reshape(BLOCK_N)
     acc = tl.zeros(shape, tl.float32)
     for first in range(0, tiles, BLOCK_T):
         next_w, next_e = _load_tiles(words, exponents, rows_N, first + BLOCK_T, tiles, per_tile, BLOCK_T)
@@ -169,7 +170,12 @@ def gemv_kernel(
         scale = scale.broadcast_to(BLOCK_N, BLOCK_T, per_tile, WORDS_C // per_tile).reshape(shape)
         acc += _products(w, low, high, sums).to(tl.float32) * (scale * step)
         w, e = next_w, next_e
-    y_N += tl.sum(tl.sum(acc, axis=2), axis=1)
+    y_N = tl.sum(tl.sum(acc, axis=2), axis=1)
+    if rank > 0:
+        await_projection(counters, 0, tl.num_programs(0) - slabs, 1)
+        xa_R = tl.load(projection + tl.arange(0, rank)).to(tl.float32)
+        product_N = tl.sum(xa_R[:, None] * b_RN, axis=0)
+        y_N += round_columns(product_N.reshape(1, BLOCK_N), x_block, x_bits, x_ceil).reshape(BLOCK_N)
     if bias is not None:
         y_N += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)
     tl.store(y + rows_N, y_N.to(y.dtype.element_ty), mask=rows_N < N)

@@ -5,6 +5,7 @@ Shapes: M tokens, N out_features, K in_features, R rank; P marks padding.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,10 +19,11 @@ from .gemv import gemv_kernel, prepare_vector_kernel
 from .layout import ROW_PADDING as ROW_TILE
 from .layout import Layout, PackedWeight
 from .linear import INTERPRETED, PROJECTION_COUNTERS, PackedLinear
-from .project import project_kernel
+from .tokens import round_kernel
 from .tuning import GemmLaunch, GemvLaunch, bucket_of, gemm_launch, gemv_launch
 
-PROJECTION_ROWS, PROJECTION_COLUMNS, PROJECTION_WARPS = 16, 256, 8
+ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
+PROJECTION_COLUMNS = 256  # of x, for one program
 VECTOR_TILES = 4
 SMALLEST_BLOCK_M = 16
 MAX_BLOCK_R = 64
@@ -35,7 +37,11 @@ def run_layer(x_MK: Tensor, packed: PackedLinear) -> Tensor:
         return run_gemv(x_MK, packed, gemv_launch(layout.rows, layout.columns))
     bucket = bucket_of(len(x_MK))
     launch = bucket and gemm_launch(layout.width, layout.rows, layout.columns, bucket)
-    return run_gemm(x_MK, packed, launch) if launch else run_expanded(x_MK, packed)
+    return (
+        run_gemm(x_MK, packed, launch)
+        if launch and fits_gemm(packed, len(x_MK), launch)
+        else run_expanded(x_MK, packed)
+    )
 
 
 def fits_gemv(packed: PackedLinear) -> bool:
@@ -43,6 +49,16 @@ def fits_gemv(packed: PackedLinear) -> bool:
     spec, layout = packed.spec, packed.spec.layout
     weight_fits = layout.exponents and layout.bits == 4 and layout.block in (16, 32)
     return weight_fits and spec.rounding.bits > 0 and spec.rank <= GEMV_MAX_RANK
+
+
+def fits_gemm(packed: PackedLinear, tokens: int, launch: GemmLaunch) -> bool:
+    """Whether the layer has counters enough for the branches of so many tokens."""
+    return branch_counters(packed.spec.rank) * -(-tokens // launch.block_m) <= PROJECTION_COUNTERS
+
+
+def branch_counters(rank: int) -> int:
+    """Counters that the branch takes for a tile of tokens: see branch.py."""
+    return 1 + rank // _block_r(rank) if rank else 0
 
 
 def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -53,20 +69,19 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     codes = x_1K.new_empty(padded // 4, dtype=torch.int32)
     steps = x_1K.new_empty(padded // 8, dtype=torch.float32)
     sums = x_1K.new_empty(padded // 8, dtype=torch.int32)
-    slabs = -(-layout.tiles // VECTOR_TILES)
-    projection = x_1K.new_empty((slabs, 1, spec.rank), dtype=torch.float32) if spec.rank else None
     chained = can_chain(x_1K)
-    prepare_vector_kernel[(slabs,)](
-        x_1K, packed.a_codes, packed.a_exponents, codes.view(torch.int8), steps, sums, projection, layout.columns,
-        rank=spec.rank, tiles=layout.tiles, **_rounding_constants(packed), a_block=spec.a_block, TILES=VECTOR_TILES,
-        chained=chained, num_warps=4, **_launch_options(chained),
+    prepare_vector_kernel[(-(-layout.tiles // VECTOR_TILES),)](
+        x_1K, codes.view(torch.int8), steps, sums, layout.columns, tiles=layout.tiles, **_rounding_constants(packed),
+        TILES=VECTOR_TILES, chained=chained, num_warps=4, **_launch_options(chained),
     )  # fmt: skip
     y_1N = x_1K.new_empty(1, layout.rows, dtype=out_dtype)
-    gemv_kernel[(-(-layout.rows // launch.block_n),)](
-        packed.weight.words, packed.weight.scales, packed.bias_N, codes, steps, sums, projection, packed.b_codes,
-        packed.b_exponents, y_1N, layout.rows, rank=spec.rank, chunks=slabs, tiles=layout.tiles,
-        per_tile=layout.scales_per_tile, **_rounding_constants(packed), b_block=spec.b_block, BLOCK_N=launch.block_n,
-        BLOCK_T=launch.block_t, chained=chained, num_warps=launch.warps, **_launch_options(chained),
+    branch = _branch(x_1K, packed)
+    gemv_kernel[(branch.slabs + -(-layout.rows // launch.block_n),)](
+        packed.weight.words, packed.weight.scales, packed.bias_N, codes, steps, sums, x_1K, packed.a_codes,
+        packed.a_exponents, packed.b_codes, packed.b_exponents, branch.partial, branch.projection, packed.workspace,
+        y_1N, layout.rows, layout.columns, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
+        **_rounding_constants(packed), **branch.constants, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
+        chained=chained, num_warps=launch.warps, **_launch_options(chained),
     )  # fmt: skip
     return y_1N
 
@@ -74,25 +89,51 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
 def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
     """Few tokens, weights decoded in registers; y in `out_dtype`, by default that of x."""
     spec, layout = packed.spec, packed.spec.layout
-    given = x_MK = _dense_rows(x_MK)
-    m, n = len(x_MK), layout.rows
+    given = _dense_rows(x_MK)
+    m, n = len(given), layout.rows
     # The kernel order saves a pass through registers for every row of x, and serializes the tensor cores a little.
     ordered = launch.block_m > SMALLEST_BLOCK_M and spec.rounding.bits > 0
-    x_MK, projection = project(given, packed, ordered)
-    y_MN = x_MK.new_empty(m, n, dtype=out_dtype)
+    x_MK = round_tokens(given, packed, ordered)
+    y_MN = given.new_empty(m, n, dtype=out_dtype)
     block_n = launch.block_n if layout.padded_rows % launch.block_n == 0 else ROW_TILE
     tiles_n, tiles_m = layout.padded_rows // block_n, -(-m // launch.block_m)
     # Tiles of outputs that outnumber the counters fill the chip without splitting K.
     splits = min(launch.splits, layout.tiles) if tiles_n * tiles_m <= packed.tile_counters else 1
-    partial = x_MK.new_empty((splits, n, m), dtype=torch.float32) if splits > 1 else None
-    gemm_kernel[tiles_n, splits, tiles_m](
-        x_MK, *_weight_tensors(packed.weight), packed.bias_N, projection, packed.b_codes, packed.b_exponents,
-        partial, packed.workspace[PROJECTION_COUNTERS:], y_MN, m, n, layout.columns, x_MK.stride(0),
+    partial = given.new_empty((splits, n, m), dtype=torch.float32) if splits > 1 else None
+    branch = _branch(given, packed)
+    producers = branch.slabs * branch.rank_blocks * tiles_m
+    gemm_kernel[(producers + tiles_n * splits * tiles_m,)](
+        x_MK, given, *_weight_tensors(packed.weight), packed.bias_N, packed.a_codes, packed.a_exponents,
+        packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], branch.partial,
+        branch.projection, packed.workspace, y_MN, m, n, layout.columns, x_MK.stride(0), given.stride(0),
         rank=spec.rank, **weight_constants(layout, given.dtype), ordered=ordered, **_rounding_constants(packed),
-        b_block=spec.b_block, BLOCK_N=block_n, BLOCK_M=launch.block_m, BLOCK_R=_block_r(spec.rank), splits=splits,
-        stages=launch.stages, num_warps=launch.warps,
+        **branch.constants, a_rows=layout.tiles * layout.tile_k, tiles_n=tiles_n, BLOCK_N=block_n,
+        BLOCK_M=launch.block_m, BLOCK_R=_block_r(spec.rank), splits=splits, stages=launch.stages,
+        num_warps=launch.warps,
     )  # fmt: skip
     return y_MN
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Work buffers and compile-time arguments of the low-rank branch; empty at rank 0."""
+
+    slabs: int
+    rank_blocks: int
+    partial: Tensor | None
+    projection: Tensor | None
+    constants: dict[str, int]
+
+
+def _branch(x_MK: Tensor, packed: PackedLinear) -> _Branch:
+    spec, m = packed.spec, len(x_MK)
+    constants = {"a_block": spec.a_block, "b_block": spec.b_block, "slabs": 0, "SLAB_K": PROJECTION_COLUMNS}
+    if not spec.rank:
+        return _Branch(0, 0, None, None, constants)
+    slabs = -(-spec.layout.columns // PROJECTION_COLUMNS)
+    partial = x_MK.new_empty((slabs, m, spec.rank), dtype=torch.float32)
+    projection = x_MK.new_empty(m, spec.rank)
+    return _Branch(slabs, spec.rank // _block_r(spec.rank), partial, projection, constants | {"slabs": slabs})
 
 
 def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
@@ -109,38 +150,21 @@ def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     return y_MN
 
 
-def project(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> tuple[Tensor, Tensor | None]:
-    """x, rounded where activations are (then in kernel order if asked for), and Q(x A) [M, RP] or None."""
-    if not packed.spec.rank:
-        return round_tokens(x_MK, packed, ordered), None
-    return _launch_project(x_MK, packed, packed.spec.rank, ordered)
-
-
 def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
-    """X rounded to the layer's activation format; x itself where there is none."""
-    return _launch_project(x_MK, packed, 0, ordered)[0] if packed.spec.rounding.bits else x_MK
-
-
-def _launch_project(x_MK: Tensor, packed: PackedLinear, rank: int, ordered: bool) -> tuple[Tensor, Tensor | None]:
-    spec, layout = packed.spec, packed.spec.layout
+    """X rounded to the layer's activation format, in kernel order if asked for; x itself where there is none."""
+    if not packed.spec.rounding.bits:
+        return x_MK
+    layout = packed.spec.layout
     m, k = x_MK.shape
-    row_blocks, block_r = -(-m // PROJECTION_ROWS), _block_r(rank)
-    rank_blocks = max(1, rank // block_r)
-    steps = -(-k // PROJECTION_COLUMNS)
-    # A step a program where blocks of tokens are few: programs wait for memory, and for nothing else.
-    slabs = steps if row_blocks * rank_blocks <= PROJECTION_COUNTERS else 1
     padded = layout.tiles * layout.tile_k
-    x_out = x_MK.new_empty(m, padded if ordered else k) if spec.rounding.bits else None
-    partial = x_MK.new_empty((slabs, m, rank), dtype=torch.float32) if rank and slabs > 1 else None
-    projection = x_MK.new_empty(m, rank) if rank else None
+    x_out = x_MK.new_empty(m, padded if ordered else k)
     chained = can_chain(x_MK)
-    project_kernel[row_blocks, slabs, rank_blocks](
-        x_MK, packed.a_codes, packed.a_exponents, x_out, partial, packed.workspace, projection, m, k, x_MK.stride(0),
-        rank=rank, a_rows=padded, tile_k=layout.tile_k if ordered else 0, steps=steps // slabs,
-        BLOCK_K=PROJECTION_COLUMNS, BLOCK_M=PROJECTION_ROWS, BLOCK_R=block_r, **_rounding_constants(packed),
-        a_block=spec.a_block, slabs=slabs, chained=chained, num_warps=PROJECTION_WARPS, **_launch_options(chained),
+    round_kernel[-(-m // ROUNDED_ROWS), -(-padded // ROUNDED_COLUMNS)](
+        x_MK, x_out, m, k, x_MK.stride(0), padded=padded, tile_k=layout.tile_k if ordered else 0,
+        BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS, **_rounding_constants(packed), chained=chained,
+        num_warps=ROUNDING_WARPS, **_launch_options(chained),
     )  # fmt: skip
-    return x_MK if x_out is None else x_out, projection
+    return x_out
 
 
 def expand(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

@@ -27,8 +27,8 @@ from .layout import ROW_PADDING, Layout, PackedWeight, pack_weight
 FACTOR_BLOCKS = (16, 32, 64)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.bfloat16, torch.float16)
-# Counters of finished parts: for the projection's blocks, then for tiles of outputs, up to so many tiles of tokens.
-PROJECTION_COUNTERS = 128
+# Counters: of the low-rank branch, then of finished parts of tiles of outputs, up to so many tiles of tokens.
+PROJECTION_COUNTERS = 256
 TOKEN_TILES = 4
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 KERNELS = {
     "epilogue_kernel", "expand_factor_kernel", "expand_kernel", "gemm_kernel", "gemv_kernel", "prepare_vector_kernel",
-    "project_kernel",
+    "round_kernel",
 }  # fmt: skip
 
 
