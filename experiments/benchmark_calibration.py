@@ -16,10 +16,12 @@ from functools import partial
 
 import torch
 
+from lqer.blocks import OpenedModel
 from lqer.calibration import ON_REQUEST, BlockObserver
 from lqer.errors import LqerError
-from lqer.models import block_linears, find_blocks, load_model, pick_device, resolve_model
+from lqer.models import block_linears, load_model, pick_device, resolve_model
 from lqer.report.environment import device_name
+from lqer.spill import Spill
 from lqer.walker import walk_blocks
 
 # Tokens kept per site, as calibration.error_tokens does by default.
@@ -49,9 +51,9 @@ def main() -> int:
     windows_WT = torch.randint(model.config.vocab_size, (arguments.windows, arguments.seq_len), generator=generator)
 
     def seconds(hooked: bool) -> float:
-        name, blocks = find_blocks(model)
+        opened = OpenedModel.held(model, device, Spill())
         total = 0.0
-        for visit in walk_blocks(model, name, blocks, windows_WT, arguments.batch_size, device):
+        for visit in walk_blocks(opened, windows_WT, arguments.batch_size):
             linears = block_linears(visit.block) if hooked else {}
             observer = BlockObserver(linears, windows_WT.numel(), SAMPLED, device, arguments.request)
             started = time.perf_counter()

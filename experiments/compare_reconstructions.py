@@ -20,12 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lqer.calibration import ON_REQUEST, SITES_FILE, block_file, calibrate, site_statistics
+from lqer.blocks import OpenedModel
+from lqer.calibration import ON_REQUEST, BlockStatistics, CalibrationText, calibrate
 from lqer.data import DatasetSpec, calibration_windows, load_rows
 from lqer.errors import LqerError
 from lqer.formats import MXInt, NumberFormat, Passthrough
 from lqer.methods import METHODS, LinearPlan
-from lqer.models import block_linears, find_blocks, load_model, load_tokenizer, pick_device, resolve_model
+from lqer.models import block_linears, load_model, load_tokenizer, pick_device, resolve_model
+from lqer.spill import Spill
 from lqer.store import Store
 
 FACTORS: dict[str, NumberFormat] = {"float32": Passthrough("float32"), "x8": MXInt(bits=8)}
@@ -45,21 +47,18 @@ def errors_by_linear(arguments: argparse.Namespace) -> dict[str, dict[str, dict[
     source = resolve_model(arguments.model)
     rows = load_rows(DatasetSpec(path=str(arguments.text)), "calibration")
     windows_WT = calibration_windows(load_tokenizer(source), rows, arguments.num_samples, arguments.seq_len)
-    model = load_model(source, torch.float32, torch.device("cpu"))
-    name, blocks = find_blocks(model)
+    opened = OpenedModel.held(load_model(source, torch.float32, torch.device("cpu")), device, Spill())
+    text = CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS)
     errors: dict[str, dict[str, dict[str, float]]] = {str(bits): {} for bits in arguments.bits}
     with tempfile.TemporaryDirectory() as folder:
         calibration = Store(Path(folder)).obtain(
-            "calibrate",
-            0,
-            lambda ws: calibrate(ws, model, name, blocks, windows_WT, BATCH_SIZE, ERROR_TOKENS, device, ON_REQUEST),
+            "calibrate", 0, lambda workspace: calibrate(workspace, opened, text, ON_REQUEST)
         )
-        sites = calibration.json(SITES_FILE)
-        for index, block in enumerate(blocks):
-            statistics = {key: tensor.to(device) for key, tensor in calibration.tensors(block_file(index)).items()}
+        for index, block in enumerate(opened.blocks):
+            statistics = BlockStatistics.read(calibration, index).to(device)
             for linear_name, linear in block_linears(block).items():
-                full_name = f"{name}.{index}.{linear_name}"
-                site = site_statistics(statistics, sites, full_name)
+                full_name = f"{opened.name}.{index}.{linear_name}"
+                site = statistics.of(full_name)
                 weight_OI, r_II = linear.weight.detach().to(device, torch.float32), site["autocorrelation"].double()
                 for bits in arguments.bits:
                     errors[str(bits)][full_name] = {

@@ -20,11 +20,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from lqer.blocks import HELD, BlockLoader
-from lqer.calibration import SITES_FILE, block_file, site_statistics
+from lqer.blocks import OpenedModel
+from lqer.calibration import BlockStatistics, block_file
 from lqer.errors import ConfigError, ModelError
 from lqer.formats import NonFiniteError
 from lqer.lowrank.allocation import Allocation, Candidate, factor_bits, rank_step, share_out
@@ -73,36 +73,25 @@ def spectra_key(calibration: str, model_fingerprint: str, plans: Plans, device: 
     }
 
 
-def measure_spectra(
-    workspace: Workspace,
-    blocks_name: str,
-    blocks: nn.ModuleList,
-    calibration: Artifact,
-    plans: Plans,
-    device: torch.device,
-    loader: BlockLoader = HELD,
-) -> None:
-    """Write the spectra of every block that `workspace` does not hold yet; `loader` has the blocks, one at a time.
+def measure_spectra(workspace: Workspace, opened: OpenedModel, calibration: Artifact, plans: Plans) -> None:
+    """Write the spectra of every block that `workspace` does not hold yet.
 
     Raises ModelError, naming the linear, where a weight is NaN or infinite or calibration never reached it.
     """
-    sites: dict[str, str] = calibration.json(SITES_FILE)
-    missing = [index for index in range(len(blocks)) if block_file(index) not in workspace]
-    visits = loader.visits(blocks, missing, torch.device("cpu"))
-    for index, block in tqdm(
-        visits, initial=len(blocks) - len(missing), total=len(blocks), desc="spectra", unit="block"
-    ):
-        statistics = {name: tensor.to(device) for name, tensor in calibration.tensors(block_file(index)).items()}
+    total, device = len(opened.blocks), opened.device
+    missing = [index for index in range(total) if block_file(index) not in workspace]
+    visits = opened.loader.visits(opened.blocks, missing, torch.device("cpu"))
+    for index, block in tqdm(visits, initial=total - len(missing), total=total, desc="spectra", unit="block"):
+        statistics = BlockStatistics.read(calibration, index).to(device)
         tensors: dict[str, Tensor] = {}
         for name, linear in block_linears(block).items():
-            full_name = f"{blocks_name}.{index}.{name}"
+            full_name = f"{opened.name}.{index}.{name}"
             plan = plans[full_name]
             if plan is None:
                 continue
-            site = site_statistics(statistics, sites, full_name)
             weight_OI = linear.weight.detach().to(device, torch.float32)
             try:
-                spectrum = error_spectrum(weight_OI, site, plan)
+                spectrum = error_spectrum(weight_OI, statistics.of(full_name), plan)
             except NonFiniteError as error:
                 raise ModelError(f"{full_name}: {error}") from None
             tensors |= {f"{full_name}.{key}": tensor for key, tensor in spectrum.items()}

@@ -12,18 +12,20 @@ Shapes: B batch, H heads, G key/value heads, T query tokens, K keys, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lqer.errors import ModelError
 from lqer.files import content_hash
-from lqer.formats import NumberFormat
+from lqer.formats import NumberFormat, format_from_dict
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class QuantizedAttention:
         return output_BHTD.transpose(1, 2).contiguous(), weights_BHTK
 
 
+def quantized_attention(described: Mapping[str, Any]) -> QuantizedAttention:
+    """From how a checkpoint describes it: the operands' "format", and "blocks"."""
+    return QuantizedAttention(format_from_dict(described["format"]), described["blocks"])
+
+
 def quantize_attention(model: PreTrainedModel, attention: QuantizedAttention) -> None:
     """Have every attention module of `model` call `attention`, in place.
 
@@ -81,3 +88,18 @@ def quantize_attention(model: PreTrainedModel, attention: QuantizedAttention) ->
         raise ModelError(f"{type(model).__name__}: quantize.attention cannot be applied: {error}") from None
     if model.config._attn_implementation != name:
         raise ModelError(f"{type(model).__name__} has attention of its own: quantize.attention cannot be applied")
+
+
+@contextmanager
+def attention_as(block: nn.Module, implementation: str) -> Iterator[None]:
+    """Meanwhile the block's attention is the one of that name in transformers' registry."""
+    found = (getattr(module, "config", None) for module in block.modules())
+    configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = implementation
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]

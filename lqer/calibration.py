@@ -15,20 +15,21 @@ Shapes: W windows, T tokens of a window, N tokens of a batch, I in_features, S s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from lqer.blocks import HELD, BlockLoader
+from lqer.blocks import OpenedModel
+from lqer.data import tokens_sha256
 from lqer.errors import ModelError
 from lqer.lowrank.precision import full_float32
 from lqer.models import block_linears
 from lqer.spill import Spill
-from lqer.store import Workspace
+from lqer.store import Artifact, Workspace
 from lqer.walker import BlockVisit, walk_blocks
 
 # Raised whenever the same inputs would give other statistics than before.
@@ -174,44 +175,74 @@ def spread_indices(first_token: int, count: int, tokens: int, sampled: int) -> T
     return indices[(indices >= 0) & (indices < count)]
 
 
+@dataclass(frozen=True)
+class CalibrationText:
+    """The windows that statistics are gathered on: int64 token ids, and how many windows make a micro-batch.
+
+    error_tokens: how many of the tokens each site keeps its inputs of.
+    """
+
+    windows_WT: Tensor
+    batch_size: int
+    error_tokens: int
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What is known of the inputs of one block's linears, and which site each of them belongs to, by full names."""
+
+    tensors: Mapping[str, Tensor]
+    sites: Mapping[str, str]
+
+    @classmethod
+    def read(cls, calibration: Artifact, index: int) -> BlockStatistics:
+        return cls(calibration.tensors(block_file(index)), calibration.json(SITES_FILE))
+
+    def to(self, device: torch.device) -> BlockStatistics:
+        return BlockStatistics({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.sites)
+
+    def of(self, linear: str) -> dict[str, Tensor]:
+        """A linear's statistics by their own names. Raises ModelError if the calibration text never reached it."""
+        if linear not in self.sites:
+            raise ModelError(f"{linear} was never reached by the calibration text: skip it or calibrate on more")
+        prefix = f"{self.sites[linear]}."
+        return {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
+
+
 def calibrate(
-    workspace: Workspace,
-    model: PreTrainedModel,
-    blocks_name: str,
-    blocks: nn.ModuleList,
-    windows_WT: Tensor,
-    batch_size: int,
-    error_tokens: int,
-    device: torch.device,
-    requested: Collection[str] = (),
-    loader: BlockLoader = HELD,
-    spill: Spill | None = None,
+    workspace: Workspace, opened: OpenedModel, text: CalibrationText, requested: Collection[str] = ()
 ) -> None:
     """Gather the statistics of every block that `workspace` does not hold yet.
 
-    windows_WT: int64 token ids. requested: statistics of ON_REQUEST, of which one block's are in memory at a time.
-    loader: where blocks come from. spill: where hidden states and accumulators lie.
-    Raises ModelError, naming the linear, where an input is NaN or infinite.
+    requested: statistics of ON_REQUEST, of which one block's are in memory at a time. Raises ModelError, naming the
+    linear, where an input is NaN or infinite.
     """
     sites: dict[str, str] = workspace.json(SITES_FILE) if SITES_FILE in workspace else {}
-    visits = walk_blocks(model, blocks_name, blocks, windows_WT, batch_size, device, loader, spill)
-    for visit in tqdm(visits, total=len(blocks), desc="calibrate", unit="block"):
+    visits = walk_blocks(opened, text.windows_WT, text.batch_size)
+    for visit in tqdm(visits, total=len(opened.blocks), desc="calibrate", unit="block"):
         if block_file(visit.index) in workspace:
             visit.forward()
             continue
-        observer = BlockObserver(block_linears(visit.block), windows_WT.numel(), error_tokens, device, requested, spill)
-        tensors, block_sites = _observe_block(visit, observer, windows_WT.shape[1])
-        sites.update(block_sites)
+        found = observe_block(visit, visit.forward, text, requested)
+        sites.update(found.sites)
         # The table first: a block whose file is there is then sure to be in it.
         workspace.write_json(SITES_FILE, sites)
-        workspace.write_tensors(block_file(visit.index), tensors)
+        workspace.write_tensors(block_file(visit.index), found.tensors)
 
 
-def _observe_block(
-    visit: BlockVisit, observer: BlockObserver, seq_len: int
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def observe_block(
+    visit: BlockVisit,
+    run: Callable[[Callable[[int], None]], None],
+    text: CalibrationText,
+    requested: Collection[str] = (),
+) -> BlockStatistics:
+    """The statistics of a block's linears while `run`, one of the visit's own ways, takes the text through it."""
+    windows_WT, device, spill = text.windows_WT, visit.device, visit.stream.spill
+    observer = BlockObserver(
+        block_linears(visit.block), windows_WT.numel(), text.error_tokens, device, requested, spill
+    )
     try:
-        visit.forward(before_batch=lambda first_window: observer.begin_batch(first_window * seq_len))
+        run(lambda first_window: observer.begin_batch(first_window * windows_WT.shape[1]))
     finally:
         observer.close()
     tensors: dict[str, Tensor] = {}
@@ -221,36 +252,20 @@ def _observe_block(
             if not torch.isfinite(tensor).all():
                 raise ModelError(f"the calibration inputs of {full_name} hold NaN or infinities (dtype {tensor.dtype})")
             tensors[f"{full_name}.{key}"] = tensor
-    return tensors, {f"{visit.name}.{name}": f"{visit.name}.{site}" for name, site in observer.site_of.items()}
-
-
-def site_statistics(statistics: Mapping[str, Tensor], sites: Mapping[str, str], linear: str) -> dict[str, Tensor]:
-    """What a block's file holds of a linear's input site, by the statistic's own name.
-
-    statistics, sites: the block's file and `sites.json`. Raises ModelError if the calibration text never reached it.
-    """
-    if linear not in sites:
-        raise ModelError(f"{linear} was never reached by the calibration text: skip it or calibrate on more")
-    prefix = f"{sites[linear]}."
-    return {name.removeprefix(prefix): tensor for name, tensor in statistics.items() if name.startswith(prefix)}
+    sites = {f"{visit.name}.{name}": f"{visit.name}.{site}" for name, site in observer.site_of.items()}
+    return BlockStatistics(tensors, sites)
 
 
 def calibration_key(
-    model_fingerprint: str,
-    tokens: str,
-    batch_size: int,
-    error_tokens: int,
-    dtype: Any,
-    device: torch.device,
-    requested: Collection[str] = (),
+    model_fingerprint: str, text: CalibrationText, dtype: Any, device: torch.device, requested: Collection[str] = ()
 ) -> dict[str, Any]:
     """What decides the outcome: the weights, the token ids, the micro-batch, the arithmetic, what was asked for."""
     return {
         "version": CALIBRATE_VERSION,
         "model": model_fingerprint,
-        "tokens": tokens,
-        "batch_size": batch_size,
-        "error_tokens": error_tokens,
+        "tokens": tokens_sha256(text.windows_WT),
+        "batch_size": text.batch_size,
+        "error_tokens": text.error_tokens,
         "dtype": str(dtype),
         "device": device.type,
         "requested": sorted(requested),

@@ -24,7 +24,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lqer.attention import QuantizedAttention, quantize_attention
+from lqer.attention import quantize_attention, quantized_attention
 from lqer.backend import BACKENDS, Backend, resolve_backend
 from lqer.blocks import OpenedModel, Streamed
 from lqer.calibration import block_file
@@ -165,7 +165,7 @@ def _open(
     def fill(block: nn.Module, index: int, tensors: dict[str, Tensor], where: torch.device) -> None:
         prefix = f"{name}.{index}."
         linears = {key.removeprefix(prefix): e for key, e in details["linears"].items() if key.startswith(prefix)}
-        _fill(block, tensors, linears, where, target, resolved)
+        fill_block(block, tensors, linears, where, target, resolved)
         _refuse_unfilled(path, prefix, block)
 
     def surround() -> None:
@@ -174,8 +174,7 @@ def _open(
         _refuse_unfilled(path, "", model, besides=f"{name}.")
 
     if details["attention"] is not None:
-        operand = format_from_dict(details["attention"]["format"])
-        quantize_attention(model, QuantizedAttention(operand, details["attention"]["blocks"]))
+        quantize_attention(model, quantized_attention(details["attention"]))
     # Its quantized linears are no parameters: transformers would write a folder without them, in silence.
     model.save_pretrained = _refuse_saving
     if (path / "generation_config.json").exists():
@@ -193,7 +192,7 @@ def _refuse_saving(*arguments: Any, **options: Any) -> None:
     raise ModelError("a model from load_quantized is not saved again: copy its checkpoint folder")
 
 
-def _fill(
+def fill_block(
     module: nn.Module,
     tensors: dict[str, Tensor],
     linears: Mapping[str, Mapping[str, Any]],

@@ -22,7 +22,7 @@ from lqer.allocation import Budget, check_budget, measure_spectra, share_out_ran
 from lqer.backend import Backend, resolve_backend
 from lqer.bits import average_bits
 from lqer.blocks import OpenedModel
-from lqer.calibration import ON_REQUEST, block_file, calibrate, calibration_key
+from lqer.calibration import CalibrationText, block_file, calibrate, calibration_key
 from lqer.checkpoint import load_quantized, open_quantized
 from lqer.config import Config
 from lqer.config.schema import NOT_QUANTIZED, LowRankConfig
@@ -31,10 +31,17 @@ from lqer.dispatch import spread
 from lqer.errors import ConfigError, HubError
 from lqer.evaluation.stage import Candidate, evaluate
 from lqer.files import write_text
-from lqer.methods import METHODS, LinearPlan
+from lqer.methods import LinearPlan
 from lqer.models import ModelSource, load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
 from lqer.outline import Outline, plan_model, read_outline
-from lqer.quantization import QuantizeSettings, quantization_key, quantize, quantize_blocks
+from lqer.quantization import (
+    QuantizeSettings,
+    finish_checkpoint,
+    quantization_key,
+    quantize,
+    quantize_blocks,
+    requested_statistics,
+)
 from lqer.report.environment import device_name, peak_memory_bytes, versions
 from lqer.report.results import (
     SCHEMA_VERSION,
@@ -47,6 +54,7 @@ from lqer.report.results import (
     Seconds,
 )
 from lqer.report.write import LAYERS_FILE, RESULTS_FILE, layer_rows, write_run
+from lqer.sequential import quantize_in_order, stream_key
 from lqer.shares import Share
 from lqer.spill import Spill
 from lqer.store import Artifact, Store, Workspace
@@ -72,18 +80,20 @@ class Setting:
     backend: Backend
 
     @property
-    def requested(self) -> frozenset[str]:
-        """The statistics that cost something and that some linear's method or rounding needs."""
-        plans = [plan for plan in self.plans.values() if plan is not None]
-        return ON_REQUEST & frozenset().union(*(METHODS[plan.method].statistics_for(plan) for plan in plans))
-
-    @property
     def store_path(self) -> Path:
         return Path(self.config.output_dir) / "store"
 
     def spill(self) -> Spill:
         """Memory for hidden states and statistics within calibration.max_memory; what exceeds it lies in the store."""
         return Spill(self.config.calibration.max_bytes, self.store_path)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where statistics come from: a text, and what calibration made of it; nothing yet in the quantized stream."""
+
+    text: CalibrationText
+    calibration: Artifact | None
 
 
 def prepare(config: Config) -> Setting:
@@ -136,10 +146,10 @@ def run_share(config: Config, share: Share | None) -> Results | None:
 
 
 def _refuse_sharing(config: Config, share: Share) -> None:
-    method = METHODS[config.quantize.method]
-    if method.propagate != "original":
+    if config.quantize.stream == "quantized":
+        by = "" if config.quantize.propagate else f", as method {config.quantize.method!r} asks for"
         raise ConfigError(
-            f"--chunk {share}: quantize.method {method.name!r} takes the inputs of a block from the quantized blocks "
+            f"--chunk {share}: quantize.propagate is 'quantized'{by}: a block's inputs come from the quantized blocks "
             "before it, so blocks cannot be quantized apart: run it without --chunk"
         )
 
@@ -183,15 +193,16 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
         config.tag, config.model, len(setting.outline.linears), setting.outline.blocks, device_name(setting.device),
     )  # fmt: skip
 
-    calibration, calibration_info = _calibrate(setting, store, tokenizer)
-    budget = _share_out(setting, store, calibration)
+    text, calibration_info = _read_calibration_text(setting, tokenizer)
+    inputs = Inputs(text, _calibrate(setting, store, text) if config.quantize.stream == "original" else None)
+    budget = _share_out(setting, store, inputs)
     ranked = setting.plans if budget is None else budget.plans
-    checkpoint = _quantize(setting, store, tokenizer, calibration, ranked, share)
+    checkpoint = _quantize(setting, store, tokenizer, inputs, ranked, share)
     plain: Artifact | None = None
     with_plain = "plain" in config.evaluation.baselines
     if with_plain:
         plans = {name: plan and plan.plain() for name, plan in setting.plans.items()}
-        plain = _quantize(setting, store, tokenizer, calibration, plans, share)
+        plain = _quantize(setting, store, tokenizer, inputs, plans, share)
     if checkpoint is None or (with_plain and plain is None):
         log.info("share %s is done; others are not there yet: whoever finishes last goes on to evaluate", share)
         return None
@@ -220,7 +231,7 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
         downstream=evaluation.downstream,
         layers=Layers(file=LAYERS_FILE, count=len(rows)),
         seconds=Seconds(
-            calibrate=calibration.seconds,
+            calibrate=0.0 if inputs.calibration is None else inputs.calibration.seconds,
             quantize=checkpoint.seconds + (budget.seconds if budget else 0.0),
             evaluate=evaluation.seconds,
             total=round(time.monotonic() - started, 3),
@@ -232,45 +243,44 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
     return results
 
 
-def _calibrate(setting: Setting, store: Store, tokenizer: PreTrainedTokenizerBase) -> tuple[Artifact, CalibrationInfo]:
+def _read_calibration_text(
+    setting: Setting, tokenizer: PreTrainedTokenizerBase
+) -> tuple[CalibrationText, CalibrationInfo]:
     settings = setting.config.calibration
-    text = load_rows(settings.dataset, "calibration")
-    windows_WT = calibration_windows(tokenizer, text, settings.num_samples, settings.seq_len)
-    tokens = tokens_sha256(windows_WT)
-    key = calibration_key(
-        setting.source.fingerprint, tokens, settings.batch_size, settings.error_tokens, setting.dtype, setting.device,
-        setting.requested,
-    )  # fmt: skip
+    rows = load_rows(settings.dataset, "calibration")
+    windows_WT = calibration_windows(tokenizer, rows, settings.num_samples, settings.seq_len)
+    info = CalibrationInfo(
+        dataset=settings.dataset.label,
+        source=rows.source,
+        tokens=windows_WT.numel(),
+        fingerprint=tokens_sha256(windows_WT),
+    )
+    return CalibrationText(windows_WT, settings.batch_size, settings.error_tokens), info
+
+
+def _calibrate(setting: Setting, store: Store, text: CalibrationText) -> Artifact:
+    requested = requested_statistics(setting.plans)
+    key = calibration_key(setting.source.fingerprint, text, setting.dtype, setting.device, requested)
 
     def make(workspace):
         opened = open_model(setting.source, setting.dtype, setting.device, setting.spill())
-        calibrate(
-            workspace, opened.model, opened.name, opened.blocks, windows_WT, settings.batch_size, settings.error_tokens,
-            setting.device, setting.requested, opened.loader, opened.spill,
-        )  # fmt: skip
+        calibrate(workspace, opened, text, requested)
 
-    artifact = _obtain(store, "calibrate", key, make)
-    info = CalibrationInfo(
-        dataset=settings.dataset.label,
-        source=text.source,
-        tokens=windows_WT.numel(),
-        fingerprint=tokens,
-    )
-    return artifact, info
+    return _obtain(store, "calibrate", key, make)
 
 
-def _share_out(setting: Setting, store: Store, calibration: Artifact) -> Budget | None:
+def _share_out(setting: Setting, store: Store, inputs: Inputs) -> Budget | None:
     """The plans with the ranks that quantize.low_rank.budget_bits leads to; None where there is no budget."""
     budget_bits = setting.config.quantize.low_rank.budget_bits
     if budget_bits is None:
         return None
+    calibration = inputs.calibration
+    assert calibration is not None, "the configuration admits no budget in the quantized stream"
     key = spectra_key(calibration.content, setting.source.fingerprint, setting.plans, setting.device)
 
     def make(workspace):
         opened = open_model(setting.source, "auto", setting.device)
-        measure_spectra(
-            workspace, opened.name, opened.blocks, calibration, setting.plans, setting.device, opened.loader
-        )
+        measure_spectra(workspace, opened, calibration, setting.plans)
 
     spectra = _obtain(store, "spectra", key, make)
     budget = share_out_ranks(setting.plans, spectra, setting.outline.blocks, setting.outline.linears, budget_bits)
@@ -296,7 +306,7 @@ def _quantize(
     setting: Setting,
     store: Store,
     tokenizer: PreTrainedTokenizerBase,
-    calibration: Artifact,
+    inputs: Inputs,
     plans: dict[str, LinearPlan | None],
     share: Share | None,
 ) -> Artifact | None:
@@ -307,31 +317,34 @@ def _quantize(
         operand = setting.config.formats[quantize_config.attention].to_dict()
         attention = {"format": operand, "blocks": quantize_config.attention_blocks}
     settings = QuantizeSettings(plans, attention, setting.config.seed)
-    key = quantization_key(calibration.content, setting.source.fingerprint, settings, setting.device)
+    known = (
+        stream_key(setting.source.fingerprint, inputs.text, setting.dtype, setting.device, settings)
+        if inputs.calibration is None
+        else inputs.calibration.content
+    )
+    key = quantization_key(known, setting.source.fingerprint, settings, setting.device)
 
     opened: OpenedModel | None = None
 
-    def model() -> OpenedModel:
+    def original() -> OpenedModel:
         nonlocal opened
         opened = opened or open_model(setting.source, "auto", setting.device)
         return opened
 
     def make(workspace: Workspace) -> None:
-        original = model()
-        quantize(
-            workspace, original.model, tokenizer, original.name, original.blocks, calibration, settings, setting.device,
-            original.loader,
-        )  # fmt: skip
+        if inputs.calibration is not None:
+            quantize(workspace, original(), tokenizer, inputs.calibration, settings)
+            return
+        running = open_model(setting.source, setting.dtype, setting.device, setting.spill())
+        quantize_in_order(workspace, original(), running, inputs.text, settings)
+        finish_checkpoint(workspace, original(), tokenizer, settings)
 
     total = setting.outline.blocks
 
     def contribute(workspace: Workspace) -> None:
         assert share is not None
-        original = model()
-        quantize_blocks(
-            workspace, share.blocks(total), original.name, original.blocks, calibration, settings, setting.device,
-            original.loader,
-        )  # fmt: skip
+        assert inputs.calibration is not None, "the quantized stream has no shares"
+        quantize_blocks(workspace, share.blocks(total), original(), inputs.calibration, settings)
 
     def is_whole(workspace: Workspace) -> bool:
         return all(block_file(index) in workspace for index in range(total))

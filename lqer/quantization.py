@@ -4,23 +4,25 @@ Beside the checkpoint it writes, per block, `layers-*.json` (one row per linear:
 first, middle and last block, `spectra-*.safetensors` (singular values of the rounding error, plain and
 activation-scaled).
 
+Output errors are judged on sampled inputs of the calibration text, of the stream that the statistics are of.
+
 Shapes: I in_features, O out_features, S sampled tokens, K = min(I, O).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lqer.bits import average_bits
-from lqer.blocks import HELD, BlockLoader
-from lqer.calibration import SITES_FILE, block_file, site_statistics
+from lqer.blocks import OpenedModel
+from lqer.calibration import ON_REQUEST, BlockStatistics, block_file
 from lqer.checkpoint import describe_linear, pack_linear, write_surroundings
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError, QuantizedTensor
@@ -44,21 +46,33 @@ def spectra_file(index: int) -> str:
     return f"spectra-{index:05d}.safetensors"
 
 
+Plans = Mapping[str, LinearPlan | None]
+
+
 @dataclass(frozen=True)
 class QuantizeSettings:
     """Plans by linear (None where skipped), and what is quantized beside the linears."""
 
-    plans: Mapping[str, LinearPlan | None]
+    plans: Plans
     attention: Mapping[str, Any] | None
     seed: int
 
 
-def quantization_key(calibration: str, model_fingerprint: str, settings: QuantizeSettings, device: torch.device) -> Any:
-    """What decides the outcome: the weights, the statistics, every linear's plan by value."""
+def requested_statistics(plans: Plans) -> frozenset[str]:
+    """The statistics that cost something and that some linear's method or rounding needs."""
+    needed = (METHODS[plan.method].statistics_for(plan) for plan in plans.values() if plan is not None)
+    return ON_REQUEST & frozenset().union(*needed)
+
+
+def quantization_key(inputs: Any, model_fingerprint: str, settings: QuantizeSettings, device: torch.device) -> Any:
+    """What decides the outcome: the weights, what is known of the inputs, every linear's plan by value.
+
+    inputs: the content of the calibration; in the quantized stream, what decides the statistics that are gathered.
+    """
     return {
         "version": QUANTIZE_VERSION,
         "model": model_fingerprint,
-        "calibration": calibration,
+        "calibration": inputs,
         "plans": {name: plan and plan.to_dict() for name, plan in settings.plans.items()},
         "attention": settings.attention,
         "seed": settings.seed,
@@ -68,105 +82,123 @@ def quantization_key(calibration: str, model_fingerprint: str, settings: Quantiz
 
 def quantize(
     workspace: Workspace,
-    model: PreTrainedModel,
+    opened: OpenedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks_name: str,
-    blocks: nn.ModuleList,
     calibration: Artifact,
     settings: QuantizeSettings,
-    device: torch.device,
-    loader: BlockLoader = HELD,
 ) -> None:
     """Write the files of every block that `workspace` does not hold yet, then what lies around the blocks.
 
-    `model` holds the original weights in the checkpoint's own dtype; `loader` has its blocks, one at a time. Raises
-    ModelError, naming the linear, where a weight is NaN or infinite or was never reached by the calibration text.
+    `opened` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, where a
+    weight is NaN or infinite or was never reached by the calibration text.
     """
-    quantize_blocks(workspace, range(len(blocks)), blocks_name, blocks, calibration, settings, device, loader)
-    rows = [row for index in range(len(blocks)) for row in workspace.json(layers_file(index))]
+    quantize_blocks(workspace, range(len(opened.blocks)), opened, calibration, settings)
+    finish_checkpoint(workspace, opened, tokenizer, settings)
+
+
+def finish_checkpoint(
+    workspace: Workspace, opened: OpenedModel, tokenizer: PreTrainedTokenizerBase, settings: QuantizeSettings
+) -> None:
+    """Write what lies around the blocks, all of which are there."""
+    rows = [row for index in range(len(opened.blocks)) for row in workspace.json(layers_file(index))]
     details = {
-        "blocks": {"name": blocks_name, "count": len(blocks)},
+        "blocks": {"name": opened.name, "count": len(opened.blocks)},
         "linears": {row["name"]: row["entry"] for row in rows},
         "attention": settings.attention,
         "bits": average_bits(rows),
     }
-    loader.complete()
-    write_surroundings(workspace, model, tokenizer, details)
+    opened.loader.complete()
+    write_surroundings(workspace, opened.model, tokenizer, details)
 
 
 def quantize_blocks(
     workspace: Workspace,
     share: Sequence[int],
-    blocks_name: str,
-    blocks: nn.ModuleList,
+    opened: OpenedModel,
     calibration: Artifact,
     settings: QuantizeSettings,
-    device: torch.device,
-    loader: BlockLoader = HELD,
 ) -> None:
     """The same for the blocks of a share alone, and for nothing around them."""
-    sites = calibration.json(SITES_FILE)
     missing = [index for index in share if block_file(index) not in workspace]
     with tqdm(initial=len(share) - len(missing), total=len(share), desc="quantize", unit="block") as bar:
-        for index, block in loader.visits(blocks, missing, torch.device("cpu")):
-            statistics = calibration.tensors(block_file(index))
-            with_spectra = index in {0, len(blocks) // 2, len(blocks) - 1}
-            _quantize_block(workspace, index, f"{blocks_name}.{index}", block, sites, statistics, settings, device,
-                            with_spectra)  # fmt: skip
+        for index, block in opened.loader.visits(opened.blocks, missing, torch.device("cpu")):
+            work = BlockWork(
+                index=index,
+                name=f"{opened.name}.{index}",
+                linears=list(block_linears(block)),
+                tensors=block.state_dict(),
+                statistics=BlockStatistics.read(calibration, index),
+                with_spectra=index in with_spectra(len(opened.blocks)),
+            )
+            write_block(workspace, work, settings, opened.device)
             bar.update()
 
 
-def _quantize_block(
-    workspace: Workspace,
-    index: int,
-    prefix: str,
-    block: nn.Module,
-    sites: Mapping[str, str],
-    statistics: Mapping[str, Tensor],
-    settings: QuantizeSettings,
-    device: torch.device,
-    with_spectra: bool,
-) -> None:
+def with_spectra(blocks: int) -> set[int]:
+    """The blocks whose error spectra are kept for the report."""
+    return {0, blocks // 2, blocks - 1}
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """One decoder block to be quantized.
+
+    linears, tensors: its linears and all its parameters and buffers by their names within the block. rounded: weights
+    that are rounded already, by the name of their linear; what their method adds to them is still to be done.
+    """
+
+    index: int
+    name: str
+    linears: Sequence[str]
+    tensors: Mapping[str, Tensor]
+    statistics: BlockStatistics
+    with_spectra: bool
+    rounded: Mapping[str, QuantizedTensor] = field(default_factory=dict)
+
+
+def write_block(workspace: Workspace, work: BlockWork, settings: QuantizeSettings, device: torch.device) -> None:
     """Write one block's files; a function, so that one block's tensors are gone before the next one's."""
     torch.manual_seed(settings.seed)
-    statistics = {name: tensor.to(device) for name, tensor in statistics.items()}
-    tensors = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
+    statistics = work.statistics.to(device)
+    tensors = {f"{work.name}.{name}": tensor for name, tensor in work.tensors.items()}
     rows, spectra = [], {}
-    for name, linear in block_linears(block).items():
-        full_name = f"{prefix}.{name}"
+    for name in work.linears:
+        full_name = f"{work.name}.{name}"
         plan = settings.plans[full_name]
         if plan is None:
             continue
-        site = site_statistics(statistics, sites, full_name)
-        weight_OI = linear.weight.detach().to(device, torch.float32)
-        weight, bias = _quantize_one(full_name, weight_OI, linear.bias, site, plan)
-        del tensors[f"{full_name}.weight"]
+        site = statistics.of(full_name)
+        weight_OI = tensors.pop(f"{full_name}.weight").detach().to(device, torch.float32)
+        bias_O = tensors.get(f"{full_name}.bias")
+        try:
+            weight = _quantize_weight(weight_OI, site, plan, work.rounded.get(name))
+            bias = plan.bias.quantize(bias_O.detach()) if plan.bias is not None and bias_O is not None else None
+        except NonFiniteError as error:
+            raise ModelError(f"{full_name}: {error}") from None
         if bias is not None:
             del tensors[f"{full_name}.bias"]
         tensors |= pack_linear(full_name, weight, bias)
-        entry = describe_linear(plan, weight, has_bias=linear.bias is not None)
+        entry = describe_linear(plan, weight, has_bias=bias_O is not None)
         rounded_OI = _rounded_alone(weight_OI, weight, site, plan)
         rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | {"entry": entry})
-        if with_spectra:
+        if work.with_spectra:
             error_OI, scale_I = weight_OI - rounded_OI, activation_scale(site["mean_abs"])
             spectra[f"{full_name}.plain"] = singular_values(error_OI, Metric())
             spectra[f"{full_name}.scaled"] = singular_values(error_OI, Metric(scale_I=scale_I))
     if spectra:
-        workspace.write_tensors(spectra_file(index), spectra)
-    workspace.write_json(layers_file(index), rows)
+        workspace.write_tensors(spectra_file(work.index), spectra)
+    workspace.write_json(layers_file(work.index), rows)
     # Last: a block counts as done once its tensors are there.
-    workspace.write_tensors(block_file(index), tensors)
+    workspace.write_tensors(block_file(work.index), tensors)
 
 
-def _quantize_one(
-    name: str, weight_OI: Tensor, bias_O: Tensor | None, statistics: Mapping[str, Tensor], plan: LinearPlan
-) -> tuple[QuantizedWeight, QuantizedTensor | None]:
-    try:
-        weight = METHODS[plan.method].quantize_linear(weight_OI, statistics, plan)
-        bias = plan.bias.quantize(bias_O.detach()) if plan.bias is not None and bias_O is not None else None
-    except NonFiniteError as error:
-        raise ModelError(f"{name}: {error}") from None
-    return weight, bias
+def _quantize_weight(
+    weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan, rounded: QuantizedTensor | None
+) -> QuantizedWeight:
+    method = METHODS[plan.method]
+    if rounded is None:
+        return method.quantize_linear(weight_OI, statistics, plan)
+    return method.complete(weight_OI, rounded, statistics, plan)
 
 
 def _rounded_alone(

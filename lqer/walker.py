@@ -12,16 +12,17 @@ Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lqer.blocks import HELD, BlockLoader, OpenedModel
+from lqer.blocks import OpenedModel
 from lqer.errors import ModelError
 from lqer.spill import Spill
 
@@ -36,25 +37,34 @@ class BlockCall:
 
 @dataclass
 class Stream:
-    """The hidden states of every batch on their way through the blocks, and how each block is called on them."""
+    """The hidden states of all windows on their way through the blocks, and how each block is called on them.
 
+    states_WTD lies where the spill put it, the windows of a batch next to one another. calls: per block and shape of a
+    batch. calls_of_one: per block, how it is called on one window; what depends on the window's length alone has a
+    leading dim of one there, and so serves a batch of any size.
+    """
+
+    states_WTD: Tensor
+    batches: list[slice]
     spill: Spill
-    hidden_BTD: list[Tensor] = field(default_factory=list)
-    calls: list[dict[torch.Size, BlockCall]] = field(default_factory=list)
-    blocks_return_tuples: bool = False
+    calls: list[dict[torch.Size, BlockCall]]
+    calls_of_one: list[BlockCall]
+    blocks_return_tuples: bool
 
-    def add(self, hidden_BTD: Tensor) -> None:
-        place = self.spill.empty(hidden_BTD.shape, hidden_BTD.dtype, pinned=hidden_BTD.is_cuda)
-        self.hidden_BTD.append(place.copy_(hidden_BTD))
+    def take(self, batch: int, device: torch.device) -> Tensor:
+        """The states (B, T, D) of one batch, on the device."""
+        return self.states_WTD[self.batches[batch]].to(device, non_blocking=True)
 
-    def replace(self, batch: int, hidden_BTD: Tensor) -> None:
-        """The states of one batch, taken a block further. What is on disk or page-locked is overwritten in place."""
-        place = self.hidden_BTD[batch]
-        if place.is_pinned() or self.spill.is_on_disk(place):
-            # Ordered on the device's stream, as whoever reads it there next is.
-            place.copy_(hidden_BTD, non_blocking=True)
-        else:
-            self.hidden_BTD[batch] = hidden_BTD.to(place.device)
+    def settled(self, device: torch.device) -> Tensor:
+        """All the states, once the device has written them, for whoever reads them outside of its stream."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return self.states_WTD
+
+    def put(self, batch: int, hidden_BTD: Tensor) -> None:
+        """The states of one batch, taken a block further."""
+        # Ordered on the device's stream, as whoever takes it there next is.
+        self.states_WTD[self.batches[batch]].copy_(hidden_BTD, non_blocking=True)
         self.spill.settle()
 
 
@@ -62,42 +72,40 @@ class BlockVisit:
     """One decoder block with the hidden states that reach it; `forward` takes them through it."""
 
     def __init__(self, index: int, name: str, block: nn.Module, stream: Stream, device: torch.device):
-        self.index, self.name, self.block = index, name, block
-        self._stream, self._device = stream, device
+        self.index, self.name, self.block, self.stream, self.device = index, name, block, stream, device
 
-    @torch.no_grad()
     def forward(self, before_batch: Callable[[int], None] = lambda first_window: None) -> None:
         """Run every batch through the block and keep its outputs as the next block's inputs.
 
         `before_batch` is told the index of each batch's first window.
         """
-        first_window = 0
-        for i, hidden_BTD in enumerate(self._stream.hidden_BTD):
-            before_batch(first_window)
-            call = self._stream.calls[self.index][hidden_BTD.shape]
-            output = self.block(hidden_BTD.to(self._device, non_blocking=True), *call.args, **call.kwargs)
-            self._stream.replace(i, output[0] if isinstance(output, tuple) else output)
-            first_window += len(hidden_BTD)
+        for batch, output_BTD in self._outputs(before_batch):
+            self.stream.put(batch, output_BTD)
+
+    def observe(self, before_batch: Callable[[int], None]) -> None:
+        """The same for the sake of hooks on the block: its outputs are dropped, the states stay its inputs."""
+        for _ in self._outputs(before_batch):
+            pass
+
+    @torch.no_grad()
+    def _outputs(self, before_batch: Callable[[int], None]) -> Iterator[tuple[int, Tensor]]:
+        for batch, windows in enumerate(self.stream.batches):
+            before_batch(windows.start)
+            hidden_BTD = self.stream.take(batch, self.device)
+            call = self.stream.calls[self.index][hidden_BTD.shape]
+            output = self.block(hidden_BTD, *call.args, **call.kwargs)
+            yield batch, output[0] if isinstance(output, tuple) else output
 
 
-def walk_blocks(
-    model: PreTrainedModel,
-    name: str,
-    blocks: nn.ModuleList,
-    windows_WT: Tensor,
-    batch_size: int,
-    device: torch.device,
-    loader: BlockLoader = HELD,
-    spill: Spill | None = None,
-) -> Iterator[BlockVisit]:
+def walk_blocks(opened: OpenedModel, windows_WT: Tensor, batch_size: int) -> Iterator[BlockVisit]:
     """Visit the blocks in order with the hidden states of `windows_WT` (int64 token ids).
 
-    The caller runs `visit.forward()` exactly once per visit. What surrounds the blocks is moved to `device` for good, a
-    block for the time of its visit. Hidden states are kept on the CPU in the model's dtype, on disk where `spill` says.
+    The caller runs `visit.forward()` exactly once per visit. What surrounds the blocks is moved to the model's device
+    for good, a block for the time of its visit. Hidden states are kept on the CPU in the model's dtype, on disk where
+    the model's spill says.
     """
-    loader.complete()
-    stream = _enter(model, blocks, windows_WT.split(batch_size), device, spill or Spill())
-    yield from _visits(name, blocks, stream, device, loader)
+    stream = enter(opened, windows_WT.split(batch_size))
+    yield from _visits(opened, stream)
 
 
 def walk_to_logits(
@@ -110,10 +118,9 @@ def walk_to_logits(
     The logits are those of the model's own forward pass, which is run with the last block's outputs in its place.
     progress: wraps the visits, to show how far they are.
     """
-    model, name, blocks, device, spill = opened.model, opened.name, opened.blocks, opened.device, opened.spill
-    opened.loader.complete()
-    stream = _enter(model, blocks, batches, device, spill)
-    for visit in progress(_visits(name, blocks, stream, device, opened.loader)):
+    model, blocks, device = opened.model, opened.blocks, opened.device
+    stream = enter(opened, batches)
+    for visit in progress(_visits(opened, stream)):
         visit.forward()
 
     @torch.no_grad()
@@ -121,20 +128,18 @@ def walk_to_logits(
         recorders = [_Recorder(block) for block in blocks]
         for recorder in recorders:
             recorder.returns_tuple = stream.blocks_return_tuples
-        recorders[-1].answer = stream.hidden_BTD[batch].to(device, non_blocking=True)
+        recorders[-1].answer = stream.take(batch, device)
         with _standing_in(blocks, recorders):
             logits_BTV = model(input_ids=batches[batch].to(device), use_cache=False).logits
-        spill.settle()
+        stream.spill.settle()
         return logits_BTV
 
     return logits
 
 
-def _visits(
-    name: str, blocks: nn.ModuleList, stream: Stream, device: torch.device, loader: BlockLoader
-) -> Iterator[BlockVisit]:
-    for index, block in loader.visits(blocks, range(len(blocks)), device):
-        yield BlockVisit(index, f"{name}.{index}", block, stream, device)
+def _visits(opened: OpenedModel, stream: Stream) -> Iterator[BlockVisit]:
+    for index, block in opened.loader.visits(opened.blocks, range(len(opened.blocks)), opened.device):
+        yield BlockVisit(index, f"{opened.name}.{index}", block, stream, opened.device)
 
 
 class _Recorder(nn.Module):
@@ -179,23 +184,32 @@ def _standing_in(blocks: nn.ModuleList, recorders: list[_Recorder]) -> Iterator[
 
 
 @torch.no_grad()
-def _enter(
-    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor], device: torch.device, spill: Spill
-) -> Stream:
-    """Embed every batch and record, per block and batch shape, how the model calls the block."""
+def enter(opened: OpenedModel, batches: Sequence[Tensor]) -> Stream:
+    """Embed every batch (B, T) and record, per block and batch shape, how the model calls the block.
+
+    All windows have the same length. Raises ModelError for a model that cannot be walked.
+    """
+    opened.loader.complete()
+    model, blocks, device, spill = opened.model, opened.blocks, opened.device, opened.spill
     recorders = [_Recorder(block) for block in blocks]
-    stream = Stream(spill, calls=[{} for _ in blocks])
+    calls: list[dict[torch.Size, BlockCall]] = [{} for _ in blocks]
+    ends = list(itertools.accumulate(len(ids_BT) for ids_BT in batches))
+    stream: Stream | None = None
     with _standing_in(blocks, recorders):
         nn.Module.to(model, device)
         _learn_what_blocks_return(model, recorders, batches[0][:1].to(device))
-        stream.blocks_return_tuples = recorders[0].returns_tuple
-        for ids_BT in batches:
+        calls_of_one = [recorder.call for recorder in recorders]
+        for batch, ids_BT in enumerate(batches):
             model.base_model(input_ids=ids_BT.to(device), use_cache=False)
             hidden_BTD = recorders[0].hidden
-            stream.add(hidden_BTD)
-            for calls, recorder in zip(stream.calls, recorders, strict=True):
-                calls.setdefault(hidden_BTD.shape, recorder.call)
-            spill.settle()
+            if stream is None:
+                states_WTD = spill.empty((ends[-1], *hidden_BTD.shape[1:]), hidden_BTD.dtype, hidden_BTD.is_cuda)
+                slices = [slice(end - len(ids), end) for ids, end in zip(batches, ends, strict=True)]
+                stream = Stream(states_WTD, slices, spill, calls, calls_of_one, recorders[0].returns_tuple)
+            stream.put(batch, hidden_BTD)
+            for of_block, recorder in zip(calls, recorders, strict=True):
+                of_block.setdefault(hidden_BTD.shape, recorder.call)
+    assert stream is not None, "there is at least one batch"
     return stream
 
 

@@ -36,11 +36,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from lqer.calibration import ON_REQUEST, calibrate
+from lqer.blocks import OpenedModel
+from lqer.calibration import CalibrationText, calibrate
 from lqer.formats import MXInt
-from lqer.methods import METHODS, LinearPlan
+from lqer.methods import LinearPlan
 from lqer.models import block_linears, find_blocks, prepare_model
-from lqer.quantization import QuantizeSettings, quantize
+from lqer.quantization import QuantizeSettings, quantize, requested_statistics
+from lqer.spill import Spill
 from lqer.store import Artifact, Store, Workspace
 
 # Real models, texts and tasks that are too large for the repository.
@@ -169,13 +171,18 @@ def run_stages(letter_tokenizer, windows_WT, tmp_path_factory) -> Callable[..., 
         name, blocks = find_blocks(model)
         linears = [f"{name}.{i}.{linear}" for i, block in enumerate(blocks) for linear in block_linears(block)]
         settings = QuantizeSettings({linear: None if linear in skip else plan for linear in linears}, attention, seed=0)
+        opened = OpenedModel.held(model, CPU, Spill())
 
         def make_calibration(workspace: Workspace) -> None:
-            requested = METHODS[plan.method].statistics_for(plan) & ON_REQUEST
-            calibrate(workspace, model, name, blocks, windows_WT, BATCH_SIZE, ERROR_TOKENS, CPU, requested)
+            calibrate(
+                workspace,
+                opened,
+                CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS),
+                requested_statistics(settings.plans),
+            )
 
         def make_checkpoint(workspace: Workspace) -> None:
-            quantize(workspace, model, letter_tokenizer, name, blocks, calibration, settings, CPU)
+            quantize(workspace, opened, letter_tokenizer, calibration, settings)
 
         calibration = store.obtain("calibrate", 0, make_calibration)
         return Stages(model, calibration, store.obtain("quantize", 0, make_checkpoint))

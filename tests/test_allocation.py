@@ -12,12 +12,14 @@ import torch
 
 from lqer.allocation import check_budget, measure_spectra, share_out_ranks, spectra_key
 from lqer.bits import average_bits
-from lqer.calibration import SITES_FILE, block_file, calibrate
+from lqer.blocks import OpenedModel
+from lqer.calibration import SITES_FILE, CalibrationText, block_file, calibrate
 from lqer.errors import ConfigError, ModelError
 from lqer.formats import MXInt
 from lqer.methods import LinearPlan
 from lqer.models import block_linears, find_blocks
 from lqer.quantization import QuantizeSettings, layers_file, quantize
+from lqer.spill import Spill
 from lqer.store import Store, Workspace
 
 CPU = torch.device("cpu")
@@ -36,10 +38,16 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calibration(model, windows_WT, store):
-    name, blocks = find_blocks(model)
-    return store.obtain(
-        "calibrate", 0, lambda ws: calibrate(ws, model, name, blocks, windows_WT, 2, 8, CPU, {"autocorrelation"})
-    )
+    return gathered(store, 0, model, windows_WT)
+
+
+def gathered(store, key, model, windows_WT):
+    text = CalibrationText(windows_WT, 2, 8)
+    return store.obtain("calibrate", key, lambda ws: calibrate(ws, held(model), text, {"autocorrelation"}))
+
+
+def held(model) -> OpenedModel:
+    return OpenedModel.held(model, CPU, Spill())
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +75,7 @@ def shapes(model, plans):
 
 @pytest.fixture(scope="module")
 def spectra(model, store, calibration, plans):
-    name, blocks = find_blocks(model)
-    return store.obtain("spectra", 0, lambda ws: measure_spectra(ws, name, blocks, calibration, plans, CPU))
+    return store.obtain("spectra", 0, lambda ws: measure_spectra(ws, held(model), calibration, plans))
 
 
 def test_energies_are_the_squared_singular_values_of_the_weighted_error(model, calibration, spectra, plans):
@@ -102,20 +109,18 @@ class Dying(Workspace):
 
 
 def test_an_interrupted_pass_goes_on_after_the_last_block(model, calibration, spectra, plans, tmp_path):
-    name, blocks = find_blocks(model)
     with pytest.raises(KilledError):
-        measure_spectra(Dying(tmp_path), name, blocks, calibration, plans, CPU)
+        measure_spectra(Dying(tmp_path), held(model), calibration, plans)
     written = (tmp_path / block_file(1)).stat().st_mtime_ns
-    measure_spectra(Workspace(tmp_path), name, blocks, calibration, plans, CPU)
+    measure_spectra(Workspace(tmp_path), held(model), calibration, plans)
     assert (tmp_path / block_file(1)).stat().st_mtime_ns == written
     for i in range(BLOCKS):
         assert (tmp_path / block_file(i)).read_bytes() == (spectra.path / block_file(i)).read_bytes()
 
 
 def quantized_rows(model, letter_tokenizer, calibration, plans, folder):
-    name, blocks = find_blocks(model)
     workspace = Workspace(folder)
-    quantize(workspace, model, letter_tokenizer, name, blocks, calibration, QuantizeSettings(plans, None, 0), CPU)
+    quantize(workspace, held(model), letter_tokenizer, calibration, QuantizeSettings(plans, None, 0))
     return [row for i in range(BLOCKS) for row in workspace.json(layers_file(i))]
 
 
@@ -184,11 +189,8 @@ def test_the_key_follows_what_decides_the_spectra_and_nothing_else(plans):
 
 def test_a_broken_weight_is_named(random_model, windows_WT, plans, tmp_path, store):
     model = random_model("llama")
-    name, blocks = find_blocks(model)
-    plans = {key: plan for key, plan in plans.items() if int(key.split(".")[2]) < len(blocks)}
-    calibration = store.obtain(
-        "calibrate", "broken", lambda ws: calibrate(ws, model, name, blocks, windows_WT, 2, 8, CPU, {"autocorrelation"})
-    )
+    plans = {key: plan for key, plan in plans.items() if int(key.split(".")[2]) < len(model.model.layers)}
+    calibration = gathered(store, "broken", model, windows_WT)
     model.model.layers[1].mlp.gate_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.gate_proj: 1 NaN"):
-        measure_spectra(Workspace(tmp_path), name, blocks, calibration, plans, CPU)
+        measure_spectra(Workspace(tmp_path), held(model), calibration, plans)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lqer.blocks import OpenedModel
 from lqer.calibration import (
     ON_REQUEST,
+    CalibrationText,
     SiteStatistics,
     block_file,
     calibrate,
@@ -26,6 +28,7 @@ from lqer.calibration import (
 )
 from lqer.errors import ModelError
 from lqer.models import block_linears, find_blocks
+from lqer.spill import Spill
 from lqer.store import Workspace
 
 BATCH_SIZE = 2
@@ -56,8 +59,8 @@ def run_calibration(
     requested: Collection[str] = (),
 ) -> Workspace:
     workspace = make(folder)
-    name, blocks = find_blocks(model)
-    calibrate(workspace, model, name, blocks, windows_WT, batch_size, ERROR_TOKENS, CPU, requested)
+    opened = OpenedModel.held(model, CPU, Spill())
+    calibrate(workspace, opened, CalibrationText(windows_WT, batch_size, ERROR_TOKENS), requested)
     return workspace
 
 
@@ -184,13 +187,14 @@ def test_products_on_a_gpu_are_those_of_float64(dtype):
     assert (found_II.cpu().double() - exact_II).abs().max() < 1e-6 * exact_II.diagonal().mean()
 
 
-def test_the_key_says_what_was_asked_for():
+def test_the_key_says_what_was_asked_for(windows_WT):
+    text = CalibrationText(windows_WT, 2, 24)
     keys = [
-        calibration_key("model", "tokens", 2, 24, torch.float32, CPU, requested)
+        calibration_key("model", text, torch.float32, CPU, requested)
         for requested in ((), {"autocorrelation"}, {"autocorrelation", "max_abs"})
     ]
     assert len({str(key) for key in keys}) == 3
-    assert keys[2] == calibration_key("model", "tokens", 2, 24, torch.float32, CPU, ["max_abs", "autocorrelation"])
+    assert keys[2] == calibration_key("model", text, torch.float32, CPU, ["max_abs", "autocorrelation"])
 
 
 def test_sampled_tokens_are_spread_evenly_whatever_the_batches():

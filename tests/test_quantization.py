@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lqer.blocks import OpenedModel
 from lqer.calibration import SITES_FILE, block_file
 from lqer.errors import ModelError
 from lqer.formats import MXInt
 from lqer.models import block_linears, find_blocks
 from lqer.quantization import QuantizeSettings, layers_file, quantization_key, quantize, spectra_file
+from lqer.spill import Spill
 from lqer.store import Artifact, Workspace
 
 CPU = torch.device("cpu")
@@ -40,8 +42,7 @@ def settings_for(model: PreTrainedModel, plan) -> QuantizeSettings:
 
 
 def run_quantize(workspace: Workspace, model: PreTrainedModel, tokenizer, calibration: Artifact, plan) -> Workspace:
-    name, blocks = find_blocks(model)
-    quantize(workspace, model, tokenizer, name, blocks, calibration, settings_for(model, plan), CPU)
+    quantize(workspace, OpenedModel.held(model, CPU, Spill()), tokenizer, calibration, settings_for(model, plan))
     return workspace
 
 

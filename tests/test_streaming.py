@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lqer.blocks import HELD, OpenedModel, Streamed
-from lqer.calibration import block_file, calibrate
+from lqer.calibration import CalibrationText, block_file, calibrate
 from lqer.checkpoint import OUTSIDE_FILE, load_quantized, open_quantized
 from lqer.errors import ModelError
 from lqer.evaluation.perplexity import gptq_perplexity, lqer_perplexity
@@ -188,7 +188,7 @@ def test_stages_on_a_streamed_model_write_the_bytes_of_those_on_a_whole_one(
 
         def make_calibration(workspace, opened=opened):
             model = opened(torch.float32)
-            calibrate(workspace, model.model, model.name, model.blocks, windows_WT, 2, 24, CPU, loader=model.loader)
+            calibrate(workspace, model, CalibrationText(windows_WT, 2, 24))
 
         calibration = store.obtain("calibrate", 0, make_calibration)
 
@@ -196,8 +196,7 @@ def test_stages_on_a_streamed_model_write_the_bytes_of_those_on_a_whole_one(
             model = opened("auto")
             linears = list(calibration.json("sites.json"))
             settings = QuantizeSettings(dict.fromkeys(linears, plan), None, seed=0)
-            quantize(workspace, model.model, letter_tokenizer, model.name, model.blocks, calibration, settings, CPU,
-                     model.loader)  # fmt: skip
+            quantize(workspace, model, letter_tokenizer, calibration, settings)
 
         artifacts[kind] = (calibration, store.obtain("quantize", 0, make_checkpoint))
     for streamed, whole in zip(artifacts["streamed"], artifacts["whole"], strict=True):

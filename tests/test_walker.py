@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lqer.blocks import OpenedModel
 from lqer.errors import ModelError
 from lqer.models import find_blocks
+from lqer.spill import Spill
 from lqer.walker import walk_blocks
 
 CPU = torch.device("cpu")
@@ -18,10 +20,10 @@ CPU = torch.device("cpu")
 
 def walk(model: nn.Module, windows_WT: Tensor, batch_size: int = 2) -> list[Tensor]:
     """What the last block puts out for every batch."""
-    name, blocks = find_blocks(model)
+    opened = OpenedModel.held(model, CPU, Spill())
     outputs: list[Tensor] = []
-    hook = blocks[-1].register_forward_hook(lambda block, args, output: outputs.append(output))
-    for visit in walk_blocks(model, name, blocks, windows_WT, batch_size, CPU):
+    hook = opened.blocks[-1].register_forward_hook(lambda block, args, output: outputs.append(output))
+    for visit in walk_blocks(opened, windows_WT, batch_size):
         visit.forward()
     hook.remove()
     return outputs
@@ -62,9 +64,8 @@ def test_blocks_are_put_back_when_the_model_cannot_be_walked(random_model, windo
 
 def test_every_batch_is_announced_by_the_index_of_its_first_window(random_model, windows_WT):
     model = random_model("llama")
-    name, blocks = find_blocks(model)
     visits = {}
-    for visit in walk_blocks(model, name, blocks, windows_WT, 2, CPU):
+    for visit in walk_blocks(OpenedModel.held(model, CPU, Spill()), windows_WT, 2):
         visits[visit.name] = []
         visit.forward(before_batch=visits[visit.name].append)
     assert visits == {"model.layers.0": [0, 2, 4], "model.layers.1": [0, 2, 4]}
@@ -72,10 +73,11 @@ def test_every_batch_is_announced_by_the_index_of_its_first_window(random_model,
 
 def test_changes_made_to_a_block_during_its_visit_reach_the_next(random_model, windows_WT):
     model = random_model("llama")
-    name, blocks = find_blocks(model)
+    opened = OpenedModel.held(model, CPU, Spill())
     inputs: list[Tensor] = []
-    blocks[1].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
-    for visit in walk_blocks(model, name, blocks, windows_WT, 5, CPU):
+    # Cloned: the states are overwritten on their way.
+    opened.blocks[1].register_forward_pre_hook(lambda block, args: inputs.append(args[0].clone()))
+    for visit in walk_blocks(opened, windows_WT, 5):
         if visit.index == 0:
             for parameter in visit.block.parameters():
                 nn.init.zeros_(parameter)

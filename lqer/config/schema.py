@@ -22,7 +22,7 @@ from pydantic import (
 from lqer.data import DatasetSpec
 from lqer.formats import Format
 from lqer.lowrank.solver import Solver
-from lqer.methods import METHODS
+from lqer.methods import METHODS, Propagation
 from lqer.named import Named, named_from_dict
 from lqer.rounding import ROUNDINGS, Nearest, Rounding
 from lqer.spelling import did_you_mean
@@ -133,6 +133,9 @@ class QuantizeConfig(Section):
     rounding: RoundingSpec = Nearest()
     # Applied in this order: of the whole model, then of a block, then of one linear.
     transforms: tuple[TransformSpec, ...] = ()
+    # The inputs that blocks are quantized on: those of the original model, or what the blocks quantized so far make of
+    # the text; by default as the method defines it.
+    propagate: Propagation | None = None
     activation: FormatName = NOT_QUANTIZED
     bias: FormatName = NOT_QUANTIZED
     attention: FormatName = NOT_QUANTIZED
@@ -140,6 +143,11 @@ class QuantizeConfig(Section):
     low_rank: LowRankConfig = LowRankConfig()
     skip: tuple[str, ...] = ("lm_head",)
     override: tuple[OverrideConfig, ...] = ()
+
+    @property
+    def stream(self) -> Propagation:
+        """Whose inputs blocks are quantized on: `propagate`, or else the method's."""
+        return self.propagate or METHODS[self.method].propagate
 
 
 class PerplexityConfig(Section):
@@ -258,6 +266,10 @@ class Config(Section):
         if low_rank.budget_bits is None:
             return
         iterations = low_rank.iterations or method.iterations
+        if quantize.stream == "quantized":
+            rule = "must be left out: ranks are shared out before any block is quantized, by errors on the original "
+            rule += "model's inputs; in the quantized stream (quantize.propagate) errors follow from earlier ranks"
+            raise KeyedError((*table, "budget_bits"), rule, low_rank.budget_bits)
         if low_rank.rank:
             raise KeyedError((*table, "rank"), "must be 0 beside budget_bits, which chooses every rank", low_rank.rank)
         if method.starts_with == "reconstruct":

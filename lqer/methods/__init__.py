@@ -1,6 +1,6 @@
 """The published methods, each a composition of a rounding, a metric and a low-rank reconstruction."""
 
-from lqer.methods.base import LinearPlan, LowRank, Method, QuantizedWeight
+from lqer.methods.base import LinearPlan, LowRank, Method, Propagation, QuantizedWeight
 from lqer.methods.loftq import LOFTQ
 from lqer.methods.lqer import LQER_ACT, LQER_SVD, NONE, ZEROQUANT_V2
 from lqer.methods.qera import EORA, QERA_APPROX, QERA_EXACT
@@ -11,4 +11,4 @@ METHODS: dict[str, Method] = {
     for method in (NONE, LQER_SVD, LQER_ACT, QERA_APPROX, QERA_EXACT, ZEROQUANT_V2, LOFTQ, EORA, SVDQUANT)
 }
 
-__all__ = ["METHODS", "LinearPlan", "LowRank", "Method", "QuantizedWeight"]
+__all__ = ["METHODS", "LinearPlan", "LowRank", "Method", "Propagation", "QuantizedWeight"]

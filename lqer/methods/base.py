@@ -31,6 +31,7 @@ from lqer.transforms import Basis, LinearTransform
 # By name, of one input site: see lqer/calibration.py.
 Statistics = Mapping[str, Tensor]
 FactorBlocks = Literal["reduction", "reference"]
+Propagation = Literal["original", "quantized"]
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ class Method:
     """A named composition; what it must know of the inputs is in `statistics`.
 
     metric: from the weight and its site's statistics; None reconstructs nothing. starts_with: which step comes first.
-    iterations: how often both steps are repeated unless the configuration says otherwise. propagate: whether the inputs
-    are those of the original model's blocks or of the blocks quantized so far; only in the first case can blocks be
-    quantized in any order, and so in shares.
+    iterations: how often both steps are repeated; propagate: whether the inputs are those of the original model's
+    blocks or of the blocks quantized so far; both unless the configuration says otherwise. Only on the original model's
+    inputs can blocks be quantized in any order, and so in shares.
     """
 
     name: str
@@ -177,7 +178,7 @@ class Method:
     statistics: frozenset[str] = frozenset()
     starts_with: Literal["round", "reconstruct"] = "round"
     iterations: int = 1
-    propagate: Literal["original", "quantized"] = "original"
+    propagate: Propagation = "original"
 
     @property
     def reconstructs(self) -> bool:
@@ -216,6 +217,16 @@ class Method:
             if self.starts_with == "round" or iteration + 1 < plan.iterations:
                 low_rank = reconstruct_rounded(weight_OI - rounded_OI.dequantize(), metric, plan)
         return QuantizedWeight(rounded_OI, low_rank)
+
+    def complete(
+        self, weight_OI: Tensor, rounded_OI: QuantizedTensor, statistics: Statistics, plan: LinearPlan
+    ) -> QuantizedWeight:
+        """What `quantize_linear` adds to a weight that was rounded elsewhere, together with others of its block."""
+        assert plan.transform is None, "a weight that was rounded with others is in its own basis"
+        if not plan.rank or self.metric is None:
+            return QuantizedWeight(rounded_OI, None)
+        error_OI = weight_OI.to(torch.float32) - rounded_OI.dequantize()
+        return QuantizedWeight(rounded_OI, reconstruct_rounded(error_OI, self.metric(weight_OI, statistics), plan))
 
 
 def reconstruct_rounded(target_OI: Tensor, metric: Metric, plan: LinearPlan) -> LowRank:

@@ -84,7 +84,8 @@ class Layers(TypedDict):
 class Seconds(TypedDict):
     """Seconds spent making the artifacts, in whichever run they were made; total is the wall clock of this run.
 
-    quantize includes the error spectra that a budget of bits is shared out by.
+    quantize includes the error spectra that a budget of bits is shared out by, and in the quantized stream the
+    gathering of statistics, for which calibrate is 0.
     """
 
     calibrate: float

@@ -193,6 +193,10 @@ class TestMistakes:
         for part in parts:
             assert part in message
 
+    def test_a_budget_in_the_quantized_stream_is_refused_with_the_reason(self, base):
+        message = mistake(base, "--quantize.propagate=quantized", "--quantize.low_rank={ budget_bits = 5 }")
+        assert "low_rank.budget_bits: must be left out: ranks are shared out before any block is quantized" in message
+
     def test_a_format_that_its_rounding_objects_to_is_refused(self, base, monkeypatch):
         objection = lambda self, number_format: "must be mxfp4" if number_format.bits == 4 else None  # noqa: E731
         monkeypatch.setattr("lqer.rounding.Nearest.objection", objection)

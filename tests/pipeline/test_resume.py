@@ -28,9 +28,13 @@ def numbers(results) -> dict:
     return {key: results[key] for key in ("bits", "baseline", "perplexity", "calibration", "layers")}
 
 
-@pytest.mark.parametrize("writes", [0, 1, 2, 5, 9, 12, 17, 24, 36, 41])
-def test_a_run_killed_at_any_write_ends_like_one_that_was_not(experiment, undisturbed, monkeypatch, writes):
-    whole = pipeline.run(read_config(undisturbed.config))
+@pytest.mark.parametrize(
+    ("propagate", "writes"),
+    [*(("original", writes) for writes in (0, 1, 2, 5, 9, 12, 17, 24, 36, 41)), ("quantized", 4), ("quantized", 8)],
+)
+def test_a_run_killed_at_any_write_ends_like_one_that_was_not(experiment, undisturbed, monkeypatch, propagate, writes):
+    stream = [f"--quantize.propagate={propagate}"]
+    whole = pipeline.run(read_config(undisturbed.config, None, stream))
     original_write, count = Workspace.write, 0
 
     def write_until_killed(self, name, write):
@@ -42,11 +46,11 @@ def test_a_run_killed_at_any_write_ends_like_one_that_was_not(experiment, undist
 
     monkeypatch.setattr(Workspace, "write", write_until_killed)
     with pytest.raises(Killed):
-        pipeline.run(read_config(experiment.config))
+        pipeline.run(read_config(experiment.config, None, stream))
     assert not (experiment.output / "tiny" / "results.json").exists()
     monkeypatch.undo()
 
-    resumed = pipeline.run(read_config(experiment.config))
+    resumed = pipeline.run(read_config(experiment.config, None, stream))
     assert checkpoint_bytes(experiment.output) == checkpoint_bytes(undisturbed.output)
     assert numbers(resumed) == numbers(whole)
 

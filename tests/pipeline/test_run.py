@@ -210,6 +210,17 @@ class TestOtherSettings:
         assert row["samples"] == 4
         assert all(0 <= row[kind] <= 1 for kind in ("original", "plain", "quantized"))
 
+    def test_the_quantized_stream_needs_no_calibration_of_its_own(self, experiment, run):
+        results = run("--quantize.propagate=quantized")
+        assert stages(experiment).count("quantize") == 2
+        assert "calibrate" not in stages(experiment)
+        assert results["seconds"]["calibrate"] == 0
+        assert results["calibration"]["tokens"] == 8 * 64
+        again = run("--quantize.propagate=original", tag="original")
+        assert again["bits"] == results["bits"]
+        assert again["perplexity"][0]["quantized"] != results["perplexity"][0]["quantized"]
+        assert again["perplexity"][0]["original"] == results["perplexity"][0]["original"]
+
 
 class TestWhatIsRefused:
     @pytest.mark.parametrize(

@@ -30,11 +30,16 @@ def test_a_share_that_is_done_already_is_not_done_again(experiment, caplog):
     assert "others are not there yet" in caplog.text
 
 
-def test_a_method_that_needs_the_quantized_stream_refuses_shares_with_the_reason(experiment, monkeypatch):
-    config = read_config(experiment.config, "stream")
-    stream = dataclasses.replace(METHODS[config.quantize.method], propagate="quantized")
-    monkeypatch.setitem(METHODS, config.quantize.method, stream)
-    with pytest.raises(
-        ConfigError, match=r"--chunk 1/2: quantize\.method .* takes the inputs of a block from the quant"
-    ):
+def test_the_quantized_stream_refuses_shares_with_the_reason(experiment):
+    config = read_config(experiment.config, "stream", ["--quantize.propagate=quantized"])
+    with pytest.raises(ConfigError, match=r"--chunk 1/2: quantize\.propagate is 'quantized': a block's inputs"):
         pipeline.run_share(config, Share(1, 2))
+
+
+def test_a_method_that_asks_for_the_quantized_stream_refuses_shares_unless_told_otherwise(experiment, monkeypatch):
+    method = read_config(experiment.config, "stream").quantize.method
+    monkeypatch.setitem(METHODS, method, dataclasses.replace(METHODS[method], propagate="quantized"))
+    with pytest.raises(ConfigError, match=rf"'quantized', as method '{method}' asks for"):
+        pipeline.run_share(read_config(experiment.config, "stream"), Share(1, 2))
+    original = read_config(experiment.config, "stream", ["--quantize.propagate=original"])
+    assert pipeline.run_share(original, Share(1, 2)) is None
