@@ -41,6 +41,7 @@ SITES_FILE = "sites.json"
 ON_REQUEST = frozenset({"max_abs", "autocorrelation"})
 # Tokens whose products are summed in float32 before the sum goes into a float64 one.
 CHUNK_TOKENS = 512
+PANEL_ROWS = 512
 
 
 def block_file(index: int) -> str:
@@ -83,7 +84,7 @@ class SiteStatistics:
             self.max_abs_I = torch.maximum(self.max_abs_I, x32_NI.abs().amax(0))
         if self.product_sum_II is not None:
             for chunk_NI in x_NI.split(CHUNK_TOKENS):
-                self.product_sum_II += products(chunk_NI)
+                _add(self.product_sum_II, products(chunk_NI))
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {
@@ -94,10 +95,26 @@ class SiteStatistics:
         if self.max_abs_I is not None:
             tensors["max_abs"] = self.max_abs_I
         if self.product_sum_II is not None:
-            # A matrix product need not be symmetric to the last bit.
-            mean_II = (self.product_sum_II + self.product_sum_II.T) / (2 * self.tokens)
-            tensors["autocorrelation"] = mean_II.to(torch.float32)
+            tensors["autocorrelation"] = _symmetric_mean(self.product_sum_II, self.tokens)
         return tensors
+
+
+def _add(sum_II: Tensor, products_II: Tensor) -> None:
+    """Add float32 to float64 in place; by panels of rows, since a CPU widens all that it adds beforehand."""
+    for sum_PI, products_PI in zip(sum_II.split(PANEL_ROWS), products_II.split(PANEL_ROWS), strict=True):
+        sum_PI += products_PI
+
+
+def _symmetric_mean(sum_II: Tensor, count: int) -> Tensor:
+    """(S + Sᵀ) / 2 count, float32: a matrix product need not be symmetric to the last bit.
+
+    By panels of rows: a second matrix in float64 would be more than a large block's weights.
+    """
+    mean_II = torch.empty(sum_II.shape, dtype=torch.float32, device=sum_II.device)
+    for first in range(0, len(sum_II), PANEL_ROWS):
+        rows = slice(first, first + PANEL_ROWS)
+        mean_II[rows] = (sum_II[rows] + sum_II[:, rows].T) / (2 * count)
+    return mean_II
 
 
 def products(x_NI: Tensor) -> Tensor:
@@ -228,6 +245,8 @@ def calibrate(
         # The table first: a block whose file is there is then sure to be in it.
         workspace.write_json(SITES_FILE, sites)
         workspace.write_tensors(block_file(visit.index), found.tensors)
+        # Else one block's statistics would be held beside the next one's.
+        del found
 
 
 def observe_block(

@@ -1,0 +1,268 @@
+"""Peak memory of the pipeline on a checkpoint larger than it: grows with a block, not with the number of blocks.
+
+    python experiments/benchmark_memory.py [--shapes 2048x5504 ...] [--blocks 16 32 64 ...] [--limit 2.5GB]
+        [--method qera-exact] [--rank 32] [--max-memory 256MB] [--windows 4] [--seq-len 256] [--folder DIR]
+
+For every hidden x intermediate size and number of blocks: writes a Llama-shaped checkpoint of random bfloat16 weights
+in several safetensors files, runs calibrate, quantize and blockwise evaluation of the original and of the quantized
+model on it in a process of its own, and kills that process when its resident memory exceeds --limit. Everything lies
+under --folder (default: here), and is removed after each run. Exit status 1 if a run was killed or failed.
+
+Resident memory is what is limited, not address space, which costs nothing until it is touched; all of it: anonymous
+pages (tensors, the interpreter) and pages of files (libraries; tensors that were spilled to disk, as long as they are
+in use). The peak is the kernel's own high-water mark, which the run reports; "anonymous" is the most that was seen of
+that part, looked at a hundred times a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import tomli_w
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from lqer.report.environment import device_name
+from lqer.spill import parse_bytes
+
+ROOT = Path(__file__).parents[1]
+BLOCKS_PER_FILE = 4
+HEAD_SIZE = 64
+WEIGHT_SIZE = 0.02
+LOOKS_A_SECOND = 100
+TAG = "memory"
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    blocks: int
+    vocabulary: int
+
+    def config(self) -> LlamaConfig:
+        heads = max(self.hidden // HEAD_SIZE, 1)
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            dtype=torch.bfloat16,
+            architectures=["LlamaForCausalLM"],
+        )
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a run held at most, in bytes; `exceeded` where it was killed for it."""
+
+    resident: int
+    anonymous: int
+    exceeded: bool
+    status: int
+    seconds: float
+    errors: str
+
+
+def write_checkpoint(folder: Path, shape: Shape) -> int:
+    """Write a random model and a tokenizer of bytes, a few blocks at a time. Returns the bytes of its weights."""
+    folder.mkdir(parents=True)
+    shape.config().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    parts = list(_parts(shape, generator))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(parts, start=1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {name: _random(size, generator) for name, size in names.items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index))
+    return total
+
+
+def _parts(shape: Shape, generator: torch.Generator) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Names and sizes of the tensors of each file."""
+    hidden, intermediate = shape.hidden, shape.intermediate
+    table = (shape.vocabulary, hidden)
+    yield {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,), "lm_head.weight": table}
+    block: dict[str, tuple[int, ...]] = {
+        **{f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"},
+        **{f"mlp.{name}_proj.weight": (intermediate, hidden) for name in ("gate", "up")},
+        "mlp.down_proj.weight": (hidden, intermediate),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    for first in range(0, shape.blocks, BLOCKS_PER_FILE):
+        here = range(first, min(first + BLOCKS_PER_FILE, shape.blocks))
+        yield {f"model.layers.{index}.{name}": size for index in here for name, size in block.items()}
+
+
+def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if len(size) == 1:
+        return torch.ones(size, dtype=torch.bfloat16)
+    return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, WEIGHT_SIZE, generator=generator)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per byte, from 1 on."""
+    vocabulary = {token: index for index, token in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+
+
+def write_experiment(folder: Path, arguments: argparse.Namespace) -> Path:
+    """The configuration of one run of `folder`'s model; text is CPython's own documentation."""
+    text = {"seq_len": arguments.seq_len, "batch_size": 1}
+    experiment = {
+        "extends": str(ROOT / "configs/formats/mxint.toml"),
+        "model": str(folder / "model"),
+        "output_dir": str(folder / "runs"),
+        "tag": TAG,
+        "device": "cpu",
+        "calibration": {
+            "dataset": "pydoc",
+            "num_samples": arguments.windows,
+            "error_tokens": 64,
+            "max_memory": arguments.max_memory,
+            **text,
+        },
+        "quantize": {
+            "method": arguments.method,
+            "weight": "w4",
+            "low_rank": {"rank": arguments.rank, "format": "x8"},
+        },
+        "evaluation": {
+            "blockwise": True,
+            "perplexity": {"datasets": ["pydoc"], "max_windows": arguments.windows, **text},
+        },
+    }
+    path = folder / "memory.toml"
+    path.write_text(tomli_w.dumps(experiment))
+    return path
+
+
+def watch(command: list[str], limit: int, errors: Path) -> Peak:
+    """Run a command, and kill it once its resident memory exceeds `limit` bytes."""
+    started = time.monotonic()
+    resident = anonymous = 0
+    exceeded = False
+    with errors.open("w", encoding="utf-8") as stream:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, cwd=ROOT)
+        process = psutil.Process(child.pid)
+        while child.poll() is None:
+            try:
+                memory = process.memory_info()
+            except psutil.NoSuchProcess:
+                break
+            resident = max(resident, memory.rss)
+            anonymous = max(anonymous, memory.rss - getattr(memory, "shared", 0))
+            if memory.rss > limit:
+                exceeded = True
+                child.kill()
+                break
+            time.sleep(1 / LOOKS_A_SECOND)
+        status = child.wait()
+    return Peak(resident, anonymous, exceeded, status, time.monotonic() - started, errors.read_text(encoding="utf-8"))
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> tuple[Peak, dict]:
+    """Run the experiment of `folder`. Returns its peak, and results.json where it came to an end within the limit."""
+    config = write_experiment(folder, arguments)
+    limit = parse_bytes(arguments.limit)
+    peak = watch([sys.executable, str(ROOT / "experiments/pipeline.py"), str(config)], limit, folder / "errors.txt")
+    if peak.status != 0:
+        return peak, {}
+    results = json.loads((folder / "runs" / TAG / "results.json").read_text(encoding="utf-8"))
+    # Between two looks it may have been more: the kernel's own mark decides.
+    highest = results["peak_memory_bytes"]
+    return (
+        Peak(highest, peak.anonymous, highest > limit, peak.status, peak.seconds, peak.errors),
+        results,
+    )
+
+
+def row(shape: Shape, stored: int, peak: Peak, results: dict) -> str:
+    block = (stored - 2 * 2 * shape.vocabulary * shape.hidden) / shape.blocks
+    cells = [
+        f"{shape.hidden}x{shape.intermediate}", shape.blocks, f"{block / 1e6:.1f} MB", f"{stored / 1e9:.2f} GB",
+        f"{peak.resident / 1e9:.2f} GB{' (killed)' if peak.exceeded else ''}", f"{peak.anonymous / 1e9:.2f} GB",
+        f"{stored / peak.resident:.1f}x",
+    ]  # fmt: skip
+    seconds = results.get("seconds")
+    cells += [f"{seconds[stage]:.0f} s" for stage in ("calibrate", "quantize", "evaluate")] if seconds else ["–"] * 3
+    return f"| {' | '.join(map(str, [*cells, f'{peak.seconds:.0f} s']))} |"
+
+
+HEADER = (
+    "hidden x intermediate", "blocks", "a block", "checkpoint", "peak resident", "of it anonymous",
+    "checkpoint / peak", "calibrate", "quantize", "evaluate", "in all",
+)  # fmt: skip
+
+
+def _shape(text: str) -> tuple[int, int]:
+    hidden, _, intermediate = text.partition("x")
+    return int(hidden), int(intermediate)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=[(2048, 5504)])
+    parser.add_argument("--blocks", nargs="+", type=int, default=[16, 32, 64])
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--limit", default="2.5GB")
+    parser.add_argument("--method", default="qera-exact")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--max-memory", default="256MB", help="calibration.max_memory")
+    parser.add_argument("--windows", type=int, default=4, help="to calibrate on, and as many to evaluate on")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--folder", type=Path, default=Path())
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    arguments = parse()
+    print(f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; "
+          f"{arguments.method}, limit {arguments.limit}\n")  # fmt: skip
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}", flush=True)
+    failed = False
+    for hidden, intermediate in arguments.shapes:
+        for blocks in arguments.blocks:
+            shape = Shape(hidden, intermediate, blocks, arguments.vocabulary)
+            with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="memory-") as name:
+                folder = Path(name)
+                stored = write_checkpoint(folder / "model", shape)
+                peak, results = measure(folder, arguments)
+            print(row(shape, stored, peak, results), flush=True)
+            if peak.exceeded or peak.status != 0:
+                failed = True
+                last = peak.errors.strip().splitlines()[-1:] or ["it wrote no error"]
+                print(f"error: {'killed beyond the limit' if peak.exceeded else last[0]}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
