@@ -34,7 +34,7 @@ def load_factor(
     block: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """`rows` rows of a factor [., n_columns] in `dtype`: int8 codes with step exponents per `block` rows, or values.
+    """`rows` rows of B [., n_columns] in `dtype`: int8 codes with step exponents per `block` rows, or values.
 
     Rows from n_rows on and columns from n_columns on are zero.
     """
@@ -55,11 +55,43 @@ def load_factor(
 
 
 @triton.jit
+def load_transposed(
+    codes,
+    exponents,
+    ranks_R,
+    first,
+    n_ranks,
+    padded_K,
+    columns: tl.constexpr,
+    block: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """`columns` columns of Aᵀ [n_ranks, padded_K] in `dtype`: codes with step exponents per `block` columns, or values.
+
+    Columns from padded_K on are zero.
+    """
+    width: tl.constexpr = ranks_R.shape[0]
+    columns_K = first + tl.arange(0, columns)
+    inside = (ranks_R < n_ranks)[:, None] & (columns_K < padded_K)[None, :]
+    values = tl.load(codes + ranks_R[:, None] * padded_K + columns_K[None, :], mask=inside, other=0)
+    if exponents is None:
+        return values.to(dtype)
+    else:
+        blocks: tl.constexpr = columns // block
+        columns_B = first // block + tl.arange(0, blocks)
+        inside_B = (ranks_R < n_ranks)[:, None] & (columns_B * block < padded_K)[None, :]
+        place = exponents + ranks_R[:, None] * (padded_K // block) + columns_B[None, :]
+        scale = exponent_to_scale(tl.load(place, mask=inside_B, other=0), tl.float32).reshape(width, blocks, 1)
+        scaled = values.to(tl.float32).reshape(width, blocks, block) * scale
+        return scaled.reshape(width, columns).to(dtype)
+
+
+@triton.jit
 def produce_projection(
     producer,  # number of this program among the producers
     x,  # [M, K], rows `x_stride` apart, not rounded
-    a_codes,  # [KP, RP] int8 or plain
-    a_exponents,  # [KP / a_block, RP] uint8, or None
+    a_codes,  # Aᵀ [RP, KP] int8 or plain
+    a_exponents,  # [RP, KP / a_block] uint8, or None
     partial,  # [slabs, M, RP] float32
     projection,  # [M, RP]
     counters,
@@ -67,7 +99,7 @@ def produce_projection(
     K,
     x_stride,
     rank: tl.constexpr,
-    a_rows: tl.constexpr,  # KP
+    padded_K: tl.constexpr,
     slabs: tl.constexpr,
     SLAB_K: tl.constexpr,  # columns of a slab
     BLOCK_M: tl.constexpr,
@@ -93,8 +125,8 @@ def produce_projection(
         x_MK = tl.load(x + rows_M.to(tl.int64)[:, None] * x_stride + columns_K[None, :], mask=inside, other=0.0)
         if x_bits > 0:
             x_MK = round_columns(x_MK.to(tl.float32), x_block, x_bits, x_ceil).to(dtype)
-        a_KR = load_factor(a_codes, a_exponents, first, ranks_R, rank, a_rows, BLOCK_K, a_block, dtype)
-        acc_MR = dot(x_MK, a_KR, acc_MR)
+        a_RK = load_transposed(a_codes, a_exponents, ranks_R, first, rank, padded_K, BLOCK_K, a_block, dtype)
+        acc_MR = dot(x_MK, tl.trans(a_RK), acc_MR)
     offset_MR = rows_M[:, None] * rank + ranks_R[None, :]
     tl.store(partial + slab * (M * rank) + offset_MR, acc_MR, mask=row_inside)
     # Every thread's part of the slab has to be out before this program counts as finished.

@@ -1,12 +1,12 @@
 """Many tokens, where a library's products on decoded weights win: decode a weight, or a factor, to memory.
 
-Shapes: N out_features, K in_features, T columns of a tile, R rows and C columns of a factor.
+Shapes: N out_features, K in_features, T columns of a tile, R ranks and C columns of Aᵀ.
 """
 
 import triton
 import triton.language as tl
 
-from .branch import load_factor
+from .branch import load_transposed
 from .decode import decode_tile, restore_columns
 
 
@@ -46,19 +46,20 @@ def expand_kernel(
 
 @triton.jit
 def expand_factor_kernel(
-    codes,  # int8 [rows, columns] and exponents [rows / block, columns], see factors.py
+    codes,  # Aᵀ: int8 [ranks, columns] and exponents [ranks, columns / block], see branch.py
     exponents,
-    out,  # [rows, columns]
-    n_rows,
+    out,  # [ranks, columns]
+    n_ranks,
     n_columns,
     block: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Decode BLOCK_R rows of a factor."""
-    first = tl.program_id(0) * BLOCK_R
-    columns_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    rows_R = first + tl.arange(0, BLOCK_R)
-    values = load_factor(codes, exponents, first, columns_C, n_columns, n_rows, BLOCK_R, block, out.dtype.element_ty)
-    place = out + rows_R.to(tl.int64)[:, None] * n_columns + columns_C[None, :]
-    tl.store(place, values, mask=(rows_R < n_rows)[:, None] & (columns_C < n_columns)[None, :])
+    """Decode BLOCK_C columns of BLOCK_R ranks."""
+    ranks_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(1) * BLOCK_C
+    dtype: tl.constexpr = out.dtype.element_ty
+    values = load_transposed(codes, exponents, ranks_R, first, n_ranks, n_columns, BLOCK_C, block, dtype)
+    columns_C = first + tl.arange(0, BLOCK_C)
+    place = out + ranks_R[:, None] * n_columns + columns_C[None, :]
+    tl.store(place, values, mask=(ranks_R < n_ranks)[:, None] & (columns_C < n_columns)[None, :])

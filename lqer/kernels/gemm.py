@@ -26,8 +26,8 @@ def gemm_kernel(
     scales,
     zeros,
     bias,  # [N], or None
-    a_codes,  # [KP, RP] int8 or plain, or None
-    a_exponents,  # [KP / a_block, RP] uint8, or None
+    a_codes,  # Aᵀ [RP, KP] int8 or plain, or None
+    a_exponents,  # [RP, KP / a_block] uint8, or None
     b_codes,  # [RP, N] int8 or plain, or None
     b_exponents,  # [RP / b_block, N] uint8, or None
     partial,  # [splits, N, M] float32, or None for one split
@@ -58,7 +58,7 @@ def gemm_kernel(
     x_ceil: tl.constexpr,
     a_block: tl.constexpr,
     b_block: tl.constexpr,
-    a_rows: tl.constexpr,  # KP
+    padded_K: tl.constexpr,
     slabs: tl.constexpr,
     SLAB_K: tl.constexpr,
     tiles_n: tl.constexpr,
@@ -74,7 +74,7 @@ def gemm_kernel(
         if pid < producers:
             produce_projection(
                 pid, x_given, a_codes, a_exponents, slabs_of_projection, projection, counters, M, K, given_stride,
-                rank, a_rows, slabs, SLAB_K, BLOCK_M, BLOCK_R, x_bits, x_block, x_ceil, a_block,
+                rank, padded_K, slabs, SLAB_K, BLOCK_M, BLOCK_R, x_bits, x_block, x_ceil, a_block,
             )  # fmt: skip
             return
         pid -= producers

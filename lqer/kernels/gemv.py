@@ -3,8 +3,8 @@
 A block contributes 2^(e_w + e_x) * sum (u - 8) * k with four-bit u and eight-bit k, so four products and their sum are
 one instruction (dp4a) and a weight costs about one. Neither shared memory nor tensor cores take part.
 
-    prepare   x -> codes, steps, sums per word
-    gemv      y = W_q x_q + b + Q(Q(x_q A) B), each program whole rows of W; the first ones project x (branch.py)
+    prepare   x -> codes, steps, sums per word; x_q A
+    gemv      y = W_q x_q + b + Q(Q(x_q A) B), each program whole rows of W
 
 The words of a weight hold even and odd columns of a block (layout.py), and masking one with 0x0F0F0F0F leaves every
 other of its codes. The codes of x are laid out to meet them: for each word of a weight's tile two words of four codes,
@@ -18,43 +18,100 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .branch import await_projection, load_factor, produce_projection
+from .branch import load_factor, load_transposed
 from .decode import INTERPRETED, ROWS_C, WORDS_C, exponent_to_scale
 from .rounding import mxint_codes, round_columns
 
 BLOCKS = tl.constexpr(8)  # of a tile
 TILE_K = tl.constexpr(128)
 OFFSET = tl.constexpr(8)
-TOKENS = tl.constexpr(16)  # the fewest that tensor cores take
 
 
 @triton.jit
 def prepare_vector_kernel(
     x,  # [1, K]
+    a_codes,  # Aᵀ [RP, KP] int8 or plain, or None
+    a_exponents,  # [RP, KP / a_block] uint8, or None
     x_codes,  # int8 [KP]: of each tile 16 words of four codes for low nibbles, 16 for high ones
     x_steps,  # float32 [KP / 8], a step for each word of a weight
     x_sums,  # int32 [KP / 8], -8 times the sum of the codes that meet a word
+    projection,  # x_q A, float32 [RP], or None
+    K,
+    rank: tl.constexpr,
+    tiles: tl.constexpr,
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    a_block: tl.constexpr,
+    TILES: tl.constexpr,  # of a program
+    BLOCK_K: tl.constexpr,
+    chained: tl.constexpr,
+):
+    """The first programs project x, one rank each; the others lay it out for the product, TILES tiles each."""
+    if chained:
+        gdc_wait()
+        gdc_launch_dependents()
+    pid = tl.program_id(0)
+    if rank == 0:
+        _lay_out(x, x_codes, x_steps, x_sums, pid, K, tiles, x_bits, x_block, x_ceil, TILES)
+    elif pid < rank:
+        _project(x, a_codes, a_exponents, projection, pid, K, tiles, x_bits, x_block, x_ceil, a_block, BLOCK_K)
+    else:
+        _lay_out(x, x_codes, x_steps, x_sums, pid - rank, K, tiles, x_bits, x_block, x_ceil, TILES)
+
+
+@triton.jit
+def _project(
+    x,
+    a_codes,
+    a_exponents,
+    projection,
+    r,
     K,
     tiles: tl.constexpr,
     x_bits: tl.constexpr,
     x_block: tl.constexpr,
     x_ceil: tl.constexpr,
-    TILES: tl.constexpr,  # of a program
-    chained: tl.constexpr,
+    a_block: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
+    """Number r of x_q A, over all of K: no other program has to add anything."""
+    acc_K = tl.zeros((1, BLOCK_K), tl.float32)
+    for first in range(0, tiles * TILE_K, BLOCK_K):
+        columns_K = first + tl.arange(0, BLOCK_K)
+        x_K = tl.load(x + columns_K, mask=columns_K < K, other=0.0).to(tl.float32).reshape(1, BLOCK_K)
+        ranks_R = r + tl.arange(0, 1)
+        a_RK = load_transposed(
+            a_codes, a_exponents, ranks_R, first, r + 1, tiles * TILE_K, BLOCK_K, a_block, tl.float32
+        )
+        acc_K += round_columns(x_K, x_block, x_bits, x_ceil) * a_RK
+    tl.store(projection + r + tl.arange(0, 1), tl.sum(acc_K, axis=1))
+
+
+@triton.jit
+def _lay_out(
+    x,
+    x_codes,
+    x_steps,
+    x_sums,
+    program,
+    K,
+    tiles: tl.constexpr,
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Codes, steps and sums of TILES tiles."""
     size: tl.constexpr = TILES * TILE_K
-    first = tl.program_id(0) * size
-    columns = first + tl.arange(0, size)
-    if chained:
-        gdc_wait()
-        gdc_launch_dependents()
+    columns = program * size + tl.arange(0, size)
     x_T = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
     codes, steps = mxint_codes(x_T.reshape(size // x_block, x_block), 1, x_bits, x_ceil)
     # Column 4 * byte + 2 * high + odd of a block meets nibble 2 * byte + high of its word number `odd`.
     codes_TBIHO = codes.reshape(TILES, BLOCKS, 4, 2, 2)
     bytes_THBOI = codes_TBIHO.permute(0, 3, 1, 4, 2).to(tl.int8)
     tl.store(x_codes + columns, bytes_THBOI.reshape(size), mask=columns < tiles * TILE_K)
-    word = tl.program_id(0) * TILES * WORDS_C + tl.arange(0, TILES * WORDS_C)
+    word = program * TILES * WORDS_C + tl.arange(0, TILES * WORDS_C)
     inside_words = word < tiles * WORDS_C
     steps_W = steps.reshape(size // x_block, 1).broadcast_to(size // x_block, x_block // 8)
     tl.store(x_steps + word, steps_W.reshape(TILES * WORDS_C), mask=inside_words)
@@ -110,43 +167,23 @@ def gemv_kernel(
     x_codes,  # int32 view of the bytes, [KP / 4]
     x_steps,
     x_sums,
-    x,  # [1, K] as it came
-    a_codes,  # [KP, RP] int8 or plain, or None
-    a_exponents,  # [KP / a_block, RP] uint8, or None
+    projection,  # x_q A, float32 [RP], or None
     b_codes,  # [RP, N] int8 or plain, or None
     b_exponents,
-    slabs_of_projection,  # [slabs, 1, RP] float32, or None
-    projection,  # [1, RP], or None
-    counters,  # of the branch
     y,  # [1, N]
     N,
-    K,
     rank: tl.constexpr,
     tiles: tl.constexpr,
     per_tile: tl.constexpr,  # exponents of a row in a tile
     x_bits: tl.constexpr,
     x_block: tl.constexpr,
     x_ceil: tl.constexpr,
-    a_block: tl.constexpr,
     b_block: tl.constexpr,
-    slabs: tl.constexpr,
-    SLAB_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     chained: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    if rank > 0:
-        if pid < slabs:
-            if chained:
-                gdc_wait()
-            produce_projection(
-                pid, x, a_codes, a_exponents, slabs_of_projection, projection, counters, 1, K, K,
-                rank, tiles * TILE_K, slabs, SLAB_K, TOKENS, rank, x_bits, x_block, x_ceil, a_block,
-            )  # fmt: skip
-            return
-        pid -= slabs
-    rows_N = pid * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word_W = tl.arange(0, WORDS_C)[None, None, :]
     shape: tl.constexpr = (BLOCK_N, BLOCK_T, WORDS_C)
     # Weights do not depend on the kernel before: the first of them are on their way while that one still runs.
@@ -155,6 +192,9 @@ def gemv_kernel(
         b_RN = load_factor(b_codes, b_exponents, 0, rows_N, N, rank, rank, b_block, tl.float32)
     if chained:
         gdc_wait()
+    if rank > 0:
+        # On its way while the product is computed.
+        xa_MR = tl.load(projection + tl.arange(0, rank)).reshape(1, rank)
     acc = tl.zeros(shape, tl.float32)
     for first in range(0, tiles, BLOCK_T):
         next_w, next_e = _load_tiles(words, exponents, rows_N, first + BLOCK_T, tiles, per_tile, BLOCK_T)
@@ -172,8 +212,7 @@ def gemv_kernel(
         w, e = next_w, next_e
     y_N = tl.sum(tl.sum(acc, axis=2), axis=1)
     if rank > 0:
-        await_projection(counters, 0, tl.num_programs(0) - slabs, 1)
-        xa_R = tl.load(projection + tl.arange(0, rank)).to(tl.float32)
+        xa_R = round_columns(xa_MR, x_block, x_bits, x_ceil).reshape(rank)
         product_N = tl.sum(xa_R[:, None] * b_RN, axis=0)
         y_N += round_columns(product_N.reshape(1, BLOCK_N), x_block, x_bits, x_ceil).reshape(BLOCK_N)
     if bias is not None:

@@ -24,7 +24,9 @@ from .tuning import GemmLaunch, GemvLaunch, bucket_of, gemm_launch, gemv_launch
 
 ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
 PROJECTION_COLUMNS = 256  # of x, for one program
-VECTOR_TILES = 4
+EXPANDED_RANKS, EXPANDED_COLUMNS = 16, 128
+VECTOR_TILES = 4  # of x's codes, for one program
+VECTOR_COLUMNS = 2048  # of x and A, at once
 SMALLEST_BLOCK_M = 16
 MAX_BLOCK_R = 64
 GEMV_MAX_RANK = 64  # a program holds its part of A, and all of B's rows, in registers
@@ -70,17 +72,18 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     steps = x_1K.new_empty(padded // 8, dtype=torch.float32)
     sums = x_1K.new_empty(padded // 8, dtype=torch.int32)
     chained = can_chain(x_1K)
-    prepare_vector_kernel[(-(-layout.tiles // VECTOR_TILES),)](
-        x_1K, codes.view(torch.int8), steps, sums, layout.columns, tiles=layout.tiles, **_rounding_constants(packed),
-        TILES=VECTOR_TILES, chained=chained, num_warps=4, **_launch_options(chained),
+    code_programs = -(-layout.tiles // VECTOR_TILES)
+    projection = x_1K.new_empty(spec.rank, dtype=torch.float32) if spec.rank else None
+    prepare_vector_kernel[(spec.rank + code_programs,)](
+        x_1K, packed.a_codes, packed.a_exponents, codes.view(torch.int8), steps, sums, projection, layout.columns,
+        rank=spec.rank, tiles=layout.tiles, **_rounding_constants(packed), a_block=spec.a_block, TILES=VECTOR_TILES,
+        BLOCK_K=VECTOR_COLUMNS, chained=chained, num_warps=4, **_launch_options(chained),
     )  # fmt: skip
     y_1N = x_1K.new_empty(1, layout.rows, dtype=out_dtype)
-    branch = _branch(x_1K, packed)
-    gemv_kernel[(branch.slabs + -(-layout.rows // launch.block_n),)](
-        packed.weight.words, packed.weight.scales, packed.bias_N, codes, steps, sums, x_1K, packed.a_codes,
-        packed.a_exponents, packed.b_codes, packed.b_exponents, branch.partial, branch.projection, packed.workspace,
-        y_1N, layout.rows, layout.columns, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
-        **_rounding_constants(packed), **branch.constants, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
+    gemv_kernel[(-(-layout.rows // launch.block_n),)](
+        packed.weight.words, packed.weight.scales, packed.bias_N, codes, steps, sums, projection, packed.b_codes,
+        packed.b_exponents, y_1N, layout.rows, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
+        **_rounding_constants(packed), b_block=spec.b_block, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
         chained=chained, num_warps=launch.warps, **_launch_options(chained),
     )  # fmt: skip
     return y_1N
@@ -107,7 +110,7 @@ def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: 
         packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], branch.partial,
         branch.projection, packed.workspace, y_MN, m, n, layout.columns, x_MK.stride(0), given.stride(0),
         rank=spec.rank, **weight_constants(layout, given.dtype), ordered=ordered, **_rounding_constants(packed),
-        **branch.constants, a_rows=layout.tiles * layout.tile_k, tiles_n=tiles_n, BLOCK_N=block_n,
+        **branch.constants, padded_K=layout.tiles * layout.tile_k, tiles_n=tiles_n, BLOCK_N=block_n,
         BLOCK_M=launch.block_m, BLOCK_R=_block_r(spec.rank), splits=splits, stages=launch.stages,
         num_warps=launch.warps,
     )  # fmt: skip
@@ -141,7 +144,8 @@ def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     x_MK = round_tokens(_dense_rows(x_MK), packed, ordered=False)
     y_MN = torch.nn.functional.linear(x_MK, expand(packed.weight, x_MK.dtype), packed.bias_N)
     if packed.a_codes is not None:
-        a_KR = expand_factor(packed.a_codes, packed.a_exponents, packed.spec.a_block, x_MK.dtype)[: x_MK.shape[1]]
+        a_RK = expand_factor(packed.a_codes, packed.a_exponents, packed.spec.a_block, x_MK.dtype)
+        a_KR = a_RK[:, : x_MK.shape[1]].T
         if x_MK.is_cuda:
             projection_MR = torch.mm(x_MK, a_KR, out_dtype=torch.float32)
         else:
@@ -179,15 +183,15 @@ def expand(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def expand_factor(codes: Tensor, exponents: Tensor | None, block: int, dtype: torch.dtype) -> Tensor:
-    """A factor in `dtype` [rows, columns]."""
+    """Aᵀ in `dtype` [ranks, columns]."""
     if exponents is None:
         return codes
-    rows, columns = codes.shape
-    values = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-    block_c = min(64, columns)
-    expand_factor_kernel[-(-rows // ROW_TILE), -(-columns // block_c)](
-        codes, exponents, values, rows, columns, block=block, BLOCK_R=ROW_TILE, BLOCK_C=block_c, num_warps=4
-    )
+    ranks, columns = codes.shape
+    values = torch.empty(ranks, columns, dtype=dtype, device=codes.device)
+    expand_factor_kernel[-(-ranks // EXPANDED_RANKS), -(-columns // EXPANDED_COLUMNS)](
+        codes, exponents, values, ranks, columns, block=block, BLOCK_R=EXPANDED_RANKS, BLOCK_C=EXPANDED_COLUMNS,
+        num_warps=4,
+    )  # fmt: skip
     return values
 
 

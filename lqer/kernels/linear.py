@@ -56,9 +56,9 @@ class Spec:
 class PackedLinear:
     """A quantized linear as the kernels read it.
 
-    weight: see layout.py. a_codes [KP, RP] and b_codes [RP, N]: int8 with uint8 step exponents [KP/block, RP] and
-    [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in `dtype` or None. workspace: int32,
-    zero whenever no kernel runs; two calls of one layer must not overlap in time.
+    weight: see layout.py. a_codes, A transposed [RP, KP], and b_codes [RP, N]: int8 with uint8 step exponents
+    [RP, KP/block] and [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in `dtype` or None.
+    workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
     """
 
     spec: Spec
@@ -95,6 +95,7 @@ class PackedLinear:
         rounding = activation_rounding(activation)
         rank = 0 if a is None else padded_rank(a.shape[1], rounding)
         a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.tiles * packed.layout.tile_k, rank, dtype)
+        a_codes, a_exponents = (part if part is None else part.T.contiguous() for part in (a_codes, a_exponents))
         b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype)
         counters = PROJECTION_COUNTERS + TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
         return cls(

@@ -22,7 +22,8 @@ def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     if packed.bias_N is not None:
         y_MN += packed.bias_N.to(torch.float32)
     if packed.a_codes is not None and packed.b_codes is not None:
-        a_KR = _factor(packed.a_codes, packed.a_exponents, spec.a_block)[: x_MK.shape[1]]
+        a_exponents = None if packed.a_exponents is None else packed.a_exponents.T
+        a_KR = _factor(packed.a_codes.T, a_exponents, spec.a_block)[: x_MK.shape[1]]
         b_RN = _factor(packed.b_codes, packed.b_exponents, spec.b_block)
         xa_MR = _round(x32_MK @ a_KR, packed).to(packed.dtype).to(torch.float32)
         y_MN += _round(xa_MR @ b_RN, packed)
