@@ -145,13 +145,13 @@ def share_out_ranks(
         out_features, in_features = shapes[name]
         weights += out_features * in_features
         fixed_bits += int(tensors[f"{name}.weight_bits"])
-        bits = partial(factor_bits, plan.factor, plan.factor_axes, in_features, out_features)
+        bits = partial(factor_bits, plan.factor_formats, plan.factor_axes, in_features, out_features)
         if plan.rank is not None:
             fixed_bits += bits(min(plan.rank, in_features, out_features))
             continue
         energy = float(tensors[f"{name}.weight_energy"])
         candidates[name] = Candidate(
-            tensors[f"{name}.energies"] / (energy if energy > 0 else 1.0), rank_step(plan.factor), bits
+            tensors[f"{name}.energies"] / (energy if energy > 0 else 1.0), rank_step(plan.factor_formats), bits
         )
     budget = int(budget_bits * weights) - fixed_bits
     if budget < 0:

@@ -226,6 +226,8 @@ def _layer_row(
         "low_rank_bits": weight.low_rank.bits if weight.low_rank else 0,
         "captured_share": weight.low_rank.captured_share if weight.low_rank else None,
         "solver_gap": weight.low_rank.gap if weight.low_rank else None,
+        "step_errors": list(weight.errors),
+        "damping_raises": weight.damping_raises,
         "weight_error_before": weight_error(weight_OI, rounded_OI),
         "weight_error": weight_error(weight_OI, effective_OI),
         "output_error_before": output_error(weight_OI, rounded_OI, statistics["sample"]),

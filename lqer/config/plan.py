@@ -7,7 +7,8 @@ from typing import Any
 
 from lqer.config.schema import NOT_QUANTIZED, Config
 from lqer.formats import NumberFormat, Passthrough
-from lqer.methods import METHODS, LinearPlan
+from lqer.methods import METHODS, CalderaSettings, LinearPlan
+from lqer.methods.caldera import CALDERA
 from lqer.transforms import LinearTransform
 
 # Where [quantize.low_rank] names no format, A and B are stored as halves.
@@ -29,7 +30,7 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
         merged = quantize.model_copy(update=_given(override, "weight", "rounding", "activation", "bias"))
     low_rank = quantize.low_rank
     if override is not None and override.low_rank is not None:
-        low_rank = low_rank.model_copy(update=_given(override.low_rank, "rank", "format", "blocks"))
+        low_rank = low_rank.model_copy(update=_given(override.low_rank, "rank", "format", "format_b", "blocks"))
     own_rank = override is not None and override.low_rank is not None and override.low_rank.rank is not None
     return LinearPlan(
         method=quantize.method,
@@ -41,10 +42,12 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
         # Under a budget, None until the model's errors are known; a linear with a rank of its own keeps it.
         rank=low_rank.rank if low_rank.budget_bits is None or own_rank else None,
         factor=number_format(low_rank.format) or DEFAULT_FACTOR,
+        factor_b=None if low_rank.format_b is None else number_format(low_rank.format_b) or DEFAULT_FACTOR,
         factor_blocks=low_rank.blocks,
         solver=low_rank.solver,
         iterations=low_rank.iterations or METHODS[quantize.method].iterations,
         seed=config.seed,
+        caldera=(quantize.caldera or CalderaSettings()) if quantize.method == CALDERA.name else None,
     )
 
 

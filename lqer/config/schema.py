@@ -22,7 +22,9 @@ from pydantic import (
 from lqer.data import DatasetSpec
 from lqer.formats import Format
 from lqer.lowrank.solver import Solver
-from lqer.methods import METHODS, Propagation
+from lqer.methods import METHODS, CalderaSettings, Propagation
+from lqer.methods.base import FactorBlocks
+from lqer.methods.caldera import CALDERA
 from lqer.named import Named, named_from_dict
 from lqer.rounding import ROUNDINGS, Nearest, Rounding
 from lqer.spelling import did_you_mean
@@ -97,10 +99,13 @@ class LowRankConfig(Section):
     """The branch x·A·B beside a quantized weight."""
 
     rank: Annotated[int, Field(ge=0)] = 0
+    # Of A and B, unless B has one of its own.
     format: FormatName = NOT_QUANTIZED
+    format_b: FormatName | None = None
     # Along which dimension A and B are cut into blocks: "reduction" is the one a GEMM sums over (A along in_features,
-    # B along the rank); "reference" is what the sweeps of LQER's paper ran (A along the rank, B along out_features).
-    blocks: Literal["reduction", "reference"] = "reduction"
+    # B along the rank); "reference" is what the sweeps of LQER's paper ran (A along the rank, B along out_features);
+    # "long" is the one away from the rank (A along in_features, B along out_features).
+    blocks: FactorBlocks = "reduction"
     # Instead of a rank: average bits of the whole model, from which every linear gets the rank that it needs.
     budget_bits: Annotated[float, Field(gt=0)] | None = None
     solver: Solver = "auto"
@@ -111,7 +116,8 @@ class LowRankConfig(Section):
 class LowRankOverride(Section):
     rank: Annotated[int, Field(ge=0)] | None = None
     format: FormatName | None = None
-    blocks: Literal["reduction", "reference"] | None = None
+    format_b: FormatName | None = None
+    blocks: FactorBlocks | None = None
 
 
 class OverrideConfig(Section):
@@ -141,6 +147,8 @@ class QuantizeConfig(Section):
     attention: FormatName = NOT_QUANTIZED
     attention_blocks: Literal["reference", "reduction"] = "reduction"
     low_rank: LowRankConfig = LowRankConfig()
+    # Of method "caldera" alone.
+    caldera: CalderaSettings | None = None
     skip: tuple[str, ...] = ("lm_head",)
     override: tuple[OverrideConfig, ...] = ()
 
@@ -223,13 +231,16 @@ class Config(Section):
         self._check_format(("quantize", "weight"), quantize.weight, optional=False)
         for key in ("activation", "bias", "attention"):
             self._check_format(("quantize", key), getattr(quantize, key))
-        self._check_format(("quantize", "low_rank", "format"), quantize.low_rank.format)
+        for key in ("format", "format_b"):
+            if (name := getattr(quantize.low_rank, key)) is not None:
+                self._check_format(("quantize", "low_rank", key), name)
         for i, override in enumerate(quantize.override):
             for key in ("weight", "activation", "bias"):
                 if (name := getattr(override, key)) is not None:
                     self._check_format(("quantize", "override", i, key), name, optional=key != "weight")
-            if override.low_rank and override.low_rank.format is not None:
-                self._check_format(("quantize", "override", i, "low_rank", "format"), override.low_rank.format)
+            for key in ("format", "format_b"):
+                if override.low_rank and (name := getattr(override.low_rank, key)) is not None:
+                    self._check_format(("quantize", "override", i, "low_rank", key), name)
         self._check_roundings()
         self._check_low_rank()
         self._check_transforms()
@@ -251,6 +262,8 @@ class Config(Section):
         """The method can do what [quantize.low_rank] asks of it."""
         quantize, low_rank = self.quantize, self.quantize.low_rank
         method, table = METHODS[quantize.method], ("quantize", "low_rank")
+        if quantize.caldera is not None and method is not CALDERA:
+            raise KeyedError(("quantize", "caldera"), f'must be left out: quantize.method is "{method.name}"')
         ranks: dict[Loc, int | None] = {(*table, "rank"): low_rank.rank}
         for i, override in enumerate(quantize.override):
             if override.low_rank:

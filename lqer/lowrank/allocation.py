@@ -12,6 +12,7 @@ Shapes: K = min(I, O) of a linear.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor
 
 from lqer.formats import NumberFormat
+
+# Of A and of B.
+Formats = tuple[NumberFormat, NumberFormat]
 
 # Ranks of factors whose format has no blocks along a short axis: what a tensor core takes at a time.
 UNBLOCKED_STEP = 8
@@ -59,17 +63,18 @@ class Allocation:
     uniform_objective: float
 
 
-def rank_step(factor: NumberFormat) -> int:
-    """Ranks are multiples of the block size of A's and B's format."""
-    return factor.block_size if factor.block_size > 0 else UNBLOCKED_STEP
+def rank_step(factors: Formats) -> int:
+    """Ranks are multiples of the block sizes of A's and B's formats."""
+    return math.lcm(*(factor.block_size if factor.block_size > 0 else UNBLOCKED_STEP for factor in factors))
 
 
-def factor_bits(factor: NumberFormat, axes: tuple[int, int], in_features: int, out_features: int, rank: int) -> int:
-    """The bits of a_IR and b_RO as stored, with blocks along `axes`."""
+def factor_bits(factors: Formats, axes: tuple[int, int], in_features: int, out_features: int, rank: int) -> int:
+    """The bits of a_IR and b_RO as stored, in their formats, with blocks along `axes`."""
     if rank == 0:
         return 0
-    a_bits = rank * row_bits(factor, in_features) if axes[0] == 0 else in_features * row_bits(factor, rank)
-    b_bits = out_features * row_bits(factor, rank) if axes[1] == 0 else rank * row_bits(factor, out_features)
+    a_format, b_format = factors
+    a_bits = rank * row_bits(a_format, in_features) if axes[0] == 0 else in_features * row_bits(a_format, rank)
+    b_bits = out_features * row_bits(b_format, rank) if axes[1] == 0 else rank * row_bits(b_format, out_features)
     return a_bits + b_bits
 
 

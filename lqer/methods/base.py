@@ -15,7 +15,7 @@ Shapes: I in_features, O out_features, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -25,13 +25,15 @@ from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import Solver, reconstruct
+from lqer.methods.settings import CalderaSettings
 from lqer.rounding import Nearest, Rounding
 from lqer.transforms import Basis, LinearTransform
 
 # By name, of one input site: see lqer/calibration.py.
 Statistics = Mapping[str, Tensor]
-FactorBlocks = Literal["reduction", "reference"]
+FactorBlocks = Literal["reduction", "reference", "long"]
 Propagation = Literal["original", "quantized"]
+FACTOR_AXES: dict[FactorBlocks, tuple[int, int]] = {"reduction": (0, 0), "reference": (1, 1), "long": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class LinearPlan:
     """How one linear is quantized; None stands for "stays in the model's dtype".
 
     `rank` may exceed what the weight admits: it is then taken as min(out_features, in_features). It is None until a
-    budget of bits is shared out over the model (lqer/allocation.py). `factor_blocks` says along which dimension A and
-    B are cut into blocks: "reduction", the one a GEMM sums over (A along in_features, B along the rank), or
-    "reference", as the sweeps of LQER's paper ran (A along the rank, B along out_features).
+    budget of bits is shared out over the model (lqer/allocation.py). `factor` is the format of A, and of B unless
+    `factor_b` is another. `factor_blocks` says along which dimension they are cut into blocks: "reduction", the one a
+    GEMM sums over (A along in_features, B along the rank), "reference", as the sweeps of LQER's paper ran (A along the
+    rank, B along out_features), or "long", away from the rank (A along in_features, B along out_features).
     """
 
     method: str
@@ -56,10 +59,12 @@ class LinearPlan:
     solver: Solver = "auto"
     iterations: int = 1
     seed: int = 0
+    factor_b: NumberFormat | None = None
+    caldera: CalderaSettings | None = None
 
     def plain(self) -> LinearPlan:
         """The same formats and rounding without reconstruction."""
-        return replace(self, method="none", rank=0)
+        return replace(self, method="none", rank=0, caldera=None)
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the outcome, by value: the names that a configuration gave its formats do not matter to it."""
@@ -76,6 +81,8 @@ class LinearPlan:
                 "blocks": self.factor_blocks,
                 "solver": self.solver,
                 "iterations": self.iterations,
+                **({} if self.factor_b is None else {"format_b": self.factor_b.to_dict()}),
+                **({} if self.caldera is None else {"caldera": asdict(self.caldera)}),
             },
             **({} if self.transform is None else {"transform": {**self.transform.to_dict(), "seed": self.seed}}),
         }
@@ -83,7 +90,12 @@ class LinearPlan:
     @property
     def factor_axes(self) -> tuple[int, int]:
         """The block axes of a_IR and b_RO."""
-        return (0, 0) if self.factor_blocks == "reduction" else (1, 1)
+        return FACTOR_AXES[self.factor_blocks]
+
+    @property
+    def factor_formats(self) -> tuple[NumberFormat, NumberFormat]:
+        """The number formats of a_IR and b_RO."""
+        return self.factor, self.factor_b or self.factor
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,8 @@ class LowRank:
     """The branch x·A·B: a_IR and b_RO as they are stored, and what the solver says of them.
 
     captured_share: of the energy of what was reconstructed (the rounding error, or the weight where the method starts
-    with the low-rank part), under the method's metric, before A and B were rounded. gap: the estimated share by which
+    with the low-rank part), under the method's metric, before A and B were rounded; after, where they were fitted
+    rounded. gap: the estimated share by which
     the optimum captures more; None where the solver is exact.
     """
 
@@ -117,12 +130,16 @@ class LowRank:
 class QuantizedWeight:
     """W ≈ W_q + (A·B)ᵀ: weight_OI in its number format, and the low-rank branch or None.
 
-    basis: None, or what all of them are in instead of the linear's own.
+    basis: None, or what all of them are in instead of the linear's own. errors: of an alternation, the relative error
+    sqrt(tr(F H Fᵀ) / tr(W H Wᵀ)) after every step. damping_raises: how often H was not positive definite, and was
+    damped more, in an alternation.
     """
 
     weight_OI: QuantizedTensor
     low_rank: LowRank | None
     basis: Basis | None = None
+    errors: tuple[float, ...] = ()
+    damping_raises: int = 0
 
     def rounded_weight(self) -> Tensor:
         """W_q in float32 and in the linear's own basis, (out, in)."""
@@ -233,10 +250,10 @@ def reconstruct_rounded(target_OI: Tensor, metric: Metric, plan: LinearPlan) -> 
     """The best A·B of the plan's rank under the metric, then A and B in their number format."""
     assert plan.rank, "a budget is shared out before anything is quantized"
     factors = reconstruct(target_OI, metric, plan.rank, plan.solver, plan.seed)
-    a_axis, b_axis = plan.factor_axes
+    (a_format, b_format), (a_axis, b_axis) = plan.factor_formats, plan.factor_axes
     return LowRank(
-        plan.factor.quantize(factors.a_IR, axis=a_axis),
-        plan.factor.quantize(factors.b_RO, axis=b_axis),
+        a_format.quantize(factors.a_IR, axis=a_axis),
+        b_format.quantize(factors.b_RO, axis=b_axis),
         factors.captured_share,
         factors.gap,
     )

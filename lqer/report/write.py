@@ -42,6 +42,7 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "bits": total / weights,
             "captured_share": table["captured_share"],
             "solver_gap": table["solver_gap"],
+            "damping_raises": table["damping_raises"],
             "weight_error_before": table["weight_error_before"],
             "weight_error": table["weight_error"],
             "output_error_before": table["output_error_before"],

@@ -16,20 +16,23 @@ from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.named import Named
+from lqer.rounding.hessian import DampedHessian
 
 
 class Rounding(Named, ABC):
     """Settings of one rounding."""
 
-    # What it must know of the inputs; "autocorrelation" is what `hessian_II` is made of.
+    # What it must know of the inputs; "autocorrelation" is what `hessian` is made of.
     statistics: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
-    def round(self, weight_OI: Tensor, hessian_II: Tensor | None, number_format: NumberFormat) -> QuantizedTensor:
+    def round(
+        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
+    ) -> QuantizedTensor:
         """The weight in the format, blocks along in_features.
 
-        weight_OI: float32. hessian_II: E[x xᵀ] up to scale, undamped, float32 or float64; None unless `statistics` asks
-        for it. Raises NonFiniteError if the weight holds NaN or infinities.
+        weight_OI: float32. hessian: E[x xᵀ] up to scale, float32 or float64, undamped, or damped already; None unless
+        `statistics` asks for it. Raises NonFiniteError if the weight holds NaN or infinities.
         """
 
     def objection(self, number_format: NumberFormat) -> str | None:

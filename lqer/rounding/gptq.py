@@ -112,9 +112,11 @@ class Gptq(Rounding):
     def __post_init__(self) -> None:
         require_damping(self.damping, self.kind)
 
-    def round(self, weight_OI: Tensor, hessian_II: Tensor | None, number_format: NumberFormat) -> QuantizedTensor:
+    def round(
+        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
+    ) -> QuantizedTensor:
         return gptq(
-            weight_OI, hessian_II, number_format, damping=self.damping, activation_order=self.activation_order,
+            weight_OI, hessian, number_format, damping=self.damping, activation_order=self.activation_order,
             static_groups=self.static_groups,
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ Shapes: I in_features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,21 @@ def damp(hessian_II: Tensor, damping: float = DAMPING) -> DampedHessian:
             raise ValueError(
                 f"the hessian is not positive definite with {LARGEST_DAMPING:g} of its mean diagonal added"
             )
+
+
+def down_date(damped: DampedHessian, a_IR: Tensor, share: float = 1.0) -> DampedHessian:
+    """H without what a low-rank branch x·A can still mend, damped again (CALDERA, arXiv 2405.18886).
+
+    With H = M Mᵀ and P an orthonormal basis of the columns of Mᵀ A, H' = M (1 − share · P Pᵀ) Mᵀ. At a share of 1
+    errors of a weight in the row space of Aᵀ cost nothing, since the next reconstruction takes them up; below 1 they
+    cost what of them comes back when A and B are rounded. a_IR: any float dtype, finite.
+    """
+    directions_IR, _ = torch.linalg.qr(damped.cholesky_II.T @ a_IR.to(damped.cholesky_II))
+    taken_IR = damped.cholesky_II @ directions_IR
+    left_II = damped.hessian_II - share * taken_IR @ taken_IR.T
+    # Where A takes up all, what is left is rounding's, on either side of 0.
+    left_II.diagonal().clamp_(min=torch.finfo(torch.float64).eps)
+    return replace(damp((left_II + left_II.T) / 2, damped.damping), dead_I=damped.dead_I)
 
 
 def as_damped(hessian: Tensor | DampedHessian, damping: float) -> DampedHessian:

@@ -133,9 +133,11 @@ class Ldlq(Rounding):
         if not isinstance(self.tune_iters, int) or self.tune_iters < 0:
             raise ValueError(f"tune_iters {self.tune_iters!r} is not an integer of at least 0 (ldlq)")
 
-    def round(self, weight_OI: Tensor, hessian_II: Tensor | None, number_format: NumberFormat) -> QuantizedTensor:
+    def round(
+        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
+    ) -> QuantizedTensor:
         return ldlq(
-            weight_OI, hessian_II, number_format, damping=self.damping, static_groups=self.static_groups,
+            weight_OI, hessian, number_format, damping=self.damping, static_groups=self.static_groups,
             tune_iters=self.tune_iters,
         )  # fmt: skip
 

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.base import Rounding
+from lqer.rounding.hessian import DampedHessian
 
 
-def round_nearest(weight_OI: Tensor, hessian_II: Tensor | None, number_format: NumberFormat) -> QuantizedTensor:
+def round_nearest(
+    weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
+) -> QuantizedTensor:
     """weight_OI: float32. The hessian is not looked at. Raises NonFiniteError for NaN and infinities."""
     return number_format.quantize(weight_OI)
 
@@ -23,5 +26,7 @@ def round_nearest(weight_OI: Tensor, hessian_II: Tensor | None, number_format: N
 class Nearest(Rounding):
     kind: Literal["nearest"] = "nearest"
 
-    def round(self, weight_OI: Tensor, hessian_II: Tensor | None, number_format: NumberFormat) -> QuantizedTensor:
-        return round_nearest(weight_OI, hessian_II, number_format)
+    def round(
+        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
+    ) -> QuantizedTensor:
+        return round_nearest(weight_OI, hessian, number_format)

@@ -33,6 +33,7 @@ from lqer.formats.kmeans import DEFAULT_ITERATIONS, EmptyCluster, Seeds, fit_cen
 from lqer.rounding.base import Rounding, require_damping
 from lqer.rounding.codebook_update import Update, update_codebooks
 from lqer.rounding.factor import DEFAULT_DAMPING, block_feedback, inverse_factor
+from lqer.rounding.hessian import DampedHessian
 
 PANEL_COLUMNS = 128
 PER_GROUP = ("codebooks", "codebook_scales")
@@ -239,8 +240,11 @@ class Vector(Rounding):
         require_choice("update", self.update, get_args(Update), self.kind)
         require_choice("compat", self.compat, ["reference", None], self.kind)
 
-    def round(self, weight_OI: Tensor, hessian_II: Tensor | None, number_format: NumberFormat) -> QuantizedTensor:
+    def round(
+        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
+    ) -> QuantizedTensor:
         assert isinstance(number_format, Codebook), "the configuration lets no other format through"
+        hessian_II = hessian.hessian_II if isinstance(hessian, DampedHessian) else hessian
         return round_vector(
             weight_OI, hessian_II, number_format, iterations=self.iterations, damping=self.damping, update=self.update,
             compat=self.compat, seed=self.seed,

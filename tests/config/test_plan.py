@@ -9,6 +9,7 @@ import pytest
 
 from lqer.config import Config, plan_linear
 from lqer.formats import MXInt, Passthrough
+from lqer.methods import CalderaSettings
 from lqer.rounding import Nearest
 from lqer.transforms import Hadamard
 
@@ -115,3 +116,14 @@ def test_a_basis_is_part_of_what_decides_the_outcome_and_so_are_its_signs():
     assert rotated.to_dict() != plain.to_dict()
     assert replace(rotated, seed=1).to_dict() != rotated.to_dict()
     assert rotated.plain().transform == Hadamard()
+
+
+def test_caldera_has_settings_of_its_own_and_b_a_format_of_its_own():
+    low_rank = {"rank": 8, "format": "w4", "format_b": "w8", "blocks": "long"}
+    plan = plan_linear(config(method="caldera", low_rank=low_rank, caldera={"down_date": 0.5}), UP)
+    assert plan.caldera == CalderaSettings(down_date=0.5)
+    assert (plan.factor_formats, plan.factor_axes, plan.iterations) == ((MXInt(4), MXInt(8)), (0, 1), 20)
+    assert plan_linear(config(method="caldera", low_rank=low_rank), UP).to_dict() != plan.to_dict()
+    other = plan_linear(config(low_rank={**low_rank, "format_b": "none"}), UP)
+    assert (other.caldera, other.factor_b) == (None, Passthrough("float16"))
+    assert plan_linear(config(low_rank={"rank": 8, "format": "w4"}), UP).factor_formats == (MXInt(4), MXInt(4))

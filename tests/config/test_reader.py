@@ -124,7 +124,10 @@ class TestMistakes:
         ("override", "parts"),
         [
             ("--quantize.low_rnak.rank=3", ["quantize.low_rnak: unknown key", "did you mean 'low_rank'?"]),
-            ("--quantize.low_rank.rnak=3", ["quantize.low_rank.rnak: unknown key", "allowed: rank, format, blocks"]),
+            (
+                "--quantize.low_rank.rnak=3",
+                ["quantize.low_rank.rnak: unknown key", "allowed: rank, format, format_b"],
+            ),
             ("--quantize.low_rank.rank=abc", ["quantize.low_rank.rank: must be a valid integer", "found 'abc'"]),
             ("--quantize.low_rank.rank='3'", ["must be a valid integer", "found '3'"]),
             ("--quantize.low_rank.rank=-1", ["must be greater than or equal to 0", "found -1"]),
@@ -163,6 +166,14 @@ class TestMistakes:
             ),
             ("--quantize.transforms=['hadamard', 'hadamard']", ['transforms: "hadamard" is named twice']),
             ("--quantize.transforms=hadamard", ["quantize.transforms: must be a valid array"]),
+            (
+                "--quantize.low_rank.format_b=x9",
+                ["low_rank.format_b: no such number format", "allowed: w4, x8"],
+            ),
+            ("--quantize.caldera.down_date=1", ['quantize.caldera: must be left out: quantize.method is "lqer-act"']),
+            ("--quantize.caldera={ down_dat = 1 }", ["caldera.down_dat: unknown key", "did you mean 'down_date'?"]),
+            ("--quantize.caldera={ down_date = 2 }", ["quantize.caldera: down_date 2.0 is not in 0..1 (caldera)"]),
+            ("--quantize.caldera={ starts_with = 'rond' }", ["starts_with: not allowed", "did you mean 'round'?"]),
             ("--quantize.low_rank.solver=krilov", ["low_rank.solver: not allowed", "did you mean 'krylov'?"]),
             ("--quantize.low_rank.iterations=0", ["low_rank.iterations: must be greater than 0"]),
             ("--quantize.low_rank.budget_bits=0", ["low_rank.budget_bits: must be greater than 0"]),

@@ -109,9 +109,10 @@ def test_the_price_of_a_rank_is_what_is_stored(number_format, axes, rank):
         for factor, axis in zip(factors, axes, strict=True):
             quantized = number_format.quantize(factor, axis=axis)
             stored += quantized.code_bits + quantized.metadata_bits
-    assert factor_bits(number_format, axes, in_features, out_features, rank) == stored
+    assert factor_bits((number_format, number_format), axes, in_features, out_features, rank) == stored
 
 
 def test_steps_are_the_factors_blocks():
-    assert rank_step(MXInt(8, block_size=32)) == 32
-    assert rank_step(Passthrough("float16")) == 8
+    assert rank_step((MXInt(8, block_size=32),) * 2) == 32
+    assert rank_step((MXInt(8, block_size=32), Passthrough("float16"))) == 32
+    assert rank_step((Passthrough("float16"),) * 2) == 8

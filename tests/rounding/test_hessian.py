@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lqer.formats import NonFiniteError
-from lqer.rounding.hessian import as_damped, damp
+from lqer.rounding.hessian import as_damped, damp, down_date
 
 
 def test_the_mean_diagonal_becomes_one_and_damping_is_added(make_layer):
@@ -58,3 +58,25 @@ def test_what_is_no_second_moment_is_refused():
         damp(torch.eye(2), -0.1)
     with pytest.raises(ValueError, match=r"not positive definite with 1e\+06 of its mean diagonal"):
         damp(torch.tensor([[1.0, 1e9], [1e9, 1.0]]))
+
+
+def test_a_down_date_frees_what_the_branch_can_mend_and_nothing_else(make_layer):
+    """H' from its definition: the right singular vectors of L R M, M Mᵀ = H, are taken out."""
+    damped = damp(make_layer(8, 24)[1], 0.01)
+    generator = torch.Generator().manual_seed(0)
+    a_IR, b_RO = torch.randn(24, 4, generator=generator), torch.randn(4, 8, generator=generator)
+    right_RI = torch.linalg.svd((a_IR @ b_RO).T.double() @ damped.cholesky_II)[2][:4]
+    taken_IR = damped.cholesky_II @ right_RI.T
+    for share in (1.0, 0.75):
+        expected_II = damp(damped.hessian_II - share * taken_IR @ taken_IR.T, 0.01).hessian_II
+        torch.testing.assert_close(down_date(damped, a_IR, share).hessian_II, expected_II, rtol=1e-6, atol=1e-7)
+    free = down_date(damped, a_IR).hessian_II - 0.01 * torch.eye(24)
+    torch.testing.assert_close(a_IR.T.double() @ free @ a_IR.double(), torch.zeros(4, 4).double(), rtol=0.0, atol=1e-6)
+
+
+def test_a_down_date_by_all_there_is_or_by_nothing_is_a_hessian(make_layer):
+    damped = damp(make_layer(8, 24)[1], 0.01)
+    for a_IR in (torch.eye(24), torch.zeros(24, 4)):
+        left = down_date(damped, a_IR)
+        assert left.cholesky_II.isfinite().all()
+        assert torch.equal(left.dead_I, damped.dead_I)

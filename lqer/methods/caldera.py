@@ -1,0 +1,140 @@
+"""CALDERA (arXiv 2405.18886, algorithm 1): W ≈ W_q + (A·B)ᵀ, all three rounded, each to what the others leave.
+
+    H = R / mean diag R + damping,  R = E[x xᵀ];    W_q = A·B = 0
+    repeat T times, in this order or the other one:
+        reconstruct   A·B = argmin_{rank r} tr(F H Fᵀ),  F = W − W_q − (A·B)ᵀ;   by LPLR where A or B is rounded
+        round         W_q = round(W − (A·B)ᵀ) with error feedback on H', which is H without what A can mend
+    of the states in which both are there, the one with the least tr(F H Fᵀ)
+
+Neither step is monotone, since rounding undoes what least squares gained; only the best state so far is. In the paper's
+letters L is Bᵀ and R is Aᵀ. Its randomized Hadamard transform is the plan's basis, its LDLQ and its lattice codebooks
+are the plan's rounding and formats.
+
+Shapes: I in_features, O out_features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lqer.formats import NumberFormat, Passthrough, QuantizedTensor
+from lqer.lowrank.lplr import lplr
+from lqer.lowrank.metric import Metric
+from lqer.lowrank.solver import reconstruct
+from lqer.methods.base import LinearPlan, LowRank, Method, QuantizedWeight, Statistics, reconstruct_rounded
+from lqer.methods.qera import autocorrelation
+from lqer.methods.settings import CalderaSettings
+from lqer.rounding.base import feedback_objection
+from lqer.rounding.hessian import DampedHessian, damp, down_date
+from lqer.rounding.ldlq import ldlq
+
+# Of the published experiments.
+ITERATIONS = 20
+
+
+@dataclass(frozen=True)
+class State:
+    """W_q and A·B as they are stored; None where a step has not been taken yet."""
+
+    rounded: QuantizedTensor | None = None
+    low_rank: LowRank | None = None
+
+    def without_rounded(self, weight_OI: Tensor) -> Tensor:
+        """W − W_q."""
+        return weight_OI if self.rounded is None else weight_OI - self.rounded.dequantize()
+
+    def without_low_rank(self, weight_OI: Tensor) -> Tensor:
+        """W − (A·B)ᵀ."""
+        return weight_OI if self.low_rank is None else weight_OI - self.low_rank.product()
+
+
+Step = Callable[[State], State]
+
+
+def alternate(weight_OI: Tensor, metric: Metric, steps: Sequence[Step], iterations: int) -> tuple[State, list[float]]:
+    """Take the steps in turn, `iterations` times.
+
+    Returns the best of the states that have both parts, and after every step the relative error
+    sqrt(tr(F H Fᵀ) / tr(W H Wᵀ)), 0 for a weight without energy.
+    """
+    weight_energy = metric.energy(weight_OI)
+    state, best, least = State(), State(), float("inf")
+    errors: list[float] = []
+    for _ in range(iterations):
+        for step in steps:
+            state = step(state)
+            energy = max(metric.energy(state.without_rounded(state.without_low_rank(weight_OI))), 0.0)
+            errors.append((energy / weight_energy) ** 0.5 if weight_energy > 0 else 0.0)
+            if state.rounded is not None and state.low_rank is not None and errors[-1] < least:
+                best, least = state, errors[-1]
+    return best, errors
+
+
+class Caldera(Method):
+    """The alternation as a method."""
+
+    def decompose(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
+        if not plan.rank:
+            return super().decompose(weight_OI, statistics, plan)
+        settings = plan.caldera or CalderaSettings()
+        damped = damp(statistics["autocorrelation"], settings.damping)
+        metric = Metric(autocorrelation_II=damped.hessian_II.to(torch.float32))
+        fit = _fit(damped, metric, plan, settings)
+        raises = [damped.raises]
+
+        def take_reconstruct(state: State) -> State:
+            return replace(state, low_rank=fit(state.without_rounded(weight_OI)))
+
+        def take_round(state: State) -> State:
+            hessian = damped
+            if settings.down_date and state.low_rank is not None:
+                hessian = down_date(damped, state.low_rank.a_IR.dequantize(), settings.down_date)
+                raises.append(hessian.raises)
+            target_OI = state.without_low_rank(weight_OI)
+            return replace(state, rounded=plan.rounding.round(target_OI, hessian, plan.weight))
+
+        steps = [take_reconstruct, take_round]
+        best, errors = alternate(
+            weight_OI, metric, steps if settings.starts_with == "reconstruct" else steps[::-1], plan.iterations
+        )
+        assert best.rounded is not None, "every iteration takes both steps"
+        return QuantizedWeight(best.rounded, best.low_rank, errors=tuple(errors), damping_raises=sum(raises))
+
+
+def _fit(
+    damped: DampedHessian, metric: Metric, plan: LinearPlan, settings: CalderaSettings
+) -> Callable[[Tensor], LowRank]:
+    """How A and B are fitted to a target: in closed form, or in turns where one of them is rounded to a few bits."""
+    a_format, b_format = plan.factor_formats
+    if isinstance(a_format, Passthrough) and isinstance(b_format, Passthrough):
+        return partial(reconstruct_rounded, metric=metric, plan=plan)
+    a_axis, b_axis = plan.factor_axes
+    round_a, round_b = partial(a_format.quantize, axis=a_axis), partial(b_format.quantize, axis=b_axis)
+    along_inputs = a_axis == 0 and feedback_objection(a_format) is None
+    round_last_a = partial(_round_along_inputs, damped, a_format) if along_inputs else None
+
+    def in_turns(target_OI: Tensor) -> LowRank:
+        assert plan.rank
+        start = reconstruct(target_OI, metric, plan.rank, plan.solver, plan.seed)
+        pair = lplr(target_OI, metric, start.a_IR, round_a, round_b, settings.lplr_iterations, round_last_a)
+        energy = metric.energy(target_OI)
+        captured_share = min(max(1 - pair.energy / energy, 0.0), 1.0) if energy > 0 else 1.0
+        return LowRank(pair.a_IR, pair.b_RO, captured_share, start.gap)
+
+    return in_turns
+
+
+def _round_along_inputs(damped: DampedHessian, number_format: NumberFormat, a_IR: Tensor) -> QuantizedTensor:
+    """A with error feedback from input to input, blocks along them."""
+    rounded = ldlq(a_IR.T.contiguous(), damped, number_format)
+    return QuantizedTensor(number_format, tuple(a_IR.shape), 0, rounded.parts)
+
+
+CALDERA = Caldera(
+    "caldera", autocorrelation, frozenset({"autocorrelation"}), starts_with="reconstruct", iterations=ITERATIONS
+)
