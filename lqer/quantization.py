@@ -1,8 +1,8 @@
 """Stage "quantize": every linear of every decoder block through its method, one checkpoint file per block.
 
 Beside the checkpoint it writes, per block, `layers-*.json` (one row per linear: bits, ranks, errors) and, for the
-first, middle and last block, `spectra-*.safetensors` (singular values of the rounding error, plain and
-activation-scaled).
+first, middle and last block, `spectra-*.safetensors` (singular values of the weight and of the rounding error, that
+plain and activation-scaled).
 
 Output errors are judged on sampled inputs of the calibration text, of the stream that the statistics are of.
 
@@ -35,7 +35,7 @@ from lqer.models import block_linears
 from lqer.store import Artifact, Workspace
 
 # Raised whenever the same inputs would give other bytes than before.
-QUANTIZE_VERSION = 2
+QUANTIZE_VERSION = 3
 
 
 def layers_file(index: int) -> str:
@@ -183,6 +183,7 @@ def write_block(workspace: Workspace, work: BlockWork, settings: QuantizeSetting
         rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | {"entry": entry})
         if work.with_spectra:
             error_OI, scale_I = weight_OI - rounded_OI, activation_scale(site["mean_abs"])
+            spectra[f"{full_name}.weight"] = singular_values(weight_OI, Metric())
             spectra[f"{full_name}.plain"] = singular_values(error_OI, Metric())
             spectra[f"{full_name}.scaled"] = singular_values(error_OI, Metric(scale_I=scale_I))
     if spectra:

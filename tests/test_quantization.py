@@ -94,11 +94,15 @@ def test_spectra_of_the_first_middle_and_last_block_are_those_of_the_rounding_er
     spectra = quantized.checkpoint.tensors(spectra_file(2))
     statistics = quantized.calibration.tensors(block_file(2))
     names = [row["name"] for row in quantized.checkpoint.json(layers_file(2))]
-    assert spectra.keys() == {f"{name}.{kind}" for name in names for kind in ("plain", "scaled")}
+    assert spectra.keys() == {f"{name}.{kind}" for name in names for kind in ("weight", "plain", "scaled")}
     for name in names:
         error_OI = quantized.model.get_submodule(name).weight.detach() - effective_weight(quantized, 2, name)[0]
         mean_abs_I = statistics[f"{sites[name]}.mean_abs"].double()
         scale_I = mean_abs_I / (mean_abs_I.min() * mean_abs_I.max()).sqrt()
+        weight_OI = quantized.model.get_submodule(name).weight.detach()
+        torch.testing.assert_close(
+            spectra[f"{name}.weight"], torch.linalg.svdvals(weight_OI.double()), rtol=1e-6, atol=1e-8
+        )
         torch.testing.assert_close(spectra[f"{name}.plain"], torch.linalg.svdvals(error_OI), rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(
             spectra[f"{name}.scaled"], torch.linalg.svdvals(error_OI * scale_I), rtol=1e-6, atol=1e-8

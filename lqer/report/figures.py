@@ -21,6 +21,9 @@ from matplotlib.figure import Figure
 from lqer.report.results import PerplexityRow
 
 COLOURS = {"original": "#000000", "plain": "#D55E00", "quantized": "#0072B2"}
+# For more curves than kinds of models.
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+SMALLEST_SHOWN = 1e-4
 DPI = 130
 LOG_SPAN = 3
 MOST_LABELLED_BLOCKS = 40
@@ -68,6 +71,67 @@ def save_singular_values(path: Path, spectra: Mapping[str, np.ndarray], linears:
         _save(figure, path)
 
 
+def save_weight_singular_values(path: Path, spectra: Mapping[str, np.ndarray], linears: Sequence[str]) -> None:
+    """The singular value profile of every weight of a block: how much of it a low-rank part can take.
+
+    spectra: "<linear>.weight", descending; each curve is divided by its own first value.
+    """
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6, 3.2))
+        for linear, colour in zip(linears, PALETTE * len(linears)):
+            values = spectra[f"{linear}.weight"]
+            label = ".".join(linear.split(".")[-2:])
+            axis.plot(np.arange(1, len(values) + 1), values / max(values[0], 1e-30), label=label, color=colour)
+        axis.set_yscale("log")
+        # A weight that lacks full rank ends in zeros, which no logarithm shows.
+        axis.set_ylim(bottom=SMALLEST_SHOWN)
+        axis.set_xlabel("index")
+        axis.set_ylabel("singular value / first")
+        axis.set_title(f"Singular values of the weights, {linears[0].rsplit('.', 2)[0]}")
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _save(figure, path)
+
+
+def save_step_errors(
+    path: Path, errors: Mapping[str, Sequence[float]], step_names: tuple[str, str], error_name: str
+) -> None:
+    """One panel per kind of linear, one line per decoder block: the relative error after each step of an alternation.
+
+    errors: by linear, after the first and the second step in turns; step_names: what those are.
+    """
+    kinds: dict[str, dict[int, Sequence[float]]] = {}
+    places = _places(pd.Series(list(errors)))
+    for kind, block, values in zip(places["kind"], places["block"], errors.values()):
+        kinds.setdefault(kind, {})[block] = values
+    blocks = sorted({block for lines in kinds.values() for block in lines})
+    # One panel more, for the legend.
+    columns = min(4, len(kinds) + 1)
+    rows = -(-(len(kinds) + 1) // columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 2.2 * rows), sharey=True, squeeze=False)
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(blocks)))
+        for axis, (kind, lines) in zip(axes.flat, kinds.items()):
+            for block, values in lines.items():
+                colour = shades[blocks.index(block)]
+                for first, style in ((0, "-"), (1, ":")):
+                    steps = values[first::2]
+                    axis.plot(np.arange(1, len(steps) + 1), steps, style, color=colour, linewidth=1, marker=".")
+            axis.set_title(kind)
+            axis.set_yscale("log")
+            axis.set_xlabel("iteration")
+        for axis in axes.flat[len(kinds) :]:
+            axis.set_axis_off()
+        axes[0][0].set_ylabel(error_name)
+        handles = [
+            plt.Line2D([], [], color="#777777", linestyle="-", label=f"after: {step_names[0]}"),
+            plt.Line2D([], [], color="#777777", linestyle=":", label=f"after: {step_names[1]}"),
+        ]
+        handles += [plt.Line2D([], [], color=shades[i], label=f"block {blocks[i]}") for i in (0, len(blocks) - 1)]
+        axes.flat[len(kinds)].legend(handles=handles, loc="center")
+        figure.suptitle("Relative error after each step", fontsize=10)
+        _save(figure, path)
+
+
 def save_output_errors(path: Path, layers: pd.DataFrame) -> None:
     """Relative output error of every linear, before and after reconstruction, in the order of the model."""
     with plt.rc_context(STYLE):
@@ -91,8 +155,8 @@ def save_ranks(path: Path, layers: pd.DataFrame, title: str) -> None:
 
     The numbers are written into the cells where there is room for them.
     """
-    places = layers["name"].str.extract(r"\.(?P<block>\d+)\.(?P<kind>.+)$")
-    table = layers.assign(block=places["block"].astype(int), kind=places["kind"])
+    places = _places(layers["name"])
+    table = layers.assign(block=places["block"], kind=places["kind"])
     kinds, blocks = list(dict.fromkeys(table["kind"])), sorted(table["block"].unique())
     ranks = table.pivot(index="kind", columns="block", values="rank").reindex(index=kinds, columns=blocks)
     with plt.rc_context({**STYLE, "axes.grid": False}):
@@ -111,6 +175,11 @@ def save_ranks(path: Path, layers: pd.DataFrame, title: str) -> None:
                     colour = "white" if rank < middle else "black"
                     axis.text(column, row, f"{rank:.0f}", ha="center", va="center", fontsize=6, color=colour)
         _save(figure, path)
+
+
+def _places(names: pd.Series) -> pd.DataFrame:
+    """The decoder block of each linear, and its name in there."""
+    return names.str.extract(r"\.(?P<block>\d+)\.(?P<kind>.+)$").astype({"block": int})
 
 
 def save_perplexities(
@@ -147,8 +216,7 @@ def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
     original = table["original"].dropna()
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6, 4))
-        palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-        for colour, (method, group) in zip(palette * 3, points.groupby("method")):
+        for colour, (method, group) in zip(PALETTE[:-1] * 3, points.groupby("method")):
             axis.scatter(group["bits"], group["perplexity"], label=method, color=colour, s=22, zorder=3)
         front = pareto_front(points)
         axis.plot(front["bits"], front["perplexity"], color="#777777", linewidth=1, zorder=2, label="Pareto front")

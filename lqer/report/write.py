@@ -20,7 +20,11 @@ RESULTS_FILE = "results.json"
 PERPLEXITY_FIGURE = "figures/perplexity.png"
 ERROR_FIGURE = "figures/output_error.png"
 SPECTRA_FIGURE = "figures/singular_values.png"
+WEIGHT_SPECTRA_FIGURE = "figures/weight_singular_values.png"
+STEPS_FIGURE = "figures/step_errors.png"
 RANKS_FIGURE = "figures/ranks.png"
+
+STEP_ERROR = "√(tr(F H Fᵀ) / tr(W H Wᵀ))"
 
 
 def layer_rows(checkpoint: Artifact, blocks: int) -> list[dict[str, Any]]:
@@ -62,7 +66,14 @@ def write_run(
         spectra = {name: tensor.numpy() for name, tensor in checkpoint.tensors(middle).items()}
         shown = layers[layers["name"].isin({name.rpartition(".")[0] for name in spectra})]
         figures.save_singular_values(folder / SPECTRA_FIGURE, spectra, list(shown["name"]), int(shown["rank"].max()))
+        figures.save_weight_singular_values(folder / WEIGHT_SPECTRA_FIGURE, spectra, list(shown["name"]))
     figures.save_output_errors(folder / ERROR_FIGURE, layers)
+    step_errors = {row["name"]: row["step_errors"] for row in rows if row["step_errors"]}
+    if step_errors:
+        settings = results["config"]["quantize"].get("caldera") or {}
+        names = ("reconstruct", "round")
+        names = names if settings.get("starts_with", names[0]) == names[0] else names[::-1]
+        figures.save_step_errors(folder / STEPS_FIGURE, step_errors, names, STEP_ERROR)
     if results["allocation"] is not None:
         title = f"Ranks within {results['config']['quantize']['low_rank']['budget_bits']:g} bits per weight"
         figures.save_ranks(folder / RANKS_FIGURE, layers, title)
@@ -70,7 +81,7 @@ def write_run(
         figures.save_perplexities(
             folder / PERPLEXITY_FIGURE, results["perplexity"], _kind_names(results), _bits_by_kind(results)
         )
-    text = render_report(results, layers, middle in checkpoint)
+    text = render_report(results, layers, middle in checkpoint, bool(step_errors))
     write_text(folder / REPORT_FILE, text)
     write_json(folder / RESULTS_FILE, results)
 
@@ -116,7 +127,7 @@ def _number(value: Any, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool) -> str:
+def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool, with_steps: bool) -> str:
     """report.md: what was compared, on what, and how each layer fared."""
     model, calibration, bits, seconds = results["model"], results["calibration"], results["bits"], results["seconds"]
     quantize = results["config"]["quantize"]
@@ -124,7 +135,8 @@ def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool) ->
     share = model["quantized_parameters"] / max(model["parameters"], 1)
     evaluations = "".join(f"- evaluated on {row['source']}\n" for row in results["perplexity"])
     pictures = [PERPLEXITY_FIGURE] if results["perplexity"] else []
-    pictures += [ERROR_FIGURE, *([SPECTRA_FIGURE] if with_spectra else [])]
+    pictures += [ERROR_FIGURE, *([SPECTRA_FIGURE, WEIGHT_SPECTRA_FIGURE] if with_spectra else [])]
+    pictures += [STEPS_FIGURE] if with_steps else []
     pictures += [RANKS_FIGURE] if results["allocation"] is not None else []
     shown = "\n\n".join(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -133,10 +145,11 @@ def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool) ->
         f"{model['name']} ({model['architecture']}, {model['parameters'] / 1e6:.1f}M parameters; {share:.0%} of them "
         f"quantized).\n{model['description']}",
         summary_table(results),
-        f"Bits are charged in full: {bits['weight']:.3f} codes + {bits['metadata']:.3f} scales and exponents + "
+        f"Bits are charged in full: {bits['weight']:.3f} codes + {bits['metadata']:.3f} scales, exponents and signs + "
         f"{bits['low_rank']:.3f} low rank.\nMethod `{quantize['method']}`, weights `{quantize['weight']}`, activations "
-        f"`{quantize['activation']}`, attention operands `{quantize['attention']}`.",
+        f"`{quantize['activation']}`, attention operands `{quantize['attention']}`{_shown_transforms(quantize)}.",
         *_allocation_paragraphs(results),
+        *_damping_paragraphs(layers),
         f"- calibrated on {calibration['source']}: {calibration['tokens']} tokens\n{evaluations}",
         shown,
         f"The five linears with the largest output error (all of them: `{results['layers']['file']}`):",
@@ -146,6 +159,22 @@ def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool) ->
         f"{results['peak_memory_bytes'] / 2**30:.2f} GiB.\nVersions: {versions}.",
     ]
     return "\n\n".join(paragraph.rstrip() for paragraph in paragraphs) + "\n"
+
+
+def _shown_transforms(quantize: Mapping[str, Any]) -> str:
+    kinds = [transform["kind"] for transform in quantize["transforms"]]
+    return f", transforms {', '.join(f'`{kind}`' for kind in kinds)}" if kinds else ""
+
+
+def _damping_paragraphs(layers: pd.DataFrame) -> list[str]:
+    """How often a matrix of inputs was not positive definite; nothing where it never happened."""
+    raised = layers[layers["damping_raises"] > 0]
+    if raised.empty:
+        return []
+    return [
+        f"Damping had to be raised {int(raised['damping_raises'].sum())} times, in {len(raised)} linears "
+        "(`damping_raises` in layers.csv): the inputs of calibration say little about some of their directions."
+    ]
 
 
 def _allocation_paragraphs(results: Results) -> list[str]:

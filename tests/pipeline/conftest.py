@@ -12,6 +12,8 @@ import torch
 from helpers import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lqer.report import figures
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -104,5 +106,5 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> E
 def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a tiny run's time: only tests marked `figures` see it done."""
     if "figures" not in request.keywords:
-        for name in ("save_singular_values", "save_output_errors", "save_perplexities", "save_ranks"):
+        for name in [name for name in vars(figures) if name.startswith("save_")]:
             monkeypatch.setattr(f"lqer.report.figures.{name}", lambda *arguments: None)

@@ -43,7 +43,9 @@ class TestWhatARunLeaves:
         for name in ("report.md", "layers.csv", "config.toml", "run.log", "checkpoint/lqer.json"):
             assert (folder / name).stat().st_size > 0
         figures = {path.name for path in (folder / "figures").iterdir()}
-        assert figures == {"perplexity.png", "output_error.png", "singular_values.png"}
+        assert figures == {
+            "perplexity.png", "output_error.png", "singular_values.png", "weight_singular_values.png",
+        }  # fmt: skip
 
     @pytest.mark.figures
     def test_a_budget_leaves_its_ranks_in_the_table_the_report_and_a_figure(self, experiment, run):
@@ -60,6 +62,24 @@ class TestWhatARunLeaves:
         assert (folder / "figures/ranks.png").stat().st_size > 0
         assert "Ranks were shared out within 6.5 bits" in (folder / "report.md").read_text()
         assert (layers["captured_share"].between(0, 1) == (layers["rank"] > 0)).all()
+
+    @pytest.mark.figures
+    def test_an_alternation_in_another_basis_leaves_the_error_of_every_step(self, experiment, run):
+        results = run(
+            "--quantize.method=caldera", "--quantize.transforms=['hadamard']", "--quantize.rounding=ldlq",
+            "--formats.q2={ kind = 'e8p', bits = 2 }", "--quantize.weight=q2",
+            "--quantize.low_rank={ rank = 8, format = 'q2', iterations = 2, blocks = 'long' }",
+        )  # fmt: skip
+        folder = experiment.output / "tiny"
+        rows = [row for path in sorted((folder / "checkpoint").glob("layers-*.json"))
+                for row in json.loads(path.read_text())]  # fmt: skip
+        assert all(len(row["step_errors"]) == 4 for row in rows)
+        assert (folder / "figures/step_errors.png").stat().st_size > 0
+        report = (folder / "report.md").read_text()
+        assert "transforms `hadamard`" in report
+        assert "figures/step_errors.png" in report
+        assert (pd.read_csv(folder / "layers.csv")["damping_raises"] == 0).all()
+        assert results["bits"]["metadata"] > 0
 
     def test_a_budget_below_the_weights_is_refused_before_any_work(self, experiment, run):
         with pytest.raises(ConfigError, match=r"budget_bits: must be at least 4\.5"):
