@@ -1,13 +1,14 @@
-"""Many tokens, where a library's products on decoded weights win: decode a weight, or a factor, to memory.
+"""Many tokens, where a library's products on decoded weights win: what has to be in memory for them.
 
-Shapes: N out_features, K in_features, T columns of a tile, R ranks and C columns of Aᵀ.
+Shapes: M tokens, N out_features, K in_features, T columns of a tile, R ranks and C columns of Aᵀ.
 """
 
 import triton
 import triton.language as tl
 
-from .branch import load_transposed
-from .decode import decode_tile, restore_columns
+from .branch import load_factor, load_transposed
+from .decode import decode_tile, dot, restore_columns
+from .rounding import round_columns
 
 
 @triton.jit
@@ -63,3 +64,43 @@ def expand_factor_kernel(
     columns_C = first + tl.arange(0, BLOCK_C)
     place = out + ranks_R[:, None] * n_columns + columns_C[None, :]
     tl.store(place, values, mask=(ranks_R < n_ranks)[:, None] & (columns_C < n_columns)[None, :])
+
+
+# M changes from call to call: no new compilation for 1, or for multiples of 16.
+@triton.jit(do_not_specialize=["M"])
+def branch_kernel(
+    y,  # [M, N]
+    projection,  # x A, float32 [M, RP]
+    b_codes,
+    b_exponents,
+    bias,  # [N], or None
+    M,
+    N,
+    rank: tl.constexpr,
+    b_block: tl.constexpr,
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Y = Q(Q(x A) B) + b, to which a library adds the product with W without another pass over y."""
+    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = (rows_M < M)[:, None]
+    dtype: tl.constexpr = y.dtype.element_ty
+    product_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in tl.static_range(0, rank, BLOCK_R):
+        place = projection + rows_M.to(tl.int64)[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
+        xa_MR = tl.load(place, mask=row_inside, other=0.0)
+        if x_bits > 0:
+            xa_MR = round_columns(xa_MR, x_block, x_bits, x_ceil)
+        b_RN = load_factor(b_codes, b_exponents, first, rows_N, N, rank, BLOCK_R, b_block, dtype)
+        product_MN = dot(xa_MR.to(dtype), b_RN, product_MN)
+    if x_bits > 0:
+        product_MN = round_columns(product_MN, x_block, x_bits, x_ceil)
+    if bias is not None:
+        product_MN += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[None, :]
+    place = y + rows_M.to(tl.int64)[:, None] * N + rows_N[None, :]
+    tl.store(place, product_MN.to(dtype), mask=row_inside & (rows_N < N)[None, :])

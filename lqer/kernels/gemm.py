@@ -1,9 +1,10 @@
 """Few tokens: y = W_q x_q + b + Q(Q(x_q A) B) with weights decoded in registers.
 
 The product is computed as yᵀ = W xᵀ, so that decoded weights are the operand that tensor cores take from registers.
-For few tokens the grid would not fill the chip: K is then cut into `splits`, each with a slab of partial products. The
-program that finishes a tile of outputs last adds its slabs up in a fixed order, so that runs agree bit for bit, then
-the bias and the low-rank branch, for which the first programs of the grid project x (branch.py).
+For few tokens the grid would not fill the chip: K is then cut into `splits`, a program each. The low-rank branch is one
+more part of every tile of outputs, computed by a program of its own while the others are at work, on the projection
+that the first programs of the grid make (branch.py). Parts are slabs in memory; the program that finishes a tile last
+adds them up in a fixed order, so that runs agree bit for bit.
 
 Shapes: M tokens, N out_features, K in_features, R rank (padded to whole blocks).
 """
@@ -30,7 +31,7 @@ def gemm_kernel(
     a_exponents,  # [RP, KP / a_block] uint8, or None
     b_codes,  # [RP, N] int8 or plain, or None
     b_exponents,  # [RP / b_block, N] uint8, or None
-    partial,  # [splits, N, M] float32, or None for one split
+    partial,  # [parts, N, M] float32, or None for one part
     finished,  # int32, zero before and after, one a tile of outputs; or None
     slabs_of_projection,  # [slabs, M, RP] float32, or None
     projection,  # [M, RP], or None
@@ -78,9 +79,89 @@ def gemm_kernel(
             )  # fmt: skip
             return
         pid -= producers
+    products = tiles_n * splits * tl.cdiv(M, BLOCK_M)
     pid_n, pid_s, pid_m = pid % tiles_n, pid // tiles_n % splits, pid // (tiles_n * splits)
+    if rank > 0:
+        if pid >= products:
+            pid_s, pid_m = splits, (pid - products) // tiles_n
     rows_N = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    if rank > 0:
+        if pid >= products:
+            await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
+            acc_NM = _branch(
+                projection, b_codes, b_exponents, rows_N, rows_M, M, N, x.dtype.element_ty,
+                rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, x_bits, x_block, x_ceil,
+            )  # fmt: skip
+        else:
+            acc_NM = _product(
+                x, words, high, scales, zeros, rows_N, rows_M, pid_s, M, K, x_stride,
+                tiles, units, tiles_per_unit, per_tile, halves, bits, width, offset, exponents, paired, ordered,
+                BLOCK_N, BLOCK_M, splits, stages,
+            )  # fmt: skip
+    else:
+        acc_NM = _product(
+            x, words, high, scales, zeros, rows_N, rows_M, pid_s, M, K, x_stride,
+            tiles, units, tiles_per_unit, per_tile, halves, bits, width, offset, exponents, paired, ordered,
+            BLOCK_N, BLOCK_M, splits, stages,
+        )  # fmt: skip
+
+    parts: tl.constexpr = splits + (1 if rank > 0 else 0)
+    inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
+    last = True
+    if parts > 1:
+        slab = N * M
+        offset_NM = rows_N[:, None] * M + rows_M[None, :]
+        tl.store(partial + pid_s * slab + offset_NM, acc_NM, mask=inside_NM)
+        # Every thread's part of the slab has to be out before this program counts as finished.
+        tl.debug_barrier()
+        counter = finished + pid_m * tiles_n + pid_n
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
+        if last:
+            tl.store(counter, 0)
+            acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            # As many loads at once as the accumulators of the product took registers, or so.
+            at_once: tl.constexpr = max(1, 64 // BLOCK_M)
+            for first in range(0, parts, at_once):
+                for i in tl.static_range(at_once):
+                    place = partial + (first + i) * slab + offset_NM
+                    acc_NM += tl.load(place, mask=inside_NM & (first + i < parts), other=0.0)
+    if last:
+        if bias is not None:
+            acc_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(y + rows_M[None, :] * N + rows_N[:, None], acc_NM.to(y.dtype.element_ty), mask=inside_NM)
+
+
+@triton.jit
+def _product(
+    x,
+    words,
+    high,
+    scales,
+    zeros,
+    rows_N,
+    rows_M,
+    pid_s,
+    M,
+    K,
+    x_stride,
+    tiles: tl.constexpr,
+    units: tl.constexpr,
+    tiles_per_unit: tl.constexpr,
+    per_tile: tl.constexpr,
+    halves: tl.constexpr,
+    bits: tl.constexpr,
+    width: tl.constexpr,
+    offset: tl.constexpr,
+    exponents: tl.constexpr,
+    paired: tl.constexpr,
+    ordered: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    splits: tl.constexpr,
+    stages: tl.constexpr,
+):
+    """W xᵀ over the K tiles of one split, float32 [N, M]."""
     dtype: tl.constexpr = x.dtype.element_ty
     tile_k: tl.constexpr = 16 * (32 // width)
     columns_T = tl.arange(0, tile_k)
@@ -98,34 +179,35 @@ def gemm_kernel(
             inside = row_inside & (tile * tile_k + columns_T < K)[None, :]
             x_MT = permute_columns(tl.load(x_rows + tile * tile_k, mask=inside, other=0.0), tile_k)
         acc_NM = dot(w_NT, tl.trans(x_MT), acc_NM)
+    return acc_NM
 
-    inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
-    last = True
-    if splits > 1:
-        slab = N.to(tl.int64) * M
-        offset_NM = rows_N[:, None] * M + rows_M[None, :]
-        tl.store(partial + pid_s * slab + offset_NM, acc_NM, mask=inside_NM)
-        # Every thread's part of the slab has to be out before this program counts as finished.
-        tl.debug_barrier()
-        counter = finished + pid_m * tiles_n + pid_n
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
-        if last:
-            tl.store(counter, 0)
-            acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for split in range(splits):
-                acc_NM += tl.load(partial + split * slab + offset_NM, mask=inside_NM, other=0.0)
-    if last:
-        if bias is not None:
-            acc_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
-        if rank > 0:
-            await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
-            product_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for first in range(0, rank, BLOCK_R):
-                b_RN = load_factor(b_codes, b_exponents, first, rows_N, N, rank, BLOCK_R, b_block, dtype)
-                xa_place = projection + rows_M[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
-                xa_MR = tl.load(xa_place, mask=row_inside, other=0.0)
-                product_NM = dot(tl.trans(b_RN), tl.trans(xa_MR), product_NM)
-            if x_bits > 0:
-                product_NM = round_rows(product_NM, x_block, x_bits, x_ceil)
-            acc_NM += product_NM
-        tl.store(y + rows_M[None, :] * N + rows_N[:, None], acc_NM.to(y.dtype.element_ty), mask=inside_NM)
+
+@triton.jit
+def _branch(
+    projection,
+    b_codes,
+    b_exponents,
+    rows_N,
+    rows_M,
+    M,
+    N,
+    dtype: tl.constexpr,
+    rank: tl.constexpr,
+    b_block: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+):
+    """Q(xa B)ᵀ of the projection xa, float32 [N, M]."""
+    product_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        b_RN = load_factor(b_codes, b_exponents, first, rows_N, N, rank, BLOCK_R, b_block, dtype)
+        xa_place = projection + rows_M[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
+        xa_MR = tl.load(xa_place, mask=(rows_M < M)[:, None], other=0.0)
+        product_NM = dot(tl.trans(b_RN), tl.trans(xa_MR), product_NM)
+    if x_bits > 0:
+        product_NM = round_rows(product_NM, x_block, x_bits, x_ceil)
+    return product_NM

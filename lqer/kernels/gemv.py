@@ -48,16 +48,13 @@ def prepare_vector_kernel(
     chained: tl.constexpr,
 ):
     """The first programs project x, one rank each; the others lay it out for the product, TILES tiles each."""
-    if chained:
-        gdc_wait()
-        gdc_launch_dependents()
     pid = tl.program_id(0)
     if rank == 0:
-        _lay_out(x, x_codes, x_steps, x_sums, pid, K, tiles, x_bits, x_block, x_ceil, TILES)
+        _lay_out(x, x_codes, x_steps, x_sums, pid, K, tiles, x_bits, x_block, x_ceil, TILES, chained)
     elif pid < rank:
-        _project(x, a_codes, a_exponents, projection, pid, K, tiles, x_bits, x_block, x_ceil, a_block, BLOCK_K)
+        _project(x, a_codes, a_exponents, projection, pid, K, tiles, x_bits, x_block, x_ceil, a_block, BLOCK_K, chained)
     else:
-        _lay_out(x, x_codes, x_steps, x_sums, pid - rank, K, tiles, x_bits, x_block, x_ceil, TILES)
+        _lay_out(x, x_codes, x_steps, x_sums, pid - rank, K, tiles, x_bits, x_block, x_ceil, TILES, chained)
 
 
 @triton.jit
@@ -74,18 +71,24 @@ def _project(
     x_ceil: tl.constexpr,
     a_block: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    chained: tl.constexpr,
 ):
     """Number r of x_q A, over all of K: no other program has to add anything."""
+    ranks_R = r + tl.arange(0, 1)
+    padded: tl.constexpr = tiles * TILE_K
+    # A does not depend on the kernel before.
+    a_RK = load_transposed(a_codes, a_exponents, ranks_R, 0, r + 1, padded, BLOCK_K, a_block, tl.float32)
+    if chained:
+        gdc_wait()
+        gdc_launch_dependents()
     acc_K = tl.zeros((1, BLOCK_K), tl.float32)
-    for first in range(0, tiles * TILE_K, BLOCK_K):
+    for first in tl.static_range(0, padded, BLOCK_K):
+        if first > 0:
+            a_RK = load_transposed(a_codes, a_exponents, ranks_R, first, r + 1, padded, BLOCK_K, a_block, tl.float32)
         columns_K = first + tl.arange(0, BLOCK_K)
         x_K = tl.load(x + columns_K, mask=columns_K < K, other=0.0).to(tl.float32).reshape(1, BLOCK_K)
-        ranks_R = r + tl.arange(0, 1)
-        a_RK = load_transposed(
-            a_codes, a_exponents, ranks_R, first, r + 1, tiles * TILE_K, BLOCK_K, a_block, tl.float32
-        )
         acc_K += round_columns(x_K, x_block, x_bits, x_ceil) * a_RK
-    tl.store(projection + r + tl.arange(0, 1), tl.sum(acc_K, axis=1))
+    tl.store(projection + ranks_R, tl.sum(acc_K, axis=1))
 
 
 @triton.jit
@@ -101,8 +104,12 @@ def _lay_out(
     x_block: tl.constexpr,
     x_ceil: tl.constexpr,
     TILES: tl.constexpr,
+    chained: tl.constexpr,
 ):
     """Codes, steps and sums of TILES tiles."""
+    if chained:
+        gdc_wait()
+        gdc_launch_dependents()
     size: tl.constexpr = TILES * TILE_K
     columns = program * size + tl.arange(0, size)
     x_T = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
@@ -192,6 +199,8 @@ def gemv_kernel(
         b_RN = load_factor(b_codes, b_exponents, 0, rows_N, N, rank, rank, b_block, tl.float32)
     if chained:
         gdc_wait()
+        # The next layer's programs may start and fetch what does not depend on this one.
+        gdc_launch_dependents()
     if rank > 0:
         # On its way while the product is computed.
         xa_MR = tl.load(projection + tl.arange(0, rank)).reshape(1, rank)

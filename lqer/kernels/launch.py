@@ -10,23 +10,25 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from .epilogue import epilogue_kernel
-from .expand import expand_factor_kernel, expand_kernel
+from .expand import branch_kernel, expand_factor_kernel, expand_kernel
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel, prepare_vector_kernel
 from .layout import ROW_PADDING as ROW_TILE
 from .layout import Layout, PackedWeight
-from .linear import INTERPRETED, PROJECTION_COUNTERS, PackedLinear
+from .linear import INTERPRETED, PROJECTION_COUNTERS, TOKEN_TILES, PackedLinear
 from .tokens import round_kernel
 from .tuning import GemmLaunch, GemvLaunch, bucket_of, gemm_launch, gemv_launch
 
 ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
 PROJECTION_COLUMNS = 256  # of x, for one program
 EXPANDED_RANKS, EXPANDED_COLUMNS = 16, 128
+BRANCH_ROWS, BRANCH_COLUMNS = 64, 128
 VECTOR_TILES = 4  # of x's codes, for one program
-VECTOR_COLUMNS = 2048  # of x and A, at once
+VECTOR_COLUMNS = 16384  # of x and A, at once
+VECTOR_WARPS = 8
 SMALLEST_BLOCK_M = 16
 MAX_BLOCK_R = 64
 GEMV_MAX_RANK = 64  # a program holds its part of A, and all of B's rows, in registers
@@ -54,8 +56,9 @@ def fits_gemv(packed: PackedLinear) -> bool:
 
 
 def fits_gemm(packed: PackedLinear, tokens: int, launch: GemmLaunch) -> bool:
-    """Whether the layer has counters enough for the branches of so many tokens."""
-    return branch_counters(packed.spec.rank) * -(-tokens // launch.block_m) <= PROJECTION_COUNTERS
+    """Whether the layer has counters enough for so many tokens."""
+    token_tiles = -(-tokens // launch.block_m)
+    return token_tiles <= TOKEN_TILES and branch_counters(packed.spec.rank) * token_tiles <= PROJECTION_COUNTERS
 
 
 def branch_counters(rank: int) -> int:
@@ -77,7 +80,8 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     prepare_vector_kernel[(spec.rank + code_programs,)](
         x_1K, packed.a_codes, packed.a_exponents, codes.view(torch.int8), steps, sums, projection, layout.columns,
         rank=spec.rank, tiles=layout.tiles, **_rounding_constants(packed), a_block=spec.a_block, TILES=VECTOR_TILES,
-        BLOCK_K=VECTOR_COLUMNS, chained=chained, num_warps=4, **_launch_options(chained),
+        BLOCK_K=min(VECTOR_COLUMNS, triton.next_power_of_2(layout.columns)), chained=chained,
+        num_warps=VECTOR_WARPS, **_launch_options(chained),
     )  # fmt: skip
     y_1N = x_1K.new_empty(1, layout.rows, dtype=out_dtype)
     gemv_kernel[(-(-layout.rows // launch.block_n),)](
@@ -100,12 +104,12 @@ def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: 
     y_MN = given.new_empty(m, n, dtype=out_dtype)
     block_n = launch.block_n if layout.padded_rows % launch.block_n == 0 else ROW_TILE
     tiles_n, tiles_m = layout.padded_rows // block_n, -(-m // launch.block_m)
-    # Tiles of outputs that outnumber the counters fill the chip without splitting K.
-    splits = min(launch.splits, layout.tiles) if tiles_n * tiles_m <= packed.tile_counters else 1
-    partial = given.new_empty((splits, n, m), dtype=torch.float32) if splits > 1 else None
+    splits = min(launch.splits, layout.tiles)
+    parts = splits + (1 if spec.rank else 0)
+    partial = given.new_empty((parts, n, m), dtype=torch.float32) if parts > 1 else None
     branch = _branch(given, packed)
     producers = branch.slabs * branch.rank_blocks * tiles_m
-    gemm_kernel[(producers + tiles_n * splits * tiles_m,)](
+    gemm_kernel[(producers + tiles_n * parts * tiles_m,)](
         x_MK, given, *_weight_tensors(packed.weight), packed.bias_N, packed.a_codes, packed.a_exponents,
         packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], branch.partial,
         branch.projection, packed.workspace, y_MN, m, n, layout.columns, x_MK.stride(0), given.stride(0),
@@ -142,16 +146,16 @@ def _branch(x_MK: Tensor, packed: PackedLinear) -> _Branch:
 def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     """Many tokens: weights and A decoded to memory once, then a library's products."""
     x_MK = round_tokens(_dense_rows(x_MK), packed, ordered=False)
-    y_MN = torch.nn.functional.linear(x_MK, expand(packed.weight, x_MK.dtype), packed.bias_N)
-    if packed.a_codes is not None:
-        a_RK = expand_factor(packed.a_codes, packed.a_exponents, packed.spec.a_block, x_MK.dtype)
-        a_KR = a_RK[:, : x_MK.shape[1]].T
-        if x_MK.is_cuda:
-            projection_MR = torch.mm(x_MK, a_KR, out_dtype=torch.float32)
-        else:
-            projection_MR = x_MK.to(torch.float32) @ a_KR.to(torch.float32)
-        add_low_rank_(y_MN, projection_MR, packed)
-    return y_MN
+    w_NK = expand(packed.weight, x_MK.dtype)
+    if packed.a_codes is None:
+        return torch.nn.functional.linear(x_MK, w_NK, packed.bias_N)
+    a_RK = expand_factor(packed.a_codes, packed.a_exponents, packed.spec.a_block, x_MK.dtype)
+    a_KR = a_RK[:, : x_MK.shape[1]].T
+    if x_MK.is_cuda:
+        projection_MR = torch.mm(x_MK, a_KR, out_dtype=torch.float32)
+    else:
+        projection_MR = x_MK.to(torch.float32) @ a_KR.to(torch.float32)
+    return low_rank(projection_MR, packed).addmm_(x_MK, w_NK.T)
 
 
 def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
@@ -195,14 +199,16 @@ def expand_factor(codes: Tensor, exponents: Tensor | None, block: int, dtype: to
     return values
 
 
-def add_low_rank_(y_MN: Tensor, projection_MR: Tensor, packed: PackedLinear) -> None:
-    """Y += Q(Q(x A) B), in place; projection: x A, float32."""
-    spec = packed.spec
-    m, n = y_MN.shape
-    epilogue_kernel[-(-n // ROW_TILE), -(-m // ROW_TILE)](
-        y_MN, projection_MR, packed.b_codes, packed.b_exponents, m, n, rank=spec.rank, b_block=spec.b_block,
-        **_rounding_constants(packed), BLOCK_N=ROW_TILE, BLOCK_M=ROW_TILE, BLOCK_R=_block_r(spec.rank), num_warps=4,
+def low_rank(projection_MR: Tensor, packed: PackedLinear) -> Tensor:
+    """Q(Q(x A) B) + b, [M, N] in packed.dtype; projection: x A, float32."""
+    spec, m, n = packed.spec, len(projection_MR), packed.spec.layout.rows
+    y_MN = projection_MR.new_empty(m, n, dtype=packed.dtype)
+    branch_kernel[-(-n // BRANCH_COLUMNS), -(-m // BRANCH_ROWS)](
+        y_MN, projection_MR, packed.b_codes, packed.b_exponents, packed.bias_N, m, n, rank=spec.rank,
+        b_block=spec.b_block, **_rounding_constants(packed), BLOCK_N=BRANCH_COLUMNS, BLOCK_M=BRANCH_ROWS,
+        BLOCK_R=_block_r(spec.rank), num_warps=8,
     )  # fmt: skip
+    return y_MN
 
 
 def weight_constants(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:

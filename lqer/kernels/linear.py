@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.bfloat16, torch.float16)
 # Counters: of the low-rank branch, then of finished parts of tiles of outputs, up to so many tiles of tokens.
 PROJECTION_COUNTERS = 256
-TOKEN_TILES = 4
+TOKEN_TILES = 16
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,6 @@ class PackedLinear:
             "b_codes": self.b_codes, "b_exponents": self.b_exponents, "workspace": self.workspace,
         }  # fmt: skip
         return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    @property
-    def tile_counters(self) -> int:
-        """How many tiles of outputs may be computed in splits."""
-        return len(self.workspace) - PROJECTION_COUNTERS
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 KERNELS = {
-    "epilogue_kernel", "expand_factor_kernel", "expand_kernel", "gemm_kernel", "gemv_kernel", "prepare_vector_kernel",
+    "branch_kernel", "expand_factor_kernel", "expand_kernel", "gemm_kernel", "gemv_kernel", "prepare_vector_kernel",
     "round_kernel",
 }  # fmt: skip
 
