@@ -101,7 +101,8 @@ def _solve(gram_RR: Tensor, right_RL: Tensor) -> Tensor:
     """gram⁻¹ · right in float32, by a Cholesky factor in float64; by the pseudo-inverse where that fails."""
     gram_RR = gram_RR.to(torch.float64)
     damping = GRAM_DAMPING * gram_RR.diagonal().mean()
-    cholesky_RR, failed = torch.linalg.cholesky_ex(gram_RR + damping * torch.eye(len(gram_RR)).to(gram_RR))
+    identity_RR = torch.eye(len(gram_RR), dtype=gram_RR.dtype, device=gram_RR.device)
+    cholesky_RR, failed = torch.linalg.cholesky_ex(gram_RR + damping * identity_RR)
     if failed:
         return (torch.linalg.pinv(gram_RR, hermitian=True) @ right_RL.to(torch.float64)).to(right_RL)
     return torch.cholesky_solve(right_RL.to(torch.float64), cholesky_RR).to(right_RL)

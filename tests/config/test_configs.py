@@ -8,10 +8,12 @@ import pytest
 import tomli
 
 from lqer.config import plan_linear, read_config
+from lqer.methods import CalderaSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEMPLATES = sorted((CONFIGS / "template").glob("*.toml"))
 PARTS = sorted([*(CONFIGS / "formats").glob("*.toml"), *(CONFIGS / "methods").glob("*.toml")])
+PAPER = sorted((CONFIGS / "paper").glob("*.toml"))
 NAMED_BY_LQER = [
     *(f"opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b")),
     *(f"llama-{size}" for size in ("7b", "13b", "30b", "65b")),
@@ -49,6 +51,35 @@ def test_a_part_makes_an_experiment_once_model_and_weight_are_named(path, tmp_pa
     assert read_config(child).quantize.weight == weight
 
 
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_a_row_of_a_paper_is_a_whole_experiment(path):
+    config = read_config(path)
+    assert plan_linear(config, "model.layers.0.self_attn.q_proj") is not None
+    assert config.evaluation.perplexity is not None
+    assert config.tag.startswith(path.stem)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "factor_bits", "down_date", "rotated"),
+    [
+        ("r64-4bit", 64, 4, 1.0, True),
+        ("r128-4bit", 128, 4, 1.0, True),
+        ("r256-4bit", 256, 4, 1.0, True),
+        ("r64-16bit", 64, 16, 1.0, True),
+        ("r64-4bit-no-down-date", 64, 4, 0.0, True),
+        ("r64-4bit-no-rht", 64, 4, 1.0, False),
+    ],
+)
+def test_a_row_of_caldera_is_what_its_name_says(name, rank, factor_bits, down_date, rotated):
+    config = read_config(CONFIGS / f"paper/caldera-{name}.toml")
+    plan = plan_linear(config, "model.layers.0.self_attn.q_proj")
+    assert (plan.method, plan.rank, plan.weight.bits, plan.iterations) == ("caldera", rank, 2, 20)
+    assert plan.factor.bits_per_value(4096) == factor_bits
+    assert plan.caldera == CalderaSettings("reconstruct", 50, down_date, 0.01)
+    assert (plan.transform is not None) == rotated
+    assert (config.calibration.num_samples, config.calibration.seq_len) == (256, 4096)
+
+
 def test_the_demo_needs_no_hub():
     config = read_config(CONFIGS / "demo.toml")
     assert config.model.startswith("demo:")
@@ -57,5 +88,5 @@ def test_the_demo_needs_no_hub():
 
 
 def test_no_configuration_is_left_untested():
-    tested = {*TEMPLATES, *PARTS, CONFIGS / "demo.toml"}
+    tested = {*TEMPLATES, *PARTS, *PAPER, CONFIGS / "demo.toml"}
     assert set(CONFIGS.rglob("*.toml")) == tested
