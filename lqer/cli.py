@@ -66,12 +66,12 @@ def _run(path: str, tag: str | None, overrides: list[str], validate_only: bool, 
     config = read_config(path, tag, overrides)
     from transformers.utils import logging as transformers_logging
 
-    from lqer import pipeline
+    from lqer import pipeline, preview
 
     # A bar for every loaded model would stand between those of the stages.
     transformers_logging.disable_progress_bar()
     if validate_only:
-        print(pipeline.describe(config))
+        preview.describe(config, print)
         return EXIT_OK
     results = pipeline.run_share(config, share)
     if results is None:

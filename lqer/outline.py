@@ -30,6 +30,11 @@ class Outline:
     outside: tuple[str, ...]
     # Whether attention goes through transformers' registry, where its operands can be quantized.
     attention_is_registered: bool
+    # Parameters of the largest block, and of what surrounds the blocks; features between blocks, tokens of the head.
+    block_parameters: int
+    outside_parameters: int
+    hidden_size: int
+    vocabulary: int
 
 
 def read_outline(source: ModelSource) -> Outline:
@@ -50,11 +55,25 @@ def read_outline(source: ModelSource) -> Outline:
     outside = tuple(
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    attention_is_registered = type(model)._can_set_attn_implementation()
+    parameters = _count(model)
+    text_config = model.config.get_text_config()
     return Outline(
-        type(model).__name__, parameters, blocks_name, len(blocks), linears, outside, attention_is_registered
+        architecture=type(model).__name__,
+        parameters=parameters,
+        blocks_name=blocks_name,
+        blocks=len(blocks),
+        linears=linears,
+        outside=outside,
+        attention_is_registered=type(model)._can_set_attn_implementation(),
+        block_parameters=max(map(_count, blocks)),
+        outside_parameters=parameters - _count(blocks),
+        hidden_size=text_config.hidden_size,
+        vocabulary=text_config.vocab_size,
     )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def plan_model(config: Config, outline: Outline) -> dict[str, LinearPlan | None]:

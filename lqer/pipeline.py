@@ -13,27 +13,30 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lqer.allocation import Budget, check_budget, measure_spectra, share_out_ranks, spectra_key
-from lqer.backend import Backend, resolve_backend
+from lqer.allocation import Budget, measure_spectra, share_out_ranks, spectra_key
 from lqer.bits import average_bits
 from lqer.blocks import OpenedModel
 from lqer.calibration import CalibrationText, block_file, calibrate, calibration_key
 from lqer.checkpoint import load_quantized, open_quantized
 from lqer.config import Config
-from lqer.config.schema import NOT_QUANTIZED, LowRankConfig
+from lqer.config.schema import NOT_QUANTIZED
 from lqer.data import calibration_windows, load_rows, tokens_sha256
 from lqer.dispatch import spread
-from lqer.errors import ConfigError, HubError
+from lqer.errors import ConfigError
 from lqer.evaluation.stage import Candidate, evaluate
 from lqer.files import write_text
 from lqer.methods import LinearPlan
-from lqer.models import ModelSource, load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
-from lqer.outline import Outline, plan_model, read_outline
+from lqer.models import (
+    load_model,
+    load_tokenizer,
+)
+from lqer.preview import check_fit
 from lqer.quantization import (
     QuantizeSettings,
     finish_checkpoint,
@@ -55,8 +58,8 @@ from lqer.report.results import (
 )
 from lqer.report.write import LAYERS_FILE, RESULTS_FILE, layer_rows, write_run
 from lqer.sequential import quantize_in_order, stream_key
+from lqer.setting import Setting, prepare
 from lqer.shares import Share
-from lqer.spill import Spill
 from lqer.store import Artifact, Store, Workspace
 from lqer.streaming import open_model
 from lqer.tracking import track
@@ -68,53 +71,11 @@ CONFIG_FILE = "config.toml"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What every stage of one run shares."""
-
-    config: Config
-    source: ModelSource
-    outline: Outline
-    plans: dict[str, LinearPlan | None]
-    device: torch.device
-    dtype: torch.dtype
-    backend: Backend
-
-    @property
-    def store_path(self) -> Path:
-        return Path(self.config.output_dir) / "store"
-
-    def spill(self) -> Spill:
-        """Memory for hidden states and statistics within calibration.max_memory; what exceeds it lies in the store."""
-        return Spill(self.config.calibration.max_bytes, self.store_path)
-
-
-@dataclass(frozen=True)
 class Inputs:
     """Where statistics come from: a text, and what calibration made of it; nothing yet in the quantized stream."""
 
     text: CalibrationText
     calibration: Artifact | None
-
-
-def prepare(config: Config) -> Setting:
-    """Resolve everything that can be wrong before any work is done. Raises LqerError."""
-    device = pick_device(config.device)
-    source = resolve_model(config.model, config.revision)
-    outline = read_outline(source)
-    plans = plan_model(config, outline)
-    if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
-        check_budget(plans, outline.linears, budget_bits)
-    if config.evaluation.downstream is not None:
-        from lqer.evaluation.downstream import check_tasks
-
-        downstream = config.evaluation.downstream
-        check_tasks(
-            downstream.tasks, _path(downstream.include_path), _path(downstream.data_dir), downstream.num_fewshot
-        )
-    dtype = pick_dtype(config.dtype, source, device)
-    formats = {name: (plan.weight, plan.activation) for name, plan in plans.items() if plan is not None}
-    backend = resolve_backend(config.evaluation.backend, device, dtype, formats)
-    return Setting(config, source, outline, plans, device, dtype, backend)
 
 
 def run(config: Config) -> Results:
@@ -154,36 +115,6 @@ def _refuse_sharing(config: Config, share: Share) -> None:
         )
 
 
-def describe(config: Config) -> str:
-    """What `--validate` prints: the experiment in a few lines, checked against the model where that is at hand."""
-    quantize = config.quantize
-    lines = [
-        f"{config.tag}: {config.model}",
-        f"method {quantize.method}, {_shown_rank(quantize.low_rank)}; weights {_shown(config, quantize.weight)}; "
-        f"activations {_shown(config, quantize.activation)}; A and B {_shown(config, quantize.low_rank.format)}; "
-        f"attention operands {_shown(config, quantize.attention)}",
-    ]
-    try:
-        setting = prepare(config)
-    except HubError as error:
-        lines.append(f"not checked against the model: {error}")
-    else:
-        planned = sum(plan is not None for plan in setting.plans.values())
-        lines.append(f"{planned} of {len(setting.plans)} linears in {setting.outline.blocks} blocks are quantized")
-    return "\n".join([*lines, "valid"])
-
-
-def _shown_rank(low_rank: LowRankConfig) -> str:
-    return f"rank {low_rank.rank}" if low_rank.budget_bits is None else f"ranks within {low_rank.budget_bits:g} bits"
-
-
-def _shown(config: Config, format_name: str) -> str:
-    if format_name == NOT_QUANTIZED:
-        return "as they are"
-    number_format = config.formats[format_name]
-    return f"{format_name} ({number_format.kind}, {number_format.bits_per_value(4096):g} bits)"
-
-
 def _run(config: Config, folder: Path, started: float, share: Share | None) -> Results | None:
     setting = prepare(config)
     store = Store(setting.store_path, log.info)
@@ -194,6 +125,7 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
     )  # fmt: skip
 
     text, calibration_info = _read_calibration_text(setting, tokenizer)
+    check_fit(setting, log.info, _artifacts(setting, store, text))
     inputs = Inputs(text, _calibrate(setting, store, text) if config.quantize.stream == "original" else None)
     budget = _share_out(setting, store, inputs)
     ranked = setting.plans if budget is None else budget.plans
@@ -258,15 +190,35 @@ def _read_calibration_text(
     return CalibrationText(windows_WT, settings.batch_size, settings.error_tokens), info
 
 
-def _calibrate(setting: Setting, store: Store, text: CalibrationText) -> Artifact:
+def _calibration_key(setting: Setting, text: CalibrationText) -> dict[str, Any]:
     requested = requested_statistics(setting.plans)
-    key = calibration_key(setting.source.fingerprint, text, setting.dtype, setting.device, requested)
+    return calibration_key(setting.source.fingerprint, text, setting.dtype, setting.device, requested)
 
+
+def _artifacts(setting: Setting, store: Store, text: CalibrationText) -> dict[str, list[Path]]:
+    """Where the artifacts of the stages lie, or will, as far as their names are known before they are made."""
+    paths: dict[str, list[Path]] = {}
+    calibration: Artifact | None = None
+    if setting.config.quantize.stream == "original":
+        key = _calibration_key(setting, text)
+        paths["calibrate"], calibration = [store.path("calibrate", key)], store.find("calibrate", key)
+        if calibration is None:
+            return paths
+    if setting.config.quantize.low_rank.budget_bits is None:
+        several = [setting.plans]
+        if "plain" in setting.config.evaluation.baselines:
+            several.append({name: plan and plan.plain() for name, plan in setting.plans.items()})
+        keys = (_quantization_key(setting, Inputs(text, calibration), plans) for plans in several)
+        paths["quantize"] = [store.path("quantize", key) for key in keys]
+    return paths
+
+
+def _calibrate(setting: Setting, store: Store, text: CalibrationText) -> Artifact:
     def make(workspace):
         opened = open_model(setting.source, setting.dtype, setting.device, setting.spill())
-        calibrate(workspace, opened, text, requested)
+        calibrate(workspace, opened, text, requested_statistics(setting.plans))
 
-    return _obtain(store, "calibrate", key, make)
+    return _obtain(store, "calibrate", _calibration_key(setting, text), make)
 
 
 def _share_out(setting: Setting, store: Store, inputs: Inputs) -> Budget | None:
@@ -302,6 +254,25 @@ def _allocation(budget: Budget) -> AllocationInfo:
     )
 
 
+def _quantize_settings(setting: Setting, plans: dict[str, LinearPlan | None]) -> QuantizeSettings:
+    quantize_config = setting.config.quantize
+    attention = None
+    if quantize_config.attention != NOT_QUANTIZED:
+        operand = setting.config.formats[quantize_config.attention].to_dict()
+        attention = {"format": operand, "blocks": quantize_config.attention_blocks}
+    return QuantizeSettings(plans, attention, setting.config.seed)
+
+
+def _quantization_key(setting: Setting, inputs: Inputs, plans: dict[str, LinearPlan | None]) -> Any:
+    settings = _quantize_settings(setting, plans)
+    known = (
+        stream_key(setting.source.fingerprint, inputs.text, setting.dtype, setting.device, settings)
+        if inputs.calibration is None
+        else inputs.calibration.content
+    )
+    return quantization_key(known, setting.source.fingerprint, settings, setting.device)
+
+
 def _quantize(
     setting: Setting,
     store: Store,
@@ -311,18 +282,8 @@ def _quantize(
     share: Share | None,
 ) -> Artifact | None:
     """The checkpoint, made whole or, with a share, together with other processes: None while theirs are missing."""
-    quantize_config = setting.config.quantize
-    attention = None
-    if quantize_config.attention != NOT_QUANTIZED:
-        operand = setting.config.formats[quantize_config.attention].to_dict()
-        attention = {"format": operand, "blocks": quantize_config.attention_blocks}
-    settings = QuantizeSettings(plans, attention, setting.config.seed)
-    known = (
-        stream_key(setting.source.fingerprint, inputs.text, setting.dtype, setting.device, settings)
-        if inputs.calibration is None
-        else inputs.calibration.content
-    )
-    key = quantization_key(known, setting.source.fingerprint, settings, setting.device)
+    settings = _quantize_settings(setting, plans)
+    key = _quantization_key(setting, inputs, plans)
 
     opened: OpenedModel | None = None
 
@@ -409,10 +370,6 @@ def _link(link: Path, target: Path) -> None:
     if link.is_symlink() or link.exists():
         link.unlink()
     link.symlink_to(Path("..") / target.relative_to(link.parent.parent))
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,20 @@ class Workspace:
         self._since = now
 
 
+def partial_path(path: Path) -> Path:
+    """Where the artifact of that path is built."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def stored_bytes(path: Path) -> int:
+    """Bytes of an artifact's files, finished or in the making; another process may be writing to it."""
+    size = 0
+    for file in (*path.glob("*"), *partial_path(path).glob("*")):
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size
+
+
 class Store:
     """All artifacts under one folder, shared by any number of runs and processes."""
 
@@ -183,7 +197,7 @@ class Store:
         with self._locked(path):
             artifact = self.find(stage, key)
             if artifact is None:
-                workspace = Workspace(self._partial(path))
+                workspace = Workspace(partial_path(path))
                 make(workspace)
                 workspace.finish(path, key)
                 artifact = Artifact(path)
@@ -207,7 +221,7 @@ class Store:
             artifact = self.find(stage, key)
             if artifact is not None:
                 return artifact
-            workspace = Workspace(self._partial(path), lock, lambda: self.find(stage, key) is not None)
+            workspace = Workspace(partial_path(path), lock, lambda: self.find(stage, key) is not None)
         contribute(workspace)
         with self._locked(path, lock):
             artifact = self.find(stage, key)
@@ -219,9 +233,6 @@ class Store:
             make(workspace)
             workspace.finish(path, key)
             return Artifact(path)
-
-    def _partial(self, path: Path) -> Path:
-        return path.with_name(f"{path.name}.partial")
 
     @contextmanager
     def _locked(self, path: Path, lock: BaseFileLock | None = None) -> Iterator[BaseFileLock]:

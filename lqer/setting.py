@@ -1,0 +1,62 @@
+"""What every stage of one run shares: the configuration, resolved as far as that goes before any work is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lqer.allocation import check_budget
+from lqer.backend import Backend, resolve_backend
+from lqer.config import Config
+from lqer.methods import LinearPlan
+from lqer.models import ModelSource, pick_device, pick_dtype, resolve_model
+from lqer.outline import Outline, plan_model, read_outline
+from lqer.spill import Spill
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every stage of one run shares."""
+
+    config: Config
+    source: ModelSource
+    outline: Outline
+    plans: dict[str, LinearPlan | None]
+    device: torch.device
+    dtype: torch.dtype
+    backend: Backend
+
+    @property
+    def store_path(self) -> Path:
+        return Path(self.config.output_dir) / "store"
+
+    def spill(self) -> Spill:
+        """Memory for hidden states and statistics within calibration.max_memory; what exceeds it lies in the store."""
+        return Spill(self.config.calibration.max_bytes, self.store_path)
+
+
+def prepare(config: Config) -> Setting:
+    """Resolve everything that can be wrong before any work is done. Raises LqerError."""
+    device = pick_device(config.device)
+    source = resolve_model(config.model, config.revision)
+    outline = read_outline(source)
+    plans = plan_model(config, outline)
+    if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
+        check_budget(plans, outline.linears, budget_bits)
+    if config.evaluation.downstream is not None:
+        from lqer.evaluation.downstream import check_tasks
+
+        downstream = config.evaluation.downstream
+        check_tasks(
+            downstream.tasks, _path(downstream.include_path), _path(downstream.data_dir), downstream.num_fewshot
+        )
+    dtype = pick_dtype(config.dtype, source, device)
+    formats = {name: (plan.weight, plan.activation) for name, plan in plans.items() if plan is not None}
+    backend = resolve_backend(config.evaluation.backend, device, dtype, formats)
+    return Setting(config, source, outline, plans, device, dtype, backend)
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
