@@ -11,7 +11,8 @@ under --folder (default: here), and is removed after each run. Exit status 1 if 
 Resident memory is what is limited, not address space, which costs nothing until it is touched; all of it: anonymous
 pages (tensors, the interpreter) and pages of files (libraries; tensors that were spilled to disk, as long as they are
 in use). The peak is the kernel's own high-water mark, which the run reports; "anonymous" is the most that was seen of
-that part, looked at a hundred times a second.
+that part, looked at a hundred times a second. "estimated" is the largest of the stages' estimates that the run began
+with.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from lqer.config import read_config
+from lqer.estimate import total
+from lqer.machine import resident_bytes
+from lqer.preview import estimate_stages
 from lqer.report.environment import device_name
+from lqer.setting import prepare
 from lqer.spill import parse_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +49,7 @@ BLOCKS_PER_FILE = 4
 HEAD_SIZE = 64
 WEIGHT_SIZE = 0.02
 LOOKS_A_SECOND = 100
-TAG = "memory"
+TAG, CONFIG = "memory", "memory.toml"
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ def write_experiment(folder: Path, arguments: argparse.Namespace) -> Path:
             "perplexity": {"datasets": ["pydoc"], "max_windows": arguments.windows, **text},
         },
     }
-    path = folder / "memory.toml"
+    path = folder / CONFIG
     path.write_text(tomli_w.dumps(experiment))
     return path
 
@@ -205,10 +211,17 @@ def measure(folder: Path, arguments: argparse.Namespace) -> tuple[Peak, dict]:
     )
 
 
-def row(shape: Shape, stored: int, peak: Peak, results: dict) -> str:
+def estimated_peak(folder: Path) -> int:
+    """What a run of `folder`'s experiment expects to hold; this process has imported what the run starts with."""
+    stages = estimate_stages(prepare(read_config(folder / CONFIG)))
+    return resident_bytes() + max(total(stage.ram) for stage in stages)
+
+
+def row(shape: Shape, stored: int, estimated: int, peak: Peak, results: dict) -> str:
     block = (stored - 2 * 2 * shape.vocabulary * shape.hidden) / shape.blocks
     cells = [
         f"{shape.hidden}x{shape.intermediate}", shape.blocks, f"{block / 1e6:.1f} MB", f"{stored / 1e9:.2f} GB",
+        f"{estimated / 1e9:.2f} GB",
         f"{peak.resident / 1e9:.2f} GB{' (killed)' if peak.exceeded else ''}", f"{peak.anonymous / 1e9:.2f} GB",
         f"{stored / peak.resident:.1f}x",
     ]  # fmt: skip
@@ -218,7 +231,7 @@ def row(shape: Shape, stored: int, peak: Peak, results: dict) -> str:
 
 
 HEADER = (
-    "hidden x intermediate", "blocks", "a block", "checkpoint", "peak resident", "of it anonymous",
+    "hidden x intermediate", "blocks", "a block", "checkpoint", "estimated", "peak resident", "of it anonymous",
     "checkpoint / peak", "calibrate", "quantize", "evaluate", "in all",
 )  # fmt: skip
 
@@ -256,7 +269,8 @@ def main() -> int:
                 folder = Path(name)
                 stored = write_checkpoint(folder / "model", shape)
                 peak, results = measure(folder, arguments)
-            print(row(shape, stored, peak, results), flush=True)
+                estimated = estimated_peak(folder)
+            print(row(shape, stored, estimated, peak, results), flush=True)
             if peak.exceeded or peak.status != 0:
                 failed = True
                 last = peak.errors.strip().splitlines()[-1:] or ["it wrote no error"]

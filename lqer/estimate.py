@@ -4,7 +4,7 @@ With s and r the bytes of a parameter as stored and in the run's dtype, p and o 
 surrounds the blocks, W windows of T tokens in batches of B, D the hidden size, V the vocabulary, sites of I features:
 
     walk         o·r + p·r (two stored blocks beside it in RAM where a GPU's next block is read ahead), hidden states
-                 W·T·D·r, activations of a batch ~ 6·B·T·(D + widest I)·r. A model that cannot be read block by block
+                 W·T·D·r, activations of a batch, B·T·(D + widest I)·r and a few times more. A model that cannot be read block by block
                  is in memory whole.
     calibrate    a walk; where E[x xᵀ] is gathered 8·I² a site in the making, and 4·I² more for what is written.
                  FLOPs: 2 a weight and token, 4·T·D a token and block for attention, 2·I² a token and site.
@@ -33,9 +33,11 @@ from lqer.methods import METHODS, LinearPlan
 from lqer.outline import Outline
 from lqer.quantization import requested_statistics, with_spectra
 
-# Guesses: how many activations of a batch live at once, and copies of the linear that is worked on, 4 and 8 bytes each.
-LIVE_ACTIVATIONS = 6
+# Guesses: how many other activations of a batch live at once, and copies of the linear that is worked on, 4 and 8 bytes each.
+LIVE_ACTIVATIONS = 5
 SINGLE_COPIES, DOUBLE_COPIES = 6, 2
+# Libraries that are imported only where they are used (pandas, matplotlib, lm-eval and what they bring).
+LATER_IMPORTS = 200_000_000
 # What elementwise work moves, in passes over its data: roundings (scales, codes, values), norms and gates, statistics.
 ROUNDING_PASSES, BLOCK_PASSES, STATISTICS_PASSES = 24, 12, 6
 # Float64 eigenvectors, in terms of n³ products of float32; they run far below the rate of products.
@@ -112,6 +114,7 @@ def input_sites(outline: Outline) -> list[int]:
 
 def _stage(name: str, work: Workload, host: Sequence[Piece], device: Sequence[Piece], disk: Sequence[Piece],
            flops: float, moved: float) -> Stage:  # fmt: skip
+    host = [*host, Piece("libraries", LATER_IMPORTS, sure=False)]
     if not work.on_gpu:
         host, device = [*host, *device], []
     ram, gpu, files = (tuple(piece for piece in pieces if piece.bytes > 0) for pieces in (host, device, disk))
@@ -181,8 +184,8 @@ def _evaluate(work: Workload) -> Stage:
         way = "evaluation.blockwise = true" if downstream is None else 'device_map = "auto", on more GPUs'
         whole = Piece("the whole model", work.computed * outline.parameters, way)
         # It is loaded in RAM before it goes to a GPU.
-        host, device, disk = [whole] if work.on_gpu else [], [whole, walk.activations()], []
-    logits = work.computed * outline.vocabulary * batch_tokens + 8 * outline.vocabulary * LOSS_POSITIONS
+        host, device, disk = [whole] if work.on_gpu else [], [whole, *walk.activations()], []
+    logits = outline.vocabulary * (work.computed * batch_tokens + 8 * min(LOSS_POSITIONS, batch_tokens))
     device.append(Piece("logits of a batch", logits, f"a smaller {remedy}"))
     models = 1 + len(evaluation.baselines)
     flops, moved = walk.cost(models * sum(lengths))
@@ -220,7 +223,7 @@ class _Walk:
         what = max(spillable, key=lambda name: spillable[name])
         host = [Piece(what, held, "a smaller calibration.max_memory")]
         disk = [Piece(f"{what}, spilled", sum(spillable.values()) - held, OUTPUT_DIR)]
-        device = [self.activations()]
+        device = self.activations()
         if work.streams:
             device.append(Piece("what surrounds the blocks", work.computed * outline.outside_parameters))
             device.append(Piece("a block", blocks * work.computed * outline.block_parameters))
@@ -235,11 +238,13 @@ class _Walk:
             device.append(Piece("statistics in the making", accumulated, 'device = "cpu"'))
         return host, device, disk
 
-    def activations(self) -> Piece:
+    def activations(self) -> list[Piece]:
+        """What reaches the widest linear while its block's input is kept, and what else lives at that time."""
         tokens = self.batch_size * self.seq_len if self.batch_tokens is None else self.batch_tokens
         width = self.work.outline.hidden_size + max(input_sites(self.work.outline))
-        size = LIVE_ACTIVATIONS * tokens * width * self.work.computed
-        return Piece("activations of a batch", size, self.batch_remedy, sure=False)
+        size = tokens * width * self.work.computed
+        others = Piece("other activations of a batch", LIVE_ACTIVATIONS * size, self.batch_remedy, sure=False)
+        return [Piece("activations of a batch", size, self.batch_remedy), others]
 
     def cost(self, tokens: int) -> tuple[float, float]:
         """FLOPs, and bytes moved, of that many tokens through all blocks."""
@@ -258,7 +263,7 @@ def _gathers_products(work: Workload) -> bool:
 def _accumulators(work: Workload) -> int:
     """Statistics in the making: float64, of all sites of a block at once."""
     widths = input_sites(work.outline)
-    return sum(8 * width**2 if _gathers_products(work) else 12 * width for width in widths)
+    return sum(12 * width + (8 * width**2 if _gathers_products(work) else 0) for width in widths)
 
 
 def _statistics(work: Workload) -> int:

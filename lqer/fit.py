@@ -60,18 +60,18 @@ def _refuse(stage: Stage, pieces: Sequence[Piece], there_is: int, where: str, be
     needed = besides + total(pieces, sure=True)
     if needed <= there_is:
         return
-    largest = max(pieces, key=lambda piece: piece.bytes)
+    largest = max((piece for piece in pieces if piece.sure), key=lambda piece: piece.bytes, default=None)
     remedy = _remedy(pieces)
+    most = f"; the most for {largest.what}, {shown(largest.bytes)}" if largest else ""
     advice = f": use {remedy}" if remedy else ""
     raise DoesNotFitError(
-        f"{stage.name} needs at least {shown(needed)} {where}, there are {shown(there_is)}; the most for "
-        f"{largest.what}, {shown(largest.bytes)}{advice}"
+        f"{stage.name} needs at least {shown(needed)} {where}, there are {shown(there_is)}{most}{advice}"
     )
 
 
 def _remedy(pieces: Sequence[Piece]) -> str | None:
     """What to do about the largest piece that something can be done about."""
-    helped = [piece for piece in pieces if piece.remedy is not None]
+    helped = [piece for piece in pieces if piece.remedy is not None and piece.sure]
     return max(helped, key=lambda piece: piece.bytes).remedy if helped else None
 
 

@@ -50,10 +50,15 @@ def read_machine(device: torch.device, dtype: torch.dtype, folder: Path) -> Mach
         ram=usable_ram(),
         device=gpu,
         disk=free_disk(folder),
-        resident=psutil.Process().memory_info().rss,
+        resident=resident_bytes(),
         gpus=torch.cuda.device_count(),
         rates=measure_rates(device, dtype),
     )
+
+
+def resident_bytes() -> int:
+    """What this process holds now, pages of files included."""
+    return psutil.Process().memory_info().rss
 
 
 def usable_ram() -> int:

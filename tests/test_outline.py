@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,10 @@ OUTLINE = Outline(
     linears={f"model.layers.{i}.mlp.{name}": (4, 4) for i in range(2) for name in ("up_proj", "down_proj")},
     outside=("lm_head",),
     attention_is_registered=True,
+    block_parameters=32,
+    outside_parameters=36,
+    hidden_size=4,
+    vocabulary=9,
 )
 
 
@@ -95,7 +100,7 @@ def test_an_override_of_what_is_never_quantized_is_refused():
 
 
 def test_the_head_may_be_skipped_where_there_is_none():
-    headless = Outline("GPTNeoXForCausalLM", 1, "layers", 1, {"layers.0.dense": (4, 4)}, (), True)
+    headless = replace(OUTLINE, blocks_name="layers", blocks=1, linears={"layers.0.dense": (4, 4)}, outside=())
     assert plan_model(config(skip=["lm_head"]), headless)["layers.0.dense"] is not None
 
 
