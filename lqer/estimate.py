@@ -4,8 +4,8 @@ With s and r the bytes of a parameter as stored and in the run's dtype, p and o 
 surrounds the blocks, W windows of T tokens in batches of B, D the hidden size, V the vocabulary, sites of I features:
 
     walk         o·r + p·r (two stored blocks beside it in RAM where a GPU's next block is read ahead), hidden states
-                 W·T·D·r, activations of a batch, B·T·(D + widest I)·r and a few times more. A model that cannot be read block by block
-                 is in memory whole.
+                 W·T·D·r, activations of a batch, B·T·(D + widest I)·r and a few times more. A model that cannot be
+                 read block by block is in memory whole.
     calibrate    a walk; where E[x xᵀ] is gathered 8·I² a site in the making, and 4·I² more for what is written.
                  FLOPs: 2 a weight and token, 4·T·D a token and block for attention, 2·I² a token and site.
     quantize     p·s, the statistics of a block, the packed block, and copies of the largest linear and its solver's.
@@ -33,7 +33,8 @@ from lqer.methods import METHODS, LinearPlan
 from lqer.outline import Outline
 from lqer.quantization import requested_statistics, with_spectra
 
-# Guesses: how many other activations of a batch live at once, and copies of the linear that is worked on, 4 and 8 bytes each.
+# Guesses: how many other activations of a batch live at once, and copies of the linear that is worked on, of 4 and of
+# 8 bytes a weight.
 LIVE_ACTIVATIONS = 5
 SINGLE_COPIES, DOUBLE_COPIES = 6, 2
 # Libraries that are imported only where they are used (pandas, matplotlib, lm-eval and what they bring).
@@ -294,7 +295,7 @@ def _packed_bytes(work: Workload, name: str, plan: LinearPlan | None) -> int:
     if plan.rank is None and budget is not None:
         return int(budget * out_features * in_features / 8)
     rank = min(plan.rank or 0, in_features, out_features)
-    return int(bits + factor_bits(plan.factor, plan.factor_axes, in_features, out_features, rank)) // 8
+    return int(bits + factor_bits(plan.factor_formats, plan.factor_axes, in_features, out_features, rank)) // 8
 
 
 def _planned(work: Workload) -> Iterator[tuple[int, int, int, LinearPlan]]:
