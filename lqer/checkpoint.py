@@ -37,6 +37,7 @@ from lqer.spill import Spill
 from lqer.store import Workspace
 from lqer.streaming import fill_parameters, read_file, tie
 from lqer.transforms import Hadamard, transform_from_dict
+from lqer.transforms.quarot import carry_over
 
 DETAILS_FILE = "lqer.json"
 OUTSIDE_FILE = "outside.safetensors"
@@ -205,7 +206,9 @@ def fill_block(
     Takes them out of the dictionary.
     """
     for name, entry in linears.items():
-        module.set_submodule(name, _linear(tensors, name, entry, device, dtype, backend))
+        linear = _linear(tensors, name, entry, device, dtype, backend)
+        carry_over(module.get_submodule(name), linear)
+        module.set_submodule(name, linear)
         for key in [key for key in tensors if key.startswith(f"{name}.")]:
             del tensors[key]
     fill_parameters(module, tensors, device, dtype)

@@ -19,8 +19,13 @@ from transformers.pytorch_utils import Conv1D
 from lqer.demo import DEMO_PREFIX, demo_description, resolve_demo_model
 from lqer.errors import HubError, ModelError
 from lqer.files import content_hash, hash_file
+from lqer.transforms.hadamard import hadamard
+from lqer.transforms.quarot import OnlineRotation, attach
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# A key of config.json: linears by full name, and across how many heads their inputs are rotated (null: all of it).
+ONLINE_ROTATIONS = "online_rotations"
 
 # Of the matrices in the decoder blocks: routers and the like are small.
 MAX_UNQUANTIZED_SHARE = 0.05
@@ -134,8 +139,12 @@ def load_model(source: ModelSource, dtype: torch.dtype | str, device: torch.devi
     return model.eval()
 
 
-def prepare_model(model: nn.Module) -> None:
-    """Replace GPT-2's Conv1D, a linear with its weight transposed, by nn.Linear, in place."""
+def prepare_model(model: PreTrainedModel) -> None:
+    """Make of a model, in place, one whose linears are all nn.Linear and that runs as its config.json says.
+
+    GPT-2's Conv1D, a linear with its weight transposed, is replaced. Of a model that was rotated (lqer/rotation.py),
+    the inputs of the linears that its configuration names are rotated as it runs.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             in_features, out_features = module.weight.shape
@@ -143,6 +152,8 @@ def prepare_model(model: nn.Module) -> None:
             linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)
             linear.bias = module.bias
             model.set_submodule(name, linear)
+    for name, heads in getattr(model.config, ONLINE_ROTATIONS, {}).items():
+        attach(model.get_submodule(name), OnlineRotation(hadamard, heads))
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -34,3 +35,15 @@ def named_from_dict(noun: str, known: Mapping[str, type[Part]], settings: Mappin
         if key not in keys:
             raise ValueError(f'unknown key {key!r} of {noun} "{kind}"; allowed: {", ".join(keys)}')
     return known[kind](**settings)
+
+
+def require_positive(key: str, value: Any, kind: str) -> None:
+    """Raise ValueError unless a setting of the part `kind` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} {value!r} is not an integer of at least 1 ({kind})")
+
+
+def require_number(key: str, value: Any, kind: str) -> None:
+    """Raise ValueError unless a setting of the part `kind` is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{key} {value!r} is not a number of at least 0 ({kind})")

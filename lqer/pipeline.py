@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,15 @@ from lqer.report.results import (
     Seconds,
 )
 from lqer.report.write import LAYERS_FILE, RESULTS_FILE, layer_rows, write_run
+from lqer.rotation import rotate, rotated_source, rotation_key
 from lqer.sequential import quantize_in_order, stream_key
 from lqer.setting import Setting, prepare
 from lqer.shares import Share
 from lqer.store import Artifact, Store, Workspace
 from lqer.streaming import open_model
 from lqer.tracking import track
+from lqer.transforms import BlockTransform, Quarot
+from lqer.tuning import block_steps, remove_states
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +111,8 @@ def run_share(config: Config, share: Share | None) -> Results | None:
 
 def _refuse_sharing(config: Config, share: Share) -> None:
     if config.quantize.stream == "quantized":
-        by = "" if config.quantize.propagate else f", as method {config.quantize.method!r} asks for"
+        parts = " and ".join(config.quantize.block_parts) or f"method {config.quantize.method!r}"
+        by = "" if config.quantize.propagate else f", for {parts}"
         raise ConfigError(
             f"--chunk {share}: quantize.propagate is 'quantized'{by}: a block's inputs come from the quantized blocks "
             "before it, so blocks cannot be quantized apart: run it without --chunk"
@@ -124,6 +128,7 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
         config.tag, config.model, len(setting.outline.linears), setting.outline.blocks, device_name(setting.device),
     )  # fmt: skip
 
+    setting = replace(setting, basis=_rotate(setting, store))
     text, calibration_info = _read_calibration_text(setting, tokenizer)
     check_fit(setting, log.info, _artifacts(setting, store, text))
     inputs = Inputs(text, _calibrate(setting, store, text) if config.quantize.stream == "original" else None)
@@ -175,6 +180,17 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
     return results
 
 
+def _rotate(setting: Setting, store: Store) -> ModelSource:
+    """The model in the basis that it is quantized in: the original, unless a transform of the whole model is named."""
+    if not any(isinstance(transform, Quarot) for transform in setting.config.quantize.transforms):
+        return setting.source
+    source, seed = setting.source, setting.config.seed
+    artifact = _obtain(
+        store, "rotate", rotation_key(source, seed), lambda workspace: rotate(workspace, source, setting.device, seed)
+    )
+    return rotated_source(source, artifact)
+
+
 def _read_calibration_text(
     setting: Setting, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[CalibrationText, CalibrationInfo]:
@@ -192,7 +208,7 @@ def _read_calibration_text(
 
 def _calibration_key(setting: Setting, text: CalibrationText) -> dict[str, Any]:
     requested = requested_statistics(setting.plans)
-    return calibration_key(setting.source.fingerprint, text, setting.dtype, setting.device, requested)
+    return calibration_key(setting.basis.fingerprint, text, setting.dtype, setting.device, requested)
 
 
 def _artifacts(setting: Setting, store: Store, text: CalibrationText) -> dict[str, list[Path]]:
@@ -215,7 +231,7 @@ def _artifacts(setting: Setting, store: Store, text: CalibrationText) -> dict[st
 
 def _calibrate(setting: Setting, store: Store, text: CalibrationText) -> Artifact:
     def make(workspace):
-        opened = open_model(setting.source, setting.dtype, setting.device, setting.spill())
+        opened = open_model(setting.basis, setting.dtype, setting.device, setting.spill())
         calibrate(workspace, opened, text, requested_statistics(setting.plans))
 
     return _obtain(store, "calibrate", _calibration_key(setting, text), make)
@@ -228,10 +244,10 @@ def _share_out(setting: Setting, store: Store, inputs: Inputs) -> Budget | None:
         return None
     calibration = inputs.calibration
     assert calibration is not None, "the configuration admits no budget in the quantized stream"
-    key = spectra_key(calibration.content, setting.source.fingerprint, setting.plans, setting.device)
+    key = spectra_key(calibration.content, setting.basis.fingerprint, setting.plans, setting.device)
 
     def make(workspace):
-        opened = open_model(setting.source, "auto", setting.device)
+        opened = open_model(setting.basis, "auto", setting.device)
         measure_spectra(workspace, opened, calibration, setting.plans)
 
     spectra = _obtain(store, "spectra", key, make)
@@ -260,17 +276,18 @@ def _quantize_settings(setting: Setting, plans: dict[str, LinearPlan | None]) ->
     if quantize_config.attention != NOT_QUANTIZED:
         operand = setting.config.formats[quantize_config.attention].to_dict()
         attention = {"format": operand, "blocks": quantize_config.attention_blocks}
-    return QuantizeSettings(plans, attention, setting.config.seed)
+    transforms = tuple(part for part in quantize_config.transforms if isinstance(part, BlockTransform))
+    return QuantizeSettings(plans, attention, setting.config.seed, transforms)
 
 
 def _quantization_key(setting: Setting, inputs: Inputs, plans: dict[str, LinearPlan | None]) -> Any:
     settings = _quantize_settings(setting, plans)
     known = (
-        stream_key(setting.source.fingerprint, inputs.text, setting.dtype, setting.device, settings)
+        stream_key(setting.basis.fingerprint, inputs.text, setting.dtype, setting.device, settings)
         if inputs.calibration is None
         else inputs.calibration.content
     )
-    return quantization_key(known, setting.source.fingerprint, settings, setting.device)
+    return quantization_key(known, setting.basis.fingerprint, settings, setting.device)
 
 
 def _quantize(
@@ -289,15 +306,17 @@ def _quantize(
 
     def original() -> OpenedModel:
         nonlocal opened
-        opened = opened or open_model(setting.source, "auto", setting.device)
+        opened = opened or open_model(setting.basis, "auto", setting.device)
         return opened
 
     def make(workspace: Workspace) -> None:
         if inputs.calibration is not None:
             quantize(workspace, original(), tokenizer, inputs.calibration, settings)
             return
-        running = open_model(setting.source, setting.dtype, setting.device, setting.spill())
-        quantize_in_order(workspace, original(), running, inputs.text, settings)
+        running = open_model(setting.basis, setting.dtype, setting.device, setting.spill())
+        steps = block_steps(workspace, settings, inputs.text.batch_size)
+        quantize_in_order(workspace, original(), running, inputs.text, settings, steps)
+        remove_states(workspace)
         finish_checkpoint(workspace, original(), tokenizer, settings)
 
     total = setting.outline.blocks

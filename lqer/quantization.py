@@ -33,6 +33,7 @@ from lqer.lowrank.solver import singular_values
 from lqer.methods import METHODS, LinearPlan, QuantizedWeight
 from lqer.models import block_linears
 from lqer.store import Artifact, Workspace
+from lqer.transforms import BlockTransform
 
 # Raised whenever the same inputs would give other bytes than before.
 QUANTIZE_VERSION = 3
@@ -51,11 +52,12 @@ Plans = Mapping[str, LinearPlan | None]
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """Plans by linear (None where skipped), and what is quantized beside the linears."""
+    """Plans by linear (None where skipped), what is quantized beside the linears, and what is done to whole blocks."""
 
     plans: Plans
     attention: Mapping[str, Any] | None
     seed: int
+    transforms: tuple[BlockTransform, ...] = ()
 
 
 def requested_statistics(plans: Plans) -> frozenset[str]:
@@ -77,7 +79,7 @@ def quantization_key(inputs: Any, model_fingerprint: str, settings: QuantizeSett
         "attention": settings.attention,
         "seed": settings.seed,
         "device": device.type,
-    }
+    } | ({"transforms": [part.to_dict() for part in settings.transforms]} if settings.transforms else {})
 
 
 def quantize(

@@ -52,9 +52,12 @@ class BlockTask:
     replaced; it takes any number of windows. parameters, rounded: what earlier steps have changed, as `BlockChange` has
     it. plans: by the names of linears within the block. inputs_WTD are the states of the quantized stream, targets_WTD
     what the original block makes of those of the original stream; both lie where the spill put them, and must not be
-    changed. statistics(): of the linears' inputs, with `parameters` in place, on inputs_WTD.
+    changed. statistics(): of the linears' inputs, with `parameters` in place, on inputs_WTD. stored: the block's
+    parameters and buffers as the checkpoint has them, on the CPU. attention: the name of the original's attention in
+    transformers' registry, for a step that learns: rounded operands carry no gradient.
     """
 
+    index: int
     name: str
     block: nn.Module
     function: BlockFunction
@@ -64,6 +67,8 @@ class BlockTask:
     inputs_WTD: Tensor
     targets_WTD: Tensor
     statistics: Callable[[], BlockStatistics]
+    stored: Mapping[str, Tensor]
+    attention: str
     device: torch.device
 
 
@@ -128,7 +133,7 @@ def quantize_in_order(
                 BlockVisit(index, visit.name, block, original, running.device).forward()
         if block_file(index) not in workspace:
             tensors = next(weights)
-            work = _after_steps(visit, original, tensors, text, settings, steps, total)
+            work = _after_steps(visit, original, tensors, text, settings, steps, total, implementation)
             write_block(workspace, work, settings, running.device)
             del tensors, work
         if index != indices[-1]:
@@ -149,6 +154,7 @@ def _after_steps(
     settings: QuantizeSettings,
     steps: Sequence[BlockStep],
     blocks: int,
+    attention: str,
 ) -> BlockWork:
     """The block as the steps leave it, with the statistics of its linears' inputs."""
     plans = {name: settings.plans[f"{visit.name}.{name}"] for name in block_linears(visit.block)}
@@ -163,6 +169,7 @@ def _after_steps(
     if original is not None:
         call = visit.stream.calls_of_one[visit.index]
         task = BlockTask(
+            index=visit.index,
             name=visit.name,
             block=visit.block,
             function=BlockFunction(visit.block, call.args, call.kwargs),
@@ -172,6 +179,8 @@ def _after_steps(
             inputs_WTD=visit.stream.settled(visit.device),
             targets_WTD=original.settled(visit.device),
             statistics=statistics,
+            stored=tensors,
+            attention=attention,
             device=visit.device,
         )
         for step in steps:

@@ -18,10 +18,11 @@ from lqer.spill import Spill
 
 @dataclass(frozen=True)
 class Setting:
-    """What every stage of one run shares."""
+    """What every stage of one run shares; `basis` is what is quantized, the original `source` or its rotation."""
 
     config: Config
     source: ModelSource
+    basis: ModelSource
     outline: Outline
     plans: dict[str, LinearPlan | None]
     device: torch.device
@@ -55,7 +56,7 @@ def prepare(config: Config) -> Setting:
     dtype = pick_dtype(config.dtype, source, device)
     formats = {name: (plan.weight, plan.activation) for name, plan in plans.items() if plan is not None}
     backend = resolve_backend(config.evaluation.backend, device, dtype, formats)
-    return Setting(config, source, outline, plans, device, dtype, backend)
+    return Setting(config, source, source, outline, plans, device, dtype, backend)
 
 
 def _path(name: str | None) -> Path | None:

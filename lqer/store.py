@@ -115,6 +115,10 @@ class Workspace:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
+    def names(self) -> list[str]:
+        """The files that are there, sorted."""
+        return sorted(self._files)
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         return load_file(self.path / name)
 
@@ -136,8 +140,15 @@ class Workspace:
             write_atomically(self.path / name, write)
             self.refresh()
             self._files[name] = hash_file(self.path / name)
-            self._spend()
-            write_json(self.path / JOURNAL, {"files": self._files, "seconds": self._seconds})
+            self._write_journal()
+
+    def remove(self, name: str) -> None:
+        """Forget a file that has served its purpose, then delete it: after a kill in between it is a stray."""
+        with self._guard:
+            self.refresh()
+            del self._files[name]
+            self._write_journal()
+            (self.path / name).unlink(missing_ok=True)
 
     def finish(self, destination: Path, key: Any) -> None:
         self._spend()
@@ -150,6 +161,10 @@ class Workspace:
         fsync(destination.parent)
         # After the rename: a kill just before it must not cost the whole build.
         (destination / JOURNAL).unlink(missing_ok=True)
+
+    def _write_journal(self) -> None:
+        self._spend()
+        write_json(self.path / JOURNAL, {"files": self._files, "seconds": self._seconds})
 
     def _spend(self) -> None:
         """Add this process's time since the last file to that of all processes."""

@@ -30,7 +30,6 @@ from lqer.rounding import ROUNDINGS, Nearest, Rounding
 from lqer.spelling import did_you_mean
 from lqer.spill import parse_bytes
 from lqer.transforms import TRANSFORMS, Scheme, Transform, order_objection
-from lqer.transforms.base import Level
 
 NOT_QUANTIZED = "none"
 
@@ -60,9 +59,6 @@ def _reader(noun: str, known: Mapping[str, type[Named]]) -> PlainValidator:
 _WRITER = PlainSerializer(lambda part: part.to_dict())
 RoundingSpec = Annotated[Rounding, _reader("rounding", ROUNDINGS), _WRITER]
 TransformSpec = Annotated[Transform, _reader("transform", TRANSFORMS), _WRITER]
-
-# Levels at which the quantize stage applies transforms.
-TRANSFORMED_LEVELS: frozenset[Level] = frozenset({"linear"})
 
 
 def _is_size(size: Any) -> Any:
@@ -153,9 +149,24 @@ class QuantizeConfig(Section):
     override: tuple[OverrideConfig, ...] = ()
 
     @property
+    def roundings(self) -> dict[Loc, Rounding]:
+        """Every rounding that some linear has, by the key that names it."""
+        found: dict[Loc, Rounding] = {("quantize", "rounding"): self.rounding}
+        for i, override in enumerate(self.override):
+            if override.rounding is not None:
+                found["quantize", "override", i, "rounding"] = override.rounding
+        return found
+
+    @property
+    def block_parts(self) -> list[str]:
+        """The parts, by kind, that need a whole block, its inputs and what its outputs should be."""
+        transforms = [transform.kind for transform in self.transforms if transform.level == "block"]
+        return transforms + [part.kind for part in (self.rounding,) if part.together]
+
+    @property
     def stream(self) -> Propagation:
-        """Whose inputs blocks are quantized on: `propagate`, or else the method's."""
-        return self.propagate or METHODS[self.method].propagate
+        """Whose inputs blocks are quantized on: `propagate`, or else as the parts or the method ask for."""
+        return self.propagate or ("quantized" if self.block_parts else METHODS[self.method].propagate)
 
 
 class PerplexityConfig(Section):
@@ -244,6 +255,7 @@ class Config(Section):
         self._check_roundings()
         self._check_low_rank()
         self._check_transforms()
+        self._check_block_parts()
         return self
 
     def _check_roundings(self) -> None:
@@ -298,15 +310,59 @@ class Config(Section):
         if (objection := order_objection(quantize.transforms)) is not None:
             raise KeyedError(("quantize", "transforms"), objection)
         method = METHODS[quantize.method]
-        activation = None if quantize.activation == NOT_QUANTIZED else self.formats[quantize.activation]
-        statistics = method.statistics | quantize.rounding.statistics
-        scheme = Scheme(self.formats[quantize.weight], activation, statistics)
+        for override in (None, *quantize.override):
+            weight, activation = (
+                (override and getattr(override, key)) or getattr(quantize, key) for key in ("weight", "activation")
+            )
+            rounding = (override and override.rounding) or quantize.rounding
+            scheme = Scheme(
+                self.formats[weight],
+                None if activation == NOT_QUANTIZED else self.formats[activation],
+                method.statistics | rounding.statistics,
+            )
+            for i, transform in enumerate(quantize.transforms):
+                if (objection := transform.objection(scheme)) is not None:
+                    rule = f'{objection} (method "{method.name}", weights "{weight}")'
+                    raise KeyedError(("quantize", "transforms", i), rule, transform.kind)
+
+    def _check_block_parts(self) -> None:
+        """Parts that work on whole blocks have what they need, and nobody undoes their work."""
+        quantize = self.quantize
+        for loc, rounding in quantize.roundings.items():
+            if rounding.together != quantize.rounding.together or (rounding.together and rounding != quantize.rounding):
+                rule = "must be left out: the linears of a block are rounded together, by one rounding"
+                raise KeyedError(loc, rule, rounding.kind)
+        if not quantize.block_parts:
+            return
+        parts = " and ".join(quantize.block_parts)
+        if quantize.propagate == "original":
+            rule = f'must be "quantized", or left out: {parts} work on what the quantized blocks hand on'
+            raise KeyedError(("quantize", "propagate"), rule, "original")
         for i, transform in enumerate(quantize.transforms):
-            loc = ("quantize", "transforms", i)
-            if (objection := transform.objection(scheme)) is not None:
-                raise KeyedError(loc, f'{objection} (method "{method.name}")', transform.kind)
-            if transform.level not in TRANSFORMED_LEVELS:
-                raise KeyedError(loc, f"transforms of a {transform.level} are not applied yet", transform.kind)
+            if transform.level == "linear" and quantize.rounding.together:
+                rule = (
+                    f'must not be beside rounding "{quantize.rounding.kind}", which rounds weights in their own basis'
+                )
+                raise KeyedError(("quantize", "transforms", i), rule, transform.kind)
+            if transform.fixes_scales:
+                self._check_scales_are_kept(("quantize", "transforms", i), transform)
+        if quantize.rounding.together:
+            self._check_rounds_first(("quantize", "rounding"), quantize.rounding)
+
+    def _check_scales_are_kept(self, loc: Loc, transform: Transform) -> None:
+        for rounding in self.quantize.roundings.values():
+            if not rounding.keeps_scales:
+                kept = ", ".join(kind for kind, part in ROUNDINGS.items() if part.keeps_scales)
+                rule = f'must not be beside rounding "{rounding.kind}", which fits its own scales (allowed: {kept})'
+                raise KeyedError(loc, rule, transform.kind)
+        self._check_rounds_first(loc, transform)
+
+    def _check_rounds_first(self, loc: Loc, part: Named) -> None:
+        """Weights that are rounded with their block are rounded once, before anything is reconstructed."""
+        method, iterations = METHODS[self.quantize.method], self.quantize.low_rank.iterations
+        if method.starts_with == "reconstruct" or (iterations or method.iterations) > 1:
+            rule = f'needs a method that rounds the weight itself, once; "{method.name}" rounds what A·B leaves of it'
+            raise KeyedError(loc, rule, part.kind)
 
     def _check_blockwise(self) -> None:
         evaluation = self.evaluation

@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from lqer.named import named_from_dict
+from lqer.rounding.adaptive import Adaptive
 from lqer.rounding.base import Rounding
 from lqer.rounding.gptq import Gptq
 from lqer.rounding.ldlq import Ldlq
 from lqer.rounding.nearest import Nearest
 from lqer.rounding.vector import Vector
 
-ROUNDINGS: dict[str, type[Rounding]] = {cls.kind: cls for cls in (Nearest, Gptq, Ldlq, Vector)}
+ROUNDINGS: dict[str, type[Rounding]] = {cls.kind: cls for cls in (Nearest, Gptq, Ldlq, Vector, Adaptive)}
 
-__all__ = ["ROUNDINGS", "Gptq", "Ldlq", "Nearest", "Rounding", "Vector", "rounding_from_dict"]
+__all__ = ["ROUNDINGS", "Adaptive", "Gptq", "Ldlq", "Nearest", "Rounding", "Vector", "rounding_from_dict"]
 
 
 def rounding_from_dict(settings: Mapping[str, Any]) -> Rounding:

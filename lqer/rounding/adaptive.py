@@ -22,14 +22,17 @@ import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lqer.formats import QuantizedTensor
+from lqer.formats import NumberFormat, QuantizedTensor
+from lqer.named import require_number, require_positive
 
-from .par_schedule import SOFT_SHARES_20, draw_batches
+from .base import Rounding
+from .hessian import DampedHessian
+from .par_schedule import SOFT_SHARES_20, draw_batches, soft_shares
 from .soft import Grid, harden, inverse_rectified_sigmoid
 
 Weights = Mapping[str, Tensor]
@@ -43,6 +46,7 @@ class AdaptiveSettings:
     soft_shares: per round, the share of every layer that stays soft. steps: of Adam in a round. batch_size: sequences
     of a step. micro_batch: sequences that pass the block at once; it bounds the memory and changes the result only by
     the order of summation. scale_decay: L2 decay of u. autocast: the dtype of the block's products, None for its own.
+    `Adaptive` is what a configuration names.
     """
 
     soft_shares: tuple[float, ...] = SOFT_SHARES_20
@@ -165,7 +169,7 @@ def _soften(
     batches_KB: Tensor,
     settings: AdaptiveSettings,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """One round of Adam: the variables it ends with and its mean loss (NaN as soon as one of its steps is)."""
+    """One round of Adam, never waiting for a GPU: the variables at its end, its mean loss, NaN if that of a step is."""
     v = {name: v_OI.clone().requires_grad_() for name, v_OI in v.items()}
     u = {name: u_ON.clone().requires_grad_() for name, u_ON in u.items()}
     device = next(iter(v.values())).device
@@ -187,8 +191,6 @@ def _soften(
             loss = block_loss(outputs_BTD, targets_BTD) * (len(micro_B) / len(batch_B))
             loss.backward()
             total += loss.detach()
-        if not torch.isfinite(total):
-            return v, u, total
         optimizer.zero_grad()
         # Through the rounding once, with the gradients of all micro-batches.
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -200,3 +202,57 @@ def _soften(
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@dataclass(frozen=True)
+class Adaptive(Rounding):
+    """`adaptive` as a configuration names it: the linears of a block are rounded together.
+
+    soft_shares: per round, the share of every layer that stays soft; the published schedule for the weights' bits where
+    it is left out. micro_batch: batch_size where it is left out. The other settings are those of `AdaptiveSettings`.
+    """
+
+    together: ClassVar[bool] = True
+    keeps_scales: ClassVar[bool] = True
+
+    steps: int = AdaptiveSettings.steps
+    batch_size: int = AdaptiveSettings.batch_size
+    micro_batch: int | None = None
+    learning_rate: float = AdaptiveSettings.learning_rate
+    tune_scales: bool = AdaptiveSettings.tune_scales
+    scale_learning_rate: float = AdaptiveSettings.scale_learning_rate
+    scale_decay: float = AdaptiveSettings.scale_decay
+    soft_shares: tuple[float, ...] | None = None
+    kind: Literal["adaptive"] = "adaptive"
+
+    def __post_init__(self) -> None:
+        for key in ("learning_rate", "scale_learning_rate", "scale_decay"):
+            require_number(key, getattr(self, key), self.kind)
+        for key in ("steps", "batch_size") if self.micro_batch is None else ("steps", "batch_size", "micro_batch"):
+            require_positive(key, getattr(self, key), self.kind)
+        if not isinstance(self.tune_scales, bool):
+            raise ValueError(f"tune_scales {self.tune_scales!r} is not true or false (adaptive)")
+        if self.soft_shares is not None:
+            shares = self.soft_shares
+            if not isinstance(shares, list | tuple) or not all(isinstance(share, int | float) for share in shares):
+                raise ValueError(f"soft_shares {shares!r} is not a list of numbers (adaptive)")
+            object.__setattr__(self, "soft_shares", tuple(shares))
+            self.settings(bits=2, autocast=None, seed=0)  # Raises for a schedule that does not fall.
+
+    def settings(self, bits: int, autocast: torch.dtype | None, seed: int) -> AdaptiveSettings:
+        """How a block is reconstructed whose narrowest weights have that many bits."""
+        return AdaptiveSettings(
+            self.soft_shares or soft_shares(bits), self.steps, self.batch_size, self.micro_batch or self.batch_size,
+            self.learning_rate, self.tune_scales, self.scale_learning_rate, self.scale_decay, autocast, seed,
+        )  # fmt: skip
+
+    def round(
+        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
+    ) -> QuantizedTensor:
+        """Where it starts from: a weight alone, without its block, is rounded to nearest."""
+        return number_format.quantize(weight_OI)
+
+    def objection(self, number_format: NumberFormat) -> str | None:
+        if number_format.kind not in ("int", "mxint") or getattr(number_format, "compat", False):
+            return "the codes of a grid are needed: weights of kind int, or mxint without compat"
+        return None

@@ -24,6 +24,10 @@ class Rounding(Named, ABC):
 
     # What it must know of the inputs; "autocorrelation" is what `hessian` is made of.
     statistics: ClassVar[frozenset[str]] = frozenset()
+    # Whether the linears of a block are rounded together, to keep the block's output; `round` is then only its start.
+    together: ClassVar[bool] = False
+    # Whether scales that a transform has fixed can be kept.
+    keeps_scales: ClassVar[bool] = False
 
     @abstractmethod
     def round(

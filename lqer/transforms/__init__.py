@@ -10,16 +10,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from lqer.named import named_from_dict
+from lqer.transforms.awq import Awq
 from lqer.transforms.base import Basis, LinearTransform, Scheme, Transform, order_objection
+from lqer.transforms.block_problem import BlockTransform
+from lqer.transforms.clip import Clip
 from lqer.transforms.hadamard import Hadamard
+from lqer.transforms.lwc import Lwc
+from lqer.transforms.quarot import Quarot
 
-TRANSFORMS: dict[str, type[Transform]] = {cls.kind: cls for cls in (Hadamard,)}
+TRANSFORMS: dict[str, type[Transform]] = {cls.kind: cls for cls in (Quarot, Awq, Clip, Lwc, Hadamard)}
 
 __all__ = [
     "TRANSFORMS",
+    "Awq",
     "Basis",
+    "BlockTransform",
+    "Clip",
     "Hadamard",
     "LinearTransform",
+    "Lwc",
+    "Quarot",
     "Scheme",
     "Transform",
     "order_objection",

@@ -17,22 +17,49 @@ Shapes: B sequences, T tokens, D hidden size, I input channels, O out_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lqer.formats import NumberFormat
+from lqer.named import require_positive
 
 from .block_function import BlockFunction
+from .block_problem import BlockProblem, BlockTransform, Prepared, Progress
 from .folding import NO_ROW, Site, find_sites, fold_scale
 
 # 1 itself is left out, as in AWQ's grid.
 RATIOS = tuple(i / 20 for i in range(20))
 SMALLEST_SCALE = 1e-4
+
+
+@dataclass(frozen=True)
+class Awq(BlockTransform):
+    """`awq` as a configuration names it: a grid of `ratios` ratios from 0, judged on the first `samples` sequences."""
+
+    ratios: int = len(RATIOS)
+    samples: int = 128
+    kind: Literal["awq"] = "awq"
+
+    def __post_init__(self) -> None:
+        require_positive("ratios", self.ratios, self.kind)
+        require_positive("samples", self.samples, self.kind)
+
+    def apply(self, problem: BlockProblem, prepared: Prepared, progress: Progress) -> Prepared:
+        if prepared.changed or prepared.starts:
+            raise ValueError("awq scales a block as it was: it comes before what else is done to the block")
+        progress(self.kind, 0, 1, None)
+        ratios = [i / self.ratios for i in range(self.ratios)]
+        batches = problem.inputs_STD[: self.samples].split(problem.batch_size)
+        changed, found = scale_block(
+            problem.call.without_rounding(), batches, problem.formats, ratios, problem.autocast
+        )
+        # What follows sees norms as they are stored.
+        return Prepared(problem.as_kept(changed)).noted(self.kind, {site.site.linears[0]: site.ratio for site in found})
 
 
 @dataclass(frozen=True)
@@ -65,26 +92,22 @@ def tie(mean_abs_I: Tensor, rows_I: Tensor) -> Tensor:
     return tied_I
 
 
-def search_scale(
+def candidates(
     weights: Mapping[str, Tensor],
     mean_abs_I: Tensor,
     formats: Mapping[str, NumberFormat],
-    error: Callable[[Mapping[str, Tensor]], float],
-    ratios: Sequence[float] = RATIOS,
-) -> tuple[Tensor, float, dict[float, float]]:
-    """The scale (I,) of the smallest error, its ratio, and all errors; of equal errors the first wins.
+    ratios: Sequence[float],
+) -> Iterator[dict[str, Tensor]]:
+    """For every ratio the weights that rounding under its scale leaves, as they act on the unscaled input: float32.
 
-    weights: (O, I) by name, all of one site; formats: theirs. `error` judges the weights as they act on the unscaled
-    input, float32.
+    weights: (O, I), all of one site, by name; formats: theirs.
     """
-    errors = {}
     for ratio in ratios:
         scale_I = scale_of(mean_abs_I, ratio)
-        errors[ratio] = error(
-            {name: formats[name].fake_quantize(weight.float() * scale_I) / scale_I for name, weight in weights.items()}
-        )
-    best = min(errors, key=errors.__getitem__)
-    return scale_of(mean_abs_I, best), best, errors
+        yield {
+            name: formats[name].fake_quantize(weight_OI.float() * scale_I) / scale_I
+            for name, weight_OI in weights.items()
+        }
 
 
 @torch.no_grad()
@@ -93,30 +116,62 @@ def scale_block(
     batches: Sequence[Tensor],
     formats: Mapping[str, NumberFormat],
     ratios: Sequence[float] = RATIOS,
+    autocast: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor], list[ScaledSite]]:
     """Search the scales of a block: the parameters that change (in their dtypes), and what was found for each site.
 
-    batches: hidden states (B, T, D) of all calibration text, B and T as `call` was made for. formats: by name of the
-    linear; a site with a linear that has none is left alone.
+    batches: hidden states (B, T, D) of all calibration text on any device, B and T such as `call` knows. formats: by
+    name of the linear; a site with a linear that has none is left alone. autocast: the dtype of the products while
+    candidates are compared. Memory: one batch on its way through the block.
     """
     block = call.block
     parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
+    device = next(iter(parameters.values())).device
     changed: dict[str, Tensor] = {}
     found = []
-    for site in find_sites(call, batches[0]):
-        if site.fold is None or not all(name in formats for name in site.linears):
-            continue
-        around = _closest_around(site.linears)
-        inspected = block.get_submodule(around)
-        inputs, calls = _observe(call, batches, site.linears[0], inspected)
-        mean_abs_I = tie(_mean_abs(inputs), site.fold.rows_I)
-        error = _output_error(inspected, calls, prefix=f"{around}." if around else "")
+    sites = find_sites(call, batches[0])
+    scaled = [site for site in sites if site.fold is not None and all(name in formats for name in site.linears)]
+    means = mean_magnitudes(call, batches, [site.linears[0] for site in scaled])
+    for site in scaled:
+        assert site.fold is not None
+        mean_abs_I = tie(means[site.linears[0]], site.fold.rows_I)
         weights = {f"{name}.weight": parameters[f"{name}.weight"] for name in site.linears}
         weight_formats = {f"{name}.weight": formats[name] for name in site.linears}
-        scale_I, ratio, errors = search_scale(weights, mean_abs_I, weight_formats, error, ratios)
+        errors = torch.zeros(len(ratios), dtype=torch.float64, device=device)
+        for hidden_BTD in batches:
+            inspected = _Inspected(call, hidden_BTD, _closest_around(site.linears), autocast)
+            for k, rounded in enumerate(candidates(weights, mean_abs_I, weight_formats, ratios)):
+                errors[k] += inspected.error(rounded)
+        by_ratio = dict(zip(ratios, errors.tolist(), strict=True))
+        # Of equal errors the first wins.
+        ratio = min(by_ratio, key=by_ratio.__getitem__)
+        scale_I = scale_of(mean_abs_I, ratio)
         changed |= fold_scale(parameters | changed, site, scale_I)
-        found.append(ScaledSite(site, scale_I, ratio, errors))
+        found.append(ScaledSite(site, scale_I, ratio, by_ratio))
     return changed, found
+
+
+@torch.no_grad()
+def mean_magnitudes(call: BlockFunction, batches: Sequence[Tensor], linears: Sequence[str]) -> dict[str, Tensor]:
+    """Mean |x| of every input channel over all tokens, float32 (I,), of the linears of these names."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sum_I = args[0].detach().abs().flatten(0, -2).sum(0, dtype=torch.float64)
+            sums[name] = sums[name] + sum_I if name in sums else sum_I
+
+        return hook
+
+    hooks = [call.block.get_submodule(name).register_forward_pre_hook(add(name)) for name in linears]
+    try:
+        for hidden_BTD in batches:
+            call({}, hidden_BTD)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    tokens = sum(hidden_BTD.shape[0] * hidden_BTD.shape[1] for hidden_BTD in batches)
+    return {name: (sum_I / tokens).to(torch.float32) for name, sum_I in sums.items()}
 
 
 def _closest_around(linears: tuple[str, ...]) -> str:
@@ -130,58 +185,36 @@ def _closest_around(linears: tuple[str, ...]) -> str:
     return ".".join(paths[0][:shared])
 
 
-@dataclass(frozen=True)
-class _ModuleCall:
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+class _Inspected:
+    """The module that a site is judged by, as the block calls it on one batch, and what it returns there."""
 
-
-def _observe(
-    call: BlockFunction, batches: Sequence[Tensor], linear: str, inspected: nn.Module
-) -> tuple[list[Tensor], list[_ModuleCall]]:
-    """What reaches the linear, and how the inspected module is called, batch by batch."""
-    inputs: list[Tensor] = []
-    calls: list[_ModuleCall] = []
-    hooks = [
-        call.block.get_submodule(linear).register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
-        inspected.register_forward_pre_hook(
-            lambda _, args, kwargs: calls.append(_ModuleCall(args, kwargs)), with_kwargs=True
-        ),
-    ]
-    try:
-        for hidden_BTD in batches:
+    def __init__(self, call: BlockFunction, hidden_BTD: Tensor, name: str, autocast: torch.dtype | None):
+        self._module = call.block.get_submodule(name)
+        self._prefix = f"{name}." if name else ""
+        self._own = {name: parameter.detach() for name, parameter in self._module.named_parameters()}
+        self._autocast = autocast
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        handle = self._module.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        )
+        try:
             call({}, hidden_BTD)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return inputs, calls
+        finally:
+            handle.remove()
+        ((self._args, self._kwargs),) = calls
+        self._original = self._output({})
 
+    def error(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The squared error of the output under other weights, by their names in the block: a float32 scalar."""
+        inside = {name.removeprefix(self._prefix): weight for name, weight in weights.items()}
+        return (self._output(inside) - self._original).square().sum()
 
-def _mean_abs(inputs: Sequence[Tensor]) -> Tensor:
-    """Mean |x| per channel over all tokens, float32 (I,)."""
-    sums = [x.reshape(-1, x.shape[-1]).abs().sum(0, dtype=torch.float64) for x in inputs]
-    tokens = sum(x[..., 0].numel() for x in inputs)
-    return (torch.stack(sums).sum(0) / tokens).to(torch.float32)
-
-
-def _output_error(
-    inspected: nn.Module, calls: Sequence[_ModuleCall], prefix: str
-) -> Callable[[Mapping[str, Tensor]], float]:
-    """The squared error of the module's output under other weights, summed over all calls."""
-    own = {name: parameter.detach() for name, parameter in inspected.named_parameters()}
-
-    def outputs(weights: Mapping[str, Tensor], called: _ModuleCall) -> Tensor:
-        inside = {name: weight.to(own[name].dtype) for name, weight in weights.items()}
-        output = functional_call(inspected, {**own, **inside}, called.args, called.kwargs)
+    def _output(self, weights: Mapping[str, Tensor]) -> Tensor:
+        inside = {name: weight.to(self._own[name].dtype) for name, weight in weights.items()}
+        with torch.autocast(self._device, self._autocast, enabled=self._autocast is not None):
+            output = functional_call(self._module, {**self._own, **inside}, self._args, self._kwargs)
         return (output[0] if isinstance(output, tuple) else output).float()
 
-    originals = [outputs({}, called) for called in calls]
-
-    def error(weights: Mapping[str, Tensor]) -> float:
-        inside = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-        return sum(
-            float((outputs(inside, called) - original).square().sum())
-            for called, original in zip(calls, originals, strict=True)
-        )
-
-    return error
+    @property
+    def _device(self) -> str:
+        return next(iter(self._own.values())).device.type

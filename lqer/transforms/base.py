@@ -50,6 +50,8 @@ class Transform(Named, ABC):
     """Settings of one transform."""
 
     level: ClassVar[Level]
+    # Whether the scales that weights are rounded under are settled by it.
+    fixes_scales: ClassVar[bool] = False
 
     def objection(self, scheme: Scheme) -> str | None:
         """Why such a linear cannot be transformed this way, as a rule to show to a user; None where it can."""
@@ -144,4 +146,14 @@ def order_objection(transforms: Sequence[Transform]) -> str | None:
     linear = [transform.kind for transform in transforms if transform.level == "linear"]
     if len(linear) > 1:
         return f"a linear has one basis, not {len(linear)}: {', '.join(linear)}"
+    block = [transform for transform in transforms if transform.level == "block"]
+    if linear and block:
+        return f'"{block[0].kind}" prepares weights for being rounded in their own basis, "{linear[0]}" has another'
+    for earlier, later in itertools.pairwise(block):
+        if earlier.fixes_scales and later.fixes_scales:
+            return f'"{later.kind}" would settle the scales again that "{earlier.kind}" has settled'
+        if earlier.fixes_scales:
+            return (
+                f'"{later.kind}" must come before "{earlier.kind}", whose scales are those of the weights as they are'
+            )
     return None

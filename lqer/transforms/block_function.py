@@ -41,7 +41,7 @@ class BlockFunction:
     `parameters` maps names within the block ("mlp.down_proj.weight") to tensors of any float dtype, which are cast to
     the dtype of what they stand in for. `args` and `kwargs` are the rest of the block's call. The input of a linear
     that `activations` names is rounded to that format, per token if its block_size is -1, and gradients pass straight
-    through that rounding.
+    through that rounding. Hidden states of any float dtype come from any device, and are taken to those of the block.
     """
 
     def __init__(
@@ -52,20 +52,26 @@ class BlockFunction:
         activations: Mapping[str, NumberFormat] | None = None,
     ):
         self.block, self.activations = block, dict(activations or {})
-        self._args, self._kwargs = args, dict(kwargs or {})
+        self.args, self.kwargs = args, dict(kwargs or {})
         self._parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
+
+    def without_rounding(self) -> BlockFunction:
+        """The same with the inputs of linears as they are."""
+        return BlockFunction(self.block, self.args, self.kwargs)
 
     def __call__(self, parameters: Mapping[str, Tensor], hidden_BTD: Tensor) -> Tensor:
         unknown = parameters.keys() - self._parameters.keys()
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))} is no parameter of {type(self.block).__name__}")
+        first = next(iter(self._parameters.values()))
+        hidden_BTD = hidden_BTD.to(first.device, first.dtype, non_blocking=True)
         replaced = {name: tensor.to(self._parameters[name].dtype) for name, tensor in parameters.items()}
         hooks = []
         try:
             for name, activation in self.activations.items():
                 hooks.append(self.block.get_submodule(name).register_forward_pre_hook(_rounded_input(activation)))
             output = functional_call(
-                self.block, {**self._parameters, **replaced}, (hidden_BTD, *self._args), self._kwargs
+                self.block, {**self._parameters, **replaced}, (hidden_BTD, *self.args), self.kwargs
             )
         finally:
             for hook in hooks:

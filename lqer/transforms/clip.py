@@ -8,19 +8,108 @@ are and saturate. With c = 1 the scales are those of plain rounding. `search_cli
 
 which needs no tokens, only the diagonal blocks of the autocorrelation.
 
-Shapes: O out_features, I in_features, N groups of a row, B within a group, C candidates.
+Queries and keys keep their range, as in AWQ: the softmax compares them, and their partial products say little of it.
+
+Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row, B within a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lqer.formats import NumberFormat, QuantizedTensor
-from lqer.formats.blocks import block_count, block_width, from_blocks, to_blocks
+from lqer.formats.base import require_range
+from lqer.formats.blocks import from_blocks, to_blocks
+
+from .base import Scheme
+from .block_function import BlockFunction
+from .block_problem import BlockProblem, BlockTransform, Prepared, Progress, scales_objection
+from .cancelling import cancelling_linears
+from .tracing import trace
 
 # AWQ's: 1, 0.95, ... 0.55.
-SHRINK_FACTORS = tuple(1 - i / 20 for i in range(10))
+GRID = 20
+SHRINK_FACTORS = tuple(1 - i / GRID for i in range(10))
+
+
+@dataclass(frozen=True)
+class Clip(BlockTransform):
+    """`clip` as a configuration names it: the best of `steps` factors from 1 down, a twentieth apart."""
+
+    fixes_scales: ClassVar[bool] = True
+
+    steps: int = len(SHRINK_FACTORS)
+    kind: Literal["clip"] = "clip"
+
+    def __post_init__(self) -> None:
+        require_range("steps", self.steps, 1, GRID, self.kind)
+
+    def objection(self, scheme: Scheme) -> str | None:
+        return scales_objection(scheme.weight, ("int", "mxint", "mx"))
+
+    @torch.no_grad()
+    def apply(self, problem: BlockProblem, prepared: Prepared, progress: Progress) -> Prepared:
+        progress(self.kind, 0, 1, None)
+        plain = problem.call.without_rounding()
+        kept = cancelling_linears(plain, problem.inputs_STD[: problem.batch_size])
+        block_sizes = {linear: number_format.block_size for linear, number_format in problem.formats.items()}
+        squares = autocorrelation_blocks(plain, prepared.changed, problem.inputs_STD, problem.batch_size, block_sizes)
+        factors = tuple(1 - i / GRID for i in range(self.steps))
+        starts, means = {}, {}
+        for linear, number_format in problem.formats.items():
+            weight_OI = prepared.weight(problem, linear)
+            tried = factors[:1] if linear in kept else factors
+            factor_ON = search_clipping(weight_OI, squares[linear], number_format, tried)
+            starts[linear] = quantize_clipped(weight_OI, number_format, factor_ON, factor_ON)
+            means[linear] = factor_ON.mean()
+        note = {linear: float(mean) for linear, mean in means.items()}
+        return replace(prepared, starts={**prepared.starts, **starts}).noted(self.kind, note)
+
+
+def autocorrelation_blocks(
+    call: BlockFunction,
+    changed: Mapping[str, Tensor],
+    inputs_STD: Tensor,
+    batch_size: int,
+    block_sizes: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Per linear in `block_sizes` the diagonal blocks [N, B, B] of Σ x xᵀ over all tokens of its input, float32.
+
+    call, changed: a block and its replaced parameters. Linears called with one tensor and of one block size share
+    theirs.
+    """
+    seen = trace(call.block, lambda: call(changed, inputs_STD[:1]))
+    first = {linear: site[0] for site in seen.sites() for linear in site if linear in block_sizes}
+    del seen
+    sums: dict[tuple[str, int], Tensor] = {}
+
+    def add(key: tuple[str, int]) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sum_NBB = block_products(args[0].flatten(0, -2), key[1])
+            sums[key] = sums[key].add_(sum_NBB) if key in sums else sum_NBB
+
+        return hook
+
+    keys = {linear: (site, block_sizes[linear]) for linear, site in first.items()}
+    hooks = [call.block.get_submodule(key[0]).register_forward_pre_hook(add(key)) for key in set(keys.values())]
+    try:
+        for hidden_BTD in inputs_STD.split(batch_size):
+            call(changed, hidden_BTD)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {linear: sums[key] for linear, key in keys.items()}
+
+
+def block_products(x_TI: Tensor, block_size: int) -> Tensor:
+    """The diagonal blocks [N, B, B] of Σ x xᵀ, float32; a ragged last one is padded with zeros."""
+    x_NBT = to_blocks(x_TI.to(torch.float32), block_size).permute(1, 2, 0)
+    return x_NBT @ x_NBT.transpose(1, 2)
 
 
 def group_range(weight_OI: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor]:
@@ -45,15 +134,15 @@ def quantize_clipped(
 
 def search_clipping(
     weight_OI: Tensor,
-    autocorrelation_II: Tensor,
+    blocks_NBB: Tensor,
     number_format: NumberFormat,
     factors: tuple[float, ...] = SHRINK_FACTORS,
 ) -> Tensor:
     """The best factor of every group: float32 (O, N).
 
-    autocorrelation_II: E[x xᵀ] up to scale, over all calibration tokens. Of equal factors the first wins.
+    blocks_NBB: float32, the diagonal blocks of E[x xᵀ] up to scale, over all calibration tokens; a ragged last one is
+    padded with zeros. Of equal factors the first wins.
     """
-    blocks_NBB = _diagonal_blocks(autocorrelation_II.to(torch.float32), number_format.block_size)
     weight_OI = weight_OI.to(torch.float32)
     best_ON = torch.full((len(weight_OI), len(blocks_NBB)), factors[0], dtype=torch.float32, device=weight_OI.device)
     smallest_ON = torch.full_like(best_ON, torch.inf)
@@ -66,14 +155,3 @@ def search_clipping(
         best_ON[better_ON] = factor
         smallest_ON = torch.where(better_ON, error_ON, smallest_ON)
     return best_ON
-
-
-def _diagonal_blocks(matrix_II: Tensor, block_size: int) -> Tensor:
-    """The blocks [N, B, B] on the diagonal; a ragged last one is padded with zeros."""
-    length = len(matrix_II)
-    width = block_width(length, block_size)
-    blocks_NBB = matrix_II.new_zeros(block_count(length, block_size), width, width)
-    for n, block_BB in enumerate(blocks_NBB):
-        part = matrix_II[n * width : (n + 1) * width, n * width : (n + 1) * width]
-        block_BB[: len(part), : len(part)] = part
-    return blocks_NBB

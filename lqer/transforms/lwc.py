@@ -14,26 +14,84 @@ Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lqer.formats import Int, NumberFormat, QuantizedTensor
+from lqer.formats.base import require_choice
 from lqer.formats.blocks import from_blocks, to_blocks
+from lqer.named import require_number, require_positive
 
+from .base import Scheme
+from .block_problem import BlockProblem, BlockTransform, Prepared, Progress, scales_objection
 from .clip import group_range, quantize_clipped
 
 START = 4.0
 
 
 @dataclass(frozen=True)
-class ClippingSettings:
-    """How clipping is learnt; epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 from AWQ's scales."""
+class Lwc(BlockTransform):
+    """`lwc` as a configuration names it.
+
+    epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 from AWQ's scales. both_targets: the loss against what
+    the original block makes of the same inputs is added (OmniQuant, for two bits).
+    """
+
+    fixes_scales: ClassVar[bool] = True
 
     epochs: int = 20
     batch_size: int = 1
     learning_rate: float = 1e-2
+    both_targets: bool = False
+    kind: Literal["lwc"] = "lwc"
+
+    def __post_init__(self) -> None:
+        require_positive("epochs", self.epochs, self.kind)
+        require_positive("batch_size", self.batch_size, self.kind)
+        require_number("learning_rate", self.learning_rate, self.kind)
+        require_choice("both_targets", self.both_targets, [False, True], self.kind)
+
+    def objection(self, scheme: Scheme) -> str | None:
+        return scales_objection(scheme.weight, ("int",))
+
+    def apply(self, problem: BlockProblem, prepared: Prepared, progress: Progress) -> Prepared:
+        weights = {f"{linear}.weight": prepared.weight(problem, linear) for linear in problem.formats}
+        formats = {f"{linear}.weight": number_format for linear, number_format in problem.formats.items()}
+        targets = [problem.targets_STD]
+        if self.both_targets:
+            targets.append(problem.outputs(prepared.changed))
+        settings = ClippingSettings(self.epochs, self.batch_size, self.learning_rate, problem.autocast, problem.seed)
+        losses: list[float] = []
+
+        def after_epoch(loss: float) -> None:
+            losses.append(loss)
+            progress(self.kind, len(losses), self.epochs, loss)
+
+        factors = learn_clipping(
+            weights, formats, problem.with_changed(prepared.changed), problem.inputs_STD, targets, settings,
+            after_epoch=after_epoch,
+        )  # fmt: skip
+        starts = {
+            linear: quantize_learnt(weights[f"{linear}.weight"], problem.formats[linear], factors[f"{linear}.weight"])
+            for linear in problem.formats
+        }
+        return replace(prepared, starts={**prepared.starts, **starts}).noted(self.kind, losses)
+
+
+@dataclass(frozen=True)
+class ClippingSettings:
+    """How clipping is learnt; epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 from AWQ's scales.
+
+    autocast: the dtype of the block's products, None for its own.
+    """
+
+    epochs: int = 20
+    batch_size: int = 1
+    learning_rate: float = 1e-2
+    autocast: torch.dtype | None = None
     seed: int = 0
 
 
@@ -53,12 +111,14 @@ def learn_clipping(
     targets: Sequence[Tensor],
     settings: ClippingSettings,
     fixed: Mapping[str, Tensor] | None = None,
+    after_epoch: Callable[[float], None] = lambda loss: None,
 ) -> dict[str, RangeFactors]:
     """The factors of every weight (O, I) in `weights`; `quantize_clipped` makes of them what was trained.
 
     block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights. targets: one or several (S, T, D) tensors
     whose losses are added: the original block's output on the original inputs and, for two bits, on these inputs too.
-    fixed: weights that take part as they are, such as those of q and k, rounded without clipping.
+    fixed: weights that take part as they are, such as those of q and k, rounded without clipping. after_epoch gets the
+    mean loss of every epoch.
 
     Raises ValueError for a format other than `int`, ArithmeticError where the loss stops being finite.
     """
@@ -73,21 +133,26 @@ def learn_clipping(
     optimizer = torch.optim.AdamW([x for pair in logits.values() for x in pair], settings.learning_rate, weight_decay=0)
     generator = torch.Generator().manual_seed(settings.seed)
     for epoch in range(settings.epochs):
+        total = torch.zeros((), device=device)
         for batch_B in torch.randperm(len(inputs_STD), generator=generator).split(settings.batch_size):
             clipped = {
                 name: _rounded(weight_OI, formats[name], ranges[name], logits[name])
                 for name, weight_OI in weights.items()
             }
             inputs_BTD = inputs_STD[batch_B.to(inputs_STD.device)].to(device)
-            outputs_BTD = block({**(fixed or {}), **clipped}, inputs_BTD).float()
+            with torch.autocast(device.type, settings.autocast, enabled=settings.autocast is not None):
+                outputs_BTD = block({**(fixed or {}), **clipped}, inputs_BTD).float()
             loss = torch.stack(
                 [(outputs_BTD - y[batch_B.to(y.device)].to(device).float()).square().mean() for y in targets]
             ).sum()
-            if not torch.isfinite(loss):
-                raise ArithmeticError(f"epoch {epoch + 1} of {settings.epochs} diverged: the loss is {loss.item()}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            total += loss.detach() / len(inputs_STD.split(settings.batch_size))
+        # Once an epoch: looking at every loss would have a GPU waited for at every step.
+        if not torch.isfinite(total):
+            raise ArithmeticError(f"epoch {epoch + 1} of {settings.epochs} diverged: its loss is {float(total)}")
+        after_epoch(float(total))
     return {
         name: RangeFactors(low_logit.detach().sigmoid(), high_logit.detach().sigmoid())
         for name, (low_logit, high_logit) in logits.items()

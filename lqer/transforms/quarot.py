@@ -22,13 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
+from .base import Level, Transform
 from .block_function import BlockFunction
 from .folding import GAIN_OFFSETS, NO_ROW, Site, find_sites
 from .tracing import trace
@@ -36,6 +37,15 @@ from .tracing import trace
 Rotation = Callable[[Tensor], Tensor]
 
 LOGIT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Quarot(Transform):
+    """`quarot` as a configuration names it; the residual rotation's signs are drawn from the experiment's seed."""
+
+    level: ClassVar[Level] = "model"
+
+    kind: Literal["quarot"] = "quarot"
 
 
 class RotationError(ValueError):
@@ -57,10 +67,22 @@ class OnlineRotation:
         heads = wide.unflatten(-1, (self.heads, -1)).transpose(-1, -2)
         return self.rotation(heads).transpose(-1, -2).flatten(-2).to(x.dtype)
 
+    def before(self, linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The hook that `attach` registers."""
+        return (self(args[0]), *args[1:])
 
-def attach(linear: nn.Linear, online: OnlineRotation) -> RemovableHandle:
+
+def attach(linear: nn.Module, online: OnlineRotation) -> RemovableHandle:
     """Rotate the inputs of a linear from now on, before any hook that is registered later sees them."""
-    return linear.register_forward_pre_hook(lambda _, args: (online(args[0]), *args[1:]))
+    return linear.register_forward_pre_hook(online.before)
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Attach to `new`, which takes the place of `old`, the rotation that is attached to that."""
+    for hook in old._forward_pre_hooks.values():
+        online = getattr(hook, "__self__", None)
+        if isinstance(online, OnlineRotation):
+            attach(new, online)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import pytest
 from lqer.config import read_config
 from lqer.config.reader import parse_override
 from lqer.errors import ConfigError
-from lqer.transforms import Hadamard
 
 BASE = """
 model = "some/model"
@@ -217,16 +216,77 @@ class TestMistakes:
             base, "--quantize.weight=x8", other
         )
 
-    def test_transforms_that_are_not_applied_are_refused(self, base, monkeypatch):
-        assert read_config(base, None, ["--quantize.transforms=['hadamard']"]).quantize.transforms == (Hadamard(),)
-        monkeypatch.setattr(Hadamard, "level", "block")
-        message = mistake(base, "--quantize.transforms=['hadamard']")
-        assert "transforms.0: transforms of a block are not applied yet; found 'hadamard'" in message
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (
+                ["transforms=['clip', 'awq']"],
+                'quantize.transforms: "awq" must come before "clip", whose scales are those of the weights as they are',
+            ),
+            (["transforms=['clip', 'lwc']"], '"lwc" would settle the scales again that "clip" has settled'),
+            (["transforms=['awq', 'quarot']"], '"quarot" (model) must come before "awq" (block)'),
+            (
+                ["transforms=['awq', 'hadamard']"],
+                '"awq" prepares weights for being rounded in their own basis, "hadamard" has another',
+            ),
+            (
+                ["transforms=['hadamard']", "rounding=adaptive"],
+                'transforms.0: must not be beside rounding "adaptive", which rounds weights in their own basis',
+            ),
+            (
+                ["transforms=['awq', 'clip']", "rounding=gptq"],
+                'transforms.1: must not be beside rounding "gptq", which fits its own scales (allowed: nearest, adap',
+            ),
+            (["transforms=['lwc']", "weight=w4"], "transforms.0: ranges are narrowed for weights of kind int"),
+            (["transforms=['awq']", "propagate=original"], 'propagate: must be "quantized", or left out: awq work'),
+            (
+                ["rounding=adaptive", "method=svdquant", "low_rank.rank=4"],
+                "needs a method that rounds the weight itself",
+            ),
+            (
+                ["rounding=adaptive", "method=qera-exact", "low_rank={ rank = 0, budget_bits = 6.0 }"],
+                "budget_bits: must be left out",
+            ),
+            (
+                ["override=[{ match = '*', rounding = 'adaptive' }]"],
+                "override.0.rounding: must be left out: the linears of a block are rounded together, by one rounding",
+            ),
+            (["rounding=adaptive", "weight=fp4"], "rounding: the codes of a grid are needed: weights of kind int"),
+            (["rounding={ kind = 'adaptive', steps = 0 }"], "steps 0 is not an integer of at least 1 (adaptive)"),
+            (["rounding={ kind = 'adaptive', soft_shares = [0.5, 0.5] }"], "do not fall strictly between 1 and 0"),
+            (
+                ["rounding={ kind = 'adaptive', learning_rate = '1' }"],
+                "learning_rate '1' is not a number",
+            ),
+            (["transforms=[{ kind = 'awq', ratios = true }]"], "ratios True is not an integer of at least 1 (awq)"),
+            (["transforms=[{ kind = 'clip', steps = 21 }]"], "steps 21 is not in 1..20 (clip)"),
+        ],
+    )
+    def test_parts_of_a_block_that_do_not_go_together_are_refused(self, base, overrides, message):
+        start = ["method=none", "low_rank.rank=0", "weight=i4"]
+        formats = ["--formats.i4={ kind = 'int', bits = 4 }", "--formats.fp4={ kind = 'mx', element = 'mxfp4_e2m1' }"]
+        arguments = [*formats, *(f"--quantize.{override}" for override in [*start, *overrides])]
+        assert message in mistake(base, *arguments)
+
+    def test_parts_of_a_block_go_with_each_other_and_ask_for_the_quantized_stream(self, base):
+        def quantize(*overrides):
+            arguments = ["--formats.i4={ kind = 'int', bits = 4 }", "--quantize.weight=i4"]
+            return read_config(base, None, [*arguments, *(f"--quantize.{override}" for override in overrides)]).quantize
+
+        assert quantize("method=none", "low_rank.rank=0").stream == "original"
+        for parts in (
+            ["transforms=['quarot', 'awq', 'clip']", "rounding={ kind = 'adaptive', soft_shares = [0.5, 0.1] }"],
+            ["transforms=['awq', { kind = 'lwc', epochs = 5, both_targets = true }]"],
+            ["transforms=['awq']", "rounding=gptq"],
+            ["rounding=adaptive", "method=qera-exact", "low_rank.rank=8"],
+        ):
+            assert quantize(*parts).stream == "quantized"
+        assert quantize("transforms=['quarot']", "rounding=nearest").stream == "original"
 
     def test_statistics_that_are_unknown_in_the_new_basis_are_named(self, base):
         message = mistake(base, "--quantize.method=svdquant", "--quantize.transforms=['hadamard']")
         assert "max_abs of transformed inputs cannot be told" in message
-        assert '(method "svdquant")' in message
+        assert '(method "svdquant", weights "w4")' in message
 
     def test_the_file_that_set_the_value_is_named(self, tmp_path, base):
         child = tmp_path / "child.toml"

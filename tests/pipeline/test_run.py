@@ -20,6 +20,7 @@ from lqer.data import DatasetSpec, load_rows
 from lqer.errors import ConfigError, DataError, LqerError, ModelError, StoreError
 from lqer.evaluation.perplexity import gptq_perplexity, gptq_windows
 from lqer.report.results import PerplexityRow, Results
+from lqer.shares import Share
 
 
 @pytest.fixture
@@ -313,3 +314,50 @@ def test_the_saved_configuration_holds_no_null(experiment, run):
     saved = tomli.loads((experiment.output / "tiny" / "config.toml").read_text())
     assert "tracking" not in saved
     assert Config.model_validate_json(json.dumps(saved), strict=True).tag == "tiny"
+
+
+INTEGERS = [
+    "--formats.w3={ kind = 'int', bits = 3, block_size = 16 }", "--quantize.weight=w3", "--quantize.method=none",
+    "--quantize.low_rank.rank=0", "--quantize.activation=none", "--quantize.attention=none",
+]  # fmt: skip
+QUICK_ROUNDING = "{ kind = 'adaptive', steps = 3, soft_shares = [0.5, 0.1], learning_rate = 2e-2 }"
+
+
+class TestPartsOfABlock:
+    def test_adaptive_rounding_on_awq_and_clipping_is_one_run(self, experiment, run):
+        results = run(*INTEGERS, "--quantize.transforms=['awq', 'clip']", f"--quantize.rounding={QUICK_ROUNDING}")
+        checkpoint = experiment.output / "tiny" / "checkpoint"
+        for index in range(4):
+            loss = json.loads((checkpoint / f"tuning-{index:05d}.json").read_text())["loss"]
+            assert loss["end"] < loss["start"]
+        assert not list(checkpoint.glob("rounding-*"))
+        assert 3 < results["bits"]["average"] < 5
+        assert "calibrate" not in stages(experiment)
+
+    def test_a_rotated_model_is_evaluated_from_its_checkpoint_and_the_original_from_its_own_folder(
+        self, experiment, run
+    ):
+        """At eight bits the rotated checkpoint is as good as the original: online rotations are in it and are run."""
+        eight = "--formats.w3={ kind = 'int', bits = 8, block_size = 16 }"
+        results = run(*INTEGERS, eight, "--quantize.transforms=['quarot']", "--evaluation.baselines=['original']")
+        assert "rotate" in stages(experiment)
+        (row,) = results["perplexity"]
+        assert row["quantized"] == pytest.approx(row["original"], rel=2e-3)
+        config = json.loads((experiment.output / "tiny/checkpoint/config.json").read_text())
+        assert len(config["online_rotations"]) == 8
+        assert config["tie_word_embeddings"] is False
+        whole = lqer.load_quantized(experiment.output / "tiny/checkpoint", "cpu")
+        assert len(whole.model.layers[0].mlp.down_proj._forward_pre_hooks) == 1
+
+    def test_a_rotated_model_runs_blockwise_and_in_the_quantized_stream_too(self, experiment, run):
+        common = [*INTEGERS, "--quantize.transforms=['quarot', 'awq']", "--evaluation.baselines=[]"]
+        whole = run(*common, f"--quantize.rounding={QUICK_ROUNDING}")
+        blockwise = run(
+            *common, f"--quantize.rounding={QUICK_ROUNDING}", "--evaluation.blockwise=true", tag="blockwise"
+        )
+        assert blockwise["perplexity"][0]["quantized"] == pytest.approx(whole["perplexity"][0]["quantized"], rel=1e-4)
+
+    def test_a_share_of_a_run_with_parts_of_a_block_is_refused(self, experiment):
+        config = read_config(experiment.config, None, [*INTEGERS, "--quantize.transforms=['awq']"])
+        with pytest.raises(ConfigError, match=r"--chunk 1/2: quantize\.propagate is 'quantized', for awq"):
+            pipeline.run_share(config, Share(1, 2))

@@ -39,7 +39,7 @@ def test_the_quantized_stream_refuses_shares_with_the_reason(experiment):
 def test_a_method_that_asks_for_the_quantized_stream_refuses_shares_unless_told_otherwise(experiment, monkeypatch):
     method = read_config(experiment.config, "stream").quantize.method
     monkeypatch.setitem(METHODS, method, dataclasses.replace(METHODS[method], propagate="quantized"))
-    with pytest.raises(ConfigError, match=rf"'quantized', as method '{method}' asks for"):
+    with pytest.raises(ConfigError, match=rf"'quantized', for method '{method}'"):
         pipeline.run_share(read_config(experiment.config, "stream"), Share(1, 2))
     original = read_config(experiment.config, "stream", ["--quantize.propagate=original"])
     assert pipeline.run_share(original, Share(1, 2)) is None

@@ -37,9 +37,9 @@ def sweep(script: Path, recorder: Path, *arguments: str, **environment: str) -> 
     return done.returncode, calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_the_five_sweeps_are_there():
+def test_the_sweeps_are_there():
     assert [path.stem for path in SWEEPS] == [
-        "baseline_no_lqer", "lqer_act", "lqer_act_int", "lqer_act_weight_only", "lqer_svd"
+        "baseline_no_lqer", "block_methods", "lqer_act", "lqer_act_int", "lqer_act_weight_only", "lqer_svd"
     ]  # fmt: skip
 
 

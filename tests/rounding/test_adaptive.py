@@ -230,12 +230,12 @@ def test_a_decoder_block_is_reconstructed_and_left_as_it_was(random_model, windo
     hidden = torch.cat([hidden, hidden.flip(1), hidden.roll(3, dims=1)])
     names = block_linears(module)
     if activations is not None:
-        call = BlockFunction(module, call._args, call._kwargs, dict.fromkeys(names, activations))
+        call = BlockFunction(module, call.args, call.kwargs, dict.fromkeys(names, activations))
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     weights = {f"{name}.weight": module.get_parameter(f"{name}.weight").detach() for name in names}
     starts = starts_of(weights, W2)
     with torch.no_grad():
-        targets = BlockFunction(module, call._args, call._kwargs)({}, hidden)
+        targets = BlockFunction(module, call.args, call.kwargs)({}, hidden)
     settings = AdaptiveSettings(SOFT_SHARES_10, steps=10, batch_size=5, micro_batch=5, learning_rate=2e-2)
     rounded = round_block(weights, starts, call, hidden, targets, settings)
     with torch.no_grad():

@@ -7,7 +7,8 @@ from torch import nn
 
 from lqer.formats import Int
 from lqer.models import block_linears
-from lqer.transforms.awq import RATIOS, scale_block, scale_of, search_scale, tie
+from lqer.transforms.awq import RATIOS, scale_block, scale_of, tie
+from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.folding import NO_ROW
 
 W3 = Int(bits=3, block_size=16, scale_dtype="float32")
@@ -81,16 +82,15 @@ def test_channels_of_one_row_share_their_mean():
 
 def test_the_search_finds_the_ratio_that_an_independent_scan_finds():
     torch.manual_seed(0)
-    linear, x_TI = nn.Linear(32, 24, bias=False), torch.randn(200, 32) * torch.logspace(-1, 1, 32)
-    mean_abs_I = x_TI.abs().mean(0)
-
-    def error(weights):
-        return float((x_TI @ (weights["w"] - linear.weight.detach()).T).square().sum())
-
-    _, ratio, _ = search_scale({"w": linear.weight.detach()}, mean_abs_I, {"w": W3}, error)
+    block = nn.Sequential(nn.RMSNorm(32), nn.Linear(32, 32, bias=False))
+    x_BTI = torch.randn(5, 40, 32) * torch.logspace(-1, 1, 32)
+    _, (found,) = scale_block(BlockFunction(block), [*x_BTI.split(2)], {"1": W3})
+    normed_TI = block[0](x_BTI).detach().flatten(0, 1)
+    weight = block[1].weight.detach()
     scan = []
     for i in range(20):
-        scale = mean_abs_I ** (i / 20)
-        rounded = W3.quantize(linear.weight * scale).dequantize()
-        scan.append((((x_TI / scale) @ rounded.T - x_TI @ linear.weight.T).square().sum().item(), i / 20))
-    assert ratio == min(scan)[1] > 0
+        scale = normed_TI.abs().mean(0) ** (i / 20)
+        rounded = W3.quantize(weight * scale).dequantize()
+        scan.append((((normed_TI / scale) @ rounded.T - normed_TI @ weight.T).square().sum().item(), i / 20))
+    assert found.ratio == min(scan)[1] > 0
+    assert found.errors[found.ratio] == pytest.approx(min(scan)[0], rel=1e-3)

@@ -90,7 +90,7 @@ def test_a_power_of_two_scale_is_refused(task):
 
 def test_a_loss_that_is_not_finite_ends_it(task):
     weights, block, inputs, targets = task
-    with pytest.raises(ArithmeticError, match=r"epoch 1 of 20 diverged: the loss is nan"):
+    with pytest.raises(ArithmeticError, match=r"epoch 1 of 20 diverged: its loss is nan"):
         learn_clipping(
             weights, dict.fromkeys(weights, FORMATS[0]), block, inputs, [targets * torch.nan], ClippingSettings()
         )

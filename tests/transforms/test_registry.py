@@ -14,6 +14,12 @@ from lqer.transforms.base import Level
 
 
 @dataclass(frozen=True)
+class OfAModel(Transform):
+    level: ClassVar[Level] = "model"
+    kind: Literal["of-a-model"] = "of-a-model"
+
+
+@dataclass(frozen=True)
 class OfABlock(Transform):
     level: ClassVar[Level] = "block"
     kind: Literal["of-a-block"] = "of-a-block"
@@ -33,7 +39,8 @@ def test_a_transform_survives_being_written_down(kind):
 
 def test_the_wider_level_comes_first():
     assert order_objection([]) is None
-    assert order_objection([OfABlock(), Hadamard()]) is None
+    assert order_objection([OfAModel(), Hadamard()]) is None
+    assert order_objection([OfAModel(), OfABlock()]) is None
     assert order_objection([Hadamard(), OfABlock()]) == (
         '"of-a-block" (block) must come before "hadamard" (linear): the order is model, block, linear'
     )

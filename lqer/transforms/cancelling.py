@@ -1,0 +1,41 @@
+"""Queries and keys, found by probing a block: pairs of linears whose scales cancel.
+
+The output of a block stays as it is when the one is doubled and the other halved, since only their products are used.
+Rotary embeddings, grouped queries and norms on queries and keys change nothing about that.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from .block_function import BlockFunction
+from .tracing import trace
+
+
+@torch.no_grad()
+def cancelling_linears(call: BlockFunction, hidden_BTD: Tensor) -> frozenset[str]:
+    """The linears of a block, among those called with one tensor, whose scales cancel in pairs.
+
+    hidden_BTD: hidden states of real text. A fused projection is one linear and is not among them.
+    """
+    seen = trace(call.block, lambda: call({}, hidden_BTD))
+    parameters = dict(call.block.named_parameters())
+
+    def scaled(linear: str, factor: float) -> dict[str, Tensor]:
+        names = (f"{linear}.weight", f"{linear}.bias")
+        return {name: parameters[name].detach() * factor for name in names if name in parameters}
+
+    found: set[str] = set()
+    branches = torch.linalg.vector_norm((seen.result - hidden_BTD.to(seen.result)).float())
+    for site in seen.sites():
+        for one, other in itertools.combinations(site, 2):
+            changed = call(scaled(one, 2) | scaled(other, 0.5), hidden_BTD)
+            difference = torch.linalg.vector_norm((changed - seen.result).float())
+            if difference <= torch.finfo(changed.dtype).eps ** 0.5 * branches:
+                found |= {one, other}
+    return frozenset(found)

@@ -1,0 +1,192 @@
+"""The block step of transforms and adaptive rounding: one decoder block of the quantized stream, resumable and shown.
+
+Beside the checkpoint it writes, per block, `tuning-*.json` (losses, AWQ's ratios), which the report draws. While a
+block is being rounded, the state after a round lies in `rounding-*.safetensors`; a killed run goes on from there with
+the same bytes. It is removed once the block's own file is there.
+
+Shapes: S sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from lqer.attention import attention_as
+from lqer.errors import ModelError
+from lqer.formats import NonFiniteError
+from lqer.methods.block import TunedBlock, tune_block
+from lqer.quantization import QuantizeSettings
+from lqer.rounding import Adaptive
+from lqer.rounding.adaptive import AdaptiveState, DivergedError
+from lqer.sequential import BlockChange, BlockStep, BlockTask
+from lqer.store import Workspace
+from lqer.transforms.block_function import BlockFunction
+from lqer.transforms.block_problem import BlockProblem
+
+log = logging.getLogger(__name__)
+
+# A state is as large as the block in float32: it is kept where losing it would cost more than writing it.
+SECONDS_BETWEEN_STATES = 60.0
+# Bytes a weight that rounding a block takes on a GPU, with room for what passes through it.
+BYTES_PER_WEIGHT = 60
+STATE_FILE = re.compile(r"rounding-(\d{5})-(\d{2})\.safetensors")
+
+
+def tuning_file(index: int) -> str:
+    return f"tuning-{index:05d}.json"
+
+
+def block_steps(workspace: Workspace, settings: QuantizeSettings, batch_size: int) -> list[BlockStep]:
+    """What is done to a whole block before its linears go through their methods; empty where nothing is.
+
+    batch_size: windows that pass the block at once where nothing is learnt.
+    """
+    if not settings.transforms and _rounding(settings) is None:
+        return []
+    return [Tuner(workspace, settings, batch_size)]
+
+
+def remove_states(workspace: Workspace, keep: int | None = None) -> None:
+    """Remove the states of all blocks but one: theirs are done."""
+    for name, index, _ in _states(workspace):
+        if index != keep:
+            workspace.remove(name)
+
+
+class Tuner:
+    """The step: `tune_block` between a workspace and a progress bar."""
+
+    def __init__(self, workspace: Workspace, settings: QuantizeSettings, batch_size: int):
+        self._workspace, self._settings, self._batch_size = workspace, settings, batch_size
+        self._rounding = _rounding(settings)
+
+    def __call__(self, task: BlockTask) -> BlockChange:
+        """Raises ModelError, naming the block, for a weight that is not finite and where learning diverges."""
+        remove_states(self._workspace, keep=task.index)
+        problem = _problem(task, self._batch_size, self._settings.seed)
+        state = self._last_state(task, problem.device)
+        saved = time.monotonic()
+
+        def keep(reached: AdaptiveState) -> None:
+            nonlocal saved
+            if time.monotonic() - saved >= SECONDS_BETWEEN_STATES:
+                self._save(task.index, reached)
+                saved = time.monotonic()
+
+        with _Bar(task.name) as bar, attention_as(problem.call.block, task.attention):
+            try:
+                tuned = tune_block(problem, self._settings.transforms, self._rounding, state, keep, bar.show)
+            except DivergedError as error:
+                self._save(task.index, error.state)
+                raise ModelError(
+                    f"{task.name}: {error}; the state before is kept in {self._workspace.path}: lower "
+                    "quantize.rounding.learning_rate or scale_learning_rate"
+                ) from None
+            except (ArithmeticError, NonFiniteError) as error:
+                raise ModelError(f"{task.name}: {error}") from None
+        self._workspace.write_json(tuning_file(task.index), tuned.notes)
+        _log(task, tuned)
+        return BlockChange(problem.as_kept(tuned.parameters), tuned.rounded)
+
+    def _last_state(self, task: BlockTask, device: torch.device) -> AdaptiveState | None:
+        found = max(_states(self._workspace), key=lambda found: found[2], default=None)
+        if found is None:
+            return None
+        log.info("%s: going on after round %d", task.name, found[2])
+        state = AdaptiveState.from_tensors(self._workspace.tensors(found[0]))
+        v, u = ({name: x.to(device) for name, x in variables.items()} for variables in (state.v, state.u))
+        return AdaptiveState(v, u, state.losses)
+
+    def _save(self, index: int, state: AdaptiveState) -> None:
+        """Write a state under a name of its own, so that a kill leaves either it or the one before it whole."""
+        name = f"rounding-{index:05d}-{state.rounds:02d}.safetensors"
+        if state.rounds == 0 or name in self._workspace:
+            return
+        older = [other for other, _, _ in _states(self._workspace)]
+        self._workspace.write_tensors(name, state.tensors())
+        for other in older:
+            self._workspace.remove(other)
+
+
+def _rounding(settings: QuantizeSettings) -> Adaptive | None:
+    """The rounding of whole blocks that the plans ask for; the configuration admits one."""
+    found = (plan.rounding for plan in settings.plans.values() if plan is not None)
+    return next((rounding for rounding in found if isinstance(rounding, Adaptive)), None)
+
+
+def _states(workspace: Workspace) -> list[tuple[str, int, int]]:
+    """The states of the workspace: file, block, finished rounds."""
+    matches = [(name, STATE_FILE.fullmatch(name)) for name in workspace.names()]
+    return [(name, int(match[1]), int(match[2])) for name, match in matches if match is not None]
+
+
+def _problem(task: BlockTask, batch_size: int, seed: int) -> BlockProblem:
+    """The block in float32, its weights as the checkpoint has them; products in bfloat16 where the run is in halves."""
+    plans = {name: plan for name, plan in task.plans.items() if plan is not None}
+    run_dtype = next(task.block.parameters()).dtype
+    block = copy.deepcopy(task.block).float()
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(task.stored[name])
+    activations = {name: plan.activation for name, plan in plans.items() if plan.activation is not None}
+    args, kwargs = tree_map(_as_float, (task.function.args, task.function.kwargs))
+    size = sum(parameter.numel() for parameter in block.parameters())
+    return BlockProblem(
+        call=BlockFunction(block, args, kwargs, activations),
+        inputs_STD=_near(task.inputs_WTD, task.device, size),
+        targets_STD=_near(task.targets_WTD, task.device, size),
+        formats={name: plan.weight for name, plan in plans.items()},
+        batch_size=batch_size,
+        autocast=None if run_dtype == torch.float32 else torch.bfloat16,
+        seed=seed,
+        kept_dtypes={name: tensor.dtype for name, tensor in task.stored.items()},
+    )
+
+
+def _as_float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _near(states_STD: Tensor, device: torch.device, weights: int) -> Tensor:
+    """The states on the GPU where they leave it room for the work, since random batches are read; else as they are."""
+    if device.type != "cuda":
+        return states_STD
+    free, _ = torch.cuda.mem_get_info(device)
+    return states_STD.to(device) if 2 * states_STD.nbytes + BYTES_PER_WEIGHT * weights < free else states_STD
+
+
+def _log(task: BlockTask, tuned: TunedBlock) -> None:
+    loss = tuned.notes.get("loss", {})
+    if "start" in loss:
+        log.info("%s: loss %.5g, rounded to nearest %.5g", task.name, loss["end"], loss["start"])
+    elif loss:
+        log.info("%s: loss %.5g", task.name, loss["end"])
+
+
+class _Bar:
+    """A progress bar of one block: what is being done, how long it will take yet, and the loss."""
+
+    def __init__(self, name: str):
+        self._bar = tqdm(desc=name, unit="step", leave=False)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def show(self, what: str, done: int, total: int, loss: float | None) -> None:
+        if self._bar.total != total or self._bar.unit != what:
+            self._bar.unit = what
+            self._bar.reset(total)
+        self._bar.set_postfix({} if loss is None else {"loss": f"{loss:.4g}"}, refresh=False)
+        self._bar.update(done - self._bar.n)

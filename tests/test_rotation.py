@@ -1,0 +1,84 @@
+"""Stage "rotate": a folder that is read in the original's place, with the original's function."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lqer.blocks import Streamed
+from lqer.errors import ModelError
+from lqer.models import load_model, resolve_model
+from lqer.outline import read_outline
+from lqer.rotation import rotate, rotated_source, rotation_key
+from lqer.store import Store
+from lqer.streaming import open_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def rotated(random_model, tmp_path):
+    """`rotated(family, **changes)`: the model, its source and the source of its rotation."""
+
+    def run(family, **changes):
+        model = random_model(family, **changes)
+        model.save_pretrained(tmp_path / "model")
+        source = resolve_model(str(tmp_path / "model"))
+        make = lambda workspace: rotate(workspace, source, CPU, seed=3)  # noqa: E731
+        artifact = Store(tmp_path / "store").obtain("rotate", rotation_key(source, 3), make)
+        return model, source, rotated_source(source, artifact)
+
+    return run
+
+
+@torch.no_grad()
+def logits(model, windows_WT):
+    return model(input_ids=windows_WT).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", True), ("llama", False), ("mistral", False), ("qwen3", True), ("phi3", False)]
+)
+def test_the_logits_of_the_folder_are_those_of_the_original(rotated, windows_WT, family, tied):
+    model, source, basis = rotated(family, tie_word_embeddings=tied)
+    loaded = load_model(basis, torch.float32, CPU)
+    before, after = logits(model, windows_WT), logits(loaded, windows_WT)
+    assert torch.linalg.vector_norm(after - before) <= 1e-4 * torch.linalg.vector_norm(before)
+    changed = (loaded.get_input_embeddings().weight - model.get_input_embeddings().weight).norm()
+    assert changed > 0.5 * model.get_input_embeddings().weight.norm()
+    assert basis.fingerprint != source.fingerprint
+    assert read_outline(basis).linears == read_outline(source).linears
+
+
+def test_a_model_read_block_by_block_is_rotated_as_it_runs_too(rotated, windows_WT):
+    model, _, basis = rotated("llama")
+    opened = open_model(basis, torch.float32, CPU)
+    assert isinstance(opened.loader, Streamed)
+    opened.loader.complete()
+    opened.loader.settle_in(opened.blocks, lambda index: CPU)
+    torch.testing.assert_close(logits(opened.model, windows_WT), logits(model, windows_WT), rtol=1e-3, atol=1e-3)
+
+
+def test_it_is_kept_in_the_dtype_of_the_original(random_model, tmp_path):
+    random_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    source = resolve_model(str(tmp_path / "model"))
+    artifact = Store(tmp_path / "store").obtain("rotate", 0, lambda workspace: rotate(workspace, source, CPU, seed=0))
+    loaded = load_model(rotated_source(source, artifact), "auto", CPU)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    config = json.loads((artifact.path / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert config["online_rotations"]["model.layers.0.self_attn.o_proj"] == 4
+    assert config["online_rotations"]["model.layers.1.mlp.down_proj"] is None
+
+
+def test_other_signs_give_another_artifact(random_model, tmp_path):
+    random_model("llama").save_pretrained(tmp_path / "model")
+    source = resolve_model(str(tmp_path / "model"))
+    assert rotation_key(source, 0) != rotation_key(source, 1)
+
+
+def test_a_model_whose_norms_do_not_allow_it_is_refused_with_the_reason(rotated):
+    with pytest.raises(ModelError, match=r"quantize\.transforms: quarot: .*has a bias: only RMS norms can be rotated"):
+        rotated("opt")
