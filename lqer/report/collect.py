@@ -12,6 +12,7 @@ import pandas as pd
 from lqer.errors import DataError
 from lqer.files import write_atomically, write_text
 from lqer.report import figures
+from lqer.report.naming import scheme_name
 from lqer.report.results import SCHEMA_VERSION, Results
 from lqer.report.write import RESULTS_FILE, markdown_table
 
@@ -60,7 +61,7 @@ def _rows(results: Results) -> list[dict]:
     run = {
         "tag": results["tag"],
         "model": Path(results["model"]["name"]).name,
-        "method": quantize["method"],
+        "method": scheme_name(quantize),
         "weight": quantize["weight"],
         "activation": quantize["activation"],
         "rank": quantize["low_rank"]["rank"],

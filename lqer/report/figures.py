@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lqer.report.naming import PLAIN
 from lqer.report.results import PerplexityRow
 
 COLOURS = {"original": "#000000", "plain": "#D55E00", "quantized": "#0072B2"}
@@ -27,6 +28,7 @@ SMALLEST_SHOWN = 1e-4
 DPI = 130
 LOG_SPAN = 3
 MOST_LABELLED_BLOCKS = 40
+MOST_LABELLED_LINES = 16
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -150,6 +152,30 @@ def save_output_errors(path: Path, layers: pd.DataFrame) -> None:
         _save(figure, path)
 
 
+def save_block_losses(path: Path, losses: Sequence[Sequence[float]]) -> None:
+    """How the loss of every decoder block fell while something in it was learnt, each over its own first value.
+
+    losses: per block the loss at the start and after every round or epoch; that of a round is the mean of its steps.
+    """
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6, 3.2))
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(losses)))
+        for index, (values, shade) in enumerate(zip(losses, shades, strict=True)):
+            relative = np.asarray(values) / max(values[0], 1e-30)
+            axis.plot(relative, color=shade, linewidth=1.2, marker=".", markersize=3, label=f"{index}")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:.2g}")
+        axis.yaxis.set_minor_formatter("{x:.2g}")
+        axis.set_xlabel("round or epoch")
+        axis.set_ylabel("block loss / its first value")
+        if len(losses) <= MOST_LABELLED_LINES:
+            axis.legend(title="block", ncols=1 + len(losses) // 9, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        else:
+            scale = plt.cm.ScalarMappable(plt.Normalize(0, len(losses) - 1), "viridis")
+            figure.colorbar(scale, ax=axis, label="decoder block")
+        _save(figure, path)
+
+
 def save_ranks(path: Path, layers: pd.DataFrame, title: str) -> None:
     """The rank of every linear: one row per kind of linear, one column per decoder block.
 
@@ -233,9 +259,9 @@ def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
 
 
 def _with_plain_points(table: pd.DataFrame) -> pd.DataFrame:
-    points = table[["method", "bits", "perplexity"]].replace({"method": {"none": "plain rounding"}})
+    points = table[["method", "bits", "perplexity"]]
     plain = table[["plain_bits", "plain"]].dropna().drop_duplicates()
-    plain = plain.set_axis(["bits", "perplexity"], axis="columns").assign(method="plain rounding")
+    plain = plain.set_axis(["bits", "perplexity"], axis="columns").assign(method=PLAIN)
     return pd.concat([points, plain], ignore_index=True).drop_duplicates()
 
 

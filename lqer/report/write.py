@@ -11,8 +11,10 @@ import pandas as pd
 from lqer.files import write_atomically, write_json, write_text
 from lqer.quantization import layers_file, spectra_file
 from lqer.report import figures
+from lqer.report.naming import plain_name, scheme_name
 from lqer.report.results import Results
 from lqer.store import Artifact
+from lqer.tuning import tuning_file
 
 LAYERS_FILE = "layers.csv"
 REPORT_FILE = "report.md"
@@ -23,6 +25,7 @@ SPECTRA_FIGURE = "figures/singular_values.png"
 WEIGHT_SPECTRA_FIGURE = "figures/weight_singular_values.png"
 STEPS_FIGURE = "figures/step_errors.png"
 RANKS_FIGURE = "figures/ranks.png"
+LOSSES_FIGURE = "figures/block_loss.png"
 
 STEP_ERROR = "√(tr(F H Fᵀ) / tr(W H Wᵀ))"
 
@@ -77,13 +80,29 @@ def write_run(
     if results["allocation"] is not None:
         title = f"Ranks within {results['config']['quantize']['low_rank']['budget_bits']:g} bits per weight"
         figures.save_ranks(folder / RANKS_FIGURE, layers, title)
+    notes = block_notes(checkpoint, blocks)
+    if any(_learnt(note) for note in notes):
+        figures.save_block_losses(folder / LOSSES_FIGURE, [_learnt(note) for note in notes])
     if results["perplexity"]:
         figures.save_perplexities(
             folder / PERPLEXITY_FIGURE, results["perplexity"], _kind_names(results), _bits_by_kind(results)
         )
-    text = render_report(results, layers, middle in checkpoint, bool(step_errors))
+    text = render_report(results, layers, middle in checkpoint, bool(step_errors), notes)
     write_text(folder / REPORT_FILE, text)
     write_json(folder / RESULTS_FILE, results)
+
+
+def block_notes(checkpoint: Artifact, blocks: int) -> list[dict[str, Any]]:
+    """What was found while each block was transformed and rounded as a whole; empty where nothing was."""
+    return [checkpoint.json(tuning_file(i)) for i in range(blocks) if tuning_file(i) in checkpoint]
+
+
+def _learnt(note: Mapping[str, Any]) -> list[float]:
+    """A block's losses while something was learnt: from the start on, of every round, and at the end."""
+    loss = note.get("loss", {})
+    if "rounds" in loss:
+        return [loss["start"], *loss["rounds"], loss["end"]]
+    return list(note.get("lwc", []))
 
 
 def _bits_by_kind(results: Results) -> dict[str, float]:
@@ -94,12 +113,8 @@ def _bits_by_kind(results: Results) -> dict[str, float]:
 
 
 def _kind_names(results: Results) -> dict[str, str]:
-    method = results["config"]["quantize"]["method"]
-    return {
-        "original": "original",
-        "plain": "plain rounding",
-        "quantized": "plain rounding" if method == "none" else method,
-    }
+    quantize = results["config"]["quantize"]
+    return {"original": "original", "plain": plain_name(quantize), "quantized": scheme_name(quantize)}
 
 
 def summary_table(results: Results) -> str:
@@ -127,7 +142,13 @@ def _number(value: Any, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool, with_steps: bool) -> str:
+def render_report(
+    results: Results,
+    layers: pd.DataFrame,
+    with_spectra: bool,
+    with_steps: bool,
+    notes: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """report.md: what was compared, on what, and how each layer fared."""
     model, calibration, bits, seconds = results["model"], results["calibration"], results["bits"], results["seconds"]
     quantize = results["config"]["quantize"]
@@ -138,6 +159,7 @@ def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool, wi
     pictures += [ERROR_FIGURE, *([SPECTRA_FIGURE, WEIGHT_SPECTRA_FIGURE] if with_spectra else [])]
     pictures += [STEPS_FIGURE] if with_steps else []
     pictures += [RANKS_FIGURE] if results["allocation"] is not None else []
+    pictures += [LOSSES_FIGURE] if any(_learnt(note) for note in notes) else []
     shown = "\n\n".join(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     paragraphs = [
@@ -150,6 +172,7 @@ def render_report(results: Results, layers: pd.DataFrame, with_spectra: bool, wi
         f"`{quantize['activation']}`, attention operands `{quantize['attention']}`{_shown_transforms(quantize)}.",
         *_allocation_paragraphs(results),
         *_damping_paragraphs(layers),
+        *_block_paragraphs(notes),
         f"- calibrated on {calibration['source']}: {calibration['tokens']} tokens\n{evaluations}",
         shown,
         f"The five linears with the largest output error (all of them: `{results['layers']['file']}`):",
@@ -188,6 +211,18 @@ def _allocation_paragraphs(results: Results) -> list[str]:
         f"{results['bits']['average']:.4f}. The sum of the linears' relative errors under the method's metric is "
         f"{allocation['objective']:.5g}; one rank for all, {allocation['uniform_rank']} at "
         f"{allocation['uniform_bits']:.4f} bits, leaves {allocation['uniform_objective']:.5g} (A and B not rounded)."
+    ]
+
+
+def _block_paragraphs(notes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The squared error of every block's output before and after its rounding was trained."""
+    losses = [note["loss"] for note in notes if "start" in note.get("loss", {})]
+    if not losses:
+        return []
+    shown = ", ".join(f"{loss['start']:.4g} → {loss['end']:.4g}" for loss in losses)
+    return [
+        "Squared error of each block's output per token of the calibration text, against the original block on the "
+        f"original stream, as adaptive rounding found and as it left it, block by block: {shown}."
     ]
 
 

@@ -324,6 +324,7 @@ QUICK_ROUNDING = "{ kind = 'adaptive', steps = 3, soft_shares = [0.5, 0.1], lear
 
 
 class TestPartsOfABlock:
+    @pytest.mark.figures
     def test_adaptive_rounding_on_awq_and_clipping_is_one_run(self, experiment, run):
         results = run(*INTEGERS, "--quantize.transforms=['awq', 'clip']", f"--quantize.rounding={QUICK_ROUNDING}")
         checkpoint = experiment.output / "tiny" / "checkpoint"
@@ -332,6 +333,10 @@ class TestPartsOfABlock:
             assert loss["end"] < loss["start"]
         assert not list(checkpoint.glob("rounding-*"))
         assert 3 < results["bits"]["average"] < 5
+        report = (experiment.output / "tiny" / "report.md").read_text()
+        assert "| | original | awq + clip + adaptive | awq + clip + adaptive |" in report
+        assert report.count(" → ") == 4
+        assert (experiment.output / "tiny" / "figures/block_loss.png").stat().st_size > 0
         assert "calibrate" not in stages(experiment)
 
     def test_a_rotated_model_is_evaluated_from_its_checkpoint_and_the_original_from_its_own_folder(
