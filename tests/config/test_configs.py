@@ -80,6 +80,21 @@ def test_a_row_of_caldera_is_what_its_name_says(name, rank, factor_bits, down_da
     assert (config.calibration.num_samples, config.calibration.seq_len) == (256, 4096)
 
 
+@pytest.mark.parametrize(
+    ("name", "bits", "group"),
+    [("w2", 2, -1), ("w2g128", 2, 128), ("w2g64", 2, 64), ("w3", 3, -1), ("w3g128", 3, 128), ("w4", 4, -1)],
+)
+def test_a_row_of_tesseraq_is_the_published_recipe(name, bits, group):
+    config = read_config(CONFIGS / f"paper/tesseraq-{name}.toml")
+    plan = plan_linear(config, "model.layers.0.self_attn.q_proj")
+    assert (plan.weight.bits, plan.weight.block_size, plan.activation) == (bits, group, None)
+    settings = plan.rounding.settings(bits, None, 0)
+    assert (len(settings.soft_shares), settings.steps, settings.batch_size) == (20, 250, 4)
+    assert settings.learning_rate == settings.scale_learning_rate == 1e-3
+    assert (config.calibration.num_samples, config.calibration.seq_len) == (512, 2048)
+    assert config.quantize.stream == "quantized"
+
+
 def test_the_demo_needs_no_hub():
     config = read_config(CONFIGS / "demo.toml")
     assert config.model.startswith("demo:")
