@@ -1,11 +1,14 @@
 """What adaptive rounding gains over where it starts, block by block, on text that it was not trained on.
 
-    python experiments/benchmark_tesseraq.py MODEL TEXT [--bits 2] [--group 32] [--rounds 20] [--steps 50]
+    python experiments/benchmark_tesseraq.py MODEL TEXT [--bits 2] [--group 32] [--rounds 20] [--steps 50] [--blocks 6]
 
 MODEL is anything that a config's `model` may be, TEXT a .txt or .jsonl file whose first windows calibrate and whose
-next ones are held out. Four copies of the model are quantized, each block on what the quantized blocks before it hand
-on: to nearest, with AWQ's scales, with clipping too, and by TesseraQ from there. Block losses are squared errors of the
-block's output per token of the held-out windows, against the original block on the original stream.
+next ones are held out. Copies of the model are quantized by the parts that a configuration names, each block on what
+the quantized blocks before it hand on: to nearest, with AWQ's scales, with clipping too, and by TesseraQ from there.
+Block losses are squared errors of the block's output per token of the held-out windows, against the original block on
+the original stream. Perplexities are those of the held-out windows, where all blocks are quantized.
+
+Shapes: S sequences, W windows, T tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,17 +30,21 @@ from transformers import PreTrainedModel
 from lqer.data import DatasetSpec, calibration_windows, load_rows
 from lqer.errors import LqerError
 from lqer.formats import Int, MXInt, NumberFormat, QuantizedTensor
+from lqer.methods.block import loss_of, tune_block
 from lqer.models import block_linears, find_blocks, load_model, load_tokenizer, pick_device, resolve_model
 from lqer.report.environment import device_name
-from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, block_loss, round_block
+from lqer.rounding import Adaptive
 from lqer.rounding.par_schedule import soft_shares
-from lqer.transforms.awq import scale_block
+from lqer.transforms import Awq, BlockTransform, Clip
 from lqer.transforms.block_function import BlockFunction
-from lqer.transforms.clip import SHRINK_FACTORS, quantize_clipped, search_clipping
+from lqer.transforms.block_problem import BlockProblem
 
-CANDIDATES = ("nearest", "awq", "awq+clip", "tesseraq")
-# AWQ does not clip what the softmax compares.
-NOT_CLIPPED = ("q_proj", "k_proj")
+TRANSFORMS: dict[str, list[BlockTransform]] = {
+    "nearest": [],
+    "awq": [Awq()],
+    "awq+clip": [Awq(), Clip()],
+    "tesseraq": [Awq(), Clip()],
+}
 
 
 @dataclass
@@ -78,59 +85,9 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, windows_WT: Tens
     return torch.cat(entering), calls
 
 
-@torch.no_grad()
-def autocorrelations(block: nn.Module, call: BlockFunction, hidden_STD: Tensor, batch_size: int) -> dict[str, Tensor]:
-    """E[x xᵀ] up to scale at every linear, float32."""
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x_NI = args[0].flatten(0, -2).float()
-            sums[name] = sums.get(name, 0) + x_NI.T @ x_NI
-
-        return hook
-
-    hooks = [linear.register_forward_pre_hook(add(name)) for name, linear in block_linears(block).items()]
-    for hidden_BTD in hidden_STD.split(batch_size):
-        call({}, hidden_BTD)
-    for hook in hooks:
-        hook.remove()
-    return sums
-
-
-@torch.no_grad()
-def held_out_loss(
-    call: BlockFunction, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor, size: int
-) -> float:
-    pairs = zip(inputs.split(size), targets.split(size), strict=True)
-    return sum(float(block_loss(call(weights, x), y)) * len(x) for x, y in pairs) / len(inputs)
-
-
-@torch.no_grad()
-def start_of(
-    candidate: str, block: nn.Module, call: BlockFunction, hidden_STD: Tensor, weight_format: NumberFormat, size: int
-) -> dict[str, QuantizedTensor]:
-    """The block's linears rounded to nearest, scaled and clipped as the candidate says; scales go into `block`."""
-    linears = block_linears(block)
-    if candidate != "nearest":
-        changed, _ = scale_block(call, hidden_STD.split(size), dict.fromkeys(linears, weight_format))
-        for name, tensor in changed.items():
-            block.get_parameter(name).copy_(tensor)
-    if candidate not in ("awq+clip", "tesseraq"):
-        return {f"{name}.weight": weight_format.quantize(linear.weight) for name, linear in linears.items()}
-    squares = autocorrelations(block, call, hidden_STD, size)
-    starts = {}
-    for name, linear in linears.items():
-        factor_ON = search_clipping(
-            linear.weight, squares[name], weight_format, (1.0,) if name.endswith(NOT_CLIPPED) else SHRINK_FACTORS
-        )
-        starts[f"{name}.weight"] = quantize_clipped(linear.weight, weight_format, factor_ON, factor_ON)
-    return starts
-
-
 def run(
     candidate: str, model: PreTrainedModel, windows_WT: Tensor, weight_format: NumberFormat, arguments: Any
-) -> float:
+) -> float | None:
     """Quantize a copy of the model, print its block losses, return its perplexity on the held-out windows."""
     size = arguments.batch_size
     original_model, model = model, copy.deepcopy(model)
@@ -139,44 +96,59 @@ def run(
     entering, calls = record_calls(original_model, originals, windows_WT, size)
     original = Stream(*entering.split(arguments.windows))
     quantized = original
-    settings = AdaptiveSettings(
-        soft_shares=soft_shares(arguments.bits)[-arguments.rounds :],
+    rounding = Adaptive(
         steps=arguments.steps,
         batch_size=size,
-        micro_batch=size,
         learning_rate=arguments.learning_rate,
         scale_learning_rate=arguments.scale_learning_rate,
+        soft_shares=soft_shares(arguments.bits)[-arguments.rounds :],
     )
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(blocks[: arguments.blocks]):
         started = time.perf_counter()
         args, kwargs = calls[index]
         targets = original.through(BlockFunction(originals[index], args, kwargs), size)
         call = BlockFunction(block, args, kwargs)
-        rounded = start_of(candidate, block, call, quantized.calibration, weight_format, size)
-        losses = [held_out_loss(call, values(rounded), quantized.held_out, targets.held_out, size)]
+        formats = dict.fromkeys(block_linears(block), weight_format)
+        autocast = torch.bfloat16 if block_device(block).type == "cuda" else None
+        problem = BlockProblem(call, quantized.calibration, targets.calibration, formats, size, autocast)
+        held_out = replace(problem, inputs_STD=quantized.held_out, targets_STD=targets.held_out)
+        start = tune_block(problem, TRANSFORMS[candidate], None)
+        parameters = start.parameters
+        rounded: Mapping[str, QuantizedTensor] = {
+            name: start.rounded.get(name) or weight_format.quantize(weight(block, parameters, name)) for name in formats
+        }
+        losses = [loss_of(held_out, parameters, rounded)]
         if candidate == "tesseraq":
-            weights = {name: block.get_parameter(name).detach().clone() for name in rounded}
-            with tqdm(total=len(settings.soft_shares), desc=f"block {index}", unit="round", leave=False) as bar:
+            with tqdm(total=arguments.rounds, desc=f"block {index}", unit="round", leave=False) as bar:
 
-                def show(state: AdaptiveState, bar: tqdm = bar) -> None:
-                    bar.set_postfix(loss=float(state.losses[-1]))
-                    bar.update()
+                def show(what: str, done: int, total: int, loss: float | None, bar: tqdm = bar) -> None:
+                    if what == "rounding":
+                        bar.set_postfix(loss=loss)
+                        bar.update()
 
-                rounded = round_block(
-                    weights, rounded, call, quantized.calibration, targets.calibration, settings, after_round=show
-                )
-            losses.append(held_out_loss(call, values(rounded), quantized.held_out, targets.held_out, size))
+                tuned = tune_block(problem, TRANSFORMS[candidate], rounding, progress=show)
+            parameters, rounded = tuned.parameters, tuned.rounded
+            losses.append(loss_of(held_out, parameters, rounded))
         with torch.no_grad():
-            for name, tensor in rounded.items():
-                block.get_parameter(name).copy_(tensor.dequantize())
+            for name, tensor in {**parameters, **values(rounded)}.items():
+                block.get_parameter(name).copy_(tensor)
         shown = " -> ".join(f"{loss:.5f}" for loss in losses)
         print(f"{candidate:9} block {index}: held-out loss {shown}   {time.perf_counter() - started:.0f} s", flush=True)
         original, quantized = targets, quantized.through(BlockFunction(block, args, kwargs), size)
-    return perplexity(model, windows_WT[arguments.windows :], size)
+    return perplexity(model, windows_WT[arguments.windows :], size) if arguments.blocks is None else None
+
+
+def weight(block: nn.Module, parameters: Mapping[str, Tensor], linear: str) -> Tensor:
+    name = f"{linear}.weight"
+    return parameters.get(name, block.get_parameter(name)).detach()
+
+
+def block_device(block: nn.Module) -> torch.device:
+    return next(block.parameters()).device
 
 
 def values(rounded: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
-    return {name: tensor.dequantize() for name, tensor in rounded.items()}
+    return {f"{name}.weight": tensor.dequantize() for name, tensor in rounded.items()}
 
 
 @torch.no_grad()
@@ -202,7 +174,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--scale-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=CANDIDATES)
+    parser.add_argument("--candidates", nargs="+", choices=[*TRANSFORMS], default=[*TRANSFORMS])
+    parser.add_argument("--blocks", type=int, help="only the first ones: losses without perplexities")
     arguments = parser.parse_args()
     kind = Int if arguments.kind == "int" else MXInt
     weight_format = kind(bits=arguments.bits, block_size=arguments.group)
@@ -216,13 +189,14 @@ def main() -> int:
     except LqerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"{source.name}, {weight_format}, {device_name(device)}, {torch.get_num_threads()} threads, {vars(arguments)}"
-    )
-    found = {"original": perplexity(model, windows_WT[arguments.windows :], arguments.batch_size)}
+    print(f"{source.name}, {weight_format}, {device_name(device)}, {vars(arguments)}")
+    found: dict[str, float | None] = {
+        "original": perplexity(model, windows_WT[arguments.windows :], arguments.batch_size)
+    }
     for candidate in arguments.candidates:
         found[candidate] = run(candidate, model, windows_WT, weight_format, arguments)
-    print("perplexity: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    shown = [f"{name} {value:.3f}" for name, value in found.items() if value is not None]
+    print("perplexity: " + ", ".join(shown))
     return 0
 
 
