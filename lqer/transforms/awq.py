@@ -198,7 +198,8 @@ class _Inspected:
             lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
         )
         try:
-            call({}, hidden_BTD)
+            with self._in_autocast():
+                call({}, hidden_BTD)
         finally:
             handle.remove()
         ((self._args, self._kwargs),) = calls
@@ -211,10 +212,10 @@ class _Inspected:
 
     def _output(self, weights: Mapping[str, Tensor]) -> Tensor:
         inside = {name: weight.to(self._own[name].dtype) for name, weight in weights.items()}
-        with torch.autocast(self._device, self._autocast, enabled=self._autocast is not None):
+        with self._in_autocast():
             output = functional_call(self._module, {**self._own, **inside}, self._args, self._kwargs)
         return (output[0] if isinstance(output, tuple) else output).float()
 
-    @property
-    def _device(self) -> str:
-        return next(iter(self._own.values())).device.type
+    def _in_autocast(self) -> torch.autocast:
+        device = next(iter(self._own.values())).device
+        return torch.autocast(device.type, self._autocast, enabled=self._autocast is not None)

@@ -58,7 +58,10 @@ class Clip(BlockTransform):
         plain = problem.call.without_rounding()
         kept = cancelling_linears(plain, problem.inputs_STD[: problem.batch_size])
         block_sizes = {linear: number_format.block_size for linear, number_format in problem.formats.items()}
-        squares = autocorrelation_blocks(plain, prepared.changed, problem.inputs_STD, problem.batch_size, block_sizes)
+        with problem.in_autocast():
+            squares = autocorrelation_blocks(
+                plain, prepared.changed, problem.inputs_STD, problem.batch_size, block_sizes
+            )
         factors = tuple(1 - i / GRID for i in range(self.steps))
         starts, means = {}, {}
         for linear, number_format in problem.formats.items():
@@ -109,7 +112,8 @@ def autocorrelation_blocks(
 def block_products(x_TI: Tensor, block_size: int) -> Tensor:
     """The diagonal blocks [N, B, B] of Σ x xᵀ, float32; a ragged last one is padded with zeros."""
     x_NBT = to_blocks(x_TI.to(torch.float32), block_size).permute(1, 2, 0)
-    return x_NBT @ x_NBT.transpose(1, 2)
+    with torch.autocast(x_TI.device.type, enabled=False):
+        return x_NBT @ x_NBT.transpose(1, 2)
 
 
 def group_range(weight_OI: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor]:
