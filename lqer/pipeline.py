@@ -33,6 +33,7 @@ from lqer.evaluation.stage import Candidate, evaluate
 from lqer.files import write_text
 from lqer.methods import LinearPlan
 from lqer.models import (
+    ModelSource,
     load_model,
     load_tokenizer,
 )
