@@ -1,0 +1,58 @@
+"""The benchmark of memory: its checkpoints are models, its watcher kills, the pipeline holds a block, not the model."""
+
+from __future__ import annotations
+
+import sys
+
+import benchmark_memory as benchmark
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+MB = 10**6
+
+
+def test_the_checkpoint_is_a_model_in_several_files(tmp_path):
+    stored = benchmark.write_checkpoint(tmp_path / "model", benchmark.Shape(64, 96, 9, 300))
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 4
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.dtype == torch.bfloat16
+    assert stored == sum(parameter.nbytes for parameter in model.parameters())
+    assert model.lm_head.weight.detach().float().std() == pytest.approx(benchmark.WEIGHT_SIZE, rel=0.1)
+
+
+def test_a_process_beyond_the_limit_is_killed_and_one_within_it_is_not(tmp_path):
+    hold = "import time; held = bytearray({} * 10**6); held[::4096] = b'x' * len(held[::4096]); time.sleep({})"
+    errors = tmp_path / "errors.txt"
+    killed = benchmark.watch([sys.executable, "-c", hold.format(300, 60)], 200 * MB, errors)
+    assert killed.exceeded
+    assert killed.status != 0
+    assert killed.resident > 200 * MB
+    assert killed.seconds < 50
+    spared = benchmark.watch([sys.executable, "-c", hold.format(100, 0.3)], 200 * MB, errors)
+    assert not spared.exceeded
+    assert spared.status == 0
+    assert 100 * MB < spared.anonymous <= spared.resident < 200 * MB
+
+
+def test_a_model_of_four_times_the_blocks_is_worked_on_in_the_same_memory(tmp_path):
+    options = ["--vocabulary", "300", "--windows", "1", "--seq-len", "64", "--method", "none", "--rank", "0"]
+    peaks, stored = {}, {}
+    limit = "2GB"
+    for blocks in (3, 12):
+        folder = tmp_path / str(blocks)
+        folder.mkdir()
+        stored[blocks] = benchmark.write_checkpoint(folder / "model", benchmark.Shape(512, 1408, blocks, 300))
+        arguments = benchmark.parse([*options, "--limit", limit])
+        peaks[blocks], results = benchmark.measure(folder, arguments)
+        assert peaks[blocks].status == 0, peaks[blocks].errors
+        assert not peaks[blocks].exceeded
+        assert results["peak_memory_bytes"] == peaks[blocks].resident
+        estimated = benchmark.estimated_peak(folder)
+        # This process holds more than the run began with: pytest, and what other tests have left.
+        assert estimated > 0.8 * peaks[blocks].resident
+        # The second one may hold less than half of what the model grows by.
+        limit = str(peaks[3].resident + 25 * MB)
+    assert stored[12] - stored[3] > 55 * MB
