@@ -1,7 +1,7 @@
 """The error at every linear's output under each reconstruction, on a real model.
 
     python experiments/compare_reconstructions.py MODEL --text FILE [--bits 3 2] [--rank 32] [--factor float32]
-        [--methods lqer-svd ...] [--num-samples 32] [--seq-len 256] [--json FILE]
+        [--methods lqer-svd ...] [--num-samples 32] [--seq-len 256] [--blocks N] [--json FILE]
 
 MODEL is anything that a config's `model` may be. Calibrates once, then quantizes every linear of the decoder blocks to
 MXINT in blocks of 16 by every method and prints, per bit width and method, the mean over linears of the relative error
@@ -48,6 +48,8 @@ def errors_by_linear(arguments: argparse.Namespace) -> dict[str, dict[str, dict[
     rows = load_rows(DatasetSpec(path=str(arguments.text)), "calibration")
     windows_WT = calibration_windows(load_tokenizer(source), rows, arguments.num_samples, arguments.seq_len)
     opened = OpenedModel.held(load_model(source, torch.float32, torch.device("cpu")), device, Spill())
+    if arguments.blocks is not None:
+        del opened.blocks[arguments.blocks :]
     text = CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS)
     errors: dict[str, dict[str, dict[str, float]]] = {str(bits): {} for bits in arguments.bits}
     with tempfile.TemporaryDirectory() as folder:
@@ -94,6 +96,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--blocks", type=int, help="only the first ones (default: all)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="write every linear's errors here")
     arguments = parser.parse_args()
