@@ -79,26 +79,18 @@ def gemm_kernel(
             )  # fmt: skip
             return
         pid -= producers
-    products = tiles_n * splits * tl.cdiv(M, BLOCK_M)
     pid_n, pid_s, pid_m = pid % tiles_n, pid // tiles_n % splits, pid // (tiles_n * splits)
-    if rank > 0:
-        if pid >= products:
-            pid_s, pid_m = splits, (pid - products) // tiles_n
+    products = tiles_n * splits * tl.cdiv(M, BLOCK_M)
+    if rank > 0 and pid >= products:
+        pid_s, pid_m = splits, (pid - products) // tiles_n
     rows_N = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    if rank > 0:
-        if pid >= products:
-            await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
-            acc_NM = _branch(
-                projection, b_codes, b_exponents, rows_N, rows_M, M, N, x.dtype.element_ty,
-                rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, x_bits, x_block, x_ceil,
-            )  # fmt: skip
-        else:
-            acc_NM = _product(
-                x, words, high, scales, zeros, rows_N, rows_M, pid_s, M, K, x_stride,
-                tiles, units, tiles_per_unit, per_tile, halves, bits, width, offset, exponents, paired, ordered,
-                BLOCK_N, BLOCK_M, splits, stages,
-            )  # fmt: skip
+    if rank > 0 and pid >= products:
+        await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
+        acc_NM = _branch(
+            projection, b_codes, b_exponents, rows_N, rows_M, M, N, x.dtype.element_ty,
+            rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, x_bits, x_block, x_ceil,
+        )  # fmt: skip
     else:
         acc_NM = _product(
             x, words, high, scales, zeros, rows_N, rows_M, pid_s, M, K, x_stride,

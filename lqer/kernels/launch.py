@@ -77,11 +77,11 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     chained = can_chain(x_1K)
     code_programs = -(-layout.tiles // VECTOR_TILES)
     projection = x_1K.new_empty(spec.rank, dtype=torch.float32) if spec.rank else None
+    block_k = min(VECTOR_COLUMNS, triton.next_power_of_2(layout.columns))
     prepare_vector_kernel[(spec.rank + code_programs,)](
         x_1K, packed.a_codes, packed.a_exponents, codes.view(torch.int8), steps, sums, projection, layout.columns,
         rank=spec.rank, tiles=layout.tiles, **_rounding_constants(packed), a_block=spec.a_block, TILES=VECTOR_TILES,
-        BLOCK_K=min(VECTOR_COLUMNS, triton.next_power_of_2(layout.columns)), chained=chained,
-        num_warps=VECTOR_WARPS, **_launch_options(chained),
+        BLOCK_K=block_k, chained=chained, num_warps=max(VECTOR_WARPS, block_k // 1024), **_launch_options(chained),
     )  # fmt: skip
     y_1N = x_1K.new_empty(1, layout.rows, dtype=out_dtype)
     gemv_kernel[(-(-layout.rows // launch.block_n),)](

@@ -54,15 +54,17 @@ def packed_modules(checkpoint) -> dict[str, TritonLinear]:
 @torch.no_grad()
 def test_a_model_on_packed_weights_agrees_with_its_emulation(architecture, random_model, run_stages, windows_WT):
     checkpoint = run_stages(random_model(architecture), PLAN).checkpoint.path
+    exact = lqer.load_quantized(checkpoint, DEVICE, torch.float32, "emulate")
     model = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "emulate")
     ids_WT = windows_WT[:2].to(DEVICE)
-    emulated = model(ids_WT).logits.double()
+    expected, emulated = exact(ids_WT).logits.double(), model(ids_WT).logits.double()
     modules = packed_modules(checkpoint)
     assert modules.keys() == {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     for name, module in modules.items():
         model.set_submodule(name, module)
     packed = model(ids_WT).logits.double()
-    assert (packed - emulated).norm() / emulated.norm() < 2e-2
+    # Activations that are rounded again enlarge what the dtype loses: kernels may lose as much as emulation does.
+    assert (packed - expected).norm() < 1.2 * (emulated - expected).norm()
 
 
 @pytest.mark.skipif(not ON_GPU, reason="backend triton needs a GPU")
@@ -72,8 +74,12 @@ def test_load_quantized_puts_the_kernels_in_and_no_dequantized_weight(random_mod
     model = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "triton")
     assert any(isinstance(module, TritonLinear) for module in model.modules())
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
-    emulated = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "emulate")(windows_WT.to(DEVICE)).logits.double()
-    assert (model(windows_WT.to(DEVICE)).logits.double() - emulated).norm() / emulated.norm() < 2e-2
+    ids_WT = windows_WT.to(DEVICE)
+    expected, emulated = (
+        lqer.load_quantized(checkpoint, DEVICE, dtype, "emulate")(ids_WT).logits.double()
+        for dtype in (torch.float32, DTYPE)
+    )
+    assert (model(ids_WT).logits.double() - expected).norm() < 1.2 * (emulated - expected).norm()
 
 
 @torch.no_grad()
