@@ -5,8 +5,9 @@
     block-00000.safetensors   one per decoder block: packed codes and metadata of its linears, its norms as they were
     outside.safetensors       everything outside the blocks, as it was
 
-Tensors of a quantized linear are named <linear>.{weight,low_rank_a,low_rank_b,bias,transform}.<part>; no dequantized
-copy of a weight is stored.
+Tensors of a quantized linear are named <linear>.{weight,low_rank_a,low_rank_b,bias,transform}.<part>; after fine-tuning
+there are .{first_a,first_b} too, which stand before the columns of A and the rows of B. No dequantized copy of a weight
+is stored.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lqer.backend import BACKENDS, Backend, resolve_backend
 from lqer.blocks import OpenedModel, Streamed
 from lqer.calibration import block_file
 from lqer.errors import ModelError
-from lqer.formats import NumberFormat, QuantizedTensor, format_from_dict
+from lqer.formats import NumberFormat, Passthrough, QuantizedTensor, format_from_dict, without_first
 from lqer.layers import HadamardLinear, QuantizedLinear
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models import pick_device, prepare_model
@@ -37,11 +38,13 @@ from lqer.spill import Spill
 from lqer.store import Workspace
 from lqer.streaming import fill_parameters, read_file, tie
 from lqer.transforms import Hadamard, transform_from_dict
+from lqer.transforms.hadamard import RandomHadamard
 from lqer.transforms.quarot import carry_over
 
 DETAILS_FILE = "lqer.json"
 OUTSIDE_FILE = "outside.safetensors"
 FORMAT_VERSION = 1
+FACTOR_ROLES = ("first_a", "first_b", "low_rank_a", "low_rank_b")
 
 
 def pack_linear(name: str, weight: QuantizedWeight, bias: QuantizedTensor | None) -> dict[str, Tensor]:
@@ -57,14 +60,10 @@ def pack_linear(name: str, weight: QuantizedWeight, bias: QuantizedTensor | None
 
 def describe_linear(plan: LinearPlan, weight: QuantizedWeight, has_bias: bool) -> dict[str, Any]:
     """The entry of one linear in lqer.json."""
-
-    def described(value: QuantizedTensor) -> dict[str, Any]:
-        return {"format": value.format.to_dict(), "shape": list(value.shape), "axis": value.axis}
-
-    entry: dict[str, Any] = {"weight": described(weight.weight_OI)}
+    entry: dict[str, Any] = {"weight": _described(weight.weight_OI)}
     if weight.low_rank is not None:
-        entry["low_rank_a"] = described(weight.low_rank.a_IR)
-        entry["low_rank_b"] = described(weight.low_rank.b_RO)
+        entry["low_rank_a"] = _described(weight.low_rank.a_IR)
+        entry["low_rank_b"] = _described(weight.low_rank.b_RO)
     if has_bias and plan.bias is not None:
         entry["bias"] = {"format": plan.bias.to_dict(), "shape": [weight.weight_OI.shape[0]], "axis": 0}
     if plan.activation is not None:
@@ -72,6 +71,43 @@ def describe_linear(plan: LinearPlan, weight: QuantizedWeight, has_bias: bool) -
     if plan.transform is not None:
         entry["transform"] = plan.transform.to_dict()
     return entry
+
+
+def replace_signs(tensors: dict[str, Tensor], name: str, signs: Mapping[str, Tensor]) -> int:
+    """Put other signs, by role, for the packed ones of a block, in place. Returns how many bits more that takes."""
+    before = sum(part.numel() for part in _parts(tensors, f"{name}.transform.", signs["input_signs"].device).values())
+    after = RandomHadamard(signs["input_signs"], signs["output_signs"])
+    tensors |= {f"{name}.transform.{part}": tensor for part, tensor in after.pack().items()}
+    return after.bits - 8 * before
+
+
+def split_columns(tensors: dict[str, Tensor], name: str, entry: dict[str, Any], factors: Mapping[str, Tensor]) -> int:
+    """Put the first columns of A and rows of B, as they are, before those stored, which lose as many; in place.
+
+    factors: "low_rank_a" (I, C) and "low_rank_b" (C, O) in bfloat16, stored as roles "first_a" and "first_b". Returns
+    how many bits more that takes.
+    """
+    more = 0
+    for role, first in factors.items():
+        along = 1 if role == "low_rank_a" else 0
+        stored = _unpack(tensors, name, role, entry, first.device)
+        assert stored is not None
+        rest = without_first(stored, along, first.shape[along])
+        for key in [key for key in tensors if key.startswith(f"{name}.{role}.")]:
+            del tensors[key]
+        kept = {role.replace("low_rank", "first"): Passthrough("bfloat16").quantize(first, axis=0)}
+        kept |= {role: rest} if rest.shape[along] else {}
+        del entry[role]
+        for new_role, value in kept.items():
+            entry[new_role] = _described(value)
+            tensors |= {f"{name}.{new_role}.{part}": tensor for part, tensor in value.pack().items()}
+            more += value.code_bits + value.metadata_bits
+        more -= stored.code_bits + stored.metadata_bits
+    return more
+
+
+def _described(value: QuantizedTensor) -> dict[str, Any]:
+    return {"format": value.format.to_dict(), "shape": list(value.shape), "axis": value.axis}
 
 
 def write_surroundings(
@@ -223,38 +259,47 @@ def _linear(
     backend: Backend,
 ) -> nn.Module:
     """One quantized linear from its packed tensors, as the backend runs it."""
-    weight, a_IR, b_RO, bias = (
-        _unpack(tensors, name, role, entry, device) for role in ("weight", "low_rank_a", "low_rank_b", "bias")
-    )
-    assert weight is not None
+    bias = _unpack(tensors, name, "bias", entry, device)
     bias_O = bias.dequantize(dtype) if bias is not None else None
     if bias is None and f"{name}.bias" in tensors:
         bias_O = tensors[f"{name}.bias"].to(device, dtype)
+    stored = {role: _unpack(tensors, name, role, entry, device) for role in FACTOR_ROLES}
+    weight = _unpack(tensors, name, "weight", entry, device)
+    assert weight is not None
     if "transform" not in entry:
-        return _run_by(backend, weight, a_IR, b_RO, bias_O, entry, dtype)
+        return _run_by(backend, weight, stored, bias_O, entry, dtype)
     transform = transform_from_dict(entry["transform"])
     assert isinstance(transform, Hadamard)
     basis = transform.unpack(_parts(tensors, f"{name}.transform.", device), *weight.shape).to(dtype)
-    return HadamardLinear(_run_by(backend, weight, a_IR, b_RO, None, entry, dtype), basis, bias_O)
+    return HadamardLinear(_run_by(backend, weight, stored, None, entry, dtype), basis, bias_O)
 
 
 def _run_by(
     backend: Backend,
     weight: QuantizedTensor,
-    a_IR: QuantizedTensor | None,
-    b_RO: QuantizedTensor | None,
+    factors: Mapping[str, QuantizedTensor | None],
     bias_O: Tensor | None,
     entry: Mapping[str, Any],
     dtype: torch.dtype,
 ) -> nn.Module:
-    """The module that computes with these tensors."""
+    """The module that computes with these tensors; factors: by FACTOR_ROLES."""
+    first_a, first_b, a_IR, b_RO = (factors[role] for role in FACTOR_ROLES)
     activation = format_from_dict(entry["activation"]) if "activation" in entry else None
     if backend == "triton":
         from lqer.kernels import PackedLinear, TritonLinear
 
+        if first_a is not None:
+            raise ModelError('backend "triton" runs one A and one B, not columns of bfloat16 beside them (finetune)')
         return TritonLinear(PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype))
-    a, b = (None if factor is None else factor.dequantize(dtype) for factor in (a_IR, b_RO))
+    a, b = (_joined(first, rest, along, dtype) for first, rest, along in ((first_a, a_IR, 1), (first_b, b_RO, 0)))
     return QuantizedLinear(weight.dequantize(dtype), bias_O, a, b, activation)
+
+
+def _joined(
+    first: QuantizedTensor | None, rest: QuantizedTensor | None, along: int, dtype: torch.dtype
+) -> Tensor | None:
+    stored = [factor.dequantize(dtype) for factor in (first, rest) if factor is not None]
+    return torch.cat(stored, dim=along) if stored else None
 
 
 def _parts(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from lqer.dispatch import spread
 from lqer.errors import ConfigError
 from lqer.evaluation.stage import Candidate, evaluate
 from lqer.files import write_text
+from lqer.finetune import FINETUNE_VERSION, HISTORY_FILE, finetune
 from lqer.methods import LinearPlan
 from lqer.models import (
     ModelSource,
@@ -52,6 +53,7 @@ from lqer.report.results import (
     AllocationInfo,
     Baseline,
     CalibrationInfo,
+    FinetuneInfo,
     Layers,
     ModelInfo,
     Results,
@@ -144,6 +146,9 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
     if checkpoint is None or (with_plain and plain is None):
         log.info("share %s is done; others are not there yet: whoever finishes last goes on to evaluate", share)
         return None
+    quantized_seconds = checkpoint.seconds
+    tuned = _finetune(setting, store, tokenizer, checkpoint)
+    checkpoint = tuned or checkpoint
     _link(folder / CHECKPOINT_LINK, checkpoint.path)
 
     candidates = {"quantized": _candidate_from_checkpoint(setting, checkpoint)}
@@ -164,13 +169,15 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
         bits=average_bits(rows),
         allocation=None if budget is None else _allocation(budget),
         baseline=None if plain is None else Baseline(bits=average_bits(layer_rows(plain, setting.outline.blocks))),
+        finetune=None if tuned is None else _finetune_info(setting, tuned),
         calibration=calibration_info,
         perplexity=evaluation.perplexity,
         downstream=evaluation.downstream,
         layers=Layers(file=LAYERS_FILE, count=len(rows)),
         seconds=Seconds(
             calibrate=0.0 if inputs.calibration is None else inputs.calibration.seconds,
-            quantize=checkpoint.seconds + (budget.seconds if budget else 0.0),
+            quantize=quantized_seconds + (budget.seconds if budget else 0.0),
+            finetune=0.0 if tuned is None else tuned.seconds,
             evaluate=evaluation.seconds,
             total=round(time.monotonic() - started, 3),
         ),
@@ -336,6 +343,48 @@ def _quantize(
         return _obtain(store, "quantize", key, make, label)
     _say_if_reused(store, "quantize", key, label)
     return store.share("quantize", key, contribute, is_whole, make)
+
+
+def _finetune(
+    setting: Setting, store: Store, tokenizer: PreTrainedTokenizerBase, checkpoint: Artifact
+) -> Artifact | None:
+    """The checkpoint after fine-tuning; None where the configuration asks for none."""
+    settings = setting.config.finetune
+    if settings is None:
+        return None
+    text = load_rows(settings.dataset, "calibration")
+    windows_WT = calibration_windows(
+        tokenizer, text, settings.num_samples + settings.validation_samples, settings.seq_len
+    )
+    key = {
+        "version": FINETUNE_VERSION,
+        "model": setting.source.fingerprint,
+        "checkpoint": checkpoint.content,
+        "tokens": tokens_sha256(windows_WT),
+        "settings": settings.model_dump(mode="json", exclude={"dataset"}),
+        "seed": setting.config.seed,
+        "dtype": str(setting.dtype),
+        "device": setting.device.type,
+    }
+
+    def make(workspace: Workspace) -> None:
+        checkpoint.verify()
+        student = load_quantized(checkpoint.path, setting.device, setting.dtype, "emulate")
+        original = load_model(setting.source, setting.dtype, setting.device)
+        finetune(workspace, checkpoint, student, original, windows_WT, settings, setting.config.seed)
+
+    return _obtain(store, "finetune", key, make)
+
+
+def _finetune_info(setting: Setting, tuned: Artifact) -> FinetuneInfo:
+    settings, history = setting.config.finetune, tuned.json(HISTORY_FILE)
+    assert settings is not None
+    return FinetuneInfo(
+        parts=list(settings.parts),
+        tokens=settings.num_samples * settings.seq_len,
+        validation_loss=history["validation_loss"],
+        best_epoch=history["best_epoch"],
+    )
 
 
 def _obtain(store: Store, stage: str, key, make: Callable, label: str = "") -> Artifact:

@@ -20,10 +20,10 @@ from pydantic import (
 )
 
 from lqer.data import DatasetSpec
-from lqer.formats import Format
+from lqer.formats import Format, cut_objection
 from lqer.lowrank.solver import Solver
 from lqer.methods import METHODS, CalderaSettings, Propagation
-from lqer.methods.base import FactorBlocks
+from lqer.methods.base import FACTOR_AXES, FactorBlocks
 from lqer.methods.caldera import CALDERA
 from lqer.named import Named, named_from_dict
 from lqer.rounding import ROUNDINGS, Nearest, Rounding
@@ -206,6 +206,28 @@ class EvaluationConfig(Section):
     downstream: DownstreamConfig | None = None
 
 
+class FinetuneConfig(Section):
+    """Which parts of the quantized checkpoint are trained, and on what; see lqer/finetune.py."""
+
+    parts: Annotated[tuple[Literal["rht_signs", "low_rank"], ...], Field(min_length=1)]
+    # Of A (and rows of B), which are kept in bfloat16; the others stay as they were rounded.
+    columns: Positive = 64
+    dataset: DatasetSpec = DatasetSpec(path="slimpajama-6b")
+    num_samples: Positive = 192
+    # Windows after those, held out: the best state on them is kept.
+    validation_samples: Positive = 64
+    seq_len: Positive = 512
+    batch_size: Positive = 2
+    epochs: Positive = 5
+    # "original": cross-entropy with the original's distribution; "text": with the next token.
+    loss: Literal["original", "text"] = "original"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    low_rank_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    # Share of all steps in which the rate rises to its full value, from which it falls to 0.
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02
+
+
 class TrackingConfig(Section):
     backend: Literal["wandb", "trackio"]
     project: str = "lqer"
@@ -226,6 +248,8 @@ class Config(Section):
     formats: dict[str, Annotated[Format, Field(discriminator="kind")]] = {}
     calibration: CalibrationConfig = CalibrationConfig()
     quantize: QuantizeConfig
+    # After quantization and before evaluation; absent: nothing is trained.
+    finetune: FinetuneConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig | None = None
 
@@ -256,6 +280,7 @@ class Config(Section):
         self._check_low_rank()
         self._check_transforms()
         self._check_block_parts()
+        self._check_finetune()
         return self
 
     def _check_roundings(self) -> None:
@@ -363,6 +388,35 @@ class Config(Section):
         if method.starts_with == "reconstruct" or (iterations or method.iterations) > 1:
             rule = f'needs a method that rounds the weight itself, once; "{method.name}" rounds what A·B leaves of it'
             raise KeyedError(loc, rule, part.kind)
+
+    def _check_finetune(self) -> None:
+        """What is to be trained is there, gradients reach it, and it can be stored."""
+        finetune, quantize = self.finetune, self.quantize
+        if finetune is None:
+            return
+        loc: Loc = ("finetune", "parts")
+        if quantize.activation != NOT_QUANTIZED or quantize.attention != NOT_QUANTIZED:
+            rule = "gradients do not pass the rounding of activations: quantize.activation and attention must be none"
+            raise KeyedError(loc, rule)
+        if self.device_map == "auto":
+            raise KeyedError(loc, 'must be left out with device_map = "auto": training uses one GPU')
+        if "rht_signs" in finetune.parts and not any(part.kind == "hadamard" for part in quantize.transforms):
+            raise KeyedError(loc, 'there are no signs to train without quantize.transforms = ["hadamard"]', "rht_signs")
+        if "low_rank" not in finetune.parts:
+            return
+        if not quantize.low_rank.rank:
+            raise KeyedError(loc, "there is nothing to train where quantize.low_rank.rank is 0", "low_rank")
+        if self.evaluation.backend == "triton":
+            rule = "kernels run one A and one B, not trained columns beside them: evaluation.backend must not be triton"
+            raise KeyedError(loc, rule, "low_rank")
+        formats = (quantize.low_rank.format, quantize.low_rank.format_b or quantize.low_rank.format)
+        for rank_dim, axis, name in zip((1, 0), FACTOR_AXES[quantize.low_rank.blocks], formats):
+            objection = None
+            if axis == rank_dim and name != NOT_QUANTIZED:
+                objection = cut_objection(self.formats[name], finetune.columns)
+            if objection is not None and finetune.columns < quantize.low_rank.rank:
+                rule = f'cannot be cut off "{name}", whose blocks run along the rank: {objection}'
+                raise KeyedError(("finetune", "columns"), rule, finetune.columns)
 
     def _check_blockwise(self) -> None:
         evaluation = self.evaluation

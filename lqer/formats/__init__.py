@@ -9,7 +9,7 @@ This folder imports torch and the standard library only.
 
 from typing import Any, get_args
 
-from .base import NonFiniteError, NumberFormat, QuantizedTensor
+from .base import NonFiniteError, NumberFormat, QuantizedTensor, cut_objection, without_first
 from .codebook import Codebook
 from .e8p import E8P
 from .integer import Int
@@ -35,10 +35,12 @@ __all__ = [
     "Passthrough",
     "QuantizedTensor",
     "Uniform",
+    "cut_objection",
     "format_from_dict",
     "pack_bits",
     "packed_length",
     "unpack_bits",
+    "without_first",
 ]
 
 _FORMATS = {cls.kind: cls for cls in get_args(Format)}

@@ -200,6 +200,38 @@ class QuantizedTensor:
         return rows * packed_length(part.shape[-1], self.format.stream_widths[name]) * 8
 
 
+def without_first(tensor: QuantizedTensor, dim: int, count: int) -> QuantizedTensor:
+    """A matrix without its first `count` rows (dim 0) or columns (dim 1); no value changes.
+
+    Along its block axis they must be whole blocks: `cut_objection` tells. Raises ValueError otherwise.
+    """
+    shape = list(tensor.shape)
+    shape[dim] -= count
+    number_format = tensor.format
+    if dim != tensor.axis:  # a part of one row is shared by the whole tensor
+        parts = {name: part if part.shape[0] == 1 else part[count:] for name, part in tensor.parts.items()}
+        return QuantizedTensor(number_format, tuple(shape), tensor.axis, parts)
+    if (objection := cut_objection(number_format, count)) is not None:
+        raise ValueError(objection)
+    width = max(number_format.block_size, 1)
+    parts = {
+        name: part[:, count // (number_format.vector_size if name == "codes" else width) :]
+        for name, part in tensor.parts.items()
+    }
+    return QuantizedTensor(number_format, tuple(shape), tensor.axis, parts)
+
+
+def cut_objection(number_format: NumberFormat, count: int) -> str | None:
+    """Why the first `count` values along the block axis cannot be cut off; None where they can."""
+    if not number_format.stream_widths and number_format.block_size == -1:
+        return None
+    if number_format.block_size == -1:
+        return f'a scale is shared by all of them ("{number_format.kind}")'
+    if count % number_format.block_size:
+        return f"{count} is not a multiple of block_size {number_format.block_size}"
+    return None
+
+
 def _normalize_axis(x: Tensor, axis: int) -> int:
     if not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis {axis} is not an axis of a tensor of shape {tuple(x.shape)}")

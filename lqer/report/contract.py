@@ -22,6 +22,7 @@ CLASSES = (
     bits.Bits,
     results.AllocationInfo,
     results.Baseline,
+    results.FinetuneInfo,
     results.CalibrationInfo,
     results.PerplexityRow,
     results.DownstreamRow,

@@ -32,6 +32,15 @@ class ModelInfo(TypedDict):
     description: str
 
 
+class FinetuneInfo(TypedDict):
+    """What was trained after quantization, and how the loss on held-out windows went."""
+
+    parts: list[str]
+    tokens: int  # of the windows trained on, held-out ones not counted
+    validation_loss: list[float]  # nats per token: before, then after every epoch
+    best_epoch: int  # whose state is evaluated; 0: that of before
+
+
 class Baseline(TypedDict):
     """Plain rounding in the same formats, where evaluation.baselines asks for it."""
 
@@ -90,6 +99,7 @@ class Seconds(TypedDict):
 
     calibrate: float
     quantize: float
+    finetune: float
     evaluate: float
     total: float
 
@@ -103,6 +113,7 @@ class Results(TypedDict):
     bits: Bits
     allocation: AllocationInfo | None  # null where ranks are given
     baseline: Baseline | None
+    finetune: FinetuneInfo | None  # null where nothing was trained
     calibration: CalibrationInfo
     perplexity: list[PerplexityRow]
     downstream: list[DownstreamRow]

@@ -173,6 +173,7 @@ def render_report(
         *_allocation_paragraphs(results),
         *_damping_paragraphs(layers),
         *_block_paragraphs(notes),
+        *_finetune_paragraphs(results),
         f"- calibrated on {calibration['source']}: {calibration['tokens']} tokens\n{evaluations}",
         shown,
         f"The five linears with the largest output error (all of them: `{results['layers']['file']}`):",
@@ -197,6 +198,20 @@ def _damping_paragraphs(layers: pd.DataFrame) -> list[str]:
     return [
         f"Damping had to be raised {int(raised['damping_raises'].sum())} times, in {len(raised)} linears "
         "(`damping_raises` in layers.csv): the inputs of calibration say little about some of their directions."
+    ]
+
+
+def _finetune_paragraphs(results: Results) -> list[str]:
+    """What fine-tuning gained on held-out windows."""
+    finetune = results["finetune"]
+    if finetune is None:
+        return []
+    losses = finetune["validation_loss"]
+    return [
+        f"Fine-tuned ({', '.join(finetune['parts'])}) for {len(losses) - 1} epochs of {finetune['tokens']} tokens in "
+        f"{results['seconds']['finetune']:.1f} s: loss on held-out windows {losses[0]:.4f}, after epoch "
+        f"{finetune['best_epoch']}, whose state is evaluated, {losses[finetune['best_epoch']]:.4f}. Errors of single "
+        "linears are those of before."
     ]
 
 

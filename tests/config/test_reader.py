@@ -207,6 +207,34 @@ class TestMistakes:
         message = mistake(base, "--quantize.propagate=quantized", "--quantize.low_rank={ budget_bits = 5 }")
         assert "low_rank.budget_bits: must be left out: ranks are shared out before any block is quantized" in message
 
+    @pytest.mark.parametrize(
+        ("settings", "parts"),
+        [
+            ({"finetune.parts": "['rht_signs']"}, ["finetune.parts: there are no signs to train without"]),
+            ({"finetune.parts": "[]"}, ["finetune.parts"]),
+            (
+                {"finetune.parts": "['low_rank']", "quantize.low_rank.rank": "0"},
+                ["nothing to train where quantize.low_rank.rank is 0"],
+            ),
+            (
+                {"finetune.parts": "['low_rank']", "quantize.activation": "x8"},
+                ["gradients do not pass the rounding of activations"],
+            ),
+            (
+                {"finetune": "{ parts = ['low_rank'], columns = 8 }"},
+                ['finetune.columns: cannot be cut off "x8"', "8 is not a multiple of block_size 16", "found 8"],
+            ),
+            (
+                {"finetune.parts": "['low_rank']", "evaluation.backend": "triton"},
+                ["evaluation.backend must not be triton"],
+            ),
+        ],
+    )
+    def test_what_cannot_be_trained_is_refused_with_the_reason(self, base, settings, parts):
+        message = mistake(base, *(f"--{key}={value}" for key, value in settings.items()))
+        for part in parts:
+            assert part in message
+
     def test_a_format_that_its_rounding_objects_to_is_refused(self, base, monkeypatch):
         objection = lambda self, number_format: "must be mxfp4" if number_format.bits == 4 else None  # noqa: E731
         monkeypatch.setattr("lqer.rounding.Nearest.objection", objection)

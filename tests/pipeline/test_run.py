@@ -82,6 +82,23 @@ class TestWhatARunLeaves:
         assert (pd.read_csv(folder / "layers.csv")["damping_raises"] == 0).all()
         assert results["bits"]["metadata"] > 0
 
+    def test_fine_tuning_is_a_stage_of_its_own(self, experiment, run):
+        arguments = [
+            "--quantize.method=none", "--quantize.low_rank.rank=0", "--quantize.transforms=['hadamard']",
+            "--formats.q2={ kind = 'e8p', bits = 2 }", "--quantize.weight=q2", "--quantize.activation=none", "--quantize.attention=none",
+            "--finetune={ parts = ['rht_signs'], dataset = 'pydoc', num_samples = 8, validation_samples = 4, "
+            "seq_len = 32, epochs = 2 }",
+        ]  # fmt: skip
+        results = run(*arguments)
+        losses = results["finetune"]["validation_loss"]
+        assert len(losses) == 3
+        assert losses[results["finetune"]["best_epoch"]] == min(losses)
+        assert results["seconds"]["finetune"] > 0
+        folder = experiment.output / "tiny"
+        assert (folder / "checkpoint").resolve().name.startswith("finetune-")
+        assert "Fine-tuned (rht_signs) for 2 epochs" in (folder / "report.md").read_text()
+        assert run(*arguments)["perplexity"] == results["perplexity"]
+
     def test_a_budget_below_the_weights_is_refused_before_any_work(self, experiment, run):
         with pytest.raises(ConfigError, match=r"budget_bits: must be at least 4\.5"):
             run("--quantize.low_rank={ rank = 0, budget_bits = 4.2, format = 'x8' }")
