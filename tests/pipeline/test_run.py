@@ -85,7 +85,8 @@ class TestWhatARunLeaves:
     def test_fine_tuning_is_a_stage_of_its_own(self, experiment, run):
         arguments = [
             "--quantize.method=none", "--quantize.low_rank.rank=0", "--quantize.transforms=['hadamard']",
-            "--formats.q2={ kind = 'e8p', bits = 2 }", "--quantize.weight=q2", "--quantize.activation=none", "--quantize.attention=none",
+            "--formats.q2={ kind = 'e8p', bits = 2 }", "--quantize.weight=q2", "--quantize.activation=none",
+            "--quantize.attention=none",
             "--finetune={ parts = ['rht_signs'], dataset = 'pydoc', num_samples = 8, validation_samples = 4, "
             "seq_len = 32, epochs = 2 }",
         ]  # fmt: skip
@@ -335,7 +336,8 @@ def test_the_saved_configuration_holds_no_null(experiment, run):
 
 INTEGERS = [
     "--formats.w3={ kind = 'int', bits = 3, block_size = 16 }", "--quantize.weight=w3", "--quantize.method=none",
-    "--quantize.low_rank.rank=0", "--quantize.activation=none", "--quantize.attention=none",
+    "--quantize.low_rank.rank=0", "--quantize.activation=none",
+            "--quantize.attention=none",
 ]  # fmt: skip
 QUICK_ROUNDING = "{ kind = 'adaptive', steps = 3, soft_shares = [0.5, 0.1], learning_rate = 2e-2 }"
 
