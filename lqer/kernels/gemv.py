@@ -9,7 +9,12 @@ one instruction (dp4a) and a weight costs about one. Neither shared memory nor t
 The words of a weight hold even and odd columns of a block (layout.py), and masking one with 0x0F0F0F0F leaves every
 other of its codes. The codes of x are laid out to meet them: for each word of a weight's tile two words of four codes,
 first those for all low nibbles of the tile, then those for all high ones. Everything in the loop has one entry a word,
-so that no value has to change threads.
+so that no value has to change threads. The first kernel leaves one buffer of 32-bit words:
+
+    codes   KP / 4 words of four bytes each
+    steps   KP / 8 float32, the step of x for each word of a weight
+    sums    KP / 8 int32, -8 times the sum of the codes that meet a word
+    x_q A   RP float32
 
 Shapes: N out_features, K in_features, R rank, T tiles at once, B blocks of a tile, W words of a row in a tile.
 """
@@ -28,14 +33,21 @@ OFFSET = tl.constexpr(8)
 
 
 @triton.jit
+def _as_floats(words):
+    return tl.cast(words, tl.pointer_type(tl.float32), bitcast=True)
+
+
+@triton.jit
+def _as_bytes(words):
+    return tl.cast(words, tl.pointer_type(tl.int8), bitcast=True)
+
+
+@triton.jit
 def prepare_vector_kernel(
     x,  # [1, K]
     a_codes,  # Aᵀ [RP, KP] int8 or plain, or None
     a_exponents,  # [RP, KP / a_block] uint8, or None
-    x_codes,  # int8 [KP]: of each tile 16 words of four codes for low nibbles, 16 for high ones
-    x_steps,  # float32 [KP / 8], a step for each word of a weight
-    x_sums,  # int32 [KP / 8], -8 times the sum of the codes that meet a word
-    projection,  # x_q A, float32 [RP], or None
+    vector,  # int32 [KP / 2 + RP], see above
     K,
     rank: tl.constexpr,
     tiles: tl.constexpr,
@@ -50,11 +62,11 @@ def prepare_vector_kernel(
     """The first programs project x, one rank each; the others lay it out for the product, TILES tiles each."""
     pid = tl.program_id(0)
     if rank == 0:
-        _lay_out(x, x_codes, x_steps, x_sums, pid, K, tiles, x_bits, x_block, x_ceil, TILES, chained)
+        _lay_out(x, vector, pid, K, tiles, x_bits, x_block, x_ceil, TILES, chained)
     elif pid < rank:
-        _project(x, a_codes, a_exponents, projection, pid, K, tiles, x_bits, x_block, x_ceil, a_block, BLOCK_K, chained)
+        _project(x, a_codes, a_exponents, vector, pid, K, tiles, x_bits, x_block, x_ceil, a_block, BLOCK_K, chained)
     else:
-        _lay_out(x, x_codes, x_steps, x_sums, pid - rank, K, tiles, x_bits, x_block, x_ceil, TILES, chained)
+        _lay_out(x, vector, pid - rank, K, tiles, x_bits, x_block, x_ceil, TILES, chained)
 
 
 @triton.jit
@@ -62,7 +74,7 @@ def _project(
     x,
     a_codes,
     a_exponents,
-    projection,
+    vector,
     r,
     K,
     tiles: tl.constexpr,
@@ -88,15 +100,13 @@ def _project(
         columns_K = first + tl.arange(0, BLOCK_K)
         x_K = tl.load(x + columns_K, mask=columns_K < K, other=0.0).to(tl.float32).reshape(1, BLOCK_K)
         acc_K += round_columns(x_K, x_block, x_bits, x_ceil) * a_RK
-    tl.store(projection + ranks_R, tl.sum(acc_K, axis=1))
+    tl.store(_as_floats(vector + padded // 2) + ranks_R, tl.sum(acc_K, axis=1))
 
 
 @triton.jit
 def _lay_out(
     x,
-    x_codes,
-    x_steps,
-    x_sums,
+    vector,
     program,
     K,
     tiles: tl.constexpr,
@@ -111,19 +121,20 @@ def _lay_out(
         gdc_wait()
         gdc_launch_dependents()
     size: tl.constexpr = TILES * TILE_K
+    padded: tl.constexpr = tiles * TILE_K
     columns = program * size + tl.arange(0, size)
     x_T = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
     codes, steps = mxint_codes(x_T.reshape(size // x_block, x_block), 1, x_bits, x_ceil)
     # Column 4 * byte + 2 * high + odd of a block meets nibble 2 * byte + high of its word number `odd`.
     codes_TBIHO = codes.reshape(TILES, BLOCKS, 4, 2, 2)
     bytes_THBOI = codes_TBIHO.permute(0, 3, 1, 4, 2).to(tl.int8)
-    tl.store(x_codes + columns, bytes_THBOI.reshape(size), mask=columns < tiles * TILE_K)
+    tl.store(_as_bytes(vector) + columns, bytes_THBOI.reshape(size), mask=columns < padded)
     word = program * TILES * WORDS_C + tl.arange(0, TILES * WORDS_C)
     inside_words = word < tiles * WORDS_C
     steps_W = steps.reshape(size // x_block, 1).broadcast_to(size // x_block, x_block // 8)
-    tl.store(x_steps + word, steps_W.reshape(TILES * WORDS_C), mask=inside_words)
+    tl.store(_as_floats(vector + padded // 4) + word, steps_W.reshape(TILES * WORDS_C), mask=inside_words)
     sums_W = tl.sum(tl.sum(codes_TBIHO, axis=2), axis=2).to(tl.int32).reshape(TILES * WORDS_C)
-    tl.store(x_sums + word, sums_W * (-OFFSET), mask=inside_words)
+    tl.store(vector + padded // 4 + padded // 8 + word, sums_W * (-OFFSET), mask=inside_words)
 
 
 @triton.jit
@@ -171,10 +182,7 @@ def gemv_kernel(
     words,
     exponents,
     bias,  # [N], or None
-    x_codes,  # int32 view of the bytes, [KP / 4]
-    x_steps,
-    x_sums,
-    projection,  # x_q A, float32 [RP], or None
+    vector,  # what the first kernel made of x
     b_codes,  # [RP, N] int8 or plain, or None
     b_exponents,
     y,  # [1, N]
@@ -192,6 +200,7 @@ def gemv_kernel(
 ):
     rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word_W = tl.arange(0, WORDS_C)[None, None, :]
+    padded: tl.constexpr = tiles * TILE_K
     shape: tl.constexpr = (BLOCK_N, BLOCK_T, WORDS_C)
     # Weights do not depend on the kernel before: the first of them are on their way while that one still runs.
     w, e = _load_tiles(words, exponents, rows_N, 0, tiles, per_tile, BLOCK_T)
@@ -203,7 +212,7 @@ def gemv_kernel(
         gdc_launch_dependents()
     if rank > 0:
         # On its way while the product is computed.
-        xa_MR = tl.load(projection + tl.arange(0, rank)).reshape(1, rank)
+        xa_MR = tl.load(_as_floats(vector + padded // 2) + tl.arange(0, rank)).reshape(1, rank)
     acc = tl.zeros(shape, tl.float32)
     for first in range(0, tiles, BLOCK_T):
         next_w, next_e = _load_tiles(words, exponents, rows_N, first + BLOCK_T, tiles, per_tile, BLOCK_T)
@@ -211,10 +220,10 @@ def gemv_kernel(
         inside = tile < tiles
         # Every row reads its own copy of x, from the cache, so that the loads lie in registers as those of w do.
         x_word = (tile * WORDS_C + word_W).broadcast_to(shape)
-        low = tl.load(x_codes + x_word + tile * WORDS_C, mask=inside, other=0)
-        high = tl.load(x_codes + x_word + tile * WORDS_C + WORDS_C, mask=inside, other=0)
-        step = tl.load(x_steps + x_word, mask=inside, other=0.0)
-        sums = tl.load(x_sums + x_word, mask=inside, other=0)
+        low = tl.load(vector + x_word + tile * WORDS_C, mask=inside, other=0)
+        high = tl.load(vector + x_word + tile * WORDS_C + WORDS_C, mask=inside, other=0)
+        step = tl.load(_as_floats(vector + padded // 4) + x_word, mask=inside, other=0.0)
+        sums = tl.load(vector + padded // 4 + padded // 8 + x_word, mask=inside, other=0)
         scale = exponent_to_scale(e, tl.float32)[:, :, :, None]
         scale = scale.broadcast_to(BLOCK_N, BLOCK_T, per_tile, WORDS_C // per_tile).reshape(shape)
         acc += _products(w, low, high, sums).to(tl.float32) * (scale * step)

@@ -71,22 +71,19 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     spec, layout = packed.spec, packed.spec.layout
     x_1K = _dense_rows(x_1K)
     padded = layout.tiles * layout.tile_k
-    codes = x_1K.new_empty(padded // 4, dtype=torch.int32)
-    steps = x_1K.new_empty(padded // 8, dtype=torch.float32)
-    sums = x_1K.new_empty(padded // 8, dtype=torch.int32)
+    # One buffer, because from Python an allocation takes as long as a small kernel.
+    vector = x_1K.new_empty(padded // 2 + spec.rank, dtype=torch.int32)
     chained = can_chain(x_1K)
-    code_programs = -(-layout.tiles // VECTOR_TILES)
-    projection = x_1K.new_empty(spec.rank, dtype=torch.float32) if spec.rank else None
     block_k = min(VECTOR_COLUMNS, triton.next_power_of_2(layout.columns))
-    prepare_vector_kernel[(spec.rank + code_programs,)](
-        x_1K, packed.a_codes, packed.a_exponents, codes.view(torch.int8), steps, sums, projection, layout.columns,
-        rank=spec.rank, tiles=layout.tiles, **_rounding_constants(packed), a_block=spec.a_block, TILES=VECTOR_TILES,
-        BLOCK_K=block_k, chained=chained, num_warps=max(VECTOR_WARPS, block_k // 1024), **_launch_options(chained),
+    prepare_vector_kernel[(spec.rank + -(-layout.tiles // VECTOR_TILES),)](
+        x_1K, packed.a_codes, packed.a_exponents, vector, layout.columns, rank=spec.rank, tiles=layout.tiles,
+        **_rounding_constants(packed), a_block=spec.a_block, TILES=VECTOR_TILES, BLOCK_K=block_k, chained=chained,
+        num_warps=max(VECTOR_WARPS, block_k // 1024), **_launch_options(chained),
     )  # fmt: skip
     y_1N = x_1K.new_empty(1, layout.rows, dtype=out_dtype)
     gemv_kernel[(-(-layout.rows // launch.block_n),)](
-        packed.weight.words, packed.weight.scales, packed.bias_N, codes, steps, sums, projection, packed.b_codes,
-        packed.b_exponents, y_1N, layout.rows, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
+        packed.weight.words, packed.weight.scales, packed.bias_N, vector, packed.b_codes, packed.b_exponents, y_1N,
+        layout.rows, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
         **_rounding_constants(packed), b_block=spec.b_block, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
         chained=chained, num_warps=launch.warps, **_launch_options(chained),
     )  # fmt: skip
@@ -116,9 +113,15 @@ def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: 
         rank=spec.rank, **weight_constants(layout, given.dtype), ordered=ordered, **_rounding_constants(packed),
         **branch.constants, padded_K=layout.tiles * layout.tile_k, tiles_n=tiles_n, BLOCK_N=block_n,
         BLOCK_M=launch.block_m, BLOCK_R=_block_r(spec.rank), splits=splits, stages=launch.stages,
-        num_warps=launch.warps,
+        num_warps=launch.warps, **_register_limit(launch),
     )  # fmt: skip
     return y_MN
+
+
+def _register_limit(launch: GemmLaunch) -> dict[str, int]:
+    """Four programs of four warps on a multiprocessor, where their accumulators leave room for that."""
+    small = (launch.block_n, launch.block_m, launch.warps) == (128, SMALLEST_BLOCK_M, 4)
+    return {"maxnreg": 128} if small and not INTERPRETED else {}
 
 
 @dataclass(frozen=True)
