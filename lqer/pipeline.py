@@ -60,7 +60,7 @@ from lqer.report.results import (
     Seconds,
 )
 from lqer.report.write import LAYERS_FILE, RESULTS_FILE, layer_rows, write_run
-from lqer.rotation import rotate, rotated_source, rotation_key
+from lqer.rotation import open_rotated, rotate, rotated_source, rotation_key
 from lqer.sequential import quantize_in_order, stream_key
 from lqer.setting import Setting, prepare
 from lqer.shares import Share
@@ -314,6 +314,8 @@ def _quantize(
 
     def original() -> OpenedModel:
         nonlocal opened
+        if opened is None and setting.basis is not setting.source:
+            opened = open_rotated(setting.basis, setting.device)
         opened = opened or open_model(setting.basis, "auto", setting.device)
         return opened
 

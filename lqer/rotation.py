@@ -1,7 +1,8 @@
 """Stage "rotate": the model in a basis without outliers (QuaRot), as an ordinary folder of weights.
 
 Its function is that of the original: the stages after this one read it in the original's place. The folder holds what
-transformers writes, in the original's dtype; its config.json names the linears whose inputs are rotated as it runs
+transformers writes: matrices of the decoder blocks in float32, so that they are rounded once, when they are quantized,
+and the rest in the original's dtype. Its config.json names the linears whose inputs are rotated as it runs
 (`online_rotations`, see `prepare_model`). The model is in memory whole, in float32, while it is rotated.
 
 Shapes: D hidden size, B sequences, T tokens.
@@ -20,14 +21,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lqer.blocks import OpenedModel
 from lqer.errors import ModelError
 from lqer.models import ONLINE_ROTATIONS, ModelSource, find_blocks, load_model, load_model_config
 from lqer.store import Artifact, Workspace
+from lqer.streaming import open_model
 from lqer.transforms.hadamard import hadamard, random_hadamard
 from lqer.transforms.quarot import RotationError, rotate_model
 
 # Raised whenever the same inputs would give other bytes than before.
-ROTATE_VERSION = 1
+ROTATE_VERSION = 2
 # Token ids on which the model is examined and its logits are compared.
 EXAMINED = (2, 32)
 # Files of this size at most, so that a block is read without the others.
@@ -48,15 +51,31 @@ def rotate(workspace: Workspace, source: ModelSource, device: torch.device, seed
         nn.Module.to(model, device)
     rotate_in_place(model, device, seed)
     nn.Module.to(model, torch.device("cpu"))
-    stored = getattr(load_model_config(source), "dtype", None) or torch.float32
-    for parameter in model.parameters():
-        # Rotary tables are no parameters: they stay in float32, where they belong.
-        parameter.data = parameter.data.to(stored)
-    model.config.dtype = stored
+    blocks_name, _ = find_blocks(model)
+    model.config.dtype = own_dtype(source)
+    for name, parameter in model.named_parameters():
+        if not (name.startswith(f"{blocks_name}.") and parameter.ndim == 2):
+            parameter.data = parameter.data.to(model.config.dtype)
     with tempfile.TemporaryDirectory(dir=workspace.path) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         for file in sorted(Path(folder).iterdir()):
             workspace.write(file.name, partial(shutil.move, file))
+
+
+def own_dtype(source: ModelSource) -> torch.dtype:
+    """The dtype of the original's checkpoint."""
+    return getattr(load_model_config(source), "dtype", None) or torch.float32
+
+
+def open_rotated(basis: ModelSource, device: torch.device) -> OpenedModel:
+    """The rotated model as it is to be quantized: blocks in float32, what surrounds them in the original's dtype."""
+    opened = open_model(basis, torch.float32, device)
+    opened.loader.complete()
+    inside = {id(parameter) for parameter in opened.blocks.parameters()}
+    for parameter in opened.model.parameters():
+        if id(parameter) not in inside:
+            parameter.data = parameter.data.to(own_dtype(basis))
+    return opened
 
 
 def _fits(model: PreTrainedModel, device: torch.device) -> bool:

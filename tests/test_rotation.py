@@ -11,7 +11,7 @@ from lqer.blocks import Streamed
 from lqer.errors import ModelError
 from lqer.models import load_model, resolve_model
 from lqer.outline import read_outline
-from lqer.rotation import rotate, rotated_source, rotation_key
+from lqer.rotation import open_rotated, rotate, rotate_in_place, rotated_source, rotation_key
 from lqer.store import Store
 from lqer.streaming import open_model
 
@@ -61,16 +61,25 @@ def test_a_model_read_block_by_block_is_rotated_as_it_runs_too(rotated, windows_
     torch.testing.assert_close(logits(opened.model, windows_WT), logits(model, windows_WT), rtol=1e-3, atol=1e-3)
 
 
-def test_it_is_kept_in_the_dtype_of_the_original(random_model, tmp_path):
-    random_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+def test_what_will_be_quantized_is_kept_in_float32_and_the_rest_in_the_dtype_of_the_original(random_model, tmp_path):
+    original = random_model("llama").to(torch.bfloat16)
+    original.save_pretrained(tmp_path / "model")
     source = resolve_model(str(tmp_path / "model"))
     artifact = Store(tmp_path / "store").obtain("rotate", 0, lambda workspace: rotate(workspace, source, CPU, seed=0))
-    loaded = load_model(rotated_source(source, artifact), "auto", CPU)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    basis = rotated_source(source, artifact)
     config = json.loads((artifact.path / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert config["online_rotations"]["model.layers.0.self_attn.o_proj"] == 4
     assert config["online_rotations"]["model.layers.1.mlp.down_proj"] is None
+
+    exact = original.float()
+    rotate_in_place(exact, CPU, seed=0)
+    opened = open_rotated(basis, CPU)
+    assert (opened.model.dtype, opened.model.lm_head.weight.dtype) == (torch.bfloat16, torch.bfloat16)
+    for index, block in opened.loader.visits(opened.blocks, range(2), CPU):
+        weight = exact.model.layers[index].mlp.up_proj.weight
+        assert torch.equal(block.mlp.up_proj.weight, weight)
+        assert not torch.equal(weight, weight.bfloat16().float())
 
 
 def test_other_signs_give_another_artifact(random_model, tmp_path):
