@@ -85,7 +85,7 @@ def branch_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Y = Q(Q(x A) B) + b, to which a library adds the product with W without another pass over y."""
+    """y = Q(Q(x A) B) + b, to which a library adds the product with W without another pass over y."""
     rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = (rows_M < M)[:, None]

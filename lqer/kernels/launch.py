@@ -35,7 +35,7 @@ GEMV_MAX_RANK = 64  # a program holds its part of A, and all of B's rows, in reg
 
 
 def run_layer(x_MK: Tensor, packed: PackedLinear) -> Tensor:
-    """Y [M, N] of x [M, K], both in packed.dtype, by the kernels that the table names."""
+    """y [M, N] of x [M, K], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
     if len(x_MK) == 1 and fits_gemv(packed):
         return run_gemv(x_MK, packed, gemv_launch(layout.rows, layout.columns))
@@ -162,7 +162,7 @@ def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
-    """X rounded to the layer's activation format, in kernel order if asked for; x itself where there is none."""
+    """x rounded to the layer's activation format, in kernel order if asked for; x itself where there is none."""
     if not packed.spec.rounding.bits:
         return x_MK
     layout = packed.spec.layout

@@ -167,7 +167,7 @@ def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
-    """Y = W_q x_q + b + Q(Q(x_q A) B), x_q = Q(x) where activations are rounded.
+    """y = W_q x_q + b + Q(Q(x_q A) B), x_q = Q(x) where activations are rounded.
 
     x: (..., K) in packed.dtype -> (..., N) in packed.dtype; sums in float32.
     Raises ValueError for another dtype or width.

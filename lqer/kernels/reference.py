@@ -15,7 +15,7 @@ from .linear import PackedLinear
 
 
 def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
-    """Y [M, N] in packed.dtype, computed in float32."""
+    """y [M, N] in packed.dtype, computed in float32."""
     spec = packed.spec
     x32_MK = _round(x_MK.to(torch.float32), packed)
     y_MN = x32_MK @ dequantize(packed.weight, packed.dtype).to(torch.float32).T
