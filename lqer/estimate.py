@@ -16,7 +16,8 @@ surrounds the blocks, W windows of T tokens in batches of B, D the hidden size, 
 
 What is stored and held by definition is exact up to small change; working memory is estimated and marked as such.
 Linears of one module share a site if they read as many features, but for the last, which reads what the others made.
-Not counted: what steps over whole blocks hold and take, tasks under evaluation.downstream, reading files.
+Not counted: what steps over whole blocks hold and take, fine-tuning (two whole models, the gradients of one), the
+search of lattice codes, tasks under evaluation.downstream, reading files.
 """
 
 from __future__ import annotations

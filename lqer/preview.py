@@ -28,6 +28,8 @@ def describe(config: Config, say: Callable[[str], None]) -> None:
         f"activations {_shown(config, quantize.activation)}; A and B {_shown(config, quantize.low_rank.format)}; "
         f"attention operands {_shown(config, quantize.attention)}"
     )
+    if quantize.transforms:
+        say(f"transforms {', '.join(transform.kind for transform in quantize.transforms)}")
     try:
         setting = prepare(config)
     except HubError as error:
