@@ -176,7 +176,8 @@ class _Bar:
     """A progress bar of one block: what is being done, how long it will take yet, and the loss."""
 
     def __init__(self, name: str):
-        self._bar = tqdm(desc=name, unit="step", leave=False)
+        self._name, self._what = name, ""
+        self._bar = tqdm(desc=name, unit="round", leave=False)
 
     def __enter__(self) -> _Bar:
         return self
@@ -185,8 +186,10 @@ class _Bar:
         self._bar.close()
 
     def show(self, what: str, done: int, total: int, loss: float | None) -> None:
-        if self._bar.total != total or self._bar.unit != what:
-            self._bar.unit = what
+        if self._what != what:
+            self._what = what
+            self._bar.set_description(f"{self._name} {what}", refresh=False)
             self._bar.reset(total)
         self._bar.set_postfix({} if loss is None else {"loss": f"{loss:.4g}"}, refresh=False)
         self._bar.update(done - self._bar.n)
+        self._bar.refresh()

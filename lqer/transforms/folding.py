@@ -55,8 +55,11 @@ class Site:
 def find_sites(call: BlockFunction, hidden_BTD: Tensor, seed: int = 0) -> list[Site]:
     """The input sites of a block in the order of their use, each with its fold or None.
 
-    hidden_BTD: hidden states of real text; they are shuffled over positions, so that first tokens differ.
+    hidden_BTD: hidden states of real text; they are shuffled over positions, so that first tokens differ. The block is
+    probed in its own dtype, outside of any autocast.
     """
+    first = next(call.block.parameters())
+    hidden_BTD = hidden_BTD.to(first.device, first.dtype)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(hidden_BTD.shape[0] * hidden_BTD.shape[1], generator=generator).to(hidden_BTD.device)
     probe = _Probe(call, hidden_BTD.flatten(0, 1)[order].view_as(hidden_BTD), generator)
