@@ -31,6 +31,8 @@ from lqer.spill import Spill
 from lqer.store import Store
 
 FACTORS: dict[str, NumberFormat] = {"float32": Passthrough("float32"), "x8": MXInt(bits=8)}
+# Methods that are a rounding of their own reconstruct as qera-exact does.
+RECONSTRUCTIONS = [name for name, method in METHODS.items() if method.rounding is None]
 BATCH_SIZE, ERROR_TOKENS = 2, 1
 # Float32 factors and a float32 R leave this much of a tie undecided.
 TOLERANCE = 1e-6
@@ -93,7 +95,7 @@ def main() -> int:
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 2])
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--factor", choices=tuple(FACTORS), default="float32")
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=RECONSTRUCTIONS, default=RECONSTRUCTIONS)
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--blocks", type=int, help="only the first ones (default: all)")

@@ -1,8 +1,8 @@
 """Bits per weight, charging everything that must be stored for the quantized linears.
 
-Codes, shared exponents or scales and zero points, signs of a basis, A and B in their formats: all as they lie in the
-checkpoint, padding of a row to whole bytes included, divided by the number of original weights. Biases and what is not
-quantized are left out of both numbers.
+Codes, shared exponents or scales and zero points, codebooks, signs of a basis, A and B in their formats: all as they
+lie in the checkpoint, padding of a row to whole bytes included, divided by the number of original weights. Biases and
+what is not quantized are left out of both numbers.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from typing import Any, TypedDict
 class Bits(TypedDict):
     """Bits per original weight of the quantized linears."""
 
-    average: float  # the sum of the three below
-    weight: float  # codes
+    average: float  # weight + low_rank + metadata
+    weight: float  # codes, or indices into codebooks
     low_rank: float  # A and B, their metadata included
-    metadata: float  # exponents, scales, zero points of the weights; signs of a basis
+    metadata: float  # exponents, scales, zero points, codebooks of the weights; signs of a basis
+    codebook: float  # of metadata: codebooks and their scales
 
 
 def average_bits(rows: Iterable[Mapping[str, Any]]) -> Bits:
-    """Sum the per-linear totals (`weight_bits`, `metadata_bits`, `low_rank_bits`) over the number of weights."""
+    """Sum the per-linear totals (`weight_bits`, `metadata_bits`, ...) over the number of weights."""
     rows = list(rows)
     weights = sum(row["out_features"] * row["in_features"] for row in rows)
-    weight, metadata, low_rank = (
-        sum(row[f"{part}_bits"] for row in rows) / max(weights, 1) for part in ("weight", "metadata", "low_rank")
+    weight, metadata, low_rank, codebook = (
+        sum(row[f"{part}_bits"] for row in rows) / max(weights, 1)
+        for part in ("weight", "metadata", "low_rank", "codebook")
     )
-    return Bits(average=weight + low_rank + metadata, weight=weight, low_rank=low_rank, metadata=metadata)
+    return Bits(
+        average=weight + low_rank + metadata, weight=weight, low_rank=low_rank, metadata=metadata, codebook=codebook
+    )

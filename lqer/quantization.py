@@ -226,6 +226,7 @@ def _layer_row(
         "rank": weight.low_rank.rank if weight.low_rank else 0,
         "weight_bits": weight.weight_OI.code_bits,
         "metadata_bits": weight.metadata_bits,
+        "codebook_bits": weight.weight_OI.codebook_bits,
         "low_rank_bits": weight.low_rank.bits if weight.low_rank else 0,
         "captured_share": weight.low_rank.captured_share if weight.low_rank else None,
         "solver_gap": weight.low_rank.gap if weight.low_rank else None,

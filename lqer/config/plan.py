@@ -35,7 +35,7 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
     return LinearPlan(
         method=quantize.method,
         weight=config.formats[merged.weight],
-        rounding=merged.rounding,
+        rounding=merged.chosen_rounding,
         transform=next((part for part in quantize.transforms if isinstance(part, LinearTransform)), None),
         activation=number_format(merged.activation),
         bias=number_format(merged.bias),

@@ -132,7 +132,8 @@ class QuantizeConfig(Section):
 
     method: str = "lqer-act"
     weight: FormatName
-    rounding: RoundingSpec = Nearest()
+    # By default the method's own, or nearest.
+    rounding: RoundingSpec | None = None
     # Applied in this order: of the whole model, then of a block, then of one linear.
     transforms: tuple[TransformSpec, ...] = ()
     # The inputs that blocks are quantized on: those of the original model, or what the blocks quantized so far make of
@@ -149,9 +150,14 @@ class QuantizeConfig(Section):
     override: tuple[OverrideConfig, ...] = ()
 
     @property
+    def chosen_rounding(self) -> Rounding:
+        """`rounding`, or else the method's."""
+        return self.rounding or METHODS[self.method].rounding or Nearest()
+
+    @property
     def roundings(self) -> dict[Loc, Rounding]:
         """Every rounding that some linear has, by the key that names it."""
-        found: dict[Loc, Rounding] = {("quantize", "rounding"): self.rounding}
+        found: dict[Loc, Rounding] = {("quantize", "rounding"): self.chosen_rounding}
         for i, override in enumerate(self.override):
             if override.rounding is not None:
                 found["quantize", "override", i, "rounding"] = override.rounding
@@ -161,7 +167,7 @@ class QuantizeConfig(Section):
     def block_parts(self) -> list[str]:
         """The parts, by kind, that need a whole block, its inputs and what its outputs should be."""
         transforms = [transform.kind for transform in self.transforms if transform.level == "block"]
-        return transforms + [part.kind for part in (self.rounding,) if part.together]
+        return transforms + [part.kind for part in (self.chosen_rounding,) if part.together]
 
     @property
     def stream(self) -> Propagation:
@@ -284,11 +290,17 @@ class Config(Section):
         return self
 
     def _check_roundings(self) -> None:
-        """Every weight's format is one that its rounding can round to."""
+        """The method's rounding is its own, and every weight's format is one that its rounding can round to."""
         quantize = self.quantize
-        pairs: list[tuple[Loc, Rounding, FormatName]] = [(("quantize", "rounding"), quantize.rounding, quantize.weight)]
+        own, named = METHODS[quantize.method].rounding, quantize.rounding
+        if own is not None and named is not None and named.kind != own.kind:
+            rule = f'must be "{own.kind}", or left out: it is what makes quantize.method "{quantize.method}"'
+            raise KeyedError(("quantize", "rounding"), rule, named.kind)
+        pairs: list[tuple[Loc, Rounding, FormatName]] = [
+            (("quantize", "rounding"), quantize.chosen_rounding, quantize.weight)
+        ]
         for i, override in enumerate(quantize.override):
-            rounding, weight = override.rounding or quantize.rounding, override.weight or quantize.weight
+            rounding, weight = override.rounding or quantize.chosen_rounding, override.weight or quantize.weight
             key = "weight" if override.rounding is None else "rounding"
             pairs.append((("quantize", "override", i, key), rounding, weight))
         for loc, rounding, weight in pairs:
@@ -339,7 +351,7 @@ class Config(Section):
             weight, activation = (
                 (override and getattr(override, key)) or getattr(quantize, key) for key in ("weight", "activation")
             )
-            rounding = (override and override.rounding) or quantize.rounding
+            rounding = (override and override.rounding) or quantize.chosen_rounding
             scheme = Scheme(
                 self.formats[weight],
                 None if activation == NOT_QUANTIZED else self.formats[activation],
@@ -352,9 +364,9 @@ class Config(Section):
 
     def _check_block_parts(self) -> None:
         """Parts that work on whole blocks have what they need, and nobody undoes their work."""
-        quantize = self.quantize
+        quantize, usual = self.quantize, self.quantize.chosen_rounding
         for loc, rounding in quantize.roundings.items():
-            if rounding.together != quantize.rounding.together or (rounding.together and rounding != quantize.rounding):
+            if rounding.together != usual.together or (rounding.together and rounding != usual):
                 rule = "must be left out: the linears of a block are rounded together, by one rounding"
                 raise KeyedError(loc, rule, rounding.kind)
         if not quantize.block_parts:
@@ -364,15 +376,13 @@ class Config(Section):
             rule = f'must be "quantized", or left out: {parts} work on what the quantized blocks hand on'
             raise KeyedError(("quantize", "propagate"), rule, "original")
         for i, transform in enumerate(quantize.transforms):
-            if transform.level == "linear" and quantize.rounding.together:
-                rule = (
-                    f'must not be beside rounding "{quantize.rounding.kind}", which rounds weights in their own basis'
-                )
+            if transform.level == "linear" and usual.together:
+                rule = f'must not be beside rounding "{usual.kind}", which rounds weights in their own basis'
                 raise KeyedError(("quantize", "transforms", i), rule, transform.kind)
             if transform.fixes_scales:
                 self._check_scales_are_kept(("quantize", "transforms", i), transform)
-        if quantize.rounding.together:
-            self._check_rounds_first(("quantize", "rounding"), quantize.rounding)
+        if usual.together:
+            self._check_rounds_first(("quantize", "rounding"), usual)
 
     def _check_scales_are_kept(self, loc: Loc, transform: Transform) -> None:
         for rounding in self.quantize.roundings.values():

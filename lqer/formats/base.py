@@ -58,6 +58,7 @@ class NumberFormat(ABC):
     kind: str
     block_size: int  # elements that share a scale; -1 = the whole axis
     vector_size: ClassVar[int] = 1  # neighbours along the axis that share a code; divides block_size
+    codebook_parts: ClassVar[frozenset[str]] = frozenset()  # metadata that are learned tables, which codes point into
 
     @property
     @abstractmethod
@@ -191,6 +192,11 @@ class QuantizedTensor:
     def metadata_bits(self) -> int:
         """Bits of everything packed that is not a code."""
         return sum(self._stored_bits(name) for name in self.parts if name != "codes")
+
+    @property
+    def codebook_bits(self) -> int:
+        """Those of the metadata's bits that are learned tables."""
+        return sum(self._stored_bits(name) for name in self.parts if name in self.format.codebook_parts)
 
     def _stored_bits(self, name: str) -> int:
         part = self.parts[name]

@@ -50,6 +50,8 @@ class Codebook(NumberFormat):
     The axis must be a multiple of `dimension`. A tensor without leading dims has one row.
     """
 
+    codebook_parts: ClassVar[frozenset[str]] = frozenset({"codebooks", "codebook_scales", "codebook_basis"})
+
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     bits: int
@@ -66,7 +68,10 @@ class Codebook(NumberFormat):
         require_range("bits", self.bits, 1, 8, "codebook")
         if self.index_bits > 8:
             wide = f"bits {self.bits} * dimension {self.dimension} makes indices of {self.index_bits} bits"
-            raise ValueError(f"{wide}, above 8 (codebook)")
+            size = self.centroids * self.dimension
+            raise ValueError(
+                f"{wide}, above 8: a codebook would hold {self.centroids} centroids, {size} bytes (codebook)"
+            )
         for field in ("group_size", "block_size"):
             require_range(field, getattr(self, field), self.dimension, 1 << 31, "codebook")
         if self.block_size % self.dimension:

@@ -187,7 +187,8 @@ class Method:
     metric: from the weight and its site's statistics; None reconstructs nothing. starts_with: which step comes first.
     iterations: how often both steps are repeated; propagate: whether the inputs are those of the original model's
     blocks or of the blocks quantized so far; both unless the configuration says otherwise. Only on the original model's
-    inputs can blocks be quantized in any order, and so in shares.
+    inputs can blocks be quantized in any order, and so in shares. rounding: the one that makes the method what it is,
+    with its usual settings; None where any will do.
     """
 
     name: str
@@ -196,6 +197,7 @@ class Method:
     starts_with: Literal["round", "reconstruct"] = "round"
     iterations: int = 1
     propagate: Propagation = "original"
+    rounding: Rounding | None = None
 
     @property
     def reconstructs(self) -> bool:

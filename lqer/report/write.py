@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from lqer.bits import Bits
 from lqer.files import write_atomically, write_json, write_text
 from lqer.quantization import layers_file, spectra_file
 from lqer.report import figures
@@ -39,14 +40,18 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """layers.csv: one row per linear; bits per original weight, errors relative."""
     table = pd.DataFrame(rows)
     weights = table["out_features"] * table["in_features"]
-    total = table["weight_bits"] + table["metadata_bits"] + table["low_rank_bits"]
+    codebooks, low_rank = table["codebook_bits"], table["low_rank_bits"]
     return pd.DataFrame(
         {
             "name": table["name"],
             "out_features": table["out_features"],
             "in_features": table["in_features"],
             "rank": table["rank"],
-            "bits": total / weights,
+            "bits": (table["weight_bits"] + table["metadata_bits"] + low_rank) / weights,
+            "code_bits": table["weight_bits"] / weights,
+            "codebook_bits": codebooks / weights,
+            "scale_bits": (table["metadata_bits"] - codebooks) / weights,
+            "low_rank_bits": low_rank / weights,
             "captured_share": table["captured_share"],
             "solver_gap": table["solver_gap"],
             "damping_raises": table["damping_raises"],
@@ -167,9 +172,9 @@ def render_report(
         f"{model['name']} ({model['architecture']}, {model['parameters'] / 1e6:.1f}M parameters; {share:.0%} of them "
         f"quantized).\n{model['description']}",
         summary_table(results),
-        f"Bits are charged in full: {bits['weight']:.3f} codes + {bits['metadata']:.3f} scales, exponents and signs + "
-        f"{bits['low_rank']:.3f} low rank.\nMethod `{quantize['method']}`, weights `{quantize['weight']}`, activations "
-        f"`{quantize['activation']}`, attention operands `{quantize['attention']}`{_shown_transforms(quantize)}.",
+        f"Bits are charged in full: {_shown_bits(bits)}.\n"
+        f"Method `{quantize['method']}`, weights `{quantize['weight']}`, activations `{quantize['activation']}`, "
+        f"attention operands `{quantize['attention']}`{_shown_transforms(quantize)}.",
         *_allocation_paragraphs(results),
         *_damping_paragraphs(layers),
         *_block_paragraphs(notes),
@@ -213,6 +218,16 @@ def _finetune_paragraphs(results: Results) -> list[str]:
         f"{finetune['best_epoch']}, whose state is evaluated, {losses[finetune['best_epoch']]:.4f}. Errors of single "
         "linears are those of before."
     ]
+
+
+def _shown_bits(bits: Bits) -> str:
+    parts = [f"{bits['weight']:.4f} {'indices' if bits['codebook'] else 'codes'}"]
+    parts += [f"{bits['codebook']:.4f} codebooks"] if bits["codebook"] else []
+    parts += [
+        f"{bits['metadata'] - bits['codebook']:.4f} scales, exponents and signs",
+        f"{bits['low_rank']:.4f} low rank",
+    ]
+    return " + ".join(parts)
 
 
 def _allocation_paragraphs(results: Results) -> list[str]:

@@ -46,9 +46,10 @@ def test_there_is_a_template_for(name):
 def test_a_part_makes_an_experiment_once_model_and_weight_are_named(path, tmp_path):
     child = tmp_path / "child.toml"
     parents = [str(CONFIGS / "formats/mxint.toml"), str(path)]
-    weight = tomli.loads(path.read_text()).get("quantize", {}).get("weight", "w4")
-    child.write_text(f'extends = {parents}\nmodel = "some/model"\n[quantize]\nweight = "{weight}"\n')
-    assert read_config(child).quantize.weight == weight
+    weight = "" if path.parent.name == "methods" and path.stem != "protocol" else '[quantize]\nweight = "w4"\n'
+    child.write_text(f'extends = {parents}\nmodel = "some/model"\n{weight}')
+    config = read_config(child)
+    assert config.quantize.weight in config.formats
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
@@ -57,6 +58,20 @@ def test_a_row_of_a_paper_is_a_whole_experiment(path):
     assert plan_linear(config, "model.layers.0.self_attn.q_proj") is not None
     assert config.evaluation.perplexity is not None
     assert config.tag.startswith(path.stem)
+
+
+@pytest.mark.parametrize("path", [path for path in PAPER if path.stem.startswith("gptvq-")], ids=lambda path: path.stem)
+def test_a_row_of_gptvq_has_the_bits_and_the_dimension_of_its_name(path):
+    _, dimension, bits = path.stem.split("-")
+    config = read_config(path)
+    assert config.quantize.stream == "quantized"
+    assert (config.calibration.num_samples, config.calibration.seq_len) == (128, 2048)
+    plan = plan_linear(config, "model.layers.0.self_attn.q_proj")
+    assert f"{plan.weight.dimension}d" == dimension
+    scales = 16 / plan.weight.group_size
+    assert plan.weight.bits_per_value(4096) - scales == float(bits)
+    stored = plan.weight.storage_bits((4096, 4096))
+    assert sum(stored.values()) / 4096**2 - scales == pytest.approx(float(bits), abs=1e-9)
 
 
 @pytest.mark.parametrize(

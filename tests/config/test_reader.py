@@ -203,6 +203,12 @@ class TestMistakes:
         for part in parts:
             assert part in message
 
+    def test_a_method_keeps_the_rounding_that_makes_it(self, base):
+        assert 'quantize.rounding: must be "gptq", or left out' in mistake(
+            base, "--quantize.method=gptq", "--quantize.low_rank.rank=0", "--quantize.rounding=ldlq"
+        )
+        assert 'its weights are of kind "codebook", not "mxint"' in mistake(base, "--quantize.method=gptvq")
+
     def test_a_budget_in_the_quantized_stream_is_refused_with_the_reason(self, base):
         message = mistake(base, "--quantize.propagate=quantized", "--quantize.low_rank={ budget_bits = 5 }")
         assert "low_rank.budget_bits: must be left out: ranks are shared out before any block is quantized" in message

@@ -118,7 +118,10 @@ def test_pydantic_reports_rules_and_unknown_keys():
     [
         ({"bits": 0}, "bits 0 is not in 1..8 (codebook)"),
         ({"bits": 2, "dimension": 3}, "dimension 3 is not one of 1, 2, 4 (codebook)"),
-        ({"bits": 3, "dimension": 4}, "bits 3 * dimension 4 makes indices of 12 bits, above 8 (codebook)"),
+        (
+            {"bits": 3, "dimension": 4},
+            "bits 3 * dimension 4 makes indices of 12 bits, above 8: a codebook would hold 4096 centroids",
+        ),
         ({"bits": 2, "group_size": 0}, "group_size 0 is not in 2.."),
         ({"bits": 2, "block_size": -1}, "block_size -1 is not in 2.."),
         (

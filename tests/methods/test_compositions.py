@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqer.formats import MXInt, Passthrough
+from lqer.formats import Codebook, Int, MXInt, Passthrough
 from lqer.methods import METHODS, LinearPlan, QuantizedWeight
 from lqer.methods.base import Statistics
 
@@ -185,6 +185,20 @@ def test_the_product_does_not_depend_on_the_unit_of_the_inputs(plan, method):
     powers = {"mean_abs": 1, "max_abs": 1, "mean_square": 2, "autocorrelation": 2}
     louder = {key: value * 8.0 ** powers[key] for key, value in statistics.items()}
     equal(quantize(weight_OI, statistics, plan, method), quantize(weight_OI, louder, plan, method))
+
+
+@pytest.mark.parametrize("weight", [Int(bits=3, block_size=32), Codebook(bits=2, dimension=2, group_size=512)])
+def test_a_low_rank_part_on_top_of_error_feedback_is_that_of_qera_exact_for_what_is_left(plan, weight):
+    method = "gptq" if isinstance(weight, Int) else "gptvq"
+    weight_OI, statistics = layer(4)
+    plan = replace(plan, weight=weight, rounding=METHODS[method].rounding)
+    alone = quantize(weight_OI, statistics, replace(plan, rank=0), method)
+    assert alone.low_rank is None
+    found = quantize(weight_OI, statistics, plan, method)
+    assert torch.equal(found.weight_OI.dequantize(), alone.weight_OI.dequantize())
+    equal(found, quantize(weight_OI, statistics, plan, "qera-exact"))
+    errors = [weighted_error(weight_OI, part.effective_weight(), statistics) for part in (found, alone)]
+    assert errors[0] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -205,6 +205,7 @@ class TestOtherSettings:
         "override",
         [
             "--quantize.method=lqer-svd",
+            "--quantize.method=gptq",
             "--quantize.activation=none",
             "--quantize.attention_blocks=reference",
             "--quantize.low_rank.blocks=reference",
@@ -224,6 +225,23 @@ class TestOtherSettings:
         results = run(override)
         assert results["perplexity"][0]["quantized"] > 1
         assert results["layers"]["count"] > 0
+
+    def test_the_bits_of_codebooks_are_told_apart(self, experiment, run):
+        codebook = "bits = 2, dimension = 2, group_size = 512, block_size = 32, scale_block_size = 32"
+        results = run(
+            "--quantize.method=gptvq", "--quantize.weight=v", f"--formats.v={{ kind = 'codebook', {codebook} }}"
+        )
+        layers = pd.read_csv(experiment.output / "tiny" / "layers.csv")
+        parts = layers[["code_bits", "codebook_bits", "scale_bits", "low_rank_bits"]].sum(axis=1)
+        assert layers["bits"].to_numpy() == pytest.approx(parts.to_numpy(), rel=1e-4)
+        square = layers[layers["name"].str.endswith("q_proj")].iloc[0]
+        assert square["code_bits"] == 2
+        # 16 centroids of 2 int8 and a bfloat16 scale per 512 weights; 4 bits per 32 weights, two halves per 32 columns.
+        assert square["codebook_bits"] == (16 * 2 * 8 + 16) / 512
+        assert square["scale_bits"] == pytest.approx(4 / 32 + 2 * 2 * 16 / 64**2)
+        bits = results["bits"]
+        report = (experiment.output / "tiny" / "report.md").read_text()
+        assert f"{bits['weight']:.4f} indices + {bits['codebook']:.4f} codebooks + " in report
 
     def test_an_override_changes_the_linears_it_matches_alone(self, experiment, run):
         run("--quantize.override=[{ match = '*.down_proj', weight = 'w8', low_rank = { rank = 0 } }]",

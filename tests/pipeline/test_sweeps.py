@@ -39,7 +39,7 @@ def sweep(script: Path, recorder: Path, *arguments: str, **environment: str) -> 
 
 def test_the_sweeps_are_there():
     assert [path.stem for path in SWEEPS] == [
-        "baseline_no_lqer", "block_methods", "lqer_act", "lqer_act_int", "lqer_act_weight_only", "lqer_svd"
+        "baseline_no_lqer", "block_methods", "gptvq", "lqer_act", "lqer_act_int", "lqer_act_weight_only", "lqer_svd"
     ]  # fmt: skip
 
 
