@@ -123,6 +123,7 @@ def quantize_in_order(
         quantize_attention(running.model, quantized_attention(settings.attention))
     stream = enter(running, batches)
     weights = _weights(stored, missing)
+    whole = _Pass(text, settings, steps, total, implementation)
     # Nobody needs what the blocks behind the last missing one put out.
     indices = range(missing[-1] + 1)
     visits = running.loader.visits(running.blocks, indices, running.device)
@@ -133,11 +134,22 @@ def quantize_in_order(
                 BlockVisit(index, visit.name, block, original, running.device).forward()
         if block_file(index) not in workspace:
             tensors = next(weights)
-            work = _after_steps(visit, original, tensors, text, settings, steps, total, implementation)
+            work = _after_steps(visit, original, tensors, whole)
             write_block(workspace, work, settings, running.device)
             del tensors, work
         if index != indices[-1]:
             _run_quantized(visit, workspace)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What is the same for every block: `attention` is the name of the original's in transformers' registry."""
+
+    text: CalibrationText
+    settings: QuantizeSettings
+    steps: Sequence[BlockStep]
+    blocks: int
+    attention: str
 
 
 def _weights(stored: OpenedModel, indices: Sequence[int]) -> Iterator[dict[str, Tensor]]:
@@ -150,21 +162,17 @@ def _after_steps(
     visit: BlockVisit,
     original: Stream | None,
     tensors: dict[str, Tensor],
-    text: CalibrationText,
-    settings: QuantizeSettings,
-    steps: Sequence[BlockStep],
-    blocks: int,
-    attention: str,
+    whole: _Pass,
 ) -> BlockWork:
     """The block as the steps leave it, with the statistics of its linears' inputs."""
-    plans = {name: settings.plans[f"{visit.name}.{name}"] for name in block_linears(visit.block)}
+    plans = {name: whole.settings.plans[f"{visit.name}.{name}"] for name in block_linears(visit.block)}
     requested = requested_statistics(plans)
     parameters: dict[str, Tensor] = {}
     rounded: dict[str, QuantizedTensor] = {}
 
     def statistics() -> BlockStatistics:
         changed = _with_parameters(visit, parameters)
-        return observe_block(changed, changed.observe, text, requested)
+        return observe_block(changed, changed.observe, whole.text, requested)
 
     if original is not None:
         call = visit.stream.calls_of_one[visit.index]
@@ -180,10 +188,10 @@ def _after_steps(
             targets_WTD=original.settled(visit.device),
             statistics=statistics,
             stored=tensors,
-            attention=attention,
+            attention=whole.attention,
             device=visit.device,
         )
-        for step in steps:
+        for step in whole.steps:
             change = step(task)
             parameters = {**parameters, **change.parameters}
             rounded = {**rounded, **change.rounded}
@@ -194,7 +202,7 @@ def _after_steps(
         linears=list(plans),
         tensors=tensors | parameters,
         statistics=statistics(),
-        with_spectra=visit.index in with_spectra(blocks),
+        with_spectra=visit.index in with_spectra(whole.blocks),
         rounded=rounded,
     )
 

@@ -319,3 +319,34 @@ class TestLogScales:
         scales = fit_log_scales(torch.full((4, 64), 0.25), 32)
         assert not scales["scale_steps"].any()
         assert torch.equal(decode_log_scales(scales, 4, 64, 32), torch.full((4, 64), 0.25))
+
+
+@pytest.mark.parametrize(
+    "number_format",
+    [
+        Codebook(2, 2, group_size=256, block_size=32),
+        Codebook(3, 2, group_size=1024, block_size=64, scale_block_size=32),
+        Codebook(3, 1, group_size=128, block_size=32),
+        Codebook(2, 4, group_size=2048, block_size=64),
+    ],
+)
+def test_an_element_is_read_from_the_packed_bytes_as_documented(number_format):
+    rows, length = 40, 96
+    quantized = number_format.quantize(torch.randn(rows, length, generator=torch.Generator().manual_seed(0)))
+    packed, values, layout = quantized.pack(), quantized.dequantize(), number_format.layout(rows, length)
+    width, dimension = number_format.bits * number_format.dimension, number_format.dimension
+
+    def code(name: str, row: int, index: int, bits: int) -> int:
+        stream = int.from_bytes(bytes(packed[name][row].tolist()), "little")
+        return stream >> index * bits & ((1 << bits) - 1)
+
+    assert packed["codes"].shape[1] == math.ceil(length / dimension * width / 8)
+    for row, column in [(0, 0), (0, 95), (7, 33), (8, 32), (19, 61), (31, 64), (39, 95)]:
+        group = row // layout.group_rows, column // layout.group_columns
+        k = code("codes", row, column // dimension, width)
+        value = packed["codebooks"][group][k, column % dimension] * packed["codebook_scales"][group].float()
+        if block := number_format.scale_block_size:
+            s = column // block
+            offset, step = packed["scale_offsets"][s].float(), packed["scale_steps"][s].float()
+            value = value * (offset + step * code("scale_codes", row, s, 4)).exp2()
+        assert float(value) == pytest.approx(float(values[row, column]), rel=1e-6)
