@@ -1,7 +1,7 @@
 """Which arithmetic runs a quantized checkpoint: emulation, or the Triton kernels.
 
-Kernels read packed weights in the formats "mxint" and "int", compute in bfloat16 or float16, and need a GPU; emulation
-runs everything everywhere. Both give the same numbers up to the order of summation.
+Kernels read packed weights in the formats "mxint", "int" and "codebook", compute in bfloat16 or float16, and need a
+GPU; emulation runs everything everywhere. Both give the same numbers up to the order of summation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def kernel_obstacle(device: torch.device, dtype: torch.dtype, formats: Mapping[s
     if device.type != "cuda":
         return f"it needs a GPU, and the device is {device.type}"
     try:
-        from lqer.kernels import DTYPES, activation_rounding, check_weight_format
+        from lqer.kernels import DTYPES, activation_rounding, check_weight
     except ImportError as error:
         return f"triton is not usable ({error})"
     if dtype not in DTYPES:
@@ -51,7 +51,7 @@ def kernel_obstacle(device: torch.device, dtype: torch.dtype, formats: Mapping[s
             continue
         checked.add((weight, activation))
         try:
-            check_weight_format(weight)
+            check_weight(weight)
             activation_rounding(activation)
         except ValueError as error:
             return f"{name}: {error}"

@@ -31,7 +31,11 @@ def test_on_a_gpu_the_kernels_run_where_they_are_asked_for():
     ("dtype", "formats", "reason"),
     [
         (torch.float32, (MXInt(4), None), "it computes in bfloat16 or float16, and the dtype is float32"),
-        (torch.bfloat16, (MX("mxfp4_e2m1"), None), 'a.b: kernels read weights of kind "mxint" and "int", found "mx"'),
+        (
+            torch.bfloat16,
+            (MX("mxfp4_e2m1"), None),
+            'a.b: kernels read weights of kind "mxint", "int" and "codebook", found "mx"',
+        ),
         (torch.bfloat16, (Int(4, 96), None), "a.b: block_size 96 is neither a power of two of at least 16 nor -1"),
         (torch.bfloat16, (MXInt(4), Int(8)), 'a.b: kernels round activations to "mxint"'),
     ],

@@ -7,8 +7,8 @@ This folder imports torch, triton and lqer.formats. It imports on a machine with
 or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
-from .layout import PackedWeight, check_weight_format, pack_weight, unpack_codes
-from .linear import DTYPES, PackedLinear, activation_rounding, packed_linear
+from .layout import PackedWeight, pack_weight, unpack_codes
+from .linear import DTYPES, PackedLinear, activation_rounding, check_weight, packed_linear
 from .module import TritonLinear
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "PackedWeight",
     "TritonLinear",
     "activation_rounding",
-    "check_weight_format",
+    "check_weight",
     "pack_weight",
     "packed_linear",
     "unpack_codes",

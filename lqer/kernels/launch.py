@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .codebook import CodebookLayout, PackedCodebook, codebook_expand_kernel, codebook_product_kernel
 from .expand import branch_kernel, expand_factor_kernel, expand_kernel
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel, prepare_vector_kernel
@@ -26,6 +27,7 @@ ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
 PROJECTION_COLUMNS = 256  # of x, for one program
 EXPANDED_RANKS, EXPANDED_COLUMNS = 16, 128
 BRANCH_ROWS, BRANCH_COLUMNS = 64, 128
+CODEBOOK_TOKENS, CODEBOOK_ROWS, CODEBOOK_WORDS = 16, 16, 32
 VECTOR_TILES = 4  # of x's codes, for one program
 VECTOR_COLUMNS = 16384  # of x and A, at once
 VECTOR_WARPS = 8
@@ -37,20 +39,21 @@ GEMV_MAX_RANK = 64  # a program holds its part of A, and all of B's rows, in reg
 def run_layer(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, N] of x [M, K], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
+    if isinstance(layout, CodebookLayout):
+        return run_codebook(x_MK, packed) if len(x_MK) <= CODEBOOK_TOKENS else run_expanded(x_MK, packed)
     if len(x_MK) == 1 and fits_gemv(packed):
         return run_gemv(x_MK, packed, gemv_launch(layout.rows, layout.columns))
     bucket = bucket_of(len(x_MK))
     launch = bucket and gemm_launch(layout.width, layout.rows, layout.columns, bucket)
-    return (
-        run_gemm(x_MK, packed, launch)
-        if launch and fits_gemm(packed, len(x_MK), launch)
-        else run_expanded(x_MK, packed)
-    )
+    if launch and fits_gemm(packed, len(x_MK), launch):
+        return run_gemm(x_MK, packed, launch)
+    return run_expanded(x_MK, packed)
 
 
 def fits_gemv(packed: PackedLinear) -> bool:
     """Whether the integer kernel can run this layer for one token."""
     spec, layout = packed.spec, packed.spec.layout
+    assert isinstance(layout, Layout)
     weight_fits = layout.exponents and layout.bits == 4 and layout.block in (16, 32)
     return weight_fits and spec.rounding.bits > 0 and spec.rank <= GEMV_MAX_RANK
 
@@ -68,9 +71,11 @@ def branch_counters(rank: int) -> int:
 
 def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
     """One token, in integers; y in `out_dtype`, by default that of x."""
-    spec, layout = packed.spec, packed.spec.layout
+    spec, weight = packed.spec, packed.weight
+    assert isinstance(weight, PackedWeight)
+    layout = weight.layout
     x_1K = _dense_rows(x_1K)
-    padded = layout.tiles * layout.tile_k
+    padded = layout.padded_columns
     # One buffer, because from Python an allocation takes as long as a small kernel.
     vector = x_1K.new_empty(padded // 2 + spec.rank, dtype=torch.int32)
     chained = can_chain(x_1K)
@@ -82,7 +87,7 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     )  # fmt: skip
     y_1N = x_1K.new_empty(1, layout.rows, dtype=out_dtype)
     gemv_kernel[(-(-layout.rows // launch.block_n),)](
-        packed.weight.words, packed.weight.scales, packed.bias_N, vector, packed.b_codes, packed.b_exponents, y_1N,
+        weight.words, weight.scales, packed.bias_N, vector, packed.b_codes, packed.b_exponents, y_1N,
         layout.rows, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
         **_rounding_constants(packed), b_block=spec.b_block, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
         chained=chained, num_warps=launch.warps, **_launch_options(chained),
@@ -92,7 +97,9 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
 
 def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
     """Few tokens, weights decoded in registers; y in `out_dtype`, by default that of x."""
-    spec, layout = packed.spec, packed.spec.layout
+    spec, weight = packed.spec, packed.weight
+    assert isinstance(weight, PackedWeight)
+    layout = weight.layout
     given = _dense_rows(x_MK)
     m, n = len(given), layout.rows
     # The kernel order saves a pass through registers for every row of x, and serializes the tensor cores a little.
@@ -107,11 +114,11 @@ def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: 
     branch = _branch(given, packed)
     producers = branch.slabs * branch.rank_blocks * tiles_m
     gemm_kernel[(producers + tiles_n * parts * tiles_m,)](
-        x_MK, given, *_weight_tensors(packed.weight), packed.bias_N, packed.a_codes, packed.a_exponents,
+        x_MK, given, *_weight_tensors(weight), packed.bias_N, packed.a_codes, packed.a_exponents,
         packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], branch.partial,
         branch.projection, packed.workspace, y_MN, m, n, layout.columns, x_MK.stride(0), given.stride(0),
         rank=spec.rank, **weight_constants(layout, given.dtype), ordered=ordered, **_rounding_constants(packed),
-        **branch.constants, padded_K=layout.tiles * layout.tile_k, tiles_n=tiles_n, BLOCK_N=block_n,
+        **branch.constants, padded_K=layout.padded_columns, tiles_n=tiles_n, BLOCK_N=block_n,
         BLOCK_M=launch.block_m, BLOCK_R=_block_r(spec.rank), splits=splits, stages=launch.stages,
         num_warps=launch.warps, **_register_limit(launch),
     )  # fmt: skip
@@ -146,19 +153,40 @@ def _branch(x_MK: Tensor, packed: PackedLinear) -> _Branch:
     return _Branch(slabs, spec.rank // _block_r(spec.rank), partial, projection, constants | {"slabs": slabs})
 
 
+def run_codebook(x_MK: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Few tokens, weights of a codebook found in its table one by one; y in `out_dtype`, by default that of x."""
+    x_MK = round_tokens(_dense_rows(x_MK), packed, ordered=False)
+    weight = packed.weight
+    assert isinstance(weight, PackedCodebook)
+    layout = weight.layout
+    m, n = len(x_MK), layout.rows
+    start = None if packed.a_codes is None else low_rank(project(x_MK, packed), packed)
+    y_MN = x_MK.new_empty(m, n, dtype=out_dtype)
+    block_m = 1 << (m - 1).bit_length()
+    codebook_product_kernel[-(-n // CODEBOOK_ROWS), 1](
+        x_MK, weight.words, weight.table, packed.bias_N if start is None else None, start, y_MN, m, n, layout.columns,
+        x_MK.stride(0), **_codebook_constants(layout), BLOCK_N=CODEBOOK_ROWS, BLOCK_M=block_m, num_warps=4,
+    )  # fmt: skip
+    return y_MN
+
+
 def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     """Many tokens: weights and A decoded to memory once, then a library's products."""
     x_MK = round_tokens(_dense_rows(x_MK), packed, ordered=False)
     w_NK = expand(packed.weight, x_MK.dtype)
     if packed.a_codes is None:
         return torch.nn.functional.linear(x_MK, w_NK, packed.bias_N)
+    return low_rank(project(x_MK, packed), packed).addmm_(x_MK, w_NK.T)
+
+
+def project(x_MK: Tensor, packed: PackedLinear) -> Tensor:
+    """x A, float32 [M, RP], by a library."""
+    assert packed.a_codes is not None
     a_RK = expand_factor(packed.a_codes, packed.a_exponents, packed.spec.a_block, x_MK.dtype)
     a_KR = a_RK[:, : x_MK.shape[1]].T
     if x_MK.is_cuda:
-        projection_MR = torch.mm(x_MK, a_KR, out_dtype=torch.float32)
-    else:
-        projection_MR = x_MK.to(torch.float32) @ a_KR.to(torch.float32)
-    return low_rank(projection_MR, packed).addmm_(x_MK, w_NK.T)
+        return torch.mm(x_MK, a_KR, out_dtype=torch.float32)
+    return x_MK.to(torch.float32) @ a_KR.to(torch.float32)
 
 
 def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
@@ -167,26 +195,46 @@ def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
         return x_MK
     layout = packed.spec.layout
     m, k = x_MK.shape
-    padded = layout.tiles * layout.tile_k
-    x_out = x_MK.new_empty(m, padded if ordered else k)
+    padded = layout.padded_columns
+    tile_k = layout.tile_k if ordered and isinstance(layout, Layout) else 0
+    x_out = x_MK.new_empty(m, padded if tile_k else k)
     chained = can_chain(x_MK)
     round_kernel[-(-m // ROUNDED_ROWS), -(-padded // ROUNDED_COLUMNS)](
-        x_MK, x_out, m, k, x_MK.stride(0), padded=padded, tile_k=layout.tile_k if ordered else 0,
+        x_MK, x_out, m, k, x_MK.stride(0), padded=padded, tile_k=tile_k,
         BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS, **_rounding_constants(packed), chained=chained,
         num_warps=ROUNDING_WARPS, **_launch_options(chained),
     )  # fmt: skip
     return x_out
 
 
-def expand(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def expand(weight: PackedWeight | PackedCodebook, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype` [N, K]."""
     layout = weight.layout
     w_NK = torch.empty(layout.rows, layout.columns, dtype=dtype, device=weight.words.device)
-    expand_kernel[layout.padded_rows // ROW_TILE, layout.tiles](
-        *_weight_tensors(weight), w_NK, layout.rows, layout.columns, **weight_constants(layout, dtype),
+    if isinstance(weight, PackedCodebook):
+        codebook_expand_kernel[-(-weight.layout.rows // CODEBOOK_ROWS), weight.layout.column_groups](
+            weight.words, weight.table, w_NK, layout.rows, layout.columns, **_codebook_constants(weight.layout),
+            BLOCK_N=CODEBOOK_ROWS, num_warps=4,
+        )  # fmt: skip
+        return w_NK
+    expand_kernel[weight.layout.padded_rows // ROW_TILE, weight.layout.tiles](
+        *_weight_tensors(weight), w_NK, layout.rows, layout.columns, **weight_constants(weight.layout, dtype),
         BLOCK_N=ROW_TILE, num_warps=4,
     )  # fmt: skip
     return w_NK
+
+
+def _codebook_constants(layout: CodebookLayout) -> dict[str, int]:
+    return {
+        "GROUP_ROWS": layout.group_rows,
+        "GROUP_COLUMNS": layout.group_columns,
+        "COLUMN_GROUPS": layout.column_groups,
+        "WORDS": layout.words,
+        "CENTROIDS": 1 << layout.index_bits,
+        "DIMENSION": layout.dimension,
+        "FIELD": layout.field,
+        "BLOCK_W": min(CODEBOOK_WORDS, triton.next_power_of_2(layout.words)),
+    }
 
 
 def expand_factor(codes: Tensor, exponents: Tensor | None, block: int, dtype: torch.dtype) -> Tensor:

@@ -68,6 +68,10 @@ class Layout:
         return -(-self.columns // self.tile_k)
 
     @property
+    def padded_columns(self) -> int:
+        return self.tiles * self.tile_k
+
+    @property
     def padded_rows(self) -> int:
         return -(-self.rows // ROW_PADDING) * ROW_PADDING
 
@@ -100,7 +104,7 @@ def check_weight_format(number_format: NumberFormat) -> None:
     """Raise ValueError, stating the rule, for a format that the kernels do not read."""
     kind, block = number_format.kind, number_format.block_size
     if not isinstance(number_format, MXInt | Int):
-        raise ValueError(f'kernels read weights of kind "mxint" and "int", found "{kind}"')
+        raise ValueError(f'kernels read weights of kind "mxint", "int" and "codebook", found "{kind}"')
     if isinstance(number_format, MXInt) and number_format.compat:
         raise ValueError('compat True: kernels read "mxint" without its passed-through elements')
     if block != -1 and (block < 16 or block & (block - 1)):
@@ -151,7 +155,7 @@ def _layout(weight: QuantizedTensor) -> Layout:
 
 
 def _pack_codes(codes_NK: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    padding = (0, layout.tiles * layout.tile_k - layout.columns, 0, layout.padded_rows - layout.rows)
+    padding = (0, layout.padded_columns - layout.columns, 0, layout.padded_rows - layout.rows)
     unsigned = pad(codes_NK.to(torch.int32), padding) + layout.offset
     shape = (layout.padded_rows // ROWS, ROWS, layout.tiles, PAIRS, layout.per_word, 2)
     # [groups, tiles, rows, pairs, odd, J]

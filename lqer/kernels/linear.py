@@ -12,6 +12,7 @@ Shapes: M tokens, N out_features, K in_features, R rank; P marks padding.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqer.formats import MXInt, NumberFormat, Passthrough, QuantizedTensor
+from lqer.formats import Codebook, MXInt, NumberFormat, Passthrough, QuantizedTensor
 
-from .layout import ROW_PADDING, Layout, PackedWeight, pack_weight
+from .codebook import CodebookLayout, PackedCodebook, check_codebook, pack_codebook
+from .layout import ROW_PADDING, Layout, PackedWeight, check_weight_format, pack_weight
 
 FACTOR_BLOCKS = (16, 32, 64)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,7 +47,7 @@ class Rounding:
 class Spec:
     """All that is fixed at compile time."""
 
-    layout: Layout
+    layout: Layout | CodebookLayout
     rounding: Rounding
     rank: int  # padded
     a_block: int
@@ -56,14 +58,14 @@ class Spec:
 class PackedLinear:
     """A quantized linear as the kernels read it.
 
-    weight: see layout.py. a_codes, A transposed [RP, KP], and b_codes [RP, N]: int8 with uint8 step exponents
-    [RP, KP/block] and [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in `dtype` or None.
-    workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
+    weight: see layout.py, and codebook.py. a_codes, A transposed [RP, KP], and b_codes [RP, N]: int8 with uint8 step
+    exponents [RP, KP/block] and [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in `dtype` or
+    None. workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
     """
 
     spec: Spec
     dtype: torch.dtype
-    weight: PackedWeight
+    weight: PackedWeight | PackedCodebook
     bias_N: Tensor | None
     a_codes: Tensor | None
     a_exponents: Tensor | None
@@ -83,21 +85,24 @@ class PackedLinear:
     ) -> PackedLinear:
         """Lay out a linear for the kernels, on the device of its tensors.
 
-        weight: (N, K) in "mxint" or "int", blocks along K. a (K, R), b (R, N): any format; MXINT factors with blocks of
-        16, 32 or 64 along the summed dimension stay packed, others are kept as values in `dtype`. activation: "mxint"
-        with blocks of 16, 32 or 64, or None. dtype: bfloat16 or float16, of x and y.
+        weight: (N, K) in "mxint", "int" or "codebook", blocks along K. a (K, R), b (R, N): any format; MXINT factors
+        with blocks of 16, 32 or 64 along the summed dimension stay packed, others are kept as values in `dtype`.
+        activation: "mxint" with blocks of 16, 32 or 64, or None. dtype: bfloat16 or float16, of x and y.
 
         Raises ValueError, stating the rule, for anything else.
         """
         if dtype not in DTYPES:
             raise ValueError(f"kernels compute in bfloat16 or float16, found {dtype}")
-        packed = pack_weight(weight)
+        codebook = isinstance(weight.format, Codebook)
+        packed = pack_codebook(weight, dtype) if codebook else pack_weight(weight)
         rounding = activation_rounding(activation)
         rank = 0 if a is None else padded_rank(a.shape[1], rounding)
-        a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.tiles * packed.layout.tile_k, rank, dtype)
+        a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.padded_columns, rank, dtype)
         a_codes, a_exponents = (part if part is None else part.T.contiguous() for part in (a_codes, a_exponents))
         b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype)
-        counters = PROJECTION_COUNTERS + TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
+        counters = 0
+        if isinstance(packed, PackedWeight):
+            counters = PROJECTION_COUNTERS + TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
         return cls(
             spec=Spec(packed.layout, rounding, rank, a_block, b_block),
             dtype=dtype,
@@ -112,16 +117,37 @@ class PackedLinear:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it holds, by name."""
-        named = {
-            "words": self.weight.words, "high": self.weight.high, "scales": self.weight.scales,
-            "zeros": self.weight.zeros, "bias": self.bias_N, "a_codes": self.a_codes, "a_exponents": self.a_exponents,
-            "b_codes": self.b_codes, "b_exponents": self.b_exponents, "workspace": self.workspace,
+        weight = self.weight
+        if isinstance(weight, PackedCodebook):
+            named: dict[str, Tensor | None] = {"words": weight.words, "scales": weight.table}
+        else:
+            named = {"words": weight.words, "high": weight.high, "scales": weight.scales, "zeros": weight.zeros}
+        named |= {
+            "bias": self.bias_N, "a_codes": self.a_codes, "a_exponents": self.a_exponents, "b_codes": self.b_codes,
+            "b_exponents": self.b_exponents, "workspace": self.workspace,
         }  # fmt: skip
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def weight_of(
+    layout: Layout | CodebookLayout, words: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None
+) -> PackedWeight | PackedCodebook:
+    """A packed weight from its tensors; the table of a codebook goes by the name of scales."""
+    if isinstance(layout, CodebookLayout):
+        return PackedCodebook(layout, words, scales)
+    return PackedWeight(layout, words, high, scales, zeros)
+
+
+def check_weight(number_format: NumberFormat) -> None:
+    """Raise ValueError, stating the rule, for a format of weights that the kernels do not read."""
+    if isinstance(number_format, Codebook):
+        check_codebook(number_format)
+    else:
+        check_weight_format(number_format)
 
 
 def activation_rounding(activation: NumberFormat | None) -> Rounding:
@@ -175,30 +201,35 @@ def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     layout = packed.spec.layout
     if x.dtype != packed.dtype or x.shape[-1] != layout.columns:
         raise ValueError(f"x must be (..., {layout.columns}) in {packed.dtype}, found {tuple(x.shape)} in {x.dtype}")
-    weight = packed.weight
+    held = packed.tensors().get
     return torch.ops.lqer.packed_linear(
-        x, weight.words, weight.high, weight.scales, weight.zeros, packed.bias_N, packed.a_codes, packed.a_exponents,
-        packed.b_codes, packed.b_exponents, packed.workspace, encode_spec(packed.spec),
+        x, held("words"), held("high"), held("scales"), held("zeros"), packed.bias_N, packed.a_codes,
+        packed.a_exponents, packed.b_codes, packed.b_exponents, packed.workspace, encode_spec(packed.spec),
     )  # fmt: skip
 
 
+@cache
 def encode_spec(spec: Spec) -> str:
     """A spec as a string, the only structured thing that a custom operator takes."""
-    layout, rounding = spec.layout, spec.rounding
+    rounding = spec.rounding
     numbers = (
-        layout.rows, layout.columns, layout.bits, layout.offset, layout.block, layout.exponents,
-        rounding.bits, rounding.block, rounding.ceil, spec.rank, spec.a_block, spec.b_block,
+        *dataclasses.astuple(spec.layout), rounding.bits, rounding.block, rounding.ceil, spec.rank, spec.a_block,
+        spec.b_block,
     )  # fmt: skip
-    return ",".join(str(int(number)) for number in numbers)
+    return ",".join([type(spec.layout).__name__, *(str(int(number)) for number in numbers)])
 
 
 @cache
 def decode_spec(text: str) -> Spec:
     """The inverse of `encode_spec`."""
-    rows, columns, bits, offset, block, exponents, x_bits, x_block, ceil, rank, a_block, b_block = map(
-        int, text.split(",")
-    )
-    layout = Layout(rows, columns, bits, offset, block, bool(exponents))
+    kind, *numbers = text.split(",")
+    *fields, x_bits, x_block, ceil, rank, a_block, b_block = map(int, numbers)
+    layout: Layout | CodebookLayout
+    if kind == CodebookLayout.__name__:
+        layout = CodebookLayout(*fields)
+    else:
+        rows, columns, bits, offset, block, exponents = fields
+        layout = Layout(rows, columns, bits, offset, block, bool(exponents))
     return Spec(layout, Rounding(x_bits, x_block, bool(ceil)), rank, a_block, b_block)
 
 
@@ -219,7 +250,7 @@ def _packed_linear(
 ) -> Tensor:
     decoded = decode_spec(spec)
     packed = PackedLinear(
-        decoded, x.dtype, PackedWeight(decoded.layout, words, high, scales, zeros), bias, a_codes, a_exponents,
+        decoded, x.dtype, weight_of(decoded.layout, words, high, scales, zeros), bias, a_codes, a_exponents,
         b_codes, b_exponents, workspace,
     )  # fmt: skip
     x_MK = x.reshape(-1, x.shape[-1])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layout import PackedWeight
-from .linear import PackedLinear, packed_linear
+from .linear import PackedLinear, packed_linear, weight_of
 
 
 class TritonLinear(nn.Module):
@@ -30,7 +29,7 @@ class TritonLinear(nn.Module):
         def held(name: str) -> Tensor | None:
             return self._buffers.get(name)
 
-        weight = PackedWeight(self._spec.layout, self.words, held("high"), self.scales, held("zeros"))
+        weight = weight_of(self._spec.layout, self.words, held("high"), self.scales, held("zeros"))
         return PackedLinear(
             self._spec, self._dtype, weight, held("bias"), held("a_codes"), held("a_exponents"), held("b_codes"),
             held("b_exponents"), self.workspace,

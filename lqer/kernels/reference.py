@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lqer.formats import MXInt
 
+from .codebook import PackedCodebook
 from .layout import PackedWeight, unpack_codes
 from .linear import PackedLinear
 
@@ -30,8 +31,10 @@ def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     return y_MN.to(packed.dtype)
 
 
-def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: PackedWeight | PackedCodebook, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in `dtype`, rounded once from its exact value."""
+    if isinstance(weight, PackedCodebook):
+        return _look_up(weight)
     layout = weight.layout
     codes_NK = unpack_codes(weight).to(torch.float32)
     scales_NB = _in_rows(weight.scales, weight)
@@ -41,6 +44,17 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     if weight.zeros is not None:
         codes_NK = codes_NK - _in_rows(weight.zeros, weight).to(torch.float32)[:, block_K]
     return (codes_NK * scales_NB.to(torch.float32)[:, block_K]).to(dtype)
+
+
+def _look_up(weight: PackedCodebook) -> Tensor:
+    layout = weight.layout
+    row_N = torch.arange(layout.rows, device=weight.words.device)
+    shifts_J = torch.arange(layout.per_word, device=weight.words.device) * layout.field
+    index_NGV = ((weight.words.unsqueeze(-1) >> shifts_J) & ((1 << layout.field) - 1)).flatten(2)
+    index_NGV = index_NGV[..., : layout.group_columns // layout.dimension]
+    group_G = torch.arange(layout.column_groups, device=row_N.device)
+    values = weight.table[(row_N // layout.group_rows)[:, None, None], group_G[None, :, None], index_NGV]
+    return values.flatten(1)[:, : layout.columns]
 
 
 def _in_rows(scales: Tensor, weight: PackedWeight) -> Tensor:

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lqer.formats import Int, MXInt, Passthrough
-from lqer.kernels import launch
+from lqer.formats import Codebook, Int, MXInt, Passthrough
+from lqer.kernels import PackedLinear, launch
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -62,6 +62,10 @@ def main() -> None:
     launch.run_expanded(random_input(300, 1024, bf16), layer.packed)
     layer = build_layer(Int(4, -1), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))
     launch.run_gemm(random_input(3, 300, torch.float16), layer.packed, GemmLaunch(64, 16, 1, 3, 4))
+    weight = Codebook(2, 2, 2048).quantize(torch.randn(64, 512))
+    packed = PackedLinear.pack(weight, None, None, None, None, bf16)
+    launch.run_codebook(random_input(1, 512, bf16), packed)
+    launch.run_expanded(random_input(32, 512, bf16), packed)
     print(" ".join(sorted(compiled)))
 
 
