@@ -10,14 +10,18 @@ surrounds the blocks, W windows of T tokens in batches of B, D the hidden size, 
                  FLOPs: 2 a weight and token, 4·T·D a token and block for attention, 2·I² a token and site.
     quantize     p·s, the statistics of a block, the packed block, and copies of the largest linear and its solver's.
                  In the quantized stream the calibration's walk, twice, is part of it.
+    steps        of whole blocks, part of quantize: a second set of hidden states, a block in float32 and what is learnt
+                 of it, 40 bytes a weight; the activations of a micro-batch are kept for its gradient. FLOPs: 6 a weight
+                 and token that something is learnt on, 2 for every ratio of AWQ's search.
     evaluate     the whole model in the run's dtype, or under evaluation.blockwise a walk; logits B·T·V·r.
                  FLOPs: as a walk's and 2·V·D a token, for each model.
     disk         statistics, packed blocks by their formats' bits, spilled hidden states and accumulators.
 
 What is stored and held by definition is exact up to small change; working memory is estimated and marked as such.
 Linears of one module share a site if they read as many features, but for the last, which reads what the others made.
-Not counted: what steps over whole blocks hold and take, fine-tuning (two whole models, the gradients of one), the
-search of lattice codes, tasks under evaluation.downstream, reading files.
+
+Not counted: the rotation of a whole model (it is in memory in float32), fine-tuning (two whole models, the gradients of
+one), the search of lattice codes, tasks under evaluation.downstream, reading files.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ from lqer.lowrank.solver import SMALL_SIDE
 from lqer.methods import METHODS, LinearPlan
 from lqer.outline import Outline
 from lqer.quantization import requested_statistics, with_spectra
+from lqer.rounding import Adaptive
+from lqer.transforms import Awq, Lwc
 
 # Guesses: how many other activations of a batch live at once, and copies of the linear that is worked on, of 4 and of
 # 8 bytes a weight.
@@ -49,6 +55,8 @@ LOSS_POSITIONS = 256
 # A text that is not at hand is taken to be as long as WikiText-2's test split; one that is, to have 4 bytes a token.
 ASSUMED_TOKENS = 300_000
 BYTES_PER_TOKEN = 4
+# Bytes a weight that adaptive rounding takes beside it (lqer/rounding/adaptive.py), and learnt clipping, nearly.
+LEARNT_BYTES = 40
 # Of linears whose rank a budget chooses.
 ASSUMED_RANK = 32
 
@@ -167,6 +175,9 @@ def _quantize(work: Workload) -> Stage:
         walk_flops, walk_moved = walk.cost(2 * tokens)
         flops += walk_flops + _observing_flops(work, tokens)
         moved += walk_moved + _observing_bytes(work, tokens)
+        steps = _BlockSteps(work)
+        host, device = host + steps.host(), device + steps.device()
+        flops += steps.flops() * (1 + ("plain" in work.config.evaluation.baselines))
     return _stage("quantize", work, host, device, disk, flops, moved)
 
 
@@ -200,6 +211,7 @@ def _evaluate(work: Workload) -> Stage:
 
 
 OUTPUT_DIR = "output_dir on a larger disk"
+MICRO_BATCH = "a smaller quantize.rounding.micro_batch"
 SAFETENSORS = "a model in safetensors, which is read block by block"
 
 
@@ -256,6 +268,56 @@ class _Walk:
         width = outline.hidden_size + max(input_sites(outline))
         moved = BLOCK_PASSES * width * self.work.computed * outline.blocks
         return float(tokens * (2 * weights + attention)), float(tokens * moved)
+
+
+@dataclass(frozen=True)
+class _BlockSteps:
+    """What is done to whole blocks before their linears are quantized one by one; nothing, without such parts."""
+
+    work: Workload
+
+    def host(self) -> list[Piece]:
+        calibration, outline = self.work.config.calibration, self.work.outline
+        states = calibration.num_samples * calibration.seq_len * outline.hidden_size * self.work.computed
+        needed = bool(self.work.config.quantize.block_parts)
+        return [Piece("hidden states of the original", states * needed, "a smaller calibration.max_memory")]
+
+    def device(self) -> list[Piece]:
+        outline, sequences = self.work.outline, self._sequences_learnt_on()
+        if not self.work.config.quantize.block_parts:
+            return []
+        learnt = LEARNT_BYTES * outline.block_parameters if sequences else 0
+        width = outline.hidden_size + max(input_sites(outline))
+        kept = LIVE_ACTIVATIONS * self._micro_batch() * self.work.config.calibration.seq_len * width * 4
+        return [
+            Piece("a block in float32", 4 * outline.block_parameters),
+            Piece("what is learnt of a block", learnt, sure=False),
+            Piece("activations kept for gradients", kept if sequences else 0, MICRO_BATCH, sure=False),
+        ]
+
+    def flops(self) -> float:
+        settings = self.work.config.calibration
+        weights = sum(rows * columns for _, rows, columns, _ in _planned(self.work))
+        compared = sum(
+            part.ratios * min(part.samples, settings.num_samples)
+            for part in self.work.config.quantize.transforms
+            if isinstance(part, Awq)
+        )
+        return float(weights * settings.seq_len) * (2 * compared + 6 * self._sequences_learnt_on())
+
+    def _micro_batch(self) -> int:
+        rounding = self.work.config.quantize.rounding
+        return (rounding.micro_batch or rounding.batch_size) if isinstance(rounding, Adaptive) else 1
+
+    def _sequences_learnt_on(self) -> int:
+        """How many sequences pass a block, forward and backward."""
+        quantize, samples = self.work.config.quantize, self.work.config.calibration.num_samples
+        sequences = sum(part.epochs * samples for part in quantize.transforms if isinstance(part, Lwc))
+        if isinstance(quantize.rounding, Adaptive):
+            bits = min(plan.weight.stream_widths["codes"] for _, _, _, plan in _planned(self.work))
+            settings = quantize.rounding.settings(bits, None, 0)
+            sequences += len(settings.soft_shares) * settings.steps * min(settings.batch_size, samples)
+        return sequences
 
 
 def _gathers_products(work: Workload) -> bool:

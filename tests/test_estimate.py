@@ -197,3 +197,26 @@ class TestGrowth:
         assert {"a block", "statistics in the making", "activations of a batch"} <= {
             piece.what for piece in stage.device
         }
+
+
+def test_steps_over_whole_blocks_are_counted(random_model, tmp_path):
+    """Twice the steps learn on twice the sequences; nothing is counted where there are no such steps."""
+    model = random_model("llama")
+    weights = sum(rows * columns for rows, columns in outline_of(model, tmp_path).linears.values())
+
+    def quantize_stage(**quantize) -> Stage:
+        config = experiment(quantize={"method": "none", "low_rank": {"rank": 0}, "propagate": "quantized", **quantize})
+        return stages_of(workload(model, tmp_path, config))["quantize"]
+
+    plain = quantize_stage()
+    few, many = (
+        quantize_stage(rounding={"kind": "adaptive", "steps": steps, "batch_size": 2, "soft_shares": [0.5, 0.1]})
+        for steps in (3, 6)
+    )
+    assert few.flops - plain.flops == 6 * weights * SEQ_LEN * 2 * 3 * 2
+    assert many.flops - few.flops == few.flops - plain.flops
+    scaled = quantize_stage(transforms=[{"kind": "awq", "ratios": 10, "samples": 4}])
+    assert scaled.flops - plain.flops == 2 * weights * SEQ_LEN * 10 * 4
+    assert not [piece for piece in plain.ram if piece.what in ("a block in float32", "hidden states of the original")]
+    assert piece(few.ram, "a block in float32") == 4 * outline_of(model, tmp_path).block_parameters
+    assert piece(few.ram, "hidden states of the original") == WINDOWS * SEQ_LEN * model.config.hidden_size * 4
