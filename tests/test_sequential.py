@@ -18,10 +18,10 @@ from lqer.blocks import OpenedModel
 from lqer.calibration import CalibrationText, block_file
 from lqer.checkpoint import load_quantized
 from lqer.errors import ModelError
-from lqer.formats import Int, MXInt
+from lqer.formats import Codebook, Int, MXInt
 from lqer.models import block_linears, find_blocks, load_model, resolve_model
 from lqer.quantization import QuantizeSettings, finish_checkpoint, layers_file, quantization_key
-from lqer.rounding import Gptq
+from lqer.rounding import Gptq, Vector
 from lqer.rounding.gptq import gptq
 from lqer.sequential import BlockChange, BlockTask, quantize_in_order, stream_key
 from lqer.spill import Spill
@@ -328,3 +328,23 @@ def test_what_a_block_step_makes_is_stored_and_runs(random_model, letter_tokeniz
     torch.testing.assert_close(seen[0][0], unscaled / torch.linspace(0.5, 2, 32).square(), rtol=1e-4, atol=1e-6)
     assert "post_attention_layernorm.weight" in seen[0][1]
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weight", [Int(bits=3, block_size=16), Codebook(2, 2, group_size=256, block_size=32)])
+def test_codes_on_a_gpu_are_those_of_a_cpu(random_model, letter_tokenizer, text, gptq_plan, tmp_path, weight):
+    """In float32; other sums may tip a tie, and a codebook that k-means ends with."""
+    plan = replace(gptq_plan, weight=weight, rounding=Gptq() if isinstance(weight, Int) else Vector())
+    model = random_model("llama")
+    run(tmp_path / "cpu", model, letter_tokenizer, text, plan)
+    gpu = torch.device("cuda")
+    models = (OpenedModel.held(copy.deepcopy(model), gpu, Spill()) for _ in range(2))
+    quantize_in_order(Workspace(tmp_path / "cuda"), *models, text, settings_for(model, plan))
+    rows = {kind: Workspace(tmp_path / kind).json(layers_file(1)) for kind in ("cpu", "cuda")}
+    for cpu, cuda in zip(rows["cpu"], rows["cuda"], strict=True):
+        assert cuda["output_error"] == pytest.approx(cpu["output_error"], rel=0.1), cpu["name"]
+    if isinstance(weight, Int):
+        found, expected = (Workspace(tmp_path / kind).tensors(block_file(0)) for kind in ("cuda", "cpu"))
+        for name in expected:
+            if name.endswith("weight.codes"):
+                assert (found[name] == expected[name]).double().mean() > 0.99, name
