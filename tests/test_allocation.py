@@ -10,17 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lqer.allocation import check_budget, measure_spectra, share_out_ranks, spectra_key
+from lqer.allocation import check_budget, error_spectrum, measure_spectra, share_out_ranks, spectra_key
 from lqer.bits import average_bits
 from lqer.blocks import OpenedModel
 from lqer.calibration import SITES_FILE, CalibrationText, block_file, calibrate
 from lqer.errors import ConfigError, ModelError
-from lqer.formats import MXInt
-from lqer.methods import LinearPlan
+from lqer.formats import E8P, MXInt
+from lqer.methods import METHODS, LinearPlan
 from lqer.models import block_linears, find_blocks
 from lqer.quantization import QuantizeSettings, layers_file, quantize
+from lqer.rounding import Ldlq
 from lqer.spill import Spill
 from lqer.store import Store, Workspace
+from lqer.transforms import Hadamard
 
 CPU = torch.device("cpu")
 BLOCKS = 4
@@ -185,6 +187,25 @@ def test_the_key_follows_what_decides_the_spectra_and_nothing_else(plans):
     assert changed(method="lqer-act") != key
     assert changed(weight=MXInt(bits=4)) != key
     assert spectra_key("other", "model", plans, CPU) != key
+
+
+def test_a_spectrum_is_that_of_the_error_in_the_basis_of_the_plan():
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, x_TI = torch.randn(48, 96, generator=generator), torch.randn(300, 96, generator=generator)
+    statistics = {"autocorrelation": x_TI.T @ x_TI / 300}
+    plan = LinearPlan(
+        "qera-exact", E8P(2), None, None, 0, MXInt(8), "long", rounding=Ldlq(), transform=Hadamard(), seed=5
+    )
+    spectrum = error_spectrum(weight_OI, statistics, plan)
+    rounded = METHODS["qera-exact"].quantize_linear(weight_OI, statistics, plan)
+    error_OI = (weight_OI - rounded.effective_weight()).double()
+    hessian_II = statistics["autocorrelation"].double()
+    unit = hessian_II.diagonal().mean()
+    left = float((error_OI @ hessian_II * error_OI).sum() / unit)
+    assert float(spectrum["energies"].sum()) == pytest.approx(left, rel=1e-4)
+    assert int(spectrum["weight_bits"]) == rounded.weight_OI.code_bits + rounded.metadata_bits
+    plans = {"a.0.b": plan}
+    assert spectra_key("c", "m", plans, CPU) != spectra_key("c", "m", {"a.0.b": replace(plan, seed=6)}, CPU)
 
 
 def test_a_broken_weight_is_named(random_model, windows_WT, plans, tmp_path, store):
