@@ -21,18 +21,18 @@ Formats = tuple[NumberFormat, NumberFormat | None]
 
 
 def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> Backend:
-    """What "auto" stands for, or `wanted`; formats: of weight and input, by linear.
+    """`wanted`, or for "auto" the kernels where they can run; formats: of weight and input, by linear.
 
-    "auto" is emulation: the kernels as they stand have not all been run on a GPU since they were last changed
-    (docs/benchmarks.md), and a default must be trusted. Raises ModelError, with the reason, where "triton" is wanted
-    and cannot run.
+    Raises ModelError, with the reason, where "triton" is wanted and cannot run.
     """
-    if wanted != "triton":
+    if wanted == "emulate":
         return "emulate"
     obstacle = kernel_obstacle(device, dtype, formats)
-    if obstacle is not None:
+    if obstacle is None:
+        return "triton"
+    if wanted == "triton":
         raise ModelError(f'evaluation.backend: "triton" cannot run here: {obstacle}')
-    return "triton"
+    return "emulate"
 
 
 def kernel_obstacle(device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> str | None:

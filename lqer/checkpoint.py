@@ -150,9 +150,9 @@ def load_quantized(
     """A transformers model, ready for `generate` and lm-eval's HFLM, from a quantized checkpoint.
 
     dtype: of activations and of everything that is not quantized; by default float32 on a CPU, else the original's.
-    backend: "emulate" (also "auto"), ordinary arithmetic on dequantized weights; "triton", kernels on packed weights,
-    for a GPU. Raises ModelError if the folder is no quantized checkpoint
-    or the kernels cannot run it.
+    backend: "emulate", ordinary arithmetic on dequantized weights; "triton", kernels on packed weights, for a GPU;
+    "auto", kernels where they can run. Raises ModelError if the folder is no quantized checkpoint or the kernels that
+    are asked for cannot run it.
     """
     device = pick_device(str(device))
     model, _, blocks, loader = _open(Path(path), device, dtype, backend)

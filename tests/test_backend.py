@@ -19,10 +19,11 @@ def test_without_a_gpu_auto_means_emulation_and_triton_is_refused():
         resolve_backend("triton", CPU, torch.bfloat16, W4A8)
 
 
-def test_on_a_gpu_the_kernels_run_where_they_are_asked_for():
+def test_on_a_gpu_the_kernels_run_unless_they_cannot_or_emulation_is_asked_for():
     assert resolve_backend("triton", GPU, torch.bfloat16, W4A8) == "triton"
+    assert resolve_backend("auto", GPU, torch.bfloat16, W4A8) == "triton"
     assert resolve_backend("emulate", GPU, torch.bfloat16, W4A8) == "emulate"
-    assert resolve_backend("auto", GPU, torch.bfloat16, W4A8) == "emulate"
+    assert resolve_backend("auto", GPU, torch.float32, W4A8) == "emulate"
     with pytest.raises(ModelError, match="the dtype is float32"):
         resolve_backend("triton", GPU, torch.float32, W4A8)
 

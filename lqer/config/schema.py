@@ -202,7 +202,7 @@ class DownstreamConfig(Section):
 
 
 class EvaluationConfig(Section):
-    # "emulate": ordinary arithmetic; "triton": kernels on packed weights; "auto": emulation for now.
+    # "emulate": ordinary arithmetic; "triton": kernels on packed weights; "auto": kernels where they can run.
     backend: Literal["auto", "emulate", "triton"] = "auto"
     # What is evaluated beside the quantized model: the original, and "plain", the same formats without reconstruction.
     baselines: tuple[Literal["original", "plain"], ...] = ("original",)
