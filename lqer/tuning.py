@@ -72,6 +72,8 @@ class Tuner:
     def __call__(self, task: BlockTask) -> BlockChange:
         """Raises ModelError, naming the block, for a weight that is not finite and where learning diverges."""
         remove_states(self._workspace, keep=task.index)
+        if not any(task.plans.values()):
+            return BlockChange()
         problem = _problem(task, self._batch_size, self._settings.seed)
         state = self._last_state(task, problem.device)
         saved = time.monotonic()

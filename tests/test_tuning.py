@@ -126,6 +126,17 @@ def test_activations_attention_and_skipped_linears_take_part(
     assert torch.equal(stored, model.model.layers[0].mlp.down_proj.weight)
 
 
+def test_a_block_that_is_skipped_whole_is_left_as_it_was(random_model, letter_tokenizer, text, adaptive_plan, tmp_path):
+    model = random_model("llama", num_hidden_layers=2)
+    settings = settings_for(model, adaptive_plan)
+    plans = {name: None if ".layers.0." in name else plan for name, plan in settings.plans.items()}
+    found = run(tmp_path, model, letter_tokenizer, text, replace(settings, plans=plans))
+    assert [tuning_file(index) in found for index in range(2)] == [False, True]
+    stored = found.tensors(block_file(0))
+    for name, tensor in model.model.layers[0].state_dict().items():
+        assert torch.equal(stored[f"model.layers.0.{name}"], tensor)
+
+
 class KilledError(Exception):
     pass
 
