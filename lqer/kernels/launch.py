@@ -114,7 +114,7 @@ def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: 
     branch = _branch(given, packed)
     producers = branch.slabs * branch.rank_blocks * tiles_m
     gemm_kernel[(producers + tiles_n * parts * tiles_m,)](
-        x_MK, given, *_weight_tensors(weight), packed.bias_N, packed.a_codes, packed.a_exponents,
+        x_MK, given, *weight.parts, packed.bias_N, packed.a_codes, packed.a_exponents,
         packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], branch.partial,
         branch.projection, packed.workspace, y_MN, m, n, layout.columns, x_MK.stride(0), given.stride(0),
         rank=spec.rank, **weight_constants(layout, given.dtype), ordered=ordered, **_rounding_constants(packed),
@@ -218,7 +218,7 @@ def expand(weight: PackedWeight | PackedCodebook, dtype: torch.dtype) -> Tensor:
         )  # fmt: skip
         return w_NK
     expand_kernel[weight.layout.padded_rows // ROW_TILE, weight.layout.tiles](
-        *_weight_tensors(weight), w_NK, layout.rows, layout.columns, **weight_constants(weight.layout, dtype),
+        *weight.parts, w_NK, layout.rows, layout.columns, **weight_constants(weight.layout, dtype),
         BLOCK_N=ROW_TILE, num_warps=4,
     )  # fmt: skip
     return w_NK
@@ -296,10 +296,6 @@ def _launch_options(chained: bool) -> dict[str, bool]:
 def _rounding_constants(packed: PackedLinear) -> dict[str, Any]:
     rounding = packed.spec.rounding
     return {"x_bits": rounding.bits, "x_block": rounding.block, "x_ceil": rounding.ceil}
-
-
-def _weight_tensors(weight: PackedWeight) -> tuple[Tensor | None, ...]:
-    return weight.words, weight.high, weight.scales, weight.zeros
 
 
 def _block_r(rank: int) -> int:

@@ -96,8 +96,12 @@ class PackedWeight:
     zeros: Tensor | None
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        return self.words, self.high, self.scales, self.zeros
+
+    @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.words, self.high, self.scales, self.zeros) if t is not None)
+        return sum(part.nbytes for part in self.parts if part is not None)
 
 
 def check_weight_format(number_format: NumberFormat) -> None:

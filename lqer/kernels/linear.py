@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -52,6 +52,11 @@ class Spec:
     rank: int  # padded
     a_block: int
     b_block: int
+    # All of it as a string, the only structured thing that a custom operator takes; made once, for every call.
+    text: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", encode_spec(self))
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,7 @@ class PackedLinear:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it holds, by name."""
-        weight = self.weight
-        if isinstance(weight, PackedCodebook):
-            named: dict[str, Tensor | None] = {"words": weight.words, "scales": weight.table}
-        else:
-            named = {"words": weight.words, "high": weight.high, "scales": weight.scales, "zeros": weight.zeros}
+        named = dict(zip(("words", "high", "scales", "zeros"), self.weight.parts, strict=True))
         named |= {
             "bias": self.bias_N, "a_codes": self.a_codes, "a_exponents": self.a_exponents, "b_codes": self.b_codes,
             "b_exponents": self.b_exponents, "workspace": self.workspace,
@@ -201,16 +202,14 @@ def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     layout = packed.spec.layout
     if x.dtype != packed.dtype or x.shape[-1] != layout.columns:
         raise ValueError(f"x must be (..., {layout.columns}) in {packed.dtype}, found {tuple(x.shape)} in {x.dtype}")
-    held = packed.tensors().get
     return torch.ops.lqer.packed_linear(
-        x, held("words"), held("high"), held("scales"), held("zeros"), packed.bias_N, packed.a_codes,
-        packed.a_exponents, packed.b_codes, packed.b_exponents, packed.workspace, encode_spec(packed.spec),
+        x, *packed.weight.parts, packed.bias_N, packed.a_codes, packed.a_exponents, packed.b_codes, packed.b_exponents,
+        packed.workspace, packed.spec.text,
     )  # fmt: skip
 
 
-@cache
 def encode_spec(spec: Spec) -> str:
-    """A spec as a string, the only structured thing that a custom operator takes."""
+    """A spec as a string of names and numbers."""
     rounding = spec.rounding
     numbers = (
         *dataclasses.astuple(spec.layout), rounding.bits, rounding.block, rounding.ceil, spec.rank, spec.a_block,
