@@ -1,0 +1,64 @@
+"""What steps of whole blocks hold and take: AWQ's search, learnt clipping, adaptive rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lqer.rounding import Adaptive
+from lqer.transforms import Awq, Lwc
+
+from .walk import LIVE_ACTIVATIONS
+from .workload import MICRO_BATCH, Piece, Workload, input_sites, planned
+
+# Bytes a weight that adaptive rounding takes beside it (lqer/rounding/adaptive.py), and learnt clipping, nearly.
+LEARNT_BYTES = 40
+
+
+@dataclass(frozen=True)
+class BlockSteps:
+    """What is done to whole blocks before their linears are quantized one by one; nothing, without such parts."""
+
+    work: Workload
+
+    def host(self) -> list[Piece]:
+        calibration, outline = self.work.config.calibration, self.work.outline
+        states = calibration.num_samples * calibration.seq_len * outline.hidden_size * self.work.computed
+        needed = bool(self.work.config.quantize.block_parts)
+        return [Piece("hidden states of the original", states * needed, "a smaller calibration.max_memory")]
+
+    def device(self) -> list[Piece]:
+        outline, sequences = self.work.outline, self._sequences_learnt_on()
+        if not self.work.config.quantize.block_parts:
+            return []
+        learnt = LEARNT_BYTES * outline.block_parameters if sequences else 0
+        width = outline.hidden_size + max(input_sites(outline))
+        kept = LIVE_ACTIVATIONS * self._micro_batch() * self.work.config.calibration.seq_len * width * 4
+        return [
+            Piece("a block in float32", 4 * outline.block_parameters),
+            Piece("what is learnt of a block", learnt, sure=False),
+            Piece("activations kept for gradients", kept if sequences else 0, MICRO_BATCH, sure=False),
+        ]
+
+    def flops(self) -> float:
+        settings = self.work.config.calibration
+        weights = sum(rows * columns for _, rows, columns, _ in planned(self.work))
+        compared = sum(
+            part.ratios * min(part.samples, settings.num_samples)
+            for part in self.work.config.quantize.transforms
+            if isinstance(part, Awq)
+        )
+        return float(weights * settings.seq_len) * (2 * compared + 6 * self._sequences_learnt_on())
+
+    def _micro_batch(self) -> int:
+        rounding = self.work.config.quantize.rounding
+        return (rounding.micro_batch or rounding.batch_size) if isinstance(rounding, Adaptive) else 1
+
+    def _sequences_learnt_on(self) -> int:
+        """How many sequences pass a block, forward and backward."""
+        quantize, samples = self.work.config.quantize, self.work.config.calibration.num_samples
+        sequences = sum(part.epochs * samples for part in quantize.transforms if isinstance(part, Lwc))
+        if isinstance(quantize.rounding, Adaptive):
+            bits = min(plan.weight.stream_widths["codes"] for _, _, _, plan in planned(self.work))
+            settings = quantize.rounding.settings(bits, None, 0)
+            sequences += len(settings.soft_shares) * settings.steps * min(settings.batch_size, samples)
+        return sequences
