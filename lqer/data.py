@@ -17,15 +17,17 @@ import itertools
 import json
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from lqer.errors import DataError
+from lqer.prompt import Prompt, column_text
 from lqer.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Purpose = Literal["calibration", "evaluation"]
+TextOf = Callable[[Mapping[str, Any]], str]
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A row number or a percentage of the rows on either side of the colon; either may be absent.
@@ -54,6 +57,7 @@ class DatasetSpec(BaseModel):
     split: str | None = None
     revision: str | None = None
     text_column: str = "text"
+    prompt: Prompt | None = None  # makes the text of a row from several columns; text_column is not read then
     rows: str | None = None  # "start:stop", in rows or percent: "0:80", "50%:", ":10%"
 
     @model_validator(mode="before")
@@ -67,6 +71,14 @@ class DatasetSpec(BaseModel):
         if rows is not None and not ROW_RANGE.fullmatch(rows):
             raise ValueError(f"rows is {rows!r}; it must be 'start:stop' in rows or percent, as '0:80', '50%:', ':10%'")
         return rows
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: Prompt | None, info: ValidationInfo) -> Prompt | None:
+        path = info.data.get("path", "")
+        if prompt is not None and (path == "pydoc" or path.endswith(".txt")):
+            raise ValueError(f"a prompt takes rows with columns; {path} has none")
+        return prompt
 
     @property
     def label(self) -> str:
@@ -142,11 +154,17 @@ def load_rows(spec: DatasetSpec, purpose: Purpose) -> TextRows:
     raise DataError(f"unknown dataset {spec.path!r}; {known}{did_you_mean(spec.path, KNOWN_NAMES)}")
 
 
-def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: TextRows, num_samples: int, seq_len: int) -> Tensor:
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextRows,
+    num_samples: int,
+    seq_len: int,
+    asked_by: str = "calibration.num_samples",
+) -> Tensor:
     """Return the first token windows of a text: int64, (num_samples, seq_len).
 
     Token ids are those of the rows in order, concatenated and cut every `seq_len`; nothing is drawn at random.
-    Raises DataError when the text is too short.
+    Raises DataError when the text is too short; `asked_by` names the keys that num_samples comes from.
     """
     import torch
 
@@ -161,8 +179,7 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: TextRows, num_
         ids = _running_ids(tokenizer, text, needed)
     if len(ids) < needed:
         raise DataError(
-            f"calibration text {text.source} yields {len(ids) // seq_len} windows of {seq_len} tokens; "
-            f"calibration.num_samples is {num_samples}"
+            f"text {text.source} yields {len(ids) // seq_len} windows of {seq_len} tokens; {asked_by} is {num_samples}"
         )
     return torch.tensor(ids[:needed], dtype=torch.int64).view(num_samples, seq_len)
 
@@ -215,7 +232,8 @@ def _hub_rows(spec: DatasetSpec, hub: HubText, purpose: Purpose) -> TextRows:
         records = datasets.load_dataset(
             hub.repository, hub.name, data_files=hub.files, split=split, revision=hub.revision, streaming=hub.stream
         )
-    rows = _slice(lambda: _texts(records, hub.text_column, source), row_range, source)
+    text_of = _text_of(spec.prompt, hub.text_column)
+    rows = _slice(lambda: _texts(records, text_of, source), row_range, source)
     return TextRows(rows, hub.joiner, hub.documents, source)
 
 
@@ -231,7 +249,8 @@ def _file_rows(spec: DatasetSpec) -> TextRows:
             # Not splitlines(): joining with "\n" must give back the file, character by character.
             lines = path.read_bytes().decode("utf-8").split("\n")
         return TextRows(_slice(lambda: lines, spec.rows, spec.label), "\n", False, spec.label)
-    rows = _slice(lambda: _texts(_file_records(path), spec.text_column, spec.label), spec.rows, spec.label)
+    text_of = _text_of(spec.prompt, spec.text_column)
+    rows = _slice(lambda: _texts(_file_records(path), text_of, spec.label), spec.rows, spec.label)
     return TextRows(rows, "\n\n", True, spec.label)
 
 
@@ -246,19 +265,19 @@ def _file_records(path: Path) -> Iterator[Any]:
             yield from (json.loads(line) for line in file if line.strip())
 
 
-def _texts(records: Iterable[Any], column: str, source: str) -> Iterator[str]:
-    """Yield the text of each record; a record that cannot be read or holds no text in the column is a DataError."""
+def _texts(records: Iterable[Any], text_of: TextOf, source: str) -> Iterator[str]:
+    """Yield the text of each record; a record that cannot be read or does not hold it is a DataError."""
     with _reading(source):
-        for record in records:
-            columns = list(record) if isinstance(record, dict) else []
-            if column not in columns:
-                found = f"; it has {', '.join(columns) or 'none'}{did_you_mean(column, columns)}"
-                raise DataError(f"dataset {source} has no column {column!r}{found}")
-            if not isinstance(record[column], str):
-                raise DataError(
-                    f"dataset {source}: column {column!r} must hold text, not {type(record[column]).__name__}"
-                )
-            yield record[column]
+        for number, record in enumerate(records):
+            try:
+                text = text_of(record if isinstance(record, dict) else {})
+            except ValueError as error:
+                raise DataError(f"dataset {source}, row {number}: {error}") from None
+            yield text
+
+
+def _text_of(prompt: Prompt | None, column: str) -> TextOf:
+    return partial(column_text, column) if prompt is None else prompt.text
 
 
 def _slice(read: Callable[[], Iterable[str]], row_range: str | None, source: str) -> Iterator[str]:

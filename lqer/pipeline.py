@@ -17,6 +17,7 @@ from typing import Any
 
 import tomli_w
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.allocation import Budget, measure_spectra, share_out_ranks, spectra_key
@@ -133,6 +134,7 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
 
     setting = replace(setting, basis=_rotate(setting, store))
     text, calibration_info = _read_calibration_text(setting, tokenizer)
+    training_WT = _read_training_text(setting, tokenizer)
     check_fit(setting, log.info, _artifacts(setting, store, text))
     inputs = Inputs(text, _calibrate(setting, store, text) if config.quantize.stream == "original" else None)
     budget = _share_out(setting, store, inputs)
@@ -147,7 +149,7 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
         log.info("share %s is done; others are not there yet: whoever finishes last goes on to evaluate", share)
         return None
     quantized_seconds = checkpoint.seconds
-    tuned = _finetune(setting, store, tokenizer, checkpoint)
+    tuned = None if training_WT is None else _finetune(setting, store, checkpoint, training_WT)
     checkpoint = tuned or checkpoint
     _link(folder / CHECKPOINT_LINK, checkpoint.path)
 
@@ -212,6 +214,17 @@ def _read_calibration_text(
         fingerprint=tokens_sha256(windows_WT),
     )
     return CalibrationText(windows_WT, settings.batch_size, settings.error_tokens), info
+
+
+def _read_training_text(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+    """The token windows of fine-tuning, read before calibration so that a text that will not do costs nothing."""
+    settings = setting.config.finetune
+    if settings is None:
+        return None
+    windows = settings.num_samples + settings.validation_samples
+    asked_by = "finetune.num_samples + validation_samples"
+    text = load_rows(settings.dataset, "calibration")
+    return calibration_windows(tokenizer, text, windows, settings.seq_len, asked_by)
 
 
 def _calibration_key(setting: Setting, text: CalibrationText) -> dict[str, Any]:
@@ -347,17 +360,10 @@ def _quantize(
     return store.share("quantize", key, contribute, is_whole, make)
 
 
-def _finetune(
-    setting: Setting, store: Store, tokenizer: PreTrainedTokenizerBase, checkpoint: Artifact
-) -> Artifact | None:
-    """The checkpoint after fine-tuning; None where the configuration asks for none."""
+def _finetune(setting: Setting, store: Store, checkpoint: Artifact, windows_WT: Tensor) -> Artifact:
+    """The checkpoint after fine-tuning."""
     settings = setting.config.finetune
-    if settings is None:
-        return None
-    text = load_rows(settings.dataset, "calibration")
-    windows_WT = calibration_windows(
-        tokenizer, text, settings.num_samples + settings.validation_samples, settings.seq_len
-    )
+    assert settings is not None
     key = {
         "version": FINETUNE_VERSION,
         "model": setting.source.fingerprint,

@@ -121,7 +121,7 @@ class TestFiles:
         (tmp_path / "a.jsonl").write_text('{"content": "x"}')
         assert rows_of(tmp_path / "a.jsonl", text_column="content") == ["x"]
         message = failure(tmp_path / "a.jsonl", text_column="contents")
-        assert message == "dataset a.jsonl has no column 'contents'; it has content; did you mean 'content'?"
+        assert message == "dataset a.jsonl, row 0: no column 'contents'; it has content; did you mean 'content'?"
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
@@ -254,7 +254,7 @@ class TestWindows:
 
     def test_too_short(self, tmp_path, tokenizer):
         path = write_jsonl(tmp_path / "a.jsonl", ["w0 w1 w2"] * 5)
-        message = "calibration text a.jsonl[1:] yields 5 windows of 3 tokens; calibration.num_samples is 6"
+        message = "text a.jsonl[1:] yields 5 windows of 3 tokens; calibration.num_samples is 6"
         with pytest.raises(DataError, match=re.escape(message)):
             windows_of(tokenizer, DatasetSpec(path=str(path), rows="1:"), 6, 3)
 

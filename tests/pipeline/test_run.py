@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import typing
 
 import pandas as pd
@@ -83,13 +84,24 @@ class TestWhatARunLeaves:
         assert results["bits"]["metadata"] > 0
 
     def test_fine_tuning_is_a_stage_of_its_own(self, experiment, run):
+        row = {"sentence": "It was the _ that went first, the others came later.", "a": "red one", "b": "blue one"}
+        task = experiment.folder / "task.jsonl"
+        task.write_text("".join(json.dumps(row | {"answer": i % 2}) + "\n" for i in range(30)))
+        prompt = "{ template = '{sentence}', blank = '_', label = 'answer', choices = { 0 = '{a}', 1 = '{b}' } }"
         arguments = [
             "--quantize.method=none", "--quantize.low_rank.rank=0", "--quantize.transforms=['hadamard']",
             "--formats.q2={ kind = 'e8p', bits = 2 }", "--quantize.weight=q2", "--quantize.activation=none",
             "--quantize.attention=none",
-            "--finetune={ parts = ['rht_signs'], dataset = 'pydoc', num_samples = 8, validation_samples = 4, "
-            "seq_len = 32, epochs = 2 }",
+            "--finetune={ parts = ['rht_signs'], num_samples = 8, validation_samples = 4, seq_len = 32, epochs = 2 }",
+            f"--finetune.dataset={{ path = '{task}', prompt = {prompt} }}",
         ]  # fmt: skip
+        for change, part in (
+            ("--finetune.num_samples=80", "finetune.num_samples + validation_samples is 84"),
+            ("--finetune.dataset.prompt.choices.1={c}", "task.jsonl, row 1: no column 'c'; it has sentence, a, b"),
+        ):
+            with pytest.raises(DataError, match=re.escape(part)):
+                run(*arguments, change)
+            assert stages(experiment) == []
         results = run(*arguments)
         losses = results["finetune"]["validation_loss"]
         assert len(losses) == 3
@@ -97,6 +109,7 @@ class TestWhatARunLeaves:
         assert results["seconds"]["finetune"] > 0
         folder = experiment.output / "tiny"
         assert (folder / "checkpoint").resolve().name.startswith("finetune-")
+        assert read_config(folder / "config.toml") == read_config(experiment.config, None, arguments)
         assert "Fine-tuned (rht_signs) for 2 epochs" in (folder / "report.md").read_text()
         assert run(*arguments)["perplexity"] == results["perplexity"]
 
