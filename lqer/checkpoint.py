@@ -184,6 +184,8 @@ def _open(
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else (getattr(config, "dtype", None) or torch.bfloat16)
     formats = {name: _formats(entry) for name, entry in details["linears"].items()}
+    if backend == "auto" and any(FACTOR_ROLES[0] in entry for entry in details["linears"].values()):
+        backend = "emulate"  # kernels run one A and one B, not trained columns beside them
     resolved = resolve_backend(backend, device, dtype, formats)
     target: torch.dtype = dtype
 
@@ -267,15 +269,16 @@ def _linear(
     weight = _unpack(tensors, name, "weight", entry, device)
     assert weight is not None
     if "transform" not in entry:
-        return _run_by(backend, weight, stored, bias_O, entry, dtype)
+        return _run_by(backend, name, weight, stored, bias_O, entry, dtype)
     transform = transform_from_dict(entry["transform"])
     assert isinstance(transform, Hadamard)
     basis = transform.unpack(_parts(tensors, f"{name}.transform.", device), *weight.shape).to(dtype)
-    return HadamardLinear(_run_by(backend, weight, stored, None, entry, dtype), basis, bias_O)
+    return HadamardLinear(_run_by(backend, name, weight, stored, None, entry, dtype), basis, bias_O)
 
 
 def _run_by(
     backend: Backend,
+    name: str,
     weight: QuantizedTensor,
     factors: Mapping[str, QuantizedTensor | None],
     bias_O: Tensor | None,
@@ -290,7 +293,10 @@ def _run_by(
 
         if first_a is not None:
             raise ModelError('backend "triton" runs one A and one B, not columns of bfloat16 beside them (finetune)')
-        return TritonLinear(PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype))
+        try:
+            return TritonLinear(PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype))
+        except ValueError as error:
+            raise ModelError(f"{name}: {error}") from None
     a, b = (_joined(first, rest, along, dtype) for first, rest, along in ((first_a, a_IR, 1), (first_b, b_RO, 0)))
     return QuantizedLinear(weight.dequantize(dtype), bias_O, a, b, activation)
 

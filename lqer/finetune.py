@@ -32,6 +32,7 @@ from lqer.bits import average_bits
 from lqer.calibration import block_file
 from lqer.checkpoint import DETAILS_FILE, replace_signs, split_columns
 from lqer.config.schema import FinetuneConfig
+from lqer.errors import ModelError
 from lqer.layers import HadamardLinear
 from lqer.quantization import layers_file
 from lqer.store import Artifact, Workspace
@@ -183,8 +184,13 @@ def finetune(
     student: of `load_quantized`, emulated; original: the model it was made from, on the same device. windows_WT: token
     ids, the last `settings.validation_samples` windows held out.
     """
+    if DETAILS_FILE in workspace:  # written last: a kill came between it and the end
+        _forget_training(workspace)
+        return
     details = checkpoint.json(DETAILS_FILE)
     trained = trained_tensors(student, list(details["linears"]), settings)
+    if not trained:
+        raise ModelError(f"finetune.parts {list(settings.parts)}: no linear that is quantized has such a part")
     pupil = Student(student, trained)
     train_WT, held_out_WT = windows_WT.split([settings.num_samples, settings.validation_samples])
     steps_per_epoch = -(-settings.num_samples // settings.batch_size)
@@ -250,6 +256,13 @@ def _write(
     changed = {"linears": {row["name"]: row["entry"] for row in rows}, "bits": average_bits(rows)}
     workspace.write_json(HISTORY_FILE, {"validation_loss": training.losses, "best_epoch": training.best_epoch})
     workspace.write_json(DETAILS_FILE, {**details, **changed})
+    _forget_training(workspace)
+
+
+def _forget_training(workspace: Workspace) -> None:
+    """The optimizer's state would weigh more than the checkpoint that users keep."""
+    if TRAINING_FILE in workspace:
+        workspace.remove(TRAINING_FILE)
 
 
 def _copy(source: Path, destination: Path) -> None:

@@ -258,6 +258,13 @@ def _calibrate(setting: Setting, store: Store, text: CalibrationText) -> Artifac
     return _obtain(store, "calibrate", _calibration_key(setting, text), make)
 
 
+def _open_stored(setting: Setting) -> OpenedModel:
+    """The model that is quantized, its blocks as they are stored: a rotation's in float32."""
+    if setting.basis is not setting.source:
+        return open_rotated(setting.basis, setting.device)
+    return open_model(setting.basis, "auto", setting.device)
+
+
 def _share_out(setting: Setting, store: Store, inputs: Inputs) -> Budget | None:
     """The plans with the ranks that quantize.low_rank.budget_bits leads to; None where there is no budget."""
     budget_bits = setting.config.quantize.low_rank.budget_bits
@@ -268,7 +275,7 @@ def _share_out(setting: Setting, store: Store, inputs: Inputs) -> Budget | None:
     key = spectra_key(calibration.content, setting.basis.fingerprint, setting.plans, setting.device)
 
     def make(workspace):
-        opened = open_model(setting.basis, "auto", setting.device)
+        opened = _open_stored(setting)
         measure_spectra(workspace, opened, calibration, setting.plans)
 
     spectra = _obtain(store, "spectra", key, make)
@@ -327,9 +334,7 @@ def _quantize(
 
     def original() -> OpenedModel:
         nonlocal opened
-        if opened is None and setting.basis is not setting.source:
-            opened = open_rotated(setting.basis, setting.device)
-        opened = opened or open_model(setting.basis, "auto", setting.device)
+        opened = opened or _open_stored(setting)
         return opened
 
     def make(workspace: Workspace) -> None:

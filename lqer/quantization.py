@@ -32,11 +32,12 @@ from lqer.lowrank.scaling import activation_scale
 from lqer.lowrank.solver import singular_values
 from lqer.methods import METHODS, LinearPlan, QuantizedWeight
 from lqer.models import block_linears
+from lqer.rounding.hessian import HessianError
 from lqer.store import Artifact, Workspace
 from lqer.transforms import BlockTransform
 
 # Raised whenever the same inputs would give other bytes than before.
-QUANTIZE_VERSION = 3
+QUANTIZE_VERSION = 4
 
 
 def layers_file(index: int) -> str:
@@ -175,7 +176,7 @@ def write_block(workspace: Workspace, work: BlockWork, settings: QuantizeSetting
         try:
             weight = _quantize_weight(weight_OI, site, plan, work.rounded.get(name))
             bias = plan.bias.quantize(bias_O.detach()) if plan.bias is not None and bias_O is not None else None
-        except NonFiniteError as error:
+        except (NonFiniteError, HessianError) as error:
             raise ModelError(f"{full_name}: {error}") from None
         if bias is not None:
             del tensors[f"{full_name}.bias"]

@@ -55,7 +55,10 @@ def prepare(config: Config) -> Setting:
         )
     dtype = pick_dtype(config.dtype, source, device)
     formats = {name: (plan.weight, plan.activation) for name, plan in plans.items() if plan is not None}
-    backend = resolve_backend(config.evaluation.backend, device, dtype, formats)
+    wanted = config.evaluation.backend
+    if wanted == "auto" and config.finetune is not None and "low_rank" in config.finetune.parts:
+        wanted = "emulate"  # kernels run one A and one B, not trained columns beside them
+    backend = resolve_backend(wanted, device, dtype, formats)
     return Setting(config, source, source, outline, plans, device, dtype, backend)
 
 

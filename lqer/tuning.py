@@ -90,8 +90,8 @@ class Tuner:
             except DivergedError as error:
                 self._save(task.index, error.state)
                 raise ModelError(
-                    f"{task.name}: {error}; the state before is kept in {self._workspace.path}: lower "
-                    "quantize.rounding.learning_rate or scale_learning_rate"
+                    f"{task.name}: {error}; the state before is kept in {self._workspace.path}; a lower "
+                    "quantize.rounding.learning_rate or scale_learning_rate begins a run of its own"
                 ) from None
             except (ArithmeticError, NonFiniteError) as error:
                 raise ModelError(f"{task.name}: {error}") from None
@@ -138,7 +138,7 @@ def _problem(task: BlockTask, batch_size: int, seed: int) -> BlockProblem:
     block = copy.deepcopy(task.block).float()
     with torch.no_grad():
         for name, parameter in block.named_parameters():
-            parameter.copy_(task.stored[name])
+            parameter.copy_(task.parameters.get(name, task.stored[name]))
     activations = {name: plan.activation for name, plan in plans.items() if plan.activation is not None}
     args, kwargs = tree_map(_as_float, (task.function.args, task.function.kwargs))
     size = sum(parameter.numel() for parameter in block.parameters())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lqer.bits import average_bits
 from lqer.calibration import block_file
-from lqer.checkpoint import load_quantized
+from lqer.checkpoint import DETAILS_FILE, load_quantized
 from lqer.config.schema import FinetuneConfig
 from lqer.finetune import HISTORY_FILE, TRAINING_FILE, finetune, soft_loss
 from lqer.formats import E8P, MXInt, without_first
@@ -130,12 +130,13 @@ def test_the_text_itself_may_be_the_target(quantized, training_WT, tmp_path):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("stop_after", [TRAINING_FILE, layers_file(0), block_file(0)])
+@pytest.mark.parametrize("stop_after", [TRAINING_FILE, layers_file(0), block_file(0), DETAILS_FILE])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(quantized, tuned, training_WT, tmp_path, stop_after):
     store = Store(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         tune(store, quantized, training_WT, SIGNS, stop_after)
     assert tune(store, quantized, training_WT, SIGNS).manifest["files"] == tuned.manifest["files"]
+    assert TRAINING_FILE not in tuned.manifest["files"], "what only resuming needs is not kept"
 
 
 def test_what_gets_worse_is_not_kept(quantized, training_WT, tmp_path):

@@ -304,6 +304,10 @@ class Config(Section):
             key = "weight" if override.rounding is None else "rounding"
             pairs.append((("quantize", "override", i, key), rounding, weight))
         for loc, rounding, weight in pairs:
+            damping, default = (getattr(given, "damping", None) for given in (rounding, ROUNDINGS[rounding.kind]()))
+            if METHODS[quantize.method] is CALDERA and damping != default:
+                rule = 'damping must be left out: beside method "caldera" it is quantize.caldera.damping'
+                raise KeyedError(loc, rule, damping)
             if (objection := rounding.objection(self.formats[weight])) is not None:
                 raise KeyedError(loc, f'{objection} (weights are "{weight}")', rounding.kind)
 
@@ -405,7 +409,8 @@ class Config(Section):
         if finetune is None:
             return
         loc: Loc = ("finetune", "parts")
-        if quantize.activation != NOT_QUANTIZED or quantize.attention != NOT_QUANTIZED:
+        activations = [quantize.activation, *(override.activation for override in quantize.override)]
+        if {*activations, quantize.attention} - {NOT_QUANTIZED, None}:
             rule = "gradients do not pass the rounding of activations: quantize.activation and attention must be none"
             raise KeyedError(loc, rule)
         if self.device_map == "auto":
@@ -414,7 +419,8 @@ class Config(Section):
             raise KeyedError(loc, 'there are no signs to train without quantize.transforms = ["hadamard"]', "rht_signs")
         if "low_rank" not in finetune.parts:
             return
-        if not quantize.low_rank.rank:
+        own = [override.low_rank.rank for override in quantize.override if override.low_rank is not None]
+        if not quantize.low_rank.rank and quantize.low_rank.budget_bits is None and not any(own):
             raise KeyedError(loc, "there is nothing to train where quantize.low_rank.rank is 0", "low_rank")
         if self.evaluation.backend == "triton":
             rule = "kernels run one A and one B, not trained columns beside them: evaluation.backend must not be triton"

@@ -3,9 +3,9 @@
     packed = PackedLinear.pack(weight, a, b, bias, activation, torch.bfloat16)
     y = packed_linear(x, packed)
 
-On a GPU this runs two Triton kernels (one without low-rank branch and activation rounding), for many tokens a decoding
-kernel, a library's product and an epilogue. Elsewhere it runs the torch reference, or, under TRITON_INTERPRET=1, the
-kernels in Triton's interpreter. No call waits for the device or tunes anything.
+On a GPU this runs one or two Triton kernels, and for many tokens kernels that decode the weight and write the branch,
+to which a library adds the product (docs/kernels.md has the regimes). Elsewhere it runs the torch reference, or, under
+TRITON_INTERPRET=1, the kernels in Triton's interpreter. No call waits for the device or tunes anything.
 
 Shapes: M tokens, N out_features, K in_features, R rank; P marks padding.
 """

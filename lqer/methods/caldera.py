@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lqer.formats import NumberFormat, Passthrough, QuantizedTensor
+from lqer.formats import NonFiniteError, NumberFormat, Passthrough, QuantizedTensor
 from lqer.lowrank.lplr import lplr
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import reconstruct
@@ -31,7 +31,7 @@ from lqer.methods.qera import autocorrelation
 from lqer.methods.settings import CalderaSettings
 from lqer.rounding.base import feedback_objection
 from lqer.rounding.hessian import DampedHessian, damp, down_date
-from lqer.rounding.ldlq import ldlq
+from lqer.rounding.ldlq import Ldlq, ldlq
 
 # Of the published experiments.
 ITERATIONS = 20
@@ -60,7 +60,7 @@ def alternate(weight_OI: Tensor, metric: Metric, steps: Sequence[Step], iteratio
     """Take the steps in turn, `iterations` times.
 
     Returns the best of the states that have both parts, and after every step the relative error
-    sqrt(tr(F H Fᵀ) / tr(W H Wᵀ)), 0 for a weight without energy.
+    sqrt(tr(F H Fᵀ) / tr(W H Wᵀ)), 0 for a weight without energy. Raises NonFiniteError if no error is finite.
     """
     weight_energy = metric.energy(weight_OI)
     state, best, least = State(), State(), float("inf")
@@ -72,6 +72,8 @@ def alternate(weight_OI: Tensor, metric: Metric, steps: Sequence[Step], iteratio
             errors.append((energy / weight_energy) ** 0.5 if weight_energy > 0 else 0.0)
             if state.rounded is not None and state.low_rank is not None and errors[-1] < least:
                 best, least = state, errors[-1]
+    if best.rounded is None:
+        raise NonFiniteError(f"no error of {iterations} iterations is finite")
     return best, errors
 
 
@@ -102,7 +104,7 @@ class Caldera(Method):
         best, errors = alternate(
             weight_OI, metric, steps if settings.starts_with == "reconstruct" else steps[::-1], plan.iterations
         )
-        assert best.rounded is not None, "every iteration takes both steps"
+        assert best.rounded is not None
         return QuantizedWeight(best.rounded, best.low_rank, errors=tuple(errors), damping_raises=sum(raises))
 
 
@@ -136,5 +138,10 @@ def _round_along_inputs(damped: DampedHessian, number_format: NumberFormat, a_IR
 
 
 CALDERA = Caldera(
-    "caldera", autocorrelation, frozenset({"autocorrelation"}), starts_with="reconstruct", iterations=ITERATIONS
+    "caldera",
+    autocorrelation,
+    frozenset({"autocorrelation"}),
+    starts_with="reconstruct",
+    iterations=ITERATIONS,
+    rounding=Ldlq(),
 )

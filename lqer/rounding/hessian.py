@@ -20,6 +20,10 @@ FIRST_DAMPING = 1e-6  # where it starts if none was asked for
 LARGEST_DAMPING = 1e6  # with a mean diagonal of 1, whatever needs more is no second moment of anything
 
 
+class HessianError(ValueError):
+    """What is given as E[x xᵀ] is none, whatever is added to its diagonal."""
+
+
 @dataclass(frozen=True, eq=False)
 class DampedHessian:
     """H / mean(diag H) + damping, its lower Cholesky factor, and what it took; float64 (I, I).
@@ -38,8 +42,8 @@ class DampedHessian:
 def damp(hessian_II: Tensor, damping: float = DAMPING) -> DampedHessian:
     """Normalise, damp and factor E[x xᵀ], given up to scale in float32 or float64.
 
-    damping is relative to the mean diagonal. Raises NonFiniteError for NaN or infinity, ValueError for a matrix that is
-    not square, a negative diagonal, or one that no damping makes positive definite.
+    damping is relative to the mean diagonal. Raises NonFiniteError for NaN or infinity, HessianError for a negative
+    diagonal or a matrix that no damping makes positive definite, ValueError for one that is not square.
     """
     if hessian_II.dim() != 2 or hessian_II.shape[0] != hessian_II.shape[1]:
         raise ValueError(f"a hessian is square, found shape {tuple(hessian_II.shape)}")
@@ -50,7 +54,7 @@ def damp(hessian_II: Tensor, damping: float = DAMPING) -> DampedHessian:
     if not hessian_II.isfinite().all():
         raise NonFiniteError(f"the hessian holds {int((~hessian_II.isfinite()).sum())} values that are not finite")
     if (diagonal_I < 0).any():
-        raise ValueError(f"the hessian has the negative diagonal entry {float(diagonal_I.min()):g}")
+        raise HessianError(f"the hessian has the negative diagonal entry {float(diagonal_I.min()):g}")
     dead_I = diagonal_I == 0
     mean = diagonal_I[~dead_I].mean() if not dead_I.all() else torch.ones((), dtype=torch.float64)
     normal_II = hessian_II / mean + torch.diag(dead_I.to(torch.float64))
@@ -63,7 +67,7 @@ def damp(hessian_II: Tensor, damping: float = DAMPING) -> DampedHessian:
         damping = max(RAISE * damping, FIRST_DAMPING)
         raises += 1
         if damping > LARGEST_DAMPING:
-            raise ValueError(
+            raise HessianError(
                 f"the hessian is not positive definite with {LARGEST_DAMPING:g} of its mean diagonal added"
             )
 

@@ -218,6 +218,10 @@ class TestMistakes:
         )
         assert 'its weights are of kind "codebook", not "mxint"' in mistake(base, "--quantize.method=gptvq")
 
+    def test_damping_beside_caldera_has_one_place(self, base):
+        settings = ("--quantize.method=caldera", "--quantize.rounding={ kind = 'ldlq', damping = 0.5 }")
+        assert "damping must be left out" in mistake(base, *settings)
+
     def test_a_budget_in_the_quantized_stream_is_refused_with_the_reason(self, base):
         message = mistake(base, "--quantize.propagate=quantized", "--quantize.low_rank={ budget_bits = 5 }")
         assert "low_rank.budget_bits: must be left out: ranks are shared out before any block is quantized" in message
@@ -233,6 +237,10 @@ class TestMistakes:
             ),
             (
                 {"finetune.parts": "['low_rank']", "quantize.activation": "x8"},
+                ["gradients do not pass the rounding of activations"],
+            ),
+            (
+                {"finetune.parts": "['low_rank']", "quantize.override": "[{ match = '*', activation = 'x8' }]"},
                 ["gradients do not pass the rounding of activations"],
             ),
             (

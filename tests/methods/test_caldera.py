@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqer.formats import E8P, MXInt, Passthrough
+from lqer.formats import E8P, MXInt, NonFiniteError, Passthrough
 from lqer.lowrank.metric import Metric
 from lqer.methods import METHODS, CalderaSettings, LinearPlan, QuantizedWeight
 from lqer.methods.caldera import State, alternate
@@ -86,6 +86,12 @@ def test_a_state_counts_once_both_parts_are_there():
     best, errors = alternate(weight_OI, Metric(), [round_step, reconstruct_step], 1)
     assert errors[0] == 0, "the weight itself, which is no decomposition yet"
     assert best.low_rank is found.low_rank
+
+
+def test_errors_that_are_never_finite_are_said_so():
+    broken = State(rounded=Passthrough().quantize(torch.ones(8, 8)))
+    with pytest.raises(NonFiniteError, match="no error of 2 iterations is finite"):
+        alternate(torch.full((8, 8), torch.nan), Metric(), [lambda state: broken], 2)
 
 
 @pytest.mark.parametrize("seed", range(4))
