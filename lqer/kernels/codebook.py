@@ -119,6 +119,13 @@ def _centroids(table, base_N, index_NW, d: tl.constexpr, DIMENSION: tl.constexpr
 
 
 @triton.jit
+def _columns(group, inside_W, K, GROUP_COLUMNS: tl.constexpr):
+    """Columns of the weight from their places in a group, and which of them are there."""
+    column_W = group * GROUP_COLUMNS + inside_W
+    return column_W, (inside_W < GROUP_COLUMNS) & (column_W < K)
+
+
+@triton.jit
 def _load_words(words, rows_N, group, words_W, N, COLUMN_GROUPS: tl.constexpr, WORDS: tl.constexpr):
     place = words + (rows_N * COLUMN_GROUPS + group)[:, None] * WORDS + words_W[None, :]
     return tl.load(place, mask=(rows_N < N)[:, None] & (words_W < WORDS)[None, :], other=0)
@@ -163,8 +170,7 @@ def codebook_product_kernel(
                 index_NW = (words_NW >> (j * FIELD)) & (CENTROIDS - 1)
                 inside_W = (words_W * per_word + j) * DIMENSION
                 for d in tl.static_range(DIMENSION):
-                    column_W = group * GROUP_COLUMNS + inside_W + d
-                    mask_W = (inside_W + d < GROUP_COLUMNS) & (column_W < K)
+                    column_W, mask_W = _columns(group, inside_W + d, K, GROUP_COLUMNS)
                     x_place = x + rows_M[None, :].to(tl.int64) * x_stride + column_W[:, None]
                     x_WM = tl.load(x_place, mask=mask_W[:, None] & (rows_M < M)[None, :], other=0.0).to(tl.float32)
                     w_NW = _centroids(table, base_N, index_NW, d, DIMENSION)
@@ -208,8 +214,7 @@ def codebook_expand_kernel(
             index_NW = (words_NW >> (j * FIELD)) & (CENTROIDS - 1)
             inside_W = (words_W * per_word + j) * DIMENSION
             for d in tl.static_range(DIMENSION):
-                column_W = group * GROUP_COLUMNS + inside_W + d
-                mask_W = (inside_W + d < GROUP_COLUMNS) & (column_W < K)
+                column_W, mask_W = _columns(group, inside_W + d, K, GROUP_COLUMNS)
                 w_NW = _centroids(table, base_N, index_NW, d, DIMENSION)
                 place = w_out + rows_N.to(tl.int64)[:, None] * K + column_W[None, :]
                 tl.store(place, w_NW.to(w_out.dtype.element_ty), mask=(rows_N < N)[:, None] & mask_W[None, :])
