@@ -11,8 +11,9 @@ under --folder (default: here), and is removed after each run. Exit status 1 if 
 Resident memory is what is limited, not address space, which costs nothing until it is touched; all of it: anonymous
 pages (tensors, the interpreter) and pages of files (libraries; tensors that were spilled to disk, as long as they are
 in use). The peak is the kernel's own high-water mark, which the run reports; "anonymous" is the most that was seen of
-that part, looked at a hundred times a second. "estimated" is the largest of the stages' estimates that the run began
-with.
+that part, looked at a hundred times a second, and the peaks of calibrate, quantize and evaluate are the most that was
+seen of all of it from the first file of that stage on, up to the next one's. "estimated" is the largest of the stages'
+estimates that the run began with.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -50,6 +51,10 @@ HEAD_SIZE = 64
 WEIGHT_SIZE = 0.02
 LOOKS_A_SECOND = 100
 TAG, CONFIG = "memory", "memory.toml"
+# In the order that they come in; what the process holds before the first one is that one's too.
+STAGES = ("calibrate", "quantize", "evaluate")
+# How each one's artifacts are named in the store.
+ARTIFACTS = {"calibrate": "calibrate-*", "quantize": "quantize-*", "evaluate": "perplexity-*"}
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Peak:
-    """What a run held at most, in bytes; `exceeded` where it was killed for it."""
+    """What a run held at most, in bytes, in all and by stage; `exceeded` where it was killed for it."""
 
     resident: int
     anonymous: int
+    by_stage: dict[str, int]
     exceeded: bool
     status: int
     seconds: float
@@ -171,10 +177,16 @@ def write_experiment(folder: Path, arguments: argparse.Namespace) -> Path:
     return path
 
 
-def watch(command: list[str], limit: int, errors: Path) -> Peak:
-    """Run a command, and kill it once its resident memory exceeds `limit` bytes."""
+def current_stage(store: Path) -> str:
+    """The last stage that the store holds an artifact of, finished or in the making."""
+    return next((stage for stage in reversed(STAGES) if any(store.glob(ARTIFACTS[stage]))), STAGES[0])
+
+
+def watch(command: list[str], limit: int, errors: Path, stage: Callable[[], str]) -> Peak:
+    """Run a command, and kill it once its resident memory exceeds `limit` bytes. `stage` tells what it is at."""
     started = time.monotonic()
-    resident = anonymous = 0
+    anonymous = 0
+    by_stage: dict[str, int] = {}
     exceeded = False
     with errors.open("w", encoding="utf-8") as stream:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, cwd=ROOT)
@@ -184,7 +196,8 @@ def watch(command: list[str], limit: int, errors: Path) -> Peak:
                 memory = process.memory_info()
             except psutil.NoSuchProcess:
                 break
-            resident = max(resident, memory.rss)
+            now = stage()
+            by_stage[now] = max(by_stage.get(now, 0), memory.rss)
             anonymous = max(anonymous, memory.rss - getattr(memory, "shared", 0))
             if memory.rss > limit:
                 exceeded = True
@@ -192,23 +205,29 @@ def watch(command: list[str], limit: int, errors: Path) -> Peak:
                 break
             time.sleep(1 / LOOKS_A_SECOND)
         status = child.wait()
-    return Peak(resident, anonymous, exceeded, status, time.monotonic() - started, errors.read_text(encoding="utf-8"))
+    return Peak(
+        resident=max(by_stage.values(), default=0),
+        anonymous=anonymous,
+        by_stage=by_stage,
+        exceeded=exceeded,
+        status=status,
+        seconds=time.monotonic() - started,
+        errors=errors.read_text(encoding="utf-8"),
+    )
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> tuple[Peak, dict]:
     """Run the experiment of `folder`. Returns its peak, and results.json where it came to an end within the limit."""
     config = write_experiment(folder, arguments)
     limit = parse_bytes(arguments.limit)
-    peak = watch([sys.executable, str(ROOT / "experiments/pipeline.py"), str(config)], limit, folder / "errors.txt")
+    command = [sys.executable, str(ROOT / "experiments/pipeline.py"), str(config)]
+    peak = watch(command, limit, folder / "errors.txt", lambda: current_stage(folder / "runs" / "store"))
     if peak.status != 0:
         return peak, {}
     results = json.loads((folder / "runs" / TAG / "results.json").read_text(encoding="utf-8"))
-    # Between two looks it may have been more: the kernel's own mark decides.
-    highest = results["peak_memory_bytes"]
-    return (
-        Peak(highest, peak.anonymous, highest > limit, peak.status, peak.seconds, peak.errors),
-        results,
-    )
+    # Between two looks it may have been more. The kernel's own mark lags behind what it shows by some pages a thread.
+    highest = max(results["peak_memory_bytes"], peak.resident)
+    return replace(peak, resident=highest, exceeded=highest > limit), results
 
 
 def estimated_peak(folder: Path) -> int:
@@ -225,14 +244,15 @@ def row(shape: Shape, stored: int, estimated: int, peak: Peak, results: dict) ->
         f"{peak.resident / 1e9:.2f} GB{' (killed)' if peak.exceeded else ''}", f"{peak.anonymous / 1e9:.2f} GB",
         f"{stored / peak.resident:.1f}x",
     ]  # fmt: skip
+    cells += [f"{peak.by_stage[stage] / 1e9:.2f} GB" if stage in peak.by_stage else "–" for stage in STAGES]
     seconds = results.get("seconds")
-    cells += [f"{seconds[stage]:.0f} s" for stage in ("calibrate", "quantize", "evaluate")] if seconds else ["–"] * 3
+    cells += [f"{seconds[stage]:.0f} s" for stage in STAGES] if seconds else ["–"] * len(STAGES)
     return f"| {' | '.join(map(str, [*cells, f'{peak.seconds:.0f} s']))} |"
 
 
 HEADER = (
     "hidden x intermediate", "blocks", "a block", "checkpoint", "estimated", "peak resident", "of it anonymous",
-    "checkpoint / peak", "calibrate", "quantize", "evaluate", "in all",
+    "checkpoint / peak", *(f"peak: {stage}" for stage in STAGES), *STAGES, "in all",
 )  # fmt: skip
 
 

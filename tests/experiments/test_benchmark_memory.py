@@ -26,15 +26,38 @@ def test_the_checkpoint_is_a_model_in_several_files(tmp_path):
 def test_a_process_beyond_the_limit_is_killed_and_one_within_it_is_not(tmp_path):
     hold = "import time; held = bytearray({} * 10**6); held[::4096] = b'x' * len(held[::4096]); time.sleep({})"
     errors = tmp_path / "errors.txt"
-    killed = benchmark.watch([sys.executable, "-c", hold.format(300, 60)], 200 * MB, errors)
+    killed = benchmark.watch([sys.executable, "-c", hold.format(300, 60)], 200 * MB, errors, lambda: "quantize")
     assert killed.exceeded
     assert killed.status != 0
     assert killed.resident > 200 * MB
+    assert killed.by_stage == {"quantize": killed.resident}
     assert killed.seconds < 50
-    spared = benchmark.watch([sys.executable, "-c", hold.format(100, 0.3)], 200 * MB, errors)
+    spared = benchmark.watch([sys.executable, "-c", hold.format(100, 0.3)], 200 * MB, errors, lambda: "quantize")
     assert not spared.exceeded
     assert spared.status == 0
     assert 100 * MB < spared.anonymous <= spared.resident < 200 * MB
+
+
+def test_peaks_belong_to_the_stage_that_the_store_has_come_to(tmp_path):
+    store = tmp_path / "store"
+    grow = f"""
+import os, time
+time.sleep(0.2)
+os.makedirs({str(store / "calibrate-1")!r})
+held = bytearray(b"x") * (150 * 10**6)
+time.sleep(0.2)
+del held
+os.rename({str(store / "calibrate-1")!r}, {str(store / "calibrate-2")!r})
+os.makedirs({str(store / "quantize-1.partial")!r})
+held = bytearray(b"x") * (50 * 10**6)
+time.sleep(0.2)
+"""
+    command, limit = [sys.executable, "-c", grow], 400 * MB
+    peak = benchmark.watch(command, limit, tmp_path / "errors.txt", lambda: benchmark.current_stage(store))
+    assert peak.status == 0, peak.errors
+    assert set(peak.by_stage) == {"calibrate", "quantize"}
+    assert 150 * MB < peak.by_stage["calibrate"] == peak.resident
+    assert 50 * MB < peak.by_stage["quantize"] < 120 * MB
 
 
 def test_a_model_of_four_times_the_blocks_is_worked_on_in_the_same_memory(tmp_path):
@@ -49,7 +72,9 @@ def test_a_model_of_four_times_the_blocks_is_worked_on_in_the_same_memory(tmp_pa
         peaks[blocks], results = benchmark.measure(folder, arguments)
         assert peaks[blocks].status == 0, peaks[blocks].errors
         assert not peaks[blocks].exceeded
-        assert results["peak_memory_bytes"] == peaks[blocks].resident
+        assert results["peak_memory_bytes"] == pytest.approx(peaks[blocks].resident, rel=0.02)
+        assert set(peaks[blocks].by_stage) == set(benchmark.STAGES)
+        assert max(peaks[blocks].by_stage.values()) <= peaks[blocks].resident
         estimated = benchmark.estimated_peak(folder)
         # This process holds more than the run began with: pytest, and what other tests have left.
         assert estimated > 0.8 * peaks[blocks].resident
