@@ -87,13 +87,107 @@ def load_transposed(
 
 
 @triton.jit
-def produce_projection(
-    producer,  # number of this program among the producers
+def multiply_slab(
     x,  # [M, K], rows `x_stride` apart, not rounded
     a_codes,  # Aᵀ [RP, KP] int8 or plain
     a_exponents,  # [RP, KP / a_block] uint8, or None
+    x_out,  # [M, K], where the programs of the first ranks put the rounded x, or None
+    first_ranks,  # is this one of them
+    slab,
+    rows_M,
+    ranks_R,
+    M,
+    K,
+    x_stride,
+    rank: tl.constexpr,
+    padded_K: tl.constexpr,
+    SLAB_K: tl.constexpr,  # columns of a slab
+    BLOCK_K: tl.constexpr,
+    x_bits: tl.constexpr,  # 0: activations are not rounded
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    a_block: tl.constexpr,
+    stages: tl.constexpr,
+):
+    """x_q A over the columns of one slab, float32 [M, R]."""
+    row_inside = (rows_M < M)[:, None]
+    dtype: tl.constexpr = x.dtype.element_ty
+    acc_MR = tl.zeros((rows_M.shape[0], ranks_R.shape[0]), tl.float32)
+    for first in tl.range(slab * SLAB_K, slab * SLAB_K + SLAB_K, BLOCK_K, num_stages=stages):
+        columns_K = first + tl.arange(0, BLOCK_K)
+        inside = row_inside & (columns_K < K)[None, :]
+        x_MK = tl.load(x + rows_M.to(tl.int64)[:, None] * x_stride + columns_K[None, :], mask=inside, other=0.0)
+        if x_bits > 0:
+            x_MK = round_columns(x_MK.to(tl.float32), x_block, x_bits, x_ceil).to(dtype)
+            if x_out is not None:
+                if first_ranks:
+                    tl.store(x_out + rows_M.to(tl.int64)[:, None] * K + columns_K[None, :], x_MK, mask=inside)
+        a_RK = load_transposed(a_codes, a_exponents, ranks_R, first, rank, padded_K, BLOCK_K, a_block, dtype)
+        acc_MR = dot(x_MK, tl.trans(a_RK), acc_MR)
+    return acc_MR
+
+
+@triton.jit
+def add_slabs(
+    acc_MR,  # of this program
     partial,  # [slabs, M, RP] float32
     projection,  # [M, RP]
+    finished,  # counter of this tile of tokens and block of ranks, zero before and after
+    slab,
+    rows_M,
+    ranks_R,
+    M,
+    rank: tl.constexpr,
+    slabs: tl.constexpr,
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+):
+    """Whether this program finished last of its slabs: then it has written Q(x A)."""
+    row_inside = (rows_M < M)[:, None]
+    offset_MR = rows_M[:, None] * rank + ranks_R[None, :]
+    tl.store(partial + slab * (M * rank) + offset_MR, acc_MR, mask=row_inside)
+    # Every thread's part of the slab has to be out before this program counts as finished.
+    tl.debug_barrier()
+    last = tl.atomic_add(finished, 1, sem="acq_rel") == slabs - 1
+    if last:
+        tl.store(finished, 0)
+        xa_MR = tl.zeros(acc_MR.shape, tl.float32)
+        for first in range(0, slabs, SLABS_AT_ONCE):
+            for i in tl.static_range(SLABS_AT_ONCE):
+                place = partial + (first + i) * (M * rank) + offset_MR
+                xa_MR += tl.load(place, mask=row_inside & (first + i < slabs), other=0.0)
+        write_projection(xa_MR, projection, rows_M, ranks_R, M, rank, x_bits, x_block, x_ceil)
+    return last
+
+
+@triton.jit
+def write_projection(
+    xa_MR,
+    projection,
+    rows_M,
+    ranks_R,
+    M,
+    rank: tl.constexpr,
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+):
+    """Q(x A), from x A in float32."""
+    if x_bits > 0:
+        xa_MR = round_columns(xa_MR, x_block, x_bits, x_ceil)
+    place = projection + rows_M[:, None] * rank + ranks_R[None, :]
+    tl.store(place, xa_MR.to(projection.dtype.element_ty), mask=(rows_M < M)[:, None])
+
+
+@triton.jit
+def produce_projection(
+    producer,  # number of this program among the producers
+    x,  # [M, K], rows `x_stride` apart, not rounded
+    a_codes,
+    a_exponents,
+    partial,
+    projection,
     counters,
     M,
     K,
@@ -101,10 +195,10 @@ def produce_projection(
     rank: tl.constexpr,
     padded_K: tl.constexpr,
     slabs: tl.constexpr,
-    SLAB_K: tl.constexpr,  # columns of a slab
+    SLAB_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    x_bits: tl.constexpr,  # 0: activations are not rounded
+    x_bits: tl.constexpr,
     x_block: tl.constexpr,
     x_ceil: tl.constexpr,
     a_block: tl.constexpr,
@@ -116,33 +210,14 @@ def produce_projection(
     slab, pid_r, pid_m = producer % slabs, producer // slabs % rank_blocks, producer // (slabs * rank_blocks)
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_inside = (rows_M < M)[:, None]
-    dtype: tl.constexpr = x.dtype.element_ty
-    acc_MR = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for first in range(slab * SLAB_K, slab * SLAB_K + SLAB_K, BLOCK_K):
-        columns_K = first + tl.arange(0, BLOCK_K)
-        inside = row_inside & (columns_K < K)[None, :]
-        x_MK = tl.load(x + rows_M.to(tl.int64)[:, None] * x_stride + columns_K[None, :], mask=inside, other=0.0)
-        if x_bits > 0:
-            x_MK = round_columns(x_MK.to(tl.float32), x_block, x_bits, x_ceil).to(dtype)
-        a_RK = load_transposed(a_codes, a_exponents, ranks_R, first, rank, padded_K, BLOCK_K, a_block, dtype)
-        acc_MR = dot(x_MK, tl.trans(a_RK), acc_MR)
-    offset_MR = rows_M[:, None] * rank + ranks_R[None, :]
-    tl.store(partial + slab * (M * rank) + offset_MR, acc_MR, mask=row_inside)
-    # Every thread's part of the slab has to be out before this program counts as finished.
-    tl.debug_barrier()
+    acc_MR = multiply_slab(
+        x, a_codes, a_exponents, None, False, slab, rows_M, ranks_R, M, K, x_stride,
+        rank, padded_K, SLAB_K, BLOCK_K, x_bits, x_block, x_ceil, a_block, 1,
+    )  # fmt: skip
     ready = counters + pid_m * (rank_blocks + 1)
-    finished = ready + 1 + pid_r
-    if tl.atomic_add(finished, 1, sem="acq_rel") == slabs - 1:
-        tl.store(finished, 0)
-        xa_MR = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for first in range(0, slabs, SLABS_AT_ONCE):
-            for i in tl.static_range(SLABS_AT_ONCE):
-                place = partial + (first + i) * (M * rank) + offset_MR
-                xa_MR += tl.load(place, mask=row_inside & (first + i < slabs), other=0.0)
-        if x_bits > 0:
-            xa_MR = round_columns(xa_MR, x_block, x_bits, x_ceil)
-        tl.store(projection + offset_MR, xa_MR.to(dtype), mask=row_inside)
+    if add_slabs(
+        acc_MR, partial, projection, ready + 1 + pid_r, slab, rows_M, ranks_R, M, rank, slabs, x_bits, x_block, x_ceil
+    ):
         tl.debug_barrier()
         tl.atomic_add(ready, BLOCK_READY, sem="release")
 

@@ -5,6 +5,8 @@ Shapes: M tokens, N out_features, K in_features, R rank; P marks padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,19 +16,20 @@ import triton
 from torch import Tensor
 
 from .codebook import CodebookLayout, PackedCodebook, codebook_expand_kernel, codebook_product_kernel
-from .expand import branch_kernel, expand_factor_kernel, expand_kernel
+from .expand import branch_kernel, expand_kernel
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel, prepare_vector_kernel
 from .layout import ROW_PADDING as ROW_TILE
 from .layout import Layout, PackedWeight
 from .linear import INTERPRETED, PROJECTION_COUNTERS, TOKEN_TILES, PackedLinear
-from .tokens import round_kernel
+from .tokens import project_kernel, round_kernel
 from .tuning import GemmLaunch, GemvLaunch, bucket_of, gemm_launch, gemv_launch
 
 ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
 PROJECTION_COLUMNS = 256  # of x, for one program
-EXPANDED_RANKS, EXPANDED_COLUMNS = 16, 128
-BRANCH_ROWS, BRANCH_COLUMNS = 64, 128
+PROJECTED_ROWS, PROJECTED_COLUMNS, PROJECTED_WARPS, PROJECTED_STAGES = 16, 256, 4, 1
+PROJECTING_PROGRAMS = 2 * PROJECTION_COUNTERS  # a split of K takes a counter; about four on a multiprocessor
+BRANCH_ROWS, BRANCH_COLUMNS, BRANCH_WARPS = 128, 64, 8
 CODEBOOK_TOKENS, CODEBOOK_ROWS, CODEBOOK_WORDS = 16, 16, 32
 VECTOR_TILES = 4  # of x's codes, for one program
 VECTOR_COLUMNS = 16384  # of x and A, at once
@@ -155,38 +158,83 @@ def _branch(x_MK: Tensor, packed: PackedLinear) -> _Branch:
 
 def run_codebook(x_MK: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
     """Few tokens, weights of a codebook found in its table one by one; y in `out_dtype`, by default that of x."""
-    x_MK = round_tokens(_dense_rows(x_MK), packed, ordered=False)
     weight = packed.weight
     assert isinstance(weight, PackedCodebook)
     layout = weight.layout
+    x_MK, start, bias = _dense_rows(x_MK), None, packed.bias_N
+    if packed.a_codes is None:
+        x_MK = round_tokens(x_MK, packed, ordered=False)
+    else:
+        given, bias = x_MK, None
+        x_MK, projection_MR, start = branch_buffers(given, packed)
+        project(given, packed, x_MK, projection_MR)
+        write_branch(projection_MR, packed, start)
     m, n = len(x_MK), layout.rows
-    start = None if packed.a_codes is None else low_rank(project(x_MK, packed), packed)
     y_MN = x_MK.new_empty(m, n, dtype=out_dtype)
     block_m = 1 << (m - 1).bit_length()
     codebook_product_kernel[-(-n // CODEBOOK_ROWS), 1](
-        x_MK, weight.words, weight.table, packed.bias_N if start is None else None, start, y_MN, m, n, layout.columns,
-        x_MK.stride(0), **_codebook_constants(layout), BLOCK_N=CODEBOOK_ROWS, BLOCK_M=block_m, num_warps=4,
+        x_MK, weight.words, weight.table, bias, start, y_MN, m, n, layout.columns, x_MK.stride(0),
+        **_codebook_constants(layout), BLOCK_N=CODEBOOK_ROWS, BLOCK_M=block_m, num_warps=4,
     )  # fmt: skip
     return y_MN
 
 
 def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
-    """Many tokens: weights and A decoded to memory once, then a library's products."""
-    x_MK = round_tokens(_dense_rows(x_MK), packed, ordered=False)
-    w_NK = expand(packed.weight, x_MK.dtype)
+    """Many tokens: weights decoded to memory once, beside that the branch, to which a library adds the product."""
+    x_MK = _dense_rows(x_MK)
     if packed.a_codes is None:
-        return torch.nn.functional.linear(x_MK, w_NK, packed.bias_N)
-    return low_rank(project(x_MK, packed), packed).addmm_(x_MK, w_NK.T)
+        x_MK = round_tokens(x_MK, packed, ordered=False)
+        return torch.nn.functional.linear(x_MK, expand(packed.weight, x_MK.dtype), packed.bias_N)
+    rounded_MK, projection_MR, y_MN = branch_buffers(x_MK, packed)
+    with _beside(x_MK) as join:
+        project(x_MK, packed, rounded_MK, projection_MR)
+        write_branch(projection_MR, packed, y_MN)
+    w_NK = expand(packed.weight, x_MK.dtype)
+    join()
+    return y_MN.addmm_(rounded_MK, w_NK.T)
 
 
-def project(x_MK: Tensor, packed: PackedLinear) -> Tensor:
-    """x A, float32 [M, RP], by a library."""
-    assert packed.a_codes is not None
-    a_RK = expand_factor(packed.a_codes, packed.a_exponents, packed.spec.a_block, x_MK.dtype)
-    a_KR = a_RK[:, : x_MK.shape[1]].T
-    if x_MK.is_cuda:
-        return torch.mm(x_MK, a_KR, out_dtype=torch.float32)
-    return x_MK.to(torch.float32) @ a_KR.to(torch.float32)
+@contextmanager
+def _beside(x: Tensor) -> Iterator[Callable[[], None]]:
+    """Run the body's kernels beside what follows, until the yielded function is called; the body allocates nothing."""
+    if not x.is_cuda:
+        yield lambda: None
+        return
+    here, aside = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        yield lambda: here.wait_stream(aside)
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority: its kernels are short of programs, and those beside them fill what is left of the chip."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def branch_buffers(x_MK: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
+    """What `project` and `write_branch` fill: x rounded (itself where it is not), Q(x A) [M, RP] and y [M, N]."""
+    m, spec = len(x_MK), packed.spec
+    rounded_MK = x_MK.new_empty(x_MK.shape) if spec.rounding.bits else x_MK
+    return rounded_MK, x_MK.new_empty(m, spec.rank), x_MK.new_empty(m, spec.layout.rows)
+
+
+def project(x_MK: Tensor, packed: PackedLinear, rounded_MK: Tensor, projection_MR: Tensor) -> None:
+    """Round x to the layer's activation format, if it has one, and multiply it by A: Q(x A)."""
+    spec, block_r, (m, k) = packed.spec, _block_r(packed.spec.rank), x_MK.shape
+    tiles_m, rank_blocks = -(-m // PROJECTED_ROWS), spec.rank // block_r
+    steps, wanted = -(-k // PROJECTED_COLUMNS), PROJECTING_PROGRAMS // (tiles_m * rank_blocks)
+    # Few different numbers, because every one is a compilation.
+    steps_of_slab = triton.next_power_of_2(-(-steps // max(wanted, 1)))
+    slabs = -(-steps // steps_of_slab)
+    partial = x_MK.new_empty((slabs, m, spec.rank), dtype=torch.float32) if slabs > 1 else None
+    project_kernel[slabs, tiles_m, rank_blocks](
+        x_MK, packed.a_codes, packed.a_exponents, rounded_MK, partial, projection_MR, packed.workspace, m, k,
+        x_MK.stride(0), rank=spec.rank, padded_K=spec.layout.padded_columns, slabs=slabs,
+        SLAB_K=steps_of_slab * PROJECTED_COLUMNS, **_rounding_constants(packed), a_block=spec.a_block,
+        BLOCK_M=PROJECTED_ROWS, BLOCK_K=PROJECTED_COLUMNS, BLOCK_R=block_r, stages=PROJECTED_STAGES,
+        num_warps=PROJECTED_WARPS,
+    )  # fmt: skip
 
 
 def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
@@ -237,29 +285,14 @@ def _codebook_constants(layout: CodebookLayout) -> dict[str, int]:
     }
 
 
-def expand_factor(codes: Tensor, exponents: Tensor | None, block: int, dtype: torch.dtype) -> Tensor:
-    """Aᵀ in `dtype` [ranks, columns]."""
-    if exponents is None:
-        return codes
-    ranks, columns = codes.shape
-    values = torch.empty(ranks, columns, dtype=dtype, device=codes.device)
-    expand_factor_kernel[-(-ranks // EXPANDED_RANKS), -(-columns // EXPANDED_COLUMNS)](
-        codes, exponents, values, ranks, columns, block=block, BLOCK_R=EXPANDED_RANKS, BLOCK_C=EXPANDED_COLUMNS,
-        num_warps=4,
-    )  # fmt: skip
-    return values
-
-
-def low_rank(projection_MR: Tensor, packed: PackedLinear) -> Tensor:
-    """Q(Q(x A) B) + b, [M, N] in packed.dtype; projection: x A, float32."""
-    spec, m, n = packed.spec, len(projection_MR), packed.spec.layout.rows
-    y_MN = projection_MR.new_empty(m, n, dtype=packed.dtype)
+def write_branch(projection_MR: Tensor, packed: PackedLinear, y_MN: Tensor) -> None:
+    """y = Q(Q(x A) B) + b; projection: Q(x A)."""
+    spec, (m, n) = packed.spec, y_MN.shape
     branch_kernel[-(-n // BRANCH_COLUMNS), -(-m // BRANCH_ROWS)](
         y_MN, projection_MR, packed.b_codes, packed.b_exponents, packed.bias_N, m, n, rank=spec.rank,
         b_block=spec.b_block, **_rounding_constants(packed), BLOCK_N=BRANCH_COLUMNS, BLOCK_M=BRANCH_ROWS,
-        BLOCK_R=_block_r(spec.rank), num_warps=8,
+        BLOCK_R=_block_r(spec.rank), num_warps=BRANCH_WARPS,
     )  # fmt: skip
-    return y_MN
 
 
 def weight_constants(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:

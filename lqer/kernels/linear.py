@@ -105,9 +105,9 @@ class PackedLinear:
         a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.padded_columns, rank, dtype)
         a_codes, a_exponents = (part if part is None else part.T.contiguous() for part in (a_codes, a_exponents))
         b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype)
-        counters = 0
+        counters = PROJECTION_COUNTERS
         if isinstance(packed, PackedWeight):
-            counters = PROJECTION_COUNTERS + TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
+            counters += TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
         return cls(
             spec=Spec(packed.layout, rounding, rank, a_block, b_block),
             dtype=dtype,

@@ -2,14 +2,31 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
 
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 INF_PATTERN = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 NAN_PATTERN = tl.constexpr(0x7FC00000)
 LARGEST_POWER = tl.constexpr(0x7F000000)  # 2^127
+SMALLEST_POWER = tl.constexpr(0x00800000)  # 2^-126
 MANTISSA = tl.constexpr(0x007FFFFF)
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, half to even.
 ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest_magnitude(x_GB, axis: tl.constexpr):
+    """Bits of the largest magnitude along `axis`; NaN is larger than infinity."""
+    if INTERPRETED:
+        return tl.max(x_GB.to(tl.int32, bitcast=True) & MAGNITUDE, axis=axis, keep_dims=True)
+    else:
+        return tl.reduce(tl.abs(x_GB), axis, _larger, keep_dims=True).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -20,22 +37,22 @@ def mxint_codes(x_GB, axis: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr
     """
     fraction_bits: tl.constexpr = bits - 1 if ceil else bits - 2
     max_code: tl.constexpr = (1 << (bits - 1)) - 1
-    magnitudes = x_GB.to(tl.int32, bitcast=True) & MAGNITUDE
-    largest = tl.max(magnitudes, axis=axis, keep_dims=True)
-    power = largest & INF_PATTERN
+    largest = _largest_magnitude(x_GB, axis)
     if ceil:
         # All mantissa bits carry into the exponent unless the mantissa is zero: the next power of two.
         power = tl.minimum((largest + MANTISSA) & INF_PATTERN, LARGEST_POWER)
-    power = tl.where(power == 0, LARGEST_POWER, power)
-    power = tl.where(largest >= INF_PATTERN, NAN_PATTERN, power)
-    step = power.to(tl.float32, bitcast=True) * (2.0**-fraction_bits)
-    # 1 / step as a product of two powers of two, because for a subnormal step it is no float32 itself.
-    inverse = 127 + fraction_bits - (power >> 23)
-    half = inverse >> 1
-    first = ((127 + half) << 23).to(tl.float32, bitcast=True)
-    second = ((127 + inverse - half) << 23).to(tl.float32, bitcast=True)
-    codes = tl.minimum(tl.maximum(x_GB * first * second, -max_code), max_code)
-    return (codes + ROUNDER) - ROUNDER, step
+        power = tl.maximum(power, SMALLEST_POWER)
+    else:
+        # A block of subnormal numbers becomes zero.
+        power = tl.minimum(largest & INF_PATTERN, LARGEST_POWER)
+        power = tl.where(power == 0, LARGEST_POWER, power)
+    step = tl.where(largest >= INF_PATTERN, NAN_PATTERN, power).to(tl.float32, bitcast=True) * (2.0**-fraction_bits)
+    # x / step = x * (2 / power) * 2^(fraction_bits - 1): 2 / power is always a normal float32, 1 / step is not.
+    inverse = (-power + INF_PATTERN).to(tl.float32, bitcast=True)
+    # The second product and the sum are one fused instruction; clamping a rounded code needs no further rounding.
+    codes = x_GB * inverse * (2.0 ** (fraction_bits - 1)) + ROUNDER
+    codes = tl.minimum(tl.maximum(codes, ROUNDER - max_code), ROUNDER + max_code)
+    return codes - ROUNDER, step
 
 
 @triton.jit

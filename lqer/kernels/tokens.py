@@ -1,12 +1,13 @@
-"""Rounds activations, in their own order or in that of the weights' tiles.
+"""Rounds activations, in their own order or in that of the weights' tiles, and multiplies them by A on the way.
 
-Shapes: M tokens, K in_features, T columns of a program.
+Shapes: M tokens, K in_features, R ranks, T columns of a program.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .branch import add_slabs, multiply_slab, write_projection
 from .decode import permute_columns
 from .rounding import round_columns
 
@@ -41,3 +42,44 @@ def round_kernel(
         tl.store(place, permute_columns(x_MT, tile_k), mask=(rows_M < M) & (columns_T < padded))
     else:
         tl.store(x_out + rows_M * K + columns_T, x_MT, mask=inside)
+
+
+# M changes from call to call: no new compilation for 1, or for multiples of 16.
+@triton.jit(do_not_specialize=["M"])
+def project_kernel(
+    x,  # [M, K], rows `x_stride` apart
+    a_codes,  # Aᵀ [RP, KP] int8 or plain
+    a_exponents,  # [RP, KP / a_block] uint8, or None
+    x_out,  # [M, K], rounded; not written where activations are not
+    partial,  # [slabs, M, RP] float32, or None for one slab
+    projection,  # Q(x A), [M, RP]
+    counters,  # int32, zero before and after, one for a tile of tokens and a block of ranks
+    M,
+    K,
+    x_stride,
+    rank: tl.constexpr,
+    padded_K: tl.constexpr,
+    slabs: tl.constexpr,
+    SLAB_K: tl.constexpr,
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    a_block: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    stages: tl.constexpr,
+):
+    """One slab of x's columns for BLOCK_M tokens and BLOCK_R ranks."""
+    slab, pid_m, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc_MR = multiply_slab(
+        x, a_codes, a_exponents, x_out, pid_r == 0, slab, rows_M, ranks_R, M, K, x_stride,
+        rank, padded_K, SLAB_K, BLOCK_K, x_bits, x_block, x_ceil, a_block, stages,
+    )  # fmt: skip
+    if slabs == 1:
+        write_projection(acc_MR, projection, rows_M, ranks_R, M, rank, x_bits, x_block, x_ceil)
+    else:
+        counter = counters + pid_m * (rank // BLOCK_R) + pid_r
+        add_slabs(acc_MR, partial, projection, counter, slab, rows_M, ranks_R, M, rank, slabs, x_bits, x_block, x_ceil)

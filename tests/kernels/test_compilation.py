@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 KERNELS = {
-    "branch_kernel", "codebook_expand_kernel", "codebook_product_kernel", "expand_factor_kernel", "expand_kernel",
+    "branch_kernel", "codebook_expand_kernel", "codebook_product_kernel", "expand_kernel", "project_kernel",
     "gemm_kernel", "gemv_kernel", "prepare_vector_kernel", "round_kernel",
 }  # fmt: skip
 
