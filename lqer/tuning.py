@@ -1,8 +1,8 @@
 """The block step of transforms and adaptive rounding: one decoder block of the quantized stream, resumable and shown.
 
 Beside the checkpoint it writes, per block, `tuning-*.json` (losses, AWQ's ratios), which the report draws. While a
-block is being rounded, the state after a round lies in `rounding-*.safetensors`; a killed run goes on from there with
-the same bytes. It is removed once the block's own file is there.
+block is worked on, what its transforms have made and the state after an epoch or a round lie in `state-*.safetensors`;
+a killed run goes on from there with the same bytes. It is removed once the block's own file is there.
 
 Shapes: S sequences, T tokens, D hidden size.
 """
@@ -24,9 +24,10 @@ from lqer.attention import attention_as
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError
 from lqer.methods.block import TunedBlock, tune_block
+from lqer.methods.block_state import BlockState
 from lqer.quantization import QuantizeSettings
 from lqer.rounding import Adaptive
-from lqer.rounding.adaptive import AdaptiveState, DivergedError
+from lqer.rounding.adaptive import DivergedError
 from lqer.sequential import BlockChange, BlockStep, BlockTask
 from lqer.store import Workspace
 from lqer.transforms.block_function import BlockFunction
@@ -34,11 +35,11 @@ from lqer.transforms.block_problem import BlockProblem
 
 log = logging.getLogger(__name__)
 
-# A state is as large as the block in float32: it is kept where losing it would cost more than writing it.
+# A state is a few times as large as the block: it is kept where losing it would cost more than writing it.
 SECONDS_BETWEEN_STATES = 60.0
 # Bytes a weight that rounding a block takes on a GPU, with room for what passes through it.
 BYTES_PER_WEIGHT = 60
-STATE_FILE = re.compile(r"rounding-(\d{5})-(\d{2})\.safetensors")
+STATE_FILE = re.compile(r"state-(\d{5})-(\d{2})-(\d{4})\.safetensors")
 
 
 def tuning_file(index: int) -> str:
@@ -57,7 +58,7 @@ def block_steps(workspace: Workspace, settings: QuantizeSettings, batch_size: in
 
 def remove_states(workspace: Workspace, keep: int | None = None) -> None:
     """Remove the states of all blocks but one: theirs are done."""
-    for name, index, _ in _states(workspace):
+    for name, index, *_ in _states(workspace):
         if index != keep:
             workspace.remove(name)
 
@@ -75,20 +76,22 @@ class Tuner:
         if not any(task.plans.values()):
             return BlockChange()
         problem = _problem(task, self._batch_size, self._settings.seed)
-        state = self._last_state(task, problem.device)
+        reached = self._last_state(task, problem)
         saved = time.monotonic()
 
-        def keep(reached: AdaptiveState) -> None:
-            nonlocal saved
+        def keep(state: BlockState) -> None:
+            nonlocal reached, saved
+            reached = state
             if time.monotonic() - saved >= SECONDS_BETWEEN_STATES:
-                self._save(task.index, reached)
+                self._save(task.index, state)
                 saved = time.monotonic()
 
         with _Bar(task.name) as bar, attention_as(problem.call.block, task.attention):
             try:
-                tuned = tune_block(problem, self._settings.transforms, self._rounding, state, keep, bar.show)
+                tuned = tune_block(problem, self._settings.transforms, self._rounding, reached, keep, bar.show)
             except DivergedError as error:
-                self._save(task.index, error.state)
+                if reached is not None:
+                    self._save(task.index, reached)
                 raise ModelError(
                     f"{task.name}: {error}; the state before is kept in {self._workspace.path}; a lower "
                     "quantize.rounding.learning_rate or scale_learning_rate begins a run of its own"
@@ -99,21 +102,23 @@ class Tuner:
         _log(task, tuned)
         return BlockChange(problem.as_kept(tuned.parameters), tuned.rounded)
 
-    def _last_state(self, task: BlockTask, device: torch.device) -> AdaptiveState | None:
-        found = max(_states(self._workspace), key=lambda found: found[2], default=None)
+    def _last_state(self, task: BlockTask, problem: BlockProblem) -> BlockState | None:
+        found = max(_states(self._workspace), key=lambda found: found[1:], default=None)
         if found is None:
             return None
-        log.info("%s: going on after round %d", task.name, found[2])
-        state = AdaptiveState.from_tensors(self._workspace.tensors(found[0]))
-        v, u = ({name: x.to(device) for name, x in variables.items()} for variables in (state.v, state.u))
-        return AdaptiveState(v, u, state.losses)
+        state = BlockState.from_tensors(self._workspace.tensors(found[0]), problem)
+        log.info(
+            "%s: going on after %d of its %d transforms, and %d steps of what comes next",
+            task.name, state.finished, len(self._settings.transforms), state.steps,
+        )  # fmt: skip
+        return state
 
-    def _save(self, index: int, state: AdaptiveState) -> None:
+    def _save(self, index: int, state: BlockState) -> None:
         """Write a state under a name of its own, so that a kill leaves either it or the one before it whole."""
-        name = f"rounding-{index:05d}-{state.rounds:02d}.safetensors"
-        if state.rounds == 0 or name in self._workspace:
+        name = f"state-{index:05d}-{state.finished:02d}-{state.steps:04d}.safetensors"
+        if name in self._workspace:
             return
-        older = [other for other, _, _ in _states(self._workspace)]
+        older = [other for other, *_ in _states(self._workspace)]
         self._workspace.write_tensors(name, state.tensors())
         for other in older:
             self._workspace.remove(other)
@@ -125,10 +130,10 @@ def _rounding(settings: QuantizeSettings) -> Adaptive | None:
     return next((rounding for rounding in found if isinstance(rounding, Adaptive)), None)
 
 
-def _states(workspace: Workspace) -> list[tuple[str, int, int]]:
-    """The states of the workspace: file, block, finished rounds."""
+def _states(workspace: Workspace) -> list[tuple[str, int, int, int]]:
+    """The states of the workspace: file, block, finished transforms, epochs or rounds of what comes after them."""
     matches = [(name, STATE_FILE.fullmatch(name)) for name in workspace.names()]
-    return [(name, int(match[1]), int(match[2])) for name, match in matches if match is not None]
+    return [(name, int(match[1]), int(match[2]), int(match[3])) for name, match in matches if match is not None]
 
 
 def _problem(task: BlockTask, batch_size: int, seed: int) -> BlockProblem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from dataclasses import replace
 
@@ -17,17 +18,18 @@ from lqer.errors import ModelError
 from lqer.formats import Int, MXInt
 from lqer.models import block_linears, find_blocks
 from lqer.quantization import QuantizeSettings, finish_checkpoint, layers_file, quantization_key
-from lqer.rounding import Adaptive
-from lqer.rounding.adaptive import AdaptiveState, block_loss
+from lqer.rounding import Adaptive, Nearest
+from lqer.rounding.adaptive import block_loss
 from lqer.sequential import quantize_in_order
 from lqer.spill import Spill
 from lqer.store import Workspace
-from lqer.transforms import Awq, Clip
+from lqer.transforms import Awq, Clip, Lwc
 from lqer.tuning import block_steps, remove_states, tuning_file
 
 CPU = torch.device("cpu")
 W2 = Int(bits=2, block_size=16)
 AWQ_CLIP = (Awq(), Clip())
+LWC = Lwc(epochs=3, batch_size=2)
 QUICK = Adaptive(steps=4, batch_size=2, learning_rate=3e-2, scale_learning_rate=1e-2, soft_shares=(0.6, 0.3, 0.05))
 
 
@@ -165,53 +167,96 @@ def dying_at(writes: int, before_removal: bool = False):
     return Dying
 
 
+PARTS = {
+    "awq, clip, adaptive": (AWQ_CLIP, QUICK),
+    "awq, lwc, adaptive": ((Awq(), LWC), QUICK),
+    "lwc": ((LWC,), Nearest()),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_run(random_model, letter_tokenizer, text, adaptive_plan, tmp_path_factory):
+    """By the name of its parts: model, settings, and the workspace of a run that nothing interrupted."""
+    model = random_model("llama", num_hidden_layers=2)
+
+    @functools.cache
+    def of(parts: str):
+        transforms, rounding = PARTS[parts]
+        settings = settings_for(model, replace(adaptive_plan, rounding=rounding), transforms)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tuning, "SECONDS_BETWEEN_STATES", 0.0)
+            return model, settings, run(tmp_path_factory.mktemp("whole"), model, letter_tokenizer, text, settings)
+
+    return of
+
+
 @pytest.mark.parametrize(
-    ("writes", "before_removal"),
+    ("parts", "writes", "before_removal"),
     [
-        (0, False),
-        (1, False),
-        (2, False),
-        (3, False),
-        (5, False),
-        (7, False),
-        (9, False),
-        (0, True),
-        (2, True),
-        (5, True),
+        *(("awq, clip, adaptive", writes, False) for writes in (0, 1, 3, 4, 5, 7, 9)),
+        *(("awq, clip, adaptive", removals, True) for removals in (0, 4)),
+        *(("awq, lwc, adaptive", writes, False) for writes in (3, 6, 12)),
+        ("awq, lwc, adaptive", 5, True),
+        ("lwc", 2, False),
+        ("lwc", 7, False),
     ],
 )
-def test_a_run_killed_between_rounds_goes_on_to_the_same_bytes(
-    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, monkeypatch, writes, before_removal
+def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(
+    letter_tokenizer, text, tmp_path, monkeypatch, whole_run, parts, writes, before_removal
 ):
     monkeypatch.setattr(tuning, "SECONDS_BETWEEN_STATES", 0.0)
-    model = random_model("llama", num_hidden_layers=2)
-    settings = settings_for(model, adaptive_plan)
-    whole = run(tmp_path / "whole", model, letter_tokenizer, text, settings)
+    model, settings, whole = whole_run(parts)
     with pytest.raises(KilledError):
-        run(tmp_path / "resumed", model, letter_tokenizer, text, settings, dying_at(writes, before_removal))
-    run(tmp_path / "resumed", model, letter_tokenizer, text, settings)
+        run(tmp_path, model, letter_tokenizer, text, settings, dying_at(writes, before_removal))
+    run(tmp_path, model, letter_tokenizer, text, settings)
     names = whole.names()
-    assert not [name for name in names if name.startswith("rounding-")]
-    assert Workspace(tmp_path / "resumed").names() == names
+    assert not [name for name in names if name.startswith("state-")]
+    assert Workspace(tmp_path).names() == names
     for name in names:
-        assert (tmp_path / "resumed" / name).read_bytes() == (whole.path / name).read_bytes(), name
+        assert (tmp_path / name).read_bytes() == (whole.path / name).read_bytes(), name
 
 
-def test_a_killed_block_goes_on_after_its_last_round(
-    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("writes", "kept", "left"),
+    [
+        (1, "01-0000", [("lwc", 1), ("lwc", 2), ("lwc", 3), ("rounding", 1), ("rounding", 2), ("rounding", 3)]),
+        (3, "01-0002", [("lwc", 3), ("rounding", 1), ("rounding", 2), ("rounding", 3)]),
+        (5, "02-0000", [("rounding", 1), ("rounding", 2), ("rounding", 3)]),
+        (7, "02-0002", [("rounding", 3)]),
+    ],
+)
+def test_a_killed_block_goes_on_after_its_last_epoch_or_round(
+    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, monkeypatch, writes, kept, left
 ):
     monkeypatch.setattr(tuning, "SECONDS_BETWEEN_STATES", 0.0)
     model = random_model("llama", num_hidden_layers=1)
-    settings = settings_for(model, adaptive_plan)
+    settings = settings_for(model, adaptive_plan, (Awq(), LWC))
     with pytest.raises(KilledError):
-        run(tmp_path, model, letter_tokenizer, text, settings, dying_at(2))
-    state = AdaptiveState.from_tensors(Workspace(tmp_path).tensors("rounding-00000-02.safetensors"))
-    assert state.rounds == 2
-    assert Workspace(tmp_path).names() == ["rounding-00000-02.safetensors"]
-    rounds = []
-    monkeypatch.setattr(tuning._Bar, "show", lambda bar, what, done, total, loss: rounds.append((what, done)))
+        run(tmp_path, model, letter_tokenizer, text, settings, dying_at(writes))
+    assert Workspace(tmp_path).names() == [f"state-00000-{kept}.safetensors"]
+    done = []
+    monkeypatch.setattr(tuning._Bar, "show", lambda bar, what, step, total, loss: done.append((what, step)))
     run(tmp_path, model, letter_tokenizer, text, settings)
-    assert [done for what, done in rounds if what == "rounding"] == [3]
+    assert done == left
+
+
+def test_what_was_prepared_is_kept_and_not_made_again(letter_tokenizer, text, tmp_path, monkeypatch, whole_run):
+    """A second search or learning may end elsewhere, as on a GPU: rounding goes on under the scales it began with."""
+    monkeypatch.setattr(tuning, "SECONDS_BETWEEN_STATES", 0.0)
+    model, settings, whole = whole_run("awq, lwc, adaptive")
+    with pytest.raises(KilledError):
+        run(tmp_path, model, letter_tokenizer, text, settings, dying_at(6))
+    made = []
+    original = Lwc.apply
+
+    def apply(self, problem, prepared, session):
+        made.append(problem)
+        return original(self, problem, prepared, session)
+
+    monkeypatch.setattr(Lwc, "apply", apply)
+    run(tmp_path, model, letter_tokenizer, text, settings)
+    assert len(made) == 1, "of the second block alone"
+    assert (tmp_path / block_file(0)).read_bytes() == (whole.path / block_file(0)).read_bytes()
 
 
 def test_a_block_that_diverges_is_named_and_its_last_sound_state_kept(
@@ -219,11 +264,12 @@ def test_a_block_that_diverges_is_named_and_its_last_sound_state_kept(
 ):
     original, calls = tuning.tune_block, []
 
-    def poisoned(problem, transforms, rounding, state, after_round, progress):
+    def poisoned(problem, transforms, rounding, state, keep, progress):
         def poison(reached):
-            calls.append(reached)
-            after_round(reached)
-            problem.targets_STD.fill_(torch.nan)
+            keep(reached)
+            if reached.learnt:
+                calls.append(reached)
+                problem.targets_STD.fill_(torch.nan)
 
         return original(problem, transforms, rounding, state, poison, progress)
 
@@ -231,8 +277,8 @@ def test_a_block_that_diverges_is_named_and_its_last_sound_state_kept(
     model = random_model("llama")
     with pytest.raises(ModelError, match=r"model\.layers\.0: round 2 of 3 diverged: its loss is nan; the state before"):
         run(tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan))
-    kept = AdaptiveState.from_tensors(Workspace(tmp_path).tensors("rounding-00000-01.safetensors"))
-    assert torch.equal(kept.v["mlp.up_proj.weight"], calls[0].v["mlp.up_proj.weight"])
+    kept = Workspace(tmp_path).tensors("state-00000-02-0001.safetensors")
+    assert torch.equal(kept["learnt.v.mlp.up_proj.weight"], calls[0].learnt["v.mlp.up_proj.weight"])
 
 
 def test_without_block_parts_there_is_no_step_and_the_key_names_those_that_are_there(random_model, plan, tmp_path):

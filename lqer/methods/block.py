@@ -11,7 +11,7 @@ Shapes: O out_features, I in_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,16 @@ from torch import Tensor
 
 from lqer.formats import QuantizedTensor
 from lqer.rounding.adaptive import Adaptive, AdaptiveState, block_loss, round_block
-from lqer.transforms.block_problem import BlockProblem, BlockTransform, Prepared, Progress, no_progress
+from lqer.transforms.block_problem import (
+    BlockProblem,
+    BlockTransform,
+    Progress,
+    Session,
+    keep_nothing,
+    no_progress,
+)
+
+from .block_state import BlockState
 
 
 @dataclass(frozen=True)
@@ -38,64 +47,75 @@ def tune_block(
     problem: BlockProblem,
     transforms: Sequence[BlockTransform],
     rounding: Adaptive | None,
-    state: AdaptiveState | None = None,
-    after_round: Callable[[AdaptiveState], None] = lambda state: None,
+    state: BlockState | None = None,
+    keep: Callable[[BlockState], None] = keep_nothing,
     progress: Progress = no_progress,
 ) -> TunedBlock:
     """Transform a block and, by an adaptive rounding, round its linears together.
 
-    Without a rounding, only linears whose scales a transform has fixed are rounded. state, after_round: as for
-    `round_block`. Raises DivergedError, ArithmeticError where learning diverges, and ValueError where parts do not fit.
+    Without a rounding, only linears whose scales a transform has fixed are rounded. state: that of an earlier run of
+    the same problem and parts, to go on from; `keep` gets it after every transform, epoch and round. Raises
+    DivergedError, ArithmeticError where learning diverges, and ValueError where parts do not fit.
     """
-    prepared = Prepared()
-    for transform in transforms:
-        prepared = transform.apply(problem, prepared, progress)
-    rounded = dict(prepared.starts)
-    notes = dict(prepared.notes)
+    state = state or BlockState()
+    for place in range(state.finished, len(transforms)):
+        session = Session(progress, state.learnt or None, _keeping(keep, state))
+        state = BlockState(transforms[place].apply(problem, state.prepared, session), place + 1)
+        keep(state)
     if rounding is not None:
-        weights = {linear: prepared.weight(problem, linear) for linear in problem.formats}
-        starts = {
-            linear: prepared.starts.get(linear) or problem.formats[linear].quantize(weight_OI)
-            for linear, weight_OI in weights.items()
-        }
-        before = loss_of(problem, prepared.changed, starts)
-        rounded, losses = _round_together(problem, prepared, starts, rounding, state, after_round, progress)
-        notes["loss"] = {"start": before, "rounds": losses, "end": loss_of(problem, prepared.changed, rounded)}
-    elif rounded:
-        notes["loss"] = {"end": loss_of(problem, prepared.changed, rounded)}
-    return TunedBlock(prepared.changed, rounded, notes)
+        return _round_together(problem, rounding, state, keep, progress)
+    prepared = state.prepared
+    if prepared.starts:
+        prepared = prepared.noted("loss", {"end": loss_of(problem, prepared.changed, prepared.starts)})
+    return TunedBlock(prepared.changed, prepared.starts, prepared.notes)
+
+
+def _keeping(keep: Callable[[BlockState], None], state: BlockState) -> Callable[[Mapping[str, Tensor]], None]:
+    """`keep` for the part that comes after what is finished in `state`."""
+    return lambda learnt: keep(replace(state, learnt=learnt))
 
 
 def _round_together(
     problem: BlockProblem,
-    prepared: Prepared,
-    starts: Mapping[str, QuantizedTensor],
     rounding: Adaptive,
-    state: AdaptiveState | None,
-    after_round: Callable[[AdaptiveState], None],
+    state: BlockState,
+    keep: Callable[[BlockState], None],
     progress: Progress,
-) -> tuple[dict[str, QuantizedTensor], list[float]]:
-    """The linears by name, and the mean loss of every round."""
+) -> TunedBlock:
+    """The block whose transforms are done, and its linears rounded together."""
+    prepared = state.prepared
+    weights = {linear: prepared.weight(problem, linear) for linear in problem.formats}
+    starts = {
+        linear: prepared.starts.get(linear) or problem.formats[linear].quantize(weight_OI)
+        for linear, weight_OI in weights.items()
+    }
+    if not state.learnt:
+        prepared = prepared.noted("loss", {"start": loss_of(problem, prepared.changed, starts)})
+        state = replace(state, prepared=prepared)
+    reached = AdaptiveState.from_tensors(state.learnt, problem.device) if state.learnt else None
+    losses = [] if reached is None else reached.losses.tolist()
     bits = min(start.format.stream_widths["codes"] for start in starts.values())
     settings = rounding.settings(bits, problem.autocast, problem.seed)
-    losses = [] if state is None else state.losses.tolist()
+    keep_learnt = _keeping(keep, state)
 
-    def finish_round(reached: AdaptiveState) -> None:
+    def after_round(reached: AdaptiveState) -> None:
         losses.append(float(reached.losses[-1]))
         progress("rounding", reached.rounds, len(settings.soft_shares), losses[-1])
-        after_round(reached)
+        keep_learnt(reached.tensors())
 
-    rounded = round_block(
-        {f"{linear}.weight": prepared.weight(problem, linear) for linear in starts},
+    found = round_block(
+        {f"{linear}.weight": weight_OI for linear, weight_OI in weights.items()},
         {f"{linear}.weight": start for linear, start in starts.items()},
         problem.with_changed(prepared.changed),
         problem.inputs_STD,
         problem.targets_STD,
         settings,
-        state,
-        finish_round,
+        reached,
+        after_round,
     )
-    return {linear: rounded[f"{linear}.weight"] for linear in starts}, losses
+    rounded = {linear: found[f"{linear}.weight"] for linear in starts}
+    loss = {**prepared.notes["loss"], "rounds": losses, "end": loss_of(problem, prepared.changed, rounded)}
+    return TunedBlock(prepared.changed, rounded, prepared.noted("loss", loss).notes)
 
 
 @torch.no_grad()

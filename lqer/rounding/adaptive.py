@@ -95,9 +95,9 @@ class AdaptiveState:
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> AdaptiveState:
-        """The inverse of `tensors`."""
-        v, u = ({name[2:]: x for name, x in tensors.items() if name.startswith(f"{kind}.")} for kind in "vu")
+    def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> AdaptiveState:
+        """The inverse of `tensors`, on a device."""
+        v, u = ({name[2:]: x.to(device) for name, x in tensors.items() if name.startswith(f"{kind}.")} for kind in "vu")
         return cls(v, u, tensors["losses"])
 
 

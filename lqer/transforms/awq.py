@@ -29,7 +29,7 @@ from lqer.formats import NumberFormat
 from lqer.named import require_positive
 
 from .block_function import BlockFunction
-from .block_problem import BlockProblem, BlockTransform, Prepared, Progress
+from .block_problem import BlockProblem, BlockTransform, Prepared, Session
 from .folding import NO_ROW, Site, find_sites, fold_scale
 
 # 1 itself is left out, as in AWQ's grid.
@@ -49,10 +49,10 @@ class Awq(BlockTransform):
         require_positive("ratios", self.ratios, self.kind)
         require_positive("samples", self.samples, self.kind)
 
-    def apply(self, problem: BlockProblem, prepared: Prepared, progress: Progress) -> Prepared:
+    def apply(self, problem: BlockProblem, prepared: Prepared, session: Session) -> Prepared:
         if prepared.changed or prepared.starts:
             raise ValueError("awq scales a block as it was: it comes before what else is done to the block")
-        progress(self.kind, 0, 1, None)
+        session.progress(self.kind, 0, 1, None)
         ratios = [i / self.ratios for i in range(self.ratios)]
         batches = problem.inputs_STD[: self.samples].split(problem.batch_size)
         changed, found = scale_block(

@@ -30,6 +30,24 @@ def no_progress(what: str, done: int, total: int, loss: float | None) -> None:
     """For whoever does not want to know."""
 
 
+def keep_nothing(state: Any) -> None:
+    """For whoever does not go on after a kill."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a transform's caller wants to know of it, and where an earlier session left off.
+
+    state: what the same transform of the same problem last gave to `keep`, on any device; None to begin. keep gets flat
+    tensors, among them the "losses" (epochs,), whenever the transform could go on from them to the same result; they
+    are not changed afterwards. A transform that takes no longer than writing its state would keeps none.
+    """
+
+    progress: Progress = no_progress
+    state: Mapping[str, Tensor] | None = None
+    keep: Callable[[Mapping[str, Tensor]], None] = keep_nothing
+
+
 @dataclass(frozen=True)
 class BlockProblem:
     """A decoder block whose linears are to be rounded.
@@ -107,8 +125,8 @@ class BlockTransform(Transform):
     level: ClassVar[Level] = "block"
 
     @abstractmethod
-    def apply(self, problem: BlockProblem, prepared: Prepared, progress: Progress) -> Prepared:
-        """The block with this transform after those of `prepared`. `progress` is told how far it is."""
+    def apply(self, problem: BlockProblem, prepared: Prepared, session: Session) -> Prepared:
+        """The block with this transform after those of `prepared`."""
 
 
 def scales_objection(number_format: NumberFormat, kinds: Sequence[str]) -> str | None:

@@ -28,7 +28,7 @@ from lqer.formats.blocks import from_blocks, to_blocks
 
 from .base import Scheme
 from .block_function import BlockFunction
-from .block_problem import BlockProblem, BlockTransform, Prepared, Progress, scales_objection
+from .block_problem import BlockProblem, BlockTransform, Prepared, Session, scales_objection
 from .cancelling import cancelling_linears
 from .tracing import trace
 
@@ -53,8 +53,8 @@ class Clip(BlockTransform):
         return scales_objection(scheme.weight, ("int", "mxint", "mx"))
 
     @torch.no_grad()
-    def apply(self, problem: BlockProblem, prepared: Prepared, progress: Progress) -> Prepared:
-        progress(self.kind, 0, 1, None)
+    def apply(self, problem: BlockProblem, prepared: Prepared, session: Session) -> Prepared:
+        session.progress(self.kind, 0, 1, None)
         plain = problem.call.without_rounding()
         kept = cancelling_linears(plain, problem.inputs_STD[: problem.batch_size])
         block_sizes = {linear: number_format.block_size for linear, number_format in problem.formats.items()}

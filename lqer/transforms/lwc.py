@@ -26,7 +26,7 @@ from lqer.formats.blocks import from_blocks, to_blocks
 from lqer.named import require_number, require_positive
 
 from .base import Scheme
-from .block_problem import BlockProblem, BlockTransform, Prepared, Progress, scales_objection
+from .block_problem import BlockProblem, BlockTransform, Prepared, Session, keep_nothing, scales_objection
 from .clip import group_range, quantize_clipped
 
 START = 4.0
@@ -57,22 +57,24 @@ class Lwc(BlockTransform):
     def objection(self, scheme: Scheme) -> str | None:
         return scales_objection(scheme.weight, ("int",))
 
-    def apply(self, problem: BlockProblem, prepared: Prepared, progress: Progress) -> Prepared:
+    def apply(self, problem: BlockProblem, prepared: Prepared, session: Session) -> Prepared:
         weights = {f"{linear}.weight": prepared.weight(problem, linear) for linear in problem.formats}
         formats = {f"{linear}.weight": number_format for linear, number_format in problem.formats.items()}
         targets = [problem.targets_STD]
         if self.both_targets:
             targets.append(problem.outputs(prepared.changed))
         settings = ClippingSettings(self.epochs, self.batch_size, self.learning_rate, problem.autocast, problem.seed)
-        losses: list[float] = []
+        state = None if session.state is None else ClippingState.from_tensors(session.state)
+        losses = [] if state is None else state.losses.tolist()
 
-        def after_epoch(loss: float) -> None:
-            losses.append(loss)
-            progress(self.kind, len(losses), self.epochs, loss)
+        def after_epoch(reached: ClippingState) -> None:
+            losses.append(float(reached.losses[-1]))
+            session.progress(self.kind, reached.epochs, self.epochs, losses[-1])
+            session.keep(reached.tensors())
 
         factors = learn_clipping(
             weights, formats, problem.with_changed(prepared.changed), problem.inputs_STD, targets, settings,
-            after_epoch=after_epoch,
+            state=state, after_epoch=after_epoch,
         )  # fmt: skip
         starts = {
             linear: quantize_learnt(weights[f"{linear}.weight"], problem.formats[linear], factors[f"{linear}.weight"])
@@ -96,6 +98,40 @@ class ClippingSettings:
 
 
 @dataclass(frozen=True)
+class ClippingState:
+    """Where learning stands after an epoch: everything that the remaining ones need besides their inputs.
+
+    logits: float32 (2, O, N) per weight, of what the low and the high ends are multiplied by. means, squares: AdamW's
+    moments of their gradients, of the same shape. losses: the mean loss of every finished epoch, float32 (epochs,).
+    """
+
+    logits: dict[str, Tensor]
+    means: dict[str, Tensor]
+    squares: dict[str, Tensor]
+    losses: Tensor
+
+    @property
+    def epochs(self) -> int:
+        """How many are finished."""
+        return len(self.losses)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it under flat names, for a file of tensors."""
+        kinds = {"logits": self.logits, "means": self.means, "squares": self.squares}
+        flat = {f"{kind}.{name}": x_2ON for kind, found in kinds.items() for name, x_2ON in found.items()}
+        return {"losses": self.losses, **flat}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ClippingState:
+        """The inverse of `tensors`."""
+        logits, means, squares = (
+            {name.removeprefix(kind): x for name, x in tensors.items() if name.startswith(kind)}
+            for kind in ("logits.", "means.", "squares.")
+        )
+        return cls(logits, means, squares, tensors["losses"])
+
+
+@dataclass(frozen=True)
 class RangeFactors:
     """What the ends of every group's range are multiplied by: float32 (O, N) in (0, 1)."""
 
@@ -111,14 +147,15 @@ def learn_clipping(
     targets: Sequence[Tensor],
     settings: ClippingSettings,
     fixed: Mapping[str, Tensor] | None = None,
-    after_epoch: Callable[[float], None] = lambda loss: None,
+    state: ClippingState | None = None,
+    after_epoch: Callable[[ClippingState], None] = keep_nothing,
 ) -> dict[str, RangeFactors]:
     """The factors of every weight (O, I) in `weights`; `quantize_clipped` makes of them what was trained.
 
     block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights. targets: one or several (S, T, D) tensors
     whose losses are added: the original block's output on the original inputs and, for two bits, on these inputs too.
-    fixed: weights that take part as they are, such as those of q and k, rounded without clipping. after_epoch gets the
-    mean loss of every epoch.
+    fixed: weights that take part as they are, such as those of q and k, rounded without clipping. state: that of an
+    earlier run, on any device, to go on from with the same result; `after_epoch` gets it after every epoch.
 
     Raises ValueError for a format other than `int`, ArithmeticError where the loss stops being finite.
     """
@@ -126,15 +163,18 @@ def learn_clipping(
         if name in weights and not isinstance(number_format, Int):
             raise ValueError(f"{name}: clipping is learnt for the scales of int, found {number_format.kind}")
     device = next(iter(weights.values())).device
-    ranges = {name: group_range(weight_OI, formats[name]) for name, weight_OI in weights.items()}
-    logits = {
-        name: tuple(torch.full_like(end_ON, START).requires_grad_() for end_ON in ends) for name, ends in ranges.items()
-    }
-    optimizer = torch.optim.AdamW([x for pair in logits.values() for x in pair], settings.learning_rate, weight_decay=0)
+    ranges = {name: torch.stack(group_range(weight_OI, formats[name])) for name, weight_OI in weights.items()}
+    state = state or _start(ranges)
+    logits = {name: state.logits[name].to(device, copy=True).requires_grad_() for name in weights}
+    # Of all epochs at once, so that a resumed run sees the orders that it would have seen.
     generator = torch.Generator().manual_seed(settings.seed)
-    for epoch in range(settings.epochs):
+    orders = [torch.randperm(len(inputs_STD), generator=generator) for _ in range(settings.epochs)]
+    steps = len(orders[0].split(settings.batch_size))
+    optimizer = _optimizer(logits, state, steps, settings.learning_rate)
+    losses = state.losses
+    for epoch in range(state.epochs, settings.epochs):
         total = torch.zeros((), device=device)
-        for batch_B in torch.randperm(len(inputs_STD), generator=generator).split(settings.batch_size):
+        for batch_B in orders[epoch].split(settings.batch_size):
             clipped = {
                 name: _rounded(weight_OI, formats[name], ranges[name], logits[name])
                 for name, weight_OI in weights.items()
@@ -148,15 +188,44 @@ def learn_clipping(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.detach() / len(inputs_STD.split(settings.batch_size))
+            total += loss.detach() / steps
         # Once an epoch: looking at every loss would have a GPU waited for at every step.
         if not torch.isfinite(total):
             raise ArithmeticError(f"epoch {epoch + 1} of {settings.epochs} diverged: its loss is {float(total)}")
-        after_epoch(float(total))
-    return {
-        name: RangeFactors(low_logit.detach().sigmoid(), high_logit.detach().sigmoid())
-        for name, (low_logit, high_logit) in logits.items()
-    }
+        losses = torch.cat([losses, total.reshape(1).cpu()])
+        after_epoch(_reached(logits, optimizer, losses))
+    return {name: RangeFactors(*logits_2ON.detach().sigmoid()) for name, logits_2ON in logits.items()}
+
+
+def _start(ranges: Mapping[str, Tensor]) -> ClippingState:
+    logits = {name: torch.full_like(ends_2ON, START) for name, ends_2ON in ranges.items()}
+    return ClippingState(logits, {}, {}, torch.empty(0))
+
+
+def _optimizer(logits: Mapping[str, Tensor], state: ClippingState, steps: int, rate: float) -> torch.optim.AdamW:
+    """AdamW as it stood in `state`, after that many steps in each of its epochs."""
+    optimizer = torch.optim.AdamW([*logits.values()], rate, weight_decay=0)
+    if state.epochs:
+        moments = {
+            place: {
+                "step": torch.tensor(float(state.epochs * steps)),
+                "exp_avg": state.means[name].clone(),
+                "exp_avg_sq": state.squares[name].clone(),
+            }
+            for place, name in enumerate(logits)
+        }
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return optimizer
+
+
+def _reached(logits: Mapping[str, Tensor], optimizer: torch.optim.AdamW, losses: Tensor) -> ClippingState:
+    moments = {name: optimizer.state[logits_2ON] for name, logits_2ON in logits.items()}
+    return ClippingState(
+        logits={name: logits_2ON.detach().clone() for name, logits_2ON in logits.items()},
+        means={name: found["exp_avg"].clone() for name, found in moments.items()},
+        squares={name: found["exp_avg_sq"].clone() for name, found in moments.items()},
+        losses=losses,
+    )
 
 
 def quantize_learnt(weight_OI: Tensor, number_format: NumberFormat, factors: RangeFactors) -> QuantizedTensor:
@@ -167,12 +236,12 @@ def quantize_learnt(weight_OI: Tensor, number_format: NumberFormat, factors: Ran
 def _rounded(
     weight_OI: Tensor,
     number_format: NumberFormat,
-    ends: tuple[Tensor, Tensor],
-    logits: tuple[Tensor, ...],
+    ends_2ON: Tensor,
+    logits_2ON: Tensor,
 ) -> Tensor:
     """w_q (O, I) in float32: the values of `quantize_learnt`, differentiable in the logits."""
     assert isinstance(number_format, Int)
-    low_ON, high_ON = (end_ON * logit_ON.sigmoid() for end_ON, logit_ON in zip(ends, logits, strict=True))
+    low_ON, high_ON = ends_2ON * logits_2ON.sigmoid()
     if number_format.symmetric:
         step_ON = torch.maximum(-low_ON, high_ON) / number_format.max_code
     else:

@@ -11,9 +11,10 @@ from safetensors.torch import load, save
 
 from lqer.formats import Int, MXInt
 from lqer.methods.block import loss_of, tune_block
+from lqer.methods.block_state import BlockState
 from lqer.models import block_linears
 from lqer.rounding import Adaptive
-from lqer.rounding.adaptive import AdaptiveState, DivergedError
+from lqer.rounding.adaptive import DivergedError
 from lqer.transforms import Awq, Clip, Lwc
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
@@ -118,21 +119,48 @@ def test_queries_and_keys_keep_their_ranges(random_model, windows_WT):
     assert sum(factor < 0.95 for factor in found.values()) == 5
 
 
-def test_going_on_between_rounds_gives_the_same_bytes(random_model, windows_WT):
-    problem = problem_of(random_model("llama"), windows_WT)
-    files, told = [], []
+LWC = Lwc(epochs=3, batch_size=2)
 
-    def save_state(state):
-        files.append(save(state.tensors()))
 
-    whole = tune_block(problem, [Awq(), Clip()], QUICK, None, save_state, lambda *progress: told.append(progress))
-    assert [what for what, _, _, _ in told] == ["awq", "clip", *["rounding"] * 4]
-    assert told[-1] == ("rounding", 4, 4, whole.notes["loss"]["rounds"][-1])
+@pytest.mark.parametrize(
+    ("transforms", "rounding", "states"),
+    [([Awq(), Clip()], QUICK, 2 + 4), ([Awq(), LWC], QUICK, 1 + 3 + 1 + 4), ([LWC], None, 3 + 1), ([], QUICK, 4)],
+    ids=["awq, clip, adaptive", "awq, lwc, adaptive", "lwc", "adaptive"],
+)
+def test_going_on_from_any_state_gives_the_same_bytes(random_model, windows_WT, transforms, rounding, states):
+    model = random_model("llama")
+    kept = dict.fromkeys(model.model.layers[0].state_dict(), torch.bfloat16)
+    problem = problem_of(model, windows_WT, kept=kept)
+    files = []
+
+    def tune(state, keep):
+        told = []
+        tuned = tune_block(problem, transforms, rounding, state, keep, lambda *progress: told.append(progress))
+        return tuned, told
+
+    whole, told = tune(None, lambda state: files.append(save(state.tensors())))
+    assert len(files) == states
     for file in files:
-        resumed = tune_block(problem, [Awq(), Clip()], QUICK, AdaptiveState.from_tensors(load(file)))
+        resumed, again = tune(BlockState.from_tensors(load(file), problem), lambda state: None)
+        assert again == told[len(told) - len(again) :]
+        assert len(again) < len(told)
         assert resumed.notes == whole.notes
+        assert resumed.parameters.keys() == whole.parameters.keys()
+        for name, parameter in whole.parameters.items():
+            assert parameter.dtype == resumed.parameters[name].dtype
+            assert torch.equal(parameter, resumed.parameters[name])
         for name, tensor in whole.rounded.items():
+            assert tensor.format == resumed.rounded[name].format
             assert all(torch.equal(tensor.parts[part], resumed.rounded[name].parts[part]) for part in tensor.parts)
+
+
+def test_progress_is_told_of_every_part_and_round(random_model, windows_WT):
+    told = []
+    problem = problem_of(random_model("llama"), windows_WT)
+    tuned = tune_block(problem, [Awq(), LWC], QUICK, progress=lambda *progress: told.append(progress))
+    assert [what for what, _, _, _ in told] == ["awq", *["lwc"] * 3, *["rounding"] * 4]
+    assert told[3] == ("lwc", 3, 3, tuned.notes["lwc"][-1])
+    assert told[-1] == ("rounding", 4, 4, tuned.notes["loss"]["rounds"][-1])
 
 
 def test_inputs_that_are_not_finite_stop_with_the_last_sound_state(random_model, windows_WT):
@@ -141,12 +169,12 @@ def test_inputs_that_are_not_finite_stop_with_the_last_sound_state(random_model,
 
     def break_inputs(state):
         states.append(state)
-        if len(states) == 2:
+        if state.steps == 2:
             problem.inputs_STD.fill_(torch.nan)
 
-    with pytest.raises(DivergedError, match="round 3 of 4 diverged") as caught:
+    with pytest.raises(DivergedError, match="round 3 of 4 diverged"):
         tune_block(problem, [Clip()], QUICK, None, break_inputs)
-    assert caught.value.state is states[-1]
+    assert [state.steps for state in states] == [0, 1, 2]
 
 
 def test_bfloat16_products_and_states_end_below_the_start_too(random_model, windows_WT):

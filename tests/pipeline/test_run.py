@@ -381,7 +381,7 @@ class TestPartsOfABlock:
         for index in range(4):
             loss = json.loads((checkpoint / f"tuning-{index:05d}.json").read_text())["loss"]
             assert loss["end"] < loss["start"]
-        assert not list(checkpoint.glob("rounding-*"))
+        assert not list(checkpoint.glob("state-*"))
         assert 3 < results["bits"]["average"] < 5
         report = (experiment.output / "tiny" / "report.md").read_text()
         assert "| | original | awq + clip + adaptive | awq + clip + adaptive |" in report

@@ -2,11 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch.nn import functional as F
 
 from lqer.formats import Int, MXInt
 from lqer.transforms.clip import group_range
-from lqer.transforms.lwc import START, ClippingSettings, RangeFactors, _rounded, learn_clipping, quantize_learnt
+from lqer.transforms.lwc import (
+    START,
+    ClippingSettings,
+    ClippingState,
+    RangeFactors,
+    _rounded,
+    learn_clipping,
+    quantize_learnt,
+)
 
 FORMATS = [Int(bits=2, block_size=16), Int(bits=3, block_size=-1), Int(bits=3, block_size=16, symmetric=True)]
 
@@ -48,10 +57,10 @@ def test_what_is_trained_is_what_is_stored(task, number_format):
     weight_OI = task[0]["up"].clone()
     weight_OI[2, :16] = 0
     ends = group_range(weight_OI, number_format)
-    logits = tuple(torch.randn(end.shape, generator=torch.Generator().manual_seed(5)) + 2 for end in ends)
-    trained_OI = _rounded(weight_OI, number_format, ends, logits)
+    logits = torch.randn(2, *ends[0].shape, generator=torch.Generator().manual_seed(5)) + 2
+    trained_OI = _rounded(weight_OI, number_format, torch.stack(ends), logits)
 
-    factors = RangeFactors(*(logit.sigmoid() for logit in logits))
+    factors = RangeFactors(*logits.sigmoid())
     assert torch.equal(trained_OI, quantize_learnt(weight_OI, number_format, factors).dequantize())
 
 
@@ -80,6 +89,24 @@ def test_weights_held_fixed_take_part_but_are_not_learnt(task):
         {"up": weights["up"]}, {"up": FORMATS[0]}, block, inputs, [targets], ClippingSettings(epochs=1), fixed
     )
     assert learnt.keys() == {"up"}
+
+
+def test_going_on_after_any_epoch_learns_the_same_factors(task):
+    weights, block, inputs, targets = task
+    files = []
+    arguments = (weights, dict.fromkeys(weights, FORMATS[0]), block, inputs, [targets], ClippingSettings(4, 3))
+    whole = learn_clipping(*arguments, after_epoch=lambda state: files.append(save(state.tensors())))
+    assert len(files) == 4
+    for epochs, file in enumerate(files, start=1):
+        state = ClippingState.from_tensors(load(file))
+        assert state.epochs == epochs
+        later = []
+        resumed = learn_clipping(*arguments, state=state, after_epoch=later.append)
+        assert len(later) == 4 - epochs
+        assert save(state.tensors()) == file
+        for name, factors in whole.items():
+            assert torch.equal(factors.low_ON, resumed[name].low_ON)
+            assert torch.equal(factors.high_ON, resumed[name].high_ON)
 
 
 def test_a_power_of_two_scale_is_refused(task):
