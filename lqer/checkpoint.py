@@ -92,11 +92,11 @@ def split_columns(tensors: dict[str, Tensor], name: str, entry: dict[str, Any], 
         along = 1 if role == "low_rank_a" else 0
         stored = _unpack(tensors, name, role, entry, first.device)
         assert stored is not None
-        rest = without_first(stored, along, first.shape[along])
+        all_of_them = first.shape[along] == stored.shape[along]
         for key in [key for key in tensors if key.startswith(f"{name}.{role}.")]:
             del tensors[key]
         kept = {role.replace("low_rank", "first"): Passthrough("bfloat16").quantize(first, axis=0)}
-        kept |= {role: rest} if rest.shape[along] else {}
+        kept |= {} if all_of_them else {role: without_first(stored, along, first.shape[along])}
         del entry[role]
         for new_role, value in kept.items():
             entry[new_role] = _described(value)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lqer.bits import average_bits
 from lqer.calibration import block_file
-from lqer.checkpoint import DETAILS_FILE, load_quantized
+from lqer.checkpoint import DETAILS_FILE, load_quantized, split_columns
 from lqer.config.schema import FinetuneConfig
 from lqer.finetune import HISTORY_FILE, TRAINING_FILE, finetune, soft_loss
-from lqer.formats import E8P, MXInt, without_first
+from lqer.formats import E8P, Int, MXInt, without_first
 from lqer.quantization import layers_file
 from lqer.store import Artifact, Store, Workspace
 from lqer.transforms import Hadamard
@@ -116,6 +116,17 @@ def test_first_columns_are_trained_beside_the_rounded_ones(quantized, training_W
     assert row["low_rank_bits"] == sum(8 * tensor.numel() * tensor.element_size() for tensor in factors)
     loss = validation_loss(tuned.path, quantized.model, training_WT[6:])
     assert loss == pytest.approx(min(history["validation_loss"]), rel=1e-4)
+
+
+def test_factors_that_are_trained_whole_are_not_cut():
+    """A scale that all of them share would forbid it."""
+    stored = Int(bits=8, block_size=-1).quantize(torch.randn(16, 4), axis=1)
+    tensors = {f"up.low_rank_a.{part}": tensor for part, tensor in stored.pack().items()}
+    entry = {"low_rank_a": {"format": stored.format.to_dict(), "shape": [16, 4], "axis": 1}}
+    more = split_columns(tensors, "up", entry, {"low_rank_a": torch.ones(16, 4, dtype=torch.bfloat16)})
+    assert entry.keys() == {"first_a"}
+    assert [*tensors] == ["up.first_a.codes"]
+    assert more == 16 * 16 * 4 - stored.code_bits - stored.metadata_bits
 
 
 def test_the_text_itself_may_be_the_target(quantized, training_WT, tmp_path):

@@ -28,10 +28,7 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
     merged = quantize
     if override is not None:
         merged = quantize.model_copy(update=_given(override, "weight", "rounding", "activation", "bias"))
-    low_rank = quantize.low_rank
-    if override is not None and override.low_rank is not None:
-        low_rank = low_rank.model_copy(update=_given(override.low_rank, "rank", "format", "format_b", "blocks"))
-    own_rank = override is not None and override.low_rank is not None and override.low_rank.rank is not None
+    low_rank = quantize.low_rank_under(override)
     return LinearPlan(
         method=quantize.method,
         weight=config.formats[merged.weight],
@@ -39,8 +36,8 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
         transform=next((part for part in quantize.transforms if isinstance(part, LinearTransform)), None),
         activation=number_format(merged.activation),
         bias=number_format(merged.bias),
-        # Under a budget, None until the model's errors are known; a linear with a rank of its own keeps it.
-        rank=low_rank.rank if low_rank.budget_bits is None or own_rank else None,
+        # Under a budget, None until the model's errors are known.
+        rank=low_rank.rank if low_rank.budget_bits is None else None,
         factor=number_format(low_rank.format) or DEFAULT_FACTOR,
         factor_b=None if low_rank.format_b is None else number_format(low_rank.format_b) or DEFAULT_FACTOR,
         factor_blocks=low_rank.blocks,

@@ -163,6 +163,14 @@ class QuantizeConfig(Section):
                 found["quantize", "override", i, "rounding"] = override.rounding
         return found
 
+    def low_rank_under(self, override: OverrideConfig | None) -> LowRankConfig:
+        """`low_rank` as the linears of an override have it: a rank of their own is not for a budget to choose."""
+        given = None if override is None else override.low_rank
+        if given is None:
+            return self.low_rank
+        own = {key: value for key, value in given if value is not None}
+        return self.low_rank.model_copy(update=own | ({} if given.rank is None else {"budget_bits": None}))
+
     @property
     def block_parts(self) -> list[str]:
         """The parts, by kind, that need a whole block, its inputs and what its outputs should be."""
@@ -425,14 +433,21 @@ class Config(Section):
         if self.evaluation.backend == "triton":
             rule = "kernels run one A and one B, not trained columns beside them: evaluation.backend must not be triton"
             raise KeyedError(loc, rule, "low_rank")
-        formats = (quantize.low_rank.format, quantize.low_rank.format_b or quantize.low_rank.format)
-        for rank_dim, axis, name in zip((1, 0), FACTOR_AXES[quantize.low_rank.blocks], formats):
-            objection = None
-            if axis == rank_dim and name != NOT_QUANTIZED:
-                objection = cut_objection(self.formats[name], finetune.columns)
-            if objection is not None and finetune.columns < quantize.low_rank.rank:
-                rule = f'cannot be cut off "{name}", whose blocks run along the rank: {objection}'
-                raise KeyedError(("finetune", "columns"), rule, finetune.columns)
+        self._check_columns(quantize.low_rank, finetune.columns, "")
+        for i, override in enumerate(quantize.override):
+            self._check_columns(quantize.low_rank_under(override), finetune.columns, f" (quantize.override.{i})")
+
+    def _check_columns(self, low_rank: LowRankConfig, columns: int, where: str) -> None:
+        """The first columns of A and rows of B can be stored apart from the others, if there are others."""
+        if low_rank.budget_bits is None and low_rank.rank <= columns:
+            return
+        formats = (low_rank.format, low_rank.format_b or low_rank.format)
+        for rank_dim, axis, name in zip((1, 0), FACTOR_AXES[low_rank.blocks], formats):
+            if axis != rank_dim or name == NOT_QUANTIZED:
+                continue
+            if (objection := cut_objection(self.formats[name], columns)) is not None:
+                rule = f'cannot be cut off "{name}", whose blocks run along the rank: {objection}{where}'
+                raise KeyedError(("finetune", "columns"), rule, columns)
 
     def _check_blockwise(self) -> None:
         evaluation = self.evaluation

@@ -248,6 +248,22 @@ class TestMistakes:
                 ['finetune.columns: cannot be cut off "x8"', "8 is not a multiple of block_size 16", "found 8"],
             ),
             (
+                {
+                    "finetune": "{ parts = ['low_rank'], columns = 8 }",
+                    "quantize.low_rank": "{ rank = 32, format = 'none' }",
+                    "quantize.override": "[{ match = '*q_proj', weight = 'w4' },"
+                    " { match = '*down_proj', low_rank = { format = 'x8' } }]",
+                },
+                ['finetune.columns: cannot be cut off "x8"', "(quantize.override.1)", "found 8"],
+            ),
+            (
+                {
+                    "finetune": "{ parts = ['low_rank'], columns = 8 }",
+                    "quantize.low_rank": "{ rank = 0, budget_bits = 5, format = 'x8' }",
+                },
+                ['finetune.columns: cannot be cut off "x8"', "found 8"],
+            ),
+            (
                 {"finetune.parts": "['low_rank']", "evaluation.backend": "triton"},
                 ["evaluation.backend must not be triton"],
             ),
@@ -257,6 +273,18 @@ class TestMistakes:
         message = mistake(base, *(f"--{key}={value}" for key, value in settings.items()))
         for part in parts:
             assert part in message
+
+    @pytest.mark.parametrize(
+        "low_rank", ["{ rank = 8 }", "{ blocks = 'long', format_b = 'x8' }", "{ format = 'none' }"]
+    )
+    def test_an_override_under_which_nothing_is_cut_along_the_rank_is_accepted(self, base, low_rank):
+        settings = [
+            "--finetune={ parts = ['low_rank'], columns = 8 }",
+            "--quantize.low_rank={ rank = 32, format = 'none' }",
+        ]
+        override = f"--quantize.override=[{{ match = '*', low_rank = {low_rank} }}]"
+        (found,) = read_config(base, None, [*settings, override]).quantize.override
+        assert found.low_rank is not None
 
     def test_a_format_that_its_rounding_objects_to_is_refused(self, base, monkeypatch):
         objection = lambda self, number_format: "must be mxfp4" if number_format.bits == 4 else None  # noqa: E731
