@@ -52,8 +52,14 @@ def harden(v: Tensor, soft_share: float) -> Tensor:
     soft = int(soft_share * v.numel())
     if soft >= v.numel():
         return v.clone()
-    threshold = score.flatten().kthvalue(soft + 1).values
+    threshold = _in_order(score.flatten(), soft)
     return torch.where(score >= threshold, torch.where(v > 0, torch.inf, -torch.inf), v)
+
+
+def _in_order(x: Tensor, position: int) -> Tensor:
+    """What stands at `position` once x is sorted."""
+    # A GPU sorts 45 million values in a twentieth of the time that its selection of one takes.
+    return x.sort().values[position] if x.is_cuda else x.kthvalue(position + 1).values
 
 
 @dataclass(frozen=True)
