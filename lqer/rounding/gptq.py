@@ -25,6 +25,7 @@ from torch import Tensor
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.rounding.base import Rounding, feedback_objection, require_damping
+from lqer.rounding.factor import inverse_factor
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
 
@@ -67,7 +68,7 @@ def gptq(
     if activation_order:
         order_I = damped.hessian_II.diagonal().argsort(descending=True, stable=True)
     weight_IO = weight_OI.T[order_I]
-    upper_II = _inverse_factor(damped, order_I if activation_order else None).to(weight_IO)
+    upper_II = inverse_factor(damped, order_I if activation_order else None).to(weight_IO)
     columns = order_I.tolist()
     codes: dict[int, Tensor] = {}
     for start in range(0, len(weight_IO), groups.panel):
@@ -88,14 +89,6 @@ def gptq(
             weight_IO[now.stop : stop].addmm_(upper_II[now, now.stop : stop].T, error_DO, alpha=-1)
         weight_IO[stop:].addmm_(upper_II[start:stop, stop:].T, error_PO, alpha=-1)
     return groups.finish(torch.cat([codes[column] for column in sorted(codes)], dim=1))
-
-
-def _inverse_factor(damped: DampedHessian, order_I: Tensor | None) -> Tensor:
-    """Upper U with H⁻¹ = Uᵀ U, of the hessian in the order given; float64."""
-    cholesky_II = damped.cholesky_II
-    if order_I is not None:
-        cholesky_II = torch.linalg.cholesky(damped.hessian_II[order_I][:, order_I])
-    return torch.linalg.cholesky(torch.cholesky_inverse(cholesky_II), upper=True)
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from lqer.formats.base import check_finite, require_choice, require_range
 from lqer.formats.kmeans import DEFAULT_ITERATIONS, EmptyCluster, Seeds, fit_centroids, lowest_index
 from lqer.rounding.base import Rounding, require_damping
 from lqer.rounding.codebook_update import Update, update_codebooks
-from lqer.rounding.factor import DEFAULT_DAMPING, block_feedback, inverse_factor
-from lqer.rounding.hessian import DampedHessian
+from lqer.rounding.factor import block_feedback, inverse_factor
+from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
 
 PANEL_COLUMNS = 128
 PER_GROUP = ("codebooks", "codebook_scales")
@@ -63,12 +63,12 @@ def reference_rules(number_format: Codebook) -> Rules:
 
 def round_vector(
     weight_OI: Tensor,
-    hessian_II: Tensor | None,
+    hessian: Tensor | DampedHessian | None,
     number_format: Codebook,
     *,
     seeds: Seeds | None = None,
     iterations: int = DEFAULT_ITERATIONS,
-    damping: float = DEFAULT_DAMPING,
+    damping: float = DAMPING,
     update: Update = "cg",
     compat: Literal["reference"] | None = None,
     codebooks: dict[str, Tensor] | None = None,
@@ -76,28 +76,28 @@ def round_vector(
 ) -> QuantizedTensor:
     """Quantize a weight to learned codebooks with error feedback.
 
-    weight_OI: finite, any float dtype, computed on in float32. hessian_II: E[x x^T] up to scale, undamped, float32 or
-    float64; None stands for the identity, where there is no feedback. seeds, iterations, seed: of k-means, see
-    `fit_centroids`. damping: added to the Hessian's diagonal, relative to the mean of that, see `inverse_factor`. An
-    input that calibration never saw carries the damping only: errors in its weights then count next to nothing. update:
-    how centroids are refitted after the sweep, see `update_codebooks`. codebooks: fixed ones instead of fitted ones,
-    under the names that the parts of a QuantizedTensor have. compat: "reference" sweeps as the published code does
-    (docs/methods/gptvq.md).
+    weight_OI: finite, any float dtype, computed on in float32. hessian: E[x x^T] up to scale, float32 or float64,
+    damped here by `damping` of its mean diagonal, or damped already; None stands for the identity, where there is no
+    feedback. An input that calibration never saw counts like an average one in the sweep. seeds, iterations, seed: of
+    k-means, see `fit_centroids`. update: how centroids are refitted after the sweep, on the Hessian as it is given, see
+    `update_codebooks`. codebooks: fixed ones instead of fitted ones, under the names that the parts of a
+    QuantizedTensor have. compat: "reference" sweeps as the published code does (docs/methods/gptvq.md).
 
-    Raises NonFiniteError for a weight, ValueError for a Hessian of another size, for one that is not finite or not
-    positive semi-definite, and for in_features that `dimension` does not divide.
+    Raises NonFiniteError for a weight or Hessian that is not finite, HessianError for one that is not positive
+    semi-definite, ValueError for one of another size and for in_features that `dimension` does not divide.
     """
     check_finite(weight_OI)
     weight_OI = weight_OI.detach().to(torch.float32)
     in_features = weight_OI.shape[1]
-    if hessian_II is None:
-        hessian_II = torch.eye(in_features, device=weight_OI.device)
+    if hessian is None:
+        hessian = torch.eye(in_features, device=weight_OI.device)
+    hessian_II = hessian.hessian_II if isinstance(hessian, DampedHessian) else hessian
     if hessian_II.shape != (in_features, in_features):
         raise ValueError(f"a Hessian of shape {tuple(hessian_II.shape)} does not fit {in_features} in_features")
     rules = reference_rules(number_format) if compat == "reference" else consistent_rules(number_format)
     swept = sweep(
         weight_OI,
-        hessian_II,
+        hessian,
         number_format,
         rules,
         seeds=seeds,
@@ -111,20 +111,20 @@ def round_vector(
 
 def sweep(
     weight_OI: Tensor,
-    hessian_II: Tensor,
+    hessian: Tensor | DampedHessian,
     number_format: Codebook,
     rules: Rules,
     *,
     seeds: Seeds | None = None,
     iterations: int = DEFAULT_ITERATIONS,
-    damping: float = DEFAULT_DAMPING,
+    damping: float = DAMPING,
     codebooks: dict[str, Tensor] | None = None,
     seed: int = 0,
 ) -> QuantizedTensor:
     """The loop of algorithm 1 under given rules, without the update after it; arguments as `round_vector` has them."""
     out_features, in_features = weight_OI.shape
     layout = number_format.layout(out_features, in_features)
-    factor_II = inverse_factor(hessian_II, damping)
+    factor_II = inverse_factor(as_damped(hessian, damping))
     feedback_II = block_feedback(factor_II, rules.feedback_block).to(torch.float32)
     diagonal_I1 = (factor_II.diagonal() / factor_II.diagonal().mean()).to(torch.float32).unsqueeze(1)
 
@@ -228,7 +228,7 @@ class Vector(Rounding):
     statistics: ClassVar[frozenset[str]] = frozenset({"autocorrelation"})
 
     iterations: int = DEFAULT_ITERATIONS
-    damping: float = DEFAULT_DAMPING
+    damping: float = DAMPING
     update: Update = "cg"
     compat: Literal["reference"] | None = None
     seed: int = 0
@@ -244,9 +244,8 @@ class Vector(Rounding):
         self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
     ) -> QuantizedTensor:
         assert isinstance(number_format, Codebook), "the configuration lets no other format through"
-        hessian_II = hessian.hessian_II if isinstance(hessian, DampedHessian) else hessian
         return round_vector(
-            weight_OI, hessian_II, number_format, iterations=self.iterations, damping=self.damping, update=self.update,
+            weight_OI, hessian, number_format, iterations=self.iterations, damping=self.damping, update=self.update,
             compat=self.compat, seed=self.seed,
         )  # fmt: skip
 
