@@ -28,6 +28,7 @@ Shapes: V vectors, 8 coordinates, P points, K rows.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -99,20 +100,27 @@ def e8_one_bit_points(device: torch.device) -> Tensor:
 
 def nearest_e8_one_bit(x_V8: Tensor) -> Tensor:
     """int64 codes [V] of the nearest points of the E8 1-bit codebook; the lowest code of equally near ones."""
-    return _nearest_of_all(x_V8, e8_one_bit_points(x_V8.device), CHUNK)
+    return _nearest_of_all(x_V8, e8_one_bit_points, CHUNK)
 
 
 def nearest_e8p(x_V8: Tensor) -> Tensor:
     """int64 codes [V] of the nearest E8P points of float32 vectors [V, 8]; NaN is read as 0."""
     if x_V8.is_cuda:
         # Error feedback asks for a few hundred vectors at a time, for which two hundred small kernels take longer.
-        return _nearest_of_all(x_V8.nan_to_num(nan=0.0), e8p_points(x_V8.device), PRODUCT_CHUNK)
+        return _nearest_of_all(x_V8.nan_to_num(nan=0.0), e8p_points, PRODUCT_CHUNK)
     return torch.cat([_nearest_e8p(x_8) for x_8 in x_V8.split(CHUNK)])
 
 
-def _nearest_of_all(x_V8: Tensor, points_P8: Tensor, chunk: int) -> Tensor:
-    offset_P = -points_P8.square().sum(-1) / 2
-    return torch.cat([torch.addmm(offset_P, x_8, points_P8.T).argmax(-1) for x_8 in x_V8.split(chunk)])
+def _nearest_of_all(x_V8: Tensor, points: Callable[[torch.device], Tensor], chunk: int) -> Tensor:
+    points_8P, offset_P = _transposed(points, x_V8.device)
+    return torch.cat([torch.addmm(offset_P, x_8, points_8P).argmax(-1) for x_8 in x_V8.split(chunk)])
+
+
+@lru_cache
+def _transposed(points: Callable[[torch.device], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Points [8, P] and -|p|² / 2 [P]: <x, p> - |p|² / 2 is largest for the nearest."""
+    points_P8 = points(device)
+    return points_P8.T, -points_P8.square().sum(-1) / 2
 
 
 def _nearest_e8p(x_V8: Tensor) -> Tensor:

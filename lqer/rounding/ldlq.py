@@ -63,7 +63,7 @@ def ldlq(
     if static_groups or groups.single:
         groups.fit_all(weight_OI.to(torch.float32))
     weight_IO = weight_OI.T.to(torch.float32).contiguous()
-    lower_II = block_ldl(damped.cholesky_II, block)[0].to(weight_IO)
+    lower_II = block_lower(damped.cholesky_II, block).to(weight_IO)
     codes: dict[int, Tensor] = {}
     error_IO = torch.empty_like(weight_IO)
     panel = -(-groups.panel // block) * block
@@ -85,19 +85,17 @@ def ldlq(
     return groups.finish(torch.cat([codes[k] for k in sorted(codes)], dim=1))
 
 
-def block_ldl(cholesky_II: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """𝓛 (I, I) and the diagonal blocks of D, zero elsewhere (I, I), of H = C Cᵀ given C; the last block may be smaller.
-
-    Block column i of 𝓛 is that of C times C_ii⁻¹, and D_i = C_ii C_iiᵀ.
-    """
-    blocks = [slice(k, min(k + block, len(cholesky_II))) for k in range(0, len(cholesky_II), block)]
-    diagonal_II = torch.block_diag(*(cholesky_II[now, now] for now in blocks))
-    lower_II = torch.empty_like(cholesky_II)
-    for now in blocks:
-        lower_II[:, now] = torch.linalg.solve_triangular(
-            cholesky_II[now, now], cholesky_II[:, now], upper=False, left=False
-        )
-    return lower_II, diagonal_II @ diagonal_II.T
+def block_lower(cholesky_II: Tensor, block: int) -> Tensor:
+    """𝓛 (I, I) of H = C Cᵀ given C: block column i is that of C times C_ii⁻¹; the last block may be smaller."""
+    size = len(cholesky_II)
+    count = -(-size // block)
+    # Beyond the matrix an identity, so that all blocks have one size and are solved for at once.
+    padded_PP = torch.eye(count * block, dtype=cholesky_II.dtype, device=cholesky_II.device)
+    padded_PP[:size, :size] = cholesky_II
+    columns_KPD = padded_PP.unflatten(1, (count, block)).transpose(0, 1)
+    diagonal_KDD = columns_KPD.unflatten(1, (count, block)).diagonal(dim1=0, dim2=1).permute(2, 0, 1)
+    lower_KPD = torch.linalg.solve_triangular(diagonal_KDD, columns_KPD, upper=False, left=False)
+    return lower_KPD.transpose(0, 1).flatten(1)[:size, :size].contiguous()
 
 
 def _tune(
