@@ -69,7 +69,7 @@ from lqer.store import Artifact, Store, Workspace
 from lqer.streaming import open_model
 from lqer.tracking import track
 from lqer.transforms import BlockTransform, Quarot
-from lqer.tuning import block_steps, remove_states
+from lqer.tuning import block_step, remove_states
 
 log = logging.getLogger(__name__)
 
@@ -342,8 +342,8 @@ def _quantize(
             quantize(workspace, original(), tokenizer, inputs.calibration, settings)
             return
         running = open_model(setting.basis, setting.dtype, setting.device, setting.spill())
-        steps = block_steps(workspace, settings, inputs.text.batch_size)
-        quantize_in_order(workspace, original(), running, inputs.text, settings, steps)
+        step = block_step(workspace, settings, inputs.text.batch_size)
+        quantize_in_order(workspace, original(), running, inputs.text, settings, step)
         remove_states(workspace)
         finish_checkpoint(workspace, original(), tokenizer, settings)
 

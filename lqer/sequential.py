@@ -2,7 +2,7 @@
 
     for every decoder block, first to last:
         statistics of its linears' inputs, from the original block on the hidden states so far
-        block steps, where there are any: transforms, rounding of the whole block at once
+        a block step, where there is one: transforms, rounding of the whole block at once
         its linears through their methods; the block's files
         hidden states = the quantized block, as it is loaded from those files, on the hidden states so far
 
@@ -16,8 +16,8 @@ Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from lqer.attention import attention_as, quantize_attention, quantized_attention
 from lqer.blocks import OpenedModel
-from lqer.calibration import BlockStatistics, CalibrationText, block_file, calibration_key, observe_block
+from lqer.calibration import CalibrationText, block_file, calibration_key, observe_block
 from lqer.checkpoint import fill_block
 from lqer.formats import QuantizedTensor
 from lqer.methods import LinearPlan
@@ -49,24 +49,20 @@ class BlockTask:
     """What a block step is given: a block, the inputs that reach it and the outputs it should have.
 
     function(parameters, hidden_BTD) is the original block, in the run's dtype on its device, with some parameters
-    replaced; it takes any number of windows. parameters, rounded: what earlier steps have changed, as `BlockChange` has
-    it. plans: by the names of linears within the block. inputs_WTD are the states of the quantized stream, targets_WTD
-    what the original block makes of those of the original stream; both lie where the spill put them, and must not be
-    changed. statistics(): of the linears' inputs, with `parameters` in place, on inputs_WTD. stored: the block's
-    parameters and buffers as the checkpoint has them, on the CPU. attention: the name of the original's attention in
-    transformers' registry, for a step that learns: rounded operands carry no gradient.
+    replaced; it takes any number of windows. plans: by the names of linears within the block. inputs_WTD are the states
+    of the quantized stream, targets_WTD what the original block makes of those of the original stream; both lie where
+    the spill put them, and must not be changed. stored: the block's parameters and buffers as the checkpoint has them,
+    on the CPU. attention: the name of the original's attention in transformers' registry, for a step that learns:
+    rounded operands carry no gradient.
     """
 
     index: int
     name: str
     block: nn.Module
     function: BlockFunction
-    parameters: Mapping[str, Tensor]
-    rounded: Mapping[str, QuantizedTensor]
     plans: Mapping[str, LinearPlan | None]
     inputs_WTD: Tensor
     targets_WTD: Tensor
-    statistics: Callable[[], BlockStatistics]
     stored: Mapping[str, Tensor]
     attention: str
     device: torch.device
@@ -85,7 +81,7 @@ class BlockChange:
 
 
 class BlockStep(Protocol):
-    """Something done to a whole block before its linears are quantized one by one."""
+    """What is done to a whole block before its linears are quantized one by one."""
 
     def __call__(self, task: BlockTask) -> BlockChange: ...
 
@@ -104,12 +100,12 @@ def quantize_in_order(
     running: OpenedModel,
     text: CalibrationText,
     settings: QuantizeSettings,
-    steps: Sequence[BlockStep] = (),
+    step: BlockStep | None = None,
 ) -> None:
     """Write the files of every block that `workspace` does not hold yet.
 
     stored: the original weights in the checkpoint's own dtype. running: the same in the dtype of the run; its attention
-    is quantized for good where the settings say so, and its spill holds the hidden states. steps: taken in turn for
+    is quantized for good where the settings say so, and its spill holds the hidden states. step: taken for
     every block. Raises ModelError, naming the linear, where a weight or an input is not finite, or was never reached.
     """
     total = len(running.blocks)
@@ -118,12 +114,12 @@ def quantize_in_order(
         return
     batches = text.windows_WT.split(text.batch_size)
     implementation = running.model.config._attn_implementation
-    original = enter(running, batches) if steps else None
+    original = None if step is None else enter(running, batches)
     if settings.attention is not None:
         quantize_attention(running.model, quantized_attention(settings.attention))
     stream = enter(running, batches)
     weights = _weights(stored, missing)
-    whole = _Pass(text, settings, steps, total, implementation)
+    whole = _Pass(text, settings, step, total, implementation)
     # Nobody needs what the blocks behind the last missing one put out.
     indices = range(missing[-1] + 1)
     visits = running.loader.visits(running.blocks, indices, running.device)
@@ -134,7 +130,7 @@ def quantize_in_order(
                 BlockVisit(index, visit.name, block, original, running.device).forward()
         if block_file(index) not in workspace:
             tensors = next(weights)
-            work = _after_steps(visit, original, tensors, whole)
+            work = _after_step(visit, original, tensors, whole)
             write_block(workspace, work, settings, running.device)
             del tensors, work
         if index != indices[-1]:
@@ -147,7 +143,7 @@ class _Pass:
 
     text: CalibrationText
     settings: QuantizeSettings
-    steps: Sequence[BlockStep]
+    step: BlockStep | None
     blocks: int
     attention: str
 
@@ -158,52 +154,41 @@ def _weights(stored: OpenedModel, indices: Sequence[int]) -> Iterator[dict[str, 
         yield block.state_dict()
 
 
-def _after_steps(
+def _after_step(
     visit: BlockVisit,
     original: Stream | None,
     tensors: dict[str, Tensor],
     whole: _Pass,
 ) -> BlockWork:
-    """The block as the steps leave it, with the statistics of its linears' inputs."""
+    """The block as the step leaves it, with the statistics of its linears' inputs."""
     plans = {name: whole.settings.plans[f"{visit.name}.{name}"] for name in block_linears(visit.block)}
-    requested = requested_statistics(plans)
-    parameters: dict[str, Tensor] = {}
-    rounded: dict[str, QuantizedTensor] = {}
-
-    def statistics() -> BlockStatistics:
-        changed = _with_parameters(visit, parameters)
-        return observe_block(changed, changed.observe, whole.text, requested)
-
-    if original is not None:
+    change = BlockChange()
+    if whole.step is not None:
+        assert original is not None
         call = visit.stream.calls_of_one[visit.index]
-        task = BlockTask(
-            index=visit.index,
-            name=visit.name,
-            block=visit.block,
-            function=BlockFunction(visit.block, call.args, call.kwargs),
-            parameters=parameters,
-            rounded=rounded,
-            plans=plans,
-            inputs_WTD=visit.stream.settled(visit.device),
-            targets_WTD=original.settled(visit.device),
-            statistics=statistics,
-            stored=tensors,
-            attention=whole.attention,
-            device=visit.device,
+        change = whole.step(
+            BlockTask(
+                index=visit.index,
+                name=visit.name,
+                block=visit.block,
+                function=BlockFunction(visit.block, call.args, call.kwargs),
+                plans=plans,
+                inputs_WTD=visit.stream.settled(visit.device),
+                targets_WTD=original.settled(visit.device),
+                stored=tensors,
+                attention=whole.attention,
+                device=visit.device,
+            )
         )
-        for step in whole.steps:
-            change = step(task)
-            parameters = {**parameters, **change.parameters}
-            rounded = {**rounded, **change.rounded}
-            task = replace(task, parameters=parameters, rounded=rounded)
+    changed = _with_parameters(visit, change.parameters)
     return BlockWork(
         index=visit.index,
         name=visit.name,
         linears=list(plans),
-        tensors=tensors | parameters,
-        statistics=statistics(),
+        tensors=tensors | dict(change.parameters),
+        statistics=observe_block(changed, changed.observe, whole.text, requested_statistics(plans)),
         with_spectra=visit.index in with_spectra(whole.blocks),
-        rounded=rounded,
+        rounded=change.rounded,
     )
 
 

@@ -46,14 +46,14 @@ def tuning_file(index: int) -> str:
     return f"tuning-{index:05d}.json"
 
 
-def block_steps(workspace: Workspace, settings: QuantizeSettings, batch_size: int) -> list[BlockStep]:
-    """What is done to a whole block before its linears go through their methods; empty where nothing is.
+def block_step(workspace: Workspace, settings: QuantizeSettings, batch_size: int) -> BlockStep | None:
+    """What is done to a whole block before its linears go through their methods; None where nothing is.
 
     batch_size: windows that pass the block at once where nothing is learnt.
     """
     if not settings.transforms and _rounding(settings) is None:
-        return []
-    return [Tuner(workspace, settings, batch_size)]
+        return None
+    return Tuner(workspace, settings, batch_size)
 
 
 def remove_states(workspace: Workspace, keep: int | None = None) -> None:
@@ -143,7 +143,7 @@ def _problem(task: BlockTask, batch_size: int, seed: int) -> BlockProblem:
     block = copy.deepcopy(task.block).float()
     with torch.no_grad():
         for name, parameter in block.named_parameters():
-            parameter.copy_(task.parameters.get(name, task.stored[name]))
+            parameter.copy_(task.stored[name])
     activations = {name: plan.activation for name, plan in plans.items() if plan.activation is not None}
     args, kwargs = tree_map(_as_float, (task.function.args, task.function.kwargs))
     size = sum(parameter.numel() for parameter in block.parameters())

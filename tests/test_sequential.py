@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lqer import sequential
 from lqer.blocks import OpenedModel
-from lqer.calibration import CalibrationText, block_file
+from lqer.calibration import CalibrationText, block_file, observe_block
 from lqer.checkpoint import load_quantized
 from lqer.errors import ModelError
 from lqer.formats import Codebook, Int, MXInt
@@ -53,11 +54,11 @@ def settings_for(model: PreTrainedModel, plan, attention=None) -> QuantizeSettin
     return QuantizeSettings(plans, attention, seed=0)
 
 
-def run(folder, model, tokenizer, text, plan, attention=None, steps=(), make=Workspace) -> Workspace:
+def run(folder, model, tokenizer, text, plan, attention=None, step=None, make=Workspace) -> Workspace:
     """A checkpoint in `folder`, made on the quantized stream; the model is left as it is."""
     workspace = make(folder)
     settings = settings_for(model, plan, attention)
-    quantize_in_order(workspace, held(model), held(copy.deepcopy(model)), text, settings, steps)
+    quantize_in_order(workspace, held(model), held(copy.deepcopy(model)), text, settings, step)
     finish_checkpoint(workspace, held(model), tokenizer, settings)
     return workspace
 
@@ -276,7 +277,7 @@ def test_a_block_step_sees_inputs_of_the_quantized_and_targets_of_the_original_m
     model = random_model("gemma3")
     seen = Seen()
     plan = replace(plan, weight=MXInt(bits=3))
-    run(tmp_path / "stepped", model, letter_tokenizer, text, plan, attention, [seen])
+    run(tmp_path / "stepped", model, letter_tokenizer, text, plan, attention, seen)
     run(tmp_path / "plain", model, letter_tokenizer, text, plan, attention)
     quantized = hidden_states(load_quantized(tmp_path / "stepped", CPU), text.windows_WT)
     original = hidden_states(model, text.windows_WT)
@@ -291,28 +292,31 @@ def test_a_block_step_sees_inputs_of_the_quantized_and_targets_of_the_original_m
     assert not torch.equal(seen.inputs[1], original[1][0])
 
 
-def test_what_a_block_step_makes_is_stored_and_runs(random_model, letter_tokenizer, text, plan, tmp_path):
-    """One step scales the inputs of gate and up and folds that into their norm; another rounds down_proj."""
+def test_what_a_block_step_makes_is_stored_and_runs(random_model, letter_tokenizer, text, plan, tmp_path, monkeypatch):
+    """It scales the inputs of gate and up, folds that into their norm, and rounds down_proj."""
     plan = replace(plan, method="qera-exact", weight=MXInt(bits=3))
     model = random_model("llama")
     w2 = MXInt(bits=2)
-    seen = []
 
-    def scale(task: BlockTask) -> BlockChange:
+    def scale_and_round(task: BlockTask) -> BlockChange:
         scale_I = torch.linspace(0.5, 2, 32)
         parameters = {
             f"mlp.{name}.weight": task.block.get_parameter(f"mlp.{name}.weight").detach() * scale_I
             for name in ("gate_proj", "up_proj")
         }
         norm_I = task.block.get_parameter("post_attention_layernorm.weight").detach() / scale_I
-        return BlockChange({**parameters, "post_attention_layernorm.weight": norm_I})
+        rounded = {"mlp.down_proj": w2.quantize(task.block.get_parameter("mlp.down_proj.weight"))}
+        return BlockChange({**parameters, "post_attention_layernorm.weight": norm_I}, rounded)
 
-    def round_down_proj(task: BlockTask) -> BlockChange:
-        site = task.statistics().of(f"{task.name}.mlp.gate_proj")
-        seen.append((site["mean_square"], task.parameters.keys()))
-        return BlockChange(rounded={"mlp.down_proj": w2.quantize(task.block.get_parameter("mlp.down_proj.weight"))})
+    seen = []
 
-    run(tmp_path, model, letter_tokenizer, text, plan, steps=[scale, round_down_proj])
+    def observe(visit, run, text, requested):
+        statistics = observe_block(visit, run, text, requested)
+        seen.append(statistics.of(f"{visit.name}.mlp.gate_proj")["mean_square"])
+        return statistics
+
+    monkeypatch.setattr(sequential, "observe_block", observe)
+    run(tmp_path, model, letter_tokenizer, text, plan, step=scale_and_round)
     loaded = load_quantized(tmp_path, CPU)
     for i, layer in enumerate(model.model.layers):
         mlp = loaded.model.layers[i].mlp
@@ -323,10 +327,9 @@ def test_what_a_block_step_makes_is_stored_and_runs(random_model, letter_tokeniz
         torch.testing.assert_close(norm_I.data, layer.post_attention_layernorm.weight.detach() / scale_I)
         rounded_OI = MXInt(bits=3).fake_quantize(layer.mlp.gate_proj.weight.detach() * scale_I)
         assert torch.equal(mlp.gate_proj.weight, rounded_OI)
-    # The second step's statistics are those of what the first one left.
+    # Statistics are those of what the step left.
     unscaled = inputs_of_block(model, 0, text.windows_WT)["mlp.gate_proj"].square().mean(0)
-    torch.testing.assert_close(seen[0][0], unscaled / torch.linspace(0.5, 2, 32).square(), rtol=1e-4, atol=1e-6)
-    assert "post_attention_layernorm.weight" in seen[0][1]
+    torch.testing.assert_close(seen[0], unscaled / torch.linspace(0.5, 2, 32).square(), rtol=1e-4, atol=1e-6)
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
 
 

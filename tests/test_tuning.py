@@ -24,7 +24,7 @@ from lqer.sequential import quantize_in_order
 from lqer.spill import Spill
 from lqer.store import Workspace
 from lqer.transforms import Awq, Clip, Lwc
-from lqer.tuning import block_steps, remove_states, tuning_file
+from lqer.tuning import block_step, remove_states, tuning_file
 
 CPU = torch.device("cpu")
 W2 = Int(bits=2, block_size=16)
@@ -56,7 +56,7 @@ def run(folder, model, tokenizer, text, settings, make=Workspace):
     def held():
         return OpenedModel.held(copy.deepcopy(model), CPU, Spill())
 
-    quantize_in_order(workspace, held(), held(), text, settings, block_steps(workspace, settings, text.batch_size))
+    quantize_in_order(workspace, held(), held(), text, settings, block_step(workspace, settings, text.batch_size))
     remove_states(workspace)
     finish_checkpoint(workspace, held(), tokenizer, settings)
     return workspace
@@ -284,7 +284,7 @@ def test_a_block_that_diverges_is_named_and_its_last_sound_state_kept(
 def test_without_block_parts_there_is_no_step_and_the_key_names_those_that_are_there(random_model, plan, tmp_path):
     model = random_model("llama")
     plain, scaled = settings_for(model, plan, ()), settings_for(model, plan, (Awq(),))
-    assert block_steps(Workspace(tmp_path), plain, 2) == []
+    assert block_step(Workspace(tmp_path), plain, 2) is None
     keys = [quantization_key("c", "m", settings, CPU) for settings in (plain, scaled)]
     assert "transforms" not in keys[0]
     assert keys[1]["transforms"] == [Awq().to_dict()]
