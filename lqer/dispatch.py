@@ -5,9 +5,12 @@ Blocks are read one at a time, each straight to the GPU where it will stay: the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
+from torch import nn
 from transformers import PreTrainedModel
 
 from lqer.blocks import OpenedModel
@@ -31,9 +34,25 @@ def spread(opened: OpenedModel) -> PreTrainedModel:
 
 def place(opened: OpenedModel, device_map: DeviceMap) -> PreTrainedModel:
     """The whole model, its modules where `device_map` says."""
+    homes = [_home(f"{opened.name}.{index}", device_map) for index in range(len(opened.blocks))]
     opened.loader.complete()
-    opened.loader.settle_in(opened.blocks, lambda index: _home(f"{opened.name}.{index}", device_map))
-    return dispatch_model(opened.model, device_map)
+    opened.loader.settle_in(opened.blocks, lambda index: homes[index])
+    model = dispatch_model(opened.model, device_map)
+    for block, home in zip(opened.blocks, homes, strict=True):
+        if home.type == "cuda":
+            _launch_on(block, home)
+    return model
+
+
+def _launch_on(block: nn.Module, home: torch.device) -> None:
+    """Run the block with `home` as the current GPU: Triton launches a kernel there, wherever its tensors lie."""
+    forward = block.forward
+
+    def forward_at_home(*arguments: Any, **named: Any) -> Any:
+        with torch.cuda.device(home):
+            return forward(*arguments, **named)
+
+    block.forward = forward_at_home
 
 
 def _home(name: str, device_map: DeviceMap) -> torch.device:

@@ -425,7 +425,7 @@ def _candidate_from_checkpoint(setting: Setting, checkpoint: Artifact) -> Candid
         if setting.config.evaluation.blockwise:
             return open_quantized(checkpoint.path, setting.device, setting.dtype, setting.backend, setting.spill())
         if _several_gpus(setting):
-            return spread(open_quantized(checkpoint.path, torch.device("cpu"), setting.dtype, setting.backend))
+            return spread(open_quantized(checkpoint.path, setting.device, setting.dtype, setting.backend))
         return load_quantized(checkpoint.path, setting.device, setting.dtype, setting.backend)
 
     return Candidate(checkpoint.content, load)
