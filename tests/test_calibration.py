@@ -34,6 +34,7 @@ from lqer.store import Workspace
 BATCH_SIZE = 2
 ERROR_TOKENS = 24
 CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 SEPARATE = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
 OPT = [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}]
@@ -152,18 +153,25 @@ def test_the_requested_statistics_are_those_of_the_models_own_forward_pass(rando
     assert sum(name.endswith(".autocorrelation") for name in found.tensors(block_file(0))) == 4
 
 
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=needs_gpu)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scales", ["even", "outliers"])
-def test_the_autocorrelation_does_not_depend_on_the_batches(scales):
+def test_the_autocorrelation_does_not_depend_on_the_batches(scales, dtype, device):
+    """Within 1e-6 of float64's and of each other; half precision is summed in float32 a chunk at a time."""
     generator = torch.Generator().manual_seed(0)
     x_TI = torch.randn(4000, 48, generator=generator) + 0.5
     if scales == "outliers":
         x_TI *= torch.logspace(-2, 3, 48)
+    x_TI = x_TI.to(dtype)
     found = []
     for batch in (1, 700, 4000):
-        site = SiteStatistics(48, CPU, {"autocorrelation"})
-        for x_NI in x_TI.split(batch):
-            site.add(x_NI, torch.empty(0, dtype=torch.int64))
-        found.append(site.tensors()["autocorrelation"].double())
+        site = SiteStatistics(48, device, {"autocorrelation"})
+        for x_NI in x_TI.to(device).split(batch):
+            site.add(x_NI, torch.empty(0, dtype=torch.int64, device=device))
+        stored_II = site.tensors()["autocorrelation"]
+        assert stored_II.dtype == torch.float32
+        assert torch.equal(stored_II, stored_II.T)
+        found.append(stored_II.cpu().double())
     exact_II = x_TI.double().T @ x_TI.double() / len(x_TI)
     size_II = (exact_II.diagonal()[:, None] * exact_II.diagonal()).sqrt()
     for one_II in found:
@@ -177,7 +185,23 @@ def test_products_of_half_precision_inputs_are_those_of_their_float32_values(dty
     assert torch.equal(products(x_NI), products(x_NI.float()))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
+def test_statistics_on_a_gpu_are_those_of_the_cpu(random_model, windows_WT, tmp_path):
+    """All of a model's, in float32, as the walker gathers them block by block."""
+    model = random_model("llama")
+    here = run_calibration(tmp_path / "cpu", model, windows_WT, requested=ON_REQUEST)
+    there = Workspace(tmp_path / "gpu")
+    opened = OpenedModel.held(model, torch.device("cuda"), Spill())
+    calibrate(there, opened, CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS), ON_REQUEST)
+    assert here.json("sites.json") == there.json("sites.json")
+    for index in range(2):
+        expected, found = here.tensors(block_file(index)), there.tensors(block_file(index))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()))
+
+
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_on_a_gpu_are_those_of_float64(dtype):
     x_NI = torch.randn(512, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
