@@ -1,4 +1,4 @@
-"""Spreads a model over all GPUs of the machine for its evaluation, by accelerate: `device_map = "auto"`.
+"""Spreads a model over all GPUs of the machine, by accelerate: `device_map = "auto"`.
 
 Blocks are read one at a time, each straight to the GPU where it will stay: the host never holds the whole model.
 """

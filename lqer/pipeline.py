@@ -382,8 +382,7 @@ def _finetune(setting: Setting, store: Store, checkpoint: Artifact, windows_WT: 
 
     def make(workspace: Workspace) -> None:
         checkpoint.verify()
-        student = load_quantized(checkpoint.path, setting.device, setting.dtype, "emulate")
-        original = load_model(setting.source, setting.dtype, setting.device)
+        student, original = _whole_quantized(setting, checkpoint, "emulate"), _whole_original(setting)
         finetune(workspace, checkpoint, student, original, windows_WT, settings, setting.config.seed)
 
     return _obtain(store, "finetune", key, make)
@@ -414,6 +413,10 @@ def _say_if_reused(store: Store, stage: str, key, label: str) -> None:
 def _load_original(setting: Setting) -> PreTrainedModel | OpenedModel:
     if setting.config.evaluation.blockwise:
         return open_model(setting.source, setting.dtype, setting.device, setting.spill())
+    return _whole_original(setting)
+
+
+def _whole_original(setting: Setting) -> PreTrainedModel:
     if _several_gpus(setting):
         return spread(open_model(setting.source, setting.dtype, torch.device("cpu")))
     return load_model(setting.source, setting.dtype, setting.device)
@@ -424,11 +427,15 @@ def _candidate_from_checkpoint(setting: Setting, checkpoint: Artifact) -> Candid
         checkpoint.verify()
         if setting.config.evaluation.blockwise:
             return open_quantized(checkpoint.path, setting.device, setting.dtype, setting.backend, setting.spill())
-        if _several_gpus(setting):
-            return spread(open_quantized(checkpoint.path, setting.device, setting.dtype, setting.backend))
-        return load_quantized(checkpoint.path, setting.device, setting.dtype, setting.backend)
+        return _whole_quantized(setting, checkpoint, setting.backend)
 
     return Candidate(checkpoint.content, load)
+
+
+def _whole_quantized(setting: Setting, checkpoint: Artifact, backend: str) -> PreTrainedModel:
+    if _several_gpus(setting):
+        return spread(open_quantized(checkpoint.path, setting.device, setting.dtype, backend))
+    return load_quantized(checkpoint.path, setting.device, setting.dtype, backend)
 
 
 def _several_gpus(setting: Setting) -> bool:

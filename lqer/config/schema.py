@@ -421,8 +421,6 @@ class Config(Section):
         if {*activations, quantize.attention} - {NOT_QUANTIZED, None}:
             rule = "gradients do not pass the rounding of activations: quantize.activation and attention must be none"
             raise KeyedError(loc, rule)
-        if self.device_map == "auto":
-            raise KeyedError(loc, 'must be left out with device_map = "auto": training uses one GPU')
         if "rht_signs" in finetune.parts and not any(part.kind == "hadamard" for part in quantize.transforms):
             raise KeyedError(loc, 'there are no signs to train without quantize.transforms = ["hadamard"]', "rht_signs")
         if "low_rank" not in finetune.parts:
