@@ -8,7 +8,6 @@ import torch
 from lqer.config import read_config
 from lqer.pipeline import run
 
-
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
@@ -30,7 +29,8 @@ def test_fine_tuning_spread_over_all_gpus_learns_what_one_learns(experiment, tmp
         "--device=cuda", "--dtype=float32", "--evaluation.backend=emulate", "--quantize.attention=none",
         "--quantize.activation=none", "--quantize.transforms=['hadamard']", "--evaluation.baselines=[]",
         f"--finetune.dataset={experiment.folder / 'calibration.txt'}",
-        "--finetune={ parts = ['rht_signs', 'low_rank'], num_samples = 8, validation_samples = 4, seq_len = 32, epochs = 2 }",
+        "--finetune.parts=['rht_signs', 'low_rank']", "--finetune.num_samples=8", "--finetune.validation_samples=4",
+        "--finetune.seq_len=32", "--finetune.epochs=2",
     ]  # fmt: skip
     one, all_of_them = (
         run(read_config(str(experiment.config), device_map, [*overrides, f"--output_dir={tmp_path / device_map}",
