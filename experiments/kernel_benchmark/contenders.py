@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lqer.formats import Int, MXInt, NumberFormat, QuantizedTensor
+from lqer.formats import Codebook, Int, MXInt, NumberFormat, QuantizedTensor
 from lqer.layers import QuantizedLinear
 
 from . import peers
 from .results import Scene
 
 W4, X8 = MXInt(4), MXInt(8)
+VQ2 = Codebook(2, 2, group_size=2048)
 FACTOR = MXInt(8)  # of A and B
 WEIGHT_SCALE = 0.02
 BRANCH_SHARE = 0.1  # of A B in the weights: about the error of rounding them to four bits
@@ -199,6 +200,10 @@ VARIANTS = {
     "w4a16": _own("W4A16", W4),
     "w8a16": _own("W8A16", MXInt(8)),
     "int4-g128-a16": _own("INT4 g128 asymmetric, A16", Int(4, 128)),
+    "vq2-1d": _own("2-bit 1D codebook", Codebook(2, 1, group_size=256)),
+    "vq2-2d": _own("2-bit 2D codebook", VQ2),
+    "vq2-4d": _own("2-bit 4D codebook", Codebook(2, 4, group_size=65536)),
+    "vq2-2d-r32": _own("2-bit 2D codebook + rank 32", VQ2, rank=32),
     "w4a8": _own("W4A8", W4, X8),
     "w4a16-r32": _own("W4A16 + rank 32", W4, rank=32),
     "w4a16-r32-unfused": Variant("W4A16 + rank 32, unfused", unfused, W4, rank=32),

@@ -13,6 +13,7 @@ Shapes: M tokens, N out_features, K in_features, R rank (padded to whole blocks)
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .decode import dot, exponent_to_scale
 from .rounding import round_columns
@@ -84,6 +85,41 @@ def load_transposed(
         scale = exponent_to_scale(tl.load(place, mask=inside_B, other=0), tl.float32).reshape(width, blocks, 1)
         scaled = values.to(tl.float32).reshape(width, blocks, block) * scale
         return scaled.reshape(width, columns).to(dtype)
+
+
+@triton.jit
+def project_rank(
+    x,  # [K], not rounded
+    a_codes,  # Aᵀ [RP, KP] int8 or plain
+    a_exponents,  # [RP, KP / a_block] uint8, or None
+    place,  # of the result, float32
+    r,
+    K,
+    padded_K: tl.constexpr,
+    x_bits: tl.constexpr,  # 0: activations are not rounded
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    a_block: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    chained: tl.constexpr,
+):
+    """Number r of x_q A for one token, over all of K: no other program has to add anything."""
+    ranks_R = r + tl.arange(0, 1)
+    # A does not depend on the kernel before.
+    a_RK = load_transposed(a_codes, a_exponents, ranks_R, 0, r + 1, padded_K, BLOCK_K, a_block, tl.float32)
+    if chained:
+        gdc_wait()
+        gdc_launch_dependents()
+    acc_K = tl.zeros((1, BLOCK_K), tl.float32)
+    for first in tl.static_range(0, padded_K, BLOCK_K):
+        if first > 0:
+            a_RK = load_transposed(a_codes, a_exponents, ranks_R, first, r + 1, padded_K, BLOCK_K, a_block, tl.float32)
+        columns_K = first + tl.arange(0, BLOCK_K)
+        x_K = tl.load(x + columns_K, mask=columns_K < K, other=0.0).to(tl.float32).reshape(1, BLOCK_K)
+        if x_bits > 0:
+            x_K = round_columns(x_K, x_block, x_bits, x_ceil)
+        acc_K += x_K * a_RK
+    tl.store(place + tl.arange(0, 1), tl.sum(acc_K, axis=1))
 
 
 @triton.jit

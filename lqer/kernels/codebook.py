@@ -1,27 +1,34 @@
 """Weights of learned codebooks: D neighbours of a row share an index into a table of their group.
 
-    words    int32 [N, column groups, words]          indices of a row, in fields of 1, 2, 4 or 8 bits
+    words    int32 [quads of rows, W, 4]              indices of four rows, W words each
     table    [row groups, column groups, 2^b, D]      centroids, as the values that they stand for
 
-The indices of every group of columns begin with a word of their own, and widths between the fields' are rounded up. A
-table of 16 pairs is 64 bytes: the threads of a warp find their centroids in one line of the first cache.
+What a thread looks up at once is a unit: one index, or two neighbours' where D is 1, and so two or four columns. An
+index takes 1, 2, 4 or 8 bits, the smallest number that is enough. The units of every group of columns begin with a
+word of their own, and field j of word w of the group is unit j * (words of a group) + w: threads that hold words side
+by side meet activations side by side, and so do the values that they decode. Four rows lie together because a thread
+that reads 16 bytes holds a word of each, and multiplies all of them by the activations that it has read once.
 
-Shapes: M tokens, N out_features, K in_features, W words, D elements of a centroid.
+Shapes: N out_features, K in_features, V indices of a row, G groups of columns, U units, J fields of a word, W words.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lqer.formats import Codebook, QuantizedTensor
 
 FIELD_BITS = (1, 2, 4, 8)
+QUAD = 4  # rows that lie together
+MADE_PAIRS = 16  # tables of single values become tables of so many pairs, at most, on their way into shared memory
+THREADS = 128
+LONG_TABLE = 128  # entries: more rows of a program share it
+MOST_ENTRIES = 2048  # in shared memory at once
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,24 @@ class CodebookLayout:
         return next(bits for bits in FIELD_BITS if bits >= self.index_bits)
 
     @property
+    def unit(self) -> int:
+        """Columns of a unit."""
+        return max(2, self.dimension)
+
+    @property
+    def unit_bits(self) -> int:
+        return self.field * (self.unit // self.dimension)
+
+    @property
     def per_word(self) -> int:
-        return 32 // self.field
+        """Units of a word."""
+        return 32 // self.unit_bits
+
+    @property
+    def entries(self) -> int:
+        """Of a group's table as kernels stage it: pairs of values where those are few, else centroids."""
+        pairs: int = 1 << self.unit_bits
+        return pairs if self.dimension == 1 and pairs <= MADE_PAIRS else 1 << self.index_bits
 
     @property
     def column_groups(self) -> int:
@@ -51,12 +74,66 @@ class CodebookLayout:
     @property
     def words(self) -> int:
         """Of a row in a group of columns."""
-        return -(-self.group_columns // (self.dimension * self.per_word))
+        return -(-self.group_columns // (self.unit * self.per_word))
+
+    @property
+    def row_words(self) -> int:
+        """Of a row."""
+        return self.column_groups * self.words
+
+    @property
+    def filled(self) -> bool:
+        """Whether every field of every word is in use."""
+        in_words = self.row_words * self.per_word * self.unit
+        return in_words == self.columns and self.columns == self.column_groups * self.group_columns
 
     @property
     def padded_columns(self) -> int:
         """As many as A is padded to: whole blocks of any factor."""
         return -(-self.columns // 64) * 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program takes at once: rows by words, and the tables, row groups by column groups, that they refer to."""
+
+    rows: int
+    words: int
+    row_groups: int
+    column_groups: int
+
+    @property
+    def tables(self) -> int:
+        return self.row_groups * self.column_groups
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.rows * self.words // (QUAD * 32))
+
+
+@cache
+def tile_of(layout: CodebookLayout) -> Tile:
+    """The tile of a layout's programs: a word of four rows for each of 128 threads, fewer where tables are many."""
+    rows = QUAD * 4 if layout.entries >= LONG_TABLE and layout.group_rows % (QUAD * 4) == 0 else QUAD
+    words = THREADS * QUAD // rows
+
+    def tile() -> Tile:
+        return Tile(rows, words, _groups_of(rows, layout.group_rows), _groups_of(words, layout.words))
+
+    while words > 8 and (words // 2 >= layout.row_words or tile().tables * layout.entries > MOST_ENTRIES):
+        words //= 2
+    return tile()
+
+
+def _groups_of(run: int, group: int) -> int:
+    """How many groups a run of elements can touch that begins at a multiple of its length; rounded up to a power of 2.
+
+    Runs are powers of two.
+    """
+    if group % run == 0:
+        return 1
+    touched = run // group if run % group == 0 else (run + group - 2) // group + 1
+    return 1 << (touched - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -99,122 +176,20 @@ def pack_codebook(weight: QuantizedTensor, dtype: torch.dtype) -> PackedCodebook
     layout = CodebookLayout(
         *weight.shape, number_format.dimension, number_format.index_bits, groups.group_rows, groups.group_columns
     )
-    codes_NV = weight.parts["codes"].to(torch.int64)
     vectors = layout.group_columns // layout.dimension
-    codes_NV = pad(codes_NV, (0, layout.column_groups * vectors - codes_NV.shape[1]))
-    codes_NGV = pad(
-        codes_NV.unflatten(1, (layout.column_groups, vectors)), (0, layout.words * layout.per_word - vectors)
-    )
-    shifts_J = torch.arange(layout.per_word, device=codes_NV.device) * layout.field
-    words = (codes_NGV.unflatten(2, (layout.words, layout.per_word)) << shifts_J).sum(-1)
-    words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    codes_NV = weight.parts["codes"].to(torch.int64)
+    codes_NV = pad(codes_NV, (0, layout.column_groups * vectors - codes_NV.shape[1], 0, -len(codes_NV) % QUAD))
+    per_unit = layout.unit // layout.dimension
+    units = layout.words * layout.per_word
+    codes_NGV = pad(codes_NV.unflatten(1, (layout.column_groups, vectors)), (0, units * per_unit - vectors))
+    units_NGU = _side_by_side(codes_NGV.unflatten(2, (units, per_unit)), layout.field)
+    words_NGW = _side_by_side(units_NGU.unflatten(2, (layout.per_word, layout.words)).mT, layout.unit_bits)
+    words_NGW = torch.where(words_NGW >= 1 << 31, words_NGW - (1 << 32), words_NGW).to(torch.int32)
+    words = words_NGW.flatten(1).unflatten(0, (-1, QUAD)).mT
     table = number_format.decode_centroids(weight.parts).to(dtype)
     return PackedCodebook(layout, words.contiguous(), table.contiguous())
 
 
-@triton.jit
-def _centroids(table, base_N, index_NW, d: tl.constexpr, DIMENSION: tl.constexpr):
-    """Element d of the centroids, float32 [N, W]."""
-    return tl.load(table + (base_N[:, None] + index_NW) * DIMENSION + d).to(tl.float32)
-
-
-@triton.jit
-def _columns(group, inside_W, K, GROUP_COLUMNS: tl.constexpr):
-    """Columns of the weight from their places in a group, and which of them are there."""
-    column_W = group * GROUP_COLUMNS + inside_W
-    return column_W, (inside_W < GROUP_COLUMNS) & (column_W < K)
-
-
-@triton.jit
-def _load_words(words, rows_N, group, words_W, N, COLUMN_GROUPS: tl.constexpr, WORDS: tl.constexpr):
-    place = words + (rows_N * COLUMN_GROUPS + group)[:, None] * WORDS + words_W[None, :]
-    return tl.load(place, mask=(rows_N < N)[:, None] & (words_W < WORDS)[None, :], other=0)
-
-
-# M changes from call to call: no new compilation for 1, or for multiples of 16.
-@triton.jit(do_not_specialize=["M"])
-def codebook_product_kernel(
-    x,  # [M, K], rows `x_stride` apart
-    words,
-    table,
-    bias,  # [N], or None
-    start,  # [M, N], what is added to the product, or None
-    y,  # [M, N]
-    M,
-    N,
-    K,
-    x_stride,
-    GROUP_ROWS: tl.constexpr,
-    GROUP_COLUMNS: tl.constexpr,
-    COLUMN_GROUPS: tl.constexpr,
-    WORDS: tl.constexpr,
-    CENTROIDS: tl.constexpr,
-    DIMENSION: tl.constexpr,
-    FIELD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """y = W x + b for up to BLOCK_M tokens, each program whole rows of W, products and sums in float32."""
-    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_groups_N = tl.minimum(rows_N, N - 1) // GROUP_ROWS
-    per_word: tl.constexpr = 32 // FIELD
-    acc_NWM = tl.zeros((BLOCK_N, BLOCK_W, BLOCK_M), tl.float32)
-    for group in range(COLUMN_GROUPS):
-        base_N = (row_groups_N * COLUMN_GROUPS + group) * CENTROIDS
-        for first in tl.static_range(0, WORDS, BLOCK_W):
-            words_W = first + tl.arange(0, BLOCK_W)
-            words_NW = _load_words(words, rows_N, group, words_W, N, COLUMN_GROUPS, WORDS)
-            for j in tl.static_range(per_word):
-                index_NW = (words_NW >> (j * FIELD)) & (CENTROIDS - 1)
-                inside_W = (words_W * per_word + j) * DIMENSION
-                for d in tl.static_range(DIMENSION):
-                    column_W, mask_W = _columns(group, inside_W + d, K, GROUP_COLUMNS)
-                    x_place = x + rows_M[None, :].to(tl.int64) * x_stride + column_W[:, None]
-                    x_WM = tl.load(x_place, mask=mask_W[:, None] & (rows_M < M)[None, :], other=0.0).to(tl.float32)
-                    w_NW = _centroids(table, base_N, index_NW, d, DIMENSION)
-                    acc_NWM += w_NW[:, :, None] * x_WM[None, :, :]
-    y_NM = tl.sum(acc_NWM, axis=1)
-    if bias is not None:
-        y_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
-    place = rows_M[None, :] * N + rows_N[:, None]
-    inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
-    if start is not None:
-        y_NM += tl.load(start + place, mask=inside_NM, other=0.0).to(tl.float32)
-    tl.store(y + place, y_NM.to(y.dtype.element_ty), mask=inside_NM)
-
-
-@triton.jit
-def codebook_expand_kernel(
-    words,
-    table,
-    w_out,  # [N, K]
-    N,
-    K,
-    GROUP_ROWS: tl.constexpr,
-    GROUP_COLUMNS: tl.constexpr,
-    COLUMN_GROUPS: tl.constexpr,
-    WORDS: tl.constexpr,
-    CENTROIDS: tl.constexpr,
-    DIMENSION: tl.constexpr,
-    FIELD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """Decode BLOCK_N rows of one group of columns."""
-    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    group = tl.program_id(1)
-    base_N = (tl.minimum(rows_N, N - 1) // GROUP_ROWS * COLUMN_GROUPS + group) * CENTROIDS
-    per_word: tl.constexpr = 32 // FIELD
-    for first in tl.static_range(0, WORDS, BLOCK_W):
-        words_W = first + tl.arange(0, BLOCK_W)
-        words_NW = _load_words(words, rows_N, group, words_W, N, COLUMN_GROUPS, WORDS)
-        for j in tl.static_range(per_word):
-            index_NW = (words_NW >> (j * FIELD)) & (CENTROIDS - 1)
-            inside_W = (words_W * per_word + j) * DIMENSION
-            for d in tl.static_range(DIMENSION):
-                column_W, mask_W = _columns(group, inside_W + d, K, GROUP_COLUMNS)
-                w_NW = _centroids(table, base_N, index_NW, d, DIMENSION)
-                place = w_out + rows_N.to(tl.int64)[:, None] * K + column_W[None, :]
-                tl.store(place, w_NW.to(w_out.dtype.element_ty), mask=(rows_N < N)[:, None] & mask_W[None, :])
+def _side_by_side(fields: Tensor, bits: int) -> Tensor:
+    """Fields of `bits` bits along the last axis, in one number each, the first in its lowest bits."""
+    return (fields << torch.arange(fields.shape[-1], device=fields.device) * bits).sum(-1)

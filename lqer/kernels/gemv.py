@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .branch import load_factor, load_transposed
+from .branch import load_factor, project_rank
 from .decode import INTERPRETED, ROWS_C, WORDS_C, exponent_to_scale
 from .rounding import mxint_codes, round_columns
 
@@ -64,43 +64,11 @@ def prepare_vector_kernel(
     if rank == 0:
         _lay_out(x, vector, pid, K, tiles, x_bits, x_block, x_ceil, TILES, chained)
     elif pid < rank:
-        _project(x, a_codes, a_exponents, vector, pid, K, tiles, x_bits, x_block, x_ceil, a_block, BLOCK_K, chained)
+        padded: tl.constexpr = tiles * TILE_K
+        place = _as_floats(vector + padded // 2) + pid
+        project_rank(x, a_codes, a_exponents, place, pid, K, padded, x_bits, x_block, x_ceil, a_block, BLOCK_K, chained)
     else:
         _lay_out(x, vector, pid - rank, K, tiles, x_bits, x_block, x_ceil, TILES, chained)
-
-
-@triton.jit
-def _project(
-    x,
-    a_codes,
-    a_exponents,
-    vector,
-    r,
-    K,
-    tiles: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
-    a_block: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    chained: tl.constexpr,
-):
-    """Number r of x_q A, over all of K: no other program has to add anything."""
-    ranks_R = r + tl.arange(0, 1)
-    padded: tl.constexpr = tiles * TILE_K
-    # A does not depend on the kernel before.
-    a_RK = load_transposed(a_codes, a_exponents, ranks_R, 0, r + 1, padded, BLOCK_K, a_block, tl.float32)
-    if chained:
-        gdc_wait()
-        gdc_launch_dependents()
-    acc_K = tl.zeros((1, BLOCK_K), tl.float32)
-    for first in tl.static_range(0, padded, BLOCK_K):
-        if first > 0:
-            a_RK = load_transposed(a_codes, a_exponents, ranks_R, first, r + 1, padded, BLOCK_K, a_block, tl.float32)
-        columns_K = first + tl.arange(0, BLOCK_K)
-        x_K = tl.load(x + columns_K, mask=columns_K < K, other=0.0).to(tl.float32).reshape(1, BLOCK_K)
-        acc_K += round_columns(x_K, x_block, x_bits, x_ceil) * a_RK
-    tl.store(_as_floats(vector + padded // 2) + ranks_R, tl.sum(acc_K, axis=1))
 
 
 @triton.jit

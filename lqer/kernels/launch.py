@@ -8,21 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from .codebook import CodebookLayout, PackedCodebook, codebook_expand_kernel, codebook_product_kernel
+from .codebook import CodebookLayout, PackedCodebook, tile_of
 from .expand import branch_kernel, expand_kernel
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel, prepare_vector_kernel
 from .layout import ROW_PADDING as ROW_TILE
 from .layout import Layout, PackedWeight
 from .linear import INTERPRETED, PROJECTION_COUNTERS, TOKEN_TILES, PackedLinear
-from .tokens import project_kernel, round_kernel
+from .lookup import codebook_expand_kernel, codebook_product_kernel
+from .tokens import prepare_tokens_kernel, project_kernel, round_kernel
 from .tuning import GemmLaunch, GemvLaunch, bucket_of, gemm_launch, gemv_launch
 
 ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
@@ -30,7 +31,11 @@ PROJECTION_COLUMNS = 256  # of x, for one program
 PROJECTED_ROWS, PROJECTED_COLUMNS, PROJECTED_WARPS, PROJECTED_STAGES = 16, 256, 4, 1
 PROJECTING_PROGRAMS = 2 * PROJECTION_COUNTERS  # a split of K takes a counter; about four on a multiprocessor
 BRANCH_ROWS, BRANCH_COLUMNS, BRANCH_WARPS = 128, 64, 8
-CODEBOOK_TOKENS, CODEBOOK_ROWS, CODEBOOK_WORDS = 16, 16, 32
+CODEBOOK_TOKENS = 16  # more of them are faster with weights decoded to memory
+LOOKUP_TOKENS = 8  # of a program
+LOOKUP_REGISTERS = {1: 64, 8: 128}  # by tokens of a program: eight programs fit a multiprocessor, and four
+FIELDS_AT_ONCE = 4  # of a word, times the tokens of a program
+PREPARED_COLUMNS = 1024
 VECTOR_TILES = 4  # of x's codes, for one program
 VECTOR_COLUMNS = 16384  # of x and A, at once
 VECTOR_WARPS = 8
@@ -157,26 +162,44 @@ def _branch(x_MK: Tensor, packed: PackedLinear) -> _Branch:
 
 
 def run_codebook(x_MK: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
-    """Few tokens, weights of a codebook found in its table one by one; y in `out_dtype`, by default that of x."""
-    weight = packed.weight
+    """Few tokens, centroids looked up in shared memory; y in `out_dtype`, by default that of x."""
+    spec, weight = packed.spec, packed.weight
     assert isinstance(weight, PackedCodebook)
     layout = weight.layout
-    x_MK, start, bias = _dense_rows(x_MK), None, packed.bias_N
-    if packed.a_codes is None:
-        x_MK = round_tokens(x_MK, packed, ordered=False)
+    x_MK, projection_MR = _pair_rows(_dense_rows(x_MK), layout), None
+    if spec.rank:
+        x_MK, projection_MR = prepare_tokens(x_MK, packed)
     else:
-        given, bias = x_MK, None
-        x_MK, projection_MR, start = branch_buffers(given, packed)
-        project(given, packed, x_MK, projection_MR)
-        write_branch(projection_MR, packed, start)
+        x_MK = round_tokens(x_MK, packed, ordered=False)
     m, n = len(x_MK), layout.rows
     y_MN = x_MK.new_empty(m, n, dtype=out_dtype)
-    block_m = 1 << (m - 1).bit_length()
-    codebook_product_kernel[-(-n // CODEBOOK_ROWS), 1](
-        x_MK, weight.words, weight.table, bias, start, y_MN, m, n, layout.columns, x_MK.stride(0),
-        **_codebook_constants(layout), BLOCK_N=CODEBOOK_ROWS, BLOCK_M=block_m, num_warps=4,
+    block_m = min(LOOKUP_TOKENS, 1 << (m - 1).bit_length())
+    chained = can_chain(x_MK)
+    limit = {} if INTERPRETED or block_m not in LOOKUP_REGISTERS else {"maxnreg": LOOKUP_REGISTERS[block_m]}
+    codebook_product_kernel[-(-n // tile_of(layout).rows), -(-m // block_m)](
+        x_MK, weight.words, weight.table, packed.bias_N, projection_MR, packed.b_codes, packed.b_exponents, y_MN,
+        m, n, layout.columns, x_MK.stride(0), rank=spec.rank, **_rounding_constants(packed), b_block=spec.b_block,
+        **_codebook_constants(layout), FIELDS=min(layout.per_word, max(1, FIELDS_AT_ONCE // block_m)),
+        BLOCK_M=block_m, chained=chained, **_launch_options(chained), **limit,
     )  # fmt: skip
     return y_MN
+
+
+def prepare_tokens(x_MK: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
+    """Few tokens: x rounded (itself where it is not) and x_q A, float32 [M, RP], not rounded."""
+    spec, (m, k) = packed.spec, x_MK.shape
+    rounded_MK = x_MK.new_empty(m, k) if spec.rounding.bits else x_MK
+    projection_MR = x_MK.new_empty(m, spec.rank, dtype=torch.float32)
+    rounding_programs = -(-k // PREPARED_COLUMNS) if spec.rounding.bits else 0
+    chained = can_chain(x_MK)
+    block_k = min(VECTOR_COLUMNS, triton.next_power_of_2(spec.layout.padded_columns))
+    prepare_tokens_kernel[spec.rank + rounding_programs, m](
+        x_MK, packed.a_codes, packed.a_exponents, rounded_MK, projection_MR, k, x_MK.stride(0), rank=spec.rank,
+        padded_K=spec.layout.padded_columns, **_rounding_constants(packed), a_block=spec.a_block, BLOCK_K=block_k,
+        COLUMNS=PREPARED_COLUMNS, chained=chained, num_warps=max(VECTOR_WARPS, block_k // 1024),
+        **_launch_options(chained),
+    )  # fmt: skip
+    return rounded_MK, projection_MR
 
 
 def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
@@ -260,9 +283,10 @@ def expand(weight: PackedWeight | PackedCodebook, dtype: torch.dtype) -> Tensor:
     layout = weight.layout
     w_NK = torch.empty(layout.rows, layout.columns, dtype=dtype, device=weight.words.device)
     if isinstance(weight, PackedCodebook):
-        codebook_expand_kernel[-(-weight.layout.rows // CODEBOOK_ROWS), weight.layout.column_groups](
+        tile = tile_of(weight.layout)
+        codebook_expand_kernel[-(-layout.rows // tile.rows), -(-weight.layout.row_words // tile.words)](
             weight.words, weight.table, w_NK, layout.rows, layout.columns, **_codebook_constants(weight.layout),
-            BLOCK_N=CODEBOOK_ROWS, num_warps=4,
+            FIELDS=min(FIELDS_AT_ONCE, weight.layout.per_word),
         )  # fmt: skip
         return w_NK
     expand_kernel[weight.layout.padded_rows // ROW_TILE, weight.layout.tiles](
@@ -272,16 +296,25 @@ def expand(weight: PackedWeight | PackedCodebook, dtype: torch.dtype) -> Tensor:
     return w_NK
 
 
-def _codebook_constants(layout: CodebookLayout) -> dict[str, int]:
+@cache
+def _codebook_constants(layout: CodebookLayout) -> dict[str, Any]:
+    tile = tile_of(layout)
     return {
         "GROUP_ROWS": layout.group_rows,
         "GROUP_COLUMNS": layout.group_columns,
         "COLUMN_GROUPS": layout.column_groups,
         "WORDS": layout.words,
-        "CENTROIDS": 1 << layout.index_bits,
         "DIMENSION": layout.dimension,
+        "INDEX_BITS": layout.index_bits,
         "FIELD": layout.field,
-        "BLOCK_W": min(CODEBOOK_WORDS, triton.next_power_of_2(layout.words)),
+        "UNIT": layout.unit,
+        "ENTRIES": layout.entries,
+        "FILLED": layout.filled,
+        "ROWS": tile.rows,
+        "TILE": tile.words,
+        "TABLES": tile.row_groups,
+        "GROUPS": tile.column_groups,
+        "num_warps": tile.warps,
     }
 
 
@@ -338,3 +371,9 @@ def _block_r(rank: int) -> int:
 def _dense_rows(x_MK: Tensor) -> Tensor:
     """Rows may lie apart, elements of a row may not."""
     return x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+
+
+def _pair_rows(x_MK: Tensor, layout: CodebookLayout) -> Tensor:
+    """Where kernels read pairs of neighbours, these lie at addresses that four divides."""
+    lie = x_MK.data_ptr() % 4 == 0 and x_MK.stride(0) % 2 == 0
+    return x_MK if lie or not layout.filled else x_MK.clone(memory_format=torch.contiguous_format)

@@ -101,7 +101,7 @@ class PackedLinear:
         codebook = isinstance(weight.format, Codebook)
         packed = pack_codebook(weight, dtype) if codebook else pack_weight(weight)
         rounding = activation_rounding(activation)
-        rank = 0 if a is None else padded_rank(a.shape[1], rounding)
+        rank = 0 if a is None else padded_rank(a.shape[1], max(rounding.block, _block_of(b)))
         a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.padded_columns, rank, dtype)
         a_codes, a_exponents = (part if part is None else part.T.contiguous() for part in (a_codes, a_exponents))
         b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype)
@@ -162,10 +162,16 @@ def activation_rounding(activation: NumberFormat | None) -> Rounding:
     return Rounding(activation.bits, activation.block_size, activation.scale_rounding == "ceil")
 
 
-def padded_rank(rank: int, rounding: Rounding) -> int:
-    """The rank that kernels run: a power of two up to 64, then a multiple of 64; the rest is zeros."""
-    smallest = max(16, rounding.block)
-    return max(smallest, 1 << (rank - 1).bit_length()) if rank <= 64 else -(-rank // 64) * 64
+def padded_rank(rank: int, block: int) -> int:
+    """The rank that kernels run: a power of two up to 64, whole blocks, then a multiple of 64; the rest is zeros."""
+    return max(16, block, 1 << (rank - 1).bit_length()) if rank <= 64 else -(-rank // 64) * 64
+
+
+def _block_of(factor: QuantizedTensor | None) -> int:
+    """Elements along the summed dimension that share a step, of a factor that stays packed; else 0."""
+    if factor is None or not isinstance(factor.format, MXInt) or factor.format.compat or factor.axis != 0:
+        return 0
+    return factor.format.block_size if factor.format.block_size in FACTOR_BLOCKS else 0
 
 
 def _pack_factor(
@@ -174,17 +180,14 @@ def _pack_factor(
     """Codes or values [rows, columns], step exponents or None, and the block they share."""
     if factor is None:
         return None, None, FACTOR_BLOCKS[0]
-    number_format = factor.format
-    blocked = isinstance(number_format, MXInt) and not number_format.compat and factor.axis == 0
-    if not blocked or number_format.block_size not in FACTOR_BLOCKS:
-        values = factor.dequantize(dtype)
-        return _padded(values, rows, columns), None, FACTOR_BLOCKS[0]
+    number_format, block = factor.format, _block_of(factor)
+    if not block:
+        return _padded(factor.dequantize(dtype), rows, columns), None, FACTOR_BLOCKS[0]
     assert isinstance(number_format, MXInt)
     exponents = factor.parts["exponents"].to(torch.int16)
     steps = torch.where(exponents > 0, exponents - number_format.fraction_bits, 0)
     if (steps < 0).any():
         raise ValueError("the step of an MXINT block of a factor lies below 2^-126")
-    block = number_format.block_size
     codes = _padded(factor.parts["codes"].T, rows, columns)
     return codes, _padded(steps.to(torch.uint8).T, rows // block, columns), block
 

@@ -48,13 +48,19 @@ def dequantize(weight: PackedWeight | PackedCodebook, dtype: torch.dtype) -> Ten
 
 def _look_up(weight: PackedCodebook) -> Tensor:
     layout = weight.layout
-    row_N = torch.arange(layout.rows, device=weight.words.device)
-    shifts_J = torch.arange(layout.per_word, device=weight.words.device) * layout.field
-    index_NGV = ((weight.words.unsqueeze(-1) >> shifts_J) & ((1 << layout.field) - 1)).flatten(2)
+    device = weight.words.device
+    words_NGW = weight.words.mT.flatten(0, 1)[: layout.rows].unflatten(1, (layout.column_groups, layout.words))
+    units_NGU = _fields(words_NGW, layout.unit_bits).mT.flatten(2)
+    index_NGV = _fields(units_NGU, layout.field)[..., : layout.unit // layout.dimension].flatten(2)
     index_NGV = index_NGV[..., : layout.group_columns // layout.dimension]
-    group_G = torch.arange(layout.column_groups, device=row_N.device)
+    row_N, group_G = torch.arange(layout.rows, device=device), torch.arange(layout.column_groups, device=device)
     values = weight.table[(row_N // layout.group_rows)[:, None, None], group_G[None, :, None], index_NGV]
     return values.flatten(1)[:, : layout.columns]
+
+
+def _fields(words: Tensor, bits: int) -> Tensor:
+    """The fields of `bits` bits of int32 words [..., 32 / bits], the lowest first."""
+    return (words.unsqueeze(-1) >> torch.arange(0, 32, bits, device=words.device)) & ((1 << bits) - 1)
 
 
 def _in_rows(scales: Tensor, weight: PackedWeight) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .branch import add_slabs, multiply_slab, write_projection
+from .branch import add_slabs, multiply_slab, project_rank, write_projection
 from .decode import permute_columns
 from .rounding import round_columns
 
@@ -83,3 +83,40 @@ def project_kernel(
     else:
         counter = counters + pid_m * (rank // BLOCK_R) + pid_r
         add_slabs(acc_MR, partial, projection, counter, slab, rows_M, ranks_R, M, rank, slabs, x_bits, x_block, x_ceil)
+
+
+@triton.jit
+def prepare_tokens_kernel(
+    x,  # [M, K], rows `x_stride` apart
+    a_codes,  # Aᵀ [RP, KP] int8 or plain
+    a_exponents,  # [RP, KP / a_block] uint8, or None
+    x_out,  # [M, K], rounded; not written where activations are not
+    projection,  # x_q A, [M, RP] float32, not rounded
+    K,
+    x_stride,
+    rank: tl.constexpr,
+    padded_K: tl.constexpr,
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    a_block: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # of x and a row of Aᵀ at once
+    COLUMNS: tl.constexpr,  # that a program rounds
+    chained: tl.constexpr,
+):
+    """Few tokens: the first programs of each project it, one rank each; the others round it."""
+    pid, token = tl.program_id(0), tl.program_id(1)
+    x += token.to(tl.int64) * x_stride
+    if pid < rank:
+        place = projection + token * rank + pid
+        project_rank(
+            x, a_codes, a_exponents, place, pid, K, padded_K, x_bits, x_block, x_ceil, a_block, BLOCK_K, chained
+        )
+    elif x_bits > 0:
+        if chained:
+            gdc_wait()
+            gdc_launch_dependents()
+        columns = (pid - rank) * COLUMNS + tl.arange(0, COLUMNS)
+        x_K = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32).reshape(1, COLUMNS)
+        x_K = round_columns(x_K, x_block, x_bits, x_ceil).reshape(COLUMNS)
+        tl.store(x_out + token * K + columns, x_K.to(x.dtype.element_ty), mask=columns < K)

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from lqer.formats import Codebook, Int, MXInt, Passthrough
-from lqer.kernels import PackedLinear, launch
+from lqer.kernels import launch
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -62,10 +62,16 @@ def main() -> None:
     launch.run_expanded(random_input(300, 1024, bf16), layer.packed)
     layer = build_layer(Int(4, -1), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))
     launch.run_gemm(random_input(3, 300, torch.float16), layer.packed, GemmLaunch(64, 16, 1, 3, 4))
-    weight = Codebook(2, 2, 2048).quantize(torch.randn(64, 512))
-    packed = PackedLinear.pack(weight, None, None, None, None, bf16)
-    launch.run_codebook(random_input(1, 512, bf16), packed)
-    launch.run_expanded(random_input(32, 512, bf16), packed)
+    for number_format, m, rank in (
+        (Codebook(2, 2, 2048), 1, 32), (Codebook(2, 2, 2048), 8, 32), (Codebook(2, 1, 256), 3, 0),
+        (Codebook(3, 1, 7 * 256), 1, 0), (Codebook(2, 4, 16384), 1, 0),
+    ):  # fmt: skip
+        layer = build_layer(number_format, 64, 512, rank=rank, activation=x8 if rank else None, dtype=bf16)
+        launch.run_codebook(random_input(m, 512, bf16), layer.packed)
+        launch.expand(layer.packed.weight, bf16)
+    layer = build_layer(Codebook(2, 1, 64 * 66, 66), 64, 201, dtype=torch.float16)
+    launch.run_codebook(random_input(2, 201, torch.float16), layer.packed)
+    launch.run_expanded(random_input(32, 201, torch.float16), layer.packed)
     print(" ".join(sorted(compiled)))
 
 

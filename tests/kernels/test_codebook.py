@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, Layer, random_input, relative_error
+from kernel_layers import DTYPE, DTYPES, ON_GPU, Layer, build_layer, random_input, relative_error
 
-from lqer.formats import Codebook, MXInt
+from lqer.formats import Codebook, MXInt, NumberFormat, Passthrough
 from lqer.kernels import PackedLinear, packed_linear
+from lqer.kernels.codebook import CodebookLayout, tile_of
 from lqer.kernels.launch import expand, run_codebook, run_expanded
 from lqer.kernels.linear import decode_spec, encode_spec
 from lqer.kernels.reference import dequantize, reference_linear
@@ -27,17 +30,8 @@ FORMATS = [
 ]
 
 
-def build(number_format: Codebook, n=37, k=192, rank=0, activation=None, bias=False, dtype=DTYPE) -> Layer:
-    generator = torch.Generator().manual_seed(n + k + rank)
-
-    def random(*shape: int, scale: float) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(DEVICE)
-
-    weight = number_format.quantize(random(n, k, scale=0.05))
-    a = MXInt(8).quantize(random(k, rank, scale=k**-0.5), axis=0) if rank else None
-    b = MXInt(8).quantize(random(rank, n, scale=0.05), axis=0) if rank else None
-    bias_N = random(n, scale=1.0) if bias else None
-    return Layer(weight, a, b, bias_N, activation, PackedLinear.pack(weight, a, b, bias_N, activation, dtype))
+def build(number_format: Codebook, n: int = 37, k: int = 192, **options: Any) -> Layer:
+    return build_layer(number_format, n, k, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,18 +65,83 @@ def test_branch_rounding_and_bias_give_the_formula(rank, activation):
         assert relative_error(y_MN, exact) < 1.8 * TOLERANCE[DTYPE]
 
 
-@pytest.mark.parametrize("m", range(1, 131) if ON_GPU else (2, 17))
+@pytest.mark.parametrize(("rank", "m"), [(1, 1), (48, 3), *([(32, 1), (100, 8), (256, 16)] if ON_GPU else [])])
+@pytest.mark.parametrize(
+    ("activation", "factor"),
+    [(None, MXInt(8, 32)), (MXInt(8, 32), MXInt(8)), (MXInt(6), Passthrough("float16"))],
+    ids=str,
+)
+def test_every_rank_gives_the_formula_with_few_tokens(rank, m, activation: NumberFormat | None, factor: NumberFormat):
+    layer = build(Codebook(2, 2, 512, 64), 22, 64, rank=rank, activation=activation, factor=factor)
+    x_MK = random_input(m, 64)
+    assert relative_error(run_codebook(x_MK, layer.packed), layer.exact(x_MK)) < 3 * TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("m", range(1, 131) if ON_GPU else range(1, 18))
 def test_every_number_of_tokens_gives_the_formula(m):
-    layer = build(Codebook(2, 2, 512, 64))
-    x_MK = random_input(m, 192)
+    layer = build(Codebook(2, 2, 512, 64), 9, 64)
+    x_MK = random_input(m, 64)
     assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 8), (16, 288), (70, 100), (33, 260)])
+@pytest.mark.parametrize(("n", "k"), [(1, 8), (16, 288), (30, 100), (33, 260)])
 def test_shapes_need_not_be_multiples_of_a_group(n, k):
     layer = build(Codebook(2, 2, 1024), n, k)
     x_MK = random_input(2, k)
     assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("group_rows", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize(("bits", "dimension"), [(2, 1), (4, 2)])
+def test_groups_may_have_any_number_of_rows(bits, dimension, group_rows):
+    number_format = Codebook(bits, dimension, group_rows * 64, 64)
+    layer = build(number_format, 2 * group_rows, 128)
+    layout = layer.packed.weight.layout
+    assert layout.group_rows == group_rows
+    assert torch.equal(expand(layer.packed.weight, DTYPE), layer.weight.dequantize(DTYPE))
+    x_MK = random_input(2, 128)
+    assert relative_error(run_codebook(x_MK, layer.packed, torch.float32), layer.exact(x_MK)) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_groups_of_single_values_may_have_an_odd_number_of_columns(bits):
+    layer = build(Codebook(bits, 1, 67 * 4, 67), 9, 201)
+    assert layer.packed.weight.layout.group_columns == 67
+    assert torch.equal(expand(layer.packed.weight, DTYPE), layer.weight.dequantize(DTYPE))
+    x_MK = random_input(3, 201)
+    assert relative_error(run_codebook(x_MK, layer.packed, torch.float32), layer.exact(x_MK)) < 1e-6
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_rows_of_x_may_begin_anywhere(m):
+    layer = build(Codebook(2, 2, 512, 64), 9, 64)
+    x_MK = random_input(m, 64)
+    apart = torch.full((m, 67), torch.nan, dtype=DTYPE, device=x_MK.device)
+    apart[:, 1:65] = x_MK
+    assert torch.equal(run_codebook(apart[:, 1:65], layer.packed), run_codebook(x_MK, layer.packed))
+
+
+def test_a_token_that_is_not_finite_leaves_the_others_alone():
+    layer = build(Codebook(2, 2, 512, 64), 9, 64)
+    x_MK = random_input(3, 64)
+    expected = run_codebook(x_MK, layer.packed)
+    x_MK[1, 7] = torch.nan
+    y_MN = run_codebook(x_MK, layer.packed)
+    assert torch.equal(y_MN[::2], expected[::2])
+    assert y_MN[1].isnan().all()
+
+
+def test_a_tile_has_every_table_that_its_rows_and_words_refer_to():
+    for group_rows in range(1, 40):
+        for group_columns in (4, 16, 66, 256, 272, 1024):
+            layout = CodebookLayout(80, 4096, 2, 4, group_rows, group_columns)
+            tile = tile_of(layout)
+            for length, group, tables in (
+                (tile.rows, group_rows, tile.row_groups),
+                (tile.words, layout.words, tile.column_groups),
+            ):
+                for first in range(0, 40 * length, length):
+                    assert (first + length - 1) // group - first // group < tables
 
 
 def test_a_packed_codebook_holds_no_more_than_its_indices_and_tables():

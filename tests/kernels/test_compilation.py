@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 KERNELS = {
-    "branch_kernel", "codebook_expand_kernel", "codebook_product_kernel", "expand_kernel", "project_kernel",
-    "gemm_kernel", "gemv_kernel", "prepare_vector_kernel", "round_kernel",
+    "branch_kernel", "codebook_expand_kernel", "codebook_product_kernel", "expand_kernel", "prepare_tokens_kernel",
+    "gemm_kernel", "gemv_kernel", "prepare_vector_kernel", "project_kernel", "round_kernel",
 }  # fmt: skip
 
 

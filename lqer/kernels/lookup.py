@@ -1,0 +1,320 @@
+"""Kernels that look centroids up: the product with a few tokens, and the decoding to memory (layout: codebook.py).
+
+A program takes a few rows and a tile of words of each at a time, one word of four rows a thread. The tables that the
+tile's indices refer to are staged in shared memory, as pairs of values, and one load from there serves two columns.
+
+Shapes: [W, R, J, M] throughout, W words, R rows, J fields of a word, M tokens; N out_features, K in_features.
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .branch import load_factor
+from .codebook import QUAD
+from .rounding import round_columns
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+QUAD_C = tl.constexpr(QUAD)
+
+
+@triton.jit
+def _as_pairs(values):
+    """A pointer to 16-bit values, as one to pairs of them."""
+    return tl.cast(values, tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def _half(pair, high: tl.constexpr, dtype: tl.constexpr):
+    """One of the two 16-bit values of an int32."""
+    if high:
+        return (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+    else:
+        return pair.to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _half_as_float(pair, high: tl.constexpr, dtype: tl.constexpr):
+    """The same in float32; of bfloat16 it takes one instruction."""
+    if dtype != tl.bfloat16:
+        return _half(pair, high, dtype).to(tl.float32)
+    elif high:
+        return (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        return (pair << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_words(words, rows_R, words_W, N, ROW_WORDS: tl.constexpr):
+    """Words of every row [W, R]; zero beyond the last."""
+    quad = rows_R // QUAD_C
+    inside = (words_W < ROW_WORDS) & (quad < (N + QUAD_C - 1) // QUAD_C)
+    return tl.load(words + (quad * ROW_WORDS + words_W) * QUAD_C + rows_R % QUAD_C, mask=inside, other=0)
+
+
+@triton.jit
+def _load_bits(values, inside):
+    return tl.load(tl.cast(values, tl.pointer_type(tl.uint16), bitcast=True), mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def _load_tables(
+    table, first_row, first_word, N, GROUP_ROWS: tl.constexpr, COLUMN_GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    DIMENSION: tl.constexpr, INDEX_BITS: tl.constexpr, ENTRIES: tl.constexpr, TABLES: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The tables of TABLES row groups by GROUPS column groups, from those of a row and a word on, one after another.
+
+    Those of groups beyond the last column are zeros.
+
+    An entry is a centroid of four values (int64) or two (int32), or, where centroids have one, a pair of them (int32),
+    or one with zeros above it where a table of all pairs would be long.
+    """
+    e = tl.arange(0, TABLES * GROUPS * ENTRIES)
+    row_group = tl.minimum(first_row // GROUP_ROWS + e // (GROUPS * ENTRIES), (N - 1) // GROUP_ROWS)
+    column_group = first_word // WORDS + e // ENTRIES % GROUPS
+    inside = column_group < COLUMN_GROUPS
+    first = (row_group * COLUMN_GROUPS + column_group) << INDEX_BITS
+    entry = e % ENTRIES
+    if DIMENSION == 4:
+        return tl.load(tl.cast(table, tl.pointer_type(tl.int64), bitcast=True) + first + entry, mask=inside, other=0)
+    elif DIMENSION == 2:
+        return tl.load(_as_pairs(table) + first + entry, mask=inside, other=0)
+    elif ENTRIES == 1 << INDEX_BITS:
+        return _load_bits(table + first + entry, inside)
+    else:
+        low = _load_bits(table + first + entry % (1 << INDEX_BITS), inside)
+        return low | (_load_bits(table + first + (entry >> INDEX_BITS), inside) << 16)
+
+
+@triton.jit
+def _first_entries(
+    rows_R, words_W, first_row, first_word, GROUP_ROWS: tl.constexpr, WORDS: tl.constexpr, ENTRIES: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Where, among the loaded tables, that of a word begins [W, R]."""
+    row_group = rows_R // GROUP_ROWS - first_row // GROUP_ROWS
+    column_group = words_W // WORDS - first_word // WORDS
+    return (row_group * GROUPS + column_group) * ENTRIES
+
+
+@triton.jit
+def _gather(tables, index):
+    return tl.gather(tables, index.reshape(index.numel), 0).reshape(index.shape)
+
+
+@triton.jit
+def _look_up(
+    tables, first_entries, words_WR, units_J, DIMENSION: tl.constexpr, INDEX_BITS: tl.constexpr, FIELD: tl.constexpr,
+    UNIT_BITS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Units of each word as pairs of 16-bit values, int32: a tuple of one, or two where centroids have four values."""
+    index = (words_WR.to(tl.uint32, bitcast=True) >> (units_J * UNIT_BITS).to(tl.uint32)).to(tl.int32, bitcast=True)
+    entry = _gather(tables, first_entries + (index & (ENTRIES - 1)))
+    if DIMENSION == 4:
+        return entry.to(tl.int32), (entry >> 32).to(tl.int32)
+    elif DIMENSION == 1 and ENTRIES == 1 << INDEX_BITS:
+        return (entry | (_gather(tables, first_entries + ((index >> FIELD) & (ENTRIES - 1))) << 16),)
+    else:
+        return (entry,)
+
+
+@triton.jit
+def _columns(words_W, units_J, GROUP_COLUMNS: tl.constexpr, WORDS: tl.constexpr, UNIT: tl.constexpr):
+    """First columns of units: of the group [W], and from there on [W, 1, J]."""
+    return words_W // WORDS * GROUP_COLUMNS, (units_J * WORDS + words_W % WORDS) * UNIT
+
+
+@triton.jit
+def _are_there(words_W, group_columns, columns, K, GROUP_COLUMNS: tl.constexpr, ROW_WORDS: tl.constexpr):
+    return (words_W < ROW_WORDS) & (columns < GROUP_COLUMNS) & (group_columns + columns < K)
+
+
+@triton.jit
+def _read_pairs(pointers):
+    """Pairs of values in the layout of their pointers; a load of Triton's would choose one, and shuffle into this."""
+    if INTERPRETED:
+        return tl.load(_as_pairs(pointers))
+    else:
+        # Not pure: it must not move to before the wait for the kernel that writes x.
+        return tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [_as_pairs(pointers)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _branch(
+    projection, b_codes, b_exponents, tokens_M, first_row, M, N, rank: tl.constexpr, b_block: tl.constexpr,
+    x_bits: tl.constexpr, x_block: tl.constexpr, x_ceil: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Q(Q(x A) B) of ROWS rows, float32 [M, R]; whole blocks of rows are multiplied where the product is rounded."""
+    block: tl.constexpr = x_block if x_bits > 0 else 16
+    width: tl.constexpr = max(ROWS, x_block if x_bits > 0 else ROWS)
+    step: tl.constexpr = max(block, b_block)
+    columns_N = first_row // width * width + tl.arange(0, width)
+    product = tl.zeros((tokens_M.shape[0], width), tl.float32)
+    for first in range(0, rank, step):
+        ranks_R = first + tl.arange(0, step)
+        inside = (tokens_M < M)[:, None] & (ranks_R < rank)[None, :]
+        xa_MR = tl.load(projection + tokens_M[:, None] * rank + ranks_R[None, :], mask=inside, other=0.0)
+        if x_bits > 0:
+            xa_MR = round_columns(xa_MR, x_block, x_bits, x_ceil)
+        b_RN = load_factor(b_codes, b_exponents, first, columns_N, N, rank, step, b_block, tl.float32)
+        product += tl.sum(xa_MR.to(dtype).to(tl.float32)[:, :, None] * b_RN[None, :, :], axis=1)
+    if x_bits > 0:
+        product = round_columns(product, x_block, x_bits, x_ceil)
+    parts: tl.constexpr = width // ROWS
+    ours = tl.arange(0, parts)[None, :, None] == first_row % width // ROWS
+    return tl.sum(tl.where(ours, product.reshape(tokens_M.shape[0], parts, ROWS), 0.0), axis=1)
+
+
+# M changes from call to call: no new compilation for 1, or for multiples of 16.
+@triton.jit(do_not_specialize=["M"])
+def codebook_product_kernel(
+    x,  # [M, K], rows `x_stride` apart
+    words,
+    table,
+    bias,  # [N], or None
+    projection,  # x_q A, float32 [M, RP], or None
+    b_codes,  # [RP, N] int8 or plain, or None
+    b_exponents,  # [RP / b_block, N] uint8, or None
+    y,  # [M, N]
+    M,
+    N,
+    K,
+    x_stride,
+    rank: tl.constexpr,
+    x_bits: tl.constexpr,
+    x_block: tl.constexpr,
+    x_ceil: tl.constexpr,
+    b_block: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    GROUP_COLUMNS: tl.constexpr,
+    COLUMN_GROUPS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DIMENSION: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+    FIELD: tl.constexpr,
+    UNIT: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    FILLED: tl.constexpr,  # no field of a word is unused, and so every unit begins at an even column
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,  # words of a row at once
+    TABLES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FIELDS: tl.constexpr,  # looked up at once
+    BLOCK_M: tl.constexpr,
+    chained: tl.constexpr,
+):
+    """y = W x + b + Q(Q(x A) B) for up to BLOCK_M tokens a program; products with W and sums in float32."""
+    unit_bits: tl.constexpr = FIELD * UNIT // DIMENSION
+    row_words: tl.constexpr = COLUMN_GROUPS * WORDS
+    dtype: tl.constexpr = x.dtype.element_ty
+    first_row = tl.program_id(0) * ROWS
+    rows_R = first_row + tl.arange(0, ROWS)[None, :, None, None]
+    tile_W = tl.arange(0, TILE)[:, None, None, None]
+    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_M = x + tl.minimum(tokens, M - 1).to(tl.int64)[None, None, None, :] * x_stride
+    # Weights do not depend on the kernel before: the first of them are on their way while that one still runs.
+    words_WR = _load_words(words, rows_R, tile_W, N, row_words)
+    tables = _load_tables(
+        table, first_row, 0, N, GROUP_ROWS, COLUMN_GROUPS, WORDS, DIMENSION, INDEX_BITS, ENTRIES, TABLES, GROUPS
+    )
+    if chained:
+        gdc_wait()
+        gdc_launch_dependents()
+    if rank > 0:
+        branch_MR = _branch(
+            projection, b_codes, b_exponents, tokens, first_row, M, N, rank, b_block, x_bits, x_block, x_ceil,
+            dtype, ROWS,
+        )  # fmt: skip
+    acc = tl.zeros((TILE, ROWS, FIELDS, BLOCK_M), tl.float32)
+    for first_word in range(0, row_words, TILE):
+        following = first_word + TILE
+        next_words_WR = _load_words(words, rows_R, following + tile_W, N, row_words)
+        next_tables = _load_tables(
+            table, first_row, following, N, GROUP_ROWS, COLUMN_GROUPS, WORDS, DIMENSION, INDEX_BITS, ENTRIES, TABLES,
+            GROUPS,
+        )  # fmt: skip
+        words_W = first_word + tile_W
+        # Beyond the last word of a row tables are zeros, and need any x to be multiplied with.
+        x_words_W = tl.minimum(words_W, row_words - 1)
+        first_entries = _first_entries(rows_R, words_W, first_row, first_word, GROUP_ROWS, WORDS, ENTRIES, GROUPS)
+        for first_unit in tl.static_range(0, 32 // unit_bits, FIELDS):
+            units_J = first_unit + tl.arange(0, FIELDS)[None, None, :, None]
+            pairs = _look_up(tables, first_entries, words_WR, units_J, DIMENSION, INDEX_BITS, FIELD, unit_bits, ENTRIES)
+            group_columns, columns = _columns(x_words_W, units_J, GROUP_COLUMNS, WORDS, UNIT)
+            pointers = x_M + group_columns + columns
+            for p in tl.static_range(UNIT // 2):
+                if FILLED:
+                    x_pairs = _read_pairs(pointers + 2 * p)
+                    low, high = _half_as_float(x_pairs, False, dtype), _half_as_float(x_pairs, True, dtype)
+                else:
+                    there = _are_there(words_W, group_columns, columns + 2 * p, K, GROUP_COLUMNS, row_words)
+                    low = tl.load(pointers + 2 * p, mask=there, other=0.0).to(tl.float32)
+                    there = _are_there(words_W, group_columns, columns + 2 * p + 1, K, GROUP_COLUMNS, row_words)
+                    high = tl.load(pointers + 2 * p + 1, mask=there, other=0.0).to(tl.float32)
+                acc += _half_as_float(pairs[p], False, dtype) * low
+                acc += _half_as_float(pairs[p], True, dtype) * high
+        words_WR, tables = next_words_WR, next_tables
+    y_RM = tl.sum(tl.sum(acc, axis=2), axis=0)
+    rows = first_row + tl.arange(0, ROWS)
+    if rank > 0:
+        y_RM += tl.trans(branch_MR)
+    if bias is not None:
+        y_RM += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    inside = (rows < N)[:, None] & (tokens < M)[None, :]
+    tl.store(y + tokens[None, :] * N + rows[:, None], y_RM.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def codebook_expand_kernel(
+    words,
+    table,
+    w_out,  # [N, K]
+    N,
+    K,
+    GROUP_ROWS: tl.constexpr,
+    GROUP_COLUMNS: tl.constexpr,
+    COLUMN_GROUPS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DIMENSION: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+    FIELD: tl.constexpr,
+    UNIT: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    FILLED: tl.constexpr,  # no field of a word is unused, and so every unit begins at an even column
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    TABLES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Decode one tile of words of ROWS rows."""
+    unit_bits: tl.constexpr = FIELD * UNIT // DIMENSION
+    row_words: tl.constexpr = COLUMN_GROUPS * WORDS
+    dtype: tl.constexpr = w_out.dtype.element_ty
+    first_row, first_word = tl.program_id(0) * ROWS, tl.program_id(1) * TILE
+    rows_R = first_row + tl.arange(0, ROWS)[None, :, None, None]
+    words_W = first_word + tl.arange(0, TILE)[:, None, None, None]
+    words_WR = _load_words(words, rows_R, words_W, N, row_words)
+    tables = _load_tables(
+        table, first_row, first_word, N, GROUP_ROWS, COLUMN_GROUPS, WORDS, DIMENSION, INDEX_BITS, ENTRIES, TABLES,
+        GROUPS,
+    )  # fmt: skip
+    first_entries = _first_entries(rows_R, words_W, first_row, first_word, GROUP_ROWS, WORDS, ENTRIES, GROUPS)
+    for first_unit in tl.static_range(0, 32 // unit_bits, FIELDS):
+        units_J = first_unit + tl.arange(0, FIELDS)[None, None, :, None]
+        pairs = _look_up(tables, first_entries, words_WR, units_J, DIMENSION, INDEX_BITS, FIELD, unit_bits, ENTRIES)
+        group_columns, columns = _columns(words_W, units_J, GROUP_COLUMNS, WORDS, UNIT)
+        place = w_out + rows_R.to(tl.int64) * K + group_columns + columns
+        for p in tl.static_range(UNIT // 2):
+            if FILLED:
+                tl.store(_as_pairs(place + 2 * p), pairs[p], mask=(words_W < row_words) & (rows_R < N))
+            else:
+                there = _are_there(words_W, group_columns, columns + 2 * p, K, GROUP_COLUMNS, row_words)
+                low, high = _half(pairs[p], False, dtype), _half(pairs[p], True, dtype)
+                tl.store(place + 2 * p, low, mask=there & (rows_R < N))
+                there = _are_there(words_W, group_columns, columns + 2 * p + 1, K, GROUP_COLUMNS, row_words)
+                tl.store(place + 2 * p + 1, high, mask=there & (rows_R < N))
