@@ -32,6 +32,7 @@ from lqer.bits import average_bits
 from lqer.calibration import block_file
 from lqer.checkpoint import DETAILS_FILE, replace_signs, split_columns
 from lqer.config.schema import FinetuneConfig
+from lqer.data import tokens_sha256
 from lqer.errors import ModelError
 from lqer.layers import HadamardLinear
 from lqer.quantization import layers_file
@@ -168,6 +169,28 @@ class Training:
                 self.optimizer.state[parameter] = {
                     "step": kept[f"step.{name}"], **{key: value.to(parameter.device) for key, value in state.items()}
                 }  # fmt: skip
+
+
+def finetune_key(
+    model_fingerprint: str,
+    checkpoint: Artifact,
+    windows_WT: Tensor,
+    settings: FinetuneConfig,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What decides the outcome."""
+    return {
+        "version": FINETUNE_VERSION,
+        "model": model_fingerprint,
+        "checkpoint": checkpoint.content,
+        "tokens": tokens_sha256(windows_WT),
+        "settings": settings.model_dump(mode="json", exclude={"dataset"}),
+        "seed": seed,
+        "dtype": str(dtype),
+        "device": device.type,
+    }
 
 
 def finetune(

@@ -7,15 +7,12 @@ stage really needs it, and never edits the configuration.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,8 +28,7 @@ from lqer.data import calibration_windows, load_rows, tokens_sha256
 from lqer.dispatch import spread
 from lqer.errors import ConfigError
 from lqer.evaluation.stage import Candidate, evaluate
-from lqer.files import write_text
-from lqer.finetune import FINETUNE_VERSION, HISTORY_FILE, finetune
+from lqer.finetune import HISTORY_FILE, finetune, finetune_key
 from lqer.methods import LinearPlan
 from lqer.models import (
     ModelSource,
@@ -60,21 +56,19 @@ from lqer.report.results import (
     Results,
     Seconds,
 )
-from lqer.report.write import LAYERS_FILE, RESULTS_FILE, layer_rows, write_run
+from lqer.report.write import LAYERS_FILE, layer_rows, write_run
 from lqer.rotation import open_rotated, rotate, rotated_source, rotation_key
+from lqer.run_folder import begin_run, link_checkpoint, logging_to
 from lqer.sequential import quantize_in_order, stream_key
 from lqer.setting import Setting, prepare
 from lqer.shares import Share
 from lqer.store import Artifact, Store, Workspace
 from lqer.streaming import open_model
 from lqer.tracking import track
-from lqer.transforms import BlockTransform, Quarot
+from lqer.transforms import BlockTransform
 from lqer.tuning import block_step, remove_states
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT_LINK = "checkpoint"
-CONFIG_FILE = "config.toml"
 
 
 @dataclass(frozen=True)
@@ -101,12 +95,8 @@ def run_share(config: Config, share: Share | None) -> Results | None:
     if share is not None:
         _refuse_sharing(config, share)
     started = time.monotonic()
-    folder = Path(config.output_dir) / config.tag
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = config.model_dump(mode="json", exclude_none=True)
-    write_text(folder / CONFIG_FILE, tomli_w.dumps(resolved))
-    (folder / RESULTS_FILE).unlink(missing_ok=True)
-    with _logging_to(folder / "run.log"):
+    folder = begin_run(config)
+    with logging_to(folder):
         results = _run(config, folder, started, share)
     if config.tracking is not None and results is not None:
         track(config.tracking, results)
@@ -132,10 +122,10 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
         config.tag, config.model, len(setting.outline.linears), setting.outline.blocks, device_name(setting.device),
     )  # fmt: skip
 
-    setting = replace(setting, basis=_rotate(setting, store))
     text, calibration_info = _read_calibration_text(setting, tokenizer)
     training_WT = _read_training_text(setting, tokenizer)
-    check_fit(setting, log.info, _artifacts(setting, store, text))
+    check_fit(setting, log.info, _artifacts(setting, store, text, training_WT))
+    setting = replace(setting, basis=_rotate(setting, store))
     inputs = Inputs(text, _calibrate(setting, store, text) if config.quantize.stream == "original" else None)
     budget = _share_out(setting, store, inputs)
     ranked = setting.plans if budget is None else budget.plans
@@ -151,7 +141,7 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
     quantized_seconds = checkpoint.seconds
     tuned = None if training_WT is None else _finetune(setting, store, checkpoint, training_WT)
     checkpoint = tuned or checkpoint
-    _link(folder / CHECKPOINT_LINK, checkpoint.path)
+    link_checkpoint(folder, checkpoint.path)
 
     candidates = {"quantized": _candidate_from_checkpoint(setting, checkpoint)}
     if plain is not None:
@@ -192,7 +182,7 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
 
 def _rotate(setting: Setting, store: Store) -> ModelSource:
     """The model in the basis that it is quantized in: the original, unless a transform of the whole model is named."""
-    if not any(isinstance(transform, Quarot) for transform in setting.config.quantize.transforms):
+    if not setting.config.quantize.rotates:
         return setting.source
     source, seed = setting.source, setting.config.seed
     artifact = _obtain(
@@ -232,9 +222,18 @@ def _calibration_key(setting: Setting, text: CalibrationText) -> dict[str, Any]:
     return calibration_key(setting.basis.fingerprint, text, setting.dtype, setting.device, requested)
 
 
-def _artifacts(setting: Setting, store: Store, text: CalibrationText) -> dict[str, list[Path]]:
+def _artifacts(
+    setting: Setting, store: Store, text: CalibrationText, training_WT: Tensor | None
+) -> dict[str, list[Path]]:
     """Where the artifacts of the stages lie, or will, as far as their names are known before they are made."""
     paths: dict[str, list[Path]] = {}
+    if setting.config.quantize.rotates:
+        rotation = rotation_key(setting.source, setting.config.seed)
+        paths["rotate"], rotated = [store.path("rotate", rotation)], store.find("rotate", rotation)
+        if rotated is None:
+            return paths
+        # It is verified when it is read.
+        setting = replace(setting, basis=replace(setting.basis, fingerprint=rotated.content))
     calibration: Artifact | None = None
     if setting.config.quantize.stream == "original":
         key = _calibration_key(setting, text)
@@ -245,8 +244,10 @@ def _artifacts(setting: Setting, store: Store, text: CalibrationText) -> dict[st
         several = [setting.plans]
         if "plain" in setting.config.evaluation.baselines:
             several.append({name: plan and plan.plain() for name, plan in setting.plans.items()})
-        keys = (_quantization_key(setting, Inputs(text, calibration), plans) for plans in several)
-        paths["quantize"] = [store.path("quantize", key) for key in keys]
+        keys = [_quantization_key(setting, Inputs(text, calibration), plans) for plans in several]
+        paths["quantize"], checkpoint = [store.path("quantize", key) for key in keys], store.find("quantize", keys[0])
+        if training_WT is not None and checkpoint is not None:
+            paths["finetune"] = [store.path("finetune", _finetune_key(setting, checkpoint, training_WT))]
     return paths
 
 
@@ -365,27 +366,24 @@ def _quantize(
     return store.share("quantize", key, contribute, is_whole, make)
 
 
+def _finetune_key(setting: Setting, checkpoint: Artifact, windows_WT: Tensor) -> dict[str, Any]:
+    settings = setting.config.finetune
+    assert settings is not None
+    fingerprint, arithmetic = setting.source.fingerprint, (setting.dtype, setting.device)
+    return finetune_key(fingerprint, checkpoint, windows_WT, settings, setting.config.seed, *arithmetic)
+
+
 def _finetune(setting: Setting, store: Store, checkpoint: Artifact, windows_WT: Tensor) -> Artifact:
     """The checkpoint after fine-tuning."""
     settings = setting.config.finetune
     assert settings is not None
-    key = {
-        "version": FINETUNE_VERSION,
-        "model": setting.source.fingerprint,
-        "checkpoint": checkpoint.content,
-        "tokens": tokens_sha256(windows_WT),
-        "settings": settings.model_dump(mode="json", exclude={"dataset"}),
-        "seed": setting.config.seed,
-        "dtype": str(setting.dtype),
-        "device": setting.device.type,
-    }
 
     def make(workspace: Workspace) -> None:
         checkpoint.verify()
         student, original = _whole_quantized(setting, checkpoint, "emulate"), _whole_original(setting)
         finetune(workspace, checkpoint, student, original, windows_WT, settings, setting.config.seed)
 
-    return _obtain(store, "finetune", key, make)
+    return _obtain(store, "finetune", _finetune_key(setting, checkpoint, windows_WT), make)
 
 
 def _finetune_info(setting: Setting, tuned: Artifact) -> FinetuneInfo:
@@ -452,28 +450,3 @@ def _model_info(setting: Setting, rows: list[dict]) -> ModelInfo:
         quantized_parameters=sum(row["out_features"] * row["in_features"] for row in rows),
         description=setting.source.description,
     )
-
-
-def _link(link: Path, target: Path) -> None:
-    """Point `link` at the artifact, replacing what an earlier run with this tag left."""
-    if link.is_symlink() or link.exists():
-        link.unlink()
-    link.symlink_to(Path("..") / target.relative_to(link.parent.parent))
-
-
-@contextmanager
-def _logging_to(path: Path):
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    logging.getLogger("lqer").setLevel(logging.INFO)
-    try:
-        yield
-    except Exception as error:
-        # To the file alone, with its traceback: the console gets its one line from the command line's own handler.
-        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (error,), sys.exc_info()))
-        raise
-    finally:
-        root.removeHandler(handler)
-        handler.close()

@@ -16,13 +16,15 @@ from transformers import PreTrainedModel
 
 from lqer.blocks import OpenedModel
 from lqer.calibration import SITES_FILE, CalibrationText, block_file, calibrate
-from lqer.checkpoint import OUTSIDE_FILE
+from lqer.checkpoint import OUTSIDE_FILE, load_quantized
 from lqer.config.schema import Config
 from lqer.estimate import Piece, Stage, Workload, estimate, input_sites, total
 from lqer.evaluation.perplexity import gptq_perplexity
-from lqer.models import ModelSource
+from lqer.finetune import trained_tensors
+from lqer.models import ModelSource, resolve_model
 from lqer.outline import Outline, plan_model, read_outline
 from lqer.quantization import QuantizeSettings, quantize
+from lqer.rotation import rotate
 from lqer.spill import Spill
 from lqer.store import Workspace
 
@@ -43,6 +45,7 @@ def experiment(**sections) -> Config:
             "method": "qera-exact", "weight": "w4", "low_rank": {"rank": 8, "format": "x8"},
             **sections.pop("quantize", {}),
         },
+        finetune=sections.pop("finetune", None),
         evaluation=evaluation,
     )  # fmt: skip
 
@@ -219,4 +222,55 @@ def test_steps_over_whole_blocks_are_counted(random_model, tmp_path):
     assert scaled.flops - plain.flops == 2 * weights * SEQ_LEN * 10 * 4
     assert not [piece for piece in plain.ram if piece.what in ("a block in float32", "hidden states of the original")]
     assert piece(few.ram, "a block in float32") == 4 * outline_of(model, tmp_path).block_parameters
+    assert piece(few.disk, "states of a block") == 2 * 9 * outline_of(model, tmp_path).block_parameters
+    assert total(few.disk, sure=True) == total(plain.disk, sure=True)
     assert piece(few.ram, "hidden states of the original") == WINDOWS * SEQ_LEN * model.config.hidden_size * 4
+
+
+def test_a_rotation_is_counted_and_what_is_quantized_then_is_in_float32(random_model, tmp_path):
+    model = random_model("llama", tie_word_embeddings=False).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    source = resolve_model(str(tmp_path / "model"))
+    workspace = Workspace(tmp_path / "rotate")
+    rotate(workspace, source, CPU, seed=0)
+    found = stages_of(workload(model, tmp_path / "outline", experiment(quantize={"transforms": ["quarot"]}), stored=2))
+    assert [*found] == ["rotate", "calibrate", "quantize", "evaluate"]
+    written = sum(path.stat().st_size for path in workspace.path.glob("*.safetensors"))
+    assert total(found["rotate"].disk) == pytest.approx(written, rel=0.05)
+    assert total(found["rotate"].ram, sure=True) == 4 * sum(parameter.numel() for parameter in model.parameters())
+    outline = outline_of(model, tmp_path / "outline")
+    assert piece(found["quantize"].ram, "a block as stored") == 4 * outline.block_parameters
+    assert found["rotate"].flops > 0
+    assert found["rotate"].moved > 0
+
+
+@pytest.mark.parametrize("parts", [["rht_signs"], ["low_rank"], ["rht_signs", "low_rank"]])
+def test_fine_tuning_is_counted(model, run_stages, tmp_path, parts):
+    settings = {"parts": parts, "columns": 5, "num_samples": 4, "validation_samples": 2, "seq_len": 12, "epochs": 3}
+    quantize_settings = {"transforms": ["hadamard"], "low_rank": {"rank": 8, "format": "none"}}
+    config = experiment(quantize=quantize_settings, finetune=settings)
+    work = workload(model, tmp_path, config)
+    found = stages_of(work)["finetune"]
+    student = load_quantized(run_stages(model, next(iter(work.plans.values()))).checkpoint.path, CPU)
+    trained = trained_tensors(student, list(work.plans), config.finetune)
+    values = sum(tensor.parameter.numel() for tensor in trained.values())
+    assert piece(found.ram, "what is trained") == 4 * 5 * values
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert piece(found.ram, "the original and the quantized model") == 2 * 4 * parameters
+
+    def flops(**changes) -> float:
+        other = experiment(quantize=quantize_settings, finetune=settings | changes)
+        return stages_of(workload(model, tmp_path, other))["finetune"].flops
+
+    # Forward, back and the original on 3 epochs of 4 windows; the two models on 4 times 2 held out.
+    assert found.flops / (3 * 12 + 2 * 8) == pytest.approx(flops(loss="text") / (2 * 12 + 8))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 12, dtype=torch.int64))
+    assert found.flops / (3 * 12 + 2 * 8) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_stages_come_in_the_order_of_the_run(model, tmp_path):
+    quantize_settings = {"transforms": ["quarot"], "low_rank": {"rank": 8, "format": "none"}}
+    config = experiment(quantize=quantize_settings, finetune={"parts": ["low_rank"]})
+    stages = [*stages_of(workload(model, tmp_path, config))]
+    assert stages == ["rotate", "calibrate", "quantize", "finetune", "evaluate"]

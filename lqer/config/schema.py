@@ -172,6 +172,11 @@ class QuantizeConfig(Section):
         return self.low_rank.model_copy(update=own | ({} if given.rank is None else {"budget_bits": None}))
 
     @property
+    def rotates(self) -> bool:
+        """Whether the model is rotated as a whole before anything else."""
+        return any(transform.level == "model" for transform in self.transforms)
+
+    @property
     def block_parts(self) -> list[str]:
         """The parts, by kind, that need a whole block, its inputs and what its outputs should be."""
         transforms = [transform.kind for transform in self.transforms if transform.level == "block"]

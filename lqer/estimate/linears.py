@@ -23,7 +23,7 @@ ASSUMED_RANK = 32
 def packed_bytes(work: Workload, name: str, plan: LinearPlan | None) -> int:
     out_features, in_features = work.outline.linears[name]
     if plan is None:
-        return out_features * in_features * work.stored
+        return out_features * in_features * (work.stored_in_blocks or work.stored)
     bits = plan.weight.bits_per_value(in_features) * out_features * in_features
     budget = work.config.quantize.low_rank.budget_bits
     if plan.rank is None and budget is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lqer.config import Config
@@ -10,6 +11,7 @@ from lqer.config import Config
 from .linears import ROUNDING_PASSES, linear_work, packed_bytes, solving
 from .steps import BlockSteps
 from .walk import Walk, accumulators, gathers_products, observing_bytes, observing_flops, statistics_bytes
+from .whole import finetuning, rotation
 from .workload import OUTPUT_DIR, SAFETENSORS, Piece, Stage, Workload, input_sites
 
 # Libraries that are imported only where they are used (pandas, matplotlib, lm-eval and what they bring).
@@ -23,7 +25,17 @@ BYTES_PER_TOKEN = 4
 
 def estimate(work: Workload) -> list[Stage]:
     """The stages of a run whose store is empty, in order; on a CPU all of a stage's memory is RAM."""
-    stages = [_quantize(work)] if work.config.quantize.stream == "quantized" else [_calibrate(work), _quantize(work)]
+    stages = []
+    # What is quantized: a rotated model is a folder of its own, its blocks in float32.
+    rotates = work.config.quantize.rotates
+    basis = replace(work, streams=True, stored_in_blocks=4) if rotates else work
+    if rotates:
+        stages.append(_stage("rotate", work, *rotation(work)))
+    if work.config.quantize.stream == "original":
+        stages.append(_calibrate(basis))
+    stages.append(_quantize(basis))
+    if work.config.finetune is not None:
+        stages.append(_stage("finetune", work, *finetuning(basis)))
     if work.config.evaluation.perplexity is not None or work.config.evaluation.downstream is not None:
         stages.append(_evaluate(work))
     return stages
@@ -59,7 +71,7 @@ def _quantize(work: Workload) -> Stage:
     settings, outline = work.config.calibration, work.outline
     packed = sum(packed_bytes(work, name, plan) for name, plan in work.plans.items())
     host = [
-        Piece("a block as stored", work.stored * outline.block_parameters),
+        Piece("a block as stored", work.stored_block),
         Piece("the packed block", packed // outline.blocks),
     ]
     if not work.streams:
@@ -83,7 +95,7 @@ def _quantize(work: Workload) -> Stage:
         flops += walk_flops + observing_flops(work, tokens)
         moved += walk_moved + observing_bytes(work, tokens)
         steps = BlockSteps(work)
-        host, device = host + steps.host(), device + steps.device()
+        host, device, disk = host + steps.host(), device + steps.device(), disk + steps.disk()
         flops += steps.flops() * (1 + ("plain" in work.config.evaluation.baselines))
     return _stage("quantize", work, host, device, disk, flops, moved)
 

@@ -8,10 +8,12 @@ from lqer.rounding import Adaptive
 from lqer.transforms import Awq, Lwc
 
 from .walk import LIVE_ACTIVATIONS
-from .workload import MICRO_BATCH, Piece, Workload, input_sites, planned
+from .workload import MICRO_BATCH, OUTPUT_DIR, Piece, Workload, input_sites, planned
 
 # Bytes a weight that adaptive rounding takes beside it (lqer/rounding/adaptive.py), and learnt clipping, nearly.
 LEARNT_BYTES = 40
+# Bytes a weight of a state on disk: v, the weight that transforms changed, its code; the next is written beside it.
+STATE_BYTES = 2 * (4 + 4 + 1)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class BlockSteps:
             Piece("what is learnt of a block", learnt, sure=False),
             Piece("activations kept for gradients", kept if sequences else 0, MICRO_BATCH, sure=False),
         ]
+
+    def disk(self) -> list[Piece]:
+        kept = STATE_BYTES * self.work.outline.block_parameters if self._sequences_learnt_on() else 0
+        return [Piece("states of a block", kept, OUTPUT_DIR, sure=False)]
 
     def flops(self) -> float:
         settings = self.work.config.calibration

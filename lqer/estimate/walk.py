@@ -41,7 +41,7 @@ class Walk:
             device.append(Piece("what surrounds the blocks", work.computed * outline.outside_parameters))
             device.append(Piece("a block", blocks * work.computed * outline.block_parameters))
             if work.on_gpu:
-                host.append(Piece("two blocks as stored", 2 * work.stored * outline.block_parameters))
+                host.append(Piece("two blocks as stored", 2 * work.stored_block))
         else:
             # It stays in RAM; a block is on the GPU for its visit.
             host.append(Piece("the whole model", work.computed * outline.parameters, SAFETENSORS))

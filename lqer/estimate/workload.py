@@ -18,7 +18,7 @@ SAFETENSORS = "a model in safetensors, which is read block by block"
 class Workload:
     """A run, as far as its size goes. stored, computed: bytes of a parameter on disk and in the run's dtype.
 
-    streams: whether the model's blocks can be read one at a time.
+    streams: whether the model's blocks can be read one at a time. stored_in_blocks: where that is not `stored`.
     """
 
     config: Config
@@ -28,6 +28,12 @@ class Workload:
     computed: int
     on_gpu: bool
     streams: bool
+    stored_in_blocks: int | None = None
+
+    @property
+    def stored_block(self) -> int:
+        """Bytes of the largest block on disk."""
+        return (self.stored_in_blocks or self.stored) * self.outline.block_parameters
 
 
 @dataclass(frozen=True)

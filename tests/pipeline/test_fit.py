@@ -54,6 +54,20 @@ def test_a_run_that_cannot_fit_is_refused_before_any_work(experiment, capsys, ha
     assert not list((experiment.output / "store").glob("*"))
 
 
+def test_a_run_that_cannot_fit_is_refused_before_its_model_is_rotated(experiment, capsys, has):
+    has(ram=1000)
+    assert main([str(experiment.config), "--quantize.transforms=['quarot']"], "") == 2
+    assert "error: rotate needs at least " in capsys.readouterr().err.splitlines()[-1]
+    assert not list((experiment.output / "store").glob("*"))
+
+
+def test_what_a_rotated_run_has_made_needs_no_disk(experiment, has):
+    rotated = [str(experiment.config), "--quantize.transforms=['quarot']"]
+    assert main(rotated, "") == 0
+    has(disk=0)
+    assert main(rotated, "") == 0
+
+
 def test_what_is_made_already_needs_no_disk(experiment, has):
     assert main([str(experiment.config)], "") == 0
     log = (experiment.output / "tiny" / "run.log").read_text()
