@@ -1,0 +1,144 @@
+"""The randomized Hadamard transform of tokens, and around a product on packed weights (lqer.transforms.hadamard).
+
+H_n = O ⊗ H_B with B a power of two and O orthonormal, the small factor with what is left of the power of two. So a
+block of B outputs is one row of O times the input, B sums over all of it, and one H_B: every program makes one block,
+and no program waits for another. Sums are float32, and normalised before they are added up.
+
+Shapes: M tokens, K length, A blocks, B elements of a block, R rank.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _odd_overlap(size: tl.constexpr):
+    """Where H_size is negative [size, size]: i & j have an odd number of bits in common."""
+    bits = tl.arange(0, size)[:, None] & tl.arange(0, size)[None, :]
+    bits ^= bits >> 8
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    return (bits & 1) != 0
+
+
+@triton.jit
+def _block(x_AB, row_A, negative_BB):
+    """Block number i of H x, not normalised by sqrt(B); row_A: row i of O, float32."""
+    v_B = tl.sum(x_AB * row_A[:, None], axis=0)
+    return tl.sum(tl.where(negative_BB, -v_B[:, None], v_B[:, None]), axis=0)
+
+
+@triton.jit
+def prepare_tokens_kernel(
+    x,  # [M, K], rows `x_stride` apart
+    signs,  # [K], or None: no transform
+    outer,  # O, float32 [A, A]
+    a_values,  # Aᵀ [RP, KP] in the dtype of x, or None
+    x_out,  # [M, KP], or digits: int8 [M, 4, KP]
+    steps,  # float32 [M, 4, tiles], or None
+    sums,  # int32 [M, 4, tiles], or None
+    partial,  # float32 [A, M, RP], or None
+    M,
+    K,
+    x_stride,
+    rank: tl.constexpr,
+    padded: tl.constexpr,  # KP
+    A: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    factor: tl.constexpr,  # of H_B
+    digits: tl.constexpr,
+    tile_k: tl.constexpr,  # of the kernel order that x_out is in; 0: natural order
+    chained: tl.constexpr,
+):
+    """x' = H (signs ⊙ x), or x itself, in kernel order, and what a block of it adds to x' A."""
+    block, m = tl.program_id(0), tl.program_id(1)
+    columns_B = block * B + tl.arange(0, B)
+    blocks_A = tl.arange(0, BLOCK_A)
+    dtype: tl.constexpr = x.dtype.element_ty
+    # Of nothing that the kernel before makes.
+    if signs is not None:
+        row_A = tl.load(outer + block * A + blocks_A, mask=blocks_A < A, other=0.0) * factor
+        place_AB = blocks_A[:, None] * B + tl.arange(0, B)[None, :]
+        signs_AB = tl.load(signs + place_AB, mask=(blocks_A < A)[:, None], other=0.0)
+        negative_BB = _odd_overlap(B)
+    if rank > 0:
+        a_RB = tl.load(a_values + tl.arange(0, BLOCK_R)[:, None] * padded + columns_B[None, :])
+    if chained:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = x + m.to(tl.int64) * x_stride
+    if signs is not None:
+        x_AB = tl.load(row + place_AB, mask=(blocks_A < A)[:, None], other=0.0) * signs_AB
+        x_B = _block(x_AB.to(tl.float32), row_A, negative_BB).to(dtype)
+    else:
+        x_B = tl.load(row + columns_B, mask=columns_B < K, other=0.0)
+    if digits:
+        # Fixed point under the block's largest magnitude, as four signed digits of 256.
+        x32_B = x_B.to(tl.float32)
+        exponent = tl.maximum((tl.max(tl.abs(x32_B), axis=0).to(tl.int32, bitcast=True) >> 23) & 255, 40)
+        scaled_B = x32_B * ((283 - exponent) << 23).to(tl.float32, bitcast=True)
+        digits_B = (scaled_B.to(tl.int32) + 0x808080) ^ 0x808080
+        tiles: tl.constexpr = padded // B
+        for d in tl.static_range(4):
+            digit_B = (digits_B << (24 - 8 * d)) >> 24
+            tl.store(x_out + (m.to(tl.int64) * 4 + d) * padded + columns_B, digit_B.to(tl.int8))
+            tl.store(sums + (m * 4 + d) * tiles + block, 15 * tl.sum(digit_B, axis=0))
+            step = ((exponent + (8 * d - 31)) << 23).to(tl.float32, bitcast=True)
+            tl.store(steps + (m * 4 + d) * tiles + block, tl.where(exponent == 255, float("nan"), step))
+    else:
+        tl.store(x_out + m.to(tl.int64) * padded + kernel_order(columns_B, tile_k), x_B)
+    if rank > 0:
+        for first in tl.static_range(0, rank, BLOCK_R):
+            if first > 0:
+                place = (first + tl.arange(0, BLOCK_R))[:, None] * padded + columns_B[None, :]
+                a_RB = tl.load(a_values + place)
+            sum_R = tl.sum(a_RB.to(tl.float32) * x_B.to(tl.float32)[None, :], axis=1)
+            tl.store(partial + (block * M + m) * rank + first + tl.arange(0, BLOCK_R), sum_R)
+
+
+@triton.jit
+def restore_tokens_kernel(
+    y,  # float32 [M, K]
+    signs,  # [K]
+    outer,  # Oᵀ, float32 [A, A]
+    bias,  # [K], or None
+    y_out,  # [M, K]
+    M,
+    A: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    B: tl.constexpr,
+    factor: tl.constexpr,
+    chained: tl.constexpr,
+):
+    """signs ⊙ Hᵀ y + bias."""
+    block, m = tl.program_id(0), tl.program_id(1)
+    columns_B = block * B + tl.arange(0, B)
+    blocks_A = tl.arange(0, BLOCK_A)
+    row_A = tl.load(outer + block * A + blocks_A, mask=blocks_A < A, other=0.0) * factor
+    signs_B = tl.load(signs + columns_B).to(tl.float32)
+    if bias is not None:
+        bias_B = tl.load(bias + columns_B).to(tl.float32)
+    negative_BB = _odd_overlap(B)
+    if chained:
+        gdc_wait()
+        gdc_launch_dependents()
+    place_AB = m.to(tl.int64) * (A * B) + blocks_A[:, None] * B + tl.arange(0, B)[None, :]
+    y_AB = tl.load(y + place_AB, mask=(blocks_A < A)[:, None], other=0.0)
+    y_B = _block(y_AB, row_A, negative_BB) * signs_B
+    if bias is not None:
+        y_B += bias_B
+    tl.store(y_out + m.to(tl.int64) * (A * B) + columns_B, y_B.to(y_out.dtype.element_ty))
+
+
+@triton.jit
+def kernel_order(columns, tile_k: tl.constexpr):
+    """Where natural columns stand in tiles in the kernel order of lattice.py; tile_k 0: where they are."""
+    if tile_k == 0:
+        return columns
+    inside = columns % tile_k
+    coordinate = inside % 8
+    return columns - inside + (coordinate % 4 * 2 + coordinate // 4) * (tile_k // 8) + inside // 8
