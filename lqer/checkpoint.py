@@ -30,7 +30,7 @@ from lqer.backend import BACKENDS, Backend, resolve_backend
 from lqer.blocks import OpenedModel, Streamed
 from lqer.calibration import block_file
 from lqer.errors import ModelError
-from lqer.formats import NumberFormat, Passthrough, QuantizedTensor, format_from_dict, without_first
+from lqer.formats import E8P, NumberFormat, Passthrough, QuantizedTensor, format_from_dict, without_first
 from lqer.layers import HadamardLinear, QuantizedLinear
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models import pick_device, prepare_model
@@ -273,6 +273,8 @@ def _linear(
     transform = transform_from_dict(entry["transform"])
     assert isinstance(transform, Hadamard)
     basis = transform.unpack(_parts(tensors, f"{name}.transform.", device), *weight.shape).to(dtype)
+    if backend == "triton" and isinstance(weight.format, E8P):
+        return _run_by(backend, name, weight, stored, bias_O, entry, dtype, basis)
     return HadamardLinear(_run_by(backend, name, weight, stored, None, entry, dtype), basis, bias_O)
 
 
@@ -284,8 +286,9 @@ def _run_by(
     bias_O: Tensor | None,
     entry: Mapping[str, Any],
     dtype: torch.dtype,
+    basis: RandomHadamard | None = None,
 ) -> nn.Module:
-    """The module that computes with these tensors; factors: by FACTOR_ROLES."""
+    """The module that computes with these tensors; factors: by FACTOR_ROLES. basis: only where kernels run it."""
     first_a, first_b, a_IR, b_RO = (factors[role] for role in FACTOR_ROLES)
     activation = format_from_dict(entry["activation"]) if "activation" in entry else None
     if backend == "triton":
@@ -294,7 +297,7 @@ def _run_by(
         if first_a is not None:
             raise ModelError('backend "triton" runs one A and one B, not columns of bfloat16 beside them (finetune)')
         try:
-            return TritonLinear(PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype))
+            return TritonLinear(PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype, basis))
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from None
     a, b = (_joined(first, rest, along, dtype) for first, rest, along in ((first_a, a_IR, 1), (first_b, b_RO, 0)))

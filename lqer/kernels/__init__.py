@@ -3,7 +3,7 @@
     packed = PackedLinear.pack(weight, a, b, bias, activation, torch.bfloat16)
     y = packed_linear(x, packed)
 
-This folder imports torch, triton and lqer.formats. It imports on a machine without a GPU; kernels run on CUDA tensors,
+This folder imports torch, triton, lqer.formats and, for linears in a randomized Hadamard basis, lqer.transforms. It imports on a machine without a GPU; kernels run on CUDA tensors,
 or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1).
 """
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .lattice_decode import kernel_order
+
 
 @triton.jit
 def _odd_overlap(size: tl.constexpr):
@@ -36,9 +38,7 @@ def prepare_tokens_kernel(
     signs,  # [K], or None: no transform
     outer,  # O, float32 [A, A]
     a_values,  # Aᵀ [RP, KP] in the dtype of x, or None
-    x_out,  # [M, KP], or digits: int8 [M, 4, KP]
-    steps,  # float32 [M, 4, tiles], or None
-    sums,  # int32 [M, 4, tiles], or None
+    x_out,  # [M, KP] in kernel order
     partial,  # float32 [A, M, RP], or None
     M,
     K,
@@ -50,8 +50,6 @@ def prepare_tokens_kernel(
     B: tl.constexpr,
     BLOCK_R: tl.constexpr,
     factor: tl.constexpr,  # of H_B
-    digits: tl.constexpr,
-    tile_k: tl.constexpr,  # of the kernel order that x_out is in; 0: natural order
     chained: tl.constexpr,
 ):
     """x' = H (signs ⊙ x), or x itself, in kernel order, and what a block of it adds to x' A."""
@@ -59,6 +57,9 @@ def prepare_tokens_kernel(
     columns_B = block * B + tl.arange(0, B)
     blocks_A = tl.arange(0, BLOCK_A)
     dtype: tl.constexpr = x.dtype.element_ty
+    if chained:
+        # The product fetches its codes while this kernel still waits for its x.
+        gdc_launch_dependents()
     # Of nothing that the kernel before makes.
     if signs is not None:
         row_A = tl.load(outer + block * A + blocks_A, mask=blocks_A < A, other=0.0) * factor
@@ -69,28 +70,13 @@ def prepare_tokens_kernel(
         a_RB = tl.load(a_values + tl.arange(0, BLOCK_R)[:, None] * padded + columns_B[None, :])
     if chained:
         gdc_wait()
-        gdc_launch_dependents()
     row = x + m.to(tl.int64) * x_stride
     if signs is not None:
         x_AB = tl.load(row + place_AB, mask=(blocks_A < A)[:, None], other=0.0) * signs_AB
         x_B = _block(x_AB.to(tl.float32), row_A, negative_BB).to(dtype)
     else:
         x_B = tl.load(row + columns_B, mask=columns_B < K, other=0.0)
-    if digits:
-        # Fixed point under the block's largest magnitude, as four signed digits of 256.
-        x32_B = x_B.to(tl.float32)
-        exponent = tl.maximum((tl.max(tl.abs(x32_B), axis=0).to(tl.int32, bitcast=True) >> 23) & 255, 40)
-        scaled_B = x32_B * ((283 - exponent) << 23).to(tl.float32, bitcast=True)
-        digits_B = (scaled_B.to(tl.int32) + 0x808080) ^ 0x808080
-        tiles: tl.constexpr = padded // B
-        for d in tl.static_range(4):
-            digit_B = (digits_B << (24 - 8 * d)) >> 24
-            tl.store(x_out + (m.to(tl.int64) * 4 + d) * padded + columns_B, digit_B.to(tl.int8))
-            tl.store(sums + (m * 4 + d) * tiles + block, 15 * tl.sum(digit_B, axis=0))
-            step = ((exponent + (8 * d - 31)) << 23).to(tl.float32, bitcast=True)
-            tl.store(steps + (m * 4 + d) * tiles + block, tl.where(exponent == 255, float("nan"), step))
-    else:
-        tl.store(x_out + m.to(tl.int64) * padded + kernel_order(columns_B, tile_k), x_B)
+    tl.store(x_out + m.to(tl.int64) * padded + kernel_order(columns_B), x_B)
     if rank > 0:
         for first in tl.static_range(0, rank, BLOCK_R):
             if first > 0:
@@ -133,12 +119,3 @@ def restore_tokens_kernel(
         y_B += bias_B
     tl.store(y_out + m.to(tl.int64) * (A * B) + columns_B, y_B.to(y_out.dtype.element_ty))
 
-
-@triton.jit
-def kernel_order(columns, tile_k: tl.constexpr):
-    """Where natural columns stand in tiles in the kernel order of lattice.py; tile_k 0: where they are."""
-    if tile_k == 0:
-        return columns
-    inside = columns % tile_k
-    coordinate = inside % 8
-    return columns - inside + (coordinate % 4 * 2 + coordinate // 4) * (tile_k // 8) + inside // 8

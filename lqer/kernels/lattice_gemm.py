@@ -1,9 +1,9 @@
-"""Few tokens on lattice codes: y = W x + b + L (R x), weights decoded in registers on their way into tensor cores.
+"""Kernels on lattice codes: the product for few tokens, and decoding to memory for many.
 
-The product is computed as yᵀ = W xᵀ. A program reads all of its codes at once, before it waits for the kernel that
-makes x, so that memory is at work while that one is. K is cut into spans of tiles, a program each; parts are slabs in
-memory, and the program that finishes a tile of outputs last adds them up in a fixed order. Every part brings some of
-the ranks.
+The product y = W x + b + L (R x) is computed as yᵀ = W xᵀ, weights decoded in registers on their way into tensor cores. A
+program reads all of its codes at once, before it waits for the kernel that makes x, so that memory is at work while
+that one is. K is cut into spans of tiles, a program each; parts are slabs in memory, and the program that finishes a
+tile of outputs last adds them up in a fixed order. Every part brings some of the ranks.
 
 Shapes: M tokens, N out_features, K in_features, R rank (padded).
 """
@@ -12,8 +12,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .decode import dot
-from .lattice import TILE_C, decode_numbers, decode_units, load_digits, load_units, pinned, share_table
+from .decode import ROWS_C, dot
+from .lattice_decode import (
+    TILE_C,
+    UNITS_C,
+    decode_units,
+    load_units,
+    nibble_values,
+    share_table,
+    unit_places,
+    unit_word,
+)
 
 PROJECTION_ELEMENTS = tl.constexpr(4096)
 
@@ -41,12 +50,13 @@ def lattice_product_kernel(
     tiles_n: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TOKENS: tl.constexpr,  # of a tile, up to BLOCK_M
+    TOKENS: tl.constexpr,  # M as a power of two
     BLOCK_R: tl.constexpr,
     chained: tl.constexpr,
 ):
+    """A tile of outputs for up to BLOCK_M tokens."""
     pid = tl.program_id(0)
-    pid_n, pid_s, pid_m = pid % tiles_n, pid // tiles_n % splits, pid // (tiles_n * splits)
+    pid_n, pid_s = pid % tiles_n, pid // tiles_n
     rows_N = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = x.dtype.element_ty
     loaded = load_units(units, rows_N, pid_s * span, tiles, span)
@@ -61,7 +71,7 @@ def lattice_product_kernel(
     if chained:
         gdc_wait()
         gdc_launch_dependents()
-    rows_M = pid_m * TOKENS + tl.arange(0, BLOCK_M)
+    rows_M = tl.arange(0, BLOCK_M)
     # Tokens that are not there read another's.
     x_rows = x + tl.minimum(rows_M, M - 1).to(tl.int64)[:, None] * (tiles * TILE_C)
     x_rows += (pid_s * (span * TILE_C) + tl.arange(0, TILE_C))[None, :]
@@ -75,10 +85,10 @@ def lattice_product_kernel(
             if first > first_rank:
                 place = b_values + (first + ranks_R)[None, :] * N + rows_N[:, None]
                 b_NR = tl.load(place, mask=(rows_N < N)[:, None], other=0.0)
-            xa_MR = _projection(projection, first + ranks_R, pid_m * TOKENS, M, rank, slabs, BLOCK_S, BLOCK_M, TOKENS)
+            xa_MR = _projection(projection, first + ranks_R, M, rank, slabs, BLOCK_S, BLOCK_M, TOKENS)
             acc_NM = dot(b_NR, tl.trans(xa_MR.to(dtype)), acc_NM)
 
-    inside_NM = (rows_N < N)[:, None] & (tl.arange(0, BLOCK_M)[None, :] < TOKENS) & (rows_M < M)[None, :]
+    inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
     last = True
     if splits > 1:
         slab = N * M
@@ -86,7 +96,7 @@ def lattice_product_kernel(
         tl.store(partial + pid_s * slab + offset_NM, acc_NM, mask=inside_NM)
         # Every thread's part of the slab has to be out before this program counts as finished.
         tl.debug_barrier()
-        counter = finished + pid_m * tiles_n + pid_n
+        counter = finished + pid_n
         last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if last:
             tl.store(counter, 0)
@@ -103,7 +113,6 @@ def lattice_product_kernel(
 def _projection(
     projection,
     ranks_R,
-    first_token,
     M,
     rank: tl.constexpr,
     slabs: tl.constexpr,
@@ -111,10 +120,10 @@ def _projection(
     BLOCK_M: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """x A of a tile of tokens, float32 [BLOCK_M, R]: its parts added up."""
+    """x A, float32 [BLOCK_M, R]: its parts added up."""
     width: tl.constexpr = ranks_R.shape[0]
     at_once: tl.constexpr = min(BLOCK_S, max(1, PROJECTION_ELEMENTS // (TOKENS * width)))
-    tokens_M = tl.minimum(first_token + tl.arange(0, TOKENS), M - 1)
+    tokens_M = tl.minimum(tl.arange(0, TOKENS), M - 1)
     xa_MR = tl.zeros((TOKENS, width), tl.float32)
     for first in range(0, slabs, at_once):
         slabs_S = first + tl.arange(0, at_once)
@@ -126,92 +135,25 @@ def _projection(
     return xa_MR
 
 
-@triton.jit(do_not_specialize=["M"])
-def lattice_digits_kernel(
-    x,  # int8 [M, 4, KP]
-    steps,  # float32 [M, 4, tiles]
-    sums,  # int32 [M, 4, tiles]
+@triton.jit
+def lattice_expand_kernel(
     units,
     table,
     scales,
-    b_values,  # [RP, N] in the dtype of x, or None
-    projection,  # parts of x A, float32 [slabs, M, RP], or None
-    bias,  # [N], or None
-    partial,  # float32 [splits, N, M], or None for one split
-    finished,  # int32, zero before and after, one a tile of outputs
-    y,  # [M, N]
-    M,
+    w_out,  # [N, K]
     N,
-    dtype: tl.constexpr,
-    rank: tl.constexpr,
-    slabs: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # slabs, as a power of two
+    K,
     tiles: tl.constexpr,
-    span: tl.constexpr,
-    splits: tl.constexpr,
-    tiles_n: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,  # 4 a token, at least 8
-    BLOCK_R: tl.constexpr,
-    chained: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    pid_n, pid_s, pid_m = pid % tiles_n, pid // tiles_n % splits, pid // (tiles_n * splits)
-    rows_N = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    loaded = load_units(units, rows_N, pid_s * span, tiles, span)
-    rows_of_a = share_table(table)
-    first_rank = pid_s * BLOCK_R
-    ranks_R = tl.arange(0, BLOCK_R)
-    if rank > 0 and first_rank < rank:
-        place = b_values + (first_rank + ranks_R)[None, :] * N + rows_N[:, None]
-        b_NR = tl.load(place, mask=(rows_N < N)[:, None], other=0.0)
-    else:
-        b_NR = tl.zeros((BLOCK_N, BLOCK_R), dtype)
-    if chained:
-        gdc_wait()
-        gdc_launch_dependents()
-    # Columns that are not there read another's.
-    columns_C = tl.minimum(pid_m * (4 * TOKENS) + tl.arange(0, COLUMNS), 4 * M - 1)
-    x_rows_C = pinned(x) + columns_C.to(tl.int64) * (tiles * TILE_C) + pid_s * (span * TILE_C)
-    acc_NC = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
-    for i in tl.static_range(span):
-        n_NT = decode_numbers(loaded[i], rows_of_a)
-        x_CT = load_digits(x_rows_C + i * TILE_C)
-        step_C = tl.load(steps + columns_C * tiles + pid_s * span + i)
-        sum_C = tl.load(sums + columns_C * tiles + pid_s * span + i)
-        dot_NC = tl.dot(n_NT, tl.trans(x_CT), out_dtype=tl.int32)
-        acc_NC += (2 * dot_NC - sum_C[None, :]).to(tl.float32) * step_C[None, :]
-    acc_NM = tl.sum(acc_NC.reshape(BLOCK_N, COLUMNS // 4, 4), axis=2)
-    acc_NM *= tl.load(scales + rows_N)[:, None]
-    MS: tl.constexpr = COLUMNS // 4
-    rows_M = pid_m * TOKENS + tl.arange(0, MS)
-    if rank > 0:
-        for first in range(first_rank, rank, splits * BLOCK_R):
-            if first > first_rank:
-                place = b_values + (first + ranks_R)[None, :] * N + rows_N[:, None]
-                b_NR = tl.load(place, mask=(rows_N < N)[:, None], other=0.0)
-            xa_MR = _projection(projection, first + ranks_R, pid_m * TOKENS, M, rank, slabs, BLOCK_S, MS, TOKENS)
-            xa_MR = xa_MR.to(dtype).to(tl.float32)
-            b32_NR = b_NR.to(tl.float32)
-            acc_NM += tl.sum(b32_NR[:, None, :] * xa_MR[None, :, :], axis=2)
-
-    inside_NM = (rows_N < N)[:, None] & (tl.arange(0, MS)[None, :] < TOKENS) & (rows_M < M)[None, :]
-    last = True
-    if splits > 1:
-        slab = N * M
-        offset_NM = rows_N[:, None] * M + rows_M[None, :]
-        tl.store(partial + pid_s * slab + offset_NM, acc_NM, mask=inside_NM)
-        # Every thread's part of the slab has to be out before this program counts as finished.
-        tl.debug_barrier()
-        counter = finished + pid_m * tiles_n + pid_n
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
-        if last:
-            tl.store(counter, 0)
-            acc_NM = tl.zeros((BLOCK_N, MS), tl.float32)
-            for i in tl.static_range(splits):
-                acc_NM += tl.load(partial + i * slab + offset_NM, mask=inside_NM, other=0.0)
-    if last:
-        if bias is not None:
-            acc_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(y + rows_M[None, :] * N + rows_N[:, None], acc_NM.to(y.dtype.element_ty), mask=inside_NM)
+    """Decode one tile of sixteen rows to memory, scaled in float32, columns in natural order."""
+    rows_N = tl.program_id(0) * ROWS_C + tl.arange(0, ROWS_C)
+    tile = tl.program_id(1)
+    units_NU = tl.load(unit_places(units, rows_N, tile, tiles))
+    scales_N = tl.load(scales + rows_N)
+    k = tl.arange(0, 8)
+    for c in tl.static_range(4):
+        points = nibble_values(unit_word(units_NU, table, c)[:, :, None], k[None, None, :], tl.float32)
+        values = (points * scales_N[:, None, None]).to(w_out.dtype.element_ty)
+        columns = tile * TILE_C + ((4 * tl.arange(0, UNITS_C) + c) * 8)[None, :, None] + k[None, None, :]
+        place = w_out + rows_N.to(tl.int64)[:, None, None] * K + columns
+        tl.store(place, values, mask=(rows_N < N)[:, None, None] & (columns < K))

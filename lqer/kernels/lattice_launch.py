@@ -6,22 +6,26 @@ Shapes: M tokens, N out_features, K in_features, R rank; P marks padding.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from lqer.transforms.hadamard import small_factor, small_order
+from lqer.layers import FLOAT16_HEADROOM
+from lqer.transforms.hadamard import RandomHadamard, small_factor, small_order
 
 from .hadamard import prepare_tokens_kernel, restore_tokens_kernel
 from .lattice import TILE_K, LatticeLayout, PackedLattice
-from .lattice_gemm import lattice_digits_kernel, lattice_product_kernel
+from .lattice_gemm import lattice_expand_kernel, lattice_product_kernel
+from .layout import ROWS
+from .linear import PackedLinear
 
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+LATTICE_TOKENS = 16
 LARGEST_BLOCK = 128  # of a transform's outputs, for one program
+LARGEST_OUTER = 256  # rows of the outer factor: a program reads all blocks at once
 TRANSFORM_WARPS = 8
 RANKS_AT_ONCE = 64
 
@@ -31,10 +35,9 @@ class LatticeLaunch:
     block_n: int
     warps: int
     span: int  # tiles of 128 columns, for one program; at most those of the layout
-    digits: bool = True
 
 
-LAUNCH = LatticeLaunch(64, 4, 16)
+LAUNCH = LatticeLaunch(64, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -64,76 +67,121 @@ def transform(length: int, inverse: bool, device: torch.device) -> Transform:
     return Transform(outer.to(torch.float32).contiguous().to(device), block)
 
 
+@lru_cache
+def fits_transform(length: int) -> bool:
+    """Whether the kernels transform vectors of this length; others leave that to torch."""
+    return length // min(length // small_order(length), LARGEST_BLOCK) <= LARGEST_OUTER
+
+
+def runs_in_kernels(packed: PackedLinear) -> bool:
+    """Whether the basis of a linear, if it has one, is that of kernels."""
+    layout = packed.spec.layout
+    return packed.input_signs_K is None or (fits_transform(layout.columns) and fits_transform(layout.rows))
+
+
+def in_basis(x_MK: Tensor, packed: PackedLinear, run: Callable[[Tensor, PackedLinear], Tensor]) -> Tensor:
+    """What `run` computes in the basis of the linear, transforms by torch."""
+    if packed.input_signs_K is None or packed.output_signs_N is None:
+        return run(x_MK, packed)
+    basis = RandomHadamard(packed.input_signs_K, packed.output_signs_N)
+    room = headroom(x_MK.dtype)
+    inner = replace(packed, bias_N=None, input_signs_K=None, output_signs_N=None)
+    y_MN = basis.output(run(basis.input(x_MK / room), inner)) * room
+    return y_MN if packed.bias_N is None else y_MN + packed.bias_N
+
+
+def headroom(dtype: torch.dtype) -> float:
+    """What x is divided by before it is transformed, and y multiplied by after that."""
+    return FLOAT16_HEADROOM if dtype == torch.float16 else 1.0
+
+
 def run_lattice(
     x_MK: Tensor,
-    weight: PackedLattice,
-    a_values: Tensor | None,
-    b_values: Tensor | None,
-    rank: int,
-    bias_N: Tensor | None,
-    signs: tuple[Tensor, Tensor] | None,
-    headroom: float,
-    finished: Tensor,
+    packed: PackedLinear,
     chained: bool,
     launch: LatticeLaunch = LAUNCH,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    layout = weight.layout
-    m, n, k = len(x_MK), layout.rows, layout.columns
-    padded = layout.padded_columns
-    into = transform(k, False, x_MK.device) if signs else None
-    block = into.block if into else TILE_K
-    blocks = k // block if into else padded // block
-    steps = sums = None
-    if launch.digits and block < TILE_K:
-        raise NotImplementedError
-    if launch.digits:
-        x_out = x_MK.new_empty((m, 4, padded), dtype=torch.int8)
-        steps = x_MK.new_empty((m, 4, layout.tiles), dtype=torch.float32)
-        sums = x_MK.new_empty((m, 4, layout.tiles), dtype=torch.int32)
-        if blocks * block != padded:
-            x_out.zero_(), steps.zero_(), sums.zero_()
-    else:
-        x_out = (x_MK.new_empty if blocks * block == padded else x_MK.new_zeros)((m, padded))
-    projection = x_MK.new_empty((blocks, m, rank), dtype=torch.float32) if rank else None
-    options = {"launch_pdl": True} if chained else {}
-    prepare_tokens_kernel[blocks, m](
-        x_MK, signs[0] if signs else None, into.outer if into else None, a_values, x_out, steps, sums, projection, m, k,
-        x_MK.stride(0), rank=rank, padded=padded, A=blocks, BLOCK_A=triton.next_power_of_2(blocks), B=block,
-        BLOCK_R=min(rank, RANKS_AT_ONCE), factor=into.factor / headroom if into else 1.0, tile_k=TILE_K, digits=launch.digits,
-        chained=chained, num_warps=TRANSFORM_WARPS, **options,
+    """Up to 16 tokens by three kernels, two where there is no basis; y in `out_dtype`, by default that of x."""
+    signs_K, signs_N = packed.input_signs_K, packed.output_signs_N
+    y_dtype = out_dtype or x_MK.dtype
+    if signs_K is None or signs_N is None:
+        x_out, projection = _prepare(x_MK, packed, None, chained)
+        return _product(x_out, packed, projection, packed.bias_N, y_dtype, chained, launch)
+    x_out, projection = _prepare(x_MK, packed, signs_K, chained)
+    y_MN = _product(x_out, packed, projection, None, torch.float32, chained, launch)
+    m, n = y_MN.shape
+    back, y_out = transform(n, True, x_MK.device), x_MK.new_empty(m, n, dtype=y_dtype)
+    blocks = n // back.block
+    restore_tokens_kernel[blocks, m](
+        y_MN, signs_N, back.outer, packed.bias_N, y_out, m, A=blocks, BLOCK_A=triton.next_power_of_2(blocks),
+        B=back.block, factor=back.factor * headroom(x_MK.dtype), chained=chained, num_warps=TRANSFORM_WARPS,
+        **_chain(chained),
     )  # fmt: skip
+    return y_out
+
+
+def _prepare(
+    x_MK: Tensor, packed: PackedLinear, signs_K: Tensor | None, chained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """x' [M, KP] in kernel order, and the parts of x' A, float32 [blocks, M, RP]."""
+    (m, k), rank, padded = x_MK.shape, packed.spec.rank, packed.spec.layout.padded_columns
+    into = None if signs_K is None else transform(k, False, x_MK.device)
+    block = TILE_K if into is None else into.block
+    blocks = padded // block if into is None else k // block
+    # A program for every column, or zeros where there is none.
+    x_out = (x_MK.new_empty if blocks * block == padded else x_MK.new_zeros)((m, padded))
+    projection = x_MK.new_empty((blocks, m, rank), dtype=torch.float32) if rank else None
+    prepare_tokens_kernel[blocks, m](
+        x_MK, signs_K, None if into is None else into.outer, packed.a_codes, x_out, projection, m, k, x_MK.stride(0),
+        rank=rank, padded=padded, A=blocks, BLOCK_A=triton.next_power_of_2(blocks), B=block,
+        BLOCK_R=min(rank, RANKS_AT_ONCE), factor=1.0 if into is None else into.factor / headroom(x_MK.dtype),
+        chained=chained, num_warps=TRANSFORM_WARPS, **_chain(chained),
+    )  # fmt: skip
+    return x_out, projection
+
+
+def _product(
+    x_out: Tensor,
+    packed: PackedLinear,
+    projection: Tensor | None,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
+    chained: bool,
+    launch: LatticeLaunch,
+) -> Tensor:
+    """y [M, N] in `dtype`, of what `_prepare` returned."""
+    weight, rank, m = packed.weight, packed.spec.rank, len(x_out)
+    assert isinstance(weight, PackedLattice)
+    layout = weight.layout
     span = math.gcd(launch.span, layout.span)
     splits = layout.tiles // span
     block_m = 8 if m <= 8 else 16
-    tokens = min(block_m, triton.next_power_of_2(m))
-    tiles_n, tiles_m = -(-layout.padded_rows // launch.block_n), -(-m // block_m)
-    partial = x_MK.new_empty((splits, n, m), dtype=torch.float32) if splits > 1 else None
-    block_r = min(rank, max(16, rank // splits)) if rank else 16
-    y_MN = x_MK.new_empty(m, n, dtype=torch.float32 if signs else None)
-    shared = dict(
-        rank=rank, slabs=blocks, BLOCK_S=triton.next_power_of_2(blocks), tiles=layout.tiles, span=span, splits=splits,
-        tiles_n=tiles_n, BLOCK_N=launch.block_n, TOKENS=tokens, BLOCK_R=block_r, chained=chained,
-        num_warps=launch.warps, **options,
+    tiles_n, slabs = layout.padded_rows // launch.block_n, 0 if projection is None else len(projection)
+    partial = x_out.new_empty((splits, layout.rows, m), dtype=torch.float32) if splits > 1 else None
+    y_MN = x_out.new_empty(m, layout.rows, dtype=dtype)
+    lattice_product_kernel[(tiles_n * splits,)](
+        x_out, weight.units, weight.table, weight.scales, packed.b_codes, projection, bias_N, partial,
+        packed.workspace, y_MN, m, layout.rows, rank=rank, slabs=slabs, BLOCK_S=triton.next_power_of_2(max(slabs, 1)),
+        tiles=layout.tiles, span=span, splits=splits, tiles_n=tiles_n, BLOCK_N=launch.block_n, BLOCK_M=block_m,
+        TOKENS=min(block_m, triton.next_power_of_2(m)), BLOCK_R=_ranks_of_a_split(rank, splits), chained=chained,
+        num_warps=launch.warps, **_chain(chained),
     )  # fmt: skip
-    grid = (tiles_n * splits * tiles_m,)
-    if launch.digits:
-        lattice_digits_kernel[grid](
-            x_out, steps, sums, weight.units, weight.table, weight.scales, b_values, projection,
-            None if signs else bias_N, partial, finished, y_MN, m, n, dtype=TYPES[x_MK.dtype],
-            COLUMNS=max(8, 4 * tokens), **shared,
-        )  # fmt: skip
-    else:
-        lattice_product_kernel[grid](
-            x_out, weight.units, weight.table, weight.scales, b_values, projection, None if signs else bias_N, partial,
-            finished, y_MN, m, n, BLOCK_M=block_m, **shared,
-        )  # fmt: skip
-    if not signs:
-        return y_MN
-    back = transform(n, True, x_MK.device)
-    y_out = x_MK.new_empty(m, n)
-    blocks = n // back.block
-    restore_tokens_kernel[blocks, m](
-        y_MN, signs[1], back.outer, bias_N, y_out, m, A=blocks, BLOCK_A=triton.next_power_of_2(blocks), B=back.block,
-        factor=back.factor * headroom, chained=chained, num_warps=TRANSFORM_WARPS, **options,
-    )  # fmt: skip
-    return y_out
+    return y_MN
+
+
+def _ranks_of_a_split(rank: int, splits: int) -> int:
+    """A power of two that divides a padded rank, so that every split has about as many."""
+    return min(RANKS_AT_ONCE, max(16, 1 << (rank // splits).bit_length() >> 1))
+
+
+def expand_lattice(weight: PackedLattice, w_NK: Tensor) -> None:
+    """Decode a weight into w_NK."""
+    layout: LatticeLayout = weight.layout
+    lattice_expand_kernel[layout.padded_rows // ROWS, layout.tiles](
+        weight.units, weight.table, weight.scales, w_NK, layout.rows, layout.columns, tiles=layout.tiles, num_warps=1
+    )
+
+
+def _chain(chained: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if chained else {}

@@ -19,6 +19,8 @@ from .codebook import CodebookLayout, PackedCodebook, tile_of
 from .expand import branch_kernel, expand_kernel
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel, prepare_vector_kernel
+from .lattice import LatticeLayout, PackedLattice
+from .lattice_launch import LATTICE_TOKENS, expand_lattice, in_basis, run_lattice, runs_in_kernels
 from .layout import ROW_PADDING as ROW_TILE
 from .layout import Layout, PackedWeight
 from .linear import INTERPRETED, PROJECTION_COUNTERS, TOKEN_TILES, PackedLinear
@@ -47,6 +49,8 @@ GEMV_MAX_RANK = 64  # a program holds its part of A, and all of B's rows, in reg
 def run_layer(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, N] of x [M, K], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
+    if isinstance(layout, LatticeLayout):
+        return run_lattice_layer(x_MK, packed)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MK, packed) if len(x_MK) <= CODEBOOK_TOKENS else run_expanded(x_MK, packed)
     if len(x_MK) == 1 and fits_gemv(packed):
@@ -56,6 +60,17 @@ def run_layer(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     if launch and fits_gemm(packed, len(x_MK), launch):
         return run_gemm(x_MK, packed, launch)
     return run_expanded(x_MK, packed)
+
+
+def run_lattice_layer(x_MK: Tensor, packed: PackedLinear) -> Tensor:
+    """Few tokens by the kernels of lattice codes; many, and rounded ones, decoded to memory."""
+
+    def run(x: Tensor, packed: PackedLinear) -> Tensor:
+        return run_lattice(_dense_rows(x), packed, can_chain(x))
+
+    if len(x_MK) > LATTICE_TOKENS or packed.spec.rounding.bits:
+        return in_basis(x_MK, packed, run_expanded)
+    return run(x_MK, packed) if runs_in_kernels(packed) else in_basis(x_MK, packed, run)
 
 
 def fits_gemv(packed: PackedLinear) -> bool:
@@ -278,7 +293,7 @@ def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
     return x_out
 
 
-def expand(weight: PackedWeight | PackedCodebook, dtype: torch.dtype) -> Tensor:
+def expand(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype` [N, K]."""
     layout = weight.layout
     w_NK = torch.empty(layout.rows, layout.columns, dtype=dtype, device=weight.words.device)
@@ -288,6 +303,9 @@ def expand(weight: PackedWeight | PackedCodebook, dtype: torch.dtype) -> Tensor:
             weight.words, weight.table, w_NK, layout.rows, layout.columns, **_codebook_constants(weight.layout),
             FIELDS=min(FIELDS_AT_ONCE, weight.layout.per_word),
         )  # fmt: skip
+        return w_NK
+    if isinstance(weight, PackedLattice):
+        expand_lattice(weight, w_NK)
         return w_NK
     expand_kernel[weight.layout.padded_rows // ROW_TILE, weight.layout.tiles](
         *weight.parts, w_NK, layout.rows, layout.columns, **weight_constants(weight.layout, dtype),

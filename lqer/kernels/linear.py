@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqer.formats import Codebook, MXInt, NumberFormat, Passthrough, QuantizedTensor
+from lqer.formats import E8P, Codebook, MXInt, NumberFormat, Passthrough, QuantizedTensor
+
+from lqer.transforms.hadamard import RandomHadamard
 
 from .codebook import CodebookLayout, PackedCodebook, check_codebook, pack_codebook
+from .lattice import LatticeLayout, PackedLattice, check_lattice, pack_lattice
 from .layout import ROW_PADDING, Layout, PackedWeight, check_weight_format, pack_weight
 
 FACTOR_BLOCKS = (16, 32, 64)
@@ -32,6 +35,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 # Counters: of the low-rank branch, then of finished parts of tiles of outputs, up to so many tiles of tokens.
 PROJECTION_COUNTERS = 256
 TOKEN_TILES = 16
+
+
+AnyLayout = Layout | CodebookLayout | LatticeLayout
+AnyWeight = PackedWeight | PackedCodebook | PackedLattice
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Rounding:
 class Spec:
     """All that is fixed at compile time."""
 
-    layout: Layout | CodebookLayout
+    layout: AnyLayout
     rounding: Rounding
     rank: int  # padded
     a_block: int
@@ -63,20 +70,23 @@ class Spec:
 class PackedLinear:
     """A quantized linear as the kernels read it.
 
-    weight: see layout.py, and codebook.py. a_codes, A transposed [RP, KP], and b_codes [RP, N]: int8 with uint8 step
+    weight: see layout.py, codebook.py and lattice.py. a_codes, A transposed [RP, KP], and b_codes [RP, N]: int8 with uint8 step
     exponents [RP, KP/block] and [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in `dtype` or
-    None. workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
+    None. input_signs_K and output_signs_N, in `dtype`: of the basis that a lattice code's weight is in, or None; the bias
+    is in that of y. workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
     """
 
     spec: Spec
     dtype: torch.dtype
-    weight: PackedWeight | PackedCodebook
+    weight: AnyWeight
     bias_N: Tensor | None
     a_codes: Tensor | None
     a_exponents: Tensor | None
     b_codes: Tensor | None
     b_exponents: Tensor | None
     workspace: Tensor
+    input_signs_K: Tensor | None = None
+    output_signs_N: Tensor | None = None
 
     @classmethod
     def pack(
@@ -87,26 +97,30 @@ class PackedLinear:
         bias_N: Tensor | None,
         activation: NumberFormat | None,
         dtype: torch.dtype,
+        basis: RandomHadamard | None = None,
     ) -> PackedLinear:
         """Lay out a linear for the kernels, on the device of its tensors.
 
-        weight: (N, K) in "mxint", "int" or "codebook", blocks along K. a (K, R), b (R, N): any format; MXINT factors
+        weight: (N, K) in "mxint", "int", "codebook" or "e8p", blocks along K. a (K, R), b (R, N): any format; MXINT factors
         with blocks of 16, 32 or 64 along the summed dimension stay packed, others are kept as values in `dtype`.
-        activation: "mxint" with blocks of 16, 32 or 64, or None. dtype: bfloat16 or float16, of x and y.
+        activation: "mxint" with blocks of 16, 32 or 64, or None. dtype: bfloat16 or float16, of x and y. basis: that of
+        weight, a and b, which the kernels of "e8p" go to and come back from.
 
         Raises ValueError, stating the rule, for anything else.
         """
         if dtype not in DTYPES:
             raise ValueError(f"kernels compute in bfloat16 or float16, found {dtype}")
-        codebook = isinstance(weight.format, Codebook)
-        packed = pack_codebook(weight, dtype) if codebook else pack_weight(weight)
+        lattice = isinstance(weight.format, E8P)
+        if basis is not None and not lattice:
+            raise ValueError(f'kernels run a basis around weights of kind "e8p", found "{weight.format.kind}"')
+        packed = _pack_any(weight, dtype)
         rounding = activation_rounding(activation)
         rank = 0 if a is None else padded_rank(a.shape[1], max(rounding.block, _block_of(b)))
-        a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.padded_columns, rank, dtype)
+        a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.padded_columns, rank, dtype, as_values=lattice)
         a_codes, a_exponents = (part if part is None else part.T.contiguous() for part in (a_codes, a_exponents))
-        b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype)
+        b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype, as_values=lattice)
         counters = PROJECTION_COUNTERS
-        if isinstance(packed, PackedWeight):
+        if not isinstance(packed, PackedCodebook):
             counters += TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
         return cls(
             spec=Spec(packed.layout, rounding, rank, a_block, b_block),
@@ -118,6 +132,8 @@ class PackedLinear:
             b_codes=b_codes,
             b_exponents=b_exponents,
             workspace=torch.zeros(counters, dtype=torch.int32, device=packed.words.device),
+            input_signs_K=None if basis is None else basis.input_signs_I.to(packed.words.device, dtype),
+            output_signs_N=None if basis is None else basis.output_signs_O.to(packed.words.device, dtype),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -125,7 +141,8 @@ class PackedLinear:
         named = dict(zip(("words", "high", "scales", "zeros"), self.weight.parts, strict=True))
         named |= {
             "bias": self.bias_N, "a_codes": self.a_codes, "a_exponents": self.a_exponents, "b_codes": self.b_codes,
-            "b_exponents": self.b_exponents, "workspace": self.workspace,
+            "b_exponents": self.b_exponents, "workspace": self.workspace, "input_signs": self.input_signs_K,
+            "output_signs": self.output_signs_N,
         }  # fmt: skip
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -135,11 +152,14 @@ class PackedLinear:
 
 
 def weight_of(
-    layout: Layout | CodebookLayout, words: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None
-) -> PackedWeight | PackedCodebook:
-    """A packed weight from its tensors; the table of a codebook goes by the name of scales."""
+    layout: AnyLayout, words: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None
+) -> AnyWeight:
+    """A packed weight from its tensors, in the places that its `parts` put them in."""
     if isinstance(layout, CodebookLayout):
         return PackedCodebook(layout, words, scales)
+    if isinstance(layout, LatticeLayout):
+        assert high is not None
+        return PackedLattice(layout, words, high, scales)
     return PackedWeight(layout, words, high, scales, zeros)
 
 
@@ -147,6 +167,8 @@ def check_weight(number_format: NumberFormat) -> None:
     """Raise ValueError, stating the rule, for a format of weights that the kernels do not read."""
     if isinstance(number_format, Codebook):
         check_codebook(number_format)
+    elif isinstance(number_format, E8P):
+        check_lattice(number_format)
     else:
         check_weight_format(number_format)
 
@@ -174,14 +196,20 @@ def _block_of(factor: QuantizedTensor | None) -> int:
     return factor.format.block_size if factor.format.block_size in FACTOR_BLOCKS else 0
 
 
+def _pack_any(weight: QuantizedTensor, dtype: torch.dtype) -> AnyWeight:
+    if isinstance(weight.format, Codebook):
+        return pack_codebook(weight, dtype)
+    return pack_lattice(weight) if isinstance(weight.format, E8P) else pack_weight(weight)
+
+
 def _pack_factor(
-    factor: QuantizedTensor | None, rows: int, columns: int, dtype: torch.dtype
+    factor: QuantizedTensor | None, rows: int, columns: int, dtype: torch.dtype, as_values: bool
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """Codes or values [rows, columns], step exponents or None, and the block they share."""
     if factor is None:
         return None, None, FACTOR_BLOCKS[0]
     number_format, block = factor.format, _block_of(factor)
-    if not block:
+    if as_values or not block:
         return _padded(factor.dequantize(dtype), rows, columns), None, FACTOR_BLOCKS[0]
     assert isinstance(number_format, MXInt)
     exponents = factor.parts["exponents"].to(torch.int16)
@@ -207,7 +235,7 @@ def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
         raise ValueError(f"x must be (..., {layout.columns}) in {packed.dtype}, found {tuple(x.shape)} in {x.dtype}")
     return torch.ops.lqer.packed_linear(
         x, *packed.weight.parts, packed.bias_N, packed.a_codes, packed.a_exponents, packed.b_codes, packed.b_exponents,
-        packed.workspace, packed.spec.text,
+        packed.workspace, packed.input_signs_K, packed.output_signs_N, packed.spec.text,
     )  # fmt: skip
 
 
@@ -226,9 +254,11 @@ def decode_spec(text: str) -> Spec:
     """The inverse of `encode_spec`."""
     kind, *numbers = text.split(",")
     *fields, x_bits, x_block, ceil, rank, a_block, b_block = map(int, numbers)
-    layout: Layout | CodebookLayout
+    layout: AnyLayout
     if kind == CodebookLayout.__name__:
         layout = CodebookLayout(*fields)
+    elif kind == LatticeLayout.__name__:
+        layout = LatticeLayout(*fields)
     else:
         rows, columns, bits, offset, block, exponents = fields
         layout = Layout(rows, columns, bits, offset, block, bool(exponents))
@@ -248,12 +278,14 @@ def _packed_linear(
     b_codes: Tensor | None,
     b_exponents: Tensor | None,
     workspace: Tensor,
+    input_signs: Tensor | None,
+    output_signs: Tensor | None,
     spec: str,
 ) -> Tensor:
     decoded = decode_spec(spec)
     packed = PackedLinear(
         decoded, x.dtype, weight_of(decoded.layout, words, high, scales, zeros), bias, a_codes, a_exponents,
-        b_codes, b_exponents, workspace,
+        b_codes, b_exponents, workspace, input_signs, output_signs,
     )  # fmt: skip
     x_MK = x.reshape(-1, x.shape[-1])
     if x.is_cuda or INTERPRETED:
@@ -268,5 +300,8 @@ def _packed_linear(
 
 
 @_packed_linear.register_fake
-def _(x, words, high, scales, zeros, bias, a_codes, a_exponents, b_codes, b_exponents, workspace, spec):
+def _(
+    x, words, high, scales, zeros, bias, a_codes, a_exponents, b_codes, b_exponents, workspace, input_signs, output_signs,
+    spec,
+):  # fmt: skip
     return x.new_empty((*x.shape[:-1], decode_spec(spec).layout.rows))

@@ -32,7 +32,7 @@ class TritonLinear(nn.Module):
         weight = weight_of(self._spec.layout, self.words, held("high"), self.scales, held("zeros"))
         return PackedLinear(
             self._spec, self._dtype, weight, held("bias"), held("a_codes"), held("a_exponents"), held("b_codes"),
-            held("b_exponents"), self.workspace,
+            held("b_exponents"), self.workspace, held("input_signs"), held("output_signs"),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

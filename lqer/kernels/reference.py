@@ -5,18 +5,35 @@ It shares no code with the kernels beyond the layout of the tensors.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lqer.formats import MXInt
+from lqer.layers import FLOAT16_HEADROOM
+from lqer.transforms.hadamard import RandomHadamard
 
 from .codebook import PackedCodebook
+from .lattice import PackedLattice, unpack_points
 from .layout import PackedWeight, unpack_codes
-from .linear import PackedLinear
+from .linear import AnyWeight, PackedLinear
 
 
 def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, N] in packed.dtype, computed in float32."""
+    if packed.input_signs_K is None or packed.output_signs_N is None:
+        return _linear(x_MK, packed).to(packed.dtype)
+    basis = RandomHadamard(packed.input_signs_K, packed.output_signs_N)
+    room = FLOAT16_HEADROOM if packed.dtype == torch.float16 else 1.0
+    y_MN = basis.output(_linear(basis.input(x_MK / room), replace(packed, bias_N=None))) * room
+    if packed.bias_N is not None:
+        y_MN += packed.bias_N.to(torch.float32)
+    return y_MN.to(packed.dtype)
+
+
+def _linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
+    """y [M, N] float32, in the basis of the weight."""
     spec = packed.spec
     x32_MK = _round(x_MK.to(torch.float32), packed)
     y_MN = x32_MK @ dequantize(packed.weight, packed.dtype).to(torch.float32).T
@@ -28,13 +45,15 @@ def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
         b_RN = _factor(packed.b_codes, packed.b_exponents, spec.b_block)
         xa_MR = _round(x32_MK @ a_KR, packed).to(packed.dtype).to(torch.float32)
         y_MN += _round(xa_MR @ b_RN, packed)
-    return y_MN.to(packed.dtype)
+    return y_MN
 
 
-def dequantize(weight: PackedWeight | PackedCodebook, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in `dtype`, rounded once from its exact value."""
     if isinstance(weight, PackedCodebook):
         return _look_up(weight)
+    if isinstance(weight, PackedLattice):
+        return (unpack_points(weight) * weight.scales[: weight.layout.rows, None]).to(dtype)
     layout = weight.layout
     codes_NK = unpack_codes(weight).to(torch.float32)
     scales_NB = _in_rows(weight.scales, weight)
