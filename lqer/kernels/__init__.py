@@ -3,8 +3,9 @@
     packed = PackedLinear.pack(weight, a, b, bias, activation, torch.bfloat16)
     y = packed_linear(x, packed)
 
-This folder imports torch, triton, lqer.formats and, for linears in a randomized Hadamard basis, lqer.transforms. It imports on a machine without a GPU; kernels run on CUDA tensors,
-or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1).
+This folder imports torch, triton, lqer.formats and, for linears in a randomized Hadamard basis, lqer.layers and
+lqer.transforms. It imports on a machine without a GPU; kernels run on CUDA tensors, or on CPU tensors in Triton's
+interpreter (TRITON_INTERPRET=1).
 """
 
 from .layout import PackedWeight, pack_weight, unpack_codes

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .lattice_decode import kernel_order
+from .lattice_decode import token_order
 
 
 @triton.jit
@@ -33,12 +33,12 @@ def _block(x_AB, row_A, negative_BB):
 
 
 @triton.jit
-def prepare_tokens_kernel(
+def transform_tokens_kernel(
     x,  # [M, K], rows `x_stride` apart
     signs,  # [K], or None: no transform
     outer,  # O, float32 [A, A]
     a_values,  # Aᵀ [RP, KP] in the dtype of x, or None
-    x_out,  # [M, KP] in kernel order
+    x_out,  # [M, KP] in token order
     partial,  # float32 [A, M, RP], or None
     M,
     K,
@@ -52,7 +52,7 @@ def prepare_tokens_kernel(
     factor: tl.constexpr,  # of H_B
     chained: tl.constexpr,
 ):
-    """x' = H (signs ⊙ x), or x itself, in kernel order, and what a block of it adds to x' A."""
+    """x' = H (signs ⊙ x), or x itself, in token order, and what a block of it adds to x' A."""
     block, m = tl.program_id(0), tl.program_id(1)
     columns_B = block * B + tl.arange(0, B)
     blocks_A = tl.arange(0, BLOCK_A)
@@ -76,7 +76,7 @@ def prepare_tokens_kernel(
         x_B = _block(x_AB.to(tl.float32), row_A, negative_BB).to(dtype)
     else:
         x_B = tl.load(row + columns_B, mask=columns_B < K, other=0.0)
-    tl.store(x_out + m.to(tl.int64) * padded + kernel_order(columns_B), x_B)
+    tl.store(x_out + m.to(tl.int64) * padded + token_order(columns_B), x_B)
     if rank > 0:
         for first in tl.static_range(0, rank, BLOCK_R):
             if first > 0:
@@ -118,4 +118,3 @@ def restore_tokens_kernel(
     if bias is not None:
         y_B += bias_B
     tl.store(y_out + m.to(tl.int64) * (A * B) + columns_B, y_B.to(y_out.dtype.element_ty))
-

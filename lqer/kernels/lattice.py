@@ -11,7 +11,8 @@ number, and seven bits b with
 
     sign k = b_k ^ b_(k-1),  b_(-1) = b_7 = 0
 
-stand for all eight. The four codes of a unit of 64 bits lie bit-sliced, so that a shift and a mask spread the signs of one:
+stand for all eight. The four codes of a unit of 64 bits lie bit-sliced, so that a mask and a product spread the signs
+of one:
 
     bit 9 c and up, 9 bits       row of code c in the table
     bit 36 + 4 k + c, k < 7      b_k of code c
@@ -22,8 +23,8 @@ A decoded tile [N, 128] has its columns in kernel order: coordinate 4 h + j of c
 
     32 j + 16 d + 4 t + 2 e + h
 
-because a thread that holds unit t holds columns 4 t .. 4 t + 3 of sixteen of a tensor core's operand, two in a register,
-and those two come from the halves of one word. Values are points; scales, one a row, multiply the sums.
+because a thread that holds unit t holds columns 4 t .. 4 t + 3 of sixteen of a tensor core's operand, two in a
+register, and those two come from the halves of one word. Values are points; scales, one a row, multiply the sums.
 
 Shapes: M tokens, N out_features, K in_features, U units, T columns of a tile.
 """

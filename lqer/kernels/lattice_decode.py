@@ -1,7 +1,8 @@
 """Device functions that turn units of lattice codes into points, in registers (see lattice.py).
 
-On a GPU a unit becomes its 32 values in one piece of PTX. 0x4100 | n << 3 are the bits of the bfloat16 8 + n / 2, 0x4800 |
-n << 6 those of the float16; less 11.75 that is the point, exactly. Two values share each instruction. The interpreter
+On a GPU a unit becomes its 32 values in one piece of PTX. 0x4100 | n << 3 are the bits of the bfloat16 8 + n / 2,
+0x4800 | n << 6 those of the float16; less 11.75 that is the point, exactly. Two values share each instruction. Every
+value is an output of its own: what Triton makes of the order of elements in registers does not matter. The interpreter
 takes the same steps in plain operations.
 
 Rows of the codebook are looked up in shared memory, which a gather reads about four times as fast as the first cache.
@@ -66,7 +67,7 @@ def words_asm(unit: str, table: str) -> list[str]:
 
 
 def values_asm(bits: int, one: int, constant: int, kind: str) -> str:
-    """PTX from a unit, $32, and the table's address, $33, to its values: $(8 c + 2 j + h), coordinate 4 h + j of code c.
+    """PTX from a unit, $32, and the table's address, $33, to its values: $(8 c + 2 j + h), number 4 h + j of code c.
 
     bits: where n / 2 stands in 16 bits. one: 8 in them. constant: -11.75.
     """
@@ -86,9 +87,18 @@ def load_asm(span: int) -> str:
     return "\n".join(f"ld.global.nc.L1::no_allocate.b64 ${i}, [${span}+{size * i}];" for i in range(span))
 
 
+def tokens_asm() -> str:
+    """PTX: 32 values side by side from an address, $32."""
+    loads = (f"ld.global.v4.b32 {{v{i}, v{i + 1}, v{i + 2}, v{i + 3}}}, [$32+{4 * i}];" for i in range(0, 16, 4))
+    halves = (f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, v{i};" for i in range(16))
+    return "{\n" + "\n".join([".reg .b32 v<16>;", *loads, *halves]) + "\n}"
+
+
 BF16_ASM = tl.constexpr(values_asm(3, 0x4100, 0xC13C, "bf16x2"))
 FP16_ASM = tl.constexpr(values_asm(6, 0x4800, 0xC9E0, "f16x2"))
 VALUES_CONSTRAINTS = tl.constexpr(",".join(["=&h"] * 32 + ["l", "r"]))
+TOKENS_ASM = tl.constexpr(tokens_asm())
+TOKENS_CONSTRAINTS = tl.constexpr(",".join(["=&h"] * 32 + ["l"]))
 BF16_32 = tl.constexpr((tl.bfloat16,) * 32)
 FP16_32 = tl.constexpr((tl.float16,) * 32)
 LOADS = tl.constexpr(tuple(load_asm(span) for span in range(LARGEST_SPAN + 1)))
@@ -115,14 +125,20 @@ def unit_places(units, rows_N, first, tiles: tl.constexpr):
 
 
 @triton.jit
+def _load_plainly(place, span: tl.constexpr):
+    if span == 1:
+        return (tl.load(place),)
+    else:
+        half: tl.constexpr = span // 2
+        return _load_plainly(place, half) + _load_plainly(place + half * (ROWS_C * UNITS_C), half)
+
+
+@triton.jit
 def load_units(units, rows_N, first, tiles: tl.constexpr, span: tl.constexpr):
     """Units [N, 4] of `span` tiles from number `first` on, a tuple."""
     place = unit_places(units, rows_N, first, tiles)
     if INTERPRETED:
-        loaded = ()
-        for i in tl.static_range(span):
-            loaded = loaded + (tl.load(place + i * (ROWS_C * UNITS_C)),)
-        return loaded
+        return _load_plainly(place, span)
     else:
         # In whatever layout the tensor cores want: a load of Triton's would fix one of its own.
         return tl.inline_asm_elementwise(
@@ -166,6 +182,18 @@ def _joined16(v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v
 
 
 @triton.jit
+def _joined32(v):
+    """[*lead, 2, 2, 2, 2, 2] of a tuple of 32 tensors, the number's highest bit first."""
+    low = _joined16(
+        v[0], v[2], v[4], v[6], v[8], v[10], v[12], v[14], v[16], v[18], v[20], v[22], v[24], v[26], v[28], v[30]
+    )
+    high = _joined16(
+        v[1], v[3], v[5], v[7], v[9], v[11], v[13], v[15], v[17], v[19], v[21], v[23], v[25], v[27], v[29], v[31]
+    )
+    return tl.join(low, high)
+
+
+@triton.jit
 def decode_units(units_NU, table, dtype: tl.constexpr):
     """Points [N, 128] in kernel order of the units [N, 4] of a tile; table: what `share_table` returned."""
     if INTERPRETED:
@@ -178,20 +206,60 @@ def decode_units(units_NU, table, dtype: tl.constexpr):
 
 @triton.jit
 def _asm_values(units_NU, table, asm: tl.constexpr, types: tl.constexpr):
-    rows: tl.constexpr = units_NU.shape[0]
-    (
-        a0, b0, a1, b1, a2, b2, a3, b3, a4, b4, a5, b5, a6, b6, a7, b7,
-        a8, b8, a9, b9, a10, b10, a11, b11, a12, b12, a13, b13, a14, b14, a15, b15,
-    ) = tl.inline_asm_elementwise(asm, VALUES_CONSTRAINTS, [units_NU, table], dtype=types, is_pure=True, pack=1)  # fmt: skip
-    low = _joined16(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15)
-    high = _joined16(b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15)
-    # [N, t, d, e, j, j, h] to [N, j, j, d, t, e, h]
-    return tl.join(low, high).permute(0, 4, 5, 2, 1, 3, 6).reshape(rows, TILE_C)
+    values = tl.inline_asm_elementwise(asm, VALUES_CONSTRAINTS, [units_NU, table], dtype=types, is_pure=True, pack=1)
+    return decoded_order(values)
 
 
 @triton.jit
-def kernel_order(columns):
-    """Where natural columns stand in kernel order."""
+def decoded_order(values):
+    """[N, 128] in kernel order of what `values_asm` yields for units [N, 4]."""
+    rows: tl.constexpr = values[0].shape[0]
+    # [N, t, d, e, j, j, h] to [N, j, j, d, t, e, h]
+    return _joined32(values).permute(0, 4, 5, 2, 1, 3, 6).reshape(rows, TILE_C)
+
+
+@triton.jit
+def token_tile(values):
+    """[M, 128] in kernel order of what `tokens_asm` yields for units [M, 4]."""
+    tokens: tl.constexpr = values[0].shape[0]
+    # [M, t, j, j, d, e, h] to [M, j, j, d, t, e, h]
+    return _joined32(values).permute(0, 2, 3, 4, 1, 5, 6).reshape(tokens, TILE_C)
+
+
+@triton.jit
+def pinned(pointer):
+    """An address that nothing is loaded from before this point."""
+    if INTERPRETED:
+        return pointer
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b64 $0, $1;", "=l,l", [pointer.to(tl.int64)], dtype=tl.int64, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def load_tokens(address_M, tile, dtype: tl.constexpr):
+    """Tile number `tile` of tokens [M, 128] in kernel order, from where tokens are, `pinned`, in `token_order`."""
+    tokens: tl.constexpr = address_M.shape[0]
+    if INTERPRETED:
+        x_MT = tl.load(address_M[:, None] + tile * TILE_C + tl.arange(0, TILE_C)[None, :])
+        return x_MT.reshape(tokens, UNITS_C, 8, 4).permute(0, 2, 1, 3).reshape(tokens, TILE_C)
+    else:
+        place = address_M[:, None] + (tile * TILE_C + tl.arange(0, UNITS_C) * 32)[None, :] * 2
+        if dtype == tl.bfloat16:
+            values = tl.inline_asm_elementwise(
+                TOKENS_ASM, TOKENS_CONSTRAINTS, [place], dtype=BF16_32, is_pure=True, pack=1
+            )
+        else:
+            values = tl.inline_asm_elementwise(
+                TOKENS_ASM, TOKENS_CONSTRAINTS, [place], dtype=FP16_32, is_pure=True, pack=1
+            )
+        return token_tile(values)
+
+
+@triton.jit
+def token_order(columns):
+    """Where x has its natural columns in memory: in kernel order, but unit by unit, as threads read it."""
     inside = columns % TILE_C
     k, code = inside % 8, inside // 8
-    return columns - inside + k % 4 * 32 + code // 2 % 2 * 16 + code // 4 * 4 + code % 2 * 2 + k // 4
+    return columns - inside + code // 4 * 32 + k % 4 * 8 + code // 2 % 2 * 4 + code % 2 * 2 + k // 4

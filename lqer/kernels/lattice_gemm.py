@@ -1,7 +1,7 @@
 """Kernels on lattice codes: the product for few tokens, and decoding to memory for many.
 
-The product y = W x + b + L (R x) is computed as yᵀ = W xᵀ, weights decoded in registers on their way into tensor cores. A
-program reads all of its codes at once, before it waits for the kernel that makes x, so that memory is at work while
+The product y = W x + b + L (R x) is computed as yᵀ = W xᵀ, weights decoded in registers on their way into tensor cores.
+A program reads all of its codes at once, before it waits for the kernel that makes x, so that memory is at work while
 that one is. K is cut into spans of tiles, a program each; parts are slabs in memory, and the program that finishes a
 tile of outputs last adds them up in a fixed order. Every part brings some of the ranks.
 
@@ -12,13 +12,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .decode import ROWS_C, dot
+from .decode import dot
 from .lattice_decode import (
     TILE_C,
     UNITS_C,
     decode_units,
+    load_tokens,
     load_units,
     nibble_values,
+    pinned,
     share_table,
     unit_places,
     unit_word,
@@ -29,7 +31,7 @@ PROJECTION_ELEMENTS = tl.constexpr(4096)
 
 @triton.jit(do_not_specialize=["M"])
 def lattice_product_kernel(
-    x,  # [M, KP] in kernel order
+    x,  # [M, KP] in token order
     units,
     table,
     scales,
@@ -50,13 +52,13 @@ def lattice_product_kernel(
     tiles_n: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TOKENS: tl.constexpr,  # M as a power of two
+    TOKENS: tl.constexpr,  # of a tile that may be there, as a power of two
     BLOCK_R: tl.constexpr,
     chained: tl.constexpr,
 ):
-    """A tile of outputs for up to BLOCK_M tokens."""
+    """A tile of outputs for BLOCK_M tokens."""
     pid = tl.program_id(0)
-    pid_n, pid_s = pid % tiles_n, pid // tiles_n
+    pid_n, pid_s, pid_m = pid % tiles_n, pid // tiles_n % splits, pid // (tiles_n * splits)
     rows_N = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = x.dtype.element_ty
     loaded = load_units(units, rows_N, pid_s * span, tiles, span)
@@ -71,21 +73,21 @@ def lattice_product_kernel(
     if chained:
         gdc_wait()
         gdc_launch_dependents()
-    rows_M = tl.arange(0, BLOCK_M)
+    rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     # Tokens that are not there read another's.
-    x_rows = x + tl.minimum(rows_M, M - 1).to(tl.int64)[:, None] * (tiles * TILE_C)
-    x_rows += (pid_s * (span * TILE_C) + tl.arange(0, TILE_C))[None, :]
+    x_rows_M = x + tl.minimum(rows_M, M - 1).to(tl.int64) * (tiles * TILE_C) + pid_s * (span * TILE_C)
+    address_M = pinned(x_rows_M)
     acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for i in tl.static_range(span):
         w_NT = decode_units(loaded[i], rows_of_a, dtype)
-        acc_NM = dot(w_NT, tl.trans(tl.load(x_rows + i * TILE_C)), acc_NM)
+        acc_NM = dot(w_NT, tl.trans(load_tokens(address_M, i, dtype)), acc_NM)
     acc_NM *= tl.load(scales + rows_N)[:, None]
     if rank > 0:
         for first in range(first_rank, rank, splits * BLOCK_R):
             if first > first_rank:
                 place = b_values + (first + ranks_R)[None, :] * N + rows_N[:, None]
                 b_NR = tl.load(place, mask=(rows_N < N)[:, None], other=0.0)
-            xa_MR = _projection(projection, first + ranks_R, M, rank, slabs, BLOCK_S, BLOCK_M, TOKENS)
+            xa_MR = _projection(projection, first + ranks_R, pid_m * BLOCK_M, M, rank, slabs, BLOCK_S, BLOCK_M, TOKENS)
             acc_NM = dot(b_NR, tl.trans(xa_MR.to(dtype)), acc_NM)
 
     inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
@@ -96,7 +98,7 @@ def lattice_product_kernel(
         tl.store(partial + pid_s * slab + offset_NM, acc_NM, mask=inside_NM)
         # Every thread's part of the slab has to be out before this program counts as finished.
         tl.debug_barrier()
-        counter = finished + pid_n
+        counter = finished + pid_m * tiles_n + pid_n
         last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if last:
             tl.store(counter, 0)
@@ -113,6 +115,7 @@ def lattice_product_kernel(
 def _projection(
     projection,
     ranks_R,
+    first_token,
     M,
     rank: tl.constexpr,
     slabs: tl.constexpr,
@@ -120,10 +123,10 @@ def _projection(
     BLOCK_M: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """x A, float32 [BLOCK_M, R]: its parts added up."""
+    """x A of a tile of tokens, float32 [BLOCK_M, R]: its parts added up."""
     width: tl.constexpr = ranks_R.shape[0]
     at_once: tl.constexpr = min(BLOCK_S, max(1, PROJECTION_ELEMENTS // (TOKENS * width)))
-    tokens_M = tl.minimum(tl.arange(0, TOKENS), M - 1)
+    tokens_M = tl.minimum(first_token + tl.arange(0, TOKENS), M - 1)
     xa_MR = tl.zeros((TOKENS, width), tl.float32)
     for first in range(0, slabs, at_once):
         slabs_S = first + tl.arange(0, at_once)
@@ -144,9 +147,10 @@ def lattice_expand_kernel(
     N,
     K,
     tiles: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Decode one tile of sixteen rows to memory, scaled in float32, columns in natural order."""
-    rows_N = tl.program_id(0) * ROWS_C + tl.arange(0, ROWS_C)
+    """Decode a tile of BLOCK_N rows to memory, scaled in float32, columns in natural order."""
+    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
     units_NU = tl.load(unit_places(units, rows_N, tile, tiles))
     scales_N = tl.load(scales + rows_N)

@@ -17,13 +17,14 @@ from torch import Tensor
 from lqer.layers import FLOAT16_HEADROOM
 from lqer.transforms.hadamard import RandomHadamard, small_factor, small_order
 
-from .hadamard import prepare_tokens_kernel, restore_tokens_kernel
+from .hadamard import restore_tokens_kernel, transform_tokens_kernel
 from .lattice import TILE_K, LatticeLayout, PackedLattice
 from .lattice_gemm import lattice_expand_kernel, lattice_product_kernel
-from .layout import ROWS
+from .layout import ROW_PADDING
 from .linear import PackedLinear
 
 LATTICE_TOKENS = 16
+BLOCK_M = 8  # with more, Triton takes another instruction, and decoded weights a way through shared memory
 LARGEST_BLOCK = 128  # of a transform's outputs, for one program
 LARGEST_OUTER = 256  # rows of the outer factor: a program reads all blocks at once
 TRANSFORM_WARPS = 8
@@ -121,10 +122,8 @@ def run_lattice(
     return y_out
 
 
-def _prepare(
-    x_MK: Tensor, packed: PackedLinear, signs_K: Tensor | None, chained: bool
-) -> tuple[Tensor, Tensor | None]:
-    """x' [M, KP] in kernel order, and the parts of x' A, float32 [blocks, M, RP]."""
+def _prepare(x_MK: Tensor, packed: PackedLinear, signs_K: Tensor | None, chained: bool) -> tuple[Tensor, Tensor | None]:
+    """x' [M, KP] in token order, and the parts of x' A, float32 [blocks, M, RP]."""
     (m, k), rank, padded = x_MK.shape, packed.spec.rank, packed.spec.layout.padded_columns
     into = None if signs_K is None else transform(k, False, x_MK.device)
     block = TILE_K if into is None else into.block
@@ -132,7 +131,7 @@ def _prepare(
     # A program for every column, or zeros where there is none.
     x_out = (x_MK.new_empty if blocks * block == padded else x_MK.new_zeros)((m, padded))
     projection = x_MK.new_empty((blocks, m, rank), dtype=torch.float32) if rank else None
-    prepare_tokens_kernel[blocks, m](
+    transform_tokens_kernel[blocks, m](
         x_MK, signs_K, None if into is None else into.outer, packed.a_codes, x_out, projection, m, k, x_MK.stride(0),
         rank=rank, padded=padded, A=blocks, BLOCK_A=triton.next_power_of_2(blocks), B=block,
         BLOCK_R=min(rank, RANKS_AT_ONCE), factor=1.0 if into is None else into.factor / headroom(x_MK.dtype),
@@ -156,15 +155,15 @@ def _product(
     layout = weight.layout
     span = math.gcd(launch.span, layout.span)
     splits = layout.tiles // span
-    block_m = 8 if m <= 8 else 16
-    tiles_n, slabs = layout.padded_rows // launch.block_n, 0 if projection is None else len(projection)
+    tiles_n, tiles_m = layout.padded_rows // launch.block_n, -(-m // BLOCK_M)
+    slabs = 0 if projection is None else len(projection)
     partial = x_out.new_empty((splits, layout.rows, m), dtype=torch.float32) if splits > 1 else None
     y_MN = x_out.new_empty(m, layout.rows, dtype=dtype)
-    lattice_product_kernel[(tiles_n * splits,)](
+    lattice_product_kernel[(tiles_n * splits * tiles_m,)](
         x_out, weight.units, weight.table, weight.scales, packed.b_codes, projection, bias_N, partial,
         packed.workspace, y_MN, m, layout.rows, rank=rank, slabs=slabs, BLOCK_S=triton.next_power_of_2(max(slabs, 1)),
-        tiles=layout.tiles, span=span, splits=splits, tiles_n=tiles_n, BLOCK_N=launch.block_n, BLOCK_M=block_m,
-        TOKENS=min(block_m, triton.next_power_of_2(m)), BLOCK_R=_ranks_of_a_split(rank, splits), chained=chained,
+        tiles=layout.tiles, span=span, splits=splits, tiles_n=tiles_n, BLOCK_N=launch.block_n, BLOCK_M=BLOCK_M,
+        TOKENS=min(BLOCK_M, triton.next_power_of_2(m)), BLOCK_R=_ranks_of_a_split(rank, splits), chained=chained,
         num_warps=launch.warps, **_chain(chained),
     )  # fmt: skip
     return y_MN
@@ -178,8 +177,16 @@ def _ranks_of_a_split(rank: int, splits: int) -> int:
 def expand_lattice(weight: PackedLattice, w_NK: Tensor) -> None:
     """Decode a weight into w_NK."""
     layout: LatticeLayout = weight.layout
-    lattice_expand_kernel[layout.padded_rows // ROWS, layout.tiles](
-        weight.units, weight.table, weight.scales, w_NK, layout.rows, layout.columns, tiles=layout.tiles, num_warps=1
+    lattice_expand_kernel[layout.padded_rows // ROW_PADDING, layout.tiles](
+        weight.units,
+        weight.table,
+        weight.scales,
+        w_NK,
+        layout.rows,
+        layout.columns,
+        tiles=layout.tiles,
+        BLOCK_N=ROW_PADDING,
+        num_warps=4,
     )
 
 

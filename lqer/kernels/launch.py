@@ -23,7 +23,7 @@ from .lattice import LatticeLayout, PackedLattice
 from .lattice_launch import LATTICE_TOKENS, expand_lattice, in_basis, run_lattice, runs_in_kernels
 from .layout import ROW_PADDING as ROW_TILE
 from .layout import Layout, PackedWeight
-from .linear import INTERPRETED, PROJECTION_COUNTERS, TOKEN_TILES, PackedLinear
+from .linear import INTERPRETED, PROJECTION_COUNTERS, TOKEN_TILES, AnyWeight, PackedLinear
 from .lookup import codebook_expand_kernel, codebook_product_kernel
 from .tokens import prepare_tokens_kernel, project_kernel, round_kernel
 from .tuning import GemmLaunch, GemvLaunch, bucket_of, gemm_launch, gemv_launch

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lqer.formats import E8P, Codebook, MXInt, NumberFormat, Passthrough, QuantizedTensor
-
 from lqer.transforms.hadamard import RandomHadamard
 
 from .codebook import CodebookLayout, PackedCodebook, check_codebook, pack_codebook
@@ -70,10 +69,10 @@ class Spec:
 class PackedLinear:
     """A quantized linear as the kernels read it.
 
-    weight: see layout.py, codebook.py and lattice.py. a_codes, A transposed [RP, KP], and b_codes [RP, N]: int8 with uint8 step
-    exponents [RP, KP/block] and [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in `dtype` or
-    None. input_signs_K and output_signs_N, in `dtype`: of the basis that a lattice code's weight is in, or None; the bias
-    is in that of y. workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
+    weight: see layout.py, codebook.py and lattice.py. a_codes, A transposed [RP, KP], and b_codes [RP, N]: int8 with
+    uint8 step exponents [RP, KP/block] and [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in
+    `dtype` or None. input_signs_K and output_signs_N, in `dtype`: of the basis that weight, A and B are in, for lattice codes, or
+    None. workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
     """
 
     spec: Spec
@@ -101,10 +100,10 @@ class PackedLinear:
     ) -> PackedLinear:
         """Lay out a linear for the kernels, on the device of its tensors.
 
-        weight: (N, K) in "mxint", "int", "codebook" or "e8p", blocks along K. a (K, R), b (R, N): any format; MXINT factors
-        with blocks of 16, 32 or 64 along the summed dimension stay packed, others are kept as values in `dtype`.
-        activation: "mxint" with blocks of 16, 32 or 64, or None. dtype: bfloat16 or float16, of x and y. basis: that of
-        weight, a and b, which the kernels of "e8p" go to and come back from.
+        weight: (N, K) in "mxint", "int", "codebook" or "e8p", blocks along K. a (K, R), b (R, N): any format; MXINT
+        factors with blocks of 16, 32 or 64 along the summed dimension stay packed, except beside "e8p"; others are kept
+        as values in `dtype`. activation: "mxint" with blocks of 16, 32 or 64, or None. dtype: bfloat16 or float16, of x
+        and y. basis: that of weight, a and b, which the kernels of "e8p" go to and come back from.
 
         Raises ValueError, stating the rule, for anything else.
         """
@@ -151,9 +150,7 @@ class PackedLinear:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
-def weight_of(
-    layout: AnyLayout, words: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None
-) -> AnyWeight:
+def weight_of(layout: AnyLayout, words: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None) -> AnyWeight:
     """A packed weight from its tensors, in the places that its `parts` put them in."""
     if isinstance(layout, CodebookLayout):
         return PackedCodebook(layout, words, scales)
@@ -301,7 +298,7 @@ def _packed_linear(
 
 @_packed_linear.register_fake
 def _(
-    x, words, high, scales, zeros, bias, a_codes, a_exponents, b_codes, b_exponents, workspace, input_signs, output_signs,
-    spec,
+    x, words, high, scales, zeros, bias, a_codes, a_exponents, b_codes, b_exponents, workspace, input_signs,
+    output_signs, spec,
 ):  # fmt: skip
     return x.new_empty((*x.shape[:-1], decode_spec(spec).layout.rows))

@@ -17,14 +17,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lqer.formats import Codebook, Int, MXInt, Passthrough
-from lqer.kernels import launch
+from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough
+from lqer.kernels import PackedLinear, launch
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
+from lqer.transforms.hadamard import random_hadamard
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
-    torch.uint8: "*u8",
+    torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 compiled: set[str] = set()
@@ -72,6 +73,14 @@ def main() -> None:
     layer = build_layer(Codebook(2, 1, 64 * 66, 66), 64, 201, dtype=torch.float16)
     launch.run_codebook(random_input(2, 201, torch.float16), layer.packed)
     launch.run_expanded(random_input(32, 201, torch.float16), layer.packed)
+    for dtype, rank in ((bf16, 64), (torch.float16, 0)):
+        lattice = build_layer(E8P(2), 64, 2048, rank=rank, dtype=dtype)
+        packed = PackedLinear.pack(
+            lattice.weight, lattice.a, lattice.b, None, None, dtype, random_hadamard(64, 2048, 0)
+        )
+        for m in (1, 16, 17):
+            launch.run_layer(random_input(m, 2048, dtype), packed)
+            launch.run_layer(random_input(m, 2048, dtype), lattice.packed)
     print(" ".join(sorted(compiled)))
 
 

@@ -123,7 +123,7 @@ def test_shapes_need_not_be_multiples_of_a_tile_nor_powers_of_two(n, k):
 
 
 def test_a_length_without_a_small_outer_factor_is_transformed_by_torch():
-    assert not fits_transform(257) and fits_transform(11008) and fits_transform(28672)
+    assert [fits_transform(length) for length in (257, 11008, 28672)] == [False, True, True]
     layer = Layer(16, 257, rank=16, bias=True)
     x_MK = random_input(2, 257)
     assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < 1.8 * TOLERANCE[DTYPE]
@@ -165,7 +165,9 @@ def test_rounded_activations_are_rounded_in_the_basis_of_the_weight():
     layer = Layer(64, 256, rank=16, factor=MXInt(8))
     packed = PackedLinear.pack(layer.weight, layer.a, layer.b, None, MXInt(8), DTYPE, layer.basis)
     parts = (part.dequantize(DTYPE) for part in (layer.a, layer.b))
-    emulated = HadamardLinear(QuantizedLinear(layer.weight.dequantize(DTYPE), None, *parts, MXInt(8)), layer.basis, None)
+    emulated = HadamardLinear(
+        QuantizedLinear(layer.weight.dequantize(DTYPE), None, *parts, MXInt(8)), layer.basis, None
+    )
     x_MK = random_input(3, 256)
     torch.testing.assert_close(packed_linear(x_MK, packed), emulated.to(DEVICE)(x_MK), rtol=2e-2, atol=2e-2)
 

@@ -1,0 +1,135 @@
+"""The few instructions of PTX that kernels contain as text, run on tensors: a lane for each element.
+
+Semantics are those of NVIDIA's PTX ISA. Registers hold int64 tensors of unsigned values; memory is 32-bit words.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+WORD, HALF = (1 << 32) - 1, (1 << 16) - 1
+DTYPES = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
+
+
+class Machine:
+    """Shared and global memory, and the registers of one block of text at a time."""
+
+    def __init__(self, words: int = 1 << 14, symbols: dict[str, int] | None = None):
+        self.shared = torch.full((words,), 0xDEADBEEF, dtype=torch.int64)
+        self.memory = torch.zeros(words, dtype=torch.int64)
+        self.symbols = symbols or {}
+
+    def run(self, text: str, operands: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All registers after the text has run; operands: "$4" and the like, and special registers."""
+        lines = [line.strip() for line in re.sub(r";\s*", ";\n", text).splitlines()]
+        lines = [line.rstrip(";") for line in lines if line and line not in "{}" and not line.startswith(".")]
+        labels = {line[:-1]: place for place, line in enumerate(lines) if line.endswith(":")}
+        registers, place = dict(operands), 0
+        while place < len(lines):
+            line, place = lines[place], place + 1
+            if line.endswith(":"):
+                continue
+            if line.startswith("@"):
+                predicate, line = line[1:].split(" ", 1)
+                if not bool(registers[predicate]):
+                    continue
+            opcode, _, rest = line.partition(" ")
+            if opcode == "bra":
+                place = labels[rest]
+            elif opcode != "bar.sync":
+                self._execute(opcode, _split(rest), registers)
+        return registers
+
+    def _execute(self, opcode: str, names: list[str], registers: dict[str, Tensor]) -> None:
+        def value(name: str) -> Tensor:
+            if name in registers:
+                return registers[name]
+            number = self.symbols[name] if name in self.symbols else int(name, 0)
+            return torch.tensor(number & WORD if number < 0 else number)
+
+        def address(name: str) -> Tensor:
+            base, _, offset = name.strip("[]").partition("+")
+            return value(base) + int(offset or 0)
+
+        target, sources = names[0], [value(name) for name in names[1:] if "[" not in name and "{" not in name]
+        match opcode:
+            case "mov.u32" | "mov.b32" if "{" not in target:
+                registers[target] = sources[0]
+            case "mov.b64":
+                low, high = target.strip("{}").split(",")
+                registers[low.strip()], registers[high.strip()] = sources[0] & WORD, (sources[0] >> 32) & WORD
+            case "mov.b32":
+                low, high = target.strip("{}").split(",")
+                registers[low.strip()], registers[high.strip()] = sources[0] & HALF, sources[0] >> 16
+            case "shl.b32":
+                registers[target] = (sources[0] << sources[1]) & WORD
+            case "shr.u32":
+                registers[target] = sources[0] >> sources[1]
+            case "shf.r.clamp.b32":
+                registers[target] = ((sources[1] << 32 | sources[0]) >> sources[2].clamp(max=32)) & WORD
+            case "and.b32":
+                registers[target] = sources[0] & sources[1]
+            case "xor.b32":
+                registers[target] = sources[0] ^ sources[1]
+            case "add.u32":
+                registers[target] = (sources[0] + sources[1]) & WORD
+            case "add.s64":
+                registers[target] = sources[0] + sources[1]
+            case "mul.lo.u32":
+                registers[target] = (sources[0] * sources[1]) & WORD
+            case "mul.wide.u32":
+                registers[target] = sources[0] * sources[1]
+            case "lop3.b32":
+                registers[target] = _lop3(*sources)
+            case "setp.ge.u32":
+                registers[target] = sources[0] >= sources[1]
+            case "add.rn.bf16x2" | "add.rn.f16x2":
+                registers[target] = _add_pairs(sources[0], sources[1], DTYPES[opcode.rpartition(".")[2]])
+            case "ld.shared.b32":
+                registers[target] = _read(self.shared, address(names[1]))
+            case "st.shared.b32":
+                self.shared[address(target) // 4] = sources[0]
+            case "ld.global.nc.b32":
+                registers[target] = _read(self.memory, address(names[1]))
+            case "ld.global.v4.b32":
+                for i, register in enumerate(target.strip("{}").split(",")):
+                    registers[register.strip()] = _read(self.memory, address(names[1]) + 4 * i)
+            case _:
+                raise NotImplementedError(opcode)
+
+
+def _split(operands: str) -> list[str]:
+    """Operands, those in braces as one."""
+    return [found.strip() for found in re.findall(r"\{[^}]*\}|[^,]+", operands) if found.strip()]
+
+
+def _read(memory: Tensor, address: Tensor) -> Tensor:
+    assert not (address % 4).any()
+    return memory[address // 4]
+
+
+def _lop3(a: Tensor, b: Tensor, c: Tensor, table: Tensor) -> Tensor:
+    """Bit i of the result is bit 4 a_i + 2 b_i + c_i of the table."""
+    result = torch.zeros_like(a | b | c)
+    for chosen in range(8):
+        if int(table) >> chosen & 1:
+            terms = [x if chosen >> place & 1 else ~x & WORD for x, place in ((a, 2), (b, 1), (c, 0))]
+            result |= terms[0] & terms[1] & terms[2]
+    return result
+
+
+def values_of(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """16-bit patterns as the values that they are, float64."""
+    signed = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16)
+    return signed.view(dtype).double()
+
+
+def _add_pairs(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    halves = []
+    for shift in (0, 16):
+        total = values_of(a >> shift & HALF, dtype) + values_of(b >> shift & HALF, dtype)
+        halves.append(total.to(dtype).view(torch.int16).to(torch.int64) & HALF)
+    return halves[0] | halves[1] << 16
