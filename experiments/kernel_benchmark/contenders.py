@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lqer.formats import Codebook, Int, MXInt, NumberFormat, QuantizedTensor
-from lqer.layers import QuantizedLinear
+from lqer.formats import E8P, Codebook, Int, MXInt, NumberFormat, QuantizedTensor
+from lqer.layers import HadamardLinear, QuantizedLinear
+from lqer.transforms.hadamard import RandomHadamard, random_hadamard
 
 from . import peers
 from .results import Scene
@@ -72,7 +73,17 @@ class Operands:
             weight_NK = self.weight_NK.double()
         else:
             weight_NK = self.quantized(variant.weight).dequantize(torch.float64)
-        return QuantizedLinear(weight_NK, None, a_KR, b_RN, variant.activation)(x_MK.double())
+        layer = QuantizedLinear(weight_NK, None, a_KR, b_RN, variant.activation)
+        basis = self.basis(variant)
+        return layer(x_MK.double()) if basis is None else HadamardLinear(layer, basis, None)(x_MK.double())
+
+    def basis(self, variant: Variant) -> RandomHadamard | None:
+        """The basis that the variant's weight and factors are in."""
+        if not variant.rotated:
+            return None
+        signs = random_hadamard(self.n, self.k, seed=0)
+        device = self.weight_NK.device
+        return RandomHadamard(signs.input_signs_I.to(device), signs.output_signs_O.to(device))
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ class Variant:
     activation: NumberFormat | None = None
     rank: int = 0
     stored_bits: float | None = None  # per weight, where it is not what the number format asks for
+    rotated: bool = False  # in a randomized Hadamard basis; A and B are then read in bf16
     eager: bool = False  # called from Python instead of from a CUDA graph
     tolerance: float = OWN_TOLERANCE
 
@@ -101,9 +113,13 @@ class Variant:
             return self.stored_bits
         return 16.0 if self.weight is None else self.weight.bits_per_value(k)
 
+    @property
+    def factor_bits(self) -> float:
+        return 16.0 if self.rotated else FACTOR.bits_per_value(self.rank)
+
     def weight_bytes(self, k: int, n: int) -> float:
         """What is stored: weights, scales and both factors."""
-        branch_bits = self.rank * (k + n) * FACTOR.bits_per_value(self.rank) if self.rank else 0.0
+        branch_bits = self.rank * (k + n) * self.factor_bits if self.rank else 0.0
         return (k * n * self.weight_bits(k) + branch_bits) / 8
 
     def floor_us(self, scene: Scene, bytes_per_second: float, operations_per_second: float) -> float:
@@ -125,7 +141,8 @@ def _pack(operands: Operands, variant: Variant, rank: int) -> Any:
     assert variant.weight is not None
     a_KR, b_RN = operands.factors(rank)
     weight = operands.quantized(variant.weight)
-    return PackedLinear.pack(weight, a_KR, b_RN, None, variant.activation, dtype=torch.bfloat16)
+    basis = operands.basis(variant)
+    return PackedLinear.pack(weight, a_KR, b_RN, None, variant.activation, torch.bfloat16, basis)
 
 
 def packed(operands: Operands, variant: Variant, m: int) -> Contender:
@@ -208,6 +225,7 @@ VARIANTS = {
     "w4a16-r32": _own("W4A16 + rank 32", W4, rank=32),
     "w4a16-r32-unfused": Variant("W4A16 + rank 32, unfused", unfused, W4, rank=32),
     **{f"w4a8-r{rank}": _own(f"W4A8 + rank {rank}", W4, X8, rank) for rank in (16, 32, 64, 128, 256)},
+    "e8p-r64": Variant("2-bit E8P + rank 64, rotated", packed, E8P(2), rank=64, rotated=True),
     "w4a8-r32-eager": Variant(f"{_LAYER}, from Python", packed, W4, X8, 32, eager=True),
     "emulation-w4a8-r32": Variant(
         f"emulation of {_LAYER}, from Python", emulation, W4, X8, 32, 16.0, eager=True

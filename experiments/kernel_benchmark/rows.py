@@ -23,6 +23,7 @@ GROUPS = {
     "f": "a whole layer against its emulation",
     "g": "a decoder of 7B shape",
     "h": "learned codebooks of 2 bits a weight, one token",
+    "i": "lattice codes of 2 bits a weight with a rank-64 branch, between Hadamard transforms, one token",
     "extra": "other formats, ranks and numbers of tokens",
 }
 DECODER_BAR = Bar("g", "tokens/s, decode, 32 blocks of 7B shape", "", (), 1.6, 2.4, times_faster=True)
@@ -50,6 +51,11 @@ def _branch(activation: str, m: int, rank_32: str, at_least: float | None = 1.20
 def _codebook(m: int, at_least: float, aim: float) -> Bar:
     label = f"2-bit 2D codebook, M={m}, {SQUARE[0]}x{SQUARE[1]}"
     return Bar("h", label, "vq2-2d", ((Scene(*SQUARE, m), "bf16"),), at_least, aim)
+
+
+def _lattice(m: int, at_least: float, aim: float) -> Bar:
+    label = f"2-bit E8P + rank 64, both Hadamards, M={m}, {SQUARE[0]}x{SQUARE[1]}"
+    return Bar("i", label, "e8p-r64", ((Scene(*SQUARE, m), "bf16"),), at_least, aim)
 
 
 def _layer(m: int, ours: str, calls: str, at_least: float, aim: float) -> Bar:
@@ -82,6 +88,7 @@ BARS = (
     _layer(1, "w4a8-r32", "ours in a CUDA graph", 5.0, 40.0),
     _layer(2048, "w4a8-r32-eager", "both called from Python", 1.5, 3.0),
     _codebook(1, 0.45, 0.33),
+    _lattice(1, 0.45, 0.33),
 )
 
 _FORMATS = ("w2a16", "w3a16", "w4a16", "w8a16", "int4-g128-a16", "bf16")
@@ -89,7 +96,7 @@ _RANKS = tuple(f"w4a8-r{rank}" for rank in (16, 32, 64, 128, 256))
 EXTRA = {
     **{Scene(*WIDE, m): (*_FORMATS, "gemlite-int4-g16", "w4a8", *_RANKS) for m in (1, 16)},
     **{Scene(*WIDE, m): ("w4a16", "w4a8-r32", "bf16") for m in (2, 4, 8, 32, 64, 128, 256, 512)},
-    **{Scene(*SQUARE, m): ("vq2-1d", "vq2-2d", "vq2-4d", "vq2-2d-r32", "bf16") for m in (1, 16)},
+    **{Scene(*SQUARE, m): ("vq2-1d", "vq2-2d", "vq2-4d", "vq2-2d-r32", "e8p-r64", "bf16") for m in (1, 16)},
 }
 
 

@@ -71,8 +71,8 @@ class PackedLinear:
 
     weight: see layout.py, codebook.py and lattice.py. a_codes, A transposed [RP, KP], and b_codes [RP, N]: int8 with
     uint8 step exponents [RP, KP/block] and [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in
-    `dtype` or None. input_signs_K and output_signs_N, in `dtype`: of the basis that weight, A and B are in, for lattice codes, or
-    None. workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
+    `dtype` or None. input_signs_K and output_signs_N, in `dtype`: of the basis that weight, A and B are in, for lattice
+    codes, or None. workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
     """
 
     spec: Spec

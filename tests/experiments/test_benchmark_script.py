@@ -22,7 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [([], "needs an NVIDIA GPU"), (["--only", "a,z"], "'z' is not one of a, b, c, d, e, f, g, h, extra")],
+    [([], "needs an NVIDIA GPU"), (["--only", "a,z"], "'z' is not one of a, b, c, d, e, f, g, h, i, extra")],
 )
 def test_no_gpu_and_unknown_rows_end_with_exit_2_and_a_line_that_says_so(options, said):
     done = run("experiments/benchmark_kernels.py", *options)

@@ -12,10 +12,14 @@ from safetensors.torch import load_file
 import lqer
 from lqer.calibration import block_file
 from lqer.checkpoint import DETAILS_FILE
-from lqer.formats import MXInt, QuantizedTensor, format_from_dict
+from lqer.formats import E8P, MXInt, QuantizedTensor, Uniform, format_from_dict
 from lqer.kernels import PackedLinear, TritonLinear, packed_linear
+from lqer.kernels.lattice import PackedLattice
 from lqer.layers import HadamardLinear, QuantizedLinear
 from lqer.methods import LinearPlan
+from lqer.methods.settings import CalderaSettings
+from lqer.rounding.ldlq import Ldlq
+from lqer.transforms import Hadamard
 from lqer.transforms.hadamard import random_hadamard
 
 PLAN = LinearPlan(
@@ -80,6 +84,29 @@ def test_load_quantized_puts_the_kernels_in_and_no_dequantized_weight(random_mod
         for dtype in (torch.float32, DTYPE)
     )
     assert (model(ids_WT).logits.double() - expected).norm() < 1.2 * (emulated - expected).norm()
+
+
+@torch.no_grad()
+def test_a_caldera_checkpoint_runs_from_its_codes_as_in_emulation(random_model, run_stages, windows_WT, monkeypatch):
+    plan = LinearPlan(
+        "caldera", E8P(2), None, None, 8, Uniform(4, 32), "long", rounding=Ldlq(), transform=Hadamard(), iterations=2,
+        caldera=CalderaSettings(),
+    )  # fmt: skip
+    checkpoint = run_stages(random_model("llama"), plan).checkpoint.path
+    # Where there is no GPU the interpreter runs what backends refuse.
+    monkeypatch.setattr("lqer.checkpoint.resolve_backend", lambda wanted, *_: wanted)
+    exact, emulation, kernels = (
+        lqer.load_quantized(checkpoint, DEVICE, dtype, backend)
+        for dtype, backend in ((torch.float32, "emulate"), (DTYPE, "emulate"), (DTYPE, "triton"))
+    )
+    packed = [module for module in kernels.modules() if isinstance(module, TritonLinear)]
+    assert len(packed) == sum(isinstance(module, QuantizedLinear) for module in emulation.modules())
+    assert all(isinstance(module.packed.weight, PackedLattice) for module in packed)
+    assert not any(isinstance(module, QuantizedLinear | HadamardLinear) for module in kernels.modules())
+    # Few tokens, and more than the product's kernel takes.
+    for ids_WT in (windows_WT[:1], windows_WT[:2]):
+        expected, emulated, found = (model(ids_WT.to(DEVICE)).logits.double() for model in (exact, emulation, kernels))
+        assert (found - expected).norm() < 1.5 * (emulated - expected).norm()
 
 
 @torch.no_grad()
