@@ -83,12 +83,16 @@ def lattice_product_kernel(
         acc_NM = dot(w_NT, tl.trans(load_tokens(address_M, i, dtype)), acc_NM)
     acc_NM *= tl.load(scales + rows_N)[:, None]
     if rank > 0:
-        for first in range(first_rank, rank, splits * BLOCK_R):
-            if first > first_rank:
-                place = b_values + (first + ranks_R)[None, :] * N + rows_N[:, None]
-                b_NR = tl.load(place, mask=(rows_N < N)[:, None], other=0.0)
-            xa_MR = _projection(projection, first + ranks_R, pid_m * BLOCK_M, M, rank, slabs, BLOCK_S, BLOCK_M, TOKENS)
-            acc_NM = dot(b_NR, tl.trans(xa_MR.to(dtype)), acc_NM)
+        for turn in tl.static_range(0, rank, splits * BLOCK_R):
+            first = first_rank + turn
+            if first < rank:
+                if turn > 0:
+                    place = b_values + (first + ranks_R)[None, :] * N + rows_N[:, None]
+                    b_NR = tl.load(place, mask=(rows_N < N)[:, None], other=0.0)
+                xa_MR = _projection(
+                    projection, first + ranks_R, pid_m * BLOCK_M, M, rank, slabs, BLOCK_S, BLOCK_M, TOKENS
+                )
+                acc_NM = dot(b_NR, tl.trans(xa_MR.to(dtype)), acc_NM)
 
     inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
     last = True
