@@ -100,13 +100,19 @@ def block_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     return found
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Fuse what lies between the linears, in both models alike; the blocks share what is compiled."""
+def compile_parts(model: nn.Module) -> None:
+    """Fuse what lies between the linears, in both models alike: norms, activations, rotation.
+
+    Parts, because a block knows its number: each of 32 would be compiled anew.
+    """
+    from transformers.models.llama import modeling_llama
+
     torch.compiler.reset()
-    blocks = list(model.model.layers)  # type: ignore[union-attr, arg-type]
-    torch._dynamo.config.recompile_limit = 2 * len(blocks)
-    for block in blocks:
-        block.compile(fullgraph=True, dynamic=False)
+    rotate = getattr(modeling_llama.apply_rotary_pos_emb, "__wrapped__", modeling_llama.apply_rotary_pos_emb)
+    modeling_llama.apply_rotary_pos_emb = torch.compile(rotate, fullgraph=True, dynamic=False)
+    for block in model.model.layers:  # type: ignore[union-attr]
+        for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
+            part.compile(fullgraph=True, dynamic=False)
 
 
 def pack_in_place(model: nn.Module) -> int:
@@ -134,7 +140,7 @@ def _decode(label: str, model: nn.Module, packed_bytes: int, largest: int, budge
     cache: Any = StaticCache(config=model.config, max_cache_len=CACHE_TOKENS)  # type: ignore[arg-type]
     token_BT = torch.full((1, 1), 17, device=DEVICE)
     mask_BHTS = torch.ones(1, 1, 1, CACHE_TOKENS, dtype=torch.bool, device=DEVICE)
-    compile_blocks(model)
+    compile_parts(model)
 
     def step() -> Tensor:
         return model(input_ids=token_BT, attention_mask=mask_BHTS, past_key_values=cache, use_cache=True).logits
