@@ -36,12 +36,23 @@ def place(opened: OpenedModel, device_map: DeviceMap) -> PreTrainedModel:
     """The whole model, its modules where `device_map` says."""
     homes = [_home(f"{opened.name}.{index}", device_map) for index in range(len(opened.blocks))]
     opened.loader.complete()
+    device_map = with_tied_head(opened.model, device_map)
     opened.loader.settle_in(opened.blocks, lambda index: homes[index])
     model = dispatch_model(opened.model, device_map)
     for block, home in zip(opened.blocks, homes, strict=True):
         if home.type == "cuda":
             _launch_on(block, home)
     return model
+
+
+def with_tied_head(model: PreTrainedModel, device_map: DeviceMap) -> DeviceMap:
+    """The map with an output layer that shares its weight with the embedding where that one is: a tensor has one home."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return device_map
+    names = {module: name for name, module in model.named_modules()}
+    home, other = _home(names[embedding], device_map), _home(names[head], device_map)
+    return device_map if home == other else {**device_map, names[head]: home}
 
 
 def _launch_on(block: nn.Module, home: torch.device) -> None:

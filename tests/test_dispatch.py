@@ -59,6 +59,15 @@ def test_the_home_of_a_module_is_that_of_the_nearest_one_around_it():
     assert dispatch._home("model.layers.12", {"": "cpu"}) == CPU
 
 
+def test_an_output_layer_with_the_weight_of_the_embedding_lies_where_that_does(original, random_model):
+    opened = open_model(resolve_model(str(original)), torch.float32, CPU)
+    opened.loader.complete()
+    device_map = halves(first="cuda:0", last="cuda:1")
+    assert dispatch.with_tied_head(opened.model, device_map) == device_map | {"lm_head": torch.device("cuda:0")}
+    untied = random_model("llama", num_hidden_layers=BLOCKS, tie_word_embeddings=False)
+    assert dispatch.with_tied_head(untied, device_map) == device_map
+
+
 def test_all_of_it_on_one_device_is_the_model(original, checkpoint, windows_WT):
     source = resolve_model(str(original))
     expected = logits(load_model(source, torch.float32, CPU), windows_WT)
