@@ -46,7 +46,7 @@ def place(opened: OpenedModel, device_map: DeviceMap) -> PreTrainedModel:
 
 
 def with_tied_head(model: PreTrainedModel, device_map: DeviceMap) -> DeviceMap:
-    """The map with an output layer that shares its weight with the embedding where that one is: a tensor has one home."""
+    """The map with an output layer that shares the weight of the embedding where that one is: a tensor has one home."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         return device_map

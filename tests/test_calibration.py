@@ -157,7 +157,7 @@ def test_the_requested_statistics_are_those_of_the_models_own_forward_pass(rando
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scales", ["even", "outliers"])
 def test_the_autocorrelation_does_not_depend_on_the_batches(scales, dtype, device):
-    """Within 1e-6 of float64's and of each other; a GPU sums products of half precision less exactly (1.9e-6 on an H100)."""
+    """Within 1e-6 of float64's and of each other; a GPU sums half precision less exactly (1.9e-6, H100)."""
     limit = 1e-6 if dtype == torch.float32 or device == CPU else 5e-6
     generator = torch.Generator().manual_seed(0)
     x_TI = torch.randn(4000, 48, generator=generator) + 0.5
