@@ -38,7 +38,8 @@ class LatticeLaunch:
     span: int  # tiles of 128 columns, for one program; at most those of the layout
 
 
-LAUNCH = LatticeLaunch(64, 4, 8)
+# One token wants more programs, many want fewer parts to add up; measured at 1 and 16.
+ONE_TOKEN, MORE_TOKENS = LatticeLaunch(64, 4, 8), LatticeLaunch(64, 4, 16)
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,11 @@ def run_lattice(
     x_MK: Tensor,
     packed: PackedLinear,
     chained: bool,
-    launch: LatticeLaunch = LAUNCH,
+    launch: LatticeLaunch | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Up to 16 tokens by three kernels, two where there is no basis; y in `out_dtype`, by default that of x."""
+    launch = launch or (ONE_TOKEN if len(x_MK) == 1 else MORE_TOKENS)
     signs_K, signs_N = packed.input_signs_K, packed.output_signs_N
     y_dtype = out_dtype or x_MK.dtype
     if signs_K is None or signs_N is None:
