@@ -13,6 +13,8 @@ Shapes: I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -94,11 +96,16 @@ class HadamardLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) in the layer's dtype -> (..., out_features)."""
-        if x.dtype == torch.float16:
-            y = self.basis.output(self.inner(self.basis.input(x / FLOAT16_HEADROOM))) * FLOAT16_HEADROOM
-        else:
-            y = self.basis.output(self.inner(self.basis.input(x)))
-        return y if self.bias is None else y + self.bias
+        return in_basis(x, self.basis, self.bias, self.inner)
+
+
+def in_basis(x: Tensor, basis: RandomHadamard, bias_O: Tensor | None, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `run` makes of x in `basis`, back in the linear's own, with the bias: (..., in) -> (..., out)."""
+    if x.dtype == torch.float16:
+        y = basis.output(run(basis.input(x / FLOAT16_HEADROOM))) * FLOAT16_HEADROOM
+    else:
+        y = basis.output(run(basis.input(x)))
+    return y if bias_O is None else y + bias_O
 
 
 def output_error(weight_OI: Tensor, quantized_OI: Tensor, sample_SI: Tensor) -> float:

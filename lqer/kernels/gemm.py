@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .branch import await_projection, load_factor, produce_projection
 from .decode import decode_tile, dot, permute_columns
+from .parts import add_parts
 from .rounding import round_rows
 
 
@@ -99,29 +100,11 @@ def gemm_kernel(
         )  # fmt: skip
 
     parts: tl.constexpr = splits + (1 if rank > 0 else 0)
-    inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
-    last = True
-    if parts > 1:
-        slab = N * M
-        offset_NM = rows_N[:, None] * M + rows_M[None, :]
-        tl.store(partial + pid_s * slab + offset_NM, acc_NM, mask=inside_NM)
-        # Every thread's part of the slab has to be out before this program counts as finished.
-        tl.debug_barrier()
-        counter = finished + pid_m * tiles_n + pid_n
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
-        if last:
-            tl.store(counter, 0)
-            acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            # As many loads at once as the accumulators of the product took registers, or so.
-            at_once: tl.constexpr = max(1, 64 // BLOCK_M)
-            for first in range(0, parts, at_once):
-                for i in tl.static_range(at_once):
-                    place = partial + (first + i) * slab + offset_NM
-                    acc_NM += tl.load(place, mask=inside_NM & (first + i < parts), other=0.0)
-    if last:
-        if bias is not None:
-            acc_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(y + rows_M[None, :] * N + rows_N[:, None], acc_NM.to(y.dtype.element_ty), mask=inside_NM)
+    # As many loads at once as the accumulators of the product took registers, or so.
+    add_parts(
+        acc_NM, partial, finished + pid_m * tiles_n + pid_n, pid_s, bias, y, rows_N, rows_M, M, N,
+        parts, max(1, 64 // BLOCK_M),
+    )  # fmt: skip
 
 
 @triton.jit

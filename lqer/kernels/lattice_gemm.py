@@ -25,6 +25,7 @@ from .lattice_decode import (
     unit_places,
     unit_word,
 )
+from .parts import add_parts
 
 PROJECTION_ELEMENTS = tl.constexpr(4096)
 
@@ -94,25 +95,7 @@ def lattice_product_kernel(
                 )
                 acc_NM = dot(b_NR, tl.trans(xa_MR.to(dtype)), acc_NM)
 
-    inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
-    last = True
-    if splits > 1:
-        slab = N * M
-        offset_NM = rows_N[:, None] * M + rows_M[None, :]
-        tl.store(partial + pid_s * slab + offset_NM, acc_NM, mask=inside_NM)
-        # Every thread's part of the slab has to be out before this program counts as finished.
-        tl.debug_barrier()
-        counter = finished + pid_m * tiles_n + pid_n
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
-        if last:
-            tl.store(counter, 0)
-            acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for i in tl.static_range(splits):
-                acc_NM += tl.load(partial + i * slab + offset_NM, mask=inside_NM, other=0.0)
-    if last:
-        if bias is not None:
-            acc_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(y + rows_M[None, :] * N + rows_N[:, None], acc_NM.to(y.dtype.element_ty), mask=inside_NM)
+    add_parts(acc_NM, partial, finished + pid_m * tiles_n + pid_n, pid_s, bias, y, rows_N, rows_M, M, N, splits, splits)
 
 
 @triton.jit

@@ -14,9 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
-from lqer.layers import FLOAT16_HEADROOM
+from lqer.layers import FLOAT16_HEADROOM, in_basis
 from lqer.transforms.hadamard import RandomHadamard, small_factor, small_order
 
+from .chaining import launch_options
 from .hadamard import restore_tokens_kernel, transform_tokens_kernel
 from .lattice import TILE_K, LatticeLayout, PackedLattice
 from .lattice_gemm import lattice_expand_kernel, lattice_product_kernel
@@ -81,15 +82,13 @@ def runs_in_kernels(packed: PackedLinear) -> bool:
     return packed.input_signs_K is None or (fits_transform(layout.columns) and fits_transform(layout.rows))
 
 
-def in_basis(x_MK: Tensor, packed: PackedLinear, run: Callable[[Tensor, PackedLinear], Tensor]) -> Tensor:
-    """What `run` computes in the basis of the linear, transforms by torch."""
+def run_in_basis(x_MK: Tensor, packed: PackedLinear, run: Callable[[Tensor, PackedLinear], Tensor]) -> Tensor:
+    """What `run` computes in the basis of the linear, if it has one, transforms by torch."""
     if packed.input_signs_K is None or packed.output_signs_N is None:
         return run(x_MK, packed)
     basis = RandomHadamard(packed.input_signs_K, packed.output_signs_N)
-    room = headroom(x_MK.dtype)
     inner = replace(packed, bias_N=None, input_signs_K=None, output_signs_N=None)
-    y_MN = basis.output(run(basis.input(x_MK / room), inner)) * room
-    return y_MN if packed.bias_N is None else y_MN + packed.bias_N
+    return in_basis(x_MK, basis, packed.bias_N, lambda x: run(x, inner))
 
 
 def headroom(dtype: torch.dtype) -> float:
@@ -119,7 +118,7 @@ def run_lattice(
     restore_tokens_kernel[blocks, m](
         y_MN, signs_N, back.outer, packed.bias_N, y_out, m, A=blocks, BLOCK_A=triton.next_power_of_2(blocks),
         B=back.block, factor=back.factor * headroom(x_MK.dtype), chained=chained, num_warps=TRANSFORM_WARPS,
-        **_chain(chained),
+        **launch_options(chained),
     )  # fmt: skip
     return y_out
 
@@ -137,7 +136,7 @@ def _prepare(x_MK: Tensor, packed: PackedLinear, signs_K: Tensor | None, chained
         x_MK, signs_K, None if into is None else into.outer, packed.a_codes, x_out, projection, m, k, x_MK.stride(0),
         rank=rank, padded=padded, A=blocks, BLOCK_A=triton.next_power_of_2(blocks), B=block,
         BLOCK_R=min(rank, RANKS_AT_ONCE), factor=1.0 if into is None else into.factor / headroom(x_MK.dtype),
-        chained=chained, num_warps=TRANSFORM_WARPS, **_chain(chained),
+        chained=chained, num_warps=TRANSFORM_WARPS, **launch_options(chained),
     )  # fmt: skip
     return x_out, projection
 
@@ -166,7 +165,7 @@ def _product(
         packed.workspace, y_MN, m, layout.rows, rank=rank, slabs=slabs, BLOCK_S=triton.next_power_of_2(max(slabs, 1)),
         tiles=layout.tiles, span=span, splits=splits, tiles_n=tiles_n, BLOCK_N=launch.block_n, BLOCK_M=BLOCK_M,
         TOKENS=min(BLOCK_M, triton.next_power_of_2(m)), BLOCK_R=_ranks_of_a_split(rank, splits), chained=chained,
-        num_warps=launch.warps, **_chain(chained),
+        num_warps=launch.warps, **launch_options(chained),
     )  # fmt: skip
     return y_MN
 
@@ -190,7 +189,3 @@ def expand_lattice(weight: PackedLattice, w_NK: Tensor) -> None:
         BLOCK_N=ROW_PADDING,
         num_warps=4,
     )
-
-
-def _chain(chained: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if chained else {}

@@ -15,12 +15,13 @@ import torch
 import triton
 from torch import Tensor
 
+from .chaining import can_chain, launch_options
 from .codebook import CodebookLayout, PackedCodebook, tile_of
 from .expand import branch_kernel, expand_kernel
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel, prepare_vector_kernel
 from .lattice import LatticeLayout, PackedLattice
-from .lattice_launch import LATTICE_TOKENS, expand_lattice, in_basis, run_lattice, runs_in_kernels
+from .lattice_launch import LATTICE_TOKENS, expand_lattice, run_in_basis, run_lattice, runs_in_kernels
 from .layout import ROW_PADDING as ROW_TILE
 from .layout import Layout, PackedWeight
 from .linear import INTERPRETED, PROJECTION_COUNTERS, TOKEN_TILES, AnyWeight, PackedLinear
@@ -69,8 +70,8 @@ def run_lattice_layer(x_MK: Tensor, packed: PackedLinear) -> Tensor:
         return run_lattice(_dense_rows(x), packed, can_chain(x))
 
     if len(x_MK) > LATTICE_TOKENS or packed.spec.rounding.bits:
-        return in_basis(x_MK, packed, run_expanded)
-    return run(x_MK, packed) if runs_in_kernels(packed) else in_basis(x_MK, packed, run)
+        return run_in_basis(x_MK, packed, run_expanded)
+    return run(x_MK, packed) if runs_in_kernels(packed) else run_in_basis(x_MK, packed, run)
 
 
 def fits_gemv(packed: PackedLinear) -> bool:
@@ -106,14 +107,14 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     prepare_vector_kernel[(spec.rank + -(-layout.tiles // VECTOR_TILES),)](
         x_1K, packed.a_codes, packed.a_exponents, vector, layout.columns, rank=spec.rank, tiles=layout.tiles,
         **_rounding_constants(packed), a_block=spec.a_block, TILES=VECTOR_TILES, BLOCK_K=block_k, chained=chained,
-        num_warps=max(VECTOR_WARPS, block_k // 1024), **_launch_options(chained),
+        num_warps=max(VECTOR_WARPS, block_k // 1024), **launch_options(chained),
     )  # fmt: skip
     y_1N = x_1K.new_empty(1, layout.rows, dtype=out_dtype)
     gemv_kernel[(-(-layout.rows // launch.block_n),)](
         weight.words, weight.scales, packed.bias_N, vector, packed.b_codes, packed.b_exponents, y_1N,
         layout.rows, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
         **_rounding_constants(packed), b_block=spec.b_block, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
-        chained=chained, num_warps=launch.warps, **_launch_options(chained),
+        chained=chained, num_warps=launch.warps, **launch_options(chained),
     )  # fmt: skip
     return y_1N
 
@@ -195,7 +196,7 @@ def run_codebook(x_MK: Tensor, packed: PackedLinear, out_dtype: torch.dtype | No
         x_MK, weight.words, weight.table, packed.bias_N, projection_MR, packed.b_codes, packed.b_exponents, y_MN,
         m, n, layout.columns, x_MK.stride(0), rank=spec.rank, **_rounding_constants(packed), b_block=spec.b_block,
         **_codebook_constants(layout), FIELDS=min(layout.per_word, max(1, FIELDS_AT_ONCE // block_m)),
-        BLOCK_M=block_m, chained=chained, **_launch_options(chained), **limit,
+        BLOCK_M=block_m, chained=chained, **launch_options(chained), **limit,
     )  # fmt: skip
     return y_MN
 
@@ -212,7 +213,7 @@ def prepare_tokens(x_MK: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
         x_MK, packed.a_codes, packed.a_exponents, rounded_MK, projection_MR, k, x_MK.stride(0), rank=spec.rank,
         padded_K=spec.layout.padded_columns, **_rounding_constants(packed), a_block=spec.a_block, BLOCK_K=block_k,
         COLUMNS=PREPARED_COLUMNS, chained=chained, num_warps=max(VECTOR_WARPS, block_k // 1024),
-        **_launch_options(chained),
+        **launch_options(chained),
     )  # fmt: skip
     return rounded_MK, projection_MR
 
@@ -234,7 +235,10 @@ def run_expanded(x_MK: Tensor, packed: PackedLinear) -> Tensor:
 
 @contextmanager
 def _beside(x: Tensor) -> Iterator[Callable[[], None]]:
-    """Run the body's kernels beside what follows, until the yielded function is called; the body allocates nothing."""
+    """Run the body's kernels beside what follows, until the yielded function is called.
+
+    What outlives the body is allocated by the caller, on its own stream; what the body allocates, it frees.
+    """
     if not x.is_cuda:
         yield lambda: None
         return
@@ -288,7 +292,7 @@ def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
     round_kernel[-(-m // ROUNDED_ROWS), -(-padded // ROUNDED_COLUMNS)](
         x_MK, x_out, m, k, x_MK.stride(0), padded=padded, tile_k=tile_k,
         BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS, **_rounding_constants(packed), chained=chained,
-        num_warps=ROUNDING_WARPS, **_launch_options(chained),
+        num_warps=ROUNDING_WARPS, **launch_options(chained),
     )  # fmt: skip
     return x_out
 
@@ -361,20 +365,6 @@ def weight_constants(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "exponents": layout.exponents,
         "paired": layout.exponents and layout.bits <= 4 and dtype == torch.bfloat16 and not INTERPRETED,
     }
-
-
-def can_chain(x: Tensor) -> bool:
-    """Whether a kernel may be launched while the one before it still runs (programmatic dependent launch)."""
-    return x.is_cuda and _chains(x.device)
-
-
-@lru_cache
-def _chains(device: torch.device) -> bool:
-    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _launch_options(chained: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if chained else {}
 
 
 def _rounding_constants(packed: PackedLinear) -> dict[str, Any]:

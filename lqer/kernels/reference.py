@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lqer.formats import MXInt
-from lqer.layers import FLOAT16_HEADROOM
+from lqer.layers import in_basis
 from lqer.transforms.hadamard import RandomHadamard
 
 from .codebook import PackedCodebook
@@ -25,11 +25,8 @@ def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
     if packed.input_signs_K is None or packed.output_signs_N is None:
         return _linear(x_MK, packed).to(packed.dtype)
     basis = RandomHadamard(packed.input_signs_K, packed.output_signs_N)
-    room = FLOAT16_HEADROOM if packed.dtype == torch.float16 else 1.0
-    y_MN = basis.output(_linear(basis.input(x_MK / room), replace(packed, bias_N=None))) * room
-    if packed.bias_N is not None:
-        y_MN += packed.bias_N.to(torch.float32)
-    return y_MN.to(packed.dtype)
+    inner = replace(packed, bias_N=None)
+    return in_basis(x_MK, basis, packed.bias_N, lambda x: _linear(x, inner)).to(packed.dtype)
 
 
 def _linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
