@@ -96,7 +96,7 @@ _RANKS = tuple(f"w4a8-r{rank}" for rank in (16, 32, 64, 128, 256))
 EXTRA = {
     **{Scene(*WIDE, m): (*_FORMATS, "gemlite-int4-g16", "w4a8", *_RANKS) for m in (1, 16)},
     **{Scene(*WIDE, m): ("w4a16", "w4a8-r32", "bf16") for m in (2, 4, 8, 32, 64, 128, 256, 512)},
-    **{Scene(*SQUARE, m): ("vq2-1d", "vq2-2d", "vq2-4d", "vq2-2d-r32", "e8p-r64", "bf16") for m in (1, 16)},
+    **{Scene(*SQUARE, m): ("vq2-1d", "vq2-2d", "vq2-4d", "vq2-2d-r32", "e8p-r64", "bf16") for m in (1, 2, 4, 8, 16)},
 }
 
 
