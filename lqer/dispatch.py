@@ -34,7 +34,7 @@ def spread(opened: OpenedModel) -> PreTrainedModel:
 
 def place(opened: OpenedModel, device_map: DeviceMap) -> PreTrainedModel:
     """The whole model, its modules where `device_map` says."""
-    homes = [_home(f"{opened.name}.{index}", device_map) for index in range(len(opened.blocks))]
+    homes = [torch.device(_entry(f"{opened.name}.{index}", device_map)) for index in range(len(opened.blocks))]
     opened.loader.complete()
     device_map = with_tied_head(opened.model, device_map)
     opened.loader.settle_in(opened.blocks, lambda index: homes[index])
@@ -51,7 +51,7 @@ def with_tied_head(model: PreTrainedModel, device_map: DeviceMap) -> DeviceMap:
     if head is None or head.weight is not embedding.weight:
         return device_map
     names = {module: name for name, module in model.named_modules()}
-    home, other = _home(names[embedding], device_map), _home(names[head], device_map)
+    home, other = _entry(names[embedding], device_map), _entry(names[head], device_map)
     return device_map if home == other else {**device_map, names[head]: home}
 
 
@@ -66,8 +66,8 @@ def _launch_on(block: nn.Module, home: torch.device) -> None:
     block.forward = forward_at_home
 
 
-def _home(name: str, device_map: DeviceMap) -> torch.device:
-    """The device of the nearest module around `name` that the map speaks of."""
+def _entry(name: str, device_map: DeviceMap) -> int | str | torch.device:
+    """What the map says of the nearest module around `name` that it speaks of."""
     parts = name.split(".")
     around = [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
-    return torch.device(device_map[next(outer for outer in around if outer in device_map)])
+    return device_map[next(outer for outer in around if outer in device_map)]

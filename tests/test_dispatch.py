@@ -51,19 +51,19 @@ def logits(model: PreTrainedModel, windows_WT: Tensor) -> Tensor:
     return model(windows_WT.to(model.device), use_cache=False).logits.float().cpu()
 
 
-def test_the_home_of_a_module_is_that_of_the_nearest_one_around_it():
+def test_the_entry_of_a_module_is_that_of_the_nearest_one_around_it():
     device_map = {"model.layers.1": "cuda:1", "model": "cuda:2", "model.layers.11": "cuda:3", "lm_head": "cuda:4"}
-    assert dispatch._home("model.layers.1", device_map) == torch.device("cuda:1")
-    assert dispatch._home("model.layers.11", device_map) == torch.device("cuda:3")
-    assert dispatch._home("model.layers.12", device_map) == torch.device("cuda:2")
-    assert dispatch._home("model.layers.12", {"": "cpu"}) == CPU
+    assert dispatch._entry("model.layers.1", device_map) == "cuda:1"
+    assert dispatch._entry("model.layers.11", device_map) == "cuda:3"
+    assert dispatch._entry("model.layers.12", device_map) == "cuda:2"
+    assert dispatch._entry("model.layers.12", {"": "cpu"}) == "cpu"
 
 
 def test_an_output_layer_with_the_weight_of_the_embedding_lies_where_that_does(original, random_model):
     opened = open_model(resolve_model(str(original)), torch.float32, CPU)
     opened.loader.complete()
     device_map = halves(first="cuda:0", last="cuda:1")
-    assert dispatch.with_tied_head(opened.model, device_map) == device_map | {"lm_head": torch.device("cuda:0")}
+    assert dispatch.with_tied_head(opened.model, device_map) == device_map | {"lm_head": "cuda:0"}
     untied = random_model("llama", num_hidden_layers=BLOCKS, tie_word_embeddings=False)
     assert dispatch.with_tied_head(untied, device_map) == device_map
 
