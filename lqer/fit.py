@@ -30,8 +30,9 @@ def table(stages: Sequence[Stage], machine: Machine) -> str:
 
 
 def seconds(stage: Stage, machine: Machine) -> float:
-    """A rough time: its operations at the rates that were measured; what Python and small sizes cost comes on top."""
-    return stage.flops / machine.rates.flops + stage.moved / machine.rates.bytes
+    """A rough time: its operations at the rates that were measured; other work of Python comes on top."""
+    rates = machine.rates
+    return stage.flops / rates.flops + stage.moved / rates.bytes + stage.calls / rates.calls
 
 
 def refuse_what_cannot_fit(stages: Sequence[Stage], machine: Machine, stored: Mapping[str, int] | None = None) -> None:

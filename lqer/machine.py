@@ -18,14 +18,18 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 REPEATS = 3
 PRODUCT_ROWS = {"cpu": 1024, "cuda": 8192}
 COPIED_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
+CALLS = 1000
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Per second: operations of a square matrix product in the run's dtype, bytes that a copy reads and writes."""
+    """Per second: operations of a square matrix product in the run's dtype, bytes that a copy reads and writes, calls
+    from Python of an operation on a few numbers.
+    """
 
     flops: float
     bytes: float
+    calls: float
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,16 @@ def free_disk(folder: Path) -> int:
 
 @cache
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """How fast the device multiplies and copies just now; takes a fraction of a second, once per process."""
+    """How fast the device multiplies, copies and is called just now; takes a fraction of a second, once per process."""
     rows = PRODUCT_ROWS[device.type]
     matrix = torch.ones(rows, rows, dtype=dtype, device=device)
     source = torch.ones(COPIED_BYTES[device.type] // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
+    few = torch.ones(64, 64, device=device)
     return Rates(
         flops=2 * rows**3 / _fastest(lambda: torch.mm(matrix, matrix), device),
         bytes=2 * source.nbytes / _fastest(lambda: target.copy_(source), device),
+        calls=CALLS / _fastest(lambda: [few.mul(2.0) for _ in range(CALLS)], device),
     )
 
 

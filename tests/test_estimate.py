@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -21,6 +22,7 @@ from lqer.config.schema import Config
 from lqer.estimate import Piece, Stage, Workload, estimate, input_sites, total
 from lqer.evaluation.perplexity import gptq_perplexity
 from lqer.finetune import trained_tensors
+from lqer.methods import LinearPlan
 from lqer.models import ModelSource, resolve_model
 from lqer.outline import Outline, plan_model, read_outline
 from lqer.quantization import QuantizeSettings, quantize
@@ -39,7 +41,9 @@ def experiment(**sections) -> Config:
     return Config(
         model="model",
         tag="tag",
-        formats={"w4": {"kind": "mxint", "bits": 4}, "x8": {"kind": "mxint", "bits": 8}},
+        formats={
+            "w4": {"kind": "mxint", "bits": 4}, "x8": {"kind": "mxint", "bits": 8}, **sections.pop("formats", {}),
+        },
         calibration={"num_samples": WINDOWS, "error_tokens": 24, **text, **sections.pop("calibration", {})},
         quantize={
             "method": "qera-exact", "weight": "w4", "low_rank": {"rank": 8, "format": "x8"},
@@ -225,6 +229,43 @@ def test_steps_over_whole_blocks_are_counted(random_model, tmp_path):
     assert piece(few.disk, "states of a block") == 2 * 9 * outline_of(model, tmp_path).block_parameters
     assert total(few.disk, sure=True) == total(plain.disk, sure=True)
     assert piece(few.ram, "hidden states of the original") == WINDOWS * SEQ_LEN * model.config.hidden_size * 4
+
+
+class Operations(TorchDispatchMode):
+    """How many operations make a tensor of their own."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("rounding", "weight"),
+    [("gptq", {"kind": "int", "bits": 4, "block_size": 32}), ("ldlq", {"kind": "e8p", "bits": 2})],
+)
+def test_calls_of_error_feedback_are_those_of_its_columns(random_model, tmp_path, rounding, weight):
+    model = random_model("llama")
+    linears = outline_of(model, tmp_path).linears
+
+    def plan_and_calls(method: str, rank: int, **low_rank) -> tuple[LinearPlan, float]:
+        low_rank = {"rank": rank, "format": "f4" if rank else "none", **low_rank}
+        quantize = {"method": method, "rounding": rounding, "weight": "w", "low_rank": low_rank}
+        config = experiment(quantize=quantize, formats={"w": weight, "f4": {"kind": "normal-float", "bits": 4}})
+        work = workload(model, tmp_path, config)
+        return next(iter(work.plans.values())), stages_of(work)["quantize"].calls
+
+    plan, calls = plan_and_calls("none", 0)
+    counted = 0
+    for out_features, in_features in linears.values():
+        with Operations() as operations:
+            plan.rounding.round(torch.randn(out_features, in_features), torch.eye(in_features), plan.weight)
+        counted += operations.count
+    assert counted / 2 < calls < 2 * counted
+    # CALDERA feeds errors back in both steps of every iteration.
+    if rounding == "ldlq":
+        assert plan_and_calls("caldera", 8, iterations=3)[1] == 2 * 3 * calls
 
 
 def test_a_rotation_is_counted_and_what_is_quantized_then_is_in_float32(random_model, tmp_path):

@@ -12,12 +12,12 @@ GB = 10**9
 
 
 def machine(**changes) -> Machine:
-    facts = {"ram": 8 * GB, "device": None, "disk": 10 * GB, "resident": GB, "gpus": 0, "rates": Rates(1e12, 1e10)}
+    facts = {"ram": 8 * GB, "device": None, "disk": 10 * GB, "resident": GB, "gpus": 0, "rates": Rates(1e12, 1e10, 1e5)}
     return Machine(**{**facts, **changes})
 
 
 def stage(name: str = "evaluate", **pieces) -> Stage:
-    parts = {"ram": (), "device": (), "disk": (), "flops": 3e12, "moved": 2e10, **pieces}
+    parts = {"ram": (), "device": (), "disk": (), "flops": 3e12, "moved": 2e10, "calls": 0.0, **pieces}
     return Stage(name, **parts)
 
 
@@ -77,8 +77,9 @@ class TestDisk:
         refuse_what_cannot_fit(stages, machine(disk=6 * GB), {"calibrate": 8 * GB})
 
 
-def test_a_time_is_that_of_products_and_of_moving_bytes():
+def test_a_time_is_that_of_products_of_moving_bytes_and_of_calls():
     assert seconds(stage(), machine()) == pytest.approx(3 + 2)
+    assert seconds(stage(calls=4e5), machine()) == pytest.approx(3 + 2 + 4)
 
 
 def test_the_table_names_stages_and_what_there_is():

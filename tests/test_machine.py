@@ -32,4 +32,5 @@ def test_rates_are_measured_once_and_positive():
     rates = machine.measure_rates(CPU, torch.float32)
     assert rates.flops > 1e8
     assert rates.bytes > 1e8
+    assert 1e3 < rates.calls < 1e8
     assert machine.measure_rates(CPU, torch.float32) is rates

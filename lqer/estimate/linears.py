@@ -16,6 +16,8 @@ SINGLE_COPIES, DOUBLE_COPIES = 6, 2
 ROUNDING_PASSES = 24
 # Float64 eigenvectors, in terms of n³ products of float32; they run far below the rate of products.
 EIGEN_COST = 60
+# Error feedback goes from column to column: operations on one of them, counted on each rounding (14 to 39).
+CALLS_A_COLUMN = 22
 # Of linears whose rank a budget chooses.
 ASSUMED_RANK = 32
 
@@ -53,12 +55,12 @@ def linear_work(work: Workload) -> int:
     return max(sizes)
 
 
-def solving(work: Workload) -> tuple[float, float]:
-    """FLOPs and bytes moved of rounding and reconstructing every linear, and of the spectra that are kept of some."""
+def solving(work: Workload) -> tuple[float, float, float]:
+    """FLOPs, bytes moved and calls of rounding and reconstructing every linear, and of the spectra kept of some."""
     kept = work.config.calibration.error_tokens
     drawn = with_spectra(work.outline.blocks)
     repeats = 1 + ("plain" in work.config.evaluation.baselines)
-    flops = moved = 0.0
+    flops = moved = calls = 0.0
     for block, out_features, in_features, plan in planned(work):
         weights, shorter = out_features * in_features, min(out_features, in_features)
         rank = ASSUMED_RANK if plan.rank is None else min(plan.rank, shorter)
@@ -66,7 +68,14 @@ def solving(work: Workload) -> tuple[float, float]:
         flops += repeats * 8.0 * kept * weights
         moved += repeats * plan.iterations * ROUNDING_PASSES * 4.0 * weights
         if plan.rounding.statistics:
-            flops += repeats * (2.0 * in_features * weights + 2.0 * in_features**3)
+            sweeps = (plan.iterations + repeats - 1) * (1 + getattr(plan.rounding, "tune_iters", 0))
+            flops += repeats * 2.0 * in_features**3 + sweeps * 2.0 * in_features * weights
+            calls += sweeps * CALLS_A_COLUMN * in_features
+        if plan.caldera is not None and rank > 0:
+            # Both factors by least squares in turns, the last A column after column (lqer/lowrank/lplr.py).
+            turns = plan.iterations * plan.caldera.lplr_iterations
+            flops += turns * rank * 4.0 * (weights + in_features**2)
+            calls += plan.iterations * CALLS_A_COLUMN * in_features
         if block in drawn:
             flops += repeats * 2 * (4.0 * shorter * weights + EIGEN_COST * shorter**3)
         if rank > 0 and _is_iterated(plan, rank, shorter):
@@ -79,4 +88,4 @@ def solving(work: Workload) -> tuple[float, float]:
             flops += plan.iterations * (4.0 * shorter * weights + EIGEN_COST * shorter**3 + roots)
         if plan.rank is None:
             flops += 4.0 * shorter * weights + EIGEN_COST * shorter**3
-    return flops, moved
+    return flops, moved, calls

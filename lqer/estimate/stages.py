@@ -42,12 +42,12 @@ def estimate(work: Workload) -> list[Stage]:
 
 
 def _stage(name: str, work: Workload, host: Sequence[Piece], device: Sequence[Piece], disk: Sequence[Piece],
-           flops: float, moved: float) -> Stage:  # fmt: skip
+           flops: float, moved: float, calls: float = 0.0) -> Stage:  # fmt: skip
     host = [*host, Piece("libraries", LATER_IMPORTS, sure=False)]
     if not work.on_gpu:
         host, device = [*host, *device], []
     ram, gpu, files = (tuple(piece for piece in pieces if piece.bytes > 0) for pieces in (host, device, disk))
-    return Stage(name, ram, gpu, files, flops, moved)
+    return Stage(name, ram, gpu, files, flops, moved, calls)
 
 
 def _calibrate(work: Workload) -> Stage:
@@ -83,7 +83,7 @@ def _quantize(work: Workload) -> Stage:
     outside = work.stored * outline.outside_parameters
     disk = [Piece("the quantized model", packed + outside, OUTPUT_DIR)]
     host.append(Piece("what surrounds the blocks", outside if work.streams else 0))
-    flops, moved = solving(work)
+    flops, moved, calls = solving(work)
     if "plain" in work.config.evaluation.baselines:
         disk.append(Piece("the plainly rounded model", packed + outside, OUTPUT_DIR))
     if work.config.quantize.stream == "quantized":
@@ -97,7 +97,7 @@ def _quantize(work: Workload) -> Stage:
         steps = BlockSteps(work)
         host, device, disk = host + steps.host(), device + steps.device(), disk + steps.disk()
         flops += steps.flops() * (1 + ("plain" in work.config.evaluation.baselines))
-    return _stage("quantize", work, host, device, disk, flops, moved)
+    return _stage("quantize", work, host, device, disk, flops, moved, calls)
 
 
 def _evaluate(work: Workload) -> Stage:

@@ -48,7 +48,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. flops: floating-point operations; moved: bytes that elementwise work reads and writes."""
+    """One stage. flops: floating-point operations; moved: bytes that elementwise work reads and writes; calls: of
+    operations that are small and follow one another, so that their number counts and not their size.
+    """
 
     name: str
     ram: tuple[Piece, ...]
@@ -56,6 +58,7 @@ class Stage:
     disk: tuple[Piece, ...]
     flops: float
     moved: float
+    calls: float = 0.0
 
 
 def total(pieces: Sequence[Piece], sure: bool = False) -> int:
