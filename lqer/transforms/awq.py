@@ -17,12 +17,13 @@ Shapes: B sequences, T tokens, D hidden size, I input channels, O out_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from lqer.formats import NumberFormat
@@ -31,6 +32,7 @@ from lqer.named import require_positive
 from .block_function import BlockFunction
 from .block_problem import BlockProblem, BlockTransform, Prepared, Session
 from .folding import NO_ROW, Site, find_sites, fold_scale
+from .tracing import watched_inputs
 
 # 1 itself is left out, as in AWQ's grid.
 RATIOS = tuple(i / 20 for i in range(20))
@@ -156,20 +158,13 @@ def mean_magnitudes(call: BlockFunction, batches: Sequence[Tensor], linears: Seq
     """Mean |x| of every input channel over all tokens, float32 (I,), of the linears of these names."""
     sums: dict[str, Tensor] = {}
 
-    def add(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sum_I = args[0].detach().abs().flatten(0, -2).sum(0, dtype=torch.float64)
-            sums[name] = sums[name] + sum_I if name in sums else sum_I
+    def add(name: str, x: Tensor) -> None:
+        sum_I = x.detach().abs().flatten(0, -2).sum(0, dtype=torch.float64)
+        sums[name] = sums[name] + sum_I if name in sums else sum_I
 
-        return hook
-
-    hooks = [call.block.get_submodule(name).register_forward_pre_hook(add(name)) for name in linears]
-    try:
+    with watched_inputs(call.block, {name: partial(add, name) for name in linears}):
         for hidden_BTD in batches:
             call({}, hidden_BTD)
-    finally:
-        for handle in hooks:
-            handle.remove()
     tokens = sum(hidden_BTD.shape[0] * hidden_BTD.shape[1] for hidden_BTD in batches)
     return {name: (sum_I / tokens).to(torch.float32) for name, sum_I in sums.items()}
 

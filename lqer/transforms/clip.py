@@ -15,12 +15,13 @@ Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import require_range
@@ -30,7 +31,7 @@ from .base import Scheme
 from .block_function import BlockFunction
 from .block_problem import BlockProblem, BlockTransform, Prepared, Session, scales_objection
 from .cancelling import cancelling_linears
-from .tracing import trace
+from .tracing import trace, watched_inputs
 
 # AWQ's: 1, 0.95, ... 0.55.
 GRID = 20
@@ -91,21 +92,15 @@ def autocorrelation_blocks(
     del seen
     sums: dict[tuple[str, int], Tensor] = {}
 
-    def add(key: tuple[str, int]) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sum_NBB = block_products(args[0].flatten(0, -2), key[1])
-            sums[key] = sums[key].add_(sum_NBB) if key in sums else sum_NBB
-
-        return hook
+    def add(key: tuple[str, int], x: Tensor) -> None:
+        sum_NBB = block_products(x.flatten(0, -2), key[1])
+        sums[key] = sums[key].add_(sum_NBB) if key in sums else sum_NBB
 
     keys = {linear: (site, block_sizes[linear]) for linear, site in first.items()}
-    hooks = [call.block.get_submodule(key[0]).register_forward_pre_hook(add(key)) for key in set(keys.values())]
-    try:
+    one_of_each = {key: linear for linear, key in keys.items()}
+    with watched_inputs(call.block, {linear: partial(add, key) for key, linear in one_of_each.items()}):
         for hidden_BTD in inputs_STD.split(batch_size):
             call(changed, hidden_BTD)
-    finally:
-        for handle in hooks:
-            handle.remove()
     return {linear: sums[key] for linear, key in keys.items()}
 
 

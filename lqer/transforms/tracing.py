@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,21 @@ class Trace:
     def norms_before(self, linear: str) -> list[str]:
         """The norms whose output is the linear's input."""
         return [name for name, output in self.outputs.items() if output.same(self.inputs[linear])]
+
+
+@contextmanager
+def watched_inputs(module: nn.Module, watch: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Hand the input of every linear that `watch` names to its function, whenever the linear is called."""
+
+    def hook(see: Callable[[Tensor], None]) -> Callable[..., None]:
+        return lambda module, args: see(args[0])
+
+    hooks = [module.get_submodule(name).register_forward_pre_hook(hook(see)) for name, see in watch.items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 @torch.no_grad()
