@@ -43,7 +43,7 @@ ACTIVATION_BYTES = 64 << 20  # logits, attention scores, kernels' workspaces
 
 @dataclass(frozen=True)
 class Decoding:
-    """One model; bytes as torch's allocator counts them."""
+    """One model; bytes as they were asked of torch's allocator, which rounds up."""
 
     label: str
     milliseconds: float
@@ -181,13 +181,13 @@ def _decode(label: str, model: nn.Module, packed_bytes: int, largest: int, budge
         raise ValueError(f"the logits of the {label} decoder are not finite")
     del logits
     torch.cuda.synchronize()
-    allocated = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     graph = timing.graph_of([step], 1)
     # Every replay writes one token into the cache, so fewer samples than its length.
     budget_ms = min(budget_ms, CACHE_TOKENS / 8 * _milliseconds_once(graph))
     times = [timing.median_us(graph.replay, budget_ms) / 1000 for _ in range(REPETITIONS)]
-    peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
     mean = sum(times) / REPETITIONS
     known = packed_bytes + _tensor_bytes([*model.parameters(), *model.buffers()])
     known += _tensor_bytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
