@@ -90,20 +90,52 @@ class Machine:
                 registers[target] = _add_pairs(sources[0], sources[1], DTYPES[opcode.rpartition(".")[2]])
             case "ld.shared.b32":
                 registers[target] = _read(self.shared, address(names[1]))
-            case "st.shared.b32":
-                self.shared[address(target) // 4] = sources[0]
+            case "st.shared.v4.b32":
+                for i, register in enumerate(_parts(names[1])):
+                    self.shared[address(target) // 4 + i] = registers[register]
             case "ld.global.nc.b32":
                 registers[target] = _read(self.memory, address(names[1]))
-            case "ld.global.v4.b32":
-                for i, register in enumerate(target.strip("{}").split(",")):
-                    registers[register.strip()] = _read(self.memory, address(names[1]) + 4 * i)
+            case "ld.global.v2.b32" | "ld.global.v4.b32":
+                for i, register in enumerate(_parts(target)):
+                    registers[register] = _read(self.memory, address(names[1]) + 4 * i)
+            case "mad.lo.s32":
+                registers[target] = (sources[0] * sources[1] + sources[2]) & WORD
+            case "cvt.rn.f32.s32":
+                registers[target] = _signed(sources[0], 32).to(torch.float32)
+            case "fma.rn.f32":
+                step = sources[1].to(torch.int32).view(torch.float32) if sources[1].dtype == torch.int64 else sources[1]
+                registers[target] = (sources[0].double() * step.double() + sources[2].double()).to(torch.float32)
+            case "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32":
+                a, b, c = ([value(name) for name in _parts(names[i])] for i in (1, 2, 3))
+                for register, result in zip(_parts(target), _multiply(a, b, c), strict=True):
+                    registers[register] = result
             case _:
                 raise NotImplementedError(opcode)
 
 
+def _parts(operand: str) -> list[str]:
+    return [part.strip() for part in operand.strip("{}").split(",")]
+
+
+def _signed(words: Tensor, bits: int) -> Tensor:
+    return torch.where(words >= 1 << (bits - 1), words - (1 << bits), words)
+
+
+def _multiply(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
+    """D = A B + C, 16 x 32 unsigned bytes by 32 x 8 signed ones, of a warp of 32 lanes, 4 g + t."""
+    g, t, byte = torch.arange(32) // 4, torch.arange(32) % 4, torch.arange(4)
+    a_, b_ = torch.zeros(16, 32, dtype=torch.int64), torch.zeros(32, 8, dtype=torch.int64)
+    for i, word in enumerate(a):
+        a_[(g + 8 * (i % 2))[:, None], 4 * t[:, None] + byte + 16 * (i // 2)] = word[:, None] >> 8 * byte & 255
+    for i, word in enumerate(b):
+        b_[4 * t[:, None] + byte + 16 * i, g[:, None]] = _signed(word[:, None] >> 8 * byte & 255, 8)
+    product = a_ @ b_
+    return [(product[g + 8 * (i // 2), 2 * t + i % 2] + word) & WORD for i, word in enumerate(c)]
+
+
 def _split(operands: str) -> list[str]:
     """Operands, those in braces as one."""
-    return [found.strip() for found in re.findall(r"\{[^}]*\}|[^,]+", operands) if found.strip()]
+    return [found.strip() for found in re.findall(r"\s*\{[^}]*\}|[^,]+", operands) if found.strip()]
 
 
 def _read(memory: Tensor, address: Tensor) -> Tensor:

@@ -11,7 +11,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .lattice_decode import token_order
+from .lattice_decode import TILE_C, token_order
+
+# 2^15 / (127 * 256 + 127): what has fifteen bits and still no h above 127.
+LARGEST_ROOM = tl.constexpr(32768 / 32639)
+LEAST_EXPONENT = tl.constexpr(32)  # of the step, so that it and its inverse are normal
+LEAST_EXPONENT_UP = tl.constexpr(2 * 127 + 14)
 
 
 @triton.jit
@@ -33,18 +38,26 @@ def _block(x_AB, row_A, negative_BB):
 
 
 @triton.jit
+def _blocks(x_AB, rows_AP, negative_BB):
+    """Blocks of H x [P, B], not normalised by sqrt(B); rows_AP: their rows of O, float32."""
+    v_PB = tl.sum(x_AB[:, None, :] * rows_AP[:, :, None], axis=0)
+    return tl.sum(tl.where(negative_BB[None, :, :], -v_PB[:, :, None], v_PB[:, :, None]), axis=1)
+
+
+@triton.jit
 def transform_tokens_kernel(
     x,  # [M, K], rows `x_stride` apart
     signs,  # [K], or None: no transform
     outer,  # O, float32 [A, A]
     a_values,  # Aᵀ [RP, KP] in the dtype of x, or None
-    x_out,  # [M, KP] in token order
-    partial,  # float32 [A, M, RP], or None
+    x_out,  # bytes [M, 2, KP] in token order
+    steps,  # int32 [M, tiles, 2], see lattice_gemm.py
+    partial,  # float32 [tiles, M, RP], or None
     M,
     K,
     x_stride,
     rank: tl.constexpr,
-    padded: tl.constexpr,  # KP
+    tiles: tl.constexpr,
     A: tl.constexpr,
     BLOCK_A: tl.constexpr,
     B: tl.constexpr,
@@ -52,9 +65,10 @@ def transform_tokens_kernel(
     factor: tl.constexpr,  # of H_B
     chained: tl.constexpr,
 ):
-    """x' = H (signs ⊙ x), or x itself, in token order, and what a block of it adds to x' A."""
-    block, m = tl.program_id(0), tl.program_id(1)
-    columns_B = block * B + tl.arange(0, B)
+    """x' = H (signs ⊙ x), or x itself, as integers of two bytes, and what a tile of it adds to x' A."""
+    tile, m = tl.program_id(0), tl.program_id(1)
+    padded: tl.constexpr = tiles * TILE_C
+    columns_T = tile * TILE_C + tl.arange(0, TILE_C)
     blocks_A = tl.arange(0, BLOCK_A)
     dtype: tl.constexpr = x.dtype.element_ty
     if chained:
@@ -62,28 +76,49 @@ def transform_tokens_kernel(
         gdc_launch_dependents()
     # Of nothing that the kernel before makes.
     if signs is not None:
-        row_A = tl.load(outer + block * A + blocks_A, mask=blocks_A < A, other=0.0) * factor
+        P: tl.constexpr = TILE_C // B
+        ours_P = tile * P + tl.arange(0, P)
+        inside_AP = (blocks_A < A)[:, None] & (ours_P < A)[None, :]
+        rows_AP = tl.load(outer + ours_P[None, :] * A + blocks_A[:, None], mask=inside_AP, other=0.0) * factor
         place_AB = blocks_A[:, None] * B + tl.arange(0, B)[None, :]
         signs_AB = tl.load(signs + place_AB, mask=(blocks_A < A)[:, None], other=0.0)
         negative_BB = _odd_overlap(B)
     if rank > 0:
-        a_RB = tl.load(a_values + tl.arange(0, BLOCK_R)[:, None] * padded + columns_B[None, :])
+        a_RT = tl.load(a_values + tl.arange(0, BLOCK_R)[:, None] * padded + columns_T[None, :])
     if chained:
         gdc_wait()
     row = x + m.to(tl.int64) * x_stride
     if signs is not None:
         x_AB = tl.load(row + place_AB, mask=(blocks_A < A)[:, None], other=0.0) * signs_AB
-        x_B = _block(x_AB.to(tl.float32), row_A, negative_BB).to(dtype)
+        x_T = _blocks(x_AB.to(tl.float32), rows_AP, negative_BB).reshape(TILE_C).to(dtype).to(tl.float32)
     else:
-        x_B = tl.load(row + columns_B, mask=columns_B < K, other=0.0)
-    tl.store(x_out + m.to(tl.int64) * padded + token_order(columns_B), x_B)
+        x_T = tl.load(row + columns_T, mask=columns_T < K, other=0.0).to(tl.float32)
+    store_integers(x_T, x_out + m.to(tl.int64) * (2 * padded), steps + (m * tiles + tile) * 2, columns_T, padded)
     if rank > 0:
         for first in tl.static_range(0, rank, BLOCK_R):
             if first > 0:
-                place = (first + tl.arange(0, BLOCK_R))[:, None] * padded + columns_B[None, :]
-                a_RB = tl.load(a_values + place)
-            sum_R = tl.sum(a_RB.to(tl.float32) * x_B.to(tl.float32)[None, :], axis=1)
-            tl.store(partial + (block * M + m) * rank + first + tl.arange(0, BLOCK_R), sum_R)
+                place = (first + tl.arange(0, BLOCK_R))[:, None] * padded + columns_T[None, :]
+                a_RT = tl.load(a_values + place)
+            sum_R = tl.sum(a_RT.to(tl.float32) * x_T[None, :], axis=1)
+            tl.store(partial + (tile * M + m) * rank + first + tl.arange(0, BLOCK_R), sum_R)
+
+
+@triton.jit
+def store_integers(x_T, x_out, steps, columns_T, padded: tl.constexpr):
+    """A tile of a token as integers of two bytes, 256 h + l, h and l from -128 to 127 (lattice.py)."""
+    # As a float a little larger than the largest, so that no h is 128; its exponent makes the largest 15 bits long.
+    largest = tl.max(tl.abs(x_T), axis=0) * LARGEST_ROOM
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, LEAST_EXPONENT)
+    up = ((-exponent + LEAST_EXPONENT_UP) << 23).to(tl.float32, bitcast=True)
+    # Adding and taking away 1.5 * 2^23 rounds to the nearest integer.
+    integers_T = ((x_T * up + 12582912.0) - 12582912.0).to(tl.int32)
+    low_T = ((integers_T + 128) & 255) - 128
+    place_T = x_out + token_order(columns_T)
+    tl.store(place_T, ((integers_T - low_T) >> 8).to(tl.int8))
+    tl.store(place_T + padded, low_T.to(tl.int8))
+    # 2^(exponent - 127 - 14), and the 1 / 32 of sums.
+    tl.store(steps, (exponent - 19) << 23)
+    tl.store(steps + 1, -120 * tl.sum(integers_T, axis=0))
 
 
 @triton.jit

@@ -17,14 +17,17 @@ of one:
     bit 9 c and up, 9 bits       row of code c in the table
     bit 36 + 4 k + c, k < 7      b_k of code c
 
-    units    int64 [N/16, tiles, 16 rows, 4]       unit t of a row of a tile: codes 4t .. 4t + 3 of its 16
+    units    int64 [N/16, tiles, 8, 4, 2]    [.., g, t, h]: unit t, codes 4t .. 4t + 3, of row g + 8 h of a tile's 16
 
-A decoded tile [N, 128] has its columns in kernel order: coordinate 4 h + j of code 4 t + 2 d + e stands at
+A thread takes units of two rows with one load of 128 bits, and those are what it holds of a tensor core's operand.
 
-    32 j + 16 d + 4 t + 2 e + h
+Tokens are multiplied as integers: x = step (256 h + l) with h and l of eight bits and a power of two as step, one for
+a tile and a token. They lie in memory as bytes [M, 2, K], all h of a token before all l, the columns of a tile in
+the order in which threads want them, `token_order`: coordinate 2 j + o of code 4 t + 2 p + e stands at
 
-because a thread that holds unit t holds columns 4 t .. 4 t + 3 of sixteen of a tensor core's operand, two in a
-register, and those two come from the halves of one word. Values are points; scales, one a row, multiply the sums.
+    32 t + 16 p + 8 o + 4 e + j
+
+since the even coordinates of a word are the low halves of its bytes, and the odd ones the high halves.
 
 Shapes: M tokens, N out_features, K in_features, U units, T columns of a tile.
 """
@@ -125,8 +128,9 @@ def pack_lattice(weight: QuantizedTensor) -> PackedLattice:
     layout = LatticeLayout(*weight.shape)
     codes_NV = weight.parts["codes"].to(torch.int64)
     padding = (0, layout.tiles * CODES - codes_NV.shape[1], 0, layout.padded_rows - layout.rows)
-    # [groups, tiles, rows, units, c]
-    codes = pad(codes_NV, padding).view(layout.padded_rows // ROWS, ROWS, layout.tiles, UNITS, 4).transpose(1, 2)
+    # [groups, h, g, tiles, units, c] to [groups, tiles, g, units, h, c]
+    codes = pad(codes_NV, padding).view(layout.padded_rows // ROWS, 2, ROWS // 2, layout.tiles, UNITS, 4)
+    codes = codes.permute(0, 3, 2, 4, 1, 5)
     units = _pack_units(codes)
     scales_N = weight.parts["scales"].to(torch.float32).reshape(-1).expand(layout.rows)
     scales = pad(scales_N, (0, layout.padded_rows - layout.rows)).contiguous()
@@ -144,8 +148,9 @@ def unpack_points(packed: PackedLattice) -> Tensor:
     sign = b ^ pad(b, (1, -1))
     nibbles = (packed.table.to(torch.int64)[row].unsqueeze(-1) >> (4 * k)) & 15
     values = (nibbles ^ (14 * sign)).to(torch.float32) / 2 - 3.75
-    natural = values.flatten(-3, -1)
-    return natural.transpose(1, 2).reshape(layout.padded_rows, -1)[: layout.rows, : layout.columns]
+    # [groups, tiles, g, units, h, c, k]
+    natural = values.permute(0, 4, 2, 1, 3, 5, 6).reshape(layout.padded_rows, -1)
+    return natural[: layout.rows, : layout.columns]
 
 
 def _pack_units(codes_C: Tensor) -> Tensor:

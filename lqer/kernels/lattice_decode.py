@@ -1,149 +1,189 @@
-"""Device functions that turn units of lattice codes into points, in registers (see lattice.py).
+"""Device functions that multiply units of lattice codes with tokens, in registers (see lattice.py).
 
-On a GPU a unit becomes its 32 values in one piece of PTX. 0x4100 | n << 3 are the bits of the bfloat16 8 + n / 2,
-0x4800 | n << 6 those of the float16; less 11.75 that is the point, exactly. Two values share each instruction. Every
-value is an output of its own: what Triton makes of the order of elements in registers does not matter. The interpreter
-takes the same steps in plain operations.
+On a GPU a warp multiplies a tile of 16 rows with tokens in one piece of PTX. The words of a code are the operand of a
+tensor core for integers nearly as they are: the low halves of their bytes, n, and the high ones, 16 n, are unsigned
+bytes, each kind with sums of its own. What n is more than the point it stands for is made up for by where the sums
+begin: 16 sum n x - 120 sum x = 32 sum (n / 2 - 15/4) x. All of it is exact in 32 bits. The interpreter takes plain
+operations.
 
-Rows of the codebook are looked up in shared memory, which a gather reads about four times as fast as the first cache.
-Nothing of Triton knows of that table: `share_table` reserves, aligns and fills it, and returns where it is.
+Rows of the codebook are looked up in shared memory. Sixteen copies of it lie side by side, one for every second lane
+of a warp, so that lanes seldom wait for each other. Nothing of Triton knows of that table: `share_table` reserves and
+fills it, and returns where it is.
 """
 
 import triton
 import triton.language as tl
 
-from .decode import INTERPRETED, ROWS_C, _join4
+from .decode import ROWS_C, _join4
 from .lattice import ROWS_OF_A, TILE_K, UNITS
 
 TILE_C, UNITS_C = tl.constexpr(TILE_K), tl.constexpr(UNITS)
-TABLE_BYTES = 4 * ROWS_OF_A
+COPIES = 16
+COPIES_C = tl.constexpr(COPIES)
+TABLE_BYTES = 4 * ROWS_OF_A * COPIES
+TILE_BYTES = 8 * 16 * UNITS  # of a tile of 16 rows
 LARGEST_SPAN = 16
-
-# Static shared memory begins where the driver's own ends, 1 KB up, whatever alignment is declared: twice the size
-# holds an address of which the table's bits are zero, so that or-ing an index to it is adding.
-SHARE_TABLE = tl.constexpr(f"""
-    {{
-    .shared .align 16 .b8 rows_of_a[{2 * TABLE_BYTES}];
-    .reg .pred done;
-    .reg .b32 i, step, base, address, value;
-    .reg .b64 source, offset;
-    mov.u32 i, %tid.x;
-    mov.u32 step, %ntid.x;
-    mov.u32 base, rows_of_a;
-    add.u32 base, base, {TABLE_BYTES - 1};
-    and.b32 base, base, 0x{(1 << 32) - TABLE_BYTES:08X};
-    fill:
-    setp.ge.u32 done, i, {ROWS_OF_A};
-    @done bra filled;
-    mul.wide.u32 offset, i, 4;
-    add.s64 source, $1, offset;
-    ld.global.nc.b32 value, [source];
-    shl.b32 address, i, 2;
-    add.u32 address, address, base;
-    st.shared.b32 [address], value;
-    add.u32 i, i, step;
-    bra fill;
-    filled:
-    bar.sync 0;
-    mov.u32 $0, base;
-    }}
-""")
+# Of a column of sums in a tensor core's result: h and l of a token lie side by side.
+TOKENS_AT_ONCE = 4
+TOKENS_AT_ONCE_C = tl.constexpr(TOKENS_AT_ONCE)
 
 
-def words_asm(unit: str, table: str) -> list[str]:
-    """PTX that leaves the words of the four codes of `unit` in w0..w3; `table`: the address of the rows."""
-    lines = [".reg .b32 low, b, y, z, s, t, w0, w1, w2, w3;", f"mov.b64 {{low, b}}, {unit};", "shr.u32 t, b, 4;"]
+def share_asm(warps: int) -> str:
+    """PTX: the address, $0, of a table in shared memory, filled by all threads from the rows at $1."""
+    quads = TABLE_BYTES // 16
+    turns = quads // (32 * warps)
+    lines = [f".shared .align 16 .b8 rows_of_a[{TABLE_BYTES}];", f".reg .b32 i, base, address, v<{turns}>;"]
+    lines += [".reg .b64 source, offset;", "mov.u32 i, %tid.x;", "mov.u32 base, rows_of_a;"]
+    # Quad i of 16 bytes is of row i / 4.
+    lines += ["shr.u32 address, i, 2;", "mul.wide.u32 offset, address, 4;", "add.s64 source, $1, offset;"]
+    lines += ["shl.b32 address, i, 4;", "add.u32 address, address, base;"]
+    lines += [f"ld.global.nc.b32 v{turn}, [source+{32 * warps * turn}];" for turn in range(turns)]
+    for turn in range(turns):
+        value = f"v{turn}"
+        lines.append(f"st.shared.v4.b32 [address+{512 * warps * turn}], {{{value}, {value}, {value}, {value}}};")
+    return "{\n" + "\n".join([*lines, "bar.sync 0;", "mov.u32 $0, base;"]) + "\n}"
+
+
+def words_asm(unit: str, table: str, row: int) -> list[str]:
+    """PTX: the operands of a tensor core from the four codes of `unit`.
+
+    e{c}{row} has the even coordinates of code c, o{c}{row} the odd ones. table: the address of this lane's copy.
+    """
+    lines = [f"mov.b64 {{low, b}}, {unit};", "shr.u32 t, b, 4;"]
     # Bit 4 k + c of z: the sign of coordinate k of code c. (b & mask) ^ t
     lines += ["lop3.b32 z, b, 0xFFFFFFF0, t, 0x6A;", "shr.u32 y, z, 2;"]
-    index = ["shl.b32 t, low, 2;", "shr.u32 t, low, 7;", "shr.u32 t, low, 16;", "shf.r.clamp.b32 t, low, b, 25;"]
+    index = ["shl.b32 t, low, 6;", "shr.u32 t, low, 3;", "shr.u32 t, low, 12;", "shf.r.clamp.b32 t, low, b, 21;"]
     for c in range(4):
-        # (t & mask) | table
-        lines += [index[c], f"lop3.b32 t, t, 0x{TABLE_BYTES - 4:X}, {table}, 0xEA;", f"ld.shared.b32 w{c}, [t];"]
+        lines += [index[c], f"and.b32 t, t, 0x{TABLE_BYTES - 4 * COPIES:X};", f"add.u32 t, t, {table};"]
+        lines.append("ld.shared.b32 w, [t];")
         # A bit of each nibble to 14 of it.
         mask, factor = ("0x11111111", 14) if c % 2 == 0 else ("0x22222222", 7)
         lines += [f"and.b32 s, {'z' if c < 2 else 'y'}, {mask};", f"mul.lo.u32 s, s, {factor};"]
-        lines.append(f"xor.b32 w{c}, w{c}, s;")
+        # (w ^ s) & mask
+        lines.append(f"lop3.b32 e{c}{row}, w, s, 0x0F0F0F0F, 0x28;")
+        lines.append(f"lop3.b32 o{c}{row}, w, s, 0xF0F0F0F0, 0x28;")
     return lines
 
 
-def values_asm(bits: int, one: int, constant: int, kind: str) -> str:
-    """PTX from a unit, $32, and the table's address, $33, to its values: $(8 c + 2 j + h), number 4 h + j of code c.
+def product_asm(blocks: int) -> str:
+    """PTX: adds the product of a tile of 16 rows and 4 `blocks` tokens to a warp's sums.
 
-    bits: where n / 2 stands in 16 bits. one: 8 in them. constant: -11.75.
+    $(2 i + h): sums of rows g + 8 h for token t of block i, for lane 4 g + t. From 2 blocks on: the same before, then
+    units of both rows, the table, then for each block an address of bytes and one of step and start.
     """
-    lines = [*words_asm("$32", "$33"), ".reg .b32 v, m;", f"mov.b32 m, 0x{constant:04X}{constant:04X};"]
-    mask = 15 << bits
-    for c in range(4):
-        for j in range(4):
-            shift = f"shl.b32 t, w{c}, {bits - 4 * j};" if 4 * j < bits else f"shr.u32 t, w{c}, {4 * j - bits};"
-            lines += [shift, f"lop3.b32 v, t, 0x{mask:04X}{mask:04X}, 0x{one:04X}{one:04X}, 0xEA;"]
-            lines += [f"add.rn.{kind} v, v, m;", f"mov.b32 {{${8 * c + 2 * j}, ${8 * c + 2 * j + 1}}}, v;"]
+    sums = 2 * blocks
+    unit, table, first = 2 * sums, 2 * sums + 2, 2 * sums + 3
+    lines = [".reg .b32 low, b, y, z, s, t, w, h, l, start;", ".reg .f32 step, f;"]
+    lines.append(
+        ".reg .b32 " + ", ".join(f"{kind}{c}{row}" for kind in "eo" for c in range(4) for row in range(2)) + ";"
+    )
+    lines += [".reg .b32 x<8>, d<8>;"]
+    lines += words_asm(f"${unit}", f"${table}", 0) + words_asm(f"${unit + 1}", f"${table}", 1)
+    mma = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
+    for i in range(blocks):
+        x, steps = f"${first + 2 * i}", f"${first + 2 * i + 1}"
+        lines.append(f"ld.global.v2.b32 {{step, start}}, [{steps}];")
+        lines.append(f"ld.global.v4.b32 {{x0, x1, x2, x3}}, [{x}];")
+        lines.append(f"ld.global.v4.b32 {{x4, x5, x6, x7}}, [{x}+16];")
+        for o, kind in enumerate("eo"):
+            d = [f"d{4 * o + k}" for k in range(4)]
+            begin = "{0, start, 0, start}" if o else "{0, 0, 0, 0}"
+            for p in range(2):
+                a = f"{{{kind}{2 * p}0, {kind}{2 * p}1, {kind}{2 * p + 1}0, {kind}{2 * p + 1}1}}"
+                b = f"{{x{4 * p + 2 * o}, x{4 * p + 2 * o + 1}}}"
+                result = "{" + ", ".join(d) + "}"
+                lines.append(f"{mma} {result}, {a}, {b}, {begin if p == 0 else result};")
+        for h in range(2):
+            # 16 times the even coordinates' sums, with those of the odd ones; then 256 h + l.
+            lines += [f"mad.lo.s32 h, d{2 * h}, 16, d{4 + 2 * h};", f"mad.lo.s32 l, d{2 * h + 1}, 16, d{5 + 2 * h};"]
+            lines += ["mad.lo.s32 l, h, 256, l;", "cvt.rn.f32.s32 f, l;"]
+            lines.append(f"fma.rn.f32 ${2 * i + h}, f, step, ${sums + 2 * i + h};")
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 def load_asm(span: int) -> str:
-    """PTX: a unit of each of `span` tiles from the address of the first."""
-    size = 8 * ROWS_C.value * UNITS
-    return "\n".join(f"ld.global.nc.L1::no_allocate.b64 ${i}, [${span}+{size * i}];" for i in range(span))
+    """PTX: the units of two rows for each of `span` tiles from the address of the first."""
+    loads = (
+        f"ld.global.nc.L1::no_allocate.v2.b64 {{${2 * i}, ${2 * i + 1}}}, [${2 * span}+{TILE_BYTES * i}];"
+        for i in range(span)
+    )
+    return "\n".join(loads)
 
 
-def tokens_asm() -> str:
-    """PTX: 32 values side by side from an address, $32."""
-    loads = (f"ld.global.v4.b32 {{v{i}, v{i + 1}, v{i + 2}, v{i + 3}}}, [$32+{4 * i}];" for i in range(0, 16, 4))
-    halves = (f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, v{i};" for i in range(16))
-    return "{\n" + "\n".join([".reg .b32 v<16>;", *loads, *halves]) + "\n}"
+def _product_constraints(blocks: int) -> str:
+    return ",".join(["=&f"] * (2 * blocks) + ["f"] * (2 * blocks) + ["l", "l", "r"] + ["l"] * (2 * blocks))
 
 
-BF16_ASM = tl.constexpr(values_asm(3, 0x4100, 0xC13C, "bf16x2"))
-FP16_ASM = tl.constexpr(values_asm(6, 0x4800, 0xC9E0, "f16x2"))
-VALUES_CONSTRAINTS = tl.constexpr(",".join(["=&h"] * 32 + ["l", "r"]))
-TOKENS_ASM = tl.constexpr(tokens_asm())
-TOKENS_CONSTRAINTS = tl.constexpr(",".join(["=&h"] * 32 + ["l"]))
-BF16_32 = tl.constexpr((tl.bfloat16,) * 32)
-FP16_32 = tl.constexpr((tl.float16,) * 32)
+SHARE = tl.constexpr({warps: share_asm(warps) for warps in (1, 2, 4, 8, 16)})
+BLOCKS = (1, 2, 4)  # of tokens
+PRODUCTS = tl.constexpr({blocks: product_asm(blocks) for blocks in BLOCKS})
+PRODUCT_CONSTRAINTS = tl.constexpr({blocks: _product_constraints(blocks) for blocks in BLOCKS})
+PRODUCT_TYPES = tl.constexpr({blocks: (tl.float32,) * (2 * blocks) for blocks in BLOCKS})
 LOADS = tl.constexpr(tuple(load_asm(span) for span in range(LARGEST_SPAN + 1)))
-LOAD_CONSTRAINTS = tl.constexpr(tuple(",".join(["=&l"] * span + ["l"]) for span in range(LARGEST_SPAN + 1)))
-LOAD_TYPES = tl.constexpr(tuple((tl.int64,) * span for span in range(LARGEST_SPAN + 1)))
+LOAD_CONSTRAINTS = tl.constexpr(tuple(",".join(["=&l"] * 2 * span + ["l"]) for span in range(LARGEST_SPAN + 1)))
+LOAD_TYPES = tl.constexpr(tuple((tl.int64,) * 2 * span for span in range(LARGEST_SPAN + 1)))
 
 
 @triton.jit
-def share_table(table):
-    """What `decode_units` looks rows up by: an address in shared memory, or in the interpreter the table itself."""
-    if INTERPRETED:
-        return table
-    else:
-        return tl.inline_asm_elementwise(
-            SHARE_TABLE, "=r,l", [table.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
+def share_table(table, warps: tl.constexpr):
+    """What `add_products` looks rows up by: an address in shared memory."""
+    return tl.inline_asm_elementwise(SHARE[warps], "=r,l", [table.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def unit_places(units, rows_N, first, tiles: tl.constexpr):
     """Where the units [N, 4] of tile number `first` are; those of the next tile are a group of rows further on."""
-    base_N = (rows_N // ROWS_C) * (tiles * ROWS_C * UNITS_C) + (rows_N % ROWS_C) * UNITS_C
-    return units + (base_N + first * (ROWS_C * UNITS_C))[:, None] + tl.arange(0, UNITS_C)[None, :]
+    row_N = rows_N % ROWS_C
+    base_N = (rows_N // ROWS_C) * (tiles * ROWS_C * UNITS_C) + row_N % 8 * (2 * UNITS_C) + row_N // 8
+    return units + (base_N + first * (ROWS_C * UNITS_C))[:, None] + 2 * tl.arange(0, UNITS_C)[None, :]
 
 
 @triton.jit
-def _load_plainly(place, span: tl.constexpr):
-    if span == 1:
-        return (tl.load(place),)
-    else:
-        half: tl.constexpr = span // 2
-        return _load_plainly(place, half) + _load_plainly(place + half * (ROWS_C * UNITS_C), half)
+def load_units(units, group_T, lane_T, first, tiles: tl.constexpr, span: tl.constexpr):
+    """What each thread holds of `span` tiles from number `first` on: 2 `span` tensors."""
+    place_T = units + group_T * (tiles * ROWS_C * UNITS_C) + first * (ROWS_C * UNITS_C) + lane_T * 2
+    return tl.inline_asm_elementwise(
+        LOADS[span], LOAD_CONSTRAINTS[span], [place_T.to(tl.int64)], dtype=LOAD_TYPES[span], is_pure=False, pack=1
+    )
 
 
 @triton.jit
-def load_units(units, rows_N, first, tiles: tl.constexpr, span: tl.constexpr):
-    """Units [N, 4] of `span` tiles from number `first` on, a tuple."""
-    place = unit_places(units, rows_N, first, tiles)
-    if INTERPRETED:
-        return _load_plainly(place, span)
+def no_sums(warps: tl.constexpr, blocks: tl.constexpr):
+    """What `add_products` begins with: two zeros a thread for each four tokens."""
+    if blocks == 1:
+        zero_T = tl.zeros((warps * 32,), tl.float32)
+        return zero_T, zero_T
     else:
-        # In whatever layout the tensor cores want: a load of Triton's would fix one of its own.
-        return tl.inline_asm_elementwise(
-            LOADS[span], LOAD_CONSTRAINTS[span], [place.to(tl.int64)], dtype=LOAD_TYPES[span], is_pure=True, pack=1
-        )
+        half = no_sums(warps, blocks // 2)
+        return half + half
+
+
+@triton.jit
+def token_places(x, steps, lane_T, first, tile, M, tiles: tl.constexpr, blocks: tl.constexpr):
+    """For each four tokens from `first` on, where the thread reads their bytes and steps of a tile.
+
+    Lane 4 g + t takes bytes of token g // 2 of a block, h or l, and has the sums of token t. Tokens that are not there
+    are another's.
+    """
+    if blocks == 1:
+        token_T, summed_T = tl.minimum(first + lane_T // 8, M - 1), tl.minimum(first + lane_T % 4, M - 1)
+        byte_T = ((token_T * 2 + lane_T // 4 % 2) * tiles + tile) * TILE_C + lane_T % 4 * 32
+        return (x + byte_T).to(tl.int64), (steps + (summed_T * tiles + tile) * 2).to(tl.int64)
+    else:
+        half: tl.constexpr = blocks // 2
+        others = token_places(x, steps, lane_T, first + half * TOKENS_AT_ONCE_C, tile, M, tiles, half)
+        return token_places(x, steps, lane_T, first, tile, M, tiles, half) + others
+
+
+@triton.jit
+def add_products(sums, pair, copy_T, places, tile: tl.constexpr, blocks: tl.constexpr):
+    """`sums` and the products of a tile, of whose units each thread holds a pair; places: those of the first tile."""
+    arguments = sums + pair + (copy_T,)
+    for i in tl.static_range(blocks):
+        arguments = arguments + (places[2 * i] + tile * TILE_C, places[2 * i + 1] + tile * 8)  # noqa: RUF005
+    return tl.inline_asm_elementwise(
+        PRODUCTS[blocks], PRODUCT_CONSTRAINTS[blocks], arguments, dtype=PRODUCT_TYPES[blocks], is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -162,104 +202,27 @@ def nibble_values(words, k, dtype: tl.constexpr):
 
 
 @triton.jit
-def _plain_values(units_NU, table, dtype: tl.constexpr):
-    rows: tl.constexpr = units_NU.shape[0]
-    w0, w1 = unit_word(units_NU, table, 0), unit_word(units_NU, table, 1)
-    w2, w3 = unit_word(units_NU, table, 2), unit_word(units_NU, table, 3)
-    # [N, t, d, e] to [N, 1, d, t, e, 1], beside j and h
-    words = _join4(w0, w1, w2, w3).permute(0, 2, 1, 3).reshape(rows, 1, 2, UNITS_C, 2, 1)
-    k = tl.arange(0, 4).reshape(1, 4, 1, 1, 1, 1) + 4 * tl.arange(0, 2).reshape(1, 1, 1, 1, 1, 2)
-    return nibble_values(words, k, dtype).reshape(rows, TILE_C)
-
-
-@triton.jit
-def _joined16(v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15):
-    """[*lead, 2, 2, 2, 2] of sixteen tensors, the number's highest bit first."""
-    return tl.join(
-        tl.join(_join4(v0, v4, v8, v12), _join4(v2, v6, v10, v14)),
-        tl.join(_join4(v1, v5, v9, v13), _join4(v3, v7, v11, v15)),
-    )
-
-
-@triton.jit
-def _joined32(v):
-    """[*lead, 2, 2, 2, 2, 2] of a tuple of 32 tensors, the number's highest bit first."""
-    low = _joined16(
-        v[0], v[2], v[4], v[6], v[8], v[10], v[12], v[14], v[16], v[18], v[20], v[22], v[24], v[26], v[28], v[30]
-    )
-    high = _joined16(
-        v[1], v[3], v[5], v[7], v[9], v[11], v[13], v[15], v[17], v[19], v[21], v[23], v[25], v[27], v[29], v[31]
-    )
-    return tl.join(low, high)
-
-
-@triton.jit
-def decode_units(units_NU, table, dtype: tl.constexpr):
-    """Points [N, 128] in kernel order of the units [N, 4] of a tile; table: what `share_table` returned."""
-    if INTERPRETED:
-        return _plain_values(units_NU, table, dtype)
-    elif dtype == tl.bfloat16:
-        return _asm_values(units_NU, table, BF16_ASM, BF16_32)
-    else:
-        return _asm_values(units_NU, table, FP16_ASM, FP16_32)
-
-
-@triton.jit
-def _asm_values(units_NU, table, asm: tl.constexpr, types: tl.constexpr):
-    values = tl.inline_asm_elementwise(asm, VALUES_CONSTRAINTS, [units_NU, table], dtype=types, is_pure=True, pack=1)
-    return decoded_order(values)
-
-
-@triton.jit
-def decoded_order(values):
-    """[N, 128] in kernel order of what `values_asm` yields for units [N, 4]."""
-    rows: tl.constexpr = values[0].shape[0]
-    # [N, t, d, e, j, j, h] to [N, j, j, d, t, e, h]
-    return _joined32(values).permute(0, 4, 5, 2, 1, 3, 6).reshape(rows, TILE_C)
-
-
-@triton.jit
-def token_tile(values):
-    """[M, 128] in kernel order of what `tokens_asm` yields for units [M, 4]."""
-    tokens: tl.constexpr = values[0].shape[0]
-    # [M, t, j, j, d, e, h] to [M, j, j, d, t, e, h]
-    return _joined32(values).permute(0, 2, 3, 4, 1, 5, 6).reshape(tokens, TILE_C)
-
-
-@triton.jit
-def pinned(pointer):
-    """An address that nothing is loaded from before this point."""
-    if INTERPRETED:
-        return pointer
-    else:
-        return tl.inline_asm_elementwise(
-            "mov.b64 $0, $1;", "=l,l", [pointer.to(tl.int64)], dtype=tl.int64, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def load_tokens(address_M, tile, dtype: tl.constexpr):
-    """Tile number `tile` of tokens [M, 128] in kernel order, from where tokens are, `pinned`, in `token_order`."""
-    tokens: tl.constexpr = address_M.shape[0]
-    if INTERPRETED:
-        x_MT = tl.load(address_M[:, None] + tile * TILE_C + tl.arange(0, TILE_C)[None, :])
-        return x_MT.reshape(tokens, UNITS_C, 8, 4).permute(0, 2, 1, 3).reshape(tokens, TILE_C)
-    else:
-        place = address_M[:, None] + (tile * TILE_C + tl.arange(0, UNITS_C) * 32)[None, :] * 2
-        if dtype == tl.bfloat16:
-            values = tl.inline_asm_elementwise(
-                TOKENS_ASM, TOKENS_CONSTRAINTS, [place], dtype=BF16_32, is_pure=True, pack=1
-            )
-        else:
-            values = tl.inline_asm_elementwise(
-                TOKENS_ASM, TOKENS_CONSTRAINTS, [place], dtype=FP16_32, is_pure=True, pack=1
-            )
-        return token_tile(values)
-
-
-@triton.jit
 def token_order(columns):
-    """Where x has its natural columns in memory: in kernel order, but unit by unit, as threads read it."""
+    """Where x has its natural columns in memory: unit by unit, as threads read it."""
     inside = columns % TILE_C
     k, code = inside % 8, inside // 8
-    return columns - inside + code // 4 * 32 + k % 4 * 8 + code // 2 % 2 * 4 + code % 2 * 2 + k // 4
+    return columns - inside + code // 4 * 32 + code // 2 % 2 * 16 + k % 2 * 8 + code % 2 * 4 + k // 2
+
+
+@triton.jit
+def plain_product(units_NU, table, x, steps, rows_M, tile, M, tiles: tl.constexpr):
+    """The product [N, M] of a tile of units [N, 4] with tokens, in plain operations."""
+    k = tl.arange(0, TILE_C)
+    words = _join4(
+        unit_word(units_NU, table, 0), unit_word(units_NU, table, 1), unit_word(units_NU, table, 2),
+        unit_word(units_NU, table, 3),
+    )  # fmt: skip
+    rows: tl.constexpr = units_NU.shape[0]
+    nibbles = (words.reshape(rows, UNITS_C * 4, 1) >> (4 * tl.arange(0, 8))[None, None, :]) & 15
+    n_NK = nibbles.reshape(rows, TILE_C).to(tl.float32)
+    tokens_M = tl.minimum(rows_M, M - 1)
+    place = x + (tokens_M * 2 * (tiles * TILE_C) + tile * TILE_C)[None, :] + token_order(k)[:, None]
+    x_KM = (tl.load(place).to(tl.int32) * 256 + tl.load(place + tiles * TILE_C).to(tl.int32)).to(tl.float32)
+    step_M = tl.load(steps + (tokens_M * tiles + tile) * 2).to(tl.float32, bitcast=True)
+    start_M = tl.load(steps + (tokens_M * tiles + tile) * 2 + 1)
+    return (tl.dot(n_NK, x_KM) * 16 + start_M.to(tl.float32)[None, :]) * step_M[None, :]

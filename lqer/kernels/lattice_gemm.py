@@ -1,27 +1,31 @@
 """Kernels on lattice codes: the product for few tokens, and decoding to memory for many.
 
-The product y = W x + b + L (R x) is computed as yᵀ = W xᵀ, weights decoded in registers on their way into tensor cores.
-A program reads all of its codes at once, before it waits for the kernel that makes x, so that memory is at work while
-that one is. K is cut into spans of tiles, a program each; parts are slabs in memory, and the program that finishes a
-tile of outputs last adds them up in a fixed order. Every part brings some of the ranks.
+The product y = W x + b + L (R x) is computed as yᵀ = W xᵀ, weights decoded in registers, tokens as integers of two
+bytes (lattice.py). A warp has 16 rows of outputs and a span of tiles, and reads all of its codes at once, before it
+waits for the kernel that makes x, so that memory is at work while that one is. K is cut into spans, a program each;
+parts are slabs in memory, and the program that finishes a tile of outputs last adds them up in a fixed order. Every
+part brings some of the ranks.
 
-Shapes: M tokens, N out_features, K in_features, R rank (padded).
+Shapes: M tokens, N out_features, K in_features, R rank (padded), T threads of a program.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .decode import dot
+from .decode import INTERPRETED, ROWS_C
 from .lattice_decode import (
+    COPIES_C,
     TILE_C,
+    TOKENS_AT_ONCE_C,
     UNITS_C,
-    decode_units,
-    load_tokens,
+    add_products,
     load_units,
     nibble_values,
-    pinned,
+    no_sums,
+    plain_product,
     share_table,
+    token_places,
     unit_places,
     unit_word,
 )
@@ -32,11 +36,12 @@ PROJECTION_ELEMENTS = tl.constexpr(4096)
 
 @triton.jit(do_not_specialize=["M"])
 def lattice_product_kernel(
-    x,  # [M, KP] in token order
+    x,  # bytes [M, 2, KP] in token order
+    steps,  # int32 [M, tiles, 2]: bits of a float32, step / 32, and -120 times the sum of a tile's integers
     units,
     table,
     scales,
-    b_values,  # [RP, N] in the dtype of x, or None
+    b_values,  # [RP, N] in the dtype of the layer, or None
     projection,  # parts of x A, float32 [slabs, M, RP], or None
     bias,  # [N], or None
     partial,  # float32 [splits, N, M], or None for one split
@@ -51,7 +56,7 @@ def lattice_product_kernel(
     span: tl.constexpr,
     splits: tl.constexpr,
     tiles_n: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    WARPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TOKENS: tl.constexpr,  # of a tile that may be there, as a power of two
     BLOCK_R: tl.constexpr,
@@ -59,30 +64,43 @@ def lattice_product_kernel(
 ):
     """A tile of outputs for BLOCK_M tokens."""
     pid = tl.program_id(0)
-    pid_n, pid_s, pid_m = pid % tiles_n, pid // tiles_n % splits, pid // (tiles_n * splits)
+    pid_n, pid_s = pid % tiles_n, pid // tiles_n
+    BLOCK_N: tl.constexpr = WARPS * ROWS_C
     rows_N = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    dtype: tl.constexpr = x.dtype.element_ty
-    loaded = load_units(units, rows_N, pid_s * span, tiles, span)
-    rows_of_a = share_table(table)
+    rows_M = tl.arange(0, BLOCK_M)
+    thread_T = tl.arange(0, WARPS * 32)
+    lane_T = thread_T % 32
+    blocks: tl.constexpr = BLOCK_M // TOKENS_AT_ONCE_C
+    if not INTERPRETED:
+        loaded = load_units(units, pid_n * WARPS + thread_T // 32, lane_T, pid_s * span, tiles, span)
+        copy_T = share_table(table, WARPS) + lane_T % COPIES_C * 4
     first_rank = pid_s * BLOCK_R
     ranks_R = tl.arange(0, BLOCK_R)
-    if rank > 0 and first_rank < rank:
+    if rank > 0:
         place = b_values + (first_rank + ranks_R)[None, :] * N + rows_N[:, None]
-        b_NR = tl.load(place, mask=(rows_N < N)[:, None], other=0.0)
-    else:
-        b_NR = tl.zeros((BLOCK_N, BLOCK_R), dtype)
+        b_NR = tl.load(place, mask=(rows_N < N)[:, None] & (first_rank + ranks_R < rank)[None, :], other=0.0)
+    scales_N = tl.load(scales + rows_N)
     if chained:
         gdc_wait()
         gdc_launch_dependents()
-    rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Tokens that are not there read another's.
-    x_rows_M = x + tl.minimum(rows_M, M - 1).to(tl.int64) * (tiles * TILE_C) + pid_s * (span * TILE_C)
-    address_M = pinned(x_rows_M)
-    acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for i in tl.static_range(span):
-        w_NT = decode_units(loaded[i], rows_of_a, dtype)
-        acc_NM = dot(w_NT, tl.trans(load_tokens(address_M, i, dtype)), acc_NM)
-    acc_NM *= tl.load(scales + rows_N)[:, None]
+    if INTERPRETED:
+        acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for tile in tl.static_range(span):
+            units_NU = tl.load(unit_places(units, rows_N, pid_s * span + tile, tiles))
+            acc_NM += plain_product(units_NU, table, x, steps, rows_M, pid_s * span + tile, M, tiles)
+    else:
+        places = token_places(x, steps, lane_T, 0, pid_s * span, M, tiles, blocks)
+        sums = no_sums(WARPS, blocks)
+        # Once. Triton's passes do not look through such a loop: they might compute `sums` anew in the layout of what is
+        # added to them, where an element does not belong to the thread of its number.
+        turn = 0
+        while turn < 1:
+            for tile in tl.static_range(span):
+                pair = loaded[2 * tile], loaded[2 * tile + 1]
+                sums = add_products(sums, pair, copy_T, places, tile, blocks)
+            turn += 1
+        acc_NM = sums_tile(sums, WARPS, blocks)
+    acc_NM *= scales_N[:, None]
     if rank > 0:
         for turn in tl.static_range(0, rank, splits * BLOCK_R):
             first = first_rank + turn
@@ -90,12 +108,27 @@ def lattice_product_kernel(
                 if turn > 0:
                     place = b_values + (first + ranks_R)[None, :] * N + rows_N[:, None]
                     b_NR = tl.load(place, mask=(rows_N < N)[:, None], other=0.0)
-                xa_MR = _projection(
-                    projection, first + ranks_R, pid_m * BLOCK_M, M, rank, slabs, BLOCK_S, BLOCK_M, TOKENS
-                )
-                acc_NM = dot(b_NR, tl.trans(xa_MR.to(dtype)), acc_NM)
+                xa_MR = _projection(projection, first + ranks_R, 0, M, rank, slabs, BLOCK_S, TOKENS)
+                xa_MR = xa_MR.to(b_values.dtype.element_ty).to(tl.float32)
+                branch_NM = tl.sum(b_NR.to(tl.float32)[:, None, :] * xa_MR[None, :, :], axis=2)
+                if TOKENS < BLOCK_M:
+                    alike: tl.constexpr = BLOCK_M // TOKENS
+                    branch_NM = branch_NM[:, None, :].broadcast_to(BLOCK_N, alike, TOKENS).reshape(BLOCK_N, BLOCK_M)
+                acc_NM += branch_NM
 
-    add_parts(acc_NM, partial, finished + pid_m * tiles_n + pid_n, pid_s, bias, y, rows_N, rows_M, M, N, splits, splits)
+    add_parts(acc_NM, partial, finished + pid_n, pid_s, bias, y, rows_N, rows_M, M, N, splits, splits)
+
+
+@triton.jit
+def sums_tile(sums, WARPS: tl.constexpr, blocks: tl.constexpr):
+    """[N, M] of what threads hold of it: rows g and g + 8 of a warp's, and one of each four tokens."""
+    if blocks == 1:
+        sum_TH = tl.join(sums[0], sums[1])
+        return sum_TH.reshape(WARPS, 8, 4, 2).permute(0, 3, 1, 2).reshape(WARPS * 16, 4)
+    else:
+        half: tl.constexpr = blocks // 2
+        one, other = sums_tile(sums[: 2 * half], WARPS, half), sums_tile(sums[2 * half :], WARPS, half)
+        return tl.join(one, other).permute(0, 2, 1).reshape(WARPS * 16, 4 * blocks)
 
 
 @triton.jit
@@ -107,10 +140,9 @@ def _projection(
     rank: tl.constexpr,
     slabs: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """x A of a tile of tokens, float32 [BLOCK_M, R]: its parts added up."""
+    """x A of a tile of tokens, float32 [M, R]: its parts added up."""
     width: tl.constexpr = ranks_R.shape[0]
     at_once: tl.constexpr = min(BLOCK_S, max(1, PROJECTION_ELEMENTS // (TOKENS * width)))
     tokens_M = tl.minimum(first_token + tl.arange(0, TOKENS), M - 1)
@@ -119,9 +151,6 @@ def _projection(
         slabs_S = first + tl.arange(0, at_once)
         place = projection + (slabs_S[:, None, None] * M + tokens_M[None, :, None]) * rank + ranks_R[None, None, :]
         xa_MR += tl.sum(tl.load(place, mask=(slabs_S < slabs)[:, None, None], other=0.0), axis=0)
-    if TOKENS < BLOCK_M:
-        tokens: tl.constexpr = BLOCK_M // TOKENS
-        xa_MR = xa_MR[None, :, :].broadcast_to(tokens, TOKENS, width).reshape(BLOCK_M, width)
     return xa_MR
 
 

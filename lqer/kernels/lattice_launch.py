@@ -20,27 +20,30 @@ from lqer.transforms.hadamard import RandomHadamard, small_factor, small_order
 from .chaining import launch_options
 from .hadamard import restore_tokens_kernel, transform_tokens_kernel
 from .lattice import TILE_K, LatticeLayout, PackedLattice
+from .lattice_decode import TOKENS_AT_ONCE
 from .lattice_gemm import lattice_expand_kernel, lattice_product_kernel
-from .layout import ROW_PADDING
+from .layout import ROW_PADDING, ROWS
 from .linear import PackedLinear
 
 LATTICE_TOKENS = 16
-BLOCK_M = 8  # with more, Triton takes another instruction, and decoded weights a way through shared memory
 LARGEST_BLOCK = 128  # of a transform's outputs, for one program
 LARGEST_OUTER = 256  # rows of the outer factor: a program reads all blocks at once
 TRANSFORM_WARPS = 8
-RANKS_AT_ONCE = 64
+RANKS_AT_ONCE = 64  # of a transform
+# Of a product: with the table, what Triton needs of shared memory to lay out B anew has to stay within 48 KB.
+PRODUCT_RANKS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
 class LatticeLaunch:
-    block_n: int
-    warps: int
+    warps: int  # of a program, at most; each has 16 rows
     span: int  # tiles of 128 columns, for one program; at most those of the layout
+    registers: int | None = None  # of a thread, at most
 
 
-# One token wants more programs, many want fewer parts to add up; measured at 1 and 16.
-ONE_TOKEN, MORE_TOKENS = LatticeLaunch(64, 4, 8), LatticeLaunch(64, 4, 16)
+# Of those that were measured at 8192x8192 (docs/benchmarks.md) the fastest for one token, and nearly that for more.
+LAUNCH, LAUNCH_MORE = LatticeLaunch(4, 8, 80), LatticeLaunch(8, 8)
+FEW_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,13 @@ def run_lattice(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Up to 16 tokens by three kernels, two where there is no basis; y in `out_dtype`, by default that of x."""
-    launch = launch or (ONE_TOKEN if len(x_MK) == 1 else MORE_TOKENS)
+    launch = launch or (LAUNCH if len(x_MK) <= FEW_TOKENS else LAUNCH_MORE)
     signs_K, signs_N = packed.input_signs_K, packed.output_signs_N
     y_dtype = out_dtype or x_MK.dtype
     if signs_K is None or signs_N is None:
-        x_out, projection = _prepare(x_MK, packed, None, chained)
-        return _product(x_out, packed, projection, packed.bias_N, y_dtype, chained, launch)
-    x_out, projection = _prepare(x_MK, packed, signs_K, chained)
-    y_MN = _product(x_out, packed, projection, None, torch.float32, chained, launch)
+        return _product(_prepare(x_MK, packed, None, chained), packed, packed.bias_N, y_dtype, chained, launch)
+    tokens = _prepare(x_MK, packed, signs_K, chained)
+    y_MN = _product(tokens, packed, None, torch.float32, chained, launch)
     m, n = y_MN.shape
     back, y_out = transform(n, True, x_MK.device), x_MK.new_empty(m, n, dtype=y_dtype)
     blocks = n // back.block
@@ -123,56 +125,66 @@ def run_lattice(
     return y_out
 
 
-def _prepare(x_MK: Tensor, packed: PackedLinear, signs_K: Tensor | None, chained: bool) -> tuple[Tensor, Tensor | None]:
-    """x' [M, KP] in token order, and the parts of x' A, float32 [blocks, M, RP]."""
-    (m, k), rank, padded = x_MK.shape, packed.spec.rank, packed.spec.layout.padded_columns
+@dataclass(frozen=True)
+class _Tokens:
+    """x' as the product reads it (lattice.py): bytes [M, 2, KP], int32 steps [M, tiles, 2], and the parts of x' A."""
+
+    bytes: Tensor
+    steps: Tensor
+    projection: Tensor | None  # float32 [tiles, M, RP]
+
+
+def _prepare(x_MK: Tensor, packed: PackedLinear, signs_K: Tensor | None, chained: bool) -> _Tokens:
+    (m, k), rank, tiles = x_MK.shape, packed.spec.rank, packed.spec.layout.padded_columns // TILE_K
     into = None if signs_K is None else transform(k, False, x_MK.device)
-    block = TILE_K if into is None else into.block
-    blocks = padded // block if into is None else k // block
-    # A program for every column, or zeros where there is none.
-    x_out = (x_MK.new_empty if blocks * block == padded else x_MK.new_zeros)((m, padded))
-    projection = x_MK.new_empty((blocks, m, rank), dtype=torch.float32) if rank else None
-    transform_tokens_kernel[blocks, m](
-        x_MK, signs_K, None if into is None else into.outer, packed.a_codes, x_out, projection, m, k, x_MK.stride(0),
-        rank=rank, padded=padded, A=blocks, BLOCK_A=triton.next_power_of_2(blocks), B=block,
-        BLOCK_R=min(rank, RANKS_AT_ONCE), factor=1.0 if into is None else into.factor / headroom(x_MK.dtype),
-        chained=chained, num_warps=TRANSFORM_WARPS, **launch_options(chained),
+    blocks, block = (tiles, TILE_K) if into is None else (k // into.block, into.block)
+    tokens = _Tokens(
+        x_MK.new_empty((m, 2, tiles * TILE_K), dtype=torch.int8),
+        x_MK.new_empty((m, tiles, 2), dtype=torch.int32),
+        x_MK.new_empty((tiles, m, rank), dtype=torch.float32) if rank else None,
+    )
+    transform_tokens_kernel[tiles, m](
+        x_MK, signs_K, None if into is None else into.outer, packed.a_codes, tokens.bytes, tokens.steps,
+        tokens.projection, m, k, x_MK.stride(0), rank=rank, tiles=tiles, A=blocks,
+        BLOCK_A=triton.next_power_of_2(blocks), B=block, BLOCK_R=min(rank, RANKS_AT_ONCE),
+        factor=1.0 if into is None else into.factor / headroom(x_MK.dtype), chained=chained,
+        num_warps=TRANSFORM_WARPS, **launch_options(chained),
     )  # fmt: skip
-    return x_out, projection
+    return tokens
 
 
 def _product(
-    x_out: Tensor,
+    tokens: _Tokens,
     packed: PackedLinear,
-    projection: Tensor | None,
     bias_N: Tensor | None,
     dtype: torch.dtype,
     chained: bool,
     launch: LatticeLaunch,
 ) -> Tensor:
     """y [M, N] in `dtype`, of what `_prepare` returned."""
-    weight, rank, m = packed.weight, packed.spec.rank, len(x_out)
+    weight, rank, m = packed.weight, packed.spec.rank, len(tokens.bytes)
     assert isinstance(weight, PackedLattice)
     layout = weight.layout
+    warps = math.gcd(launch.warps, layout.padded_rows // ROWS)
     span = math.gcd(launch.span, layout.span)
-    splits = layout.tiles // span
-    tiles_n, tiles_m = layout.padded_rows // launch.block_n, -(-m // BLOCK_M)
-    slabs = 0 if projection is None else len(projection)
-    partial = x_out.new_empty((splits, layout.rows, m), dtype=torch.float32) if splits > 1 else None
-    y_MN = x_out.new_empty(m, layout.rows, dtype=dtype)
-    lattice_product_kernel[(tiles_n * splits * tiles_m,)](
-        x_out, weight.units, weight.table, weight.scales, packed.b_codes, projection, bias_N, partial,
-        packed.workspace, y_MN, m, layout.rows, rank=rank, slabs=slabs, BLOCK_S=triton.next_power_of_2(max(slabs, 1)),
-        tiles=layout.tiles, span=span, splits=splits, tiles_n=tiles_n, BLOCK_N=launch.block_n, BLOCK_M=BLOCK_M,
-        TOKENS=min(BLOCK_M, triton.next_power_of_2(m)), BLOCK_R=_ranks_of_a_split(rank, splits), chained=chained,
-        num_warps=launch.warps, **launch_options(chained),
+    splits, tiles_n = layout.tiles // span, layout.padded_rows // (warps * ROWS)
+    slabs = 0 if tokens.projection is None else len(tokens.projection)
+    partial = tokens.steps.new_empty((splits, layout.rows, m), dtype=torch.float32) if splits > 1 else None
+    y_MN = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
+    lattice_product_kernel[(tiles_n * splits,)](
+        tokens.bytes, tokens.steps, weight.units, weight.table, weight.scales, packed.b_codes, tokens.projection,
+        bias_N, partial, packed.workspace, y_MN, m, layout.rows, rank=rank, slabs=slabs,
+        BLOCK_S=triton.next_power_of_2(max(slabs, 1)), tiles=layout.tiles, span=span, splits=splits, tiles_n=tiles_n,
+        WARPS=warps, BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)), TOKENS=triton.next_power_of_2(m),
+        BLOCK_R=_ranks_of_a_split(rank, splits), chained=chained, num_warps=warps,
+        maxnreg=launch.registers, **launch_options(chained),
     )  # fmt: skip
     return y_MN
 
 
 def _ranks_of_a_split(rank: int, splits: int) -> int:
     """A power of two that divides a padded rank, so that every split has about as many."""
-    return min(RANKS_AT_ONCE, max(16, 1 << (rank // splits).bit_length() >> 1))
+    return min(PRODUCT_RANKS_AT_ONCE, max(8, 1 << (rank // splits).bit_length() >> 1))
 
 
 def expand_lattice(weight: PackedLattice, w_NK: Tensor) -> None:

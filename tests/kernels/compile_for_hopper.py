@@ -7,6 +7,7 @@ ever, on CPU tensors, and each launch is compiled instead of run.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -19,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough
 from lqer.kernels import PackedLinear, launch
+from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 from lqer.transforms.hadamard import random_hadamard
 
@@ -28,6 +30,7 @@ TYPES = {
     torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+SHARED_MEMORY = 48 << 10
 compiled: set[str] = set()
 
 
@@ -46,8 +49,22 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=attributes)
-    triton.compile(source, target=HOPPER, options=options)
+    kernel = triton.compile(source, target=HOPPER, options=options)
+    check_shared_memory(kernel)
+    if self.fn.__name__ == "lattice_product_kernel":
+        check_that_nothing_is_computed_twice(kernel, constants["span"] * constants["BLOCK_M"] // TOKENS_AT_ONCE)
     compiled.add(self.fn.__name__)
+
+
+def check_shared_memory(kernel: Any) -> None:
+    """Triton asks the driver for more than 48 KB only where its own part, without what PTX reserves, needs more."""
+    reserved = sum(int(size) for size in re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", kernel.asm["ptx"]))
+    assert reserved == 0 or reserved + kernel.metadata.shared <= SHARED_MEMORY, (reserved, kernel.metadata.shared)
+
+
+def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:
+    """Products of a tile are computed where they are written down, by each thread once (lattice_gemm.py)."""
+    assert kernel.asm["ptx"].count("mma.sync") == 4 * products
 
 
 def main() -> None:
@@ -81,6 +98,8 @@ def main() -> None:
         for m in (1, 16, 17):
             launch.run_layer(random_input(m, 2048, dtype), packed)
             launch.run_layer(random_input(m, 2048, dtype), lattice.packed)
+    for n, k, rank, m in ((64, 256, 16, 3), (128, 1024, 256, 1), (128, 1024, 256, 4), (128, 1024, 256, 16)):
+        launch.run_layer(random_input(m, k, bf16), build_layer(E8P(2), n, k, rank=rank, dtype=bf16).packed)
     print(" ".join(sorted(compiled)))
 
 

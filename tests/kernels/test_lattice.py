@@ -88,13 +88,13 @@ def test_the_product_meets_every_code_at_every_place(dtype):
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (80, 384), (24, 160)])
-def test_sums_are_those_of_float64_to_a_millionth(n, k, rotated):
+def test_sums_are_those_of_float64_to_fifteen_bits_of_a_tile_s_largest_token(n, k, rotated):
     layer = Layer(n, k, rotated=rotated, bias=True)
     for m in (1, 3, 9):
         x_MK = random_input(m, k)
         y_MN = run_lattice(x_MK, layer.packed, can_chain(x_MK), out_dtype=torch.float32)
         # Rounding x' to the dtype falls to the other side now and then.
-        assert relative_error(y_MN, layer.exact(x_MK)) < (TOLERANCE[DTYPE] / 4 if rotated else 1e-6)
+        assert relative_error(y_MN, layer.exact(x_MK)) < (TOLERANCE[DTYPE] / 4 if rotated else 2e-5)
 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
