@@ -71,6 +71,8 @@ def _run(path: str, tag: str | None, overrides: list[str], validate_only: bool, 
     # A bar for every loaded model would stand between those of the stages.
     transformers_logging.disable_progress_bar()
     if validate_only:
+        if share is not None:
+            pipeline.refuse_sharing(config, share)
         preview.describe(config, print)
         return EXIT_OK
     results = pipeline.run_share(config, share)

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from lqer.spelling import did_you_mean
+
 
 class Named:
     """Settings of one part. Every one is a frozen dataclass deriving from this; bad settings raise ValueError."""
@@ -29,11 +31,12 @@ def named_from_dict(noun: str, known: Mapping[str, type[Part]], settings: Mappin
     """
     kind: Any = settings.get("kind")
     if kind not in known:
-        raise ValueError(f"unknown {noun} {kind!r}; allowed: {', '.join(known)}")
+        raise ValueError(f"unknown {noun} {kind!r}; allowed: {', '.join(known)}{did_you_mean(str(kind), known)}")
     keys = [field.name for field in dataclasses.fields(known[kind])]  # type: ignore[arg-type]
     for key in settings:
         if key not in keys:
-            raise ValueError(f'unknown key {key!r} of {noun} "{kind}"; allowed: {", ".join(keys)}')
+            allowed = f"allowed: {', '.join(keys)}{did_you_mean(key, keys)}"
+            raise ValueError(f'unknown key {key!r} of {noun} "{kind}"; {allowed}')
     return known[kind](**settings)
 
 

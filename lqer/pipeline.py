@@ -93,7 +93,7 @@ def run_share(config: Config, share: Share | None) -> Results | None:
     ConfigError for a method whose blocks must be quantized in order.
     """
     if share is not None:
-        _refuse_sharing(config, share)
+        refuse_sharing(config, share)
     started = time.monotonic()
     folder = begin_run(config)
     with logging_to(folder):
@@ -103,7 +103,8 @@ def run_share(config: Config, share: Share | None) -> Results | None:
     return results
 
 
-def _refuse_sharing(config: Config, share: Share) -> None:
+def refuse_sharing(config: Config, share: Share) -> None:
+    """Raise ConfigError where a block is quantized on what the quantized blocks before it put out."""
     if config.quantize.stream == "quantized":
         parts = " and ".join(config.quantize.block_parts) or f"method {config.quantize.method!r}"
         by = "" if config.quantize.propagate else f", for {parts}"
@@ -134,7 +135,7 @@ def _run(config: Config, folder: Path, started: float, share: Share | None) -> R
     with_plain = "plain" in config.evaluation.baselines
     if with_plain:
         plans = {name: plan and plan.plain() for name, plan in setting.plans.items()}
-        plain = _quantize(setting, store, tokenizer, inputs, plans, share)
+        plain = _quantize(setting, store, tokenizer, inputs, plans, share, " (plain rounding)")
     if checkpoint is None or (with_plain and plain is None):
         log.info("share %s is done; others are not there yet: whoever finishes last goes on to evaluate", share)
         return None
@@ -326,8 +327,12 @@ def _quantize(
     inputs: Inputs,
     plans: dict[str, LinearPlan | None],
     share: Share | None,
+    label: str = "",
 ) -> Artifact | None:
-    """The checkpoint, made whole or, with a share, together with other processes: None while theirs are missing."""
+    """The checkpoint, made whole or, with a share, together with other processes: None while theirs are missing.
+
+    label: what tells it from the other checkpoint of the run, for the user.
+    """
     settings = _quantize_settings(setting, plans)
     key = _quantization_key(setting, inputs, plans)
 
@@ -358,8 +363,6 @@ def _quantize(
     def is_whole(workspace: Workspace) -> bool:
         return all(block_file(index) in workspace for index in range(total))
 
-    plain = not any(plan and plan.rank for plan in plans.values())
-    label = " (plain rounding)" if plain else ""
     if share is None:
         return _obtain(store, "quantize", key, make, label)
     _say_if_reused(store, "quantize", key, label)

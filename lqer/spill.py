@@ -66,9 +66,6 @@ class Spill:
             return torch.zeros(*shape, dtype=dtype, device=device)
         return self.empty(shape, dtype).zero_()
 
-    def is_on_disk(self, tensor: Tensor) -> bool:
-        return tensor.data_ptr() in self._mapped
-
     def settle(self) -> None:
         """Let go of the pages of every tensor on disk; their content stays and is mapped again at the next touch."""
         for mapping in self._mapped.values():

@@ -42,6 +42,8 @@ def explain(error: ValidationError, values: Mapping[str, Any], origin: Callable[
     if kind in ("literal_error", "enum"):
         allowed = tuple(part.strip(" '\"") for part in first["ctx"]["expected"].replace(" or ", ", ").split(","))
         return _line(origin(loc), loc, "not allowed", found, allowed)
+    if kind == "too_short":
+        return _line(origin(loc), loc, f"must name at least {first['ctx']['min_length']}", found, None)
     rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").replace("an object", "a table")
     rule = rule if kind == "value_error" else f"must be {rule}"
     shown = None if isinstance(found, Mapping) and kind == "value_error" else found

@@ -27,7 +27,6 @@ from lqer.methods.base import FACTOR_AXES, FactorBlocks
 from lqer.methods.caldera import CALDERA
 from lqer.named import Named, named_from_dict
 from lqer.rounding import ROUNDINGS, Nearest, Rounding
-from lqer.spelling import did_you_mean
 from lqer.spill import parse_bytes
 from lqer.transforms import TRANSFORMS, Scheme, Transform, order_objection
 
@@ -46,12 +45,7 @@ def _reader(noun: str, known: Mapping[str, type[Named]]) -> PlainValidator:
             return value
         if not isinstance(value, str | dict):
             raise ValueError(f"must be the name of a {noun} or a table with its kind")
-        settings = {"kind": value} if isinstance(value, str) else value
-        try:
-            return named_from_dict(noun, known, settings)
-        except ValueError as error:
-            kind = settings.get("kind")
-            raise ValueError(f"{error}{'' if kind in known else did_you_mean(str(kind), known)}") from None
+        return named_from_dict(noun, known, {"kind": value} if isinstance(value, str) else value)
 
     return PlainValidator(read)
 
@@ -262,7 +256,7 @@ class Config(Section):
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # "auto" spreads a model over all GPUs for its evaluation; calibration and quantization use one.
+    # "auto" spreads a model over all GPUs for its fine-tuning and evaluation; calibration and quantization use one.
     device_map: Literal["single", "auto"] = "single"
     formats: dict[str, Annotated[Format, Field(discriminator="kind")]] = {}
     calibration: CalibrationConfig = CalibrationConfig()

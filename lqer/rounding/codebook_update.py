@@ -31,7 +31,6 @@ from lqer.formats.groups import Layout
 from lqer.formats.kmeans import cluster_sums
 
 Update = Literal["cg", "adam", "none"]
-UPDATES: tuple[Update, ...] = ("cg", "adam", "none")
 
 CG_ITERATIONS = 25
 LOW_RANK_ROUNDS = 3

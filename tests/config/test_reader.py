@@ -165,6 +165,11 @@ class TestMistakes:
             ("--quantize.override=[{ match = '*', low_rank = { rank = 'a' } }]", ["override.0.low_rank.rank"]),
             ("--quantize.rounding=nearst", ["quantize.rounding: unknown rounding 'nearst'", "did you mean 'nearest'?"]),
             ("--quantize.rounding={ kind = 'nearest', damp = 1 }", ["quantize.rounding: unknown key 'damp'"]),
+            (
+                "--quantize.rounding={ kind = 'ldlq', tune_iter = 1 }",
+                ["unknown key 'tune_iter'", "did you mean 'tune_iters'?"],
+            ),
+            ("--finetune.parts=[]", ["finetune.parts: must name at least 1"]),
             ("--quantize.rounding=4", ["quantize.rounding: must be the name of a rounding or a table", "found 4"]),
             ("--quantize.override=[{ match = '*', rounding = 'up' }]", ["override.0.rounding: unknown rounding 'up'"]),
             ("--quantize.transforms=['hadamrad']", ["transforms.0: unknown transform", "did you mean 'hadamard'?"]),

@@ -80,6 +80,14 @@ def test_validate_checks_a_local_model_and_runs_nothing(experiment):
     assert not experiment.output.exists()
 
 
+def test_validate_refuses_a_share_as_the_run_would(experiment):
+    command = experiment.command("--validate", "--chunk", "1/2", "--quantize.propagate=quantized")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --chunk 1/2: quantize.propagate is 'quantized'")
+    assert done.stderr.count("\n") == 1
+
+
 def test_validate_of_a_hub_model_does_not_need_the_hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = call("--validate", "configs/template/llama-7b.toml")
