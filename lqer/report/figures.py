@@ -1,4 +1,4 @@
-"""The figures of a report: singular values of the rounding error, output error per linear, perplexities.
+"""The figures of a report: of weights and their errors, of what alternates or is learnt, ranks, perplexities.
 
 Colours are of the Okabe-Ito palette, which stays apart for colour-blind readers; the same model kind has the same
 colour in every figure.
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lqer.report.naming import PLAIN
 from lqer.report.results import PerplexityRow
@@ -121,6 +122,7 @@ def save_step_errors(
             axis.set_title(kind)
             axis.set_yscale("log")
             axis.set_xlabel("iteration")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         for axis in axes.flat[len(kinds) :]:
             axis.set_axis_off()
         axes[0][0].set_ylabel(error_name)
@@ -167,6 +169,7 @@ def save_block_losses(path: Path, losses: Sequence[Sequence[float]]) -> None:
         axis.yaxis.set_major_formatter("{x:.2g}")
         axis.yaxis.set_minor_formatter("{x:.2g}")
         axis.set_xlabel("round or epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set_ylabel("block loss / its first value")
         if len(losses) <= MOST_LABELLED_LINES:
             axis.legend(title="block", ncols=1 + len(losses) // 9, loc="center left", bbox_to_anchor=(1.01, 0.5))
