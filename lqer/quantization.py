@@ -37,7 +37,7 @@ from lqer.store import Artifact, Workspace
 from lqer.transforms import BlockTransform
 
 # Raised whenever the same inputs would give other bytes than before.
-QUANTIZE_VERSION = 5
+QUANTIZE_VERSION = 6
 
 
 def layers_file(index: int) -> str:

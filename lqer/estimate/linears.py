@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lqer.lowrank.allocation import factor_bits
-from lqer.lowrank.krylov import FIRST_STEPS, block_width, largest_space
+from lqer.lowrank.krylov import largest_space, least_space
 from lqer.lowrank.solver import SMALL_SIDE
 from lqer.methods import METHODS, LinearPlan
 from lqer.quantization import with_spectra
@@ -80,7 +80,7 @@ def solving(work: Workload) -> tuple[float, float, float]:
             flops += repeats * 2 * (4.0 * shorter * weights + EIGEN_COST * shorter**3)
         if rank > 0 and _is_iterated(plan, rank, shorter):
             product = 4.0 * weights + (2.0 * in_features**2 if full else 0.0)
-            flops += plan.iterations * (FIRST_STEPS + 1) * block_width(rank) * product
+            flops += plan.iterations * least_space(rank) * product
             # The energy of the error, for the share that is captured.
             flops += 2.0 * in_features * weights if full else 0.0
         elif rank > 0:

@@ -6,17 +6,25 @@ approximations in the space spanned by Q₀, M Q₀, M² Q₀, … are read off 
 and Musco, arXiv 1504.05477, algorithm 2). With V the Ritz vectors and σ² the Ritz values, A = Eᵀ V σ⁻¹ and B = σ Vᵀ, so
 A·B = Eᵀ V Vᵀ is a projection of Eᵀ whatever R is: a singular R or an E of low rank need no special care.
 
+Blocks are half as wide as the rank: the same energy is captured in a space half as large as one of blocks wider than
+the rank, with half the products (Meyer, Musco and Musco, arXiv 2305.02535). But a space grown from L vectors holds at
+most L copies of a repeated eigenvalue; where that many are found, the work is begun anew with a block that holds all
+copies that can matter.
+
 σ² are the energies that the product really captures. How much the optimum captures more is not known but estimated:
-the energy captured by the spaces of the last three steps converges geometrically, and its limit is extrapolated. More
-steps are taken until the estimate is small, both against what is captured and against what is left over: where the
-optimum itself removes a twentieth of an error, its last percent is a two-thousandth of the loss.
+the energy captured by the spaces of three steps converges geometrically, and its limit is extrapolated; of the last two
+limits the higher one counts, since a cluster of eigenvalues is found in jumps. More steps are taken until the estimate
+is small, both against what is captured and against what is left over: where the optimum itself removes a twentieth of
+an error, its last percent is a two-thousandth of the loss.
+
+On a GPU the products are made there, and the small projected matrix is looked at on the CPU, many times faster at that.
 
 Shapes: I in_features, O out_features, R rank, L block width, D dimension of the space so far.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,18 +32,24 @@ from torch import Tensor
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.precision import full_float32
 
-# Vectors beyond the rank in every block; what the last wanted vectors converge by.
+# A block of half the rank, but no narrower than a matrix product is efficient for, in whole registers.
+NARROWEST, WIDTH_UNIT = 24, 8
+# Vectors beyond the rank in a block that must hold every copy of a repeated eigenvalue.
 OVERSAMPLING = 16
-# Products with M before the first look at the estimate, which needs three, and at most.
-FIRST_STEPS = 3
-MOST_STEPS = 8
+MOST_BLOCKS = 14
+# Ritz values that differ by less than this share count as copies of one eigenvalue.
+COPIES_DIFFER = 1e-2
 # Stop once the optimum is estimated to capture less than this share more, and to lower the loss by less than that one.
-GAP_TOLERANCE = 1e-2
+GAP_TOLERANCE = 2e-2
 LOSS_TOLERANCE = 6e-4
 # Under a full R, which is asked for by methods that promise the optimum; its spectrum falls fast, so this is two steps.
 FULL_METRIC_LOSS_TOLERANCE = 1e-6
 # The extrapolated gains shrink at least by this factor a step; without a bound the sum of a stalled series is infinite.
 SLOWEST_CONVERGENCE = 0.9
+# Of the largest of the vectors that a block adds to the space, what random vectors of about length 1 add to every one,
+# and the least that they do: a block that adds less than it has vectors is filled up by them. Well above float64's
+# square root, which a Gram matrix can resolve.
+FILLING, LEAST_FILLING = 1e-4, 1e-30
 
 
 @dataclass(frozen=True)
@@ -49,88 +63,144 @@ class KrylovSolution:
 
 
 def block_width(rank: int) -> int:
-    return rank + OVERSAMPLING
+    return max(NARROWEST, -(-rank // (2 * WIDTH_UNIT)) * WIDTH_UNIT)
+
+
+def least_space(rank: int) -> int:
+    """Dimensions of the first space that may do: the fourth one of those that hold the rank."""
+    width = block_width(rank)
+    return (-(-rank // width) + 3) * width
 
 
 def largest_space(rank: int) -> int:
     """Dimensions that a solution of that rank may need: the sides of E must be longer."""
-    return block_width(rank) * (MOST_STEPS + 1)
+    return block_width(rank) * MOST_BLOCKS
 
 
 def solve_krylov(error_OI: Tensor, metric: Metric, rank: int, seed: int) -> KrylovSolution:
-    """error_OI: float32, (MOST_STEPS + 1)·(rank + 16) <= O. The start depends on `seed` alone, on every device."""
-    out_features, width = error_OI.shape[0], block_width(rank)
+    """error_OI: float32, largest_space(rank) <= O. The start depends on `seed` alone, on every device."""
+    out_features = error_OI.shape[0]
     if largest_space(rank) > out_features:
         raise ValueError(f"rank {rank} needs {largest_space(rank)} rows, the error has {out_features}")
-    generator = torch.Generator().manual_seed(seed)
-    start_OL = torch.randn(out_features, width, generator=generator).to(error_OI.device)
     with full_float32():
-        return _iterate(error_OI, metric, rank, start_OL)
+        narrow = _iterate(error_OI, metric, rank, block_width(rank), seed)
+        if narrow is not None:
+            return narrow
+        wide = _iterate(error_OI, metric, rank, rank + OVERSAMPLING, seed)
+    assert wide is not None, "a block wider than the rank holds all copies that matter"
+    return wide
 
 
-def _iterate(error_OI: Tensor, metric: Metric, rank: int, start_OL: Tensor) -> KrylovSolution:
+@dataclass
+class _Convergence:
+    """The energies captured by one space after another, and what the last three of each tell of their limit."""
+
+    captured: list[float] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)
+
+    def add(self, captured: float) -> None:
+        self.captured.append(captured)
+        if len(self.captured) >= 3:
+            self.limits.append(_limit(*self.captured[-3:]))
+
+    @property
+    def missed(self) -> float:
+        return max(self.limits[-2:]) - self.captured[-1]
+
+    @property
+    def gap(self) -> float:
+        return self.missed / (self.captured[-1] + self.missed) if self.captured[-1] > 0 else 0.0
+
+    def is_enough(self, energy: float, loss_tolerance: float) -> bool:
+        if len(self.limits) < 2:
+            return False
+        now, missed = self.captured[-1], self.missed
+        return missed <= GAP_TOLERANCE * now and missed <= loss_tolerance * max(energy - now, 0.0)
+
+
+def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int) -> KrylovSolution | None:
+    """None where a block of that width may have missed copies of a repeated eigenvalue."""
+    out_features, in_features = error_OI.shape
     tolerance = LOSS_TOLERANCE if metric.autocorrelation_II is None else FULL_METRIC_LOSS_TOLERANCE
-    basis_OD, images_ID = (start_OL.new_empty(size, 0) for size in error_OI.shape)
-    projected_DD = torch.empty(0, 0, dtype=torch.float64, device=error_OI.device)
-    energy, captured, target_OL = 0.0, [], start_OL
-    for step in range(MOST_STEPS + 1):
-        block_OL = _orthonormal(target_OL, basis_OD)
-        image_IL = error_OI.T @ block_OL
-        weighted_IL = metric.times(image_IL)
-        basis_OD = torch.cat([basis_OD, block_OL], dim=1)
-        images_ID = torch.cat([images_ID, image_IL], dim=1)
-        projected_DD = _bordered(projected_DD, images_ID.T @ weighted_IL)
-        if step == 0:
+    largest = min(MOST_BLOCKS, out_features // width) * width
+    start_LO = torch.randn(width, out_features, generator=torch.Generator().manual_seed(seed)).to(error_OI.device)
+    filling_LO = start_LO / out_features**0.5
+    basis_DO = start_LO.new_empty(largest, out_features, dtype=torch.float64)
+    images_DI = start_LO.new_empty(largest, in_features)
+    projected_DD = torch.empty(0, 0, dtype=torch.float64)
+    energy, convergence, target_LO = 0.0, _Convergence(), start_LO
+    for size in range(width, largest + 1, width):
+        here = slice(size - width, size)
+        basis_DO[here] = _orthonormal(target_LO, filling_LO.roll(size, dims=1), basis_DO[: size - width])
+        images_DI[here] = basis_DO[here].to(torch.float32) @ error_OI
+        weighted_LI = metric.times(images_DI[here].T).T
+        rows_LD = weighted_LI @ images_DI[:size].T
+        if size < largest:
+            target_LO = weighted_LI @ error_OI.T
+        projected_DD = _bordered(projected_DD, rows_LD.cpu())
+        if size == width:
             # A random orthonormal block is an unbiased sample of M's trace.
-            energy = float(projected_DD.trace()) * len(start_OL) / start_OL.shape[1]
-        if step >= FIRST_STEPS - 2:
-            captured.append(float(torch.linalg.eigvalsh(projected_DD)[-rank:].sum()))
-        if step >= FIRST_STEPS:
-            missed = _missed(*captured[-3:])
-            enough = missed <= GAP_TOLERANCE * captured[-1] and missed <= tolerance * max(energy - captured[-1], 0.0)
-            if enough or step == MOST_STEPS:
+            energy = float(projected_DD.trace()) * out_features / width
+        if size >= rank:
+            ritz_D, vectors_DD = torch.linalg.eigh(projected_DD)
+            convergence.add(float(ritz_D[-rank:].sum()))
+            if convergence.is_enough(energy, tolerance):
                 break
-        target_OL = error_OI @ weighted_IL
-    ritz_D, vectors_DD = torch.linalg.eigh(projected_DD)
-    energies_R = ritz_D.flip(0)[:rank].clamp(min=0)
-    vectors_DR = vectors_DD.flip(1)[:, :rank].to(torch.float32)
-    sigma_R = energies_R.sqrt()
-    noise = torch.finfo(torch.float32).eps * energies_R[0]
-    inverse_R = torch.where(energies_R > noise, 1 / sigma_R, 0.0).to(torch.float32)
-    a_IR = images_ID @ vectors_DR * inverse_R
-    b_RO = sigma_R.to(torch.float32)[:, None] * (basis_OD @ vectors_DR).T
-    return KrylovSolution(a_IR, b_RO, sigma_R, missed / (captured[-1] + missed) if captured[-1] > 0 else 0.0)
+    ritz_R, vectors_DR = ritz_D.flip(0)[:rank].clamp(min=0), vectors_DD.flip(1)[:, :rank]
+    if _may_lack_copies(ritz_R, width):
+        return None
+    return KrylovSolution(*_factors(ritz_R, vectors_DR, basis_DO[:size], images_DI[:size]), convergence.gap)
 
 
-def _bordered(projected_DD: Tensor, columns_DL: Tensor) -> Tensor:
-    """The projected matrix of a space that has grown by the last L rows of `columns_DL`, symmetric."""
-    columns_DL = columns_DL.to(torch.float64)
-    size, width = len(projected_DD), columns_DL.shape[1]
-    grown_DD = torch.empty(size + width, size + width, dtype=torch.float64, device=projected_DD.device)
+def _factors(ritz_R: Tensor, vectors_DR: Tensor, basis_DO: Tensor, images_DI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a_IR, b_RO and the singular values."""
+    sigma_R = ritz_R.sqrt()
+    noise = torch.finfo(torch.float32).eps * ritz_R[0]
+    inverse_R = torch.where(ritz_R > noise, 1 / sigma_R, 0.0)
+    a_IR = images_DI.T @ (vectors_DR * inverse_R).to(images_DI)
+    b_RO = (vectors_DR * sigma_R).T.to(basis_DO) @ basis_DO
+    return a_IR, b_RO.to(torch.float32), sigma_R.to(basis_DO.device)
+
+
+def _may_lack_copies(ritz_R: Tensor, width: int) -> bool:
+    """Whether one of the values has as many copies as a block holds, and one more would displace a smaller value."""
+    noise = torch.finfo(torch.float32).eps * ritz_R[0]
+    first, last = ritz_R[:-width], ritz_R[width - 1 : -1]
+    return bool(((first - last <= COPIES_DIFFER * first) & (first > noise)).any())
+
+
+def _bordered(projected_DD: Tensor, rows_LD: Tensor) -> Tensor:
+    """The projected matrix of a space that has grown by the last L columns of `rows_LD`, symmetric."""
+    rows_LD = rows_LD.to(torch.float64)
+    size, width = len(projected_DD), len(rows_LD)
+    grown_DD = torch.empty(size + width, size + width, dtype=torch.float64)
     grown_DD[:size, :size] = projected_DD
-    grown_DD[:, size:] = columns_DL
-    grown_DD[size:, :size] = columns_DL[:size].T
-    corner_LL = columns_DL[size:]
+    grown_DD[size:] = rows_LD
+    grown_DD[:size, size:] = rows_LD[:, :size].T
+    corner_LL = rows_LD[:, size:]
     grown_DD[size:, size:] = (corner_LL + corner_LL.T) / 2
     return grown_DD
 
 
-def _orthonormal(block_OL: Tensor, basis_OD: Tensor) -> Tensor:
-    """An orthonormal block that spans, beside the basis, what `block_OL` adds to it.
+def _orthonormal(block_LO: Tensor, filling_LO: Tensor, basis_DO: Tensor) -> Tensor:
+    """Orthonormal rows, float64, that span, beside the basis, what `block_LO` adds to it.
 
-    Twice, since the first pass leaves rounding noise; where the block adds nothing, QR fills in directions of its own,
-    which the second pass takes out of the basis as well.
+    Where that is less than there are rows, `filling_LO` fills them up. In float64 one step away from the basis is
+    enough: it leaves far less of it than filling adds. Then the Gram matrix is factored (Cholesky QR): a QR of long
+    rows is slow on a GPU. Whether Cholesky succeeded is not asked, since the CPU would wait for the GPU.
     """
-    for _ in range(2):
-        block_OL = block_OL - basis_OD @ (basis_OD.T @ block_OL)
-        block_OL, _ = torch.linalg.qr(block_OL)
-    return block_OL
+    rows = torch.cat([block_LO, filling_LO]).to(torch.float64)
+    beside_LO, filling_LO = torch.addmm(rows, rows @ basis_DO.T, basis_DO, alpha=-1).split(len(block_LO))
+    largest = beside_LO.norm(dim=1).max()
+    filled_LO = torch.addcmul(beside_LO, FILLING * largest + LEAST_FILLING, filling_LO)
+    lower_LL, _ = torch.linalg.cholesky_ex(filled_LO @ filled_LO.T)
+    return torch.linalg.solve_triangular(lower_LL, filled_LO, upper=False)
 
 
-def _missed(before: float, last: float, now: float) -> float:
-    """How much the limit of the energies captured after the last three steps lies above the last of them."""
+def _limit(before: float, last: float, now: float) -> float:
+    """What the energies captured after three steps converge to."""
     gained, gained_before = now - last, last - before
     if gained <= 0:
-        return 0.0
+        return now
     ratio = min(gained / max(gained_before, gained), SLOWEST_CONVERGENCE)
-    return gained * ratio / (1 - ratio)
+    return now + gained * ratio / (1 - ratio)

@@ -150,6 +150,47 @@ class TestKrylov:
         assert true_gap > 0.01
         assert found.gap == pytest.approx(true_gap, rel=0.5)
 
+    @pytest.mark.parametrize("copies", [26, 40, 100])
+    @pytest.mark.parametrize("spread", [0.0, 1e-3, 0.1])
+    def test_eigenvalues_repeated_more_often_than_a_block_is_wide_are_found(self, copies, spread):
+        """Equal ones, nearly equal ones, a cluster: in random directions, above a spectrum that falls slowly."""
+        generator = torch.Generator().manual_seed(0)
+        left, right = (torch.linalg.qr(torch.randn(size, 300, generator=generator))[0] for size in LARGE)
+        cluster = 10 * (1 + spread * torch.linspace(-0.5, 0.5, copies))
+        spectrum = torch.cat([cluster, torch.linspace(6, 1, 300 - copies)])
+        found = reconstruct((left * spectrum) @ right.T, Metric(), 32, "krylov")
+        assert krylov.block_width(32) < copies
+        optimum = float(spectrum.sort(descending=True)[0][:32].double().square().sum())
+        assert found.gap is not None
+        assert float(found.singular_values.square().sum()) / optimum >= 1 - max(2 * found.gap, 1e-3)
+
+    @pytest.mark.parametrize("basis_size", [0, 96])
+    @pytest.mark.parametrize(
+        "kind", ["random", "zero", "in the span", "few", "few beside the span", "graded", "equal", "tiny"]
+    )
+    def test_a_block_is_orthonormal_whatever_it_adds_to_the_basis(self, kind, basis_size):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        basis_DO = torch.linalg.qr(random(480, basis_size))[0].T
+        within_LO = (random(24, basis_size) @ basis_DO).float()
+        few_LO = (random(24, 3) @ random(3, 480)).float()
+        block_LO = {
+            "random": random(24, 480).float(),
+            "zero": torch.zeros(24, 480),
+            "in the span": 1e8 * within_LO,
+            "few": few_LO,
+            "few beside the span": within_LO + 1e-5 * few_LO,
+            "graded": (random(24, 24) @ (torch.logspace(0, -12, 24)[:, None] * random(24, 480))).float(),
+            "equal": random(1, 480).float().repeat(24, 1),
+            "tiny": 1e-25 * random(24, 480).float(),
+        }[kind]
+        found_LO = krylov._orthonormal(block_LO, random(24, 480).float() / 480**0.5, basis_DO)
+        rows = torch.cat([basis_DO, found_LO])
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)).double(), rtol=0.0, atol=1e-6)
+
     @pytest.mark.parametrize("error_rank", [0, 3])
     def test_an_error_of_less_rank_than_asked_for_is_recovered(self, error_rank):
         generator = torch.Generator().manual_seed(1)
@@ -198,7 +239,7 @@ class TestKrylov:
         assert reconstruct(large, Metric(), 200, "auto").gap is None
 
     def test_too_small_an_error_is_refused_by_the_solver_itself(self):
-        with pytest.raises(ValueError, match="rank 8 needs 216 rows, the error has 64"):
+        with pytest.raises(ValueError, match="rank 8 needs 336 rows, the error has 64"):
             krylov.solve_krylov(torch.zeros(64, 96), Metric(), 8, 0)
 
     def test_the_process_keeps_its_own_choice_of_precision(self):
