@@ -20,6 +20,8 @@ from lqer.config.schema import Config
 from lqer.errors import ConfigError
 
 Key = tuple[str, ...]
+# Keys that stand instead of another one of their table: set by a later layer, they take away what an earlier one said.
+INSTEAD_OF: dict[Key, str] = {("quantize", "low_rank", "budget_bits"): "rank"}
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Layers:
             self.origins[key] = origin
             if isinstance(value, dict):
                 self._merge(into[name], value, key, origin)
+            if key in INSTEAD_OF and INSTEAD_OF[key] not in values:
+                into.pop(INSTEAD_OF[key], None)
 
     def origin(self, key: Sequence[str | int]) -> str | None:
         """Who set `key`: for a table the last to touch it, for an absent key the nearest table around it."""

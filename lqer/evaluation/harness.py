@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from lqer.errors import ConfigError, DataError
+from lqer.evaluation.progress import progress_bar
 
 if TYPE_CHECKING:
     import datasets
@@ -256,7 +256,7 @@ def _adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_s
             return config
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-            with tqdm(desc="perplexity", unit="window", disable=disable_tqdm) as self.rolling_bar:
+            with progress_bar(not disable_tqdm)(desc="perplexity", unit="window") as self.rolling_bar:
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 from lqer.blocks import OpenedModel
 from lqer.errors import ConfigError, DataError
 from lqer.evaluation import harness
+from lqer.evaluation.progress import progress_bar
 from lqer.walker import BlockVisit, walk_to_logits
 
 if TYPE_CHECKING:
@@ -148,11 +148,11 @@ def _window_nlls(
     logits_of = _blockwise(model, windows, progress) if isinstance(model, OpenedModel) else _whole(model, windows)
     batches = []
     running_nll = torch.zeros((), dtype=torch.float64)
-    with tqdm(total=len(windows_WT), desc="perplexity", unit="window", disable=not progress) as bar:
+    with progress_bar(progress)(total=len(windows_WT), desc="perplexity", unit="window") as bar:
         for batch, windows_BT in enumerate(windows):
             nll_B = _batch_nlls(logits_of, batch, windows_BT)
             batches.append(nll_B)
-            if progress:
+            if not bar.disable:
                 running_nll += nll_B.sum().cpu()
                 bar.update(len(nll_B))
                 bar.set_postfix(ppl=f"{(running_nll / bar.n).exp().item():.4f}")
@@ -168,7 +168,7 @@ def _blockwise(model: OpenedModel, windows: Sequence[Tensor], progress: bool) ->
     model.model.eval()
 
     def shown(visits: Iterator[BlockVisit]) -> Iterator[BlockVisit]:
-        yield from tqdm(visits, total=len(model.blocks), desc="perplexity", unit="block", disable=not progress)
+        yield from progress_bar(progress)(visits, total=len(model.blocks), desc="perplexity", unit="block")
 
     return walk_to_logits(model, windows, shown)
 

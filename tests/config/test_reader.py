@@ -52,6 +52,11 @@ class TestExtends:
         assert config.seed == 5
         assert (config.formats["w4"].bits, config.formats["w4"].block_size) == (3, 32)
 
+    def test_a_budget_takes_the_place_of_an_inherited_rank(self, base):
+        assert read_config(base).quantize.low_rank.rank > 0
+        low_rank = read_config(base, None, ["--quantize.low_rank={ budget_bits = 5.5 }"]).quantize.low_rank
+        assert (low_rank.rank, low_rank.budget_bits) == (0, 5.5)
+
     def test_paths_are_relative_to_the_extending_file(self, tmp_path, base):
         (tmp_path / "deep").mkdir()
         child = tmp_path / "deep" / "child.toml"
