@@ -151,7 +151,7 @@ class TestWhatARunLeaves:
         text = load_rows(DatasetSpec(path=str(experiment.folder / "evaluation.txt")), "evaluation")
         windows_WT = gptq_windows(tokenizer, list(text.rows), "\n", 64)
         original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-        quantized = lqer.load_quantized(experiment.output / "tiny" / "checkpoint")
+        quantized = lqer.load_quantized(experiment.output / "tiny" / "checkpoint", "cpu")
         row = results["perplexity"][0]
         assert row["tokens"] == windows_WT.numel() - len(windows_WT)
         assert row["original"] == pytest.approx(gptq_perplexity(original, windows_WT, 4, False).perplexity, rel=1e-6)
