@@ -10,8 +10,7 @@ import re
 import torch
 from torch import Tensor
 
-WORD, HALF = (1 << 32) - 1, (1 << 16) - 1
-DTYPES = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
+WORD = (1 << 32) - 1
 
 
 class Machine:
@@ -26,20 +25,10 @@ class Machine:
         """All registers after the text has run; operands: "$4" and the like, and special registers."""
         lines = [line.strip() for line in re.sub(r";\s*", ";\n", text).splitlines()]
         lines = [line.rstrip(";") for line in lines if line and line not in "{}" and not line.startswith(".")]
-        labels = {line[:-1]: place for place, line in enumerate(lines) if line.endswith(":")}
-        registers, place = dict(operands), 0
-        while place < len(lines):
-            line, place = lines[place], place + 1
-            if line.endswith(":"):
-                continue
-            if line.startswith("@"):
-                predicate, line = line[1:].split(" ", 1)
-                if not bool(registers[predicate]):
-                    continue
+        registers = dict(operands)
+        for line in lines:
             opcode, _, rest = line.partition(" ")
-            if opcode == "bra":
-                place = labels[rest]
-            elif opcode != "bar.sync":
+            if opcode != "bar.sync":
                 self._execute(opcode, _split(rest), registers)
         return registers
 
@@ -56,14 +45,11 @@ class Machine:
 
         target, sources = names[0], [value(name) for name in names[1:] if "[" not in name and "{" not in name]
         match opcode:
-            case "mov.u32" | "mov.b32" if "{" not in target:
+            case "mov.u32":
                 registers[target] = sources[0]
             case "mov.b64":
-                low, high = target.strip("{}").split(",")
-                registers[low.strip()], registers[high.strip()] = sources[0] & WORD, (sources[0] >> 32) & WORD
-            case "mov.b32":
-                low, high = target.strip("{}").split(",")
-                registers[low.strip()], registers[high.strip()] = sources[0] & HALF, sources[0] >> 16
+                low, high = _parts(target)
+                registers[low], registers[high] = sources[0] & WORD, (sources[0] >> 32) & WORD
             case "shl.b32":
                 registers[target] = (sources[0] << sources[1]) & WORD
             case "shr.u32":
@@ -72,8 +58,6 @@ class Machine:
                 registers[target] = ((sources[1] << 32 | sources[0]) >> sources[2].clamp(max=32)) & WORD
             case "and.b32":
                 registers[target] = sources[0] & sources[1]
-            case "xor.b32":
-                registers[target] = sources[0] ^ sources[1]
             case "add.u32":
                 registers[target] = (sources[0] + sources[1]) & WORD
             case "add.s64":
@@ -84,10 +68,6 @@ class Machine:
                 registers[target] = sources[0] * sources[1]
             case "lop3.b32":
                 registers[target] = _lop3(*sources)
-            case "setp.ge.u32":
-                registers[target] = sources[0] >= sources[1]
-            case "add.rn.bf16x2" | "add.rn.f16x2":
-                registers[target] = _add_pairs(sources[0], sources[1], DTYPES[opcode.rpartition(".")[2]])
             case "ld.shared.b32":
                 registers[target] = _read(self.shared, address(names[1]))
             case "st.shared.v4.b32":
@@ -151,17 +131,3 @@ def _lop3(a: Tensor, b: Tensor, c: Tensor, table: Tensor) -> Tensor:
             terms = [x if chosen >> place & 1 else ~x & WORD for x, place in ((a, 2), (b, 1), (c, 0))]
             result |= terms[0] & terms[1] & terms[2]
     return result
-
-
-def values_of(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """16-bit patterns as the values that they are, float64."""
-    signed = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16)
-    return signed.view(dtype).double()
-
-
-def _add_pairs(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    halves = []
-    for shift in (0, 16):
-        total = values_of(a >> shift & HALF, dtype) + values_of(b >> shift & HALF, dtype)
-        halves.append(total.to(dtype).view(torch.int16).to(torch.int64) & HALF)
-    return halves[0] | halves[1] << 16

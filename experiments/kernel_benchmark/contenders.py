@@ -81,9 +81,12 @@ class Operands:
         """The basis that the variant's weight and factors are in."""
         if not variant.rotated:
             return None
-        signs = random_hadamard(self.n, self.k, seed=0)
-        device = self.weight_NK.device
-        return RandomHadamard(signs.input_signs_I.to(device), signs.output_signs_O.to(device))
+        return random_basis(self.n, self.k, self.weight_NK.device)
+
+
+def random_basis(outputs: int, inputs: int, device: torch.device) -> RandomHadamard:
+    signs = random_hadamard(outputs, inputs, seed=0)
+    return RandomHadamard(signs.input_signs_I.to(device), signs.output_signs_O.to(device))
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class Layers:
                 self._merge(into[name], value, key, origin)
             if key in INSTEAD_OF and INSTEAD_OF[key] not in values:
                 into.pop(INSTEAD_OF[key], None)
+                self.origins.pop((*prefix, INSTEAD_OF[key]), None)
 
     def origin(self, key: Sequence[str | int]) -> str | None:
         """Who set `key`: for a table the last to touch it, for an absent key the nearest table around it."""

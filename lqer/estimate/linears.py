@@ -68,7 +68,7 @@ def solving(work: Workload) -> tuple[float, float, float]:
         flops += repeats * 8.0 * kept * weights
         moved += repeats * plan.iterations * ROUNDING_PASSES * 4.0 * weights
         if plan.rounding.statistics:
-            sweeps = (plan.iterations + repeats - 1) * (1 + getattr(plan.rounding, "tune_iters", 0))
+            sweeps = (plan.iterations + repeats - 1) * plan.rounding.sweeps
             flops += repeats * 2.0 * in_features**3 + sweeps * 2.0 * in_features * weights
             calls += sweeps * CALLS_A_COLUMN * in_features
         if plan.caldera is not None and rank > 0:

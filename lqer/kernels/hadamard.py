@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .lattice_decode import TILE_C, token_order
+from .rounding import ROUNDER
 
 # 2^15 / (127 * 256 + 127): what has fifteen bits and still no h above 127.
 LARGEST_ROOM = tl.constexpr(32768 / 32639)
@@ -28,13 +29,6 @@ def _odd_overlap(size: tl.constexpr):
     bits ^= bits >> 2
     bits ^= bits >> 1
     return (bits & 1) != 0
-
-
-@triton.jit
-def _block(x_AB, row_A, negative_BB):
-    """Block number i of H x, not normalised by sqrt(B); row_A: row i of O, float32."""
-    v_B = tl.sum(x_AB * row_A[:, None], axis=0)
-    return tl.sum(tl.where(negative_BB, -v_B[:, None], v_B[:, None]), axis=0)
 
 
 @triton.jit
@@ -110,8 +104,7 @@ def store_integers(x_T, x_out, steps, columns_T, padded: tl.constexpr):
     largest = tl.max(tl.abs(x_T), axis=0) * LARGEST_ROOM
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, LEAST_EXPONENT)
     up = ((-exponent + LEAST_EXPONENT_UP) << 23).to(tl.float32, bitcast=True)
-    # Adding and taking away 1.5 * 2^23 rounds to the nearest integer.
-    integers_T = ((x_T * up + 12582912.0) - 12582912.0).to(tl.int32)
+    integers_T = ((x_T * up + ROUNDER) - ROUNDER).to(tl.int32)
     low_T = ((integers_T + 128) & 255) - 128
     place_T = x_out + token_order(columns_T)
     tl.store(place_T, ((integers_T - low_T) >> 8).to(tl.int8))
@@ -139,7 +132,7 @@ def restore_tokens_kernel(
     block, m = tl.program_id(0), tl.program_id(1)
     columns_B = block * B + tl.arange(0, B)
     blocks_A = tl.arange(0, BLOCK_A)
-    row_A = tl.load(outer + block * A + blocks_A, mask=blocks_A < A, other=0.0) * factor
+    row_A1 = tl.load(outer + block * A + blocks_A, mask=blocks_A < A, other=0.0)[:, None] * factor
     signs_B = tl.load(signs + columns_B).to(tl.float32)
     if bias is not None:
         bias_B = tl.load(bias + columns_B).to(tl.float32)
@@ -149,7 +142,7 @@ def restore_tokens_kernel(
         gdc_launch_dependents()
     place_AB = m.to(tl.int64) * (A * B) + blocks_A[:, None] * B + tl.arange(0, B)[None, :]
     y_AB = tl.load(y + place_AB, mask=(blocks_A < A)[:, None], other=0.0)
-    y_B = _block(y_AB, row_A, negative_BB) * signs_B
+    y_B = _blocks(y_AB, row_A1, negative_BB).reshape(B) * signs_B
     if bias is not None:
         y_B += bias_B
     tl.store(y_out + m.to(tl.int64) * (A * B) + columns_B, y_B.to(y_out.dtype.element_ty))

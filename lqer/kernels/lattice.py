@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -50,7 +49,6 @@ from .layout import ROW_PADDING, ROWS
 TILE_K = 128
 CODES = TILE_K // DIMENSION  # of a row in a tile
 UNITS = CODES // 4
-TILE_C, UNITS_C = tl.constexpr(TILE_K), tl.constexpr(UNITS)
 ROW_BITS, ROWS_OF_A, SIGNS_FROM = 9, 512, 36
 # Tiles that a program reads at once; as many as divide the number of tiles.
 SPANS = (16, 8, 4, 2, 1)

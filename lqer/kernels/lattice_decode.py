@@ -16,12 +16,13 @@ import triton.language as tl
 
 from .decode import ROWS_C, _join4
 from .lattice import ROWS_OF_A, TILE_K, UNITS
+from .layout import ROWS
 
 TILE_C, UNITS_C = tl.constexpr(TILE_K), tl.constexpr(UNITS)
 COPIES = 16
 COPIES_C = tl.constexpr(COPIES)
 TABLE_BYTES = 4 * ROWS_OF_A * COPIES
-TILE_BYTES = 8 * 16 * UNITS  # of a tile of 16 rows
+TILE_BYTES = 8 * ROWS * UNITS  # of a tile of a warp's rows
 LARGEST_SPAN = 16
 # Of a column of sums in a tensor core's result: h and l of a token lie side by side.
 TOKENS_AT_ONCE = 4

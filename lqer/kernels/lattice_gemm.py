@@ -108,7 +108,7 @@ def lattice_product_kernel(
                 if turn > 0:
                     place = b_values + (first + ranks_R)[None, :] * N + rows_N[:, None]
                     b_NR = tl.load(place, mask=(rows_N < N)[:, None], other=0.0)
-                xa_MR = _projection(projection, first + ranks_R, 0, M, rank, slabs, BLOCK_S, TOKENS)
+                xa_MR = _projection(projection, first + ranks_R, M, rank, slabs, BLOCK_S, TOKENS)
                 xa_MR = xa_MR.to(b_values.dtype.element_ty).to(tl.float32)
                 branch_NM = tl.sum(b_NR.to(tl.float32)[:, None, :] * xa_MR[None, :, :], axis=2)
                 if TOKENS < BLOCK_M:
@@ -135,17 +135,16 @@ def sums_tile(sums, WARPS: tl.constexpr, blocks: tl.constexpr):
 def _projection(
     projection,
     ranks_R,
-    first_token,
     M,
     rank: tl.constexpr,
     slabs: tl.constexpr,
     BLOCK_S: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """x A of a tile of tokens, float32 [M, R]: its parts added up."""
+    """x A, float32 [M, R]: its parts added up."""
     width: tl.constexpr = ranks_R.shape[0]
     at_once: tl.constexpr = min(BLOCK_S, max(1, PROJECTION_ELEMENTS // (TOKENS * width)))
-    tokens_M = tl.minimum(first_token + tl.arange(0, TOKENS), M - 1)
+    tokens_M = tl.minimum(tl.arange(0, TOKENS), M - 1)
     xa_MR = tl.zeros((TOKENS, width), tl.float32)
     for first in range(0, slabs, at_once):
         slabs_S = first + tl.arange(0, at_once)

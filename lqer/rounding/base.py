@@ -29,6 +29,11 @@ class Rounding(Named, ABC):
     # Whether scales that a transform has fixed can be kept.
     keeps_scales: ClassVar[bool] = False
 
+    @property
+    def sweeps(self) -> int:
+        """How often `round` goes over all columns, one after another, where it feeds errors back."""
+        return 1
+
     @abstractmethod
     def round(
         self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
