@@ -91,6 +91,10 @@ ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], Mapping[str, Any]]] = {
 }  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-golden", action="store_true", help="record the artifacts of tests/golden anew")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "network: needs a package index")
     config.addinivalue_line("markers", "figures: looks at the figures of a run")
