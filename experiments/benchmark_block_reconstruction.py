@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lqer.formats import Int
-from lqer.models import block_linears, pick_device
+from lqer.models.source import pick_device
+from lqer.models.structure import block_linears
 from lqer.report.environment import device_name
 from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, round_block
 from lqer.transforms.block_function import BlockFunction

@@ -16,13 +16,14 @@ from functools import partial
 
 import torch
 
-from lqer.blocks import OpenedModel
-from lqer.calibration import ON_REQUEST, BlockObserver
 from lqer.errors import LqerError
-from lqer.models import block_linears, load_model, pick_device, resolve_model
+from lqer.models.loaders import OpenedModel
+from lqer.models.source import load_model, pick_device, resolve_model
+from lqer.models.structure import block_linears
+from lqer.models.walker import walk_blocks
 from lqer.report.environment import device_name
-from lqer.spill import Spill
-from lqer.walker import walk_blocks
+from lqer.stages.calibrate import ON_REQUEST, BlockObserver
+from lqer.store.offload import Offload
 
 # Tokens kept per site, as calibration.error_tokens does by default.
 SAMPLED = 256
@@ -51,7 +52,7 @@ def main() -> int:
     windows_WT = torch.randint(model.config.vocab_size, (arguments.windows, arguments.seq_len), generator=generator)
 
     def seconds(hooked: bool) -> float:
-        opened = OpenedModel.held(model, device, Spill())
+        opened = OpenedModel.resident(model, device, Offload())
         total = 0.0
         for visit in walk_blocks(opened, windows_WT, arguments.batch_size):
             linears = block_linears(visit.block) if hooked else {}

@@ -38,12 +38,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lqer.config import read_config
-from lqer.estimate import total
-from lqer.machine import resident_bytes
-from lqer.preview import estimate_stages
 from lqer.report.environment import device_name
-from lqer.setting import prepare
-from lqer.spill import parse_bytes
+from lqer.resources import total
+from lqer.resources.machine import resident_bytes
+from lqer.run.context import prepare
+from lqer.run.preflight import estimate_stages
+from lqer.store.offload import parse_bytes
 
 ROOT = Path(__file__).parents[1]
 BLOCKS_PER_FILE = 4

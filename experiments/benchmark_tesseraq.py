@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lqer.data import DatasetSpec, calibration_windows, load_rows
+from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows
 from lqer.errors import LqerError
 from lqer.formats import Int, MXInt, NumberFormat, QuantizedTensor
 from lqer.methods.block import loss_of, tune_block
-from lqer.models import block_linears, find_blocks, load_model, load_tokenizer, pick_device, resolve_model
+from lqer.models.source import load_model, load_tokenizer, pick_device, resolve_model
+from lqer.models.structure import block_linears, find_blocks
 from lqer.report.environment import device_name
 from lqer.rounding import Adaptive
 from lqer.rounding.par_schedule import soft_shares

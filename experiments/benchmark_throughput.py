@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lqer.checkpoint import load_quantized
+from lqer.checkpoint.load import load_quantized
 from lqer.errors import LqerError
-from lqer.models import load_model, pick_device, resolve_model
+from lqer.models.source import load_model, pick_device, resolve_model
 from lqer.report.environment import device_name
 
 WARM_UPS = 5

@@ -24,10 +24,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lqer.data import DatasetSpec, calibration_windows, load_rows
+from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows
 from lqer.errors import LqerError
 from lqer.formats import Codebook, Int, QuantizedTensor
-from lqer.models import load_model, load_tokenizer, pick_device, resolve_model
+from lqer.models.source import load_model, load_tokenizer, pick_device, resolve_model
 from lqer.report.environment import device_name
 from lqer.rounding.vector import consistent_rules, round_vector, sweep
 

@@ -20,15 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lqer.blocks import OpenedModel
-from lqer.calibration import ON_REQUEST, BlockStatistics, CalibrationText, calibrate
-from lqer.data import DatasetSpec, calibration_windows, load_rows
+from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows
 from lqer.errors import LqerError
 from lqer.formats import MXInt, NumberFormat, Passthrough
 from lqer.methods import METHODS, LinearPlan
-from lqer.models import block_linears, load_model, load_tokenizer, pick_device, resolve_model
-from lqer.spill import Spill
-from lqer.store import Store
+from lqer.models.loaders import OpenedModel
+from lqer.models.source import load_model, load_tokenizer, pick_device, resolve_model
+from lqer.models.structure import block_linears
+from lqer.stages.calibrate import ON_REQUEST, BlockStatistics, CalibrationText, calibrate
+from lqer.store.offload import Offload
+from lqer.store.store import Store
 
 FACTORS: dict[str, NumberFormat] = {"float32": Passthrough("float32"), "x8": MXInt(bits=8)}
 # Methods that are a rounding of their own reconstruct as qera-exact does.
@@ -49,7 +50,7 @@ def errors_by_linear(arguments: argparse.Namespace) -> dict[str, dict[str, dict[
     source = resolve_model(arguments.model)
     rows = load_rows(DatasetSpec(path=str(arguments.text)), "calibration")
     windows_WT = calibration_windows(load_tokenizer(source), rows, arguments.num_samples, arguments.seq_len)
-    opened = OpenedModel.held(load_model(source, torch.float32, torch.device("cpu")), device, Spill())
+    opened = OpenedModel.resident(load_model(source, torch.float32, torch.device("cpu")), device, Offload())
     if arguments.blocks is not None:
         del opened.blocks[arguments.blocks :]
     text = CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from lqer.errors import ConfigError, LqerError
-from lqer.shares import Share, parse_share
+from lqer.run.chunks import Chunk, parse_chunk
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str], usage: str) -> int:
         print(usage.strip())
         return EXIT_OK if arguments else EXIT_USER_ERROR
     try:
-        share, arguments = take_share(arguments)
+        share, arguments = take_chunk(arguments)
         validate_only, path, tag, overrides = split_arguments(arguments)
         return _run(path, tag, overrides, validate_only, share)
     except LqerError as error:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str], usage: str) -> int:
         return EXIT_INTERRUPTED
 
 
-def take_share(arguments: Sequence[str]) -> tuple[Share | None, list[str]]:
+def take_chunk(arguments: Sequence[str]) -> tuple[Chunk | None, list[str]]:
     """The share of `--chunk i/n` or `--chunk=i/n`, and the other arguments. Raises ConfigError for another form."""
     rest = list(arguments)
     found = [place for place, argument in enumerate(rest) if argument.partition("=")[0] == "--chunk"]
@@ -44,7 +44,7 @@ def take_share(arguments: Sequence[str]) -> tuple[Share | None, list[str]]:
     _, equals, text = rest.pop(found[0]).partition("=")
     if not equals:
         text = rest.pop(found[0]) if found[0] < len(rest) else ""
-    return parse_share(text), rest
+    return parse_chunk(text), rest
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[bool, str, str | None, list[str]]:
@@ -59,23 +59,23 @@ def split_arguments(arguments: Sequence[str]) -> tuple[bool, str, str | None, li
     return "--validate" in arguments, words[0], words[1] if len(words) == 2 else None, overrides
 
 
-def _run(path: str, tag: str | None, overrides: list[str], validate_only: bool, share: Share | None) -> int:
+def _run(path: str, tag: str | None, overrides: list[str], validate_only: bool, share: Chunk | None) -> int:
     _quieten_libraries()
     from lqer.config import read_config
 
     config = read_config(path, tag, overrides)
     from transformers.utils import logging as transformers_logging
 
-    from lqer import pipeline, preview
+    from lqer.run import pipeline, preflight
 
     # A bar for every loaded model would stand between those of the stages.
     transformers_logging.disable_progress_bar()
     if validate_only:
         if share is not None:
-            pipeline.refuse_sharing(config, share)
-        preview.describe(config, print)
+            pipeline.refuse_chunks(config, share)
+        preflight.describe(config, print)
         return EXIT_OK
-    results = pipeline.run_share(config, share)
+    results = pipeline.run_chunk(config, share)
     if results is None:
         return EXIT_OK
     from lqer.report.write import REPORT_FILE, summary_table

@@ -36,14 +36,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from lqer.blocks import OpenedModel
-from lqer.calibration import CalibrationText, calibrate
 from lqer.formats import MXInt
 from lqer.methods import LinearPlan
-from lqer.models import block_linears, find_blocks, prepare_model
-from lqer.quantization import QuantizeSettings, quantize, requested_statistics
-from lqer.spill import Spill
-from lqer.store import Artifact, Store, Workspace
+from lqer.models.loaders import OpenedModel
+from lqer.models.structure import block_linears, find_blocks, prepare_model
+from lqer.stages.calibrate import CalibrationText, calibrate
+from lqer.stages.quantize import QuantizeSettings, quantize, requested_statistics
+from lqer.store.offload import Offload
+from lqer.store.store import Artifact, Store, Workspace
 
 # Real models, texts and tasks that are too large for the repository.
 ASSETS = Path(os.environ.get("LQER_TEST_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
@@ -175,7 +175,7 @@ def run_stages(letter_tokenizer, windows_WT, tmp_path_factory) -> Callable[..., 
         name, blocks = find_blocks(model)
         linears = [f"{name}.{i}.{linear}" for i, block in enumerate(blocks) for linear in block_linears(block)]
         settings = QuantizeSettings({linear: None if linear in skip else plan for linear in linears}, attention, seed=0)
-        opened = OpenedModel.held(model, CPU, Spill())
+        opened = OpenedModel.resident(model, CPU, Offload())
 
         def make_calibration(workspace: Workspace) -> None:
             calibrate(

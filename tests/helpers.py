@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lqer.models import find_blocks
+from lqer.models.structure import find_blocks
 from lqer.transforms.block_function import BlockFunction
 
 BOS = 0

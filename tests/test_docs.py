@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from lqer.config import read_config
 from lqer.config.schema import Config, OverrideConfig, TrackingConfig
-from lqer.data import DatasetSpec
+from lqer.data.datasets import DatasetSpec
 from lqer.report import contract
 
 ROOT = Path(__file__).parents[1]

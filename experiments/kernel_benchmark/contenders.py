@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lqer.formats import E8P, Codebook, Int, MXInt, NumberFormat, QuantizedTensor
-from lqer.layers import HadamardLinear, QuantizedLinear
+from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.transforms.hadamard import RandomHadamard, random_hadamard
 
 from . import peers
@@ -169,7 +169,7 @@ def unfused(operands: Operands, variant: Variant, m: int) -> Contender:
 
 
 def emulation(operands: Operands, variant: Variant, m: int) -> Contender:
-    """lqer.layers.QuantizedLinear in bf16."""
+    """lqer.nn.linear.QuantizedLinear in bf16."""
     assert variant.weight is not None
     a_KR, b_RN = (None if part is None else part.dequantize(torch.bfloat16) for part in operands.factors(variant.rank))
     weight_NK = operands.quantized(variant.weight).dequantize(torch.bfloat16)

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from lqer.components import did_you_mean
 from lqer.config.schema import Config, KeyedError
 from lqer.formats import Format
-from lqer.spelling import did_you_mean
 
 Loc = tuple[str | int, ...]
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lqer.components import did_you_mean
 from lqer.config.schema import NOT_QUANTIZED, Config
+from lqer.errors import ConfigError
 from lqer.formats import NumberFormat, Passthrough
 from lqer.methods import METHODS, CalderaSettings, LinearPlan
 from lqer.methods.caldera import CALDERA
+from lqer.models.summary import ModelSummary
 from lqer.transforms import LinearTransform
 
 # Where [quantize.low_rank] names no format, A and B are stored as halves.
@@ -50,3 +53,34 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
 
 def _given(section: Any, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(section, name)) is not None}
+
+
+def plan_model(config: Config, summary: ModelSummary) -> dict[str, LinearPlan | None]:
+    """Every linear's plan, None where it is skipped.
+
+    Raises ConfigError for a pattern that matches no linear: a misspelt one would otherwise change nothing, in silence.
+    """
+    # What lies outside the blocks may be skipped, as it is anyway; an override of it would change nothing. Not every
+    # model has an nn.Linear called lm_head, and presets skip it for all of them.
+    skippable = [*summary.linears, *summary.outside, "lm_head"]
+    checks = [(f"quantize.skip.{i}", pattern, skippable) for i, pattern in enumerate(config.quantize.skip)]
+    checks += [
+        (f"quantize.override.{i}.match", override.match, [*summary.linears])
+        for i, override in enumerate(config.quantize.override)
+    ]
+    for key, pattern, names in checks:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            ends = sorted({name.rpartition(".")[2] for name in names})
+            raise ConfigError(
+                f"{key}: {pattern!r} matches no linear of {summary.architecture} that could be quantized or skipped; "
+                f"those are named {', '.join(ends)}{did_you_mean(pattern.rpartition('.')[2], ends)}"
+            )
+    plans = {name: plan_linear(config, name) for name in summary.linears}
+    if config.quantize.attention != NOT_QUANTIZED and not summary.attention_is_registered:
+        raise ConfigError(
+            f"quantize.attention: must be 'none' for {summary.architecture}, which computes attention by itself; "
+            f"found {config.quantize.attention!r}"
+        )
+    if not any(plans.values()):
+        raise ConfigError("quantize.skip: every linear is skipped, nothing is left to quantize")
+    return plans

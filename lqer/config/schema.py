@@ -19,16 +19,16 @@ from pydantic import (
     model_validator,
 )
 
-from lqer.data import DatasetSpec
-from lqer.formats import Format, cut_objection
+from lqer.components import Component, component_from_dict
+from lqer.data.datasets import DatasetSpec
+from lqer.formats import Format, unsupported_cut
 from lqer.lowrank.solver import Solver
 from lqer.methods import METHODS, CalderaSettings, Propagation
 from lqer.methods.base import FACTOR_AXES, FactorBlocks
 from lqer.methods.caldera import CALDERA
-from lqer.named import Named, named_from_dict
 from lqer.rounding import ROUNDINGS, Nearest, Rounding
-from lqer.spill import parse_bytes
-from lqer.transforms import TRANSFORMS, Scheme, Transform, order_objection
+from lqer.store.offload import parse_bytes
+from lqer.transforms import TRANSFORMS, Scheme, Transform, unsupported_order
 
 NOT_QUANTIZED = "none"
 
@@ -37,15 +37,15 @@ FormatName = str
 Loc = tuple[str | int, ...]
 
 
-def _reader(noun: str, known: Mapping[str, type[Named]]) -> PlainValidator:
+def _reader(noun: str, known: Mapping[str, type[Component]]) -> PlainValidator:
     """Reads a part that is named by its kind, or by a table of its kind and settings."""
 
-    def read(value: Any) -> Named:
-        if isinstance(value, Named):
+    def read(value: Any) -> Component:
+        if isinstance(value, Component):
             return value
         if not isinstance(value, str | dict):
             raise ValueError(f"must be the name of a {noun} or a table with its kind")
-        return named_from_dict(noun, known, {"kind": value} if isinstance(value, str) else value)
+        return component_from_dict(noun, known, {"kind": value} if isinstance(value, str) else value)
 
     return PlainValidator(read)
 
@@ -220,7 +220,7 @@ class EvaluationConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """Which parts of the quantized checkpoint are trained, and on what; see lqer/finetune.py."""
+    """Which parts of the quantized checkpoint are trained, and on what; see lqer/stages/finetune.py."""
 
     parts: Annotated[tuple[Literal["rht_signs", "low_rank"], ...], Field(min_length=1)]
     # Of A (and rows of B), which are kept in bfloat16; the others stay as they were rounded.
@@ -237,7 +237,7 @@ class FinetuneConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     low_rank_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    # Share of all steps in which the rate rises to its full value, from which it falls to 0.
+    # Chunk of all steps in which the rate rises to its full value, from which it falls to 0.
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02
 
 
@@ -315,8 +315,8 @@ class Config(Section):
             if METHODS[quantize.method] is CALDERA and damping != default:
                 rule = 'damping must be left out: beside method "caldera" it is quantize.caldera.damping'
                 raise KeyedError(loc, rule, damping)
-            if (objection := rounding.objection(self.formats[weight])) is not None:
-                raise KeyedError(loc, f'{objection} (weights are "{weight}")', rounding.kind)
+            if (unsupported_reason := rounding.unsupported_reason(self.formats[weight])) is not None:
+                raise KeyedError(loc, f'{unsupported_reason} (weights are "{weight}")', rounding.kind)
 
     def _check_low_rank(self) -> None:
         """The method can do what [quantize.low_rank] asks of it."""
@@ -355,8 +355,8 @@ class Config(Section):
     def _check_transforms(self) -> None:
         """The transforms can follow one another, and every linear can be transformed as they say."""
         quantize = self.quantize
-        if (objection := order_objection(quantize.transforms)) is not None:
-            raise KeyedError(("quantize", "transforms"), objection)
+        if (unsupported_reason := unsupported_order(quantize.transforms)) is not None:
+            raise KeyedError(("quantize", "transforms"), unsupported_reason)
         method = METHODS[quantize.method]
         for override in (None, *quantize.override):
             weight, activation = (
@@ -369,8 +369,8 @@ class Config(Section):
                 method.statistics | rounding.statistics,
             )
             for i, transform in enumerate(quantize.transforms):
-                if (objection := transform.objection(scheme)) is not None:
-                    rule = f'{objection} (method "{method.name}", weights "{weight}")'
+                if (unsupported_reason := transform.unsupported_reason(scheme)) is not None:
+                    rule = f'{unsupported_reason} (method "{method.name}", weights "{weight}")'
                     raise KeyedError(("quantize", "transforms", i), rule, transform.kind)
 
     def _check_block_parts(self) -> None:
@@ -403,7 +403,7 @@ class Config(Section):
                 raise KeyedError(loc, rule, transform.kind)
         self._check_rounds_first(loc, transform)
 
-    def _check_rounds_first(self, loc: Loc, part: Named) -> None:
+    def _check_rounds_first(self, loc: Loc, part: Component) -> None:
         """Weights that are rounded with their block are rounded once, before anything is reconstructed."""
         method, iterations = METHODS[self.quantize.method], self.quantize.low_rank.iterations
         if method.starts_with == "reconstruct" or (iterations or method.iterations) > 1:
@@ -442,8 +442,8 @@ class Config(Section):
         for rank_dim, axis, name in zip((1, 0), FACTOR_AXES[low_rank.blocks], formats):
             if axis != rank_dim or name == NOT_QUANTIZED:
                 continue
-            if (objection := cut_objection(self.formats[name], columns)) is not None:
-                rule = f'cannot be cut off "{name}", whose blocks run along the rank: {objection}{where}'
+            if (unsupported_reason := unsupported_cut(self.formats[name], columns)) is not None:
+                rule = f'cannot be cut off "{name}", whose blocks run along the rank: {unsupported_reason}{where}'
                 raise KeyedError(("finetune", "columns"), rule, columns)
 
     def _check_blockwise(self) -> None:

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lqer.blocks import OpenedModel
 from lqer.errors import ConfigError, DataError
 from lqer.evaluation import harness
 from lqer.evaluation.progress import progress_bar
-from lqer.walker import BlockVisit, walk_to_logits
+from lqer.models.loaders import OpenedModel
+from lqer.models.walker import BlockRun, walk_to_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +167,7 @@ def _whole(model: PreTrainedModel, windows: Sequence[Tensor]) -> Callable[[int],
 def _blockwise(model: OpenedModel, windows: Sequence[Tensor], progress: bool) -> Callable[[int], Tensor]:
     model.model.eval()
 
-    def shown(visits: Iterator[BlockVisit]) -> Iterator[BlockVisit]:
+    def shown(visits: Iterator[BlockRun]) -> Iterator[BlockRun]:
         yield from progress_bar(progress)(visits, total=len(model.blocks), desc="perplexity", unit="block")
 
     return walk_to_logits(model, windows, shown)

@@ -9,16 +9,16 @@ This folder imports torch and the standard library only.
 
 from typing import Any, get_args
 
-from .base import NonFiniteError, NumberFormat, QuantizedTensor, cut_objection, without_first
-from .codebook import Codebook
-from .e8p import E8P
-from .integer import Int
-from .mx import MX
-from .mxint import MXInt
-from .normalfloat import NormalFloat
-from .packing import pack_bits, packed_length, unpack_bits
-from .passthrough import Passthrough
-from .uniform import Uniform
+from lqer.formats.base import NonFiniteError, NumberFormat, QuantizedTensor, unsupported_cut, without_first
+from lqer.formats.codebook import Codebook
+from lqer.formats.e8p import E8P
+from lqer.formats.integer import Int
+from lqer.formats.mx import MX
+from lqer.formats.mxint import MXInt
+from lqer.formats.normalfloat import NormalFloat
+from lqer.formats.packing import pack_bits, packed_length, unpack_bits
+from lqer.formats.passthrough import Passthrough
+from lqer.formats.uniform import Uniform
 
 Format = MXInt | Int | MX | Passthrough | E8P | Uniform | NormalFloat | Codebook
 
@@ -35,11 +35,11 @@ __all__ = [
     "Passthrough",
     "QuantizedTensor",
     "Uniform",
-    "cut_objection",
     "format_from_dict",
     "pack_bits",
     "packed_length",
     "unpack_bits",
+    "unsupported_cut",
     "without_first",
 ]
 

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .blocks import block_count, from_blocks, to_blocks
-from .packing import pack_bits, packed_length, unpack_bits
+from lqer.formats.blocks import block_count, from_blocks, to_blocks
+from lqer.formats.packing import pack_bits, packed_length, unpack_bits
 
 
 class NonFiniteError(ValueError):
@@ -209,7 +209,7 @@ class QuantizedTensor:
 def without_first(tensor: QuantizedTensor, dim: int, count: int) -> QuantizedTensor:
     """A matrix without its first `count` rows (dim 0) or columns (dim 1); no value changes.
 
-    Along its block axis they must be whole blocks: `cut_objection` tells. Raises ValueError otherwise.
+    Along its block axis they must be whole blocks: `unsupported_cut` tells. Raises ValueError otherwise.
     """
     shape = list(tensor.shape)
     shape[dim] -= count
@@ -217,8 +217,8 @@ def without_first(tensor: QuantizedTensor, dim: int, count: int) -> QuantizedTen
     if dim != tensor.axis:  # a part of one row is shared by the whole tensor
         parts = {name: part if part.shape[0] == 1 else part[count:] for name, part in tensor.parts.items()}
         return QuantizedTensor(number_format, tuple(shape), tensor.axis, parts)
-    if (objection := cut_objection(number_format, count)) is not None:
-        raise ValueError(objection)
+    if (unsupported_reason := unsupported_cut(number_format, count)) is not None:
+        raise ValueError(unsupported_reason)
     width = max(number_format.block_size, 1)
     parts = {
         name: part[:, count // (number_format.vector_size if name == "codes" else width) :]
@@ -227,7 +227,7 @@ def without_first(tensor: QuantizedTensor, dim: int, count: int) -> QuantizedTen
     return QuantizedTensor(number_format, tuple(shape), tensor.axis, parts)
 
 
-def cut_objection(number_format: NumberFormat, count: int) -> str | None:
+def unsupported_cut(number_format: NumberFormat, count: int) -> str | None:
     """Why the first `count` values along the block axis cannot be cut off; None where they can."""
     if not number_format.stream_widths and number_format.block_size == -1:
         return None

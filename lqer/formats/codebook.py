@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import NumberFormat, require_choice, require_range
-from .blocks import block_count
-from .groups import Layout
-from .kmeans import fit_centroids, nearest_centroids
-from .logscale import SCALE_CODE_BITS, SCALE_HEADER, decode_log_scales, fit_log_scales
+from lqer.formats.base import NumberFormat, require_choice, require_range
+from lqer.formats.blocks import block_count
+from lqer.formats.groups import Layout
+from lqer.formats.kmeans import fit_centroids, nearest_centroids
+from lqer.formats.logscale import SCALE_CODE_BITS, SCALE_HEADER, decode_log_scales, fit_log_scales
 
 CODEBOOK_BITS = 8  # of a stored centroid's elements, or of a factor
 LARGEST_CENTROID_CODE = 127

@@ -22,10 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import NumberFormat, require_block_size, require_range
-from .blocks import block_count
-from .e8 import DIMENSION, LARGEST_COORDINATE, e8_one_bit_points, e8p_points, nearest_e8_one_bit, nearest_e8p
-from .scales import SCALE_DTYPES, ScaleDtype, Sharing, require_sharing, root_mean_square, storable
+from lqer.formats.base import NumberFormat, require_block_size, require_range
+from lqer.formats.blocks import block_count
+from lqer.formats.e8 import (
+    DIMENSION,
+    LARGEST_COORDINATE,
+    e8_one_bit_points,
+    e8p_points,
+    nearest_e8_one_bit,
+    nearest_e8p,
+)
+from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, Sharing, require_sharing, root_mean_square, storable
 
 FIRST_BITS = 16
 FIRST_MASK = (1 << FIRST_BITS) - 1

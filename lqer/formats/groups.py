@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .blocks import block_count
+from lqer.formats.blocks import block_count
 
 
 @dataclass(frozen=True)

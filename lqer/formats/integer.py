@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import NumberFormat, require_block_size, require_choice, require_range
-from .blocks import FLOAT32_INF_PATTERN, block_count, max_magnitude_pattern
+from lqer.formats.base import NumberFormat, require_block_size, require_choice, require_range
+from lqer.formats.blocks import FLOAT32_INF_PATTERN, block_count, max_magnitude_pattern
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

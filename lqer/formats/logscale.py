@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import block_width, from_blocks, to_blocks
+from lqer.formats.blocks import block_width, from_blocks, to_blocks
 
 SCALE_CODE_BITS = 4
 LARGEST_SCALE_CODE = (1 << SCALE_CODE_BITS) - 1

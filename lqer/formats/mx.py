@@ -26,8 +26,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import NumberFormat, require_block_size, require_choice
-from .blocks import (
+from lqer.formats.base import NumberFormat, require_block_size, require_choice
+from lqer.formats.blocks import (
     E8M0_NAN,
     FLOAT32_INF_PATTERN,
     FLOAT32_MANTISSA_BITS,

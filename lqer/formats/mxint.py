@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import NumberFormat, require_block_size, require_choice, require_range
-from .blocks import (
+from lqer.formats.base import NumberFormat, require_block_size, require_choice, require_range
+from lqer.formats.blocks import (
     E8M0_BIAS,
     E8M0_NAN,
     FLOAT32_INF_PATTERN,

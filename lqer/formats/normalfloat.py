@@ -23,9 +23,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import NumberFormat, require_block_size, require_choice, require_range
-from .blocks import block_count
-from .scales import SCALE_DTYPES, ScaleDtype, Sharing, largest_magnitude, require_sharing, storable
+from lqer.formats.base import NumberFormat, require_block_size, require_choice, require_range
+from lqer.formats.blocks import block_count
+from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, Sharing, largest_magnitude, require_sharing, storable
 
 # Probability beyond the outermost levels on either side, as QLoRA sets it.
 TAIL = (1 / 30 + 1 / 32) / 2

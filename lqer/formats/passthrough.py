@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import NumberFormat, check_finite, require_choice
+from lqer.formats.base import NumberFormat, check_finite, require_choice
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

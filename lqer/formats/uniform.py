@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import NumberFormat, require_block_size, require_choice, require_range
-from .blocks import block_count
-from .scales import SCALE_DTYPES, ScaleDtype, Sharing, largest_magnitude, require_sharing, storable
+from lqer.formats.base import NumberFormat, require_block_size, require_choice, require_range
+from lqer.formats.blocks import block_count
+from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, Sharing, largest_magnitude, require_sharing, storable
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lqer.layers import FLOAT16_HEADROOM, in_basis
+from lqer.nn.linear import FLOAT16_HEADROOM, in_basis
 from lqer.transforms.hadamard import RandomHadamard, small_factor, small_order
 
 from .chaining import launch_options

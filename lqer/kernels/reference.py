@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lqer.formats import MXInt
-from lqer.layers import in_basis
+from lqer.nn.linear import in_basis
 from lqer.transforms.hadamard import RandomHadamard
 
 from .codebook import PackedCodebook

@@ -27,9 +27,9 @@ from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import Solver, reconstruct
 from lqer.methods.settings import CalderaSettings
 from lqer.rounding import Nearest, Rounding
-from lqer.transforms import Basis, LinearTransform
+from lqer.transforms import LinearTransform, Rotation
 
-# By name, of one input site: see lqer/calibration.py.
+# By name, of one input site: see lqer/stages/calibrate.py.
 Statistics = Mapping[str, Tensor]
 FactorBlocks = Literal["reduction", "reference", "long"]
 Propagation = Literal["original", "quantized"]
@@ -41,7 +41,7 @@ class LinearPlan:
     """How one linear is quantized; None stands for "stays in the model's dtype".
 
     `rank` may exceed what the weight admits: it is then taken as min(out_features, in_features). It is None until a
-    budget of bits is shared out over the model (lqer/allocation.py). `factor` is the format of A, and of B unless
+    budget of bits is allocated (lqer/stages/allocate_ranks.py). `factor` is the format of A, and of B unless
     `factor_b` is another. `factor_blocks` says along which dimension they are cut into blocks: "reduction", the one a
     GEMM sums over (A along in_features, B along the rank), "reference", as the sweeps of LQER's paper ran (A along the
     rank, B along out_features), or "long", away from the rank (A along in_features, B along out_features).
@@ -62,7 +62,7 @@ class LinearPlan:
     factor_b: NumberFormat | None = None
     caldera: CalderaSettings | None = None
 
-    def plain(self) -> LinearPlan:
+    def without_low_rank(self) -> LinearPlan:
         """The same formats and rounding without reconstruction."""
         return replace(self, method="none", rank=0, caldera=None)
 
@@ -137,7 +137,7 @@ class QuantizedWeight:
 
     weight_OI: QuantizedTensor
     low_rank: LowRank | None
-    basis: Basis | None = None
+    basis: Rotation | None = None
     errors: tuple[float, ...] = ()
     damping_raises: int = 0
 
@@ -165,7 +165,7 @@ class Target:
 
     weight_OI: Tensor
     statistics: Statistics
-    basis: Basis | None = None
+    basis: Rotation | None = None
 
 
 def in_basis(weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> Target:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lqer.formats import QuantizedTensor
+from lqer.methods.block_state import BlockState
 from lqer.rounding.adaptive import Adaptive, AdaptiveState, block_loss, round_block
 from lqer.transforms.block_problem import (
     BlockProblem,
@@ -27,8 +28,6 @@ from lqer.transforms.block_problem import (
     keep_nothing,
     no_progress,
 )
-
-from .block_state import BlockState
 
 
 @dataclass(frozen=True)

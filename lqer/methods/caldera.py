@@ -29,7 +29,7 @@ from lqer.lowrank.solver import reconstruct
 from lqer.methods.base import LinearPlan, LowRank, Method, QuantizedWeight, Statistics, reconstruct_rounded
 from lqer.methods.qera import autocorrelation
 from lqer.methods.settings import CalderaSettings
-from lqer.rounding.base import feedback_objection
+from lqer.rounding.base import unsupported_feedback
 from lqer.rounding.hessian import DampedHessian, damp, down_date
 from lqer.rounding.ldlq import Ldlq, ldlq
 
@@ -117,7 +117,7 @@ def _fit(
         return partial(reconstruct_rounded, metric=metric, plan=plan)
     a_axis, b_axis = plan.factor_axes
     round_a, round_b = partial(a_format.quantize, axis=a_axis), partial(b_format.quantize, axis=b_axis)
-    along_inputs = a_axis == 0 and feedback_objection(a_format) is None
+    along_inputs = a_axis == 0 and unsupported_feedback(a_format) is None
     round_last_a = partial(_round_along_inputs, damped, a_format) if along_inputs else None
 
     def in_turns(target_OI: Tensor) -> LowRank:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 
 from lqer.errors import DataError
-from lqer.files import write_atomically, write_text
 from lqer.report import figures
 from lqer.report.naming import scheme_name
-from lqer.report.results import SCHEMA_VERSION, Results
 from lqer.report.write import RESULTS_FILE, markdown_table
+from lqer.results import SCHEMA_VERSION, Results
+from lqer.store.files import write_atomically, write_text
 
 # Perplexities are compared only between rows that agree on all of these.
 SAME_MEASUREMENT = ["model", "dataset", "protocol", "seq_len", "tokens"]

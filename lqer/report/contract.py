@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 
-from lqer import bits
-from lqer.report import results
+from lqer import results
+from lqer.checkpoint import bits
 
 INTRODUCTION = """# results.json
 

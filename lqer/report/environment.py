@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import lqer
-from lqer.report.results import Versions
+from lqer.results import Versions
 
 
 def versions() -> Versions:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lqer.report.naming import PLAIN
-from lqer.report.results import PerplexityRow
+from lqer.results import PerplexityRow
 
 COLOURS = {"original": "#000000", "plain": "#D55E00", "quantized": "#0072B2"}
 # For more curves than kinds of models.

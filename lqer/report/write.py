@@ -8,14 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from lqer.bits import Bits
-from lqer.files import write_atomically, write_json, write_text
-from lqer.quantization import layers_file, spectra_file
+from lqer.checkpoint.bits import Bits
 from lqer.report import figures
 from lqer.report.naming import plain_name, scheme_name
-from lqer.report.results import Results
-from lqer.store import Artifact
-from lqer.tuning import tuning_file
+from lqer.results import Results
+from lqer.store.files import write_atomically, write_json, write_text
+from lqer.store.names import layers_file, spectra_file, tuning_file
+from lqer.store.store import Artifact
 
 LAYERS_FILE = "layers.csv"
 REPORT_FILE = "report.md"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lqer.named import named_from_dict
+from lqer.components import component_from_dict
 from lqer.rounding.adaptive import Adaptive
 from lqer.rounding.base import Rounding
 from lqer.rounding.gptq import Gptq
@@ -23,4 +23,4 @@ __all__ = ["ROUNDINGS", "Adaptive", "Gptq", "Ldlq", "Nearest", "Rounding", "Vect
 
 def rounding_from_dict(settings: Mapping[str, Any]) -> Rounding:
     """The rounding that `Rounding.to_dict` described. Raises ValueError for an unknown kind, key or value."""
-    return named_from_dict("rounding", ROUNDINGS, settings)
+    return component_from_dict("rounding", ROUNDINGS, settings)

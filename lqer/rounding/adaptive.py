@@ -27,13 +27,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lqer.components import require_number, require_positive
 from lqer.formats import NumberFormat, QuantizedTensor
-from lqer.named import require_number, require_positive
-
-from .base import Rounding
-from .hessian import DampedHessian
-from .par_schedule import SOFT_SHARES_20, draw_batches, soft_shares
-from .soft import Grid, harden, inverse_rectified_sigmoid
+from lqer.rounding.base import Rounding
+from lqer.rounding.hessian import DampedHessian
+from lqer.rounding.par_schedule import SOFT_SHARES_20, draw_batches, soft_shares
+from lqer.rounding.soft import Grid, harden, inverse_rectified_sigmoid
 
 Weights = Mapping[str, Tensor]
 Block = Callable[[Weights, Tensor], Tensor]
@@ -252,7 +251,7 @@ class Adaptive(Rounding):
         """Where it starts from: a weight alone, without its block, is rounded to nearest."""
         return number_format.quantize(weight_OI)
 
-    def objection(self, number_format: NumberFormat) -> str | None:
+    def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         if number_format.kind not in ("int", "mxint") or getattr(number_format, "compat", False):
             return "the codes of a grid are needed: weights of kind int, or mxint without compat"
         return None

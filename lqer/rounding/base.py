@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lqer.components import Component
 from lqer.formats import NumberFormat, QuantizedTensor
-from lqer.named import Named
 from lqer.rounding.hessian import DampedHessian
 
 
-class Rounding(Named, ABC):
+class Rounding(Component, ABC):
     """Settings of one rounding."""
 
     # What it must know of the inputs; "autocorrelation" is what `hessian` is made of.
@@ -44,7 +44,7 @@ class Rounding(Named, ABC):
         `statistics` asks for it. Raises NonFiniteError if the weight holds NaN or infinities.
         """
 
-    def objection(self, number_format: NumberFormat) -> str | None:
+    def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         """Why weights of that format cannot be rounded this way, as a rule to show to a user; None where they can."""
         return None
 
@@ -55,7 +55,7 @@ def require_damping(damping: Any, kind: str) -> None:
         raise ValueError(f"damping {damping!r} is not a number of at least 0 ({kind})")
 
 
-def feedback_objection(number_format: NumberFormat) -> str | None:
+def unsupported_feedback(number_format: NumberFormat) -> str | None:
     """Why column after column of that format cannot be rounded with error feedback; None where it can."""
     if number_format.kind == "codebook":
         return 'codebooks are learned while the columns are rounded: rounding "vector" does that'

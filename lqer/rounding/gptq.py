@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
-from lqer.rounding.base import Rounding, feedback_objection, require_damping
+from lqer.rounding.base import Rounding, require_damping, unsupported_feedback
 from lqer.rounding.factor import inverse_factor
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
@@ -113,9 +113,9 @@ class Gptq(Rounding):
             static_groups=self.static_groups,
         )  # fmt: skip
 
-    def objection(self, number_format: NumberFormat) -> str | None:
+    def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         if self.activation_order and number_format.vector_size > 1:
             return f'activation_order tears the vectors of "{number_format.kind}" apart'
         if self.activation_order and not self.static_groups and number_format.block_size != -1:
             return "activation_order needs static_groups = true where groups are not whole rows"
-        return feedback_objection(number_format)
+        return unsupported_feedback(number_format)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
-from lqer.rounding.base import Rounding, feedback_objection, require_damping
+from lqer.rounding.base import Rounding, require_damping, unsupported_feedback
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
 
@@ -143,5 +143,5 @@ class Ldlq(Rounding):
             tune_iters=self.tune_iters,
         )  # fmt: skip
 
-    def objection(self, number_format: NumberFormat) -> str | None:
-        return feedback_objection(number_format)
+    def unsupported_reason(self, number_format: NumberFormat) -> str | None:
+        return unsupported_feedback(number_format)

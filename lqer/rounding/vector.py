@@ -249,7 +249,7 @@ class Vector(Rounding):
             compat=self.compat, seed=self.seed,
         )  # fmt: skip
 
-    def objection(self, number_format: NumberFormat) -> str | None:
+    def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         if isinstance(number_format, Codebook):
             return None
         return f'vector learns codebooks: its weights are of kind "codebook", not "{number_format.kind}"'

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lqer.named import named_from_dict
+from lqer.components import component_from_dict
 from lqer.transforms.awq import Awq
-from lqer.transforms.base import Basis, LinearTransform, Scheme, Transform, order_objection
+from lqer.transforms.base import LinearTransform, Rotation, Scheme, Transform, unsupported_order
 from lqer.transforms.block_problem import BlockTransform
 from lqer.transforms.clip import Clip
 from lqer.transforms.hadamard import Hadamard
@@ -23,20 +23,20 @@ TRANSFORMS: dict[str, type[Transform]] = {cls.kind: cls for cls in (Quarot, Awq,
 __all__ = [
     "TRANSFORMS",
     "Awq",
-    "Basis",
     "BlockTransform",
     "Clip",
     "Hadamard",
     "LinearTransform",
     "Lwc",
     "Quarot",
+    "Rotation",
     "Scheme",
     "Transform",
-    "order_objection",
     "transform_from_dict",
+    "unsupported_order",
 ]
 
 
 def transform_from_dict(settings: Mapping[str, Any]) -> Transform:
     """The transform that `Transform.to_dict` described. Raises ValueError for an unknown kind, key or value."""
-    return named_from_dict("transform", TRANSFORMS, settings)
+    return component_from_dict("transform", TRANSFORMS, settings)

@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from lqer.components import require_positive
 from lqer.formats import NumberFormat
-from lqer.named import require_positive
-
-from .block_function import BlockFunction
-from .block_problem import BlockProblem, BlockTransform, Prepared, Session
-from .folding import NO_ROW, Site, find_sites, fold_scale
-from .tracing import watched_inputs
+from lqer.transforms.block_function import BlockFunction
+from lqer.transforms.block_problem import BlockProblem, BlockTransform, Prepared, Session
+from lqer.transforms.folding import NO_ROW, Site, find_sites, fold_scale
+from lqer.transforms.tracing import watched_inputs
 
 # 1 itself is left out, as in AWQ's grid.
 RATIOS = tuple(i / 20 for i in range(20))

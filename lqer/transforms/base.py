@@ -25,12 +25,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lqer.components import Component
 from lqer.formats import NumberFormat
-from lqer.named import Named
 
 Level = Literal["model", "block", "linear"]
 LEVELS: tuple[Level, ...] = ("model", "block", "linear")
-# What `Basis.statistics` gives; the largest magnitude is not among it.
+# What `Rotation.statistics` gives; the largest magnitude is not among it.
 KNOWN_IN_NEW_BASIS = frozenset({"mean_abs", "mean_square", "autocorrelation"})
 
 
@@ -38,7 +38,7 @@ KNOWN_IN_NEW_BASIS = frozenset({"mean_abs", "mean_square", "autocorrelation"})
 class Scheme:
     """What else a configuration asks of a linear: the formats of its weight and input (None: the model's dtype).
 
-    statistics: what its method and its rounding know of the inputs, by the names of lqer/calibration.py.
+    statistics: what its method and its rounding know of the inputs, by the names of lqer/stages/calibrate.py.
     """
 
     weight: NumberFormat
@@ -46,19 +46,19 @@ class Scheme:
     statistics: frozenset[str]
 
 
-class Transform(Named, ABC):
+class Transform(Component, ABC):
     """Settings of one transform."""
 
     level: ClassVar[Level]
     # Whether the scales that weights are rounded under are settled by it.
     fixes_scales: ClassVar[bool] = False
 
-    def objection(self, scheme: Scheme) -> str | None:
+    def unsupported_reason(self, scheme: Scheme) -> str | None:
         """Why such a linear cannot be transformed this way, as a rule to show to a user; None where it can."""
         return None
 
 
-class Basis(ABC):
+class Rotation(ABC):
     """Orthonormal U and V of one linear: W' = U W Vᵀ on inputs x' = V x gives y' = U y."""
 
     @abstractmethod
@@ -94,7 +94,7 @@ class Basis(ABC):
         """What is known of x' where R = E[x xᵀ] is among what is known of x; nothing where it is not.
 
         R' = V R Vᵀ in float64, and E[x_i'²] is its diagonal. E|x_i'| is sqrt(2/π) of the root of that: every x_i' is a
-        sum over all x, and so nearly normal. By the names of lqer/calibration.py.
+        sum over all x, and so nearly normal. By the names of lqer/stages/calibrate.py.
         """
         if "autocorrelation" not in statistics:
             return {}
@@ -113,14 +113,14 @@ class LinearTransform(Transform):
     level: ClassVar[Level] = "linear"
 
     @abstractmethod
-    def basis(self, out_features: int, in_features: int, seed: int) -> Basis:
+    def basis(self, out_features: int, in_features: int, seed: int) -> Rotation:
         """The basis of a linear, the same on every machine; on the CPU."""
 
     @abstractmethod
-    def unpack(self, packed: Mapping[str, Tensor], out_features: int, in_features: int) -> Basis:
-        """The inverse of `Basis.pack`."""
+    def unpack(self, packed: Mapping[str, Tensor], out_features: int, in_features: int) -> Rotation:
+        """The inverse of `Rotation.pack`."""
 
-    def objection(self, scheme: Scheme) -> str | None:
+    def unsupported_reason(self, scheme: Scheme) -> str | None:
         unknown = sorted(scheme.statistics - KNOWN_IN_NEW_BASIS)
         if unknown:
             return f"{', '.join(unknown)} of transformed inputs cannot be told from statistics of the inputs"
@@ -131,7 +131,7 @@ class LinearTransform(Transform):
         return frozenset({"autocorrelation"}) if needed else frozenset()
 
 
-def order_objection(transforms: Sequence[Transform]) -> str | None:
+def unsupported_order(transforms: Sequence[Transform]) -> str | None:
     """Why these transforms cannot follow one another; None where they can."""
     kinds = [transform.kind for transform in transforms]
     for earlier, later in itertools.pairwise(transforms):

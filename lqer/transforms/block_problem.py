@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
-
-from .base import Level, Transform
-from .block_function import BlockFunction
+from lqer.transforms.base import Level, Transform
+from lqer.transforms.block_function import BlockFunction
 
 # What is being done, how much of it is done, out of how much, and the loss where there is one.
 Progress = Callable[[str, int, int, float | None], None]
@@ -129,7 +128,7 @@ class BlockTransform(Transform):
         """The block with this transform after those of `prepared`."""
 
 
-def scales_objection(number_format: NumberFormat, kinds: Sequence[str]) -> str | None:
+def unsupported_scales(number_format: NumberFormat, kinds: Sequence[str]) -> str | None:
     """Why the ranges of such a format's groups cannot be narrowed; None where they can."""
     if number_format.kind not in kinds:
         return f"ranges are narrowed for weights of kind {', '.join(kinds)}"

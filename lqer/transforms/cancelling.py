@@ -13,8 +13,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from .block_function import BlockFunction
-from .tracing import trace
+from lqer.transforms.block_function import BlockFunction
+from lqer.transforms.tracing import trace
 
 
 @torch.no_grad()

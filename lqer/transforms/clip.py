@@ -26,12 +26,11 @@ from torch import Tensor
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import require_range
 from lqer.formats.blocks import from_blocks, to_blocks
-
-from .base import Scheme
-from .block_function import BlockFunction
-from .block_problem import BlockProblem, BlockTransform, Prepared, Session, scales_objection
-from .cancelling import cancelling_linears
-from .tracing import trace, watched_inputs
+from lqer.transforms.base import Scheme
+from lqer.transforms.block_function import BlockFunction
+from lqer.transforms.block_problem import BlockProblem, BlockTransform, Prepared, Session, unsupported_scales
+from lqer.transforms.cancelling import cancelling_linears
+from lqer.transforms.tracing import trace, watched_inputs
 
 # AWQ's: 1, 0.95, ... 0.55.
 GRID = 20
@@ -50,8 +49,8 @@ class Clip(BlockTransform):
     def __post_init__(self) -> None:
         require_range("steps", self.steps, 1, GRID, self.kind)
 
-    def objection(self, scheme: Scheme) -> str | None:
-        return scales_objection(scheme.weight, ("int", "mxint", "mx"))
+    def unsupported_reason(self, scheme: Scheme) -> str | None:
+        return unsupported_scales(scheme.weight, ("int", "mxint", "mx"))
 
     @torch.no_grad()
     def apply(self, problem: BlockProblem, prepared: Prepared, session: Session) -> Prepared:

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .block_function import BlockFunction
-from .tracing import Trace, trace
+from lqer.transforms.block_function import BlockFunction
+from lqer.transforms.tracing import Trace, trace
 
 NO_ROW = -1
 GAIN_OFFSETS = (0.0, 1.0)

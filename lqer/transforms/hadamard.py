@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from lqer.formats import pack_bits, unpack_bits
-from lqer.transforms.base import Basis, LinearTransform
+from lqer.transforms.base import LinearTransform, Rotation
 
 # A small factor costs K multiplications an element; beyond this the odd part itself is cheaper or as good.
 LARGEST_PALEY = 256
 
 
 @dataclass(frozen=True, eq=False)
-class RandomHadamard(Basis):
+class RandomHadamard(Rotation):
     """The transform of one linear: signs of its inputs (I,) and outputs (O,), any float dtype.
 
     Signs need not be ±1: fine-tuning may move them, but then only `input` and `output` still belong together.

@@ -20,14 +20,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lqer.components import require_number, require_positive
 from lqer.formats import Int, NumberFormat, QuantizedTensor
 from lqer.formats.base import require_choice
 from lqer.formats.blocks import from_blocks, to_blocks
-from lqer.named import require_number, require_positive
-
-from .base import Scheme
-from .block_problem import BlockProblem, BlockTransform, Prepared, Session, keep_nothing, scales_objection
-from .clip import group_range, quantize_clipped
+from lqer.transforms.base import Scheme
+from lqer.transforms.block_problem import (
+    BlockProblem,
+    BlockTransform,
+    Prepared,
+    Session,
+    keep_nothing,
+    unsupported_scales,
+)
+from lqer.transforms.clip import group_range, quantize_clipped
 
 START = 4.0
 
@@ -54,8 +60,8 @@ class Lwc(BlockTransform):
         require_number("learning_rate", self.learning_rate, self.kind)
         require_choice("both_targets", self.both_targets, [False, True], self.kind)
 
-    def objection(self, scheme: Scheme) -> str | None:
-        return scales_objection(scheme.weight, ("int",))
+    def unsupported_reason(self, scheme: Scheme) -> str | None:
+        return unsupported_scales(scheme.weight, ("int",))
 
     def apply(self, problem: BlockProblem, prepared: Prepared, session: Session) -> Prepared:
         weights = {f"{linear}.weight": prepared.weight(problem, linear) for linear in problem.formats}

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from .base import Level, Transform
-from .block_function import BlockFunction
-from .folding import GAIN_OFFSETS, NO_ROW, Site, find_sites
-from .tracing import trace
+from lqer.transforms.base import Level, Transform
+from lqer.transforms.block_function import BlockFunction
+from lqer.transforms.folding import GAIN_OFFSETS, NO_ROW, Site, find_sites
+from lqer.transforms.tracing import trace
 
 Rotation = Callable[[Tensor], Tensor]
 

@@ -115,7 +115,7 @@ def test_a_basis_is_part_of_what_decides_the_outcome_and_so_are_its_signs():
     assert "transform" not in plain.to_dict()
     assert rotated.to_dict() != plain.to_dict()
     assert replace(rotated, seed=1).to_dict() != rotated.to_dict()
-    assert rotated.plain().transform == Hadamard()
+    assert rotated.without_low_rank().transform == Hadamard()
 
 
 def test_caldera_has_settings_of_its_own_and_b_a_format_of_its_own():

@@ -297,8 +297,8 @@ class TestMistakes:
         assert found.low_rank is not None
 
     def test_a_format_that_its_rounding_objects_to_is_refused(self, base, monkeypatch):
-        objection = lambda self, number_format: "must be mxfp4" if number_format.bits == 4 else None  # noqa: E731
-        monkeypatch.setattr("lqer.rounding.Nearest.objection", objection)
+        unsupported_reason = lambda self, number_format: "must be mxfp4" if number_format.bits == 4 else None  # noqa: E731
+        monkeypatch.setattr("lqer.rounding.Nearest.unsupported_reason", unsupported_reason)
         assert 'quantize.rounding: must be mxfp4 (weights are "w4")' in mistake(base)
         other = "--quantize.override=[{ match = '*', weight = 'w4' }]"
         assert 'quantize.override.0.weight: must be mxfp4 (weights are "w4")' in mistake(

@@ -23,7 +23,7 @@ from golden_model import save_integer_llama
 from helpers import byte_tokenizer
 
 from lqer.config import read_config
-from lqer.pipeline import run
+from lqer.run.pipeline import run
 
 RECORDED = Path(__file__).with_name("golden.json")
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -15,7 +15,7 @@ from lqer.kernels.lattice_launch import fits_transform, run_lattice
 from lqer.kernels.launch import can_chain, expand
 from lqer.kernels.linear import decode_spec, encode_spec
 from lqer.kernels.reference import dequantize, reference_linear
-from lqer.layers import HadamardLinear, QuantizedLinear
+from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}

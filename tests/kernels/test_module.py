@@ -10,15 +10,15 @@ from kernel_layers import DEVICE, DTYPE, ON_GPU, build_layer, random_input
 from safetensors.torch import load_file
 
 import lqer
-from lqer.calibration import block_file
-from lqer.checkpoint import DETAILS_FILE
+from lqer.checkpoint.pack import DETAILS_FILE
 from lqer.formats import E8P, MXInt, QuantizedTensor, Uniform, format_from_dict
 from lqer.kernels import PackedLinear, TritonLinear, packed_linear
 from lqer.kernels.lattice import PackedLattice
-from lqer.layers import HadamardLinear, QuantizedLinear
 from lqer.methods import LinearPlan
 from lqer.methods.settings import CalderaSettings
+from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.rounding.ldlq import Ldlq
+from lqer.store.names import block_file
 from lqer.transforms import Hadamard
 from lqer.transforms.hadamard import random_hadamard
 
@@ -94,7 +94,7 @@ def test_a_caldera_checkpoint_runs_from_its_codes_as_in_emulation(random_model, 
     )  # fmt: skip
     checkpoint = run_stages(random_model("llama"), plan).checkpoint.path
     # Where there is no GPU the interpreter runs what backends refuse.
-    monkeypatch.setattr("lqer.checkpoint.resolve_backend", lambda wanted, *_: wanted)
+    monkeypatch.setattr("lqer.checkpoint.load.resolve_backend", lambda wanted, *_: wanted)
     exact, emulation, kernels = (
         lqer.load_quantized(checkpoint, DEVICE, dtype, backend)
         for dtype, backend in ((torch.float32, "emulate"), (DTYPE, "emulate"), (DTYPE, "triton"))

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from lqer.formats import Int, MXInt
 from lqer.methods.block import loss_of, tune_block
 from lqer.methods.block_state import BlockState
-from lqer.models import block_linears
+from lqer.models.structure import block_linears
 from lqer.rounding import Adaptive
 from lqer.rounding.adaptive import DivergedError
 from lqer.transforms import Awq, Clip, Lwc

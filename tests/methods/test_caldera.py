@@ -159,7 +159,7 @@ def test_a_and_b_may_have_bits_of_their_own(plan):
 def test_it_goes_with_any_format_rounding_and_basis(plan, weight, rounding):
     plain = replace(plan, weight=weight, rounding=rounding, factor=MXInt(4), iterations=2)
     rotated = replace(plain, transform=Hadamard())
-    rounded_alone = replace(plain.plain(), transform=Hadamard())
+    rounded_alone = replace(plain.without_low_rank(), transform=Hadamard())
     weight_OI, statistics = layer(1)
     alone = METHODS["none"].quantize_linear(weight_OI, statistics, rounded_alone)
     assert relative_error(quantize(rotated, 1), 1) < relative_error(alone, 1)

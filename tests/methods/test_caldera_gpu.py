@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lqer.formats import E8P, MXInt
-from lqer.layers import HadamardLinear, QuantizedLinear
 from lqer.methods import METHODS, CalderaSettings, LinearPlan
+from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.rounding import Ldlq
 from lqer.transforms import Hadamard
 from lqer.transforms.hadamard import random_hadamard
@@ -35,7 +35,7 @@ def test_a_gpu_finds_a_decomposition_as_good_as_a_cpus(factor):
     # Ties of rounding fall to either side, so the codes differ; the quality must not.
     assert min(on_gpu.errors[1:]) == pytest.approx(min(on_cpu.errors[1:]), rel=0.02)
     assert on_gpu.effective_weight().device.type == "cuda"
-    plain = METHODS["none"].quantize_linear(weight_OI.to(CUDA), {}, replace(plan.plain(), rounding=Ldlq()))
+    plain = METHODS["none"].quantize_linear(weight_OI.to(CUDA), {}, replace(plan.without_low_rank(), rounding=Ldlq()))
     assert plain.effective_weight().isfinite().all()
 
 

@@ -64,7 +64,7 @@ def test_the_weight_is_rounded_once_whatever_the_rank(weight_OI, statistics, exa
 
 def test_rank_zero_is_plain_rounding(weight_OI, statistics, exact_plan):
     without = quantize(weight_OI, statistics, replace(exact_plan, rank=0))
-    plain = quantize(weight_OI, {}, exact_plan.plain())
+    plain = quantize(weight_OI, {}, exact_plan.without_low_rank())
     assert without.low_rank is None
     assert plain.low_rank is None
     assert torch.equal(without.effective_weight(), plain.effective_weight())

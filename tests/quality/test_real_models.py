@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from lqer import pipeline
 from lqer.config import read_config
-from lqer.demo import resolve_demo_model
 from lqer.errors import ModelError
+from lqer.models.demo import resolve_demo_model
+from lqer.run import pipeline
 
 ROOT = Path(__file__).parents[2]
 

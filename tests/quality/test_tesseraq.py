@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers import first_block
 
-from lqer.data import DatasetSpec, calibration_windows, load_rows
+from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows
 from lqer.formats import Int, MXInt
-from lqer.models import block_linears, load_model, load_tokenizer, resolve_model
+from lqer.models.source import load_model, load_tokenizer, resolve_model
+from lqer.models.structure import block_linears
 from lqer.rounding.adaptive import AdaptiveSettings, block_loss, round_block
 from lqer.transforms.awq import scale_block
 

@@ -14,7 +14,7 @@ import pytest
 from lqer.errors import DataError
 from lqer.report.collect import collect, write_collection
 from lqer.report.figures import pareto_front
-from lqer.report.results import SCHEMA_VERSION
+from lqer.results import SCHEMA_VERSION
 
 ROOT = Path(__file__).parents[2]
 RUN = {

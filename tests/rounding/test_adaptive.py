@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch.nn import functional as F
 
 from lqer.formats import Int, MXInt
-from lqer.models import block_linears
+from lqer.models.structure import block_linears
 from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, DivergedError, block_loss, round_block, start_state
 from lqer.rounding.par_schedule import SOFT_SHARES_10
 from lqer.rounding.soft import Grid

@@ -61,8 +61,8 @@ def test_error_feedback_asks_for_the_autocorrelation(kind):
     ],
 )
 def test_a_combination_without_sense_is_objected_to_with_the_reason(rounding, number_format, reason):
-    assert reason in rounding.objection(number_format)
-    assert Gptq(activation_order=True, static_groups=True).objection(Int(4, 128)) is None
+    assert reason in rounding.unsupported_reason(number_format)
+    assert Gptq(activation_order=True, static_groups=True).unsupported_reason(Int(4, 128)) is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from helpers import first_block
 from torch import nn
 
 from lqer.formats import Int
-from lqer.models import block_linears
+from lqer.models.structure import block_linears
 from lqer.transforms.awq import RATIOS, scale_block, scale_of, tie
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.folding import NO_ROW

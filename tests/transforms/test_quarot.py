@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig
 
-from lqer.models import find_blocks
+from lqer.models.structure import find_blocks
 from lqer.transforms.quarot import OnlineRotation, RotationError, attach, rotate_model
 
 WIDTH = 32

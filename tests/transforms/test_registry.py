@@ -9,7 +9,7 @@ import pytest
 import tomli
 import tomli_w
 
-from lqer.transforms import TRANSFORMS, Hadamard, Transform, order_objection, transform_from_dict
+from lqer.transforms import TRANSFORMS, Hadamard, Transform, transform_from_dict, unsupported_order
 from lqer.transforms.base import Level
 
 
@@ -38,14 +38,14 @@ def test_a_transform_survives_being_written_down(kind):
 
 
 def test_the_wider_level_comes_first():
-    assert order_objection([]) is None
-    assert order_objection([OfAModel(), Hadamard()]) is None
-    assert order_objection([OfAModel(), OfABlock()]) is None
-    assert order_objection([Hadamard(), OfABlock()]) == (
+    assert unsupported_order([]) is None
+    assert unsupported_order([OfAModel(), Hadamard()]) is None
+    assert unsupported_order([OfAModel(), OfABlock()]) is None
+    assert unsupported_order([Hadamard(), OfABlock()]) == (
         '"of-a-block" (block) must come before "hadamard" (linear): the order is model, block, linear'
     )
 
 
 def test_a_transform_is_named_once_and_a_linear_has_one_basis():
-    assert order_objection([OfABlock(), OfABlock()]) == '"of-a-block" is named twice'
-    assert order_objection([Hadamard(), AnotherBasis()]) == "a linear has one basis, not 2: hadamard, another-basis"
+    assert unsupported_order([OfABlock(), OfABlock()]) == '"of-a-block" is named twice'
+    assert unsupported_order([Hadamard(), AnotherBasis()]) == "a linear has one basis, not 2: hadamard, another-basis"

@@ -1,0 +1,1 @@
+"""The quantized checkpoint: written per decoder block, loaded as a transformers model."""

@@ -1,0 +1,216 @@
+"""The quantized checkpoint: packed codes on disk, and a transformers model made from them.
+
+    config.json, generation_config.json, tokenizer files     as transformers writes them
+    lqer.json                 what each quantized linear is: shape, number formats, rank; attention; bits
+    block-00000.safetensors   one per decoder block: packed codes and metadata of its linears, its norms as they were
+    outside.safetensors       everything outside the blocks, as it was
+
+Tensors of a quantized linear are named <linear>.{weight,low_rank_a,low_rank_b,bias,transform}.<part>; after fine-tuning
+there are .{first_a,first_b} too, which stand before the columns of A and the rows of B. No dequantized copy of a weight
+is stored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
+from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, _parts, _unpack
+from lqer.errors import ModelError
+from lqer.formats import E8P, NumberFormat, QuantizedTensor, format_from_dict
+from lqer.models.loaders import OpenedModel, Streamed
+from lqer.models.source import pick_device
+from lqer.models.streaming import fill_parameters, read_file, tie
+from lqer.models.structure import prepare_model
+from lqer.nn.attention import quantize_attention, quantized_attention
+from lqer.nn.linear import HadamardLinear, QuantizedLinear
+from lqer.store.names import block_file
+from lqer.store.offload import Offload
+from lqer.transforms import Hadamard, transform_from_dict
+from lqer.transforms.hadamard import RandomHadamard
+from lqer.transforms.quarot import carry_over
+
+
+def load_quantized(
+    path: str | Path, device: str | torch.device = "auto", dtype: torch.dtype | None = None, backend: str = "auto"
+) -> PreTrainedModel:
+    """A transformers model, ready for `generate` and lm-eval's HFLM, from a quantized checkpoint.
+
+    dtype: of activations and of everything that is not quantized; by default float32 on a CPU, else the original's.
+    backend: "emulate", ordinary arithmetic on dequantized weights; "triton", kernels on packed weights, for a GPU;
+    "auto", kernels where they can run. Raises ModelError if the folder is no quantized checkpoint or the kernels that
+    are asked for cannot run it.
+    """
+    device = pick_device(str(device))
+    model, _, blocks, loader = _open(Path(path), device, dtype, backend)
+    loader.load_outer()
+    loader.materialize(blocks, lambda index: device)
+    nn.Module.to(model, device)
+    return model
+
+
+def open_quantized(
+    path: Path, device: torch.device, dtype: torch.dtype | None, backend: str, offload: Offload | None = None
+) -> OpenedModel:
+    """The same model with its blocks to be read one at a time. Raises ModelError as `load_quantized` does."""
+    return OpenedModel(*_open(path, device, dtype, backend), device, offload or Offload())
+
+
+def _open(
+    path: Path, device: torch.device, dtype: torch.dtype | None, backend: str
+) -> tuple[PreTrainedModel, str, nn.ModuleList, Streamed]:
+    """The skeleton, the name of its blocks, the blocks, and what fills them."""
+    if backend not in BACKENDS:
+        raise ModelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if not (path / DETAILS_FILE).exists():
+        raise ModelError(f"{path} is no quantized checkpoint: it holds no {DETAILS_FILE}")
+    details = json.loads((path / DETAILS_FILE).read_text(encoding="utf-8"))
+    if details["format_version"] != FORMAT_VERSION:
+        raise ModelError(f"{path / DETAILS_FILE}: format_version {details['format_version']} is not {FORMAT_VERSION}")
+    config = AutoConfig.from_pretrained(path)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else (getattr(config, "dtype", None) or torch.bfloat16)
+    formats = {name: _formats(entry) for name, entry in details["linears"].items()}
+    if backend == "auto" and any(FACTOR_ROLES[0] in entry for entry in details["linears"].values()):
+        backend = "emulate"  # kernels run one A and one B, not trained columns beside them
+    resolved = resolve_backend(backend, device, dtype, formats)
+    target: torch.dtype = dtype
+
+    # Parameters stay on the meta device until their values are read; buffers (rotary tables) are computed for real.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=target)
+    prepare_model(model)
+    name = details["blocks"]["name"]
+    blocks = cast(nn.ModuleList, model.get_submodule(name))
+
+    def read(index: int) -> dict[str, Tensor]:
+        prefix = f"{name}.{index}."
+        stored = read_file(path / block_file(index), pinned=device.type == "cuda")
+        return {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
+
+    def fill(block: nn.Module, index: int, tensors: dict[str, Tensor], where: torch.device) -> None:
+        prefix = f"{name}.{index}."
+        linears = {key.removeprefix(prefix): e for key, e in details["linears"].items() if key.startswith(prefix)}
+        fill_block(block, tensors, linears, where, target, resolved)
+        _refuse_unfilled(path, prefix, block)
+
+    def fill_outer() -> None:
+        fill_parameters(model, read_file(path / OUTSIDE_FILE), device, target)
+        tie(model)
+        _refuse_unfilled(path, "", model, besides=f"{name}.")
+
+    if details["attention"] is not None:
+        quantize_attention(model, quantized_attention(details["attention"]))
+    # Its quantized linears are no parameters: transformers would write a folder without them, in silence.
+    model.save_pretrained = _refuse_saving
+    if (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval(), name, blocks, Streamed(read, fill, fill_outer, ahead=device.type == "cuda")
+
+
+def _formats(entry: Mapping[str, Any]) -> tuple[NumberFormat, NumberFormat | None]:
+    """The number formats of a linear's weight and of its input."""
+    activation = format_from_dict(entry["activation"]) if "activation" in entry else None
+    return format_from_dict(entry["weight"]["format"]), activation
+
+
+def _refuse_saving(*arguments: Any, **options: Any) -> None:
+    raise ModelError("a model from load_quantized is not saved again: copy its checkpoint folder")
+
+
+def fill_block(
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    linears: Mapping[str, Mapping[str, Any]],
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> None:
+    """Put tensors into the module they are named in: quantized linears as modules, the rest as parameters and buffers.
+
+    Takes them out of the dictionary.
+    """
+    for name, entry in linears.items():
+        linear = _linear(tensors, name, entry, device, dtype, backend)
+        carry_over(module.get_submodule(name), linear)
+        module.set_submodule(name, linear)
+        for key in [key for key in tensors if key.startswith(f"{name}.")]:
+            del tensors[key]
+    fill_parameters(module, tensors, device, dtype)
+
+
+def _linear(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    entry: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> nn.Module:
+    """One quantized linear from its packed tensors, as the backend runs it."""
+    bias = _unpack(tensors, name, "bias", entry, device)
+    bias_O = bias.dequantize(dtype) if bias is not None else None
+    if bias is None and f"{name}.bias" in tensors:
+        bias_O = tensors[f"{name}.bias"].to(device, dtype)
+    stored = {role: _unpack(tensors, name, role, entry, device) for role in FACTOR_ROLES}
+    weight = _unpack(tensors, name, "weight", entry, device)
+    assert weight is not None
+    if "transform" not in entry:
+        return _run_by(backend, name, weight, stored, bias_O, entry, dtype)
+    transform = transform_from_dict(entry["transform"])
+    assert isinstance(transform, Hadamard)
+    basis = transform.unpack(_parts(tensors, f"{name}.transform.", device), *weight.shape).to(dtype)
+    if backend == "triton" and isinstance(weight.format, E8P):
+        return _run_by(backend, name, weight, stored, bias_O, entry, dtype, basis)
+    return HadamardLinear(_run_by(backend, name, weight, stored, None, entry, dtype), basis, bias_O)
+
+
+def _run_by(
+    backend: Backend,
+    name: str,
+    weight: QuantizedTensor,
+    factors: Mapping[str, QuantizedTensor | None],
+    bias_O: Tensor | None,
+    entry: Mapping[str, Any],
+    dtype: torch.dtype,
+    basis: RandomHadamard | None = None,
+) -> nn.Module:
+    """The module that computes with these tensors; factors: by FACTOR_ROLES. basis: only where kernels run it."""
+    first_a, first_b, a_IR, b_RO = (factors[role] for role in FACTOR_ROLES)
+    activation = format_from_dict(entry["activation"]) if "activation" in entry else None
+    if backend == "triton":
+        from lqer.kernels import PackedLinear, TritonLinear
+
+        if first_a is not None:
+            raise ModelError('backend "triton" runs one A and one B, not columns of bfloat16 beside them (finetune)')
+        try:
+            return TritonLinear(PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype, basis))
+        except ValueError as error:
+            raise ModelError(f"{name}: {error}") from None
+    a, b = (_joined(first, rest, along, dtype) for first, rest, along in ((first_a, a_IR, 1), (first_b, b_RO, 0)))
+    return QuantizedLinear(weight.dequantize(dtype), bias_O, a, b, activation)
+
+
+def _joined(
+    first: QuantizedTensor | None, rest: QuantizedTensor | None, along: int, dtype: torch.dtype
+) -> Tensor | None:
+    stored = [factor.dequantize(dtype) for factor in (first, rest) if factor is not None]
+    return torch.cat(stored, dim=along) if stored else None
+
+
+def _refuse_unfilled(path: Path, prefix: str, module: nn.Module, besides: str | None = None) -> None:
+    missing = [
+        f"{prefix}{name}"
+        for name, tensor in module.named_parameters()
+        if tensor.is_meta and not (besides and name.startswith(besides))
+    ]
+    if missing:
+        raise ModelError(f"{path} holds no values for {missing[0]} ({len(missing)} parameters in all)")

@@ -1,0 +1,144 @@
+"""Writes the quantized checkpoint: packed codes of the linears, and everything outside the decoder blocks.
+
+lqer/checkpoint/load.py describes the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lqer.formats import Passthrough, QuantizedTensor, format_from_dict, without_first
+from lqer.methods import LinearPlan, QuantizedWeight
+from lqer.store.store import Workspace
+from lqer.transforms.hadamard import RandomHadamard
+
+DETAILS_FILE = "lqer.json"
+
+
+OUTSIDE_FILE = "outside.safetensors"
+
+
+FORMAT_VERSION = 1
+
+
+FACTOR_ROLES = ("first_a", "first_b", "low_rank_a", "low_rank_b")
+
+
+def pack_linear(name: str, weight: QuantizedWeight, bias: QuantizedTensor | None) -> dict[str, Tensor]:
+    """The tensors that stand for one linear in its block's file."""
+    quantized = {"weight": weight.weight_OI, "bias": bias}
+    if weight.low_rank is not None:
+        quantized |= {"low_rank_a": weight.low_rank.a_IR, "low_rank_b": weight.low_rank.b_RO}
+    stored = {role: value.pack() for role, value in quantized.items() if value is not None}
+    if weight.basis is not None:
+        stored["transform"] = weight.basis.pack()
+    return {f"{name}.{role}.{part}": tensor for role, parts in stored.items() for part, tensor in parts.items()}
+
+
+def describe_linear(plan: LinearPlan, weight: QuantizedWeight, has_bias: bool) -> dict[str, Any]:
+    """The entry of one linear in lqer.json."""
+    entry: dict[str, Any] = {"weight": _described(weight.weight_OI)}
+    if weight.low_rank is not None:
+        entry["low_rank_a"] = _described(weight.low_rank.a_IR)
+        entry["low_rank_b"] = _described(weight.low_rank.b_RO)
+    if has_bias and plan.bias is not None:
+        entry["bias"] = {"format": plan.bias.to_dict(), "shape": [weight.weight_OI.shape[0]], "axis": 0}
+    if plan.activation is not None:
+        entry["activation"] = plan.activation.to_dict()
+    if plan.transform is not None:
+        entry["transform"] = plan.transform.to_dict()
+    return entry
+
+
+def replace_signs(tensors: dict[str, Tensor], name: str, signs: Mapping[str, Tensor]) -> int:
+    """Put other signs, by role, for the packed ones of a block, in place. Returns how many bits more that takes."""
+    before = sum(part.numel() for part in _parts(tensors, f"{name}.transform.", signs["input_signs"].device).values())
+    after = RandomHadamard(signs["input_signs"], signs["output_signs"])
+    tensors |= {f"{name}.transform.{part}": tensor for part, tensor in after.pack().items()}
+    return after.bits - 8 * before
+
+
+def split_columns(tensors: dict[str, Tensor], name: str, entry: dict[str, Any], factors: Mapping[str, Tensor]) -> int:
+    """Put the first columns of A and rows of B, as they are, before those stored, which lose as many; in place.
+
+    factors: "low_rank_a" (I, C) and "low_rank_b" (C, O) in bfloat16, stored as roles "first_a" and "first_b". Returns
+    how many bits more that takes.
+    """
+    more = 0
+    for role, first in factors.items():
+        along = 1 if role == "low_rank_a" else 0
+        stored = _unpack(tensors, name, role, entry, first.device)
+        assert stored is not None
+        all_of_them = first.shape[along] == stored.shape[along]
+        for key in [key for key in tensors if key.startswith(f"{name}.{role}.")]:
+            del tensors[key]
+        kept = {role.replace("low_rank", "first"): Passthrough("bfloat16").quantize(first, axis=0)}
+        kept |= {} if all_of_them else {role: without_first(stored, along, first.shape[along])}
+        del entry[role]
+        for new_role, value in kept.items():
+            entry[new_role] = _described(value)
+            tensors |= {f"{name}.{new_role}.{part}": tensor for part, tensor in value.pack().items()}
+            more += value.code_bits + value.metadata_bits
+        more -= stored.code_bits + stored.metadata_bits
+    return more
+
+
+def _described(value: QuantizedTensor) -> dict[str, Any]:
+    return {"format": value.format.to_dict(), "shape": list(value.shape), "axis": value.axis}
+
+
+def write_surroundings(
+    workspace: Workspace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, details: Mapping[str, Any]
+) -> None:
+    """Write all that is not a decoder block: outside tensors, the configuration, the tokenizer, lqer.json."""
+    inside = f"{details['blocks']['name']}."
+    outside: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        # Tied weights share storage and are stored under the first name; tie_weights restores the others.
+        if not name.startswith(inside) and tensor.data_ptr() not in storages:
+            storages.add(tensor.data_ptr())
+            outside[name] = tensor
+    workspace.write_tensors(OUTSIDE_FILE, outside)
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        # Templates inside tokenizer_config.json: several of them would else go to a folder of their own.
+        tokenizer.save_pretrained(folder, save_jinja_files=False)
+        for file in sorted(Path(folder).iterdir()):
+            if file.name != "config.json":
+                workspace.write(file.name, partial(_copy, file))
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    # Whoever loads the folder by another way than load_quantized is told what it is.
+    config["quantization_config"] = {"quant_method": "lqer", "details": DETAILS_FILE}
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    workspace.write_json("config.json", config)
+    workspace.write_json(DETAILS_FILE, {"format_version": FORMAT_VERSION, **details})
+
+
+def _copy(source: Path, destination: Path) -> None:
+    shutil.copyfile(source, destination)
+
+
+def _parts(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor.to(device) for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _unpack(
+    tensors: Mapping[str, Tensor], name: str, role: str, entry: Mapping[str, Any], device: torch.device
+) -> QuantizedTensor | None:
+    if role not in entry:
+        return None
+    packed, described = _parts(tensors, f"{name}.{role}.", device), entry[role]
+    return format_from_dict(described["format"]).unpack(packed, tuple(described["shape"]), described["axis"])

@@ -1,0 +1,1 @@
+"""Texts by name, and the token windows that are read from them."""

@@ -1,0 +1,310 @@
+"""Texts by name, and the token windows that calibration reads from them.
+
+A text is a run of rows. What a row is decides how it is tokenized, one rule for every source:
+
+    documents   every row is a text of its own and gets the special tokens that the tokenizer adds: .jsonl and .parquet
+                records, c4, slimpajama-6b, pydoc, any hub id. Rows without text are passed over.
+    lines       the rows are pieces of one running text: .txt, wikitext2, ptb. They are joined and tokenized as one
+                string, so that special tokens stand at its start only.
+
+Rows are read once, in order, and no further than needed: calibration stops as soon as it has tokens enough.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+
+from lqer.components import did_you_mean
+from lqer.data.prompt import Prompt, column_text
+from lqer.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+Purpose = Literal["calibration", "evaluation"]
+TextOf = Callable[[Mapping[str, Any]], str]
+FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# A row number or a percentage of the rows on either side of the colon; either may be absent.
+ROW_RANGE = re.compile(r"(\d+|(100|\d\d?)%)?:(\d+|(100|\d\d?)%)?")
+# The help texts inside CPython need no network. Half of their characters, in the order of their names, calibrate.
+PYDOC_TRAIN_SHARE = 0.5
+# The first ids of a running text are taken from a prefix of it; ids this close to the prefix's end may yet change.
+CUT_MARGIN = 64
+FIRST_PREFIX_ROWS = 256
+
+
+class DatasetSpec(BaseModel):
+    """Which text to read: `{path = "wikitext2", split = "validation"}`, or just `"wikitext2"`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str  # a known name, a hub id, or a local .txt / .jsonl / .parquet file
+    name: str | None = None  # hub configuration
+    split: str | None = None
+    revision: str | None = None
+    text_column: str = "text"
+    prompt: Prompt | None = None  # makes the text of a row from several columns; text_column is not read then
+    rows: str | None = None  # "start:stop", in rows or percent: "0:80", "50%:", ":10%"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("rows")
+    @classmethod
+    def _check_rows(cls, rows: str | None) -> str | None:
+        if rows is not None and not ROW_RANGE.fullmatch(rows):
+            raise ValueError(f"rows is {rows!r}; it must be 'start:stop' in rows or percent, as '0:80', '50%:', ':10%'")
+        return rows
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: Prompt | None, info: ValidationInfo) -> Prompt | None:
+        path = info.data.get("path", "")
+        if prompt is not None and (path == "pydoc" or path.endswith(".txt")):
+            raise ValueError(f"a prompt takes rows with columns; {path} has none")
+        return prompt
+
+    @property
+    def label(self) -> str:
+        """A short name for tables: `wikitext2`, `tinystories.txt[50%:]`, `wikitext/wikitext-103-raw-v1:test`."""
+        label = Path(self.path).name + (f"/{self.name}" if self.name else "")
+        label += f":{self.split}" if self.split else ""
+        return label + (f"[{self.rows}]" if self.rows else "")
+
+
+@dataclass(frozen=True)
+class TextRows:
+    rows: Iterable[str]  # can be read once
+    joiner: str  # what stands between two rows where they are read as one text
+    documents: bool  # each row is a text of its own; see the rule at the top
+    source: str  # for people: repository@revision configuration split[rows], or file[rows]
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A text of the Hugging Face hub and how the literature reads it."""
+
+    repository: str
+    revision: str = "main"
+    name: str | None = None
+    files: dict[str, str] | None = None  # the one file read for a split, where the whole split is too large
+    evaluation: str = "test"  # the split; calibration reads "train"
+    evaluation_rows: str | None = None
+    text_column: str = "text"
+    joiner: str = "\n\n"
+    documents: bool = True
+    stream: bool = False  # read rows off the network, rather than download the split first
+
+
+HUB_TEXTS = {
+    "wikitext2": HubText(
+        "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-2-raw-v1", documents=False
+    ),
+    # GPTQ's revised c4 protocol, which later papers follow: the first 1100 validation documents, joined by a space.
+    "c4": HubText(
+        "allenai/c4",
+        "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+        files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+        evaluation="validation",
+        evaluation_rows=":1100",
+        joiner=" ",
+        stream=True,
+    ),
+    "slimpajama-6b": HubText("DKYoon/SlimPajama-6B", "b5f90f419b7489cdba26fdbc8c022fcb5562f968", stream=True),
+    # The repository itself is a loading script, which datasets no longer runs; this branch keeps its rows as parquet.
+    # Sentences joined by a space, train and test: GPTQ's revised ptb protocol.
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only", "refs/convert/parquet", text_column="sentence", joiner=" ", documents=False
+    ),
+}
+KNOWN_NAMES = (*HUB_TEXTS, "pydoc")
+
+
+def load_rows(spec: DatasetSpec, purpose: Purpose) -> TextRows:
+    """Return the rows of a text; `purpose` picks the split of a known or hub text where `spec.split` does not.
+
+    Raises DataError, here or while the rows are read, when the text is unknown, unreachable, empty or lacks the column.
+    """
+    if spec.path == "pydoc":
+        return _pydoc_rows(spec, purpose)
+    if spec.path in HUB_TEXTS:
+        return _hub_rows(spec, HUB_TEXTS[spec.path], purpose)
+    if spec.path.startswith(("/", ".", "~")) or spec.path.endswith(FILE_SUFFIXES) or Path(spec.path).exists():
+        return _file_rows(spec)
+    if HUB_ID.fullmatch(spec.path):
+        # Calibration wants a few rows of what may be very large. Evaluation reads all, so that may stay in the cache.
+        return _hub_rows(spec, HubText(repository=spec.path, stream=purpose == "calibration"), purpose)
+    known = f"known names are {', '.join(KNOWN_NAMES)}; else give a hub id (owner/name), .txt, .jsonl or .parquet file"
+    raise DataError(f"unknown dataset {spec.path!r}; {known}{did_you_mean(spec.path, KNOWN_NAMES)}")
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextRows,
+    num_samples: int,
+    seq_len: int,
+    asked_by: str = "calibration.num_samples",
+) -> Tensor:
+    """Return the first token windows of a text: int64, (num_samples, seq_len).
+
+    Token ids are those of the rows in order, concatenated and cut every `seq_len`; nothing is drawn at random.
+    Raises DataError when the text is too short; `asked_by` names the keys that num_samples comes from.
+    """
+    import torch
+
+    needed = num_samples * seq_len
+    ids: list[int] = []
+    if text.documents:  # verbose=False: ids are cut into windows, so one longer than the model's context is no fault
+        for row in text.rows:
+            ids += tokenizer(row, verbose=False)["input_ids"] if row.strip() else []
+            if len(ids) >= needed:
+                break
+    else:
+        ids = _running_ids(tokenizer, text, needed)
+    if len(ids) < needed:
+        raise DataError(
+            f"text {text.source} yields {len(ids) // seq_len} windows of {seq_len} tokens; {asked_by} is {num_samples}"
+        )
+    return torch.tensor(ids[:needed], dtype=torch.int64).view(num_samples, seq_len)
+
+
+def tokens_sha256(windows: Tensor) -> str:
+    """Return the SHA-256, in hex, of an integer tensor's shape and values, both as little-endian int64."""
+    import numpy as np
+
+    shape = np.array(windows.shape, dtype="<i8")
+    return hashlib.sha256(shape.tobytes() + windows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _running_ids(tokenizer: PreTrainedTokenizerBase, text: TextRows, needed: int) -> list[int]:
+    """Tokenize a prefix of the joined rows in one call, doubled until it holds `needed` ids clear of its end."""
+    rows = iter(text.rows)
+    prefix = list(itertools.islice(rows, FIRST_PREFIX_ROWS))
+    while True:
+        ids = tokenizer(text.joiner.join(prefix), verbose=False)["input_ids"]
+        more = list(itertools.islice(rows, len(prefix))) if len(ids) < needed + CUT_MARGIN else []
+        if not more:
+            return ids
+        prefix += more
+
+
+def _pydoc_rows(spec: DatasetSpec, purpose: Purpose) -> TextRows:
+    from pydoc_data.topics import topics
+
+    _refuse(spec, "name", "revision")
+    split = spec.split or ("train" if purpose == "calibration" else "test")
+    if split not in ("train", "test"):
+        raise DataError(f"dataset pydoc has the splits train and test; split is {split!r}")
+    documents = [topics[key] for key in sorted(topics)]
+    ends = list(itertools.accumulate(map(len, documents)))
+    train = sum(end <= PYDOC_TRAIN_SHARE * ends[-1] for end in ends)
+    documents = documents[:train] if split == "train" else documents[train:]
+    source = f"pydoc topics of Python {platform.python_version()} {split}[{spec.rows or ':'}]"
+    return TextRows(_slice(lambda: documents, spec.rows, source), "\n\n", True, source)
+
+
+def _hub_rows(spec: DatasetSpec, hub: HubText, purpose: Purpose) -> TextRows:
+    import datasets
+
+    hub = replace(hub, **spec.model_dump(include={"name", "revision", "text_column"}, exclude_unset=True))
+    split = spec.split or ("train" if purpose == "calibration" else hub.evaluation)
+    row_range = spec.rows or (hub.evaluation_rows if purpose == "evaluation" else None) or ":"
+    source = " ".join(filter(None, (f"{hub.repository}@{hub.revision}", hub.name, f"{split}[{row_range}]")))
+    if hub.stream and "%" in row_range:
+        raise DataError(f"dataset {source} is streamed and does not tell its length; give rows as numbers")
+    with _reading(source):
+        records = datasets.load_dataset(
+            hub.repository, hub.name, data_files=hub.files, split=split, revision=hub.revision, streaming=hub.stream
+        )
+    text_of = _text_of(spec.prompt, hub.text_column)
+    rows = _slice(lambda: _texts(records, text_of, source), row_range, source)
+    return TextRows(rows, hub.joiner, hub.documents, source)
+
+
+def _file_rows(spec: DatasetSpec) -> TextRows:
+    path = Path(spec.path).expanduser()
+    if not path.exists():
+        raise DataError(f"dataset file {path} does not exist")
+    if not path.is_file() or path.suffix not in FILE_SUFFIXES:
+        raise DataError(f"dataset {path} must be a .txt, .jsonl or .parquet file")
+    _refuse(spec, "name", "split", "revision")
+    if path.suffix == ".txt":
+        with _reading(spec.label):
+            # Not splitlines(): joining with "\n" must give back the file, character by character.
+            lines = path.read_bytes().decode("utf-8").split("\n")
+        return TextRows(_slice(lambda: lines, spec.rows, spec.label), "\n", False, spec.label)
+    text_of = _text_of(spec.prompt, spec.text_column)
+    rows = _slice(lambda: _texts(_file_records(path), text_of, spec.label), spec.rows, spec.label)
+    return TextRows(rows, "\n\n", True, spec.label)
+
+
+def _file_records(path: Path) -> Iterator[Any]:
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    else:
+        with path.open(encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.strip())
+
+
+def _texts(records: Iterable[Any], text_of: TextOf, source: str) -> Iterator[str]:
+    """Yield the text of each record; a record that cannot be read or does not hold it is a DataError."""
+    with _reading(source):
+        for number, record in enumerate(records):
+            try:
+                text = text_of(record if isinstance(record, dict) else {})
+            except ValueError as error:
+                raise DataError(f"dataset {source}, row {number}: {error}") from None
+            yield text
+
+
+def _text_of(prompt: Prompt | None, column: str) -> TextOf:
+    return partial(column_text, column) if prompt is None else prompt.text
+
+
+def _slice(read: Callable[[], Iterable[str]], row_range: str | None, source: str) -> Iterator[str]:
+    """Yield the rows of a `start:stop`; a percentage p of n rows is row floor(p n / 100). `read` starts from row 0."""
+    ends = (row_range or ":").split(":")
+    total = sum(1 for _ in read()) if any("%" in end for end in ends) else 0
+    start, stop = (total * int(end[:-1]) // 100 if end.endswith("%") else int(end) if end else None for end in ends)
+    empty = True
+    for row in itertools.islice(read(), start, stop):
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"dataset {source} is empty")
+
+
+def _refuse(spec: DatasetSpec, *keys: str) -> None:
+    for key in keys:
+        if (value := getattr(spec, key)) is not None:
+            raise DataError(f"dataset {spec.path} has no {key}; {key} is {value!r}: use rows to choose a part of it")
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # hub, network, cache and parsers raise types with no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"dataset {source} cannot be read: {reason}") from error

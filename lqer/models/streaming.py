@@ -1,0 +1,259 @@
+"""Opens a model without loading it: its skeleton, and where on disk the values of each block lie.
+
+That works for a checkpoint in safetensors (one file or shards, a local folder or the hub) whose tensors are the model's
+parameters under the model's own names, give or take the prefix of the base model. Where transformers would rename,
+merge or convert tensors, and for GGUF, the model is loaded whole, and the log says why.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from accelerate import init_empty_weights
+from packaging.version import Version
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from lqer.models.loaders import OpenedModel, Streamed
+from lqer.models.source import ModelSource, load_model, load_model_config
+from lqer.models.structure import find_blocks, prepare_model
+from lqer.store.offload import Offload
+
+log = logging.getLogger(__name__)
+
+# Mapped files count as resident, and as written to, as long as one of their tensors lives; earlier versions know no
+# other way.
+READ_OPTIONS: dict[str, Any] = {"backend": "pread"} if Version(safetensors.__version__) >= Version("0.8") else {}
+
+
+class NotStreamableError(Exception):
+    """Why a model cannot be read block by block."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a parameter's values are, and whether the model holds them transposed (GPT-2's Conv1D)."""
+
+    file: Path
+    name: str
+    transposed: bool
+
+
+def open_model(
+    source: ModelSource, dtype: torch.dtype | str, device: torch.device, offload: Offload | None = None
+) -> OpenedModel:
+    """The model with its blocks to be read one at a time for work on `device`; whole where that is not possible.
+
+    dtype: of the parameters, "auto" is the checkpoint's own. Raises ModelError with the reason if it cannot be loaded.
+    """
+    try:
+        return _open_streamed(source, dtype, device, offload or Offload())
+    except NotStreamableError as reason:
+        log.info("%s is loaded whole: %s", source.name, reason)
+    return OpenedModel.resident(load_model(source, dtype, torch.device("cpu")), device, offload or Offload())
+
+
+def _open_streamed(
+    source: ModelSource, dtype: torch.dtype | str, device: torch.device, offload: Offload
+) -> OpenedModel:  # fmt: skip
+    files = _checkpoint_files(source)
+    headers = {file: read_header(file) for file in files}
+    model, transposed = _skeleton(source, dtype, headers)
+    name, blocks = find_blocks(model)
+    index = _match(model, headers, transposed)
+    inside = f"{name}."
+    outside = {key: stored for key, stored in index.items() if not key.startswith(inside)}
+    # The cast of a tensor is its own: the model's dtype is that of its first parameter.
+    target = model.dtype
+
+    def read(block: int) -> dict[str, Tensor]:
+        prefix = f"{inside}{block}."
+        wanted = {key.removeprefix(prefix): stored for key, stored in index.items() if key.startswith(prefix)}
+        return read_tensors(wanted, pinned=device.type == "cuda")
+
+    def fill(block: nn.Module, _: int, tensors: dict[str, Tensor], where: torch.device) -> None:
+        fill_parameters(block, tensors, where, target)
+
+    def fill_outer() -> None:
+        fill_parameters(model, read_tensors(outside), torch.device("cpu"), target)
+        tie(model)
+
+    loader = Streamed(read, fill, fill_outer, ahead=device.type == "cuda")
+    return OpenedModel(model, name, blocks, loader, device, offload)
+
+
+def _checkpoint_files(source: ModelSource) -> list[Path]:
+    if source.load_args:
+        raise NotStreamableError("a GGUF file is expanded in one piece")
+    config = load_model_config(source)
+    for key in ("quantization_config", "transformers_weights"):
+        if getattr(config, key, None) is not None:
+            raise NotStreamableError(f"its config.json has a {key}")
+    if (Path(source.path) / "adapter_config.json").exists():
+        raise NotStreamableError("it has an adapter")
+    single = _file(source, SAFE_WEIGHTS_NAME)
+    if single is not None:
+        return [single]
+    index = _file(source, SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        raise NotStreamableError(f"it holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    files = [_file(source, shard) for shard in shards]
+    if None in files:
+        raise NotStreamableError(f"{shards[files.index(None)]} is missing")
+    return [file for file in files if file is not None]
+
+
+def _file(source: ModelSource, name: str) -> Path | None:
+    """A file of the checkpoint on this machine, fetched from the hub if need be; None if there is none."""
+    if Path(source.path).is_dir():
+        path = Path(source.path) / name
+        return path if path.exists() else None
+    try:
+        found = cached_file(source.path, name, revision=source.revision, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None
+    return None if found is None else Path(found)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Shapes and dtypes (as safetensors spells them) of the tensors of one file."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+
+
+def read_header(file: Path) -> Header:
+    try:
+        with safe_open(file, framework="pt", **READ_OPTIONS) as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            return Header(
+                {name: tuple(tensor.get_shape()) for name, tensor in slices.items()},
+                {name: tensor.get_dtype() for name, tensor in slices.items()},
+            )
+    except (OSError, safetensors.SafetensorError) as error:
+        # Loading it the usual way names what is wrong with the file.
+        raise NotStreamableError(f"{file.name} cannot be read: {error}") from None
+
+
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _skeleton(
+    source: ModelSource, dtype: torch.dtype | str, headers: Mapping[Path, Header]
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """The model without values, and the names of the weights that it holds transposed."""
+    config = load_model_config(source)
+    if isinstance(dtype, str):
+        first = next(iter(headers.values()))
+        stored = (STORED_DTYPES[name] for name in first.dtypes.values() if name in STORED_DTYPES)
+        dtype = getattr(config, "dtype", None) or next(stored, torch.float32)
+    try:
+        # Buffers (rotary tables) are computed, not stored.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise NotStreamableError(str(error).strip().splitlines()[0]) from None
+    if get_model_conversion_mapping(model, add_legacy=False):
+        raise NotStreamableError(f"transformers converts the tensors of {type(model).__name__}")
+    if model._get_dtype_plan(model.dtype):
+        raise NotStreamableError(f"{type(model).__name__} keeps some of its parameters in float32")
+    transposed = frozenset(
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+    )  # fmt: skip
+    prepare_model(model)
+    if model.can_generate():
+        _load_generation_config(model, source)
+    return model.eval(), transposed
+
+
+def _load_generation_config(model: PreTrainedModel, source: ModelSource) -> None:
+    """As from_pretrained does it: from its own file, else from what config.json says of generation."""
+    options: dict[str, Any] = {} if source.revision is None else {"revision": source.revision}
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source.path, **options)
+    except OSError:
+        options |= {"config_file_name": "config.json", "_from_model_config": True}
+        model.generation_config = GenerationConfig.from_pretrained(source.path, **options)
+
+
+def _match(
+    model: PreTrainedModel, headers: Mapping[Path, Header], transposed: Iterable[str]
+) -> dict[str, StoredTensor]:
+    """Where each parameter and persistent buffer of the model is stored."""
+    expected = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
+    index: dict[str, StoredTensor] = {}
+    for file, header in headers.items():
+        for stored, shape in header.shapes.items():
+            # A checkpoint of the base model alone has no prefix; one of a model around it may have one too many.
+            spellings = (stored, f"{prefix}{stored}", stored.removeprefix(prefix))
+            name = next((spelling for spelling in spellings if spelling in expected), None)
+            if name is None:
+                continue
+            turned = name in transposed
+            if tuple(reversed(shape) if turned else shape) != tuple(expected[name].shape):
+                raise NotStreamableError(f"{stored} has shape {list(shape)}, the model {list(expected[name].shape)}")
+            index[name] = StoredTensor(file, stored, turned)
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    missing = [name for name in expected if name not in index and name not in tied]
+    missing += [
+        target for target, origin in model.all_tied_weights_keys.items() if target not in index and origin not in index
+    ]
+    if missing:
+        raise NotStreamableError(f"the checkpoint has no tensor {missing[0]}")
+    return index
+
+
+def read_tensors(wanted: Mapping[str, StoredTensor], pinned: bool = False) -> dict[str, Tensor]:
+    """The stored tensors, on the CPU; no file stays open or mapped. pinned: in page-locked memory."""
+    tensors = {}
+    for file in sorted({stored.file for stored in wanted.values()}):
+        here = {name: stored for name, stored in wanted.items() if stored.file == file}
+        found = read_file(file, [stored.name for stored in here.values()], pinned)
+        for name, stored in here.items():
+            tensor = found.pop(stored.name)
+            tensors[name] = tensor.T.contiguous() if stored.transposed else tensor
+    return tensors
+
+
+def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = False) -> dict[str, Tensor]:
+    """Tensors of one safetensors file by name (None: all), on the CPU; the file stays neither open nor mapped."""
+    with safe_open(file, framework="pt", **READ_OPTIONS) as opened:
+        tensors = {}
+        for name in opened.keys() if names is None else names:
+            tensor = opened.get_tensor(name)
+            tensors[name] = tensor.pin_memory() if pinned else tensor if READ_OPTIONS else tensor.clone()
+        return tensors
+
+
+def fill_parameters(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Give parameters and buffers below `module` their values, floating-point ones in `dtype`; empties `tensors`."""
+    for key in sorted(tensors):
+        tensor = tensors.pop(key).to(device, non_blocking=True)
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        owner_name, _, leaf = key.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if leaf in owner._parameters:
+            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            owner.register_buffer(leaf, tensor)
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Chunk the weights that the checkpoint holds once; those it holds apart stay apart, whatever the config says."""
+    missing = {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.is_meta}
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)

@@ -1,0 +1,105 @@
+"""Attention with quantized operands, through transformers' attention-function registry: no modelling file is copied.
+
+Both products are quantized, S = Q·Kᵀ and O = P·V. Where blocks of a number format run:
+    "reduction"  along the dimension that the product sums over: head_dim for Q and K, keys for P and V
+    "reference"  along the last dimension of each operand as LQER's code presents it: head_dim for Q, keys for Kᵀ,
+                 keys for P, head_dim for V
+Blocks along keys share a scale between neighbouring tokens, so a token's result depends, within rounding, on tokens
+after it: see docs/footguns.md.
+
+Shapes: B batch, H heads, G key/value heads, T query tokens, K keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lqer.errors import ModelError
+from lqer.formats import NumberFormat, format_from_dict
+from lqer.store.files import content_hash
+
+
+@dataclass(frozen=True)
+class QuantizedAttention:
+    """The number format of the four operands and the dimension its blocks run along."""
+
+    operand: NumberFormat
+    blocks: Literal["reference", "reduction"]
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query_BHTD: Tensor,
+        key_BGKD: Tensor,
+        value_BGKD: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The contract of transformers' attention functions: returns the output (B, T, H, D) and the weights."""
+        for name in ("s_aux", "position_bias"):
+            if kwargs.get(name) is not None:
+                raise ModelError(f"{type(module).__name__} hands {name} to attention: quantized attention ignores it")
+        if attention_mask is None and query_BHTD.shape[2] > 1:
+            raise ModelError(f"{type(module).__name__} calls attention without a mask: it would look ahead")
+        repeats = query_BHTD.shape[1] // key_BGKD.shape[1]
+        key_BHKD = key_BGKD.repeat_interleave(repeats, dim=1)
+        value_BHKD = value_BGKD.repeat_interleave(repeats, dim=1)
+        key_axis, value_axis = (-1, -2) if self.blocks == "reduction" else (-2, -1)
+        round_ = self.operand.fake_quantize
+
+        scores_BHTK = round_(query_BHTD) @ round_(key_BHKD, axis=key_axis).transpose(-1, -2)
+        scores_BHTK = scores_BHTK * (query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores_BHTK = torch.tanh(scores_BHTK / softcap) * softcap
+        if attention_mask is not None:
+            scores_BHTK = scores_BHTK + attention_mask[..., : key_BHKD.shape[-2]]
+        weights_BHTK = torch.softmax(scores_BHTK, dim=-1, dtype=torch.float32).to(query_BHTD.dtype)
+        output_BHTD = round_(weights_BHTK) @ round_(value_BHKD, axis=value_axis)
+        return output_BHTD.transpose(1, 2).contiguous(), weights_BHTK
+
+
+def quantized_attention(described: Mapping[str, Any]) -> QuantizedAttention:
+    """From how a checkpoint describes it: the operands' "format", and "blocks"."""
+    return QuantizedAttention(format_from_dict(described["format"]), described["blocks"])
+
+
+def quantize_attention(model: PreTrainedModel, attention: QuantizedAttention) -> None:
+    """Have every attention module of `model` call `attention`, in place.
+
+    Raises ModelError if the model does not go through the registry.
+    """
+    name = f"lqer_{content_hash([attention.operand.to_dict(), attention.blocks])[:12]}"
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, eager_mask)
+    try:
+        model.set_attn_implementation(name)
+    except ValueError as error:
+        raise ModelError(f"{type(model).__name__}: quantize.attention cannot be applied: {error}") from None
+    if model.config._attn_implementation != name:
+        raise ModelError(f"{type(model).__name__} has attention of its own: quantize.attention cannot be applied")
+
+
+@contextmanager
+def attention_as(block: nn.Module, implementation: str) -> Iterator[None]:
+    """Meanwhile the block's attention is the one of that name in transformers' registry."""
+    found = (getattr(module, "config", None) for module in block.modules())
+    configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = implementation
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]

@@ -1,0 +1,38 @@
+"""Hands a finished run to an experiment tracker. Neither tracker is imported unless the configuration asks for it."""
+
+from __future__ import annotations
+
+import importlib
+
+from lqer.config.schema import TrackingConfig
+from lqer.errors import ConfigError
+from lqer.results import Results
+
+
+def track(settings: TrackingConfig, results: Results) -> None:
+    """Log configuration and headline numbers as one run (wandb and trackio share this interface).
+
+    Raises ConfigError if the tracker is not installed.
+    """
+    try:
+        backend = importlib.import_module(settings.backend)
+    except ImportError:
+        raise ConfigError(
+            f"tracking.backend: {settings.backend!r} is not installed (pip install {settings.backend})"
+        ) from None
+    run = backend.init(project=settings.project, name=results["tag"], config=results["config"])
+    numbers = {
+        "bits/average": results["bits"]["average"],
+        "bits/weight": results["bits"]["weight"],
+        "bits/low_rank": results["bits"]["low_rank"],
+        "bits/metadata": results["bits"]["metadata"],
+    }
+    for row in results["perplexity"]:
+        measured = {"original": row["original"], "plain": row["plain"], "quantized": row["quantized"]}
+        for kind, perplexity in measured.items():
+            if perplexity is not None:
+                numbers[f"perplexity/{row['dataset']}/{row['protocol']}/{kind}"] = perplexity
+    for task in results["downstream"]:
+        numbers[f"{task['task']}/{task['metric']}"] = task["quantized"]
+    run.log(numbers)
+    run.finish()

@@ -1,0 +1,1 @@
+"""One run of an experiment: its context, the checks before any work, the list of stages, its folder."""

@@ -1,0 +1,34 @@
+"""Shares of the work on a model's decoder blocks: `--chunk 2/4` is the second of four, counted from one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lqer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The `index`-th of `count` shares, counted from 1."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def blocks(self, total: int) -> range:
+        """The share of `total` blocks: neighbours; shares differ by one block at most, and may be empty."""
+        return range((self.index - 1) * total // self.count, self.index * total // self.count)
+
+
+def parse_chunk(text: str) -> Chunk:
+    """Chunk(2, 4) from "2/4". Raises ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise ConfigError(f"--chunk: must have the form i/n, such as 2/4; found {text!r}")
+    share = Chunk(int(match[1]), int(match[2]))
+    if not 1 <= share.index <= share.count:
+        raise ConfigError(f"--chunk: i must lie between 1 and n; found {text!r}")
+    return share

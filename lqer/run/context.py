@@ -1,0 +1,67 @@
+"""What every stage of one run shares: the configuration, resolved as far as that goes before any work is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lqer.checkpoint.backend import Backend, resolve_backend
+from lqer.config import Config
+from lqer.config.plan import plan_model
+from lqer.methods import LinearPlan
+from lqer.models.source import ModelSource, pick_device, pick_dtype, resolve_model
+from lqer.models.summary import ModelSummary, summarize_model
+from lqer.stages.allocate_ranks import check_budget
+from lqer.store.offload import Offload
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every stage of one run shares; `quantize_source` is the original `source` or, under QuaRot, its rotation."""
+
+    config: Config
+    source: ModelSource
+    quantize_source: ModelSource
+    summary: ModelSummary
+    plans: dict[str, LinearPlan | None]
+    device: torch.device
+    dtype: torch.dtype
+    backend: Backend
+
+    @property
+    def store_path(self) -> Path:
+        return Path(self.config.output_dir) / "store"
+
+    def offload(self) -> Offload:
+        """Memory for hidden states and statistics within calibration.max_memory; what exceeds it lies in the store."""
+        return Offload(self.config.calibration.max_bytes, self.store_path)
+
+
+def prepare(config: Config) -> RunContext:
+    """Resolve everything that can be wrong before any work is done. Raises LqerError."""
+    device = pick_device(config.device)
+    source = resolve_model(config.model, config.revision)
+    summary = summarize_model(source)
+    plans = plan_model(config, summary)
+    if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
+        check_budget(plans, summary.linears, budget_bits)
+    if config.evaluation.downstream is not None:
+        from lqer.evaluation.downstream import check_tasks
+
+        downstream = config.evaluation.downstream
+        check_tasks(
+            downstream.tasks, _path(downstream.include_path), _path(downstream.data_dir), downstream.num_fewshot
+        )
+    dtype = pick_dtype(config.dtype, source, device)
+    formats = {name: (plan.weight, plan.activation) for name, plan in plans.items() if plan is not None}
+    wanted = config.evaluation.backend
+    if wanted == "auto" and config.finetune is not None and "low_rank" in config.finetune.parts:
+        wanted = "emulate"  # kernels run one A and one B, not trained columns beside them
+    backend = resolve_backend(wanted, device, dtype, formats)
+    return RunContext(config, source, source, summary, plans, device, dtype, backend)
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)

@@ -1,0 +1,171 @@
+"""Stage "spectra" and what follows from it: the rank of every linear under a budget of average bits.
+
+The first pass rounds every linear and keeps the spectrum of its error under the method's metric, one safetensors file
+per decoder block:
+    <linear>.energies       (K,)  float64, squared singular values of the weighted error, descending
+    <linear>.weight_energy  ()    float64, tr(W R Wᵀ), the energy of the layer's output under the same metric
+    <linear>.weight_bits    ()    int64, the stored bits of the rounded weight
+The objective is the sum over linears of the relative output error, Σ left / weight_energy, so that a layer with large
+inputs does not count for more than one with small ones. The allocation itself
+(lqer/lowrank/rank_allocation.py) takes no time and has no artifact: the ranks are part of the plans.
+
+Shapes: O out_features, I in_features, K = min(I, O).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lqer.errors import ConfigError, ModelError
+from lqer.formats import NonFiniteError
+from lqer.lowrank.metric import Metric
+from lqer.lowrank.rank_allocation import Allocation, Candidate, allocate, factor_bits, rank_step
+from lqer.lowrank.solver import singular_values
+from lqer.methods import METHODS, LinearPlan, QuantizedWeight
+from lqer.methods.base import in_basis
+from lqer.models.loaders import OpenedModel
+from lqer.models.structure import block_linears
+from lqer.stages.calibrate import BlockStatistics
+from lqer.store.names import block_file
+from lqer.store.store import Artifact, Workspace
+
+# Raised whenever the same inputs would give other spectra than before.
+SPECTRA_VERSION = 1
+
+Plans = Mapping[str, LinearPlan | None]
+
+
+def check_budget(plans: Plans, shapes: Mapping[str, tuple[int, int]], budget_bits: float) -> None:
+    """Raise ConfigError where the weights' formats alone take more than the budget, before any work is done."""
+    sizes = {name: shapes[name][0] * shapes[name][1] for name, plan in plans.items() if plan is not None}
+    bits = sum(
+        plan.weight.bits_per_value(shapes[name][1]) * sizes[name] for name, plan in plans.items() if plan is not None
+    )
+    if bits > budget_bits * sum(sizes.values()):
+        raise _over_budget(bits / sum(sizes.values()), budget_bits)
+
+
+def _over_budget(needed: float, budget_bits: float) -> ConfigError:
+    return ConfigError(
+        f"quantize.low_rank.budget_bits: must be at least {needed:.4g}, what the weights and the fixed ranks take by "
+        f"themselves; found {budget_bits:g}"
+    )
+
+
+def spectra_key(calibration: str, model_fingerprint: str, plans: Plans, device: torch.device) -> dict[str, Any]:
+    """What decides the spectra: the weights, the statistics, how each linear is rounded and under which metric."""
+    decisive = ("method", "weight", "rounding", "transform")
+    return {
+        "version": SPECTRA_VERSION,
+        "model": model_fingerprint,
+        "calibration": calibration,
+        "plans": {
+            name: plan and {key: value for key, value in plan.to_dict().items() if key in decisive}
+            for name, plan in plans.items()
+        },
+        "device": device.type,
+    }
+
+
+def measure_spectra(workspace: Workspace, opened: OpenedModel, calibration: Artifact, plans: Plans) -> None:
+    """Write the spectra of every block that `workspace` does not hold yet.
+
+    Raises ModelError, naming the linear, where a weight is NaN or infinite or calibration never reached it.
+    """
+    total, device = len(opened.blocks), opened.device
+    missing = [index for index in range(total) if block_file(index) not in workspace]
+    visits = opened.loader.visits(opened.blocks, missing, torch.device("cpu"))
+    for index, block in tqdm(visits, initial=total - len(missing), total=total, desc="spectra", unit="block"):
+        statistics = BlockStatistics.read(calibration, index).to(device)
+        tensors: dict[str, Tensor] = {}
+        for name, linear in block_linears(block).items():
+            full_name = f"{opened.name}.{index}.{name}"
+            plan = plans[full_name]
+            if plan is None:
+                continue
+            weight_OI = linear.weight.detach().to(device, torch.float32)
+            try:
+                spectrum = error_spectrum(weight_OI, statistics.of(full_name), plan)
+            except NonFiniteError as error:
+                raise ModelError(f"{full_name}: {error}") from None
+            tensors |= {f"{full_name}.{key}": tensor for key, tensor in spectrum.items()}
+        workspace.write_tensors(block_file(index), tensors)
+
+
+def error_spectrum(weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan) -> dict[str, Tensor]:
+    """What the stage keeps of one linear; see the module's head."""
+    method, target = METHODS[plan.method], in_basis(weight_OI, statistics, plan)
+    rounded = plan.rounding.round(target.weight_OI, target.statistics.get("autocorrelation"), plan.weight)
+    metric = Metric() if method.metric is None else method.metric(target.weight_OI, target.statistics)
+    weight = QuantizedWeight(rounded, None, target.basis)
+    return {
+        "energies": singular_values(target.weight_OI - rounded.dequantize(), metric).square(),
+        "weight_energy": torch.tensor(metric.energy(target.weight_OI), dtype=torch.float64),
+        "weight_bits": torch.tensor(rounded.code_bits + weight.metadata_bits),
+    }
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The plans with their ranks, and how they compare with a uniform rank."""
+
+    plans: dict[str, LinearPlan | None]
+    allocation: Allocation
+    average_bits: float
+    uniform_average_bits: float
+    seconds: float
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The smallest and the largest rank given."""
+        ranks = self.allocation.ranks.values()
+        return min(ranks, default=0), max(ranks, default=0)
+
+
+def allocate_ranks(
+    plans: Plans, spectra: Artifact, blocks: int, shapes: Mapping[str, tuple[int, int]], budget_bits: float
+) -> Budget:
+    """Give every plan without a rank one, so that the model's average bits come as close to the budget as fits.
+
+    shapes: (out_features, in_features) by linear.
+    Raises ConfigError where the weights and the ranks that are fixed take more than the budget already.
+    """
+    tensors = {key: value for i in range(blocks) for key, value in spectra.tensors(block_file(i)).items()}
+    candidates: dict[str, Candidate] = {}
+    weights, fixed_bits = 0, 0
+    for name, plan in plans.items():
+        if plan is None:
+            continue
+        out_features, in_features = shapes[name]
+        weights += out_features * in_features
+        fixed_bits += int(tensors[f"{name}.weight_bits"])
+        bits = partial(factor_bits, plan.factor_formats, plan.factor_axes, in_features, out_features)
+        if plan.rank is not None:
+            fixed_bits += bits(min(plan.rank, in_features, out_features))
+            continue
+        energy = float(tensors[f"{name}.weight_energy"])
+        candidates[name] = Candidate(
+            tensors[f"{name}.energies"] / (energy if energy > 0 else 1.0), rank_step(plan.factor_formats), bits
+        )
+    budget = int(budget_bits * weights) - fixed_bits
+    if budget < 0:
+        raise _over_budget(fixed_bits / weights, budget_bits)
+    allocation = allocate(candidates, budget)
+    ranked = {
+        name: plan and (plan if plan.rank is not None else replace(plan, rank=allocation.ranks[name]))
+        for name, plan in plans.items()
+    }
+    return Budget(
+        ranked,
+        allocation,
+        (fixed_bits + allocation.bits) / weights,
+        (fixed_bits + allocation.uniform_bits) / weights,
+        spectra.seconds,
+    )

@@ -1,0 +1,233 @@
+"""Stage "quantize": every linear of every decoder block through its method, one checkpoint file per block.
+
+Beside the checkpoint it writes, per block, `layers-*.json` (one row per linear: bits, ranks, errors) and, for the
+first, middle and last block, `spectra-*.safetensors` (singular values of the weight and of the rounding error, that
+plain and activation-scaled).
+
+Output errors are judged on sampled inputs of the calibration text, of the stream that the statistics are of.
+
+Shapes: I in_features, O out_features, S sampled tokens, K = min(I, O).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lqer.checkpoint.bits import average_bits
+from lqer.checkpoint.pack import describe_linear, pack_linear, write_surroundings
+from lqer.errors import ModelError
+from lqer.formats import NonFiniteError, QuantizedTensor
+from lqer.lowrank.metric import Metric
+from lqer.lowrank.scaling import activation_scale
+from lqer.lowrank.solver import singular_values
+from lqer.methods import METHODS, LinearPlan, QuantizedWeight
+from lqer.models.loaders import OpenedModel
+from lqer.models.structure import block_linears
+from lqer.nn.linear import output_error, weight_error
+from lqer.rounding.hessian import HessianError
+from lqer.stages.calibrate import ON_REQUEST, BlockStatistics
+from lqer.store.names import block_file, layers_file, spectra_file
+from lqer.store.store import Artifact, Workspace
+from lqer.transforms import BlockTransform
+
+# Raised whenever the same inputs would give other bytes than before.
+QUANTIZE_VERSION = 6
+
+
+Plans = Mapping[str, LinearPlan | None]
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """Plans by linear (None where skipped), what is quantized beside the linears, and what is done to whole blocks."""
+
+    plans: Plans
+    attention: Mapping[str, Any] | None
+    seed: int
+    transforms: tuple[BlockTransform, ...] = ()
+
+
+def requested_statistics(plans: Plans) -> frozenset[str]:
+    """The statistics that cost something and that some linear's method or rounding needs."""
+    needed = (METHODS[plan.method].statistics_for(plan) for plan in plans.values() if plan is not None)
+    return ON_REQUEST & frozenset().union(*needed)
+
+
+def quantization_key(inputs: Any, model_fingerprint: str, settings: QuantizeSettings, device: torch.device) -> Any:
+    """What decides the outcome: the weights, what is known of the inputs, every linear's plan by value.
+
+    inputs: the content of the calibration; in the quantized stream, what decides the statistics that are gathered.
+    """
+    return {
+        "version": QUANTIZE_VERSION,
+        "model": model_fingerprint,
+        "calibration": inputs,
+        "plans": {name: plan and plan.to_dict() for name, plan in settings.plans.items()},
+        "attention": settings.attention,
+        "seed": settings.seed,
+        "device": device.type,
+    } | ({"transforms": [part.to_dict() for part in settings.transforms]} if settings.transforms else {})
+
+
+def quantize(
+    workspace: Workspace,
+    opened: OpenedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Artifact,
+    settings: QuantizeSettings,
+) -> None:
+    """Write the files of every block that `workspace` does not hold yet, then what lies around the blocks.
+
+    `opened` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, where a
+    weight is NaN or infinite or was never reached by the calibration text.
+    """
+    quantize_blocks(workspace, range(len(opened.blocks)), opened, calibration, settings)
+    finish_checkpoint(workspace, opened, tokenizer, settings)
+
+
+def finish_checkpoint(
+    workspace: Workspace, opened: OpenedModel, tokenizer: PreTrainedTokenizerBase, settings: QuantizeSettings
+) -> None:
+    """Write what lies around the blocks, all of which are there."""
+    rows = [row for index in range(len(opened.blocks)) for row in workspace.json(layers_file(index))]
+    details = {
+        "blocks": {"name": opened.name, "count": len(opened.blocks)},
+        "linears": {row["name"]: row["entry"] for row in rows},
+        "attention": settings.attention,
+        "bits": average_bits(rows),
+    }
+    opened.loader.load_outer()
+    write_surroundings(workspace, opened.model, tokenizer, details)
+
+
+def quantize_blocks(
+    workspace: Workspace,
+    share: Sequence[int],
+    opened: OpenedModel,
+    calibration: Artifact,
+    settings: QuantizeSettings,
+) -> None:
+    """The same for the blocks of a share alone, and for nothing around them."""
+    missing = [index for index in share if block_file(index) not in workspace]
+    with tqdm(initial=len(share) - len(missing), total=len(share), desc="quantize", unit="block") as bar:
+        for index, block in opened.loader.visits(opened.blocks, missing, torch.device("cpu")):
+            work = BlockWork(
+                index=index,
+                name=f"{opened.name}.{index}",
+                linears=list(block_linears(block)),
+                tensors=block.state_dict(),
+                statistics=BlockStatistics.read(calibration, index),
+                with_spectra=index in with_spectra(len(opened.blocks)),
+            )
+            write_block(workspace, work, settings, opened.device)
+            bar.update()
+
+
+def with_spectra(blocks: int) -> set[int]:
+    """The blocks whose error spectra are kept for the report."""
+    return {0, blocks // 2, blocks - 1}
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """One decoder block to be quantized.
+
+    linears, tensors: its linears and all its parameters and buffers by their names within the block. rounded: weights
+    that are rounded already, by the name of their linear; what their method adds to them is still to be done.
+    """
+
+    index: int
+    name: str
+    linears: Sequence[str]
+    tensors: Mapping[str, Tensor]
+    statistics: BlockStatistics
+    with_spectra: bool
+    rounded: Mapping[str, QuantizedTensor] = field(default_factory=dict)
+
+
+def write_block(workspace: Workspace, work: BlockWork, settings: QuantizeSettings, device: torch.device) -> None:
+    """Write one block's files; a function, so that one block's tensors are gone before the next one's."""
+    torch.manual_seed(settings.seed)
+    statistics = work.statistics.to(device)
+    tensors = {f"{work.name}.{name}": tensor for name, tensor in work.tensors.items()}
+    rows, spectra = [], {}
+    for name in work.linears:
+        full_name = f"{work.name}.{name}"
+        plan = settings.plans[full_name]
+        if plan is None:
+            continue
+        site = statistics.of(full_name)
+        weight_OI = tensors.pop(f"{full_name}.weight").detach().to(device, torch.float32)
+        bias_O = tensors.get(f"{full_name}.bias")
+        try:
+            weight = _quantize_weight(weight_OI, site, plan, work.rounded.get(name))
+            bias = plan.bias.quantize(bias_O.detach()) if plan.bias is not None and bias_O is not None else None
+        except (NonFiniteError, HessianError) as error:
+            raise ModelError(f"{full_name}: {error}") from None
+        if bias is not None:
+            del tensors[f"{full_name}.bias"]
+        tensors |= pack_linear(full_name, weight, bias)
+        entry = describe_linear(plan, weight, has_bias=bias_O is not None)
+        rounded_OI = _rounded_alone(weight_OI, weight, site, plan)
+        rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | {"entry": entry})
+        if work.with_spectra:
+            error_OI, scale_I = weight_OI - rounded_OI, activation_scale(site["mean_abs"])
+            spectra[f"{full_name}.weight"] = singular_values(weight_OI, Metric())
+            spectra[f"{full_name}.plain"] = singular_values(error_OI, Metric())
+            spectra[f"{full_name}.scaled"] = singular_values(error_OI, Metric(scale_I=scale_I))
+    if spectra:
+        workspace.write_tensors(spectra_file(work.index), spectra)
+    workspace.write_json(layers_file(work.index), rows)
+    # Last: a block counts as done once its tensors are there.
+    workspace.write_tensors(block_file(work.index), tensors)
+
+
+def _quantize_weight(
+    weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan, rounded: QuantizedTensor | None
+) -> QuantizedWeight:
+    method = METHODS[plan.method]
+    if rounded is None:
+        return method.quantize_linear(weight_OI, statistics, plan)
+    return method.complete(weight_OI, rounded, statistics, plan)
+
+
+def _rounded_alone(
+    weight_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor], plan: LinearPlan
+) -> Tensor:
+    """What rounding alone makes of the weight: the stored W_q, unless that is what is left beside a low-rank part."""
+    if weight.low_rank is None or METHODS[plan.method].rounds_the_weight_itself(plan):
+        return weight.rounded_weight()
+    plain = plan.without_low_rank()
+    return METHODS[plain.method].quantize_linear(weight_OI, statistics, plain).rounded_weight()
+
+
+def _layer_row(
+    name: str, weight_OI: Tensor, rounded_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """One row of layers.csv; bits are totals here, of everything that is stored for the linear's weight."""
+    effective_OI = weight.effective_weight()
+    return {
+        "name": name,
+        "out_features": weight_OI.shape[0],
+        "in_features": weight_OI.shape[1],
+        "rank": weight.low_rank.rank if weight.low_rank else 0,
+        "weight_bits": weight.weight_OI.code_bits,
+        "metadata_bits": weight.metadata_bits,
+        "codebook_bits": weight.weight_OI.codebook_bits,
+        "low_rank_bits": weight.low_rank.bits if weight.low_rank else 0,
+        "captured_share": weight.low_rank.captured_share if weight.low_rank else None,
+        "solver_gap": weight.low_rank.gap if weight.low_rank else None,
+        "step_errors": list(weight.errors),
+        "damping_raises": weight.damping_raises,
+        "weight_error_before": weight_error(weight_OI, rounded_OI),
+        "weight_error": weight_error(weight_OI, effective_OI),
+        "output_error_before": output_error(weight_OI, rounded_OI, statistics["sample"]),
+        "output_error": output_error(weight_OI, effective_OI, statistics["sample"]),
+    }

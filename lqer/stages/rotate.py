@@ -1,0 +1,113 @@
+"""Stage "rotate": the model in a basis without outliers (QuaRot), as an ordinary folder of weights.
+
+Its function is that of the original: the stages after this one read it in the original's place. The folder holds what
+transformers writes: matrices of the decoder blocks in float32, so that they are rounded once, when they are quantized,
+and the rest in the original's dtype. Its config.json names the linears whose inputs are rotated as it runs
+(`online_rotations`, see `prepare_model`). The model is in memory whole, in float32, while it is rotated.
+
+Shapes: D hidden size, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lqer.errors import ModelError
+from lqer.models.loaders import OpenedModel
+from lqer.models.source import ModelSource, load_model, load_model_config
+from lqer.models.streaming import open_model
+from lqer.models.structure import ONLINE_ROTATIONS, find_blocks
+from lqer.store.store import Artifact, Workspace
+from lqer.transforms.hadamard import hadamard, random_hadamard
+from lqer.transforms.quarot import RotationError, rotate_model
+
+# Raised whenever the same inputs would give other bytes than before.
+ROTATE_VERSION = 2
+# Token ids on which the model is examined and its logits are compared.
+EXAMINED = (2, 32)
+# Files of this size at most, so that a block is read without the others.
+SHARD_SIZE = "2GB"
+# Chunk of a GPU's free memory that the parameters may take.
+ROOM_ON_GPU = 0.7
+
+
+def rotation_key(source: ModelSource, seed: int) -> dict[str, Any]:
+    """What decides the outcome: the weights and the signs."""
+    return {"version": ROTATE_VERSION, "model": source.fingerprint, "seed": seed}
+
+
+def rotate(workspace: Workspace, source: ModelSource, device: torch.device, seed: int) -> None:
+    """Write the rotated model. Raises ModelError, with the reason, for one that cannot be rotated."""
+    model = load_model(source, torch.float32, torch.device("cpu"))
+    if _fits(model, device):
+        nn.Module.to(model, device)
+    rotate_in_place(model, device, seed)
+    nn.Module.to(model, torch.device("cpu"))
+    blocks_name, _ = find_blocks(model)
+    model.config.dtype = own_dtype(source)
+    for name, parameter in model.named_parameters():
+        if not (name.startswith(f"{blocks_name}.") and parameter.ndim == 2):
+            parameter.data = parameter.data.to(model.config.dtype)
+    with tempfile.TemporaryDirectory(dir=workspace.path) as folder:
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        for file in sorted(Path(folder).iterdir()):
+            workspace.write(file.name, partial(shutil.move, file))
+
+
+def own_dtype(source: ModelSource) -> torch.dtype:
+    """The dtype of the original's checkpoint."""
+    return getattr(load_model_config(source), "dtype", None) or torch.float32
+
+
+def open_rotated(basis: ModelSource, device: torch.device) -> OpenedModel:
+    """The rotated model as it is to be quantized: blocks in float32, what surrounds them in the original's dtype."""
+    opened = open_model(basis, torch.float32, device)
+    opened.loader.load_outer()
+    inside = {id(parameter) for parameter in opened.blocks.parameters()}
+    for parameter in opened.model.parameters():
+        if id(parameter) not in inside:
+            parameter.data = parameter.data.to(own_dtype(basis))
+    return opened
+
+
+def _fits(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a GPU holds the whole model, one of its matrices in float64 and what is in between."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(parameter.nbytes for parameter in model.parameters()) < ROOM_ON_GPU * free
+
+
+def rotate_in_place(model: PreTrainedModel, device: torch.device, seed: int) -> None:
+    """Rotate a float32 model, wherever it is; matrices are rotated on `device`, one at a time."""
+    _, blocks = find_blocks(model)
+    vocabulary, width = cast(Tensor, model.get_input_embeddings().weight).shape
+    signs = random_hadamard(width, width, seed)
+
+    def residual(x: Tensor) -> Tensor:
+        return signs.input(x.to(device)).to(x.device)
+
+    def between(x: Tensor) -> Tensor:
+        return hadamard(x.to(device)).to(x.device)
+
+    ids_BT = torch.randint(vocabulary, EXAMINED, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    try:
+        online = rotate_model(model, blocks, ids_BT, residual, between)
+    except RotationError as error:
+        raise ModelError(f"quantize.transforms: quarot: {error}") from None
+    setattr(model.config, ONLINE_ROTATIONS, {name: rotation.heads for name, rotation in online.items()})
+
+
+def rotated_source(source: ModelSource, artifact: Artifact) -> ModelSource:
+    """Where the rotated model is read from, in the original's place."""
+    artifact.verify()
+    return replace(source, path=str(artifact.path), revision=None, fingerprint=artifact.content, load_args={})

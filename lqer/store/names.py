@@ -1,0 +1,21 @@
+"""Names of the files of an artifact that has one file per decoder block."""
+
+from __future__ import annotations
+
+SITES_FILE = "sites.json"
+
+
+def block_file(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
+
+
+def layers_file(index: int) -> str:
+    return f"layers-{index:05d}.json"
+
+
+def spectra_file(index: int) -> str:
+    return f"spectra-{index:05d}.safetensors"
+
+
+def tuning_file(index: int) -> str:
+    return f"tuning-{index:05d}.json"

@@ -1,0 +1,91 @@
+"""Tensors in memory up to a budget, in files beyond it: hidden states on their way, statistics in the making.
+
+A tensor on disk is an ordinary CPU tensor over a shared mapping of a file that has no name any more, so that nothing is
+left behind however a process ends. Its pages count as resident while they are in use: `settle` lets go of them, and the
+kernel writes them out and drops them when it needs the memory.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lqer.errors import StoreError
+
+UNITS = {"": 1, "B": 1}
+UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", re.IGNORECASE)
+
+
+def parse_bytes(size: int | str) -> int:
+    """4000000000, "4GB", "3.5 GiB" -> bytes. Raises ValueError for anything else."""
+    match = SIZE.fullmatch(str(size).strip()) if type(size) in (int, str) else None
+    if match is None or match[2].upper() not in UNITS:
+        raise ValueError('must be bytes or a size such as "4GB" or "512MiB"')
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+class Offload:
+    """Hands out CPU tensors; those that would exceed `max_bytes` together lie in files under `folder`.
+
+    max_bytes None: everything in memory. A tensor's bytes are free again once nothing refers to it.
+    """
+
+    def __init__(self, max_bytes: int | None = None, folder: Path | None = None):
+        self._max_bytes, self._folder = max_bytes, folder
+        self._resident = 0
+        # By address of their first byte: a tensor cannot be looked up in a dictionary by identity.
+        self._mapped: dict[int, mmap.mmap] = {}
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        """A tensor of undefined content. pinned: page-locked where it is in memory, for copies from and to a GPU.
+
+        Raises StoreError where the disk has no room for it.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if size and self._max_bytes is not None and self._resident + size > self._max_bytes:
+            return self._on_disk(shape, dtype, size)
+        tensor = torch.empty(*shape, dtype=dtype, pin_memory=pinned)
+        self._resident += size
+        weakref.finalize(tensor, self._give_back, size)
+        return tensor
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """A tensor of zeros; on a device other than the CPU it is an ordinary one, outside the budget."""
+        if device is not None and device.type != "cpu":
+            return torch.zeros(*shape, dtype=dtype, device=device)
+        return self.empty(shape, dtype).zero_()
+
+    def settle(self) -> None:
+        """Let go of the pages of every tensor on disk; their content stays and is mapped again at the next touch."""
+        for mapping in self._mapped.values():
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _on_disk(self, shape: Sequence[int], dtype: torch.dtype, size: int) -> Tensor:
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            try:
+                # Room is claimed now: a mapping without it would kill the process at its first write.
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise StoreError(f"no room for {size} bytes under {self._folder}: {error.strerror}") from None
+            mapping = mmap.mmap(file.fileno(), size)
+        tensor = torch.frombuffer(mapping, dtype=dtype).view(*shape)
+        address = tensor.data_ptr()
+        self._mapped[address] = mapping
+        weakref.finalize(tensor, self._mapped.pop, address, None)
+        return tensor
+
+    def _give_back(self, size: int) -> None:
+        self._resident -= size

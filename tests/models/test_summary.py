@@ -1,0 +1,118 @@
+"""A model's outline against the model itself, and a configuration's patterns against the summary."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from lqer.config import Config
+from lqer.config.plan import plan_model
+from lqer.errors import ConfigError, ModelError
+from lqer.models.source import resolve_model
+from lqer.models.structure import block_linears, find_blocks
+from lqer.models.summary import ModelSummary, summarize_model
+
+OUTLINE = ModelSummary(
+    architecture="LlamaForCausalLM",
+    parameters=100,
+    blocks_name="model.layers",
+    blocks=2,
+    linears={f"model.layers.{i}.mlp.{name}": (4, 4) for i in range(2) for name in ("up_proj", "down_proj")},
+    outside=("lm_head",),
+    attention_is_registered=True,
+    block_parameters=32,
+    outside_parameters=36,
+    hidden_size=4,
+    vocabulary=9,
+)
+
+
+def config(**quantize: Any) -> Config:
+    formats = {"w4": {"kind": "mxint", "bits": 4}, "w8": {"kind": "mxint", "bits": 8}}
+    return Config.model_validate(
+        {"model": "m", "tag": "t", "formats": formats, "quantize": {"weight": "w4", **quantize}}
+    )
+
+
+def test_the_outline_is_that_of_the_model(architecture, random_model, tmp_path):
+    model = random_model(architecture)
+    # As it came, before its Conv1D were replaced.
+    AutoModelForCausalLM.from_config(model.config).save_pretrained(tmp_path)
+    summary = summarize_model(resolve_model(str(tmp_path)))
+    name, blocks = find_blocks(model)
+    assert (summary.architecture, summary.blocks_name, summary.blocks) == (type(model).__name__, name, len(blocks))
+    assert summary.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert summary.linears == {
+        f"{name}.{i}.{linear_name}": tuple(linear.weight.shape)
+        for i, block in enumerate(blocks)
+        for linear_name, linear in block_linears(block).items()
+    }
+    projections = ("model.decoder.project_out", "model.decoder.project_in") if architecture == "opt-350m" else ()
+    assert summary.outside == (*projections, "lm_head")
+
+
+def test_what_cannot_be_quantized_is_refused_before_any_weight_is_read(tmp_path):
+    MixtralConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts\.\w+ is a 3-D parameter"):
+        summarize_model(resolve_model(str(tmp_path)))
+
+
+def test_a_model_that_is_no_language_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError, match="is no causal language model"):
+        summarize_model(resolve_model(str(tmp_path)))
+
+
+def test_skipped_linears_have_no_plan():
+    plans = plan_model(config(skip=["*.1.*"]), OUTLINE)
+    assert {name for name, plan in plans.items() if plan is None} == {
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.mlp.down_proj",
+    }
+
+
+@pytest.mark.parametrize(
+    ("quantize", "key", "hint"),
+    [
+        ({"skip": ["*.up_porj"]}, "quantize.skip.0: '*.up_porj'", "up_proj"),
+        ({"skip": ["lm_head", "lm_haed"]}, "quantize.skip.1: 'lm_haed'", "lm_head"),
+        (
+            {"override": [{"match": "*.dwon_proj", "weight": "w8"}]},
+            "quantize.override.0.match: '*.dwon_proj'",
+            "down_proj",
+        ),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(quantize, key, hint):
+    with pytest.raises(ConfigError) as error:
+        plan_model(config(**quantize), OUTLINE)
+    assert str(error.value).startswith(f"{key} matches no linear of LlamaForCausalLM")
+    assert f"did you mean '{hint}'?" in str(error.value)
+
+
+def test_an_override_of_what_is_never_quantized_is_refused():
+    with pytest.raises(ConfigError, match=r"quantize\.override\.0\.match: 'lm_head' matches no linear"):
+        plan_model(config(override=[{"match": "lm_head", "weight": "w8"}]), OUTLINE)
+
+
+def test_the_head_may_be_skipped_where_there_is_none():
+    headless = replace(OUTLINE, blocks_name="layers", blocks=1, linears={"layers.0.dense": (4, 4)}, outside=())
+    assert plan_model(config(skip=["lm_head"]), headless)["layers.0.dense"] is not None
+
+
+def test_skipping_everything_is_refused():
+    with pytest.raises(ConfigError, match="every linear is skipped"):
+        plan_model(config(skip=["*"]), OUTLINE)
+
+
+def test_quantized_attention_is_refused_where_a_model_computes_attention_by_itself():
+    by_itself = dataclasses.replace(OUTLINE, attention_is_registered=False)
+    assert any(plan_model(config(), by_itself).values())
+    with pytest.raises(ConfigError, match=r"quantize\.attention: must be 'none' for LlamaForCausalLM"):
+        plan_model(config(attention="w8"), by_itself)

@@ -1,0 +1,41 @@
+"""Evaluation and fine-tuning over several GPUs give the numbers of one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lqer.config import read_config
+from lqer.run.pipeline import run
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize(("dtype", "backend"), [("float32", "emulate"), ("bfloat16", "triton")])
+def test_a_run_spread_over_all_gpus_ends_with_the_numbers_of_one(experiment, tmp_path, dtype, backend):
+    # Attention operands stay as they are: kernels run linears.
+    overrides = ["--device=cuda", f"--dtype={dtype}", f"--evaluation.backend={backend}", "--quantize.attention=none"]
+    one, all_of_them = (
+        run(read_config(str(experiment.config), device_map, [*overrides, f"--output_dir={tmp_path / device_map}",
+                                                             f"--device_map={device_map}"]))
+        for device_map in ("single", "auto")
+    )  # fmt: skip
+    assert one["perplexity"] == all_of_them["perplexity"]
+    assert {"original", "plain", "quantized"} <= set(one["perplexity"][0])
+
+
+def test_fine_tuning_spread_over_all_gpus_learns_what_one_learns(experiment, tmp_path):
+    overrides = [
+        "--device=cuda", "--dtype=float32", "--evaluation.backend=emulate", "--quantize.attention=none",
+        "--quantize.activation=none", "--quantize.transforms=['hadamard']", "--evaluation.baselines=[]",
+        f"--finetune.dataset={experiment.folder / 'calibration.txt'}",
+        "--finetune.parts=['rht_signs', 'low_rank']", "--finetune.num_samples=8", "--finetune.validation_samples=4",
+        "--finetune.seq_len=32", "--finetune.epochs=2",
+    ]  # fmt: skip
+    one, all_of_them = (
+        run(read_config(str(experiment.config), device_map, [*overrides, f"--output_dir={tmp_path / device_map}",
+                                                             f"--device_map={device_map}"]))["finetune"]
+        for device_map in ("single", "auto")
+    )  # fmt: skip
+    assert one["validation_loss"][-1] < one["validation_loss"][0]
+    assert all_of_them["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-4)

@@ -1,0 +1,104 @@
+"""sweeps/slurm_chunks.sh submits one experiment as a job array, whose tasks together do what one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lqer.config import read_config
+from lqer.run import pipeline
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "sweeps/slurm_chunks.sh"
+
+# Takes the options that the script uses, notes them, and runs the tasks of the array all at once, as SLURM does.
+SBATCH = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$CALLS"
+for option in "$@"; do
+    case $option in
+        --array=*) array=${option#--array=} ;;
+        --output=*) output=${option#--output=} ;;
+        --wrap=*) body=${option#--wrap=} ;;
+    esac
+done
+for (( i = ${array%-*}; i <= ${array#*-}; i++ )); do
+    log=${output//%A/1}
+    SLURM_ARRAY_TASK_ID=$i sh -c "$body" > "${log//%a/$i}" 2>&1 &
+    tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task" || failed=1; done
+exit ${failed:-0}
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path) -> Path:
+    path = tmp_path / "sbatch"
+    path.write_text(SBATCH)
+    path.chmod(0o755)
+    return path
+
+
+def submit(sbatch: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    calls = sbatch.with_name("calls.txt")
+    done = subprocess.run(
+        [str(SCRIPT), *arguments],
+        env=os.environ
+        | {"PYTHON": sys.executable, "SBATCH": f"{sbatch} --partition=gpu", "CALLS": str(calls)}
+        | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_the_tasks_of_the_array_end_with_what_one_process_makes(experiment, sbatch, tmp_path):
+    done, options = submit(sbatch, str(experiment.config), "shared", CHUNKS="2", OUTPUT_DIR=str(experiment.output))
+    logs = [path.read_text() for path in sorted((experiment.output / "shared").glob("slurm-1_*.log"))]
+    assert done.returncode == 0, logs
+    assert options[:3] == ["--partition=gpu", "--job-name=shared", "--array=1-2"]
+    assert len(logs) == 2
+    assert any("perplexity" in log for log in logs)
+    found = json.loads((experiment.output / "shared/results.json").read_text())
+    alone = pipeline.run(read_config(experiment.config, "alone", [f"--output_dir={tmp_path / 'elsewhere'}"]))
+    assert found["perplexity"] == alone["perplexity"]
+    assert found["bits"] == alone["bits"]
+
+
+def test_what_is_said_reaches_every_task_word_by_word(sbatch, tmp_path):
+    """The interpreter of this test notes the words it is called with."""
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$NOTES/$SLURM_ARRAY_TASK_ID"\n')
+    python.chmod(0o755)
+    dataset = "--calibration.dataset={ path = 'my text.txt', rows = \"$x\" }"
+    runs = tmp_path / "my runs"
+    done, _ = submit(
+        sbatch, "a b.toml", "tag", dataset, CHUNKS="3", PYTHON=str(python), OUTPUT_DIR=str(runs), NOTES=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    for index in (1, 2, 3):
+        words = (tmp_path / str(index)).read_text().splitlines()
+        assert words[1:] == ["a b.toml", "tag", f"--output_dir={runs}", dataset, "--chunk", f"{index}/3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "part"),
+    [
+        (["some.toml"], {}, "usage: slurm_chunks.sh CONFIG TAG"),
+        (["some.toml", "tag"], {"CHUNKS": "0"}, "CHUNKS must be a number of shares, 1 or more; found '0'"),
+        (["some.toml", "tag"], {"SBATCH": "no-such-sbatch --x"}, "no-such-sbatch: no such command"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2_and_submits_nothing(sbatch, tmp_path, arguments, environment, part):
+    done, calls = submit(sbatch, *arguments, OUTPUT_DIR=str(tmp_path / "runs"), **environment)
+    assert done.returncode == 2
+    assert part in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert calls == []
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,285 @@
+"""Input sites and their statistics, against hooks on the model itself.
+
+Shapes: T tokens of the whole text, I in_features, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lqer.errors import ModelError
+from lqer.models.loaders import OpenedModel
+from lqer.models.structure import block_linears, find_blocks
+from lqer.stages.calibrate import (
+    ON_REQUEST,
+    CalibrationText,
+    SiteStatistics,
+    calibrate,
+    calibration_key,
+    products,
+    spread_indices,
+)
+from lqer.store.names import block_file
+from lqer.store.offload import Offload
+from lqer.store.store import Workspace
+
+BATCH_SIZE = 2
+ERROR_TOKENS = 24
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SEPARATE = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+OPT = [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}]
+SITES = {
+    "llama": SEPARATE,
+    "mistral": SEPARATE,
+    "qwen3": SEPARATE,
+    "gemma3": SEPARATE,
+    "opt": OPT,
+    "opt-350m": OPT,
+    "gpt-neox": [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}],
+    "phi3": [{"qkv_proj"}, {"o_proj"}, {"gate_up_proj"}, {"down_proj"}],
+    "gpt2": [{"attn.c_attn"}, {"attn.c_proj"}, {"mlp.c_fc"}, {"mlp.c_proj"}],
+}
+
+
+def run_calibration(
+    folder: Path,
+    model: PreTrainedModel,
+    windows_WT: Tensor,
+    batch_size: int = BATCH_SIZE,
+    make=Workspace,
+    requested: Collection[str] = (),
+) -> Workspace:
+    workspace = make(folder)
+    opened = OpenedModel.resident(model, CPU, Offload())
+    calibrate(workspace, opened, CalibrationText(windows_WT, batch_size, ERROR_TOKENS), requested)
+    return workspace
+
+
+@torch.no_grad()
+def inputs_of_linears(model: PreTrainedModel, windows_WT: Tensor, batch_size: int) -> dict[str, list[Tensor]]:
+    """Every batch's inputs, (tokens, in_features), of each linear of the decoder blocks by full name."""
+    name, blocks = find_blocks(model)
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
+    hooks = [
+        linear.register_forward_pre_hook(
+            lambda _, args, key=f"{name}.{i}.{key}": inputs[key].append(args[0].flatten(0, -2))
+        )
+        for i, block in enumerate(blocks)
+        for key, linear in block_linears(block).items()
+    ]
+    for ids_BT in windows_WT.split(batch_size):
+        model(ids_BT)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def test_linears_with_a_common_input_form_one_site(stages, architecture):
+    groups = defaultdict(set)
+    name, blocks = find_blocks(stages.model)
+    for linear, site in stages.calibration.json("sites.json").items():
+        block, end = linear.removeprefix(f"{name}.").split(".", 1)
+        groups[site].add((int(block), end if architecture == "gpt2" else end.rpartition(".")[2]))
+    expected = [{(i, linear) for linear in site} for i in range(len(blocks)) for site in SITES[architecture]]
+    assert sorted(map(sorted, groups.values())) == sorted(map(sorted, expected))
+
+
+def test_statistics_are_those_of_the_models_own_forward_pass(stages, windows_WT):
+    sites = stages.calibration.json("sites.json")
+    for linear, batches in inputs_of_linears(stages.model, windows_WT, BATCH_SIZE).items():
+        block = int(linear.removeprefix(f"{find_blocks(stages.model)[0]}.").split(".")[0])
+        site = sites[linear]
+        found = stages.calibration.tensors(block_file(block))
+        x_TI = torch.cat(batches).double()
+        mean_abs_I = torch.stack([batch.double().abs().mean(0) for batch in batches]).amax(0)
+        torch.testing.assert_close(found[f"{site}.mean_abs"].double(), mean_abs_I, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found[f"{site}.mean_square"].double(), x_TI.square().mean(0), rtol=1e-6, atol=1e-10)
+        rows = [i * len(x_TI) // ERROR_TOKENS for i in range(ERROR_TOKENS)]
+        assert torch.equal(found[f"{site}.sample"].double(), x_TI[rows])
+
+
+def test_only_the_mean_absolute_depends_on_the_batch_size(random_model, windows_WT, tmp_path):
+    model = random_model("llama")
+    files = {
+        size: run_calibration(tmp_path / str(size), model, windows_WT, size).tensors(block_file(1))
+        for size in (1, 2, 5)
+    }
+    for size in (1, 2):
+        for name, tensor in files[5].items():
+            close = torch.allclose(files[size][name], tensor, rtol=1e-6, atol=1e-6)
+            assert close != name.endswith("mean_abs"), name
+
+
+def test_what_costs_something_is_gathered_only_on_request(random_model, windows_WT, tmp_path):
+    model = random_model("llama")
+    statistics = {
+        tuple(sorted({name.rpartition(".")[2] for name in tensors}))
+        for requested in ((), ("max_abs",), ("autocorrelation",))
+        for tensors in [
+            run_calibration(tmp_path / "+".join(requested), model, windows_WT, requested=requested).tensors(
+                block_file(0)
+            )
+        ]
+    }
+    always = ("mean_abs", "mean_square", "sample")
+    assert statistics == {always, tuple(sorted((*always, "max_abs"))), ("autocorrelation", *always)}
+
+
+def test_the_requested_statistics_are_those_of_the_models_own_forward_pass(random_model, windows_WT, tmp_path):
+    model = random_model("llama")
+    found = run_calibration(tmp_path, model, windows_WT, requested=ON_REQUEST)
+    sites = found.json("sites.json")
+    for linear, batches in inputs_of_linears(model, windows_WT, BATCH_SIZE).items():
+        tensors = found.tensors(block_file(int(linear.split(".")[2])))
+        x_TI = torch.cat(batches).double()
+        r_II = x_TI.T @ x_TI / len(x_TI)
+        stored_II = tensors[f"{sites[linear]}.autocorrelation"]
+        assert stored_II.dtype == torch.float32
+        assert torch.equal(stored_II, stored_II.T)
+        torch.testing.assert_close(stored_II.double(), r_II, rtol=0, atol=1e-6 * float(r_II.diagonal().mean()))
+        torch.testing.assert_close(stored_II.diagonal(), tensors[f"{sites[linear]}.mean_square"], rtol=1e-6, atol=0)
+        assert torch.equal(tensors[f"{sites[linear]}.max_abs"].double(), x_TI.abs().amax(0))
+    # q, k and v share one matrix, gate and up another.
+    assert sum(name.endswith(".autocorrelation") for name in found.tensors(block_file(0))) == 4
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=needs_gpu)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scales", ["even", "outliers"])
+def test_the_autocorrelation_does_not_depend_on_the_batches(scales, dtype, device):
+    """Within 1e-6 of float64's and of each other; a GPU sums half precision less exactly (1.9e-6, H100)."""
+    limit = 1e-6 if dtype == torch.float32 or device == CPU else 5e-6
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(4000, 48, generator=generator) + 0.5
+    if scales == "outliers":
+        x_TI *= torch.logspace(-2, 3, 48)
+    x_TI = x_TI.to(dtype)
+    found = []
+    for batch in (1, 700, 4000):
+        site = SiteStatistics(48, device, {"autocorrelation"})
+        for x_NI in x_TI.to(device).split(batch):
+            site.add(x_NI, torch.empty(0, dtype=torch.int64, device=device))
+        stored_II = site.tensors()["autocorrelation"]
+        assert stored_II.dtype == torch.float32
+        assert torch.equal(stored_II, stored_II.T)
+        found.append(stored_II.cpu().double())
+    exact_II = x_TI.double().T @ x_TI.double() / len(x_TI)
+    size_II = (exact_II.diagonal()[:, None] * exact_II.diagonal()).sqrt()
+    for one_II in found:
+        assert ((one_II - exact_II).abs() / size_II).max() < limit
+        assert ((one_II - found[0]).abs() / size_II).max() < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_precision_inputs_are_those_of_their_float32_values(dtype):
+    x_NI = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(products(x_NI), products(x_NI.float()))
+
+
+@needs_gpu
+def test_statistics_on_a_gpu_are_those_of_the_cpu(random_model, windows_WT, tmp_path):
+    """All of a model's, in float32, as the walker gathers them block by block."""
+    model = random_model("llama")
+    here = run_calibration(tmp_path / "cpu", model, windows_WT, requested=ON_REQUEST)
+    there = Workspace(tmp_path / "gpu")
+    opened = OpenedModel.resident(model, torch.device("cuda"), Offload())
+    calibrate(there, opened, CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS), ON_REQUEST)
+    assert here.json("sites.json") == there.json("sites.json")
+    for index in range(2):
+        expected, found = here.tensors(block_file(index)), there.tensors(block_file(index))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_on_a_gpu_are_those_of_float64(dtype):
+    x_NI = torch.randn(512, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact_II = x_NI.double().T @ x_NI.double()
+    found_II = products(x_NI.cuda())
+    assert found_II.dtype == torch.float32
+    # Tensor cores add half precision's products up less exactly: 2.5e-6 on an H100.
+    limit = 1e-6 if dtype == torch.float32 else 5e-6
+    assert (found_II.cpu().double() - exact_II).abs().max() < limit * exact_II.diagonal().mean()
+
+
+def test_the_key_says_what_was_asked_for(windows_WT):
+    text = CalibrationText(windows_WT, 2, 24)
+    keys = [
+        calibration_key("model", text, torch.float32, CPU, requested)
+        for requested in ((), {"autocorrelation"}, {"autocorrelation", "max_abs"})
+    ]
+    assert len({str(key) for key in keys}) == 3
+    assert keys[2] == calibration_key("model", text, torch.float32, CPU, ["max_abs", "autocorrelation"])
+
+
+def test_sampled_tokens_are_spread_evenly_whatever_the_batches():
+    rng = random.Random(0)
+    for _ in range(300):
+        tokens, sampled, batch = rng.randint(1, 500), rng.randint(1, 600), rng.randint(1, 60)
+        whole = spread_indices(0, tokens, tokens, sampled)
+        parts = [
+            spread_indices(first, min(batch, tokens - first), tokens, sampled) + first
+            for first in range(0, tokens, batch)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+        assert len(whole) == min(sampled, tokens)
+        gaps = whole.diff()
+        assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+class KilledError(Exception):
+    pass
+
+
+class Dying(Workspace):
+    """Dies when the second block is about to be written."""
+
+    def write_tensors(self, name, tensors):
+        if name == block_file(1):
+            raise KilledError
+        super().write_tensors(name, tensors)
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_bytes(random_model, windows_WT, tmp_path):
+    model = random_model("gemma3")
+    run_calibration(tmp_path / "whole", model, windows_WT)
+    resumed = tmp_path / "resumed"
+    with pytest.raises(KilledError):
+        run_calibration(resumed, model, windows_WT, make=Dying)
+    assert (resumed / block_file(0)).exists()
+    assert not (resumed / block_file(1)).exists()
+    first_block_written = (resumed / block_file(0)).stat().st_mtime_ns
+    run_calibration(resumed, model, windows_WT)
+    assert (resumed / block_file(0)).stat().st_mtime_ns == first_block_written
+    for name in ("sites.json", *map(block_file, range(3))):
+        assert (resumed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("broken", "reported"),
+    [
+        ("model.embed_tokens", "model.layers.0.self_attn.q_proj"),
+        ("model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.o_proj"),
+        ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_reported_at_the_first_linear_they_reach(
+    random_model, windows_WT, tmp_path, broken, reported, value
+):
+    model = random_model("llama")
+    model.get_submodule(broken).weight.data[:, 0] = value
+    with pytest.raises(ModelError, match=f"inputs of {reported} hold NaN or infinities"):
+        run_calibration(tmp_path, model, windows_WT, requested=ON_REQUEST)

@@ -1,0 +1,185 @@
+"""Stage "quantize": what it writes beside the checkpoint, how it goes on, what it refuses.
+
+Shapes: I in_features, O out_features, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lqer.errors import ModelError
+from lqer.formats import MXInt
+from lqer.models.loaders import OpenedModel
+from lqer.models.structure import block_linears, find_blocks
+from lqer.stages.quantize import QuantizeSettings, quantization_key, quantize
+from lqer.store.names import SITES_FILE, block_file, layers_file, spectra_file
+from lqer.store.offload import Offload
+from lqer.store.store import Artifact, Workspace
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def plan(plan):
+    return replace(plan, weight=MXInt(bits=3))
+
+
+@pytest.fixture(scope="module")
+def quantized(random_model, run_stages, plan):
+    """A Llama of four blocks, at 3 bits."""
+    return run_stages(random_model("llama", num_hidden_layers=4), plan)
+
+
+def settings_for(model: PreTrainedModel, plan) -> QuantizeSettings:
+    name, blocks = find_blocks(model)
+    plans = {f"{name}.{i}.{linear}": plan for i, block in enumerate(blocks) for linear in block_linears(block)}
+    return QuantizeSettings(plans, None, seed=0)
+
+
+def run_quantize(workspace: Workspace, model: PreTrainedModel, tokenizer, calibration: Artifact, plan) -> Workspace:
+    quantize(workspace, OpenedModel.resident(model, CPU, Offload()), tokenizer, calibration, settings_for(model, plan))
+    return workspace
+
+
+def effective_weight(stages, block: int, name: str) -> Tensor:
+    """W_q and W_q + (A·B)ᵀ of a quantized Llama, decoded here from the packed bytes."""
+    tensors = stages.checkpoint.tensors(block_file(block))
+    entry = stages.details["linears"][name]
+
+    def decode(role: str) -> Tensor:
+        shape, axis, bits = entry[role]["shape"], entry[role]["axis"], entry[role]["format"]["bits"]
+        rows, length = shape[1 - axis], shape[axis]
+        stream = tensors[f"{name}.{role}.codes"].reshape(rows, -1).long()
+        ones = (stream[:, :, None] >> torch.arange(8)) & 1
+        codes = (ones.reshape(rows, -1)[:, : length * bits].reshape(rows, length, bits) << torch.arange(bits)).sum(-1)
+        exponents = tensors[f"{name}.{role}.exponents"].reshape(rows, -1).repeat_interleave(16, 1)[:, :length]
+        values = (codes - 2 ** (bits - 1)) * 2.0 ** (exponents.double() - 127 - (bits - 1))
+        return values if axis == 1 else values.T
+
+    return decode("weight"), decode("weight") + (decode("low_rank_a") @ decode("low_rank_b")).T
+
+
+def test_rows_hold_the_errors_of_the_stored_weights(quantized):
+    sites = quantized.calibration.json(SITES_FILE)
+    for block in range(4):
+        statistics = quantized.calibration.tensors(block_file(block))
+        for row in quantized.checkpoint.json(layers_file(block)):
+            weight_OI = quantized.model.get_submodule(row["name"]).weight.detach().double()
+            sample_SI = statistics[f"{sites[row['name']]}.sample"].double()
+            rounded_OI, effective_OI = effective_weight(quantized, block, row["name"])
+            for key, stored_OI in (("_before", rounded_OI), ("", effective_OI)):
+                error_OI = weight_OI - stored_OI
+                assert row[f"weight_error{key}"] == pytest.approx(float(error_OI.norm() / weight_OI.norm()), rel=1e-5)
+                share = (sample_SI @ error_OI.T).square().sum() / (sample_SI @ weight_OI.T).square().sum()
+                assert row[f"output_error{key}"] == pytest.approx(float(share), rel=1e-5)
+            assert row["weight_error"] < row["weight_error_before"]
+            assert (row["out_features"], row["in_features"], row["rank"]) == (*weight_OI.shape, 8)
+
+
+def test_every_linear_has_one_row_in_the_order_of_the_model(quantized):
+    names = [row["name"] for block in range(4) for row in quantized.checkpoint.json(layers_file(block))]
+    assert names == [
+        name for name, module in quantized.model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
+    ]
+
+
+def test_spectra_of_the_first_middle_and_last_block_are_those_of_the_rounding_error(quantized):
+    assert [spectra_file(block) in quantized.checkpoint for block in range(4)] == [True, False, True, True]
+    sites = quantized.calibration.json(SITES_FILE)
+    spectra = quantized.checkpoint.tensors(spectra_file(2))
+    statistics = quantized.calibration.tensors(block_file(2))
+    names = [row["name"] for row in quantized.checkpoint.json(layers_file(2))]
+    assert spectra.keys() == {f"{name}.{kind}" for name in names for kind in ("weight", "plain", "scaled")}
+    for name in names:
+        error_OI = quantized.model.get_submodule(name).weight.detach() - effective_weight(quantized, 2, name)[0]
+        mean_abs_I = statistics[f"{sites[name]}.mean_abs"].double()
+        scale_I = mean_abs_I / (mean_abs_I.min() * mean_abs_I.max()).sqrt()
+        weight_OI = quantized.model.get_submodule(name).weight.detach()
+        torch.testing.assert_close(
+            spectra[f"{name}.weight"], torch.linalg.svdvals(weight_OI.double()), rtol=1e-6, atol=1e-8
+        )
+        torch.testing.assert_close(spectra[f"{name}.plain"], torch.linalg.svdvals(error_OI), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            spectra[f"{name}.scaled"], torch.linalg.svdvals(error_OI * scale_I), rtol=1e-6, atol=1e-8
+        )
+
+
+class KilledError(Exception):
+    pass
+
+
+class Dying(Workspace):
+    """Dies when the third block's tensors are about to be written: its rows are there already."""
+
+    def write_tensors(self, name, tensors):
+        if name == block_file(2):
+            raise KilledError
+        super().write_tensors(name, tensors)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(quantized, letter_tokenizer, plan, tmp_path):
+    resumed = tmp_path / "resumed"
+    with pytest.raises(KilledError):
+        run_quantize(Dying(resumed), quantized.model, letter_tokenizer, quantized.calibration, plan)
+    written = {path: path.stat().st_mtime_ns for path in map(resumed.joinpath, map(block_file, range(2)))}
+    run_quantize(Workspace(resumed), quantized.model, letter_tokenizer, quantized.calibration, plan)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    names = {path.name for path in quantized.checkpoint.path.iterdir()} - {"manifest.json"}
+    assert names == {path.name for path in resumed.iterdir()} - {"journal.json"}
+    for name in names:
+        assert (resumed / name).read_bytes() == (quantized.checkpoint.path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(float("nan"), "1 NaN and 0 infinite"), (-torch.inf, "0 NaN and 1 infinite")]
+)
+def test_a_broken_weight_is_named(random_model, run_stages, plan, letter_tokenizer, tmp_path, value, found):
+    model = random_model("llama")
+    calibration = run_stages(model, plan).calibration
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    with pytest.raises(ModelError, match=rf"model\.layers\.1\.mlp\.up_proj: {found}"):
+        run_quantize(Workspace(tmp_path), model, letter_tokenizer, calibration, plan)
+
+
+def test_a_broken_bias_is_named(random_model, run_stages, plan, letter_tokenizer, tmp_path):
+    model = random_model("opt")
+    calibration = run_stages(model, plan).calibration
+    model.model.decoder.layers[0].fc1.bias.data[3] = torch.nan
+    with pytest.raises(ModelError, match=r"model\.decoder\.layers\.0\.fc1: 1 NaN"):
+        run_quantize(Workspace(tmp_path), model, letter_tokenizer, calibration, replace(plan, bias=MXInt(bits=8)))
+
+
+class Unreached(Artifact):
+    """A calibration whose text never reached one linear, as happens to a rarely used expert."""
+
+    def json(self, name):
+        table = super().json(name)
+        del table["model.layers.0.mlp.down_proj"]
+        return table
+
+
+def test_a_linear_that_calibration_never_reached_is_named(quantized, letter_tokenizer, plan, tmp_path):
+    calibration = Unreached(quantized.calibration.path)
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.down_proj was never reached by the calibration text"):
+        run_quantize(Workspace(tmp_path), quantized.model, letter_tokenizer, calibration, plan)
+
+
+def test_the_key_follows_what_decides_the_bytes_and_nothing_else(random_model, plan):
+    settings = settings_for(random_model("llama"), plan)
+    first = next(iter(settings.plans))
+    key = quantization_key("calibration", "model", settings, CPU)
+    assert key == quantization_key("calibration", "model", replace(settings, plans=dict(settings.plans)), CPU)
+    others = [
+        quantization_key("other", "model", settings, CPU),
+        quantization_key("calibration", "other", settings, CPU),
+        quantization_key("calibration", "model", replace(settings, seed=1), CPU),
+        quantization_key("calibration", "model", replace(settings, plans={**settings.plans, first: None}), CPU),
+        quantization_key("calibration", "model", replace(settings, attention={"blocks": "reduction"}), CPU),
+        quantization_key("calibration", "model", settings, torch.device("cuda")),
+    ]
+    assert key not in others

@@ -1,0 +1,292 @@
+"""Transforms and adaptive rounding as a step of the quantized stream: what is stored runs, what is killed goes on."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lqer.checkpoint.load import load_quantized
+from lqer.errors import ModelError
+from lqer.formats import Int, MXInt
+from lqer.models.loaders import OpenedModel
+from lqer.models.structure import block_linears, find_blocks
+from lqer.rounding import Adaptive, Nearest
+from lqer.rounding.adaptive import block_loss
+from lqer.stages import reconstruct_block
+from lqer.stages.calibrate import CalibrationText
+from lqer.stages.quantize import QuantizeSettings, finish_checkpoint, quantization_key
+from lqer.stages.quantize_sequential import quantize_in_order
+from lqer.stages.reconstruct_block import block_step, remove_states
+from lqer.store.names import block_file, layers_file, tuning_file
+from lqer.store.offload import Offload
+from lqer.store.store import Workspace
+from lqer.transforms import Awq, Clip, Lwc
+
+CPU = torch.device("cpu")
+W2 = Int(bits=2, block_size=16)
+AWQ_CLIP = (Awq(), Clip())
+LWC = Lwc(epochs=3, batch_size=2)
+QUICK = Adaptive(steps=4, batch_size=2, learning_rate=3e-2, scale_learning_rate=1e-2, soft_shares=(0.6, 0.3, 0.05))
+
+
+@pytest.fixture(scope="module")
+def adaptive_plan(plan):
+    return replace(plan, method="none", rank=0, weight=W2, rounding=QUICK)
+
+
+@pytest.fixture(scope="module")
+def text(windows_WT) -> CalibrationText:
+    return CalibrationText(windows_WT, 2, 24)
+
+
+def settings_for(model, plan, transforms=AWQ_CLIP, attention=None, skip=()) -> QuantizeSettings:
+    name, blocks = find_blocks(model)
+    names = [f"{name}.{i}.{linear}" for i, block in enumerate(blocks) for linear in block_linears(block)]
+    plans = {linear: None if linear.endswith(tuple(skip)) and skip else plan for linear in names}
+    return QuantizeSettings(plans, attention, 0, transforms)
+
+
+def run(folder, model, tokenizer, text, settings, make=Workspace):
+    workspace = make(folder)
+
+    def held():
+        return OpenedModel.resident(copy.deepcopy(model), CPU, Offload())
+
+    quantize_in_order(workspace, held(), held(), text, settings, block_step(workspace, settings, text.batch_size))
+    remove_states(workspace)
+    finish_checkpoint(workspace, held(), tokenizer, settings)
+    return workspace
+
+
+@torch.no_grad()
+def block_outputs(model, windows_WT):
+    outputs = []
+    hooks = [
+        block.register_forward_hook(lambda _, args, output: outputs.append(output)) for block in find_blocks(model)[1]
+    ]
+    model(windows_WT)
+    for hook in hooks:
+        hook.remove()
+    return [output[0] if isinstance(output, tuple) else output for output in outputs]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_last_loss_of_a_block_is_that_of_the_checkpoint_as_it_runs(
+    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, family
+):
+    """What is evaluated is what was trained: loaded from its files, the block is as far from the original as noted."""
+    model = random_model(family)
+    found = run(tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan))
+    outputs = block_outputs(load_quantized(tmp_path, CPU), text.windows_WT)
+    targets = block_outputs(model, text.windows_WT)
+    for index, (output, target) in enumerate(zip(outputs, targets, strict=True)):
+        loss = found.json(tuning_file(index))["loss"]
+        assert float(block_loss(output, target)) == pytest.approx(loss["end"], rel=1e-3)
+        assert loss["end"] < loss["start"]
+        assert len(loss["rounds"]) == 3
+
+
+@pytest.mark.parametrize("number_format", [W2, MXInt(bits=3)], ids=["int", "mxint"])
+def test_a_low_rank_branch_reconstructs_what_rounding_left(
+    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, number_format
+):
+    plan = replace(adaptive_plan, weight=number_format)
+    branch = replace(plan, method="qera-exact", rank=4)
+    model = random_model("llama", num_hidden_layers=1)
+    alone = run(tmp_path / "alone", model, letter_tokenizer, text, settings_for(model, plan))
+    found = run(tmp_path / "branch", model, letter_tokenizer, text, settings_for(model, branch))
+    for row, other in zip(found.json(layers_file(0)), alone.json(layers_file(0)), strict=True):
+        assert row["output_error_before"] == other["output_error"]
+        assert row["output_error"] < other["output_error"]
+        assert row["rank"] == 4
+    codes = [
+        workspace.tensors(block_file(0))["model.layers.0.mlp.up_proj.weight.codes"] for workspace in (alone, found)
+    ]
+    assert torch.equal(*codes)
+
+
+def test_activations_attention_and_skipped_linears_take_part(
+    random_model, letter_tokenizer, text, adaptive_plan, tmp_path
+):
+    plan = replace(adaptive_plan, weight=Int(bits=4, block_size=-1), activation=Int(bits=4, block_size=-1))
+    attention = {"format": MXInt(bits=8).to_dict(), "blocks": "reduction"}
+    model = random_model("qwen3", num_hidden_layers=2)
+    settings = settings_for(model, plan, attention=attention, skip=("down_proj",))
+    found = run(tmp_path, model, letter_tokenizer, text, settings)
+    names = [row["name"] for row in found.json(layers_file(1))]
+    assert len(names) == 6
+    assert not any(name.endswith("down_proj") for name in names)
+    for index in range(2):
+        loss = found.json(tuning_file(index))["loss"]
+        assert loss["end"] < loss["start"]
+    # The neighbour of a skipped linear's site stays as it was.
+    stored = found.tensors(block_file(0))["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(stored, model.model.layers[0].mlp.down_proj.weight)
+
+
+def test_a_block_that_is_skipped_whole_is_left_as_it_was(random_model, letter_tokenizer, text, adaptive_plan, tmp_path):
+    model = random_model("llama", num_hidden_layers=2)
+    settings = settings_for(model, adaptive_plan)
+    plans = {name: None if ".layers.0." in name else plan for name, plan in settings.plans.items()}
+    found = run(tmp_path, model, letter_tokenizer, text, replace(settings, plans=plans))
+    assert [tuning_file(index) in found for index in range(2)] == [False, True]
+    stored = found.tensors(block_file(0))
+    for name, tensor in model.model.layers[0].state_dict().items():
+        assert torch.equal(stored[f"model.layers.0.{name}"], tensor)
+
+
+class KilledError(Exception):
+    pass
+
+
+def dying_at(writes: int, before_removal: bool = False):
+    """A workspace whose process dies at the write, or at the removal, of that number."""
+
+    class Dying(Workspace):
+        count = 0
+
+        def _step(self):
+            if Dying.count == writes:
+                raise KilledError
+            Dying.count += 1
+
+        def write(self, name, write):
+            if not before_removal:
+                self._step()
+            super().write(name, write)
+
+        def remove(self, name):
+            if before_removal:
+                self._step()
+            super().remove(name)
+
+    return Dying
+
+
+PARTS = {
+    "awq, clip, adaptive": (AWQ_CLIP, QUICK),
+    "awq, lwc, adaptive": ((Awq(), LWC), QUICK),
+    "lwc": ((LWC,), Nearest()),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_run(random_model, letter_tokenizer, text, adaptive_plan, tmp_path_factory):
+    """By the name of its parts: model, settings, and the workspace of a run that nothing interrupted."""
+    model = random_model("llama", num_hidden_layers=2)
+
+    @functools.cache
+    def of(parts: str):
+        transforms, rounding = PARTS[parts]
+        settings = settings_for(model, replace(adaptive_plan, rounding=rounding), transforms)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
+            return model, settings, run(tmp_path_factory.mktemp("whole"), model, letter_tokenizer, text, settings)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("parts", "writes", "before_removal"),
+    [
+        *(("awq, clip, adaptive", writes, False) for writes in (0, 1, 3, 4, 5, 7, 9)),
+        *(("awq, clip, adaptive", removals, True) for removals in (0, 4)),
+        *(("awq, lwc, adaptive", writes, False) for writes in (3, 6, 12)),
+        ("awq, lwc, adaptive", 5, True),
+        ("lwc", 2, False),
+        ("lwc", 7, False),
+    ],
+)
+def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(
+    letter_tokenizer, text, tmp_path, monkeypatch, whole_run, parts, writes, before_removal
+):
+    monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
+    model, settings, whole = whole_run(parts)
+    with pytest.raises(KilledError):
+        run(tmp_path, model, letter_tokenizer, text, settings, dying_at(writes, before_removal))
+    run(tmp_path, model, letter_tokenizer, text, settings)
+    names = whole.names()
+    assert not [name for name in names if name.startswith("state-")]
+    assert Workspace(tmp_path).names() == names
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (whole.path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("writes", "kept", "left"),
+    [
+        (1, "01-0000", [("lwc", 1), ("lwc", 2), ("lwc", 3), ("rounding", 1), ("rounding", 2), ("rounding", 3)]),
+        (3, "01-0002", [("lwc", 3), ("rounding", 1), ("rounding", 2), ("rounding", 3)]),
+        (5, "02-0000", [("rounding", 1), ("rounding", 2), ("rounding", 3)]),
+        (7, "02-0002", [("rounding", 3)]),
+    ],
+)
+def test_a_killed_block_goes_on_after_its_last_epoch_or_round(
+    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, monkeypatch, writes, kept, left
+):
+    monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
+    model = random_model("llama", num_hidden_layers=1)
+    settings = settings_for(model, adaptive_plan, (Awq(), LWC))
+    with pytest.raises(KilledError):
+        run(tmp_path, model, letter_tokenizer, text, settings, dying_at(writes))
+    assert Workspace(tmp_path).names() == [f"state-00000-{kept}.safetensors"]
+    done = []
+    monkeypatch.setattr(reconstruct_block._Bar, "show", lambda bar, what, step, total, loss: done.append((what, step)))
+    run(tmp_path, model, letter_tokenizer, text, settings)
+    assert done == left
+
+
+def test_what_was_prepared_is_kept_and_not_made_again(letter_tokenizer, text, tmp_path, monkeypatch, whole_run):
+    """A second search or learning may end elsewhere, as on a GPU: rounding goes on under the scales it began with."""
+    monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
+    model, settings, whole = whole_run("awq, lwc, adaptive")
+    with pytest.raises(KilledError):
+        run(tmp_path, model, letter_tokenizer, text, settings, dying_at(6))
+    made = []
+    original = Lwc.apply
+
+    def apply(self, problem, prepared, session):
+        made.append(problem)
+        return original(self, problem, prepared, session)
+
+    monkeypatch.setattr(Lwc, "apply", apply)
+    run(tmp_path, model, letter_tokenizer, text, settings)
+    assert len(made) == 1, "of the second block alone"
+    assert (tmp_path / block_file(0)).read_bytes() == (whole.path / block_file(0)).read_bytes()
+
+
+def test_a_block_that_diverges_is_named_and_its_last_sound_state_kept(
+    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, monkeypatch
+):
+    original, calls = reconstruct_block.tune_block, []
+
+    def poisoned(problem, transforms, rounding, state, keep, progress):
+        def poison(reached):
+            keep(reached)
+            if reached.learnt:
+                calls.append(reached)
+                problem.targets_STD.fill_(torch.nan)
+
+        return original(problem, transforms, rounding, state, poison, progress)
+
+    monkeypatch.setattr(reconstruct_block, "tune_block", poisoned)
+    model = random_model("llama")
+    with pytest.raises(ModelError, match=r"model\.layers\.0: round 2 of 3 diverged: its loss is nan; the state before"):
+        run(tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan))
+    kept = Workspace(tmp_path).tensors("state-00000-02-0001.safetensors")
+    assert torch.equal(kept["learnt.v.mlp.up_proj.weight"], calls[0].learnt["v.mlp.up_proj.weight"])
+
+
+def test_without_block_parts_there_is_no_step_and_the_key_names_those_that_are_there(random_model, plan, tmp_path):
+    model = random_model("llama")
+    plain, scaled = settings_for(model, plan, ()), settings_for(model, plan, (Awq(),))
+    assert block_step(Workspace(tmp_path), plain, 2) is None
+    keys = [quantization_key("c", "m", settings, CPU) for settings in (plain, scaled)]
+    assert "transforms" not in keys[0]
+    assert keys[1]["transforms"] == [Awq().to_dict()]
+    json.dumps(keys)

@@ -1,0 +1,216 @@
+"""Artifacts are whole or not there, survive a kill file by file, and are refused when damaged."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lqer.errors import StoreError
+from lqer.store.files import content_hash
+from lqer.store.store import JOURNAL, MANIFEST, Store, Workspace
+
+KEY = {"model": "m", "rank": 4}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def make(workspace: Workspace) -> None:
+    for index in range(3):
+        name = f"block-{index}.safetensors"
+        if name not in workspace:
+            workspace.write_tensors(name, {"b": torch.full((4,), index), "a": torch.arange(3.0)})
+    workspace.write_json("about.json", {"blocks": 3})
+
+
+def kill_after(files: int):
+    def make_some(workspace: Workspace) -> None:
+        for index in range(files):
+            workspace.write_tensors(
+                f"block-{index}.safetensors", {"b": torch.full((4,), index), "a": torch.arange(3.0)}
+            )
+        raise Killed
+
+    return make_some
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+
+
+def test_what_was_written_is_read_back(store):
+    artifact = store.obtain("stage", KEY, make)
+    assert artifact.json("about.json") == {"blocks": 3}
+    assert torch.equal(artifact.tensors("block-2.safetensors")["b"], torch.full((4,), 2))
+
+
+def test_a_finished_artifact_is_not_made_again(store):
+    first = store.obtain("stage", KEY, make)
+    again = store.obtain("stage", KEY, lambda workspace: pytest.fail("made twice"))
+    assert again.path == first.path
+    assert again.content == first.content
+
+
+def test_stage_and_key_decide_the_name_and_the_order_of_keys_does_not(store):
+    assert store.path("stage", KEY) == store.path("stage", dict(reversed(KEY.items())))
+    assert store.path("stage", KEY) != store.path("other", KEY)
+    assert store.path("stage", KEY) != store.path("stage", KEY | {"rank": 5})
+    assert content_hash({"a": 1, "b": [2]}) == content_hash({"b": [2], "a": 1})
+
+
+def test_the_content_does_not_depend_on_when_or_under_which_key_it_was_made(store):
+    assert store.obtain("stage", KEY, make).content == store.obtain("stage", {"other": 1}, make).content
+
+
+@pytest.mark.parametrize("files", [0, 1, 2, 3])
+def test_a_killed_build_goes_on_with_the_files_it_had(store, tmp_path, files):
+    whole = Store(tmp_path / "whole").obtain("stage", KEY, make)
+    with pytest.raises(Killed):
+        store.obtain("stage", KEY, kill_after(files))
+    assert store.find("stage", KEY) is None
+
+    written = []
+    resumed = store.obtain("stage", KEY, lambda workspace: make(Recording(workspace, written)))
+    assert len(written) == 3 - files + 1
+    assert bytes_of(resumed.path) == bytes_of(whole.path)
+
+
+class Recording:
+    """A workspace that notes what is written to it."""
+
+    def __init__(self, workspace: Workspace, written: list[str]):
+        self._workspace, self._written = workspace, written
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._workspace
+
+    def write_tensors(self, name, tensors):
+        self._written.append(name)
+        self._workspace.write_tensors(name, tensors)
+
+    def write_json(self, name, value):
+        self._written.append(name)
+        self._workspace.write_json(name, value)
+
+
+def test_a_file_written_but_not_yet_journalled_is_written_again(store, monkeypatch):
+    monkeypatch.setattr("lqer.store.store.write_json", lambda path, value: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        store.obtain("stage", KEY, make)
+    monkeypatch.undo()
+    partial = store.path("stage", KEY).with_name(f"{store.path('stage', KEY).name}.partial")
+    assert (partial / "block-0.safetensors").exists()
+    assert not (partial / JOURNAL).exists()
+    assert store.obtain("stage", KEY, make).json("about.json") == {"blocks": 3}
+
+
+def test_what_a_kill_left_half_written_is_not_part_of_the_artifact(store):
+    with pytest.raises(Killed):
+        store.obtain("stage", KEY, kill_after(1))
+    partial = next(store.root.glob("*.partial"))
+    (partial / ".block-1.safetensors.12345").write_bytes(b"half")
+    artifact = store.obtain("stage", KEY, make)
+    assert sorted(path.name for path in artifact.path.iterdir()) == sorted([MANIFEST, *artifact.manifest["files"]])
+
+
+def test_a_kill_before_the_artifact_gets_its_name_costs_nothing(store, monkeypatch):
+    def refuse(self, target):
+        if target == store.path("stage", KEY):
+            raise Killed
+        return rename(self, target)
+
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(Killed):
+        store.obtain("stage", KEY, make)
+    monkeypatch.undo()
+    written = []
+    artifact = store.obtain("stage", KEY, lambda workspace: make(Recording(workspace, written)))
+    assert written == ["about.json"]
+    assert sorted(path.name for path in artifact.path.iterdir()) == sorted([MANIFEST, *artifact.manifest["files"]])
+
+
+def test_seconds_add_up_over_the_processes_that_had_a_part_in_it(store):
+    def slow_then_killed(workspace):
+        time.sleep(0.3)
+        kill_after(1)(workspace)
+
+    with pytest.raises(Killed):
+        store.obtain("stage", KEY, slow_then_killed)
+    assert store.obtain("stage", KEY, make).seconds >= 0.3
+
+
+class TestDamage:
+    def flip(self, path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    def test_a_changed_file_is_refused_by_name(self, store):
+        artifact = store.obtain("stage", KEY, make)
+        self.flip(artifact.path / "block-1.safetensors")
+        found = store.obtain("stage", KEY, make)
+        assert torch.equal(found.tensors("block-0.safetensors")["a"], torch.arange(3.0))
+        with pytest.raises(StoreError, match=r"block-1\.safetensors is damaged: sha256 .* remove .* made again"):
+            found.tensors("block-1.safetensors")
+        with pytest.raises(StoreError, match=r"block-1\.safetensors is damaged"):
+            found.verify()
+
+    def test_a_missing_file_is_refused_by_name(self, store):
+        artifact = store.obtain("stage", KEY, make)
+        (artifact.path / "about.json").unlink()
+        with pytest.raises(StoreError, match=r"about\.json is missing"):
+            store.obtain("stage", KEY, make).json("about.json")
+
+    def test_a_damaged_manifest_is_refused_by_name(self, store):
+        artifact = store.obtain("stage", KEY, make)
+        (artifact.path / MANIFEST).write_text("{")
+        with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
+            _ = store.obtain("stage", KEY, make).content
+
+    def test_a_file_of_an_interrupted_build_is_refused_by_name(self, store):
+        with pytest.raises(Killed):
+            store.obtain("stage", KEY, kill_after(2))
+        self.flip(next(store.root.glob("*.partial")) / "block-0.safetensors")
+        with pytest.raises(StoreError, match=r"block-0\.safetensors is damaged"):
+            store.obtain("stage", KEY, make)
+
+    def test_a_damaged_journal_is_refused_by_name(self, store):
+        with pytest.raises(Killed):
+            store.obtain("stage", KEY, kill_after(2))
+        (next(store.root.glob("*.partial")) / JOURNAL).write_text("[")
+        with pytest.raises(StoreError, match=r"journal\.json is damaged"):
+            store.obtain("stage", KEY, make)
+
+
+def _obtain_slowly(root: Path, makers: Path) -> None:
+    def make_slowly(workspace: Workspace) -> None:
+        with makers.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.3)
+        workspace.write_json("about.json", {"blocks": 3})
+
+    assert Store(root).obtain("stage", KEY, make_slowly).json("about.json") == {"blocks": 3}
+
+
+def test_of_several_processes_one_makes_the_artifact_and_the_others_wait(tmp_path):
+    makers = tmp_path / "makers.txt"
+    spawn = multiprocessing.get_context("fork")
+    processes = [spawn.Process(target=_obtain_slowly, args=(tmp_path / "store", makers)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(makers.read_text().split()) == 1
