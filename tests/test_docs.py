@@ -97,12 +97,12 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> typing.Iterator[str]:
 
 @pytest.mark.parametrize("key", [*keys_of(Config), *keys_of(TrackingConfig, "tracking.")])
 def test_every_key_of_the_configuration_is_explained(key):
-    page = (ROOT / "docs" / "config.md").read_text()
+    page = (ROOT / "docs" / "configuration.md").read_text()
     assert f"`{key}" in page
 
 
 def test_the_page_of_the_contract_is_made_from_the_code():
-    assert (ROOT / "docs" / "results.md").read_text() == contract.render()
+    assert (ROOT / "docs" / "results" / "contract.md").read_text() == contract.render()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -247,7 +247,7 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    """One experiment. Keys are explained in docs/config.md."""
+    """One experiment. Keys are explained in docs/configuration.md."""
 
     model: str
     revision: str | None = None

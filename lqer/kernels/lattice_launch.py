@@ -41,7 +41,7 @@ class LatticeLaunch:
     registers: int | None = None  # of a thread, at most
 
 
-# Of those that were measured at 8192x8192 (docs/benchmarks.md) the fastest for one token, and nearly that for more.
+# Of those that were measured at 8192x8192 (docs/lab-notebook.md) the fastest for one token, and nearly that for more.
 LAUNCH, LAUNCH_MORE = LatticeLaunch(4, 8, 80), LatticeLaunch(8, 8)
 FEW_TOKENS = 2
 

@@ -4,8 +4,8 @@
     y = packed_linear(x, packed)
 
 On a GPU this runs one or two Triton kernels, and for many tokens kernels that decode the weight and write the branch,
-to which a library adds the product (docs/kernels.md has the regimes). Elsewhere it runs the torch reference, or, under
-TRITON_INTERPRET=1, the kernels in Triton's interpreter. No call waits for the device or tunes anything.
+to which a library adds the product (docs/developer/kernels.md has the regimes). Elsewhere it runs the torch reference,
+or, under TRITON_INTERPRET=1, the kernels in Triton's interpreter. No call waits for the device or tunes anything.
 
 Shapes: M tokens, N out_features, K in_features, R rank; P marks padding.
 """

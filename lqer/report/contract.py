@@ -1,6 +1,6 @@
-"""Prints the contract of results.json as markdown; docs/results.md is its output.
+"""Prints the contract of results.json as markdown; docs/results/contract.md is its output.
 
-python -m lqer.report.contract > docs/results.md
+python -m lqer.report.contract > docs/results/contract.md
 """
 
 from __future__ import annotations
