@@ -8,9 +8,10 @@ lqer.transforms. It imports on a machine without a GPU; kernels run on CUDA tens
 interpreter (TRITON_INTERPRET=1).
 """
 
-from .layout import PackedWeight, pack_weight, unpack_codes
-from .linear import DTYPES, PackedLinear, activation_rounding, check_weight, packed_linear
-from .module import TritonLinear
+from lqer.kernels.layout import PackedWeight, pack_weight, unpack_codes
+from lqer.kernels.linear import packed_linear
+from lqer.kernels.module import TritonLinear
+from lqer.kernels.packed import DTYPES, PackedLinear, activation_rounding, check_weight
 
 __all__ = [
     "DTYPES",

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .decode import dot, exponent_to_scale
-from .rounding import round_columns
+from lqer.kernels.decode import dot, exponent_to_scale
+from lqer.kernels.rounding import round_columns
 
 SLABS_AT_ONCE = tl.constexpr(8)
 # What a finished block of ranks adds to `ready`; consumers add one each.

@@ -10,11 +10,10 @@ instruction. Everything else takes the general way through float32, which every 
 
 import triton
 import triton.language as tl
-from triton import knobs
 
-from .layout import PAIRS, ROWS, WORDS
+from lqer.kernels.layout import PAIRS, ROWS, WORDS
+from lqer.kernels.runtime import INTERPRETED
 
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 WORDS_C = tl.constexpr(WORDS)
 PAIRS_C = tl.constexpr(PAIRS)
 ROWS_C = tl.constexpr(ROWS)

@@ -6,9 +6,9 @@ Shapes: M tokens, N out_features, K in_features, T columns of a tile.
 import triton
 import triton.language as tl
 
-from .branch import load_factor
-from .decode import decode_tile, dot, restore_columns
-from .rounding import round_columns
+from lqer.kernels.branch import load_factor
+from lqer.kernels.decode import decode_tile, dot, restore_columns
+from lqer.kernels.rounding import round_columns
 
 
 @triton.jit

@@ -12,10 +12,10 @@ Shapes: M tokens, N out_features, K in_features, R rank (padded to whole blocks)
 import triton
 import triton.language as tl
 
-from .branch import await_projection, load_factor, produce_projection
-from .decode import decode_tile, dot, permute_columns
-from .parts import add_parts
-from .rounding import round_rows
+from lqer.kernels.branch import await_projection, load_factor, produce_projection
+from lqer.kernels.decode import decode_tile, dot, permute_columns
+from lqer.kernels.parts import add_parts
+from lqer.kernels.rounding import round_rows
 
 
 # M changes from call to call: no new compilation for 1, or for multiples of 16.

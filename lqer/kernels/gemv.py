@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .branch import load_factor, project_rank
-from .decode import INTERPRETED, ROWS_C, WORDS_C, exponent_to_scale
-from .rounding import mxint_codes, round_columns
+from lqer.kernels.branch import load_factor, project_rank
+from lqer.kernels.decode import ROWS_C, WORDS_C, exponent_to_scale
+from lqer.kernels.rounding import mxint_codes, round_columns
+from lqer.kernels.runtime import INTERPRETED
 
 BLOCKS = tl.constexpr(8)  # of a tile
 TILE_K = tl.constexpr(128)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .lattice_decode import TILE_C, token_order
-from .rounding import ROUNDER
+from lqer.kernels.lattice_decode import TILE_C, token_order
+from lqer.kernels.rounding import ROUNDER
 
 # 2^15 / (127 * 256 + 127): what has fifteen bits and still no h above 127.
 LARGEST_ROOM = tl.constexpr(32768 / 32639)

@@ -43,8 +43,7 @@ from torch.nn.functional import pad
 
 from lqer.formats import E8P, QuantizedTensor
 from lqer.formats.e8 import DIMENSION, absolute_rows
-
-from .layout import ROW_PADDING, ROWS
+from lqer.kernels.layout import ROW_PADDING, ROWS
 
 TILE_K = 128
 CODES = TILE_K // DIMENSION  # of a row in a tile

@@ -14,9 +14,9 @@ fills it, and returns where it is.
 import triton
 import triton.language as tl
 
-from .decode import ROWS_C, _join4
-from .lattice import ROWS_OF_A, TILE_K, UNITS
-from .layout import ROWS
+from lqer.kernels.decode import ROWS_C, _join4
+from lqer.kernels.lattice import ROWS_OF_A, TILE_K, UNITS
+from lqer.kernels.layout import ROWS
 
 TILE_C, UNITS_C = tl.constexpr(TILE_K), tl.constexpr(UNITS)
 COPIES = 16

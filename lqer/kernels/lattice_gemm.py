@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .decode import INTERPRETED, ROWS_C
-from .lattice_decode import (
+from lqer.kernels.decode import ROWS_C
+from lqer.kernels.lattice_decode import (
     COPIES_C,
     TILE_C,
     TOKENS_AT_ONCE_C,
@@ -29,7 +29,8 @@ from .lattice_decode import (
     unit_places,
     unit_word,
 )
-from .parts import add_parts
+from lqer.kernels.parts import add_parts
+from lqer.kernels.runtime import INTERPRETED
 
 PROJECTION_ELEMENTS = tl.constexpr(4096)
 

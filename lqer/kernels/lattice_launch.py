@@ -14,16 +14,15 @@ import torch
 import triton
 from torch import Tensor
 
+from lqer.kernels.hadamard import restore_tokens_kernel, transform_tokens_kernel
+from lqer.kernels.lattice import TILE_K, LatticeLayout, PackedLattice
+from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
+from lqer.kernels.lattice_gemm import lattice_expand_kernel, lattice_product_kernel
+from lqer.kernels.layout import ROW_PADDING, ROWS
+from lqer.kernels.packed import PackedLinear
+from lqer.kernels.runtime import launch_options
 from lqer.nn.linear import FLOAT16_HEADROOM, in_basis
 from lqer.transforms.hadamard import RandomHadamard, small_factor, small_order
-
-from .chaining import launch_options
-from .hadamard import restore_tokens_kernel, transform_tokens_kernel
-from .lattice import TILE_K, LatticeLayout, PackedLattice
-from .lattice_decode import TOKENS_AT_ONCE
-from .lattice_gemm import lattice_expand_kernel, lattice_product_kernel
-from .layout import ROW_PADDING, ROWS
-from .linear import PackedLinear
 
 LATTICE_TOKENS = 16
 LARGEST_BLOCK = 128  # of a transform's outputs, for one program

@@ -15,19 +15,19 @@ import torch
 import triton
 from torch import Tensor
 
-from .chaining import can_chain, launch_options
-from .codebook import CodebookLayout, PackedCodebook, tile_of
-from .expand import branch_kernel, expand_kernel
-from .gemm import gemm_kernel
-from .gemv import gemv_kernel, prepare_vector_kernel
-from .lattice import LatticeLayout, PackedLattice
-from .lattice_launch import LATTICE_TOKENS, expand_lattice, run_in_basis, run_lattice, runs_in_kernels
-from .layout import ROW_PADDING as ROW_TILE
-from .layout import Layout, PackedWeight
-from .linear import INTERPRETED, PROJECTION_COUNTERS, TOKEN_TILES, AnyWeight, PackedLinear
-from .lookup import codebook_expand_kernel, codebook_product_kernel
-from .tokens import prepare_tokens_kernel, project_kernel, round_kernel
-from .tuning import GemmLaunch, GemvLaunch, bucket_of, gemm_launch, gemv_launch
+from lqer.kernels.codebook import CodebookLayout, PackedCodebook, tile_of
+from lqer.kernels.expand import branch_kernel, expand_kernel
+from lqer.kernels.gemm import gemm_kernel
+from lqer.kernels.gemv import gemv_kernel, prepare_vector_kernel
+from lqer.kernels.lattice import LatticeLayout, PackedLattice
+from lqer.kernels.lattice_launch import LATTICE_TOKENS, expand_lattice, run_in_basis, run_lattice, runs_in_kernels
+from lqer.kernels.layout import ROW_PADDING as ROW_TILE
+from lqer.kernels.layout import Layout, PackedWeight
+from lqer.kernels.lookup import codebook_expand_kernel, codebook_product_kernel
+from lqer.kernels.packed import PROJECTION_COUNTERS, TOKEN_TILES, AnyWeight, PackedLinear
+from lqer.kernels.runtime import INTERPRETED, can_chain, launch_options
+from lqer.kernels.tokens import prepare_tokens_kernel, project_kernel, round_kernel
+from lqer.kernels.tuning import GemmLaunch, GemvLaunch, bucket_of, gemm_launch, gemv_launch
 
 ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
 PROJECTION_COLUMNS = 256  # of x, for one program

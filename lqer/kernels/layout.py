@@ -109,8 +109,6 @@ def check_weight_format(number_format: NumberFormat) -> None:
     kind, block = number_format.kind, number_format.block_size
     if not isinstance(number_format, MXInt | Int):
         raise ValueError(f'kernels read weights of kind "mxint", "int", "codebook" and "e8p", found "{kind}"')
-    if isinstance(number_format, MXInt) and number_format.compat:
-        raise ValueError('compat True: kernels read "mxint" without its passed-through elements')
     if block != -1 and (block < 16 or block & (block - 1)):
         raise ValueError(f"block_size {block} is neither a power of two of at least 16 nor -1 ({kind})")
 

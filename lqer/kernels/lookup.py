@@ -8,14 +8,13 @@ Shapes: [W, R, J, M] throughout, W words, R rows, J fields of a word, M tokens; 
 
 import triton
 import triton.language as tl
-from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .branch import load_factor
-from .codebook import QUAD
-from .rounding import round_columns
+from lqer.kernels.branch import load_factor
+from lqer.kernels.codebook import QUAD
+from lqer.kernels.rounding import round_columns
+from lqer.kernels.runtime import INTERPRETED
 
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 QUAD_C = tl.constexpr(QUAD)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .linear import PackedLinear, packed_linear, weight_of
+from lqer.kernels.linear import packed_linear
+from lqer.kernels.packed import PackedLinear, weight_of
 
 
 class TritonLinear(nn.Module):

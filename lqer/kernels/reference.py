@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from lqer.formats import MXInt
+from lqer.kernels.codebook import PackedCodebook
+from lqer.kernels.lattice import PackedLattice, unpack_points
+from lqer.kernels.layout import PackedWeight, unpack_codes
+from lqer.kernels.packed import AnyWeight, PackedLinear
 from lqer.nn.linear import in_basis
 from lqer.transforms.hadamard import RandomHadamard
-
-from .codebook import PackedCodebook
-from .lattice import PackedLattice, unpack_points
-from .layout import PackedWeight, unpack_codes
-from .linear import AnyWeight, PackedLinear
 
 
 def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:

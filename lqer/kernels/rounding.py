@@ -2,9 +2,9 @@
 
 import triton
 import triton.language as tl
-from triton import knobs
 
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+from lqer.kernels.runtime import INTERPRETED
+
 INF_PATTERN = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 NAN_PATTERN = tl.constexpr(0x7FC00000)

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .branch import add_slabs, multiply_slab, project_rank, write_projection
-from .decode import permute_columns
-from .rounding import round_columns
+from lqer.kernels.branch import add_slabs, multiply_slab, project_rank, write_projection
+from lqer.kernels.decode import permute_columns
+from lqer.kernels.rounding import round_columns
 
 
 # M changes from call to call: no new compilation for 1, or for multiples of 16.

@@ -12,7 +12,7 @@ from lqer.formats import Codebook, MXInt, NumberFormat, Passthrough
 from lqer.kernels import PackedLinear, packed_linear
 from lqer.kernels.codebook import CodebookLayout, tile_of
 from lqer.kernels.launch import expand, run_codebook, run_expanded
-from lqer.kernels.linear import decode_spec, encode_spec
+from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import dequantize, reference_linear
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}

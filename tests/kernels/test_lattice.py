@@ -12,9 +12,10 @@ from lqer.formats import E8P, Int, MXInt, QuantizedTensor
 from lqer.kernels import PackedLinear, TritonLinear, launch, packed_linear
 from lqer.kernels.lattice import PackedLattice, pack_lattice
 from lqer.kernels.lattice_launch import fits_transform, run_lattice
-from lqer.kernels.launch import can_chain, expand
-from lqer.kernels.linear import decode_spec, encode_spec
+from lqer.kernels.launch import expand
+from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import dequantize, reference_linear
+from lqer.kernels.runtime import can_chain
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
 

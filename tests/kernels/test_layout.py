@@ -88,7 +88,6 @@ def test_padding_holds_zeros():
         (Passthrough("float16"), 'found "passthrough"'),
         (Int(4, 96), "block_size 96 is neither a power of two of at least 16 nor -1"),
         (MXInt(4, 8), "block_size 8 is neither"),
-        (MXInt(4, compat=True), "compat True"),
     ],
 )
 def test_a_format_that_kernels_do_not_read_is_refused_with_the_rule(number_format, rule):
@@ -106,7 +105,6 @@ def test_blocks_along_the_outputs_are_refused():
     [
         (Int(8), torch.float16, 'kernels round activations to "mxint"'),
         (MXInt(8, 48), torch.float16, r"activation block_size 48 is not one of \(16, 32, 64\)"),
-        (MXInt(8, compat=True), torch.float16, "without compat"),
         (None, torch.float32, "kernels compute in bfloat16 or float16, found torch.float32"),
     ],
 )

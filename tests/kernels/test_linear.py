@@ -12,7 +12,7 @@ from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, build_layer, random_inp
 from lqer.formats import Int, MXInt, Passthrough
 from lqer.kernels import packed_linear
 from lqer.kernels.launch import expand, fits_gemv, run_expanded, run_gemm, run_gemv
-from lqer.kernels.linear import decode_spec, encode_spec
+from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 

@@ -1,17 +1,20 @@
-"""Programmatic dependent launch: a kernel starts while the one before it still runs, and waits for it on the device."""
+"""How kernels run here: in Triton's interpreter or compiled, and by programmatic dependent launch (PDL) or not."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-from .linear import INTERPRETED
+# True under TRITON_INTERPRET=1; read by host code and by kernels.
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 def can_chain(x: Tensor) -> bool:
-    """Whether a kernel may be launched while the one before it still runs (programmatic dependent launch)."""
+    """Whether a kernel on x may start before the previous kernel has ended (PDL: compute capability 9.0 and later)."""
     return x.is_cuda and _chains(x.device)
 
 

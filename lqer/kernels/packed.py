@@ -1,0 +1,237 @@
+"""A quantized linear as the kernels read it: its packed tensors, and what is fixed when kernels are compiled.
+
+Shapes: N out_features, K in_features, R rank; P marks padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lqer.formats import E8P, Codebook, MXInt, NumberFormat, Passthrough, QuantizedTensor
+from lqer.kernels.codebook import CodebookLayout, PackedCodebook, check_codebook, pack_codebook
+from lqer.kernels.lattice import LatticeLayout, PackedLattice, check_lattice, pack_lattice
+from lqer.kernels.layout import ROW_PADDING, Layout, PackedWeight, check_weight_format, pack_weight
+from lqer.transforms.hadamard import RandomHadamard
+
+FACTOR_BLOCKS = (16, 32, 64)
+DTYPES = (torch.bfloat16, torch.float16)
+# Counters: of the low-rank branch, then of finished parts of tiles of outputs, up to so many tiles of tokens.
+PROJECTION_COUNTERS = 256
+TOKEN_TILES = 16
+
+
+AnyLayout = Layout | CodebookLayout | LatticeLayout
+AnyWeight = PackedWeight | PackedCodebook | PackedLattice
+
+
+@dataclass(frozen=True)
+class ActivationRounding:
+    """How activations are rounded; bits 0: not at all."""
+
+    bits: int = 0
+    block: int = 16
+    ceil: bool = True
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that is fixed at compile time."""
+
+    layout: AnyLayout
+    rounding: ActivationRounding
+    rank: int  # padded
+    a_block: int
+    b_block: int
+    # All of it as a string, the only structured thing that a custom operator takes; made once, for every call.
+    text: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", encode_spec(self))
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A quantized linear as the kernels read it.
+
+    weight: see layout.py, codebook.py and lattice.py. a_codes, A transposed [RP, KP], and b_codes [RP, N]: int8 with
+    uint8 step exponents [RP, KP/block] and [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in
+    `dtype` or None. input_signs_K and output_signs_N, in `dtype`: of the basis that weight, A and B are in, for lattice
+    codes, or None. workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
+    """
+
+    spec: Spec
+    dtype: torch.dtype
+    weight: AnyWeight
+    bias_N: Tensor | None
+    a_codes: Tensor | None
+    a_exponents: Tensor | None
+    b_codes: Tensor | None
+    b_exponents: Tensor | None
+    workspace: Tensor
+    input_signs_K: Tensor | None = None
+    output_signs_N: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        weight: QuantizedTensor,
+        a: QuantizedTensor | None,
+        b: QuantizedTensor | None,
+        bias_N: Tensor | None,
+        activation: NumberFormat | None,
+        dtype: torch.dtype,
+        basis: RandomHadamard | None = None,
+    ) -> PackedLinear:
+        """Lay out a linear for the kernels, on the device of its tensors.
+
+        weight: (N, K) in "mxint", "int", "codebook" or "e8p", blocks along K. a (K, R), b (R, N): any format; MXINT
+        factors with blocks of 16, 32 or 64 along the summed dimension stay packed, except beside "e8p"; others are kept
+        as values in `dtype`. activation: "mxint" with blocks of 16, 32 or 64, or None. dtype: bfloat16 or float16, of x
+        and y. basis: that of weight, a and b, which the kernels of "e8p" go to and come back from.
+
+        Raises ValueError, stating the rule, for anything else.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"kernels compute in bfloat16 or float16, found {dtype}")
+        lattice = isinstance(weight.format, E8P)
+        if basis is not None and not lattice:
+            raise ValueError(f'kernels run a basis around weights of kind "e8p", found "{weight.format.kind}"')
+        packed = _pack_any(weight, dtype)
+        rounding = activation_rounding(activation)
+        rank = 0 if a is None else padded_rank(a.shape[1], max(rounding.block, _block_of(b)))
+        a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.padded_columns, rank, dtype, as_values=lattice)
+        a_codes, a_exponents = (part if part is None else part.T.contiguous() for part in (a_codes, a_exponents))
+        b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype, as_values=lattice)
+        counters = PROJECTION_COUNTERS
+        if not isinstance(packed, PackedCodebook):
+            counters += TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
+        return cls(
+            spec=Spec(packed.layout, rounding, rank, a_block, b_block),
+            dtype=dtype,
+            weight=packed,
+            bias_N=None if bias_N is None else bias_N.to(dtype),
+            a_codes=a_codes,
+            a_exponents=a_exponents,
+            b_codes=b_codes,
+            b_exponents=b_exponents,
+            workspace=torch.zeros(counters, dtype=torch.int32, device=packed.words.device),
+            input_signs_K=None if basis is None else basis.input_signs_I.to(packed.words.device, dtype),
+            output_signs_N=None if basis is None else basis.output_signs_O.to(packed.words.device, dtype),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything it holds, by name."""
+        named = dict(zip(("words", "high", "scales", "zeros"), self.weight.parts, strict=True))
+        named |= {
+            "bias": self.bias_N, "a_codes": self.a_codes, "a_exponents": self.a_exponents, "b_codes": self.b_codes,
+            "b_exponents": self.b_exponents, "workspace": self.workspace, "input_signs": self.input_signs_K,
+            "output_signs": self.output_signs_N,
+        }  # fmt: skip
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def weight_of(layout: AnyLayout, words: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None) -> AnyWeight:
+    """A packed weight from its tensors, in the places that its `parts` put them in."""
+    if isinstance(layout, CodebookLayout):
+        return PackedCodebook(layout, words, scales)
+    if isinstance(layout, LatticeLayout):
+        assert high is not None
+        return PackedLattice(layout, words, high, scales)
+    return PackedWeight(layout, words, high, scales, zeros)
+
+
+def check_weight(number_format: NumberFormat) -> None:
+    """Raise ValueError, stating the rule, for a format of weights that the kernels do not read."""
+    if isinstance(number_format, Codebook):
+        check_codebook(number_format)
+    elif isinstance(number_format, E8P):
+        check_lattice(number_format)
+    else:
+        check_weight_format(number_format)
+
+
+def activation_rounding(activation: NumberFormat | None) -> ActivationRounding:
+    """Raises ValueError for an activation format that the kernels cannot round to."""
+    if activation is None or isinstance(activation, Passthrough):
+        return ActivationRounding()
+    if not isinstance(activation, MXInt):
+        raise ValueError(f'kernels round activations to "mxint", found {activation}')
+    if activation.block_size not in FACTOR_BLOCKS:
+        raise ValueError(f"activation block_size {activation.block_size} is not one of {FACTOR_BLOCKS}")
+    return ActivationRounding(activation.bits, activation.block_size, activation.scale_rounding == "ceil")
+
+
+def padded_rank(rank: int, block: int) -> int:
+    """The rank that kernels run: a power of two up to 64, whole blocks, then a multiple of 64; the rest is zeros."""
+    return max(16, block, 1 << (rank - 1).bit_length()) if rank <= 64 else -(-rank // 64) * 64
+
+
+def _block_of(factor: QuantizedTensor | None) -> int:
+    """Elements along the summed dimension that share a step, of a factor that stays packed; else 0."""
+    if factor is None or not isinstance(factor.format, MXInt) or factor.axis != 0:
+        return 0
+    return factor.format.block_size if factor.format.block_size in FACTOR_BLOCKS else 0
+
+
+def _pack_any(weight: QuantizedTensor, dtype: torch.dtype) -> AnyWeight:
+    if isinstance(weight.format, Codebook):
+        return pack_codebook(weight, dtype)
+    return pack_lattice(weight) if isinstance(weight.format, E8P) else pack_weight(weight)
+
+
+def _pack_factor(
+    factor: QuantizedTensor | None, rows: int, columns: int, dtype: torch.dtype, as_values: bool
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Codes or values [rows, columns], step exponents or None, and the block they share."""
+    if factor is None:
+        return None, None, FACTOR_BLOCKS[0]
+    number_format, block = factor.format, _block_of(factor)
+    if as_values or not block:
+        return _padded(factor.dequantize(dtype), rows, columns), None, FACTOR_BLOCKS[0]
+    assert isinstance(number_format, MXInt)
+    exponents = factor.parts["exponents"].to(torch.int16)
+    steps = torch.where(exponents > 0, exponents - number_format.fraction_bits, 0)
+    if (steps < 0).any():
+        raise ValueError("the step of an MXINT block of a factor lies below 2^-126")
+    codes = _padded(factor.parts["codes"].T, rows, columns)
+    return codes, _padded(steps.to(torch.uint8).T, rows // block, columns), block
+
+
+def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
+    return pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0])).contiguous()
+
+
+def encode_spec(spec: Spec) -> str:
+    """A spec as a string of names and numbers."""
+    rounding = spec.rounding
+    numbers = (
+        *dataclasses.astuple(spec.layout), rounding.bits, rounding.block, rounding.ceil, spec.rank, spec.a_block,
+        spec.b_block,
+    )  # fmt: skip
+    return ",".join([type(spec.layout).__name__, *(str(int(number)) for number in numbers)])
+
+
+@cache
+def decode_spec(text: str) -> Spec:
+    """The inverse of `encode_spec`."""
+    kind, *numbers = text.split(",")
+    *fields, x_bits, x_block, ceil, rank, a_block, b_block = map(int, numbers)
+    layout: AnyLayout
+    if kind == CodebookLayout.__name__:
+        layout = CodebookLayout(*fields)
+    elif kind == LatticeLayout.__name__:
+        layout = LatticeLayout(*fields)
+    else:
+        rows, columns, bits, offset, block, exponents = fields
+        layout = Layout(rows, columns, bits, offset, block, bool(exponents))
+    return Spec(layout, ActivationRounding(x_bits, x_block, bool(ceil)), rank, a_block, b_block)
