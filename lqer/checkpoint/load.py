@@ -26,7 +26,9 @@ from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
 from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, _parts, _unpack
 from lqer.errors import ModelError
 from lqer.formats import E8P, NumberFormat, QuantizedTensor, format_from_dict
+from lqer.models.dispatch import dispatch_all
 from lqer.models.loaders import OpenedModel, Streamed
+from lqer.models.open import DevicePlacement, spans_gpus
 from lqer.models.source import pick_device
 from lqer.models.streaming import fill_parameters, read_file, tie
 from lqer.models.structure import prepare_model
@@ -40,21 +42,29 @@ from lqer.transforms.quarot import carry_over
 
 
 def load_quantized(
-    path: str | Path, device: str | torch.device = "auto", dtype: torch.dtype | None = None, backend: str = "auto"
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    device_map: DevicePlacement = "single",
 ) -> PreTrainedModel:
     """A transformers model, ready for `generate` and lm-eval's HFLM, from a quantized checkpoint.
 
     dtype: of activations and of everything that is not quantized; by default float32 on a CPU, else the original's.
     backend: "emulate", ordinary arithmetic on dequantized weights; "triton", kernels on packed weights, for a GPU;
-    "auto", kernels where they can run. Raises ModelError if the folder is no quantized checkpoint or the kernels that
-    are asked for cannot run it.
+    "auto", kernels where they can run. device_map: "auto" distributes the model over all GPUs.
+
+    Raises ModelError if the folder is not a quantized checkpoint, the requested backend cannot run it, or it does not
+    fit on the GPUs.
     """
     device = pick_device(str(device))
-    model, _, blocks, loader = _open(Path(path), device, dtype, backend)
-    loader.load_outer()
-    loader.materialize(blocks, lambda index: device)
-    nn.Module.to(model, device)
-    return model
+    opened = open_quantized(Path(path), device, dtype, backend)
+    if spans_gpus(device, device_map):
+        return dispatch_all(opened)
+    opened.loader.load_outer()
+    opened.loader.materialize(opened.blocks, lambda index: device)
+    nn.Module.to(opened.model, device)
+    return opened.model
 
 
 def open_quantized(

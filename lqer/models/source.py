@@ -106,6 +106,11 @@ def load_model_config(source: ModelSource) -> Any:
     return AutoConfig.from_pretrained(source.path, revision=source.revision, **source.load_args)
 
 
+def stored_dtype(source: ModelSource) -> torch.dtype:
+    """The dtype that config.json states for the weights; float32 if it states none."""
+    return getattr(load_model_config(source), "dtype", None) or torch.float32
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source.path, revision=source.revision, **source.load_args)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,9 +23,9 @@ from lqer.config.schema import NOT_QUANTIZED
 from lqer.data.datasets import calibration_windows, load_rows, tokens_sha256
 from lqer.errors import ConfigError
 from lqer.methods import LinearPlan
-from lqer.models.dispatch import dispatch_all
 from lqer.models.loaders import OpenedModel
-from lqer.models.source import ModelSource, load_model, load_tokenizer
+from lqer.models.open import load_whole, open_stored
+from lqer.models.source import ModelSource, load_tokenizer
 from lqer.models.streaming import open_model
 from lqer.report.environment import device_name, peak_memory_bytes, versions
 from lqer.report.tracking import track
@@ -60,7 +59,7 @@ from lqer.stages.quantize import (
 )
 from lqer.stages.quantize_sequential import quantize_in_order, stream_key
 from lqer.stages.reconstruct_block import block_step, remove_states
-from lqer.stages.rotate import open_rotated, rotate, rotated_source, rotation_key
+from lqer.stages.rotate import rotate, rotated_source, rotation_key
 from lqer.store.names import block_file
 from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms import BlockTransform
@@ -257,13 +256,6 @@ def _calibrate(context: RunContext, store: Store, text: CalibrationText) -> Arti
     return _obtain(store, "calibrate", _calibration_key(context, text), make)
 
 
-def _open_stored(context: RunContext) -> OpenedModel:
-    """The model that is quantized, its blocks as they are stored: a rotation's in float32."""
-    if context.quantize_source is not context.source:
-        return open_rotated(context.quantize_source, context.device)
-    return open_model(context.quantize_source, "auto", context.device)
-
-
 def _allocate_ranks(context: RunContext, store: Store, inputs: Inputs) -> Budget | None:
     """The plans with the ranks that quantize.low_rank.budget_bits leads to; None where there is no budget."""
     budget_bits = context.config.quantize.low_rank.budget_bits
@@ -274,7 +266,7 @@ def _allocate_ranks(context: RunContext, store: Store, inputs: Inputs) -> Budget
     key = spectra_key(calibration.content, context.quantize_source.fingerprint, context.plans, context.device)
 
     def make(workspace):
-        opened = _open_stored(context)
+        opened = open_stored(context.quantize_source, context.device)
         measure_spectra(workspace, opened, calibration, context.plans)
 
     spectra = _obtain(store, "spectra", key, make)
@@ -337,7 +329,7 @@ def _quantize(
 
     def original() -> OpenedModel:
         nonlocal opened
-        opened = opened or _open_stored(context)
+        opened = opened or open_stored(context.quantize_source, context.device)
         return opened
 
     def make(workspace: Workspace) -> None:
@@ -415,9 +407,7 @@ def _load_original(context: RunContext) -> PreTrainedModel | OpenedModel:
 
 
 def _whole_original(context: RunContext) -> PreTrainedModel:
-    if _several_gpus(context):
-        return dispatch_all(open_model(context.source, context.dtype, torch.device("cpu")))
-    return load_model(context.source, context.dtype, context.device)
+    return load_whole(context.source, context.dtype, context.device, context.config.device_map)
 
 
 def _candidate_from_checkpoint(context: RunContext, checkpoint: Artifact) -> Candidate:
@@ -431,13 +421,7 @@ def _candidate_from_checkpoint(context: RunContext, checkpoint: Artifact) -> Can
 
 
 def _whole_quantized(context: RunContext, checkpoint: Artifact, backend: str) -> PreTrainedModel:
-    if _several_gpus(context):
-        return dispatch_all(open_quantized(checkpoint.path, context.device, context.dtype, backend))
-    return load_quantized(checkpoint.path, context.device, context.dtype, backend)
-
-
-def _several_gpus(context: RunContext) -> bool:
-    return context.config.device_map == "auto" and context.device.type == "cuda" and torch.cuda.device_count() > 1
+    return load_quantized(checkpoint.path, context.device, context.dtype, backend, context.config.device_map)
 
 
 def _model_info(context: RunContext, rows: list[dict]) -> ModelInfo:

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.models.loaders import OpenedModel
-from lqer.models.source import ModelSource, load_model, load_model_config
-from lqer.models.streaming import open_model
+from lqer.models.source import ModelSource, load_model, stored_dtype
 from lqer.models.structure import ONLINE_ROTATIONS, find_blocks
 from lqer.store.store import Artifact, Workspace
 from lqer.transforms.hadamard import hadamard, random_hadamard
@@ -53,7 +51,7 @@ def rotate(workspace: Workspace, source: ModelSource, device: torch.device, seed
     rotate_in_place(model, device, seed)
     nn.Module.to(model, torch.device("cpu"))
     blocks_name, _ = find_blocks(model)
-    model.config.dtype = own_dtype(source)
+    model.config.dtype = stored_dtype(source)
     for name, parameter in model.named_parameters():
         if not (name.startswith(f"{blocks_name}.") and parameter.ndim == 2):
             parameter.data = parameter.data.to(model.config.dtype)
@@ -61,22 +59,6 @@ def rotate(workspace: Workspace, source: ModelSource, device: torch.device, seed
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         for file in sorted(Path(folder).iterdir()):
             workspace.write(file.name, partial(shutil.move, file))
-
-
-def own_dtype(source: ModelSource) -> torch.dtype:
-    """The dtype of the original's checkpoint."""
-    return getattr(load_model_config(source), "dtype", None) or torch.float32
-
-
-def open_rotated(basis: ModelSource, device: torch.device) -> OpenedModel:
-    """The rotated model as it is to be quantized: blocks in float32, what surrounds them in the original's dtype."""
-    opened = open_model(basis, torch.float32, device)
-    opened.loader.load_outer()
-    inside = {id(parameter) for parameter in opened.blocks.parameters()}
-    for parameter in opened.model.parameters():
-        if id(parameter) not in inside:
-            parameter.data = parameter.data.to(own_dtype(basis))
-    return opened
 
 
 def _fits(model: PreTrainedModel, device: torch.device) -> bool:

@@ -9,10 +9,11 @@ import torch
 
 from lqer.errors import ModelError
 from lqer.models.loaders import Streamed
+from lqer.models.open import open_stored
 from lqer.models.source import load_model, resolve_model
 from lqer.models.streaming import open_model
 from lqer.models.summary import summarize_model
-from lqer.stages.rotate import open_rotated, rotate, rotate_in_place, rotated_source, rotation_key
+from lqer.stages.rotate import rotate, rotate_in_place, rotated_source, rotation_key
 from lqer.store.store import Store
 
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def test_what_will_be_quantized_is_kept_in_float32_and_the_rest_in_the_dtype_of_
 
     exact = original.float()
     rotate_in_place(exact, CPU, seed=0)
-    opened = open_rotated(basis, CPU)
+    opened = open_stored(basis, CPU)
     assert (opened.model.dtype, opened.model.lm_head.weight.dtype) == (torch.bfloat16, torch.bfloat16)
     for index, block in opened.loader.visits(opened.blocks, range(2), CPU):
         weight = exact.model.layers[index].mlp.up_proj.weight
