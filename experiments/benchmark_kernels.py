@@ -2,8 +2,8 @@
 
     python experiments/benchmark_kernels.py [--only a,b] [--quick] [--json checkpoints/benchmark_kernels.json]
 
-Prints the table of docs/lab-notebook.md as markdown and writes every number as JSON; progress goes to stderr. The table
-names peers that are not installed. Exit status: 0 whatever the verdicts, 2 without a GPU or for a wrong option.
+Prints the table of docs/results/kernels.md as markdown and writes every number as JSON; progress goes to stderr. The
+table names peers that are not installed. Exit status: 0 whatever the verdicts, 2 without a GPU or for a wrong option.
 """
 
 from __future__ import annotations

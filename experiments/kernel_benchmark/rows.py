@@ -1,6 +1,6 @@
 """Which scenes are measured with which contenders, and the bars: the plan of the table, without torch.
 
-Group letters are those of docs/lab-notebook.md; `extra` has no bars. Shapes are K x N.
+Group letters are those of docs/results/kernels.md; `extra` has no bars. Shapes are K x N.
 """
 
 from __future__ import annotations
