@@ -5,13 +5,12 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ValidationError
 
-from lqer.components import did_you_mean
+from lqer.components import Component, did_you_mean
 from lqer.config.schema import Config, KeyedError
-from lqer.formats import Format
 
 Loc = tuple[str | int, ...]
 
@@ -35,10 +34,6 @@ def explain(error: ValidationError, values: Mapping[str, Any], origin: Callable[
         return _line(origin(loc), loc, "unknown key", None, allowed, misspelt=str(loc[-1]))
     if kind == "missing":
         return _line(origin(loc[:-1]), loc, "is missing", None, None)
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tag = found.get("kind") if isinstance(found, Mapping) else found
-        rule = "unknown kind of number format" if tag is not None else "a number format names its kind"
-        return _line(origin((*loc, "kind")), (*loc, "kind"), rule, tag, _kinds())
     if kind in ("literal_error", "enum"):
         allowed = tuple(part.strip(" '\"") for part in first["ctx"]["expected"].replace(" or ", ", ").split(","))
         return _line(origin(loc), loc, "not allowed", found, allowed)
@@ -115,19 +110,19 @@ def _keys_at(model: Any, loc: Loc, values: Any) -> tuple[str, ...] | None:
 
 
 def _class_in(annotation: Any, values: Any) -> Any:
-    """The schema class that an annotation such as `Section | None` or `tuple[Section, ...]` speaks of."""
+    """The schema class that an annotation such as `Section | None` or `tuple[Section, ...]` speaks of.
+
+    Of a component's family it is the class of the kind that `values` names.
+    """
+    if isinstance(annotation, type) and issubclass(annotation, Component):
+        kind = values.get("kind") if isinstance(values, Mapping) else values
+        return annotation.registry.get(str(kind), annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return _class_in(typing.get_args(annotation)[0], values)
     if typing.get_origin(annotation) is dict or isinstance(annotation, type):
         return annotation
     candidates = [_class_in(arg, values) for arg in typing.get_args(annotation) if arg is not type(None)]
     for candidate in candidates:
-        if is_dataclass(candidate) and isinstance(values, Mapping):
-            kind = next((f.default for f in fields(candidate) if f.name == "kind"), None)
-            if kind == values.get("kind"):
-                return candidate
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return candidates[0] if candidates else annotation
-
-
-def _kinds() -> tuple[str, ...]:
-    return tuple(str(f.default) for cls in typing.get_args(Format) for f in fields(cls) if f.name == "kind")

@@ -6,7 +6,7 @@ stands for "not quantized", so that a command line can switch off what a preset 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,19 +16,20 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    TypeAdapter,
     model_validator,
 )
 
-from lqer.components import Component, component_from_dict
+from lqer.components import Component, component_class
 from lqer.data.datasets import DatasetSpec
-from lqer.formats import Format, unsupported_cut
+from lqer.formats import NumberFormat, unsupported_cut
 from lqer.lowrank.solver import Solver
 from lqer.methods import METHODS, CalderaSettings, Propagation
 from lqer.methods.base import FACTOR_AXES, FactorBlocks
 from lqer.methods.caldera import CALDERA
 from lqer.rounding import ROUNDINGS, Nearest, Rounding
 from lqer.store.offload import parse_bytes
-from lqer.transforms import TRANSFORMS, Scheme, Transform, unsupported_order
+from lqer.transforms import Scheme, Transform, unsupported_order
 
 NOT_QUANTIZED = "none"
 
@@ -37,22 +38,26 @@ FormatName = str
 Loc = tuple[str | int, ...]
 
 
-def _reader(noun: str, known: Mapping[str, type[Component]]) -> PlainValidator:
-    """Reads a part that is named by its kind, or by a table of its kind and settings."""
+def _reader(family: type[Component]) -> PlainValidator:
+    """Reads a component that is named by its kind, or by a table of its kind and settings."""
 
     def read(value: Any) -> Component:
         if isinstance(value, Component):
             return value
         if not isinstance(value, str | dict):
-            raise ValueError(f"must be the name of a {noun} or a table with its kind")
-        return component_from_dict(noun, known, {"kind": value} if isinstance(value, str) else value)
+            raise ValueError(f"must be the kind of a {family.family} or a table with its kind")
+        settings = {"kind": value} if isinstance(value, str) else dict(value)
+        cls = component_class(family, settings.pop("kind", None))
+        # As in the whole configuration: strict about types, while lists become tuples.
+        return TypeAdapter(cls).validate_json(json.dumps(settings), strict=True)
 
     return PlainValidator(read)
 
 
-_WRITER = PlainSerializer(lambda part: part.to_dict())
-RoundingSpec = Annotated[Rounding, _reader("rounding", ROUNDINGS), _WRITER]
-TransformSpec = Annotated[Transform, _reader("transform", TRANSFORMS), _WRITER]
+_WRITER = PlainSerializer(lambda part: {key: value for key, value in part.to_dict().items() if value is not None})
+FormatSpec = Annotated[NumberFormat, _reader(NumberFormat), _WRITER]
+RoundingSpec = Annotated[Rounding, _reader(Rounding), _WRITER]
+TransformSpec = Annotated[Transform, _reader(Transform), _WRITER]
 
 
 def _is_size(size: Any) -> Any:
@@ -258,7 +263,7 @@ class Config(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # "auto" spreads a model over all GPUs for its fine-tuning and evaluation; calibration and quantization use one.
     device_map: Literal["single", "auto"] = "single"
-    formats: dict[str, Annotated[Format, Field(discriminator="kind")]] = {}
+    formats: dict[str, FormatSpec] = {}
     calibration: CalibrationConfig = CalibrationConfig()
     quantize: QuantizeConfig
     # After quantization and before evaluation; absent: nothing is trained.

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lqer.components import Component
 from lqer.formats.blocks import block_count, from_blocks, to_blocks
 from lqer.formats.packing import pack_bits, packed_length, unpack_bits
 
@@ -34,28 +35,15 @@ def check_finite(x: Tensor) -> None:
         raise NonFiniteError(f"{nans} NaN and {infinities} infinite of {x.numel()} values")
 
 
-def require_range(field: str, value: int, low: int, high: int, kind: str) -> None:
-    """Raise ValueError unless `value` is an integer in low..high."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{field} {value!r} is not in {low}..{high} ({kind})")
-
-
-def require_choice(field: str, value: Any, choices: Sequence[Any], kind: str) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{field} {value!r} is not one of {', '.join(map(repr, choices))} ({kind})")
-
-
 def require_block_size(value: int, kind: str) -> None:
     """Raise ValueError unless `value` is -1 (the whole axis) or a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
         raise ValueError(f"block_size {value!r} is neither -1 (the whole axis) nor at least 1 ({kind})")
 
 
-class NumberFormat(ABC):
+class NumberFormat(Component, ABC, family="number format"):
     """Which values a tensor can take and what they cost. Every format is a frozen dataclass deriving from this."""
 
-    kind: str
     block_size: int  # elements that share a scale; -1 = the whole axis
     vector_size: ClassVar[int] = 1  # neighbours along the axis that share a code; divides block_size
     codebook_parts: ClassVar[frozenset[str]] = frozenset()  # metadata that are learned tables, which codes point into
@@ -159,7 +147,7 @@ class NumberFormat(ABC):
         return QuantizedTensor(self, tuple(shape), axis, self.unpack_parts(packed, shape[axis]))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, `kind` included, as TOML and JSON can write them; `format_from_dict` reads them."""
+        """`kind` and the fields, also those that are None; `format_from_dict` reads them."""
         return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
 

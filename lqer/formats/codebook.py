@@ -19,13 +19,14 @@ K = centroids, D = elements of a vector, S = blocks of columns that share the sc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqer.formats.base import NumberFormat, require_choice, require_range
+from lqer.components import require_choice, require_range
+from lqer.formats.base import NumberFormat
 from lqer.formats.blocks import block_count
 from lqer.formats.groups import Layout
 from lqer.formats.kmeans import fit_centroids, nearest_centroids
@@ -50,9 +51,8 @@ class Codebook(NumberFormat):
     The axis must be a multiple of `dimension`. A tensor without leading dims has one row.
     """
 
+    kind = "codebook"
     codebook_parts: ClassVar[frozenset[str]] = frozenset({"codebooks", "codebook_scales", "codebook_basis"})
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     bits: int
     dimension: Literal[1, 2, 4] = 2
@@ -60,10 +60,8 @@ class Codebook(NumberFormat):
     block_size: int = 256
     scale_block_size: Literal[0, 32, 64] = 0
     codebook_rank: int = 0
-    kind: Literal["codebook"] = "codebook"
 
     def __post_init__(self) -> None:
-        require_choice("kind", self.kind, ["codebook"], "codebook")
         require_choice("dimension", self.dimension, [1, 2, 4], "codebook")
         require_range("bits", self.bits, 1, 8, "codebook")
         if self.index_bits > 8:

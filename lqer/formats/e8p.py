@@ -16,13 +16,14 @@ Shapes: L = length of the block axis, N = leading dims and blocks, B = within a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqer.formats.base import NumberFormat, require_block_size, require_range
+from lqer.components import require_range
+from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import block_count
 from lqer.formats.e8 import (
     DIMENSION,
@@ -49,7 +50,7 @@ class E8P(NumberFormat):
     Packed, a row of codes is the first points' 16 bits each (low byte first), then the residuals' 8 or 16 bits each.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    kind = "e8p"
     vector_size: ClassVar[int] = DIMENSION
 
     bits: int
@@ -57,11 +58,8 @@ class E8P(NumberFormat):
     scale_per: Sharing = "tensor"
     opt_scale: float | None = None
     scale_dtype: ScaleDtype = "float32"
-    kind: Literal["e8p"] = "e8p"
 
     def __post_init__(self) -> None:
-        if self.kind != "e8p":
-            raise ValueError(f"kind {self.kind!r} is not one of 'e8p' (e8p)")
         require_range("bits", self.bits, 2, 4, "e8p")
         require_block_size(self.block_size, "e8p")
         if self.block_size != -1 and self.block_size % DIMENSION:

@@ -15,12 +15,13 @@ Shapes: L = length of the block axis, N = leading dims and groups, B = within a 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lqer.formats.base import NumberFormat, require_block_size, require_choice, require_range
+from lqer.components import require_choice, require_range
+from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import FLOAT32_INF_PATTERN, block_count, max_magnitude_pattern
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -32,16 +33,14 @@ class Int(NumberFormat):
     `scale_dtype` and, unless symmetric, uint8 "zeros" [*lead, groups], stored in `bits` bits each.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    kind = "int"
 
     bits: int
     block_size: int = 128
     symmetric: bool = False
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    kind: Literal["int"] = "int"
 
     def __post_init__(self) -> None:
-        require_choice("kind", self.kind, ["int"], "int")
         require_range("bits", self.bits, 2, 8, "int")
         require_block_size(self.block_size, "int")
         require_choice("symmetric", self.symmetric, [False, True], "int")

@@ -21,12 +21,13 @@ Shapes: L = length of the block axis, N = leading dims and blocks, B = within a 
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lqer.formats.base import NumberFormat, require_block_size, require_choice
+from lqer.components import require_choice
+from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import (
     E8M0_NAN,
     FLOAT32_INF_PATTERN,
@@ -75,15 +76,13 @@ ELEMENTS = {
 class MX(NumberFormat):
     """An OCP MX format; parts: uint8 "codes" [*lead, L] (element bit patterns), uint8 "exponents" [*lead, blocks]."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    kind = "mx"
 
     element: Literal["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4_e2m1", "mxint8"]
     block_size: int = 32
     element_rounding: Literal["even", "away"] = "even"
-    kind: Literal["mx"] = "mx"
 
     def __post_init__(self) -> None:
-        require_choice("kind", self.kind, ["mx"], "mx")
         require_choice("element", self.element, list(ELEMENTS), "mx")
         require_block_size(self.block_size, "mx")
         require_choice("element_rounding", self.element_rounding, ["even", "away"], "mx")

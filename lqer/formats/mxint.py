@@ -16,12 +16,13 @@ Shapes: L = length of the block axis, N = leading dims and blocks, B = within a 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lqer.formats.base import NumberFormat, require_block_size, require_choice, require_range
+from lqer.components import require_choice, require_range
+from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import (
     E8M0_BIAS,
     E8M0_NAN,
@@ -45,16 +46,14 @@ class MXInt(NumberFormat):
     elements that LQER leaves unquantized.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    kind = "mxint"
 
     bits: int
     block_size: int = 16
     scale_rounding: Literal["ceil", "floor"] = "ceil"
     compat: bool = False
-    kind: Literal["mxint"] = "mxint"
 
     def __post_init__(self) -> None:
-        require_choice("kind", self.kind, ["mxint"], "mxint")
         require_range("bits", self.bits, 2, 8, "mxint")
         require_block_size(self.block_size, "mxint")
         require_choice("scale_rounding", self.scale_rounding, ["ceil", "floor"], "mxint")

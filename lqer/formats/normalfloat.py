@@ -18,12 +18,13 @@ import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lqer.formats.base import NumberFormat, require_block_size, require_choice, require_range
+from lqer.components import require_choice, require_range
+from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import block_count
 from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, Sharing, largest_magnitude, require_sharing, storable
 
@@ -37,17 +38,15 @@ class NormalFloat(NumberFormat):
     [*lead, blocks], or [1, .., 1] where `scale_per` is "tensor".
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    kind = "normal-float"
 
     bits: int
     block_size: int = 64
     nearest: Literal["value", "cdf"] = "value"
     scale_per: Sharing = "block"
     scale_dtype: ScaleDtype = "float16"
-    kind: Literal["normal-float"] = "normal-float"
 
     def __post_init__(self) -> None:
-        require_choice("kind", self.kind, ["normal-float"], "normal-float")
         require_range("bits", self.bits, 2, 8, "normal-float")
         require_block_size(self.block_size, "normal-float")
         require_choice("nearest", self.nearest, ["value", "cdf"], "normal-float")

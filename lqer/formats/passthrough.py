@@ -1,12 +1,13 @@
 """Values kept in a floating-point dtype: what an operand costs and becomes when it is not quantized."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lqer.formats.base import NumberFormat, check_finite, require_choice
+from lqer.components import require_choice
+from lqer.formats.base import NumberFormat, check_finite
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -18,14 +19,12 @@ class Passthrough(NumberFormat):
     `quantize` raises NonFiniteError where float16 overflows, `fake_quantize` then gives infinity.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    kind = "passthrough"
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     block_size: Literal[-1] = -1
-    kind: Literal["passthrough"] = "passthrough"
 
     def __post_init__(self) -> None:
-        require_choice("kind", self.kind, ["passthrough"], "passthrough")
         require_choice("dtype", self.dtype, list(DTYPES), "passthrough")
         require_choice("block_size", self.block_size, [-1], "passthrough")
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lqer.formats.base import require_choice
+from lqer.components import require_choice
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ScaleDtype = Literal["float16", "bfloat16", "float32"]

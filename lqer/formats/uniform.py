@@ -10,12 +10,12 @@ Shapes: L = length of the block axis, N = leading dims and blocks, B = within a 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lqer.formats.base import NumberFormat, require_block_size, require_choice, require_range
+from lqer.components import require_range
+from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import block_count
 from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, Sharing, largest_magnitude, require_sharing, storable
 
@@ -26,16 +26,14 @@ class Uniform(NumberFormat):
     [1, .., 1] where `scale_per` is "tensor".
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    kind = "uniform"
 
     bits: int
     block_size: int = 64
     scale_per: Sharing = "block"
     scale_dtype: ScaleDtype = "float16"
-    kind: Literal["uniform"] = "uniform"
 
     def __post_init__(self) -> None:
-        require_choice("kind", self.kind, ["uniform"], "uniform")
         require_range("bits", self.bits, 2, 8, "uniform")
         require_block_size(self.block_size, "uniform")
         require_sharing(self.scale_per, self.block_size, self.scale_dtype, "uniform")

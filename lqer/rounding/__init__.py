@@ -1,6 +1,6 @@
 """Roundings: which of a number format's values each weight takes.
 
-This folder imports torch, lqer.formats and lqer.named only. A new rounding is a file here and its class in `ROUNDINGS`.
+This folder imports torch, lqer.formats and lqer.components only. A new rounding is a file here, imported below.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lqer.rounding.ldlq import Ldlq
 from lqer.rounding.nearest import Nearest
 from lqer.rounding.vector import Vector
 
-ROUNDINGS: dict[str, type[Rounding]] = {cls.kind: cls for cls in (Nearest, Gptq, Ldlq, Vector, Adaptive)}
+ROUNDINGS: dict[str, type[Rounding]] = Rounding.registry
 
 __all__ = ["ROUNDINGS", "Adaptive", "Gptq", "Ldlq", "Nearest", "Rounding", "Vector", "rounding_from_dict"]
 
 
 def rounding_from_dict(settings: Mapping[str, Any]) -> Rounding:
     """The rounding that `Rounding.to_dict` described. Raises ValueError for an unknown kind, key or value."""
-    return component_from_dict("rounding", ROUNDINGS, settings)
+    return component_from_dict(Rounding, settings)

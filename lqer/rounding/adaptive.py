@@ -22,7 +22,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -211,6 +211,7 @@ class Adaptive(Rounding):
     it is left out. micro_batch: batch_size where it is left out. The other settings are those of `AdaptiveSettings`.
     """
 
+    kind = "adaptive"
     together: ClassVar[bool] = True
     keeps_scales: ClassVar[bool] = True
 
@@ -222,7 +223,6 @@ class Adaptive(Rounding):
     scale_learning_rate: float = AdaptiveSettings.scale_learning_rate
     scale_decay: float = AdaptiveSettings.scale_decay
     soft_shares: tuple[float, ...] | None = None
-    kind: Literal["adaptive"] = "adaptive"
 
     def __post_init__(self) -> None:
         for key in ("learning_rate", "scale_learning_rate", "scale_decay"):

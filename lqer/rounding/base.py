@@ -19,7 +19,7 @@ from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.hessian import DampedHessian
 
 
-class Rounding(Component, ABC):
+class Rounding(Component, ABC, family="rounding"):
     """Settings of one rounding."""
 
     # What it must know of the inputs; "autocorrelation" is what `hessian` is made of.

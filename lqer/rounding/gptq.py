@@ -17,7 +17,7 @@ Shapes: O out_features, I in_features, P columns of a panel, D columns of a vect
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -95,12 +95,12 @@ def gptq(
 class Gptq(Rounding):
     """`gptq` as a configuration names it."""
 
+    kind = "gptq"
     statistics: ClassVar[frozenset[str]] = frozenset({"autocorrelation"})
 
     damping: float = DAMPING
     activation_order: bool = False
     static_groups: bool = False
-    kind: Literal["gptq"] = "gptq"
 
     def __post_init__(self) -> None:
         require_damping(self.damping, self.kind)

@@ -19,7 +19,7 @@ Shapes: O out_features, I in_features, P columns of a panel, D columns of a bloc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -119,12 +119,12 @@ def _tune(
 class Ldlq(Rounding):
     """`ldlq` as a configuration names it; blocks are the format's vectors."""
 
+    kind = "ldlq"
     statistics: ClassVar[frozenset[str]] = frozenset({"autocorrelation"})
 
     damping: float = DAMPING
     static_groups: bool = False
     tune_iters: int = 0
-    kind: Literal["ldlq"] = "ldlq"
 
     def __post_init__(self) -> None:
         require_damping(self.damping, self.kind)

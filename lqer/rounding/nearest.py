@@ -6,7 +6,7 @@ Shapes: I in_features, O out_features.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,9 +24,8 @@ def round_nearest(
 
 @dataclass(frozen=True)
 class Nearest(Rounding):
+    kind = "nearest"
     keeps_scales: ClassVar[bool] = True
-
-    kind: Literal["nearest"] = "nearest"
 
     def round(
         self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat

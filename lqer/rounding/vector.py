@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lqer.components import require_choice, require_range
 from lqer.formats import Codebook, NumberFormat, QuantizedTensor
-from lqer.formats.base import check_finite, require_choice, require_range
+from lqer.formats.base import check_finite
 from lqer.formats.kmeans import DEFAULT_ITERATIONS, EmptyCluster, Seeds, fit_centroids, lowest_index
 from lqer.rounding.base import Rounding, require_damping
 from lqer.rounding.codebook_update import Update, update_codebooks
@@ -225,6 +226,7 @@ def _vectors(x_IO: Tensor, groups: int, dimension: int) -> Tensor:
 class Vector(Rounding):
     """`round_vector` as a configuration names it."""
 
+    kind = "vector"
     statistics: ClassVar[frozenset[str]] = frozenset({"autocorrelation"})
 
     iterations: int = DEFAULT_ITERATIONS
@@ -232,7 +234,6 @@ class Vector(Rounding):
     update: Update = "cg"
     compat: Literal["reference"] | None = None
     seed: int = 0
-    kind: Literal["vector"] = "vector"
 
     def __post_init__(self) -> None:
         require_damping(self.damping, self.kind)

@@ -1,7 +1,6 @@
 """In which basis, scale or range a weight is rounded.
 
-This folder imports torch, lqer.formats and lqer.named only. A new transform is a file here and its class in
-`TRANSFORMS`.
+This folder imports torch, lqer.formats and lqer.components only. A new transform is a file here, imported below.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from lqer.transforms.hadamard import Hadamard
 from lqer.transforms.lwc import Lwc
 from lqer.transforms.quarot import Quarot
 
-TRANSFORMS: dict[str, type[Transform]] = {cls.kind: cls for cls in (Quarot, Awq, Clip, Lwc, Hadamard)}
+TRANSFORMS: dict[str, type[Transform]] = Transform.registry
 
 __all__ = [
     "TRANSFORMS",
@@ -39,4 +38,4 @@ __all__ = [
 
 def transform_from_dict(settings: Mapping[str, Any]) -> Transform:
     """The transform that `Transform.to_dict` described. Raises ValueError for an unknown kind, key or value."""
-    return component_from_dict("transform", TRANSFORMS, settings)
+    return component_from_dict(Transform, settings)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +42,10 @@ SMALLEST_SCALE = 1e-4
 class Awq(BlockTransform):
     """`awq` as a configuration names it: a grid of `ratios` ratios from 0, judged on the first `samples` sequences."""
 
+    kind = "awq"
+
     ratios: int = len(RATIOS)
     samples: int = 128
-    kind: Literal["awq"] = "awq"
 
     def __post_init__(self) -> None:
         require_positive("ratios", self.ratios, self.kind)

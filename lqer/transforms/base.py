@@ -46,7 +46,7 @@ class Scheme:
     statistics: frozenset[str]
 
 
-class Transform(Component, ABC):
+class Transform(Component, ABC, family="transform"):
     """Settings of one transform."""
 
     level: ClassVar[Level]

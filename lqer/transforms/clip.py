@@ -18,13 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lqer.components import require_range
 from lqer.formats import NumberFormat, QuantizedTensor
-from lqer.formats.base import require_range
 from lqer.formats.blocks import from_blocks, to_blocks
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_function import BlockFunction
@@ -41,10 +41,10 @@ SHRINK_FACTORS = tuple(1 - i / GRID for i in range(10))
 class Clip(BlockTransform):
     """`clip` as a configuration names it: the best of `steps` factors from 1 down, a twentieth apart."""
 
+    kind = "clip"
     fixes_scales: ClassVar[bool] = True
 
     steps: int = len(SHRINK_FACTORS)
-    kind: Literal["clip"] = "clip"
 
     def __post_init__(self) -> None:
         require_range("steps", self.steps, 1, GRID, self.kind)

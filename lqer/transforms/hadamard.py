@@ -24,7 +24,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -207,7 +206,7 @@ class Hadamard(LinearTransform):
     Inputs of one width have the same signs in every linear, so that q, k and v read the same x'.
     """
 
-    kind: Literal["hadamard"] = "hadamard"
+    kind = "hadamard"
 
     def basis(self, out_features: int, in_features: int, seed: int) -> RandomHadamard:
         return random_hadamard(out_features, in_features, seed)

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lqer.components import require_number, require_positive
+from lqer.components import require_choice, require_number, require_positive
 from lqer.formats import Int, NumberFormat, QuantizedTensor
-from lqer.formats.base import require_choice
 from lqer.formats.blocks import from_blocks, to_blocks
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_problem import (
@@ -46,13 +45,13 @@ class Lwc(BlockTransform):
     the original block makes of the same inputs is added (OmniQuant, for two bits).
     """
 
+    kind = "lwc"
     fixes_scales: ClassVar[bool] = True
 
     epochs: int = 20
     batch_size: int = 1
     learning_rate: float = 1e-2
     both_targets: bool = False
-    kind: Literal["lwc"] = "lwc"
 
     def __post_init__(self) -> None:
         require_positive("epochs", self.epochs, self.kind)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,8 @@ LOGIT_TOLERANCE = 1e-3
 class Quarot(Transform):
     """`quarot` as a configuration names it; the residual rotation's signs are drawn from the experiment's seed."""
 
+    kind = "quarot"
     level: ClassVar[Level] = "model"
-
-    kind: Literal["quarot"] = "quarot"
 
 
 class RotationError(ValueError):

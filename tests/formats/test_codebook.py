@@ -2,13 +2,13 @@
 
 import json
 import math
-from typing import Annotated
 
 import pytest
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from lqer.formats import Codebook, Format, NonFiniteError, format_from_dict
+from lqer.config.schema import FormatSpec
+from lqer.formats import Codebook, NonFiniteError, format_from_dict
 from lqer.formats.codebook import factorize
 from lqer.formats.logscale import decode_log_scales, fit_log_scales
 
@@ -101,12 +101,12 @@ def test_a_format_survives_its_own_description(number_format):
     fields = json.loads(json.dumps(number_format.to_dict()))
     assert format_from_dict(fields) == number_format
     assert hash(format_from_dict(fields)) == hash(number_format)
-    adapter = TypeAdapter(Annotated[Format, Field(discriminator="kind")])
+    adapter = TypeAdapter(FormatSpec)
     assert adapter.validate_python(fields) == number_format
 
 
 def test_pydantic_reports_rules_and_unknown_keys():
-    adapter = TypeAdapter(Annotated[Format, Field(discriminator="kind")])
+    adapter = TypeAdapter(FormatSpec)
     with pytest.raises(ValidationError, match="bits 3 \\* dimension 4 makes indices of 12 bits, above 8"):
         adapter.validate_python({"kind": "codebook", "bits": 3, "dimension": 4})
     with pytest.raises(ValidationError, match="columns"):
