@@ -20,7 +20,6 @@ from lqer.formats.mxint import MXInt
 from lqer.formats.normalfloat import NormalFloat
 from lqer.formats.packing import pack_bits, packed_length, unpack_bits
 from lqer.formats.passthrough import Passthrough
-from lqer.formats.uniform import Uniform
 
 __all__ = [
     "E8P",
@@ -34,7 +33,6 @@ __all__ = [
     "NumberFormat",
     "Passthrough",
     "QuantizedTensor",
-    "Uniform",
     "format_from_dict",
     "pack_bits",
     "packed_length",

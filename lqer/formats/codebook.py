@@ -30,7 +30,7 @@ from lqer.formats.base import NumberFormat
 from lqer.formats.blocks import block_count
 from lqer.formats.groups import Layout
 from lqer.formats.kmeans import fit_centroids, nearest_centroids
-from lqer.formats.logscale import SCALE_CODE_BITS, SCALE_HEADER, decode_log_scales, fit_log_scales
+from lqer.formats.logscale import SCALE_CODE_BITS, decode_log_scales, fit_log_scales
 
 CODEBOOK_BITS = 8  # of a stored centroid's elements, or of a factor
 LARGEST_CENTROID_CODE = 127
@@ -224,20 +224,6 @@ class Codebook(NumberFormat):
         if not self.scale_block_size:
             return torch.ones_like(like_RL)
         return decode_log_scales(scales, like_RL.shape[0], like_RL.shape[1], self.scale_block_size)
-
-    def storage_bits(self, shape: tuple[int, int]) -> dict[str, int]:
-        """Bits that a tensor (rows, length) takes once packed: "index", "codebook", "scale", all padding included."""
-        rows, length = shape
-        layout = self.layout(rows, length)
-        stored = self.codebook_rank or self.centroids * self.dimension
-        per_codebook = stored * CODEBOOK_BITS + CODEBOOK_SCALE.itemsize * 8
-        basis = self.codebook_rank * self.centroids * 32
-        blocks = block_count(length, self.scale_block_size) if self.scale_block_size else 0
-        return {
-            "index": 8 * rows * -(-length * self.bits // 8),
-            "codebook": layout.row_groups * layout.column_groups * per_codebook + basis,
-            "scale": 8 * rows * -(-blocks * SCALE_CODE_BITS // 8) + blocks * 2 * SCALE_HEADER.itemsize * 8,
-        }
 
     def _vectors(self, x_NB: Tensor) -> Tensor:
         return x_NB.unflatten(-1, (-1, self.dimension))

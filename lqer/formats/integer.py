@@ -15,7 +15,6 @@ Shapes: L = length of the block axis, N = leading dims and groups, B = within a 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ from torch import Tensor
 from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import FLOAT32_INF_PATTERN, block_count, max_magnitude_pattern
-
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, positive
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Int(NumberFormat):
     bits: int
     block_size: int = 128
     symmetric: bool = False
-    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    scale_dtype: ScaleDtype = "float16"
 
     def __post_init__(self) -> None:
         require_range("bits", self.bits, 2, 8, "int")
@@ -106,9 +104,5 @@ class Int(NumberFormat):
         return y_NB.add_(zeros_NB).clamp_(0, self.max_code).sub_(zeros_NB).mul_(step_NB)
 
     def storable_scales(self, scales_N: Tensor) -> Tensor:
-        """Float32 scales in `scale_dtype`, kept positive and small enough that every code decodes finite."""
-        dtype = SCALE_DTYPES[self.scale_dtype]
-        limits = torch.finfo(dtype)
-        smallest_subnormal = limits.smallest_normal * limits.eps
-        largest = min(limits.max, 2.0 ** (128 - self.bits))
-        return scales_N.clamp(smallest_subnormal, largest).to(dtype)
+        """Float32 scales in `scale_dtype`, positive and small enough that every code decodes to a finite value."""
+        return positive(scales_N, SCALE_DTYPES[self.scale_dtype], 2.0 ** (128 - self.bits))

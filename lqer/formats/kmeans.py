@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 Seeds = Literal["kmeans++", "mahalanobis", "cdf"]
-SEEDS: tuple[Seeds, ...] = ("kmeans++", "mahalanobis", "cdf")
 EmptyCluster = Literal["reseed", "zero"]
 
 # GPTVQ runs 100; errors of layers change by less than 1% after 30 (docs/methods/gptvq.md).

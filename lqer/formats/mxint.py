@@ -10,8 +10,6 @@ codes k in -(2^(bits-1) - 1) .. 2^(bits-1) - 1, rounded half to even and saturat
 e is stored as E8M0. Byte 0 is a zero block: M = 0, and under "floor" also M < 2^-126 (QERA reads subnormals as zeros).
 Exponents stay within -126..127, so under "ceil" a block with M > 2^127 saturates at its largest code.
 
-`compat` reproduces LQER's published code bit for bit, see docs/formats.md.
-
 Shapes: L = length of the block axis, N = leading dims and blocks, B = within a block.
 """
 
@@ -24,8 +22,6 @@ from torch import Tensor
 from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import (
-    E8M0_BIAS,
-    E8M0_NAN,
     FLOAT32_INF_PATTERN,
     FLOAT32_MANTISSA_BITS,
     block_count,
@@ -34,32 +30,22 @@ from lqer.formats.blocks import (
 )
 
 LARGEST_EXPONENT_PATTERN = 0x7F000000  # 2^127, the last power of two below infinity
-COMPAT_TIE_BREAK = 1e-9  # LQER adds this to every magnitude before scaling
-COMPAT_PASSTHROUGH = 1e-8  # LQER leaves magnitudes up to this (rounded to float32) as they are
 
 
 @dataclass(frozen=True)
 class MXInt(NumberFormat):
-    """Block floating point with integer codes; parts: int8 "codes" [*lead, L], uint8 "exponents" [*lead, blocks].
-
-    With `compat`, also "passthrough_index" (int64, flat in the codes) and "passthrough_value" (float32) for the
-    elements that LQER leaves unquantized.
-    """
+    """Block floating point with integer codes; parts: int8 "codes" [*lead, L], uint8 "exponents" [*lead, blocks]."""
 
     kind = "mxint"
 
     bits: int
     block_size: int = 16
     scale_rounding: Literal["ceil", "floor"] = "ceil"
-    compat: bool = False
 
     def __post_init__(self) -> None:
         require_range("bits", self.bits, 2, 8, "mxint")
         require_block_size(self.block_size, "mxint")
         require_choice("scale_rounding", self.scale_rounding, ["ceil", "floor"], "mxint")
-        require_choice("compat", self.compat, [False, True], "mxint")
-        if self.compat and self.scale_rounding != "ceil":
-            raise ValueError("compat True needs scale_rounding 'ceil', found 'floor' (mxint)")
 
     @property
     def stream_widths(self) -> dict[str, int]:
@@ -98,31 +84,11 @@ class MXInt(NumberFormat):
 
     def round_blocks(self, x_NB: Tensor) -> Tensor:
         step_N = self._step(self._shared_exponent(x_NB))
-        y_NB = self._round(x_NB, step_N).mul_(step_N.unsqueeze(-1))
-        if self.compat:
-            return torch.where(self._passes_through(x_NB) & ~y_NB.isnan(), x_NB, y_NB)
-        return y_NB
-
-    def quantize_parts(self, x_L: Tensor) -> dict[str, Tensor]:
-        parts = super().quantize_parts(x_L)
-        if self.compat:
-            decoded_L = super().dequantize_parts(parts)
-            kept_L = self._passes_through(x_L) & (x_L != decoded_L) & ~decoded_L.isnan()
-            index = kept_L.flatten().nonzero().flatten()
-            parts |= {"passthrough_index": index, "passthrough_value": x_L.flatten()[index]}
-        return parts
-
-    def dequantize_parts(self, parts: dict[str, Tensor]) -> Tensor:
-        values_L = super().dequantize_parts(parts)
-        if self.compat:
-            values_L.view(-1)[parts["passthrough_index"]] = parts["passthrough_value"]
-        return values_L
+        return self._round(x_NB, step_N).mul_(step_N.unsqueeze(-1))
 
     def _shared_exponent(self, x_NB: Tensor) -> Tensor:
         """2^e of each block as an int32 float32 pattern [N]: 0 for a zero block, infinity for a NaN block."""
         max_N = max_magnitude_pattern(x_NB)
-        if self.compat:
-            return _lqer_exponent(max_N)
         if self.scale_rounding == "floor":
             return max_N & FLOAT32_INF_PATTERN
         # Adding all mantissa bits carries into the exponent unless the mantissa is zero: the next power of two.
@@ -140,23 +106,4 @@ class MXInt(NumberFormat):
 
         Dividing by the step is exact down to subnormal steps, where multiplying by its inverse would overflow.
         """
-        step_NB = step_N.unsqueeze(-1)
-        if self.compat:
-            magnitude_NB = x_NB.abs().add_(COMPAT_TIE_BREAK).div_(step_NB).round_().clamp_(max=self.max_code)
-            return magnitude_NB.copysign_(x_NB)
-        return (x_NB / step_NB).round_().clamp_(-self.max_code, self.max_code)
-
-    def _passes_through(self, x: Tensor) -> Tensor:
-        return x.abs() <= COMPAT_PASSTHROUGH
-
-
-def _lqer_exponent(max_N: Tensor) -> Tensor:
-    """ceil(log2 M) as LQER computes it, from and to int32 float32 patterns; 2^128 becomes infinity, a NaN block.
-
-    LQER rounds log2 M to float32 first, so an M a few units above a large or small power of two counts as that power.
-    A float64 log2 rounded once gives that result on every device. LQER also lends a zero block the smallest exponent of
-    the tensor, which no value can show, since zeros pass through: a zero block stays byte 0 here.
-    """
-    log2_N = max_N.view(torch.float32).to(torch.float64).log2().to(torch.float32)
-    exponents_N = log2_N.ceil_().add_(E8M0_BIAS).nan_to_num_(nan=E8M0_NAN).clamp_(0, E8M0_NAN)
-    return exponents_N.to(torch.int32) << FLOAT32_MANTISSA_BITS
+        return (x_NB / step_N.unsqueeze(-1)).round_().clamp_(-self.max_code, self.max_code)

@@ -43,14 +43,17 @@ def root_mean_square(x_NB: Tensor, scale_per: Sharing) -> Tensor:
 
 
 def storable(scales_N: Tensor, dtype: torch.dtype, largest_value: float) -> Tensor:
-    """Scales in their storage dtype, so that a value of `largest_value` under them is still a float32.
+    """Scales in their storage dtype, limited so that scale * `largest_value` does not overflow float32.
 
     A positive scale that would underflow becomes the dtype's smallest positive number. Zero stays zero; NaN and
     infinity become NaN.
     """
-    limits = torch.finfo(dtype)
-    smallest = limits.smallest_normal * limits.eps
-    largest = min(limits.max, torch.finfo(torch.float32).max / (2 * largest_value))
-    stored_N = scales_N.clamp(smallest, largest).to(dtype)
+    stored_N = positive(scales_N, dtype, torch.finfo(torch.float32).max / (2 * largest_value))
     stored_N.masked_fill_(scales_N == 0, 0)
     return stored_N.masked_fill_(~scales_N.isfinite(), torch.nan)
+
+
+def positive(scales_N: Tensor, dtype: torch.dtype, largest: float) -> Tensor:
+    """Scales in their storage dtype, from its smallest positive number to `largest` or its own largest; NaN stays."""
+    limits = torch.finfo(dtype)
+    return scales_N.clamp(limits.smallest_normal * limits.eps, min(limits.max, largest)).to(dtype)

@@ -252,6 +252,6 @@ class Adaptive(Rounding):
         return number_format.quantize(weight_OI)
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
-        if number_format.kind not in ("int", "mxint") or getattr(number_format, "compat", False):
-            return "the codes of a grid are needed: weights of kind int, or mxint without compat"
+        if number_format.kind not in ("int", "mxint"):
+            return "adaptive rounding needs weights of kind int or mxint"
         return None

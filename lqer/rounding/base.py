@@ -61,6 +61,4 @@ def unsupported_feedback(number_format: NumberFormat) -> str | None:
         return 'codebooks are learned while the columns are rounded: rounding "vector" does that'
     if number_format.kind == "passthrough":
         return "there is no error to feed back in halves"
-    if getattr(number_format, "compat", False):
-        return "compat keeps values outside of its codes, which error feedback cannot make"
     return None

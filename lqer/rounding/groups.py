@@ -22,8 +22,6 @@ class Groups:
     """The scales of a weight (O, I) in a format, fitted group by group."""
 
     def __init__(self, number_format: NumberFormat, out_features: int, in_features: int):
-        if getattr(number_format, "compat", False):
-            raise ValueError("compat keeps values outside of its codes, which error feedback cannot make (mxint)")
         self.number_format = number_format
         self.shape = (out_features, in_features)
         self.width = block_width(in_features, number_format.block_size)

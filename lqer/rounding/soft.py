@@ -157,9 +157,9 @@ class _SoftWeight(torch.autograd.Function):
 
 def _evenly_spaced(start: QuantizedTensor) -> Int | MXInt:
     number_format = start.format
-    if isinstance(number_format, Int) or (isinstance(number_format, MXInt) and not number_format.compat):
+    if isinstance(number_format, Int | MXInt):
         return number_format
-    raise ValueError(f"adaptive rounding needs the codes of int, or of mxint without compat; found {number_format}")
+    raise ValueError(f"adaptive rounding needs weights of kind int or mxint, found {number_format}")
 
 
 def _min_code(number_format: Int | MXInt) -> int:

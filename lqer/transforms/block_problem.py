@@ -132,6 +132,4 @@ def unsupported_scales(number_format: NumberFormat, kinds: Sequence[str]) -> str
     """Why the ranges of such a format's groups cannot be narrowed; None where they can."""
     if number_format.kind not in kinds:
         return f"ranges are narrowed for weights of kind {', '.join(kinds)}"
-    if getattr(number_format, "compat", False):
-        return "compat keeps values outside of its codes: a narrowed range would not hold them"
     return None

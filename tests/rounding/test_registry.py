@@ -56,7 +56,6 @@ def test_error_feedback_asks_for_the_autocorrelation(kind):
         (Gptq(), Codebook(bits=2), 'rounding "vector" does that'),
         (Gptq(activation_order=True), Int(4, 128), "activation_order needs static_groups = true"),
         (Ldlq(), Passthrough("float16"), "no error to feed back"),
-        (Ldlq(), MXInt(4, compat=True), "compat keeps values outside of its codes"),
         (Vector(), MXInt(4), 'its weights are of kind "codebook", not "mxint"'),
     ],
 )

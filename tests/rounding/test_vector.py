@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from reference.codebook_bits import codebook_storage_bits
 from vq_layers import loss, student_layer
 
 from lqer.formats import Codebook, Int, NonFiniteError
@@ -108,7 +109,7 @@ def test_ragged_shapes_are_swept_to_the_end(number_format, out_features, in_feat
     quantized = round_vector(weight_OI, hessian_II, number_format)
     restored = number_format.unpack(quantized.pack(), weight_OI.shape, 1)
     assert torch.equal(restored.dequantize(), quantized.dequantize())
-    assert quantized.code_bits == number_format.storage_bits(weight_OI.shape)["index"]
+    assert quantized.code_bits == codebook_storage_bits(number_format, weight_OI.shape)["index"]
     blind = loss(weight_OI, hessian_II, number_format.quantize(weight_OI).dequantize())
     assert loss(weight_OI, hessian_II, quantized.dequantize()) <= blind + 1e-4
 
