@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import BaseModel
 
 from lqer.config import read_config
 from lqer.config.schema import Config, OverrideConfig, TrackingConfig
 from lqer.data.datasets import DatasetSpec
+from lqer.formats import NumberFormat, format_from_dict
 from lqer.report import contract
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +26,8 @@ README = (ROOT / "README.md").read_text()
 # Tables with a paragraph or a row of their own.
 EXPLAINED_ELSEWHERE = (DatasetSpec, OverrideConfig)
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+# Backticked text that looks like a path of the repository.
+REPOSITORY_PATH = re.compile(r"`((?:lqer|tests|configs|docs|experiments|sweeps)/[\w./*-]*)`")
 
 
 def blocks(language: str) -> list[str]:
@@ -106,6 +111,34 @@ def test_the_page_of_the_contract_is_made_from_the_code():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
+def test_links_between_pages_lead_to_a_file_and_a_heading(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_named_by_a_page_exist(page):
+    for path in REPOSITORY_PATH.findall(page.read_text()):
+        assert any(ROOT.glob(path.rstrip("/"))), path
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_format_of_the_guide_packs_and_has_the_stated_values(monkeypatch, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/developer/adding-a-format.md").read_text(), re.DOTALL)
+    monkeypatch.setattr(NumberFormat, "registry", dict(NumberFormat.registry))  # without it for the tests after this
+    module = tmp_path / "power_of_two.py"
+    module.write_text(code)
+    runpy.run_path(str(module))
+    power_of_two = format_from_dict({"kind": "power-of-two", "block_size": 4})
+    quantized = power_of_two.quantize(torch.tensor([[8.0, -4.1, 1.9, 0.01], [0.0, 0.0, 0.0, 0.0]]))
+    assert quantized.dequantize().tolist() == [[8.0, -4.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    again = power_of_two.unpack(quantized.pack(), quantized.shape, quantized.axis)
+    assert torch.equal(again.dequantize(), quantized.dequantize())
+    assert quantized.code_bits + quantized.metadata_bits == 8 * power_of_two.bits_per_value(4)
