@@ -1,6 +1,6 @@
-"""The contract of results.json: every key of it, with what it means and in which unit.
+"""The contract of results.json: every key with its meaning and unit.
 
-Numbers that do not apply are left out of their table or null; they are never strings or zeros.
+A number that does not apply is null or its row is missing; it is never a string or zero.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Versions(TypedDict):
     python: str
     torch: str
     transformers: str
-    triton: str | None  # null where it is not installed
+    triton: str | None  # null if not installed
     lm_eval: str
     lqer: str
-    git: str | None  # commit of lqer's own checkout, with "-dirty" where it was changed; null outside one
+    git: str | None  # commit of lqer's own checkout, with "-dirty" if it has local changes; null outside a checkout
 
 
 class ModelInfo(TypedDict):
@@ -27,30 +27,30 @@ class ModelInfo(TypedDict):
     revision: str | None  # commit on the hub; null for local files
     fingerprint: str  # sha256 over the local files, or over name and commit
     architecture: str  # transformers class
-    parameters: int  # of the original model, tied ones once
+    parameters: int  # of the original model, tied ones counted once
     quantized_parameters: int  # weights of the quantized linears
     description: str
 
 
 class FinetuneInfo(TypedDict):
-    """What was trained after quantization, and how the loss on held-out windows went."""
+    """What was trained after quantization, and the loss on held-out windows."""
 
     parts: list[str]
-    tokens: int  # of the windows trained on, held-out ones not counted
-    validation_loss: list[float]  # nats per token: before, then after every epoch
-    best_epoch: int  # whose state is evaluated; 0: that of before
+    tokens: int  # of the training windows, without the held-out ones
+    validation_loss: list[float]  # nats per token: before training, then after every epoch
+    best_epoch: int  # the epoch whose state is evaluated; 0: before training
 
 
 class Baseline(TypedDict):
-    """Plain rounding in the same formats, where evaluation.baselines asks for it."""
+    """Round-to-nearest in the same formats, if evaluation.baselines asks for it."""
 
     bits: Bits
 
 
 class AllocationInfo(TypedDict):
-    """How ranks under quantize.low_rank.budget_bits compare with one rank for all; the ranks stand in layers.csv."""
+    """The ranks of quantize.low_rank.budget_bits against one uniform rank; layers.csv lists the ranks."""
 
-    objective: float  # sum over linears of the relative output error under the method's metric, A and B not rounded
+    objective: float  # sum over linears of the relative output error under the method's metric, before A and B are rounded
     uniform_rank: int  # the largest that fits the budget
     uniform_bits: float  # average bits at that rank
     uniform_objective: float
@@ -58,7 +58,7 @@ class AllocationInfo(TypedDict):
 
 class CalibrationInfo(TypedDict):
     dataset: str  # label
-    source: str  # repository, revision, split and rows, or file
+    source: str  # repository, revision, split and rows; or file
     tokens: int
     fingerprint: str  # sha256 of the token ids
 
@@ -67,9 +67,9 @@ class PerplexityRow(TypedDict):
     dataset: str
     source: str
     protocol: str  # gptq | lqer | lm-eval
-    seq_len: int  # tokens of a window
-    tokens: int  # predicted tokens the mean runs over
-    original: float | None  # null where evaluation.baselines leaves it out; so too plain
+    seq_len: int  # tokens per window
+    tokens: int  # predicted tokens that the mean is taken over
+    original: float | None  # null if not in evaluation.baselines; the same for the next key
     plain: float | None
     quantized: float
 
@@ -80,7 +80,7 @@ class DownstreamRow(TypedDict):
     original: float | None
     plain: float | None
     quantized: float
-    stderr: float | None  # of the quantized model's value
+    stderr: float | None  # of `quantized`
     num_fewshot: int
     samples: int
 
@@ -91,10 +91,10 @@ class Layers(TypedDict):
 
 
 class Seconds(TypedDict):
-    """Seconds spent making the artifacts, in whichever run they were made; total is the wall clock of this run.
+    """Seconds spent on each artifact, in whichever run made it; total is the wall clock of this run.
 
-    quantize includes the error spectra that a budget of bits is shared out by, and in the quantized stream the
-    gathering of statistics, for which calibrate is 0.
+    quantize includes the error spectra for rank allocation and, with error propagation, the gathering of statistics;
+    calibrate is then 0.
     """
 
     calibrate: float

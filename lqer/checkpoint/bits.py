@@ -1,6 +1,6 @@
 """Bits per weight, charging everything that must be stored for the quantized linears.
 
-Codes, shared exponents or scales and zero points, codebooks, signs of a basis, A and B in their formats: all as they
+Codes, shared exponents or scales and zero points, codebooks, signs of rotations, A and B in their formats: all as they
 lie in the checkpoint, padding of a row to whole bytes included, divided by the number of original weights. Biases and
 what is not quantized are left out of both numbers.
 """
@@ -17,8 +17,8 @@ class Bits(TypedDict):
     average: float  # weight + low_rank + metadata
     weight: float  # codes, or indices into codebooks
     low_rank: float  # A and B, their metadata included
-    metadata: float  # exponents, scales, zero points, codebooks of the weights; signs of a basis
-    codebook: float  # of metadata: codebooks and their scales
+    metadata: float  # exponents, scales, zero points, codebooks of the weights; signs of rotations
+    codebook: float  # the part of metadata that is codebooks and their scales
 
 
 def average_bits(rows: Iterable[Mapping[str, Any]]) -> Bits:

@@ -1,4 +1,4 @@
-"""Prints the contract of results.json as markdown; docs/results/contract.md is its output.
+"""Print the contract of results.json as markdown: docs/results/contract.md.
 
 python -m lqer.report.contract > docs/results/contract.md
 """
@@ -12,8 +12,8 @@ from lqer.checkpoint import bits
 
 INTRODUCTION = """# results.json
 
-Every run leaves `<output_dir>/<tag>/results.json`. Its keys, with their meaning, are these classes; this page is made
-from them by `python -m lqer.report.contract`. `schema_version` is raised when a key changes its meaning.
+Every run writes `<output_dir>/<tag>/results.json`. These classes define its keys; `python -m lqer.report.contract`
+makes this page from them. `schema_version` is raised when a key changes its meaning.
 """
 CLASSES = (
     results.Results,
