@@ -50,7 +50,7 @@ class Baseline(TypedDict):
 class AllocationInfo(TypedDict):
     """The ranks of quantize.low_rank.budget_bits against one uniform rank; layers.csv lists the ranks."""
 
-    objective: float  # sum over linears of the relative output error under the method's metric, before A and B are rounded
+    objective: float  # sum over linears of the relative output error under the metric, before A and B are rounded
     uniform_rank: int  # the largest that fits the budget
     uniform_bits: float  # average bits at that rank
     uniform_objective: float
@@ -111,13 +111,13 @@ class Results(TypedDict):
     versions: Versions
     model: ModelInfo
     bits: Bits
-    allocation: AllocationInfo | None  # null where ranks are given
+    allocation: AllocationInfo | None  # null if ranks are given
     baseline: Baseline | None
-    finetune: FinetuneInfo | None  # null where nothing was trained
+    finetune: FinetuneInfo | None  # null if nothing was trained
     calibration: CalibrationInfo
     perplexity: list[PerplexityRow]
     downstream: list[DownstreamRow]
     layers: Layers
     seconds: Seconds
-    peak_memory_bytes: int  # of this process: resident on a CPU, allocated on the GPU where there is one
+    peak_memory_bytes: int  # of this process: resident on a CPU, allocated on the GPU if there is one
     device: str  # processor or GPU by name
