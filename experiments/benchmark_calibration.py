@@ -9,28 +9,24 @@ medians and their ratio are printed. --request adds statistics that are gathered
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
-from functools import partial
+from statistics import median
 
 import torch
 
 from lqer.errors import LqerError
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import load_model, pick_device, resolve_model
-from lqer.models.structure import block_linears
 from lqer.models.walker import walk_blocks
 from lqer.report.environment import device_name
-from lqer.stages.calibrate import ON_REQUEST, BlockObserver
+from lqer.stages.calibrate import CalibrationText, observe_block
+from lqer.statistics import Hessian, MaxAbs
 from lqer.store.offload import Offload
 
 # Tokens kept per site, as calibration.error_tokens does by default.
 SAMPLED = 256
-
-
-def _begin_batch(observer: BlockObserver, seq_len: int, first_window: int) -> None:
-    observer.begin_batch(first_window * seq_len)
+REQUESTED = {statistic.kind: statistic for statistic in (Hessian(), MaxAbs())}
 
 
 def main() -> int:
@@ -40,7 +36,7 @@ def main() -> int:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--request", nargs="*", default=[], choices=sorted(ON_REQUEST))
+    parser.add_argument("--request", nargs="*", default=[], choices=REQUESTED)
     arguments = parser.parse_args()
     device = pick_device("auto")
     try:
@@ -53,22 +49,24 @@ def main() -> int:
 
     def seconds(hooked: bool) -> float:
         opened = OpenedModel.resident(model, device, Offload())
+        text = CalibrationText(windows_WT, arguments.batch_size, SAMPLED)
+        statistics = [REQUESTED[kind] for kind in arguments.request]
         total = 0.0
-        for visit in walk_blocks(opened, windows_WT, arguments.batch_size):
-            linears = block_linears(visit.block) if hooked else {}
-            observer = BlockObserver(linears, windows_WT.numel(), SAMPLED, device, arguments.request)
+        for run in walk_blocks(opened, windows_WT, arguments.batch_size):
             started = time.perf_counter()
-            visit.forward(partial(_begin_batch, observer, arguments.seq_len))
+            if hooked:
+                observe_block(run, None, text, statistics, run.stream.put)
+            else:
+                run.forward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             total += time.perf_counter() - started
-            observer.close()
         return total
 
     seconds(hooked=True)
     pairs = [(seconds(hooked=False), seconds(hooked=True)) for _ in range(arguments.repeats)]
-    plain, hooked = (statistics.median(times) for times in zip(*pairs, strict=True))
-    ratio = statistics.median(with_hooks / without for without, with_hooks in pairs)
+    plain, hooked = (median(times) for times in zip(*pairs, strict=True))
+    ratio = median(with_hooks / without for without, with_hooks in pairs)
     tokens = windows_WT.numel()
     print(f"{arguments.model}, {tokens} tokens, {device_name(device)}, torch {torch.__version__}")
     print(f"plain walk {plain:.3f} s, with hooks {hooked:.3f} s; median of paired ratios {ratio:.3f}")

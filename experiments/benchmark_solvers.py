@@ -8,7 +8,7 @@ Shapes are out_features x in_features. Two tables, as markdown:
 1. rounding errors of 4-bit MXINT under diagonal scales, "outlier" (one channel in a hundred 30 times the others, all of
    them times exp(0.3 N)), "spread" (exp(0.7 N)) and "flat" (exp(0.3 N)). Reference: the full SVD of the scaled error,
    torch.linalg.svd(full_matrices=True). Quality: the energy captured over the optimum's.
-2. the same errors under a full autocorrelation R of correlated inputs. Reference: scipy's sqrtm of R, the SVD and a
+2. the same errors under a full Hessian R of correlated inputs. Reference: scipy's sqrtm of R, the SVD and a
    solve, as QERA computes it (left out where scipy is not installed). Quality: objective over the optimum's, less 1.
 
 Variants alternate within a repeat; times are medians, ratios are medians of the repeats' own ratios. One thread per
@@ -148,7 +148,7 @@ def full_rows(shape: tuple[int, int], arguments: argparse.Namespace, device: tor
     x_TI = torch.randn(4 * n, n, generator=generator) @ (torch.eye(n) + 0.5 * mixing_II) * channel_I
     r_II = (x_TI.T @ x_TI / len(x_TI)).to(device)
     r64_II = r_II.double()
-    metric, rank = Metric(autocorrelation_II=r_II), arguments.rank
+    metric, rank = Metric(hessian_II=r_II), arguments.rank
 
     def reference() -> Product:
         root = sqrtm(r64_II.cpu().numpy())

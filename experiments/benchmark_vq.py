@@ -61,7 +61,7 @@ def synthetic_layer(seed: int, out_features: int = 256, in_features: int = 512, 
 
 @torch.no_grad()
 def model_layers(arguments: argparse.Namespace) -> dict[str, Layer]:
-    """Weights of the named linears and the autocorrelations of their inputs in the original model."""
+    """Weights of the named linears and the Hessians of their inputs in the original model."""
     source = resolve_model(arguments.model)
     model = load_model(source, torch.float32, torch.device("cpu"))
     text = load_rows(DatasetSpec(path=arguments.text), "calibration")

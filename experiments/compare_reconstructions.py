@@ -27,7 +27,8 @@ from lqer.methods import METHODS, LinearPlan
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import load_model, load_tokenizer, pick_device, resolve_model
 from lqer.models.structure import block_linears
-from lqer.stages.calibrate import ON_REQUEST, BlockStatistics, CalibrationText, calibrate
+from lqer.stages.calibrate import BlockStatistics, CalibrationText, calibrate
+from lqer.statistics import Hessian, MaxAbs
 from lqer.store.offload import Offload
 from lqer.store.store import Store
 
@@ -57,14 +58,14 @@ def errors_by_linear(arguments: argparse.Namespace) -> dict[str, dict[str, dict[
     errors: dict[str, dict[str, dict[str, float]]] = {str(bits): {} for bits in arguments.bits}
     with tempfile.TemporaryDirectory() as folder:
         calibration = Store(Path(folder)).obtain(
-            "calibrate", 0, lambda workspace: calibrate(workspace, opened, text, ON_REQUEST)
+            "calibrate", 0, lambda workspace: calibrate(workspace, opened, text, {Hessian(), MaxAbs()})
         )
         for index, block in enumerate(opened.blocks):
             statistics = BlockStatistics.read(calibration, index).to(device)
             for linear_name, linear in block_linears(block).items():
                 full_name = f"{opened.name}.{index}.{linear_name}"
                 site = statistics.of(full_name)
-                weight_OI, r_II = linear.weight.detach().to(device, torch.float32), site["autocorrelation"].double()
+                weight_OI, r_II = linear.weight.detach().to(device, torch.float32), site["hessian"].double()
                 for bits in arguments.bits:
                     errors[str(bits)][full_name] = {
                         method: relative_error(weight_OI, _effective(weight_OI, site, method, bits, arguments), r_II)

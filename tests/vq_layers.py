@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def student_layer(out_features: int = 64, in_features: int = 256, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight of student-t values (5 degrees of freedom) and the autocorrelation of correlated inputs."""
+    """A weight of student-t values (5 degrees of freedom) and the Hessian of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -40,8 +40,8 @@ def pack_linear(name: str, weight: QuantizedWeight, bias: QuantizedTensor | None
     if weight.low_rank is not None:
         quantized |= {"low_rank_a": weight.low_rank.a_IR, "low_rank_b": weight.low_rank.b_RO}
     stored = {role: value.pack() for role, value in quantized.items() if value is not None}
-    if weight.basis is not None:
-        stored["transform"] = weight.basis.pack()
+    if weight.rotation is not None:
+        stored["transform"] = weight.rotation.pack()
     return {f"{name}.{role}.{part}": tensor for role, parts in stored.items() for part, tensor in parts.items()}
 
 

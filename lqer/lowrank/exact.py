@@ -28,7 +28,7 @@ def solve_exact(error_OI: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Te
     """
     error_IO = error_OI.T.to(torch.float64)
     in_features, out_features = error_IO.shape
-    full_metric = metric.autocorrelation_II is not None
+    full_metric = metric.hessian_II is not None
     if full_metric and rank == min(error_IO.shape):
         a_IR, b_RO, _ = solve_exact(error_OI, Metric(), rank)
         return a_IR, b_RO, singular_values(error_OI, metric)
@@ -50,7 +50,7 @@ def solve_exact(error_OI: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Te
 def singular_values(error_OI: Tensor, metric: Metric) -> Tensor:
     """All K singular values (float64, descending) of the weighted error: their squares are what each rank captures."""
     error_IO = error_OI.T.to(torch.float64)
-    if metric.autocorrelation_II is not None and error_IO.shape[1] <= error_IO.shape[0]:
+    if metric.hessian_II is not None and error_IO.shape[1] <= error_IO.shape[0]:
         gram_KK = error_IO.T @ metric.times(error_IO)
     else:
         weighted_IO = metric.root_times(error_IO)

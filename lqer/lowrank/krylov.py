@@ -122,7 +122,7 @@ class _Convergence:
 def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int) -> KrylovSolution | None:
     """None where a block of that width may have missed copies of a repeated eigenvalue."""
     out_features, in_features = error_OI.shape
-    tolerance = LOSS_TOLERANCE if metric.autocorrelation_II is None else FULL_METRIC_LOSS_TOLERANCE
+    tolerance = LOSS_TOLERANCE if metric.hessian_II is None else FULL_METRIC_LOSS_TOLERANCE
     largest = min(MOST_BLOCKS, out_features // width) * width
     start_LO = torch.randn(width, out_features, generator=torch.Generator().manual_seed(seed)).to(error_OI.device)
     filling_LO = start_LO / out_features**0.5

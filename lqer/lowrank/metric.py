@@ -21,16 +21,16 @@ RELATIVE_EIGENVALUE_NOISE = 1e-12
 class Metric:
     """R, symmetric positive semi-definite (I, I), in the cheapest form that holds it; with neither field the identity.
 
-    scale_I: float32 S of R = diag(S)², positive. autocorrelation_II: float32 or float64 R itself; it may be singular.
+    scale_I: float32 S of R = diag(S)², positive. hessian_II: float32 or float64 R itself; it may be singular.
     """
 
     scale_I: Tensor | None = None
-    autocorrelation_II: Tensor | None = None
+    hessian_II: Tensor | None = None
 
     def times(self, x_IL: Tensor) -> Tensor:
         """R·x in x's dtype."""
-        if self.autocorrelation_II is not None:
-            return self.autocorrelation_II.to(x_IL.dtype) @ x_IL
+        if self.hessian_II is not None:
+            return self.hessian_II.to(x_IL.dtype) @ x_IL
         if self.scale_I is not None:
             return x_IL * self.scale_I.to(x_IL.dtype).square()[:, None]
         return x_IL
@@ -38,8 +38,8 @@ class Metric:
     def root_times(self, x_IL: Tensor) -> Tensor:
         """Cᵀ·x for a C with C·Cᵀ = R, in float64."""
         x_IL = x_IL.to(torch.float64)
-        if self.autocorrelation_II is not None:
-            eigenvalues_I, vectors_II = torch.linalg.eigh(self.autocorrelation_II.to(torch.float64))
+        if self.hessian_II is not None:
+            eigenvalues_I, vectors_II = torch.linalg.eigh(self.hessian_II.to(torch.float64))
             floor = RELATIVE_EIGENVALUE_NOISE * eigenvalues_I[-1].clamp(min=0)
             roots_I = torch.where(eigenvalues_I > floor, eigenvalues_I, 0.0).sqrt()
             return roots_I[:, None] * (vectors_II.T @ x_IL)
@@ -47,7 +47,7 @@ class Metric:
 
     def energy(self, error_OI: Tensor) -> float:
         """tr(E R Eᵀ) to float32's accuracy. A full R costs a product of R with the error."""
-        if self.autocorrelation_II is not None:
+        if self.hessian_II is not None:
             return float((error_OI.T * self.times(error_OI.T)).sum(dtype=torch.float64))
         squares_I = error_OI.square().sum(0).to(torch.float64)
         return float((squares_I if self.scale_I is None else squares_I * self.scale_I.to(torch.float64).square()).sum())

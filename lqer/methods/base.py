@@ -3,10 +3,10 @@
 Every method alternates two steps on W ≈ W_q + (A·B)ᵀ, starting from W_q = 0 and A·B = 0:
 
     round          W_q = round(W − (A·B)ᵀ)                       by the plan's rounding, in its number format
-    reconstruct    A·B = argmin_{rank r} tr(F R Fᵀ), F = W − W_q − (A·B)ᵀ;  A, B = round(A), round(B)
+    reconstruct    A·B = argmin_{rank r} tr(F H Fᵀ), F = W − W_q − (A·B)ᵀ;  A, B = round(A), round(B)
 
-and differs from the others by the metric R, by which step comes first, and by how often they are repeated. Each step
-sees what the other one stores. Where the plan names a basis, W and R are those of the transformed linear, and so are
+and differs from the others by the metric H, by which step comes first, and by how often they are repeated. Each step
+sees what the other one stores. Where the plan has a rotation, W and H are those of the rotated linear, and so are
 W_q, A and B. A method never sees a path, a configuration, a device map or another layer.
 
 Shapes: I in_features, O out_features, R rank.
@@ -27,9 +27,10 @@ from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import Solver, reconstruct
 from lqer.methods.settings import CalderaSettings
 from lqer.rounding import Nearest, Rounding
+from lqer.statistics import Statistic
 from lqer.transforms import LinearTransform, Rotation
 
-# By name, of one input site: see lqer/stages/calibrate.py.
+# Of one input site, by kind.
 Statistics = Mapping[str, Tensor]
 FactorBlocks = Literal["reduction", "reference", "long"]
 Propagation = Literal["original", "quantized"]
@@ -130,54 +131,42 @@ class LowRank:
 class QuantizedWeight:
     """W ≈ W_q + (A·B)ᵀ: weight_OI in its number format, and the low-rank branch or None.
 
-    basis: None, or what all of them are in instead of the linear's own. errors: of an alternation, the relative error
+    rotation: the one that all of them are rotated by, or None. errors: of an alternation, the relative error
     sqrt(tr(F H Fᵀ) / tr(W H Wᵀ)) after every step. damping_raises: how often H was not positive definite, and was
     damped more, in an alternation.
     """
 
     weight_OI: QuantizedTensor
     low_rank: LowRank | None
-    basis: Rotation | None = None
+    rotation: Rotation | None = None
     errors: tuple[float, ...] = ()
     damping_raises: int = 0
 
     def rounded_weight(self) -> Tensor:
-        """W_q in float32 and in the linear's own basis, (out, in)."""
-        return self._in_own_basis(self.weight_OI.dequantize())
+        """W_q in float32, rotated back, (out, in)."""
+        return self._rotated_back(self.weight_OI.dequantize())
 
     def effective_weight(self) -> Tensor:
-        """W_q + (A·B)ᵀ in float32 and in the linear's own basis, (out, in)."""
+        """W_q + (A·B)ᵀ in float32, rotated back, (out, in)."""
         weight_OI = self.weight_OI.dequantize()
-        return self._in_own_basis(weight_OI if self.low_rank is None else weight_OI + self.low_rank.product())
+        return self._rotated_back(weight_OI if self.low_rank is None else weight_OI + self.low_rank.product())
 
-    def _in_own_basis(self, weight_OI: Tensor) -> Tensor:
-        return weight_OI if self.basis is None else self.basis.inverse_weight(weight_OI)
+    def _rotated_back(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI if self.rotation is None else self.rotation.inverse_weight(weight_OI)
 
     @property
     def metadata_bits(self) -> int:
         """Bits of all that is stored beside the weight's codes and the low-rank branch."""
-        return self.weight_OI.metadata_bits + (0 if self.basis is None else self.basis.bits)
+        return self.weight_OI.metadata_bits + (0 if self.rotation is None else self.rotation.bits)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a method works on: a float32 weight and the statistics of its inputs, both in `basis` where there is one."""
+    """What a method works on: a float32 weight and the statistics of its inputs, both rotated by `rotation`, if any."""
 
     weight_OI: Tensor
     statistics: Statistics
-    basis: Rotation | None = None
-
-
-def in_basis(weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> Target:
-    """The weight, of any float dtype, and its statistics in the basis of the plan."""
-    weight_OI = weight_OI.to(torch.float32)
-    if plan.transform is None:
-        return Target(weight_OI, statistics)
-    # Or the transform would spread what the number format is about to name.
-    check_finite(weight_OI)
-    out_features, in_features = weight_OI.shape
-    basis = plan.transform.basis(out_features, in_features, plan.seed)
-    return Target(basis.weight(weight_OI), basis.statistics(statistics), basis)
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +182,7 @@ class Method:
 
     name: str
     metric: Callable[[Tensor, Statistics], Metric] | None
-    statistics: frozenset[str] = frozenset()
+    statistics: frozenset[Statistic] = frozenset()
     starts_with: Literal["round", "reconstruct"] = "round"
     iterations: int = 1
     propagate: Propagation = "original"
@@ -207,10 +196,25 @@ class Method:
         """Whether W_q is round(W), not round(W − (A·B)ᵀ)."""
         return self.starts_with == "round" and plan.iterations == 1
 
-    def statistics_for(self, plan: LinearPlan) -> frozenset[str]:
-        """What a plan of this method needs: nothing is gathered for a branch of rank 0."""
-        needed = plan.rounding.statistics | (frozenset() if plan.rank == 0 else self.statistics)
+    def statistics_for(self, plan: LinearPlan) -> frozenset[Statistic]:
+        """The statistics to gather for a plan of this method."""
+        needed = self._needed(plan)
         return needed if plan.transform is None else plan.transform.statistics(needed)
+
+    def _needed(self, plan: LinearPlan) -> frozenset[Statistic]:
+        """What rounding and reconstruction read; a branch of rank 0 needs none."""
+        return plan.rounding.statistics | (frozenset() if plan.rank == 0 else self.statistics)
+
+    def target(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> Target:
+        """The weight, of any float dtype, and its statistics, both rotated where the plan has a rotation."""
+        weight_OI = weight_OI.to(torch.float32)
+        if plan.transform is None:
+            return Target(weight_OI, statistics)
+        # Check before rotating: a rotation would spread one NaN over the whole row.
+        check_finite(weight_OI)
+        out_features, in_features = weight_OI.shape
+        rotation = plan.transform.rotation(out_features, in_features, plan.seed)
+        return Target(rotation.weight(weight_OI), rotation.statistics(statistics, self._needed(plan)), rotation)
 
     def quantize_linear(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
         """Round a weight and, at a rank above 0, reconstruct what rounding loses.
@@ -218,21 +222,20 @@ class Method:
         weight_OI: any float dtype, computed on in float32. statistics: what `statistics_for(plan)` names. Raises
         NonFiniteError if the weight holds NaN or infinities.
         """
-        target = in_basis(weight_OI, statistics, plan)
-        return replace(self.decompose(target.weight_OI, target.statistics, plan), basis=target.basis)
+        target = self.target(weight_OI, statistics, plan)
+        return replace(self.decompose(target.weight_OI, target.statistics, plan), rotation=target.rotation)
 
     def decompose(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
-        """The method's steps, on a float32 weight and statistics in the plan's basis."""
-        hessian_II = statistics.get("autocorrelation")
+        """The method's steps, on a float32 weight and statistics that are rotated already."""
         if not plan.rank or self.metric is None:
-            return QuantizedWeight(plan.rounding.round(weight_OI, hessian_II, plan.weight), None)
+            return QuantizedWeight(plan.rounding.round(weight_OI, statistics, plan.weight), None)
         metric = self.metric(weight_OI, statistics)
         low_rank: LowRank | None = None
         if self.starts_with == "reconstruct":
             low_rank = reconstruct_rounded(weight_OI, metric, plan)
         for iteration in range(plan.iterations):
             target_OI = weight_OI if low_rank is None else weight_OI - low_rank.product()
-            rounded_OI = plan.rounding.round(target_OI, hessian_II, plan.weight)
+            rounded_OI = plan.rounding.round(target_OI, statistics, plan.weight)
             if self.starts_with == "round" or iteration + 1 < plan.iterations:
                 low_rank = reconstruct_rounded(weight_OI - rounded_OI.dequantize(), metric, plan)
         return QuantizedWeight(rounded_OI, low_rank)
@@ -241,7 +244,7 @@ class Method:
         self, weight_OI: Tensor, rounded_OI: QuantizedTensor, statistics: Statistics, plan: LinearPlan
     ) -> QuantizedWeight:
         """What `quantize_linear` adds to a weight that was rounded elsewhere, together with others of its block."""
-        assert plan.transform is None, "a weight that was rounded with others is in its own basis"
+        assert plan.transform is None, "a weight that was rounded with others is not rotated"
         if not plan.rank or self.metric is None:
             return QuantizedWeight(rounded_OI, None)
         error_OI = weight_OI.to(torch.float32) - rounded_OI.dequantize()

@@ -1,6 +1,6 @@
 """CALDERA (arXiv 2405.18886, algorithm 1): W ≈ W_q + (A·B)ᵀ, all three rounded, each to what the others leave.
 
-    H = R / mean diag R + damping,  R = E[x xᵀ];    W_q = A·B = 0
+    H = E[x xᵀ] / mean diag E[x xᵀ] + damping;    W_q = A·B = 0
     repeat T times, in this order or the other one:
         reconstruct   A·B = argmin_{rank r} tr(F H Fᵀ),  F = W − W_q − (A·B)ᵀ;   by LPLR where A or B is rounded
         round         W_q = round(W − (A·B)ᵀ) with error feedback on H', which is H without what A can mend
@@ -27,11 +27,12 @@ from lqer.lowrank.lplr import lplr
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import reconstruct
 from lqer.methods.base import LinearPlan, LowRank, Method, QuantizedWeight, Statistics, reconstruct_rounded
-from lqer.methods.qera import autocorrelation
+from lqer.methods.qera import full_hessian
 from lqer.methods.settings import CalderaSettings
 from lqer.rounding.base import unsupported_feedback
 from lqer.rounding.hessian import DampedHessian, damp, down_date
 from lqer.rounding.ldlq import Ldlq, ldlq
+from lqer.statistics import Hessian
 
 # Of the published experiments.
 ITERATIONS = 20
@@ -84,8 +85,8 @@ class Caldera(Method):
         if not plan.rank:
             return super().decompose(weight_OI, statistics, plan)
         settings = plan.caldera or CalderaSettings()
-        damped = damp(statistics["autocorrelation"], settings.damping)
-        metric = Metric(autocorrelation_II=damped.hessian_II.to(torch.float32))
+        damped = damp(statistics["hessian"], settings.damping)
+        metric = Metric(hessian_II=damped.hessian_II.to(torch.float32))
         fit = _fit(damped, metric, plan, settings)
         raises = [damped.raises]
 
@@ -98,7 +99,9 @@ class Caldera(Method):
                 hessian = down_date(damped, state.low_rank.a_IR.dequantize(), settings.down_date)
                 raises.append(hessian.raises)
             target_OI = state.without_low_rank(weight_OI)
-            return replace(state, rounded=plan.rounding.round(target_OI, hessian, plan.weight))
+            return replace(
+                state, rounded=plan.rounding.round(target_OI, {**statistics, "hessian": hessian}, plan.weight)
+            )
 
         steps = [take_reconstruct, take_round]
         best, errors = alternate(
@@ -139,8 +142,8 @@ def _round_along_inputs(damped: DampedHessian, number_format: NumberFormat, a_IR
 
 CALDERA = Caldera(
     "caldera",
-    autocorrelation,
-    frozenset({"autocorrelation"}),
+    full_hessian,
+    frozenset({Hessian()}),
     starts_with="reconstruct",
     iterations=ITERATIONS,
     rounding=Ldlq(),

@@ -17,6 +17,7 @@ from torch import Tensor
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.scaling import activation_scale
 from lqer.methods.base import Method, Statistics
+from lqer.statistics import MeanAbs
 
 
 def identity(weight_OI: Tensor, statistics: Statistics) -> Metric:
@@ -29,5 +30,5 @@ def activation_magnitudes(weight_OI: Tensor, statistics: Statistics) -> Metric:
 
 NONE = Method("none", None)
 LQER_SVD = Method("lqer-svd", identity)
-LQER_ACT = Method("lqer-act", activation_magnitudes, frozenset({"mean_abs"}))
+LQER_ACT = Method("lqer-act", activation_magnitudes, frozenset({MeanAbs()}))
 ZEROQUANT_V2 = Method("zeroquant-v2", identity)

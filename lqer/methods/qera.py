@@ -18,19 +18,20 @@ from torch import Tensor
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.scaling import rms_scale
 from lqer.methods.base import Method, Statistics
+from lqer.statistics import Hessian, MeanSquare
 
 
 def mean_squares(weight_OI: Tensor, statistics: Statistics) -> Metric:
     return Metric(scale_I=rms_scale(statistics["mean_square"]))
 
 
-def autocorrelation(weight_OI: Tensor, statistics: Statistics) -> Metric:
+def full_hessian(weight_OI: Tensor, statistics: Statistics) -> Metric:
     """R over its mean diagonal: A·B does not depend on the unit, A's and B's magnitudes do."""
-    autocorrelation_II = statistics["autocorrelation"]
-    mean = autocorrelation_II.diagonal().mean()
-    return Metric(autocorrelation_II=autocorrelation_II / mean if mean > 0 else autocorrelation_II)
+    hessian_II = statistics["hessian"]
+    mean = hessian_II.diagonal().mean()
+    return Metric(hessian_II=hessian_II / mean if mean > 0 else hessian_II)
 
 
-QERA_APPROX = Method("qera-approx", mean_squares, frozenset({"mean_square"}))
-QERA_EXACT = Method("qera-exact", autocorrelation, frozenset({"autocorrelation"}))
-EORA = Method("eora", autocorrelation, frozenset({"autocorrelation"}))
+QERA_APPROX = Method("qera-approx", mean_squares, frozenset({MeanSquare()}))
+QERA_EXACT = Method("qera-exact", full_hessian, frozenset({Hessian()}))
+EORA = Method("eora", full_hessian, frozenset({Hessian()}))

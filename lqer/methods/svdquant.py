@@ -17,10 +17,11 @@ from torch import Tensor
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.scaling import smoothing_scale
 from lqer.methods.base import Method, Statistics
+from lqer.statistics import MaxAbs
 
 
 def smoothing(weight_OI: Tensor, statistics: Statistics) -> Metric:
     return Metric(scale_I=smoothing_scale(statistics["max_abs"], weight_OI))
 
 
-SVDQUANT = Method("svdquant", smoothing, frozenset({"max_abs"}), starts_with="reconstruct")
+SVDQUANT = Method("svdquant", smoothing, frozenset({MaxAbs()}), starts_with="reconstruct")

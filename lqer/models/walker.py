@@ -74,27 +74,18 @@ class BlockRun:
     def __init__(self, index: int, name: str, block: nn.Module, stream: Stream, device: torch.device):
         self.index, self.name, self.block, self.stream, self.device = index, name, block, stream, device
 
-    def forward(self, before_batch: Callable[[int], None] = lambda first_window: None) -> None:
-        """Run every batch through the block and keep its outputs as the next block's inputs.
-
-        `before_batch` is told the index of each batch's first window.
-        """
-        for batch, output_BTD in self._outputs(before_batch):
-            self.stream.put(batch, output_BTD)
-
-    def observe(self, before_batch: Callable[[int], None]) -> None:
-        """The same for the sake of hooks on the block: its outputs are dropped, the states stay its inputs."""
-        for _ in self._outputs(before_batch):
-            pass
+    def forward(self) -> None:
+        """Run every batch through the block and store its outputs as the next block's inputs."""
+        for batch in range(len(self.stream.batches)):
+            self.stream.put(batch, self.output(batch))
 
     @torch.no_grad()
-    def _outputs(self, before_batch: Callable[[int], None]) -> Iterator[tuple[int, Tensor]]:
-        for batch, windows in enumerate(self.stream.batches):
-            before_batch(windows.start)
-            hidden_BTD = self.stream.take(batch, self.device)
-            call = self.stream.calls[self.index][hidden_BTD.shape]
-            output = self.block(hidden_BTD, *call.args, **call.kwargs)
-            yield batch, output[0] if isinstance(output, tuple) else output
+    def output(self, batch: int) -> Tensor:
+        """What the block outputs on one batch (B, T, D), on its device; the stored hidden states stay its inputs."""
+        hidden_BTD = self.stream.take(batch, self.device)
+        call = self.stream.calls[self.index][hidden_BTD.shape]
+        output = self.block(hidden_BTD, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
 
 def walk_blocks(opened: OpenedModel, windows_WT: Tensor, batch_size: int) -> Iterator[BlockRun]:

@@ -8,6 +8,7 @@ from lqer.lowrank.solver import SMALL_SIDE
 from lqer.methods import METHODS, LinearPlan
 from lqer.resources.workload import Workload, planned
 from lqer.stages.quantize import with_spectra
+from lqer.statistics import Hessian
 
 # Copies of the linear that is worked on, of 4 and of 8 bytes a weight; guesses.
 SINGLE_COPIES, DOUBLE_COPIES = 6, 2
@@ -45,10 +46,10 @@ def linear_work(work: Workload) -> int:
     for _, out_features, in_features, plan in planned(work):
         weights, shorter = out_features * in_features, min(out_features, in_features)
         size = (4 * SINGLE_COPIES + 8 * DOUBLE_COPIES) * weights + 3 * 8 * shorter**2
-        needs_products = "autocorrelation" in METHODS[plan.method].statistics_for(plan)
+        needs_hessian = Hessian() in METHODS[plan.method].statistics_for(plan)
         exact = plan.rank is None or (plan.rank > 0 and not _is_iterated(plan, plan.rank, shorter))
         # A factor of R in float64: for error feedback, or for the exact solution under it.
-        if needs_products and (exact or plan.rounding.statistics):
+        if needs_hessian and (exact or plan.rounding.statistics):
             size += 3 * 8 * in_features**2
         sizes.append(size)
     return max(sizes)
@@ -63,7 +64,7 @@ def solving(work: Workload) -> tuple[float, float, float]:
     for block, out_features, in_features, plan in planned(work):
         weights, shorter = out_features * in_features, min(out_features, in_features)
         rank = ASSUMED_RANK if plan.rank is None else min(plan.rank, shorter)
-        full = "autocorrelation" in METHODS[plan.method].statistics and rank > 0
+        full = Hessian() in METHODS[plan.method].statistics and rank > 0
         flops += repeats * 8.0 * kept * weights
         moved += repeats * plan.iterations * ROUNDING_PASSES * 4.0 * weights
         if plan.rounding.statistics:

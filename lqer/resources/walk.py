@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lqer.resources.workload import OUTPUT_DIR, SAFETENSORS, Piece, Workload, input_sites
 from lqer.stages.quantize import requested_statistics
+from lqer.statistics import Hessian
 
 # How many other activations of a batch live at once, a guess.
 LIVE_ACTIVATIONS = 5
@@ -69,7 +70,7 @@ class Walk:
 
 
 def gathers_products(work: Workload) -> bool:
-    return "autocorrelation" in requested_statistics(work.plans)
+    return Hessian() in requested_statistics(work.plans)
 
 
 def accumulators(work: Workload) -> int:

@@ -29,8 +29,7 @@ from torch import Tensor
 
 from lqer.components import require_number, require_positive
 from lqer.formats import NumberFormat, QuantizedTensor
-from lqer.rounding.base import Rounding
-from lqer.rounding.hessian import DampedHessian
+from lqer.rounding.base import Rounding, Statistics
 from lqer.rounding.par_schedule import SOFT_SHARES_20, draw_batches, soft_shares
 from lqer.rounding.soft import Grid, harden, inverse_rectified_sigmoid
 
@@ -245,9 +244,7 @@ class Adaptive(Rounding):
             self.learning_rate, self.tune_scales, self.scale_learning_rate, self.scale_decay, autocast, seed,
         )  # fmt: skip
 
-    def round(
-        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
-    ) -> QuantizedTensor:
+    def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         """Where it starts from: a weight alone, without its block, is rounded to nearest."""
         return number_format.quantize(weight_OI)
 

@@ -1,8 +1,8 @@
 """What a rounding is: the choice of one of a number format's values for every weight.
 
-A rounding is a pure function `round(weight_OI, hessian_II, number_format, **settings) -> QuantizedTensor` in a file of
-its own, and a frozen dataclass here called `Rounding` that carries its settings into it. The dataclass is what a
-configuration's `quantize.rounding` names: `"nearest"`, or `{ kind = "nearest" }` with settings beside the kind.
+A rounding is a pure function on tensors in a file of its own, and a frozen dataclass deriving from `Rounding` that
+passes its settings and the statistics it needs to that function. The dataclass is what a configuration's
+`quantize.rounding` names: `"nearest"`, or `{ kind = "nearest" }` with settings next to the kind.
 
 Shapes: I in_features, O out_features.
 """
@@ -10,6 +10,7 @@ Shapes: I in_features, O out_features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,13 +18,17 @@ from torch import Tensor
 from lqer.components import Component
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.hessian import DampedHessian
+from lqer.statistics import Statistic
+
+# Of one input site, by kind. A method that has damped the Hessian already passes it on as it is.
+Statistics = Mapping[str, Tensor | DampedHessian]
 
 
 class Rounding(Component, ABC, family="rounding"):
     """Settings of one rounding."""
 
-    # What it must know of the inputs; "autocorrelation" is what `hessian` is made of.
-    statistics: ClassVar[frozenset[str]] = frozenset()
+    # The statistics of the inputs that `round` reads.
+    statistics: ClassVar[frozenset[Statistic]] = frozenset()
     # Whether the linears of a block are rounded together, to keep the block's output; `round` is then only its start.
     together: ClassVar[bool] = False
     # Whether scales that a transform has fixed can be kept.
@@ -35,13 +40,11 @@ class Rounding(Component, ABC, family="rounding"):
         return 1
 
     @abstractmethod
-    def round(
-        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
-    ) -> QuantizedTensor:
-        """The weight in the format, blocks along in_features.
+    def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
+        """The weight in the format, with groups along in_features.
 
-        weight_OI: float32. hessian: E[x xᵀ] up to scale, float32 or float64, undamped, or damped already; None unless
-        `statistics` asks for it. Raises NonFiniteError if the weight holds NaN or infinities.
+        weight_OI: float32. statistics: at least those that `self.statistics` names, by kind; "hessian" is E[x xᵀ] up to
+        scale, float32 or float64, or a DampedHessian. Raises NonFiniteError if the weight holds NaN or infinities.
         """
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
-from lqer.rounding.base import Rounding, require_damping, unsupported_feedback
+from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
 from lqer.rounding.factor import inverse_factor
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
+from lqer.statistics import Hessian, Statistic
 
 
 def gptq(
@@ -96,7 +97,7 @@ class Gptq(Rounding):
     """`gptq` as a configuration names it."""
 
     kind = "gptq"
-    statistics: ClassVar[frozenset[str]] = frozenset({"autocorrelation"})
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({Hessian()})
 
     damping: float = DAMPING
     activation_order: bool = False
@@ -105,12 +106,10 @@ class Gptq(Rounding):
     def __post_init__(self) -> None:
         require_damping(self.damping, self.kind)
 
-    def round(
-        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
-    ) -> QuantizedTensor:
+    def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         return gptq(
-            weight_OI, hessian, number_format, damping=self.damping, activation_order=self.activation_order,
-            static_groups=self.static_groups,
+            weight_OI, statistics["hessian"], number_format, damping=self.damping,
+            activation_order=self.activation_order, static_groups=self.static_groups,
         )  # fmt: skip
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:

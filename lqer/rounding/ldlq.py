@@ -26,9 +26,10 @@ from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
-from lqer.rounding.base import Rounding, require_damping, unsupported_feedback
+from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
+from lqer.statistics import Hessian, Statistic
 
 
 def ldlq(
@@ -120,7 +121,7 @@ class Ldlq(Rounding):
     """`ldlq` as a configuration names it; blocks are the format's vectors."""
 
     kind = "ldlq"
-    statistics: ClassVar[frozenset[str]] = frozenset({"autocorrelation"})
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({Hessian()})
 
     damping: float = DAMPING
     static_groups: bool = False
@@ -135,11 +136,9 @@ class Ldlq(Rounding):
     def sweeps(self) -> int:
         return 1 + self.tune_iters
 
-    def round(
-        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
-    ) -> QuantizedTensor:
+    def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         return ldlq(
-            weight_OI, hessian, number_format, damping=self.damping, static_groups=self.static_groups,
+            weight_OI, statistics["hessian"], number_format, damping=self.damping, static_groups=self.static_groups,
             tune_iters=self.tune_iters,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Rounding to nearest: every weight takes the closest value of its block, whatever the inputs.
+"""Rounding to nearest: every weight takes the closest value of its group, whatever the inputs.
 
 Shapes: I in_features, O out_features.
 """
@@ -11,23 +11,15 @@ from typing import ClassVar
 from torch import Tensor
 
 from lqer.formats import NumberFormat, QuantizedTensor
-from lqer.rounding.base import Rounding
-from lqer.rounding.hessian import DampedHessian
-
-
-def round_nearest(
-    weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
-) -> QuantizedTensor:
-    """weight_OI: float32. The hessian is not looked at. Raises NonFiniteError for NaN and infinities."""
-    return number_format.quantize(weight_OI)
+from lqer.rounding.base import Rounding, Statistics
 
 
 @dataclass(frozen=True)
 class Nearest(Rounding):
+    """`nearest` as a configuration names it: round-to-nearest (RTN)."""
+
     kind = "nearest"
     keeps_scales: ClassVar[bool] = True
 
-    def round(
-        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
-    ) -> QuantizedTensor:
-        return round_nearest(weight_OI, hessian, number_format)
+    def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
+        return number_format.quantize(weight_OI)

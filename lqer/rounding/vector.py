@@ -1,6 +1,6 @@
 """GPTVQ: vector quantization with error feedback (van Baalen et al., arXiv 2402.15319, algorithm 1).
 
-For a weight W and the autocorrelation H of its inputs, codes and codebooks that keep tr((W - Q) H (W - Q)^T) small:
+For a weight W and the Hessian H = E[x x^T] of its inputs, codes and codebooks that keep tr((W - Q) H (W - Q)^T) small:
 
     U = upper Cholesky factor of (H + damping)^-1              H^-1 = U^T U
     for each group of columns:
@@ -31,10 +31,11 @@ from lqer.components import require_choice, require_range
 from lqer.formats import Codebook, NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.formats.kmeans import DEFAULT_ITERATIONS, EmptyCluster, Seeds, fit_centroids, lowest_index
-from lqer.rounding.base import Rounding, require_damping
+from lqer.rounding.base import Rounding, Statistics, require_damping
 from lqer.rounding.codebook_update import Update, update_codebooks
 from lqer.rounding.factor import block_feedback, inverse_factor
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
+from lqer.statistics import Hessian, Statistic
 
 PANEL_COLUMNS = 128
 PER_GROUP = ("codebooks", "codebook_scales")
@@ -227,7 +228,7 @@ class Vector(Rounding):
     """`round_vector` as a configuration names it."""
 
     kind = "vector"
-    statistics: ClassVar[frozenset[str]] = frozenset({"autocorrelation"})
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({Hessian()})
 
     iterations: int = DEFAULT_ITERATIONS
     damping: float = DAMPING
@@ -241,13 +242,11 @@ class Vector(Rounding):
         require_choice("update", self.update, get_args(Update), self.kind)
         require_choice("compat", self.compat, ["reference", None], self.kind)
 
-    def round(
-        self, weight_OI: Tensor, hessian: Tensor | DampedHessian | None, number_format: NumberFormat
-    ) -> QuantizedTensor:
+    def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         assert isinstance(number_format, Codebook), "the configuration lets no other format through"
         return round_vector(
-            weight_OI, hessian, number_format, iterations=self.iterations, damping=self.damping, update=self.update,
-            compat=self.compat, seed=self.seed,
+            weight_OI, statistics["hessian"], number_format, iterations=self.iterations, damping=self.damping,
+            update=self.update, compat=self.compat, seed=self.seed,
         )  # fmt: skip
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:

@@ -3,7 +3,7 @@
 The first pass rounds every linear and keeps the spectrum of its error under the method's metric, one safetensors file
 per decoder block:
     <linear>.energies       (K,)  float64, squared singular values of the weighted error, descending
-    <linear>.weight_energy  ()    float64, tr(W R Wᵀ), the energy of the layer's output under the same metric
+    <linear>.weight_energy  ()    float64, tr(W H Wᵀ), the energy of the layer's output under the same metric
     <linear>.weight_bits    ()    int64, the stored bits of the rounded weight
 The objective is the sum over linears of the relative output error, Σ left / weight_energy, so that a layer with large
 inputs does not count for more than one with small ones. The allocation itself
@@ -29,7 +29,6 @@ from lqer.lowrank.metric import Metric
 from lqer.lowrank.rank_allocation import Allocation, Candidate, allocate, factor_bits, rank_step
 from lqer.lowrank.solver import singular_values
 from lqer.methods import METHODS, LinearPlan, QuantizedWeight
-from lqer.methods.base import in_basis
 from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears
 from lqer.stages.calibrate import BlockStatistics
@@ -101,10 +100,11 @@ def measure_spectra(workspace: Workspace, opened: OpenedModel, calibration: Arti
 
 def error_spectrum(weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan) -> dict[str, Tensor]:
     """What the stage keeps of one linear; see the module's head."""
-    method, target = METHODS[plan.method], in_basis(weight_OI, statistics, plan)
-    rounded = plan.rounding.round(target.weight_OI, target.statistics.get("autocorrelation"), plan.weight)
+    method = METHODS[plan.method]
+    target = method.target(weight_OI, statistics, plan)
+    rounded = plan.rounding.round(target.weight_OI, target.statistics, plan.weight)
     metric = Metric() if method.metric is None else method.metric(target.weight_OI, target.statistics)
-    weight = QuantizedWeight(rounded, None, target.basis)
+    weight = QuantizedWeight(rounded, None, target.rotation)
     return {
         "energies": singular_values(target.weight_OI - rounded.dequantize(), metric).square(),
         "weight_energy": torch.tensor(metric.energy(target.weight_OI), dtype=torch.float64),

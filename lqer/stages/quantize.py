@@ -32,7 +32,8 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears
 from lqer.nn.linear import output_error, weight_error
 from lqer.rounding.hessian import HessianError
-from lqer.stages.calibrate import ON_REQUEST, BlockStatistics
+from lqer.stages.calibrate import BlockStatistics
+from lqer.statistics import Statistic
 from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Workspace
 from lqer.transforms import BlockTransform
@@ -54,10 +55,10 @@ class QuantizeSettings:
     transforms: tuple[BlockTransform, ...] = ()
 
 
-def requested_statistics(plans: Plans) -> frozenset[str]:
-    """The statistics that cost something and that some linear's method or rounding needs."""
+def requested_statistics(plans: Plans) -> frozenset[Statistic]:
+    """The statistics that some linear's method, rounding or transform asks for."""
     needed = (METHODS[plan.method].statistics_for(plan) for plan in plans.values() if plan is not None)
-    return ON_REQUEST & frozenset().union(*needed)
+    return frozenset().union(*needed)
 
 
 def quantization_key(inputs: Any, model_fingerprint: str, settings: QuantizeSettings, device: torch.device) -> Any:

@@ -180,7 +180,7 @@ def _after_step(
         name=visit.name,
         linears=list(plans),
         tensors=tensors | dict(change.parameters),
-        statistics=observe_block(changed, changed.observe, whole.text, requested_statistics(plans)),
+        statistics=observe_block(changed, None, whole.text, requested_statistics(plans)),
         with_spectra=visit.index in with_spectra(whole.blocks),
         rounded=change.rounded,
     )

@@ -16,34 +16,31 @@ Shapes: I in_features, O out_features, T rows of activations.
 from __future__ import annotations
 
 import itertools
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from lqer.components import Component
 from lqer.formats import NumberFormat
+from lqer.statistics import Statistic
 
 Level = Literal["model", "block", "linear"]
 LEVELS: tuple[Level, ...] = ("model", "block", "linear")
-# What `Rotation.statistics` gives; the largest magnitude is not among it.
-KNOWN_IN_NEW_BASIS = frozenset({"mean_abs", "mean_square", "autocorrelation"})
 
 
 @dataclass(frozen=True)
 class Scheme:
     """What else a configuration asks of a linear: the formats of its weight and input (None: the model's dtype).
 
-    statistics: what its method and its rounding know of the inputs, by the names of lqer/stages/calibrate.py.
+    statistics: what its method and its rounding must know of the inputs.
     """
 
     weight: NumberFormat
     activation: NumberFormat | None
-    statistics: frozenset[str]
+    statistics: frozenset[Statistic]
 
 
 class Transform(Component, ABC, family="transform"):
@@ -71,7 +68,7 @@ class Rotation(ABC):
 
     @abstractmethod
     def hessian(self, hessian_II: Tensor) -> Tensor:
-        """R' = V R Vᵀ of a symmetric R, symmetric to the last bit, in R's dtype."""
+        """H' = V H Vᵀ of a symmetric H, symmetric to the last bit, in H's dtype."""
 
     @abstractmethod
     def input(self, x_TI: Tensor) -> Tensor:
@@ -90,45 +87,38 @@ class Rotation(ABC):
         """Bits of what is stored."""
         return sum(part.numel() * part.element_size() * 8 for part in self.pack().values())
 
-    def statistics(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is known of x' where R = E[x xᵀ] is among what is known of x; nothing where it is not.
-
-        R' = V R Vᵀ in float64, and E[x_i'²] is its diagonal. E|x_i'| is sqrt(2/π) of the root of that: every x_i' is a
-        sum over all x, and so nearly normal. By the names of lqer/stages/calibrate.py.
-        """
-        if "autocorrelation" not in statistics:
-            return {}
-        autocorrelation_II = self.hessian(statistics["autocorrelation"].to(torch.float64))
-        mean_square_I = autocorrelation_II.diagonal().clamp(min=0).to(torch.float32)
+    def statistics(self, statistics: Mapping[str, Tensor], needed: Collection[Statistic]) -> dict[str, Tensor]:
+        """The statistics `needed` of x', by kind, from those of x that `LinearTransform.statistics` names."""
+        sources = {statistic: statistic.rotates_from for statistic in needed}
         return {
-            "autocorrelation": autocorrelation_II,
-            "mean_square": mean_square_I,
-            "mean_abs": (mean_square_I * (2 / math.pi)).sqrt(),
+            statistic.kind: statistic.rotated(statistics[source.kind], self)
+            for statistic, source in sources.items()
+            if source is not None
         }
 
 
 class LinearTransform(Transform):
-    """A basis for each linear."""
+    """A rotation for each linear (incoherence processing)."""
 
     level: ClassVar[Level] = "linear"
 
     @abstractmethod
-    def basis(self, out_features: int, in_features: int, seed: int) -> Rotation:
-        """The basis of a linear, the same on every machine; on the CPU."""
+    def rotation(self, out_features: int, in_features: int, seed: int) -> Rotation:
+        """The rotation of a linear, the same on every machine; on the CPU."""
 
     @abstractmethod
     def unpack(self, packed: Mapping[str, Tensor], out_features: int, in_features: int) -> Rotation:
         """The inverse of `Rotation.pack`."""
 
     def unsupported_reason(self, scheme: Scheme) -> str | None:
-        unknown = sorted(scheme.statistics - KNOWN_IN_NEW_BASIS)
+        unknown = sorted(statistic.kind for statistic in scheme.statistics if statistic.rotates_from is None)
         if unknown:
-            return f"{', '.join(unknown)} of transformed inputs cannot be told from statistics of the inputs"
+            return f"{', '.join(unknown)} of rotated inputs does not follow from statistics of the inputs"
         return None
 
-    def statistics(self, needed: frozenset[str]) -> frozenset[str]:
-        """What must be known of the inputs so that `needed` is known of the transformed ones."""
-        return frozenset({"autocorrelation"}) if needed else frozenset()
+    def statistics(self, needed: Collection[Statistic]) -> frozenset[Statistic]:
+        """The statistics of the inputs from which `needed` follow for the rotated inputs."""
+        return frozenset(source for statistic in needed if (source := statistic.rotates_from) is not None)
 
 
 def unsupported_order(transforms: Sequence[Transform]) -> str | None:

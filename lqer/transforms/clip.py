@@ -6,7 +6,7 @@ are and saturate. With c = 1 the scales are those of plain rounding. `search_cli
 
     mean over tokens (x_g · w_g - x_g · Q_c(w_g))²  =  (w_g - Q_c(w_g)) E[x_g x_gᵀ] (w_g - Q_c(w_g))ᵀ
 
-which needs no tokens, only the diagonal blocks of the autocorrelation.
+which needs no tokens, only the diagonal blocks of the Hessian.
 
 Queries and keys keep their range, as in AWQ: the softmax compares them, and their partial products say little of it.
 
@@ -59,9 +59,7 @@ class Clip(BlockTransform):
         kept = cancelling_linears(plain, problem.inputs_STD[: problem.batch_size])
         block_sizes = {linear: number_format.block_size for linear, number_format in problem.formats.items()}
         with problem.in_autocast():
-            squares = autocorrelation_blocks(
-                plain, prepared.changed, problem.inputs_STD, problem.batch_size, block_sizes
-            )
+            squares = hessian_blocks(plain, prepared.changed, problem.inputs_STD, problem.batch_size, block_sizes)
         factors = tuple(1 - i / GRID for i in range(self.steps))
         starts, means = {}, {}
         for linear, number_format in problem.formats.items():
@@ -74,7 +72,7 @@ class Clip(BlockTransform):
         return replace(prepared, starts={**prepared.starts, **starts}).noted(self.kind, note)
 
 
-def autocorrelation_blocks(
+def hessian_blocks(
     call: BlockFunction,
     changed: Mapping[str, Tensor],
     inputs_STD: Tensor,

@@ -3,7 +3,7 @@
 With H_n orthonormal and s a vector of random signs, the transform of a vector x of length n is V x = H_n (s ⊙ x). For a
 linear y = W x the input is transformed by V, the output by U:
 
-    W' = U W Vᵀ     R' = V R Vᵀ     x' = V x     y = Uᵀ (W' x')            tr(W' R' W'ᵀ) = tr(W R Wᵀ)
+    W' = U W Vᵀ     H' = V H Vᵀ     x' = V x     y = Uᵀ (W' x')            tr(W' H' W'ᵀ) = tr(W H Wᵀ)
 
 n = 2^p k splits into H_n = H_k ⊗ H_(2^p). The power of two is a fast transform, p steps of sums and differences; no
 matrix is built. k is the smallest multiple of n's odd part for which Paley's constructions with a prime give a Hadamard
@@ -208,7 +208,7 @@ class Hadamard(LinearTransform):
 
     kind = "hadamard"
 
-    def basis(self, out_features: int, in_features: int, seed: int) -> RandomHadamard:
+    def rotation(self, out_features: int, in_features: int, seed: int) -> RandomHadamard:
         return random_hadamard(out_features, in_features, seed)
 
     def unpack(self, packed: Mapping[str, Tensor], out_features: int, in_features: int) -> RandomHadamard:

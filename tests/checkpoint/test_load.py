@@ -213,9 +213,9 @@ def test_lattice_codes_and_signs_come_back_from_disk_as_they_were(random_model, 
     stages = run_stages(random_model("opt"), plan)
     name = "model.decoder.layers.1.fc1"
     site = stages.calibration.json("sites.json")[name]
-    autocorrelation_II = stages.calibration.tensors(block_file(1))[f"{site}.autocorrelation"]
+    hessian_II = stages.calibration.tensors(block_file(1))[f"{site}.hessian"]
     linear = stages.model.get_submodule(name)
-    expected = METHODS["qera-exact"].quantize_linear(linear.weight, {"autocorrelation": autocorrelation_II}, plan)
+    expected = METHODS["qera-exact"].quantize_linear(linear.weight, {"hessian": hessian_II}, plan)
     loaded = load_quantized(stages.checkpoint.path, CPU).get_submodule(name)
     x_TI = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(0))
     y_TO = x_TI @ expected.effective_weight().T + plan.bias.quantize(linear.bias).dequantize()

@@ -374,7 +374,7 @@ class TestMistakes:
 
     def test_statistics_that_are_unknown_in_the_new_basis_are_named(self, base):
         message = mistake(base, "--quantize.method=svdquant", "--quantize.transforms=['hadamard']")
-        assert "max_abs of transformed inputs cannot be told" in message
+        assert "max_abs of rotated inputs does not follow" in message
         assert '(method "svdquant", weights "w4")' in message
 
     def test_the_file_that_set_the_value_is_named(self, tmp_path, base):

@@ -1,4 +1,4 @@
-"""Reconstruction under a full autocorrelation R, by both solvers, against R's square root and an SVD in float64.
+"""Reconstruction under a full Hessian R, by both solvers, against R's square root and an SVD in float64.
 
 Shapes: I in_features, O out_features, R rank, T tokens, K = min(I, O).
 """
@@ -31,19 +31,19 @@ def problem(shape: tuple[int, int], tokens: int = 500) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, generator=generator) * 0.01, correlated(shape[1], tokens, generator)
 
 
-def root(autocorrelation_II: Tensor) -> Tensor:
+def root(hessian_II: Tensor) -> Tensor:
     """The symmetric square root, in float64."""
-    eigenvalues_I, vectors_II = torch.linalg.eigh(autocorrelation_II.double())
+    eigenvalues_I, vectors_II = torch.linalg.eigh(hessian_II.double())
     return vectors_II * eigenvalues_I.clamp(min=0).sqrt() @ vectors_II.T
 
 
-def loss(error_OI: Tensor, factors: Factors, autocorrelation_II: Tensor) -> float:
+def loss(error_OI: Tensor, factors: Factors, hessian_II: Tensor) -> float:
     left_IO = error_OI.T.double() - factors.a_IR.double() @ factors.b_RO.double()
-    return float((left_IO * (autocorrelation_II.double() @ left_IO)).sum())
+    return float((left_IO * (hessian_II.double() @ left_IO)).sum())
 
 
-def tail(error_OI: Tensor, autocorrelation_II: Tensor, rank: int) -> float:
-    sigma_K = torch.linalg.svdvals(root(autocorrelation_II) @ error_OI.T.double())
+def tail(error_OI: Tensor, hessian_II: Tensor, rank: int) -> float:
+    sigma_K = torch.linalg.svdvals(root(hessian_II) @ error_OI.T.double())
     return float(sigma_K[rank:].square().sum())
 
 
@@ -51,7 +51,7 @@ def tail(error_OI: Tensor, autocorrelation_II: Tensor, rank: int) -> float:
 @pytest.mark.parametrize("rank", [1, 5, 23])
 def test_the_loss_is_the_tail_of_the_spectrum(shape, rank):
     error_OI, r_II = problem(shape)
-    factors = reconstruct(error_OI, Metric(autocorrelation_II=r_II), rank)
+    factors = reconstruct(error_OI, Metric(hessian_II=r_II), rank)
     assert loss(error_OI, factors, r_II) == pytest.approx(tail(error_OI, r_II, rank), rel=1e-5)
     assert factors.gap is None
 
@@ -62,7 +62,7 @@ def test_the_product_is_that_of_the_papers_square_root_svd_and_solve(shape):
     root_II = root(r_II)
     u_IK, sigma_K, vt_KO = torch.linalg.svd(root_II @ error_OI.T.double(), full_matrices=False)
     expected_IO = torch.linalg.solve(root_II, u_IK[:, :6]) @ (sigma_K[:6, None] * vt_KO[:6])
-    factors = reconstruct(error_OI, Metric(autocorrelation_II=r_II), 6)
+    factors = reconstruct(error_OI, Metric(hessian_II=r_II), 6)
     torch.testing.assert_close(factors.a_IR.double() @ factors.b_RO.double(), expected_IO, rtol=1e-4, atol=1e-7)
 
 
@@ -70,7 +70,7 @@ def test_the_product_is_that_of_the_papers_square_root_svd_and_solve(shape):
 def test_a_diagonal_r_is_a_scale(shape):
     error_OI, _ = problem(shape)
     scale_I = torch.logspace(-1, 1, shape[1])
-    full = reconstruct(error_OI, Metric(autocorrelation_II=scale_I.square().diag()), 5)
+    full = reconstruct(error_OI, Metric(hessian_II=scale_I.square().diag()), 5)
     scaled = reconstruct(error_OI, Metric(scale_I=scale_I), 5)
     torch.testing.assert_close(full.a_IR @ full.b_RO, scaled.a_IR @ scaled.b_RO, rtol=1e-4, atol=1e-7)
 
@@ -79,7 +79,7 @@ def test_a_diagonal_r_is_a_scale(shape):
 @pytest.mark.parametrize("tokens", [7, 500])
 def test_full_rank_is_exact_even_where_r_is_singular(shape, tokens):
     error_OI, r_II = problem(shape, tokens)
-    factors = reconstruct(error_OI, Metric(autocorrelation_II=r_II), 1000)
+    factors = reconstruct(error_OI, Metric(hessian_II=r_II), 1000)
     torch.testing.assert_close(factors.a_IR @ factors.b_RO, error_OI.T, rtol=1e-5, atol=1e-8)
 
 
@@ -87,7 +87,7 @@ def test_full_rank_is_exact_even_where_r_is_singular(shape, tokens):
 @pytest.mark.parametrize("rank", [3, 10])
 def test_a_singular_r_leaves_the_tail_and_finite_factors(shape, rank):
     error_OI, r_II = problem(shape, tokens=7)
-    factors = reconstruct(error_OI, Metric(autocorrelation_II=r_II), rank)
+    factors = reconstruct(error_OI, Metric(hessian_II=r_II), rank)
     assert factors.a_IR.isfinite().all()
     assert factors.b_RO.isfinite().all()
     whole = tail(error_OI, r_II, 0)
@@ -96,7 +96,7 @@ def test_a_singular_r_leaves_the_tail_and_finite_factors(shape, rank):
 
 def test_inputs_of_zero_give_factors_of_product_zero():
     error_OI, _ = problem((24, 40))
-    factors = reconstruct(error_OI, Metric(autocorrelation_II=torch.zeros(40, 40)), 4)
+    factors = reconstruct(error_OI, Metric(hessian_II=torch.zeros(40, 40)), 4)
     assert not (factors.a_IR @ factors.b_RO).any()
     assert factors.captured_share == 1
 
@@ -105,15 +105,13 @@ def test_inputs_of_zero_give_factors_of_product_zero():
 def test_singular_values_are_those_of_the_root_times_the_error(shape):
     error_OI, r_II = problem(shape)
     sigma_K = torch.linalg.svdvals(root(r_II) @ error_OI.T.double())
-    torch.testing.assert_close(
-        singular_values(error_OI, Metric(autocorrelation_II=r_II)), sigma_K, rtol=1e-5, atol=1e-7
-    )
+    torch.testing.assert_close(singular_values(error_OI, Metric(hessian_II=r_II)), sigma_K, rtol=1e-5, atol=1e-7)
 
 
 def test_the_captured_share_is_what_the_loss_lacks():
     for shape, solver in (((24, 40), "exact"), (LARGE, "krylov")):
         error_OI, r_II = problem(shape)
-        metric = Metric(autocorrelation_II=r_II)
+        metric = Metric(hessian_II=r_II)
         factors = reconstruct(error_OI, metric, 8, solver)
         whole = metric.energy(error_OI)
         assert whole == pytest.approx(tail(error_OI, r_II, 0), rel=1e-5)
@@ -125,7 +123,7 @@ class TestKrylov:
     @pytest.mark.parametrize("tokens", [100, 2000])
     def test_it_is_within_its_stated_gap_of_the_optimum(self, shape, tokens):
         error_OI, r_II = problem(shape, tokens)
-        metric = Metric(autocorrelation_II=r_II)
+        metric = Metric(hessian_II=r_II)
         exact, found = (reconstruct(error_OI, metric, 8, solver) for solver in ("exact", "krylov"))
         assert found.gap is not None
         assert found.gap <= krylov.GAP_TOLERANCE
@@ -196,23 +194,21 @@ class TestKrylov:
         generator = torch.Generator().manual_seed(1)
         left, right = (torch.randn(size, error_rank, generator=generator) for size in LARGE)
         error_OI, r_II = left @ right.T, problem(LARGE)[1]
-        factors = reconstruct(error_OI, Metric(autocorrelation_II=r_II), 8, "krylov")
+        factors = reconstruct(error_OI, Metric(hessian_II=r_II), 8, "krylov")
         assert factors.gap is not None
         assert factors.a_IR.isfinite().all()
-        whole = Metric(autocorrelation_II=r_II).energy(error_OI)
+        whole = Metric(hessian_II=r_II).energy(error_OI)
         assert loss(error_OI, factors, r_II) <= 1e-8 * whole
 
     def test_a_singular_r_of_less_rank_than_asked_for_is_solved(self):
         error_OI, r_II = problem(LARGE, tokens=5)
-        factors = reconstruct(error_OI, Metric(autocorrelation_II=r_II), 8, "krylov")
+        factors = reconstruct(error_OI, Metric(hessian_II=r_II), 8, "krylov")
         assert factors.a_IR.isfinite().all()
-        assert loss(error_OI, factors, r_II) <= 1e-7 * Metric(autocorrelation_II=r_II).energy(error_OI)
+        assert loss(error_OI, factors, r_II) <= 1e-7 * Metric(hessian_II=r_II).energy(error_OI)
 
     def test_the_same_seed_gives_the_same_bytes_and_another_one_others(self):
         error_OI, r_II = problem(LARGE)
-        one, same, other = (
-            reconstruct(error_OI, Metric(autocorrelation_II=r_II), 8, "krylov", seed) for seed in (0, 0, 1)
-        )
+        one, same, other = (reconstruct(error_OI, Metric(hessian_II=r_II), 8, "krylov", seed) for seed in (0, 0, 1))
         assert torch.equal(one.a_IR, same.a_IR)
         assert torch.equal(one.b_RO, same.b_RO)
         assert not torch.equal(one.b_RO, other.b_RO)
@@ -220,17 +216,17 @@ class TestKrylov:
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_a_gpu_finds_the_same_product(self):
         error_OI, r_II = problem(LARGE)
-        here = reconstruct(error_OI, Metric(autocorrelation_II=r_II), 8, "krylov")
-        there = reconstruct(error_OI.cuda(), Metric(autocorrelation_II=r_II.cuda()), 8, "krylov")
+        here = reconstruct(error_OI, Metric(hessian_II=r_II), 8, "krylov")
+        there = reconstruct(error_OI.cuda(), Metric(hessian_II=r_II.cuda()), 8, "krylov")
         product_IO = here.a_IR @ here.b_RO
         torch.testing.assert_close((there.a_IR @ there.b_RO).cpu(), product_IO, rtol=1e-3, atol=1e-5)
 
     @pytest.mark.parametrize(("shape", "rank"), [((64, 96), 8), (LARGE, 470), (LARGE, 480)])
     def test_where_its_space_has_no_room_the_exact_solution_is_taken(self, shape, rank):
         error_OI, r_II = problem(shape)
-        factors = reconstruct(error_OI, Metric(autocorrelation_II=r_II), rank, "krylov")
+        factors = reconstruct(error_OI, Metric(hessian_II=r_II), rank, "krylov")
         assert factors.gap is None
-        assert torch.equal(factors.b_RO, reconstruct(error_OI, Metric(autocorrelation_II=r_II), rank).b_RO)
+        assert torch.equal(factors.b_RO, reconstruct(error_OI, Metric(hessian_II=r_II), rank).b_RO)
 
     def test_auto_is_exact_on_small_matrices_and_krylov_on_large_ones(self):
         small, large = torch.randn(LARGE), torch.randn(1100, 1030)

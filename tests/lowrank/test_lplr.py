@@ -26,7 +26,7 @@ def problem(request) -> tuple[Tensor, Metric]:
     generator = torch.Generator().manual_seed(request.param)
     target_OI = torch.randn(OUT, IN, generator=generator) @ torch.randn(IN, IN, generator=generator).mul(0.3)
     x_TI = torch.randn(400, IN, generator=generator) @ torch.randn(IN, IN, generator=generator)
-    return target_OI, Metric(autocorrelation_II=damp(x_TI.T @ x_TI).hessian_II.float())
+    return target_OI, Metric(hessian_II=damp(x_TI.T @ x_TI).hessian_II.float())
 
 
 def run(problem, number_format, iterations: int = 5, feedback=None):
@@ -39,7 +39,7 @@ def run(problem, number_format, iterations: int = 5, feedback=None):
 def error(problem, pair) -> float:
     target_OI, metric = problem
     left_OI = target_OI.double() - (pair.a_IR.dequantize().double() @ pair.b_RO.dequantize().double()).T
-    return float((left_OI @ metric.autocorrelation_II.double() * left_OI).sum())
+    return float((left_OI @ metric.hessian_II.double() * left_OI).sum())
 
 
 @pytest.mark.parametrize("number_format", [E8P(4), E8P(2), MXInt(4)])
@@ -64,7 +64,7 @@ def test_further_turns_never_return_a_worse_pair(problem):
 
 def test_a_turn_is_least_squares_for_b_then_for_a(problem):
     target_OI, metric = problem
-    eigenvalues_I, vectors_II = torch.linalg.eigh(metric.autocorrelation_II.double())
+    eigenvalues_I, vectors_II = torch.linalg.eigh(metric.hessian_II.double())
     root_II = vectors_II * eigenvalues_I.sqrt() @ vectors_II.T
     start_IR = MXInt(4).quantize(reconstruct(target_OI, metric, RANK).a_IR, axis=0).dequantize()
     halves = Passthrough("float32").quantize
@@ -76,7 +76,7 @@ def test_a_turn_is_least_squares_for_b_then_for_a(problem):
 
 
 def test_error_feedback_on_the_last_a_is_kept_where_it_is_better(problem):
-    damped = damp(problem[1].autocorrelation_II, 0.0)
+    damped = damp(problem[1].hessian_II, 0.0)
 
     def feed_back(a_IR: Tensor) -> QuantizedTensor:
         rounded = ldlq(a_IR.T.contiguous(), damped, E8P(2))

@@ -14,7 +14,8 @@ from torch import Tensor
 from lqer.formats import E8P, Int, MXInt, NonFiniteError, NumberFormat, Passthrough
 from lqer.methods import METHODS, LinearPlan
 from lqer.rounding import Gptq, Ldlq, Nearest, Rounding
-from lqer.transforms import Hadamard
+from lqer.statistics import Hessian, MaxAbs, MeanAbs, MeanSquare
+from lqer.transforms import Hadamard, Scheme
 
 IN, OUT = 96, 48
 
@@ -38,7 +39,7 @@ def statistics_of(x_TI: Tensor) -> dict[str, Tensor]:
     return {
         "mean_abs": x_TI.abs().mean(0),
         "mean_square": x_TI.square().mean(0),
-        "autocorrelation": x_TI.T @ x_TI / len(x_TI),
+        "hessian": x_TI.T @ x_TI / len(x_TI),
     }
 
 
@@ -61,11 +62,11 @@ def plan(method: str, weight: NumberFormat, rounding: Rounding, rank: int) -> Li
 )
 def test_it_is_the_method_on_the_transformed_linear_transformed_back(weight_OI, x_TI, method, weight, rounding):
     rotated = plan(method, weight, rounding, rank=0 if method == "none" else 8)
-    basis = Hadamard().basis(OUT, IN, seed=3)
-    input_II, output_OO = basis.input(torch.eye(IN)).T, basis.output(torch.eye(OUT)).T
+    rotation = Hadamard().rotation(OUT, IN, seed=3)
+    input_II, output_OO = rotation.input(torch.eye(IN)).T, rotation.output(torch.eye(OUT)).T
     found = METHODS[method].quantize_linear(weight_OI, statistics_of(x_TI), rotated)
     there = METHODS[method].quantize_linear(
-        basis.weight(weight_OI), statistics_of(x_TI @ input_II.T), replace(rotated, transform=None)
+        rotation.weight(weight_OI), statistics_of(x_TI @ input_II.T), replace(rotated, transform=None)
     )
     assert torch.equal(found.weight_OI.dequantize(), there.weight_OI.dequantize())
     expected_OI = output_OO @ there.effective_weight() @ input_II
@@ -73,21 +74,25 @@ def test_it_is_the_method_on_the_transformed_linear_transformed_back(weight_OI, 
 
 
 def test_the_statistics_are_those_of_the_transformed_inputs(x_TI):
-    basis = Hadamard().basis(OUT, IN, seed=0)
-    changed = basis.statistics(statistics_of(x_TI))
-    expected = statistics_of(basis.input(x_TI))
-    torch.testing.assert_close(changed["autocorrelation"].float(), expected["autocorrelation"], rtol=1e-4, atol=1e-4)
+    rotation = Hadamard().rotation(OUT, IN, seed=0)
+    changed = rotation.statistics(statistics_of(x_TI), {Hessian(), MeanSquare(), MeanAbs()})
+    expected = statistics_of(rotation.input(x_TI))
+    torch.testing.assert_close(changed["hessian"].float(), expected["hessian"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(changed["mean_square"], expected["mean_square"], rtol=1e-4, atol=1e-5)
     # As far as sums over 96 inputs, some of them large, are normal.
     torch.testing.assert_close(changed["mean_abs"], expected["mean_abs"], rtol=0.06, atol=0.0)
-    assert basis.statistics({"mean_abs": x_TI.abs().mean(0)}) == {}
 
 
-def test_a_statistic_in_the_new_basis_takes_the_autocorrelation():
+def test_statistics_of_rotated_inputs_follow_from_the_hessian():
     act = plan("lqer-act", MXInt(3), Nearest(), rank=8)
-    assert METHODS["lqer-act"].statistics_for(act) == {"autocorrelation"}
+    assert METHODS["lqer-act"].statistics_for(act) == {Hessian()}
     assert METHODS["lqer-act"].statistics_for(replace(act, rank=0)) == frozenset()
-    assert METHODS["none"].statistics_for(replace(act, method="none", rank=0, rounding=Ldlq())) == {"autocorrelation"}
+    assert METHODS["none"].statistics_for(replace(act, method="none", rank=0, rounding=Ldlq())) == {Hessian()}
+
+
+def test_the_largest_magnitude_of_rotated_inputs_is_refused():
+    reason = Hadamard().unsupported_reason(Scheme(MXInt(3), None, frozenset({MaxAbs(), Hessian()})))
+    assert reason == "max_abs of rotated inputs does not follow from statistics of the inputs"
 
 
 def test_lattice_codes_gain_from_a_basis_without_outliers(weight_OI, x_TI):
@@ -108,5 +113,5 @@ def test_not_a_number_is_counted_before_it_spreads(weight_OI):
 
 def test_signs_are_charged_a_bit_each(weight_OI):
     quantized = METHODS["none"].quantize_linear(weight_OI, {}, plan("none", E8P(2), Nearest(), rank=0))
-    assert quantized.basis.bits == IN + OUT
+    assert quantized.rotation.bits == IN + OUT
     assert quantized.metadata_bits == quantized.weight_OI.metadata_bits + IN + OUT

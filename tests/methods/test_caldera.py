@@ -30,7 +30,7 @@ def layer(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     weight_OI += torch.randn(OUT, 4, generator=generator) @ torch.randn(4, IN, generator=generator) * 0.05
     mixing_II = torch.randn(IN, IN, generator=generator) / IN**0.5
     x_TI = torch.randn(1000, IN, generator=generator) @ mixing_II
-    return weight_OI, {"autocorrelation": x_TI.T @ x_TI / len(x_TI)}
+    return weight_OI, {"hessian": x_TI.T @ x_TI / len(x_TI)}
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def quantize(plan: LinearPlan, seed: int = 0) -> QuantizedWeight:
 def relative_error(found: QuantizedWeight, seed: int = 0) -> float:
     """Under the damped H, in float64."""
     weight_OI, statistics = layer(seed)
-    hessian_II = damp(statistics["autocorrelation"], 0.01).hessian_II
+    hessian_II = damp(statistics["hessian"], 0.01).hessian_II
     left_OI = weight_OI.double() - found.effective_weight().double()
     energy = lambda x_OI: float((x_OI @ hessian_II * x_OI).sum())  # noqa: E731
     return (energy(left_OI) / energy(weight_OI.double())) ** 0.5
@@ -74,7 +74,7 @@ def test_a_state_counts_once_both_parts_are_there():
     weight_OI = torch.ones(8, 8)
     rounded = Passthrough().quantize(weight_OI)
     found = METHODS["qera-exact"].quantize_linear(
-        weight_OI, {"autocorrelation": torch.eye(8)}, LinearPlan("qera-exact", MXInt(2), None, None, 1, HALVES, "long")
+        weight_OI, {"hessian": torch.eye(8)}, LinearPlan("qera-exact", MXInt(2), None, None, 1, HALVES, "long")
     )
 
     def reconstruct_step(state: State) -> State:
@@ -107,7 +107,7 @@ def test_the_reconstruction_in_halves_is_the_papers_closed_form(plan):
     weight_OI, statistics = layer(0)
     found = quantize(replace(plan, factor=Passthrough("float32"), iterations=1, caldera=CalderaSettings("round")))
     residual_OI = weight_OI.double() - found.weight_OI.dequantize().double()
-    eigenvalues_I, vectors_II = torch.linalg.eigh(damp(statistics["autocorrelation"], 0.01).hessian_II)
+    eigenvalues_I, vectors_II = torch.linalg.eigh(damp(statistics["hessian"], 0.01).hessian_II)
     u_OK, sigma_K, pt_KI = torch.linalg.svd(residual_OI @ vectors_II * eigenvalues_I.sqrt(), full_matrices=False)
     right_RI = sigma_K[:16, None] * pt_KI[:16] / eigenvalues_I.sqrt() @ vectors_II.T
     torch.testing.assert_close(found.low_rank.product().double(), u_OK[:, :16] @ right_RI, rtol=1e-4, atol=1e-6)
@@ -117,7 +117,7 @@ def test_without_a_rank_it_is_the_rounding_alone(plan):
     weight_OI, statistics = layer(0)
     found = quantize(replace(plan, rank=0))
     assert found.low_rank is None
-    expected = plan.rounding.round(weight_OI, statistics["autocorrelation"], plan.weight)
+    expected = plan.rounding.round(weight_OI, statistics, plan.weight)
     assert torch.equal(found.effective_weight(), expected.dequantize())
 
 
@@ -163,13 +163,13 @@ def test_it_goes_with_any_format_rounding_and_basis(plan, weight, rounding):
     weight_OI, statistics = layer(1)
     alone = METHODS["none"].quantize_linear(weight_OI, statistics, rounded_alone)
     assert relative_error(quantize(rotated, 1), 1) < relative_error(alone, 1)
-    assert quantize(plain, 1).basis is None
+    assert quantize(plain, 1).rotation is None
 
 
 def test_a_hessian_that_needs_more_damping_is_counted(plan):
     weight_OI, _ = layer(0)
     x_TI = torch.randn(20, IN, generator=torch.Generator().manual_seed(0))
-    singular = {"autocorrelation": x_TI.T @ x_TI / 20}
+    singular = {"hessian": x_TI.T @ x_TI / 20}
     undamped = replace(plan, iterations=2, caldera=CalderaSettings(damping=0.0))
     found = METHODS["caldera"].quantize_linear(weight_OI, singular, undamped)
     assert found.damping_raises > 0

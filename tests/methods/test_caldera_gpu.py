@@ -23,7 +23,7 @@ def test_a_gpu_finds_a_decomposition_as_good_as_a_cpus(factor):
     generator = torch.Generator().manual_seed(0)
     weight_OI = 0.05 * torch.randn(288, 384, generator=generator)
     x_TI = torch.randn(2000, 384, generator=generator) @ torch.randn(384, 384, generator=generator) / 384**0.5
-    statistics = {"autocorrelation": x_TI.T @ x_TI / len(x_TI)}
+    statistics = {"hessian": x_TI.T @ x_TI / len(x_TI)}
     plan = LinearPlan(
         "caldera", E8P(2), None, None, 16, factor, "long", rounding=Ldlq(tune_iters=1), transform=Hadamard(),
         iterations=3, caldera=CalderaSettings(down_date=0.97),

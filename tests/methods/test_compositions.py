@@ -24,7 +24,7 @@ def statistics_of(x_TI: Tensor) -> dict[str, Tensor]:
         "mean_abs": x_TI.abs().mean(0),
         "mean_square": x_TI.square().mean(0),
         "max_abs": x_TI.abs().amax(0),
-        "autocorrelation": (x_TI.T.double() @ x_TI.double() / len(x_TI)).float(),
+        "hessian": (x_TI.T.double() @ x_TI.double() / len(x_TI)).float(),
     }
 
 
@@ -57,7 +57,7 @@ def quantize(weight_OI: Tensor, statistics: Statistics, plan: LinearPlan, method
 
 def weighted_error(weight_OI: Tensor, effective_OI: Tensor, statistics: Statistics) -> float:
     error_OI = weight_OI.double() - effective_OI.double()
-    return float((error_OI @ statistics["autocorrelation"].double() * error_OI).sum())
+    return float((error_OI @ statistics["hessian"].double() * error_OI).sum())
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -74,7 +74,7 @@ def test_in_the_norm_of_the_inputs_qera_exact_is_at_most_every_other_reconstruct
 def test_what_qera_exact_leaves_is_the_tail_of_the_weighted_spectrum(plan):
     weight_OI, statistics = layer(0)
     quantized = quantize(weight_OI, statistics, plan, "qera-exact")
-    eigenvalues_I, vectors_II = torch.linalg.eigh(statistics["autocorrelation"].double())
+    eigenvalues_I, vectors_II = torch.linalg.eigh(statistics["hessian"].double())
     root_II = vectors_II * eigenvalues_I.clamp(min=0).sqrt() @ vectors_II.T
     error_OI = weight_OI.double() - plan.weight.quantize(weight_OI).dequantize().double()
     sigma_K = torch.linalg.svdvals(root_II @ error_OI.T)
@@ -103,13 +103,13 @@ def equal(one: QuantizedWeight, other: QuantizedWeight) -> None:
 
 def test_uncorrelated_equal_inputs_make_qera_exact_the_plain_svd(plan):
     weight_OI, statistics = layer(0)
-    statistics = {**statistics, "autocorrelation": 0.3 * torch.eye(128)}
+    statistics = {**statistics, "hessian": 0.3 * torch.eye(128)}
     equal(quantize(weight_OI, statistics, plan, "qera-exact"), quantize(weight_OI, statistics, plan, "lqer-svd"))
 
 
 def test_uncorrelated_inputs_make_qera_exact_qera_approx(plan):
     weight_OI, statistics = layer(0)
-    statistics = {**statistics, "autocorrelation": statistics["mean_square"].diag()}
+    statistics = {**statistics, "hessian": statistics["mean_square"].diag()}
     equal(quantize(weight_OI, statistics, plan, "qera-exact"), quantize(weight_OI, statistics, plan, "qera-approx"))
 
 
@@ -182,7 +182,7 @@ def test_full_rank_restores_the_weight_and_rank_zero_rounds_it(plan, method):
 @pytest.mark.parametrize("method", ["qera-approx", "qera-exact", "svdquant"])
 def test_the_product_does_not_depend_on_the_unit_of_the_inputs(plan, method):
     weight_OI, statistics = layer(0)
-    powers = {"mean_abs": 1, "max_abs": 1, "mean_square": 2, "autocorrelation": 2}
+    powers = {"mean_abs": 1, "max_abs": 1, "mean_square": 2, "hessian": 2}
     louder = {key: value * 8.0 ** powers[key] for key, value in statistics.items()}
     equal(quantize(weight_OI, statistics, plan, method), quantize(weight_OI, louder, plan, method))
 
@@ -206,8 +206,9 @@ def test_methods_ask_for_the_statistics_that_they_read(plan, method):
     weight_OI, statistics = layer(0)
     plan = replace(plan, method=method, rank=8 if METHODS[method].reconstructs else 0)
     wanted = METHODS[method].statistics_for(plan)
-    assert wanted <= statistics.keys()
-    METHODS[method].quantize_linear(weight_OI, {key: statistics[key] for key in wanted}, plan)
+    METHODS[method].quantize_linear(
+        weight_OI, {statistic.kind: statistics[statistic.kind] for statistic in wanted}, plan
+    )
     assert METHODS[method].statistics_for(replace(plan, rank=0)) == frozenset()
     assert METHODS[method].statistics_for(replace(plan, rank=None)) == METHODS[method].statistics
 

@@ -62,13 +62,14 @@ def test_blocks_are_put_back_when_the_model_cannot_be_walked(random_model, windo
     assert all(a is b for a, b in zip(model.model.layers, blocks, strict=True))
 
 
-def test_every_batch_is_announced_by_the_index_of_its_first_window(random_model, windows_WT):
-    model = random_model("llama")
-    visits = {}
-    for visit in walk_blocks(OpenedModel.resident(model, CPU, Offload()), windows_WT, 2):
-        visits[visit.name] = []
-        visit.forward(before_batch=visits[visit.name].append)
-    assert visits == {"model.layers.0": [0, 2, 4], "model.layers.1": [0, 2, 4]}
+def test_an_output_that_is_not_stored_leaves_the_hidden_states_as_they_are(random_model, windows_WT):
+    runs = walk_blocks(OpenedModel.resident(random_model("llama"), CPU, Offload()), windows_WT, 2)
+    run = next(runs)
+    states_WTD = run.stream.states_WTD.clone()
+    outputs = [run.output(batch) for batch in range(3)]
+    assert torch.equal(run.stream.states_WTD, states_WTD)
+    run.forward()
+    assert torch.equal(run.stream.states_WTD, torch.cat(outputs))
 
 
 def test_changes_made_to_a_block_during_its_visit_reach_the_next(random_model, windows_WT):

@@ -29,6 +29,7 @@ from lqer.stages.calibrate import CalibrationText, calibrate
 from lqer.stages.finetune import trained_tensors
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.stages.rotate import rotate
+from lqer.statistics import Hessian
 from lqer.store.names import SITES_FILE, block_file
 from lqer.store.offload import Offload
 from lqer.store.store import Workspace
@@ -123,7 +124,7 @@ def test_bytes_are_what_a_run_holds_and_writes(model, method, windows_WT, letter
     found = stages_of(work)
     offload = RecordingSpill()
     opened = OpenedModel.resident(model, CPU, offload)
-    requested = {"autocorrelation"} if method == "qera-exact" else set()
+    requested = {Hessian()} if method == "qera-exact" else set()
     calibration = Workspace(tmp_path / "calibrate")
     calibrate(calibration, opened, CalibrationText(windows_WT, 2, 24), requested)
     calibrate_stage = found["calibrate"]
@@ -152,7 +153,7 @@ def test_operations_of_a_calibration_are_those_that_torch_counts(model, windows_
     opened = OpenedModel.resident(model, CPU, Offload())
     counter = FlopCounterMode(display=False)
     with counter:
-        calibrate(Workspace(tmp_path / "c"), opened, CalibrationText(windows_WT, 2, 24), {"autocorrelation"})
+        calibrate(Workspace(tmp_path / "c"), opened, CalibrationText(windows_WT, 2, 24), {Hessian()})
     found = stages_of(workload(model, tmp_path))["calibrate"].flops
     assert found == pytest.approx(counter.get_total_flops(), rel=0.05)
 
@@ -263,7 +264,9 @@ def test_calls_of_error_feedback_are_those_of_its_columns(random_model, tmp_path
     counted = 0
     for out_features, in_features in linears.values():
         with Operations() as operations:
-            plan.rounding.round(torch.randn(out_features, in_features), torch.eye(in_features), plan.weight)
+            plan.rounding.round(
+                torch.randn(out_features, in_features), {"hessian": torch.eye(in_features)}, plan.weight
+            )
         counted += operations.count
     assert counted / 2 < calls < 2 * counted
     # CALDERA feeds errors back in both steps of every iteration.

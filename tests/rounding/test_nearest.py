@@ -15,7 +15,7 @@ from lqer.rounding import ROUNDINGS, Nearest, rounding_from_dict
 @pytest.mark.parametrize("number_format", [MXInt(bits=3), Int(bits=4, block_size=16)], ids=lambda f: f.kind)
 def test_it_is_the_formats_own_rounding_along_in_features(number_format):
     weight_OI = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
-    rounded = Nearest().round(weight_OI, None, number_format)
+    rounded = Nearest().round(weight_OI, {}, number_format)
     assert rounded.axis == 1
     assert torch.equal(rounded.dequantize(), number_format.quantize(weight_OI).dequantize())
 

@@ -12,6 +12,7 @@ from lqer.rounding import ROUNDINGS, Gptq, Ldlq, Vector, rounding_from_dict
 from lqer.rounding.gptq import gptq
 from lqer.rounding.ldlq import ldlq
 from lqer.rounding.vector import round_vector
+from lqer.statistics import Hessian
 
 
 @pytest.fixture
@@ -33,9 +34,9 @@ def test_a_named_rounding_is_its_function_with_its_settings(weight_OI, hessian_I
         (Ldlq(tune_iters=1), ldlq(weight_OI, hessian_II, w3, tune_iters=1)),
     ]
     for rounding, expected in pairs:
-        assert torch.equal(rounding.round(weight_OI, hessian_II, w3).dequantize(), expected.dequantize())
+        assert torch.equal(rounding.round(weight_OI, {"hessian": hessian_II}, w3).dequantize(), expected.dequantize())
     codebook = Codebook(bits=2, dimension=2, group_size=512)
-    found = Vector(iterations=5).round(weight_OI, hessian_II, codebook)
+    found = Vector(iterations=5).round(weight_OI, {"hessian": hessian_II}, codebook)
     assert torch.equal(found.dequantize(), round_vector(weight_OI, hessian_II, codebook, iterations=5).dequantize())
 
 
@@ -46,8 +47,8 @@ def test_a_rounding_survives_being_written_down(kind):
 
 
 @pytest.mark.parametrize("kind", ["gptq", "ldlq", "vector"])
-def test_error_feedback_asks_for_the_autocorrelation(kind):
-    assert ROUNDINGS[kind].statistics == {"autocorrelation"}
+def test_error_feedback_asks_for_the_hessian(kind):
+    assert ROUNDINGS[kind].statistics == {Hessian()}
 
 
 @pytest.mark.parametrize(

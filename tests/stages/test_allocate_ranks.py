@@ -20,6 +20,7 @@ from lqer.rounding import Ldlq
 from lqer.stages.allocate_ranks import allocate_ranks, check_budget, error_spectrum, measure_spectra, spectra_key
 from lqer.stages.calibrate import CalibrationText, calibrate
 from lqer.stages.quantize import QuantizeSettings, quantize
+from lqer.statistics import Hessian
 from lqer.store.names import SITES_FILE, block_file, layers_file
 from lqer.store.offload import Offload
 from lqer.store.store import Store, Workspace
@@ -46,7 +47,7 @@ def calibration(model, windows_WT, store):
 
 def gathered(store, key, model, windows_WT):
     text = CalibrationText(windows_WT, 2, 8)
-    return store.obtain("calibrate", key, lambda ws: calibrate(ws, held(model), text, {"autocorrelation"}))
+    return store.obtain("calibrate", key, lambda ws: calibrate(ws, held(model), text, {Hessian()}))
 
 
 def held(model) -> OpenedModel:
@@ -86,7 +87,7 @@ def test_energies_are_the_squared_singular_values_of_the_weighted_error(model, c
     for name in ("model.layers.2.self_attn.k_proj", "model.layers.0.mlp.down_proj", "model.layers.3.mlp.up_proj"):
         index = int(name.split(".")[2])
         weight_OI = model.get_submodule(name).weight.detach().double()
-        r_II = calibration.tensors(block_file(index))[f"{sites[name]}.autocorrelation"].double()
+        r_II = calibration.tensors(block_file(index))[f"{sites[name]}.hessian"].double()
         r_II = r_II / r_II.diagonal().mean()
         eigenvalues_I, vectors_II = torch.linalg.eigh(r_II)
         root_II = vectors_II * eigenvalues_I.clamp(min=0).sqrt() @ vectors_II.T
@@ -193,14 +194,14 @@ def test_the_key_follows_what_decides_the_spectra_and_nothing_else(plans):
 def test_a_spectrum_is_that_of_the_error_in_the_basis_of_the_plan():
     generator = torch.Generator().manual_seed(0)
     weight_OI, x_TI = torch.randn(48, 96, generator=generator), torch.randn(300, 96, generator=generator)
-    statistics = {"autocorrelation": x_TI.T @ x_TI / 300}
+    statistics = {"hessian": x_TI.T @ x_TI / 300}
     plan = LinearPlan(
         "qera-exact", E8P(2), None, None, 0, MXInt(8), "long", rounding=Ldlq(), transform=Hadamard(), seed=5
     )
     spectrum = error_spectrum(weight_OI, statistics, plan)
     rounded = METHODS["qera-exact"].quantize_linear(weight_OI, statistics, plan)
     error_OI = (weight_OI - rounded.effective_weight()).double()
-    hessian_II = statistics["autocorrelation"].double()
+    hessian_II = statistics["hessian"].double()
     unit = hessian_II.diagonal().mean()
     left = float((error_OI @ hessian_II * error_OI).sum() / unit)
     assert float(spectrum["energies"].sum()) == pytest.approx(left, rel=1e-4)

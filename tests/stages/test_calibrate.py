@@ -5,10 +5,11 @@ Shapes: T tokens of the whole text, I in_features, S sampled tokens.
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,15 +19,14 @@ from transformers import PreTrainedModel
 from lqer.errors import ModelError
 from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks
+from lqer.models.walker import walk_blocks
 from lqer.stages.calibrate import (
-    ON_REQUEST,
     CalibrationText,
-    SiteStatistics,
     calibrate,
     calibration_key,
-    products,
-    spread_indices,
+    observe_block,
 )
+from lqer.statistics import Accumulator, Hessian, MaxAbs, Statistic
 from lqer.store.names import block_file
 from lqer.store.offload import Offload
 from lqer.store.store import Workspace
@@ -57,7 +57,7 @@ def run_calibration(
     windows_WT: Tensor,
     batch_size: int = BATCH_SIZE,
     make=Workspace,
-    requested: Collection[str] = (),
+    requested: Collection[Statistic] = (),
 ) -> Workspace:
     workspace = make(folder)
     opened = OpenedModel.resident(model, CPU, Offload())
@@ -124,76 +124,43 @@ def test_what_costs_something_is_gathered_only_on_request(random_model, windows_
     model = random_model("llama")
     statistics = {
         tuple(sorted({name.rpartition(".")[2] for name in tensors}))
-        for requested in ((), ("max_abs",), ("autocorrelation",))
+        for requested in ((), (MaxAbs(),), (Hessian(),))
         for tensors in [
-            run_calibration(tmp_path / "+".join(requested), model, windows_WT, requested=requested).tensors(
-                block_file(0)
-            )
+            run_calibration(tmp_path / str(requested), model, windows_WT, requested=requested).tensors(block_file(0))
         ]
     }
     always = ("mean_abs", "mean_square", "sample")
-    assert statistics == {always, tuple(sorted((*always, "max_abs"))), ("autocorrelation", *always)}
+    assert statistics == {always, tuple(sorted((*always, "max_abs"))), ("hessian", *always)}
 
 
 def test_the_requested_statistics_are_those_of_the_models_own_forward_pass(random_model, windows_WT, tmp_path):
     model = random_model("llama")
-    found = run_calibration(tmp_path, model, windows_WT, requested=ON_REQUEST)
+    found = run_calibration(tmp_path, model, windows_WT, requested={Hessian(), MaxAbs()})
     sites = found.json("sites.json")
     for linear, batches in inputs_of_linears(model, windows_WT, BATCH_SIZE).items():
         tensors = found.tensors(block_file(int(linear.split(".")[2])))
         x_TI = torch.cat(batches).double()
-        r_II = x_TI.T @ x_TI / len(x_TI)
-        stored_II = tensors[f"{sites[linear]}.autocorrelation"]
+        hessian_II = x_TI.T @ x_TI / len(x_TI)
+        stored_II = tensors[f"{sites[linear]}.hessian"]
         assert stored_II.dtype == torch.float32
         assert torch.equal(stored_II, stored_II.T)
-        torch.testing.assert_close(stored_II.double(), r_II, rtol=0, atol=1e-6 * float(r_II.diagonal().mean()))
+        torch.testing.assert_close(
+            stored_II.double(), hessian_II, rtol=0, atol=1e-6 * float(hessian_II.diagonal().mean())
+        )
         torch.testing.assert_close(stored_II.diagonal(), tensors[f"{sites[linear]}.mean_square"], rtol=1e-6, atol=0)
         assert torch.equal(tensors[f"{sites[linear]}.max_abs"].double(), x_TI.abs().amax(0))
     # q, k and v share one matrix, gate and up another.
-    assert sum(name.endswith(".autocorrelation") for name in found.tensors(block_file(0))) == 4
-
-
-@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=needs_gpu)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scales", ["even", "outliers"])
-def test_the_autocorrelation_does_not_depend_on_the_batches(scales, dtype, device):
-    """Within 1e-6 of float64's and of each other; a GPU sums half precision less exactly (1.9e-6, H100)."""
-    limit = 1e-6 if dtype == torch.float32 or device == CPU else 5e-6
-    generator = torch.Generator().manual_seed(0)
-    x_TI = torch.randn(4000, 48, generator=generator) + 0.5
-    if scales == "outliers":
-        x_TI *= torch.logspace(-2, 3, 48)
-    x_TI = x_TI.to(dtype)
-    found = []
-    for batch in (1, 700, 4000):
-        site = SiteStatistics(48, device, {"autocorrelation"})
-        for x_NI in x_TI.to(device).split(batch):
-            site.add(x_NI, torch.empty(0, dtype=torch.int64, device=device))
-        stored_II = site.tensors()["autocorrelation"]
-        assert stored_II.dtype == torch.float32
-        assert torch.equal(stored_II, stored_II.T)
-        found.append(stored_II.cpu().double())
-    exact_II = x_TI.double().T @ x_TI.double() / len(x_TI)
-    size_II = (exact_II.diagonal()[:, None] * exact_II.diagonal()).sqrt()
-    for one_II in found:
-        assert ((one_II - exact_II).abs() / size_II).max() < limit
-        assert ((one_II - found[0]).abs() / size_II).max() < limit
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_of_half_precision_inputs_are_those_of_their_float32_values(dtype):
-    x_NI = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert torch.equal(products(x_NI), products(x_NI.float()))
+    assert sum(name.endswith(".hessian") for name in found.tensors(block_file(0))) == 4
 
 
 @needs_gpu
 def test_statistics_on_a_gpu_are_those_of_the_cpu(random_model, windows_WT, tmp_path):
     """All of a model's, in float32, as the walker gathers them block by block."""
     model = random_model("llama")
-    here = run_calibration(tmp_path / "cpu", model, windows_WT, requested=ON_REQUEST)
+    here = run_calibration(tmp_path / "cpu", model, windows_WT, requested={Hessian(), MaxAbs()})
     there = Workspace(tmp_path / "gpu")
     opened = OpenedModel.resident(model, torch.device("cuda"), Offload())
-    calibrate(there, opened, CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS), ON_REQUEST)
+    calibrate(there, opened, CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS), {Hessian(), MaxAbs()})
     assert here.json("sites.json") == there.json("sites.json")
     for index in range(2):
         expected, found = here.tensors(block_file(index)), there.tensors(block_file(index))
@@ -202,41 +169,74 @@ def test_statistics_on_a_gpu_are_those_of_the_cpu(random_model, windows_WT, tmp_
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()))
 
 
-@needs_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_products_on_a_gpu_are_those_of_float64(dtype):
-    x_NI = torch.randn(512, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
-    exact_II = x_NI.double().T @ x_NI.double()
-    found_II = products(x_NI.cuda())
-    assert found_II.dtype == torch.float32
-    # Tensor cores add half precision's products up less exactly: 2.5e-6 on an H100.
-    limit = 1e-6 if dtype == torch.float32 else 5e-6
-    assert (found_II.cpu().double() - exact_II).abs().max() < limit * exact_II.diagonal().mean()
-
-
 def test_the_key_says_what_was_asked_for(windows_WT):
     text = CalibrationText(windows_WT, 2, 24)
     keys = [
         calibration_key("model", text, torch.float32, CPU, requested)
-        for requested in ((), {"autocorrelation"}, {"autocorrelation", "max_abs"})
+        for requested in ((), {Hessian()}, {Hessian(), MaxAbs()})
     ]
     assert len({str(key) for key in keys}) == 3
-    assert keys[2] == calibration_key("model", text, torch.float32, CPU, ["max_abs", "autocorrelation"])
+    assert keys[2] == calibration_key("model", text, torch.float32, CPU, [MaxAbs(), Hessian()])
 
 
-def test_sampled_tokens_are_spread_evenly_whatever_the_batches():
-    rng = random.Random(0)
-    for _ in range(300):
-        tokens, sampled, batch = rng.randint(1, 500), rng.randint(1, 600), rng.randint(1, 60)
-        whole = spread_indices(0, tokens, tokens, sampled)
-        parts = [
-            spread_indices(first, min(batch, tokens - first), tokens, sampled) + first
-            for first in range(0, tokens, batch)
-        ]
-        assert torch.equal(torch.cat(parts), whole)
-        assert len(whole) == min(sampled, tokens)
-        gaps = whole.diff()
-        assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+class DeviationAccumulator:
+    def __init__(self, in_features: int):
+        self.sum_II, self.tokens = torch.zeros(in_features, in_features, dtype=torch.float64), 0
+
+    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor) -> None:
+        assert original_NI is not None
+        self.sum_II += (original_NI - x_NI).double().T @ x_NI.double()
+        self.tokens += len(x_NI)
+
+    def result(self) -> Tensor:
+        return self.sum_II / self.tokens
+
+
+@dataclass(frozen=True)
+class Deviation(Statistic):
+    """E[(x_original - x) xᵀ], as a rounding such as GPTAQ needs it (arXiv 2504.02692)."""
+
+    kind = "deviation"
+    needs_original: ClassVar[bool] = True
+
+    def accumulator(self, in_features: int, device: torch.device, offload: Offload) -> Accumulator:
+        return DeviationAccumulator(in_features)
+
+    def nbytes(self, in_features: int) -> int:
+        return 8 * in_features**2
+
+
+@torch.no_grad()
+def test_a_statistic_of_pairs_is_given_both_inputs_of_every_token(random_model, windows_WT):
+    """The second block, after a first one whose weights differ; both sides against hooks on whole models."""
+    original, changed = random_model("llama"), random_model("llama")
+    changed.load_state_dict(original.state_dict())
+    for parameter in changed.model.layers[0].parameters():
+        parameter.mul_(1.1)
+    text = CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS)
+    runs = [walk_blocks(OpenedModel.resident(model, CPU, Offload()), windows_WT, 2) for model in (original, changed)]
+    for first in [next(run) for run in runs]:
+        first.forward()
+    original_run, changed_run = (next(run) for run in runs)
+    before_WTD = original_run.stream.states_WTD.clone()
+    found = observe_block(changed_run, original_run, text, {Deviation()})
+    assert torch.equal(original_run.stream.states_WTD, before_WTD)
+    expected = [inputs_of_linears(model, windows_WT, BATCH_SIZE) for model in (original, changed)]
+    for linear, site in found.sites.items():
+        original_TI, x_TI = (torch.cat(inputs[linear]).double() for inputs in expected)
+        deviation_II = (original_TI - x_TI).T @ x_TI / len(x_TI)
+        assert deviation_II.abs().max() > 1e-3 * x_TI.square().mean()
+        scale = float(x_TI.square().mean())
+        torch.testing.assert_close(found.tensors[f"{site}.deviation"], deviation_II, rtol=0, atol=1e-5 * scale)
+
+
+@torch.no_grad()
+def test_both_runs_of_a_pair_may_be_of_one_block(random_model, windows_WT):
+    opened = OpenedModel.resident(random_model("llama"), CPU, Offload())
+    text = CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS)
+    run = next(walk_blocks(opened, windows_WT, 2))
+    found = observe_block(run, run, text, {Deviation()})
+    assert all(not tensor.any() for name, tensor in found.tensors.items() if name.endswith(".deviation"))
 
 
 class KilledError(Exception):
@@ -282,4 +282,4 @@ def test_nan_and_infinity_are_reported_at_the_first_linear_they_reach(
     model = random_model("llama")
     model.get_submodule(broken).weight.data[:, 0] = value
     with pytest.raises(ModelError, match=f"inputs of {reported} hold NaN or infinities"):
-        run_calibration(tmp_path, model, windows_WT, requested=ON_REQUEST)
+        run_calibration(tmp_path, model, windows_WT, requested={Hessian(), MaxAbs()})

@@ -8,9 +8,9 @@ from lqer.formats import MX, Int, MXInt
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.clip import (
     SHRINK_FACTORS,
-    autocorrelation_blocks,
     block_products,
     group_range,
+    hessian_blocks,
     quantize_clipped,
     search_clipping,
 )
@@ -100,7 +100,7 @@ def test_products_of_a_site_are_summed_in_the_block_size_of_every_linear(x_TI):
             return self.left(x_BTI) + self.right(x_BTI)
 
     inputs_STI = x_TI.reshape(20, 15, 72)
-    squares = autocorrelation_blocks(BlockFunction(Twins()), {}, inputs_STI, 3, {"left": 16, "right": 36})
+    squares = hessian_blocks(BlockFunction(Twins()), {}, inputs_STI, 3, {"left": 16, "right": 36})
     product_II = x_TI.T @ x_TI
     for linear, size in (("left", 16), ("right", 36)):
         for n, block_BB in enumerate(squares[linear]):

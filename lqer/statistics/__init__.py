@@ -1,0 +1,26 @@
+"""Statistics of the inputs of linear layers: magnitudes, the Hessian, a sample.
+
+This folder imports torch and lqer.components only. A new statistic is a file of its own; a rounding or a method that
+names it in its `statistics` has it gathered.
+"""
+
+from lqer.statistics.base import Accumulator, Allocator, InputRotation, Statistic
+from lqer.statistics.hessian import Hessian
+from lqer.statistics.magnitudes import MaxAbs, MeanAbs, MeanSquare
+from lqer.statistics.sample import Sample
+
+# Gathered whatever is asked for: they cost next to nothing, and reports need them.
+ALWAYS: tuple[Statistic, ...] = (MeanAbs(), MeanSquare(), Sample())
+
+__all__ = [
+    "ALWAYS",
+    "Accumulator",
+    "Allocator",
+    "Hessian",
+    "InputRotation",
+    "MaxAbs",
+    "MeanAbs",
+    "MeanSquare",
+    "Sample",
+    "Statistic",
+]

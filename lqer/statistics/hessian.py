@@ -1,0 +1,87 @@
+"""The Hessian H = E[x xᵀ] of a linear's inputs: the mean over all tokens, not centred.
+
+An error E of the weight costs E‖E x‖² = tr(E H Eᵀ) at the layer's output, so 2 H is the Hessian of the layer's squared
+output error with respect to each row of the weight.
+
+Shapes: I in_features, N tokens of a batch, P rows of a panel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lqer.statistics.base import Allocator, InputRotation, Statistic
+
+# Tokens whose products are summed in float32 before the sum is added to a float64 one.
+CHUNK_TOKENS = 512
+PANEL_ROWS = 512
+
+
+class HessianAccumulator:
+    """Σ x xᵀ in float64."""
+
+    def __init__(self, in_features: int, device: torch.device, offload: Allocator):
+        self._sum_II = offload.zeros([in_features, in_features], torch.float64, device)
+        self._tokens = 0
+
+    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor) -> None:
+        self._tokens += len(x_NI)
+        for chunk_NI in x_NI.split(CHUNK_TOKENS):
+            _add(self._sum_II, outer_products(chunk_NI))
+
+    def result(self) -> Tensor:
+        return _symmetric_mean(self._sum_II, self._tokens)
+
+
+def outer_products(x_NI: Tensor) -> Tensor:
+    """Σ x xᵀ, float32 (I, I).
+
+    Products of two bfloat16 or float16 numbers are exact in float32, and a GPU's half-precision units accumulate them
+    in float32.
+    """
+    if x_NI.is_cuda and x_NI.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x_NI.T, x_NI, out_dtype=torch.float32)
+    x32_NI = x_NI.to(torch.float32)
+    return x32_NI.T @ x32_NI
+
+
+def _add(sum_II: Tensor, products_II: Tensor) -> None:
+    """Add float32 to float64 in place; by panels of rows, because a CPU first widens the whole operand."""
+    for sum_PI, products_PI in zip(sum_II.split(PANEL_ROWS), products_II.split(PANEL_ROWS), strict=True):
+        sum_PI += products_PI
+
+
+def _symmetric_mean(sum_II: Tensor, count: int) -> Tensor:
+    """(S + Sᵀ) / 2 count, float32: a matrix product need not be symmetric to the last bit.
+
+    By panels of rows: a second matrix in float64 would be larger than a large block's weights.
+    """
+    mean_II = torch.empty(sum_II.shape, dtype=torch.float32, device=sum_II.device)
+    for first in range(0, len(sum_II), PANEL_ROWS):
+        rows = slice(first, first + PANEL_ROWS)
+        mean_II[rows] = (sum_II[rows] + sum_II[:, rows].T) / (2 * count)
+    return mean_II
+
+
+@dataclass(frozen=True)
+class Hessian(Statistic):
+    """E[x xᵀ], float32 (I, I), symmetric to the last bit."""
+
+    kind = "hessian"
+
+    def accumulator(self, in_features: int, device: torch.device, offload: Allocator) -> HessianAccumulator:
+        return HessianAccumulator(in_features, device, offload)
+
+    def nbytes(self, in_features: int) -> int:
+        return 8 * in_features**2
+
+    @property
+    def rotates_from(self) -> Hessian:
+        return self
+
+    def rotated(self, value: Tensor, rotation: InputRotation) -> Tensor:
+        """V H Vᵀ in float64."""
+        return rotation.hessian(value.to(torch.float64))

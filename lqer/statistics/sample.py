@@ -1,0 +1,49 @@
+"""Inputs of a few tokens, spread evenly over the calibration text: output errors are reported on them.
+
+Shapes: I in_features, N tokens of a batch, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lqer.statistics.base import Allocator, Statistic
+
+
+class SampleAccumulator:
+    """The sampled rows of every batch, on the CPU."""
+
+    def __init__(self) -> None:
+        self._rows_SI: list[Tensor] = []
+
+    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor) -> None:
+        self._rows_SI.append(x_NI[sampled_N].cpu())
+
+    def result(self) -> Tensor:
+        return torch.cat(self._rows_SI)
+
+
+@dataclass(frozen=True)
+class Sample(Statistic):
+    """The inputs of the sampled tokens, (S, I) in the model's dtype."""
+
+    kind = "sample"
+
+    def accumulator(self, in_features: int, device: torch.device, offload: Allocator) -> SampleAccumulator:
+        return SampleAccumulator()
+
+    def nbytes(self, in_features: int) -> int:
+        return 0
+
+
+def spread_indices(first_token: int, count: int, tokens: int, sampled: int) -> Tensor:
+    """Which of the `count` tokens from first_token on are among the `sampled` ones spread evenly over all `tokens`.
+
+    The choice depends only on a token's position in the whole text, so it is the same for every batch size.
+    """
+    sampled = min(sampled, tokens)
+    indices = torch.arange(sampled) * tokens // sampled - first_token
+    return indices[(indices >= 0) & (indices < count)]
