@@ -22,7 +22,8 @@ from lqer.formats import NumberFormat, format_from_dict
 from lqer.report import contract
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, TUTORIAL = ((ROOT / name).read_text() for name in ("README.md", "docs/tutorial.md"))
+PIPELINE = "python experiments/pipeline.py"
 # Tables with a paragraph or a row of their own.
 EXPLAINED_ELSEWHERE = (DatasetSpec, OverrideConfig)
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -30,17 +31,17 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 REPOSITORY_PATH = re.compile(r"`((?:lqer|tests|configs|docs|experiments|sweeps)/[\w./*-]*)`")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
-def commands(program: str) -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+def commands(program: str, page: str = README) -> list[list[str]]:
+    lines = [line for block in blocks("sh", page) for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
 
 
-@pytest.mark.parametrize("command", commands("python experiments/pipeline.py"), ids=" ".join)
-def test_a_pipeline_command_of_the_readme_is_valid(command):
+@pytest.mark.parametrize("command", commands(PIPELINE) + commands(PIPELINE, TUTORIAL), ids=" ".join)
+def test_a_pipeline_command_of_the_readme_and_the_tutorial_is_valid(command):
     arguments = [argument for argument in command[2:] if argument != "--validate"]
     done = subprocess.run(
         [sys.executable, command[1], "--validate", *arguments],
@@ -55,7 +56,8 @@ def test_a_pipeline_command_of_the_readme_is_valid(command):
 
 
 def test_the_readme_shows_commands():
-    assert len(commands("python experiments/pipeline.py")) >= 2
+    assert len(commands(PIPELINE)) >= 2
+    assert len(commands(PIPELINE, TUTORIAL)) >= 3
     assert len(commands("make")) == 2
     assert len(commands("sweeps/")) == 1
 
