@@ -96,9 +96,7 @@ def project_rank(
     r,
     K,
     padded_K: tl.constexpr,
-    x_bits: tl.constexpr,  # 0: activations are not rounded
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     a_block: tl.constexpr,
     BLOCK_K: tl.constexpr,
     chained: tl.constexpr,
@@ -116,8 +114,8 @@ def project_rank(
             a_RK = load_transposed(a_codes, a_exponents, ranks_R, first, r + 1, padded_K, BLOCK_K, a_block, tl.float32)
         columns_K = first + tl.arange(0, BLOCK_K)
         x_K = tl.load(x + columns_K, mask=columns_K < K, other=0.0).to(tl.float32).reshape(1, BLOCK_K)
-        if x_bits > 0:
-            x_K = round_columns(x_K, x_block, x_bits, x_ceil)
+        if rounding.bits > 0:
+            x_K = round_columns(x_K, rounding)
         acc_K += x_K * a_RK
     tl.store(place + tl.arange(0, 1), tl.sum(acc_K, axis=1))
 
@@ -139,9 +137,7 @@ def multiply_slab(
     padded_K: tl.constexpr,
     SLAB_K: tl.constexpr,  # columns of a slab
     BLOCK_K: tl.constexpr,
-    x_bits: tl.constexpr,  # 0: activations are not rounded
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     a_block: tl.constexpr,
     stages: tl.constexpr,
 ):
@@ -153,8 +149,8 @@ def multiply_slab(
         columns_K = first + tl.arange(0, BLOCK_K)
         inside = row_inside & (columns_K < K)[None, :]
         x_MK = tl.load(x + rows_M.to(tl.int64)[:, None] * x_stride + columns_K[None, :], mask=inside, other=0.0)
-        if x_bits > 0:
-            x_MK = round_columns(x_MK.to(tl.float32), x_block, x_bits, x_ceil).to(dtype)
+        if rounding.bits > 0:
+            x_MK = round_columns(x_MK.to(tl.float32), rounding).to(dtype)
             if x_out is not None:
                 if first_ranks:
                     tl.store(x_out + rows_M.to(tl.int64)[:, None] * K + columns_K[None, :], x_MK, mask=inside)
@@ -175,9 +171,7 @@ def add_slabs(
     M,
     rank: tl.constexpr,
     slabs: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
 ):
     """Whether this program finished last of its slabs: then it has written Q(x A)."""
     row_inside = (rows_M < M)[:, None]
@@ -193,7 +187,7 @@ def add_slabs(
             for i in tl.static_range(SLABS_AT_ONCE):
                 place = partial + (first + i) * (M * rank) + offset_MR
                 xa_MR += tl.load(place, mask=row_inside & (first + i < slabs), other=0.0)
-        write_projection(xa_MR, projection, rows_M, ranks_R, M, rank, x_bits, x_block, x_ceil)
+        write_projection(xa_MR, projection, rows_M, ranks_R, M, rank, rounding)
     return last
 
 
@@ -205,13 +199,11 @@ def write_projection(
     ranks_R,
     M,
     rank: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
 ):
     """Q(x A), from x A in float32."""
-    if x_bits > 0:
-        xa_MR = round_columns(xa_MR, x_block, x_bits, x_ceil)
+    if rounding.bits > 0:
+        xa_MR = round_columns(xa_MR, rounding)
     place = projection + rows_M[:, None] * rank + ranks_R[None, :]
     tl.store(place, xa_MR.to(projection.dtype.element_ty), mask=(rows_M < M)[:, None])
 
@@ -234,9 +226,7 @@ def produce_projection(
     SLAB_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     a_block: tl.constexpr,
 ):
     """One slab of one tile of tokens and one block of ranks; for the last of the slabs, Q(x A) too."""
@@ -248,12 +238,10 @@ def produce_projection(
     ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     acc_MR = multiply_slab(
         x, a_codes, a_exponents, None, False, slab, rows_M, ranks_R, M, K, x_stride,
-        rank, padded_K, SLAB_K, BLOCK_K, x_bits, x_block, x_ceil, a_block, 1,
+        rank, padded_K, SLAB_K, BLOCK_K, rounding, a_block, 1,
     )  # fmt: skip
     ready = counters + pid_m * (rank_blocks + 1)
-    if add_slabs(
-        acc_MR, partial, projection, ready + 1 + pid_r, slab, rows_M, ranks_R, M, rank, slabs, x_bits, x_block, x_ceil
-    ):
+    if add_slabs(acc_MR, partial, projection, ready + 1 + pid_r, slab, rows_M, ranks_R, M, rank, slabs, rounding):
         tl.debug_barrier()
         tl.atomic_add(ready, BLOCK_READY, sem="release")
 

@@ -15,7 +15,7 @@ Shapes: N out_features, K in_features, V indices of a row, G groups of columns, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -32,10 +32,9 @@ MOST_ENTRIES = 2048  # in shared memory at once
 
 
 @dataclass(frozen=True)
-class CodebookLayout:
-    """What a kernel has to know of such a weight besides its tensors; all of it fixed at compile time."""
+class IndexLayout:
+    """How the indices and tables of rows lie: kernels are compiled for this, whatever the number of rows."""
 
-    rows: int  # N
     columns: int  # K
     dimension: int
     index_bits: int
@@ -94,6 +93,18 @@ class CodebookLayout:
 
 
 @dataclass(frozen=True)
+class CodebookLayout(IndexLayout):
+    """What a kernel has to know of such a weight besides its tensors."""
+
+    rows: int  # N
+
+    @cached_property
+    def compiled(self) -> IndexLayout:
+        """All but the number of rows."""
+        return IndexLayout(self.columns, self.dimension, self.index_bits, self.group_rows, self.group_columns)
+
+
+@dataclass(frozen=True)
 class Tile:
     """What a program takes at once: rows by words, and the tables, row groups by column groups, that they refer to."""
 
@@ -112,7 +123,7 @@ class Tile:
 
 
 @cache
-def tile_of(layout: CodebookLayout) -> Tile:
+def tile_of(layout: IndexLayout) -> Tile:
     """The tile of a layout's programs: a word of four rows for each of 128 threads, fewer where tables are many."""
     rows = QUAD * 4 if layout.entries >= LONG_TABLE and layout.group_rows % (QUAD * 4) == 0 else QUAD
     words = THREADS * QUAD // rows
@@ -172,9 +183,9 @@ def pack_codebook(weight: QuantizedTensor, dtype: torch.dtype) -> PackedCodebook
     check_codebook(number_format)
     if len(weight.shape) != 2 or weight.axis != 1:
         raise ValueError(f"vectors must run along axis 1 of a matrix, found axis {weight.axis} of {weight.shape}")
-    groups = number_format.layout(*weight.shape)
+    (rows, columns), groups = weight.shape, number_format.layout(*weight.shape)
     layout = CodebookLayout(
-        *weight.shape, number_format.dimension, number_format.index_bits, groups.group_rows, groups.group_columns
+        columns, number_format.dimension, number_format.index_bits, groups.group_rows, groups.group_columns, rows
     )
     vectors = layout.group_columns // layout.dimension
     codes_NV = weight.parts["codes"].to(torch.int64)

@@ -87,10 +87,11 @@ def load_high(high, rows_N, tile, tiles: tl.constexpr):
 
 
 @triton.jit
-def load_scales(scales, rows_N, tile, units: tl.constexpr, per_tile: tl.constexpr):
-    """[N, per_tile] of what `scales` (or zeros) holds for unit number `tile`: a tile, or a block longer than one."""
-    base_N = (rows_N // ROWS_C) * (units * ROWS_C * per_tile) + (rows_N % ROWS_C) * per_tile
-    return tl.load(scales + base_N[:, None] + (tl.arange(0, per_tile) + tile * (ROWS_C * per_tile))[None, :])
+def load_scales(scales, rows_N, unit, layout: tl.constexpr):
+    """[N, per_tile] of what `scales` (or zeros) holds for unit number `unit`: a tile, or a block longer than one."""
+    per_tile: tl.constexpr = layout.scales_per_tile
+    base_N = (rows_N // ROWS_C) * (layout.units * ROWS_C * per_tile) + (rows_N % ROWS_C) * per_tile
+    return tl.load(scales + base_N[:, None] + (tl.arange(0, per_tile) + unit * (ROWS_C * per_tile))[None, :])
 
 
 @triton.jit
@@ -133,24 +134,24 @@ def _code_major(values_NW222):
 
 
 @triton.jit
-def decode_pairs(words_NW, high_NP, exponents_NS, halves: tl.constexpr, bits: tl.constexpr):
+def decode_pairs(words_NW, high_NP, exponents_NS, layout: tl.constexpr):
     """MXINT codes of 2, 3 or 4 bits to bfloat16 [N, tile_k], two at a time."""
     rows: tl.constexpr = words_NW.shape[0]
-    scales = _spread(exponent_to_scale(exponents_NS, tl.bfloat16), halves)
-    if bits == 4:
+    scales = _spread(exponent_to_scale(exponents_NS, tl.bfloat16), layout.halves)
+    if layout.bits == 4:
         scale_NW = _per_word(scales.reshape(rows, PAIRS_C))
         v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
             ASM_4, CONSTRAINTS_4, [words_NW, scale_NW], dtype=BF16_8, is_pure=True, pack=2
         )
         return _code_major(tl.join(_join4(v0, v2, v4, v6), _join4(v1, v3, v5, v7)))
     else:
-        if halves == 2:
+        if layout.halves == 2:
             first_NP, second_NP = tl.split(scales.permute(0, 2, 1))
         else:
             first_NP = scales.reshape(rows, PAIRS_C)
             second_NP = first_NP
         scale0_NW, scale1_NW = _per_word(first_NP), _per_word(second_NP)
-        if bits == 3:
+        if layout.bits == 3:
             v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
                 ASM_3,
                 CONSTRAINTS_3,
@@ -174,26 +175,24 @@ def decode_any(
     high_NP,
     scales_NS,
     zeros_NS,
-    halves: tl.constexpr,
-    bits: tl.constexpr,
-    width: tl.constexpr,
-    offset: tl.constexpr,
-    exponents: tl.constexpr,
+    layout: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """Codes of any format to (code - offset - zero) * scale in `dtype` [N, tile_k], computed in float32."""
     rows: tl.constexpr = words_NW.shape[0]
-    per_half: tl.constexpr = 32 // width // halves
+    halves: tl.constexpr = layout.halves
+    width: tl.constexpr = layout.width
+    per_half: tl.constexpr = layout.per_word // halves
     # [N, half, code of the half, pair, odd], the order of the result
     words = words_NW.reshape(rows, 1, 1, PAIRS_C, 2)
     code = tl.arange(0, halves)[:, None] * per_half + tl.arange(0, per_half)[None, :]
     code = code.reshape(1, halves, per_half, 1, 1)
     codes = (words >> (code * width)) & ((1 << width) - 1)
-    if bits == 3:
+    if layout.bits == 3:
         place = tl.arange(0, 2).reshape(1, 1, 1, 1, 2) * 16 + code
         codes |= ((high_NP.reshape(rows, 1, 1, PAIRS_C, 1) >> place) & 1) << 2
-    shifted = codes.to(tl.float32) - offset
-    if exponents:
+    shifted = codes.to(tl.float32) - layout.offset
+    if layout.exponents:
         scales = exponent_to_scale(scales_NS, tl.float32)
     else:
         scales = scales_NS.to(tl.float32)
@@ -201,7 +200,13 @@ def decode_any(
             zeros = _spread(zeros_NS.to(tl.float32), halves)
             shifted -= zeros.reshape(rows, halves, 1, PAIRS_C, 1)
     values = shifted * _spread(scales, halves).reshape(rows, halves, 1, PAIRS_C, 1)
-    return values.to(dtype).reshape(rows, 32 // width * WORDS_C)
+    return values.to(dtype).reshape(rows, layout.tile_k)
+
+
+@triton.constexpr_function
+def decodes_pairs(layout, dtype):
+    """Whether the instructions of `decode_pairs` read this layout: MXINT of at most four bits, on a GPU."""
+    return layout.exponents and layout.bits <= 4 and dtype == tl.bfloat16 and not INTERPRETED
 
 
 @triton.jit
@@ -212,33 +217,24 @@ def decode_tile(
     zeros,
     rows_N,
     tile,
-    tiles: tl.constexpr,
-    units: tl.constexpr,
-    tiles_per_unit: tl.constexpr,
-    per_tile: tl.constexpr,
-    halves: tl.constexpr,
-    bits: tl.constexpr,
-    width: tl.constexpr,
-    offset: tl.constexpr,
-    exponents: tl.constexpr,
+    layout: tl.constexpr,
     dtype: tl.constexpr,
-    paired: tl.constexpr,
 ):
-    """Tile number `tile` of rows_N, decoded to `dtype` [N, tile_k]; `paired` takes the fast way."""
-    words_NW = load_words(words, rows_N, tile, tiles)
-    scales_NS = load_scales(scales, rows_N, tile // tiles_per_unit, units, per_tile)
-    if bits == 3:
-        high_NP = load_high(high, rows_N, tile, tiles)
+    """Tile number `tile` of rows_N, decoded to `dtype` [N, tile_k]."""
+    words_NW = load_words(words, rows_N, tile, layout.tiles)
+    scales_NS = load_scales(scales, rows_N, tile // layout.tiles_per_unit, layout)
+    if layout.bits == 3:
+        high_NP = load_high(high, rows_N, tile, layout.tiles)
     else:
         high_NP = None
-    if paired:
-        return decode_pairs(words_NW, high_NP, scales_NS, halves, bits)
+    if decodes_pairs(layout, dtype):
+        return decode_pairs(words_NW, high_NP, scales_NS, layout)
     else:
         if zeros is not None:
-            zeros_NS = load_scales(zeros, rows_N, tile // tiles_per_unit, units, per_tile)
+            zeros_NS = load_scales(zeros, rows_N, tile // layout.tiles_per_unit, layout)
         else:
             zeros_NS = None
-        return decode_any(words_NW, high_NP, scales_NS, zeros_NS, halves, bits, width, offset, exponents, dtype)
+        return decode_any(words_NW, high_NP, scales_NS, zeros_NS, layout, dtype)
 
 
 @triton.jit

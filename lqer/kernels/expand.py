@@ -20,25 +20,16 @@ def expand_kernel(
     w_out,  # [N, K]
     N,
     K,
-    tiles: tl.constexpr,
-    units: tl.constexpr,
-    tiles_per_unit: tl.constexpr,
-    per_tile: tl.constexpr,
-    halves: tl.constexpr,
-    bits: tl.constexpr,
-    width: tl.constexpr,
-    offset: tl.constexpr,
-    exponents: tl.constexpr,
-    paired: tl.constexpr,
+    layout: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Decode one tile of BLOCK_N rows."""
     rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
-    tile_k: tl.constexpr = 16 * (32 // width)
+    tile_k: tl.constexpr = layout.tile_k
     w_NT = decode_tile(
         words, high, scales, zeros, rows_N, tile,
-        tiles, units, tiles_per_unit, per_tile, halves, bits, width, offset, exponents, w_out.dtype.element_ty, paired,
+        layout, w_out.dtype.element_ty,
     )  # fmt: skip
     columns_T = tile * tile_k + tl.arange(0, tile_k)
     inside = (rows_N < N)[:, None] & (columns_T < K)[None, :]
@@ -57,9 +48,7 @@ def branch_kernel(
     N,
     rank: tl.constexpr,
     b_block: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -75,8 +64,8 @@ def branch_kernel(
         xa_MR = tl.load(place, mask=row_inside, other=0.0)
         b_RN = load_factor(b_codes, b_exponents, first, columns_N, N, rank, BLOCK_R, b_block, dtype)
         product_MN = dot(xa_MR, b_RN, product_MN)
-    if x_bits > 0:
-        product_MN = round_columns(product_MN, x_block, x_bits, x_ceil)
+    if rounding.bits > 0:
+        product_MN = round_columns(product_MN, rounding)
     if bias is not None:
         product_MN += tl.load(bias + columns_N, mask=columns_N < N, other=0.0).to(tl.float32)[None, :]
     place = y + rows_M.to(tl.int64)[:, None] * N + columns_N[None, :]

@@ -44,20 +44,9 @@ def gemm_kernel(
     x_stride,
     given_stride,
     rank: tl.constexpr,
-    tiles: tl.constexpr,
-    units: tl.constexpr,
-    tiles_per_unit: tl.constexpr,
-    per_tile: tl.constexpr,
-    halves: tl.constexpr,
-    bits: tl.constexpr,
-    width: tl.constexpr,
-    offset: tl.constexpr,
-    exponents: tl.constexpr,
-    paired: tl.constexpr,
+    layout: tl.constexpr,
     ordered: tl.constexpr,  # x is in kernel order
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     a_block: tl.constexpr,
     b_block: tl.constexpr,
     padded_K: tl.constexpr,
@@ -76,7 +65,7 @@ def gemm_kernel(
         if pid < producers:
             produce_projection(
                 pid, x_given, a_codes, a_exponents, slabs_of_projection, projection, counters, M, K, given_stride,
-                rank, padded_K, slabs, SLAB_K, BLOCK_M, BLOCK_R, x_bits, x_block, x_ceil, a_block,
+                rank, padded_K, slabs, SLAB_K, BLOCK_M, BLOCK_R, rounding, a_block,
             )  # fmt: skip
             return
         pid -= producers
@@ -90,12 +79,12 @@ def gemm_kernel(
         await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
         acc_NM = _branch(
             projection, b_codes, b_exponents, rows_N, rows_M, M, N, x.dtype.element_ty,
-            rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, x_bits, x_block, x_ceil,
+            rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding,
         )  # fmt: skip
     else:
         acc_NM = _product(
             x, words, high, scales, zeros, rows_N, rows_M, pid_s, M, K, x_stride,
-            tiles, units, tiles_per_unit, per_tile, halves, bits, width, offset, exponents, paired, ordered,
+            layout, ordered,
             BLOCK_N, BLOCK_M, splits, stages,
         )  # fmt: skip
 
@@ -120,16 +109,7 @@ def _product(
     M,
     K,
     x_stride,
-    tiles: tl.constexpr,
-    units: tl.constexpr,
-    tiles_per_unit: tl.constexpr,
-    per_tile: tl.constexpr,
-    halves: tl.constexpr,
-    bits: tl.constexpr,
-    width: tl.constexpr,
-    offset: tl.constexpr,
-    exponents: tl.constexpr,
-    paired: tl.constexpr,
+    layout: tl.constexpr,
     ordered: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -138,15 +118,15 @@ def _product(
 ):
     """W xᵀ over the K tiles of one split, float32 [N, M]."""
     dtype: tl.constexpr = x.dtype.element_ty
-    tile_k: tl.constexpr = 16 * (32 // width)
+    tile_k: tl.constexpr = layout.tile_k
     columns_T = tl.arange(0, tile_k)
     x_rows = x + rows_M.to(tl.int64)[:, None] * x_stride + columns_T[None, :]
     row_inside = (rows_M < M)[:, None]
     acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for tile in tl.range(pid_s, tiles, splits, num_stages=stages):
+    for tile in tl.range(pid_s, layout.tiles, splits, num_stages=stages):
         w_NT = decode_tile(
             words, high, scales, zeros, rows_N, tile,
-            tiles, units, tiles_per_unit, per_tile, halves, bits, width, offset, exponents, dtype, paired,
+            layout, dtype,
         )  # fmt: skip
         if ordered:
             x_MT = tl.load(x_rows + tile * tile_k, mask=row_inside, other=0.0)
@@ -172,9 +152,7 @@ def _branch(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
 ):
     """Q(xa B)ᵀ of the projection xa, float32 [N, M]."""
     product_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -183,6 +161,6 @@ def _branch(
         xa_place = projection + rows_M[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
         xa_MR = tl.load(xa_place, mask=(rows_M < M)[:, None], other=0.0)
         product_NM = dot(tl.trans(b_RN), tl.trans(xa_MR), product_NM)
-    if x_bits > 0:
-        product_NM = round_rows(product_NM, x_block, x_bits, x_ceil)
+    if rounding.bits > 0:
+        product_NM = round_rows(product_NM, rounding)
     return product_NM

@@ -52,9 +52,7 @@ def prepare_vector_kernel(
     K,
     rank: tl.constexpr,
     tiles: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     a_block: tl.constexpr,
     TILES: tl.constexpr,  # of a program
     BLOCK_K: tl.constexpr,
@@ -63,13 +61,13 @@ def prepare_vector_kernel(
     """The first programs project x, one rank each; the others lay it out for the product, TILES tiles each."""
     pid = tl.program_id(0)
     if rank == 0:
-        _lay_out(x, vector, pid, K, tiles, x_bits, x_block, x_ceil, TILES, chained)
+        _lay_out(x, vector, pid, K, tiles, rounding, TILES, chained)
     elif pid < rank:
         padded: tl.constexpr = tiles * TILE_K
         place = _as_floats(vector + padded // 2) + pid
-        project_rank(x, a_codes, a_exponents, place, pid, K, padded, x_bits, x_block, x_ceil, a_block, BLOCK_K, chained)
+        project_rank(x, a_codes, a_exponents, place, pid, K, padded, rounding, a_block, BLOCK_K, chained)
     else:
-        _lay_out(x, vector, pid - rank, K, tiles, x_bits, x_block, x_ceil, TILES, chained)
+        _lay_out(x, vector, pid - rank, K, tiles, rounding, TILES, chained)
 
 
 @triton.jit
@@ -79,9 +77,7 @@ def _lay_out(
     program,
     K,
     tiles: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     TILES: tl.constexpr,
     chained: tl.constexpr,
 ):
@@ -93,14 +89,14 @@ def _lay_out(
     padded: tl.constexpr = tiles * TILE_K
     columns = program * size + tl.arange(0, size)
     x_T = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
-    codes, steps = mxint_codes(x_T.reshape(size // x_block, x_block), 1, x_bits, x_ceil)
+    codes, steps = mxint_codes(x_T.reshape(size // rounding.block, rounding.block), 1, rounding)
     # Column 4 * byte + 2 * high + odd of a block meets nibble 2 * byte + high of its word number `odd`.
     codes_TBIHO = codes.reshape(TILES, BLOCKS, 4, 2, 2)
     bytes_THBOI = codes_TBIHO.permute(0, 3, 1, 4, 2).to(tl.int8)
     tl.store(_as_bytes(vector) + columns, bytes_THBOI.reshape(size), mask=columns < padded)
     word = program * TILES * WORDS_C + tl.arange(0, TILES * WORDS_C)
     inside_words = word < tiles * WORDS_C
-    steps_W = steps.reshape(size // x_block, 1).broadcast_to(size // x_block, x_block // 8)
+    steps_W = steps.reshape(size // rounding.block, 1).broadcast_to(size // rounding.block, rounding.block // 8)
     tl.store(_as_floats(vector + padded // 4) + word, steps_W.reshape(TILES * WORDS_C), mask=inside_words)
     sums_W = tl.sum(tl.sum(codes_TBIHO, axis=2), axis=2).to(tl.int32).reshape(TILES * WORDS_C)
     tl.store(vector + padded // 4 + padded // 8 + word, sums_W * (-OFFSET), mask=inside_words)
@@ -159,9 +155,7 @@ def gemv_kernel(
     rank: tl.constexpr,
     tiles: tl.constexpr,
     per_tile: tl.constexpr,  # exponents of a row in a tile
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     b_block: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -199,9 +193,9 @@ def gemv_kernel(
         w, e = next_w, next_e
     y_N = tl.sum(tl.sum(acc, axis=2), axis=1)
     if rank > 0:
-        xa_R = round_columns(xa_MR, x_block, x_bits, x_ceil).reshape(rank)
+        xa_R = round_columns(xa_MR, rounding).reshape(rank)
         product_N = tl.sum(xa_R[:, None] * b_RN, axis=0)
-        y_N += round_columns(product_N.reshape(1, BLOCK_N), x_block, x_bits, x_ceil).reshape(BLOCK_N)
+        y_N += round_columns(product_N.reshape(1, BLOCK_N), rounding).reshape(BLOCK_N)
     if bias is not None:
         y_N += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)
     tl.store(y + rows_N, y_N.to(y.dtype.element_ty), mask=rows_N < N)

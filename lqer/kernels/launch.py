@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
 
 import torch
 import triton
@@ -106,14 +105,14 @@ def run_gemv(x_1K: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     block_k = min(VECTOR_COLUMNS, triton.next_power_of_2(layout.columns))
     prepare_vector_kernel[(spec.rank + -(-layout.tiles // VECTOR_TILES),)](
         x_1K, packed.a_codes, packed.a_exponents, vector, layout.columns, rank=spec.rank, tiles=layout.tiles,
-        **_rounding_constants(packed), a_block=spec.a_block, TILES=VECTOR_TILES, BLOCK_K=block_k, chained=chained,
+        rounding=spec.rounding, a_block=spec.a_block, TILES=VECTOR_TILES, BLOCK_K=block_k, chained=chained,
         num_warps=max(VECTOR_WARPS, block_k // 1024), **launch_options(chained),
     )  # fmt: skip
     y_1N = x_1K.new_empty(1, layout.rows, dtype=out_dtype)
     gemv_kernel[(-(-layout.rows // launch.block_n),)](
         weight.words, weight.scales, packed.bias_N, vector, packed.b_codes, packed.b_exponents, y_1N,
         layout.rows, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
-        **_rounding_constants(packed), b_block=spec.b_block, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
+        rounding=spec.rounding, b_block=spec.b_block, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
         chained=chained, num_warps=launch.warps, **launch_options(chained),
     )  # fmt: skip
     return y_1N
@@ -141,7 +140,7 @@ def run_gemm(x_MK: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: 
         x_MK, given, *weight.parts, packed.bias_N, packed.a_codes, packed.a_exponents,
         packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], branch.partial,
         branch.projection, packed.workspace, y_MN, m, n, layout.columns, x_MK.stride(0), given.stride(0),
-        rank=spec.rank, **weight_constants(layout, given.dtype), ordered=ordered, **_rounding_constants(packed),
+        rank=spec.rank, layout=layout.compiled, ordered=ordered, rounding=spec.rounding,
         **branch.constants, padded_K=layout.padded_columns, tiles_n=tiles_n, BLOCK_N=block_n,
         BLOCK_M=launch.block_m, BLOCK_R=_block_r(spec.rank), splits=splits, stages=launch.stages,
         num_warps=launch.warps, **_register_limit(launch),
@@ -192,11 +191,12 @@ def run_codebook(x_MK: Tensor, packed: PackedLinear, out_dtype: torch.dtype | No
     block_m = min(LOOKUP_TOKENS, 1 << (m - 1).bit_length())
     chained = can_chain(x_MK)
     limit = {} if INTERPRETED or block_m not in LOOKUP_REGISTERS else {"maxnreg": LOOKUP_REGISTERS[block_m]}
-    codebook_product_kernel[-(-n // tile_of(layout).rows), -(-m // block_m)](
+    tile = tile_of(layout.compiled)
+    codebook_product_kernel[-(-n // tile.rows), -(-m // block_m)](
         x_MK, weight.words, weight.table, packed.bias_N, projection_MR, packed.b_codes, packed.b_exponents, y_MN,
-        m, n, layout.columns, x_MK.stride(0), rank=spec.rank, **_rounding_constants(packed), b_block=spec.b_block,
-        **_codebook_constants(layout), FIELDS=min(layout.per_word, max(1, FIELDS_AT_ONCE // block_m)),
-        BLOCK_M=block_m, chained=chained, **launch_options(chained), **limit,
+        m, n, layout.columns, x_MK.stride(0), rank=spec.rank, rounding=spec.rounding, b_block=spec.b_block,
+        layout=layout.compiled, program=tile, FIELDS=min(layout.per_word, max(1, FIELDS_AT_ONCE // block_m)),
+        BLOCK_M=block_m, chained=chained, num_warps=tile.warps, **launch_options(chained), **limit,
     )  # fmt: skip
     return y_MN
 
@@ -211,7 +211,7 @@ def prepare_tokens(x_MK: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
     block_k = min(VECTOR_COLUMNS, triton.next_power_of_2(spec.layout.padded_columns))
     prepare_tokens_kernel[spec.rank + rounding_programs, m](
         x_MK, packed.a_codes, packed.a_exponents, rounded_MK, projection_MR, k, x_MK.stride(0), rank=spec.rank,
-        padded_K=spec.layout.padded_columns, **_rounding_constants(packed), a_block=spec.a_block, BLOCK_K=block_k,
+        padded_K=spec.layout.padded_columns, rounding=spec.rounding, a_block=spec.a_block, BLOCK_K=block_k,
         COLUMNS=PREPARED_COLUMNS, chained=chained, num_warps=max(VECTOR_WARPS, block_k // 1024),
         **launch_options(chained),
     )  # fmt: skip
@@ -273,7 +273,7 @@ def project(x_MK: Tensor, packed: PackedLinear, rounded_MK: Tensor, projection_M
     project_kernel[slabs, tiles_m, rank_blocks](
         x_MK, packed.a_codes, packed.a_exponents, rounded_MK, partial, projection_MR, packed.workspace, m, k,
         x_MK.stride(0), rank=spec.rank, padded_K=spec.layout.padded_columns, slabs=slabs,
-        SLAB_K=steps_of_slab * PROJECTED_COLUMNS, **_rounding_constants(packed), a_block=spec.a_block,
+        SLAB_K=steps_of_slab * PROJECTED_COLUMNS, rounding=spec.rounding, a_block=spec.a_block,
         BLOCK_M=PROJECTED_ROWS, BLOCK_K=PROJECTED_COLUMNS, BLOCK_R=block_r, stages=PROJECTED_STAGES,
         num_warps=PROJECTED_WARPS,
     )  # fmt: skip
@@ -283,7 +283,7 @@ def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
     """x rounded to the layer's activation format, in kernel order if asked for; x itself where there is none."""
     if not packed.spec.rounding.bits:
         return x_MK
-    layout = packed.spec.layout
+    spec, layout = packed.spec, packed.spec.layout
     m, k = x_MK.shape
     padded = layout.padded_columns
     tile_k = layout.tile_k if ordered and isinstance(layout, Layout) else 0
@@ -291,7 +291,7 @@ def round_tokens(x_MK: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
     chained = can_chain(x_MK)
     round_kernel[-(-m // ROUNDED_ROWS), -(-padded // ROUNDED_COLUMNS)](
         x_MK, x_out, m, k, x_MK.stride(0), padded=padded, tile_k=tile_k,
-        BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS, **_rounding_constants(packed), chained=chained,
+        BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS, rounding=spec.rounding, chained=chained,
         num_warps=ROUNDING_WARPS, **launch_options(chained),
     )  # fmt: skip
     return x_out
@@ -302,42 +302,20 @@ def expand(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
     layout = weight.layout
     w_NK = torch.empty(layout.rows, layout.columns, dtype=dtype, device=weight.words.device)
     if isinstance(weight, PackedCodebook):
-        tile = tile_of(weight.layout)
+        tile = tile_of(weight.layout.compiled)
         codebook_expand_kernel[-(-layout.rows // tile.rows), -(-weight.layout.row_words // tile.words)](
-            weight.words, weight.table, w_NK, layout.rows, layout.columns, **_codebook_constants(weight.layout),
-            FIELDS=min(FIELDS_AT_ONCE, weight.layout.per_word),
+            weight.words, weight.table, w_NK, layout.rows, layout.columns, layout=weight.layout.compiled,
+            program=tile, FIELDS=min(FIELDS_AT_ONCE, weight.layout.per_word), num_warps=tile.warps,
         )  # fmt: skip
         return w_NK
     if isinstance(weight, PackedLattice):
         expand_lattice(weight, w_NK)
         return w_NK
     expand_kernel[weight.layout.padded_rows // ROW_TILE, weight.layout.tiles](
-        *weight.parts, w_NK, layout.rows, layout.columns, **weight_constants(weight.layout, dtype),
+        *weight.parts, w_NK, layout.rows, layout.columns, layout=weight.layout.compiled,
         BLOCK_N=ROW_TILE, num_warps=4,
     )  # fmt: skip
     return w_NK
-
-
-@cache
-def _codebook_constants(layout: CodebookLayout) -> dict[str, Any]:
-    tile = tile_of(layout)
-    return {
-        "GROUP_ROWS": layout.group_rows,
-        "GROUP_COLUMNS": layout.group_columns,
-        "COLUMN_GROUPS": layout.column_groups,
-        "WORDS": layout.words,
-        "DIMENSION": layout.dimension,
-        "INDEX_BITS": layout.index_bits,
-        "FIELD": layout.field,
-        "UNIT": layout.unit,
-        "ENTRIES": layout.entries,
-        "FILLED": layout.filled,
-        "ROWS": tile.rows,
-        "TILE": tile.words,
-        "TABLES": tile.row_groups,
-        "GROUPS": tile.column_groups,
-        "num_warps": tile.warps,
-    }
 
 
 def write_branch(projection_MR: Tensor, packed: PackedLinear, y_MN: Tensor) -> None:
@@ -345,31 +323,9 @@ def write_branch(projection_MR: Tensor, packed: PackedLinear, y_MN: Tensor) -> N
     spec, (m, n) = packed.spec, y_MN.shape
     branch_kernel[-(-n // BRANCH_COLUMNS), -(-m // BRANCH_ROWS)](
         y_MN, projection_MR, packed.b_codes, packed.b_exponents, packed.bias_N, m, n, rank=spec.rank,
-        b_block=spec.b_block, **_rounding_constants(packed), BLOCK_N=BRANCH_COLUMNS, BLOCK_M=BRANCH_ROWS,
+        b_block=spec.b_block, rounding=spec.rounding, BLOCK_N=BRANCH_COLUMNS, BLOCK_M=BRANCH_ROWS,
         BLOCK_R=_block_r(spec.rank), num_warps=BRANCH_WARPS,
     )  # fmt: skip
-
-
-def weight_constants(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments of `decode_tile`."""
-    tiles_per_unit = max(1, layout.block // layout.tile_k)
-    return {
-        "tiles": layout.tiles,
-        "units": -(-layout.tiles // tiles_per_unit),
-        "tiles_per_unit": tiles_per_unit,
-        "per_tile": layout.scales_per_tile,
-        "halves": layout.halves,
-        "bits": layout.bits,
-        "width": layout.width,
-        "offset": layout.offset,
-        "exponents": layout.exponents,
-        "paired": layout.exponents and layout.bits <= 4 and dtype == torch.bfloat16 and not INTERPRETED,
-    }
-
-
-def _rounding_constants(packed: PackedLinear) -> dict[str, Any]:
-    rounding = packed.spec.rounding
-    return {"x_bits": rounding.bits, "x_block": rounding.block, "x_ceil": rounding.ceil}
 
 
 def _block_r(rank: int) -> int:

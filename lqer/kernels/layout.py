@@ -23,6 +23,7 @@ Shapes: N out_features, K in_features, padded where marked with P.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,10 +41,9 @@ SMALLEST_STEP, LARGEST_STEP = 1, 127 + 119
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a kernel has to know of a packed weight besides its tensors; all of it fixed at compile time."""
+class RowLayout:
+    """How the codes and scales of rows lie in tiles: kernels are compiled for this, whatever the number of rows."""
 
-    rows: int  # N
     columns: int  # K
     bits: int
     offset: int  # what was added to a code to make it unsigned
@@ -72,10 +72,6 @@ class Layout:
         return self.tiles * self.tile_k
 
     @property
-    def padded_rows(self) -> int:
-        return -(-self.rows // ROW_PADDING) * ROW_PADDING
-
-    @property
     def halves(self) -> int:
         """Blocks in a pair of words."""
         return max(1, 2 * self.per_word // self.block)
@@ -83,6 +79,31 @@ class Layout:
     @property
     def scales_per_tile(self) -> int:
         return max(1, self.tile_k // self.block)
+
+    @property
+    def tiles_per_unit(self) -> int:
+        """Tiles that share a scale where blocks are longer than a tile."""
+        return max(1, self.block // self.tile_k)
+
+    @property
+    def units(self) -> int:
+        return -(-self.tiles // self.tiles_per_unit)
+
+
+@dataclass(frozen=True)
+class Layout(RowLayout):
+    """What a kernel has to know of a packed weight besides its tensors."""
+
+    rows: int  # N
+
+    @property
+    def padded_rows(self) -> int:
+        return -(-self.rows // ROW_PADDING) * ROW_PADDING
+
+    @cached_property
+    def compiled(self) -> RowLayout:
+        """All but the number of rows."""
+        return RowLayout(self.columns, self.bits, self.offset, self.block, self.exponents)
 
 
 @dataclass(frozen=True)
@@ -153,7 +174,7 @@ def _layout(weight: QuantizedTensor) -> Layout:
     if block == -1 or block >= columns:
         block = 1 << max(4, (columns - 1).bit_length())
     exponents = isinstance(number_format, MXInt)
-    return Layout(rows, columns, number_format.bits, number_format.code_offset, block, exponents)
+    return Layout(columns, number_format.bits, number_format.code_offset, block, exponents, rows)
 
 
 def _pack_codes(codes_NK: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:

@@ -45,11 +45,11 @@ def _half_as_float(pair, high: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_words(words, rows_R, words_W, N, ROW_WORDS: tl.constexpr):
+def _load_words(words, rows_R, words_W, N, layout: tl.constexpr):
     """Words of every row [W, R]; zero beyond the last."""
     quad = rows_R // QUAD_C
-    inside = (words_W < ROW_WORDS) & (quad < (N + QUAD_C - 1) // QUAD_C)
-    return tl.load(words + (quad * ROW_WORDS + words_W) * QUAD_C + rows_R % QUAD_C, mask=inside, other=0)
+    inside = (words_W < layout.row_words) & (quad < (N + QUAD_C - 1) // QUAD_C)
+    return tl.load(words + (quad * layout.row_words + words_W) * QUAD_C + rows_R % QUAD_C, mask=inside, other=0)
 
 
 @triton.jit
@@ -58,44 +58,39 @@ def _load_bits(values, inside):
 
 
 @triton.jit
-def _load_tables(
-    table, first_row, first_word, N, GROUP_ROWS: tl.constexpr, COLUMN_GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    DIMENSION: tl.constexpr, INDEX_BITS: tl.constexpr, ENTRIES: tl.constexpr, TABLES: tl.constexpr,
-    GROUPS: tl.constexpr,
-):  # fmt: skip
-    """The tables of TABLES row groups by GROUPS column groups, from those of a row and a word on, one after another.
+def _load_tables(table, first_row, first_word, N, layout: tl.constexpr, program: tl.constexpr):
+    """The tables that a program's rows and words refer to, from those of a row and a word on, one after another.
 
     Those of groups beyond the last column are zeros.
 
     An entry is a centroid of four values (int64) or two (int32), or, where centroids have one, a pair of them (int32),
     or one with zeros above it where a table of all pairs would be long.
     """
-    e = tl.arange(0, TABLES * GROUPS * ENTRIES)
-    row_group = tl.minimum(first_row // GROUP_ROWS + e // (GROUPS * ENTRIES), (N - 1) // GROUP_ROWS)
-    column_group = first_word // WORDS + e // ENTRIES % GROUPS
-    inside = column_group < COLUMN_GROUPS
-    first = (row_group * COLUMN_GROUPS + column_group) << INDEX_BITS
-    entry = e % ENTRIES
-    if DIMENSION == 4:
+    entries: tl.constexpr = layout.entries
+    groups: tl.constexpr = program.column_groups
+    e = tl.arange(0, program.tables * entries)
+    row_group = tl.minimum(first_row // layout.group_rows + e // (groups * entries), (N - 1) // layout.group_rows)
+    column_group = first_word // layout.words + e // entries % groups
+    inside = column_group < layout.column_groups
+    first = (row_group * layout.column_groups + column_group) << layout.index_bits
+    entry = e % entries
+    if layout.dimension == 4:
         return tl.load(tl.cast(table, tl.pointer_type(tl.int64), bitcast=True) + first + entry, mask=inside, other=0)
-    elif DIMENSION == 2:
+    elif layout.dimension == 2:
         return tl.load(_as_pairs(table) + first + entry, mask=inside, other=0)
-    elif ENTRIES == 1 << INDEX_BITS:
+    elif entries == 1 << layout.index_bits:
         return _load_bits(table + first + entry, inside)
     else:
-        low = _load_bits(table + first + entry % (1 << INDEX_BITS), inside)
-        return low | (_load_bits(table + first + (entry >> INDEX_BITS), inside) << 16)
+        low = _load_bits(table + first + entry % (1 << layout.index_bits), inside)
+        return low | (_load_bits(table + first + (entry >> layout.index_bits), inside) << 16)
 
 
 @triton.jit
-def _first_entries(
-    rows_R, words_W, first_row, first_word, GROUP_ROWS: tl.constexpr, WORDS: tl.constexpr, ENTRIES: tl.constexpr,
-    GROUPS: tl.constexpr,
-):  # fmt: skip
+def _first_entries(rows_R, words_W, first_row, first_word, layout: tl.constexpr, program: tl.constexpr):
     """Where, among the loaded tables, that of a word begins [W, R]."""
-    row_group = rows_R // GROUP_ROWS - first_row // GROUP_ROWS
-    column_group = words_W // WORDS - first_word // WORDS
-    return (row_group * GROUPS + column_group) * ENTRIES
+    row_group = rows_R // layout.group_rows - first_row // layout.group_rows
+    column_group = words_W // layout.words - first_word // layout.words
+    return (row_group * program.column_groups + column_group) * layout.entries
 
 
 @triton.jit
@@ -104,30 +99,30 @@ def _gather(tables, index):
 
 
 @triton.jit
-def _look_up(
-    tables, first_entries, words_WR, units_J, DIMENSION: tl.constexpr, INDEX_BITS: tl.constexpr, FIELD: tl.constexpr,
-    UNIT_BITS: tl.constexpr, ENTRIES: tl.constexpr,
-):  # fmt: skip
+def _look_up(tables, first_entries, words_WR, units_J, layout: tl.constexpr):
     """Units of each word as pairs of 16-bit values, int32: a tuple of one, or two where centroids have four values."""
-    index = (words_WR.to(tl.uint32, bitcast=True) >> (units_J * UNIT_BITS).to(tl.uint32)).to(tl.int32, bitcast=True)
-    entry = _gather(tables, first_entries + (index & (ENTRIES - 1)))
-    if DIMENSION == 4:
+    shifts_J = (units_J * layout.unit_bits).to(tl.uint32)
+    index = (words_WR.to(tl.uint32, bitcast=True) >> shifts_J).to(tl.int32, bitcast=True)
+    last: tl.constexpr = layout.entries - 1
+    entry = _gather(tables, first_entries + (index & last))
+    if layout.dimension == 4:
         return entry.to(tl.int32), (entry >> 32).to(tl.int32)
-    elif DIMENSION == 1 and ENTRIES == 1 << INDEX_BITS:
-        return (entry | (_gather(tables, first_entries + ((index >> FIELD) & (ENTRIES - 1))) << 16),)
+    elif layout.dimension == 1 and layout.entries == 1 << layout.index_bits:
+        return (entry | (_gather(tables, first_entries + ((index >> layout.field) & last)) << 16),)
     else:
         return (entry,)
 
 
 @triton.jit
-def _columns(words_W, units_J, GROUP_COLUMNS: tl.constexpr, WORDS: tl.constexpr, UNIT: tl.constexpr):
+def _columns(words_W, units_J, layout: tl.constexpr):
     """First columns of units: of the group [W], and from there on [W, 1, J]."""
-    return words_W // WORDS * GROUP_COLUMNS, (units_J * WORDS + words_W % WORDS) * UNIT
+    of_group = words_W // layout.words * layout.group_columns
+    return of_group, (units_J * layout.words + words_W % layout.words) * layout.unit
 
 
 @triton.jit
-def _are_there(words_W, group_columns, columns, K, GROUP_COLUMNS: tl.constexpr, ROW_WORDS: tl.constexpr):
-    return (words_W < ROW_WORDS) & (columns < GROUP_COLUMNS) & (group_columns + columns < K)
+def _are_there(words_W, group_columns, columns, K, layout: tl.constexpr):
+    return (words_W < layout.row_words) & (columns < layout.group_columns) & (group_columns + columns < K)
 
 
 @triton.jit
@@ -145,11 +140,11 @@ def _read_pairs(pointers):
 @triton.jit
 def _branch(
     projection, b_codes, b_exponents, tokens_M, first_row, M, N, rank: tl.constexpr, b_block: tl.constexpr,
-    x_bits: tl.constexpr, x_block: tl.constexpr, x_ceil: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr,
+    rounding: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Q(Q(x A) B) of ROWS rows, float32 [M, R]; whole blocks of rows are multiplied where the product is rounded."""
-    block: tl.constexpr = x_block if x_bits > 0 else 16
-    width: tl.constexpr = max(ROWS, x_block if x_bits > 0 else ROWS)
+    block: tl.constexpr = rounding.block if rounding.bits > 0 else 16
+    width: tl.constexpr = max(ROWS, rounding.block if rounding.bits > 0 else ROWS)
     step: tl.constexpr = max(block, b_block)
     columns_N = first_row // width * width + tl.arange(0, width)
     product = tl.zeros((tokens_M.shape[0], width), tl.float32)
@@ -157,12 +152,12 @@ def _branch(
         ranks_R = first + tl.arange(0, step)
         inside = (tokens_M < M)[:, None] & (ranks_R < rank)[None, :]
         xa_MR = tl.load(projection + tokens_M[:, None] * rank + ranks_R[None, :], mask=inside, other=0.0)
-        if x_bits > 0:
-            xa_MR = round_columns(xa_MR, x_block, x_bits, x_ceil)
+        if rounding.bits > 0:
+            xa_MR = round_columns(xa_MR, rounding)
         b_RN = load_factor(b_codes, b_exponents, first, columns_N, N, rank, step, b_block, tl.float32)
         product += tl.sum(xa_MR.to(dtype).to(tl.float32)[:, :, None] * b_RN[None, :, :], axis=1)
-    if x_bits > 0:
-        product = round_columns(product, x_block, x_bits, x_ceil)
+    if rounding.bits > 0:
+        product = round_columns(product, rounding)
     parts: tl.constexpr = width // ROWS
     ours = tl.arange(0, parts)[None, :, None] == first_row % width // ROWS
     return tl.sum(tl.where(ours, product.reshape(tokens_M.shape[0], parts, ROWS), 0.0), axis=1)
@@ -184,31 +179,19 @@ def codebook_product_kernel(
     K,
     x_stride,
     rank: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     b_block: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    GROUP_COLUMNS: tl.constexpr,
-    COLUMN_GROUPS: tl.constexpr,
-    WORDS: tl.constexpr,
-    DIMENSION: tl.constexpr,
-    INDEX_BITS: tl.constexpr,
-    FIELD: tl.constexpr,
-    UNIT: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FILLED: tl.constexpr,  # no field of a word is unused, and so every unit begins at an even column
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,  # words of a row at once
-    TABLES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    layout: tl.constexpr,  # IndexLayout
+    program: tl.constexpr,  # Tile: what a program takes at once
     FIELDS: tl.constexpr,  # looked up at once
     BLOCK_M: tl.constexpr,
     chained: tl.constexpr,
 ):
     """y = W x + b + Q(Q(x A) B) for up to BLOCK_M tokens a program; products with W and sums in float32."""
-    unit_bits: tl.constexpr = FIELD * UNIT // DIMENSION
-    row_words: tl.constexpr = COLUMN_GROUPS * WORDS
+    ROWS: tl.constexpr = program.rows
+    TILE: tl.constexpr = program.words
+    units: tl.constexpr = layout.per_word
+    pairs_of_unit: tl.constexpr = layout.unit // 2
     dtype: tl.constexpr = x.dtype.element_ty
     first_row = tl.program_id(0) * ROWS
     rows_R = first_row + tl.arange(0, ROWS)[None, :, None, None]
@@ -216,43 +199,38 @@ def codebook_product_kernel(
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_M = x + tl.minimum(tokens, M - 1).to(tl.int64)[None, None, None, :] * x_stride
     # Weights do not depend on the kernel before: the first of them are on their way while that one still runs.
-    words_WR = _load_words(words, rows_R, tile_W, N, row_words)
-    tables = _load_tables(
-        table, first_row, 0, N, GROUP_ROWS, COLUMN_GROUPS, WORDS, DIMENSION, INDEX_BITS, ENTRIES, TABLES, GROUPS
-    )
+    words_WR = _load_words(words, rows_R, tile_W, N, layout)
+    tables = _load_tables(table, first_row, 0, N, layout, program)
     if chained:
         gdc_wait()
         gdc_launch_dependents()
     if rank > 0:
         branch_MR = _branch(
-            projection, b_codes, b_exponents, tokens, first_row, M, N, rank, b_block, x_bits, x_block, x_ceil,
+            projection, b_codes, b_exponents, tokens, first_row, M, N, rank, b_block, rounding,
             dtype, ROWS,
         )  # fmt: skip
     acc = tl.zeros((TILE, ROWS, FIELDS, BLOCK_M), tl.float32)
-    for first_word in range(0, row_words, TILE):
+    for first_word in range(0, layout.row_words, TILE):
         following = first_word + TILE
-        next_words_WR = _load_words(words, rows_R, following + tile_W, N, row_words)
-        next_tables = _load_tables(
-            table, first_row, following, N, GROUP_ROWS, COLUMN_GROUPS, WORDS, DIMENSION, INDEX_BITS, ENTRIES, TABLES,
-            GROUPS,
-        )  # fmt: skip
+        next_words_WR = _load_words(words, rows_R, following + tile_W, N, layout)
+        next_tables = _load_tables(table, first_row, following, N, layout, program)
         words_W = first_word + tile_W
         # Beyond the last word of a row tables are zeros, and need any x to be multiplied with.
-        x_words_W = tl.minimum(words_W, row_words - 1)
-        first_entries = _first_entries(rows_R, words_W, first_row, first_word, GROUP_ROWS, WORDS, ENTRIES, GROUPS)
-        for first_unit in tl.static_range(0, 32 // unit_bits, FIELDS):
+        x_words_W = tl.minimum(words_W, layout.row_words - 1)
+        first_entries = _first_entries(rows_R, words_W, first_row, first_word, layout, program)
+        for first_unit in tl.static_range(0, units, FIELDS):
             units_J = first_unit + tl.arange(0, FIELDS)[None, None, :, None]
-            pairs = _look_up(tables, first_entries, words_WR, units_J, DIMENSION, INDEX_BITS, FIELD, unit_bits, ENTRIES)
-            group_columns, columns = _columns(x_words_W, units_J, GROUP_COLUMNS, WORDS, UNIT)
+            pairs = _look_up(tables, first_entries, words_WR, units_J, layout)
+            group_columns, columns = _columns(x_words_W, units_J, layout)
             pointers = x_M + group_columns + columns
-            for p in tl.static_range(UNIT // 2):
-                if FILLED:
+            for p in tl.static_range(pairs_of_unit):
+                if layout.filled:
                     x_pairs = _read_pairs(pointers + 2 * p)
                     low, high = _half_as_float(x_pairs, False, dtype), _half_as_float(x_pairs, True, dtype)
                 else:
-                    there = _are_there(words_W, group_columns, columns + 2 * p, K, GROUP_COLUMNS, row_words)
+                    there = _are_there(words_W, group_columns, columns + 2 * p, K, layout)
                     low = tl.load(pointers + 2 * p, mask=there, other=0.0).to(tl.float32)
-                    there = _are_there(words_W, group_columns, columns + 2 * p + 1, K, GROUP_COLUMNS, row_words)
+                    there = _are_there(words_W, group_columns, columns + 2 * p + 1, K, layout)
                     high = tl.load(pointers + 2 * p + 1, mask=there, other=0.0).to(tl.float32)
                 acc += _half_as_float(pairs[p], False, dtype) * low
                 acc += _half_as_float(pairs[p], True, dtype) * high
@@ -274,46 +252,33 @@ def codebook_expand_kernel(
     w_out,  # [N, K]
     N,
     K,
-    GROUP_ROWS: tl.constexpr,
-    GROUP_COLUMNS: tl.constexpr,
-    COLUMN_GROUPS: tl.constexpr,
-    WORDS: tl.constexpr,
-    DIMENSION: tl.constexpr,
-    INDEX_BITS: tl.constexpr,
-    FIELD: tl.constexpr,
-    UNIT: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FILLED: tl.constexpr,  # no field of a word is unused, and so every unit begins at an even column
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    TABLES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    layout: tl.constexpr,  # IndexLayout
+    program: tl.constexpr,  # Tile: what a program takes at once
     FIELDS: tl.constexpr,
 ):
     """Decode one tile of words of ROWS rows."""
-    unit_bits: tl.constexpr = FIELD * UNIT // DIMENSION
-    row_words: tl.constexpr = COLUMN_GROUPS * WORDS
+    ROWS: tl.constexpr = program.rows
+    TILE: tl.constexpr = program.words
+    units: tl.constexpr = layout.per_word
+    pairs_of_unit: tl.constexpr = layout.unit // 2
     dtype: tl.constexpr = w_out.dtype.element_ty
     first_row, first_word = tl.program_id(0) * ROWS, tl.program_id(1) * TILE
     rows_R = first_row + tl.arange(0, ROWS)[None, :, None, None]
     words_W = first_word + tl.arange(0, TILE)[:, None, None, None]
-    words_WR = _load_words(words, rows_R, words_W, N, row_words)
-    tables = _load_tables(
-        table, first_row, first_word, N, GROUP_ROWS, COLUMN_GROUPS, WORDS, DIMENSION, INDEX_BITS, ENTRIES, TABLES,
-        GROUPS,
-    )  # fmt: skip
-    first_entries = _first_entries(rows_R, words_W, first_row, first_word, GROUP_ROWS, WORDS, ENTRIES, GROUPS)
-    for first_unit in tl.static_range(0, 32 // unit_bits, FIELDS):
+    words_WR = _load_words(words, rows_R, words_W, N, layout)
+    tables = _load_tables(table, first_row, first_word, N, layout, program)
+    first_entries = _first_entries(rows_R, words_W, first_row, first_word, layout, program)
+    for first_unit in tl.static_range(0, units, FIELDS):
         units_J = first_unit + tl.arange(0, FIELDS)[None, None, :, None]
-        pairs = _look_up(tables, first_entries, words_WR, units_J, DIMENSION, INDEX_BITS, FIELD, unit_bits, ENTRIES)
-        group_columns, columns = _columns(words_W, units_J, GROUP_COLUMNS, WORDS, UNIT)
+        pairs = _look_up(tables, first_entries, words_WR, units_J, layout)
+        group_columns, columns = _columns(words_W, units_J, layout)
         place = w_out + rows_R.to(tl.int64) * K + group_columns + columns
-        for p in tl.static_range(UNIT // 2):
-            if FILLED:
-                tl.store(_as_pairs(place + 2 * p), pairs[p], mask=(words_W < row_words) & (rows_R < N))
+        for p in tl.static_range(pairs_of_unit):
+            if layout.filled:
+                tl.store(_as_pairs(place + 2 * p), pairs[p], mask=(words_W < layout.row_words) & (rows_R < N))
             else:
-                there = _are_there(words_W, group_columns, columns + 2 * p, K, GROUP_COLUMNS, row_words)
+                there = _are_there(words_W, group_columns, columns + 2 * p, K, layout)
                 low, high = _half(pairs[p], False, dtype), _half(pairs[p], True, dtype)
                 tl.store(place + 2 * p, low, mask=there & (rows_R < N))
-                there = _are_there(words_W, group_columns, columns + 2 * p + 1, K, GROUP_COLUMNS, row_words)
+                there = _are_there(words_W, group_columns, columns + 2 * p + 1, K, layout)
                 tl.store(place + 2 * p + 1, high, mask=there & (rows_R < N))

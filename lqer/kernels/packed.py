@@ -232,6 +232,6 @@ def decode_spec(text: str) -> Spec:
     elif kind == LatticeLayout.__name__:
         layout = LatticeLayout(*fields)
     else:
-        rows, columns, bits, offset, block, exponents = fields
-        layout = Layout(rows, columns, bits, offset, block, bool(exponents))
+        columns, bits, offset, block, exponents, rows = fields
+        layout = Layout(columns, bits, offset, block, bool(exponents), rows)
     return Spec(layout, ActivationRounding(x_bits, x_block, bool(ceil)), rank, a_block, b_block)

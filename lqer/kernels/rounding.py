@@ -30,15 +30,15 @@ def _largest_magnitude(x_GB, axis: tl.constexpr):
 
 
 @triton.jit
-def mxint_codes(x_GB, axis: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr):
+def mxint_codes(x_GB, axis: tl.constexpr, rounding: tl.constexpr):
     """Codes, as float32, and steps of float32 blocks that lie along `axis` (which the steps keep, with length 1).
 
     A block with NaN or infinity has the step NaN.
     """
-    fraction_bits: tl.constexpr = bits - 1 if ceil else bits - 2
-    max_code: tl.constexpr = (1 << (bits - 1)) - 1
+    fraction_bits: tl.constexpr = rounding.bits - 1 if rounding.ceil else rounding.bits - 2
+    max_code: tl.constexpr = (1 << (rounding.bits - 1)) - 1
     largest = _largest_magnitude(x_GB, axis)
-    if ceil:
+    if rounding.ceil:
         # All mantissa bits carry into the exponent unless the mantissa is zero: the next power of two.
         power = tl.minimum((largest + MANTISSA) & INF_PATTERN, LARGEST_POWER)
         power = tl.maximum(power, SMALLEST_POWER)
@@ -56,25 +56,25 @@ def mxint_codes(x_GB, axis: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr
 
 
 @triton.jit
-def round_mxint(x_GB, axis: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr):
+def round_mxint(x_GB, axis: tl.constexpr, rounding: tl.constexpr):
     """Round float32 blocks that lie along `axis` to MXINT values; a block with NaN or infinity becomes NaN."""
-    codes, step = mxint_codes(x_GB, axis, bits, ceil)
+    codes, step = mxint_codes(x_GB, axis, rounding)
     return codes * step
 
 
 @triton.jit
-def round_columns(x_MK, block: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr):
+def round_columns(x_MK, rounding: tl.constexpr):
     """Round float32 [M, K] in blocks along K."""
     rows: tl.constexpr = x_MK.shape[0]
     columns: tl.constexpr = x_MK.shape[1]
-    blocks = x_MK.reshape(rows, columns // block, block)
-    return round_mxint(blocks, 2, bits, ceil).reshape(rows, columns)
+    blocks = x_MK.reshape(rows, columns // rounding.block, rounding.block)
+    return round_mxint(blocks, 2, rounding).reshape(rows, columns)
 
 
 @triton.jit
-def round_rows(x_NM, block: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr):
+def round_rows(x_NM, rounding: tl.constexpr):
     """Round float32 [N, M] in blocks along N."""
     rows: tl.constexpr = x_NM.shape[0]
     columns: tl.constexpr = x_NM.shape[1]
-    blocks = x_NM.reshape(rows // block, block, columns)
-    return round_mxint(blocks, 1, bits, ceil).reshape(rows, columns)
+    blocks = x_NM.reshape(rows // rounding.block, rounding.block, columns)
+    return round_mxint(blocks, 1, rounding).reshape(rows, columns)

@@ -24,9 +24,7 @@ def round_kernel(
     tile_k: tl.constexpr,  # of the kernel order that x_out is in; 0: natural order
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     chained: tl.constexpr,
 ):
     if chained:
@@ -36,7 +34,7 @@ def round_kernel(
     columns_T = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     inside = (rows_M < M) & (columns_T < K)
     x_MT = tl.load(x + rows_M * x_stride + columns_T, mask=inside, other=0.0).to(tl.float32)
-    x_MT = round_columns(x_MT, x_block, x_bits, x_ceil).to(x.dtype.element_ty)
+    x_MT = round_columns(x_MT, rounding).to(x.dtype.element_ty)
     if tile_k > 0:
         place = x_out + rows_M * padded + columns_T
         tl.store(place, permute_columns(x_MT, tile_k), mask=(rows_M < M) & (columns_T < padded))
@@ -61,9 +59,7 @@ def project_kernel(
     padded_K: tl.constexpr,
     slabs: tl.constexpr,
     SLAB_K: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     a_block: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -76,13 +72,13 @@ def project_kernel(
     ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     acc_MR = multiply_slab(
         x, a_codes, a_exponents, x_out, pid_r == 0, slab, rows_M, ranks_R, M, K, x_stride,
-        rank, padded_K, SLAB_K, BLOCK_K, x_bits, x_block, x_ceil, a_block, stages,
+        rank, padded_K, SLAB_K, BLOCK_K, rounding, a_block, stages,
     )  # fmt: skip
     if slabs == 1:
-        write_projection(acc_MR, projection, rows_M, ranks_R, M, rank, x_bits, x_block, x_ceil)
+        write_projection(acc_MR, projection, rows_M, ranks_R, M, rank, rounding)
     else:
         counter = counters + pid_m * (rank // BLOCK_R) + pid_r
-        add_slabs(acc_MR, partial, projection, counter, slab, rows_M, ranks_R, M, rank, slabs, x_bits, x_block, x_ceil)
+        add_slabs(acc_MR, partial, projection, counter, slab, rows_M, ranks_R, M, rank, slabs, rounding)
 
 
 @triton.jit
@@ -96,9 +92,7 @@ def prepare_tokens_kernel(
     x_stride,
     rank: tl.constexpr,
     padded_K: tl.constexpr,
-    x_bits: tl.constexpr,
-    x_block: tl.constexpr,
-    x_ceil: tl.constexpr,
+    rounding: tl.constexpr,
     a_block: tl.constexpr,
     BLOCK_K: tl.constexpr,  # of x and a row of Aᵀ at once
     COLUMNS: tl.constexpr,  # that a program rounds
@@ -109,14 +103,12 @@ def prepare_tokens_kernel(
     x += token.to(tl.int64) * x_stride
     if pid < rank:
         place = projection + token * rank + pid
-        project_rank(
-            x, a_codes, a_exponents, place, pid, K, padded_K, x_bits, x_block, x_ceil, a_block, BLOCK_K, chained
-        )
-    elif x_bits > 0:
+        project_rank(x, a_codes, a_exponents, place, pid, K, padded_K, rounding, a_block, BLOCK_K, chained)
+    elif rounding.bits > 0:
         if chained:
             gdc_wait()
             gdc_launch_dependents()
         columns = (pid - rank) * COLUMNS + tl.arange(0, COLUMNS)
         x_K = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32).reshape(1, COLUMNS)
-        x_K = round_columns(x_K, x_block, x_bits, x_ceil).reshape(COLUMNS)
+        x_K = round_columns(x_K, rounding).reshape(COLUMNS)
         tl.store(x_out + token * K + columns, x_K.to(x.dtype.element_ty), mask=columns < K)

@@ -10,7 +10,7 @@ from kernel_layers import DTYPE, DTYPES, ON_GPU, Layer, build_layer, random_inpu
 
 from lqer.formats import Codebook, MXInt, NumberFormat, Passthrough
 from lqer.kernels import PackedLinear, packed_linear
-from lqer.kernels.codebook import CodebookLayout, tile_of
+from lqer.kernels.codebook import IndexLayout, tile_of
 from lqer.kernels.launch import expand, run_codebook, run_expanded
 from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import dequantize, reference_linear
@@ -134,7 +134,7 @@ def test_a_token_that_is_not_finite_leaves_the_others_alone():
 def test_a_tile_has_every_table_that_its_rows_and_words_refer_to():
     for group_rows in range(1, 40):
         for group_columns in (4, 16, 66, 256, 272, 1024):
-            layout = CodebookLayout(80, 4096, 2, 4, group_rows, group_columns)
+            layout = IndexLayout(4096, 2, 4, group_rows, group_columns)
             tile = tile_of(layout)
             for length, group, tables in (
                 (tile.rows, group_rows, tile.row_groups),

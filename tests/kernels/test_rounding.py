@@ -10,27 +10,26 @@ from kernel_layers import DEVICE, ON_GPU
 from torch import Tensor
 
 from lqer.formats import MXInt
+from lqer.kernels import activation_rounding
 from lqer.kernels.rounding import round_columns, round_rows
 
 ROWS, COLUMNS = 64, 128
 
 
 @triton.jit
-def round_kernel(x, y, block: tl.constexpr, bits: tl.constexpr, ceil: tl.constexpr, along_rows: tl.constexpr):
+def round_kernel(x, y, rounding: tl.constexpr, along_rows: tl.constexpr):
     place = tl.arange(0, 64)[:, None] * 128 + tl.arange(0, 128)[None, :]
     values = tl.load(x + tl.program_id(0) * 64 * 128 + place)
     if along_rows:
-        values = round_rows(values, block, bits, ceil)
+        values = round_rows(values, rounding)
     else:
-        values = round_columns(values, block, bits, ceil)
+        values = round_columns(values, rounding)
     tl.store(y + tl.program_id(0) * 64 * 128 + place, values)
 
 
 def rounded(x: Tensor, number_format: MXInt, along_rows: bool = False) -> Tensor:
     y = torch.full_like(x, torch.nan)
-    ceil = number_format.scale_rounding == "ceil"
-    grid = (len(x) // ROWS,)
-    round_kernel[grid](x, y, number_format.block_size, number_format.bits, ceil, along_rows)
+    round_kernel[(len(x) // ROWS,)](x, y, activation_rounding(number_format), along_rows)
     return y
 
 
