@@ -16,9 +16,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lqer.kernels.decode import dot, exponent_to_scale
+from lqer.kernels.parts import store_partial, sum_partials
 from lqer.kernels.rounding import round_columns
 
-SLABS_AT_ONCE = tl.constexpr(8)
+PARTIALS_AT_ONCE = tl.constexpr(8)
 # What a finished block of ranks adds to `ready`; consumers add one each.
 BLOCK_READY = tl.constexpr(1 << 20)
 
@@ -160,33 +161,25 @@ def multiply_slab(
 
 
 @triton.jit
-def add_slabs(
-    acc_MR,  # of this program
-    partial,  # [slabs, M, RP] float32
+def finish_projection(
+    acc_MR,  # float32, the partial sum of this program
+    partial,  # [splits, M, RP] float32
     projection,  # [M, RP]
-    finished,  # counter of this tile of tokens and block of ranks, zero before and after
-    slab,
+    counter,  # of this tile of tokens and block of ranks, zero before and after
+    split,
     rows_M,
     ranks_R,
     M,
     rank: tl.constexpr,
-    slabs: tl.constexpr,
+    splits: tl.constexpr,
     rounding: tl.constexpr,
 ):
-    """Whether this program finished last of its slabs: then it has written Q(x A)."""
-    row_inside = (rows_M < M)[:, None]
+    """Whether this program was the last of its splits to finish: then it has written Q(x A)."""
+    inside_M1 = (rows_M < M)[:, None]
     offset_MR = rows_M[:, None] * rank + ranks_R[None, :]
-    tl.store(partial + slab * (M * rank) + offset_MR, acc_MR, mask=row_inside)
-    # Every thread's part of the slab has to be out before this program counts as finished.
-    tl.debug_barrier()
-    last = tl.atomic_add(finished, 1, sem="acq_rel") == slabs - 1
+    last = store_partial(acc_MR, partial, offset_MR, inside_M1, M * rank, counter, split, splits)
     if last:
-        tl.store(finished, 0)
-        xa_MR = tl.zeros(acc_MR.shape, tl.float32)
-        for first in range(0, slabs, SLABS_AT_ONCE):
-            for i in tl.static_range(SLABS_AT_ONCE):
-                place = partial + (first + i) * (M * rank) + offset_MR
-                xa_MR += tl.load(place, mask=row_inside & (first + i < slabs), other=0.0)
+        xa_MR = sum_partials(acc_MR, partial, offset_MR, inside_M1, M * rank, counter, splits, PARTIALS_AT_ONCE)
         write_projection(xa_MR, projection, rows_M, ranks_R, M, rank, rounding)
     return last
 
@@ -241,7 +234,9 @@ def produce_projection(
         rank, padded_K, SLAB_K, BLOCK_K, rounding, a_block, 1,
     )  # fmt: skip
     ready = counters + pid_m * (rank_blocks + 1)
-    if add_slabs(acc_MR, partial, projection, ready + 1 + pid_r, slab, rows_M, ranks_R, M, rank, slabs, rounding):
+    if finish_projection(
+        acc_MR, partial, projection, ready + 1 + pid_r, slab, rows_M, ranks_R, M, rank, slabs, rounding
+    ):
         tl.debug_barrier()
         tl.atomic_add(ready, BLOCK_READY, sem="release")
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from lqer.kernels.branch import await_projection, load_factor, produce_projection
 from lqer.kernels.decode import decode_tile, dot, permute_columns
-from lqer.kernels.parts import add_parts
+from lqer.kernels.parts import finish_tile
 from lqer.kernels.rounding import round_rows
 
 
@@ -90,7 +90,7 @@ def gemm_kernel(
 
     parts: tl.constexpr = splits + (1 if rank > 0 else 0)
     # As many loads at once as the accumulators of the product took registers, or so.
-    add_parts(
+    finish_tile(
         acc_NM, partial, finished + pid_m * tiles_n + pid_n, pid_s, bias, y, rows_N, rows_M, M, N,
         parts, max(1, 64 // BLOCK_M),
     )  # fmt: skip

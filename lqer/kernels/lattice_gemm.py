@@ -29,7 +29,7 @@ from lqer.kernels.lattice_decode import (
     unit_places,
     unit_word,
 )
-from lqer.kernels.parts import add_parts
+from lqer.kernels.parts import finish_tile
 from lqer.kernels.runtime import INTERPRETED
 
 PROJECTION_ELEMENTS = tl.constexpr(4096)
@@ -117,7 +117,7 @@ def lattice_product_kernel(
                     branch_NM = branch_NM[:, None, :].broadcast_to(BLOCK_N, alike, TOKENS).reshape(BLOCK_N, BLOCK_M)
                 acc_NM += branch_NM
 
-    add_parts(acc_NM, partial, finished + pid_n, pid_s, bias, y, rows_N, rows_M, M, N, splits, splits)
+    finish_tile(acc_NM, partial, finished + pid_n, pid_s, bias, y, rows_N, rows_M, M, N, splits, splits)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
-"""How a product whose sum is cut into parts ends: the program that finishes a tile of outputs last adds them up.
+"""Split-K: how programs that each sum a part of K make one output tile, without a second kernel.
 
-Parts are slabs in memory, added in a fixed order, so that runs agree bit for bit.
+Every program stores its partial sum in memory and counts itself. The one that finishes a tile last adds all partial
+sums in a fixed order, so that results are reproducible bit for bit, and resets the counter to zero.
 
 Shapes: M tokens, N out_features.
 """
@@ -10,37 +11,68 @@ import triton.language as tl
 
 
 @triton.jit
-def add_parts(
-    acc_NM,  # float32, the part of this program
-    partial,  # float32 [parts, N, M], or None for one part
-    counter,  # int32, zero before and after, that of this tile of outputs
-    part,  # number of this one
+def store_partial(
+    acc,  # float32, the partial sum of this program
+    partial,  # float32 [splits, ..]
+    offset,  # of each element of the tile in one of the splits
+    inside,
+    size,  # elements of a split
+    counter,  # int32, of this tile, zero before and after
+    split,
+    splits: tl.constexpr,
+):
+    """Store a partial sum; whether all others of the tile are stored as well."""
+    tl.store(partial + split * size + offset, acc, mask=inside)
+    # All threads must have stored their elements before this program counts itself.
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+
+
+@triton.jit
+def sum_partials(
+    acc,  # only its shape is used
+    partial,
+    offset,
+    inside,
+    size,
+    counter,
+    splits: tl.constexpr,
+    at_once: tl.constexpr,  # partial sums that are loaded before they are added
+):
+    """The sum of a tile over all splits, float32, by the program for which `store_partial` was true."""
+    tl.store(counter, 0)
+    total = tl.zeros(acc.shape, tl.float32)
+    for first in range(0, splits, at_once):
+        for i in tl.static_range(at_once):
+            place = partial + (first + i) * size + offset
+            total += tl.load(place, mask=inside & (first + i < splits), other=0.0)
+    return total
+
+
+@triton.jit
+def finish_tile(
+    acc_NM,  # float32, the partial sum of this program
+    partial,  # float32 [splits, N, M], or None for one split
+    counter,  # int32, of this tile, zero before and after
+    split,
     bias,  # [N], or None
     y,  # [M, N]
     rows_N,
     rows_M,
     M,
     N,
-    parts: tl.constexpr,
-    at_once: tl.constexpr,  # parts that are loaded before they are added
+    splits: tl.constexpr,
+    at_once: tl.constexpr,  # partial sums that are loaded before they are added
 ):
-    """y = the sum of all parts, and the bias, of a tile of outputs."""
+    """y = the sum over all splits and the bias, of a tile of outputs; written by its last program."""
     inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
     last = True
-    if parts > 1:
-        slab = N * M
+    if splits > 1:
+        size = N * M
         offset_NM = rows_N[:, None] * M + rows_M[None, :]
-        tl.store(partial + part * slab + offset_NM, acc_NM, mask=inside_NM)
-        # Every thread's part of the slab has to be out before this program counts as finished.
-        tl.debug_barrier()
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
+        last = store_partial(acc_NM, partial, offset_NM, inside_NM, size, counter, split, splits)
         if last:
-            tl.store(counter, 0)
-            acc_NM = tl.zeros(acc_NM.shape, tl.float32)
-            for first in range(0, parts, at_once):
-                for i in tl.static_range(at_once):
-                    place = partial + (first + i) * slab + offset_NM
-                    acc_NM += tl.load(place, mask=inside_NM & (first + i < parts), other=0.0)
+            acc_NM = sum_partials(acc_NM, partial, offset_NM, inside_NM, size, counter, splits, at_once)
     if last:
         if bias is not None:
             acc_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]

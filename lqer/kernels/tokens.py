@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lqer.kernels.branch import add_slabs, multiply_slab, project_rank, write_projection
+from lqer.kernels.branch import finish_projection, multiply_slab, project_rank, write_projection
 from lqer.kernels.decode import permute_columns
 from lqer.kernels.rounding import round_columns
 
@@ -78,7 +78,7 @@ def project_kernel(
         write_projection(acc_MR, projection, rows_M, ranks_R, M, rank, rounding)
     else:
         counter = counters + pid_m * (rank // BLOCK_R) + pid_r
-        add_slabs(acc_MR, partial, projection, counter, slab, rows_M, ranks_R, M, rank, slabs, rounding)
+        finish_projection(acc_MR, partial, projection, counter, slab, rows_M, ranks_R, M, rank, slabs, rounding)
 
 
 @triton.jit
