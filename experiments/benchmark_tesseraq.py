@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("text")
     parser.add_argument("--kind", choices=["int", "mxint"], default="int")
     parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--group", type=int, default=32, help="weights that share a scale; -1 for a whole row")
+    parser.add_argument("--group", type=int, default=32, help="weights that share a scale")
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=256)

@@ -15,7 +15,7 @@ lwc="[{ kind = 'lwc', epochs = ${EPOCHS:-20} }]"
 source "$(dirname "$0")/common.sh"
 for weight in "${weights[@]}"; do
     group=${weight#*g}
-    [ "$group" != "$weight" ] || group=-1
+    [ "$group" != "$weight" ] || group="'row'"
     common=(--formats.q="{ kind = 'int', bits = ${weight%%[gc]*}, block_size = $group }" --quantize.weight=q
         --quantize.method=none --quantize.low_rank.rank=0
         --quantize.activation=none --quantize.bias=none --quantize.attention=none)

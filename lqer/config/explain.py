@@ -21,7 +21,8 @@ UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 def explain(error: ValidationError, values: Mapping[str, Any], origin: Callable[[Loc], str]) -> str:
     """The first of `error`'s complaints about `values` as one line."""
     # A misspelt key shows up twice, as an unknown one and as a missing one: the first says more.
-    first = min(error.errors(include_url=False), key=lambda found: found["type"] not in UNKNOWN_KEY)
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda found: found["type"] not in UNKNOWN_KEY)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, KeyedError):
         return _line(origin(cause.loc), cause.loc, cause.rule, cause.found, cause.allowed)
@@ -34,6 +35,10 @@ def explain(error: ValidationError, values: Mapping[str, Any], origin: Callable[
         return _line(origin(loc), loc, "unknown key", None, allowed, misspelt=str(loc[-1]))
     if kind == "missing":
         return _line(origin(loc[:-1]), loc, "is missing", None, None)
+    alternatives = [other for other in errors if _without_tags(other["loc"], values) == loc]
+    if len(alternatives) > 1:  # a value of none of a union's types
+        rules = [other["msg"].removeprefix("Input should be ") for other in alternatives]
+        return _line(origin(loc), loc, f"must be {' or '.join(rules)}", found, None)
     if kind in ("literal_error", "enum"):
         allowed = tuple(part.strip(" '\"") for part in first["ctx"]["expected"].replace(" or ", ", ").split(","))
         return _line(origin(loc), loc, "not allowed", found, allowed)
@@ -63,7 +68,7 @@ def _line(
 
 
 def _without_tags(loc: Loc, values: Any) -> Loc:
-    """Drop the discriminator tags that pydantic puts into a location: they are no keys of the TOML file."""
+    """Drop the tags of unions that pydantic puts into a location: they are not keys of the TOML file."""
     kept: list[str | int] = []
     for i, part in enumerate(loc):
         is_key = isinstance(values, Mapping) and part in values
@@ -71,7 +76,7 @@ def _without_tags(loc: Loc, values: Any) -> Loc:
         if is_key or is_index:
             kept.append(part)
             values = values[part]
-        elif i == len(loc) - 1 and not (isinstance(values, Mapping) and values.get("kind") == part):
+        elif i == len(loc) - 1 and isinstance(values, Mapping) and values.get("kind") != part:
             kept.append(part)
     return tuple(kept)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lqer.components import Component
-from lqer.formats.blocks import block_count, from_blocks, to_blocks
+from lqer.formats.blocks import BlockSize, block_count, from_blocks, to_blocks
 from lqer.formats.packing import pack_bits, packed_length, unpack_bits
 
 
@@ -35,16 +35,17 @@ def check_finite(x: Tensor) -> None:
         raise NonFiniteError(f"{nans} NaN and {infinities} infinite of {x.numel()} values")
 
 
-def require_block_size(value: int, kind: str) -> None:
-    """Raise ValueError unless `value` is -1 (the whole axis) or a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
-        raise ValueError(f"block_size {value!r} is neither -1 (the whole axis) nor at least 1 ({kind})")
+def require_block_size(value: Any, kind: str) -> None:
+    """Raise ValueError unless `value` is "row", "tensor" or a positive integer."""
+    if value in ("row", "tensor") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return
+    raise ValueError(f'block_size {value!r} is not "row", "tensor" or an integer of at least 1 ({kind})')
 
 
 class NumberFormat(Component, ABC, family="number format"):
     """Which values a tensor can take and what they cost. Every format is a frozen dataclass deriving from this."""
 
-    block_size: int  # elements that share a scale; -1 = the whole axis
+    block_size: BlockSize  # elements along the axis that share a scale, or "row" or "tensor" (see blocks.py)
     vector_size: ClassVar[int] = 1  # neighbours along the axis that share a code; divides block_size
     codebook_parts: ClassVar[frozenset[str]] = frozenset()  # metadata that are learned tables, which codes point into
 
@@ -62,9 +63,16 @@ class NumberFormat(Component, ABC, family="number format"):
     def bits_per_value(self, length: int) -> float:
         """Nominal bits per element, metadata included, for an axis of `length` (a ragged last block is a block)."""
 
+    def scale_bits(self, bits: int, length: int) -> int:
+        """Bits of the scales of an axis of `length`, of `bits` each; the one scale of a tensor is left out."""
+        return 0 if self.block_size == "tensor" else bits * block_count(length, self.block_size)
+
     @abstractmethod
     def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
-        """Scales [N] of float32 blocks [N, B]. A block that holds NaN or infinity gets a scale that decodes to NaN."""
+        """Scales of float32 blocks [N, B]: [N], or [1, .., 1] where `block_size` is "tensor".
+
+        A scale of values among which is NaN or infinity decodes to NaN.
+        """
 
     @abstractmethod
     def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
@@ -111,7 +119,7 @@ class NumberFormat(Component, ABC, family="number format"):
     def dequantize_parts(self, parts: dict[str, Tensor]) -> Tensor:
         """float32 values [..., L]: the inverse of `quantize_parts`, up to rounding; whole vectors."""
         codes_L = parts["codes"]
-        codes_per_block = self.block_size if self.block_size == -1 else self.block_size // self.vector_size
+        codes_per_block = self.block_size if isinstance(self.block_size, str) else self.block_size // self.vector_size
         values_NB = self.decode(to_blocks(codes_L, codes_per_block), parts)
         return from_blocks(values_NB, codes_L.shape[-1] * self.vector_size)
 
@@ -202,12 +210,13 @@ def without_first(tensor: QuantizedTensor, dim: int, count: int) -> QuantizedTen
     shape = list(tensor.shape)
     shape[dim] -= count
     number_format = tensor.format
-    if dim != tensor.axis:  # a part of one row is shared by the whole tensor
-        parts = {name: part if part.shape[0] == 1 else part[count:] for name, part in tensor.parts.items()}
+    if dim != tensor.axis:
+        shared = set(tensor.parts) - {"codes"} if number_format.block_size == "tensor" else set()
+        parts = {name: part if name in shared else part[count:] for name, part in tensor.parts.items()}
         return QuantizedTensor(number_format, tuple(shape), tensor.axis, parts)
     if (unsupported_reason := unsupported_cut(number_format, count)) is not None:
         raise ValueError(unsupported_reason)
-    width = max(number_format.block_size, 1)
+    width = number_format.block_size if isinstance(number_format.block_size, int) else 1
     parts = {
         name: part[:, count // (number_format.vector_size if name == "codes" else width) :]
         for name, part in tensor.parts.items()
@@ -217,9 +226,9 @@ def without_first(tensor: QuantizedTensor, dim: int, count: int) -> QuantizedTen
 
 def unsupported_cut(number_format: NumberFormat, count: int) -> str | None:
     """Why the first `count` values along the block axis cannot be cut off; None where they can."""
-    if not number_format.stream_widths and number_format.block_size == -1:
+    if not number_format.stream_widths and number_format.block_size == "row":
         return None
-    if number_format.block_size == -1:
+    if isinstance(number_format.block_size, str):
         return f'a scale is shared by all of them ("{number_format.kind}")'
     if count % number_format.block_size:
         return f"{count} is not a multiple of block_size {number_format.block_size}"

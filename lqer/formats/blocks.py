@@ -1,7 +1,8 @@
 """Cutting an axis into blocks, and the power-of-two scale that a block can share.
 
-A block is `block_size` neighbours along one axis (-1 = the whole axis). An axis shorter than a block is one block of
-its own length; a ragged last block is padded with zeros, which no format lets influence the other elements.
+`block_size` says which values share a scale: N neighbours along one axis; the whole axis, "row" (an output channel of a
+weight, a token of an activation); or the whole "tensor", whose blocks are rows. An axis shorter than a block is one
+block. A ragged last block is padded with zeros, which no format lets influence the other elements.
 
 The shared scale is E8M0 (OCP MX v1.0, section 5.4.1): a byte s stands for 2^(s - 127), 255 for NaN. Exponents are taken
 from the bits of the float32 pattern, since a float32 log2 rounds to the wrong integer next to large powers of two.
@@ -9,9 +10,13 @@ from the bits of the float32 pattern, since a float32 log2 rounds to the wrong i
 Shapes: L = length of the axis, N = leading dims and blocks, B = within a block.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+BlockSize = int | Literal["row", "tensor"]
 
 E8M0_BIAS = 127
 E8M0_NAN = 255
@@ -20,17 +25,17 @@ FLOAT32_INF_PATTERN = 0x7F800000  # also the mask of the exponent field; any lar
 FLOAT32_MAGNITUDE_MASK = 0x7FFFFFFF
 
 
-def block_width(length: int, block_size: int) -> int:
+def block_width(length: int, block_size: BlockSize) -> int:
     """Elements in a block of an axis of `length`: the block shrinks to an axis shorter than itself."""
-    return length if block_size == -1 else min(block_size, length)
+    return length if isinstance(block_size, str) else min(block_size, length)
 
 
-def block_count(length: int, block_size: int) -> int:
+def block_count(length: int, block_size: BlockSize) -> int:
     """Blocks along an axis of `length`, a ragged last one included."""
     return -(-length // block_width(length, block_size))
 
 
-def to_blocks(x_L: Tensor, block_size: int) -> Tensor:
+def to_blocks(x_L: Tensor, block_size: BlockSize) -> Tensor:
     """View the last axis [..., L] as blocks [..., ceil(L / B), B]; copies only when the last block is ragged."""
     length = x_L.shape[-1]
     width = block_width(length, block_size)
@@ -44,6 +49,14 @@ def from_blocks(x_NB: Tensor, length: int) -> Tensor:
     """The inverse of `to_blocks`: [..., blocks, B] to [..., length], the padding dropped."""
     x_L = x_NB.flatten(-2)
     return x_L if x_L.shape[-1] == length else x_L[..., :length].contiguous()
+
+
+def scale_groups(x_NB: Tensor, block_size: BlockSize) -> Tensor:
+    """Blocks [N, B] regrouped so that the values of one scale come last: all of them, [1, .., 1, N B], for "tensor"."""
+    if block_size != "tensor":
+        return x_NB
+    ones = [1] * (x_NB.dim() - 1)
+    return x_NB.reshape(*ones, -1) if x_NB.numel() else x_NB.new_zeros(*ones, 1)
 
 
 def max_magnitude_pattern(x_NB: Tensor) -> Tensor:

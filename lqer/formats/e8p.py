@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqer.components import require_range
+from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat, require_block_size
-from lqer.formats.blocks import block_count
+from lqer.formats.blocks import BlockSize, scale_groups
 from lqer.formats.e8 import (
     DIMENSION,
     LARGEST_COORDINATE,
@@ -33,7 +33,7 @@ from lqer.formats.e8 import (
     nearest_e8_one_bit,
     nearest_e8p,
 )
-from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, Sharing, require_sharing, root_mean_square, storable
+from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, root_mean_square, storable
 
 FIRST_BITS = 16
 FIRST_MASK = (1 << FIRST_BITS) - 1
@@ -45,7 +45,7 @@ LARGEST_OPT_SCALE = 16.0
 @dataclass(frozen=True)
 class E8P(NumberFormat):
     """Lattice codes; parts: int64 "codes" [*lead, ceil(L / 8)], one per vector, the first point's in the low 16 bits,
-    and "scales" in `scale_dtype`, [*lead, blocks], or [1, .., 1] where `scale_per` is "tensor".
+    and "scales" in `scale_dtype`, [*lead, blocks], or [1, .., 1] where `block_size` is "tensor".
 
     Packed, a row of codes is the first points' 16 bits each (low byte first), then the residuals' 8 or 16 bits each.
     """
@@ -54,17 +54,16 @@ class E8P(NumberFormat):
     vector_size: ClassVar[int] = DIMENSION
 
     bits: int
-    block_size: int = -1
-    scale_per: Sharing = "tensor"
+    block_size: BlockSize = "tensor"
     opt_scale: float | None = None
     scale_dtype: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
         require_range("bits", self.bits, 2, 4, "e8p")
         require_block_size(self.block_size, "e8p")
-        if self.block_size != -1 and self.block_size % DIMENSION:
+        if isinstance(self.block_size, int) and self.block_size % DIMENSION:
             raise ValueError(f"block_size {self.block_size} is not a multiple of {DIMENSION} (e8p)")
-        require_sharing(self.scale_per, self.block_size, self.scale_dtype, "e8p")
+        require_choice("scale_dtype", self.scale_dtype, list(SCALE_DTYPES), "e8p")
         if self.opt_scale is not None and not 0 < self.opt_scale <= LARGEST_OPT_SCALE:
             raise ValueError(f"opt_scale {self.opt_scale!r} is not above 0 and up to {LARGEST_OPT_SCALE:g} (e8p)")
 
@@ -73,16 +72,13 @@ class E8P(NumberFormat):
         return {"codes": self.bits * DIMENSION}
 
     def bits_per_value(self, length: int) -> float:
-        """Codes and block scales; the one scale of a tensor is left out."""
         code_bits = self.bits * DIMENSION * self.code_count(length)
-        if self.scale_per == "tensor":
-            return code_bits / length
-        return (code_bits + SCALE_DTYPES[self.scale_dtype].itemsize * 8 * block_count(length, self.block_size)) / length
+        return (code_bits + self.scale_bits(SCALE_DTYPES[self.scale_dtype].itemsize * 8, length)) / length
 
     def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
         """Scales rms / opt_scale, [N] or [1, .., 1]; 0 for zeros, NaN where there is NaN or infinity."""
         opt_scale = OPT_SCALE[self.bits] if self.opt_scale is None else self.opt_scale
-        rms_N = root_mean_square(x_NB, self.scale_per)
+        rms_N = root_mean_square(scale_groups(x_NB, self.block_size))
         return {"scales": storable(rms_N / opt_scale, SCALE_DTYPES[self.scale_dtype], 2 * LARGEST_COORDINATE)}
 
     def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat, require_block_size
-from lqer.formats.blocks import FLOAT32_INF_PATTERN, block_count, max_magnitude_pattern
+from lqer.formats.blocks import FLOAT32_INF_PATTERN, BlockSize, max_magnitude_pattern, scale_groups
 from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, positive
 
 
@@ -34,7 +34,7 @@ class Int(NumberFormat):
     kind = "int"
 
     bits: int
-    block_size: int = 128
+    block_size: BlockSize = 128
     symmetric: bool = False
     scale_dtype: ScaleDtype = "float16"
 
@@ -65,15 +65,16 @@ class Int(NumberFormat):
     def bits_per_value(self, length: int) -> float:
         scale_bits = SCALE_DTYPES[self.scale_dtype].itemsize * 8
         zero_bits = 0 if self.symmetric else self.bits
-        return self.bits + (scale_bits + zero_bits) * block_count(length, self.block_size) / length
+        return self.bits + self.scale_bits(scale_bits + zero_bits, length) / length
 
     def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
         """Scales [N] in `scale_dtype` (NaN for a group with NaN or infinity) and, unless symmetric, zeros uint8 [N]."""
+        groups_NB = scale_groups(x_NB, self.block_size)
         if self.symmetric:
-            max_pattern_N = max_magnitude_pattern(x_NB)
+            max_pattern_N = max_magnitude_pattern(groups_NB)
             scales_N = self.storable_scales(max_pattern_N.view(torch.float32) / self.max_code)
             return {"scales": scales_N.masked_fill_(max_pattern_N >= FLOAT32_INF_PATTERN, torch.nan)}
-        low_N, high_N = torch.aminmax(x_NB, dim=-1)
+        low_N, high_N = torch.aminmax(groups_NB, dim=-1)
         low_N, high_N = low_N.clamp_(max=0), high_N.clamp_(min=0)
         scales_N = self.storable_scales((high_N - low_N) / self.max_code)
         scales_N.masked_fill_(~(low_N.isfinite() & high_N.isfinite()), torch.nan)

@@ -32,9 +32,10 @@ from lqer.formats.blocks import (
     E8M0_NAN,
     FLOAT32_INF_PATTERN,
     FLOAT32_MANTISSA_BITS,
-    block_count,
+    BlockSize,
     e8m0_to_float,
     max_magnitude_pattern,
+    scale_groups,
 )
 
 FLOAT32_BIAS = 127
@@ -79,7 +80,7 @@ class MX(NumberFormat):
     kind = "mx"
 
     element: Literal["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4_e2m1", "mxint8"]
-    block_size: int = 32
+    block_size: BlockSize = 32
     element_rounding: Literal["even", "away"] = "even"
 
     def __post_init__(self) -> None:
@@ -92,11 +93,11 @@ class MX(NumberFormat):
         return {"codes": ELEMENTS[self.element].width}
 
     def bits_per_value(self, length: int) -> float:
-        return ELEMENTS[self.element].width + 8 * block_count(length, self.block_size) / length
+        return ELEMENTS[self.element].width + self.scale_bits(8, length) / length
 
     def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
         """Scales uint8 [N] (E8M0) of float32 blocks [N, B]."""
-        max_N = max_magnitude_pattern(x_NB)
+        max_N = max_magnitude_pattern(scale_groups(x_NB, self.block_size))
         exponents_N = ((max_N >> FLOAT32_MANTISSA_BITS) - ELEMENTS[self.element].emax).clamp_(min=0)
         exponents_N.masked_fill_(max_N >= FLOAT32_INF_PATTERN, E8M0_NAN)
         return {"exponents": exponents_N.to(torch.uint8)}

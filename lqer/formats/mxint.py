@@ -24,9 +24,10 @@ from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import (
     FLOAT32_INF_PATTERN,
     FLOAT32_MANTISSA_BITS,
-    block_count,
+    BlockSize,
     e8m0_to_float,
     max_magnitude_pattern,
+    scale_groups,
 )
 
 LARGEST_EXPONENT_PATTERN = 0x7F000000  # 2^127, the last power of two below infinity
@@ -39,7 +40,7 @@ class MXInt(NumberFormat):
     kind = "mxint"
 
     bits: int
-    block_size: int = 16
+    block_size: BlockSize = 16
     scale_rounding: Literal["ceil", "floor"] = "ceil"
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class MXInt(NumberFormat):
         return self.bits - 1 if self.scale_rounding == "ceil" else self.bits - 2
 
     def bits_per_value(self, length: int) -> float:
-        return self.bits + 8 * block_count(length, self.block_size) / length
+        return self.bits + self.scale_bits(8, length) / length
 
     def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
         """Shared exponents uint8 [N] (E8M0) of float32 blocks [N, B]."""
@@ -88,7 +89,7 @@ class MXInt(NumberFormat):
 
     def _shared_exponent(self, x_NB: Tensor) -> Tensor:
         """2^e of each block as an int32 float32 pattern [N]: 0 for a zero block, infinity for a NaN block."""
-        max_N = max_magnitude_pattern(x_NB)
+        max_N = max_magnitude_pattern(scale_groups(x_NB, self.block_size))
         if self.scale_rounding == "floor":
             return max_N & FLOAT32_INF_PATTERN
         # Adding all mantissa bits carries into the exponent unless the mantissa is zero: the next power of two.

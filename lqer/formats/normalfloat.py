@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat, require_block_size
-from lqer.formats.blocks import block_count
-from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, Sharing, largest_magnitude, require_sharing, storable
+from lqer.formats.blocks import BlockSize, scale_groups
+from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, storable
 
 # Probability beyond the outermost levels on either side, as QLoRA sets it.
 TAIL = (1 / 30 + 1 / 32) / 2
@@ -35,36 +35,32 @@ TAIL = (1 / 30 + 1 / 32) / 2
 @dataclass(frozen=True)
 class NormalFloat(NumberFormat):
     """Normal quantiles; parts: uint8 "codes" [*lead, L], from the lowest level up, and "scales" in `scale_dtype`,
-    [*lead, blocks], or [1, .., 1] where `scale_per` is "tensor".
+    [*lead, blocks], or [1, .., 1] where `block_size` is "tensor".
     """
 
     kind = "normal-float"
 
     bits: int
-    block_size: int = 64
+    block_size: BlockSize = 64
     nearest: Literal["value", "cdf"] = "value"
-    scale_per: Sharing = "block"
     scale_dtype: ScaleDtype = "float16"
 
     def __post_init__(self) -> None:
         require_range("bits", self.bits, 2, 8, "normal-float")
         require_block_size(self.block_size, "normal-float")
         require_choice("nearest", self.nearest, ["value", "cdf"], "normal-float")
-        require_sharing(self.scale_per, self.block_size, self.scale_dtype, "normal-float")
+        require_choice("scale_dtype", self.scale_dtype, list(SCALE_DTYPES), "normal-float")
 
     @property
     def stream_widths(self) -> dict[str, int]:
         return {"codes": self.bits}
 
     def bits_per_value(self, length: int) -> float:
-        """Codes and block scales; the one scale of a tensor is left out."""
-        if self.scale_per == "tensor":
-            return self.bits
-        return self.bits + SCALE_DTYPES[self.scale_dtype].itemsize * 8 * block_count(length, self.block_size) / length
+        return self.bits + self.scale_bits(SCALE_DTYPES[self.scale_dtype].itemsize * 8, length) / length
 
     def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
         """Scales max|x|, [N] or [1, .., 1]; 0 for zeros, NaN where there is NaN or infinity."""
-        scales_N = largest_magnitude(x_NB, self.scale_per)
+        scales_N = scale_groups(x_NB, self.block_size).abs().amax(-1)
         return {"scales": storable(scales_N, SCALE_DTYPES[self.scale_dtype], 1.0)}
 
     def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:

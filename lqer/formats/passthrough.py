@@ -22,11 +22,11 @@ class Passthrough(NumberFormat):
     kind = "passthrough"
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    block_size: Literal[-1] = -1
+    block_size: Literal["row"] = "row"
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, list(DTYPES), "passthrough")
-        require_choice("block_size", self.block_size, [-1], "passthrough")
+        require_choice("block_size", self.block_size, ["row"], "passthrough")
 
     @property
     def stream_widths(self) -> dict[str, int]:

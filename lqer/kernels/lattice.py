@@ -108,7 +108,7 @@ def check_lattice(number_format: E8P) -> None:
     """Raise ValueError, stating the rule, for settings that the kernels do not read."""
     if number_format.bits != 2:
         raise ValueError(f"bits {number_format.bits}: kernels read lattice codes of 2 bits (e8p)")
-    if number_format.block_size != -1:
+    if isinstance(number_format.block_size, int):
         raise ValueError(f"block_size {number_format.block_size}: kernels read one scale for a row or a tensor (e8p)")
 
 

@@ -130,8 +130,8 @@ def check_weight_format(number_format: NumberFormat) -> None:
     kind, block = number_format.kind, number_format.block_size
     if not isinstance(number_format, MXInt | Int):
         raise ValueError(f'kernels read weights of kind "mxint", "int", "codebook" and "e8p", found "{kind}"')
-    if block != -1 and (block < 16 or block & (block - 1)):
-        raise ValueError(f"block_size {block} is neither a power of two of at least 16 nor -1 ({kind})")
+    if block == "tensor" or (isinstance(block, int) and (block < 16 or block & (block - 1))):
+        raise ValueError(f'block_size {block!r} is neither "row" nor a power of two of at least 16 ({kind})')
 
 
 def pack_weight(weight: QuantizedTensor) -> PackedWeight:
@@ -171,7 +171,7 @@ def _layout(weight: QuantizedTensor) -> Layout:
     number_format, (rows, columns) = weight.format, weight.shape
     assert isinstance(number_format, MXInt | Int)
     block = number_format.block_size
-    if block == -1 or block >= columns:
+    if isinstance(block, str) or block >= columns:
         block = 1 << max(4, (columns - 1).bit_length())
     exponents = isinstance(number_format, MXInt)
     return Layout(columns, number_format.bits, number_format.code_offset, block, exponents, rows)

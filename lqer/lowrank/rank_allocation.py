@@ -65,7 +65,7 @@ class Allocation:
 
 def rank_step(factors: Formats) -> int:
     """Ranks are multiples of the block sizes of A's and B's formats."""
-    return math.lcm(*(factor.block_size if factor.block_size > 0 else UNBLOCKED_STEP for factor in factors))
+    return math.lcm(*(size if isinstance(size, int) else UNBLOCKED_STEP for size in (f.block_size for f in factors)))
 
 
 def factor_bits(factors: Formats, axes: tuple[int, int], in_features: int, out_features: int, rank: int) -> int:

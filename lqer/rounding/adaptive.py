@@ -251,4 +251,6 @@ class Adaptive(Rounding):
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         if number_format.kind not in ("int", "mxint"):
             return "adaptive rounding needs weights of kind int or mxint"
+        if number_format.block_size == "tensor":
+            return 'adaptive rounding learns a scale per row or block of a weight: block_size must not be "tensor"'
         return None

@@ -115,6 +115,6 @@ class Gptq(Rounding):
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         if self.activation_order and number_format.vector_size > 1:
             return f'activation_order tears the vectors of "{number_format.kind}" apart'
-        if self.activation_order and not self.static_groups and number_format.block_size != -1:
+        if self.activation_order and not self.static_groups and isinstance(number_format.block_size, int):
             return "activation_order needs static_groups = true where groups are not whole rows"
         return unsupported_feedback(number_format)

@@ -40,7 +40,7 @@ class BlockFunction:
 
     `parameters` maps names within the block ("mlp.down_proj.weight") to tensors of any float dtype, which are cast to
     the dtype of what they stand in for. `args` and `kwargs` are the rest of the block's call. The input of a linear
-    that `activations` names is rounded to that format, per token if its block_size is -1, and gradients pass straight
+    that `activations` names is rounded to that format, per token if block_size is "row", and gradients pass straight
     through that rounding. Hidden states of any float dtype come from any device, and are taken to those of the block.
     """
 

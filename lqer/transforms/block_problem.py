@@ -132,4 +132,6 @@ def unsupported_scales(number_format: NumberFormat, kinds: Sequence[str]) -> str
     """Why the ranges of such a format's groups cannot be narrowed; None where they can."""
     if number_format.kind not in kinds:
         return f"ranges are narrowed for weights of kind {', '.join(kinds)}"
+    if number_format.block_size == "tensor":
+        return 'ranges are narrowed per row or block of a weight, not with block_size "tensor"'
     return None

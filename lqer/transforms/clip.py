@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lqer.components import require_range
 from lqer.formats import NumberFormat, QuantizedTensor
-from lqer.formats.blocks import from_blocks, to_blocks
+from lqer.formats.blocks import BlockSize, from_blocks, to_blocks
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem, BlockTransform, Prepared, Session, unsupported_scales
@@ -77,7 +77,7 @@ def hessian_blocks(
     changed: Mapping[str, Tensor],
     inputs_STD: Tensor,
     batch_size: int,
-    block_sizes: Mapping[str, int],
+    block_sizes: Mapping[str, BlockSize],
 ) -> dict[str, Tensor]:
     """Per linear in `block_sizes` the diagonal blocks [N, B, B] of Σ x xᵀ over all tokens of its input, float32.
 
@@ -87,9 +87,9 @@ def hessian_blocks(
     seen = trace(call.block, lambda: call(changed, inputs_STD[:1]))
     first = {linear: site[0] for site in seen.sites() for linear in site if linear in block_sizes}
     del seen
-    sums: dict[tuple[str, int], Tensor] = {}
+    sums: dict[tuple[str, BlockSize], Tensor] = {}
 
-    def add(key: tuple[str, int], x: Tensor) -> None:
+    def add(key: tuple[str, BlockSize], x: Tensor) -> None:
         sum_NBB = block_products(x.flatten(0, -2), key[1])
         sums[key] = sums[key].add_(sum_NBB) if key in sums else sum_NBB
 
@@ -101,7 +101,7 @@ def hessian_blocks(
     return {linear: sums[key] for linear, key in keys.items()}
 
 
-def block_products(x_TI: Tensor, block_size: int) -> Tensor:
+def block_products(x_TI: Tensor, block_size: BlockSize) -> Tensor:
     """The diagonal blocks [N, B, B] of Σ x xᵀ, float32; a ragged last one is padded with zeros."""
     x_NBT = to_blocks(x_TI.to(torch.float32), block_size).permute(1, 2, 0)
     with torch.autocast(x_TI.device.type, enabled=False):

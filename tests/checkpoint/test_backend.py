@@ -37,7 +37,7 @@ def test_on_a_gpu_the_kernels_run_unless_they_cannot_or_emulation_is_asked_for()
             (MX("mxfp4_e2m1"), None),
             'a.b: kernels read weights of kind "mxint", "int", "codebook" and "e8p", found "mx"',
         ),
-        (torch.bfloat16, (Int(4, 96), None), "a.b: block_size 96 is neither a power of two of at least 16 nor -1"),
+        (torch.bfloat16, (Int(4, 96), None), 'a.b: block_size 96 is neither "row" nor a power of two of at least 16'),
         (torch.bfloat16, (MXInt(4), Int(8)), 'a.b: kernels round activations to "mxint"'),
     ],
 )

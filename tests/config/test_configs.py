@@ -98,7 +98,7 @@ def test_a_row_of_caldera_is_what_its_name_says(name, rank, factor_bits, down_da
 
 @pytest.mark.parametrize(
     ("name", "bits", "group"),
-    [("w2", 2, -1), ("w2g128", 2, 128), ("w2g64", 2, 64), ("w3", 3, -1), ("w3g128", 3, 128), ("w4", 4, -1)],
+    [("w2", 2, "row"), ("w2g128", 2, 128), ("w2g64", 2, 64), ("w3", 3, "row"), ("w3g128", 3, 128), ("w4", 4, "row")],
 )
 def test_a_row_of_tesseraq_is_the_published_recipe(name, bits, group):
     config = read_config(CONFIGS / f"paper/tesseraq-{name}.toml")

@@ -148,6 +148,11 @@ class TestMistakes:
             ("--formats.w4.bits=9", ["formats.w4: bits 9 is not in 2..8 (mxint)"]),
             ("--formats.w4.kind=mxin", ["formats.w4: unknown number format 'mxin'", "did you mean 'mxint'?"]),
             ("--formats.q={ bits = 4 }", ["formats.q: a number format needs a kind; allowed: "]),
+            (
+                "--formats.q={ kind = 'int', bits = 4, block_size = 'rows' }",
+                ["formats.q.block_size: must be a valid integer or 'row' or 'tensor'; found 'rows'"],
+            ),
+            ("--formats.q={ kind = 'int', bits = 4, block_size = -1 }", ['block_size -1 is not "row", "tensor" or']),
             ("--formats.q={ kind = 'int', bits = 4, blocksize = 3 }", ["blocksize: unknown key", "'block_size'?"]),
             ("--formats.none={ kind = 'int', bits = 4 }", ["formats.none", "reserved"]),
             ("--evaluation.perplexity={ protocol = 'gtpq' }", ["protocol: not allowed", "did you mean 'gptq'?"]),

@@ -124,7 +124,7 @@ def test_pydantic_reports_rules_and_unknown_keys():
             "bits 3 * dimension 4 makes indices of 12 bits, above 8: a codebook would hold 4096 centroids",
         ),
         ({"bits": 2, "group_size": 0}, "group_size 0 is not in 2.."),
-        ({"bits": 2, "block_size": -1}, "block_size -1 is not in 2.."),
+        ({"bits": 2, "block_size": "row"}, "block_size 'row' is not in 2.."),
         (
             {"bits": 2, "block_size": 255, "group_size": 255},
             "block_size 255 is not a multiple of dimension 2 (codebook)",

@@ -172,7 +172,7 @@ class TestFormat:
         rms = x.double().square().mean().sqrt()
         assert float(E8P(2).quantize(x).parts["scales"]) == pytest.approx(float(rms / 1.03), rel=1e-6)
         assert float(E8P(3).quantize(x).parts["scales"]) == pytest.approx(float(rms / 0.98), rel=1e-6)
-        rows = E8P(2, scale_per="block", opt_scale=1.0).quantize(x).parts["scales"]
+        rows = E8P(2, block_size="row", opt_scale=1.0).quantize(x).parts["scales"]
         torch.testing.assert_close(rows, x.square().mean(-1, keepdim=True).sqrt())
 
     def test_scaling_a_tensor_scales_its_values(self):
@@ -183,7 +183,7 @@ class TestFormat:
         assert not E8P(2).fake_quantize(torch.zeros(2, 8)).any()
         x = normal(3, 40)
         x[1] = 0
-        values = E8P(2, scale_per="block").fake_quantize(x)
+        values = E8P(2, block_size="row").fake_quantize(x)
         assert not values[1].any()
         assert values[0].all()
         assert E8P(2).fake_quantize(x).all()  # the codebook has no zero

@@ -21,6 +21,7 @@ from lqer.formats import (
     Passthrough,
     format_from_dict,
 )
+from lqer.formats.blocks import block_width
 
 ROOT = Path(__file__).parents[2]
 FORMATS = [
@@ -28,35 +29,52 @@ FORMATS = [
     MXInt(3, block_size=32),
     MXInt(4),
     MXInt(4, scale_rounding="floor"),
-    MXInt(5, block_size=-1),
+    MXInt(4, block_size="tensor"),
+    MXInt(5, block_size="row"),
     MXInt(8),
     Int(2, block_size=32),
     Int(3, symmetric=True, scale_dtype="bfloat16"),
     Int(4, block_size=16, scale_dtype="float32"),
-    Int(7, block_size=-1),
-    Int(8, block_size=-1, symmetric=True),
+    Int(4, block_size="tensor"),
+    Int(2, block_size="tensor", symmetric=True),
+    Int(7, block_size="row"),
+    Int(8, block_size="row", symmetric=True),
     MX("mxfp8_e4m3"),
-    MX("mxfp8_e5m2", block_size=-1),
+    MX("mxfp8_e5m2", block_size="row"),
     MX("mxfp6_e3m2", element_rounding="away"),
     MX("mxfp6_e2m3"),
     MX("mxfp4_e2m1", block_size=16),
     MX("mxint8"),
+    MX("mxfp8_e4m3", block_size="tensor"),
     Passthrough(),
     Passthrough("float16"),
     Passthrough("bfloat16"),
     E8P(2),
     E8P(3, opt_scale=1.0),
     E8P(4),
-    E8P(2, block_size=16, scale_per="block", scale_dtype="float16"),
-    E8P(4, scale_per="block"),
-    NormalFloat(2, block_size=-1, scale_per="tensor", nearest="cdf"),
+    E8P(2, block_size=16, scale_dtype="float16"),
+    E8P(4, block_size="row"),
+    NormalFloat(2, block_size="tensor", nearest="cdf"),
     NormalFloat(3, block_size=32, nearest="cdf"),
     NormalFloat(4),
     NormalFloat(8, scale_dtype="bfloat16"),
 ]
+# One format for each way through the code: codes that cross bytes, zero points, scales of a row and of a tensor,
+# element tables, no scales at all, vectors, levels.
+ONE_PER_PATH = [
+    MXInt(3, block_size=32),
+    Int(2, block_size=32),
+    Int(4, block_size="tensor"),
+    Int(8, block_size="row", symmetric=True),
+    MX("mxfp4_e2m1", block_size=16),
+    Passthrough("bfloat16"),
+    E8P(2, block_size=16, scale_dtype="float16"),
+    E8P(4),
+    NormalFloat(3, block_size=32, nearest="cdf"),
+]
 QUANTIZING = [f for f in FORMATS if f.kind != "passthrough"]
 WITH_A_ZERO = [f for f in FORMATS if f.kind != "e8p"]
-ONE_SCALE = [f for f in FORMATS if getattr(f, "scale_per", "block") == "tensor"]
+ONE_SCALE = [f for f in FORMATS if f.block_size == "tensor"]
 PER_BLOCK = [f for f in QUANTIZING if f not in ONE_SCALE]
 # The residual of a lattice code is rounded greedily, so that a value may have a better first point than its own.
 NOT_GREEDY = [f for f in FORMATS if not (f.kind == "e8p" and f.bits > 2)]
@@ -72,15 +90,24 @@ each_format_that_is_not_greedy = pytest.mark.parametrize("number_format", NOT_GR
 each_format_with_one_scale = pytest.mark.parametrize("number_format", ONE_SCALE, ids=describe)
 each_format_per_block = pytest.mark.parametrize("number_format", PER_BLOCK, ids=describe)
 each_quantizing_format = pytest.mark.parametrize("number_format", QUANTIZING, ids=describe)
-SHAPES_AND_AXES = [((3, 64), -1), ((40, 6), 0), ((2, 20, 5), 1), ((2, 3, 37), 2), ((7,), 0), ((4, 1), -1), ((0, 32), 1)]
+# A ragged matrix with blocks along the rows, and three dims with blocks along a ragged last one: for every format.
+SHAPES_AND_AXES = [((40, 6), 0), ((2, 3, 37), 2)]
+OTHER_SHAPES_AND_AXES = [((3, 64), -1), ((2, 20, 5), 1), ((7,), 0), ((4, 1), -1), ((0, 32), 1)]
+each_case = pytest.mark.parametrize(
+    ("number_format", "shape", "axis"),
+    [(f, *case) for f in FORMATS for case in SHAPES_AND_AXES]
+    + [(f, *case) for f in ONE_PER_PATH for case in OTHER_SHAPES_AND_AXES],
+    ids=lambda value: describe(value) if isinstance(value, NumberFormat) else str(value).replace(" ", ""),
+)
 
 
 def in_blocks(number_format: NumberFormat) -> NumberFormat:
-    """The format in blocks of 16 where it has none."""
-    if number_format.block_size != -1:
-        return number_format
-    changes = {"scale_per": "block"} if number_format in ONE_SCALE else {}
-    return dataclasses.replace(number_format, block_size=16, **changes)
+    """The format in blocks of 16 where its scales are of rows or of the tensor."""
+    return (
+        dataclasses.replace(number_format, block_size=16)
+        if isinstance(number_format.block_size, str)
+        else number_format
+    )
 
 
 def sample(shape, dtype=torch.float32, seed=0) -> torch.Tensor:
@@ -91,24 +118,29 @@ def sample(shape, dtype=torch.float32, seed=0) -> torch.Tensor:
     return torch.where(torch.rand(shape, generator=generator) < 0.05, 0.0, x).to(dtype)
 
 
-@each_format
-@pytest.mark.parametrize(("shape", "axis"), SHAPES_AND_AXES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_fake_quantize_gives_the_values_of_quantize(number_format, shape, axis, dtype):
-    x = sample(shape, dtype)
+@each_case
+def test_fake_quantize_gives_the_values_of_quantize(number_format, shape, axis):
+    x = sample(shape)
     quantized = number_format.quantize(x, axis)
     emulated = number_format.fake_quantize(x, axis)
-    assert emulated.dtype == dtype
     assert emulated.is_contiguous()
-    assert quantized.dequantize(dtype).is_contiguous()
-    assert torch.equal(emulated, quantized.dequantize(dtype))
+    assert quantized.dequantize().is_contiguous()
+    assert torch.equal(emulated, quantized.dequantize())
     assert quantized.shape == shape
     assert quantized.axis == axis % len(shape)
 
 
-@each_format
-@pytest.mark.parametrize(("shape", "axis"), SHAPES_AND_AXES)
-def test_packing_loses_nothing(number_format, shape, axis):
+@pytest.mark.parametrize("number_format", ONE_PER_PATH, ids=describe)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_fake_quantize_keeps_the_dtype(number_format, dtype):
+    x = sample((40, 6), dtype)
+    emulated = number_format.fake_quantize(x, 0)
+    assert emulated.dtype == dtype
+    assert torch.equal(emulated, number_format.quantize(x, 0).dequantize(dtype))
+
+
+@each_case
+def test_packing_loses_nothing_and_its_bits_are_the_bits_charged(number_format, shape, axis):
     quantized = number_format.quantize(sample(shape), axis)
     packed = quantized.pack()
     restored = number_format.unpack(packed, shape, axis)
@@ -119,34 +151,30 @@ def test_packing_loses_nothing(number_format, shape, axis):
         assert torch.equal(restored.parts[name], part)
     assert torch.equal(restored.dequantize(), quantized.dequantize())
     assert all(part.is_contiguous() for part in packed.values())
-
-
-@each_format
-@pytest.mark.parametrize(("shape", "axis"), SHAPES_AND_AXES)
-def test_the_bits_charged_are_the_bits_packed(number_format, shape, axis):
-    quantized = number_format.quantize(sample(shape), axis)
-    packed = {name: part.numel() * part.element_size() * 8 for name, part in quantized.pack().items()}
-    assert quantized.code_bits == packed.pop("codes")
-    assert quantized.metadata_bits == sum(packed.values())
+    bits = {name: part.numel() * part.element_size() * 8 for name, part in packed.items()}
+    assert quantized.code_bits == bits.pop("codes")
+    assert quantized.metadata_bits == sum(bits.values())
 
 
 @each_format
 def test_the_bits_charged_are_the_nominal_ones_when_rows_fill_whole_bytes(number_format):
-    # 16 blocks of 32 a row, or 1 whole-row block whose zero point rounds up to a byte.
+    # Zero points of a whole row, fewer than 8 bits each, would round up to a byte.
     x = sample((4, 2048))
-    if number_format.block_size == -1 and number_format.kind == "int" and not number_format.symmetric:
+    if number_format.block_size == "row" and number_format.kind == "int" and not number_format.symmetric:
         number_format = dataclasses.replace(number_format, bits=8)
     quantized = number_format.quantize(x)
     nominal = number_format.bits_per_value(2048) * x.numel()
-    if number_format in ONE_SCALE:
-        nominal += 8 * quantized.parts["scales"].element_size()
-    assert quantized.code_bits + quantized.metadata_bits == nominal
+    if number_format.block_size == "tensor":
+        assert number_format.bits_per_value(2048) * x.numel() == quantized.code_bits
+        assert quantized.metadata_bits <= 40
+    else:
+        assert quantized.code_bits + quantized.metadata_bits == nominal
 
 
 def test_nominal_bits_count_a_ragged_last_block():
     assert MXInt(4).bits_per_value(32) == 4.5
     assert MXInt(4).bits_per_value(20) == 4 + 2 * 8 / 20
-    assert MXInt(4, block_size=-1).bits_per_value(64) == 4.125
+    assert MXInt(4, block_size="row").bits_per_value(64) == 4.125
     assert MXInt(4).bits_per_value(8) == 5
     assert Int(4).bits_per_value(256) == 4 + 20 / 128
     assert Int(4, symmetric=True, scale_dtype="float32").bits_per_value(128) == 4.25
@@ -154,14 +182,14 @@ def test_nominal_bits_count_a_ragged_last_block():
     assert Passthrough("bfloat16").bits_per_value(5) == 16
     assert E8P(3).bits_per_value(64) == 3
     assert E8P(2).bits_per_value(12) == 32 / 12
-    assert E8P(2, block_size=32, scale_per="block").bits_per_value(64) == 3
+    assert E8P(2, block_size=32).bits_per_value(64) == 3
     assert NormalFloat(4).bits_per_value(128) == 4.25
 
 
 @each_format_that_is_not_greedy
 def test_values_encode_to_their_own_codes(number_format):
     quantized = number_format.quantize(sample((16, 64)))
-    blocks = (-1, min(number_format.block_size, 64) if number_format.block_size > 0 else 64)
+    blocks = (-1, block_width(64, number_format.block_size))
     values_NB = quantized.dequantize().unflatten(-1, blocks)
     codes_NB = number_format.encode(values_NB, quantized.parts)
     assert torch.equal(number_format.decode(codes_NB, quantized.parts), values_NB)
@@ -200,8 +228,9 @@ def test_a_ragged_last_block_is_quantized_as_if_padded_with_zeros(number_format)
 @each_quantizing_format
 def test_an_axis_shorter_than_a_block_is_one_block(number_format):
     x = sample((4, 12))
-    whole = dataclasses.replace(number_format, block_size=-1)
-    assert torch.equal(number_format.fake_quantize(x), whole.fake_quantize(x))
+    block = dataclasses.replace(number_format, block_size=16)
+    row = dataclasses.replace(number_format, block_size="row")
+    assert torch.equal(block.fake_quantize(x), row.fake_quantize(x))
 
 
 @each_format
@@ -217,7 +246,7 @@ def test_blocks_do_not_see_each_other(number_format):
     y = x.clone()
     y[:, 128:] *= 1000
     y[1] = 0
-    if number_format.block_size == -1:
+    if number_format.block_size == "row":
         assert torch.equal(number_format.fake_quantize(y)[1], torch.zeros(256))
     else:
         assert torch.equal(number_format.fake_quantize(y)[0, :128], number_format.fake_quantize(x)[0, :128])
@@ -226,10 +255,12 @@ def test_blocks_do_not_see_each_other(number_format):
 @each_format_with_one_scale
 def test_one_scale_serves_the_whole_tensor(number_format):
     x = sample((4, 64))
-    scales = number_format.quantize(x).parts["scales"]
-    assert scales.numel() == 1
-    assert torch.equal(scales, number_format.quantize(x.flatten()).parts["scales"].view(1, 1))
-    assert torch.equal(number_format.fake_quantize(x), number_format.fake_quantize(x.view(2, 128)).view(4, 64))
+    scales = number_format.quantize(x).parts
+    flat = dataclasses.replace(number_format, block_size="row").quantize(x.flatten()).parts
+    for name in set(scales) - {"codes"}:
+        assert scales[name].shape == (1, 1)
+        assert scales[name].item() == flat[name].item()
+    assert torch.equal(scales["codes"].flatten(), flat["codes"])
 
 
 @each_format_with_a_zero
@@ -318,22 +349,19 @@ REFUSED = [
     ({"kind": "int", "bits": 1}, "bits 1 is not in 2..8 (int)"),
     (
         {"kind": "mxint", "bits": 4, "block_size": 0},
-        "block_size 0 is neither -1 (the whole axis) nor at least 1",
+        'block_size 0 is not "row", "tensor" or an integer of at least 1 (mxint)',
     ),
     ({"kind": "e8p", "bits": 5}, "bits 5 is not in 2..4 (e8p)"),
     (
-        {"kind": "e8p", "bits": 2, "block_size": 12, "scale_per": "block"},
+        {"kind": "e8p", "bits": 2, "block_size": 12},
         "block_size 12 is not a multiple of 8 (e8p)",
     ),
-    ({"kind": "e8p", "bits": 2, "block_size": 16}, "scale_per 'tensor' needs block_size -1, found 16 (e8p)"),
     ({"kind": "e8p", "bits": 2, "opt_scale": 0.0}, "opt_scale 0.0 is not above 0 and up to 16 (e8p)"),
     ({"kind": "normal-float", "bits": 9}, "bits 9 is not in 2..8 (normal-float)"),
-    (
-        {"kind": "normal-float", "bits": 4, "scale_per": "tensor"},
-        "scale_per 'tensor' needs block_size -1, found 64 (normal-float)",
-    ),
+    ({"kind": "int", "bits": 4, "block_size": -1}, 'block_size -1 is not "row", "tensor" or an integer'),
 ]
 REFUSED_BY_TYPE = [
+    ({"kind": "int", "bits": 4, "block_size": "channel"}, 'block_size \'channel\' is not "row", "tensor" or'),
     ({"kind": "mxint", "bits": 4, "scale_rounding": "up"}, "scale_rounding 'up' is not one of 'ceil', 'floor' (mxint)"),
     (
         {"kind": "int", "bits": 4, "scale_dtype": "int8"},

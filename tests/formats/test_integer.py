@@ -62,7 +62,7 @@ def test_codes_follow_the_definition_with_the_scale_that_is_stored(bits, symmetr
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_error_is_at_most_half_a_step_where_no_code_saturates(bits, symmetric):
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    integer = Int(bits, -1, symmetric, "float32")
+    integer = Int(bits, "row", symmetric, "float32")
     quantized = integer.quantize(x)
     codes, step = quantized.parts["codes"], quantized.parts["scales"].expand(-1, 64)
     inside = (codes > integer.min_code) & (codes < integer.max_code)

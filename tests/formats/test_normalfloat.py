@@ -54,10 +54,10 @@ def test_nearest_in_cdf_is_the_closest_probability(bits):
     probability = torch.special.ndtr(x.double() / x.abs().max() * cut)
     levels_p = torch.special.ndtr(torch.tensor(levels(bits), dtype=torch.float64) * cut)
     expected = (probability.unsqueeze(-1) - levels_p).abs().argmin(-1)
-    number_format = NormalFloat(bits, block_size=-1, scale_per="tensor", scale_dtype="float32", nearest="cdf")
+    number_format = NormalFloat(bits, block_size="tensor", scale_dtype="float32", nearest="cdf")
     codes = number_format.quantize(x).parts["codes"]
     assert torch.equal(codes.long(), expected)
-    by_value = NormalFloat(bits, block_size=-1, scale_per="tensor", scale_dtype="float32").quantize(x).parts["codes"]
+    by_value = NormalFloat(bits, block_size="tensor", scale_dtype="float32").quantize(x).parts["codes"]
     assert not torch.equal(codes, by_value)
 
 

@@ -78,7 +78,7 @@ def main() -> None:
     launch.run_gemv(random_input(1, 1024, bf16), layer.packed, GemvLaunch(16, 4, 4))
     launch.run_gemm(random_input(64, 1024, bf16), layer.packed, GemmLaunch(128, 64, 2, 3, 8))
     launch.run_expanded(random_input(300, 1024, bf16), layer.packed)
-    layer = build_layer(Int(4, -1), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))
+    layer = build_layer(Int(4, "row"), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))
     launch.run_gemm(random_input(3, 300, torch.float16), layer.packed, GemmLaunch(64, 16, 1, 3, 4))
     for number_format, m, rank in (
         (Codebook(2, 2, 2048), 1, 32), (Codebook(2, 2, 2048), 8, 32), (Codebook(2, 1, 256), 3, 0),

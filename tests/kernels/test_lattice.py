@@ -20,7 +20,7 @@ from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
-ROWS, TENSOR = E8P(2, scale_per="block"), E8P(2)
+ROWS, TENSOR = E8P(2, block_size="row"), E8P(2)
 
 
 class Layer:
@@ -58,7 +58,7 @@ class Layer:
 
 def all_codes(number_format: E8P = TENSOR) -> QuantizedTensor:
     """Every one of the 65536 codes once: 512 rows of 128 codes."""
-    scale = torch.tensor([[0.75]]) if number_format.scale_per == "tensor" else torch.linspace(0.5, 2, 512)[:, None]
+    scale = torch.tensor([[0.75]]) if number_format.block_size == "tensor" else torch.linspace(0.5, 2, 512)[:, None]
     order = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(0))
     parts = {"codes": order.view(512, 128).to(DEVICE), "scales": scale.to(DEVICE)}
     return QuantizedTensor(number_format, (512, 1024), 1, parts)
@@ -230,7 +230,7 @@ def test_residual_codes_block_scales_and_the_other_axis_are_refused_by_name():
         with pytest.raises(ValueError, match=f"bits {bits}: kernels read lattice codes of 2 bits"):
             pack(E8P(bits).quantize(weight))
     with pytest.raises(ValueError, match="block_size 32: kernels read one scale for a row or a tensor"):
-        pack(E8P(2, 32, "block").quantize(weight))
+        pack(E8P(2, 32).quantize(weight))
     with pytest.raises(ValueError, match="vectors must run along axis 1"):
         pack(TENSOR.quantize(weight, axis=0))
     with pytest.raises(ValueError, match='kernels run a basis around weights of kind "e8p", found "mxint"'):

@@ -15,10 +15,10 @@ FORMATS = [
     *(MXInt(bits, block) for bits in range(2, 9) for block in (16, 32)),
     *(Int(bits, 16) for bits in range(2, 9)),
     Int(4, 128),
-    Int(4, -1),
+    Int(4, "row"),
     Int(3, 64, symmetric=True),
     Int(8, 128, symmetric=True, scale_dtype="bfloat16"),
-    MXInt(4, -1),
+    MXInt(4, "row"),
     MXInt(4, 16, "floor"),
     MXInt(2, 1024),
 ]
@@ -86,7 +86,7 @@ def test_padding_holds_zeros():
     [
         (MX("mxfp4_e2m1"), 'kernels read weights of kind "mxint", "int", "codebook" and "e8p", found "mx"'),
         (Passthrough("float16"), 'found "passthrough"'),
-        (Int(4, 96), "block_size 96 is neither a power of two of at least 16 nor -1"),
+        (Int(4, 96), 'block_size 96 is neither "row" nor a power of two of at least 16'),
         (MXInt(4, 8), "block_size 8 is neither"),
     ],
 )

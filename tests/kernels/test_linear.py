@@ -20,7 +20,7 @@ FORMATS = [
     *(MXInt(bits, block) for bits in (2, 3, 4, 8) for block in (16, 32)),
     MXInt(5),
     Int(4, 128),
-    Int(4, -1),
+    Int(4, "row"),
     Int(2, 16),
     Int(3, 64),
     Int(8, 128, symmetric=True),

@@ -103,7 +103,7 @@ def test_a_skipped_linear_is_not_rounded_and_its_site_is_not_scaled(random_model
     ("number_format", "activation"),
     [
         (MXInt(bits=3, block_size=16), None),
-        (Int(bits=4, block_size=-1), Int(bits=4, block_size=-1, scale_dtype="float32")),
+        (Int(bits=4, block_size="row"), Int(bits=4, block_size="row", scale_dtype="float32")),
     ],
     ids=["mxint", "w4a4 per token"],
 )

@@ -20,7 +20,7 @@ from lqer.rounding.hessian import damp
 from lqer.transforms import Hadamard
 
 IN, OUT = 128, 96
-FOUR_BITS = E8P(4, scale_per="block", scale_dtype="float16")
+FOUR_BITS = E8P(4, block_size="row", scale_dtype="float16")
 
 
 def layer(seed: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("factor", [E8P(4, scale_per="block", scale_dtype="float16"), MXInt(4)])
+@pytest.mark.parametrize("factor", [E8P(4, block_size="row", scale_dtype="float16"), MXInt(4)])
 def test_a_gpu_finds_a_decomposition_as_good_as_a_cpus(factor):
     generator = torch.Generator().manual_seed(0)
     weight_OI = 0.05 * torch.randn(288, 384, generator=generator)

@@ -158,7 +158,7 @@ def test_a_plan_is_described_by_its_values(exact_plan):
         "rounding": {"kind": "nearest"},
         "low_rank": {
             "rank": 6,
-            "format": {"kind": "passthrough", "dtype": "float32", "block_size": -1},
+            "format": {"kind": "passthrough", "dtype": "float32", "block_size": "row"},
             "blocks": "reduction",
             "solver": "auto",
             "iterations": 1,

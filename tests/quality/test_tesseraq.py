@@ -25,7 +25,7 @@ def stories(assets):
 
 
 @pytest.mark.parametrize(
-    "number_format", [Int(bits=2, block_size=32), Int(bits=3, block_size=-1), MXInt(bits=3, block_size=32)], ids=str
+    "number_format", [Int(bits=2, block_size=32), Int(bits=3, block_size="row"), MXInt(bits=3, block_size=32)], ids=str
 )
 def test_a_trained_block_ends_below_its_awq_start_on_held_out_text(stories, number_format):
     model, windows_WT = stories

@@ -18,11 +18,11 @@ TIE_BREAK = 1e-9
 UNQUANTIZED = 1e-8
 
 
-def lqer_values(x: Tensor, bits: int, block_size: int = 16, axis: int = -1) -> Tensor:
-    """The float32 values of a float32 tensor, blocks along `axis`; block_size -1: the whole axis."""
+def lqer_values(x: Tensor, bits: int, block_size: int | str = 16, axis: int = -1) -> Tensor:
+    """The float32 values of a float32 tensor, blocks along `axis`; block_size "row": the whole axis."""
     x_L = x.movedim(axis, -1)
     length = x_L.shape[-1]
-    width = length if block_size == -1 else min(block_size, length)
+    width = length if block_size == "row" else min(block_size, length)
     x_NB = pad(x_L, (0, -length % width)).unflatten(-1, (-1, width))
     largest_N1 = x_NB.abs().amax(-1, keepdim=True)
     exponent_N1 = largest_N1.double().log2().float().ceil().clamp(min=-126).double()

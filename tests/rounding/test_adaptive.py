@@ -43,7 +43,7 @@ def values(rounded):
 
 @pytest.mark.parametrize(
     "number_format",
-    [W2, Int(bits=3, block_size=-1), Int(bits=3, block_size=16, symmetric=True), MXInt(bits=3), MXInt(bits=2)],
+    [W2, Int(bits=3, block_size="row"), Int(bits=3, block_size=16, symmetric=True), MXInt(bits=3), MXInt(bits=2)],
     ids=str,
 )
 def test_the_blocks_loss_falls_on_calibration_and_on_held_out_inputs(task, number_format):
@@ -224,7 +224,7 @@ def test_autocast_trains_in_bfloat16(task):
     assert block_loss(block(values(rounded), held_out), target) < block_loss(block(values(starts), held_out), target)
 
 
-@pytest.mark.parametrize("activations", [None, Int(bits=4, block_size=-1)], ids=["weight-only", "w2a4"])
+@pytest.mark.parametrize("activations", [None, Int(bits=4, block_size="row")], ids=["weight-only", "w2a4"])
 def test_a_decoder_block_is_reconstructed_and_left_as_it_was(random_model, windows_WT, activations):
     module, call, hidden = first_block(random_model("llama"), windows_WT)
     hidden = torch.cat([hidden, hidden.flip(1), hidden.roll(3, dims=1)])

@@ -13,11 +13,11 @@ SCALAR = [
     MXInt(4, block_size=32),
     Int(2, block_size=64),
     Int(3, block_size=160, symmetric=True),
-    Int(4, block_size=-1),
+    Int(4, block_size="row"),
     NormalFloat(3, block_size=80),
-    NormalFloat(4, block_size=-1, scale_per="tensor"),
+    NormalFloat(4, block_size="tensor"),
 ]
-VECTOR = [E8P(2), E8P(3), E8P(4), E8P(2, block_size=64, scale_per="block")]
+VECTOR = [E8P(2), E8P(3), E8P(4), E8P(2, block_size=64)]
 ROUNDINGS = [gptq, ldlq]
 DIAGONAL = torch.linspace(0.5, 2, 320)
 
@@ -70,7 +70,7 @@ def test_gptq_is_ldlq_with_blocks_of_one_from_the_other_end(number_format, make_
 def test_gptq_moves_free_columns_to_where_the_loss_is_least(make_layer):
     weight_OI, hessian_II = make_layer(16, 40)
     damped = damp(hessian_II)
-    number_format = Int(3, block_size=-1)
+    number_format = Int(3, block_size="row")
     expected_OI = feedback_by_definition(weight_OI, damped.hessian_II, number_format)
     assert same_but_for_near_ties(gptq(weight_OI, damped, number_format).dequantize(), expected_OI)
 
@@ -198,7 +198,7 @@ class TestGPTQ:
 
     def test_activation_order_is_gptq_on_permuted_columns(self, make_layer):
         weight_OI, hessian_II = make_layer(12, 100)
-        number_format = Int(3, block_size=-1)
+        number_format = Int(3, block_size="row")
         order_I = damp(hessian_II).hessian_II.diagonal().argsort(descending=True, stable=True)
         permuted = gptq(weight_OI[:, order_I], hessian_II[order_I][:, order_I], number_format)
         ordered = gptq(weight_OI, hessian_II, number_format, activation_order=True)
@@ -207,7 +207,7 @@ class TestGPTQ:
     def test_inputs_that_were_never_seen_get_no_weight(self, make_layer):
         weight_OI, hessian_II = make_layer(12, 64)
         hessian_II[5] = hessian_II[:, 5] = 0
-        values_OI = gptq(weight_OI, hessian_II, Int(4, block_size=-1)).dequantize()
+        values_OI = gptq(weight_OI, hessian_II, Int(4, block_size="row")).dequantize()
         assert not values_OI[:, 5].any()
         assert values_OI[:, 6].any()
 

@@ -17,7 +17,7 @@ from lqer.transforms.clip import quantize_clipped
 ROWS, COLUMNS = 10, 72
 FORMATS = [
     Int(bits=2, block_size=16),
-    Int(bits=4, block_size=-1),
+    Int(bits=4, block_size="row"),
     Int(bits=8, block_size=16, scale_dtype="float32"),
     Int(bits=3, block_size=16, symmetric=True),
     MXInt(bits=4, block_size=16),
@@ -43,7 +43,7 @@ def steps_of(start):
         steps_ON = start.parts["scales"].double()
     else:
         steps_ON = 2.0 ** (start.parts["exponents"].double() - 127 - start.format.fraction_bits)
-    width = COLUMNS if start.format.block_size == -1 else start.format.block_size
+    width = COLUMNS if start.format.block_size == "row" else start.format.block_size
     return steps_ON.repeat_interleave(width, dim=1)[:, :COLUMNS]
 
 
@@ -51,7 +51,7 @@ def within_range(grid, weight_OI):
     steps_OI = weight_OI.double() / steps_of(grid.start)
     zeros = grid.start.parts.get("zeros")
     if zeros is not None:
-        width = COLUMNS if grid.start.format.block_size == -1 else grid.start.format.block_size
+        width = COLUMNS if grid.start.format.block_size == "row" else grid.start.format.block_size
         steps_OI = steps_OI + zeros.double().repeat_interleave(width, dim=1)[:, :COLUMNS]
     low = -grid.start.format.max_code if isinstance(grid.start.format, MXInt) else grid.start.format.min_code
     return (steps_OI >= low) & (steps_OI <= grid.start.format.max_code)
@@ -91,7 +91,7 @@ def test_codes_are_the_lower_one_or_the_next(grid, weight_OI):
     floor_OI = (weight_OI.double() / steps_of(grid.start)).floor()
     zeros = grid.start.parts.get("zeros")
     if zeros is not None:
-        width = COLUMNS if grid.start.format.block_size == -1 else grid.start.format.block_size
+        width = COLUMNS if grid.start.format.block_size == "row" else grid.start.format.block_size
         floor_OI += zeros.double().repeat_interleave(width, dim=1)[:, :COLUMNS]
     inside = within_range(grid, weight_OI) & (floor_OI < grid.start.format.max_code)
     # The division in float32 may land on the other side of an integer than the one in float64.
@@ -132,7 +132,7 @@ def test_gradients_are_those_of_the_definition(grid, weight_OI):
     soft_OI = grid.weight(v_OI, u_ON)
     soft_OI.backward(upstream_OI)
 
-    width = COLUMNS if grid.start.format.block_size == -1 else 16
+    width = COLUMNS if grid.start.format.block_size == "row" else 16
     zeros_ON = grid.start.parts.get("zeros", torch.zeros_like(grid.step_ON))
     zeros_OI = zeros_ON.double().repeat_interleave(width, dim=1)[:, :COLUMNS]
     low = -grid.start.format.max_code if isinstance(grid.start.format, MXInt) else grid.start.format.min_code

@@ -113,7 +113,7 @@ def test_a_low_rank_branch_reconstructs_what_rounding_left(
 def test_activations_attention_and_skipped_linears_take_part(
     random_model, letter_tokenizer, text, adaptive_plan, tmp_path
 ):
-    plan = replace(adaptive_plan, weight=Int(bits=4, block_size=-1), activation=Int(bits=4, block_size=-1))
+    plan = replace(adaptive_plan, weight=Int(bits=4, block_size="row"), activation=Int(bits=4, block_size="row"))
     attention = {"format": MXInt(bits=8).to_dict(), "blocks": "reduction"}
     model = random_model("qwen3", num_hidden_layers=2)
     settings = settings_for(model, plan, attention=attention, skip=("down_proj",))

@@ -48,7 +48,7 @@ def test_a_misspelt_parameter_is_named():
 def test_inputs_are_rounded_per_token_only_where_a_format_is_named():
     block = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     x = torch.randn(2, 3, 8)
-    activation = Int(bits=4, block_size=-1)
+    activation = Int(bits=4, block_size="row")
     rounded = BlockFunction(block, activations={"1": activation})({}, x)
     inner = block[0](x)
     tokens = torch.stack([activation.quantize(token).dequantize() for token in inner.reshape(6, 8)]).view(2, 3, 8)

@@ -18,7 +18,7 @@ from lqer.transforms.clip import (
 FORMATS = [
     Int(bits=3, block_size=16),
     Int(bits=4, block_size=16, symmetric=True),
-    Int(bits=2, block_size=-1),
+    Int(bits=2, block_size="row"),
     MXInt(bits=4, block_size=16),
 ]
 
@@ -48,7 +48,7 @@ def test_a_factor_of_one_is_plain_rounding(weight_OI, number_format):
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
 def test_the_error_of_every_group_is_the_smallest_on_the_grid(weight_OI, x_TI, number_format):
     found_ON = search_clipping(weight_OI, block_products(x_TI, number_format.block_size), number_format)
-    width = 72 if number_format.block_size == -1 else 16
+    width = 72 if number_format.block_size == "row" else 16
     for row in (0, 3, 5):
         for n, columns in enumerate(torch.arange(72).split(width)):
             # By the definition: partial products of all tokens, one factor after the other.
@@ -65,7 +65,7 @@ def test_the_error_of_every_group_is_the_smallest_on_the_grid(weight_OI, x_TI, n
 def test_values_outside_the_range_saturate_and_the_rest_is_rounded_more_finely():
     weight_OI = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     weight_OI[0, 0] = 8
-    number_format = Int(bits=4, block_size=-1, scale_dtype="float32")
+    number_format = Int(bits=4, block_size="row", scale_dtype="float32")
     half_ON = torch.full((1, 1), 0.5)
     rounded_OI = quantize_clipped(weight_OI, number_format, half_ON, half_ON).dequantize()
     assert rounded_OI[0, 0] == pytest.approx(4.0, abs=0.4)
@@ -76,7 +76,7 @@ def test_values_outside_the_range_saturate_and_the_rest_is_rounded_more_finely()
 def test_an_outlier_is_clipped_where_its_input_is_small_and_kept_where_it_is_large():
     weight_OI = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     weight_OI[0, 0] = 8
-    number_format = Int(bits=3, block_size=-1, symmetric=True)
+    number_format = Int(bits=3, block_size="row", symmetric=True)
     quiet, loud = torch.ones(64), torch.ones(64)
     quiet[0], loud[0] = 0.0, 1e4
     assert search_clipping(weight_OI, quiet.diag()[None], number_format).item() <= 0.6

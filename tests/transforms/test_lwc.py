@@ -17,7 +17,7 @@ from lqer.transforms.lwc import (
     quantize_learnt,
 )
 
-FORMATS = [Int(bits=2, block_size=16), Int(bits=3, block_size=-1), Int(bits=3, block_size=16, symmetric=True)]
+FORMATS = [Int(bits=2, block_size=16), Int(bits=3, block_size="row"), Int(bits=3, block_size=16, symmetric=True)]
 
 
 @pytest.fixture(scope="module")
