@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -29,7 +28,7 @@ from lqer.errors import LqerError
 from lqer.formats import Codebook, Int, QuantizedTensor
 from lqer.models.source import load_model, load_tokenizer, pick_device, resolve_model
 from lqer.report.environment import device_name
-from lqer.rounding.vector import consistent_rules, round_vector, sweep
+from lqer.rounding.vector import round_vector
 
 Layer = tuple[Tensor, Tensor]  # weight_OI, hessian_II
 Method = Callable[[Tensor, Tensor], QuantizedTensor | tuple[Tensor, float]]
@@ -42,7 +41,6 @@ SETTINGS: dict[str, tuple[int, dict[Dimension, int]]] = {
     "3.125": (3, {1: 512, 2: 8192}),
 }
 UNIFORM_GROUP = 128
-REFERENCE = {"compat": "reference", "seeds": "mahalanobis", "iterations": 100}
 
 
 def synthetic_layer(seed: int, out_features: int = 256, in_features: int = 512, tokens: int = 4096) -> Layer:
@@ -137,26 +135,9 @@ def choices() -> dict[str, Method]:
             "kmeans++ seeds": (plain, {"seeds": "kmeans++"}),
             "100 iterations": (plain, {"iterations": 100}),
             "block scales 64, l doubled": (scaled, {}),
-            "reference": (plain, REFERENCE | {"update": "adam"}),
-            "reference, no update": (plain, REFERENCE | {"update": "none"}),
-            "reference, block scales": (scaled, REFERENCE | {"update": "adam"}),
         }
         if dimension == 1:
             variants["rank 2, l halved"] = (Codebook(2, 1, group_size // 2, codebook_rank=2), {})
-        rules = consistent_rules(plain)
-        changed = {
-            "k-means weights diag(U)": (plain, replace(rules, fit_power=1)),
-            "k-means without weights": (plain, replace(rules, fit_power=0)),
-            "assignment weights 1 / diag(U)": (plain, replace(rules, assignment_power=-1)),
-            "feedback by the diagonal": (plain, replace(rules, feedback_block=1)),
-            "empty centroids to zero": (plain, replace(rules, empty="zero")),
-            "block scales": (scaled, rules),
-            "block scales, stale weights": (scaled, replace(rules, fresh_weights=False)),
-        }
-        for label, (number_format, other) in changed.items():
-            rows[f"{dimension}D no update, {label}"] = lambda weight, hessian, f=number_format, r=other: sweep(  # type: ignore[misc]
-                weight, hessian, f, r
-            )
         for label, (number_format, options) in variants.items():
             rows[f"{dimension}D {label}"] = lambda weight, hessian, f=number_format, o=options: round_vector(  # type: ignore[misc]
                 weight, hessian, f, **o

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 Seeds = Literal["kmeans++", "mahalanobis", "cdf"]
-EmptyCluster = Literal["reseed", "zero"]
 
 # GPTVQ runs 100; errors of layers change by less than 1% after 30 (docs/methods/gptvq.md).
 DEFAULT_ITERATIONS = 30
@@ -43,13 +42,11 @@ def fit_centroids(
     seeds: Seeds | None = None,
     iterations: int = DEFAULT_ITERATIONS,
     seed: int = 0,
-    empty: EmptyCluster = "reseed",
 ) -> Tensor:
     """Centroids [G, K, D], float32, of finite float32 vectors; with D = 1 in ascending order.
 
     weight_GND: float32, not negative, broadcastable to x_GND. seeds: "kmeans++" (drawn with `seed`), "mahalanobis" or
-    "cdf" (D = 1), see `initial_centroids`; None is "cdf" where it can be, else "kmeans++". empty: what becomes of a
-    centroid without vectors, "reseed" or, as GPTVQ's published code has it, "zero" (which can raise the objective).
+    "cdf" (D = 1), see `initial_centroids`; None is "cdf" where it can be, else "kmeans++".
     Raises ValueError for "cdf" with D > 1.
     """
     seeds = seeds or ("cdf" if x_GND.shape[2] == 1 else "kmeans++")
@@ -62,7 +59,7 @@ def fit_centroids(
     parts = (tensor.split(groups_at_once) for tensor in (x_GND, weight_GND, draws_GK))
     for x_gND, weight_gND, draws_gK in zip(*parts, strict=True):
         centroids_gKD = initial_centroids(x_gND, weight_gND, centroids, seeds, draws_gK)
-        chunks.append(_improve(x_gND, weight_gND, centroids_gKD, iterations, empty))
+        chunks.append(_improve(x_gND, weight_gND, centroids_gKD, iterations))
     centroids_GKD = torch.cat(chunks) * unit_G11
     return centroids_GKD.sort(dim=1).values if x_GND.shape[2] == 1 else centroids_GKD
 
@@ -137,7 +134,7 @@ def initial_centroids(x_GND: Tensor, weight_GND: Tensor, centroids: int, seeds: 
     return _evenly_spaced(x_GND, x_GND.squeeze(-1), present_GN, centroids)
 
 
-def _improve(x_GND: Tensor, weight_GND: Tensor, centroids_GKD: Tensor, iterations: int, empty: EmptyCluster) -> Tensor:
+def _improve(x_GND: Tensor, weight_GND: Tensor, centroids_GKD: Tensor, iterations: int) -> Tensor:
     """EM steps from the given centroids."""
     dimension = x_GND.shape[2]
     features_GFN = _features(x_GND, weight_GND)
@@ -149,9 +146,6 @@ def _improve(x_GND: Tensor, weight_GND: Tensor, centroids_GKD: Tensor, iteration
         # Where a dimension of a used centroid carries no weight, any value does: the old one stays.
         means_GKD = torch.where(total_GKD > 0, weighted_GKD / total_GKD, centroids_GKD)
         empty_GK = ~(total_GKD > 0).any(-1)
-        if empty == "zero":
-            centroids_GKD = means_GKD.masked_fill(empty_GK.unsqueeze(-1), 0.0)
-            continue
         worst_G1D = x_GND.take_along_dim((lowest_GN + own_GN).argmax(1)[:, None, None], 1)
         first_empty_GK = empty_GK & (empty_GK.cumsum(1) == 1)
         centroids_GKD = torch.where(first_empty_GK.unsqueeze(-1), worst_G1D, means_GKD)

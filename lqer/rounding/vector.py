@@ -1,27 +1,29 @@
 """GPTVQ: vector quantization with error feedback (van Baalen et al., arXiv 2402.15319, algorithm 1).
 
-For a weight W and the Hessian H = E[x x^T] of its inputs, codes and codebooks that keep tr((W - Q) H (W - Q)^T) small:
+For a weight W and the Hessian H = E[x xᵀ] of its inputs, codes and codebooks that keep tr((W - Q) H (W - Q)ᵀ) small:
 
-    U = upper Cholesky factor of (H + damping)^-1              H^-1 = U^T U
+    U = upper Cholesky factor of (H + damping)⁻¹               H⁻¹ = Uᵀ U
     for each group of columns:
-        S = block scales of W;  C = codebooks of W / S         weighted k-means, weights S^2 / diag(U)^2
+        S = block scales of W;  C = codebooks of W / S         weighted k-means, weights S² / diag(U)²
         for each panel of up to 128 columns of the group, for each vector P of D columns in it:
-            code = nearest centroid of W_P / S                 weights 1 / diag(U_P)^2
+            code = nearest centroid of W_P / S                 weights 1 / diag(U_P)²
             E_P  = W_P - S C[code]
-            W_rest -= E_P U_PP^-1 U_P,rest                     the rest of the panel now, what lies behind it afterwards
-    C = argmin tr((W - Q) H (W - Q)^T)                         codes and scales fixed: lqer.rounding.codebook_update
+            W_rest -= E_P U_PP⁻¹ U_P,rest                      the rest of the panel now, later columns afterwards
+    C = argmin tr((W - Q) H (W - Q)ᵀ)                          codes and scales fixed: lqer.rounding.codebook_update
 
-E_P U_PP^-1 U_P,rest is the exact optimal-brain-surgeon step for D columns at once, with D = 1 that of GPTQ. The vector
-leaves the loss |E_P U_PP^-1|^2 behind; the diagonal of that form, 1 / diag(U)^2, weighs k-means and assignment.
+E_P U_PP⁻¹ U_P,rest is the exact optimal-brain-surgeon step for D columns at once, with D = 1 that of GPTQ. The vector
+contributes |E_P U_PP⁻¹|² to the loss; the diagonal of that form, 1 / diag(U)², weights k-means and assignment. The
+published code weights and inverts differently (docs/methods/gptvq.md).
 
 Shapes: I in_features, O out_features padded to whole groups of rows, G groups of rows, R rows of a group, K centroids,
-D elements of a vector, P columns of a panel, V vectors of a panel, N vectors of a group.
+D elements of a vector, P columns of a panel, V vectors, N vectors of a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ from torch.nn.functional import pad
 from lqer.components import require_choice, require_range
 from lqer.formats import Codebook, NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
-from lqer.formats.kmeans import DEFAULT_ITERATIONS, EmptyCluster, Seeds, fit_centroids, lowest_index
+from lqer.formats.kmeans import DEFAULT_ITERATIONS, Seeds, fit_centroids, lowest_index
 from lqer.rounding.base import Rounding, Statistics, require_damping
 from lqer.rounding.codebook_update import Update, update_codebooks
 from lqer.rounding.factor import block_feedback, inverse_factor
@@ -39,28 +41,6 @@ from lqer.statistics import Hessian, Statistic
 
 PANEL_COLUMNS = 128
 PER_GROUP = ("codebooks", "codebook_scales")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Choices inside the sweep; a power is the one of diag(U) that weighs squared errors."""
-
-    fit_power: int
-    assignment_power: int
-    feedback_block: int  # columns of the blocks U_PP that are inverted: D, or 1 for their diagonal only
-    fresh_weights: bool  # assign W / S as feedback has left it, not as it stood when the panel began
-    empty: EmptyCluster
-
-
-def consistent_rules(number_format: Codebook) -> Rules:
-    """Every weight is that of the loss, every step is exact."""
-    return Rules(-2, -2, number_format.dimension, fresh_weights=True, empty="reseed")
-
-
-def reference_rules(number_format: Codebook) -> Rules:
-    """What GPTVQ's published code does; with D = 1 it fits without weights, unscaled it assigns fresh weights."""
-    fit_power = 1 if number_format.dimension > 1 else 0
-    return Rules(fit_power, -1, 1, fresh_weights=not number_format.scale_block_size, empty="zero")
 
 
 def round_vector(
@@ -72,18 +52,17 @@ def round_vector(
     iterations: int = DEFAULT_ITERATIONS,
     damping: float = DAMPING,
     update: Update = "cg",
-    compat: Literal["reference"] | None = None,
     codebooks: dict[str, Tensor] | None = None,
     seed: int = 0,
 ) -> QuantizedTensor:
     """Quantize a weight to learned codebooks with error feedback.
 
-    weight_OI: finite, any float dtype, computed on in float32. hessian: E[x x^T] up to scale, float32 or float64,
-    damped here by `damping` of its mean diagonal, or damped already; None stands for the identity, where there is no
+    weight_OI: finite, any float dtype, computed on in float32. hessian: E[x xᵀ] up to scale, float32 or float64,
+    damped here by `damping` of its mean diagonal, or a DampedHessian; None stands for the identity, where there is no
     feedback. An input that calibration never saw counts like an average one in the sweep. seeds, iterations, seed: of
     k-means, see `fit_centroids`. update: how centroids are refitted after the sweep, on the Hessian as it is given, see
     `update_codebooks`. codebooks: fixed ones instead of fitted ones, under the names that the parts of a
-    QuantizedTensor have. compat: "reference" sweeps as the published code does (docs/methods/gptvq.md).
+    QuantizedTensor have.
 
     Raises NonFiniteError for a weight or Hessian that is not finite, HessianError for one that is not positive
     semi-definite, ValueError for one of another size and for in_features that `dimension` does not divide.
@@ -96,39 +75,28 @@ def round_vector(
     hessian_II = hessian.hessian_II if isinstance(hessian, DampedHessian) else hessian
     if hessian_II.shape != (in_features, in_features):
         raise ValueError(f"a Hessian of shape {tuple(hessian_II.shape)} does not fit {in_features} in_features")
-    rules = reference_rules(number_format) if compat == "reference" else consistent_rules(number_format)
-    swept = sweep(
-        weight_OI,
-        hessian,
-        number_format,
-        rules,
-        seeds=seeds,
-        iterations=iterations,
-        damping=damping,
-        codebooks=codebooks,
-        seed=seed,
-    )
+    factor_II = inverse_factor(as_damped(hessian, damping))
+
+    def fit(x_GND: Tensor, importance_GND: Tensor) -> Tensor:
+        return fit_centroids(x_GND, importance_GND, number_format.centroids, seeds, iterations, seed)
+
+    swept = _sweep(weight_OI, factor_II, number_format, fit, codebooks)
     return swept if codebooks else update_codebooks(weight_OI, hessian_II, swept, update)
 
 
-def sweep(
+def _sweep(
     weight_OI: Tensor,
-    hessian: Tensor | DampedHessian,
+    factor_II: Tensor,
     number_format: Codebook,
-    rules: Rules,
-    *,
-    seeds: Seeds | None = None,
-    iterations: int = DEFAULT_ITERATIONS,
-    damping: float = DAMPING,
-    codebooks: dict[str, Tensor] | None = None,
-    seed: int = 0,
+    fit: Callable[[Tensor, Tensor], Tensor],
+    codebooks: dict[str, Tensor] | None,
 ) -> QuantizedTensor:
-    """The loop of algorithm 1 under given rules, without the update after it; arguments as `round_vector` has them."""
+    """The loop over groups of columns; fit(x_GND, importance_GND) -> centroids_GKD."""
     out_features, in_features = weight_OI.shape
     layout = number_format.layout(out_features, in_features)
-    factor_II = inverse_factor(as_damped(hessian, damping))
-    feedback_II = block_feedback(factor_II, rules.feedback_block).to(torch.float32)
+    feedback_II = block_feedback(factor_II, number_format.dimension).to(torch.float32)
     diagonal_I1 = (factor_II.diagonal() / factor_II.diagonal().mean()).to(torch.float32).unsqueeze(1)
+    importance_I1 = diagonal_I1.pow(-2)
 
     basis = _basis(weight_OI, number_format, codebooks)
     padded_rows = layout.row_groups * layout.group_rows - out_features
@@ -141,26 +109,22 @@ def sweep(
         scales.append(number_format.fit_scales(group_OI))
         scale_IO = pad(number_format.decode_scales(scales[-1], group_OI).T, (0, padded_rows), value=1.0).contiguous()
         if codebooks is None:
-            importance_IO = diagonal_I1[group].pow(rules.fit_power) * (scale_IO / scale_IO.amax()).square() * counted_O
+            importance_IO = importance_I1[group] * (scale_IO / scale_IO.amax()).square() * counted_O
             x_GND = _vectors(moving_IO[group] / scale_IO, layout.row_groups, number_format.dimension)
             importance_GND = _vectors(importance_IO, layout.row_groups, number_format.dimension)
-            centroids_GKD = fit_centroids(
-                x_GND, importance_GND, number_format.centroids, seeds, iterations, seed, rules.empty
-            )
+            centroids_GKD = fit(x_GND, importance_GND)
             stored.append(number_format.encode_centroids(centroids_GKD, basis.get("codebook_basis")))
         else:
             stored.append({name: codebooks[name][:, index] for name in PER_GROUP})
         centroids_GKD = number_format.decode_centroids(basis | stored[-1])
         for panel in columns[::PANEL_COLUMNS]:
             stop = min(panel + PANEL_COLUMNS, columns.stop)
-            inside = slice(panel - columns.start, stop - columns.start)
             panel_codes_VO, error_PO = _sweep_panel(
                 moving_IO[panel:stop],
-                scale_IO[inside],
-                diagonal_I1[panel:stop].pow(rules.assignment_power),
+                scale_IO[panel - columns.start : stop - columns.start],
+                importance_I1[panel:stop],
                 feedback_II[panel:stop, panel:stop],
                 centroids_GKD,
-                rules.fresh_weights,
             )
             codes_VO.append(panel_codes_VO)
             moving_IO[stop:].addmm_(feedback_II[panel:stop, stop:].T, error_PO, alpha=-1)
@@ -172,7 +136,7 @@ def sweep(
 
 
 def _basis(weight_OI: Tensor, number_format: Codebook, codebooks: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """What codebooks of low rank share and the first column already needs: the basis of those without feedback."""
+    """The basis that all codebooks of low rank share, known before the first column: that of a fit without feedback."""
     if not number_format.codebook_rank:
         return {}
     parts = number_format.quantize(weight_OI).parts if codebooks is None else codebooks
@@ -185,27 +149,24 @@ def _sweep_panel(
     importance_P1: Tensor,
     feedback_PP: Tensor,
     centroids_GKD: Tensor,
-    fresh_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Assign the vectors of a panel one after the other, moving the panel's later columns in place.
+    """Assign the vectors of a panel one after the other, updating the panel's later columns in place.
 
-    Returns uint8 codes [V, O] and the errors [P, O] that the columns behind the panel have yet to make up for.
+    Returns uint8 codes [V, O] and the errors [P, O] that are still to be fed back to the columns after the panel.
     """
     groups, centroids, dimension = centroids_GKD.shape
     columns, rows = panel_PO.shape
     centroid_DC = centroids_GKD.permute(2, 0, 1).reshape(dimension, groups * centroids)
     first_O = torch.arange(groups, device=panel_PO.device).repeat_interleave(rows // groups) * centroids
-    # The distance without the term that has no centroid in it: importance c^2 - 2 importance w c.
+    # The distance without the term that has no centroid in it: importance c² - 2 importance w c.
     centroid_DKG1 = centroids_GKD.permute(2, 1, 0).unsqueeze(-1).contiguous()
     square_VKG1 = torch.einsum("vd,dkgo->vkgo", importance_P1.view(-1, dimension), centroid_DKG1.square())
     minus_twice_DKG1 = -2 * centroid_DKG1
     codes_VO = torch.empty(columns // dimension, rows, dtype=torch.uint8, device=panel_PO.device)
     error_PO = torch.empty_like(panel_PO)
-    scaled_PO = None if fresh_weights else panel_PO / scale_PO
     for v in range(columns // dimension):
         vector = slice(v * dimension, (v + 1) * dimension)
-        scaled_DO = panel_PO[vector] / scale_PO[vector] if scaled_PO is None else scaled_PO[vector]
-        weighted_DGR = (scaled_DO * importance_P1[vector]).view(dimension, groups, -1)
+        weighted_DGR = (panel_PO[vector] / scale_PO[vector] * importance_P1[vector]).view(dimension, groups, -1)
         distance_KGR = square_VKG1[v]
         for minus_twice_KG1, weighted_GR in zip(minus_twice_DKG1, weighted_DGR, strict=True):
             distance_KGR = torch.addcmul(distance_KGR, minus_twice_KG1, weighted_GR)
@@ -233,20 +194,18 @@ class Vector(Rounding):
     iterations: int = DEFAULT_ITERATIONS
     damping: float = DAMPING
     update: Update = "cg"
-    compat: Literal["reference"] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_damping(self.damping, self.kind)
         require_range("iterations", self.iterations, 0, 10_000, self.kind)
         require_choice("update", self.update, get_args(Update), self.kind)
-        require_choice("compat", self.compat, ["reference", None], self.kind)
 
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         assert isinstance(number_format, Codebook), "the configuration lets no other format through"
         return round_vector(
             weight_OI, statistics["hessian"], number_format, iterations=self.iterations, damping=self.damping,
-            update=self.update, compat=self.compat, seed=self.seed,
+            update=self.update, seed=self.seed,
         )  # fmt: skip
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:

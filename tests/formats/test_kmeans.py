@@ -57,12 +57,6 @@ def test_as_many_centroids_as_values_leave_no_error():
     assert centroids_GKD.flatten().tolist() == [-2.0, 0.0, 1.0, 3.0]
 
 
-def test_the_published_rule_for_empty_centroids_sends_them_to_zero():
-    x_GND = torch.tensor([5.0] * 50 + [6.0, 7.0]).view(1, -1, 1)
-    assert 0.0 in fit_centroids(x_GND, torch.ones(1), 4, "cdf", 1, empty="zero")
-    assert 0.0 not in fit_centroids(x_GND, torch.ones(1), 4, "cdf", 1)
-
-
 def naive_em(x_ND, weight_ND, centroids_KD, iterations):
     for _ in range(iterations):
         distance_NK = (weight_ND[:, None] * (x_ND[:, None] - centroids_KD[None]) ** 2).sum(-1)

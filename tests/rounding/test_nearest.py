@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lqer.components import component_from_dict
 from lqer.formats import Int, MXInt, NonFiniteError
-from lqer.rounding import ROUNDINGS, Nearest, rounding_from_dict
+from lqer.rounding import ROUNDINGS, Nearest, Rounding
 
 
 @pytest.mark.parametrize("number_format", [MXInt(bits=3), Int(bits=4, block_size=16)], ids=lambda f: f.kind)
@@ -28,12 +29,12 @@ def test_a_weight_with_infinities_is_refused():
 @pytest.mark.parametrize("kind", ROUNDINGS)
 def test_every_rounding_survives_being_written_down(kind):
     rounding = ROUNDINGS[kind]()
-    assert rounding_from_dict(rounding.to_dict()) == rounding
+    assert component_from_dict(Rounding, rounding.to_dict()) == rounding
     assert rounding.to_dict()["kind"] == kind
 
 
 def test_unknown_kinds_and_keys_are_refused_with_what_is_allowed():
     with pytest.raises(ValueError, match=r"unknown rounding 'farthest'; allowed: adaptive, .*did you mean 'nearest'"):
-        rounding_from_dict({"kind": "farthest"})
+        component_from_dict(Rounding, {"kind": "farthest"})
     with pytest.raises(ValueError, match="unknown key 'damping' of rounding \"nearest\"; allowed: none"):
-        rounding_from_dict({"kind": "nearest", "damping": 0.1})
+        component_from_dict(Rounding, {"kind": "nearest", "damping": 0.1})

@@ -7,8 +7,9 @@ import tomli
 import tomli_w
 import torch
 
+from lqer.components import component_from_dict
 from lqer.formats import Codebook, Int, MXInt, Passthrough
-from lqer.rounding import ROUNDINGS, Gptq, Ldlq, Vector, rounding_from_dict
+from lqer.rounding import ROUNDINGS, Gptq, Ldlq, Rounding, Vector
 from lqer.rounding.gptq import gptq
 from lqer.rounding.ldlq import ldlq
 from lqer.rounding.vector import round_vector
@@ -42,8 +43,8 @@ def test_a_named_rounding_is_its_function_with_its_settings(weight_OI, hessian_I
 
 @pytest.mark.parametrize("kind", ROUNDINGS)
 def test_a_rounding_survives_being_written_down(kind):
-    rounding = rounding_from_dict({"kind": kind})
-    assert rounding_from_dict(tomli.loads(tomli_w.dumps(rounding.to_dict()))) == rounding
+    rounding = component_from_dict(Rounding, {"kind": kind})
+    assert component_from_dict(Rounding, tomli.loads(tomli_w.dumps(rounding.to_dict()))) == rounding
 
 
 @pytest.mark.parametrize("kind", ["gptq", "ldlq", "vector"])
@@ -76,4 +77,4 @@ def test_a_combination_without_sense_is_objected_to_with_the_reason(rounding, nu
 )
 def test_settings_that_cannot_be_are_refused(settings, rule):
     with pytest.raises(ValueError, match=rule):
-        rounding_from_dict(settings)
+        component_from_dict(Rounding, settings)
