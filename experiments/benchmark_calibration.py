@@ -55,7 +55,7 @@ def main() -> int:
         for run in walk_blocks(opened, windows_WT, arguments.batch_size):
             started = time.perf_counter()
             if hooked:
-                observe_block(run, None, text, statistics, run.stream.put)
+                observe_block(run, None, text, statistics, run.hidden.store)
             else:
                 run.forward()
             if device.type == "cuda":

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows
 from lqer.errors import LqerError
 from lqer.formats import Int, MXInt, NumberFormat, QuantizedTensor
-from lqer.methods.block import loss_of, tune_block
+from lqer.methods.block import output_loss, reconstruct_block
 from lqer.models.source import load_model, load_tokenizer, pick_device, resolve_model
 from lqer.models.structure import block_linears, find_blocks
 from lqer.report.environment import device_name
@@ -113,23 +113,23 @@ def run(
         autocast = torch.bfloat16 if block_device(block).type == "cuda" else None
         problem = BlockProblem(call, quantized.calibration, targets.calibration, formats, size, autocast)
         held_out = replace(problem, inputs_STD=quantized.held_out, targets_STD=targets.held_out)
-        start = tune_block(problem, TRANSFORMS[candidate], None)
+        start = reconstruct_block(problem, TRANSFORMS[candidate], None)
         parameters = start.parameters
         rounded: Mapping[str, QuantizedTensor] = {
             name: start.rounded.get(name) or weight_format.quantize(weight(block, parameters, name)) for name in formats
         }
-        losses = [loss_of(held_out, parameters, rounded)]
+        losses = [output_loss(held_out, parameters, rounded)]
         if candidate == "tesseraq":
             with tqdm(total=arguments.rounds, desc=f"block {index}", unit="round", leave=False) as bar:
 
-                def show(what: str, done: int, total: int, loss: float | None, bar: tqdm = bar) -> None:
-                    if what == "rounding":
+                def show(part: str, done: int, total: int, loss: float | None, bar: tqdm = bar) -> None:
+                    if part == "rounding":
                         bar.set_postfix(loss=loss)
                         bar.update()
 
-                tuned = tune_block(problem, TRANSFORMS[candidate], rounding, progress=show)
+                tuned = reconstruct_block(problem, TRANSFORMS[candidate], rounding, progress=show)
             parameters, rounded = tuned.parameters, tuned.rounded
-            losses.append(loss_of(held_out, parameters, rounded))
+            losses.append(output_loss(held_out, parameters, rounded))
         with torch.no_grad():
             for name, tensor in {**parameters, **values(rounded)}.items():
                 block.get_parameter(name).copy_(tensor)

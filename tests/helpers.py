@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lqer.models.structure import find_blocks
+from lqer.methods import LinearPlan
+from lqer.models.loaders import OpenedModel
+from lqer.models.structure import block_linears, find_blocks
+from lqer.stages.quantize import QuantizeSettings
+from lqer.store.offload import Offload
+from lqer.transforms import BlockTransform
 from lqer.transforms.block_function import BlockFunction
 
 BOS = 0
@@ -40,6 +46,25 @@ def tiny_llama(**settings: Any) -> LlamaForCausalLM:
         **settings,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def resident(model: PreTrainedModel, device: str = "cpu") -> OpenedModel:
+    """A model in memory as the stages take it."""
+    return OpenedModel.resident(model, torch.device(device), Offload())
+
+
+def settings_for(
+    model: PreTrainedModel,
+    plan: LinearPlan,
+    attention: Mapping[str, Any] | None = None,
+    skip: Collection[str] = (),
+    transforms: Collection[BlockTransform] = (),
+) -> QuantizeSettings:
+    """The same plan for every linear, but none for those whose full names end in one of `skip`."""
+    name, blocks = find_blocks(model)
+    names = [f"{name}.{index}.{linear}" for index, block in enumerate(blocks) for linear in block_linears(block)]
+    plans = {linear: None if any(map(linear.endswith, skip)) else plan for linear in names}
+    return QuantizeSettings(plans, attention, seed=0, transforms=tuple(transforms))
 
 
 def first_block(model: PreTrainedModel, windows_WT: Tensor) -> tuple[nn.Module, BlockFunction, Tensor]:

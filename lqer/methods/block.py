@@ -1,132 +1,108 @@
-"""One decoder block: its transforms in turn, then its linears rounded together (TesseraQ, OmniQuant, AWQ).
+"""One decoder block: its transforms one after another, then its linears rounded together (TesseraQ, OmniQuant, AWQ).
 
-    transform   AWQ's scales go into the weights, norms and neighbours; ranges are clipped, searched or learnt
-    round       under the scales so far, every linear to nearest or all of them together (adaptive)
+    transform   scales are folded into weights, norms and neighbours (AWQ); ranges are clipped, by search or by gradient
+    round       under the resulting scales, every linear to nearest, or all of them together (adaptive)
 
-What is left of each linear's error is its method's to reconstruct. Nothing here knows a path or another block.
+Each linear's own method then reconstructs what rounding lost. Nothing here knows a path or another block.
 
-Shapes: O out_features, I in_features.
+Shapes: O out_features, I in_features, S sequences, T tokens, D hidden size, B sequences of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lqer.formats import QuantizedTensor
-from lqer.methods.block_state import BlockState
 from lqer.rounding.adaptive import Adaptive, AdaptiveState, block_loss, round_block
-from lqer.transforms.block_problem import (
-    BlockProblem,
-    BlockTransform,
-    Progress,
-    Session,
-    keep_nothing,
-    no_progress,
-)
+from lqer.transforms.block_problem import BlockProblem
+from lqer.transforms.block_result import BlockResult
+from lqer.transforms.block_transform import BlockTransform, Progress, SaveState, no_progress, save_nothing
 
 
-@dataclass(frozen=True)
-class TunedBlock:
-    """What a block becomes: parameters that changed, by their names within it; weights rounded already, by linear.
-
-    Weights of linears are in float32, as they were rounded. notes: what was found on the way, as JSON can hold it.
-    """
-
-    parameters: Mapping[str, Tensor]
-    rounded: Mapping[str, QuantizedTensor]
-    notes: Mapping[str, Any]
-
-
-def tune_block(
+def reconstruct_block(
     problem: BlockProblem,
     transforms: Sequence[BlockTransform],
     rounding: Adaptive | None,
-    state: BlockState | None = None,
-    keep: Callable[[BlockState], None] = keep_nothing,
+    result: BlockResult | None = None,
+    save_state: SaveState = save_nothing,
     progress: Progress = no_progress,
-) -> TunedBlock:
-    """Transform a block and, by an adaptive rounding, round its linears together.
+) -> BlockResult:
+    """Transform a block and, with an adaptive rounding, round its linears together.
 
-    Without a rounding, only linears whose scales a transform has fixed are rounded. state: that of an earlier run of
-    the same problem and parts, to go on from; `keep` gets it after every transform, epoch and round. Raises
-    DivergedError, ArithmeticError where learning diverges, and ValueError where parts do not fit.
+    Without a rounding, only linears whose scales a transform has fixed are rounded. result: saved by an earlier run of
+    the same problem and parts, to resume from. save_state: called after every transform, epoch and round.
+
+    Raises DivergedError or another ArithmeticError if training diverges, ValueError for parts that do not fit together.
     """
-    state = state or BlockState()
-    for place in range(state.finished, len(transforms)):
-        session = Session(progress, state.learnt or None, _keeping(keep, state))
-        state = BlockState(transforms[place].apply(problem, state.prepared, session), place + 1)
-        keep(state)
+    result = result or BlockResult()
+    for index in range(result.finished, len(transforms)):
+        transformed = transforms[index].apply(problem, result, progress, save_state)
+        result = replace(transformed, finished=index + 1, part_state={})
+        save_state(result)
     if rounding is not None:
-        return _round_together(problem, rounding, state, keep, progress)
-    prepared = state.prepared
-    if prepared.starts:
-        prepared = prepared.noted("loss", {"end": loss_of(problem, prepared.changed, prepared.starts)})
-    return TunedBlock(prepared.changed, prepared.starts, prepared.notes)
-
-
-def _keeping(keep: Callable[[BlockState], None], state: BlockState) -> Callable[[Mapping[str, Tensor]], None]:
-    """`keep` for the part that comes after what is finished in `state`."""
-    return lambda learnt: keep(replace(state, learnt=learnt))
+        return _round_together(problem, rounding, result, progress, save_state)
+    if result.rounded:
+        return result.with_note("loss", {"end": output_loss(problem, result.parameters, result.rounded)})
+    return result
 
 
 def _round_together(
-    problem: BlockProblem,
-    rounding: Adaptive,
-    state: BlockState,
-    keep: Callable[[BlockState], None],
-    progress: Progress,
-) -> TunedBlock:
-    """The block whose transforms are done, and its linears rounded together."""
-    prepared = state.prepared
-    weights = {linear: prepared.weight(problem, linear) for linear in problem.formats}
+    problem: BlockProblem, rounding: Adaptive, result: BlockResult, progress: Progress, save_state: SaveState
+) -> BlockResult:
+    """`result`, all of whose transforms are finished, with the linears rounded together."""
+    weights = {linear: result.weight(problem, linear) for linear in problem.formats}
     starts = {
-        linear: prepared.starts.get(linear) or problem.formats[linear].quantize(weight_OI)
+        linear: result.rounded.get(linear) or problem.formats[linear].quantize(weight_OI)
         for linear, weight_OI in weights.items()
     }
-    if not state.learnt:
-        prepared = prepared.noted("loss", {"start": loss_of(problem, prepared.changed, starts)})
-        state = replace(state, prepared=prepared)
-    reached = AdaptiveState.from_tensors(state.learnt, problem.device) if state.learnt else None
-    losses = [] if reached is None else reached.losses.tolist()
+    state: AdaptiveState | None = None
+    if result.part_state:
+        state = AdaptiveState.from_tensors(result.part_state, problem.device)
+    else:
+        result = result.with_note("loss", {"start": output_loss(problem, result.parameters, starts)})
+    losses = [] if state is None else state.losses.tolist()
     bits = min(start.format.stream_widths["codes"] for start in starts.values())
     settings = rounding.settings(bits, problem.autocast, problem.seed)
-    keep_learnt = _keeping(keep, state)
 
-    def after_round(reached: AdaptiveState) -> None:
-        losses.append(float(reached.losses[-1]))
-        progress("rounding", reached.rounds, len(settings.soft_shares), losses[-1])
-        keep_learnt(reached.tensors())
+    def after_round(state: AdaptiveState) -> None:
+        losses.append(float(state.losses[-1]))
+        progress("rounding", state.rounds, len(settings.soft_shares), losses[-1])
+        save_state(replace(result, part_state=state.tensors()))
 
     found = round_block(
         {f"{linear}.weight": weight_OI for linear, weight_OI in weights.items()},
         {f"{linear}.weight": start for linear, start in starts.items()},
-        problem.with_changed(prepared.changed),
+        problem.with_parameters(result.parameters),
         problem.inputs_STD,
         problem.targets_STD,
         settings,
-        reached,
+        state,
         after_round,
     )
     rounded = {linear: found[f"{linear}.weight"] for linear in starts}
-    loss = {**prepared.notes["loss"], "rounds": losses, "end": loss_of(problem, prepared.changed, rounded)}
-    return TunedBlock(prepared.changed, rounded, prepared.noted("loss", loss).notes)
+    loss = {**result.notes["loss"], "rounds": losses, "end": output_loss(problem, result.parameters, rounded)}
+    return replace(result, rounded=rounded, part_state={}).with_note("loss", loss)
 
 
 @torch.no_grad()
-def loss_of(problem: BlockProblem, changed: Mapping[str, Tensor], rounded: Mapping[str, QuantizedTensor]) -> float:
-    """The squared error of the block's outputs per token, over all inputs, under these weights of its linears."""
+def output_loss(
+    problem: BlockProblem, parameters: Mapping[str, Tensor], rounded: Mapping[str, QuantizedTensor]
+) -> float:
+    """Squared error of the block's outputs per token, over all inputs.
+
+    parameters: those that differ from the block's own, by name; rounded: weights of linears, by linear.
+    """
     weights = {f"{linear}.weight": weight_OI.dequantize() for linear, weight_OI in rounded.items()}
-    run = problem.with_changed(changed)
+    run = problem.with_parameters(parameters)
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
-    pairs = zip(
-        *(states.split(problem.batch_size) for states in (problem.inputs_STD, problem.targets_STD)), strict=True
+    batches = zip(
+        *(states_STD.split(problem.batch_size) for states_STD in (problem.inputs_STD, problem.targets_STD)), strict=True
     )
-    for hidden_BTD, target_BTD in pairs:
+    for hidden_BTD, target_BTD in batches:
         with problem.in_autocast():
             output_BTD = run(weights, hidden_BTD)
         total += block_loss(output_BTD, target_BTD.to(problem.device)) * len(hidden_BTD)

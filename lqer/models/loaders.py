@@ -1,8 +1,8 @@
-"""Decoder blocks at hand one at a time: of a model that is whole in memory, or read from disk for each visit.
+"""Loads decoder blocks one at a time: of a model that is in memory, or from disk.
 
-A model that is read from disk is a skeleton: its parameters have shapes and no values. What surrounds the blocks is
-filled once; a block is filled in a copy that lives as long as its visit, so memory holds one block (two where the next
-is read ahead for a GPU), however many there are.
+A model that is read from disk is a skeleton: its parameters have shapes and no values. Everything outside the blocks is
+loaded once; a block is loaded into a copy that is freed before the next one, so memory holds one block (two where the
+next one is read ahead for a GPU), however many there are.
 """
 
 from __future__ import annotations
@@ -22,62 +22,62 @@ from lqer.store.offload import Offload
 
 
 class BlockLoader(Protocol):
-    """Where the blocks of a model come from, and what surrounds them."""
+    """Loads the blocks of a model, and the modules outside them."""
 
     def load_outer(self) -> None:
-        """Have everything outside the blocks in memory; later calls do nothing."""
+        """Load everything outside the blocks; later calls do nothing."""
 
-    def visits(
+    def load_each(
         self, blocks: nn.ModuleList, indices: Sequence[int], device: torch.device
     ) -> Iterator[tuple[int, nn.Module]]:
-        """The blocks of these indices in turn, each on `device` until the next is asked for."""
+        """Index and block for each of `indices` in order; a block is on `device` until the next one is asked for."""
 
-    def materialize(self, blocks: nn.ModuleList, home: Callable[[int], torch.device]) -> None:
-        """Have all blocks in memory for good, the one of each index on `home(index)`."""
+    def materialize(self, blocks: nn.ModuleList, device_of: Callable[[int], torch.device]) -> None:
+        """Load all blocks for good, the one of each index to `device_of(index)`."""
 
 
 class Resident:
-    """The blocks of a model in memory: moved to the device for their visit and back home after it."""
+    """The blocks of a model in memory: each is moved to the device while it is used, and back."""
 
     def load_outer(self) -> None:
         pass
 
-    def visits(
+    def load_each(
         self, blocks: nn.ModuleList, indices: Sequence[int], device: torch.device
     ) -> Iterator[tuple[int, nn.Module]]:
         for index in indices:
             block = blocks[index]
-            home = next(block.parameters()).device
+            own_device = next(block.parameters()).device
             yield index, block.to(device)
-            block.to(home)
+            block.to(own_device)
 
-    def materialize(self, blocks: nn.ModuleList, home: Callable[[int], torch.device]) -> None:
+    def materialize(self, blocks: nn.ModuleList, device_of: Callable[[int], torch.device]) -> None:
         for index, block in enumerate(blocks):
-            block.to(home(index))
+            block.to(device_of(index))
 
 
 @dataclass
 class Streamed:
-    """Blocks of a skeleton, filled from disk.
+    """Blocks of a skeleton, filled with values from disk.
 
-    read(index)                     the block's tensors, on the CPU; may run in a thread of its own
-    fill(block, index, tensors, device)   puts them into a copy of the block; takes them out of the dictionary
-    fill_outer()                      fills what lies outside the blocks
-    ahead                           read the next block while one is visited
+    read(index)                           the block's tensors, on the CPU; may run in a thread of its own
+    fill(block, index, tensors, device)   puts them into the block; empties `tensors`
+    fill_outer()                          fills everything outside the blocks
+    ahead                                 read the next block while one is used
     """
 
     read: Callable[[int], dict[str, Tensor]]
     fill: Callable[[nn.Module, int, dict[str, Tensor], torch.device], None]
     fill_outer: Callable[[], None]
     ahead: bool
-    _is_complete: bool = field(default=False, init=False)
+    _outer_is_loaded: bool = field(default=False, init=False)
 
     def load_outer(self) -> None:
-        if not self._is_complete:
+        if not self._outer_is_loaded:
             self.fill_outer()
-            self._is_complete = True
+            self._outer_is_loaded = True
 
-    def visits(
+    def load_each(
         self, blocks: nn.ModuleList, indices: Sequence[int], device: torch.device
     ) -> Iterator[tuple[int, nn.Module]]:
         for index, tensors in self._read_all(indices):
@@ -86,10 +86,10 @@ class Streamed:
             yield index, block.to(device)
             _free(block)
 
-    def materialize(self, blocks: nn.ModuleList, home: Callable[[int], torch.device]) -> None:
+    def materialize(self, blocks: nn.ModuleList, device_of: Callable[[int], torch.device]) -> None:
         for index, tensors in self._read_all(range(len(blocks))):
-            self.fill(blocks[index], index, tensors, home(index))
-            blocks[index].to(home(index))
+            self.fill(blocks[index], index, tensors, device_of(index))
+            blocks[index].to(device_of(index))
 
     def _read_all(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         if not self.ahead:
@@ -97,16 +97,16 @@ class Streamed:
                 yield index, self.read(index)
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-            coming = [reader.submit(self.read, index) for index in indices[:1]]
-            for place, index in enumerate(indices):
-                tensors = coming.pop().result()
-                coming += [reader.submit(self.read, later) for later in indices[place + 1 : place + 2]]
+            pending = [reader.submit(self.read, index) for index in indices[:1]]
+            for position, index in enumerate(indices):
+                tensors = pending.pop().result()
+                pending += [reader.submit(self.read, later) for later in indices[position + 1 : position + 2]]
                 yield index, tensors
                 del tensors
 
 
 def _free(block: nn.Module) -> None:
-    """Give a block's memory back now: a caller's loop variable would keep it until the next one is filled."""
+    """Free a block's memory now: a caller's loop variable would keep it until the next block is filled."""
     for tensor in (*block.parameters(), *block.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype)
 
@@ -116,9 +116,9 @@ RESIDENT = Resident()
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model with its blocks at hand: `model` is whole, or a skeleton that `loader` fills block by block.
+    """A model and its decoder blocks: `model` is in memory, or a skeleton that `loader` fills block by block.
 
-    device: where it is worked on. offload: where hidden states lie meanwhile.
+    name: of the ModuleList `blocks` within the model. device: where blocks are run. offload: allocates hidden states.
     """
 
     model: PreTrainedModel

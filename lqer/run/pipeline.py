@@ -58,7 +58,6 @@ from lqer.stages.quantize import (
     requested_statistics,
 )
 from lqer.stages.quantize_sequential import quantize_in_order, stream_key
-from lqer.stages.reconstruct_block import block_step, remove_states
 from lqer.stages.rotate import rotate, rotated_source, rotation_key
 from lqer.store.names import block_file
 from lqer.store.store import Artifact, Store, Workspace
@@ -337,9 +336,7 @@ def _quantize(
             quantize(workspace, original(), tokenizer, inputs.calibration, settings)
             return
         running = open_model(context.quantize_source, context.dtype, context.device, context.offload())
-        step = block_step(workspace, settings, inputs.text.batch_size)
-        quantize_in_order(workspace, original(), running, inputs.text, settings, step)
-        remove_states(workspace)
+        quantize_in_order(workspace, original(), running, inputs.text, settings)
         finish_checkpoint(workspace, original(), tokenizer, settings)
 
     total = context.summary.blocks

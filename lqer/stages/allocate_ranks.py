@@ -80,7 +80,7 @@ def measure_spectra(workspace: Workspace, opened: OpenedModel, calibration: Arti
     """
     total, device = len(opened.blocks), opened.device
     missing = [index for index in range(total) if block_file(index) not in workspace]
-    visits = opened.loader.visits(opened.blocks, missing, torch.device("cpu"))
+    visits = opened.loader.load_each(opened.blocks, missing, torch.device("cpu"))
     for index, block in tqdm(visits, initial=total - len(missing), total=total, desc="spectra", unit="block"):
         statistics = BlockStatistics.read(calibration, index).to(device)
         tensors: dict[str, Tensor] = {}

@@ -153,9 +153,9 @@ def observe_block(
     paired = any(statistic.needs_original for statistic in gathered)
     if paired and original is None:
         raise ValueError("a statistic of pairs of inputs needs the original block")
-    observer = SiteObserver(gathered, text.windows_WT.numel(), text.error_tokens, run.device, run.stream.offload)
+    observer = SiteObserver(gathered, text.windows_WT.numel(), text.error_tokens, run.device, run.hidden.offload)
     watch = {name: partial(observer.see, name) for name in block_linears(run.block)}
-    for batch, windows in enumerate(run.stream.batches):
+    for batch, windows in enumerate(run.hidden.batches):
         originals = _recorded_inputs(original, batch) if paired and original is not None else None
         observer.begin_batch(windows.start * text.windows_WT.shape[1], originals)
         with watched_inputs(run.block, watch):
@@ -200,7 +200,7 @@ def calibrate(
         if block_file(run.index) in workspace:
             run.forward()
             continue
-        found = observe_block(run, None, text, statistics, run.stream.put)
+        found = observe_block(run, None, text, statistics, run.hidden.store)
         sites.update(found.sites)
         # The table first: a block whose file exists is then sure to be in it.
         workspace.write_json(SITES_FILE, sites)

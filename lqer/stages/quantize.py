@@ -118,7 +118,7 @@ def quantize_blocks(
     """The same for the blocks of a share alone, and for nothing around them."""
     missing = [index for index in share if block_file(index) not in workspace]
     with tqdm(initial=len(share) - len(missing), total=len(share), desc="quantize", unit="block") as bar:
-        for index, block in opened.loader.visits(opened.blocks, missing, torch.device("cpu")):
+        for index, block in opened.loader.load_each(opened.blocks, missing, torch.device("cpu")):
             work = BlockWork(
                 index=index,
                 name=f"{opened.name}.{index}",

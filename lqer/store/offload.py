@@ -1,8 +1,8 @@
 """Tensors in memory up to a budget, in files beyond it: hidden states on their way, statistics in the making.
 
 A tensor on disk is an ordinary CPU tensor over a shared mapping of a file that has no name any more, so that nothing is
-left behind however a process ends. Its pages count as resident while they are in use: `settle` lets go of them, and the
-kernel writes them out and drops them when it needs the memory.
+left behind however a process ends. Its pages count as resident while they are in use: `release_pages` unmaps
+them, and the kernel writes them out and drops them when it needs the memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parse_bytes(size: int | str) -> int:
 
 
 class Offload:
-    """Hands out CPU tensors; those that would exceed `max_bytes` together lie in files under `folder`.
+    """Allocates CPU tensors; those that would exceed `max_bytes` together are kept in files under `folder`.
 
     max_bytes None: everything in memory. A tensor's bytes are free again once nothing refers to it.
     """
@@ -57,7 +57,7 @@ class Offload:
             return self._on_disk(shape, dtype, size)
         tensor = torch.empty(*shape, dtype=dtype, pin_memory=pinned)
         self._resident += size
-        weakref.finalize(tensor, self._give_back, size)
+        weakref.finalize(tensor, self._free, size)
         return tensor
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
@@ -66,8 +66,8 @@ class Offload:
             return torch.zeros(*shape, dtype=dtype, device=device)
         return self.empty(shape, dtype).zero_()
 
-    def settle(self) -> None:
-        """Let go of the pages of every tensor on disk; their content stays and is mapped again at the next touch."""
+    def release_pages(self) -> None:
+        """Unmap the pages of every tensor on disk; their content is kept and mapped again at the next access."""
         for mapping in self._mapped.values():
             mapping.madvise(mmap.MADV_DONTNEED)
 
@@ -87,5 +87,5 @@ class Offload:
         weakref.finalize(tensor, self._mapped.pop, address, None)
         return tensor
 
-    def _give_back(self, size: int) -> None:
+    def _free(self, size: int) -> None:
         self._resident -= size

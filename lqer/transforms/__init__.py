@@ -11,7 +11,7 @@ from typing import Any
 from lqer.components import component_from_dict
 from lqer.transforms.awq import Awq
 from lqer.transforms.base import LinearTransform, Rotation, Scheme, Transform, unsupported_order
-from lqer.transforms.block_problem import BlockTransform
+from lqer.transforms.block_transform import BlockTransform
 from lqer.transforms.clip import Clip
 from lqer.transforms.hadamard import Hadamard
 from lqer.transforms.lwc import Lwc

@@ -18,7 +18,7 @@ Shapes: B sequences, T tokens, D hidden size, I input channels, O out_features.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,9 @@ from torch.func import functional_call
 from lqer.components import require_positive
 from lqer.formats import NumberFormat
 from lqer.transforms.block_function import BlockFunction
-from lqer.transforms.block_problem import BlockProblem, BlockTransform, Prepared, Session
+from lqer.transforms.block_problem import BlockProblem
+from lqer.transforms.block_result import BlockResult
+from lqer.transforms.block_transform import BlockTransform, Progress, SaveState
 from lqer.transforms.folding import NO_ROW, Site, find_sites, fold_scale
 from lqer.transforms.tracing import watched_inputs
 
@@ -51,17 +53,23 @@ class Awq(BlockTransform):
         require_positive("ratios", self.ratios, self.kind)
         require_positive("samples", self.samples, self.kind)
 
-    def apply(self, problem: BlockProblem, prepared: Prepared, session: Session) -> Prepared:
-        if prepared.changed or prepared.starts:
-            raise ValueError("awq scales a block as it was: it comes before what else is done to the block")
-        session.progress(self.kind, 0, 1, None)
+    def apply(
+        self, problem: BlockProblem, result: BlockResult, progress: Progress, save_state: SaveState
+    ) -> BlockResult:
+        """Scale every input site that its scale can be folded into. Raises ValueError after another transform."""
+        if result.parameters or result.rounded:
+            raise ValueError("awq must be the first transform of a block")
+        progress(self.kind, 0, 1, None)
         ratios = [i / self.ratios for i in range(self.ratios)]
         batches = problem.inputs_STD[: self.samples].split(problem.batch_size)
         changed, found = scale_block(
             problem.call.without_rounding(), batches, problem.formats, ratios, problem.autocast
         )
-        # What follows sees norms as they are stored.
-        return Prepared(problem.as_kept(changed)).noted(self.kind, {site.site.linears[0]: site.ratio for site in found})
+        # Later parts must see norms as the checkpoint stores them.
+        stored = problem.in_stored_dtypes(changed)
+        return replace(result, parameters=stored).with_note(
+            self.kind, {site.site.linears[0]: site.ratio for site in found}
+        )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.blocks import BlockSize, from_blocks, to_blocks
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_function import BlockFunction
-from lqer.transforms.block_problem import BlockProblem, BlockTransform, Prepared, Session, unsupported_scales
+from lqer.transforms.block_problem import BlockProblem
+from lqer.transforms.block_result import BlockResult
+from lqer.transforms.block_transform import BlockTransform, Progress, SaveState, unsupported_scales
 from lqer.transforms.cancelling import cancelling_linears
 from lqer.transforms.tracing import trace, watched_inputs
 
@@ -53,23 +55,26 @@ class Clip(BlockTransform):
         return unsupported_scales(scheme.weight, ("int", "mxint", "mx"))
 
     @torch.no_grad()
-    def apply(self, problem: BlockProblem, prepared: Prepared, session: Session) -> Prepared:
-        session.progress(self.kind, 0, 1, None)
+    def apply(
+        self, problem: BlockProblem, result: BlockResult, progress: Progress, save_state: SaveState
+    ) -> BlockResult:
+        """Fix the scales of every linear to the clipped ranges with the smallest error."""
+        progress(self.kind, 0, 1, None)
         plain = problem.call.without_rounding()
         kept = cancelling_linears(plain, problem.inputs_STD[: problem.batch_size])
         block_sizes = {linear: number_format.block_size for linear, number_format in problem.formats.items()}
         with problem.in_autocast():
-            squares = hessian_blocks(plain, prepared.changed, problem.inputs_STD, problem.batch_size, block_sizes)
+            squares = hessian_blocks(plain, result.parameters, problem.inputs_STD, problem.batch_size, block_sizes)
         factors = tuple(1 - i / GRID for i in range(self.steps))
-        starts, means = {}, {}
+        rounded, means = {}, {}
         for linear, number_format in problem.formats.items():
-            weight_OI = prepared.weight(problem, linear)
+            weight_OI = result.weight(problem, linear)
             tried = factors[:1] if linear in kept else factors
             factor_ON = search_clipping(weight_OI, squares[linear], number_format, tried)
-            starts[linear] = quantize_clipped(weight_OI, number_format, factor_ON, factor_ON)
+            rounded[linear] = quantize_clipped(weight_OI, number_format, factor_ON, factor_ON)
             means[linear] = factor_ON.mean()
         note = {linear: float(mean) for linear, mean in means.items()}
-        return replace(prepared, starts={**prepared.starts, **starts}).noted(self.kind, note)
+        return replace(result, rounded={**result.rounded, **rounded}).with_note(self.kind, note)
 
 
 def hessian_blocks(

@@ -24,14 +24,9 @@ from lqer.components import require_choice, require_number, require_positive
 from lqer.formats import Int, NumberFormat, QuantizedTensor
 from lqer.formats.blocks import from_blocks, to_blocks
 from lqer.transforms.base import Scheme
-from lqer.transforms.block_problem import (
-    BlockProblem,
-    BlockTransform,
-    Prepared,
-    Session,
-    keep_nothing,
-    unsupported_scales,
-)
+from lqer.transforms.block_problem import BlockProblem
+from lqer.transforms.block_result import BlockResult
+from lqer.transforms.block_transform import BlockTransform, Progress, SaveState, save_nothing, unsupported_scales
 from lqer.transforms.clip import group_range, quantize_clipped
 
 START = 4.0
@@ -62,30 +57,36 @@ class Lwc(BlockTransform):
     def unsupported_reason(self, scheme: Scheme) -> str | None:
         return unsupported_scales(scheme.weight, ("int",))
 
-    def apply(self, problem: BlockProblem, prepared: Prepared, session: Session) -> Prepared:
-        weights = {f"{linear}.weight": prepared.weight(problem, linear) for linear in problem.formats}
+    def apply(
+        self, problem: BlockProblem, result: BlockResult, progress: Progress, save_state: SaveState
+    ) -> BlockResult:
+        """Learn the clipped ranges of every linear and fix its scales to them.
+
+        Raises ArithmeticError if the loss stops being finite.
+        """
+        weights = {f"{linear}.weight": result.weight(problem, linear) for linear in problem.formats}
         formats = {f"{linear}.weight": number_format for linear, number_format in problem.formats.items()}
         targets = [problem.targets_STD]
         if self.both_targets:
-            targets.append(problem.outputs(prepared.changed))
+            targets.append(problem.outputs(result.parameters))
         settings = ClippingSettings(self.epochs, self.batch_size, self.learning_rate, problem.autocast, problem.seed)
-        state = None if session.state is None else ClippingState.from_tensors(session.state)
+        state = ClippingState.from_tensors(result.part_state) if result.part_state else None
         losses = [] if state is None else state.losses.tolist()
 
-        def after_epoch(reached: ClippingState) -> None:
-            losses.append(float(reached.losses[-1]))
-            session.progress(self.kind, reached.epochs, self.epochs, losses[-1])
-            session.keep(reached.tensors())
+        def after_epoch(state: ClippingState) -> None:
+            losses.append(float(state.losses[-1]))
+            progress(self.kind, state.epochs, self.epochs, losses[-1])
+            save_state(replace(result, part_state=state.tensors()))
 
         factors = learn_clipping(
-            weights, formats, problem.with_changed(prepared.changed), problem.inputs_STD, targets, settings,
+            weights, formats, problem.with_parameters(result.parameters), problem.inputs_STD, targets, settings,
             state=state, after_epoch=after_epoch,
         )  # fmt: skip
-        starts = {
+        rounded = {
             linear: quantize_learnt(weights[f"{linear}.weight"], problem.formats[linear], factors[f"{linear}.weight"])
             for linear in problem.formats
         }
-        return replace(prepared, starts={**prepared.starts, **starts}).noted(self.kind, losses)
+        return replace(result, rounded={**result.rounded, **rounded}).with_note(self.kind, losses)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def learn_clipping(
     settings: ClippingSettings,
     fixed: Mapping[str, Tensor] | None = None,
     state: ClippingState | None = None,
-    after_epoch: Callable[[ClippingState], None] = keep_nothing,
+    after_epoch: Callable[[ClippingState], None] = save_nothing,
 ) -> dict[str, RangeFactors]:
     """The factors of every weight (O, I) in `weights`; `quantize_clipped` makes of them what was trained.
 

@@ -331,7 +331,7 @@ class TestMistakes:
                 ["transforms=['awq', 'clip']", "rounding=gptq"],
                 'transforms.1: must not be beside rounding "gptq", which fits its own scales (allowed: adapt',
             ),
-            (["transforms=['lwc']", "weight=w4"], "transforms.0: ranges are narrowed for weights of kind int"),
+            (["transforms=['lwc']", "weight=w4"], "transforms.0: only weights of kind int can be clipped"),
             (["transforms=['awq']", "propagate=original"], 'propagate: must be "quantized", or left out: awq work'),
             (
                 ["rounding=adaptive", "method=svdquant", "low_rank.rank=4"],

@@ -56,7 +56,7 @@ def assert_same_tensors(streamed: nn.Module, whole: nn.Module) -> None:
 def assert_is(opened: OpenedModel, whole: PreTrainedModel) -> None:
     """Blocks, surroundings, ties and configuration are those of the model loaded whole."""
     blocks = whole.get_submodule(opened.name)
-    for index, block in opened.loader.visits(opened.blocks, range(len(opened.blocks)), CPU):
+    for index, block in opened.loader.load_each(opened.blocks, range(len(opened.blocks)), CPU):
         assert_same_tensors(block, blocks[index])
     opened.loader.load_outer()
     outside = [name for name, _ in whole.named_parameters() if not name.startswith(f"{opened.name}.")]
@@ -255,7 +255,7 @@ class TestReadingAhead:
         blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
         read: list[int] = []
         loader = Streamed(lambda i: read.append(i) or {}, lambda *arguments: None, lambda: None, ahead=True)
-        for index, _ in loader.visits(blocks, [0, 2, 3], CPU):
+        for index, _ in loader.load_each(blocks, [0, 2, 3], CPU):
             wait_until(lambda index=index: len(read) == min(3, [0, 2, 3].index(index) + 2))
         assert read == [0, 2, 3]
 
@@ -265,7 +265,7 @@ class TestReadingAhead:
 
         loader = Streamed(read, lambda *arguments: None, lambda: None, ahead=True)
         with pytest.raises(OSError, match="the disk is gone"):
-            next(loader.visits(nn.ModuleList([nn.Linear(2, 2)]), [0], CPU))
+            next(loader.load_each(nn.ModuleList([nn.Linear(2, 2)]), [0], CPU))
 
 
 def wait_until(condition) -> None:
@@ -279,6 +279,6 @@ def wait_until(condition) -> None:
 
 def test_a_block_that_was_visited_holds_no_memory(saved):
     opened = open_model(resolve_model(str(saved("llama"))), torch.float32, CPU)
-    kept = [block for _, block in opened.loader.visits(opened.blocks, [0, 1], CPU)]
+    kept = [block for _, block in opened.loader.load_each(opened.blocks, [0, 1], CPU)]
     assert all(parameter.numel() == 0 for block in kept for parameter in block.parameters())
     assert all(parameter.is_meta for parameter in opened.blocks.parameters())

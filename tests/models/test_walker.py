@@ -65,11 +65,11 @@ def test_blocks_are_put_back_when_the_model_cannot_be_walked(random_model, windo
 def test_an_output_that_is_not_stored_leaves_the_hidden_states_as_they_are(random_model, windows_WT):
     runs = walk_blocks(OpenedModel.resident(random_model("llama"), CPU, Offload()), windows_WT, 2)
     run = next(runs)
-    states_WTD = run.stream.states_WTD.clone()
+    states_WTD = run.hidden.states_WTD.clone()
     outputs = [run.output(batch) for batch in range(3)]
-    assert torch.equal(run.stream.states_WTD, states_WTD)
+    assert torch.equal(run.hidden.states_WTD, states_WTD)
     run.forward()
-    assert torch.equal(run.stream.states_WTD, torch.cat(outputs))
+    assert torch.equal(run.hidden.states_WTD, torch.cat(outputs))
 
 
 def test_changes_made_to_a_block_during_its_visit_reach_the_next(random_model, windows_WT):
@@ -129,13 +129,13 @@ def test_blocks_may_return_a_tensor_or_a_tuple(returns_tuple):
 
 def test_a_model_that_changes_hidden_states_between_blocks_is_refused():
     model = Model(False, lambda block, hidden: block(hidden + 1))
-    with pytest.raises(ModelError, match="Model changes the hidden states between its blocks"):
+    with pytest.raises(ModelError, match="Model changes the hidden states between its decoder blocks"):
         walk(model, torch.ones(1, 3, dtype=torch.long))
 
 
 def test_a_model_that_passes_hidden_states_by_keyword_is_refused():
     model = Model(False, lambda block, hidden: block(hidden=hidden))
-    with pytest.raises(ModelError, match="Block is not called with its hidden states in first place"):
+    with pytest.raises(ModelError, match="Block must receive hidden_states as its first positional argument"):
         walk(model, torch.ones(1, 3, dtype=torch.long))
 
 

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import resident
+from killing import KilledError, dying_workspace
 
 from lqer.checkpoint.bits import average_bits
 from lqer.errors import ConfigError, ModelError
 from lqer.formats import E8P, MXInt
 from lqer.methods import METHODS, LinearPlan
-from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks
 from lqer.rounding import Ldlq
 from lqer.stages.allocate_ranks import allocate_ranks, check_budget, error_spectrum, measure_spectra, spectra_key
@@ -22,7 +23,6 @@ from lqer.stages.calibrate import CalibrationText, calibrate
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.statistics import Hessian
 from lqer.store.names import SITES_FILE, block_file, layers_file
-from lqer.store.offload import Offload
 from lqer.store.store import Store, Workspace
 from lqer.transforms import Hadamard
 
@@ -47,11 +47,7 @@ def calibration(model, windows_WT, store):
 
 def gathered(store, key, model, windows_WT):
     text = CalibrationText(windows_WT, 2, 8)
-    return store.obtain("calibrate", key, lambda ws: calibrate(ws, held(model), text, {Hessian()}))
-
-
-def held(model) -> OpenedModel:
-    return OpenedModel.resident(model, CPU, Offload())
+    return store.obtain("calibrate", key, lambda ws: calibrate(ws, resident(model), text, {Hessian()}))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +75,7 @@ def shapes(model, plans):
 
 @pytest.fixture(scope="module")
 def spectra(model, store, calibration, plans):
-    return store.obtain("spectra", 0, lambda ws: measure_spectra(ws, held(model), calibration, plans))
+    return store.obtain("spectra", 0, lambda ws: measure_spectra(ws, resident(model), calibration, plans))
 
 
 def test_energies_are_the_squared_singular_values_of_the_weighted_error(model, calibration, spectra, plans):
@@ -101,22 +97,11 @@ def test_energies_are_the_squared_singular_values_of_the_weighted_error(model, c
     assert not any(key.startswith("model.layers.1.mlp.up_proj.") for key in spectra.tensors(block_file(1)))
 
 
-class KilledError(Exception):
-    pass
-
-
-class Dying(Workspace):
-    def write_tensors(self, name, tensors):
-        if name == block_file(2):
-            raise KilledError
-        super().write_tensors(name, tensors)
-
-
-def test_an_interrupted_pass_goes_on_after_the_last_block(model, calibration, spectra, plans, tmp_path):
+def test_a_killed_pass_resumes_after_the_last_block(model, calibration, spectra, plans, tmp_path):
     with pytest.raises(KilledError):
-        measure_spectra(Dying(tmp_path), held(model), calibration, plans)
+        measure_spectra(dying_workspace(block_file(2))(tmp_path), resident(model), calibration, plans)
     written = (tmp_path / block_file(1)).stat().st_mtime_ns
-    measure_spectra(Workspace(tmp_path), held(model), calibration, plans)
+    measure_spectra(Workspace(tmp_path), resident(model), calibration, plans)
     assert (tmp_path / block_file(1)).stat().st_mtime_ns == written
     for i in range(BLOCKS):
         assert (tmp_path / block_file(i)).read_bytes() == (spectra.path / block_file(i)).read_bytes()
@@ -124,7 +109,7 @@ def test_an_interrupted_pass_goes_on_after_the_last_block(model, calibration, sp
 
 def quantized_rows(model, letter_tokenizer, calibration, plans, folder):
     workspace = Workspace(folder)
-    quantize(workspace, held(model), letter_tokenizer, calibration, QuantizeSettings(plans, None, 0))
+    quantize(workspace, resident(model), letter_tokenizer, calibration, QuantizeSettings(plans, None, 0))
     return [row for i in range(BLOCKS) for row in workspace.json(layers_file(i))]
 
 
@@ -216,4 +201,4 @@ def test_a_broken_weight_is_named(random_model, windows_WT, plans, tmp_path, sto
     calibration = gathered(store, "broken", model, windows_WT)
     model.model.layers[1].mlp.gate_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.gate_proj: 1 NaN"):
-        measure_spectra(Workspace(tmp_path), held(model), calibration, plans)
+        measure_spectra(Workspace(tmp_path), resident(model), calibration, plans)

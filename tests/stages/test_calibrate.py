@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from killing import KilledError, dying_workspace
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -218,9 +219,9 @@ def test_a_statistic_of_pairs_is_given_both_inputs_of_every_token(random_model, 
     for first in [next(run) for run in runs]:
         first.forward()
     original_run, changed_run = (next(run) for run in runs)
-    before_WTD = original_run.stream.states_WTD.clone()
+    before_WTD = original_run.hidden.states_WTD.clone()
     found = observe_block(changed_run, original_run, text, {Deviation()})
-    assert torch.equal(original_run.stream.states_WTD, before_WTD)
+    assert torch.equal(original_run.hidden.states_WTD, before_WTD)
     expected = [inputs_of_linears(model, windows_WT, BATCH_SIZE) for model in (original, changed)]
     for linear, site in found.sites.items():
         original_TI, x_TI = (torch.cat(inputs[linear]).double() for inputs in expected)
@@ -239,25 +240,12 @@ def test_both_runs_of_a_pair_may_be_of_one_block(random_model, windows_WT):
     assert all(not tensor.any() for name, tensor in found.tensors.items() if name.endswith(".deviation"))
 
 
-class KilledError(Exception):
-    pass
-
-
-class Dying(Workspace):
-    """Dies when the second block is about to be written."""
-
-    def write_tensors(self, name, tensors):
-        if name == block_file(1):
-            raise KilledError
-        super().write_tensors(name, tensors)
-
-
-def test_an_interrupted_calibration_goes_on_to_the_same_bytes(random_model, windows_WT, tmp_path):
+def test_a_killed_calibration_resumes_to_the_same_bytes(random_model, windows_WT, tmp_path):
     model = random_model("gemma3")
     run_calibration(tmp_path / "whole", model, windows_WT)
     resumed = tmp_path / "resumed"
     with pytest.raises(KilledError):
-        run_calibration(resumed, model, windows_WT, make=Dying)
+        run_calibration(resumed, model, windows_WT, make=dying_workspace(block_file(1)))
     assert (resumed / block_file(0)).exists()
     assert not (resumed / block_file(1)).exists()
     first_block_written = (resumed / block_file(0)).stat().st_mtime_ns

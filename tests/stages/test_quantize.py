@@ -9,16 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import resident, settings_for
+from killing import KilledError, dying_workspace
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
 from lqer.formats import MXInt
-from lqer.models.loaders import OpenedModel
-from lqer.models.structure import block_linears, find_blocks
-from lqer.stages.quantize import QuantizeSettings, quantization_key, quantize
+from lqer.stages.quantize import quantization_key, quantize
 from lqer.store.names import SITES_FILE, block_file, layers_file, spectra_file
-from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Workspace
 
 CPU = torch.device("cpu")
@@ -35,14 +34,8 @@ def quantized(random_model, run_stages, plan):
     return run_stages(random_model("llama", num_hidden_layers=4), plan)
 
 
-def settings_for(model: PreTrainedModel, plan) -> QuantizeSettings:
-    name, blocks = find_blocks(model)
-    plans = {f"{name}.{i}.{linear}": plan for i, block in enumerate(blocks) for linear in block_linears(block)}
-    return QuantizeSettings(plans, None, seed=0)
-
-
 def run_quantize(workspace: Workspace, model: PreTrainedModel, tokenizer, calibration: Artifact, plan) -> Workspace:
-    quantize(workspace, OpenedModel.resident(model, CPU, Offload()), tokenizer, calibration, settings_for(model, plan))
+    quantize(workspace, resident(model), tokenizer, calibration, settings_for(model, plan))
     return workspace
 
 
@@ -109,23 +102,13 @@ def test_spectra_of_the_first_middle_and_last_block_are_those_of_the_rounding_er
         )
 
 
-class KilledError(Exception):
-    pass
-
-
-class Dying(Workspace):
-    """Dies when the third block's tensors are about to be written: its rows are there already."""
-
-    def write_tensors(self, name, tensors):
-        if name == block_file(2):
-            raise KilledError
-        super().write_tensors(name, tensors)
-
-
-def test_an_interrupted_run_goes_on_to_the_same_bytes(quantized, letter_tokenizer, plan, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(quantized, letter_tokenizer, plan, tmp_path):
     resumed = tmp_path / "resumed"
     with pytest.raises(KilledError):
-        run_quantize(Dying(resumed), quantized.model, letter_tokenizer, quantized.calibration, plan)
+        # The third block's rows are there already.
+        run_quantize(
+            dying_workspace(block_file(2))(resumed), quantized.model, letter_tokenizer, quantized.calibration, plan
+        )
     written = {path: path.stat().st_mtime_ns for path in map(resumed.joinpath, map(block_file, range(2)))}
     run_quantize(Workspace(resumed), quantized.model, letter_tokenizer, quantized.calibration, plan)
     assert {path: path.stat().st_mtime_ns for path in written} == written

@@ -1,4 +1,4 @@
-"""The quantized stream against a whole model in memory whose weights are replaced block by block.
+"""Error propagation against a whole model in memory whose weights are replaced block by block.
 
 Shapes: I in_features, O out_features, T tokens of the whole text, W windows, D hidden size.
 """
@@ -7,29 +7,33 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import pytest
 import torch
+from helpers import resident, settings_for
+from killing import KilledError, dying_workspace
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.checkpoint.load import load_quantized
 from lqer.errors import ModelError
 from lqer.formats import Codebook, Int, MXInt
-from lqer.models.loaders import OpenedModel
 from lqer.models.source import load_model, resolve_model
 from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears, find_blocks
-from lqer.rounding import Gptq, Vector
+from lqer.nn.linear import output_error
+from lqer.rounding import Gptq, Nearest, Vector
 from lqer.rounding.gptq import gptq
-from lqer.stages import quantize_sequential
-from lqer.stages.calibrate import CalibrationText, observe_block
-from lqer.stages.quantize import QuantizeSettings, finish_checkpoint, quantization_key
-from lqer.stages.quantize_sequential import BlockChange, BlockTask, quantize_in_order, stream_key
+from lqer.stages.calibrate import CalibrationText
+from lqer.stages.quantize import finish_checkpoint, quantization_key
+from lqer.stages.quantize_sequential import quantize_in_order, stream_key
+from lqer.statistics import Statistic
 from lqer.store.names import block_file, layers_file
 from lqer.store.offload import Offload
 from lqer.store.store import Workspace
+from lqer.transforms import BlockTransform
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 2
@@ -46,22 +50,12 @@ def text(windows_WT) -> CalibrationText:
     return CalibrationText(windows_WT, BATCH_SIZE, 24)
 
 
-def held(model: PreTrainedModel) -> OpenedModel:
-    return OpenedModel.resident(model, CPU, Offload())
-
-
-def settings_for(model: PreTrainedModel, plan, attention=None) -> QuantizeSettings:
-    name, blocks = find_blocks(model)
-    plans = {f"{name}.{i}.{linear}": plan for i, block in enumerate(blocks) for linear in block_linears(block)}
-    return QuantizeSettings(plans, attention, seed=0)
-
-
-def run(folder, model, tokenizer, text, plan, attention=None, step=None, make=Workspace) -> Workspace:
-    """A checkpoint in `folder`, made on the quantized stream; the model is left as it is."""
+def run(folder, model, tokenizer, text, plan, attention=None, transforms=(), make=Workspace) -> Workspace:
+    """A checkpoint in `folder`, quantized with error propagation; the model is left as it is."""
     workspace = make(folder)
-    settings = settings_for(model, plan, attention)
-    quantize_in_order(workspace, held(model), held(copy.deepcopy(model)), text, settings, step)
-    finish_checkpoint(workspace, held(model), tokenizer, settings)
+    settings = settings_for(model, plan, attention, transforms=transforms)
+    quantize_in_order(workspace, resident(model), resident(copy.deepcopy(model)), text, settings)
+    finish_checkpoint(workspace, resident(model), tokenizer, settings)
     return workspace
 
 
@@ -150,34 +144,15 @@ def test_inputs_are_those_of_the_quantized_model_itself(
             assert row["output_error"] == pytest.approx(float(share), rel=1e-4), row["name"]
 
 
-class KilledError(Exception):
-    pass
-
-
-def dying_at(writes: int):
-    """A workspace class whose process dies at the write of that number."""
-
-    class Dying(Workspace):
-        count = 0
-
-        def write(self, name, write):
-            if Dying.count == writes:
-                raise KilledError
-            Dying.count += 1
-            super().write(name, write)
-
-    return Dying
-
-
 @pytest.mark.parametrize("writes", [0, 2, 4, 5, 7, 9, 12])
-def test_a_run_killed_at_any_write_goes_on_to_the_same_bytes(
+def test_a_run_killed_at_any_write_resumes_to_the_same_bytes(
     random_model, letter_tokenizer, text, gptq_plan, tmp_path, writes
 ):
     model = random_model("llama", num_hidden_layers=4)
     whole = run(tmp_path / "whole", model, letter_tokenizer, text, gptq_plan)
     resumed = tmp_path / "resumed"
     with pytest.raises(KilledError):
-        run(resumed, model, letter_tokenizer, text, gptq_plan, make=dying_at(writes))
+        run(resumed, model, letter_tokenizer, text, gptq_plan, make=dying_workspace(at_write=writes))
     written = {path: path.stat().st_mtime_ns for path in resumed.glob("block-*")}
     run(resumed, model, letter_tokenizer, text, gptq_plan)
     assert {path: path.stat().st_mtime_ns for path in written} == written
@@ -198,7 +173,9 @@ def test_a_model_read_block_by_block_gives_the_bytes_of_a_whole_one(
         def opened(dtype, kind=kind):
             offload = Offload(0, tmp_path / "offload")
             return (
-                open_model(source, dtype, CPU, offload) if kind == "streamed" else held(load_model(source, dtype, CPU))
+                open_model(source, dtype, CPU, offload)
+                if kind == "streamed"
+                else resident(load_model(source, dtype, CPU))
             )
 
         quantize_in_order(Workspace(tmp_path / kind), opened("auto"), opened(torch.float32), text, settings)
@@ -212,7 +189,7 @@ def test_a_model_read_block_by_block_gives_the_bytes_of_a_whole_one(
 def test_the_models_are_left_as_they_were(random_model, letter_tokenizer, text, gptq_plan, tmp_path):
     model = random_model("llama")
     running = copy.deepcopy(model)
-    quantize_in_order(Workspace(tmp_path), held(model), held(running), text, settings_for(model, gptq_plan))
+    quantize_in_order(Workspace(tmp_path), resident(model), resident(running), text, settings_for(model, gptq_plan))
     for name, tensor in random_model("llama").state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
         assert torch.equal(running.state_dict()[name], tensor), name
@@ -242,20 +219,17 @@ def test_the_key_says_that_the_stream_is_quantized_and_on_which_text(random_mode
     assert key() == key()
 
 
-class Seen:
-    """A block step that changes nothing and keeps what it was given."""
+@dataclass(frozen=True)
+class Recorder(BlockTransform):
+    """Changes nothing and stores the inputs and targets that it is given, and the block's outputs on three windows."""
 
-    def __init__(self):
-        self.inputs: list[Tensor] = []
-        self.targets: list[Tensor] = []
-        self.outputs: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
-    def __call__(self, task: BlockTask) -> BlockChange:
-        self.inputs.append(task.inputs_WTD.clone())
-        self.targets.append(task.targets_WTD.clone())
-        with torch.no_grad():
-            self.outputs.append(task.function({}, task.inputs_WTD[1:4]))
-        return BlockChange()
+    @torch.no_grad()
+    def apply(self, problem, result, progress, save_state):
+        outputs_WTD = problem.call({}, problem.inputs_STD[1:4])
+        self.seen.append((problem.inputs_STD.clone(), problem.targets_STD.clone(), outputs_WTD))
+        return result
 
 
 @torch.no_grad()
@@ -275,65 +249,122 @@ def hidden_states(model: PreTrainedModel, windows_WT: Tensor) -> list[tuple[Tens
 
 
 @pytest.mark.parametrize("attention", [None, ATTENTION], ids=["attention as it is", "quantized attention"])
-def test_a_block_step_sees_inputs_of_the_quantized_and_targets_of_the_original_model(
+def test_a_block_transform_sees_inputs_of_the_quantized_and_targets_of_the_original_model(
     random_model, letter_tokenizer, text, plan, tmp_path, attention
 ):
     model = random_model("gemma3")
-    seen = Seen()
+    recorder = Recorder()
     plan = replace(plan, weight=MXInt(bits=3))
-    run(tmp_path / "stepped", model, letter_tokenizer, text, plan, attention, seen)
+    run(tmp_path / "recorded", model, letter_tokenizer, text, plan, attention, [recorder])
     run(tmp_path / "plain", model, letter_tokenizer, text, plan, attention)
-    quantized = hidden_states(load_quantized(tmp_path / "stepped", CPU), text.windows_WT)
+    quantized = hidden_states(load_quantized(tmp_path / "recorded", CPU), text.windows_WT)
     original = hidden_states(model, text.windows_WT)
-    for i in range(3):
-        torch.testing.assert_close(seen.inputs[i], quantized[i][0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(seen.targets[i], original[i][1], rtol=1e-5, atol=1e-5)
-        # A step that changes nothing changes nothing.
+    assert len(recorder.seen) == 3
+    for i, (inputs_WTD, targets_WTD, _) in enumerate(recorder.seen):
+        torch.testing.assert_close(inputs_WTD, quantized[i][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(targets_WTD, original[i][1], rtol=1e-5, atol=1e-5)
+        # A transform that changes nothing changes nothing.
         name = block_file(i)
-        assert (tmp_path / "stepped" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-    if attention is None:
-        torch.testing.assert_close(seen.outputs[0], original[0][1][1:4], rtol=1e-5, atol=1e-5)
-    assert not torch.equal(seen.inputs[1], original[1][0])
+        assert (tmp_path / "recorded" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    torch.testing.assert_close(recorder.seen[0][2], original[0][1][1:4], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(recorder.seen[1][0], original[1][0])
 
 
-def test_what_a_block_step_makes_is_stored_and_runs(random_model, letter_tokenizer, text, plan, tmp_path, monkeypatch):
-    """It scales the inputs of gate and up, folds that into their norm, and rounds down_proj."""
+class PairsAccumulator:
+    def __init__(self):
+        self.pairs = []
+
+    def add(self, x_NI, original_NI, sampled_N):
+        self.pairs.append(torch.stack([x_NI, original_NI]))
+
+    def result(self):
+        return torch.cat(self.pairs, dim=1)
+
+
+@dataclass(frozen=True)
+class InputPairs(Statistic):
+    """All inputs (2, T, I): those in the quantized model and those in the original one."""
+
+    kind = "input-pairs"
+    needs_original: ClassVar[bool] = True
+
+    def accumulator(self, in_features, device, offload):
+        return PairsAccumulator()
+
+    def nbytes(self, in_features):
+        return 0
+
+
+@dataclass(frozen=True)
+class RecordingNearest(Nearest):
+    """Round-to-nearest that stores the input pairs it is given, linear after linear."""
+
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({InputPairs()})
+    seen: list[Tensor] = field(default_factory=list, compare=False)
+
+    def round(self, weight_OI, statistics, number_format):
+        self.seen.append(statistics["input-pairs"])
+        return super().round(weight_OI, statistics, number_format)
+
+
+@pytest.mark.parametrize("reconstructed", [False, True])
+def test_a_statistic_of_pairs_sees_the_inputs_of_both_models(
+    random_model, letter_tokenizer, text, plan, tmp_path, reconstructed
+):
+    rounding = RecordingNearest()
+    plan = replace(plan, method="none", rank=0, weight=MXInt(bits=3), rounding=rounding)
+    model = random_model("llama", num_hidden_layers=3)
+    transforms = [Recorder()] if reconstructed else []
+    run(tmp_path, model, letter_tokenizer, text, plan, ATTENTION, transforms)
+    quantized = hidden_states(load_quantized(tmp_path, CPU), text.windows_WT)
+    names = list(block_linears(model.model.layers[0]))
+    assert len(rounding.seen) == 3 * len(names)
+    for i, layer in enumerate(model.model.layers):
+        pairs = dict(zip(names, rounding.seen[i * len(names) :], strict=False))
+        normed_TI = layer.input_layernorm(quantized[i][0]).flatten(0, -2)
+        torch.testing.assert_close(pairs["self_attn.q_proj"][0], normed_TI, rtol=1e-5, atol=1e-5)
+        for name, x_TI in inputs_of_block(model, i, text.windows_WT).items():
+            torch.testing.assert_close(pairs[name][1], x_TI, rtol=1e-5, atol=1e-5)
+
+
+SCALE_I = torch.linspace(0.5, 2, 32)
+W2 = MXInt(bits=2)
+
+
+@dataclass(frozen=True)
+class ScaleAndRound(BlockTransform):
+    """Scales the inputs of gate and up, folds that into their norm, and rounds down_proj."""
+
+    def apply(self, problem, result, progress, save_state):
+        norm = "post_attention_layernorm.weight"
+        parameters = {norm: problem.call.block.get_parameter(norm).detach() / SCALE_I}
+        for linear in ("mlp.gate_proj", "mlp.up_proj"):
+            parameters[f"{linear}.weight"] = result.weight(problem, linear) * SCALE_I
+        rounded = {"mlp.down_proj": W2.quantize(result.weight(problem, "mlp.down_proj"))}
+        return replace(result, parameters=parameters, rounded=rounded)
+
+
+def test_the_result_of_a_block_transform_is_stored_and_runs(random_model, letter_tokenizer, text, plan, tmp_path):
     plan = replace(plan, method="qera-exact", weight=MXInt(bits=3))
     model = random_model("llama")
-    w2 = MXInt(bits=2)
-
-    def scale_and_round(task: BlockTask) -> BlockChange:
-        scale_I = torch.linspace(0.5, 2, 32)
-        parameters = {
-            f"mlp.{name}.weight": task.block.get_parameter(f"mlp.{name}.weight").detach() * scale_I
-            for name in ("gate_proj", "up_proj")
-        }
-        norm_I = task.block.get_parameter("post_attention_layernorm.weight").detach() / scale_I
-        rounded = {"mlp.down_proj": w2.quantize(task.block.get_parameter("mlp.down_proj.weight"))}
-        return BlockChange({**parameters, "post_attention_layernorm.weight": norm_I}, rounded)
-
-    seen = []
-
-    def observe(visit, run, text, requested):
-        statistics = observe_block(visit, run, text, requested)
-        seen.append(statistics.of(f"{visit.name}.mlp.gate_proj")["mean_square"])
-        return statistics
-
-    monkeypatch.setattr(quantize_sequential, "observe_block", observe)
-    run(tmp_path, model, letter_tokenizer, text, plan, step=scale_and_round)
+    # Output errors are judged on the inputs of all tokens.
+    text = replace(text, error_tokens=text.windows_WT.numel())
+    found = run(tmp_path, model, letter_tokenizer, text, plan, transforms=[ScaleAndRound()])
     loaded = load_quantized(tmp_path, CPU)
     for i, layer in enumerate(model.model.layers):
         mlp = loaded.model.layers[i].mlp
-        assert torch.equal(mlp.down_proj.weight, w2.fake_quantize(layer.mlp.down_proj.weight.detach()))
+        assert torch.equal(mlp.down_proj.weight, W2.fake_quantize(layer.mlp.down_proj.weight.detach()))
         assert mlp.down_proj.low_rank_a is not None
-        scale_I = torch.linspace(0.5, 2, 32)
         norm_I = loaded.model.layers[i].post_attention_layernorm.weight
-        torch.testing.assert_close(norm_I.data, layer.post_attention_layernorm.weight.detach() / scale_I)
-        rounded_OI = MXInt(bits=3).fake_quantize(layer.mlp.gate_proj.weight.detach() * scale_I)
+        torch.testing.assert_close(norm_I.data, layer.post_attention_layernorm.weight.detach() / SCALE_I)
+        rounded_OI = MXInt(bits=3).fake_quantize(layer.mlp.gate_proj.weight.detach() * SCALE_I)
         assert torch.equal(mlp.gate_proj.weight, rounded_OI)
-    # Statistics are those of what the step left.
-    unscaled = inputs_of_block(model, 0, text.windows_WT)["mlp.gate_proj"].square().mean(0)
-    torch.testing.assert_close(seen[0], unscaled / torch.linspace(0.5, 2, 32).square(), rtol=1e-4, atol=1e-6)
+    # Statistics are those of the transformed block.
+    x_TI = inputs_of_block(model, 0, text.windows_WT)["mlp.gate_proj"] / SCALE_I
+    weight_OI = model.model.layers[0].mlp.gate_proj.weight.detach() * SCALE_I
+    row = next(row for row in found.json(layers_file(0)) if row["name"].endswith("gate_proj"))
+    expected = output_error(weight_OI, MXInt(bits=3).fake_quantize(weight_OI), x_TI)
+    assert row["output_error_before"] == pytest.approx(expected, rel=1e-4)
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
 
 
@@ -344,8 +375,7 @@ def test_codes_on_a_gpu_are_those_of_a_cpu(random_model, letter_tokenizer, text,
     plan = replace(gptq_plan, weight=weight, rounding=Gptq() if isinstance(weight, Int) else Vector())
     model = random_model("llama")
     run(tmp_path / "cpu", model, letter_tokenizer, text, plan)
-    gpu = torch.device("cuda")
-    models = (OpenedModel.resident(copy.deepcopy(model), gpu, Offload()) for _ in range(2))
+    models = (resident(copy.deepcopy(model), "cuda") for _ in range(2))
     quantize_in_order(Workspace(tmp_path / "cuda"), *models, text, settings_for(model, plan))
     rows = {kind: Workspace(tmp_path / kind).json(layers_file(1)) for kind in ("cpu", "cuda")}
     for cpu, cuda in zip(rows["cpu"], rows["cuda"], strict=True):

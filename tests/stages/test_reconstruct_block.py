@@ -1,31 +1,31 @@
-"""Transforms and adaptive rounding as a step of the quantized stream: what is stored runs, what is killed goes on."""
+"""Block reconstruction with error propagation: the stored block runs, a killed run resumes."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from helpers import resident, settings_for
+from killing import KilledError, dying_workspace
 
 from lqer.checkpoint.load import load_quantized
 from lqer.errors import ModelError
 from lqer.formats import Int, MXInt
-from lqer.models.loaders import OpenedModel
-from lqer.models.structure import block_linears, find_blocks
+from lqer.models.structure import find_blocks
 from lqer.rounding import Adaptive, Nearest
 from lqer.rounding.adaptive import block_loss
 from lqer.stages import reconstruct_block
 from lqer.stages.calibrate import CalibrationText
-from lqer.stages.quantize import QuantizeSettings, finish_checkpoint, quantization_key
+from lqer.stages.quantize import finish_checkpoint, quantization_key
 from lqer.stages.quantize_sequential import quantize_in_order
-from lqer.stages.reconstruct_block import block_step, remove_states
 from lqer.store.names import block_file, layers_file, tuning_file
-from lqer.store.offload import Offload
 from lqer.store.store import Workspace
-from lqer.transforms import Awq, Clip, Lwc
+from lqer.transforms import Awq, BlockTransform, Clip, Lwc
 
 CPU = torch.device("cpu")
 W2 = Int(bits=2, block_size=16)
@@ -44,22 +44,10 @@ def text(windows_WT) -> CalibrationText:
     return CalibrationText(windows_WT, 2, 24)
 
 
-def settings_for(model, plan, transforms=AWQ_CLIP, attention=None, skip=()) -> QuantizeSettings:
-    name, blocks = find_blocks(model)
-    names = [f"{name}.{i}.{linear}" for i, block in enumerate(blocks) for linear in block_linears(block)]
-    plans = {linear: None if linear.endswith(tuple(skip)) and skip else plan for linear in names}
-    return QuantizeSettings(plans, attention, 0, transforms)
-
-
 def run(folder, model, tokenizer, text, settings, make=Workspace):
     workspace = make(folder)
-
-    def held():
-        return OpenedModel.resident(copy.deepcopy(model), CPU, Offload())
-
-    quantize_in_order(workspace, held(), held(), text, settings, block_step(workspace, settings, text.batch_size))
-    remove_states(workspace)
-    finish_checkpoint(workspace, held(), tokenizer, settings)
+    quantize_in_order(workspace, resident(copy.deepcopy(model)), resident(copy.deepcopy(model)), text, settings)
+    finish_checkpoint(workspace, resident(model), tokenizer, settings)
     return workspace
 
 
@@ -81,7 +69,7 @@ def test_the_last_loss_of_a_block_is_that_of_the_checkpoint_as_it_runs(
 ):
     """What is evaluated is what was trained: loaded from its files, the block is as far from the original as noted."""
     model = random_model(family)
-    found = run(tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan))
+    found = run(tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan, transforms=AWQ_CLIP))
     outputs = block_outputs(load_quantized(tmp_path, CPU), text.windows_WT)
     targets = block_outputs(model, text.windows_WT)
     for index, (output, target) in enumerate(zip(outputs, targets, strict=True)):
@@ -98,8 +86,8 @@ def test_a_low_rank_branch_reconstructs_what_rounding_left(
     plan = replace(adaptive_plan, weight=number_format)
     branch = replace(plan, method="qera-exact", rank=4)
     model = random_model("llama", num_hidden_layers=1)
-    alone = run(tmp_path / "alone", model, letter_tokenizer, text, settings_for(model, plan))
-    found = run(tmp_path / "branch", model, letter_tokenizer, text, settings_for(model, branch))
+    alone = run(tmp_path / "alone", model, letter_tokenizer, text, settings_for(model, plan, transforms=AWQ_CLIP))
+    found = run(tmp_path / "branch", model, letter_tokenizer, text, settings_for(model, branch, transforms=AWQ_CLIP))
     for row, other in zip(found.json(layers_file(0)), alone.json(layers_file(0)), strict=True):
         assert row["output_error_before"] == other["output_error"]
         assert row["output_error"] < other["output_error"]
@@ -116,7 +104,7 @@ def test_activations_attention_and_skipped_linears_take_part(
     plan = replace(adaptive_plan, weight=Int(bits=4, block_size="row"), activation=Int(bits=4, block_size="row"))
     attention = {"format": MXInt(bits=8).to_dict(), "blocks": "reduction"}
     model = random_model("qwen3", num_hidden_layers=2)
-    settings = settings_for(model, plan, attention=attention, skip=("down_proj",))
+    settings = settings_for(model, plan, attention, ("down_proj",), AWQ_CLIP)
     found = run(tmp_path, model, letter_tokenizer, text, settings)
     names = [row["name"] for row in found.json(layers_file(1))]
     assert len(names) == 6
@@ -131,41 +119,13 @@ def test_activations_attention_and_skipped_linears_take_part(
 
 def test_a_block_that_is_skipped_whole_is_left_as_it_was(random_model, letter_tokenizer, text, adaptive_plan, tmp_path):
     model = random_model("llama", num_hidden_layers=2)
-    settings = settings_for(model, adaptive_plan)
+    settings = settings_for(model, adaptive_plan, transforms=AWQ_CLIP)
     plans = {name: None if ".layers.0." in name else plan for name, plan in settings.plans.items()}
     found = run(tmp_path, model, letter_tokenizer, text, replace(settings, plans=plans))
     assert [tuning_file(index) in found for index in range(2)] == [False, True]
     stored = found.tensors(block_file(0))
     for name, tensor in model.model.layers[0].state_dict().items():
         assert torch.equal(stored[f"model.layers.0.{name}"], tensor)
-
-
-class KilledError(Exception):
-    pass
-
-
-def dying_at(writes: int, before_removal: bool = False):
-    """A workspace whose process dies at the write, or at the removal, of that number."""
-
-    class Dying(Workspace):
-        count = 0
-
-        def _step(self):
-            if Dying.count == writes:
-                raise KilledError
-            Dying.count += 1
-
-        def write(self, name, write):
-            if not before_removal:
-                self._step()
-            super().write(name, write)
-
-        def remove(self, name):
-            if before_removal:
-                self._step()
-            super().remove(name)
-
-    return Dying
 
 
 PARTS = {
@@ -183,7 +143,7 @@ def whole_run(random_model, letter_tokenizer, text, adaptive_plan, tmp_path_fact
     @functools.cache
     def of(parts: str):
         transforms, rounding = PARTS[parts]
-        settings = settings_for(model, replace(adaptive_plan, rounding=rounding), transforms)
+        settings = settings_for(model, replace(adaptive_plan, rounding=rounding), transforms=transforms)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
             return model, settings, run(tmp_path_factory.mktemp("whole"), model, letter_tokenizer, text, settings)
@@ -192,23 +152,23 @@ def whole_run(random_model, letter_tokenizer, text, adaptive_plan, tmp_path_fact
 
 
 @pytest.mark.parametrize(
-    ("parts", "writes", "before_removal"),
+    ("parts", "killed"),
     [
-        *(("awq, clip, adaptive", writes, False) for writes in (0, 1, 3, 4, 5, 7, 9)),
-        *(("awq, clip, adaptive", removals, True) for removals in (0, 4)),
-        *(("awq, lwc, adaptive", writes, False) for writes in (3, 6, 12)),
-        ("awq, lwc, adaptive", 5, True),
-        ("lwc", 2, False),
-        ("lwc", 7, False),
+        *(("awq, clip, adaptive", {"at_write": index}) for index in (0, 1, 3, 4, 5, 7, 9)),
+        *(("awq, clip, adaptive", {"at_removal": index}) for index in (0, 4)),
+        *(("awq, lwc, adaptive", {"at_write": index}) for index in (3, 6, 12)),
+        ("awq, lwc, adaptive", {"at_removal": 5}),
+        ("lwc", {"at_write": 2}),
+        ("lwc", {"at_write": 7}),
     ],
 )
-def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(
-    letter_tokenizer, text, tmp_path, monkeypatch, whole_run, parts, writes, before_removal
+def test_a_run_killed_anywhere_resumes_to_the_same_bytes(
+    letter_tokenizer, text, tmp_path, monkeypatch, whole_run, parts, killed
 ):
     monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
     model, settings, whole = whole_run(parts)
     with pytest.raises(KilledError):
-        run(tmp_path, model, letter_tokenizer, text, settings, dying_at(writes, before_removal))
+        run(tmp_path, model, letter_tokenizer, text, settings, dying_workspace(**killed))
     run(tmp_path, model, letter_tokenizer, text, settings)
     names = whole.names()
     assert not [name for name in names if name.startswith("state-")]
@@ -218,74 +178,84 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    ("writes", "kept", "left"),
-    [
-        (1, "01-0000", [("lwc", 1), ("lwc", 2), ("lwc", 3), ("rounding", 1), ("rounding", 2), ("rounding", 3)]),
-        (3, "01-0002", [("lwc", 3), ("rounding", 1), ("rounding", 2), ("rounding", 3)]),
-        (5, "02-0000", [("rounding", 1), ("rounding", 2), ("rounding", 3)]),
-        (7, "02-0002", [("rounding", 3)]),
-    ],
+    ("writes", "saved", "transforms", "steps"),
+    [(1, "01-0000", 1, 0), (3, "01-0002", 1, 2), (5, "02-0000", 2, 0), (7, "02-0002", 2, 2)],
 )
-def test_a_killed_block_goes_on_after_its_last_epoch_or_round(
-    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, monkeypatch, writes, kept, left
+def test_a_killed_block_resumes_after_its_last_epoch_or_round(
+    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, monkeypatch, caplog, writes, saved, transforms, steps
 ):
     monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
     model = random_model("llama", num_hidden_layers=1)
-    settings = settings_for(model, adaptive_plan, (Awq(), LWC))
+    settings = settings_for(model, adaptive_plan, transforms=(Awq(), LWC))
     with pytest.raises(KilledError):
-        run(tmp_path, model, letter_tokenizer, text, settings, dying_at(writes))
-    assert Workspace(tmp_path).names() == [f"state-00000-{kept}.safetensors"]
-    done = []
-    monkeypatch.setattr(reconstruct_block._Bar, "show", lambda bar, what, step, total, loss: done.append((what, step)))
-    run(tmp_path, model, letter_tokenizer, text, settings)
-    assert done == left
+        run(tmp_path, model, letter_tokenizer, text, settings, dying_workspace(at_write=writes))
+    assert Workspace(tmp_path).names() == [f"state-00000-{saved}.safetensors"]
+    with caplog.at_level("INFO"):
+        run(tmp_path, model, letter_tokenizer, text, settings)
+    done = f"transforms done: {transforms}/2, epochs or rounds of the next part done: {steps}"
+    assert f"model.layers.0: resuming ({done})" in caplog.messages
 
 
-def test_what_was_prepared_is_kept_and_not_made_again(letter_tokenizer, text, tmp_path, monkeypatch, whole_run):
-    """A second search or learning may end elsewhere, as on a GPU: rounding goes on under the scales it began with."""
+@dataclass(frozen=True)
+class CountingLwc(Lwc):
+    """Lwc that records each application."""
+
+    applied: list[str] = field(default_factory=list)
+
+    def apply(self, problem, result, progress, save_state):
+        self.applied.append("lwc")
+        return super().apply(problem, result, progress, save_state)
+
+
+def test_a_finished_transform_is_not_repeated(letter_tokenizer, text, tmp_path, monkeypatch, whole_run):
+    """Learning again may end elsewhere, as on a GPU: rounding resumes under the very scales it began with."""
     monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
     model, settings, whole = whole_run("awq, lwc, adaptive")
     with pytest.raises(KilledError):
-        run(tmp_path, model, letter_tokenizer, text, settings, dying_at(6))
-    made = []
-    original = Lwc.apply
-
-    def apply(self, problem, prepared, session):
-        made.append(problem)
-        return original(self, problem, prepared, session)
-
-    monkeypatch.setattr(Lwc, "apply", apply)
-    run(tmp_path, model, letter_tokenizer, text, settings)
-    assert len(made) == 1, "of the second block alone"
+        run(tmp_path, model, letter_tokenizer, text, settings, dying_workspace(at_write=6))
+    counting = CountingLwc(LWC.epochs, LWC.batch_size)
+    run(tmp_path, model, letter_tokenizer, text, replace(settings, transforms=(Awq(), counting)))
+    assert len(counting.applied) == 1, "to the second block alone"
     assert (tmp_path / block_file(0)).read_bytes() == (whole.path / block_file(0)).read_bytes()
 
 
-def test_a_block_that_diverges_is_named_and_its_last_sound_state_kept(
-    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, monkeypatch
-):
-    original, calls = reconstruct_block.tune_block, []
+@dataclass(frozen=True)
+class PoisonTargets(BlockTransform):
+    """Changes nothing; the targets become NaN in a later forward pass of the block."""
 
-    def poisoned(problem, transforms, rounding, state, keep, progress):
-        def poison(reached):
-            keep(reached)
-            if reached.learnt:
-                calls.append(reached)
+    at_pass: int
+
+    def apply(self, problem, result, progress, save_state):
+        passes = itertools.count()
+
+        def poison(*_):
+            if next(passes) == self.at_pass:
                 problem.targets_STD.fill_(torch.nan)
 
-        return original(problem, transforms, rounding, state, poison, progress)
+        problem.call.block.register_forward_hook(poison)
+        return result
 
-    monkeypatch.setattr(reconstruct_block, "tune_block", poisoned)
+
+def test_a_block_that_diverges_is_named_and_its_last_sound_state_saved(
+    random_model, letter_tokenizer, text, adaptive_plan, tmp_path
+):
+    # The loss at the start takes three passes (five windows by twos), a round four.
+    transforms = (*AWQ_CLIP, PoisonTargets(at_pass=3 + 4))
     model = random_model("llama")
     with pytest.raises(ModelError, match=r"model\.layers\.0: round 2 of 3 diverged: its loss is nan; the state before"):
-        run(tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan))
-    kept = Workspace(tmp_path).tensors("state-00000-02-0001.safetensors")
-    assert torch.equal(kept["learnt.v.mlp.up_proj.weight"], calls[0].learnt["v.mlp.up_proj.weight"])
+        run(tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan, transforms=transforms))
+    saved = Workspace(tmp_path).tensors("state-00000-03-0001.safetensors")
+    assert len(saved["part_state.losses"]) == 1
+    assert not any(tensor.isnan().any() for name, tensor in saved.items() if name.startswith("part_state."))
 
 
-def test_without_block_parts_there_is_no_step_and_the_key_names_those_that_are_there(random_model, plan, tmp_path):
+def test_without_block_transforms_no_block_is_reconstructed_and_the_key_names_them(
+    random_model, letter_tokenizer, text, plan, tmp_path
+):
     model = random_model("llama")
-    plain, scaled = settings_for(model, plan, ()), settings_for(model, plan, (Awq(),))
-    assert block_step(Workspace(tmp_path), plain, 2) is None
+    plain, scaled = settings_for(model, plan), settings_for(model, plan, transforms=(Awq(),))
+    found = run(tmp_path, model, letter_tokenizer, text, plain)
+    assert tuning_file(0) not in found
     keys = [quantization_key("c", "m", settings, CPU) for settings in (plain, scaled)]
     assert "transforms" not in keys[0]
     assert keys[1]["transforms"] == [Awq().to_dict()]

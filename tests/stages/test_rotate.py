@@ -77,7 +77,7 @@ def test_what_will_be_quantized_is_kept_in_float32_and_the_rest_in_the_dtype_of_
     rotate_in_place(exact, CPU, seed=0)
     opened = open_stored(basis, CPU)
     assert (opened.model.dtype, opened.model.lm_head.weight.dtype) == (torch.bfloat16, torch.bfloat16)
-    for index, block in opened.loader.visits(opened.blocks, range(2), CPU):
+    for index, block in opened.loader.load_each(opened.blocks, range(2), CPU):
         weight = exact.model.layers[index].mlp.up_proj.weight
         assert torch.equal(block.mlp.up_proj.weight, weight)
         assert not torch.equal(weight, weight.bfloat16().float())
