@@ -1,0 +1,100 @@
+"""Tiny random models of any causal architecture of the installed transformers, with a tokenizer of bytes.
+
+    python tests/campaigns/tiny.py KIND FOLDER        KIND is a model_type, as "gpt2"
+
+Exit status 0: saved; 3: it cannot be built small, and one line says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY = 257
+POSITIONS = 256
+MOST_PARAMETERS = 20e6
+CANNOT_BE_BUILT = 3
+# One size under every name that some configuration has for it.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "hidden_dim"], 64),
+    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"], 4),
+    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"], 4),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim"], 96),
+    **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len", "context_length"], POSITIONS),
+    **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], VOCABULARY),
+    **dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"], 0),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts"], 4),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 32),
+    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 16),
+    **dict.fromkeys(["head_dim", "query_pre_attn_scalar", "sliding_window", "chunk_size", "index_head_dim"], 16),
+    **dict.fromkeys(["n_mamba_heads", "mamba_n_heads", "mamba_d_conv", "index_n_heads"], 4),
+    **dict.fromkeys(["hidden_size_per_layer_input", "laurel_rank", "mamba_d_state", "index_topk"], 8),
+    **dict.fromkeys(["num_key_value_heads", "num_experts_per_tok", "encoder_layers", "num_kv_shared_layers"], 2),
+    **dict.fromkeys(["encoder_attention_heads", "mamba_expand"], 2),
+    **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace"], 1),
+    # Large enough that logits differ visibly between tokens.
+    **dict.fromkeys(["initializer_range", "init_std"], 0.1),
+}  # fmt: skip
+
+
+class CannotBeBuiltError(Exception):
+    """Why there is no tiny model of this kind."""
+
+
+def causal_kinds() -> list[str]:
+    """The model_type of every architecture that the installed transformers loads as a causal language model."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per byte, from 1 on; id 0 starts and ends a text."""
+    vocabulary = {token: index for index, token in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+
+
+def tiny_config(kind: str, **settings: Any) -> PretrainedConfig:
+    known = inspect.signature(type(AutoConfig.for_model(kind)).__init__).parameters
+    return AutoConfig.for_model(kind, **({key: SIZES[key] for key in SIZES if key in known} | settings))
+
+
+def build(folder: Path, kind: str = "llama", seed: int = 0, **settings: Any) -> None:
+    """Save a random float32 model and its tokenizer. Raises CannotBeBuiltError with the reason."""
+    try:
+        config = tiny_config(kind, **settings)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if parameters > MOST_PARAMETERS:
+            raise CannotBeBuiltError(f"{parameters / 1e6:.0f} M parameters")
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Norms and biases start as ones and zeros, which nobody would miss.
+                if parameter.ndim == 1 and parameter.is_floating_point():
+                    parameter += 0.05 * torch.randn_like(parameter)
+            model(input_ids=torch.arange(1, 65).view(2, 32), use_cache=False)
+        model.save_pretrained(folder)
+    except CannotBeBuiltError:
+        raise
+    except Exception as error:  # each architecture has ways of its own to dislike its sizes
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise CannotBeBuiltError(f"{type(error).__name__}: {reason}") from error
+    byte_tokenizer().save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    try:
+        build(Path(sys.argv[2]), sys.argv[1])
+    except CannotBeBuiltError as reason:
+        print(reason)
+        sys.exit(CANNOT_BE_BUILT)
