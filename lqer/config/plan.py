@@ -8,14 +8,12 @@ from typing import Any
 from lqer.components import did_you_mean
 from lqer.config.schema import NOT_QUANTIZED, Config
 from lqer.errors import ConfigError
-from lqer.formats import NumberFormat, Passthrough
+from lqer.formats import NumberFormat
 from lqer.methods import METHODS, CalderaSettings, LinearPlan
+from lqer.methods.base import DEFAULT_FACTOR
 from lqer.methods.caldera import CALDERA
 from lqer.models.summary import ModelSummary
 from lqer.transforms import LinearTransform
-
-# Where [quantize.low_rank] names no format, A and B are stored as halves.
-DEFAULT_FACTOR = Passthrough(dtype="float16")
 
 
 def plan_linear(config: Config, name: str) -> LinearPlan | None:

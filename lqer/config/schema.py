@@ -224,13 +224,12 @@ class EvaluationConfig(Section):
     downstream: DownstreamConfig | None = None
 
 
-class FinetuneConfig(Section):
-    """Which parts of the quantized checkpoint are trained, and on what; see lqer/stages/finetune.py."""
+class TrainingConfig(Section):
+    """Which parts of the quantized checkpoint are trained, and how; see lqer/stages/finetune.py."""
 
     parts: Annotated[tuple[Literal["rht_signs", "low_rank"], ...], Field(min_length=1)]
     # Of A (and rows of B), which are kept in bfloat16; the others stay as they were rounded.
     columns: Positive = 64
-    dataset: DatasetSpec = DatasetSpec(path="slimpajama-6b")
     num_samples: Positive = 192
     # Windows after those, held out: the best state on them is kept.
     validation_samples: Positive = 64
@@ -244,6 +243,17 @@ class FinetuneConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     # Chunk of all steps in which the rate rises to its full value, from which it falls to 0.
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02
+
+
+class FinetuneConfig(TrainingConfig):
+    """The training, and the text it uses."""
+
+    dataset: DatasetSpec = DatasetSpec(path="slimpajama-6b")
+
+    @property
+    def training(self) -> TrainingConfig:
+        """All but the text."""
+        return TrainingConfig(**self.model_dump(exclude={"dataset"}))
 
 
 class TrackingConfig(Section):

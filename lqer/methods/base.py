@@ -15,13 +15,13 @@ Shapes: I in_features, O out_features, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lqer.formats import NumberFormat, QuantizedTensor
+from lqer.formats import NumberFormat, Passthrough, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import Solver, reconstruct
@@ -35,6 +35,12 @@ Statistics = Mapping[str, Tensor]
 FactorBlocks = Literal["reduction", "reference", "long"]
 Propagation = Literal["original", "quantized"]
 FACTOR_AXES: dict[FactorBlocks, tuple[int, int]] = {"reduction": (0, 0), "reference": (1, 1), "long": (0, 1)}
+
+# Where [quantize.low_rank] names no format, A and B are stored in half precision.
+DEFAULT_FACTOR = Passthrough(dtype="float16")
+NO_FACTORS: dict[str, Any] = {
+    "factor": DEFAULT_FACTOR, "factor_b": None, "factor_blocks": "reduction", "solver": "auto", "iterations": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,29 +70,12 @@ class LinearPlan:
     caldera: CalderaSettings | None = None
 
     def without_low_rank(self) -> LinearPlan:
-        """The same formats and rounding without reconstruction."""
-        return replace(self, method="none", rank=0, caldera=None)
+        """The same formats and rounding without reconstruction; plans that differ by A and B alone become equal."""
+        return replace(self, method="none", rank=0, caldera=None, **NO_FACTORS)
 
-    def to_dict(self) -> dict[str, Any]:
-        """What decides the outcome, by value: the names that a configuration gave its formats do not matter to it."""
-        return {
-            "method": self.method,
-            "weight": self.weight.to_dict(),
-            "activation": self.activation and self.activation.to_dict(),
-            "bias": self.bias and self.bias.to_dict(),
-            "rounding": self.rounding.to_dict(),
-            "low_rank": self.rank
-            and {
-                "rank": self.rank,
-                "format": self.factor.to_dict(),
-                "blocks": self.factor_blocks,
-                "solver": self.solver,
-                "iterations": self.iterations,
-                **({} if self.factor_b is None else {"format_b": self.factor_b.to_dict()}),
-                **({} if self.caldera is None else {"caldera": asdict(self.caldera)}),
-            },
-            **({} if self.transform is None else {"transform": {**self.transform.to_dict(), "seed": self.seed}}),
-        }
+    def without_factors(self) -> LinearPlan:
+        """Only what decides the rounding of W and the metric of its error."""
+        return replace(self, rank=None, activation=None, bias=None, **NO_FACTORS)
 
     @property
     def factor_axes(self) -> tuple[int, int]:

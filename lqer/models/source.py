@@ -34,6 +34,11 @@ class ModelSource:
     description: str
     load_args: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def identity(self) -> str:
+        """What stands for the model in the key of a stage."""
+        return self.fingerprint
+
 
 def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     """Find a model by hub id, local folder, .safetensors or .gguf file, or `demo:` name.

@@ -39,7 +39,7 @@ def write_collection(table: pd.DataFrame, out: Path) -> list[Path]:
     """Write results.csv, results.md and one pareto-*.png per measurement. Returns their paths."""
     csv, md = out / "results.csv", out / "results.md"
     shown = table.dropna(axis="columns", how="all")
-    write_atomically(csv, lambda beside: table.to_csv(beside, index=False, float_format="%.6g"))
+    write_atomically(csv, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g"))
     write_text(md, markdown_table(shown) + "\n")
     paths = [csv, md]
     for (model, dataset, protocol, seq_len, _), group in table.dropna(subset=["perplexity"]).groupby(SAME_MEASUREMENT):

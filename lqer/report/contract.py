@@ -32,7 +32,7 @@ CLASSES = (
 
 
 def render() -> str:
-    """The page: every TypedDict of the contract as it stands in the code."""
+    """The page: the source of every TypedDict of the contract."""
     source = "\n\n\n".join(inspect.getsource(cls).rstrip() for cls in CLASSES)
     return f"{INTRODUCTION}\n```python\n{source}\n```\n"
 

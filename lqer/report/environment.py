@@ -1,4 +1,4 @@
-"""What a run ran on and with: library versions, the device by name, peak memory."""
+"""The environment of a run: library versions, device name, peak memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device, all_gpus: bool = False) -> int:
-    """The most this process has held: allocated on the GPU (on all of them, summed), else resident."""
+    """Peak memory of this process: allocated on the GPU (summed over all GPUs if asked for), else resident."""
     if device.type == "cuda":
         gpus = range(torch.cuda.device_count()) if all_gpus else [device]
         return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
@@ -43,7 +43,7 @@ def peak_memory_bytes(device: torch.device, all_gpus: bool = False) -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process has had resident since it was started."""
+    """Peak resident memory since the process started."""
     status = Path("/proc/self/status")
     if status.exists():
         # ru_maxrss would do, but on Linux a process starts with that of the one it was forked from.

@@ -1,4 +1,4 @@
-"""The figures of a report: of weights and their errors, of what alternates or is learnt, ranks, perplexities.
+"""The figures of a report: spectra of weights and errors, optimization losses, ranks, perplexities.
 
 Colours are of the Okabe-Ito palette, which stays apart for colour-blind readers; the same model kind has the same
 colour in every figure.
@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lqer.report.naming import PLAIN
+from lqer.report.naming import RTN
 from lqer.results import PerplexityRow
 
 COLOURS = {"original": "#000000", "plain": "#D55E00", "quantized": "#0072B2"}
@@ -43,7 +43,7 @@ STYLE: dict[Any, Any] = {
 
 
 def save_singular_values(path: Path, spectra: Mapping[str, np.ndarray], linears: Sequence[str], rank: int) -> None:
-    """One panel per linear of a block: how fast the rounding error's singular values fall, plain and scaled.
+    """One panel per linear of a block: the singular values of the rounding error, unscaled and activation-scaled.
 
     spectra: "<linear>.plain" and "<linear>.scaled", descending; each curve is divided by its own first value.
     """
@@ -75,7 +75,7 @@ def save_singular_values(path: Path, spectra: Mapping[str, np.ndarray], linears:
 
 
 def save_weight_singular_values(path: Path, spectra: Mapping[str, np.ndarray], linears: Sequence[str]) -> None:
-    """The singular value profile of every weight of a block: how much of it a low-rank part can take.
+    """The singular values of every weight of a block.
 
     spectra: "<linear>.weight", descending; each curve is divided by its own first value.
     """
@@ -155,7 +155,7 @@ def save_output_errors(path: Path, layers: pd.DataFrame) -> None:
 
 
 def save_block_losses(path: Path, losses: Sequence[Sequence[float]]) -> None:
-    """How the loss of every decoder block fell while something in it was learnt, each over its own first value.
+    """The reconstruction loss of every decoder block, relative to its first value.
 
     losses: per block the loss at the start and after every round or epoch; that of a round is the mean of its steps.
     """
@@ -207,14 +207,14 @@ def save_ranks(path: Path, layers: pd.DataFrame, title: str) -> None:
 
 
 def _places(names: pd.Series) -> pd.DataFrame:
-    """The decoder block of each linear, and its name in there."""
+    """The decoder block of each linear, and its name within the block."""
     return names.str.extract(r"\.(?P<block>\d+)\.(?P<kind>.+)$").astype({"block": int})
 
 
 def save_perplexities(
     path: Path, rows: Sequence[PerplexityRow], names: Mapping[str, str], bits: Mapping[str, float]
 ) -> None:
-    """One group of bars per dataset: original, plain rounding where evaluated, quantized, named by `names`."""
+    """One group of bars per dataset: original, RTN if evaluated, quantized, labelled by `names`."""
     kinds = [kind for kind in COLOURS if any(row[kind] is not None for row in rows)]  # type: ignore[literal-required]
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(max(4.0, 1.6 + 1.8 * len(rows)), 3))
@@ -236,9 +236,9 @@ def save_perplexities(
 
 
 def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
-    """Perplexity over average bits, one point per run, with the front of points that no other beats in both.
+    """Perplexity over average bits, one point per run, with the Pareto front.
 
-    Plain rounding, where runs evaluated it beside their method, is a point of its own. The perplexity axis is
+    RTN, where a run evaluated it as a baseline, is a point of its own. The perplexity axis is
     logarithmic once it spans more than a factor of LOG_SPAN.
     """
     points = _with_plain_points(table)
@@ -264,12 +264,12 @@ def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
 def _with_plain_points(table: pd.DataFrame) -> pd.DataFrame:
     points = table[["method", "bits", "perplexity"]]
     plain = table[["plain_bits", "plain"]].dropna().drop_duplicates()
-    plain = plain.set_axis(["bits", "perplexity"], axis="columns").assign(method=PLAIN)
+    plain = plain.set_axis(["bits", "perplexity"], axis="columns").assign(method=RTN)
     return pd.concat([points, plain], ignore_index=True).drop_duplicates()
 
 
 def pareto_front(points: pd.DataFrame) -> pd.DataFrame:
-    """The rows for which no other has at most the bits and less perplexity, by growing bits."""
+    """The rows on the Pareto front (no other row has at most the bits and less perplexity), by increasing bits."""
     ordered = points.dropna(subset=["bits", "perplexity"]).sort_values(["bits", "perplexity"])
     return ordered[ordered["perplexity"] < ordered["perplexity"].cummin().shift(fill_value=np.inf)]
 

@@ -1,22 +1,22 @@
-"""What a scheme is called where it stands beside others: by the parts that it is made of."""
+"""Names of schemes in tables and figures: the parts they are composed of."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-PLAIN = "plain rounding"
+RTN = "RTN"
 
 
 def scheme_name(quantize: Mapping[str, Any]) -> str:
-    """Transforms, rounding and method of a resolved [quantize] table, what adds nothing left out."""
+    """Transforms, rounding and method of a resolved [quantize] table; parts that do nothing are omitted."""
     method = quantize["method"]
-    return " + ".join([*_rounded_by(quantize), *([] if method == "none" else [method])]) or PLAIN
+    return " + ".join([*_rounded_by(quantize), *([] if method == "none" else [method])]) or RTN
 
 
 def plain_name(quantize: Mapping[str, Any]) -> str:
-    """The same without reconstruction."""
-    return " + ".join(_rounded_by(quantize)) or PLAIN
+    """The same without low-rank reconstruction."""
+    return " + ".join(_rounded_by(quantize)) or RTN
 
 
 def _rounded_by(quantize: Mapping[str, Any]) -> list[str]:

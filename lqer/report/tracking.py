@@ -1,4 +1,4 @@
-"""Hands a finished run to an experiment tracker. Neither tracker is imported unless the configuration asks for it."""
+"""Logs a finished run to an experiment tracker, which is imported only if the configuration asks for it."""
 
 from __future__ import annotations
 

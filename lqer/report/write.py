@@ -65,9 +65,9 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def write_run(
     folder: Path, results: Results, rows: Sequence[Mapping[str, Any]], checkpoint: Artifact, blocks: int
 ) -> None:
-    """Write everything a reader looks at; results.json comes last, so that its presence says the run is complete."""
+    """Write all files of the report; results.json is last, so that its presence marks a complete run."""
     layers = layers_table(rows)
-    write_atomically(folder / LAYERS_FILE, lambda beside: layers.to_csv(beside, index=False, float_format="%.6g"))
+    write_atomically(folder / LAYERS_FILE, lambda temporary: layers.to_csv(temporary, index=False, float_format="%.6g"))
     middle = spectra_file(blocks // 2)
     if middle in checkpoint:
         spectra = {name: tensor.numpy() for name, tensor in checkpoint.tensors(middle).items()}
@@ -85,8 +85,8 @@ def write_run(
         title = f"Ranks within {results['config']['quantize']['low_rank']['budget_bits']:g} bits per weight"
         figures.save_ranks(folder / RANKS_FIGURE, layers, title)
     notes = block_notes(checkpoint, blocks)
-    if any(_learnt(note) for note in notes):
-        figures.save_block_losses(folder / LOSSES_FIGURE, [_learnt(note) for note in notes])
+    if any(_losses(note) for note in notes):
+        figures.save_block_losses(folder / LOSSES_FIGURE, [_losses(note) for note in notes])
     if results["perplexity"]:
         figures.save_perplexities(
             folder / PERPLEXITY_FIGURE, results["perplexity"], _kind_names(results), _bits_by_kind(results)
@@ -97,12 +97,12 @@ def write_run(
 
 
 def block_notes(checkpoint: Artifact, blocks: int) -> list[dict[str, Any]]:
-    """What was found while each block was transformed and rounded as a whole; empty where nothing was."""
+    """The notes of block reconstruction, one per block; empty without it."""
     return [checkpoint.json(tuning_file(i)) for i in range(blocks) if tuning_file(i) in checkpoint]
 
 
-def _learnt(note: Mapping[str, Any]) -> list[float]:
-    """A block's losses while something was learnt: from the start on, of every round, and at the end."""
+def _losses(note: Mapping[str, Any]) -> list[float]:
+    """The losses of a block's optimization: at the start, after every round, at the end."""
     loss = note.get("loss", {})
     if "rounds" in loss:
         return [loss["start"], *loss["rounds"], loss["end"]]
@@ -122,7 +122,7 @@ def _kind_names(results: Results) -> dict[str, str]:
 
 
 def summary_table(results: Results) -> str:
-    """The table that a run ends with: one row per evaluation, one column per kind of model (markdown)."""
+    """The table printed at the end of a run: one row per evaluation, one column per candidate (markdown)."""
     kinds = ["original", *(["plain"] if results["baseline"] is not None else []), "quantized"]
     names = _kind_names(results)
     bits = _bits_by_kind(results)
@@ -153,7 +153,7 @@ def render_report(
     with_steps: bool,
     notes: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """report.md: what was compared, on what, and how each layer fared."""
+    """report.md: the comparison, its protocol, and the errors of single layers."""
     model, calibration, bits, seconds = results["model"], results["calibration"], results["bits"], results["seconds"]
     quantize = results["config"]["quantize"]
     worst = layers.nlargest(5, "output_error")[["name", "rank", "bits", "output_error_before", "output_error"]]
@@ -163,7 +163,7 @@ def render_report(
     pictures += [ERROR_FIGURE, *([SPECTRA_FIGURE, WEIGHT_SPECTRA_FIGURE] if with_spectra else [])]
     pictures += [STEPS_FIGURE] if with_steps else []
     pictures += [RANKS_FIGURE] if results["allocation"] is not None else []
-    pictures += [LOSSES_FIGURE] if any(_learnt(note) for note in notes) else []
+    pictures += [LOSSES_FIGURE] if any(_losses(note) for note in notes) else []
     shown = "\n\n".join(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     paragraphs = [
@@ -171,7 +171,7 @@ def render_report(
         f"{model['name']} ({model['architecture']}, {model['parameters'] / 1e6:.1f}M parameters; {share:.0%} of them "
         f"quantized).\n{model['description']}",
         summary_table(results),
-        f"Bits are charged in full: {_shown_bits(bits)}.\n"
+        f"Bits per quantized weight, everything stored included: {_shown_bits(bits)}.\n"
         f"Method `{quantize['method']}`, weights `{quantize['weight']}`, activations `{quantize['activation']}`, "
         f"attention operands `{quantize['attention']}`{_shown_transforms(quantize)}.",
         *_allocation_paragraphs(results),
@@ -180,9 +180,9 @@ def render_report(
         *_finetune_paragraphs(results),
         f"- calibrated on {calibration['source']}: {calibration['tokens']} tokens\n{evaluations}",
         shown,
-        f"The five linears with the largest output error (all of them: `{results['layers']['file']}`):",
+        f"The five linears with the largest output error (all linears: `{results['layers']['file']}`):",
         markdown_table(worst),
-        f"Made in {seconds['calibrate']:.1f} s calibration + {seconds['quantize']:.1f} s quantization + "
+        f"Time: {seconds['calibrate']:.1f} s calibration + {seconds['quantize']:.1f} s quantization + "
         f"{seconds['evaluate']:.1f} s evaluation on {results['device']}; peak memory "
         f"{results['peak_memory_bytes'] / 2**30:.2f} GiB.\nVersions: {versions}.",
     ]
@@ -195,27 +195,27 @@ def _shown_transforms(quantize: Mapping[str, Any]) -> str:
 
 
 def _damping_paragraphs(layers: pd.DataFrame) -> list[str]:
-    """How often a matrix of inputs was not positive definite; nothing where it never happened."""
+    """How often a Hessian was not positive definite; empty if never."""
     raised = layers[layers["damping_raises"] > 0]
     if raised.empty:
         return []
     return [
         f"Damping had to be raised {int(raised['damping_raises'].sum())} times, in {len(raised)} linears "
-        "(`damping_raises` in layers.csv): the inputs of calibration say little about some of their directions."
+        "(`damping_raises` in layers.csv): the calibration set is too small to estimate their Hessians."
     ]
 
 
 def _finetune_paragraphs(results: Results) -> list[str]:
-    """What fine-tuning gained on held-out windows."""
+    """The held-out loss before and after fine-tuning."""
     finetune = results["finetune"]
     if finetune is None:
         return []
     losses = finetune["validation_loss"]
     return [
         f"Fine-tuned ({', '.join(finetune['parts'])}) for {len(losses) - 1} epochs of {finetune['tokens']} tokens in "
-        f"{results['seconds']['finetune']:.1f} s: loss on held-out windows {losses[0]:.4f}, after epoch "
-        f"{finetune['best_epoch']}, whose state is evaluated, {losses[finetune['best_epoch']]:.4f}. Errors of single "
-        "linears are those of before."
+        f"{results['seconds']['finetune']:.1f} s. Loss on held-out windows: {losses[0]:.4f} before, "
+        f"{losses[finetune['best_epoch']]:.4f} after epoch {finetune['best_epoch']}, which is the one evaluated. "
+        "Errors of single linears were measured before fine-tuning."
     ]
 
 
@@ -230,33 +230,33 @@ def _shown_bits(bits: Bits) -> str:
 
 
 def _allocation_paragraphs(results: Results) -> list[str]:
-    """How the ranks under a budget compare with a uniform one."""
+    """The allocated ranks compared with a uniform rank."""
     allocation = results["allocation"]
     if allocation is None:
         return []
     budget = results["config"]["quantize"]["low_rank"]["budget_bits"]
     return [
-        f"Ranks were shared out within {budget:g} bits per weight; the model takes "
+        f"Ranks were allocated within {budget:g} bits per weight; the model uses "
         f"{results['bits']['average']:.4f}. The sum of the linears' relative errors under the method's metric is "
-        f"{allocation['objective']:.5g}; one rank for all, {allocation['uniform_rank']} at "
-        f"{allocation['uniform_bits']:.4f} bits, leaves {allocation['uniform_objective']:.5g} (A and B not rounded)."
+        f"{allocation['objective']:.5g}; a uniform rank of {allocation['uniform_rank']} "
+        f"({allocation['uniform_bits']:.4f} bits) gives {allocation['uniform_objective']:.5g} (A and B not rounded)."
     ]
 
 
 def _block_paragraphs(notes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The squared error of every block's output before and after its rounding was trained."""
+    """The block output error before and after adaptive rounding."""
     losses = [note["loss"] for note in notes if "start" in note.get("loss", {})]
     if not losses:
         return []
     shown = ", ".join(f"{loss['start']:.4g} → {loss['end']:.4g}" for loss in losses)
     return [
-        "Squared error of each block's output per token of the calibration text, against the original block on the "
-        f"original stream, as adaptive rounding found and as it left it, block by block: {shown}."
+        "Squared output error per calibration token, block by block, before → after adaptive rounding (reference: the "
+        f"original block on the original model's hidden states): {shown}."
     ]
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    """A table as markdown: numbers to five significant digits, absent ones as a dash."""
+    """A table as markdown: numbers with five significant digits, missing values as a dash."""
     lines = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
     for row in table.itertuples(index=False):
         lines.append("| " + " | ".join(map(_cell, row)) + " |")

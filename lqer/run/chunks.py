@@ -1,4 +1,4 @@
-"""Shares of the work on a model's decoder blocks: `--chunk 2/4` is the second of four, counted from one."""
+"""Chunks of a model's decoder blocks: `--chunk 2/4` is the second of four, counted from 1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lqer.errors import ConfigError
 
 @dataclass(frozen=True)
 class Chunk:
-    """The `index`-th of `count` shares, counted from 1."""
+    """The `index`-th of `count` chunks, counted from 1."""
 
     index: int
     count: int
@@ -19,7 +19,7 @@ class Chunk:
         return f"{self.index}/{self.count}"
 
     def blocks(self, total: int) -> range:
-        """The share of `total` blocks: neighbours; shares differ by one block at most, and may be empty."""
+        """The contiguous blocks of this chunk; sizes differ by at most one, and a chunk may be empty."""
         return range((self.index - 1) * total // self.count, self.index * total // self.count)
 
 
@@ -28,7 +28,7 @@ def parse_chunk(text: str) -> Chunk:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None:
         raise ConfigError(f"--chunk: must have the form i/n, such as 2/4; found {text!r}")
-    share = Chunk(int(match[1]), int(match[2]))
-    if not 1 <= share.index <= share.count:
-        raise ConfigError(f"--chunk: i must lie between 1 and n; found {text!r}")
-    return share
+    chunk = Chunk(int(match[1]), int(match[2]))
+    if not 1 <= chunk.index <= chunk.count:
+        raise ConfigError(f"--chunk: i must be between 1 and n; found {text!r}")
+    return chunk

@@ -1,4 +1,4 @@
-"""What every stage of one run shares: the configuration, resolved as far as that goes before any work is done."""
+"""The context of a run: the configuration, with the model, the plans and the device resolved before any work."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from lqer.store.offload import Offload
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every stage of one run shares; `quantize_source` is the original `source` or, under QuaRot, its rotation."""
+    """One run; `plans` holds None for a linear that is skipped."""
 
     config: Config
     source: ModelSource
-    quantize_source: ModelSource
     summary: ModelSummary
     plans: dict[str, LinearPlan | None]
     device: torch.device
@@ -35,12 +34,12 @@ class RunContext:
         return Path(self.config.output_dir) / "store"
 
     def offload(self) -> Offload:
-        """Memory for hidden states and statistics within calibration.max_memory; what exceeds it lies in the store."""
+        """Memory for hidden states and statistics, up to calibration.max_memory; beyond it, files in the store."""
         return Offload(self.config.calibration.max_bytes, self.store_path)
 
 
 def prepare(config: Config) -> RunContext:
-    """Resolve everything that can be wrong before any work is done. Raises LqerError."""
+    """Resolve and check everything that can be checked before any work. Raises LqerError."""
     device = pick_device(config.device)
     source = resolve_model(config.model, config.revision)
     summary = summarize_model(source)
@@ -58,9 +57,9 @@ def prepare(config: Config) -> RunContext:
     formats = {name: (plan.weight, plan.activation) for name, plan in plans.items() if plan is not None}
     wanted = config.evaluation.backend
     if wanted == "auto" and config.finetune is not None and "low_rank" in config.finetune.parts:
-        wanted = "emulate"  # kernels run one A and one B, not trained columns beside them
+        wanted = "emulate"  # kernels do not support fine-tuned columns of A and B
     backend = resolve_backend(wanted, device, dtype, formats)
-    return RunContext(config, source, source, summary, plans, device, dtype, backend)
+    return RunContext(config, source, summary, plans, device, dtype, backend)
 
 
 def _path(name: str | None) -> Path | None:

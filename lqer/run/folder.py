@@ -1,4 +1,4 @@
-"""The folder of a run, <output_dir>/<tag>: the resolved configuration, its log, and a link to its checkpoint."""
+"""The folder of a run, <output_dir>/<tag>: the resolved configuration, the log, and a link to the checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def begin_run(config: Config) -> Path:
-    """The folder with the configuration in it, and without the results of an earlier run."""
+    """Create the folder, write the configuration, and remove the results of an earlier run."""
     folder = Path(config.output_dir) / config.tag
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG_FILE, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
@@ -32,7 +32,7 @@ def begin_run(config: Config) -> Path:
 
 @contextmanager
 def logging_to(folder: Path) -> Iterator[None]:
-    """Everything that is logged goes to the folder's file as well, and the exception that ends the run."""
+    """Copy the log to a file in the folder, with the traceback of an exception that ends the run."""
     handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
@@ -41,7 +41,7 @@ def logging_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # To the file alone, with its traceback: the console gets its one line from the command line's own handler.
+        # To the file only: the command line prints its own line.
         handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (error,), sys.exc_info()))
         raise
     finally:
@@ -50,7 +50,7 @@ def logging_to(folder: Path) -> Iterator[None]:
 
 
 def link_checkpoint(folder: Path, checkpoint: Path) -> None:
-    """Point the folder's link at the artifact, replacing what an earlier run with this tag left."""
+    """Link the artifact, replacing the link of an earlier run with this tag."""
     link = folder / CHECKPOINT_LINK
     if link.is_symlink() or link.exists():
         link.unlink()

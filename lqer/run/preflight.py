@@ -1,4 +1,4 @@
-"""What can be said of a run before it starts: `--validate`, and the estimate of what it takes."""
+"""Checks before a run: `--validate`, and the estimate of the memory and disk that it needs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lqer.store.store import stored_bytes
 
 
 def describe(config: Config, say: Callable[[str], None]) -> None:
-    """What `--validate` prints: the experiment in a few lines, checked against the model where that is at hand.
+    """What `--validate` prints: a summary of the experiment, checked against the model if it is available.
 
-    Raises LqerError where the experiment cannot run on this machine.
+    Raises LqerError if the experiment cannot run on this machine.
     """
     quantize = config.quantize
     say(f"{config.tag}: {config.model}")
@@ -42,7 +42,7 @@ def describe(config: Config, say: Callable[[str], None]) -> None:
 
 
 def estimate_stages(context: RunContext) -> list[Stage]:
-    """What the run takes, stage by stage."""
+    """The resources that the run needs, by stage."""
     stored = getattr(load_model_config(context.source), "dtype", None) or context.dtype
     return estimate(
         Workload(
@@ -59,9 +59,9 @@ def estimate_stages(context: RunContext) -> list[Stage]:
 
 
 def check_fit(context: RunContext, say: Callable[[str], None], made: Mapping[str, list[Path]]) -> None:
-    """Say what the run takes, and raise DoesNotFitError where that is more than there is.
+    """Print the estimate; raise DoesNotFitError if the run needs more than the machine has.
 
-    made: by stage, the folders of its artifacts; what they hold already is not asked for again.
+    made: the folders of the artifacts, by stage; bytes that they already hold are not needed again.
     """
     stages = estimate_stages(context)
     machine = read_machine(context.device, context.dtype, context.store_path)
@@ -77,6 +77,6 @@ def _shown_rank(low_rank: LowRankConfig) -> str:
 
 def _shown(config: Config, format_name: str) -> str:
     if format_name == NOT_QUANTIZED:
-        return "as they are"
+        return "not quantized"
     number_format = config.formats[format_name]
     return f"{format_name} ({number_format.kind}, {number_format.bits_per_value(4096):g} bits)"

@@ -15,9 +15,9 @@ Shapes: O out_features, I in_features, K = min(I, O).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,13 +30,14 @@ from lqer.lowrank.rank_allocation import Allocation, Candidate, allocate, factor
 from lqer.lowrank.solver import singular_values
 from lqer.methods import METHODS, LinearPlan, QuantizedWeight
 from lqer.models.loaders import OpenedModel
+from lqer.models.open import open_stored
+from lqer.models.source import ModelSource
 from lqer.models.structure import block_linears
-from lqer.stages.calibrate import BlockStatistics
+from lqer.stages.base import Stage, no_effect
+from lqer.stages.calibrate import BlockStatistics, Calibrate
+from lqer.stages.rotate import Rotate, source_of
 from lqer.store.names import block_file
-from lqer.store.store import Artifact, Workspace
-
-# Raised whenever the same inputs would give other spectra than before.
-SPECTRA_VERSION = 1
+from lqer.store.store import Artifact, Store, Workspace
 
 Plans = Mapping[str, LinearPlan | None]
 
@@ -58,19 +59,31 @@ def _over_budget(needed: float, budget_bits: float) -> ConfigError:
     )
 
 
-def spectra_key(calibration: str, model_fingerprint: str, plans: Plans, device: torch.device) -> dict[str, Any]:
-    """What decides the spectra: the weights, the statistics, how each linear is rounded and under which metric."""
-    decisive = ("method", "weight", "rounding", "transform")
-    return {
-        "version": SPECTRA_VERSION,
-        "model": model_fingerprint,
-        "calibration": calibration,
-        "plans": {
-            name: plan and {key: value for key, value in plan.to_dict().items() if key in decisive}
-            for name, plan in plans.items()
-        },
-        "device": device.type,
-    }
+@dataclass(frozen=True)
+class MeasureSpectra(Stage):
+    """The spectrum of every linear's rounding error under the metric of its method."""
+
+    name: ClassVar[str] = "spectra"
+    version: ClassVar[int] = 1
+
+    model: ModelSource | Rotate
+    calibration: Calibrate
+    plans: Plans
+    device: torch.device
+
+    @classmethod
+    def of(cls, calibration: Calibrate, plans: Plans) -> MeasureSpectra:
+        """The spectra that `plans` need; what they say of A and B does not matter to them."""
+        return cls(
+            calibration.model,
+            calibration,
+            {name: plan and plan.without_factors() for name, plan in plans.items()},
+            calibration.device,
+        )
+
+    def build(self, workspace: Workspace, store: Store) -> None:
+        opened = open_stored(source_of(self.model, store), self.device)
+        measure_spectra(workspace, opened, self.calibration.artifact(store), self.plans)
 
 
 def measure_spectra(workspace: Workspace, opened: OpenedModel, calibration: Artifact, plans: Plans) -> None:
@@ -110,6 +123,27 @@ def error_spectrum(weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: Li
         "weight_energy": torch.tensor(metric.energy(target.weight_OI), dtype=torch.float64),
         "weight_bits": torch.tensor(rounded.code_bits + weight.metadata_bits),
     }
+
+
+@dataclass(frozen=True)
+class BudgetedPlans:
+    """Plans whose ranks follow from a budget of average bits, once the spectra are known."""
+
+    plans: Plans
+    spectra: MeasureSpectra
+    budget_bits: float
+    # (out_features, in_features) by linear.
+    shapes: Mapping[str, tuple[int, int]] = field(metadata=no_effect("the model decides them"))
+    blocks: int = field(metadata=no_effect("the model decides it"))
+
+    def allocate(self, store: Store) -> Budget:
+        """The plans with their ranks. Raises ConfigError where the fixed parts exceed the budget."""
+        return allocate_ranks(self.plans, self.spectra.artifact(store), self.blocks, self.shapes, self.budget_bits)
+
+
+def resolve_plans(plans: Plans | BudgetedPlans, store: Store) -> Plans:
+    """The plans with every rank known."""
+    return plans.allocate(store).plans if isinstance(plans, BudgetedPlans) else plans
 
 
 @dataclass(frozen=True)

@@ -11,29 +11,29 @@ Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, N 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lqer.data.datasets import tokens_sha256
 from lqer.errors import ModelError
 from lqer.lowrank.precision import full_float32
 from lqer.models.loaders import OpenedModel
+from lqer.models.source import ModelSource
+from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun, walk_blocks
+from lqer.stages.base import Stage, no_effect
+from lqer.stages.rotate import Rotate, source_of
 from lqer.statistics import ALWAYS, Accumulator, Statistic
 from lqer.statistics.sample import spread_indices
 from lqer.store.names import SITES_FILE, block_file
 from lqer.store.offload import Offload
-from lqer.store.store import Artifact, Workspace
+from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms.tracing import watched_inputs
-
-# Raised whenever the same inputs would give other statistics than before.
-CALIBRATE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,25 @@ def gathered_statistics(requested: Collection[Statistic]) -> list[Statistic]:
     return [*ALWAYS, *sorted(set(requested) - set(ALWAYS), key=lambda statistic: statistic.kind)]
 
 
+@dataclass(frozen=True)
+class Calibrate(Stage):
+    """The statistics of every block of the original model."""
+
+    name: ClassVar[str] = "calibrate"
+    version: ClassVar[int] = 3
+
+    model: ModelSource | Rotate
+    text: CalibrationText
+    statistics: frozenset[Statistic]
+    dtype: torch.dtype
+    device: torch.device
+    offload: Offload = field(metadata=no_effect("it decides where numbers are stored, not their values"))
+
+    def build(self, workspace: Workspace, store: Store) -> None:
+        opened = open_model(source_of(self.model, store), self.dtype, self.device, self.offload)
+        calibrate(workspace, opened, self.text, self.statistics)
+
+
 def calibrate(
     workspace: Workspace, opened: OpenedModel, text: CalibrationText, statistics: Collection[Statistic] = ()
 ) -> None:
@@ -207,23 +226,3 @@ def calibrate(
         workspace.write_tensors(block_file(run.index), found.tensors)
         # Or else one block's statistics would be held together with the next one's.
         del found
-
-
-def calibration_key(
-    model_fingerprint: str,
-    text: CalibrationText,
-    dtype: Any,
-    device: torch.device,
-    statistics: Collection[Statistic] = (),
-) -> dict[str, Any]:
-    """What decides the statistics: the weights, the token ids, the micro-batch, the arithmetic, which are gathered."""
-    return {
-        "version": CALIBRATE_VERSION,
-        "model": model_fingerprint,
-        "tokens": tokens_sha256(text.windows_WT),
-        "batch_size": text.batch_size,
-        "error_tokens": text.error_tokens,
-        "dtype": str(dtype),
-        "device": device.type,
-        "requested": [statistic.to_dict() for statistic in gathered_statistics(statistics) if statistic not in ALWAYS],
-    }

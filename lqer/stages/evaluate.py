@@ -1,204 +1,143 @@
-"""Stage "evaluate": every candidate model on every dataset and task, each result an artifact of its own.
+"""Stage "evaluate": every candidate model on every text and task, each result an artifact of its own.
 
-A result is named after the model's content, the very tokens or task files it was measured on, and the protocol; so the
-original is evaluated once however many schemes are compared with it. A model is loaded once, if any of its results is
-missing, and let go before the next.
+A result is named by what the model was made from, the tokens or task files it was measured on, and the protocol. So the
+original model is evaluated once, however many schemes are compared with it. A model is loaded once, when the first of
+its results is missing, and released before the next model is loaded.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from lqer.config.schema import DownstreamConfig, EvaluationConfig, PerplexityConfig
-from lqer.data.datasets import DatasetSpec, load_rows, tokens_sha256
-from lqer.evaluation.downstream import evaluate_tasks, task_fingerprint
+from lqer.config.schema import DownstreamConfig
+from lqer.evaluation.downstream import evaluate_tasks
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, lm_eval_perplexity
-from lqer.models.loaders import OpenedModel
-from lqer.results import DownstreamRow, PerplexityRow
-from lqer.store.files import content_hash
+from lqer.stages.base import Stage, identity, no_effect
 from lqer.store.store import Artifact, Store, Workspace
 
-log = logging.getLogger(__name__)
-
-# Raised whenever the same model and text would give another number than before.
-EVALUATE_VERSION = 1
 RESULT_FILE = "result.json"
 
 
-@dataclass(frozen=True)
 class Candidate:
-    """A model to be evaluated: what its results are named after, and how it is loaded, or opened block by block."""
+    """A model to be evaluated.
 
-    content: str
-    load: Callable[[], PreTrainedModel | OpenedModel]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One measurement: what decides its outcome beside the model, and how it is made. The result is JSON-able."""
-
-    stage: str
-    label: str
-    key: Mapping[str, Any]
-    measure: Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The rows of results.json and the seconds that making them took."""
-
-    perplexity: list[PerplexityRow]
-    downstream: list[DownstreamRow]
-    seconds: float
-
-
-def evaluate(
-    settings: EvaluationConfig,
-    candidates: Mapping[str, Candidate],
-    tokenizer: PreTrainedTokenizerBase,
-    store: Store,
-    arithmetic: Mapping[str, str],
-    seed: int,
-) -> Evaluation:
-    """Measure all `candidates` ("quantized" and, where asked for, "original" and "plain").
-
-    arithmetic: dtype, device and backend, part of every result's name. Raises DataError or ConfigError where a text or
-    task cannot be had.
+    role: "quantized", "rtn" or "original". made_from: what decides its outputs, as `identity` accepts it. load: reads
+    it from the store, whole or to be run block by block.
     """
-    texts = [_perplexity_job(settings.perplexity, spec, tokenizer) for spec in _datasets(settings.perplexity)]
-    tasks = [] if settings.downstream is None else [_downstream_job(settings.downstream, tokenizer, seed)]
-    found: dict[str, dict[str, Artifact]] = {
-        kind: _evaluate_one(kind, candidate, [*(job for job, _ in texts), *tasks], store, arithmetic)
-        for kind, candidate in candidates.items()
-    }
-    perplexity = [
-        _perplexity_row(spec, source, {kind: results[job.label].json(RESULT_FILE) for kind, results in found.items()})
-        for spec, (job, source) in zip(_datasets(settings.perplexity), texts, strict=True)
-    ]
-    downstream = [
-        row
-        for job in tasks
-        for row in _downstream_rows({kind: results[job.label].json(RESULT_FILE) for kind, results in found.items()})
-    ]
-    seconds = sum(artifact.seconds for results in found.values() for artifact in results.values())
-    return Evaluation(perplexity, downstream, round(seconds, 3))
+
+    def __init__(self, role: str, made_from: Mapping[str, Any], load: Callable[[Store], Any]):
+        self.role = role
+        self.identity = identity(made_from)
+        self._load = load
+        self._model: Any = None
+
+    def model(self, store: Store) -> Any:
+        """A PreTrainedModel, or an OpenedModel under evaluation.blockwise."""
+        self._model = self._model or self._load(store)
+        return self._model
+
+    def release(self) -> None:
+        """Free the model's memory."""
+        self._model = None
 
 
-def _datasets(settings: PerplexityConfig | None) -> tuple[DatasetSpec, ...]:
-    return () if settings is None else settings.datasets
+@dataclass(frozen=True)
+class Evaluation(Stage):
+    """One measurement of one candidate; `result` reads it back."""
+
+    candidate: Candidate
+    title: str = field(metadata=no_effect("it names the text or the tasks in the log"))
+
+    @property
+    def log_name(self) -> str:
+        return f"evaluate {self.candidate.role} on {self.title}"
+
+    def result(self, store: Store) -> Any:
+        return self.artifact(store).json(RESULT_FILE)
 
 
-def _evaluate_one(
-    kind: str, candidate: Candidate, jobs: list[Job], store: Store, arithmetic: Mapping[str, str]
-) -> dict[str, Artifact]:
-    model: PreTrainedModel | OpenedModel | None = None
-    artifacts = {}
-    for job in jobs:
-        key = {"version": EVALUATE_VERSION, "model": candidate.content, "arithmetic": arithmetic, **job.key}
+@dataclass(frozen=True)
+class WindowPerplexity(Evaluation):
+    """Perplexity over windows of tokens (W, T), int64."""
 
-        def make(workspace: Workspace, job: Job = job) -> None:
-            nonlocal model
-            log.info("evaluate the %s model: %s", kind, job.label)
-            model = model or candidate.load()
-            workspace.write_json(RESULT_FILE, job.measure(model))
+    name: ClassVar[str] = "perplexity"
+    version: ClassVar[int] = 2
 
-        if store.find(job.stage, key) is not None:
-            log.info("evaluate the %s model: %s reused", kind, job.label)
-        artifacts[job.label] = store.obtain(job.stage, key, make)
-    return artifacts
+    protocol: str
+    windows_WT: Tensor
+    batch_size: int
 
+    def build(self, workspace: Workspace, store: Store) -> None:
+        measure = WINDOWED_PROTOCOLS[self.protocol].perplexity
+        result = measure(self.candidate.model(store), self.windows_WT, self.batch_size, True)
+        workspace.write_json(RESULT_FILE, asdict(result))
 
-def _perplexity_job(
-    settings: PerplexityConfig | None, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Job, str]:
-    """The job of one dataset, and the description of its text."""
-    assert settings is not None
-    text = load_rows(spec, "evaluation")
-    key: dict[str, Any] = {
-        "protocol": settings.protocol,
-        "seq_len": settings.seq_len,
-        "batch_size": settings.batch_size,
-    }
-    if settings.protocol == "lm-eval":
-        # Lines of a running text are no documents: scored one by one they would lose their context.
-        documents = list(text.rows) if text.documents else [text.joiner.join(text.rows)]
-        key["documents"] = content_hash(documents)
-
-        def measure(model: Any) -> Any:
-            return asdict(lm_eval_perplexity(model, tokenizer, documents, settings.seq_len, settings.batch_size))
-
-    else:
-        protocol = WINDOWED_PROTOCOLS[settings.protocol]
-        windows_WT = protocol.windows(tokenizer, text.rows, text.joiner, settings.seq_len)[: settings.max_windows]
-        key["tokens"] = tokens_sha256(windows_WT)
-
-        def measure(model: Any) -> Any:
-            return asdict(protocol.perplexity(model, windows_WT, settings.batch_size, True))
-
-    return Job("perplexity", f"{spec.label} ({settings.protocol})", key, measure), text.source
+    def summary(self, artifact: Artifact) -> str:
+        return f"perplexity {artifact.json(RESULT_FILE)['perplexity']:.4f}"
 
 
-def _downstream_job(settings: DownstreamConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Job:
-    include_path = None if settings.include_path is None else Path(settings.include_path)
-    data_dir = None if settings.data_dir is None else Path(settings.data_dir)
-    tasks = list(settings.tasks)
+@dataclass(frozen=True)
+class DocumentPerplexity(Evaluation):
+    """Word perplexity of whole documents, by lm-evaluation-harness."""
 
-    def measure(model: PreTrainedModel) -> Any:
-        results = evaluate_tasks(
-            model,
-            tokenizer,
-            tasks,
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            max_length=settings.max_length,
-            include_path=include_path,
-            data_dir=data_dir,
-            seed=seed,
-        )
-        return [asdict(result) for result in results]
+    name: ClassVar[str] = "perplexity"
+    version: ClassVar[int] = 2
 
-    key = {
-        "tasks": task_fingerprint(tasks, include_path, data_dir),
-        "settings": settings.model_dump(mode="json", exclude={"include_path", "data_dir"}),
-        "seed": seed,
-    }
-    return Job("downstream", ", ".join(tasks), key, measure)
-
-
-def _perplexity_row(spec: DatasetSpec, source: str, results: Mapping[str, Mapping[str, Any]]) -> PerplexityRow:
-    quantized = results["quantized"]
-    values = {kind: result["perplexity"] for kind, result in results.items()}
-    return PerplexityRow(
-        dataset=spec.label,
-        source=source,
-        protocol=quantized["protocol"],
-        seq_len=quantized["seq_len"],
-        tokens=quantized["tokens"],
-        original=values.get("original"),
-        plain=values.get("plain"),
-        quantized=values["quantized"],
+    documents: tuple[str, ...]
+    seq_len: int
+    batch_size: int
+    tokenizer: PreTrainedTokenizerBase = field(
+        metadata=no_effect("it is a part of the model, and its fingerprint covers it")
     )
 
+    def build(self, workspace: Workspace, store: Store) -> None:
+        model, documents = self.candidate.model(store), list(self.documents)
+        result = lm_eval_perplexity(model, self.tokenizer, documents, self.seq_len, self.batch_size)
+        workspace.write_json(RESULT_FILE, asdict(result))
 
-def _downstream_rows(results: Mapping[str, list[Mapping[str, Any]]]) -> list[DownstreamRow]:
-    values = {kind: {(row["task"], row["metric"]): row["value"] for row in rows} for kind, rows in results.items()}
-    return [
-        DownstreamRow(
-            task=row["task"],
-            metric=row["metric"],
-            original=values.get("original", {}).get((row["task"], row["metric"])),
-            plain=values.get("plain", {}).get((row["task"], row["metric"])),
-            quantized=row["value"],
-            stderr=row["stderr"],
-            num_fewshot=row["num_fewshot"],
-            samples=row["samples"],
+    def summary(self, artifact: Artifact) -> str:
+        return f"word perplexity {artifact.json(RESULT_FILE)['perplexity']:.4f}"
+
+
+@dataclass(frozen=True)
+class TaskAccuracy(Evaluation):
+    """Tasks of lm-evaluation-harness. tasks: `task_fingerprint` of the files that define them."""
+
+    name: ClassVar[str] = "downstream"
+    version: ClassVar[int] = 2
+
+    tasks: str
+    num_fewshot: int | None
+    limit: int | None
+    batch_size: int
+    max_length: int
+    seed: int
+    settings: DownstreamConfig = field(metadata=no_effect("the other fields hold what matters of it"))
+    tokenizer: PreTrainedTokenizerBase = field(
+        metadata=no_effect("it is a part of the model, and its fingerprint covers it")
+    )
+
+    def build(self, workspace: Workspace, store: Store) -> None:
+        results = evaluate_tasks(
+            self.candidate.model(store),
+            self.tokenizer,
+            list(self.settings.tasks),
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            include_path=path_or_none(self.settings.include_path),
+            data_dir=path_or_none(self.settings.data_dir),
+            seed=self.seed,
         )
-        for row in results["quantized"]
-    ]
+        workspace.write_json(RESULT_FILE, [asdict(result) for result in results])
+
+
+def path_or_none(name: str | None) -> Path | None:
+    return None if name is None else Path(name)

@@ -1,12 +1,12 @@
 """Stage "finetune": parts of a quantized checkpoint trained against the original model; codes stay as they are.
 
-    rht_signs    the signs of every linear's basis become real vectors (QuIP#, arXiv 2402.04396; CALDERA, 2405.18886)
-    low_rank     the first columns of A and rows of B, in bfloat16 beside the rounded others (CALDERA)
+    rht_signs    the signs of every linear's rotation become real vectors (QuIP#, arXiv 2402.04396; CALDERA, 2405.18886)
+    low_rank     the first columns of A and rows of B, in bfloat16; the rest stays quantized (CALDERA)
 
-The loss is the cross-entropy with the original's own distribution at every position but the last ("original"), or with
-the next token ("text"). After every epoch, and before the first, it is taken on held-out windows with the tensors as
-they would be stored; the best of those states is what the artifact holds: the checkpoint again, with these tensors
-changed. A killed run goes on after its last whole epoch, from `training.safetensors`.
+The loss is the cross-entropy with the original's distribution at every position but the last ("original"), or with the
+next token ("text"). Before the first epoch and after each one it is measured on held-out windows, with the tensors
+rounded as they would be stored. The artifact is the checkpoint with the tensors of the best epoch. A killed run resumes
+after its last whole epoch, from `training.safetensors`.
 
 Shapes: W windows, B windows of a batch, T tokens, V vocabulary, I in_features, O out_features, R rank, E epochs.
 """
@@ -16,10 +16,10 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +29,19 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lqer.checkpoint.bits import average_bits
+from lqer.checkpoint.load import load_quantized
 from lqer.checkpoint.pack import DETAILS_FILE, replace_signs, split_columns
-from lqer.config.schema import FinetuneConfig
-from lqer.data.datasets import tokens_sha256
+from lqer.config.schema import TrainingConfig
 from lqer.errors import ModelError
+from lqer.models.open import DevicePlacement, load_whole
+from lqer.models.source import ModelSource
 from lqer.nn.linear import HadamardLinear
+from lqer.stages.base import Stage, no_effect
+from lqer.stages.quantize import Quantize
+from lqer.stages.quantize_sequential import QuantizeSequentially
 from lqer.store.names import block_file, layers_file
-from lqer.store.store import Artifact, Workspace
+from lqer.store.store import Artifact, Store, Workspace
 
-# Raised whenever the same inputs would give other bytes than before.
-FINETUNE_VERSION = 1
 TRAINING_FILE = "training.safetensors"
 HISTORY_FILE = "finetune.json"
 
@@ -47,9 +50,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """One tensor in training: its float32 parameter and the dtype it is stored in.
+    """A trained tensor: its float32 parameter and the dtype it is stored in.
 
-    buffer: the module tensor that it stands in for. rest: what follows it along `axis` there and is not trained.
+    buffer: the module tensor that it replaces. rest: the part of that tensor, along `axis`, that is not trained.
     """
 
     buffer: str
@@ -65,8 +68,8 @@ class Trained:
         return value if self.rest is None else torch.cat([value, self.rest], dim=self.axis)
 
 
-def trained_tensors(model: PreTrainedModel, linears: Sequence[str], settings: FinetuneConfig) -> dict[str, Trained]:
-    """What `settings.parts` names, by "<linear>.<role>"; A and B of less than `columns` columns are trained whole."""
+def trained_tensors(model: PreTrainedModel, linears: Sequence[str], settings: TrainingConfig) -> dict[str, Trained]:
+    """The tensors of `settings.parts`, by "<linear>.<role>"; A and B below `columns` columns are trained whole."""
     found: dict[str, Trained] = {}
     for name in linears:
         module = model.get_submodule(name)
@@ -89,13 +92,13 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 class Student:
-    """A quantized model with some of its tensors in training."""
+    """A quantized model some of whose tensors are trained."""
 
     def __init__(self, model: PreTrainedModel, trained: Mapping[str, Trained]):
         self.model, self.trained = model.requires_grad_(False), trained
 
     def logits(self, ids_BT: Tensor, as_stored: bool = False) -> Tensor:
-        """(B, T, V), with gradients to the parameters in training unless `as_stored`."""
+        """(B, T, V), with gradients to the trained parameters unless `as_stored`."""
         tensors = {part.buffer: part.value(self.model.dtype, as_stored) for part in self.trained.values()}
         return functional_call(self.model, tensors, (ids_BT,), {"use_cache": False}).logits
 
@@ -112,9 +115,9 @@ def text_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
 
 
 class Training:
-    """Parameters, optimizer and history: what an epoch starts from and what `training.safetensors` keeps."""
+    """Parameters, optimizer and history: the state at the start of an epoch, saved in `training.safetensors`."""
 
-    def __init__(self, trained: Mapping[str, Trained], settings: FinetuneConfig, steps_per_epoch: int):
+    def __init__(self, trained: Mapping[str, Trained], settings: TrainingConfig, steps_per_epoch: int):
         self.parameters = {name: part.parameter for name, part in trained.items()}
         rates = {"signs": settings.learning_rate, "low_rank": settings.low_rank_learning_rate}
         groups = [
@@ -137,13 +140,13 @@ class Training:
         return min(range(len(self.losses)), key=lambda epoch: self.losses[epoch])
 
     def record(self, loss: float) -> None:
-        """Take note of a validation loss, and of the state where it is the least so far."""
+        """Append a validation loss, and copy the parameters if it is the lowest so far."""
         self.losses.append(loss)
         if self.best_epoch == len(self.losses) - 1:
             self.best = self._copy()
 
     def step(self, loss: Tensor, step: int) -> None:
-        """Follow the gradient, at the rate of the step: rising, then falling to 0, both linearly."""
+        """One optimizer step; the learning rate rises linearly over the warm-up, then falls linearly to 0."""
         rising, falling = (step + 1) / (self.warmup_steps + 1), (self.steps - step) / (self.steps - self.warmup_steps)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * min(rising, falling)
@@ -170,26 +173,28 @@ class Training:
                 }  # fmt: skip
 
 
-def finetune_key(
-    model_fingerprint: str,
-    checkpoint: Artifact,
-    windows_WT: Tensor,
-    settings: FinetuneConfig,
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Any]:
-    """What decides the outcome."""
-    return {
-        "version": FINETUNE_VERSION,
-        "model": model_fingerprint,
-        "checkpoint": checkpoint.content,
-        "tokens": tokens_sha256(windows_WT),
-        "settings": settings.model_dump(mode="json", exclude={"dataset"}),
-        "seed": seed,
-        "dtype": str(dtype),
-        "device": device.type,
-    }
+@dataclass(frozen=True)
+class Finetune(Stage):
+    """The checkpoint with some of its tensors trained."""
+
+    name: ClassVar[str] = "finetune"
+    version: ClassVar[int] = 1
+
+    source: ModelSource
+    checkpoint: Quantize | QuantizeSequentially
+    windows_WT: Tensor
+    settings: TrainingConfig
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    device_map: DevicePlacement = field(metadata=no_effect("it decides which GPU holds which block"))
+
+    def build(self, workspace: Workspace, store: Store) -> None:
+        checkpoint = self.checkpoint.artifact(store)
+        checkpoint.verify()
+        student = load_quantized(checkpoint.path, self.device, self.dtype, "emulate", self.device_map)
+        original = load_whole(self.source, self.dtype, self.device, self.device_map)
+        finetune(workspace, checkpoint, student, original, self.windows_WT, self.settings, self.seed)
 
 
 def finetune(
@@ -198,7 +203,7 @@ def finetune(
     student: PreTrainedModel,
     original: PreTrainedModel,
     windows_WT: Tensor,
-    settings: FinetuneConfig,
+    settings: TrainingConfig,
     seed: int,
 ) -> None:
     """Train, and write the checkpoint with the best tensors found.
@@ -206,7 +211,7 @@ def finetune(
     student: of `load_quantized`, emulated; original: the model it was made from, on the same device. windows_WT: token
     ids, the last `settings.validation_samples` windows held out.
     """
-    if DETAILS_FILE in workspace:  # written last: a kill came between it and the end
+    if DETAILS_FILE in workspace:  # written last: an earlier process was killed after it
         _forget_training(workspace)
         return
     details = checkpoint.json(DETAILS_FILE)
@@ -255,7 +260,7 @@ def _write(
     trained: Mapping[str, Trained],
     training: Training,
 ) -> None:
-    """The checkpoint's files, with the best tensors in the blocks, their bits in the rows, and the history."""
+    """Write the checkpoint with the tensors of the best epoch, their bits, and the history."""
     best = {name: value.to(trained[name].storage).cpu() for name, value in training.best.items()}
     rows: list[dict[str, Any]] = []
     for index in range(details["blocks"]["count"]):
@@ -282,7 +287,7 @@ def _write(
 
 
 def _forget_training(workspace: Workspace) -> None:
-    """The optimizer's state would weigh more than the checkpoint that users keep."""
+    """The optimizer's state is larger than the checkpoint."""
     if TRAINING_FILE in workspace:
         workspace.remove(TRAINING_FILE)
 

@@ -1,10 +1,9 @@
-"""Stage "quantize": every linear of every decoder block through its method, one checkpoint file per block.
+"""Stage "quantize": every linear of every decoder block by its method, one checkpoint file per block.
 
-Beside the checkpoint it writes, per block, `layers-*.json` (one row per linear: bits, ranks, errors) and, for the
-first, middle and last block, `spectra-*.safetensors` (singular values of the weight and of the rounding error, that
-plain and activation-scaled).
+Per block it also writes `layers-*.json` (one row per linear: bits, ranks, errors) and, for the first, middle and last
+block, `spectra-*.safetensors` (singular values of the weight and of the error, unscaled and activation-scaled).
 
-Output errors are judged on sampled inputs of the calibration text, of the stream that the statistics are of.
+Output errors are measured on sampled inputs of the calibration text, from the hidden states that the statistics are of.
 
 Shapes: I in_features, O out_features, S sampled tokens, K = min(I, O).
 """
@@ -13,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lqer.checkpoint.bits import average_bits
-from lqer.checkpoint.pack import describe_linear, pack_linear, write_surroundings
+from lqer.checkpoint.pack import DETAILS_FILE, describe_linear, pack_linear, write_surroundings
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError, QuantizedTensor
 from lqer.lowrank.metric import Metric
@@ -29,25 +29,26 @@ from lqer.lowrank.scaling import activation_scale
 from lqer.lowrank.solver import singular_values
 from lqer.methods import METHODS, LinearPlan, QuantizedWeight
 from lqer.models.loaders import OpenedModel
+from lqer.models.open import open_stored
 from lqer.models.structure import block_linears
 from lqer.nn.linear import output_error, weight_error
 from lqer.rounding.hessian import HessianError
-from lqer.stages.calibrate import BlockStatistics
-from lqer.statistics import Statistic
+from lqer.stages.allocate_ranks import BudgetedPlans, Plans, resolve_plans
+from lqer.stages.base import Stage, no_effect
+from lqer.stages.calibrate import BlockStatistics, Calibrate
+from lqer.stages.rotate import source_of
+from lqer.statistics import ALWAYS, Statistic
 from lqer.store.names import block_file, layers_file, spectra_file
-from lqer.store.store import Artifact, Workspace
+from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms import BlockTransform
 
-# Raised whenever the same inputs would give other bytes than before.
-QUANTIZE_VERSION = 6
-
-
-Plans = Mapping[str, LinearPlan | None]
+# Of both orders of quantizing blocks: raised whenever the same inputs would give other bytes than before.
+QUANTIZE_VERSION = 7
 
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """Plans by linear (None where skipped), what is quantized beside the linears, and what is done to whole blocks."""
+    """Plans by linear (None for a skipped one), the format of attention operands, the transforms of whole blocks."""
 
     plans: Plans
     attention: Mapping[str, Any] | None
@@ -56,25 +57,68 @@ class QuantizeSettings:
 
 
 def requested_statistics(plans: Plans) -> frozenset[Statistic]:
-    """The statistics that some linear's method, rounding or transform asks for."""
+    """The statistics besides `ALWAYS` that some linear's method, rounding or transform asks for."""
     needed = (METHODS[plan.method].statistics_for(plan) for plan in plans.values() if plan is not None)
-    return frozenset().union(*needed)
+    return frozenset().union(*needed) - frozenset(ALWAYS)
 
 
-def quantization_key(inputs: Any, model_fingerprint: str, settings: QuantizeSettings, device: torch.device) -> Any:
-    """What decides the outcome: the weights, what is known of the inputs, every linear's plan by value.
+@dataclass(frozen=True)
+class Quantize(Stage):
+    """The checkpoint; every block is quantized on the inputs that reach it in the original model."""
 
-    inputs: the content of the calibration; in the quantized stream, what decides the statistics that are gathered.
-    """
-    return {
-        "version": QUANTIZE_VERSION,
-        "model": model_fingerprint,
-        "calibration": inputs,
-        "plans": {name: plan and plan.to_dict() for name, plan in settings.plans.items()},
-        "attention": settings.attention,
-        "seed": settings.seed,
-        "device": device.type,
-    } | ({"transforms": [part.to_dict() for part in settings.transforms]} if settings.transforms else {})
+    name: ClassVar[str] = "quantize"
+    version: ClassVar[int] = QUANTIZE_VERSION
+
+    calibration: Calibrate
+    plans: Plans | BudgetedPlans
+    attention: Mapping[str, Any] | None
+    seed: int
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase = field(
+        metadata=no_effect("it is a part of the model, and its fingerprint covers it")
+    )
+    label: str = field(metadata=no_effect("it names the stage in the log"))
+
+    def build(self, workspace: Workspace, store: Store) -> None:
+        opened = open_stored(source_of(self.calibration.model, store), self.device)
+        quantize(workspace, opened, self.tokenizer, self.calibration.artifact(store), self._settings(store))
+
+    def contribute(self, store: Store, chunk: range, blocks: int) -> Artifact | None:
+        """Quantize a chunk of the `blocks` decoder blocks, alongside other processes.
+
+        Returns the checkpoint if no other chunk is missing, else None.
+        """
+        settings, calibration = self._settings(store), self.calibration.artifact(store)
+
+        @cache
+        def opened() -> OpenedModel:
+            return open_stored(source_of(self.calibration.model, store), self.device)
+
+        return store.contribute(
+            self.name,
+            self.key,
+            write_part=lambda workspace: quantize_blocks(workspace, chunk, opened(), calibration, settings),
+            is_whole=lambda workspace: all(block_file(index) in workspace for index in range(blocks)),
+            finish=lambda workspace: finish_checkpoint(workspace, opened(), self.tokenizer, settings),
+        )
+
+    @property
+    def log_name(self) -> str:
+        return self.label
+
+    def summary(self, artifact: Artifact) -> str:
+        return checkpoint_summary(artifact)
+
+    def _settings(self, store: Store) -> QuantizeSettings:
+        return QuantizeSettings(resolve_plans(self.plans, store), self.attention, self.seed)
+
+
+def checkpoint_summary(checkpoint: Artifact) -> str:
+    """Bits and the change of the mean output error, for the log."""
+    details = checkpoint.json(DETAILS_FILE)
+    rows = [row for index in range(details["blocks"]["count"]) for row in checkpoint.json(layers_file(index))]
+    before, after = (sum(row[key] for row in rows) / len(rows) for key in ("output_error_before", "output_error"))
+    return f"{details['bits']['average']:.4g} bits, mean relative output error {before:.4g} -> {after:.4g}"
 
 
 def quantize(
@@ -84,10 +128,10 @@ def quantize(
     calibration: Artifact,
     settings: QuantizeSettings,
 ) -> None:
-    """Write the files of every block that `workspace` does not hold yet, then what lies around the blocks.
+    """Write the files of every block that `workspace` does not hold yet, then everything outside the blocks.
 
-    `opened` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, where a
-    weight is NaN or infinite or was never reached by the calibration text.
+    `opened` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, if a weight
+    is NaN or infinite or if calibration never reached it.
     """
     quantize_blocks(workspace, range(len(opened.blocks)), opened, calibration, settings)
     finish_checkpoint(workspace, opened, tokenizer, settings)
@@ -96,7 +140,7 @@ def quantize(
 def finish_checkpoint(
     workspace: Workspace, opened: OpenedModel, tokenizer: PreTrainedTokenizerBase, settings: QuantizeSettings
 ) -> None:
-    """Write what lies around the blocks, all of which are there."""
+    """Write everything outside the blocks; every block has been written."""
     rows = [row for index in range(len(opened.blocks)) for row in workspace.json(layers_file(index))]
     details = {
         "blocks": {"name": opened.name, "count": len(opened.blocks)},
@@ -110,14 +154,14 @@ def finish_checkpoint(
 
 def quantize_blocks(
     workspace: Workspace,
-    share: Sequence[int],
+    chunk: Sequence[int],
     opened: OpenedModel,
     calibration: Artifact,
     settings: QuantizeSettings,
 ) -> None:
-    """The same for the blocks of a share alone, and for nothing around them."""
-    missing = [index for index in share if block_file(index) not in workspace]
-    with tqdm(initial=len(share) - len(missing), total=len(share), desc="quantize", unit="block") as bar:
+    """Write the files of the blocks of a chunk, and nothing else."""
+    missing = [index for index in chunk if block_file(index) not in workspace]
+    with tqdm(initial=len(chunk) - len(missing), total=len(chunk), desc="quantize", unit="block") as bar:
         for index, block in opened.loader.load_each(opened.blocks, missing, torch.device("cpu")):
             work = BlockWork(
                 index=index,
@@ -132,7 +176,7 @@ def quantize_blocks(
 
 
 def with_spectra(blocks: int) -> set[int]:
-    """The blocks whose error spectra are kept for the report."""
+    """The blocks whose error spectra the report shows."""
     return {0, blocks // 2, blocks - 1}
 
 
@@ -140,8 +184,8 @@ def with_spectra(blocks: int) -> set[int]:
 class BlockWork:
     """One decoder block to be quantized.
 
-    linears, tensors: its linears and all its parameters and buffers by their names within the block. rounded: weights
-    that are rounded already, by the name of their linear; what their method adds to them is still to be done.
+    linears, tensors: its linears and all its parameters and buffers, by their names within the block. rounded: weights
+    that have been rounded already, by linear; only the low-rank part of their method remains.
     """
 
     index: int
@@ -154,7 +198,7 @@ class BlockWork:
 
 
 def write_block(workspace: Workspace, work: BlockWork, settings: QuantizeSettings, device: torch.device) -> None:
-    """Write one block's files; a function, so that one block's tensors are gone before the next one's."""
+    """Write one block's files. A function, so that the tensors of one block are freed before the next."""
     torch.manual_seed(settings.seed)
     statistics = work.statistics.to(device)
     tensors = {f"{work.name}.{name}": tensor for name, tensor in work.tensors.items()}
@@ -186,7 +230,7 @@ def write_block(workspace: Workspace, work: BlockWork, settings: QuantizeSetting
     if spectra:
         workspace.write_tensors(spectra_file(work.index), spectra)
     workspace.write_json(layers_file(work.index), rows)
-    # Last: a block counts as done once its tensors are there.
+    # Last: its presence marks the block as done.
     workspace.write_tensors(block_file(work.index), tensors)
 
 
@@ -202,7 +246,7 @@ def _quantize_weight(
 def _rounded_alone(
     weight_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor], plan: LinearPlan
 ) -> Tensor:
-    """What rounding alone makes of the weight: the stored W_q, unless that is what is left beside a low-rank part."""
+    """The weight after rounding alone: the stored W_q, unless that was rounded with a low-rank part subtracted."""
     if weight.low_rank is None or METHODS[plan.method].rounds_the_weight_itself(plan):
         return weight.rounded_weight()
     plain = plan.without_low_rank()

@@ -17,31 +17,79 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from lqer.checkpoint.load import fill_block
 from lqer.models.loaders import OpenedModel
+from lqer.models.open import open_stored
+from lqer.models.source import ModelSource
+from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun, embed
 from lqer.nn.attention import quantize_attention, quantized_attention
-from lqer.stages.calibrate import CalibrationText, calibration_key, observe_block
-from lqer.stages.quantize import BlockWork, QuantizeSettings, requested_statistics, with_spectra, write_block
+from lqer.stages.allocate_ranks import Plans
+from lqer.stages.base import Stage, no_effect
+from lqer.stages.calibrate import CalibrationText, observe_block
+from lqer.stages.quantize import (
+    QUANTIZE_VERSION,
+    BlockWork,
+    QuantizeSettings,
+    checkpoint_summary,
+    finish_checkpoint,
+    requested_statistics,
+    with_spectra,
+    write_block,
+)
 from lqer.stages.reconstruct_block import block_reconstruction, remove_states
+from lqer.stages.rotate import Rotate, source_of
 from lqer.store.names import block_file, layers_file
-from lqer.store.store import Workspace
+from lqer.store.offload import Offload
+from lqer.store.store import Artifact, Store, Workspace
+from lqer.transforms import BlockTransform
 from lqer.transforms.block_result import BlockResult
 
 
-def stream_key(
-    model_fingerprint: str, text: CalibrationText, dtype: torch.dtype, device: torch.device, settings: QuantizeSettings
-) -> dict[str, Any]:
-    """What decides the statistics, apart from the plans."""
-    requested = requested_statistics(settings.plans)
-    return {"propagate": "quantized", **calibration_key(model_fingerprint, text, dtype, device, requested)}
+@dataclass(frozen=True)
+class QuantizeSequentially(Stage):
+    """The checkpoint; every block is quantized on the outputs of the quantized blocks before it."""
+
+    name: ClassVar[str] = "quantize"
+    version: ClassVar[int] = QUANTIZE_VERSION
+
+    model: ModelSource | Rotate
+    text: CalibrationText
+    plans: Plans
+    attention: Mapping[str, Any] | None
+    transforms: tuple[BlockTransform, ...]
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase = field(
+        metadata=no_effect("it is a part of the model, and its fingerprint covers it")
+    )
+    offload: Offload = field(metadata=no_effect("it decides where numbers are stored, not their values"))
+    label: str = field(metadata=no_effect("it names the stage in the log"))
+
+    def build(self, workspace: Workspace, store: Store) -> None:
+        settings = QuantizeSettings(self.plans, self.attention, self.seed, self.transforms)
+        source = source_of(self.model, store)
+        stored = open_stored(source, self.device)
+        running = open_model(source, self.dtype, self.device, self.offload)
+        quantize_in_order(workspace, stored, running, self.text, settings)
+        finish_checkpoint(workspace, stored, self.tokenizer, settings)
+
+    @property
+    def log_name(self) -> str:
+        return self.label
+
+    def summary(self, artifact: Artifact) -> str:
+        return checkpoint_summary(artifact)
 
 
 def quantize_in_order(

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,11 @@ from transformers import PreTrainedModel
 from lqer.errors import ModelError
 from lqer.models.source import ModelSource, load_model, stored_dtype
 from lqer.models.structure import ONLINE_ROTATIONS, find_blocks
-from lqer.store.store import Artifact, Workspace
+from lqer.stages.base import Stage, no_effect
+from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms.hadamard import hadamard, random_hadamard
 from lqer.transforms.quarot import RotationError, rotate_model
 
-# Raised whenever the same inputs would give other bytes than before.
-ROTATE_VERSION = 2
 # Token ids on which the model is examined and its logits are compared.
 EXAMINED = (2, 32)
 # Files of this size at most, so that a block is read without the others.
@@ -38,9 +37,28 @@ SHARD_SIZE = "2GB"
 ROOM_ON_GPU = 0.7
 
 
-def rotation_key(source: ModelSource, seed: int) -> dict[str, Any]:
-    """What decides the outcome: the weights and the signs."""
-    return {"version": ROTATE_VERSION, "model": source.fingerprint, "seed": seed}
+@dataclass(frozen=True)
+class Rotate(Stage):
+    """The rotated model, an ordinary folder of weights."""
+
+    name: ClassVar[str] = "rotate"
+    version: ClassVar[int] = 2
+
+    source: ModelSource
+    seed: int
+    device: torch.device = field(metadata=no_effect("matrices are rotated in float64 and rounded to float32"))
+
+    def build(self, workspace: Workspace, store: Store) -> None:
+        rotate(workspace, self.source, self.device, self.seed)
+
+    def rotated(self, store: Store) -> ModelSource:
+        """Where later stages read the rotated model."""
+        return rotated_source(self.source, self.artifact(store))
+
+
+def source_of(model: ModelSource | Rotate, store: Store) -> ModelSource:
+    """Where the model that a stage works on is read from."""
+    return model.rotated(store) if isinstance(model, Rotate) else model
 
 
 def rotate(workspace: Workspace, source: ModelSource, device: torch.device, seed: int) -> None:

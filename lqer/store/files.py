@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the hashes that vouch for them."""
+"""Atomic writes, and hashes of files and values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def content_hash(value: Any) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's entries."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,20 +36,20 @@ def fsync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, sync it, and rename it into place: `path` is never seen half-written."""
+    """Let `write` create a temporary file next to `path`, sync it, and rename it: `path` is never partially written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(beside)
-        fsync(beside)
-        beside.replace(path)
+        write(temporary)
+        fsync(temporary)
+        temporary.replace(path)
         fsync(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def json_text(value: Any) -> str:

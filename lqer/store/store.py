@@ -1,13 +1,12 @@
-"""A content-addressed store of artifacts: folders named after what made them, whole or not there at all.
+"""A store of artifacts: folders named by the key of what made them, complete or absent.
 
-An artifact's name is a hash of its stage, that stage's code version, its settings and the contents of its inputs. It is
-built in `<name>.partial`, file by file; each file is written beside its place, synced and renamed, then entered with
-its sha256 into a journal. A killed build goes on with the files that the journal vouches for. A finished one gets a
-manifest and its name. Every file is checked against its recorded sha256 before it is used: a damaged one is refused by
-name.
+An artifact is built in `<name>.partial`, file by file: each file is written to a temporary name, synced and renamed,
+then entered with its sha256 into a journal. A killed build resumes from the files in the journal. A finished build gets
+a manifest and its final name. Every file is checked against its recorded sha256 before it is used; a damaged file is
+refused by name.
 
-An artifact has one lock. Who makes it alone holds the lock throughout; processes that make shares of it hold it for
-each file they write. So the journal knows the files of all of them, and nobody finishes under another's hands.
+An artifact has one lock. A process that builds it alone holds the lock throughout; processes that build parts of it
+hold the lock for each file they write, so that the journal lists the files of all of them.
 """
 
 from __future__ import annotations
@@ -48,19 +47,19 @@ class Artifact:
 
     @property
     def content(self) -> str:
-        """A hash of every file's content: what later stages name their own artifacts after."""
+        """A hash of the contents of all files."""
         return content_hash(self.manifest["files"])
 
     @property
     def seconds(self) -> float:
-        """How long the making took, over all the processes that had a part in it."""
+        """Build time, summed over all processes that took part."""
         return float(self.manifest["seconds"])
 
     def __contains__(self, name: str) -> bool:
         return name in self.manifest["files"]
 
     def file(self, name: str) -> Path:
-        """The path of one of the files, checked. Raises StoreError if it is not what was written."""
+        """The path of a file whose sha256 has been checked. Raises StoreError if the file was changed."""
         path = self.path / name
         if name not in self._verified:
             _check(path, self.manifest["files"].get(name), self.path)
@@ -79,10 +78,10 @@ class Artifact:
 
 
 class Workspace:
-    """An artifact in the making: files already journalled survive a kill.
+    """An artifact being built; journalled files survive a kill.
 
-    Several processes may write to one folder, each under `guard`, the artifact's lock. `is_finished` tells whether
-    another of them has finished the artifact: what is written then is dropped, being there already.
+    Several processes may write to one folder, each under `guard`, the artifact's lock. Once `is_finished` says that
+    another process has finished the artifact, writes do nothing.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Workspace:
             _check(path / name, recorded, path)
 
     def refresh(self) -> None:
-        """Learn of the files that other processes have written."""
+        """Read the journal again: other processes may have written files."""
         if not (self.path / JOURNAL).exists():
             return
         try:
@@ -116,7 +115,7 @@ class Workspace:
         return name in self._files
 
     def names(self) -> list[str]:
-        """The files that are there, sorted."""
+        """The files written so far, sorted."""
         return sorted(self._files)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -126,12 +125,12 @@ class Workspace:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors of any device as safetensors, their names sorted: same tensors, same bytes."""
+        """Write tensors of any device as safetensors, sorted by name, so that equal tensors give equal bytes."""
         ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
-        self.write(name, lambda beside: save_file(ready, beside, metadata={"format": "pt"}))
+        self.write(name, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write(name, lambda beside: beside.write_text(json_text(value), encoding="utf-8"))
+        self.write(name, lambda temporary: temporary.write_text(json_text(value), encoding="utf-8"))
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         with self._guard:
@@ -143,7 +142,7 @@ class Workspace:
             self._write_journal()
 
     def remove(self, name: str) -> None:
-        """Forget a file that has served its purpose, then delete it: after a kill in between it is a stray."""
+        """Remove a file from the journal, then delete it; a kill in between leaves a stray, which `finish` deletes."""
         with self._guard:
             self.refresh()
             del self._files[name]
@@ -159,7 +158,7 @@ class Workspace:
                 shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
         self.path.rename(destination)
         fsync(destination.parent)
-        # After the rename: a kill just before it must not cost the whole build.
+        # After the rename, so that a kill before it can still resume.
         (destination / JOURNAL).unlink(missing_ok=True)
 
     def _write_journal(self) -> None:
@@ -167,19 +166,19 @@ class Workspace:
         write_json(self.path / JOURNAL, {"files": self._files, "seconds": self._seconds})
 
     def _spend(self) -> None:
-        """Add this process's time since the last file to that of all processes."""
+        """Add the time since the last file to the build time of all processes."""
         now = time.monotonic()
         self._seconds += now - self._since
         self._since = now
 
 
 def partial_path(path: Path) -> Path:
-    """Where the artifact of that path is built."""
+    """The folder in which the artifact at `path` is built."""
     return path.with_name(f"{path.name}.partial")
 
 
 def stored_bytes(path: Path) -> int:
-    """Bytes of an artifact's files, finished or in the making; another process may be writing to it."""
+    """Bytes of an artifact's files, finished or not; another process may be writing to it."""
     size = 0
     for file in (*path.glob("*"), *partial_path(path).glob("*")):
         with suppress(FileNotFoundError):
@@ -188,25 +187,30 @@ def stored_bytes(path: Path) -> int:
 
 
 class Store:
-    """All artifacts under one folder, shared by any number of runs and processes."""
+    """All artifacts in one folder, shared by any number of runs and processes."""
 
     def __init__(self, root: Path, say: Callable[[str], None] = lambda message: None):
         self.root = root
         self._say = say
 
+    @staticmethod
+    def name_of(stage: str, key: Any) -> str:
+        """The name of an artifact's folder."""
+        return f"{stage}-{content_hash({'stage': stage, 'key': key})[:16]}"
+
     def path(self, stage: str, key: Any) -> Path:
-        return self.root / f"{stage}-{content_hash({'stage': stage, 'key': key})[:16]}"
+        return self.root / self.name_of(stage, key)
 
     def find(self, stage: str, key: Any) -> Artifact | None:
-        """The artifact if it is finished."""
+        """The artifact, if it is finished."""
         path = self.path(stage, key)
         return Artifact(path) if (path / MANIFEST).exists() else None
 
     def obtain(self, stage: str, key: Any, make: Callable[[Workspace], None]) -> Artifact:
-        """Return the artifact, made by `make` if it is not there yet.
+        """Return the artifact, built by `make` if the store does not have it.
 
-        Of several processes that want the same one, the first makes it and the others wait. Raises StoreError if files
-        of an interrupted or finished build are damaged.
+        If several processes ask for the same artifact, one builds it and the others wait. Raises StoreError if files of
+        an interrupted or finished build are damaged.
         """
         path = self.path(stage, key)
         with self._locked(path):
@@ -218,18 +222,18 @@ class Store:
                 artifact = Artifact(path)
             return artifact
 
-    def share(
+    def contribute(
         self,
         stage: str,
         key: Any,
-        contribute: Callable[[Workspace], None],
+        write_part: Callable[[Workspace], None],
         is_whole: Callable[[Workspace], bool],
-        make: Callable[[Workspace], None],
+        finish: Callable[[Workspace], None],
     ) -> Artifact | None:
-        """Do a share of an artifact's making beside other processes.
+        """Build a part of an artifact, alongside other processes that build the other parts.
 
-        `contribute` writes the share's files. If all shares are there then, as `is_whole` tells, `make` writes what is
-        left and the artifact is returned; else None. Raises StoreError as `obtain` does.
+        `write_part` writes this process's files. If `is_whole` then finds every part, `finish` writes the rest and the
+        artifact is returned; else None. Raises StoreError as `obtain` does.
         """
         path = self.path(stage, key)
         with self._locked(path) as lock:
@@ -237,7 +241,7 @@ class Store:
             if artifact is not None:
                 return artifact
             workspace = Workspace(partial_path(path), lock, lambda: self.find(stage, key) is not None)
-        contribute(workspace)
+        write_part(workspace)
         with self._locked(path, lock):
             artifact = self.find(stage, key)
             if artifact is not None:
@@ -245,7 +249,7 @@ class Store:
             workspace.refresh()
             if not is_whole(workspace):
                 return None
-            make(workspace)
+            finish(workspace)
             workspace.finish(path, key)
             return Artifact(path)
 
@@ -256,7 +260,7 @@ class Store:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            self._say(f"waiting for another process that makes {path.name}")
+            self._say(f"waiting for another process that builds {path.name}")
             lock.acquire()
         try:
             yield lock
@@ -275,4 +279,4 @@ def _check(path: Path, recorded: str | None, folder: Path) -> None:
 
 
 def _mend(folder: Path) -> str:
-    return f"remove {folder} to have it made again"
+    return f"remove {folder} to rebuild it"

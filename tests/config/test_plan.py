@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,12 +108,9 @@ def test_the_solver_and_its_seed_reach_the_plan():
     assert (plan.solver, plan.seed) == ("krylov", 0)
 
 
-def test_a_basis_is_part_of_what_decides_the_outcome_and_so_are_its_signs():
+def test_a_rotation_is_part_of_the_plan_and_of_its_baseline():
     plain, rotated = plan_linear(config(), UP), plan_linear(config(transforms=["hadamard"]), UP)
     assert (plain.transform, rotated.transform) == (None, Hadamard())
-    assert "transform" not in plain.to_dict()
-    assert rotated.to_dict() != plain.to_dict()
-    assert replace(rotated, seed=1).to_dict() != rotated.to_dict()
     assert rotated.without_low_rank().transform == Hadamard()
 
 
@@ -123,7 +119,6 @@ def test_caldera_has_settings_of_its_own_and_b_a_format_of_its_own():
     plan = plan_linear(config(method="caldera", low_rank=low_rank, caldera={"down_date": 0.5}), UP)
     assert plan.caldera == CalderaSettings(down_date=0.5)
     assert (plan.factor_formats, plan.factor_axes, plan.iterations) == ((MXInt(4), MXInt(8)), (0, 1), 20)
-    assert plan_linear(config(method="caldera", low_rank=low_rank), UP).to_dict() != plan.to_dict()
     other = plan_linear(config(low_rank={**low_rank, "format_b": "none"}), UP)
     assert (other.caldera, other.factor_b) == (None, Passthrough("float16"))
     assert plan_linear(config(low_rank={"rank": 8, "format": "w4"}), UP).factor_formats == (MXInt(4), MXInt(4))

@@ -147,23 +147,3 @@ def test_a_weight_with_nan_is_refused(weight_OI, statistics, exact_plan):
     weight_OI[3, 5] = float("nan")
     with pytest.raises(NonFiniteError, match="1 NaN and 0 infinite"):
         quantize(weight_OI, statistics, exact_plan)
-
-
-def test_a_plan_is_described_by_its_values(exact_plan):
-    assert exact_plan.to_dict() == {
-        "method": "lqer-act",
-        "weight": {"kind": "mxint", "bits": 3, "block_size": 16, "scale_rounding": "ceil"},
-        "activation": None,
-        "bias": None,
-        "rounding": {"kind": "nearest"},
-        "low_rank": {
-            "rank": 6,
-            "format": {"kind": "passthrough", "dtype": "float32", "block_size": "row"},
-            "blocks": "reduction",
-            "solver": "auto",
-            "iterations": 1,
-        },
-    }
-    # At rank 0 the factors' format decides nothing.
-    other = replace(exact_plan, factor=MXInt(bits=8), factor_blocks="reference")
-    assert replace(exact_plan, rank=0).to_dict() == replace(other, rank=0).to_dict()

@@ -8,8 +8,8 @@ from lqer.report.naming import plain_name, scheme_name
 @pytest.mark.parametrize(
     ("quantize", "name", "plain"),
     [
-        ({"method": "none"}, "plain rounding", "plain rounding"),
-        ({"method": "lqer-act", "rounding": {"kind": "nearest"}}, "lqer-act", "plain rounding"),
+        ({"method": "none"}, "RTN", "RTN"),
+        ({"method": "lqer-act", "rounding": {"kind": "nearest"}}, "lqer-act", "RTN"),
         ({"method": "none", "rounding": {"kind": "gptq"}}, "gptq", "gptq"),
         (
             {

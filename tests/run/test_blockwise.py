@@ -18,9 +18,9 @@ def test_ranks_under_a_budget_of_bits_are_those_of_the_whole_model(experiment, t
         pytest.fail("a model was loaded whole")
 
     for place in (
-        "lqer.run.pipeline.load_model",
+        "lqer.run.experiment.load_whole",
         "lqer.models.streaming.load_model",
-        "lqer.run.pipeline.load_quantized",
+        "lqer.run.experiment.load_quantized",
     ):
         monkeypatch.setattr(place, refuse)
     monkeypatch.setattr(Streamed, "materialize", refuse)

@@ -10,10 +10,10 @@ from lqer.run.chunks import Chunk, parse_chunk
 
 @pytest.mark.parametrize("total", [1, 7, 32])
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
-def test_shares_together_are_all_blocks_in_order_and_nearly_equal(total, count):
-    shares = [Chunk(index, count).blocks(total) for index in range(1, count + 1)]
-    assert [block for share in shares for block in share] == list(range(total))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_chunks_together_are_all_blocks_in_order_and_nearly_equal(total, count):
+    chunks = [Chunk(index, count).blocks(total) for index in range(1, count + 1)]
+    assert [block for chunk in chunks for block in chunk] == list(range(total))
+    assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
 
 
 def test_a_share_is_read_from_its_place_and_their_number():

@@ -42,7 +42,7 @@ def test_a_run_ends_with_the_table_and_the_path_of_the_report(experiment):
     done = subprocess.run(experiment.command("my-tag"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "| bits per quantized weight | – | 4.500 |" in done.stdout
-    assert "| | original | plain rounding | lqer-act |" in done.stdout
+    assert "| | original | RTN | lqer-act |" in done.stdout
     report = Path(done.stdout.split("report: ")[1].strip())
     assert report == experiment.output / "my-tag" / "report.md"
     assert report.exists()
@@ -84,7 +84,7 @@ def test_validate_refuses_a_share_as_the_run_would(experiment):
     command = experiment.command("--validate", "--chunk", "1/2", "--quantize.propagate=quantized")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --chunk 1/2: quantize.propagate is 'quantized'")
+    assert done.stderr.startswith("error: --chunk 1/2: requires quantize.propagate")
     assert done.stderr.count("\n") == 1
 
 

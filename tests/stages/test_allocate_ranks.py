@@ -6,6 +6,7 @@ Shapes: K = min(I, O) of a linear.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,13 @@ from lqer.formats import E8P, MXInt
 from lqer.methods import METHODS, LinearPlan
 from lqer.models.structure import block_linears, find_blocks
 from lqer.rounding import Ldlq
-from lqer.stages.allocate_ranks import allocate_ranks, check_budget, error_spectrum, measure_spectra, spectra_key
+from lqer.stages.allocate_ranks import (
+    MeasureSpectra,
+    allocate_ranks,
+    check_budget,
+    error_spectrum,
+    measure_spectra,
+)
 from lqer.stages.calibrate import CalibrationText, calibrate
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.statistics import Hessian
@@ -163,17 +170,18 @@ def test_a_budget_below_the_weights_alone_is_refused(spectra, plans, shapes):
     check_budget(plans, shapes, 3.5)
 
 
-def test_the_key_follows_what_decides_the_spectra_and_nothing_else(plans):
+def test_the_spectra_depend_on_the_rounding_and_the_metric_and_not_on_the_factors(plans):
     name = "model.layers.0.self_attn.q_proj"
-    key = spectra_key("calibration", "model", plans, CPU)
 
-    def changed(**changes):
-        return spectra_key("calibration", "model", {**plans, name: replace(plans[name], **changes)}, CPU)
+    def key(**changes):
+        # Another stage counts by its own key.
+        calibration = SimpleNamespace(model="model", device=CPU, identity="calibrate-0")
+        return MeasureSpectra.of(calibration, {**plans, name: replace(plans[name], **changes)}).key
 
-    assert changed(factor=MXInt(bits=6)) == changed(rank=8) == changed(solver="exact") == key
-    assert changed(method="lqer-act") != key
-    assert changed(weight=MXInt(bits=4)) != key
-    assert spectra_key("other", "model", plans, CPU) != key
+    assert key(factor=MXInt(bits=6)) == key(rank=8) == key(solver="exact") == key()
+    assert key(method="lqer-act") != key()
+    assert key(weight=MXInt(bits=4)) != key()
+    assert key(seed=6) != key()
 
 
 def test_a_spectrum_is_that_of_the_error_in_the_basis_of_the_plan():
@@ -191,8 +199,6 @@ def test_a_spectrum_is_that_of_the_error_in_the_basis_of_the_plan():
     left = float((error_OI @ hessian_II * error_OI).sum() / unit)
     assert float(spectrum["energies"].sum()) == pytest.approx(left, rel=1e-4)
     assert int(spectrum["weight_bits"]) == rounded.weight_OI.code_bits + rounded.metadata_bits
-    plans = {"a.0.b": plan}
-    assert spectra_key("c", "m", plans, CPU) != spectra_key("c", "m", {"a.0.b": replace(plan, seed=6)}, CPU)
 
 
 def test_a_broken_weight_is_named(random_model, windows_WT, plans, tmp_path, store):

@@ -24,7 +24,6 @@ from lqer.models.walker import walk_blocks
 from lqer.stages.calibrate import (
     CalibrationText,
     calibrate,
-    calibration_key,
     observe_block,
 )
 from lqer.statistics import Accumulator, Hessian, MaxAbs, Statistic
@@ -168,16 +167,6 @@ def test_statistics_on_a_gpu_are_those_of_the_cpu(random_model, windows_WT, tmp_
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()))
-
-
-def test_the_key_says_what_was_asked_for(windows_WT):
-    text = CalibrationText(windows_WT, 2, 24)
-    keys = [
-        calibration_key("model", text, torch.float32, CPU, requested)
-        for requested in ((), {Hessian()}, {Hessian(), MaxAbs()})
-    ]
-    assert len({str(key) for key in keys}) == 3
-    assert keys[2] == calibration_key("model", text, torch.float32, CPU, [MaxAbs(), Hessian()])
 
 
 class DeviationAccumulator:

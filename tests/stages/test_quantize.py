@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
 from lqer.formats import MXInt
-from lqer.stages.quantize import quantization_key, quantize
+from lqer.stages.quantize import quantize
 from lqer.store.names import SITES_FILE, block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Workspace
 
@@ -150,19 +150,3 @@ def test_a_linear_that_calibration_never_reached_is_named(quantized, letter_toke
     calibration = Unreached(quantized.calibration.path)
     with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.down_proj was never reached by the calibration text"):
         run_quantize(Workspace(tmp_path), quantized.model, letter_tokenizer, calibration, plan)
-
-
-def test_the_key_follows_what_decides_the_bytes_and_nothing_else(random_model, plan):
-    settings = settings_for(random_model("llama"), plan)
-    first = next(iter(settings.plans))
-    key = quantization_key("calibration", "model", settings, CPU)
-    assert key == quantization_key("calibration", "model", replace(settings, plans=dict(settings.plans)), CPU)
-    others = [
-        quantization_key("other", "model", settings, CPU),
-        quantization_key("calibration", "other", settings, CPU),
-        quantization_key("calibration", "model", replace(settings, seed=1), CPU),
-        quantization_key("calibration", "model", replace(settings, plans={**settings.plans, first: None}), CPU),
-        quantization_key("calibration", "model", replace(settings, attention={"blocks": "reduction"}), CPU),
-        quantization_key("calibration", "model", settings, torch.device("cuda")),
-    ]
-    assert key not in others

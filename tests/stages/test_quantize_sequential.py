@@ -27,8 +27,8 @@ from lqer.nn.linear import output_error
 from lqer.rounding import Gptq, Nearest, Vector
 from lqer.rounding.gptq import gptq
 from lqer.stages.calibrate import CalibrationText
-from lqer.stages.quantize import finish_checkpoint, quantization_key
-from lqer.stages.quantize_sequential import quantize_in_order, stream_key
+from lqer.stages.quantize import finish_checkpoint
+from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.statistics import Statistic
 from lqer.store.names import block_file, layers_file
 from lqer.store.offload import Offload
@@ -200,23 +200,6 @@ def test_a_broken_input_is_named(random_model, letter_tokenizer, text, gptq_plan
     model.model.layers[0].post_attention_layernorm.weight.data[3] = torch.nan
     with pytest.raises(ModelError, match=r"inputs of model\.layers\.0\.mlp\.gate_proj hold NaN or infinities"):
         run(tmp_path, model, letter_tokenizer, text, gptq_plan)
-
-
-def test_the_key_says_that_the_stream_is_quantized_and_on_which_text(random_model, text, gptq_plan):
-    settings = settings_for(random_model("llama"), gptq_plan)
-
-    def key(text=text, dtype=torch.float32, settings=settings):
-        return quantization_key(stream_key("model", text, dtype, CPU, settings), "model", settings, CPU)
-
-    others = [
-        key(replace(text, windows_WT=text.windows_WT + 1)),
-        key(replace(text, batch_size=1)),
-        key(dtype=torch.bfloat16),
-        key(settings=replace(settings, seed=1)),
-        quantization_key("calibration", "model", settings, CPU),
-    ]
-    assert key() not in others
-    assert key() == key()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -21,7 +20,7 @@ from lqer.rounding import Adaptive, Nearest
 from lqer.rounding.adaptive import block_loss
 from lqer.stages import reconstruct_block
 from lqer.stages.calibrate import CalibrationText
-from lqer.stages.quantize import finish_checkpoint, quantization_key
+from lqer.stages.quantize import finish_checkpoint
 from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.store.names import block_file, layers_file, tuning_file
 from lqer.store.store import Workspace
@@ -249,14 +248,7 @@ def test_a_block_that_diverges_is_named_and_its_last_sound_state_saved(
     assert not any(tensor.isnan().any() for name, tensor in saved.items() if name.startswith("part_state."))
 
 
-def test_without_block_transforms_no_block_is_reconstructed_and_the_key_names_them(
-    random_model, letter_tokenizer, text, plan, tmp_path
-):
+def test_without_block_transforms_no_block_is_reconstructed(random_model, letter_tokenizer, text, plan, tmp_path):
     model = random_model("llama")
-    plain, scaled = settings_for(model, plan), settings_for(model, plan, transforms=(Awq(),))
-    found = run(tmp_path, model, letter_tokenizer, text, plain)
+    found = run(tmp_path, model, letter_tokenizer, text, settings_for(model, plan))
     assert tuning_file(0) not in found
-    keys = [quantization_key("c", "m", settings, CPU) for settings in (plain, scaled)]
-    assert "transforms" not in keys[0]
-    assert keys[1]["transforms"] == [Awq().to_dict()]
-    json.dumps(keys)

@@ -1,0 +1,192 @@
+"""The stages of one run, made from its configuration: which there are, and what each of them is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lqer.checkpoint.load import load_quantized, open_quantized
+from lqer.config.schema import NOT_QUANTIZED
+from lqer.evaluation.downstream import task_fingerprint
+from lqer.models.loaders import OpenedModel
+from lqer.models.open import load_whole
+from lqer.models.streaming import open_model
+from lqer.run.context import RunContext
+from lqer.run.texts import Texts
+from lqer.stages.allocate_ranks import BudgetedPlans, MeasureSpectra
+from lqer.stages.base import Stage
+from lqer.stages.calibrate import Calibrate
+from lqer.stages.evaluate import (
+    Candidate,
+    DocumentPerplexity,
+    Evaluation,
+    TaskAccuracy,
+    WindowPerplexity,
+    path_or_none,
+)
+from lqer.stages.finetune import Finetune
+from lqer.stages.quantize import Quantize, requested_statistics
+from lqer.stages.quantize_sequential import QuantizeSequentially
+from lqer.stages.rotate import Rotate
+from lqer.store.store import Store
+from lqer.transforms import BlockTransform
+
+QuantizeStage = Quantize | QuantizeSequentially
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run does, in this order; None where the configuration does not ask for a stage.
+
+    plain: the checkpoint without low-rank reconstruction. perplexity and downstream: by role of the candidate, in the
+    order of the configuration's texts and tasks.
+    """
+
+    rotate: Rotate | None
+    calibrate: Calibrate | None
+    spectra: MeasureSpectra | None
+    quantize: QuantizeStage
+    plain: QuantizeStage | None
+    finetune: Finetune | None
+    candidates: tuple[Candidate, ...]
+    perplexity: dict[str, list[Evaluation]]
+    downstream: dict[str, TaskAccuracy]
+
+    @property
+    def checkpoint(self) -> QuantizeStage | Finetune:
+        """The stage whose artifact is the result of the run."""
+        return self.finetune or self.quantize
+
+    def before_quantize(self) -> Iterator[Stage]:
+        yield from filter(None, (self.rotate, self.calibrate, self.spectra))
+
+    def quantizing(self) -> Iterator[QuantizeStage]:
+        yield from filter(None, (self.quantize, self.plain))
+
+    def evaluations(self, candidate: Candidate) -> Iterator[Evaluation]:
+        yield from self.perplexity[candidate.role]
+        if candidate.role in self.downstream:
+            yield self.downstream[candidate.role]
+
+    def paths(self, store: Store) -> dict[str, list[Path]]:
+        """The folders of all artifacts but the evaluations', by stage; they need not exist yet."""
+        paths: dict[str, list[Path]] = {}
+        for stage in filter(None, (*self.before_quantize(), *self.quantizing(), self.finetune)):
+            paths.setdefault(stage.name, []).append(store.path(stage.name, stage.key))
+        return paths
+
+
+def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Experiment:
+    """The stages of a run. Nothing is built or loaded. Raises ConfigError for tasks that cannot be evaluated."""
+    config, device, dtype = context.config, context.device, context.dtype
+    model = Rotate(context.source, config.seed, device) if config.quantize.rotates else context.source
+    calibrate = spectra = None
+    quantize: QuantizeStage
+    if config.quantize.stream == "original":
+        requested = requested_statistics(context.plans)
+        calibrate = Calibrate(model, texts.calibration, requested, dtype, device, context.offload())
+        plans: Any = context.plans
+        if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
+            spectra = MeasureSpectra.of(calibrate, context.plans)
+            plans = BudgetedPlans(context.plans, spectra, budget_bits, context.summary.linears, context.summary.blocks)
+        quantize = Quantize(calibrate, plans, _attention(context), config.seed, device, tokenizer, "quantize")
+    else:
+        transforms = tuple(part for part in config.quantize.transforms if isinstance(part, BlockTransform))
+        quantize = QuantizeSequentially(
+            model, texts.calibration, context.plans, _attention(context), transforms, config.seed, dtype, device,
+            tokenizer, context.offload(), "quantize",
+        )  # fmt: skip
+    plain = None
+    if "plain" in config.evaluation.baselines:
+        without_low_rank = {name: plan and plan.without_low_rank() for name, plan in context.plans.items()}
+        plain = replace(quantize, plans=without_low_rank, label="quantize (without low-rank reconstruction)")
+    finetune = None
+    if config.finetune is not None:
+        assert texts.training_WT is not None, "read_texts reads it where fine-tuning is asked for"
+        finetune = Finetune(
+            context.source, quantize, texts.training_WT, config.finetune.training, config.seed, dtype, device,
+            config.device_map,
+        )  # fmt: skip
+    candidates = [_quantized(context, "quantized", finetune or quantize)]
+    candidates += [_quantized(context, "plain", plain)] if plain is not None else []
+    candidates += [_original(context)] if "original" in config.evaluation.baselines else []
+    perplexity = {candidate.role: _perplexity(context, candidate, tokenizer, texts) for candidate in candidates}
+    downstream = _downstream(context, candidates, tokenizer)
+    rotate = model if isinstance(model, Rotate) else None
+    return Experiment(rotate, calibrate, spectra, quantize, plain, finetune, tuple(candidates), perplexity, downstream)
+
+
+def _attention(context: RunContext) -> dict[str, Any] | None:
+    quantize = context.config.quantize
+    if quantize.attention == NOT_QUANTIZED:
+        return None
+    return {"format": context.config.formats[quantize.attention].to_dict(), "blocks": quantize.attention_blocks}
+
+
+def _arithmetic(context: RunContext) -> dict[str, Any]:
+    """What decides a model's outputs besides its weights."""
+    return {"dtype": context.dtype, "device": context.device, "blockwise": context.config.evaluation.blockwise}
+
+
+def _quantized(context: RunContext, role: str, stage: QuantizeStage | Finetune) -> Candidate:
+    config = context.config
+
+    def load(store: Store) -> PreTrainedModel | OpenedModel:
+        checkpoint = stage.artifact(store)
+        checkpoint.verify()
+        arguments = (checkpoint.path, context.device, context.dtype, context.backend)
+        if config.evaluation.blockwise:
+            return open_quantized(*arguments, context.offload())
+        return load_quantized(*arguments, config.device_map)
+
+    made_from = {"checkpoint": stage, "backend": context.backend, **_arithmetic(context)}
+    return Candidate(role, made_from, load)
+
+
+def _original(context: RunContext) -> Candidate:
+    config = context.config
+
+    def load(store: Store) -> PreTrainedModel | OpenedModel:
+        if config.evaluation.blockwise:
+            return open_model(context.source, context.dtype, context.device, context.offload())
+        return load_whole(context.source, context.dtype, context.device, config.device_map)
+
+    return Candidate("original", {"model": context.source, **_arithmetic(context)}, load)
+
+
+def _perplexity(
+    context: RunContext, candidate: Candidate, tokenizer: PreTrainedTokenizerBase, texts: Texts
+) -> list[Evaluation]:
+    settings = context.config.evaluation.perplexity
+    if settings is None:
+        return []
+    stages: list[Evaluation] = []
+    for text in texts.evaluation:
+        title = f"{text.spec.label} (protocol {settings.protocol})"
+        if text.windows_WT is None:
+            stages.append(
+                DocumentPerplexity(candidate, title, text.documents, settings.seq_len, settings.batch_size, tokenizer)
+            )
+        else:
+            stages.append(WindowPerplexity(candidate, title, settings.protocol, text.windows_WT, settings.batch_size))
+    return stages
+
+
+def _downstream(
+    context: RunContext, candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, TaskAccuracy]:
+    settings = context.config.evaluation.downstream
+    if settings is None:
+        return {}
+    tasks = task_fingerprint(settings.tasks, path_or_none(settings.include_path), path_or_none(settings.data_dir))
+    return {
+        candidate.role: TaskAccuracy(
+            candidate, ", ".join(settings.tasks), tasks, settings.num_fewshot, settings.limit, settings.batch_size,
+            settings.max_length, context.config.seed, settings, tokenizer,
+        )
+        for candidate in candidates
+    }  # fmt: skip

@@ -1,0 +1,88 @@
+"""Reads every text of a run before any work is done, so that one that cannot be used costs nothing.
+
+Shapes: W windows, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lqer.config import Config
+from lqer.config.schema import PerplexityConfig
+from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows, tokens_sha256
+from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
+from lqer.results import CalibrationInfo
+from lqer.stages.calibrate import CalibrationText
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text of [evaluation.perplexity]: its token windows, or its documents where the protocol scores those.
+
+    source: repository, revision, split and rows, or file.
+    """
+
+    spec: DatasetSpec
+    source: str
+    windows_WT: Tensor | None
+    documents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """training_WT: the windows of fine-tuning, the last of them held out; None without fine-tuning."""
+
+    calibration: CalibrationText
+    calibration_info: CalibrationInfo
+    training_WT: Tensor | None
+    evaluation: tuple[EvaluationText, ...]
+
+
+def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """Raises DataError for a text that cannot be read or is too short."""
+    calibration, info = _calibration(config, tokenizer)
+    perplexity = config.evaluation.perplexity
+    evaluation = () if perplexity is None else perplexity.datasets
+    return Texts(
+        calibration,
+        info,
+        _training(config, tokenizer),
+        tuple(_evaluation(spec, perplexity, tokenizer) for spec in evaluation if perplexity is not None),
+    )
+
+
+def _calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[CalibrationText, CalibrationInfo]:
+    settings = config.calibration
+    rows = load_rows(settings.dataset, "calibration")
+    windows_WT = calibration_windows(tokenizer, rows, settings.num_samples, settings.seq_len)
+    info = CalibrationInfo(
+        dataset=settings.dataset.label,
+        source=rows.source,
+        tokens=windows_WT.numel(),
+        fingerprint=tokens_sha256(windows_WT),
+    )
+    return CalibrationText(windows_WT, settings.batch_size, settings.error_tokens), info
+
+
+def _training(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+    settings = config.finetune
+    if settings is None:
+        return None
+    windows = settings.num_samples + settings.validation_samples
+    asked_by = "finetune.num_samples + validation_samples"
+    return calibration_windows(
+        tokenizer, load_rows(settings.dataset, "calibration"), windows, settings.seq_len, asked_by
+    )
+
+
+def _evaluation(spec: DatasetSpec, settings: PerplexityConfig, tokenizer: PreTrainedTokenizerBase) -> EvaluationText:
+    text = load_rows(spec, "evaluation")
+    if settings.protocol == "lm-eval":
+        # The lines of a running text are not documents: scored one by one they would lose their context.
+        documents = tuple(text.rows) if text.documents else (text.joiner.join(text.rows),)
+        return EvaluationText(spec, text.source, None, documents)
+    windows_WT = WINDOWED_PROTOCOLS[settings.protocol].windows(tokenizer, text.rows, text.joiner, settings.seq_len)
+    return EvaluationText(spec, text.source, windows_WT[: settings.max_windows])
