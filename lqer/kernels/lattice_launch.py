@@ -21,8 +21,7 @@ from lqer.kernels.lattice_gemm import lattice_expand_kernel, lattice_product_ker
 from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.runtime import launch_options
-from lqer.nn.linear import FLOAT16_HEADROOM, in_basis
-from lqer.transforms.hadamard import RandomHadamard, small_factor, small_order
+from lqer.transforms.hadamard import FLOAT16_HEADROOM, RandomHadamard, run_rotated, small_factor, small_order
 
 LATTICE_TOKENS = 16
 LARGEST_BLOCK = 128  # of a transform's outputs, for one program
@@ -90,7 +89,7 @@ def run_in_basis(x_MK: Tensor, packed: PackedLinear, run: Callable[[Tensor, Pack
         return run(x_MK, packed)
     basis = RandomHadamard(packed.input_signs_K, packed.output_signs_N)
     inner = replace(packed, bias_N=None, input_signs_K=None, output_signs_N=None)
-    return in_basis(x_MK, basis, packed.bias_N, lambda x: run(x, inner))
+    return run_rotated(x_MK, basis, packed.bias_N, lambda x: run(x, inner))
 
 
 def headroom(dtype: torch.dtype) -> float:

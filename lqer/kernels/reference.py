@@ -15,8 +15,7 @@ from lqer.kernels.codebook import PackedCodebook
 from lqer.kernels.lattice import PackedLattice, unpack_points
 from lqer.kernels.layout import PackedWeight, unpack_codes
 from lqer.kernels.packed import AnyWeight, PackedLinear
-from lqer.nn.linear import in_basis
-from lqer.transforms.hadamard import RandomHadamard
+from lqer.transforms.hadamard import RandomHadamard, run_rotated
 
 
 def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
@@ -25,7 +24,7 @@ def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
         return _linear(x_MK, packed).to(packed.dtype)
     basis = RandomHadamard(packed.input_signs_K, packed.output_signs_N)
     inner = replace(packed, bias_N=None)
-    return in_basis(x_MK, basis, packed.bias_N, lambda x: _linear(x, inner)).to(packed.dtype)
+    return run_rotated(x_MK, basis, packed.bias_N, lambda x: _linear(x, inner)).to(packed.dtype)
 
 
 def _linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:

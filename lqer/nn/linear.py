@@ -8,23 +8,17 @@ so an emulated layer differs from a kernel on packed codes only by the order of 
 Where a weight was rounded in another basis, y = D(s_v) H_Oᵀ (W_q x'_q + ..) + b_q with x' = H_I D(s_u) x: the layer
 goes there and back, and all that is rounded is rounded there (QuIP#, arXiv 2402.04396; CALDERA, 2405.18886).
 
-Shapes: I in_features, O out_features, R rank.
+Shapes: I in_features, O out_features, R rank, S sampled inputs.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lqer.formats import NumberFormat
-from lqer.transforms.hadamard import RandomHadamard
-
-# A rotation gathers up to ‖x‖ in one element, which float16 may not hold; a power of two costs no digit. The value is
-# that of CALDERA's kernels.
-FLOAT16_HEADROOM = 32.0
+from lqer.transforms.hadamard import RandomHadamard, run_rotated
 
 
 class QuantizedLinear(nn.Module):
@@ -96,16 +90,7 @@ class HadamardLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) in the layer's dtype -> (..., out_features)."""
-        return in_basis(x, self.basis, self.bias, self.inner)
-
-
-def in_basis(x: Tensor, basis: RandomHadamard, bias_O: Tensor | None, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `run` makes of x in `basis`, back in the linear's own, with the bias: (..., in) -> (..., out)."""
-    if x.dtype == torch.float16:
-        y = basis.output(run(basis.input(x / FLOAT16_HEADROOM))) * FLOAT16_HEADROOM
-    else:
-        y = basis.output(run(basis.input(x)))
-    return y if bias_O is None else y + bias_O
+        return run_rotated(x, self.basis, self.bias, self.inner)
 
 
 def output_error(weight_OI: Tensor, quantized_OI: Tensor, sample_SI: Tensor) -> float:

@@ -21,7 +21,7 @@ Shapes: I in_features, O out_features, T rows of activations, K the small factor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,6 +33,9 @@ from lqer.transforms.base import LinearTransform, Rotation
 
 # A small factor costs K multiplications an element; beyond this the odd part itself is cheaper or as good.
 LARGEST_PALEY = 256
+# A rotation gathers up to ‖x‖ in one element, which float16 may not hold; a power of two costs no digit. The value is
+# that of CALDERA's kernels.
+FLOAT16_HEADROOM = 32.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,18 @@ def random_hadamard(out_features: int, in_features: int, seed: int) -> RandomHad
     generator = torch.Generator().manual_seed(seed)
     signs = (torch.randint(0, 2, (n,), generator=generator) for n in (in_features, out_features))
     return RandomHadamard(*(2.0 * sign - 1 for sign in signs))
+
+
+def run_rotated(x: Tensor, rotation: RandomHadamard, bias_O: Tensor | None, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """A linear (..., in) -> (..., out) with a rotated weight: rotate x, `run` the product, rotate back, add the bias.
+
+    In float16, x is divided by a power of two before it is rotated, and y multiplied by it afterwards.
+    """
+    if x.dtype == torch.float16:
+        y = rotation.output(run(rotation.input(x / FLOAT16_HEADROOM))) * FLOAT16_HEADROOM
+    else:
+        y = rotation.output(run(rotation.input(x)))
+    return y if bias_O is None else y + bias_O
 
 
 def _pack_signs(signs: Tensor) -> Tensor:
