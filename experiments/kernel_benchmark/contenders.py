@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernel_benchmark import peers
+from kernel_benchmark.results import Scene
 from lqer.formats import E8P, Codebook, Int, MXInt, NumberFormat, QuantizedTensor
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.transforms.hadamard import RandomHadamard, random_hadamard
-
-from . import peers
-from .results import Scene
 
 W4, X8 = MXInt(4), MXInt(8)
 VQ2 = Codebook(2, 2, group_size=2048)

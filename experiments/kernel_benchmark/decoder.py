@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernel_benchmark import timing
+from kernel_benchmark.contenders import FACTOR, W4, X8, random_basis
+from kernel_benchmark.results import Bar, BarResult, compare
 from lqer.formats import E8P, QuantizedTensor
-
-from . import timing
-from .contenders import FACTOR, W4, X8, random_basis
-from .results import Bar, BarResult, compare
 
 CONFIG = {
     "vocab_size": 32000,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import timing
-from .contenders import VARIANTS, Operands, Variant
-from .results import Measurement, Scene
+from kernel_benchmark import timing
+from kernel_benchmark.contenders import VARIANTS, Operands, Variant
+from kernel_benchmark.results import Measurement, Scene
 
 # H100 and H200 have L2 caches of 50 and 60 MB: nothing of a copy is left when its turn comes again.
 ROTATED_BYTES = 300e6

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from .results import BarResult, Measurement, Scene
+from kernel_benchmark.results import BarResult, Measurement, Scene
 
 SCHEMA_VERSION = 1
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from .results import Bar, Scene
+from kernel_benchmark.results import Bar, Scene
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672))
 WIDE = (4096, 11008)  # gate and up of a 7B model

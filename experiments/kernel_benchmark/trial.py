@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .results import Scene
+from kernel_benchmark.results import Scene
 
 Job = tuple[Scene, str]
 
@@ -70,7 +70,7 @@ def run_worker(jobs: Sequence[Job], index: int, count: int, log: Path) -> int:
     """The trial process: the jobs of its share that no predecessor began. Exit status 3 after the GPU was lost."""
     import torch
 
-    from .measure import describe, try_once
+    from kernel_benchmark.measure import describe, try_once
 
     mine = jobs[index::count]
     begun = _started(log)

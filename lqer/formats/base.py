@@ -6,7 +6,7 @@ the methods named `*_blocks` and `*_parts`, see the block axis last; `quantize` 
 `quantize` is the format's own, data-free way to a QuantizedTensor; a rounding that fits scales or codes to the inputs
 of a layer makes a QuantizedTensor of the same parts.
 
-Shapes: L = length of the block axis, N = leading dims and blocks, B = within a block.
+Shapes: L length of the block axis, G blocks of all leading dims, g values of a block.
 """
 
 import dataclasses
@@ -68,22 +68,22 @@ class NumberFormat(Component, ABC, family="number format"):
         return 0 if self.block_size == "tensor" else bits * block_count(length, self.block_size)
 
     @abstractmethod
-    def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
-        """Scales of float32 blocks [N, B]: [N], or [1, .., 1] where `block_size` is "tensor".
+    def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
+        """Scales of float32 blocks [G, g]: [G], or [1, .., 1] where `block_size` is "tensor".
 
         A scale of values among which is NaN or infinity decodes to NaN.
         """
 
     @abstractmethod
-    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """Codes [N, B] of float32 blocks [N, B] under scales [N], saturating. B need not be the block size.
+    def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """Codes [G, g] of float32 blocks [G, g] under scales [G], saturating. g need not be the block size.
 
-        With vectors of D there are [N, ceil(B / D)] codes; a ragged last vector is encoded as if padded with zeros.
+        With vectors of D there are [G, ceil(g / D)] codes; a ragged last vector is encoded as if padded with zeros.
         """
 
     @abstractmethod
-    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """float32 values [N, B] that codes [N, B] under scales [N] stand for; whole vectors, B a multiple of D."""
+    def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """float32 values [G, g] that codes [G, g] under scales [G] stand for; whole vectors, g a multiple of D."""
 
     def quantize(self, x: Tensor, axis: int = -1) -> "QuantizedTensor":
         """Quantize a float tensor of any dtype along `axis`, in float32.
@@ -105,23 +105,23 @@ class NumberFormat(Component, ABC, family="number format"):
         y_L = from_blocks(self.round_blocks(to_blocks(x_L, self.block_size)), x_L.shape[-1])
         return y_L.to(x.dtype).movedim(-1, axis).contiguous()
 
-    def round_blocks(self, x_NB: Tensor) -> Tensor:
+    def round_blocks(self, x_Gg: Tensor) -> Tensor:
         """A new tensor with `decode(encode(x))` of float32 blocks; formats override it with something faster."""
-        scales = self.fit(x_NB)
-        return self.decode(self.encode(x_NB, scales), scales)[..., : x_NB.shape[-1]]
+        scales = self.fit(x_Gg)
+        return self.decode(self.encode(x_Gg, scales), scales)[..., : x_Gg.shape[-1]]
 
     def quantize_parts(self, x_L: Tensor) -> dict[str, Tensor]:
         """Codes [..., L] (one per vector) and metadata [..., blocks] of a finite float32 tensor [..., L]."""
-        x_NB = to_blocks(x_L, self.block_size)
-        scales = self.fit(x_NB)
-        return {"codes": from_blocks(self.encode(x_NB, scales), self.code_count(x_L.shape[-1])), **scales}
+        x_Gg = to_blocks(x_L, self.block_size)
+        scales = self.fit(x_Gg)
+        return {"codes": from_blocks(self.encode(x_Gg, scales), self.code_count(x_L.shape[-1])), **scales}
 
     def dequantize_parts(self, parts: dict[str, Tensor]) -> Tensor:
         """float32 values [..., L]: the inverse of `quantize_parts`, up to rounding; whole vectors."""
         codes_L = parts["codes"]
         codes_per_block = self.block_size if isinstance(self.block_size, str) else self.block_size // self.vector_size
-        values_NB = self.decode(to_blocks(codes_L, codes_per_block), parts)
-        return from_blocks(values_NB, codes_L.shape[-1] * self.vector_size)
+        values_Gg = self.decode(to_blocks(codes_L, codes_per_block), parts)
+        return from_blocks(values_Gg, codes_L.shape[-1] * self.vector_size)
 
     def pack_parts(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parts as stored: the narrow ones as uint8 bit streams, the others as they are."""

@@ -7,7 +7,7 @@ block. A ragged last block is padded with zeros, which no format lets influence 
 The shared scale is E8M0 (OCP MX v1.0, section 5.4.1): a byte s stands for 2^(s - 127), 255 for NaN. Exponents are taken
 from the bits of the float32 pattern, since a float32 log2 rounds to the wrong integer next to large powers of two.
 
-Shapes: L = length of the axis, N = leading dims and blocks, B = within a block.
+Shapes: L length of the axis, G blocks of all leading dims, g values of a block.
 """
 
 from typing import Literal
@@ -36,7 +36,7 @@ def block_count(length: int, block_size: BlockSize) -> int:
 
 
 def to_blocks(x_L: Tensor, block_size: BlockSize) -> Tensor:
-    """View the last axis [..., L] as blocks [..., ceil(L / B), B]; copies only when the last block is ragged."""
+    """View the last axis [..., L] as blocks [..., ceil(L / g), g]; copies only when the last block is ragged."""
     length = x_L.shape[-1]
     width = block_width(length, block_size)
     count = block_count(length, block_size)
@@ -45,32 +45,32 @@ def to_blocks(x_L: Tensor, block_size: BlockSize) -> Tensor:
     return x_L.unflatten(-1, (count, width))
 
 
-def from_blocks(x_NB: Tensor, length: int) -> Tensor:
-    """The inverse of `to_blocks`: [..., blocks, B] to [..., length], the padding dropped."""
-    x_L = x_NB.flatten(-2)
+def from_blocks(x_Gg: Tensor, length: int) -> Tensor:
+    """The inverse of `to_blocks`: [..., blocks, g] to [..., length], the padding dropped."""
+    x_L = x_Gg.flatten(-2)
     return x_L if x_L.shape[-1] == length else x_L[..., :length].contiguous()
 
 
-def scale_groups(x_NB: Tensor, block_size: BlockSize) -> Tensor:
-    """Blocks [N, B] regrouped so that the values of one scale come last: all of them, [1, .., 1, N B], for "tensor"."""
+def scale_groups(x_Gg: Tensor, block_size: BlockSize) -> Tensor:
+    """Blocks [G, g] regrouped so that the values of one scale come last: all of them, [1, .., 1, G g], for "tensor"."""
     if block_size != "tensor":
-        return x_NB
-    ones = [1] * (x_NB.dim() - 1)
-    return x_NB.reshape(*ones, -1) if x_NB.numel() else x_NB.new_zeros(*ones, 1)
+        return x_Gg
+    ones = [1] * (x_Gg.dim() - 1)
+    return x_Gg.reshape(*ones, -1) if x_Gg.numel() else x_Gg.new_zeros(*ones, 1)
 
 
-def max_magnitude_pattern(x_NB: Tensor) -> Tensor:
-    """Largest |x| of each float32 block [N, B] as its int32 bit pattern [N].
+def max_magnitude_pattern(x_Gg: Tensor) -> Tensor:
+    """Largest |x| of each float32 block [G, g] as its int32 bit pattern [G].
 
     Patterns of non-negative floats order as the floats do, so the integer maximum is the maximum, and a NaN, being
     above infinity, wins. On the CPU the integer reduction takes half the time of `x.abs().amax(-1)`.
     """
-    return (x_NB.view(torch.int32) & FLOAT32_MAGNITUDE_MASK).amax(-1)
+    return (x_Gg.view(torch.int32) & FLOAT32_MAGNITUDE_MASK).amax(-1)
 
 
-def e8m0_to_float(exponents_N: Tensor) -> Tensor:
+def e8m0_to_float(exponents_G: Tensor) -> Tensor:
     """uint8 E8M0 to float32 values: 2^(s - 127) exactly (2^-127 is a subnormal), NaN for 255."""
-    pattern_N = exponents_N.to(torch.int32) << FLOAT32_MANTISSA_BITS
-    pattern_N = pattern_N.clamp_(min=1 << (FLOAT32_MANTISSA_BITS - 1))  # byte 0: the subnormal 2^-127
-    pattern_N += (exponents_N == E8M0_NAN).to(torch.int32) << (FLOAT32_MANTISSA_BITS - 1)  # infinity to quiet NaN
-    return pattern_N.view(torch.float32)
+    pattern_G = exponents_G.to(torch.int32) << FLOAT32_MANTISSA_BITS
+    pattern_G = pattern_G.clamp_(min=1 << (FLOAT32_MANTISSA_BITS - 1))  # byte 0: the subnormal 2^-127
+    pattern_G += (exponents_G == E8M0_NAN).to(torch.int32) << (FLOAT32_MANTISSA_BITS - 1)  # infinity to quiet NaN
+    return pattern_G.view(torch.float32)

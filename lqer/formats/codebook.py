@@ -8,12 +8,12 @@ K = 2^(bits * D) centroids of D elements, stored as int8 under one bfloat16 scal
     codebook_rank      D = 1: the sorted codebooks of the tensor, stacked to a matrix [groups, K], are a product of
                        that rank; stored are int8 factors per group and one float32 basis
 
-`fit`, `encode` and `decode` see a group as a block: N groups of B elements, vectors of D consecutive elements, and one
+`fit`, `encode` and `decode` see a group as a block: G groups of g elements, vectors of D consecutive elements, and one
 code per vector. Which codebook and which codes are good depends on the inputs of a layer, so they are best made by
 `lqer.rounding.vector`; `quantize` is k-means on the values alone.
 
-Shapes: L = length of the block axis, R = rows (all leading dims), N = groups, B = elements of a group, V = vectors,
-K = centroids, D = elements of a vector, S = blocks of columns that share the scale's offset and step.
+Shapes: L length of the block axis, R rows (all leading dims), G groups, g elements of a group, V vectors, K centroids,
+D elements of a vector, S blocks of columns that share the scale's offset and step, r codebook_rank.
 """
 
 from __future__ import annotations
@@ -132,23 +132,23 @@ class Codebook(NumberFormat):
         group_rows = -(-rows // -(-rows // wanted_rows))
         return Layout(rows, length, group_rows, columns)
 
-    def fit(self, x_NB: Tensor, weight_NB: Tensor | None = None) -> dict[str, Tensor]:
-        """Codebooks of float32 groups [N, B] by k-means, each weight counting `weight_NB` times (0: not there)."""
-        x_NVD, weight_NVD = (
-            self._vectors(x_NB),
-            self._vectors(torch.ones_like(x_NB) if weight_NB is None else weight_NB),
+    def fit(self, x_Gg: Tensor, weight_Gg: Tensor | None = None) -> dict[str, Tensor]:
+        """Codebooks of float32 groups [G, g] by k-means, each weight counting `weight_Gg` times (0: not there)."""
+        x_GVD, weight_GVD = (
+            self._vectors(x_Gg),
+            self._vectors(torch.ones_like(x_Gg) if weight_Gg is None else weight_Gg),
         )
-        return self.encode_centroids(fit_centroids(x_NVD, weight_NVD, self.centroids))
+        return self.encode_centroids(fit_centroids(x_GVD, weight_GVD, self.centroids))
 
-    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """uint8 codes [N, B / D] of the nearest centroids."""
-        x_NVD = self._vectors(x_NB)
-        return nearest_centroids(x_NVD, torch.ones_like(x_NVD), self.decode_centroids(scales))
+    def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """uint8 codes [G, g / D] of the nearest centroids."""
+        x_GVD = self._vectors(x_Gg)
+        return nearest_centroids(x_GVD, torch.ones_like(x_GVD), self.decode_centroids(scales))
 
-    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """float32 values [N, B] of codes [N, B / D]."""
-        index_NVD = codes_NB.to(torch.int64).unsqueeze(-1).expand(-1, -1, self.dimension)
-        return self.decode_centroids(scales).gather(1, index_NVD).flatten(1)
+    def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """float32 values [G, g] of codes [G, g / D]."""
+        index_GVD = codes_Gg.to(torch.int64).unsqueeze(-1).expand(-1, -1, self.dimension)
+        return self.decode_centroids(scales).gather(1, index_GVD).flatten(1)
 
     def fake_quantize(self, x: Tensor, axis: int = -1) -> Tensor:
         """`quantize(x, axis).dequantize(x.dtype)`: fits codebooks, so nothing for activations; refuses NaN."""
@@ -159,18 +159,18 @@ class Codebook(NumberFormat):
         layout = self.layout(*x_RL.shape)
         scales = self.fit_scales(x_RL)
         scale_RL = self.decode_scales(scales, x_RL)
-        x_NB = layout.group(x_RL / scale_RL)
-        codebooks = self.fit(x_NB, layout.group((scale_RL / scale_RL.amax()).square()))
-        codes_RV = layout.ungroup(self.encode(x_NB, codebooks), x_RL.shape[1] // self.dimension)
+        x_Gg = layout.group(x_RL / scale_RL)
+        codebooks = self.fit(x_Gg, layout.group((scale_RL / scale_RL.amax()).square()))
+        codes_RV = layout.ungroup(self.encode(x_Gg, codebooks), x_RL.shape[1] // self.dimension)
         return self.shape_parts(layout, codes_RV, codebooks, scales, x_L.shape[:-1])
 
     def dequantize_parts(self, parts: dict[str, Tensor]) -> Tensor:
         codes_RV = parts["codes"].reshape(-1, parts["codes"].shape[-1])
         rows, vectors = codes_RV.shape
         layout = self.layout(rows, vectors * self.dimension)
-        codes_NV = layout.group(codes_RV, layout.group_columns // self.dimension)
+        codes_GV = layout.group(codes_RV, layout.group_columns // self.dimension)
         flat = {name: parts[name].flatten(0, 1) for name in ("codebooks", "codebook_scales")}
-        values_RL = layout.ungroup(self.decode(codes_NV, parts | flat))
+        values_RL = layout.ungroup(self.decode(codes_GV, parts | flat))
         values_RL = values_RL * self.decode_scales(parts, values_RL)
         return values_RL.reshape(*parts["codes"].shape[:-1], -1)
 
@@ -182,7 +182,7 @@ class Codebook(NumberFormat):
         scales: dict[str, Tensor],
         lead: tuple[int, ...] | torch.Size,
     ) -> dict[str, Tensor]:
-        """The parts of a QuantizedTensor from codes [R, V], codebooks of N groups and block scales of R rows."""
+        """The parts of a QuantizedTensor from codes [R, V], codebooks of G groups and block scales of R rows."""
         parts = {"codes": codes_RV.reshape(*lead, -1), **codebooks}
         for name in ("codebooks", "codebook_scales"):
             parts[name] = codebooks[name].unflatten(0, (layout.row_groups, layout.column_groups)).contiguous()
@@ -190,23 +190,23 @@ class Codebook(NumberFormat):
             parts |= scales | {"scale_codes": scales["scale_codes"].reshape(*lead, -1)}
         return parts
 
-    def encode_centroids(self, centroids_NKD: Tensor, basis_rK: Tensor | None = None) -> dict[str, Tensor]:
-        """Codebooks of N groups as they are stored.
+    def encode_centroids(self, centroids_GKD: Tensor, basis_rK: Tensor | None = None) -> dict[str, Tensor]:
+        """Codebooks of G groups as they are stored.
 
         With `codebook_rank`, sorted centroids lie near a low rank; they are projected onto `basis_rK`, whose rows are
         orthogonal, or onto the best basis for them.
         """
         if not self.codebook_rank:
-            return _encode_int8(centroids_NKD)
-        centroids_NK = centroids_NKD.squeeze(-1)
+            return _encode_int8(centroids_GKD)
+        centroids_GK = centroids_GKD.squeeze(-1)
         if basis_rK is None:
-            return self.encode_factors(*factorize(centroids_NK, self.codebook_rank))
+            return self.encode_factors(*factorize(centroids_GK, self.codebook_rank))
         norm_r = basis_rK.square().sum(1)
-        return self.encode_factors(centroids_NK @ basis_rK.T / norm_r.where(norm_r > 0, 1.0), basis_rK)
+        return self.encode_factors(centroids_GK @ basis_rK.T / norm_r.where(norm_r > 0, 1.0), basis_rK)
 
-    def encode_factors(self, factors_Nr: Tensor, basis_rK: Tensor) -> dict[str, Tensor]:
-        """Codebooks of N groups as they are stored, from float32 factors and the basis they share."""
-        return _encode_int8(factors_Nr) | {"codebook_basis": basis_rK}
+    def encode_factors(self, factors_Gr: Tensor, basis_rK: Tensor) -> dict[str, Tensor]:
+        """Codebooks of G groups as they are stored, from float32 factors and the basis they share."""
+        return _encode_int8(factors_Gr) | {"codebook_basis": basis_rK}
 
     def decode_centroids(self, codebooks: dict[str, Tensor]) -> Tensor:
         """float32 centroids [..., K, D] of codebooks with any leading dims."""
@@ -225,28 +225,28 @@ class Codebook(NumberFormat):
             return torch.ones_like(like_RL)
         return decode_log_scales(scales, like_RL.shape[0], like_RL.shape[1], self.scale_block_size)
 
-    def _vectors(self, x_NB: Tensor) -> Tensor:
-        return x_NB.unflatten(-1, (-1, self.dimension))
+    def _vectors(self, x_Gg: Tensor) -> Tensor:
+        return x_Gg.unflatten(-1, (-1, self.dimension))
 
 
-def factorize(centroids_NK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """float32 factors [N, rank] and basis [rank, K] whose product is the best approximation of that rank.
+def factorize(centroids_GK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """float32 factors [G, rank] and basis [rank, K] whose product is the best approximation of that rank.
 
     The factors' columns have mean square 1, so that rounding them under one scale costs every direction its share.
     """
-    u_Nr, sigma_r, v_rK = torch.linalg.svd(centroids_NK.to(torch.float64), full_matrices=False)
+    u_Gr, sigma_r, v_rK = torch.linalg.svd(centroids_GK.to(torch.float64), full_matrices=False)
     missing = max(0, rank - len(sigma_r))  # fewer groups than the rank
-    norm = len(centroids_NK) ** 0.5
-    factors_Nr = pad(u_Nr[:, :rank] * norm, (0, missing))
+    norm = len(centroids_GK) ** 0.5
+    factors_Gr = pad(u_Gr[:, :rank] * norm, (0, missing))
     basis_rK = pad(sigma_r[:rank, None] * v_rK[:rank] / norm, (0, 0, 0, missing))
-    return factors_Nr.to(torch.float32).contiguous(), basis_rK.to(torch.float32).contiguous()
+    return factors_Gr.to(torch.float32).contiguous(), basis_rK.to(torch.float32).contiguous()
 
 
 def _encode_int8(values: Tensor) -> dict[str, Tensor]:
     """Symmetric int8 with a scale per leading element, made for the scale as it is stored; zeros stay zeros."""
-    largest_N = values.abs().flatten(1).amax(1)
-    scale_N = (largest_N / LARGEST_CENTROID_CODE).to(CODEBOOK_SCALE)
-    divisor_N = scale_N.to(torch.float32).where(scale_N > 0, 1.0)
-    codes = values / divisor_N.reshape(-1, *[1] * (values.dim() - 1))
+    largest_G = values.abs().flatten(1).amax(1)
+    scale_G = (largest_G / LARGEST_CENTROID_CODE).to(CODEBOOK_SCALE)
+    divisor_G = scale_G.to(torch.float32).where(scale_G > 0, 1.0)
+    codes = values / divisor_G.reshape(-1, *[1] * (values.dim() - 1))
     codes = codes.round_().clamp_(-LARGEST_CENTROID_CODE, LARGEST_CENTROID_CODE).to(torch.int8)
-    return {"codebooks": codes, "codebook_scales": scale_N}
+    return {"codebooks": codes, "codebook_scales": scale_G}

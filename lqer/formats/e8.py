@@ -22,7 +22,7 @@ compares with all points instead, which is one product.
 E8 1-bit, 2^8 points: the lattice points with |v|² <= 2 (zero and 240 roots) and fifteen of the sixteen ±2e_i, in this
 order; roots and the others in lexicographic order, without (0, .., 0, 2).
 
-Shapes: V vectors, 8 coordinates, P points, K rows.
+Shapes: V vectors, 8 coordinates, P points, K rows, C classes, M vectors that may have a row of |a|² = 12.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ the search, which is exact for each of the two points, are in `e8.py`. The codeb
 normal, which a random Hadamard transform makes of any weight. It has no zero: only a tensor or block of zeros decodes
 to zeros.
 
-Shapes: L = length of the block axis, N = leading dims and blocks, B = within a block, V = vectors, 8 coordinates.
+Shapes: L length of the block axis, G blocks of all leading dims, g values of a block, V vectors of 8 coordinates,
+P bytes of a row, W bytes of a code.
 """
 
 from __future__ import annotations
@@ -75,34 +76,34 @@ class E8P(NumberFormat):
         code_bits = self.bits * DIMENSION * self.code_count(length)
         return (code_bits + self.scale_bits(SCALE_DTYPES[self.scale_dtype].itemsize * 8, length)) / length
 
-    def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
-        """Scales rms / opt_scale, [N] or [1, .., 1]; 0 for zeros, NaN where there is NaN or infinity."""
+    def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
+        """Scales rms / opt_scale, [G] or [1, .., 1]; 0 for zeros, NaN where there is NaN or infinity."""
         opt_scale = OPT_SCALE[self.bits] if self.opt_scale is None else self.opt_scale
-        rms_N = root_mean_square(scale_groups(x_NB, self.block_size))
-        return {"scales": storable(rms_N / opt_scale, SCALE_DTYPES[self.scale_dtype], 2 * LARGEST_COORDINATE)}
+        rms_G = root_mean_square(scale_groups(x_Gg, self.block_size))
+        return {"scales": storable(rms_G / opt_scale, SCALE_DTYPES[self.scale_dtype], 2 * LARGEST_COORDINATE)}
 
-    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """int64 codes [N, ceil(B / 8)]."""
-        scale_NB = scales["scales"].to(torch.float32).unsqueeze(-1)
-        x_NB = x_NB / torch.where(scale_NB == 0, 1.0, scale_NB)
-        if x_NB.shape[-1] % DIMENSION:
-            x_NB = pad(x_NB, (0, -x_NB.shape[-1] % DIMENSION))
-        x_V8 = x_NB.reshape(-1, DIMENSION)
+    def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """int64 codes [G, ceil(g / 8)]."""
+        scale_Gg = scales["scales"].to(torch.float32).unsqueeze(-1)
+        x_Gg = x_Gg / torch.where(scale_Gg == 0, 1.0, scale_Gg)
+        if x_Gg.shape[-1] % DIMENSION:
+            x_Gg = pad(x_Gg, (0, -x_Gg.shape[-1] % DIMENSION))
+        x_V8 = x_Gg.reshape(-1, DIMENSION)
         codes_V = nearest_e8p(x_V8)
         if self.bits > 2:
             residual_V8 = (x_V8 - e8p_points(x_V8.device)[codes_V]) * RESIDUAL_SCALE[self.bits]
             nearest_residual = nearest_e8_one_bit if self.bits == 3 else nearest_e8p
             codes_V |= nearest_residual(residual_V8) << FIRST_BITS
-        return codes_V.view(*x_NB.shape[:-1], x_NB.shape[-1] // DIMENSION)
+        return codes_V.view(*x_Gg.shape[:-1], x_Gg.shape[-1] // DIMENSION)
 
-    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """float32 values [N, 8 V] of codes [N, V]."""
-        points = e8p_points(codes_NB.device)
-        x_NV8 = points[codes_NB & FIRST_MASK]
+    def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """float32 values [G, 8 V] of codes [G, V]."""
+        points = e8p_points(codes_Gg.device)
+        x_GV8 = points[codes_Gg & FIRST_MASK]
         if self.bits > 2:
-            residual_points = e8_one_bit_points(codes_NB.device) if self.bits == 3 else points
-            x_NV8 = x_NV8 + residual_points[codes_NB >> FIRST_BITS] / RESIDUAL_SCALE[self.bits]
-        return x_NV8.flatten(-2).mul_(scales["scales"].to(torch.float32).unsqueeze(-1))
+            residual_points = e8_one_bit_points(codes_Gg.device) if self.bits == 3 else points
+            x_GV8 = x_GV8 + residual_points[codes_Gg >> FIRST_BITS] / RESIDUAL_SCALE[self.bits]
+        return x_GV8.flatten(-2).mul_(scales["scales"].to(torch.float32).unsqueeze(-1))
 
     def pack_parts(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         codes_V = parts["codes"]

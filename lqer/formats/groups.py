@@ -1,6 +1,6 @@
 """Cutting a matrix into rectangular groups that share something, a codebook for instance.
 
-Shapes: R rows, L columns, N groups, B elements of a group.
+Shapes: R rows, L columns, G groups of g elements: a x b of them, of r x c elements.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Layout:
         return [range(start, min(start + self.group_columns, self.length)) for start in starts]
 
     def group(self, x_RL: Tensor, group_columns: int | None = None) -> Tensor:
-        """[row_groups * column_groups, B] of a matrix [R, L], padded with zeros; rows of a group follow one another."""
+        """[row_groups * column_groups, g] of a matrix [R, L], padded with zeros; rows of a group follow one another."""
         columns = group_columns or self.group_columns
         missing_columns = self.column_groups * columns - x_RL.shape[1]
         x_RL = pad(x_RL, (0, missing_columns, 0, self.row_groups * self.group_rows - self.rows))
-        x_grGc = x_RL.unflatten(1, (self.column_groups, columns)).unflatten(0, (self.row_groups, self.group_rows))
-        return x_grGc.transpose(1, 2).reshape(self.row_groups * self.column_groups, -1)
+        x_arbc = x_RL.unflatten(1, (self.column_groups, columns)).unflatten(0, (self.row_groups, self.group_rows))
+        return x_arbc.transpose(1, 2).reshape(self.row_groups * self.column_groups, -1)
 
-    def ungroup(self, x_NB: Tensor, length: int | None = None) -> Tensor:
+    def ungroup(self, x_Gg: Tensor, length: int | None = None) -> Tensor:
         """The inverse of `group`, the padding dropped: [R, length]."""
-        x_grGc = x_NB.unflatten(0, (self.row_groups, self.column_groups)).unflatten(2, (self.group_rows, -1))
-        x_RL = x_grGc.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        x_arbc = x_Gg.unflatten(0, (self.row_groups, self.column_groups)).unflatten(2, (self.group_rows, -1))
+        x_RL = x_arbc.transpose(1, 2).flatten(2, 3).flatten(0, 1)
         return x_RL[: self.rows, : length or self.length].contiguous()

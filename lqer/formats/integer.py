@@ -11,7 +11,7 @@ s is rounded to its storage dtype before any code is made, so the scale that cod
 stored. A scale that would underflow becomes the dtype's smallest positive number, one that would overflow its largest
 (or 2^(128 - b), so that no code decodes to infinity). A group of zeros decodes to zeros.
 
-Shapes: L = length of the block axis, N = leading dims and groups, B = within a group.
+Shapes: L length of the block axis, G groups of all leading dims, g values of a group.
 """
 
 from dataclasses import dataclass
@@ -67,43 +67,43 @@ class Int(NumberFormat):
         zero_bits = 0 if self.symmetric else self.bits
         return self.bits + self.scale_bits(scale_bits + zero_bits, length) / length
 
-    def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
-        """Scales [N] in `scale_dtype` (NaN for a group with NaN or infinity) and, unless symmetric, zeros uint8 [N]."""
-        groups_NB = scale_groups(x_NB, self.block_size)
+    def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
+        """Scales [G] in `scale_dtype` (NaN for a group with NaN or infinity) and, unless symmetric, zeros uint8 [G]."""
+        groups_Gg = scale_groups(x_Gg, self.block_size)
         if self.symmetric:
-            max_pattern_N = max_magnitude_pattern(groups_NB)
-            scales_N = self.storable_scales(max_pattern_N.view(torch.float32) / self.max_code)
-            return {"scales": scales_N.masked_fill_(max_pattern_N >= FLOAT32_INF_PATTERN, torch.nan)}
-        low_N, high_N = torch.aminmax(groups_NB, dim=-1)
-        low_N, high_N = low_N.clamp_(max=0), high_N.clamp_(min=0)
-        scales_N = self.storable_scales((high_N - low_N) / self.max_code)
-        scales_N.masked_fill_(~(low_N.isfinite() & high_N.isfinite()), torch.nan)
-        zeros_N = (-low_N / scales_N.to(torch.float32)).round_().clamp_(0, self.max_code).to(torch.uint8)
-        return {"scales": scales_N, "zeros": zeros_N}
+            max_pattern_G = max_magnitude_pattern(groups_Gg)
+            scales_G = self.storable_scales(max_pattern_G.view(torch.float32) / self.max_code)
+            return {"scales": scales_G.masked_fill_(max_pattern_G >= FLOAT32_INF_PATTERN, torch.nan)}
+        low_G, high_G = torch.aminmax(groups_Gg, dim=-1)
+        low_G, high_G = low_G.clamp_(max=0), high_G.clamp_(min=0)
+        scales_G = self.storable_scales((high_G - low_G) / self.max_code)
+        scales_G.masked_fill_(~(low_G.isfinite() & high_G.isfinite()), torch.nan)
+        zeros_G = (-low_G / scales_G.to(torch.float32)).round_().clamp_(0, self.max_code).to(torch.uint8)
+        return {"scales": scales_G, "zeros": zeros_G}
 
-    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """Codes [N, B], int8 if symmetric, else uint8."""
-        q_NB = (x_NB / scales["scales"].to(torch.float32).unsqueeze(-1)).round_()
+    def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """Codes [G, g], int8 if symmetric, else uint8."""
+        q_Gg = (x_Gg / scales["scales"].to(torch.float32).unsqueeze(-1)).round_()
         if not self.symmetric:
-            q_NB.add_(scales["zeros"].unsqueeze(-1))
-        return q_NB.clamp_(self.min_code, self.max_code).to(torch.int8 if self.symmetric else torch.uint8)
+            q_Gg.add_(scales["zeros"].unsqueeze(-1))
+        return q_Gg.clamp_(self.min_code, self.max_code).to(torch.int8 if self.symmetric else torch.uint8)
 
-    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """float32 (code - zero) * scale [N, B]."""
-        values_NB = codes_NB.to(torch.float32)
+    def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """float32 (code - zero) * scale [G, g]."""
+        values_Gg = codes_Gg.to(torch.float32)
         if not self.symmetric:
-            values_NB = values_NB.sub_(scales["zeros"].unsqueeze(-1))
-        return values_NB.mul_(scales["scales"].to(torch.float32).unsqueeze(-1))
+            values_Gg = values_Gg.sub_(scales["zeros"].unsqueeze(-1))
+        return values_Gg.mul_(scales["scales"].to(torch.float32).unsqueeze(-1))
 
-    def round_blocks(self, x_NB: Tensor) -> Tensor:
-        scales = self.fit(x_NB)
-        step_NB = scales["scales"].to(torch.float32).unsqueeze(-1)
-        y_NB = (x_NB / step_NB).round_()
+    def round_blocks(self, x_Gg: Tensor) -> Tensor:
+        scales = self.fit(x_Gg)
+        step_Gg = scales["scales"].to(torch.float32).unsqueeze(-1)
+        y_Gg = (x_Gg / step_Gg).round_()
         if self.symmetric:
-            return y_NB.clamp_(self.min_code, self.max_code).mul_(step_NB)
-        zeros_NB = scales["zeros"].to(torch.float32).unsqueeze(-1)
-        return y_NB.add_(zeros_NB).clamp_(0, self.max_code).sub_(zeros_NB).mul_(step_NB)
+            return y_Gg.clamp_(self.min_code, self.max_code).mul_(step_Gg)
+        zeros_Gg = scales["zeros"].to(torch.float32).unsqueeze(-1)
+        return y_Gg.add_(zeros_Gg).clamp_(0, self.max_code).sub_(zeros_Gg).mul_(step_Gg)
 
-    def storable_scales(self, scales_N: Tensor) -> Tensor:
+    def storable_scales(self, scales_G: Tensor) -> Tensor:
         """Float32 scales in `scale_dtype`, positive and small enough that every code decodes to a finite value."""
-        return positive(scales_N, SCALE_DTYPES[self.scale_dtype], 2.0 ** (128 - self.bits))
+        return positive(scales_G, SCALE_DTYPES[self.scale_dtype], 2.0 ** (128 - self.bits))

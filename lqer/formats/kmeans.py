@@ -13,7 +13,8 @@ The distance is expanded, weight x^2 - 2 weight x c + weight c^2, so that the wo
 features, and the sums of the second step are sums of those same features. Work is cut into chunks of groups, and of
 vectors where one group is too large, which bounds the memory and, on a CPU, keeps a chunk in its cache.
 
-Shapes: G groups, N vectors of a group, D elements of a vector, K centroids (at most 256), F = 2 D features.
+Shapes: G groups, N vectors of a group (n of a chunk), D elements of a vector, K centroids (at most 256),
+F = 2 D features.
 """
 
 from __future__ import annotations

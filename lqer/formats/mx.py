@@ -16,7 +16,7 @@ Rounding is half to "even" or half "away" from zero. Since floor(log2 M) <= 127 
 NaN scale. M is taken exactly; an implementation that rounds log2 M to float32 doubles the scale of blocks whose M lies
 just below a large power of two.
 
-Shapes: L = length of the block axis, N = leading dims and blocks, B = within a block, C = codes of an element format.
+Shapes: L length of the block axis, G blocks of all leading dims, g values of a block, C codes of an element format.
 """
 
 from dataclasses import dataclass
@@ -95,60 +95,60 @@ class MX(NumberFormat):
     def bits_per_value(self, length: int) -> float:
         return ELEMENTS[self.element].width + self.scale_bits(8, length) / length
 
-    def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
-        """Scales uint8 [N] (E8M0) of float32 blocks [N, B]."""
-        max_N = max_magnitude_pattern(scale_groups(x_NB, self.block_size))
-        exponents_N = ((max_N >> FLOAT32_MANTISSA_BITS) - ELEMENTS[self.element].emax).clamp_(min=0)
-        exponents_N.masked_fill_(max_N >= FLOAT32_INF_PATTERN, E8M0_NAN)
-        return {"exponents": exponents_N.to(torch.uint8)}
+    def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
+        """Scales uint8 [G] (E8M0) of float32 blocks [G, g]."""
+        max_G = max_magnitude_pattern(scale_groups(x_Gg, self.block_size))
+        exponents_G = ((max_G >> FLOAT32_MANTISSA_BITS) - ELEMENTS[self.element].emax).clamp_(min=0)
+        exponents_G.masked_fill_(max_G >= FLOAT32_INF_PATTERN, E8M0_NAN)
+        return {"exponents": exponents_G.to(torch.uint8)}
 
-    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """Element bit patterns uint8 [N, B]."""
+    def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """Element bit patterns uint8 [G, g]."""
         element = ELEMENTS[self.element]
-        v_NB = x_NB / e8m0_to_float(scales["exponents"]).unsqueeze(-1)
-        unit_NB, units_NB = self._units(v_NB)
+        v_Gg = x_Gg / e8m0_to_float(scales["exponents"]).unsqueeze(-1)
+        unit_Gg, units_Gg = self._units(v_Gg)
         if element.exponent_bits == 0:
-            return units_NB.to(torch.int8).view(torch.uint8)
+            return units_Gg.to(torch.int8).view(torch.uint8)
         # A magnitude of n units is the pattern n while subnormal; each doubling of the unit adds one to the exponent
         # field. A round-up to the next power of two carries into that field by itself.
         smallest_unit_exponent = element.emin - element.fraction_bits + FLOAT32_BIAS
-        doublings_NB = (unit_NB.view(torch.int32) >> FLOAT32_MANTISSA_BITS) - smallest_unit_exponent
-        magnitude_NB = units_NB.abs().to(torch.int32) + (doublings_NB << element.fraction_bits)
-        sign_NB = units_NB.signbit().to(torch.int32) << (element.width - 1)
-        return (magnitude_NB.clamp_(max=element.max_magnitude_code) | sign_NB).to(torch.uint8)
+        doublings_Gg = (unit_Gg.view(torch.int32) >> FLOAT32_MANTISSA_BITS) - smallest_unit_exponent
+        magnitude_Gg = units_Gg.abs().to(torch.int32) + (doublings_Gg << element.fraction_bits)
+        sign_Gg = units_Gg.signbit().to(torch.int32) << (element.width - 1)
+        return (magnitude_Gg.clamp_(max=element.max_magnitude_code) | sign_Gg).to(torch.uint8)
 
-    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """float32 element * scale [N, B]; NaN where the scale is 255 or the pattern is a NaN."""
-        values_C = torch.tensor(_element_values(self.element), dtype=torch.float32, device=codes_NB.device)
-        return values_C[codes_NB.to(torch.int32)] * e8m0_to_float(scales["exponents"]).unsqueeze(-1)
+    def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """float32 element * scale [G, g]; NaN where the scale is 255 or the pattern is a NaN."""
+        values_C = torch.tensor(_element_values(self.element), dtype=torch.float32, device=codes_Gg.device)
+        return values_C[codes_Gg.to(torch.int32)] * e8m0_to_float(scales["exponents"]).unsqueeze(-1)
 
-    def round_blocks(self, x_NB: Tensor) -> Tensor:
+    def round_blocks(self, x_Gg: Tensor) -> Tensor:
         element = ELEMENTS[self.element]
-        scale_NB = e8m0_to_float(self.fit(x_NB)["exponents"]).unsqueeze(-1)
-        unit_NB, units_NB = self._units(x_NB / scale_NB)
-        return units_NB.mul_(unit_NB).clamp_(-element.largest, element.largest).mul_(scale_NB)
+        scale_Gg = e8m0_to_float(self.fit(x_Gg)["exponents"]).unsqueeze(-1)
+        unit_Gg, units_Gg = self._units(x_Gg / scale_Gg)
+        return units_Gg.mul_(unit_Gg).clamp_(-element.largest, element.largest).mul_(scale_Gg)
 
-    def _units(self, v_NB: Tensor) -> tuple[Tensor, Tensor]:
+    def _units(self, v_Gg: Tensor) -> tuple[Tensor, Tensor]:
         """The spacing of element values around each scaled value v, and v rounded to a whole number of them.
 
-        Both float32 [N, B], but INT8's spacing is one number for all. A float's is 2^(max(floor(log2 |v|), emin) -
+        Both float32 [G, g], but INT8's spacing is one number for all. A float's is 2^(max(floor(log2 |v|), emin) -
         fraction_bits).
         """
         element = ELEMENTS[self.element]
         if element.exponent_bits == 0:
-            unit_NB = v_NB.new_full((), 2.0**-element.fraction_bits)
+            unit_Gg = v_Gg.new_full((), 2.0**-element.fraction_bits)
         else:
-            power_NB = (v_NB.view(torch.int32) & FLOAT32_INF_PATTERN).view(torch.float32)
-            unit_NB = power_NB.clamp_(min=2.0**element.emin).mul_(2.0**-element.fraction_bits)
-        units_NB = v_NB / unit_NB
+            power_Gg = (v_Gg.view(torch.int32) & FLOAT32_INF_PATTERN).view(torch.float32)
+            unit_Gg = power_Gg.clamp_(min=2.0**element.emin).mul_(2.0**-element.fraction_bits)
+        units_Gg = v_Gg / unit_Gg
         if self.element_rounding == "even":
-            units_NB.round_()
+            units_Gg.round_()
         else:
             # In float32 the sum also takes 0.5 - 2^-25 up to 1, as microxcaling's does.
-            units_NB = units_NB.abs().add_(0.5).floor_().copysign_(units_NB)
+            units_Gg = units_Gg.abs().add_(0.5).floor_().copysign_(units_Gg)
         if element.exponent_bits == 0:
-            units_NB.clamp_(-127, 127)
-        return unit_NB, units_NB
+            units_Gg.clamp_(-127, 127)
+        return unit_Gg, units_Gg
 
 
 @lru_cache

@@ -10,7 +10,7 @@ codes k in -(2^(bits-1) - 1) .. 2^(bits-1) - 1, rounded half to even and saturat
 e is stored as E8M0. Byte 0 is a zero block: M = 0, and under "floor" also M < 2^-126 (QERA reads subnormals as zeros).
 Exponents stay within -126..127, so under "ceil" a block with M > 2^127 saturates at its largest code.
 
-Shapes: L = length of the block axis, N = leading dims and blocks, B = within a block.
+Shapes: L length of the block axis, G blocks of all leading dims, g values of a block.
 """
 
 from dataclasses import dataclass
@@ -69,42 +69,42 @@ class MXInt(NumberFormat):
     def bits_per_value(self, length: int) -> float:
         return self.bits + self.scale_bits(8, length) / length
 
-    def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
-        """Shared exponents uint8 [N] (E8M0) of float32 blocks [N, B]."""
-        return {"exponents": (self._shared_exponent(x_NB) >> FLOAT32_MANTISSA_BITS).to(torch.uint8)}
+    def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
+        """Shared exponents uint8 [G] (E8M0) of float32 blocks [G, g]."""
+        return {"exponents": (self._shared_exponent(x_Gg) >> FLOAT32_MANTISSA_BITS).to(torch.uint8)}
 
-    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """int8 codes [N, B]; zero for blocks whose exponent is 0 (zero block) or 255 (NaN block)."""
-        pattern_N = scales["exponents"].to(torch.int32) << FLOAT32_MANTISSA_BITS
-        return self._round(x_NB, self._step(pattern_N)).to(torch.int8)
+    def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """int8 codes [G, g]; zero for blocks whose exponent is 0 (zero block) or 255 (NaN block)."""
+        pattern_G = scales["exponents"].to(torch.int32) << FLOAT32_MANTISSA_BITS
+        return self._round(x_Gg, self._step(pattern_G)).to(torch.int8)
 
-    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """float32 code * 2^(exponent - 127 - fraction_bits) [N, B], exact; NaN where the exponent is 255."""
-        step_N = e8m0_to_float(scales["exponents"]).mul_(2.0**-self.fraction_bits)
-        return codes_NB.to(torch.float32).mul_(step_N.unsqueeze(-1))
+    def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """float32 code * 2^(exponent - 127 - fraction_bits) [G, g], exact; NaN where the exponent is 255."""
+        step_G = e8m0_to_float(scales["exponents"]).mul_(2.0**-self.fraction_bits)
+        return codes_Gg.to(torch.float32).mul_(step_G.unsqueeze(-1))
 
-    def round_blocks(self, x_NB: Tensor) -> Tensor:
-        step_N = self._step(self._shared_exponent(x_NB))
-        return self._round(x_NB, step_N).mul_(step_N.unsqueeze(-1))
+    def round_blocks(self, x_Gg: Tensor) -> Tensor:
+        step_G = self._step(self._shared_exponent(x_Gg))
+        return self._round(x_Gg, step_G).mul_(step_G.unsqueeze(-1))
 
-    def _shared_exponent(self, x_NB: Tensor) -> Tensor:
-        """2^e of each block as an int32 float32 pattern [N]: 0 for a zero block, infinity for a NaN block."""
-        max_N = max_magnitude_pattern(scale_groups(x_NB, self.block_size))
+    def _shared_exponent(self, x_Gg: Tensor) -> Tensor:
+        """2^e of each block as an int32 float32 pattern [G]: 0 for a zero block, infinity for a NaN block."""
+        max_G = max_magnitude_pattern(scale_groups(x_Gg, self.block_size))
         if self.scale_rounding == "floor":
-            return max_N & FLOAT32_INF_PATTERN
+            return max_G & FLOAT32_INF_PATTERN
         # Adding all mantissa bits carries into the exponent unless the mantissa is zero: the next power of two.
-        ceil_N = (max_N + ((1 << FLOAT32_MANTISSA_BITS) - 1)) & FLOAT32_INF_PATTERN
-        ceil_N.clamp_(max=LARGEST_EXPONENT_PATTERN)
-        return ceil_N.masked_fill_(max_N >= FLOAT32_INF_PATTERN, FLOAT32_INF_PATTERN)
+        ceil_G = (max_G + ((1 << FLOAT32_MANTISSA_BITS) - 1)) & FLOAT32_INF_PATTERN
+        ceil_G.clamp_(max=LARGEST_EXPONENT_PATTERN)
+        return ceil_G.masked_fill_(max_G >= FLOAT32_INF_PATTERN, FLOAT32_INF_PATTERN)
 
-    def _step(self, pattern_N: Tensor) -> Tensor:
-        """The float32 step 2^(e - p) [N] to divide by: huge for a zero block, so that every code is 0."""
-        pattern_N = pattern_N.masked_fill(pattern_N == 0, LARGEST_EXPONENT_PATTERN)
-        return pattern_N.view(torch.float32) * 2.0**-self.fraction_bits
+    def _step(self, pattern_G: Tensor) -> Tensor:
+        """The float32 step 2^(e - p) [G] to divide by: huge for a zero block, so that every code is 0."""
+        pattern_G = pattern_G.masked_fill(pattern_G == 0, LARGEST_EXPONENT_PATTERN)
+        return pattern_G.view(torch.float32) * 2.0**-self.fraction_bits
 
-    def _round(self, x_NB: Tensor, step_N: Tensor) -> Tensor:
-        """Codes as float32 [N, B], in a new tensor.
+    def _round(self, x_Gg: Tensor, step_G: Tensor) -> Tensor:
+        """Codes as float32 [G, g], in a new tensor.
 
         Dividing by the step is exact down to subnormal steps, where multiplying by its inverse would overflow.
         """
-        return (x_NB / step_N.unsqueeze(-1)).round_().clamp_(-self.max_code, self.max_code)
+        return (x_Gg / step_G.unsqueeze(-1)).round_().clamp_(-self.max_code, self.max_code)

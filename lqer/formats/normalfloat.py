@@ -11,7 +11,7 @@ they differ in which one is nearest:
     nearest = "value"   the level closest to x / max|x|                            NF4, LoftQ: in blocks of 64
     nearest = "cdf"     the level whose p is closest to Φ(x Φ⁻¹(1 - δ) / max|x|)   CALDERA: L and R under one scale each
 
-Shapes: L = length of the block axis, N = leading dims and blocks, B = within a block, K = levels.
+Shapes: L length of the block axis, G blocks of all leading dims, g values of a block, K levels.
 """
 
 import itertools
@@ -58,22 +58,22 @@ class NormalFloat(NumberFormat):
     def bits_per_value(self, length: int) -> float:
         return self.bits + self.scale_bits(SCALE_DTYPES[self.scale_dtype].itemsize * 8, length) / length
 
-    def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
-        """Scales max|x|, [N] or [1, .., 1]; 0 for zeros, NaN where there is NaN or infinity."""
-        scales_N = scale_groups(x_NB, self.block_size).abs().amax(-1)
-        return {"scales": storable(scales_N, SCALE_DTYPES[self.scale_dtype], 1.0)}
+    def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
+        """Scales max|x|, [G] or [1, .., 1]; 0 for zeros, NaN where there is NaN or infinity."""
+        scales_G = scale_groups(x_Gg, self.block_size).abs().amax(-1)
+        return {"scales": storable(scales_G, SCALE_DTYPES[self.scale_dtype], 1.0)}
 
-    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """uint8 codes [N, B]; that of level 0 where the scale is 0."""
-        boundaries_K = torch.tensor(_boundaries(self.bits, self.nearest), device=x_NB.device)
-        scale_NB = scales["scales"].to(torch.float32).unsqueeze(-1)
-        share_NB = (x_NB / torch.where(scale_NB == 0, torch.inf, scale_NB)).contiguous()
-        return torch.bucketize(share_NB, boundaries_K).to(torch.uint8)
+    def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """uint8 codes [G, g]; that of level 0 where the scale is 0."""
+        boundaries_K = torch.tensor(_boundaries(self.bits, self.nearest), device=x_Gg.device)
+        scale_Gg = scales["scales"].to(torch.float32).unsqueeze(-1)
+        share_Gg = (x_Gg / torch.where(scale_Gg == 0, torch.inf, scale_Gg)).contiguous()
+        return torch.bucketize(share_Gg, boundaries_K).to(torch.uint8)
 
-    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """float32 level * scale [N, B]."""
-        levels_K = torch.tensor(levels(self.bits), device=codes_NB.device)
-        return levels_K[codes_NB.to(torch.int32)].mul_(scales["scales"].to(torch.float32).unsqueeze(-1))
+    def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """float32 level * scale [G, g]."""
+        levels_K = torch.tensor(levels(self.bits), device=codes_Gg.device)
+        return levels_K[codes_Gg.to(torch.int32)].mul_(scales["scales"].to(torch.float32).unsqueeze(-1))
 
 
 @lru_cache

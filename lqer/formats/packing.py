@@ -6,7 +6,7 @@ row, and bit k of a row is bit k % 8 of its byte k // 8. Element 0 therefore sit
 
 Eight codes fill exactly `bits` bytes, so the loops below run over eight code positions, never over elements.
 
-Shapes: L = elements of a row, G = groups of eight elements, R = all leading dims, P = bytes of a row.
+Shapes: L elements of a row, G groups of eight elements, R all leading dims, P bytes of a row, b bits of an element.
 """
 
 import torch

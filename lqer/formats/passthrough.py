@@ -1,4 +1,7 @@
-"""Values kept in a floating-point dtype: what an operand costs and becomes when it is not quantized."""
+"""Values kept in a floating-point dtype: what an operand costs and becomes when it is not quantized.
+
+Shapes: L length of the axis, G rows of all leading dims, g values of a row.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -35,17 +38,17 @@ class Passthrough(NumberFormat):
     def bits_per_value(self, length: int) -> float:
         return DTYPES[self.dtype].itemsize * 8
 
-    def fit(self, x_NB: Tensor) -> dict[str, Tensor]:
+    def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
         """No scales."""
         return {}
 
-    def encode(self, x_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """The values in `dtype`, never sharing memory with `x_NB`."""
-        return x_NB.to(DTYPES[self.dtype], copy=True)
+    def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """The values in `dtype`, never sharing memory with `x_Gg`."""
+        return x_Gg.to(DTYPES[self.dtype], copy=True)
 
-    def decode(self, codes_NB: Tensor, scales: dict[str, Tensor]) -> Tensor:
+    def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
         """The values in float32."""
-        return codes_NB.to(torch.float32)
+        return codes_Gg.to(torch.float32)
 
     def quantize_parts(self, x_L: Tensor) -> dict[str, Tensor]:
         parts = super().quantize_parts(x_L)

@@ -1,6 +1,6 @@
 """Floating-point scales as they are stored.
 
-Shapes: N = leading dims and blocks, B = within a block.
+Shapes: G blocks of all leading dims, g values of a block.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32":
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
 
-def root_mean_square(x_NB: Tensor) -> Tensor:
-    """float64 root of the mean square [N] of float32 blocks [N, B]; squares do not overflow."""
-    return torch.linalg.vector_norm(x_NB, dim=-1, dtype=torch.float64) / x_NB.shape[-1] ** 0.5
+def root_mean_square(x_Gg: Tensor) -> Tensor:
+    """float64 root of the mean square [G] of float32 blocks [G, g]; squares do not overflow."""
+    return torch.linalg.vector_norm(x_Gg, dim=-1, dtype=torch.float64) / x_Gg.shape[-1] ** 0.5
 
 
-def storable(scales_N: Tensor, dtype: torch.dtype, largest_value: float) -> Tensor:
+def storable(scales_G: Tensor, dtype: torch.dtype, largest_value: float) -> Tensor:
     """Scales in their storage dtype, limited so that scale * `largest_value` does not overflow float32.
 
     A positive scale that would underflow becomes the dtype's smallest positive number. Zero stays zero; NaN and
     infinity become NaN.
     """
-    stored_N = positive(scales_N, dtype, torch.finfo(torch.float32).max / (2 * largest_value))
-    stored_N.masked_fill_(scales_N == 0, 0)
-    return stored_N.masked_fill_(~scales_N.isfinite(), torch.nan)
+    stored_G = positive(scales_G, dtype, torch.finfo(torch.float32).max / (2 * largest_value))
+    stored_G.masked_fill_(scales_G == 0, 0)
+    return stored_G.masked_fill_(~scales_G.isfinite(), torch.nan)
 
 
-def positive(scales_N: Tensor, dtype: torch.dtype, largest: float) -> Tensor:
+def positive(scales_G: Tensor, dtype: torch.dtype, largest: float) -> Tensor:
     """Scales in their storage dtype, from its smallest positive number to `largest` or its own largest; NaN stays."""
     limits = torch.finfo(dtype)
-    return scales_N.clamp(limits.smallest_normal * limits.eps, min(limits.max, largest)).to(dtype)
+    return scales_G.clamp(limits.smallest_normal * limits.eps, min(limits.max, largest)).to(dtype)

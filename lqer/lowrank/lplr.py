@@ -11,7 +11,7 @@ For a target Z, a metric R and a start A, in the project's letters (CALDERA's L 
 In the second line R drops out, as long as it is not singular. Errors may go up and down: rounding undoes what least
 squares gained. The last line is not CALDERA's.
 
-Shapes: I in_features, O out_features, R rank.
+Shapes: I in_features, O out_features, R rank, L right-hand sides.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ which leaves its function alone and its weights on no grid:
 The result is an ordinary transformers checkpoint in the user's cache, made once.
 
 Shape suffixes: O output features, I input features, K key/value heads, D their width.
+
+Shapes: K heads of keys and values, D head_dim.
 """
 
 from __future__ import annotations

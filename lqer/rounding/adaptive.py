@@ -13,7 +13,7 @@ Memory: some 40 bytes a weight (v of this round and the last, its gradient, Adam
 its gradient, the grid) and the activations of one micro-batch; inputs and targets stay where they are and are fetched
 by the micro-batch.
 
-Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row.
+Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row, K batches.
 """
 
 from __future__ import annotations

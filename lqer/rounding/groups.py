@@ -3,7 +3,8 @@
 A format's blocks run along in_features and so does the sweep: a group's scale is fitted when the sweep reaches the
 group, to the weights as error feedback has left them by then, and frozen. Or all are fitted in advance ("static").
 
-Shapes: O out_features, I in_features, G columns of a group, D columns of a vector.
+Shapes: O out_features, I in_features, G columns of a group, D columns of a vector,
+L codes of a row.
 """
 
 from __future__ import annotations

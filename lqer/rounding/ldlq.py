@@ -13,7 +13,7 @@ Sweeps of coordinate descent may follow, each block again from last to first, un
 
         Ẑ_k = round( Ẑ_k + (Z - Ẑ) H_:k H_kk⁻¹ )      for the rows whose loss tr((Z - Ẑ) H (Z - Ẑ)ᵀ) falls by it
 
-Shapes: O out_features, I in_features, P columns of a panel, D columns of a block.
+Shapes: O out_features, I in_features, P columns of a panel, D columns of a block, K blocks.
 """
 
 from __future__ import annotations

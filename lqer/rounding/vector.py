@@ -16,7 +16,7 @@ contributes |E_P U_PP⁻¹|² to the loss; the diagonal of that form, 1 / diag(U
 published code weights and inverts differently (docs/methods/gptvq.md).
 
 Shapes: I in_features, O out_features padded to whole groups of rows, G groups of rows, R rows of a group, K centroids,
-D elements of a vector, P columns of a panel, V vectors, N vectors of a group.
+D elements of a vector, P columns of a panel, V vectors, N vectors of a group, C centroids of all groups.
 """
 
 from __future__ import annotations

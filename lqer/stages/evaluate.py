@@ -3,6 +3,8 @@
 A result is named by what the model was made from, the tokens or task files it was measured on, and the protocol. So the
 original model is evaluated once, however many schemes are compared with it. A model is loaded once, when the first of
 its results is missing, and released before the next model is loaded.
+
+Shapes: W windows, T tokens of a window.
 """
 
 from __future__ import annotations

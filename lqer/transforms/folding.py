@@ -12,7 +12,8 @@ double with them are theirs. Powers of two scale exactly, so the comparison is s
 are told apart at the first token, which attends to itself alone, whatever its query and key. Several channels may have
 one row (grouped queries). A fold counts only if the block's output stays the same under random scales.
 
-Shapes: B sequences, T tokens, D hidden size, I input channels of a site, O rows of a source.
+Shapes: B sequences, T tokens, D hidden size, I input channels of a site, O rows of a source,
+N tokens.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ the end. Everything is computed in float64 and kept in the parameters' own dtype
 Not done: QuaRot's code also takes the mean out of the embedding, which changes a model with RMS norms.
 
 A rotation is a function x -> x R on the last axis, R orthogonal. Shapes: O out_features, I in_features, D hidden size,
-H heads, B sequences, T tokens.
+H heads, B sequences, T tokens, N vectors of the residual stream, K rows of a value head, d head_dim.
 """
 
 from __future__ import annotations
