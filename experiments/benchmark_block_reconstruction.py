@@ -75,9 +75,9 @@ def main() -> None:
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
 
-    shares = tuple(0.8 - 0.7 * i / (arguments.rounds + 1) for i in range(arguments.rounds + 1))
+    fractions = tuple(0.8 - 0.7 * i / (arguments.rounds + 1) for i in range(arguments.rounds + 1))
     settings = AdaptiveSettings(
-        soft_shares=shares,
+        soft_fractions=fractions,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         micro_batch=arguments.micro_batch,

@@ -49,7 +49,7 @@ class Factors:
         return self._measure_energy()
 
     @property
-    def captured_share(self) -> float:
+    def captured_energy(self) -> float:
         """How much of the error's energy A·B takes away (1 where there is no error)."""
         captured = float(self.singular_values[: self.a_IR.shape[1]].square().sum())
         return min(captured / self.energy, 1.0) if self.energy > 0 else 1.0

@@ -92,7 +92,7 @@ class LinearPlan:
 class LowRank:
     """The branch x·A·B: a_IR and b_RO as they are stored, and what the solver says of them.
 
-    captured_share: of the energy of what was reconstructed (the rounding error, or the weight where the method starts
+    captured_energy: of the energy of what was reconstructed (the rounding error, or the weight where the method starts
     with the low-rank part), under the method's metric, before A and B were rounded; after, where they were fitted
     rounded. gap: the estimated share by which
     the optimum captures more; None where the solver is exact.
@@ -100,7 +100,7 @@ class LowRank:
 
     a_IR: QuantizedTensor
     b_RO: QuantizedTensor
-    captured_share: float
+    captured_energy: float
     gap: float | None
 
     @property
@@ -248,6 +248,6 @@ def reconstruct_rounded(target_OI: Tensor, metric: Metric, plan: LinearPlan) -> 
     return LowRank(
         a_format.quantize(factors.a_IR, axis=a_axis),
         b_format.quantize(factors.b_RO, axis=b_axis),
-        factors.captured_share,
+        factors.captured_energy,
         factors.gap,
     )

@@ -70,7 +70,7 @@ def _round_together(
 
     def after_round(state: AdaptiveState) -> None:
         losses.append(float(state.losses[-1]))
-        progress("rounding", state.rounds, len(settings.soft_shares), losses[-1])
+        progress("rounding", state.rounds, len(settings.soft_fractions), losses[-1])
         save_state(replace(result, part_state=state.tensors()))
 
     found = round_block(

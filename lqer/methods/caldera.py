@@ -128,8 +128,8 @@ def _fit(
         start = reconstruct(target_OI, metric, plan.rank, plan.solver, plan.seed)
         pair = lplr(target_OI, metric, start.a_IR, round_a, round_b, settings.lplr_iterations, round_last_a)
         energy = metric.energy(target_OI)
-        captured_share = min(max(1 - pair.energy / energy, 0.0), 1.0) if energy > 0 else 1.0
-        return LowRank(pair.a_IR, pair.b_RO, captured_share, start.gap)
+        captured_energy = min(max(1 - pair.energy / energy, 0.0), 1.0) if energy > 0 else 1.0
+        return LowRank(pair.a_IR, pair.b_RO, captured_energy, start.gap)
 
     return in_turns
 

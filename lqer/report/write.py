@@ -51,7 +51,7 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "codebook_bits": codebooks / weights,
             "scale_bits": (table["metadata_bits"] - codebooks) / weights,
             "low_rank_bits": low_rank / weights,
-            "captured_share": table["captured_share"],
+            "captured_energy": table["captured_energy"],
             "solver_gap": table["solver_gap"],
             "damping_raises": table["damping_raises"],
             "weight_error_before": table["weight_error_before"],

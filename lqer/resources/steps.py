@@ -65,5 +65,5 @@ class BlockSteps:
         if isinstance(quantize.rounding, Adaptive):
             bits = min(plan.weight.stream_widths["codes"] for _, _, _, plan in planned(self.work))
             settings = quantize.rounding.settings(bits, None, 0)
-            sequences += len(settings.soft_shares) * settings.steps * min(settings.batch_size, samples)
+            sequences += len(settings.soft_fractions) * settings.steps * min(settings.batch_size, samples)
         return sequences

@@ -1,19 +1,20 @@
 """Progressive adaptive rounding: TesseraQ's reconstruction of one decoder block (arXiv 2410.19103, algorithm 1).
 
     v <- h⁻¹(W / s - floor(W / s)),  u <- 0                            for every linear of the block; s and z are frozen
-    for T in the shares of the schedule:
-        harden:  the surest weights of every linear are decided, a share T of them stays soft
-        soften:  Adam, begun afresh, on what is left of v, and on u:   min  E ‖ B(X; w'(v, u)) - Y ‖²
+    for f in the fractions of the schedule:
+        harden:  the surest weights of every linear are decided; a fraction f of all of them stays soft
+        soften:  a new Adam on the soft part of v, and on u:           min  E ‖ B(X; w'(v, u)) - Y ‖²
     decide the rest
 
-X are the inputs that reach the block once the blocks before it are quantized, Y what the original block makes of the
-original inputs. The block is any function of weights and hidden states: nothing here knows modules.
+X are the block's inputs after the quantized blocks before it, Y the outputs of the original block on the original
+inputs. The block is any function of weights and hidden states: this file knows no modules.
 
-Memory: some 40 bytes a weight (v of this round and the last, its gradient, Adam's two moments, w' with its codes and
-its gradient, the grid) and the activations of one micro-batch; inputs and targets stay where they are and are fetched
-by the micro-batch.
+Memory: some 40 bytes per weight (v of this round and the last, its gradient, Adam's two moments, w' with its codes and
+its gradient, the grid) and the activations of one micro-batch. Inputs and targets may be on another device; they are
+fetched one micro-batch at a time.
 
-Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row, K batches.
+Shapes: S sequences, B sequences of a batch, T tokens, D hidden size, O out_features, I in_features, N groups of a row,
+K steps of a round.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from lqer.components import require_number, require_positive
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.base import Rounding, Statistics
-from lqer.rounding.par_schedule import SOFT_SHARES_20, draw_batches, soft_shares
+from lqer.rounding.par_schedule import SOFT_FRACTIONS_20, draw_batches, soft_fractions
 from lqer.rounding.soft import Grid, harden, inverse_rectified_sigmoid
 
 Weights = Mapping[str, Tensor]
@@ -41,13 +42,13 @@ Block = Callable[[Weights, Tensor], Tensor]
 class AdaptiveSettings:
     """How a block is reconstructed; the defaults are the published ones.
 
-    soft_shares: per round, the share of every layer that stays soft. steps: of Adam in a round. batch_size: sequences
-    of a step. micro_batch: sequences that pass the block at once; it bounds the memory and changes the result only by
-    the order of summation. scale_decay: L2 decay of u. autocast: the dtype of the block's products, None for its own.
-    `Adaptive` is what a configuration names.
+    soft_fractions: per round, the fraction of every layer's weights that stays soft. steps: of Adam in a round.
+    batch_size: sequences of a step. micro_batch: sequences in one forward pass; it bounds the memory and changes the
+    result only by the order of summation. scale_decay: L2 decay of u. autocast: the dtype of the block's products, None
+    for the block's own. `Adaptive` is what a configuration names.
     """
 
-    soft_shares: tuple[float, ...] = SOFT_SHARES_20
+    soft_fractions: tuple[float, ...] = SOFT_FRACTIONS_20
     steps: int = 250
     batch_size: int = 4
     micro_batch: int = 4
@@ -59,9 +60,9 @@ class AdaptiveSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        shares = [1.0, *self.soft_shares, 0.0]
-        if not self.soft_shares or any(later >= earlier for earlier, later in itertools.pairwise(shares)):
-            raise ValueError(f"soft_shares {self.soft_shares} do not fall strictly between 1 and 0")
+        fractions = [1.0, *self.soft_fractions, 0.0]
+        if not self.soft_fractions or any(later >= earlier for earlier, later in itertools.pairwise(fractions)):
+            raise ValueError(f"soft_fractions {self.soft_fractions} do not fall strictly between 1 and 0")
         for field in ("steps", "batch_size", "micro_batch"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} {getattr(self, field)} is not at least 1")
@@ -69,7 +70,7 @@ class AdaptiveSettings:
 
 @dataclass(frozen=True)
 class AdaptiveState:
-    """Where a reconstruction stands after a round: everything that the remaining rounds need besides their inputs.
+    """A reconstruction after a round: everything that the remaining rounds need apart from inputs and targets.
 
     v: float32 (O, I) per linear. u: float32 (O, N) per linear whose scales are tuned. losses: the mean loss of every
     finished round, float32 (rounds,).
@@ -100,7 +101,7 @@ class AdaptiveState:
 
 
 class DivergedError(ArithmeticError):
-    """The loss or a rounding variable became NaN or infinite. `state` is that after the last round that was sound."""
+    """The loss or a rounding variable became NaN or infinite. `state` is the one after the last finite round."""
 
     def __init__(self, message: str, state: AdaptiveState):
         super().__init__(message)
@@ -117,15 +118,16 @@ def round_block(
     state: AdaptiveState | None = None,
     after_round: Callable[[AdaptiveState], None] = lambda state: None,
 ) -> dict[str, QuantizedTensor]:
-    """Round the weights (O, I) of a block together so that its output keeps to its targets.
+    """Round the weights (O, I) of a block together so that its output stays close to its targets.
 
-    starts: per weight, whose scales and zero points are kept (its codes are not looked at), in `int` or `mxint`.
-    block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which it gets in float32.
-    inputs_STD, targets_STD: float, on any device. state: that of an earlier run, to go on from; `after_round` gets it
+    starts: per weight, a quantized tensor in `int` or `mxint` whose scales and zero points are used; its codes are
+    ignored. block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which it gets in float32.
+    inputs_STD, targets_STD: float, on any device. state: of an earlier run, to resume; `after_round` gets the state
     after every round.
 
-    Returns what to store. Its values are exactly those of the last training step with every rounding decided: scales
-    are trained as `int` stores them. Raises DivergedError, and ValueError where the parts do not fit together.
+    Returns the weights to store. Their values are exactly those of the last training step with every rounding decided,
+    because scales are trained as `int` stores them. Raises DivergedError, and ValueError where weights, starts, inputs
+    and targets do not fit together.
     """
     if weights.keys() != starts.keys():
         raise ValueError(f"weights {sorted(weights)} and starts {sorted(starts)} are not of the same linears")
@@ -133,10 +135,10 @@ def round_block(
         raise ValueError(f"{inputs_STD.shape[0]} sequences of inputs and {targets_STD.shape[0]} of targets")
     grids = {name: Grid.of(weights[name], starts[name]) for name in weights}
     state = state or start_state(grids, settings.tune_scales)
-    rounds = len(settings.soft_shares)
+    rounds = len(settings.soft_fractions)
     batches = draw_batches(len(inputs_STD), rounds, settings.steps, settings.batch_size, settings.seed)
     for t in range(state.rounds, rounds):
-        v = {name: harden(v_OI, settings.soft_shares[t]) for name, v_OI in state.v.items()}
+        v = {name: harden(v_OI, settings.soft_fractions[t]) for name, v_OI in state.v.items()}
         v, u, loss = _soften(grids, v, state.u, block, inputs_STD, targets_STD, batches[t], settings)
         if not all(torch.isfinite(loss) & ~x.isnan().any() for x in (*v.values(), *u.values())):
             raise DivergedError(f"round {t + 1} of {rounds} diverged: its loss is {float(loss)}", state)
@@ -167,7 +169,7 @@ def _soften(
     batches_KB: Tensor,
     settings: AdaptiveSettings,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """One round of Adam, never waiting for a GPU: the variables at its end, its mean loss, NaN if that of a step is."""
+    """One round of Adam without synchronizing a GPU: the final variables and the mean loss, NaN if any step has one."""
     v = {name: v_OI.clone().requires_grad_() for name, v_OI in v.items()}
     u = {name: u_ON.clone().requires_grad_() for name, u_ON in u.items()}
     device = next(iter(v.values())).device
@@ -190,7 +192,7 @@ def _soften(
             loss.backward()
             total += loss.detach()
         optimizer.zero_grad()
-        # Through the rounding once, with the gradients of all micro-batches.
+        # Back through the rounding once, with the gradients of all micro-batches.
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         torch.autograd.backward([soft[name] for name in gradients], [*gradients.values()])
         optimizer.step()
@@ -206,8 +208,8 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abs
 class Adaptive(Rounding):
     """`adaptive` as a configuration names it: the linears of a block are rounded together.
 
-    soft_shares: per round, the share of every layer that stays soft; the published schedule for the weights' bits where
-    it is left out. micro_batch: batch_size where it is left out. The other settings are those of `AdaptiveSettings`.
+    soft_fractions: per round, the fraction of every layer's weights that stays soft; by default the published schedule
+    for the weights' bits. micro_batch: batch_size by default. The other settings are those of `AdaptiveSettings`.
     """
 
     kind = "adaptive"
@@ -221,7 +223,7 @@ class Adaptive(Rounding):
     tune_scales: bool = AdaptiveSettings.tune_scales
     scale_learning_rate: float = AdaptiveSettings.scale_learning_rate
     scale_decay: float = AdaptiveSettings.scale_decay
-    soft_shares: tuple[float, ...] | None = None
+    soft_fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for key in ("learning_rate", "scale_learning_rate", "scale_decay"):
@@ -230,22 +232,23 @@ class Adaptive(Rounding):
             require_positive(key, getattr(self, key), self.kind)
         if not isinstance(self.tune_scales, bool):
             raise ValueError(f"tune_scales {self.tune_scales!r} is not true or false (adaptive)")
-        if self.soft_shares is not None:
-            shares = self.soft_shares
-            if not isinstance(shares, list | tuple) or not all(isinstance(share, int | float) for share in shares):
-                raise ValueError(f"soft_shares {shares!r} is not a list of numbers (adaptive)")
-            object.__setattr__(self, "soft_shares", tuple(shares))
+        if self.soft_fractions is not None:
+            fractions = self.soft_fractions
+            if not isinstance(fractions, list | tuple) or not all(isinstance(one, int | float) for one in fractions):
+                raise ValueError(f"soft_fractions {fractions!r} is not a list of numbers (adaptive)")
+            object.__setattr__(self, "soft_fractions", tuple(fractions))
             self.settings(bits=2, autocast=None, seed=0)  # Raises for a schedule that does not fall.
 
     def settings(self, bits: int, autocast: torch.dtype | None, seed: int) -> AdaptiveSettings:
-        """How a block is reconstructed whose narrowest weights have that many bits."""
+        """The settings for a block whose narrowest weights have that many bits."""
         return AdaptiveSettings(
-            self.soft_shares or soft_shares(bits), self.steps, self.batch_size, self.micro_batch or self.batch_size,
-            self.learning_rate, self.tune_scales, self.scale_learning_rate, self.scale_decay, autocast, seed,
+            self.soft_fractions or soft_fractions(bits), self.steps, self.batch_size,
+            self.micro_batch or self.batch_size, self.learning_rate, self.tune_scales, self.scale_learning_rate,
+            self.scale_decay, autocast, seed,
         )  # fmt: skip
 
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
-        """Where it starts from: a weight alone, without its block, is rounded to nearest."""
+        """The start of the reconstruction: a weight without its block is rounded to nearest."""
         return number_format.quantize(weight_OI)
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:

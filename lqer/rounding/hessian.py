@@ -1,8 +1,8 @@
-"""The matrix that error feedback runs on: E[x xᵀ], normalised, damped, and factored once for all its users.
+"""The matrix that error feedback runs on: H = E[x xᵀ], normalised, damped and factored.
 
-Linears that share an input share this, and so do the iterations of an alternation.
+The iterations of an alternating method share one factorization.
 
-Shapes: I in_features.
+Shapes: I in_features, R rank.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 from lqer.formats import NonFiniteError
 
 DAMPING = 0.01
-RAISE = 10.0  # what damping is multiplied by after a failed factorization
-FIRST_DAMPING = 1e-6  # where it starts if none was asked for
-LARGEST_DAMPING = 1e6  # with a mean diagonal of 1, whatever needs more is no second moment of anything
+RAISE = 10.0  # the factor on damping after a failed factorization
+FIRST_DAMPING = 1e-6  # after a failed factorization without damping
+LARGEST_DAMPING = 1e6  # times the mean diagonal; a matrix that needs more is not a Hessian
 
 
 class HessianError(ValueError):
-    """What is given as E[x xᵀ] is none, whatever is added to its diagonal."""
+    """The given matrix is not a valid Hessian (not positive semi-definite even after maximum damping)."""
 
 
 @dataclass(frozen=True, eq=False)
 class DampedHessian:
-    """H / mean(diag H) + damping, its lower Cholesky factor, and what it took; float64 (I, I).
+    """H / mean(diag H) + damping, and its lower Cholesky factor; float64 (I, I).
 
-    dead_I: inputs that were never seen, H_ii = 0; their diagonal is 1 + damping. raises: how often damping was
-    multiplied by 10 because the factorization failed.
+    dead_I: bool, inputs that were always zero, H_ii = 0; their diagonal is 1 + damping. damping: as asked for or as
+    raised. raises: how often damping was multiplied by 10 because the factorization failed.
     """
 
     hessian_II: Tensor
@@ -72,21 +72,21 @@ def damp(hessian_II: Tensor, damping: float = DAMPING) -> DampedHessian:
             )
 
 
-def down_date(damped: DampedHessian, a_IR: Tensor, share: float = 1.0) -> DampedHessian:
-    """H without what a low-rank branch x·A can still mend, damped again (CALDERA, arXiv 2405.18886).
+def down_date(damped: DampedHessian, a_IR: Tensor, fraction: float = 1.0) -> DampedHessian:
+    """H without the directions that a low-rank branch x·A can still correct, damped again (CALDERA, arXiv 2405.18886).
 
-    With H = M Mᵀ and P an orthonormal basis of the columns of Mᵀ A, H' = M (1 − share · P Pᵀ) Mᵀ. At a share of 1
-    errors of a weight in the row space of Aᵀ cost nothing, since the next reconstruction takes them up; below 1 they
-    cost what of them comes back when A and B are rounded. a_IR: any float dtype, finite.
+    With H = M Mᵀ and P an orthonormal basis of the columns of Mᵀ A, H' = M (1 − fraction · P Pᵀ) Mᵀ. At a fraction of 1
+    errors of a weight in the row space of Aᵀ cost nothing, because the next reconstruction absorbs them; below 1 they
+    keep a cost for the part that rounding A and B brings back. a_IR: any float dtype, finite.
     """
     directions_IR, _ = torch.linalg.qr(damped.cholesky_II.T @ a_IR.to(damped.cholesky_II))
     taken_IR = damped.cholesky_II @ directions_IR
-    left_II = damped.hessian_II - share * taken_IR @ taken_IR.T
-    # Where A takes up all, what is left is rounding's, on either side of 0.
+    left_II = damped.hessian_II - fraction * taken_IR @ taken_IR.T
+    # Where A absorbs everything, the rest is floating-point noise of either sign.
     left_II.diagonal().clamp_(min=torch.finfo(torch.float64).eps)
     return replace(damp((left_II + left_II.T) / 2, damped.damping), dead_I=damped.dead_I)
 
 
 def as_damped(hessian: Tensor | DampedHessian, damping: float) -> DampedHessian:
-    """The hessian itself where it is damped already, whatever `damping`."""
+    """The Hessian damped by `damping`; a DampedHessian is returned as it is."""
     return hessian if isinstance(hessian, DampedHessian) else damp(hessian, damping)

@@ -7,10 +7,10 @@ stretches the step with which its group is read back (dequantization-scale tunin
     h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)                    rectified sigmoid (AdaRound, arXiv 2004.10568, eq. 23)
     w'   = (clamp(lower + h(v), min_code, max_code) - z) s 2 sigmoid(u)
 
-v starts where h(v) = f and u at 0, so w' = w wherever the grid reaches. v = +inf or -inf stands for a decision: h is
-exactly 1 or 0 there and has no gradient.
+v starts where h(v) = f and u at 0, so w' = w within the range of the grid. v = +inf or -inf stands for a decision: h
+is exactly 1 or 0 there and has no gradient.
 
-Shapes: O out_features, I in_features, N groups of a row, B within a group.
+Shapes: O out_features, I in_features, N groups of a row, B values of a group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SMALLEST_STEP = torch.finfo(torch.float32).smallest_normal  # the step of MXINT'
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
-    """h(v) in [0, 1]: the share of a step above the lower code. Carries no gradient, unlike `Grid.weight`."""
+    """h(v) in [0, 1]: the fraction of a step above the lower code. Carries no gradient, unlike `Grid.weight`."""
     return torch.sigmoid(v).mul_(STRETCH_HIGH - STRETCH_LOW).add_(STRETCH_LOW).clamp_(0, 1)
 
 
@@ -39,17 +39,18 @@ def inverse_rectified_sigmoid(fraction: Tensor) -> Tensor:
 
 
 def dequantization_scale(u: Tensor) -> Tensor:
-    """2 sigmoid(u) in (0, 2): what a group's step is multiplied by."""
+    """2 sigmoid(u) in (0, 2), the factor of a group's step."""
     return 2 * torch.sigmoid(u)
 
 
-def harden(v: Tensor, soft_share: float) -> Tensor:
-    """Decide a layer's surest elements, those with the largest |h(v) - 0.5|; at most `soft_share` of all stay soft.
+def harden(v: Tensor, soft_fraction: float) -> Tensor:
+    """Decide a layer's surest elements, those with the largest |h(v) - 0.5|; at most `soft_fraction` of all stay soft.
 
-    A decided element becomes +inf where h(v) > 0.5, else -inf. What ties with the surest is decided with it.
+    A decided element becomes +inf where h(v) > 0.5, else -inf. Elements that tie with the last decided one are decided
+    too.
     """
     score = (rectified_sigmoid(v) - 0.5).abs_()
-    soft = int(soft_share * v.numel())
+    soft = int(soft_fraction * v.numel())
     if soft >= v.numel():
         return v.clone()
     threshold = _in_order(score.flatten(), soft)
@@ -57,14 +58,14 @@ def harden(v: Tensor, soft_share: float) -> Tensor:
 
 
 def _in_order(x: Tensor, position: int) -> Tensor:
-    """What stands at `position` once x is sorted."""
-    # A GPU sorts 45 million values in a twentieth of the time that its selection of one takes.
+    """The element at `position` of sorted x."""
+    # On a GPU, sorting 45 million values takes a twentieth of the time of kthvalue.
     return x.sort().values[position] if x.is_cuda else x.kthvalue(position + 1).values
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a weight (O, I) can become while the scales and zero points of `start` stay as they are."""
+    """The codes that a weight (O, I) can take under the scales and zero points of `start`."""
 
     start: QuantizedTensor
     lower_OI: Tensor  # int16: floor(w / s) + z, clamped where no rounding reaches the format's codes
@@ -95,14 +96,14 @@ class Grid:
 
     @property
     def tunes_scales(self) -> bool:
-        """Whether a group's scale can be stretched: nothing lies between the powers of two of MXINT."""
+        """Whether a group's scale can be stretched; the scales of MXINT are powers of two."""
         return isinstance(self.start.format, Int)
 
     def weight(self, v_OI: Tensor, u_ON: Tensor | None) -> Tensor:
         """The soft weight w' (O, I) in float32, differentiable in both variables; without u the step is s.
 
-        The stretched step is rounded to the dtype it is stored in (its gradient passes straight through), so that what
-        is trained has the scales that are kept.
+        The stretched step is rounded to the dtype it is stored in (straight-through gradient), so that training uses
+        the scales that are stored.
         """
         number_format = _evenly_spaced(self.start)
         step_ON = self.step_ON if u_ON is None else self._stretched(u_ON)
@@ -125,12 +126,12 @@ class Grid:
             raise ValueError(f"the scales of {number_format.kind} are powers of two: they cannot be stretched")
         stretched_ON = self.step_ON * dequantization_scale(u_ON)
         stored_ON = number_format.storable_scales(stretched_ON.detach()).to(torch.float32)
-        # The bracket is exactly 0 going forward: the stored value stays as it is, to the last bit.
+        # The bracket is exactly 0 in the forward pass: the stored value is unchanged to the last bit.
         return stored_ON + (stretched_ON - stretched_ON.detach())
 
 
 class _SoftWeight(torch.autograd.Function):
-    """(clamp(lower + h(v), min_code, max_code) - z) s, its gradient by hand: half of autograd's time and memory."""
+    """(clamp(lower + h(v), min_code, max_code) - z) s with an explicit gradient: half of autograd's time and memory."""
 
     @staticmethod
     def forward(ctx: Any, v_OI: Tensor, step_ON: Tensor, grid: Grid, min_code: int, max_code: int) -> Tensor:

@@ -43,7 +43,7 @@ from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms import BlockTransform
 
 # Of both orders of quantizing blocks: raised whenever the same inputs would give other bytes than before.
-QUANTIZE_VERSION = 7
+QUANTIZE_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _layer_row(
         "metadata_bits": weight.metadata_bits,
         "codebook_bits": weight.weight_OI.codebook_bits,
         "low_rank_bits": weight.low_rank.bits if weight.low_rank else 0,
-        "captured_share": weight.low_rank.captured_share if weight.low_rank else None,
+        "captured_energy": weight.low_rank.captured_energy if weight.low_rank else None,
         "solver_gap": weight.low_rank.gap if weight.low_rank else None,
         "step_errors": list(weight.errors),
         "damping_raises": weight.damping_raises,

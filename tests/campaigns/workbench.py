@@ -23,7 +23,7 @@ from faults import compile_library
 from server import ROOT, Outcome, Server
 from tiny import build
 
-ADAPTIVE = '--quantize.rounding={ kind = "adaptive", soft_shares = [0.5, 0.2], steps = 3, batch_size = 2 }'
+ADAPTIVE = '--quantize.rounding={ kind = "adaptive", soft_fractions = [0.5, 0.2], steps = 3, batch_size = 2 }'
 FINETUNE = {"columns": "4", "num_samples": "4", "validation_samples": "2", "seq_len": "32", "epochs": "3"}
 # Overrides of the tiny experiment's configuration; between them they reach every stage, in both orders of blocks.
 CONFIGURATIONS: dict[str, list[str]] = {

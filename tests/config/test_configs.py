@@ -105,7 +105,7 @@ def test_a_row_of_tesseraq_is_the_published_recipe(name, bits, group):
     plan = plan_linear(config, "model.layers.0.self_attn.q_proj")
     assert (plan.weight.bits, plan.weight.block_size, plan.activation) == (bits, group, None)
     settings = plan.rounding.settings(bits, None, 0)
-    assert (len(settings.soft_shares), settings.steps, settings.batch_size) == (20, 250, 4)
+    assert (len(settings.soft_fractions), settings.steps, settings.batch_size) == (20, 250, 4)
     assert settings.learning_rate == settings.scale_learning_rate == 1e-3
     assert (config.calibration.num_samples, config.calibration.seq_len) == (512, 2048)
     assert config.quantize.stream == "quantized"

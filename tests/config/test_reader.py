@@ -347,7 +347,7 @@ class TestMistakes:
             ),
             (["rounding=adaptive", "weight=fp4"], "rounding: adaptive rounding needs weights of kind int or mxint"),
             (["rounding={ kind = 'adaptive', steps = 0 }"], "steps 0 is not an integer of at least 1 (adaptive)"),
-            (["rounding={ kind = 'adaptive', soft_shares = [0.5, 0.5] }"], "do not fall strictly between 1 and 0"),
+            (["rounding={ kind = 'adaptive', soft_fractions = [0.5, 0.5] }"], "do not fall strictly between 1 and 0"),
             (
                 ["rounding={ kind = 'adaptive', learning_rate = '1' }"],
                 "learning_rate: must be a valid number; found '1'",
@@ -369,7 +369,7 @@ class TestMistakes:
 
         assert quantize("method=none", "low_rank.rank=0").stream == "original"
         for parts in (
-            ["transforms=['quarot', 'awq', 'clip']", "rounding={ kind = 'adaptive', soft_shares = [0.5, 0.1] }"],
+            ["transforms=['quarot', 'awq', 'clip']", "rounding={ kind = 'adaptive', soft_fractions = [0.5, 0.1] }"],
             ["transforms=['awq', { kind = 'lwc', epochs = 5, both_targets = true }]"],
             ["transforms=['awq']", "rounding=gptq"],
             ["rounding=adaptive", "method=qera-exact", "low_rank.rank=8"],

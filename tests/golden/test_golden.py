@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RELATIVE_TOLERANCE = 2e-3
 
 LQER = ["--quantize.method=lqer-act", '--quantize.low_rank={ rank = 8, format = "x8" }', "--quantize.attention=x8"]
-ADAPTIVE = '--quantize.rounding={ kind = "adaptive", soft_shares = [0.5, 0.2], steps = 3, batch_size = 2 }'
+ADAPTIVE = '--quantize.rounding={ kind = "adaptive", soft_fractions = [0.5, 0.2], steps = 3, batch_size = 2 }'
 FINETUNE = {
     "parts": '["rht_signs", "low_rank"]', "columns": 4, "num_samples": 4, "validation_samples": 2, "seq_len": 32,
     "epochs": 2, "dataset": "{calibration}",

@@ -98,7 +98,7 @@ def test_inputs_of_zero_give_factors_of_product_zero():
     error_OI, _ = problem((24, 40))
     factors = reconstruct(error_OI, Metric(hessian_II=torch.zeros(40, 40)), 4)
     assert not (factors.a_IR @ factors.b_RO).any()
-    assert factors.captured_share == 1
+    assert factors.captured_energy == 1
 
 
 @each_shape
@@ -108,14 +108,14 @@ def test_singular_values_are_those_of_the_root_times_the_error(shape):
     torch.testing.assert_close(singular_values(error_OI, Metric(hessian_II=r_II)), sigma_K, rtol=1e-5, atol=1e-7)
 
 
-def test_the_captured_share_is_what_the_loss_lacks():
+def test_the_captured_energy_is_what_the_loss_lacks():
     for shape, solver in (((24, 40), "exact"), (LARGE, "krylov")):
         error_OI, r_II = problem(shape)
         metric = Metric(hessian_II=r_II)
         factors = reconstruct(error_OI, metric, 8, solver)
         whole = metric.energy(error_OI)
         assert whole == pytest.approx(tail(error_OI, r_II, 0), rel=1e-5)
-        assert 1 - factors.captured_share == pytest.approx(loss(error_OI, factors, r_II) / whole, abs=1e-5)
+        assert 1 - factors.captured_energy == pytest.approx(loss(error_OI, factors, r_II) / whole, abs=1e-5)
 
 
 class TestKrylov:
@@ -127,16 +127,16 @@ class TestKrylov:
         exact, found = (reconstruct(error_OI, metric, 8, solver) for solver in ("exact", "krylov"))
         assert found.gap is not None
         assert found.gap <= krylov.GAP_TOLERANCE
-        optimum = exact.captured_share
-        assert found.captured_share == pytest.approx(optimum, rel=max(2 * found.gap, 1e-5))
+        optimum = exact.captured_energy
+        assert found.captured_energy == pytest.approx(optimum, rel=max(2 * found.gap, 1e-5))
         whole = metric.energy(error_OI)
-        assert loss(error_OI, found, r_II) / whole == pytest.approx(1 - found.captured_share, abs=1e-5)
+        assert loss(error_OI, found, r_II) / whole == pytest.approx(1 - found.captured_energy, abs=1e-5)
 
     def test_a_flat_spectrum_takes_more_steps_to_the_same_loss(self):
         error_OI = torch.randn(LARGE, generator=torch.Generator().manual_seed(0))
         exact, found = (reconstruct(error_OI, Metric(), 8, solver) for solver in ("exact", "krylov"))
-        assert found.captured_share >= 0.98 * exact.captured_share
-        assert 1 - found.captured_share == pytest.approx(1 - exact.captured_share, rel=2 * krylov.LOSS_TOLERANCE)
+        assert found.captured_energy >= 0.98 * exact.captured_energy
+        assert 1 - found.captured_energy == pytest.approx(1 - exact.captured_energy, rel=2 * krylov.LOSS_TOLERANCE)
 
     def test_the_stated_gap_is_of_the_size_of_the_true_one(self, monkeypatch):
         """Stopped early, where there is a gap to speak of."""
@@ -144,7 +144,7 @@ class TestKrylov:
         monkeypatch.setattr(krylov, "LOSS_TOLERANCE", 1.0)
         error_OI = torch.randn(LARGE, generator=torch.Generator().manual_seed(0))
         exact, found = (reconstruct(error_OI, Metric(), 8, solver) for solver in ("exact", "krylov"))
-        true_gap = 1 - found.captured_share / exact.captured_share
+        true_gap = 1 - found.captured_energy / exact.captured_energy
         assert true_gap > 0.01
         assert found.gap == pytest.approx(true_gap, rel=0.5)
 

@@ -20,7 +20,9 @@ from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
 
 W2 = Int(bits=2, block_size=16)
-QUICK = Adaptive(steps=6, batch_size=2, learning_rate=3e-2, scale_learning_rate=1e-2, soft_shares=(0.6, 0.3, 0.1, 0.02))
+QUICK = Adaptive(
+    steps=6, batch_size=2, learning_rate=3e-2, scale_learning_rate=1e-2, soft_fractions=(0.6, 0.3, 0.1, 0.02)
+)
 FAMILIES = ["llama", "qwen3", "opt", "phi3", "gemma3"]
 
 
@@ -63,7 +65,7 @@ def test_learned_ranges_lower_the_loss_and_are_the_start_of_adaptive_rounding(ra
     learned = reconstruct_block(problem, [Lwc(epochs=15, batch_size=2, both_targets=True)], None)
     assert len(learned.notes["lwc"]) == 15
     assert learned.notes["loss"]["end"] < output_loss(problem, {}, nearest)
-    frozen = Adaptive(steps=4, learning_rate=3e-2, tune_scales=False, soft_shares=(0.5, 0.1))
+    frozen = Adaptive(steps=4, learning_rate=3e-2, tune_scales=False, soft_fractions=(0.5, 0.1))
     adaptive = reconstruct_block(problem, [Lwc(epochs=15, batch_size=2, both_targets=True)], frozen)
     assert adaptive.notes["loss"]["start"] == pytest.approx(learned.notes["loss"]["end"])
     for name, start in learned.rounded.items():

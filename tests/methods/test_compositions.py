@@ -81,8 +81,8 @@ def test_what_qera_exact_leaves_is_the_tail_of_the_weighted_spectrum(plan):
     left = weighted_error(weight_OI, quantized.effective_weight(), statistics)
     assert left == pytest.approx(float(sigma_K[8:].square().sum()), rel=1e-5)
     assert quantized.low_rank is not None
-    share = 1 - left / weighted_error(weight_OI, plan.weight.quantize(weight_OI).dequantize(), statistics)
-    assert quantized.low_rank.captured_share == pytest.approx(share, abs=1e-5)
+    captured = 1 - left / weighted_error(weight_OI, plan.weight.quantize(weight_OI).dequantize(), statistics)
+    assert quantized.low_rank.captured_energy == pytest.approx(captured, abs=1e-5)
 
 
 def test_on_average_activation_scales_are_better_than_none(plan):

@@ -221,7 +221,7 @@ def test_steps_over_whole_blocks_are_counted(random_model, tmp_path):
 
     plain = quantize_stage()
     few, many = (
-        quantize_stage(rounding={"kind": "adaptive", "steps": steps, "batch_size": 2, "soft_shares": [0.5, 0.1]})
+        quantize_stage(rounding={"kind": "adaptive", "steps": steps, "batch_size": 2, "soft_fractions": [0.5, 0.1]})
         for steps in (3, 6)
     )
     assert few.flops - plain.flops == 6 * weights * SEQ_LEN * 2 * 3 * 2

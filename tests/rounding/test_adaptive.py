@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from lqer.formats import Int, MXInt
 from lqer.models.structure import block_linears
 from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, DivergedError, block_loss, round_block, start_state
-from lqer.rounding.par_schedule import SOFT_SHARES_10
+from lqer.rounding.par_schedule import SOFT_FRACTIONS_10
 from lqer.rounding.soft import Grid
 from lqer.transforms.block_function import BlockFunction
 
 W2 = Int(bits=2, block_size=16)
-QUICK = AdaptiveSettings(soft_shares=SOFT_SHARES_10, steps=12, learning_rate=2e-2)
+QUICK = AdaptiveSettings(soft_fractions=SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2)
 
 
 def block(weights, x):
@@ -72,15 +72,15 @@ def test_the_soft_block_starts_at_the_original_but_for_the_error_of_clipping(tas
 
 def test_every_round_decides_its_share_of_every_linear(task):
     weights, inputs, _ = task
-    shares = []
+    fractions = []
 
     def watch(state):
-        shares.append([float(v.isinf().float().mean()) for v in state.v.values()])
+        fractions.append([float(v.isinf().float().mean()) for v in state.v.values()])
 
     round_block(weights, starts_of(weights, W2), block, inputs, block(weights, inputs), QUICK, after_round=watch)
-    assert len(shares) == len(SOFT_SHARES_10)
-    for soft_share, found in zip(SOFT_SHARES_10, shares, strict=True):
-        assert all(1 - soft_share <= share < 1 for share in found)
+    assert len(fractions) == len(SOFT_FRACTIONS_10)
+    for soft_fraction, found in zip(SOFT_FRACTIONS_10, fractions, strict=True):
+        assert all(1 - soft_fraction <= fraction < 1 for fraction in found)
 
 
 def test_codes_are_never_further_than_the_next_one(task):
@@ -99,7 +99,7 @@ def test_scales_stay_as_they_are_unless_they_are_tuned(task):
     weights, inputs, _ = task
     starts, targets = starts_of(weights, W2), block(weights, inputs)
     for tuned in (False, True):
-        settings = AdaptiveSettings(SOFT_SHARES_10, steps=4, tune_scales=tuned)
+        settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=4, tune_scales=tuned)
         rounded = round_block(weights, starts, block, inputs, targets, settings)
         same = [torch.equal(rounded[name].parts["scales"], starts[name].parts["scales"]) for name in starts]
         assert same == [not tuned] * 3
@@ -130,7 +130,7 @@ def test_the_micro_batch_bounds_what_passes_the_block_and_changes_nothing_else(t
             sizes.append(len(x))
             return block(soft, x)
 
-        settings = AdaptiveSettings(SOFT_SHARES_10[:3], steps=3, batch_size=4, micro_batch=micro_batch)
+        settings = AdaptiveSettings(SOFT_FRACTIONS_10[:3], steps=3, batch_size=4, micro_batch=micro_batch)
         states = []
         round_block(weights, starts, watch, inputs, targets, settings, after_round=states.append)
         results.append(states[-1])
@@ -147,7 +147,7 @@ def test_resuming_between_rounds_gives_the_same_bytes(task):
     arguments = (weights, starts_of(weights, W2), block, inputs, block(weights, inputs), QUICK)
     files = []
     whole = round_block(*arguments, after_round=lambda state: files.append(save(state.tensors())))
-    for rounds in (1, 6, len(SOFT_SHARES_10)):
+    for rounds in (1, 6, len(SOFT_FRACTIONS_10)):
         state = AdaptiveState.from_tensors(load(files[rounds - 1]))
         assert state.rounds == rounds
         resumed = round_block(*arguments, state=state)
@@ -203,7 +203,7 @@ def test_what_does_not_fit_together_is_refused(task):
     with pytest.raises(ValueError, match="32 sequences of inputs and 3 of targets"):
         round_block(weights, starts, block, inputs, inputs[:3], QUICK)
     with pytest.raises(ValueError, match="do not fall strictly between 1 and 0"):
-        AdaptiveSettings(soft_shares=(0.5, 0.5))
+        AdaptiveSettings(soft_fractions=(0.5, 0.5))
     with pytest.raises(ValueError, match="micro_batch 0 is not at least 1"):
         AdaptiveSettings(micro_batch=0)
 
@@ -217,7 +217,7 @@ def test_autocast_trains_in_bfloat16(task):
         dtypes.add(y.dtype)
         return block(soft, x)
 
-    settings = AdaptiveSettings(SOFT_SHARES_10, steps=12, learning_rate=2e-2, autocast=torch.bfloat16)
+    settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2, autocast=torch.bfloat16)
     rounded = round_block(weights, starts, watch, inputs, block(weights, inputs), settings)
     assert dtypes == {torch.bfloat16}
     target = block(weights, held_out)
@@ -236,7 +236,7 @@ def test_a_decoder_block_is_reconstructed_and_left_as_it_was(random_model, windo
     starts = starts_of(weights, W2)
     with torch.no_grad():
         targets = BlockFunction(module, call.args, call.kwargs)({}, hidden)
-    settings = AdaptiveSettings(SOFT_SHARES_10, steps=10, batch_size=5, micro_batch=5, learning_rate=2e-2)
+    settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=10, batch_size=5, micro_batch=5, learning_rate=2e-2)
     rounded = round_block(weights, starts, call, hidden, targets, settings)
     with torch.no_grad():
         before, after = (block_loss(call(values(r), hidden), targets) for r in (starts, rounded))

@@ -67,9 +67,9 @@ def test_a_down_date_frees_what_the_branch_can_mend_and_nothing_else(make_layer)
     a_IR, b_RO = torch.randn(24, 4, generator=generator), torch.randn(4, 8, generator=generator)
     right_RI = torch.linalg.svd((a_IR @ b_RO).T.double() @ damped.cholesky_II)[2][:4]
     taken_IR = damped.cholesky_II @ right_RI.T
-    for share in (1.0, 0.75):
-        expected_II = damp(damped.hessian_II - share * taken_IR @ taken_IR.T, 0.01).hessian_II
-        torch.testing.assert_close(down_date(damped, a_IR, share).hessian_II, expected_II, rtol=1e-6, atol=1e-7)
+    for fraction in (1.0, 0.75):
+        expected_II = damp(damped.hessian_II - fraction * taken_IR @ taken_IR.T, 0.01).hessian_II
+        torch.testing.assert_close(down_date(damped, a_IR, fraction).hessian_II, expected_II, rtol=1e-6, atol=1e-7)
     free = down_date(damped, a_IR).hessian_II - 0.01 * torch.eye(24)
     torch.testing.assert_close(a_IR.T.double() @ free @ a_IR.double(), torch.zeros(4, 4).double(), rtol=0.0, atol=1e-6)
 

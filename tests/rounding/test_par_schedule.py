@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import torch
 
-from lqer.rounding.par_schedule import SOFT_SHARES_10, SOFT_SHARES_20, draw_batches, soft_shares
+from lqer.rounding.par_schedule import SOFT_FRACTIONS_10, SOFT_FRACTIONS_20, draw_batches, soft_fractions
 
 
 def test_the_schedules_fall_to_half_a_percent():
-    for shares, rounds in ((SOFT_SHARES_20, 20), (SOFT_SHARES_10, 10)):
-        assert len(shares) == rounds
-        assert list(shares) == sorted(set(shares), reverse=True)
-        assert shares[-1] == 0.005
+    for fractions, rounds in ((SOFT_FRACTIONS_20, 20), (SOFT_FRACTIONS_10, 10)):
+        assert len(fractions) == rounds
+        assert list(fractions) == sorted(set(fractions), reverse=True)
+        assert fractions[-1] == 0.005
 
 
 def test_few_bits_take_the_long_schedule():
-    assert [len(soft_shares(bits)) for bits in (2, 3, 4, 6, 8)] == [20, 20, 20, 10, 10]
+    assert [len(soft_fractions(bits)) for bits in (2, 3, 4, 6, 8)] == [20, 20, 20, 10, 10]
 
 
 def test_a_step_never_sees_a_sequence_twice_and_all_are_used():

@@ -164,12 +164,12 @@ def test_the_rectified_sigmoid_and_its_inverse():
     assert inverse_rectified_sigmoid(torch.tensor(0.0)) == pytest.approx(-2.3979, abs=1e-4)
 
 
-@pytest.mark.parametrize("share", [0.8, 0.34, 0.005])
-def test_at_most_the_share_stays_soft_and_the_surest_are_decided(share):
+@pytest.mark.parametrize("fraction", [0.8, 0.34, 0.005])
+def test_at_most_the_fraction_stays_soft_and_the_surest_are_decided(fraction):
     v = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
-    hardened = harden(v, share)
+    hardened = harden(v, fraction)
     hard = hardened.isinf()
-    assert hard.sum() == 2000 - int(share * 2000)
+    assert hard.sum() == 2000 - int(fraction * 2000)
     score = (rectified_sigmoid(v) - 0.5).abs()
     assert score[hard].min() >= score[~hard].max()
     assert torch.equal(hardened[hard] > 0, v[hard] > 0)

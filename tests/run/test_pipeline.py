@@ -64,7 +64,7 @@ class TestWhatARunLeaves:
         assert results["allocation"]["objective"] <= results["allocation"]["uniform_objective"]
         assert (folder / "figures/ranks.png").stat().st_size > 0
         assert "Ranks were shared out within 6.5 bits" in (folder / "report.md").read_text()
-        assert (layers["captured_share"].between(0, 1) == (layers["rank"] > 0)).all()
+        assert (layers["captured_energy"].between(0, 1) == (layers["rank"] > 0)).all()
 
     @pytest.mark.figures
     def test_an_alternation_in_another_basis_leaves_the_error_of_every_step(self, experiment, run):
@@ -371,7 +371,7 @@ INTEGERS = [
     "--quantize.low_rank.rank=0", "--quantize.activation=none",
             "--quantize.attention=none",
 ]  # fmt: skip
-QUICK_ROUNDING = "{ kind = 'adaptive', steps = 3, soft_shares = [0.5, 0.1], learning_rate = 2e-2 }"
+QUICK_ROUNDING = "{ kind = 'adaptive', steps = 3, soft_fractions = [0.5, 0.1], learning_rate = 2e-2 }"
 
 
 class TestPartsOfABlock:

@@ -141,14 +141,14 @@ def test_the_models_bits_meet_the_budget_from_below(
 def test_the_objective_is_what_the_quantized_layers_leave(
     model, letter_tokenizer, calibration, spectra, plans, shapes, tmp_path
 ):
-    """Summed from the solver's own captured shares, and no more than at the uniform rank."""
+    """Summed from the solver's own captured energies, and no more than at the uniform rank."""
     budget = allocate_ranks(plans, spectra, BLOCKS, shapes, 6.0)
     rows = {row["name"]: row for row in quantized_rows(model, letter_tokenizer, calibration, budget.plans, tmp_path)}
     left = 0.0
     for name in budget.allocation.ranks:
         tensors = spectra.tensors(block_file(int(name.split(".")[2])))
-        share = 1 - (rows[name]["captured_share"] or 0.0)
-        left += share * float(tensors[f"{name}.energies"].sum() / tensors[f"{name}.weight_energy"])
+        missed = 1 - (rows[name]["captured_energy"] or 0.0)
+        left += missed * float(tensors[f"{name}.energies"].sum() / tensors[f"{name}.weight_energy"])
     assert left == pytest.approx(budget.allocation.objective, rel=1e-6)
     assert budget.allocation.objective < 0.95 * budget.allocation.uniform_objective
     assert budget.uniform_average_bits <= 6.0

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 W2 = Int(bits=2, block_size=16)
 AWQ_CLIP = (Awq(), Clip())
 LWC = Lwc(epochs=3, batch_size=2)
-QUICK = Adaptive(steps=4, batch_size=2, learning_rate=3e-2, scale_learning_rate=1e-2, soft_shares=(0.6, 0.3, 0.05))
+QUICK = Adaptive(steps=4, batch_size=2, learning_rate=3e-2, scale_learning_rate=1e-2, soft_fractions=(0.6, 0.3, 0.05))
 
 
 @pytest.fixture(scope="module")
