@@ -33,19 +33,18 @@ def byte_tokenizer(adds_bos: bool = False, **arguments: Any) -> PreTrainedTokeni
 
 
 def tiny_llama(**settings: Any) -> LlamaForCausalLM:
-    """Two blocks with grouped queries over the ids of `byte_tokenizer`, random but for the seed."""
+    """Two blocks with grouped queries over the ids of `byte_tokenizer`; the same weights for the same settings."""
+    defaults = {
+        "vocab_size": 257,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+    }
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        **settings,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings})).eval()
 
 
 def resident(model: PreTrainedModel, device: str = "cpu") -> OpenedModel:

@@ -1,8 +1,9 @@
-"""Workspaces of a process that dies at a chosen point, for tests of resuming."""
+"""Kills at a chosen point, for tests of resuming: of a workspace within the test, or of a process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,27 @@ def dying_workspace(at_write: int | str | None = None, at_removal: int | None = 
             super().remove(name)
 
     return Dying
+
+
+def signalled_command(command: Sequence[str], number: signal.Signals, at_write: int) -> list[str]:
+    """A command of a Python script that sends itself a signal in the middle of the write with that index.
+
+    The content is written, but not yet under its own name nor in the journal.
+    """
+    code = f"""
+import os, runpy, sys
+from lqer.store.store import Workspace
+original, count = Workspace.write, 0
+def write(self, name, content):
+    global count
+    def content_and_signal(path):
+        content(path)
+        os.kill(os.getpid(), {int(number)})
+    count += 1
+    original(self, name, content_and_signal if count == {at_write + 1} else content)
+Workspace.write = write
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    interpreter, *arguments = command
+    return [interpreter, "-c", code, *arguments]

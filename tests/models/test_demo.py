@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from helpers import tiny_llama
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from lqer.errors import ModelError
 from lqer.models import demo
@@ -25,17 +26,7 @@ WEIGHTS_SHA256 = "8c63ee85bc698240e599faf0fd1e3f2bf828826a0bdc34dfa4aef78710031b
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     """Two blocks with grouped queries, norms with gains, and linears on a 4-bit grid in blocks of 32."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_llama(hidden_size=96, intermediate_size=160, num_attention_heads=6, tie_word_embeddings=True)
     with torch.no_grad():
         for name, weight in model.model.layers.named_parameters():
             if "norm" in name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -251,15 +252,16 @@ class TestReadingAhead:
         opened.loader.ahead = True
         assert gptq_perplexity(opened, windows_WT, 2) == expected
 
-    def test_the_next_block_is_read_while_one_is_visited(self):
-        blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
-        read: list[int] = []
-        loader = Streamed(lambda i: read.append(i) or {}, lambda *arguments: None, lambda: None, ahead=True)
-        for index, _ in loader.load_each(blocks, [0, 2, 3], CPU):
-            wait_until(lambda index=index: len(read) == min(3, [0, 2, 3].index(index) + 2))
-        assert read == [0, 2, 3]
+    def test_one_block_is_read_while_the_one_before_is_used(self):
+        blocks, wanted = nn.ModuleList(nn.Linear(2, 2) for _ in range(5)), [0, 2, 3, 4]
+        was_read = [threading.Event() for _ in blocks]
+        loader = Streamed(lambda i: was_read[i].set() or {}, lambda *arguments: None, lambda: None, ahead=True)
+        for position, (index, _) in enumerate(loader.load_each(blocks, wanted, CPU)):
+            assert index == wanted[position]
+            assert all(was_read[following].wait(60) for following in wanted[position + 1 : position + 2])
+            assert [i for i in wanted if was_read[i].is_set()] == wanted[: position + 2]
 
-    def test_an_error_of_the_reader_reaches_the_visitor(self):
+    def test_an_error_of_the_reader_reaches_the_caller(self):
         def read(index: int) -> dict[str, Tensor]:
             raise OSError("the disk is gone")
 
@@ -268,16 +270,7 @@ class TestReadingAhead:
             next(loader.load_each(nn.ModuleList([nn.Linear(2, 2)]), [0], CPU))
 
 
-def wait_until(condition) -> None:
-    import time
-
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def test_a_block_that_was_visited_holds_no_memory(saved):
+def test_a_block_that_was_used_holds_no_memory(saved):
     opened = open_model(resolve_model(str(saved("llama"))), torch.float32, CPU)
     kept = [block for _, block in opened.loader.load_each(opened.blocks, [0, 1], CPU)]
     assert all(parameter.numel() == 0 for block in kept for parameter in block.parameters())

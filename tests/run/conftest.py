@@ -9,8 +9,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from helpers import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers import byte_tokenizer, tiny_llama
 
 from lqer.report import figures
 
@@ -18,19 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def save_tiny_llama(folder: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 128}
+    model = tiny_llama(**sizes, initializer_range=0.02, bos_token_id=0, eos_token_id=0)
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 @dataclass(frozen=True)
