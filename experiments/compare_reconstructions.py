@@ -78,16 +78,13 @@ def _effective(
     weight_OI: Tensor, site: dict[str, Tensor], method: str, bits: int, arguments: argparse.Namespace
 ) -> Tensor:
     plan = LinearPlan(
-        method=method,
+        method=METHODS[method](),
         weight=MXInt(bits=bits, block_size=16),
-        activation=None,
-        bias=None,
         rank=arguments.rank if METHODS[method].reconstructs else 0,
         factor=FACTORS[arguments.factor],
-        factor_blocks="reduction",
         iterations=METHODS[method].iterations,
     )
-    return METHODS[method].quantize_linear(weight_OI, site, plan).effective_weight()
+    return plan.quantize(weight_OI, site).effective_weight()
 
 
 def main() -> int:

@@ -11,18 +11,19 @@ Defining a component registers it, so a module that holds a new one only has to 
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 
+@dataclass(frozen=True)
 class Component:
     """One component and its settings: a frozen dataclass, of the family whose base it derives from.
 
     `kind` is what a configuration calls it, a class attribute without annotation and so not a field. Settings are
-    checked in `__post_init__`, which raises ValueError.
+    checked in `__post_init__`, which raises ValueError. A component without settings needs no decorator.
     """
 
     kind: ClassVar[str]
@@ -43,8 +44,7 @@ class Component:
 
     def to_dict(self) -> dict[str, Any]:
         """`kind` and the fields as TOML and JSON can write them; `component_from_dict` reads them."""
-        settings = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return {"kind": self.kind, **{key: value for key, value in settings.items() if value is not None}}
+        return {"kind": self.kind, **{key: value for key, value in asdict(self).items() if value is not None}}
 
 
 def component_class(family: type[Component], kind: Any) -> type[Any]:
@@ -61,7 +61,7 @@ def component_from_dict(family: type[Component], described: Mapping[str, Any]) -
     """The component that `Component.to_dict` described. Raises ValueError for an unknown kind, key or value."""
     cls = component_class(family, described.get("kind"))
     settings = {key: value for key, value in described.items() if key != "kind"}
-    keys = [field.name for field in dataclasses.fields(cls)]
+    keys = [field.name for field in fields(cls)]
     for key in settings:
         if key not in keys:
             allowed = f"allowed: {', '.join(keys) or 'none'}{did_you_mean(key, keys)}"

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from lqer.formats import MXInt
-from lqer.methods import LinearPlan
+from lqer.methods import LinearPlan, LqerAct
 from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks, prepare_model
 from lqer.stages.calibrate import CalibrationText, calibrate
@@ -162,7 +162,7 @@ def plan() -> LinearPlan:
     """8-bit weights and rank-8 factors, activations and biases as they are."""
     mxint8 = MXInt(bits=8)
     return LinearPlan(
-        method="lqer-act", weight=mxint8, activation=None, bias=None, rank=8, factor=mxint8, factor_blocks="reduction"
+        method=LqerAct(), weight=mxint8, activation=None, bias=None, rank=8, factor=mxint8, factor_blocks="reduction"
     )
 
 

@@ -9,9 +9,8 @@ from lqer.components import did_you_mean
 from lqer.config.schema import NOT_QUANTIZED, Config
 from lqer.errors import ConfigError
 from lqer.formats import NumberFormat
-from lqer.methods import METHODS, CalderaSettings, LinearPlan
+from lqer.methods import LinearPlan
 from lqer.methods.base import DEFAULT_FACTOR
-from lqer.methods.caldera import CALDERA
 from lqer.models.summary import ModelSummary
 from lqer.transforms import LinearTransform
 
@@ -43,9 +42,8 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
         factor_b=None if low_rank.format_b is None else number_format(low_rank.format_b) or DEFAULT_FACTOR,
         factor_blocks=low_rank.blocks,
         solver=low_rank.solver,
-        iterations=low_rank.iterations or METHODS[quantize.method].iterations,
+        iterations=low_rank.iterations or quantize.method.iterations,
         seed=config.seed,
-        caldera=(quantize.caldera or CalderaSettings()) if quantize.method == CALDERA.name else None,
     )
 
 

@@ -22,6 +22,8 @@ from lqer.errors import ConfigError
 Key = tuple[str, ...]
 # Keys that stand instead of another one of their table: set by a later layer, they take away what an earlier one said.
 INSTEAD_OF: dict[Key, str] = {("quantize", "low_rank", "budget_bits"): "rank"}
+# Components that an earlier layer may have named by their kind alone, before a later one sets a key of theirs.
+NAMED_BY_KIND: frozenset[Key] = frozenset({("quantize", "method"), ("quantize", "rounding")})
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Layers:
     def _merge(self, into: dict[str, Any], values: Mapping[str, Any], prefix: Key, origin: str) -> None:
         for name, value in values.items():
             key = (*prefix, name)
+            if key in NAMED_BY_KIND and isinstance(value, dict) and isinstance(into.get(name), str):
+                into[name] = {"kind": into[name]}
             if isinstance(value, dict) and isinstance(into.get(name), dict) and not _another_kind(into[name], value):
                 self._merge(into[name], value, key, origin)
                 continue

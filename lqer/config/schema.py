@@ -24,9 +24,8 @@ from lqer.components import Component, component_class
 from lqer.data.datasets import DatasetSpec
 from lqer.formats import NumberFormat, unsupported_cut
 from lqer.lowrank.solver import Solver
-from lqer.methods import METHODS, CalderaSettings, Propagation
+from lqer.methods import LqerAct, Method
 from lqer.methods.base import FACTOR_AXES, FactorBlocks
-from lqer.methods.caldera import CALDERA
 from lqer.rounding import ROUNDINGS, Nearest, Rounding
 from lqer.store.offload import parse_bytes
 from lqer.transforms import Scheme, Transform, unsupported_order
@@ -57,6 +56,7 @@ def _reader(family: type[Component]) -> PlainValidator:
 _WRITER = PlainSerializer(lambda part: {key: value for key, value in part.to_dict().items() if value is not None})
 FormatSpec = Annotated[NumberFormat, _reader(NumberFormat), _WRITER]
 RoundingSpec = Annotated[Rounding, _reader(Rounding), _WRITER]
+MethodSpec = Annotated[Method, _reader(Method), _WRITER]
 TransformSpec = Annotated[Transform, _reader(Transform), _WRITER]
 
 
@@ -129,7 +129,7 @@ class OverrideConfig(Section):
 class QuantizeConfig(Section):
     """What every linear of the decoder blocks becomes."""
 
-    method: str = "lqer-act"
+    method: MethodSpec = LqerAct()
     weight: FormatName
     # By default the method's own, or nearest.
     rounding: RoundingSpec | None = None
@@ -137,21 +137,19 @@ class QuantizeConfig(Section):
     transforms: tuple[TransformSpec, ...] = ()
     # The inputs that blocks are quantized on: those of the original model, or what the blocks quantized so far make of
     # the text; by default as the method defines it.
-    propagate: Propagation | None = None
+    propagate: Literal["original", "quantized"] | None = None
     activation: FormatName = NOT_QUANTIZED
     bias: FormatName = NOT_QUANTIZED
     attention: FormatName = NOT_QUANTIZED
     attention_blocks: Literal["reference", "reduction"] = "reduction"
     low_rank: LowRankConfig = LowRankConfig()
-    # Of method "caldera" alone.
-    caldera: CalderaSettings | None = None
     skip: tuple[str, ...] = ("lm_head",)
     override: tuple[OverrideConfig, ...] = ()
 
     @property
     def chosen_rounding(self) -> Rounding:
         """`rounding`, or else the method's."""
-        return self.rounding or METHODS[self.method].rounding or Nearest()
+        return self.rounding or self.method.rounding or Nearest()
 
     @property
     def roundings(self) -> dict[Loc, Rounding]:
@@ -182,9 +180,9 @@ class QuantizeConfig(Section):
         return transforms + [part.kind for part in (self.chosen_rounding,) if part.together]
 
     @property
-    def stream(self) -> Propagation:
+    def stream(self) -> Literal["original", "quantized"]:
         """Whose inputs blocks are quantized on: `propagate`, or else as the parts or the method ask for."""
-        return self.propagate or ("quantized" if self.block_parts else METHODS[self.method].propagate)
+        return self.propagate or ("quantized" if self.block_parts or self.method.propagate_error else "original")
 
 
 class PerplexityConfig(Section):
@@ -288,8 +286,6 @@ class Config(Section):
             raise KeyedError(("tag",), "must be a plain folder name", found=self.tag)
         if NOT_QUANTIZED in self.formats:
             raise KeyedError(("formats", NOT_QUANTIZED), 'the name "none" is reserved for "not quantized"')
-        if quantize.method not in METHODS:
-            raise KeyedError(("quantize", "method"), "unknown method", quantize.method, tuple(METHODS))
         self._check_blockwise()
         self._check_format(("quantize", "weight"), quantize.weight, optional=False)
         for key in ("activation", "bias", "attention"):
@@ -314,9 +310,9 @@ class Config(Section):
     def _check_roundings(self) -> None:
         """The method's rounding is its own, and every weight's format is one that its rounding can round to."""
         quantize = self.quantize
-        own, named = METHODS[quantize.method].rounding, quantize.rounding
+        own, named = quantize.method.rounding, quantize.rounding
         if own is not None and named is not None and named.kind != own.kind:
-            rule = f'must be "{own.kind}", or left out: it is what makes quantize.method "{quantize.method}"'
+            rule = f'method "{quantize.method.kind}" always uses rounding "{own.kind}"; only its options may be set'
             raise KeyedError(("quantize", "rounding"), rule, named.kind)
         pairs: list[tuple[Loc, Rounding, FormatName]] = [
             (("quantize", "rounding"), quantize.chosen_rounding, quantize.weight)
@@ -326,25 +322,21 @@ class Config(Section):
             key = "weight" if override.rounding is None else "rounding"
             pairs.append((("quantize", "override", i, key), rounding, weight))
         for loc, rounding, weight in pairs:
-            damping, default = (getattr(given, "damping", None) for given in (rounding, ROUNDINGS[rounding.kind]()))
-            if METHODS[quantize.method] is CALDERA and damping != default:
-                rule = 'damping must be left out: beside method "caldera" it is quantize.caldera.damping'
-                raise KeyedError(loc, rule, damping)
+            if (unsupported_reason := quantize.method.unsupported_reason(rounding)) is not None:
+                raise KeyedError(loc, unsupported_reason, rounding.kind)
             if (unsupported_reason := rounding.unsupported_reason(self.formats[weight])) is not None:
                 raise KeyedError(loc, f'{unsupported_reason} (weights are "{weight}")', rounding.kind)
 
     def _check_low_rank(self) -> None:
         """The method can do what [quantize.low_rank] asks of it."""
         quantize, low_rank = self.quantize, self.quantize.low_rank
-        method, table = METHODS[quantize.method], ("quantize", "low_rank")
-        if quantize.caldera is not None and method is not CALDERA:
-            raise KeyedError(("quantize", "caldera"), f'must be left out: quantize.method is "{method.name}"')
+        method, table = quantize.method, ("quantize", "low_rank")
         ranks: dict[Loc, int | None] = {(*table, "rank"): low_rank.rank}
         for i, override in enumerate(quantize.override):
             if override.low_rank:
                 ranks["quantize", "override", i, "low_rank", "rank"] = override.low_rank.rank
         if not method.reconstructs:
-            nothing = f'quantize.method "{quantize.method}" reconstructs nothing'
+            nothing = f'method "{method.kind}" reconstructs nothing'
             for loc, rank in ranks.items():
                 if rank:
                     raise KeyedError(loc, f"must be 0: {nothing}", rank)
@@ -360,8 +352,8 @@ class Config(Section):
             raise KeyedError((*table, "budget_bits"), rule, low_rank.budget_bits)
         if low_rank.rank:
             raise KeyedError((*table, "rank"), "must be 0 beside budget_bits, which chooses every rank", low_rank.rank)
-        if method.starts_with == "reconstruct":
-            rule = f'must be left out: ranks are shared out by the errors of rounding, "{method.name}" rounds last'
+        if not method.rounds_first:
+            rule = f'must be left out: ranks are shared out by the errors of rounding, "{method.kind}" rounds last'
             raise KeyedError((*table, "budget_bits"), rule, low_rank.budget_bits)
         if iterations > 1:
             rule = "must be left out: ranks are shared out by the errors of one rounding, iterations are"
@@ -372,7 +364,7 @@ class Config(Section):
         quantize = self.quantize
         if (unsupported_reason := unsupported_order(quantize.transforms)) is not None:
             raise KeyedError(("quantize", "transforms"), unsupported_reason)
-        method = METHODS[quantize.method]
+        method = quantize.method
         for override in (None, *quantize.override):
             weight, activation = (
                 (override and getattr(override, key)) or getattr(quantize, key) for key in ("weight", "activation")
@@ -385,7 +377,7 @@ class Config(Section):
             )
             for i, transform in enumerate(quantize.transforms):
                 if (unsupported_reason := transform.unsupported_reason(scheme)) is not None:
-                    rule = f'{unsupported_reason} (method "{method.name}", weights "{weight}")'
+                    rule = f'{unsupported_reason} (method "{method.kind}", weights "{weight}")'
                     raise KeyedError(("quantize", "transforms", i), rule, transform.kind)
 
     def _check_block_parts(self) -> None:
@@ -420,9 +412,9 @@ class Config(Section):
 
     def _check_rounds_first(self, loc: Loc, part: Component) -> None:
         """Weights that are rounded with their block are rounded once, before anything is reconstructed."""
-        method, iterations = METHODS[self.quantize.method], self.quantize.low_rank.iterations
-        if method.starts_with == "reconstruct" or (iterations or method.iterations) > 1:
-            rule = f'needs a method that rounds the weight itself, once; "{method.name}" rounds what A·B leaves of it'
+        method, iterations = self.quantize.method, self.quantize.low_rank.iterations
+        if not method.rounds_first or (iterations or method.iterations) > 1:
+            rule = f'needs a method that rounds the weight itself, once; "{method.kind}" rounds what A·B leaves of it'
             raise KeyedError(loc, rule, part.kind)
 
     def _check_finetune(self) -> None:

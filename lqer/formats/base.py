@@ -156,7 +156,7 @@ class NumberFormat(Component, ABC, family="number format"):
 
     def to_dict(self) -> dict[str, Any]:
         """`kind` and the fields, also those that are None; `format_from_dict` reads them."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True, eq=False)

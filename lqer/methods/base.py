@@ -5,27 +5,28 @@ Every method alternates two steps on W ≈ W_q + (A·B)ᵀ, starting from W_q = 
     round          W_q = round(W − (A·B)ᵀ)                       by the plan's rounding, in its number format
     reconstruct    A·B = argmin_{rank r} tr(F H Fᵀ), F = W − W_q − (A·B)ᵀ;  A, B = round(A), round(B)
 
-and differs from the others by the metric H, by which step comes first, and by how often they are repeated. Each step
-sees what the other one stores. Where the plan has a rotation, W and H are those of the rotated linear, and so are
-W_q, A and B. A method never sees a path, a configuration, a device map or another layer.
+and differs from the others by the metric H, by which step comes first, and by how often they are repeated; a subclass
+of `Method`, in a file of its own, says where. Each step sees what the other one stores. Where the plan has a rotation,
+W and H are those of the rotated linear, and so are W_q, A and B. A method never sees a path, a configuration, a device
+map or another layer.
 
 Shapes: I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lqer.components import Component
 from lqer.formats import NumberFormat, Passthrough, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import Solver, reconstruct
-from lqer.methods.settings import CalderaSettings
 from lqer.rounding import Nearest, Rounding
 from lqer.statistics import Statistic
 from lqer.transforms import LinearTransform, Rotation
@@ -33,9 +34,7 @@ from lqer.transforms import LinearTransform, Rotation
 # Of one input site, by kind.
 Statistics = Mapping[str, Tensor]
 FactorBlocks = Literal["reduction", "reference", "long"]
-Propagation = Literal["original", "quantized"]
 FACTOR_AXES: dict[FactorBlocks, tuple[int, int]] = {"reduction": (0, 0), "reference": (1, 1), "long": (0, 1)}
-
 # Where [quantize.low_rank] names no format, A and B are stored in half precision.
 DEFAULT_FACTOR = Passthrough(dtype="float16")
 NO_FACTORS: dict[str, Any] = {
@@ -54,24 +53,27 @@ class LinearPlan:
     rank, B along out_features), or "long", away from the rank (A along in_features, B along out_features).
     """
 
-    method: str
+    method: Method
     weight: NumberFormat
-    activation: NumberFormat | None
-    bias: NumberFormat | None
-    rank: int | None
-    factor: NumberFormat
-    factor_blocks: FactorBlocks
+    activation: NumberFormat | None = None
+    bias: NumberFormat | None = None
+    rank: int | None = 0
+    factor: NumberFormat = DEFAULT_FACTOR
+    factor_blocks: FactorBlocks = "reduction"
     rounding: Rounding = field(default_factory=Nearest)
     transform: LinearTransform | None = None
     solver: Solver = "auto"
     iterations: int = 1
     seed: int = 0
     factor_b: NumberFormat | None = None
-    caldera: CalderaSettings | None = None
+
+    def quantize(self, weight_OI: Tensor, statistics: Statistics) -> QuantizedWeight:
+        """`Method.quantize_linear` of this plan."""
+        return self.method.quantize_linear(weight_OI, statistics, self)
 
     def without_low_rank(self) -> LinearPlan:
         """The same formats and rounding without reconstruction; plans that differ by A and B alone become equal."""
-        return replace(self, method="none", rank=0, caldera=None, **NO_FACTORS)
+        return replace(self, method=RoundingOnly(), rank=0, **NO_FACTORS)
 
     def without_factors(self) -> LinearPlan:
         """Only what decides the rounding of W and the metric of its error."""
@@ -159,31 +161,35 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A named composition; what it must know of the inputs is in `statistics`.
+class Method(Component, family="method"):
+    """A composition of rounding and reconstruction, by what it differs in from the others; its fields are its settings.
 
-    metric: from the weight and its site's statistics; None reconstructs nothing. starts_with: which step comes first.
-    iterations: how often both steps are repeated; propagate: whether the inputs are those of the original model's
-    blocks or of the blocks quantized so far; both unless the configuration says otherwise. Only on the original model's
-    inputs can blocks be quantized in any order, and so in shares. rounding: the one that makes the method what it is,
-    with its usual settings; None where any will do.
+    statistics: what `metric` needs to know of the inputs. rounds_first: whether W is rounded before anything is
+    reconstructed; otherwise A·B approximates W, and what is left is rounded. iterations: how often both steps are
+    repeated. propagate_error: whether a block is quantized on the outputs of the quantized blocks before it instead of
+    the original model's activations, which admit any order of blocks and so chunks; a configuration may decide
+    otherwise, as for iterations. rounding: the one that makes the method what it is, with its usual settings; None
+    where any will do. reconstructs: whether there is a low-rank branch at all.
     """
 
-    name: str
-    metric: Callable[[Tensor, Statistics], Metric] | None
-    statistics: frozenset[Statistic] = frozenset()
-    starts_with: Literal["round", "reconstruct"] = "round"
-    iterations: int = 1
-    propagate: Propagation = "original"
-    rounding: Rounding | None = None
+    statistics: ClassVar[frozenset[Statistic]] = frozenset()
+    rounds_first: ClassVar[bool] = True
+    iterations: ClassVar[int] = 1
+    propagate_error: ClassVar[bool] = False
+    rounding: ClassVar[Rounding | None] = None
+    reconstructs: ClassVar[bool] = True
 
-    @property
-    def reconstructs(self) -> bool:
-        return self.metric is not None
+    def metric(self, weight_OI: Tensor, statistics: Statistics) -> Metric:
+        """The metric under which A·B is fitted; the Frobenius norm unless a method has another."""
+        return Metric()
+
+    def unsupported_reason(self, rounding: Rounding) -> str | None:
+        """Why the method cannot use such a rounding, as a rule to show to a user; None where it can."""
+        return None
 
     def rounds_the_weight_itself(self, plan: LinearPlan) -> bool:
         """Whether W_q is round(W), not round(W − (A·B)ᵀ)."""
-        return self.starts_with == "round" and plan.iterations == 1
+        return self.rounds_first and plan.iterations == 1
 
     def statistics_for(self, plan: LinearPlan) -> frozenset[Statistic]:
         """The statistics to gather for a plan of this method."""
@@ -216,33 +222,38 @@ class Method:
 
     def decompose(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
         """The method's steps, on a float32 weight and statistics that are rotated already."""
-        if not plan.rank or self.metric is None:
+        if not plan.rank or not self.reconstructs:
             return QuantizedWeight(plan.rounding.round(weight_OI, statistics, plan.weight), None)
         metric = self.metric(weight_OI, statistics)
-        low_rank: LowRank | None = None
-        if self.starts_with == "reconstruct":
-            low_rank = reconstruct_rounded(weight_OI, metric, plan)
+        low_rank = None if self.rounds_first else reconstruct_rounded(weight_OI, metric, plan)
         for iteration in range(plan.iterations):
             target_OI = weight_OI if low_rank is None else weight_OI - low_rank.product()
             rounded_OI = plan.rounding.round(target_OI, statistics, plan.weight)
-            if self.starts_with == "round" or iteration + 1 < plan.iterations:
+            if self.rounds_first or iteration + 1 < plan.iterations:
                 low_rank = reconstruct_rounded(weight_OI - rounded_OI.dequantize(), metric, plan)
         return QuantizedWeight(rounded_OI, low_rank)
 
-    def complete(
+    def reconstruct_error(
         self, weight_OI: Tensor, rounded_OI: QuantizedTensor, statistics: Statistics, plan: LinearPlan
     ) -> QuantizedWeight:
-        """What `quantize_linear` adds to a weight that was rounded elsewhere, together with others of its block."""
-        assert plan.transform is None, "a weight that was rounded with others is not rotated"
-        if not plan.rank or self.metric is None:
+        """`quantize_linear` of a weight that has been rounded already, together with the others of its block."""
+        assert plan.transform is None, "weights that are rounded together are not rotated"
+        if not plan.rank or not self.reconstructs:
             return QuantizedWeight(rounded_OI, None)
         error_OI = weight_OI.to(torch.float32) - rounded_OI.dequantize()
         return QuantizedWeight(rounded_OI, reconstruct_rounded(error_OI, self.metric(weight_OI, statistics), plan))
 
 
+class RoundingOnly(Method):
+    """No low-rank branch: the weight is rounded, by any rounding."""
+
+    kind = "none"
+    reconstructs = False
+
+
 def reconstruct_rounded(target_OI: Tensor, metric: Metric, plan: LinearPlan) -> LowRank:
     """The best A·B of the plan's rank under the metric, then A and B in their number format."""
-    assert plan.rank, "a budget is shared out before anything is quantized"
+    assert plan.rank, "a budget is allocated before anything is quantized"
     factors = reconstruct(target_OI, metric, plan.rank, plan.solver, plan.seed)
     (a_format, b_format), (a_axis, b_axis) = plan.factor_formats, plan.factor_axes
     return LowRank(

@@ -18,24 +18,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lqer.components import require_choice, require_positive
 from lqer.formats import NonFiniteError, NumberFormat, Passthrough, QuantizedTensor
 from lqer.lowrank.lplr import lplr
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import reconstruct
-from lqer.methods.base import LinearPlan, LowRank, Method, QuantizedWeight, Statistics, reconstruct_rounded
-from lqer.methods.qera import full_hessian
-from lqer.methods.settings import CalderaSettings
-from lqer.rounding.base import unsupported_feedback
-from lqer.rounding.hessian import DampedHessian, damp, down_date
+from lqer.methods.base import LinearPlan, LowRank, QuantizedWeight, Statistics, reconstruct_rounded
+from lqer.methods.qera import QeraExact
+from lqer.rounding import Rounding
+from lqer.rounding.base import require_damping, unsupported_feedback
+from lqer.rounding.hessian import DAMPING, DampedHessian, damp, down_date
 from lqer.rounding.ldlq import Ldlq, ldlq
-from lqer.statistics import Hessian
 
 # Of the published experiments.
 ITERATIONS = 20
+# The published experiments take 50, of which the first few do nearly all (docs/methods/caldera.md).
+LPLR_ITERATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,44 @@ def alternate(weight_OI: Tensor, metric: Metric, steps: Sequence[Step], iteratio
     return best, errors
 
 
-class Caldera(Method):
-    """The alternation as a method."""
+@dataclass(frozen=True)
+class Caldera(QeraExact):
+    """The alternation as a method.
+
+    starts_with: which step comes first. lplr_iterations: alternating least-squares steps where A or B is rounded.
+    down_date: the fraction of what A can mend that is removed from H for error feedback: 1 as published, 0 for none,
+    between them where A and B are coarse. damping: of H in both steps, as a fraction of its mean diagonal.
+    """
+
+    kind = "caldera"
+    rounding = Ldlq()
+    rounds_first = False
+    iterations = ITERATIONS
+
+    starts_with: Literal["reconstruct", "round"] = "reconstruct"
+    lplr_iterations: int = LPLR_ITERATIONS
+    down_date: float = 1.0
+    damping: float = DAMPING
+
+    def __post_init__(self) -> None:
+        require_choice("starts_with", self.starts_with, ["reconstruct", "round"], self.kind)
+        require_positive("lplr_iterations", self.lplr_iterations, self.kind)
+        require_damping(self.damping, self.kind)
+        if not 0 <= self.down_date <= 1:
+            raise ValueError(f"down_date {self.down_date} is not in 0..1 ({self.kind})")
+
+    def unsupported_reason(self, rounding: Rounding) -> str | None:
+        if getattr(rounding, "damping", DAMPING) != DAMPING:
+            return f'damping of the Hessian is set by quantize.method.damping under method "{self.kind}"'
+        return None
 
     def decompose(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
+        """Algorithm 1; without a rank, the rounding alone."""
         if not plan.rank:
             return super().decompose(weight_OI, statistics, plan)
-        settings = plan.caldera or CalderaSettings()
-        damped = damp(statistics["hessian"], settings.damping)
+        damped = damp(statistics["hessian"], self.damping)
         metric = Metric(hessian_II=damped.hessian_II.to(torch.float32))
-        fit = _fit(damped, metric, plan, settings)
+        fit = _fit(damped, metric, plan, self.lplr_iterations)
         raises = [damped.raises]
 
         def take_reconstruct(state: State) -> State:
@@ -95,26 +126,22 @@ class Caldera(Method):
 
         def take_round(state: State) -> State:
             hessian = damped
-            if settings.down_date and state.low_rank is not None:
-                hessian = down_date(damped, state.low_rank.a_IR.dequantize(), settings.down_date)
+            if self.down_date and state.low_rank is not None:
+                hessian = down_date(damped, state.low_rank.a_IR.dequantize(), self.down_date)
                 raises.append(hessian.raises)
             target_OI = state.without_low_rank(weight_OI)
-            return replace(
-                state, rounded=plan.rounding.round(target_OI, {**statistics, "hessian": hessian}, plan.weight)
-            )
+            rounded = plan.rounding.round(target_OI, {**statistics, "hessian": hessian}, plan.weight)
+            return replace(state, rounded=rounded)
 
         steps = [take_reconstruct, take_round]
-        best, errors = alternate(
-            weight_OI, metric, steps if settings.starts_with == "reconstruct" else steps[::-1], plan.iterations
-        )
+        steps = steps if self.starts_with == "reconstruct" else steps[::-1]
+        best, errors = alternate(weight_OI, metric, steps, plan.iterations)
         assert best.rounded is not None
         return QuantizedWeight(best.rounded, best.low_rank, errors=tuple(errors), damping_raises=sum(raises))
 
 
-def _fit(
-    damped: DampedHessian, metric: Metric, plan: LinearPlan, settings: CalderaSettings
-) -> Callable[[Tensor], LowRank]:
-    """How A and B are fitted to a target: in closed form, or in turns where one of them is rounded to a few bits."""
+def _fit(damped: DampedHessian, metric: Metric, plan: LinearPlan, lplr_iterations: int) -> Callable[[Tensor], LowRank]:
+    """How A and B are fitted to a target: in closed form, or alternating where one of them is rounded to a few bits."""
     a_format, b_format = plan.factor_formats
     if isinstance(a_format, Passthrough) and isinstance(b_format, Passthrough):
         return partial(reconstruct_rounded, metric=metric, plan=plan)
@@ -123,28 +150,18 @@ def _fit(
     along_inputs = a_axis == 0 and unsupported_feedback(a_format) is None
     round_last_a = partial(_round_along_inputs, damped, a_format) if along_inputs else None
 
-    def in_turns(target_OI: Tensor) -> LowRank:
+    def alternating(target_OI: Tensor) -> LowRank:
         assert plan.rank
         start = reconstruct(target_OI, metric, plan.rank, plan.solver, plan.seed)
-        pair = lplr(target_OI, metric, start.a_IR, round_a, round_b, settings.lplr_iterations, round_last_a)
+        pair = lplr(target_OI, metric, start.a_IR, round_a, round_b, lplr_iterations, round_last_a)
         energy = metric.energy(target_OI)
         captured_energy = min(max(1 - pair.energy / energy, 0.0), 1.0) if energy > 0 else 1.0
         return LowRank(pair.a_IR, pair.b_RO, captured_energy, start.gap)
 
-    return in_turns
+    return alternating
 
 
 def _round_along_inputs(damped: DampedHessian, number_format: NumberFormat, a_IR: Tensor) -> QuantizedTensor:
     """A with error feedback from input to input, blocks along them."""
     rounded = ldlq(a_IR.T.contiguous(), damped, number_format)
     return QuantizedTensor(number_format, tuple(a_IR.shape), 0, rounded.parts)
-
-
-CALDERA = Caldera(
-    "caldera",
-    full_hessian,
-    frozenset({Hessian()}),
-    starts_with="reconstruct",
-    iterations=ITERATIONS,
-    rounding=Ldlq(),
-)

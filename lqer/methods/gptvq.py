@@ -1,7 +1,7 @@
-"""GPTVQ (arXiv 2402.15319): learned codebooks with error feedback, on the inputs that quantized blocks put out.
+"""GPTVQ (arXiv 2402.15319): learned codebooks with error feedback and error propagation.
 
     for every block, first to last:
-        H = E[x xᵀ] of its linears' inputs, on what the quantized blocks before it make of the text
+        H = E[x xᵀ] of its linears' inputs, computed by the quantized blocks before it
         W_q = vectors of W in codebooks learned on the way                  lqer/rounding/vector.py
     at a rank above 0:  A·B = argmin_{rank r} || H^½ ((W − W_q)ᵀ − A·B) ||_F        QERA-exact's step
 
@@ -10,9 +10,13 @@ Its low-rank part is not the paper's, but QERA's closed form for the error that 
 
 from __future__ import annotations
 
-from lqer.methods.base import Method
-from lqer.methods.qera import full_hessian
+from lqer.methods.qera import QeraExact
 from lqer.rounding import Vector
-from lqer.statistics import Hessian
 
-GPTVQ = Method("gptvq", full_hessian, frozenset({Hessian()}), propagate="quantized", rounding=Vector())
+
+class GptvqMethod(QeraExact):
+    """GPTVQ's rounding with error propagation, then QERA's step."""
+
+    kind = "gptvq"
+    rounding = Vector()
+    propagate_error = True

@@ -1,4 +1,4 @@
-"""Plain rounding, LQER and L²QER (arXiv 2402.02446, sections 3.2 and 3.3), and ZeroQuant-V2's compensation.
+"""LQER and L²QER (arXiv 2402.02446, sections 3.2 and 3.3), and ZeroQuant-V2's compensation.
 
     W_q = round(W)                          once, in float32
     E   = W − W_q
@@ -20,15 +20,23 @@ from lqer.methods.base import Method, Statistics
 from lqer.statistics import MeanAbs
 
 
-def identity(weight_OI: Tensor, statistics: Statistics) -> Metric:
-    return Metric()
+class LqerSvd(Method):
+    """LQER: S = I."""
+
+    kind = "lqer-svd"
 
 
-def activation_magnitudes(weight_OI: Tensor, statistics: Statistics) -> Metric:
-    return Metric(scale_I=activation_scale(statistics["mean_abs"]))
+class LqerAct(Method):
+    """L²QER: S = diag(activation scale)."""
+
+    kind = "lqer-act"
+    statistics = frozenset({MeanAbs()})
+
+    def metric(self, weight_OI: Tensor, statistics: Statistics) -> Metric:
+        return Metric(scale_I=activation_scale(statistics["mean_abs"]))
 
 
-NONE = Method("none", None)
-LQER_SVD = Method("lqer-svd", identity)
-LQER_ACT = Method("lqer-act", activation_magnitudes, frozenset({MeanAbs()}))
-ZEROQUANT_V2 = Method("zeroquant-v2", identity)
+class ZeroQuantV2(LqerSvd):
+    """LQER's S = I, by another name."""
+
+    kind = "zeroquant-v2"

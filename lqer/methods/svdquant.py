@@ -20,8 +20,12 @@ from lqer.methods.base import Method, Statistics
 from lqer.statistics import MaxAbs
 
 
-def smoothing(weight_OI: Tensor, statistics: Statistics) -> Metric:
-    return Metric(scale_I=smoothing_scale(statistics["max_abs"], weight_OI))
+class SvdQuant(Method):
+    """The low-rank part first, of the smoothed weight."""
 
+    kind = "svdquant"
+    statistics = frozenset({MaxAbs()})
+    rounds_first = False
 
-SVDQUANT = Method("svdquant", smoothing, frozenset({MaxAbs()}), starts_with="reconstruct")
+    def metric(self, weight_OI: Tensor, statistics: Statistics) -> Metric:
+        return Metric(scale_I=smoothing_scale(statistics["max_abs"], weight_OI))

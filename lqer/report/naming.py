@@ -10,7 +10,7 @@ RTN = "RTN"
 
 def scheme_name(quantize: Mapping[str, Any]) -> str:
     """Transforms, rounding and method of a resolved [quantize] table; parts that do nothing are omitted."""
-    method = quantize["method"]
+    method = quantize["method"]["kind"]
     return " + ".join([*_rounded_by(quantize), *([] if method == "none" else [method])]) or RTN
 
 

@@ -77,9 +77,8 @@ def write_run(
     figures.save_output_errors(folder / ERROR_FIGURE, layers)
     step_errors = {row["name"]: row["step_errors"] for row in rows if row["step_errors"]}
     if step_errors:
-        settings = results["config"]["quantize"].get("caldera") or {}
         names = ("reconstruct", "round")
-        names = names if settings.get("starts_with", names[0]) == names[0] else names[::-1]
+        names = names if results["config"]["quantize"]["method"].get("starts_with") != "round" else names[::-1]
         figures.save_step_errors(folder / STEPS_FIGURE, step_errors, names, STEP_ERROR)
     if results["allocation"] is not None:
         title = f"Ranks within {results['config']['quantize']['low_rank']['budget_bits']:g} bits per weight"

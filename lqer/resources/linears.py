@@ -5,7 +5,7 @@ from __future__ import annotations
 from lqer.lowrank.krylov import largest_space, least_space
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.lowrank.solver import SMALL_SIDE
-from lqer.methods import METHODS, LinearPlan
+from lqer.methods import Caldera, LinearPlan
 from lqer.resources.workload import Workload, planned
 from lqer.stages.quantize import with_spectra
 from lqer.statistics import Hessian
@@ -46,7 +46,7 @@ def linear_work(work: Workload) -> int:
     for _, out_features, in_features, plan in planned(work):
         weights, shorter = out_features * in_features, min(out_features, in_features)
         size = (4 * SINGLE_COPIES + 8 * DOUBLE_COPIES) * weights + 3 * 8 * shorter**2
-        needs_hessian = Hessian() in METHODS[plan.method].statistics_for(plan)
+        needs_hessian = Hessian() in plan.method.statistics_for(plan)
         exact = plan.rank is None or (plan.rank > 0 and not _is_iterated(plan, plan.rank, shorter))
         # A factor of R in float64: for error feedback, or for the exact solution under it.
         if needs_hessian and (exact or plan.rounding.statistics):
@@ -64,16 +64,16 @@ def solving(work: Workload) -> tuple[float, float, float]:
     for block, out_features, in_features, plan in planned(work):
         weights, shorter = out_features * in_features, min(out_features, in_features)
         rank = ASSUMED_RANK if plan.rank is None else min(plan.rank, shorter)
-        full = Hessian() in METHODS[plan.method].statistics and rank > 0
+        full = Hessian() in plan.method.statistics and rank > 0
         flops += repeats * 8.0 * kept * weights
         moved += repeats * plan.iterations * ROUNDING_PASSES * 4.0 * weights
         if plan.rounding.statistics:
             sweeps = (plan.iterations + repeats - 1) * plan.rounding.sweeps
             flops += repeats * 2.0 * in_features**3 + sweeps * 2.0 * in_features * weights
             calls += sweeps * CALLS_A_COLUMN * in_features
-        if plan.caldera is not None and rank > 0:
-            # Both factors by least squares in turns, the last A column after column (lqer/lowrank/lplr.py).
-            turns = plan.iterations * plan.caldera.lplr_iterations
+        if isinstance(plan.method, Caldera) and rank > 0:
+            # Both factors by alternating least squares, the last A column after column (lqer/lowrank/lplr.py).
+            turns = plan.iterations * plan.method.lplr_iterations
             flops += turns * rank * 4.0 * (weights + in_features**2)
             calls += plan.iterations * CALLS_A_COLUMN * in_features
         if block in drawn:

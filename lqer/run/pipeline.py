@@ -55,7 +55,7 @@ def run_chunk(config: Config, chunk: Chunk | None) -> Results | None:
 def refuse_chunks(config: Config, chunk: Chunk) -> None:
     """Raise ConfigError if blocks cannot be quantized independently of each other."""
     if config.quantize.stream == "quantized":
-        parts = " and ".join(config.quantize.block_parts) or f"method {config.quantize.method!r}"
+        parts = " and ".join(config.quantize.block_parts) or f"method {config.quantize.method.kind!r}"
         asked_by = "" if config.quantize.propagate else f" (implied by {parts})"
         raise ConfigError(
             f'--chunk {chunk}: requires quantize.propagate = "original"; with "quantized"{asked_by} each block depends '

@@ -24,7 +24,7 @@ def describe(config: Config, say: Callable[[str], None]) -> None:
     quantize = config.quantize
     say(f"{config.tag}: {config.model}")
     say(
-        f"method {quantize.method}, {_shown_rank(quantize.low_rank)}; weights {_shown(config, quantize.weight)}; "
+        f"method {quantize.method.kind}, {_shown_rank(quantize.low_rank)}; weights {_shown(config, quantize.weight)}; "
         f"activations {_shown(config, quantize.activation)}; A and B {_shown(config, quantize.low_rank.format)}; "
         f"attention operands {_shown(config, quantize.attention)}"
     )

@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from lqer.errors import ConfigError, ModelError
 from lqer.formats import NonFiniteError
-from lqer.lowrank.metric import Metric
 from lqer.lowrank.rank_allocation import Allocation, Candidate, allocate, factor_bits, rank_step
 from lqer.lowrank.solver import singular_values
-from lqer.methods import METHODS, LinearPlan, QuantizedWeight
+from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.source import ModelSource
@@ -113,10 +112,9 @@ def measure_spectra(workspace: Workspace, opened: OpenedModel, calibration: Arti
 
 def error_spectrum(weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan) -> dict[str, Tensor]:
     """What the stage keeps of one linear; see the module's head."""
-    method = METHODS[plan.method]
-    target = method.target(weight_OI, statistics, plan)
+    target = plan.method.target(weight_OI, statistics, plan)
     rounded = plan.rounding.round(target.weight_OI, target.statistics, plan.weight)
-    metric = Metric() if method.metric is None else method.metric(target.weight_OI, target.statistics)
+    metric = plan.method.metric(target.weight_OI, target.statistics)
     weight = QuantizedWeight(rounded, None, target.rotation)
     return {
         "energies": singular_values(target.weight_OI - rounded.dequantize(), metric).square(),

@@ -27,7 +27,7 @@ from lqer.formats import NonFiniteError, QuantizedTensor
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.scaling import activation_scale
 from lqer.lowrank.solver import singular_values
-from lqer.methods import METHODS, LinearPlan, QuantizedWeight
+from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.structure import block_linears
@@ -58,7 +58,7 @@ class QuantizeSettings:
 
 def requested_statistics(plans: Plans) -> frozenset[Statistic]:
     """The statistics besides `ALWAYS` that some linear's method, rounding or transform asks for."""
-    needed = (METHODS[plan.method].statistics_for(plan) for plan in plans.values() if plan is not None)
+    needed = (plan.method.statistics_for(plan) for plan in plans.values() if plan is not None)
     return frozenset().union(*needed) - frozenset(ALWAYS)
 
 
@@ -237,20 +237,18 @@ def write_block(workspace: Workspace, work: BlockWork, settings: QuantizeSetting
 def _quantize_weight(
     weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan, rounded: QuantizedTensor | None
 ) -> QuantizedWeight:
-    method = METHODS[plan.method]
     if rounded is None:
-        return method.quantize_linear(weight_OI, statistics, plan)
-    return method.complete(weight_OI, rounded, statistics, plan)
+        return plan.quantize(weight_OI, statistics)
+    return plan.method.reconstruct_error(weight_OI, rounded, statistics, plan)
 
 
 def _rounded_alone(
     weight_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor], plan: LinearPlan
 ) -> Tensor:
     """The weight after rounding alone: the stored W_q, unless that was rounded with a low-rank part subtracted."""
-    if weight.low_rank is None or METHODS[plan.method].rounds_the_weight_itself(plan):
+    if weight.low_rank is None or plan.method.rounds_the_weight_itself(plan):
         return weight.rounded_weight()
-    plain = plan.without_low_rank()
-    return METHODS[plain.method].quantize_linear(weight_OI, statistics, plain).rounded_weight()
+    return plan.without_low_rank().quantize(weight_OI, statistics).rounded_weight()
 
 
 def _layer_row(

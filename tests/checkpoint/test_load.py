@@ -18,7 +18,7 @@ from lqer.checkpoint.load import load_quantized
 from lqer.checkpoint.pack import DETAILS_FILE, OUTSIDE_FILE
 from lqer.errors import ModelError
 from lqer.formats import E8P, MXInt, Passthrough
-from lqer.methods import METHODS
+from lqer.methods import QeraExact, RoundingOnly
 from lqer.models.source import load_model, resolve_model
 from lqer.nn.attention import QuantizedAttention, quantize_attention
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
@@ -32,7 +32,7 @@ RANK = 8
 
 def plain_plan(plan, dtype: str = "float32"):
     """Nothing rounded, nothing reconstructed."""
-    return replace(plan, method="none", weight=Passthrough(dtype), rank=0)
+    return replace(plan, method=RoundingOnly(), weight=Passthrough(dtype), rank=0)
 
 
 def in_stored_dtype(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -209,13 +209,13 @@ def test_a_linear_in_another_basis_computes_what_it_did(
 @torch.no_grad()
 def test_lattice_codes_and_signs_come_back_from_disk_as_they_were(random_model, run_stages, plan, windows_WT):
     """The linears of a checkpoint against the method on the same weights and statistics."""
-    plan = replace(plan, method="qera-exact", weight=E8P(2), rounding=Ldlq(), transform=Hadamard(), bias=MXInt(8))
+    plan = replace(plan, method=QeraExact(), weight=E8P(2), rounding=Ldlq(), transform=Hadamard(), bias=MXInt(8))
     stages = run_stages(random_model("opt"), plan)
     name = "model.decoder.layers.1.fc1"
     site = stages.calibration.json("sites.json")[name]
     hessian_II = stages.calibration.tensors(block_file(1))[f"{site}.hessian"]
     linear = stages.model.get_submodule(name)
-    expected = METHODS["qera-exact"].quantize_linear(linear.weight, {"hessian": hessian_II}, plan)
+    expected = plan.quantize(linear.weight, {"hessian": hessian_II})
     loaded = load_quantized(stages.checkpoint.path, CPU).get_submodule(name)
     x_TI = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(0))
     y_TO = x_TI @ expected.effective_weight().T + plan.bias.quantize(linear.bias).dequantize()

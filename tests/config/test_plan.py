@@ -8,7 +8,7 @@ import pytest
 
 from lqer.config import Config, plan_linear
 from lqer.formats import MXInt, Passthrough
-from lqer.methods import CalderaSettings
+from lqer.methods import Caldera, LqerAct, LqerSvd
 from lqer.rounding import Nearest
 from lqer.transforms import Hadamard
 
@@ -31,7 +31,7 @@ def test_names_become_number_formats():
         UP,
     )
     assert (plan.weight, plan.activation, plan.bias, plan.factor) == (MXInt(4), MXInt(8), MXInt(3), MXInt(8))
-    assert (plan.method, plan.rank, plan.factor_blocks) == ("lqer-svd", 5, "reference")
+    assert (plan.method, plan.rank, plan.factor_blocks) == (LqerSvd(), 5, "reference")
 
 
 def test_none_leaves_activations_and_biases_alone_and_stores_factors_as_halves():
@@ -116,9 +116,9 @@ def test_a_rotation_is_part_of_the_plan_and_of_its_baseline():
 
 def test_caldera_has_settings_of_its_own_and_b_a_format_of_its_own():
     low_rank = {"rank": 8, "format": "w4", "format_b": "w8", "blocks": "long"}
-    plan = plan_linear(config(method="caldera", low_rank=low_rank, caldera={"down_date": 0.5}), UP)
-    assert plan.caldera == CalderaSettings(down_date=0.5)
+    plan = plan_linear(config(method={"kind": "caldera", "down_date": 0.5}, low_rank=low_rank), UP)
+    assert plan.method == Caldera(down_date=0.5)
     assert (plan.factor_formats, plan.factor_axes, plan.iterations) == ((MXInt(4), MXInt(8)), (0, 1), 20)
     other = plan_linear(config(low_rank={**low_rank, "format_b": "none"}), UP)
-    assert (other.caldera, other.factor_b) == (None, Passthrough("float16"))
+    assert (other.method, other.factor_b) == (LqerAct(), Passthrough("float16"))
     assert plan_linear(config(low_rank={"rank": 8, "format": "w4"}), UP).factor_formats == (MXInt(4), MXInt(4))

@@ -9,6 +9,7 @@ import pytest
 from lqer.config import read_config
 from lqer.config.reader import parse_override
 from lqer.errors import ConfigError
+from lqer.methods import Caldera, QeraExact
 
 BASE = """
 model = "some/model"
@@ -67,6 +68,12 @@ class TestExtends:
         child = tmp_path / "child.toml"
         child.write_text('extends = "base.toml"\n[formats]\nw4 = { kind = "int", bits = 4 }\n')
         assert read_config(child).formats["w4"].block_size == 128
+
+    def test_a_setting_goes_to_the_component_that_was_named_by_its_kind_alone(self, base):
+        settings = ["--quantize.method=caldera", "--quantize.method.down_date=0.5"]
+        method = read_config(base, None, settings).quantize.method
+        assert method == Caldera(down_date=0.5)
+        assert read_config(base, None, [*settings, "--quantize.method=qera-exact"]).quantize.method == QeraExact()
 
     def test_a_circle_is_refused_with_its_members(self, tmp_path):
         (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
@@ -143,7 +150,7 @@ class TestMistakes:
             ),
             ("--quantize.weight=none", ["quantize.weight: no such number format"]),
             ("--quantize.activation=x9", ["quantize.activation", "allowed: w4, x8, none"]),
-            ("--quantize.method=lqer-atc", ["quantize.method: unknown method", "did you mean 'lqer-act'?"]),
+            ("--quantize.method=lqer-atc", ["quantize.method: unknown method 'lqer-atc'", "did you mean 'lqer-act'?"]),
             ("--quantize.method=none", ["quantize.low_rank.rank: must be 0", "found 32"]),
             ("--formats.w4.bits=9", ["formats.w4: bits 9 is not in 2..8 (mxint)"]),
             ("--formats.w4.kind=mxin", ["formats.w4: unknown number format 'mxin'", "did you mean 'mxint'?"]),
@@ -193,10 +200,19 @@ class TestMistakes:
                 "--quantize.low_rank.format_b=x9",
                 ["low_rank.format_b: no such number format", "allowed: w4, x8"],
             ),
-            ("--quantize.caldera.down_date=1", ['quantize.caldera: must be left out: quantize.method is "lqer-act"']),
-            ("--quantize.caldera={ down_dat = 1 }", ["caldera.down_dat: unknown key", "did you mean 'down_date'?"]),
-            ("--quantize.caldera={ down_date = 2 }", ["quantize.caldera: down_date 2.0 is not in 0..1 (caldera)"]),
-            ("--quantize.caldera={ starts_with = 'rond' }", ["starts_with: not allowed", "did you mean 'round'?"]),
+            ("--quantize.method={ kind = 'lqer-act', down_date = 1 }", ["quantize.method.down_date: unknown key"]),
+            (
+                "--quantize.method={ kind = 'caldera', down_dat = 1 }",
+                ["quantize.method.down_dat: unknown key", "did you mean 'down_date'?"],
+            ),
+            (
+                "--quantize.method={ kind = 'caldera', down_date = 2 }",
+                ["quantize.method: down_date 2.0 is not in 0..1 (caldera)"],
+            ),
+            (
+                "--quantize.method={ kind = 'caldera', starts_with = 'rond' }",
+                ["quantize.method.starts_with: not allowed", "did you mean 'round'?"],
+            ),
             ("--quantize.low_rank.solver=krilov", ["low_rank.solver: not allowed", "did you mean 'krylov'?"]),
             ("--quantize.low_rank.iterations=0", ["low_rank.iterations: must be greater than 0"]),
             ("--quantize.low_rank.budget_bits=0", ["low_rank.budget_bits: must be greater than 0"]),
@@ -228,14 +244,14 @@ class TestMistakes:
             assert part in message
 
     def test_a_method_keeps_the_rounding_that_makes_it(self, base):
-        assert 'quantize.rounding: must be "gptq", or left out' in mistake(
+        assert 'quantize.rounding: method "gptq" always uses rounding "gptq"' in mistake(
             base, "--quantize.method=gptq", "--quantize.low_rank.rank=0", "--quantize.rounding=ldlq"
         )
         assert 'its weights are of kind "codebook", not "mxint"' in mistake(base, "--quantize.method=gptvq")
 
     def test_damping_beside_caldera_has_one_place(self, base):
         settings = ("--quantize.method=caldera", "--quantize.rounding={ kind = 'ldlq', damping = 0.5 }")
-        assert "damping must be left out" in mistake(base, *settings)
+        assert "damping of the Hessian is set by quantize.method.damping" in mistake(base, *settings)
 
     def test_a_budget_in_the_quantized_stream_is_refused_with_the_reason(self, base):
         message = mistake(base, "--quantize.propagate=quantized", "--quantize.low_rank={ budget_bits = 5 }")

@@ -13,6 +13,7 @@ import pytest
 from benchmark_throughput import measure
 
 from lqer.formats import E8P
+from lqer.methods import RoundingOnly
 from lqer.transforms import Hadamard
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,9 @@ def test_every_call_is_one_token_of_the_whole_model(random_model):
 def test_a_checkpoint_is_measured_beside_its_original(random_model, run_stages, plan, tmp_path):
     model = random_model("llama")
     model.save_pretrained(tmp_path / "original")
-    checkpoint = run_stages(model, replace(plan, method="none", rank=0, weight=E8P(2), transform=Hadamard())).checkpoint
+    checkpoint = run_stages(
+        model, replace(plan, method=RoundingOnly(), rank=0, weight=E8P(2), transform=Hadamard())
+    ).checkpoint
     done = run(str(checkpoint.path), "--original", str(tmp_path / "original"), "--calls", "3", "--json",
                str(tmp_path / "rows.json"))  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,7 @@ from lqer.checkpoint.pack import DETAILS_FILE
 from lqer.formats import E8P, Int, MXInt, QuantizedTensor, format_from_dict
 from lqer.kernels import PackedLinear, TritonLinear, packed_linear
 from lqer.kernels.lattice import PackedLattice
-from lqer.methods import LinearPlan
-from lqer.methods.settings import CalderaSettings
+from lqer.methods import Caldera, LinearPlan, LqerAct
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.rounding.ldlq import Ldlq
 from lqer.store.names import block_file
@@ -23,7 +22,7 @@ from lqer.transforms import Hadamard
 from lqer.transforms.hadamard import random_hadamard
 
 PLAN = LinearPlan(
-    method="lqer-act", weight=MXInt(4), activation=MXInt(8), bias=MXInt(8), rank=8, factor=MXInt(8),
+    method=LqerAct(), weight=MXInt(4), activation=MXInt(8), bias=MXInt(8), rank=8, factor=MXInt(8),
     factor_blocks="reduction",
 )  # fmt: skip
 
@@ -89,8 +88,8 @@ def test_load_quantized_puts_the_kernels_in_and_no_dequantized_weight(random_mod
 @torch.no_grad()
 def test_a_caldera_checkpoint_runs_from_its_codes_as_in_emulation(random_model, run_stages, windows_WT, monkeypatch):
     plan = LinearPlan(
-        "caldera", E8P(2), None, None, 8, Int(4, 32, symmetric=True), "long", rounding=Ldlq(),
-        transform=Hadamard(), iterations=2, caldera=CalderaSettings(),
+        Caldera(), E8P(2), None, None, 8, Int(4, 32, symmetric=True), "long", rounding=Ldlq(),
+        transform=Hadamard(), iterations=2,
     )  # fmt: skip
     checkpoint = run_stages(random_model("llama"), plan).checkpoint.path
     # Where there is no GPU the interpreter runs what backends refuse.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lqer.formats import E8P, Int, MXInt, NonFiniteError, NumberFormat, Passthrough
-from lqer.methods import METHODS, LinearPlan
+from lqer.methods import METHODS, LinearPlan, LqerAct
 from lqer.rounding import Gptq, Ldlq, Nearest, Rounding
 from lqer.statistics import Hessian, MaxAbs, MeanAbs, MeanSquare
 from lqer.transforms import Hadamard, Scheme
@@ -45,7 +45,13 @@ def statistics_of(x_TI: Tensor) -> dict[str, Tensor]:
 
 def plan(method: str, weight: NumberFormat, rounding: Rounding, rank: int) -> LinearPlan:
     return LinearPlan(
-        method, weight, None, None, rank, Passthrough("float32"), "reduction", rounding, transform=Hadamard(), seed=3
+        METHODS[method](),
+        weight,
+        rank=rank,
+        factor=Passthrough("float32"),
+        rounding=rounding,
+        transform=Hadamard(),
+        seed=3,
     )
 
 
@@ -64,10 +70,8 @@ def test_it_is_the_method_on_the_transformed_linear_transformed_back(weight_OI, 
     rotated = plan(method, weight, rounding, rank=0 if method == "none" else 8)
     rotation = Hadamard().rotation(OUT, IN, seed=3)
     input_II, output_OO = rotation.input(torch.eye(IN)).T, rotation.output(torch.eye(OUT)).T
-    found = METHODS[method].quantize_linear(weight_OI, statistics_of(x_TI), rotated)
-    there = METHODS[method].quantize_linear(
-        rotation.weight(weight_OI), statistics_of(x_TI @ input_II.T), replace(rotated, transform=None)
-    )
+    found = rotated.quantize(weight_OI, statistics_of(x_TI))
+    there = replace(rotated, transform=None).quantize(rotation.weight(weight_OI), statistics_of(x_TI @ input_II.T))
     assert torch.equal(found.weight_OI.dequantize(), there.weight_OI.dequantize())
     expected_OI = output_OO @ there.effective_weight() @ input_II
     torch.testing.assert_close(found.effective_weight(), expected_OI, rtol=1e-4, atol=1e-5)
@@ -85,9 +89,10 @@ def test_the_statistics_are_those_of_the_transformed_inputs(x_TI):
 
 def test_statistics_of_rotated_inputs_follow_from_the_hessian():
     act = plan("lqer-act", MXInt(3), Nearest(), rank=8)
-    assert METHODS["lqer-act"].statistics_for(act) == {Hessian()}
-    assert METHODS["lqer-act"].statistics_for(replace(act, rank=0)) == frozenset()
-    assert METHODS["none"].statistics_for(replace(act, method="none", rank=0, rounding=Ldlq())) == {Hessian()}
+    assert LqerAct().statistics_for(act) == {Hessian()}
+    assert LqerAct().statistics_for(replace(act, rank=0)) == frozenset()
+    rounded = replace(act.without_low_rank(), rounding=Ldlq())
+    assert rounded.method.statistics_for(rounded) == {Hessian()}
 
 
 def test_the_largest_magnitude_of_rotated_inputs_is_refused():
@@ -99,7 +104,7 @@ def test_lattice_codes_gain_from_a_basis_without_outliers(weight_OI, x_TI):
     weight_OI[:, ::16] *= 20
     rotated = plan("none", E8P(2), Nearest(), rank=0)
     errors = [
-        (METHODS["none"].quantize_linear(weight_OI, {}, plan).effective_weight() - weight_OI).norm()
+        (plan.quantize(weight_OI, {}).effective_weight() - weight_OI).norm()
         for plan in (rotated, replace(rotated, transform=None))
     ]
     assert errors[0] < 0.7 * errors[1]
@@ -108,10 +113,10 @@ def test_lattice_codes_gain_from_a_basis_without_outliers(weight_OI, x_TI):
 def test_not_a_number_is_counted_before_it_spreads(weight_OI):
     weight_OI[3, 4] = torch.nan
     with pytest.raises(NonFiniteError, match="1 NaN and 0 infinite"):
-        METHODS["none"].quantize_linear(weight_OI, {}, plan("none", MXInt(3), Nearest(), rank=0))
+        plan("none", MXInt(3), Nearest(), rank=0).quantize(weight_OI, {})
 
 
 def test_signs_are_charged_a_bit_each(weight_OI):
-    quantized = METHODS["none"].quantize_linear(weight_OI, {}, plan("none", E8P(2), Nearest(), rank=0))
+    quantized = plan("none", E8P(2), Nearest(), rank=0).quantize(weight_OI, {})
     assert quantized.rotation.bits == IN + OUT
     assert quantized.metadata_bits == quantized.weight_OI.metadata_bits + IN + OUT

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lqer.formats import E8P, MXInt, NonFiniteError, Passthrough
 from lqer.lowrank.metric import Metric
-from lqer.methods import METHODS, CalderaSettings, LinearPlan, QuantizedWeight
+from lqer.methods import Caldera, LinearPlan, QeraExact, QuantizedWeight
 from lqer.methods.caldera import State, alternate
 from lqer.rounding import Ldlq, Nearest
 from lqer.rounding.hessian import damp
@@ -35,9 +35,7 @@ def layer(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.fixture
 def plan() -> LinearPlan:
-    return LinearPlan(
-        "caldera", E8P(2), None, None, 16, FOUR_BITS, "long", rounding=Ldlq(), iterations=5, caldera=CalderaSettings()
-    )
+    return LinearPlan(Caldera(), E8P(2), None, None, 16, FOUR_BITS, "long", rounding=Ldlq(), iterations=5)
 
 
 HALVES = Passthrough("float16")
@@ -45,7 +43,7 @@ HALVES = Passthrough("float16")
 
 def quantize(plan: LinearPlan, seed: int = 0) -> QuantizedWeight:
     weight_OI, statistics = layer(seed)
-    return METHODS["caldera"].quantize_linear(weight_OI, statistics, plan)
+    return plan.quantize(weight_OI, statistics)
 
 
 def relative_error(found: QuantizedWeight, seed: int = 0) -> float:
@@ -60,7 +58,7 @@ def relative_error(found: QuantizedWeight, seed: int = 0) -> float:
 @pytest.mark.parametrize("starts_with", ["reconstruct", "round"])
 @pytest.mark.parametrize("factor", [FOUR_BITS, HALVES])
 def test_of_all_states_with_both_parts_the_best_is_returned(plan, starts_with, factor):
-    found = quantize(replace(plan, factor=factor, caldera=CalderaSettings(starts_with=starts_with)))
+    found = quantize(replace(plan, factor=factor, method=Caldera(starts_with=starts_with)))
     assert len(found.errors) == 2 * plan.iterations
     assert relative_error(found) == pytest.approx(min(found.errors[1:]), rel=1e-3)
 
@@ -73,8 +71,8 @@ def test_more_iterations_never_return_a_worse_state(plan):
 def test_a_state_counts_once_both_parts_are_there():
     weight_OI = torch.ones(8, 8)
     rounded = Passthrough().quantize(weight_OI)
-    found = METHODS["qera-exact"].quantize_linear(
-        weight_OI, {"hessian": torch.eye(8)}, LinearPlan("qera-exact", MXInt(2), None, None, 1, HALVES, "long")
+    found = LinearPlan(QeraExact(), MXInt(2), rank=1, factor=HALVES, factor_blocks="long").quantize(
+        weight_OI, {"hessian": torch.eye(8)}
     )
 
     def reconstruct_step(state: State) -> State:
@@ -97,7 +95,7 @@ def test_errors_that_are_never_finite_are_said_so():
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("down_date", [0.0, 1.0])
 def test_a_reconstruction_in_halves_never_raises_the_error(plan, seed, down_date):
-    errors = quantize(replace(plan, factor=HALVES, caldera=CalderaSettings(down_date=down_date)), seed).errors
+    errors = quantize(replace(plan, factor=HALVES, method=Caldera(down_date=down_date)), seed).errors
     before = [1.0, *errors[1::2]]
     assert all(after <= error * (1 + 1e-4) for error, after in zip(before, errors[::2]))
 
@@ -105,7 +103,7 @@ def test_a_reconstruction_in_halves_never_raises_the_error(plan, seed, down_date
 def test_the_reconstruction_in_halves_is_the_papers_closed_form(plan):
     """Y = Z Hˢ V, L = U_r, R = Σ_r P_rᵀ Λ^{-1/2} Vᵀ, which is QERA-exact on the same Z and H."""
     weight_OI, statistics = layer(0)
-    found = quantize(replace(plan, factor=Passthrough("float32"), iterations=1, caldera=CalderaSettings("round")))
+    found = quantize(replace(plan, factor=Passthrough("float32"), iterations=1, method=Caldera("round")))
     residual_OI = weight_OI.double() - found.weight_OI.dequantize().double()
     eigenvalues_I, vectors_II = torch.linalg.eigh(damp(statistics["hessian"], 0.01).hessian_II)
     u_OK, sigma_K, pt_KI = torch.linalg.svd(residual_OI @ vectors_II * eigenvalues_I.sqrt(), full_matrices=False)
@@ -130,7 +128,7 @@ def test_a_higher_rank_leaves_less_on_average(plan):
 
 
 def test_alternating_is_better_than_rounding_then_reconstructing(plan):
-    once = replace(plan, iterations=1, caldera=CalderaSettings("round", down_date=0.0))
+    once = replace(plan, iterations=1, method=Caldera("round", down_date=0.0))
     for seed in range(3):
         assert relative_error(quantize(plan, seed), seed) < 0.97 * relative_error(quantize(once, seed), seed)
 
@@ -138,9 +136,7 @@ def test_alternating_is_better_than_rounding_then_reconstructing(plan):
 def test_a_down_date_lets_rounding_leave_what_the_low_rank_part_mends(plan):
     halves = replace(plan, factor=HALVES)
     for seed in range(3):
-        with_it, without = (
-            quantize(replace(halves, caldera=CalderaSettings(down_date=share)), seed) for share in (1.0, 0.0)
-        )
+        with_it, without = (quantize(replace(halves, method=Caldera(down_date=share)), seed) for share in (1.0, 0.0))
         assert with_it.errors[1] > 1.5 * without.errors[1], "after rounding, before the next reconstruction"
         assert min(with_it.errors) < min(without.errors)
 
@@ -161,7 +157,7 @@ def test_it_goes_with_any_format_rounding_and_basis(plan, weight, rounding):
     rotated = replace(plain, transform=Hadamard())
     rounded_alone = replace(plain.without_low_rank(), transform=Hadamard())
     weight_OI, statistics = layer(1)
-    alone = METHODS["none"].quantize_linear(weight_OI, statistics, rounded_alone)
+    alone = rounded_alone.quantize(weight_OI, statistics)
     assert relative_error(quantize(rotated, 1), 1) < relative_error(alone, 1)
     assert quantize(plain, 1).rotation is None
 
@@ -170,8 +166,7 @@ def test_a_hessian_that_needs_more_damping_is_counted(plan):
     weight_OI, _ = layer(0)
     x_TI = torch.randn(20, IN, generator=torch.Generator().manual_seed(0))
     singular = {"hessian": x_TI.T @ x_TI / 20}
-    undamped = replace(plan, iterations=2, caldera=CalderaSettings(damping=0.0))
-    found = METHODS["caldera"].quantize_linear(weight_OI, singular, undamped)
+    found = replace(plan, iterations=2, method=Caldera(damping=0.0)).quantize(weight_OI, singular)
     assert found.damping_raises > 0
     assert found.effective_weight().isfinite().all()
     assert quantize(plan).damping_raises == 0
@@ -180,11 +175,11 @@ def test_a_hessian_that_needs_more_damping_is_counted(plan):
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"lplr_iterations": 0}, "lplr_iterations 0 is not at least 1"),
+        ({"lplr_iterations": 0}, "lplr_iterations 0 is not an integer of at least 1"),
         ({"down_date": 1.5}, r"down_date 1.5 is not in 0\.\.1"),
         ({"damping": -1.0}, "damping -1.0 is not a number of at least 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, rule):
     with pytest.raises(ValueError, match=rule):
-        CalderaSettings(**settings)
+        Caldera(**settings)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lqer.formats import E8P, MXInt
-from lqer.methods import METHODS, CalderaSettings, LinearPlan
+from lqer.methods import Caldera, LinearPlan
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.rounding import Ldlq
 from lqer.transforms import Hadamard
@@ -25,17 +25,15 @@ def test_a_gpu_finds_a_decomposition_as_good_as_a_cpus(factor):
     x_TI = torch.randn(2000, 384, generator=generator) @ torch.randn(384, 384, generator=generator) / 384**0.5
     statistics = {"hessian": x_TI.T @ x_TI / len(x_TI)}
     plan = LinearPlan(
-        "caldera", E8P(2), None, None, 16, factor, "long", rounding=Ldlq(tune_iters=1), transform=Hadamard(),
-        iterations=3, caldera=CalderaSettings(down_date=0.97),
+        Caldera(down_date=0.97), E8P(2), None, None, 16, factor, "long",
+        rounding=Ldlq(tune_iters=1), transform=Hadamard(), iterations=3,
     )  # fmt: skip
-    on_cpu = METHODS["caldera"].quantize_linear(weight_OI, statistics, plan)
-    on_gpu = METHODS["caldera"].quantize_linear(
-        weight_OI.to(CUDA), {key: value.to(CUDA) for key, value in statistics.items()}, plan
-    )
+    on_cpu = plan.quantize(weight_OI, statistics)
+    on_gpu = plan.quantize(weight_OI.to(CUDA), {key: value.to(CUDA) for key, value in statistics.items()})
     # Ties of rounding fall to either side, so the codes differ; the quality must not.
     assert min(on_gpu.errors[1:]) == pytest.approx(min(on_cpu.errors[1:]), rel=0.02)
     assert on_gpu.effective_weight().device.type == "cuda"
-    plain = METHODS["none"].quantize_linear(weight_OI.to(CUDA), {}, replace(plan.without_low_rank(), rounding=Ldlq()))
+    plain = replace(plan.without_low_rank(), rounding=Ldlq()).quantize(weight_OI.to(CUDA), {})
     assert plain.effective_weight().isfinite().all()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lqer.formats import Codebook, Int, MXInt, Passthrough
-from lqer.methods import METHODS, LinearPlan, QuantizedWeight
+from lqer.methods import METHODS, LinearPlan, QeraExact, QuantizedWeight
 from lqer.methods.base import Statistics
 
 # The reconstructions of one and the same W_q = round(W).
@@ -40,7 +40,7 @@ def layer(seed: int, in_features: int = 128, out_features: int = 96) -> tuple[Te
 def plan() -> LinearPlan:
     """3-bit weights, factors that are not rounded."""
     return LinearPlan(
-        method="qera-exact",
+        method=QeraExact(),
         weight=MXInt(bits=3, block_size=32),
         activation=None,
         bias=None,
@@ -51,8 +51,8 @@ def plan() -> LinearPlan:
 
 
 def quantize(weight_OI: Tensor, statistics: Statistics, plan: LinearPlan, method: str) -> QuantizedWeight:
-    plan = replace(plan, method=method, rank=plan.rank if METHODS[method].reconstructs else 0)
-    return METHODS[method].quantize_linear(weight_OI, statistics, plan)
+    plan = replace(plan, method=METHODS[method](), rank=plan.rank if METHODS[method].reconstructs else 0)
+    return plan.quantize(weight_OI, statistics)
 
 
 def weighted_error(weight_OI: Tensor, effective_OI: Tensor, statistics: Statistics) -> float:
@@ -204,13 +204,11 @@ def test_a_low_rank_part_on_top_of_error_feedback_is_that_of_qera_exact_for_what
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_ask_for_the_statistics_that_they_read(plan, method):
     weight_OI, statistics = layer(0)
-    plan = replace(plan, method=method, rank=8 if METHODS[method].reconstructs else 0)
-    wanted = METHODS[method].statistics_for(plan)
-    METHODS[method].quantize_linear(
-        weight_OI, {statistic.kind: statistics[statistic.kind] for statistic in wanted}, plan
-    )
-    assert METHODS[method].statistics_for(replace(plan, rank=0)) == frozenset()
-    assert METHODS[method].statistics_for(replace(plan, rank=None)) == METHODS[method].statistics
+    plan = replace(plan, method=METHODS[method](), rank=8 if METHODS[method].reconstructs else 0)
+    wanted = plan.method.statistics_for(plan)
+    plan.quantize(weight_OI, {statistic.kind: statistics[statistic.kind] for statistic in wanted})
+    assert plan.method.statistics_for(replace(plan, rank=0)) == frozenset()
+    assert plan.method.statistics_for(replace(plan, rank=None)) == METHODS[method].statistics
 
 
 @pytest.mark.parametrize("method", METHODS)

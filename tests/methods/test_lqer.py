@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lqer.formats import MXInt, NonFiniteError, Passthrough
 from lqer.lowrank.scaling import activation_scale
-from lqer.methods import METHODS, LinearPlan, QuantizedWeight
+from lqer.methods import METHODS, LinearPlan, LqerAct, LqerSvd, QuantizedWeight
 
 EXACT = Passthrough("float32")
 
@@ -32,7 +32,7 @@ def statistics() -> dict[str, Tensor]:
 def exact_plan() -> LinearPlan:
     """3-bit weights, factors that are not rounded."""
     return LinearPlan(
-        method="lqer-act",
+        method=LqerAct(),
         weight=MXInt(bits=3),
         activation=None,
         bias=None,
@@ -43,7 +43,7 @@ def exact_plan() -> LinearPlan:
 
 
 def quantize(weight_OI: Tensor, statistics: dict[str, Tensor], plan: LinearPlan) -> QuantizedWeight:
-    return METHODS[plan.method].quantize_linear(weight_OI, statistics, plan)
+    return plan.quantize(weight_OI, statistics)
 
 
 def product(weight: QuantizedWeight) -> Tensor:
@@ -78,7 +78,7 @@ def test_the_loss_that_is_left_is_the_tail_of_the_scaled_errors_spectrum(
     if transposed:
         weight_OI, statistics = weight_OI.T.contiguous(), {"mean_abs": torch.logspace(-1.5, 1.5, 48)}
     scale_I = activation_scale(statistics["mean_abs"]) if method == "lqer-act" else torch.ones(weight_OI.shape[1])
-    weight = quantize(weight_OI, statistics, replace(exact_plan, method=method))
+    weight = quantize(weight_OI, statistics, replace(exact_plan, method=METHODS[method]()))
     rounded_OI = round_mxint(weight_OI, 3)
     sigma_K = torch.linalg.svdvals((weight_OI.double() - rounded_OI) * scale_I.double())
     loss = scaled_loss(weight_OI, rounded_OI + product(weight), scale_I)
@@ -88,7 +88,7 @@ def test_the_loss_that_is_left_is_the_tail_of_the_scaled_errors_spectrum(
 def test_each_method_is_best_under_its_own_scale(weight_OI, statistics, exact_plan):
     scale_I = activation_scale(statistics["mean_abs"])
     act = quantize(weight_OI, statistics, exact_plan).effective_weight()
-    svd = quantize(weight_OI, statistics, replace(exact_plan, method="lqer-svd")).effective_weight()
+    svd = quantize(weight_OI, statistics, replace(exact_plan, method=LqerSvd())).effective_weight()
     ones_I = torch.ones(40)
     assert scaled_loss(weight_OI, act, scale_I) < scaled_loss(weight_OI, svd, scale_I)
     assert scaled_loss(weight_OI, svd, ones_I) < scaled_loss(weight_OI, act, ones_I)
@@ -96,7 +96,7 @@ def test_each_method_is_best_under_its_own_scale(weight_OI, statistics, exact_pl
 
 def test_equal_statistics_make_l2qer_the_plain_svd(weight_OI, exact_plan):
     act = quantize(weight_OI, {"mean_abs": torch.full((40,), 0.37)}, exact_plan)
-    svd = quantize(weight_OI, {}, replace(exact_plan, method="lqer-svd"))
+    svd = quantize(weight_OI, {}, replace(exact_plan, method=LqerSvd()))
     torch.testing.assert_close(act.effective_weight(), svd.effective_weight(), rtol=1e-5, atol=1e-7)
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from lqer.config import read_config
 from lqer.errors import ConfigError
-from lqer.methods import METHODS
 from lqer.run import pipeline
 from lqer.run.chunks import Chunk
 
@@ -41,8 +38,8 @@ def test_error_propagation_refuses_chunks_with_the_reason(experiment):
 
 def test_a_method_that_implies_error_propagation_refuses_chunks_unless_told_otherwise(experiment, monkeypatch):
     method = read_config(experiment.config, "stream").quantize.method
-    monkeypatch.setitem(METHODS, method, dataclasses.replace(METHODS[method], propagate="quantized"))
-    with pytest.raises(ConfigError, match=rf"implied by method '{method}'"):
+    monkeypatch.setattr(type(method), "propagate_error", True)
+    with pytest.raises(ConfigError, match=rf"implied by method '{method.kind}'"):
         pipeline.run_chunk(read_config(experiment.config, "stream"), Chunk(1, 2))
     original = read_config(experiment.config, "stream", ["--quantize.propagate=original"])
     assert pipeline.run_chunk(original, Chunk(1, 2)) is None

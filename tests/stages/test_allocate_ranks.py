@@ -16,7 +16,7 @@ from killing import KilledError, dying_workspace
 from lqer.checkpoint.bits import average_bits
 from lqer.errors import ConfigError, ModelError
 from lqer.formats import E8P, MXInt
-from lqer.methods import METHODS, LinearPlan
+from lqer.methods import LinearPlan, LqerAct, QeraExact
 from lqer.models.structure import block_linears, find_blocks
 from lqer.rounding import Ldlq
 from lqer.stages.allocate_ranks import (
@@ -61,7 +61,7 @@ def gathered(store, key, model, windows_WT):
 def plans(model) -> dict[str, LinearPlan | None]:
     """Open ranks, but for a fixed one and a skipped linear; one kind of linear is rounded to fewer bits."""
     plan = LinearPlan(
-        method="qera-exact", weight=MXInt(bits=3), activation=None, bias=None, rank=None,
+        method=QeraExact(), weight=MXInt(bits=3), activation=None, bias=None, rank=None,
         factor=MXInt(bits=8, block_size=8), factor_blocks="reduction",
     )  # fmt: skip
     name, blocks = find_blocks(model)
@@ -179,7 +179,7 @@ def test_the_spectra_depend_on_the_rounding_and_the_metric_and_not_on_the_factor
         return MeasureSpectra.of(calibration, {**plans, name: replace(plans[name], **changes)}).key
 
     assert key(factor=MXInt(bits=6)) == key(rank=8) == key(solver="exact") == key()
-    assert key(method="lqer-act") != key()
+    assert key(method=LqerAct()) != key()
     assert key(weight=MXInt(bits=4)) != key()
     assert key(seed=6) != key()
 
@@ -192,7 +192,7 @@ def test_a_spectrum_is_that_of_the_error_in_the_basis_of_the_plan():
         "qera-exact", E8P(2), None, None, 0, MXInt(8), "long", rounding=Ldlq(), transform=Hadamard(), seed=5
     )
     spectrum = error_spectrum(weight_OI, statistics, plan)
-    rounded = METHODS["qera-exact"].quantize_linear(weight_OI, statistics, plan)
+    rounded = plan.quantize(weight_OI, statistics)
     error_OI = (weight_OI - rounded.effective_weight()).double()
     hessian_II = statistics["hessian"].double()
     unit = hessian_II.diagonal().mean()

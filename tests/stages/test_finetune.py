@@ -17,6 +17,7 @@ from lqer.checkpoint.load import load_quantized
 from lqer.checkpoint.pack import DETAILS_FILE, split_columns
 from lqer.config.schema import FinetuneConfig
 from lqer.formats import E8P, Int, MXInt, without_first
+from lqer.methods import QeraExact
 from lqer.stages.finetune import HISTORY_FILE, TRAINING_FILE, finetune, soft_loss
 from lqer.store.names import block_file, layers_file
 from lqer.store.store import Artifact, Store, Workspace
@@ -36,7 +37,7 @@ def training_WT() -> Tensor:
 def quantized(random_model, run_stages, plan):
     """A Llama with two-bit weights and four-bit factors in a rotated basis."""
     plan = replace(
-        plan, method="qera-exact", weight=E8P(2), factor=FACTOR, factor_blocks="long", transform=Hadamard(), rank=8
+        plan, method=QeraExact(), weight=E8P(2), factor=FACTOR, factor_blocks="long", transform=Hadamard(), rank=8
     )
     return run_stages(random_model("llama"), plan)
 

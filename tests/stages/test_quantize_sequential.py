@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lqer.checkpoint.load import load_quantized
 from lqer.errors import ModelError
 from lqer.formats import Codebook, Int, MXInt
+from lqer.methods import QeraExact, RoundingOnly
 from lqer.models.source import load_model, resolve_model
 from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears, find_blocks
@@ -42,7 +43,7 @@ ATTENTION = {"format": MXInt(bits=8).to_dict(), "blocks": "reduction"}
 
 @pytest.fixture(scope="module")
 def gptq_plan(plan):
-    return replace(plan, method="none", rank=0, weight=Int(bits=3, block_size=16), rounding=Gptq())
+    return replace(plan, method=RoundingOnly(), rank=0, weight=Int(bits=3, block_size=16), rounding=Gptq())
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +296,7 @@ def test_a_statistic_of_pairs_sees_the_inputs_of_both_models(
     random_model, letter_tokenizer, text, plan, tmp_path, reconstructed
 ):
     rounding = RecordingNearest()
-    plan = replace(plan, method="none", rank=0, weight=MXInt(bits=3), rounding=rounding)
+    plan = replace(plan, method=RoundingOnly(), rank=0, weight=MXInt(bits=3), rounding=rounding)
     model = random_model("llama", num_hidden_layers=3)
     transforms = [Recorder()] if reconstructed else []
     run(tmp_path, model, letter_tokenizer, text, plan, ATTENTION, transforms)
@@ -328,7 +329,7 @@ class ScaleAndRound(BlockTransform):
 
 
 def test_the_result_of_a_block_transform_is_stored_and_runs(random_model, letter_tokenizer, text, plan, tmp_path):
-    plan = replace(plan, method="qera-exact", weight=MXInt(bits=3))
+    plan = replace(plan, method=QeraExact(), weight=MXInt(bits=3))
     model = random_model("llama")
     # Output errors are judged on the inputs of all tokens.
     text = replace(text, error_tokens=text.windows_WT.numel())

@@ -15,6 +15,7 @@ from killing import KilledError, dying_workspace
 from lqer.checkpoint.load import load_quantized
 from lqer.errors import ModelError
 from lqer.formats import Int, MXInt
+from lqer.methods import QeraExact, RoundingOnly
 from lqer.models.structure import find_blocks
 from lqer.rounding import Adaptive, Nearest
 from lqer.rounding.adaptive import block_loss
@@ -35,7 +36,7 @@ QUICK = Adaptive(steps=4, batch_size=2, learning_rate=3e-2, scale_learning_rate=
 
 @pytest.fixture(scope="module")
 def adaptive_plan(plan):
-    return replace(plan, method="none", rank=0, weight=W2, rounding=QUICK)
+    return replace(plan, method=RoundingOnly(), rank=0, weight=W2, rounding=QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_a_low_rank_branch_reconstructs_what_rounding_left(
     random_model, letter_tokenizer, text, adaptive_plan, tmp_path, number_format
 ):
     plan = replace(adaptive_plan, weight=number_format)
-    branch = replace(plan, method="qera-exact", rank=4)
+    branch = replace(plan, method=QeraExact(), rank=4)
     model = random_model("llama", num_hidden_layers=1)
     alone = run(tmp_path / "alone", model, letter_tokenizer, text, settings_for(model, plan, transforms=AWQ_CLIP))
     found = run(tmp_path / "branch", model, letter_tokenizer, text, settings_for(model, branch, transforms=AWQ_CLIP))
