@@ -21,5 +21,9 @@ class DataError(LqerError):
     """A dataset cannot be read or is too small for what is asked of it."""
 
 
+class RunFolderError(LqerError):
+    """The folder of a run cannot be written to without destroying something else."""
+
+
 class StoreError(LqerError):
     """An artifact on disk is damaged or is not what its name says."""

@@ -25,7 +25,7 @@ class Versions(TypedDict):
 class ModelInfo(TypedDict):
     name: str  # as in the configuration
     revision: str | None  # commit on the hub; null for local files
-    fingerprint: str  # sha256 over the local files, or over name and commit
+    fingerprint: str  # a hash of the local files, or of name and commit
     architecture: str  # transformers class
     parameters: int  # of the original model, tied ones counted once
     quantized_parameters: int  # weights of the quantized linears

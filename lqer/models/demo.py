@@ -18,6 +18,7 @@ Shapes: K heads of keys and values, D head_dim.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from lqer.errors import ModelError
-from lqer.store.files import fsync, hash_file
+from lqer.store.files import fsync
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -239,6 +240,6 @@ def _expand(key: str, gguf: Path, folder: Path) -> None:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    found = hash_file(path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
         raise ModelError(f"{path.name} has SHA-256 {found}; it must be {expected}")

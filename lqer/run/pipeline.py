@@ -15,9 +15,9 @@ from lqer.report.tracking import track
 from lqer.report.write import layer_rows, write_run
 from lqer.results import Results
 from lqer.run.chunks import Chunk
-from lqer.run.context import prepare
+from lqer.run.context import RunContext, prepare
 from lqer.run.experiment import Experiment, QuantizeStage, plan_experiment
-from lqer.run.folder import begin_run, link_checkpoint, logging_to
+from lqer.run.folder import RunLog, begin_run, link_checkpoint, locked, run_folder
 from lqer.run.preflight import check_fit
 from lqer.run.texts import Texts, read_texts
 from lqer.stages.allocate_ranks import Budget, BudgetedPlans
@@ -44,9 +44,8 @@ def run_chunk(config: Config, chunk: Chunk | None) -> Results | None:
     if chunk is not None:
         refuse_chunks(config, chunk)
     started = time.monotonic()
-    folder = begin_run(config)
-    with logging_to(folder):
-        results = _run(config, folder, started, chunk)
+    with RunLog() as run_log:
+        results = _run(config, started, chunk, run_log)
     if config.tracking is not None and results is not None:
         track(config.tracking, results)
     return results
@@ -63,7 +62,8 @@ def refuse_chunks(config: Config, chunk: Chunk) -> None:
         )
 
 
-def _run(config: Config, folder: Path, started: float, chunk: Chunk | None) -> Results | None:
+def _run(config: Config, started: float, chunk: Chunk | None, run_log: RunLog) -> Results | None:
+    folder = run_folder(config)
     context = prepare(config)
     store = Store(context.store_path, log.info)
     tokenizer = load_tokenizer(context.source)
@@ -74,7 +74,23 @@ def _run(config: Config, folder: Path, started: float, chunk: Chunk | None) -> R
     texts = read_texts(config, tokenizer)
     experiment = plan_experiment(context, tokenizer, texts)
     check_fit(context, log.info, experiment.paths(store))
+    # Everything that can be refused has been: only now may the folder of an earlier run be changed.
+    with locked(folder, config, "" if chunk is None else f"-{chunk.index}-of-{chunk.count}"):
+        begin_run(folder, config)
+        run_log.write_to(folder)
+        return _run_stages(context, experiment, store, texts, folder, started, chunk)
 
+
+def _run_stages(
+    context: RunContext,
+    experiment: Experiment,
+    store: Store,
+    texts: Texts,
+    folder: Path,
+    started: float,
+    chunk: Chunk | None,
+) -> Results | None:
+    """Obtain every artifact, then write the report. None while other chunks are missing."""
     for stage in experiment.before_quantize():
         stage.obtain(store)
     budget = _log_budget(experiment, store)
@@ -90,7 +106,9 @@ def _run(config: Config, folder: Path, started: float, chunk: Chunk | None) -> R
         candidate.release()
 
     made = _collect(experiment, store, texts, budget)
-    results = assemble(config, context.source, context.summary, context.device, texts.calibration_info, made, started)
+    results = assemble(
+        context.config, context.source, context.summary, context.device, texts.calibration_info, made, started
+    )
     write_run(folder, results, layer_rows(checkpoint, context.summary.blocks), checkpoint, context.summary.blocks)
     return results
 

@@ -2,8 +2,8 @@
 
 Linears that are called with the same tensor (q, k and v; gate and up) form one input site and share its statistics. A
 file holds, for each site named after its first linear, `<site>.<kind>` for every statistic that is gathered:
-`statistics.ALWAYS`, and those that a method, rounding or transform asks for. `sites.json` says which site each linear
-belongs to.
+`statistics.ALWAYS`, and those that a method, rounding or transform asks for. `sites-*.json` says which site each linear
+of a block belongs to.
 
 Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, N tokens of a batch, I in_features.
 """
@@ -30,7 +30,7 @@ from lqer.stages.base import Stage, no_effect
 from lqer.stages.rotate import Rotate, source_of
 from lqer.statistics import ALWAYS, Accumulator, Statistic
 from lqer.statistics.sample import spread_indices
-from lqer.store.names import SITES_FILE, block_file
+from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms.tracing import watched_inputs
@@ -57,7 +57,7 @@ class BlockStatistics:
 
     @classmethod
     def read(cls, calibration: Artifact, index: int) -> BlockStatistics:
-        return cls(calibration.tensors(block_file(index)), calibration.json(SITES_FILE))
+        return cls(calibration.tensors(block_file(index)), calibration.json(sites_file(index)))
 
     def to(self, device: torch.device) -> BlockStatistics:
         return BlockStatistics({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.sites)
@@ -191,7 +191,7 @@ class Calibrate(Stage):
     """The statistics of every block of the original model."""
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     model: ModelSource | Rotate
     text: CalibrationText
@@ -213,16 +213,14 @@ def calibrate(
     statistics: those to gather in addition to `ALWAYS`; one block's are in memory at a time. Raises ModelError, naming
     the linear, where an input is NaN or infinite.
     """
-    sites: dict[str, str] = workspace.json(SITES_FILE) if SITES_FILE in workspace else {}
     runs = walk_blocks(opened, text.windows_WT, text.batch_size)
     for run in tqdm(runs, total=len(opened.blocks), desc="calibrate", unit="block"):
         if block_file(run.index) in workspace:
             run.forward()
             continue
         found = observe_block(run, None, text, statistics, run.hidden.store)
-        sites.update(found.sites)
-        # The table first: a block whose file exists is then sure to be in it.
-        workspace.write_json(SITES_FILE, sites)
+        workspace.write_json(sites_file(run.index), found.sites)
+        # Last: its presence marks the block as done.
         workspace.write_tensors(block_file(run.index), found.tensors)
         # Or else one block's statistics would be held together with the next one's.
         del found

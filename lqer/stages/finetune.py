@@ -6,7 +6,7 @@
 The loss is the cross-entropy with the original's distribution at every position but the last ("original"), or with the
 next token ("text"). Before the first epoch and after each one it is measured on held-out windows, with the tensors
 rounded as they would be stored. The artifact is the checkpoint with the tensors of the best epoch. A killed run resumes
-after its last whole epoch, from `training.safetensors`.
+after its last whole epoch, from `training-*.safetensors`.
 
 Shapes: W windows, B windows of a batch, T tokens, V vocabulary, I in_features, O out_features, R rank, E epochs.
 """
@@ -17,6 +17,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,7 +43,7 @@ from lqer.stages.quantize_sequential import QuantizeSequentially
 from lqer.store.names import block_file, layers_file
 from lqer.store.store import Artifact, Store, Workspace
 
-TRAINING_FILE = "training.safetensors"
+TRAINING_FILES = "training-*.safetensors"
 HISTORY_FILE = "finetune.json"
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def text_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
 
 
 class Training:
-    """Parameters, optimizer and history: the state at the start of an epoch, saved in `training.safetensors`."""
+    """Parameters, optimizer and history: the state at the start of an epoch, saved in `training-*.safetensors`."""
 
     def __init__(self, trained: Mapping[str, Trained], settings: TrainingConfig, steps_per_epoch: int):
         self.parameters = {name: part.parameter for name, part in trained.items()}
@@ -212,7 +213,7 @@ def finetune(
     ids, the last `settings.validation_samples` windows held out.
     """
     if DETAILS_FILE in workspace:  # written last: an earlier process was killed after it
-        _forget_training(workspace)
+        _remove_training(workspace)
         return
     details = checkpoint.json(DETAILS_FILE)
     trained = trained_tensors(student, list(details["linears"]), settings)
@@ -237,8 +238,9 @@ def finetune(
         losses = [float(loss_of(ids_BT, True)) * len(ids_BT) for ids_BT in held_out_WT.split(settings.batch_size)]
         return sum(losses) / len(held_out_WT)
 
-    if TRAINING_FILE in workspace:
-        training.restore(workspace.tensors(TRAINING_FILE))
+    saved = [name for name in workspace.names() if fnmatchcase(name, TRAINING_FILES)]
+    if saved:
+        training.restore(workspace.tensors(saved[-1]))
     else:
         training.record(validate())
     log.info("finetune: %d tensors, validation loss %.5f before", len(trained), training.losses[0])
@@ -249,7 +251,9 @@ def finetune(
             training.step(loss_of(ids_BT, False), step)
         training.record(validate())
         log.info("finetune: epoch %d of %d, validation loss %.5f", epoch, settings.epochs, training.losses[-1])
-        workspace.write_tensors(TRAINING_FILE, training.tensors())
+        # Under a name of its own, then without the older one: after a kill one of them is whole.
+        workspace.write_tensors(f"training-{epoch:05d}.safetensors", training.tensors())
+        _remove_training(workspace, keep=epoch)
     _write(workspace, checkpoint, details, trained, training)
 
 
@@ -283,13 +287,14 @@ def _write(
     changed = {"linears": {row["name"]: row["entry"] for row in rows}, "bits": average_bits(rows)}
     workspace.write_json(HISTORY_FILE, {"validation_loss": training.losses, "best_epoch": training.best_epoch})
     workspace.write_json(DETAILS_FILE, {**details, **changed})
-    _forget_training(workspace)
+    _remove_training(workspace)
 
 
-def _forget_training(workspace: Workspace) -> None:
-    """The optimizer's state is larger than the checkpoint."""
-    if TRAINING_FILE in workspace:
-        workspace.remove(TRAINING_FILE)
+def _remove_training(workspace: Workspace, keep: int | None = None) -> None:
+    """Remove the saved states but that of one epoch: an optimizer's state is larger than the checkpoint."""
+    for name in workspace.names():
+        if fnmatchcase(name, TRAINING_FILES) and name != f"training-{keep or 0:05d}.safetensors":
+            workspace.remove(name)
 
 
 def _copy(source: Path, destination: Path) -> None:

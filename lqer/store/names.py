@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-SITES_FILE = "sites.json"
-
 
 def block_file(index: int) -> str:
     return f"block-{index:05d}.safetensors"
@@ -19,3 +17,7 @@ def spectra_file(index: int) -> str:
 
 def tuning_file(index: int) -> str:
     return f"tuning-{index:05d}.json"
+
+
+def sites_file(index: int) -> str:
+    return f"sites-{index:05d}.json"

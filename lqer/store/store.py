@@ -1,8 +1,8 @@
 """A store of artifacts: folders named by the key of what made them, complete or absent.
 
 An artifact is built in `<name>.partial`, file by file: each file is written to a temporary name, synced and renamed,
-then entered with its sha256 into a journal. A killed build resumes from the files in the journal. A finished build gets
-a manifest and its final name. Every file is checked against its recorded sha256 before it is used; a damaged file is
+then entered with its hash into a journal. A killed build resumes from the files in the journal. A finished build gets
+a manifest and its final name. Every file is checked against its recorded hash before it is used; a damaged file is
 refused by name.
 
 An artifact has one lock. A process that builds it alone holds the lock throughout; processes that build parts of it
@@ -27,6 +27,7 @@ from torch import Tensor
 from lqer.errors import StoreError
 from lqer.store.files import content_hash, fsync, hash_file, json_text, write_atomically, write_json
 
+SECONDS_BETWEEN_REMINDERS = 60.0
 MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
 
@@ -40,10 +41,7 @@ class Artifact:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{self.path / MANIFEST} is damaged ({error}); {_mend(self.path)}") from None
+        return _read_record(self.path / MANIFEST, {"files": dict, "seconds": (int, float)})
 
     @property
     def content(self) -> str:
@@ -59,7 +57,7 @@ class Artifact:
         return name in self.manifest["files"]
 
     def file(self, name: str) -> Path:
-        """The path of a file whose sha256 has been checked. Raises StoreError if the file was changed."""
+        """The path of a file whose hash has been checked. Raises StoreError if the file was changed."""
         path = self.path / name
         if name not in self._verified:
             _check(path, self.manifest["files"].get(name), self.path)
@@ -105,10 +103,7 @@ class Workspace:
         """Read the journal again: other processes may have written files."""
         if not (self.path / JOURNAL).exists():
             return
-        try:
-            journal = json.loads((self.path / JOURNAL).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise StoreError(f"{self.path / JOURNAL} is damaged ({error}); {_mend(self.path)}") from None
+        journal = _read_record(self.path / JOURNAL, {"files": dict, "seconds": (int, float)})
         self._files, self._seconds = journal["files"], journal["seconds"]
 
     def __contains__(self, name: str) -> bool:
@@ -136,8 +131,11 @@ class Workspace:
         with self._guard:
             if self._is_finished():
                 return
-            write_atomically(self.path / name, write)
             self.refresh()
+            if self._files.pop(name, None) is not None:
+                # Before the file changes: a kill in between must not leave it unlike its entry.
+                self._write_journal()
+            write_atomically(self.path / name, write)
             self._files[name] = hash_file(self.path / name)
             self._write_journal()
 
@@ -202,9 +200,13 @@ class Store:
         return self.root / self.name_of(stage, key)
 
     def find(self, stage: str, key: Any) -> Artifact | None:
-        """The artifact, if it is finished."""
+        """The artifact, if it is finished. Raises StoreError if its manifest is missing or damaged."""
         path = self.path(stage, key)
-        return Artifact(path) if (path / MANIFEST).exists() else None
+        if not path.exists():
+            return None
+        artifact = Artifact(path)
+        _ = artifact.manifest
+        return artifact
 
     def obtain(self, stage: str, key: Any, make: Callable[[Workspace], None]) -> Artifact:
         """Return the artifact, built by `make` if the store does not have it.
@@ -257,25 +259,43 @@ class Store:
     def _locked(self, path: Path, lock: BaseFileLock | None = None) -> Iterator[BaseFileLock]:
         self.root.mkdir(parents=True, exist_ok=True)
         lock = lock or FileLock(path.with_name(f".{path.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            self._say(f"waiting for another process that builds {path.name}")
-            lock.acquire()
+        patience = 0.0
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=patience)
+            except Timeout:
+                patience = SECONDS_BETWEEN_REMINDERS
+                self._say(
+                    f"waiting for another process that builds {path.name}; if there is none, on no host, remove "
+                    f"{lock.lock_file}"
+                )
         try:
             yield lock
         finally:
             lock.release()
 
 
+def _read_record(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest or journal with entries of these types. Raises StoreError if it is missing or damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing; {_mend(path.parent)}") from None
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged ({error}); {_mend(path.parent)}") from None
+    for name, kinds in types.items():
+        if not isinstance(record, dict) or not isinstance(record.get(name), kinds):
+            raise StoreError(f'{path} is damaged (no valid entry "{name}"); {_mend(path.parent)}')
+    return record
+
+
 def _check(path: Path, recorded: str | None, folder: Path) -> None:
-    if not path.exists():
+    if not path.is_file():
         raise StoreError(f"{path} is missing; {_mend(folder)}")
     if recorded is None:
         raise StoreError(f"{path} is not in the manifest; {_mend(folder)}")
-    found = hash_file(path)
-    if found != recorded:
-        raise StoreError(f"{path} is damaged: sha256 {found[:12]}… where {recorded[:12]}… was written; {_mend(folder)}")
+    if hash_file(path) != recorded:
+        raise StoreError(f"{path} is damaged (its hash is not the recorded one); {_mend(folder)}")
 
 
 def _mend(folder: Path) -> str:

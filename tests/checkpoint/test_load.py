@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import all_sites
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -55,7 +56,7 @@ def l2qer_weight(weight_OI: Tensor, mean_abs_I: Tensor, round_mxint) -> Tensor:
 
 @torch.no_grad()
 def test_it_computes_what_the_model_with_effective_weights_computes(stages, round_mxint, windows_WT):
-    sites = stages.calibration.json("sites.json")
+    sites = all_sites(stages.calibration)
     expected = copy.deepcopy(stages.model)
     for i in range(stages.details["blocks"]["count"]):
         statistics = stages.calibration.tensors(block_file(i))
@@ -212,7 +213,7 @@ def test_lattice_codes_and_signs_come_back_from_disk_as_they_were(random_model, 
     plan = replace(plan, method=QeraExact(), weight=E8P(2), rounding=Ldlq(), transform=Hadamard(), bias=MXInt(8))
     stages = run_stages(random_model("opt"), plan)
     name = "model.decoder.layers.1.fc1"
-    site = stages.calibration.json("sites.json")[name]
+    site = all_sites(stages.calibration)[name]
     hessian_II = stages.calibration.tensors(block_file(1))[f"{site}.hessian"]
     linear = stages.model.get_submodule(name)
     expected = plan.quantize(linear.weight, {"hessian": hessian_II})

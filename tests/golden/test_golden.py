@@ -10,6 +10,7 @@ instruction set are those of the recording; the perplexities are compared everyw
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterator
@@ -120,7 +121,10 @@ max_windows = 8
     results = run(read_config(config, None, overrides))
     artifacts = {}
     for manifest in sorted((output / "store").glob("[!.]*/manifest.json")):
-        artifacts[manifest.parent.name] = json.loads(manifest.read_text())["files"]
+        files = json.loads(manifest.read_text())["files"]
+        artifacts[manifest.parent.name] = {
+            name: hashlib.sha256((manifest.parent / name).read_bytes()).hexdigest() for name in files
+        }
     (row,) = results["perplexity"]
     perplexities = {key: value for key, value in row.items() if isinstance(value, float)}
     return {"artifacts": artifacts, "perplexity": perplexities}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import all_sites
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -199,7 +200,7 @@ def test_stages_on_a_streamed_model_write_the_bytes_of_those_on_a_whole_one(
 
         def make_checkpoint(workspace, opened=opened, calibration=calibration):
             model = opened("auto")
-            linears = list(calibration.json("sites.json"))
+            linears = list(all_sites(calibration))
             settings = QuantizeSettings(dict.fromkeys(linears, plan), None, seed=0)
             quantize(workspace, model, letter_tokenizer, calibration, settings)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import all_sites
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +31,7 @@ from lqer.stages.finetune import trained_tensors
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.stages.rotate import rotate
 from lqer.statistics import Hessian
-from lqer.store.names import SITES_FILE, block_file
+from lqer.store.names import block_file
 from lqer.store.offload import Offload
 from lqer.store.store import Workspace
 
@@ -102,7 +103,7 @@ def model(random_model):
 def test_the_sites_are_those_that_calibration_finds(architecture, stages, tmp_path):
     summary = outline_of(stages.model, tmp_path)
     first = f"{summary.blocks_name}.0."
-    found = {site for site in stages.calibration.json(SITES_FILE).values() if site.startswith(first)}
+    found = {site for site in all_sites(stages.calibration).values() if site.startswith(first)}
     assert sorted(input_sites(summary)) == sorted(stages.model.get_submodule(site).in_features for site in found)
 
 

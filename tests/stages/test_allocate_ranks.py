@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import resident
+from helpers import all_sites, resident
 from killing import KilledError, dying_workspace
 
 from lqer.checkpoint.bits import average_bits
@@ -29,7 +29,7 @@ from lqer.stages.allocate_ranks import (
 from lqer.stages.calibrate import CalibrationText, calibrate
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.statistics import Hessian
-from lqer.store.names import SITES_FILE, block_file, layers_file
+from lqer.store.names import block_file, layers_file
 from lqer.store.store import Store, Workspace
 from lqer.transforms import Hadamard
 
@@ -86,7 +86,7 @@ def spectra(model, store, calibration, plans):
 
 
 def test_energies_are_the_squared_singular_values_of_the_weighted_error(model, calibration, spectra, plans):
-    sites = calibration.json(SITES_FILE)
+    sites = all_sites(calibration)
     for name in ("model.layers.2.self_attn.k_proj", "model.layers.0.mlp.down_proj", "model.layers.3.mlp.up_proj"):
         index = int(name.split(".")[2])
         weight_OI = model.get_submodule(name).weight.detach().double()

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from helpers import all_sites
 from killing import KilledError, dying_workspace
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ from lqer.stages.calibrate import (
     observe_block,
 )
 from lqer.statistics import Accumulator, Hessian, MaxAbs, Statistic
-from lqer.store.names import block_file
+from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
 from lqer.store.store import Workspace
 
@@ -87,7 +88,7 @@ def inputs_of_linears(model: PreTrainedModel, windows_WT: Tensor, batch_size: in
 def test_linears_with_a_common_input_form_one_site(stages, architecture):
     groups = defaultdict(set)
     name, blocks = find_blocks(stages.model)
-    for linear, site in stages.calibration.json("sites.json").items():
+    for linear, site in all_sites(stages.calibration).items():
         block, end = linear.removeprefix(f"{name}.").split(".", 1)
         groups[site].add((int(block), end if architecture == "gpt2" else end.rpartition(".")[2]))
     expected = [{(i, linear) for linear in site} for i in range(len(blocks)) for site in SITES[architecture]]
@@ -95,7 +96,7 @@ def test_linears_with_a_common_input_form_one_site(stages, architecture):
 
 
 def test_statistics_are_those_of_the_models_own_forward_pass(stages, windows_WT):
-    sites = stages.calibration.json("sites.json")
+    sites = all_sites(stages.calibration)
     for linear, batches in inputs_of_linears(stages.model, windows_WT, BATCH_SIZE).items():
         block = int(linear.removeprefix(f"{find_blocks(stages.model)[0]}.").split(".")[0])
         site = sites[linear]
@@ -136,7 +137,7 @@ def test_what_costs_something_is_gathered_only_on_request(random_model, windows_
 def test_the_requested_statistics_are_those_of_the_models_own_forward_pass(random_model, windows_WT, tmp_path):
     model = random_model("llama")
     found = run_calibration(tmp_path, model, windows_WT, requested={Hessian(), MaxAbs()})
-    sites = found.json("sites.json")
+    sites = all_sites(found)
     for linear, batches in inputs_of_linears(model, windows_WT, BATCH_SIZE).items():
         tensors = found.tensors(block_file(int(linear.split(".")[2])))
         x_TI = torch.cat(batches).double()
@@ -161,7 +162,7 @@ def test_statistics_on_a_gpu_are_those_of_the_cpu(random_model, windows_WT, tmp_
     there = Workspace(tmp_path / "gpu")
     opened = OpenedModel.resident(model, torch.device("cuda"), Offload())
     calibrate(there, opened, CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS), {Hessian(), MaxAbs()})
-    assert here.json("sites.json") == there.json("sites.json")
+    assert all_sites(here) == all_sites(there)
     for index in range(2):
         expected, found = here.tensors(block_file(index)), there.tensors(block_file(index))
         assert found.keys() == expected.keys()
@@ -240,7 +241,7 @@ def test_a_killed_calibration_resumes_to_the_same_bytes(random_model, windows_WT
     first_block_written = (resumed / block_file(0)).stat().st_mtime_ns
     run_calibration(resumed, model, windows_WT)
     assert (resumed / block_file(0)).stat().st_mtime_ns == first_block_written
-    for name in ("sites.json", *map(block_file, range(3))):
+    for name in (*map(sites_file, range(3)), *map(block_file, range(3))):
         assert (resumed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 

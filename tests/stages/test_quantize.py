@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import resident, settings_for
+from helpers import all_sites, resident, settings_for
 from killing import KilledError, dying_workspace
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lqer.errors import ModelError
 from lqer.formats import MXInt
 from lqer.stages.quantize import quantize
-from lqer.store.names import SITES_FILE, block_file, layers_file, spectra_file
+from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Workspace
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def effective_weight(stages, block: int, name: str) -> Tensor:
 
 
 def test_rows_hold_the_errors_of_the_stored_weights(quantized):
-    sites = quantized.calibration.json(SITES_FILE)
+    sites = all_sites(quantized.calibration)
     for block in range(4):
         statistics = quantized.calibration.tensors(block_file(block))
         for row in quantized.checkpoint.json(layers_file(block)):
@@ -83,7 +83,7 @@ def test_every_linear_has_one_row_in_the_order_of_the_model(quantized):
 
 def test_spectra_of_the_first_middle_and_last_block_are_those_of_the_rounding_error(quantized):
     assert [spectra_file(block) in quantized.checkpoint for block in range(4)] == [True, False, True, True]
-    sites = quantized.calibration.json(SITES_FILE)
+    sites = all_sites(quantized.calibration)
     spectra = quantized.checkpoint.tensors(spectra_file(2))
     statistics = quantized.calibration.tensors(block_file(2))
     names = [row["name"] for row in quantized.checkpoint.json(layers_file(2))]

@@ -162,7 +162,7 @@ class TestDamage:
         self.flip(artifact.path / "block-1.safetensors")
         found = store.obtain("stage", KEY, make)
         assert torch.equal(found.tensors("block-0.safetensors")["a"], torch.arange(3.0))
-        with pytest.raises(StoreError, match=r"block-1\.safetensors is damaged: sha256 .* remove .* made again"):
+        with pytest.raises(StoreError, match=r"block-1\.safetensors is damaged .* remove .* to rebuild it"):
             found.tensors("block-1.safetensors")
         with pytest.raises(StoreError, match=r"block-1\.safetensors is damaged"):
             found.verify()
@@ -178,6 +178,33 @@ class TestDamage:
         (artifact.path / MANIFEST).write_text("{")
         with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
             _ = store.obtain("stage", KEY, make).content
+
+    @pytest.mark.parametrize("content", ["{}", "[]", '{"files": []}', '{"files": {}, "seconds": "soon"}'])
+    def test_a_manifest_without_its_entries_is_refused_by_name(self, store, content):
+        artifact = store.obtain("stage", KEY, make)
+        (artifact.path / MANIFEST).write_text(content)
+        with pytest.raises(
+            StoreError, match=r'manifest\.json is damaged \(no valid entry "\w+"\); remove .* to rebuild it'
+        ):
+            store.obtain("stage", KEY, make)
+
+    def test_an_artifact_without_its_manifest_is_refused_by_name(self, store):
+        artifact = store.obtain("stage", KEY, make)
+        (artifact.path / MANIFEST).unlink()
+        with pytest.raises(StoreError, match=r"manifest\.json is missing; remove .* to rebuild it"):
+            store.obtain("stage", KEY, make)
+
+    def test_a_kill_while_a_file_is_written_again_leaves_no_damage(self, store, monkeypatch):
+        def write_twice(workspace: Workspace) -> None:
+            if "about.json" not in workspace:
+                workspace.write_json("about.json", {"epoch": 1})
+            monkeypatch.setattr("lqer.store.store.hash_file", lambda path: (_ for _ in ()).throw(Killed))
+            workspace.write_json("about.json", {"epoch": 2})
+
+        with pytest.raises(Killed):
+            store.obtain("stage", KEY, write_twice)
+        monkeypatch.undo()
+        assert store.obtain("stage", KEY, make).json("about.json") == {"blocks": 3}
 
     def test_a_file_of_an_interrupted_build_is_refused_by_name(self, store):
         with pytest.raises(Killed):
