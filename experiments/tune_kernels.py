@@ -29,7 +29,8 @@ from torch import Tensor
 
 from lqer.formats import MXInt
 from lqer.kernels import PackedLinear
-from lqer.kernels.launch import run_expanded, run_gemm, run_gemv
+from lqer.kernels.dequantize_launch import run_dequantized
+from lqer.kernels.integer_launch import run_gemm, run_gemv
 from lqer.kernels.tuning import BUCKETS, TABLE, GemmLaunch, GemvLaunch
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672))
@@ -72,8 +73,8 @@ class Problem:
 
     def layers(self) -> list[PackedLinear]:
         """The layers that a launch is judged on: W4A8 with a branch, and for the gemm kernel weights alone too."""
-        weight_NK = torch.randn(self.n, self.k, device=DEVICE, generator=_generator()) * 0.02
-        weight = MXInt(self.width).quantize(weight_NK)
+        weight_OI = torch.randn(self.n, self.k, device=DEVICE, generator=_generator()) * 0.02
+        weight = MXInt(self.width).quantize(weight_OI)
         a = MXInt(8).quantize(torch.randn(self.k, RANK, device=DEVICE, generator=_generator()), axis=0)
         b = MXInt(8).quantize(torch.randn(RANK, self.n, device=DEVICE, generator=_generator()), axis=0)
         with_branch = PackedLinear.pack(weight, a, b, None, MXInt(8), torch.bfloat16)
@@ -104,32 +105,32 @@ def problems(kernels: Sequence[str]) -> list[Problem]:
 
 def call(launch: GemmLaunch | GemvLaunch | None) -> Callable[[Tensor, PackedLinear], Tensor]:
     if launch is None:
-        return run_expanded
+        return run_dequantized
     if isinstance(launch, GemvLaunch):
-        return lambda x_MK, layer: run_gemv(x_MK, layer, launch)
-    return lambda x_MK, layer: run_gemm(x_MK, layer, launch)
+        return lambda x_MI, layer: run_gemv(x_MI, layer, launch)
+    return lambda x_MI, layer: run_gemm(x_MI, layer, launch)
 
 
 def compile_all(problem: Problem) -> None:
     """Run every candidate once; one that does not compile is left to `fastest` to find out."""
-    x_MK = problem.input()
+    x_MI = problem.input()
     for layer, launch in itertools.product(problem.layers(), problem.candidates()):
         try:
-            call(launch)(x_MK, layer)
+            call(launch)(x_MI, layer)
         except Exception as error:
             print(f"{problem} {launch}: {error!r}"[:300], file=sys.stderr)
     torch.cuda.synchronize()
 
 
 def fastest(problem: Problem) -> dict:
-    x_MK = problem.input()
+    x_MI = problem.input()
     logarithms: dict[GemmLaunch | GemvLaunch | None, list[float]] = {}
     judged_on = problem.layers()
     for first in judged_on:
         copies = max(2, math.ceil(ROTATED_BYTES / first.nbytes))
         layers = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
         for launch in problem.candidates():
-            calls = [partial(call(launch), x_MK, layer) for layer in layers]
+            calls = [partial(call(launch), x_MI, layer) for layer in layers]
             try:
                 calls[0]()
                 graph = timing.graph_of(calls, 1)

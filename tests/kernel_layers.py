@@ -21,16 +21,16 @@ DTYPE = DTYPES[0]
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized linear, unpacked and packed. weight (N, K), a (K, R), b (R, N)."""
+    """A quantized linear, unpacked and packed. weight (O, I), a (I, R), b (R, O)."""
 
     weight: QuantizedTensor
     a: QuantizedTensor | None
     b: QuantizedTensor | None
-    bias_N: Tensor | None
+    bias_O: Tensor | None
     activation: NumberFormat | None
     packed: PackedLinear
 
-    def exact(self, x_MK: Tensor) -> Tensor:
+    def exact(self, x_MI: Tensor) -> Tensor:
         """The layer's formula in float64 on the values that the formats stand for."""
 
         def rounded(x: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ class Layer:
                 return x
             return self.activation.fake_quantize(x.to(torch.float32)).to(torch.float64)
 
-        x = rounded(x_MK).to(torch.float64)
+        x = rounded(x_MI).to(torch.float64)
         y = x @ self.weight.dequantize(self.packed.dtype).to(torch.float64).T
-        if self.bias_N is not None:
-            y = y + self.bias_N.to(self.packed.dtype).to(torch.float64)
+        if self.bias_O is not None:
+            y = y + self.bias_O.to(self.packed.dtype).to(torch.float64)
         if self.a is not None and self.b is not None:
             a, b = (f.dequantize(self.packed.dtype).to(torch.float64) for f in (self.a, self.b))
             xa = rounded(x @ a).to(self.packed.dtype).to(torch.float64)
@@ -68,9 +68,9 @@ def build_layer(
     weight = number_format.quantize(random(n, k, scale=0.05))
     a = factor.quantize(random(k, rank, scale=k**-0.5), axis=0) if rank else None
     b = factor.quantize(random(rank, n, scale=0.05), axis=0) if rank else None
-    bias_N = random(n, scale=1.0) if bias else None
-    packed = PackedLinear.pack(weight, a, b, bias_N, activation, dtype)
-    return Layer(weight, a, b, bias_N, activation, packed)
+    bias_O = random(n, scale=1.0) if bias else None
+    packed = PackedLinear.pack(weight, a, b, bias_O, activation, dtype)
+    return Layer(weight, a, b, bias_O, activation, packed)
 
 
 def random_input(m: int, k: int, dtype: torch.dtype = DTYPE) -> Tensor:

@@ -3,7 +3,7 @@
 Every contender of a scene gets the same numbers where its format can hold them: the weights of a `Variant` with a
 number format are quantized once from the same random matrix. cuBLAS gets that matrix in bf16: what is replaced.
 
-Shapes: M rows of x, K in_features, N out_features, R rank.
+Shapes: M rows of x, I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Operands:
     def __init__(self, k: int, n: int, device: torch.device):
         self.k, self.n = k, n
         self._generator = torch.Generator(device).manual_seed(0)
-        self.weight_NK = (self._random(n, k) * WEIGHT_SCALE).to(torch.bfloat16)
+        self.weight_OI = (self._random(n, k) * WEIGHT_SCALE).to(torch.bfloat16)
         self._quantized: dict[NumberFormat, QuantizedTensor] = {}
         self._factors: dict[int, tuple[QuantizedTensor, QuantizedTensor]] = {}
 
@@ -46,41 +46,41 @@ class Operands:
         return torch.randn(rows, columns, device=self._generator.device, generator=self._generator)
 
     def input(self, m: int) -> Tensor:
-        """x_MK in bf16."""
+        """x_MI in bf16."""
         return self._random(m, self.k).to(torch.bfloat16)
 
     def quantized(self, number_format: NumberFormat) -> QuantizedTensor:
-        """The weights (N, K) in `number_format`."""
+        """The weights (O, I) in `number_format`."""
         if number_format not in self._quantized:
-            self._quantized[number_format] = number_format.quantize(self.weight_NK)
+            self._quantized[number_format] = number_format.quantize(self.weight_OI)
         return self._quantized[number_format]
 
     def factors(self, rank: int) -> tuple[QuantizedTensor, QuantizedTensor] | tuple[None, None]:
-        """A (K, R) and B (R, N), blocks along their contraction dimensions; None twice for rank 0."""
+        """A (I, R) and B (R, O), blocks along their contraction dimensions; None twice for rank 0."""
         if rank == 0:
             return None, None
         if rank not in self._factors:
-            a_KR = self._random(self.k, rank) * self.k**-0.5
-            b_RN = self._random(rank, self.n) * (BRANCH_SHARE * WEIGHT_SCALE * (self.k / rank) ** 0.5)
-            self._factors[rank] = FACTOR.quantize(a_KR, axis=0), FACTOR.quantize(b_RN, axis=0)
+            a_IR = self._random(self.k, rank) * self.k**-0.5
+            b_RO = self._random(rank, self.n) * (BRANCH_SHARE * WEIGHT_SCALE * (self.k / rank) ** 0.5)
+            self._factors[rank] = FACTOR.quantize(a_IR, axis=0), FACTOR.quantize(b_RO, axis=0)
         return self._factors[rank]
 
-    def reference(self, variant: Variant, x_MK: Tensor) -> Tensor:
+    def reference(self, variant: Variant, x_MI: Tensor) -> Tensor:
         """The variant's formula in float64."""
-        a_KR, b_RN = (None if part is None else part.dequantize(torch.float64) for part in self.factors(variant.rank))
+        a_IR, b_RO = (None if part is None else part.dequantize(torch.float64) for part in self.factors(variant.rank))
         if variant.weight is None:
-            weight_NK = self.weight_NK.double()
+            weight_OI = self.weight_OI.double()
         else:
-            weight_NK = self.quantized(variant.weight).dequantize(torch.float64)
-        layer = QuantizedLinear(weight_NK, None, a_KR, b_RN, variant.activation)
+            weight_OI = self.quantized(variant.weight).dequantize(torch.float64)
+        layer = QuantizedLinear(weight_OI, None, a_IR, b_RO, variant.activation)
         basis = self.basis(variant)
-        return layer(x_MK.double()) if basis is None else HadamardLinear(layer, basis, None)(x_MK.double())
+        return layer(x_MI.double()) if basis is None else HadamardLinear(layer, basis, None)(x_MI.double())
 
     def basis(self, variant: Variant) -> RandomHadamard | None:
         """The basis that the variant's weight and factors are in."""
         if not variant.rotated:
             return None
-        return random_basis(self.n, self.k, self.weight_NK.device)
+        return random_basis(self.n, self.k, self.weight_OI.device)
 
 
 def random_basis(outputs: int, inputs: int, device: torch.device) -> RandomHadamard:
@@ -90,7 +90,7 @@ def random_basis(outputs: int, inputs: int, device: torch.device) -> RandomHadam
 
 @dataclass(frozen=True)
 class Contender:
-    """State that is copied to rotate weights through the cache, and how one copy is applied to x_MK."""
+    """State that is copied to rotate weights through the cache, and how one copy is applied to x_MI."""
 
     state: Any
     run: Callable[[Any, Tensor], Tensor]
@@ -133,7 +133,7 @@ class Variant:
 
 
 def cublas(operands: Operands, variant: Variant, m: int) -> Contender:
-    return Contender(operands.weight_NK, lambda weight_NK, x_MK: F.linear(x_MK, weight_NK))
+    return Contender(operands.weight_OI, lambda weight_OI, x_MI: F.linear(x_MI, weight_OI))
 
 
 def _pack(operands: Operands, variant: Variant, rank: int) -> Any:
@@ -141,17 +141,17 @@ def _pack(operands: Operands, variant: Variant, rank: int) -> Any:
     from lqer.kernels import PackedLinear
 
     assert variant.weight is not None
-    a_KR, b_RN = operands.factors(rank)
+    a_IR, b_RO = operands.factors(rank)
     weight = operands.quantized(variant.weight)
     basis = operands.basis(variant)
-    return PackedLinear.pack(weight, a_KR, b_RN, None, variant.activation, torch.bfloat16, basis)
+    return PackedLinear.pack(weight, a_IR, b_RO, None, variant.activation, torch.bfloat16, basis)
 
 
 def packed(operands: Operands, variant: Variant, m: int) -> Contender:
     """Ours."""
     from lqer.kernels import packed_linear
 
-    return Contender(_pack(operands, variant, variant.rank), lambda state, x_MK: packed_linear(x_MK, state))
+    return Contender(_pack(operands, variant, variant.rank), lambda state, x_MI: packed_linear(x_MI, state))
 
 
 def unfused(operands: Operands, variant: Variant, m: int) -> Contender:
@@ -160,9 +160,9 @@ def unfused(operands: Operands, variant: Variant, m: int) -> Contender:
 
     factors = (part.dequantize(torch.bfloat16) for part in operands.factors(variant.rank) if part is not None)
 
-    def run(state: Any, x_MK: Tensor) -> Tensor:
-        product, a_KR, b_RN = state
-        return packed_linear(x_MK, product).addmm_(x_MK @ a_KR, b_RN)
+    def run(state: Any, x_MI: Tensor) -> Tensor:
+        product, a_IR, b_RO = state
+        return packed_linear(x_MI, product).addmm_(x_MI @ a_IR, b_RO)
 
     return Contender((_pack(operands, variant, 0), *factors), run)
 
@@ -170,25 +170,25 @@ def unfused(operands: Operands, variant: Variant, m: int) -> Contender:
 def emulation(operands: Operands, variant: Variant, m: int) -> Contender:
     """lqer.nn.linear.QuantizedLinear in bf16."""
     assert variant.weight is not None
-    a_KR, b_RN = (None if part is None else part.dequantize(torch.bfloat16) for part in operands.factors(variant.rank))
-    weight_NK = operands.quantized(variant.weight).dequantize(torch.bfloat16)
-    layer = QuantizedLinear(weight_NK, None, a_KR, b_RN, variant.activation)
-    return Contender(layer, lambda layer, x_MK: layer(x_MK))
+    a_IR, b_RO = (None if part is None else part.dequantize(torch.bfloat16) for part in operands.factors(variant.rank))
+    weight_OI = operands.quantized(variant.weight).dequantize(torch.bfloat16)
+    layer = QuantizedLinear(weight_OI, None, a_IR, b_RO, variant.activation)
+    return Contender(layer, lambda layer, x_MI: layer(x_MI))
 
 
 def tinygemm(operands: Operands, variant: Variant, m: int) -> Contender:
     """aten::_weight_int4pack_mm: (code - 8) * scale + zero in groups along K, two codes a byte, the even one high."""
     assert variant.weight is not None
-    codes_NK, scales_NG = peers.offset_codes_and_scales(operands.quantized(variant.weight))
-    bytes_NP = codes_NK[:, ::2] << 4 | codes_NK[:, 1::2]
-    weight = torch.ops.aten._convert_weight_to_int4pack(bytes_NP, TINYGEMM_INNER_K_TILES)
-    scales_and_zeros_GN2 = torch.stack([scales_NG, torch.zeros_like(scales_NG)], -1).transpose(0, 1).contiguous()
+    codes_OI, scales_OG = peers.offset_codes_and_scales(operands.quantized(variant.weight))
+    bytes_OP = codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]
+    weight = torch.ops.aten._convert_weight_to_int4pack(bytes_OP, TINYGEMM_INNER_K_TILES)
+    scales_and_zeros_GO2 = torch.stack([scales_OG, torch.zeros_like(scales_OG)], -1).transpose(0, 1).contiguous()
     group = variant.weight.block_size
 
-    def run(state: tuple[Tensor, Tensor], x_MK: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm(x_MK, state[0], group, state[1])
+    def run(state: tuple[Tensor, Tensor], x_MI: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm(x_MI, state[0], group, state[1])
 
-    return Contender((weight, scales_and_zeros_GN2), run)
+    return Contender((weight, scales_and_zeros_GO2), run)
 
 
 def humming(operands: Operands, variant: Variant, m: int) -> Contender:

@@ -83,7 +83,7 @@ def run_scene(
 ) -> list[Measurement]:
     """A measurement of every contender, in the order given. Those with a known problem are not tried."""
     operands = Operands(scene.k, scene.n, DEVICE)
-    x_MK = operands.input(scene.m)
+    x_MI = operands.input(scene.m)
     copies = copies_for(scene, contenders)
     done: dict[str, Measurement] = {}
     ready: dict[str, _Ready] = {}
@@ -93,7 +93,7 @@ def run_scene(
             done[name] = replace(done[name], problem=known_problems[name])
             continue
         try:
-            ready[name] = _prepare(operands, done[name], x_MK, copies, settings)
+            ready[name] = _prepare(operands, done[name], x_MI, copies, settings)
         except Exception as error:  # whatever one contender raises must not end the others
             done[name] = replace(done[name], problem=describe(error))
     times: dict[str, list[float]] = {name: [] for name in ready}
@@ -118,12 +118,12 @@ def run_scene(
     return list(done.values())
 
 
-def _prepare(operands: Operands, blank: Measurement, x_MK: Tensor, copies: int, settings: Settings) -> _Ready:
+def _prepare(operands: Operands, blank: Measurement, x_MI: Tensor, copies: int, settings: Settings) -> _Ready:
     variant = VARIANTS[blank.contender]
     contender = variant.make(operands, variant, blank.scene.m)
-    error = _checked_error(operands, variant, contender.run(contender.state, x_MK), x_MK)
+    error = _checked_error(operands, variant, contender.run(contender.state, x_MI), x_MI)
     states = _rotated(contender.state, copies, variant.weight_bytes(operands.k, operands.n))
-    calls = [partial(contender.run, state, x_MK) for state in states]
+    calls = [partial(contender.run, state, x_MI) for state in states]
     for call in calls:
         call()
     floor = variant.floor_us(blank.scene, settings.bytes_per_second, settings.operations_per_second)
@@ -139,11 +139,11 @@ def _prepare(operands: Operands, blank: Measurement, x_MK: Tensor, copies: int, 
     return _Ready(measurement, run, warm, total, states)
 
 
-def _checked_error(operands: Operands, variant: Variant, y_MN: Tensor, x_MK: Tensor) -> float:
+def _checked_error(operands: Operands, variant: Variant, y_MO: Tensor, x_MI: Tensor) -> float:
     """The error of the first and the last rows. Raises ValueError where it is above the variant's tolerance."""
-    m = x_MK.shape[0]
+    m = x_MI.shape[0]
     rows = list(range(m)) if m <= CHECKED_ROWS else [*range(CHECKED_ROWS // 2), *range(m - CHECKED_ROWS // 2, m)]
-    error = relative_error(y_MN[rows], operands.reference(variant, x_MK[rows]))
+    error = relative_error(y_MO[rows], operands.reference(variant, x_MI[rows]))
     if not error <= variant.tolerance:
         raise ValueError(f"wrong result: relative error {error:.2g} is above {variant.tolerance:g}")
     return error

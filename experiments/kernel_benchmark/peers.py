@@ -3,7 +3,7 @@
 Versions that this was written for: humming-kernels 0.1.19, gemlite 0.6.0.post2. Both hold the very numbers of MXINT4 in
 blocks of 16: signed integers of 4 bits times a power of two.
 
-Shapes: M rows of x, K in_features, N out_features, G groups along K.
+Shapes: M rows of x, I in_features, O out_features, G groups along K.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from lqer.formats import MXInt, QuantizedTensor
 from lqer.formats.blocks import e8m0_to_float
 
-# State that is copied, and what applies one copy to x_MK.
+# State that is copied, and what applies one copy to x_MI.
 Peer = tuple[Any, Callable[[Any, Tensor], Tensor]]
 
 PACKAGES = ("gemlite", "humming-kernels", "triton", "transformers", "numpy")
@@ -39,11 +39,11 @@ def versions() -> dict[str, str]:
 
 
 def offset_codes_and_scales(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """uint8 codes (N, K) with 8 added, and the bf16 step (N, G), of MXINT4 weights (N, K)."""
+    """uint8 codes (O, I) with 8 added, and the bf16 step (O, G), of MXINT4 weights (O, I)."""
     number_format = _require_mxint4(weight)
-    codes_NK = (weight.parts["codes"] + number_format.code_offset).view(torch.uint8)
-    steps_NG = e8m0_to_float(weight.parts["exponents"]) * 2.0**-number_format.fraction_bits
-    return codes_NK, steps_NG.to(torch.bfloat16)
+    codes_OI = (weight.parts["codes"] + number_format.code_offset).view(torch.uint8)
+    steps_OG = e8m0_to_float(weight.parts["exponents"]) * 2.0**-number_format.fraction_bits
+    return codes_OI, steps_OG.to(torch.bfloat16)
 
 
 def gemlite_int4(weight: QuantizedTensor) -> Peer:
@@ -52,7 +52,7 @@ def gemlite_int4(weight: QuantizedTensor) -> Peer:
     from gemlite.core import forward_functional
 
     n, k = weight.shape
-    codes_NK, scales_NG = offset_codes_and_scales(weight)
+    codes_OI, scales_OG = offset_codes_and_scales(weight)
     layer = GemLiteLinear(
         4,
         group_size=weight.format.block_size,
@@ -61,10 +61,10 @@ def gemlite_int4(weight: QuantizedTensor) -> Peer:
         input_dtype=DType.BF16,
         output_dtype=DType.BF16,
     )
-    layer.pack(codes_NK, scales_NG.reshape(-1, 1), zeros=8)
+    layer.pack(codes_OI, scales_OG.reshape(-1, 1), zeros=8)
     settings = layer.get_meta_args()
     tensors = [tensor.detach() for tensor in layer.get_tensor_args()]
-    return tensors, lambda tensors, x_MK: forward_functional(x_MK, None, tensors, settings)
+    return tensors, lambda tensors, x_MI: forward_functional(x_MI, None, tensors, settings)
 
 
 def humming_int4(weight: QuantizedTensor, m: int) -> Peer:
@@ -80,24 +80,24 @@ def humming_int4(weight: QuantizedTensor, m: int) -> Peer:
 
     n, k = weight.shape
     number_format = _require_mxint4(weight)
-    codes_NK, _ = offset_codes_and_scales(weight)
+    codes_OI, _ = offset_codes_and_scales(weight)
     config = {"dtype": "int4", "group_size": number_format.block_size, "scale_dtype": "float8e8m0"}
-    layer = HummingLayer(shape_n=n, shape_k=k, weight_config=config, torch_dtype=torch.bfloat16).to(codes_NK.device)
-    exponents_NG = weight.parts["exponents"] - number_format.fraction_bits
+    layer = HummingLayer(shape_n=n, shape_k=k, weight_config=config, torch_dtype=torch.bfloat16).to(codes_OI.device)
+    exponents_OG = weight.parts["exponents"] - number_format.fraction_bits
     layer.load_from_tensors(
         {
-            "weight": ops.pack_weight(codes_NK.to(torch.int32), number_format.bits),
-            "weight_scale": exponents_NG.view(torch.float8_e8m0fnu),
+            "weight": ops.pack_weight(codes_OI.to(torch.int32), number_format.bits),
+            "weight_scale": exponents_OG.view(torch.float8_e8m0fnu),
         }
     )
     layer.transform()
     names = ("weight", "weight_scale", "weight_scale_2", "zero_point", "locks")
     tensors = {name: getattr(layer, name).detach() for name in names if getattr(layer, name, None) is not None}
     layer_config = layer.humming_config
-    tuning = json.dumps(get_heuristics_config(layer_config, shape_m=m, device=codes_NK.device))
+    tuning = json.dumps(get_heuristics_config(layer_config, shape_m=m, device=codes_OI.device))
 
-    def run(tensors: dict[str, Tensor], x_MK: Tensor) -> Tensor:
-        return humming_forward(layer_config, inputs=x_MK, tuning_config=tuning, **tensors)
+    def run(tensors: dict[str, Tensor], x_MI: Tensor) -> Tensor:
+        return humming_forward(layer_config, inputs=x_MI, tuning_config=tuning, **tensors)
 
     return tensors, run
 

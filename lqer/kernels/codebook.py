@@ -9,7 +9,7 @@ word of their own, and field j of word w of the group is unit j * (words of a gr
 by side meet activations side by side, and so do the values that they decode. Four rows lie together because a thread
 that reads 16 bytes holds a word of each, and multiplies all of them by the activations that it has read once.
 
-Shapes: N out_features, K in_features, V indices of a row, G groups of columns, U units, J fields of a word, W words.
+Shapes: O out_features, I in_features, V indices of a row, G groups of columns, U units, J fields of a word, W words.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def check_codebook(number_format: Codebook) -> None:
 
 
 def pack_codebook(weight: QuantizedTensor, dtype: torch.dtype) -> PackedCodebook:
-    """Lay out a weight (N, K) in "codebook", groups along K, with its centroids in `dtype`, rounded once.
+    """Lay out a weight (O, I) in "codebook", groups along K, with its centroids in `dtype`, rounded once.
 
     Raises ValueError for block scales and for groups along the other axis.
     """
@@ -188,15 +188,15 @@ def pack_codebook(weight: QuantizedTensor, dtype: torch.dtype) -> PackedCodebook
         columns, number_format.dimension, number_format.index_bits, groups.group_rows, groups.group_columns, rows
     )
     vectors = layout.group_columns // layout.dimension
-    codes_NV = weight.parts["codes"].to(torch.int64)
-    codes_NV = pad(codes_NV, (0, layout.column_groups * vectors - codes_NV.shape[1], 0, -len(codes_NV) % QUAD))
+    codes_OV = weight.parts["codes"].to(torch.int64)
+    codes_OV = pad(codes_OV, (0, layout.column_groups * vectors - codes_OV.shape[1], 0, -len(codes_OV) % QUAD))
     per_unit = layout.unit // layout.dimension
     units = layout.words * layout.per_word
-    codes_NGV = pad(codes_NV.unflatten(1, (layout.column_groups, vectors)), (0, units * per_unit - vectors))
-    units_NGU = _side_by_side(codes_NGV.unflatten(2, (units, per_unit)), layout.field)
-    words_NGW = _side_by_side(units_NGU.unflatten(2, (layout.per_word, layout.words)).mT, layout.unit_bits)
-    words_NGW = torch.where(words_NGW >= 1 << 31, words_NGW - (1 << 32), words_NGW).to(torch.int32)
-    words = words_NGW.flatten(1).unflatten(0, (-1, QUAD)).mT
+    codes_OGV = pad(codes_OV.unflatten(1, (layout.column_groups, vectors)), (0, units * per_unit - vectors))
+    units_OGU = _side_by_side(codes_OGV.unflatten(2, (units, per_unit)), layout.field)
+    words_OGW = _side_by_side(units_OGU.unflatten(2, (layout.per_word, layout.words)).mT, layout.unit_bits)
+    words_OGW = torch.where(words_OGW >= 1 << 31, words_OGW - (1 << 32), words_OGW).to(torch.int32)
+    words = words_OGW.flatten(1).unflatten(0, (-1, QUAD)).mT
     table = number_format.decode_centroids(weight.parts).to(dtype)
     return PackedCodebook(layout, words.contiguous(), table.contiguous())
 

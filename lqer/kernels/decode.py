@@ -1,6 +1,6 @@
 """Device functions that turn packed codes into the values they stand for, tile by tile (see layout.py).
 
-A decoded tile [N, tile_k] holds its columns in kernel order: column j * 16 + word of the tile, which is how the words
+A decoded tile [O, tile_k] holds its columns in kernel order: column j * 16 + word of the tile, which is how the words
 of a row give up their codes. `permute_columns` brings a tile of activations into that order.
 
 A code u of up to four bits becomes a bfloat16 without a conversion: 0x4300 | u are the bits of 128 + u, and one fused
@@ -73,41 +73,41 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def load_words(words, rows_N, tile, tiles: tl.constexpr):
-    """int32 [N, 16]: the words of tile number `tile` of each row."""
-    base_N = (rows_N // ROWS_C) * (tiles * ROWS_C * WORDS_C) + (rows_N % ROWS_C) * WORDS_C
-    return tl.load(words + base_N[:, None] + (tl.arange(0, WORDS_C) + tile * (ROWS_C * WORDS_C))[None, :])
+def load_words(words, rows_O, tile, tiles: tl.constexpr):
+    """int32 [O, 16]: the words of tile number `tile` of each row."""
+    base_O = (rows_O // ROWS_C) * (tiles * ROWS_C * WORDS_C) + (rows_O % ROWS_C) * WORDS_C
+    return tl.load(words + base_O[:, None] + (tl.arange(0, WORDS_C) + tile * (ROWS_C * WORDS_C))[None, :])
 
 
 @triton.jit
-def load_high(high, rows_N, tile, tiles: tl.constexpr):
-    """int32 [N, 8]: the high bits of three-bit codes, one word a pair."""
-    base_N = (rows_N // ROWS_C) * (tiles * ROWS_C * PAIRS_C) + (rows_N % ROWS_C) * PAIRS_C
-    return tl.load(high + base_N[:, None] + (tl.arange(0, PAIRS_C) + tile * (ROWS_C * PAIRS_C))[None, :])
+def load_high(high, rows_O, tile, tiles: tl.constexpr):
+    """int32 [O, 8]: the high bits of three-bit codes, one word a pair."""
+    base_O = (rows_O // ROWS_C) * (tiles * ROWS_C * PAIRS_C) + (rows_O % ROWS_C) * PAIRS_C
+    return tl.load(high + base_O[:, None] + (tl.arange(0, PAIRS_C) + tile * (ROWS_C * PAIRS_C))[None, :])
 
 
 @triton.jit
-def load_scales(scales, rows_N, unit, layout: tl.constexpr):
-    """[N, per_tile] of what `scales` (or zeros) holds for unit number `unit`: a tile, or a block longer than one."""
+def load_scales(scales, rows_O, unit, layout: tl.constexpr):
+    """[O, per_tile] of what `scales` (or zeros) holds for unit number `unit`: a tile, or a block longer than one."""
     per_tile: tl.constexpr = layout.scales_per_tile
-    base_N = (rows_N // ROWS_C) * (layout.units * ROWS_C * per_tile) + (rows_N % ROWS_C) * per_tile
-    return tl.load(scales + base_N[:, None] + (tl.arange(0, per_tile) + unit * (ROWS_C * per_tile))[None, :])
+    base_O = (rows_O // ROWS_C) * (layout.units * ROWS_C * per_tile) + (rows_O % ROWS_C) * per_tile
+    return tl.load(scales + base_O[:, None] + (tl.arange(0, per_tile) + unit * (ROWS_C * per_tile))[None, :])
 
 
 @triton.jit
-def _spread(scales_NS, halves: tl.constexpr):
-    """[N, per_tile] to [N, halves, 8]: one entry for each pair of words and each half of its codes."""
-    rows: tl.constexpr = scales_NS.shape[0]
-    per_half: tl.constexpr = scales_NS.shape[1] // halves
-    wide = scales_NS.reshape(rows, halves, per_half, 1).broadcast_to(rows, halves, per_half, PAIRS_C // per_half)
+def _spread(scales_OS, halves: tl.constexpr):
+    """[O, per_tile] to [O, halves, 8]: one entry for each pair of words and each half of its codes."""
+    rows: tl.constexpr = scales_OS.shape[0]
+    per_half: tl.constexpr = scales_OS.shape[1] // halves
+    wide = scales_OS.reshape(rows, halves, per_half, 1).broadcast_to(rows, halves, per_half, PAIRS_C // per_half)
     return wide.reshape(rows, halves, PAIRS_C)
 
 
 @triton.jit
-def _per_word(pairs_NP):
-    """[N, 8], an entry a pair, to [N, 16], an entry a word."""
-    rows: tl.constexpr = pairs_NP.shape[0]
-    return pairs_NP[:, :, None].broadcast_to(rows, PAIRS_C, 2).reshape(rows, WORDS_C)
+def _per_word(pairs_OP):
+    """[O, 8], an entry a pair, to [O, 16], an entry a word."""
+    rows: tl.constexpr = pairs_OP.shape[0]
+    return pairs_OP[:, :, None].broadcast_to(rows, PAIRS_C, 2).reshape(rows, WORDS_C)
 
 
 @triton.jit
@@ -122,47 +122,47 @@ def _join4(v0, v1, v2, v3):
 
 
 @triton.jit
-def _code_major(values_NW222):
-    """[N, 16, 2, ...]: the bits of the code number after the word, to [N, tile_k] with the code number before it."""
-    rows: tl.constexpr = values_NW222.shape[0]
-    if len(values_NW222.shape) == 5:
-        ordered = values_NW222.permute(0, 2, 3, 4, 1)
+def _code_major(values_OW222):
+    """[O, 16, 2, ...]: the bits of the code number after the word, to [O, tile_k] with the code number before it."""
+    rows: tl.constexpr = values_OW222.shape[0]
+    if len(values_OW222.shape) == 5:
+        ordered = values_OW222.permute(0, 2, 3, 4, 1)
         return ordered.reshape(rows, 8 * WORDS_C)
     else:
-        ordered = values_NW222.permute(0, 2, 3, 4, 5, 1)
+        ordered = values_OW222.permute(0, 2, 3, 4, 5, 1)
         return ordered.reshape(rows, 16 * WORDS_C)
 
 
 @triton.jit
-def decode_pairs(words_NW, high_NP, exponents_NS, layout: tl.constexpr):
-    """MXINT codes of 2, 3 or 4 bits to bfloat16 [N, tile_k], two at a time."""
-    rows: tl.constexpr = words_NW.shape[0]
-    scales = _spread(exponent_to_scale(exponents_NS, tl.bfloat16), layout.halves)
+def decode_pairs(words_OW, high_OP, exponents_OS, layout: tl.constexpr):
+    """MXINT codes of 2, 3 or 4 bits to bfloat16 [O, tile_k], two at a time."""
+    rows: tl.constexpr = words_OW.shape[0]
+    scales = _spread(exponent_to_scale(exponents_OS, tl.bfloat16), layout.halves)
     if layout.bits == 4:
-        scale_NW = _per_word(scales.reshape(rows, PAIRS_C))
+        scale_OW = _per_word(scales.reshape(rows, PAIRS_C))
         v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
-            ASM_4, CONSTRAINTS_4, [words_NW, scale_NW], dtype=BF16_8, is_pure=True, pack=2
+            ASM_4, CONSTRAINTS_4, [words_OW, scale_OW], dtype=BF16_8, is_pure=True, pack=2
         )
         return _code_major(tl.join(_join4(v0, v2, v4, v6), _join4(v1, v3, v5, v7)))
     else:
         if layout.halves == 2:
-            first_NP, second_NP = tl.split(scales.permute(0, 2, 1))
+            first_OP, second_OP = tl.split(scales.permute(0, 2, 1))
         else:
-            first_NP = scales.reshape(rows, PAIRS_C)
-            second_NP = first_NP
-        scale0_NW, scale1_NW = _per_word(first_NP), _per_word(second_NP)
+            first_OP = scales.reshape(rows, PAIRS_C)
+            second_OP = first_OP
+        scale0_OW, scale1_OW = _per_word(first_OP), _per_word(second_OP)
         if layout.bits == 3:
             v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
                 ASM_3,
                 CONSTRAINTS_3,
-                [words_NW, scale0_NW, scale1_NW, _per_word(high_NP)],
+                [words_OW, scale0_OW, scale1_OW, _per_word(high_OP)],
                 dtype=BF16_16,
                 is_pure=True,
                 pack=2,
             )
         else:
             v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
-                ASM_2, CONSTRAINTS_2, [words_NW, scale0_NW, scale1_NW], dtype=BF16_16, is_pure=True, pack=2
+                ASM_2, CONSTRAINTS_2, [words_OW, scale0_OW, scale1_OW], dtype=BF16_16, is_pure=True, pack=2
             )
         even = tl.join(_join4(v0, v4, v8, v12), _join4(v2, v6, v10, v14))
         odd = tl.join(_join4(v1, v5, v9, v13), _join4(v3, v7, v11, v15))
@@ -171,33 +171,33 @@ def decode_pairs(words_NW, high_NP, exponents_NS, layout: tl.constexpr):
 
 @triton.jit
 def decode_any(
-    words_NW,
-    high_NP,
-    scales_NS,
-    zeros_NS,
+    words_OW,
+    high_OP,
+    scales_OS,
+    zeros_OS,
     layout: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Codes of any format to (code - offset - zero) * scale in `dtype` [N, tile_k], computed in float32."""
-    rows: tl.constexpr = words_NW.shape[0]
+    """Codes of any format to (code - offset - zero) * scale in `dtype` [O, tile_k], computed in float32."""
+    rows: tl.constexpr = words_OW.shape[0]
     halves: tl.constexpr = layout.halves
     width: tl.constexpr = layout.width
     per_half: tl.constexpr = layout.per_word // halves
-    # [N, half, code of the half, pair, odd], the order of the result
-    words = words_NW.reshape(rows, 1, 1, PAIRS_C, 2)
+    # [O, half, code of the half, pair, odd], the order of the result
+    words = words_OW.reshape(rows, 1, 1, PAIRS_C, 2)
     code = tl.arange(0, halves)[:, None] * per_half + tl.arange(0, per_half)[None, :]
     code = code.reshape(1, halves, per_half, 1, 1)
     codes = (words >> (code * width)) & ((1 << width) - 1)
     if layout.bits == 3:
         place = tl.arange(0, 2).reshape(1, 1, 1, 1, 2) * 16 + code
-        codes |= ((high_NP.reshape(rows, 1, 1, PAIRS_C, 1) >> place) & 1) << 2
+        codes |= ((high_OP.reshape(rows, 1, 1, PAIRS_C, 1) >> place) & 1) << 2
     shifted = codes.to(tl.float32) - layout.offset
     if layout.exponents:
-        scales = exponent_to_scale(scales_NS, tl.float32)
+        scales = exponent_to_scale(scales_OS, tl.float32)
     else:
-        scales = scales_NS.to(tl.float32)
-        if zeros_NS is not None:
-            zeros = _spread(zeros_NS.to(tl.float32), halves)
+        scales = scales_OS.to(tl.float32)
+        if zeros_OS is not None:
+            zeros = _spread(zeros_OS.to(tl.float32), halves)
             shifted -= zeros.reshape(rows, halves, 1, PAIRS_C, 1)
     values = shifted * _spread(scales, halves).reshape(rows, halves, 1, PAIRS_C, 1)
     return values.to(dtype).reshape(rows, layout.tile_k)
@@ -215,41 +215,41 @@ def decode_tile(
     high,
     scales,
     zeros,
-    rows_N,
+    rows_O,
     tile,
     layout: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Tile number `tile` of rows_N, decoded to `dtype` [N, tile_k]."""
-    words_NW = load_words(words, rows_N, tile, layout.tiles)
-    scales_NS = load_scales(scales, rows_N, tile // layout.tiles_per_unit, layout)
+    """Tile number `tile` of rows_O, decoded to `dtype` [O, tile_k]."""
+    words_OW = load_words(words, rows_O, tile, layout.tiles)
+    scales_OS = load_scales(scales, rows_O, tile // layout.tiles_per_unit, layout)
     if layout.bits == 3:
-        high_NP = load_high(high, rows_N, tile, layout.tiles)
+        high_OP = load_high(high, rows_O, tile, layout.tiles)
     else:
-        high_NP = None
+        high_OP = None
     if decodes_pairs(layout, dtype):
-        return decode_pairs(words_NW, high_NP, scales_NS, layout)
+        return decode_pairs(words_OW, high_OP, scales_OS, layout)
     else:
         if zeros is not None:
-            zeros_NS = load_scales(zeros, rows_N, tile // layout.tiles_per_unit, layout)
+            zeros_OS = load_scales(zeros, rows_O, tile // layout.tiles_per_unit, layout)
         else:
-            zeros_NS = None
-        return decode_any(words_NW, high_NP, scales_NS, zeros_NS, layout, dtype)
+            zeros_OS = None
+        return decode_any(words_OW, high_OP, scales_OS, zeros_OS, layout, dtype)
 
 
 @triton.jit
-def permute_columns(x_MK, tile_k: tl.constexpr):
+def permute_columns(x_MI, tile_k: tl.constexpr):
     """Whole tiles of activations in natural order to kernel order."""
-    rows: tl.constexpr = x_MK.shape[0]
-    columns: tl.constexpr = x_MK.shape[1]
+    rows: tl.constexpr = x_MI.shape[0]
+    columns: tl.constexpr = x_MI.shape[1]
     # [M, tile, pair, code, odd] to [M, tile, code, pair, odd]
-    tiles = x_MK.reshape(rows, columns // tile_k, PAIRS_C, tile_k // WORDS_C, 2)
+    tiles = x_MI.reshape(rows, columns // tile_k, PAIRS_C, tile_k // WORDS_C, 2)
     return tiles.permute(0, 1, 3, 2, 4).reshape(rows, columns)
 
 
 @triton.jit
-def restore_columns(w_NT):
+def restore_columns(w_OT):
     """The inverse of `permute_columns`."""
-    rows: tl.constexpr = w_NT.shape[0]
-    tile_k: tl.constexpr = w_NT.shape[1]
-    return w_NT.reshape(rows, tile_k // WORDS_C, PAIRS_C, 2).permute(0, 2, 1, 3).reshape(rows, tile_k)
+    rows: tl.constexpr = w_OT.shape[0]
+    tile_k: tl.constexpr = w_OT.shape[1]
+    return w_OT.reshape(rows, tile_k // WORDS_C, PAIRS_C, 2).permute(0, 2, 1, 3).reshape(rows, tile_k)

@@ -6,38 +6,38 @@ more part of every tile of outputs, computed by a program of its own while the o
 that the first programs of the grid make (branch.py). Parts are slabs in memory; the program that finishes a tile last
 adds them up in a fixed order, so that runs agree bit for bit.
 
-Shapes: M tokens, N out_features, K in_features, R rank (padded to whole blocks).
+Shapes: M tokens, O out_features, I in_features, R rank (padded to whole blocks).
 """
 
 import triton
 import triton.language as tl
 
-from lqer.kernels.branch import await_projection, load_factor, produce_projection
 from lqer.kernels.decode import decode_tile, dot, permute_columns
-from lqer.kernels.parts import finish_tile
+from lqer.kernels.low_rank import await_projection, load_factor, produce_projection
 from lqer.kernels.rounding import round_rows
+from lqer.kernels.split_k import finish_tile
 
 
 # M changes from call to call: no new compilation for 1, or for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
-    x,  # rounded where activations are: [M, K] or, in kernel order, [M, KP], rows `x_stride` apart
-    x_given,  # [M, K] as it came, rows `given_stride` apart
+    x,  # rounded where activations are: [M, I] or, in kernel order, [M, IP], rows `x_stride` apart
+    x_given,  # [M, I] as it came, rows `given_stride` apart
     words,
     high,
     scales,
     zeros,
-    bias,  # [N], or None
-    a_codes,  # Aᵀ [RP, KP] int8 or plain, or None
-    a_exponents,  # [RP, KP / a_block] uint8, or None
-    b_codes,  # [RP, N] int8 or plain, or None
-    b_exponents,  # [RP / b_block, N] uint8, or None
-    partial,  # [parts, N, M] float32, or None for one part
+    bias,  # [O], or None
+    a_codes,  # Aᵀ [RP, IP] int8 or plain, or None
+    a_exponents,  # [RP, IP / a_block] uint8, or None
+    b_codes,  # [RP, O] int8 or plain, or None
+    b_exponents,  # [RP / b_block, O] uint8, or None
+    partial,  # [parts, O, M] float32, or None for one part
     finished,  # int32, zero before and after, one a tile of outputs; or None
-    slabs_of_projection,  # [slabs, M, RP] float32, or None
+    projection_partial,  # [slabs, M, RP] float32, or None
     projection,  # [M, RP], or None
     counters,  # of the branch
-    y,  # [M, N]
+    y,  # [M, O]
     M,
     N,
     K,
@@ -49,9 +49,9 @@ def gemm_kernel(
     rounding: tl.constexpr,
     a_block: tl.constexpr,
     b_block: tl.constexpr,
-    padded_K: tl.constexpr,
-    slabs: tl.constexpr,
-    SLAB_K: tl.constexpr,
+    padded_columns: tl.constexpr,
+    projection_splits: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     tiles_n: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,11 +61,11 @@ def gemm_kernel(
 ):
     pid = tl.program_id(0)
     if rank > 0:
-        producers = slabs * (rank // BLOCK_R) * tl.cdiv(M, BLOCK_M)
+        producers = projection_splits * (rank // BLOCK_R) * tl.cdiv(M, BLOCK_M)
         if pid < producers:
             produce_projection(
-                pid, x_given, a_codes, a_exponents, slabs_of_projection, projection, counters, M, K, given_stride,
-                rank, padded_K, slabs, SLAB_K, BLOCK_M, BLOCK_R, rounding, a_block,
+                pid, x_given, a_codes, a_exponents, projection_partial, projection, counters, M, K, given_stride,
+                rank, padded_columns, projection_splits, SPLIT_K, BLOCK_M, BLOCK_R, rounding, a_block,
             )  # fmt: skip
             return
         pid -= producers
@@ -73,17 +73,17 @@ def gemm_kernel(
     products = tiles_n * splits * tl.cdiv(M, BLOCK_M)
     if rank > 0 and pid >= products:
         pid_s, pid_m = splits, (pid - products) // tiles_n
-    rows_N = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_O = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if rank > 0 and pid >= products:
         await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
-        acc_NM = _branch(
-            projection, b_codes, b_exponents, rows_N, rows_M, M, N, x.dtype.element_ty,
+        acc_OM = _branch(
+            projection, b_codes, b_exponents, rows_O, rows_M, M, N, x.dtype.element_ty,
             rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding,
         )  # fmt: skip
     else:
-        acc_NM = _product(
-            x, words, high, scales, zeros, rows_N, rows_M, pid_s, M, K, x_stride,
+        acc_OM = _product(
+            x, words, high, scales, zeros, rows_O, rows_M, pid_s, M, K, x_stride,
             layout, ordered,
             BLOCK_N, BLOCK_M, splits, stages,
         )  # fmt: skip
@@ -91,7 +91,7 @@ def gemm_kernel(
     parts: tl.constexpr = splits + (1 if rank > 0 else 0)
     # As many loads at once as the accumulators of the product took registers, or so.
     finish_tile(
-        acc_NM, partial, finished + pid_m * tiles_n + pid_n, pid_s, bias, y, rows_N, rows_M, M, N,
+        acc_OM, partial, finished + pid_m * tiles_n + pid_n, pid_s, bias, y, rows_O, rows_M, M, N,
         parts, max(1, 64 // BLOCK_M),
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def _product(
     high,
     scales,
     zeros,
-    rows_N,
+    rows_O,
     rows_M,
     pid_s,
     M,
@@ -116,16 +116,16 @@ def _product(
     splits: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """W xᵀ over the K tiles of one split, float32 [N, M]."""
+    """W xᵀ over the K tiles of one split, float32 [O, M]."""
     dtype: tl.constexpr = x.dtype.element_ty
     tile_k: tl.constexpr = layout.tile_k
     columns_T = tl.arange(0, tile_k)
     x_rows = x + rows_M.to(tl.int64)[:, None] * x_stride + columns_T[None, :]
     row_inside = (rows_M < M)[:, None]
-    acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for tile in tl.range(pid_s, layout.tiles, splits, num_stages=stages):
-        w_NT = decode_tile(
-            words, high, scales, zeros, rows_N, tile,
+        w_OT = decode_tile(
+            words, high, scales, zeros, rows_O, tile,
             layout, dtype,
         )  # fmt: skip
         if ordered:
@@ -133,8 +133,8 @@ def _product(
         else:
             inside = row_inside & (tile * tile_k + columns_T < K)[None, :]
             x_MT = permute_columns(tl.load(x_rows + tile * tile_k, mask=inside, other=0.0), tile_k)
-        acc_NM = dot(w_NT, tl.trans(x_MT), acc_NM)
-    return acc_NM
+        acc_OM = dot(w_OT, tl.trans(x_MT), acc_OM)
+    return acc_OM
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def _branch(
     projection,
     b_codes,
     b_exponents,
-    rows_N,
+    rows_O,
     rows_M,
     M,
     N,
@@ -154,13 +154,13 @@ def _branch(
     BLOCK_R: tl.constexpr,
     rounding: tl.constexpr,
 ):
-    """Q(xa B)ᵀ of the projection xa, float32 [N, M]."""
-    product_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    """Q(xa B)ᵀ of the projection xa, float32 [O, M]."""
+    product_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(0, rank, BLOCK_R):
-        b_RN = load_factor(b_codes, b_exponents, first, rows_N, N, rank, BLOCK_R, b_block, dtype)
+        b_RO = load_factor(b_codes, b_exponents, first, rows_O, N, rank, BLOCK_R, b_block, dtype)
         xa_place = projection + rows_M[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
         xa_MR = tl.load(xa_place, mask=(rows_M < M)[:, None], other=0.0)
-        product_NM = dot(tl.trans(b_RN), tl.trans(xa_MR), product_NM)
+        product_OM = dot(tl.trans(b_RO), tl.trans(xa_MR), product_OM)
     if rounding.bits > 0:
-        product_NM = round_rows(product_NM, rounding)
-    return product_NM
+        product_OM = round_rows(product_OM, rounding)
+    return product_OM

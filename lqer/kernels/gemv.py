@@ -16,15 +16,15 @@ so that no value has to change threads. The first kernel leaves one buffer of 32
     sums    KP / 8 int32, -8 times the sum of the codes that meet a word
     x_q A   RP float32
 
-Shapes: N out_features, K in_features, R rank, T tiles at once, B blocks of a tile, W words of a row in a tile.
+Shapes: O out_features, I in_features, R rank, T tiles at once, B blocks of a tile, W words of a row in a tile.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lqer.kernels.branch import load_factor, project_rank
 from lqer.kernels.decode import ROWS_C, WORDS_C, exponent_to_scale
+from lqer.kernels.low_rank import load_factor, project_rank
 from lqer.kernels.rounding import mxint_codes, round_columns
 from lqer.kernels.runtime import INTERPRETED
 
@@ -45,10 +45,10 @@ def _as_bytes(words):
 
 @triton.jit
 def prepare_vector_kernel(
-    x,  # [1, K]
-    a_codes,  # Aᵀ [RP, KP] int8 or plain, or None
-    a_exponents,  # [RP, KP / a_block] uint8, or None
-    vector,  # int32 [KP / 2 + RP], see above
+    x,  # [1, I]
+    a_codes,  # Aᵀ [RP, IP] int8 or plain, or None
+    a_exponents,  # [RP, IP / a_block] uint8, or None
+    vector,  # int32 [IP / 2 + RP], see above
     K,
     rank: tl.constexpr,
     tiles: tl.constexpr,
@@ -91,14 +91,14 @@ def _lay_out(
     x_T = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
     codes, steps = mxint_codes(x_T.reshape(size // rounding.block, rounding.block), 1, rounding)
     # Column 4 * byte + 2 * high + odd of a block meets nibble 2 * byte + high of its word number `odd`.
-    codes_TBIHO = codes.reshape(TILES, BLOCKS, 4, 2, 2)
-    bytes_THBOI = codes_TBIHO.permute(0, 3, 1, 4, 2).to(tl.int8)
-    tl.store(_as_bytes(vector) + columns, bytes_THBOI.reshape(size), mask=columns < padded)
+    codes_TBYHP = codes.reshape(TILES, BLOCKS, 4, 2, 2)
+    bytes_THBPY = codes_TBYHP.permute(0, 3, 1, 4, 2).to(tl.int8)
+    tl.store(_as_bytes(vector) + columns, bytes_THBPY.reshape(size), mask=columns < padded)
     word = program * TILES * WORDS_C + tl.arange(0, TILES * WORDS_C)
     inside_words = word < tiles * WORDS_C
     steps_W = steps.reshape(size // rounding.block, 1).broadcast_to(size // rounding.block, rounding.block // 8)
     tl.store(_as_floats(vector + padded // 4) + word, steps_W.reshape(TILES * WORDS_C), mask=inside_words)
-    sums_W = tl.sum(tl.sum(codes_TBIHO, axis=2), axis=2).to(tl.int32).reshape(TILES * WORDS_C)
+    sums_W = tl.sum(tl.sum(codes_TBYHP, axis=2), axis=2).to(tl.int32).reshape(TILES * WORDS_C)
     tl.store(vector + padded // 4 + padded // 8 + word, sums_W * (-OFFSET), mask=inside_words)
 
 
@@ -131,11 +131,11 @@ def _products(words, low, high, sums):
 
 
 @triton.jit
-def _load_tiles(words, exponents, rows_N, first, tiles: tl.constexpr, per_tile: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Words [N, T, 16] and exponents [N, T, per_tile] of the K tiles from `first` on; zeros beyond the last."""
+def _load_tiles(words, exponents, rows_O, first, tiles: tl.constexpr, per_tile: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Words [O, T, 16] and exponents [O, T, per_tile] of the K tiles from `first` on; zeros beyond the last."""
     tile = (first + tl.arange(0, BLOCK_T))[None, :, None]
     inside = tile < tiles
-    group = (rows_N // ROWS_C) * (tiles * ROWS_C) + rows_N % ROWS_C
+    group = (rows_O // ROWS_C) * (tiles * ROWS_C) + rows_O % ROWS_C
     row = group[:, None, None] + tile * ROWS_C
     w = tl.load(words + row * WORDS_C + tl.arange(0, WORDS_C)[None, None, :], mask=inside, other=0)
     e = tl.load(exponents + row * per_tile + tl.arange(0, per_tile)[None, None, :], mask=inside, other=0)
@@ -146,11 +146,11 @@ def _load_tiles(words, exponents, rows_N, first, tiles: tl.constexpr, per_tile: 
 def gemv_kernel(
     words,
     exponents,
-    bias,  # [N], or None
+    bias,  # [O], or None
     vector,  # what the first kernel made of x
-    b_codes,  # [RP, N] int8 or plain, or None
+    b_codes,  # [RP, O] int8 or plain, or None
     b_exponents,
-    y,  # [1, N]
+    y,  # [1, O]
     N,
     rank: tl.constexpr,
     tiles: tl.constexpr,
@@ -161,14 +161,14 @@ def gemv_kernel(
     BLOCK_T: tl.constexpr,
     chained: tl.constexpr,
 ):
-    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word_W = tl.arange(0, WORDS_C)[None, None, :]
     padded: tl.constexpr = tiles * TILE_K
     shape: tl.constexpr = (BLOCK_N, BLOCK_T, WORDS_C)
     # Weights do not depend on the kernel before: the first of them are on their way while that one still runs.
-    w, e = _load_tiles(words, exponents, rows_N, 0, tiles, per_tile, BLOCK_T)
+    w, e = _load_tiles(words, exponents, rows_O, 0, tiles, per_tile, BLOCK_T)
     if rank > 0:
-        b_RN = load_factor(b_codes, b_exponents, 0, rows_N, N, rank, rank, b_block, tl.float32)
+        b_RO = load_factor(b_codes, b_exponents, 0, rows_O, N, rank, rank, b_block, tl.float32)
     if chained:
         gdc_wait()
         # The next layer's programs may start and fetch what does not depend on this one.
@@ -178,7 +178,7 @@ def gemv_kernel(
         xa_MR = tl.load(_as_floats(vector + padded // 2) + tl.arange(0, rank)).reshape(1, rank)
     acc = tl.zeros(shape, tl.float32)
     for first in range(0, tiles, BLOCK_T):
-        next_w, next_e = _load_tiles(words, exponents, rows_N, first + BLOCK_T, tiles, per_tile, BLOCK_T)
+        next_w, next_e = _load_tiles(words, exponents, rows_O, first + BLOCK_T, tiles, per_tile, BLOCK_T)
         tile = (first + tl.arange(0, BLOCK_T))[None, :, None]
         inside = tile < tiles
         # Every row reads its own copy of x, from the cache, so that the loads lie in registers as those of w do.
@@ -191,11 +191,11 @@ def gemv_kernel(
         scale = scale.broadcast_to(BLOCK_N, BLOCK_T, per_tile, WORDS_C // per_tile).reshape(shape)
         acc += _products(w, low, high, sums).to(tl.float32) * (scale * step)
         w, e = next_w, next_e
-    y_N = tl.sum(tl.sum(acc, axis=2), axis=1)
+    y_O = tl.sum(tl.sum(acc, axis=2), axis=1)
     if rank > 0:
         xa_R = round_columns(xa_MR, rounding).reshape(rank)
-        product_N = tl.sum(xa_R[:, None] * b_RN, axis=0)
-        y_N += round_columns(product_N.reshape(1, BLOCK_N), rounding).reshape(BLOCK_N)
+        product_O = tl.sum(xa_R[:, None] * b_RO, axis=0)
+        y_O += round_columns(product_O.reshape(1, BLOCK_N), rounding).reshape(BLOCK_N)
     if bias is not None:
-        y_N += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)
-    tl.store(y + rows_N, y_N.to(y.dtype.element_ty), mask=rows_N < N)
+        y_O += tl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(tl.float32)
+    tl.store(y + rows_O, y_O.to(y.dtype.element_ty), mask=rows_O < N)

@@ -39,12 +39,12 @@ def _blocks(x_AB, rows_AP, negative_BB):
 
 
 @triton.jit
-def transform_tokens_kernel(
-    x,  # [M, K], rows `x_stride` apart
-    signs,  # [K], or None: no transform
+def hadamard_input_kernel(
+    x,  # [M, I], rows `x_stride` apart
+    signs,  # [I], or None: no transform
     outer,  # O, float32 [A, A]
-    a_values,  # Aᵀ [RP, KP] in the dtype of x, or None
-    x_out,  # bytes [M, 2, KP] in token order
+    a_values,  # Aᵀ [RP, IP] in the dtype of x, or None
+    x_out,  # bytes [M, 2, IP] in token order
     steps,  # int32 [M, tiles, 2], see lattice_gemm.py
     partial,  # float32 [tiles, M, RP], or None
     M,
@@ -115,12 +115,12 @@ def store_integers(x_T, x_out, steps, columns_T, padded: tl.constexpr):
 
 
 @triton.jit
-def restore_tokens_kernel(
-    y,  # float32 [M, K]
-    signs,  # [K]
+def hadamard_output_kernel(
+    y,  # float32 [M, I]
+    signs,  # [I]
     outer,  # Oᵀ, float32 [A, A]
-    bias,  # [K], or None
-    y_out,  # [M, K]
+    bias,  # [I], or None
+    y_out,  # [M, I]
     M,
     A: tl.constexpr,
     BLOCK_A: tl.constexpr,

@@ -17,19 +17,19 @@ of one:
     bit 9 c and up, 9 bits       row of code c in the table
     bit 36 + 4 k + c, k < 7      b_k of code c
 
-    units    int64 [N/16, tiles, 8, 4, 2]    [.., g, t, h]: unit t, codes 4t .. 4t + 3, of row g + 8 h of a tile's 16
+    units    int64 [O/16, tiles, 8, 4, 2]    [.., g, t, h]: unit t, codes 4t .. 4t + 3, of row g + 8 h of a tile's 16
 
 A thread takes units of two rows with one load of 128 bits, and those are what it holds of a tensor core's operand.
 
 Tokens are multiplied as integers: x = step (256 h + l) with h and l of eight bits and a power of two as step, one for
-a tile and a token. They lie in memory as bytes [M, 2, K], all h of a token before all l, the columns of a tile in
+a tile and a token. They lie in memory as bytes [M, 2, I], all h of a token before all l, the columns of a tile in
 the order in which threads want them, `token_order`: coordinate 2 j + o of code 4 t + 2 p + e stands at
 
     32 t + 16 p + 8 o + 4 e + j
 
 since the even coordinates of a word are the low halves of its bytes, and the odd ones the high halves.
 
-Shapes: M tokens, N out_features, K in_features, U units, T columns of a tile.
+Shapes: M tokens, O out_features, I in_features, U units, T columns of a tile.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def check_lattice(number_format: E8P) -> None:
 
 
 def pack_lattice(weight: QuantizedTensor) -> PackedLattice:
-    """Lay out a weight (N, K) in "e8p", vectors along K, without loss.
+    """Lay out a weight (O, I) in "e8p", vectors along K, without loss.
 
     Raises ValueError for residual codes, block scales and vectors along the other axis.
     """
@@ -123,19 +123,19 @@ def pack_lattice(weight: QuantizedTensor) -> PackedLattice:
     if len(weight.shape) != 2 or weight.axis != 1:
         raise ValueError(f"vectors must run along axis 1 of a matrix, found axis {weight.axis} of {weight.shape}")
     layout = LatticeLayout(*weight.shape)
-    codes_NV = weight.parts["codes"].to(torch.int64)
-    padding = (0, layout.tiles * CODES - codes_NV.shape[1], 0, layout.padded_rows - layout.rows)
+    codes_OV = weight.parts["codes"].to(torch.int64)
+    padding = (0, layout.tiles * CODES - codes_OV.shape[1], 0, layout.padded_rows - layout.rows)
     # [groups, h, g, tiles, units, c] to [groups, tiles, g, units, h, c]
-    codes = pad(codes_NV, padding).view(layout.padded_rows // ROWS, 2, ROWS // 2, layout.tiles, UNITS, 4)
+    codes = pad(codes_OV, padding).view(layout.padded_rows // ROWS, 2, ROWS // 2, layout.tiles, UNITS, 4)
     codes = codes.permute(0, 3, 2, 4, 1, 5)
     units = _pack_units(codes)
-    scales_N = weight.parts["scales"].to(torch.float32).reshape(-1).expand(layout.rows)
-    scales = pad(scales_N, (0, layout.padded_rows - layout.rows)).contiguous()
+    scales_O = weight.parts["scales"].to(torch.float32).reshape(-1).expand(layout.rows)
+    scales = pad(scales_O, (0, layout.padded_rows - layout.rows)).contiguous()
     return PackedLattice(layout, units.contiguous(), rows_table().to(units.device), scales)
 
 
 def unpack_points(packed: PackedLattice) -> Tensor:
-    """The points that a weight's codes stand for, float32 [N, K], by plain torch."""
+    """The points that a weight's codes stand for, float32 [O, I], by plain torch."""
     layout = packed.layout
     c = torch.arange(4, device=packed.units.device)
     units = packed.units.unsqueeze(-1)
@@ -172,8 +172,8 @@ def rows_table() -> Tensor:
 
     Where the digits of a are odd, coordinate 7 is negated, but for its δ/4.
     """
-    digits_K8 = torch.tensor(absolute_rows(), dtype=torch.int64)
-    n_K8 = digits_K8 * 2 + 9
-    n_K8[:, 7] ^= 14 * (digits_K8.sum(-1) & 1)
-    words = [((n_K8 - minus) << (4 * torch.arange(DIMENSION))).sum(-1) for minus in (0, 1)]
+    digits_A8 = torch.tensor(absolute_rows(), dtype=torch.int64)
+    n_A8 = digits_A8 * 2 + 9
+    n_A8[:, 7] ^= 14 * (digits_A8.sum(-1) & 1)
+    words = [((n_A8 - minus) << (4 * torch.arange(DIMENSION))).sum(-1) for minus in (0, 1)]
     return _signed32(torch.cat(words)).to(torch.int32)

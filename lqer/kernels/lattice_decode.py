@@ -132,11 +132,11 @@ def share_table(table, warps: tl.constexpr):
 
 
 @triton.jit
-def unit_places(units, rows_N, first, tiles: tl.constexpr):
-    """Where the units [N, 4] of tile number `first` are; those of the next tile are a group of rows further on."""
-    row_N = rows_N % ROWS_C
-    base_N = (rows_N // ROWS_C) * (tiles * ROWS_C * UNITS_C) + row_N % 8 * (2 * UNITS_C) + row_N // 8
-    return units + (base_N + first * (ROWS_C * UNITS_C))[:, None] + 2 * tl.arange(0, UNITS_C)[None, :]
+def unit_places(units, rows_O, first, tiles: tl.constexpr):
+    """Where the units [O, 4] of tile number `first` are; those of the next tile are a group of rows further on."""
+    row_O = rows_O % ROWS_C
+    base_O = (rows_O // ROWS_C) * (tiles * ROWS_C * UNITS_C) + row_O % 8 * (2 * UNITS_C) + row_O // 8
+    return units + (base_O + first * (ROWS_C * UNITS_C))[:, None] + 2 * tl.arange(0, UNITS_C)[None, :]
 
 
 @triton.jit
@@ -188,10 +188,10 @@ def add_products(sums, pair, copy_T, places, tile: tl.constexpr, blocks: tl.cons
 
 
 @triton.jit
-def unit_word(units_NU, table, c: tl.constexpr):
+def unit_word(units_OU, table, c: tl.constexpr):
     """The word of code c of each unit, in plain operations."""
-    row = tl.load(table + ((units_NU >> (9 * c)) & 511).to(tl.int32))
-    b = (units_NU >> 32).to(tl.int32)
+    row = tl.load(table + ((units_OU >> (9 * c)) & 511).to(tl.int32))
+    b = (units_OU >> 32).to(tl.int32)
     z = (b & ~15) ^ ((b >> 4) & 0x0FFFFFFF)
     return row ^ (((z >> c) & 0x11111111) * 14)
 
@@ -211,19 +211,19 @@ def token_order(columns):
 
 
 @triton.jit
-def plain_product(units_NU, table, x, steps, rows_M, tile, M, tiles: tl.constexpr):
-    """The product [N, M] of a tile of units [N, 4] with tokens, in plain operations."""
+def plain_product(units_OU, table, x, steps, rows_M, tile, M, tiles: tl.constexpr):
+    """The product [O, M] of a tile of units [O, 4] with tokens, in plain operations."""
     k = tl.arange(0, TILE_C)
     words = _join4(
-        unit_word(units_NU, table, 0), unit_word(units_NU, table, 1), unit_word(units_NU, table, 2),
-        unit_word(units_NU, table, 3),
+        unit_word(units_OU, table, 0), unit_word(units_OU, table, 1), unit_word(units_OU, table, 2),
+        unit_word(units_OU, table, 3),
     )  # fmt: skip
-    rows: tl.constexpr = units_NU.shape[0]
+    rows: tl.constexpr = units_OU.shape[0]
     nibbles = (words.reshape(rows, UNITS_C * 4, 1) >> (4 * tl.arange(0, 8))[None, None, :]) & 15
-    n_NK = nibbles.reshape(rows, TILE_C).to(tl.float32)
+    n_OC = nibbles.reshape(rows, TILE_C).to(tl.float32)
     tokens_M = tl.minimum(rows_M, M - 1)
     place = x + (tokens_M * 2 * (tiles * TILE_C) + tile * TILE_C)[None, :] + token_order(k)[:, None]
-    x_KM = (tl.load(place).to(tl.int32) * 256 + tl.load(place + tiles * TILE_C).to(tl.int32)).to(tl.float32)
+    x_CM = (tl.load(place).to(tl.int32) * 256 + tl.load(place + tiles * TILE_C).to(tl.int32)).to(tl.float32)
     step_M = tl.load(steps + (tokens_M * tiles + tile) * 2).to(tl.float32, bitcast=True)
     start_M = tl.load(steps + (tokens_M * tiles + tile) * 2 + 1)
-    return (tl.dot(n_NK, x_KM) * 16 + start_M.to(tl.float32)[None, :]) * step_M[None, :]
+    return (tl.dot(n_OC, x_CM) * 16 + start_M.to(tl.float32)[None, :]) * step_M[None, :]

@@ -6,7 +6,7 @@ waits for the kernel that makes x, so that memory is at work while that one is. 
 parts are slabs in memory, and the program that finishes a tile of outputs last adds them up in a fixed order. Every
 part brings some of the ranks.
 
-Shapes: M tokens, N out_features, K in_features, R rank (padded), T threads of a program.
+Shapes: M tokens, O out_features, I in_features, R rank (padded), T threads of a program.
 """
 
 import triton
@@ -29,30 +29,30 @@ from lqer.kernels.lattice_decode import (
     unit_places,
     unit_word,
 )
-from lqer.kernels.parts import finish_tile
 from lqer.kernels.runtime import INTERPRETED
+from lqer.kernels.split_k import finish_tile
 
 PROJECTION_ELEMENTS = tl.constexpr(4096)
 
 
 @triton.jit(do_not_specialize=["M"])
 def lattice_product_kernel(
-    x,  # bytes [M, 2, KP] in token order
+    x,  # bytes [M, 2, IP] in token order
     steps,  # int32 [M, tiles, 2]: bits of a float32, step / 32, and -120 times the sum of a tile's integers
     units,
     table,
     scales,
-    b_values,  # [RP, N] in the dtype of the layer, or None
+    b_values,  # [RP, O] in the dtype of the layer, or None
     projection,  # parts of x A, float32 [slabs, M, RP], or None
-    bias,  # [N], or None
-    partial,  # float32 [splits, N, M], or None for one split
+    bias,  # [O], or None
+    partial,  # float32 [splits, O, M], or None for one split
     finished,  # int32, zero before and after, one a tile of outputs
-    y,  # [M, N]
+    y,  # [M, O]
     M,
     N,
     rank: tl.constexpr,
-    slabs: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # slabs, as a power of two
+    projection_splits: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # projection_splits, as a power of two
     tiles: tl.constexpr,
     span: tl.constexpr,
     splits: tl.constexpr,
@@ -67,7 +67,7 @@ def lattice_product_kernel(
     pid = tl.program_id(0)
     pid_n, pid_s = pid % tiles_n, pid // tiles_n
     BLOCK_N: tl.constexpr = WARPS * ROWS_C
-    rows_N = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_O = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = tl.arange(0, BLOCK_M)
     thread_T = tl.arange(0, WARPS * 32)
     lane_T = thread_T % 32
@@ -78,17 +78,17 @@ def lattice_product_kernel(
     first_rank = pid_s * BLOCK_R
     ranks_R = tl.arange(0, BLOCK_R)
     if rank > 0:
-        place = b_values + (first_rank + ranks_R)[None, :] * N + rows_N[:, None]
-        b_NR = tl.load(place, mask=(rows_N < N)[:, None] & (first_rank + ranks_R < rank)[None, :], other=0.0)
-    scales_N = tl.load(scales + rows_N)
+        place = b_values + (first_rank + ranks_R)[None, :] * N + rows_O[:, None]
+        b_OR = tl.load(place, mask=(rows_O < N)[:, None] & (first_rank + ranks_R < rank)[None, :], other=0.0)
+    scales_O = tl.load(scales + rows_O)
     if chained:
         gdc_wait()
         gdc_launch_dependents()
     if INTERPRETED:
-        acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for tile in tl.static_range(span):
-            units_NU = tl.load(unit_places(units, rows_N, pid_s * span + tile, tiles))
-            acc_NM += plain_product(units_NU, table, x, steps, rows_M, pid_s * span + tile, M, tiles)
+            units_OU = tl.load(unit_places(units, rows_O, pid_s * span + tile, tiles))
+            acc_OM += plain_product(units_OU, table, x, steps, rows_M, pid_s * span + tile, M, tiles)
     else:
         places = token_places(x, steps, lane_T, 0, pid_s * span, M, tiles, blocks)
         sums = no_sums(WARPS, blocks)
@@ -100,29 +100,29 @@ def lattice_product_kernel(
                 pair = loaded[2 * tile], loaded[2 * tile + 1]
                 sums = add_products(sums, pair, copy_T, places, tile, blocks)
             turn += 1
-        acc_NM = sums_tile(sums, WARPS, blocks)
-    acc_NM *= scales_N[:, None]
+        acc_OM = sums_tile(sums, WARPS, blocks)
+    acc_OM *= scales_O[:, None]
     if rank > 0:
         for turn in tl.static_range(0, rank, splits * BLOCK_R):
             first = first_rank + turn
             if first < rank:
                 if turn > 0:
-                    place = b_values + (first + ranks_R)[None, :] * N + rows_N[:, None]
-                    b_NR = tl.load(place, mask=(rows_N < N)[:, None], other=0.0)
-                xa_MR = _projection(projection, first + ranks_R, M, rank, slabs, BLOCK_S, TOKENS)
+                    place = b_values + (first + ranks_R)[None, :] * N + rows_O[:, None]
+                    b_OR = tl.load(place, mask=(rows_O < N)[:, None], other=0.0)
+                xa_MR = _projection(projection, first + ranks_R, M, rank, projection_splits, BLOCK_S, TOKENS)
                 xa_MR = xa_MR.to(b_values.dtype.element_ty).to(tl.float32)
-                branch_NM = tl.sum(b_NR.to(tl.float32)[:, None, :] * xa_MR[None, :, :], axis=2)
+                branch_OM = tl.sum(b_OR.to(tl.float32)[:, None, :] * xa_MR[None, :, :], axis=2)
                 if TOKENS < BLOCK_M:
                     alike: tl.constexpr = BLOCK_M // TOKENS
-                    branch_NM = branch_NM[:, None, :].broadcast_to(BLOCK_N, alike, TOKENS).reshape(BLOCK_N, BLOCK_M)
-                acc_NM += branch_NM
+                    branch_OM = branch_OM[:, None, :].broadcast_to(BLOCK_N, alike, TOKENS).reshape(BLOCK_N, BLOCK_M)
+                acc_OM += branch_OM
 
-    finish_tile(acc_NM, partial, finished + pid_n, pid_s, bias, y, rows_N, rows_M, M, N, splits, splits)
+    finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, splits)
 
 
 @triton.jit
 def sums_tile(sums, WARPS: tl.constexpr, blocks: tl.constexpr):
-    """[N, M] of what threads hold of it: rows g and g + 8 of a warp's, and one of each four tokens."""
+    """[O, M] of what threads hold of it: rows g and g + 8 of a warp's, and one of each four tokens."""
     if blocks == 1:
         sum_TH = tl.join(sums[0], sums[1])
         return sum_TH.reshape(WARPS, 8, 4, 2).permute(0, 3, 1, 2).reshape(WARPS * 16, 4)
@@ -138,7 +138,7 @@ def _projection(
     ranks_R,
     M,
     rank: tl.constexpr,
-    slabs: tl.constexpr,
+    projection_splits: tl.constexpr,
     BLOCK_S: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -147,33 +147,33 @@ def _projection(
     at_once: tl.constexpr = min(BLOCK_S, max(1, PROJECTION_ELEMENTS // (TOKENS * width)))
     tokens_M = tl.minimum(tl.arange(0, TOKENS), M - 1)
     xa_MR = tl.zeros((TOKENS, width), tl.float32)
-    for first in range(0, slabs, at_once):
+    for first in range(0, projection_splits, at_once):
         slabs_S = first + tl.arange(0, at_once)
         place = projection + (slabs_S[:, None, None] * M + tokens_M[None, :, None]) * rank + ranks_R[None, None, :]
-        xa_MR += tl.sum(tl.load(place, mask=(slabs_S < slabs)[:, None, None], other=0.0), axis=0)
+        xa_MR += tl.sum(tl.load(place, mask=(slabs_S < projection_splits)[:, None, None], other=0.0), axis=0)
     return xa_MR
 
 
 @triton.jit
-def lattice_expand_kernel(
+def lattice_dequantize_kernel(
     units,
     table,
     scales,
-    w_out,  # [N, K]
+    w_out,  # [O, I]
     N,
     K,
     tiles: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Decode a tile of BLOCK_N rows to memory, scaled in float32, columns in natural order."""
-    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
-    units_NU = tl.load(unit_places(units, rows_N, tile, tiles))
-    scales_N = tl.load(scales + rows_N)
+    units_OU = tl.load(unit_places(units, rows_O, tile, tiles))
+    scales_O = tl.load(scales + rows_O)
     k = tl.arange(0, 8)
     for c in tl.static_range(4):
-        points = nibble_values(unit_word(units_NU, table, c)[:, :, None], k[None, None, :], tl.float32)
-        values = (points * scales_N[:, None, None]).to(w_out.dtype.element_ty)
+        points = nibble_values(unit_word(units_OU, table, c)[:, :, None], k[None, None, :], tl.float32)
+        values = (points * scales_O[:, None, None]).to(w_out.dtype.element_ty)
         columns = tile * TILE_C + ((4 * tl.arange(0, UNITS_C) + c) * 8)[None, :, None] + k[None, None, :]
-        place = w_out + rows_N.to(tl.int64)[:, None, None] * K + columns
-        tl.store(place, values, mask=(rows_N < N)[:, None, None] & (columns < K))
+        place = w_out + rows_O.to(tl.int64)[:, None, None] * K + columns
+        tl.store(place, values, mask=(rows_O < N)[:, None, None] & (columns < K))

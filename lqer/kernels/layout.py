@@ -9,15 +9,15 @@ So two words that a thread holds side by side yield, code by code, the neighbour
 one register, and a pair shares its scale. Three-bit codes are a two-bit word plane and a plane of their high bits, one
 word a pair, bit 16 * odd + j. Widths 5 to 7 take bytes.
 
-    words    int32  [N/16, K/tile_k, 16 rows, 16]
-    high     int32  [N/16, K/tile_k, 16 rows, 8]        three bits only
-    scales          [N/16, tiles, 16 rows, per_tile]    MXINT: uint8, biased exponents of the blocks' steps; int: scales
+    words    int32  [O/16, I/tile_k, 16 rows, 16]
+    high     int32  [O/16, I/tile_k, 16 rows, 8]        three bits only
+    scales          [O/16, tiles, 16 rows, per_tile]    MXINT: uint8, biased exponents of the blocks' steps; int: scales
     zeros    uint8  like scales                         asymmetric int only
 
 Scales of blocks shorter than a pair come sub-block by sub-block: all first halves of the eight pairs, then all second
 ones. For blocks longer than a tile there is one entry a block. N is padded to 64 rows and K to whole tiles with zeros.
 
-Shapes: N out_features, K in_features, padded where marked with P.
+Shapes: O out_features, I in_features, padded where marked with P.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def check_weight_format(number_format: NumberFormat) -> None:
 
 
 def pack_weight(weight: QuantizedTensor) -> PackedWeight:
-    """Lay out a weight [N, K] with blocks along K (axis 1), without loss.
+    """Lay out a weight [O, I] with blocks along K (axis 1), without loss.
 
     Raises ValueError for a format that the kernels do not read, blocks along the other axis, or an MXINT block whose
     step lies outside 2^-126..2^119.
@@ -154,7 +154,7 @@ def pack_weight(weight: QuantizedTensor) -> PackedWeight:
 
 
 def unpack_codes(packed: PackedWeight) -> Tensor:
-    """The inverse of what `pack_weight` does to the codes: int16 [N, K], the offset taken off again."""
+    """The inverse of what `pack_weight` does to the codes: int16 [O, I], the offset taken off again."""
     layout = packed.layout
     shifts_J = torch.arange(layout.per_word, device=packed.words.device) * layout.width
     # [groups, tiles, rows, pairs, odd, 1] >> [J]
@@ -163,8 +163,8 @@ def unpack_codes(packed: PackedWeight) -> Tensor:
     if packed.high is not None:
         bit = 16 * torch.arange(2, device=words.device)[:, None] + torch.arange(layout.per_word, device=words.device)
         codes |= ((packed.high[..., None, None] >> bit) & 1) << 2
-    codes_NK = codes.permute(0, 2, 1, 3, 5, 4).reshape(layout.padded_rows, -1)
-    return (codes_NK[: layout.rows, : layout.columns] - layout.offset).to(torch.int16)
+    codes_OI = codes.permute(0, 2, 1, 3, 5, 4).reshape(layout.padded_rows, -1)
+    return (codes_OI[: layout.rows, : layout.columns] - layout.offset).to(torch.int16)
 
 
 def _layout(weight: QuantizedTensor) -> Layout:
@@ -177,9 +177,9 @@ def _layout(weight: QuantizedTensor) -> Layout:
     return Layout(columns, number_format.bits, number_format.code_offset, block, exponents, rows)
 
 
-def _pack_codes(codes_NK: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+def _pack_codes(codes_OI: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
     padding = (0, layout.padded_columns - layout.columns, 0, layout.padded_rows - layout.rows)
-    unsigned = pad(codes_NK.to(torch.int32), padding) + layout.offset
+    unsigned = pad(codes_OI.to(torch.int32), padding) + layout.offset
     shape = (layout.padded_rows // ROWS, ROWS, layout.tiles, PAIRS, layout.per_word, 2)
     # [groups, tiles, rows, pairs, odd, J]
     codes = unsigned.view(shape).permute(0, 2, 1, 3, 5, 4)
@@ -199,7 +199,7 @@ def _as_int32(words: Tensor) -> Tensor:
 
 
 def _step_exponents(weight: QuantizedTensor) -> Tensor:
-    """uint8 [N, blocks]: the biased exponent of each block's step, 0 for a block of zeros."""
+    """uint8 [O, blocks]: the biased exponent of each block's step, 0 for a block of zeros."""
     assert isinstance(weight.format, MXInt)
     exponents = weight.parts["exponents"].to(torch.int16)
     steps = exponents - weight.format.fraction_bits
@@ -210,12 +210,12 @@ def _step_exponents(weight: QuantizedTensor) -> Tensor:
     return torch.where(exponents > 0, steps, 0).to(torch.uint8)
 
 
-def _arrange(scales_NB: Tensor, layout: Layout) -> Tensor:
-    """Scales of all blocks [N, blocks] to [N/16, tiles, 16, per_tile], padded with zeros."""
+def _arrange(scales_OB: Tensor, layout: Layout) -> Tensor:
+    """Scales of all blocks [O, blocks] to [O/16, tiles, 16, per_tile], padded with zeros."""
     per_tile = layout.scales_per_tile
-    tiles = layout.tiles if layout.block <= layout.tile_k else scales_NB.shape[1]
-    padding = (0, tiles * per_tile - scales_NB.shape[1], 0, layout.padded_rows - layout.rows)
-    scales = pad(scales_NB, padding).view(layout.padded_rows // ROWS, ROWS, tiles, per_tile)
+    tiles = layout.tiles if layout.block <= layout.tile_k else scales_OB.shape[1]
+    padding = (0, tiles * per_tile - scales_OB.shape[1], 0, layout.padded_rows - layout.rows)
+    scales = pad(scales_OB, padding).view(layout.padded_rows // ROWS, ROWS, tiles, per_tile)
     if layout.halves > 1:
         scales = scales.unflatten(-1, (PAIRS, layout.halves)).transpose(-1, -2).flatten(-2)
     return scales.transpose(1, 2).contiguous()

@@ -7,7 +7,7 @@ On a GPU this runs one or two Triton kernels, and for many tokens kernels that d
 to which a library adds the product (docs/developer/kernels.md has the regimes). Elsewhere it runs the torch reference,
 or, under TRITON_INTERPRET=1, the kernels in Triton's interpreter. No call waits for the device or tunes anything.
 
-Shapes: M tokens, N out_features, K in_features, R rank; P marks padding.
+Shapes: M tokens, O out_features, I in_features, R rank; P marks padding.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from lqer.kernels.runtime import INTERPRETED
 def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """y = W_q x_q + b + Q(Q(x_q A) B), x_q = Q(x) where activations are rounded.
 
-    x: (..., K) in packed.dtype -> (..., N) in packed.dtype; sums in float32.
+    x: (..., I) in packed.dtype -> (..., O) in packed.dtype; sums in float32.
     Raises ValueError for another dtype or width.
     """
     layout = packed.spec.layout
     if x.dtype != packed.dtype or x.shape[-1] != layout.columns:
         raise ValueError(f"x must be (..., {layout.columns}) in {packed.dtype}, found {tuple(x.shape)} in {x.dtype}")
     return torch.ops.lqer.packed_linear(
-        x, *packed.weight.parts, packed.bias_N, packed.a_codes, packed.a_exponents, packed.b_codes, packed.b_exponents,
-        packed.workspace, packed.input_signs_K, packed.output_signs_N, packed.spec.text,
+        x, *packed.weight.parts, packed.bias_O, packed.a_codes, packed.a_exponents, packed.b_codes, packed.b_exponents,
+        packed.workspace, packed.input_signs_I, packed.output_signs_O, packed.spec.text,
     )  # fmt: skip
 
 
@@ -58,12 +58,12 @@ def _packed_linear(
         decoded, x.dtype, weight_of(decoded.layout, words, high, scales, zeros), bias, a_codes, a_exponents,
         b_codes, b_exponents, workspace, input_signs, output_signs,
     )  # fmt: skip
-    x_MK = x.reshape(-1, x.shape[-1])
+    x_MI = x.reshape(-1, x.shape[-1])
     if x.is_cuda or INTERPRETED:
-        y_MN = run_layer(x_MK, packed)
+        y_MO = run_layer(x_MI, packed)
     else:
-        y_MN = reference_linear(x_MK, packed)
-    return y_MN.reshape(*x.shape[:-1], decoded.layout.rows)
+        y_MO = reference_linear(x_MI, packed)
+    return y_MO.reshape(*x.shape[:-1], decoded.layout.rows)
 
 
 @_packed_linear.register_fake

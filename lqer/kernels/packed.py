@@ -1,6 +1,6 @@
 """A quantized linear as the kernels read it: its packed tensors, and what is fixed when kernels are compiled.
 
-Shapes: N out_features, K in_features, R rank; P marks padding.
+Shapes: O out_features, I in_features, R rank; P marks padding.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ class Spec:
 class PackedLinear:
     """A quantized linear as the kernels read it.
 
-    weight: see layout.py, codebook.py and lattice.py. a_codes, A transposed [RP, KP], and b_codes [RP, N]: int8 with
-    uint8 step exponents [RP, KP/block] and [RP/block, N] for MXINT factors, else values in `dtype` and None. bias_N in
-    `dtype` or None. input_signs_K and output_signs_N, in `dtype`: of the basis that weight, A and B are in, for lattice
+    weight: see layout.py, codebook.py and lattice.py. a_codes, A transposed [RP, IP], and b_codes [RP, O]: int8 with
+    uint8 step exponents [RP, IP/block] and [RP/block, O] for MXINT factors, else values in `dtype` and None. bias_O in
+    `dtype` or None. input_signs_I and output_signs_O, in `dtype`: of the basis that weight, A and B are in, for lattice
     codes, or None. workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
     """
 
     spec: Spec
     dtype: torch.dtype
     weight: AnyWeight
-    bias_N: Tensor | None
+    bias_O: Tensor | None
     a_codes: Tensor | None
     a_exponents: Tensor | None
     b_codes: Tensor | None
     b_exponents: Tensor | None
     workspace: Tensor
-    input_signs_K: Tensor | None = None
-    output_signs_N: Tensor | None = None
+    input_signs_I: Tensor | None = None
+    output_signs_O: Tensor | None = None
 
     @classmethod
     def pack(
@@ -83,14 +83,14 @@ class PackedLinear:
         weight: QuantizedTensor,
         a: QuantizedTensor | None,
         b: QuantizedTensor | None,
-        bias_N: Tensor | None,
+        bias_O: Tensor | None,
         activation: NumberFormat | None,
         dtype: torch.dtype,
         basis: RandomHadamard | None = None,
     ) -> PackedLinear:
         """Lay out a linear for the kernels, on the device of its tensors.
 
-        weight: (N, K) in "mxint", "int", "codebook" or "e8p", blocks along K. a (K, R), b (R, N): any format; MXINT
+        weight: (O, I) in "mxint", "int", "codebook" or "e8p", blocks along K. a (I, R), b (R, O): any format; MXINT
         factors with blocks of 16, 32 or 64 along the summed dimension stay packed, except beside "e8p"; others are kept
         as values in `dtype`. activation: "mxint" with blocks of 16, 32 or 64, or None. dtype: bfloat16 or float16, of x
         and y. basis: that of weight, a and b, which the kernels of "e8p" go to and come back from.
@@ -115,23 +115,23 @@ class PackedLinear:
             spec=Spec(packed.layout, rounding, rank, a_block, b_block),
             dtype=dtype,
             weight=packed,
-            bias_N=None if bias_N is None else bias_N.to(dtype),
+            bias_O=None if bias_O is None else bias_O.to(dtype),
             a_codes=a_codes,
             a_exponents=a_exponents,
             b_codes=b_codes,
             b_exponents=b_exponents,
             workspace=torch.zeros(counters, dtype=torch.int32, device=packed.words.device),
-            input_signs_K=None if basis is None else basis.input_signs_I.to(packed.words.device, dtype),
-            output_signs_N=None if basis is None else basis.output_signs_O.to(packed.words.device, dtype),
+            input_signs_I=None if basis is None else basis.input_signs_I.to(packed.words.device, dtype),
+            output_signs_O=None if basis is None else basis.output_signs_O.to(packed.words.device, dtype),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it holds, by name."""
         named = dict(zip(("words", "high", "scales", "zeros"), self.weight.parts, strict=True))
         named |= {
-            "bias": self.bias_N, "a_codes": self.a_codes, "a_exponents": self.a_exponents, "b_codes": self.b_codes,
-            "b_exponents": self.b_exponents, "workspace": self.workspace, "input_signs": self.input_signs_K,
-            "output_signs": self.output_signs_N,
+            "bias": self.bias_O, "a_codes": self.a_codes, "a_exponents": self.a_exponents, "b_codes": self.b_codes,
+            "b_exponents": self.b_exponents, "workspace": self.workspace, "input_signs": self.input_signs_I,
+            "output_signs": self.output_signs_O,
         }  # fmt: skip
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 

@@ -18,57 +18,57 @@ from lqer.kernels.packed import AnyWeight, PackedLinear
 from lqer.transforms.hadamard import RandomHadamard, run_rotated
 
 
-def reference_linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
-    """y [M, N] in packed.dtype, computed in float32."""
-    if packed.input_signs_K is None or packed.output_signs_N is None:
-        return _linear(x_MK, packed).to(packed.dtype)
-    basis = RandomHadamard(packed.input_signs_K, packed.output_signs_N)
-    inner = replace(packed, bias_N=None)
-    return run_rotated(x_MK, basis, packed.bias_N, lambda x: _linear(x, inner)).to(packed.dtype)
+def reference_linear(x_MI: Tensor, packed: PackedLinear) -> Tensor:
+    """y [M, O] in packed.dtype, computed in float32."""
+    if packed.input_signs_I is None or packed.output_signs_O is None:
+        return _linear(x_MI, packed).to(packed.dtype)
+    basis = RandomHadamard(packed.input_signs_I, packed.output_signs_O)
+    inner = replace(packed, bias_O=None)
+    return run_rotated(x_MI, basis, packed.bias_O, lambda x: _linear(x, inner)).to(packed.dtype)
 
 
-def _linear(x_MK: Tensor, packed: PackedLinear) -> Tensor:
-    """y [M, N] float32, in the basis of the weight."""
+def _linear(x_MI: Tensor, packed: PackedLinear) -> Tensor:
+    """y [M, O] float32, in the basis of the weight."""
     spec = packed.spec
-    x32_MK = _round(x_MK.to(torch.float32), packed)
-    y_MN = x32_MK @ dequantize(packed.weight, packed.dtype).to(torch.float32).T
-    if packed.bias_N is not None:
-        y_MN += packed.bias_N.to(torch.float32)
+    x32_MI = _round(x_MI.to(torch.float32), packed)
+    y_MO = x32_MI @ reference_weight(packed.weight, packed.dtype).to(torch.float32).T
+    if packed.bias_O is not None:
+        y_MO += packed.bias_O.to(torch.float32)
     if packed.a_codes is not None and packed.b_codes is not None:
         a_exponents = None if packed.a_exponents is None else packed.a_exponents.T
-        a_KR = _factor(packed.a_codes.T, a_exponents, spec.a_block)[: x_MK.shape[1]]
-        b_RN = _factor(packed.b_codes, packed.b_exponents, spec.b_block)
-        xa_MR = _round(x32_MK @ a_KR, packed).to(packed.dtype).to(torch.float32)
-        y_MN += _round(xa_MR @ b_RN, packed)
-    return y_MN
+        a_IR = _factor(packed.a_codes.T, a_exponents, spec.a_block)[: x_MI.shape[1]]
+        b_RO = _factor(packed.b_codes, packed.b_exponents, spec.b_block)
+        xa_MR = _round(x32_MI @ a_IR, packed).to(packed.dtype).to(torch.float32)
+        y_MO += _round(xa_MR @ b_RO, packed)
+    return y_MO
 
 
-def dequantize(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
-    """The weight [N, K] in `dtype`, rounded once from its exact value."""
+def reference_weight(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
+    """The weight [O, I] in `dtype`, rounded once from its exact value."""
     if isinstance(weight, PackedCodebook):
         return _look_up(weight)
     if isinstance(weight, PackedLattice):
         return (unpack_points(weight) * weight.scales[: weight.layout.rows, None]).to(dtype)
     layout = weight.layout
-    codes_NK = unpack_codes(weight).to(torch.float32)
-    scales_NB = _in_rows(weight.scales, weight)
+    codes_OI = unpack_codes(weight).to(torch.float32)
+    scales_OB = _in_rows(weight.scales, weight)
     if layout.exponents:
-        scales_NB = torch.where(scales_NB > 0, torch.exp2(scales_NB.to(torch.float32) - 127), 0.0)
-    block_K = torch.arange(layout.columns, device=codes_NK.device) // layout.block
+        scales_OB = torch.where(scales_OB > 0, torch.exp2(scales_OB.to(torch.float32) - 127), 0.0)
+    block_I = torch.arange(layout.columns, device=codes_OI.device) // layout.block
     if weight.zeros is not None:
-        codes_NK = codes_NK - _in_rows(weight.zeros, weight).to(torch.float32)[:, block_K]
-    return (codes_NK * scales_NB.to(torch.float32)[:, block_K]).to(dtype)
+        codes_OI = codes_OI - _in_rows(weight.zeros, weight).to(torch.float32)[:, block_I]
+    return (codes_OI * scales_OB.to(torch.float32)[:, block_I]).to(dtype)
 
 
 def _look_up(weight: PackedCodebook) -> Tensor:
     layout = weight.layout
     device = weight.words.device
-    words_NGW = weight.words.mT.flatten(0, 1)[: layout.rows].unflatten(1, (layout.column_groups, layout.words))
-    units_NGU = _fields(words_NGW, layout.unit_bits).mT.flatten(2)
-    index_NGV = _fields(units_NGU, layout.field)[..., : layout.unit // layout.dimension].flatten(2)
-    index_NGV = index_NGV[..., : layout.group_columns // layout.dimension]
-    row_N, group_G = torch.arange(layout.rows, device=device), torch.arange(layout.column_groups, device=device)
-    values = weight.table[(row_N // layout.group_rows)[:, None, None], group_G[None, :, None], index_NGV]
+    words_OGW = weight.words.mT.flatten(0, 1)[: layout.rows].unflatten(1, (layout.column_groups, layout.words))
+    units_OGU = _fields(words_OGW, layout.unit_bits).mT.flatten(2)
+    index_OGV = _fields(units_OGU, layout.field)[..., : layout.unit // layout.dimension].flatten(2)
+    index_OGV = index_OGV[..., : layout.group_columns // layout.dimension]
+    row_O, group_G = torch.arange(layout.rows, device=device), torch.arange(layout.column_groups, device=device)
+    values = weight.table[(row_O // layout.group_rows)[:, None, None], group_G[None, :, None], index_OGV]
     return values.flatten(1)[:, : layout.columns]
 
 
@@ -78,7 +78,7 @@ def _fields(words: Tensor, bits: int) -> Tensor:
 
 
 def _in_rows(scales: Tensor, weight: PackedWeight) -> Tensor:
-    """Scales or zeros as packed to [N, blocks]."""
+    """Scales or zeros as packed to [O, blocks]."""
     layout = weight.layout
     if layout.halves > 1:
         scales = scales.unflatten(-1, (layout.halves, -1)).transpose(-1, -2).flatten(-2)

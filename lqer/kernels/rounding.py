@@ -63,18 +63,18 @@ def round_mxint(x_GB, axis: tl.constexpr, rounding: tl.constexpr):
 
 
 @triton.jit
-def round_columns(x_MK, rounding: tl.constexpr):
-    """Round float32 [M, K] in blocks along K."""
-    rows: tl.constexpr = x_MK.shape[0]
-    columns: tl.constexpr = x_MK.shape[1]
-    blocks = x_MK.reshape(rows, columns // rounding.block, rounding.block)
+def round_columns(x_MI, rounding: tl.constexpr):
+    """Round float32 [M, I] in blocks along K."""
+    rows: tl.constexpr = x_MI.shape[0]
+    columns: tl.constexpr = x_MI.shape[1]
+    blocks = x_MI.reshape(rows, columns // rounding.block, rounding.block)
     return round_mxint(blocks, 2, rounding).reshape(rows, columns)
 
 
 @triton.jit
-def round_rows(x_NM, rounding: tl.constexpr):
-    """Round float32 [N, M] in blocks along N."""
-    rows: tl.constexpr = x_NM.shape[0]
-    columns: tl.constexpr = x_NM.shape[1]
-    blocks = x_NM.reshape(rows // rounding.block, rounding.block, columns)
+def round_rows(x_OM, rounding: tl.constexpr):
+    """Round float32 [O, M] in blocks along N."""
+    rows: tl.constexpr = x_OM.shape[0]
+    columns: tl.constexpr = x_OM.shape[1]
+    blocks = x_OM.reshape(rows // rounding.block, rounding.block, columns)
     return round_mxint(blocks, 1, rounding).reshape(rows, columns)

@@ -40,7 +40,7 @@ def broken(change):
 
     def make(operands, variant, m):
         contender = product(operands, variant, m)
-        return Contender(contender.state, lambda state, x_MK: change(contender.run(state, x_MK)))
+        return Contender(contender.state, lambda state, x_MI: change(contender.run(state, x_MI)))
 
     return replace(VARIANTS["bf16"], make=make)
 
@@ -102,15 +102,15 @@ def test_a_contender_with_a_known_problem_is_not_tried(on_cpu, monkeypatch):
 
 
 def test_rows_at_both_ends_of_a_long_input_are_checked(operands):
-    x_MK = operands.input(300)
+    x_MI = operands.input(300)
     variant = VARIANTS["bf16"]
-    y_MN = torch.nn.functional.linear(x_MK, operands.weight_NK)
-    assert measure._checked_error(operands, variant, y_MN, x_MK) < 5e-3
+    y_MO = torch.nn.functional.linear(x_MI, operands.weight_OI)
+    assert measure._checked_error(operands, variant, y_MO, x_MI) < 5e-3
     for row in (0, 299):
-        wrong = y_MN.clone()
+        wrong = y_MO.clone()
         wrong[row] = 0
         with pytest.raises(ValueError, match="wrong result"):
-            measure._checked_error(operands, variant, wrong, x_MK)
+            measure._checked_error(operands, variant, wrong, x_MI)
 
 
 def test_copies_that_share_memory_are_refused(monkeypatch):
@@ -145,23 +145,23 @@ def test_the_floor_of_one_row_is_the_bytes_and_that_of_many_the_operations():
 
 
 def test_the_reference_is_the_product_in_float64(operands):
-    x_MK = operands.input(5)
-    expected = x_MK.double() @ operands.quantized(MXInt(4)).dequantize().double().T
-    assert torch.equal(operands.reference(VARIANTS["w4a16"], x_MK), expected)
+    x_MI = operands.input(5)
+    expected = x_MI.double() @ operands.quantized(MXInt(4)).dequantize().double().T
+    assert torch.equal(operands.reference(VARIANTS["w4a16"], x_MI), expected)
 
 
 def test_the_branch_is_small_beside_the_weights(operands):
-    a_KR, b_RN = operands.factors(32)
-    branch = a_KR.dequantize() @ b_RN.dequantize()
-    assert branch.norm() / operands.weight_NK.float().norm() == pytest.approx(0.1, rel=0.2)
+    a_IR, b_RO = operands.factors(32)
+    branch = a_IR.dequantize() @ b_RO.dequantize()
+    assert branch.norm() / operands.weight_OI.float().norm() == pytest.approx(0.1, rel=0.2)
 
 
 def test_codes_and_scales_for_the_peers_are_the_quantized_values(operands):
     weight = operands.quantized(MXInt(4))
-    codes_NK, scales_NG = peers.offset_codes_and_scales(weight)
-    assert codes_NK.dtype == torch.uint8
-    assert int(codes_NK.max()) <= 15
-    values = (codes_NK.int() - 8) * scales_NG.float().repeat_interleave(16, 1)
+    codes_OI, scales_OG = peers.offset_codes_and_scales(weight)
+    assert codes_OI.dtype == torch.uint8
+    assert int(codes_OI.max()) <= 15
+    values = (codes_OI.int() - 8) * scales_OG.float().repeat_interleave(16, 1)
     assert torch.equal(values, weight.dequantize())
 
 

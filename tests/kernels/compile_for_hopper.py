@@ -19,8 +19,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough
-from lqer.kernels import PackedLinear, launch
+from lqer.kernels import PackedLinear, runtime
+from lqer.kernels.codebook_launch import run_codebook
+from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
+from lqer.kernels.integer_launch import run_gemm, run_gemv
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
+from lqer.kernels.launch import run_layer
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 from lqer.transforms.hadamard import random_hadamard
 
@@ -69,37 +73,37 @@ def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:
 
 def main() -> None:
     JITFunction.run = compile_instead
-    launch.can_chain = lambda x: True
+    runtime.can_chain = lambda x: True
     x8, bf16 = MXInt(8), torch.bfloat16
     for number_format in (MXInt(4), MXInt(2), MXInt(3), MXInt(3, 32), MXInt(8), Int(4, 128)):
         layer = build_layer(number_format, 128, 1024, dtype=bf16)
-        launch.run_gemm(random_input(16, 1024, bf16), layer.packed, GemmLaunch(128, 16, 4, 3, 4))
+        run_gemm(random_input(16, 1024, bf16), layer.packed, GemmLaunch(128, 16, 4, 3, 4))
     layer = build_layer(MXInt(4), 128, 1024, rank=32, activation=x8, bias=True, dtype=bf16)
-    launch.run_gemv(random_input(1, 1024, bf16), layer.packed, GemvLaunch(16, 4, 4))
-    launch.run_gemm(random_input(64, 1024, bf16), layer.packed, GemmLaunch(128, 64, 2, 3, 8))
-    launch.run_expanded(random_input(300, 1024, bf16), layer.packed)
+    run_gemv(random_input(1, 1024, bf16), layer.packed, GemvLaunch(16, 4, 4))
+    run_gemm(random_input(64, 1024, bf16), layer.packed, GemmLaunch(128, 64, 2, 3, 8))
+    run_dequantized(random_input(300, 1024, bf16), layer.packed)
     layer = build_layer(Int(4, "row"), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))
-    launch.run_gemm(random_input(3, 300, torch.float16), layer.packed, GemmLaunch(64, 16, 1, 3, 4))
+    run_gemm(random_input(3, 300, torch.float16), layer.packed, GemmLaunch(64, 16, 1, 3, 4))
     for number_format, m, rank in (
         (Codebook(2, 2, 2048), 1, 32), (Codebook(2, 2, 2048), 8, 32), (Codebook(2, 1, 256), 3, 0),
         (Codebook(3, 1, 7 * 256), 1, 0), (Codebook(2, 4, 16384), 1, 0),
     ):  # fmt: skip
         layer = build_layer(number_format, 64, 512, rank=rank, activation=x8 if rank else None, dtype=bf16)
-        launch.run_codebook(random_input(m, 512, bf16), layer.packed)
-        launch.expand(layer.packed.weight, bf16)
+        run_codebook(random_input(m, 512, bf16), layer.packed)
+        dequantize_weight(layer.packed.weight, bf16)
     layer = build_layer(Codebook(2, 1, 64 * 66, 66), 64, 201, dtype=torch.float16)
-    launch.run_codebook(random_input(2, 201, torch.float16), layer.packed)
-    launch.run_expanded(random_input(32, 201, torch.float16), layer.packed)
+    run_codebook(random_input(2, 201, torch.float16), layer.packed)
+    run_dequantized(random_input(32, 201, torch.float16), layer.packed)
     for dtype, rank in ((bf16, 64), (torch.float16, 0)):
         lattice = build_layer(E8P(2), 64, 2048, rank=rank, dtype=dtype)
         packed = PackedLinear.pack(
             lattice.weight, lattice.a, lattice.b, None, None, dtype, random_hadamard(64, 2048, 0)
         )
         for m in (1, 16, 17):
-            launch.run_layer(random_input(m, 2048, dtype), packed)
-            launch.run_layer(random_input(m, 2048, dtype), lattice.packed)
+            run_layer(random_input(m, 2048, dtype), packed)
+            run_layer(random_input(m, 2048, dtype), lattice.packed)
     for n, k, rank, m in ((64, 256, 16, 3), (128, 1024, 256, 1), (128, 1024, 256, 4), (128, 1024, 256, 16)):
-        launch.run_layer(random_input(m, k, bf16), build_layer(E8P(2), n, k, rank=rank, dtype=bf16).packed)
+        run_layer(random_input(m, k, bf16), build_layer(E8P(2), n, k, rank=rank, dtype=bf16).packed)
     print(" ".join(sorted(compiled)))
 
 

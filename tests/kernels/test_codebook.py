@@ -11,9 +11,10 @@ from kernel_layers import DTYPE, DTYPES, ON_GPU, Layer, build_layer, random_inpu
 from lqer.formats import Codebook, MXInt, NumberFormat, Passthrough
 from lqer.kernels import PackedLinear, packed_linear
 from lqer.kernels.codebook import IndexLayout, tile_of
-from lqer.kernels.launch import expand, run_codebook, run_expanded
+from lqer.kernels.codebook_launch import run_codebook
+from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
 from lqer.kernels.packed import decode_spec, encode_spec
-from lqer.kernels.reference import dequantize, reference_linear
+from lqer.kernels.reference import reference_linear, reference_weight
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 # Indices of every width from 1 to 8 bits, groups of one row and of several, whole and cut ones, a table of low rank.
@@ -39,30 +40,30 @@ def build(number_format: Codebook, n: int = 37, k: int = 192, **options: Any) ->
 def test_decoded_weights_are_those_of_emulation_bit_for_bit(number_format, dtype):
     layer = build(number_format, dtype=dtype)
     expected = layer.weight.dequantize(dtype)
-    assert torch.equal(dequantize(layer.packed.weight, dtype), expected)
-    assert torch.equal(expand(layer.packed.weight, dtype), expected)
+    assert torch.equal(reference_weight(layer.packed.weight, dtype), expected)
+    assert torch.equal(dequantize_weight(layer.packed.weight, dtype), expected)
 
 
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
 def test_sums_are_those_of_float64_to_a_millionth(number_format):
     layer = build(number_format, bias=True)
     for m in (1, 3):
-        x_MK = random_input(m, 192)
-        assert relative_error(run_codebook(x_MK, layer.packed, torch.float32), layer.exact(x_MK)) < 1e-6
+        x_MI = random_input(m, 192)
+        assert relative_error(run_codebook(x_MI, layer.packed, torch.float32), layer.exact(x_MI)) < 1e-6
 
 
 @pytest.mark.parametrize("activation", [None, MXInt(8)], ids=str)
 @pytest.mark.parametrize("rank", [0, 16])
 def test_branch_rounding_and_bias_give_the_formula(rank, activation):
     layer = build(Codebook(2, 2, 512, 64), rank=rank, activation=activation, bias=True)
-    x_MK = random_input(5, 192)
-    exact = layer.exact(x_MK)
-    for y_MN in (
-        run_codebook(x_MK, layer.packed),
-        run_expanded(x_MK, layer.packed),
-        reference_linear(x_MK, layer.packed),
+    x_MI = random_input(5, 192)
+    exact = layer.exact(x_MI)
+    for y_MO in (
+        run_codebook(x_MI, layer.packed),
+        run_dequantized(x_MI, layer.packed),
+        reference_linear(x_MI, layer.packed),
     ):
-        assert relative_error(y_MN, exact) < 1.8 * TOLERANCE[DTYPE]
+        assert relative_error(y_MO, exact) < 1.8 * TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize(("rank", "m"), [(1, 1), (48, 3), *([(32, 1), (100, 8), (256, 16)] if ON_GPU else [])])
@@ -73,22 +74,22 @@ def test_branch_rounding_and_bias_give_the_formula(rank, activation):
 )
 def test_every_rank_gives_the_formula_with_few_tokens(rank, m, activation: NumberFormat | None, factor: NumberFormat):
     layer = build(Codebook(2, 2, 512, 64), 22, 64, rank=rank, activation=activation, factor=factor)
-    x_MK = random_input(m, 64)
-    assert relative_error(run_codebook(x_MK, layer.packed), layer.exact(x_MK)) < 3 * TOLERANCE[DTYPE]
+    x_MI = random_input(m, 64)
+    assert relative_error(run_codebook(x_MI, layer.packed), layer.exact(x_MI)) < 3 * TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize("m", range(1, 131) if ON_GPU else range(1, 18))
 def test_every_number_of_tokens_gives_the_formula(m):
     layer = build(Codebook(2, 2, 512, 64), 9, 64)
-    x_MK = random_input(m, 64)
-    assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+    x_MI = random_input(m, 64)
+    assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 8), (16, 288), (30, 100), (33, 260)])
 def test_shapes_need_not_be_multiples_of_a_group(n, k):
     layer = build(Codebook(2, 2, 1024), n, k)
-    x_MK = random_input(2, k)
-    assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+    x_MI = random_input(2, k)
+    assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize("group_rows", [1, 2, 3, 7, 16])
@@ -98,37 +99,37 @@ def test_groups_may_have_any_number_of_rows(bits, dimension, group_rows):
     layer = build(number_format, 2 * group_rows, 128)
     layout = layer.packed.weight.layout
     assert layout.group_rows == group_rows
-    assert torch.equal(expand(layer.packed.weight, DTYPE), layer.weight.dequantize(DTYPE))
-    x_MK = random_input(2, 128)
-    assert relative_error(run_codebook(x_MK, layer.packed, torch.float32), layer.exact(x_MK)) < 1e-6
+    assert torch.equal(dequantize_weight(layer.packed.weight, DTYPE), layer.weight.dequantize(DTYPE))
+    x_MI = random_input(2, 128)
+    assert relative_error(run_codebook(x_MI, layer.packed, torch.float32), layer.exact(x_MI)) < 1e-6
 
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_groups_of_single_values_may_have_an_odd_number_of_columns(bits):
     layer = build(Codebook(bits, 1, 67 * 4, 67), 9, 201)
     assert layer.packed.weight.layout.group_columns == 67
-    assert torch.equal(expand(layer.packed.weight, DTYPE), layer.weight.dequantize(DTYPE))
-    x_MK = random_input(3, 201)
-    assert relative_error(run_codebook(x_MK, layer.packed, torch.float32), layer.exact(x_MK)) < 1e-6
+    assert torch.equal(dequantize_weight(layer.packed.weight, DTYPE), layer.weight.dequantize(DTYPE))
+    x_MI = random_input(3, 201)
+    assert relative_error(run_codebook(x_MI, layer.packed, torch.float32), layer.exact(x_MI)) < 1e-6
 
 
 @pytest.mark.parametrize("m", [1, 3])
 def test_rows_of_x_may_begin_anywhere(m):
     layer = build(Codebook(2, 2, 512, 64), 9, 64)
-    x_MK = random_input(m, 64)
-    apart = torch.full((m, 67), torch.nan, dtype=DTYPE, device=x_MK.device)
-    apart[:, 1:65] = x_MK
-    assert torch.equal(run_codebook(apart[:, 1:65], layer.packed), run_codebook(x_MK, layer.packed))
+    x_MI = random_input(m, 64)
+    apart = torch.full((m, 67), torch.nan, dtype=DTYPE, device=x_MI.device)
+    apart[:, 1:65] = x_MI
+    assert torch.equal(run_codebook(apart[:, 1:65], layer.packed), run_codebook(x_MI, layer.packed))
 
 
 def test_a_token_that_is_not_finite_leaves_the_others_alone():
     layer = build(Codebook(2, 2, 512, 64), 9, 64)
-    x_MK = random_input(3, 64)
-    expected = run_codebook(x_MK, layer.packed)
-    x_MK[1, 7] = torch.nan
-    y_MN = run_codebook(x_MK, layer.packed)
-    assert torch.equal(y_MN[::2], expected[::2])
-    assert y_MN[1].isnan().all()
+    x_MI = random_input(3, 64)
+    expected = run_codebook(x_MI, layer.packed)
+    x_MI[1, 7] = torch.nan
+    y_MO = run_codebook(x_MI, layer.packed)
+    assert torch.equal(y_MO[::2], expected[::2])
+    assert y_MO[1].isnan().all()
 
 
 def test_a_tile_has_every_table_that_its_rows_and_words_refer_to():

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 KERNELS = {
-    "branch_kernel", "codebook_expand_kernel", "codebook_product_kernel", "expand_kernel", "prepare_tokens_kernel",
-    "gemm_kernel", "gemv_kernel", "lattice_expand_kernel", "lattice_product_kernel", "restore_tokens_kernel",
-    "transform_tokens_kernel", "prepare_vector_kernel", "project_kernel", "round_kernel",
+    "codebook_dequantize_kernel", "codebook_product_kernel", "dequantize_kernel", "gemm_kernel", "gemv_kernel",
+    "hadamard_input_kernel", "hadamard_output_kernel", "lattice_dequantize_kernel", "lattice_product_kernel",
+    "low_rank_kernel", "prepare_activations_kernel", "prepare_vector_kernel", "project_kernel", "round_kernel",
 }  # fmt: skip
 
 

@@ -10,11 +10,11 @@ from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, random_input, relative_
 
 from lqer.formats import E8P, Int, MXInt, QuantizedTensor
 from lqer.kernels import PackedLinear, TritonLinear, launch, packed_linear
+from lqer.kernels.dequantize_launch import dequantize_weight
 from lqer.kernels.lattice import PackedLattice, pack_lattice
-from lqer.kernels.lattice_launch import fits_transform, run_lattice
-from lqer.kernels.launch import expand
+from lqer.kernels.lattice_launch import fits_hadamard, run_lattice
 from lqer.kernels.packed import decode_spec, encode_spec
-from lqer.kernels.reference import dequantize, reference_linear
+from lqer.kernels.reference import reference_linear, reference_weight
 from lqer.kernels.runtime import can_chain
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
@@ -36,14 +36,14 @@ class Layer:
         self.weight = number_format.quantize(random(n, k, scale=0.05))
         self.a = factor.quantize(random(k, rank, scale=k**-0.5), axis=0) if rank else None
         self.b = factor.quantize(random(rank, n, scale=0.05), axis=0) if rank else None
-        self.bias_N = random(n, scale=1.0).to(dtype) if bias else None
+        self.bias_O = random(n, scale=1.0).to(dtype) if bias else None
         self.basis = random_hadamard(n, k, seed=1).to(dtype) if rotated else None
         self.dtype = dtype
-        self.packed = PackedLinear.pack(self.weight, self.a, self.b, self.bias_N, None, dtype, self.basis)
+        self.packed = PackedLinear.pack(self.weight, self.a, self.b, self.bias_O, None, dtype, self.basis)
 
-    def exact(self, x_MK: torch.Tensor) -> torch.Tensor:
+    def exact(self, x_MI: torch.Tensor) -> torch.Tensor:
         """The formula in float64, rounded where the layer rounds: x' and x' A, to its dtype."""
-        x = x_MK.double()
+        x = x_MI.double()
         room = 32.0 if self.dtype == torch.float16 else 1.0
         if self.basis:
             x = hadamard(x * self.basis.input_signs_I.to(x) / room).to(self.dtype).double()
@@ -53,7 +53,7 @@ class Layer:
             y = y + (x @ a).to(self.dtype).double() @ b
         if self.basis:
             y = inverse_hadamard(y) * self.basis.output_signs_O.to(y) * room
-        return y if self.bias_N is None else y + self.bias_N.double()
+        return y if self.bias_O is None else y + self.bias_O.double()
 
 
 def all_codes(number_format: E8P = TENSOR) -> QuantizedTensor:
@@ -69,8 +69,8 @@ def all_codes(number_format: E8P = TENSOR) -> QuantizedTensor:
 def test_every_code_decodes_as_in_emulation_bit_for_bit(number_format, dtype):
     weight = all_codes(number_format)
     packed, expected = pack_lattice(weight), weight.dequantize(dtype)
-    assert torch.equal(dequantize(packed, dtype), expected)
-    assert torch.equal(expand(packed, dtype), expected)
+    assert torch.equal(reference_weight(packed, dtype), expected)
+    assert torch.equal(dequantize_weight(packed, dtype), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,13 +78,13 @@ def test_the_product_meets_every_code_at_every_place(dtype):
     """One token picks one column: y is that column of the weight, exactly."""
     weight = all_codes()
     packed = PackedLinear.pack(weight, None, None, None, None, dtype)
-    points_NK = weight.dequantize()
+    points_OI = weight.dequantize()
     columns = torch.arange(0, 1024, 1 if ON_GPU else 37)
     for some in columns.split(16):
-        x_MK = torch.zeros(len(some), 1024, dtype=dtype, device=DEVICE)
-        x_MK[torch.arange(len(some)), some] = 1
-        y_MN = run_lattice(x_MK, packed, can_chain(x_MK), out_dtype=torch.float32)
-        assert torch.equal(y_MN, points_NK[:, some].T)
+        x_MI = torch.zeros(len(some), 1024, dtype=dtype, device=DEVICE)
+        x_MI[torch.arange(len(some)), some] = 1
+        y_MO = run_lattice(x_MI, packed, can_chain(x_MI), out_dtype=torch.float32)
+        assert torch.equal(y_MO, points_OI[:, some].T)
 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
@@ -92,10 +92,10 @@ def test_the_product_meets_every_code_at_every_place(dtype):
 def test_sums_are_those_of_float64_to_fifteen_bits_of_a_tile_s_largest_token(n, k, rotated):
     layer = Layer(n, k, rotated=rotated, bias=True)
     for m in (1, 3, 9):
-        x_MK = random_input(m, k)
-        y_MN = run_lattice(x_MK, layer.packed, can_chain(x_MK), out_dtype=torch.float32)
+        x_MI = random_input(m, k)
+        y_MO = run_lattice(x_MI, layer.packed, can_chain(x_MI), out_dtype=torch.float32)
         # Rounding x' to the dtype falls to the other side now and then.
-        assert relative_error(y_MN, layer.exact(x_MK)) < (TOLERANCE[DTYPE] / 4 if rotated else 2e-5)
+        assert relative_error(y_MO, layer.exact(x_MI)) < (TOLERANCE[DTYPE] / 4 if rotated else 2e-5)
 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
@@ -103,31 +103,31 @@ def test_sums_are_those_of_float64_to_fifteen_bits_of_a_tile_s_largest_token(n, 
 def test_every_rank_and_basis_give_the_formula(rank, rotated):
     layer = Layer(96, 320, rank, rotated, bias=True)
     for m in (2, 17):
-        x_MK = random_input(m, 320)
-        exact = layer.exact(x_MK)
-        assert relative_error(packed_linear(x_MK, layer.packed), exact) < 1.8 * TOLERANCE[DTYPE]
-        assert relative_error(reference_linear(x_MK, layer.packed), exact) < 1.8 * TOLERANCE[DTYPE]
+        x_MI = random_input(m, 320)
+        exact = layer.exact(x_MI)
+        assert relative_error(packed_linear(x_MI, layer.packed), exact) < 1.8 * TOLERANCE[DTYPE]
+        assert relative_error(reference_linear(x_MI, layer.packed), exact) < 1.8 * TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize("m", range(1, 41) if ON_GPU else (1, 2, 5, 8, 9, 16, 20))
 def test_every_number_of_tokens_gives_the_formula(m):
     layer = Layer(64, 256, rank=16)
-    x_MK = random_input(m, 256)
-    assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < 1.8 * TOLERANCE[DTYPE]
+    x_MI = random_input(m, 256)
+    assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize(("n", "k"), [(8, 8), (100, 1152), (70, 100), (33, 260), (48, 688)])
 def test_shapes_need_not_be_multiples_of_a_tile_nor_powers_of_two(n, k):
     layer = Layer(n, k, rank=16)
-    x_MK = random_input(3, k)
-    assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < 1.8 * TOLERANCE[DTYPE]
+    x_MI = random_input(3, k)
+    assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
 def test_a_length_without_a_small_outer_factor_is_transformed_by_torch():
-    assert [fits_transform(length) for length in (257, 11008, 28672)] == [False, True, True]
+    assert [fits_hadamard(length) for length in (257, 11008, 28672)] == [False, True, True]
     layer = Layer(16, 257, rank=16, bias=True)
-    x_MK = random_input(2, 257)
-    assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < 1.8 * TOLERANCE[DTYPE]
+    x_MI = random_input(2, 257)
+    assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a whole layer is for a GPU")
@@ -136,29 +136,29 @@ def test_a_length_without_a_small_outer_factor_is_transformed_by_torch():
 def test_layers_of_a_real_size_give_the_formula_and_the_same_bits_in_every_run(n, k, rank, dtype):
     layer = Layer(n, k, rank, dtype=dtype)
     for m in (1, 4, 16):
-        x_MK = random_input(m, k, dtype)
-        y_MN = packed_linear(x_MK, layer.packed)
-        assert relative_error(y_MN, layer.exact(x_MK)) < 1.8 * TOLERANCE[dtype]
-        assert all(torch.equal(packed_linear(x_MK, layer.packed), y_MN) for _ in range(5))
+        x_MI = random_input(m, k, dtype)
+        y_MO = packed_linear(x_MI, layer.packed)
+        assert relative_error(y_MO, layer.exact(x_MI)) < 1.8 * TOLERANCE[dtype]
+        assert all(torch.equal(packed_linear(x_MI, layer.packed), y_MO) for _ in range(5))
 
 
 def test_float16_holds_what_a_rotation_gathers_in_one_element():
-    """x that the transform makes one element of sqrt(K) 3000, beyond float16."""
+    """x that the transform makes one element of sqrt(I) 3000, beyond float16."""
     layer = Layer(32, 1024, dtype=torch.float16)
     assert layer.basis is not None
-    x_MK = (3000 * layer.basis.input_signs_I.to(DEVICE)).unsqueeze(0)
-    y_MN = packed_linear(x_MK, layer.packed)
-    assert torch.isfinite(y_MN).all()
-    assert relative_error(y_MN, layer.exact(x_MK)) < 1.8 * TOLERANCE[torch.float16]
+    x_MI = (3000 * layer.basis.input_signs_I.to(DEVICE)).unsqueeze(0)
+    y_MO = packed_linear(x_MI, layer.packed)
+    assert torch.isfinite(y_MO).all()
+    assert relative_error(y_MO, layer.exact(x_MI)) < 1.8 * TOLERANCE[torch.float16]
 
 
 def test_the_workspace_is_zero_again_and_runs_agree_bit_for_bit():
     layer = Layer(64, 1024, rank=64)
     assert layer.packed.spec.layout.tiles > layer.packed.spec.layout.span or layer.packed.spec.layout.span > 1
-    x_MK = random_input(2, 1024)
-    first = packed_linear(x_MK, layer.packed)
+    x_MI = random_input(2, 1024)
+    first = packed_linear(x_MI, layer.packed)
     for _ in range(3):
-        assert torch.equal(packed_linear(x_MK, layer.packed), first)
+        assert torch.equal(packed_linear(x_MI, layer.packed), first)
         assert not layer.packed.workspace.any()
 
 
@@ -169,8 +169,8 @@ def test_rounded_activations_are_rounded_in_the_basis_of_the_weight():
     emulated = HadamardLinear(
         QuantizedLinear(layer.weight.dequantize(DTYPE), None, *parts, MXInt(8)), layer.basis, None
     )
-    x_MK = random_input(3, 256)
-    torch.testing.assert_close(packed_linear(x_MK, packed), emulated.to(DEVICE)(x_MK), rtol=2e-2, atol=2e-2)
+    x_MI = random_input(3, 256)
+    torch.testing.assert_close(packed_linear(x_MI, packed), emulated.to(DEVICE)(x_MI), rtol=2e-2, atol=2e-2)
 
 
 def test_signs_that_were_trained_need_not_be_ones():
@@ -179,16 +179,16 @@ def test_signs_that_were_trained_need_not_be_ones():
     basis = RandomHadamard(layer.basis.input_signs_I * scale, layer.basis.output_signs_O * 2).to(DTYPE)
     packed = PackedLinear.pack(layer.weight, None, None, None, None, DTYPE, basis)
     emulated = HadamardLinear(QuantizedLinear(layer.weight.dequantize(DTYPE), None, None, None, None), basis, None)
-    x_MK = random_input(3, 256)
-    y_MN, expected = packed_linear(x_MK, packed), emulated.to(DEVICE)(x_MK)
-    assert relative_error(y_MN, expected.double()) < 3 * TOLERANCE[DTYPE]
+    x_MI = random_input(3, 256)
+    y_MO, expected = packed_linear(x_MI, packed), emulated.to(DEVICE)(x_MI)
+    assert relative_error(y_MO, expected.double()) < 3 * TOLERANCE[DTYPE]
 
 
 def test_the_module_runs_the_basis_and_holds_two_bits_a_weight():
     layer = Layer(128, 512, rank=16, bias=True)
     module = TritonLinear(layer.packed)
-    x_MK = random_input(2, 512)
-    assert torch.equal(module(x_MK), packed_linear(x_MK, layer.packed))
+    x_MI = random_input(2, 512)
+    assert torch.equal(module(x_MI), packed_linear(x_MI, layer.packed))
     assert isinstance(layer.packed.weight, PackedLattice)
     assert layer.packed.weight.units.nbytes == 128 * 512 * 2 // 8
     assert module.state_dict() == {}
@@ -197,8 +197,8 @@ def test_the_module_runs_the_basis_and_holds_two_bits_a_weight():
 def test_the_operator_compiles_and_its_fake_has_the_shape():
     layer = Layer(64, 256, rank=16)
     compiled = torch.compile(lambda x: packed_linear(x * 2, layer.packed), fullgraph=True, backend="aot_eager")
-    x_MK = random_input(2, 256)
-    assert torch.equal(compiled(x_MK), packed_linear(x_MK * 2, layer.packed))
+    x_MI = random_input(2, 256)
+    assert torch.equal(compiled(x_MI), packed_linear(x_MI * 2, layer.packed))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
@@ -208,11 +208,11 @@ def test_a_cuda_graph_replays_the_layer():
     packed_linear(static, layer.packed)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y_MN = packed_linear(static, layer.packed)
+        y_MO = packed_linear(static, layer.packed)
     fresh = torch.randn_like(static)
     static.copy_(fresh)
     graph.replay()
-    assert torch.equal(y_MN, packed_linear(fresh, layer.packed))
+    assert torch.equal(y_MO, packed_linear(fresh, layer.packed))
 
 
 def test_a_spec_survives_its_way_through_a_string():
@@ -240,8 +240,8 @@ def test_residual_codes_block_scales_and_the_other_axis_are_refused_by_name():
 def test_more_tokens_than_the_kernels_take_are_multiplied_by_a_library(monkeypatch):
     layer = Layer(64, 256, rank=16)
     monkeypatch.setattr(launch, "run_lattice", lambda *args: pytest.fail("17 tokens are many"))
-    x_MK = random_input(17, 256)
-    assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < 1.8 * TOLERANCE[DTYPE]
+    x_MI = random_input(17, 256)
+    assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
 def test_padding_of_columns_reads_no_number():
@@ -249,6 +249,6 @@ def test_padding_of_columns_reads_no_number():
     layer = Layer(16, 100, rotated=False)
     units = torch.randint(-(2**62), 2**62, layer.packed.weight.units.shape, device=DEVICE)
     poisoned = replace(layer.packed, weight=replace(layer.packed.weight, units=units))
-    x_MK = random_input(2, 100)
-    expected = x_MK.double() @ dequantize(poisoned.weight, torch.float32).double().T
-    assert relative_error(packed_linear(x_MK, poisoned), expected) < TOLERANCE[DTYPE]
+    x_MI = random_input(2, 100)
+    expected = x_MI.double() @ reference_weight(poisoned.weight, torch.float32).double().T
+    assert relative_error(packed_linear(x_MI, poisoned), expected) < TOLERANCE[DTYPE]

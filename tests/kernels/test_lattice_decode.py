@@ -72,7 +72,7 @@ def test_the_instructions_multiply_every_code_exactly(blocks):
     x = torch.randint(-32640, 32640, (tokens, 128), generator=generator)
     x[0], x[1] = 32639, -32640
     low = (x + 128) % 256 - 128
-    digits = torch.stack([(x - low) // 256, low], dim=1)[..., kernel_order()]  # [M, 2, K]
+    digits = torch.stack([(x - low) // 256, low], dim=1)[..., kernel_order()]  # [M, 2, I]
     assert digits.min() >= -128
     assert digits.max() <= 127
     machine.memory[1024 : 1024 + tokens * 64] = digits.to(torch.int8).flatten().view(torch.int32).to(torch.int64) & WORD

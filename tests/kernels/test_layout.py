@@ -9,7 +9,7 @@ import torch
 
 from lqer.formats import MX, Int, MXInt, Passthrough, QuantizedTensor
 from lqer.kernels import PackedLinear, pack_weight, unpack_codes
-from lqer.kernels.reference import dequantize
+from lqer.kernels.reference import reference_weight
 
 FORMATS = [
     *(MXInt(bits, block) for bits in range(2, 9) for block in (16, 32)),
@@ -33,7 +33,7 @@ def test_every_code_and_every_value_comes_back(number_format):
     weight = random_weight(number_format)
     packed = pack_weight(weight)
     assert torch.equal(unpack_codes(packed).to(torch.int64), weight.parts["codes"].to(torch.int64))
-    assert torch.equal(dequantize(packed, torch.float32), weight.dequantize())
+    assert torch.equal(reference_weight(packed, torch.float32), weight.dequantize())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -50,8 +50,8 @@ def test_all_codes_under_all_exponents_come_back(bits):
     weight = QuantizedTensor(number_format, codes.shape, 1, {"codes": codes, "exponents": exponents[usable]})
     packed = pack_weight(weight)
     assert torch.equal(unpack_codes(packed).to(torch.int8), codes)
-    assert torch.equal(dequantize(packed, torch.float32), weight.dequantize())
-    assert torch.equal(dequantize(packed, torch.bfloat16), weight.dequantize(torch.bfloat16))
+    assert torch.equal(reference_weight(packed, torch.float32), weight.dequantize())
+    assert torch.equal(reference_weight(packed, torch.bfloat16), weight.dequantize(torch.bfloat16))
 
 
 @pytest.mark.parametrize(("exponent", "shown"), [(2, "-128"), (251, "121")])
@@ -76,7 +76,7 @@ def test_padding_holds_zeros():
     whole = dataclasses.replace(
         packed, layout=dataclasses.replace(packed.layout, rows=64, columns=packed.layout.tile_k)
     )
-    values = dequantize(whole, torch.float32)
+    values = reference_weight(whole, torch.float32)
     assert (values[3:] == 0).all()
     assert (values[:, 32:] == 0).all()
 

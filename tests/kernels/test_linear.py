@@ -11,7 +11,8 @@ from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, build_layer, random_inp
 
 from lqer.formats import Int, MXInt, Passthrough
 from lqer.kernels import packed_linear
-from lqer.kernels.launch import expand, fits_gemv, run_expanded, run_gemm, run_gemv
+from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
+from lqer.kernels.integer_launch import fits_gemv, run_gemm, run_gemv
 from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
@@ -37,7 +38,7 @@ TOKENS = range(1, 131) if ON_GPU else (1, 2, 17)
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
 def test_decoded_weights_are_those_of_emulation_bit_for_bit(number_format, dtype):
     layer = build_layer(number_format, 75, 300, dtype=dtype)
-    assert torch.equal(expand(layer.packed.weight, dtype), layer.weight.dequantize(dtype))
+    assert torch.equal(dequantize_weight(layer.packed.weight, dtype), layer.weight.dequantize(dtype))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the instructions of bfloat16 decoding need a GPU")
@@ -49,16 +50,16 @@ def test_paired_decoding_is_exact_for_all_exponents(bits):
     layer = build_layer(number_format, 64, len(power))
     quantized = number_format.quantize(weight.to(DEVICE))
     packed = type(layer.packed).pack(quantized, None, None, None, None, torch.bfloat16)
-    assert torch.equal(expand(packed.weight, torch.bfloat16), quantized.dequantize(torch.bfloat16))
+    assert torch.equal(dequantize_weight(packed.weight, torch.bfloat16), quantized.dequantize(torch.bfloat16))
 
 
 @pytest.mark.parametrize("activation", [None, X8, MXInt(6, 32, "floor")], ids=str)
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
 def test_every_format_gives_the_formula(number_format, activation):
     layer = build_layer(number_format, 75, 300, rank=16, activation=activation, bias=True)
-    x_MK = random_input(3, 300)
-    exact = layer.exact(x_MK)
-    for run in (lambda: run_gemm(x_MK, layer.packed, GEMM), lambda: run_expanded(x_MK, layer.packed)):
+    x_MI = random_input(3, 300)
+    exact = layer.exact(x_MI)
+    for run in (lambda: run_gemm(x_MI, layer.packed, GEMM), lambda: run_dequantized(x_MI, layer.packed)):
         # The product of a library is rounded to the dtype before the branch is added, as emulation does it.
         assert relative_error(run(), exact) < 1.8 * TOLERANCE[DTYPE]
 
@@ -68,15 +69,15 @@ def test_every_format_gives_the_formula(number_format, activation):
 def test_every_rank_gives_the_formula(rank, activation):
     layer = build_layer(MXInt(4), 80, 272, rank=rank, activation=activation)
     for m in (1, 5):
-        x_MK = random_input(m, 272)
-        assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+        x_MI = random_input(m, 272)
+        assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize("m", TOKENS)
 def test_every_number_of_tokens_gives_the_formula(m):
     layer = build_layer(MXInt(4), 200, 272, rank=32, activation=X8, bias=True)
-    x_MK = random_input(m, 272)
-    assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+    x_MI = random_input(m, 272)
+    assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (75, 20), (64, 128), (130, 129), (320, 1000)])
@@ -84,71 +85,71 @@ def test_shapes_need_not_be_multiples_of_a_tile(n, k):
     for activation in (None, X8):
         layer = build_layer(MXInt(4), n, k, rank=16, activation=activation)
         for m in (1, 4):
-            x_MK = random_input(m, k)
-            assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+            x_MI = random_input(m, k)
+            assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_sums_are_those_of_float64_to_a_millionth(splits):
     layer = build_layer(MXInt(4), 80, 1024, rank=32, activation=X8)
-    x_MK = random_input(5, 1024)
+    x_MI = random_input(5, 1024)
     launch = GemmLaunch(64, 16, splits, 2, 4)
-    assert relative_error(run_gemm(x_MK, layer.packed, launch, torch.float32), layer.exact(x_MK)) < 1e-6
+    assert relative_error(run_gemm(x_MI, layer.packed, launch, torch.float32), layer.exact(x_MI)) < 1e-6
 
 
 def test_the_integer_kernel_sums_as_exactly():
     for block in (16, 32):
         layer = build_layer(MXInt(4, block), 80, 1024, rank=32, activation=X8, bias=True)
         assert fits_gemv(layer.packed)
-        x_1K = random_input(1, 1024)
+        x_1I = random_input(1, 1024)
         for launch in (GEMV, GemvLaunch(32, 4, 4)):
-            assert relative_error(run_gemv(x_1K, layer.packed, launch, torch.float32), layer.exact(x_1K)) < 1e-6
+            assert relative_error(run_gemv(x_1I, layer.packed, launch, torch.float32), layer.exact(x_1I)) < 1e-6
 
 
 def test_small_integers_are_summed_without_any_error():
     generator = torch.Generator().manual_seed(0)
-    weight_NK = torch.randint(-7, 8, (64, 256), generator=generator).float()
-    weight_NK[:, ::16] = 7.0  # every block has the exponent of 8
-    x_MK = torch.randint(-127, 128, (4, 256), generator=generator).float()
-    x_MK[:, ::16] = 127.0
-    quantized = MXInt(4).quantize(weight_NK.to(DEVICE))
+    weight_OI = torch.randint(-7, 8, (64, 256), generator=generator).float()
+    weight_OI[:, ::16] = 7.0  # every block has the exponent of 8
+    x_MI = torch.randint(-127, 128, (4, 256), generator=generator).float()
+    x_MI[:, ::16] = 127.0
+    quantized = MXInt(4).quantize(weight_OI.to(DEVICE))
     layer = build_layer(MXInt(4), 64, 256, activation=X8)
     packed = type(layer.packed).pack(quantized, None, None, None, X8, DTYPE)
-    expected = x_MK.double() @ weight_NK.double().T
-    x_MK = x_MK.to(DEVICE, DTYPE)
-    assert torch.equal(run_gemm(x_MK, packed, GEMM, torch.float32).double().cpu(), expected)
-    assert torch.equal(run_gemv(x_MK[:1], packed, GEMV, torch.float32).double().cpu(), expected[:1])
+    expected = x_MI.double() @ weight_OI.double().T
+    x_MI = x_MI.to(DEVICE, DTYPE)
+    assert torch.equal(run_gemm(x_MI, packed, GEMM, torch.float32).double().cpu(), expected)
+    assert torch.equal(run_gemv(x_MI[:1], packed, GEMV, torch.float32).double().cpu(), expected[:1])
 
 
 def test_the_torch_reference_is_the_formula_too():
     layer = build_layer(MXInt(4), 80, 272, rank=16, activation=X8, bias=True)
-    x_MK = random_input(4, 272)
-    assert relative_error(reference_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+    x_MI = random_input(4, 272)
+    assert relative_error(reference_linear(x_MI, layer.packed), layer.exact(x_MI)) < TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize("factor", [Passthrough("float16"), MXInt(8, 32), MXInt(4), Int(8, 16)], ids=str)
 def test_factors_may_be_in_any_format(factor):
     layer = build_layer(MXInt(4), 80, 272, rank=32, factor=factor)
-    x_MK = random_input(4, 272)
-    assert relative_error(packed_linear(x_MK, layer.packed), layer.exact(x_MK)) < TOLERANCE[DTYPE]
+    x_MI = random_input(4, 272)
+    assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize("m", [1, 4])
 def test_ten_runs_give_the_same_bits_and_leave_the_counters_at_zero(m):
     layer = build_layer(MXInt(4), 200, 1024, rank=32, activation=X8)
-    x_MK = random_input(m, 1024)
-    first = packed_linear(x_MK, layer.packed)
+    x_MI = random_input(m, 1024)
+    first = packed_linear(x_MI, layer.packed)
     for _ in range(9 if ON_GPU else 2):
-        assert torch.equal(packed_linear(x_MK, layer.packed), first)
+        assert torch.equal(packed_linear(x_MI, layer.packed), first)
     assert (layer.packed.workspace == 0).all()
 
 
 def test_leading_dimensions_and_strides_of_x_do_not_matter():
     layer = build_layer(MXInt(4), 80, 128, rank=16, activation=X8)
-    x_MK = random_input(6, 128)
-    expected = packed_linear(x_MK, layer.packed)
-    assert torch.equal(packed_linear(x_MK.view(2, 3, 128), layer.packed), expected.view(2, 3, 80))
-    wide = torch.cat([x_MK, x_MK], dim=1)
+    x_MI = random_input(6, 128)
+    expected = packed_linear(x_MI, layer.packed)
+    assert torch.equal(packed_linear(x_MI.view(2, 3, 128), layer.packed), expected.view(2, 3, 80))
+    wide = torch.cat([x_MI, x_MI], dim=1)
     assert torch.equal(packed_linear(wide[:, 128:], layer.packed), expected)
 
 
@@ -169,8 +170,8 @@ def test_the_operator_says_what_it_returns_and_compiles_as_one_graph():
     layer = build_layer(MXInt(4), 80, 128, rank=16, activation=X8, bias=True)
     compiled = torch.compile(lambda x: packed_linear(x * 2, layer.packed), fullgraph=True, backend="aot_eager")
     for m in (1, 3):
-        x_MK = random_input(m, 128)
-        assert torch.equal(compiled(x_MK), packed_linear(x_MK * 2, layer.packed))
+        x_MI = random_input(m, 128)
+        assert torch.equal(compiled(x_MI), packed_linear(x_MI * 2, layer.packed))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
@@ -181,8 +182,8 @@ def test_a_cuda_graph_replays_it_on_new_inputs(m):
     packed_linear(static, layer.packed)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y_MN = packed_linear(static, layer.packed)
+        y_MO = packed_linear(static, layer.packed)
     fresh = random_input(m, 1024).flip(0) * 3
     static.copy_(fresh)
     graph.replay()
-    assert torch.equal(y_MN, packed_linear(fresh, layer.packed))
+    assert torch.equal(y_MO, packed_linear(fresh, layer.packed))

@@ -112,17 +112,17 @@ def test_a_caldera_checkpoint_runs_from_its_codes_as_in_emulation(random_model, 
 def test_a_linear_in_another_basis_runs_its_kernels_there():
     layer = build_layer(MXInt(4), 96, 128, rank=16, activation=MXInt(8))
     basis = random_hadamard(96, 128, seed=0)
-    weight_NK, a_KR, b_RN = (part.dequantize(DTYPE) for part in (layer.weight, layer.a, layer.b))
-    emulation, kernels = QuantizedLinear(weight_NK, None, a_KR, b_RN, MXInt(8)), TritonLinear(layer.packed)
-    x_MK, bias_N = random_input(3, 128), torch.ones(96, dtype=DTYPE)
-    emulated, packed = (HadamardLinear(module, basis, bias_N).to(DEVICE) for module in (emulation, kernels))
-    torch.testing.assert_close(packed(x_MK), emulated(x_MK), rtol=2e-2, atol=2e-2)
+    weight_OI, a_IR, b_RO = (part.dequantize(DTYPE) for part in (layer.weight, layer.a, layer.b))
+    emulation, kernels = QuantizedLinear(weight_OI, None, a_IR, b_RO, MXInt(8)), TritonLinear(layer.packed)
+    x_MI, bias_O = random_input(3, 128), torch.ones(96, dtype=DTYPE)
+    emulated, packed = (HadamardLinear(module, basis, bias_O).to(DEVICE) for module in (emulation, kernels))
+    torch.testing.assert_close(packed(x_MI), emulated(x_MI), rtol=2e-2, atol=2e-2)
 
 
 def test_the_module_is_the_function_and_keeps_nothing_in_its_state_dict():
     layer = build_layer(MXInt(4), 80, 128, rank=16, activation=MXInt(8), bias=True)
     module = TritonLinear(layer.packed)
-    x_MK = random_input(3, 128)
-    assert torch.equal(module(x_MK), packed_linear(x_MK, layer.packed))
+    x_MI = random_input(3, 128)
+    assert torch.equal(module(x_MI), packed_linear(x_MI, layer.packed))
     assert module.state_dict() == {}
     assert "rank=16" in repr(module)

@@ -1,49 +1,49 @@
 """Many tokens, where a library's products on decoded weights win: what has to be in memory for them.
 
-Shapes: M tokens, N out_features, K in_features, T columns of a tile.
+Shapes: M tokens, O out_features, I in_features, T columns of a tile.
 """
 
 import triton
 import triton.language as tl
 
-from lqer.kernels.branch import load_factor
 from lqer.kernels.decode import decode_tile, dot, restore_columns
+from lqer.kernels.low_rank import load_factor
 from lqer.kernels.rounding import round_columns
 
 
 @triton.jit
-def expand_kernel(
+def dequantize_kernel(
     words,
     high,
     scales,
     zeros,
-    w_out,  # [N, K]
+    w_out,  # [O, I]
     N,
     K,
     layout: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Decode one tile of BLOCK_N rows."""
-    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
     tile_k: tl.constexpr = layout.tile_k
-    w_NT = decode_tile(
-        words, high, scales, zeros, rows_N, tile,
+    w_OT = decode_tile(
+        words, high, scales, zeros, rows_O, tile,
         layout, w_out.dtype.element_ty,
     )  # fmt: skip
     columns_T = tile * tile_k + tl.arange(0, tile_k)
-    inside = (rows_N < N)[:, None] & (columns_T < K)[None, :]
-    tl.store(w_out + rows_N.to(tl.int64)[:, None] * K + columns_T[None, :], restore_columns(w_NT), mask=inside)
+    inside = (rows_O < N)[:, None] & (columns_T < K)[None, :]
+    tl.store(w_out + rows_O.to(tl.int64)[:, None] * K + columns_T[None, :], restore_columns(w_OT), mask=inside)
 
 
 # M changes from call to call: no new compilation for 1, or for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
-def branch_kernel(
-    y,  # [M, N]
+def low_rank_kernel(
+    y,  # [M, O]
     projection,  # Q(x A), [M, RP]
     b_codes,
     b_exponents,
-    bias,  # [N], or None
+    bias,  # [O], or None
     M,
     N,
     rank: tl.constexpr,
@@ -54,19 +54,19 @@ def branch_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """y = Q(Q(x A) B) + b, to which a library adds the product with W without another pass over y."""
-    columns_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = (rows_M < M)[:, None]
     dtype: tl.constexpr = y.dtype.element_ty
-    product_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    product_MO = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in tl.static_range(0, rank, BLOCK_R):
         place = projection + rows_M.to(tl.int64)[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
         xa_MR = tl.load(place, mask=row_inside, other=0.0)
-        b_RN = load_factor(b_codes, b_exponents, first, columns_N, N, rank, BLOCK_R, b_block, dtype)
-        product_MN = dot(xa_MR, b_RN, product_MN)
+        b_RO = load_factor(b_codes, b_exponents, first, columns_O, N, rank, BLOCK_R, b_block, dtype)
+        product_MO = dot(xa_MR, b_RO, product_MO)
     if rounding.bits > 0:
-        product_MN = round_columns(product_MN, rounding)
+        product_MO = round_columns(product_MO, rounding)
     if bias is not None:
-        product_MN += tl.load(bias + columns_N, mask=columns_N < N, other=0.0).to(tl.float32)[None, :]
-    place = y + rows_M.to(tl.int64)[:, None] * N + columns_N[None, :]
-    tl.store(place, product_MN.to(dtype), mask=row_inside & (columns_N < N)[None, :])
+        product_MO += tl.load(bias + columns_O, mask=columns_O < N, other=0.0).to(tl.float32)[None, :]
+    place = y + rows_M.to(tl.int64)[:, None] * N + columns_O[None, :]
+    tl.store(place, product_MO.to(dtype), mask=row_inside & (columns_O < N)[None, :])

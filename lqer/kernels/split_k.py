@@ -3,7 +3,7 @@
 Every program stores its partial sum in memory and counts itself. The one that finishes a tile last adds all partial
 sums in a fixed order, so that results are reproducible bit for bit, and resets the counter to zero.
 
-Shapes: M tokens, N out_features.
+Shapes: M tokens, O out_features.
 """
 
 import triton
@@ -51,13 +51,13 @@ def sum_partials(
 
 @triton.jit
 def finish_tile(
-    acc_NM,  # float32, the partial sum of this program
-    partial,  # float32 [splits, N, M], or None for one split
+    acc_OM,  # float32, the partial sum of this program
+    partial,  # float32 [splits, O, M], or None for one split
     counter,  # int32, of this tile, zero before and after
     split,
-    bias,  # [N], or None
-    y,  # [M, N]
-    rows_N,
+    bias,  # [O], or None
+    y,  # [M, O]
+    rows_O,
     rows_M,
     M,
     N,
@@ -65,15 +65,15 @@ def finish_tile(
     at_once: tl.constexpr,  # partial sums that are loaded before they are added
 ):
     """y = the sum over all splits and the bias, of a tile of outputs; written by its last program."""
-    inside_NM = (rows_N < N)[:, None] & (rows_M < M)[None, :]
+    inside_OM = (rows_O < N)[:, None] & (rows_M < M)[None, :]
     last = True
     if splits > 1:
         size = N * M
-        offset_NM = rows_N[:, None] * M + rows_M[None, :]
-        last = store_partial(acc_NM, partial, offset_NM, inside_NM, size, counter, split, splits)
+        offset_OM = rows_O[:, None] * M + rows_M[None, :]
+        last = store_partial(acc_OM, partial, offset_OM, inside_OM, size, counter, split, splits)
         if last:
-            acc_NM = sum_partials(acc_NM, partial, offset_NM, inside_NM, size, counter, splits, at_once)
+            acc_OM = sum_partials(acc_OM, partial, offset_OM, inside_OM, size, counter, splits, at_once)
     if last:
         if bias is not None:
-            acc_NM += tl.load(bias + rows_N, mask=rows_N < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(y + rows_M[None, :] * N + rows_N[:, None], acc_NM.to(y.dtype.element_ty), mask=inside_NM)
+            acc_OM += tl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(y + rows_M[None, :] * N + rows_O[:, None], acc_OM.to(y.dtype.element_ty), mask=inside_OM)

@@ -3,15 +3,15 @@
 A program takes a few rows and a tile of words of each at a time, one word of four rows a thread. The tables that the
 tile's indices refer to are staged in shared memory, as pairs of values, and one load from there serves two columns.
 
-Shapes: [W, R, J, M] throughout, W words, R rows, J fields of a word, M tokens; N out_features, K in_features.
+Shapes: [W, R, J, M] throughout, W words, R rows, J fields of a word, M tokens; O out_features, I in_features.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lqer.kernels.branch import load_factor
 from lqer.kernels.codebook import QUAD
+from lqer.kernels.low_rank import load_factor
 from lqer.kernels.rounding import round_columns
 from lqer.kernels.runtime import INTERPRETED
 
@@ -146,7 +146,7 @@ def _branch(
     block: tl.constexpr = rounding.block if rounding.bits > 0 else 16
     width: tl.constexpr = max(ROWS, rounding.block if rounding.bits > 0 else ROWS)
     step: tl.constexpr = max(block, b_block)
-    columns_N = first_row // width * width + tl.arange(0, width)
+    columns_O = first_row // width * width + tl.arange(0, width)
     product = tl.zeros((tokens_M.shape[0], width), tl.float32)
     for first in range(0, rank, step):
         ranks_R = first + tl.arange(0, step)
@@ -154,8 +154,8 @@ def _branch(
         xa_MR = tl.load(projection + tokens_M[:, None] * rank + ranks_R[None, :], mask=inside, other=0.0)
         if rounding.bits > 0:
             xa_MR = round_columns(xa_MR, rounding)
-        b_RN = load_factor(b_codes, b_exponents, first, columns_N, N, rank, step, b_block, tl.float32)
-        product += tl.sum(xa_MR.to(dtype).to(tl.float32)[:, :, None] * b_RN[None, :, :], axis=1)
+        b_RO = load_factor(b_codes, b_exponents, first, columns_O, N, rank, step, b_block, tl.float32)
+        product += tl.sum(xa_MR.to(dtype).to(tl.float32)[:, :, None] * b_RO[None, :, :], axis=1)
     if rounding.bits > 0:
         product = round_columns(product, rounding)
     parts: tl.constexpr = width // ROWS
@@ -166,14 +166,14 @@ def _branch(
 # M changes from call to call: no new compilation for 1, or for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def codebook_product_kernel(
-    x,  # [M, K], rows `x_stride` apart
+    x,  # [M, I], rows `x_stride` apart
     words,
     table,
-    bias,  # [N], or None
+    bias,  # [O], or None
     projection,  # x_q A, float32 [M, RP], or None
-    b_codes,  # [RP, N] int8 or plain, or None
-    b_exponents,  # [RP / b_block, N] uint8, or None
-    y,  # [M, N]
+    b_codes,  # [RP, O] int8 or plain, or None
+    b_exponents,  # [RP / b_block, O] uint8, or None
+    y,  # [M, O]
     M,
     N,
     K,
@@ -246,10 +246,10 @@ def codebook_product_kernel(
 
 
 @triton.jit
-def codebook_expand_kernel(
+def codebook_dequantize_kernel(
     words,
     table,
-    w_out,  # [N, K]
+    w_out,  # [O, I]
     N,
     K,
     layout: tl.constexpr,  # IndexLayout

@@ -1,22 +1,22 @@
 """Rounds activations, in their own order or in that of the weights' tiles, and multiplies them by A on the way.
 
-Shapes: M tokens, K in_features, R ranks, T columns of a program.
+Shapes: M tokens, I in_features, R ranks, T columns of a program.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lqer.kernels.branch import finish_projection, multiply_slab, project_rank, write_projection
 from lqer.kernels.decode import permute_columns
+from lqer.kernels.low_rank import finish_projection, project_rank, project_split, write_projection
 from lqer.kernels.rounding import round_columns
 
 
 # M changes from call to call: no new compilation for 1, or for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def round_kernel(
-    x,  # [M, K], rows `x_stride` apart
-    x_out,  # rounded, [M, K] or, in kernel order, [M, KP]
+    x,  # [M, I], rows `x_stride` apart
+    x_out,  # rounded, [M, I] or, in kernel order, [M, IP]
     M,
     K,
     x_stride,
@@ -45,20 +45,20 @@ def round_kernel(
 # M changes from call to call: no new compilation for 1, or for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def project_kernel(
-    x,  # [M, K], rows `x_stride` apart
-    a_codes,  # Aᵀ [RP, KP] int8 or plain
-    a_exponents,  # [RP, KP / a_block] uint8, or None
-    x_out,  # [M, K], rounded; not written where activations are not
-    partial,  # [slabs, M, RP] float32, or None for one slab
+    x,  # [M, I], rows `x_stride` apart
+    a_codes,  # Aᵀ [RP, IP] int8 or plain
+    a_exponents,  # [RP, IP / a_block] uint8, or None
+    x_out,  # [M, I], rounded; not written where activations are not
+    partial,  # [splits, M, RP] float32, or None for one slab
     projection,  # Q(x A), [M, RP]
     counters,  # int32, zero before and after, one for a tile of tokens and a block of ranks
     M,
     K,
     x_stride,
     rank: tl.constexpr,
-    padded_K: tl.constexpr,
-    slabs: tl.constexpr,
-    SLAB_K: tl.constexpr,
+    padded_columns: tl.constexpr,
+    splits: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     rounding: tl.constexpr,
     a_block: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -66,32 +66,32 @@ def project_kernel(
     BLOCK_R: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """One slab of x's columns for BLOCK_M tokens and BLOCK_R ranks."""
-    slab, pid_m, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One split of x's columns for BLOCK_M tokens and BLOCK_R ranks."""
+    split, pid_m, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    acc_MR = multiply_slab(
-        x, a_codes, a_exponents, x_out, pid_r == 0, slab, rows_M, ranks_R, M, K, x_stride,
-        rank, padded_K, SLAB_K, BLOCK_K, rounding, a_block, stages,
+    acc_MR = project_split(
+        x, a_codes, a_exponents, x_out, pid_r == 0, split, rows_M, ranks_R, M, K, x_stride,
+        rank, padded_columns, SPLIT_K, BLOCK_K, rounding, a_block, stages,
     )  # fmt: skip
-    if slabs == 1:
+    if splits == 1:
         write_projection(acc_MR, projection, rows_M, ranks_R, M, rank, rounding)
     else:
         counter = counters + pid_m * (rank // BLOCK_R) + pid_r
-        finish_projection(acc_MR, partial, projection, counter, slab, rows_M, ranks_R, M, rank, slabs, rounding)
+        finish_projection(acc_MR, partial, projection, counter, split, rows_M, ranks_R, M, rank, splits, rounding)
 
 
 @triton.jit
-def prepare_tokens_kernel(
-    x,  # [M, K], rows `x_stride` apart
-    a_codes,  # Aᵀ [RP, KP] int8 or plain
-    a_exponents,  # [RP, KP / a_block] uint8, or None
-    x_out,  # [M, K], rounded; not written where activations are not
+def prepare_activations_kernel(
+    x,  # [M, I], rows `x_stride` apart
+    a_codes,  # Aᵀ [RP, IP] int8 or plain
+    a_exponents,  # [RP, IP / a_block] uint8, or None
+    x_out,  # [M, I], rounded; not written where activations are not
     projection,  # x_q A, [M, RP] float32, not rounded
     K,
     x_stride,
     rank: tl.constexpr,
-    padded_K: tl.constexpr,
+    padded_columns: tl.constexpr,
     rounding: tl.constexpr,
     a_block: tl.constexpr,
     BLOCK_K: tl.constexpr,  # of x and a row of Aᵀ at once
@@ -103,12 +103,12 @@ def prepare_tokens_kernel(
     x += token.to(tl.int64) * x_stride
     if pid < rank:
         place = projection + token * rank + pid
-        project_rank(x, a_codes, a_exponents, place, pid, K, padded_K, rounding, a_block, BLOCK_K, chained)
+        project_rank(x, a_codes, a_exponents, place, pid, K, padded_columns, rounding, a_block, BLOCK_K, chained)
     elif rounding.bits > 0:
         if chained:
             gdc_wait()
             gdc_launch_dependents()
         columns = (pid - rank) * COLUMNS + tl.arange(0, COLUMNS)
-        x_K = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32).reshape(1, COLUMNS)
-        x_K = round_columns(x_K, rounding).reshape(COLUMNS)
-        tl.store(x_out + token * K + columns, x_K.to(x.dtype.element_ty), mask=columns < K)
+        x_I = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32).reshape(1, COLUMNS)
+        x_I = round_columns(x_I, rounding).reshape(COLUMNS)
+        tl.store(x_out + token * K + columns, x_I.to(x.dtype.element_ty), mask=columns < K)

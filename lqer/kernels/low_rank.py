@@ -1,14 +1,14 @@
 """Device functions of the low-rank branch: Q(Q(x A) B), beside the product with W in one kernel.
 
-The first programs of a grid produce Q(x A): each multiplies a slab of x's columns by A's rows, the one that finishes
-last adds the slabs up in a fixed order, so that runs agree bit for bit, rounds the sum and raises `ready`. The other
+The first programs of a grid produce Q(x A): each multiplies a split of x's columns by A's rows, the one that finishes
+last adds the splits up in a fixed order, so that runs agree bit for bit, rounds the sum and raises `ready`. The other
 programs multiply with W meanwhile and wait for `ready` only when they are done with that. Programs start in the order
 of their numbers and producers wait for nobody, so the wait ends.
 
-Counters (int32, zero before and after, for each tile of tokens): `ready`, and one of finished slabs for each block of
+Counters (int32, zero before and after, for each tile of tokens): `ready`, and one of finished splits for each block of
 ranks. A consumer that has waited counts itself in `ready`, and the last one sets it back to zero.
 
-Shapes: M tokens, N out_features, K in_features, R rank (padded to whole blocks), C columns of a factor.
+Shapes: M tokens, O out_features, I in_features, R rank (padded to whole blocks), C columns of a factor.
 """
 
 import triton
@@ -16,8 +16,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lqer.kernels.decode import dot, exponent_to_scale
-from lqer.kernels.parts import store_partial, sum_partials
 from lqer.kernels.rounding import round_columns
+from lqer.kernels.split_k import store_partial, sum_partials
 
 PARTIALS_AT_ONCE = tl.constexpr(8)
 # What a finished block of ranks adds to `ready`; consumers add one each.
@@ -63,26 +63,26 @@ def load_transposed(
     ranks_R,
     first,
     n_ranks,
-    padded_K,
+    padded_columns,
     columns: tl.constexpr,
     block: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """`columns` columns of Aᵀ [n_ranks, padded_K] in `dtype`: codes with step exponents per `block` columns, or values.
+    """`columns` columns of Aᵀ [n_ranks, padded_columns] in `dtype`: int8 codes with step exponents, or values.
 
-    Columns from padded_K on are zero.
+    Columns from padded_columns on are zero.
     """
     width: tl.constexpr = ranks_R.shape[0]
-    columns_K = first + tl.arange(0, columns)
-    inside = (ranks_R < n_ranks)[:, None] & (columns_K < padded_K)[None, :]
-    values = tl.load(codes + ranks_R[:, None] * padded_K + columns_K[None, :], mask=inside, other=0)
+    columns_I = first + tl.arange(0, columns)
+    inside = (ranks_R < n_ranks)[:, None] & (columns_I < padded_columns)[None, :]
+    values = tl.load(codes + ranks_R[:, None] * padded_columns + columns_I[None, :], mask=inside, other=0)
     if exponents is None:
         return values.to(dtype)
     else:
         blocks: tl.constexpr = columns // block
         columns_B = first // block + tl.arange(0, blocks)
-        inside_B = (ranks_R < n_ranks)[:, None] & (columns_B * block < padded_K)[None, :]
-        place = exponents + ranks_R[:, None] * (padded_K // block) + columns_B[None, :]
+        inside_B = (ranks_R < n_ranks)[:, None] & (columns_B * block < padded_columns)[None, :]
+        place = exponents + ranks_R[:, None] * (padded_columns // block) + columns_B[None, :]
         scale = exponent_to_scale(tl.load(place, mask=inside_B, other=0), tl.float32).reshape(width, blocks, 1)
         scaled = values.to(tl.float32).reshape(width, blocks, block) * scale
         return scaled.reshape(width, columns).to(dtype)
@@ -90,13 +90,13 @@ def load_transposed(
 
 @triton.jit
 def project_rank(
-    x,  # [K], not rounded
-    a_codes,  # Aᵀ [RP, KP] int8 or plain
-    a_exponents,  # [RP, KP / a_block] uint8, or None
+    x,  # [I], not rounded
+    a_codes,  # Aᵀ [RP, IP] int8 or plain
+    a_exponents,  # [RP, IP / a_block] uint8, or None
     place,  # of the result, float32
     r,
     K,
-    padded_K: tl.constexpr,
+    padded_columns: tl.constexpr,
     rounding: tl.constexpr,
     a_block: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -105,58 +105,60 @@ def project_rank(
     """Number r of x_q A for one token, over all of K: no other program has to add anything."""
     ranks_R = r + tl.arange(0, 1)
     # A does not depend on the kernel before.
-    a_RK = load_transposed(a_codes, a_exponents, ranks_R, 0, r + 1, padded_K, BLOCK_K, a_block, tl.float32)
+    a_RI = load_transposed(a_codes, a_exponents, ranks_R, 0, r + 1, padded_columns, BLOCK_K, a_block, tl.float32)
     if chained:
         gdc_wait()
         gdc_launch_dependents()
-    acc_K = tl.zeros((1, BLOCK_K), tl.float32)
-    for first in tl.static_range(0, padded_K, BLOCK_K):
+    acc_I = tl.zeros((1, BLOCK_K), tl.float32)
+    for first in tl.static_range(0, padded_columns, BLOCK_K):
         if first > 0:
-            a_RK = load_transposed(a_codes, a_exponents, ranks_R, first, r + 1, padded_K, BLOCK_K, a_block, tl.float32)
-        columns_K = first + tl.arange(0, BLOCK_K)
-        x_K = tl.load(x + columns_K, mask=columns_K < K, other=0.0).to(tl.float32).reshape(1, BLOCK_K)
+            a_RI = load_transposed(
+                a_codes, a_exponents, ranks_R, first, r + 1, padded_columns, BLOCK_K, a_block, tl.float32
+            )
+        columns_I = first + tl.arange(0, BLOCK_K)
+        x_I = tl.load(x + columns_I, mask=columns_I < K, other=0.0).to(tl.float32).reshape(1, BLOCK_K)
         if rounding.bits > 0:
-            x_K = round_columns(x_K, rounding)
-        acc_K += x_K * a_RK
-    tl.store(place + tl.arange(0, 1), tl.sum(acc_K, axis=1))
+            x_I = round_columns(x_I, rounding)
+        acc_I += x_I * a_RI
+    tl.store(place + tl.arange(0, 1), tl.sum(acc_I, axis=1))
 
 
 @triton.jit
-def multiply_slab(
-    x,  # [M, K], rows `x_stride` apart, not rounded
-    a_codes,  # Aᵀ [RP, KP] int8 or plain
-    a_exponents,  # [RP, KP / a_block] uint8, or None
-    x_out,  # [M, K], where the programs of the first ranks put the rounded x, or None
+def project_split(
+    x,  # [M, I], rows `x_stride` apart, not rounded
+    a_codes,  # Aᵀ [RP, IP] int8 or plain
+    a_exponents,  # [RP, IP / a_block] uint8, or None
+    x_out,  # [M, I], where the programs of the first ranks put the rounded x, or None
     first_ranks,  # is this one of them
-    slab,
+    split,
     rows_M,
     ranks_R,
     M,
     K,
     x_stride,
     rank: tl.constexpr,
-    padded_K: tl.constexpr,
-    SLAB_K: tl.constexpr,  # columns of a slab
+    padded_columns: tl.constexpr,
+    SPLIT_K: tl.constexpr,  # columns of a slab
     BLOCK_K: tl.constexpr,
     rounding: tl.constexpr,
     a_block: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """x_q A over the columns of one slab, float32 [M, R]."""
+    """x_q A over the columns of one split, float32 [M, R]."""
     row_inside = (rows_M < M)[:, None]
     dtype: tl.constexpr = x.dtype.element_ty
     acc_MR = tl.zeros((rows_M.shape[0], ranks_R.shape[0]), tl.float32)
-    for first in tl.range(slab * SLAB_K, slab * SLAB_K + SLAB_K, BLOCK_K, num_stages=stages):
-        columns_K = first + tl.arange(0, BLOCK_K)
-        inside = row_inside & (columns_K < K)[None, :]
-        x_MK = tl.load(x + rows_M.to(tl.int64)[:, None] * x_stride + columns_K[None, :], mask=inside, other=0.0)
+    for first in tl.range(split * SPLIT_K, split * SPLIT_K + SPLIT_K, BLOCK_K, num_stages=stages):
+        columns_I = first + tl.arange(0, BLOCK_K)
+        inside = row_inside & (columns_I < K)[None, :]
+        x_MI = tl.load(x + rows_M.to(tl.int64)[:, None] * x_stride + columns_I[None, :], mask=inside, other=0.0)
         if rounding.bits > 0:
-            x_MK = round_columns(x_MK.to(tl.float32), rounding).to(dtype)
+            x_MI = round_columns(x_MI.to(tl.float32), rounding).to(dtype)
             if x_out is not None:
                 if first_ranks:
-                    tl.store(x_out + rows_M.to(tl.int64)[:, None] * K + columns_K[None, :], x_MK, mask=inside)
-        a_RK = load_transposed(a_codes, a_exponents, ranks_R, first, rank, padded_K, BLOCK_K, a_block, dtype)
-        acc_MR = dot(x_MK, tl.trans(a_RK), acc_MR)
+                    tl.store(x_out + rows_M.to(tl.int64)[:, None] * K + columns_I[None, :], x_MI, mask=inside)
+        a_RI = load_transposed(a_codes, a_exponents, ranks_R, first, rank, padded_columns, BLOCK_K, a_block, dtype)
+        acc_MR = dot(x_MI, tl.trans(a_RI), acc_MR)
     return acc_MR
 
 
@@ -204,7 +206,7 @@ def write_projection(
 @triton.jit
 def produce_projection(
     producer,  # number of this program among the producers
-    x,  # [M, K], rows `x_stride` apart, not rounded
+    x,  # [M, I], rows `x_stride` apart, not rounded
     a_codes,
     a_exponents,
     partial,
@@ -214,28 +216,28 @@ def produce_projection(
     K,
     x_stride,
     rank: tl.constexpr,
-    padded_K: tl.constexpr,
-    slabs: tl.constexpr,
-    SLAB_K: tl.constexpr,
+    padded_columns: tl.constexpr,
+    splits: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     rounding: tl.constexpr,
     a_block: tl.constexpr,
 ):
-    """One slab of one tile of tokens and one block of ranks; for the last of the slabs, Q(x A) too."""
+    """One split of one tile of tokens and one block of ranks; for the last of the splits, Q(x A) too."""
     rank_blocks: tl.constexpr = rank // BLOCK_R
     # So few columns at once that producers need no more registers than the other programs of their kernel.
-    BLOCK_K: tl.constexpr = max(64, min(SLAB_K, 2048 // max(BLOCK_M, BLOCK_R)))
-    slab, pid_r, pid_m = producer % slabs, producer // slabs % rank_blocks, producer // (slabs * rank_blocks)
+    BLOCK_K: tl.constexpr = max(64, min(SPLIT_K, 2048 // max(BLOCK_M, BLOCK_R)))
+    split, pid_r, pid_m = producer % splits, producer // splits % rank_blocks, producer // (splits * rank_blocks)
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    acc_MR = multiply_slab(
-        x, a_codes, a_exponents, None, False, slab, rows_M, ranks_R, M, K, x_stride,
-        rank, padded_K, SLAB_K, BLOCK_K, rounding, a_block, 1,
+    acc_MR = project_split(
+        x, a_codes, a_exponents, None, False, split, rows_M, ranks_R, M, K, x_stride,
+        rank, padded_columns, SPLIT_K, BLOCK_K, rounding, a_block, 1,
     )  # fmt: skip
     ready = counters + pid_m * (rank_blocks + 1)
     if finish_projection(
-        acc_MR, partial, projection, ready + 1 + pid_r, slab, rows_M, ranks_R, M, rank, slabs, rounding
+        acc_MR, partial, projection, ready + 1 + pid_r, split, rows_M, ranks_R, M, rank, splits, rounding
     ):
         tl.debug_barrier()
         tl.atomic_add(ready, BLOCK_READY, sem="release")

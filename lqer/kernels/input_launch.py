@@ -1,0 +1,47 @@
+"""Host side of the kernels that prepare activations, shared by all regimes.
+
+Shapes: M tokens, I in_features, R rank; P marks padding.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lqer.kernels import runtime
+from lqer.kernels.activations import round_kernel
+from lqer.kernels.layout import Layout
+from lqer.kernels.packed import PackedLinear
+
+ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
+MAX_RANK_BLOCK = 64
+
+
+def dense_rows(x_MI: Tensor) -> Tensor:
+    """x itself if the elements of a row are adjacent, else a copy; the stride between rows does not matter."""
+    return x_MI if x_MI.stride(1) == 1 else x_MI.contiguous()
+
+
+def rank_block(rank: int) -> int:
+    """Ranks that a program multiplies at once."""
+    return min(max(rank, 16), MAX_RANK_BLOCK)
+
+
+def round_activations(x_MI: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
+    """x rounded to the layer's activation format; x itself if activations are not rounded.
+
+    ordered: write columns in kernel order (decode.py), padded to whole tiles.
+    """
+    spec, layout = packed.spec, packed.spec.layout
+    if not spec.rounding.bits:
+        return x_MI
+    m, k = x_MI.shape
+    padded = layout.padded_columns
+    tile_k = layout.tile_k if ordered and isinstance(layout, Layout) else 0
+    x_out = x_MI.new_empty(m, padded if tile_k else k)
+    chained = runtime.can_chain(x_MI)
+    round_kernel[-(-m // ROUNDED_ROWS), -(-padded // ROUNDED_COLUMNS)](
+        x_MI, x_out, m, k, x_MI.stride(0), padded=padded, tile_k=tile_k,
+        BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS, rounding=spec.rounding, chained=chained,
+        num_warps=ROUNDING_WARPS, **runtime.launch_options(chained),
+    )  # fmt: skip
+    return x_out

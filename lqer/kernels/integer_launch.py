@@ -1,0 +1,129 @@
+"""Host side of the kernels on integer codes ("mxint" and "int"): one token by gemv.py, a few by gemm.py.
+
+Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from lqer.kernels import runtime
+from lqer.kernels.gemm import gemm_kernel
+from lqer.kernels.gemv import gemv_kernel, prepare_vector_kernel
+from lqer.kernels.input_launch import dense_rows, rank_block, round_activations
+from lqer.kernels.layout import ROW_PADDING, Layout, PackedWeight
+from lqer.kernels.packed import PROJECTION_COUNTERS, TOKEN_TILES, PackedLinear
+from lqer.kernels.tuning import GemmLaunch, GemvLaunch
+
+PROJECTION_COLUMNS = 256  # of x, for one program
+VECTOR_TILES = 4  # of x's codes, for one program
+VECTOR_COLUMNS = 16384  # of x and A, at once
+VECTOR_WARPS = 8
+SMALLEST_BLOCK_M = 16
+GEMV_MAX_RANK = 64  # a program keeps a row of x A and its columns of B in registers
+
+
+def fits_gemv(packed: PackedLinear) -> bool:
+    """Whether the integer kernel can run this layer for one token."""
+    spec, layout = packed.spec, packed.spec.layout
+    assert isinstance(layout, Layout)
+    weight_fits = layout.exponents and layout.bits == 4 and layout.block in (16, 32)
+    return weight_fits and spec.rounding.bits > 0 and spec.rank <= GEMV_MAX_RANK
+
+
+def fits_gemm(packed: PackedLinear, tokens: int, launch: GemmLaunch) -> bool:
+    """Whether the layer's workspace has enough counters for this number of tokens."""
+    token_tiles = -(-tokens // launch.block_m)
+    return token_tiles <= TOKEN_TILES and low_rank_counters(packed.spec.rank) * token_tiles <= PROJECTION_COUNTERS
+
+
+def low_rank_counters(rank: int) -> int:
+    """Counters that the low-rank branch needs for a tile of tokens (low_rank.py)."""
+    return 1 + rank // rank_block(rank) if rank else 0
+
+
+def run_gemv(x_1I: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
+    """One token, in integers; y [1, O] in `out_dtype`, by default that of x."""
+    spec, weight = packed.spec, packed.weight
+    assert isinstance(weight, PackedWeight)
+    layout = weight.layout
+    x_1I = dense_rows(x_1I)
+    padded = layout.padded_columns
+    # One buffer: an allocation from Python takes as long as a small kernel.
+    vector = x_1I.new_empty(padded // 2 + spec.rank, dtype=torch.int32)
+    chained = runtime.can_chain(x_1I)
+    block_k = min(VECTOR_COLUMNS, triton.next_power_of_2(layout.columns))
+    prepare_vector_kernel[(spec.rank + -(-layout.tiles // VECTOR_TILES),)](
+        x_1I, packed.a_codes, packed.a_exponents, vector, layout.columns, rank=spec.rank, tiles=layout.tiles,
+        rounding=spec.rounding, a_block=spec.a_block, TILES=VECTOR_TILES, BLOCK_K=block_k, chained=chained,
+        num_warps=max(VECTOR_WARPS, block_k // 1024), **runtime.launch_options(chained),
+    )  # fmt: skip
+    y_1O = x_1I.new_empty(1, layout.rows, dtype=out_dtype)
+    gemv_kernel[(-(-layout.rows // launch.block_n),)](
+        weight.words, weight.scales, packed.bias_O, vector, packed.b_codes, packed.b_exponents, y_1O,
+        layout.rows, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
+        rounding=spec.rounding, b_block=spec.b_block, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
+        chained=chained, num_warps=launch.warps, **runtime.launch_options(chained),
+    )  # fmt: skip
+    return y_1O
+
+
+def run_gemm(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
+    """A few tokens, weights decoded in registers; y [M, O] in `out_dtype`, by default that of x."""
+    spec, weight = packed.spec, packed.weight
+    assert isinstance(weight, PackedWeight)
+    layout = weight.layout
+    given = dense_rows(x_MI)
+    m, n = len(given), layout.rows
+    # Kernel order saves a pass through registers for every row of x, but serializes the tensor cores a little.
+    ordered = launch.block_m > SMALLEST_BLOCK_M and spec.rounding.bits > 0
+    x_MI = round_activations(given, packed, ordered)
+    y_MO = given.new_empty(m, n, dtype=out_dtype)
+    block_n = launch.block_n if layout.padded_rows % launch.block_n == 0 else ROW_PADDING
+    tiles_n, tiles_m = layout.padded_rows // block_n, -(-m // launch.block_m)
+    splits = min(launch.splits, layout.tiles)
+    # The low-rank branch is one more partial sum of every output tile.
+    parts = splits + (1 if spec.rank else 0)
+    partial = given.new_empty((parts, n, m), dtype=torch.float32) if parts > 1 else None
+    projection = _projection(given, packed)
+    producers = projection.splits * projection.rank_blocks * tiles_m
+    gemm_kernel[(producers + tiles_n * parts * tiles_m,)](
+        x_MI, given, *weight.parts, packed.bias_O, packed.a_codes, packed.a_exponents,
+        packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], projection.partial,
+        projection.result, packed.workspace, y_MO, m, n, layout.columns, x_MI.stride(0), given.stride(0),
+        rank=spec.rank, layout=layout.compiled, ordered=ordered, rounding=spec.rounding,
+        a_block=spec.a_block, b_block=spec.b_block, padded_columns=layout.padded_columns,
+        projection_splits=projection.splits, SPLIT_K=PROJECTION_COLUMNS, tiles_n=tiles_n, BLOCK_N=block_n,
+        BLOCK_M=launch.block_m, BLOCK_R=rank_block(spec.rank), splits=splits, stages=launch.stages,
+        num_warps=launch.warps, **_register_limit(launch),
+    )  # fmt: skip
+    return y_MO
+
+
+def _register_limit(launch: GemmLaunch) -> dict[str, int]:
+    """Registers that let four programs of four warps share a multiprocessor, if their accumulators are small enough."""
+    small = (launch.block_n, launch.block_m, launch.warps) == (128, SMALLEST_BLOCK_M, 4)
+    return {"maxnreg": 128} if small and not runtime.INTERPRETED else {}
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """Buffers of Q(x A): partial [splits, M, RP] float32 and result [M, RP]; none at rank 0."""
+
+    splits: int
+    rank_blocks: int
+    partial: Tensor | None
+    result: Tensor | None
+
+
+def _projection(x_MI: Tensor, packed: PackedLinear) -> _Projection:
+    spec, m = packed.spec, len(x_MI)
+    if not spec.rank:
+        return _Projection(0, 0, None, None)
+    splits = -(-spec.layout.columns // PROJECTION_COLUMNS)
+    partial = x_MI.new_empty((splits, m, spec.rank), dtype=torch.float32)
+    return _Projection(splits, spec.rank // rank_block(spec.rank), partial, x_MI.new_empty(m, spec.rank))
