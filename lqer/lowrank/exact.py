@@ -1,9 +1,9 @@
-"""The optimum by eigenvectors of the smaller Gram matrix in float64: the reference that other solvers are held to.
+"""The optimum by eigenvectors of the smaller Gram matrix in float64: the reference for other solvers.
 
-For an error E (out x in) and a metric R = C·Cᵀ, the singular values σ and right singular vectors V of Cᵀ·Eᵀ give the
+For an error E (out x in) and a metric H = C·Cᵀ, the singular values σ and right singular vectors V of Cᵀ·Eᵀ give the
 best product of rank r (Eckart-Young): A = Eᵀ V_r σ_r⁻¹, B = σ_r V_rᵀ, which is S⁻¹ U_r and σ_r V_rᵀ without a division
 by S. Squaring halves the digits: the product is optimal to 1e-6 for scales that span five decades, and directions whose
-singular value lies below 1e-8 of the largest are taken for noise.
+singular value is below 1e-8 of the largest count as noise.
 
 Shapes: I in_features, O out_features, R rank, K = min(I, O).
 """
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from lqer.lowrank.metric import Metric
 
-# Singular values below this share of the largest are noise of the Gram matrix in float64 (its eigenvalues carry an
-# error of about 1e-16 of the largest, so singular values one of 1e-8).
+# Singular values below this fraction of the largest are noise of the Gram matrix in float64: its eigenvalues have an
+# error of about 1e-16 of the largest, so singular values one of 1e-8.
 RELATIVE_NOISE = 1e-8
 
 
 def solve_exact(error_OI: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return a_IR and b_RO, float64, and all K singular values of the weighted error, descending.
 
-    rank: at most K. At rank K under a full R the product is the error itself, whatever the metric, and is taken from
-    the plain SVD, which no small eigenvalue of R can spoil.
+    rank: at most K. At rank K under a full H the product is the error itself, whatever the metric; it comes from the
+    unweighted SVD, whose accuracy does not depend on small eigenvalues of H.
     """
     error_IO = error_OI.T.to(torch.float64)
     in_features, out_features = error_IO.shape
@@ -48,7 +48,7 @@ def solve_exact(error_OI: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Te
 
 
 def singular_values(error_OI: Tensor, metric: Metric) -> Tensor:
-    """All K singular values (float64, descending) of the weighted error: their squares are what each rank captures."""
+    """All K singular values (float64, descending) of the weighted error; the square is the energy a rank captures."""
     error_IO = error_OI.T.to(torch.float64)
     if metric.hessian_II is not None and error_IO.shape[1] <= error_IO.shape[0]:
         gram_KK = error_IO.T @ metric.times(error_IO)

@@ -1,24 +1,24 @@
 """The best low-rank product by a block Krylov method: matrix products only, no square root, no inverse, no SVD.
 
-With E an error (out x in) and R the metric, the reconstruction needs the leading eigenvectors of M = E R Eᵀ (O, O). M
-is never formed: a block of random vectors Q₀ is taken through v -> E·(R·(Eᵀ·v)) a few times, and the best
-approximations in the space spanned by Q₀, M Q₀, M² Q₀, … are read off a small projected matrix (Rayleigh-Ritz; Musco
-and Musco, arXiv 1504.05477, algorithm 2). With V the Ritz vectors and σ² the Ritz values, A = Eᵀ V σ⁻¹ and B = σ Vᵀ, so
-A·B = Eᵀ V Vᵀ is a projection of Eᵀ whatever R is: a singular R or an E of low rank need no special care.
+With E an error (out x in) and H the metric, the reconstruction needs the leading eigenvectors of M = E H Eᵀ (O, O). M
+is never formed: v -> E·(H·(Eᵀ·v)) is applied a few times to a block of random vectors Q₀, and the best approximations
+in the space spanned by Q₀, M Q₀, M² Q₀, … follow from a small projected matrix (Rayleigh-Ritz; Musco and Musco, arXiv
+1504.05477, algorithm 2). With V the Ritz vectors and σ² the Ritz values, A = Eᵀ V σ⁻¹ and B = σ Vᵀ, so A·B = Eᵀ V Vᵀ is
+a projection of Eᵀ whatever H is: a singular H or an E of low rank needs no special case.
 
-Blocks are half as wide as the rank: the same energy is captured in a space half as large as one of blocks wider than
-the rank, with half the products (Meyer, Musco and Musco, arXiv 2305.02535). But a space grown from L vectors holds at
-most L copies of a repeated eigenvalue; where that many are found, the work is begun anew with a block that holds all
-copies that can matter.
+Blocks are half as wide as the rank: the same energy is captured in a space half as large as with blocks wider than the
+rank, with half the products (Meyer, Musco and Musco, arXiv 2305.02535). But a space grown from L vectors holds at most
+L copies of a repeated eigenvalue; where that many are found, the iteration restarts with a block that holds all copies
+that can matter.
 
-σ² are the energies that the product really captures. How much the optimum captures more is not known but estimated:
-the energy captured by the spaces of three steps converges geometrically, and its limit is extrapolated; of the last two
-limits the higher one counts, since a cluster of eigenvalues is found in jumps. More steps are taken until the estimate
-is small, both against what is captured and against what is left over: where the optimum itself removes a twentieth of
-an error, its last percent is a two-thousandth of the loss.
+σ² are the energies that the product really captures. How much more the optimum captures is estimated: the energy
+captured by the spaces of three steps converges geometrically, and its limit is extrapolated; of the last two limits the
+higher one counts, because a cluster of eigenvalues is found in jumps. The iteration ends when the estimate is small,
+both relative to the captured energy and relative to the loss: where the optimum itself removes a twentieth of an error,
+its last percent is a two-thousandth of the loss.
 
-On a GPU the products are made there, and the small projected matrix is looked at on the CPU: up to some 170 rows, where
-most solutions end, that is the faster of the two.
+On a GPU the products run there and the eigenvectors of the small projected matrix are computed on the CPU, which is
+faster up to some 170 rows, where most solutions end.
 
 Shapes: I in_features, O out_features, R rank, L block width, D dimension of the space so far.
 """
@@ -33,23 +33,23 @@ from torch import Tensor
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.precision import full_float32
 
-# A block of half the rank, but no narrower than a matrix product is efficient for, in whole registers.
+# A block of half the rank, but no narrower than efficient matrix products need, in whole registers.
 NARROWEST, WIDTH_UNIT = 24, 8
 # Vectors beyond the rank in a block that must hold every copy of a repeated eigenvalue.
 OVERSAMPLING = 16
 MOST_BLOCKS = 14
-# Ritz values that differ by less than this share count as copies of one eigenvalue.
+# Ritz values whose relative difference is smaller count as copies of one eigenvalue.
 COPIES_DIFFER = 1e-2
-# Stop once the optimum is estimated to capture less than this share more, and to lower the loss by less than that one.
+# Stop once the estimated optimum captures less than this fraction more, and lowers the loss by less than that one.
 GAP_TOLERANCE = 2e-2
 LOSS_TOLERANCE = 6e-4
-# Under a full R, which is asked for by methods that promise the optimum; its spectrum falls fast, so steps are few.
+# Under a full H, for methods that promise the optimum; its spectrum falls fast, so few steps are needed.
 FULL_METRIC_LOSS_TOLERANCE = 1e-6
-# The extrapolated gains shrink at least by this factor a step; without a bound the sum of a stalled series is infinite.
+# The extrapolated gains shrink at least by this factor per step; unbounded, the sum of a stalled series is infinite.
 SLOWEST_CONVERGENCE = 0.9
-# Of the largest of the vectors that a block adds to the space, what random vectors of about length 1 add to every one,
-# and the least that they do: a block that adds less than it has vectors is filled up by them. Well above float64's
-# square root, which a Gram matrix can resolve.
+# Random vectors of about length 1 are added to every new vector of the space, scaled by this fraction of the longest
+# one, and at least by the second number: they complete a block that has fewer independent vectors than rows. Well above
+# the square root of float64's precision, which a Gram matrix can resolve.
 FILLING, LEAST_FILLING = 1e-4, 1e-30
 
 
@@ -68,7 +68,7 @@ def block_width(rank: int) -> int:
 
 
 def least_space(rank: int) -> int:
-    """Dimensions of the first space that may do: the fourth one of those that hold the rank."""
+    """Dimensions of the first space that may suffice: the fourth one that holds the rank."""
     width = block_width(rank)
     return (-(-rank // width) + 3) * width
 
@@ -94,7 +94,7 @@ def solve_krylov(error_OI: Tensor, metric: Metric, rank: int, seed: int) -> Kryl
 
 @dataclass
 class _Convergence:
-    """The energies captured by one space after another, and what the last three of each tell of their limit."""
+    """The energies captured by one space after another, and the limits extrapolated from each three of them."""
 
     captured: list[float] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)
@@ -184,22 +184,22 @@ def _bordered(projected_DD: Tensor, rows_LD: Tensor) -> Tensor:
 
 
 def _orthonormal(block_LO: Tensor, filling_LO: Tensor, basis_DO: Tensor) -> Tensor:
-    """Orthonormal rows, float64, that span, beside the basis, what `block_LO` adds to it.
+    """Orthonormal rows, float64, that span the part of `block_LO` orthogonal to the basis.
 
-    Where that is less than there are rows, `filling_LO` fills them up. In float64 one step away from the basis is
-    enough: it leaves far less of it than filling adds. Then the Gram matrix is factored (Cholesky QR): a QR of long
-    rows is slow on a GPU. Whether Cholesky succeeded is not asked, since the CPU would wait for the GPU.
+    Where that part has fewer dimensions than rows, `filling_LO` completes them. In float64 one projection is enough: it
+    leaves far less of the basis than the filling adds. Then the Gram matrix is factored (Cholesky QR): a QR of long
+    rows is slow on a GPU. The success of Cholesky is not checked, because that would synchronize with the GPU.
     """
     rows = torch.cat([block_LO, filling_LO]).to(torch.float64)
-    beside_LO, filling_LO = torch.addmm(rows, rows @ basis_DO.T, basis_DO, alpha=-1).split(len(block_LO))
-    largest = beside_LO.norm(dim=1).max()
-    filled_LO = torch.addcmul(beside_LO, FILLING * largest + LEAST_FILLING, filling_LO)
+    new_LO, filling_LO = torch.addmm(rows, rows @ basis_DO.T, basis_DO, alpha=-1).split(len(block_LO))
+    largest = new_LO.norm(dim=1).max()
+    filled_LO = torch.addcmul(new_LO, FILLING * largest + LEAST_FILLING, filling_LO)
     lower_LL, _ = torch.linalg.cholesky_ex(filled_LO @ filled_LO.T)
     return torch.linalg.solve_triangular(lower_LL, filled_LO, upper=False)
 
 
 def _limit(before: float, last: float, now: float) -> float:
-    """What the energies captured after three steps converge to."""
+    """The limit of the energies captured after three steps."""
     gained, gained_before = now - last, last - before
     if gained <= 0:
         return now

@@ -1,15 +1,15 @@
-"""LPLR: the best product of two rounded factors, by least squares in turns (arXiv 2310.11028; CALDERA, 2405.18886).
+"""LPLR: the best product of two rounded factors, by alternating least squares (arXiv 2310.11028; CALDERA, 2405.18886).
 
-For a target Z, a metric R and a start A, in the project's letters (CALDERA's L is Bᵀ, its R is Aᵀ, its H the metric):
+For a target Z, a metric H and a start A, in the project's letters (CALDERA's L is Bᵀ, its R is Aᵀ):
 
     repeat
-        B = argmin tr(F R Fᵀ) = (Aᵀ R A)⁻¹ Aᵀ R Zᵀ,  F = Z − (A·B)ᵀ;    B = round(B)
-        A = argmin tr(F R Fᵀ) = Zᵀ Bᵀ (B Bᵀ)⁻¹;                        A = round(A)
-    of the rounded pairs the one with the least error; the start is none
-    A = argmin once more for this B;  A = round(A) with error feedback on R, kept where it is better
+        B = argmin tr(F H Fᵀ) = (Aᵀ H A)⁻¹ Aᵀ H Zᵀ,  F = Z − (A·B)ᵀ;    B = round(B)
+        A = argmin tr(F H Fᵀ) = Zᵀ Bᵀ (B Bᵀ)⁻¹;                        A = round(A)
+    take the rounded pair with the least error (the start is not among them)
+    A = argmin once more for this B;  A = round(A) with error feedback on H, used where it is better
 
-In the second line R drops out, as long as it is not singular. Errors may go up and down: rounding undoes what least
-squares gained. The last line is not CALDERA's.
+In the second line H cancels, as long as it is not singular. Errors are not monotone: rounding may undo the gain of
+least squares. The last line is not part of CALDERA.
 
 Shapes: I in_features, O out_features, R rank, L right-hand sides.
 """
@@ -28,13 +28,13 @@ from lqer.lowrank.precision import full_float32
 
 Round = Callable[[Tensor], QuantizedTensor]
 
-# Of the mean diagonal of a factor's Gram matrix, in float64: what keeps a factor with equal columns solvable.
+# Relative to the mean diagonal of a factor's Gram matrix, in float64: keeps a factor with equal columns solvable.
 GRAM_DAMPING = 1e-10
 
 
 @dataclass(frozen=True)
 class RoundedFactors:
-    """a_IR and b_RO as they are stored, and tr(F R Fᵀ) of what their product leaves."""
+    """a_IR and b_RO as they are stored, and tr(F H Fᵀ) for their product."""
 
     a_IR: QuantizedTensor
     b_RO: QuantizedTensor
@@ -50,7 +50,7 @@ def lplr(
     iterations: int,
     round_last_a: Round | None = None,
 ) -> RoundedFactors:
-    """Minimise tr(F R Fᵀ) over rounded factors. target_OI, start_IR: float32; metric: not singular.
+    """Minimise tr(F H Fᵀ) over rounded factors. target_OI, start_IR: float32; metric: not singular.
 
     round_a, round_b: from float32 (I, R) and (R, O) to their number formats; round_last_a: of A with error feedback, or
     None. iterations: at least 1.
@@ -88,7 +88,7 @@ class _Fit:
         return _solve(b_RO @ b_RO.T, b_RO @ self.target_OI).T.contiguous()
 
     def energy(self, a_IR: Tensor, b_RO: Tensor) -> float:
-        """tr(F R Fᵀ) from products of the size of the factors; float32's accuracy relative to that of the target."""
+        """tr(F H Fᵀ) from products of the size of the factors; float32's accuracy relative to that of the target."""
         gram_RR = a_IR.T @ self.metric.times(a_IR)
         return self.target_energy - 2 * _dot(a_IR.T @ self.weighted_IO, b_RO) + _dot(gram_RR @ b_RO, b_RO)
 

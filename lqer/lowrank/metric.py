@@ -1,7 +1,7 @@
-"""What an error costs: the metric under which a low-rank reconstruction is the best one.
+"""The metric under which a low-rank reconstruction is optimal.
 
-For inputs x with R = E[x xᵀ], an error E of a weight costs E‖E x‖² = tr(E R Eᵀ) at the layer's output (QERA, arXiv
-2410.06040). A diagonal R = S² is what LQER and QERA-approx use; R = I is the plain Frobenius norm.
+For inputs x with H = E[x xᵀ], an error E of a weight costs E‖E x‖² = tr(E H Eᵀ) at the layer's output (QERA, arXiv
+2410.06040). LQER and QERA-approx use a diagonal H = S²; H = I is the Frobenius norm.
 
 Shapes: I in_features, O out_features, L columns of any number.
 """
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Eigenvalues of R below this share of the largest are noise of its float32 storage and accumulation.
+# Eigenvalues of H below this fraction of the largest are noise of its float32 storage and accumulation.
 RELATIVE_EIGENVALUE_NOISE = 1e-12
 
 
 @dataclass(frozen=True)
 class Metric:
-    """R, symmetric positive semi-definite (I, I), in the cheapest form that holds it; with neither field the identity.
+    """H, symmetric positive semi-definite (I, I), in its cheapest form; with neither field the identity.
 
-    scale_I: float32 S of R = diag(S)², positive. hessian_II: float32 or float64 R itself; it may be singular.
+    scale_I: float32, positive, S of H = diag(S)². hessian_II: float32 or float64, H itself; it may be singular.
     """
 
     scale_I: Tensor | None = None
     hessian_II: Tensor | None = None
 
     def times(self, x_IL: Tensor) -> Tensor:
-        """R·x in x's dtype."""
+        """H·x in x's dtype."""
         if self.hessian_II is not None:
             return self.hessian_II.to(x_IL.dtype) @ x_IL
         if self.scale_I is not None:
@@ -36,7 +36,7 @@ class Metric:
         return x_IL
 
     def root_times(self, x_IL: Tensor) -> Tensor:
-        """Cᵀ·x for a C with C·Cᵀ = R, in float64."""
+        """Cᵀ·x for a C with C·Cᵀ = H, in float64."""
         x_IL = x_IL.to(torch.float64)
         if self.hessian_II is not None:
             eigenvalues_I, vectors_II = torch.linalg.eigh(self.hessian_II.to(torch.float64))
@@ -46,7 +46,7 @@ class Metric:
         return x_IL if self.scale_I is None else x_IL * self.scale_I.to(torch.float64)[:, None]
 
     def energy(self, error_OI: Tensor) -> float:
-        """tr(E R Eᵀ) to float32's accuracy. A full R costs a product of R with the error."""
+        """tr(E H Eᵀ) to float32's accuracy. A full H costs a product of H with the error."""
         if self.hessian_II is not None:
             return float((error_OI.T * self.times(error_OI.T)).sum(dtype=torch.float64))
         squares_I = error_OI.square().sum(0).to(torch.float64)

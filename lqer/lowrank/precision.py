@@ -1,4 +1,4 @@
-"""Float32 products that are what they say, on any device."""
+"""Float32 products in full precision on any device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 and no bfloat16 inside float32 products, whatever the process chose."""
+    """Compute float32 products without TF32 or bfloat16, whatever precision the process chose."""
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,10 +1,10 @@
-"""Sharing out a budget of bits: which rank every linear gets.
+"""Rank allocation: which rank every linear gets under a budget of bits.
 
 Raising a linear's rank from r to r' removes Σ_{r < i <= r'} σ_i² from its error's energy and costs the bits of r' − r
-more columns of A and rows of B. Ranks grow in steps of the factors' block size; the step that removes most per bit goes
-first, for as long as bits are left. Within a linear the gains of equal steps fall, so this is the best division up to
-the last few steps that do not fit. The largest uniform rank within the budget, filled up in the same way, is the other
-candidate: the result is never worse than a uniform rank.
+more columns of A and rows of B. Ranks grow in steps of the factors' block size; the step with the largest gain per bit
+comes first, as long as bits are left. Within a linear the gains of equal steps fall, so this greedy allocation is
+optimal up to the last few steps that do not fit. The other candidate is the largest uniform rank within the budget,
+filled up in the same way: the result is never worse than a uniform rank.
 
 Shapes: K = min(I, O) of a linear.
 """
@@ -25,7 +25,7 @@ from lqer.formats import NumberFormat
 # Of A and of B.
 Formats = tuple[NumberFormat, NumberFormat]
 
-# Ranks of factors whose format has no blocks along a short axis: what a tensor core takes at a time.
+# The step of ranks whose factors have no groups along the rank: the width of a tensor core's operand.
 UNBLOCKED_STEP = 8
 
 
@@ -33,8 +33,8 @@ UNBLOCKED_STEP = 8
 class Candidate:
     """One linear whose rank is to be chosen.
 
-    energies_K: float64, what each further rank removes from the objective, descending. step: ranks are multiples of
-    it. bits: what A and B of a rank take.
+    energies_K: float64, descending, by how much each further rank lowers the objective. step: ranks are multiples of
+    it. bits: the bits of A and B as a function of the rank.
     """
 
     energies_K: Tensor
@@ -53,7 +53,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Ranks by linear, their bits and objective; and the same for the largest uniform rank within the budget."""
+    """Ranks by linear, their bits and objective; the same for the largest uniform rank within the budget."""
 
     ranks: dict[str, int]
     bits: int

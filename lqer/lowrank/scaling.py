@@ -1,4 +1,4 @@
-"""The diagonals S that say how much an error on each input channel matters.
+"""Diagonal metrics S: the weight of an error on each input channel.
 
 Shapes: I in_features, O out_features.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-# A channel that calibration never lit up would get weight 0 and make S singular.
+# A channel that is zero throughout calibration would get weight 0 and make S singular.
 SMALLEST_MEAN_ABS = 1e-4
-# The same for scales without an absolute floor, as a share of the largest: too small to move the optimum.
+# The same for scales without an absolute floor, as a fraction of the largest: too small to affect the optimum.
 RELATIVE_FLOOR = 1e-6
-# How much of the outliers SmoothQuant's factor moves from the inputs to the weight.
+# SmoothQuant's α: how much of the outliers its factor moves from the inputs to the weight.
 MIGRATION_STRENGTH = 0.5
 
 
@@ -19,7 +19,7 @@ def activation_scale(mean_abs_I: Tensor) -> Tensor:
     """L²QER's scale of each input channel (LQER, arXiv 2402.02446, section 3.3).
 
     mean_abs_I: float32, the maximum over calibration batches of the mean of |x_i| in a batch. The values are clamped to
-    1e-4 from below and divided by sqrt(min · max); the division only matters once A and B are rounded.
+    at least 1e-4 and divided by sqrt(min · max); the division only matters once A and B are rounded.
     """
     scale_I = mean_abs_I.clamp(min=SMALLEST_MEAN_ABS)
     return scale_I / (scale_I.min() * scale_I.max()).sqrt()
@@ -37,8 +37,8 @@ def rms_scale(mean_square_I: Tensor) -> Tensor:
 def smoothing_scale(max_abs_I: Tensor, weight_OI: Tensor) -> Tensor:
     """SmoothQuant's factor sqrt(max|x_i| / max|w_oi|) (arXiv 2211.10438, equation 4), as SVDQuant uses it.
 
-    max_abs_I: float32, over all calibration tokens. weight_OI: float32. Channels that either side never uses get 1e-6
-    of the largest factor.
+    max_abs_I: float32, over all calibration tokens. weight_OI: float32. Channels that are zero in the inputs or
+    the weight get 1e-6 of the largest factor.
     """
     weight_I = weight_OI.abs().amax(0)
     ratio_I = max_abs_I**MIGRATION_STRENGTH / weight_I.clamp(min=weight_I.max() * RELATIVE_FLOOR).clamp(min=1e-30) ** (

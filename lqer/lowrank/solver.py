@@ -1,8 +1,8 @@
-"""The best rank-r approximation of an error under a metric: min over A·B of ‖ Cᵀ(Eᵀ − A·B) ‖_F with C·Cᵀ = R.
+"""The best rank-r approximation of an error under a metric: min over A·B of ‖ Cᵀ(Eᵀ − A·B) ‖_F with C·Cᵀ = H.
 
 Two solvers: "exact", eigenvectors of the smaller Gram matrix in float64, and "krylov", matrix products in float32,
-which costs a small fraction of it on large matrices and says how far from the optimum it may be. "auto" takes krylov
-where it pays.
+which costs a small fraction of it on large matrices and estimates its distance from the optimum. "auto" uses krylov
+where it is faster.
 
 Shapes: I in_features, O out_features, R rank, K = min(I, O).
 """
@@ -17,11 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lqer.lowrank.exact import singular_values, solve_exact
+from lqer.lowrank.exact import solve_exact
 from lqer.lowrank.krylov import largest_space, solve_krylov
 from lqer.lowrank.metric import Metric
-
-__all__ = ["Factors", "Metric", "Solver", "reconstruct", "singular_values"]
 
 Solver = Literal["auto", "exact", "krylov"]
 
@@ -34,7 +32,7 @@ class Factors:
     """a_IR and b_RO, float32, with Eᵀ ≈ a_IR · b_RO.
 
     singular_values: float64, of the weighted error, descending: all K of them ("exact") or the R captured ("krylov").
-    gap: the estimated share by which the optimum captures more; None where the optimum is known.
+    gap: the estimated fraction of energy that the optimum captures in addition; None for the optimum itself.
     """
 
     a_IR: Tensor
@@ -45,26 +43,26 @@ class Factors:
 
     @cached_property
     def energy(self) -> float:
-        """tr(E R Eᵀ); computed when asked for, since under a full R it costs more than "krylov" itself."""
+        """tr(E H Eᵀ); computed on demand, because under a full H it costs more than "krylov" itself."""
         return self._measure_energy()
 
     @property
     def captured_energy(self) -> float:
-        """How much of the error's energy A·B takes away (1 where there is no error)."""
+        """The fraction of the error's energy that A·B captures (1 where there is no error)."""
         captured = float(self.singular_values[: self.a_IR.shape[1]].square().sum())
         return min(captured / self.energy, 1.0) if self.energy > 0 else 1.0
 
 
 def reconstruct(error_OI: Tensor, metric: Metric, rank: int, solver: Solver = "exact", seed: int = 0) -> Factors:
-    """Minimise tr((E − (A·B)ᵀ) R (E − (A·B)ᵀ)ᵀ) over products A·B of rank `rank`.
+    """Minimise tr((E − (A·B)ᵀ) H (E − (A·B)ᵀ)ᵀ) over products A·B of rank `rank`.
 
-    error_OI: float32, W − W_q. `rank` above K is taken as K, where the product is exact. seed: of the start of
-    "krylov", which leaves the work to "exact" where K has no room for its space. Returns Factors with R = min(rank, K).
+    error_OI: float32, W − W_q. A rank above K is treated as K, where the product is exact. seed: of the random start of
+    "krylov"; where K is too small for its space, "exact" is used instead. Returns Factors with R = min(rank, K).
     """
     shorter = min(error_OI.shape)
     rank = min(rank, shorter)
     iterate = solver == "krylov" or (solver == "auto" and shorter > SMALL_SIDE)
-    # A space of half the shorter side saves nothing any more.
+    # A space larger than half the shorter side saves nothing.
     if iterate and (2 if solver == "auto" else 1) * largest_space(rank) <= shorter:
         found = solve_krylov(error_OI, metric, rank, seed)
         return Factors(found.a_IR, found.b_RO, found.singular_values_R, found.gap, partial(metric.energy, error_OI))

@@ -29,14 +29,14 @@ class Rounding(Component, ABC, family="rounding"):
 
     # The statistics of the inputs that `round` reads.
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
-    # Whether the linears of a block are rounded together, to keep the block's output; `round` is then only its start.
+    # Whether all linears of a block are rounded together; `round` then only gives the start.
     together: ClassVar[bool] = False
-    # Whether scales that a transform has fixed can be kept.
+    # Whether it can round under scales that a transform has fixed.
     keeps_scales: ClassVar[bool] = False
 
     @property
     def sweeps(self) -> int:
-        """How often `round` goes over all columns, one after another, where it feeds errors back."""
+        """How often `round` sweeps over all columns, where it feeds errors back."""
         return 1
 
     @abstractmethod
@@ -48,20 +48,20 @@ class Rounding(Component, ABC, family="rounding"):
         """
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
-        """Why weights of that format cannot be rounded this way, as a rule to show to a user; None where they can."""
+        """Why weights of that format cannot be rounded this way, as a rule to show to a user; None if they can."""
         return None
 
 
 def require_damping(damping: Any, kind: str) -> None:
-    """Raise ValueError unless `damping`, a share of the hessian's mean diagonal, is a number of at least 0."""
+    """Raise ValueError unless `damping`, relative to the Hessian's mean diagonal, is a number of at least 0."""
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not damping >= 0:
         raise ValueError(f"damping {damping!r} is not a number of at least 0 ({kind})")
 
 
 def unsupported_feedback(number_format: NumberFormat) -> str | None:
-    """Why column after column of that format cannot be rounded with error feedback; None where it can."""
+    """Why weights of that format cannot be rounded with error feedback; None if they can."""
     if number_format.kind == "codebook":
         return 'codebooks are learned while the columns are rounded: rounding "vector" does that'
     if number_format.kind == "passthrough":
-        return "there is no error to feed back in halves"
+        return "half-precision weights have no rounding error to compensate"
     return None

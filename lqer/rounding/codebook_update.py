@@ -1,19 +1,19 @@
-"""Refit codebooks to the loss of a layer once codes are fixed (GPTVQ, arXiv 2402.15319, "codebook update").
+"""Refit codebooks to the loss of a layer under fixed codes (GPTVQ, arXiv 2402.15319, "codebook update").
 
 With codes and block scales fixed, Q = A(c) is linear in the centroids c, and the loss is a quadratic in them,
 
-    L(c) = tr((W - A(c)) H (W - A(c))^T)        gradient  -2 A^T((W - A(c)) H)
+    L(c) = tr((W - A(c)) H (W - A(c))ᵀ)        gradient  -2 Aᵀ((W - A(c)) H)
 
-A gives each weight its centroid's element times its block scale; A^T sums what belongs to a centroid. Rows do not meet
-in L, so every group of rows has a problem of its own, and all are solved in one batch.
+A gives each weight its centroid's element times its block scale; Aᵀ sums over the weights of a centroid. L is a sum
+over rows, so every group of rows is a separate problem, and all are solved in one batch.
 
-"cg" is the closed form: conjugate gradients on A^T(A(c) H) = A^T(W H), preconditioned by the diagonal. "adam" is what
-the paper does. The result is a proposal: a group of rows takes it only if its loss falls under int8 centroids.
+"cg" is the closed form: conjugate gradients on Aᵀ(A(c) H) = Aᵀ(W H), preconditioned by the diagonal. "adam" is the
+paper's method. The result is a proposal: a group of rows accepts it only if its loss falls with int8 centroids.
 
-Codebooks of low rank are factors times a basis, c = F B: the same is done for F and for B in turns.
+Codebooks of low rank are factors times a basis, c = F B: F and B are refitted alternately.
 
 Shapes: O out_features, I in_features, G groups of rows, C groups of columns, N = G * C codebooks, K centroids, D
-elements of a vector, V vectors, r rank, T parameters of any shape, a problem of their own per entry of the first dim.
+elements of a vector, V vectors, r rank, T parameters of any shape, a separate problem per entry of the first dim.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ Update = Literal["cg", "adam", "none"]
 
 CG_ITERATIONS = 25
 LOW_RANK_ROUNDS = 3
-# GPTVQ's settings: a run that ends above its start begins anew with a tenth of the rate.
+# GPTVQ's settings: a run that ends above its start is repeated with a tenth of the learning rate.
 ADAM_STEPS = 25
 ADAM_RATE = 1e-3
 ADAM_RUNS = 4
-# A loss must fall by more than float32 sums are accurate to.
+# A loss must fall by more than the accuracy of float32 sums.
 LOSS_ACCURACY = 1e-6
 
 
 def update_codebooks(
     weight_OI: Tensor, hessian_II: Tensor, quantized: QuantizedTensor, update: Update = "cg"
 ) -> QuantizedTensor:
-    """The same codes and block scales under codebooks whose loss is lower, or equal where none was found.
+    """The same codes and block scales with codebooks of lower loss; unchanged where none was found.
 
-    weight_OI: float32, the original. hessian_II: E[x x^T] up to scale, undamped. quantized: of `weight_OI`, in a
+    weight_OI: float32, unquantized. hessian_II: E[x xᵀ] up to scale, undamped. quantized: of `weight_OI`, in a
     `Codebook`. update: "cg", "adam", or "none", which returns `quantized` as it is.
     """
     number_format, old = quantized.format, quantized.parts
@@ -67,7 +67,7 @@ def update_codebooks(
         old_G, new_G = old_G.sum().expand_as(old_G), new_G.sum().expand_as(new_G)
     falls_G = new_G < old_G * (1 - LOSS_ACCURACY)
     chosen = {
-        name: torch.where(falls_G[:1, None] if name == "codebook_basis" else _beside(falls_G, part), part, old[name])
+        name: torch.where(falls_G[:1, None] if name == "codebook_basis" else _broadcast(falls_G, part), part, old[name])
         for name, part in new.items()
     }
     return replace(quantized, parts=old | chosen)
@@ -82,7 +82,7 @@ class LayerLoss:
         self.number_format = number_format
         self.dimension, self.count = number_format.dimension, number_format.centroids
         self.weight_OI = weight_OI
-        # Up to scale; a mean diagonal of one keeps float32 sums far from its limits.
+        # Up to scale; a mean diagonal of one keeps float32 sums in range.
         mean = hessian_II.diagonal().mean()
         self.hessian_II = (hessian_II / mean.where(mean > 0, 1.0)).to(torch.float32)
         self.layout: Layout = number_format.layout(*weight_OI.shape)
@@ -104,13 +104,13 @@ class LayerLoss:
         return centroids_GCKD.reshape(-1, self.dimension)[self.index_OV].flatten(1) * self.scale_OI
 
     def sums(self, x_OI: Tensor) -> Tensor:
-        """A^T(x): [G, C, K, D]."""
+        """Aᵀ(x): [G, C, K, D]."""
         x_NVD = self.layout.group(x_OI * self.scale_OI).unflatten(1, (-1, self.dimension))
         sums_NDK = cluster_sums(x_NVD.mT.contiguous(), self.codes_NV, self.count)
         return sums_NDK.mT.unflatten(0, (self.layout.row_groups, self.layout.column_groups))
 
     def curvature(self) -> Tensor:
-        """The diagonal of A^T A H without what two weights of one row share: [G, C, K, D]."""
+        """The diagonal of Aᵀ A H without the products of two weights of one row: [G, C, K, D]."""
         return self.sums(self.hessian_II.diagonal() * self.scale_OI)
 
 
@@ -160,7 +160,7 @@ def basis_problem(loss: LayerLoss, factors_GCr: Tensor) -> Problem:
 
 
 def conjugate_gradients(problem: Problem, theta_T: Tensor, iterations: int = CG_ITERATIONS) -> Tensor:
-    """Walk from theta towards the minimum; each entry of the first dim is a problem of its own."""
+    """Steps from theta towards the minimum; each entry of the first dim is a separate problem."""
     inverse_T = torch.where(problem.curvature > 0, 1 / problem.curvature, 0.0)  # 0: nothing depends on it
     residual_T = problem.descent(theta_T)
     direction_T = preconditioned_T = inverse_T * residual_T
@@ -177,7 +177,7 @@ def conjugate_gradients(problem: Problem, theta_T: Tensor, iterations: int = CG_
 
 
 def adam(problem: Problem, theta_T: Tensor) -> Tensor:
-    """GPTVQ's update: 25 steps of Adam from theta; while the loss ends higher, again with a tenth of the rate."""
+    """GPTVQ's update: 25 steps of Adam from theta; while the final loss is higher, again with a tenth of the rate."""
 
     def total(theta: Tensor) -> Tensor:
         return problem.loss.value(problem.expand(theta)).sum()
@@ -207,7 +207,7 @@ def _update_factors(
     return number_format.encode_factors(factors_GCr.flatten(0, 1), basis_rK)
 
 
-def _beside(x_G: Tensor, like: Tensor) -> Tensor:
+def _broadcast(x_G: Tensor, like: Tensor) -> Tensor:
     return x_G.reshape(-1, *[1] * (like.dim() - 1))
 
 
@@ -217,5 +217,5 @@ def _dot(a_T: Tensor, b_T: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """In float32; 0 where there is nothing left to divide by: that problem is solved."""
+    """In float32; 0 where the denominator is 0, because that problem is solved."""
     return torch.where(denominator > 0, numerator / denominator, 0.0).to(torch.float32)

@@ -1,15 +1,15 @@
-"""GPTQ: round column after column, and let the columns to come make up for each one's error (arXiv 2210.17323).
+"""GPTQ: round column by column; the remaining columns compensate the error of each one (arXiv 2210.17323).
 
     U = upper Cholesky factor of H⁻¹,   H = E[x xᵀ], damped          H⁻¹ = Uᵀ U
     for every column i, or vector of columns that share a code, first to last:
-        at the start of a group: fit its scale to W as it is now
+        at the start of a group: fit its scale to the current W
         Q_i = round(W_i)
         E_i = (W_i - Q_i) U_ii⁻¹
         W_j = W_j - E_i U_ij        for all j > i
 
-The last line is carried out at once within a panel of columns, and panel by panel for the rest, in one product each.
-A format with codes for vectors of D columns is swept in steps of D, U_ii being the D x D block: the exact update of the
-columns to come (GPTVQ, 2402.15319).
+The last line is applied immediately within a panel of columns, and to the later columns once per panel, in one product.
+A format with codes for vectors of D columns is swept in steps of D, with U_ii the D x D block: the exact update of the
+remaining columns (GPTVQ, 2402.15319).
 
 Shapes: O out_features, I in_features, P columns of a panel, D columns of a vector.
 """
@@ -42,14 +42,14 @@ def gptq(
 ) -> QuantizedTensor:
     """Round a float32 weight with error feedback.
 
-    hessian: E[x xᵀ] (I, I) up to scale, float32 or float64, damped here by `damping` of its mean diagonal; or damped
-    already (`hessian.damp`, which also tells how often damping had to be raised); None stands for the identity, where
-    there is no feedback. Weights of inputs that were never seen (H_ii = 0) become 0.
+    hessian: E[x xᵀ] (I, I) up to scale, float32 or float64, damped here by `damping` of its mean diagonal; or a
+    DampedHessian; None stands for the identity, where there is no feedback. Weights of inputs that are always zero
+    (H_ii = 0) become 0.
 
-    activation_order: columns with the largest H_ii first. Groups then have their columns met at different times, so
-    their scales must be fitted in advance: it needs `static_groups`, unless the whole axis is one group.
+    activation_order: columns with the largest H_ii first. A group's columns are then not adjacent in the sweep, so its
+    scale must be fitted in advance: `static_groups` is required, unless the whole row is one group.
 
-    Raises NonFiniteError for a weight or hessian that is not finite, ValueError for settings that do not go together.
+    Raises NonFiniteError for a weight or Hessian that is not finite, ValueError for settings that exclude each other.
     """
     check_finite(weight_OI)
     if hessian is None:
@@ -58,7 +58,7 @@ def gptq(
     groups = Groups(number_format, *weight_OI.shape)
     step = number_format.vector_size
     if activation_order and step > 1:
-        raise ValueError(f"activation_order tears vectors of {step} columns apart ({number_format.kind})")
+        raise ValueError(f"activation_order would separate the columns of vectors of {step} ({number_format.kind})")
     if activation_order and not (static_groups or groups.single):
         raise ValueError(f"activation_order needs static_groups with groups of {groups.width} columns")
 
@@ -114,7 +114,7 @@ class Gptq(Rounding):
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         if self.activation_order and number_format.vector_size > 1:
-            return f'activation_order tears the vectors of "{number_format.kind}" apart'
+            return f'activation_order would separate the columns of the vectors of "{number_format.kind}"'
         if self.activation_order and not self.static_groups and isinstance(number_format.block_size, int):
-            return "activation_order needs static_groups = true where groups are not whole rows"
+            return "activation_order needs static_groups = true unless a group is a whole row"
         return unsupported_feedback(number_format)

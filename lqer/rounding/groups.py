@@ -1,10 +1,9 @@
-"""Groups of columns under one scale, as a sweep over the columns meets them.
+"""Groups of columns under one scale, in a sweep over the columns.
 
-A format's blocks run along in_features and so does the sweep: a group's scale is fitted when the sweep reaches the
-group, to the weights as error feedback has left them by then, and frozen. Or all are fitted in advance ("static").
+Groups run along in_features and so does the sweep: a group's scale is fitted when the sweep reaches the group, to the
+weights after the error feedback so far, and then fixed. Or all scales are fitted in advance ("static groups").
 
-Shapes: O out_features, I in_features, G columns of a group, D columns of a vector,
-L codes of a row.
+Shapes: O out_features, I in_features, G columns of a group, D columns of a vector, V vectors, L codes of a row.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch.nn.functional import pad
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.blocks import block_count, block_width
 
-PANEL = 128  # columns whose feedback on the others is added in one product
+PANEL = 128  # columns whose feedback to later columns is one product
 
 
 class Groups:
@@ -30,17 +29,17 @@ class Groups:
 
     @property
     def single(self) -> bool:
-        """Whether the whole axis is one group, which is fitted before there is any feedback."""
+        """Whether the whole row is one group, fitted before there is any feedback."""
         return len(self._scales) == 1
 
     @property
     def panel(self) -> int:
-        """Columns of a panel, near 128, such that no group starts in one panel and ends in another."""
+        """Columns of a panel, near 128, such that no group extends over two panels."""
         unit = self.number_format.vector_size if self.single else self.width
         return max(PANEL // unit, 1) * unit
 
     def fit_all(self, weight_OI: Tensor) -> None:
-        """Static scales: every group's, from the weight before any feedback."""
+        """Fit all scales to the weight before any feedback (static groups)."""
         for start in range(0, self.shape[1], self.width):
             self.fit(start, weight_OI[:, start : start + self.width])
 
@@ -56,7 +55,7 @@ class Groups:
         return slice(start, min(start + self.width, self.shape[1]))
 
     def round(self, column: int, weight_OD: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [O, V] and values [O, D] of whole vectors of one group, from `column` on, under its frozen scale."""
+        """Codes (O, V) and values (O, D) of whole vectors of one group, from `column` on, under its fixed scale."""
         scales = self._scales[column // self.width]
         assert scales is not None
         codes_OV = self.number_format.encode(weight_OD.unsqueeze(1), scales)
@@ -64,7 +63,7 @@ class Groups:
         return codes_OV.squeeze(1), values_OD
 
     def finish(self, codes_OL: Tensor) -> QuantizedTensor:
-        """The weight as it is stored, all groups being fitted."""
+        """The quantized weight, once all groups are fitted."""
         scales = {
             name: torch.cat([group[name] for group in self._scales if group], dim=1) for name in self._scales[0] or {}
         }

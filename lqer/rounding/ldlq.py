@@ -1,17 +1,17 @@
-"""LDLQ: error feedback by a block LDL decomposition, also for codes that stand for vectors (QuIP#, arXiv 2402.04396).
+"""LDLQ: error feedback by a block LDL decomposition, also for vector codes (QuIP#, arXiv 2402.04396).
 
     H = 𝓛 D 𝓛ᵀ          𝓛 block lower triangular with unit diagonal blocks, D block diagonal; H = E[x xᵀ], damped
     for every block k of columns, last to first:
         Ẑ_k = round( Z_k + Σ_{j > k} (Z_j - Ẑ_j) 𝓛_jk )
 
-In blocks of one column this is GPTQ from the last column to the first. The sum is taken panel by panel, in one product
-for the panels behind and at once within the panel. A group's scale is fitted when the sweep reaches the group's last
-column, to what its columns would become if the group were not rounded: T with T = Z + (Z - T) (𝓛 - 1) within the group
-and the feedback of the columns behind it.
+In blocks of one column this is GPTQ from the last column to the first. The feedback of later panels is added in one
+product per panel, that within the panel immediately. A group's scale is fitted when the sweep reaches the group's last
+column, to the values its columns would take if the group were not rounded: T with T = Z + (Z - T) (𝓛 - 1) within the
+group, plus the feedback of later columns.
 
-Sweeps of coordinate descent may follow, each block again from last to first, under the scales that were found:
+Sweeps of coordinate descent may follow, again over the blocks from last to first, under fixed scales:
 
-        Ẑ_k = round( Ẑ_k + (Z - Ẑ) H_:k H_kk⁻¹ )      for the rows whose loss tr((Z - Ẑ) H (Z - Ẑ)ᵀ) falls by it
+        Ẑ_k = round( Ẑ_k + (Z - Ẑ) H_:k H_kk⁻¹ )      for the rows whose loss tr((Z - Ẑ) H (Z - Ẑ)ᵀ) falls
 
 Shapes: O out_features, I in_features, P columns of a panel, D columns of a block, K blocks.
 """
@@ -44,10 +44,10 @@ def ldlq(
 ) -> QuantizedTensor:
     """Round a float32 weight with block error feedback.
 
-    hessian: as `gptq` takes it. block: columns rounded at once, a multiple of the format's vector size and that size by
-    default. tune_iters: sweeps of coordinate descent afterwards; they never raise the loss under the damped hessian.
+    hessian: as for `gptq`. block: columns rounded together, a multiple of the format's vector size and that size by
+    default. tune_iters: sweeps of coordinate descent afterwards; they never raise the loss under the damped Hessian.
 
-    Raises NonFiniteError for a weight or hessian that is not finite, ValueError for a block that does not fit the
+    Raises NonFiniteError for a weight or Hessian that is not finite, ValueError for a block that does not match the
     format.
     """
     check_finite(weight_OI)
@@ -90,7 +90,7 @@ def block_lower(cholesky_II: Tensor, block: int) -> Tensor:
     """𝓛 (I, I) of H = C Cᵀ given C: block column i is that of C times C_ii⁻¹; the last block may be smaller."""
     size = len(cholesky_II)
     count = -(-size // block)
-    # Beyond the matrix an identity, so that all blocks have one size and are solved for at once.
+    # Padded with an identity, so that all blocks have one size and are solved in one batch.
     padded_PP = torch.eye(count * block, dtype=cholesky_II.dtype, device=cholesky_II.device)
     padded_PP[:size, :size] = cholesky_II
     columns_KPD = padded_PP.unflatten(1, (count, block)).transpose(0, 1)

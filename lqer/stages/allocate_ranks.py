@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from lqer.errors import ConfigError, ModelError
 from lqer.formats import NonFiniteError
+from lqer.lowrank.exact import singular_values
 from lqer.lowrank.rank_allocation import Allocation, Candidate, allocate, factor_bits, rank_step
-from lqer.lowrank.solver import singular_values
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored

@@ -24,9 +24,9 @@ from lqer.checkpoint.bits import average_bits
 from lqer.checkpoint.pack import DETAILS_FILE, describe_linear, pack_linear, write_surroundings
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError, QuantizedTensor
+from lqer.lowrank.exact import singular_values
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.scaling import activation_scale
-from lqer.lowrank.solver import singular_values
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored

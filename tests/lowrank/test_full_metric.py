@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lqer.lowrank import krylov
+from lqer.lowrank.exact import singular_values
 from lqer.lowrank.metric import Metric
-from lqer.lowrank.solver import Factors, reconstruct, singular_values
+from lqer.lowrank.solver import Factors, reconstruct
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]  # (out, in)
 each_shape = pytest.mark.parametrize("shape", SHAPES)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqer.lowrank.solver import Metric, reconstruct, singular_values
+from lqer.lowrank.exact import singular_values
+from lqer.lowrank.metric import Metric
+from lqer.lowrank.solver import reconstruct
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]  # (out, in): both Gram matrices
 each_shape = pytest.mark.parametrize("shape", SHAPES)

@@ -57,7 +57,7 @@ def test_error_feedback_asks_for_the_hessian(kind):
     [
         (Gptq(), Codebook(bits=2), 'rounding "vector" does that'),
         (Gptq(activation_order=True), Int(4, 128), "activation_order needs static_groups = true"),
-        (Ldlq(), Passthrough("float16"), "no error to feed back"),
+        (Ldlq(), Passthrough("float16"), "no rounding error to compensate"),
         (Vector(), MXInt(4), 'its weights are of kind "codebook", not "mxint"'),
     ],
 )
