@@ -215,6 +215,7 @@ class Adaptive(Rounding):
     kind = "adaptive"
     together: ClassVar[bool] = True
     keeps_scales: ClassVar[bool] = True
+    learning_bytes: ClassVar[int] = 40
 
     steps: int = AdaptiveSettings.steps
     batch_size: int = AdaptiveSettings.batch_size
@@ -238,6 +239,10 @@ class Adaptive(Rounding):
                 raise ValueError(f"soft_fractions {fractions!r} is not a list of numbers (adaptive)")
             object.__setattr__(self, "soft_fractions", tuple(fractions))
             self.settings(bits=2, autocast=None, seed=0)  # Raises for a schedule that does not fall.
+
+    @property
+    def learning_batch(self) -> int:
+        return self.micro_batch or self.batch_size
 
     def settings(self, bits: int, autocast: torch.dtype | None, seed: int) -> AdaptiveSettings:
         """The settings for a block whose narrowest weights have that many bits."""

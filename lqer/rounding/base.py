@@ -33,10 +33,12 @@ class Rounding(Component, ABC, family="rounding"):
     together: ClassVar[bool] = False
     # Whether it can round under scales that a transform has fixed.
     keeps_scales: ClassVar[bool] = False
+    # Bytes per weight of a block that are held while it learns by gradients; 0 if it does not.
+    learning_bytes: ClassVar[int] = 0
 
     @property
-    def sweeps(self) -> int:
-        """How often `round` sweeps over all columns, where it feeds errors back."""
+    def learning_batch(self) -> int:
+        """Sequences that pass a block at once while it learns."""
         return 1
 
     @abstractmethod

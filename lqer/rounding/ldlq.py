@@ -132,10 +132,6 @@ class Ldlq(Rounding):
         if not isinstance(self.tune_iters, int) or self.tune_iters < 0:
             raise ValueError(f"tune_iters {self.tune_iters!r} is not an integer of at least 0 (ldlq)")
 
-    @property
-    def sweeps(self) -> int:
-        return 1 + self.tune_iters
-
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         return ldlq(
             weight_OI, statistics["hessian"], number_format, damping=self.damping, static_groups=self.static_groups,

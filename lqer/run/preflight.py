@@ -9,9 +9,9 @@ from lqer.config import Config
 from lqer.config.schema import NOT_QUANTIZED, LowRankConfig
 from lqer.errors import HubError
 from lqer.models.source import load_model_config
-from lqer.resources import Stage, Workload, estimate
 from lqer.resources.check import refuse_what_cannot_fit, table
 from lqer.resources.machine import read_machine
+from lqer.resources.memory import StageMemory, Workload, estimate
 from lqer.run.context import RunContext, prepare
 from lqer.store.store import stored_bytes
 
@@ -41,8 +41,8 @@ def describe(config: Config, say: Callable[[str], None]) -> None:
     say("valid")
 
 
-def estimate_stages(context: RunContext) -> list[Stage]:
-    """The resources that the run needs, by stage."""
+def estimate_stages(context: RunContext) -> list[StageMemory]:
+    """The memory and disk that the run needs, by stage."""
     stored = getattr(load_model_config(context.source), "dtype", None) or context.dtype
     return estimate(
         Workload(
@@ -64,7 +64,7 @@ def check_fit(context: RunContext, say: Callable[[str], None], made: Mapping[str
     made: the folders of the artifacts, by stage; bytes that they already hold are not needed again.
     """
     stages = estimate_stages(context)
-    machine = read_machine(context.device, context.dtype, context.store_path)
+    machine = read_machine(context.device, context.store_path)
     say(table(stages, machine))
     finished = {stage for stage, paths in made.items() if paths and all(path.exists() for path in paths)}
     stored = {stage: sum(map(stored_bytes, paths)) for stage, paths in made.items()}

@@ -64,6 +64,10 @@ class Statistic(Component, ABC, family="statistic"):
     def nbytes(self, in_features: int) -> int:
         """Bytes of one site's accumulator, leaving out sampled inputs."""
 
+    def result_nbytes(self, in_features: int) -> int:
+        """Bytes of one site's result, leaving out sampled inputs."""
+        return self.nbytes(in_features)
+
     @property
     def rotates_from(self) -> Statistic | None:
         """The statistic of x from which this one of V x follows; None where none determines it."""

@@ -78,6 +78,9 @@ class Hessian(Statistic):
     def nbytes(self, in_features: int) -> int:
         return 8 * in_features**2
 
+    def result_nbytes(self, in_features: int) -> int:
+        return 4 * in_features**2
+
     @property
     def rotates_from(self) -> Hessian:
         return self

@@ -93,6 +93,9 @@ class MeanSquare(Statistic):
     def nbytes(self, in_features: int) -> int:
         return 8 * in_features
 
+    def result_nbytes(self, in_features: int) -> int:
+        return 4 * in_features
+
     @property
     def rotates_from(self) -> Hessian:
         return Hessian()

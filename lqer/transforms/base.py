@@ -49,6 +49,13 @@ class Transform(Component, ABC, family="transform"):
     level: ClassVar[Level]
     # Whether the scales that weights are rounded under are settled by it.
     fixes_scales: ClassVar[bool] = False
+    # Bytes per weight of a block that are held while it learns by gradients; 0 if it does not.
+    learning_bytes: ClassVar[int] = 0
+
+    @property
+    def learning_batch(self) -> int:
+        """Sequences that pass a block at once while it learns."""
+        return 1
 
     def unsupported_reason(self, scheme: Scheme) -> str | None:
         """Why such a linear cannot be transformed this way, as a rule to show to a user; None where it can."""

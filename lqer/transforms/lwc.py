@@ -42,6 +42,7 @@ class Lwc(BlockTransform):
 
     kind = "lwc"
     fixes_scales: ClassVar[bool] = True
+    learning_bytes: ClassVar[int] = 40
 
     epochs: int = 20
     batch_size: int = 1
@@ -53,6 +54,10 @@ class Lwc(BlockTransform):
         require_positive("batch_size", self.batch_size, self.kind)
         require_number("learning_rate", self.learning_rate, self.kind)
         require_choice("both_targets", self.both_targets, [False, True], self.kind)
+
+    @property
+    def learning_batch(self) -> int:
+        return self.batch_size
 
     def unsupported_reason(self, scheme: Scheme) -> str | None:
         return unsupported_scales(scheme.weight, ("int",))

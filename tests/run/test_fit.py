@@ -6,7 +6,7 @@ import pytest
 
 from lqer.cli import main
 from lqer.config import read_config
-from lqer.resources import total
+from lqer.resources.memory import total
 from lqer.run.context import prepare
 from lqer.run.preflight import estimate_stages
 
@@ -27,8 +27,8 @@ def has(monkeypatch: pytest.MonkeyPatch):
 def test_validate_shows_the_estimate(experiment, capsys):
     assert main(["--validate", str(experiment.config)], "") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["stage", "RAM", "GPU", "memory", "disk", "time"] in lines
-    assert [line[0] for line in lines[-5:]] == ["calibrate", "quantize", "evaluate", "there", "valid"]
+    assert ["stage", "RAM", "GPU", "memory", "disk"] in lines
+    assert [line[0] for line in lines[-5:]] == ["calibrate", "quantize", "evaluate", "available", "valid"]
 
 
 def test_validate_ends_with_status_2_after_the_estimate_where_the_run_cannot_fit(experiment, capsys, has):
@@ -44,7 +44,7 @@ def test_validate_ends_with_status_2_after_the_estimate_where_the_run_cannot_fit
     ("few", "part"),
     [
         ({"ram": 1000}, "error: calibrate needs at least "),
-        ({"disk": 1000}, "under output_dir, whose disk has 1.0 kB left: use output_dir on a larger disk"),
+        ({"disk": 1000}, "under output_dir but only 1.0 kB is free. Put output_dir on a larger disk."),
     ],
 )
 def test_a_run_that_cannot_fit_is_refused_before_any_work(experiment, capsys, has, few, part):
@@ -71,7 +71,7 @@ def test_what_a_rotated_run_has_made_needs_no_disk(experiment, has):
 def test_what_is_made_already_needs_no_disk(experiment, has):
     assert main([str(experiment.config)], "") == 0
     log = (experiment.output / "tiny" / "run.log").read_text()
-    assert "estimated for a run with an empty store" in log
+    assert "Estimated memory and disk (nothing cached yet):" in log
     has(disk=0)
     assert main([str(experiment.config)], "") == 0
 
@@ -85,11 +85,11 @@ def test_a_model_too_large_to_be_evaluated_whole_is_told_to_go_block_by_block(ex
 
     def needed(overrides: list[str]) -> int:
         stages = estimate_stages(prepare(read_config(experiment.config, None, overrides)))
-        return max(total(stage.ram, sure=True) for stage in stages)
+        return max(total(stage.ram, certain=True) for stage in stages)
 
     assert needed(blockwise) < needed(whole)
     has(ram=(needed(blockwise) + needed(whole)) // 2)
     assert main(["--validate", str(experiment.config), *whole], "") == 2
-    assert "the most for the whole model" in (refusal := capsys.readouterr().err.splitlines()[-1])
-    assert refusal.endswith(": use evaluation.blockwise = true")
+    assert "(whole model: " in (refusal := capsys.readouterr().err.splitlines()[-1])
+    assert refusal.endswith("Set evaluation.blockwise = true.")
     assert main(["--validate", str(experiment.config), *blockwise], "") == 0

@@ -1,0 +1,347 @@
+"""Memory and disk that each stage of a run needs, from the shapes of the model and the configuration.
+
+Weights, statistics, hidden states, logits and files follow from their definitions, up to norms and headers; working
+memory is estimated, and marked as not certain:
+
+    walk         the weights outside the blocks and one block, the hidden states of all windows, the activations of a
+                 batch; two stored blocks in RAM if a GPU reads ahead. A model that cannot be read block by block is in
+                 memory whole. Hidden states and accumulators beyond calibration.max_memory are offloaded to disk.
+    rotate       the whole model in float32
+    calibrate    a walk, and the accumulators of a block's statistics
+    quantize     a stored block, its statistics, the packed block, and copies of the linear in work. With error
+                 propagation also a walk, with two blocks; transforms and roundings that learn say what they hold
+    finetune     the original and the quantized model, 20 bytes per trained value, activations and logits of a batch
+    evaluate     the whole model, or a walk under evaluation.blockwise, and the logits of a batch
+
+The estimate is of a run with an empty store. Linears of one module with equal in_features count as one input site,
+except the last, which reads what the others produce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lqer.config import Config
+from lqer.lowrank.rank_allocation import factor_bits
+from lqer.methods import LinearPlan
+from lqer.models.summary import ModelSummary
+from lqer.stages.quantize import requested_statistics
+from lqer.statistics import ALWAYS, Statistic
+
+LATER_IMPORTS = 200_000_000  # bytes of libraries that a stage imports (pandas, matplotlib, lm-eval)
+LIVE_ACTIVATIONS = 5  # activations of a batch that are live at once, next to the widest linear's input
+LINEAR_COPIES = 40  # bytes per weight of the linear in work: copies in float32 and float64
+FACTORIZATION_COPIES = 3  # float64 matrices of an SVD or a Cholesky factorization
+STATE_BYTES = 2 * (4 + 4 + 1)  # per weight, of the states of a block under reconstruction: the last one and the next
+TRAINED_COPIES = 5  # float32 values per trained one: itself, gradient, Adam's two moments, best so far
+LOGIT_COPIES = 4  # float32 logits: of both models, softmax, gradient
+LOSS_POSITIONS = 256  # positions whose losses are computed at once, in float32 (lqer/evaluation/perplexity.py)
+ASSUMED_RANK = 32  # of linears whose rank is chosen under a budget
+ASSUMED_TOKENS = 300_000  # of a text that is not local: about the test split of WikiText-2
+BYTES_PER_TOKEN = 4  # of a local text
+
+LARGER_DISK = "Put output_dir on a larger disk"
+SAFETENSORS = "Convert the model to safetensors, which are read block by block"
+LESS_IN_MEMORY = "Reduce calibration.max_memory"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes held at once. remedy: the change of the configuration that reduces them; certain: not an estimate."""
+
+    what: str
+    bytes: int
+    remedy: str | None = None
+    certain: bool = True
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """The needs of one stage, in RAM, in GPU memory and on disk."""
+
+    name: str
+    ram: tuple[Need, ...]
+    device: tuple[Need, ...]
+    disk: tuple[Need, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of a run. stored, computed: bytes of a parameter on disk and in the run's dtype.
+
+    streams: whether the model can be read block by block. stored_in_blocks: `stored` of the blocks, where it differs.
+    """
+
+    config: Config
+    summary: ModelSummary
+    plans: dict[str, LinearPlan | None]
+    stored: int
+    computed: int
+    on_gpu: bool
+    streams: bool
+    stored_in_blocks: int | None = None
+
+    @property
+    def stored_block(self) -> int:
+        """Bytes of the largest block on disk."""
+        return (self.stored_in_blocks or self.stored) * self.summary.block_parameters
+
+    @property
+    def widest(self) -> int:
+        """Values per token of a block's input and of the widest linear's."""
+        return self.summary.hidden_size + max(input_sites(self.summary))
+
+
+def total(needs: Sequence[Need], certain: bool = False) -> int:
+    """Their bytes; if `certain`, without estimates."""
+    return sum(need.bytes for need in needs if need.certain or not certain)
+
+
+def input_sites(summary: ModelSummary) -> list[int]:
+    """in_features of every input site of one block."""
+    first = f"{summary.blocks_name}.0."
+    modules: dict[str, list[int]] = {}
+    for name, (_, in_features) in summary.linears.items():
+        if name.startswith(first):
+            modules.setdefault(name.rpartition(".")[0], []).append(in_features)
+    return [width for widths in modules.values() for width in (*sorted(set(widths[:-1])), widths[-1])]
+
+
+def estimate(work: Workload) -> list[StageMemory]:
+    """The stages of a run, in order. On a CPU the memory of the device is RAM."""
+    config = work.config
+    # A rotated model is stored with its blocks in float32.
+    source = replace(work, streams=True, stored_in_blocks=4) if config.quantize.rotates else work
+    stages = []
+    if config.quantize.rotates:
+        stages.append(_rotate(work))
+    if config.quantize.stream == "original":
+        stages.append(_calibrate(source))
+    stages.append(_quantize(source))
+    if config.finetune is not None:
+        stages.append(_finetune(source))
+    if config.evaluation.perplexity is not None or config.evaluation.downstream is not None:
+        stages.append(_evaluate(work))
+    return stages
+
+
+def _stage(
+    name: str, work: Workload, host: Sequence[Need], device: Sequence[Need], disk: Sequence[Need]
+) -> StageMemory:
+    host = [*host, Need("libraries", LATER_IMPORTS, certain=False)]
+    if not work.on_gpu:
+        host, device = [*host, *device], []
+    ram, gpu, files = (tuple(need for need in needs if need.bytes > 0) for needs in (host, device, disk))
+    return StageMemory(name, ram, gpu, files)
+
+
+def _rotate(work: Workload) -> StageMemory:
+    """It uses a GPU only if that has room."""
+    summary = work.summary
+    inside = summary.parameters - summary.outside_parameters
+    largest = max(rows * columns for rows, columns in summary.linears.values())
+    host = [Need("whole model in float32", 4 * summary.parameters)]
+    device = [Need("a matrix in float64", FACTORIZATION_COPIES * 8 * largest, certain=False)]
+    disk = [Need("rotated model", 4 * inside + work.stored * summary.outside_parameters, LARGER_DISK)]
+    return _stage("rotate", work, host, device, disk)
+
+
+def _calibrate(work: Workload) -> StageMemory:
+    settings = work.config.calibration
+    statistics = _statistics_bytes(work)
+    host, device, disk = _walk(work, settings.num_samples, settings.seq_len, settings.batch_size * settings.seq_len,
+                               _smaller("calibration.batch_size"), _accumulators(work))  # fmt: skip
+    widest = max(statistic.nbytes(max(input_sites(work.summary))) for statistic in _statistics(work))
+    device += [Need("statistics of a block", statistics), Need("statistics of a batch", widest // 2, certain=False)]
+    disk.append(Need("statistics", statistics * work.summary.blocks, LARGER_DISK))
+    return _stage("calibrate", work, host, device, disk)
+
+
+def _quantize(work: Workload) -> StageMemory:
+    settings, summary, quantize = work.config.calibration, work.summary, work.config.quantize
+    packed = sum(_packed_bytes(work, name, plan) for name, plan in work.plans.items())
+    outside = work.stored * summary.outside_parameters
+    host = [Need("block as stored", work.stored_block), Need("packed block", packed // summary.blocks)]
+    if not work.streams:
+        host = [Need("whole model", work.stored * summary.parameters, SAFETENSORS)]
+    host.append(Need("weights outside the blocks", outside if work.streams else 0))
+    device = [
+        Need("statistics of a block", _statistics_bytes(work)),
+        Need("work on a linear", _linear_work(work), certain=False),
+    ]
+    disk = [Need("quantized model", packed + outside, LARGER_DISK)]
+    if len(work.config.evaluation.baselines) > ("original" in work.config.evaluation.baselines):
+        disk.append(Need("quantized baseline", packed + outside, LARGER_DISK))
+    if quantize.stream == "quantized":
+        walk = _walk(work, settings.num_samples, settings.seq_len, settings.batch_size * settings.seq_len,
+                     _smaller("calibration.batch_size"), _accumulators(work), blocks=2)  # fmt: skip
+        block = _whole_block(work)
+        host, device, disk = ([*a, *b, *c] for a, b, c in zip((host, device, disk), walk, block, strict=True))
+    return _stage("quantize", work, host, device, disk)
+
+
+def _whole_block(work: Workload) -> tuple[list[Need], list[Need], list[Need]]:
+    """Host, device and disk of the parts that work on whole blocks (`quantize.block_parts`)."""
+    quantize, calibration, weights = work.config.quantize, work.config.calibration, work.summary.block_parameters
+    if not quantize.block_parts:
+        return [], [], []
+    learning = [part for part in (*quantize.transforms, quantize.rounding) if part is not None and part.learning_bytes]
+    states = calibration.num_samples * calibration.seq_len * work.summary.hidden_size * work.computed
+    sequences = max((part.learning_batch for part in learning), default=0)
+    activations = LIVE_ACTIVATIONS * sequences * calibration.seq_len * work.widest * 4
+    device = [
+        Need("block in float32", 4 * weights),
+        Need("learned parameters", max((part.learning_bytes for part in learning), default=0) * weights, certain=False),
+        Need("activations for gradients", activations, _smaller("quantize.rounding.micro_batch"), certain=False),
+    ]
+    disk = [Need("states of a block", STATE_BYTES * weights if learning else 0, LARGER_DISK, certain=False)]
+    return [Need("hidden states of the original model", states, LESS_IN_MEMORY)], device, disk
+
+
+def _finetune(work: Workload) -> StageMemory:
+    """Both models are on one device, the quantized one in emulation."""
+    settings, summary = work.config.finetune, work.summary
+    assert settings is not None
+    tokens = settings.batch_size * settings.seq_len
+    activations = LIVE_ACTIVATIONS * summary.blocks * tokens * work.widest * work.computed
+    trained = 0
+    for _, rows, columns, plan in _planned(work):
+        rank = min(ASSUMED_RANK if plan.rank is None else plan.rank, rows, columns)
+        trained += (rows + columns) * ("rht_signs" in settings.parts and plan.transform is not None)
+        trained += (rows + columns) * min(rank, settings.columns) * ("low_rank" in settings.parts)
+    fewer = _smaller("finetune.batch_size")
+    device = [
+        Need("original and quantized model", 2 * work.computed * summary.parameters),
+        Need("trained parameters", 4 * TRAINED_COPIES * trained),
+        Need("activations for gradients", activations, fewer, certain=False),
+        Need("logits of both models", 4 * LOGIT_COPIES * tokens * summary.vocabulary, fewer, certain=False),
+    ]
+    packed = sum(_packed_bytes(work, name, plan) for name, plan in work.plans.items())
+    disk = [Need("fine-tuned model", packed + work.stored * summary.outside_parameters, LARGER_DISK)]
+    return _stage("finetune", work, [], device, disk)
+
+
+def _evaluate(work: Workload) -> StageMemory:
+    evaluation, summary = work.config.evaluation, work.summary
+    perplexity, downstream = evaluation.perplexity, evaluation.downstream
+    batch_tokens, key, windows, seq_len = 0, "", 0, 0
+    if perplexity is not None:
+        seq_len, key = perplexity.seq_len, "evaluation.perplexity.batch_size"
+        batch_tokens = perplexity.batch_size * seq_len
+        windows = max(-(-_tokens(work.config, place) // seq_len) for place in range(len(perplexity.datasets)))
+    if downstream is not None and downstream.batch_size * downstream.max_length > batch_tokens:
+        batch_tokens, key = downstream.batch_size * downstream.max_length, "evaluation.downstream.batch_size"
+    if evaluation.blockwise:
+        host, device, disk = _walk(work, windows, seq_len, batch_tokens, _smaller(key))
+    else:
+        spread = 'Set device_map = "auto" to use several GPUs'
+        remedy = "Set evaluation.blockwise = true" if downstream is None else spread
+        whole = Need("whole model", work.computed * summary.parameters, remedy)
+        # It is loaded into RAM before it is moved to a GPU.
+        host, device, disk = [whole] * work.on_gpu, [whole, *_activations(work, batch_tokens, _smaller(key))], []
+    logits = summary.vocabulary * (work.computed * batch_tokens + 8 * min(LOSS_POSITIONS, batch_tokens))
+    device.append(Need("logits of a batch", logits, _smaller(key)))
+    return _stage("evaluate", work, host, device, disk)
+
+
+def _walk(
+    work: Workload, windows: int, seq_len: int, batch_tokens: int, remedy: str, accumulated: int = 0, blocks: int = 1
+) -> tuple[list[Need], list[Need], list[Need]]:
+    """Host, device and disk of windows on their way through the blocks, `blocks` of which are in memory at once.
+
+    accumulated: bytes of the accumulators of a block's statistics.
+    """
+    summary, limit = work.summary, work.config.calibration.max_bytes
+    # Only RAM is offloaded.
+    offloadable = {
+        "hidden states": windows * seq_len * summary.hidden_size * work.computed,
+        "accumulators": 0 if work.on_gpu else accumulated,
+    }
+    size = sum(offloadable.values())
+    held = size if limit is None else min(size, limit)
+    what = max(offloadable, key=lambda name: offloadable[name])
+    host = [Need(what, held, LESS_IN_MEMORY)]
+    disk = [Need(f"offloaded {what}", size - held, LARGER_DISK)]
+    device = _activations(work, batch_tokens, remedy)
+    if work.streams:
+        device.append(Need("weights outside the blocks", work.computed * summary.outside_parameters))
+        device.append(Need("block", blocks * work.computed * summary.block_parameters))
+        host.append(Need("two blocks as stored", 2 * work.stored_block if work.on_gpu else 0))
+    else:  # it stays in RAM, and a GPU holds one block at a time
+        host.append(Need("whole model", work.computed * summary.parameters, SAFETENSORS))
+        on_gpu = work.computed * (blocks * summary.block_parameters + summary.outside_parameters)
+        device.append(Need("block and weights outside the blocks", on_gpu if work.on_gpu else 0))
+    if work.on_gpu:
+        device.append(Need("accumulators", accumulated, 'Set device = "cpu"'))
+    return host, device, disk
+
+
+def _activations(work: Workload, batch_tokens: int, remedy: str) -> list[Need]:
+    size = batch_tokens * work.widest * work.computed
+    others = Need("other activations of a batch", LIVE_ACTIVATIONS * size, remedy, certain=False)
+    return [Need("activations of a batch", size, remedy), others]
+
+
+def _statistics(work: Workload) -> list[Statistic]:
+    return [*ALWAYS, *requested_statistics(work.plans)]
+
+
+def _accumulators(work: Workload) -> int:
+    """Bytes of the accumulators of all sites of a block."""
+    return sum(statistic.nbytes(width) for width in input_sites(work.summary) for statistic in _statistics(work))
+
+
+def _statistics_bytes(work: Workload) -> int:
+    """Bytes of the stored statistics of one block."""
+    sample = work.config.calibration.error_tokens * work.computed
+    statistics = _statistics(work)
+    return sum(
+        sample * width + sum(statistic.result_nbytes(width) for statistic in statistics)
+        for width in input_sites(work.summary)
+    )
+
+
+def _packed_bytes(work: Workload, name: str, plan: LinearPlan | None) -> int:
+    out_features, in_features = work.summary.linears[name]
+    if plan is None:
+        return out_features * in_features * (work.stored_in_blocks or work.stored)
+    budget = work.config.quantize.low_rank.budget_bits
+    if plan.rank is None and budget is not None:
+        return int(budget * out_features * in_features / 8)
+    bits = plan.weight.bits_per_value(in_features) * out_features * in_features
+    rank = min(plan.rank or 0, in_features, out_features)
+    return int(bits + factor_bits(plan.factor_formats, plan.factor_axes, in_features, out_features, rank)) // 8
+
+
+def _linear_work(work: Workload) -> int:
+    """The most that is held for one linear, in addition to the tensors and statistics of its block."""
+    sizes = [0]
+    for _, out_features, in_features, _plan in _planned(work):
+        statistics = sum(statistic.nbytes(in_features) for statistic in _statistics(work))
+        factorizations = 8 * min(out_features, in_features) ** 2 + statistics
+        sizes.append(LINEAR_COPIES * out_features * in_features + FACTORIZATION_COPIES * factorizations)
+    return max(sizes)
+
+
+def _planned(work: Workload) -> Iterator[tuple[int, int, int, LinearPlan]]:
+    """(block, out_features, in_features, plan) of every linear that is quantized."""
+    start = len(work.summary.blocks_name) + 1
+    for name, plan in work.plans.items():
+        if plan is not None:
+            yield int(name[start:].split(".")[0]), *work.summary.linears[name], plan
+
+
+def _tokens(config: Config, place: int) -> int:
+    """How many tokens of a dataset are evaluated, estimated without reading it."""
+    perplexity = config.evaluation.perplexity
+    assert perplexity is not None
+    if perplexity.max_windows is not None:
+        return perplexity.max_windows * perplexity.seq_len
+    path = Path(perplexity.datasets[place].path).expanduser()
+    return path.stat().st_size // BYTES_PER_TOKEN if path.is_file() else ASSUMED_TOKENS
+
+
+def _smaller(key: str) -> str:
+    return f"Reduce {key}"
