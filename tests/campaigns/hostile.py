@@ -153,6 +153,9 @@ MUST_BE_VALID = {"device cpu", "1e9 error tokens", "batches of 1e9", "the whole 
 MAY_BE_VALID = {
     "a byte-order mark", "windows beyond the positions", "extends the terminal", "tag ' '", "tag '-x'", "tag '\\u202e'",
     "output '~'", "output ''", "device cpu:1", "device CPU", "device cuda", "seed -1", "--seed=-1", "a date",
+    "--seed=18446744073709551615", "--seed=9223372036854775808", "max_memory of nothing",
+    # Whoever is root may read it.
+    "a file that may not be read",
     "a budget of 1e+308", "a budget of inf", "a key with an escape sequence",
 }  # fmt: skip
 

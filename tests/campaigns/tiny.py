@@ -36,8 +36,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["head_dim", "query_pre_attn_scalar", "sliding_window", "chunk_size", "index_head_dim"], 16),
     **dict.fromkeys(["n_mamba_heads", "mamba_n_heads", "mamba_d_conv", "index_n_heads"], 4),
     **dict.fromkeys(["hidden_size_per_layer_input", "laurel_rank", "mamba_d_state", "index_topk"], 8),
-    **dict.fromkeys(["num_key_value_heads", "num_experts_per_tok", "encoder_layers", "num_kv_shared_layers"], 2),
+    **dict.fromkeys(["num_key_value_heads", "num_experts_per_tok", "encoder_layers"], 2),
     **dict.fromkeys(["encoder_attention_heads", "mamba_expand"], 2),
+    "num_kv_shared_layers": 0,
     **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace"], 1),
     # Large enough that logits differ visibly between tokens.
     **dict.fromkeys(["initializer_range", "init_std"], 0.1),
