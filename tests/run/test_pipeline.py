@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import sys
 import typing
 
 import pandas as pd
@@ -333,11 +334,14 @@ class TestWhatIsRefused:
         monkeypatch.setattr(torch, "load", refuse)
         assert run()["perplexity"]
 
-    def test_trackers_are_not_imported_unless_asked_for(self, run):
-        import sys
-
+    def test_trackers_are_not_imported_unless_asked_for(self, run, monkeypatch, tmp_path):
+        for name in ("wandb", "trackio"):
+            (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')")
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
         run()
-        assert not {"wandb", "trackio"} & set(sys.modules)
+        with pytest.raises(RuntimeError, match="imported"):
+            run("--tracking.backend=trackio")
 
     def test_a_tracker_gets_the_numbers_when_asked_for(self, run, monkeypatch):
         logged = {}
@@ -351,7 +355,7 @@ class TestWhatIsRefused:
 
         fake = type(pickle)("trackio")
         fake.init = lambda **settings: logged.update(settings) or Run()
-        monkeypatch.setitem(__import__("sys").modules, "trackio", fake)
+        monkeypatch.setitem(sys.modules, "trackio", fake)
         results = run("--tracking.backend=trackio")
         assert logged["finished"]
         assert logged["project"] == "lqer"
