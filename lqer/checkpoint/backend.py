@@ -1,4 +1,4 @@
-"""Which arithmetic runs a quantized checkpoint: emulation, or the Triton kernels.
+"""The backend that runs a quantized checkpoint: emulation, or the Triton kernels.
 
 Kernels read packed weights in the formats "mxint", "int", "codebook" and "e8p", compute in bfloat16 or float16, and
 need a GPU; emulation runs everything everywhere. Both give the same numbers up to the order of summation.
@@ -27,16 +27,16 @@ def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, forma
     """
     if wanted == "emulate":
         return "emulate"
-    obstacle = kernel_obstacle(device, dtype, formats)
-    if obstacle is None:
+    reason = kernels_unsupported_reason(device, dtype, formats)
+    if reason is None:
         return "triton"
     if wanted == "triton":
-        raise ModelError(f'evaluation.backend: "triton" cannot run here: {obstacle}')
+        raise ModelError(f'evaluation.backend: "triton" cannot run here: {reason}')
     return "emulate"
 
 
-def kernel_obstacle(device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> str | None:
-    """Why the kernels cannot run linears of these formats, or None."""
+def kernels_unsupported_reason(device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> str | None:
+    """Why the kernels cannot run linears of these formats; None where they can."""
     if device.type != "cuda":
         return f"it needs a GPU, and the device is {device.type}"
     try:

@@ -1,8 +1,8 @@
 """Bits per weight, charging everything that must be stored for the quantized linears.
 
 Codes, shared exponents or scales and zero points, codebooks, signs of rotations, A and B in their formats: all as they
-lie in the checkpoint, padding of a row to whole bytes included, divided by the number of original weights. Biases and
-what is not quantized are left out of both numbers.
+are packed, including the padding of a row to whole bytes, divided by the number of original weights. Biases and
+unquantized parameters are left out of both numbers.
 """
 
 from __future__ import annotations

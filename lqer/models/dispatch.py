@@ -1,6 +1,6 @@
-"""Spreads a model over all GPUs of the machine, by accelerate: `device_map = "auto"`.
+"""Distributes a model over all GPUs of the machine with accelerate: `device_map = "auto"`.
 
-Blocks are read one at a time, each straight to the GPU where it will stay: the host never holds the whole model.
+Blocks are read one at a time, each straight to its GPU: the host never holds the whole model.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ DeviceMap = dict[str, int | str | torch.device]
 
 
 def dispatch_all(opened: OpenedModel) -> PreTrainedModel:
-    """The whole model over all GPUs. Raises ModelError where they do not hold it."""
+    """The whole model over all GPUs. Raises ModelError if it does not fit."""
     unsplit = sorted({type(block).__name__ for block in opened.blocks})
     memory = get_balanced_memory(opened.model, no_split_module_classes=unsplit)
     device_map: DeviceMap = infer_auto_device_map(opened.model, memory, no_split_module_classes=unsplit)
     if {"cpu", "disk"} & {str(device) for device in device_map.values()}:
         raise ModelError(
-            f"device_map: {type(opened.model).__name__} does not fit into the {torch.cuda.device_count()} GPUs of this "
-            "machine: use evaluation.blockwise = true"
+            f"device_map: {type(opened.model).__name__} does not fit on the {torch.cuda.device_count()} GPUs of this "
+            "machine; set evaluation.blockwise = true"
         )
     return dispatch(opened, device_map)
 
 
 def dispatch(opened: OpenedModel, device_map: DeviceMap) -> PreTrainedModel:
-    """The whole model, its modules where `device_map` says."""
+    """The whole model, each module on the device that `device_map` assigns to it or to a module around it."""
     homes = [torch.device(device_of(f"{opened.name}.{index}", device_map)) for index in range(len(opened.blocks))]
     opened.loader.load_outer()
     device_map = with_tied_head(opened.model, device_map)
@@ -46,7 +46,7 @@ def dispatch(opened: OpenedModel, device_map: DeviceMap) -> PreTrainedModel:
 
 
 def with_tied_head(model: PreTrainedModel, device_map: DeviceMap) -> DeviceMap:
-    """The map with an output layer that shares the weight of the embedding where that one is: a tensor has one home."""
+    """The map with a tied output layer on the device of the embedding: a shared tensor has one device."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         return device_map
@@ -56,7 +56,7 @@ def with_tied_head(model: PreTrainedModel, device_map: DeviceMap) -> DeviceMap:
 
 
 def _launch_on(block: nn.Module, home: torch.device) -> None:
-    """Run the block with `home` as the current GPU: Triton launches a kernel there, wherever its tensors lie."""
+    """Run the block with `home` as the current GPU: Triton launches kernels there, wherever their tensors are."""
     forward = block.forward
 
     def forward_at_home(*arguments: Any, **named: Any) -> Any:
@@ -67,7 +67,7 @@ def _launch_on(block: nn.Module, home: torch.device) -> None:
 
 
 def device_of(name: str, device_map: DeviceMap) -> int | str | torch.device:
-    """What the map says of the nearest module around `name` that it speaks of."""
+    """The device of `name`: the map's entry for it, or for the innermost module around it."""
     parts = name.split(".")
     around = [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
     return device_map[next(outer for outer in around if outer in device_map)]

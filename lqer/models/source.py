@@ -1,7 +1,6 @@
-"""Loads causal language models and finds in them what is quantized: decoder blocks and their linears.
+"""Finds and loads causal language models: hub ids, local folders, .safetensors and .gguf files, demo models.
 
-No architecture is named here. Decoder blocks are the largest ModuleList whose members the model declares as not to be
-split; a block's linears are its nn.Linear modules. Weights are read from safetensors or GGUF only, never from a pickle.
+Weights are read from safetensors or GGUF only, never from a pickle.
 """
 
 from __future__ import annotations
@@ -60,9 +59,9 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         path = path.parent
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ModelError(f"model: {path} holds no config.json")
+            raise ModelError(f"model: {path} has no config.json")
         if not any(path.glob("*.safetensors")):
-            raise ModelError(f"model: {path} holds no .safetensors file (pickled weights are not read)")
+            raise ModelError(f"model: {path} has no .safetensors file (pickled weights are not read)")
         return ModelSource(name, str(path), None, _fingerprint_folder(path), f"local folder {path.name}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model: no such file or folder: {name}")
@@ -74,7 +73,7 @@ def _resolve_hub(name: str, revision: str | None) -> ModelSource:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise HubError(f"model: {name} is no local folder and cannot be had from the hub: {reason}") from None
+        raise HubError(f"model: {name} is not a local folder, and the hub refuses it: {reason}") from None
     commit = getattr(config, "_commit_hash", None) or revision or "main"
     return ModelSource(name, name, commit, content_hash([name, commit]), f"{name}@{commit[:12]}")
 
@@ -85,15 +84,15 @@ def _fingerprint_folder(folder: Path) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one. Raises ModelError for a device that is not there."""
+    """The device of that name; "auto" is a GPU if there is one. Raises ModelError for a device that does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.device_count() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ModelError(f'device: {name!r} is no torch device (use "auto", "cpu" or "cuda")') from None
+        raise ModelError(f'device: {name!r} is not a torch device; use "auto", "cpu" or "cuda"') from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"device: {name!r} asked for, but this machine has {torch.cuda.device_count()} usable GPUs")
+        raise ModelError(f"device: {name!r} is not available: this machine has {torch.cuda.device_count()} usable GPUs")
     return device
 
 
@@ -130,7 +129,7 @@ def load_model(source: ModelSource, dtype: torch.dtype | str, device: torch.devi
             source.path,
             revision=source.revision,
             dtype=dtype,
-            # GGUF has a loader of its own; anything else must be safetensors, so that no pickle is ever opened.
+            # GGUF has its own loader; anything else must be safetensors, so that no pickle is ever opened.
             use_safetensors=None if source.load_args else True,
             **source.load_args,
         )

@@ -1,8 +1,8 @@
-"""Opens a model without loading it: its skeleton, and where on disk the values of each block lie.
+"""Opens a model without loading it: its skeleton, and the place on disk of each block's tensors.
 
-That works for a checkpoint in safetensors (one file or shards, a local folder or the hub) whose tensors are the model's
-parameters under the model's own names, give or take the prefix of the base model. Where transformers would rename,
-merge or convert tensors, and for GGUF, the model is loaded whole, and the log says why.
+That works for a safetensors checkpoint (one file or shards, a local folder or the hub) whose tensors are the model's
+parameters under the model's own names, with or without the prefix of the base model. Where transformers would rename,
+merge or convert tensors, and for GGUF, the whole model is loaded, and the log says why.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ from lqer.store.offload import Offload
 
 log = logging.getLogger(__name__)
 
-# Mapped files count as resident, and as written to, as long as one of their tensors lives; earlier versions know no
-# other way.
+# A memory-mapped file counts as resident as long as one of its tensors exists; earlier versions can only map.
 READ_OPTIONS: dict[str, Any] = {"backend": "pread"} if Version(safetensors.__version__) >= Version("0.8") else {}
 
 
 class NotStreamableError(Exception):
-    """Why a model cannot be read block by block."""
+    """The reason why a model cannot be read block by block."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a parameter's values are, and whether the model holds them transposed (GPT-2's Conv1D)."""
+    """The place of a parameter's values, and whether the model stores them transposed (GPT-2's Conv1D)."""
 
     file: Path
     name: str
@@ -54,14 +53,14 @@ class StoredTensor:
 def open_model(
     source: ModelSource, dtype: torch.dtype | str, device: torch.device, offload: Offload | None = None
 ) -> OpenedModel:
-    """The model with its blocks to be read one at a time for work on `device`; whole where that is not possible.
+    """The model with blocks that are read one at a time to `device`; in memory where that is not possible.
 
-    dtype: of the parameters, "auto" is the checkpoint's own. Raises ModelError with the reason if it cannot be loaded.
+    dtype: of the parameters, "auto" for the checkpoint's own. Raises ModelError if the model cannot be loaded.
     """
     try:
         return _open_streamed(source, dtype, device, offload or Offload())
     except NotStreamableError as reason:
-        log.info("%s is loaded whole: %s", source.name, reason)
+        log.info("%s: loading the whole model, not block by block: %s", source.name, reason)
     return OpenedModel.resident(load_model(source, dtype, torch.device("cpu")), device, offload or Offload())
 
 
@@ -75,7 +74,7 @@ def _open_streamed(
     index = _match(model, headers, transposed)
     inside = f"{name}."
     outside = {key: stored for key, stored in index.items() if not key.startswith(inside)}
-    # The cast of a tensor is its own: the model's dtype is that of its first parameter.
+    # `dtype` may be "auto"; the skeleton has resolved it.
     target = model.dtype
 
     def read(block: int) -> dict[str, Tensor]:
@@ -96,7 +95,7 @@ def _open_streamed(
 
 def _checkpoint_files(source: ModelSource) -> list[Path]:
     if source.load_args:
-        raise NotStreamableError("a GGUF file is expanded in one piece")
+        raise NotStreamableError("a GGUF file is dequantized as a whole")
     config = load_model_config(source)
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
@@ -117,7 +116,7 @@ def _checkpoint_files(source: ModelSource) -> list[Path]:
 
 
 def _file(source: ModelSource, name: str) -> Path | None:
-    """A file of the checkpoint on this machine, fetched from the hub if need be; None if there is none."""
+    """The local path of a file of the checkpoint, downloaded from the hub if necessary; None if it does not exist."""
     if Path(source.path).is_dir():
         path = Path(source.path) / name
         return path if path.exists() else None
@@ -145,7 +144,7 @@ def read_header(file: Path) -> Header:
                 {name: tensor.get_dtype() for name, tensor in slices.items()},
             )
     except (OSError, safetensors.SafetensorError) as error:
-        # Loading it the usual way names what is wrong with the file.
+        # Loading the whole model reports what is wrong with the file.
         raise NotStreamableError(f"{file.name} cannot be read: {error}") from None
 
 
@@ -155,7 +154,7 @@ STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 def _skeleton(
     source: ModelSource, dtype: torch.dtype | str, headers: Mapping[Path, Header]
 ) -> tuple[PreTrainedModel, frozenset[str]]:
-    """The model without values, and the names of the weights that it holds transposed."""
+    """The model without values, and the names of the weights that it stores transposed."""
     config = load_model_config(source)
     if isinstance(dtype, str):
         first = next(iter(headers.values()))
@@ -181,7 +180,7 @@ def _skeleton(
 
 
 def _load_generation_config(model: PreTrainedModel, source: ModelSource) -> None:
-    """As from_pretrained does it: from its own file, else from what config.json says of generation."""
+    """As from_pretrained does: from its own file, else from the generation options in config.json."""
     options: dict[str, Any] = {} if source.revision is None else {"revision": source.revision}
     try:
         model.generation_config = GenerationConfig.from_pretrained(source.path, **options)
@@ -199,7 +198,7 @@ def _match(
     index: dict[str, StoredTensor] = {}
     for file, header in headers.items():
         for stored, shape in header.shapes.items():
-            # A checkpoint of the base model alone has no prefix; one of a model around it may have one too many.
+            # A checkpoint of the base model alone has no prefix; one of an enclosing model may have one more.
             spellings = (stored, f"{prefix}{stored}", stored.removeprefix(prefix))
             name = next((spelling for spelling in spellings if spelling in expected), None)
             if name is None:
@@ -231,7 +230,7 @@ def read_tensors(wanted: Mapping[str, StoredTensor], pinned: bool = False) -> di
 
 
 def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = False) -> dict[str, Tensor]:
-    """Tensors of one safetensors file by name (None: all), on the CPU; the file stays neither open nor mapped."""
+    """Tensors of one safetensors file by name (None: all), on the CPU; the file does not stay open or mapped."""
     with safe_open(file, framework="pt", **READ_OPTIONS) as opened:
         tensors = {}
         for name in opened.keys() if names is None else names:
@@ -241,7 +240,7 @@ def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = Fal
 
 
 def fill_parameters(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Give parameters and buffers below `module` their values, floating-point ones in `dtype`; empties `tensors`."""
+    """Set parameters and buffers of `module` by name, floating-point ones in `dtype`; empties `tensors`."""
     for key in sorted(tensors):
         tensor = tensors.pop(key).to(device, non_blocking=True)
         tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -254,6 +253,6 @@ def fill_parameters(module: nn.Module, tensors: dict[str, Tensor], device: torch
 
 
 def tie(model: PreTrainedModel) -> None:
-    """Chunk the weights that the checkpoint holds once; those it holds apart stay apart, whatever the config says."""
+    """Tie the weights that the checkpoint stores once; others stay untied, whatever config.json says."""
     missing = {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.is_meta}
     model.tie_weights(missing_keys=missing, recompute_mapping=False)

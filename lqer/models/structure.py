@@ -1,4 +1,4 @@
-"""Finds what is quantized in a model: its decoder blocks and their linears.
+"""Finds the parts of a model that are quantized: its decoder blocks and their linears.
 
 No architecture is named here. Decoder blocks are the largest ModuleList whose members the model declares as not to be
 split; the linears of a block are its nn.Linear modules.
@@ -14,19 +14,20 @@ from lqer.errors import ModelError
 from lqer.transforms.hadamard import hadamard
 from lqer.transforms.quarot import OnlineRotation, attach
 
-# A key of config.json: linears by full name, and across how many heads their inputs are rotated (null: all of it).
+# A key of config.json: linears by full name, with the number of heads their inputs are rotated across (null: the whole
+# input is rotated).
 ONLINE_ROTATIONS = "online_rotations"
 
 
-# Of the matrices in the decoder blocks: routers and the like are small.
-MAX_UNQUANTIZED_SHARE = 0.05
+# Of the matrix elements in the decoder blocks; routers and the like are small.
+MAX_UNQUANTIZED_FRACTION = 0.05
 
 
 def prepare_model(model: PreTrainedModel) -> None:
-    """Make of a model, in place, one whose linears are all nn.Linear and that runs as its config.json says.
+    """Replace other linear modules by nn.Linear and attach online rotations, in place.
 
-    GPT-2's Conv1D, a linear with its weight transposed, is replaced. In a rotated model (lqer/stages/rotate.py) the
-    inputs of the linears that its configuration names are rotated as it runs.
+    GPT-2's Conv1D is a linear whose weight is stored transposed. In a rotated model (lqer/stages/rotate.py) the inputs
+    of the linears that its config.json names are rotated at run time.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
@@ -48,7 +49,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     declared = [(name, blocks) for name, blocks in lists if all(type(block).__name__ in unsplit for block in blocks)]
     candidates = declared or lists
     if not candidates:
-        raise ModelError(f"{type(model).__name__} holds no ModuleList of decoder blocks")
+        raise ModelError(f"{type(model).__name__} has no ModuleList of decoder blocks")
     name, blocks = max(candidates, key=lambda found: sum(p.numel() for p in found[1].parameters()))
     _refuse_unknown_weights(name, blocks)
     return name, blocks
@@ -60,7 +61,7 @@ def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _refuse_unknown_weights(list_name: str, blocks: nn.ModuleList) -> None:
-    """A weight that is no nn.Linear's would silently stay unquantized, and the stated bits would be a flattery."""
+    """Reject weights outside nn.Linear: they would stay in 16 bits, and the reported bits would be too low."""
     inside, outside, largest = 0, 0, ("", nn.Parameter(), "")
     for name, module in blocks.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -77,8 +78,8 @@ def _refuse_unknown_weights(list_name: str, blocks: nn.ModuleList) -> None:
                 )
             outside += parameter.numel()
             largest = max(largest, found, key=lambda candidate: candidate[1].numel())
-    if outside > MAX_UNQUANTIZED_SHARE * (inside + outside):
+    if outside > MAX_UNQUANTIZED_FRACTION * (inside + outside):
         raise ModelError(
-            f"{outside / (inside + outside):.0%} of the decoder blocks' weights are no nn.Linear's and would stay "
-            f"unquantized (at most {MAX_UNQUANTIZED_SHARE:.0%}), the largest being {largest[0]} of {largest[2]}"
+            f"{outside / (inside + outside):.0%} of the decoder weights are not in nn.Linear modules and would not be "
+            f"quantized (the limit is {MAX_UNQUANTIZED_FRACTION:.0%}); the largest is {largest[0]} of {largest[2]}"
         )

@@ -1,4 +1,4 @@
-"""A model's summary, read without its weights: which linears there are, to check a configuration against at once."""
+"""A model's summary, made without its weights: its linears and sizes, to check a configuration before any work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from lqer.models.structure import block_linears, find_blocks, prepare_model
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """Names and sizes of what is quantized, by full name, in the order of the model."""
+    """Names and sizes of the linears and of everything else, in the order of the model.
+
+    linears: (out_features, in_features) by full name.
+    """
 
     architecture: str
     parameters: int
@@ -26,7 +29,7 @@ class ModelSummary:
     outside: tuple[str, ...]
     # Whether attention goes through transformers' registry, where its operands can be quantized.
     attention_is_registered: bool
-    # Parameters of the largest block, and of what surrounds the blocks; features between blocks, tokens of the head.
+    # Parameters of the largest block and of everything outside the blocks; size of a hidden state; vocabulary size.
     block_parameters: int
     outside_parameters: int
     hidden_size: int
@@ -34,12 +37,12 @@ class ModelSummary:
 
 
 def summarize_model(source: ModelSource) -> ModelSummary:
-    """Build the model without weights and look at it. Raises ModelError for what cannot be quantized."""
+    """Build the model without weights and summarize it. Raises ModelError for a model that cannot be quantized."""
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(load_model_config(source))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model: {source.name} is no causal language model: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"model: {source.name} is not a causal language model: {str(error).splitlines()[0]}") from None
     model.tie_weights()
     prepare_model(model)
     blocks_name, blocks = find_blocks(model)

@@ -1,1 +1,1 @@
-"""Modules that take the place of the original ones in a quantized model."""
+"""Modules that replace the original ones in a quantized model: linears and attention."""

@@ -1,11 +1,11 @@
 """Attention with quantized operands, through transformers' attention-function registry: no modelling file is copied.
 
-Both products are quantized, S = Q·Kᵀ and O = P·V. Where blocks of a number format run:
+The operands of both products, S = Q·Kᵀ and O = P·V, are rounded. The blocks of their number format run
     "reduction"  along the dimension that the product sums over: head_dim for Q and K, keys for P and V
     "reference"  along the last dimension of each operand as LQER's code presents it: head_dim for Q, keys for Kᵀ,
                  keys for P, head_dim for V
-Blocks along keys share a scale between neighbouring tokens, so a token's result depends, within rounding, on tokens
-after it: see docs/footguns.md.
+Blocks along keys share a scale between neighbouring tokens, so a token's result depends, within rounding, on later
+tokens: see docs/footguns.md.
 
 Shapes: B batch, H heads, G key/value heads, T query tokens, K keys, D head_dim.
 """
@@ -49,9 +49,9 @@ class QuantizedAttention:
         """The contract of transformers' attention functions: returns the output (B, T, H, D) and the weights."""
         for name in ("s_aux", "position_bias"):
             if kwargs.get(name) is not None:
-                raise ModelError(f"{type(module).__name__} hands {name} to attention: quantized attention ignores it")
+                raise ModelError(f"{type(module).__name__} uses {name}, which quantized attention does not support")
         if attention_mask is None and query_BHTD.shape[2] > 1:
-            raise ModelError(f"{type(module).__name__} calls attention without a mask: it would look ahead")
+            raise ModelError(f"{type(module).__name__} calls attention without a mask, so it would not be causal")
         repeats = query_BHTD.shape[1] // key_BGKD.shape[1]
         key_BHKD = key_BGKD.repeat_interleave(repeats, dim=1)
         value_BHKD = value_BGKD.repeat_interleave(repeats, dim=1)
@@ -70,14 +70,14 @@ class QuantizedAttention:
 
 
 def quantized_attention(described: Mapping[str, Any]) -> QuantizedAttention:
-    """From how a checkpoint describes it: the operands' "format", and "blocks"."""
+    """From its description in a checkpoint: the operands' "format", and "blocks"."""
     return QuantizedAttention(format_from_dict(described["format"]), described["blocks"])
 
 
 def quantize_attention(model: PreTrainedModel, attention: QuantizedAttention) -> None:
-    """Have every attention module of `model` call `attention`, in place.
+    """Let every attention module of `model` call `attention`, in place.
 
-    Raises ModelError if the model does not go through the registry.
+    Raises ModelError if the model does not use the registry.
     """
     name = f"lqer_{content_hash([attention.operand.to_dict(), attention.blocks])[:12]}"
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
@@ -87,12 +87,12 @@ def quantize_attention(model: PreTrainedModel, attention: QuantizedAttention) ->
     except ValueError as error:
         raise ModelError(f"{type(model).__name__}: quantize.attention cannot be applied: {error}") from None
     if model.config._attn_implementation != name:
-        raise ModelError(f"{type(model).__name__} has attention of its own: quantize.attention cannot be applied")
+        raise ModelError(f"{type(model).__name__} has its own attention code: quantize.attention cannot be applied")
 
 
 @contextmanager
 def attention_as(block: nn.Module, implementation: str) -> Iterator[None]:
-    """Meanwhile the block's attention is the one of that name in transformers' registry."""
+    """Within the context, the block runs with the attention of that name in transformers' registry."""
     found = (getattr(module, "config", None) for module in block.modules())
     configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}
     before = {key: config._attn_implementation for key, config in configs.items()}

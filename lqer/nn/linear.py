@@ -5,8 +5,9 @@ product are rounded to the same format again (LQER, arXiv 2402.02446, section 4)
 of its number format wherever the model's dtype can hold it (float32 always, bfloat16 for up to eight significant bits),
 so an emulated layer differs from a kernel on packed codes only by the order of summation.
 
-Where a weight was rounded in another basis, y = D(s_v) H_Oᵀ (W_q x'_q + ..) + b_q with x' = H_I D(s_u) x: the layer
-goes there and back, and all that is rounded is rounded there (QuIP#, arXiv 2402.04396; CALDERA, 2405.18886).
+Where the weight was rotated before it was rounded, y = D(s_v) H_Oᵀ (W_q x'_q + ..) + b_q with x' = H_I D(s_u) x:
+inputs are rotated, outputs rotated back, and everything in between is rounded in the rotated basis (QuIP#, arXiv
+2402.04396; CALDERA, 2405.18886).
 
 Shapes: I in_features, O out_features, R rank, S sampled inputs.
 """
@@ -24,8 +25,8 @@ from lqer.transforms.hadamard import RandomHadamard, run_rotated
 class QuantizedLinear(nn.Module):
     """A linear on dequantized values, in the dtype of the model around it.
 
-    weight_OI, bias_O, a_IR, b_RO: any float dtype; bias_O and both factors may be None. They are held as non-persistent
-    buffers: the packed checkpoint, not this module, is what is kept.
+    weight_OI, bias_O, a_IR, b_RO: any float dtype; bias_O and both factors may be None. They are non-persistent
+    buffers: the packed checkpoint is the stored form, not this module.
     """
 
     weight: Tensor
@@ -66,31 +67,31 @@ class QuantizedLinear(nn.Module):
 
 
 class HadamardLinear(nn.Module):
-    """A linear in another basis between the transform of its input and that of its output.
+    """A linear with rotated weights, between the rotation of its input and the inverse rotation of its output.
 
-    inner: of weights in that basis, without bias. basis: signs of its input (I,) and its output (O,), and bias_O, in
-    the linear's own basis, or None: any float dtype.
+    inner: the linear with rotated weights, without bias. rotation: signs of the input (I,) and of the output (O,), in
+    any float dtype. bias_O: not rotated, in any float dtype, or None.
     """
 
     input_signs: Tensor
     output_signs: Tensor
     bias: Tensor | None
 
-    def __init__(self, inner: nn.Module, basis: RandomHadamard, bias_O: Tensor | None):
+    def __init__(self, inner: nn.Module, rotation: RandomHadamard, bias_O: Tensor | None):
         super().__init__()
-        self.in_features, self.out_features = len(basis.input_signs_I), len(basis.output_signs_O)
+        self.in_features, self.out_features = len(rotation.input_signs_I), len(rotation.output_signs_O)
         self.inner = inner
-        self.register_buffer("input_signs", basis.input_signs_I, persistent=False)
-        self.register_buffer("output_signs", basis.output_signs_O, persistent=False)
+        self.register_buffer("input_signs", rotation.input_signs_I, persistent=False)
+        self.register_buffer("output_signs", rotation.output_signs_O, persistent=False)
         self.register_buffer("bias", bias_O, persistent=False)
 
     @property
-    def basis(self) -> RandomHadamard:
+    def rotation(self) -> RandomHadamard:
         return RandomHadamard(self.input_signs, self.output_signs)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) in the layer's dtype -> (..., out_features)."""
-        return run_rotated(x, self.basis, self.bias, self.inner)
+        return run_rotated(x, self.rotation, self.bias, self.inner)
 
 
 def output_error(weight_OI: Tensor, quantized_OI: Tensor, sample_SI: Tensor) -> float:

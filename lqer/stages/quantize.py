@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lqer.checkpoint.bits import average_bits
-from lqer.checkpoint.pack import DETAILS_FILE, describe_linear, pack_linear, write_surroundings
+from lqer.checkpoint.pack import DETAILS_FILE, describe_linear, pack_linear, write_outer
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError, QuantizedTensor
 from lqer.lowrank.exact import singular_values
@@ -149,7 +149,7 @@ def finish_checkpoint(
         "bits": average_bits(rows),
     }
     opened.loader.load_outer()
-    write_surroundings(workspace, opened.model, tokenizer, details)
+    write_outer(workspace, opened.model, tokenizer, details)
 
 
 def quantize_blocks(

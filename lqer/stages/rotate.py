@@ -1,9 +1,9 @@
-"""Stage "rotate": the model in a basis without outliers (QuaRot), as an ordinary folder of weights.
+"""Stage "rotate": the model with rotated hidden states, which have no outliers (QuaRot), as a folder of weights.
 
-Its function is that of the original: the stages after this one read it in the original's place. The folder holds what
-transformers writes: matrices of the decoder blocks in float32, so that they are rounded once, when they are quantized,
-and the rest in the original's dtype. Its config.json names the linears whose inputs are rotated as it runs
-(`online_rotations`, see `prepare_model`). The model is in memory whole, in float32, while it is rotated.
+It computes the same function as the original, and later stages read it instead. The folder is an ordinary transformers
+checkpoint: matrices of the decoder blocks in float32, so that they are rounded only when they are quantized, and
+everything else in the original's dtype. Its config.json names the linears whose inputs are rotated at run time
+(`online_rotations`, see `prepare_model`). The whole model is in memory, in float32, while it is rotated.
 
 Shapes: D hidden size, B sequences, T tokens.
 """
@@ -29,12 +29,12 @@ from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms.hadamard import hadamard, random_hadamard
 from lqer.transforms.quarot import RotationError, rotate_model
 
-# Token ids on which the model is examined and its logits are compared.
-EXAMINED = (2, 32)
-# Files of this size at most, so that a block is read without the others.
+# Shape (B, T) of the random token ids on which the logits are compared before and after.
+PROBE_SHAPE = (2, 32)
+# The largest size of a file, so that a block is read without reading all others.
 SHARD_SIZE = "2GB"
-# Chunk of a GPU's free memory that the parameters may take.
-ROOM_ON_GPU = 0.7
+# The fraction of a GPU's free memory that the parameters may take.
+MAX_GPU_FRACTION = 0.7
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def source_of(model: ModelSource | Rotate, store: Store) -> ModelSource:
 
 
 def rotate(workspace: Workspace, source: ModelSource, device: torch.device, seed: int) -> None:
-    """Write the rotated model. Raises ModelError, with the reason, for one that cannot be rotated."""
+    """Write the rotated model. Raises ModelError, with the reason, for a model that cannot be rotated."""
     model = load_model(source, torch.float32, torch.device("cpu"))
     if _fits(model, device):
         nn.Module.to(model, device)
@@ -80,11 +80,11 @@ def rotate(workspace: Workspace, source: ModelSource, device: torch.device, seed
 
 
 def _fits(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether a GPU holds the whole model, one of its matrices in float64 and what is in between."""
+    """Whether the whole model, one matrix in float64 and intermediate results fit on the GPU."""
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    return sum(parameter.nbytes for parameter in model.parameters()) < ROOM_ON_GPU * free
+    return sum(parameter.nbytes for parameter in model.parameters()) < MAX_GPU_FRACTION * free
 
 
 def rotate_in_place(model: PreTrainedModel, device: torch.device, seed: int) -> None:
@@ -99,7 +99,7 @@ def rotate_in_place(model: PreTrainedModel, device: torch.device, seed: int) -> 
     def between(x: Tensor) -> Tensor:
         return hadamard(x.to(device)).to(x.device)
 
-    ids_BT = torch.randint(vocabulary, EXAMINED, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    ids_BT = torch.randint(vocabulary, PROBE_SHAPE, generator=torch.Generator().manual_seed(seed)).to(model.device)
     try:
         online = rotate_model(model, blocks, ids_BT, residual, between)
     except RotationError as error:
@@ -108,6 +108,6 @@ def rotate_in_place(model: PreTrainedModel, device: torch.device, seed: int) -> 
 
 
 def rotated_source(source: ModelSource, artifact: Artifact) -> ModelSource:
-    """Where the rotated model is read from, in the original's place."""
+    """The source of the rotated model, for stages to read instead of the original."""
     artifact.verify()
     return replace(source, path=str(artifact.path), revision=None, fingerprint=artifact.content, load_args={})

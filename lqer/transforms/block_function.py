@@ -1,7 +1,7 @@
-"""A decoder block, or any module, as a function of its parameters: y = f(θ, x), for what trains or probes one.
+"""A decoder block, or any module, as a function of its parameters: y = f(θ, x), for training or probing it.
 
-The module itself is never changed: parameters are substituted for the length of a call, the others enter detached, so
-that a backward pass reaches what was handed in and nothing else.
+The module itself is never changed: parameters are substituted during a call, and the others are detached, so that a
+backward pass reaches only the substituted ones.
 
 Shapes: B sequences, T tokens, D hidden size.
 """
@@ -19,7 +19,7 @@ from lqer.formats import NumberFormat
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Rounds going forward and is the identity going backward."""
+    """Rounds in the forward pass, the identity in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, round_values: Callable[[Tensor], Tensor]) -> Tensor:
@@ -31,7 +31,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, round_values: Callable[[Tensor], Tensor]) -> Tensor:
-    """`round_values(x)`, through which gradients pass as if nothing had been rounded."""
+    """`round_values(x)`, with the gradient of the identity (straight-through estimator)."""
     return _StraightThrough.apply(x, round_values)
 
 
@@ -56,13 +56,13 @@ class BlockFunction:
         self._parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
 
     def without_rounding(self) -> BlockFunction:
-        """The same with the inputs of linears as they are."""
+        """The same without rounding the inputs of linears."""
         return BlockFunction(self.block, self.args, self.kwargs)
 
     def __call__(self, parameters: Mapping[str, Tensor], hidden_BTD: Tensor) -> Tensor:
         unknown = parameters.keys() - self._parameters.keys()
         if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))} is no parameter of {type(self.block).__name__}")
+            raise ValueError(f"{', '.join(sorted(unknown))} is not a parameter of {type(self.block).__name__}")
         first = next(iter(self._parameters.values()))
         hidden_BTD = hidden_BTD.to(first.device, first.dtype, non_blocking=True)
         replaced = {name: tensor.to(self._parameters[name].dtype) for name, tensor in parameters.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lqer.checkpoint.backend import kernel_obstacle, resolve_backend
+from lqer.checkpoint.backend import kernels_unsupported_reason, resolve_backend
 from lqer.errors import ModelError
 from lqer.formats import MX, Int, MXInt
 
@@ -42,4 +42,4 @@ def test_on_a_gpu_the_kernels_run_unless_they_cannot_or_emulation_is_asked_for()
     ],
 )
 def test_an_obstacle_names_the_linear_and_the_rule(dtype, formats, reason):
-    assert reason in kernel_obstacle(GPU, dtype, {"a.b": formats})
+    assert reason in kernels_unsupported_reason(GPU, dtype, {"a.b": formats})

@@ -239,14 +239,14 @@ def damaged(random_model, run_stages, plan, tmp_path) -> Path:
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"is no quantized checkpoint: it holds no lqer\.json"):
+    with pytest.raises(ModelError, match=r"is not a quantized checkpoint: it has no lqer\.json"):
         load_quantized(tmp_path, CPU)
 
 
 def test_a_checkpoint_of_another_version_is_refused(damaged):
     details = json.loads((damaged / DETAILS_FILE).read_text())
     (damaged / DETAILS_FILE).write_text(json.dumps(details | {"format_version": 99}))
-    with pytest.raises(ModelError, match="format_version 99 is not 1"):
+    with pytest.raises(ModelError, match="format_version 99 is not supported, only 1"):
         load_quantized(damaged, CPU)
 
 
@@ -262,7 +262,7 @@ def test_a_tensor_that_is_missing_is_named(damaged, file, missing):
     tensors = load_file(damaged / file)
     del tensors[missing]
     save_file(tensors, damaged / file)
-    with pytest.raises(ModelError, match=f"holds no values for {missing}"):
+    with pytest.raises(ModelError, match=f"has no values for {missing}"):
         load_quantized(damaged, CPU)
 
 

@@ -56,4 +56,4 @@ def test_a_checkpoint_is_measured_beside_its_original(random_model, run_stages, 
 def test_what_cannot_be_measured_is_said_in_one_line(tmp_path):
     done = run(str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path} is no quantized checkpoint: it holds no lqer.json\n"
+    assert done.stderr == f"error: {tmp_path} is not a quantized checkpoint: it has no lqer.json\n"

@@ -147,7 +147,7 @@ class TestCache:
 
 
 def test_unknown_name():
-    with pytest.raises(ModelError, match=f"unknown demo model 'demo:smolm'; known are {NAME}"):
+    with pytest.raises(ModelError, match=f"unknown demo model 'demo:smolm'; allowed: {NAME}"):
         resolve_demo_model("demo:smolm")
 
 

@@ -46,7 +46,7 @@ def pickled(random_model, tmp_path) -> Path:
 
 
 def test_a_pickle_alone_is_refused_and_not_opened(pickled, tmp_path):
-    with pytest.raises(ModelError, match=r"holds no \.safetensors file \(pickled weights are not read\)"):
+    with pytest.raises(ModelError, match=r"has no \.safetensors file \(pickled weights are not read\)"):
         resolve_model(str(pickled))
     assert not (tmp_path / "crater").exists()
 
@@ -59,7 +59,7 @@ def test_a_pickle_beside_unrelated_safetensors_is_refused_and_not_opened(pickled
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         resolve_model(str(tmp_path))
 
 
@@ -83,7 +83,7 @@ def test_a_name_the_hub_does_not_know_is_reported_in_one_line(monkeypatch):
         raise OSError(f"{name} is not there\nTraceback of many lines")
 
     monkeypatch.setattr(lqer.models.source.AutoConfig, "from_pretrained", unreachable)
-    with pytest.raises(HubError, match="model: someone/model is no local folder and cannot be had") as error:
+    with pytest.raises(HubError, match="model: someone/model is not a local folder, and the hub refuses it") as error:
         resolve_model("someone/model")
     assert "\n" not in str(error.value)
 
@@ -120,9 +120,9 @@ def test_the_dtype_of_activations_is_float32_on_a_cpu_and_the_checkpoints_elsewh
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert pick_device("auto") == CPU
-    with pytest.raises(ModelError, match="'cuda' asked for, but this machine has 0 usable GPUs"):
+    with pytest.raises(ModelError, match="'cuda' is not available: this machine has 0 usable GPUs"):
         pick_device("cuda")
-    with pytest.raises(ModelError, match="'gpu' is no torch device"):
+    with pytest.raises(ModelError, match="'gpu' is not a torch device"):
         pick_device("gpu")
 
 
@@ -176,7 +176,7 @@ def test_experts_held_as_one_tensor_are_refused_by_name():
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():
-    with pytest.raises(ModelError, match="Linear holds no ModuleList of decoder blocks"):
+    with pytest.raises(ModelError, match="Linear has no ModuleList of decoder blocks"):
         find_blocks(nn.Linear(2, 2))
 
 

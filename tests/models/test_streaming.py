@@ -142,7 +142,7 @@ class TestWhatIsLoadedWhole:
         folder = saved("llama")
         (folder / "adapter_config.json").write_text("{}")
         monkeypatch.setattr("lqer.models.streaming.load_model", lambda source, dtype, device: load_plain(folder))
-        assert "is loaded whole: it has an adapter" in self.opened(folder, caplog)[1]
+        assert "loading the whole model, not block by block: it has an adapter" in self.opened(folder, caplog)[1]
 
     def test_a_checkpoint_that_lacks_a_tensor(self, saved, caplog):
         folder = saved("llama")
@@ -150,14 +150,14 @@ class TestWhatIsLoadedWhole:
         del tensors["model.layers.1.input_layernorm.weight"]
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         text = self.opened(folder, caplog)[1]
-        assert "loaded whole: the checkpoint has no tensor model.layers.1.input_layernorm.weight" in text
+        assert "not block by block: the checkpoint has no tensor model.layers.1.input_layernorm.weight" in text
 
     def test_a_checkpoint_whose_tensors_transformers_renames(self, saved, caplog, monkeypatch):
         monkeypatch.setattr(
             "lqer.models.streaming.get_model_conversion_mapping", lambda *arguments, **options: ["a renaming"]
         )
         text = self.opened(saved("llama"), caplog)[1]
-        assert "loaded whole: transformers converts the tensors of LlamaForCausalLM" in text
+        assert "not block by block: transformers converts the tensors of LlamaForCausalLM" in text
 
     def test_a_checkpoint_with_a_tensor_of_another_shape_is_refused_as_before(self, saved):
         folder = saved("llama")
@@ -241,7 +241,7 @@ class TestBlockwisePerplexity:
         tensors = load_file(path / file)
         del tensors[missing]
         save_file(tensors, path / file)
-        with pytest.raises(ModelError, match=f"holds no values for {missing}"):
+        with pytest.raises(ModelError, match=f"has no values for {missing}"):
             gptq_perplexity(open_quantized(path, CPU, None, "auto"), windows_WT, 2)
 
 

@@ -65,7 +65,7 @@ def test_what_cannot_be_quantized_is_refused_before_any_weight_is_read(tmp_path)
 def test_a_model_that_is_no_language_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ModelError, match="is no causal language model"):
+    with pytest.raises(ModelError, match="is not a causal language model"):
         summarize_model(resolve_model(str(tmp_path)))
 
 

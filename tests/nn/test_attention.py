@@ -126,13 +126,13 @@ def test_two_formats_may_live_in_one_process(random_model, windows_WT):
 
 def test_a_model_with_attention_of_its_own_is_refused():
     model = BloomForCausalLM(BloomConfig(vocab_size=80, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(ModelError, match=r"BloomForCausalLM has attention of its own: quantize\.attention cannot"):
+    with pytest.raises(ModelError, match=r"BloomForCausalLM has its own attention code: quantize\.attention cannot"):
         quantize_attention(model, EXACT)
 
 
 def test_attention_sinks_are_refused():
     x = torch.ones(1, 1, 2, 4)
-    with pytest.raises(ModelError, match="SimpleNamespace hands s_aux to attention"):
+    with pytest.raises(ModelError, match="SimpleNamespace uses s_aux, which quantized attention"):
         EXACT(SimpleNamespace(), x, x, x, None, s_aux=torch.zeros(1))
 
 
