@@ -92,12 +92,12 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The branch x·A·B: a_IR and b_RO as they are stored, and what the solver says of them.
+    """The branch x·A·B: a_IR and b_RO as they are stored, and the solver's measures of them.
 
-    captured_energy: of the energy of what was reconstructed (the rounding error, or the weight where the method starts
-    with the low-rank part), under the method's metric, before A and B were rounded; after, where they were fitted
-    rounded. gap: the estimated share by which
-    the optimum captures more; None where the solver is exact.
+    captured_energy: the captured fraction of the energy of the target (the rounding error, or the weight where the
+    method starts with the low-rank part), under the method's metric, before A and B were rounded; after, where they
+    were fitted rounded. gap: the estimated fraction that the optimum captures in addition; None where the solver is
+    exact.
     """
 
     a_IR: QuantizedTensor

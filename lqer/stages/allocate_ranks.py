@@ -1,13 +1,13 @@
-"""Stage "spectra" and what follows from it: the rank of every linear under a budget of average bits.
+"""Stage "spectra" and the ranks that follow from it: the rank of every linear under a budget of average bits.
 
-The first pass rounds every linear and keeps the spectrum of its error under the method's metric, one safetensors file
-per decoder block:
+The stage rounds every linear and stores the spectrum of its error under the method's metric, one safetensors file per
+decoder block:
     <linear>.energies       (K,)  float64, squared singular values of the weighted error, descending
     <linear>.weight_energy  ()    float64, tr(W H Wᵀ), the energy of the layer's output under the same metric
     <linear>.weight_bits    ()    int64, the stored bits of the rounded weight
-The objective is the sum over linears of the relative output error, Σ left / weight_energy, so that a layer with large
-inputs does not count for more than one with small ones. The allocation itself
-(lqer/lowrank/rank_allocation.py) takes no time and has no artifact: the ranks are part of the plans.
+The objective is the sum over linears of the relative output error, Σ remaining energy / weight_energy, so that layers
+count equally whatever the size of their inputs. The allocation itself (lqer/lowrank/rank_allocation.py) takes no time
+and has no artifact: the ranks are part of the plans.
 
 Shapes: O out_features, I in_features, K = min(I, O).
 """
@@ -53,8 +53,8 @@ def check_budget(plans: Plans, shapes: Mapping[str, tuple[int, int]], budget_bit
 
 def _over_budget(needed: float, budget_bits: float) -> ConfigError:
     return ConfigError(
-        f"quantize.low_rank.budget_bits: must be at least {needed:.4g}, what the weights and the fixed ranks take by "
-        f"themselves; found {budget_bits:g}"
+        f"quantize.low_rank.budget_bits: must be at least {needed:.4g}, the bits of the weights and fixed ranks alone; "
+        f"found {budget_bits:g}"
     )
 
 
@@ -111,7 +111,7 @@ def measure_spectra(workspace: Workspace, opened: OpenedModel, calibration: Arti
 
 
 def error_spectrum(weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan) -> dict[str, Tensor]:
-    """What the stage keeps of one linear; see the module's head."""
+    """The stored tensors of one linear; see the module's docstring."""
     target = plan.method.target(weight_OI, statistics, plan)
     rounded = plan.rounding.round(target.weight_OI, target.statistics, plan.weight)
     metric = plan.method.metric(target.weight_OI, target.statistics)

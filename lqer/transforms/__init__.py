@@ -1,6 +1,7 @@
-"""In which basis, scale or range a weight is rounded.
+"""Transforms: rotations, scales and clipped ranges that are applied to weights before rounding.
 
-This folder imports torch, lqer.formats and lqer.components only. A new transform is a file here, imported below.
+This folder imports torch, lqer.formats, lqer.statistics and lqer.components only. A new transform is a file here,
+imported below.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""AWQ: a scale per input channel, so that channels which carry large activations are rounded more finely.
+"""AWQ: a scale per input channel, so that channels with large activations are rounded more finely.
 
 For the linears of one input site and every ratio a (Lin et al., arXiv 2306.00978, section 3.2):
 
     m_i = mean over calibration tokens |x_i|                  c_i = max(m_i^a, 1e-4) / sqrt(max_j m_j^a · min_j m_j^a)
     error(a) = E ‖ f(x; W) - f(x; Q(W diag(c)) diag(c)⁻¹) ‖²
 
-The best c stays in the weights and its inverse is folded into what makes the channels (`folding`), so that the block's
-function is what it was. f is the closest module around all linears of the site: attention for q, k and v, the MLP for
-gate and up, a single linear itself. One m is taken over all calibration text and one error over all of it.
+The best c is multiplied into the weights and its inverse is folded into the norm or linear before them (`folding`), so
+the block's function does not change. f is the innermost module around all linears of the site: attention for q, k and
+v, the MLP for gate and up, a single linear itself. m and the error are taken over the whole calibration text.
 
 Where a row feeds several channels (grouped queries before o_proj), those channels share one m, their mean, and so one
-scale. A site that nothing can be folded into is left as it is.
+scale. A site without a fold is left unscaled.
 
 Shapes: B sequences, T tokens, D hidden size, I input channels, O out_features.
 """
@@ -35,14 +35,14 @@ from lqer.transforms.block_transform import BlockTransform, Progress, SaveState
 from lqer.transforms.folding import NO_ROW, Site, find_sites, fold_scale
 from lqer.transforms.tracing import watched_inputs
 
-# 1 itself is left out, as in AWQ's grid.
+# Without 1 itself, as in AWQ's grid.
 RATIOS = tuple(i / 20 for i in range(20))
 SMALLEST_SCALE = 1e-4
 
 
 @dataclass(frozen=True)
 class Awq(BlockTransform):
-    """`awq` as a configuration names it: a grid of `ratios` ratios from 0, judged on the first `samples` sequences."""
+    """`awq` as a configuration names it: a grid of `ratios` ratios from 0, compared on `samples` sequences."""
 
     kind = "awq"
 
@@ -91,7 +91,8 @@ def scale_of(mean_abs_I: Tensor, ratio: float) -> Tensor:
 def tie(mean_abs_I: Tensor, rows_I: Tensor) -> Tensor:
     """The mean of the channels that share a row, for each of them.
 
-    Channels without a row (NO_ROW) are zero and are not scaled; they get the mean of the others, lest they stretch c.
+    Channels without a row (NO_ROW) are zero and are not scaled; they get the mean of the others, so that they do not
+    widen the range of c.
     """
     fed_I = rows_I != NO_ROW
     rows = int(rows_I.max()) + 1
@@ -108,9 +109,9 @@ def candidates(
     formats: Mapping[str, NumberFormat],
     ratios: Sequence[float],
 ) -> Iterator[dict[str, Tensor]]:
-    """For every ratio the weights that rounding under its scale leaves, as they act on the unscaled input: float32.
+    """For every ratio the weights rounded under its scale, with the scale divided out again: float32.
 
-    weights: (O, I), all of one site, by name; formats: theirs.
+    weights: (O, I), all of one site, by name. formats: of the same names.
     """
     for ratio in ratios:
         scale_I = scale_of(mean_abs_I, ratio)
@@ -128,11 +129,11 @@ def scale_block(
     ratios: Sequence[float] = RATIOS,
     autocast: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor], list[ScaledSite]]:
-    """Search the scales of a block: the parameters that change (in their dtypes), and what was found for each site.
+    """Search the scales of a block: the parameters that change (in their dtypes), and the scale found for each site.
 
-    batches: hidden states (B, T, D) of all calibration text on any device, B and T such as `call` knows. formats: by
-    name of the linear; a site with a linear that has none is left alone. autocast: the dtype of the products while
-    candidates are compared. Memory: one batch on its way through the block.
+    batches: hidden states (B, T, D) of the whole calibration text on any device, of a B and T that `call` accepts.
+    formats: by name of the linear; a site with a linear that has none is skipped. autocast: the dtype of the products
+    while candidates are compared. Memory: the activations of one batch in the block.
     """
     block = call.block
     parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
@@ -178,7 +179,7 @@ def mean_magnitudes(call: BlockFunction, batches: Sequence[Tensor], linears: Seq
 
 
 def _closest_around(linears: tuple[str, ...]) -> str:
-    """The name of the closest module around all of the linears; of a single one, its own."""
+    """The name of the innermost module around all of the linears; the linear itself if there is one."""
     if len(linears) == 1:
         return linears[0]
     paths = [name.split(".")[:-1] for name in linears]
@@ -189,7 +190,7 @@ def _closest_around(linears: tuple[str, ...]) -> str:
 
 
 class _Inspected:
-    """The module that a site is judged by, as the block calls it on one batch, and what it returns there."""
+    """The module that a site's error is measured at, called as the block calls it on one batch."""
 
     def __init__(self, call: BlockFunction, hidden_BTD: Tensor, name: str, autocast: torch.dtype | None):
         self._module = call.block.get_submodule(name)

@@ -1,14 +1,14 @@
-"""What a transform is: a change of basis, scale or range that a weight is rounded in.
+"""What a transform is: a rotation, a scale or a clipped range that is applied to a weight before rounding.
 
-A transform is functions on tensors in a file of its own, and a frozen dataclass deriving from `Transform` that carries
-its settings into them. The dataclass is what a configuration's `quantize.transforms` names: `"hadamard"`, or
-`{ kind = "hadamard" }` with settings beside the kind. It works at one of three levels:
+A transform is functions on tensors in a file of its own, and a frozen dataclass deriving from `Transform` that passes
+its settings to them. The dataclass is what a configuration's `quantize.transforms` names: `"hadamard"`, or
+`{ kind = "hadamard" }` with settings next to the kind. It works at one of three levels:
 
-    model     the whole model, before anything else                        functions of the model do not change
-    block     the linears and norms of one decoder block together          with the inputs that reach the block
-    linear    one linear: its weight is rounded in another basis, and the layer goes there and back
+    model     the whole model, before anything else; its function does not change
+    block     the linears and norms of one decoder block together, given the inputs of the block
+    linear    one linear: the rotated weight is rounded; the layer rotates its inputs, and its outputs back
 
-In a list of transforms the wider level comes first, as it is applied.
+In a list of transforms the wider level comes first, in the order of application.
 
 Shapes: I in_features, O out_features, T rows of activations.
 """
@@ -33,9 +33,9 @@ LEVELS: tuple[Level, ...] = ("model", "block", "linear")
 
 @dataclass(frozen=True)
 class Scheme:
-    """What else a configuration asks of a linear: the formats of its weight and input (None: the model's dtype).
+    """The formats of a linear's weight and input (None: the model's dtype), and the statistics of its inputs.
 
-    statistics: what its method and its rounding must know of the inputs.
+    statistics: those that its method and its rounding read.
     """
 
     weight: NumberFormat
@@ -47,7 +47,7 @@ class Transform(Component, ABC, family="transform"):
     """Settings of one transform."""
 
     level: ClassVar[Level]
-    # Whether the scales that weights are rounded under are settled by it.
+    # Whether it determines the scales that weights are rounded under.
     fixes_scales: ClassVar[bool] = False
     # Bytes per weight of a block that are held while it learns by gradients; 0 if it does not.
     learning_bytes: ClassVar[int] = 0
@@ -58,7 +58,7 @@ class Transform(Component, ABC, family="transform"):
         return 1
 
     def unsupported_reason(self, scheme: Scheme) -> str | None:
-        """Why such a linear cannot be transformed this way, as a rule to show to a user; None where it can."""
+        """Why such a linear cannot be transformed this way, as a rule to show to a user; None if it can."""
         return None
 
 
@@ -87,11 +87,11 @@ class Rotation(ABC):
 
     @abstractmethod
     def pack(self) -> dict[str, Tensor]:
-        """What is stored; `LinearTransform.unpack` reads it."""
+        """The tensors to store; the inverse of `LinearTransform.unpack`."""
 
     @property
     def bits(self) -> int:
-        """Bits of what is stored."""
+        """Bits of the stored tensors."""
         return sum(part.numel() * part.element_size() * 8 for part in self.pack().values())
 
     def statistics(self, statistics: Mapping[str, Tensor], needed: Collection[Statistic]) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class LinearTransform(Transform):
 
     @abstractmethod
     def rotation(self, out_features: int, in_features: int, seed: int) -> Rotation:
-        """The rotation of a linear, the same on every machine; on the CPU."""
+        """The rotation of a linear, on the CPU; the same on every machine."""
 
     @abstractmethod
     def unpack(self, packed: Mapping[str, Tensor], out_features: int, in_features: int) -> Rotation:
@@ -129,7 +129,7 @@ class LinearTransform(Transform):
 
 
 def unsupported_order(transforms: Sequence[Transform]) -> str | None:
-    """Why these transforms cannot follow one another; None where they can."""
+    """Why these transforms cannot be combined in this order; None if they can."""
     kinds = [transform.kind for transform in transforms]
     for earlier, later in itertools.pairwise(transforms):
         if LEVELS.index(earlier.level) > LEVELS.index(later.level):
@@ -142,15 +142,13 @@ def unsupported_order(transforms: Sequence[Transform]) -> str | None:
         return f'"{twice}" is named twice'
     linear = [transform.kind for transform in transforms if transform.level == "linear"]
     if len(linear) > 1:
-        return f"a linear has one basis, not {len(linear)}: {', '.join(linear)}"
+        return f"a linear has one rotation, not {len(linear)}: {', '.join(linear)}"
     block = [transform for transform in transforms if transform.level == "block"]
     if linear and block:
-        return f'"{block[0].kind}" prepares weights for being rounded in their own basis, "{linear[0]}" has another'
+        return f'"{block[0].kind}" cannot be combined with "{linear[0]}": it prepares weights that are not rotated'
     for earlier, later in itertools.pairwise(block):
         if earlier.fixes_scales and later.fixes_scales:
-            return f'"{later.kind}" would settle the scales again that "{earlier.kind}" has settled'
+            return f'"{earlier.kind}" and "{later.kind}" both fix the quantization scales: use one of them'
         if earlier.fixes_scales:
-            return (
-                f'"{later.kind}" must come before "{earlier.kind}", whose scales are those of the weights as they are'
-            )
+            return f'"{later.kind}" must come before "{earlier.kind}", which fixes the scales of the current weights'
     return None

@@ -1,7 +1,7 @@
 """Queries and keys, found by probing a block: pairs of linears whose scales cancel.
 
-The output of a block stays as it is when the one is doubled and the other halved, since only their products are used.
-Rotary embeddings, grouped queries and norms on queries and keys change nothing about that.
+The output of a block does not change when one is doubled and the other halved, because only their products are used.
+This holds with rotary embeddings, grouped queries and norms on queries and keys as well.
 
 Shapes: B sequences, T tokens, D hidden size.
 """

@@ -1,14 +1,14 @@
 """Clipping: scales fitted to a narrower range than a group's own, so that its bulk is rounded more finely.
 
-A group with values in [lo, hi] gets the scales of [c_lo lo, c_hi hi], 0 < c <= 1; the weights themselves stay as they
-are and saturate. With c = 1 the scales are those of plain rounding. `search_clipping` is AWQ's automatic clipping
-(arXiv 2306.00978): one c per group, the best of a few under the error of the group's partial products
+A group with values in [lo, hi] gets the scales of [c_lo lo, c_hi hi], 0 < c <= 1; the weights do not change and
+saturate. With c = 1 the scales are those of round-to-nearest. `search_clipping` is AWQ's automatic clipping (arXiv
+2306.00978): one c per group, the best of a few under the error of the group's partial products
 
     mean over tokens (x_g · w_g - x_g · Q_c(w_g))²  =  (w_g - Q_c(w_g)) E[x_g x_gᵀ] (w_g - Q_c(w_g))ᵀ
 
 which needs no tokens, only the diagonal blocks of the Hessian.
 
-Queries and keys keep their range, as in AWQ: the softmax compares them, and their partial products say little of it.
+Queries and keys keep their range, as in AWQ: the error of their partial products says little about the softmax.
 
 Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row, B within a group.
 """

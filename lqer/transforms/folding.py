@@ -1,16 +1,16 @@
-"""Where the inverse of an input scale goes: found by probing a block, whatever its architecture.
+"""Where the inverse of an input scale can be folded: found by probing a block, whatever its architecture.
 
-Scaling the input channels of some linears by 1/c and their columns by c changes nothing if what makes those channels is
-scaled by 1/c too. Two things can make them:
+Multiplying the columns of some linears by c changes nothing if their input channels are divided by c. The source of
+those channels can be
 
     a norm       whose output is the linears' input: its gain, or 1 + weight, is divided by c, and its bias
-    a linear     whose outputs reach the linears channel by channel, only multiplied on the way: v before o, up before
-                 down, fc1 before fc2 around a ReLU. Its rows and bias are divided by c
+    a linear     whose outputs reach the linears channel by channel, through products only: v before o, up before down,
+                 fc1 before fc2 around a ReLU. Its rows and bias are divided by c
 
-Which row of which linear feeds which channel is read off the block itself: rows are doubled, and the channels that
-double with them are theirs. Powers of two scale exactly, so the comparison is sharp. The rows of a fused projection
-are told apart at the first token, which attends to itself alone, whatever its query and key. Several channels may have
-one row (grouped queries). A fold counts only if the block's output stays the same under random scales.
+Which row of which linear feeds which channel is found by probing: rows are doubled, and the channels that double are
+fed by them. Powers of two scale exactly, so the comparison is exact. The rows of a fused projection are distinguished
+at the first token, which attends only to itself, whatever its query and key. One row may feed several channels (grouped
+queries). A fold is accepted only if the block's output stays the same under random scales.
 
 Shapes: B sequences, T tokens, D hidden size, I input channels of a site, O rows of a source,
 N tokens.
@@ -35,7 +35,7 @@ RATIO_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Fold:
-    """`source` is a norm or linear of the block; rows_I: int64, its row that feeds each input channel.
+    """source: a norm or linear of the block. rows_I: int64, the row of it that feeds each input channel.
 
     NO_ROW marks a channel that was zero at every token: it is not scaled. offset: what a norm adds to its weight.
     """
@@ -73,7 +73,7 @@ def fold_scale(parameters: Mapping[str, Tensor], site: Site, scale_I: Tensor) ->
     scale_I > 0, equal on channels that share a row. Computed in float32; the parameters' dtypes are kept.
     """
     if site.fold is None:
-        raise ValueError(f"nothing in the block can take the inverse scale of {', '.join(site.linears)}")
+        raise ValueError(f"no norm or linear of the block can absorb the inverse scale of {', '.join(site.linears)}")
     fold = site.fold
     fed_I = fold.rows_I != NO_ROW
     scale_I = torch.where(fed_I, scale_I.to(torch.float32), 1.0)
@@ -94,7 +94,7 @@ def _along_rows(scale_O: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Probe:
-    """Runs a block with changed rows and looks at what changes."""
+    """Runs a block with changed rows and compares its tensors."""
 
     def __init__(self, call: BlockFunction, hidden_BTD: Tensor, generator: torch.Generator):
         self._call, self._hidden_BTD, self._generator = call, hidden_BTD, generator
@@ -102,7 +102,7 @@ class _Probe:
         self.trace = self._run({})
 
     def find_fold(self, linears: tuple[str, ...]) -> Fold | None:
-        """The first source that takes an inverse scale and leaves the block's output as it was."""
+        """The first source that accepts an inverse scale without a change of the block's output."""
         for fold in itertools.chain(self._norm_folds(linears[0]), self._linear_folds(linears[0])):
             if self._keeps_the_function(Site(linears, fold)):
                 return fold
@@ -144,7 +144,7 @@ class _Probe:
         return rows_I.masked_fill(~alive_I, NO_ROW) if alive_I.any() else None
 
     def _ratio(self, source: str, rows: list[int], reader: str) -> Tensor:
-        """By what the reader's input (B, T, I) is multiplied when rows of `source` are doubled; NaN for 0 / 0."""
+        """The factor on the reader's input (B, T, I) when rows of `source` are doubled; NaN for 0 / 0."""
         changed = {}
         for name in (f"{source}.weight", f"{source}.bias"):
             if name in self._parameters:
@@ -170,5 +170,5 @@ class _Probe:
 
 
 def _is(value: int, ratio: Tensor) -> Tensor:
-    """Where a ratio is that integer, or is not known."""
+    """Where a ratio is that integer, or undefined."""
     return ((ratio - value).abs() < RATIO_TOLERANCE) | ratio.isnan()

@@ -1,11 +1,11 @@
 """Learnable weight clipping (OmniQuant, arXiv 2308.13137, section 3.2): the clipped range of every group by gradient.
 
 A group's range [lo, hi] becomes [sigmoid(b) lo, sigmoid(a) hi] with a and b learnt (both 4 at first, sigmoid(4) = 0.98)
-so that the block's output with rounded weights keeps to its target:
+so that the block's output with rounded weights stays close to its target:
 
     s = (hi' - lo') / (2^bits - 1)      z = round(-lo' / s)       w_q = (clamp(round(w / s) + z, 0, 2^bits - 1) - z) s
 
-The gradient passes straight through `round` and through the rounding of s to the dtype it is stored in. A symmetric
+The gradient of `round`, and of rounding s to the dtype it is stored in, is taken as 1 (straight-through). A symmetric
 format has s = max(|lo'|, |hi'|) / (2^(bits-1) - 1) and no z. A power-of-two scale has no gradient: `int` only.
 
 Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row, B within a group.

@@ -1,18 +1,18 @@
-"""QuaRot (Ashkboos et al., arXiv 2404.00456): a model in a basis without outliers, its function unchanged.
+"""QuaRot (Ashkboos et al., arXiv 2404.00456): rotate a model so that its activations have no outliers.
 
     fold        the gain of every norm goes into the linears that read its output; the norm then commutes with rotations
-    rotate      x -> x Q on the residual stream: what writes to it (embedding, o, down) and what reads from it (q, k, v,
-                gate, up, head) take Q into their weights
+    rotate      x -> x Q on the residual stream: Q goes into the weights of the modules that write to it (embedding, o,
+                down) and of those that read from it (q, k, v, gate, up, head)
     head-wise   the values of every head are rotated in v's rows and back in o's columns; a rotation across heads, which
-                v cannot take, is applied to o's input as the model runs
-    online      down's input, behind a nonlinearity, is rotated as the model runs, and back in down's columns
+                v cannot absorb, is applied to o's input at run time
+    online      down's input, after a nonlinearity, is rotated at run time, and back in down's columns
 
 Readers are the linears whose input is a norm's output; writers are the others whose output is as wide as the stream.
-Which writers follow an attention is found by trying: the head-wise rotation leaves their block's output alone. So no
-architecture is named, and whatever a model does that is not understood here shows in its logits, which are compared at
-the end. Everything is computed in float64 and kept in the parameters' own dtypes.
+Which writers follow an attention is found by trying: the head-wise rotation does not change their block's output. No
+architecture is named, and a model whose structure is misunderstood is detected by its logits, which are compared at
+the end. Everything is computed in float64 and stored in the parameters' dtypes.
 
-Not done: QuaRot's code also takes the mean out of the embedding, which changes a model with RMS norms.
+Unlike here, QuaRot's code also subtracts the mean of the embedding, which changes a model with RMS norms.
 
 A rotation is a function x -> x R on the last axis, R orthogonal. Shapes: O out_features, I in_features, D hidden size,
 H heads, B sequences, T tokens, N vectors of the residual stream, K rows of a value head, d head_dim.
@@ -34,7 +34,7 @@ from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.folding import GAIN_OFFSETS, NO_ROW, Site, find_sites
 from lqer.transforms.tracing import trace
 
-Rotation = Callable[[Tensor], Tensor]
+RotationFunction = Callable[[Tensor], Tensor]
 
 LOGIT_TOLERANCE = 1e-3
 
@@ -55,7 +55,7 @@ class RotationError(ValueError):
 class OnlineRotation:
     """Rotates what enters a linear as the model runs: all of it, or across `heads` heads of equal width."""
 
-    rotation: Rotation
+    rotation: RotationFunction
     heads: int | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
 
 @torch.no_grad()
 def rotate_model(
-    model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: Rotation, rotation: Rotation
+    model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: RotationFunction, rotation: RotationFunction
 ) -> dict[str, OnlineRotation]:
     """Rotate a causal language model in place; returns the online rotations, by the linear's full name, attached.
 
@@ -131,7 +131,9 @@ class _Parts:
     values: dict[str, tuple[str, Tensor]]  # writer after an attention: the linear of its values, and their rows (K, d)
 
 
-def _examine(model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: Rotation, rotation: Rotation) -> _Parts:
+def _examine(
+    model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: RotationFunction, rotation: RotationFunction
+) -> _Parts:
     """Find the parts, changing nothing. Raises RotationError for what cannot be rotated."""
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     hooks = [
@@ -174,7 +176,7 @@ def _examine(model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: Rotati
     return _Parts({norm: readers[norm] for norm in offsets}, offsets, writers, values)
 
 
-def _check_norm(name: str, norm: nn.Module, width: int, residual: Rotation) -> float:
+def _check_norm(name: str, norm: nn.Module, width: int, residual: RotationFunction) -> float:
     """What the norm adds to its weight. Raises RotationError unless it commutes with rotations once its gain is 1."""
     weight = norm.get_parameter("weight")
     if getattr(norm, "bias", None) is not None:
@@ -208,7 +210,7 @@ def _value_rows(
     hidden_BTD: Tensor,
     site: Site,
     head_dim: int,
-    rotation: Rotation,
+    rotation: RotationFunction,
 ) -> Tensor | None:
     """The rows (K, head_dim) of the K value heads that a site reads, if it reads those of an attention."""
     if site.fold is None or len(site.linears) > 1 or len(site.fold.rows_I) % head_dim:
@@ -224,7 +226,7 @@ def _value_rows(
 
 
 def _head_wise(
-    parameters: Mapping[str, Tensor], source: str, reader: str, rows_Kd: Tensor, rotation: Rotation
+    parameters: Mapping[str, Tensor], source: str, reader: str, rows_Kd: Tensor, rotation: RotationFunction
 ) -> dict[str, Tensor]:
     """The parameters that change when every value head is rotated in the source's rows and back in the reader."""
     weight_OI, reader_weight = parameters[f"{source}.weight"].double(), parameters[f"{reader}.weight"].double()
@@ -239,7 +241,7 @@ def _head_wise(
     return changed
 
 
-def _rotate_between(model: Any, parts: _Parts, rotation: Rotation) -> dict[str, OnlineRotation]:
+def _rotate_between(model: Any, parts: _Parts, rotation: RotationFunction) -> dict[str, OnlineRotation]:
     """Rotate what the writers read: in the weights as far as possible, for the rest as the model runs."""
     online = {}
     for name in parts.writers:
@@ -258,7 +260,7 @@ def _rotate_between(model: Any, parts: _Parts, rotation: Rotation) -> dict[str, 
     return online
 
 
-def _rotate_outputs(linear: nn.Linear, rotation: Rotation) -> None:
+def _rotate_outputs(linear: nn.Linear, rotation: RotationFunction) -> None:
     linear.weight.copy_(rotation(linear.weight.double().T).T)
     if linear.bias is not None:
         linear.bias.copy_(rotation(linear.bias.double()))

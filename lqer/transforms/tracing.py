@@ -1,4 +1,4 @@
-"""Which tensors go into a module's linears and come out of its norms, and which of them are one and the same."""
+"""The inputs of a module's linears and the outputs of its norms, and which of them are the same tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Seen:
-    """A tensor at the moment a module saw it: memory, layout and contents tell whether another is the same."""
+    """A tensor when a module read or returned it; memory, layout and version identify it."""
 
     tensor: Tensor
     version: int
@@ -29,14 +29,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Trace:
-    """One run of a module. Its tensors are kept alive, so that an address means one of them."""
+    """One run of a module. It keeps the tensors alive, so that an address belongs to one of them."""
 
     inputs: dict[str, Seen]  # of linears, in the order of their calls
-    outputs: dict[str, Seen]  # of norms, or whatever else has a vector called weight
+    outputs: dict[str, Seen]  # of norms: modules with a vector called weight
     result: Any
 
     def sites(self) -> list[tuple[str, ...]]:
-        """The linears, those called with the same tensor together, in the order of their calls."""
+        """The linears in the order of their calls, grouped by the tensor they are called with."""
         groups: list[tuple[Seen, list[str]]] = []
         for name, seen in self.inputs.items():
             names = next((names for first, names in groups if first.same(seen)), None)
@@ -53,7 +53,7 @@ class Trace:
 
 @contextmanager
 def watched_inputs(module: nn.Module, watch: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Hand the input of every linear that `watch` names to its function, whenever the linear is called."""
+    """While active, pass the input of every call of a linear that `watch` names to its function."""
 
     def hook(see: Callable[[Tensor], None]) -> Callable[..., None]:
         return lambda module, args: see(args[0])

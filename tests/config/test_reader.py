@@ -331,13 +331,13 @@ class TestMistakes:
         [
             (
                 ["transforms=['clip', 'awq']"],
-                'quantize.transforms: "awq" must come before "clip", whose scales are those of the weights as they are',
+                'quantize.transforms: "awq" must come before "clip", which fixes the scales of the current weights',
             ),
-            (["transforms=['clip', 'lwc']"], '"lwc" would settle the scales again that "clip" has settled'),
+            (["transforms=['clip', 'lwc']"], '"clip" and "lwc" both fix the quantization scales: use one of them'),
             (["transforms=['awq', 'quarot']"], '"quarot" (model) must come before "awq" (block)'),
             (
                 ["transforms=['awq', 'hadamard']"],
-                '"awq" prepares weights for being rounded in their own basis, "hadamard" has another',
+                '"awq" cannot be combined with "hadamard": it prepares weights that are not rotated',
             ),
             (
                 ["transforms=['hadamard']", "rounding=adaptive"],

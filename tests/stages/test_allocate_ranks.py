@@ -162,7 +162,7 @@ def test_the_kind_of_linear_with_the_larger_errors_gets_the_larger_ranks(spectra
 
 def test_a_budget_below_the_weights_alone_is_refused(spectra, plans, shapes):
     with pytest.raises(
-        ConfigError, match=r"budget_bits: must be at least 3\.\d+, what the weights .* take .*; found 3.2"
+        ConfigError, match=r"budget_bits: must be at least 3\.\d+, the bits of the weights .* alone; found 3.2"
     ):
         allocate_ranks(plans, spectra, BLOCKS, shapes, 3.2)
     with pytest.raises(ConfigError, match=r"must be at least 3\.\d+, .*found 3\.2"):
@@ -189,7 +189,7 @@ def test_a_spectrum_is_that_of_the_error_in_the_basis_of_the_plan():
     weight_OI, x_TI = torch.randn(48, 96, generator=generator), torch.randn(300, 96, generator=generator)
     statistics = {"hessian": x_TI.T @ x_TI / 300}
     plan = LinearPlan(
-        "qera-exact", E8P(2), None, None, 0, MXInt(8), "long", rounding=Ldlq(), transform=Hadamard(), seed=5
+        QeraExact(), E8P(2), None, None, 0, MXInt(8), "long", rounding=Ldlq(), transform=Hadamard(), seed=5
     )
     spectrum = error_spectrum(weight_OI, statistics, plan)
     rounded = plan.quantize(weight_OI, statistics)

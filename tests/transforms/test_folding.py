@@ -90,7 +90,7 @@ def test_different_scales_for_one_row_are_refused(random_model, windows_WT):
 
 
 def test_a_site_without_a_fold_cannot_be_scaled():
-    with pytest.raises(ValueError, match="nothing in the block can take the inverse scale of fc2"):
+    with pytest.raises(ValueError, match="no norm or linear of the block can absorb the inverse scale of fc2"):
         fold_scale({}, Site(("fc2",), None), torch.ones(4))
 
 

@@ -26,9 +26,9 @@ class OfABlock(Transform):
 
 
 @dataclass(frozen=True)
-class AnotherBasis(Transform):
+class AnotherRotation(Transform):
     level: ClassVar[Level] = "linear"
-    kind = "another-basis"
+    kind = "another-rotation"
 
 
 @pytest.mark.parametrize("kind", TRANSFORMS)
@@ -46,6 +46,9 @@ def test_the_wider_level_comes_first():
     )
 
 
-def test_a_transform_is_named_once_and_a_linear_has_one_basis():
+def test_a_transform_is_named_once_and_a_linear_has_one_rotation():
     assert unsupported_order([OfABlock(), OfABlock()]) == '"of-a-block" is named twice'
-    assert unsupported_order([Hadamard(), AnotherBasis()]) == "a linear has one basis, not 2: hadamard, another-basis"
+    assert (
+        unsupported_order([Hadamard(), AnotherRotation()])
+        == "a linear has one rotation, not 2: hadamard, another-rotation"
+    )
