@@ -66,11 +66,11 @@ class CalibrationInfo(TypedDict):
 class PerplexityRow(TypedDict):
     dataset: str
     source: str
-    protocol: str  # gptq | lqer | lm-eval
+    protocol: str  # concat | row-batches | lm-eval
     seq_len: int  # tokens per window
     tokens: int  # predicted tokens that the mean is taken over
     original: float | None  # null if not in evaluation.baselines; the same for the next key
-    plain: float | None
+    rtn: float | None
     quantized: float
 
 
@@ -78,7 +78,7 @@ class DownstreamRow(TypedDict):
     task: str
     metric: str
     original: float | None
-    plain: float | None
+    rtn: float | None
     quantized: float
     stderr: float | None  # of `quantized`
     num_fewshot: int

@@ -20,7 +20,7 @@ for weight in "${weights[@]}"; do
         --quantize.method=none --quantize.low_rank.rank=0
         --quantize.activation=none --quantize.bias=none --quantize.attention=none)
     run_one "int$weight-rtn" "${common[@]}" --quantize.rounding=nearest --quantize.transforms='[]'
-    run_one "int$weight-gptq" "${common[@]}" --quantize.rounding=gptq --quantize.transforms='[]' --quantize.propagate=quantized
+    run_one "int$weight-gptq" "${common[@]}" --quantize.rounding=gptq --quantize.transforms='[]' --quantize.propagate_error=true
     run_one "int$weight-awq" "${common[@]}" --quantize.rounding=nearest --quantize.transforms="['awq', 'clip']"
     run_one "int$weight-omniquant" "${common[@]}" --quantize.rounding=nearest --quantize.transforms="$lwc"
     run_one "int$weight-tesseraq" "${common[@]}" --quantize.rounding="$adaptive" --quantize.transforms="['awq', 'clip']"

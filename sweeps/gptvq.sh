@@ -15,7 +15,7 @@ for b in "${bits[@]}"; do
         --quantize.low_rank.rank=0)
     run_one "rtn-int${b}g128" --quantize.method=none "${integers[@]}"
     run_one "gptq-int${b}g128" --quantize.method=gptq "${integers[@]}"
-    run_one "gptq-int${b}g128-original" --quantize.method=gptq --quantize.propagate=original "${integers[@]}"
+    run_one "gptq-int${b}g128-original" --quantize.method=gptq --quantize.propagate_error=false "${integers[@]}"
 done
 for codebook in "${codebooks[@]}"; do
     read -r b dimension size <<<"$codebook"
@@ -24,7 +24,7 @@ for codebook in "${codebooks[@]}"; do
     run_one "gptvq-${b}b-${dimension}d-$size" "${vectors[@]}" --quantize.low_rank.rank=0
     if [ "$codebook" = "2 2 2048" ]; then
         run_one "gptvq-${b}b-${dimension}d-$size-original" "${vectors[@]}" --quantize.low_rank.rank=0 \
-            --quantize.propagate=original
+            --quantize.propagate_error=false
         for rank in ${RANKS:-4 41}; do
             run_one "gptvq-${b}b-${dimension}d-$size-r$rank" "${vectors[@]}" --quantize.low_rank.rank="$rank" \
                 --quantize.low_rank.format=x8

@@ -162,7 +162,7 @@ def plan() -> LinearPlan:
     """8-bit weights and rank-8 factors, activations and biases as they are."""
     mxint8 = MXInt(bits=8)
     return LinearPlan(
-        method=LqerAct(), weight=mxint8, activation=None, bias=None, rank=8, factor=mxint8, factor_blocks="reduction"
+        method=LqerAct(), weight=mxint8, activation=None, bias=None, rank=8, factor=mxint8, factor_axis="reduction"
     )
 
 

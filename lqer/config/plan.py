@@ -40,7 +40,7 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
         rank=low_rank.rank if low_rank.budget_bits is None else None,
         factor=number_format(low_rank.format) or DEFAULT_FACTOR,
         factor_b=None if low_rank.format_b is None else number_format(low_rank.format_b) or DEFAULT_FACTOR,
-        factor_blocks=low_rank.blocks,
+        factor_axis=low_rank.axis,
         solver=low_rank.solver,
         iterations=low_rank.iterations or quantize.method.iterations,
         seed=config.seed,

@@ -25,7 +25,7 @@ from lqer.data.datasets import DatasetSpec
 from lqer.formats import NumberFormat, unsupported_cut
 from lqer.lowrank.solver import Solver
 from lqer.methods import LqerAct, Method
-from lqer.methods.base import FACTOR_AXES, FactorBlocks
+from lqer.methods.base import FACTOR_AXES, FactorAxis
 from lqer.rounding import ROUNDINGS, Nearest, Rounding
 from lqer.store.offload import parse_bytes
 from lqer.transforms import Scheme, Transform, unsupported_order
@@ -97,10 +97,10 @@ class LowRankConfig(Section):
     # Of A and B, unless B has one of its own.
     format: FormatName = NOT_QUANTIZED
     format_b: FormatName | None = None
-    # Along which dimension A and B are cut into blocks: "reduction" is the one a GEMM sums over (A along in_features,
-    # B along the rank); "reference" is what the sweeps of LQER's paper ran (A along the rank, B along out_features);
-    # "long" is the one away from the rank (A along in_features, B along out_features).
-    blocks: FactorBlocks = "reduction"
+    # The axis along which A and B are quantized in blocks: "reduction", the summed dimension of each product (A along
+    # in_features, B along the rank); "lqer", as in the sweeps of LQER's paper (A along the rank, B along out_features);
+    # "outer", never the rank (A along in_features, B along out_features).
+    axis: FactorAxis = "reduction"
     # Instead of a rank: average bits of the whole model, from which every linear gets the rank that it needs.
     budget_bits: Annotated[float, Field(gt=0)] | None = None
     solver: Solver = "auto"
@@ -112,7 +112,7 @@ class LowRankOverride(Section):
     rank: Annotated[int, Field(ge=0)] | None = None
     format: FormatName | None = None
     format_b: FormatName | None = None
-    blocks: FactorBlocks | None = None
+    axis: FactorAxis | None = None
 
 
 class OverrideConfig(Section):
@@ -135,13 +135,13 @@ class QuantizeConfig(Section):
     rounding: RoundingSpec | None = None
     # Applied in this order: of the whole model, then of a block, then of one linear.
     transforms: tuple[TransformSpec, ...] = ()
-    # The inputs that blocks are quantized on: those of the original model, or what the blocks quantized so far make of
-    # the text; by default as the method defines it.
-    propagate: Literal["original", "quantized"] | None = None
+    # Whether a block is quantized on the outputs of the quantized blocks before it instead of the original model's
+    # activations; by default as the method defines it.
+    propagate_error: bool | None = None
     activation: FormatName = NOT_QUANTIZED
     bias: FormatName = NOT_QUANTIZED
     attention: FormatName = NOT_QUANTIZED
-    attention_blocks: Literal["reference", "reduction"] = "reduction"
+    attention_axis: Literal["reduction", "lqer"] = "reduction"
     low_rank: LowRankConfig = LowRankConfig()
     skip: tuple[str, ...] = ("lm_head",)
     override: tuple[OverrideConfig, ...] = ()
@@ -180,14 +180,16 @@ class QuantizeConfig(Section):
         return transforms + [part.kind for part in (self.chosen_rounding,) if part.together]
 
     @property
-    def stream(self) -> Literal["original", "quantized"]:
-        """Whose inputs blocks are quantized on: `propagate`, or else as the parts or the method ask for."""
-        return self.propagate or ("quantized" if self.block_parts or self.method.propagate_error else "original")
+    def propagates_error(self) -> bool:
+        """`propagate_error`, or else as block components or the method require."""
+        if self.propagate_error is not None:
+            return self.propagate_error
+        return bool(self.block_parts) or self.method.propagate_error
 
 
 class PerplexityConfig(Section):
     datasets: tuple[DatasetSpec, ...] = (DatasetSpec(path="wikitext2"),)
-    protocol: Literal["gptq", "lqer", "lm-eval"] = "gptq"
+    protocol: Literal["concat", "row-batches", "lm-eval"] = "concat"
     seq_len: Positive = 2048
     batch_size: Positive = 1
     # Only the first windows of each dataset, for a quick look; the token count in the results says so.
@@ -214,8 +216,8 @@ class DownstreamConfig(Section):
 class EvaluationConfig(Section):
     # "emulate": ordinary arithmetic; "triton": kernels on packed weights; "auto": kernels where they can run.
     backend: Literal["auto", "emulate", "triton"] = "auto"
-    # What is evaluated beside the quantized model: the original, and "plain", the same formats without reconstruction.
-    baselines: tuple[Literal["original", "plain"], ...] = ("original",)
+    # Evaluated in addition to the quantized model: the original, and "rtn", the same formats without low-rank factors.
+    baselines: tuple[Literal["original", "rtn"], ...] = ("original",)
     # One decoder block in memory at a time, over all windows: for models larger than memory. The numbers are the same.
     blockwise: bool = False
     perplexity: PerplexityConfig | None = None
@@ -346,9 +348,9 @@ class Config(Section):
         if low_rank.budget_bits is None:
             return
         iterations = low_rank.iterations or method.iterations
-        if quantize.stream == "quantized":
-            rule = "must be left out: ranks are shared out before any block is quantized, by errors on the original "
-            rule += "model's inputs; in the quantized stream (quantize.propagate) errors follow from earlier ranks"
+        if quantize.propagates_error:
+            rule = "not supported with propagate_error = true: ranks are allocated from errors on the original model's "
+            rule += "activations, before any block is quantized"
             raise KeyedError((*table, "budget_bits"), rule, low_rank.budget_bits)
         if low_rank.rank:
             raise KeyedError((*table, "rank"), "must be 0 beside budget_bits, which chooses every rank", low_rank.rank)
@@ -390,9 +392,9 @@ class Config(Section):
         if not quantize.block_parts:
             return
         parts = " and ".join(quantize.block_parts)
-        if quantize.propagate == "original":
-            rule = f'must be "quantized", or left out: {parts} work on what the quantized blocks hand on'
-            raise KeyedError(("quantize", "propagate"), rule, "original")
+        if quantize.propagate_error is False:
+            rule = f"must be true (or unset): {parts} calibrates on the outputs of the already quantized blocks"
+            raise KeyedError(("quantize", "propagate_error"), rule, False)
         for i, transform in enumerate(quantize.transforms):
             if transform.level == "linear" and usual.together:
                 rule = f'must not be beside rounding "{usual.kind}", which rounds weights in their own basis'
@@ -446,7 +448,7 @@ class Config(Section):
         if low_rank.budget_bits is None and low_rank.rank <= columns:
             return
         formats = (low_rank.format, low_rank.format_b or low_rank.format)
-        for rank_dim, axis, name in zip((1, 0), FACTOR_AXES[low_rank.blocks], formats):
+        for rank_dim, axis, name in zip((1, 0), FACTOR_AXES[low_rank.axis], formats):
             if axis != rank_dim or name == NOT_QUANTIZED:
                 continue
             if (unsupported_reason := unsupported_cut(self.formats[name], columns)) is not None:

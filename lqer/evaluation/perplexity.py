@@ -1,12 +1,12 @@
 """Perplexity under three protocols that papers rarely tell apart, and whose numbers cannot be compared.
 
-    gptq     one string joiner.join(rows), one tokenizer call, windows of seq_len without overlap, the tail dropped;
-             exp of the mean over all predicted tokens. The number that papers print for WikiText-2.
-    lqer     as LQER's code does it: the rows are tokenized in parts of 1000, and the mean is taken over batches. For
-             comparing with LQER's tables.
-    lm-eval  word perplexity of whole documents by lm-evaluation-harness: rolling windows in which every token is
-             predicted, divided by the number of words. A BOS that the tokenizer adds is predicted too, at some ten nats
-             per document, which tells on short documents.
+    concat       GPTQ's: one string joiner.join(rows), one tokenizer call, windows of seq_len without overlap, the tail
+                 dropped; exp of the mean over all predicted tokens. The number that papers print for WikiText-2.
+    row-batches  LQER's: the rows are tokenized in batches of 1000, and the mean is taken over batches of windows. For
+                 comparison with LQER's tables.
+    lm-eval      word perplexity of whole documents by lm-evaluation-harness: rolling windows in which every token is
+                 predicted, divided by the number of words. A BOS that the tokenizer adds is predicted too, at some ten
+                 nats per document, which matters for short documents.
 
 The first two are pure functions from text to token windows and from windows to a result; one loss loop serves both.
 They take a model as transformers makes it, or an OpenedModel, whose blocks all windows visit one after the other.
@@ -52,7 +52,7 @@ class PerplexityResult:
     nll: float  # mean negative log-likelihood in nats, per token or, under lm-eval, per word
 
 
-def gptq_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner: str, seq_len: int) -> Tensor:
+def concat_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner: str, seq_len: int) -> Tensor:
     """windows_WT int64 of the rows as one text; special tokens as the tokenizer adds them, once.
 
     Raises DataError when the text is shorter than one window.
@@ -60,7 +60,7 @@ def gptq_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner
     return _cut(_tokenize(tokenizer, joiner.join(rows)), seq_len)
 
 
-def lqer_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner: str, seq_len: int) -> Tensor:
+def row_batch_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner: str, seq_len: int) -> Tensor:
     """windows_WT int64 as LQER's code makes them: special tokens once per 1000 rows.
 
     The rows are joined by blank lines in parts of 1000, each part is tokenized by itself, and the tokens of all parts
@@ -73,15 +73,15 @@ def lqer_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner
     return _cut([token for part in parts for token in _tokenize(tokenizer, LQER_JOINER.join(part))], seq_len)
 
 
-def gptq_perplexity(
+def concat_perplexity(
     model: PreTrainedModel | OpenedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
 ) -> PerplexityResult:
     """The exponential of the mean over all predicted tokens; `batch_size` changes it by rounding at most."""
     nll_W = _window_nlls(model, windows_WT, batch_size, progress)
-    return _result("gptq", nll_W.mean(), windows_WT)
+    return _result("concat", nll_W.mean(), windows_WT)
 
 
-def lqer_perplexity(
+def row_batch_perplexity(
     model: PreTrainedModel | OpenedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
 ) -> PerplexityResult:
     """The exponential of the mean over batches of each batch's mean.
@@ -90,7 +90,7 @@ def lqer_perplexity(
     divides the number of windows.
     """
     nll_W = _window_nlls(model, windows_WT, batch_size, progress)
-    return _result("lqer", torch.stack([nll_B.mean() for nll_B in nll_W.split(batch_size)]).mean(), windows_WT)
+    return _result("row-batches", torch.stack([nll_B.mean() for nll_B in nll_W.split(batch_size)]).mean(), windows_WT)
 
 
 def lm_eval_perplexity(
@@ -113,8 +113,8 @@ class WindowedProtocol(NamedTuple):
 
 # lm-eval is not among them: it takes documents, not windows.
 WINDOWED_PROTOCOLS = {
-    "gptq": WindowedProtocol(gptq_windows, gptq_perplexity),
-    "lqer": WindowedProtocol(lqer_windows, lqer_perplexity),
+    "concat": WindowedProtocol(concat_windows, concat_perplexity),
+    "row-batches": WindowedProtocol(row_batch_windows, row_batch_perplexity),
 }
 
 

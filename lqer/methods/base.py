@@ -33,12 +33,12 @@ from lqer.transforms import LinearTransform, Rotation
 
 # Of one input site, by kind.
 Statistics = Mapping[str, Tensor]
-FactorBlocks = Literal["reduction", "reference", "long"]
-FACTOR_AXES: dict[FactorBlocks, tuple[int, int]] = {"reduction": (0, 0), "reference": (1, 1), "long": (0, 1)}
+FactorAxis = Literal["reduction", "lqer", "outer"]
+FACTOR_AXES: dict[FactorAxis, tuple[int, int]] = {"reduction": (0, 0), "lqer": (1, 1), "outer": (0, 1)}
 # Where [quantize.low_rank] names no format, A and B are stored in half precision.
 DEFAULT_FACTOR = Passthrough(dtype="float16")
 NO_FACTORS: dict[str, Any] = {
-    "factor": DEFAULT_FACTOR, "factor_b": None, "factor_blocks": "reduction", "solver": "auto", "iterations": 1,
+    "factor": DEFAULT_FACTOR, "factor_b": None, "factor_axis": "reduction", "solver": "auto", "iterations": 1,
 }  # fmt: skip
 
 
@@ -48,9 +48,9 @@ class LinearPlan:
 
     `rank` may exceed what the weight admits: it is then taken as min(out_features, in_features). It is None until a
     budget of bits is allocated (lqer/stages/allocate_ranks.py). `factor` is the format of A, and of B unless
-    `factor_b` is another. `factor_blocks` says along which dimension they are cut into blocks: "reduction", the one a
-    GEMM sums over (A along in_features, B along the rank), "reference", as the sweeps of LQER's paper ran (A along the
-    rank, B along out_features), or "long", away from the rank (A along in_features, B along out_features).
+    `factor_b` is another. `factor_axis` is the axis of their blocks: "reduction", the summed dimension of each
+    product (A along in_features, B along the rank), "lqer", as in the sweeps of LQER's paper (A along the rank, B along
+    out_features), or "outer", never the rank (A along in_features, B along out_features).
     """
 
     method: Method
@@ -59,7 +59,7 @@ class LinearPlan:
     bias: NumberFormat | None = None
     rank: int | None = 0
     factor: NumberFormat = DEFAULT_FACTOR
-    factor_blocks: FactorBlocks = "reduction"
+    factor_axis: FactorAxis = "reduction"
     rounding: Rounding = field(default_factory=Nearest)
     transform: LinearTransform | None = None
     solver: Solver = "auto"
@@ -82,7 +82,7 @@ class LinearPlan:
     @property
     def factor_axes(self) -> tuple[int, int]:
         """The block axes of a_IR and b_RO."""
-        return FACTOR_AXES[self.factor_blocks]
+        return FACTOR_AXES[self.factor_axis]
 
     @property
     def factor_formats(self) -> tuple[NumberFormat, NumberFormat]:

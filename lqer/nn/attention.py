@@ -33,7 +33,7 @@ class QuantizedAttention:
     """The number format of the four operands and the dimension its blocks run along."""
 
     operand: NumberFormat
-    blocks: Literal["reference", "reduction"]
+    axis: Literal["reduction", "lqer"]
 
     def __call__(
         self,
@@ -55,7 +55,7 @@ class QuantizedAttention:
         repeats = query_BHTD.shape[1] // key_BGKD.shape[1]
         key_BHKD = key_BGKD.repeat_interleave(repeats, dim=1)
         value_BHKD = value_BGKD.repeat_interleave(repeats, dim=1)
-        key_axis, value_axis = (-1, -2) if self.blocks == "reduction" else (-2, -1)
+        key_axis, value_axis = (-1, -2) if self.axis == "reduction" else (-2, -1)
         round_ = self.operand.fake_quantize
 
         scores_BHTK = round_(query_BHTD) @ round_(key_BHKD, axis=key_axis).transpose(-1, -2)
@@ -70,8 +70,8 @@ class QuantizedAttention:
 
 
 def quantized_attention(described: Mapping[str, Any]) -> QuantizedAttention:
-    """From its description in a checkpoint: the operands' "format", and "blocks"."""
-    return QuantizedAttention(format_from_dict(described["format"]), described["blocks"])
+    """From its description in a checkpoint: the operands' "format", and "axis"."""
+    return QuantizedAttention(format_from_dict(described["format"]), described["axis"])
 
 
 def quantize_attention(model: PreTrainedModel, attention: QuantizedAttention) -> None:
@@ -79,7 +79,7 @@ def quantize_attention(model: PreTrainedModel, attention: QuantizedAttention) ->
 
     Raises ModelError if the model does not use the registry.
     """
-    name = f"lqer_{content_hash([attention.operand.to_dict(), attention.blocks])[:12]}"
+    name = f"lqer_{content_hash([attention.operand.to_dict(), attention.axis])[:12]}"
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, eager_mask)
     try:

@@ -33,7 +33,7 @@ from lqer.stages.allocate_ranks import Budget
 from lqer.stages.finetune import HISTORY_FILE
 from lqer.store.store import Artifact
 
-# A measurement of every candidate, by its role: "quantized" and, where asked for, "original" and "plain".
+# A measurement of every candidate, by its role: "quantized" and, where asked for, "original" and "rtn".
 ByRole = Mapping[str, Any]
 
 
@@ -47,7 +47,7 @@ class Made:
     calibration: Artifact | None
     budget: Budget | None
     quantized: Artifact
-    plain: Artifact | None
+    rtn: Artifact | None
     finetuned: Artifact | None
     perplexity: Sequence[tuple[DatasetSpec, str, ByRole]]
     downstream: ByRole
@@ -70,7 +70,7 @@ def assemble(
 ) -> Results:
     """results.json. started: `time.monotonic()` at the start of the run."""
     rows = layer_rows(made.checkpoint, summary.blocks)
-    plain = None if made.plain is None else Baseline(bits=average_bits(layer_rows(made.plain, summary.blocks)))
+    rtn = None if made.rtn is None else Baseline(bits=average_bits(layer_rows(made.rtn, summary.blocks)))
     return Results(
         schema_version=SCHEMA_VERSION,
         tag=config.tag,
@@ -79,7 +79,7 @@ def assemble(
         model=_model_info(config, source, summary, rows),
         bits=average_bits(rows),
         allocation=None if made.budget is None else _allocation_info(made.budget),
-        baseline=plain,
+        baseline=rtn,
         finetune=None if made.finetuned is None else _finetune_info(config, made.finetuned),
         calibration=calibration,
         perplexity=[_perplexity_row(*measured) for measured in made.perplexity],
@@ -141,7 +141,7 @@ def _perplexity_row(spec: DatasetSpec, source: str, results: ByRole) -> Perplexi
         seq_len=quantized["seq_len"],
         tokens=quantized["tokens"],
         original=values.get("original"),
-        plain=values.get("plain"),
+        rtn=values.get("rtn"),
         quantized=values["quantized"],
     )
 
@@ -153,7 +153,7 @@ def _downstream_rows(results: ByRole) -> list[DownstreamRow]:
             task=row["task"],
             metric=row["metric"],
             original=values.get("original", {}).get((row["task"], row["metric"])),
-            plain=values.get("plain", {}).get((row["task"], row["metric"])),
+            rtn=values.get("rtn", {}).get((row["task"], row["metric"])),
             quantized=row["value"],
             stderr=row["stderr"],
             num_fewshot=row["num_fewshot"],

@@ -66,12 +66,12 @@ def _rows(results: Results) -> list[dict]:
         "activation": quantize["activation"],
         "rank": quantize["low_rank"]["rank"],
         "bits": results["bits"]["average"],
-        "plain_bits": None if results["baseline"] is None else results["baseline"]["bits"]["average"],
+        "rtn_bits": None if results["baseline"] is None else results["baseline"]["bits"]["average"],
     }
     tasks = {f"{row['task']} {row['metric']}": row["quantized"] for row in results["downstream"]}
     texts = [
-        {key: row[key] for key in ("dataset", "protocol", "seq_len", "tokens", "original", "plain")}
+        {key: row[key] for key in ("dataset", "protocol", "seq_len", "tokens", "original", "rtn")}
         | {"perplexity": row["quantized"]}
         for row in results["perplexity"]
-    ] or [dict.fromkeys(("dataset", "protocol", "seq_len", "tokens", "original", "plain", "perplexity"))]
+    ] or [dict.fromkeys(("dataset", "protocol", "seq_len", "tokens", "original", "rtn", "perplexity"))]
     return [run | text | tasks for text in texts]

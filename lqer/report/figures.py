@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from lqer.report.naming import RTN
 from lqer.results import PerplexityRow
 
-COLOURS = {"original": "#000000", "plain": "#D55E00", "quantized": "#0072B2"}
+COLOURS = {"original": "#000000", "rtn": "#D55E00", "quantized": "#0072B2"}
 # For more curves than kinds of models.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 SMALLEST_SHOWN = 1e-4
@@ -53,7 +53,7 @@ def save_singular_values(path: Path, spectra: Mapping[str, np.ndarray], linears:
         figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 2.2 * rows), sharey=True, squeeze=False)
         for axis, linear in zip(axes.flat, linears):
             for kind, label, colour in (
-                ("plain", "W − W$_q$", COLOURS["plain"]),
+                ("plain", "W − W$_q$", COLOURS["rtn"]),
                 ("scaled", "(W − W$_q$)·S", COLOURS["quantized"]),
             ):
                 values = spectra[f"{linear}.{kind}"]
@@ -143,7 +143,7 @@ def save_output_errors(path: Path, layers: pd.DataFrame) -> None:
         x = np.arange(len(layers))
         reconstructed = bool((layers["rank"] > 0).any())
         if reconstructed:
-            axis.scatter(x, layers["output_error_before"], s=9, color=COLOURS["plain"], label="rounded")
+            axis.scatter(x, layers["output_error_before"], s=9, color=COLOURS["rtn"], label="rounded")
         label = "with low-rank reconstruction" if reconstructed else "rounded"
         axis.scatter(x, layers["output_error"], s=9, color=COLOURS["quantized"], label=label)
         axis.set_yscale("log")
@@ -263,7 +263,7 @@ def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
 
 def _with_plain_points(table: pd.DataFrame) -> pd.DataFrame:
     points = table[["method", "bits", "perplexity"]]
-    plain = table[["plain_bits", "plain"]].dropna().drop_duplicates()
+    plain = table[["rtn_bits", "rtn"]].dropna().drop_duplicates()
     plain = plain.set_axis(["bits", "perplexity"], axis="columns").assign(method=RTN)
     return pd.concat([points, plain], ignore_index=True).drop_duplicates()
 

@@ -14,7 +14,7 @@ def scheme_name(quantize: Mapping[str, Any]) -> str:
     return " + ".join([*_rounded_by(quantize), *([] if method == "none" else [method])]) or RTN
 
 
-def plain_name(quantize: Mapping[str, Any]) -> str:
+def rtn_name(quantize: Mapping[str, Any]) -> str:
     """The same without low-rank reconstruction."""
     return " + ".join(_rounded_by(quantize)) or RTN
 

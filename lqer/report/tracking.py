@@ -28,7 +28,7 @@ def track(settings: TrackingConfig, results: Results) -> None:
         "bits/metadata": results["bits"]["metadata"],
     }
     for row in results["perplexity"]:
-        measured = {"original": row["original"], "plain": row["plain"], "quantized": row["quantized"]}
+        measured = {"original": row["original"], "rtn": row["rtn"], "quantized": row["quantized"]}
         for kind, perplexity in measured.items():
             if perplexity is not None:
                 numbers[f"perplexity/{row['dataset']}/{row['protocol']}/{kind}"] = perplexity

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lqer.checkpoint.bits import Bits
 from lqer.report import figures
-from lqer.report.naming import plain_name, scheme_name
+from lqer.report.naming import rtn_name, scheme_name
 from lqer.results import Results
 from lqer.store.files import write_atomically, write_json, write_text
 from lqer.store.names import layers_file, spectra_file, tuning_file
@@ -111,18 +111,18 @@ def _losses(note: Mapping[str, Any]) -> list[float]:
 def _bits_by_kind(results: Results) -> dict[str, float]:
     bits = {"quantized": results["bits"]["average"]}
     if results["baseline"] is not None:
-        bits["plain"] = results["baseline"]["bits"]["average"]
+        bits["rtn"] = results["baseline"]["bits"]["average"]
     return bits
 
 
 def _kind_names(results: Results) -> dict[str, str]:
     quantize = results["config"]["quantize"]
-    return {"original": "original", "plain": plain_name(quantize), "quantized": scheme_name(quantize)}
+    return {"original": "original", "rtn": rtn_name(quantize), "quantized": scheme_name(quantize)}
 
 
 def summary_table(results: Results) -> str:
     """The table printed at the end of a run: one row per evaluation, one column per candidate (markdown)."""
-    kinds = ["original", *(["plain"] if results["baseline"] is not None else []), "quantized"]
+    kinds = ["original", *(["rtn"] if results["baseline"] is not None else []), "quantized"]
     names = _kind_names(results)
     bits = _bits_by_kind(results)
     lines = [

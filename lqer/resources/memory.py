@@ -117,7 +117,7 @@ def estimate(work: Workload) -> list[StageMemory]:
     stages = []
     if config.quantize.rotates:
         stages.append(_rotate(work))
-    if config.quantize.stream == "original":
+    if not config.quantize.propagates_error:
         stages.append(_calibrate(source))
     stages.append(_quantize(source))
     if config.finetune is not None:
@@ -174,7 +174,7 @@ def _quantize(work: Workload) -> StageMemory:
     disk = [Need("quantized model", packed + outside, LARGER_DISK)]
     if len(work.config.evaluation.baselines) > ("original" in work.config.evaluation.baselines):
         disk.append(Need("quantized baseline", packed + outside, LARGER_DISK))
-    if quantize.stream == "quantized":
+    if quantize.propagates_error:
         walk = _walk(work, settings.num_samples, settings.seq_len, settings.batch_size * settings.seq_len,
                      _smaller("calibration.batch_size"), _accumulators(work), blocks=2)  # fmt: skip
         block = _whole_block(work)

@@ -42,7 +42,7 @@ QuantizeStage = Quantize | QuantizeSequentially
 class Experiment:
     """What a run does, in this order; None where the configuration does not ask for a stage.
 
-    plain: the checkpoint without low-rank reconstruction. perplexity and downstream: by role of the candidate, in the
+    rtn: the checkpoint without low-rank reconstruction. perplexity and downstream: by role of the candidate, in the
     order of the configuration's texts and tasks.
     """
 
@@ -50,7 +50,7 @@ class Experiment:
     calibrate: Calibrate | None
     spectra: MeasureSpectra | None
     quantize: QuantizeStage
-    plain: QuantizeStage | None
+    rtn: QuantizeStage | None
     finetune: Finetune | None
     candidates: tuple[Candidate, ...]
     perplexity: dict[str, list[Evaluation]]
@@ -65,7 +65,7 @@ class Experiment:
         yield from filter(None, (self.rotate, self.calibrate, self.spectra))
 
     def quantizing(self) -> Iterator[QuantizeStage]:
-        yield from filter(None, (self.quantize, self.plain))
+        yield from filter(None, (self.quantize, self.rtn))
 
     def evaluations(self, candidate: Candidate) -> Iterator[Evaluation]:
         yield from self.perplexity[candidate.role]
@@ -86,7 +86,7 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
     model = Rotate(context.source, config.seed, device) if config.quantize.rotates else context.source
     calibrate = spectra = None
     quantize: QuantizeStage
-    if config.quantize.stream == "original":
+    if not config.quantize.propagates_error:
         requested = requested_statistics(context.plans)
         calibrate = Calibrate(model, texts.calibration, requested, dtype, device, context.offload())
         plans: Any = context.plans
@@ -100,10 +100,10 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
             model, texts.calibration, context.plans, _attention(context), transforms, config.seed, dtype, device,
             tokenizer, context.offload(), "quantize",
         )  # fmt: skip
-    plain = None
-    if "plain" in config.evaluation.baselines:
+    rtn = None
+    if "rtn" in config.evaluation.baselines:
         without_low_rank = {name: plan and plan.without_low_rank() for name, plan in context.plans.items()}
-        plain = replace(quantize, plans=without_low_rank, label="quantize (without low-rank reconstruction)")
+        rtn = replace(quantize, plans=without_low_rank, label="quantize (without low-rank reconstruction)")
     finetune = None
     if config.finetune is not None:
         assert texts.training_WT is not None, "read_texts reads it where fine-tuning is asked for"
@@ -112,19 +112,19 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
             config.device_map,
         )  # fmt: skip
     candidates = [_quantized(context, "quantized", finetune or quantize)]
-    candidates += [_quantized(context, "plain", plain)] if plain is not None else []
+    candidates += [_quantized(context, "rtn", rtn)] if rtn is not None else []
     candidates += [_original(context)] if "original" in config.evaluation.baselines else []
     perplexity = {candidate.role: _perplexity(context, candidate, tokenizer, texts) for candidate in candidates}
     downstream = _downstream(context, candidates, tokenizer)
     rotate = model if isinstance(model, Rotate) else None
-    return Experiment(rotate, calibrate, spectra, quantize, plain, finetune, tuple(candidates), perplexity, downstream)
+    return Experiment(rotate, calibrate, spectra, quantize, rtn, finetune, tuple(candidates), perplexity, downstream)
 
 
 def _attention(context: RunContext) -> dict[str, Any] | None:
     quantize = context.config.quantize
     if quantize.attention == NOT_QUANTIZED:
         return None
-    return {"format": context.config.formats[quantize.attention].to_dict(), "blocks": quantize.attention_blocks}
+    return {"format": context.config.formats[quantize.attention].to_dict(), "axis": quantize.attention_axis}
 
 
 def _arithmetic(context: RunContext) -> dict[str, Any]:

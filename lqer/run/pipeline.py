@@ -53,12 +53,12 @@ def run_chunk(config: Config, chunk: Chunk | None) -> Results | None:
 
 def refuse_chunks(config: Config, chunk: Chunk) -> None:
     """Raise ConfigError if blocks cannot be quantized independently of each other."""
-    if config.quantize.stream == "quantized":
+    if config.quantize.propagates_error:
         parts = " and ".join(config.quantize.block_parts) or f"method {config.quantize.method.kind!r}"
-        asked_by = "" if config.quantize.propagate else f" (implied by {parts})"
+        asked_by = "" if config.quantize.propagate_error else f" (implied by {parts})"
         raise ConfigError(
-            f'--chunk {chunk}: requires quantize.propagate = "original"; with "quantized"{asked_by} each block depends '
-            "on the quantized blocks before it"
+            f"--chunk {chunk}: requires quantize.propagate_error = false; with error propagation{asked_by} each block "
+            "depends on the quantized blocks before it"
         )
 
 
@@ -151,7 +151,7 @@ def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget 
         calibration=found(experiment.calibrate),
         budget=budget,
         quantized=quantized,
-        plain=found(experiment.plain),
+        rtn=found(experiment.rtn),
         finetuned=found(experiment.finetune),
         perplexity=perplexity,
         downstream={role: stage.result(store) for role, stage in experiment.downstream.items()},

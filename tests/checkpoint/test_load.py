@@ -178,7 +178,7 @@ def test_biases_activations_and_attention_are_quantized_as_planned(
 ):
     model = random_model("opt")
     operand = MXInt(bits=6)
-    settings = {"format": operand.to_dict(), "blocks": "reference"}
+    settings = {"format": operand.to_dict(), "axis": "lqer"}
     plan = replace(plan, bias=MXInt(bits=4), activation=MXInt(bits=5, block_size=8))
     path = run_stages(model, plan, attention=settings).checkpoint.path
     loaded = load_quantized(path, CPU)

@@ -65,7 +65,7 @@ def test_a_row_of_a_paper_is_a_whole_experiment(path):
 def test_a_row_of_gptvq_has_the_bits_and_the_dimension_of_its_name(path):
     _, dimension, bits = path.stem.split("-")
     config = read_config(path)
-    assert config.quantize.stream == "quantized"
+    assert config.quantize.propagates_error
     assert (config.calibration.num_samples, config.calibration.seq_len) == (128, 2048)
     plan = plan_linear(config, "model.layers.0.self_attn.q_proj")
     assert f"{plan.weight.dimension}d" == dimension
@@ -108,7 +108,7 @@ def test_a_row_of_tesseraq_is_the_published_recipe(name, bits, group):
     assert (len(settings.soft_fractions), settings.steps, settings.batch_size) == (20, 250, 4)
     assert settings.learning_rate == settings.scale_learning_rate == 1e-3
     assert (config.calibration.num_samples, config.calibration.seq_len) == (512, 2048)
-    assert config.quantize.stream == "quantized"
+    assert config.quantize.propagates_error
 
 
 def test_the_demo_needs_no_hub():

@@ -25,13 +25,11 @@ def config(**quantize: Any) -> Config:
 
 def test_names_become_number_formats():
     plan = plan_linear(
-        config(
-            activation="w8", bias="w3", low_rank={"rank": 5, "format": "w8", "blocks": "reference"}, method="lqer-svd"
-        ),
+        config(activation="w8", bias="w3", low_rank={"rank": 5, "format": "w8", "axis": "lqer"}, method="lqer-svd"),
         UP,
     )
     assert (plan.weight, plan.activation, plan.bias, plan.factor) == (MXInt(4), MXInt(8), MXInt(3), MXInt(8))
-    assert (plan.method, plan.rank, plan.factor_blocks) == (LqerSvd(), 5, "reference")
+    assert (plan.method, plan.rank, plan.factor_axis) == (LqerSvd(), 5, "lqer")
 
 
 def test_none_leaves_activations_and_biases_alone_and_stores_factors_as_halves():
@@ -50,10 +48,10 @@ def test_the_first_override_that_matches_wins():
 
 
 def test_an_override_of_one_key_leaves_the_others():
-    base = {"activation": "w8", "low_rank": {"rank": 5, "format": "w8", "blocks": "reference"}}
+    base = {"activation": "w8", "low_rank": {"rank": 5, "format": "w8", "axis": "lqer"}}
     override = [{"match": "*.down_proj", "low_rank": {"rank": 9}}]
     plan = plan_linear(config(**base, override=override), DOWN)
-    assert (plan.rank, plan.factor, plan.factor_blocks) == (9, MXInt(8), "reference")
+    assert (plan.rank, plan.factor, plan.factor_axis) == (9, MXInt(8), "lqer")
     assert (plan.weight, plan.activation) == (MXInt(4), MXInt(8))
     assert plan_linear(config(**base, override=override), UP).rank == 5
 
@@ -115,7 +113,7 @@ def test_a_rotation_is_part_of_the_plan_and_of_its_baseline():
 
 
 def test_caldera_has_settings_of_its_own_and_b_a_format_of_its_own():
-    low_rank = {"rank": 8, "format": "w4", "format_b": "w8", "blocks": "long"}
+    low_rank = {"rank": 8, "format": "w4", "format_b": "w8", "axis": "outer"}
     plan = plan_linear(config(method={"kind": "caldera", "down_date": 0.5}, low_rank=low_rank), UP)
     assert plan.method == Caldera(down_date=0.5)
     assert (plan.factor_formats, plan.factor_axes, plan.iterations) == ((MXInt(4), MXInt(8)), (0, 1), 20)

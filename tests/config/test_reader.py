@@ -162,8 +162,8 @@ class TestMistakes:
             ("--formats.q={ kind = 'int', bits = 4, block_size = -1 }", ['block_size -1 is not "row", "tensor" or']),
             ("--formats.q={ kind = 'int', bits = 4, blocksize = 3 }", ["blocksize: unknown key", "'block_size'?"]),
             ("--formats.none={ kind = 'int', bits = 4 }", ["formats.none", "reserved"]),
-            ("--evaluation.perplexity={ protocol = 'gtpq' }", ["protocol: not allowed", "did you mean 'gptq'?"]),
-            ("--evaluation.baselines=['plan']", ["did you mean 'plain'?"]),
+            ("--evaluation.perplexity={ protocol = 'concta' }", ["protocol: not allowed", "did you mean 'concat'?"]),
+            ("--evaluation.baselines=['rnt']", ["did you mean 'rtn'?"]),
             ("--evaluation.perplexity={ datasets = [{ path = 'c4', rowz = '3' }] }", ["rowz: unknown key", "'rows'?"]),
             (
                 "--calibration.dataset={ path = 'a.jsonl', prompt = { template = '{a} {choice}', label = 'b' } }",
@@ -253,9 +253,12 @@ class TestMistakes:
         settings = ("--quantize.method=caldera", "--quantize.rounding={ kind = 'ldlq', damping = 0.5 }")
         assert "damping of the Hessian is set by quantize.method.damping" in mistake(base, *settings)
 
-    def test_a_budget_in_the_quantized_stream_is_refused_with_the_reason(self, base):
-        message = mistake(base, "--quantize.propagate=quantized", "--quantize.low_rank={ budget_bits = 5 }")
-        assert "low_rank.budget_bits: must be left out: ranks are shared out before any block is quantized" in message
+    def test_a_budget_with_error_propagation_is_refused_with_the_reason(self, base):
+        message = mistake(base, "--quantize.propagate_error=true", "--quantize.low_rank={ budget_bits = 5 }")
+        assert (
+            "low_rank.budget_bits: not supported with propagate_error = true: ranks are allocated from errors"
+            in message
+        )
 
     @pytest.mark.parametrize(
         ("settings", "parts"),
@@ -305,9 +308,7 @@ class TestMistakes:
         for part in parts:
             assert part in message
 
-    @pytest.mark.parametrize(
-        "low_rank", ["{ rank = 8 }", "{ blocks = 'long', format_b = 'x8' }", "{ format = 'none' }"]
-    )
+    @pytest.mark.parametrize("low_rank", ["{ rank = 8 }", "{ axis = 'outer', format_b = 'x8' }", "{ format = 'none' }"])
     def test_an_override_under_which_nothing_is_cut_along_the_rank_is_accepted(self, base, low_rank):
         settings = [
             "--finetune={ parts = ['low_rank'], columns = 8 }",
@@ -348,14 +349,17 @@ class TestMistakes:
                 'transforms.1: must not be beside rounding "gptq", which fits its own scales (allowed: adapt',
             ),
             (["transforms=['lwc']", "weight=w4"], "transforms.0: only weights of kind int can be clipped"),
-            (["transforms=['awq']", "propagate=original"], 'propagate: must be "quantized", or left out: awq work'),
+            (
+                ["transforms=['awq']", "propagate_error=false"],
+                "propagate_error: must be true (or unset): awq calibrates on",
+            ),
             (
                 ["rounding=adaptive", "method=svdquant", "low_rank.rank=4"],
                 "needs a method that rounds the weight itself",
             ),
             (
                 ["rounding=adaptive", "method=qera-exact", "low_rank={ rank = 0, budget_bits = 6.0 }"],
-                "budget_bits: must be left out",
+                "budget_bits: not supported with propagate_error = true",
             ),
             (
                 ["override=[{ match = '*', rounding = 'adaptive' }]"],
@@ -378,20 +382,20 @@ class TestMistakes:
         arguments = [*formats, *(f"--quantize.{override}" for override in [*start, *overrides])]
         assert message in mistake(base, *arguments)
 
-    def test_parts_of_a_block_go_with_each_other_and_ask_for_the_quantized_stream(self, base):
+    def test_parts_of_a_block_go_with_each_other_and_ask_for_error_propagation(self, base):
         def quantize(*overrides):
             arguments = ["--formats.i4={ kind = 'int', bits = 4 }", "--quantize.weight=i4"]
             return read_config(base, None, [*arguments, *(f"--quantize.{override}" for override in overrides)]).quantize
 
-        assert quantize("method=none", "low_rank.rank=0").stream == "original"
+        assert not quantize("method=none", "low_rank.rank=0").propagates_error
         for parts in (
             ["transforms=['quarot', 'awq', 'clip']", "rounding={ kind = 'adaptive', soft_fractions = [0.5, 0.1] }"],
             ["transforms=['awq', { kind = 'lwc', epochs = 5, both_targets = true }]"],
             ["transforms=['awq']", "rounding=gptq"],
             ["rounding=adaptive", "method=qera-exact", "low_rank.rank=8"],
         ):
-            assert quantize(*parts).stream == "quantized"
-        assert quantize("transforms=['quarot']", "rounding=nearest").stream == "original"
+            assert quantize(*parts).propagates_error
+        assert not quantize("transforms=['quarot']", "rounding=nearest").propagates_error
 
     def test_statistics_that_are_unknown_in_the_new_basis_are_named(self, base):
         message = mistake(base, "--quantize.method=svdquant", "--quantize.transforms=['hadamard']")

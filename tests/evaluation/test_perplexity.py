@@ -20,11 +20,11 @@ from lqer.errors import ConfigError, DataError
 from lqer.evaluation import perplexity
 from lqer.evaluation.perplexity import (
     WINDOWED_PROTOCOLS,
-    gptq_perplexity,
-    gptq_windows,
+    concat_perplexity,
+    concat_windows,
     lm_eval_perplexity,
-    lqer_perplexity,
-    lqer_windows,
+    row_batch_perplexity,
+    row_batch_windows,
 )
 
 
@@ -49,43 +49,43 @@ def window_nll(model: LlamaForCausalLM, tokens: list[int]) -> float:
     return -sum(log_probabilities(model, tokens)) / (len(tokens) - 1)
 
 
-def test_gptq_perplexity_is_exp_of_the_mean_over_all_predicted_tokens(model, windows_WT):
+def test_concat_perplexity_is_exp_of_the_mean_over_all_predicted_tokens(model, windows_WT):
     nlls = [window_nll(model, tokens) for tokens in windows_WT.tolist()]
-    result = gptq_perplexity(model, windows_WT, batch_size=2, progress=False)
+    result = concat_perplexity(model, windows_WT, batch_size=2, progress=False)
     assert result.nll == pytest.approx(sum(nlls) / 7, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(sum(nlls) / 7), rel=1e-6)
-    assert (result.protocol, result.windows, result.seq_len, result.tokens) == ("gptq", 7, 16, 7 * 15)
+    assert (result.protocol, result.windows, result.seq_len, result.tokens) == ("concat", 7, 16, 7 * 15)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
-def test_gptq_perplexity_does_not_depend_on_the_batch_size(model, windows_WT, batch_size):
-    expected = gptq_perplexity(model, windows_WT, batch_size=3, progress=False)
-    assert gptq_perplexity(model, windows_WT, batch_size).perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+def test_concat_perplexity_does_not_depend_on_the_batch_size(model, windows_WT, batch_size):
+    expected = concat_perplexity(model, windows_WT, batch_size=3, progress=False)
+    assert concat_perplexity(model, windows_WT, batch_size).perplexity == pytest.approx(expected.perplexity, rel=1e-6)
 
 
 def test_the_loss_does_not_depend_on_how_many_positions_are_widened_at_once(model, windows_WT, monkeypatch):
-    expected = gptq_perplexity(model, windows_WT, batch_size=3, progress=False)
+    expected = concat_perplexity(model, windows_WT, batch_size=3, progress=False)
     monkeypatch.setattr(perplexity, "LOSS_POSITIONS", 4)
-    assert gptq_perplexity(model, windows_WT, 3, progress=False).nll == pytest.approx(expected.nll, rel=1e-12)
+    assert concat_perplexity(model, windows_WT, 3, progress=False).nll == pytest.approx(expected.nll, rel=1e-12)
 
 
 @pytest.mark.parametrize(("factor", "perplexity"), [(1e4, math.inf), (math.nan, math.nan)])
 def test_a_loss_beyond_numbers_is_reported_as_it_is(model, windows_WT, factor, perplexity):
     broken = copy.deepcopy(model)
     broken.lm_head.weight.data.mul_(factor)
-    assert gptq_perplexity(broken, windows_WT, batch_size=4).perplexity == pytest.approx(perplexity, nan_ok=True)
+    assert concat_perplexity(broken, windows_WT, batch_size=4).perplexity == pytest.approx(perplexity, nan_ok=True)
 
 
-def test_gptq_windows_hold_one_bos_and_the_joined_rows():
-    windows_WT = gptq_windows(byte_tokenizer(adds_bos=True), iter(["ab", "", "cd"]), "\n\n", seq_len=3)
+def test_concat_windows_hold_one_bos_and_the_joined_rows():
+    windows_WT = concat_windows(byte_tokenizer(adds_bos=True), iter(["ab", "", "cd"]), "\n\n", seq_len=3)
     ids = byte_tokenizer(adds_bos=False)("ab\n\n\n\ncd")["input_ids"]
     assert windows_WT.tolist() == [[BOS, ids[0], ids[1]], ids[2:5], ids[5:8]]
     assert windows_WT.dtype == torch.int64
 
 
 @pytest.mark.parametrize(("characters", "windows"), [(8, 2), (11, 2), (12, 3)])
-def test_gptq_windows_drop_the_tail_and_only_the_tail(characters, windows):
-    assert gptq_windows(byte_tokenizer(adds_bos=False), ["x" * characters], "\n", seq_len=4).shape == (windows, 4)
+def test_concat_windows_drop_the_tail_and_only_the_tail(characters, windows):
+    assert concat_windows(byte_tokenizer(adds_bos=False), ["x" * characters], "\n", seq_len=4).shape == (windows, 4)
 
 
 @pytest.mark.parametrize("name", WINDOWED_PROTOCOLS)
@@ -96,12 +96,12 @@ def test_a_text_shorter_than_a_window_is_refused_with_both_lengths(name):
 
 def test_no_rows_are_refused():
     with pytest.raises(DataError, match="found 0"):
-        lqer_windows(byte_tokenizer(adds_bos=False), [], "\n\n", seq_len=4)
+        row_batch_windows(byte_tokenizer(adds_bos=False), [], "\n\n", seq_len=4)
 
 
 def test_a_window_that_predicts_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"at least 2.*found 1"):
-        gptq_windows(byte_tokenizer(adds_bos=False), ["text"], "\n", seq_len=1)
+        concat_windows(byte_tokenizer(adds_bos=False), ["text"], "\n", seq_len=1)
 
 
 def test_a_text_longer_than_the_models_context_is_tokenized_without_a_warning(caplog):
@@ -109,29 +109,29 @@ def test_a_text_longer_than_the_models_context_is_tokenized_without_a_warning(ca
     logger.addHandler(caplog.handler)
     try:
         with caplog.at_level(logging.WARNING):
-            gptq_windows(byte_tokenizer(adds_bos=True), ["x" * 100], "\n", seq_len=4)
+            concat_windows(byte_tokenizer(adds_bos=True), ["x" * 100], "\n", seq_len=4)
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("n_rows", [20, 1000, 2500])
-def test_lqer_windows_are_those_of_rows_mapped_in_batches_of_1000(n_rows):
+def test_row_batch_windows_are_those_of_rows_mapped_in_batches_of_1000(n_rows):
     rows = [f"row {index}" for index in range(n_rows)]
     tokenizer = byte_tokenizer(adds_bos=True)
     tokens = []
     for batch in datasets.Dataset.from_dict({"text": rows}).iter(batch_size=1000):
         tokens += tokenizer("\n\n".join(batch["text"]), verbose=False)["input_ids"]
     expected = [tokens[start : start + 4] for start in range(0, len(tokens) // 4 * 4, 4)]
-    assert lqer_windows(tokenizer, rows, "\n", seq_len=4).tolist() == expected
+    assert row_batch_windows(tokenizer, rows, "\n", seq_len=4).tolist() == expected
 
 
-def test_lqer_perplexity_counts_the_last_partial_batch_as_full(model, windows_WT):
+def test_row_batch_perplexity_counts_the_last_partial_batch_as_full(model, windows_WT):
     first, second, third = (window_nll(model, tokens) for tokens in windows_WT[:3].tolist())
-    result = lqer_perplexity(model, windows_WT[:3], batch_size=2, progress=False)
+    result = row_batch_perplexity(model, windows_WT[:3], batch_size=2, progress=False)
     assert result.nll == pytest.approx(((first + second) / 2 + third) / 2, rel=1e-6)
-    assert result.protocol == "lqer"
-    assert result.nll != pytest.approx(gptq_perplexity(model, windows_WT[:3], 2, progress=False).nll, rel=1e-4)
+    assert result.protocol == "row-batches"
+    assert result.nll != pytest.approx(concat_perplexity(model, windows_WT[:3], 2, progress=False).nll, rel=1e-4)
 
 
 def test_lm_eval_perplexity_predicts_every_token_and_divides_by_words(model):
@@ -181,6 +181,6 @@ def test_a_trained_model_has_its_known_perplexity(assets: Path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     text = (assets / "text" / "tinystories" / "tinystories.txt").read_text()
-    windows_WT = gptq_windows(tokenizer, [text], "\n", seq_len=256)[:117]
-    result = gptq_perplexity(AutoModelForCausalLM.from_pretrained(folder), windows_WT, batch_size=4, progress=False)
+    windows_WT = concat_windows(tokenizer, [text], "\n", seq_len=256)[:117]
+    result = concat_perplexity(AutoModelForCausalLM.from_pretrained(folder), windows_WT, batch_size=4, progress=False)
     assert result.perplexity == pytest.approx(4.54, abs=0.005)

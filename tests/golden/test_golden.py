@@ -37,7 +37,7 @@ FINETUNE = {
     "epochs": 2, "dataset": "{calibration}",
 }  # fmt: skip
 RUNS: dict[str, list[str]] = {
-    "lqer": [*LQER, '--evaluation.baselines=["original", "plain"]'],
+    "lqer": [*LQER, '--evaluation.baselines=["original", "rtn"]'],
     "rank-budget": [
         "--quantize.method=qera-exact", '--quantize.low_rank={ rank = 0, budget_bits = 6.5, format = "x8" }',
     ],
@@ -45,7 +45,7 @@ RUNS: dict[str, list[str]] = {
     "gptvq": ["--quantize.method=gptvq", "--quantize.weight=vq2-2d-2048"],
     "caldera": [
         "--quantize.method=caldera", '--quantize.transforms=["hadamard"]', "--quantize.weight=e8p2",
-        "--quantize.rounding=ldlq", '--quantize.low_rank={ rank = 4, format = "f8p4", blocks = "long" }',
+        "--quantize.rounding=ldlq", '--quantize.low_rank={ rank = 4, format = "f8p4", axis = "outer" }',
     ],
     "quarot": ["--quantize.method=gptq", '--quantize.transforms=["quarot"]', "--quantize.weight=w4channel"],
     "tesseraq": [

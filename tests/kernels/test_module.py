@@ -23,7 +23,7 @@ from lqer.transforms.hadamard import random_hadamard
 
 PLAN = LinearPlan(
     method=LqerAct(), weight=MXInt(4), activation=MXInt(8), bias=MXInt(8), rank=8, factor=MXInt(8),
-    factor_blocks="reduction",
+    factor_axis="reduction",
 )  # fmt: skip
 
 

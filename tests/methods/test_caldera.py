@@ -71,7 +71,7 @@ def test_more_iterations_never_return_a_worse_state(plan):
 def test_a_state_counts_once_both_parts_are_there():
     weight_OI = torch.ones(8, 8)
     rounded = Passthrough().quantize(weight_OI)
-    found = LinearPlan(QeraExact(), MXInt(2), rank=1, factor=HALVES, factor_blocks="long").quantize(
+    found = LinearPlan(QeraExact(), MXInt(2), rank=1, factor=HALVES, factor_axis="outer").quantize(
         weight_OI, {"hessian": torch.eye(8)}
     )
 

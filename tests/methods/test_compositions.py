@@ -46,7 +46,7 @@ def plan() -> LinearPlan:
         bias=None,
         rank=8,
         factor=Passthrough("float32"),
-        factor_blocks="reduction",
+        factor_axis="reduction",
     )
 
 

@@ -38,7 +38,7 @@ def exact_plan() -> LinearPlan:
         bias=None,
         rank=6,
         factor=EXACT,
-        factor_blocks="reduction",
+        factor_axis="reduction",
     )
 
 
@@ -120,11 +120,11 @@ def test_a_weight_that_rounding_does_not_change_gets_a_branch_of_zeros(statistic
     assert torch.equal(weight.effective_weight(), torch.full((48, 40), 0.375))
 
 
-@pytest.mark.parametrize(("blocks", "axis"), [("reduction", 0), ("reference", 1)])
+@pytest.mark.parametrize(("name", "axis"), [("reduction", 0), ("lqer", 1)])
 @pytest.mark.parametrize("rank", [6, 16, 20])
-def test_factors_are_rounded_along_the_stated_axis(weight_OI, statistics, exact_plan, round_mxint, blocks, axis, rank):
+def test_factors_are_rounded_along_the_stated_axis(weight_OI, statistics, exact_plan, round_mxint, name, axis, rank):
     exact = quantize(weight_OI, statistics, replace(exact_plan, rank=rank)).low_rank
-    plan = replace(exact_plan, rank=rank, factor=MXInt(bits=8), factor_blocks=blocks)
+    plan = replace(exact_plan, rank=rank, factor=MXInt(bits=8), factor_axis=name)
     rounded = quantize(weight_OI, statistics, plan).low_rank
     assert torch.equal(rounded.a_IR.dequantize().double(), round_mxint(exact.a_IR.dequantize(), 8, axis))
     assert torch.equal(rounded.b_RO.dequantize().double(), round_mxint(exact.b_RO.dequantize(), 8, axis))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lqer.checkpoint.load import load_quantized, open_quantized
 from lqer.errors import ModelError
-from lqer.evaluation.perplexity import gptq_perplexity
+from lqer.evaluation.perplexity import concat_perplexity
 from lqer.formats import MXInt
 from lqer.models.dispatch import device_of, dispatch, dispatch_all, with_tied_head
 from lqer.models.source import load_model, resolve_model
@@ -123,4 +123,4 @@ class TestTwoGpus:
         ]
         for single, both in pairs:
             assert {str(device) for device in both.hf_device_map.values()} == {"0", "1"}
-            assert gptq_perplexity(both, windows_WT, 2) == gptq_perplexity(single, windows_WT, 2)
+            assert concat_perplexity(both, windows_WT, 2) == concat_perplexity(single, windows_WT, 2)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lqer.checkpoint.load import load_quantized, open_quantized
 from lqer.checkpoint.pack import OUTSIDE_FILE
 from lqer.errors import ModelError
-from lqer.evaluation.perplexity import gptq_perplexity, lqer_perplexity
+from lqer.evaluation.perplexity import concat_perplexity, row_batch_perplexity
 from lqer.models.loaders import RESIDENT, OpenedModel, Streamed
 from lqer.models.source import load_model, resolve_model
 from lqer.models.streaming import open_model
@@ -213,25 +213,25 @@ class TestBlockwisePerplexity:
     def test_of_the_original_is_that_of_the_whole_model_to_the_bit(self, architecture, saved, windows_WT):
         source = resolve_model(str(saved(architecture)))
         whole = load_model(source, torch.float32, CPU)
-        for perplexity in (gptq_perplexity, lqer_perplexity):
+        for perplexity in (concat_perplexity, row_batch_perplexity):
             opened = open_model(source, torch.float32, CPU)
             assert perplexity(opened, windows_WT, 2) == perplexity(whole, windows_WT, 2)
 
     def test_of_a_quantized_checkpoint_is_that_of_the_whole_one_to_the_bit(self, stages, windows_WT):
         path = stages.checkpoint.path
-        whole = gptq_perplexity(load_quantized(path, CPU), windows_WT, 2)
-        assert gptq_perplexity(open_quantized(path, CPU, None, "auto"), windows_WT, 2) == whole
+        whole = concat_perplexity(load_quantized(path, CPU), windows_WT, 2)
+        assert concat_perplexity(open_quantized(path, CPU, None, "auto"), windows_WT, 2) == whole
 
     def test_of_a_checkpoint_with_quantized_attention_too(self, random_model, run_stages, plan, windows_WT):
-        attention = {"format": plan.weight.to_dict(), "blocks": "reduction"}
+        attention = {"format": plan.weight.to_dict(), "axis": "reduction"}
         path = run_stages(random_model("llama"), plan, attention=attention).checkpoint.path
-        whole = gptq_perplexity(load_quantized(path, CPU), windows_WT, 2)
-        assert gptq_perplexity(open_quantized(path, CPU, None, "auto"), windows_WT, 2) == whole
+        whole = concat_perplexity(load_quantized(path, CPU), windows_WT, 2)
+        assert concat_perplexity(open_quantized(path, CPU, None, "auto"), windows_WT, 2) == whole
 
     def test_a_model_can_be_walked_again(self, stages, windows_WT):
         opened = open_quantized(stages.checkpoint.path, CPU, None, "auto")
-        first = gptq_perplexity(opened, windows_WT, 2)
-        assert gptq_perplexity(opened, windows_WT, 2) == first
+        first = concat_perplexity(opened, windows_WT, 2)
+        assert concat_perplexity(opened, windows_WT, 2) == first
 
     @pytest.mark.parametrize(("file", "missing"), [
         (OUTSIDE_FILE, "model.norm.weight"), (block_file(1), "model.layers.1.input_layernorm.weight")
@@ -242,16 +242,16 @@ class TestBlockwisePerplexity:
         del tensors[missing]
         save_file(tensors, path / file)
         with pytest.raises(ModelError, match=f"has no values for {missing}"):
-            gptq_perplexity(open_quantized(path, CPU, None, "auto"), windows_WT, 2)
+            concat_perplexity(open_quantized(path, CPU, None, "auto"), windows_WT, 2)
 
 
 class TestReadingAhead:
     def test_blocks_read_ahead_are_the_same(self, saved, windows_WT):
         source = resolve_model(str(saved("llama", num_hidden_layers=5)))
         opened = open_model(source, torch.float32, CPU)
-        expected = gptq_perplexity(opened, windows_WT, 2)
+        expected = concat_perplexity(opened, windows_WT, 2)
         opened.loader.ahead = True
-        assert gptq_perplexity(opened, windows_WT, 2) == expected
+        assert concat_perplexity(opened, windows_WT, 2) == expected
 
     def test_one_block_is_read_while_the_one_before_is_used(self):
         blocks, wanted = nn.ModuleList(nn.Linear(2, 2) for _ in range(5)), [0, 2, 3, 4]

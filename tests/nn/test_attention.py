@@ -18,7 +18,7 @@ from lqer.formats import MXInt, Passthrough
 from lqer.nn.attention import QuantizedAttention, quantize_attention
 
 EXACT = QuantizedAttention(Passthrough("float32"), "reduction")
-both_blocks = pytest.mark.parametrize("blocks", ["reduction", "reference"])
+both_axes = pytest.mark.parametrize("axis", ["reduction", "lqer"])
 
 
 def quantized_copy(model: PreTrainedModel, attention: QuantizedAttention) -> PreTrainedModel:
@@ -58,10 +58,10 @@ def test_padding_on_the_left_is_masked(architecture, random_model, windows_WT):
     torch.testing.assert_close(logits[:, 5:], expected[:, 5:], rtol=1e-5, atol=1e-5)
 
 
-@both_blocks
+@both_axes
 @torch.no_grad()
-def test_padding_of_whole_blocks_changes_nothing(random_model, windows_WT, blocks):
-    model = quantized_copy(random_model("llama"), QuantizedAttention(MXInt(bits=4), blocks))
+def test_padding_of_whole_blocks_changes_nothing(random_model, windows_WT, axis):
+    model = quantized_copy(random_model("llama"), QuantizedAttention(MXInt(bits=4), axis))
     ids_BT, mask_BT = padded(windows_WT, 16)
     position_ids = (mask_BT.cumsum(1) - 1).clamp(min=0)
     logits = model(ids_BT, attention_mask=mask_BT, position_ids=position_ids).logits
@@ -69,18 +69,18 @@ def test_padding_of_whole_blocks_changes_nothing(random_model, windows_WT, block
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@both_blocks
-def test_operands_are_rounded_along_the_stated_dimensions(round_mxint, blocks, softcap):
+@both_axes
+def test_operands_are_rounded_along_the_stated_dimensions(round_mxint, axis, softcap):
     generator = torch.Generator().manual_seed(0)
     query_BHTD = torch.randn(2, 4, 20, 24, generator=generator)
     key_BGKD, value_BGKD = (torch.randn(2, 2, 20, 24, generator=generator) for _ in range(2))
     mask_TK = torch.full((20, 20), torch.finfo(torch.float32).min).triu(1)
-    attention = QuantizedAttention(MXInt(bits=8), blocks)
+    attention = QuantizedAttention(MXInt(bits=8), axis)
     output_BTHD, weights_BHTK = attention(
         torch.nn.Module(), query_BHTD, key_BGKD, value_BGKD, mask_TK, scaling=0.3, softcap=softcap
     )
 
-    key_axis, value_axis = {"reduction": (3, 2), "reference": (2, 3)}[blocks]
+    key_axis, value_axis = {"reduction": (3, 2), "lqer": (2, 3)}[axis]
     for batch in range(2):
         for head in range(4):
             q, k, v = query_BHTD[batch, head], key_BGKD[batch, head // 2], value_BGKD[batch, head // 2]

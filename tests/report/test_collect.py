@@ -19,7 +19,9 @@ from lqer.results import SCHEMA_VERSION
 ROOT = Path(__file__).parents[2]
 RUN = {
     "schema_version": SCHEMA_VERSION,
-    "config": {"quantize": {"method": "lqer-act", "weight": "w4", "activation": "x8", "low_rank": {"rank": 32}}},
+    "config": {
+        "quantize": {"method": {"kind": "lqer-act"}, "weight": "w4", "activation": "x8", "low_rank": {"rank": 32}}
+    },
     "model": {"name": "some/model"},
     "baseline": {"bits": {"average": 4.5}},
     "downstream": [],
@@ -29,7 +31,7 @@ RUN = {
 def write_run(folder: Path, tag: str, bits: float, perplexities: dict[str, float], plain: float | None = None) -> None:
     run = copy.deepcopy(RUN) | {"tag": tag, "bits": {"average": bits}}
     run["perplexity"] = [
-        {"dataset": dataset, "protocol": "gptq", "seq_len": 2048, "tokens": 1000, "original": 5.0, "plain": plain}
+        {"dataset": dataset, "protocol": "concat", "seq_len": 2048, "tokens": 1000, "original": 5.0, "rtn": plain}
         | {"quantized": value}
         for dataset, value in perplexities.items()
     ]
@@ -71,8 +73,8 @@ def test_table_and_one_plot_per_text_are_written(tmp_path):
     names = {path.name for path in paths}
     assert {"results.csv", "results.md"} < names
     assert {name for name in names if name.endswith(".png")} == {
-        "pareto-model-wikitext2-gptq-2048.png",
-        "pareto-model-c4-gptq-2048.png",
+        "pareto-model-wikitext2-concat-2048.png",
+        "pareto-model-c4-concat-2048.png",
     }
     assert all(path.stat().st_size > 0 for path in paths)
     assert list(pd.read_csv(tmp_path / "out" / "results.csv")["tag"]) == list(collect(tmp_path)["tag"])

@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from lqer.report.naming import plain_name, scheme_name
+from lqer.report.naming import rtn_name, scheme_name
 
 
 @pytest.mark.parametrize(
-    ("quantize", "name", "plain"),
+    ("quantize", "name", "rtn"),
     [
-        ({"method": "none"}, "RTN", "RTN"),
-        ({"method": "lqer-act", "rounding": {"kind": "nearest"}}, "lqer-act", "RTN"),
-        ({"method": "none", "rounding": {"kind": "gptq"}}, "gptq", "gptq"),
+        ({"method": {"kind": "none"}}, "RTN", "RTN"),
+        ({"method": {"kind": "lqer-act"}, "rounding": {"kind": "nearest"}}, "lqer-act", "RTN"),
+        ({"method": {"kind": "none"}, "rounding": {"kind": "gptq"}}, "gptq", "gptq"),
         (
             {
-                "method": "qera-exact",
+                "method": {"kind": "qera-exact"},
                 "rounding": {"kind": "adaptive"},
                 "transforms": [{"kind": "awq"}, {"kind": "clip"}],
             },
@@ -22,5 +22,5 @@ from lqer.report.naming import plain_name, scheme_name
         ),
     ],
 )
-def test_a_scheme_is_named_by_its_parts(quantize, name, plain):
-    assert (scheme_name(quantize), plain_name(quantize)) == (name, plain)
+def test_a_scheme_is_named_by_its_parts(quantize, name, rtn):
+    assert (scheme_name(quantize), rtn_name(quantize)) == (name, rtn)

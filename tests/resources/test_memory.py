@@ -175,7 +175,7 @@ class TestGrowth:
         assert total(bound.disk) - total(free.disk) == held - 1000
 
     def test_the_quantized_stream_walks_while_it_quantizes(self, random_model, tmp_path):
-        sections = {"quantize": {"propagate": "quantized"}}
+        sections = {"quantize": {"propagate_error": True}}
         found = self.stages(random_model, tmp_path, 4, sections=sections)
         apart = self.stages(random_model, tmp_path, 4)
         assert "calibrate" not in found
@@ -192,7 +192,7 @@ def test_parts_that_learn_on_whole_blocks_say_what_they_hold(random_model, tmp_p
     weights = outline_of(model, tmp_path).block_parameters
 
     def quantize_stage(**quantize) -> StageMemory:
-        quantize = {"method": "none", "low_rank": {"rank": 0}, "propagate": "quantized", **quantize}
+        quantize = {"method": "none", "low_rank": {"rank": 0}, "propagate_error": True, **quantize}
         config = experiment(quantize=quantize, formats={"w4": {"kind": "int", "bits": 4}})
         return stages_of(workload(model, tmp_path, config))["quantize"]
 

@@ -70,7 +70,7 @@ attention = "x8"
 low_rank = {{ rank = 8, format = "x8" }}
 
 [evaluation]
-baselines = ["original", "plain"]
+baselines = ["original", "rtn"]
 
 [evaluation.perplexity]
 datasets = ["{tmp_path / "evaluation.txt"}"]

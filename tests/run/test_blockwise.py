@@ -39,6 +39,6 @@ def test_the_quantized_stream_goes_block_by_block_too(experiment, monkeypatch):
 
     monkeypatch.setattr(Streamed, "materialize", refuse)
     monkeypatch.setattr("lqer.models.streaming.load_model", refuse)
-    overrides = ["--quantize.propagate=quantized", "--evaluation.blockwise=true", "--evaluation.baselines=[]"]
+    overrides = ["--quantize.propagate_error=true", "--evaluation.blockwise=true", "--evaluation.baselines=[]"]
     results = pipeline.run(read_config(experiment.config, "stream", overrides))
     assert results["perplexity"][0]["quantized"] > 1

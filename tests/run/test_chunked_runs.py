@@ -28,10 +28,10 @@ def test_a_finished_chunk_is_not_built_again(experiment, caplog):
 
 
 def test_error_propagation_refuses_chunks_with_the_reason(experiment):
-    config = read_config(experiment.config, "stream", ["--quantize.propagate=quantized"])
+    config = read_config(experiment.config, "stream", ["--quantize.propagate_error=true"])
     with pytest.raises(
         ConfigError,
-        match=r"--chunk 1/2: requires quantize\.propagate = .* each block depends on the quantized blocks before",
+        match=r"--chunk 1/2: requires quantize\.propagate_error = .* each block depends on the quantized blocks before",
     ):
         pipeline.run_chunk(config, Chunk(1, 2))
 
@@ -41,5 +41,5 @@ def test_a_method_that_implies_error_propagation_refuses_chunks_unless_told_othe
     monkeypatch.setattr(type(method), "propagate_error", True)
     with pytest.raises(ConfigError, match=rf"implied by method '{method.kind}'"):
         pipeline.run_chunk(read_config(experiment.config, "stream"), Chunk(1, 2))
-    original = read_config(experiment.config, "stream", ["--quantize.propagate=original"])
+    original = read_config(experiment.config, "stream", ["--quantize.propagate_error=false"])
     assert pipeline.run_chunk(original, Chunk(1, 2)) is None

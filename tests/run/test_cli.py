@@ -81,10 +81,10 @@ def test_validate_checks_a_local_model_and_runs_nothing(experiment):
 
 
 def test_validate_refuses_a_share_as_the_run_would(experiment):
-    command = experiment.command("--validate", "--chunk", "1/2", "--quantize.propagate=quantized")
+    command = experiment.command("--validate", "--chunk", "1/2", "--quantize.propagate_error=true")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --chunk 1/2: requires quantize.propagate")
+    assert done.stderr.startswith("error: --chunk 1/2: requires quantize.propagate_error")
     assert done.stderr.count("\n") == 1
 
 

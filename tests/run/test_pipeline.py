@@ -19,7 +19,7 @@ from lqer.checkpoint.bits import Bits
 from lqer.config import Config, read_config
 from lqer.data.datasets import DatasetSpec, load_rows
 from lqer.errors import ConfigError, DataError, LqerError, ModelError, StoreError
-from lqer.evaluation.perplexity import gptq_perplexity, gptq_windows
+from lqer.evaluation.perplexity import concat_perplexity, concat_windows
 from lqer.results import PerplexityRow, Results
 from lqer.run import experiment as experiment_module
 from lqer.run import pipeline
@@ -72,7 +72,7 @@ class TestWhatARunLeaves:
         results = run(
             "--quantize.method=caldera", "--quantize.transforms=['hadamard']", "--quantize.rounding=ldlq",
             "--formats.q2={ kind = 'e8p', bits = 2 }", "--quantize.weight=q2",
-            "--quantize.low_rank={ rank = 8, format = 'q2', iterations = 2, blocks = 'long' }",
+            "--quantize.low_rank={ rank = 8, format = 'q2', iterations = 2, axis = 'outer' }",
         )  # fmt: skip
         folder = experiment.output / "tiny"
         rows = [row for path in sorted((folder / "checkpoint").glob("layers-*.json"))
@@ -151,14 +151,16 @@ class TestWhatARunLeaves:
         results = run()
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         text = load_rows(DatasetSpec(path=str(experiment.folder / "evaluation.txt")), "evaluation")
-        windows_WT = gptq_windows(tokenizer, list(text.rows), "\n", 64)
+        windows_WT = concat_windows(tokenizer, list(text.rows), "\n", 64)
         original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         quantized = lqer.load_quantized(experiment.output / "tiny" / "checkpoint", "cpu")
         row = results["perplexity"][0]
         assert row["tokens"] == windows_WT.numel() - len(windows_WT)
-        assert row["original"] == pytest.approx(gptq_perplexity(original, windows_WT, 4, False).perplexity, rel=1e-6)
-        assert row["quantized"] == pytest.approx(gptq_perplexity(quantized, windows_WT, 4, False).perplexity, rel=1e-6)
-        assert len({row["original"], row["plain"], row["quantized"]}) == 3
+        assert row["original"] == pytest.approx(concat_perplexity(original, windows_WT, 4, False).perplexity, rel=1e-6)
+        assert row["quantized"] == pytest.approx(
+            concat_perplexity(quantized, windows_WT, 4, False).perplexity, rel=1e-6
+        )
+        assert len({row["original"], row["rtn"], row["quantized"]}) == 3
 
 
 class TestWhatIsNotDoneTwice:
@@ -214,7 +216,7 @@ class TestOtherSettings:
     def test_plain_rounding_has_no_low_rank_bits(self, run):
         results = run("--quantize.method=none", "--quantize.low_rank.rank=0")
         assert results["bits"]["low_rank"] == 0
-        assert results["perplexity"][0]["quantized"] == results["perplexity"][0]["plain"]
+        assert results["perplexity"][0]["quantized"] == results["perplexity"][0]["rtn"]
 
     @pytest.mark.parametrize(
         "override",
@@ -222,15 +224,15 @@ class TestOtherSettings:
             "--quantize.method=lqer-svd",
             "--quantize.method=gptq",
             "--quantize.activation=none",
-            "--quantize.attention_blocks=reference",
-            "--quantize.low_rank.blocks=reference",
+            "--quantize.attention_axis=lqer",
+            "--quantize.low_rank.axis=lqer",
             "--quantize.low_rank.rank=7",
             "--quantize.low_rank.rank=1000",
             "--quantize.low_rank.format=none",
             "--formats.w4={ kind = 'int', bits = 4, block_size = 48 }",
             "--formats.w4={ kind = 'mx', element = 'mxfp4_e2m1' }",
             "--quantize.skip=['*.down_proj', 'model.layers.2.*']",
-            "--evaluation.perplexity.protocol=lqer",
+            "--evaluation.perplexity.protocol=row-batches",
             "--evaluation.perplexity.protocol=lm-eval",
             "--evaluation.baselines=[]",
             "--calibration.batch_size=3",
@@ -280,15 +282,15 @@ class TestOtherSettings:
         )
         row = next(row for row in results["downstream"] if row["metric"] == "acc")
         assert row["samples"] == 4
-        assert all(0 <= row[kind] <= 1 for kind in ("original", "plain", "quantized"))
+        assert all(0 <= row[kind] <= 1 for kind in ("original", "rtn", "quantized"))
 
     def test_the_quantized_stream_needs_no_calibration_of_its_own(self, experiment, run):
-        results = run("--quantize.propagate=quantized")
+        results = run("--quantize.propagate_error=true")
         assert stages(experiment).count("quantize") == 2
         assert "calibrate" not in stages(experiment)
         assert results["seconds"]["calibrate"] == 0
         assert results["calibration"]["tokens"] == 8 * 64
-        again = run("--quantize.propagate=original", tag="original")
+        again = run("--quantize.propagate_error=false", tag="original")
         assert again["bits"] == results["bits"]
         assert again["perplexity"][0]["quantized"] != results["perplexity"][0]["quantized"]
         assert again["perplexity"][0]["original"] == results["perplexity"][0]["original"]
@@ -419,5 +421,5 @@ class TestPartsOfABlock:
 
     def test_a_share_of_a_run_with_parts_of_a_block_is_refused(self, experiment):
         config = read_config(experiment.config, None, [*INTEGERS, "--quantize.transforms=['awq']"])
-        with pytest.raises(ConfigError, match=r"--chunk 1/2: requires quantize\.propagate .*implied by awq"):
+        with pytest.raises(ConfigError, match=r"--chunk 1/2: requires quantize\.propagate_error .*implied by awq"):
             pipeline.run_chunk(config, Chunk(1, 2))

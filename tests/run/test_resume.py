@@ -24,11 +24,11 @@ def numbers(results) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("propagate", "writes"),
-    [*(("original", writes) for writes in (0, 1, 2, 5, 9, 12, 17, 24, 36, 41)), ("quantized", 4), ("quantized", 8)],
+    ("propagates", "writes"),
+    [*(("false", writes) for writes in (0, 1, 2, 5, 9, 12, 17, 24, 36, 41)), ("true", 4), ("true", 8)],
 )
-def test_a_run_killed_at_any_write_ends_like_one_that_was_not(experiment, undisturbed, monkeypatch, propagate, writes):
-    stream = [f"--quantize.propagate={propagate}"]
+def test_a_run_killed_at_any_write_ends_like_one_that_was_not(experiment, undisturbed, monkeypatch, propagates, writes):
+    stream = [f"--quantize.propagate_error={propagates}"]
     whole = pipeline.run(read_config(undisturbed.config, None, stream))
     monkeypatch.setattr(store, "Workspace", dying_workspace(at_write=writes))
     with pytest.raises(KilledError):

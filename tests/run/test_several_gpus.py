@@ -21,7 +21,7 @@ def test_a_run_spread_over_all_gpus_ends_with_the_numbers_of_one(experiment, tmp
         for device_map in ("single", "auto")
     )  # fmt: skip
     assert one["perplexity"] == all_of_them["perplexity"]
-    assert {"original", "plain", "quantized"} <= set(one["perplexity"][0])
+    assert {"original", "rtn", "quantized"} <= set(one["perplexity"][0])
 
 
 def test_fine_tuning_spread_over_all_gpus_learns_what_one_learns(experiment, tmp_path):

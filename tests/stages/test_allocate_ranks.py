@@ -62,7 +62,7 @@ def plans(model) -> dict[str, LinearPlan | None]:
     """Open ranks, but for a fixed one and a skipped linear; one kind of linear is rounded to fewer bits."""
     plan = LinearPlan(
         method=QeraExact(), weight=MXInt(bits=3), activation=None, bias=None, rank=None,
-        factor=MXInt(bits=8, block_size=8), factor_blocks="reduction",
+        factor=MXInt(bits=8, block_size=8), factor_axis="reduction",
     )  # fmt: skip
     name, blocks = find_blocks(model)
     plans: dict[str, LinearPlan | None] = {

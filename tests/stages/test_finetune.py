@@ -38,7 +38,7 @@ def training_WT() -> Tensor:
 def quantized(random_model, run_stages, plan):
     """A Llama with two-bit weights and four-bit factors in a rotated basis."""
     plan = replace(
-        plan, method=QeraExact(), weight=E8P(2), factor=FACTOR, factor_blocks="long", transform=Hadamard(), rank=8
+        plan, method=QeraExact(), weight=E8P(2), factor=FACTOR, factor_axis="outer", transform=Hadamard(), rank=8
     )
     return run_stages(random_model("llama"), plan)
 

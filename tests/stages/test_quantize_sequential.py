@@ -38,7 +38,7 @@ from lqer.transforms import BlockTransform
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 2
-ATTENTION = {"format": MXInt(bits=8).to_dict(), "blocks": "reduction"}
+ATTENTION = {"format": MXInt(bits=8).to_dict(), "axis": "reduction"}
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def test_activations_attention_and_skipped_linears_take_part(
     random_model, letter_tokenizer, text, adaptive_plan, tmp_path
 ):
     plan = replace(adaptive_plan, weight=Int(bits=4, block_size="row"), activation=Int(bits=4, block_size="row"))
-    attention = {"format": MXInt(bits=8).to_dict(), "blocks": "reduction"}
+    attention = {"format": MXInt(bits=8).to_dict(), "axis": "reduction"}
     model = random_model("qwen3", num_hidden_layers=2)
     settings = settings_for(model, plan, attention, ("down_proj",), AWQ_CLIP)
     found = run(tmp_path, model, letter_tokenizer, text, settings)
