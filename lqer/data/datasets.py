@@ -1,13 +1,13 @@
 """Texts by name, and the token windows that calibration reads from them.
 
-A text is a run of rows. What a row is decides how it is tokenized, one rule for every source:
+A text is a sequence of rows, of one of two kinds, which decides how it is tokenized:
 
-    documents   every row is a text of its own and gets the special tokens that the tokenizer adds: .jsonl and .parquet
-                records, c4, slimpajama-6b, pydoc, any hub id. Rows without text are passed over.
+    documents   each row is tokenized by itself, with the special tokens that the tokenizer adds: .jsonl and .parquet
+                records, c4, slimpajama-6b, pydoc, any hub id. Empty rows are skipped.
     lines       the rows are pieces of one running text: .txt, wikitext2, ptb. They are joined and tokenized as one
-                string, so that special tokens stand at its start only.
+                string, so special tokens occur only at its start.
 
-Rows are read once, in order, and no further than needed: calibration stops as soon as it has tokens enough.
+Rows are read once, in order, and only as far as needed: calibration stops when it has enough tokens.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A row number or a percentage of the rows on either side of the colon; either may be absent.
 ROW_RANGE = re.compile(r"(\d+|(100|\d\d?)%)?:(\d+|(100|\d\d?)%)?")
-# The help texts inside CPython need no network. Half of their characters, in the order of their names, calibrate.
+# CPython's help texts need no network. The first half of their characters, sorted by topic, is for calibration.
 PYDOC_TRAIN_SHARE = 0.5
-# The first ids of a running text are taken from a prefix of it; ids this close to the prefix's end may yet change.
+# The first ids of a running text come from a prefix of it; ids this close to the end of the prefix may still change.
 CUT_MARGIN = 64
 FIRST_PREFIX_ROWS = 256
 
@@ -57,7 +57,7 @@ class DatasetSpec(BaseModel):
     split: str | None = None
     revision: str | None = None
     text_column: str = "text"
-    prompt: Prompt | None = None  # makes the text of a row from several columns; text_column is not read then
+    prompt: Prompt | None = None  # makes the text of a row from several columns, in place of text_column
     rows: str | None = None  # "start:stop", in rows or percent: "0:80", "50%:", ":10%"
 
     @model_validator(mode="before")
@@ -69,7 +69,7 @@ class DatasetSpec(BaseModel):
     @classmethod
     def _check_rows(cls, rows: str | None) -> str | None:
         if rows is not None and not ROW_RANGE.fullmatch(rows):
-            raise ValueError(f"rows is {rows!r}; it must be 'start:stop' in rows or percent, as '0:80', '50%:', ':10%'")
+            raise ValueError(f"rows is {rows!r}; it must be 'start:stop' in rows or percent, such as '0:80' or '50%:'")
         return rows
 
     @field_validator("prompt")
@@ -77,7 +77,7 @@ class DatasetSpec(BaseModel):
     def _check_prompt(cls, prompt: Prompt | None, info: ValidationInfo) -> Prompt | None:
         path = info.data.get("path", "")
         if prompt is not None and (path == "pydoc" or path.endswith(".txt")):
-            raise ValueError(f"a prompt takes rows with columns; {path} has none")
+            raise ValueError(f"a prompt needs rows with columns; {path} has none")
         return prompt
 
     @property
@@ -91,25 +91,25 @@ class DatasetSpec(BaseModel):
 @dataclass(frozen=True)
 class TextRows:
     rows: Iterable[str]  # can be read once
-    joiner: str  # what stands between two rows where they are read as one text
-    documents: bool  # each row is a text of its own; see the rule at the top
-    source: str  # for people: repository@revision configuration split[rows], or file[rows]
+    joiner: str  # between two rows that are read as one text
+    documents: bool  # whether each row is tokenized by itself; see the head of this file
+    source: str  # for messages: repository@revision configuration split[rows], or file[rows]
 
 
 @dataclass(frozen=True)
 class HubText:
-    """A text of the Hugging Face hub and how the literature reads it."""
+    """A text on the Hugging Face Hub, and how the literature reads it."""
 
     repository: str
     revision: str = "main"
     name: str | None = None
-    files: dict[str, str] | None = None  # the one file read for a split, where the whole split is too large
+    files: dict[str, str] | None = None  # the one file to read of a split that is too large
     evaluation: str = "test"  # the split; calibration reads "train"
     evaluation_rows: str | None = None
     text_column: str = "text"
     joiner: str = "\n\n"
     documents: bool = True
-    stream: bool = False  # read rows off the network, rather than download the split first
+    stream: bool = False  # read rows from the network without downloading the whole split
 
 
 HUB_TEXTS = {
@@ -127,7 +127,7 @@ HUB_TEXTS = {
         stream=True,
     ),
     "slimpajama-6b": HubText("DKYoon/SlimPajama-6B", "b5f90f419b7489cdba26fdbc8c022fcb5562f968", stream=True),
-    # The repository itself is a loading script, which datasets no longer runs; this branch keeps its rows as parquet.
+    # The repository itself is a loading script, which `datasets` no longer runs; this branch has its rows as parquet.
     # Sentences joined by a space, train and test: GPTQ's revised ptb protocol.
     "ptb": HubText(
         "ptb-text-only/ptb_text_only", "refs/convert/parquet", text_column="sentence", joiner=" ", documents=False
@@ -137,9 +137,9 @@ KNOWN_NAMES = (*HUB_TEXTS, "pydoc")
 
 
 def load_rows(spec: DatasetSpec, purpose: Purpose) -> TextRows:
-    """Return the rows of a text; `purpose` picks the split of a known or hub text where `spec.split` does not.
+    """Return the rows of a text. If `spec.split` is not set, `purpose` chooses the split of a known or hub text.
 
-    Raises DataError, here or while the rows are read, when the text is unknown, unreachable, empty or lacks the column.
+    Raises DataError, here or while the rows are read, if the text is unknown, unreachable, empty or lacks the column.
     """
     if spec.path == "pydoc":
         return _pydoc_rows(spec, purpose)
@@ -148,9 +148,9 @@ def load_rows(spec: DatasetSpec, purpose: Purpose) -> TextRows:
     if spec.path.startswith(("/", ".", "~")) or spec.path.endswith(FILE_SUFFIXES) or Path(spec.path).exists():
         return _file_rows(spec)
     if HUB_ID.fullmatch(spec.path):
-        # Calibration wants a few rows of what may be very large. Evaluation reads all, so that may stay in the cache.
+        # Calibration reads a few rows of a text that may be very large; evaluation reads all of it, cached.
         return _hub_rows(spec, HubText(repository=spec.path, stream=purpose == "calibration"), purpose)
-    known = f"known names are {', '.join(KNOWN_NAMES)}; else give a hub id (owner/name), .txt, .jsonl or .parquet file"
+    known = f"known names are {', '.join(KNOWN_NAMES)}; or give a hub id (owner/name) or a .txt, .jsonl, .parquet file"
     raise DataError(f"unknown dataset {spec.path!r}; {known}{did_you_mean(spec.path, KNOWN_NAMES)}")
 
 
@@ -163,14 +163,14 @@ def calibration_windows(
 ) -> Tensor:
     """Return the first token windows of a text: int64, (num_samples, seq_len).
 
-    Token ids are those of the rows in order, concatenated and cut every `seq_len`; nothing is drawn at random.
-    Raises DataError when the text is too short; `asked_by` names the keys that num_samples comes from.
+    The token ids of the rows, in order, are concatenated and cut every `seq_len`; nothing is sampled.
+    Raises DataError if the text is too short; `asked_by` names the keys that num_samples comes from.
     """
     import torch
 
     needed = num_samples * seq_len
     ids: list[int] = []
-    if text.documents:  # verbose=False: ids are cut into windows, so one longer than the model's context is no fault
+    if text.documents:  # verbose=False: no warning about rows beyond the model's context, which are cut into windows
         for row in text.rows:
             ids += tokenizer(row, verbose=False)["input_ids"] if row.strip() else []
             if len(ids) >= needed:
@@ -227,7 +227,7 @@ def _hub_rows(spec: DatasetSpec, hub: HubText, purpose: Purpose) -> TextRows:
     row_range = spec.rows or (hub.evaluation_rows if purpose == "evaluation" else None) or ":"
     source = " ".join(filter(None, (f"{hub.repository}@{hub.revision}", hub.name, f"{split}[{row_range}]")))
     if hub.stream and "%" in row_range:
-        raise DataError(f"dataset {source} is streamed and does not tell its length; give rows as numbers")
+        raise DataError(f"dataset {source} is streamed, so its length is unknown: give rows as numbers")
     with _reading(source):
         records = datasets.load_dataset(
             hub.repository, hub.name, data_files=hub.files, split=split, revision=hub.revision, streaming=hub.stream
@@ -246,7 +246,7 @@ def _file_rows(spec: DatasetSpec) -> TextRows:
     _refuse(spec, "name", "split", "revision")
     if path.suffix == ".txt":
         with _reading(spec.label):
-            # Not splitlines(): joining with "\n" must give back the file, character by character.
+            # Not splitlines(): joining with "\n" must restore the file exactly.
             lines = path.read_bytes().decode("utf-8").split("\n")
         return TextRows(_slice(lambda: lines, spec.rows, spec.label), "\n", False, spec.label)
     text_of = _text_of(spec.prompt, spec.text_column)
@@ -266,7 +266,7 @@ def _file_records(path: Path) -> Iterator[Any]:
 
 
 def _texts(records: Iterable[Any], text_of: TextOf, source: str) -> Iterator[str]:
-    """Yield the text of each record; a record that cannot be read or does not hold it is a DataError."""
+    """Yield the text of each record. Raises DataError for one that cannot be read or has no text."""
     with _reading(source):
         for number, record in enumerate(records):
             try:
@@ -296,7 +296,7 @@ def _slice(read: Callable[[], Iterable[str]], row_range: str | None, source: str
 def _refuse(spec: DatasetSpec, *keys: str) -> None:
     for key in keys:
         if (value := getattr(spec, key)) is not None:
-            raise DataError(f"dataset {spec.path} has no {key}; {key} is {value!r}: use rows to choose a part of it")
+            raise DataError(f"dataset {spec.path} has no {key}; {key} is {value!r}: use rows to select a part of it")
 
 
 @contextmanager

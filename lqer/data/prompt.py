@@ -1,7 +1,7 @@
-"""Text from rows of several columns: a template, and of a multiple-choice task the choice that its label picks.
+"""Text from rows of several columns: a template, and for a multiple-choice task the choice that the label selects.
 
-Of winogrande: template = "{sentence}", blank = "_", label = "answer", choices = { 1 = "{option1}", 2 = "{option2}" }
-Of rte: template = "{sentence1} {sentence2}? {choice}", label = "label", choices = { 0 = "True", 1 = "False" }
+winogrande: template = "{sentence}", blank = "_", label = "answer", choices = { 1 = "{option1}", 2 = "{option2}" }
+rte:        template = "{sentence1} {sentence2}? {choice}", label = "label", choices = { 0 = "True", 1 = "False" }
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from lqer.components import did_you_mean
 
 CHOICE = "choice"
-# A column, and what is taken out of lists and tables in it: `question`, `endings[2]`, `choices[text][0]`.
+# A column, and indices into lists and tables in it: `question`, `endings[2]`, `choices[text][0]`.
 PLACE = re.compile(r"[^\[\]]+(\[[^\[\]]+\])*")
 
 
@@ -26,10 +26,10 @@ class Prompt(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    template: str  # {column} is what the row holds there, {choice} the choice picked; {{ and }} are braces
-    label: str | None = None  # the column that picks a choice
-    choices: dict[str, str] = {}  # a template for every value of the label
-    blank: str | None = None  # without {choice}: what of the text the choice replaces
+    template: str  # {column} is the value of that column, {choice} the selected choice; {{ and }} are braces
+    label: str | None = None  # the column that selects a choice
+    choices: dict[str, str] = {}  # a template for each value of the label
+    blank: str | None = None  # without {choice}: the part of the text that the choice replaces
 
     @model_validator(mode="before")
     @classmethod
@@ -41,19 +41,19 @@ class Prompt(BaseModel):
         places = _places("template", self.template)
         for key, choice in self.choices.items():
             if CHOICE in _places(f"choices.{key}", choice):
-                raise ValueError(f"choices.{key} holds {{choice}}, which only template can")
+                raise ValueError(f"choices.{key} contains {{choice}}, which is allowed only in template")
         if not places:
             raise ValueError(f"template {self.template!r} names no {{column}}")
         if bool(self.choices) != (self.label is not None):
-            raise ValueError("label names the column that picks one of choices: it takes both or none")
+            raise ValueError("label names the column that selects one of choices: set both or neither")
         if self.choices and (CHOICE in places) == (self.blank is not None):
-            raise ValueError("the choice takes the place either of {choice} in template or of blank: give one of them")
+            raise ValueError("the choice replaces either {choice} in template or blank: use exactly one of them")
         if self.blank is not None and not (self.choices and self.blank):
-            raise ValueError(f"blank is {self.blank!r}; it must be text that one of choices takes the place of")
+            raise ValueError(f"blank is {self.blank!r}; it must be the text that one of choices replaces")
         return self
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """Return the text of a row. Raises ValueError where the row does not hold what the prompt takes from it."""
+        """Return the text of a row. Raises ValueError if the row lacks a column or choice that the prompt uses."""
         if self.label is None:
             return _filled(self.template, row)
         value = _at(self.label, row)
@@ -65,12 +65,12 @@ class Prompt(BaseModel):
             return _filled(self.template, {**row, CHOICE: choice})
         before, *after = _filled(self.template, row).split(self.blank)
         if len(after) != 1:
-            raise ValueError(f"blank {self.blank!r} must be there once, not {len(after)} times")
+            raise ValueError(f"blank {self.blank!r} must occur once, not {len(after)} times")
         return before + choice + after[0]
 
 
 def column_text(column: str, row: Mapping[str, Any]) -> str:
-    """Return the text in one column. Raises ValueError where the row has none there."""
+    """Return the text in one column. Raises ValueError if there is none."""
     if column not in row:
         raise _missing(column, row)
     if not isinstance(row[column], str):
@@ -79,14 +79,14 @@ def column_text(column: str, row: Mapping[str, Any]) -> str:
 
 
 def _places(key: str, template: str) -> set[str]:
-    """The places of a template. Raises ValueError, naming its `key`, for what is none."""
+    """The places of a template. Raises ValueError, naming its `key`, if it is not a template."""
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"{key} {template!r} is no template: {error}") from None
+        raise ValueError(f"{key} {template!r} is not a template: {error}") from None
     for _, place, form, conversion in parsed:
         if place is not None and (form or conversion or not PLACE.fullmatch(place)):
-            raise ValueError(f"{key} {template!r} must hold columns as {{column}} or {{column[index]}} and no more")
+            raise ValueError(f"{key} {template!r} may refer to columns only as {{column}} or {{column[index]}}")
     return {place for _, place, _, _ in parsed if place is not None}
 
 
@@ -111,7 +111,7 @@ def _at(place: str, row: Mapping[str, Any]) -> Any:
         try:
             value = value[step] if isinstance(value, Mapping) else value[int(step)]
         except (LookupError, TypeError, ValueError):
-            raise ValueError(f"column {column!r} holds nothing at {place!r}") from None
+            raise ValueError(f"column {column!r} has nothing at {place!r}") from None
     return value
 
 

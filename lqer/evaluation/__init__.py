@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity under three named protocols, and the tasks of lm-evaluation-harness."""
+"""The quality of a model: perplexity under three named protocols, and tasks of lm-evaluation-harness."""

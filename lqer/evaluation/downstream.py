@@ -19,14 +19,14 @@ from lqer.evaluation import harness
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The keys by which a task's YAML says where few-shot examples come from.
+# Keys of a task's YAML that state where few-shot examples come from.
 EXAMPLES_FROM = {"training_split", "fewshot_split", "fewshot_config"}
 
 
 @dataclass(frozen=True)
 class TaskResult:
     task: str  # a task, or a group that aggregates its tasks
-    metric: str  # "acc", "acc_norm", "perplexity", ...; "exact_match,strict-match" where a task filters answers
+    metric: str  # "acc", "acc_norm", "perplexity", ...; "exact_match,strict-match" if a task filters answers
     value: float
     stderr: float | None
     num_fewshot: int | None  # None for a group whose tasks differ
@@ -36,10 +36,10 @@ class TaskResult:
 def check_tasks(
     tasks: Sequence[str], include_path: Path | None, data_dir: Path | None = None, num_fewshot: int | None = None
 ) -> None:
-    """Raise ConfigError for what is wrong with the tasks and can be told without a model or the network.
+    """Raise ConfigError for mistakes in the tasks that can be found without a model or the network.
 
-    That is: an unknown name, a task asked for twice, a local task whose file under `data_dir` is missing, and examples
-    asked of a local task that has no training split, which would take them from the rows it is judged on.
+    These are: an unknown name; a task requested twice; a local task whose file under `data_dir` is missing; few-shot
+    examples for a local task without a training split, which would be taken from the evaluated rows.
     """
     manager = harness.task_manager(tasks, include_path, data_dir)
     asked_as: dict[str, str] = {}
@@ -71,16 +71,16 @@ def evaluate_tasks(
     data_dir: Path | None,
     seed: int,
 ) -> list[TaskResult]:
-    """Every numeric metric of every task; a group gives its tasks, and itself where it aggregates them.
+    """Every numeric metric of every task; of a group, those of its tasks and its aggregates.
 
-    num_fewshot     examples in the prompt; None leaves each task its own number
+    num_fewshot     examples in the prompt; None: the number that each task defines
     limit           only the first rows of each task
-    max_length      tokens of a prompt with its answer; longer ones lose their beginning
-    include_path    a folder of local task YAMLs; they win over the library's tasks of the same name
-    data_dir        the folder that the paths in local YAMLs are relative to
-    seed            chooses the few-shot examples and seeds whatever a task samples; sets the global generators
+    max_length      tokens of a prompt with its answer; longer ones are truncated at the start
+    include_path    a folder of local task YAMLs; they replace the library's tasks of the same name
+    data_dir        the folder to which paths in local YAMLs are relative
+    seed            of the few-shot examples and of all sampling in tasks; sets the global generators
 
-    Raises ConfigError as `check_tasks` does, and DataError when a dataset cannot be loaded.
+    Raises ConfigError as `check_tasks` does, and DataError if a dataset cannot be loaded.
     """
     check_tasks(tasks, include_path, data_dir, num_fewshot)
     set_seed(seed)
@@ -106,10 +106,10 @@ def evaluate_tasks(
 
 
 def task_fingerprint(tasks: Sequence[str], include_path: Path | None, data_dir: Path | None) -> str:
-    """sha256 (hex) of what decides the scores besides the model and the arguments of `evaluate_tasks`.
+    """sha256 (hex) of everything that determines the scores, except the model and the arguments of `evaluate_tasks`.
 
-    Covers the names of the tasks, lm_eval's version, and for every local task its YAML with what it includes, the
-    Python files beside it and the data files it reads. Data on the hub is not covered. Raises as `check_tasks` does.
+    Covers the names of the tasks, lm_eval's version, and for every local task its YAML with its includes, the Python
+    files in the same folder and its data files. Data on the Hub is not covered. Raises as `check_tasks` does.
     """
     check_tasks(tasks, include_path, data_dir)
     manager = harness.task_manager(tasks, include_path, data_dir)
@@ -119,7 +119,7 @@ def task_fingerprint(tasks: Sequence[str], include_path: Path | None, data_dir: 
             if include_path is None or entry.yaml_path is None or include_path.resolve() not in entry.yaml_path.parents:
                 continue
             folder = entry.yaml_path.parent
-            # The index spells a function with its folder in front; where the folder lies must not matter.
+            # The index prefixes a function with its folder, whose location must not matter.
             digest.update(json.dumps([task, entry.cfg], sort_keys=True, default=str).replace(str(folder), "").encode())
             files = [harness.jsonl_path(file, data_dir) for file in harness.data_files(entry)]
             for path in [*sorted(folder.glob("*.py")), *files]:

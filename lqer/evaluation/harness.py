@@ -1,11 +1,11 @@
-"""The one place that touches lm-evaluation-harness: its task index, its model adapter, its scoring.
+"""The interface to lm-evaluation-harness: its task index, model adapter and scoring.
 
-The library takes seconds to import and a dozen more to read the YAMLs of its own tasks. So it is imported inside
-functions, and its own tasks are read only when a name is not found in the local folder.
+The library takes seconds to import and about a dozen more to read the YAMLs of its own tasks. So it is imported inside
+functions, and its own tasks are read only if a name is not found in the local folder.
 
 A local task is a YAML with `custom_dataset: !function lqer.evaluation.harness.load_jsonl` and
 `dataset_kwargs.data_files`, one JSON-lines file per split relative to `evaluation.downstream.data_dir`. That folder
-reaches the loader as task metadata, so the same YAMLs serve the library's own command line, given
+is passed to the loader as task metadata, so the same YAMLs work with the library's own command line, given
 `--metadata '{"data_dir": ...}'`.
 """
 
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 
 LOCAL_LOADER = "lqer.evaluation.harness.load_jsonl"
 
-# Resamples behind the standard error of a metric that is not a mean; 1000 give it to about 2%. Means need none.
+# Bootstrap resamples for the standard error of a metric that is not a mean; 1000 give it to about 2%.
 BOOTSTRAP_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class RollingScore:
-    """What the library found over all documents of a perplexity task."""
+    """The library's totals over all documents of a perplexity task."""
 
     log_likelihood: float  # nats, summed
     words: int  # by the task's own count
@@ -58,7 +58,7 @@ class RollingScore:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Only errors of the library's log get through, and what it prints goes to stderr; progress bars stay."""
+    """Log only the library's errors and redirect its prints to stderr; progress bars stay."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -70,9 +70,9 @@ def _quiet() -> Iterator[None]:
 
 
 def task_manager(tasks: Sequence[str], include_path: Path | None, data_dir: Path | None) -> TaskManager:
-    """The index that knows all of `tasks`; a local task wins over the library's task of the same name.
+    """The index that contains all of `tasks`; a local task replaces the library's task of the same name.
 
-    Raises ConfigError for an unknown name, with the nearest one, and for an `include_path` that is no folder.
+    Raises ConfigError for an unknown name, with the nearest one, and for an `include_path` that is not a folder.
     """
     if include_path is not None:
         include_path = include_path.resolve()
@@ -99,9 +99,9 @@ def _index(include_path: Path | None, data_dir: Path | None, library_tasks: bool
 
 
 def entries(manager: TaskManager, name: str) -> dict[str, Entry]:
-    """The index entries behind a name: a task; a group and all it holds; the tasks of a tag.
+    """The index entries of a name: a task; a group and all its members; the tasks of a tag.
 
-    What a group defines in its own YAML has no entry of its own.
+    Tasks that a group defines in its own YAML have no entry.
     """
     entry = manager.task_index.get(name)
     if entry is None:
@@ -124,7 +124,7 @@ def data_files(entry: Entry) -> list[str]:
 
 
 def load_jsonl(data_files: dict[str, str], data_dir: str | None = None, **metadata: Any) -> datasets.DatasetDict:
-    """The dataset of a local task: one JSON object per line, in memory, so that no cache can outlive an edited file.
+    """The dataset of a local task: one JSON object per line, in memory, so that no cache can become stale.
 
     `data_files` maps a split to a path relative to `data_dir`; the library also passes the task's other metadata.
     """
@@ -145,7 +145,7 @@ def load_jsonl(data_files: dict[str, str], data_dir: str | None = None, **metada
 
 
 def jsonl_path(name: str, data_dir: str | Path | None) -> Path:
-    """Where a local task's file is. Raises ConfigError when data_dir is not set or the file is not there."""
+    """The path of a local task's file. Raises ConfigError if data_dir is not set or the file is missing."""
     if data_dir is None:
         raise ConfigError(f"evaluation.downstream.data_dir must be set: a task reads {name!r} under it")
     path = Path(data_dir) / name
@@ -155,7 +155,7 @@ def jsonl_path(name: str, data_dir: str | Path | None) -> Path:
 
 
 def load_tasks(manager: TaskManager, tasks: Sequence[str]) -> TaskDict:
-    """The tasks with their data. Raises DataError when a dataset cannot be had."""
+    """The tasks with their data. Raises DataError if a dataset cannot be loaded."""
     with _quiet():
         try:
             return manager.load(list(tasks))
@@ -165,7 +165,7 @@ def load_tasks(manager: TaskManager, tasks: Sequence[str]) -> TaskDict:
 
 
 def set_shots(task: Task, num_fewshot: int | None, seed: int) -> None:
-    """Give the task its number of examples, as the library's own entry point does: a task that fixes 0 keeps 0."""
+    """Set the number of few-shot examples as the library's own entry point does: a task that defines 0 keeps 0."""
     default = task.get_config("num_fewshot")
     if num_fewshot is not None and default != 0:
         task.set_config("num_fewshot", num_fewshot)
@@ -183,7 +183,7 @@ def evaluate(
     batch_size: int,
     max_length: int,
 ) -> EvalResults:
-    """The library's results of loaded tasks. Its `simple_evaluate` would add seconds of looking at the environment."""
+    """The library's results of loaded tasks. Its `simple_evaluate` would take seconds to inspect the environment."""
     import lm_eval
 
     # Otherwise the bootstrap forks this process, with its tokenizer threads and its device, once per core.
@@ -216,7 +216,7 @@ def score_documents(
                 "test_split": "test",
                 "output_type": "loglikelihood_rolling",
                 "doc_to_text": "",
-                # A function, because a template's text goes through literal_eval when it looks like a list.
+                # A function, because the library applies literal_eval to a template's text that looks like a list.
                 "doc_to_target": lambda document: document["text"],
                 "metric_list": [{"metric": "word_perplexity"}],
             }
@@ -239,18 +239,18 @@ def score_documents(
 
 
 def _adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int) -> HFLM:
-    """The model as the library sees it, with log-probabilities in fp32 whatever the model's dtype.
+    """The model behind the library's interface, with log-probabilities in float32 for every dtype of the model.
 
-    In bf16, the library's default for a bf16 model, log-probabilities of answers would tie at steps of 1/16.
+    In bfloat16, the library's default for a bfloat16 model, log-probabilities of answers would tie at steps of 1/16.
     """
     from lm_eval.models.huggingface import HFLM
 
     class Adapter(HFLM):
-        """Shows one progress bar per perplexity task, where the library opens one per batch."""
+        """Shows one progress bar per perplexity task instead of one per batch."""
 
         @functools.cached_property
         def config(self) -> PretrainedConfig:
-            """The model's, less a quantized checkpoint's own entry: the library would look that up in transformers."""
+            """The model's, without quantization_config, which the library would look up in transformers."""
             config = copy.deepcopy(self._config)
             config.quantization_config = None
             return config
@@ -268,8 +268,8 @@ def _adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_s
                 self.rolling_bar.update(len(scored))
             return scored
 
-    # A copy, because the library gives the tokenizer a padding token; and without a length limit, because documents
-    # are longer than the model's context by design and are cut before the model sees them.
+    # A copy, because the library sets a padding token; without a length limit, because documents longer than the
+    # model's context are cut into windows before they reach the model.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = sys.maxsize
     return Adapter(

@@ -1,4 +1,4 @@
-"""Perplexity under three protocols that papers rarely tell apart, and whose numbers cannot be compared.
+"""Perplexity under three protocols, which papers rarely distinguish and whose values are not comparable.
 
     concat       GPTQ's: one string joiner.join(rows), one tokenizer call, windows of seq_len without overlap, the tail
                  dropped; exp of the mean over all predicted tokens. The number that papers print for WikiText-2.
@@ -8,8 +8,8 @@
                  predicted, divided by the number of words. A BOS that the tokenizer adds is predicted too, at some ten
                  nats per document, which matters for short documents.
 
-The first two are pure functions from text to token windows and from windows to a result; one loss loop serves both.
-They take a model as transformers makes it, or an OpenedModel, whose blocks all windows visit one after the other.
+The first two are pure functions from text to token windows and from windows to a result, with one loss loop for both.
+They take a transformers model, or an OpenedModel, which is evaluated block by block.
 
 Shapes: W windows, B windows of one batch, T tokens of a window, V vocabulary, R positions of a chunk.
 """
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Logits are widened to fp32 this many positions at a time: 128 MiB for a vocabulary of 128k, beside logits in the
-# model's dtype that take 512 MiB per window of 2048.
+# Logits are converted to float32 this many positions at a time: 128 MiB for a vocabulary of 128k, in addition to the
+# logits in the model's dtype, 512 MiB per window of 2048.
 LOSS_POSITIONS = 256
 
 # LQER maps the tokenizer over its dataset with datasets' default batch of 1000 rows.
@@ -44,7 +44,7 @@ LQER_JOINER = "\n\n"
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    perplexity: float  # exp(nll); inf or nan where the model's losses are
+    perplexity: float  # exp(nll); inf or nan if the model's losses are
     tokens: int  # predicted tokens
     windows: int
     seq_len: int
@@ -55,7 +55,7 @@ class PerplexityResult:
 def concat_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], joiner: str, seq_len: int) -> Tensor:
     """windows_WT int64 of the rows as one text; special tokens as the tokenizer adds them, once.
 
-    Raises DataError when the text is shorter than one window.
+    Raises DataError if the text is shorter than one window.
     """
     return _cut(_tokenize(tokenizer, joiner.join(rows)), seq_len)
 
@@ -64,9 +64,9 @@ def row_batch_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], j
     """windows_WT int64 as LQER's code makes them: special tokens once per 1000 rows.
 
     The rows are joined by blank lines in parts of 1000, each part is tokenized by itself, and the tokens of all parts
-    are cut together. `joiner` is taken for the sake of a common signature: LQER's code knows only the blank line.
+    are cut together. `joiner` is ignored: LQER's code always uses a blank line.
 
-    Raises DataError when the text is shorter than one window.
+    Raises DataError if the text is shorter than one window.
     """
     rows = list(rows)
     parts = (rows[start : start + LQER_BATCH_ROWS] for start in range(0, len(rows), LQER_BATCH_ROWS))
@@ -76,7 +76,7 @@ def row_batch_windows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[str], j
 def concat_perplexity(
     model: PreTrainedModel | OpenedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
 ) -> PerplexityResult:
-    """The exponential of the mean over all predicted tokens; `batch_size` changes it by rounding at most."""
+    """The exponential of the mean over all predicted tokens, independent of `batch_size` up to rounding."""
     nll_W = _window_nlls(model, windows_WT, batch_size, progress)
     return _result("concat", nll_W.mean(), windows_WT)
 
@@ -86,8 +86,8 @@ def row_batch_perplexity(
 ) -> PerplexityResult:
     """The exponential of the mean over batches of each batch's mean.
 
-    A last batch with fewer windows weighs as much as a full one, so the result depends on `batch_size` unless that
-    divides the number of windows.
+    A smaller last batch has the weight of a full one, so the result depends on `batch_size` unless it divides the
+    number of windows.
     """
     nll_W = _window_nlls(model, windows_WT, batch_size, progress)
     return _result("row-batches", torch.stack([nll_B.mean() for nll_B in nll_W.split(batch_size)]).mean(), windows_WT)
@@ -98,11 +98,11 @@ def lm_eval_perplexity(
 ) -> PerplexityResult:
     """Word perplexity of `documents` by lm-evaluation-harness, in windows of `seq_len` tokens.
 
-    Documents without text are left out: the library would count a word in them. Raises DataError when none is left.
+    Empty documents are left out: the library would count one word in them. Raises DataError if none is left.
     """
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise DataError("perplexity by lm-eval needs at least one document with text: there is none")
+        raise DataError("perplexity by lm-eval needs at least one document with text; found none")
     return _lm_eval_result(harness.score_documents(model, tokenizer, documents, seq_len, batch_size), seq_len)
 
 
@@ -111,7 +111,7 @@ class WindowedProtocol(NamedTuple):
     perplexity: Callable[[PreTrainedModel | OpenedModel, Tensor, int, bool], PerplexityResult]
 
 
-# lm-eval is not among them: it takes documents, not windows.
+# Without lm-eval, which takes documents, not windows.
 WINDOWED_PROTOCOLS = {
     "concat": WindowedProtocol(concat_windows, concat_perplexity),
     "row-batches": WindowedProtocol(row_batch_windows, row_batch_perplexity),
@@ -119,7 +119,7 @@ WINDOWED_PROTOCOLS = {
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a whole corpus is longer than the model's context by design, and is cut before the model sees it.
+    # verbose=False: no warning about a text beyond the model's context, which is cut into windows.
     return tokenizer(text, verbose=False)["input_ids"]
 
 
@@ -141,8 +141,8 @@ def _window_nlls(
 ) -> Tensor:  # fmt: skip
     """nll_W float64 on the CPU: the mean negative log-likelihood in nats of each window's T - 1 predicted tokens.
 
-    Puts the model into eval mode. The progress bar, when shown, waits for the device once per batch to print the
-    running perplexity; without it nothing waits until the end.
+    Sets the model to eval mode. The progress bar synchronizes with the device once per batch to print the running
+    perplexity; without it nothing waits until the end.
     """
     windows = windows_WT.split(batch_size)
     logits_of = _blockwise(model, windows, progress) if isinstance(model, OpenedModel) else _whole(model, windows)
@@ -174,13 +174,13 @@ def _blockwise(model: OpenedModel, windows: Sequence[Tensor], progress: bool) ->
 
 
 def _batch_nlls(logits_of: Callable[[int], Tensor], batch: int, tokens_BT: Tensor) -> Tensor:
-    """nll_B float64 on the model's device. A function, so that one batch's logits are gone before the next one's."""
+    """nll_B float64 on the model's device. A function, so that a batch's logits are freed before the next batch."""
     logits_BTV = logits_of(batch)
     return torch.stack([_mean_nll(logits_TV, tokens_T) for logits_TV, tokens_T in zip(logits_BTV, tokens_BT)])
 
 
 def _mean_nll(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
-    """The mean over tokens 1 .. T-1 of -log p(token | tokens before it), a float64 scalar; losses are taken in fp32."""
+    """The mean over tokens 1 .. T-1 of -log p(token | tokens before it), a float64 scalar; losses in float32."""
     targets_T = tokens_T[1:].to(logits_TV.device)
     nll_T = torch.cat(
         [

@@ -1,4 +1,4 @@
-"""Progress bars of an evaluation, which its caller may hide, and so may the user by TQDM_DISABLE."""
+"""Progress bars of an evaluation, which the caller, or the user with TQDM_DISABLE, may hide."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from tqdm.auto import tqdm
 
 
 def progress_bar(shown: bool) -> Callable[..., tqdm]:
-    """tqdm, or tqdm that shows nothing. `disable=False` is never said: it would count for more than TQDM_DISABLE."""
+    """tqdm, or tqdm that shows nothing. `disable=False` is never passed: it would override TQDM_DISABLE."""
     return tqdm if shown else partial(tqdm, disable=True)

@@ -167,13 +167,13 @@ class TestMistakes:
             ("--evaluation.perplexity={ datasets = [{ path = 'c4', rowz = '3' }] }", ["rowz: unknown key", "'rows'?"]),
             (
                 "--calibration.dataset={ path = 'a.jsonl', prompt = { template = '{a} {choice}', label = 'b' } }",
-                ["calibration.dataset.prompt: label names the column that picks one of choices: it takes both or none"],
+                ["calibration.dataset.prompt: label names the column that selects one of choices: set both or neither"],
             ),
             (
                 "--calibration.dataset={ path = 'a.jsonl', prompt = { template = '{a}', lable = 'b' } }",
                 ["calibration.dataset.prompt.lable: unknown key", "'label'?"],
             ),
-            ("--calibration.dataset={ path = 'pydoc', prompt = '{a}' }", ["dataset.prompt: a prompt takes rows with"]),
+            ("--calibration.dataset={ path = 'pydoc', prompt = '{a}' }", ["dataset.prompt: a prompt needs rows with"]),
             ("--calibration.datset=c4", ["calibration.datset: unknown key", "did you mean 'dataset'?"]),
             ("--calibration=3", ["calibration: must be a table", "found 3"]),
             ("--calibration.num_samples=0", ["must be greater than 0"]),

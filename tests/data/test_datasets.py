@@ -219,7 +219,7 @@ class TestHub:
 
     def test_without_a_network(self, tmp_path):
         code = (
-            "from lqer.data import DatasetSpec, load_rows\n"
+            "from lqer.data.datasets import DatasetSpec, load_rows\n"
             "for path in ('c4', 'wikitext2', 'nobody/nothing'):\n"
             "    try: load_rows(DatasetSpec(path=path), 'calibration')\n"
             "    except Exception as error: print(type(error).__name__, error)\n"

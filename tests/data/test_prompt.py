@@ -66,7 +66,7 @@ def test_places_reach_into_lists_and_tables():
     )
     row = {"ctx": "It is", "choices": {"text": ["red", "blue"], "label": ["A", "B"]}, "key": "B"}
     assert prompt.text(row) == "It is blue"
-    with pytest.raises(ValueError, match=r"^column 'choices' holds nothing at 'choices\[text\]\[1\]'$"):
+    with pytest.raises(ValueError, match=r"^column 'choices' has nothing at 'choices\[text\]\[1\]'$"):
         prompt.text(row | {"choices": {"text": ["red"]}})
 
 
@@ -74,20 +74,20 @@ def test_places_reach_into_lists_and_tables():
     ("prompt", "message"),
     [
         ("no column", "template 'no column' names no {column}"),
-        ("{a", "template '{a' is no template: expected '}' before end of string"),
-        ("{}", "must hold columns as {column} or {column[index]} and no more"),
-        ("{a:>9}", "must hold columns as"),
-        ("{a!r}", "must hold columns as"),
-        ("{a[0}", "is no template"),
+        ("{a", "template '{a' is not a template: expected '}' before end of string"),
+        ("{}", "may refer to columns only as {column} or {column[index]}"),
+        ("{a:>9}", "may refer to columns only as"),
+        ("{a!r}", "may refer to columns only as"),
+        ("{a[0}", "is not a template"),
         ({"template": "{a}", "lable": "b"}, "Extra inputs"),
-        ({"template": "{a}", "label": "b"}, "label names the column that picks one of choices: it takes both or none"),
-        ({"template": "{a} {choice}", "choices": {"1": "x"}}, "it takes both or none"),
-        ({"template": "{a}", "blank": "_"}, "blank is '_'; it must be text that one of choices takes the place of"),
+        ({"template": "{a}", "label": "b"}, "label names the column that selects one of choices: set both or neither"),
+        ({"template": "{a} {choice}", "choices": {"1": "x"}}, "set both or neither"),
+        ({"template": "{a}", "blank": "_"}, "blank is '_'; it must be the text that one of choices replaces"),
         (WINOGRANDE | {"blank": ""}, "blank is ''"),
-        (WINOGRANDE | {"blank": None}, "either of {choice} in template or of blank: give one of them"),
-        (RTE | {"blank": "_"}, "either of {choice} in template or of blank: give one of them"),
-        (RTE | {"choices": {"0": "{choice}"}}, "choices.0 holds {choice}, which only template can"),
-        (RTE | {"choices": {"0": "{x"}}, "choices.0 '{x' is no template"),
+        (WINOGRANDE | {"blank": None}, "either {choice} in template or blank: use exactly one of them"),
+        (RTE | {"blank": "_"}, "either {choice} in template or blank: use exactly one of them"),
+        (RTE | {"choices": {"0": "{choice}"}}, "choices.0 contains {choice}, which is allowed only in template"),
+        (RTE | {"choices": {"0": "{x"}}, "choices.0 '{x' is not a template"),
     ],
 )
 def test_what_is_no_prompt(prompt, message):
@@ -100,8 +100,8 @@ def test_what_is_no_prompt(prompt, message):
         ({"option1": None}, "column 'option1' must hold text or a number, not NoneType"),
         ({"answer": ""}, "label 'answer' is ''; choices has 1, 2"),
         ({"answer": None}, "label 'answer' is 'null'; choices has 1, 2"),
-        ({"sentence": "No gap."}, "blank '_' must be there once, not 0 times"),
-        ({"sentence": "_ and _"}, "blank '_' must be there once, not 2 times"),
+        ({"sentence": "No gap."}, "blank '_' must occur once, not 0 times"),
+        ({"sentence": "_ and _"}, "blank '_' must occur once, not 2 times"),
     ],
 )
 def test_what_a_row_must_hold(change, message):
@@ -130,7 +130,7 @@ class TestDataset:
 
     @pytest.mark.parametrize("path", ["pydoc", "a.txt"])
     def test_what_has_no_columns_takes_no_prompt(self, path):
-        with pytest.raises(ValidationError, match=f"a prompt takes rows with columns; {path} has none"):
+        with pytest.raises(ValidationError, match=f"a prompt needs rows with columns; {path} has none"):
             DatasetSpec(path=path, prompt=Prompt(template="{text}"))
 
     @pytest.mark.parametrize(("task", "prompt"), [("winogrande", WINOGRANDE), ("rte", RTE)])
