@@ -10,9 +10,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ValidationError
 
 from lqer.components import Component, did_you_mean
-from lqer.config.schema import Config, KeyedError
-
-Loc = tuple[str | int, ...]
+from lqer.config.rules import KeyedError
+from lqer.config.schema import Config, Loc
 
 # pydantic's error types for a key that a model, or a dataclass, does not have.
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
@@ -23,10 +22,6 @@ def explain(error: ValidationError, values: Mapping[str, Any], origin: Callable[
     # A misspelt key shows up twice, as an unknown one and as a missing one: the first says more.
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda found: found["type"] not in UNKNOWN_KEY)
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, KeyedError):
-        return _line(origin(cause.loc), cause.loc, cause.rule, cause.found, cause.allowed)
-
     loc = _without_tags(first["loc"], values)
     found = _lookup(values, loc)
     kind = first["type"]
@@ -48,6 +43,11 @@ def explain(error: ValidationError, values: Mapping[str, Any], origin: Callable[
     rule = rule if kind == "value_error" else f"must be {rule}"
     shown = None if isinstance(found, Mapping) and kind == "value_error" else found
     return _line(origin(loc), loc, rule, shown, None)
+
+
+def explain_rule(error: KeyedError, origin: Callable[[Loc], str]) -> str:
+    """A broken rule across sections as one line."""
+    return _line(origin(error.loc), error.loc, error.rule, error.found, error.allowed)
 
 
 def _line(

@@ -15,7 +15,8 @@ from typing import Any
 import tomli
 from pydantic import ValidationError
 
-from lqer.config.explain import explain
+from lqer.config.explain import explain, explain_rule
+from lqer.config.rules import broken_rules
 from lqer.config.schema import Config
 from lqer.errors import ConfigError
 
@@ -71,7 +72,8 @@ def _another_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def read_config(path: str | Path, tag: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read `path` with everything it extends, apply `overrides` ("--section.key=value"), check it against the schema.
+    """Read `path` with everything it extends, apply `overrides` ("--section.key=value"), check it against the schema
+    and the rules across sections.
 
     Raises ConfigError, one line: who set which key, what was found, what is allowed.
     """
@@ -84,11 +86,18 @@ def read_config(path: str | Path, tag: str | None = None, overrides: Sequence[st
         layers.merge(parse_override(override), override)
     if tag is not None:
         layers.merge({"tag": tag}, "the command line")
+
+    def origin(key: Sequence[str | int]) -> str:
+        return layers.origin(key) or str(path)
+
     try:
         # JSON mode is strict about types (no "4" for 4) while lists may still become tuples and tables classes.
-        return Config.model_validate_json(json.dumps(layers.values, default=str), strict=True)
+        config = Config.model_validate_json(json.dumps(layers.values, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError(explain(error, layers.values, lambda key: layers.origin(key) or str(path))) from None
+        raise ConfigError(explain(error, layers.values, origin)) from None
+    for broken in broken_rules(config):
+        raise ConfigError(explain_rule(broken, origin))
+    return config
 
 
 def _read_file(path: Path, chain: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:

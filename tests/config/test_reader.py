@@ -230,12 +230,12 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("method", "low_rank", "parts"),
         [
-            ("qera-exact", "rank = 32, budget_bits = 5", ["low_rank.rank: must be 0 beside budget_bits", "found 32"]),
-            ("none", "rank = 0, budget_bits = 5", ["budget_bits: must be left out", '"none" reconstructs nothing']),
-            ("none", "rank = 0, iterations = 2", ["iterations: must be left out", '"none" reconstructs nothing']),
-            ("svdquant", "rank = 0, budget_bits = 5", ["budget_bits: must be left out", '"svdquant" rounds last']),
-            ("loftq", "rank = 0, budget_bits = 5", ["budget_bits: must be left out", "iterations are 5"]),
-            ("lqer-act", "rank = 0, budget_bits = 5, iterations = 2", ["must be left out", "iterations are 2"]),
+            ("qera-exact", "rank = 32, budget_bits = 5", ["low_rank.rank: must be 0 with budget_bits", "found 32"]),
+            ("none", "rank = 0, budget_bits = 5", ["budget_bits: must be unset", '"none" has no low-rank factors']),
+            ("none", "rank = 0, iterations = 2", ["iterations: must be unset", '"none" has no low-rank factors']),
+            ("svdquant", "rank = 0, budget_bits = 5", ["budget_bits: not supported", '"svdquant", which rounds last']),
+            ("loftq", "rank = 0, budget_bits = 5", ["budget_bits: not supported with 5 iterations"]),
+            ("lqer-act", "rank = 0, budget_bits = 5, iterations = 2", ["budget_bits: not supported with 2 iterations"]),
         ],
     )
     def test_a_combination_that_makes_no_sense_is_refused_with_the_reason(self, base, method, low_rank, parts):
@@ -263,23 +263,23 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("settings", "parts"),
         [
-            ({"finetune.parts": "['rht_signs']"}, ["finetune.parts: there are no signs to train without"]),
+            ({"finetune.parts": "['rht_signs']"}, ['finetune.parts: requires quantize.transforms = ["hadamard"]']),
             ({"finetune.parts": "[]"}, ["finetune.parts"]),
             (
                 {"finetune.parts": "['low_rank']", "quantize.low_rank.rank": "0"},
-                ["nothing to train where quantize.low_rank.rank is 0"],
+                ["there are no factors to train: quantize.low_rank.rank is 0"],
             ),
             (
                 {"finetune.parts": "['low_rank']", "quantize.activation": "x8"},
-                ["gradients do not pass the rounding of activations"],
+                ["rounded activations have no gradient"],
             ),
             (
                 {"finetune.parts": "['low_rank']", "quantize.override": "[{ match = '*', activation = 'x8' }]"},
-                ["gradients do not pass the rounding of activations"],
+                ["rounded activations have no gradient"],
             ),
             (
                 {"finetune": "{ parts = ['low_rank'], columns = 8 }"},
-                ['finetune.columns: cannot be cut off "x8"', "8 is not a multiple of block_size 16", "found 8"],
+                ['finetune.columns: must be whole blocks of "x8"', "8 is not a multiple of block_size 16", "found 8"],
             ),
             (
                 {
@@ -288,18 +288,18 @@ class TestMistakes:
                     "quantize.override": "[{ match = '*q_proj', weight = 'w4' },"
                     " { match = '*down_proj', low_rank = { format = 'x8' } }]",
                 },
-                ['finetune.columns: cannot be cut off "x8"', "(quantize.override.1)", "found 8"],
+                ['finetune.columns: must be whole blocks of "x8"', "(quantize.override.1)", "found 8"],
             ),
             (
                 {
                     "finetune": "{ parts = ['low_rank'], columns = 8 }",
                     "quantize.low_rank": "{ rank = 0, budget_bits = 5, format = 'x8' }",
                 },
-                ['finetune.columns: cannot be cut off "x8"', "found 8"],
+                ['finetune.columns: must be whole blocks of "x8"', "found 8"],
             ),
             (
                 {"finetune.parts": "['low_rank']", "evaluation.backend": "triton"},
-                ["evaluation.backend must not be triton"],
+                ['evaluation.backend must not be "triton"'],
             ),
         ],
     )
@@ -342,11 +342,11 @@ class TestMistakes:
             ),
             (
                 ["transforms=['hadamard']", "rounding=adaptive"],
-                'transforms.0: must not be beside rounding "adaptive", which rounds weights in their own basis',
+                'transforms.0: cannot be combined with rounding "adaptive", which does not support rotated linears',
             ),
             (
                 ["transforms=['awq', 'clip']", "rounding=gptq"],
-                'transforms.1: must not be beside rounding "gptq", which fits its own scales (allowed: adapt',
+                'transforms.1: cannot be combined with rounding "gptq", which fits its own scales; use one of adap',
             ),
             (["transforms=['lwc']", "weight=w4"], "transforms.0: only weights of kind int can be clipped"),
             (
@@ -355,7 +355,7 @@ class TestMistakes:
             ),
             (
                 ["rounding=adaptive", "method=svdquant", "low_rank.rank=4"],
-                "needs a method that rounds the weight itself",
+                "needs a method that rounds W itself",
             ),
             (
                 ["rounding=adaptive", "method=qera-exact", "low_rank={ rank = 0, budget_bits = 6.0 }"],
@@ -363,7 +363,7 @@ class TestMistakes:
             ),
             (
                 ["override=[{ match = '*', rounding = 'adaptive' }]"],
-                "override.0.rounding: must be left out: the linears of a block are rounded together, by one rounding",
+                "override.0.rounding: must be unset: one rounding rounds all linears of a block together",
             ),
             (["rounding=adaptive", "weight=fp4"], "rounding: adaptive rounding needs weights of kind int or mxint"),
             (["rounding={ kind = 'adaptive', steps = 0 }"], "steps 0 is not an integer of at least 1 (adaptive)"),
@@ -434,5 +434,5 @@ class TestMistakes:
 )
 def test_a_codebook_is_a_format_of_weights_alone(key):
     codebook = "--formats.vq={ kind = 'codebook', bits = 2 }"
-    with pytest.raises(ConfigError, match=r"must not be a codebook, which is learned from a weight; found 'vq'"):
+    with pytest.raises(ConfigError, match=r"must not be a codebook: codebooks are learned from weights; found 'vq'"):
         read_config(Path(__file__).parents[2] / "configs/demo.toml", None, [codebook, f"--{key}=vq"])

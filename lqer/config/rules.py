@@ -1,0 +1,256 @@
+"""Rules that tie several sections of a configuration together: each a function that yields the keys that break it.
+
+The sections themselves (lqer/config/schema.py) only know what a key may hold. The reader reports the first broken rule;
+a rule may rely on those before it in `RULES`, in particular on every named number format to exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from lqer.components import Component
+from lqer.config.schema import NOT_QUANTIZED, Config, Loc, LowRankConfig
+from lqer.formats import unsupported_cut
+from lqer.methods.base import FACTOR_AXES
+from lqer.rounding import ROUNDINGS, Rounding
+from lqer.transforms import Scheme, Transform, unsupported_order
+
+
+class KeyedError(ValueError):
+    """A rule is broken at one key; the reader turns it into the usual line."""
+
+    def __init__(self, loc: Loc, rule: str, found: object = None, allowed: tuple[str, ...] | None = None):
+        super().__init__(rule)
+        self.loc, self.rule, self.found, self.allowed = loc, rule, found, allowed
+
+
+Rule = Callable[[Config], Iterator[KeyedError]]
+
+
+def names_are_free(config: Config) -> Iterator[KeyedError]:
+    """The tag can be a folder, and no number format takes the reserved name."""
+    if not config.tag or "/" in config.tag or config.tag.startswith("."):
+        yield KeyedError(("tag",), "must be a plain folder name", found=config.tag)
+    if NOT_QUANTIZED in config.formats:
+        yield KeyedError(("formats", NOT_QUANTIZED), 'the name "none" is reserved for "not quantized"')
+
+
+def formats_exist(config: Config) -> Iterator[KeyedError]:
+    """Every number format that is named somewhere is defined, and can be used there."""
+    for loc, name in _named_formats(config):
+        optional = loc[-1] != "weight"
+        if name == NOT_QUANTIZED and optional:
+            continue
+        if name not in config.formats:
+            allowed = (*config.formats, *([NOT_QUANTIZED] if optional else []))
+            yield KeyedError(loc, "no such number format under [formats]", name, allowed)
+        elif optional and config.formats[name].kind == "codebook":
+            yield KeyedError(loc, "must not be a codebook: codebooks are learned from weights", name)
+
+
+def _named_formats(config: Config) -> Iterator[tuple[Loc, str]]:
+    quantize = config.quantize
+    for key in ("weight", "activation", "bias", "attention"):
+        yield ("quantize", key), getattr(quantize, key)
+    for key in ("format", "format_b"):
+        if (name := getattr(quantize.low_rank, key)) is not None:
+            yield ("quantize", "low_rank", key), name
+    for i, override in enumerate(quantize.override):
+        for key in ("weight", "activation", "bias"):
+            if (name := getattr(override, key)) is not None:
+                yield ("quantize", "override", i, key), name
+        for key in ("format", "format_b"):
+            if override.low_rank and (name := getattr(override.low_rank, key)) is not None:
+                yield ("quantize", "override", i, "low_rank", key), name
+
+
+def blockwise_evaluates_windows(config: Config) -> Iterator[KeyedError]:
+    """What is evaluated one block at a time needs nothing but the logits of token windows."""
+    evaluation, loc = config.evaluation, ("evaluation", "blockwise")
+    if not evaluation.blockwise:
+        return
+    if evaluation.downstream is not None:
+        yield KeyedError(loc, "must be false with evaluation.downstream: its tasks call the whole model")
+    if evaluation.perplexity is not None and evaluation.perplexity.protocol == "lm-eval":
+        yield KeyedError(loc, 'must be false with protocol "lm-eval", which scores the whole model')
+    if config.device_map == "auto":
+        yield KeyedError(loc, 'must be false with device_map = "auto": blockwise evaluation uses one GPU')
+
+
+def roundings_fit(config: Config) -> Iterator[KeyedError]:
+    """The rounding is the method's, and supports the formats of the weights."""
+    quantize = config.quantize
+    own, named = quantize.method.rounding, quantize.rounding
+    if own is not None and named is not None and named.kind != own.kind:
+        rule = f'method "{quantize.method.kind}" always uses rounding "{own.kind}"'
+        yield KeyedError(("quantize", "rounding"), f"{rule}; remove this key or set its options only", named.kind)
+    pairs: list[tuple[Loc, Rounding, str]] = [(("quantize", "rounding"), quantize.chosen_rounding, quantize.weight)]
+    for i, override in enumerate(quantize.override):
+        rounding, weight = override.rounding or quantize.chosen_rounding, override.weight or quantize.weight
+        key = "weight" if override.rounding is None else "rounding"
+        pairs.append((("quantize", "override", i, key), rounding, weight))
+    for loc, rounding, weight in pairs:
+        if (reason := quantize.method.unsupported_reason(rounding)) is not None:
+            yield KeyedError(loc, reason, rounding.kind)
+        if (reason := rounding.unsupported_reason(config.formats[weight])) is not None:
+            yield KeyedError(loc, f'{reason} (weights are "{weight}")', rounding.kind)
+
+
+def ranks_are_reconstructed(config: Config) -> Iterator[KeyedError]:
+    """A rank, a budget or iterations are set only for a method that reconstructs."""
+    quantize, method, table = config.quantize, config.quantize.method, ("quantize", "low_rank")
+    if method.reconstructs:
+        return
+    nothing = f'method "{method.kind}" has no low-rank factors'
+    ranks: dict[Loc, int | None] = {(*table, "rank"): quantize.low_rank.rank}
+    for i, override in enumerate(quantize.override):
+        if override.low_rank:
+            ranks["quantize", "override", i, "low_rank", "rank"] = override.low_rank.rank
+    for loc, rank in ranks.items():
+        if rank:
+            yield KeyedError(loc, f"must be 0: {nothing}", rank)
+    for key in ("budget_bits", "iterations"):
+        if (value := getattr(quantize.low_rank, key)) is not None:
+            yield KeyedError((*table, key), f"must be unset: {nothing}", value)
+
+
+def budget_can_be_allocated(config: Config) -> Iterator[KeyedError]:
+    """Ranks are allocated before anything is quantized, from the errors of one rounding of each weight."""
+    quantize, low_rank, method = config.quantize, config.quantize.low_rank, config.quantize.method
+    loc, budget, iterations = ("quantize", "low_rank", "budget_bits"), low_rank.budget_bits, low_rank.iterations
+    if budget is None:
+        return
+    if quantize.propagates_error:
+        rule = "not supported with propagate_error = true: ranks are allocated from errors on the original model's "
+        yield KeyedError(loc, f"{rule}activations, before any block is quantized", budget)
+    if low_rank.rank:
+        rule = "must be 0 with budget_bits, which determines all ranks"
+        yield KeyedError(("quantize", "low_rank", "rank"), rule, low_rank.rank)
+    if not method.rounds_first:
+        rule = f'not supported by method "{method.kind}", which rounds last: ranks are allocated from rounding errors'
+        yield KeyedError(loc, rule, budget)
+    if (iterations or method.iterations) > 1:
+        rule = (
+            f"not supported with {iterations or method.iterations} iterations: ranks are allocated from the errors of"
+        )
+        yield KeyedError(loc, f"{rule} one rounding", budget)
+
+
+def transforms_fit(config: Config) -> Iterator[KeyedError]:
+    """The transforms can be combined in this order, and apply to every linear's formats and statistics."""
+    quantize, method = config.quantize, config.quantize.method
+    if (reason := unsupported_order(quantize.transforms)) is not None:
+        yield KeyedError(("quantize", "transforms"), reason)
+    for override in (None, *quantize.override):
+        weight, activation = (
+            (override and getattr(override, key)) or getattr(quantize, key) for key in ("weight", "activation")
+        )
+        rounding = (override and override.rounding) or quantize.chosen_rounding
+        scheme = Scheme(
+            config.formats[weight],
+            None if activation == NOT_QUANTIZED else config.formats[activation],
+            method.statistics | rounding.statistics,
+        )
+        for i, transform in enumerate(quantize.transforms):
+            if (reason := transform.unsupported_reason(scheme)) is not None:
+                rule = f'{reason} (method "{method.kind}", weights "{weight}")'
+                yield KeyedError(("quantize", "transforms", i), rule, transform.kind)
+
+
+def blocks_can_be_reconstructed(config: Config) -> Iterator[KeyedError]:
+    """Components that work on whole blocks see the quantized model's inputs, and nothing undoes their result."""
+    quantize, usual = config.quantize, config.quantize.chosen_rounding
+    for loc, rounding in quantize.roundings.items():
+        if rounding.together != usual.together or (rounding.together and rounding != usual):
+            rule = "must be unset: one rounding rounds all linears of a block together"
+            yield KeyedError(loc, rule, rounding.kind)
+    if not quantize.block_parts:
+        return
+    if quantize.propagate_error is False:
+        verb = "calibrates" if len(quantize.block_parts) == 1 else "calibrate"
+        rule = f"{' and '.join(quantize.block_parts)} {verb} on the outputs of the already quantized blocks"
+        yield KeyedError(("quantize", "propagate_error"), f"must be true (or unset): {rule}", False)
+    for i, transform in enumerate(quantize.transforms):
+        loc = ("quantize", "transforms", i)
+        if transform.level == "linear" and usual.together:
+            rule = f'cannot be combined with rounding "{usual.kind}", which does not support rotated linears'
+            yield KeyedError(loc, rule, transform.kind)
+        if transform.fixes_scales:
+            yield from _scales_are_kept(config, loc, transform)
+    if usual.together:
+        yield from _weight_is_rounded_once(config, ("quantize", "rounding"), usual)
+
+
+def _scales_are_kept(config: Config, loc: Loc, transform: Transform) -> Iterator[KeyedError]:
+    for rounding in config.quantize.roundings.values():
+        if not rounding.keeps_scales:
+            keeping = ", ".join(kind for kind, other in ROUNDINGS.items() if other.keeps_scales)
+            rule = (
+                f'cannot be combined with rounding "{rounding.kind}", which fits its own scales; use one of {keeping}'
+            )
+            yield KeyedError(loc, rule, transform.kind)
+    yield from _weight_is_rounded_once(config, loc, transform)
+
+
+def _weight_is_rounded_once(config: Config, loc: Loc, component: Component) -> Iterator[KeyedError]:
+    method, iterations = config.quantize.method, config.quantize.low_rank.iterations
+    if not method.rounds_first or (iterations or method.iterations) > 1:
+        rule = f'needs a method that rounds W itself, once; "{method.kind}" rounds W minus the low-rank factors'
+        yield KeyedError(loc, rule, component.kind)
+
+
+def finetuned_parts_exist(config: Config) -> Iterator[KeyedError]:
+    """What is trained exists, gets gradients and can be stored."""
+    finetune, quantize, loc = config.finetune, config.quantize, ("finetune", "parts")
+    if finetune is None:
+        return
+    activations = [quantize.activation, *(override.activation for override in quantize.override)]
+    if {*activations, quantize.attention} - {NOT_QUANTIZED, None}:
+        rule = "quantize.activation and quantize.attention must be none: rounded activations have no gradient"
+        yield KeyedError(loc, rule)
+    if "rht_signs" in finetune.parts and not any(part.kind == "hadamard" for part in quantize.transforms):
+        yield KeyedError(loc, 'requires quantize.transforms = ["hadamard"]: there are no signs to train', "rht_signs")
+    if "low_rank" not in finetune.parts:
+        return
+    own = [override.low_rank.rank for override in quantize.override if override.low_rank is not None]
+    if not quantize.low_rank.rank and quantize.low_rank.budget_bits is None and not any(own):
+        yield KeyedError(loc, "there are no factors to train: quantize.low_rank.rank is 0", "low_rank")
+    if config.evaluation.backend == "triton":
+        rule = 'evaluation.backend must not be "triton", which does not support fine-tuned low-rank factors'
+        yield KeyedError(loc, rule, "low_rank")
+    yield from _columns_can_be_cut(config, quantize.low_rank, finetune.columns, "")
+    for i, override in enumerate(quantize.override):
+        low_rank = quantize.low_rank_under(override)
+        yield from _columns_can_be_cut(config, low_rank, finetune.columns, f" (quantize.override.{i})")
+
+
+def _columns_can_be_cut(config: Config, low_rank: LowRankConfig, columns: int, where: str) -> Iterator[KeyedError]:
+    """The first columns of A and rows of B can be stored apart from the others, if there are others."""
+    if low_rank.budget_bits is None and low_rank.rank <= columns:
+        return
+    formats = (low_rank.format, low_rank.format_b or low_rank.format)
+    for rank_dim, axis, name in zip((1, 0), FACTOR_AXES[low_rank.axis], formats):
+        if axis != rank_dim or name == NOT_QUANTIZED:
+            continue
+        if (reason := unsupported_cut(config.formats[name], columns)) is not None:
+            rule = f'must be whole blocks of "{name}", whose blocks run along the rank: {reason}{where}'
+            yield KeyedError(("finetune", "columns"), rule, columns)
+
+
+RULES: tuple[Rule, ...] = (
+    names_are_free,
+    blockwise_evaluates_windows,
+    formats_exist,
+    roundings_fit,
+    ranks_are_reconstructed,
+    budget_can_be_allocated,
+    transforms_fit,
+    blocks_can_be_reconstructed,
+    finetuned_parts_exist,
+)
+
+
+def broken_rules(config: Config) -> Iterator[KeyedError]:
+    """All broken rules, lazily: what follows the first may be its consequence, or fail for the same reason."""
+    for rule in RULES:
+        yield from rule(config)
