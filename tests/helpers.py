@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks
 from lqer.stages.quantize import QuantizeSettings
 from lqer.store.offload import Offload
-from lqer.store.store import Artifact
+from lqer.store.store import Artifact, Workspace
 from lqer.transforms import BlockTransform
 from lqer.transforms.block_function import BlockFunction
 
@@ -80,7 +79,7 @@ def first_block(model: PreTrainedModel, windows_WT: Tensor) -> tuple[nn.Module, 
     return blocks[0], BlockFunction(blocks[0], tuple(args), kwargs), hidden_WTD
 
 
-def all_sites(calibration: Artifact) -> dict[str, str]:
+def all_sites(calibration: Artifact | Workspace) -> dict[str, str]:
     """The input site of every linear of a model, from the files of its blocks."""
-    names = fnmatch.filter(calibration.manifest["files"], "sites-*.json")
+    names = sorted(path.name for path in calibration.path.glob("sites-*.json"))
     return {linear: site for name in names for linear, site in calibration.json(name).items()}

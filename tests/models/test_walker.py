@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 
 
 def walk(model: nn.Module, windows_WT: Tensor, batch_size: int = 2) -> list[Tensor]:
-    """What the last block puts out for every batch."""
+    """The outputs of the last block for every batch."""
     opened = OpenedModel.resident(model, CPU, Offload())
     outputs: list[Tensor] = []
     hook = opened.blocks[-1].register_forward_hook(lambda block, args, output: outputs.append(output))
-    for visit in walk_blocks(opened, windows_WT, batch_size):
-        visit.forward()
+    for run in walk_blocks(opened, windows_WT, batch_size):
+        run.forward()
     hook.remove()
     return outputs
 
@@ -72,17 +72,17 @@ def test_an_output_that_is_not_stored_leaves_the_hidden_states_as_they_are(rando
     assert torch.equal(run.hidden.states_WTD, torch.cat(outputs))
 
 
-def test_changes_made_to_a_block_during_its_visit_reach_the_next(random_model, windows_WT):
+def test_changes_to_a_block_reach_the_next_one(random_model, windows_WT):
     model = random_model("llama")
     opened = OpenedModel.resident(model, CPU, Offload())
     inputs: list[Tensor] = []
     # Cloned: the states are overwritten on their way.
     opened.blocks[1].register_forward_pre_hook(lambda block, args: inputs.append(args[0].clone()))
-    for visit in walk_blocks(opened, windows_WT, 5):
-        if visit.index == 0:
-            for parameter in visit.block.parameters():
+    for run in walk_blocks(opened, windows_WT, 5):
+        if run.index == 0:
+            for parameter in run.block.parameters():
                 nn.init.zeros_(parameter)
-        visit.forward()
+        run.forward()
     # A block of zeros adds nothing to its residual stream.
     assert torch.equal(inputs[0], model.model.embed_tokens(windows_WT))
 
@@ -139,7 +139,7 @@ def test_a_model_that_passes_hidden_states_by_keyword_is_refused():
         walk(model, torch.ones(1, 3, dtype=torch.long))
 
 
-def test_nan_on_the_way_is_left_for_the_visitor_to_report(random_model, windows_WT):
+def test_nan_is_left_for_the_caller_to_report(random_model, windows_WT):
     model = random_model("llama")
     model.model.embed_tokens.weight.data[windows_WT[0, 0]] = float("nan")
     assert walk(model, windows_WT)[0].isnan().any()
