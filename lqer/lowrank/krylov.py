@@ -67,12 +67,6 @@ def block_width(rank: int) -> int:
     return max(NARROWEST, -(-rank // (2 * WIDTH_UNIT)) * WIDTH_UNIT)
 
 
-def least_space(rank: int) -> int:
-    """Dimensions of the first space that may suffice: the fourth one that holds the rank."""
-    width = block_width(rank)
-    return (-(-rank // width) + 3) * width
-
-
 def largest_space(rank: int) -> int:
     """Dimensions that a solution of that rank may need: the sides of E must be longer."""
     return block_width(rank) * MOST_BLOCKS

@@ -47,7 +47,7 @@ class Candidate:
         return len(self.energies_K) // self.step * self.step
 
     def left(self, rank: int) -> float:
-        """The linear's part of the objective at a rank."""
+        """The linear's term of the objective at a rank."""
         return float(self.energies_K[rank:].sum())
 
 
@@ -80,15 +80,15 @@ def factor_bits(factors: Formats, axes: tuple[int, int], in_features: int, out_f
 
 @lru_cache(maxsize=4096)
 def row_bits(number_format: NumberFormat, length: int) -> int:
-    """The bits of one row of that length along the blocks; rows are packed apart from one another."""
+    """The bits of one row of that length along the groups; every row is packed separately."""
     row = number_format.quantize(torch.zeros(1, length))
     return row.code_bits + row.metadata_bits
 
 
 def allocate(candidates: Mapping[str, Candidate], budget: int) -> Allocation:
-    """Choose the ranks that leave the least objective, Σ over linears of the energy left, within `budget` bits.
+    """Choose the ranks that minimise the objective, Σ over linears of the remaining energy, within `budget` bits.
 
-    The budget is approached from below: no further step of any linear fits into what is left.
+    The ranks are maximal: no further step of any linear fits into the remaining bits.
     """
     uniform_rank, uniform = _largest_uniform(candidates, budget)
     allocations = [_filled(candidates, ranks, budget) for ranks in (dict.fromkeys(candidates, 0), uniform)]
@@ -104,7 +104,7 @@ def allocate(candidates: Mapping[str, Candidate], budget: int) -> Allocation:
 
 
 def _filled(candidates: Mapping[str, Candidate], ranks: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Raise ranks step by step, the largest gain per bit first, until nothing fits any more."""
+    """Raise ranks step by step, the largest gain per bit first, until no step fits."""
     ranks, left = dict(ranks), budget - _bits(candidates, ranks)
     queue = [
         entry for i, name in enumerate(candidates) if (entry := _next_step(candidates[name], ranks[name], i, name))

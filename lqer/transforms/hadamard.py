@@ -106,7 +106,7 @@ def _unpack_signs(packed: Tensor, length: int) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """H_n x along the last dimension, in x's dtype; halves are summed in float32."""
+    """H_n x along the last dimension, in x's dtype; half-precision inputs are summed in float32."""
     power, small_KK = _factors(x)
     return _apply(x, power, small_KK)
 

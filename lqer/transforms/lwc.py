@@ -36,8 +36,8 @@ START = 4.0
 class Lwc(BlockTransform):
     """`lwc` as a configuration names it.
 
-    epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 from AWQ's scales. both_targets: the loss against what
-    the original block makes of the same inputs is added (OmniQuant, for two bits).
+    epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 after AWQ. both_targets: adds the loss against the
+    original block's output on the same inputs (OmniQuant, for two bits).
     """
 
     kind = "lwc"
@@ -96,7 +96,7 @@ class Lwc(BlockTransform):
 
 @dataclass(frozen=True)
 class ClippingSettings:
-    """How clipping is learnt; epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 from AWQ's scales.
+    """Settings of learning; epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 after AWQ.
 
     autocast: the dtype of the block's products, None for its own.
     """
@@ -110,9 +110,9 @@ class ClippingSettings:
 
 @dataclass(frozen=True)
 class ClippingState:
-    """Where learning stands after an epoch: everything that the remaining ones need besides their inputs.
+    """The state of learning after an epoch: everything that the remaining epochs need apart from inputs and targets.
 
-    logits: float32 (2, O, N) per weight, of what the low and the high ends are multiplied by. means, squares: AdamW's
+    logits: float32 (2, O, N) per weight, of the factors of the low and the high ends. means, squares: AdamW's
     moments of their gradients, of the same shape. losses: the mean loss of every finished epoch, float32 (epochs,).
     """
 
@@ -161,12 +161,12 @@ def learn_clipping(
     state: ClippingState | None = None,
     after_epoch: Callable[[ClippingState], None] = save_nothing,
 ) -> dict[str, RangeFactors]:
-    """The factors of every weight (O, I) in `weights`; `quantize_clipped` makes of them what was trained.
+    """The factors of every weight (O, I) in `weights`; `quantize_clipped` with them gives the trained values.
 
     block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights. targets: one or several (S, T, D) tensors
     whose losses are added: the original block's output on the original inputs and, for two bits, on these inputs too.
     fixed: weights that take part as they are, such as those of q and k, rounded without clipping. state: that of an
-    earlier run, on any device, to go on from with the same result; `after_epoch` gets it after every epoch.
+    earlier run, on any device, to resume with the same result; `after_epoch` gets the state after every epoch.
 
     Raises ValueError for a format other than `int`, ArithmeticError where the loss stops being finite.
     """

@@ -48,12 +48,12 @@ class Quarot(Transform):
 
 
 class RotationError(ValueError):
-    """The model cannot be rotated; the message says which part of it stands in the way."""
+    """The model cannot be rotated; the message names the part that prevents it."""
 
 
 @dataclass(frozen=True)
 class OnlineRotation:
-    """Rotates what enters a linear as the model runs: all of it, or across `heads` heads of equal width."""
+    """Rotates the inputs of a linear at run time: over all channels, or across `heads` heads of equal width."""
 
     rotation: RotationFunction
     heads: int | None = None
@@ -123,7 +123,7 @@ def rotate_model(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What of a model does what to its residual stream, by full names."""
+    """A model's norms and linears by their role at the residual stream, by full names."""
 
     readers: dict[str, list[str]]  # norm: the linears that read it
     offsets: dict[str, float]  # norm: what it adds to its weight
@@ -134,7 +134,7 @@ class _Parts:
 def _examine(
     model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: RotationFunction, rotation: RotationFunction
 ) -> _Parts:
-    """Find the parts, changing nothing. Raises RotationError for what cannot be rotated."""
+    """Find the parts without changing them. Raises RotationError for a part that cannot be rotated."""
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     hooks = [
         block.register_forward_pre_hook(
@@ -177,7 +177,7 @@ def _examine(
 
 
 def _check_norm(name: str, norm: nn.Module, width: int, residual: RotationFunction) -> float:
-    """What the norm adds to its weight. Raises RotationError unless it commutes with rotations once its gain is 1."""
+    """The offset the norm adds to its weight. Raises RotationError unless it commutes with rotations at a gain of 1."""
     weight = norm.get_parameter("weight")
     if getattr(norm, "bias", None) is not None:
         raise RotationError(f"{name} ({type(norm).__name__}) has a bias: only RMS norms can be rotated")
@@ -242,7 +242,7 @@ def _head_wise(
 
 
 def _rotate_between(model: Any, parts: _Parts, rotation: RotationFunction) -> dict[str, OnlineRotation]:
-    """Rotate what the writers read: in the weights as far as possible, for the rest as the model runs."""
+    """Rotate the inputs of the writers: in the weights as far as possible, otherwise at run time."""
     online = {}
     for name in parts.writers:
         writer = model.get_submodule(name)
