@@ -41,7 +41,7 @@ def test_gradients_reach_what_was_handed_in_and_nothing_else():
 
 
 def test_a_misspelt_parameter_is_named():
-    with pytest.raises(ValueError, match=r"wieght is no parameter of Linear"):
+    with pytest.raises(ValueError, match=r"wieght is not a parameter of Linear"):
         BlockFunction(nn.Linear(4, 3))({"wieght": torch.zeros(3, 4)}, torch.zeros(1, 4))
 
 
