@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 
-from lqer.errors import ConfigError, LqerError
+from lqer.errors import ConfigError
 from lqer.run.chunks import Chunk, parse_chunk
-
-EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+from lqer.run.outcome import EXIT_OK, EXIT_USER_ERROR, report_failure, tolerate_any_terminal
 
 
 def main(arguments: Sequence[str], usage: str) -> int:
     """Run the pipeline on command-line arguments. Returns the exit status."""
+    tolerate_any_terminal()
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
         print(usage.strip())
         return EXIT_OK if arguments else EXIT_USER_ERROR
@@ -25,12 +24,8 @@ def main(arguments: Sequence[str], usage: str) -> int:
         share, arguments = take_chunk(arguments)
         validate_only, path, tag, overrides = split_arguments(arguments)
         return _run(path, tag, overrides, validate_only, share)
-    except LqerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error)
 
 
 def take_chunk(arguments: Sequence[str]) -> tuple[Chunk | None, list[str]]:

@@ -1,4 +1,4 @@
-"""Errors of the user's making: the command line prints their one line and exits with status 2."""
+"""Errors in the user's input, which the command line prints as one line with exit status 2; and one that is not."""
 
 
 class LqerError(Exception):
@@ -21,9 +21,17 @@ class DataError(LqerError):
     """A dataset cannot be read or is too small for what is asked of it."""
 
 
+class HubTextError(DataError):
+    """The dataset is not on this machine and the hub does not have it or cannot be reached."""
+
+
 class RunFolderError(LqerError):
     """The folder of a run cannot be written to without destroying something else."""
 
 
 class StoreError(LqerError):
     """An artifact on disk is damaged or is not what its name says."""
+
+
+class RunFailedError(Exception):
+    """A run ended with an exception that no input explains: the message names the log with the traceback."""

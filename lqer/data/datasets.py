@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, mod
 
 from lqer.components import did_you_mean
 from lqer.data.prompt import Prompt, column_text
-from lqer.errors import DataError
+from lqer.errors import DataError, HubTextError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Purpose = Literal["calibration", "evaluation"]
 TextOf = Callable[[Mapping[str, Any]], str]
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+# JSON can spell half of a surrogate pair; tokenizers refuse it.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A row number or a percentage of the rows on either side of the colon; either may be absent.
 ROW_RANGE = re.compile(r"(\d+|(100|\d\d?)%)?:(\d+|(100|\d\d?)%)?")
@@ -228,7 +230,7 @@ def _hub_rows(spec: DatasetSpec, hub: HubText, purpose: Purpose) -> TextRows:
     source = " ".join(filter(None, (f"{hub.repository}@{hub.revision}", hub.name, f"{split}[{row_range}]")))
     if hub.stream and "%" in row_range:
         raise DataError(f"dataset {source} is streamed, so its length is unknown: give rows as numbers")
-    with _reading(source):
+    with _reading(source, HubTextError):
         records = datasets.load_dataset(
             hub.repository, hub.name, data_files=hub.files, split=split, revision=hub.revision, streaming=hub.stream
         )
@@ -247,7 +249,7 @@ def _file_rows(spec: DatasetSpec) -> TextRows:
     if path.suffix == ".txt":
         with _reading(spec.label):
             # Not splitlines(): joining with "\n" must restore the file exactly.
-            lines = path.read_bytes().decode("utf-8").split("\n")
+            lines = _utf8(path.read_bytes()).split("\n")
         return TextRows(_slice(lambda: lines, spec.rows, spec.label), "\n", False, spec.label)
     text_of = _text_of(spec.prompt, spec.text_column)
     rows = _slice(lambda: _texts(_file_records(path), text_of, spec.label), spec.rows, spec.label)
@@ -261,8 +263,13 @@ def _file_records(path: Path) -> Iterator[Any]:
         for batch in parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     else:
-        with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.strip())
+        with path.open("rb") as file:
+            yield from (json.loads(_utf8(line)) for line in file if line.strip())
+
+
+def _utf8(data: bytes) -> str:
+    """UTF-8 text without a byte-order mark; Windows line ends become newlines."""
+    return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def _texts(records: Iterable[Any], text_of: TextOf, source: str) -> Iterator[str]:
@@ -273,6 +280,8 @@ def _texts(records: Iterable[Any], text_of: TextOf, source: str) -> Iterator[str
                 text = text_of(record if isinstance(record, dict) else {})
             except ValueError as error:
                 raise DataError(f"dataset {source}, row {number}: {error}") from None
+            if LONE_SURROGATE.search(text):
+                raise DataError(f"dataset {source}, row {number}: a lone surrogate is not a character")
             yield text
 
 
@@ -300,11 +309,11 @@ def _refuse(spec: DatasetSpec, *keys: str) -> None:
 
 
 @contextmanager
-def _reading(source: str) -> Iterator[None]:
+def _reading(source: str, kind: type[DataError] = DataError) -> Iterator[None]:
     try:
         yield
     except DataError:
         raise
     except Exception as error:  # hub, network, cache and parsers raise types with no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"dataset {source} cannot be read: {reason}") from error
+        raise kind(f"dataset {source} cannot be read: {reason}") from error

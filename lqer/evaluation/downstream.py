@@ -58,6 +58,11 @@ def check_tasks(
                 )
 
 
+def check_task_data(tasks: Sequence[str], include_path: Path | None, data_dir: Path | None) -> None:
+    """Load the data of the tasks. Raises DataError where they cannot be read, HubTextError where no hub answers."""
+    harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks)
+
+
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lqer.errors import ConfigError, DataError
+from lqer.errors import ConfigError, DataError, HubTextError
 from lqer.evaluation.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ def load_tasks(manager: TaskManager, tasks: Sequence[str]) -> TaskDict:
             return manager.load(list(tasks))
         except OSError as error:
             reason = str(error).splitlines()[0]
-            raise DataError(f"the data of {', '.join(tasks)} cannot be loaded: {reason}") from error
+            kind = HubTextError if isinstance(error, ConnectionError) else DataError
+            raise kind(f"the data of {', '.join(tasks)} cannot be loaded: {reason}") from error
 
 
 def set_shots(task: Task, num_fewshot: int | None, seed: int) -> None:

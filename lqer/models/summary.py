@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lqer.errors import ModelError
 from lqer.models.source import ModelSource, load_model_config
 from lqer.models.structure import block_linears, find_blocks, prepare_model
+
+# OPT's table has two rows that no position uses.
+MOST_EXTRA_POSITIONS = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,12 @@ class ModelSummary:
     outside_parameters: int
     hidden_size: int
     vocabulary: int
+    # Token ids that the embedding has rows for.
+    embedded_ids: int
+    # The longest sequence that the model is made for, None if its configuration names none; whether positions are rows
+    # of a table, so that a longer sequence cannot be run at all.
+    max_positions: int | None
+    learnt_positions: bool
 
 
 def summarize_model(source: ModelSource) -> ModelSummary:
@@ -56,6 +66,7 @@ def summarize_model(source: ModelSource) -> ModelSummary:
     )
     parameters = _count(model)
     text_config = model.config.get_text_config()
+    max_positions = getattr(text_config, "max_position_embeddings", None)
     return ModelSummary(
         architecture=type(model).__name__,
         parameters=parameters,
@@ -68,7 +79,17 @@ def summarize_model(source: ModelSource) -> ModelSummary:
         outside_parameters=parameters - _count(blocks),
         hidden_size=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
+        embedded_ids=cast(nn.Embedding, model.get_input_embeddings()).num_embeddings,
+        max_positions=max_positions,
+        learnt_positions=max_positions is not None and _has_position_table(model, max_positions),
     )
+
+
+def _has_position_table(model: PreTrainedModel, max_positions: int) -> bool:
+    """Whether an embedding other than the tokens' has one row per position (a few more in OPT)."""
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    others = (table for table in tables if table is not model.get_input_embeddings())
+    return any(0 <= table.num_embeddings - max_positions <= MOST_EXTRA_POSITIONS for table in others)
 
 
 def _count(module: nn.Module) -> int:

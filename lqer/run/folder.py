@@ -84,6 +84,13 @@ def begin_run(folder: Path, config: Config) -> None:
     write_text(folder / CONFIG_FILE, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
 
 
+class _LogFile(logging.FileHandler):
+    """A log on a full disk loses lines; the run then fails at its next artifact, with a line of its own."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class RunLog:
     """Collects the log of a run in memory until its folder may be written to, then in the folder's run.log."""
 
@@ -98,7 +105,7 @@ class RunLog:
 
     def write_to(self, folder: Path) -> None:
         """Append everything logged so far, and from now on, to the folder's run.log."""
-        handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
+        handler = _LogFile(folder / LOG_FILE, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._buffer.setTarget(handler)
         self._buffer.flush()

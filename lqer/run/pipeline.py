@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 from lqer.config import Config
-from lqer.errors import ConfigError
-from lqer.models.source import load_tokenizer
+from lqer.errors import ConfigError, LqerError, RunFailedError
 from lqer.report.assemble import Made, assemble
 from lqer.report.environment import device_name
 from lqer.report.tracking import track
 from lqer.report.write import layer_rows, write_run
 from lqer.results import Results
 from lqer.run.chunks import Chunk
-from lqer.run.context import RunContext, prepare
-from lqer.run.experiment import Experiment, QuantizeStage, plan_experiment
-from lqer.run.folder import RunLog, begin_run, link_checkpoint, locked, run_folder
-from lqer.run.preflight import check_fit
-from lqer.run.texts import Texts, read_texts
+from lqer.run.experiment import Experiment, QuantizeStage
+from lqer.run.folder import RunLog, begin_run, link_checkpoint, locked
+from lqer.run.outcome import summary, write_traceback
+from lqer.run.preflight import CheckedRun, check_run
+from lqer.run.texts import Texts
 from lqer.stages.allocate_ranks import Budget, BudgetedPlans
 from lqer.stages.base import Stage
 from lqer.stages.quantize import Quantize
@@ -45,7 +43,13 @@ def run_chunk(config: Config, chunk: Chunk | None) -> Results | None:
         refuse_chunks(config, chunk)
     started = time.monotonic()
     with RunLog() as run_log:
-        results = _run(config, started, chunk, run_log)
+        try:
+            results = _run(config, started, chunk, run_log)
+        except (LqerError, OSError):
+            raise
+        except Exception as error:
+            where = run_log.path or write_traceback(error)
+            raise RunFailedError(f"{summary(error)} (traceback in {where})") from error
     if config.tracking is not None and results is not None:
         track(config.tracking, results)
     return results
@@ -63,53 +67,41 @@ def refuse_chunks(config: Config, chunk: Chunk) -> None:
 
 
 def _run(config: Config, started: float, chunk: Chunk | None, run_log: RunLog) -> Results | None:
-    folder = run_folder(config)
-    context = prepare(config)
-    store = Store(context.store_path, log.info)
-    tokenizer = load_tokenizer(context.source)
+    checked = check_run(config, log.info)
+    # Everything that can be refused has been: only now may the folder of an earlier run be changed.
+    with locked(checked.folder, config, "" if chunk is None else f"-{chunk.index}-of-{chunk.count}"):
+        begin_run(checked.folder, config)
+        run_log.write_to(checked.folder)
+        return _run_stages(checked, started, chunk)
+
+
+def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Results | None:
+    """Obtain every artifact, then write the report. None while other chunks are missing."""
+    context, experiment, store = checked.context, checked.experiment, checked.store
+    config, summary = context.config, context.summary
     log.info(
         "%s: %s, %d linears in %d blocks, on %s",
-        config.tag, config.model, len(context.summary.linears), context.summary.blocks, device_name(context.device),
+        config.tag, config.model, len(summary.linears), summary.blocks, device_name(context.device),
     )  # fmt: skip
-    texts = read_texts(config, tokenizer)
-    experiment = plan_experiment(context, tokenizer, texts)
-    check_fit(context, log.info, experiment.paths(store))
-    # Everything that can be refused has been: only now may the folder of an earlier run be changed.
-    with locked(folder, config, "" if chunk is None else f"-{chunk.index}-of-{chunk.count}"):
-        begin_run(folder, config)
-        run_log.write_to(folder)
-        return _run_stages(context, experiment, store, texts, folder, started, chunk)
-
-
-def _run_stages(
-    context: RunContext,
-    experiment: Experiment,
-    store: Store,
-    texts: Texts,
-    folder: Path,
-    started: float,
-    chunk: Chunk | None,
-) -> Results | None:
-    """Obtain every artifact, then write the report. None while other chunks are missing."""
     for stage in experiment.before_quantize():
         stage.obtain(store)
     budget = _log_budget(experiment, store)
-    checkpoints = [_quantize(stage, store, chunk, context.summary.blocks) for stage in experiment.quantizing()]
+    checkpoints = [_quantize(stage, store, chunk, summary.blocks) for stage in experiment.quantizing()]
     if None in checkpoints:
         log.info("chunk %s finished; waiting for the remaining chunks. The last one to finish evaluates.", chunk)
         return None
     checkpoint = experiment.checkpoint.obtain(store) if experiment.finetune else experiment.checkpoint.artifact(store)
-    link_checkpoint(folder, checkpoint.path)
+    # Also where it is reused: what the user keeps must be what was written.
+    checkpoint.verify()
+    link_checkpoint(checked.folder, checkpoint.path)
     for candidate in experiment.candidates:
         for stage in experiment.evaluations(candidate):
             stage.obtain(store)
         candidate.release()
 
-    made = _collect(experiment, store, texts, budget)
-    results = assemble(
-        context.config, context.source, context.summary, context.device, texts.calibration_info, made, started
-    )
-    write_run(folder, results, layer_rows(checkpoint, context.summary.blocks), checkpoint, context.summary.blocks)
+    made = _collect(experiment, store, checked.texts, budget)
+    results = assemble(config, context.source, summary, context.device, checked.texts.calibration_info, made, started)
+    write_run(checked.folder, results, layer_rows(checkpoint, summary.blocks), checkpoint, summary.blocks)
     return results
 
 

@@ -2,24 +2,109 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from lqer.config import Config
 from lqer.config.schema import NOT_QUANTIZED, LowRankConfig
-from lqer.errors import HubError
-from lqer.models.source import load_model_config
+from lqer.errors import HubError, HubTextError, ModelError, RunFolderError
+from lqer.evaluation.downstream import check_task_data
+from lqer.models.source import load_model_config, load_tokenizer
+from lqer.models.summary import ModelSummary
 from lqer.resources.check import refuse_what_cannot_fit, table
 from lqer.resources.machine import read_machine
 from lqer.resources.memory import StageMemory, Workload, estimate
 from lqer.run.context import RunContext, prepare
-from lqer.store.store import stored_bytes
+from lqer.run.experiment import Experiment, plan_experiment
+from lqer.run.folder import run_folder
+from lqer.run.texts import Texts, read_texts
+from lqer.stages.evaluate import path_or_none
+from lqer.store.store import Store, stored_bytes
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that has passed every check; nothing has been written or built."""
+
+    context: RunContext
+    folder: Path
+    store: Store
+    tokenizer: PreTrainedTokenizerBase
+    texts: Texts
+    experiment: Experiment
+
+
+def check_run(config: Config, say: Callable[[str], None]) -> CheckedRun:
+    """Check everything that can be checked before any work: model, texts, tasks, output folder, memory and disk.
+
+    say: prints a line for the user. Raises LqerError.
+    """
+    folder = run_folder(config)
+    _check_writable(folder)
+    context = prepare(config)
+    store = Store(context.store_path, say)
+    tokenizer = load_tokenizer(context.source)
+    texts = read_texts(config, tokenizer)
+    _check_tokens(context.summary, texts, say)
+    experiment = plan_experiment(context, tokenizer, texts)
+    _check_tasks(config, experiment, store)
+    check_fit(context, say, experiment.paths(store))
+    return CheckedRun(context, folder, store, tokenizer, texts, experiment)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise RunFolderError where no file can be created in the nearest existing folder."""
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise RunFolderError(f"output_dir: {nearest} cannot be written to: {error.strerror}") from None
+
+
+def _check_tasks(config: Config, experiment: Experiment, store: Store) -> None:
+    """Load the data of the tasks, unless every candidate's accuracy is in the store."""
+    settings = config.evaluation.downstream
+    if settings is not None and any(stage.find(store) is None for stage in experiment.downstream.values()):
+        check_task_data(settings.tasks, path_or_none(settings.include_path), path_or_none(settings.data_dir))
+
+
+def _check_tokens(summary: ModelSummary, texts: Texts, say: Callable[[str], None]) -> None:
+    """Compare token ids and window lengths with what the model can embed.
+
+    Raises ModelError for an id without an embedding and for windows longer than a table of positions; windows that are
+    only longer than the model was trained on get a warning.
+    """
+    windows = {"calibration.seq_len": texts.calibration.windows_WT}
+    if texts.training_WT is not None:
+        windows["finetune.seq_len"] = texts.training_WT
+    for text in texts.evaluation:
+        if text.windows_WT is not None:
+            windows["evaluation.perplexity.seq_len"] = text.windows_WT
+    for key, windows_WT in windows.items():
+        largest, length = int(windows_WT.max()), windows_WT.shape[1]
+        if largest >= summary.embedded_ids:
+            raise ModelError(
+                f"model: the tokenizer gives token id {largest}, but the embedding has {summary.embedded_ids} rows: "
+                "tokenizer and model do not belong together"
+            )
+        if summary.max_positions is None or length <= summary.max_positions:
+            continue
+        told = f"{key} {length} exceeds the {summary.max_positions} positions of {summary.architecture}"
+        if summary.learnt_positions:
+            raise ModelError(f"{told}, which are a table of embeddings")
+        say(f"warning: {told}; quality beyond them is not what the model was trained for")
 
 
 def describe(config: Config, say: Callable[[str], None]) -> None:
-    """What `--validate` prints: a summary of the experiment, checked against the model if it is available.
+    """What `--validate` prints: a summary of the experiment, checked as a run would be.
 
-    Raises LqerError if the experiment cannot run on this machine.
+    A model or dataset of the hub that cannot be reached is reported and left unchecked. Raises LqerError if the
+    experiment cannot run on this machine.
     """
     quantize = config.quantize
     say(f"{config.tag}: {config.model}")
@@ -31,13 +116,14 @@ def describe(config: Config, say: Callable[[str], None]) -> None:
     if quantize.transforms:
         say(f"transforms {', '.join(transform.kind for transform in quantize.transforms)}")
     try:
-        context = prepare(config)
+        context = check_run(config, say).context
     except HubError as error:
         say(f"not checked against the model: {error}")
+    except HubTextError as error:
+        say(f"not checked against the texts: {error}")
     else:
         planned = sum(plan is not None for plan in context.plans.values())
         say(f"{planned} of {len(context.plans)} linears in {context.summary.blocks} blocks are quantized")
-        check_fit(context, say, {})
     say("valid")
 
 

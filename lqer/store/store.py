@@ -11,6 +11,7 @@ hold the lock for each file they write, so that the journal lists the files of a
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -122,7 +124,15 @@ class Workspace:
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors of any device as safetensors, sorted by name, so that equal tensors give equal bytes."""
         ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
-        self.write(name, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
+
+        def save(temporary: Path) -> None:
+            try:
+                save_file(ready, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:
+                # The library wraps the system's refusal of a write, such as that of a full disk.
+                raise OSError(errno.EIO, str(error), str(self.path / name)) from error
+
+        self.write(name, save)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, lambda temporary: temporary.write_text(json_text(value), encoding="utf-8"))

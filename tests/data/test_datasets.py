@@ -99,9 +99,7 @@ class TestSpec:
 
 
 class TestFiles:
-    @pytest.mark.parametrize(
-        "text", ["one\ntwo\n\nthree\n", "no newline at the end", "\r\nwindows\r\n", "\u2028\x0c\n"]
-    )
+    @pytest.mark.parametrize("text", ["one\ntwo\n\nthree\n", "no newline at the end", "\rclassic\r", "\u2028\x0c\n"])
     def test_txt_is_given_back_as_it_is(self, tmp_path, text):
         (tmp_path / "a.txt").write_bytes(text.encode())
         read = load_rows(DatasetSpec(path=str(tmp_path / "a.txt")), "evaluation")
@@ -231,7 +229,7 @@ class TestHub:
         names = ["allenai/c4", "Salesforce/wikitext", "nobody/nothing"]
         assert len(lines) == 3
         for line, name in zip(lines, names):
-            assert re.match(rf"DataError dataset {name}@\w+ .*cannot be read: ", line)
+            assert re.match(rf"HubTextError dataset {name}@\w+ .*cannot be read: ", line)
 
 
 class TestWindows:
@@ -280,3 +278,27 @@ def test_tokens_sha256_is_that_of_little_endian_int64():
     expected = hashlib.sha256(struct.pack("<8q", 2, 3, 1, 2, 3, 4, 5, 49151)).hexdigest()
     assert tokens_sha256(windows) == tokens_sha256(windows.int()) == expected
     assert tokens_sha256(windows.view(3, 2)) != expected
+
+
+class TestEncodings:
+    TEXT = "One line.\nAnother one.\n"
+
+    def rows(self, path, data: bytes) -> list[str]:
+        path.write_bytes(data)
+        return list(load_rows(DatasetSpec(path=str(path)), "evaluation").rows)
+
+    def test_a_byte_order_mark_and_windows_line_ends_are_not_text(self, tmp_path):
+        plain = self.rows(tmp_path / "plain.txt", self.TEXT.encode())
+        assert self.rows(tmp_path / "marked.txt", b"\xef\xbb\xbf" + self.TEXT.encode()) == plain
+        assert self.rows(tmp_path / "windows.txt", self.TEXT.replace("\n", "\r\n").encode()) == plain
+
+    def test_a_byte_order_mark_of_a_jsonl_is_not_part_of_its_first_record(self, tmp_path):
+        assert self.rows(tmp_path / "marked.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n') == ["a", "b"]
+
+    def test_another_encoding_is_refused(self, tmp_path):
+        with pytest.raises(DataError, match=r"cannot be read: 'utf-8' codec"):
+            self.rows(tmp_path / "other.txt", self.TEXT.encode("utf-16"))
+
+    def test_half_of_a_surrogate_pair_is_refused_by_its_row(self, tmp_path):
+        with pytest.raises(DataError, match="row 1: a lone surrogate is not a character"):
+            self.rows(tmp_path / "half.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n')

@@ -16,7 +16,7 @@ from lqer.models.source import resolve_model
 from lqer.models.structure import block_linears, find_blocks
 from lqer.models.summary import ModelSummary, summarize_model
 
-OUTLINE = ModelSummary(
+SUMMARY = ModelSummary(
     architecture="LlamaForCausalLM",
     parameters=100,
     blocks_name="model.layers",
@@ -28,6 +28,9 @@ OUTLINE = ModelSummary(
     outside_parameters=36,
     hidden_size=4,
     vocabulary=9,
+    embedded_ids=10,
+    max_positions=64,
+    learnt_positions=False,
 )
 
 
@@ -70,7 +73,7 @@ def test_a_model_that_is_no_language_model_is_refused(tmp_path):
 
 
 def test_skipped_linears_have_no_plan():
-    plans = plan_model(config(skip=["*.1.*"]), OUTLINE)
+    plans = plan_model(config(skip=["*.1.*"]), SUMMARY)
     assert {name for name, plan in plans.items() if plan is None} == {
         "model.layers.1.mlp.up_proj",
         "model.layers.1.mlp.down_proj",
@@ -91,28 +94,37 @@ def test_skipped_linears_have_no_plan():
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(quantize, key, hint):
     with pytest.raises(ConfigError) as error:
-        plan_model(config(**quantize), OUTLINE)
+        plan_model(config(**quantize), SUMMARY)
     assert str(error.value).startswith(f"{key} matches no linear of LlamaForCausalLM")
     assert f"did you mean '{hint}'?" in str(error.value)
 
 
 def test_an_override_of_what_is_never_quantized_is_refused():
     with pytest.raises(ConfigError, match=r"quantize\.override\.0\.match: 'lm_head' matches no linear"):
-        plan_model(config(override=[{"match": "lm_head", "weight": "w8"}]), OUTLINE)
+        plan_model(config(override=[{"match": "lm_head", "weight": "w8"}]), SUMMARY)
 
 
 def test_the_head_may_be_skipped_where_there_is_none():
-    headless = replace(OUTLINE, blocks_name="layers", blocks=1, linears={"layers.0.dense": (4, 4)}, outside=())
+    headless = replace(SUMMARY, blocks_name="layers", blocks=1, linears={"layers.0.dense": (4, 4)}, outside=())
     assert plan_model(config(skip=["lm_head"]), headless)["layers.0.dense"] is not None
 
 
 def test_skipping_everything_is_refused():
     with pytest.raises(ConfigError, match="every linear is skipped"):
-        plan_model(config(skip=["*"]), OUTLINE)
+        plan_model(config(skip=["*"]), SUMMARY)
 
 
 def test_quantized_attention_is_refused_where_a_model_computes_attention_by_itself():
-    by_itself = dataclasses.replace(OUTLINE, attention_is_registered=False)
+    by_itself = dataclasses.replace(SUMMARY, attention_is_registered=False)
     assert any(plan_model(config(), by_itself).values())
     with pytest.raises(ConfigError, match=r"quantize\.attention: must be 'none' for LlamaForCausalLM"):
         plan_model(config(attention="w8"), by_itself)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "learnt"), [("llama", False), ("gpt2", True), ("opt", True), ("opt-350m", True), ("phi3", False)]
+)
+def test_a_table_of_positions_is_told_from_rotary_positions(random_model, tmp_path, architecture, learnt):
+    random_model(architecture).save_pretrained(tmp_path)
+    summary = summarize_model(resolve_model(str(tmp_path)))
+    assert (summary.max_positions, summary.learnt_positions) == (64, learnt)

@@ -1,0 +1,61 @@
+"""How a run that fails is reported: one line on stderr, and an exit status.
+
+2     the input is at fault: configuration, model, text, store; the line states the rule and the value
+1     the machine refused (disk full, no permission), or the program is at fault: the traceback is in a file that
+the line names
+130   interrupted
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from lqer.errors import LqerError, RunFailedError
+
+EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def report_failure(error: BaseException) -> int:
+    """Print the line for an exception that ended the program. Returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        print("\nInterrupted. Rerun the same command to resume.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"error: {one_line(explain_failure(error))}", file=sys.stderr)
+    return EXIT_USER_ERROR if isinstance(error, LqerError) else EXIT_FAILURE
+
+
+def explain_failure(error: BaseException) -> str:
+    """The message of the line."""
+    if isinstance(error, LqerError | RunFailedError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the operating system'}: {error.strerror}"
+    return f"{summary(error)} (traceback in {write_traceback(error)})"
+
+
+def summary(error: BaseException) -> str:
+    """Type and first line of an unexpected exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def write_traceback(error: BaseException) -> Path:
+    """Save the traceback where no run folder is open yet. Returns the path of the file."""
+    with tempfile.NamedTemporaryFile("w", prefix="lqer-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.writelines(traceback.format_exception(error))
+    return Path(file.name)
+
+
+def one_line(text: str) -> str:
+    """The text with line breaks and other control characters escaped: a message is one line whatever it quotes."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def tolerate_any_terminal() -> None:
+    """Escape characters that the terminal's encoding lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,92 @@
+"""Whatever ends a run, the user sees one line and an exit status."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lqer.cli import main
+from lqer.errors import ConfigError
+from lqer.run.outcome import one_line, report_failure
+from lqer.store.store import Workspace
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_a_mistake_in_the_input_has_status_2_and_its_own_words(capsys):
+    assert report_failure(ConfigError("quantize.rank: must be at least 0; found -1")) == 2
+    assert told(capsys) == "error: quantize.rank: must be at least 0; found -1"
+
+
+def test_a_refusal_of_the_machine_has_status_1_path_and_reason(capsys):
+    assert report_failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/block-00000.safetensors")) == 1
+    assert told(capsys) == "error: /data/block-00000.safetensors: No space left on device"
+
+
+def test_anything_else_has_status_1_and_names_the_file_with_its_traceback(capsys):
+    with pytest.raises(ValueError, match="shapes differ") as raised:
+        raise ValueError("shapes differ\nand more")
+    assert report_failure(raised.value) == 1
+    line = told(capsys)
+    assert line.startswith("error: ValueError: shapes differ (traceback in ")
+    log = Path(line.rpartition(" in ")[2].rstrip(")"))
+    assert "shapes differ\nand more" in log.read_text()
+    log.unlink()
+
+
+def test_an_interruption_says_how_to_resume(capsys):
+    assert report_failure(KeyboardInterrupt()) == 130
+    assert told(capsys) == "Interrupted. Rerun the same command to resume."
+
+
+def test_a_message_that_quotes_a_line_break_is_one_line():
+    assert one_line("tag 'a\nb\x00c': – é") == "tag 'a\\nb\\x00c': – é"
+
+
+def test_a_full_disk_ends_a_run_with_one_line_and_a_rerun_resumes(experiment, monkeypatch, capsys):
+    original, left = Workspace.write_json, [2]
+
+    def write_until_full(workspace, name, value):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(workspace.path / name))
+        original(workspace, name, value)
+
+    monkeypatch.setattr(Workspace, "write_json", write_until_full)
+    assert main([str(experiment.config)], "") == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": No space left on device")
+    monkeypatch.undo()
+    assert main([str(experiment.config)], "") == 0
+
+
+def test_a_fault_of_the_program_names_the_log_of_the_run(experiment, monkeypatch, capsys):
+    def fail(*arguments):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("lqer.run.pipeline.write_run", fail)
+    assert main([str(experiment.config)], "") == 1
+    log = experiment.output / "tiny" / "run.log"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: ZeroDivisionError: division by zero (traceback in {log})"
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_lacks_a_character_sees_it_escaped(experiment, encoding):
+    done = subprocess.run(
+        experiment.command("--validate"),
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "valid"
