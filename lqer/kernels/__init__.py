@@ -1,11 +1,21 @@
-"""Triton kernels for linears on packed weights, beside a torch reference.
+"""Triton kernels for linears on packed weights, with a torch reference.
 
     packed = PackedLinear.pack(weight, a, b, bias, activation, torch.bfloat16)
     y = packed_linear(x, packed)
 
-This folder imports torch, triton, lqer.formats and, for linears in a randomized Hadamard basis, lqer.layers and
-lqer.transforms. It imports on a machine without a GPU; kernels run on CUDA tensors, or on CPU tensors in Triton's
-interpreter (TRITON_INTERPRET=1).
+runtime             interpreter or GPU, programmatic dependent launch
+layout, codebook, lattice     packed weights: integer codes, learned codebooks, E8P lattice codes
+packed, linear, module        a packed linear, its operator, its module; reference is the same in torch
+launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table
+gemv, gemm, codebook_kernels, lattice_gemm, dequantize     the kernels of the regimes
+activations, low_rank, split_k, rounding, hadamard, decode, lattice_decode     what they share
+
+It imports on a machine without a GPU; kernels run on CUDA tensors, or on CPU tensors in Triton's interpreter
+(TRITON_INTERPRET=1).
+
+Letters in all files of this folder: I in_features, O out_features, R rank, M tokens (rows of x); a P after a letter
+means padded (RP, IP). Size arguments of kernels keep BLAS's names: M tokens, N out_features, K in_features, and
+BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R of them at once. The suffix _C marks a constant as compile-time (tl.constexpr).
 """
 
 from lqer.kernels.layout import PackedWeight, pack_weight, unpack_codes

@@ -1,6 +1,6 @@
-"""Rounds activations, in their own order or in that of the weights' tiles, and multiplies them by A on the way.
+"""Kernels that round activations, in natural or kernel order, and multiply them by A.
 
-Shapes: M tokens, I in_features, R ranks, T columns of a program.
+Shapes: M tokens, I in_features, R rank (padded), T columns of a program.
 """
 
 import triton
@@ -12,21 +12,22 @@ from lqer.kernels.low_rank import finish_projection, project_rank, project_split
 from lqer.kernels.rounding import round_columns
 
 
-# M changes from call to call: no new compilation for 1, or for multiples of 16.
+# M changes from call to call: do not compile anew for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def round_kernel(
-    x,  # [M, I], rows `x_stride` apart
-    x_out,  # rounded, [M, I] or, in kernel order, [M, IP]
+    x,  # [M, I]
+    x_out,  # rounded: [M, I], or [M, IP] in kernel order
     M,
     K,
-    x_stride,
-    padded: tl.constexpr,  # KP
-    tile_k: tl.constexpr,  # of the kernel order that x_out is in; 0: natural order
+    x_stride,  # between rows of x
+    padded: tl.constexpr,  # IP
+    tile_k: tl.constexpr,  # columns of a tile, for kernel order; 0: natural order
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     rounding: tl.constexpr,
     chained: tl.constexpr,
 ):
+    """x_out = Q(x) for BLOCK_M tokens and BLOCK_K columns."""
     if chained:
         gdc_wait()
         gdc_launch_dependents()
@@ -42,16 +43,16 @@ def round_kernel(
         tl.store(x_out + rows_M * K + columns_T, x_MT, mask=inside)
 
 
-# M changes from call to call: no new compilation for 1, or for multiples of 16.
+# M changes from call to call: do not compile anew for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def project_kernel(
-    x,  # [M, I], rows `x_stride` apart
+    x,  # [M, I]
     a_codes,  # Aᵀ [RP, IP] int8 or plain
     a_exponents,  # [RP, IP / a_block] uint8, or None
-    x_out,  # [M, I], rounded; not written where activations are not
-    partial,  # [splits, M, RP] float32, or None for one slab
+    x_out,  # [M, I], rounded; written only if activations are rounded
+    partial,  # [splits, M, RP] float32, or None for one split
     projection,  # Q(x A), [M, RP]
-    counters,  # int32, zero before and after, one for a tile of tokens and a block of ranks
+    counters,  # int32, one per tile of tokens and block of ranks, zero before and after
     M,
     K,
     x_stride,
@@ -66,7 +67,7 @@ def project_kernel(
     BLOCK_R: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """One split of x's columns for BLOCK_M tokens and BLOCK_R ranks."""
+    """Q(x_q A) for BLOCK_M tokens and BLOCK_R ranks, over one split of K; the programs of the first ranks write x_q."""
     split, pid_m, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -83,22 +84,22 @@ def project_kernel(
 
 @triton.jit
 def prepare_activations_kernel(
-    x,  # [M, I], rows `x_stride` apart
+    x,  # [M, I]
     a_codes,  # Aᵀ [RP, IP] int8 or plain
     a_exponents,  # [RP, IP / a_block] uint8, or None
-    x_out,  # [M, I], rounded; not written where activations are not
-    projection,  # x_q A, [M, RP] float32, not rounded
+    x_out,  # [M, I], rounded; written only if activations are rounded
+    projection,  # x_q A [M, RP] float32, not rounded
     K,
     x_stride,
     rank: tl.constexpr,
     padded_columns: tl.constexpr,
     rounding: tl.constexpr,
     a_block: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # of x and a row of Aᵀ at once
+    BLOCK_K: tl.constexpr,
     COLUMNS: tl.constexpr,  # that a program rounds
     chained: tl.constexpr,
 ):
-    """Few tokens: the first programs of each project it, one rank each; the others round it."""
+    """Few tokens: the first `rank` programs of a token compute one element of x_q A each, the others round it."""
     pid, token = tl.program_id(0), tl.program_id(1)
     x += token.to(tl.int64) * x_stride
     if pid < rank:

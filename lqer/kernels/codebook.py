@@ -1,13 +1,13 @@
-"""Weights of learned codebooks: D neighbours of a row share an index into a table of their group.
+"""Memory layout of learned codebooks: each vector of d adjacent weights of a row is an index into its group's table.
 
-    words    int32 [quads of rows, W, 4]              indices of four rows, W words each
-    table    [row groups, column groups, 2^b, D]      centroids, as the values that they stand for
+    words    int32 [rows / 4, W, 4]                   indices: W words of each of four rows
+    table    [row groups, column groups, 2^b, d]      centroids, in the dtype of the layer
 
-What a thread looks up at once is a unit: one index, or two neighbours' where D is 1, and so two or four columns. An
-index takes 1, 2, 4 or 8 bits, the smallest number that is enough. The units of every group of columns begin with a
-word of their own, and field j of word w of the group is unit j * (words of a group) + w: threads that hold words side
-by side meet activations side by side, and so do the values that they decode. Four rows lie together because a thread
-that reads 16 bytes holds a word of each, and multiplies all of them by the activations that it has read once.
+A thread looks up one unit at a time: one index, or the two of adjacent columns if d is 1; so two or four columns. An
+index is stored in 1, 2, 4 or 8 bits, the fewest that hold it. Every group of columns starts with a new word. Field j of
+word w of a group is unit j * (words of a group) + w, so that adjacent words, and with them adjacent threads, hold
+adjacent columns. Words of four rows are interleaved: a thread that loads 16 bytes gets a word of each row and reads the
+activations only once for all four.
 
 Shapes: O out_features, I in_features, V indices of a row, G groups of columns, U units, J fields of a word, W words.
 """
@@ -24,18 +24,18 @@ from torch.nn.functional import pad
 from lqer.formats import Codebook, QuantizedTensor
 
 FIELD_BITS = (1, 2, 4, 8)
-QUAD = 4  # rows that lie together
-MADE_PAIRS = 16  # tables of single values become tables of so many pairs, at most, on their way into shared memory
+QUAD = 4  # interleaved rows
+MADE_PAIRS = 16  # a table of single values is staged as a table of all pairs if it has at most so many
 THREADS = 128
-LONG_TABLE = 128  # entries: more rows of a program share it
+LONG_TABLE = 128  # entries from which a program computes 16 rows instead of 4
 MOST_ENTRIES = 2048  # in shared memory at once
 
 
 @dataclass(frozen=True)
 class IndexLayout:
-    """How the indices and tables of rows lie: kernels are compiled for this, whatever the number of rows."""
+    """Layout of indices and tables, without the number of rows: kernels are compiled once for each IndexLayout."""
 
-    columns: int  # K
+    columns: int
     dimension: int
     index_bits: int
     group_rows: int
@@ -43,7 +43,7 @@ class IndexLayout:
 
     @property
     def field(self) -> int:
-        """Bits that an index takes in a word."""
+        """Bits of an index in a word."""
         return next(bits for bits in FIELD_BITS if bits >= self.index_bits)
 
     @property
@@ -62,7 +62,7 @@ class IndexLayout:
 
     @property
     def entries(self) -> int:
-        """Of a group's table as kernels stage it: pairs of values where those are few, else centroids."""
+        """Entries of a group's table in shared memory: pairs of values if they are few, else centroids."""
         pairs: int = 1 << self.unit_bits
         return pairs if self.dimension == 1 and pairs <= MADE_PAIRS else 1 << self.index_bits
 
@@ -72,41 +72,41 @@ class IndexLayout:
 
     @property
     def words(self) -> int:
-        """Of a row in a group of columns."""
+        """Words of a row in a group of columns."""
         return -(-self.group_columns // (self.unit * self.per_word))
 
     @property
     def row_words(self) -> int:
-        """Of a row."""
+        """Words of a row."""
         return self.column_groups * self.words
 
     @property
     def filled(self) -> bool:
-        """Whether every field of every word is in use."""
+        """Whether every field of every word holds an index of the weight."""
         in_words = self.row_words * self.per_word * self.unit
         return in_words == self.columns and self.columns == self.column_groups * self.group_columns
 
     @property
     def padded_columns(self) -> int:
-        """As many as A is padded to: whole blocks of any factor."""
+        """Columns that A is padded to: whole blocks of any supported factor format."""
         return -(-self.columns // 64) * 64
 
 
 @dataclass(frozen=True)
 class CodebookLayout(IndexLayout):
-    """What a kernel has to know of such a weight besides its tensors."""
+    """All that describes such a weight besides its tensors."""
 
-    rows: int  # N
+    rows: int
 
     @cached_property
     def compiled(self) -> IndexLayout:
-        """All but the number of rows."""
+        """The layout without the number of rows."""
         return IndexLayout(self.columns, self.dimension, self.index_bits, self.group_rows, self.group_columns)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program takes at once: rows by words, and the tables, row groups by column groups, that they refer to."""
+    """The rows and words that a program processes at once, and the row and column groups whose tables these need."""
 
     rows: int
     words: int
@@ -124,7 +124,7 @@ class Tile:
 
 @cache
 def tile_of(layout: IndexLayout) -> Tile:
-    """The tile of a layout's programs: a word of four rows for each of 128 threads, fewer where tables are many."""
+    """The tile of a layout's programs: a word of four rows for each of 128 threads, fewer if it needs many tables."""
     rows = QUAD * 4 if layout.entries >= LONG_TABLE and layout.group_rows % (QUAD * 4) == 0 else QUAD
     words = THREADS * QUAD // rows
 
@@ -137,9 +137,9 @@ def tile_of(layout: IndexLayout) -> Tile:
 
 
 def _groups_of(run: int, group: int) -> int:
-    """How many groups a run of elements can touch that begins at a multiple of its length; rounded up to a power of 2.
+    """The most groups that `run` elements, from a multiple of `run` on, can belong to; rounded up to a power of two.
 
-    Runs are powers of two.
+    run: a power of two.
     """
     if group % run == 0:
         return 1
@@ -157,7 +157,7 @@ class PackedCodebook:
 
     @property
     def parts(self) -> tuple[Tensor, None, Tensor, None]:
-        """In the places of PackedWeight's: the table goes by the name of scales."""
+        """In the order of PackedWeight.parts: the table takes the place of the scales."""
         return self.words, None, self.table, None
 
     @property
@@ -166,23 +166,23 @@ class PackedCodebook:
 
 
 def check_codebook(number_format: Codebook) -> None:
-    """Raise ValueError, stating the rule, for settings that the kernels do not read."""
+    """Raise ValueError, with the rule, for settings that the kernels do not support."""
     if number_format.scale_block_size:
         raise ValueError(
-            f"scale_block_size {number_format.scale_block_size}: kernels read codebooks without block scales (codebook)"
+            f"scale_block_size {number_format.scale_block_size}: kernels do not support block scales (codebook)"
         )
 
 
 def pack_codebook(weight: QuantizedTensor, dtype: torch.dtype) -> PackedCodebook:
-    """Lay out a weight (O, I) in "codebook", groups along K, with its centroids in `dtype`, rounded once.
+    """Pack a "codebook" weight [O, I] with vectors along axis 1; its centroids are rounded to `dtype` once.
 
-    Raises ValueError for block scales and for groups along the other axis.
+    Raises ValueError for block scales and for vectors along axis 0.
     """
     number_format = weight.format
     assert isinstance(number_format, Codebook)
     check_codebook(number_format)
     if len(weight.shape) != 2 or weight.axis != 1:
-        raise ValueError(f"vectors must run along axis 1 of a matrix, found axis {weight.axis} of {weight.shape}")
+        raise ValueError(f"vectors must be along axis 1 of a matrix, found axis {weight.axis} of {weight.shape}")
     (rows, columns), groups = weight.shape, number_format.layout(*weight.shape)
     layout = CodebookLayout(
         columns, number_format.dimension, number_format.index_bits, groups.group_rows, groups.group_columns, rows
@@ -193,14 +193,14 @@ def pack_codebook(weight: QuantizedTensor, dtype: torch.dtype) -> PackedCodebook
     per_unit = layout.unit // layout.dimension
     units = layout.words * layout.per_word
     codes_OGV = pad(codes_OV.unflatten(1, (layout.column_groups, vectors)), (0, units * per_unit - vectors))
-    units_OGU = _side_by_side(codes_OGV.unflatten(2, (units, per_unit)), layout.field)
-    words_OGW = _side_by_side(units_OGU.unflatten(2, (layout.per_word, layout.words)).mT, layout.unit_bits)
+    units_OGU = _join_fields(codes_OGV.unflatten(2, (units, per_unit)), layout.field)
+    words_OGW = _join_fields(units_OGU.unflatten(2, (layout.per_word, layout.words)).mT, layout.unit_bits)
     words_OGW = torch.where(words_OGW >= 1 << 31, words_OGW - (1 << 32), words_OGW).to(torch.int32)
     words = words_OGW.flatten(1).unflatten(0, (-1, QUAD)).mT
     table = number_format.decode_centroids(weight.parts).to(dtype)
     return PackedCodebook(layout, words.contiguous(), table.contiguous())
 
 
-def _side_by_side(fields: Tensor, bits: int) -> Tensor:
-    """Fields of `bits` bits along the last axis, in one number each, the first in its lowest bits."""
+def _join_fields(fields: Tensor, bits: int) -> Tensor:
+    """Join fields of `bits` bits along the last axis into one number, the first field in its lowest bits."""
     return (fields << torch.arange(fields.shape[-1], device=fields.device) * bits).sum(-1)

@@ -1,9 +1,10 @@
-"""Kernels that look centroids up: the product with a few tokens, and the decoding to memory (layout: codebook.py).
+"""Kernels on learned codebooks: the product for a few tokens, and dequantization (layout: codebook.py).
 
-A program takes a few rows and a tile of words of each at a time, one word of four rows a thread. The tables that the
-tile's indices refer to are staged in shared memory, as pairs of values, and one load from there serves two columns.
+A program processes a few rows and a tile of words of each at a time, one word of four rows per thread. The tables that
+the tile's indices refer to are staged in shared memory as pairs of values; one look-up there yields two columns.
 
-Shapes: [W, R, J, M] throughout, W words, R rows, J fields of a word, M tokens; O out_features, I in_features.
+Shapes: M tokens, I in_features, O out_features. Tensors of the product are [W, R, J, M]: W words, R rows of a program
+(ranks in the low-rank branch), J fields of a word.
 """
 
 import triton
@@ -20,7 +21,7 @@ QUAD_C = tl.constexpr(QUAD)
 
 @triton.jit
 def _as_pairs(values):
-    """A pointer to 16-bit values, as one to pairs of them."""
+    """A pointer to 16-bit values as a pointer to pairs of them."""
     return tl.cast(values, tl.pointer_type(tl.int32), bitcast=True)
 
 
@@ -35,7 +36,7 @@ def _half(pair, high: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _half_as_float(pair, high: tl.constexpr, dtype: tl.constexpr):
-    """The same in float32; of bfloat16 it takes one instruction."""
+    """The same in float32: one instruction for bfloat16."""
     if dtype != tl.bfloat16:
         return _half(pair, high, dtype).to(tl.float32)
     elif high:
@@ -46,7 +47,7 @@ def _half_as_float(pair, high: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _load_words(words, rows_R, words_W, N, layout: tl.constexpr):
-    """Words of every row [W, R]; zero beyond the last."""
+    """Words of every row [W, R]; zero outside the weight."""
     quad = rows_R // QUAD_C
     inside = (words_W < layout.row_words) & (quad < (N + QUAD_C - 1) // QUAD_C)
     return tl.load(words + (quad * layout.row_words + words_W) * QUAD_C + rows_R % QUAD_C, mask=inside, other=0)
@@ -59,12 +60,10 @@ def _load_bits(values, inside):
 
 @triton.jit
 def _load_tables(table, first_row, first_word, N, layout: tl.constexpr, program: tl.constexpr):
-    """The tables that a program's rows and words refer to, from those of a row and a word on, one after another.
+    """The tables of a program's row and column groups, from those of `first_row` and `first_word` on, concatenated.
 
-    Those of groups beyond the last column are zeros.
-
-    An entry is a centroid of four values (int64) or two (int32), or, where centroids have one, a pair of them (int32),
-    or one with zeros above it where a table of all pairs would be long.
+    Tables of groups outside the weight are zero. An entry is a centroid of four values (int64) or of two (int32). If
+    centroids have one value, it is a pair of them (int32) or, where a table of all pairs would be long, one of them.
     """
     entries: tl.constexpr = layout.entries
     groups: tl.constexpr = program.column_groups
@@ -87,7 +86,7 @@ def _load_tables(table, first_row, first_word, N, layout: tl.constexpr, program:
 
 @triton.jit
 def _first_entries(rows_R, words_W, first_row, first_word, layout: tl.constexpr, program: tl.constexpr):
-    """Where, among the loaded tables, that of a word begins [W, R]."""
+    """Offset of each word's table in the loaded tables [W, R]."""
     row_group = rows_R // layout.group_rows - first_row // layout.group_rows
     column_group = words_W // layout.words - first_word // layout.words
     return (row_group * program.column_groups + column_group) * layout.entries
@@ -100,7 +99,7 @@ def _gather(tables, index):
 
 @triton.jit
 def _look_up(tables, first_entries, words_WR, units_J, layout: tl.constexpr):
-    """Units of each word as pairs of 16-bit values, int32: a tuple of one, or two where centroids have four values."""
+    """Units of each word as pairs of 16-bit values, int32: a tuple of one, or of two if centroids have four values."""
     shifts_J = (units_J * layout.unit_bits).to(tl.uint32)
     index = (words_WR.to(tl.uint32, bitcast=True) >> shifts_J).to(tl.int32, bitcast=True)
     last: tl.constexpr = layout.entries - 1
@@ -115,34 +114,34 @@ def _look_up(tables, first_entries, words_WR, units_J, layout: tl.constexpr):
 
 @triton.jit
 def _columns(words_W, units_J, layout: tl.constexpr):
-    """First columns of units: of the group [W], and from there on [W, 1, J]."""
+    """First column of each unit: the first column of its group [W], and the offset from it [W, 1, J]."""
     of_group = words_W // layout.words * layout.group_columns
     return of_group, (units_J * layout.words + words_W % layout.words) * layout.unit
 
 
 @triton.jit
-def _are_there(words_W, group_columns, columns, K, layout: tl.constexpr):
+def _inside(words_W, group_columns, columns, K, layout: tl.constexpr):
     return (words_W < layout.row_words) & (columns < layout.group_columns) & (group_columns + columns < K)
 
 
 @triton.jit
 def _read_pairs(pointers):
-    """Pairs of values in the layout of their pointers; a load of Triton's would choose one, and shuffle into this."""
+    """Load pairs in the layout of their pointers; tl.load would choose another layout and convert to this one."""
     if INTERPRETED:
         return tl.load(_as_pairs(pointers))
     else:
-        # Not pure: it must not move to before the wait for the kernel that writes x.
+        # Not pure: it must not move above the wait for the kernel that writes x.
         return tl.inline_asm_elementwise(
             "ld.global.b32 $0, [$1];", "=r,l", [_as_pairs(pointers)], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
 @triton.jit
-def _branch(
+def _low_rank(
     projection, b_codes, b_exponents, tokens_M, first_row, M, N, rank: tl.constexpr, b_block: tl.constexpr,
     rounding: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Q(Q(x A) B) of ROWS rows, float32 [M, R]; whole blocks of rows are multiplied where the product is rounded."""
+    """Q(Q(x A) B) of ROWS rows, float32 [M, R]; computed for whole blocks of rows if the product is rounded."""
     block: tl.constexpr = rounding.block if rounding.bits > 0 else 16
     width: tl.constexpr = max(ROWS, rounding.block if rounding.bits > 0 else ROWS)
     step: tl.constexpr = max(block, b_block)
@@ -163,31 +162,31 @@ def _branch(
     return tl.sum(tl.where(ours, product.reshape(tokens_M.shape[0], parts, ROWS), 0.0), axis=1)
 
 
-# M changes from call to call: no new compilation for 1, or for multiples of 16.
+# M changes from call to call: do not compile anew for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def codebook_product_kernel(
-    x,  # [M, I], rows `x_stride` apart
-    words,
+    x,  # [M, I]
+    words,  # these two as in codebook.py
     table,
     bias,  # [O], or None
     projection,  # x_q A, float32 [M, RP], or None
-    b_codes,  # [RP, O] int8 or plain, or None
+    b_codes,  # [RP, O] int8 or values, or None
     b_exponents,  # [RP / b_block, O] uint8, or None
     y,  # [M, O]
     M,
     N,
     K,
-    x_stride,
+    x_stride,  # between rows of x
     rank: tl.constexpr,
-    rounding: tl.constexpr,
+    rounding: tl.constexpr,  # ActivationRounding
     b_block: tl.constexpr,
     layout: tl.constexpr,  # IndexLayout
-    program: tl.constexpr,  # Tile: what a program takes at once
-    FIELDS: tl.constexpr,  # looked up at once
+    program: tl.constexpr,  # Tile
+    FIELDS: tl.constexpr,  # of a word, looked up at once
     BLOCK_M: tl.constexpr,
     chained: tl.constexpr,
 ):
-    """y = W x + b + Q(Q(x A) B) for up to BLOCK_M tokens a program; products with W and sums in float32."""
+    """y = W x + b + Q(Q(x A) B) of program.rows rows and BLOCK_M tokens; products with W and sums in float32."""
     ROWS: tl.constexpr = program.rows
     TILE: tl.constexpr = program.words
     units: tl.constexpr = layout.per_word
@@ -198,14 +197,14 @@ def codebook_product_kernel(
     tile_W = tl.arange(0, TILE)[:, None, None, None]
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_M = x + tl.minimum(tokens, M - 1).to(tl.int64)[None, None, None, :] * x_stride
-    # Weights do not depend on the kernel before: the first of them are on their way while that one still runs.
+    # Weights do not depend on the previous kernel: prefetch the first ones while it still runs.
     words_WR = _load_words(words, rows_R, tile_W, N, layout)
     tables = _load_tables(table, first_row, 0, N, layout, program)
     if chained:
         gdc_wait()
         gdc_launch_dependents()
     if rank > 0:
-        branch_MR = _branch(
+        branch_MR = _low_rank(
             projection, b_codes, b_exponents, tokens, first_row, M, N, rank, b_block, rounding,
             dtype, ROWS,
         )  # fmt: skip
@@ -215,7 +214,7 @@ def codebook_product_kernel(
         next_words_WR = _load_words(words, rows_R, following + tile_W, N, layout)
         next_tables = _load_tables(table, first_row, following, N, layout, program)
         words_W = first_word + tile_W
-        # Beyond the last word of a row tables are zeros, and need any x to be multiplied with.
+        # Beyond the last word of a row tables are zero, and any x that is finite will do.
         x_words_W = tl.minimum(words_W, layout.row_words - 1)
         first_entries = _first_entries(rows_R, words_W, first_row, first_word, layout, program)
         for first_unit in tl.static_range(0, units, FIELDS):
@@ -228,10 +227,10 @@ def codebook_product_kernel(
                     x_pairs = _read_pairs(pointers + 2 * p)
                     low, high = _half_as_float(x_pairs, False, dtype), _half_as_float(x_pairs, True, dtype)
                 else:
-                    there = _are_there(words_W, group_columns, columns + 2 * p, K, layout)
-                    low = tl.load(pointers + 2 * p, mask=there, other=0.0).to(tl.float32)
-                    there = _are_there(words_W, group_columns, columns + 2 * p + 1, K, layout)
-                    high = tl.load(pointers + 2 * p + 1, mask=there, other=0.0).to(tl.float32)
+                    inside = _inside(words_W, group_columns, columns + 2 * p, K, layout)
+                    low = tl.load(pointers + 2 * p, mask=inside, other=0.0).to(tl.float32)
+                    inside = _inside(words_W, group_columns, columns + 2 * p + 1, K, layout)
+                    high = tl.load(pointers + 2 * p + 1, mask=inside, other=0.0).to(tl.float32)
                 acc += _half_as_float(pairs[p], False, dtype) * low
                 acc += _half_as_float(pairs[p], True, dtype) * high
         words_WR, tables = next_words_WR, next_tables
@@ -247,16 +246,16 @@ def codebook_product_kernel(
 
 @triton.jit
 def codebook_dequantize_kernel(
-    words,
+    words,  # these two as in codebook.py
     table,
     w_out,  # [O, I]
     N,
     K,
     layout: tl.constexpr,  # IndexLayout
-    program: tl.constexpr,  # Tile: what a program takes at once
+    program: tl.constexpr,  # Tile
     FIELDS: tl.constexpr,
 ):
-    """Decode one tile of words of ROWS rows."""
+    """Decode one tile of words to memory."""
     ROWS: tl.constexpr = program.rows
     TILE: tl.constexpr = program.words
     units: tl.constexpr = layout.per_word
@@ -277,8 +276,8 @@ def codebook_dequantize_kernel(
             if layout.filled:
                 tl.store(_as_pairs(place + 2 * p), pairs[p], mask=(words_W < layout.row_words) & (rows_R < N))
             else:
-                there = _are_there(words_W, group_columns, columns + 2 * p, K, layout)
+                inside = _inside(words_W, group_columns, columns + 2 * p, K, layout)
                 low, high = _half(pairs[p], False, dtype), _half(pairs[p], True, dtype)
-                tl.store(place + 2 * p, low, mask=there & (rows_R < N))
-                there = _are_there(words_W, group_columns, columns + 2 * p + 1, K, layout)
-                tl.store(place + 2 * p + 1, high, mask=there & (rows_R < N))
+                tl.store(place + 2 * p, low, mask=inside & (rows_R < N))
+                inside = _inside(words_W, group_columns, columns + 2 * p + 1, K, layout)
+                tl.store(place + 2 * p + 1, high, mask=inside & (rows_R < N))

@@ -1,11 +1,14 @@
-"""Device functions that turn packed codes into the values they stand for, tile by tile (see layout.py).
+"""Device functions that decode packed integer codes to values, tile by tile (layout.py).
 
-A decoded tile [O, tile_k] holds its columns in kernel order: column j * 16 + word of the tile, which is how the words
-of a row give up their codes. `permute_columns` brings a tile of activations into that order.
+A decoded tile [O, tile_k] has its columns in kernel order: code j of word w is column j * 16 + w. `permute_columns`
+permutes a tile of activations accordingly.
 
-A code u of up to four bits becomes a bfloat16 without a conversion: 0x4300 | u are the bits of 128 + u, and one fused
-multiply-add (128 + u) * s - (128 + offset) * s gives the exact product for a power of two s. Two codes share each
-instruction. Everything else takes the general way through float32, which every backend of Triton understands.
+MXINT codes u of up to four bits become bfloat16 without a conversion: 0x4300 | u is the bit pattern of 128 + u, and one
+fused multiply-add (128 + u) * s - (128 + offset) * s is exact for a power of two s. Each instruction decodes two codes.
+All other formats are decoded in float32, in plain Triton.
+
+Shapes: M tokens, I in_features, O rows of W, T columns of a tile, W words of a row, P pairs of words, S scales of a
+row. layout: a layout.RowLayout, passed as a compile-time constant.
 """
 
 import triton
@@ -20,7 +23,7 @@ ROWS_C = tl.constexpr(ROWS)
 
 
 def _pairs_asm(width: int, offset: int, high: bool) -> str:
-    """PTX that decodes two words side by side, as pairs of bfloat16, under one scale per half of their codes."""
+    """PTX that decodes a pair of words to pairs of bfloat16, with one scale per half of their codes."""
     per_word = 32 // width
     halves = 2 if width == 2 else 1
     inputs = per_word
@@ -40,7 +43,7 @@ def _pairs_asm(width: int, offset: int, high: bool) -> str:
         # (source & mask) | 0x43004300
         lines.append(f"lop3.b32 ${j}, {source}, 0x{mask:04X}{mask:04X}, 0x43004300, 0xEA;")
         if high:
-            # Bit j of each half to bit 2, or-ed in.
+            # Move bit j of each half to bit 2 and or it in.
             shift = f"shr.b32 t, ${high_word}, {j - 2};" if j >= 2 else f"shl.b32 t, ${high_word}, {2 - j};"
             lines += [shift, f"lop3.b32 ${j}, t, 0x00040004, ${j}, 0xEA;"]
         half = j // (per_word // halves)
@@ -55,7 +58,7 @@ def _constraints(outputs: int, inputs: int) -> str:
 ASM_4 = tl.constexpr(_pairs_asm(4, 8, high=False))
 ASM_2 = tl.constexpr(_pairs_asm(2, 2, high=False))
 ASM_3 = tl.constexpr(_pairs_asm(2, 4, high=True))
-# pack=2 hands every operand over twice, except that two 16-bit scales share a register.
+# With pack=2 every operand is passed twice, except that two 16-bit scales share a register.
 CONSTRAINTS_4 = tl.constexpr(_constraints(8, 3))
 CONSTRAINTS_2 = tl.constexpr(_constraints(16, 4))
 CONSTRAINTS_3 = tl.constexpr(_constraints(16, 6))
@@ -65,7 +68,7 @@ BF16_16 = tl.constexpr((tl.bfloat16,) * 16)
 
 @triton.jit
 def dot(a, b, acc):
-    """Acc + a b in float32; Triton's interpreter cannot multiply bfloat16."""
+    """acc + a b in float32. Triton's interpreter cannot multiply bfloat16."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
@@ -74,21 +77,21 @@ def dot(a, b, acc):
 
 @triton.jit
 def load_words(words, rows_O, tile, tiles: tl.constexpr):
-    """int32 [O, 16]: the words of tile number `tile` of each row."""
+    """int32 [O, 16]: the words of each row in tile `tile`."""
     base_O = (rows_O // ROWS_C) * (tiles * ROWS_C * WORDS_C) + (rows_O % ROWS_C) * WORDS_C
     return tl.load(words + base_O[:, None] + (tl.arange(0, WORDS_C) + tile * (ROWS_C * WORDS_C))[None, :])
 
 
 @triton.jit
 def load_high(high, rows_O, tile, tiles: tl.constexpr):
-    """int32 [O, 8]: the high bits of three-bit codes, one word a pair."""
+    """int32 [O, 8]: the high bits of three-bit codes, one word per pair."""
     base_O = (rows_O // ROWS_C) * (tiles * ROWS_C * PAIRS_C) + (rows_O % ROWS_C) * PAIRS_C
     return tl.load(high + base_O[:, None] + (tl.arange(0, PAIRS_C) + tile * (ROWS_C * PAIRS_C))[None, :])
 
 
 @triton.jit
 def load_scales(scales, rows_O, unit, layout: tl.constexpr):
-    """[O, per_tile] of what `scales` (or zeros) holds for unit number `unit`: a tile, or a block longer than one."""
+    """[O, per_tile]: the scales (or zeros) of each row in unit `unit`, a tile or all tiles of a longer block."""
     per_tile: tl.constexpr = layout.scales_per_tile
     base_O = (rows_O // ROWS_C) * (layout.units * ROWS_C * per_tile) + (rows_O % ROWS_C) * per_tile
     return tl.load(scales + base_O[:, None] + (tl.arange(0, per_tile) + unit * (ROWS_C * per_tile))[None, :])
@@ -96,7 +99,7 @@ def load_scales(scales, rows_O, unit, layout: tl.constexpr):
 
 @triton.jit
 def _spread(scales_OS, halves: tl.constexpr):
-    """[O, per_tile] to [O, halves, 8]: one entry for each pair of words and each half of its codes."""
+    """[O, per_tile] to [O, halves, 8]: one scale for each pair of words and each half of its codes."""
     rows: tl.constexpr = scales_OS.shape[0]
     per_half: tl.constexpr = scales_OS.shape[1] // halves
     wide = scales_OS.reshape(rows, halves, per_half, 1).broadcast_to(rows, halves, per_half, PAIRS_C // per_half)
@@ -105,14 +108,14 @@ def _spread(scales_OS, halves: tl.constexpr):
 
 @triton.jit
 def _per_word(pairs_OP):
-    """[O, 8], an entry a pair, to [O, 16], an entry a word."""
+    """[O, 8], an element per pair, to [O, 16], an element per word."""
     rows: tl.constexpr = pairs_OP.shape[0]
     return pairs_OP[:, :, None].broadcast_to(rows, PAIRS_C, 2).reshape(rows, WORDS_C)
 
 
 @triton.jit
 def exponent_to_scale(exponents, dtype: tl.constexpr):
-    """Biased exponents (uint8) to powers of two; 0 stands for 0."""
+    """Biased exponents (uint8) to powers of two; exponent 0 to 0."""
     return (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True).to(dtype)
 
 
@@ -123,7 +126,7 @@ def _join4(v0, v1, v2, v3):
 
 @triton.jit
 def _code_major(values_OW222):
-    """[O, 16, 2, ...]: the bits of the code number after the word, to [O, tile_k] with the code number before it."""
+    """[O, 16 words, 2, 2, ..] with the bits of the code number last, to [O, tile_k], code-major."""
     rows: tl.constexpr = values_OW222.shape[0]
     if len(values_OW222.shape) == 5:
         ordered = values_OW222.permute(0, 2, 3, 4, 1)
@@ -135,7 +138,7 @@ def _code_major(values_OW222):
 
 @triton.jit
 def decode_pairs(words_OW, high_OP, exponents_OS, layout: tl.constexpr):
-    """MXINT codes of 2, 3 or 4 bits to bfloat16 [O, tile_k], two at a time."""
+    """MXINT codes of 2, 3 or 4 bits to bfloat16 [O, tile_k], two per instruction."""
     rows: tl.constexpr = words_OW.shape[0]
     scales = _spread(exponent_to_scale(exponents_OS, tl.bfloat16), layout.halves)
     if layout.bits == 4:
@@ -178,7 +181,7 @@ def decode_any(
     layout: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Codes of any format to (code - offset - zero) * scale in `dtype` [O, tile_k], computed in float32."""
+    """(code - offset - zero) * scale of any format, computed in float32, in `dtype` [O, tile_k]."""
     rows: tl.constexpr = words_OW.shape[0]
     halves: tl.constexpr = layout.halves
     width: tl.constexpr = layout.width
@@ -205,7 +208,7 @@ def decode_any(
 
 @triton.constexpr_function
 def decodes_pairs(layout, dtype):
-    """Whether the instructions of `decode_pairs` read this layout: MXINT of at most four bits, on a GPU."""
+    """Whether `decode_pairs` supports this layout: MXINT codes of at most four bits to bfloat16, on a GPU."""
     return layout.exponents and layout.bits <= 4 and dtype == tl.bfloat16 and not INTERPRETED
 
 
@@ -220,7 +223,7 @@ def decode_tile(
     layout: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Tile number `tile` of rows_O, decoded to `dtype` [O, tile_k]."""
+    """Tile `tile` of rows_O, decoded to `dtype` [O, tile_k] in kernel order."""
     words_OW = load_words(words, rows_O, tile, layout.tiles)
     scales_OS = load_scales(scales, rows_O, tile // layout.tiles_per_unit, layout)
     if layout.bits == 3:
@@ -239,7 +242,7 @@ def decode_tile(
 
 @triton.jit
 def permute_columns(x_MI, tile_k: tl.constexpr):
-    """Whole tiles of activations in natural order to kernel order."""
+    """Whole tiles of activations from natural order to kernel order."""
     rows: tl.constexpr = x_MI.shape[0]
     columns: tl.constexpr = x_MI.shape[1]
     # [M, tile, pair, code, odd] to [M, tile, code, pair, odd]

@@ -1,6 +1,6 @@
-"""Many tokens, where a library's products on decoded weights win: what has to be in memory for them.
+"""Kernels for many tokens: the weight written to memory, and the low-rank branch, to which a library adds W x.
 
-Shapes: M tokens, O out_features, I in_features, T columns of a tile.
+Shapes: M tokens, I in_features, O out_features, R rank (padded), T columns of a tile.
 """
 
 import triton
@@ -13,7 +13,7 @@ from lqer.kernels.rounding import round_columns
 
 @triton.jit
 def dequantize_kernel(
-    words,
+    words,  # these four as in layout.py
     high,
     scales,
     zeros,
@@ -23,7 +23,7 @@ def dequantize_kernel(
     layout: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Decode one tile of BLOCK_N rows."""
+    """Decode one tile of BLOCK_N rows to memory."""
     rows_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
     tile_k: tl.constexpr = layout.tile_k
@@ -36,13 +36,13 @@ def dequantize_kernel(
     tl.store(w_out + rows_O.to(tl.int64)[:, None] * K + columns_T[None, :], restore_columns(w_OT), mask=inside)
 
 
-# M changes from call to call: no new compilation for 1, or for multiples of 16.
+# M changes from call to call: do not compile anew for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def low_rank_kernel(
     y,  # [M, O]
-    projection,  # Q(x A), [M, RP]
-    b_codes,
-    b_exponents,
+    projection,  # Q(x A) [M, RP]
+    b_codes,  # [RP, O] int8 or values
+    b_exponents,  # [RP / b_block, O] uint8, or None
     bias,  # [O], or None
     M,
     N,
@@ -53,7 +53,7 @@ def low_rank_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y = Q(Q(x A) B) + b, to which a library adds the product with W without another pass over y."""
+    """y = Q(Q(x A) B) + b. A library then adds W x in its epilogue, without another pass over y."""
     columns_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = (rows_M < M)[:, None]

@@ -1,12 +1,11 @@
 """Few tokens: y = W_q x_q + b + Q(Q(x_q A) B) with weights decoded in registers.
 
-The product is computed as yᵀ = W xᵀ, so that decoded weights are the operand that tensor cores take from registers.
-For few tokens the grid would not fill the chip: K is then cut into `splits`, a program each. The low-rank branch is one
-more part of every tile of outputs, computed by a program of its own while the others are at work, on the projection
-that the first programs of the grid make (branch.py). Parts are slabs in memory; the program that finishes a tile last
-adds them up in a fixed order, so that runs agree bit for bit.
+The product is computed as yᵀ = W xᵀ, so that decoded weights are the tensor core operand that comes from registers. For
+few tokens there are too few output tiles to fill the GPU, so K is split over `splits` programs (split_k.py). The
+low-rank branch is one more partial sum of every output tile, computed by its own programs at the same time; they wait
+for the projection x_q A, which the first programs of the grid compute (low_rank.py).
 
-Shapes: M tokens, O out_features, I in_features, R rank (padded to whole blocks).
+Shapes: M tokens, I in_features, O out_features, R rank (padded to whole blocks), T columns of a tile.
 """
 
 import triton
@@ -18,12 +17,12 @@ from lqer.kernels.rounding import round_rows
 from lqer.kernels.split_k import finish_tile
 
 
-# M changes from call to call: no new compilation for 1, or for multiples of 16.
+# M changes from call to call: do not compile anew for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
-    x,  # rounded where activations are: [M, I] or, in kernel order, [M, IP], rows `x_stride` apart
-    x_given,  # [M, I] as it came, rows `given_stride` apart
-    words,
+    x,  # [M, I], rounded if activations are; [M, IP] in kernel order
+    x_given,  # [M, I], not rounded
+    words,  # these four as in layout.py
     high,
     scales,
     zeros,
@@ -32,26 +31,26 @@ def gemm_kernel(
     a_exponents,  # [RP, IP / a_block] uint8, or None
     b_codes,  # [RP, O] int8 or plain, or None
     b_exponents,  # [RP / b_block, O] uint8, or None
-    partial,  # [parts, O, M] float32, or None for one part
-    finished,  # int32, zero before and after, one a tile of outputs; or None
-    projection_partial,  # [slabs, M, RP] float32, or None
-    projection,  # [M, RP], or None
-    counters,  # of the branch
+    partial,  # [splits, + 1 with a branch, O, M] float32, or None for one partial sum
+    finished,  # int32, a counter per output tile, zero before and after
+    projection_partial,  # [projection_splits, M, RP] float32, or None
+    projection,  # Q(x A) [M, RP], or None
+    counters,  # int32, of the branch (low_rank.py), zero before and after
     y,  # [M, O]
     M,
     N,
     K,
-    x_stride,
+    x_stride,  # between rows of x
     given_stride,
     rank: tl.constexpr,
-    layout: tl.constexpr,
+    layout: tl.constexpr,  # RowLayout
     ordered: tl.constexpr,  # x is in kernel order
-    rounding: tl.constexpr,
+    rounding: tl.constexpr,  # ActivationRounding
     a_block: tl.constexpr,
     b_block: tl.constexpr,
     padded_columns: tl.constexpr,
     projection_splits: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,  # columns of a split of the projection
     tiles_n: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -59,6 +58,7 @@ def gemm_kernel(
     splits: tl.constexpr,
     stages: tl.constexpr,
 ):
+    """By program number: first the splits of Q(x A), then those of W x, then the branch of every output tile."""
     pid = tl.program_id(0)
     if rank > 0:
         producers = projection_splits * (rank // BLOCK_R) * tl.cdiv(M, BLOCK_M)
@@ -77,7 +77,7 @@ def gemm_kernel(
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if rank > 0 and pid >= products:
         await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
-        acc_OM = _branch(
+        acc_OM = _low_rank(
             projection, b_codes, b_exponents, rows_O, rows_M, M, N, x.dtype.element_ty,
             rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding,
         )  # fmt: skip
@@ -89,7 +89,7 @@ def gemm_kernel(
         )  # fmt: skip
 
     parts: tl.constexpr = splits + (1 if rank > 0 else 0)
-    # As many loads at once as the accumulators of the product took registers, or so.
+    # So many loads at once that they take about as many registers as the accumulators did.
     finish_tile(
         acc_OM, partial, finished + pid_m * tiles_n + pid_n, pid_s, bias, y, rows_O, rows_M, M, N,
         parts, max(1, 64 // BLOCK_M),
@@ -116,7 +116,7 @@ def _product(
     splits: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """W xᵀ over the K tiles of one split, float32 [O, M]."""
+    """W xᵀ over the tiles of one split, float32 [O, M]."""
     dtype: tl.constexpr = x.dtype.element_ty
     tile_k: tl.constexpr = layout.tile_k
     columns_T = tl.arange(0, tile_k)
@@ -138,7 +138,7 @@ def _product(
 
 
 @triton.jit
-def _branch(
+def _low_rank(
     projection,
     b_codes,
     b_exponents,
@@ -154,7 +154,7 @@ def _branch(
     BLOCK_R: tl.constexpr,
     rounding: tl.constexpr,
 ):
-    """Q(xa B)ᵀ of the projection xa, float32 [O, M]."""
+    """Q(Q(x A) B)ᵀ, float32 [O, M]."""
     product_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(0, rank, BLOCK_R):
         b_RO = load_factor(b_codes, b_exponents, first, rows_O, N, rank, BLOCK_R, b_block, dtype)

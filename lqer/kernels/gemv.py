@@ -1,22 +1,23 @@
 """One token, MXINT4 weights, MXINT activations: the product in integers, exact within every block.
 
-A block contributes 2^(e_w + e_x) * sum (u - 8) * k with four-bit u and eight-bit k, so four products and their sum are
-one instruction (dp4a) and a weight costs about one. Neither shared memory nor tensor cores take part.
+A block contributes 2^(e_w + e_x) * sum (u - 8) * k with four-bit u and eight-bit k: one dp4a instruction multiplies and
+adds four of them. Neither shared memory nor tensor cores are used.
 
     prepare   x -> codes, steps, sums per word; x_q A
-    gemv      y = W_q x_q + b + Q(Q(x_q A) B), each program whole rows of W
+    gemv      y = W_q x_q + b + Q(Q(x_q A) B), whole rows of W per program
 
-The words of a weight hold even and odd columns of a block (layout.py), and masking one with 0x0F0F0F0F leaves every
-other of its codes. The codes of x are laid out to meet them: for each word of a weight's tile two words of four codes,
-first those for all low nibbles of the tile, then those for all high ones. Everything in the loop has one entry a word,
-so that no value has to change threads. The first kernel leaves one buffer of 32-bit words:
+A weight word holds even or odd columns of a block (layout.py); masked with 0x0F0F0F0F it yields every second code. The
+codes of x are arranged to match: for each weight word there are two words of four codes, first those for the low
+nibbles of all words of a tile, then those for the high nibbles. In the loop every tensor has one element per weight
+word, so no value moves between threads. The first kernel writes one buffer of 32-bit words:
 
-    codes   KP / 4 words of four bytes each
-    steps   KP / 8 float32, the step of x for each word of a weight
-    sums    KP / 8 int32, -8 times the sum of the codes that meet a word
+    codes   IP / 4 words of four bytes each
+    steps   IP / 8 float32, the step of x for each weight word
+    sums    IP / 8 int32, -8 times the sum of the codes that a weight word is multiplied with
     x_q A   RP float32
 
-Shapes: O out_features, I in_features, R rank, T tiles at once, B blocks of a tile, W words of a row in a tile.
+Shapes: I in_features, O out_features, M one token, R rank, T tiles at once, B blocks of a tile, W words. A column of a
+block is Y byte, H high nibble or low, P odd column or even.
 """
 
 import triton
@@ -48,7 +49,7 @@ def prepare_vector_kernel(
     x,  # [1, I]
     a_codes,  # Aᵀ [RP, IP] int8 or plain, or None
     a_exponents,  # [RP, IP / a_block] uint8, or None
-    vector,  # int32 [IP / 2 + RP], see above
+    vector,  # output, int32 [IP / 2 + RP], see above
     K,
     rank: tl.constexpr,
     tiles: tl.constexpr,
@@ -58,20 +59,20 @@ def prepare_vector_kernel(
     BLOCK_K: tl.constexpr,
     chained: tl.constexpr,
 ):
-    """The first programs project x, one rank each; the others lay it out for the product, TILES tiles each."""
+    """The first `rank` programs compute one element of x_q A each; the others arrange TILES tiles of x each."""
     pid = tl.program_id(0)
     if rank == 0:
-        _lay_out(x, vector, pid, K, tiles, rounding, TILES, chained)
+        _arrange(x, vector, pid, K, tiles, rounding, TILES, chained)
     elif pid < rank:
         padded: tl.constexpr = tiles * TILE_K
         place = _as_floats(vector + padded // 2) + pid
         project_rank(x, a_codes, a_exponents, place, pid, K, padded, rounding, a_block, BLOCK_K, chained)
     else:
-        _lay_out(x, vector, pid - rank, K, tiles, rounding, TILES, chained)
+        _arrange(x, vector, pid - rank, K, tiles, rounding, TILES, chained)
 
 
 @triton.jit
-def _lay_out(
+def _arrange(
     x,
     vector,
     program,
@@ -81,7 +82,7 @@ def _lay_out(
     TILES: tl.constexpr,
     chained: tl.constexpr,
 ):
-    """Codes, steps and sums of TILES tiles."""
+    """Write codes, steps and sums of TILES tiles."""
     if chained:
         gdc_wait()
         gdc_launch_dependents()
@@ -90,7 +91,7 @@ def _lay_out(
     columns = program * size + tl.arange(0, size)
     x_T = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
     codes, steps = mxint_codes(x_T.reshape(size // rounding.block, rounding.block), 1, rounding)
-    # Column 4 * byte + 2 * high + odd of a block meets nibble 2 * byte + high of its word number `odd`.
+    # Column 4 y + 2 h + p of a block is multiplied with nibble 2 y + h of the block's word p.
     codes_TBYHP = codes.reshape(TILES, BLOCKS, 4, 2, 2)
     bytes_THBPY = codes_TBYHP.permute(0, 3, 1, 4, 2).to(tl.int8)
     tl.store(_as_bytes(vector) + columns, bytes_THBPY.reshape(size), mask=columns < padded)
@@ -104,7 +105,7 @@ def _lay_out(
 
 @triton.jit
 def _products(words, low, high, sums):
-    """Sums + the dot product of each word's low nibbles with the bytes of `low`, and of its high ones with `high`."""
+    """`sums` + the dot products of each word's low nibbles with the bytes of `low` and of its high ones with `high`."""
     if INTERPRETED:
         for i in tl.static_range(4):
             sums += ((words >> (8 * i)) & 15) * ((low << (24 - 8 * i)) >> 24)
@@ -132,7 +133,7 @@ def _products(words, low, high, sums):
 
 @triton.jit
 def _load_tiles(words, exponents, rows_O, first, tiles: tl.constexpr, per_tile: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Words [O, T, 16] and exponents [O, T, per_tile] of the K tiles from `first` on; zeros beyond the last."""
+    """Words [O, T, 16] and exponents [O, T, per_tile] of the tiles from `first` on; zeros beyond the last tile."""
     tile = (first + tl.arange(0, BLOCK_T))[None, :, None]
     inside = tile < tiles
     group = (rows_O // ROWS_C) * (tiles * ROWS_C) + rows_O % ROWS_C
@@ -144,12 +145,12 @@ def _load_tiles(words, exponents, rows_O, first, tiles: tl.constexpr, per_tile: 
 
 @triton.jit
 def gemv_kernel(
-    words,
-    exponents,
+    words,  # as in layout.py
+    exponents,  # uint8, its scales
     bias,  # [O], or None
-    vector,  # what the first kernel made of x
-    b_codes,  # [RP, O] int8 or plain, or None
-    b_exponents,
+    vector,  # int32 [IP / 2 + RP], from prepare_vector_kernel
+    b_codes,  # [RP, O] int8 or values, or None
+    b_exponents,  # [RP / b_block, O] uint8, or None
     y,  # [1, O]
     N,
     rank: tl.constexpr,
@@ -161,27 +162,28 @@ def gemv_kernel(
     BLOCK_T: tl.constexpr,
     chained: tl.constexpr,
 ):
+    """y of BLOCK_N rows, over all of K."""
     rows_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word_W = tl.arange(0, WORDS_C)[None, None, :]
     padded: tl.constexpr = tiles * TILE_K
     shape: tl.constexpr = (BLOCK_N, BLOCK_T, WORDS_C)
-    # Weights do not depend on the kernel before: the first of them are on their way while that one still runs.
+    # Weights do not depend on the previous kernel: prefetch the first ones while it still runs.
     w, e = _load_tiles(words, exponents, rows_O, 0, tiles, per_tile, BLOCK_T)
     if rank > 0:
         b_RO = load_factor(b_codes, b_exponents, 0, rows_O, N, rank, rank, b_block, tl.float32)
     if chained:
         gdc_wait()
-        # The next layer's programs may start and fetch what does not depend on this one.
+        # The next kernel may start now and prefetch its weights.
         gdc_launch_dependents()
     if rank > 0:
-        # On its way while the product is computed.
+        # Loaded here to hide its latency behind the product.
         xa_MR = tl.load(_as_floats(vector + padded // 2) + tl.arange(0, rank)).reshape(1, rank)
     acc = tl.zeros(shape, tl.float32)
     for first in range(0, tiles, BLOCK_T):
         next_w, next_e = _load_tiles(words, exponents, rows_O, first + BLOCK_T, tiles, per_tile, BLOCK_T)
         tile = (first + tl.arange(0, BLOCK_T))[None, :, None]
         inside = tile < tiles
-        # Every row reads its own copy of x, from the cache, so that the loads lie in registers as those of w do.
+        # Every row loads x again, from the cache, so that x is distributed over threads as w is.
         x_word = (tile * WORDS_C + word_W).broadcast_to(shape)
         low = tl.load(vector + x_word + tile * WORDS_C, mask=inside, other=0)
         high = tl.load(vector + x_word + tile * WORDS_C + WORDS_C, mask=inside, other=0)

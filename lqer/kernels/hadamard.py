@@ -1,10 +1,10 @@
-"""The randomized Hadamard transform of tokens, and around a product on packed weights (lqer.transforms.hadamard).
+"""Randomized Hadamard rotations of tokens, before and after a product with packed weights (lqer.transforms.hadamard).
 
-H_n = O ⊗ H_B with B a power of two and O orthonormal, the small factor with what is left of the power of two. So a
-block of B outputs is one row of O times the input, B sums over all of it, and one H_B: every program makes one block,
-and no program waits for another. Sums are float32, and normalised before they are added up.
+H_n = O ⊗ H_B, with B a power of two and O an orthonormal matrix: the factor that is no power of two and the rest of the
+power of two. A block of B outputs is one row of O times the input, B sums, and one H_B, so that every program computes
+one block independently of the others. Sums are float32 and normalised before they are added.
 
-Shapes: M tokens, K length, A blocks, B elements of a block, R rank.
+Shapes: M tokens, A blocks, B values of a block, P blocks of a program, T columns of a tile, R rank.
 """
 
 import triton
@@ -14,15 +14,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lqer.kernels.lattice_decode import TILE_C, token_order
 from lqer.kernels.rounding import ROUNDER
 
-# 2^15 / (127 * 256 + 127): what has fifteen bits and still no h above 127.
+# 2^15 / (127 * 256 + 127): the largest value of a tile gets 15 bits without an h above 127.
 LARGEST_ROOM = tl.constexpr(32768 / 32639)
-LEAST_EXPONENT = tl.constexpr(32)  # of the step, so that it and its inverse are normal
+LEAST_EXPONENT = tl.constexpr(32)  # keeps the step and its inverse normal
 LEAST_EXPONENT_UP = tl.constexpr(2 * 127 + 14)
 
 
 @triton.jit
 def _odd_overlap(size: tl.constexpr):
-    """Where H_size is negative [size, size]: i & j have an odd number of bits in common."""
+    """Where H_size is negative [size, size]: i & j has an odd number of bits."""
     bits = tl.arange(0, size)[:, None] & tl.arange(0, size)[None, :]
     bits ^= bits >> 8
     bits ^= bits >> 4
@@ -33,20 +33,20 @@ def _odd_overlap(size: tl.constexpr):
 
 @triton.jit
 def _blocks(x_AB, rows_AP, negative_BB):
-    """Blocks of H x [P, B], not normalised by sqrt(B); rows_AP: their rows of O, float32."""
+    """Blocks of H x [P, B], not normalised by sqrt(B); rows_AP: the blocks' rows of O, float32."""
     v_PB = tl.sum(x_AB[:, None, :] * rows_AP[:, :, None], axis=0)
     return tl.sum(tl.where(negative_BB[None, :, :], -v_PB[:, :, None], v_PB[:, :, None]), axis=1)
 
 
 @triton.jit
 def hadamard_input_kernel(
-    x,  # [M, I], rows `x_stride` apart
-    signs,  # [I], or None: no transform
+    x,  # [M, I]
+    signs,  # [I], or None: no rotation
     outer,  # O, float32 [A, A]
     a_values,  # Aᵀ [RP, IP] in the dtype of x, or None
-    x_out,  # bytes [M, 2, IP] in token order
+    x_out,  # int8 [M, 2, IP] in token order (lattice.py)
     steps,  # int32 [M, tiles, 2], see lattice_gemm.py
-    partial,  # float32 [tiles, M, RP], or None
+    partial,  # of x' A, float32 [tiles, M, RP], or None
     M,
     K,
     x_stride,
@@ -56,19 +56,19 @@ def hadamard_input_kernel(
     BLOCK_A: tl.constexpr,
     B: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    factor: tl.constexpr,  # of H_B
+    factor: tl.constexpr,  # 1 / sqrt(B), and the headroom of float16
     chained: tl.constexpr,
 ):
-    """x' = H (signs ⊙ x), or x itself, as integers of two bytes, and what a tile of it adds to x' A."""
+    """One tile of x' = H (signs ⊙ x), or of x itself, as integers of two bytes, and its partial sum of x' A."""
     tile, m = tl.program_id(0), tl.program_id(1)
     padded: tl.constexpr = tiles * TILE_C
     columns_T = tile * TILE_C + tl.arange(0, TILE_C)
     blocks_A = tl.arange(0, BLOCK_A)
     dtype: tl.constexpr = x.dtype.element_ty
     if chained:
-        # The product fetches its codes while this kernel still waits for its x.
+        # The product may prefetch its codes while this kernel still waits for x.
         gdc_launch_dependents()
-    # Of nothing that the kernel before makes.
+    # All of this is independent of the previous kernel.
     if signs is not None:
         P: tl.constexpr = TILE_C // B
         ours_P = tile * P + tl.arange(0, P)
@@ -99,8 +99,8 @@ def hadamard_input_kernel(
 
 @triton.jit
 def store_integers(x_T, x_out, steps, columns_T, padded: tl.constexpr):
-    """A tile of a token as integers of two bytes, 256 h + l, h and l from -128 to 127 (lattice.py)."""
-    # As a float a little larger than the largest, so that no h is 128; its exponent makes the largest 15 bits long.
+    """Write a tile of a token as integers 256 h + l with h and l from -128 to 127 (lattice.py)."""
+    # A little larger than the largest value, so that no h is 128; with its exponent the largest value has 15 bits.
     largest = tl.max(tl.abs(x_T), axis=0) * LARGEST_ROOM
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, LEAST_EXPONENT)
     up = ((-exponent + LEAST_EXPONENT_UP) << 23).to(tl.float32, bitcast=True)
@@ -109,26 +109,26 @@ def store_integers(x_T, x_out, steps, columns_T, padded: tl.constexpr):
     place_T = x_out + token_order(columns_T)
     tl.store(place_T, ((integers_T - low_T) >> 8).to(tl.int8))
     tl.store(place_T + padded, low_T.to(tl.int8))
-    # 2^(exponent - 127 - 14), and the 1 / 32 of sums.
+    # 2^(exponent - 127 - 14), times the 1 / 32 of sums.
     tl.store(steps, (exponent - 19) << 23)
     tl.store(steps + 1, -120 * tl.sum(integers_T, axis=0))
 
 
 @triton.jit
 def hadamard_output_kernel(
-    y,  # float32 [M, I]
-    signs,  # [I]
+    y,  # float32 [M, O]
+    signs,  # [O]
     outer,  # Oᵀ, float32 [A, A]
-    bias,  # [I], or None
-    y_out,  # [M, I]
+    bias,  # [O], or None
+    y_out,  # [M, O]
     M,
     A: tl.constexpr,
     BLOCK_A: tl.constexpr,
     B: tl.constexpr,
-    factor: tl.constexpr,
+    factor: tl.constexpr,  # 1 / sqrt(B), and the headroom of float16
     chained: tl.constexpr,
 ):
-    """signs ⊙ Hᵀ y + bias."""
+    """One block of signs ⊙ Hᵀ y + bias."""
     block, m = tl.program_id(0), tl.program_id(1)
     columns_B = block * B + tl.arange(0, B)
     blocks_A = tl.arange(0, BLOCK_A)

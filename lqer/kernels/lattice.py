@@ -1,35 +1,35 @@
-"""E8P weights: eight neighbours of a row share a 16-bit code (lqer.formats.e8 has the codebook), four codes a unit.
+"""Memory layout of E8P weights: eight adjacent weights are one 16-bit code (lqer.formats.e8), four codes a unit.
 
-A point is σ·a + δ/4 (1, .., 1), its weights odd multiples of a quarter. As four bits n = 2 (value + 15/4) a weight is
-exact, and negating all but its δ/4 is n ^ 14. So the eight weights of a code are one word, a nibble for each,
+A lattice point is σ·a + δ/4 (1, .., 1): its coordinates are odd multiples of 1/4. The four bits n = 2 (value + 15/4)
+represent a coordinate exactly, and changing the sign of all but its δ/4 is n ^ 14. The eight weights of a code are
+therefore one word with a nibble per weight,
 
     word = table[row] ^ 14 (signs)                nibble k: coordinate k
 
-where `table` holds the 256 rows of a as they are for σ = 1, first for δ = 1, then for δ = -1. The signs multiply to the
-row's own parity: coordinate 7 of a row of odd parity is negated in the table, so that those in the code are even in
-number, and seven bits b with
+where `table` holds the 256 rows of a with σ = 1, first for δ = 1, then for δ = -1. The product of a code's signs is the
+parity of its row. Coordinate 7 of rows with odd parity is negated in the table, so that the number of negative signs in
+a code is even, and seven bits b represent all eight signs:
 
     sign k = b_k ^ b_(k-1),  b_(-1) = b_7 = 0
 
-stand for all eight. The four codes of a unit of 64 bits lie bit-sliced, so that a mask and a product spread the signs
-of one:
+The four codes of a 64-bit unit are bit-sliced, so that a mask and a multiplication spread the signs of one code:
 
     bit 9 c and up, 9 bits       row of code c in the table
     bit 36 + 4 k + c, k < 7      b_k of code c
 
-    units    int64 [O/16, tiles, 8, 4, 2]    [.., g, t, h]: unit t, codes 4t .. 4t + 3, of row g + 8 h of a tile's 16
+    units    int64 [OP/16, tiles, 8, 4, 2]    [.., g, t, h]: unit t, codes 4t .. 4t + 3, of row g + 8 h of a tile's 16
 
-A thread takes units of two rows with one load of 128 bits, and those are what it holds of a tensor core's operand.
+A thread loads the units of two rows with one 128-bit load; they are its part of a tensor core operand.
 
-Tokens are multiplied as integers: x = step (256 h + l) with h and l of eight bits and a power of two as step, one for
-a tile and a token. They lie in memory as bytes [M, 2, I], all h of a token before all l, the columns of a tile in
-the order in which threads want them, `token_order`: coordinate 2 j + o of code 4 t + 2 p + e stands at
+Tokens are multiplied as integers: x = step (256 h + l), with 8-bit h and l and one power of two as step per tile and
+token. They are stored as bytes [M, 2, IP], all h of a token before all l. Within a tile columns are in the order in
+which threads read them (`token_order`): coordinate 2 j + o of code 4 t + 2 p + e is at
 
     32 t + 16 p + 8 o + 4 e + j
 
-since the even coordinates of a word are the low halves of its bytes, and the odd ones the high halves.
+because the even coordinates of a word are the low halves of its bytes, and the odd ones the high halves.
 
-Shapes: M tokens, O out_features, I in_features, U units, T columns of a tile.
+Shapes: O out_features, I in_features, V codes of a row, A rows of the table a, C the four codes of a unit.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ TILE_K = 128
 CODES = TILE_K // DIMENSION  # of a row in a tile
 UNITS = CODES // 4
 ROW_BITS, ROWS_OF_A, SIGNS_FROM = 9, 512, 36
-# Tiles that a program reads at once; as many as divide the number of tiles.
+# Tiles that a program reads at once: the largest of these that divides the number of tiles.
 SPANS = (16, 8, 4, 2, 1)
-# Padding that makes a number of tiles divisible may not take more.
+# Tiles are padded to a multiple of a larger span only if that adds at most 5 %.
 LARGEST_PADDING = 1.05
 
 
 @dataclass(frozen=True)
 class LatticeLayout:
-    """What a kernel has to know of such a weight besides its tensors; all of it fixed at compile time."""
+    """All that describes such a weight besides its tensors."""
 
-    rows: int  # N
-    columns: int  # K
+    rows: int
+    columns: int
 
     @property
     def tiles(self) -> int:
@@ -83,7 +83,10 @@ class LatticeLayout:
 
 @dataclass(frozen=True)
 class PackedLattice:
-    """The tensors of one weight in the layout above. scales: float32 [padded rows]."""
+    """The tensors of one weight in the layout above.
+
+    units: int64 [OP/16, tiles, 8, 4, 2]. table: int32 [512]. scales: float32 [OP].
+    """
 
     layout: LatticeLayout
     units: Tensor
@@ -96,7 +99,7 @@ class PackedLattice:
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, None]:
-        """In the places of PackedWeight's: units go by the name of words, the table by that of high bits."""
+        """In the order of PackedWeight.parts: units take the place of words, the table that of the high bits."""
         return self.units, self.table, self.scales, None
 
     @property
@@ -105,27 +108,29 @@ class PackedLattice:
 
 
 def check_lattice(number_format: E8P) -> None:
-    """Raise ValueError, stating the rule, for settings that the kernels do not read."""
+    """Raise ValueError, with the rule, for settings that the kernels do not support."""
     if number_format.bits != 2:
-        raise ValueError(f"bits {number_format.bits}: kernels read lattice codes of 2 bits (e8p)")
+        raise ValueError(f"bits {number_format.bits}: kernels support lattice codes of 2 bits only (e8p)")
     if isinstance(number_format.block_size, int):
-        raise ValueError(f"block_size {number_format.block_size}: kernels read one scale for a row or a tensor (e8p)")
+        raise ValueError(
+            f"block_size {number_format.block_size}: kernels support one scale per row or per tensor only (e8p)"
+        )
 
 
 def pack_lattice(weight: QuantizedTensor) -> PackedLattice:
-    """Lay out a weight (O, I) in "e8p", vectors along K, without loss.
+    """Pack an "e8p" weight [O, I] with vectors along axis 1, without loss.
 
-    Raises ValueError for residual codes, block scales and vectors along the other axis.
+    Raises ValueError for residual codes, block scales and vectors along axis 0.
     """
     number_format = weight.format
     assert isinstance(number_format, E8P)
     check_lattice(number_format)
     if len(weight.shape) != 2 or weight.axis != 1:
-        raise ValueError(f"vectors must run along axis 1 of a matrix, found axis {weight.axis} of {weight.shape}")
+        raise ValueError(f"vectors must be along axis 1 of a matrix, found axis {weight.axis} of {weight.shape}")
     layout = LatticeLayout(*weight.shape)
     codes_OV = weight.parts["codes"].to(torch.int64)
     padding = (0, layout.tiles * CODES - codes_OV.shape[1], 0, layout.padded_rows - layout.rows)
-    # [groups, h, g, tiles, units, c] to [groups, tiles, g, units, h, c]
+    # [OP/16, h, g, tiles, units, c] to [OP/16, tiles, g, units, h, c]
     codes = pad(codes_OV, padding).view(layout.padded_rows // ROWS, 2, ROWS // 2, layout.tiles, UNITS, 4)
     codes = codes.permute(0, 3, 2, 4, 1, 5)
     units = _pack_units(codes)
@@ -135,7 +140,7 @@ def pack_lattice(weight: QuantizedTensor) -> PackedLattice:
 
 
 def unpack_points(packed: PackedLattice) -> Tensor:
-    """The points that a weight's codes stand for, float32 [O, I], by plain torch."""
+    """The lattice points of a weight's codes, float32 [O, I], unscaled."""
     layout = packed.layout
     c = torch.arange(4, device=packed.units.device)
     units = packed.units.unsqueeze(-1)
@@ -145,13 +150,13 @@ def unpack_points(packed: PackedLattice) -> Tensor:
     sign = b ^ pad(b, (1, -1))
     nibbles = (packed.table.to(torch.int64)[row].unsqueeze(-1) >> (4 * k)) & 15
     values = (nibbles ^ (14 * sign)).to(torch.float32) / 2 - 3.75
-    # [groups, tiles, g, units, h, c, k]
+    # [OP/16, tiles, g, units, h, c, k]
     natural = values.permute(0, 4, 2, 1, 3, 5, 6).reshape(layout.padded_rows, -1)
     return natural[: layout.rows, : layout.columns]
 
 
 def _pack_units(codes_C: Tensor) -> Tensor:
-    """int64 [*lead] of four codes of lqer.formats.e8 each, [*lead, 4]."""
+    """Codes of lqer.formats.e8 [.., 4] to units, int64 [..]."""
     row = ((codes_C >> 7) & 0xFF) | ((codes_C >> 15) << 8)
     c = torch.arange(4, device=codes_C.device)
     unit, b = row << (ROW_BITS * c), torch.zeros_like(codes_C)
@@ -168,9 +173,9 @@ def _signed32(words: Tensor) -> Tensor:
 
 @lru_cache
 def rows_table() -> Tensor:
-    """int32 [512]: the nibbles of σ·a + δ/4 for σ = 1, first δ = 1, then δ = -1, by row of a.
+    """int32 [512]: the nibbles of σ·a + δ/4 with σ = 1, for each row of a, first δ = 1, then δ = -1.
 
-    Where the digits of a are odd, coordinate 7 is negated, but for its δ/4.
+    If the sum of a row's digits is odd, coordinate 7 is negated, except its δ/4.
     """
     digits_A8 = torch.tensor(absolute_rows(), dtype=torch.int64)
     n_A8 = digits_A8 * 2 + 9

@@ -1,14 +1,16 @@
-"""Device functions that multiply units of lattice codes with tokens, in registers (see lattice.py).
+"""Device functions that decode units of lattice codes and multiply them with tokens, in registers (lattice.py).
 
-On a GPU a warp multiplies a tile of 16 rows with tokens in one piece of PTX. The words of a code are the operand of a
-tensor core for integers nearly as they are: the low halves of their bytes, n, and the high ones, 16 n, are unsigned
-bytes, each kind with sums of its own. What n is more than the point it stands for is made up for by where the sums
-begin: 16 sum n x - 120 sum x = 32 sum (n / 2 - 15/4) x. All of it is exact in 32 bits. The interpreter takes plain
-operations.
+On a GPU a warp multiplies a tile of 16 rows with tokens in one block of PTX. The words of a code are almost directly
+operands of the integer tensor cores: the low halves of their bytes, n, and the high halves, 16 n, are unsigned bytes,
+each accumulated separately. The offset of n from the point that it represents goes into the initial value of the sums:
+16 sum n x - 120 sum x = 32 sum (n / 2 - 15/4) x. All of this is exact in 32 bits. In Triton's interpreter the same is
+computed in plain operations.
 
-Rows of the codebook are looked up in shared memory. Sixteen copies of it lie side by side, one for every second lane
-of a warp, so that lanes seldom wait for each other. Nothing of Triton knows of that table: `share_table` reserves and
-fills it, and returns where it is.
+Rows of the codebook are looked up in shared memory, in 16 interleaved copies, one for every second lane of a warp, to
+avoid bank conflicts. Triton does not know of this table: `share_table` reserves and fills it, and returns its address.
+
+Shapes: M tokens, O rows of W, U units of a row in a tile, C columns of a tile, T threads of a program. An argument
+without a suffix that `load_units`, `no_sums` and `add_products` return is a tuple of tensors [T].
 """
 
 import triton
@@ -22,20 +24,20 @@ TILE_C, UNITS_C = tl.constexpr(TILE_K), tl.constexpr(UNITS)
 COPIES = 16
 COPIES_C = tl.constexpr(COPIES)
 TABLE_BYTES = 4 * ROWS_OF_A * COPIES
-TILE_BYTES = 8 * ROWS * UNITS  # of a tile of a warp's rows
+TILE_BYTES = 8 * ROWS * UNITS  # of a warp's rows
 LARGEST_SPAN = 16
-# Of a column of sums in a tensor core's result: h and l of a token lie side by side.
+# A tensor core multiplies eight columns: h and l of four tokens.
 TOKENS_AT_ONCE = 4
 TOKENS_AT_ONCE_C = tl.constexpr(TOKENS_AT_ONCE)
 
 
 def share_asm(warps: int) -> str:
-    """PTX: the address, $0, of a table in shared memory, filled by all threads from the rows at $1."""
+    """PTX: $0 = the address of the table in shared memory, filled by all threads from the rows at $1."""
     quads = TABLE_BYTES // 16
     turns = quads // (32 * warps)
     lines = [f".shared .align 16 .b8 rows_of_a[{TABLE_BYTES}];", f".reg .b32 i, base, address, v<{turns}>;"]
     lines += [".reg .b64 source, offset;", "mov.u32 i, %tid.x;", "mov.u32 base, rows_of_a;"]
-    # Quad i of 16 bytes is of row i / 4.
+    # The 16 bytes number i are copies of row i / 4.
     lines += ["shr.u32 address, i, 2;", "mul.wide.u32 offset, address, 4;", "add.s64 source, $1, offset;"]
     lines += ["shl.b32 address, i, 4;", "add.u32 address, address, base;"]
     lines += [f"ld.global.nc.b32 v{turn}, [source+{32 * warps * turn}];" for turn in range(turns)]
@@ -46,9 +48,9 @@ def share_asm(warps: int) -> str:
 
 
 def words_asm(unit: str, table: str, row: int) -> list[str]:
-    """PTX: the operands of a tensor core from the four codes of `unit`.
+    """PTX: tensor core operands from the four codes of `unit`.
 
-    e{c}{row} has the even coordinates of code c, o{c}{row} the odd ones. table: the address of this lane's copy.
+    e{c}{row}: the even coordinates of code c; o{c}{row}: the odd ones. table: the address of this lane's copy.
     """
     lines = [f"mov.b64 {{low, b}}, {unit};", "shr.u32 t, b, 4;"]
     # Bit 4 k + c of z: the sign of coordinate k of code c. (b & mask) ^ t
@@ -57,7 +59,7 @@ def words_asm(unit: str, table: str, row: int) -> list[str]:
     for c in range(4):
         lines += [index[c], f"and.b32 t, t, 0x{TABLE_BYTES - 4 * COPIES:X};", f"add.u32 t, t, {table};"]
         lines.append("ld.shared.b32 w, [t];")
-        # A bit of each nibble to 14 of it.
+        # Multiply a sign bit of each nibble to 14.
         mask, factor = ("0x11111111", 14) if c % 2 == 0 else ("0x22222222", 7)
         lines += [f"and.b32 s, {'z' if c < 2 else 'y'}, {mask};", f"mul.lo.u32 s, s, {factor};"]
         # (w ^ s) & mask
@@ -67,10 +69,10 @@ def words_asm(unit: str, table: str, row: int) -> list[str]:
 
 
 def product_asm(blocks: int) -> str:
-    """PTX: adds the product of a tile of 16 rows and 4 `blocks` tokens to a warp's sums.
+    """PTX: add the product of a tile of 16 rows and 4 `blocks` tokens to a warp's sums.
 
-    $(2 i + h): sums of rows g + 8 h for token t of block i, for lane 4 g + t. From 2 blocks on: the same before, then
-    units of both rows, the table, then for each block an address of bytes and one of step and start.
+    Outputs $(2 i + h): the sum of row g + 8 h and token t of block i, in lane 4 g + t. Inputs: the same sums before,
+    the units of both rows, the table, and for each block the addresses of its bytes and of its steps.
     """
     sums = 2 * blocks
     unit, table, first = 2 * sums, 2 * sums + 2, 2 * sums + 3
@@ -95,7 +97,7 @@ def product_asm(blocks: int) -> str:
                 result = "{" + ", ".join(d) + "}"
                 lines.append(f"{mma} {result}, {a}, {b}, {begin if p == 0 else result};")
         for h in range(2):
-            # 16 times the even coordinates' sums, with those of the odd ones; then 256 h + l.
+            # 16 times the sum of the even coordinates plus that of the odd ones; then 256 h + l.
             lines += [f"mad.lo.s32 h, d{2 * h}, 16, d{4 + 2 * h};", f"mad.lo.s32 l, d{2 * h + 1}, 16, d{5 + 2 * h};"]
             lines += ["mad.lo.s32 l, h, 256, l;", "cvt.rn.f32.s32 f, l;"]
             lines.append(f"fma.rn.f32 ${2 * i + h}, f, step, ${sums + 2 * i + h};")
@@ -103,7 +105,7 @@ def product_asm(blocks: int) -> str:
 
 
 def load_asm(span: int) -> str:
-    """PTX: the units of two rows for each of `span` tiles from the address of the first."""
+    """PTX: load the units of two rows of `span` tiles, from the address of the first."""
     loads = (
         f"ld.global.nc.L1::no_allocate.v2.b64 {{${2 * i}, ${2 * i + 1}}}, [${2 * span}+{TILE_BYTES * i}];"
         for i in range(span)
@@ -127,13 +129,13 @@ LOAD_TYPES = tl.constexpr(tuple((tl.int64,) * 2 * span for span in range(LARGEST
 
 @triton.jit
 def share_table(table, warps: tl.constexpr):
-    """What `add_products` looks rows up by: an address in shared memory."""
+    """Fill the table of `add_products`; its address in shared memory."""
     return tl.inline_asm_elementwise(SHARE[warps], "=r,l", [table.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def unit_places(units, rows_O, first, tiles: tl.constexpr):
-    """Where the units [O, 4] of tile number `first` are; those of the next tile are a group of rows further on."""
+    """Addresses of the units [O, 4] of tile `first`."""
     row_O = rows_O % ROWS_C
     base_O = (rows_O // ROWS_C) * (tiles * ROWS_C * UNITS_C) + row_O % 8 * (2 * UNITS_C) + row_O // 8
     return units + (base_O + first * (ROWS_C * UNITS_C))[:, None] + 2 * tl.arange(0, UNITS_C)[None, :]
@@ -141,7 +143,7 @@ def unit_places(units, rows_O, first, tiles: tl.constexpr):
 
 @triton.jit
 def load_units(units, group_T, lane_T, first, tiles: tl.constexpr, span: tl.constexpr):
-    """What each thread holds of `span` tiles from number `first` on: 2 `span` tensors."""
+    """The units of each thread, of `span` tiles from `first` on: 2 `span` tensors."""
     place_T = units + group_T * (tiles * ROWS_C * UNITS_C) + first * (ROWS_C * UNITS_C) + lane_T * 2
     return tl.inline_asm_elementwise(
         LOADS[span], LOAD_CONSTRAINTS[span], [place_T.to(tl.int64)], dtype=LOAD_TYPES[span], is_pure=False, pack=1
@@ -150,7 +152,7 @@ def load_units(units, group_T, lane_T, first, tiles: tl.constexpr, span: tl.cons
 
 @triton.jit
 def no_sums(warps: tl.constexpr, blocks: tl.constexpr):
-    """What `add_products` begins with: two zeros a thread for each four tokens."""
+    """Initial sums of `add_products`: two zeros per thread for each four tokens."""
     if blocks == 1:
         zero_T = tl.zeros((warps * 32,), tl.float32)
         return zero_T, zero_T
@@ -161,10 +163,10 @@ def no_sums(warps: tl.constexpr, blocks: tl.constexpr):
 
 @triton.jit
 def token_places(x, steps, lane_T, first, tile, M, tiles: tl.constexpr, blocks: tl.constexpr):
-    """For each four tokens from `first` on, where the thread reads their bytes and steps of a tile.
+    """For each four tokens from `first` on, the addresses of the bytes and of the steps that a thread reads of a tile.
 
-    Lane 4 g + t takes bytes of token g // 2 of a block, h or l, and has the sums of token t. Tokens that are not there
-    are another's.
+    Lane 4 g + t reads the h (even g) or l (odd g) of token g // 2 of a block and has the sums of token t. Tokens from M
+    on are replaced by the last one.
     """
     if blocks == 1:
         token_T, summed_T = tl.minimum(first + lane_T // 8, M - 1), tl.minimum(first + lane_T % 4, M - 1)
@@ -178,7 +180,7 @@ def token_places(x, steps, lane_T, first, tile, M, tiles: tl.constexpr, blocks: 
 
 @triton.jit
 def add_products(sums, pair, copy_T, places, tile: tl.constexpr, blocks: tl.constexpr):
-    """`sums` and the products of a tile, of whose units each thread holds a pair; places: those of the first tile."""
+    """`sums` + the products of a tile. pair: the thread's units of it; places: `token_places` of the first tile."""
     arguments = sums + pair + (copy_T,)
     for i in tl.static_range(blocks):
         arguments = arguments + (places[2 * i] + tile * TILE_C, places[2 * i + 1] + tile * 8)  # noqa: RUF005
@@ -198,13 +200,13 @@ def unit_word(units_OU, table, c: tl.constexpr):
 
 @triton.jit
 def nibble_values(words, k, dtype: tl.constexpr):
-    """Coordinates k of words, as points."""
+    """Coordinates k of words, as values of lattice points."""
     return (((words >> (4 * k)) & 15).to(tl.float32) * 0.5 - 3.75).to(dtype)
 
 
 @triton.jit
 def token_order(columns):
-    """Where x has its natural columns in memory: unit by unit, as threads read it."""
+    """The position in memory of each natural column of x (lattice.py)."""
     inside = columns % TILE_C
     k, code = inside % 8, inside // 8
     return columns - inside + code // 4 * 32 + code // 2 % 2 * 16 + k % 2 * 8 + code % 2 * 4 + k // 2

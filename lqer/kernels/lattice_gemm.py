@@ -1,12 +1,12 @@
-"""Kernels on lattice codes: the product for few tokens, and decoding to memory for many.
+"""Kernels on lattice codes: the product for few tokens, and dequantization for many.
 
-The product y = W x + b + L (R x) is computed as yᵀ = W xᵀ, weights decoded in registers, tokens as integers of two
-bytes (lattice.py). A warp has 16 rows of outputs and a span of tiles, and reads all of its codes at once, before it
-waits for the kernel that makes x, so that memory is at work while that one is. K is cut into spans, a program each;
-parts are slabs in memory, and the program that finishes a tile of outputs last adds them up in a fixed order. Every
-part brings some of the ranks.
+The product y = W x + b + B(A x) is computed as yᵀ = W xᵀ, with weights decoded in registers and tokens as two-byte
+integers (lattice.py). A warp computes 16 rows over a span of tiles. It loads all of its codes before it waits for the
+kernel that prepares x, so that memory is busy while that kernel runs. K is split over spans (split_k.py), and every
+split adds some of the ranks of the branch.
 
-Shapes: M tokens, O out_features, I in_features, R rank (padded), T threads of a program.
+Shapes: M tokens, I in_features, O out_features, R rank (padded), T threads of a program, H rows g and g + 8
+of a thread, U units of a row in a tile, S partial sums of x A.
 """
 
 import triton
@@ -37,16 +37,16 @@ PROJECTION_ELEMENTS = tl.constexpr(4096)
 
 @triton.jit(do_not_specialize=["M"])
 def lattice_product_kernel(
-    x,  # bytes [M, 2, IP] in token order
-    steps,  # int32 [M, tiles, 2]: bits of a float32, step / 32, and -120 times the sum of a tile's integers
-    units,
+    x,  # int8 [M, 2, IP] in token order
+    steps,  # int32 [M, tiles, 2]: the bits of the float32 step / 32, and -120 times the sum of a tile's integers
+    units,  # these three as in lattice.py
     table,
     scales,
     b_values,  # [RP, O] in the dtype of the layer, or None
-    projection,  # parts of x A, float32 [slabs, M, RP], or None
+    projection,  # partial sums of x A, float32 [projection_splits, M, RP], or None
     bias,  # [O], or None
     partial,  # float32 [splits, O, M], or None for one split
-    finished,  # int32, zero before and after, one a tile of outputs
+    finished,  # int32, a counter per output tile, zero before and after
     y,  # [M, O]
     M,
     N,
@@ -59,11 +59,11 @@ def lattice_product_kernel(
     tiles_n: tl.constexpr,
     WARPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TOKENS: tl.constexpr,  # of a tile that may be there, as a power of two
+    TOKENS: tl.constexpr,  # M, rounded up to a power of two
     BLOCK_R: tl.constexpr,
     chained: tl.constexpr,
 ):
-    """A tile of outputs for BLOCK_M tokens."""
+    """y of 16 * WARPS rows and BLOCK_M tokens, over one split of K."""
     pid = tl.program_id(0)
     pid_n, pid_s = pid % tiles_n, pid // tiles_n
     BLOCK_N: tl.constexpr = WARPS * ROWS_C
@@ -92,8 +92,8 @@ def lattice_product_kernel(
     else:
         places = token_places(x, steps, lane_T, 0, pid_s * span, M, tiles, blocks)
         sums = no_sums(WARPS, blocks)
-        # Once. Triton's passes do not look through such a loop: they might compute `sums` anew in the layout of what is
-        # added to them, where an element does not belong to the thread of its number.
+        # A loop of one turn keeps Triton's passes from recomputing `sums` in the layout of a later operand, in which
+        # element number i does not belong to thread number i.
         turn = 0
         while turn < 1:
             for tile in tl.static_range(span):
@@ -122,7 +122,7 @@ def lattice_product_kernel(
 
 @triton.jit
 def sums_tile(sums, WARPS: tl.constexpr, blocks: tl.constexpr):
-    """[O, M] of what threads hold of it: rows g and g + 8 of a warp's, and one of each four tokens."""
+    """[O, M] from the sums of threads, which hold rows g and g + 8 of a warp and one of each four tokens."""
     if blocks == 1:
         sum_TH = tl.join(sums[0], sums[1])
         return sum_TH.reshape(WARPS, 8, 4, 2).permute(0, 3, 1, 2).reshape(WARPS * 16, 4)
@@ -142,21 +142,21 @@ def _projection(
     BLOCK_S: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """x A, float32 [M, R]: its parts added up."""
+    """x A, float32 [M, R]: the sum of its partial sums."""
     width: tl.constexpr = ranks_R.shape[0]
     at_once: tl.constexpr = min(BLOCK_S, max(1, PROJECTION_ELEMENTS // (TOKENS * width)))
     tokens_M = tl.minimum(tl.arange(0, TOKENS), M - 1)
     xa_MR = tl.zeros((TOKENS, width), tl.float32)
     for first in range(0, projection_splits, at_once):
-        slabs_S = first + tl.arange(0, at_once)
-        place = projection + (slabs_S[:, None, None] * M + tokens_M[None, :, None]) * rank + ranks_R[None, None, :]
-        xa_MR += tl.sum(tl.load(place, mask=(slabs_S < projection_splits)[:, None, None], other=0.0), axis=0)
+        splits_S = first + tl.arange(0, at_once)
+        place = projection + (splits_S[:, None, None] * M + tokens_M[None, :, None]) * rank + ranks_R[None, None, :]
+        xa_MR += tl.sum(tl.load(place, mask=(splits_S < projection_splits)[:, None, None], other=0.0), axis=0)
     return xa_MR
 
 
 @triton.jit
 def lattice_dequantize_kernel(
-    units,
+    units,  # these three as in lattice.py
     table,
     scales,
     w_out,  # [O, I]
@@ -165,7 +165,7 @@ def lattice_dequantize_kernel(
     tiles: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Decode a tile of BLOCK_N rows to memory, scaled in float32, columns in natural order."""
+    """Decode one tile of BLOCK_N rows to memory, scaled in float32, columns in natural order."""
     rows_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
     units_OU = tl.load(unit_places(units, rows_O, tile, tiles))

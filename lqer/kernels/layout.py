@@ -1,23 +1,25 @@
-"""How a quantized weight lies in memory for the kernels: 16-row groups of K tiles, one contiguous chunk each.
+"""Memory layout of integer codes ("mxint", "int") for the kernels: tiles of 16 rows, contiguous along K.
 
-A 32-bit word holds `per_word` codes of one row, offset binary, code j in bits j*width and up. Sixteen words of a row
-are eight pairs, a pair holds 2 * per_word neighbours along K, even ones in its first word, odd ones in its second:
+A 32-bit word holds `per_word` codes of one row in offset binary, code j from bit j * width upwards. The sixteen words
+of a row in a tile form eight pairs. A pair holds 2 * per_word adjacent columns, the even ones in its first word, the
+odd ones in its second:
 
     k = tile * tile_k + pair * 2 * per_word + 2 * j + odd          word = 2 * pair + odd,  tile_k = 16 * per_word
 
-So two words that a thread holds side by side yield, code by code, the neighbours that a tensor core operand wants in
-one register, and a pair shares its scale. Three-bit codes are a two-bit word plane and a plane of their high bits, one
-word a pair, bit 16 * odd + j. Widths 5 to 7 take bytes.
+Two consecutive words of a thread therefore decode, code by code, into the adjacent columns that a tensor core operand
+expects in one register, and a pair shares its scale. Three-bit codes are stored as a plane of two-bit codes and a plane
+of high bits, one word per pair, at bit 16 * odd + j. Codes of 5 to 7 bits are stored in bytes.
 
-    words    int32  [O/16, I/tile_k, 16 rows, 16]
-    high     int32  [O/16, I/tile_k, 16 rows, 8]        three bits only
-    scales          [O/16, tiles, 16 rows, per_tile]    MXINT: uint8, biased exponents of the blocks' steps; int: scales
-    zeros    uint8  like scales                         asymmetric int only
+    words    int32  [OP/16, tiles, 16 rows, 16]
+    high     int32  [OP/16, tiles, 16 rows, 8]           three bits only
+    scales          [OP/16, units, 16 rows, per_tile]    MXINT: uint8 biased exponents of the blocks' steps; int: scales
+    zeros    uint8  like scales                          asymmetric int only
 
-Scales of blocks shorter than a pair come sub-block by sub-block: all first halves of the eight pairs, then all second
-ones. For blocks longer than a tile there is one entry a block. N is padded to 64 rows and K to whole tiles with zeros.
+If blocks are shorter than a pair, the scales of the first halves of all eight pairs come first, then those of the
+second halves. If blocks are longer than a tile, a unit is the tiles of one block and has one scale; otherwise a unit is
+a tile. Rows are padded to a multiple of 64 and columns to whole tiles, with zeros.
 
-Shapes: O out_features, I in_features, padded where marked with P.
+Shapes: O out_features, I in_features, P padded (OP), B quantization blocks of a row, J codes of a word.
 """
 
 from __future__ import annotations
@@ -31,28 +33,28 @@ from torch.nn.functional import pad
 
 from lqer.formats import Int, MXInt, NumberFormat, QuantizedTensor
 
-ROWS = 16  # of a group
+ROWS = 16  # of a tile
 WORDS = 16  # of a row in a tile
 PAIRS = WORDS // 2
-ROW_PADDING = 64  # the smallest tile of rows that a kernel takes
+ROW_PADDING = 64  # the fewest rows that a program computes
 
-# The step's exponent e of an MXINT block must satisfy these for (128 + u) * 2^e - 136 * 2^e to be exact in bfloat16.
+# Limits of a step 2^(e - 127) for (128 + u) * step - 136 * step to be exact in bfloat16.
 SMALLEST_STEP, LARGEST_STEP = 1, 127 + 119
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How the codes and scales of rows lie in tiles: kernels are compiled for this, whatever the number of rows."""
+    """Layout of codes and scales, without the number of rows: kernels are compiled once for each RowLayout."""
 
-    columns: int  # K
+    columns: int
     bits: int
-    offset: int  # what was added to a code to make it unsigned
-    block: int  # elements that share a scale; a power of two, at least as large as K for one scale per row
-    exponents: bool  # scales are exponents of MXINT steps
+    offset: int  # added to a code to make it unsigned
+    block: int  # elements that share a scale, a power of two; at least `columns` for one scale per row
+    exponents: bool  # scales are stored as exponents (MXINT)
 
     @property
     def width(self) -> int:
-        """Bits that a code takes in a word."""
+        """Bits of a code in a word."""
         return {2: 2, 3: 2, 4: 4}.get(self.bits, 8)
 
     @property
@@ -73,7 +75,7 @@ class RowLayout:
 
     @property
     def halves(self) -> int:
-        """Blocks in a pair of words."""
+        """Blocks that the columns of a pair belong to: 1 or 2."""
         return max(1, 2 * self.per_word // self.block)
 
     @property
@@ -82,7 +84,7 @@ class RowLayout:
 
     @property
     def tiles_per_unit(self) -> int:
-        """Tiles that share a scale where blocks are longer than a tile."""
+        """Tiles of a block, if it is longer than a tile."""
         return max(1, self.block // self.tile_k)
 
     @property
@@ -92,9 +94,9 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Layout(RowLayout):
-    """What a kernel has to know of a packed weight besides its tensors."""
+    """All that describes a packed weight besides its tensors."""
 
-    rows: int  # N
+    rows: int
 
     @property
     def padded_rows(self) -> int:
@@ -102,13 +104,13 @@ class Layout(RowLayout):
 
     @cached_property
     def compiled(self) -> RowLayout:
-        """All but the number of rows."""
+        """The layout without the number of rows."""
         return RowLayout(self.columns, self.bits, self.offset, self.block, self.exponents)
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """The tensors of one weight in the layout above; `high` and `zeros` may be None."""
+    """The tensors of one weight in the layout above; high and zeros may be None."""
 
     layout: Layout
     words: Tensor
@@ -126,23 +128,22 @@ class PackedWeight:
 
 
 def check_weight_format(number_format: NumberFormat) -> None:
-    """Raise ValueError, stating the rule, for a format that the kernels do not read."""
+    """Raise ValueError, with the rule, for a format that the kernels do not support."""
     kind, block = number_format.kind, number_format.block_size
     if not isinstance(number_format, MXInt | Int):
-        raise ValueError(f'kernels read weights of kind "mxint", "int", "codebook" and "e8p", found "{kind}"')
+        raise ValueError(f'kernels support weights of kind "mxint", "int", "codebook" and "e8p", found "{kind}"')
     if block == "tensor" or (isinstance(block, int) and (block < 16 or block & (block - 1))):
         raise ValueError(f'block_size {block!r} is neither "row" nor a power of two of at least 16 ({kind})')
 
 
 def pack_weight(weight: QuantizedTensor) -> PackedWeight:
-    """Lay out a weight [O, I] with blocks along K (axis 1), without loss.
+    """Pack a weight [O, I] with blocks along axis 1, without loss.
 
-    Raises ValueError for a format that the kernels do not read, blocks along the other axis, or an MXINT block whose
-    step lies outside 2^-126..2^119.
+    Raises ValueError for an unsupported format, blocks along axis 0, or an MXINT step outside 2^-126..2^119.
     """
     check_weight_format(weight.format)
     if len(weight.shape) != 2 or weight.axis != 1:
-        raise ValueError(f"blocks must run along axis 1 of a matrix, found axis {weight.axis} of {weight.shape}")
+        raise ValueError(f"blocks must be along axis 1 of a matrix, found axis {weight.axis} of {weight.shape}")
     layout = _layout(weight)
     words, high = _pack_codes(weight.parts["codes"], layout)
     if isinstance(weight.format, MXInt):
@@ -154,10 +155,10 @@ def pack_weight(weight: QuantizedTensor) -> PackedWeight:
 
 
 def unpack_codes(packed: PackedWeight) -> Tensor:
-    """The inverse of what `pack_weight` does to the codes: int16 [O, I], the offset taken off again."""
+    """The signed codes of a packed weight, int16 [O, I]."""
     layout = packed.layout
     shifts_J = torch.arange(layout.per_word, device=packed.words.device) * layout.width
-    # [groups, tiles, rows, pairs, odd, 1] >> [J]
+    # [OP/16, tiles, rows, pairs, odd, 1] >> [J]
     words = packed.words.view(*packed.words.shape[:-1], PAIRS, 2, 1)
     codes = (words >> shifts_J) & ((1 << layout.width) - 1)
     if packed.high is not None:
@@ -181,7 +182,7 @@ def _pack_codes(codes_OI: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None
     padding = (0, layout.padded_columns - layout.columns, 0, layout.padded_rows - layout.rows)
     unsigned = pad(codes_OI.to(torch.int32), padding) + layout.offset
     shape = (layout.padded_rows // ROWS, ROWS, layout.tiles, PAIRS, layout.per_word, 2)
-    # [groups, tiles, rows, pairs, odd, J]
+    # [OP/16, tiles, rows, pairs, odd, J]
     codes = unsigned.view(shape).permute(0, 2, 1, 3, 5, 4)
     high = None
     if layout.bits == 3:
@@ -194,24 +195,24 @@ def _pack_codes(codes_OI: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None
 
 
 def _as_int32(words: Tensor) -> Tensor:
-    """Unsigned 32-bit values in int64 to the int32 of the same bits."""
+    """Unsigned 32-bit values in int64 to int32 with the same bits."""
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
 def _step_exponents(weight: QuantizedTensor) -> Tensor:
-    """uint8 [O, blocks]: the biased exponent of each block's step, 0 for a block of zeros."""
+    """uint8 [O, B]: the biased exponent of each block's step, 0 for a block of zeros."""
     assert isinstance(weight.format, MXInt)
     exponents = weight.parts["exponents"].to(torch.int16)
     steps = exponents - weight.format.fraction_bits
     outside = (exponents > 0) & ((steps < SMALLEST_STEP) | (steps > LARGEST_STEP))
     if outside.any():
         found = int(steps[outside][0]) - 127
-        raise ValueError(f"the step 2^{found} of an MXINT block is not in 2^-126..2^119, where kernels are exact")
+        raise ValueError(f"the step 2^{found} of an MXINT block is outside 2^-126..2^119, where kernels are exact")
     return torch.where(exponents > 0, steps, 0).to(torch.uint8)
 
 
 def _arrange(scales_OB: Tensor, layout: Layout) -> Tensor:
-    """Scales of all blocks [O, blocks] to [O/16, tiles, 16, per_tile], padded with zeros."""
+    """Scales [O, B] to [OP/16, units, 16, per_tile], padded with zeros."""
     per_tile = layout.scales_per_tile
     tiles = layout.tiles if layout.block <= layout.tile_k else scales_OB.shape[1]
     padding = (0, tiles * per_tile - scales_OB.shape[1], 0, layout.padded_rows - layout.rows)

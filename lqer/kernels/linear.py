@@ -1,13 +1,14 @@
-"""The quantized linear on packed tensors: y = W_q x_q + b + Q(Q(x_q A) B).
+"""The quantized linear on packed tensors, and its operator torch.ops.lqer.packed_linear.
 
     packed = PackedLinear.pack(weight, a, b, bias, activation, torch.bfloat16)
     y = packed_linear(x, packed)
 
-On a GPU this runs one or two Triton kernels, and for many tokens kernels that decode the weight and write the branch,
-to which a library adds the product (docs/developer/kernels.md has the regimes). Elsewhere it runs the torch reference,
-or, under TRITON_INTERPRET=1, the kernels in Triton's interpreter. No call waits for the device or tunes anything.
+y = W_q x_q + b + Q(Q(x_q A) B). On a GPU, few tokens take one to three Triton kernels; for many tokens, kernels
+dequantize the weight and compute the low-rank branch, and a library multiplies (docs/developer/kernels.md lists the
+regimes). On a CPU this is the torch reference or, with TRITON_INTERPRET=1, the kernels in Triton's interpreter. A call
+neither synchronizes with the device nor tunes anything.
 
-Shapes: M tokens, O out_features, I in_features, R rank; P marks padding.
+Shapes: M tokens, I in_features, O out_features, R rank; a P after a letter means padded.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from lqer.kernels.runtime import INTERPRETED
 
 
 def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
-    """y = W_q x_q + b + Q(Q(x_q A) B), x_q = Q(x) where activations are rounded.
+    """y = W_q x_q + b + Q(Q(x_q A) B), with x_q = Q(x) if activations are rounded; sums in float32.
 
-    x: (..., I) in packed.dtype -> (..., O) in packed.dtype; sums in float32.
+    x: (..., I) in packed.dtype -> (..., O) in packed.dtype.
     Raises ValueError for another dtype or width.
     """
     layout = packed.spec.layout
@@ -53,6 +54,23 @@ def _packed_linear(
     output_signs: Tensor | None,
     spec: str,
 ) -> Tensor:
+    """y (..., O) of x; shapes are those of PackedLinear, dtype is that of x, all tensors contiguous except x.
+
+    x             (..., I) bfloat16 or float16
+    words         int32: codes of layout.py or indices of codebook.py; int64 units of lattice.py
+    high          int32: high bits of three-bit codes; the table of lattice codes; else None
+    scales        uint8 step exponents of MXINT, float scales of int, the table of a codebook, float32 [OP] of lattices
+    zeros         uint8 zero points of asymmetric int, like scales; else None
+    bias          [O] in dtype, or None
+    a_codes       Aᵀ [RP, IP] int8 codes, or values in dtype; None at rank 0
+    a_exponents   [RP, IP / a_block] uint8, or None
+    b_codes       B [RP, O] int8 codes, or values in dtype; None at rank 0
+    b_exponents   [RP / b_block, O] uint8, or None
+    workspace     [counters] int32, zero before and after
+    input_signs   [I] in dtype, or None
+    output_signs  [O] in dtype, or None
+    spec          encode_spec of the Spec that all of this is laid out by
+    """
     decoded = decode_spec(spec)
     packed = PackedLinear(
         decoded, x.dtype, weight_of(decoded.layout, words, high, scales, zeros), bias, a_codes, a_exponents,

@@ -1,14 +1,14 @@
-"""Device functions of the low-rank branch: Q(Q(x A) B), beside the product with W in one kernel.
+"""Device functions of the low-rank branch Q(Q(x A) B), computed in the same kernel as the product with W.
 
-The first programs of a grid produce Q(x A): each multiplies a split of x's columns by A's rows, the one that finishes
-last adds the splits up in a fixed order, so that runs agree bit for bit, rounds the sum and raises `ready`. The other
-programs multiply with W meanwhile and wait for `ready` only when they are done with that. Programs start in the order
-of their numbers and producers wait for nobody, so the wait ends.
+The first programs of a grid compute Q(x A). Each multiplies a split of x's columns by A; the one that finishes last
+adds the partial sums (split_k.py), rounds and increments `ready`. The other programs multiply with W meanwhile; those
+that need Q(x A) wait for `ready`. This cannot deadlock, because programs are scheduled in the order of their numbers
+and the first ones never wait.
 
-Counters (int32, zero before and after, for each tile of tokens): `ready`, and one of finished splits for each block of
-ranks. A consumer that has waited counts itself in `ready`, and the last one sets it back to zero.
+Counters (int32, zero before and after, for each tile of tokens): `ready`, then one per block of ranks for its finished
+splits. Every consumer increments `ready` once more, and the last one resets it.
 
-Shapes: M tokens, O out_features, I in_features, R rank (padded to whole blocks), C columns of a factor.
+Shapes: M tokens, I in_features, O out_features, R rank (padded to whole blocks), C columns of a factor, B blocks.
 """
 
 import triton
@@ -20,7 +20,7 @@ from lqer.kernels.rounding import round_columns
 from lqer.kernels.split_k import store_partial, sum_partials
 
 PARTIALS_AT_ONCE = tl.constexpr(8)
-# What a finished block of ranks adds to `ready`; consumers add one each.
+# A finished block of ranks adds this to `ready`; a consumer adds one.
 BLOCK_READY = tl.constexpr(1 << 20)
 
 
@@ -31,14 +31,14 @@ def load_factor(
     first_row,
     columns_C,
     n_columns,
-    n_rows,  # of the factor
+    n_rows,
     rows: tl.constexpr,
     block: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """`rows` rows of B [., n_columns] in `dtype`: int8 codes with step exponents per `block` rows, or values.
+    """`rows` rows of B [n_rows, n_columns] in `dtype`, from int8 codes with exponents, or from values.
 
-    Rows from n_rows on and columns from n_columns on are zero.
+    Elements outside B are zero.
     """
     rows_R = first_row + tl.arange(0, rows)
     inside = (rows_R < n_rows)[:, None] & (columns_C < n_columns)[None, :]
@@ -68,9 +68,9 @@ def load_transposed(
     block: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """`columns` columns of Aᵀ [n_ranks, padded_columns] in `dtype`: int8 codes with step exponents, or values.
+    """`columns` columns of Aᵀ [n_ranks, padded_columns] in `dtype`, from int8 codes with exponents, or from values.
 
-    Columns from padded_columns on are zero.
+    Elements outside Aᵀ are zero.
     """
     width: tl.constexpr = ranks_R.shape[0]
     columns_I = first + tl.arange(0, columns)
@@ -94,7 +94,7 @@ def project_rank(
     a_codes,  # Aᵀ [RP, IP] int8 or plain
     a_exponents,  # [RP, IP / a_block] uint8, or None
     place,  # of the result, float32
-    r,
+    r,  # which rank
     K,
     padded_columns: tl.constexpr,
     rounding: tl.constexpr,
@@ -102,9 +102,9 @@ def project_rank(
     BLOCK_K: tl.constexpr,
     chained: tl.constexpr,
 ):
-    """Number r of x_q A for one token, over all of K: no other program has to add anything."""
+    """Element r of x_q A for one token, over all of K."""
     ranks_R = r + tl.arange(0, 1)
-    # A does not depend on the kernel before.
+    # A does not depend on the previous kernel.
     a_RI = load_transposed(a_codes, a_exponents, ranks_R, 0, r + 1, padded_columns, BLOCK_K, a_block, tl.float32)
     if chained:
         gdc_wait()
@@ -125,11 +125,11 @@ def project_rank(
 
 @triton.jit
 def project_split(
-    x,  # [M, I], rows `x_stride` apart, not rounded
+    x,  # [M, I], not rounded
     a_codes,  # Aᵀ [RP, IP] int8 or plain
     a_exponents,  # [RP, IP / a_block] uint8, or None
-    x_out,  # [M, I], where the programs of the first ranks put the rounded x, or None
-    first_ranks,  # is this one of them
+    x_out,  # [M, I], for the rounded x, or None
+    writes_x,  # whether this program writes it
     split,
     rows_M,
     ranks_R,
@@ -138,7 +138,7 @@ def project_split(
     x_stride,
     rank: tl.constexpr,
     padded_columns: tl.constexpr,
-    SPLIT_K: tl.constexpr,  # columns of a slab
+    SPLIT_K: tl.constexpr,  # columns of a split
     BLOCK_K: tl.constexpr,
     rounding: tl.constexpr,
     a_block: tl.constexpr,
@@ -155,7 +155,7 @@ def project_split(
         if rounding.bits > 0:
             x_MI = round_columns(x_MI.to(tl.float32), rounding).to(dtype)
             if x_out is not None:
-                if first_ranks:
+                if writes_x:
                     tl.store(x_out + rows_M.to(tl.int64)[:, None] * K + columns_I[None, :], x_MI, mask=inside)
         a_RI = load_transposed(a_codes, a_exponents, ranks_R, first, rank, padded_columns, BLOCK_K, a_block, dtype)
         acc_MR = dot(x_MI, tl.trans(a_RI), acc_MR)
@@ -176,7 +176,7 @@ def finish_projection(
     splits: tl.constexpr,
     rounding: tl.constexpr,
 ):
-    """Whether this program was the last of its splits to finish: then it has written Q(x A)."""
+    """Store a partial sum of x A; the last program writes Q(x A). True for that one."""
     inside_M1 = (rows_M < M)[:, None]
     offset_MR = rows_M[:, None] * rank + ranks_R[None, :]
     last = store_partial(acc_MR, partial, offset_MR, inside_M1, M * rank, counter, split, splits)
@@ -196,7 +196,7 @@ def write_projection(
     rank: tl.constexpr,
     rounding: tl.constexpr,
 ):
-    """Q(x A), from x A in float32."""
+    """Write Q(x A), from x A in float32."""
     if rounding.bits > 0:
         xa_MR = round_columns(xa_MR, rounding)
     place = projection + rows_M[:, None] * rank + ranks_R[None, :]
@@ -205,12 +205,12 @@ def write_projection(
 
 @triton.jit
 def produce_projection(
-    producer,  # number of this program among the producers
-    x,  # [M, I], rows `x_stride` apart, not rounded
-    a_codes,
-    a_exponents,
-    partial,
-    projection,
+    producer,  # number of this program
+    x,  # [M, I], not rounded
+    a_codes,  # Aᵀ [RP, IP] int8 or values
+    a_exponents,  # [RP, IP / a_block] uint8, or None
+    partial,  # [splits, M, RP] float32
+    projection,  # [M, RP]
     counters,
     M,
     K,
@@ -224,9 +224,9 @@ def produce_projection(
     rounding: tl.constexpr,
     a_block: tl.constexpr,
 ):
-    """One split of one tile of tokens and one block of ranks; for the last of the splits, Q(x A) too."""
+    """One split of x A for a tile of tokens and a block of ranks; the last one also writes Q(x A)."""
     rank_blocks: tl.constexpr = rank // BLOCK_R
-    # So few columns at once that producers need no more registers than the other programs of their kernel.
+    # Few enough columns at once to need no more registers than the other programs of the kernel.
     BLOCK_K: tl.constexpr = max(64, min(SPLIT_K, 2048 // max(BLOCK_M, BLOCK_R)))
     split, pid_r, pid_m = producer % splits, producer // splits % rank_blocks, producer // (splits * rank_blocks)
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -245,7 +245,7 @@ def produce_projection(
 
 @triton.jit
 def await_projection(counters, pid_m, consumers, rank_blocks: tl.constexpr):
-    """Return once Q(x A) of a tile of tokens is there; each of its `consumers` programs calls this once."""
+    """Wait for Q(x A) of a tile of tokens; each of its `consumers` programs calls this once."""
     ready = counters + pid_m * (rank_blocks + 1)
     done: tl.constexpr = BLOCK_READY * rank_blocks
     while tl.atomic_add(ready, 0, sem="acquire") < done:

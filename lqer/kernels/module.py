@@ -9,7 +9,7 @@ from lqer.kernels.packed import PackedLinear, weight_of
 
 
 class TritonLinear(nn.Module):
-    """Runs `packed_linear`; its tensors are non-persistent buffers and follow the module from device to device."""
+    """`packed_linear` as a module. Its tensors are non-persistent buffers, so .to(device) moves them."""
 
     words: Tensor
     scales: Tensor
@@ -25,15 +25,15 @@ class TritonLinear(nn.Module):
 
     @property
     def packed(self) -> PackedLinear:
-        """The linear on the tensors that the module holds now."""
+        """The linear with the module's current buffers."""
 
-        def held(name: str) -> Tensor | None:
+        def get(name: str) -> Tensor | None:
             return self._buffers.get(name)
 
-        weight = weight_of(self._spec.layout, self.words, held("high"), self.scales, held("zeros"))
+        weight = weight_of(self._spec.layout, self.words, get("high"), self.scales, get("zeros"))
         return PackedLinear(
-            self._spec, self._dtype, weight, held("bias"), held("a_codes"), held("a_exponents"), held("b_codes"),
-            held("b_exponents"), self.workspace, held("input_signs"), held("output_signs"),
+            self._spec, self._dtype, weight, get("bias"), get("a_codes"), get("a_exponents"), get("b_codes"),
+            get("b_exponents"), self.workspace, get("input_signs"), get("output_signs"),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""A quantized linear as the kernels read it: its packed tensors, and what is fixed when kernels are compiled.
+"""A quantized linear packed for the kernels: its tensors, and what kernels are compiled for.
 
-Shapes: O out_features, I in_features, R rank; P marks padding.
+Shapes: I in_features, O out_features, R rank; a P after a letter means padded.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from lqer.transforms.hadamard import RandomHadamard
 
 FACTOR_BLOCKS = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16)
-# Counters: of the low-rank branch, then of finished parts of tiles of outputs, up to so many tiles of tokens.
+# The workspace holds the counters of the low-rank branch, then one for every output tile, for up to TOKEN_TILES.
 PROJECTION_COUNTERS = 256
 TOKEN_TILES = 16
-
 
 AnyLayout = Layout | CodebookLayout | LatticeLayout
 AnyWeight = PackedWeight | PackedCodebook | PackedLattice
@@ -32,23 +31,23 @@ AnyWeight = PackedWeight | PackedCodebook | PackedLattice
 
 @dataclass(frozen=True)
 class ActivationRounding:
-    """How activations are rounded; bits 0: not at all."""
+    """MXINT rounding of activations. Frozen: kernels take it as one compile-time argument."""
 
-    bits: int = 0
+    bits: int = 0  # 0: activations are not rounded
     block: int = 16
-    ceil: bool = True
+    ceil: bool = True  # scale_rounding "ceil", else "floor"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """All that is fixed at compile time."""
+    """All that describes a packed linear besides its tensors and their dtype."""
 
     layout: AnyLayout
     rounding: ActivationRounding
     rank: int  # padded
     a_block: int
     b_block: int
-    # All of it as a string, the only structured thing that a custom operator takes; made once, for every call.
+    # The spec as a string, because a custom operator takes no dataclass; encoded once for all calls.
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -57,12 +56,17 @@ class Spec:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A quantized linear as the kernels read it.
+    """A quantized linear as the kernels read it; all tensors contiguous, on one device.
 
-    weight: see layout.py, codebook.py and lattice.py. a_codes, A transposed [RP, IP], and b_codes [RP, O]: int8 with
-    uint8 step exponents [RP, IP/block] and [RP/block, O] for MXINT factors, else values in `dtype` and None. bias_O in
-    `dtype` or None. input_signs_I and output_signs_O, in `dtype`: of the basis that weight, A and B are in, for lattice
-    codes, or None. workspace: int32, zero whenever no kernel runs; two calls of one layer must not overlap in time.
+    weight          PackedWeight (layout.py), PackedCodebook (codebook.py) or PackedLattice (lattice.py)
+    bias_O          [O] in dtype, or None
+    a_codes         A transposed [RP, IP]: int8 codes of an MXINT factor, else values in dtype; None at rank 0
+    a_exponents     [RP, IP / a_block] uint8: biased exponents of A's steps, 0 for a block of zeros; None for values
+    b_codes         B [RP, O]: as a_codes
+    b_exponents     [RP / b_block, O] uint8: as a_exponents
+    workspace       [counters] int32, zero whenever no kernel runs; calls of one layer must not overlap in time
+    input_signs_I   [I] in dtype: D(s_u) of the Hadamard rotation that weight and A are in ("e8p" only), or None
+    output_signs_O  [O] in dtype: D(s_v) of the rotation of weight and B, or None
     """
 
     spec: Spec
@@ -86,22 +90,26 @@ class PackedLinear:
         bias_O: Tensor | None,
         activation: NumberFormat | None,
         dtype: torch.dtype,
-        basis: RandomHadamard | None = None,
+        hadamard: RandomHadamard | None = None,
     ) -> PackedLinear:
-        """Lay out a linear for the kernels, on the device of its tensors.
+        """Pack a linear for the kernels, on the device of its tensors.
 
-        weight: (O, I) in "mxint", "int", "codebook" or "e8p", blocks along K. a (I, R), b (R, O): any format; MXINT
-        factors with blocks of 16, 32 or 64 along the summed dimension stay packed, except beside "e8p"; others are kept
-        as values in `dtype`. activation: "mxint" with blocks of 16, 32 or 64, or None. dtype: bfloat16 or float16, of x
-        and y. basis: that of weight, a and b, which the kernels of "e8p" go to and come back from.
+        weight      (O, I) in "mxint", "int", "codebook" or "e8p", blocks along I
+        a           (I, R) in any format, or None. MXINT with blocks of 16, 32 or 64 along I stays packed. Other
+                    formats, and all factors of "e8p" weights, are stored as values in dtype
+        b           (R, O): as a, with blocks along R
+        bias_O      (O,) of any float dtype, or None
+        activation  "mxint" with blocks of 16, 32 or 64, or None
+        dtype       bfloat16 or float16, of x and y
+        hadamard    the rotation that weight, a and b are in; kernels rotate x and y for "e8p" weights only
 
-        Raises ValueError, stating the rule, for anything else.
+        Raises ValueError, with the rule, for anything else.
         """
         if dtype not in DTYPES:
             raise ValueError(f"kernels compute in bfloat16 or float16, found {dtype}")
         lattice = isinstance(weight.format, E8P)
-        if basis is not None and not lattice:
-            raise ValueError(f'kernels run a basis around weights of kind "e8p", found "{weight.format.kind}"')
+        if hadamard is not None and not lattice:
+            raise ValueError(f'kernels rotate x and y for weights of kind "e8p" only, found "{weight.format.kind}"')
         packed = _pack_any(weight, dtype)
         rounding = activation_rounding(activation)
         rank = 0 if a is None else padded_rank(a.shape[1], max(rounding.block, _block_of(b)))
@@ -121,12 +129,12 @@ class PackedLinear:
             b_codes=b_codes,
             b_exponents=b_exponents,
             workspace=torch.zeros(counters, dtype=torch.int32, device=packed.words.device),
-            input_signs_I=None if basis is None else basis.input_signs_I.to(packed.words.device, dtype),
-            output_signs_O=None if basis is None else basis.output_signs_O.to(packed.words.device, dtype),
+            input_signs_I=None if hadamard is None else hadamard.input_signs_I.to(packed.words.device, dtype),
+            output_signs_O=None if hadamard is None else hadamard.output_signs_O.to(packed.words.device, dtype),
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything it holds, by name."""
+        """All tensors that are not None, by name: the buffers of TritonLinear."""
         named = dict(zip(("words", "high", "scales", "zeros"), self.weight.parts, strict=True))
         named |= {
             "bias": self.bias_O, "a_codes": self.a_codes, "a_exponents": self.a_exponents, "b_codes": self.b_codes,
@@ -141,7 +149,7 @@ class PackedLinear:
 
 
 def weight_of(layout: AnyLayout, words: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None) -> AnyWeight:
-    """A packed weight from its tensors, in the places that its `parts` put them in."""
+    """The packed weight whose `parts` are these tensors; shapes in layout.py, codebook.py and lattice.py."""
     if isinstance(layout, CodebookLayout):
         return PackedCodebook(layout, words, scales)
     if isinstance(layout, LatticeLayout):
@@ -151,7 +159,7 @@ def weight_of(layout: AnyLayout, words: Tensor, high: Tensor | None, scales: Ten
 
 
 def check_weight(number_format: NumberFormat) -> None:
-    """Raise ValueError, stating the rule, for a format of weights that the kernels do not read."""
+    """Raise ValueError, with the rule, for a weight format that the kernels do not support."""
     if isinstance(number_format, Codebook):
         check_codebook(number_format)
     elif isinstance(number_format, E8P):
@@ -161,7 +169,7 @@ def check_weight(number_format: NumberFormat) -> None:
 
 
 def activation_rounding(activation: NumberFormat | None) -> ActivationRounding:
-    """Raises ValueError for an activation format that the kernels cannot round to."""
+    """How kernels round to this format. Raises ValueError for a format that they do not support."""
     if activation is None or isinstance(activation, Passthrough):
         return ActivationRounding()
     if not isinstance(activation, MXInt):
@@ -172,12 +180,12 @@ def activation_rounding(activation: NumberFormat | None) -> ActivationRounding:
 
 
 def padded_rank(rank: int, block: int) -> int:
-    """The rank that kernels run: a power of two up to 64, whole blocks, then a multiple of 64; the rest is zeros."""
+    """Rank of the kernels, padded with zeros: a power of two of whole blocks up to 64, then a multiple of 64."""
     return max(16, block, 1 << (rank - 1).bit_length()) if rank <= 64 else -(-rank // 64) * 64
 
 
 def _block_of(factor: QuantizedTensor | None) -> int:
-    """Elements along the summed dimension that share a step, of a factor that stays packed; else 0."""
+    """Block size of a factor that stays packed; else 0."""
     if factor is None or not isinstance(factor.format, MXInt) or factor.axis != 0:
         return 0
     return factor.format.block_size if factor.format.block_size in FACTOR_BLOCKS else 0
@@ -192,7 +200,7 @@ def _pack_any(weight: QuantizedTensor, dtype: torch.dtype) -> AnyWeight:
 def _pack_factor(
     factor: QuantizedTensor | None, rows: int, columns: int, dtype: torch.dtype, as_values: bool
 ) -> tuple[Tensor | None, Tensor | None, int]:
-    """Codes or values [rows, columns], step exponents or None, and the block they share."""
+    """Codes or values [rows, columns], step exponents or None, and the block size."""
     if factor is None:
         return None, None, FACTOR_BLOCKS[0]
     number_format, block = factor.format, _block_of(factor)
@@ -202,7 +210,7 @@ def _pack_factor(
     exponents = factor.parts["exponents"].to(torch.int16)
     steps = torch.where(exponents > 0, exponents - number_format.fraction_bits, 0)
     if (steps < 0).any():
-        raise ValueError("the step of an MXINT block of a factor lies below 2^-126")
+        raise ValueError("the step of an MXINT block of a factor is below 2^-126")
     codes = _padded(factor.parts["codes"].T, rows, columns)
     return codes, _padded(steps.to(torch.uint8).T, rows // block, columns), block
 
@@ -212,7 +220,7 @@ def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def encode_spec(spec: Spec) -> str:
-    """A spec as a string of names and numbers."""
+    """A spec as a string: the name of the layout, then numbers."""
     rounding = spec.rounding
     numbers = (
         *dataclasses.astuple(spec.layout), rounding.bits, rounding.block, rounding.ceil, spec.rank, spec.a_block,

@@ -1,6 +1,9 @@
-"""The layer in plain torch, on the packed tensors: what runs without a GPU and what the kernels are compared with.
+"""The packed linear in plain torch: used without a GPU, and the reference that kernels are compared with.
 
-It shares no code with the kernels beyond the layout of the tensors.
+It shares no code with the kernels except the packed tensors' layout.
+
+Shapes: M tokens, I in_features, O out_features, R rank, B blocks of a row, G groups of columns, W words, U units,
+V indices of a row.
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ def reference_linear(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, O] in packed.dtype, computed in float32."""
     if packed.input_signs_I is None or packed.output_signs_O is None:
         return _linear(x_MI, packed).to(packed.dtype)
-    basis = RandomHadamard(packed.input_signs_I, packed.output_signs_O)
+    hadamard = RandomHadamard(packed.input_signs_I, packed.output_signs_O)
     inner = replace(packed, bias_O=None)
-    return run_rotated(x_MI, basis, packed.bias_O, lambda x: _linear(x, inner)).to(packed.dtype)
+    return run_rotated(x_MI, hadamard, packed.bias_O, lambda x: _linear(x, inner)).to(packed.dtype)
 
 
 def _linear(x_MI: Tensor, packed: PackedLinear) -> Tensor:
-    """y [M, O] float32, in the basis of the weight."""
+    """y [M, O] float32, without rotations."""
     spec = packed.spec
     x32_MI = _round(x_MI.to(torch.float32), packed)
     y_MO = x32_MI @ reference_weight(packed.weight, packed.dtype).to(torch.float32).T
@@ -73,12 +76,12 @@ def _look_up(weight: PackedCodebook) -> Tensor:
 
 
 def _fields(words: Tensor, bits: int) -> Tensor:
-    """The fields of `bits` bits of int32 words [..., 32 / bits], the lowest first."""
+    """Split int32 words into fields of `bits` bits [..., 32 / bits], the lowest first."""
     return (words.unsqueeze(-1) >> torch.arange(0, 32, bits, device=words.device)) & ((1 << bits) - 1)
 
 
 def _in_rows(scales: Tensor, weight: PackedWeight) -> Tensor:
-    """Scales or zeros as packed to [O, blocks]."""
+    """Packed scales or zeros to [O, B]."""
     layout = weight.layout
     if layout.halves > 1:
         scales = scales.unflatten(-1, (layout.halves, -1)).transpose(-1, -2).flatten(-2)

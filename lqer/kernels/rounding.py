@@ -1,4 +1,9 @@
-"""MXINT rounding on the device, bit for bit what `lqer.formats.MXInt` does (clean rounding, both scale roundings)."""
+"""MXINT rounding on the device, bit for bit that of `lqer.formats.MXInt` with both scale roundings.
+
+rounding: a packed.ActivationRounding, passed as a compile-time constant.
+
+Shapes: M tokens, I in_features, O out_features, G blocks, B values of a block.
+"""
 
 import triton
 import triton.language as tl
@@ -11,7 +16,7 @@ NAN_PATTERN = tl.constexpr(0x7FC00000)
 LARGEST_POWER = tl.constexpr(0x7F000000)  # 2^127
 SMALLEST_POWER = tl.constexpr(0x00800000)  # 2^-126
 MANTISSA = tl.constexpr(0x007FFFFF)
-# Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, half to even.
+# Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, ties to even.
 ROUNDER = tl.constexpr(12582912.0)
 
 
@@ -22,7 +27,7 @@ def _larger(a, b):
 
 @triton.jit
 def _largest_magnitude(x_GB, axis: tl.constexpr):
-    """Bits of the largest magnitude along `axis`; NaN is larger than infinity."""
+    """Bit pattern of the largest magnitude along `axis`; NaN counts as larger than infinity."""
     if INTERPRETED:
         return tl.max(x_GB.to(tl.int32, bitcast=True) & MAGNITUDE, axis=axis, keep_dims=True)
     else:
@@ -31,15 +36,15 @@ def _largest_magnitude(x_GB, axis: tl.constexpr):
 
 @triton.jit
 def mxint_codes(x_GB, axis: tl.constexpr, rounding: tl.constexpr):
-    """Codes, as float32, and steps of float32 blocks that lie along `axis` (which the steps keep, with length 1).
+    """Codes (as float32) and steps of float32 blocks along `axis`; the steps have length 1 along it.
 
-    A block with NaN or infinity has the step NaN.
+    A block with NaN or infinity gets the step NaN.
     """
     fraction_bits: tl.constexpr = rounding.bits - 1 if rounding.ceil else rounding.bits - 2
     max_code: tl.constexpr = (1 << (rounding.bits - 1)) - 1
     largest = _largest_magnitude(x_GB, axis)
     if rounding.ceil:
-        # All mantissa bits carry into the exponent unless the mantissa is zero: the next power of two.
+        # Rounds up to a power of two: the sum carries into the exponent unless the mantissa is zero.
         power = tl.minimum((largest + MANTISSA) & INF_PATTERN, LARGEST_POWER)
         power = tl.maximum(power, SMALLEST_POWER)
     else:
@@ -49,7 +54,7 @@ def mxint_codes(x_GB, axis: tl.constexpr, rounding: tl.constexpr):
     step = tl.where(largest >= INF_PATTERN, NAN_PATTERN, power).to(tl.float32, bitcast=True) * (2.0**-fraction_bits)
     # x / step = x * (2 / power) * 2^(fraction_bits - 1): 2 / power is always a normal float32, 1 / step is not.
     inverse = (-power + INF_PATTERN).to(tl.float32, bitcast=True)
-    # The second product and the sum are one fused instruction; clamping a rounded code needs no further rounding.
+    # The second product and the sum are one fused instruction; clamping keeps a rounded code an integer.
     codes = x_GB * inverse * (2.0 ** (fraction_bits - 1)) + ROUNDER
     codes = tl.minimum(tl.maximum(codes, ROUNDER - max_code), ROUNDER + max_code)
     return codes - ROUNDER, step
@@ -57,14 +62,14 @@ def mxint_codes(x_GB, axis: tl.constexpr, rounding: tl.constexpr):
 
 @triton.jit
 def round_mxint(x_GB, axis: tl.constexpr, rounding: tl.constexpr):
-    """Round float32 blocks that lie along `axis` to MXINT values; a block with NaN or infinity becomes NaN."""
+    """Round float32 blocks along `axis` to MXINT values; a block with NaN or infinity becomes NaN."""
     codes, step = mxint_codes(x_GB, axis, rounding)
     return codes * step
 
 
 @triton.jit
 def round_columns(x_MI, rounding: tl.constexpr):
-    """Round float32 [M, I] in blocks along K."""
+    """Round float32 [M, I] in blocks along I."""
     rows: tl.constexpr = x_MI.shape[0]
     columns: tl.constexpr = x_MI.shape[1]
     blocks = x_MI.reshape(rows, columns // rounding.block, rounding.block)
@@ -73,7 +78,7 @@ def round_columns(x_MI, rounding: tl.constexpr):
 
 @triton.jit
 def round_rows(x_OM, rounding: tl.constexpr):
-    """Round float32 [O, M] in blocks along N."""
+    """Round float32 [O, M] in blocks along O."""
     rows: tl.constexpr = x_OM.shape[0]
     columns: tl.constexpr = x_OM.shape[1]
     blocks = x_OM.reshape(rows // rounding.block, rounding.block, columns)

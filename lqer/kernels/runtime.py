@@ -1,4 +1,8 @@
-"""How kernels run here: in Triton's interpreter or compiled, and by programmatic dependent launch (PDL) or not."""
+"""Whether kernels are interpreted or compiled, and programmatic dependent launch (PDL).
+
+With PDL a kernel may start before the previous kernel of its stream ends. It prefetches what does not depend on that
+kernel, then waits for it on the device (gdc_wait).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 def can_chain(x: Tensor) -> bool:
-    """Whether a kernel on x may start before the previous kernel has ended (PDL: compute capability 9.0 and later)."""
+    """Whether kernels on x are launched with PDL, which needs compute capability 9.0."""
     return x.is_cuda and _chains(x.device)
 
 
@@ -24,4 +28,5 @@ def _chains(device: torch.device) -> bool:
 
 
 def launch_options(chained: bool) -> dict[str, bool]:
+    """Keyword arguments of a kernel launch."""
     return {"launch_pdl": True} if chained else {}

@@ -1,7 +1,7 @@
-"""Split-K: how programs that each sum a part of K make one output tile, without a second kernel.
+"""Split-K: how programs that each sum a part of K compute one output tile without a second kernel.
 
-Every program stores its partial sum in memory and counts itself. The one that finishes a tile last adds all partial
-sums in a fixed order, so that results are reproducible bit for bit, and resets the counter to zero.
+Every program stores its partial sum in memory and increments the tile's counter. The last one adds all partial sums in
+a fixed order, so that results are reproducible bit for bit, and resets the counter to zero.
 
 Shapes: M tokens, O out_features.
 """
@@ -13,33 +13,33 @@ import triton.language as tl
 @triton.jit
 def store_partial(
     acc,  # float32, the partial sum of this program
-    partial,  # float32 [splits, ..]
-    offset,  # of each element of the tile in one of the splits
-    inside,
+    partial,  # float32 [splits, size]
+    offset,  # of the tile's elements within a split
+    inside,  # mask of the tile's elements
     size,  # elements of a split
-    counter,  # int32, of this tile, zero before and after
+    counter,  # int32, of this tile
     split,
     splits: tl.constexpr,
 ):
-    """Store a partial sum; whether all others of the tile are stored as well."""
+    """Store a partial sum; true for the program that stores the tile's last one."""
     tl.store(partial + split * size + offset, acc, mask=inside)
-    # All threads must have stored their elements before this program counts itself.
+    # All threads must have stored their elements before the counter is incremented.
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
 
 
 @triton.jit
 def sum_partials(
-    acc,  # only its shape is used
+    acc,  # gives the shape
     partial,
     offset,
     inside,
     size,
     counter,
     splits: tl.constexpr,
-    at_once: tl.constexpr,  # partial sums that are loaded before they are added
+    at_once: tl.constexpr,  # partial sums that are loaded before any is added
 ):
-    """The sum of a tile over all splits, float32, by the program for which `store_partial` was true."""
+    """The sum over all splits, float32; for the program for which `store_partial` was true."""
     tl.store(counter, 0)
     total = tl.zeros(acc.shape, tl.float32)
     for first in range(0, splits, at_once):
@@ -62,9 +62,9 @@ def finish_tile(
     M,
     N,
     splits: tl.constexpr,
-    at_once: tl.constexpr,  # partial sums that are loaded before they are added
+    at_once: tl.constexpr,  # partial sums that are loaded before any is added
 ):
-    """y = the sum over all splits and the bias, of a tile of outputs; written by its last program."""
+    """Write y = sum over all splits + bias of an output tile, in the program that finishes last."""
     inside_OM = (rows_O < N)[:, None] & (rows_M < M)[None, :]
     last = True
     if splits > 1:

@@ -1,13 +1,12 @@
-"""How a layer is launched for how many tokens, read from a table; nothing is tuned in a user's call.
+"""Launch parameters for a layer and a number of tokens, from a table of measurements; nothing is tuned during a call.
 
-`table.json` holds the fastest measured launches of one GPU; `experiments/tune_kernels.py` makes it again. There are
-three regimes:
+`experiments/tune_kernels.py` writes `table.json`, the fastest measured launches of one GPU. There are three regimes:
 
-    gemv     one token, MXINT4 weights, rounded activations: integer products (gemv.py)
-    gemm     few tokens: weights decoded in registers (gemm.py), one launch per code width, N, K and bucket of M
-    expand   many tokens, where the table has no launch: weights decoded to memory once, then a library's product
+    gemv         one token, MXINT4 weights, rounded activations: integer products (gemv.py)
+    gemm         few tokens: weights decoded in registers (gemm.py); a launch per code width, N, K and bucket of M
+    dequantize   many tokens, for which the table has no launch: the weight is dequantized, and a library multiplies
 
-A shape that is not in the table takes the launch of the nearest one, by N and K.
+A shape that is not in the table uses the launch of the nearest shape, by log N and log K.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("table.json")
-# A bucket serves M up to its number; beyond the last one, weights are decoded to memory.
+# A bucket holds up to so many tokens; more tokens than in the last one are the dequantize regime.
 BUCKETS = (16, 32, 64, 128, 256)
 
 
@@ -41,7 +40,7 @@ class GemvLaunch:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: the shape it was measured on, and the launch (None: expand)."""
+    """A row of the table: the measured shape and its launch (None: dequantize)."""
 
     n: int
     k: int
@@ -70,14 +69,14 @@ def gemv_launch(n: int, k: int) -> GemvLaunch:
 
 @lru_cache(maxsize=4096)
 def gemm_launch(width: int, n: int, k: int, bucket: int) -> GemmLaunch | None:
-    """The launch for up to `bucket` tokens on codes of `width` bits; None where weights are decoded to memory."""
+    """The launch for up to `bucket` tokens and codes of `width` bits; None: dequantize."""
     launch = _nearest(("gemm", width, bucket), n, k)
     assert not isinstance(launch, GemvLaunch)
     return launch
 
 
 def bucket_of(m: int) -> int | None:
-    """The bucket that serves m tokens, None beyond the last."""
+    """The bucket of m tokens, None for more than the last."""
     return next((top for top in BUCKETS if m <= top), None)
 
 

@@ -155,9 +155,9 @@ def test_a_packed_codebook_holds_no_more_than_its_indices_and_tables():
 def test_block_scales_and_the_other_axis_are_refused():
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     scaled, turned = Codebook(2, 2, 512, 64, scale_block_size=32), Codebook(2, 2, 512, 64)
-    with pytest.raises(ValueError, match="scale_block_size 32: kernels read codebooks without block scales"):
+    with pytest.raises(ValueError, match="scale_block_size 32: kernels do not support block scales"):
         PackedLinear.pack(scaled.quantize(weight), None, None, None, None, DTYPE)
-    with pytest.raises(ValueError, match="vectors must run along axis 1"):
+    with pytest.raises(ValueError, match="vectors must be along axis 1"):
         PackedLinear.pack(turned.quantize(weight, axis=0), None, None, None, None, DTYPE)
 
 

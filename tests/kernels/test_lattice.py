@@ -227,13 +227,13 @@ def test_residual_codes_block_scales_and_the_other_axis_are_refused_by_name():
         return PackedLinear.pack(weight, None, None, None, None, DTYPE, basis)
 
     for bits in (3, 4):
-        with pytest.raises(ValueError, match=f"bits {bits}: kernels read lattice codes of 2 bits"):
+        with pytest.raises(ValueError, match=f"bits {bits}: kernels support lattice codes of 2 bits"):
             pack(E8P(bits).quantize(weight))
-    with pytest.raises(ValueError, match="block_size 32: kernels read one scale for a row or a tensor"):
+    with pytest.raises(ValueError, match="block_size 32: kernels support one scale per row or per tensor"):
         pack(E8P(2, 32).quantize(weight))
-    with pytest.raises(ValueError, match="vectors must run along axis 1"):
+    with pytest.raises(ValueError, match="vectors must be along axis 1"):
         pack(TENSOR.quantize(weight, axis=0))
-    with pytest.raises(ValueError, match='kernels run a basis around weights of kind "e8p", found "mxint"'):
+    with pytest.raises(ValueError, match='kernels rotate x and y for weights of kind "e8p" only, found "mxint"'):
         pack(MXInt(4).quantize(weight), random_hadamard(32, 64, seed=0))
 
 

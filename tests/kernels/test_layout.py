@@ -59,7 +59,7 @@ def test_a_step_outside_the_exact_range_is_refused(exponent, shown):
     codes = torch.ones(1, 16, dtype=torch.int8)
     parts = {"codes": codes, "exponents": torch.tensor([[exponent]], dtype=torch.uint8)}
     weight = QuantizedTensor(MXInt(4), (1, 16), 1, parts)
-    with pytest.raises(ValueError, match=rf"the step 2\^{shown} of an MXINT block is not in 2\^-126..2\^119"):
+    with pytest.raises(ValueError, match=rf"the step 2\^{shown} of an MXINT block is outside 2\^-126..2\^119"):
         pack_weight(weight)
 
 
@@ -84,7 +84,7 @@ def test_padding_holds_zeros():
 @pytest.mark.parametrize(
     ("number_format", "rule"),
     [
-        (MX("mxfp4_e2m1"), 'kernels read weights of kind "mxint", "int", "codebook" and "e8p", found "mx"'),
+        (MX("mxfp4_e2m1"), 'kernels support weights of kind "mxint", "int", "codebook" and "e8p", found "mx"'),
         (Passthrough("float16"), 'found "passthrough"'),
         (Int(4, 96), 'block_size 96 is neither "row" nor a power of two of at least 16'),
         (MXInt(4, 8), "block_size 8 is neither"),
@@ -96,7 +96,7 @@ def test_a_format_that_kernels_do_not_read_is_refused_with_the_rule(number_forma
 
 
 def test_blocks_along_the_outputs_are_refused():
-    with pytest.raises(ValueError, match="blocks must run along axis 1"):
+    with pytest.raises(ValueError, match="blocks must be along axis 1"):
         pack_weight(MXInt(4).quantize(torch.randn(32, 32), axis=0))
 
 
