@@ -1,7 +1,7 @@
-"""Number formats: which values a tensor can take, and what they cost in bits.
+"""Number formats: the values that a tensor can take, and their cost in bits.
 
     quantized = MXInt(bits=4).quantize(weight_OI)      # codes and shared exponents
-    quantized.dequantize()                             # the values they stand for
+    quantized.dequantize()                             # their values in float32
     MXInt(bits=8).fake_quantize(activation_TI)         # the same rounding, without codes
 
 This folder imports torch and lqer.components only. A new format is a file here, imported below.

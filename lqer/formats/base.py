@@ -1,10 +1,10 @@
-"""What a number format is, and what a tensor in one is.
+"""The interface of a number format, and a tensor in one.
 
 A format cuts an axis into blocks, fits scales to each block, and rounds every element to a code. `fit`, `encode` and
-`decode` are those steps, separate so that error feedback and adaptive rounding can encode with frozen scales. They, and
-the methods named `*_blocks` and `*_parts`, see the block axis last; `quantize` and `QuantizedTensor` move it.
-`quantize` is the format's own, data-free way to a QuantizedTensor; a rounding that fits scales or codes to the inputs
-of a layer makes a QuantizedTensor of the same parts.
+`decode` are those steps, separate so that error feedback and adaptive rounding can encode under fixed scales. They, and
+the methods named `*_blocks` and `*_parts`, expect the block axis last; `quantize` and `QuantizedTensor` move it.
+`quantize` is round-to-nearest with scales from the values alone; a rounding that fits scales or codes to the inputs of
+a layer makes a QuantizedTensor of the same parts.
 
 Shapes: L length of the block axis, G blocks of all leading dims, g values of a block.
 """
@@ -29,7 +29,7 @@ class NonFiniteError(ValueError):
 
 
 def check_finite(x: Tensor) -> None:
-    """Raise NonFiniteError unless every element is finite. Waits for the device."""
+    """Raise NonFiniteError unless every element is finite. Synchronizes with the device."""
     if not torch.isfinite(x).all():
         nans, infinities = int(x.isnan().sum()), int(x.isinf().sum())
         raise NonFiniteError(f"{nans} NaN and {infinities} infinite of {x.numel()} values")
@@ -43,7 +43,7 @@ def require_block_size(value: Any, kind: str) -> None:
 
 
 class NumberFormat(Component, ABC, family="number format"):
-    """Which values a tensor can take and what they cost. Every format is a frozen dataclass deriving from this."""
+    """The values that a tensor can take, and their cost in bits. Formats are frozen dataclasses deriving from this."""
 
     block_size: BlockSize  # elements along the axis that share a scale, or "row" or "tensor" (see blocks.py)
     vector_size: ClassVar[int] = 1  # neighbours along the axis that share a code; divides block_size
@@ -56,7 +56,7 @@ class NumberFormat(Component, ABC, family="number format"):
 
     @property
     def code_offset(self) -> int:
-        """What is added to a code to store it unsigned (offset binary); 0 where codes are unsigned already."""
+        """Added to a code to store it unsigned (offset binary); 0 if codes are unsigned."""
         return 0
 
     @abstractmethod
@@ -83,7 +83,7 @@ class NumberFormat(Component, ABC, family="number format"):
 
     @abstractmethod
     def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """float32 values [G, g] that codes [G, g] under scales [G] stand for; whole vectors, g a multiple of D."""
+        """float32 values [G, g] of codes [G, g] under scales [G]; whole vectors, g a multiple of D."""
 
     def quantize(self, x: Tensor, axis: int = -1) -> "QuantizedTensor":
         """Quantize a float tensor of any dtype along `axis`, in float32.
@@ -96,7 +96,7 @@ class NumberFormat(Component, ABC, family="number format"):
         return QuantizedTensor(self, tuple(x.shape), axis, self.quantize_parts(x_L))
 
     def fake_quantize(self, x: Tensor, axis: int = -1) -> Tensor:
-        """The values of `quantize(x, axis).dequantize(x.dtype)`, without codes, checks or waiting for the device.
+        """The values of `quantize(x, axis).dequantize(x.dtype)`, without codes, checks or device synchronization.
 
         For activations. NaN and infinity are not refused but turn their whole block into NaN. Carries no gradient.
         """
@@ -106,7 +106,7 @@ class NumberFormat(Component, ABC, family="number format"):
         return y_L.to(x.dtype).movedim(-1, axis).contiguous()
 
     def round_blocks(self, x_Gg: Tensor) -> Tensor:
-        """A new tensor with `decode(encode(x))` of float32 blocks; formats override it with something faster."""
+        """A new tensor with `decode(encode(x))` of float32 blocks; formats override it with faster code."""
         scales = self.fit(x_Gg)
         return self.decode(self.encode(x_Gg, scales), scales)[..., : x_Gg.shape[-1]]
 
@@ -161,10 +161,10 @@ class NumberFormat(Component, ABC, family="number format"):
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A tensor in a number format: codes, one per element or vector of elements, and what is needed to decode them."""
+    """A tensor in a number format: codes, one per element or vector of elements, and the metadata to decode them."""
 
     format: NumberFormat
-    shape: tuple[int, ...]  # of the tensor it stands for
+    shape: tuple[int, ...]  # of the dequantized tensor
     axis: int  # blocks run along it; >= 0
     # The axis moved last: "codes" [*lead, L], one per element or vector, and the format's metadata [*lead, blocks] or
     # [1, .., 1] where the whole tensor shares it; or the shapes that the format states.
@@ -176,7 +176,7 @@ class QuantizedTensor:
         return values_L.to(dtype).movedim(-1, self.axis).contiguous()
 
     def pack(self) -> dict[str, Tensor]:
-        """What is stored: "codes" as a uint8 bit stream per row, metadata in its storage dtype."""
+        """The parts as stored: "codes" as a uint8 bit stream per row, metadata in its storage dtype."""
         return self.format.pack_parts(self.parts)
 
     @property
@@ -186,12 +186,12 @@ class QuantizedTensor:
 
     @property
     def metadata_bits(self) -> int:
-        """Bits of everything packed that is not a code."""
+        """Bits of all packed parts except the codes."""
         return sum(self._stored_bits(name) for name in self.parts if name != "codes")
 
     @property
     def codebook_bits(self) -> int:
-        """Those of the metadata's bits that are learned tables."""
+        """Metadata bits of learned tables."""
         return sum(self._stored_bits(name) for name in self.parts if name in self.format.codebook_parts)
 
     def _stored_bits(self, name: str) -> int:
@@ -225,7 +225,7 @@ def without_first(tensor: QuantizedTensor, dim: int, count: int) -> QuantizedTen
 
 
 def unsupported_cut(number_format: NumberFormat, count: int) -> str | None:
-    """Why the first `count` values along the block axis cannot be cut off; None where they can."""
+    """Why the first `count` values along the block axis cannot be cut off; None if they can."""
     if not number_format.stream_widths and number_format.block_size == "row":
         return None
     if isinstance(number_format.block_size, str):
@@ -244,5 +244,5 @@ def _normalize_axis(x: Tensor, axis: int) -> int:
 
 
 def _axis_last(x: Tensor, axis: int) -> Tensor:
-    """`x` in float32 with the block axis last, contiguous; shares memory with `x` where nothing has to change."""
+    """`x` in float32 with the block axis last, contiguous; shares memory with `x` if nothing changes."""
     return x.detach().movedim(axis, -1).contiguous().to(torch.float32)

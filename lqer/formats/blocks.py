@@ -4,7 +4,7 @@
 weight, a token of an activation); or the whole "tensor", whose blocks are rows. An axis shorter than a block is one
 block. A ragged last block is padded with zeros, which no format lets influence the other elements.
 
-The shared scale is E8M0 (OCP MX v1.0, section 5.4.1): a byte s stands for 2^(s - 127), 255 for NaN. Exponents are taken
+The shared scale is E8M0 (OCP MX v1.0, section 5.4.1): a byte s encodes 2^(s - 127), 255 for NaN. Exponents are taken
 from the bits of the float32 pattern, since a float32 log2 rounds to the wrong integer next to large powers of two.
 
 Shapes: L length of the axis, G blocks of all leading dims, g values of a block.

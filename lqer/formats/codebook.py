@@ -3,8 +3,8 @@
 A group of `group_size` weights, about `block_size` columns by group_size / block_size rows, has a codebook of its own:
 K = 2^(bits * D) centroids of D elements, stored as int8 under one bfloat16 scale. Options:
 
-    scale_block_size   32 or 64 neighbours of a row share a scale, by which they are divided before they meet the
-                       codebook: 2^(offset + step * code), a 4-bit code per block, offset and step per block of columns
+    scale_block_size   32 or 64 neighbours of a row share a scale, by which they are divided before the codebook is
+                       applied: 2^(offset + step * code), a 4-bit code per block, offset and step per block of columns
     codebook_rank      D = 1: the sorted codebooks of the tensor, stacked to a matrix [groups, K], are a product of
                        that rank; stored are int8 factors per group and one float32 basis
 
@@ -86,7 +86,7 @@ class Codebook(NumberFormat):
 
     @property
     def index_bits(self) -> int:
-        """Bits of an index, which stands for `dimension` values."""
+        """Bits of an index, which codes `dimension` values."""
         return self.bits * self.dimension
 
     @property
@@ -232,7 +232,7 @@ class Codebook(NumberFormat):
 def factorize(centroids_GK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """float32 factors [G, rank] and basis [rank, K] whose product is the best approximation of that rank.
 
-    The factors' columns have mean square 1, so that rounding them under one scale costs every direction its share.
+    The factors' columns have mean square 1, so that rounding them under one scale costs every direction in proportion.
     """
     u_Gr, sigma_r, v_rK = torch.linalg.svd(centroids_GK.to(torch.float64), full_matrices=False)
     missing = max(0, rank - len(sigma_r))  # fewer groups than the rank

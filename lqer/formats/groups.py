@@ -1,4 +1,4 @@
-"""Cutting a matrix into rectangular groups that share something, a codebook for instance.
+"""Cutting a matrix into rectangular groups, each with a codebook of its own.
 
 Shapes: R rows, L columns, G groups of g elements: a x b of them, of r x c elements.
 """

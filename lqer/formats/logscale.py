@@ -2,7 +2,7 @@
 
     scale = 2^(offset + step * code)        offset and step in float16, one pair per column of blocks
 
-A block's scale stands for its largest magnitude. The base of the logarithm does not matter.
+A block's scale approximates its largest magnitude. The base of the logarithm does not matter.
 
 Shapes: R rows, L columns, S blocks of columns, b elements of a block.
 """

@@ -13,7 +13,7 @@ format's largest value, no smaller than 2^-127 (section 6.3). An element is x / 
     mxint8       8      6              0     127/64     -                2^-6
 
 Rounding is half to "even" or half "away" from zero. Since floor(log2 M) <= 127 for float32, no finite block needs the
-NaN scale. M is taken exactly; an implementation that rounds log2 M to float32 doubles the scale of blocks whose M lies
+NaN scale. M is used exactly; an implementation that rounds log2 M to float32 doubles the scale of blocks whose M is
 just below a large power of two.
 
 Shapes: L length of the block axis, G blocks of all leading dims, g values of a block, C codes of an element format.
@@ -50,7 +50,7 @@ class Element:
     fraction_bits: int
     emax: int
     largest: float
-    specials: tuple[float, ...] = ()  # what the magnitudes above `largest` stand for (OCP 8-bit floats, OFP8 v1.0)
+    specials: tuple[float, ...] = ()  # values of the codes above that of `largest` (OCP 8-bit floats, OFP8 v1.0)
 
     @property
     def emin(self) -> int:
@@ -153,7 +153,7 @@ class MX(NumberFormat):
 
 @lru_cache
 def _element_values(name: str) -> tuple[float, ...]:
-    """What each of the 2^width bit patterns of an element stands for."""
+    """The values of the 2^width bit patterns of an element."""
     element = ELEMENTS[name]
     if element.exponent_bits == 0:
         return tuple((code - 256 if code > 127 else code) / 64 for code in range(256))

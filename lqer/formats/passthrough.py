@@ -1,4 +1,4 @@
-"""Values kept in a floating-point dtype: what an operand costs and becomes when it is not quantized.
+"""Values stored in a floating-point dtype: the format of an operand that is not quantized.
 
 Shapes: L length of the axis, G rows of all leading dims, g values of a row.
 """
