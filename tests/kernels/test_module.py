@@ -88,7 +88,7 @@ def test_load_quantized_puts_the_kernels_in_and_no_dequantized_weight(random_mod
 @torch.no_grad()
 def test_a_caldera_checkpoint_runs_from_its_codes_as_in_emulation(random_model, run_stages, windows_WT, monkeypatch):
     plan = LinearPlan(
-        Caldera(), E8P(2), None, None, 8, Int(4, 32, symmetric=True), "long", rounding=Ldlq(),
+        Caldera(), E8P(2), None, None, 8, Int(4, 32, symmetric=True), "outer", rounding=Ldlq(),
         transform=Hadamard(), iterations=2,
     )  # fmt: skip
     checkpoint = run_stages(random_model("llama"), plan).checkpoint.path

@@ -189,7 +189,7 @@ def test_a_spectrum_is_that_of_the_error_in_the_basis_of_the_plan():
     weight_OI, x_TI = torch.randn(48, 96, generator=generator), torch.randn(300, 96, generator=generator)
     statistics = {"hessian": x_TI.T @ x_TI / 300}
     plan = LinearPlan(
-        QeraExact(), E8P(2), None, None, 0, MXInt(8), "long", rounding=Ldlq(), transform=Hadamard(), seed=5
+        QeraExact(), E8P(2), None, None, 0, MXInt(8), "outer", rounding=Ldlq(), transform=Hadamard(), seed=5
     )
     spectrum = error_spectrum(weight_OI, statistics, plan)
     rounded = plan.quantize(weight_OI, statistics)
