@@ -16,11 +16,14 @@ import tomli
 from pydantic import ValidationError
 
 from lqer.config.explain import explain, explain_rule
+from lqer.config.files import MAX_DEPTH, parse_toml, read_toml, reason_of, shortened
 from lqer.config.rules import broken_rules
 from lqer.config.schema import Config
 from lqer.errors import ConfigError
 
 Key = tuple[str, ...]
+# Files that extend one another.
+MAX_CHAIN = 32
 # Keys that stand instead of another one of their table: set by a later layer, they take away what an earlier one said.
 INSTEAD_OF: dict[Key, str] = {("quantize", "low_rank", "budget_bits"): "rank"}
 # Components that an earlier layer may have named by their kind alone, before a later one sets a key of theirs.
@@ -79,7 +82,7 @@ def read_config(path: str | Path, tag: str | None = None, overrides: Sequence[st
     """
     path = Path(path)
     layers = Layers()
-    for file, values in _read_file(path, ()):
+    for file, values in _read_file(path, (), set()):
         layers.merge(values, str(file))
     layers.values.setdefault("tag", path.stem)
     for override in overrides:
@@ -100,27 +103,29 @@ def read_config(path: str | Path, tag: str | None = None, overrides: Sequence[st
     return config
 
 
-def _read_file(path: Path, chain: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
-    """Return [(file, its own values)], extended files first."""
-    if path.resolve() in chain:
+def _read_file(path: Path, chain: tuple[Path, ...], read: set[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return [(file, its own values)], extended files first; a file that several extend counts once, where it is first.
+
+    chain: the files that led here; read: those that have been read.
+    """
+    where = f"{_shown(chain[-1])}: extends: " if chain else ""
+    if len(chain) > MAX_CHAIN:
+        raise ConfigError(f"{where}more than {MAX_CHAIN} files extend one another")
+    values = read_toml(path, where)
+    resolved = path.resolve()
+    if resolved in chain:
         cycle = " -> ".join(file.name for file in (*chain, path))
-        raise ConfigError(f"{chain[-1]}: extends: the files extend one another in a circle: {cycle}")
-    try:
-        values = tomli.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        where = f"{_shown(chain[-1])}: extends: " if chain else ""
-        raise ConfigError(f"{where}no such config file: {path}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder, not a config file") from None
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
+        raise ConfigError(f"{where}the files extend one another in a circle: {cycle}")
+    if resolved in read:
+        return []
+    read.add(resolved)
     parents = values.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
         raise ConfigError(f"{path}: extends: must be a file name or a list of file names; found {parents!r}")
     files: list[tuple[Path, dict[str, Any]]] = []
     for parent in parents:
-        files += _read_file(Path(os.path.normpath(path.parent / parent)), (*chain, path.resolve()))
+        files += _read_file(Path(os.path.normpath(path.parent / parent)), (*chain, resolved), read)
     return [*files, (path, values)]
 
 
@@ -137,11 +142,15 @@ def parse_override(override: str) -> dict[str, Any]:
     name, equals, text = override.removeprefix("--").partition("=")
     keys = name.split(".")
     if not override.startswith("--") or not equals or not all(keys):
-        raise ConfigError(f"{override}: an override has the form --section.key=value")
+        raise ConfigError(f"{shortened(override)}: an override has the form --section.key=value")
+    if len(keys) > MAX_DEPTH:
+        raise ConfigError(f"{shortened(override)}: the key has {len(keys)} parts, at most {MAX_DEPTH} are possible")
     try:
-        value = tomli.loads(f"value = {text}")["value"]
-    except (tomli.TOMLDecodeError, KeyError):
+        value = parse_toml(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
         value = text
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ConfigError(f"{shortened(override)}: {reason_of(error)}") from None
     for key in reversed(keys):
         value = {key: value}
     return value

@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from lqer.components import Component
+from lqer.config.files import shortened
 from lqer.config.schema import NOT_QUANTIZED, Config, Loc, LowRankConfig
 from lqer.formats import unsupported_cut
 from lqer.methods.base import FACTOR_AXES
 from lqer.rounding import ROUNDINGS, Rounding
 from lqer.transforms import Scheme, Transform, unsupported_order
+
+# Of a file or folder on every file system in use.
+MAX_NAME_BYTES = 200
+# Holds the artifacts of all runs, next to their folders.
+STORE_FOLDER = "store"
 
 
 class KeyedError(ValueError):
@@ -29,8 +35,13 @@ Rule = Callable[[Config], Iterator[KeyedError]]
 
 def names_are_free(config: Config) -> Iterator[KeyedError]:
     """The tag can be a folder, and no number format takes the reserved name."""
-    if not config.tag or "/" in config.tag or config.tag.startswith("."):
-        yield KeyedError(("tag",), "must be a plain folder name", found=config.tag)
+    tag = config.tag
+    if not tag.strip() or "/" in tag or tag.startswith((".", "-")) or not tag.isprintable() or tag == STORE_FOLDER:
+        yield KeyedError(("tag",), f'must be a plain folder name other than "{STORE_FOLDER}"', found=tag)
+    for key, name in (("tag", tag), ("output_dir", config.output_dir)):
+        if not name.isprintable() or any(len(part.encode()) > MAX_NAME_BYTES for part in name.split("/")):
+            rule = f"must be printable, each part of the path at most {MAX_NAME_BYTES} bytes"
+            yield KeyedError((key,), rule, found=shortened(name))
     if NOT_QUANTIZED in config.formats:
         yield KeyedError(("formats", NOT_QUANTIZED), 'the name "none" is reserved for "not quantized"')
 

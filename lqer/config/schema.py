@@ -34,7 +34,7 @@ def _is_size(size: Any) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class CalibrationConfig(Section):
@@ -69,7 +69,7 @@ class LowRankConfig(Section):
     # "outer", never the rank (A along in_features, B along out_features).
     axis: FactorAxis = "reduction"
     # Instead of a rank: average bits per weight of the whole model, from which every linear is allocated a rank.
-    budget_bits: Annotated[float, Field(gt=0)] | None = None
+    budget_bits: Annotated[float, Field(gt=0, le=64)] | None = None
     solver: Solver = "auto"
     # How often rounding and reconstruction alternate; by default as the method defines it.
     iterations: Positive | None = None
@@ -235,7 +235,8 @@ class Config(Section):
     revision: str | None = None
     output_dir: str = "checkpoints"
     tag: str
-    seed: int = 0
+    # Of 64 bits, as torch takes them.
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # "auto" dispatches the model over all GPUs for fine-tuning and evaluation; calibration and quantization use one.

@@ -91,6 +91,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ModelError(f'device: {name!r} is not a torch device; use "auto", "cpu" or "cuda"') from None
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f'device: {name!r} is not supported; use "auto", "cpu" or "cuda"')
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"device: {name!r} is not available: this machine has {torch.cuda.device_count()} usable GPUs")
     return device

@@ -25,9 +25,9 @@ class Chunk:
 
 def parse_chunk(text: str) -> Chunk:
     """Chunk(2, 4) from "2/4". Raises ConfigError for anything else."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if match is None:
-        raise ConfigError(f"--chunk: must have the form i/n, such as 2/4; found {text!r}")
+        raise ConfigError(f"--chunk: must have the form i/n, such as 2/4; found {text[:40]!r}")
     chunk = Chunk(int(match[1]), int(match[2]))
     if not 1 <= chunk.index <= chunk.count:
         raise ConfigError(f"--chunk: i must be between 1 and n; found {text!r}")

@@ -10,6 +10,7 @@ import torch
 from lqer.checkpoint.backend import Backend, resolve_backend
 from lqer.config import Config
 from lqer.config.plan import plan_model
+from lqer.config.rules import STORE_FOLDER
 from lqer.methods import LinearPlan
 from lqer.models.source import ModelSource, pick_device, pick_dtype, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
@@ -31,7 +32,7 @@ class RunContext:
 
     @property
     def store_path(self) -> Path:
-        return Path(self.config.output_dir) / "store"
+        return Path(self.config.output_dir) / STORE_FOLDER
 
     def offload(self) -> Offload:
         """Memory for hidden states and statistics, up to calibration.max_memory; beyond it, files in the store."""

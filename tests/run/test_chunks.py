@@ -23,8 +23,8 @@ def test_a_share_is_read_from_its_place_and_their_number():
 
 @pytest.mark.parametrize(
     ("text", "rule"),
-    [("0/4", "i must lie between 1 and n; found '0/4'"), ("5/4", "found '5/4'"), ("a/b", "must have the form i/n")],
+    [("0/4", "i must be between 1 and n; found '0/4'"), ("5/4", "found '5/4'"), ("a/b", "must have the form i/n")],
 )
-def test_a_share_that_cannot_be_is_refused(text, rule):
+def test_a_chunk_that_cannot_be_is_refused(text, rule):
     with pytest.raises(ConfigError, match=rule):
         parse_chunk(text)
