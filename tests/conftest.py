@@ -19,6 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from helpers import resident
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -38,11 +39,9 @@ from transformers import (
 
 from lqer.formats import MXInt
 from lqer.methods import LinearPlan, LqerAct
-from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks, prepare_model
 from lqer.stages.calibrate import CalibrationText, calibrate
 from lqer.stages.quantize import QuantizeSettings, quantize, requested_statistics
-from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Store, Workspace
 
 # Real models, texts and tasks that are too large for the repository.
@@ -175,7 +174,7 @@ def run_stages(letter_tokenizer, windows_WT, tmp_path_factory) -> Callable[..., 
         name, blocks = find_blocks(model)
         linears = [f"{name}.{i}.{linear}" for i, block in enumerate(blocks) for linear in block_linears(block)]
         settings = QuantizeSettings({linear: None if linear in skip else plan for linear in linears}, attention, seed=0)
-        opened = OpenedModel.resident(model, CPU, Offload())
+        opened = resident(model)
 
         def make_calibration(workspace: Workspace) -> None:
             calibrate(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import all_sites
+from helpers import all_sites, resident
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -24,7 +24,6 @@ from lqer.models.streaming import open_model
 from lqer.stages.calibrate import CalibrationText, calibrate
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.store.names import block_file
-from lqer.store.offload import Offload
 from lqer.store.store import Store
 
 CPU = torch.device("cpu")
@@ -190,7 +189,7 @@ def test_stages_on_a_streamed_model_write_the_bytes_of_those_on_a_whole_one(
         def opened(dtype, kind=kind):
             if kind == "streamed":
                 return open_model(source, dtype, CPU)
-            return OpenedModel.resident(load_model(source, dtype, CPU), CPU, Offload())
+            return resident(load_model(source, dtype, CPU))
 
         def make_calibration(workspace, opened=opened):
             model = opened(torch.float32)

@@ -7,20 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import resident
 from torch import Tensor, nn
 
 from lqer.errors import ModelError
-from lqer.models.loaders import OpenedModel
 from lqer.models.structure import find_blocks
 from lqer.models.walker import walk_blocks
-from lqer.store.offload import Offload
 
 CPU = torch.device("cpu")
 
 
 def walk(model: nn.Module, windows_WT: Tensor, batch_size: int = 2) -> list[Tensor]:
     """The outputs of the last block for every batch."""
-    opened = OpenedModel.resident(model, CPU, Offload())
+    opened = resident(model)
     outputs: list[Tensor] = []
     hook = opened.blocks[-1].register_forward_hook(lambda block, args, output: outputs.append(output))
     for run in walk_blocks(opened, windows_WT, batch_size):
@@ -63,7 +62,7 @@ def test_blocks_are_put_back_when_the_model_cannot_be_walked(random_model, windo
 
 
 def test_an_output_that_is_not_stored_leaves_the_hidden_states_as_they_are(random_model, windows_WT):
-    runs = walk_blocks(OpenedModel.resident(random_model("llama"), CPU, Offload()), windows_WT, 2)
+    runs = walk_blocks(resident(random_model("llama")), windows_WT, 2)
     run = next(runs)
     states_WTD = run.hidden.states_WTD.clone()
     outputs = [run.output(batch) for batch in range(3)]
@@ -74,7 +73,7 @@ def test_an_output_that_is_not_stored_leaves_the_hidden_states_as_they_are(rando
 
 def test_changes_to_a_block_reach_the_next_one(random_model, windows_WT):
     model = random_model("llama")
-    opened = OpenedModel.resident(model, CPU, Offload())
+    opened = resident(model)
     inputs: list[Tensor] = []
     # Cloned: the states are overwritten on their way.
     opened.blocks[1].register_forward_pre_hook(lambda block, args: inputs.append(args[0].clone()))

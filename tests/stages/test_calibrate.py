@@ -13,13 +13,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import all_sites
+from helpers import all_sites, resident
 from killing import KilledError, dying_workspace
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks
 from lqer.models.walker import walk_blocks
 from lqer.stages.calibrate import (
@@ -61,7 +60,7 @@ def run_calibration(
     requested: Collection[Statistic] = (),
 ) -> Workspace:
     workspace = make(folder)
-    opened = OpenedModel.resident(model, CPU, Offload())
+    opened = resident(model)
     calibrate(workspace, opened, CalibrationText(windows_WT, batch_size, ERROR_TOKENS), requested)
     return workspace
 
@@ -160,7 +159,7 @@ def test_statistics_on_a_gpu_are_those_of_the_cpu(random_model, windows_WT, tmp_
     model = random_model("llama")
     here = run_calibration(tmp_path / "cpu", model, windows_WT, requested={Hessian(), MaxAbs()})
     there = Workspace(tmp_path / "gpu")
-    opened = OpenedModel.resident(model, torch.device("cuda"), Offload())
+    opened = resident(model, "cuda")
     calibrate(there, opened, CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS), {Hessian(), MaxAbs()})
     assert all_sites(here) == all_sites(there)
     for index in range(2):
@@ -205,7 +204,7 @@ def test_a_statistic_of_pairs_is_given_both_inputs_of_every_token(random_model, 
     for parameter in changed.model.layers[0].parameters():
         parameter.mul_(1.1)
     text = CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS)
-    runs = [walk_blocks(OpenedModel.resident(model, CPU, Offload()), windows_WT, 2) for model in (original, changed)]
+    runs = [walk_blocks(resident(model), windows_WT, 2) for model in (original, changed)]
     for first in [next(run) for run in runs]:
         first.forward()
     original_run, changed_run = (next(run) for run in runs)
@@ -223,7 +222,7 @@ def test_a_statistic_of_pairs_is_given_both_inputs_of_every_token(random_model, 
 
 @torch.no_grad()
 def test_both_runs_of_a_pair_may_be_of_one_block(random_model, windows_WT):
-    opened = OpenedModel.resident(random_model("llama"), CPU, Offload())
+    opened = resident(random_model("llama"))
     text = CalibrationText(windows_WT, BATCH_SIZE, ERROR_TOKENS)
     run = next(walk_blocks(opened, windows_WT, 2))
     found = observe_block(run, run, text, {Deviation()})
