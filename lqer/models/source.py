@@ -5,6 +5,7 @@ Weights are read from safetensors or GGUF only, never from a pickle.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lqer.models.demo import DEMO_PREFIX, demo_description, resolve_demo_model
 from lqer.models.structure import prepare_model
 from lqer.store.files import content_hash, hash_file
 
+DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,6 +49,8 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     if name.startswith(DEMO_PREFIX):
         folder = resolve_demo_model(name)
         return ModelSource(name, str(folder), None, _fingerprint_folder(folder), demo_description(name))
+    if not name.isprintable():
+        raise ModelError(f"model: {name!r} is neither a path nor a hub id")
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -87,12 +91,10 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is a GPU if there is one. Raises ModelError for a device that does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.device_count() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f'device: {name!r} is not a torch device; use "auto", "cpu" or "cuda"') from None
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f'device: {name!r} is not supported; use "auto", "cpu" or "cuda"')
+    # Asked of torch, some of its other devices print warnings, and nothing here has run on them.
+    if not DEVICE.fullmatch(name):
+        raise ModelError(f'device: {name!r} is not supported; use "auto", "cpu", "cuda" or "cuda:1"')
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"device: {name!r} is not available: this machine has {torch.cuda.device_count()} usable GPUs")
     return device

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
 
-# Where control groups (containers, SLURM jobs) state the memory limit of a process: version 2, version 1.
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# Which control groups (containers, SLURM jobs) this process is in, and where the kernel shows them.
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,32 @@ def resident_bytes() -> int:
 def usable_ram() -> int:
     """The machine's RAM, or what its control group lets this process have of it."""
     limits = [psutil.virtual_memory().total]
-    for name in CGROUP_LIMITS:
+    for file in _limit_files():
         try:
-            limits.append(int(Path(name).read_text(encoding="ascii")))
+            limits.append(int(file.read_text(encoding="ascii")))
         except (OSError, ValueError):  # absent, or "max"
             continue
     return min(limits)
+
+
+def _limit_files() -> Iterator[Path]:
+    """The files that limit the memory of this process: of its own control group and of every group around it.
+
+    A line of /proc/self/cgroup is "0::/path" in version 2 and "id:controllers:/path" in version 1. Inside a container
+    the path may be that of the host: the groups that are not there are skipped, the root always counts.
+    """
+    try:
+        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in ["0::/", "0:memory:/", *lines]:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (CGROUPS, "memory.max")
+        group = PurePosixPath(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            yield root / folder / name
 
 
 def free_disk(folder: Path) -> int:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lqer.config import Config
+from lqer.config.schema import CalibrationConfig, FinetuneConfig
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
 from lqer.models.summary import ModelSummary
@@ -151,7 +152,7 @@ def _rotate(work: Workload) -> StageMemory:
 def _calibrate(work: Workload) -> StageMemory:
     settings = work.config.calibration
     statistics = _statistics_bytes(work)
-    host, device, disk = _walk(work, settings.num_samples, settings.seq_len, settings.batch_size * settings.seq_len,
+    host, device, disk = _walk(work, settings.num_samples, settings.seq_len, _batch_tokens(settings),
                                _smaller("calibration.batch_size"), _accumulators(work))  # fmt: skip
     widest = max(statistic.nbytes(max(input_sites(work.summary))) for statistic in _statistics(work))
     device += [Need("statistics of a block", statistics), Need("statistics of a batch", widest // 2, certain=False)]
@@ -175,7 +176,7 @@ def _quantize(work: Workload) -> StageMemory:
     if len(work.config.evaluation.baselines) > ("original" in work.config.evaluation.baselines):
         disk.append(Need("quantized baseline", packed + outside, LARGER_DISK))
     if quantize.propagates_error:
-        walk = _walk(work, settings.num_samples, settings.seq_len, settings.batch_size * settings.seq_len,
+        walk = _walk(work, settings.num_samples, settings.seq_len, _batch_tokens(settings),
                      _smaller("calibration.batch_size"), _accumulators(work), blocks=2)  # fmt: skip
         block = _whole_block(work)
         host, device, disk = ([*a, *b, *c] for a, b, c in zip((host, device, disk), walk, block, strict=True))
@@ -204,7 +205,7 @@ def _finetune(work: Workload) -> StageMemory:
     """Both models are on one device, the quantized one in emulation."""
     settings, summary = work.config.finetune, work.summary
     assert settings is not None
-    tokens = settings.batch_size * settings.seq_len
+    tokens = _batch_tokens(settings)
     activations = LIVE_ACTIVATIONS * summary.blocks * tokens * work.widest * work.computed
     trained = 0
     for _, rows, columns, plan in _planned(work):
@@ -229,8 +230,8 @@ def _evaluate(work: Workload) -> StageMemory:
     batch_tokens, key, windows, seq_len = 0, "", 0, 0
     if perplexity is not None:
         seq_len, key = perplexity.seq_len, "evaluation.perplexity.batch_size"
-        batch_tokens = perplexity.batch_size * seq_len
         windows = max(-(-_tokens(work.config, place) // seq_len) for place in range(len(perplexity.datasets)))
+        batch_tokens = min(perplexity.batch_size, windows) * seq_len
     if downstream is not None and downstream.batch_size * downstream.max_length > batch_tokens:
         batch_tokens, key = downstream.batch_size * downstream.max_length, "evaluation.downstream.batch_size"
     if evaluation.blockwise:
@@ -284,6 +285,11 @@ def _activations(work: Workload, batch_tokens: int, remedy: str) -> list[Need]:
     return [Need("activations of a batch", size, remedy), others]
 
 
+def _batch_tokens(settings: CalibrationConfig | FinetuneConfig) -> int:
+    """Tokens of a batch: no more than there are."""
+    return min(settings.batch_size, settings.num_samples) * settings.seq_len
+
+
 def _statistics(work: Workload) -> list[Statistic]:
     return [*ALWAYS, *requested_statistics(work.plans)]
 
@@ -295,7 +301,8 @@ def _accumulators(work: Workload) -> int:
 
 def _statistics_bytes(work: Workload) -> int:
     """Bytes of the stored statistics of one block."""
-    sample = work.config.calibration.error_tokens * work.computed
+    calibration = work.config.calibration
+    sample = min(calibration.error_tokens, calibration.num_samples * calibration.seq_len) * work.computed
     statistics = _statistics(work)
     return sum(
         sample * width + sum(statistic.result_nbytes(width) for statistic in statistics)

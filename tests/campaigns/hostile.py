@@ -156,6 +156,8 @@ MAY_BE_VALID = {
     "--seed=18446744073709551615", "--seed=9223372036854775808", "max_memory of nothing",
     # Whoever is root may read it.
     "a file that may not be read",
+    # Each file counts once.
+    "diamonds of 25 levels",
     "a budget of 1e+308", "a budget of inf", "a key with an escape sequence",
 }  # fmt: skip
 

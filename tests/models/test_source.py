@@ -122,7 +122,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     assert pick_device("auto") == CPU
     with pytest.raises(ModelError, match="'cuda' is not available: this machine has 0 usable GPUs"):
         pick_device("cuda")
-    with pytest.raises(ModelError, match="'gpu' is not a torch device"):
+    with pytest.raises(ModelError, match="'gpu' is not supported"):
         pick_device("gpu")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import psutil
+import pytest
 
 from lqer.resources import machine
 
@@ -15,11 +16,29 @@ def test_free_disk_is_that_of_the_folders_file_system_whether_or_not_it_exists(t
     assert not (tmp_path / "not").exists()
 
 
-def test_ram_is_the_machines_or_what_a_control_group_allows(tmp_path, monkeypatch):
-    limit, unlimited = tmp_path / "memory.max", tmp_path / "other"
-    limit.write_text("123456\n")
-    unlimited.write_text("max\n")
-    monkeypatch.setattr(machine, "CGROUP_LIMITS", (str(unlimited), str(tmp_path / "absent")))
+@pytest.mark.parametrize(
+    ("own", "limited", "file"),
+    [
+        ("0::/job_7/step_0\n", "job_7/step_0", "memory.max"),
+        ("0::/job_7/step_0\n", "job_7", "memory.max"),
+        ("0::/somewhere/on/the/host\n", "", "memory.max"),
+        ("4:cpu,cpuacct:/job\n9:memory:/slurm/job_7\n", "memory/slurm", "memory.limit_in_bytes"),
+        ("9:memory:/elsewhere\n", "memory", "memory.limit_in_bytes"),
+    ],
+)
+def test_ram_is_what_the_control_groups_of_a_job_allow(tmp_path, monkeypatch, own, limited, file):
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
     assert machine.usable_ram() == psutil.virtual_memory().total
-    monkeypatch.setattr(machine, "CGROUP_LIMITS", (str(unlimited), str(limit)))
+    (tmp_path / "cgroup" / limited).mkdir(parents=True)
+    (tmp_path / "cgroup" / limited / file).write_text("123456\n")
     assert machine.usable_ram() == 123456
+
+
+def test_a_control_group_without_a_limit_allows_all_of_the_machine(tmp_path, monkeypatch):
+    (tmp_path / "own").write_text("0::/\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    assert machine.usable_ram() == psutil.virtual_memory().total
