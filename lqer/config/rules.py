@@ -168,6 +168,15 @@ def transforms_fit(config: Config) -> Iterator[KeyedError]:
                 yield KeyedError(("quantize", "transforms", i), rule, transform.kind)
 
 
+def pairs_differ(config: Config) -> Iterator[KeyedError]:
+    """Statistics of pairs of inputs need a quantized model whose inputs differ from the original model's."""
+    paired = config.quantize.paired_statistics
+    if paired and config.quantize.propagate_error is False:
+        verb = "compares" if len(paired) == 1 else "compare"
+        rule = f"{' and '.join(paired)} {verb} the quantized model's inputs with the original model's"
+        yield KeyedError(("quantize", "propagate_error"), f"must be true (or unset): {rule}", False)
+
+
 def blocks_can_be_reconstructed(config: Config) -> Iterator[KeyedError]:
     """Components that work on whole blocks see the quantized model's inputs, and nothing undoes their result."""
     quantize, usual = config.quantize, config.quantize.chosen_rounding
@@ -256,6 +265,7 @@ RULES: tuple[Rule, ...] = (
     ranks_are_reconstructed,
     budget_can_be_allocated,
     transforms_fit,
+    pairs_differ,
     blocks_can_be_reconstructed,
     finetuned_parts_exist,
 )

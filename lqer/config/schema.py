@@ -147,11 +147,17 @@ class QuantizeConfig(Section):
         return transforms + [part.kind for part in (self.chosen_rounding,) if part.together]
 
     @property
+    def paired_statistics(self) -> list[str]:
+        """The kinds of the statistics that compare the quantized model's inputs with the original model's."""
+        used = self.method.statistics.union(*(rounding.statistics for rounding in self.roundings.values()))
+        return sorted(statistic.kind for statistic in used if statistic.needs_original)
+
+    @property
     def propagates_error(self) -> bool:
-        """`propagate_error`, or else as block components or the method require."""
+        """`propagate_error`, or else as block components, paired statistics or the method require."""
         if self.propagate_error is not None:
             return self.propagate_error
-        return bool(self.block_parts) or self.method.propagate_error
+        return bool(self.block_parts or self.paired_statistics) or self.method.propagate_error
 
 
 class PerplexityConfig(Section):

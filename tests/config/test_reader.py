@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -10,6 +12,8 @@ from lqer.config import read_config
 from lqer.config.reader import parse_override
 from lqer.errors import ConfigError
 from lqer.methods import Caldera, QeraExact
+from lqer.rounding import Ldlq
+from lqer.statistics import Hessian, MeanSquare
 
 BASE = """
 model = "some/model"
@@ -35,6 +39,12 @@ def mistake(path: Path, *overrides: str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@dataclass(frozen=True)
+class InputDifference(MeanSquare):
+    kind = "input-difference"
+    needs_original: ClassVar[bool] = True
 
 
 class TestExtends:
@@ -396,6 +406,14 @@ class TestMistakes:
         ):
             assert quantize(*parts).propagates_error
         assert not quantize("transforms=['quarot']", "rounding=nearest").propagates_error
+
+    def test_statistics_of_pairs_of_inputs_ask_for_error_propagation(self, base, monkeypatch):
+        monkeypatch.setattr(Ldlq, "statistics", frozenset({Hessian(), InputDifference()}))
+        ldlq = "--quantize.rounding=ldlq"
+        assert read_config(base, None, [ldlq]).quantize.propagates_error
+        message = mistake(base, ldlq, "--quantize.propagate_error=false")
+        rule = "input-difference compares the quantized model's inputs with the original model's"
+        assert f"quantize.propagate_error: must be true (or unset): {rule}; found False" in message
 
     def test_statistics_that_are_unknown_in_the_new_basis_are_named(self, base):
         message = mistake(base, "--quantize.method=svdquant", "--quantize.transforms=['hadamard']")
