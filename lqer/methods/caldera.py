@@ -1,14 +1,14 @@
-"""CALDERA (arXiv 2405.18886, algorithm 1): W ≈ W_q + (A·B)ᵀ, all three rounded, each to what the others leave.
+"""CALDERA (arXiv 2405.18886, algorithm 1): W ≈ W_q + (A·B)ᵀ, all three rounded, each fitted to the others' residual.
 
     H = E[x xᵀ] / mean diag E[x xᵀ] + damping;    W_q = A·B = 0
     repeat T times, in this order or the other one:
         reconstruct   A·B = argmin_{rank r} tr(F H Fᵀ),  F = W − W_q − (A·B)ᵀ;   by LPLR where A or B is rounded
-        round         W_q = round(W − (A·B)ᵀ) with error feedback on H', which is H without what A can mend
-    of the states in which both are there, the one with the least tr(F H Fᵀ)
+        round         W_q = round(W − (A·B)ᵀ) with error feedback on H', H without the directions that A corrects
+    return the state with W_q and A·B that has the least tr(F H Fᵀ)
 
-Neither step is monotone, since rounding undoes what least squares gained; only the best state so far is. In the paper's
-letters L is Bᵀ and R is Aᵀ. Its randomized Hadamard transform is the plan's basis, its LDLQ and its lattice codebooks
-are the plan's rounding and formats.
+Neither step is monotone, because rounding may undo the gain of least squares; only the best state so far is. In the
+paper's letters L is Bᵀ and R is Aᵀ. Its randomized Hadamard transform is the plan's rotation, its LDLQ and its lattice
+codebooks are the plan's rounding and formats.
 
 Shapes: I in_features, O out_features, R rank.
 """

@@ -1,8 +1,8 @@
 """QERA (arXiv 2410.06040) and EoRA (arXiv 2410.21271).
 
     W_q = round(W);  E = W − W_q
-    A·B = argmin_{rank r} E‖(Eᵀ − A·B)ᵀ x‖²  =  argmin || H^½ (Eᵀ − A·B) ||_F,   H = E[x xᵀ]
-    approx: H is taken for diagonal, H^½ = diag(sqrt(E[x_i²]))
+    A·B = argmin_{rank r} E‖(Eᵀ − A·B)ᵀ x‖²  =  argmin || H^½ (Eᵀ − A·B) ||_F,   H = E[x xᵀ] (R in the paper)
+    approx: H is taken as diagonal, H^½ = diag(sqrt(E[x_i²]))
     A, B = round(A), round(B)
 
 EoRA projects E onto the eigenvectors of H, scaled by the roots of the eigenvalues, and truncates its SVD there: another
@@ -22,7 +22,7 @@ from lqer.statistics import Hessian, MeanSquare
 
 
 class QeraApprox(Method):
-    """H taken for diagonal."""
+    """H taken as diagonal."""
 
     kind = "qera-approx"
     statistics = frozenset({MeanSquare()})
