@@ -1,4 +1,7 @@
-"""Checks before a run: `--validate`, and the estimate of the memory and disk that it needs."""
+"""Checks before a run: `--validate`, and the estimate of the memory and disk that it needs.
+
+Shapes: W windows, T tokens of a window.
+"""
 
 from __future__ import annotations
 

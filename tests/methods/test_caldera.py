@@ -35,7 +35,7 @@ def layer(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.fixture
 def plan() -> LinearPlan:
-    return LinearPlan(Caldera(), E8P(2), None, None, 16, FOUR_BITS, "long", rounding=Ldlq(), iterations=5)
+    return LinearPlan(Caldera(), E8P(2), None, None, 16, FOUR_BITS, "outer", rounding=Ldlq(), iterations=5)
 
 
 HALVES = Passthrough("float16")

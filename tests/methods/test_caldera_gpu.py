@@ -25,7 +25,7 @@ def test_a_gpu_finds_a_decomposition_as_good_as_a_cpus(factor):
     x_TI = torch.randn(2000, 384, generator=generator) @ torch.randn(384, 384, generator=generator) / 384**0.5
     statistics = {"hessian": x_TI.T @ x_TI / len(x_TI)}
     plan = LinearPlan(
-        Caldera(down_date=0.97), E8P(2), None, None, 16, factor, "long",
+        Caldera(down_date=0.97), E8P(2), None, None, 16, factor, "outer",
         rounding=Ldlq(tune_iters=1), transform=Hadamard(), iterations=3,
     )  # fmt: skip
     on_cpu = plan.quantize(weight_OI, statistics)
