@@ -42,7 +42,7 @@ class FinetuneInfo(TypedDict):
 
 
 class Baseline(TypedDict):
-    """Round-to-nearest in the same formats, if evaluation.baselines asks for it."""
+    """The same formats and rounding without low-rank factors, if evaluation.baselines asks for it."""
 
     bits: Bits
 
