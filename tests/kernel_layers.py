@@ -1,6 +1,8 @@
-"""Random packed linears on whatever runs the kernels here: a GPU, or Triton's interpreter.
+"""Random packed linears on the device that runs the kernels: a GPU, or Triton's interpreter on the CPU.
 
-The interpreter cannot round float32 to bfloat16 (it cuts), so there the dtype under test is float16.
+The interpreter truncates float32 to bfloat16 instead of rounding, so its tests use float16.
+
+Shapes: M tokens, I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Layer:
     packed: PackedLinear
 
     def exact(self, x_MI: Tensor) -> Tensor:
-        """The layer's formula in float64 on the values that the formats stand for."""
+        """The layer's formula in float64, on dequantized values."""
 
         def rounded(x: Tensor) -> Tensor:
             if self.activation is None:

@@ -1,4 +1,4 @@
-"""The few instructions of PTX that kernels contain as text, run on tensors: a lane for each element.
+"""An emulator of the PTX instructions that the kernels contain as text; each element of a tensor is a lane.
 
 Semantics are those of NVIDIA's PTX ISA. Registers hold int64 tensors of unsigned values; memory is 32-bit words.
 """
@@ -22,7 +22,7 @@ class Machine:
         self.symbols = symbols or {}
 
     def run(self, text: str, operands: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All registers after the text has run; operands: "$4" and the like, and special registers."""
+        """All registers after the text has run; operands: values of "$4" etc. and of special registers."""
         lines = [line.strip() for line in re.sub(r";\s*", ";\n", text).splitlines()]
         lines = [line.rstrip(";") for line in lines if line and line not in "{}" and not line.startswith(".")]
         registers = dict(operands)
@@ -114,7 +114,7 @@ def _multiply(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]
 
 
 def _split(operands: str) -> list[str]:
-    """Operands, those in braces as one."""
+    """Operands; those in braces are one."""
     return [found.strip() for found in re.findall(r"\s*\{[^}]*\}|[^,]+", operands) if found.strip()]
 
 

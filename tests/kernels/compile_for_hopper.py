@@ -1,7 +1,7 @@
 """Compile every kernel for compute capability 9.0 on a machine without a GPU; run by test_compilation.py.
 
-The interpreter runs kernels as Python and forgives what the compiler does not. Here the host code launches kernels as
-ever, on CPU tensors, and each launch is compiled instead of run.
+The interpreter runs kernels as Python and accepts code that the compiler rejects. Here the host code launches kernels
+on CPU tensors as usual, and each launch is compiled instead of run.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
 
 
 def check_shared_memory(kernel: Any) -> None:
-    """Triton asks the driver for more than 48 KB only where its own part, without what PTX reserves, needs more."""
+    """Triton requests more than 48 KB from the driver only if its own part, without that of inline PTX, needs more."""
     reserved = sum(int(size) for size in re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", kernel.asm["ptx"]))
     assert reserved == 0 or reserved + kernel.metadata.shared <= SHARED_MEMORY, (reserved, kernel.metadata.shared)
 
 
 def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:
-    """Products of a tile are computed where they are written down, by each thread once (lattice_gemm.py)."""
+    """Each thread computes the products of a tile once (lattice_gemm.py)."""
     assert kernel.asm["ptx"].count("mma.sync") == 4 * products
 
 

@@ -1,4 +1,4 @@
-"""Codebooks: packed without loss, decoded as emulation does, multiplied as the formula says."""
+"""Codebooks: packed without loss, dequantized as in emulation, multiplied according to the formula."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear, reference_weight
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
-# Indices of every width from 1 to 8 bits, groups of one row and of several, whole and cut ones, a table of low rank.
+# Indices of 1 to 8 bits, groups of one and of several rows, whole and partial groups, a table of low rank.
 FORMATS = [
     Codebook(1, 1, 128, 64),
     Codebook(2, 1, 256),
@@ -37,7 +37,7 @@ def build(number_format: Codebook, n: int = 37, k: int = 192, **options: Any) ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
-def test_decoded_weights_are_those_of_emulation_bit_for_bit(number_format, dtype):
+def test_dequantized_weights_equal_emulation_bit_for_bit(number_format, dtype):
     layer = build(number_format, dtype=dtype)
     expected = layer.weight.dequantize(dtype)
     assert torch.equal(reference_weight(layer.packed.weight, dtype), expected)
@@ -45,7 +45,7 @@ def test_decoded_weights_are_those_of_emulation_bit_for_bit(number_format, dtype
 
 
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
-def test_sums_are_those_of_float64_to_a_millionth(number_format):
+def test_sums_equal_float64_to_a_millionth(number_format):
     layer = build(number_format, bias=True)
     for m in (1, 3):
         x_MI = random_input(m, 192)
@@ -114,7 +114,7 @@ def test_groups_of_single_values_may_have_an_odd_number_of_columns(bits):
 
 
 @pytest.mark.parametrize("m", [1, 3])
-def test_rows_of_x_may_begin_anywhere(m):
+def test_rows_of_x_need_not_be_aligned(m):
     layer = build(Codebook(2, 2, 512, 64), 9, 64)
     x_MI = random_input(m, 64)
     apart = torch.full((m, 67), torch.nan, dtype=DTYPE, device=x_MI.device)
@@ -122,7 +122,7 @@ def test_rows_of_x_may_begin_anywhere(m):
     assert torch.equal(run_codebook(apart[:, 1:65], layer.packed), run_codebook(x_MI, layer.packed))
 
 
-def test_a_token_that_is_not_finite_leaves_the_others_alone():
+def test_a_token_that_is_not_finite_does_not_change_the_others():
     layer = build(Codebook(2, 2, 512, 64), 9, 64)
     x_MI = random_input(3, 64)
     expected = run_codebook(x_MI, layer.packed)
@@ -132,7 +132,7 @@ def test_a_token_that_is_not_finite_leaves_the_others_alone():
     assert y_MO[1].isnan().all()
 
 
-def test_a_tile_has_every_table_that_its_rows_and_words_refer_to():
+def test_a_tile_has_all_tables_of_its_rows_and_words():
     for group_rows in range(1, 40):
         for group_columns in (4, 16, 66, 256, 272, 1024):
             layout = IndexLayout(4096, 2, 4, group_rows, group_columns)
@@ -152,7 +152,7 @@ def test_a_packed_codebook_holds_no_more_than_its_indices_and_tables():
     assert packed.table.nbytes == 64 * 512 // 2048 * 16 * 2 * DTYPE.itemsize
 
 
-def test_block_scales_and_the_other_axis_are_refused():
+def test_block_scales_and_vectors_along_axis_0_are_refused():
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     scaled, turned = Codebook(2, 2, 512, 64, scale_block_size=32), Codebook(2, 2, 512, 64)
     with pytest.raises(ValueError, match="scale_block_size 32: kernels do not support block scales"):
@@ -161,6 +161,6 @@ def test_block_scales_and_the_other_axis_are_refused():
         PackedLinear.pack(turned.quantize(weight, axis=0), None, None, None, None, DTYPE)
 
 
-def test_a_spec_survives_its_way_through_a_string():
+def test_decoding_inverts_encoding_of_a_spec():
     spec = build(Codebook(3, 2, 2048), rank=16).packed.spec
     assert decode_spec(encode_spec(spec)) == spec

@@ -1,4 +1,4 @@
-"""The kernels compile for a GPU, also where there is none."""
+"""The kernels compile for a GPU on a machine without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lattice codes in a randomized Hadamard basis: packed without loss, decoded as emulation does, multiplied exactly."""
+"""Lattice codes with Hadamard rotations: packed without loss, dequantized as in emulation, multiplied exactly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS, TENSOR = E8P(2, block_size="row"), E8P(2)
 
 
 class Layer:
-    """A linear with lattice codes, as its parts and packed."""
+    """A linear with lattice codes, unpacked and packed."""
 
     def __init__(self, n, k, rank=0, rotated=True, bias=False, dtype=DTYPE, number_format=TENSOR, factor=None):
         generator = torch.Generator().manual_seed(n + 3 * k + rank)
@@ -42,7 +42,7 @@ class Layer:
         self.packed = PackedLinear.pack(self.weight, self.a, self.b, self.bias_O, None, dtype, self.basis)
 
     def exact(self, x_MI: torch.Tensor) -> torch.Tensor:
-        """The formula in float64, rounded where the layer rounds: x' and x' A, to its dtype."""
+        """The formula in float64, with x' and x' A rounded to the dtype of the layer, as it does."""
         x = x_MI.double()
         room = 32.0 if self.dtype == torch.float16 else 1.0
         if self.basis:
@@ -65,8 +65,8 @@ def all_codes(number_format: E8P = TENSOR) -> QuantizedTensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("number_format", [TENSOR, ROWS], ids=["a scale", "a scale a row"])
-def test_every_code_decodes_as_in_emulation_bit_for_bit(number_format, dtype):
+@pytest.mark.parametrize("number_format", [TENSOR, ROWS], ids=["one scale", "a scale per row"])
+def test_every_code_dequantizes_as_in_emulation_bit_for_bit(number_format, dtype):
     weight = all_codes(number_format)
     packed, expected = pack_lattice(weight), weight.dequantize(dtype)
     assert torch.equal(reference_weight(packed, dtype), expected)
@@ -74,8 +74,8 @@ def test_every_code_decodes_as_in_emulation_bit_for_bit(number_format, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_product_meets_every_code_at_every_place(dtype):
-    """One token picks one column: y is that column of the weight, exactly."""
+def test_the_product_is_exact_for_every_code(dtype):
+    """A token that is one in one column: y is that column of the weight, exactly."""
     weight = all_codes()
     packed = PackedLinear.pack(weight, None, None, None, None, dtype)
     points_OI = weight.dequantize()
@@ -89,18 +89,18 @@ def test_the_product_meets_every_code_at_every_place(dtype):
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (80, 384), (24, 160)])
-def test_sums_are_those_of_float64_to_fifteen_bits_of_a_tile_s_largest_token(n, k, rotated):
+def test_sums_equal_float64_to_fifteen_bits_of_a_tile_s_largest_value(n, k, rotated):
     layer = Layer(n, k, rotated=rotated, bias=True)
     for m in (1, 3, 9):
         x_MI = random_input(m, k)
         y_MO = run_lattice(x_MI, layer.packed, can_chain(x_MI), out_dtype=torch.float32)
-        # Rounding x' to the dtype falls to the other side now and then.
+        # x' is occasionally rounded to the dtype in the other direction.
         assert relative_error(y_MO, layer.exact(x_MI)) < (TOLERANCE[DTYPE] / 4 if rotated else 2e-5)
 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 @pytest.mark.parametrize("rank", [0, 10, 16, 64, 192])
-def test_every_rank_and_basis_give_the_formula(rank, rotated):
+def test_every_rank_gives_the_formula_with_and_without_rotations(rank, rotated):
     layer = Layer(96, 320, rank, rotated, bias=True)
     for m in (2, 17):
         x_MI = random_input(m, 320)
@@ -117,23 +117,23 @@ def test_every_number_of_tokens_gives_the_formula(m):
 
 
 @pytest.mark.parametrize(("n", "k"), [(8, 8), (100, 1152), (70, 100), (33, 260), (48, 688)])
-def test_shapes_need_not_be_multiples_of_a_tile_nor_powers_of_two(n, k):
+def test_shapes_need_not_be_multiples_of_a_tile_or_powers_of_two(n, k):
     layer = Layer(n, k, rank=16)
     x_MI = random_input(3, k)
     assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
-def test_a_length_without_a_small_outer_factor_is_transformed_by_torch():
+def test_torch_rotates_a_length_without_a_small_outer_factor():
     assert [fits_hadamard(length) for length in (257, 11008, 28672)] == [False, True, True]
     layer = Layer(16, 257, rank=16, bias=True)
     x_MI = random_input(2, 257)
     assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
-@pytest.mark.skipif(not ON_GPU, reason="a whole layer is for a GPU")
+@pytest.mark.skipif(not ON_GPU, reason="too slow without a GPU")
 @pytest.mark.parametrize(("n", "k", "rank"), [(8192, 8192, 64), (4096, 11008, 128), (11008, 4096, 256)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layers_of_a_real_size_give_the_formula_and_the_same_bits_in_every_run(n, k, rank, dtype):
+def test_layers_of_a_real_size_give_the_formula_reproducibly(n, k, rank, dtype):
     layer = Layer(n, k, rank, dtype=dtype)
     for m in (1, 4, 16):
         x_MI = random_input(m, k, dtype)
@@ -142,8 +142,8 @@ def test_layers_of_a_real_size_give_the_formula_and_the_same_bits_in_every_run(n
         assert all(torch.equal(packed_linear(x_MI, layer.packed), y_MO) for _ in range(5))
 
 
-def test_float16_holds_what_a_rotation_gathers_in_one_element():
-    """x that the transform makes one element of sqrt(I) 3000, beyond float16."""
+def test_a_rotation_does_not_overflow_float16():
+    """The rotation of this x has one element sqrt(1024) * 3000, beyond float16."""
     layer = Layer(32, 1024, dtype=torch.float16)
     assert layer.basis is not None
     x_MI = (3000 * layer.basis.input_signs_I.to(DEVICE)).unsqueeze(0)
@@ -152,7 +152,7 @@ def test_float16_holds_what_a_rotation_gathers_in_one_element():
     assert relative_error(y_MO, layer.exact(x_MI)) < 1.8 * TOLERANCE[torch.float16]
 
 
-def test_the_workspace_is_zero_again_and_runs_agree_bit_for_bit():
+def test_the_workspace_is_zero_after_a_call_and_runs_agree_bit_for_bit():
     layer = Layer(64, 1024, rank=64)
     assert layer.packed.spec.layout.tiles > layer.packed.spec.layout.span or layer.packed.spec.layout.span > 1
     x_MI = random_input(2, 1024)
@@ -162,7 +162,7 @@ def test_the_workspace_is_zero_again_and_runs_agree_bit_for_bit():
         assert not layer.packed.workspace.any()
 
 
-def test_rounded_activations_are_rounded_in_the_basis_of_the_weight():
+def test_activations_are_rounded_after_the_rotation():
     layer = Layer(64, 256, rank=16, factor=MXInt(8))
     packed = PackedLinear.pack(layer.weight, layer.a, layer.b, None, MXInt(8), DTYPE, layer.basis)
     parts = (part.dequantize(DTYPE) for part in (layer.a, layer.b))
@@ -173,7 +173,7 @@ def test_rounded_activations_are_rounded_in_the_basis_of_the_weight():
     torch.testing.assert_close(packed_linear(x_MI, packed), emulated.to(DEVICE)(x_MI), rtol=2e-2, atol=2e-2)
 
 
-def test_signs_that_were_trained_need_not_be_ones():
+def test_trained_signs_need_not_be_plus_or_minus_one():
     layer = Layer(64, 256)
     scale = torch.linspace(0.5, 1.5, 256)
     basis = RandomHadamard(layer.basis.input_signs_I * scale, layer.basis.output_signs_O * 2).to(DTYPE)
@@ -184,7 +184,7 @@ def test_signs_that_were_trained_need_not_be_ones():
     assert relative_error(y_MO, expected.double()) < 3 * TOLERANCE[DTYPE]
 
 
-def test_the_module_runs_the_basis_and_holds_two_bits_a_weight():
+def test_the_module_rotates_and_holds_two_bits_per_weight():
     layer = Layer(128, 512, rank=16, bias=True)
     module = TritonLinear(layer.packed)
     x_MI = random_input(2, 512)
@@ -215,12 +215,12 @@ def test_a_cuda_graph_replays_the_layer():
     assert torch.equal(y_MO, packed_linear(fresh, layer.packed))
 
 
-def test_a_spec_survives_its_way_through_a_string():
+def test_decoding_inverts_encoding_of_a_spec():
     spec = Layer(64, 256, rank=16).packed.spec
     assert decode_spec(encode_spec(spec)) == spec
 
 
-def test_residual_codes_block_scales_and_the_other_axis_are_refused_by_name():
+def test_residual_codes_block_scales_and_vectors_along_axis_0_are_refused():
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 
     def pack(weight: QuantizedTensor, basis: RandomHadamard | None = None) -> PackedLinear:
@@ -237,15 +237,15 @@ def test_residual_codes_block_scales_and_the_other_axis_are_refused_by_name():
         pack(MXInt(4).quantize(weight), random_hadamard(32, 64, seed=0))
 
 
-def test_more_tokens_than_the_kernels_take_are_multiplied_by_a_library(monkeypatch):
+def test_more_tokens_than_the_kernels_support_are_multiplied_by_a_library(monkeypatch):
     layer = Layer(64, 256, rank=16)
-    monkeypatch.setattr(launch, "run_lattice", lambda *args: pytest.fail("17 tokens are many"))
+    monkeypatch.setattr(launch, "run_lattice", lambda *args: pytest.fail("17 tokens are too many for the kernels"))
     x_MI = random_input(17, 256)
     assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
-def test_padding_of_columns_reads_no_number():
-    """What is beyond K in x' is zero, whatever the codes there decode to."""
+def test_padded_columns_do_not_contribute():
+    """x' is zero beyond the last column, whatever the codes there decode to."""
     layer = Layer(16, 100, rotated=False)
     units = torch.randint(-(2**62), 2**62, layer.packed.weight.units.shape, device=DEVICE)
     poisoned = replace(layer.packed, weight=replace(layer.packed.weight, units=units))

@@ -1,4 +1,4 @@
-"""The PTX that multiplies lattice codes, run instruction by instruction, and the order that tokens are put in."""
+"""The PTX that multiplies lattice codes, emulated instruction by instruction, and the memory order of tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LANE = torch.arange(32)
 
 
 def filled(warps: int) -> Machine:
-    """A machine whose threads have filled the table."""
+    """A machine after its threads have filled the table."""
     machine = Machine(symbols={"rows_of_a": BEGIN})
     machine.memory[256 : 256 + 512] = rows_table().to(torch.int64) & WORD
     threads = torch.arange(32 * warps)
@@ -32,7 +32,7 @@ def filled(warps: int) -> Machine:
 
 
 @pytest.mark.parametrize("warps", [1, 4, 16])
-def test_every_lane_finds_the_rows_in_a_copy(warps):
+def test_shared_memory_holds_sixteen_copies_of_the_rows(warps):
     shared = filled(warps).shared[BEGIN // 4 : (BEGIN + TABLE_BYTES) // 4].view(512, COPIES)
     assert torch.equal(shared, (rows_table().to(torch.int64) & WORD)[:, None].expand(512, COPIES))
 
@@ -44,7 +44,7 @@ def token_order_kernel(out):
 
 
 def kernel_order() -> torch.Tensor:
-    """The natural column at each place of 128."""
+    """The natural column at each of 128 positions."""
     place = torch.empty(256, dtype=torch.int32, device=DEVICE)
     token_order_kernel[(1,)](place)
     place = place.cpu().to(torch.int64)
@@ -54,7 +54,7 @@ def kernel_order() -> torch.Tensor:
     return columns
 
 
-def test_tokens_stand_as_the_layout_says():
+def test_tokens_are_in_the_documented_order():
     t, p, o, e, j = (torch.arange(128) // size % count for size, count in ((32, 4), (16, 2), (8, 2), (4, 2), (1, 4)))
     assert torch.equal(kernel_order(), 8 * (4 * t + 2 * p + e) + 2 * j + o)
 

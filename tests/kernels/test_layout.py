@@ -1,4 +1,4 @@
-"""Packing for the kernels: every code and scale comes back, padding is zero, what cannot be read is refused."""
+"""Packing for the kernels: codes and scales are preserved, padding is zero, unsupported formats are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random_weight(number_format, n: int = 75, k: int = 200) -> QuantizedTensor:
 
 
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
-def test_every_code_and_every_value_comes_back(number_format):
+def test_codes_and_values_are_preserved(number_format):
     weight = random_weight(number_format)
     packed = pack_weight(weight)
     assert torch.equal(unpack_codes(packed).to(torch.int64), weight.parts["codes"].to(torch.int64))
@@ -37,12 +37,12 @@ def test_every_code_and_every_value_comes_back(number_format):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_all_codes_under_all_exponents_come_back(bits):
+def test_all_codes_with_all_exponents_are_preserved(bits):
     number_format = MXInt(bits, 16)
     largest = number_format.max_code
     codes = (torch.arange(16) % (2 * largest + 1) - largest).to(torch.int8).repeat(256, 1)
     exponents = torch.arange(256, dtype=torch.uint8)[:, None]
-    # A step below 2^-126 or above 2^119 is refused; 0 stands for a block of zeros.
+    # Steps below 2^-126 or above 2^119 are refused; exponent 0 is a block of zeros.
     usable = (exponents[:, 0] == 0) | (
         (exponents[:, 0] > number_format.fraction_bits) & (exponents[:, 0] <= 246 + number_format.fraction_bits)
     )
@@ -63,7 +63,7 @@ def test_a_step_outside_the_exact_range_is_refused(exponent, shown):
         pack_weight(weight)
 
 
-def test_a_packed_weight_takes_the_bits_of_its_format():
+def test_a_packed_weight_has_the_bits_of_its_format():
     weight = random_weight(MXInt(4), 1024, 1024)
     assert 8 * pack_weight(weight).nbytes == 4.5 * 1024 * 1024
     weight = random_weight(MXInt(3), 1024, 1024)
@@ -90,12 +90,12 @@ def test_padding_holds_zeros():
         (MXInt(4, 8), "block_size 8 is neither"),
     ],
 )
-def test_a_format_that_kernels_do_not_read_is_refused_with_the_rule(number_format, rule):
+def test_an_unsupported_format_is_refused_with_the_rule(number_format, rule):
     with pytest.raises(ValueError, match=rule):
         pack_weight(random_weight(number_format))
 
 
-def test_blocks_along_the_outputs_are_refused():
+def test_blocks_along_axis_0_are_refused():
     with pytest.raises(ValueError, match="blocks must be along axis 1"):
         pack_weight(MXInt(4).quantize(torch.randn(32, 32), axis=0))
 
@@ -108,6 +108,6 @@ def test_blocks_along_the_outputs_are_refused():
         (None, torch.float32, "kernels compute in bfloat16 or float16, found torch.float32"),
     ],
 )
-def test_activations_and_dtypes_that_kernels_do_not_know_are_refused(activation, dtype, rule):
+def test_unsupported_activations_and_dtypes_are_refused(activation, dtype, rule):
     with pytest.raises(ValueError, match=rule):
         PackedLinear.pack(random_weight(MXInt(4)), None, None, None, activation, dtype)

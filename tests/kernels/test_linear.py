@@ -1,6 +1,6 @@
 """The kernels against the layer's formula in float64: formats, shapes, ranks, tokens, determinism, graphs.
 
-In Triton's interpreter a few small shapes stand for all; on a GPU every number of tokens up to 130 is run.
+Triton's interpreter runs a few small shapes; a GPU runs every number of tokens up to 130.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOKENS = range(1, 131) if ON_GPU else (1, 2, 17)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
-def test_decoded_weights_are_those_of_emulation_bit_for_bit(number_format, dtype):
+def test_dequantized_weights_equal_emulation_bit_for_bit(number_format, dtype):
     layer = build_layer(number_format, 75, 300, dtype=dtype)
     assert torch.equal(dequantize_weight(layer.packed.weight, dtype), layer.weight.dequantize(dtype))
 
@@ -60,7 +60,7 @@ def test_every_format_gives_the_formula(number_format, activation):
     x_MI = random_input(3, 300)
     exact = layer.exact(x_MI)
     for run in (lambda: run_gemm(x_MI, layer.packed, GEMM), lambda: run_dequantized(x_MI, layer.packed)):
-        # The product of a library is rounded to the dtype before the branch is added, as emulation does it.
+        # The library rounds its product to the dtype before adding the branch, as emulation does.
         assert relative_error(run(), exact) < 1.8 * TOLERANCE[DTYPE]
 
 
@@ -90,14 +90,14 @@ def test_shapes_need_not_be_multiples_of_a_tile(n, k):
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_sums_are_those_of_float64_to_a_millionth(splits):
+def test_sums_equal_float64_to_a_millionth(splits):
     layer = build_layer(MXInt(4), 80, 1024, rank=32, activation=X8)
     x_MI = random_input(5, 1024)
     launch = GemmLaunch(64, 16, splits, 2, 4)
     assert relative_error(run_gemm(x_MI, layer.packed, launch, torch.float32), layer.exact(x_MI)) < 1e-6
 
 
-def test_the_integer_kernel_sums_as_exactly():
+def test_sums_of_the_integer_kernel_equal_float64_to_a_millionth():
     for block in (16, 32):
         layer = build_layer(MXInt(4, block), 80, 1024, rank=32, activation=X8, bias=True)
         assert fits_gemv(layer.packed)
@@ -106,7 +106,7 @@ def test_the_integer_kernel_sums_as_exactly():
             assert relative_error(run_gemv(x_1I, layer.packed, launch, torch.float32), layer.exact(x_1I)) < 1e-6
 
 
-def test_small_integers_are_summed_without_any_error():
+def test_small_integers_are_summed_exactly():
     generator = torch.Generator().manual_seed(0)
     weight_OI = torch.randint(-7, 8, (64, 256), generator=generator).float()
     weight_OI[:, ::16] = 7.0  # every block has the exponent of 8
@@ -121,7 +121,7 @@ def test_small_integers_are_summed_without_any_error():
     assert torch.equal(run_gemv(x_MI[:1], packed, GEMV, torch.float32).double().cpu(), expected[:1])
 
 
-def test_the_torch_reference_is_the_formula_too():
+def test_the_torch_reference_equals_the_formula():
     layer = build_layer(MXInt(4), 80, 272, rank=16, activation=X8, bias=True)
     x_MI = random_input(4, 272)
     assert relative_error(reference_linear(x_MI, layer.packed), layer.exact(x_MI)) < TOLERANCE[DTYPE]
@@ -153,7 +153,7 @@ def test_leading_dimensions_and_strides_of_x_do_not_matter():
     assert torch.equal(packed_linear(wide[:, 128:], layer.packed), expected)
 
 
-def test_another_width_or_dtype_is_refused_with_both_named():
+def test_another_width_or_dtype_of_x_is_refused():
     layer = build_layer(MXInt(4), 80, 128)
     with pytest.raises(ValueError, match=r"x must be \(..., 128\) in torch\..*, found \(2, 64\)"):
         packed_linear(random_input(2, 64), layer.packed)
@@ -161,12 +161,12 @@ def test_another_width_or_dtype_is_refused_with_both_named():
         packed_linear(random_input(2, 128, torch.float32), layer.packed)
 
 
-def test_a_spec_survives_its_encoding():
+def test_decoding_inverts_encoding_of_a_spec():
     spec = build_layer(Int(3, 64), 80, 272, rank=16, activation=MXInt(6, 32, "floor")).packed.spec
     assert decode_spec(encode_spec(spec)) == spec
 
 
-def test_the_operator_says_what_it_returns_and_compiles_as_one_graph():
+def test_the_operator_has_a_fake_implementation_and_compiles_as_one_graph():
     layer = build_layer(MXInt(4), 80, 128, rank=16, activation=X8, bias=True)
     compiled = torch.compile(lambda x: packed_linear(x * 2, layer.packed), fullgraph=True, backend="aot_eager")
     for m in (1, 3):
@@ -176,7 +176,7 @@ def test_the_operator_says_what_it_returns_and_compiles_as_one_graph():
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("m", [1, 16, 300])
-def test_a_cuda_graph_replays_it_on_new_inputs(m):
+def test_a_cuda_graph_replays_the_layer_on_new_inputs(m):
     layer = build_layer(MXInt(4), 200, 1024, rank=32, activation=X8)
     static = random_input(m, 1024)
     packed_linear(static, layer.packed)

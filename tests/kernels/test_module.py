@@ -1,4 +1,4 @@
-"""A quantized model on packed tensors computes what its emulation computes."""
+"""A quantized model on packed tensors agrees with its emulation."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def test_a_model_on_packed_weights_agrees_with_its_emulation(architecture, rando
     for name, module in modules.items():
         model.set_submodule(name, module)
     packed = model(ids_WT).logits.double()
-    # Activations that are rounded again enlarge what the dtype loses: kernels may lose as much as emulation does.
+    # Rounding activations again amplifies the error of the dtype: kernels may have as large an error as emulation.
     assert (packed - expected).norm() < 1.2 * (emulated - expected).norm()
 
 
 @pytest.mark.skipif(not ON_GPU, reason="backend triton needs a GPU")
 @torch.no_grad()
-def test_load_quantized_puts_the_kernels_in_and_no_dequantized_weight(random_model, run_stages, windows_WT):
+def test_load_quantized_builds_modules_of_the_kernels_without_dequantized_weights(random_model, run_stages, windows_WT):
     checkpoint = run_stages(random_model("llama"), PLAN).checkpoint.path
     model = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "triton")
     assert any(isinstance(module, TritonLinear) for module in model.modules())
@@ -86,13 +86,13 @@ def test_load_quantized_puts_the_kernels_in_and_no_dequantized_weight(random_mod
 
 
 @torch.no_grad()
-def test_a_caldera_checkpoint_runs_from_its_codes_as_in_emulation(random_model, run_stages, windows_WT, monkeypatch):
+def test_a_caldera_checkpoint_on_packed_codes_agrees_with_emulation(random_model, run_stages, windows_WT, monkeypatch):
     plan = LinearPlan(
         Caldera(), E8P(2), None, None, 8, Int(4, 32, symmetric=True), "outer", rounding=Ldlq(),
         transform=Hadamard(), iterations=2,
     )  # fmt: skip
     checkpoint = run_stages(random_model("llama"), plan).checkpoint.path
-    # Where there is no GPU the interpreter runs what backends refuse.
+    # Without a GPU the interpreter runs the backend that is refused otherwise.
     monkeypatch.setattr("lqer.checkpoint.load.resolve_backend", lambda wanted, *_: wanted)
     exact, emulation, kernels = (
         lqer.load_quantized(checkpoint, DEVICE, dtype, backend)
@@ -102,14 +102,14 @@ def test_a_caldera_checkpoint_runs_from_its_codes_as_in_emulation(random_model, 
     assert len(packed) == sum(isinstance(module, QuantizedLinear) for module in emulation.modules())
     assert all(isinstance(module.packed.weight, PackedLattice) for module in packed)
     assert not any(isinstance(module, QuantizedLinear | HadamardLinear) for module in kernels.modules())
-    # Few tokens, and more than the product's kernel takes.
+    # Few tokens, and more than the kernel of the product supports.
     for ids_WT in (windows_WT[:1], windows_WT[:2]):
         expected, emulated, found = (model(ids_WT.to(DEVICE)).logits.double() for model in (exact, emulation, kernels))
         assert (found - expected).norm() < 1.5 * (emulated - expected).norm()
 
 
 @torch.no_grad()
-def test_a_linear_in_another_basis_runs_its_kernels_there():
+def test_a_rotated_linear_runs_its_kernels_between_the_rotations():
     layer = build_layer(MXInt(4), 96, 128, rank=16, activation=MXInt(8))
     basis = random_hadamard(96, 128, seed=0)
     weight_OI, a_IR, b_RO = (part.dequantize(DTYPE) for part in (layer.weight, layer.a, layer.b))
@@ -119,7 +119,7 @@ def test_a_linear_in_another_basis_runs_its_kernels_there():
     torch.testing.assert_close(packed(x_MI), emulated(x_MI), rtol=2e-2, atol=2e-2)
 
 
-def test_the_module_is_the_function_and_keeps_nothing_in_its_state_dict():
+def test_the_module_equals_the_function_and_has_an_empty_state_dict():
     layer = build_layer(MXInt(4), 80, 128, rank=16, activation=MXInt(8), bias=True)
     module = TritonLinear(layer.packed)
     x_MI = random_input(3, 128)

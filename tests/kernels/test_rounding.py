@@ -1,4 +1,4 @@
-"""MXINT rounding on the device is that of lqer.formats, bit for bit."""
+"""MXINT rounding on the device equals lqer.formats bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rounded(x: Tensor, number_format: MXInt, along_rows: bool = False) -> Tensor
 
 
 def edge_blocks() -> Tensor:
-    """Powers of two as maxima, ties, zeros, subnormals, the largest floats, and every magnitude in between."""
+    """Powers of two as maxima, ties, zeros, subnormals, the largest floats, and random magnitudes in between."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, COLUMNS, generator=generator)
     x *= (
@@ -55,7 +55,7 @@ def edge_blocks() -> Tensor:
 @pytest.mark.parametrize("scale_rounding", ["ceil", "floor"])
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])
 @pytest.mark.parametrize("block", [16, 32])
-def test_it_rounds_as_the_format_does(bits, block, scale_rounding):
+def test_rounding_equals_the_format(bits, block, scale_rounding):
     number_format = MXInt(bits, block, scale_rounding)
     random = torch.randn(ROWS * (122 if ON_GPU else 2), COLUMNS, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     x = torch.cat([edge_blocks(), random])
@@ -63,7 +63,7 @@ def test_it_rounds_as_the_format_does(bits, block, scale_rounding):
     assert torch.equal(rounded(x, number_format), expected)
 
 
-def test_blocks_may_lie_along_the_rows():
+def test_blocks_may_be_along_the_rows():
     x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     assert torch.equal(rounded(x, MXInt(8), along_rows=True), MXInt(8).fake_quantize(x, axis=0))
 
