@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from lqer.config.explain import explain, explain_rule
 from lqer.config.files import MAX_DEPTH, parse_toml, read_toml, reason_of, shortened
+from lqer.config.presets import PREFIX, preset_path
 from lqer.config.rules import broken_rules
 from lqer.config.schema import Config
 from lqer.errors import ConfigError
@@ -74,19 +75,22 @@ def _another_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return "kind" in new and new["kind"] != old.get("kind")
 
 
-def read_config(path: str | Path, tag: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read `path` with everything it extends, apply `overrides` ("--section.key=value"), check it against the schema
-    and the rules across sections.
+def read_config(
+    path: str | Path, tag: str | None = None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Config:
+    """Read `path`, a file or preset:NAME, with everything it extends; apply `overrides` ("--section.key=value") and
+    `values`, nested as in TOML; check it against the schema and the rules across sections.
 
     Raises ConfigError, one line: who set which key, what was found, what is allowed.
     """
-    path = Path(path)
+    path = _locate(str(path), Path())
     layers = Layers()
-    for file, values in _read_file(path, (), set()):
-        layers.merge(values, str(file))
+    for file, found in _read_file(path, (), set()):
+        layers.merge(found, str(file))
     layers.values.setdefault("tag", path.stem)
     for override in overrides:
         layers.merge(parse_override(override), override)
+    layers.merge(values or {}, "the call")
     if tag is not None:
         layers.merge({"tag": tag}, "the command line")
 
@@ -125,8 +129,15 @@ def _read_file(path: Path, chain: tuple[Path, ...], read: set[Path]) -> list[tup
         raise ConfigError(f"{path}: extends: must be a file name or a list of file names; found {parents!r}")
     files: list[tuple[Path, dict[str, Any]]] = []
     for parent in parents:
-        files += _read_file(Path(os.path.normpath(path.parent / parent)), (*chain, resolved), read)
+        files += _read_file(_locate(parent, path.parent), (*chain, resolved), read)
     return [*files, (path, values)]
+
+
+def _locate(name: str, folder: Path) -> Path:
+    """The file that `extends`, or a command line, names: relative to `folder`, or a preset."""
+    if name.startswith(PREFIX):
+        return preset_path(name.removeprefix(PREFIX))
+    return Path(os.path.normpath(folder / name))
 
 
 def _shown(path: Path) -> Path:

@@ -1,0 +1,42 @@
+"""Presets: the configurations that come with the package, named `preset:NAME` wherever a config file is named.
+
+They are the files of configs/ at the top of the repository, which an installed package holds as lqer/presets.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from lqer.components import did_you_mean
+from lqer.errors import ConfigError
+
+PREFIX = "preset:"
+# Named without their folder.
+METHODS_FOLDER = "methods"
+
+
+def preset_path(name: str) -> Path:
+    """The file of the preset `name`, such as "lqer-act" or "paper/tesseraq-w2". Raises ConfigError if there is none."""
+    names = preset_names()
+    if name not in names:
+        raise ConfigError(f"{PREFIX}{name}: no such preset (lqer ls presets lists them){did_you_mean(name, names)}")
+    root = _root()
+    path = root / METHODS_FOLDER / f"{name}.toml"
+    return path if path.exists() else root / f"{name}.toml"
+
+
+def preset_names() -> list[str]:
+    """Every preset: those of methods by their name alone, the others by their path."""
+    names = [path.relative_to(_root()).with_suffix("").as_posix() for path in _root().rglob("*.toml")]
+    return sorted(name.removeprefix(f"{METHODS_FOLDER}/") for name in names)
+
+
+def read_summary(name: str) -> str:
+    """The comment at the head of a preset, its first line."""
+    first = preset_path(name).read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _root() -> Path:
+    return Path(str(files("lqer") / "presets"))
