@@ -6,15 +6,20 @@
         kind = "gptq"
         damping: float = 0.01
 
-Defining a component registers it, so a module that holds a new one only has to be imported.
+Defining a component registers it, so a module that holds a new one only has to be imported; outside of the package such
+a module is a plug-in (lqer/config/plugins.py).
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -41,6 +46,16 @@ class Component:
             if registered is not None and _full_name(registered) != _full_name(cls):
                 raise ValueError(f"{cls.family} {kind!r} is defined twice: {_full_name(registered)}, {_full_name(cls)}")
             cls.registry[kind] = cls
+
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """What stands for a plug-in's component in the keys of artifacts; None for a built-in one, whose stage has a
+        version: kind, settings and the sha256 of its file, so that editing the file makes new artifacts.
+        """
+        if type(self).__module__.partition(".")[0] == __name__.partition(".")[0]:
+            return None
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"kind": self.kind, **settings, "source": _source_hash(type(self).__module__)}
 
     def to_dict(self) -> dict[str, Any]:
         """`kind` and the fields as TOML and JSON can write them; `component_from_dict` reads them."""
@@ -70,6 +85,12 @@ def component_from_dict(family: type[Component], described: Mapping[str, Any]) -
         return cls(**settings)
     except TypeError as error:  # a field that is missing
         raise ValueError(f"{error} ({cls.kind})") from error
+
+
+@cache
+def _source_hash(module: str) -> str | None:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _full_name(cls: type) -> str:

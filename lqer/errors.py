@@ -9,6 +9,10 @@ class ConfigError(LqerError):
     """The configuration, or an override of it, cannot be what the user meant."""
 
 
+class PluginError(LqerError):
+    """A plug-in cannot be imported."""
+
+
 class ModelError(LqerError):
     """The model cannot be loaded or holds something that cannot be quantized."""
 
