@@ -1,18 +1,23 @@
 """lqer: post-training quantization of language models, compared at equal bits."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_quantized"]
+__all__ = ["__version__", "load_plugin", "load_quantized", "quantize"]
 
 if TYPE_CHECKING:
     from lqer.checkpoint.load import load_quantized
 
+# Imported when used: torch and transformers take seconds, too long for a command line that only reports a typing error.
+_MODULES = {
+    "load_plugin": "lqer.config.plugins",
+    "load_quantized": "lqer.checkpoint.load",
+    "quantize": "lqer.run.call",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import: not for a command line that only has a typing error to report.
-    if name == "load_quantized":
-        from lqer.checkpoint.load import load_quantized
-
-        return load_quantized
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

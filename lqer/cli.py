@@ -1,4 +1,4 @@
-"""The command line of experiments/pipeline.py: arguments in, exit status out, errors as one line.
+"""The command lines `python experiments/pipeline.py` and `lqer`: arguments in, exit status out, errors as one line.
 
 Heavy imports wait until the arguments are known to have the right form, so that `--help` is answered at once.
 """
@@ -7,39 +7,82 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 from lqer.errors import ConfigError
 from lqer.run.chunks import Chunk, parse_chunk
 from lqer.run.outcome import EXIT_OK, EXIT_USER_ERROR, report_failure, tolerate_any_terminal
 
+USAGE = """Post-training quantization of language models.
+
+    lqer run CONFIG [TAG] [--section.key=value ...]        run an experiment
+    lqer validate CONFIG [--section.key=value ...]         check a configuration and estimate memory and disk
+    lqer ls methods | roundings | transforms | formats | statistics | datasets | presets
+    lqer ls runs [FOLDER]                                  finished runs under FOLDER (default: checkpoints)
+
+CONFIG is a TOML file or preset:NAME. `run` and `validate` also take --chunk i/n and --plugin FILE.py; the arguments are
+those of experiments/pipeline.py. Exit status: 0 done, 2 a mistake in the input, 130 interrupted.
+"""
+
+
+def console() -> int:
+    """The console script `lqer`. Returns the exit status."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command == "ls" and not _asks_for_help(arguments):
+        return _answered(lambda: _list(arguments))
+    if command in ("run", "validate") and arguments:
+        return main(arguments if command == "run" else ["--validate", *arguments], USAGE)
+    if not _asks_for_help([command, *arguments]):
+        print(f"error: {command}: expected run CONFIG, validate CONFIG or ls", file=sys.stderr)
+        return EXIT_USER_ERROR
+    print(USAGE.strip())
+    return EXIT_OK if sys.argv[1:] else EXIT_USER_ERROR
+
 
 def main(arguments: Sequence[str], usage: str) -> int:
     """Run the pipeline on command-line arguments. Returns the exit status."""
-    tolerate_any_terminal()
-    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+    if not arguments or _asks_for_help(arguments):
         print(usage.strip())
         return EXIT_OK if arguments else EXIT_USER_ERROR
+    return _answered(lambda: _run(arguments))
+
+
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    return any(argument in ("-h", "--help") for argument in arguments)
+
+
+def _answered(command: Callable[[], None]) -> int:
+    """The exit status of a command, with its error as one line."""
+    tolerate_any_terminal()
     try:
-        share, arguments = take_chunk(arguments)
-        validate_only, path, tag, overrides = split_arguments(arguments)
-        return _run(path, tag, overrides, validate_only, share)
+        command()
     except (Exception, KeyboardInterrupt) as error:
         return report_failure(error)
+    return EXIT_OK
+
+
+def take_option(name: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of every `name VALUE` or `name=VALUE`, and the other arguments. Raises ConfigError without a value."""
+    values, rest, waiting = [], [], iter(arguments)
+    for argument in waiting:
+        found, equals, value = argument.partition("=")
+        if found != name:
+            rest.append(argument)
+            continue
+        value = value if equals else next(waiting, "")
+        if not value or value.startswith("--"):
+            raise ConfigError(f"{name}: expected a value")
+        values.append(value)
+    return values, rest
 
 
 def take_chunk(arguments: Sequence[str]) -> tuple[Chunk | None, list[str]]:
-    """The share of `--chunk i/n` or `--chunk=i/n`, and the other arguments. Raises ConfigError for another form."""
-    rest = list(arguments)
-    found = [place for place, argument in enumerate(rest) if argument.partition("=")[0] == "--chunk"]
-    if not found:
-        return None, rest
-    if len(found) > 1:
+    """The chunk of `--chunk i/n`, and the other arguments. Raises ConfigError for another form."""
+    values, rest = take_option("--chunk", arguments)
+    if len(values) > 1:
         raise ConfigError("--chunk: given twice")
-    _, equals, text = rest.pop(found[0]).partition("=")
-    if not equals:
-        text = rest.pop(found[0]) if found[0] < len(rest) else ""
-    return parse_chunk(text), rest
+    return (parse_chunk(values[0]) if values else None), rest
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[bool, str, str | None, list[str]]:
@@ -50,43 +93,58 @@ def split_arguments(arguments: Sequence[str]) -> tuple[bool, str, str | None, li
     if strays:
         raise ConfigError(f"{strays[0]}: an override has the form --section.key=value")
     if not 1 <= len(words) <= 2:
-        raise ConfigError(f"one config file and at most one tag are expected; found {' '.join(words) or 'nothing'}")
+        raise ConfigError(f"expected one config file and at most one tag; found {' '.join(words) or 'nothing'}")
     return "--validate" in arguments, words[0], words[1] if len(words) == 2 else None, overrides
 
 
-def _run(path: str, tag: str | None, overrides: list[str], validate_only: bool, share: Chunk | None) -> int:
+def _run(arguments: Sequence[str]) -> None:
+    chunk, arguments = take_chunk(arguments)
+    plugins, arguments = take_option("--plugin", arguments)
+    validate_only, path, tag, overrides = split_arguments(arguments)
     _quieten_libraries()
     from lqer.config import read_config
+    from lqer.config.plugins import load_plugins
 
+    load_plugins(plugins)
     config = read_config(path, tag, overrides)
     from transformers.utils import logging as transformers_logging
 
     from lqer.run import pipeline, preflight
 
-    # A bar for every loaded model would stand between those of the stages.
+    # A progress bar for every loaded model would clutter those of the stages.
     transformers_logging.disable_progress_bar()
     if validate_only:
-        if share is not None:
-            pipeline.refuse_chunks(config, share)
+        if chunk is not None:
+            pipeline.refuse_chunks(config, chunk)
         preflight.describe(config, print)
-        return EXIT_OK
-    results = pipeline.run_chunk(config, share)
+        return
+    results = pipeline.run_chunk(config, chunk)
     if results is None:
-        return EXIT_OK
+        return
     from lqer.report.write import REPORT_FILE, summary_table
 
     print(f"\n{results['model']['description']}\n\n{summary_table(results)}\n")
     print(f"report: {os.path.join(config.output_dir, config.tag, REPORT_FILE)}")  # noqa: PTH118 (shown as typed)
-    return EXIT_OK
+
+
+def _list(arguments: Sequence[str]) -> None:
+    plugins, words = take_option("--plugin", arguments)
+    _quieten_libraries()
+    from lqer.config.plugins import load_plugins
+    from lqer.run.listing import list_items
+
+    load_plugins(plugins)
+    for line in list_items(words):
+        print(line)
 
 
 def _quieten_libraries() -> None:
-    """Our own lines on the console, libraries only when something is wrong."""
+    """Our own lines on the console, those of libraries only if something is wrong."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # On our own logger: libraries bring handlers of theirs, and would be heard twice.
+    # On our own logger: libraries add handlers to the root logger, and lines would appear twice.
     console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("lqer")

@@ -245,7 +245,7 @@ class Method(Component, family="method"):
 
 
 class RoundingOnly(Method):
-    """No low-rank branch: the weight is rounded, by any rounding."""
+    """No low-rank factors: the weight is rounded, by any rounding."""
 
     kind = "none"
     reconstructs = False

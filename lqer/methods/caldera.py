@@ -83,7 +83,7 @@ def alternate(weight_OI: Tensor, metric: Metric, steps: Sequence[Step], iteratio
 
 @dataclass(frozen=True)
 class Caldera(QeraExact):
-    """The alternation as a method.
+    """CALDERA: rounding and low-rank factors fitted alternately, all three quantized.
 
     starts_with: which step comes first. lplr_iterations: alternating least-squares steps where A or B is rounded.
     down_date: the fraction of what A can mend that is removed from H for error feedback: 1 as published, 0 for none,

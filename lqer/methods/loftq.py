@@ -17,7 +17,7 @@ ITERATIONS = 5
 
 
 class LoftQ(Method):
-    """Alternating rounding and SVD."""
+    """LoftQ: alternating rounding and SVD."""
 
     kind = "loftq"
     iterations = ITERATIONS

@@ -37,6 +37,6 @@ class LqerAct(Method):
 
 
 class ZeroQuantV2(LqerSvd):
-    """LQER's S = I, by another name."""
+    """ZeroQuant-V2: LQER with S = I, by another name."""
 
     kind = "zeroquant-v2"

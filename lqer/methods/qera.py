@@ -22,7 +22,7 @@ from lqer.statistics import Hessian, MeanSquare
 
 
 class QeraApprox(Method):
-    """H taken as diagonal."""
+    """QERA-approx: H taken as diagonal."""
 
     kind = "qera-approx"
     statistics = frozenset({MeanSquare()})
@@ -32,7 +32,7 @@ class QeraApprox(Method):
 
 
 class QeraExact(Method):
-    """The whole H, over its mean diagonal: A·B does not depend on the unit, the magnitudes of A and B do."""
+    """QERA-exact: the full H, over its mean diagonal: A·B does not depend on the unit, the magnitudes of A and B do."""
 
     kind = "qera-exact"
     statistics = frozenset({Hessian()})
@@ -44,6 +44,6 @@ class QeraExact(Method):
 
 
 class EoRA(QeraExact):
-    """The same product A·B by another root of H."""
+    """EoRA: QERA-exact's product A·B by another root of H."""
 
     kind = "eora"

@@ -21,7 +21,7 @@ from lqer.statistics import MaxAbs
 
 
 class SvdQuant(Method):
-    """The low-rank part first, of the smoothed weight."""
+    """SVDQuant: low-rank factors of the smoothed weight first, then rounding."""
 
     kind = "svdquant"
     statistics = frozenset({MaxAbs()})

@@ -5,12 +5,14 @@ Shapes: I in_features, O out_features, R rank, T tokens.
 
 from __future__ import annotations
 
+import doctest
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import lqer.methods
 from lqer.formats import Codebook, Int, MXInt, Passthrough
 from lqer.methods import METHODS, LinearPlan, QeraExact, QuantizedWeight
 from lqer.methods.base import Statistics
@@ -220,3 +222,8 @@ def test_channels_without_any_input_leave_finite_factors(plan, method, dead):
     weight_OI[:, 5:9] = 0
     found = quantize(weight_OI, statistics_of(x_TI), replace(plan, factor=Passthrough("float16")), method)
     assert found.effective_weight().isfinite().all()
+
+
+def test_the_example_of_the_package_is_true():
+    found = doctest.testmod(lqer.methods)
+    assert (found.failed, found.attempted) == (0, 7)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lqer.cli import split_arguments
+from lqer.cli import console, split_arguments, take_option
 from lqer.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,86 @@ def test_arguments_may_come_in_any_order(arguments, expected):
 def test_other_arguments_are_refused(arguments):
     with pytest.raises(ConfigError):
         split_arguments(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["c.toml"], ([], ["c.toml"])),
+        (["--plugin", "a.py", "c.toml", "--plugin=b.py", "tag"], (["a.py", "b.py"], ["c.toml", "tag"])),
+    ],
+)
+def test_an_option_may_be_given_several_times(arguments, expected):
+    assert take_option("--plugin", arguments) == expected
+
+
+@pytest.mark.parametrize("arguments", [["--plugin"], ["--plugin", "--a=1"], ["--plugin="]])
+def test_an_option_without_a_value_is_refused(arguments):
+    with pytest.raises(ConfigError, match="--plugin: expected a value"):
+        take_option("--plugin", arguments)
+
+
+class TestConsoleScript:
+    """`lqer run|validate|ls`, which takes the arguments of experiments/pipeline.py."""
+
+    @pytest.fixture
+    def lqer(self, monkeypatch, capsys):
+        def call(*arguments: str) -> tuple[int, str, str]:
+            monkeypatch.setattr(sys, "argv", ["lqer", *arguments])
+            return console(), *capsys.readouterr()
+
+        return call
+
+    def test_run_and_validate_are_the_pipeline(self, lqer, experiment, monkeypatch):
+        found = []
+        monkeypatch.setattr("lqer.cli.main", lambda arguments, usage: found.append(arguments) or 0)
+        lqer("run", "preset:demo", "tag", "--seed=1")
+        lqer("validate", "c.toml")
+        assert found == [["preset:demo", "tag", "--seed=1"], ["--validate", "c.toml"]]
+
+    @pytest.mark.parametrize(
+        ("what", "name", "line"),
+        [
+            ("methods", "lqer-act", "L²QER"),
+            ("roundings", "gptq", "arXiv 2210.17323"),
+            ("transforms", "hadamard", "QuIP#"),
+            ("formats", "mxint", "MXINT"),
+            ("statistics", "hessian", "E[x xᵀ]"),
+            ("datasets", "pydoc", "without a download"),
+            ("presets", "lqer-act", "W4A8 MXINT"),
+        ],
+    )
+    def test_everything_a_configuration_can_name_is_listed_with_a_line(self, lqer, what, name, line):
+        status, out, _ = lqer("ls", what)
+        rows = dict(row.split(maxsplit=1) for row in out.splitlines())
+        assert status == 0
+        assert line in rows[name]
+
+    def test_runs_are_listed_with_their_numbers(self, lqer, tmp_path):
+        (tmp_path / "a-run").mkdir()
+        text = {"dataset": "wikitext2", "quantized": 12.3456, "protocol": "concat"}
+        results = {"model": {"name": "some/model"}, "bits": {"average": 4.5}, "perplexity": [text]}
+        (tmp_path / "a-run" / "results.json").write_text(json.dumps(results))
+        assert lqer("ls", "runs", str(tmp_path))[1] == "a-run  some/model, 4.500 bits, wikitext2 12.35 (concat)\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["ls", "methds"], "did you mean 'methods'?"),
+            (["ls"], "allowed: methods"),
+            (["ls", "runs", "/nowhere"], "no such folder: /nowhere"),
+            (["quantize"], "expected run CONFIG, validate CONFIG or ls"),
+            (["run"], "expected run CONFIG, validate CONFIG or ls"),
+        ],
+    )
+    def test_a_mistake_is_one_line_and_status_2(self, lqer, arguments, message):
+        status, out, err = lqer(*arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+
+    def test_help_is_the_usage(self, lqer):
+        assert lqer("--help")[:2] == lqer("run", "--help")[:2]
+        assert "lqer ls runs [FOLDER]" in lqer("--help")[1]
 
 
 def test_a_run_ends_with_the_table_and_the_path_of_the_report(experiment):

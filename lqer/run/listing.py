@@ -1,0 +1,83 @@
+"""`lqer ls`: what a configuration can name, and finished runs; one line each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from lqer.components import Component, did_you_mean
+from lqer.config.presets import preset_names, read_summary
+from lqer.data.datasets import HUB_TEXTS
+from lqer.errors import ConfigError
+from lqer.formats import NumberFormat
+from lqer.methods import Method
+from lqer.report.write import RESULTS_FILE
+from lqer.rounding import Rounding
+from lqer.statistics import Statistic
+from lqer.transforms import Transform
+
+Row = tuple[str, str]
+
+
+def list_items(words: Sequence[str]) -> list[str]:
+    """The lines for the words after `lqer ls`. Raises ConfigError for other words."""
+    what = words[0] if words else ""
+    if what == "runs" and len(words) <= 2:
+        rows = list(_runs(Path(words[1] if len(words) == 2 else "checkpoints")))
+    elif what in LISTS and len(words) == 1:
+        rows = list(LISTS[what]())
+    else:
+        allowed = (*LISTS, "runs")
+        raise ConfigError(
+            f"ls: unknown list {' '.join(words)!r}; allowed: {', '.join(allowed)}{did_you_mean(what, allowed)}"
+        )
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"{name:{width}}  {line}".rstrip() for name, line in rows]
+
+
+def _components(family: type[Component], of_module: bool = False) -> Callable[[], Iterator[Row]]:
+    """By the first line of each class, or of its module for families with one component in a file."""
+
+    def rows() -> Iterator[Row]:
+        for kind, cls in sorted(family.registry.items()):
+            yield kind, _first_line((of_module and sys.modules[cls.__module__].__doc__) or cls.__doc__)
+
+    return rows
+
+
+def _first_line(docstring: str | None) -> str:
+    return (docstring or "").strip().partition("\n")[0]
+
+
+def _datasets() -> Iterator[Row]:
+    for name, text in HUB_TEXTS.items():
+        yield name, f"{text.repository}{f' ({text.name})' if text.name else ''}, Hugging Face Hub"
+    yield "pydoc", "the documentation of Python's modules, without a download"
+
+
+def _presets() -> Iterator[Row]:
+    for name in preset_names():
+        yield name, read_summary(name)
+
+
+def _runs(folder: Path) -> Iterator[Row]:
+    if not folder.is_dir():
+        raise ConfigError(f"ls runs: no such folder: {folder}")
+    for path in sorted(folder.glob(f"*/{RESULTS_FILE}")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        texts = [f"{row['dataset']} {row['quantized']:.4g} ({row['protocol']})" for row in results["perplexity"]]
+        bits = f"{results['bits']['average']:.3f} bits"
+        yield path.parent.name, ", ".join([results["model"]["name"], bits, *texts])
+
+
+LISTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "methods": _components(Method),
+    "roundings": _components(Rounding, of_module=True),
+    "transforms": _components(Transform, of_module=True),
+    "formats": _components(NumberFormat, of_module=True),
+    "statistics": _components(Statistic),
+    "datasets": _datasets,
+    "presets": _presets,
+}
