@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# One experiment in shares, as a SLURM job array: task i of n quantizes the i-th share of the decoder blocks (--chunk i/n).
+# One experiment in chunks, as a SLURM job array: task i of n quantizes the i-th chunk of the decoder blocks (--chunk i/n).
 #   sweeps/slurm_chunks.sh CONFIG TAG [--section.key=value ...]
-#   CHUNKS       number of shares, one task each (default: 4)
+#   CHUNKS       number of chunks, one task each (default: 4)
 #   SBATCH       sbatch and its options, such as "sbatch --partition=gpu --gres=gpu:1 --time=4:00:00" (default: sbatch)
-# The tasks share one store under OUTPUT_DIR, which every node must see. The first one calibrates while the others wait;
-# the last one evaluates and writes the report. The same command again does only what is still missing.
+# The tasks use one store under OUTPUT_DIR, which every node must see; their logs are in OUTPUT_DIR/slurm. The first task
+# calibrates while the others wait; the last one evaluates and writes the report. Rerun the same command to resume.
 source "$(dirname "$0")/common.sh"
 chunks=${CHUNKS:-4}
 read -ra sbatch <<< "${SBATCH:-sbatch}"
 
 if ! [[ $chunks =~ ^[1-9][0-9]*$ ]]; then
-    echo "CHUNKS must be a number of shares, 1 or more; found '$chunks'" >&2
+    echo "CHUNKS must be a number of chunks, 1 or more; found '$chunks'" >&2
     exit 2
 fi
 if ! command -v "${sbatch[0]}" > /dev/null; then
-    echo "${sbatch[0]}: no such command; without SLURM, start the shares yourself: experiments/pipeline.py --chunk 1/$chunks ..." >&2
+    echo "${sbatch[0]}: no such command; without SLURM, start the chunks yourself: experiments/pipeline.py --chunk 1/$chunks ..." >&2
     exit 2
 fi
-# SLURM runs a copy of the script it is handed, elsewhere: what the task runs must be said in full.
+# SLURM copies the script and runs the copy elsewhere: the command of a task must be complete.
 printf -v task '%q ' "$python" "$root/experiments/pipeline.py" "$config" "$tag" --output_dir="$output_dir" ${extra[@]+"${extra[@]}"}
-mkdir -p "$output_dir/$tag"
-"${sbatch[@]}" --job-name="$tag" --array="1-$chunks" --output="$output_dir/$tag/slurm-%A_%a.log" \
+mkdir -p "$output_dir/slurm"
+"${sbatch[@]}" --job-name="$tag" --array="1-$chunks" --output="$output_dir/slurm/$tag-%A_%a.log" \
     --wrap="$task --chunk \$SLURM_ARRAY_TASK_ID/$chunks"

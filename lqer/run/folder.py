@@ -36,7 +36,8 @@ def run_folder(config: Config) -> Path:
     folder = Path(config.output_dir) / config.tag
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is not a folder: choose another tag or output_dir")
-    if folder.is_dir() and not (folder / MARKER).exists() and any(folder.iterdir()):
+    # In this order: a run that is just beginning creates the marker before any other file.
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise RunFolderError(f"{folder} was not made by a run and is not empty: choose another tag or output_dir")
     link = folder / CHECKPOINT_LINK
     if link.exists() and not link.is_symlink():

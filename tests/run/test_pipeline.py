@@ -7,6 +7,7 @@ import pickle
 import re
 import sys
 import typing
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -64,7 +65,7 @@ class TestWhatARunLeaves:
         assert 6.3 < results["bits"]["average"] <= 6.5
         assert results["allocation"]["objective"] <= results["allocation"]["uniform_objective"]
         assert (folder / "figures/ranks.png").stat().st_size > 0
-        assert "Ranks were shared out within 6.5 bits" in (folder / "report.md").read_text()
+        assert "Ranks were allocated within 6.5 bits" in (folder / "report.md").read_text()
         assert (layers["captured_energy"].between(0, 1) == (layers["rank"] > 0)).all()
 
     @pytest.mark.figures
@@ -277,7 +278,7 @@ class TestOtherSettings:
         (tasks / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         results = run(
             "--evaluation.downstream.tasks=['arc_easy_local']",
-            f"--evaluation.downstream.include_path={pipeline.Path(__file__).parents[2] / 'experiments/tasks'}",
+            f"--evaluation.downstream.include_path={Path(__file__).parents[2] / 'experiments/tasks'}",
             f"--evaluation.downstream.data_dir={tasks.parent}",
         )
         row = next(row for row in results["downstream"] if row["metric"] == "acc")

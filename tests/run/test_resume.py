@@ -64,7 +64,7 @@ def test_an_interrupt_is_answered_with_one_line_and_status_130(experiment):
     command = signalled_command(experiment.command(), signal.SIGINT, at_write=1)
     interrupted = subprocess.run(command, capture_output=True, text=True, check=False)
     assert interrupted.returncode == 130
-    assert interrupted.stderr.rstrip().endswith("interrupted; the same command goes on where it stopped")
+    assert interrupted.stderr.rstrip().endswith("Interrupted. Rerun the same command to resume.")
     assert "Traceback" not in interrupted.stderr
 
 

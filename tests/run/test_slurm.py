@@ -60,7 +60,7 @@ def submit(sbatch: Path, *arguments: str, **environment: str) -> tuple[subproces
 
 def test_the_tasks_of_the_array_end_with_what_one_process_makes(experiment, sbatch, tmp_path):
     done, options = submit(sbatch, str(experiment.config), "shared", CHUNKS="2", OUTPUT_DIR=str(experiment.output))
-    logs = [path.read_text() for path in sorted((experiment.output / "shared").glob("slurm-1_*.log"))]
+    logs = [path.read_text() for path in sorted((experiment.output / "slurm").glob("shared-1_*.log"))]
     assert done.returncode == 0, logs
     assert options[:3] == ["--partition=gpu", "--job-name=shared", "--array=1-2"]
     assert len(logs) == 2
@@ -91,7 +91,7 @@ def test_what_is_said_reaches_every_task_word_by_word(sbatch, tmp_path):
     ("arguments", "environment", "part"),
     [
         (["some.toml"], {}, "usage: slurm_chunks.sh CONFIG TAG"),
-        (["some.toml", "tag"], {"CHUNKS": "0"}, "CHUNKS must be a number of shares, 1 or more; found '0'"),
+        (["some.toml", "tag"], {"CHUNKS": "0"}, "CHUNKS must be a number of chunks, 1 or more; found '0'"),
         (["some.toml", "tag"], {"SBATCH": "no-such-sbatch --x"}, "no-such-sbatch: no such command"),
     ],
 )
