@@ -69,9 +69,10 @@ class PerplexityRow(TypedDict):
     protocol: str  # concat | row-batches | lm-eval
     seq_len: int  # tokens per window
     tokens: int  # predicted tokens that the mean is taken over
+    fingerprint: str  # a hash of the tokens or documents: what tells two texts with one name apart
     original: float | None  # null if not in evaluation.baselines; the same for the next key
-    rtn: float | None
-    quantized: float
+    rtn: float | None  # null also if it is not finite, which `warnings` says; the same for the next key
+    quantized: float | None
 
 
 class DownstreamRow(TypedDict):
@@ -107,6 +108,7 @@ class Seconds(TypedDict):
 class Results(TypedDict):
     schema_version: int
     tag: str
+    warnings: list[str]  # what a reader of the numbers must know first
     config: dict[str, Any]  # resolved
     versions: Versions
     model: ModelInfo

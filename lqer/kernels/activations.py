@@ -25,10 +25,10 @@ def round_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     rounding: tl.constexpr,
-    chained: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """x_out = Q(x) for BLOCK_M tokens and BLOCK_K columns."""
-    if chained:
+    if pdl:
         gdc_wait()
         gdc_launch_dependents()
     rows_M = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
@@ -97,16 +97,16 @@ def prepare_activations_kernel(
     a_block: tl.constexpr,
     BLOCK_K: tl.constexpr,
     COLUMNS: tl.constexpr,  # that a program rounds
-    chained: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """Few tokens: the first `rank` programs of a token compute one element of x_q A each, the others round it."""
     pid, token = tl.program_id(0), tl.program_id(1)
     x += token.to(tl.int64) * x_stride
     if pid < rank:
         place = projection + token * rank + pid
-        project_rank(x, a_codes, a_exponents, place, pid, K, padded_columns, rounding, a_block, BLOCK_K, chained)
+        project_rank(x, a_codes, a_exponents, place, pid, K, padded_columns, rounding, a_block, BLOCK_K, pdl)
     elif rounding.bits > 0:
-        if chained:
+        if pdl:
             gdc_wait()
             gdc_launch_dependents()
         columns = (pid - rank) * COLUMNS + tl.arange(0, COLUMNS)

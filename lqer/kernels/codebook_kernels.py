@@ -184,7 +184,7 @@ def codebook_product_kernel(
     program: tl.constexpr,  # Tile
     FIELDS: tl.constexpr,  # of a word, looked up at once
     BLOCK_M: tl.constexpr,
-    chained: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """y = W x + b + Q(Q(x A) B) of program.rows rows and BLOCK_M tokens; products with W and sums in float32."""
     ROWS: tl.constexpr = program.rows
@@ -200,7 +200,7 @@ def codebook_product_kernel(
     # Weights do not depend on the previous kernel: prefetch the first ones while it still runs.
     words_WR = _load_words(words, rows_R, tile_W, N, layout)
     tables = _load_tables(table, first_row, 0, N, layout, program)
-    if chained:
+    if pdl:
         gdc_wait()
         gdc_launch_dependents()
     if rank > 0:

@@ -37,14 +37,14 @@ def run_codebook(x_MI: Tensor, packed: PackedLinear, out_dtype: torch.dtype | No
     m, n = len(x_MI), layout.rows
     y_MO = x_MI.new_empty(m, n, dtype=out_dtype)
     block_m = min(PROGRAM_TOKENS, 1 << (m - 1).bit_length())
-    chained = runtime.can_chain(x_MI)
+    pdl = runtime.supports_pdl(x_MI)
     limit = {} if runtime.INTERPRETED or block_m not in REGISTERS else {"maxnreg": REGISTERS[block_m]}
     tile = tile_of(layout.compiled)
     codebook_product_kernel[-(-n // tile.rows), -(-m // block_m)](
         x_MI, weight.words, weight.table, packed.bias_O, projection_MR, packed.b_codes, packed.b_exponents, y_MO,
         m, n, layout.columns, x_MI.stride(0), rank=spec.rank, rounding=spec.rounding, b_block=spec.b_block,
         layout=layout.compiled, program=tile, FIELDS=min(layout.per_word, max(1, FIELDS_AT_ONCE // block_m)),
-        BLOCK_M=block_m, chained=chained, num_warps=tile.warps, **runtime.launch_options(chained), **limit,
+        BLOCK_M=block_m, pdl=pdl, num_warps=tile.warps, **runtime.launch_options(pdl), **limit,
     )  # fmt: skip
     return y_MO
 
@@ -55,13 +55,13 @@ def prepare_activations(x_MI: Tensor, packed: PackedLinear) -> tuple[Tensor, Ten
     rounded_MI = x_MI.new_empty(m, k) if spec.rounding.bits else x_MI
     projection_MR = x_MI.new_empty(m, spec.rank, dtype=torch.float32)
     rounding_programs = -(-k // ROUNDED_COLUMNS) if spec.rounding.bits else 0
-    chained = runtime.can_chain(x_MI)
+    pdl = runtime.supports_pdl(x_MI)
     block_k = min(PROJECTED_COLUMNS, triton.next_power_of_2(spec.layout.padded_columns))
     prepare_activations_kernel[spec.rank + rounding_programs, m](
         x_MI, packed.a_codes, packed.a_exponents, rounded_MI, projection_MR, k, x_MI.stride(0), rank=spec.rank,
         padded_columns=spec.layout.padded_columns, rounding=spec.rounding, a_block=spec.a_block, BLOCK_K=block_k,
-        COLUMNS=ROUNDED_COLUMNS, chained=chained, num_warps=max(PROJECTING_WARPS, block_k // 1024),
-        **runtime.launch_options(chained),
+        COLUMNS=ROUNDED_COLUMNS, pdl=pdl, num_warps=max(PROJECTING_WARPS, block_k // 1024),
+        **runtime.launch_options(pdl),
     )  # fmt: skip
     return rounded_MI, projection_MR
 

@@ -57,18 +57,18 @@ def prepare_vector_kernel(
     a_block: tl.constexpr,
     TILES: tl.constexpr,  # of a program
     BLOCK_K: tl.constexpr,
-    chained: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """The first `rank` programs compute one element of x_q A each; the others arrange TILES tiles of x each."""
     pid = tl.program_id(0)
     if rank == 0:
-        _arrange(x, vector, pid, K, tiles, rounding, TILES, chained)
+        _arrange(x, vector, pid, K, tiles, rounding, TILES, pdl)
     elif pid < rank:
         padded: tl.constexpr = tiles * TILE_K
         place = _as_floats(vector + padded // 2) + pid
-        project_rank(x, a_codes, a_exponents, place, pid, K, padded, rounding, a_block, BLOCK_K, chained)
+        project_rank(x, a_codes, a_exponents, place, pid, K, padded, rounding, a_block, BLOCK_K, pdl)
     else:
-        _arrange(x, vector, pid - rank, K, tiles, rounding, TILES, chained)
+        _arrange(x, vector, pid - rank, K, tiles, rounding, TILES, pdl)
 
 
 @triton.jit
@@ -80,10 +80,10 @@ def _arrange(
     tiles: tl.constexpr,
     rounding: tl.constexpr,
     TILES: tl.constexpr,
-    chained: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """Write codes, steps and sums of TILES tiles."""
-    if chained:
+    if pdl:
         gdc_wait()
         gdc_launch_dependents()
     size: tl.constexpr = TILES * TILE_K
@@ -160,7 +160,7 @@ def gemv_kernel(
     b_block: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    chained: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """y of BLOCK_N rows, over all of K."""
     rows_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -171,7 +171,7 @@ def gemv_kernel(
     w, e = _load_tiles(words, exponents, rows_O, 0, tiles, per_tile, BLOCK_T)
     if rank > 0:
         b_RO = load_factor(b_codes, b_exponents, 0, rows_O, N, rank, rank, b_block, tl.float32)
-    if chained:
+    if pdl:
         gdc_wait()
         # The next kernel may start now and prefetch its weights.
         gdc_launch_dependents()

@@ -57,7 +57,7 @@ def hadamard_input_kernel(
     B: tl.constexpr,
     BLOCK_R: tl.constexpr,
     factor: tl.constexpr,  # 1 / sqrt(B), and the headroom of float16
-    chained: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """One tile of x' = H (signs ⊙ x), or of x itself, as integers of two bytes, and its partial sum of x' A."""
     tile, m = tl.program_id(0), tl.program_id(1)
@@ -65,7 +65,7 @@ def hadamard_input_kernel(
     columns_T = tile * TILE_C + tl.arange(0, TILE_C)
     blocks_A = tl.arange(0, BLOCK_A)
     dtype: tl.constexpr = x.dtype.element_ty
-    if chained:
+    if pdl:
         # The product may prefetch its codes while this kernel still waits for x.
         gdc_launch_dependents()
     # All of this is independent of the previous kernel.
@@ -79,7 +79,7 @@ def hadamard_input_kernel(
         negative_BB = _odd_overlap(B)
     if rank > 0:
         a_RT = tl.load(a_values + tl.arange(0, BLOCK_R)[:, None] * padded + columns_T[None, :])
-    if chained:
+    if pdl:
         gdc_wait()
     row = x + m.to(tl.int64) * x_stride
     if signs is not None:
@@ -126,7 +126,7 @@ def hadamard_output_kernel(
     BLOCK_A: tl.constexpr,
     B: tl.constexpr,
     factor: tl.constexpr,  # 1 / sqrt(B), and the headroom of float16
-    chained: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """One block of signs ⊙ Hᵀ y + bias."""
     block, m = tl.program_id(0), tl.program_id(1)
@@ -137,7 +137,7 @@ def hadamard_output_kernel(
     if bias is not None:
         bias_B = tl.load(bias + columns_B).to(tl.float32)
     negative_BB = _odd_overlap(B)
-    if chained:
+    if pdl:
         gdc_wait()
         gdc_launch_dependents()
     place_AB = m.to(tl.int64) * (A * B) + blocks_A[:, None] * B + tl.arange(0, B)[None, :]

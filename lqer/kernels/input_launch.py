@@ -38,10 +38,10 @@ def round_activations(x_MI: Tensor, packed: PackedLinear, ordered: bool) -> Tens
     padded = layout.padded_columns
     tile_k = layout.tile_k if ordered and isinstance(layout, Layout) else 0
     x_out = x_MI.new_empty(m, padded if tile_k else k)
-    chained = runtime.can_chain(x_MI)
+    pdl = runtime.supports_pdl(x_MI)
     round_kernel[-(-m // ROUNDED_ROWS), -(-padded // ROUNDED_COLUMNS)](
         x_MI, x_out, m, k, x_MI.stride(0), padded=padded, tile_k=tile_k,
-        BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS, rounding=spec.rounding, chained=chained,
-        num_warps=ROUNDING_WARPS, **runtime.launch_options(chained),
+        BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS, rounding=spec.rounding, pdl=pdl,
+        num_warps=ROUNDING_WARPS, **runtime.launch_options(pdl),
     )  # fmt: skip
     return x_out

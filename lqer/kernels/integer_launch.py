@@ -55,19 +55,19 @@ def run_gemv(x_1I: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     padded = layout.padded_columns
     # One buffer: an allocation from Python takes as long as a small kernel.
     vector = x_1I.new_empty(padded // 2 + spec.rank, dtype=torch.int32)
-    chained = runtime.can_chain(x_1I)
+    pdl = runtime.supports_pdl(x_1I)
     block_k = min(VECTOR_COLUMNS, triton.next_power_of_2(layout.columns))
     prepare_vector_kernel[(spec.rank + -(-layout.tiles // VECTOR_TILES),)](
         x_1I, packed.a_codes, packed.a_exponents, vector, layout.columns, rank=spec.rank, tiles=layout.tiles,
-        rounding=spec.rounding, a_block=spec.a_block, TILES=VECTOR_TILES, BLOCK_K=block_k, chained=chained,
-        num_warps=max(VECTOR_WARPS, block_k // 1024), **runtime.launch_options(chained),
+        rounding=spec.rounding, a_block=spec.a_block, TILES=VECTOR_TILES, BLOCK_K=block_k, pdl=pdl,
+        num_warps=max(VECTOR_WARPS, block_k // 1024), **runtime.launch_options(pdl),
     )  # fmt: skip
     y_1O = x_1I.new_empty(1, layout.rows, dtype=out_dtype)
     gemv_kernel[(-(-layout.rows // launch.block_n),)](
         weight.words, weight.scales, packed.bias_O, vector, packed.b_codes, packed.b_exponents, y_1O,
         layout.rows, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
         rounding=spec.rounding, b_block=spec.b_block, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
-        chained=chained, num_warps=launch.warps, **runtime.launch_options(chained),
+        pdl=pdl, num_warps=launch.warps, **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_1O
 

@@ -61,7 +61,7 @@ def lattice_product_kernel(
     BLOCK_M: tl.constexpr,
     TOKENS: tl.constexpr,  # M, rounded up to a power of two
     BLOCK_R: tl.constexpr,
-    chained: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """y of 16 * WARPS rows and BLOCK_M tokens, over one split of K."""
     pid = tl.program_id(0)
@@ -81,7 +81,7 @@ def lattice_product_kernel(
         place = b_values + (first_rank + ranks_R)[None, :] * N + rows_O[:, None]
         b_OR = tl.load(place, mask=(rows_O < N)[:, None] & (first_rank + ranks_R < rank)[None, :], other=0.0)
     scales_O = tl.load(scales + rows_O)
-    if chained:
+    if pdl:
         gdc_wait()
         gdc_launch_dependents()
     if INTERPRETED:

@@ -100,7 +100,7 @@ def headroom(dtype: torch.dtype) -> float:
 def run_lattice(
     x_MI: Tensor,
     packed: PackedLinear,
-    chained: bool,
+    pdl: bool,
     launch: LatticeLaunch | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -109,16 +109,16 @@ def run_lattice(
     signs_I, signs_O = packed.input_signs_I, packed.output_signs_O
     y_dtype = out_dtype or x_MI.dtype
     if signs_I is None or signs_O is None:
-        return _product(_prepare(x_MI, packed, None, chained), packed, packed.bias_O, y_dtype, chained, launch)
-    tokens = _prepare(x_MI, packed, signs_I, chained)
-    y_MO = _product(tokens, packed, None, torch.float32, chained, launch)
+        return _product(_prepare(x_MI, packed, None, pdl), packed, packed.bias_O, y_dtype, pdl, launch)
+    tokens = _prepare(x_MI, packed, signs_I, pdl)
+    y_MO = _product(tokens, packed, None, torch.float32, pdl, launch)
     m, n = y_MO.shape
     inverse, y_out = hadamard_factors(n, True, x_MI.device), x_MI.new_empty(m, n, dtype=y_dtype)
     blocks = n // inverse.block
     hadamard_output_kernel[blocks, m](
         y_MO, signs_O, inverse.outer, packed.bias_O, y_out, m, A=blocks, BLOCK_A=triton.next_power_of_2(blocks),
-        B=inverse.block, factor=inverse.factor * headroom(x_MI.dtype), chained=chained, num_warps=HADAMARD_WARPS,
-        **launch_options(chained),
+        B=inverse.block, factor=inverse.factor * headroom(x_MI.dtype), pdl=pdl, num_warps=HADAMARD_WARPS,
+        **launch_options(pdl),
     )  # fmt: skip
     return y_out
 
@@ -135,7 +135,7 @@ class _Tokens:
     projection: Tensor | None
 
 
-def _prepare(x_MI: Tensor, packed: PackedLinear, signs_I: Tensor | None, chained: bool) -> _Tokens:
+def _prepare(x_MI: Tensor, packed: PackedLinear, signs_I: Tensor | None, pdl: bool) -> _Tokens:
     (m, k), rank, tiles = x_MI.shape, packed.spec.rank, packed.spec.layout.padded_columns // TILE_K
     factors = None if signs_I is None else hadamard_factors(k, False, x_MI.device)
     blocks, block = (tiles, TILE_K) if factors is None else (k // factors.block, factors.block)
@@ -148,8 +148,8 @@ def _prepare(x_MI: Tensor, packed: PackedLinear, signs_I: Tensor | None, chained
         x_MI, signs_I, None if factors is None else factors.outer, packed.a_codes, tokens.bytes, tokens.steps,
         tokens.projection, m, k, x_MI.stride(0), rank=rank, tiles=tiles, A=blocks,
         BLOCK_A=triton.next_power_of_2(blocks), B=block, BLOCK_R=min(rank, RANKS_AT_ONCE),
-        factor=1.0 if factors is None else factors.factor / headroom(x_MI.dtype), chained=chained,
-        num_warps=HADAMARD_WARPS, **launch_options(chained),
+        factor=1.0 if factors is None else factors.factor / headroom(x_MI.dtype), pdl=pdl,
+        num_warps=HADAMARD_WARPS, **launch_options(pdl),
     )  # fmt: skip
     return tokens
 
@@ -159,7 +159,7 @@ def _product(
     packed: PackedLinear,
     bias_O: Tensor | None,
     dtype: torch.dtype,
-    chained: bool,
+    pdl: bool,
     launch: LatticeLaunch,
 ) -> Tensor:
     """y [M, O] in `dtype`, of the tokens that `_prepare` returned."""
@@ -177,8 +177,8 @@ def _product(
         bias_O, partial, packed.workspace, y_MO, m, layout.rows, rank=rank, projection_splits=projection_splits,
         BLOCK_S=triton.next_power_of_2(max(projection_splits, 1)), tiles=layout.tiles, span=span, splits=splits,
         tiles_n=tiles_n, WARPS=warps, BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)),
-        TOKENS=triton.next_power_of_2(m), BLOCK_R=_ranks_of_a_split(rank, splits), chained=chained, num_warps=warps,
-        maxnreg=launch.registers, **launch_options(chained),
+        TOKENS=triton.next_power_of_2(m), BLOCK_R=_ranks_of_a_split(rank, splits), pdl=pdl, num_warps=warps,
+        maxnreg=launch.registers, **launch_options(pdl),
     )  # fmt: skip
     return y_MO
 

@@ -43,7 +43,7 @@ def run_lattice_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     """A layer of lattice codes: few tokens on the codes; many tokens, and rounded ones, on the dequantized weight."""
 
     def run(x: Tensor, packed: PackedLinear) -> Tensor:
-        return run_lattice(dense_rows(x), packed, runtime.can_chain(x))
+        return run_lattice(dense_rows(x), packed, runtime.supports_pdl(x))
 
     if len(x_MI) > LATTICE_TOKENS or packed.spec.rounding.bits:
         return run_between_rotations(x_MI, packed, run_dequantized)

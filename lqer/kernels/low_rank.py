@@ -100,13 +100,13 @@ def project_rank(
     rounding: tl.constexpr,
     a_block: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    chained: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """Element r of x_q A for one token, over all of K."""
     ranks_R = r + tl.arange(0, 1)
     # A does not depend on the previous kernel.
     a_RI = load_transposed(a_codes, a_exponents, ranks_R, 0, r + 1, padded_columns, BLOCK_K, a_block, tl.float32)
-    if chained:
+    if pdl:
         gdc_wait()
         gdc_launch_dependents()
     acc_I = tl.zeros((1, BLOCK_K), tl.float32)

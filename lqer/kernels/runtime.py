@@ -17,16 +17,16 @@ from triton import knobs
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
-def can_chain(x: Tensor) -> bool:
+def supports_pdl(x: Tensor) -> bool:
     """Whether kernels on x are launched with PDL, which needs compute capability 9.0."""
-    return x.is_cuda and _chains(x.device)
+    return x.is_cuda and _capable(x.device)
 
 
 @lru_cache
-def _chains(device: torch.device) -> bool:
+def _capable(device: torch.device) -> bool:
     return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launch_options(chained: bool) -> dict[str, bool]:
+def launch_options(pdl: bool) -> dict[str, bool]:
     """Keyword arguments of a kernel launch."""
-    return {"launch_pdl": True} if chained else {}
+    return {"launch_pdl": True} if pdl else {}

@@ -22,6 +22,9 @@ from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState, no_progress, save_nothing
 
+# A note of a block for which training ended worse than it started: the start was kept.
+KEPT_START = "kept_start"
+
 
 def reconstruct_block(
     problem: BlockProblem,
@@ -36,6 +39,7 @@ def reconstruct_block(
     Without a rounding, only linears whose scales a transform has fixed are rounded. result: saved by an earlier run of
     the same problem and parts, to resume from. save_state: called after every transform, epoch and round.
 
+    A block whose output is worse than at the start of what was learned keeps that start, with a note `KEPT_START`.
     Raises DivergedError or another ArithmeticError if training diverges, ValueError for parts that do not fit together.
     """
     result = result or BlockResult()
@@ -45,9 +49,19 @@ def reconstruct_block(
         save_state(result)
     if rounding is not None:
         return _round_together(problem, rounding, result, progress, save_state)
+    if result.rounded and any(transform.learning_bytes for transform in transforms):
+        result = _unless_worse_than_nearest(problem, result)
     if result.rounded:
         return result.with_note("loss", {"end": output_loss(problem, result.parameters, result.rounded)})
     return result
+
+
+def _unless_worse_than_nearest(problem: BlockProblem, result: BlockResult) -> BlockResult:
+    """`result`, or rounding to nearest under unclipped scales, where training started, if training made it worse."""
+    start = {linear: problem.formats[linear].quantize(result.weight(problem, linear)) for linear in result.rounded}
+    if output_loss(problem, result.parameters, result.rounded) <= output_loss(problem, result.parameters, start):
+        return result
+    return replace(result, rounded=start).with_note(KEPT_START, True)
 
 
 def _round_together(
@@ -84,7 +98,10 @@ def _round_together(
         after_round,
     )
     rounded = {linear: found[f"{linear}.weight"] for linear in starts}
-    loss = {**result.notes["loss"], "rounds": losses, "end": output_loss(problem, result.parameters, rounded)}
+    start, end = result.notes["loss"]["start"], output_loss(problem, result.parameters, rounded)
+    if not end <= start:
+        result, rounded, end = result.with_note(KEPT_START, True), starts, start
+    loss = {"start": start, "rounds": losses, "end": end}
     return replace(result, rounded=rounded, part_state={}).with_note("loss", loss)
 
 

@@ -1,6 +1,6 @@
 """Finds and loads causal language models: hub ids, local folders, .safetensors and .gguf files, demo models.
 
-Weights are read from safetensors or GGUF only, never from a pickle.
+Weights are read from safetensors or GGUF only, never from a pickle, and code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -11,16 +11,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, OfflineModeIsEnabled
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import GgufConfig
 
 from lqer.errors import HubError, ModelError
 from lqer.models.demo import DEMO_PREFIX, demo_description, resolve_demo_model
+from lqer.models.files import (
+    DISTRIBUTED_SHARD,
+    Find,
+    Header,
+    finder,
+    hub_headers,
+    read_header,
+    reported_as,
+    weight_files,
+)
+from lqer.models.gguf_header import check_gguf
 from lqer.models.structure import prepare_model
+from lqer.models.verify import check_tensors, quiet_loading, refuse_foreign_linears, refuse_mismatch
 from lqer.store.files import content_hash, hash_file
 
 DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
+# Files of a model's folder that nothing reads: weights in other formats than safetensors, code, documents.
+NEVER_READ = frozenset(
+    {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".ot", ".pdf", ".png", ".pt", ".pth", ".py"}
+    | {".jpg", ".safetensors"}
+)
+TEMPLATES = "additional_chat_templates/*.jinja"
+# Attention functions of torch alone; any other needs a package, or code from the hub.
+ATTENTION = ("sdpa", "eager")
+# The quantized checkpoints that transformers can dequantize as it reads them.
+DEQUANTIZED = ("fp8",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,6 +63,11 @@ class ModelSource:
         """What stands for the model in the key of a stage."""
         return self.fingerprint
 
+    @property
+    def find(self) -> Find:
+        """The path of a file of the model by its name, None if there is none."""
+        return finder(self.path, self.revision)
+
 
 def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     """Find a model by hub id, local folder, .safetensors or .gguf file, or `demo:` name.
@@ -56,16 +84,15 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         if not path.is_file():
             raise ModelError(f"model: no such file: {name}")
         args = {"gguf_file": path.name}
-        return ModelSource(name, str(path.parent), None, hash_file(path), f"GGUF file {path.name}", args)
+        fingerprint = _fingerprint_files(path.parent, [path, *_small_files(path.parent)])
+        return ModelSource(name, str(path.parent), None, fingerprint, f"GGUF file {path.name}", args)
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise ModelError(f"model: no such file: {name}")
         path = path.parent
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / "config.json").is_file():
             raise ModelError(f"model: {path} has no config.json")
-        if not any(path.glob("*.safetensors")):
-            raise ModelError(f"model: {path} has no .safetensors file (pickled weights are not read)")
         return ModelSource(name, str(path), None, _fingerprint_folder(path), f"local folder {path.name}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model: no such file or folder: {name}")
@@ -74,7 +101,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
 
 def _resolve_hub(name: str, revision: str | None) -> ModelSource:
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise HubError(f"model: {name} is not a local folder, and the hub refuses it: {reason}") from None
@@ -83,8 +110,30 @@ def _resolve_hub(name: str, revision: str | None) -> ModelSource:
 
 
 def _fingerprint_folder(folder: Path) -> str:
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.model")])
-    return content_hash({file.name: hash_file(file) for file in files})
+    """A hash of all files that loading may read. Raises ModelError for weights that cannot be read."""
+    for file in folder.iterdir():
+        if DISTRIBUTED_SHARD.fullmatch(file.name):
+            raise ModelError(f"model: {folder} holds a distributed checkpoint ({file.name}): save the whole model")
+    weights = weight_files(finder(str(folder), None), str(folder))
+    return _fingerprint_files(folder, [*weights, *_small_files(folder)])
+
+
+def _small_files(folder: Path) -> list[Path]:
+    """Configuration, tokenizer and templates: every file whose suffix does not tell that nothing reads it."""
+    files = [file for file in folder.iterdir() if file.suffix not in NEVER_READ and not file.name.startswith(".")]
+    return [file for file in [*files, *folder.glob(TEMPLATES)] if file.is_file() or file.is_symlink()]
+
+
+def _fingerprint_files(folder: Path, files: list[Path]) -> str:
+    hashes = {}
+    for file in files:
+        if not file.is_file() and file.is_dir():
+            continue
+        try:
+            hashes[file.relative_to(folder).as_posix()] = hash_file(file)
+        except OSError as error:
+            raise ModelError(f"model: {file} cannot be read: {error.strerror or error}") from None
+    return content_hash(hashes)
 
 
 def pick_device(name: str) -> torch.device:
@@ -111,7 +160,34 @@ def pick_dtype(name: str, source: ModelSource, device: torch.device) -> torch.dt
 
 
 def load_model_config(source: ModelSource) -> Any:
-    return AutoConfig.from_pretrained(source.path, revision=source.revision, **source.load_args)
+    """The model's configuration. Raises ModelError, in one line, if it cannot be read or the model is quantized."""
+    if source.load_args:
+        check_gguf(Path(source.path) / source.load_args["gguf_file"])
+    with reported_as(f"model: {source.name} has no usable configuration"):
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=False, **source.load_args
+        )
+        if config._attn_implementation not in ATTENTION:
+            config._attn_implementation = None
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ModelError(f"model: the config.json of {source.name} names a weights file (transformers_weights)")
+    if not source.load_args:
+        _dequantize_or_refuse(source, config)
+    return config
+
+
+def _dequantize_or_refuse(source: ModelSource, config: Any) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+    if method not in DEQUANTIZED:
+        raise ModelError(
+            f"model: {source.name} is quantized already (quant_method {method!r}): use the original model, or save it "
+            "dequantized (transformers: model.dequantize())"
+        )
+    # Some GPUs would compute with the stored codes otherwise.
+    quantization["dequantize"] = True
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:
@@ -129,21 +205,63 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         # tokenizer_config.json without the vocabulary's own file gives a tokenizer that maps every text to nothing.
         raise ModelError(f"model: {source.name} has a tokenizer without a vocabulary: are its files complete?")
     return tokenizer
+    with reported_as(f"model: {source.name} has no usable tokenizer"):
+        return AutoTokenizer.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=False, **source.load_args
+        )
+
+
+def check_weights(source: ModelSource) -> None:
+    """Refuse a checkpoint with missing, unexpected, mis-shaped or quantized tensors, by name: reads headers alone.
+
+    Of a GGUF file, only its loader knows which tensor becomes which parameter: `load_model` refuses what does not
+    match. Raises ModelError.
+    """
+    if source.load_args:
+        return
+    config = load_model_config(source)
+    check_tensors(source.name, config, _headers(source))
+
+
+def _headers(source: ModelSource) -> list[Header]:
+    """The headers of all weight files; of a hub repository, those alone are downloaded."""
+    if not Path(source.path).is_dir():
+        try:
+            return hub_headers(source.path, source.revision)
+        except (OSError, ValueError, HfHubHTTPError, NotASafetensorsRepoError, OfflineModeIsEnabled):
+            pass  # without the network the files may still be in the cache
+    return [read_header(file) for file in weight_files(source.find, source.name)]
 
 
 def load_model(source: ModelSource, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
-    """Load the model in eval mode; dtype "auto" is the checkpoint's own. Raises ModelError with the reason."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    """Load the model in eval mode; dtype "auto" is the checkpoint's own.
+
+    Raises ModelError, in one line, if a tensor is missing, unexpected or of another shape, or the model cannot be
+    loaded for another reason.
+    """
+    check_weights(source)
+    config = load_model_config(source)
+    if source.load_args:
+        # Where GGUF has kernels, its loader would keep the stored codes.
+        options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
+    else:
+        # So that no pickle is ever opened.
+        options = {"config": config, "use_safetensors": True}
+    with reported_as(f"model: {source.name} cannot be loaded"), quiet_loading():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision,
             dtype=dtype,
-            # GGUF has its own loader; anything else must be safetensors, so that no pickle is ever opened.
-            use_safetensors=None if source.load_args else True,
+            trust_remote_code=False,
+            attn_implementation=config._attn_implementation,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
             **source.load_args,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"model: {source.name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    model, found = loaded
+    refuse_mismatch(source.name, found)
+    refuse_foreign_linears(source.name, model)
     prepare_model(model)
     nn.Module.to(model, device)
     return model.eval()

@@ -7,34 +7,28 @@ merge or convert tensors, and for GGUF, the whole model is loaded, and the log s
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from accelerate import init_empty_weights
-from packaging.version import Version
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
+from lqer.models.files import READ_OPTIONS, Header, read_header, reported_as, weight_files
 from lqer.models.loaders import OpenedModel, Streamed
-from lqer.models.source import ModelSource, load_model, load_model_config
+from lqer.models.source import ModelSource, check_weights, load_model, load_model_config
 from lqer.models.structure import find_blocks, prepare_model
+from lqer.models.verify import STORED_DTYPES
 from lqer.store.offload import Offload
 
 log = logging.getLogger(__name__)
-
-# A memory-mapped file counts as resident as long as one of its tensors exists; earlier versions can only map.
-READ_OPTIONS: dict[str, Any] = {"backend": "pread"} if Version(safetensors.__version__) >= Version("0.8") else {}
 
 
 class NotStreamableError(Exception):
@@ -55,8 +49,9 @@ def open_model(
 ) -> OpenedModel:
     """The model with blocks that are read one at a time to `device`; in memory where that is not possible.
 
-    dtype: of the parameters, "auto" for the checkpoint's own. Raises ModelError if the model cannot be loaded.
+    dtype: of the parameters, "auto" for the checkpoint's own. Raises ModelError as `load_model` does.
     """
+    check_weights(source)
     try:
         return _open_streamed(source, dtype, device, offload or Offload())
     except NotStreamableError as reason:
@@ -67,8 +62,8 @@ def open_model(
 def _open_streamed(
     source: ModelSource, dtype: torch.dtype | str, device: torch.device, offload: Offload
 ) -> OpenedModel:  # fmt: skip
-    files = _checkpoint_files(source)
-    headers = {file: read_header(file) for file in files}
+    _refuse_conversion(source)
+    headers = {file: read_header(file) for file in weight_files(source.find, source.name)}
     model, transposed = _skeleton(source, dtype, headers)
     name, blocks = find_blocks(model)
     index = _match(model, headers, transposed)
@@ -93,62 +88,11 @@ def _open_streamed(
     return OpenedModel(model, name, blocks, loader, device, offload)
 
 
-def _checkpoint_files(source: ModelSource) -> list[Path]:
+def _refuse_conversion(source: ModelSource) -> None:
     if source.load_args:
         raise NotStreamableError("a GGUF file is dequantized as a whole")
-    config = load_model_config(source)
-    for key in ("quantization_config", "transformers_weights"):
-        if getattr(config, key, None) is not None:
-            raise NotStreamableError(f"its config.json has a {key}")
-    if (Path(source.path) / "adapter_config.json").exists():
-        raise NotStreamableError("it has an adapter")
-    single = _file(source, SAFE_WEIGHTS_NAME)
-    if single is not None:
-        return [single]
-    index = _file(source, SAFE_WEIGHTS_INDEX_NAME)
-    if index is None:
-        raise NotStreamableError(f"it holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    files = [_file(source, shard) for shard in shards]
-    if None in files:
-        raise NotStreamableError(f"{shards[files.index(None)]} is missing")
-    return [file for file in files if file is not None]
-
-
-def _file(source: ModelSource, name: str) -> Path | None:
-    """The local path of a file of the checkpoint, downloaded from the hub if necessary; None if it does not exist."""
-    if Path(source.path).is_dir():
-        path = Path(source.path) / name
-        return path if path.exists() else None
-    try:
-        found = cached_file(source.path, name, revision=source.revision, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return None
-    return None if found is None else Path(found)
-
-
-@dataclass(frozen=True)
-class Header:
-    """Shapes and dtypes (as safetensors spells them) of the tensors of one file."""
-
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
-
-
-def read_header(file: Path) -> Header:
-    try:
-        with safe_open(file, framework="pt", **READ_OPTIONS) as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-            return Header(
-                {name: tuple(tensor.get_shape()) for name, tensor in slices.items()},
-                {name: tensor.get_dtype() for name, tensor in slices.items()},
-            )
-    except (OSError, safetensors.SafetensorError) as error:
-        # Loading the whole model reports what is wrong with the file.
-        raise NotStreamableError(f"{file.name} cannot be read: {error}") from None
-
-
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if getattr(load_model_config(source), "quantization_config", None) is not None:
+        raise NotStreamableError("its config.json has a quantization_config")
 
 
 def _skeleton(
@@ -160,12 +104,9 @@ def _skeleton(
         first = next(iter(headers.values()))
         stored = (STORED_DTYPES[name] for name in first.dtypes.values() if name in STORED_DTYPES)
         dtype = getattr(config, "dtype", None) or next(stored, torch.float32)
-    try:
-        # Buffers (rotary tables) are computed, not stored.
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise NotStreamableError(str(error).strip().splitlines()[0]) from None
+    # Buffers (rotary tables) are computed, not stored.
+    with reported_as(f"model: {source.name} cannot be built"), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if get_model_conversion_mapping(model, add_legacy=False):
         raise NotStreamableError(f"transformers converts the tensors of {type(model).__name__}")
     if model._get_dtype_plan(model.dtype):
@@ -197,16 +138,13 @@ def _match(
     prefix = f"{model.base_model_prefix}."
     index: dict[str, StoredTensor] = {}
     for file, header in headers.items():
-        for stored, shape in header.shapes.items():
+        for stored in header.shapes:
             # A checkpoint of the base model alone has no prefix; one of an enclosing model may have one more.
             spellings = (stored, f"{prefix}{stored}", stored.removeprefix(prefix))
             name = next((spelling for spelling in spellings if spelling in expected), None)
-            if name is None:
-                continue
-            turned = name in transposed
-            if tuple(reversed(shape) if turned else shape) != tuple(expected[name].shape):
-                raise NotStreamableError(f"{stored} has shape {list(shape)}, the model {list(expected[name].shape)}")
-            index[name] = StoredTensor(file, stored, turned)
+            # transformers ignores the others, or `check_weights` would have refused them.
+            if name is not None:
+                index[name] = StoredTensor(file, stored, name in transposed)
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     missing = [name for name in expected if name not in index and name not in tied]
     missing += [

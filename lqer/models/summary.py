@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lqer.errors import ModelError
+from lqer.models.files import reported_as
 from lqer.models.source import ModelSource, load_model_config
 from lqer.models.structure import block_linears, find_blocks, prepare_model
 
@@ -48,11 +48,9 @@ class ModelSummary:
 
 def summarize_model(source: ModelSource) -> ModelSummary:
     """Build the model without weights and summarize it. Raises ModelError for a model that cannot be quantized."""
-    try:
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(load_model_config(source))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model: {source.name} is not a causal language model: {str(error).splitlines()[0]}") from None
+    config = load_model_config(source)
+    with reported_as(f"model: {source.name} is not a causal language model"), init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     prepare_model(model)
     blocks_name, blocks = find_blocks(model)

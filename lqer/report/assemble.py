@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ import torch
 from lqer.checkpoint.bits import average_bits
 from lqer.config import Config
 from lqer.data.datasets import DatasetSpec
+from lqer.methods.block import KEPT_START
 from lqer.models.source import ModelSource
 from lqer.models.summary import ModelSummary
 from lqer.report.environment import device_name, peak_memory_bytes, versions
-from lqer.report.write import LAYERS_FILE, layer_rows
+from lqer.report.write import LAYERS_FILE, block_notes, layer_rows
 from lqer.results import (
     SCHEMA_VERSION,
     AllocationInfo,
@@ -38,10 +40,20 @@ ByRole = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class MeasuredText:
+    """A text, where it comes from, a hash of its tokens or documents, and the result of every candidate on it."""
+
+    spec: DatasetSpec
+    source: str
+    fingerprint: str
+    results: ByRole
+
+
+@dataclass(frozen=True)
 class Made:
     """The artifacts of a run; None where the configuration does not ask for one.
 
-    quantized: before fine-tuning. perplexity: label and source of a text, with the result of every candidate on it.
+    quantized: before fine-tuning.
     """
 
     calibration: Artifact | None
@@ -49,7 +61,7 @@ class Made:
     quantized: Artifact
     rtn: Artifact | None
     finetuned: Artifact | None
-    perplexity: Sequence[tuple[DatasetSpec, str, ByRole]]
+    perplexity: Sequence[MeasuredText]
     downstream: ByRole
     evaluate_seconds: float
 
@@ -74,6 +86,7 @@ def assemble(
     return Results(
         schema_version=SCHEMA_VERSION,
         tag=config.tag,
+        warnings=_warnings(made, summary.blocks),
         config=config.model_dump(mode="json", exclude_none=True),
         versions=versions(),
         model=_model_info(config, source, summary, rows),
@@ -82,7 +95,7 @@ def assemble(
         baseline=rtn,
         finetune=None if made.finetuned is None else _finetune_info(config, made.finetuned),
         calibration=calibration,
-        perplexity=[_perplexity_row(*measured) for measured in made.perplexity],
+        perplexity=_perplexity_rows(made.perplexity),
         downstream=_downstream_rows(made.downstream),
         layers=Layers(file=LAYERS_FILE, count=len(rows)),
         seconds=Seconds(
@@ -131,12 +144,46 @@ def _finetune_info(config: Config, finetuned: Artifact) -> FinetuneInfo:
     )
 
 
-def _perplexity_row(spec: DatasetSpec, source: str, results: ByRole) -> PerplexityRow:
-    quantized = results["quantized"]
-    values = {role: result["perplexity"] for role, result in results.items()}
+def _warnings(made: Made, blocks: int) -> list[str]:
+    """What a reader of the numbers must know first."""
+    found = [
+        f"the perplexity of the {role} model on {text.spec.label} is not finite"
+        for text in made.perplexity
+        for role, result in text.results.items()
+        if result["perplexity"] is None
+    ]
+    kept = [str(index) for index, note in enumerate(block_notes(made.quantized, blocks)) if note.get(KEPT_START)]
+    if kept:
+        found.append(
+            f"learning left the output of {len(kept)} of {blocks} blocks worse than its start, which was kept instead "
+            f"(blocks {', '.join(kept)})"
+        )
+    if made.finetuned is not None and made.finetuned.json(HISTORY_FILE)["best_epoch"] == 0:
+        found.append("no epoch of fine-tuning improved the held-out loss: the checkpoint is the one before it")
+    return found
+
+
+def _perplexity_rows(texts: Sequence[MeasuredText]) -> list[PerplexityRow]:
+    names = distinct_labels([text.spec for text in texts])
+    return [_perplexity_row(name, text) for name, text in zip(names, texts, strict=True)]
+
+
+def distinct_labels(specs: Sequence[DatasetSpec]) -> list[str]:
+    """The labels of texts, with folder and column where the label alone would name two of them."""
+    labels = [spec.label for spec in specs]
+    return [
+        label if labels.count(label) == 1 else f"{Path(spec.path).parent.name}/{label}:{spec.text_column}"
+        for label, spec in zip(labels, specs, strict=True)
+    ]
+
+
+def _perplexity_row(name: str, text: MeasuredText) -> PerplexityRow:
+    quantized = text.results["quantized"]
+    values = {role: result["perplexity"] for role, result in text.results.items()}
     return PerplexityRow(
-        dataset=spec.label,
-        source=source,
+        dataset=name,
+        source=text.source,
+        fingerprint=text.fingerprint,
         protocol=quantized["protocol"],
         seq_len=quantized["seq_len"],
         tokens=quantized["tokens"],

@@ -16,8 +16,10 @@ from lqer.report.write import RESULTS_FILE, markdown_table
 from lqer.results import SCHEMA_VERSION, Results
 from lqer.store.files import write_atomically, write_text
 
+# Of the hash that tells two texts of one name apart.
+TEXT_DIGITS = 8
 # Perplexities are compared only between rows that agree on all of these.
-SAME_MEASUREMENT = ["model", "dataset", "protocol", "seq_len", "tokens"]
+SAME_MEASUREMENT = ["model", "dataset", "protocol", "seq_len", "tokens", "text"]
 
 
 def collect(folder: Path, match: str = "*") -> pd.DataFrame:
@@ -42,7 +44,7 @@ def write_collection(table: pd.DataFrame, out: Path) -> list[Path]:
     write_atomically(csv, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g"))
     write_text(md, markdown_table(shown) + "\n")
     paths = [csv, md]
-    for (model, dataset, protocol, seq_len, _), group in table.dropna(subset=["perplexity"]).groupby(SAME_MEASUREMENT):
+    for (model, dataset, protocol, seq_len, *_), group in table.dropna(subset=["perplexity"]).groupby(SAME_MEASUREMENT):
         name = re.sub(r"[^A-Za-z0-9.]+", "-", f"pareto-{model}-{dataset}-{protocol}-{seq_len}").strip("-")
         figures.save_pareto(out / f"{name}.png", group, f"{model}, {dataset} ({protocol}, seq_len {seq_len})")
         paths.append(out / f"{name}.png")
@@ -71,7 +73,7 @@ def _rows(results: Results) -> list[dict]:
     tasks = {f"{row['task']} {row['metric']}": row["quantized"] for row in results["downstream"]}
     texts = [
         {key: row[key] for key in ("dataset", "protocol", "seq_len", "tokens", "original", "rtn")}
-        | {"perplexity": row["quantized"]}
+        | {"perplexity": row["quantized"], "text": row["fingerprint"][:TEXT_DIGITS]}
         for row in results["perplexity"]
-    ] or [dict.fromkeys(("dataset", "protocol", "seq_len", "tokens", "original", "rtn", "perplexity"))]
+    ] or [dict.fromkeys(("dataset", "protocol", "seq_len", "tokens", "original", "rtn", "perplexity", "text"))]
     return [run | text | tasks for text in texts]

@@ -86,7 +86,7 @@ def write_run(
     notes = block_notes(checkpoint, blocks)
     if any(_losses(note) for note in notes):
         figures.save_block_losses(folder / LOSSES_FIGURE, [_losses(note) for note in notes])
-    if results["perplexity"]:
+    if _has_perplexity(results):
         figures.save_perplexities(
             folder / PERPLEXITY_FIGURE, results["perplexity"], _kind_names(results), _bits_by_kind(results)
         )
@@ -106,6 +106,10 @@ def _losses(note: Mapping[str, Any]) -> list[float]:
     if "rounds" in loss:
         return [loss["start"], *loss["rounds"], loss["end"]]
     return list(note.get("lwc", []))
+
+
+def _has_perplexity(results: Results) -> bool:
+    return any(row["quantized"] is not None or row["original"] is not None for row in results["perplexity"])
 
 
 def _bits_by_kind(results: Results) -> dict[str, float]:
@@ -158,7 +162,7 @@ def render_report(
     worst = layers.nlargest(5, "output_error")[["name", "rank", "bits", "output_error_before", "output_error"]]
     share = model["quantized_parameters"] / max(model["parameters"], 1)
     evaluations = "".join(f"- evaluated on {row['source']}\n" for row in results["perplexity"])
-    pictures = [PERPLEXITY_FIGURE] if results["perplexity"] else []
+    pictures = [PERPLEXITY_FIGURE] if _has_perplexity(results) else []
     pictures += [ERROR_FIGURE, *([SPECTRA_FIGURE, WEIGHT_SPECTRA_FIGURE] if with_spectra else [])]
     pictures += [STEPS_FIGURE] if with_steps else []
     pictures += [RANKS_FIGURE] if results["allocation"] is not None else []
@@ -169,6 +173,7 @@ def render_report(
         f"# {results['tag']}",
         f"{model['name']} ({model['architecture']}, {model['parameters'] / 1e6:.1f}M parameters; {share:.0%} of them "
         f"quantized).\n{model['description']}",
+        *[f"**Warning**: {warning}." for warning in results["warnings"]],
         summary_table(results),
         f"Bits per quantized weight, everything stored included: {_shown_bits(bits)}.\n"
         f"Method `{quantize['method']}`, weights `{quantize['weight']}`, activations `{quantize['activation']}`, "

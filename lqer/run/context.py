@@ -12,7 +12,7 @@ from lqer.config import Config
 from lqer.config.plan import plan_model
 from lqer.config.rules import STORE_FOLDER
 from lqer.methods import LinearPlan
-from lqer.models.source import ModelSource, pick_device, pick_dtype, resolve_model
+from lqer.models.source import ModelSource, check_weights, pick_device, pick_dtype, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
 from lqer.stages.allocate_ranks import check_budget
 from lqer.store.offload import Offload
@@ -44,6 +44,7 @@ def prepare(config: Config) -> RunContext:
     device = pick_device(config.device)
     source = resolve_model(config.model, config.revision)
     summary = summarize_model(source)
+    check_weights(source)
     plans = plan_model(config, summary)
     if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
         check_budget(plans, summary.linears, budget_bits)

@@ -7,7 +7,7 @@ import time
 
 from lqer.config import Config
 from lqer.errors import ConfigError, LqerError, RunFailedError
-from lqer.report.assemble import Made, assemble
+from lqer.report.assemble import Made, MeasuredText, assemble
 from lqer.report.environment import device_name
 from lqer.report.tracking import track
 from lqer.report.write import layer_rows, write_run
@@ -101,6 +101,8 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
 
     made = _collect(experiment, store, checked.texts, budget)
     results = assemble(config, context.source, summary, context.device, checked.texts.calibration_info, made, started)
+    for warning in results["warnings"]:
+        log.warning("warning: %s", warning)
     write_run(checked.folder, results, layer_rows(checkpoint, summary.blocks), checkpoint, summary.blocks)
     return results
 
@@ -135,7 +137,12 @@ def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget 
 
     measured = [stage for candidate in experiment.candidates for stage in experiment.evaluations(candidate)]
     perplexity = [
-        (text.spec, text.source, {role: stages[i].result(store) for role, stages in experiment.perplexity.items()})
+        MeasuredText(
+            text.spec,
+            text.source,
+            text.fingerprint,
+            {role: stages[i].result(store) for role, stages in experiment.perplexity.items()},
+        )
         for i, text in enumerate(texts.evaluation)
     ]
     quantized = experiment.quantize.artifact(store)

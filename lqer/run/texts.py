@@ -16,6 +16,7 @@ from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows, toke
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
 from lqer.results import CalibrationInfo
 from lqer.stages.calibrate import CalibrationText
+from lqer.store.files import content_hash
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class EvaluationText:
     source: str
     windows_WT: Tensor | None
     documents: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the tokens or documents."""
+        return content_hash(self.documents) if self.windows_WT is None else tokens_sha256(self.windows_WT)
 
 
 @dataclass(frozen=True)

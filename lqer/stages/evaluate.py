@@ -9,6 +9,7 @@ Shapes: W windows, T tokens of a window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,12 +19,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lqer.config.schema import DownstreamConfig
+from lqer.errors import ModelError
 from lqer.evaluation.downstream import evaluate_tasks
-from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, lm_eval_perplexity
+from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, PerplexityResult, lm_eval_perplexity
 from lqer.stages.base import Stage, identity, no_effect
 from lqer.store.store import Artifact, Store, Workspace
 
 RESULT_FILE = "result.json"
+
+
+def shown_perplexity(artifact: Artifact) -> str:
+    value = artifact.json(RESULT_FILE)["perplexity"]
+    return "perplexity not finite" if value is None else f"perplexity {value:.4f}"
 
 
 class Candidate:
@@ -63,6 +70,14 @@ class Evaluation(Stage):
     def result(self, store: Store) -> Any:
         return self.artifact(store).json(RESULT_FILE)
 
+    def write(self, workspace: Workspace, result: PerplexityResult) -> None:
+        """Write a perplexity, null where it is not finite. Raises ModelError where that is the original model's."""
+        if not math.isfinite(result.perplexity) and self.candidate.role == "original":
+            raise ModelError(
+                f"the original model's loss on {self.title} is not finite: its weights, or its dtype, cannot be used"
+            )
+        workspace.write_json(RESULT_FILE, asdict(result))
+
 
 @dataclass(frozen=True)
 class WindowPerplexity(Evaluation):
@@ -78,10 +93,10 @@ class WindowPerplexity(Evaluation):
     def build(self, workspace: Workspace, store: Store) -> None:
         measure = WINDOWED_PROTOCOLS[self.protocol].perplexity
         result = measure(self.candidate.model(store), self.windows_WT, self.batch_size, True)
-        workspace.write_json(RESULT_FILE, asdict(result))
+        self.write(workspace, result)
 
     def summary(self, artifact: Artifact) -> str:
-        return f"perplexity {artifact.json(RESULT_FILE)['perplexity']:.4f}"
+        return shown_perplexity(artifact)
 
 
 @dataclass(frozen=True)
@@ -101,10 +116,10 @@ class DocumentPerplexity(Evaluation):
     def build(self, workspace: Workspace, store: Store) -> None:
         model, documents = self.candidate.model(store), list(self.documents)
         result = lm_eval_perplexity(model, self.tokenizer, documents, self.seq_len, self.batch_size)
-        workspace.write_json(RESULT_FILE, asdict(result))
+        self.write(workspace, result)
 
     def summary(self, artifact: Artifact) -> str:
-        return f"word perplexity {artifact.json(RESULT_FILE)['perplexity']:.4f}"
+        return f"word {shown_perplexity(artifact)}"
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(value: Any) -> str:
-    """How every JSON file of the project is written."""
-    return json.dumps(value, indent=1) + "\n"
+    """How every JSON file of the project is written: strict JSON, in which a number that is not finite is null."""
+    return json.dumps(without_nonfinite(value), indent=1, allow_nan=False) + "\n"
+
+
+def without_nonfinite(value: Any) -> Any:
+    """The value with None for every float that is NaN or infinite, which JSON has no way to write."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nonfinite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nonfinite(entry) for entry in value]
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

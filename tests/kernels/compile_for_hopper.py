@@ -73,7 +73,7 @@ def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:
 
 def main() -> None:
     JITFunction.run = compile_instead
-    runtime.can_chain = lambda x: True
+    runtime.supports_pdl = lambda x: True
     x8, bf16 = MXInt(8), torch.bfloat16
     for number_format in (MXInt(4), MXInt(2), MXInt(3), MXInt(3, 32), MXInt(8), Int(4, 128)):
         layer = build_layer(number_format, 128, 1024, dtype=bf16)

@@ -15,7 +15,7 @@ from lqer.kernels.lattice import PackedLattice, pack_lattice
 from lqer.kernels.lattice_launch import fits_hadamard, run_lattice
 from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear, reference_weight
-from lqer.kernels.runtime import can_chain
+from lqer.kernels.runtime import supports_pdl
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
 
@@ -83,7 +83,7 @@ def test_the_product_is_exact_for_every_code(dtype):
     for some in columns.split(16):
         x_MI = torch.zeros(len(some), 1024, dtype=dtype, device=DEVICE)
         x_MI[torch.arange(len(some)), some] = 1
-        y_MO = run_lattice(x_MI, packed, can_chain(x_MI), out_dtype=torch.float32)
+        y_MO = run_lattice(x_MI, packed, supports_pdl(x_MI), out_dtype=torch.float32)
         assert torch.equal(y_MO, points_OI[:, some].T)
 
 
@@ -93,7 +93,7 @@ def test_sums_equal_float64_to_fifteen_bits_of_a_tile_s_largest_value(n, k, rota
     layer = Layer(n, k, rotated=rotated, bias=True)
     for m in (1, 3, 9):
         x_MI = random_input(m, k)
-        y_MO = run_lattice(x_MI, layer.packed, can_chain(x_MI), out_dtype=torch.float32)
+        y_MO = run_lattice(x_MI, layer.packed, supports_pdl(x_MI), out_dtype=torch.float32)
         # x' is occasionally rounded to the dtype in the other direction.
         assert relative_error(y_MO, layer.exact(x_MI)) < (TOLERANCE[DTYPE] / 4 if rotated else 2e-5)
 

@@ -10,7 +10,7 @@ from helpers import first_block
 from safetensors.torch import load, save
 
 from lqer.formats import Int, MXInt
-from lqer.methods.block import output_loss, reconstruct_block
+from lqer.methods.block import KEPT_START, output_loss, reconstruct_block
 from lqer.models.structure import block_linears
 from lqer.rounding import Adaptive
 from lqer.rounding.adaptive import DivergedError
@@ -188,3 +188,22 @@ def test_bfloat16_products_and_states_end_below_the_start_too(random_model, wind
     )
     result = reconstruct_block(half, [Awq(), Clip()], QUICK)
     assert result.notes["loss"]["end"] < 0.8 * result.notes["loss"]["start"]
+
+
+@pytest.mark.parametrize(
+    ("transforms", "rounding"),
+    [
+        ([Lwc(epochs=2, batch_size=2, learning_rate=1e30)], None),
+        ([], Adaptive(steps=2, batch_size=2, learning_rate=1e30, soft_fractions=(0.5, 0.1))),
+    ],
+)
+def test_training_that_ends_worse_than_it_started_keeps_the_start(random_model, windows_WT, transforms, rounding):
+    # At two bits, weights of zero may do better than rounding to nearest.
+    w4 = Int(bits=4, block_size=16)
+    problem = problem_of(random_model("llama"), windows_WT, w4)
+    nearest = {name: w4.quantize(problem.call.block.get_submodule(name).weight) for name in problem.formats}
+    result = reconstruct_block(problem, transforms, rounding)
+    assert result.notes[KEPT_START]
+    assert result.notes["loss"]["end"] == pytest.approx(output_loss(problem, {}, nearest))
+    for name, start in nearest.items():
+        assert torch.equal(result.rounded[name].dequantize(), start.dequantize())

@@ -137,45 +137,12 @@ class TestWhatIsLoadedWhole:
         assert opened.loader is RESIDENT
         return opened, caplog.text
 
-    def test_a_checkpoint_with_an_adapter(self, saved, caplog, monkeypatch):
-        folder = saved("llama")
-        (folder / "adapter_config.json").write_text("{}")
-        monkeypatch.setattr("lqer.models.streaming.load_model", lambda source, dtype, device: load_plain(folder))
-        assert "loading the whole model, not block by block: it has an adapter" in self.opened(folder, caplog)[1]
-
-    def test_a_checkpoint_that_lacks_a_tensor(self, saved, caplog):
-        folder = saved("llama")
-        tensors = load_file(folder / "model.safetensors")
-        del tensors["model.layers.1.input_layernorm.weight"]
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        text = self.opened(folder, caplog)[1]
-        assert "not block by block: the checkpoint has no tensor model.layers.1.input_layernorm.weight" in text
-
     def test_a_checkpoint_whose_tensors_transformers_renames(self, saved, caplog, monkeypatch):
         monkeypatch.setattr(
             "lqer.models.streaming.get_model_conversion_mapping", lambda *arguments, **options: ["a renaming"]
         )
         text = self.opened(saved("llama"), caplog)[1]
         assert "not block by block: transformers converts the tensors of LlamaForCausalLM" in text
-
-    def test_a_checkpoint_with_a_tensor_of_another_shape_is_refused_as_before(self, saved):
-        folder = saved("llama")
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.norm.weight"] = torch.ones(7)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises((ModelError, RuntimeError)):
-            open_model(resolve_model(str(folder)), torch.float32, CPU)
-
-    def test_a_damaged_file_is_refused_as_before(self, saved):
-        folder = saved("llama")
-        (folder / "model.safetensors").write_bytes(b"not safetensors at all")
-        with pytest.raises(ModelError, match="cannot be loaded"):
-            open_model(resolve_model(str(folder)), torch.float32, CPU)
-
-
-def load_plain(folder: Path) -> PreTrainedModel:
-    (folder / "adapter_config.json").unlink()
-    return load_model(resolve_model(str(folder)), torch.float32, CPU)
 
 
 def test_stages_on_a_streamed_model_write_the_bytes_of_those_on_a_whole_one(

@@ -31,7 +31,15 @@ RUN = {
 def write_run(folder: Path, tag: str, bits: float, perplexities: dict[str, float], plain: float | None = None) -> None:
     run = copy.deepcopy(RUN) | {"tag": tag, "bits": {"average": bits}}
     run["perplexity"] = [
-        {"dataset": dataset, "protocol": "concat", "seq_len": 2048, "tokens": 1000, "original": 5.0, "rtn": plain}
+        {
+            "dataset": dataset,
+            "protocol": "concat",
+            "seq_len": 2048,
+            "tokens": 1000,
+            "fingerprint": "0f" * 32,
+            "original": 5.0,
+            "rtn": plain,
+        }
         | {"quantized": value}
         for dataset, value in perplexities.items()
     ]
