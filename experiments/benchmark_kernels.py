@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -50,7 +49,7 @@ def main() -> int:
     if jobs and not arguments.no_trial:
         _say(f"{len(jobs)} contenders compile and run once")
         command = trial.worker_command(__file__, ["--only", ",".join(arguments.only)])
-        problems = trial.run_trials(jobs, command, dict(os.environ))
+        problems = trial.run_trials(jobs, command)
         _say(f"done after {time.monotonic() - started:.0f} s, {len(problems)} with a problem")
     environment = _environment()
     settings = measure.Settings(
