@@ -1,4 +1,4 @@
-"""Packed linears against cuBLAS bf16, humming, gemlite, tinygemm and our own emulation, side by side on one GPU.
+"""Compare packed linears with cuBLAS bf16, humming, gemlite, tinygemm and our emulation on one GPU.
 
     python experiments/benchmark_kernels.py [--only a,b] [--quick] [--json checkpoints/benchmark_kernels.json]
 
@@ -27,9 +27,9 @@ from kernel_benchmark.results import BarResult, Key, Measurement, Scene, evaluat
 BUDGET_MS, QUICK_BUDGET_MS = 60.0, 15.0
 TIME_LIMIT_SECONDS = 480.0
 METHOD = (
-    "Times are medians over replays of a CUDA graph that holds one call per copy of the weights, repeated where it is "
-    f"short; copies let {measure.ROTATED_BYTES / 1e6:.0f} MB pass between two uses; all contenders of a shape take "
-    f"turns, {measure.REPETITIONS} times; random data."
+    "Times are medians over replays of a CUDA graph with one call per copy of the weights, repeated if that is short; "
+    f"{measure.ROTATED_BYTES / 1e6:.0f} MB of weights are read between two uses of a copy; the contenders of a shape "
+    f"alternate, {measure.REPETITIONS} times; random data."
 )
 
 
@@ -47,7 +47,7 @@ def main() -> int:
     started = time.monotonic()
     problems: dict[trial.Job, str] = {}
     if jobs and not arguments.no_trial:
-        _say(f"{len(jobs)} contenders compile and run once")
+        _say(f"compiling and running {len(jobs)} contenders once")
         command = trial.worker_command(__file__, ["--only", ",".join(arguments.only)])
         problems = trial.run_trials(jobs, command)
         _say(f"done after {time.monotonic() - started:.0f} s, {len(problems)} with a problem")
@@ -77,7 +77,7 @@ def main() -> int:
         bars = [evaluate(bar, measurements, LABELS) for bar in rows.BARS if bar.group in arguments.only]
         bars += [decoder_bar] if decoder_bar is not None else []
         result = report.to_report(environment, bars, decodings, list(measurements.values()))
-        # After every scene, so that a run that is cut off leaves what it has.
+        # After every scene, so that a killed run leaves its results so far.
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(report.markdown(result), end="")
@@ -89,16 +89,18 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = "; ".join(f"{letter}: {text}" for letter, text in rows.GROUPS.items())
     parser.add_argument("--only", type=_groups, default=list(rows.GROUPS), help=f"groups, with commas: {groups}")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the samples, no times from a warm L2 cache")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the samples, no times with a warm L2 cache")
     parser.add_argument("--json", type=Path, default=Path("checkpoints/benchmark_kernels.json"))
-    parser.add_argument("--limit", type=float, default=TIME_LIMIT_SECONDS, help="seconds after which no scene begins")
+    parser.add_argument(
+        "--limit", type=float, default=TIME_LIMIT_SECONDS, help="seconds after which no scene starts"
+    )
     parser.add_argument("--no-trial", action="store_true", help="compile in this process, one contender after another")
     parser.add_argument("--trial", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _groups(text: str) -> list[str]:
-    """The named groups in the table's order. Raises ArgumentTypeError for a name that is none."""
+    """The named groups in the order of the table. Raises ArgumentTypeError for an unknown name."""
     named = text.split(",")
     unknown = [name for name in named if name not in rows.GROUPS]
     if unknown:
@@ -107,7 +109,7 @@ def _groups(text: str) -> list[str]:
 
 
 def _with_decoder(plan: dict[Scene, list[str]], wanted: bool) -> list[tuple[Scene | None, list[str]]]:
-    """The scenes with the decoder, as None, behind those that have a bar and before the extra ones."""
+    """The scenes, with the decoder (as None) between those that have a bar and the extra ones."""
     barred = {scene for bar in rows.BARS for scene, _ in bar.against}
     order: list[tuple[Scene | None, list[str]]] = [(scene, names) for scene, names in plan.items() if scene in barred]
     order += [(None, [])] if wanted else []
@@ -118,7 +120,7 @@ def _decoder(settings: measure.Settings) -> tuple[list[decoder.Decoding], BarRes
     bar = rows.DECODER_BAR
     try:
         return decoder.run_decoder(settings.budget_ms * 4, bar)
-    except Exception as error:  # as with every other row
+    except Exception as error:  # reported in the table, as for every other row
         problem = measure.describe(error)
         failed = BarResult(bar.group, bar.label, decoder.AGAINST, "not measured", problem=problem)
         return [], replace(failed, at_least=bar.at_least, aim=bar.aim, times_faster=True)
@@ -127,7 +129,7 @@ def _decoder(settings: measure.Settings) -> tuple[list[decoder.Decoding], BarRes
 
 
 def _environment() -> dict[str, Any]:
-    """What ran where, and the two rates that the floors are made of."""
+    """Versions and hardware, and the two rates of the lower bounds."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "date": datetime.date.today().isoformat(),

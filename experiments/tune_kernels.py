@@ -1,11 +1,11 @@
-"""Make lqer/kernels/table.json again: time every candidate launch on this GPU and keep the fastest of each shape.
+"""Write lqer/kernels/table.json: time every candidate launch on this GPU and store the fastest for each shape.
 
     python experiments/tune_kernels.py [--out lqer/kernels/table.json] [--processes 14] [--only gemv]
 
-Candidates compile in parallel processes first, into Triton's cache; then they are timed one after another, as replays
-of a CUDA graph over copies of the weights that do not fit the L2 cache. A launch of the gemm kernel serves layers with
-and without a low-rank branch: it is judged by the geometric mean of both. Takes more than four minutes, most of them in
-the compiler.
+Candidates are first compiled in parallel processes, into Triton's cache. Then they are timed one after another, as
+replays of a CUDA graph over copies of the weights that do not fit in the L2 cache. A launch of the gemm kernel is used
+for layers with and without a low-rank branch; the geometric mean of both decides. This takes more than four minutes,
+most of them compilation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DEVICE = "cuda"
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of the table: a kernel for a shape, and for the gemm kernel the code width and the bucket of M."""
+    """One row of the table: a kernel and a shape, and for the gemm kernel also the code width and the bucket of M."""
 
     kernel: str
     k: int
@@ -61,7 +61,7 @@ class Problem:
         found: list[GemmLaunch | None] = [None] if self.m >= 128 else []
         for (block_n, warps), block_m in itertools.product(((64, 4), (128, 4), (128, 8)), block_ms):
             if block_m == 128 and (block_n, warps) == (128, 4):
-                continue  # its accumulators alone would take all registers
+                continue  # its accumulators alone would need all registers
             output_tiles = self.n // block_n * -(-self.m // block_m)
             splits = sorted(
                 (s for s in range(1, min(tiles // 2, 16) + 1) if 0.7 <= output_tiles * s / 132 <= 6.1 or s == 1),
@@ -72,7 +72,7 @@ class Problem:
         return found
 
     def layers(self) -> list[PackedLinear]:
-        """The layers that a launch is judged on: W4A8 with a branch, and for the gemm kernel weights alone too."""
+        """The layers that a launch is timed on: W4A8 with a branch; for the gemm kernel also W4A16 without one."""
         weight_OI = torch.randn(self.n, self.k, device=DEVICE, generator=_generator()) * 0.02
         weight = MXInt(self.width).quantize(weight_OI)
         a = MXInt(8).quantize(torch.randn(self.k, RANK, device=DEVICE, generator=_generator()), axis=0)
@@ -91,7 +91,7 @@ def _generator() -> torch.Generator:
 
 
 def _waste(output_tiles: int, tiles: int, splits: int) -> float:
-    """How much longer the fullest multiprocessor works than the mean, times how uneven the split of K is."""
+    """Work of the fullest multiprocessor relative to the mean, times the imbalance of the splits of K."""
     waves = output_tiles * splits / 132
     return math.ceil(waves) / waves * -(-tiles // splits) * splits / tiles
 
@@ -112,7 +112,7 @@ def call(launch: GemmLaunch | GemvLaunch | None) -> Callable[[Tensor, PackedLine
 
 
 def compile_all(problem: Problem) -> None:
-    """Run every candidate once; one that does not compile is left to `fastest` to find out."""
+    """Run every candidate once; `fastest` skips those that fail."""
     x_MI = problem.input()
     for layer, launch in itertools.product(problem.layers(), problem.candidates()):
         try:
@@ -156,7 +156,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--processes", type=int, default=14)
-    parser.add_argument("--only", choices=("gemv", "gemm"), help="rows of one kernel; the others stay as they are")
+    parser.add_argument("--only", choices=("gemv", "gemm"), help="measure one kernel and keep the other rows")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: tune_kernels.py needs an NVIDIA GPU, and torch finds none here", file=sys.stderr)

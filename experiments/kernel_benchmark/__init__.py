@@ -1,1 +1,1 @@
-"""The parts of benchmark_kernels.py: rows and bars, contenders, timing, the decoder, and how the result is written."""
+"""The parts of benchmark_kernels.py: plan, contenders, trials, timing, the decoder, and the report."""

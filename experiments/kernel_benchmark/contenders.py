@@ -1,7 +1,7 @@
-"""Who is measured: our packed linears, cuBLAS, torch's own int4 product, our emulation, and the peers of peers.py.
+"""The contenders: our packed linears, cuBLAS, torch's own int4 product, our emulation, and the peers of peers.py.
 
-Every contender of a scene gets the same numbers where its format can hold them: the weights of a `Variant` with a
-number format are quantized once from the same random matrix. cuBLAS gets that matrix in bf16: what is replaced.
+All contenders of a scene compute with the same weights as far as their formats allow: one random matrix, quantized once
+for each number format. cuBLAS gets the matrix in bf16, as the baseline.
 
 Shapes: M rows of x, I in_features, O out_features, R rank.
 """
@@ -26,14 +26,14 @@ W4, X8 = MXInt(4), MXInt(8)
 VQ2 = Codebook(2, 2, group_size=2048)
 FACTOR = MXInt(8)  # of A and B
 WEIGHT_SCALE = 0.02
-BRANCH_SHARE = 0.1  # of A B in the weights: about the error of rounding them to four bits
+LOW_RANK_NORM = 0.1  # of A B relative to W: about the error of rounding to four bits
 TINYGEMM_INNER_K_TILES = 8
-OWN_TOLERANCE = 5e-3  # rounding y to bf16 costs 1.7e-3, a code of Q(x A) or Q(x A B) that flips a little more
-PEER_TOLERANCE = 0.1  # wrong numbers give 1; gemlite adds its partial sums in bf16
+OWN_TOLERANCE = 5e-3  # rounding y to bf16 costs 1.7e-3, a differing code of Q(x A) or Q(x A B) a little more
+PEER_TOLERANCE = 0.1  # wrong results have an error of about 1; gemlite adds its partial sums in bf16
 
 
 class Operands:
-    """Random operands of one (k, n) on the GPU, from one seed; what is derived from them is made on first use."""
+    """Random operands of one (k, n) on the GPU, from one seed; derived tensors are computed on first use."""
 
     def __init__(self, k: int, n: int, device: torch.device):
         self.k, self.n = k, n
@@ -61,7 +61,7 @@ class Operands:
             return None, None
         if rank not in self._factors:
             a_IR = self._random(self.k, rank) * self.k**-0.5
-            b_RO = self._random(rank, self.n) * (BRANCH_SHARE * WEIGHT_SCALE * (self.k / rank) ** 0.5)
+            b_RO = self._random(rank, self.n) * (LOW_RANK_NORM * WEIGHT_SCALE * (self.k / rank) ** 0.5)
             self._factors[rank] = FACTOR.quantize(a_IR, axis=0), FACTOR.quantize(b_RO, axis=0)
         return self._factors[rank]
 
@@ -73,24 +73,24 @@ class Operands:
         else:
             weight_OI = self.quantized(variant.weight).dequantize(torch.float64)
         layer = QuantizedLinear(weight_OI, None, a_IR, b_RO, variant.activation)
-        basis = self.basis(variant)
-        return layer(x_MI.double()) if basis is None else HadamardLinear(layer, basis, None)(x_MI.double())
+        hadamard = self.hadamard(variant)
+        return layer(x_MI.double()) if hadamard is None else HadamardLinear(layer, hadamard, None)(x_MI.double())
 
-    def basis(self, variant: Variant) -> RandomHadamard | None:
-        """The basis that the variant's weight and factors are in."""
+    def hadamard(self, variant: Variant) -> RandomHadamard | None:
+        """The rotation of the variant's weight and factors, or None."""
         if not variant.rotated:
             return None
-        return random_basis(self.n, self.k, self.weight_OI.device)
+        return random_rotation(self.n, self.k, self.weight_OI.device)
 
 
-def random_basis(outputs: int, inputs: int, device: torch.device) -> RandomHadamard:
+def random_rotation(outputs: int, inputs: int, device: torch.device) -> RandomHadamard:
     signs = random_hadamard(outputs, inputs, seed=0)
     return RandomHadamard(signs.input_signs_I.to(device), signs.output_signs_O.to(device))
 
 
 @dataclass(frozen=True)
 class Contender:
-    """State that is copied to rotate weights through the cache, and how one copy is applied to x_MI."""
+    """State, of which copies are used in turn so that weights are not cached, and how one copy is applied to x_MI."""
 
     state: Any
     run: Callable[[Any, Tensor], Tensor]
@@ -98,16 +98,16 @@ class Contender:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a contender computes; `make(operands, variant, m)` builds it, and raises ImportError where it is missing."""
+    """The computation of a contender. `make(operands, variant, m)` builds it; ImportError if it is not installed."""
 
     label: str
     make: Callable[[Operands, Variant, int], Contender]
     weight: NumberFormat | None = None  # None: bf16
     activation: NumberFormat | None = None
     rank: int = 0
-    stored_bits: float | None = None  # per weight, where it is not what the number format asks for
-    rotated: bool = False  # in a randomized Hadamard basis; A and B are then read in bf16
-    eager: bool = False  # called from Python instead of from a CUDA graph
+    stored_bits: float | None = None  # per weight, if different from the number format's
+    rotated: bool = False  # between Hadamard rotations; A and B are then read in bf16
+    eager: bool = False  # called from Python instead of a CUDA graph
     tolerance: float = OWN_TOLERANCE
 
     def weight_bits(self, k: int) -> float:
@@ -120,12 +120,12 @@ class Variant:
         return 16.0 if self.rotated else FACTOR.bits_per_value(self.rank)
 
     def weight_bytes(self, k: int, n: int) -> float:
-        """What is stored: weights, scales and both factors."""
+        """Stored bytes: weights, scales and both factors."""
         branch_bits = self.rank * (k + n) * self.factor_bits if self.rank else 0.0
         return (k * n * self.weight_bits(k) + branch_bits) / 8
 
     def floor_us(self, scene: Scene, bytes_per_second: float, operations_per_second: float) -> float:
-        """No call can be shorter: weights and x once in, y once out, at these rates."""
+        """Lower bound of a call: weights and x read once, y written once, at these rates."""
         k, n, m = scene
         bytes_moved = self.weight_bytes(k, n) + 2 * m * (k + n)
         operations = 2 * m * (k * n + self.rank * (k + n))
@@ -137,25 +137,25 @@ def cublas(operands: Operands, variant: Variant, m: int) -> Contender:
 
 
 def _pack(operands: Operands, variant: Variant, rank: int) -> Any:
-    # Imported here, so that kernels that cannot be imported are rows that say so and not the end of the table.
+    # Imported here, so that kernels that cannot be imported are rows with an error instead of no table.
     from lqer.kernels import PackedLinear
 
     assert variant.weight is not None
     a_IR, b_RO = operands.factors(rank)
     weight = operands.quantized(variant.weight)
-    basis = operands.basis(variant)
-    return PackedLinear.pack(weight, a_IR, b_RO, None, variant.activation, torch.bfloat16, basis)
+    hadamard = operands.hadamard(variant)
+    return PackedLinear.pack(weight, a_IR, b_RO, None, variant.activation, torch.bfloat16, hadamard)
 
 
 def packed(operands: Operands, variant: Variant, m: int) -> Contender:
-    """Ours."""
+    """Our kernels."""
     from lqer.kernels import packed_linear
 
     return Contender(_pack(operands, variant, variant.rank), lambda state, x_MI: packed_linear(x_MI, state))
 
 
 def unfused(operands: Operands, variant: Variant, m: int) -> Contender:
-    """Our product without a branch, and the branch as two bf16 products beside it."""
+    """Our product without a low-rank branch, and the branch as two separate bf16 products."""
     from lqer.kernels import packed_linear
 
     factors = (part.dequantize(torch.bfloat16) for part in operands.factors(variant.rank) if part is not None)
@@ -177,7 +177,7 @@ def emulation(operands: Operands, variant: Variant, m: int) -> Contender:
 
 
 def tinygemm(operands: Operands, variant: Variant, m: int) -> Contender:
-    """aten::_weight_int4pack_mm: (code - 8) * scale + zero in groups along K, two codes a byte, the even one high."""
+    """aten::_weight_int4pack_mm: (code - 8) * scale + zero in groups along I, two codes per byte, the even one high."""
     assert variant.weight is not None
     codes_OI, scales_OG = peers.offset_codes_and_scales(operands.quantized(variant.weight))
     bytes_OP = codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]

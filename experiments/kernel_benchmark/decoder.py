@@ -1,9 +1,9 @@
-"""A decoder of Llama-7B's shape with random weights, compiled, one token at a time in a CUDA graph: bf16, then packed.
+"""A compiled decoder of Llama-7B's shape with random weights, one token at a time in a CUDA graph: bf16, then packed.
 
-The model is built in bf16 on the GPU and timed; then every linear of its blocks is packed with a random branch and put
-in the place of the bf16 one, block by block, and the same graph is captured and timed again. W4A8 rounds the model's
-own weights; lattice codes are random ones, which take as long and need no search. The embeddings and the output layer
-stay bf16. What is allocated afterwards is added up, to show that no dequantized copy of a weight exists.
+The model is built in bf16 on the GPU and timed. Then every linear of its blocks is replaced by packed weights with a
+random low-rank branch, and the same graph is captured and timed again. W4A8 rounds the model's own weights; lattice
+codes are random, which takes the same time and needs no search. The embeddings and the output layer stay bf16. The
+allocated memory shows that there is no dequantized copy of a weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_benchmark import timing
-from kernel_benchmark.contenders import FACTOR, W4, X8, random_basis
+from kernel_benchmark.contenders import FACTOR, W4, X8, random_rotation
 from kernel_benchmark.results import Bar, BarResult, compare
 from lqer.formats import E8P, QuantizedTensor
 
@@ -41,7 +41,7 @@ ACTIVATION_BYTES = 64 << 20  # logits, attention scores, kernels' workspaces
 
 @dataclass(frozen=True)
 class Decoding:
-    """One model; bytes as they were asked of torch's allocator, which rounds up."""
+    """One model; bytes as requested from torch's allocator, which rounds up."""
 
     label: str
     milliseconds: float
@@ -50,8 +50,8 @@ class Decoding:
     allocated_bytes: int
     peak_bytes: int  # while decoding, the model resident
     packed_bytes: int  # of all packed linears together
-    unexplained_bytes: int  # allocated, and neither packed, a parameter, a buffer nor the cache
-    copies_of_weights: bool  # is there room for a dequantized weight, resident or while decoding
+    unexplained_bytes: int  # allocated, but not for packed weights, parameters, buffers or the cache
+    copies_of_weights: bool  # whether a dequantized weight would fit in the unexplained or peak bytes
 
 
 class PackedModule(nn.Module):
@@ -59,17 +59,17 @@ class PackedModule(nn.Module):
 
     def __init__(self, packed: Any):
         super().__init__()
-        # In a tuple, so that the model's own parameters and buffers stay what is not packed.
-        self.held = (packed,)
+        # In a tuple, so that its tensors are not counted as parameters and buffers.
+        self.packed = (packed,)
 
     def forward(self, x: Tensor) -> Tensor:
         from lqer.kernels import packed_linear
 
-        return packed_linear(x, self.held[0])
+        return packed_linear(x, self.packed[0])
 
 
 def run_decoder(budget_ms: float, bar: Bar, config: dict[str, Any] | None = None) -> tuple[list[Decoding], BarResult]:
-    """bf16, W4A8 and lattice codes, and the bar of W4A8 against bf16. Raises whatever goes wrong."""
+    """bf16, W4A8 and lattice codes, and the result of W4A8 against bf16."""
     model = build(config or CONFIG)
     largest = max(linear.weight.numel() * 2 for _, _, linear in block_linears(model))
     dense = _decode("bf16", model, 0, largest, budget_ms)
@@ -105,9 +105,9 @@ def block_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
 
 
 def compile_parts(model: nn.Module) -> None:
-    """Fuse what lies between the linears, in both models alike: norms, activations, rotation.
+    """Fuse the operations between the linears, in all models alike: norms, activations, rotary embeddings.
 
-    Parts, because a block knows its number: each of 32 would be compiled anew.
+    Parts of blocks, because a block has its index as attribute: each of 32 would be compiled anew.
     """
     from transformers.models.llama import modeling_llama
 
@@ -120,7 +120,7 @@ def compile_parts(model: nn.Module) -> None:
 
 
 def pack_in_place(model: nn.Module, pack: Callable[[Tensor], Any]) -> int:
-    """Replace every linear of the blocks by packed weights and a random branch; their bytes together."""
+    """Replace every linear of the blocks by packed weights and a random branch; returns their bytes."""
     total = 0
     for parent, name, linear in block_linears(model):
         packed = pack(linear.weight.detach())
@@ -144,8 +144,8 @@ def _pack_lattice(weight_OI: Tensor) -> Any:
     weight = QuantizedTensor(
         lattice, (outputs, inputs), 1, {"codes": codes, "scales": weight_OI.float().std().view(1, 1)}
     )
-    factors, basis = _random_branch(weight_OI, LATTICE_RANK), random_basis(outputs, inputs, device)
-    return PackedLinear.pack(weight, *factors, None, None, torch.bfloat16, basis)
+    factors, hadamard = _random_branch(weight_OI, LATTICE_RANK), random_rotation(outputs, inputs, device)
+    return PackedLinear.pack(weight, *factors, None, None, torch.bfloat16, hadamard)
 
 
 def _random_branch(weight_OI: Tensor, rank: int) -> tuple[QuantizedTensor, QuantizedTensor]:

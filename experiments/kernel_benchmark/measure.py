@@ -1,6 +1,8 @@
-"""One scene: all its contenders built, checked against float64, and timed in turns, over the same number of copies.
+"""One scene: its contenders are built, checked against float64 and timed alternately, with the same number of copies.
 
-A contender that is not installed, computes something else or fails is a measurement without a time that says why.
+A contender that is not installed, fails or gives a wrong result is a measurement without a time, with the reason.
+
+Shapes: M rows of x, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from kernel_benchmark import timing
 from kernel_benchmark.contenders import VARIANTS, Operands, Variant
 from kernel_benchmark.results import Measurement, Scene
 
-# H100 and H200 have L2 caches of 50 and 60 MB: nothing of a copy is left when its turn comes again.
+# H100 and H200 have L2 caches of 50 and 60 MB: a copy is no longer cached when it is used again.
 ROTATED_BYTES = 300e6
 FEWEST_COPIES, MOST_COPIES = 2, 40
 REPETITIONS = 2
 CHECKED_ROWS = 64  # float64 products are slow, and rows of x are independent
-WARM_ROWS = 16  # with more rows than this the weights are not what a call waits for
+WARM_ROWS = 16  # with more rows a call is not limited by reading weights
 LONGEST_PROBLEM = 200
 DEVICE = torch.device("cuda")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every measurement of a run shares."""
+    """Settings of all measurements of a run."""
 
     budget_ms: float  # of one contender and one repetition
     warm: bool  # also measure with one copy
@@ -41,13 +43,13 @@ class Settings:
 
 @dataclass
 class _Ready:
-    """A contender that passed its check: what to replay, and how many calls that is."""
+    """A contender that passed its check: the functions to time, and how many calls one of them makes."""
 
     measurement: Measurement
     run: Callable[[], object]
     warm: Callable[[], object] | None
     calls: int
-    keep: list[Any]  # the copies; a graph does not own what it reads
+    copies: list[Any]  # kept alive, because a graph does not own the tensors that it reads
 
 
 def describe(error: Exception) -> str:
@@ -60,7 +62,7 @@ def describe(error: Exception) -> str:
 
 
 def copies_for(scene: Scene, contenders: Sequence[str]) -> int:
-    """Copies that let ROTATED_BYTES of the scene's smallest weights pass between two uses of the same ones."""
+    """Number of copies so that ROTATED_BYTES of the smallest weights are read between two uses of one copy."""
     smallest = min(VARIANTS[name].weight_bytes(scene.k, scene.n) for name in contenders)
     return max(FEWEST_COPIES, min(MOST_COPIES, math.ceil(ROTATED_BYTES / smallest)))
 
@@ -71,7 +73,7 @@ def relative_error(y: Tensor, reference: Tensor) -> float:
 
 
 def try_once(scene: Scene, name: str) -> None:
-    """Build one contender and call it once: compiles and tunes it. Raises whatever goes wrong."""
+    """Build one contender and call it once, which compiles and tunes it."""
     operands = Operands(scene.k, scene.n, DEVICE)
     contender = VARIANTS[name].make(operands, VARIANTS[name], scene.m)
     contender.run(contender.state, operands.input(scene.m))
@@ -81,7 +83,7 @@ def try_once(scene: Scene, name: str) -> None:
 def run_scene(
     scene: Scene, contenders: Sequence[str], settings: Settings, known_problems: Mapping[str, str]
 ) -> list[Measurement]:
-    """A measurement of every contender, in the order given. Those with a known problem are not tried."""
+    """A measurement of every contender, in the given order. Contenders with a known problem are not run."""
     operands = Operands(scene.k, scene.n, DEVICE)
     x_MI = operands.input(scene.m)
     copies = copies_for(scene, contenders)
@@ -94,7 +96,7 @@ def run_scene(
             continue
         try:
             ready[name] = _prepare(operands, done[name], x_MI, copies, settings)
-        except Exception as error:  # whatever one contender raises must not end the others
+        except Exception as error:  # no error of a contender may stop the others
             done[name] = replace(done[name], problem=describe(error))
     times: dict[str, list[float]] = {name: [] for name in ready}
     warm_times: dict[str, float] = {}
@@ -121,8 +123,8 @@ def run_scene(
 def _prepare(operands: Operands, blank: Measurement, x_MI: Tensor, copies: int, settings: Settings) -> _Ready:
     variant = VARIANTS[blank.contender]
     contender = variant.make(operands, variant, blank.scene.m)
-    error = _checked_error(operands, variant, contender.run(contender.state, x_MI), x_MI)
-    states = _rotated(contender.state, copies, variant.weight_bytes(operands.k, operands.n))
+    error = checked_error(operands, variant, contender.run(contender.state, x_MI), x_MI)
+    states = copies_of(contender.state, copies, variant.weight_bytes(operands.k, operands.n))
     calls = [partial(contender.run, state, x_MI) for state in states]
     for call in calls:
         call()
@@ -139,8 +141,8 @@ def _prepare(operands: Operands, blank: Measurement, x_MI: Tensor, copies: int, 
     return _Ready(measurement, run, warm, total, states)
 
 
-def _checked_error(operands: Operands, variant: Variant, y_MO: Tensor, x_MI: Tensor) -> float:
-    """The error of the first and the last rows. Raises ValueError where it is above the variant's tolerance."""
+def checked_error(operands: Operands, variant: Variant, y_MO: Tensor, x_MI: Tensor) -> float:
+    """The relative error of the first and the last rows. Raises ValueError above the variant's tolerance."""
     m = x_MI.shape[0]
     rows = list(range(m)) if m <= CHECKED_ROWS else [*range(CHECKED_ROWS // 2), *range(m - CHECKED_ROWS // 2, m)]
     error = relative_error(y_MO[rows], operands.reference(variant, x_MI[rows]))
@@ -149,12 +151,12 @@ def _checked_error(operands: Operands, variant: Variant, y_MO: Tensor, x_MI: Ten
     return error
 
 
-def _rotated(state: Any, copies: int, weight_bytes: float) -> list[Any]:
-    """The state and deep copies of it. Raises RuntimeError if they took no memory of their own."""
+def copies_of(state: Any, copies: int, weight_bytes: float) -> list[Any]:
+    """The state and deep copies of it. Raises RuntimeError if the copies share memory."""
     before = torch.cuda.memory_allocated()
     states = [state, *(copy.deepcopy(state) for _ in range(copies - 1))]
     taken = torch.cuda.memory_allocated() - before
-    # Peers store a little more or less than the format's nominal bits.
+    # Peers store slightly more or less than the format's nominal bits.
     if taken < 0.9 * (copies - 1) * weight_bytes:
         raise RuntimeError(f"{copies - 1} copies of {weight_bytes / 1e6:.1f} MB took {taken / 1e6:.1f} MB: they share")
     return states

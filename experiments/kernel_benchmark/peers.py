@@ -1,7 +1,7 @@
-"""Peers that are installed apart: what they compute and how they are called.
+"""Kernels of other projects, installed separately.
 
-Versions that this was written for: humming-kernels 0.1.19, gemlite 0.6.0.post2. Both hold the very numbers of MXINT4 in
-blocks of 16: signed integers of 4 bits times a power of two.
+Written for humming-kernels 0.1.19 and gemlite 0.6.0.post2. Both represent MXINT4 with blocks of 16 exactly: signed
+4-bit integers times a power of two.
 
 Shapes: M rows of x, I in_features, O out_features, G groups along K.
 """
@@ -21,14 +21,14 @@ from torch import Tensor
 from lqer.formats import MXInt, QuantizedTensor
 from lqer.formats.blocks import e8m0_to_float
 
-# State that is copied, and what applies one copy to x_MI.
+# State, and the function that applies a copy of it to x_MI.
 Peer = tuple[Any, Callable[[Any, Tensor], Tensor]]
 
 PACKAGES = ("gemlite", "humming-kernels", "triton", "transformers", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Version of every package in the comparison; "not installed" where it is absent."""
+    """Version of every package in the comparison, or "not installed"."""
     found = {"torch": str(torch.__version__)}
     for package in PACKAGES:
         try:
@@ -47,7 +47,7 @@ def offset_codes_and_scales(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
 
 
 def gemlite_int4(weight: QuantizedTensor) -> Peer:
-    """gemlite: uint4 codes, bf16 scales, the zero point 8 as one integer; tunes itself on the first call of an M."""
+    """gemlite: uint4 codes, bf16 scales, zero point 8; it tunes itself on the first call with an M."""
     from gemlite import DType, GemLiteLinear
     from gemlite.core import forward_functional
 
@@ -68,10 +68,10 @@ def gemlite_int4(weight: QuantizedTensor) -> Peer:
 
 
 def humming_int4(weight: QuantizedTensor, m: int) -> Peer:
-    """humming: uint4 codes and E8M0 scales; the kernel its own tables choose for M, compiled on the first call."""
-    # The wheel brings its launcher compiled; without this an import starts two processes that build it once more.
+    """humming: uint4 codes and E8M0 scales; the kernel that its own tables choose for M, compiled on the first call."""
+    # The wheel contains a compiled launcher; without this an import starts two processes that build it again.
     os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
-    if shutil.which("nvcc"):  # NVRTC, its own choice, also needs the toolkit's headers where it looks for them
+    if shutil.which("nvcc"):  # its default, NVRTC, needs the toolkit's headers in a place of its own
         os.environ.setdefault("HUMMING_COMPILER", "nvcc")
     from humming import ops
     from humming.forward import humming_forward
@@ -105,5 +105,5 @@ def humming_int4(weight: QuantizedTensor, m: int) -> Peer:
 def _require_mxint4(weight: QuantizedTensor) -> MXInt:
     number_format = weight.format
     if not isinstance(number_format, MXInt) or number_format.bits != 4 or weight.axis != 1:
-        raise ValueError(f"the peers run MXINT4 along the input, found {number_format} along axis {weight.axis}")
+        raise ValueError(f"peers support MXINT4 along axis 1 only, found {number_format} along axis {weight.axis}")
     return number_format

@@ -1,4 +1,4 @@
-"""The result as markdown and as json."""
+"""The result as markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCHEMA_VERSION = 1
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The whole result: what ran where, the bars, the decoder, every measurement."""
+    """The environment, then tables of the bars, the decoder and all measurements."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f"{report['date']}, {report['gpu']}, driver {report['driver']}, {versions}.",
@@ -34,7 +34,7 @@ def markdown(report: dict[str, Any]) -> str:
 def to_report(
     environment: dict[str, Any], bars: Sequence[BarResult], decoder: Sequence[Any], measurements: Sequence[Measurement]
 ) -> dict[str, Any]:
-    """What is written as json: schema_version, the environment's keys, then bars, decoder and measurements as lists."""
+    """The JSON report: schema_version, the environment's keys, then bars, decoder and measurements as lists."""
     rows = []
     for measurement in measurements:
         row = dataclasses.asdict(measurement)

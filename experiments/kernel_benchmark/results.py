@@ -1,6 +1,7 @@
-"""What was measured, and the bars it is held against: plain records and arithmetic, without torch.
+"""Measurements and the bars that they must reach: records and arithmetic, without torch.
 
-A ratio is our time over theirs, so below 1 is faster; bars of `times_faster` turn it round: 5 is five times faster.
+A ratio is our time over theirs, below 1 if we are faster. Bars with `times_faster` use the inverse: 5 is five times
+faster.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ class Measurement:
     scene: Scene
     contender: str
     label: str
-    microseconds: float | None = None  # mean of the repetitions' medians, weights out of the L2 cache
+    microseconds: float | None = None  # mean of the repetitions' medians, weights not in the L2 cache
     spread: float | None = None  # (slowest - fastest repetition) / microseconds
-    warm_microseconds: float | None = None  # one copy of the weights, so mostly from the L2 cache
-    error: float | None = None  # ||y - y64|| / ||y64||, y64 the same formula in float64
+    warm_microseconds: float | None = None  # with one copy of the weights, mostly in the L2 cache
+    error: float | None = None  # ||y - y64|| / ||y64||, with y64 the same formula in float64
     floor_microseconds: float | None = None  # bytes / copy bandwidth or operations / matmul rate, whichever is longer
     copies: int | None = None
-    problem: str | None = None  # why there is no time
+    problem: str | None = None  # the reason if there is no time
 
 
 Key = tuple[Scene, str]
@@ -53,7 +54,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarResult:
-    """A bar with what was measured; verdict: aim, pass, short, no bar, not measured."""
+    """A bar and its measurements; verdict: aim, pass, short, no bar or not measured."""
 
     group: str
     label: str
@@ -62,7 +63,7 @@ class BarResult:
     microseconds: float | None = None  # geometric means over the scenes
     against_microseconds: float | None = None
     ratio: float | None = None
-    worst: float | None = None  # the scene that is worst for us
+    worst: float | None = None  # the ratio of our worst scene
     at_least: float | None = None
     aim: float | None = None
     times_faster: bool = False
@@ -70,7 +71,7 @@ class BarResult:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """exp(mean(log v)). Raises ValueError without values or for one that is not positive."""
+    """exp(mean(log v)). Raises ValueError for no values and for a value that is not positive."""
     values = list(values)
     if not values or min(values) <= 0:
         raise ValueError(f"a geometric mean needs positive values, found {values}")
@@ -78,7 +79,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def judge(ratio: float, at_least: float | None, aim: float | None, times_faster: bool) -> str:
-    """The verdict on a ratio; a bar is an upper bound on it, or with `times_faster` a lower one."""
+    """The verdict on a ratio; a bar is an upper bound, or a lower bound with `times_faster`."""
     if at_least is None:
         return "no bar"
 
@@ -91,7 +92,7 @@ def judge(ratio: float, at_least: float | None, aim: float | None, times_faster:
 
 
 def evaluate(bar: Bar, measurements: Mapping[Key, Measurement], labels: Mapping[str, str]) -> BarResult:
-    """The bar's verdict. "not measured", with the first reason, unless both sides have a time in every scene."""
+    """The bar's verdict; "not measured", with the first reason, unless both sides have a time in every scene."""
     against = " / ".join(dict.fromkeys(labels[contender] for _, contender in bar.against))
     ours: list[float] = []
     theirs: list[float] = []
@@ -110,7 +111,7 @@ def evaluate(bar: Bar, measurements: Mapping[Key, Measurement], labels: Mapping[
 
 
 def compare(bar: Bar, ours: Sequence[float], theirs: Sequence[float], against: str) -> BarResult:
-    """The bar's verdict on times in microseconds, one of each side per scene."""
+    """The bar's verdict on times in microseconds, one per side and scene."""
     if bar.times_faster:
         ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
         worst = min(ratios)

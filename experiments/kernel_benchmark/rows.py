@@ -1,4 +1,4 @@
-"""Which scenes are measured with which contenders, and the bars: the plan of the table, without torch.
+"""The plan of the benchmark: scenes, their contenders, and the bars; without torch.
 
 Group letters are those of docs/results/kernels.md; `extra` has no bars. Shapes are K x N.
 """
@@ -12,18 +12,18 @@ from kernel_benchmark.results import Bar, Scene
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672))
 WIDE = (4096, 11008)  # gate and up of a 7B model
 WIDEST = (8192, 28672)  # the same of a 70B model
-SQUARE = (8192, 8192)  # queries and outputs of a 70B model
+SQUARE = (8192, 8192)  # q and o of a 70B model
 
 GROUPS = {
     "a": "W4A8 with a rank-32 branch, one token, against cuBLAS bf16",
-    "b": "W4A16 without a branch against the fastest peers of the same numbers",
-    "c": "what the rank-32 branch costs",
+    "b": "W4A16 without a branch against the fastest peers with the same weights",
+    "c": "the cost of the rank-32 branch",
     "d": "W4A8 with a rank-32 branch, 16 and 32 tokens",
     "e": "W4A8 with a rank-32 branch, prefill",
     "f": "a whole layer against its emulation",
     "g": "a decoder of 7B shape",
     "h": "learned codebooks of 2 bits a weight, one token",
-    "i": "lattice codes of 2 bits a weight with a rank-64 branch, between Hadamard transforms, one token",
+    "i": "lattice codes of 2 bits a weight with a rank-64 branch, between Hadamard rotations, one token",
     "extra": "other formats, ranks and numbers of tokens",
 }
 DECODER_BAR = Bar("g", "tokens/s, decode, 32 blocks of 7B shape", "", (), 1.6, 2.4, times_faster=True)
@@ -69,7 +69,7 @@ BARS = (
     _against_bf16("a", (11008, 4096), 1, 0.60, 0.42),
     _against_bf16("a", WIDEST, 1, 0.45, 0.32),
     _weight_only("humming-int4-g16", "humming-int4-g16", 1.25, 0.95),
-    # With several rows gemlite multiplies 32 weights at a time by one scale: groups of 16 give wrong results there.
+    # With several rows gemlite multiplies 32 weights by one scale, so groups of 16 give wrong results.
     _weight_only("gemlite-int4-g16", "gemlite-int4-g32", 0.80, 0.50),
     _weight_only("tinygemm-int4-g32", "tinygemm-int4-g32"),
     _weight_only("bf16", "bf16"),
@@ -101,7 +101,7 @@ EXTRA = {
 
 
 def scenes_of(groups: Collection[str]) -> dict[Scene, list[str]]:
-    """Every scene of the groups, in the order of the table, with its contenders, each once."""
+    """Every scene of the groups in the order of the table, with its contenders, each once."""
     plan: dict[Scene, list[str]] = {}
 
     def add(scene: Scene, contenders: Collection[str]) -> None:

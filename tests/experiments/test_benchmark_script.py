@@ -1,4 +1,4 @@
-"""The command as a user calls it on a machine without a GPU, and the decoder's walk."""
+"""The command on a machine without a GPU, and the linears of the decoder."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     ("options", "said"),
     [([], "needs an NVIDIA GPU"), (["--only", "a,z"], "'z' is not one of a, b, c, d, e, f, g, h, i, extra")],
 )
-def test_no_gpu_and_unknown_rows_end_with_exit_2_and_a_line_that_says_so(options, said):
+def test_no_gpu_and_unknown_groups_exit_with_2_and_one_line(options, said):
     done = run("experiments/benchmark_kernels.py", *options)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
-def test_it_imports_without_what_only_the_pipeline_needs():
+def test_it_imports_without_the_packages_of_the_pipeline():
     absent = ("pydantic", "datasets", "lm_eval", "gemlite", "humming", "transformers")
     done = run(
         "-c",
@@ -41,7 +41,7 @@ def test_it_imports_without_what_only_the_pipeline_needs():
     assert done.stdout == "imported\n", done.stderr
 
 
-def test_the_linears_of_the_blocks_are_found_and_the_output_layer_is_not():
+def test_the_linears_of_the_blocks_do_not_include_the_output_layer():
     model = tiny_llama()
     linears = [linear for _, _, linear in block_linears(model)]
     assert len(linears) == len(set(map(id, linears))) == 7 * len(model.model.layers)

@@ -1,4 +1,4 @@
-"""One scene on the CPU, with graphs replaced by loops: what is checked, refused and reported. No time is looked at."""
+"""One scene on the CPU, with loops in place of graphs: checks, refusals and reports. Times are faked."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def operands() -> Operands:
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Loops for graphs, one call each for times; copies count as allocated."""
+    """Loops in place of graphs, constant times, and allocated memory that grows with every query."""
     allocated = iter(range(0, 10**12, 10**6))
     monkeypatch.setattr(measure, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
     monkeypatch.setattr(timing, "graph_of", lambda calls, _: SimpleNamespace(replay=timing.loop_of(calls, 1)))
     monkeypatch.setattr(timing, "rounds_for", lambda calls, microseconds: 1)
-    monkeypatch.setattr(timing, "_durations_us", lambda run, count: [run() or 5.0 for _ in range(count)])
+    monkeypatch.setattr(timing, "durations_us", lambda run, count: [run() or 5.0 for _ in range(count)])
 
 
 def broken(change):
-    """bf16 with something wrong in its product."""
+    """bf16 with a changed product."""
     product = VARIANTS["bf16"].make
 
     def make(operands, variant, m):
@@ -45,7 +45,7 @@ def broken(change):
     return replace(VARIANTS["bf16"], make=make)
 
 
-def test_a_right_contender_gets_a_time_an_error_and_a_floor(on_cpu):
+def test_a_correct_contender_gets_a_time_an_error_and_a_floor(on_cpu):
     dense, emulation = measure.run_scene(SCENE, ["bf16", "emulation-w4a8-r32"], SETTINGS, {})
     for row in (dense, emulation):
         assert row.problem is None
@@ -77,7 +77,7 @@ def test_a_wrong_result_is_refused_before_it_is_timed(on_cpu, monkeypatch, chang
     assert row.problem.startswith("ValueError: wrong result: relative error")
 
 
-def test_a_contender_that_fails_while_it_is_timed_does_not_end_the_others(on_cpu, monkeypatch):
+def test_a_contender_that_fails_while_it_is_timed_does_not_stop_the_others(on_cpu, monkeypatch):
     calls = []
 
     def fails_late(y):
@@ -92,7 +92,7 @@ def test_a_contender_that_fails_while_it_is_timed_does_not_end_the_others(on_cpu
     assert dense.problem is None
 
 
-def test_a_contender_with_a_known_problem_is_not_tried(on_cpu, monkeypatch):
+def test_a_contender_with_a_known_problem_is_not_run(on_cpu, monkeypatch):
     def tried(operands, variant, m):
         raise AssertionError
 
@@ -105,29 +105,29 @@ def test_rows_at_both_ends_of_a_long_input_are_checked(operands):
     x_MI = operands.input(300)
     variant = VARIANTS["bf16"]
     y_MO = torch.nn.functional.linear(x_MI, operands.weight_OI)
-    assert measure._checked_error(operands, variant, y_MO, x_MI) < 5e-3
+    assert measure.checked_error(operands, variant, y_MO, x_MI) < 5e-3
     for row in (0, 299):
         wrong = y_MO.clone()
         wrong[row] = 0
         with pytest.raises(ValueError, match="wrong result"):
-            measure._checked_error(operands, variant, wrong, x_MI)
+            measure.checked_error(operands, variant, wrong, x_MI)
 
 
 def test_copies_that_share_memory_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     with pytest.raises(RuntimeError, match="share"):
-        measure._rotated(torch.zeros(1000), 3, 4000.0)
+        measure.copies_of(torch.zeros(1000), 3, 4000.0)
 
 
-def test_copies_have_storage_of_their_own(monkeypatch):
+def test_copies_do_not_share_storage(monkeypatch):
     allocated = iter((0, 8000))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
-    states = measure._rotated({"weight": torch.arange(1000.0)}, 3, 4000.0)
+    states = measure.copies_of({"weight": torch.arange(1000.0)}, 3, 4000.0)
     assert len({state["weight"].data_ptr() for state in states}) == 3
     assert all(torch.equal(state["weight"], states[0]["weight"]) for state in states)
 
 
-def test_enough_copies_are_made_for_the_smallest_weights_of_a_scene():
+def test_the_number_of_copies_follows_from_the_smallest_weights_of_a_scene():
     scene = Scene(4096, 11008, 1)
     copies = measure.copies_for(scene, ["bf16", "w4a16"])
     assert copies * scene.k * scene.n * 4.5 / 8 >= measure.ROTATED_BYTES
@@ -150,13 +150,13 @@ def test_the_reference_is_the_product_in_float64(operands):
     assert torch.equal(operands.reference(VARIANTS["w4a16"], x_MI), expected)
 
 
-def test_the_branch_is_small_beside_the_weights(operands):
+def test_the_low_rank_product_is_a_tenth_of_the_weights(operands):
     a_IR, b_RO = operands.factors(32)
     branch = a_IR.dequantize() @ b_RO.dequantize()
     assert branch.norm() / operands.weight_OI.float().norm() == pytest.approx(0.1, rel=0.2)
 
 
-def test_codes_and_scales_for_the_peers_are_the_quantized_values(operands):
+def test_codes_and_scales_for_the_peers_equal_the_quantized_weight(operands):
     weight = operands.quantized(MXInt(4))
     codes_OI, scales_OG = peers.offset_codes_and_scales(weight)
     assert codes_OI.dtype == torch.uint8
@@ -165,7 +165,7 @@ def test_codes_and_scales_for_the_peers_are_the_quantized_values(operands):
     assert torch.equal(values, weight.dequantize())
 
 
-def test_peers_take_no_format_that_is_not_theirs(operands):
+def test_peers_refuse_other_formats(operands):
     for number_format in (MXInt(3), VARIANTS["int4-g128-a16"].weight):
         with pytest.raises(ValueError, match="MXINT4"):
             peers.offset_codes_and_scales(operands.quantized(number_format))

@@ -1,4 +1,4 @@
-"""The result as markdown and as json."""
+"""The report as markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def result() -> dict:
     return report.to_report(ENVIRONMENT, bars, [DECODING], rows)
 
 
-def test_json_keeps_every_row_with_its_scene_and_its_reason(result):
+def test_json_contains_every_row_with_its_scene_and_reason(result):
     read = json.loads(json.dumps(result))
     assert read["schema_version"] == report.SCHEMA_VERSION
     assert read.keys() >= ENVIRONMENT.keys() | {"bars", "decoder", "measurements"}
@@ -58,14 +58,14 @@ def test_markdown_shows_both_sides_ratio_bars_and_verdict(result):
     assert "| bf16 | 3.500 | 1.0% | 285.7 | 14.00 | 14.10 | 0.00 | 2.0 | no |" in text
 
 
-def test_markdown_says_what_is_not_installed_and_where_it_ran(result):
+def test_markdown_names_missing_peers_and_the_environment(result):
     text = report.markdown(result)
     assert "not measured: a peer, 4096x11008, M=1: not installed: No module named 'peer' |" in text
     assert "2026-11-24, a GPU, driver 580.1, torch 2.11.0, gemlite not installed." in text
     assert "copy 4.30 TB/s" in text
 
 
-def test_every_line_of_a_table_has_the_cells_of_its_head(result):
+def test_every_row_of_a_table_has_as_many_cells_as_its_header(result):
     cells = None
     for line in report.markdown(result).splitlines():
         if not line.startswith("|"):

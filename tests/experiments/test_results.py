@@ -1,4 +1,4 @@
-"""The arithmetic of the bars: means, verdicts, and what happens where a time is missing."""
+"""The arithmetic of the bars: means, verdicts, missing times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def keyed(*measurements: Measurement) -> dict:
     return {(row.scene, row.contender): row for row in measurements}
 
 
-def test_a_geometric_mean_weighs_twice_as_fast_like_twice_as_slow():
+def test_half_and_double_have_the_geometric_mean_one():
     assert geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
     assert geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
 
@@ -35,7 +35,7 @@ def test_a_geometric_mean_needs_positive_values(values):
         (0.61, True, "aim"), (0.60, True, "aim"), (0.43, True, "pass"), (0.41, True, "short"),
     ],
 )  # fmt: skip
-def test_a_bar_is_reached_from_its_own_side_and_by_equality(ratio, times_faster, verdict):
+def test_a_bar_is_an_inclusive_bound_in_its_direction(ratio, times_faster, verdict):
     at_least, aim = (0.42, 0.60) if times_faster else (0.60, 0.42)
     assert judge(ratio, at_least, aim, times_faster) == verdict
 
@@ -57,7 +57,7 @@ def test_a_bar_over_scenes_judges_the_geometric_mean_and_names_the_worst():
     assert result.microseconds == pytest.approx(10.0)
 
 
-def test_times_faster_turns_the_ratio_round_and_its_worst_is_the_smallest():
+def test_times_faster_inverts_the_ratio_and_its_worst_is_the_smallest():
     bar = Bar("f", "row", "ours", ((FIRST, "peer"), (SECOND, "peer")), at_least=5, aim=40, times_faster=True)
     rows = keyed(
         measured(FIRST, "ours", 1.0), measured(FIRST, "peer", 4.0),
@@ -67,7 +67,7 @@ def test_times_faster_turns_the_ratio_round_and_its_worst_is_the_smallest():
     assert (result.ratio, result.worst, result.verdict) == (pytest.approx(8.0), 4.0, "pass")
 
 
-def test_a_missing_time_on_either_side_is_not_measured_and_says_whose_and_why():
+def test_a_missing_time_on_either_side_is_reported_with_its_reason():
     bar = Bar("b", "row", "ours", ((FIRST, "peer"),), at_least=1.0)
     absent = measured(FIRST, "peer", None, "not installed: No module named 'peer'")
     result = evaluate(bar, keyed(measured(FIRST, "ours", 1.0), absent), LABELS)
