@@ -6,7 +6,9 @@ split; the linears of a block are its nn.Linear modules.
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,7 +21,11 @@ from lqer.transforms.quarot import OnlineRotation, attach
 ONLINE_ROTATIONS = "online_rotations"
 
 
-# Of the matrix elements in the decoder blocks; routers and the like are small.
+# A parameter's full name, its values, and the class of its module.
+Weight = tuple[str, Tensor, str]
+# What a model that processes text calls its input.
+TEXT_INPUT = "input_ids"
+# Of the matrix elements outside embedding and head; routers and the like are small.
 MAX_UNQUANTIZED_FRACTION = 0.05
 
 
@@ -51,7 +57,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not candidates:
         raise ModelError(f"{type(model).__name__} has no ModuleList of decoder blocks")
     name, blocks = max(candidates, key=lambda found: sum(p.numel() for p in found[1].parameters()))
-    _refuse_unknown_weights(name, blocks)
+    _refuse_unknown_weights(name, blocks, _linears_outside(model, name))
     return name, blocks
 
 
@@ -60,9 +66,35 @@ def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def _refuse_unknown_weights(list_name: str, blocks: nn.ModuleList) -> None:
-    """Reject weights outside nn.Linear: they would stay in 16 bits, and the reported bits would be too low."""
-    inside, outside, largest = 0, 0, ("", nn.Parameter(), "")
+def _linears_outside(model: nn.Module, list_name: str) -> Iterator[Weight]:
+    """The weights of linears outside the blocks that process a text.
+
+    Not the head, projections between the width of the embedding and the hidden size (OPT-350m), and towers for images
+    or sound.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    widths = {getattr(embedding, "embedding_dim", None), getattr(model.config.get_text_config(), "hidden_size", None)}
+    towers = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and module.main_input_name != TEXT_INPUT
+    )
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is head or name.startswith((f"{list_name}.", *towers)):
+            continue
+        if len(widths) == 1 or {module.in_features, module.out_features} != widths:
+            yield f"{name}.weight", module.weight, type(module).__name__
+
+
+def _refuse_unknown_weights(list_name: str, blocks: nn.ModuleList, linears_outside: Iterable[Weight]) -> None:
+    """Reject weights outside the blocks' linears: they stay in 16 bits, and the reported bits would be too low."""
+    inside, outside = 0, 0
+    largest: Weight = ("", nn.Parameter(), "")
+    for found in linears_outside:
+        outside += found[1].numel()
+        largest = max(largest, found, key=lambda candidate: candidate[1].numel())
     for name, module in blocks.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2:
@@ -80,6 +112,6 @@ def _refuse_unknown_weights(list_name: str, blocks: nn.ModuleList) -> None:
             largest = max(largest, found, key=lambda candidate: candidate[1].numel())
     if outside > MAX_UNQUANTIZED_FRACTION * (inside + outside):
         raise ModelError(
-            f"{outside / (inside + outside):.0%} of the decoder weights are not in nn.Linear modules and would not be "
-            f"quantized (the limit is {MAX_UNQUANTIZED_FRACTION:.0%}); the largest is {largest[0]} of {largest[2]}"
+            f"{outside / (inside + outside):.0%} of the weights are not in nn.Linear modules of {list_name} and would "
+            f"not be quantized (the limit is {MAX_UNQUANTIZED_FRACTION:.0%}), as {largest[0]} of {largest[2]}"
         )

@@ -2,7 +2,8 @@
 
 A block is called with the arguments its own model calls it with. They are found by running the model once per batch
 with every block replaced by a recorder that returns its input: masks, positions and rotary tables do not depend on the
-hidden states, so nothing else is needed, whatever the architecture.
+hidden states, so nothing else is needed, whatever the architecture. Arguments that differ between batches of one shape,
+such as embeddings of the tokens for each block, are stored per batch.
 
 Blocks come from a loader, which may read each one from disk; hidden states are allocated by an `Offload`, in memory or
 on disk. So memory grows with one block and one batch.
@@ -13,7 +14,7 @@ Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, V 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,17 +24,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
+from lqer.models.calls import BlockCall, Comparison, RecordedCalls
+from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel
 from lqer.nn.attention import attention_as
 from lqer.store.offload import Offload
 
-
-@dataclass
-class BlockCall:
-    """The arguments of a call of one block after the hidden states, its first positional argument."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+# (batch, tokens, hidden size)
+HIDDEN_DIMENSIONS = 3
 
 
 @dataclass
@@ -41,16 +39,16 @@ class HiddenStates:
     """The hidden states of all windows between two blocks, and the arguments that each block is called with.
 
     states_WTD: in the model's dtype, on the CPU, from the offload; the windows of a batch are contiguous.
-    calls: per block, the call for each shape of a batch.
-    calls_of_one: per block, the call for a single window; arguments that depend on the window's length alone have a
-        leading dimension of one there, which broadcasts over a batch of any size.
+    calls: per block, the call for each batch; batches with equal arguments share them.
+    calls_of_one: per block, the call for a single window, whose arguments broadcast over a batch of any size; None
+        where they depend on the windows of the batch or on their number.
     """
 
     states_WTD: Tensor
     batches: list[slice]
     offload: Offload
-    calls: list[dict[torch.Size, BlockCall]]
-    calls_of_one: list[BlockCall]
+    calls: list[list[BlockCall]]
+    calls_of_one: list[BlockCall | None]
     blocks_return_tuples: bool
 
     def load(self, batch: int, device: torch.device) -> Tensor:
@@ -62,6 +60,16 @@ class HiddenStates:
         # Ordered on the device's stream, on which `load` reads them too.
         self.states_WTD[self.batches[batch]].copy_(hidden_BTD, non_blocking=True)
         self.offload.release_pages()
+
+    def call_of_one(self, block: int) -> BlockCall:
+        """The call that suits a batch of any windows. Raises ModelError if there is none."""
+        call = self.calls_of_one[block]
+        if call is None:
+            raise ModelError(
+                "model: its decoder blocks are called with arguments that depend on the batch (such as ALiBi biases or "
+                "embeddings of the tokens), which transforms and roundings of whole blocks do not support"
+            )
+        return call
 
     def synchronized(self, device: torch.device) -> Tensor:
         """All states (W, T, D), safe to read from any thread or stream: the device has finished writing them."""
@@ -96,12 +104,18 @@ class BlockRun:
 
     @torch.no_grad()
     def output(self, batch: int) -> Tensor:
-        """The block's output on one batch (B, T, D), on its device; the stored hidden states stay its inputs."""
+        """The block's output on one batch (B, T, D), on its device; the stored hidden states stay its inputs.
+
+        Raises ModelError if the block returns no hidden states.
+        """
         hidden_BTD = self.hidden.load(batch, self.device)
-        call = self.hidden.calls[self.index][hidden_BTD.shape]
+        call = self.hidden.calls[self.index][batch].to(self.device)
         with nullcontext() if self._attention is None else attention_as(self.block, self._attention):
             output = self.block(hidden_BTD, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        output_BTD = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(output_BTD, Tensor) or output_BTD.shape != hidden_BTD.shape:
+            raise ModelError(f"model: {self.name} does not return hidden states of the shape it receives")
+        return output_BTD
 
     def forward(self, to: HiddenStates | None = None) -> None:
         """Run every batch through the block; its outputs replace its inputs, or are stored in `to`."""
@@ -156,6 +170,7 @@ def walk_to_logits(
 
 def _block_runs(opened: OpenedModel, hidden: HiddenStates) -> Iterator[BlockRun]:
     for index, block in opened.loader.load_each(opened.blocks, range(len(opened.blocks)), opened.device):
+        refuse_non_finite(block.named_parameters(f"{opened.name}.{index}"))
         yield BlockRun(index, f"{opened.name}.{index}", block, hidden, opened.device)
 
 
@@ -167,7 +182,7 @@ class _Recorder(nn.Module):
         # Models read attributes such as `attention_type` off their blocks; a tuple keeps the block from being a child.
         self._block = (block,)
         self.returns_tuple = False
-        self.called = False
+        self.times_called = 0
         # Returned instead of the given states, for a block that has been run already.
         self.answer: Tensor | None = None
         self.hidden: Tensor
@@ -184,14 +199,14 @@ class _Recorder(nn.Module):
             raise ModelError(
                 f"{type(self._block[0]).__name__} must receive hidden_states as its first positional argument"
             )
-        self.called = True
+        self.times_called += 1
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
         output = args[0] if self.answer is None else self.answer
         return (output,) if self.returns_tuple else output
 
 
 @contextmanager
-def _replaced(blocks: nn.ModuleList, recorders: list[_Recorder]) -> Iterator[None]:
+def _replaced(blocks: nn.ModuleList, recorders: Sequence[nn.Module]) -> Iterator[None]:
     originals = list(blocks)
     try:
         for index, recorder in enumerate(recorders):
@@ -203,55 +218,97 @@ def _replaced(blocks: nn.ModuleList, recorders: list[_Recorder]) -> Iterator[Non
 
 
 @torch.no_grad()
-def embed(opened: OpenedModel, batches: Sequence[Tensor]) -> HiddenStates:
-    """Embed every batch (B, T) and record, per block and batch shape, how the model calls the block.
+def run_one_block(opened: OpenedModel, index: int, ids_BT: Tensor, returns_tuple: bool) -> Tensor:
+    """What the model itself passes to the block after `index` when that block alone is run, the others skipped."""
+    recorders = [_Recorder(block) for block in opened.blocks]
+    for recorder in recorders:
+        recorder.returns_tuple = returns_tuple
+    modules: list[nn.Module] = [*recorders]
+    modules[index] = opened.blocks[index]
+    with _replaced(opened.blocks, modules):
+        opened.model.base_model(input_ids=ids_BT, use_cache=False)
+    return recorders[index + 1].hidden
 
-    All windows have the same length. Raises ModelError for a model whose blocks cannot be run one at a time.
+
+@torch.no_grad()
+def embed(opened: OpenedModel, batches: Sequence[Tensor]) -> HiddenStates:
+    """Embed every batch (B, T) and record, per block and batch, how the model calls the block.
+
+    All windows have the same length. Raises ModelError for a model whose blocks cannot be run one at a time, and for
+    parameters outside the blocks that are not finite.
     """
     opened.loader.load_outer()
+    inside = f"{opened.name}."
+    refuse_non_finite((name, tensor) for name, tensor in opened.model.named_parameters() if not name.startswith(inside))
     model, blocks, device, offload = opened.model, opened.blocks, opened.device, opened.offload
     recorders = [_Recorder(block) for block in blocks]
-    calls: list[dict[torch.Size, BlockCall]] = [{} for _ in blocks]
+    recorded = [RecordedCalls(offload) for _ in blocks]
     ends = list(itertools.accumulate(len(ids_BT) for ids_BT in batches))
+    slices = [slice(end - len(ids), end) for ids, end in zip(batches, ends, strict=True)]
     hidden: HiddenStates | None = None
-    with _replaced(blocks, recorders):
+    with _replaced(blocks, recorders), reported_as(f"model: {type(model).__name__} cannot be run block by block"):
         nn.Module.to(model, device)
         _set_return_type(model, recorders, batches[0][:1].to(device))
-        calls_of_one = [recorder.call for recorder in recorders]
+        of_one = [recorder.call for recorder in recorders]
         for batch, ids_BT in enumerate(batches):
             model.base_model(input_ids=ids_BT.to(device), use_cache=False)
             hidden_BTD = recorders[0].hidden
             if hidden is None:
                 states_WTD = offload.empty((ends[-1], *hidden_BTD.shape[1:]), hidden_BTD.dtype, hidden_BTD.is_cuda)
-                slices = [slice(end - len(ids), end) for ids, end in zip(batches, ends, strict=True)]
-                hidden = HiddenStates(states_WTD, slices, offload, calls, calls_of_one, recorders[0].returns_tuple)
+                hidden = HiddenStates(states_WTD, slices, offload, [], [], recorders[0].returns_tuple)
             hidden.store(batch, hidden_BTD)
-            for of_block, recorder in zip(calls, recorders, strict=True):
-                of_block.setdefault(hidden_BTD.shape, recorder.call)
+            compared = Comparison()
+            for record, recorder in zip(recorded, recorders, strict=True):
+                record.add(recorder.call, hidden_BTD.shape, compared)
     assert hidden is not None, "there is at least one batch"
+    hidden.calls = [record.calls for record in recorded]
+    hidden.calls_of_one = [record.general(call) for record, call in zip(recorded, of_one, strict=True)]
     return hidden
+
+
+def refuse_non_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ModelError, naming the parameter and its dtype, if one holds NaN or infinities."""
+    for name, parameter in parameters:
+        if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(f"model: {name} holds NaN or infinities (in {dtype})")
 
 
 def _set_return_type(model: PreTrainedModel, recorders: list[_Recorder], ids_BT: Tensor) -> None:
     """Let recorders return a tuple or a tensor, whichever the model expects of its blocks.
 
-    Raises ModelError if the model changes the output of one block before it calls the next: running the blocks one
-    after another would then not be what the model computes.
+    Raises ModelError if the model changes the output of one block before it calls the next, or does not call each block
+    once: running the blocks one after another would then not be what the model computes.
     """
+    name = type(model).__name__
+    changed, failure = False, Exception()
     for returns_tuple in (False, True):
         for recorder in recorders:
-            recorder.returns_tuple = returns_tuple
+            recorder.returns_tuple, recorder.times_called = returns_tuple, 0
         try:
             model.base_model(input_ids=ids_BT, use_cache=False)
-        except (IndexError, RuntimeError, TypeError):
-            if not recorders[0].called:
+        except ModelError:
+            raise
+        except Exception as error:  # whatever a model does with a tuple where it expects a tensor
+            if recorders[0].times_called == 0:
                 raise  # in the embedding, before any block was called
+            failure = error
             continue
+        for index, recorder in enumerate(recorders):
+            if recorder.times_called != 1:
+                raise ModelError(
+                    f"model: {name} calls decoder block {index} {recorder.times_called} times in one pass, which is "
+                    "not supported"
+                )
         if all(_same(recorder.hidden, recorders[0].hidden) for recorder in recorders):
+            if recorders[0].hidden.ndim != HIDDEN_DIMENSIONS:
+                shape = list(recorders[0].hidden.shape)
+                raise ModelError(f"model: the hidden states of {name} have shape {shape}, not (batch, tokens, size)")
             return
-    raise ModelError(
-        f"{type(model).__name__} changes the hidden states between its decoder blocks, which is not supported"
-    )
+        changed = True
+    if not changed:
+        raise failure
+    raise ModelError(f"{name} changes the hidden states between its decoder blocks, which is not supported")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ from lqer.config import Config
 from lqer.config.plan import plan_model
 from lqer.config.rules import STORE_FOLDER
 from lqer.methods import LinearPlan
+from lqer.models.probe import check_walk
 from lqer.models.source import ModelSource, check_weights, pick_device, pick_dtype, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
 from lqer.stages.allocate_ranks import check_budget
@@ -45,6 +46,7 @@ def prepare(config: Config) -> RunContext:
     source = resolve_model(config.model, config.revision)
     summary = summarize_model(source)
     check_weights(source)
+    check_walk(source, whole_blocks=bool(config.quantize.block_parts))
     plans = plan_model(config, summary)
     if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
         check_budget(plans, summary.linears, budget_bits)

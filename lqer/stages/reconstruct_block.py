@@ -119,7 +119,7 @@ class BlockReconstruction:
             for name, parameter in block.named_parameters():
                 parameter.copy_(stored[name])
         activations = {name: plan.activation for name, plan in planned.items() if plan.activation is not None}
-        call = run.hidden.calls_of_one[run.index]
+        call = run.hidden.call_of_one(run.index)
         args, kwargs = tree_map(_as_float, (call.args, call.kwargs))
         size = sum(parameter.numel() for parameter in block.parameters())
         return BlockProblem(

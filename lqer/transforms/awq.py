@@ -218,7 +218,7 @@ class _Inspected:
         inside = {name: weight.to(self._own[name].dtype) for name, weight in weights.items()}
         with self._in_autocast():
             output = functional_call(self._module, {**self._own, **inside}, self._args, self._kwargs)
-        return (output[0] if isinstance(output, tuple) else output).float()
+        return (output[0] if isinstance(output, tuple | list) else output).float()
 
     def _in_autocast(self) -> torch.autocast:
         device = next(iter(self._own.values())).device

@@ -76,7 +76,7 @@ class BlockFunction:
         finally:
             for hook in hooks:
                 hook.remove()
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
 
 def _rounded_input(activation: NumberFormat) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

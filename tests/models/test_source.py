@@ -141,7 +141,25 @@ def test_gpt2s_transposed_linears_become_linears_with_the_same_result():
 
 def test_the_declared_blocks_win_over_larger_lists(random_model):
     model = random_model("llama")
-    model.model.memory = nn.ModuleList([nn.Linear(512, 512)])
+    model.model.memory = nn.ModuleList([nn.Embedding(512, 512)])
+    assert find_blocks(model)[0] == "model.layers"
+
+
+def test_a_second_stack_of_blocks_counts_as_not_quantized(random_model):
+    model = random_model("llama")
+    model.model.more = nn.ModuleList([nn.Sequential(nn.Linear(32, 32))])
+    with pytest.raises(
+        ModelError, match=r"are not in nn\.Linear modules of model\.layers.*, as model\.more\.0\.0\.weight"
+    ):
+        find_blocks(model)
+
+
+def test_head_embedding_projections_and_towers_of_other_inputs_do_not_count(random_model):
+    find_blocks(random_model("opt-350m"))
+    model = random_model("llama")
+    tower = random_model("gpt2")
+    tower.main_input_name = "pixel_values"
+    model.model.vision = tower
     assert find_blocks(model)[0] == "model.layers"
 
 

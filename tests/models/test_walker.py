@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import UserDict
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +15,9 @@ from helpers import resident
 from torch import Tensor, nn
 
 from lqer.errors import ModelError
+from lqer.models.loaders import OpenedModel
 from lqer.models.structure import find_blocks
-from lqer.models.walker import walk_blocks
+from lqer.models.walker import embed, walk_blocks
 
 CPU = torch.device("cpu")
 
@@ -56,7 +61,9 @@ def test_a_walk_leaves_the_model_as_it_was(random_model, windows_WT):
 def test_blocks_are_put_back_when_the_model_cannot_be_walked(random_model, windows_WT):
     model = random_model("llama")
     blocks = list(model.model.layers)
-    with pytest.raises(IndexError):
+    with pytest.raises(
+        ModelError, match="LlamaForCausalLM cannot be run block by block: IndexError: index out of range"
+    ):
         walk(model, windows_WT + model.config.vocab_size)
     assert all(a is b for a, b in zip(model.model.layers, blocks, strict=True))
 
@@ -138,7 +145,110 @@ def test_a_model_that_passes_hidden_states_by_keyword_is_refused():
         walk(model, torch.ones(1, 3, dtype=torch.long))
 
 
-def test_nan_is_left_for_the_caller_to_report(random_model, windows_WT):
-    model = random_model("llama")
-    model.model.embed_tokens.weight.data[windows_WT[0, 0]] = float("nan")
-    assert walk(model, windows_WT)[0].isnan().any()
+@pytest.mark.parametrize("name", [
+    "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight",
+    "model.layers.0.input_layernorm.weight",
+])  # fmt: skip
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_parameter_that_is_not_finite_is_named_with_its_dtype(random_model, windows_WT, name, value):
+    model = random_model("llama").to(torch.bfloat16)
+    model.get_parameter(name).data.view(-1)[3] = value
+    with pytest.raises(ModelError, match=rf"model: {name} holds NaN or infinities \(in bfloat16\)"):
+        walk(model, windows_WT)
+
+
+class TestArgumentsOfBlocks:
+    """A model that passes its blocks more than hidden states: `step` gets the block, its input, the token ids."""
+
+    @pytest.fixture
+    def windows_WT(self) -> Tensor:
+        return torch.randint(10, (5, 4), generator=torch.Generator().manual_seed(2))
+
+    def model(self, arguments: Callable[[Tensor], dict]) -> Model:
+        torch.manual_seed(0)
+        model = Model(False, lambda block, hidden: block(hidden, **arguments(model.ids_BT)))
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: setattr(module, "ids_BT", kwargs.get("input_ids", *args)), with_kwargs=True
+        )
+        for block in model.blocks:
+            block.forward = partial(self.forward, block)
+        return model
+
+    @staticmethod
+    def forward(block: nn.Module, hidden_BTD: Tensor, added: Tensor | None = None, written: Any = None) -> Tensor:
+        if written is not None:
+            written["latest"] = hidden_BTD
+        return hidden_BTD + block.linear(hidden_BTD) + (0 if added is None else added)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("batch_size", [1, 2, 5])
+    def test_those_that_depend_on_the_tokens_are_used_with_their_own_batch(self, windows_WT, batch_size):
+        model = self.model(lambda ids_BT: {"added": ids_BT[..., None].float()})
+        walked = walk(model, windows_WT, batch_size)
+        assert torch.equal(torch.cat(walked), torch.cat([model(ids).logits for ids in windows_WT.split(batch_size)]))
+
+    def test_blocks_of_such_models_have_no_call_for_any_windows(self, windows_WT):
+        hidden = embed(self.opened(lambda ids_BT: {"added": ids_BT[..., None].float()}), windows_WT.split(2))
+        with pytest.raises(ModelError, match="arguments that depend on the batch"):
+            hidden.call_of_one(1)
+
+    def test_an_argument_that_depends_on_the_number_of_windows_alone_is_stored_once(self, windows_WT):
+        hidden = embed(
+            self.opened(lambda ids_BT: {"added": torch.ones(len(ids_BT) * 4, 1, 1)}), windows_WT[:4].split(2)
+        )
+        assert hidden.calls[0][0] is hidden.calls[0][1]
+        with pytest.raises(ModelError, match="arguments that depend on the batch"):
+            hidden.call_of_one(0)
+
+    def test_an_argument_that_broadcasts_suits_any_windows(self, windows_WT):
+        hidden = embed(self.opened(lambda ids_BT: {"added": torch.ones(1, 4, 1)}), windows_WT.split(2))
+        assert torch.equal(hidden.call_of_one(0).kwargs["added"], torch.ones(1, 4, 1))
+        assert hidden.calls[0][0] is hidden.calls[0][1]
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("mapping", [dict, UserDict])
+    def test_what_a_block_writes_into_an_argument_reaches_no_other_block(self, windows_WT, mapping):
+        shared = mapping()
+        model = self.model(lambda ids_BT: {"written": shared})
+        walked = walk(model, windows_WT)
+        assert not shared
+        assert torch.equal(torch.cat(walked), torch.cat([model(ids).logits for ids in windows_WT.split(2)]))
+
+    def opened(self, arguments: Callable[[Tensor], dict]) -> OpenedModel:
+        return resident(self.model(arguments))
+
+
+def test_a_block_called_twice_in_a_pass_is_refused():
+    model = Model(False, lambda block, hidden: block(block(hidden)))
+    with pytest.raises(ModelError, match="Model calls decoder block 0 2 times in one pass"):
+        walk(model, torch.ones(1, 3, dtype=torch.long))
+
+
+def test_a_block_that_is_not_called_is_refused():
+    steps = itertools.count()
+    model = Model(False, lambda block, hidden: hidden if next(steps) % 3 == 1 else block(hidden))
+    with pytest.raises(ModelError, match="Model calls decoder block 1 0 times in one pass"):
+        walk(model, torch.ones(1, 3, dtype=torch.long))
+
+
+def test_hidden_states_of_four_dimensions_are_refused():
+    model = Model(False, lambda block, hidden: block(hidden))
+    model.embedding = nn.Sequential(model.embedding, nn.Unflatten(-1, (1, 4)))
+    with pytest.raises(ModelError, match=r"hidden states of Model have shape \[1, 3, 1, 4\]"):
+        walk(model, torch.ones(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("output", [None, {}, torch.zeros(1, 3, 2)])
+def test_a_block_that_returns_no_hidden_states_is_refused(output):
+    model = Model(False, lambda block, hidden: block(hidden))
+    model.blocks[0].forward = lambda hidden: output
+    with pytest.raises(ModelError, match=r"blocks\.0 does not return hidden states of the shape it receives"):
+        walk(model, torch.ones(1, 3, dtype=torch.long))
+
+
+def test_blocks_may_return_a_list():
+    model = Model(True, lambda block, hidden: block(hidden)[0])
+    for block in model.blocks:
+        block.forward = lambda hidden, block=block: [hidden + block.linear(hidden)]
+    ids_BT = torch.randint(10, (2, 5))
+    assert torch.equal(walk(model, ids_BT)[0][0], model(ids_BT).logits)

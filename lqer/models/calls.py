@@ -1,0 +1,119 @@
+"""The arguments that a model calls its decoder blocks with, recorded batch by batch.
+
+Most arguments are the same for all batches of one shape and are stored once. Those that differ are stored per batch, in
+memory or on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping, MutableSequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from lqer.store.offload import Offload
+
+
+@dataclass
+class BlockCall:
+    """The arguments of a call of one block after the hidden states, its first positional argument."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device) -> BlockCall:
+        """With tensors on the device, and lists and mappings of its own: what is written there reaches no others."""
+
+        def moved(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf.to(device)
+            return copy.copy(leaf) if isinstance(leaf, MutableMapping | MutableSequence) else leaf
+
+        args, kwargs = tree_map(moved, (self.args, self.kwargs))
+        return BlockCall(args, kwargs)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether a block could leave something for others in a list or mapping among its arguments."""
+        return any(isinstance(a, MutableMapping | MutableSequence) for a in (*self.args, *self.kwargs.values()))
+
+
+class Comparison:
+    """Compares tensors; those that many blocks are called with, such as masks, once."""
+
+    def __init__(self) -> None:
+        # The tensors themselves are kept, so that no other gets the identity of one that was freed.
+        self._known: dict[tuple[int, int], tuple[bool, Tensor, Tensor]] = {}
+
+    def equal(self, a: Tensor, b: Tensor) -> bool:
+        if a is b:
+            return True
+        key = (id(a), id(b))
+        if key not in self._known:
+            same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+            self._known[key] = (same, a, b)
+        return self._known[key][0]
+
+
+class RecordedCalls:
+    """How one block is called for each batch."""
+
+    def __init__(self, offload: Offload):
+        self.calls: list[BlockCall] = []
+        self._offload = offload
+        self._first_of: dict[torch.Size, BlockCall] = {}
+        self._differ = False
+
+    def add(self, call: BlockCall, shape: torch.Size, compared: Comparison) -> None:
+        """Record the call for the next batch, whose hidden states have that shape."""
+        first = self._first_of.setdefault(shape, call)
+        leaves, structure = tree_flatten((call.args, call.kwargs))
+        known, known_structure = tree_flatten((first.args, first.kwargs))
+        if structure != known_structure:
+            self._differ = True
+            self.calls.append(call)
+            return
+        stored = [self._stored(leaf, other, compared) for leaf, other in zip(leaves, known, strict=True)]
+        if all(leaf is other for leaf, other in zip(stored, known, strict=True)):
+            self.calls.append(first)
+            return
+        self._differ = True
+        self.calls.append(BlockCall(*tree_unflatten(stored, structure)))
+
+    def general(self, of_one: BlockCall) -> BlockCall | None:
+        """`of_one`, the call for a single window, if its arguments broadcast to those of every batch; else None."""
+        if self._differ:
+            return None
+        compared = Comparison()
+        one, structure = tree_flatten((of_one.args, of_one.kwargs))
+        for call in self._first_of.values():
+            leaves, other_structure = tree_flatten((call.args, call.kwargs))
+            if structure != other_structure:
+                return None
+            if not all(_broadcasts(a, b, compared) for a, b in zip(one, leaves, strict=True)):
+                return None
+        return of_one
+
+    def _stored(self, leaf: Any, known: Any, compared: Comparison) -> Any:
+        """`known` where the leaf equals it, else the leaf, a tensor offloaded."""
+        if not isinstance(leaf, Tensor):
+            return known if leaf is known or (type(leaf) is type(known) and bool(leaf == known)) else leaf
+        if isinstance(known, Tensor) and compared.equal(leaf, known):
+            return known
+        buffer = self._offload.empty(tuple(leaf.shape), leaf.dtype, leaf.is_cuda)
+        buffer.copy_(leaf)
+        return buffer
+
+
+def _broadcasts(of_one: Any, of_batch: Any, compared: Comparison) -> bool:
+    if not isinstance(of_one, Tensor) or not isinstance(of_batch, Tensor):
+        return type(of_one) is type(of_batch)
+    if of_one.ndim != of_batch.ndim:
+        return False
+    if of_one.shape != of_batch.shape and of_one.ndim > 0 and of_one.shape[0] == 1:
+        return of_one.shape[1:] == of_batch.shape[1:] and torch.equal(of_one.expand_as(of_batch), of_batch)
+    return compared.equal(of_one, of_batch)

@@ -1,0 +1,106 @@
+"""Finds out, without reading weights, whether a model can be run block by block with the same result.
+
+A model of the same configuration is filled with made-up numbers and embeds three short windows. Then one block of each
+kind is run by the walker and by the model's own forward pass: both must give the same hidden states. A matrix is a view
+of one short vector (entry i, j is number i + j of it), so a model of any size takes no memory but that of one block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lqer.errors import ModelError
+from lqer.models.files import reported_as
+from lqer.models.loaders import OpenedModel
+from lqer.models.source import ModelSource, load_model_config
+from lqer.models.streaming import fill_parameters, tie
+from lqer.models.structure import prepare_model
+from lqer.models.walker import BlockRun, embed, run_one_block
+from lqer.store.offload import Offload
+
+CPU = torch.device("cpu")
+WINDOWS, TOKENS, BATCH_SIZE = 3, 8, 2
+# Of made-up matrices; norms are around 1.
+SCALE = 0.05
+
+
+@torch.no_grad()
+def check_walk(source: ModelSource, whole_blocks: bool) -> None:
+    """Raise ModelError, with the reason, for a model that cannot be run block by block.
+
+    whole_blocks: whether blocks will be called with batches of any windows, as by transforms of whole blocks.
+    """
+    with reported_as(f"model: {source.name} cannot be run block by block"):
+        model = _made_up(source)
+        opened = OpenedModel.resident(model, CPU, Offload())
+        generator = torch.Generator().manual_seed(0)
+        rows = len(cast(Tensor, model.get_input_embeddings().weight))
+        windows_WT = torch.randint(rows, (WINDOWS, TOKENS), generator=generator)
+        batches = windows_WT.split(BATCH_SIZE)
+        hidden = embed(opened, batches)
+        for index in _one_of_each_kind(opened.blocks):
+            run = BlockRun(index, f"{opened.name}.{index}", opened.blocks[index], hidden, CPU)
+            outputs = [run.output(batch) for batch in range(len(batches))]
+            if index + 1 < len(opened.blocks):
+                own_BTD = run_one_block(opened, index, batches[0], hidden.blocks_return_tuples)
+                _refuse_difference(outputs[0], own_BTD, f"{run.name} of {type(model).__name__}")
+            if whole_blocks:
+                hidden.call_of_one(index)
+        if any(call.is_writable for calls in hidden.calls for call in calls):
+            # Blocks may hand something to later ones behind the walker's back, which one block alone does not show.
+            own_BTD = _last_output(opened, batches[0])
+            for index, block in enumerate(opened.blocks):
+                BlockRun(index, f"{opened.name}.{index}", block, hidden, CPU).forward()
+            _refuse_difference(hidden.load(0, CPU), own_BTD, type(model).__name__)
+
+
+def _refuse_difference(walked_BTD: Tensor, own_BTD: Tensor, what: str) -> None:
+    if not torch.allclose(walked_BTD, own_BTD, rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise ModelError(f"model: {what} gives other hidden states when its blocks are run one by one")
+
+
+def _last_output(opened: OpenedModel, ids_BT: Tensor) -> Tensor:
+    """What the last block outputs in the model's own forward pass."""
+    outputs: list[Any] = []
+    hook = opened.blocks[-1].register_forward_hook(lambda block, args, output: outputs.append(output))
+    try:
+        opened.model.base_model(input_ids=ids_BT, use_cache=False)
+    finally:
+        hook.remove()
+    return outputs[0][0] if isinstance(outputs[0], tuple | list) else outputs[0]
+
+
+def _made_up(source: ModelSource) -> PreTrainedModel:
+    config = load_model_config(source)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    prepare_model(model)
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        name: _view(tuple(parameter.shape), generator)
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+    }
+    fill_parameters(model, values, CPU, torch.float32)
+    tie(model)
+    return model.eval()
+
+
+def _view(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    numbers = SCALE * torch.randn(sum(shape) + 1, generator=generator)
+    if len(shape) == 1:
+        return 1 + numbers[: shape[0]]
+    return numbers.as_strided(shape, (1,) * len(shape))
+
+
+def _one_of_each_kind(blocks: nn.ModuleList) -> list[int]:
+    """The first block of each set of parameters, by their names and shapes."""
+    first_of: dict[tuple[tuple[str, torch.Size], ...], int] = {}
+    for index, block in enumerate(blocks):
+        first_of.setdefault(tuple((name, parameter.shape) for name, parameter in block.named_parameters()), index)
+    return list(first_of.values())

@@ -1,0 +1,98 @@
+"""Whether a model can be run block by block is known without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from lqer.errors import ModelError
+from lqer.models.probe import check_walk
+from lqer.models.source import ModelSource, resolve_model
+
+
+@pytest.fixture
+def source(random_model, tmp_path) -> ModelSource:
+    random_model("llama").save_pretrained(tmp_path)
+    return resolve_model(str(tmp_path))
+
+
+def test_every_family_can_be_walked(architecture, random_model, tmp_path):
+    random_model(architecture).save_pretrained(tmp_path)
+    check_walk(resolve_model(str(tmp_path)), whole_blocks=True)
+
+
+def test_a_model_whose_blocks_are_called_by_the_batch_is_refused_for_transforms_of_whole_blocks_alone(tmp_path):
+    build_bloom(tmp_path)
+    source = resolve_model(str(tmp_path))
+    check_walk(source, whole_blocks=False)
+    with pytest.raises(ModelError, match="arguments that depend on the batch"):
+        check_walk(source, whole_blocks=True)
+
+
+def build_bloom(folder: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    BloomForCausalLM(BloomConfig(vocab_size=80, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(folder)
+
+
+def test_a_block_that_fails_alone_is_reported_in_one_line(source, monkeypatch):
+    def fail(self, *arguments, **named):
+        raise RuntimeError("it broke\nin two lines")
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", fail)
+    with pytest.raises(ModelError, match="cannot be run block by block: RuntimeError: it broke in two lines"):
+        check_walk(source, whole_blocks=False)
+
+
+def test_a_block_that_gives_other_outputs_on_its_own_is_refused(source, monkeypatch):
+    forward, passes = LlamaDecoderLayer.forward, []
+
+    def stateful(self, *arguments, **named):
+        passes.append(self)
+        return forward(self, *arguments, **named) + len(passes)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", stateful)
+    with pytest.raises(ModelError, match=r"model\.layers\.0 of LlamaForCausalLM gives other hidden states"):
+        check_walk(source, whole_blocks=False)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_blocks_that_read_what_others_wrote_are_refused(tmp_path, shared):
+    sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size_per_layer_input": 80}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    config = Gemma4TextConfig(
+        **sizes, **heads, hidden_size_per_layer_input=8, num_kv_shared_layers=shared, layer_types=kinds
+    )
+    Gemma4ForCausalLM(config).save_pretrained(tmp_path)
+    source = resolve_model(str(tmp_path))
+    if not shared:
+        check_walk(source, whole_blocks=False)
+        return
+    with pytest.raises(ModelError, match="cannot be run block by block"):
+        check_walk(source, whole_blocks=False)
+
+
+def test_weights_are_not_read(source, monkeypatch):
+    (Path(source.path) / "model.safetensors").unlink()
+    check_walk(source, whole_blocks=True)
+
+
+def test_a_matrix_takes_the_memory_of_a_vector(source, monkeypatch):
+    stored: list[int] = []
+    run = LlamaDecoderLayer.forward
+
+    def measured(self, *arguments, **named):
+        stored.extend(p.untyped_storage().nbytes() for p in self.parameters() if p.ndim == 2)
+        return run(self, *arguments, **named)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", measured)
+    check_walk(source, whole_blocks=False)
+    assert isinstance(nn.Linear(64, 32).weight, nn.Parameter)
+    assert max(stored) <= 4 * (64 + 32 + 1)
