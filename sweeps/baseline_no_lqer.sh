@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Plain rounding without reconstruction, over weight and activation bits: what every method must beat.
+# Round-to-nearest (RTN) over weight and activation bits: the baseline of every method.
 #   sweeps/baseline_no_lqer.sh CONFIG TAG [--section.key=value ...]
 weights=(w4 w3 w2)
 activations=(x8 x6 none)

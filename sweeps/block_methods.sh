@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Integer weights by every method from rounding to nearest to TesseraQ, and TesseraQ with a low-rank branch on top.
+# Integer weights by every method from round-to-nearest to TesseraQ, and TesseraQ with low-rank factors.
 #   sweeps/block_methods.sh CONFIG TAG [--section.key=value ...]
-#   WEIGHTS    bits and group, or channel for whole rows (default: 2g128 3channel)
-#   STEPS      of Adam in each of adaptive rounding's rounds (default: the published 250, at its rates)
-#   EPOCHS     of learnable clipping (default: 20)
+#   WEIGHTS    bits and group size, or "channel" for one group per row (default: 2g128 3channel)
+#   STEPS      Adam steps per round of adaptive rounding (default: the published 250 and learning rates)
+#   EPOCHS     epochs of learnable clipping (default: 20)
 weights=(${WEIGHTS:-2g128 3channel})
 steps=${STEPS:-250}
-# Few steps want larger rates (docs/methods/tesseraq.md).
+# Few steps need larger learning rates (docs/methods/tesseraq.md).
 rates=", learning_rate = 1e-3, scale_learning_rate = 1e-3"
 [ "$steps" -ge 200 ] || rates=", learning_rate = 2e-2, scale_learning_rate = 1e-2"
 adaptive="{ kind = 'adaptive', steps = $steps$rates }"

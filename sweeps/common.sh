@@ -1,7 +1,7 @@
-# What the sweeps share; sourced by them, not run. Needs CONFIG and TAG from the command line of the sweep.
+# Shared by the sweeps, which source it. Needs CONFIG and TAG from the command line of the sweep.
 #   OUTPUT_DIR   where runs and the store go (default: checkpoints)
 #   PYTHON       the interpreter (default: .venv/bin/python of this checkout, else python)
-#   KEEP_GOING   1: go on after a failed combination and fail at the end
+#   KEEP_GOING   1: continue after a failed combination and fail at the end
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +16,7 @@ output_dir=${OUTPUT_DIR:-checkpoints}
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python)}
 failed=()
 
-# run_one NAME --section.key=value ...: one combination; what the store already holds is not done again.
+# run_one NAME --section.key=value ...: one combination; finished artifacts are reused.
 run_one() {
     local name=$tag-$1
     shift

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# RTN, GPTQ and GPTVQ in 1, 2 and 4 dimensions on weights alone, at about 2.125, 2.25 and 3.125 bits, block after block on the inputs
-# that quantized blocks put out; GPTQ and GPTVQ-2D on the original model's inputs too; GPTVQ-2D with QERA's low-rank part on top, of
-# ranks that make it 2.25 and 3.125 bits.
+# Weight-only RTN, GPTQ and GPTVQ (1D, 2D, 4D) at about 2.125, 2.25 and 3.125 bits with error propagation; GPTQ and GPTVQ-2D also
+# without it; GPTVQ-2D with QERA's low-rank factors, of ranks that make it 2.25 and 3.125 bits.
 #   sweeps/gptvq.sh CONFIG TAG [--section.key=value ...]
 #   RANKS   the two ranks, in 8-bit MXINT (default: "4 41", for SmolLM2-135M; stories15M takes "2 21")
 codebooks=("2 1 256" "2 2 2048" "2 4 65536" "2 1 128" "2 2 1024" "2 4 32768" "3 1 512" "3 2 8192")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# L2QER: MXINT weights and activations, error scaled by activations, over bits and ranks.
+# L2QER: MXINT weights and activations, rounding error scaled by activation magnitudes, over bits and ranks.
 #   sweeps/lqer_act.sh CONFIG TAG [--section.key=value ...]
 weights=(w4 w3 w2)
 activations=(x8 x6)

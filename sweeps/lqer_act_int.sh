@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# L2QER on integer weights with a scale and a zero point per group, and what its paper calls INT: MXINT with groups of 128.
+# L2QER on integer weights with a scale and a zero point per group, and on MXINT with groups of 128, the paper's INT.
 #   sweeps/lqer_act_int.sh CONFIG TAG [--section.key=value ...]
 bits=(4 3)
 groups=(128)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# L2QER with activations, biases, attention, A and B left in half precision, over bits and ranks.
+# Weight-only L2QER (activations, biases, attention, A and B in half precision), over bits and ranks.
 #   sweeps/lqer_act_weight_only.sh CONFIG TAG [--section.key=value ...]
 weights=(w4 w3 w2)
 ranks=(32 64)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LQER: the plain SVD of the error, over bits and ranks.
+# LQER: truncated SVD of the rounding error, over bits and ranks.
 #   sweeps/lqer_svd.sh CONFIG TAG [--section.key=value ...]
 weights=(w4 w3 w2)
 ranks=(32 64)

@@ -1,4 +1,4 @@
-"""Turns a schema error into the one line a user needs: who set which key, what was found, what is allowed."""
+"""Turns a schema error into one line: where the key was set, the rule, the value found, and what is allowed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 def explain(error: ValidationError, values: Mapping[str, Any], origin: Callable[[Loc], str]) -> str:
     """The first of `error`'s complaints about `values` as one line."""
-    # A misspelt key shows up twice, as an unknown one and as a missing one: the first says more.
+    # A misspelt key is reported twice, as unknown and as missing: the first is more helpful.
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda found: found["type"] not in UNKNOWN_KEY)
     loc = _without_tags(first["loc"], values)
@@ -115,9 +115,9 @@ def _keys_at(model: Any, loc: Loc, values: Any) -> tuple[str, ...] | None:
 
 
 def _class_in(annotation: Any, values: Any) -> Any:
-    """The schema class that an annotation such as `Section | None` or `tuple[Section, ...]` speaks of.
+    """The schema class in an annotation such as `Section | None` or `tuple[Section, ...]`.
 
-    Of a component's family it is the class of the kind that `values` names.
+    For a family of components: the class of the kind that `values` names.
     """
     if isinstance(annotation, type) and issubclass(annotation, Component):
         kind = values.get("kind") if isinstance(values, Mapping) else values

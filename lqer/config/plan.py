@@ -1,4 +1,4 @@
-"""What the configuration means for one linear: names resolved to number formats, overrides applied."""
+"""From the configuration to the plan of each linear: names resolved to number formats, overrides applied."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def _given(section: Any, *names: str) -> dict[str, Any]:
 def plan_model(config: Config, summary: ModelSummary) -> dict[str, LinearPlan | None]:
     """Every linear's plan, None where it is skipped.
 
-    Raises ConfigError for a pattern that matches no linear: a misspelt one would otherwise change nothing, in silence.
+    Raises ConfigError for a pattern that matches no linear: a misspelt one would be ignored silently.
     """
-    # What lies outside the blocks may be skipped, as it is anyway; an override of it would change nothing. Not every
-    # model has an nn.Linear called lm_head, and presets skip it for all of them.
+    # Linears outside the blocks may be named in skip, although they are never quantized; an override of them would
+    # have no effect. Presets skip lm_head, which not every model has as an nn.Linear.
     skippable = [*summary.linears, *summary.outside, "lm_head"]
     checks = [(f"quantize.skip.{i}", pattern, skippable) for i, pattern in enumerate(config.quantize.skip)]
     checks += [
@@ -67,16 +67,15 @@ def plan_model(config: Config, summary: ModelSummary) -> dict[str, LinearPlan | 
     for key, pattern, names in checks:
         if not any(fnmatchcase(name, pattern) for name in names):
             ends = sorted({name.rpartition(".")[2] for name in names})
+            hint = did_you_mean(pattern.rpartition(".")[2], ends)
             raise ConfigError(
-                f"{key}: {pattern!r} matches no linear of {summary.architecture} that could be quantized or skipped; "
-                f"those are named {', '.join(ends)}{did_you_mean(pattern.rpartition('.')[2], ends)}"
+                f"{key}: {pattern!r} matches no linear of {summary.architecture}; "
+                f"their names end in {', '.join(ends)}{hint}"
             )
     plans = {name: plan_linear(config, name) for name in summary.linears}
     if config.quantize.attention != NOT_QUANTIZED and not summary.attention_is_registered:
-        raise ConfigError(
-            f"quantize.attention: must be 'none' for {summary.architecture}, which computes attention by itself; "
-            f"found {config.quantize.attention!r}"
-        )
+        rule = f"must be 'none' for {summary.architecture}, which does not use transformers' attention interface"
+        raise ConfigError(f"quantize.attention: {rule}; found {config.quantize.attention!r}")
     if not any(plans.values()):
-        raise ConfigError("quantize.skip: every linear is skipped, nothing is left to quantize")
+        raise ConfigError("quantize.skip: all linears are skipped; there is nothing to quantize")
     return plans

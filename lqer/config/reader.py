@@ -1,6 +1,6 @@
 """Reads a configuration: TOML files that extend one another, then `--section.key=value` overrides, then the schema.
 
-Every value remembers which file or override it came from, so that an error can name it.
+The source of every value is recorded, so that an error can name the file or override.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lqer.errors import ConfigError
 Key = tuple[str, ...]
 # Files that extend one another.
 MAX_CHAIN = 32
-# Keys that stand instead of another one of their table: set by a later layer, they take away what an earlier one said.
+# Keys that replace another key of their table: setting one in a later layer unsets the other of an earlier layer.
 INSTEAD_OF: dict[Key, str] = {("quantize", "low_rank", "budget_bits"): "rank"}
 # Components that an earlier layer may have named by their kind alone, before a later one sets a key of theirs.
 NAMED_BY_KIND: frozenset[Key] = frozenset({("quantize", "method"), ("quantize", "rounding")})
@@ -59,7 +59,7 @@ class Layers:
                 self.origins.pop((*prefix, INSTEAD_OF[key]), None)
 
     def origin(self, key: Sequence[str | int]) -> str | None:
-        """Who set `key`: for a table the last to touch it, for an absent key the nearest table around it."""
+        """The layer that set `key`: for a table the last one that changed it, for an absent key that of its table."""
         names = tuple(str(name) for name in key)
         within = [origin for set_key, origin in self.origins.items() if set_key[: len(names)] == names]
         if within:
@@ -71,7 +71,7 @@ class Layers:
 
 
 def _another_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """A number format of another kind replaces the old one whole: keys of two kinds do not mix."""
+    """A component of another kind replaces the old one: settings of two kinds do not mix."""
     return "kind" in new and new["kind"] != old.get("kind")
 
 
@@ -81,7 +81,7 @@ def read_config(
     """Read `path`, a file or preset:NAME, with everything it extends; apply `overrides` ("--section.key=value") and
     `values`, nested as in TOML; check it against the schema and the rules across sections.
 
-    Raises ConfigError, one line: who set which key, what was found, what is allowed.
+    Raises ConfigError, one line: where the key was set, the rule, the value found, what is allowed.
     """
     path = _locate(str(path), Path())
     layers = Layers()
@@ -141,7 +141,7 @@ def _locate(name: str, folder: Path) -> Path:
 
 
 def _shown(path: Path) -> Path:
-    """A resolved path as the user would type it from here."""
+    """A resolved path, relative to the working directory if it is inside."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 

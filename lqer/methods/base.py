@@ -1,4 +1,4 @@
-"""What a method is given, what it does and what it returns, for one linear.
+"""Methods: the plan of one linear, the steps of quantizing it, and the result.
 
 Every method alternates two steps on W ≈ W_q + (A·B)ᵀ, starting from W_q = 0 and A·B = 0:
 
@@ -46,7 +46,7 @@ NO_FACTORS: dict[str, Any] = {
 class LinearPlan:
     """How one linear is quantized; None stands for "stays in the model's dtype".
 
-    `rank` may exceed what the weight admits: it is then taken as min(out_features, in_features). It is None until a
+    `rank` is capped at min(out_features, in_features). It is None until a
     budget of bits is allocated (lqer/stages/allocate_ranks.py). `factor` is the format of A, and of B unless
     `factor_b` is another. `factor_axis` is the axis of their blocks: "reduction", the summed dimension of each
     product (A along in_features, B along the rank), "lqer", as in the sweeps of LQER's paper (A along the rank, B along
@@ -76,7 +76,7 @@ class LinearPlan:
         return replace(self, method=RoundingOnly(), rank=0, **NO_FACTORS)
 
     def without_factors(self) -> LinearPlan:
-        """Only what decides the rounding of W and the metric of its error."""
+        """Only the fields that determine the rounding of W and the metric of its error."""
         return replace(self, rank=None, activation=None, bias=None, **NO_FACTORS)
 
     @property
@@ -147,13 +147,13 @@ class QuantizedWeight:
 
     @property
     def metadata_bits(self) -> int:
-        """Bits of all that is stored beside the weight's codes and the low-rank branch."""
+        """Bits of everything stored apart from the weight's codes and the low-rank factors."""
         return self.weight_OI.metadata_bits + (0 if self.rotation is None else self.rotation.bits)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a method works on: a float32 weight and the statistics of its inputs, both rotated by `rotation`, if any."""
+    """The input of a method: a float32 weight and the statistics of its inputs, both rotated by `rotation`, if any."""
 
     weight_OI: Tensor
     statistics: Statistics
@@ -162,14 +162,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Method(Component, family="method"):
-    """A composition of rounding and reconstruction, by what it differs in from the others; its fields are its settings.
+    """How one method combines rounding and reconstruction. Its fields are its settings.
 
-    statistics: what `metric` needs to know of the inputs. rounds_first: whether W is rounded before anything is
-    reconstructed; otherwise A·B approximates W, and what is left is rounded. iterations: how often both steps are
+    statistics: the statistics of the inputs that `metric` reads. rounds_first: whether W is rounded before A·B is
+    fitted to the error; otherwise A·B approximates W and the residual is rounded. iterations: how often both steps are
     repeated. propagate_error: whether a block is quantized on the outputs of the quantized blocks before it instead of
-    the original model's activations, which admit any order of blocks and so chunks; a configuration may decide
-    otherwise, as for iterations. rounding: the one that makes the method what it is, with its usual settings; None
-    where any will do. reconstructs: whether there is a low-rank branch at all.
+    the original model's activations; the latter allow chunks. A configuration can override both. rounding: the
+    method's own, with its default settings; None if any rounding can be used. reconstructs: whether there are low-rank
+    factors at all.
     """
 
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
@@ -180,11 +180,11 @@ class Method(Component, family="method"):
     reconstructs: ClassVar[bool] = True
 
     def metric(self, weight_OI: Tensor, statistics: Statistics) -> Metric:
-        """The metric under which A·B is fitted; the Frobenius norm unless a method has another."""
+        """The metric under which A·B is fitted: the Frobenius norm by default."""
         return Metric()
 
     def unsupported_reason(self, rounding: Rounding) -> str | None:
-        """Why the method cannot use such a rounding, as a rule to show to a user; None where it can."""
+        """Why the method does not support this rounding, as a rule to show to a user; None if it does."""
         return None
 
     def rounds_the_weight_itself(self, plan: LinearPlan) -> bool:
@@ -197,7 +197,7 @@ class Method(Component, family="method"):
         return needed if plan.transform is None else plan.transform.statistics(needed)
 
     def _needed(self, plan: LinearPlan) -> frozenset[Statistic]:
-        """What rounding and reconstruction read; a branch of rank 0 needs none."""
+        """The statistics that rounding and reconstruction read; factors of rank 0 need none."""
         return plan.rounding.statistics | (frozenset() if plan.rank == 0 else self.statistics)
 
     def target(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> Target:
@@ -212,7 +212,7 @@ class Method(Component, family="method"):
         return Target(rotation.weight(weight_OI), rotation.statistics(statistics, self._needed(plan)), rotation)
 
     def quantize_linear(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
-        """Round a weight and, at a rank above 0, reconstruct what rounding loses.
+        """Round a weight and, at a rank above 0, fit low-rank factors to the error.
 
         weight_OI: any float dtype, computed on in float32. statistics: what `statistics_for(plan)` names. Raises
         NonFiniteError if the weight holds NaN or infinities.

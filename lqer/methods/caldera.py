@@ -86,8 +86,8 @@ class Caldera(QeraExact):
     """CALDERA: rounding and low-rank factors fitted alternately, all three quantized.
 
     starts_with: which step comes first. lplr_iterations: alternating least-squares steps where A or B is rounded.
-    down_date: the fraction of what A can mend that is removed from H for error feedback: 1 as published, 0 for none,
-    between them where A and B are coarse. damping: of H in both steps, as a fraction of its mean diagonal.
+    down_date: the fraction of the directions that A corrects to remove from H for error feedback: 1 as published, 0 for
+    none, in between for coarse A and B. damping: of H in both steps, as a fraction of its mean diagonal.
     """
 
     kind = "caldera"

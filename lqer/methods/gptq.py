@@ -5,8 +5,8 @@
         W_q = gptq(W, H)                                                    lqer/rounding/gptq.py
     at a rank above 0:  A·B = argmin_{rank r} || H^½ ((W − W_q)ᵀ − A·B) ||_F        QERA-exact's step
 
-GPTQ itself has no low-rank part; the one here is QERA's closed form (arXiv 2410.06040) for the error that feedback
-leaves, under the same H.
+GPTQ itself has no low-rank factors; these are QERA's closed form (arXiv 2410.06040) for the remaining error, under the
+same H.
 """
 
 from __future__ import annotations

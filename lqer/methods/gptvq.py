@@ -2,10 +2,10 @@
 
     for every block, first to last:
         H = E[x xᵀ] of its linears' inputs, computed by the quantized blocks before it
-        W_q = vectors of W in codebooks learned on the way                  lqer/rounding/vector.py
+        W_q = vectors of W, codebooks learned group by group                 lqer/rounding/vector.py
     at a rank above 0:  A·B = argmin_{rank r} || H^½ ((W − W_q)ᵀ − A·B) ||_F        QERA-exact's step
 
-Its low-rank part is not the paper's, but QERA's closed form for the error that is left, as under GPTQ.
+The low-rank factors are not part of the paper: QERA's closed form for the remaining error, as under GPTQ.
 """
 
 from __future__ import annotations

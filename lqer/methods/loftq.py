@@ -5,7 +5,7 @@
         W_q = round(W − (A·B)ᵀ)
         A·B = argmin_{rank r} || (W − W_q)ᵀ − A·B ||_F
 
-One iteration is LQER with S = I. The error of the weight falls with T, the error at the output need not.
+One iteration is LQER with S = I. The weight error decreases with T; the output error need not.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""SVDQuant (arXiv 2411.05007): the low-rank part takes the outliers of the weight before it is rounded.
+"""SVDQuant (arXiv 2411.05007): low-rank factors absorb the outliers of the weight before it is rounded.
 
     λ   = sqrt(max|x_i| / max|w_oi|)                          SmoothQuant's factor, per input channel
     A·B = argmin_{rank r} || diag(λ) (Wᵀ − A·B) ||_F          the SVD of the smoothed weight;  A, B = round(A), round(B)
     W_q = round(W − (A·B)ᵀ)
 
-The published method also divides the inputs by λ and rounds the residual in the smoothed basis. That is a transform of
-the layer, not a reconstruction: here λ chooses A·B alone.
+The published method also divides the inputs by λ and rounds the residual of the smoothed weight. That is a transform of
+the layer, not a reconstruction: here λ only determines A·B.
 
 Shapes: I in_features, O out_features.
 """

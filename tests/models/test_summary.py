@@ -110,7 +110,7 @@ def test_the_head_may_be_skipped_where_there_is_none():
 
 
 def test_skipping_everything_is_refused():
-    with pytest.raises(ConfigError, match="every linear is skipped"):
+    with pytest.raises(ConfigError, match="all linears are skipped"):
         plan_model(config(skip=["*"]), SUMMARY)
 
 

@@ -308,7 +308,7 @@ class TestWhatIsRefused:
             ("--calibration.num_samples=100000", DataError, "calibration.num_samples is 100000"),
             ("--quantize.skip=['*.dwn_proj']", ConfigError, "did you mean 'down_proj'?"),
             ("--quantize.override=[{ match = '*.nothing' }]", ConfigError, "quantize.override.0.match"),
-            ("--quantize.skip=['model.layers.*']", ConfigError, "every linear is skipped"),
+            ("--quantize.skip=['model.layers.*']", ConfigError, "all linears are skipped"),
             ("--evaluation.downstream={ tasks = ['arc_easyy'] }", ConfigError, "arc_easy"),
         ],
     )
