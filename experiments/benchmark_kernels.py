@@ -91,9 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=_groups, default=list(rows.GROUPS), help=f"groups, with commas: {groups}")
     parser.add_argument("--quick", action="store_true", help="a quarter of the samples, no times with a warm L2 cache")
     parser.add_argument("--json", type=Path, default=Path("checkpoints/benchmark_kernels.json"))
-    parser.add_argument(
-        "--limit", type=float, default=TIME_LIMIT_SECONDS, help="seconds after which no scene starts"
-    )
+    parser.add_argument("--limit", type=float, default=TIME_LIMIT_SECONDS, help="seconds after which no scene starts")
     parser.add_argument("--no-trial", action="store_true", help="compile in this process, one contender after another")
     parser.add_argument("--trial", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
