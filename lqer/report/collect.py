@@ -11,7 +11,7 @@ import pandas as pd
 
 from lqer.errors import DataError
 from lqer.report import figures
-from lqer.report.naming import scheme_name
+from lqer.report.naming import rtn_name, scheme_name
 from lqer.report.write import RESULTS_FILE, markdown_table
 from lqer.results import SCHEMA_VERSION, Results
 from lqer.store.files import write_atomically, write_text
@@ -68,6 +68,8 @@ def _rows(results: Results) -> list[dict]:
         "activation": quantize["activation"],
         "rank": quantize["low_rank"]["rank"],
         "bits": results["bits"]["average"],
+        # Rounding and transforms are those of the run: RTN only where it rounds to nearest.
+        "rtn_method": rtn_name(quantize),
         "rtn_bits": None if results["baseline"] is None else results["baseline"]["bits"]["average"],
     }
     tasks = {f"{row['task']} {row['metric']}": row["quantized"] for row in results["downstream"]}

@@ -19,7 +19,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lqer.report.naming import RTN
 from lqer.results import PerplexityRow
 
 COLOURS = {"original": "#000000", "rtn": "#D55E00", "quantized": "#0072B2"}
@@ -238,10 +237,10 @@ def save_perplexities(
 def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
     """Perplexity over average bits, one point per run, with the Pareto front.
 
-    RTN, where a run evaluated it as a baseline, is a point of its own. The perplexity axis is
+    A baseline without low-rank factors, where a run evaluated it, is a point of its own. The perplexity axis is
     logarithmic once it spans more than a factor of LOG_SPAN.
     """
-    points = _with_plain_points(table)
+    points = _with_baseline_points(table)
     original = table["original"].dropna()
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6, 4))
@@ -261,11 +260,10 @@ def save_pareto(path: Path, table: pd.DataFrame, title: str) -> None:
         _save(figure, path)
 
 
-def _with_plain_points(table: pd.DataFrame) -> pd.DataFrame:
+def _with_baseline_points(table: pd.DataFrame) -> pd.DataFrame:
     points = table[["method", "bits", "perplexity"]]
-    plain = table[["rtn_bits", "rtn"]].dropna().drop_duplicates()
-    plain = plain.set_axis(["bits", "perplexity"], axis="columns").assign(method=RTN)
-    return pd.concat([points, plain], ignore_index=True).drop_duplicates()
+    rtn = table[["rtn_method", "rtn_bits", "rtn"]].dropna().drop_duplicates().set_axis(points.columns, axis="columns")
+    return pd.concat([points, rtn], ignore_index=True).drop_duplicates()
 
 
 def pareto_front(points: pd.DataFrame) -> pd.DataFrame:

@@ -29,11 +29,12 @@ def test_a_gpu_finds_a_decomposition_as_good_as_a_cpus(factor):
         rounding=Ldlq(tune_iters=1), transform=Hadamard(), iterations=3,
     )  # fmt: skip
     on_cpu = plan.quantize(weight_OI, statistics)
-    on_gpu = plan.quantize(weight_OI.to(CUDA), {key: value.to(CUDA) for key, value in statistics.items()})
+    statistics = {key: value.to(CUDA) for key, value in statistics.items()}
+    on_gpu = plan.quantize(weight_OI.to(CUDA), statistics)
     # Ties of rounding fall to either side, so the codes differ; the quality must not.
     assert min(on_gpu.errors[1:]) == pytest.approx(min(on_cpu.errors[1:]), rel=0.02)
     assert on_gpu.effective_weight().device.type == "cuda"
-    plain = replace(plan.without_low_rank(), rounding=Ldlq()).quantize(weight_OI.to(CUDA), {})
+    plain = replace(plan.without_low_rank(), rounding=Ldlq()).quantize(weight_OI.to(CUDA), statistics)
     assert plain.effective_weight().isfinite().all()
 
 
