@@ -26,9 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
 from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, packed_parts, unpack_role
+from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ModelError
 from lqer.formats import E8P, NumberFormat, QuantizedTensor, format_from_dict
 from lqer.models.dispatch import dispatch_all
+from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel, Streamed
 from lqer.models.open import DevicePlacement, spans_gpus
 from lqer.models.source import pick_device
@@ -49,18 +51,20 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     device_map: DevicePlacement = "single",
+    verify: bool = True,
 ) -> PreTrainedModel:
     """A transformers model, ready for `generate` and lm-eval's HFLM, from a quantized checkpoint.
 
     dtype: of activations and of everything that is not quantized; by default float32 on a CPU, else the original's.
     backend: "emulate" for torch operations on dequantized weights, "triton" for kernels on packed weights (GPU only),
-    "auto" for kernels where they can run. device_map: "auto" distributes the model over all GPUs.
+    "auto" for kernels where they can run. device_map: "auto" distributes the model over all GPUs. verify: compare every
+    file with the checkpoint's manifest as it is read.
 
-    Raises ModelError if the folder is not a quantized checkpoint, the requested backend cannot run it, or it does not
-    fit on the GPUs.
+    Raises ModelError if the folder is not a quantized checkpoint, a file is missing, damaged or unknown, the requested
+    backend cannot run it, or it does not fit on the GPUs.
     """
     device = pick_device(str(device))
-    opened = open_quantized(Path(path), device, dtype, backend)
+    opened = open_quantized(Path(path), device, dtype, backend, verify=verify)
     if spans_gpus(device, device_map):
         return dispatch_all(opened)
     opened.loader.load_outer()
@@ -70,54 +74,71 @@ def load_quantized(
 
 
 def open_quantized(
-    path: Path, device: torch.device, dtype: torch.dtype | None, backend: str, offload: Offload | None = None
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    backend: str,
+    offload: Offload | None = None,
+    verify: bool = True,
 ) -> OpenedModel:
     """The same model with blocks that are read one at a time. Raises ModelError as `load_quantized` does."""
-    return OpenedModel(*_open(path, device, dtype, backend), device, offload or Offload())
+    return OpenedModel(*_open(path, device, dtype, backend, verify), device, offload or Offload())
 
 
 def _open(
-    path: Path, device: torch.device, dtype: torch.dtype | None, backend: str
+    path: Path, device: torch.device, dtype: torch.dtype | None, backend: str, verify: bool
 ) -> tuple[PreTrainedModel, str, nn.ModuleList, Streamed]:
     """The skeleton, the name of its ModuleList of blocks, that list, and its loader."""
     if backend not in BACKENDS:
         raise ModelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if not (path / DETAILS_FILE).exists():
         raise ModelError(f"{path} is not a quantized checkpoint: it has no {DETAILS_FILE}")
-    details = json.loads((path / DETAILS_FILE).read_text(encoding="utf-8"))
-    if details["format_version"] != FORMAT_VERSION:
-        raise ModelError(
-            f"{path / DETAILS_FILE}: format_version {details['format_version']} is not supported, only {FORMAT_VERSION}"
-        )
-    config = AutoConfig.from_pretrained(path)
+    files = CheckpointFiles(path, verify)
+    with reported_as(f"{path / DETAILS_FILE} is damaged"):
+        details = json.loads(files.file(DETAILS_FILE).read_text(encoding="utf-8"))
+        if (version := details["format_version"]) != FORMAT_VERSION:
+            raise ModelError(f"{path / DETAILS_FILE}: format_version {version} is not supported, only {FORMAT_VERSION}")
+        name, count = details["blocks"]["name"], details["blocks"]["count"]
+        formats = {linear: _formats(entry) for linear, entry in details["linears"].items()}
+    # Those are read, and verified, one at a time.
+    files.check(except_for=[*map(block_file, range(count)), OUTSIDE_FILE])
+    with reported_as(f"{path} has no usable config.json"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else (getattr(config, "dtype", None) or torch.bfloat16)
-    formats = {name: _formats(entry) for name, entry in details["linears"].items()}
     if backend == "auto" and any(FACTOR_ROLES[0] in entry for entry in details["linears"].values()):
         backend = "emulate"  # kernels do not support fine-tuned factors
     resolved = resolve_backend(backend, device, dtype, formats)
     target: torch.dtype = dtype
 
     # Parameters stay on the meta device until their values are read; buffers (rotary tables) are computed for real.
-    with init_empty_weights(include_buffers=False):
+    with reported_as(f"{path}: its config.json does not fit its tensors"), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=target)
-    prepare_model(model)
-    name = details["blocks"]["name"]
-    blocks = cast(nn.ModuleList, model.get_submodule(name))
+        prepare_model(model)
+        blocks = cast(nn.ModuleList, model.get_submodule(name))
 
     def read(index: int) -> dict[str, Tensor]:
         prefix = f"{name}.{index}."
-        stored = read_file(path / block_file(index), pinned=device.type == "cuda")
+        file = files.file(block_file(index))
+        with reported_as(f"{file} is damaged"):
+            stored = read_file(file, pinned=device.type == "cuda")
         return {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
 
     def fill(block: nn.Module, index: int, tensors: dict[str, Tensor], where: torch.device) -> None:
         prefix = f"{name}.{index}."
         linears = {key.removeprefix(prefix): e for key, e in details["linears"].items() if key.startswith(prefix)}
-        fill_block(block, tensors, linears, where, target, resolved)
+        file = path / block_file(index)
+        _refuse_unknown(file, prefix, block, tensors, linears)
+        with reported_as(f"{file} does not hold what {DETAILS_FILE} says"):
+            fill_block(block, tensors, linears, where, target, resolved)
         _refuse_unfilled(path, prefix, block)
 
     def fill_outer() -> None:
-        fill_parameters(model, read_file(path / OUTSIDE_FILE), device, target)
+        file = files.file(OUTSIDE_FILE)
+        with reported_as(f"{file} is damaged"):
+            tensors = read_file(file)
+        _refuse_unknown(file, "", model, tensors, {})
+        fill_parameters(model, tensors, device, target)
         tie(model)
         _refuse_unfilled(path, "", model, except_below=f"{name}.")
 
@@ -218,6 +239,27 @@ def _joined(
 ) -> Tensor | None:
     stored = [factor.dequantize(dtype) for factor in (first, rest) if factor is not None]
     return torch.cat(stored, dim=along) if stored else None
+
+
+def _refuse_unknown(
+    file: Path,
+    prefix: str,
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    linears: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Raise ModelError for a tensor of a shape or name that the module and its quantized linears do not have."""
+    expected = module.state_dict()
+    parts = tuple(f"{linear}.{role}." for linear, entry in linears.items() for role in entry)
+    weights = {f"{linear}.weight" for linear in linears}
+    for name, tensor in tensors.items():
+        if name.startswith(parts):
+            continue
+        if name not in expected or name in weights:
+            raise ModelError(f"{file} holds a tensor that the model does not use: {prefix}{name}")
+        if tensor.shape != expected[name].shape:
+            shapes = f"{list(tensor.shape)}, not {list(expected[name].shape)}"
+            raise ModelError(f"{prefix}{name} in {file} has shape {shapes}")
 
 
 def _refuse_unfilled(path: Path, prefix: str, module: nn.Module, except_below: str | None = None) -> None:

@@ -9,7 +9,7 @@ from lqer.kernels.packed import PackedLinear, weight_of
 
 
 class TritonLinear(nn.Module):
-    """`packed_linear` as a module. Its tensors are non-persistent buffers, so .to(device) moves them."""
+    """`packed_linear` as a module. Its tensors are buffers: .to(device) moves them, and a state_dict holds them."""
 
     words: Tensor
     scales: Tensor
@@ -21,7 +21,7 @@ class TritonLinear(nn.Module):
         self.in_features, self.out_features = layout.columns, layout.rows
         self._spec, self._dtype = packed.spec, packed.dtype
         for name, tensor in packed.tensors().items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, tensor)
 
     @property
     def packed(self) -> PackedLinear:

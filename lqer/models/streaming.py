@@ -192,5 +192,11 @@ def fill_parameters(module: nn.Module, tensors: dict[str, Tensor], device: torch
 
 def tie(model: PreTrainedModel) -> None:
     """Tie the weights that the checkpoint stores once; others stay untied, whatever config.json says."""
-    missing = {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.is_meta}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = {name for name, tensor in parameters.items() if tensor.is_meta}
+    # Before transformers ties a head's weight, it changes the head's bias, which may be tied itself.
+    for name, origin in model.all_tied_weights_keys.items():
+        if name in missing and origin in parameters and origin not in missing:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, parameters[origin])
     model.tie_weights(missing_keys=missing, recompute_mapping=False)

@@ -25,8 +25,8 @@ from lqer.transforms.hadamard import RandomHadamard, run_rotated
 class QuantizedLinear(nn.Module):
     """A linear on dequantized values, in the dtype of the model around it.
 
-    weight_OI, bias_O, a_IR, b_RO: any float dtype; bias_O and both factors may be None. They are non-persistent
-    buffers: the packed checkpoint is the stored form, not this module.
+    weight_OI, bias_O, a_IR, b_RO: any float dtype; bias_O and both factors may be None. They are
+    buffers, so that a state_dict is complete.
     """
 
     weight: Tensor
@@ -45,10 +45,10 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight_OI.shape
         self.activation = activation
-        self.register_buffer("weight", weight_OI, persistent=False)
-        self.register_buffer("bias", bias_O, persistent=False)
-        self.register_buffer("low_rank_a", a_IR, persistent=False)
-        self.register_buffer("low_rank_b", b_RO, persistent=False)
+        self.register_buffer("weight", weight_OI)
+        self.register_buffer("bias", bias_O)
+        self.register_buffer("low_rank_a", a_IR)
+        self.register_buffer("low_rank_b", b_RO)
 
     def _round(self, x: Tensor) -> Tensor:
         return x if self.activation is None else self.activation.fake_quantize(x)
@@ -81,9 +81,9 @@ class HadamardLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = len(rotation.input_signs_I), len(rotation.output_signs_O)
         self.inner = inner
-        self.register_buffer("input_signs", rotation.input_signs_I, persistent=False)
-        self.register_buffer("output_signs", rotation.output_signs_O, persistent=False)
-        self.register_buffer("bias", bias_O, persistent=False)
+        self.register_buffer("input_signs", rotation.input_signs_I)
+        self.register_buffer("output_signs", rotation.output_signs_O)
+        self.register_buffer("bias", bias_O)
 
     @property
     def rotation(self) -> RandomHadamard:

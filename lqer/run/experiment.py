@@ -140,8 +140,8 @@ def _quantized(context: RunContext, role: str, stage: QuantizeStage | Finetune) 
         checkpoint.verify()
         arguments = (checkpoint.path, context.device, context.dtype, context.backend)
         if config.evaluation.blockwise:
-            return open_quantized(*arguments, context.offload())
-        return load_quantized(*arguments, config.device_map)
+            return open_quantized(*arguments, context.offload(), verify=False)
+        return load_quantized(*arguments, config.device_map, verify=False)
 
     made_from = {"checkpoint": stage, "backend": context.backend, **_arithmetic(context)}
     return Candidate(role, made_from, load)
