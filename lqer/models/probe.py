@@ -7,6 +7,7 @@ of one short vector (entry i, j is number i + j of it), so a model of any size t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,9 +20,10 @@ from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource, load_model_config
 from lqer.models.streaming import fill_parameters, tie
-from lqer.models.structure import prepare_model
+from lqer.models.structure import block_linears, prepare_model
 from lqer.models.walker import BlockRun, embed, run_one_block
 from lqer.store.offload import Offload
+from lqer.transforms.tracing import watched_inputs
 
 CPU = torch.device("cpu")
 WINDOWS, TOKENS, BATCH_SIZE = 3, 8, 2
@@ -30,11 +32,13 @@ SCALE = 0.05
 
 
 @torch.no_grad()
-def check_walk(source: ModelSource, whole_blocks: bool) -> None:
+def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
     """Raise ModelError, with the reason, for a model that cannot be run block by block.
 
-    whole_blocks: whether blocks will be called with batches of any windows, as by transforms of whole blocks.
+    whole_blocks: whether blocks will be called with batches of any windows, as by transforms of whole blocks. Returns
+    the linears, of one block of each kind, that no text reaches, such as those that would read an encoder's output.
     """
+    unreached: list[str] = []
     with reported_as(f"model: {source.name} cannot be run block by block"):
         model = _made_up(source)
         opened = OpenedModel.resident(model, CPU, Offload())
@@ -45,7 +49,13 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> None:
         hidden = embed(opened, batches)
         for index in _one_of_each_kind(opened.blocks):
             run = BlockRun(index, f"{opened.name}.{index}", opened.blocks[index], hidden, CPU)
-            outputs = [run.output(batch) for batch in range(len(batches))]
+            linears = block_linears(run.block)
+            # Experts in a list may be for other tokens.
+            lists = tuple(f"{name}." for name, part in run.block.named_modules() if isinstance(part, nn.ModuleList))
+            waiting = {name for name in linears if not name.startswith(lists)}
+            with watched_inputs(run.block, {name: partial(_reach, waiting, name) for name in waiting}):
+                outputs = [run.output(batch) for batch in range(len(batches))]
+            unreached += [f"{run.name}.{name}" for name in linears if name in waiting]
             if index + 1 < len(opened.blocks):
                 own_BTD = run_one_block(opened, index, batches[0], hidden.blocks_return_tuples)
                 _refuse_difference(outputs[0], own_BTD, f"{run.name} of {type(model).__name__}")
@@ -57,6 +67,11 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> None:
             for index, block in enumerate(opened.blocks):
                 BlockRun(index, f"{opened.name}.{index}", block, hidden, CPU).forward()
             _refuse_difference(hidden.load(0, CPU), own_BTD, type(model).__name__)
+    return unreached
+
+
+def _reach(waiting: set[str], name: str, _: Tensor) -> None:
+    waiting.discard(name)
 
 
 def _refuse_difference(walked_BTD: Tensor, own_BTD: Tensor, what: str) -> None:

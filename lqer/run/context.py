@@ -11,6 +11,7 @@ from lqer.checkpoint.backend import Backend, resolve_backend
 from lqer.config import Config
 from lqer.config.plan import plan_model
 from lqer.config.rules import STORE_FOLDER
+from lqer.errors import ModelError
 from lqer.methods import LinearPlan
 from lqer.models.probe import check_walk
 from lqer.models.source import ModelSource, check_weights, pick_device, pick_dtype, resolve_model
@@ -46,8 +47,11 @@ def prepare(config: Config) -> RunContext:
     source = resolve_model(config.model, config.revision)
     summary = summarize_model(source)
     check_weights(source)
-    check_walk(source, whole_blocks=bool(config.quantize.block_parts))
+    unreached = check_walk(source, whole_blocks=bool(config.quantize.block_parts))
     plans = plan_model(config, summary)
+    for name in unreached:
+        if plans[name] is not None:
+            raise ModelError(f"model: no text reaches {name}: skip it and its like (quantize.skip)")
     if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
         check_budget(plans, summary.linears, budget_bits)
     if config.evaluation.downstream is not None:

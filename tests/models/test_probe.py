@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import BartConfig, BartForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lqer.errors import ModelError
@@ -23,7 +23,7 @@ def source(random_model, tmp_path) -> ModelSource:
 
 def test_every_family_can_be_walked(architecture, random_model, tmp_path):
     random_model(architecture).save_pretrained(tmp_path)
-    check_walk(resolve_model(str(tmp_path)), whole_blocks=True)
+    assert check_walk(resolve_model(str(tmp_path)), whole_blocks=True) == []
 
 
 def test_a_model_whose_blocks_are_called_by_the_batch_is_refused_for_transforms_of_whole_blocks_alone(tmp_path):
@@ -77,6 +77,17 @@ def test_blocks_that_read_what_others_wrote_are_refused(tmp_path, shared):
         return
     with pytest.raises(ModelError, match="cannot be run block by block"):
         check_walk(source, whole_blocks=False)
+
+
+def test_linears_that_no_text_reaches_are_returned(tmp_path):
+    config = BartConfig(
+        vocab_size=80, d_model=32, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=64, encoder_layers=1,
+        encoder_ffn_dim=64, encoder_attention_heads=2, is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    BartForCausalLM(config).save_pretrained(tmp_path)
+    unreached = check_walk(resolve_model(str(tmp_path)), whole_blocks=False)
+    names = ("k_proj", "v_proj", "q_proj", "out_proj")
+    assert sorted(unreached) == sorted(f"model.decoder.layers.0.encoder_attn.{name}" for name in names)
 
 
 def test_weights_are_not_read(source, monkeypatch):
