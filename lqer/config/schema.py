@@ -184,6 +184,8 @@ class DownstreamConfig(Section):
     # A folder of task YAMLs in addition to lm-eval's own, and the folder of their data files.
     include_path: str | None = None
     data_dir: str | None = None
+    # Whether tasks of include_path may run Python code of that folder.
+    trust_code: bool = False
 
 
 class EvaluationConfig(Section):

@@ -58,9 +58,11 @@ def check_tasks(
                 )
 
 
-def check_task_data(tasks: Sequence[str], include_path: Path | None, data_dir: Path | None) -> None:
+def check_task_data(
+    tasks: Sequence[str], include_path: Path | None, data_dir: Path | None, trust_code: bool = False
+) -> None:
     """Load the data of the tasks. Raises DataError where they cannot be read, HubTextError where no hub answers."""
-    harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks)
+    harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks, trust_code)
 
 
 def evaluate_tasks(
@@ -75,6 +77,7 @@ def evaluate_tasks(
     include_path: Path | None,
     data_dir: Path | None,
     seed: int,
+    trust_code: bool = False,
 ) -> list[TaskResult]:
     """Every numeric metric of every task; of a group, those of its tasks and its aggregates.
 
@@ -84,12 +87,13 @@ def evaluate_tasks(
     include_path    a folder of local task YAMLs; they replace the library's tasks of the same name
     data_dir        the folder to which paths in local YAMLs are relative
     seed            of the few-shot examples and of all sampling in tasks; sets the global generators
+    trust_code      whether local tasks may run Python code of their folder
 
     Raises ConfigError as `check_tasks` does, and DataError if a dataset cannot be loaded.
     """
     check_tasks(tasks, include_path, data_dir, num_fewshot)
     set_seed(seed)
-    loaded = harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks)
+    loaded = harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks, trust_code)
     for task in loaded["tasks"].values():
         harness.set_shots(task, num_fewshot, seed)
     results = harness.evaluate(model, tokenizer, loaded, limit=limit, batch_size=batch_size, max_length=max_length)

@@ -29,6 +29,7 @@ import torch
 
 from lqer.errors import ConfigError, DataError, HubTextError
 from lqer.evaluation.progress import progress_bar
+from lqer.evaluation.task_code import LOCAL_LOADER, sandbox_templates, trusted_code_alone
 
 if TYPE_CHECKING:
     import datasets
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
     from lm_eval.tasks.manager import TaskDict
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-LOCAL_LOADER = "lqer.evaluation.harness.load_jsonl"
 
 # Bootstrap resamples for the standard error of a metric that is not a mean; 1000 give it to about 2%.
 BOOTSTRAP_RESAMPLES = 1000
@@ -154,9 +153,9 @@ def jsonl_path(name: str, data_dir: str | Path | None) -> Path:
     return path
 
 
-def load_tasks(manager: TaskManager, tasks: Sequence[str]) -> TaskDict:
+def load_tasks(manager: TaskManager, tasks: Sequence[str], trust_code: bool) -> TaskDict:
     """The tasks with their data. Raises DataError if a dataset cannot be loaded."""
-    with _quiet():
+    with _quiet(), trusted_code_alone(trust_code):
         try:
             return manager.load(list(tasks))
         except OSError as error:
@@ -209,6 +208,7 @@ def score_documents(
     from lm_eval.api.task import ConfigurableTask
 
     rows = datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": documents}))
+    sandbox_templates()
     with _quiet():
         task = ConfigurableTask(
             config={

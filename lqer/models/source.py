@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, OfflineModeIsEnabled
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    dynamic_module_utils,
+)
 from transformers.utils.quantization_config import GgufConfig
 
 from lqer.errors import HubError, ModelError
@@ -45,6 +52,10 @@ ATTENTION = ("sdpa", "eager")
 # The quantized checkpoints that transformers can dequantize as it reads them.
 DEQUANTIZED = ("fp8",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# transformers asks on the terminal whether to run a model's code wherever it is not told `trust_remote_code`, which not
+# all of its calls pass on. Without time for an answer it refuses.
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 
 @dataclass(frozen=True)

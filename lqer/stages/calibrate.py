@@ -167,7 +167,11 @@ def observe_block(
         for kind, accumulator in accumulators.items():
             tensor = accumulator.result()
             if not torch.isfinite(tensor).all():
-                raise ModelError(f"the calibration inputs of {full_name} hold NaN or infinities (dtype {tensor.dtype})")
+                dtype = str(run.hidden.states_WTD.dtype).removeprefix("torch.")
+                raise ModelError(
+                    f"the calibration inputs of {full_name} hold NaN or infinities, although the weights are finite: "
+                    f"activations in {dtype} overflow; use another dtype"
+                )
             tensors[f"{full_name}.{kind}"] = tensor
     sites = {f"{run.name}.{name}": f"{run.name}.{site}" for name, site in observer.site_of.items()}
     return BlockStatistics(tensors, sites)

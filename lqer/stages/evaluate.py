@@ -152,6 +152,7 @@ class TaskAccuracy(Evaluation):
             include_path=path_or_none(self.settings.include_path),
             data_dir=path_or_none(self.settings.data_dir),
             seed=self.seed,
+            trust_code=self.settings.trust_code,
         )
         workspace.write_json(RESULT_FILE, [asdict(result) for result in results])
 
