@@ -31,7 +31,7 @@ from lqer.models.open import open_stored
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
-from lqer.models.walker import BlockRun, embed
+from lqer.models.walker import BlockRun, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
@@ -132,6 +132,7 @@ def _quantize_missing(
     blocks = running.loader.load_each(running.blocks, indices, running.device)
     for index, block in tqdm(blocks, total=len(running.blocks), desc="quantize", unit="block"):
         run = BlockRun(index, f"{running.name}.{index}", block, hidden, running.device)
+        refuse_non_finite(block.named_parameters(run.name))
         original: BlockRun | None = None
         if original_states is not None:
             original = BlockRun(index, run.name, block, original_states, running.device, attention)

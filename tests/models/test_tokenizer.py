@@ -33,8 +33,10 @@ def test_a_sentencepiece_model_alone_is_a_tokenizer(folder, tmp_path):
     assert tokenizer(TEXT, add_special_tokens=False).input_ids == own.encode(TEXT)
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_that_comes_with_a_model_never_runs(folder, letter_tokenizer, monkeypatch, file):
+@pytest.mark.parametrize(
+    ("file", "read"), [("config.json", load_model_config), ("tokenizer_config.json", load_tokenizer)]
+)
+def test_code_that_comes_with_a_model_never_runs(folder, letter_tokenizer, monkeypatch, file, read):
     letter_tokenizer.save_pretrained(folder)
     (folder / "code.py").write_text(f"from pathlib import Path\nPath({str(folder / 'ran')!r}).touch()\n")
     settings = json.loads((folder / file).read_text())
@@ -44,8 +46,7 @@ def test_code_that_comes_with_a_model_never_runs(folder, letter_tokenizer, monke
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("it asked"))
     source = resolve_model(str(folder))
     with pytest.raises(ModelError) as refused:
-        load_tokenizer(source)
-        load_model_config(source)
+        read(source)
     assert len(str(refused.value).splitlines()) == 1
     assert not (folder / "ran").exists()
 
