@@ -3,6 +3,8 @@
 A model of the same configuration is filled with made-up numbers and embeds three short windows. Then one block of each
 kind is run by the walker and by the model's own forward pass: both must give the same hidden states. A matrix is a view
 of one short vector (entry i, j is number i + j of it), so a model of any size takes no memory but that of one block.
+
+Shapes: W windows, B windows of a batch, T tokens of a window, D hidden size.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ import json
 import shutil
 
 import pytest
-from safetensors.torch import load_file, save_file
 import torch
 from helpers import byte_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lqer.config import read_config
