@@ -1,12 +1,14 @@
-"""Checks a GGUF file's header before a library reads it: counts, lengths and offsets must lie within the file.
+"""Checks a GGUF file's header before a library reads it: counts, lengths and offsets must be within the file.
 
-Libraries believe the header: one that lies makes them allocate without limit or raise whatever occurs. The layout is
-that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+Libraries believe the header: one that lies makes them allocate without limit or raise whatever occurs. Blocks beyond the
+announced number are refused, because the loader would drop them. The layout is that of
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from math import prod
 from pathlib import Path
@@ -23,6 +25,8 @@ STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = b"general.alignment"
+COUNT_SUFFIX = b".block_count"
+BLOCK_NAME = re.compile(r"blk\.(\d+)\.")
 # Smallest sizes: a metadata entry is a name's length, a type and a byte; a tensor has two integers more.
 ENTRY_BYTES, TENSOR_BYTES = 13, 24
 
@@ -44,6 +48,7 @@ class _Header:
     def __init__(self, data: mmap.mmap):
         self._data, self._at = data, 0
         self._alignment = DEFAULT_ALIGNMENT
+        self._blocks: int | None = None
 
     def check(self) -> None:
         if self._take(4) != MAGIC:
@@ -59,6 +64,9 @@ class _Header:
         extents = [self._tensor() for _ in range(tensors)]
         start = -(-self._at // self._alignment) * self._alignment
         for name, offset, size in extents:
+            block = BLOCK_NAME.match(name)
+            if block and self._blocks is not None and int(block[1]) >= self._blocks:
+                raise ValueError(f"it announces {self._blocks} blocks, and its model does not use {name}")
             if start + offset + size > len(self._data):
                 raise ValueError(f"tensor {name} ends at byte {start + offset + size} of {len(self._data)}")
 
@@ -78,6 +86,8 @@ class _Header:
         name, kind = self._take(self._integer(8)), self._integer(4)
         before = self._at
         self._value(kind)
+        if name.endswith(COUNT_SUFFIX):
+            self._blocks = int.from_bytes(self._data[before : self._at], "little")
         if name == ALIGNMENT_KEY:
             self._alignment = max(int.from_bytes(self._data[before : self._at], "little"), 1)
 

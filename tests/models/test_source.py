@@ -211,12 +211,12 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+def write_gguf(path: Path, model: LlamaForCausalLM, announced: int | None = None) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(announced or config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -246,3 +246,12 @@ def test_a_gguf_file_is_loaded_as_the_model_it_holds(random_model, windows_WT, t
     assert source.description == "GGUF file tiny.gguf"
     loaded = load_model(source, torch.float32, CPU)
     torch.testing.assert_close(loaded(windows_WT).logits, model(windows_WT).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layers", "stored", "message"), [(3, 2, "has no tensor"), (1, 2, "does not use")])
+def test_a_gguf_file_with_other_blocks_than_it_announces_is_refused(random_model, tmp_path, layers, stored, message):
+    model = random_model("llama")
+    assert model.config.num_hidden_layers == stored
+    write_gguf(tmp_path / "tiny.gguf", model, announced=layers)
+    with pytest.raises(ModelError, match=message):
+        load_model(resolve_model(str(tmp_path / "tiny.gguf")), torch.float32, CPU)
