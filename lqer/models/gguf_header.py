@@ -1,7 +1,7 @@
 """Checks a GGUF file's header before a library reads it: counts, lengths and offsets must be within the file.
 
-Libraries believe the header: one that lies makes them allocate without limit or raise whatever occurs. Blocks beyond the
-announced number are refused, because the loader would drop them. The layout is that of
+Libraries believe the header: one that lies makes them allocate without limit or raise whatever occurs. Blocks beyond
+the announced number are refused, because the loader would drop them. The layout is that of
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
