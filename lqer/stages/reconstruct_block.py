@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -139,8 +139,8 @@ def block_reconstruction(
 ) -> BlockReconstruction | None:
     """The reconstruction that the settings ask for, by block transforms or an adaptive rounding; else None."""
     roundings = (plan.rounding for plan in settings.plans.values() if plan is not None)
-    # The configuration admits one adaptive rounding.
-    rounding = next((rounding for rounding in roundings if isinstance(rounding, Adaptive)), None)
+    # The configuration admits one rounding of whole blocks.
+    rounding = cast(Adaptive | None, next((rounding for rounding in roundings if rounding.together), None))
     if not settings.transforms and rounding is None:
         return None
     return BlockReconstruction(workspace, settings.transforms, rounding, batch_size, settings.seed, attention)
