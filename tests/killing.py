@@ -45,7 +45,9 @@ def signalled_command(command: Sequence[str], number: signal.Signals, at_write: 
     The content is written, but not yet under its own name nor in the journal.
     """
     code = f"""
-import os, runpy, sys
+import os, runpy, signal, sys
+# A shell in the background starts its processes with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lqer.store.store import Workspace
 original, count = Workspace.write, 0
 def write(self, name, content):

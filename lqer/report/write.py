@@ -62,12 +62,11 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     )
 
 
-def write_run(
+def draw_figures(
     folder: Path, results: Results, rows: Sequence[Mapping[str, Any]], checkpoint: Artifact, blocks: int
 ) -> None:
-    """Write all files of the report; results.json is last, so that its presence marks a complete run."""
+    """Save every figure of the report."""
     layers = layers_table(rows)
-    write_atomically(folder / LAYERS_FILE, lambda temporary: layers.to_csv(temporary, index=False, float_format="%.6g"))
     middle = spectra_file(blocks // 2)
     if middle in checkpoint:
         spectra = {name: tensor.numpy() for name, tensor in checkpoint.tensors(middle).items()}
@@ -75,7 +74,7 @@ def write_run(
         figures.save_singular_values(folder / SPECTRA_FIGURE, spectra, list(shown["name"]), int(shown["rank"].max()))
         figures.save_weight_singular_values(folder / WEIGHT_SPECTRA_FIGURE, spectra, list(shown["name"]))
     figures.save_output_errors(folder / ERROR_FIGURE, layers)
-    step_errors = {row["name"]: row["step_errors"] for row in rows if row["step_errors"]}
+    step_errors = _step_errors(rows)
     if step_errors:
         names = ("reconstruct", "round")
         names = names if results["config"]["quantize"]["method"].get("starts_with") != "round" else names[::-1]
@@ -90,9 +89,23 @@ def write_run(
         figures.save_perplexities(
             folder / PERPLEXITY_FIGURE, results["perplexity"], _kind_names(results), _bits_by_kind(results)
         )
-    text = render_report(results, layers, middle in checkpoint, bool(step_errors), notes)
+
+
+def write_tables(
+    folder: Path, results: Results, rows: Sequence[Mapping[str, Any]], checkpoint: Artifact, blocks: int
+) -> None:
+    """Write layers.csv, report.md and, last, results.json, whose presence marks a complete run."""
+    layers = layers_table(rows)
+    write_atomically(folder / LAYERS_FILE, lambda temporary: layers.to_csv(temporary, index=False, float_format="%.6g"))
+    with_spectra, notes = spectra_file(blocks // 2) in checkpoint, block_notes(checkpoint, blocks)
+    text = render_report(results, layers, with_spectra, bool(_step_errors(rows)), notes)
     write_text(folder / REPORT_FILE, text)
     write_json(folder / RESULTS_FILE, results)
+
+
+def _step_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The errors after every step of an alternation, by linear; empty for other methods."""
+    return {row["name"]: row["step_errors"] for row in rows if row["step_errors"]}
 
 
 def block_notes(checkpoint: Artifact, blocks: int) -> list[dict[str, Any]]:

@@ -8,9 +8,9 @@ import time
 from lqer.config import Config
 from lqer.errors import ConfigError, LqerError, RunFailedError
 from lqer.report.assemble import Made, MeasuredText, assemble
-from lqer.report.environment import device_name
+from lqer.report.environment import device_name, peak_memory_bytes
 from lqer.report.tracking import track
-from lqer.report.write import layer_rows, write_run
+from lqer.report.write import draw_figures, layer_rows, write_tables
 from lqer.results import Results
 from lqer.run.chunks import Chunk
 from lqer.run.experiment import Experiment, QuantizeStage
@@ -103,7 +103,11 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
     results = assemble(config, context.source, summary, context.device, checked.texts.calibration_info, made, started)
     for warning in results["warnings"]:
         log.warning("warning: %s", warning)
-    write_run(checked.folder, results, layer_rows(checkpoint, summary.blocks), checkpoint, summary.blocks)
+    report = (checked.folder, results, layer_rows(checkpoint, summary.blocks), checkpoint, summary.blocks)
+    draw_figures(*report)
+    # After the figures, which take more memory than the stages of a small model.
+    results["peak_memory_bytes"] = peak_memory_bytes(context.device, all_gpus=config.device_map == "auto")
+    write_tables(*report)
     return results
 
 

@@ -60,11 +60,11 @@ time.sleep(0.2)
     assert 50 * MB < peak.by_stage["quantize"] < 120 * MB
 
 
-def test_a_model_of_four_times_the_blocks_is_worked_on_in_the_same_memory(tmp_path):
+def test_a_model_of_eight_times_the_blocks_is_worked_on_in_the_same_memory(tmp_path):
     options = ["--vocabulary", "300", "--windows", "1", "--seq-len", "64", "--method", "none", "--rank", "0"]
     peaks, stored = {}, {}
     limit = "2GB"
-    for blocks in (3, 12):
+    for blocks in (3, 24):
         folder = tmp_path / str(blocks)
         folder.mkdir()
         stored[blocks] = benchmark.write_checkpoint(folder / "model", benchmark.Shape(512, 1408, blocks, 300))
@@ -79,5 +79,5 @@ def test_a_model_of_four_times_the_blocks_is_worked_on_in_the_same_memory(tmp_pa
         # This process holds more than the run began with: pytest, and what other tests have left.
         assert estimated > 0.8 * peaks[blocks].resident
         # The second one may hold less than half of what the model grows by.
-        limit = str(peaks[3].resident + 25 * MB)
-    assert stored[12] - stored[3] > 55 * MB
+        limit = str(peaks[3].resident + 60 * MB)
+    assert stored[24] - stored[3] > 125 * MB

@@ -72,7 +72,7 @@ def test_a_fault_of_the_program_names_the_log_of_the_run(experiment, monkeypatch
     def fail(*arguments):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("lqer.run.pipeline.write_run", fail)
+    monkeypatch.setattr("lqer.run.pipeline.write_tables", fail)
     assert main([str(experiment.config)], "") == 1
     log = experiment.output / "tiny" / "run.log"
     last = capsys.readouterr().err.splitlines()[-1]
