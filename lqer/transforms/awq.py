@@ -2,22 +2,29 @@
 
 For the linears of one input site and every ratio a (Lin et al., arXiv 2306.00978, section 3.2):
 
-    m_i = mean over calibration tokens |x_i|                  c_i = max(m_i^a, 1e-4) / sqrt(max_j m_j^a · min_j m_j^a)
+    m_i = mean over calibration tokens |x_i|                  w_i = mean over rows o  |W_oi| / max over i's group |W_oj|
+    b_i = m_i^a                                               b_i = m_i^a / (w_i^(1-a) + 1e-4)   with duo scaling
+    c_i = max(b_i, 1e-4), divided by sqrt(max_j c_j · min_j c_j)
     error(a) = E ‖ f(x; W) - f(x; Q(W diag(c)) diag(c)⁻¹) ‖²
 
 The best c is multiplied into the weights and its inverse is folded into the norm or linear before them (`folding`), so
 the block's function does not change. f is the innermost module around all linears of the site: attention for q, k and
-v, the MLP for gate and up, a single linear itself. m and the error are taken over the whole calibration text.
+v, the MLP for gate and up, a single linear itself. Duo scaling is the form of the authors' code; c = 1 (RTN), which
+b = m^a contains as a = 0, is then tried too.
 
-Where a row feeds several channels (grouped queries before o_proj), those channels share one m, their mean, and so one
-scale. A site without a fold is left unscaled.
+m is taken over the whole calibration text. The error is compared on whole windows, evenly spaced, that hold a given
+number of tokens: few tokens determine the one ratio of a site (docs/methods/tesseraq.md).
 
-Shapes: B sequences, T tokens, D hidden size, I input channels, O out_features.
+Where a row feeds several channels (grouped queries before o_proj), those channels share one m and one w, their means,
+and so one scale. A site without a fold is left unscaled.
+
+Shapes: S sequences, B sequences of a batch, T tokens, D hidden size, I input channels, O out_features,
+G groups of a row, g channels of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,8 +33,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from lqer.components import require_positive
+from lqer.components import require_choice, require_positive
 from lqer.formats import NumberFormat
+from lqer.formats.blocks import BlockSize, from_blocks, scale_groups, to_blocks
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
@@ -42,16 +50,24 @@ SMALLEST_SCALE = 1e-4
 
 @dataclass(frozen=True)
 class Awq(BlockTransform):
-    """`awq` as a configuration names it: a grid of `ratios` ratios from 0, compared on `samples` sequences."""
+    """`awq` as a configuration names it: a grid of `ratios` ratios from 0.
+
+    samples: sequences that mean magnitudes are taken over. rows: tokens that errors are compared on, rounded up to
+    whole sequences of those. duo_scaling: divide by the weights' magnitude too.
+    """
 
     kind = "awq"
 
     ratios: int = len(RATIOS)
     samples: int = 128
+    rows: int = 512
+    duo_scaling: bool = False
 
     def __post_init__(self) -> None:
         require_positive("ratios", self.ratios, self.kind)
         require_positive("samples", self.samples, self.kind)
+        require_positive("rows", self.rows, self.kind)
+        require_choice("duo_scaling", self.duo_scaling, (False, True), self.kind)
 
     def apply(
         self, problem: BlockProblem, result: BlockResult, progress: Progress, save_state: SaveState
@@ -61,9 +77,15 @@ class Awq(BlockTransform):
             raise ValueError("awq must be the first transform of a block")
         progress(self.kind, 0, 1, None)
         ratios = [i / self.ratios for i in range(self.ratios)]
-        batches = problem.inputs_STD[: self.samples].split(problem.batch_size)
+        inputs_STD = problem.inputs_STD[: self.samples]
         changed, found = scale_block(
-            problem.call.without_rounding(), batches, problem.formats, ratios, problem.autocast
+            problem.call.without_rounding(),
+            inputs_STD.split(problem.batch_size),
+            evenly_spaced(inputs_STD, self.rows).split(problem.batch_size),
+            problem.formats,
+            ratios,
+            self.duo_scaling,
+            problem.autocast,
         )
         # Later parts must see norms as the checkpoint stores them.
         stored = problem.in_stored_dtypes(changed)
@@ -74,18 +96,63 @@ class Awq(BlockTransform):
 
 @dataclass(frozen=True)
 class ScaledSite:
-    """A site, its scale (float32 (I,)), the ratio it came from, and the error of every ratio tried."""
+    """A site, its scale (float32 (I,)), the ratio it came from, and the error of every ratio tried.
+
+    The ratio None is the scale 1 that duo scaling adds.
+    """
 
     site: Site
     scale_I: Tensor
-    ratio: float
-    errors: dict[float, float]
+    ratio: float | None
+    errors: dict[float | None, float]
 
 
 def scale_of(mean_abs_I: Tensor, ratio: float) -> Tensor:
-    """The c of the module's docstring, float32. Ratio 0 gives exact ones."""
-    scale_I = mean_abs_I.to(torch.float32).pow(ratio).clamp_(min=SMALLEST_SCALE)
+    """The c of the module's docstring for b = m^a, float32. Ratio 0 gives exact ones."""
+    return _balanced(mean_abs_I.to(torch.float32).pow(ratio))
+
+
+def duo_scale_of(mean_abs_I: Tensor, weight_magnitude_I: Tensor, ratio: float) -> Tensor:
+    """The c of the module's docstring with duo scaling, float32. weight_magnitude_I: its w."""
+    divisor_I = weight_magnitude_I.to(torch.float32).pow(1 - ratio) + SMALLEST_SCALE
+    return _balanced(mean_abs_I.to(torch.float32).pow(ratio) / divisor_I)
+
+
+def candidate_scales(mean_abs_I: Tensor, ratios: Sequence[float]) -> dict[float | None, Tensor]:
+    """The scale of every ratio."""
+    return {ratio: scale_of(mean_abs_I, ratio) for ratio in ratios}
+
+
+def duo_candidate_scales(
+    mean_abs_I: Tensor, weight_magnitude_I: Tensor, ratios: Sequence[float]
+) -> dict[float | None, Tensor]:
+    """The scale of every ratio with duo scaling, after the scale 1, which no ratio gives."""
+    scales: dict[float | None, Tensor] = {None: torch.ones_like(mean_abs_I)}
+    return scales | {ratio: duo_scale_of(mean_abs_I, weight_magnitude_I, ratio) for ratio in ratios}
+
+
+def _balanced(scale_I: Tensor) -> Tensor:
+    scale_I = scale_I.clamp(min=SMALLEST_SCALE)
     return scale_I / (scale_I.max() * scale_I.min()).sqrt()
+
+
+def weight_magnitudes(weights: Sequence[Tensor], block_sizes: Sequence[BlockSize]) -> Tensor:
+    """The w of the module's docstring: float32 (I,), the mean over the rows of all weights (O, I) of one site."""
+    relative = []
+    for weight_OI, block_size in zip(weights, block_sizes, strict=True):
+        magnitude_OGg = to_blocks(weight_OI.to(torch.float32).abs(), block_size)
+        largest_OG1 = scale_groups(magnitude_OGg, block_size).amax(-1, keepdim=True)
+        # A group of zeros has no largest value to be relative to: it stays zero.
+        relative_OGg = magnitude_OGg / torch.where(largest_OG1 > 0, largest_OG1, 1.0)
+        relative.append(from_blocks(relative_OGg, weight_OI.shape[1]))
+    return torch.cat(relative).mean(0)
+
+
+def evenly_spaced(inputs_STD: Tensor, rows: int) -> Tensor:
+    """The fewest whole sequences, evenly spaced, that hold `rows` tokens; all of them if they hold fewer."""
+    sequences, tokens = inputs_STD.shape[:2]
+    count = min(sequences, -(-rows // tokens))
+    return inputs_STD[torch.arange(count, device=inputs_STD.device) * sequences // count]
 
 
 def tie(mean_abs_I: Tensor, rows_I: Tensor) -> Tensor:
@@ -103,41 +170,34 @@ def tie(mean_abs_I: Tensor, rows_I: Tensor) -> Tensor:
     return tied_I
 
 
-def candidates(
-    weights: Mapping[str, Tensor],
-    mean_abs_I: Tensor,
-    formats: Mapping[str, NumberFormat],
-    ratios: Sequence[float],
-) -> Iterator[dict[str, Tensor]]:
-    """For every ratio the weights rounded under its scale, with the scale divided out again: float32.
-
-    weights: (O, I), all of one site, by name. formats: of the same names.
-    """
-    for ratio in ratios:
-        scale_I = scale_of(mean_abs_I, ratio)
-        yield {
-            name: formats[name].fake_quantize(weight_OI.float() * scale_I) / scale_I
-            for name, weight_OI in weights.items()
-        }
+def round_scaled(
+    weights: Mapping[str, Tensor], scale_I: Tensor, formats: Mapping[str, NumberFormat]
+) -> dict[str, Tensor]:
+    """The weights (O, I) rounded under a scale, with the scale divided out again: float32, by the same names."""
+    return {
+        name: formats[name].fake_quantize(weight_OI.float() * scale_I) / scale_I for name, weight_OI in weights.items()
+    }
 
 
 @torch.no_grad()
 def scale_block(
     call: BlockFunction,
     batches: Sequence[Tensor],
+    searched: Sequence[Tensor],
     formats: Mapping[str, NumberFormat],
     ratios: Sequence[float] = RATIOS,
+    duo_scaling: bool = False,
     autocast: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor], list[ScaledSite]]:
     """Search the scales of a block: the parameters that change (in their dtypes), and the scale found for each site.
 
     batches: hidden states (B, T, D) of the whole calibration text on any device, of a B and T that `call` accepts.
-    formats: by name of the linear; a site with a linear that has none is skipped. autocast: the dtype of the products
-    while candidates are compared. Memory: the activations of one batch in the block.
+    searched: those that errors are compared on. formats: by name of the linear; a site with a linear that has none is
+    skipped. autocast: the dtype of the products while candidates are compared. Memory: the activations of one batch in
+    the block.
     """
     block = call.block
     parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
-    device = next(iter(parameters.values())).device
     changed: dict[str, Tensor] = {}
     found = []
     sites = find_sites(call, batches[0])
@@ -148,17 +208,21 @@ def scale_block(
         mean_abs_I = tie(means[site.linears[0]], site.fold.rows_I)
         weights = {f"{name}.weight": parameters[f"{name}.weight"] for name in site.linears}
         weight_formats = {f"{name}.weight": formats[name] for name in site.linears}
-        errors = torch.zeros(len(ratios), dtype=torch.float64, device=device)
-        for hidden_BTD in batches:
+        scales = candidate_scales(mean_abs_I, ratios)
+        if duo_scaling:
+            block_sizes = [number_format.block_size for number_format in weight_formats.values()]
+            magnitude_I = tie(weight_magnitudes([*weights.values()], block_sizes), site.fold.rows_I)
+            scales = duo_candidate_scales(mean_abs_I, magnitude_I, ratios)
+        errors = torch.zeros(len(scales), dtype=torch.float64, device=mean_abs_I.device)
+        for hidden_BTD in searched:
             inspected = _Inspected(call, hidden_BTD, _closest_around(site.linears), autocast)
-            for k, rounded in enumerate(candidates(weights, mean_abs_I, weight_formats, ratios)):
-                errors[k] += inspected.error(rounded)
-        by_ratio = dict(zip(ratios, errors.tolist(), strict=True))
+            for k, scale_I in enumerate(scales.values()):
+                errors[k] += inspected.error(round_scaled(weights, scale_I, weight_formats))
+        by_ratio = dict(zip(scales, errors.tolist(), strict=True))
         # Of equal errors the first wins.
         ratio = min(by_ratio, key=by_ratio.__getitem__)
-        scale_I = scale_of(mean_abs_I, ratio)
-        changed |= fold_scale(parameters | changed, site, scale_I)
-        found.append(ScaledSite(site, scale_I, ratio, by_ratio))
+        changed |= fold_scale(parameters | changed, site, scales[ratio])
+        found.append(ScaledSite(site, scales[ratio], ratio, by_ratio))
     return changed, found
 
 

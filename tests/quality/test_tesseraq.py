@@ -34,7 +34,11 @@ def test_a_trained_block_ends_below_its_awq_start_on_held_out_text(stories, numb
     with torch.no_grad():
         targets = call({}, hidden)
     changed, _ = scale_block(
-        call, [hidden[:CALIBRATION]], dict.fromkeys(linears, number_format), ratios=(0.0, 0.25, 0.5)
+        call,
+        [hidden[:CALIBRATION]],
+        [hidden[:CALIBRATION]],
+        dict.fromkeys(linears, number_format),
+        ratios=(0.0, 0.25, 0.5),
     )
     norms = {name: tensor for name, tensor in changed.items() if name.endswith("norm.weight")}
     weights = {
