@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -122,7 +122,9 @@ class RunLog:
         target = self._buffer.target
         self._buffer.close()
         if target is not None:
-            target.close()
+            # On a broken disk the error that ended the run is the one to report.
+            with suppress(OSError):
+                target.close()
 
 
 def link_checkpoint(folder: Path, checkpoint: Path) -> None:

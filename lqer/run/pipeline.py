@@ -45,7 +45,12 @@ def run_chunk(config: Config, chunk: Chunk | None) -> Results | None:
     with RunLog() as run_log:
         try:
             results = _run(config, started, chunk, run_log)
-        except (LqerError, OSError):
+        except OSError as error:
+            if error.filename is not None or error.strerror is None:
+                raise
+            # What a run writes is below its output folder; calls on an open file do not say which file it is.
+            raise OSError(error.errno, error.strerror, config.output_dir) from error
+        except LqerError:
             raise
         except Exception as error:
             where = run_log.path or write_traceback(error)

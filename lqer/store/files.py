@@ -52,6 +52,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         fsync(temporary)
         temporary.replace(path)
         fsync(path.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Calls on an open file do not say which file it is.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         # On a broken disk the first error is the one to report.
         with suppress(OSError):

@@ -19,8 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lqer.errors import StoreError
-
 UNITS = {"": 1, "B": 1}
 UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
 UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
@@ -50,7 +48,7 @@ class Offload:
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
         """A tensor of undefined content. pinned: page-locked where it is in memory, for copies from and to a GPU.
 
-        Raises StoreError where the disk has no room for it.
+        Raises OSError if the disk has no room for it.
         """
         size = math.prod(shape) * dtype.itemsize
         if size and self._max_bytes is not None and self._resident + size > self._max_bytes:
@@ -79,7 +77,7 @@ class Offload:
                 # Room is claimed now: a mapping without it would kill the process at its first write.
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
-                raise StoreError(f"no room for {size} bytes under {self._folder}: {error.strerror}") from None
+                raise OSError(error.errno, error.strerror, f"{size} bytes under {self._folder}") from None
             mapping = mmap.mmap(file.fileno(), size)
         tensor = torch.frombuffer(mapping, dtype=dtype).view(*shape)
         address = tensor.data_ptr()

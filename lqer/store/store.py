@@ -67,8 +67,13 @@ class Artifact:
         return path
 
     def verify(self) -> None:
+        """Check every file, and that there are no others. Raises StoreError."""
         for name in self.manifest["files"]:
             self.file(name)
+        for path in self.path.iterdir():
+            # A kill between an artifact's rename and its last step leaves the journal.
+            if path.name not in self.manifest["files"] and path.name not in (MANIFEST, JOURNAL):
+                raise StoreError(f"{path} is not in the manifest; {_mend(self.path)}")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         return load_file(self.file(name))
@@ -291,7 +296,7 @@ def _read_record(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"{path} is missing; {_mend(path.parent)}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise StoreError(f"{path} is damaged ({error}); {_mend(path.parent)}") from None
     for name, kinds in types.items():
         if not isinstance(record, dict) or not isinstance(record.get(name), kinds):

@@ -115,12 +115,16 @@ max_windows = 8
     )
 
 
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "not a file"
+
+
 def artifacts(store: Path) -> dict[str, dict[str, str]]:
     """The sha256 of every file of every finished artifact, as it is on disk now; names that start with a dot aside."""
     found = {}
     for manifest in sorted(store.glob("[!.]*/manifest.json")):
         files = sorted(path for path in manifest.parent.iterdir() if path.name != "manifest.json")
-        found[manifest.parent.name] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        found[manifest.parent.name] = {path.name: _content(path) for path in files}
     return found
 
 

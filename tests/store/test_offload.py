@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lqer.errors import StoreError
 from lqer.store.offload import Offload, parse_bytes
 
 
@@ -61,7 +60,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(StoreError, match=f"no room for 400 bytes under {tmp_path}: No space left on device"):
+    with pytest.raises(OSError, match=f"No space left on device: '400 bytes under {tmp_path}'"):
         Offload(0, tmp_path).empty([100], torch.float32)
 
 

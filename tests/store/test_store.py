@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import time
@@ -193,6 +194,28 @@ class TestDamage:
         (artifact.path / MANIFEST).unlink()
         with pytest.raises(StoreError, match=r"manifest\.json is missing; remove .* to rebuild it"):
             store.obtain("stage", KEY, make)
+
+    def test_a_folder_in_place_of_the_manifest_is_refused_by_name(self, store):
+        artifact = store.obtain("stage", KEY, make)
+        (artifact.path / MANIFEST).unlink()
+        (artifact.path / MANIFEST).mkdir()
+        with pytest.raises(StoreError, match=r"manifest\.json is damaged .*Is a directory"):
+            store.obtain("stage", KEY, make)
+
+    def test_a_file_that_the_manifest_does_not_list_is_refused_by_name(self, store):
+        artifact = store.obtain("stage", KEY, make)
+        (artifact.path / "more.safetensors").write_bytes(b"")
+        with pytest.raises(StoreError, match=r"more\.safetensors is not in the manifest"):
+            artifact.verify()
+
+    def test_a_refused_write_names_the_file(self, store, monkeypatch):
+        def refuse(descriptor):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        monkeypatch.setattr("lqer.store.files.os.fsync", refuse)
+        with pytest.raises(OSError, match="Disk quota exceeded") as refused:
+            store.obtain("stage", KEY, make)
+        assert str(store.root) in refused.value.filename
 
     def test_a_kill_while_a_file_is_written_again_leaves_no_damage(self, store, monkeypatch):
         def write_twice(workspace: Workspace) -> None:
