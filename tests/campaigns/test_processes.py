@@ -1,0 +1,12 @@
+"""A short form of the campaign of processes: eight at once on one store."""
+
+from __future__ import annotations
+
+import processes
+import pytest
+
+
+@pytest.mark.parametrize("mode", range(len(processes.MODES)), ids=processes.MODES)
+def test_processes_on_one_store_do_not_mix_their_results(server, workplace, mode):
+    tally = processes.campaign(server, workplace, count=1, seed=1, only=mode)
+    assert not tally.failures, "\n".join(tally.failures)
