@@ -193,9 +193,12 @@ def partial_path(path: Path) -> Path:
 def stored_bytes(path: Path) -> int:
     """Bytes of an artifact's files, finished or not; another process may be writing to it."""
     size = 0
-    for file in (*path.glob("*"), *partial_path(path).glob("*")):
+    for folder in (path, partial_path(path)):
+        # The other process may rename the folder, or a file in it, at any moment.
         with suppress(FileNotFoundError):
-            size += file.stat().st_size
+            for file in folder.iterdir():
+                with suppress(FileNotFoundError):
+                    size += file.stat().st_size
     return size
 
 

@@ -6,5 +6,5 @@ import damage
 
 
 def test_a_damaged_file_is_refused_by_name_or_made_again(server, workplace):
-    tally = damage.campaign(server, workplace, count=12, seed=1)
+    tally = damage.campaign(server, workplace, count=8, seed=1)
     assert not tally.failures, "\n".join(tally.failures)
