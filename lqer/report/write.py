@@ -189,7 +189,8 @@ def render_report(
         *[f"**Warning**: {warning}." for warning in results["warnings"]],
         summary_table(results),
         f"Bits per quantized weight, everything stored included: {_shown_bits(bits)}.\n"
-        f"Method `{quantize['method']}`, weights `{quantize['weight']}`, activations `{quantize['activation']}`, "
+        f"Method `{quantize['method']['kind']}`, weights `{quantize['weight']}`, "
+        f"activations `{quantize['activation']}`, "
         f"attention operands `{quantize['attention']}`{_shown_transforms(quantize)}.",
         *_allocation_paragraphs(results),
         *_damping_paragraphs(layers),

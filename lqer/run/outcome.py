@@ -8,6 +8,7 @@ the line names
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import traceback
@@ -23,6 +24,10 @@ def report_failure(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("\nInterrupted. Rerun the same command to resume.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        # The reader of the output, such as `head`, has seen enough. Nothing more can be flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
     print(f"error: {one_line(explain_failure(error))}", file=sys.stderr)
     return EXIT_USER_ERROR if isinstance(error, LqerError) else EXIT_FAILURE
 

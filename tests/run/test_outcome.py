@@ -90,3 +90,9 @@ def test_a_terminal_that_lacks_a_character_sees_it_escaped(experiment, encoding)
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "valid"
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    script = "from lqer.run.outcome import report_failure; import sys; sys.exit(report_failure(BrokenPipeError()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
