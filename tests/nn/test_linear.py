@@ -65,9 +65,9 @@ def test_tokens_do_not_influence_one_another(parts, x):
     assert torch.equal(torch.stack([torch.stack([layer(token) for token in row]) for row in x]), whole)
 
 
-def test_its_tensors_follow_the_model_but_not_into_a_state_dict(parts):
+def test_its_tensors_follow_the_model_and_are_all_in_its_state_dict(parts):
     layer = QuantizedLinear(**parts, activation=None)
-    assert layer.state_dict() == {}
+    assert layer.state_dict().keys() == {"weight", "bias", "low_rank_a", "low_rank_b"}
     assert {tensor.dtype for tensor in layer.to(torch.bfloat16).buffers()} == {torch.bfloat16}
 
 
