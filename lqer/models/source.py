@@ -208,18 +208,14 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Raises ModelError if there is no tokenizer, or one without a vocabulary."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, **source.load_args)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model: {source.name} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    with reported_as(f"model: {source.name} has no usable tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=False, **source.load_args
+        )
     if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
         # tokenizer_config.json without the vocabulary's own file gives a tokenizer that maps every text to nothing.
         raise ModelError(f"model: {source.name} has a tokenizer without a vocabulary: are its files complete?")
     return tokenizer
-    with reported_as(f"model: {source.name} has no usable tokenizer"):
-        return AutoTokenizer.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=False, **source.load_args
-        )
 
 
 def check_weights(source: ModelSource) -> None:
