@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from lqer.errors import ConfigError
 from lqer.run.chunks import Chunk, parse_chunk
@@ -56,7 +57,8 @@ def _answered(command: Callable[[], None]) -> int:
     """The exit status of a command, with its error as one line."""
     tolerate_any_terminal()
     try:
-        command()
+        with _log_on_console():
+            command()
     except (Exception, KeyboardInterrupt) as error:
         return report_failure(error)
     return EXIT_OK
@@ -138,15 +140,24 @@ def _list(arguments: Sequence[str]) -> None:
         print(line)
 
 
+@contextmanager
+def _log_on_console() -> Iterator[None]:
+    """Print the messages of the log, without time or level, on stderr, while a command runs."""
+    console = logging.StreamHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    # On our own logger: libraries add handlers to the root logger, and lines would appear twice.
+    ours = logging.getLogger("lqer")
+    ours.addHandler(console)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.removeHandler(console)
+
+
 def _quieten_libraries() -> None:
-    """Our own lines on the console, those of libraries only if something is wrong."""
+    """Messages of libraries only if something is wrong."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # On our own logger: libraries add handlers to the root logger, and lines would appear twice.
-    console = logging.StreamHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("lqer")
-    ours.addHandler(console)
-    ours.setLevel(logging.INFO)

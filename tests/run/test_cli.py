@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lqer.cli import console, split_arguments, take_option
+from lqer.cli import console, main, split_arguments, take_option
 from lqer.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -175,3 +175,11 @@ def test_validate_of_a_hub_model_does_not_need_the_hub(monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "w4 (mxint, 4.5 bits)" in done.stdout
     assert "not checked against the model" in done.stdout
+
+
+def test_a_second_call_in_one_process_logs_every_line_once(experiment, capsys):
+    for _ in range(2):
+        assert main([str(experiment.config)], "") == 0
+    second = capsys.readouterr().err.rpartition("linears in 4 blocks")[2]
+    reused = [line for line in second.splitlines() if line.startswith("quantize: reused")]
+    assert len(reused) == 1
