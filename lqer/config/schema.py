@@ -8,6 +8,7 @@ stands for "not quantized", so that a command line can switch off what a preset 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -186,6 +187,14 @@ class DownstreamConfig(Section):
     data_dir: str | None = None
     # Whether tasks of include_path may run Python code of that folder.
     trust_code: bool = False
+
+    @property
+    def task_folder(self) -> Path | None:
+        return None if self.include_path is None else Path(self.include_path)
+
+    @property
+    def data_folder(self) -> Path | None:
+        return None if self.data_dir is None else Path(self.data_dir)
 
 
 class EvaluationConfig(Section):

@@ -12,6 +12,7 @@ from lqer.config import Config
 from lqer.config.plan import plan_model
 from lqer.config.rules import STORE_FOLDER
 from lqer.errors import ModelError
+from lqer.evaluation.downstream import check_tasks
 from lqer.methods import LinearPlan
 from lqer.models.probe import check_walk
 from lqer.models.source import ModelSource, check_weights, pick_device, pick_dtype, resolve_model
@@ -55,12 +56,8 @@ def prepare(config: Config) -> RunContext:
     if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
         check_budget(plans, summary.linears, budget_bits)
     if config.evaluation.downstream is not None:
-        from lqer.evaluation.downstream import check_tasks
-
         downstream = config.evaluation.downstream
-        check_tasks(
-            downstream.tasks, _path(downstream.include_path), _path(downstream.data_dir), downstream.num_fewshot
-        )
+        check_tasks(downstream.tasks, downstream.task_folder, downstream.data_folder, downstream.num_fewshot)
     dtype = pick_dtype(config.dtype, source, device)
     formats = {name: (plan.weight, plan.activation) for name, plan in plans.items() if plan is not None}
     wanted = config.evaluation.backend
@@ -68,7 +65,3 @@ def prepare(config: Config) -> RunContext:
         wanted = "emulate"  # kernels do not support fine-tuned columns of A and B
     backend = resolve_backend(wanted, device, dtype, formats)
     return RunContext(config, source, summary, plans, device, dtype, backend)
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)

@@ -26,7 +26,6 @@ from lqer.stages.evaluate import (
     Evaluation,
     TaskAccuracy,
     WindowPerplexity,
-    path_or_none,
 )
 from lqer.stages.finetune import Finetune
 from lqer.stages.quantize import Quantize, requested_statistics
@@ -182,7 +181,7 @@ def _downstream(
     settings = context.config.evaluation.downstream
     if settings is None:
         return {}
-    tasks = task_fingerprint(settings.tasks, path_or_none(settings.include_path), path_or_none(settings.data_dir))
+    tasks = task_fingerprint(settings.tasks, settings.task_folder, settings.data_folder)
     return {
         candidate.role: TaskAccuracy(
             candidate, ", ".join(settings.tasks), tasks, settings.num_fewshot, settings.limit, settings.batch_size,

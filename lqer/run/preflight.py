@@ -25,7 +25,6 @@ from lqer.run.context import RunContext, prepare
 from lqer.run.experiment import Experiment, plan_experiment
 from lqer.run.folder import run_folder
 from lqer.run.texts import Texts, read_texts
-from lqer.stages.evaluate import path_or_none
 from lqer.store.store import Store, stored_bytes
 
 
@@ -73,9 +72,7 @@ def _check_tasks(config: Config, experiment: Experiment, store: Store) -> None:
     """Load the data of the tasks, unless every candidate's accuracy is in the store."""
     settings = config.evaluation.downstream
     if settings is not None and any(stage.find(store) is None for stage in experiment.downstream.values()):
-        check_task_data(
-            settings.tasks, path_or_none(settings.include_path), path_or_none(settings.data_dir), settings.trust_code
-        )
+        check_task_data(settings.tasks, settings.task_folder, settings.data_folder, settings.trust_code)
 
 
 def _check_tokens(summary: ModelSummary, texts: Texts, say: Callable[[str], None]) -> None:
@@ -84,14 +81,16 @@ def _check_tokens(summary: ModelSummary, texts: Texts, say: Callable[[str], None
     Raises ModelError for an id without an embedding and for windows longer than a table of positions; windows that are
     only longer than the model was trained on get a warning.
     """
-    windows = {"calibration.seq_len": texts.calibration.windows_WT}
-    if texts.training_WT is not None:
-        windows["finetune.seq_len"] = texts.training_WT
-    for text in texts.evaluation:
-        if text.windows_WT is not None:
-            windows["evaluation.perplexity.seq_len"] = text.windows_WT
-    for key, windows_WT in windows.items():
-        largest, length = int(windows_WT.max()), windows_WT.shape[1]
+    evaluation = [text.windows_WT for text in texts.evaluation if text.windows_WT is not None]
+    by_key = {
+        "calibration.seq_len": [texts.calibration.windows_WT],
+        "finetune.seq_len": [] if texts.training_WT is None else [texts.training_WT],
+        "evaluation.perplexity.seq_len": evaluation,
+    }
+    for key, windows in by_key.items():
+        if not windows:
+            continue
+        largest, length = max(int(windows_WT.max()) for windows_WT in windows), windows[0].shape[1]
         if largest >= summary.embedded_ids:
             raise ModelError(
                 f"model: the tokenizer gives token id {largest}, but the embedding has {summary.embedded_ids} rows: "

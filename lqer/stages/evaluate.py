@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -149,13 +148,9 @@ class TaskAccuracy(Evaluation):
             limit=self.limit,
             batch_size=self.batch_size,
             max_length=self.max_length,
-            include_path=path_or_none(self.settings.include_path),
-            data_dir=path_or_none(self.settings.data_dir),
+            include_path=self.settings.task_folder,
+            data_dir=self.settings.data_folder,
             seed=self.seed,
             trust_code=self.settings.trust_code,
         )
         workspace.write_json(RESULT_FILE, [asdict(result) for result in results])
-
-
-def path_or_none(name: str | None) -> Path | None:
-    return None if name is None else Path(name)

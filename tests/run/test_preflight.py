@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,21 +100,36 @@ class TestPositions:
         assert lines[-1] == "valid"
 
 
+def with_fewer_ids(tiny_model: Path, folder: Path, ids: int) -> Path:
+    """The tiny model with the first rows of its embedding and head alone."""
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": ids}))
+    tensors = load_file(folder / "model.safetensors")
+    cut = {name: tensor[:ids] for name, tensor in tensors.items() if "embed_tokens" in name or "lm_head" in name}
+    save_file(tensors | cut, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def test_a_tokenizer_with_more_ids_than_the_embedding(experiment, tiny_model, tmp_path):
-    shutil.copytree(tiny_model, tmp_path / "small")
-    config = json.loads((tmp_path / "small/config.json").read_text())
-    (tmp_path / "small/config.json").write_text(json.dumps(config | {"vocab_size": 60}))
-    tensors = load_file(tmp_path / "small/model.safetensors")
-    cut = {name: tensor[:60] for name, tensor in tensors.items() if "embed_tokens" in name or "lm_head" in name}
-    save_file(tensors | cut, tmp_path / "small/model.safetensors", metadata={"format": "pt"})
-    both(
-        experiment,
-        f"--model={tmp_path / 'small'}",
-        match=r"the tokenizer gives token id \d+, but the embedding has 60 rows",
-    )
+    model = with_fewer_ids(tiny_model, tmp_path / "small", 60)
+    both(experiment, f"--model={model}", match=r"the tokenizer gives token id \d+, but the embedding has 60 rows")
 
 
 def test_a_tokenizer_without_its_vocabulary(experiment, tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "bare")
     (tmp_path / "bare/tokenizer.json").unlink()
     both(experiment, f"--model={tmp_path / 'bare'}", match="tokenizer")
+
+
+def test_every_evaluation_text_is_compared_with_the_embedding(experiment, tiny_model, tmp_path):
+    ids = {name: byte_tokenizer()(text)["input_ids"] for name, text in (("plain", "a b"), ("odd", "a \u20ac"))}
+    assert max(ids["odd"]) > max(ids["plain"]), "the other text has an id of its own"
+    model = with_fewer_ids(tiny_model, tmp_path / "small", max(ids["plain"]) + 1)
+    (tmp_path / "plain.txt").write_text("a b" * 400)
+    (tmp_path / "odd.txt").write_text("a \u20ac" * 400)
+    both(
+        experiment, f"--model={model}", f"--calibration.dataset={tmp_path / 'plain.txt'}",
+        f'--evaluation.perplexity.datasets=["{tmp_path}/odd.txt", "{tmp_path}/plain.txt"]',
+        match=r"token id \d+, but the embedding has \d+ rows",
+    )  # fmt: skip
