@@ -114,17 +114,13 @@ def write_outer(
         tokenizer.save_pretrained(folder, save_jinja_files=False)
         for file in sorted(Path(folder).iterdir()):
             if file.name != "config.json":
-                workspace.write(file.name, partial(_copy, file))
+                workspace.write(file.name, partial(shutil.copyfile, file))
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     # Identifies the folder to other loaders than load_quantized.
     config["quantization_config"] = {"quant_method": "lqer", "details": DETAILS_FILE}
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     workspace.write_json("config.json", config)
     workspace.write_json(DETAILS_FILE, {"format_version": FORMAT_VERSION, **details})
-
-
-def _copy(source: Path, destination: Path) -> None:
-    shutil.copyfile(source, destination)
 
 
 def packed_parts(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:

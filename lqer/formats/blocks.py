@@ -18,7 +18,6 @@ from torch.nn.functional import pad
 
 BlockSize = int | Literal["row", "tensor"]
 
-E8M0_BIAS = 127
 E8M0_NAN = 255
 FLOAT32_MANTISSA_BITS = 23
 FLOAT32_INF_PATTERN = 0x7F800000  # also the mask of the exponent field; any larger magnitude pattern is a NaN

@@ -38,10 +38,10 @@ def explain_failure(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the operating system'}: {error.strerror}"
-    return f"{summary(error)} (traceback in {write_traceback(error)})"
+    return f"{headline(error)} (traceback in {write_traceback(error)})"
 
 
-def summary(error: BaseException) -> str:
+def headline(error: BaseException) -> str:
     """Type and first line of an unexpected exception."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -15,7 +15,7 @@ from lqer.results import Results
 from lqer.run.chunks import Chunk
 from lqer.run.experiment import Experiment, QuantizeStage
 from lqer.run.folder import RunLog, begin_run, link_checkpoint, locked
-from lqer.run.outcome import summary, write_traceback
+from lqer.run.outcome import headline, write_traceback
 from lqer.run.preflight import CheckedRun, check_run
 from lqer.run.texts import Texts
 from lqer.stages.allocate_ranks import Budget, BudgetedPlans
@@ -54,7 +54,7 @@ def run_chunk(config: Config, chunk: Chunk | None) -> Results | None:
             raise
         except Exception as error:
             where = run_log.path or write_traceback(error)
-            raise RunFailedError(f"{summary(error)} (traceback in {where})") from error
+            raise RunFailedError(f"{headline(error)} (traceback in {where})") from error
     if config.tracking is not None and results is not None:
         track(config.tracking, results)
     return results

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -283,7 +282,7 @@ def _write(
         workspace.write_tensors(block_file(index), tensors)
     for file in checkpoint.manifest["files"]:
         if file not in workspace and file != DETAILS_FILE:
-            workspace.write(file, partial(_copy, checkpoint.file(file)))
+            workspace.write(file, partial(shutil.copyfile, checkpoint.file(file)))
     changed = {"linears": {row["name"]: row["entry"] for row in rows}, "bits": average_bits(rows)}
     workspace.write_json(HISTORY_FILE, {"validation_loss": training.losses, "best_epoch": training.best_epoch})
     workspace.write_json(DETAILS_FILE, {**details, **changed})
@@ -295,7 +294,3 @@ def _remove_training(workspace: Workspace, keep: int | None = None) -> None:
     for name in workspace.names():
         if fnmatchcase(name, TRAINING_FILES) and name != f"training-{keep or 0:05d}.safetensors":
             workspace.remove(name)
-
-
-def _copy(source: Path, destination: Path) -> None:
-    shutil.copyfile(source, destination)
