@@ -22,6 +22,7 @@ from torch import Tensor
 from lqer.components import Component
 from lqer.formats.blocks import BlockSize, block_count, from_blocks, to_blocks
 from lqer.formats.packing import pack_bits, packed_length, unpack_bits
+from lqer.formats.spacing import Spacing
 
 
 class NonFiniteError(ValueError):
@@ -84,6 +85,10 @@ class NumberFormat(Component, ABC, family="number format"):
     @abstractmethod
     def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
         """float32 values [G, g] of codes [G, g] under scales [G]; whole vectors, g a multiple of D."""
+
+    def spacing(self, scales: dict[str, Tensor]) -> Spacing | None:
+        """The values under scales [G] where they are evenly spaced; None for other formats."""
+        return None
 
     def quantize(self, x: Tensor, axis: int = -1) -> "QuantizedTensor":
         """Quantize a float tensor of any dtype along `axis`, in float32.

@@ -23,6 +23,7 @@ from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import FLOAT32_INF_PATTERN, BlockSize, max_magnitude_pattern, scale_groups
 from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, positive
+from lqer.formats.spacing import Spacing
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ class Int(NumberFormat):
         if not self.symmetric:
             values_Gg = values_Gg.sub_(scales["zeros"].unsqueeze(-1))
         return values_Gg.mul_(scales["scales"].to(torch.float32).unsqueeze(-1))
+
+    def spacing(self, scales: dict[str, Tensor]) -> Spacing:
+        step_G = scales["scales"].to(torch.float32)
+        zero_G = torch.zeros_like(step_G) if self.symmetric else scales["zeros"].to(torch.float32)
+        return Spacing(step_G, zero_G, self.min_code, self.max_code)
 
     def round_blocks(self, x_Gg: Tensor) -> Tensor:
         scales = self.fit(x_Gg)

@@ -29,6 +29,7 @@ from lqer.formats.blocks import (
     max_magnitude_pattern,
     scale_groups,
 )
+from lqer.formats.spacing import Spacing
 
 LARGEST_EXPONENT_PATTERN = 0x7F000000  # 2^127, the last power of two below infinity
 
@@ -80,8 +81,14 @@ class MXInt(NumberFormat):
 
     def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
         """float32 code * 2^(exponent - 127 - fraction_bits) [G, g], exact; NaN where the exponent is 255."""
-        step_G = e8m0_to_float(scales["exponents"]).mul_(2.0**-self.fraction_bits)
-        return codes_Gg.to(torch.float32).mul_(step_G.unsqueeze(-1))
+        return codes_Gg.to(torch.float32).mul_(self._stored_step(scales).unsqueeze(-1))
+
+    def spacing(self, scales: dict[str, Tensor]) -> Spacing:
+        step_G = self._stored_step(scales)
+        return Spacing(step_G, torch.zeros_like(step_G), -self.max_code, self.max_code)
+
+    def _stored_step(self, scales: dict[str, Tensor]) -> Tensor:
+        return e8m0_to_float(scales["exponents"]).mul_(2.0**-self.fraction_bits)
 
     def round_blocks(self, x_Gg: Tensor) -> Tensor:
         step_G = self._step(self._shared_exponent(x_Gg))

@@ -150,7 +150,9 @@ def round_block(
 def start_state(grids: Mapping[str, Grid], tune_scales: bool) -> AdaptiveState:
     """The soft weights equal to the original ones, within the grid's range."""
     v = {name: inverse_rectified_sigmoid(grid.fraction_OI) for name, grid in grids.items()}
-    u = {name: torch.zeros_like(grid.step_ON) for name, grid in grids.items() if tune_scales and grid.tunes_scales}
+    u = {
+        name: torch.zeros_like(grid.spacing.step_G) for name, grid in grids.items() if tune_scales and grid.tunes_scales
+    }
     return AdaptiveState(v, u, torch.empty(0))
 
 

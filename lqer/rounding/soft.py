@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lqer.formats import Int, MXInt, QuantizedTensor
+from lqer.formats import Int, QuantizedTensor
 from lqer.formats.blocks import from_blocks, to_blocks
+from lqer.formats.spacing import Spacing
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 SMALLEST_STEP = torch.finfo(torch.float32).smallest_normal  # the step of MXINT's zero blocks is too small to divide by
@@ -70,8 +71,7 @@ class Grid:
     start: QuantizedTensor
     lower_OI: Tensor  # int16: floor(w / s) + z, clamped where no rounding reaches the format's codes
     fraction_OI: Tensor  # float32 in [0, 1)
-    step_ON: Tensor  # float32
-    zero_ON: Tensor  # float32
+    spacing: Spacing  # of groups [O, N]
 
     @classmethod
     def of(cls, weight_OI: Tensor, start: QuantizedTensor) -> Grid:
@@ -79,20 +79,19 @@ class Grid:
 
         Raises ValueError for a format whose codes are not evenly spaced and for a start of another shape.
         """
-        number_format = _evenly_spaced(start)
+        spacing = _spacing(start)
         if start.shape != tuple(weight_OI.shape) or start.axis != 1:
             raise ValueError(
                 f"the start has shape {start.shape} and groups along axis {start.axis}; "
                 f"a weight of shape {tuple(weight_OI.shape)} needs its own shape and groups along axis 1"
             )
-        step_ON, zero_ON = _steps(start)
-        weight_ONB = to_blocks(weight_OI.detach().to(torch.float32), number_format.block_size)
-        steps_ONB = weight_ONB / step_ON.clamp(min=SMALLEST_STEP).unsqueeze(-1)
+        weight_ONB = to_blocks(weight_OI.detach().to(torch.float32), start.format.block_size)
+        steps_ONB = weight_ONB / spacing.step_G.clamp(min=SMALLEST_STEP).unsqueeze(-1)
         floor_ONB = steps_ONB.floor()
-        lower_ONB = (floor_ONB + zero_ON.unsqueeze(-1)).clamp_(_min_code(number_format) - 1, number_format.max_code)
+        lower_ONB = (floor_ONB + spacing.zero_G.unsqueeze(-1)).clamp_(spacing.min_code - 1, spacing.max_code)
         length = weight_OI.shape[1]
         lower_OI = from_blocks(lower_ONB.to(torch.int16), length)
-        return cls(start, lower_OI, from_blocks(steps_ONB.sub_(floor_ONB), length), step_ON, zero_ON)
+        return cls(start, lower_OI, from_blocks(steps_ONB.sub_(floor_ONB), length), spacing)
 
     @property
     def tunes_scales(self) -> bool:
@@ -105,26 +104,24 @@ class Grid:
         The stretched step is rounded to the dtype it is stored in (straight-through gradient), so that training uses
         the scales that are stored.
         """
-        number_format = _evenly_spaced(self.start)
-        step_ON = self.step_ON if u_ON is None else self._stretched(u_ON)
-        return _SoftWeight.apply(v_OI, step_ON, self, _min_code(number_format), number_format.max_code)
+        step_ON = self.spacing.step_G if u_ON is None else self._stretched(u_ON)
+        return _SoftWeight.apply(v_OI, step_ON, self)
 
     @torch.no_grad()
     def quantized(self, v_OI: Tensor, u_ON: Tensor | None) -> QuantizedTensor:
         """The codes with every v decided (0 rounds down) and the scales as stretched: `weight` of that, bit for bit."""
-        number_format = _evenly_spaced(self.start)
         raised_OI = self.lower_OI + (v_OI > 0).to(torch.int16)
-        codes_OI = raised_OI.clamp_(_min_code(number_format), number_format.max_code)
+        codes_OI = raised_OI.clamp_(self.spacing.min_code, self.spacing.max_code)
         parts = self.start.parts | {"codes": codes_OI.to(self.start.parts["codes"].dtype)}
         if u_ON is not None:
             parts["scales"] = self._stretched(u_ON).to(parts["scales"].dtype)
-        return QuantizedTensor(number_format, self.start.shape, self.start.axis, parts)
+        return QuantizedTensor(self.start.format, self.start.shape, self.start.axis, parts)
 
     def _stretched(self, u_ON: Tensor) -> Tensor:
-        number_format = _evenly_spaced(self.start)
+        number_format = self.start.format
         if not isinstance(number_format, Int):
             raise ValueError(f"the scales of {number_format.kind} are powers of two: they cannot be stretched")
-        stretched_ON = self.step_ON * dequantization_scale(u_ON)
+        stretched_ON = self.spacing.step_G * dequantization_scale(u_ON)
         stored_ON = number_format.storable_scales(stretched_ON.detach()).to(torch.float32)
         # The bracket is exactly 0 in the forward pass: the stored value is unchanged to the last bit.
         return stored_ON + (stretched_ON - stretched_ON.detach())
@@ -134,15 +131,16 @@ class _SoftWeight(torch.autograd.Function):
     """(clamp(lower + h(v), min_code, max_code) - z) s with an explicit gradient: half of autograd's time and memory."""
 
     @staticmethod
-    def forward(ctx: Any, v_OI: Tensor, step_ON: Tensor, grid: Grid, min_code: int, max_code: int) -> Tensor:
-        centred_OI = rectified_sigmoid(v_OI).add_(grid.lower_OI).clamp_(min_code, max_code)
-        centred_ONB = to_blocks(centred_OI, grid.start.format.block_size).sub_(grid.zero_ON.unsqueeze(-1))
+    def forward(ctx: Any, v_OI: Tensor, step_ON: Tensor, grid: Grid) -> Tensor:
+        spacing = grid.spacing
+        centred_OI = rectified_sigmoid(v_OI).add_(grid.lower_OI).clamp_(spacing.min_code, spacing.max_code)
+        centred_ONB = to_blocks(centred_OI, grid.start.format.block_size).sub_(spacing.zero_G.unsqueeze(-1))
         ctx.save_for_backward(v_OI, step_ON, centred_ONB)
-        ctx.grid, ctx.min_code, ctx.max_code = grid, min_code, max_code
+        ctx.grid = grid
         return from_blocks(centred_ONB * step_ON.unsqueeze(-1), v_OI.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         v_OI, step_ON, centred_ONB = ctx.saved_tensors
         gradient_ONB = to_blocks(gradients[0], ctx.grid.start.format.block_size)
         step_gradient_ON = (gradient_ONB * centred_ONB).sum(-1)
@@ -152,28 +150,12 @@ class _SoftWeight(torch.autograd.Function):
         raised_OI = sigmoid_OI.mul_(STRETCH_HIGH - STRETCH_LOW).add_(STRETCH_LOW)
         moves_OI = (raised_OI >= 0) & (raised_OI <= 1)
         raised_OI.add_(ctx.grid.lower_OI)
-        moves_OI &= (raised_OI >= ctx.min_code) & (raised_OI <= ctx.max_code)
-        return gradient_OI.mul_(moves_OI), step_gradient_ON, None, None, None
+        moves_OI &= (raised_OI >= ctx.grid.spacing.min_code) & (raised_OI <= ctx.grid.spacing.max_code)
+        return gradient_OI.mul_(moves_OI), step_gradient_ON, None
 
 
-def _evenly_spaced(start: QuantizedTensor) -> Int | MXInt:
-    number_format = start.format
-    if isinstance(number_format, Int | MXInt):
-        return number_format
-    raise ValueError(f"adaptive rounding needs weights of kind int or mxint, found {number_format}")
-
-
-def _min_code(number_format: Int | MXInt) -> int:
-    return number_format.min_code if isinstance(number_format, Int) else -number_format.max_code
-
-
-def _steps(start: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """Step and zero point of every group [O, N], in float32."""
-    if isinstance(start.format, Int):
-        step_ON = start.parts["scales"].to(torch.float32)
-        zeros_ON = start.parts.get("zeros")
-    else:
-        exponents_ON = start.parts["exponents"]
-        one_ON1 = torch.ones_like(exponents_ON, dtype=torch.int8).unsqueeze(-1)
-        step_ON, zeros_ON = start.format.decode(one_ON1, {"exponents": exponents_ON}).squeeze(-1), None
-    return step_ON, torch.zeros_like(step_ON) if zeros_ON is None else zeros_ON.to(torch.float32)
+def _spacing(start: QuantizedTensor) -> Spacing:
+    spacing = start.format.spacing(start.parts)
+    if spacing is None:
+        raise ValueError(f"adaptive rounding needs weights of kind int or mxint, found {start.format}")
+    return spacing

@@ -102,7 +102,7 @@ def test_codes_are_the_lower_one_or_the_next(grid, weight_OI):
 def test_what_is_evaluated_is_what_is_stored(grid):
     generator = torch.Generator().manual_seed(3)
     signs_OI = torch.randn(ROWS, COLUMNS, generator=generator).sign()
-    u_ON = torch.randn(grid.step_ON.shape, generator=generator) * 0.3 if grid.tunes_scales else None
+    u_ON = torch.randn(grid.spacing.step_G.shape, generator=generator) * 0.3 if grid.tunes_scales else None
     stored = grid.quantized(signs_OI, u_ON)
     assert torch.equal(grid.weight(signs_OI * torch.inf, u_ON), stored.dequantize())
     packed = stored.format.unpack(stored.pack(), stored.shape, stored.axis)
@@ -113,9 +113,9 @@ def test_scales_are_stretched_by_twice_the_sigmoid_and_stay_where_it_is_one(weig
     start = Int(bits=3, block_size=16).quantize(weight_OI)
     grid = Grid.of(weight_OI, start)
     v_OI = inverse_rectified_sigmoid(grid.fraction_OI)
-    untouched = grid.quantized(v_OI, torch.zeros_like(grid.step_ON))
+    untouched = grid.quantized(v_OI, torch.zeros_like(grid.spacing.step_G))
     assert torch.equal(untouched.parts["scales"], start.parts["scales"])
-    stretched = grid.quantized(v_OI, torch.full_like(grid.step_ON, 0.2))
+    stretched = grid.quantized(v_OI, torch.full_like(grid.spacing.step_G, 0.2))
     factor = float(dequantization_scale(torch.tensor(0.2)))
     assert factor == pytest.approx(2 / (1 + 2.718281828**-0.2))
     expected = (start.parts["scales"].float() * factor).half()
@@ -127,17 +127,17 @@ def test_gradients_are_those_of_the_definition(grid, weight_OI):
     """Against autograd on the formula, written down once more."""
     generator = torch.Generator().manual_seed(4)
     v_OI = torch.randn(ROWS, COLUMNS, generator=generator).mul_(3).requires_grad_()
-    u_ON = torch.zeros_like(grid.step_ON).requires_grad_() if grid.tunes_scales else None
+    u_ON = torch.zeros_like(grid.spacing.step_G).requires_grad_() if grid.tunes_scales else None
     upstream_OI = torch.randn(ROWS, COLUMNS, generator=generator)
     soft_OI = grid.weight(v_OI, u_ON)
     soft_OI.backward(upstream_OI)
 
     width = COLUMNS if grid.start.format.block_size == "row" else 16
-    zeros_ON = grid.start.parts.get("zeros", torch.zeros_like(grid.step_ON))
+    zeros_ON = grid.start.parts.get("zeros", torch.zeros_like(grid.spacing.step_G))
     zeros_OI = zeros_ON.double().repeat_interleave(width, dim=1)[:, :COLUMNS]
     low = -grid.start.format.max_code if isinstance(grid.start.format, MXInt) else grid.start.format.min_code
     v = v_OI.detach().double().requires_grad_()
-    u = torch.zeros_like(grid.step_ON, dtype=torch.float64).requires_grad_()
+    u = torch.zeros_like(grid.spacing.step_G, dtype=torch.float64).requires_grad_()
     steps_OI = steps_of(grid.start) * (2 * torch.sigmoid(u)).repeat_interleave(width, dim=1)[:, :COLUMNS]
     codes_OI = grid.lower_OI + (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)
     expected_OI = (codes_OI.clamp(low, grid.start.format.max_code) - zeros_OI) * steps_OI
@@ -203,4 +203,4 @@ def test_power_of_two_scales_cannot_be_stretched(weight_OI):
     grid = Grid.of(weight_OI, MXInt(bits=4).quantize(weight_OI))
     assert not grid.tunes_scales
     with pytest.raises(ValueError, match="the scales of mxint are powers of two"):
-        grid.weight(torch.zeros_like(weight_OI), torch.zeros_like(grid.step_ON))
+        grid.weight(torch.zeros_like(weight_OI), torch.zeros_like(grid.spacing.step_G))

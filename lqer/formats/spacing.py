@@ -1,0 +1,23 @@
+"""Values of a number format that are evenly spaced.
+
+Shapes: G groups of all leading dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """Evenly spaced values of groups [G]: value = (code - zero) * step, with codes from min_code to max_code.
+
+    step_G, zero_G: float32. A step can be too small to divide by (MXINT's zero blocks).
+    """
+
+    step_G: Tensor
+    zero_G: Tensor
+    min_code: int
+    max_code: int
