@@ -20,7 +20,7 @@ from lqer.models import demo
 from lqer.models.demo import demo_description, rescale_llama_, resolve_demo_model, user_cache_dir
 
 NAME = "demo:smollm2-135m"
-WEIGHTS_SHA256 = "8c63ee85bc698240e599faf0fd1e3f2bf828826a0bdc34dfa4aef78710031b26"
+WEIGHTS_SHA256 = "b2c6ae40f246819b58afc4236a3acf62e30f264aca7e9c43e29fd5fe7c6831f6"
 
 
 @pytest.fixture
@@ -57,6 +57,17 @@ class TestRescale:
         rescale_llama_(llama, seed=0)
         for name, linear in linears.items():
             assert distinct_values(linear.weight) > 16, name
+
+    def test_norms_stay_as_trained_but_for_the_random_gains(self, llama):
+        norms = {name: weight for name, weight in llama.named_parameters() if "norm" in name}
+        before = {name: weight.detach().clone() for name, weight in norms.items()}
+        rescale_llama_(llama, seed=0)
+        for name, weight in norms.items():
+            ratio = before[name] / weight
+            if name == "model.norm.weight":
+                assert torch.equal(weight, before[name])
+            else:
+                assert 0.84 < ratio.min() < 0.9 < 1.1 < ratio.max() < 1.2
 
     def test_gains_are_exact(self):
         gains = demo._gains(10_000, torch.Generator().manual_seed(3))
