@@ -9,8 +9,8 @@ moves
     v_proj -> o_proj          from the columns of the second into the rows of the first;
     up_proj -> down_proj      groups of query heads share the channels of v_proj
 
-Nothing else moves: apart from those factors the norms are as they were trained, as in every published checkpoint. (Whole
-gains of norms multiplied into the weights would triple what plain rounding loses.)
+Nothing else moves: apart from those factors the norms are as they were trained, as in every published checkpoint.
+(Whole gains of norms multiplied into the weights would triple what plain rounding loses.)
 
 The result is an ordinary transformers checkpoint in the user's cache, created once.
 
