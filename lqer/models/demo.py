@@ -40,7 +40,7 @@ from lqer.store.files import fsync
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-    from torch.nn import Linear, Module
+    from torch.nn import Linear
     from transformers import LlamaForCausalLM
 
 log = logging.getLogger(__name__)
@@ -135,8 +135,10 @@ def rescale_llama_(model: LlamaForCausalLM, seed: int) -> None:
     with torch.no_grad():
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
-            _move_from_norm_(block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), generator)
-            _move_from_norm_(block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), generator)
+            _move_from_norm_(
+                block.input_layernorm.weight, (attention.q_proj, attention.k_proj, attention.v_proj), generator
+            )
+            _move_from_norm_(block.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj), generator)
             gain_KD = _gains(attention.v_proj.out_features, generator).view(-1, attention.head_dim)
             attention.v_proj.weight.mul_(gain_KD.flatten()[:, None])
             # Query heads that share a value head are adjacent in o_proj's input.
@@ -146,9 +148,9 @@ def rescale_llama_(model: LlamaForCausalLM, seed: int) -> None:
             mlp.down_proj.weight.div_(gain_O)
 
 
-def _move_from_norm_(norm: Module, linears: tuple[Linear, ...], generator: Generator) -> None:
+def _move_from_norm_(norm_I: Tensor, linears: tuple[Linear, ...], generator: Generator) -> None:
     gain_I = _gains(linears[0].in_features, generator)
-    norm.weight.div_(gain_I)
+    norm_I.div_(gain_I)
     for linear in linears:
         linear.weight.mul_(gain_I)
 
