@@ -1,7 +1,9 @@
 """Whose code the tasks of lm-evaluation-harness run.
 
 A task's YAML may name Python functions (`!function`) of files next to it. Those of the library's own tasks run, and the
-loader of local tasks; any other only if the configuration trusts the folder. Templates are rendered in a sandbox.
+loader of local tasks; any other only if the configuration trusts the folder. A metric that the library does not know
+itself it would load by `evaluate`, as code of a folder or of a hub: that needs the same trust. Templates are rendered
+in a sandbox.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ LIBRARY = "lm_eval.tasks."
 
 @contextlib.contextmanager
 def trusted_code_alone(trust_code: bool) -> Iterator[None]:
-    """While tasks are loaded: raise ConfigError for a function that is neither the library's nor trusted."""
+    """While tasks are loaded: raise ConfigError for a function or metric neither the library's nor trusted."""
+    from lm_eval.api import task
+    from lm_eval.api.registry import metric_registry
     from lm_eval.tasks import _yaml_loader
 
     sandbox_templates()
-    # The library has one place where it turns a name into a function, and no setting for it.
-    import_function = _yaml_loader._import_func_in_yml
+    # The library has one place where it turns a name into a function, one for metrics, and no setting for either.
+    import_function, get_metric = _yaml_loader._import_func_in_yml, task.get_metric
 
     def checked(name: str, folder: Path) -> Any:
         if not trust_code and not _is_trusted(name, folder):
@@ -36,11 +40,19 @@ def trusted_code_alone(trust_code: bool) -> Iterator[None]:
             )
         return import_function(name, folder)
 
-    _yaml_loader._import_func_in_yml = checked
+    def checked_metric(name: str, hf_evaluate_metric: bool = False) -> Any:
+        if not trust_code and (hf_evaluate_metric or name not in metric_registry):
+            raise ConfigError(
+                f"evaluation.downstream.tasks: the metric {name!r} of a task is not lm-eval's own: it would be loaded "
+                "as code; set evaluation.downstream.trust_code = true to allow it"
+            )
+        return get_metric(name, hf_evaluate_metric)
+
+    _yaml_loader._import_func_in_yml, task.get_metric = checked, checked_metric
     try:
         yield
     finally:
-        _yaml_loader._import_func_in_yml = import_function
+        _yaml_loader._import_func_in_yml, task.get_metric = import_function, get_metric
 
 
 def _is_trusted(name: str, folder: Path) -> bool:

@@ -22,7 +22,7 @@ output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: {target}
 metric_list:
-  - metric: word_perplexity
+  - metric: {metric}
 """
 
 
@@ -34,10 +34,16 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def load(folder: Path, trust_code: bool = False, loader: str = LOCAL_LOADER, target: str = '"{{text}}"') -> None:
+def load(
+    folder: Path,
+    trust_code: bool = False,
+    loader: str = LOCAL_LOADER,
+    target: str = '"{{text}}"',
+    metric: str = "word_perplexity",
+) -> None:
     # A name of its own: the library's index is read once per folder.
     name = f"task{len(list(folder.glob('*.yaml')))}"
-    (folder / f"{name}.yaml").write_text(TASK.format(name=name, loader=loader, target=target))
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name, loader=loader, target=target, metric=metric))
     check_task_data([name], folder, folder, trust_code)
 
 
@@ -50,6 +56,20 @@ def test_code_next_to_a_task_is_refused_before_it_runs(folder, options):
     with pytest.raises(ConfigError, match=r"runs Python code \(code\.load_jsonl\): .*trust_code = true"):
         load(folder, **options)
     assert not (folder / "ran").exists()
+
+
+def test_a_metric_that_would_be_loaded_as_code_is_refused_before_it_runs(folder):
+    (folder / "metric").mkdir()
+    (folder / "metric" / "metric.py").write_text((folder / "code.py").read_text())
+    metric = str(folder / "metric")
+    with pytest.raises(ConfigError, match=r"the metric .*metric' of a task is not lm-eval's own: .*trust_code = true"):
+        load(folder, metric=metric)
+    assert not (folder / "ran").exists()
+
+
+def test_a_metric_of_the_evaluate_library_is_refused(folder):
+    with pytest.raises(ConfigError, match="the metric 'f1' of a task is not lm-eval's own"):
+        load(folder, metric="f1\n    hf_evaluate: true")
 
 
 def test_trusted_code_runs(folder):
