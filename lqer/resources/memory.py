@@ -178,18 +178,19 @@ def _quantize(work: Workload) -> StageMemory:
     if quantize.propagates_error:
         walk = _walk(work, settings.num_samples, settings.seq_len, _batch_tokens(settings),
                      _smaller("calibration.batch_size"), _accumulators(work), blocks=2)  # fmt: skip
-        block = _whole_block(work)
-        host, device, disk = ([*a, *b, *c] for a, b, c in zip((host, device, disk), walk, block, strict=True))
+        host, device, disk = ([*a, *b] for a, b in zip((host, device, disk), walk, strict=True))
+        host += _original_stream(work)
+        learned, states = _whole_block(work)
+        device, disk = device + learned, disk + states
     return _stage("quantize", work, host, device, disk)
 
 
-def _whole_block(work: Workload) -> tuple[list[Need], list[Need], list[Need]]:
-    """Host, device and disk of the parts that work on whole blocks (`quantize.block_parts`)."""
+def _whole_block(work: Workload) -> tuple[list[Need], list[Need]]:
+    """Device and disk of the parts that work on whole blocks (`quantize.block_parts`)."""
     quantize, calibration, weights = work.config.quantize, work.config.calibration, work.summary.block_parameters
     if not quantize.block_parts:
-        return [], [], []
+        return [], []
     learning = [part for part in (*quantize.transforms, quantize.rounding) if part is not None and part.learning_bytes]
-    states = calibration.num_samples * calibration.seq_len * work.summary.hidden_size * work.computed
     sequences = max((part.learning_batch for part in learning), default=0)
     activations = LIVE_ACTIVATIONS * sequences * calibration.seq_len * work.widest * 4
     device = [
@@ -198,7 +199,19 @@ def _whole_block(work: Workload) -> tuple[list[Need], list[Need], list[Need]]:
         Need("activations for gradients", activations, _smaller("quantize.rounding.micro_batch"), certain=False),
     ]
     disk = [Need("states of a block", STATE_BYTES * weights if learning else 0, LARGER_DISK, certain=False)]
-    return [Need("hidden states of the original model", states, LESS_IN_MEMORY)], device, disk
+    return device, disk
+
+
+def _original_stream(work: Workload) -> list[Need]:
+    """The original model's hidden states beside the quantized model's.
+
+    Statistics of pairs of inputs need those before and after a block, parts that work on whole blocks one of both.
+    """
+    paired = any(statistic.needs_original for statistic in _statistics(work))
+    buffers = 2 if paired else int(bool(work.config.quantize.block_parts))
+    calibration = work.config.calibration
+    states = calibration.num_samples * calibration.seq_len * work.summary.hidden_size * work.computed
+    return [Need("hidden states of the original model", buffers * states, LESS_IN_MEMORY)]
 
 
 def _finetune(work: Workload) -> StageMemory:
