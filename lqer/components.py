@@ -17,10 +17,19 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
+
+# Metadata of a dataclass field that earlier artifacts were made without. At its default it is no part of their keys, so
+# that a setting can be added without making anew what does not use it.
+ADDED = {"added": True}
+
+
+def is_as_before(described: Field[Any], value: Any) -> bool:
+    """Whether a field was `ADDED`, and has the default that stands for its absence."""
+    return "added" in described.metadata and bool(value == described.default)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A stage is a frozen dataclass. Everything that its `build` reads is a field, and its key is made of those very fields:
 a field that was added cannot be forgotten in the key. A field that changes no byte of the artifact, such as a memory
-budget, is declared with `no_effect` and its reason. An input that another stage makes is a field as well and counts by
-that stage's own key, so that all names are known before any work is done.
+budget, is declared with `no_effect` and its reason; one that was `ADDED` later is left out at its default. An input
+that another stage makes is a field as well and counts by that stage's own key, so that all names are known before any
+work is done.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from lqer.components import is_as_before
 from lqer.store.files import content_hash
 from lqer.store.store import Artifact, Store, Workspace
 
@@ -113,8 +115,9 @@ def identity(value: Any) -> Any:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    kept = (field.name for field in dataclasses.fields(value) if NO_EFFECT not in field.metadata)
-    return {name: identity(getattr(value, name)) for name in kept}
+    counting = [field for field in dataclasses.fields(value) if NO_EFFECT not in field.metadata]
+    values = {field: getattr(value, field.name) for field in counting}
+    return {field.name: identity(found) for field, found in values.items() if not is_as_before(field, found)}
 
 
 def tensor_hash(tensor: Tensor) -> str:

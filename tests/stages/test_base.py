@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from lqer.components import ADDED
 from lqer.formats import MXInt
 from lqer.run import experiment  # noqa: F401 (imports the module of every stage)
 from lqer.stages.base import NO_EFFECT, Stage, identity, no_effect
@@ -67,6 +68,20 @@ def test_a_field_added_to_a_stage_changes_its_key(stage):
     added = dataclasses.make_dataclass("Added", [("added", int)], bases=(stage,), kw_only=True, frozen=True)
     assert with_zeros(added).key != with_zeros(stage).key
     assert with_zeros(added, added=1).key != with_zeros(added).key
+
+
+def test_a_field_declared_as_added_counts_only_where_its_value_is_not_the_default():
+    @dataclasses.dataclass(frozen=True)
+    class Before:
+        kind = "part"
+        size: int = 1
+
+    @dataclasses.dataclass(frozen=True)
+    class Now(Before):
+        search: str = dataclasses.field(default="none", metadata=ADDED)
+
+    assert identity(Now()) == identity(Before())
+    assert identity(Now(search="all")) == {**identity(Before()), "search": "all"}
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
