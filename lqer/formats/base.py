@@ -6,7 +6,7 @@ the methods named `*_blocks` and `*_parts`, expect the block axis last; `quantiz
 `quantize` is round-to-nearest with scales from the values alone; a rounding that fits scales or codes to the inputs of
 a layer makes a QuantizedTensor of the same parts.
 
-Shapes: L length of the block axis, G blocks of all leading dims, g values of a block.
+Shapes: L length of the block axis, G blocks of all leading dims, g values of a block, C candidates of a scale.
 """
 
 import dataclasses
@@ -74,6 +74,18 @@ class NumberFormat(Component, ABC, family="number format"):
 
         A scale of values among which is NaN or infinity decodes to NaN.
         """
+
+    def scale_candidates(self, x_Gg: Tensor) -> dict[str, Tensor]:
+        """Scales [C, G] of finite float32 blocks [G, g] that a search chooses from; `fit(x_Gg)` is the first of them.
+
+        `encode` and `decode` take them with x_Gg.unsqueeze(0). By default there are no others.
+        """
+        return {name: part.unsqueeze(0) for name, part in self.fit(x_Gg).items()}
+
+    @property
+    def has_scale_candidates(self) -> bool:
+        """Whether there is a scale besides that of `fit` to choose."""
+        return type(self).scale_candidates is not NumberFormat.scale_candidates
 
     @abstractmethod
     def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:

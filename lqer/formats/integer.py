@@ -11,7 +11,9 @@ s is rounded to its storage dtype before any code is made, so the scale that cod
 stored. A scale that would underflow becomes the dtype's smallest positive number, one that would overflow its largest
 (or 2^(128 - b), so that no code decodes to infinity). A group of zeros decodes to zeros.
 
-Shapes: L length of the block axis, G groups of all leading dims, g values of a group.
+A search of scales (`scale_candidates`) shrinks lo and hi, or max|x|, by each factor of an even grid from 1 down.
+
+Shapes: L length of the block axis, G groups of all leading dims, g values of a group, C candidates of a scale.
 """
 
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import FLOAT32_INF_PATTERN, BlockSize, max_magnitude_pattern, scale_groups
 from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, positive
 from lqer.formats.spacing import Spacing
+
+# By bits: how many factors shrink a group's range, and the smallest. Wider codes lose more by clipping than they gain.
+SHRINK_GRIDS = {2: (15, 0.3), 3: (15, 0.5), 4: (13, 0.7), 5: (9, 0.8), 6: (5, 0.9), 7: (3, 0.95), 8: (3, 0.95)}
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,32 @@ class Int(NumberFormat):
 
     def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
         """Scales [G] in `scale_dtype` (NaN for a group with NaN or infinity) and, unless symmetric, zeros uint8 [G]."""
+        return self._scales(*self._range(x_Gg))
+
+    def scale_candidates(self, x_Gg: Tensor) -> dict[str, Tensor]:
+        """Scales [C, G] and, unless symmetric, zeros [C, G], of the range shrunk by each factor of a grid."""
+        count, smallest = SHRINK_GRIDS[self.bits]
+        low_G, high_G = self._range(x_Gg)
+        factors_C = torch.linspace(1.0, smallest, count, device=x_Gg.device).view(-1, *[1] * high_G.dim())
+        return self._scales(low_G * factors_C, high_G * factors_C)
+
+    def _range(self, x_Gg: Tensor) -> tuple[Tensor, Tensor]:
+        """Lo and hi [G]; -max|x| and max|x| if symmetric. NaN or infinite where a value is."""
         groups_Gg = scale_groups(x_Gg, self.block_size)
         if self.symmetric:
-            max_pattern_G = max_magnitude_pattern(groups_Gg)
-            scales_G = self.storable_scales(max_pattern_G.view(torch.float32) / self.max_code)
-            return {"scales": scales_G.masked_fill_(max_pattern_G >= FLOAT32_INF_PATTERN, torch.nan)}
+            pattern_G = max_magnitude_pattern(groups_Gg)
+            high_G = pattern_G.view(torch.float32).masked_fill(pattern_G >= FLOAT32_INF_PATTERN, torch.inf)
+            return -high_G, high_G
         low_G, high_G = torch.aminmax(groups_Gg, dim=-1)
-        low_G, high_G = low_G.clamp_(max=0), high_G.clamp_(min=0)
-        scales_G = self.storable_scales((high_G - low_G) / self.max_code)
+        return low_G.clamp_(max=0), high_G.clamp_(min=0)
+
+    def _scales(self, low_G: Tensor, high_G: Tensor) -> dict[str, Tensor]:
+        """The scale and, unless symmetric, the zero point with which the codes span a range."""
+        span_G = high_G if self.symmetric else high_G - low_G
+        scales_G = self.storable_scales(span_G / self.max_code)
         scales_G.masked_fill_(~(low_G.isfinite() & high_G.isfinite()), torch.nan)
+        if self.symmetric:
+            return {"scales": scales_G}
         zeros_G = (-low_G / scales_G.to(torch.float32)).round_().clamp_(0, self.max_code).to(torch.uint8)
         return {"scales": scales_G, "zeros": zeros_G}
 

@@ -10,7 +10,9 @@ codes k in -(2^(bits-1) - 1) .. 2^(bits-1) - 1, rounded half to even and saturat
 e is stored as E8M0. Byte 0 is a zero block: M = 0, and under "floor" also M < 2^-126 (QERA reads subnormals as zeros).
 Exponents stay within -126..127, so under "ceil" a block with M > 2^127 saturates at its largest code.
 
-Shapes: L length of the block axis, G blocks of all leading dims, g values of a block.
+A search of scales (`scale_candidates`) tries e and the exponents below it, which clip the largest magnitudes.
+
+Shapes: L length of the block axis, G blocks of all leading dims, g values of a block, C candidates of a scale.
 """
 
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch import Tensor
 from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import (
+    E8M0_NAN,
     FLOAT32_INF_PATTERN,
     FLOAT32_MANTISSA_BITS,
     BlockSize,
@@ -32,6 +35,7 @@ from lqer.formats.blocks import (
 from lqer.formats.spacing import Spacing
 
 LARGEST_EXPONENT_PATTERN = 0x7F000000  # 2^127, the last power of two below infinity
+LOWER_EXPONENTS = 2  # below that of `fit`, among the candidates of a search
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,14 @@ class MXInt(NumberFormat):
     def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
         """Shared exponents uint8 [G] (E8M0) of float32 blocks [G, g]."""
         return {"exponents": (self._shared_exponent(x_Gg) >> FLOAT32_MANTISSA_BITS).to(torch.uint8)}
+
+    def scale_candidates(self, x_Gg: Tensor) -> dict[str, Tensor]:
+        """Exponents [C, G]: that of `fit`, one and two lower; zero blocks and NaN blocks keep theirs."""
+        exponents_G = self.fit(x_Gg)["exponents"]
+        lower_C = torch.arange(LOWER_EXPONENTS + 1, device=x_Gg.device).view(-1, *[1] * exponents_G.dim())
+        is_fixed_G = (exponents_G == 0) | (exponents_G == E8M0_NAN)
+        candidates_CG = (exponents_G - lower_C).clamp_(min=1).to(torch.uint8)
+        return {"exponents": torch.where(is_fixed_G, exponents_G, candidates_CG)}
 
     def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
         """int8 codes [G, g]; zero for blocks whose exponent is 0 (zero block) or 255 (NaN block)."""
