@@ -204,12 +204,17 @@ def blocks_can_be_reconstructed(config: Config) -> Iterator[KeyedError]:
 def _scales_are_kept(config: Config, loc: Loc, transform: Transform) -> Iterator[KeyedError]:
     for rounding in config.quantize.roundings.values():
         if not rounding.keeps_scales:
-            keeping = ", ".join(kind for kind, other in ROUNDINGS.items() if other.keeps_scales)
+            keeping = ", ".join(kind for kind, other in ROUNDINGS.items() if _can_keep_scales(other))
             rule = (
                 f'cannot be combined with rounding "{rounding.kind}", which fits its own scales; use one of {keeping}'
             )
             yield KeyedError(loc, rule, transform.kind)
     yield from _weight_is_rounded_once(config, loc, transform)
+
+
+def _can_keep_scales(rounding: type[Rounding]) -> bool:
+    """Whether it does so under some of its settings."""
+    return rounding.keeps_scales is not Rounding.keeps_scales
 
 
 def _weight_is_rounded_once(config: Config, loc: Loc, component: Component) -> Iterator[KeyedError]:

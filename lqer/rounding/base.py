@@ -27,14 +27,20 @@ Statistics = Mapping[str, Tensor | DampedHessian]
 class Rounding(Component, ABC, family="rounding"):
     """Settings of one rounding."""
 
-    # The statistics of the inputs that `round` reads.
-    statistics: ClassVar[frozenset[Statistic]] = frozenset()
     # Whether all linears of a block are rounded together; `round` then only gives the start.
     together: ClassVar[bool] = False
-    # Whether it can round under scales that a transform has fixed.
-    keeps_scales: ClassVar[bool] = False
     # Bytes per weight of a block that are held while it learns by gradients; 0 if it does not.
     learning_bytes: ClassVar[int] = 0
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """The statistics of the inputs that `round` reads."""
+        return frozenset()
+
+    @property
+    def keeps_scales(self) -> bool:
+        """Whether it can round under scales that a transform has fixed."""
+        return False
 
     @property
     def learning_batch(self) -> int:

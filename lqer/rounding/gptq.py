@@ -2,7 +2,7 @@
 
     U = upper Cholesky factor of H⁻¹,   H = E[x xᵀ], damped          H⁻¹ = Uᵀ U
     for every column i, or vector of columns that share a code, first to last:
-        at the start of a group: fit its scale to the current W
+        at the start of a group: fit its scale to the current W, with errors weighted by 1 / U_jj² if it is searched
         Q_i = round(W_i)
         E_i = (W_i - Q_i) U_ii⁻¹
         W_j = W_j - E_i U_ij        for all j > i
@@ -16,18 +16,20 @@ Shapes: O out_features, I in_features, P columns of a panel, D columns of a vect
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lqer.components import ADDED
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
 from lqer.rounding.factor import inverse_factor
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
+from lqer.rounding.scale_search import Scales, require_scales, unsupported_search
 from lqer.statistics import Hessian, Statistic
 
 
@@ -39,6 +41,7 @@ def gptq(
     damping: float = DAMPING,
     activation_order: bool = False,
     static_groups: bool = False,
+    scales: Scales = "minmax",
 ) -> QuantizedTensor:
     """Round a float32 weight with error feedback.
 
@@ -46,8 +49,9 @@ def gptq(
     DampedHessian; None stands for the identity, where there is no feedback. Weights of inputs that are always zero
     (H_ii = 0) become 0.
 
-    activation_order: columns with the largest H_ii first. A group's columns are then not adjacent in the sweep, so its
-    scale must be fitted in advance: `static_groups` is required, unless the whole row is one group.
+    static_groups: all scales are fitted to the weight before any feedback. activation_order: columns with the largest
+    H_ii first; a group's columns are then not adjacent in the sweep, so that groups are static. scales: how a group's
+    scale is fitted, as the format does or by search (rounding/scale_search.py).
 
     Raises NonFiniteError for a weight or Hessian that is not finite, ValueError for settings that exclude each other.
     """
@@ -55,21 +59,21 @@ def gptq(
     if hessian is None:
         return number_format.quantize(weight_OI)
     damped = as_damped(hessian, damping)
-    groups = Groups(number_format, *weight_OI.shape)
     step = number_format.vector_size
     if activation_order and step > 1:
         raise ValueError(f"activation_order would separate the columns of vectors of {step} ({number_format.kind})")
-    if activation_order and not (static_groups or groups.single):
-        raise ValueError(f"activation_order needs static_groups with groups of {groups.width} columns")
 
     weight_OI = weight_OI.to(torch.float32).masked_fill(damped.dead_I, 0)
-    if static_groups or groups.single:
-        groups.fit_all(weight_OI)
     order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
     if activation_order:
         order_I = damped.hessian_II.diagonal().argsort(descending=True, stable=True)
     weight_IO = weight_OI.T[order_I]
     upper_II = inverse_factor(damped, order_I if activation_order else None).to(weight_IO)
+    importance_I = None if scales == "minmax" else upper_II.diagonal().pow(-2)[order_I.argsort()]
+    out_features, in_features = weight_OI.shape
+    groups = Groups(number_format, out_features, in_features, importance_I)
+    if static_groups or activation_order or groups.single:
+        groups.fit_all(weight_OI)
     columns = order_I.tolist()
     codes: dict[int, Tensor] = {}
     for start in range(0, len(weight_IO), groups.panel):
@@ -102,19 +106,19 @@ class Gptq(Rounding):
     damping: float = DAMPING
     activation_order: bool = False
     static_groups: bool = False
+    scales: Scales = field(default="minmax", metadata=ADDED)
 
     def __post_init__(self) -> None:
         require_damping(self.damping, self.kind)
+        require_scales(self.scales, self.kind)
 
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         return gptq(
             weight_OI, statistics["hessian"], number_format, damping=self.damping,
-            activation_order=self.activation_order, static_groups=self.static_groups,
+            activation_order=self.activation_order, static_groups=self.static_groups, scales=self.scales,
         )  # fmt: skip
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         if self.activation_order and number_format.vector_size > 1:
             return f'activation_order would separate the columns of the vectors of "{number_format.kind}"'
-        if self.activation_order and not self.static_groups and isinstance(number_format.block_size, int):
-            return "activation_order needs static_groups = true unless a group is a whole row"
-        return unsupported_feedback(number_format)
+        return unsupported_feedback(number_format) or unsupported_search(number_format, self.scales)

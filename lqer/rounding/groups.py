@@ -1,7 +1,8 @@
 """Groups of columns under one scale, in a sweep over the columns.
 
 Groups run along in_features and so does the sweep: a group's scale is fitted when the sweep reaches the group, to the
-weights after the error feedback so far, and then fixed. Or all scales are fitted in advance ("static groups").
+weights after the error feedback so far, and then fixed. Or all scales are fitted in advance ("static groups"). A fit
+is the format's own, or a search if the importance of every column is given.
 
 Shapes: O out_features, I in_features, G columns of a group, D columns of a vector, V vectors, L codes of a row.
 """
@@ -14,15 +15,21 @@ from torch.nn.functional import pad
 
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.blocks import block_count, block_width
+from lqer.rounding.scale_search import searched_scales
 
 PANEL = 128  # columns whose feedback to later columns is one product
 
 
 class Groups:
-    """The scales of a weight (O, I) in a format, fitted group by group."""
+    """The scales of a weight (O, I) in a format, fitted group by group.
 
-    def __init__(self, number_format: NumberFormat, out_features: int, in_features: int):
-        self.number_format = number_format
+    importance_I: float32, what an error of a weight of each column costs; None where scales are the format's own fit.
+    """
+
+    def __init__(
+        self, number_format: NumberFormat, out_features: int, in_features: int, importance_I: Tensor | None = None
+    ):
+        self.number_format, self._importance_I = number_format, importance_I
         self.shape = (out_features, in_features)
         self.width = block_width(in_features, number_format.block_size)
         self._scales: list[dict[str, Tensor] | None] = [None] * block_count(in_features, number_format.block_size)
@@ -45,9 +52,16 @@ class Groups:
 
     def fit(self, column: int, weight_OG: Tensor) -> None:
         """Fit the scale of the group that holds `column` to its weights, unless it has one."""
-        if self._scales[column // self.width] is None:
-            block_OG = pad(weight_OG, (0, self.width - weight_OG.shape[1]))
-            self._scales[column // self.width] = self.number_format.fit(block_OG.unsqueeze(1))
+        if self._scales[column // self.width] is not None:
+            return
+        padding = (0, self.width - weight_OG.shape[1])
+        block_O1G = pad(weight_OG, padding).unsqueeze(1)
+        if self._importance_I is None:
+            scales = self.number_format.fit(block_O1G)
+        else:
+            importance_G = pad(self._importance_I[self.columns(column)], padding)
+            scales = searched_scales(self.number_format, block_O1G, importance_G)
+        self._scales[column // self.width] = scales
 
     def columns(self, column: int) -> slice:
         """The columns of the group that holds `column`."""

@@ -7,7 +7,7 @@
 In blocks of one column this is GPTQ from the last column to the first. The feedback of later panels is added in one
 product per panel, that within the panel immediately. A group's scale is fitted when the sweep reaches the group's last
 column, to the values its columns would take if the group were not rounded: T with T = Z + (Z - T) (𝓛 - 1) within the
-group, plus the feedback of later columns.
+group, plus the feedback of later columns. If it is searched, errors are weighted by the diagonal of D in blocks of one.
 
 Sweeps of coordinate descent may follow, again over the blocks from last to first, under fixed scales:
 
@@ -18,17 +18,19 @@ Shapes: O out_features, I in_features, P columns of a panel, D columns of a bloc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lqer.components import ADDED
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
+from lqer.rounding.scale_search import Scales, require_scales, unsupported_search
 from lqer.statistics import Hessian, Statistic
 
 
@@ -41,11 +43,13 @@ def ldlq(
     block: int | None = None,
     static_groups: bool = False,
     tune_iters: int = 0,
+    scales: Scales = "minmax",
 ) -> QuantizedTensor:
     """Round a float32 weight with block error feedback.
 
     hessian: as for `gptq`. block: columns rounded together, a multiple of the format's vector size and that size by
     default. tune_iters: sweeps of coordinate descent afterwards; they never raise the loss under the damped Hessian.
+    static_groups, scales: as for `gptq`.
 
     Raises NonFiniteError for a weight or Hessian that is not finite, ValueError for a block that does not match the
     format.
@@ -54,7 +58,9 @@ def ldlq(
     if hessian is None:
         return number_format.quantize(weight_OI)
     damped = as_damped(hessian, damping)
-    groups = Groups(number_format, *weight_OI.shape)
+    importance_I = None if scales == "minmax" else damped.cholesky_II.diagonal().square().to(torch.float32)
+    out_features, in_features = weight_OI.shape
+    groups = Groups(number_format, out_features, in_features, importance_I)
     block = number_format.vector_size if block is None else block
     if block < 1 or block % number_format.vector_size:
         raise ValueError(f"block {block} is not a multiple of {number_format.vector_size} ({number_format.kind})")
@@ -126,17 +132,19 @@ class Ldlq(Rounding):
     damping: float = DAMPING
     static_groups: bool = False
     tune_iters: int = 0
+    scales: Scales = field(default="minmax", metadata=ADDED)
 
     def __post_init__(self) -> None:
         require_damping(self.damping, self.kind)
+        require_scales(self.scales, self.kind)
         if not isinstance(self.tune_iters, int) or self.tune_iters < 0:
             raise ValueError(f"tune_iters {self.tune_iters!r} is not an integer of at least 0 (ldlq)")
 
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         return ldlq(
             weight_OI, statistics["hessian"], number_format, damping=self.damping, static_groups=self.static_groups,
-            tune_iters=self.tune_iters,
+            tune_iters=self.tune_iters, scales=self.scales,
         )  # fmt: skip
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
-        return unsupported_feedback(number_format)
+        return unsupported_feedback(number_format) or unsupported_search(number_format, self.scales)

@@ -192,7 +192,7 @@ class TestGPTQ:
             torch.randperm(320, generator=torch.Generator().manual_seed(0))
         ]
         hessian_II = scale_I[:, None] * hessian_II * scale_I
-        ordered = gptq(weight_OI, hessian_II, number_format, activation_order=True, static_groups=True)
+        ordered = gptq(weight_OI, hessian_II, number_format, activation_order=True)
         in_place = gptq(weight_OI, hessian_II, number_format, static_groups=True)
         assert loss(ordered, weight_OI, hessian_II) < loss(in_place, weight_OI, hessian_II)
 
@@ -211,10 +211,8 @@ class TestGPTQ:
         assert not values_OI[:, 5].any()
         assert values_OI[:, 6].any()
 
-    def test_settings_that_do_not_go_together_are_refused(self, make_layer):
+    def test_an_order_that_would_separate_the_columns_of_vectors_is_refused(self, make_layer):
         weight_OI, hessian_II = make_layer(8, 64)
-        with pytest.raises(ValueError, match="activation_order needs static_groups with groups of 16 columns"):
-            gptq(weight_OI, hessian_II, MXInt(4), activation_order=True)
         with pytest.raises(ValueError, match=r"activation_order would separate the columns of vectors of 8 \(e8p\)"):
             gptq(weight_OI, hessian_II, E8P(2), activation_order=True)
 

@@ -8,8 +8,8 @@ import tomli_w
 import torch
 
 from lqer.components import component_from_dict
-from lqer.formats import Codebook, Int, MXInt, Passthrough
-from lqer.rounding import ROUNDINGS, Gptq, Ldlq, Rounding, Vector
+from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough
+from lqer.rounding import ROUNDINGS, Gptq, Ldlq, Nearest, Rounding, Vector
 from lqer.rounding.gptq import gptq
 from lqer.rounding.ldlq import ldlq
 from lqer.rounding.vector import round_vector
@@ -49,21 +49,23 @@ def test_a_rounding_survives_being_written_down(kind):
 
 @pytest.mark.parametrize("kind", ["gptq", "ldlq", "vector"])
 def test_error_feedback_asks_for_the_hessian(kind):
-    assert ROUNDINGS[kind].statistics == {Hessian()}
+    assert ROUNDINGS[kind]().statistics == {Hessian()}
 
 
 @pytest.mark.parametrize(
     ("rounding", "number_format", "reason"),
     [
         (Gptq(), Codebook(bits=2), 'rounding "vector" does that'),
-        (Gptq(activation_order=True), Int(4, 128), "activation_order needs static_groups = true"),
+        (Gptq(scales="search"), E8P(2), 'has no scales to choose from in number format "e8p"'),
+        (Ldlq(scales="search"), Int(4, "tensor"), 'block_size "tensor" has one scale for all of them'),
+        (Nearest(scales="search"), Passthrough("float16"), 'no scales to choose from in number format "passthrough"'),
         (Ldlq(), Passthrough("float16"), "no rounding error to compensate"),
         (Vector(), MXInt(4), 'its weights are of kind "codebook", not "mxint"'),
     ],
 )
 def test_a_combination_without_sense_is_objected_to_with_the_reason(rounding, number_format, reason):
     assert reason in rounding.unsupported_reason(number_format)
-    assert Gptq(activation_order=True, static_groups=True).unsupported_reason(Int(4, 128)) is None
+    assert Gptq(activation_order=True, scales="search").unsupported_reason(Int(4, 128)) is None
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,7 @@ def test_a_combination_without_sense_is_objected_to_with_the_reason(rounding, nu
     [
         ({"kind": "gptq", "damping": -1}, "damping -1 is not a number of at least 0"),
         ({"kind": "ldlq", "tune_iters": 1.5}, "tune_iters 1.5 is not an integer"),
+        ({"kind": "gptq", "scales": "best"}, "scales 'best' is not one of 'minmax', 'search'"),
         ({"kind": "vector", "update": "sgd"}, "update 'sgd' is not one of"),
         ({"kind": "gptq", "dampin": 1}, "unknown key 'dampin'"),
     ],
