@@ -20,7 +20,7 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.source import load_model, pick_device, resolve_model
 from lqer.models.walker import walk_blocks
 from lqer.report.environment import device_name
-from lqer.stages.calibrate import CalibrationText, observe_block
+from lqer.stages.gather import CalibrationText, observe_block
 from lqer.statistics import Hessian, MaxAbs
 from lqer.store.offload import Offload
 

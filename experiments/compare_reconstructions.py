@@ -27,7 +27,8 @@ from lqer.methods import METHODS, LinearPlan
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import load_model, load_tokenizer, pick_device, resolve_model
 from lqer.models.structure import block_linears
-from lqer.stages.calibrate import BlockStatistics, CalibrationText, calibrate
+from lqer.stages.calibrate import calibrate
+from lqer.stages.gather import BlockStatistics, CalibrationText
 from lqer.statistics import Hessian, MaxAbs
 from lqer.store.offload import Offload
 from lqer.store.store import Store

@@ -40,7 +40,8 @@ from transformers import (
 from lqer.formats import MXInt
 from lqer.methods import LinearPlan, LqerAct
 from lqer.models.structure import block_linears, find_blocks, prepare_model
-from lqer.stages.calibrate import CalibrationText, calibrate
+from lqer.stages.calibrate import calibrate
+from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import QuantizeSettings, quantize, requested_statistics
 from lqer.store.store import Artifact, Store, Workspace
 

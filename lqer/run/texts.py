@@ -15,7 +15,7 @@ from lqer.config.schema import PerplexityConfig
 from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows, tokens_sha256
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
 from lqer.results import CalibrationInfo
-from lqer.stages.calibrate import CalibrationText
+from lqer.stages.gather import CalibrationText
 from lqer.store.files import content_hash
 
 

@@ -33,7 +33,8 @@ from lqer.models.open import open_stored
 from lqer.models.source import ModelSource
 from lqer.models.structure import block_linears
 from lqer.stages.base import Stage, no_effect
-from lqer.stages.calibrate import BlockStatistics, Calibrate
+from lqer.stages.calibrate import Calibrate
+from lqer.stages.gather import BlockStatistics
 from lqer.stages.rotate import Rotate, source_of
 from lqer.store.names import block_file
 from lqer.store.store import Artifact, Store, Workspace

@@ -4,190 +4,28 @@ Linears that are called with the same tensor (q, k and v; gate and up) form one 
 file holds, for each site named after its first linear, `<site>.<kind>` for every statistic that is gathered:
 `statistics.ALWAYS`, and those that a method, rounding or transform asks for. `sites-*.json` says which site each linear
 of a block belongs to.
-
-Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, N tokens of a batch, I in_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from lqer.errors import ModelError
-from lqer.lowrank.precision import full_float32
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
-from lqer.models.structure import block_linears
-from lqer.models.walker import BlockRun, walk_blocks
+from lqer.models.walker import walk_blocks
 from lqer.stages.base import Stage, no_effect
+from lqer.stages.gather import CalibrationText, observe_block
 from lqer.stages.rotate import Rotate, source_of
-from lqer.statistics import ALWAYS, Accumulator, Statistic
-from lqer.statistics.sample import spread_indices
+from lqer.statistics import Statistic
 from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
-from lqer.store.store import Artifact, Store, Workspace
-from lqer.transforms.tracing import watched_inputs
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """The windows that statistics are gathered on: int64 token ids, and how many windows make a micro-batch.
-
-    error_tokens: how many of the tokens a sample keeps the inputs of.
-    """
-
-    windows_WT: Tensor
-    batch_size: int
-    error_tokens: int
-
-
-@dataclass(frozen=True)
-class BlockStatistics:
-    """The statistics of one block's input sites, as `<site>.<kind>`, and the site of each linear, by full names."""
-
-    tensors: Mapping[str, Tensor]
-    sites: Mapping[str, str]
-
-    @classmethod
-    def read(cls, calibration: Artifact, index: int) -> BlockStatistics:
-        return cls(calibration.tensors(block_file(index)), calibration.json(sites_file(index)))
-
-    def to(self, device: torch.device) -> BlockStatistics:
-        return BlockStatistics({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.sites)
-
-    def of(self, linear: str) -> dict[str, Tensor]:
-        """A linear's statistics by kind. Raises ModelError if the calibration text never reached the linear."""
-        if linear not in self.sites:
-            raise ModelError(f"{linear} was never reached by the calibration text: skip it or calibrate on more")
-        prefix = f"{self.sites[linear]}."
-        return {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
-
-
-class SiteObserver:
-    """Finds which linears of a block share an input, and feeds the accumulators of each input site."""
-
-    def __init__(
-        self,
-        statistics: Collection[Statistic],
-        tokens: int,
-        sampled: int,
-        device: torch.device,
-        offload: Offload,
-    ):
-        self.accumulators: dict[str, dict[str, Accumulator]] = {}
-        self.site_of: dict[str, str] = {}
-        self._statistics, self._tokens, self._sampled = statistics, tokens, sampled
-        self._device, self._offload = device, offload
-        self._first_token = 0
-        self._originals: Mapping[str, Tensor] | None = None
-        self._last_input: Tensor | None = None
-        self._last_version = 0
-        self._last_site = ""
-        # Sites with as many tokens sample the same ones.
-        self._sampled_of: dict[int, Tensor] = {}
-
-    def begin_batch(self, first_token: int, originals: Mapping[str, Tensor] | None) -> None:
-        """What is seen next is a batch whose first token has that index in the whole text.
-
-        originals: the original model's inputs of the same tokens, by linear; None where no statistic asks for them.
-        """
-        self._first_token, self._originals, self._last_input = first_token, originals, None
-        self._sampled_of.clear()
-
-    def see(self, linear: str, x: Tensor) -> None:
-        """Take in the input of a linear that is being called."""
-        # Linears that share an input are called one after the other with the very same tensor, unchanged in between.
-        if x is self._last_input and x._version == self._last_version:
-            self.site_of.setdefault(linear, self._last_site)
-            return
-        site = self.site_of.setdefault(linear, linear)
-        self._last_input, self._last_version, self._last_site = x, x._version, site
-        x_NI = x.flatten(0, -2)
-        if site not in self.accumulators:
-            self.accumulators[site] = {
-                statistic.kind: statistic.accumulator(x_NI.shape[1], self._device, self._offload)
-                for statistic in self._statistics
-            }
-        original_NI = None if self._originals is None else self._original(linear, x)
-        if len(x_NI) not in self._sampled_of:
-            indices_N = spread_indices(self._first_token, len(x_NI), self._tokens, self._sampled)
-            self._sampled_of[len(x_NI)] = indices_N.to(x.device)
-        # Whatever precision the process chose for the model's own products.
-        with full_float32():
-            for accumulator in self.accumulators[site].values():
-                accumulator.add(x_NI, original_NI, self._sampled_of[len(x_NI)])
-
-    def _original(self, linear: str, x: Tensor) -> Tensor:
-        assert self._originals is not None
-        original = self._originals.get(linear)
-        if original is None or original.shape != x.shape:
-            raise ModelError(f"{linear} receives other tokens in the original model: their inputs cannot be paired")
-        return original.flatten(0, -2)
-
-
-def drop_output(batch: int, output_BTD: Tensor) -> None:
-    """Leave the hidden states as they are: the block's inputs."""
-
-
-def observe_block(
-    run: BlockRun,
-    original: BlockRun | None,
-    text: CalibrationText,
-    statistics: Collection[Statistic],
-    use_output: Callable[[int, Tensor], None] = drop_output,
-) -> BlockStatistics:
-    """The statistics of a block's linears on the hidden states that reach it: `ALWAYS`, and those asked for.
-
-    original: the original block on the original model's hidden states, for statistics of pairs of inputs; batch by
-    batch it is run first, and its hidden states stay its inputs. use_output: gets the index of every batch and what
-    `run` outputs there. Raises ModelError, naming the linear, where an input is NaN or infinite.
-    """
-    gathered = gathered_statistics(statistics)
-    paired = any(statistic.needs_original for statistic in gathered)
-    if paired and original is None:
-        raise ValueError("a statistic of pairs of inputs needs the original block")
-    observer = SiteObserver(gathered, text.windows_WT.numel(), text.error_tokens, run.device, run.hidden.offload)
-    watch = {name: partial(observer.see, name) for name in block_linears(run.block)}
-    for batch, windows in enumerate(run.hidden.batches):
-        originals = _recorded_inputs(original, batch) if paired and original is not None else None
-        observer.begin_batch(windows.start * text.windows_WT.shape[1], originals)
-        with watched_inputs(run.block, watch):
-            output_BTD = run.output(batch)
-        use_output(batch, output_BTD)
-    tensors: dict[str, Tensor] = {}
-    for site, accumulators in observer.accumulators.items():
-        full_name = f"{run.name}.{site}"
-        for kind, accumulator in accumulators.items():
-            tensor = accumulator.result()
-            if not torch.isfinite(tensor).all():
-                dtype = str(run.hidden.states_WTD.dtype).removeprefix("torch.")
-                raise ModelError(
-                    f"the calibration inputs of {full_name} hold NaN or infinities, although the weights are finite: "
-                    f"activations in {dtype} overflow; use another dtype"
-                )
-            tensors[f"{full_name}.{kind}"] = tensor
-    sites = {f"{run.name}.{name}": f"{run.name}.{site}" for name, site in observer.site_of.items()}
-    return BlockStatistics(tensors, sites)
-
-
-def _recorded_inputs(run: BlockRun, batch: int) -> dict[str, Tensor]:
-    """The input of every linear of the block on one batch, by name."""
-    inputs: dict[str, Tensor] = {}
-    with watched_inputs(run.block, {name: partial(inputs.__setitem__, name) for name in block_linears(run.block)}):
-        run.output(batch)
-    return inputs
-
-
-def gathered_statistics(requested: Collection[Statistic]) -> list[Statistic]:
-    """`ALWAYS` and those requested, each once, in an order that does not depend on that of `requested`."""
-    return [*ALWAYS, *sorted(set(requested) - set(ALWAYS), key=lambda statistic: statistic.kind)]
+from lqer.store.store import Store, Workspace
 
 
 @dataclass(frozen=True)

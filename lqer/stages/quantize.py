@@ -35,7 +35,8 @@ from lqer.nn.linear import output_error, weight_error
 from lqer.rounding.hessian import HessianError
 from lqer.stages.allocate_ranks import BudgetedPlans, Plans, resolve_plans
 from lqer.stages.base import Stage, no_effect
-from lqer.stages.calibrate import BlockStatistics, Calibrate
+from lqer.stages.calibrate import Calibrate
+from lqer.stages.gather import BlockStatistics
 from lqer.stages.rotate import source_of
 from lqer.statistics import ALWAYS, Statistic
 from lqer.store.names import block_file, layers_file, spectra_file

@@ -35,7 +35,7 @@ from lqer.models.walker import BlockRun, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
-from lqer.stages.calibrate import CalibrationText, observe_block
+from lqer.stages.gather import CalibrationText, observe_block
 from lqer.stages.quantize import (
     QUANTIZE_VERSION,
     BlockWork,

@@ -21,7 +21,8 @@ from lqer.evaluation.perplexity import concat_perplexity, row_batch_perplexity
 from lqer.models.loaders import RESIDENT, OpenedModel, Streamed
 from lqer.models.source import load_model, resolve_model
 from lqer.models.streaming import open_model
-from lqer.stages.calibrate import CalibrationText, calibrate
+from lqer.stages.calibrate import calibrate
+from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.store.names import block_file
 from lqer.store.store import Store

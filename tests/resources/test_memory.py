@@ -22,8 +22,9 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
 from lqer.resources.memory import Need, StageMemory, Workload, estimate, input_sites, total
-from lqer.stages.calibrate import CalibrationText, calibrate
+from lqer.stages.calibrate import calibrate
 from lqer.stages.finetune import trained_tensors
+from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.stages.rotate import rotate
 from lqer.statistics import Hessian

@@ -26,7 +26,8 @@ from lqer.stages.allocate_ranks import (
     error_spectrum,
     measure_spectra,
 )
-from lqer.stages.calibrate import CalibrationText, calibrate
+from lqer.stages.calibrate import calibrate
+from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.statistics import Hessian
 from lqer.store.names import block_file, layers_file

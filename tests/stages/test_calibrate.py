@@ -21,11 +21,8 @@ from transformers import PreTrainedModel
 from lqer.errors import ModelError
 from lqer.models.structure import block_linears, find_blocks
 from lqer.models.walker import walk_blocks
-from lqer.stages.calibrate import (
-    CalibrationText,
-    calibrate,
-    observe_block,
-)
+from lqer.stages.calibrate import calibrate
+from lqer.stages.gather import CalibrationText, observe_block
 from lqer.statistics import Accumulator, Hessian, MaxAbs, Statistic
 from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload

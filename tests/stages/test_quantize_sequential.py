@@ -27,7 +27,7 @@ from lqer.models.structure import block_linears, find_blocks
 from lqer.nn.linear import output_error
 from lqer.rounding import Gptq, Nearest, Vector
 from lqer.rounding.gptq import gptq
-from lqer.stages.calibrate import CalibrationText
+from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import finish_checkpoint
 from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.statistics import Statistic

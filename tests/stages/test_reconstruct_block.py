@@ -20,7 +20,7 @@ from lqer.models.structure import find_blocks
 from lqer.rounding import Adaptive, Nearest
 from lqer.rounding.adaptive import block_loss
 from lqer.stages import reconstruct_block
-from lqer.stages.calibrate import CalibrationText
+from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import finish_checkpoint
 from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.store.names import block_file, layers_file, tuning_file
