@@ -8,6 +8,7 @@
         W_j = W_j - E_i U_ij        for all j > i
 
 The last line is applied immediately within a panel of columns, and to the later columns once per panel, in one product.
+On a GPU the columns of a panel of evenly spaced values are walked by one kernel (rounding/sweep.py).
 A format with codes for vectors of D columns is swept in steps of D, with U_ii the D x D block: the exact update of the
 remaining columns (GPTVQ, 2402.15319).
 
@@ -75,25 +76,55 @@ def gptq(
     if static_groups or activation_order or groups.single:
         groups.fit_all(weight_OI)
     columns = order_I.tolist()
+    round_panel = _panel_in_one_kernel if groups.evenly_spaced and weight_IO.is_cuda else _panel_column_by_column
     codes: dict[int, Tensor] = {}
     for start in range(0, len(weight_IO), groups.panel):
-        stop = min(start + groups.panel, len(weight_IO))
-        error_PO = torch.empty_like(weight_IO[start:stop])
-        for i in range(start, stop, step):
-            now = slice(i, min(i + step, stop))
-            column = columns[i]
-            if not activation_order:
-                groups.fit(column, weight_IO[groups.columns(column)].T)
-            codes[column], values_OD = groups.round(column, weight_IO[now].T)
-            error_DO = weight_IO[now] - values_OD.T
-            if step == 1:
-                error_DO /= upper_II[i, i]
-            else:
-                error_DO = torch.linalg.solve_triangular(upper_II[now, now].T, error_DO, upper=False)
-            error_PO[i - start : now.stop - start] = error_DO
-            weight_IO[now.stop : stop].addmm_(upper_II[now, now.stop : stop].T, error_DO, alpha=-1)
-        weight_IO[stop:].addmm_(upper_II[start:stop, stop:].T, error_PO, alpha=-1)
+        now = slice(start, min(start + groups.panel, len(weight_IO)))
+        panel_codes, error_PO = round_panel(weight_IO[now], upper_II[now, now], columns[now], groups)
+        codes |= panel_codes
+        weight_IO[now.stop :].addmm_(upper_II[now, now.stop :].T, error_PO, alpha=-1)
     return groups.finish(torch.cat([codes[column] for column in sorted(codes)], dim=1))
+
+
+def _panel_column_by_column(
+    weight_PO: Tensor, upper_PP: Tensor, columns: list[int], groups: Groups
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Codes (O, 1) by column, or first column of a vector, and scaled errors; the weight is changed in place."""
+    step = groups.number_format.vector_size
+    codes: dict[int, Tensor] = {}
+    error_PO = torch.empty_like(weight_PO)
+    for i in range(0, len(columns), step):
+        now, column = slice(i, min(i + step, len(columns))), columns[i]
+        if not groups.is_fitted(column):
+            first = groups.columns(column).start - column + i
+            groups.fit(column, weight_PO[first : first + groups.width].T)
+        codes[column], values_OD = groups.round(column, weight_PO[now].T)
+        error_DO = weight_PO[now] - values_OD.T
+        if step == 1:
+            error_DO /= upper_PP[i, i]
+        else:
+            error_DO = torch.linalg.solve_triangular(upper_PP[now, now].T, error_DO, upper=False)
+        error_PO[now] = error_DO
+        weight_PO[now.stop :].addmm_(upper_PP[now, now.stop :].T, error_DO, alpha=-1)
+    return codes, error_PO
+
+
+def _panel_in_one_kernel(
+    weight_PO: Tensor, upper_PP: Tensor, columns: list[int], groups: Groups
+) -> tuple[dict[int, Tensor], Tensor]:
+    """The same for evenly spaced values on a GPU, where a column would cost some twenty launches."""
+    from lqer.rounding.sweep import sweep_panel
+
+    codes: dict[int, Tensor] = {}
+    error_PO = torch.empty_like(weight_PO)
+    width = len(columns) if all(groups.is_fitted(column) for column in columns) else groups.width
+    for first in range(0, len(columns), width):
+        now = slice(first, min(first + width, len(columns)))
+        groups.fit(columns[first], weight_PO[now].T)
+        codes_PO, error_PO[now] = sweep_panel(weight_PO[now], upper_PP[now, now], groups.spacing(columns[now]))
+        codes |= dict(zip(columns[now], codes_PO.unsqueeze(-1), strict=True))
+        weight_PO[now.stop :].addmm_(upper_PP[now, now.stop :].T, error_PO[now], alpha=-1)
+    return codes, error_PO
 
 
 @dataclass(frozen=True)

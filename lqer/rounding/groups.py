@@ -4,10 +4,13 @@ Groups run along in_features and so does the sweep: a group's scale is fitted wh
 weights after the error feedback so far, and then fixed. Or all scales are fitted in advance ("static groups"). A fit
 is the format's own, or a search if the importance of every column is given.
 
-Shapes: O out_features, I in_features, G columns of a group, D columns of a vector, V vectors, L codes of a row.
+Shapes: O out_features, I in_features, G columns of a group, D columns of a vector, V vectors, L codes of a row,
+P columns.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from torch.nn.functional import pad
 
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.blocks import block_count, block_width
+from lqer.formats.spacing import Spacing
 from lqer.rounding.scale_search import searched_scales
 
 PANEL = 128  # columns whose feedback to later columns is one product
@@ -44,6 +48,32 @@ class Groups:
         """Columns of a panel, near 128, such that no group extends over two panels."""
         unit = self.number_format.vector_size if self.single else self.width
         return max(PANEL // unit, 1) * unit
+
+    @property
+    def evenly_spaced(self) -> bool:
+        """Whether the format's values are evenly spaced."""
+        return type(self.number_format).spacing is not NumberFormat.spacing
+
+    def is_fitted(self, column: int) -> bool:
+        """Whether the group that holds `column` has its scale."""
+        return self._scales[column // self.width] is not None
+
+    def spacing(self, columns: Sequence[int]) -> Spacing:
+        """The spacing of fitted columns, of an evenly spaced format; step and zero point (columns, O)."""
+        found: dict[int, Spacing] = {}
+        for group in {column // self.width for column in columns}:
+            scales = self._scales[group]
+            assert scales is not None
+            spacing = self.number_format.spacing(scales)
+            assert spacing is not None
+            found[group] = spacing
+        in_order = [found[column // self.width] for column in columns]
+        # A scale of the whole tensor has one row.
+        step_PO, zero_PO = (
+            torch.cat([getattr(spacing, part).T for spacing in in_order]).expand(-1, self.shape[0])
+            for part in ("step_G", "zero_G")
+        )
+        return Spacing(step_PO, zero_PO, in_order[0].min_code, in_order[0].max_code)
 
     def fit_all(self, weight_OI: Tensor) -> None:
         """Fit all scales to the weight before any feedback (static groups)."""

@@ -1,0 +1,78 @@
+"""The columns of a panel of GPTQ's sweep in one kernel, for formats of evenly spaced values.
+
+For columns p = 0 .. P - 1 of the panel, first to last (arXiv 2210.17323, algorithm 1):
+
+    c_p = clamp(round(w_p / s_p) + z_p)        q_p = (c_p - z_p) s_p
+    e_p = (w_p - q_p) / U_pp
+    w_j = w_j - U_pj e_p                       for all j > p of the panel
+
+In PyTorch each column costs some twenty launches of a few microseconds; here a program keeps its rows of the panel in
+registers and walks the columns. It imports triton: only for tensors on a GPU, or in Triton's interpreter.
+
+Shapes: P columns of a panel, O out_features.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lqer.formats.spacing import Spacing
+
+# Of one program: a warp whose registers hold 128 columns of its rows.
+ROWS = 32
+# Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, ties to even.
+ROUNDER = tl.constexpr(12582912.0)
+LARGEST_ROUNDED = tl.constexpr(1048576.0)
+# The step of MXINT's zero blocks is smaller: their codes are 0.
+SMALLEST_STEP = tl.constexpr(2.0**-126)
+
+
+def sweep_panel(weight_PO: Tensor, upper_PP: Tensor, spacing: Spacing) -> tuple[Tensor, Tensor]:
+    """Codes (P, O), int8 or uint8, and scaled errors (P, O), float32, of a panel; the weight is left as it is.
+
+    weight_PO: float32, columns of W, each contiguous. upper_PP: float32, the panel's block on the diagonal of U.
+    spacing: of every weight of the panel, (P, O) or broadcast to it by strides.
+    """
+    columns, rows = weight_PO.shape
+    step_PO, zero_PO = spacing.step_G, spacing.zero_G
+    dtype = torch.int8 if spacing.min_code < 0 else torch.uint8
+    codes_PO = torch.empty(columns, rows, dtype=dtype, device=weight_PO.device)
+    error_PO = torch.empty(columns, rows, dtype=torch.float32, device=weight_PO.device)
+    _sweep[(triton.cdiv(rows, ROWS),)](
+        weight_PO, upper_PP, step_PO, zero_PO, codes_PO, error_PO, columns, rows,
+        weight_PO.stride(0), *upper_PP.stride(), *step_PO.stride(), *zero_PO.stride(),
+        spacing.min_code, spacing.max_code, WIDTH=triton.next_power_of_2(columns), ROWS_C=ROWS, num_warps=1,
+    )  # fmt: skip
+    return codes_PO, error_PO
+
+
+@triton.jit
+def _sweep(
+    weight, upper, step, zero, codes, error, columns, rows,
+    weight_stride, upper_row_stride, upper_column_stride,
+    step_column_stride, step_row_stride, zero_column_stride, zero_row_stride, min_code, max_code,
+    WIDTH: tl.constexpr, ROWS_C: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0) * ROWS_C + tl.arange(0, ROWS_C)
+    p = tl.arange(0, WIDTH)
+    inside = o < rows
+    present = (p < columns)[:, None] & inside[None, :]
+    w_PO = tl.load(weight + p[:, None] * weight_stride + o[None, :], mask=present, other=0.0)
+    for i in range(columns):
+        w_O = tl.sum(tl.where((p == i)[:, None], w_PO, 0.0), axis=0)
+        step_O = tl.load(step + i * step_column_stride + o * step_row_stride, mask=inside, other=1.0)
+        zero_O = tl.load(zero + i * zero_column_stride + o * zero_row_stride, mask=inside, other=0.0)
+        steps_O = tl.where(step_O < SMALLEST_STEP, 0.0, tl.math.div_rn(w_O, step_O))
+        steps_O = tl.minimum(tl.maximum(steps_O, -LARGEST_ROUNDED), LARGEST_ROUNDED)
+        code_O = ((steps_O + ROUNDER) - ROUNDER) + zero_O
+        code_O = tl.minimum(tl.maximum(code_O, min_code), max_code)
+        diagonal = tl.load(upper + i * upper_row_stride + i * upper_column_stride)
+        error_O = tl.math.div_rn(w_O - (code_O - zero_O) * step_O, diagonal)
+        later = (p > i) & (p < columns)
+        upper_P = tl.load(upper + i * upper_row_stride + p * upper_column_stride, mask=later, other=0.0)
+        w_PO -= upper_P[:, None] * error_O[None, :]
+        tl.store(codes + i * rows + o, code_O.to(tl.int32).to(codes.dtype.element_ty), mask=inside)
+        tl.store(error + i * rows + o, error_O, mask=inside)
