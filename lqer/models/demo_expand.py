@@ -46,8 +46,8 @@ PROBE = "Every river finds the sea, although none of them was told where it lies
 def expand(gguf: Path | str, folder: Path | str, dtype: str) -> float:
     """Write config, weights in `dtype` ("float16" or "bfloat16") and tokenizer of a local GGUF file into `folder`.
 
-    Computes in float32; at the peak about 6 bytes of memory per parameter. Returns the relative change of the logits of a
-    short text, before weights are stored in `dtype`. Raises ModelError if it is 1e-4 or more.
+    Computes in float32; at the peak about 6 bytes of memory per parameter. Returns the relative change of the logits of
+    a short text, before weights are stored in `dtype`. Raises ModelError if it is 1e-4 or more.
     """
     gguf, folder = Path(gguf), Path(folder)
     # Loading draws progress bars on stderr.
