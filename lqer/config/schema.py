@@ -49,6 +49,9 @@ class CalibrationConfig(Section):
     batch_size: Positive = 2
     # Tokens kept per input site to report each layer's output error on.
     error_tokens: Positive = 256
+    # What a token counts in E[x xᵀ] and E[x²] of linears that write to the residual stream: 1, or the inverse square of
+    # the stream behind them.
+    token_weights: Literal["none", "residual"] = "none"
     # RAM for hidden states between blocks and accumulating statistics, here and in blockwise evaluation; the rest is
     # offloaded to files under output_dir. Bytes, or a size such as "4GB"; no limit by default.
     max_memory: Annotated[int | str | None, BeforeValidator(_is_size)] = None

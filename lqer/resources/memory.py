@@ -205,11 +205,12 @@ def _whole_block(work: Workload) -> tuple[list[Need], list[Need]]:
 def _original_stream(work: Workload) -> list[Need]:
     """The original model's hidden states beside the quantized model's.
 
-    Statistics of pairs of inputs need those before and after a block, parts that work on whole blocks one of both.
+    Statistics of pairs of inputs and token weights need those before and after a block, parts that work on whole blocks
+    one of both.
     """
-    paired = any(statistic.needs_original for statistic in _statistics(work))
-    buffers = 2 if paired else int(bool(work.config.quantize.block_parts))
     calibration = work.config.calibration
+    compared = calibration.token_weights != "none" or any(stat.needs_original for stat in _statistics(work))
+    buffers = 2 if compared else int(bool(work.config.quantize.block_parts))
     states = calibration.num_samples * calibration.seq_len * work.summary.hidden_size * work.computed
     return [Need("hidden states of the original model", buffers * states, LESS_IN_MEMORY)]
 

@@ -70,7 +70,7 @@ def _calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Ca
         tokens=windows_WT.numel(),
         fingerprint=tokens_sha256(windows_WT),
     )
-    return CalibrationText(windows_WT, settings.batch_size, settings.error_tokens), info
+    return CalibrationText(windows_WT, settings.batch_size, settings.error_tokens, settings.token_weights), info
 
 
 def _training(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:

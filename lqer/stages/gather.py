@@ -10,14 +10,17 @@ Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, N 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lqer.components import ADDED
 from lqer.errors import ModelError
 from lqer.lowrank.precision import full_float32
+from lqer.models.residual import OUTPUT, find_writers, inverse_squares, watched_points
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
 from lqer.statistics import ALWAYS, Accumulator, Statistic
@@ -27,17 +30,27 @@ from lqer.store.offload import Offload
 from lqer.store.store import Artifact
 from lqer.transforms.tracing import watched_inputs
 
+TokenWeights = Literal["none", "residual"]
+
 
 @dataclass(frozen=True)
 class CalibrationText:
     """The windows that statistics are gathered on: int64 token ids, and how many windows make a micro-batch.
 
-    error_tokens: how many of the tokens a sample keeps the inputs of.
+    error_tokens: how many of the tokens a sample keeps the inputs of. token_weights: what a token counts in E[x xᵀ] and
+    E[x²] of linears that write to the residual stream: 1, or with "residual" the inverse square of the original model's
+    stream behind the linear (lqer/models/residual.py).
     """
 
     windows_WT: Tensor
     batch_size: int
     error_tokens: int
+    token_weights: TokenWeights = field(default="none", metadata=ADDED)
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the weights of the tokens are those of the original model's residual stream."""
+        return self.token_weights == "residual"
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,46 @@ class BlockStatistics:
         return {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
 
 
+@dataclass(frozen=True)
+class OriginalBatch:
+    """One batch in the original model. inputs: of the block's linears; None where no statistic asks for them. weights:
+    of the tokens, float32 (N,), for the linears where they are not all 1.
+    """
+
+    inputs: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def input(self, linear: str, x: Tensor) -> Tensor | None:
+        """The input of the same tokens (N, I) that x is the input of."""
+        if self.inputs is None:
+            return None
+        original = self.inputs.get(linear)
+        if original is None or original.shape != x.shape:
+            raise ModelError(f"{linear} receives other tokens in the original model: their inputs cannot be paired")
+        return original.flatten(0, -2)
+
+
+class OriginalBlock:
+    """The block as the original model runs it. paired, weighted: what is wanted of its batches."""
+
+    def __init__(self, run: BlockRun, paired: bool, weighted: bool):
+        self._run, self._paired = run, paired
+        self._writers = find_writers(run) if weighted else {}
+
+    def batch(self, index: int) -> OriginalBatch:
+        """Run one batch; the hidden states stay the block's inputs."""
+        if not (self._paired or self._writers):
+            return OriginalBatch()
+        block = self._run.block
+        inputs: dict[str, Tensor] = {}
+        linears = block_linears(block) if self._paired else []
+        watch = {name: partial(inputs.__setitem__, name) for name in linears}
+        with watched_inputs(block, watch), watched_points(block, self._writers) as weights:
+            weights[OUTPUT] = inverse_squares(self._run.output(index))
+        by_writer = {writer: weights[point] for writer, point in self._writers.items()}
+        return OriginalBatch(inputs if self._paired else None, by_writer)
+
+
 class SiteObserver:
     """Finds which linears of a block share an input, and feeds the accumulators of each input site."""
 
@@ -78,19 +131,16 @@ class SiteObserver:
         self._statistics, self._tokens, self._sampled = statistics, tokens, sampled
         self._device, self._offload = device, offload
         self._first_token = 0
-        self._originals: Mapping[str, Tensor] | None = None
+        self._original = OriginalBatch()
         self._last_input: Tensor | None = None
         self._last_version = 0
         self._last_site = ""
         # Sites with as many tokens sample the same ones.
         self._sampled_of: dict[int, Tensor] = {}
 
-    def begin_batch(self, first_token: int, originals: Mapping[str, Tensor] | None) -> None:
-        """What is seen next is a batch whose first token has that index in the whole text.
-
-        originals: the original model's inputs of the same tokens, by linear; None where no statistic asks for them.
-        """
-        self._first_token, self._originals, self._last_input = first_token, originals, None
+    def begin_batch(self, first_token: int, original: OriginalBatch) -> None:
+        """What is seen next is a batch whose first token has that index in the whole text."""
+        self._first_token, self._original, self._last_input = first_token, original, None
         self._sampled_of.clear()
 
     def see(self, linear: str, x: Tensor) -> None:
@@ -107,21 +157,17 @@ class SiteObserver:
                 statistic.kind: statistic.accumulator(x_NI.shape[1], self._device, self._offload)
                 for statistic in self._statistics
             }
-        original_NI = None if self._originals is None else self._original(linear, x)
+        original_NI = self._original.input(linear, x)
+        weights_N = self._original.weights.get(linear)
         if len(x_NI) not in self._sampled_of:
             indices_N = spread_indices(self._first_token, len(x_NI), self._tokens, self._sampled)
             self._sampled_of[len(x_NI)] = indices_N.to(x.device)
         # Whatever precision the process chose for the model's own products.
         with full_float32():
-            for accumulator in self.accumulators[site].values():
-                accumulator.add(x_NI, original_NI, self._sampled_of[len(x_NI)])
-
-    def _original(self, linear: str, x: Tensor) -> Tensor:
-        assert self._originals is not None
-        original = self._originals.get(linear)
-        if original is None or original.shape != x.shape:
-            raise ModelError(f"{linear} receives other tokens in the original model: their inputs cannot be paired")
-        return original.flatten(0, -2)
+            for statistic in self._statistics:
+                weights = () if weights_N is None or not statistic.weights_tokens else (weights_N,)
+                accumulator = self.accumulators[site][statistic.kind]
+                accumulator.add(x_NI, original_NI, self._sampled_of[len(x_NI)], *weights)
 
 
 def drop_output(batch: int, output_BTD: Tensor) -> None:
@@ -137,19 +183,20 @@ def observe_block(
 ) -> BlockStatistics:
     """The statistics of a block's linears on the hidden states that reach it: `ALWAYS`, and those asked for.
 
-    original: the original block on the original model's hidden states, for statistics of pairs of inputs; batch by
-    batch it is run first, and its hidden states stay its inputs. use_output: gets the index of every batch and what
-    `run` outputs there. Raises ModelError, naming the linear, where an input is NaN or infinite.
+    original: the original block on the original model's hidden states, for statistics of pairs of inputs and token
+    weights; None where `run` is that. Batch by batch it is run first, and its hidden states stay its inputs.
+    use_output: gets the index of every batch and what `run` outputs there. Raises ModelError, naming the linear, where
+    an input is NaN or infinite, and for a block whose tokens cannot be weighted.
     """
     gathered = gathered_statistics(statistics)
     paired = any(statistic.needs_original for statistic in gathered)
     if paired and original is None:
         raise ValueError("a statistic of pairs of inputs needs the original block")
+    reference = OriginalBlock(original or run, paired, text.needs_original)
     observer = SiteObserver(gathered, text.windows_WT.numel(), text.error_tokens, run.device, run.hidden.offload)
     watch = {name: partial(observer.see, name) for name in block_linears(run.block)}
     for batch, windows in enumerate(run.hidden.batches):
-        originals = _recorded_inputs(original, batch) if paired and original is not None else None
-        observer.begin_batch(windows.start * text.windows_WT.shape[1], originals)
+        observer.begin_batch(windows.start * text.windows_WT.shape[1], reference.batch(batch))
         with watched_inputs(run.block, watch):
             output_BTD = run.output(batch)
         use_output(batch, output_BTD)
@@ -167,14 +214,6 @@ def observe_block(
             tensors[f"{full_name}.{kind}"] = tensor
     sites = {f"{run.name}.{name}": f"{run.name}.{site}" for name, site in observer.site_of.items()}
     return BlockStatistics(tensors, sites)
-
-
-def _recorded_inputs(run: BlockRun, batch: int) -> dict[str, Tensor]:
-    """The input of every linear of the block on one batch, by name."""
-    inputs: dict[str, Tensor] = {}
-    with watched_inputs(run.block, {name: partial(inputs.__setitem__, name) for name in block_linears(run.block)}):
-        run.output(batch)
-    return inputs
 
 
 def gathered_statistics(requested: Collection[Statistic]) -> list[Statistic]:

@@ -119,10 +119,11 @@ def _quantize_missing(
     batches = text.windows_WT.split(text.batch_size)
     attention = running.model.config._attn_implementation
     reconstruction = block_reconstruction(workspace, settings, text.batch_size, attention)
-    # A statistic of pairs of inputs reads the original model's after its outputs are known: that takes two buffers.
-    paired = any(statistic.needs_original for statistic in requested_statistics(settings.plans))
-    original_states = embed(running, batches) if reconstruction is not None or paired else None
-    next_states = original_states.empty_like() if original_states is not None and paired else original_states
+    # Statistics read the original model's inputs after its outputs are known: that takes two buffers.
+    requested = requested_statistics(settings.plans)
+    compared = text.needs_original or any(statistic.needs_original for statistic in requested)
+    original_states = embed(running, batches) if reconstruction is not None or compared else None
+    next_states = original_states.empty_like() if original_states is not None and compared else original_states
     if settings.attention is not None:
         quantize_attention(running.model, quantized_attention(settings.attention))
     hidden = embed(running, batches)

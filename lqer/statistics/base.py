@@ -22,12 +22,13 @@ from lqer.components import Component
 class Accumulator(Protocol):
     """Sums up one statistic of one input site, batch by batch."""
 
-    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor) -> None:
+    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
         """Take in one batch, with float32 products in full precision (no TF32).
 
         x_NI: inputs of the site, in the model's dtype. original_NI: the inputs of the same tokens at the same site in
         the original model; None unless the statistic asks for them. sampled_N: int64 indices of the tokens whose
-        inputs a sample keeps.
+        inputs a sample keeps. weights_N: float32, at least 0, what a token counts in a mean, relative to the others;
+        given only where tokens are weighted, to a statistic that says it `weights_tokens`.
         """
 
     def result(self) -> Tensor:
@@ -55,6 +56,8 @@ class Statistic(Component, ABC, family="statistic"):
 
     # Whether it is gathered from pairs of inputs: those in the quantized model and those in the original one.
     needs_original: ClassVar[bool] = False
+    # Whether it is a mean in which tokens can have weights.
+    weights_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def accumulator(self, in_features: int, device: torch.device, offload: Allocator) -> Accumulator:

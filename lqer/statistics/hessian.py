@@ -1,7 +1,7 @@
 """The Hessian H = E[x xᵀ] of a linear's inputs: the mean over all tokens, not centred.
 
 An error E of the weight costs E‖E x‖² = tr(E H Eᵀ) at the layer's output, so 2 H is the Hessian of the layer's squared
-output error with respect to each row of the weight.
+output error with respect to each row of the weight. Where tokens have weights, H = Σ w_t x_t x_tᵀ / Σ w_t.
 
 Shapes: I in_features, N tokens of a batch, P rows of a panel.
 """
@@ -9,6 +9,7 @@ Shapes: I in_features, N tokens of a batch, P rows of a panel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,19 +22,35 @@ PANEL_ROWS = 512
 
 
 class HessianAccumulator:
-    """Σ x xᵀ in float64."""
+    """Σ w x xᵀ in float64."""
 
     def __init__(self, in_features: int, device: torch.device, offload: Allocator):
         self._sum_II = offload.zeros([in_features, in_features], torch.float64, device)
-        self._tokens = 0
+        self._total: float | Tensor = 0
 
-    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor) -> None:
-        self._tokens += len(x_NI)
+    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
+        self._total = self._total + total_weight(x_NI, weights_N)
+        if weights_N is not None:
+            x_NI = weighted(x_NI, weights_N.sqrt())
         for chunk_NI in x_NI.split(CHUNK_TOKENS):
-            _add(self._sum_II, outer_products(chunk_NI))
+            add_float32(self._sum_II, outer_products(chunk_NI))
 
     def result(self) -> Tensor:
-        return _symmetric_mean(self._sum_II, self._tokens)
+        return _symmetric_mean(self._sum_II, self._total)
+
+
+def total_weight(x_NI: Tensor, weights_N: Tensor | None) -> int | Tensor:
+    """What the tokens of a batch count together; a float64 scalar, or their number where they have no weights."""
+    return len(x_NI) if weights_N is None else weights_N.to(torch.float64).sum()
+
+
+def weighted(x_NI: Tensor, weights_N: Tensor) -> Tensor:
+    """w_t x_t, in x's dtype if that is bfloat16 (products of bfloat16 are fast), else in float32.
+
+    Weights may be smaller than any float16. One more rounding to bfloat16 averages out over the tokens.
+    """
+    product_NI = x_NI.to(torch.float32) * weights_N.unsqueeze(-1)
+    return product_NI.to(x_NI.dtype) if x_NI.dtype == torch.bfloat16 else product_NI
 
 
 def outer_products(x_NI: Tensor) -> Tensor:
@@ -48,21 +65,21 @@ def outer_products(x_NI: Tensor) -> Tensor:
     return x32_NI.T @ x32_NI
 
 
-def _add(sum_II: Tensor, products_II: Tensor) -> None:
+def add_float32(sum_II: Tensor, products_II: Tensor) -> None:
     """Add float32 to float64 in place; by panels of rows, because a CPU first widens the whole operand."""
     for sum_PI, products_PI in zip(sum_II.split(PANEL_ROWS), products_II.split(PANEL_ROWS), strict=True):
         sum_PI += products_PI
 
 
-def _symmetric_mean(sum_II: Tensor, count: int) -> Tensor:
-    """(S + Sᵀ) / 2 count, float32: a matrix product need not be symmetric to the last bit.
+def _symmetric_mean(sum_II: Tensor, total: float | Tensor) -> Tensor:
+    """(S + Sᵀ) / 2 total, float32: a matrix product need not be symmetric to the last bit.
 
     By panels of rows: a second matrix in float64 would be larger than a large block's weights.
     """
     mean_II = torch.empty(sum_II.shape, dtype=torch.float32, device=sum_II.device)
     for first in range(0, len(sum_II), PANEL_ROWS):
         rows = slice(first, first + PANEL_ROWS)
-        mean_II[rows] = (sum_II[rows] + sum_II[:, rows].T) / (2 * count)
+        mean_II[rows] = (sum_II[rows] + sum_II[:, rows].T) / (2 * total)
     return mean_II
 
 
@@ -71,6 +88,7 @@ class Hessian(Statistic):
     """E[x xᵀ], float32 (I, I), symmetric to the last bit."""
 
     kind = "hessian"
+    weights_tokens: ClassVar[bool] = True
 
     def accumulator(self, in_features: int, device: torch.device, offload: Allocator) -> HessianAccumulator:
         return HessianAccumulator(in_features, device, offload)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lqer.statistics.base import Allocator, InputRotation, Statistic
-from lqer.statistics.hessian import Hessian
+from lqer.statistics.hessian import Hessian, total_weight
 
 
 class MeanAbsAccumulator:
@@ -25,7 +26,7 @@ class MeanAbsAccumulator:
     def __init__(self, in_features: int, device: torch.device, offload: Allocator):
         self._mean_abs_I = offload.zeros([in_features], torch.float32, device)
 
-    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor) -> None:
+    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
         # Two passes, and still several times faster than a vector norm along the columns.
         self._mean_abs_I = torch.maximum(self._mean_abs_I, x_NI.to(torch.float32).abs().mean(0))
 
@@ -34,18 +35,21 @@ class MeanAbsAccumulator:
 
 
 class MeanSquareAccumulator:
-    """Σ x_i² in float64."""
+    """Σ w x_i² in float64."""
 
     def __init__(self, in_features: int, device: torch.device, offload: Allocator):
         self._sum_I = offload.zeros([in_features], torch.float64, device)
-        self._tokens = 0
+        self._total: float | Tensor = 0
 
-    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor) -> None:
-        self._sum_I += x_NI.to(torch.float32).square().sum(0).to(torch.float64)
-        self._tokens += len(x_NI)
+    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
+        square_NI = x_NI.to(torch.float32).square()
+        if weights_N is not None:
+            square_NI *= weights_N.unsqueeze(-1)
+        self._sum_I += square_NI.sum(0).to(torch.float64)
+        self._total = self._total + total_weight(x_NI, weights_N)
 
     def result(self) -> Tensor:
-        return (self._sum_I / self._tokens).to(torch.float32)
+        return (self._sum_I / self._total).to(torch.float32)
 
 
 class MaxAbsAccumulator:
@@ -54,7 +58,7 @@ class MaxAbsAccumulator:
     def __init__(self, in_features: int, device: torch.device, offload: Allocator):
         self._max_abs_I = offload.zeros([in_features], torch.float32, device)
 
-    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor) -> None:
+    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
         self._max_abs_I = torch.maximum(self._max_abs_I, x_NI.to(torch.float32).abs().amax(0))
 
     def result(self) -> Tensor:
@@ -83,9 +87,10 @@ class MeanAbs(Statistic):
 
 @dataclass(frozen=True)
 class MeanSquare(Statistic):
-    """E[x_i²] over all tokens, float32 (I,)."""
+    """E[x_i²] over all tokens, float32 (I,); Σ w_t x_ti² / Σ w_t where they have weights."""
 
     kind = "mean_square"
+    weights_tokens: ClassVar[bool] = True
 
     def accumulator(self, in_features: int, device: torch.device, offload: Allocator) -> MeanSquareAccumulator:
         return MeanSquareAccumulator(in_features, device, offload)

@@ -19,7 +19,7 @@ class SampleAccumulator:
     def __init__(self) -> None:
         self._rows_SI: list[Tensor] = []
 
-    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor) -> None:
+    def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
         self._rows_SI.append(x_NI[sampled_N].cpu())
 
     def result(self) -> Tensor:

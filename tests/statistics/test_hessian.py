@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lqer.statistics import Hessian
+from lqer.statistics import Hessian, MaxAbs, MeanAbs, MeanSquare, Sample
 from lqer.statistics.hessian import outer_products
 from lqer.store.offload import Offload
 
@@ -60,3 +60,40 @@ def test_products_on_a_gpu_are_those_of_float64(dtype):
     # Tensor cores add half precision's products up less exactly: 2.5e-6 on an H100.
     limit = 1e-6 if dtype == torch.float32 else 5e-6
     assert (found_II.cpu().double() - exact_II).abs().max() < limit * exact_II.diagonal().mean()
+
+
+WEIGHTED = [Hessian(), MeanSquare()]
+each_weighted = pytest.mark.parametrize("statistic", WEIGHTED, ids=lambda statistic: statistic.kind)
+
+
+def gathered(statistic, batches):
+    accumulator = statistic.accumulator(24, CPU, Offload())
+    for x_NI, weights in batches:
+        accumulator.add(x_NI, None, NONE_SAMPLED, *weights)
+    return accumulator.result()
+
+
+@each_weighted
+def test_weights_that_are_whole_numbers_are_repeated_tokens(statistic):
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(60, 24, generator=generator)
+    counts_T = torch.randint(0, 4, (60,), generator=generator)
+    repeated = gathered(statistic, [(x_TI.repeat_interleave(counts_T, 0), ())])
+    batches = [(x_TI[rows], (0.5 * counts_T[rows].float(),)) for rows in (slice(0, 13), slice(13, 60))]
+    torch.testing.assert_close(gathered(statistic, batches), repeated, rtol=1e-5, atol=1e-6)
+
+
+@each_weighted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_smaller_than_any_float16_are_kept(statistic, dtype):
+    x_TI = torch.randn(500, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights_T = torch.linspace(1e-12, 1e-9, 500)
+    found = gathered(statistic, [(x_TI, (weights_T,))])
+    exact_II = (x_TI.double().T * weights_T.double()) @ x_TI.double() / weights_T.double().sum()
+    exact = exact_II if statistic == Hessian() else exact_II.diagonal()
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-3)
+
+
+def test_statistics_that_weight_tokens_say_so():
+    assert all(statistic.weights_tokens for statistic in WEIGHTED)
+    assert not any(statistic.weights_tokens for statistic in (MeanAbs(), MaxAbs(), Sample()))

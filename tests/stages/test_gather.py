@@ -1,0 +1,92 @@
+"""Weights of tokens in statistics, against the original model's own residual stream.
+
+Shapes: T tokens of the whole text, I in_features, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import resident
+
+from lqer.models.structure import block_linears
+from lqer.models.walker import walk_blocks
+from lqer.stages.base import identity
+from lqer.stages.gather import CalibrationText, observe_block
+from lqer.statistics import Hessian
+
+
+@pytest.fixture
+def text(windows_WT):
+    return CalibrationText(windows_WT, 2, 24, "residual")
+
+
+@torch.no_grad()
+def forward_pass(model, index, windows_WT) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The inputs (T, I) of all linears of a Llama block, and the residual stream (T, D) behind its two writers."""
+    layer = model.model.layers[index]
+    inputs, streams = {name: [] for name in block_linears(layer)}, {"self_attn.o_proj": [], "mlp.down_proj": []}
+
+    def keep_input(batches):
+        return lambda _, args: batches.append(args[0].flatten(0, -2))
+
+    hooks = [
+        *(linear.register_forward_pre_hook(keep_input(inputs[name])) for name, linear in block_linears(layer).items()),
+        layer.post_attention_layernorm.register_forward_pre_hook(keep_input(streams["self_attn.o_proj"])),
+        layer.register_forward_hook(lambda _, args, output: streams["mlp.down_proj"].append(output.flatten(0, -2))),
+    ]
+    for ids_BT in windows_WT.split(2):
+        model(ids_BT)
+    for hook in hooks:
+        hook.remove()
+    return tuple({name: torch.cat(batches) for name, batches in seen.items()} for seen in (inputs, streams))
+
+
+def expected_hessian(x_TI, stream_TD=None):
+    x_TI = x_TI.double()
+    weights_T = torch.ones(len(x_TI)).double() if stream_TD is None else 1 / stream_TD.double().square().sum(-1)
+    return (x_TI.T * (weights_T / weights_T.mean())) @ x_TI / len(x_TI)
+
+
+def test_tokens_count_relative_to_the_stream_that_a_linear_writes_to(random_model, windows_WT, text):
+    model = random_model("llama")
+    inputs, stream = forward_pass(model, 0, windows_WT)
+    found = observe_block(next(walk_blocks(resident(model), windows_WT, 2)), None, text, {Hessian()})
+    plain = observe_block(
+        next(walk_blocks(resident(model), windows_WT, 2)), None, replace(text, token_weights="none"), {Hessian()}
+    )
+    for name, x_TI in inputs.items():
+        statistics = found.of(f"model.layers.0.{name}")
+        expected_II = expected_hessian(x_TI, stream.get(name))
+        torch.testing.assert_close(statistics["hessian"].double(), expected_II, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(statistics["mean_square"].double(), expected_II.diagonal(), rtol=1e-5, atol=1e-6)
+        for kind in ("mean_abs", "sample"):
+            assert torch.equal(statistics[kind], plain.of(f"model.layers.0.{name}")[kind])
+        if name not in stream:
+            assert torch.equal(statistics["hessian"], plain.of(f"model.layers.0.{name}")["hessian"])
+
+
+@torch.no_grad()
+def test_the_stream_is_that_of_the_original_model_whatever_the_inputs(random_model, windows_WT, text):
+    original, changed = random_model("llama"), random_model("llama")
+    changed.load_state_dict(original.state_dict())
+    for parameter in changed.model.layers[0].parameters():
+        parameter.mul_(1.1)
+    runs = [walk_blocks(resident(model), windows_WT, 2) for model in (original, changed)]
+    for first in [next(run) for run in runs]:
+        first.forward()
+    original_run, changed_run = (next(run) for run in runs)
+    found = observe_block(changed_run, original_run, text, {Hessian()})
+    stream, inputs = forward_pass(original, 1, windows_WT)[1], forward_pass(changed, 1, windows_WT)[0]
+    for name, x_TI in inputs.items():
+        expected_II = expected_hessian(x_TI, stream.get(name))
+        hessian_II = found.of(f"model.layers.1.{name}")["hessian"]
+        torch.testing.assert_close(hessian_II.double(), expected_II, rtol=1e-5, atol=1e-6)
+
+
+def test_a_text_without_weights_has_the_key_it_always_had(windows_WT):
+    plain = identity(CalibrationText(windows_WT, 2, 24))
+    assert "token_weights" not in plain
+    assert identity(CalibrationText(windows_WT, 2, 24, "residual")) == {**plain, "token_weights": "residual"}
