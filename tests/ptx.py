@@ -6,6 +6,7 @@ Semantics are those of NVIDIA's PTX ISA. Registers hold int64 tensors of unsigne
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -45,14 +46,14 @@ class Machine:
 
         target, sources = names[0], [value(name) for name in names[1:] if "[" not in name and "{" not in name]
         match opcode:
-            case "mov.u32":
+            case "mov.u32" | "mov.b32":
                 registers[target] = sources[0]
             case "mov.b64":
                 low, high = _parts(target)
                 registers[low], registers[high] = sources[0] & WORD, (sources[0] >> 32) & WORD
             case "shl.b32":
                 registers[target] = (sources[0] << sources[1]) & WORD
-            case "shr.u32":
+            case "shr.u32" | "shr.b32":
                 registers[target] = sources[0] >> sources[1]
             case "shf.r.clamp.b32":
                 registers[target] = ((sources[1] << 32 | sources[0]) >> sources[2].clamp(max=32)) & WORD
@@ -66,6 +67,12 @@ class Machine:
                 registers[target] = (sources[0] * sources[1]) & WORD
             case "mul.wide.u32":
                 registers[target] = sources[0] * sources[1]
+            case "prmt.b32":
+                registers[target] = _permuted(*sources)
+            case "mul.bf16x2":
+                registers[target] = _on_bfloat16_pairs(lambda a, b: a * b, *sources)
+            case "fma.rn.bf16x2":
+                registers[target] = _on_bfloat16_pairs(lambda a, b, c: a * b + c, *sources)
             case "lop3.b32":
                 registers[target] = _lop3(*sources)
             case "ld.shared.b32":
@@ -121,6 +128,22 @@ def _split(operands: str) -> list[str]:
 def _read(memory: Tensor, address: Tensor) -> Tensor:
     assert not (address % 4).any()
     return memory[address // 4]
+
+
+def _permuted(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
+    """Byte i of the result is the byte of (b, a) that nibble i of the selector names."""
+    both = b << 32 | a
+    return sum((both >> 8 * (int(selector) >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+
+
+def _on_bfloat16_pairs(function: Callable[..., Tensor], *words: Tensor) -> Tensor:
+    """A function of two bfloat16 numbers in each word, in float64, rounded once."""
+    result = torch.zeros((), dtype=torch.int64)
+    for shift in (0, 16):
+        values = [_signed(word >> shift & 0xFFFF, 16).to(torch.int16).view(torch.bfloat16).double() for word in words]
+        exact = function(*values)
+        result = result | (exact.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF) << shift
+    return result
 
 
 def _lop3(a: Tensor, b: Tensor, c: Tensor, table: Tensor) -> Tensor:

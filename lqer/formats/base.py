@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lqer.components import Component
+from lqer.components import Component, is_as_before
 from lqer.formats.blocks import BlockSize, block_count, from_blocks, to_blocks
 from lqer.formats.packing import pack_bits, packed_length, unpack_bits
 from lqer.formats.spacing import Spacing
@@ -173,7 +173,8 @@ class NumberFormat(Component, ABC, family="number format"):
 
     def to_dict(self) -> dict[str, Any]:
         """`kind` and the fields, also those that are None; `format_from_dict` reads them."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        kept = [one.name for one in dataclasses.fields(self) if not is_as_before(one, getattr(self, one.name))]
+        return {"kind": self.kind, **{name: getattr(self, name) for name in kept}}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,27 +1,35 @@
 """MXINT: integer codes that share a power of two, the format of LQER (arXiv 2402.02446) and QERA (arXiv 2410.06040).
 
-A block with largest magnitude M shares the exponent e; with p fraction bits its values are k * 2^(e - p) for symmetric
-codes k in -(2^(bits-1) - 1) .. 2^(bits-1) - 1, rounded half to even and saturated:
+A block with largest magnitude M shares the exponent e; with p fraction bits its step is s = 2^(e - p):
 
     scale_rounding   e                p          differs when M is a power of two
     "ceil"           ceil(log2 M)     bits - 1   half the step, M itself saturates (4 bits: 1.0 -> 0.875)      LQER
     "floor"          floor(log2 M)    bits - 2   M is exact                                                    QERA, OCP
 
+    levels           value            code k of x, saturated               k from .. to
+    "mid-tread"      k s              round(x / s), half to even           -(2^(bits-1) - 1) .. 2^(bits-1) - 1
+    "mid-rise"       (k + 1/2) s      floor(x / s)                         -2^(bits-1) .. 2^(bits-1) - 1
+
+Mid-tread levels, those of the papers, leave one of the 2^bits codes unused, a quarter of them at 2 bits. Mid-rise
+levels use all, have no zero, and reach the block's maximum to half a step; a value is still an integer of `bits` bits,
+2 k + 1, times a power of two.
+
 e is stored as E8M0. Byte 0 is a zero block: M = 0, and under "floor" also M < 2^-126 (QERA reads subnormals as zeros).
-Exponents stay within -126..127, so under "ceil" a block with M > 2^127 saturates at its largest code.
+Exponents stay within -126..127, so under "ceil" a block with M > 2^127 saturates at its largest code. A zero block
+decodes to zeros with either levels.
 
 A search of scales (`scale_candidates`) tries e and the exponents below it, which clip the largest magnitudes.
 
 Shapes: L length of the block axis, G blocks of all leading dims, g values of a block, C candidates of a scale.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lqer.components import require_choice, require_range
+from lqer.components import ADDED, require_choice, require_range
 from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import (
     E8M0_NAN,
@@ -47,11 +55,13 @@ class MXInt(NumberFormat):
     bits: int
     block_size: BlockSize = 16
     scale_rounding: Literal["ceil", "floor"] = "ceil"
+    levels: Literal["mid-tread", "mid-rise"] = field(default="mid-tread", metadata=ADDED)
 
     def __post_init__(self) -> None:
         require_range("bits", self.bits, 2, 8, "mxint")
         require_block_size(self.block_size, "mxint")
         require_choice("scale_rounding", self.scale_rounding, ["ceil", "floor"], "mxint")
+        require_choice("levels", self.levels, ["mid-tread", "mid-rise"], "mxint")
 
     @property
     def stream_widths(self) -> dict[str, int]:
@@ -62,8 +72,18 @@ class MXInt(NumberFormat):
         return 1 << (self.bits - 1)
 
     @property
+    def mid_rise(self) -> bool:
+        """Whether a code k stands for (k + 1/2) steps, not k."""
+        return self.levels == "mid-rise"
+
+    @property
+    def min_code(self) -> int:
+        """The smallest code."""
+        return -self.max_code - 1 if self.mid_rise else -self.max_code
+
+    @property
     def max_code(self) -> int:
-        """The largest code; the smallest is its negative."""
+        """The largest code."""
         return (1 << (self.bits - 1)) - 1
 
     @property
@@ -87,24 +107,41 @@ class MXInt(NumberFormat):
         return {"exponents": torch.where(is_fixed_G, exponents_G, candidates_CG)}
 
     def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """int8 codes [G, g]; zero for blocks whose exponent is 0 (zero block) or 255 (NaN block)."""
+        """int8 codes [G, g]; blocks whose exponent is 0 (zero block) or 255 (NaN block) have codes of 0, or of mid-rise
+        levels 0 and -1.
+        """
         pattern_G = scales["exponents"].to(torch.int32) << FLOAT32_MANTISSA_BITS
         return self._round(x_Gg, self._step(pattern_G)).to(torch.int8)
 
     def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """float32 code * 2^(exponent - 127 - fraction_bits) [G, g], exact; NaN where the exponent is 255."""
-        return codes_Gg.to(torch.float32).mul_(self._stored_step(scales).unsqueeze(-1))
+        """float32 code * 2^(exponent - 127 - fraction_bits) [G, g], exact; NaN where the exponent is 255.
+
+        Mid-rise: (code + 1/2) * that step, and 0 where the exponent is 0.
+        """
+        values_Gg = codes_Gg.to(torch.float32)
+        if self.mid_rise:
+            values_Gg.add_(0.5)
+        return values_Gg.mul_(self._stored_step(scales).unsqueeze(-1))
 
     def spacing(self, scales: dict[str, Tensor]) -> Spacing:
         step_G = self._stored_step(scales)
-        return Spacing(step_G, torch.zeros_like(step_G), -self.max_code, self.max_code)
+        zero_G = torch.full_like(step_G, -0.5 if self.mid_rise else 0.0)
+        return Spacing(step_G, zero_G, self.min_code, self.max_code)
 
     def _stored_step(self, scales: dict[str, Tensor]) -> Tensor:
-        return e8m0_to_float(scales["exponents"]).mul_(2.0**-self.fraction_bits)
+        step_G = e8m0_to_float(scales["exponents"]).mul_(2.0**-self.fraction_bits)
+        # No mid-rise level is zero: zero blocks must become so by their step.
+        return step_G.masked_fill_(scales["exponents"] == 0, 0) if self.mid_rise else step_G
 
     def round_blocks(self, x_Gg: Tensor) -> Tensor:
-        step_G = self._step(self._shared_exponent(x_Gg))
-        return self._round(x_Gg, step_G).mul_(step_G.unsqueeze(-1))
+        pattern_G = self._shared_exponent(x_Gg)
+        step_G = self._step(pattern_G)
+        values_Gg = self._round(x_Gg, step_G)
+        if self.mid_rise:
+            # As in `decode`: an infinite step makes NaN of code 0 alone.
+            values_Gg.add_(0.5)
+            step_G.masked_fill_(pattern_G == 0, 0).masked_fill_(pattern_G == FLOAT32_INF_PATTERN, torch.nan)
+        return values_Gg.mul_(step_G.unsqueeze(-1))
 
     def _shared_exponent(self, x_Gg: Tensor) -> Tensor:
         """2^e of each block as an int32 float32 pattern [G]: 0 for a zero block, infinity for a NaN block."""
@@ -126,4 +163,6 @@ class MXInt(NumberFormat):
 
         Dividing by the step is exact down to subnormal steps, where multiplying by its inverse would overflow.
         """
-        return (x_Gg / step_G.unsqueeze(-1)).round_().clamp_(-self.max_code, self.max_code)
+        codes_Gg = x_Gg / step_G.unsqueeze(-1)
+        codes_Gg = codes_Gg.floor_() if self.mid_rise else codes_Gg.round_()
+        return codes_Gg.clamp_(self.min_code, self.max_code)

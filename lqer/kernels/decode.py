@@ -4,8 +4,9 @@ A decoded tile [O, tile_k] has its columns in kernel order: code j of word w is 
 permutes a tile of activations accordingly.
 
 MXINT codes u of up to four bits become bfloat16 without a conversion: 0x4300 | u is the bit pattern of 128 + u, and one
-fused multiply-add (128 + u) * s - (128 + offset) * s is exact for a power of two s. Each instruction decodes two codes.
-All other formats are decoded in float32, in plain Triton.
+fused multiply-add (128 + u) * s - (128 + offset) * s is exact for a power of two s. Mid-rise levels need half units:
+0x4280 | 2 u is 64 + u, and (64 + u) * s - (64 + offset - 1/2) * s is exact. Each instruction decodes two codes. All
+other formats are decoded in float32, in plain Triton.
 
 Shapes: M tokens, I in_features, O rows of W, T columns of a tile, W words of a row, P pairs of words, S scales of a
 row. layout: a layout.RowLayout, passed as a compile-time constant.
@@ -22,42 +23,55 @@ PAIRS_C = tl.constexpr(PAIRS)
 ROWS_C = tl.constexpr(ROWS)
 
 
-def _pairs_asm(width: int, offset: int, high: bool) -> str:
-    """PTX that decodes a pair of words to pairs of bfloat16, with one scale per half of their codes."""
+def pairs_asm(bits: int, mid_rise: bool) -> str:
+    """PTX that decodes a pair of words of codes of 2, 3 or 4 bits to pairs of bfloat16.
+
+    Operands: the outputs, both words, a scale per half of their codes and, for 3 bits, the high bits of the pair.
+    """
+    width, offset, high = 4 if bits == 4 else 2, 1 << (bits - 1), bits == 3
+    # Of a bfloat16: where its integer part starts, the pattern of its power of two, and that of -(power + origin).
+    unit, power = (1, 0x4280) if mid_rise else (0, 0x4300)
+    bias = 0x8000 | power | ((offset << unit) - mid_rise)
     per_word = 32 // width
     halves = 2 if width == 2 else 1
     inputs = per_word
-    bias = (0xC300 | offset) if offset < 128 else 0  # bits of -(128 + offset)
     lines = [".reg .b32 lo, hi, t, c0, c1;"]
     lines += [f"prmt.b32 lo, ${inputs}, ${inputs + 1}, 0x5410;", f"prmt.b32 hi, ${inputs}, ${inputs + 1}, 0x7632;"]
     scales = [inputs + 2 + half for half in range(halves)]
     high_word = inputs + 2 + halves
     for half, scale in enumerate(scales):
         lines += [f"mov.b32 t, 0x{bias:04X}{bias:04X};", f"mul.bf16x2 c{half}, ${scale}, t;"]
-    mask = (1 << width) - 1
+    mask = ((1 << width) - 1) << unit
     for j in range(per_word):
         source, place = ("lo", j) if j < per_word // 2 else ("hi", j - per_word // 2)
-        if place:
-            lines.append(f"shr.b32 t, {source}, {place * width};")
+        if place * width != unit:
+            lines.append(_shift(source, place * width - unit))
             source = "t"
-        # (source & mask) | 0x43004300
-        lines.append(f"lop3.b32 ${j}, {source}, 0x{mask:04X}{mask:04X}, 0x43004300, 0xEA;")
+        # (source & mask) | power
+        lines.append(f"lop3.b32 ${j}, {source}, 0x{mask:04X}{mask:04X}, 0x{power:04X}{power:04X}, 0xEA;")
         if high:
-            # Move bit j of each half to bit 2 and or it in.
-            shift = f"shr.b32 t, ${high_word}, {j - 2};" if j >= 2 else f"shl.b32 t, ${high_word}, {2 - j};"
-            lines += [shift, f"lop3.b32 ${j}, t, 0x00040004, ${j}, 0xEA;"]
+            # Move bit j of each half to the place of the third bit and or it in.
+            bit = 4 << unit
+            shift = _shift(f"${high_word}", j - 2 - unit)
+            lines += [shift, f"lop3.b32 ${j}, t, 0x{bit:04X}{bit:04X}, ${j}, 0xEA;"]
         half = j // (per_word // halves)
         lines.append(f"fma.rn.bf16x2 ${j}, ${j}, ${scales[half]}, c{half};")
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _shift(source: str, places: int) -> str:
+    """t = source, shifted to the right by so many places, to the left by a negative number."""
+    return f"{'shr' if places >= 0 else 'shl'}.b32 t, {source}, {abs(places)};"
 
 
 def _constraints(outputs: int, inputs: int) -> str:
     return ",".join(["=r"] * outputs + ["r"] * inputs)
 
 
-ASM_4 = tl.constexpr(_pairs_asm(4, 8, high=False))
-ASM_2 = tl.constexpr(_pairs_asm(2, 2, high=False))
-ASM_3 = tl.constexpr(_pairs_asm(2, 4, high=True))
+# By levels, mid-tread and mid-rise.
+ASM_4, RISE_4 = (tl.constexpr(pairs_asm(4, mid_rise)) for mid_rise in (False, True))
+ASM_2, RISE_2 = (tl.constexpr(pairs_asm(2, mid_rise)) for mid_rise in (False, True))
+ASM_3, RISE_3 = (tl.constexpr(pairs_asm(3, mid_rise)) for mid_rise in (False, True))
 # With pack=2 every operand is passed twice, except that two 16-bit scales share a register.
 CONSTRAINTS_4 = tl.constexpr(_constraints(8, 3))
 CONSTRAINTS_2 = tl.constexpr(_constraints(16, 4))
@@ -144,7 +158,12 @@ def decode_pairs(words_OW, high_OP, exponents_OS, layout: tl.constexpr):
     if layout.bits == 4:
         scale_OW = _per_word(scales.reshape(rows, PAIRS_C))
         v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
-            ASM_4, CONSTRAINTS_4, [words_OW, scale_OW], dtype=BF16_8, is_pure=True, pack=2
+            RISE_4 if layout.mid_rise else ASM_4,
+            CONSTRAINTS_4,
+            [words_OW, scale_OW],
+            dtype=BF16_8,
+            is_pure=True,
+            pack=2,
         )
         return _code_major(tl.join(_join4(v0, v2, v4, v6), _join4(v1, v3, v5, v7)))
     else:
@@ -156,7 +175,7 @@ def decode_pairs(words_OW, high_OP, exponents_OS, layout: tl.constexpr):
         scale0_OW, scale1_OW = _per_word(first_OP), _per_word(second_OP)
         if layout.bits == 3:
             v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
-                ASM_3,
+                RISE_3 if layout.mid_rise else ASM_3,
                 CONSTRAINTS_3,
                 [words_OW, scale0_OW, scale1_OW, _per_word(high_OP)],
                 dtype=BF16_16,
@@ -165,7 +184,12 @@ def decode_pairs(words_OW, high_OP, exponents_OS, layout: tl.constexpr):
             )
         else:
             v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = tl.inline_asm_elementwise(
-                ASM_2, CONSTRAINTS_2, [words_OW, scale0_OW, scale1_OW], dtype=BF16_16, is_pure=True, pack=2
+                RISE_2 if layout.mid_rise else ASM_2,
+                CONSTRAINTS_2,
+                [words_OW, scale0_OW, scale1_OW],
+                dtype=BF16_16,
+                is_pure=True,
+                pack=2,
             )
         even = tl.join(_join4(v0, v4, v8, v12), _join4(v2, v6, v10, v14))
         odd = tl.join(_join4(v1, v5, v9, v13), _join4(v3, v7, v11, v15))
@@ -194,7 +218,7 @@ def decode_any(
     if layout.bits == 3:
         place = tl.arange(0, 2).reshape(1, 1, 1, 1, 2) * 16 + code
         codes |= ((high_OP.reshape(rows, 1, 1, PAIRS_C, 1) >> place) & 1) << 2
-    shifted = codes.to(tl.float32) - layout.offset
+    shifted = codes.to(tl.float32) - layout.origin
     if layout.exponents:
         scales = exponent_to_scale(scales_OS, tl.float32)
     else:

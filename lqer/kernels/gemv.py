@@ -1,7 +1,7 @@
 """One token, MXINT4 weights, MXINT activations: the product in integers, exact within every block.
 
-A block contributes 2^(e_w + e_x) * sum (u - 8) * k with four-bit u and eight-bit k: one dp4a instruction multiplies and
-adds four of them. Neither shared memory nor tensor cores are used.
+A block contributes 2^(e_w + e_x) * sum (u - 8) * k with four-bit u and eight-bit k (u - 7.5 for mid-rise levels): one
+dp4a instruction multiplies and adds four of them. Neither shared memory nor tensor cores are used.
 
     prepare   x -> codes, steps, sums per word; x_q A
     gemv      y = W_q x_q + b + Q(Q(x_q A) B), whole rows of W per program
@@ -156,6 +156,7 @@ def gemv_kernel(
     rank: tl.constexpr,
     tiles: tl.constexpr,
     per_tile: tl.constexpr,  # exponents of a row in a tile
+    mid_rise: tl.constexpr,  # a code u stands for u - 7.5, not u - 8
     rounding: tl.constexpr,
     b_block: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,7 +192,11 @@ def gemv_kernel(
         sums = tl.load(vector + padded // 4 + padded // 8 + x_word, mask=inside, other=0)
         scale = exponent_to_scale(e, tl.float32)[:, :, :, None]
         scale = scale.broadcast_to(BLOCK_N, BLOCK_T, per_tile, WORDS_C // per_tile).reshape(shape)
-        acc += _products(w, low, high, sums).to(tl.float32) * (scale * step)
+        products = _products(w, low, high, sums).to(tl.float32)
+        if mid_rise:
+            # Half of the sum of the codes of x, exactly.
+            products -= sums.to(tl.float32) * (0.5 / OFFSET)
+        acc += products * (scale * step)
         w, e = next_w, next_e
     y_O = tl.sum(tl.sum(acc, axis=2), axis=1)
     if rank > 0:

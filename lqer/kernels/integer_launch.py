@@ -66,8 +66,8 @@ def run_gemv(x_1I: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     gemv_kernel[(-(-layout.rows // launch.block_n),)](
         weight.words, weight.scales, packed.bias_O, vector, packed.b_codes, packed.b_exponents, y_1O,
         layout.rows, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
-        rounding=spec.rounding, b_block=spec.b_block, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t,
-        pdl=pdl, num_warps=launch.warps, **runtime.launch_options(pdl),
+        mid_rise=layout.mid_rise, rounding=spec.rounding, b_block=spec.b_block, BLOCK_N=launch.block_n,
+        BLOCK_T=launch.block_t, pdl=pdl, num_warps=launch.warps, **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_1O
 

@@ -17,7 +17,7 @@ of high bits, one word per pair, at bit 16 * odd + j. Codes of 5 to 7 bits are s
 
 If blocks are shorter than a pair, the scales of the first halves of all eight pairs come first, then those of the
 second halves. If blocks are longer than a tile, a unit is the tiles of one block and has one scale; otherwise a unit is
-a tile. Rows are padded to a multiple of 64 and columns to whole tiles, with zeros.
+a tile. Rows are padded to a multiple of 64 and columns to whole tiles, with codes of 0 and scales of 0.
 
 Shapes: O out_features, I in_features, P padded (OP), B quantization blocks of a row, J codes of a word.
 """
@@ -38,7 +38,8 @@ WORDS = 16  # of a row in a tile
 PAIRS = WORDS // 2
 ROW_PADDING = 64  # the fewest rows that a program computes
 
-# Limits of a step 2^(e - 127) for (128 + u) * step - 136 * step to be exact in bfloat16.
+# Limits of a step 2^(e - 127) for (128 + u) * step - 136 * step to be exact in bfloat16, and for what decoding of
+# mid-rise levels computes (decode.py).
 SMALLEST_STEP, LARGEST_STEP = 1, 127 + 119
 
 
@@ -51,11 +52,17 @@ class RowLayout:
     offset: int  # added to a code to make it unsigned
     block: int  # elements that share a scale, a power of two; at least `columns` for one scale per row
     exponents: bool  # scales are stored as exponents (MXINT)
+    mid_rise: bool  # a signed code k stands for k + 1/2 (MXINT)
 
     @property
     def width(self) -> int:
         """Bits of a code in a word."""
         return {2: 2, 3: 2, 4: 4}.get(self.bits, 8)
+
+    @property
+    def origin(self) -> float:
+        """What is subtracted from an unsigned code to give the value in steps."""
+        return self.offset - 0.5 if self.mid_rise else self.offset
 
     @property
     def per_word(self) -> int:
@@ -105,7 +112,7 @@ class Layout(RowLayout):
     @cached_property
     def compiled(self) -> RowLayout:
         """The layout without the number of rows."""
-        return RowLayout(self.columns, self.bits, self.offset, self.block, self.exponents)
+        return RowLayout(self.columns, self.bits, self.offset, self.block, self.exponents, self.mid_rise)
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,8 @@ def _layout(weight: QuantizedTensor) -> Layout:
     if isinstance(block, str) or block >= columns:
         block = 1 << max(4, (columns - 1).bit_length())
     exponents = isinstance(number_format, MXInt)
-    return Layout(columns, number_format.bits, number_format.code_offset, block, exponents, rows)
+    mid_rise = isinstance(number_format, MXInt) and number_format.mid_rise
+    return Layout(columns, number_format.bits, number_format.code_offset, block, exponents, mid_rise, rows)
 
 
 def _pack_codes(codes_OI: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:

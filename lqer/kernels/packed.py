@@ -95,8 +95,8 @@ class PackedLinear:
         """Pack a linear for the kernels, on the device of its tensors.
 
         weight      (O, I) in "mxint", "int", "codebook" or "e8p", blocks along I
-        a           (I, R) in any format, or None. MXINT with blocks of 16, 32 or 64 along I stays packed. Other
-                    formats, and all factors of "e8p" weights, are stored as values in dtype
+        a           (I, R) in any format, or None. MXINT with blocks of 16, 32 or 64 along I stays packed, unless its
+                    levels are mid-rise. Other formats, and all factors of "e8p" weights, are stored as values in dtype
         b           (R, O): as a, with blocks along R
         bias_O      (O,) of any float dtype, or None
         activation  "mxint" with blocks of 16, 32 or 64, or None
@@ -172,8 +172,8 @@ def activation_rounding(activation: NumberFormat | None) -> ActivationRounding:
     """How kernels round to this format. Raises ValueError for a format that they do not support."""
     if activation is None or isinstance(activation, Passthrough):
         return ActivationRounding()
-    if not isinstance(activation, MXInt):
-        raise ValueError(f'kernels round activations to "mxint", found {activation}')
+    if not isinstance(activation, MXInt) or activation.mid_rise:
+        raise ValueError(f'kernels round activations to "mxint" with mid-tread levels, found {activation}')
     if activation.block_size not in FACTOR_BLOCKS:
         raise ValueError(f"activation block_size {activation.block_size} is not one of {FACTOR_BLOCKS}")
     return ActivationRounding(activation.bits, activation.block_size, activation.scale_rounding == "ceil")
@@ -186,7 +186,7 @@ def padded_rank(rank: int, block: int) -> int:
 
 def _block_of(factor: QuantizedTensor | None) -> int:
     """Block size of a factor that stays packed; else 0."""
-    if factor is None or not isinstance(factor.format, MXInt) or factor.axis != 0:
+    if factor is None or not isinstance(factor.format, MXInt) or factor.format.mid_rise or factor.axis != 0:
         return 0
     return factor.format.block_size if factor.format.block_size in FACTOR_BLOCKS else 0
 
@@ -240,6 +240,6 @@ def decode_spec(text: str) -> Spec:
     elif kind == LatticeLayout.__name__:
         layout = LatticeLayout(*fields)
     else:
-        columns, bits, offset, block, exponents, rows = fields
-        layout = Layout(columns, bits, offset, block, bool(exponents), rows)
+        columns, bits, offset, block, exponents, mid_rise, rows = fields
+        layout = Layout(columns, bits, offset, block, bool(exponents), bool(mid_rise), rows)
     return Spec(layout, ActivationRounding(x_bits, x_block, bool(ceil)), rank, a_block, b_block)

@@ -58,6 +58,7 @@ def reference_weight(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
     if layout.exponents:
         scales_OB = torch.where(scales_OB > 0, torch.exp2(scales_OB.to(torch.float32) - 127), 0.0)
     block_I = torch.arange(layout.columns, device=codes_OI.device) // layout.block
+    codes_OI += layout.offset - layout.origin
     if weight.zeros is not None:
         codes_OI = codes_OI - _in_rows(weight.zeros, weight).to(torch.float32)[:, block_I]
     return (codes_OI * scales_OB.to(torch.float32)[:, block_I]).to(dtype)

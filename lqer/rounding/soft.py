@@ -1,8 +1,9 @@
 """A weight between its two neighbours on a grid: the rounding variable of adaptive rounding.
 
-With the step s and the zero point z of a group frozen, a weight w has the lower code floor(w / s) + z and the fraction
-f = w / s - floor(w / s). A rounding variable v moves it between the lower code and the next one, and a scale variable u
-stretches the step with which its group is read back (dequantization-scale tuning, DST):
+With the step s and the zero point z of a group frozen, a weight w has the lower code floor(w / s + z) and the fraction
+f = w / s + z - floor(w / s + z); z is an integer, or -1/2 for mid-rise levels. A rounding variable v moves it between
+the lower code and the next one, and a scale variable u stretches the step with which its group is read back
+(dequantization-scale tuning, DST):
 
     h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)                    rectified sigmoid (AdaRound, arXiv 2004.10568, eq. 23)
     w'   = (clamp(lower + h(v), min_code, max_code) - z) s 2 sigmoid(u)
@@ -69,7 +70,7 @@ class Grid:
     """The codes that a weight (O, I) can take under the scales and zero points of `start`."""
 
     start: QuantizedTensor
-    lower_OI: Tensor  # int16: floor(w / s) + z, clamped where no rounding reaches the format's codes
+    lower_OI: Tensor  # int16: floor(w / s + z), clamped where no rounding reaches the format's codes
     fraction_OI: Tensor  # float32 in [0, 1)
     spacing: Spacing  # of groups [O, N]
 
@@ -87,8 +88,11 @@ class Grid:
             )
         weight_ONB = to_blocks(weight_OI.detach().to(torch.float32), start.format.block_size)
         steps_ONB = weight_ONB / spacing.step_G.clamp(min=SMALLEST_STEP).unsqueeze(-1)
+        # A whole zero point is added after the floor, where the sum is exact.
+        whole_ON = spacing.zero_G.ceil()
+        steps_ONB.add_((spacing.zero_G - whole_ON).unsqueeze(-1))
         floor_ONB = steps_ONB.floor()
-        lower_ONB = (floor_ONB + spacing.zero_G.unsqueeze(-1)).clamp_(spacing.min_code - 1, spacing.max_code)
+        lower_ONB = (floor_ONB + whole_ON.unsqueeze(-1)).clamp_(spacing.min_code - 1, spacing.max_code)
         length = weight_OI.shape[1]
         lower_OI = from_blocks(lower_ONB.to(torch.int16), length)
         return cls(start, lower_OI, from_blocks(steps_ONB.sub_(floor_ONB), length), spacing)

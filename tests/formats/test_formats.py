@@ -32,6 +32,9 @@ FORMATS = [
     MXInt(4, block_size="tensor"),
     MXInt(5, block_size="row"),
     MXInt(8),
+    MXInt(2, levels="mid-rise"),
+    MXInt(4, block_size="tensor", levels="mid-rise"),
+    MXInt(8, block_size="row", levels="mid-rise"),
     Int(2, block_size=32),
     Int(3, symmetric=True, scale_dtype="bfloat16"),
     Int(4, block_size=16, scale_dtype="float32"),
@@ -63,6 +66,7 @@ FORMATS = [
 # element tables, no scales at all, vectors, levels.
 ONE_PER_PATH = [
     MXInt(3, block_size=32),
+    MXInt(3, block_size=32, levels="mid-rise"),
     Int(2, block_size=32),
     Int(4, block_size="tensor"),
     Int(8, block_size="row", symmetric=True),
@@ -73,7 +77,7 @@ ONE_PER_PATH = [
     NormalFloat(3, block_size=32, nearest="cdf"),
 ]
 QUANTIZING = [f for f in FORMATS if f.kind != "passthrough"]
-WITH_A_ZERO = [f for f in FORMATS if f.kind != "e8p"]
+WITH_A_ZERO = [f for f in FORMATS if f.kind != "e8p" and getattr(f, "levels", "") != "mid-rise"]
 ONE_SCALE = [f for f in FORMATS if f.block_size == "tensor"]
 PER_BLOCK = [f for f in QUANTIZING if f not in ONE_SCALE]
 # The residual of a lattice code is rounded greedily, so that a value may have a better first point than its own.

@@ -55,6 +55,19 @@ def by_definition(block: list[float], bits: int, scale_rounding: str) -> list[fl
     return [step * max(-limit, min(limit, round(x / step))) for x in block]
 
 
+def mid_rise_by_definition(block: list[float], bits: int, scale_rounding: str) -> list[float]:
+    """The same with mid-rise levels."""
+    largest = max(map(abs, block))
+    if largest == 0 or (scale_rounding == "floor" and largest < 2.0**-126):
+        return [0.0] * len(block)
+    mantissa, exponent = math.frexp(largest)
+    if scale_rounding == "floor" or mantissa == 0.5:
+        exponent -= 1
+    step = 2.0 ** (min(max(exponent, -126), 127) - (bits - 1 if scale_rounding == "ceil" else bits - 2))
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return [step * (max(low, min(high, math.floor(x / step))) + 0.5) for x in block]
+
+
 def blocks_of_all_magnitudes() -> torch.Tensor:
     """[1024, 16]: maxima over the whole range of float32, subnormals and exact powers of two included."""
     generator = torch.Generator().manual_seed(0)
@@ -202,3 +215,73 @@ def test_weights_are_exactly_symmetric_integers_with_a_bfloat16_scale(bits):
     parts = {"codes": quantized.parts["codes"], "scales": steps.to(torch.bfloat16)}
     integer = Int(bits, block_size=32, symmetric=True, scale_dtype="bfloat16")
     assert torch.equal(QuantizedTensor(integer, (32, 64), 1, parts).dequantize(), quantized.dequantize())
+
+
+@pytest.mark.parametrize("scale_rounding", ["ceil", "floor"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_mid_rise_values_follow_the_definition_over_the_whole_range_of_float32(bits, scale_rounding):
+    x = blocks_of_all_magnitudes()
+    expected = torch.tensor([mid_rise_by_definition(block, bits, scale_rounding) for block in x.tolist()])
+    mxint = MXInt(bits, scale_rounding=scale_rounding, levels="mid-rise")
+    assert torch.equal(mxint.fake_quantize(x), expected)
+    assert torch.equal(mxint.quantize(x).dequantize(), expected)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_mid_rise_levels_are_the_odd_multiples_of_half_a_step_and_encode_to_their_own_codes(bits):
+    mxint = MXInt(bits, levels="mid-rise")
+    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8).expand(254, -1)
+    scales = {"exponents": torch.arange(1, 255, dtype=torch.uint8)}
+    values = mxint.decode(codes, scales)
+    assert values.shape[1] == 2**bits
+    half_steps = 2.0 ** (torch.arange(1, 255, dtype=torch.float64).unsqueeze(-1) - 128 - mxint.fraction_bits)
+    assert torch.equal(values.double(), (2 * codes.double() + 1) * half_steps)
+    assert torch.equal(values.to(torch.bfloat16).float()[10:], values[10:])  # 2 k + 1 has at most eight bits
+    assert torch.equal(mxint.encode(values, scales), codes)
+
+
+def test_a_mid_rise_block_of_zeros_decodes_to_zeros_and_one_with_nan_or_infinity_to_nan():
+    mxint = MXInt(3, levels="mid-rise")
+    x = torch.tensor([[0.0, -0.0, 0.0], [1.0, torch.nan, 2.0], [0.5, -torch.inf, 1.0]])
+    values = mxint.fake_quantize(x)
+    assert torch.equal(values[0], torch.zeros(3))
+    assert values[1:].isnan().all()
+    zeros = mxint.quantize(x[:1])
+    assert zeros.parts["exponents"].item() == 0
+    assert torch.equal(zeros.dequantize(), torch.zeros(1, 3))
+    codes = torch.arange(-4, 4, dtype=torch.int8).unsqueeze(0)
+    assert mxint.decode(codes, {"exponents": torch.tensor([255], dtype=torch.uint8)}).isnan().all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_mid_rise_levels_reach_every_value_of_a_block_to_half_a_step(bits):
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(2))
+    x[0, 3] = 4.0
+    for scale_rounding in ("ceil", "floor"):
+        mxint = MXInt(bits, scale_rounding=scale_rounding, levels="mid-rise")
+        quantized = mxint.quantize(x)
+        step = 2.0 ** (quantized.parts["exponents"].float() - 127 - mxint.fraction_bits)
+        assert ((quantized.dequantize() - x).abs() <= step.repeat_interleave(16, dim=-1) / 2).all()
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(2, 1.6), (3, 1.3), (4, 1.1)])
+def test_under_the_better_of_two_exponents_mid_rise_levels_have_less_error_at_few_bits(bits, gain):
+    x = torch.randn(4096, 1, 32, generator=torch.Generator().manual_seed(0))
+
+    def least_error(mxint: MXInt) -> torch.Tensor:
+        errors = []
+        for lower in (0, 1):
+            scales = {"exponents": mxint.fit(x)["exponents"] - lower}
+            errors.append((mxint.decode(mxint.encode(x, scales), scales) - x).square().sum(-1))
+        return torch.minimum(*errors).mean()
+
+    assert least_error(MXInt(bits, 32)) > gain * least_error(MXInt(bits, 32, levels="mid-rise"))
+
+
+def test_levels_other_than_mid_tread_and_mid_rise_are_refused():
+    with pytest.raises(ValueError, match="levels 'odd'"):
+        MXInt(4, levels="odd")
+
+
+def test_levels_are_mid_tread_unless_said():
+    assert MXInt(4) == MXInt(4, levels="mid-tread")

@@ -75,11 +75,13 @@ def main() -> None:
     JITFunction.run = compile_instead
     runtime.supports_pdl = lambda x: True
     x8, bf16 = MXInt(8), torch.bfloat16
-    for number_format in (MXInt(4), MXInt(2), MXInt(3), MXInt(3, 32), MXInt(8), Int(4, 128)):
+    rising = [MXInt(bits, levels="mid-rise") for bits in (2, 3, 4, 8)]
+    for number_format in (MXInt(4), MXInt(2), MXInt(3), MXInt(3, 32), MXInt(8), Int(4, 128), *rising):
         layer = build_layer(number_format, 128, 1024, dtype=bf16)
         run_gemm(random_input(16, 1024, bf16), layer.packed, GemmLaunch(128, 16, 4, 3, 4))
-    layer = build_layer(MXInt(4), 128, 1024, rank=32, activation=x8, bias=True, dtype=bf16)
-    run_gemv(random_input(1, 1024, bf16), layer.packed, GemvLaunch(16, 4, 4))
+    for number_format in (MXInt(4), MXInt(4, levels="mid-rise")):
+        layer = build_layer(number_format, 128, 1024, rank=32, activation=x8, bias=True, dtype=bf16)
+        run_gemv(random_input(1, 1024, bf16), layer.packed, GemvLaunch(16, 4, 4))
     run_gemm(random_input(64, 1024, bf16), layer.packed, GemmLaunch(128, 64, 2, 3, 8))
     run_dequantized(random_input(300, 1024, bf16), layer.packed)
     layer = build_layer(Int(4, "row"), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))

@@ -21,6 +21,7 @@ FORMATS = [
     MXInt(4, "row"),
     MXInt(4, 16, "floor"),
     MXInt(2, 1024),
+    *(MXInt(bits, 16, levels="mid-rise") for bits in (2, 3, 4, 8)),
 ]
 
 
@@ -36,11 +37,12 @@ def test_codes_and_values_are_preserved(number_format):
     assert torch.equal(reference_weight(packed, torch.float32), weight.dequantize())
 
 
+@pytest.mark.parametrize("levels", ["mid-tread", "mid-rise"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_all_codes_with_all_exponents_are_preserved(bits):
-    number_format = MXInt(bits, 16)
-    largest = number_format.max_code
-    codes = (torch.arange(16) % (2 * largest + 1) - largest).to(torch.int8).repeat(256, 1)
+def test_all_codes_with_all_exponents_are_preserved(bits, levels):
+    number_format = MXInt(bits, 16, levels=levels)
+    smallest, largest = number_format.min_code, number_format.max_code
+    codes = (torch.arange(16) % (largest - smallest + 1) + smallest).to(torch.int8).repeat(256, 1)
     exponents = torch.arange(256, dtype=torch.uint8)[:, None]
     # Steps below 2^-126 or above 2^119 are refused; exponent 0 is a block of zeros.
     usable = (exponents[:, 0] == 0) | (
@@ -104,6 +106,7 @@ def test_blocks_along_axis_0_are_refused():
     ("activation", "dtype", "rule"),
     [
         (Int(8), torch.float16, 'kernels round activations to "mxint"'),
+        (MXInt(8, levels="mid-rise"), torch.float16, 'kernels round activations to "mxint" with mid-tread levels'),
         (MXInt(8, 48), torch.float16, r"activation block_size 48 is not one of \(16, 32, 64\)"),
         (None, torch.float32, "kernels compute in bfloat16 or float16, found torch.float32"),
     ],

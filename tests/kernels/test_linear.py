@@ -5,12 +5,14 @@ Triton's interpreter runs a few small shapes; a GPU runs every number of tokens 
 
 from __future__ import annotations
 
+import ptx
 import pytest
 import torch
 from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, build_layer, random_input, relative_error
 
 from lqer.formats import Int, MXInt, Passthrough
 from lqer.kernels import packed_linear
+from lqer.kernels.decode import pairs_asm
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
 from lqer.kernels.integer_launch import fits_gemv, run_gemm, run_gemv
 from lqer.kernels.packed import decode_spec, encode_spec
@@ -20,6 +22,7 @@ from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 FORMATS = [
     *(MXInt(bits, block) for bits in (2, 3, 4, 8) for block in (16, 32)),
     MXInt(5),
+    *(MXInt(bits, 32, levels="mid-rise") for bits in (2, 3, 4, 8)),
     Int(4, 128),
     Int(4, "row"),
     Int(2, 16),
@@ -41,10 +44,35 @@ def test_dequantized_weights_equal_emulation_bit_for_bit(number_format, dtype):
     assert torch.equal(dequantize_weight(layer.packed.weight, dtype), layer.weight.dequantize(dtype))
 
 
-@pytest.mark.skipif(not ON_GPU, reason="the instructions of bfloat16 decoding need a GPU")
+@pytest.mark.parametrize("mid_rise", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_paired_decoding_is_exact_for_all_exponents(bits):
-    number_format = MXInt(bits)
+def test_the_text_of_paired_decoding_gives_the_levels(bits, mid_rise):
+    """On an emulator of the instructions: all codes in all places, each half of a word under its own scale."""
+    width, offset = (4 if bits == 4 else 2), 1 << (bits - 1)
+    per_word = 32 // width
+    generator = torch.Generator().manual_seed(bits)
+    codes_2JN = torch.randint(0, 1 << bits, (2, per_word, 1000), generator=generator)  # of the even and the odd word
+    place_J1 = torch.arange(per_word)[:, None]
+    words_2N = ((codes_2JN & ((1 << width) - 1)) << width * place_J1).sum(1)
+    high_N = ((codes_2JN >> 2) << (place_J1 + 16 * torch.arange(2)[:, None, None])).sum((0, 1))
+    scales_H = torch.tensor([2.0**-9, 2.0**7][: 2 if width == 2 else 1])
+    both_H = (scales_H.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF) * 0x10001
+    inputs = [*words_2N, *both_H, *([high_N] if bits == 3 else [])]
+    operands = {f"${per_word + i}": value for i, value in enumerate(inputs)}
+    registers = ptx.Machine().run(pairs_asm(bits, mid_rise), operands)
+    for j in range(per_word):
+        for odd in range(2):
+            found = (registers[f"${j}"] >> 16 * odd & 0xFFFF).to(torch.int32) << 16
+            scale = scales_H[j * len(scales_H) // per_word]
+            expected = (codes_2JN[odd, j] - offset + 0.5 * mid_rise) * scale
+            assert torch.equal(found.view(torch.float32), expected), (j, odd)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the instructions of bfloat16 decoding need a GPU")
+@pytest.mark.parametrize("levels", ["mid-tread", "mid-rise"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_paired_decoding_is_exact_for_all_exponents(bits, levels):
+    number_format = MXInt(bits, levels=levels)
     power = torch.arange(-118, 116).repeat_interleave(16).float()
     weight = torch.randn(64, len(power), generator=torch.Generator().manual_seed(bits)) * torch.exp2(power)
     layer = build_layer(number_format, 64, len(power))
@@ -82,8 +110,8 @@ def test_every_number_of_tokens_gives_the_formula(m):
 
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (75, 20), (64, 128), (130, 129), (320, 1000)])
 def test_shapes_need_not_be_multiples_of_a_tile(n, k):
-    for activation in (None, X8):
-        layer = build_layer(MXInt(4), n, k, rank=16, activation=activation)
+    for activation, levels in ((None, "mid-tread"), (X8, "mid-tread"), (X8, "mid-rise")):
+        layer = build_layer(MXInt(4, levels=levels), n, k, rank=16, activation=activation)
         for m in (1, 4):
             x_MI = random_input(m, k)
             assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < TOLERANCE[DTYPE]
@@ -98,8 +126,8 @@ def test_sums_equal_float64_to_a_millionth(splits):
 
 
 def test_sums_of_the_integer_kernel_equal_float64_to_a_millionth():
-    for block in (16, 32):
-        layer = build_layer(MXInt(4, block), 80, 1024, rank=32, activation=X8, bias=True)
+    for number_format in (MXInt(4, 16), MXInt(4, 32), MXInt(4, 32, levels="mid-rise")):
+        layer = build_layer(number_format, 80, 1024, rank=32, activation=X8, bias=True)
         assert fits_gemv(layer.packed)
         x_1I = random_input(1, 1024)
         for launch in (GEMV, GemvLaunch(32, 4, 4)):
@@ -127,7 +155,9 @@ def test_the_torch_reference_equals_the_formula():
     assert relative_error(reference_linear(x_MI, layer.packed), layer.exact(x_MI)) < TOLERANCE[DTYPE]
 
 
-@pytest.mark.parametrize("factor", [Passthrough("float16"), MXInt(8, 32), MXInt(4), Int(8, 16)], ids=str)
+@pytest.mark.parametrize(
+    "factor", [Passthrough("float16"), MXInt(8, 32), MXInt(4), MXInt(4, levels="mid-rise"), Int(8, 16)], ids=str
+)
 def test_factors_may_be_in_any_format(factor):
     layer = build_layer(MXInt(4), 80, 272, rank=32, factor=factor)
     x_MI = random_input(4, 272)
@@ -162,8 +192,9 @@ def test_another_width_or_dtype_of_x_is_refused():
 
 
 def test_decoding_inverts_encoding_of_a_spec():
-    spec = build_layer(Int(3, 64), 80, 272, rank=16, activation=MXInt(6, 32, "floor")).packed.spec
-    assert decode_spec(encode_spec(spec)) == spec
+    for number_format in (Int(3, 64), MXInt(3, 64), MXInt(3, 64, levels="mid-rise")):
+        spec = build_layer(number_format, 80, 272, rank=16, activation=MXInt(6, 32, "floor")).packed.spec
+        assert decode_spec(encode_spec(spec)) == spec
 
 
 def test_the_operator_has_a_fake_implementation_and_compiles_as_one_graph():

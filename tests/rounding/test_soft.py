@@ -22,6 +22,7 @@ FORMATS = [
     Int(bits=3, block_size=16, symmetric=True),
     MXInt(bits=4, block_size=16),
     MXInt(bits=2, block_size=16, scale_rounding="floor"),
+    MXInt(bits=3, block_size=16, levels="mid-rise"),
 ]
 
 
@@ -53,8 +54,10 @@ def within_range(grid, weight_OI):
     if zeros is not None:
         width = COLUMNS if grid.start.format.block_size == "row" else grid.start.format.block_size
         steps_OI = steps_OI + zeros.double().repeat_interleave(width, dim=1)[:, :COLUMNS]
-    low = -grid.start.format.max_code if isinstance(grid.start.format, MXInt) else grid.start.format.min_code
-    return (steps_OI >= low) & (steps_OI <= grid.start.format.max_code)
+    number_format = grid.start.format
+    if isinstance(number_format, MXInt) and number_format.mid_rise:
+        steps_OI = steps_OI - 0.5
+    return (steps_OI >= number_format.min_code) & (steps_OI <= number_format.max_code)
 
 
 def test_the_soft_weight_starts_at_the_weight_within_the_range(grid, weight_OI):
@@ -88,7 +91,8 @@ def test_deciding_every_start_by_its_fraction_is_rounding_to_nearest(grid, weigh
 def test_codes_are_the_lower_one_or_the_next(grid, weight_OI):
     v_OI = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2))
     codes_OI = grid.quantized(v_OI, None).parts["codes"].double()
-    floor_OI = (weight_OI.double() / steps_of(grid.start)).floor()
+    rises = getattr(grid.start.format, "mid_rise", False)
+    floor_OI = (weight_OI.double() / steps_of(grid.start) - 0.5 * rises).floor()
     zeros = grid.start.parts.get("zeros")
     if zeros is not None:
         width = COLUMNS if grid.start.format.block_size == "row" else grid.start.format.block_size
@@ -134,13 +138,14 @@ def test_gradients_are_those_of_the_definition(grid, weight_OI):
 
     width = COLUMNS if grid.start.format.block_size == "row" else 16
     zeros_ON = grid.start.parts.get("zeros", torch.zeros_like(grid.spacing.step_G))
+    if getattr(grid.start.format, "mid_rise", False):
+        zeros_ON = zeros_ON - 0.5
     zeros_OI = zeros_ON.double().repeat_interleave(width, dim=1)[:, :COLUMNS]
-    low = -grid.start.format.max_code if isinstance(grid.start.format, MXInt) else grid.start.format.min_code
     v = v_OI.detach().double().requires_grad_()
     u = torch.zeros_like(grid.spacing.step_G, dtype=torch.float64).requires_grad_()
     steps_OI = steps_of(grid.start) * (2 * torch.sigmoid(u)).repeat_interleave(width, dim=1)[:, :COLUMNS]
     codes_OI = grid.lower_OI + (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)
-    expected_OI = (codes_OI.clamp(low, grid.start.format.max_code) - zeros_OI) * steps_OI
+    expected_OI = (codes_OI.clamp(grid.start.format.min_code, grid.start.format.max_code) - zeros_OI) * steps_OI
     expected_OI.backward(upstream_OI.double())
     torch.testing.assert_close(soft_OI, expected_OI.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(v_OI.grad, v.grad.float(), rtol=1e-3, atol=1e-6)
