@@ -14,7 +14,8 @@ from torch import Tensor
 class Spacing:
     """Evenly spaced values of groups [G]: value = (code - zero) * step, with codes from min_code to max_code.
 
-    step_G, zero_G: float32; a zero point is an integer, or -1/2 for values half a step from zero (mid-rise). A step can be too small to divide by (MXINT's zero blocks).
+    step_G, zero_G: float32; a zero point is an integer, or -1/2 for values half a step from zero (mid-rise). A step can
+    be too small to divide by (MXINT's zero blocks).
     """
 
     step_G: Tensor

@@ -22,6 +22,7 @@ FORMATS = [
     Int(8, 16, scale_dtype="bfloat16"),
     MXInt(2, 16),
     MXInt(3, 32, scale_rounding="floor"),
+    MXInt(3, 32, levels="mid-rise"),
 ]
 each_format = pytest.mark.parametrize("number_format", FORMATS, ids=lambda f: "-".join(map(str, f.to_dict().values())))
 
