@@ -2,7 +2,7 @@
 
 For columns p = 0 .. P - 1 of the panel, first to last (arXiv 2210.17323, algorithm 1):
 
-    c_p = clamp(round(w_p / s_p) + z_p)        q_p = (c_p - z_p) s_p
+    c_p = clamp(round(w_p / s_p) + z_p)        q_p = (c_p - z_p) s_p        or clamp(floor(w_p / s_p)) where z_p = -1/2
     e_p = (w_p - q_p) / U_pp
     w_j = w_j - U_pj e_p                       for all j > p of the panel
 
@@ -67,7 +67,8 @@ def _sweep(
         zero_O = tl.load(zero + i * zero_column_stride + o * zero_row_stride, mask=inside, other=0.0)
         steps_O = tl.where(step_O < SMALLEST_STEP, 0.0, tl.math.div_rn(w_O, step_O))
         steps_O = tl.minimum(tl.maximum(steps_O, -LARGEST_ROUNDED), LARGEST_ROUNDED)
-        code_O = ((steps_O + ROUNDER) - ROUNDER) + zero_O
+        whole_O = tl.ceil(zero_O)
+        code_O = tl.where(zero_O == whole_O, (steps_O + ROUNDER) - ROUNDER, tl.floor(steps_O)) + whole_O
         code_O = tl.minimum(tl.maximum(code_O, min_code), max_code)
         diagonal = tl.load(upper + i * upper_row_stride + i * upper_column_stride)
         error_O = tl.math.div_rn(w_O - (code_O - zero_O) * step_O, diagonal)

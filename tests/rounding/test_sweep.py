@@ -12,6 +12,9 @@ from lqer.rounding.sweep import sweep_panel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = {way: getattr(gptq_module, way) for way in ("_panel_in_one_kernel", "_panel_column_by_column")}
+NUMBER_FORMATS = [
+    Int(bits=3, block_size=32), Int(bits=4, block_size="row"), MXInt(bits=4), MXInt(bits=3, levels="mid-rise"),
+]  # fmt: skip
 CASES = [(128, 40, 3, False), (32, 33, 4, True), (48, 8, 2, False), (1, 5, 8, False)]
 
 
@@ -45,7 +48,7 @@ def test_the_kernel_walks_the_columns_as_the_equations_say(columns, rows, bits, 
     torch.testing.assert_close(error_PO[:, same_O], expected_error_PO[:, same_O], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("number_format", [Int(bits=3, block_size=32), Int(bits=4, block_size="row"), MXInt(bits=4)])
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
 @pytest.mark.parametrize("activation_order", [False, True])
 def test_gptq_in_the_kernel_is_gptq_column_by_column(monkeypatch, number_format, activation_order):
     generator = torch.Generator().manual_seed(0)
