@@ -38,6 +38,7 @@ class FinetuneInfo(TypedDict):
     parts: list[str]
     tokens: int  # of the training windows, without the held-out ones
     validation_loss: list[float]  # nats per token: before training, then after every epoch
+    original_loss: float  # of the original model on the same windows: what is above it is divergence
     best_epoch: int  # the epoch whose state is evaluated; 0: before training
 
 

@@ -235,6 +235,9 @@ def finetuned_parts_exist(config: Config) -> Iterator[KeyedError]:
         yield KeyedError(loc, rule)
     if "rht_signs" in finetune.parts and not any(part.kind == "hadamard" for part in quantize.transforms):
         yield KeyedError(loc, 'requires quantize.transforms = ["hadamard"]: there are no signs to train', "rht_signs")
+    trainable = (config.formats[name].trainable_parts - {"codes"} for name in _used(config))
+    if "scales" in finetune.parts and not any(trainable):
+        yield KeyedError(loc, "requires a number format whose scales are floating-point numbers", "scales")
     if "low_rank" not in finetune.parts:
         return
     own = [override.low_rank.rank for override in quantize.override if override.low_rank is not None]
@@ -247,6 +250,15 @@ def finetuned_parts_exist(config: Config) -> Iterator[KeyedError]:
     for i, override in enumerate(quantize.override):
         low_rank = quantize.low_rank_under(override)
         yield from _columns_can_be_cut(config, low_rank, finetune.columns, f" (quantize.override.{i})")
+
+
+def _used(config: Config) -> set[str]:
+    """The number formats of weights, A and B."""
+    quantize = config.quantize
+    low_ranks = [quantize.low_rank, *(quantize.low_rank_under(override) for override in quantize.override)]
+    names = {quantize.weight, *(override.weight for override in quantize.override)}
+    names |= {name for low_rank in low_ranks for name in (low_rank.format, low_rank.format_b)}
+    return {name for name in names if name is not None and name != NOT_QUANTIZED}
 
 
 def _columns_can_be_cut(config: Config, low_rank: LowRankConfig, columns: int, where: str) -> Iterator[KeyedError]:

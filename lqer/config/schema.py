@@ -25,6 +25,7 @@ NOT_QUANTIZED = "none"
 
 Positive = Annotated[int, Field(gt=0)]
 FormatName = str
+TrainedPart = Literal["rht_signs", "low_rank", "norms", "scales", "floats"]
 Loc = tuple[str | int, ...]
 
 
@@ -212,9 +213,9 @@ class EvaluationConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Which parts of the quantized checkpoint are trained, and how; see lqer/stages/finetune.py."""
+    """Which parts of the quantized checkpoint are trained, and how; see lqer/training/parts.py."""
 
-    parts: Annotated[tuple[Literal["rht_signs", "low_rank"], ...], Field(min_length=1)]
+    parts: Annotated[tuple[TrainedPart, ...], Field(min_length=1)]
     # Of A (and rows of B), which are trained and stored in bfloat16; the others stay rounded.
     columns: Positive = 64
     num_samples: Positive = 192
@@ -227,6 +228,10 @@ class TrainingConfig(Section):
     loss: Literal["original", "text"] = "original"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     low_rank_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    # Relative to the root mean square of a vector or factor, and to each scale.
+    norm_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    scale_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    factor_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     # Fraction of the steps in which the learning rate rises; from there it falls to 0.
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02

@@ -49,6 +49,8 @@ class NumberFormat(Component, ABC, family="number format"):
     block_size: BlockSize  # elements along the axis that share a scale, or "row" or "tensor" (see blocks.py)
     vector_size: ClassVar[int] = 1  # neighbours along the axis that share a code; divides block_size
     codebook_parts: ClassVar[frozenset[str]] = frozenset()  # metadata that are learned tables, which codes point into
+    # Parts in a floating-point dtype that `dequantize_parts` is differentiable in: they can be trained, codes stay.
+    trainable_parts: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod
@@ -161,6 +163,12 @@ class NumberFormat(Component, ABC, family="number format"):
     def stream_length(self, name: str, length: int) -> int:
         """Elements in a row of a part that is stored as a bit stream, for an axis of `length`."""
         return self.code_count(length) if name == "codes" else block_count(length, self.block_size)
+
+    def trainable_values(self, rows: int, length: int) -> int:
+        """Elements of `trainable_parts` of a matrix of so many rows, whose block axis has `length`."""
+        if not self.trainable_parts:
+            return 0
+        return 1 if self.block_size == "tensor" else rows * block_count(length, self.block_size)
 
     def code_count(self, length: int) -> int:
         """Codes of an axis of `length`."""

@@ -53,6 +53,7 @@ class Codebook(NumberFormat):
 
     kind = "codebook"
     codebook_parts: ClassVar[frozenset[str]] = frozenset({"codebooks", "codebook_scales", "codebook_basis"})
+    trainable_parts: ClassVar[frozenset[str]] = frozenset({"codebook_scales"})
 
     bits: int
     dimension: Literal[1, 2, 4] = 2
@@ -111,6 +112,10 @@ class Codebook(NumberFormat):
         codebook_bits = stored * CODEBOOK_BITS + CODEBOOK_SCALE.itemsize * 8
         scale_bits = SCALE_CODE_BITS * block_count(length, self.scale_block_size) if self.scale_block_size else 0
         return self.bits + (layout.column_groups * codebook_bits / layout.group_rows + scale_bits) / length
+
+    def trainable_values(self, rows: int, length: int) -> int:
+        layout = self.layout(rows, length)
+        return layout.row_groups * layout.column_groups
 
     def layout(self, rows: int, length: int) -> Layout:
         """How a matrix is cut into groups of about `group_size` weights.

@@ -53,6 +53,7 @@ class E8P(NumberFormat):
 
     kind = "e8p"
     vector_size: ClassVar[int] = DIMENSION
+    trainable_parts: ClassVar[frozenset[str]] = frozenset({"scales"})
 
     bits: int
     block_size: BlockSize = "tensor"

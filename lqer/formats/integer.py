@@ -17,6 +17,7 @@ Shapes: L length of the block axis, G groups of all leading dims, g values of a 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Int(NumberFormat):
     """
 
     kind = "int"
+    trainable_parts: ClassVar[frozenset[str]] = frozenset({"scales"})
 
     bits: int
     block_size: BlockSize = 128

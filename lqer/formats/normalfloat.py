@@ -18,7 +18,7 @@ import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class NormalFloat(NumberFormat):
     """
 
     kind = "normal-float"
+    trainable_parts: ClassVar[frozenset[str]] = frozenset({"scales"})
 
     bits: int
     block_size: BlockSize = 64

@@ -4,7 +4,7 @@ Shapes: L length of the axis, G rows of all leading dims, g values of a row.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Passthrough(NumberFormat):
     """
 
     kind = "passthrough"
+    trainable_parts: ClassVar[frozenset[str]] = frozenset({"codes"})
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     block_size: Literal["row"] = "row"
@@ -37,6 +38,9 @@ class Passthrough(NumberFormat):
 
     def bits_per_value(self, length: int) -> float:
         return DTYPES[self.dtype].itemsize * 8
+
+    def trainable_values(self, rows: int, length: int) -> int:
+        return rows * length
 
     def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
         """No scales."""

@@ -57,9 +57,10 @@ class QuantizedLinear(nn.Module):
         """x: (..., in_features) in the layer's dtype -> (..., out_features)."""
         x = self._round(x)
         y = F.linear(x, self.weight, self.bias)
-        if self.low_rank_a is None or self.low_rank_b is None:
+        a_IR, b_RO = self.low_rank_a, self.low_rank_b  # each is read once: where it is trained, reading computes it
+        if a_IR is None or b_RO is None:
             return y
-        return y + self._round(self._round(x @ self.low_rank_a) @ self.low_rank_b)
+        return y + self._round(self._round(x @ a_IR) @ b_RO)
 
     def extra_repr(self) -> str:
         rank = 0 if self.low_rank_a is None else self.low_rank_a.shape[1]

@@ -140,6 +140,7 @@ def _finetune_info(config: Config, finetuned: Artifact) -> FinetuneInfo:
         parts=list(settings.parts),
         tokens=settings.num_samples * settings.seq_len,
         validation_loss=history["validation_loss"],
+        original_loss=history["original_loss"],
         best_epoch=history["best_epoch"],
     )
 

@@ -11,7 +11,7 @@ import pandas as pd
 from lqer.checkpoint.bits import Bits
 from lqer.report import figures
 from lqer.report.naming import rtn_name, scheme_name
-from lqer.results import Results
+from lqer.results import FinetuneInfo, Results
 from lqer.store.files import write_atomically, write_json, write_text
 from lqer.store.names import layers_file, spectra_file, tuning_file
 from lqer.store.store import Artifact
@@ -232,9 +232,18 @@ def _finetune_paragraphs(results: Results) -> list[str]:
     return [
         f"Fine-tuned ({', '.join(finetune['parts'])}) for {len(losses) - 1} epochs of {finetune['tokens']} tokens in "
         f"{results['seconds']['finetune']:.1f} s. Loss on held-out windows: {losses[0]:.4f} before, "
-        f"{losses[finetune['best_epoch']]:.4f} after epoch {finetune['best_epoch']}, which is the one evaluated. "
+        f"{losses[finetune['best_epoch']]:.4f} after epoch {finetune['best_epoch']}, which is the one evaluated; "
+        f"{finetune['original_loss']:.4f} of the original itself. {_shown_gain(finetune)}"
         "Errors of single linears were measured before fine-tuning."
     ]
+
+
+def _shown_gain(finetune: FinetuneInfo) -> str:
+    """The share of the distance to the original that is gone; empty if there was none."""
+    before, best = (finetune["validation_loss"][epoch] for epoch in (0, finetune["best_epoch"]))
+    if before <= finetune["original_loss"]:
+        return ""
+    return f"{(before - best) / (before - finetune['original_loss']):.0%} of the distance to it is gone. "
 
 
 def _shown_bits(bits: Bits) -> str:

@@ -10,7 +10,8 @@ memory is estimated, and marked as not certain:
     calibrate    a walk, and the accumulators of a block's statistics
     quantize     a stored block, its statistics, the packed block, and copies of the linear in work. With error
                  propagation also a walk, with two blocks; transforms and roundings that learn say what they hold
-    finetune     the original and the quantized model, 20 bytes per trained value, activations and logits of a batch
+    finetune     the original and the quantized model, 20 bytes per trained value, the inputs of all blocks, the
+                 activations of one and its decoded weights, the logits of a batch
     evaluate     the whole model, or a walk under evaluation.blockwise, and the logits of a batch
 
 The estimate is of a run with an empty store. Linears of one module with equal in_features count as one input site,
@@ -25,11 +26,13 @@ from pathlib import Path
 
 from lqer.config import Config
 from lqer.config.schema import CalibrationConfig, FinetuneConfig
+from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
 from lqer.models.summary import ModelSummary
 from lqer.stages.quantize import requested_statistics
 from lqer.statistics import ALWAYS, Statistic
+from lqer.training.loss import POSITIONS
 
 LATER_IMPORTS = 200_000_000  # bytes of libraries that a stage imports (pandas, matplotlib, lm-eval)
 LIVE_ACTIVATIONS = 5  # activations of a batch that are live at once, next to the widest linear's input
@@ -37,7 +40,9 @@ LINEAR_COPIES = 40  # bytes per weight of the linear in work: copies in float32 
 FACTORIZATION_COPIES = 3  # float64 matrices of an SVD or a Cholesky factorization
 STATE_BYTES = 2 * (4 + 4 + 1)  # per weight, of the states of a block under reconstruction: the last one and the next
 TRAINED_COPIES = 5  # float32 values per trained one: itself, gradient, Adam's two moments, best so far
-LOGIT_COPIES = 4  # float32 logits: of both models, softmax, gradient
+LOGIT_COPIES = 3  # logits: of both models, gradient
+LOSS_COPIES = 6  # float32 values for the loss of a position: both models' logits, softmax, products, gradients
+DECODED_BYTES = 12  # per weight of a block whose scales are trained: the values, a copy and their gradient in float32
 LOSS_POSITIONS = 256  # positions whose losses are computed at once, in float32 (lqer/evaluation/perplexity.py)
 ASSUMED_RANK = 32  # of linears whose rank is chosen under a budget
 ASSUMED_TOKENS = 300_000  # of a text that is not local: about the test split of WikiText-2
@@ -220,18 +225,30 @@ def _finetune(work: Workload) -> StageMemory:
     settings, summary = work.config.finetune, work.summary
     assert settings is not None
     tokens = _batch_tokens(settings)
-    activations = LIVE_ACTIVATIONS * summary.blocks * tokens * work.widest * work.computed
+    activations = LIVE_ACTIVATIONS * tokens * work.widest * work.computed
+    inputs = summary.blocks * tokens * summary.hidden_size * work.computed
+    logits = LOGIT_COPIES * work.computed * tokens + 4 * LOSS_COPIES * min(POSITIONS, tokens)
+    floats = "floats" in settings.parts
+    scales = floats or "scales" in settings.parts
     trained = 0
     for _, rows, columns, plan in _planned(work):
         rank = min(ASSUMED_RANK if plan.rank is None else plan.rank, rows, columns)
         trained += (rows + columns) * ("rht_signs" in settings.parts and plan.transform is not None)
-        trained += (rows + columns) * min(rank, settings.columns) * ("low_rank" in settings.parts)
+        if "low_rank" in settings.parts:
+            trained += (rows + columns) * min(rank, settings.columns)
+        elif floats:
+            sides = zip(plan.factor_formats, (columns, rows), strict=True)
+            trained += rank * sum(side for stored, side in sides if stored.kind == Passthrough.kind)
+        if scales:
+            trained += plan.weight.trainable_values(rows, columns)
     fewer = _smaller("finetune.batch_size")
     device = [
         Need("original and quantized model", 2 * work.computed * summary.parameters),
         Need("trained parameters", 4 * TRAINED_COPIES * trained),
+        Need("inputs of the blocks", inputs, fewer),
         Need("activations for gradients", activations, fewer, certain=False),
-        Need("logits of both models", 4 * LOGIT_COPIES * tokens * summary.vocabulary, fewer, certain=False),
+        Need("weights decoded for gradients", DECODED_BYTES * summary.block_parameters * scales, certain=False),
+        Need("logits of both models", logits * summary.vocabulary, fewer, certain=False),
     ]
     packed = sum(_packed_bytes(work, name, plan) for name, plan in work.plans.items())
     disk = [Need("fine-tuned model", packed + work.stored * summary.outside_parameters, LARGER_DISK)]

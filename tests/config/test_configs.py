@@ -13,7 +13,7 @@ from lqer.methods import Caldera
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEMPLATES = sorted((CONFIGS / "template").glob("*.toml"))
-PARTS = sorted([*(CONFIGS / "formats").glob("*.toml"), *(CONFIGS / "methods").glob("*.toml")])
+PARTS = sorted(path for folder in ("finetune", "formats", "methods") for path in (CONFIGS / folder).glob("*.toml"))
 PAPER = sorted((CONFIGS / "paper").glob("*.toml"))
 NAMED_BY_LQER = [
     *(f"opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b")),

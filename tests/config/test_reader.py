@@ -276,6 +276,11 @@ class TestMistakes:
             ({"finetune.parts": "['rht_signs']"}, ['finetune.parts: requires quantize.transforms = ["hadamard"]']),
             ({"finetune.parts": "[]"}, ["finetune.parts"]),
             (
+                {"finetune.parts": "['scales']", "quantize.low_rank.format": "x8"},
+                ["finetune.parts: requires a number format whose scales are floating-point numbers", "found 'scales'"],
+            ),
+            ({"finetune.parts": "['scals']"}, ["finetune.parts.0: not allowed", "did you mean 'scales'?"]),
+            (
                 {"finetune.parts": "['low_rank']", "quantize.low_rank.rank": "0"},
                 ["there are no factors to train: quantize.low_rank.rank is 0"],
             ),

@@ -23,7 +23,6 @@ from lqer.models.source import ModelSource, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
 from lqer.resources.memory import Need, StageMemory, Workload, estimate, input_sites, total
 from lqer.stages.calibrate import calibrate
-from lqer.stages.finetune import trained_tensors
 from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.stages.rotate import rotate
@@ -31,6 +30,7 @@ from lqer.statistics import Hessian
 from lqer.store.names import block_file
 from lqer.store.offload import Offload
 from lqer.store.store import Workspace
+from lqer.training.parts import NORMS, trained_tensors
 
 CPU = torch.device("cpu")
 WINDOWS, SEQ_LEN = 5, 12
@@ -230,19 +230,35 @@ def test_a_rotation_is_counted_and_what_is_quantized_then_is_in_float32(random_m
     assert need(found["quantize"].ram, "block as stored") == 4 * summary.block_parameters
 
 
-@pytest.mark.parametrize("parts", [["rht_signs"], ["low_rank"], ["rht_signs", "low_rank"]])
-def test_fine_tuning_is_counted(model, run_stages, tmp_path, parts):
+@pytest.mark.parametrize(
+    ("parts", "weight"),
+    [
+        (["rht_signs"], "w4"),
+        (["low_rank"], "w4"),
+        (["rht_signs", "low_rank"], "w4"),
+        (["scales"], "w3g16"),
+        (["floats"], "w3g16"),
+        (["floats", "low_rank"], "w3g16"),
+    ],
+)
+def test_fine_tuning_is_counted(model, run_stages, tmp_path, parts, weight):
+    """All but norms and biases."""
     settings = {"parts": parts, "columns": 5, "num_samples": 4, "validation_samples": 2, "seq_len": 12, "epochs": 3}
-    quantize_settings = {"transforms": ["hadamard"], "low_rank": {"rank": 8, "format": "none"}}
-    config = experiment(quantize=quantize_settings, finetune=settings)
+    quantize_settings = {"transforms": ["hadamard"], "low_rank": {"rank": 8, "format": "none"}, "weight": weight}
+    formats = {"w3g16": {"kind": "int", "bits": 3, "block_size": 16}}
+    config = experiment(quantize=quantize_settings, finetune=settings, formats=formats)
     work = workload(model, tmp_path, config)
     found = stages_of(work)["finetune"]
-    student = load_quantized(run_stages(model, next(iter(work.plans.values()))).checkpoint.path, CPU)
-    trained = trained_tensors(student, list(work.plans), config.finetune)
-    values = sum(tensor.parameter.numel() for tensor in trained.values())
+    stages = run_stages(model, next(iter(work.plans.values())))
+    student = load_quantized(stages.checkpoint.path, CPU)
+    files = [stages.checkpoint.tensors(block_file(index)) for index in range(work.summary.blocks)]
+    stored = {name: tensor for file in files for name, tensor in file.items()}
+    trained = trained_tensors(student, stages.details["linears"], stored, config.finetune)
+    values = sum(tensor.parameter.numel() for tensor in trained.values() if tensor.kind != NORMS)
     assert need(found.ram, "trained parameters") == 4 * 5 * values
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert need(found.ram, "original and quantized model") == 2 * 4 * parameters
+    assert need(found.ram, "inputs of the blocks") == work.summary.blocks * 2 * 12 * model.config.hidden_size * 4
 
 
 def test_stages_come_in_the_order_of_the_run(model, tmp_path):

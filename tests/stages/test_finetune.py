@@ -17,11 +17,12 @@ from lqer.checkpoint.bits import average_bits
 from lqer.checkpoint.load import load_quantized
 from lqer.checkpoint.pack import DETAILS_FILE, split_columns
 from lqer.config.schema import FinetuneConfig
-from lqer.formats import E8P, Int, MXInt, without_first
+from lqer.formats import E8P, Int, MXInt, Passthrough, without_first
 from lqer.methods import QeraExact
-from lqer.stages.finetune import HISTORY_FILE, TRAINING_FILES, finetune, soft_loss
+from lqer.stages.finetune import HISTORY_FILE, TRAINING_FILES, finetune
 from lqer.store.names import block_file, layers_file
 from lqer.store.store import Artifact, Store, Workspace
+from lqer.training.loss import soft_loss
 from lqer.transforms import Hadamard
 
 CPU = torch.device("cpu")
@@ -178,3 +179,45 @@ def test_the_values_after_a_cut_are_those_that_were_there(number_format, dim, ax
     assert torch.equal(cut.dequantize(), expected)
     again = number_format.unpack(cut.pack(), cut.shape, cut.axis)
     assert torch.equal(again.dequantize(), expected)
+
+
+@pytest.fixture(scope="module")
+def integers(random_model, run_stages, plan):
+    """Two-bit integers with float16 scales, A and B in float16."""
+    plan = replace(plan, method=QeraExact(), weight=Int(2, block_size=16), factor=Passthrough("float16"), rank=4)
+    return run_stages(random_model("llama"), plan)
+
+
+@pytest.mark.parametrize(
+    ("parts", "changed"),
+    [
+        (("norms",), {"input_layernorm", "post_attention_layernorm"}),
+        (("scales",), {"scales"}),
+        (("floats",), {"input_layernorm", "post_attention_layernorm", "scales", "low_rank_a", "low_rank_b"}),
+    ],
+)
+def test_what_is_stored_in_floating_point_is_trained_at_no_cost_in_bits(
+    integers, training_WT, tmp_path, parts, changed
+):
+    tuned = tune(Store(tmp_path), integers, training_WT, SIGNS.model_copy(update={"parts": parts}))
+    history = tuned.json(HISTORY_FILE)
+    losses = history["validation_loss"]
+    assert history["original_loss"] < min(losses) < losses[0]
+    assert validation_loss(tuned.path, integers.model, training_WT[6:]) == pytest.approx(min(losses), rel=1e-5)
+    before, after = (artifact.tensors(block_file(1)) for artifact in (integers.checkpoint, tuned))
+    assert {name: (one.shape, one.dtype) for name, one in before.items()} == {
+        name: (one.shape, one.dtype) for name, one in after.items()
+    }
+    differing = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {next(part for part in name.split(".")[::-1] if part not in ("weight", "codes")) for name in differing} == (
+        changed
+    )
+    assert tuned.json("lqer.json") == integers.checkpoint.json("lqer.json")
+    final = [artifact.tensors("outside.safetensors")["model.norm.weight"] for artifact in (integers.checkpoint, tuned)]
+    assert torch.equal(*final) == ("norms" not in parts and "floats" not in parts)
+
+
+def test_the_loss_of_the_original_is_measured_on_the_same_windows(quantized, tuned, training_WT):
+    with torch.no_grad():
+        logits = quantized.model(training_WT[6:]).logits
+    assert tuned.json(HISTORY_FILE)["original_loss"] == pytest.approx(float(soft_loss(logits, logits)), rel=1e-5)

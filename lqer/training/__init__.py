@@ -1,0 +1,1 @@
+"""End-to-end training of what a quantized checkpoint stores in floating point; its codes stay as they are."""
