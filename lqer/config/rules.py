@@ -225,14 +225,10 @@ def _weight_is_rounded_once(config: Config, loc: Loc, component: Component) -> I
 
 
 def finetuned_parts_exist(config: Config) -> Iterator[KeyedError]:
-    """What is trained exists, gets gradients and can be stored."""
+    """What is trained exists and can be stored."""
     finetune, quantize, loc = config.finetune, config.quantize, ("finetune", "parts")
     if finetune is None:
         return
-    activations = [quantize.activation, *(override.activation for override in quantize.override)]
-    if {*activations, quantize.attention} - {NOT_QUANTIZED, None}:
-        rule = "quantize.activation and quantize.attention must be none: rounded activations have no gradient"
-        yield KeyedError(loc, rule)
     if "rht_signs" in finetune.parts and not any(part.kind == "hadamard" for part in quantize.transforms):
         yield KeyedError(loc, 'requires quantize.transforms = ["hadamard"]: there are no signs to train', "rht_signs")
     trainable = (config.formats[name].trainable_parts - {"codes"} for name in _used(config))

@@ -5,7 +5,7 @@ The operands of both products, S = Q·Kᵀ and O = P·V, are rounded. The blocks
     "reference"  along the last dimension of each operand as LQER's code presents it: head_dim for Q, keys for Kᵀ,
                  keys for P, head_dim for V
 Blocks along keys share a scale between neighbouring tokens, so a token's result depends, within rounding, on later
-tokens: see docs/footguns.md.
+tokens: see docs/footguns.md. Gradients pass straight through the rounding.
 
 Shapes: B batch, H heads, G key/value heads, T query tokens, K keys, D head_dim.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lqer.errors import ModelError
 from lqer.formats import NumberFormat, format_from_dict
 from lqer.store.files import content_hash
+from lqer.transforms.block_function import straight_through
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,18 @@ class QuantizedAttention:
         key_BHKD = key_BGKD.repeat_interleave(repeats, dim=1)
         value_BHKD = value_BGKD.repeat_interleave(repeats, dim=1)
         key_axis, value_axis = (-1, -2) if self.axis == "reduction" else (-2, -1)
-        round_ = self.operand.fake_quantize
 
-        scores_BHTK = round_(query_BHTD) @ round_(key_BHKD, axis=key_axis).transpose(-1, -2)
+        def round_(x: Tensor, axis: int = -1) -> Tensor:
+            return straight_through(x, partial(self.operand.fake_quantize, axis=axis))
+
+        scores_BHTK = round_(query_BHTD) @ round_(key_BHKD, key_axis).transpose(-1, -2)
         scores_BHTK = scores_BHTK * (query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling)
         if softcap is not None:
             scores_BHTK = torch.tanh(scores_BHTK / softcap) * softcap
         if attention_mask is not None:
             scores_BHTK = scores_BHTK + attention_mask[..., : key_BHKD.shape[-2]]
         weights_BHTK = torch.softmax(scores_BHTK, dim=-1, dtype=torch.float32).to(query_BHTD.dtype)
-        output_BHTD = round_(weights_BHTK) @ round_(value_BHKD, axis=value_axis)
+        output_BHTD = round_(weights_BHTK) @ round_(value_BHKD, value_axis)
         return output_BHTD.transpose(1, 2).contiguous(), weights_BHTK
 
 

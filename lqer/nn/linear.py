@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lqer.formats import NumberFormat
+from lqer.transforms.block_function import straight_through
 from lqer.transforms.hadamard import RandomHadamard, run_rotated
 
 
 class QuantizedLinear(nn.Module):
     """A linear on dequantized values, in the dtype of the model around it.
+
+    Gradients pass straight through the rounding of activations.
 
     weight_OI, bias_O, a_IR, b_RO: any float dtype; bias_O and both factors may be None. They are
     buffers, so that a state_dict is complete.
@@ -51,7 +54,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("low_rank_b", b_RO)
 
     def _round(self, x: Tensor) -> Tensor:
-        return x if self.activation is None else self.activation.fake_quantize(x)
+        return x if self.activation is None else straight_through(x, self.activation.fake_quantize)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) in the layer's dtype -> (..., out_features)."""

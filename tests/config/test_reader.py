@@ -285,14 +285,6 @@ class TestMistakes:
                 ["there are no factors to train: quantize.low_rank.rank is 0"],
             ),
             (
-                {"finetune.parts": "['low_rank']", "quantize.activation": "x8"},
-                ["rounded activations have no gradient"],
-            ),
-            (
-                {"finetune.parts": "['low_rank']", "quantize.override": "[{ match = '*', activation = 'x8' }]"},
-                ["rounded activations have no gradient"],
-            ),
-            (
                 {"finetune": "{ parts = ['low_rank'], columns = 8 }"},
                 ['finetune.columns: must be whole blocks of "x8"', "8 is not a multiple of block_size 16", "found 8"],
             ),

@@ -39,6 +39,15 @@ def padded(windows_WT: Tensor, pads: int) -> tuple[Tensor, Tensor]:
     return ids_BT, torch.nn.functional.pad(torch.ones_like(windows_WT), (pads, 0))
 
 
+def test_gradients_pass_straight_through_the_rounding(random_model, windows_WT):
+    """With operands in 8 bits they are nearly those of attention that rounds nothing."""
+    gradients = []
+    for model in (random_model("llama"), quantized_copy(random_model("llama"), QuantizedAttention(MXInt(8), "lqer"))):
+        model(windows_WT).logits.square().sum().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    assert torch.linalg.vector_norm(gradients[0] - gradients[1]) < 0.05 * torch.linalg.vector_norm(gradients[0])
+
+
 @torch.no_grad()
 def test_without_rounding_it_is_eager_attention(architecture, random_model, windows_WT):
     model = random_model(architecture)

@@ -116,3 +116,16 @@ def test_errors_of_nothing_are_zero():
     zeros = torch.zeros(3, 4)
     assert output_error(zeros, zeros, torch.ones(2, 4)) == 0
     assert weight_error(zeros, zeros) == 0
+
+
+def test_gradients_pass_straight_through_the_rounding_of_activations(parts, x):
+    """Those of the products that were made: of rounded inputs, weights and factors."""
+    x = x.clone().requires_grad_()
+    layer = QuantizedLinear(**parts, activation=MXInt(3))
+    factor = layer.low_rank_a.requires_grad_()
+    layer(x).sum().backward()
+    weight_OI, b_RO = parts["weight_OI"], parts["b_RO"]
+    expected_I = weight_OI.sum(0) + (factor.detach() @ b_RO).sum(1)
+    torch.testing.assert_close(x.grad, expected_I.expand_as(x))
+    rounded_TI = MXInt(3).fake_quantize(x.detach()).flatten(0, 1)
+    torch.testing.assert_close(factor.grad, rounded_TI.sum(0)[:, None] * b_RO.sum(1))

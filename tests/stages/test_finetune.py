@@ -217,6 +217,18 @@ def test_what_is_stored_in_floating_point_is_trained_at_no_cost_in_bits(
     assert torch.equal(*final) == ("norms" not in parts and "floats" not in parts)
 
 
+def test_a_model_with_rounded_activations_and_attention_can_be_trained(
+    random_model, run_stages, plan, training_WT, tmp_path
+):
+    operand = MXInt(4)
+    plan = replace(plan, weight=Int(4, block_size=16), activation=operand)
+    rounded = run_stages(random_model("llama"), plan, attention={"format": operand.to_dict(), "axis": "reduction"})
+    tuned = tune(Store(tmp_path), rounded, training_WT, SIGNS.model_copy(update={"parts": ("floats",)}))
+    losses = tuned.json(HISTORY_FILE)["validation_loss"]
+    assert min(losses) < losses[0]
+    assert validation_loss(tuned.path, rounded.model, training_WT[6:]) == pytest.approx(min(losses), rel=1e-5)
+
+
 def test_the_loss_of_the_original_is_measured_on_the_same_windows(quantized, tuned, training_WT):
     with torch.no_grad():
         logits = quantized.model(training_WT[6:]).logits
