@@ -27,7 +27,7 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
     override = next((o for o in quantize.override if fnmatchcase(name, o.match)), None)
     merged = quantize
     if override is not None:
-        merged = quantize.model_copy(update=_given(override, "weight", "rounding", "activation", "bias"))
+        merged = quantize.model_copy(update=_given(override, "weight", "rounding", "activation", "bias", "asymmetric"))
     low_rank = quantize.low_rank_under(override)
     return LinearPlan(
         method=quantize.method,
@@ -44,6 +44,7 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
         solver=low_rank.solver,
         iterations=low_rank.iterations or quantize.method.iterations,
         seed=config.seed,
+        asymmetric=merged.asymmetric,
     )
 
 

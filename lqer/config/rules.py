@@ -224,6 +224,20 @@ def _weight_is_rounded_once(config: Config, loc: Loc, component: Component) -> I
         yield KeyedError(loc, rule, component.kind)
 
 
+def asymmetric_targets_are_rounded(config: Config) -> Iterator[KeyedError]:
+    """Weights that are rounded to a block's outputs have no target of their own."""
+    quantize = config.quantize
+    rounding: Component | None = next((part for part in quantize.transforms if part.fixes_scales), None)
+    if quantize.chosen_rounding.together:
+        rounding = quantize.chosen_rounding
+    strengths: dict[Loc, float | None] = {("quantize", "asymmetric"): quantize.asymmetric}
+    for i, override in enumerate(quantize.override):
+        strengths["quantize", "override", i, "asymmetric"] = override.asymmetric
+    for loc, strength in strengths.items():
+        if strength and rounding is not None:
+            yield KeyedError(loc, f'must be 0 with "{rounding.kind}", which rounds weights to outputs', strength)
+
+
 def finetuned_parts_exist(config: Config) -> Iterator[KeyedError]:
     """What is trained exists and can be stored."""
     finetune, quantize, loc = config.finetune, config.quantize, ("finetune", "parts")
@@ -280,6 +294,7 @@ RULES: tuple[Rule, ...] = (
     transforms_fit,
     pairs_differ,
     blocks_can_be_reconstructed,
+    asymmetric_targets_are_rounded,
     finetuned_parts_exist,
 )
 

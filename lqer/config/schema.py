@@ -24,6 +24,7 @@ from lqer.store.offload import parse_bytes
 NOT_QUANTIZED = "none"
 
 Positive = Annotated[int, Field(gt=0)]
+Strength = Annotated[float, Field(ge=0, le=1)]
 FormatName = str
 TrainedPart = Literal["rht_signs", "low_rank", "norms", "scales", "floats"]
 Loc = tuple[str | int, ...]
@@ -95,6 +96,7 @@ class OverrideConfig(Section):
     rounding: RoundingSpec | None = None
     activation: FormatName | None = None
     bias: FormatName | None = None
+    asymmetric: Strength | None = None
     low_rank: LowRankOverride | None = None
 
 
@@ -110,6 +112,8 @@ class QuantizeConfig(Section):
     # Whether a block is quantized on the outputs of the quantized blocks before it instead of the original model's
     # activations; by default as the method defines it.
     propagate_error: bool | None = None
+    # How much of the error of the quantized model's inputs every linear makes up for.
+    asymmetric: Strength = 0.0
     activation: FormatName = NOT_QUANTIZED
     bias: FormatName = NOT_QUANTIZED
     attention: FormatName = NOT_QUANTIZED
@@ -153,9 +157,10 @@ class QuantizeConfig(Section):
 
     @property
     def paired_statistics(self) -> list[str]:
-        """The kinds of the statistics that compare the quantized model's inputs with the original model's."""
+        """What compares the quantized model's inputs with the original model's: statistics by kind, "asymmetric"."""
         used = self.method.statistics.union(*(rounding.statistics for rounding in self.roundings.values()))
-        return sorted(statistic.kind for statistic in used if statistic.needs_original)
+        kinds = sorted(statistic.kind for statistic in used if statistic.needs_original)
+        return kinds + (["asymmetric"] if self.asymmetric or any(own.asymmetric for own in self.override) else [])
 
     @property
     def propagates_error(self) -> bool:

@@ -6,9 +6,9 @@ Every method alternates two steps on W ≈ W_q + (A·B)ᵀ, starting from W_q = 
     reconstruct    A·B = argmin_{rank r} tr(F H Fᵀ), F = W − W_q − (A·B)ᵀ;  A, B = round(A), round(B)
 
 and differs from the others by the metric H, by which step comes first, and by how often they are repeated; a subclass
-of `Method`, in a file of its own, says where. Each step sees what the other one stores. Where the plan has a rotation,
-W and H are those of the rotated linear, and so are W_q, A and B. A method never sees a path, a configuration, a device
-map or another layer.
+of `Method`, in a file of its own, says where. With an asymmetric target W stands for that (lqer/methods/asymmetric.py).
+Each step sees what the other one stores. Where the plan has a rotation, W and H are those of the rotated linear, and so
+are W_q, A and B. A method never sees a path, a configuration, a device map or another layer.
 
 Shapes: I in_features, O out_features, R rank.
 """
@@ -22,13 +22,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lqer.components import Component
+from lqer.components import ADDED, Component
 from lqer.formats import NumberFormat, Passthrough, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import Solver, reconstruct
+from lqer.methods.asymmetric import asymmetric_target
 from lqer.rounding import Nearest, Rounding
-from lqer.statistics import Statistic
+from lqer.statistics import Hessian, Mismatch, Statistic
 from lqer.transforms import LinearTransform, Rotation
 
 # Of one input site, by kind.
@@ -66,6 +67,8 @@ class LinearPlan:
     iterations: int = 1
     seed: int = 0
     factor_b: NumberFormat | None = None
+    # α of the target: how much of the error of the quantized model's inputs the weight makes up for.
+    asymmetric: float = field(default=0.0, metadata=ADDED)
 
     def quantize(self, weight_OI: Tensor, statistics: Statistics) -> QuantizedWeight:
         """`Method.quantize_linear` of this plan."""
@@ -197,19 +200,29 @@ class Method(Component, family="method"):
         return needed if plan.transform is None else plan.transform.statistics(needed)
 
     def _needed(self, plan: LinearPlan) -> frozenset[Statistic]:
-        """The statistics that rounding and reconstruction read; factors of rank 0 need none."""
-        return plan.rounding.statistics | (frozenset() if plan.rank == 0 else self.statistics)
+        """The statistics that target, rounding and reconstruction read; factors of rank 0 need none."""
+        of_target = frozenset({Hessian(), Mismatch()} if plan.asymmetric else ())
+        return of_target | plan.rounding.statistics | (frozenset() if plan.rank == 0 else self.statistics)
 
     def target(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> Target:
-        """The weight, of any float dtype, and its statistics, both rotated where the plan has a rotation."""
+        """The weight to approximate and its statistics, both rotated where the plan has a rotation.
+
+        weight_OI: of any float dtype. Where the plan is asymmetric, its target W* takes the weight's place.
+        """
         weight_OI = weight_OI.to(torch.float32)
-        if plan.transform is None:
-            return Target(weight_OI, statistics)
-        # Check before rotating: a rotation would spread one NaN over the whole row.
-        check_finite(weight_OI)
-        out_features, in_features = weight_OI.shape
-        rotation = plan.transform.rotation(out_features, in_features, plan.seed)
-        return Target(rotation.weight(weight_OI), rotation.statistics(statistics, self._needed(plan)), rotation)
+        rotation = None
+        if plan.transform is not None or plan.asymmetric:
+            # Check first: a rotation or a product would spread one NaN over the whole row.
+            check_finite(weight_OI)
+        if plan.transform is not None:
+            out_features, in_features = weight_OI.shape
+            rotation = plan.transform.rotation(out_features, in_features, plan.seed)
+            weight_OI = rotation.weight(weight_OI)
+            statistics = rotation.statistics(statistics, self._needed(plan))
+        if plan.asymmetric:
+            moments = statistics["hessian"], statistics["mismatch"]
+            weight_OI = asymmetric_target(weight_OI, *moments, plan.asymmetric)
+        return Target(weight_OI, statistics, rotation)
 
     def quantize_linear(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
         """Round a weight and, at a rank above 0, fit low-rank factors to the error.
@@ -238,6 +251,7 @@ class Method(Component, family="method"):
     ) -> QuantizedWeight:
         """`quantize_linear` of a weight that has been rounded already, together with the others of its block."""
         assert plan.transform is None, "weights that are rounded together are not rotated"
+        assert not plan.asymmetric, "weights that are rounded together have the block's output as target"
         if not plan.rank or not self.reconstructs:
             return QuantizedWeight(rounded_OI, None)
         error_OI = weight_OI.to(torch.float32) - rounded_OI.dequantize()

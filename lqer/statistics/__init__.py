@@ -1,4 +1,4 @@
-"""Statistics of the inputs of linear layers: magnitudes, the Hessian, a sample.
+"""Statistics of the inputs of linear layers: magnitudes, the Hessian, the mismatch with the original, a sample.
 
 This folder imports torch and lqer.components only. A new statistic is a file of its own; a rounding or a method that
 names it in its `statistics` has it gathered.
@@ -7,6 +7,7 @@ names it in its `statistics` has it gathered.
 from lqer.statistics.base import Accumulator, Allocator, InputRotation, Statistic
 from lqer.statistics.hessian import Hessian
 from lqer.statistics.magnitudes import MaxAbs, MeanAbs, MeanSquare
+from lqer.statistics.mismatch import Mismatch
 from lqer.statistics.sample import Sample
 
 # Gathered whatever is asked for: they cost next to nothing, and reports need them.
@@ -21,6 +22,7 @@ __all__ = [
     "MaxAbs",
     "MeanAbs",
     "MeanSquare",
+    "Mismatch",
     "Sample",
     "Statistic",
 ]

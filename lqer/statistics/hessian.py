@@ -31,7 +31,7 @@ class HessianAccumulator:
     def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
         self._total = self._total + total_weight(x_NI, weights_N)
         if weights_N is not None:
-            x_NI = weighted(x_NI, weights_N.sqrt())
+            x_NI = multiplicand(x_NI.to(torch.float32) * weights_N.sqrt().unsqueeze(-1), x_NI.dtype)
         for chunk_NI in x_NI.split(CHUNK_TOKENS):
             add_float32(self._sum_II, outer_products(chunk_NI))
 
@@ -44,25 +44,24 @@ def total_weight(x_NI: Tensor, weights_N: Tensor | None) -> int | Tensor:
     return len(x_NI) if weights_N is None else weights_N.to(torch.float64).sum()
 
 
-def weighted(x_NI: Tensor, weights_N: Tensor) -> Tensor:
-    """w_t x_t, in x's dtype if that is bfloat16 (products of bfloat16 are fast), else in float32.
+def multiplicand(x_NI: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 values as they are multiplied by inputs of that dtype: rounded to it if it is bfloat16, which is fast.
 
-    Weights may be smaller than any float16. One more rounding to bfloat16 averages out over the tokens.
+    The rounding averages out over the tokens. In float16 weighted values would underflow.
     """
-    product_NI = x_NI.to(torch.float32) * weights_N.unsqueeze(-1)
-    return product_NI.to(x_NI.dtype) if x_NI.dtype == torch.bfloat16 else product_NI
+    return x_NI.to(dtype) if dtype == torch.bfloat16 else x_NI
 
 
-def outer_products(x_NI: Tensor) -> Tensor:
-    """Σ x xᵀ, float32 (I, I).
+def outer_products(x_NI: Tensor, y_NI: Tensor | None = None) -> Tensor:
+    """Σ x yᵀ, float32 (I, I); Σ x xᵀ by default.
 
     Products of two bfloat16 or float16 numbers are exact in float32, and a GPU's half-precision units accumulate them
     in float32.
     """
-    if x_NI.is_cuda and x_NI.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(x_NI.T, x_NI, out_dtype=torch.float32)
-    x32_NI = x_NI.to(torch.float32)
-    return x32_NI.T @ x32_NI
+    y_NI = x_NI if y_NI is None else y_NI
+    if x_NI.is_cuda and x_NI.dtype == y_NI.dtype and x_NI.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x_NI.T, y_NI, out_dtype=torch.float32)
+    return x_NI.to(torch.float32).T @ y_NI.to(torch.float32)
 
 
 def add_float32(sum_II: Tensor, products_II: Tensor) -> None:

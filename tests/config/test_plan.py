@@ -106,6 +106,13 @@ def test_the_solver_and_its_seed_reach_the_plan():
     assert (plan.solver, plan.seed) == ("krylov", 0)
 
 
+def test_an_asymmetric_target_propagates_errors_and_can_be_set_per_linear():
+    quantize = config(asymmetric=0.25, override=[{"match": "*down_proj", "asymmetric": 0.0}])
+    assert quantize.quantize.propagates_error
+    assert not config().quantize.propagates_error
+    assert (plan_linear(quantize, UP).asymmetric, plan_linear(quantize, DOWN).asymmetric) == (0.25, 0.0)
+
+
 def test_a_rotation_is_part_of_the_plan_and_of_its_baseline():
     plain, rotated = plan_linear(config(), UP), plan_linear(config(transforms=["hadamard"]), UP)
     assert (plain.transform, rotated.transform) == (None, Hadamard())

@@ -379,6 +379,13 @@ class TestMistakes:
                 ["rounding={ kind = 'adaptive', learning_rate = '1' }"],
                 "learning_rate: must be a valid number; found '1'",
             ),
+            (["rounding=adaptive", "asymmetric=0.5"], 'asymmetric: must be 0 with "adaptive", which rounds weights'),
+            (
+                ["transforms=['clip']", "override=[{ match = '*', asymmetric = 0.5 }]"],
+                'override.0.asymmetric: must be 0 with "clip", which rounds weights to outputs',
+            ),
+            (["asymmetric=1.5"], "asymmetric: must be"),
+            (["asymmetric=0.5", "propagate_error=false"], "asymmetric compares the quantized model's inputs with"),
             (["transforms=[{ kind = 'awq', ratios = true }]"], "ratios: must be a valid integer; found True"),
             (["transforms=[{ kind = 'clip', steps = 21 }]"], "steps 21 is not in 1..20 (clip)"),
         ],
