@@ -88,6 +88,15 @@ def blockwise_evaluates_windows(config: Config) -> Iterator[KeyedError]:
         yield KeyedError(loc, 'must be false with device_map = "auto": blockwise evaluation uses one GPU')
 
 
+def rounded_inputs_are_rounded(config: Config) -> Iterator[KeyedError]:
+    """Statistics of rounded inputs need linears that round them."""
+    quantize = config.quantize
+    activations = {quantize.activation, *(override.activation for override in quantize.override)}
+    if config.calibration.round_inputs and not activations - {NOT_QUANTIZED, None}:
+        rule = 'must be false while quantize.activation is "none": no input is rounded'
+        yield KeyedError(("calibration", "round_inputs"), rule, True)
+
+
 def roundings_fit(config: Config) -> Iterator[KeyedError]:
     """The rounding is the method's, and supports the formats of the weights."""
     quantize = config.quantize
@@ -288,6 +297,7 @@ RULES: tuple[Rule, ...] = (
     names_are_free,
     blockwise_evaluates_windows,
     formats_exist,
+    rounded_inputs_are_rounded,
     roundings_fit,
     ranks_are_reconstructed,
     budget_can_be_allocated,

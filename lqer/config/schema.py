@@ -54,6 +54,8 @@ class CalibrationConfig(Section):
     # What a token counts in E[x xᵀ] and E[x²] of linears that write to the residual stream: 1, or the inverse square of
     # the stream behind them.
     token_weights: Literal["none", "residual"] = "none"
+    # Whether statistics are of inputs as the quantized linears round them (quantize.activation).
+    round_inputs: bool = False
     # RAM for hidden states between blocks and accumulating statistics, here and in blockwise evaluation; the rest is
     # offloaded to files under output_dir. Bytes, or a size such as "4GB"; no limit by default.
     max_memory: Annotated[int | str | None, BeforeValidator(_is_size)] = None

@@ -28,6 +28,7 @@ from lqer.formats.base import check_finite
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import Solver, reconstruct
 from lqer.methods.asymmetric import asymmetric_target
+from lqer.methods.inputs import InputRounding
 from lqer.rounding import Nearest, Rounding
 from lqer.statistics import Hessian, Mismatch, Statistic
 from lqer.transforms import LinearTransform, Rotation
@@ -73,6 +74,11 @@ class LinearPlan:
     def quantize(self, weight_OI: Tensor, statistics: Statistics) -> QuantizedWeight:
         """`Method.quantize_linear` of this plan."""
         return self.method.quantize_linear(weight_OI, statistics, self)
+
+    @property
+    def input_rounding(self) -> InputRounding | None:
+        """How the quantized linear rounds its inputs; None where it does not."""
+        return None if self.activation is None else InputRounding(self.activation, self.transform, self.seed)
 
     def without_low_rank(self) -> LinearPlan:
         """The same formats and rounding without reconstruction; plans that differ by A and B alone become equal."""

@@ -28,7 +28,7 @@ from lqer.stages.evaluate import (
     WindowPerplexity,
 )
 from lqer.stages.finetune import Finetune
-from lqer.stages.quantize import Quantize, requested_statistics
+from lqer.stages.quantize import Quantize, input_roundings, requested_statistics
 from lqer.stages.quantize_sequential import QuantizeSequentially
 from lqer.stages.rotate import Rotate
 from lqer.store.store import Store
@@ -87,7 +87,8 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
     quantize: QuantizeStage
     if not config.quantize.propagates_error:
         requested = requested_statistics(context.plans)
-        calibrate = Calibrate(model, texts.calibration, requested, dtype, device, context.offload())
+        roundings = input_roundings(context.plans) if config.calibration.round_inputs else None
+        calibrate = Calibrate(model, texts.calibration, requested, dtype, device, context.offload(), roundings)
         plans: Any = context.plans
         if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
             spectra = MeasureSpectra.of(calibrate, context.plans)
@@ -97,7 +98,7 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
         transforms = tuple(part for part in config.quantize.transforms if isinstance(part, BlockTransform))
         quantize = QuantizeSequentially(
             model, texts.calibration, context.plans, _attention(context), transforms, config.seed, dtype, device,
-            tokenizer, context.offload(), "quantize",
+            tokenizer, context.offload(), "quantize", config.calibration.round_inputs,
         )  # fmt: skip
     rtn = None
     if "rtn" in config.evaluation.baselines:

@@ -15,12 +15,13 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
+from lqer.components import ADDED
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.models.walker import walk_blocks
 from lqer.stages.base import Stage, no_effect
-from lqer.stages.gather import CalibrationText, observe_block
+from lqer.stages.gather import NOT_ROUNDED, CalibrationText, InputRoundings, observe_block, within_block
 from lqer.stages.rotate import Rotate, source_of
 from lqer.statistics import Statistic
 from lqer.store.names import block_file, sites_file
@@ -41,26 +42,33 @@ class Calibrate(Stage):
     dtype: torch.dtype
     device: torch.device
     offload: Offload = field(metadata=no_effect("it decides where numbers are stored, not their values"))
+    # By full name, of linears whose statistics are of rounded inputs.
+    roundings: InputRoundings | None = field(default=None, metadata=ADDED)
 
     def build(self, workspace: Workspace, store: Store) -> None:
         opened = open_model(source_of(self.model, store), self.dtype, self.device, self.offload)
-        calibrate(workspace, opened, self.text, self.statistics)
+        calibrate(workspace, opened, self.text, self.statistics, self.roundings or NOT_ROUNDED)
 
 
 def calibrate(
-    workspace: Workspace, opened: OpenedModel, text: CalibrationText, statistics: Collection[Statistic] = ()
+    workspace: Workspace,
+    opened: OpenedModel,
+    text: CalibrationText,
+    statistics: Collection[Statistic] = (),
+    roundings: InputRoundings = NOT_ROUNDED,
 ) -> None:
     """Gather the statistics of every block that `workspace` does not hold yet.
 
-    statistics: those to gather in addition to `ALWAYS`; one block's are in memory at a time. Raises ModelError, naming
-    the linear, where an input is NaN or infinite.
+    statistics: those to gather in addition to `ALWAYS`; one block's are in memory at a time. roundings: of the
+    inputs before anything is gathered from them, by full names. Raises ModelError, naming the linear, where an input is
+    NaN or infinite.
     """
     runs = walk_blocks(opened, text.windows_WT, text.batch_size)
     for run in tqdm(runs, total=len(opened.blocks), desc="calibrate", unit="block"):
         if block_file(run.index) in workspace:
             run.forward()
             continue
-        found = observe_block(run, None, text, statistics, run.hidden.store)
+        found = observe_block(run, None, text, statistics, run.hidden.store, within_block(roundings, run.name))
         workspace.write_json(sites_file(run.index), found.sites)
         # Last: its presence marks the block as done.
         workspace.write_tensors(block_file(run.index), found.tensors)

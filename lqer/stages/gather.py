@@ -1,6 +1,7 @@
 """Gathers the statistics of one decoder block's linears, batch by batch.
 
-Linears that are called with the same tensor (q, k and v; gate and up) form one input site and share its statistics.
+Linears that are called with the same tensor (q, k and v; gate and up) form one input site and share its statistics, if
+they round it in the same way where statistics are those of rounded inputs.
 Statistics of pairs of inputs, and token weights, need the block as the original model runs it: on every batch it runs
 first, on the original model's hidden states.
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from lqer.components import ADDED
 from lqer.errors import ModelError
 from lqer.lowrank.precision import full_float32
+from lqer.methods.inputs import InputRounding
 from lqer.models.residual import OUTPUT, find_writers, inverse_squares, watched_points
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
@@ -31,6 +33,9 @@ from lqer.store.store import Artifact
 from lqer.transforms.tracing import watched_inputs
 
 TokenWeights = Literal["none", "residual"]
+# By linear, of those whose statistics are of inputs as the quantized linear rounds them.
+InputRoundings = Mapping[str, InputRounding]
+NOT_ROUNDED: InputRoundings = {}
 
 
 @dataclass(frozen=True)
@@ -125,16 +130,18 @@ class SiteObserver:
         sampled: int,
         device: torch.device,
         offload: Offload,
+        roundings: InputRoundings = NOT_ROUNDED,
     ):
         self.accumulators: dict[str, dict[str, Accumulator]] = {}
         self.site_of: dict[str, str] = {}
         self._statistics, self._tokens, self._sampled = statistics, tokens, sampled
-        self._device, self._offload = device, offload
+        self._device, self._offload, self._roundings = device, offload, roundings
         self._first_token = 0
         self._original = OriginalBatch()
         self._last_input: Tensor | None = None
         self._last_version = 0
-        self._last_site = ""
+        # Of that input, by how it is rounded.
+        self._last_sites: dict[InputRounding | None, str] = {}
         # Sites with as many tokens sample the same ones.
         self._sampled_of: dict[int, Tensor] = {}
 
@@ -146,12 +153,16 @@ class SiteObserver:
     def see(self, linear: str, x: Tensor) -> None:
         """Take in the input of a linear that is being called."""
         # Linears that share an input are called one after the other with the very same tensor, unchanged in between.
-        if x is self._last_input and x._version == self._last_version:
-            self.site_of.setdefault(linear, self._last_site)
+        rounding = self._roundings.get(linear)
+        if x is not self._last_input or x._version != self._last_version:
+            self._last_input, self._last_version, self._last_sites = x, x._version, {}
+        if rounding in self._last_sites:
+            self.site_of.setdefault(linear, self._last_sites[rounding])
             return
-        site = self.site_of.setdefault(linear, linear)
-        self._last_input, self._last_version, self._last_site = x, x._version, site
+        site = self._last_sites[rounding] = self.site_of.setdefault(linear, linear)
         x_NI = x.flatten(0, -2)
+        if rounding is not None:
+            x_NI = rounding.round(x_NI)
         if site not in self.accumulators:
             self.accumulators[site] = {
                 statistic.kind: statistic.accumulator(x_NI.shape[1], self._device, self._offload)
@@ -180,20 +191,23 @@ def observe_block(
     text: CalibrationText,
     statistics: Collection[Statistic],
     use_output: Callable[[int, Tensor], None] = drop_output,
+    roundings: InputRoundings = NOT_ROUNDED,
 ) -> BlockStatistics:
     """The statistics of a block's linears on the hidden states that reach it: `ALWAYS`, and those asked for.
 
     original: the original block on the original model's hidden states, for statistics of pairs of inputs and token
     weights; None where `run` is that. Batch by batch it is run first, and its hidden states stay its inputs.
-    use_output: gets the index of every batch and what `run` outputs there. Raises ModelError, naming the linear, where
-    an input is NaN or infinite, and for a block whose tokens cannot be weighted.
+    use_output: gets the index of every batch and what `run` outputs there. roundings: of the inputs before anything is
+    gathered from them, by linear of the block; both blocks run on inputs as they are. Raises ModelError, naming the
+    linear, where an input is NaN or infinite, and for a block whose tokens cannot be weighted.
     """
     gathered = gathered_statistics(statistics)
     paired = any(statistic.needs_original for statistic in gathered)
     if paired and original is None:
         raise ValueError("a statistic of pairs of inputs needs the original block")
     reference = OriginalBlock(original or run, paired, text.needs_original)
-    observer = SiteObserver(gathered, text.windows_WT.numel(), text.error_tokens, run.device, run.hidden.offload)
+    tokens = text.windows_WT.numel()
+    observer = SiteObserver(gathered, tokens, text.error_tokens, run.device, run.hidden.offload, roundings)
     watch = {name: partial(observer.see, name) for name in block_linears(run.block)}
     for batch, windows in enumerate(run.hidden.batches):
         observer.begin_batch(windows.start * text.windows_WT.shape[1], reference.batch(batch))
@@ -214,6 +228,12 @@ def observe_block(
             tensors[f"{full_name}.{kind}"] = tensor
     sites = {f"{run.name}.{name}": f"{run.name}.{site}" for name, site in observer.site_of.items()}
     return BlockStatistics(tensors, sites)
+
+
+def within_block(roundings: InputRoundings, block: str) -> InputRoundings:
+    """The roundings of the linears of one block, by their names within it."""
+    prefix = f"{block}."
+    return {name.removeprefix(prefix): found for name, found in roundings.items() if name.startswith(prefix)}
 
 
 def gathered_statistics(requested: Collection[Statistic]) -> list[Statistic]:

@@ -36,7 +36,7 @@ from lqer.rounding.hessian import HessianError
 from lqer.stages.allocate_ranks import BudgetedPlans, Plans, resolve_plans
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
-from lqer.stages.gather import BlockStatistics
+from lqer.stages.gather import BlockStatistics, InputRoundings
 from lqer.stages.rotate import source_of
 from lqer.statistics import ALWAYS, Statistic
 from lqer.store.names import block_file, layers_file, spectra_file
@@ -49,18 +49,28 @@ QUANTIZE_VERSION = 8
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """Plans by linear (None for a skipped one), the format of attention operands, the transforms of whole blocks."""
+    """Plans by linear (None for a skipped one), the format of attention operands, the transforms of whole blocks.
+
+    round_inputs: whether statistics that are gathered on the way are of inputs as the quantized linears round them.
+    """
 
     plans: Plans
     attention: Mapping[str, Any] | None
     seed: int
     transforms: tuple[BlockTransform, ...] = ()
+    round_inputs: bool = False
 
 
 def requested_statistics(plans: Plans) -> frozenset[Statistic]:
     """The statistics besides `ALWAYS` that some linear's method, rounding or transform asks for."""
     needed = (plan.method.statistics_for(plan) for plan in plans.values() if plan is not None)
     return frozenset().union(*needed) - frozenset(ALWAYS)
+
+
+def input_roundings(plans: Plans) -> InputRoundings:
+    """How the linears round their inputs, of those that do."""
+    roundings = {name: plan.input_rounding for name, plan in plans.items() if plan is not None}
+    return {name: rounding for name, rounding in roundings.items() if rounding is not None}
 
 
 @dataclass(frozen=True)

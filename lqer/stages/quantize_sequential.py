@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lqer.checkpoint.load import fill_block
+from lqer.components import ADDED
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.source import ModelSource
@@ -35,13 +36,14 @@ from lqer.models.walker import BlockRun, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
-from lqer.stages.gather import CalibrationText, observe_block
+from lqer.stages.gather import NOT_ROUNDED, CalibrationText, observe_block
 from lqer.stages.quantize import (
     QUANTIZE_VERSION,
     BlockWork,
     QuantizeSettings,
     checkpoint_summary,
     finish_checkpoint,
+    input_roundings,
     requested_statistics,
     with_spectra,
     write_block,
@@ -75,9 +77,11 @@ class QuantizeSequentially(Stage):
     )
     offload: Offload = field(metadata=no_effect("it decides where numbers are stored, not their values"))
     label: str = field(metadata=no_effect("it names the stage in the log"))
+    # Whether statistics are of inputs as the quantized linears round them.
+    round_inputs: bool = field(default=False, metadata=ADDED)
 
     def build(self, workspace: Workspace, store: Store) -> None:
-        settings = QuantizeSettings(self.plans, self.attention, self.seed, self.transforms)
+        settings = QuantizeSettings(self.plans, self.attention, self.seed, self.transforms, self.round_inputs)
         source = source_of(self.model, store)
         stored = open_stored(source, self.device)
         running = open_model(source, self.dtype, self.device, self.offload)
@@ -150,7 +154,11 @@ def _quantize_missing(
                 linears=list(plans),
                 tensors=tensors | dict(result.parameters),
                 statistics=observe_block(
-                    run.with_block(block), original and original.with_block(block), text, requested_statistics(plans)
+                    run.with_block(block),
+                    original and original.with_block(block),
+                    text,
+                    requested_statistics(plans),
+                    roundings=input_roundings(plans) if settings.round_inputs else NOT_ROUNDED,
                 ),
                 with_spectra=index in with_spectra(len(running.blocks)),
                 rounded=result.rounded,

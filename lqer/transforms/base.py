@@ -82,6 +82,10 @@ class Rotation(ABC):
         """Transform inputs, x' = V x for every row, in x's dtype."""
 
     @abstractmethod
+    def inverse_input(self, x_TI: Tensor) -> Tensor:
+        """Transform inputs back, x = Vᵀ x' for every row, in x's dtype."""
+
+    @abstractmethod
     def output(self, y_TO: Tensor) -> Tensor:
         """Transform outputs back, y = Uᵀ y' for every row, in y's dtype."""
 
@@ -111,7 +115,7 @@ class LinearTransform(Transform):
 
     @abstractmethod
     def rotation(self, out_features: int, in_features: int, seed: int) -> Rotation:
-        """The rotation of a linear, on the CPU; the same on every machine."""
+        """The rotation of a linear, on the CPU; the same on every machine. V does not depend on out_features."""
 
     @abstractmethod
     def unpack(self, packed: Mapping[str, Tensor], out_features: int, in_features: int) -> Rotation:

@@ -64,6 +64,9 @@ class RandomHadamard(Rotation):
     def input(self, x_TI: Tensor) -> Tensor:
         return _randomized(x_TI, self.input_signs_I)
 
+    def inverse_input(self, x_TI: Tensor) -> Tensor:
+        return _inverse_randomized(x_TI, self.input_signs_I)
+
     def output(self, y_TO: Tensor) -> Tensor:
         return _inverse_randomized(y_TO, self.output_signs_O)
 

@@ -419,6 +419,14 @@ class TestMistakes:
         rule = "input-difference compares the quantized model's inputs with the original model's"
         assert f"quantize.propagate_error: must be true (or unset): {rule}; found False" in message
 
+    def test_statistics_of_rounded_inputs_need_a_format_to_round_them_to(self, base):
+        rounded = ["--calibration.round_inputs=true", "--quantize.activation=x8"]
+        assert read_config(base, None, rounded).calibration.round_inputs
+        one = ["--quantize.activation=none", '--quantize.override=[{ match = "*.down_proj", activation = "x8" }]']
+        assert read_config(base, None, [rounded[0], *one]).calibration.round_inputs
+        message = mistake(base, rounded[0], "--quantize.activation=none")
+        assert 'calibration.round_inputs: must be false while quantize.activation is "none": no input' in message
+
     def test_statistics_that_are_unknown_in_the_new_basis_are_named(self, base):
         message = mistake(base, "--quantize.method=svdquant", "--quantize.transforms=['hadamard']")
         assert "max_abs of rotated inputs does not follow" in message

@@ -1,4 +1,4 @@
-"""Weights of tokens in statistics, against the original model's own residual stream.
+"""Weights of tokens in statistics, against the original model's own residual stream; statistics of rounded inputs.
 
 Shapes: T tokens of the whole text, I in_features, D hidden size.
 """
@@ -11,10 +11,12 @@ import pytest
 import torch
 from helpers import resident
 
+from lqer.formats import MXInt
+from lqer.methods.inputs import InputRounding
 from lqer.models.structure import block_linears
 from lqer.models.walker import walk_blocks
 from lqer.stages.base import identity
-from lqer.stages.gather import CalibrationText, observe_block
+from lqer.stages.gather import CalibrationText, observe_block, within_block
 from lqer.statistics import Hessian
 
 
@@ -90,3 +92,38 @@ def test_a_text_without_weights_has_the_key_it_always_had(windows_WT):
     plain = identity(CalibrationText(windows_WT, 2, 24))
     assert "token_weights" not in plain
     assert identity(CalibrationText(windows_WT, 2, 24, "residual")) == {**plain, "token_weights": "residual"}
+
+
+def observed(model, windows_WT, roundings):
+    text = CalibrationText(windows_WT, 2, 24)
+    run = next(walk_blocks(resident(model), windows_WT, 2))
+    return observe_block(run, None, text, {Hessian()}, roundings=within_block(roundings, "model.layers.0"))
+
+
+def test_statistics_of_rounded_inputs_are_those_of_the_inputs_the_layer_multiplies(random_model, windows_WT):
+    model = random_model("llama")
+    inputs, _ = forward_pass(model, 0, windows_WT)
+    x4 = InputRounding(MXInt(4))
+    found = observed(model, windows_WT, {f"model.layers.0.{name}": x4 for name in inputs})
+    for name, x_TI in inputs.items():
+        rounded_TI, statistics = x4.round(x_TI), found.of(f"model.layers.0.{name}")
+        expected_II = expected_hessian(rounded_TI)
+        torch.testing.assert_close(statistics["hessian"].double(), expected_II, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(statistics["mean_square"].double(), expected_II.diagonal(), rtol=1e-5, atol=1e-6)
+    plain = observed(model, windows_WT, {})
+    assert found.sites == plain.sites
+    name = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(found.of(name)["hessian"], plain.of(name)["hessian"])
+
+
+def test_linears_that_round_a_shared_input_in_their_own_way_have_statistics_of_their_own(random_model, windows_WT):
+    model = random_model("llama")
+    inputs, _ = forward_pass(model, 0, windows_WT)
+    q, k, v = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    roundings = {q: InputRounding(MXInt(4)), v: InputRounding(MXInt(4))}
+    found = observed(model, windows_WT, roundings)
+    assert (found.sites[q], found.sites[k], found.sites[v]) == (q, k, q)
+    x_TI = inputs["self_attn.q_proj"]
+    for name, expected_TI in ((q, MXInt(4).fake_quantize(x_TI)), (k, x_TI)):
+        hessian_II = found.of(name)["hessian"]
+        torch.testing.assert_close(hessian_II.double(), expected_hessian(expected_TI), rtol=1e-5, atol=1e-6)

@@ -105,6 +105,26 @@ def test_codes_are_those_of_a_whole_model_whose_weights_are_replaced_block_by_bl
     assert torch.stack(differing).max() > 0.02
 
 
+def test_codes_of_rounded_inputs_are_those_of_the_inputs_that_the_layer_multiplies(
+    random_model, text, gptq_plan, tmp_path
+):
+    model, activation = random_model("llama"), MXInt(bits=3)
+    settings = replace(settings_for(model, replace(gptq_plan, activation=activation)), round_inputs=True)
+    workspace = Workspace(tmp_path)
+    quantize_in_order(workspace, resident(model), resident(copy.deepcopy(model)), text, settings)
+    inputs, block = inputs_of_block(model, 0, text.windows_WT), find_blocks(model)[1][0]
+    stored = workspace.tensors(block_file(0))
+    for name, linear in block_linears(block).items():
+        codes = []
+        for x_TI in (activation.fake_quantize(inputs[name]), inputs[name]):
+            x_TI = x_TI.double()
+            codes.append(gptq(linear.weight.detach(), x_TI.T @ x_TI / len(x_TI), gptq_plan.weight).pack()["codes"])
+        of_rounded, of_exact = (
+            (stored[f"model.layers.0.{name}.weight.codes"] == expected).double().mean() for expected in codes
+        )
+        assert of_rounded > 0.99 > of_exact
+
+
 def test_the_first_block_is_that_of_the_original_stream_and_the_next_ones_are_not(
     random_model, letter_tokenizer, text, gptq_plan, run_stages, tmp_path
 ):
