@@ -4,7 +4,8 @@
 
 An error E of the weight costs E‖E x̂‖² at the output, so E[x̂ x̂ᵀ] is the Hessian of a linear that rounds its inputs.
 With e = x̂ − x nearly uncorrelated to x it is E[x xᵀ] + E[e eᵀ]: a damping of the size that each direction needs. The
-layer should still answer W x, not W x̂: a target fitted to pairs of inputs, x of the original model and x̂, says so.
+layer should still answer W x, not W x̂: the asymmetric target (lqer/methods/asymmetric.py) with x̂ as the quantized
+model's inputs says so.
 
 Shapes: N tokens of a batch, I in_features.
 """
