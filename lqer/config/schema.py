@@ -20,6 +20,7 @@ from lqer.methods import LqerAct
 from lqer.methods.base import FactorAxis
 from lqer.rounding import Nearest, Rounding
 from lqer.store.offload import parse_bytes
+from lqer.transforms import Quarot
 
 NOT_QUANTIZED = "none"
 
@@ -147,9 +148,9 @@ class QuantizeConfig(Section):
         return self.low_rank.model_copy(update=own | ({} if given.rank is None else {"budget_bits": None}))
 
     @property
-    def rotates(self) -> bool:
-        """Whether the whole model is rotated before anything else."""
-        return any(transform.level == "model" for transform in self.transforms)
+    def model_transform(self) -> Quarot | None:
+        """The rotation of the whole model before anything else, if there is one."""
+        return next((part for part in self.transforms if isinstance(part, Quarot)), None)
 
     @property
     def block_parts(self) -> list[str]:

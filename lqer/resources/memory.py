@@ -119,9 +119,9 @@ def estimate(work: Workload) -> list[StageMemory]:
     """The stages of a run, in order. On a CPU the memory of the device is RAM."""
     config = work.config
     # A rotated model is stored with its blocks in float32.
-    source = replace(work, streams=True, stored_in_blocks=4) if config.quantize.rotates else work
+    source = replace(work, streams=True, stored_in_blocks=4) if config.quantize.model_transform else work
     stages = []
-    if config.quantize.rotates:
+    if config.quantize.model_transform:
         stages.append(_rotate(work))
     if not config.quantize.propagates_error:
         stages.append(_calibrate(source))

@@ -14,6 +14,7 @@ from lqer.config.schema import NOT_QUANTIZED
 from lqer.evaluation.downstream import task_fingerprint
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import load_whole
+from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.run.context import RunContext
 from lqer.run.texts import Texts
@@ -82,7 +83,9 @@ class Experiment:
 def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Experiment:
     """The stages of a run. Nothing is built or loaded. Raises ConfigError for tasks that cannot be evaluated."""
     config, device, dtype = context.config, context.device, context.dtype
-    model = Rotate(context.source, config.seed, device) if config.quantize.rotates else context.source
+    model: ModelSource | Rotate = context.source
+    if (rotation := config.quantize.model_transform) is not None:
+        model = Rotate(context.source, config.seed, device, rotation)
     calibrate = spectra = None
     quantize: QuantizeStage
     if not config.quantize.propagates_error:

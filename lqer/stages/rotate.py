@@ -2,7 +2,7 @@
 
 It computes the same function as the original, and later stages read it instead. The folder is an ordinary transformers
 checkpoint: matrices of the decoder blocks in float32, so that they are rounded only when they are quantized, and
-everything else in the original's dtype. Its config.json names the linears whose inputs are rotated at run time
+everything else in the original's dtype. Its config.json names the linears whose inputs are rotated at run time, if any
 (`online_rotations`, see `prepare_model`). The whole model is in memory, in float32, while it is rotated.
 
 Shapes: D hidden size, B sequences, T tokens.
@@ -21,14 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lqer.components import ADDED
 from lqer.errors import ModelError
 from lqer.models.source import ModelSource, load_model, stored_dtype
 from lqer.models.structure import ONLINE_ROTATIONS, find_blocks
 from lqer.stages.base import Stage, no_effect
 from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms.hadamard import hadamard, random_hadamard
-from lqer.transforms.quarot import RotationError, rotate_model
+from lqer.transforms.quarot import Quarot, RotationError, rotate_model
 
+# With rotations at run time.
+BOTH = Quarot()
 # Shape (B, T) of the random token ids on which the logits are compared before and after.
 PROBE_SHAPE = (2, 32)
 # The largest size of a file, so that a block is read without reading all others.
@@ -47,9 +50,10 @@ class Rotate(Stage):
     source: ModelSource
     seed: int
     device: torch.device = field(metadata=no_effect("matrices are rotated in float64 and rounded to float32"))
+    transform: Quarot = field(default=BOTH, metadata=ADDED)
 
     def build(self, workspace: Workspace, store: Store) -> None:
-        rotate(workspace, self.source, self.device, self.seed)
+        rotate(workspace, self.source, self.device, self.seed, self.transform.online)
 
     def rotated(self, store: Store) -> ModelSource:
         """Where later stages read the rotated model."""
@@ -61,12 +65,12 @@ def source_of(model: ModelSource | Rotate, store: Store) -> ModelSource:
     return model.rotated(store) if isinstance(model, Rotate) else model
 
 
-def rotate(workspace: Workspace, source: ModelSource, device: torch.device, seed: int) -> None:
-    """Write the rotated model. Raises ModelError, with the reason, for a model that cannot be rotated."""
+def rotate(workspace: Workspace, source: ModelSource, device: torch.device, seed: int, online: bool = True) -> None:
+    """Write the rotated model; online: see `Quarot`. Raises ModelError for a model that cannot be rotated."""
     model = load_model(source, torch.float32, torch.device("cpu"))
     if _fits(model, device):
         nn.Module.to(model, device)
-    rotate_in_place(model, device, seed)
+    rotate_in_place(model, device, seed, online)
     nn.Module.to(model, torch.device("cpu"))
     blocks_name, _ = find_blocks(model)
     model.config.dtype = stored_dtype(source)
@@ -87,7 +91,7 @@ def _fits(model: PreTrainedModel, device: torch.device) -> bool:
     return sum(parameter.nbytes for parameter in model.parameters()) < MAX_GPU_FRACTION * free
 
 
-def rotate_in_place(model: PreTrainedModel, device: torch.device, seed: int) -> None:
+def rotate_in_place(model: PreTrainedModel, device: torch.device, seed: int, online: bool = True) -> None:
     """Rotate a float32 model, wherever it is; matrices are rotated on `device`, one at a time."""
     _, blocks = find_blocks(model)
     vocabulary, width = cast(Tensor, model.get_input_embeddings().weight).shape
@@ -101,10 +105,11 @@ def rotate_in_place(model: PreTrainedModel, device: torch.device, seed: int) -> 
 
     ids_BT = torch.randint(vocabulary, PROBE_SHAPE, generator=torch.Generator().manual_seed(seed)).to(model.device)
     try:
-        online = rotate_model(model, blocks, ids_BT, residual, between)
+        rotations = rotate_model(model, blocks, ids_BT, residual, between, online)
     except RotationError as error:
         raise ModelError(f"quantize.transforms: quarot: {error}") from None
-    setattr(model.config, ONLINE_ROTATIONS, {name: rotation.heads for name, rotation in online.items()})
+    if rotations:
+        setattr(model.config, ONLINE_ROTATIONS, {name: rotation.heads for name, rotation in rotations.items()})
 
 
 def rotated_source(source: ModelSource, artifact: Artifact) -> ModelSource:

@@ -7,6 +7,9 @@
                 v cannot absorb, is applied to o's input at run time
     online      down's input, after a nonlinearity, is rotated at run time, and back in down's columns
 
+Without the last step and the rotation across heads nothing is left to do at run time: the result is a plain model of
+its architecture, norm gains of 1 and a head of its own, and o's and down's inputs keep what outliers they have.
+
 Readers are the linears whose input is a norm's output; writers are the others whose output is as wide as the stream.
 Which writers follow an attention is found by trying: the head-wise rotation does not change their block's output. No
 architecture is named, and a model whose structure is misunderstood is detected by its logits, which are compared at
@@ -21,7 +24,7 @@ H heads, B sequences, T tokens, N vectors of the residual stream, K rows of a va
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
+from lqer.components import ADDED
 from lqer.transforms.base import Level, Transform
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.folding import GAIN_OFFSETS, NO_ROW, Site, find_sites
@@ -41,10 +45,15 @@ LOGIT_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Quarot(Transform):
-    """`quarot` as a configuration names it; the residual rotation's signs are drawn from the experiment's seed."""
+    """`quarot` as a configuration names it; the residual rotation's signs are drawn from the experiment's seed.
+
+    online: whether inputs are rotated at run time as well; otherwise every rotation is absorbed by weights.
+    """
 
     kind = "quarot"
     level: ClassVar[Level] = "model"
+
+    online: bool = field(default=True, metadata=ADDED)
 
 
 class RotationError(ValueError):
@@ -86,12 +95,18 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
 
 @torch.no_grad()
 def rotate_model(
-    model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: RotationFunction, rotation: RotationFunction
+    model: Any,
+    blocks: nn.ModuleList,
+    ids_BT: Tensor,
+    residual: RotationFunction,
+    rotation: RotationFunction,
+    online: bool = True,
 ) -> dict[str, OnlineRotation]:
     """Rotate a causal language model in place; returns the online rotations, by the linear's full name, attached.
 
     ids_BT: int64 token ids, at least two sequences of a few tokens, on which the model is examined. residual: Q, mostly
     a randomized Hadamard transform of the hidden size. rotation: of heads and of inputs, for a last axis of any length.
+    online: see `Quarot`; if it is false none is returned.
 
     Raises RotationError before anything is changed where a norm of the residual stream subtracts the mean, has a bias,
     or has a gain that no linear can take; and, with the model changed, where its logits differ afterwards.
@@ -109,8 +124,9 @@ def rotate_model(
     embedding.weight.copy_(residual(embedding.weight.double()))
     for name in parts.writers:
         _rotate_outputs(model.get_submodule(name), residual)
-    online = _rotate_between(model, parts, rotation)
-    for name, rotated in online.items():
+    _rotate_values(model, parts, rotation)
+    at_run_time = _rotate_inputs(model, parts, rotation) if online else {}
+    for name, rotated in at_run_time.items():
         attach(model.get_submodule(name), rotated)
     after = model(input_ids=ids_BT, use_cache=False).logits
     change = float(torch.linalg.vector_norm((after - before).double()) / torch.linalg.vector_norm(before.double()))
@@ -118,7 +134,7 @@ def rotate_model(
         raise RotationError(
             f"rotation changed the logits of {type(model).__name__} by {change:.1%}: the model is not understood"
         )
-    return online
+    return at_run_time
 
 
 @dataclass(frozen=True)
@@ -241,19 +257,21 @@ def _head_wise(
     return changed
 
 
-def _rotate_between(model: Any, parts: _Parts, rotation: RotationFunction) -> dict[str, OnlineRotation]:
-    """Rotate the inputs of the writers: in the weights as far as possible, otherwise at run time."""
+def _rotate_values(model: Any, parts: _Parts, rotation: RotationFunction) -> None:
+    """Rotate the values of every head, in the weights that make and read them."""
+    for name, (source, rows_Kd) in parts.values.items():
+        changed = _head_wise(dict(model.named_parameters()), source, name, rows_Kd, rotation)
+        for parameter, tensor in changed.items():
+            model.get_parameter(parameter).copy_(tensor)
+
+
+def _rotate_inputs(model: Any, parts: _Parts, rotation: RotationFunction) -> dict[str, OnlineRotation]:
+    """Rotate the columns of the writers, across heads or as a whole; their inputs are rotated alike at run time."""
     online = {}
     for name in parts.writers:
         writer = model.get_submodule(name)
         if name in parts.values:
-            source, rows_Kd = parts.values[name]
-            head_dim = rows_Kd.shape[1]
-            changed = _head_wise(dict(model.named_parameters()), source, name, rows_Kd, rotation)
-            for parameter, tensor in changed.items():
-                model.get_parameter(parameter).copy_(tensor)
-            heads = writer.in_features // head_dim
-            online[name] = OnlineRotation(rotation, heads)
+            online[name] = OnlineRotation(rotation, writer.in_features // parts.values[name][1].shape[1])
         else:
             online[name] = OnlineRotation(rotation)
         writer.weight.copy_(online[name](writer.weight.double()))

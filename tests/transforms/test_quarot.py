@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,42 @@ def test_the_logits_are_unchanged(random_model, windows_WT, name, tied):
     assert relative_change(model(windows_WT).logits, before) < 1e-5
     assert relative_change(model.get_input_embeddings().weight, embedding) > 0.5
     assert len(online) == 2 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ROTATED)
+@torch.no_grad()
+def test_without_rotations_at_run_time_the_model_is_a_plain_one_with_the_same_logits(random_model, windows_WT, name):
+    model = random_model(name)
+    plain = copy.deepcopy(model)
+    _, blocks = find_blocks(model)
+    before = model(windows_WT).logits
+    assert rotate_model(model, blocks, windows_WT[:2], orthogonal, orthogonal, online=False) == {}
+    plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.clone())
+    plain.load_state_dict(model.state_dict())
+    assert relative_change(plain(windows_WT).logits, before) < 1e-5
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_without_rotations_at_run_time_values_are_rotated_head_by_head_and_the_mlp_inside_is_not(
+    random_model, windows_WT
+):
+    model = random_model("llama")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gain_D = state["model.layers.0.post_attention_layernorm.weight"]
+    _, blocks = find_blocks(model)
+    rotate_model(model, blocks, windows_WT[:2], orthogonal, orthogonal, online=False)
+    block = model.model.layers[0]
+    down_DI = state["model.layers.0.mlp.down_proj.weight"]
+    torch.testing.assert_close(block.mlp.down_proj.weight, orthogonal(down_DI.double().T).T.float())
+    up_ID = state["model.layers.0.mlp.up_proj.weight"]
+    torch.testing.assert_close(block.mlp.up_proj.weight, orthogonal(up_ID.double() * gain_D).float())
+    # Two heads of eight values.
+    value_HdD = (
+        state["model.layers.0.self_attn.v_proj.weight"] * state["model.layers.0.input_layernorm.weight"]
+    ).double()
+    rotated_HdD = orthogonal(orthogonal(value_HdD).unflatten(0, (2, 8)).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(block.self_attn.v_proj.weight, rotated_HdD.float())
 
 
 @torch.no_grad()
