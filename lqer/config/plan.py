@@ -55,7 +55,8 @@ def _given(section: Any, *names: str) -> dict[str, Any]:
 def plan_model(config: Config, summary: ModelSummary) -> dict[str, LinearPlan | None]:
     """Every linear's plan, None where it is skipped.
 
-    Raises ConfigError for a pattern that matches no linear: a misspelt one would be ignored silently.
+    Raises ConfigError for a pattern that matches no linear: a misspelt one would be ignored silently. Also for a weight
+    of a shape that its number format has no codes for.
     """
     # Linears outside the blocks may be named in skip, although they are never quantized; an override of them would
     # have no effect. Presets skip lm_head, which not every model has as an nn.Linear.
@@ -74,6 +75,10 @@ def plan_model(config: Config, summary: ModelSummary) -> dict[str, LinearPlan | 
                 f"their names end in {', '.join(ends)}{hint}"
             )
     plans = {name: plan_linear(config, name) for name in summary.linears}
+    for name, plan in plans.items():
+        reason = None if plan is None else plan.weight.unsupported_shape(*summary.linears[name])
+        if reason is not None:
+            raise ConfigError(f"quantize.weight: {name} has no such codes: {reason}; put it into quantize.skip")
     if config.quantize.attention != NOT_QUANTIZED and not summary.attention_is_registered:
         rule = f"must be 'none' for {summary.architecture}, which does not use transformers' attention interface"
         raise ConfigError(f"quantize.attention: {rule}; found {config.quantize.attention!r}")

@@ -57,6 +57,8 @@ def formats_exist(config: Config) -> Iterator[KeyedError]:
             yield KeyedError(loc, "no such number format under [formats]", name, allowed)
         elif optional and config.formats[name].kind == "codebook":
             yield KeyedError(loc, "must not be a codebook: codebooks are learned from weights", name)
+        elif optional and config.formats[name].kind == "trellis":
+            yield KeyedError(loc, "must not be a trellis: its codes are searched for tiles of a weight", name)
 
 
 def _named_formats(config: Config) -> Iterator[tuple[Loc, str]]:

@@ -20,6 +20,7 @@ from lqer.formats.mxint import MXInt
 from lqer.formats.normalfloat import NormalFloat
 from lqer.formats.packing import pack_bits, packed_length, unpack_bits
 from lqer.formats.passthrough import Passthrough
+from lqer.formats.trellis import Trellis
 
 __all__ = [
     "E8P",
@@ -33,6 +34,7 @@ __all__ = [
     "NumberFormat",
     "Passthrough",
     "QuantizedTensor",
+    "Trellis",
     "format_from_dict",
     "pack_bits",
     "packed_length",

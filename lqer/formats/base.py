@@ -48,6 +48,7 @@ class NumberFormat(Component, ABC, family="number format"):
 
     block_size: BlockSize  # elements along the axis that share a scale, or "row" or "tensor" (see blocks.py)
     vector_size: ClassVar[int] = 1  # neighbours along the axis that share a code; divides block_size
+    vector_rows: ClassVar[int] = 1  # rows (of the leading dims) that share codes: their blocks are encoded together
     codebook_parts: ClassVar[frozenset[str]] = frozenset()  # metadata that are learned tables, which codes point into
     # Parts in a floating-point dtype that `dequantize_parts` is differentiable in: they can be trained, codes stay.
     trainable_parts: ClassVar[frozenset[str]] = frozenset()
@@ -169,6 +170,10 @@ class NumberFormat(Component, ABC, family="number format"):
         if not self.trainable_parts:
             return 0
         return 1 if self.block_size == "tensor" else rows * block_count(length, self.block_size)
+
+    def unsupported_shape(self, rows: int, length: int) -> str | None:
+        """Why a matrix of `rows` by `length` along the axis has no codes; None if it has."""
+        return None
 
     def code_count(self, length: int) -> int:
         """Codes of an axis of `length`."""

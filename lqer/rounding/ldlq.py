@@ -13,7 +13,9 @@ Sweeps of coordinate descent may follow, again over the blocks from last to firs
 
         Ẑ_k = round( Ẑ_k + (Z - Ẑ) H_:k H_kk⁻¹ )      for the rows whose loss tr((Z - Ẑ) H (Z - Ẑ)ᵀ) falls
 
-Shapes: O out_features, I in_features, P columns of a panel, D columns of a block, K blocks.
+A trellis code is rounded in blocks of 16 columns, and its rows stay or change 16 at a time.
+
+Shapes: O out_features, I in_features, P columns of a panel, D columns of a block, K blocks, N vectors of rows.
 """
 
 from __future__ import annotations
@@ -109,6 +111,7 @@ def _tune(
     weight_IO: Tensor, error_IO: Tensor, codes: dict[int, Tensor], hessian_II: Tensor, groups: Groups, block: int
 ) -> None:
     """One sweep of coordinate descent over the blocks, in place."""
+    rows = groups.number_format.vector_rows
     for k in sorted(codes, reverse=True):
         now = slice(k, min(k + block, len(weight_IO)))
         hessian_DD = hessian_II[now, now]
@@ -117,9 +120,10 @@ def _tune(
         new_codes_OV, new_values_OD = groups.round(k, (values_DO + torch.linalg.solve(hessian_DD, gradient_DO)).T)
         change_DO = new_values_OD.T - values_DO
         loss_change_O = (change_DO * (hessian_DD @ change_DO - 2 * gradient_DO)).sum(0)
-        better_O = loss_change_O < 0
-        error_IO[now] -= change_DO * better_O
-        codes[k] = torch.where(better_O[:, None], new_codes_OV, codes[k])
+        # Rows that share codes change together.
+        better_N = loss_change_O.unflatten(0, (-1, rows)).sum(1) < 0
+        error_IO[now] -= change_DO * better_N.repeat_interleave(rows)
+        codes[k] = torch.where(better_N[:, None], new_codes_OV, codes[k])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from lqer.checkpoint.load import load_quantized
 from lqer.checkpoint.pack import DETAILS_FILE, OUTSIDE_FILE
 from lqer.errors import ModelError
-from lqer.formats import E8P, MXInt, Passthrough
+from lqer.formats import E8P, MXInt, Passthrough, Trellis
 from lqer.methods import QeraExact, RoundingOnly
 from lqer.models.source import load_model, resolve_model
 from lqer.nn.attention import QuantizedAttention, quantize_attention
@@ -208,9 +208,10 @@ def test_a_linear_in_another_basis_computes_what_it_did(
 
 
 @torch.no_grad()
-def test_lattice_codes_and_signs_come_back_from_disk_as_they_were(random_model, run_stages, plan, windows_WT):
+@pytest.mark.parametrize("weight", [E8P(2), Trellis(3)])
+def test_codes_of_vectors_and_signs_come_back_from_disk_as_they_were(random_model, run_stages, plan, weight):
     """The linears of a checkpoint against the method on the same weights and statistics."""
-    plan = replace(plan, method=QeraExact(), weight=E8P(2), rounding=Ldlq(), transform=Hadamard(), bias=MXInt(8))
+    plan = replace(plan, method=QeraExact(), weight=weight, rounding=Ldlq(), transform=Hadamard(), bias=MXInt(8))
     stages = run_stages(random_model("opt"), plan)
     name = "model.decoder.layers.1.fc1"
     site = all_sites(stages.calibration)[name]

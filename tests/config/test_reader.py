@@ -462,7 +462,11 @@ class TestMistakes:
 @pytest.mark.parametrize(
     "key", ["quantize.activation", "quantize.attention", "quantize.bias", "quantize.low_rank.format"]
 )
-def test_a_codebook_is_a_format_of_weights_alone(key):
-    codebook = "--formats.vq={ kind = 'codebook', bits = 2 }"
-    with pytest.raises(ConfigError, match=r"must not be a codebook: codebooks are learned from weights; found 'vq'"):
-        read_config(Path(__file__).parents[2] / "configs/demo.toml", None, [codebook, f"--{key}=vq"])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("codebook", "codebooks are learned from weights"), ("trellis", "its codes are searched for tiles of a weight")],
+)
+def test_a_codebook_and_a_trellis_are_formats_of_weights_alone(key, kind, reason):
+    override = f"--formats.vq={{ kind = '{kind}', bits = 2 }}"
+    with pytest.raises(ConfigError, match=rf"must not be a {kind}: {reason}; found 'vq'"):
+        read_config(Path(__file__).parents[2] / "configs/demo.toml", None, [override, f"--{key}=vq"])

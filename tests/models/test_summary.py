@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from lqer.config import Config
 from lqer.config.plan import plan_model
 from lqer.errors import ConfigError, ModelError
+from lqer.formats import Trellis
 from lqer.models.source import resolve_model
 from lqer.models.structure import block_linears, find_blocks
 from lqer.models.summary import ModelSummary, summarize_model
@@ -102,6 +103,13 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(quantiz
 def test_an_override_of_what_is_never_quantized_is_refused():
     with pytest.raises(ConfigError, match=r"quantize\.override\.0\.match: 'lm_head' matches no linear"):
         plan_model(config(override=[{"match": "lm_head", "weight": "w8"}]), SUMMARY)
+
+
+def test_a_shape_that_a_format_has_no_codes_for_is_refused_before_the_run():
+    odd = replace(SUMMARY, blocks_name="layers", blocks=1, linears={"layers.0.dense": (48, 40)}, outside=())
+    settings = config(weight="t2").model_copy(update={"formats": {"t2": Trellis(2)}})
+    with pytest.raises(ConfigError, match=r"layers\.0\.dense .*, and the matrix is 48 x 40 \(trellis\)"):
+        plan_model(settings, odd)
 
 
 def test_the_head_may_be_skipped_where_there_is_none():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lqer.formats import E8P, Int, MXInt, NonFiniteError, NormalFloat, QuantizedTensor
+from lqer.formats import E8P, Int, MXInt, NonFiniteError, NormalFloat, QuantizedTensor, Trellis
 from lqer.rounding.gptq import gptq
 from lqer.rounding.hessian import damp
 from lqer.rounding.ldlq import block_lower, ldlq
@@ -229,6 +229,15 @@ class TestLDLQ:
         assert losses == sorted(losses, reverse=True)
         assert losses[1] < 0.97 * losses[0]
 
+    def test_tuning_changes_rows_that_share_codes_together_and_never_raises_the_loss(self, make_layer, loss):
+        weight_OI, hessian_II = make_layer(32, 48)
+        damped = damp(hessian_II)
+        losses = [
+            loss(ldlq(weight_OI, damped, Trellis(2), tune_iters=sweeps), weight_OI, damped.hessian_II)
+            for sweeps in range(3)
+        ]
+        assert losses[0] > losses[1] >= losses[2]
+
     @pytest.mark.parametrize("number_format", [MXInt(3), Int(3, block_size=64)], ids=describe)
     def test_scalar_formats_can_be_swept_in_blocks(self, number_format, make_layer, loss):
         weight_OI, hessian_II = make_layer(32, 320)
@@ -241,6 +250,17 @@ class TestLDLQ:
             ldlq(weight_OI, hessian_II, E8P(2), block=4)
         with pytest.raises(ValueError, match=r"block 24 does not divide groups of 16 columns \(mxint\)"):
             ldlq(weight_OI, hessian_II, MXInt(4), block=24)
+
+
+@each_rounding
+def test_a_trellis_is_rounded_in_blocks_of_tiles(rounding, make_layer, loss):
+    weight_OI, hessian_II = make_layer(32, 96)
+    number_format = Trellis(2)
+    direct, quantized = number_format.quantize(weight_OI), rounding(weight_OI, hessian_II, number_format)
+    assert loss(quantized, weight_OI, hessian_II) < 0.75 * loss(direct, weight_OI, hessian_II)
+    assert same(rounding(weight_OI, torch.eye(96), number_format), direct)
+    restored = number_format.unpack(quantized.pack(), weight_OI.shape, 1)
+    assert torch.equal(restored.dequantize(), quantized.dequantize())
 
 
 @each_rounding

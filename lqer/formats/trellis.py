@@ -1,0 +1,170 @@
+"""Trellis codes: every weight is a window of L bits of one bit stream (after QTIP, arXiv 2406.11235).
+
+A sequence is a tile of 16 x 16 weights, row by row: 256 k bits for k bits a weight, read as a ring.
+
+    state_i = bits i k to i k + L - 1 of the tile's ring of 256 k bits          i = 16 row + column
+    value_i = scale * table[state_i]                                            scale = f rms(x), one for the tensor
+
+Neighbours share L - k bits of their states, so a weight chooses among 2^k values only once its neighbours are fixed,
+but all 2^L values are in use, as a vector quantizer of high dimension would have it. The search for the best bits runs
+from the last weight to the first, against which a state shifts new bits in at its low end (`viterbi.py`).
+
+Table "gaussian": the 2^L normal quantiles, in an order that is linear over GF(2),
+
+    table[state] = Φ⁻¹((r + 1/2) / 2^L) in float16       r = XOR of the C_b for which bit b of the state is 1
+    C_b = v_b >> (32 - L),  v_b = (1664525 v_(b-1) + 1013904223) mod 2^32,  v_-1 = seed[L, k]
+
+with seeds for which the C_b are independent (every quantile occurs once), and so are the highest k bits of the first k
+of them and of the last k: of the states that follow one state, as of those that one state follows, each has its
+value in another 2^k-th of the normal distribution. At 2 bits and L = 12 normal values lose 0.069 of their energy, in a
+random order 0.073; the bound is 4^-k.
+
+Packed layout. The codes of 16 rows are one row of bytes, tile after tile, 32 k bytes each; code i of a tile is the
+lowest k bits of state_i, and lies at bits i k to i k + k - 1, bit b of a tile being bit b % 8 of byte b // 8. As 8 k
+little-endian 32-bit words w of a tile:
+
+    state_i = ((w[q] | w[(q + 1) % 8k] << 32) >> (i k % 32)) & (2^L - 1)        q = i k // 32,  L <= 16
+
+Tile (r, c) of a matrix (O, I) starts at byte 2 k I r + 32 k c. At 2 bits a row of a tile is one word.
+
+Shapes: L length of the block axis (in the equations above, bits of a state), R rows, C columns, N tiles, P weights of a
+tile, S states, G blocks of all leading dims, g values of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lqer.components import require_choice, require_range
+from lqer.formats.base import NumberFormat
+from lqer.formats.scales import root_mean_square, storable
+from lqer.formats.viterbi import best_rings
+
+TILE = 16
+POSITIONS = TILE * TILE
+# By (L, k), the best of some hundred on normal values.
+SEEDS: dict[tuple[int, int], int] = {
+    (12, 1): 927, (13, 1): 821, (14, 1): 772, (15, 1): 765, (16, 1): 708,
+    (12, 2): 1599, (13, 2): 80, (14, 2): 998, (15, 2): 157, (16, 2): 744,
+    (12, 3): 178, (13, 3): 248, (14, 3): 820, (15, 3): 374, (16, 3): 451,
+    (12, 4): 86, (13, 4): 248, (14, 4): 499, (15, 4): 822, (16, 4): 279,
+}  # fmt: skip
+# The scale of normal values with root mean square 1 that has the least error, by k.
+FACTOR = {1: 0.93, 2: 1.01, 3: 1.07, 4: 1.1}
+LARGEST_VALUE = 4.5
+
+
+@dataclass(frozen=True)
+class Trellis(NumberFormat):
+    """Trellis codes of a matrix; parts: uint8 "codes" [R / 16, 16 C], those of a tile one after the other, and float32
+    "scales" [1, 1].
+
+    Rows (all leading dims) and the axis are multiples of 16.
+    """
+
+    kind = "trellis"
+    vector_size: ClassVar[int] = TILE
+    vector_rows: ClassVar[int] = TILE
+    trainable_parts: ClassVar[frozenset[str]] = frozenset({"scales"})
+
+    bits: int
+    state_bits: int = 12
+    table: Literal["gaussian"] = "gaussian"
+    block_size: Literal["tensor"] = "tensor"
+
+    def __post_init__(self) -> None:
+        require_range("bits", self.bits, 1, 4, "trellis")
+        require_range("state_bits", self.state_bits, 12, 16, "trellis")
+        require_choice("table", self.table, ["gaussian"], "trellis")
+        require_choice("block_size", self.block_size, ["tensor"], "trellis")
+
+    @property
+    def stream_widths(self) -> dict[str, int]:
+        return {"codes": self.bits}
+
+    def stream_length(self, name: str, length: int) -> int:
+        return TILE * length
+
+    def bits_per_value(self, length: int) -> float:
+        return self.bits
+
+    def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
+        """The scale f rms, float32 [1, .., 1]; 0 for zeros, NaN where there is NaN or infinity."""
+        rms = root_mean_square(x_Gg.reshape(*[1] * (x_Gg.dim() - 1), -1))
+        return {"scales": storable(FACTOR[self.bits] * rms, torch.float32, LARGEST_VALUE)}
+
+    def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """uint8 codes [R / 16, 1, 16 g] of whole rows or of blocks of columns [R, 1, g]."""
+        rows, _, columns = x_Gg.shape
+        if (unsupported_reason := self.unsupported_shape(rows, columns)) is not None:
+            raise ValueError(unsupported_reason)
+        x_NP = to_tiles(x_Gg.squeeze(1))
+        scale = scales["scales"].to(torch.float32).flatten()
+        codes_NP = best_rings((x_NP / scale.where(scale != 0, 1.0)).flip(1), self.values(x_NP.device), self.bits)
+        return codes_NP.flip(1).view(rows // TILE, 1, -1)
+
+    def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """float32 values [R, 1, g] of codes [R / 16, 1, 16 g]."""
+        states_NP = ring_states(codes_Gg.reshape(-1, POSITIONS), self.bits, self.state_bits)
+        values_RC = from_tiles(self.values(codes_Gg.device)[states_NP], len(codes_Gg))
+        return values_RC.mul_(scales["scales"].to(torch.float32).flatten()).unsqueeze(1)
+
+    def fake_quantize(self, x: Tensor, axis: int = -1) -> Tensor:
+        """`quantize(x, axis).dequantize(x.dtype)`: searches, so nothing for activations; refuses NaN."""
+        return self.quantize(x, axis).dequantize(x.dtype)
+
+    def quantize_parts(self, x_L: Tensor) -> dict[str, Tensor]:
+        if x_L.dim() != 2:
+            raise ValueError(f"a tensor of shape {tuple(x_L.shape)} is no matrix (trellis)")
+        x_R1C = x_L.unsqueeze(1)
+        scales = self.fit(x_R1C)
+        return {"codes": self.encode(x_R1C, scales).squeeze(1), **scales}
+
+    def dequantize_parts(self, parts: dict[str, Tensor]) -> Tensor:
+        return self.decode(parts["codes"].unsqueeze(1), parts).squeeze(1)
+
+    def values(self, device: torch.device) -> Tensor:
+        """float32 [S]: the table."""
+        return gaussian_table(self.state_bits, self.bits, device)
+
+    def unsupported_shape(self, rows: int, length: int) -> str | None:
+        if rows % TILE or length % TILE:
+            return f"its tiles are {TILE} x {TILE} weights, and the matrix is {rows} x {length} (trellis)"
+        return None
+
+
+def ring_states(codes_NP: Tensor, bits: int, state_bits: int) -> Tensor:
+    """int64 states [N, P] of rings of codes: code p in the lowest bits, code p + 1 above it, and so on."""
+    codes_NP = codes_NP.to(torch.int64)
+    states_NP = codes_NP.clone()
+    for ahead in range(1, -(-state_bits // bits)):
+        states_NP |= codes_NP.roll(-ahead, dims=1) << (ahead * bits)
+    return states_NP & (1 << state_bits) - 1
+
+
+def to_tiles(x_RC: Tensor) -> Tensor:
+    """The tiles [N, 256] of a matrix, a row of tiles after the other; each row by row."""
+    return x_RC.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).reshape(-1, POSITIONS)
+
+
+def from_tiles(x_NP: Tensor, tile_rows: int) -> Tensor:
+    """The matrix [R, C] of tiles [N, 256] that `to_tiles` made: the inverse."""
+    return x_NP.view(tile_rows, -1, TILE, TILE).transpose(1, 2).reshape(tile_rows * TILE, -1)
+
+
+@lru_cache
+def gaussian_table(state_bits: int, bits: int, device: torch.device) -> Tensor:
+    """float32 [S], exact in float16: the normal quantiles in the order of the module's docstring."""
+    states_S = torch.arange(1 << state_bits)
+    rank_S = torch.zeros_like(states_S)
+    value = SEEDS[state_bits, bits]
+    for bit in range(state_bits):
+        value = (1664525 * value + 1013904223) % (1 << 32)
+        rank_S ^= (states_S >> bit & 1) * (value >> (32 - state_bits))
+    quantile_S = torch.special.ndtri((rank_S.to(torch.float64) + 0.5) / len(rank_S))
+    return quantile_S.to(torch.float16).to(device, torch.float32)

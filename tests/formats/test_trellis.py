@@ -1,0 +1,142 @@
+"""Trellis codes: the table, the packed stream, the error on normal values."""
+
+import pytest
+import torch
+
+from lqer.formats import Trellis, format_from_dict
+from lqer.formats.trellis import from_tiles, gaussian_table, ring_states, to_tiles
+
+CPU = torch.device("cpu")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def windows(packed_bytes: bytes, bits: int, state_bits: int) -> list[int]:
+    """The states of one tile by the documented rule, from its 8 k little-endian words."""
+    words = [int.from_bytes(packed_bytes[i : i + 4], "little") for i in range(0, len(packed_bytes), 4)]
+    states = []
+    for i in range(256):
+        q, shift = divmod(i * bits, 32)
+        states.append((words[q] | words[(q + 1) % len(words)] << 32) >> shift & ((1 << state_bits) - 1))
+    return states
+
+
+class TestTable:
+    @pytest.mark.parametrize("bits", [1, 2, 3, 4])
+    @pytest.mark.parametrize("state_bits", [12, 13, 14, 15, 16])
+    def test_every_quantile_occurs_once_and_neighbours_lie_in_different_parts(self, bits, state_bits):
+        table_S = gaussian_table(state_bits, bits, CPU)
+        ascending_S = torch.special.ndtri((torch.arange(len(table_S), dtype=torch.float64) + 0.5) / len(table_S))
+        assert torch.equal(table_S.sort()[0], ascending_S.half().float())
+        part_S = torch.empty(len(table_S), dtype=torch.int64)
+        part_S[table_S.argsort(stable=True)] = torch.arange(len(table_S)) >> (state_bits - bits)
+        choices = 1 << bits
+        # float16 may make values on either side of a border equal; such a pair is counted in any order.
+        for parts in (part_S.view(-1, choices), part_S.view(choices, -1).T):
+            different = parts.sort(1)[0] == torch.arange(choices)
+            assert float(different.float().mean()) > 0.99
+
+    def test_the_order_is_linear_over_two_elements(self):
+        table_S = gaussian_table(12, 2, CPU)
+        rank_S = torch.empty(4096, dtype=torch.int64)
+        rank_S[table_S.double().argsort(stable=True)] = torch.arange(4096)
+        columns = [int(rank_S[1 << bit]) for bit in range(12)]
+        seed, expected = 1599, []
+        for _ in range(12):
+            seed = (1664525 * seed + 1013904223) % 2**32
+            expected.append(seed >> 20)
+        # Up to neighbours that are equal in float16.
+        assert all(abs(found - wanted) <= 4 for found, wanted in zip(columns, expected, strict=True))
+
+
+class TestPackedStream:
+    @pytest.mark.parametrize(("bits", "state_bits"), [(1, 12), (2, 12), (2, 16), (3, 12), (3, 13), (4, 12), (4, 14)])
+    def test_every_value_is_a_window_of_the_ring(self, bits, state_bits):
+        """Any bytes are a valid code."""
+        packed = torch.randint(0, 256, (2, 3 * 32 * bits), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+        scales = torch.tensor([[0.5]])
+        quantized = Trellis(bits, state_bits).unpack({"codes": packed, "scales": scales}, (32, 48), 1)
+        table_S = gaussian_table(state_bits, bits, CPU)
+        values_OI = quantized.dequantize()
+        for row in range(2):
+            for column in range(3):
+                tile = bytes(packed[row, 32 * bits * column : 32 * bits * (column + 1)].tolist())
+                expected = 0.5 * table_S[windows(tile, bits, state_bits)].view(16, 16)
+                found = values_OI[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+                assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("bits", [1, 2, 3, 4])
+    def test_packing_loses_nothing_and_takes_bits_per_weight(self, bits):
+        number_format = Trellis(bits)
+        quantized = number_format.quantize(normal(32, 48))
+        packed = quantized.pack()
+        assert packed["codes"].shape == (2, 48 * 2 * bits)
+        assert quantized.code_bits == bits * 32 * 48
+        assert quantized.metadata_bits == 32
+        assert number_format.bits_per_value(48) == bits
+        unpacked = number_format.unpack(packed, (32, 48), 1)
+        assert torch.equal(unpacked.dequantize(), quantized.dequantize())
+
+    def test_tiles_are_rows_of_rows(self):
+        x_RC = torch.arange(32 * 48.0).view(32, 48)
+        tiles_NP = to_tiles(x_RC)
+        assert torch.equal(tiles_NP[4], x_RC[16:32, 16:32].flatten())
+        assert torch.equal(from_tiles(tiles_NP, 2), x_RC)
+
+    def test_a_state_continues_around_the_ring(self):
+        codes_NP = torch.zeros(1, 256, dtype=torch.uint8)
+        codes_NP[0, 0] = 3
+        states_P = ring_states(codes_NP, 2, 12)[0]
+        assert states_P.nonzero().flatten().tolist() == [0, 251, 252, 253, 254, 255]
+        assert int(states_P[251]) == 3 << 10
+
+
+class TestError:
+    @pytest.mark.parametrize(
+        ("bits", "state_bits", "rows", "most"),
+        [(1, 12, 32, 0.275), (2, 12, 64, 0.0705), (2, 16, 16, 0.070), (3, 12, 64, 0.0182), (4, 12, 64, 0.00475)],
+    )
+    def test_the_error_of_normal_values_is_near_the_bound(self, bits, state_bits, rows, most):
+        x_OI = normal(rows, 256)
+        error = (Trellis(bits, state_bits).quantize(x_OI).dequantize() - x_OI).square().mean() / x_OI.square().mean()
+        assert 4.0**-bits < float(error) < most
+
+    def test_scaling_a_tensor_scales_its_values(self):
+        x_OI = normal(16, 32)
+        one, other = Trellis(2).quantize(x_OI), Trellis(2).quantize(x_OI * 0.25)
+        assert torch.equal(one.parts["codes"], other.parts["codes"])
+        assert torch.equal(one.dequantize() * 0.25, other.dequantize())
+
+    def test_a_matrix_of_zeros_decodes_to_zeros(self):
+        assert not Trellis(2).quantize(torch.zeros(16, 16)).dequantize().any()
+
+    def test_blocks_along_rows_are_those_of_the_transpose(self):
+        x_OI = normal(16, 32)
+        along = Trellis(3).quantize(x_OI.T, axis=0)
+        assert torch.equal(along.dequantize(), Trellis(3).quantize(x_OI).dequantize().T)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("shape", [(16, 40), (8, 32)])
+    def test_a_matrix_of_parts_of_tiles_is_refused(self, shape):
+        with pytest.raises(ValueError, match=rf"16 x 16 weights, and the matrix is {shape[0]} x {shape[1]} \(trellis"):
+            Trellis(2).quantize(torch.ones(shape))
+
+    def test_what_is_no_matrix_is_refused(self):
+        with pytest.raises(ValueError, match=r"a tensor of shape \(16,\) is no matrix \(trellis\)"):
+            Trellis(2).quantize(torch.ones(16))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"bits": 5}, r"bits 5 is not in 1..4 \(trellis\)"),
+            ({"bits": 2, "state_bits": 17}, r"state_bits 17 is not in 12..16 \(trellis\)"),
+            ({"bits": 2, "table": "normal"}, r"table 'normal' is not one of 'gaussian' \(trellis\)"),
+            ({"bits": 2, "block_size": 16}, r"block_size 16 is not one of 'tensor' \(trellis\)"),
+        ],
+    )
+    def test_settings_are_checked(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            format_from_dict({"kind": "trellis", **settings})

@@ -1,0 +1,90 @@
+"""The search for paths through a trellis, against all paths."""
+
+import itertools
+
+import pytest
+import torch
+
+from lqer.formats.viterbi import best_paths, best_rings
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def follows(state: int, code: int, bits: int, state_bits: int) -> int:
+    return (state << bits | code) % (1 << state_bits)
+
+
+def least_error(x_P, table_S, bits: int, state_bits: int, overlap: int | None = None) -> float:
+    """Over every start and every sequence of codes."""
+    least = float("inf")
+    starts = range(1 << (state_bits - bits)) if overlap is None else [overlap]
+    for start in starts:
+        for codes in itertools.product(range(1 << bits), repeat=len(x_P)):
+            state, error = start, 0.0
+            for x, code in zip(x_P.tolist(), codes, strict=True):
+                state = follows(state, code, bits, state_bits)
+                error += (x - float(table_S[state])) ** 2
+            if overlap is None or state % (1 << (state_bits - bits)) == overlap:
+                least = min(least, error)
+    return least
+
+
+def is_path(states_P, bits: int, state_bits: int) -> bool:
+    pairs = itertools.pairwise(states_P.tolist())
+    return all(after == follows(before, after % (1 << bits), bits, state_bits) for before, after in pairs)
+
+
+class TestBestPaths:
+    @pytest.mark.parametrize(("bits", "state_bits", "positions"), [(1, 4, 8), (2, 4, 5), (2, 5, 4), (3, 4, 3)])
+    def test_no_path_is_better(self, bits, state_bits, positions):
+        x_NP, table_S = normal(3, positions), normal(1 << state_bits, seed=1)
+        states_NP = best_paths(x_NP, table_S, bits)
+        errors_N = (x_NP - table_S[states_NP]).square().sum(1)
+        for x_P, states_P, error in zip(x_NP, states_NP, errors_N, strict=True):
+            assert is_path(states_P, bits, state_bits)
+            assert float(error) == pytest.approx(least_error(x_P, table_S, bits, state_bits), rel=1e-5)
+
+    @pytest.mark.parametrize(("bits", "state_bits", "positions"), [(1, 3, 8), (2, 4, 5), (2, 5, 5), (4, 6, 3)])
+    def test_no_path_that_starts_and_ends_with_the_overlap_is_better(self, bits, state_bits, positions):
+        x_NP, table_S = normal(3, positions), normal(1 << state_bits, seed=1)
+        overlap_N = torch.tensor([0, 1, (1 << (state_bits - bits)) - 1])
+        states_NP = best_paths(x_NP, table_S, bits, overlap_N)
+        errors_N = (x_NP - table_S[states_NP]).square().sum(1)
+        assert torch.equal(states_NP[:, 0] >> bits, overlap_N)
+        assert torch.equal(states_NP[:, -1] % (1 << (state_bits - bits)), overlap_N)
+        for x_P, overlap, error in zip(x_NP, overlap_N.tolist(), errors_N, strict=True):
+            assert float(error) == pytest.approx(least_error(x_P, table_S, bits, state_bits, overlap), rel=1e-5)
+
+    def test_sequences_do_not_depend_on_each_other(self):
+        x_NP, table_S = normal(150, 6), normal(1 << 12, seed=1)
+        states_NP = best_paths(x_NP, table_S, 2)
+        assert torch.equal(best_paths(x_NP[140:], table_S, 2), states_NP[140:])
+
+    def test_no_sequence_gives_no_path(self):
+        assert best_paths(normal(0, 6), normal(16), 2).shape == (0, 6)
+
+
+class TestBestRings:
+    @pytest.mark.parametrize(("bits", "state_bits"), [(1, 6), (2, 6), (3, 7), (4, 6)])
+    def test_the_codes_around_the_ring_are_the_states_of_a_path(self, bits, state_bits):
+        x_NP, table_S = normal(4, 24), normal(1 << state_bits, seed=1)
+        codes_NP = best_rings(x_NP, table_S, bits)
+        assert codes_NP.dtype == torch.uint8
+        assert int(codes_NP.max()) < 1 << bits
+        states_NP = torch.zeros(4, 24, dtype=torch.int64)
+        for p in range(2 * 24):  # twice around, until the first states are complete
+            before_N = states_NP[:, (p - 1) % 24]
+            states_NP[:, p % 24] = (before_N << bits | codes_NP[:, p % 24]) % (1 << state_bits)
+        free_N = (x_NP - table_S[best_paths(x_NP, table_S, bits)]).square().sum(1)
+        ring_N = (x_NP - table_S[states_NP]).square().sum(1)
+        assert (ring_N >= free_N * 0.9999).all()
+        assert float(ring_N.sum() / free_N.sum()) < 1.5
+
+    def test_a_ring_that_the_trellis_has_is_found(self):
+        """Its own values are encoded without error."""
+        table_S = normal(1 << 8, seed=1)
+        codes_P = torch.randint(0, 4, (32,), generator=torch.Generator().manual_seed(2))
+        states_P = sum(codes_P.roll(i) << (2 * i) for i in range(4))
+        assert torch.equal(best_rings(table_S[states_P][None], table_S, 2)[0].long(), codes_P)
