@@ -64,6 +64,26 @@ class CalibrationInfo(TypedDict):
     fingerprint: str  # sha256 of the token ids
 
 
+class Divergence(TypedDict):
+    """From the original's next-token distribution, over the tokens of the row; null where it is not finite."""
+
+    kl_mean: float | None  # KL(original || candidate), nats per token: a lower bound, see DivergenceInfo
+    kl_p99: float | None  # 99 of 100 tokens have at most that
+    top1_agreement: float | None  # share of tokens after which both models' most likely token is the same
+
+
+class DivergenceInfo(TypedDict):
+    """How far the candidates are from the original on the windows of a perplexity.
+
+    The top_k most likely tokens of the original are told apart after each token; all others count as one.
+    """
+
+    top_k: int
+    covered: float  # mean probability of the top_k tokens under the original
+    rtn: Divergence | None  # null if not in evaluation.baselines
+    quantized: Divergence
+
+
 class PerplexityRow(TypedDict):
     dataset: str
     source: str
@@ -74,6 +94,7 @@ class PerplexityRow(TypedDict):
     original: float | None  # null if not in evaluation.baselines; the same for the next key
     rtn: float | None  # null also if it is not finite, which `warnings` says; the same for the next key
     quantized: float | None
+    divergence: DivergenceInfo | None  # null unless evaluation.divergence asks for it
 
 
 class DownstreamRow(TypedDict):

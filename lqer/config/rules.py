@@ -99,6 +99,19 @@ def rounded_inputs_are_rounded(config: Config) -> Iterator[KeyedError]:
         yield KeyedError(("calibration", "round_inputs"), rule, True)
 
 
+def divergence_has_windows(config: Config) -> Iterator[KeyedError]:
+    """Divergence is measured on the windows of perplexity texts, against the original model."""
+    evaluation, loc = config.evaluation, ("evaluation", "divergence")
+    if evaluation.divergence is None:
+        return
+    if evaluation.perplexity is None:
+        yield KeyedError(loc, "requires evaluation.perplexity, whose texts and windows it uses")
+    elif evaluation.perplexity.protocol == "lm-eval":
+        yield KeyedError(loc, 'must be unset with protocol "lm-eval", which scores documents, not windows')
+    if "original" not in evaluation.baselines:
+        yield KeyedError(loc, 'requires "original" in evaluation.baselines: it is the distance from that model')
+
+
 def roundings_fit(config: Config) -> Iterator[KeyedError]:
     """The rounding is the method's, and supports the formats of the weights."""
     quantize = config.quantize
@@ -298,6 +311,7 @@ def _columns_can_be_cut(config: Config, low_rank: LowRankConfig, columns: int, w
 RULES: tuple[Rule, ...] = (
     names_are_free,
     blockwise_evaluates_windows,
+    divergence_has_windows,
     formats_exist,
     rounded_inputs_are_rounded,
     roundings_fit,

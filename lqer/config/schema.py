@@ -188,6 +188,18 @@ class PerplexityConfig(Section):
         return self
 
 
+class DivergenceConfig(Section):
+    """The divergence of every candidate from the original, on the windows of every perplexity text."""
+
+    # Tokens whose probabilities are told apart after each token: the original's most likely ones. All others count as
+    # one, which makes the result a lower bound.
+    top_k: Positive = 128
+
+
+def _section_or_switch(value: Any) -> Any:
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
 class DownstreamConfig(Section):
     tasks: tuple[str, ...]
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
@@ -217,6 +229,8 @@ class EvaluationConfig(Section):
     # One decoder block in memory at a time, over all windows: for models larger than memory. The numbers are the same.
     blockwise: bool = False
     perplexity: PerplexityConfig | None = None
+    # `true` is the section with its defaults, `false` none.
+    divergence: Annotated[DivergenceConfig | None, BeforeValidator(_section_or_switch)] = None
     downstream: DownstreamConfig | None = None
 
 

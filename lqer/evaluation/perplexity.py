@@ -16,7 +16,7 @@ Shapes: W windows, B windows of one batch, T tokens of a window, V vocabulary, R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,17 +25,13 @@ import torch.nn.functional as F
 
 from lqer.errors import ConfigError, DataError
 from lqer.evaluation import harness
+from lqer.evaluation.logits import LOSS_POSITIONS, window_logits
 from lqer.evaluation.progress import progress_bar
 from lqer.models.loaders import OpenedModel
-from lqer.models.walker import BlockRun, walk_to_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Logits are converted to float32 this many positions at a time: 128 MiB for a vocabulary of 128k, in addition to the
-# logits in the model's dtype, 512 MiB per window of 2048.
-LOSS_POSITIONS = 256
 
 # LQER maps the tokenizer over its dataset with datasets' default batch of 1000 rows.
 LQER_BATCH_ROWS = 1000
@@ -145,7 +141,7 @@ def _window_nlls(
     perplexity; without it nothing waits until the end.
     """
     windows = windows_WT.split(batch_size)
-    logits_of = _blockwise(model, windows, progress) if isinstance(model, OpenedModel) else _whole(model, windows)
+    logits_of = window_logits(model, windows, "perplexity", progress)
     batches = []
     running_nll = torch.zeros((), dtype=torch.float64)
     with progress_bar(progress)(total=len(windows_WT), desc="perplexity", unit="window") as bar:
@@ -157,20 +153,6 @@ def _window_nlls(
                 bar.update(len(nll_B))
                 bar.set_postfix(ppl=f"{(running_nll / bar.n).exp().item():.4f}")
     return torch.cat(batches).cpu()
-
-
-def _whole(model: PreTrainedModel, windows: Sequence[Tensor]) -> Callable[[int], Tensor]:
-    model.eval()
-    return lambda batch: model(input_ids=windows[batch].to(model.device), use_cache=False).logits
-
-
-def _blockwise(model: OpenedModel, windows: Sequence[Tensor], progress: bool) -> Callable[[int], Tensor]:
-    model.model.eval()
-
-    def shown(visits: Iterator[BlockRun]) -> Iterator[BlockRun]:
-        yield from progress_bar(progress)(visits, total=len(model.blocks), desc="perplexity", unit="block")
-
-    return walk_to_logits(model, windows, shown)
 
 
 def _batch_nlls(logits_of: Callable[[int], Tensor], batch: int, tokens_BT: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from lqer.results import (
     AllocationInfo,
     Baseline,
     CalibrationInfo,
+    Divergence,
+    DivergenceInfo,
     DownstreamRow,
     FinetuneInfo,
     Layers,
@@ -41,12 +43,16 @@ ByRole = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """A text, where it comes from, a hash of its tokens or documents, and the result of every candidate on it."""
+    """A text, where it comes from, a hash of its tokens or documents, and the results of every candidate on it.
+
+    divergence: of every candidate but the original; empty unless asked for.
+    """
 
     spec: DatasetSpec
     source: str
     fingerprint: str
     results: ByRole
+    divergence: ByRole
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,12 @@ def _warnings(made: Made, blocks: int) -> list[str]:
         for role, result in text.results.items()
         if result["perplexity"] is None
     ]
+    found += [
+        f"the divergence of the {role} model from the original on {text.spec.label} is not finite"
+        for text in made.perplexity
+        for role, result in text.divergence.items()
+        if result["kl_mean"] is None
+    ]
     kept = [str(index) for index, note in enumerate(block_notes(made.quantized, blocks)) if note.get(KEPT_START)]
     if kept:
         found.append(
@@ -189,6 +201,21 @@ def _perplexity_row(name: str, text: MeasuredText) -> PerplexityRow:
         seq_len=quantized["seq_len"],
         tokens=quantized["tokens"],
         original=values.get("original"),
+        rtn=values.get("rtn"),
+        quantized=values["quantized"],
+        divergence=_divergence_info(text.divergence) if text.divergence else None,
+    )
+
+
+def _divergence_info(results: ByRole) -> DivergenceInfo:
+    values = {
+        role: Divergence(kl_mean=row["kl_mean"], kl_p99=row["kl_p99"], top1_agreement=row["top1_agreement"])
+        for role, row in results.items()
+    }
+    quantized = results["quantized"]
+    return DivergenceInfo(
+        top_k=quantized["top_k"],
+        covered=quantized["covered"],
         rtn=values.get("rtn"),
         quantized=values["quantized"],
     )

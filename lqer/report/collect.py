@@ -6,6 +6,7 @@ import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -13,7 +14,7 @@ from lqer.errors import DataError
 from lqer.report import figures
 from lqer.report.naming import rtn_name, scheme_name
 from lqer.report.write import RESULTS_FILE, markdown_table
-from lqer.results import SCHEMA_VERSION, Results
+from lqer.results import SCHEMA_VERSION, PerplexityRow, Results
 from lqer.store.files import write_atomically, write_text
 
 # Of the hash that tells two texts of one name apart.
@@ -76,6 +77,16 @@ def _rows(results: Results) -> list[dict]:
     texts = [
         {key: row[key] for key in ("dataset", "protocol", "seq_len", "tokens", "original", "rtn")}
         | {"perplexity": row["quantized"], "text": row["fingerprint"][:TEXT_DIGITS]}
+        | _divergence(row)
         for row in results["perplexity"]
     ] or [dict.fromkeys(("dataset", "protocol", "seq_len", "tokens", "original", "rtn", "perplexity", "text"))]
     return [run | text | tasks for text in texts]
+
+
+def _divergence(row: PerplexityRow) -> dict[str, Any]:
+    """The columns of a text's divergence: empty cells without one, in runs made before there was any too."""
+    found = row.get("divergence")
+    if found is None:
+        return dict.fromkeys(("top_k", "kl_mean", "kl_p99", "top1_agreement", "rtn_kl_mean"))
+    rtn_kl_mean = None if found["rtn"] is None else found["rtn"]["kl_mean"]
+    return {"top_k": found["top_k"], **found["quantized"], "rtn_kl_mean": rtn_kl_mean}

@@ -25,6 +25,8 @@ CLASSES = (
     results.FinetuneInfo,
     results.CalibrationInfo,
     results.PerplexityRow,
+    results.DivergenceInfo,
+    results.Divergence,
     results.DownstreamRow,
     results.Layers,
     results.Seconds,

@@ -32,6 +32,9 @@ def track(settings: TrackingConfig, results: Results) -> None:
         for kind, perplexity in measured.items():
             if perplexity is not None:
                 numbers[f"perplexity/{row['dataset']}/{row['protocol']}/{kind}"] = perplexity
+        info = row["divergence"]
+        if info is not None and (kl_mean := info["quantized"]["kl_mean"]) is not None:
+            numbers[f"kl/{row['dataset']}/{row['protocol']}/top{info['top_k']}/quantized"] = kl_mean
     for task in results["downstream"]:
         numbers[f"{task['task']}/{task['metric']}"] = task["quantized"]
     run.log(numbers)

@@ -11,7 +11,7 @@ import pandas as pd
 from lqer.checkpoint.bits import Bits
 from lqer.report import figures
 from lqer.report.naming import rtn_name, scheme_name
-from lqer.results import FinetuneInfo, Results
+from lqer.results import FinetuneInfo, PerplexityRow, Results
 from lqer.store.files import write_atomically, write_json, write_text
 from lqer.store.names import layers_file, spectra_file, tuning_file
 from lqer.store.store import Artifact
@@ -152,10 +152,47 @@ def summary_table(results: Results) -> str:
     for row in results["perplexity"]:
         label = f"perplexity, {row['dataset']} ({row['protocol']}, seq_len {row['seq_len']}, {row['tokens']} tokens)"
         lines.append(f"| {label} | " + " | ".join(_number(row.get(kind), 4) for kind in kinds) + " |")
+        lines += _divergence_lines(row, kinds)
     for task in results["downstream"]:
         label = f"{task['task']} {task['metric']} ({task['num_fewshot']}-shot, {task['samples']} samples)"
         lines.append(f"| {label} | " + " | ".join(_number(task.get(kind), 4) for kind in kinds) + " |")
     return "\n".join(lines)
+
+
+# Keys of `Divergence` and what a table calls them.
+DIVERGENCE_ROWS = {
+    "kl_mean": "KL from the original, mean",
+    "kl_p99": "KL from the original, 99th percentile",
+    "top1_agreement": "top-1 agreement with the original",
+}
+
+
+def _divergence_lines(row: PerplexityRow, kinds: Sequence[str]) -> list[str]:
+    """Rows of the table: none without divergence, and no value of the original, whose distance from itself is 0."""
+    found = row["divergence"]
+    if found is None:
+        return []
+    values: dict[str, Mapping[str, Any]] = {"rtn": found["rtn"] or {}, "quantized": found["quantized"]}
+    protocol = f"{row['protocol']}, seq_len {row['seq_len']}, {row['tokens']} tokens, top {found['top_k']}"
+    return [
+        f"| {name}, {row['dataset']} ({protocol}) | "
+        + " | ".join(_number(values.get(kind, {}).get(key), 4) for kind in kinds)
+        + " |"
+        for key, name in DIVERGENCE_ROWS.items()
+    ]
+
+
+def _divergence_paragraphs(results: Results) -> list[str]:
+    """What the divergences are a bound of; empty without them."""
+    found = {row["dataset"]: row["divergence"] for row in results["perplexity"] if row["divergence"] is not None}
+    if not found:
+        return []
+    covered = ", ".join(f"{info['covered']:.1%} on {dataset}" for dataset, info in found.items())
+    return [
+        "KL(original || candidate) of the next token, in nats: a lower bound, since after each token only the "
+        f"original's {max(info['top_k'] for info in found.values())} most likely tokens are told apart. Their "
+        f"probability: {covered}."
+    ]
 
 
 def _number(value: Any, digits: int) -> str:
@@ -188,6 +225,7 @@ def render_report(
         f"quantized).\n{model['description']}",
         *[f"**Warning**: {warning}." for warning in results["warnings"]],
         summary_table(results),
+        *_divergence_paragraphs(results),
         f"Bits per quantized weight, everything stored included: {_shown_bits(bits)}.\n"
         f"Method `{quantize['method']['kind']}`, weights `{quantize['weight']}`, "
         f"activations `{quantize['activation']}`, "

@@ -43,7 +43,7 @@ TRAINED_COPIES = 5  # float32 values per trained one: itself, gradient, Adam's t
 LOGIT_COPIES = 3  # logits: of both models, gradient
 LOSS_COPIES = 6  # float32 values for the loss of a position: both models' logits, softmax, products, gradients
 DECODED_BYTES = 12  # per weight of a block whose scales are trained: the values, a copy and their gradient in float32
-LOSS_POSITIONS = 256  # positions whose losses are computed at once, in float32 (lqer/evaluation/perplexity.py)
+LOSS_POSITIONS = 256  # positions whose losses are computed at once, in float32 (lqer/evaluation/logits.py)
 ASSUMED_RANK = 32  # of linears whose rank is chosen under a budget
 ASSUMED_TOKENS = 300_000  # of a text that is not local: about the test split of WikiText-2
 BYTES_PER_TOKEN = 4  # of a local text
@@ -275,6 +275,7 @@ def _evaluate(work: Workload) -> StageMemory:
         host, device, disk = [whole] * work.on_gpu, [whole, *_activations(work, batch_tokens, _smaller(key))], []
     logits = summary.vocabulary * (work.computed * batch_tokens + 8 * min(LOSS_POSITIONS, batch_tokens))
     device.append(Need("logits of a batch", logits, _smaller(key)))
+    disk.append(Need("distributions of the original", _distributions(work), _smaller("evaluation.divergence.top_k")))
     return _stage("evaluate", work, host, device, disk)
 
 
@@ -369,6 +370,15 @@ def _planned(work: Workload) -> Iterator[tuple[int, int, int, LinearPlan]]:
     for name, plan in work.plans.items():
         if plan is not None:
             yield int(name[start:].split(".")[0]), *work.summary.linears[name], plan
+
+
+def _distributions(work: Workload) -> int:
+    """Bytes of the original's most likely tokens on all texts: an id and a logit each, and two sums a position."""
+    settings, perplexity = work.config.evaluation.divergence, work.config.evaluation.perplexity
+    if settings is None or perplexity is None:
+        return 0
+    tokens = sum(_tokens(work.config, place) for place in range(len(perplexity.datasets)))
+    return tokens * (min(settings.top_k, work.summary.vocabulary) * (4 + work.computed) + 2 * 4)
 
 
 def _tokens(config: Config, place: int) -> int:

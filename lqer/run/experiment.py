@@ -17,10 +17,11 @@ from lqer.models.open import load_whole
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.run.context import RunContext
-from lqer.run.texts import Texts
+from lqer.run.texts import EvaluationText, Texts
 from lqer.stages.allocate_ranks import BudgetedPlans, MeasureSpectra
 from lqer.stages.base import Stage
 from lqer.stages.calibrate import Calibrate
+from lqer.stages.divergence import OriginalDistributions, WindowDivergence
 from lqer.stages.evaluate import (
     Candidate,
     DocumentPerplexity,
@@ -43,7 +44,8 @@ class Experiment:
     """What a run does, in this order; None where the configuration does not ask for a stage.
 
     rtn: the checkpoint without low-rank reconstruction. perplexity and downstream: by role of the candidate, in the
-    order of the configuration's texts and tasks.
+    order of the configuration's texts and tasks. distributions: the original's, by text; divergence: that of the other
+    candidates from them. Both are empty unless asked for.
     """
 
     rotate: Rotate | None
@@ -54,6 +56,8 @@ class Experiment:
     finetune: Finetune | None
     candidates: tuple[Candidate, ...]
     perplexity: dict[str, list[Evaluation]]
+    distributions: list[OriginalDistributions]
+    divergence: dict[str, list[WindowDivergence]]
     downstream: dict[str, TaskAccuracy]
 
     @property
@@ -67,17 +71,22 @@ class Experiment:
     def quantizing(self) -> Iterator[QuantizeStage]:
         yield from filter(None, (self.quantize, self.rtn))
 
-    def evaluations(self, candidate: Candidate) -> Iterator[Evaluation]:
+    def evaluations(self, candidate: Candidate) -> Iterator[Stage]:
+        """All that a candidate's model is loaded for."""
+        if candidate.role == "original":
+            yield from self.distributions
         yield from self.perplexity[candidate.role]
+        yield from self.divergence.get(candidate.role, ())
         if candidate.role in self.downstream:
             yield self.downstream[candidate.role]
 
     def paths(self, store: Store) -> dict[str, list[Path]]:
-        """The folders of all artifacts but the evaluations', by stage; they need not exist yet."""
+        """The folders of all artifacts, by stage, those of evaluations as "evaluate"; they need not exist yet."""
         paths: dict[str, list[Path]] = {}
         for stage in filter(None, (*self.before_quantize(), *self.quantizing(), self.finetune)):
             paths.setdefault(stage.name, []).append(store.path(stage.name, stage.key))
-        return paths
+        measured = [stage for candidate in self.candidates for stage in self.evaluations(candidate)]
+        return paths | {"evaluate": [store.path(stage.name, stage.key) for stage in measured]}
 
 
 def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Experiment:
@@ -116,11 +125,20 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
         )  # fmt: skip
     candidates = [_quantized(context, "quantized", finetune or quantize)]
     candidates += [_quantized(context, "rtn", rtn)] if rtn is not None else []
-    candidates += [_original(context)] if "original" in config.evaluation.baselines else []
+    distributions: list[OriginalDistributions] = []
+    if "original" in config.evaluation.baselines:
+        original = _original(context)
+        distributions = _distributions(context, original, texts)
+        # First where the others are compared with its distributions, so that two models are never in memory at once.
+        candidates = [original, *candidates] if distributions else [*candidates, original]
+    divergence = _divergence(context, candidates, distributions)
     perplexity = {candidate.role: _perplexity(context, candidate, tokenizer, texts) for candidate in candidates}
     downstream = _downstream(context, candidates, tokenizer)
     rotate = model if isinstance(model, Rotate) else None
-    return Experiment(rotate, calibrate, spectra, quantize, rtn, finetune, tuple(candidates), perplexity, downstream)
+    return Experiment(
+        rotate, calibrate, spectra, quantize, rtn, finetune, tuple(candidates), perplexity, distributions, divergence,
+        downstream,
+    )  # fmt: skip
 
 
 def _attention(context: RunContext) -> dict[str, Any] | None:
@@ -161,6 +179,10 @@ def _original(context: RunContext) -> Candidate:
     return Candidate("original", {"model": context.source, **_arithmetic(context)}, load)
 
 
+def _title(text: EvaluationText, protocol: str) -> str:
+    return f"{text.spec.label} (protocol {protocol})"
+
+
 def _perplexity(
     context: RunContext, candidate: Candidate, tokenizer: PreTrainedTokenizerBase, texts: Texts
 ) -> list[Evaluation]:
@@ -169,7 +191,7 @@ def _perplexity(
         return []
     stages: list[Evaluation] = []
     for text in texts.evaluation:
-        title = f"{text.spec.label} (protocol {settings.protocol})"
+        title = _title(text, settings.protocol)
         if text.windows_WT is None:
             stages.append(
                 DocumentPerplexity(candidate, title, text.documents, settings.seq_len, settings.batch_size, tokenizer)
@@ -177,6 +199,34 @@ def _perplexity(
         else:
             stages.append(WindowPerplexity(candidate, title, settings.protocol, text.windows_WT, settings.batch_size))
     return stages
+
+
+def _distributions(context: RunContext, original: Candidate, texts: Texts) -> list[OriginalDistributions]:
+    settings, perplexity = context.config.evaluation.divergence, context.config.evaluation.perplexity
+    if settings is None or perplexity is None:
+        return []
+    return [
+        OriginalDistributions(
+            original, text.windows_WT, perplexity.batch_size, settings.top_k, _title(text, perplexity.protocol)
+        )
+        for text in texts.evaluation
+        if text.windows_WT is not None
+    ]
+
+
+def _divergence(
+    context: RunContext, candidates: list[Candidate], distributions: list[OriginalDistributions]
+) -> dict[str, list[WindowDivergence]]:
+    perplexity = context.config.evaluation.perplexity
+    if perplexity is None or not distributions:
+        return {}
+    return {
+        candidate.role: [
+            WindowDivergence(candidate, stage.title, stage, perplexity.protocol) for stage in distributions
+        ]
+        for candidate in candidates
+        if candidate.role != "original"
+    }
 
 
 def _downstream(

@@ -151,6 +151,7 @@ def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget 
             text.source,
             text.fingerprint,
             {role: stages[i].result(store) for role, stages in experiment.perplexity.items()},
+            {role: stages[i].result(store) for role, stages in experiment.divergence.items()},
         )
         for i, text in enumerate(texts.evaluation)
     ]

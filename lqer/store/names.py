@@ -1,4 +1,4 @@
-"""Names of the files of an artifact that has one file per decoder block."""
+"""Names of the files of an artifact that has one file per decoder block, or per batch of windows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def spectra_file(index: int) -> str:
 
 def tuning_file(index: int) -> str:
     return f"tuning-{index:05d}.json"
+
+
+def distribution_file(batch: int) -> str:
+    """Of a batch of windows, not of a block."""
+    return f"distribution-{batch:05d}.safetensors"
 
 
 def sites_file(index: int) -> str:

@@ -18,6 +18,7 @@ from lqer.checkpoint.load import load_quantized
 from lqer.checkpoint.pack import OUTSIDE_FILE
 from lqer.config.plan import plan_model
 from lqer.config.schema import Config
+from lqer.evaluation.divergence import original_distributions
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
@@ -259,6 +260,18 @@ def test_fine_tuning_is_counted(model, run_stages, tmp_path, parts, weight):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert need(found.ram, "original and quantized model") == 2 * 4 * parameters
     assert need(found.ram, "inputs of the blocks") == work.summary.blocks * 2 * 12 * model.config.hidden_size * 4
+
+
+def test_the_originals_distributions_are_counted_on_disk(model, tmp_path):
+    on = {"divergence": {"top_k": 5}, "baselines": ["original"]}
+    found = stages_of(workload(model, tmp_path, experiment(evaluation=on)))["evaluate"]
+    batches = torch.randint(model.config.vocab_size, (WINDOWS, SEQ_LEN)).split(2)
+    written = sum(
+        tensor.nbytes for batch in original_distributions(model, batches, 5, progress=False) for tensor in batch
+    )
+    # The last token of a window has no successor; the estimate counts all.
+    assert need(found.disk, "distributions of the original") == written * SEQ_LEN // (SEQ_LEN - 1)
+    assert not stages_of(workload(model, tmp_path))["evaluate"].disk
 
 
 def test_stages_come_in_the_order_of_the_run(model, tmp_path):
