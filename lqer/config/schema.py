@@ -193,7 +193,7 @@ class DivergenceConfig(Section):
 
     # Tokens whose probabilities are told apart after each token: the original's most likely ones. All others count as
     # one, which makes the result a lower bound.
-    top_k: Positive = 128
+    top_k: Positive = 256
 
 
 def _section_or_switch(value: Any) -> Any:

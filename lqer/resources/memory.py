@@ -273,7 +273,9 @@ def _evaluate(work: Workload) -> StageMemory:
         whole = Need("whole model", work.computed * summary.parameters, remedy)
         # It is loaded into RAM before it is moved to a GPU.
         host, device, disk = [whole] * work.on_gpu, [whole, *_activations(work, batch_tokens, _smaller(key))], []
-    logits = summary.vocabulary * (work.computed * batch_tokens + 8 * min(LOSS_POSITIONS, batch_tokens))
+    # In float32: the logits of some positions, and their softmax; for divergence also those of the unlikely tokens.
+    widened = 8 if evaluation.divergence is None else 12
+    logits = summary.vocabulary * (work.computed * batch_tokens + widened * min(LOSS_POSITIONS, batch_tokens))
     device.append(Need("logits of a batch", logits, _smaller(key)))
     disk.append(Need("distributions of the original", _distributions(work), _smaller("evaluation.divergence.top_k")))
     return _stage("evaluate", work, host, device, disk)
