@@ -85,7 +85,7 @@ def main() -> None:
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    round_block(weights, starts, run, hidden_STD, targets_STD, settings, after_round=end_round)
+    round_block(weights, starts, run, hidden_STD, [targets_STD], settings, after_round=end_round)
     seconds = (ends[-1] - ends[0]) / (arguments.rounds * arguments.steps)
     print(f"{device_name(device)}, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights, {vars(arguments)}")
     print(f"{1e3 * seconds:.1f} ms a step; 20 rounds of 250 steps: {PUBLISHED_STEPS * seconds / 60:.1f} minutes")

@@ -24,6 +24,8 @@ from lqer.transforms.block_transform import BlockTransform, Progress, SaveState,
 
 # A note of a block for which training ended worse than it started: the start was kept.
 KEPT_START = "kept_start"
+# A note by linear: the share of its codes that rounding together has changed.
+CHANGED_CODES = "changed_codes"
 
 
 def reconstruct_block(
@@ -87,12 +89,15 @@ def _round_together(
         progress("rounding", state.rounds, len(settings.soft_fractions), losses[-1])
         save_state(replace(result, part_state=state.tensors()))
 
+    targets = [problem.targets_STD]
+    if rounding.both_targets:
+        targets.append(problem.outputs(result.parameters))
     found = round_block(
         {f"{linear}.weight": weight_OI for linear, weight_OI in weights.items()},
         {f"{linear}.weight": start for linear, start in starts.items()},
         problem.with_parameters(result.parameters),
         problem.inputs_STD,
-        problem.targets_STD,
+        targets,
         settings,
         state,
         after_round,
@@ -102,7 +107,14 @@ def _round_together(
     if not end <= start:
         result, rounded, end = result.with_note(KEPT_START, True), starts, start
     loss = {"start": start, "rounds": losses, "end": end}
-    return replace(result, rounded=rounded, part_state={}).with_note("loss", loss)
+    changed = {linear: changed_share(starts[linear], rounded[linear]) for linear in starts}
+    result = replace(result, rounded=rounded, part_state={})
+    return result.with_note("loss", loss).with_note(CHANGED_CODES, changed)
+
+
+def changed_share(before: QuantizedTensor, after: QuantizedTensor) -> float:
+    """The share of the codes that differ."""
+    return float((before.parts["codes"] != after.parts["codes"]).to(torch.float32).mean())
 
 
 @torch.no_grad()

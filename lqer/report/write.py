@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lqer.checkpoint.bits import Bits
+from lqer.methods.block import CHANGED_CODES
 from lqer.report import figures
 from lqer.report.naming import rtn_name, scheme_name
 from lqer.results import FinetuneInfo, PerplexityRow, Results
@@ -314,10 +316,14 @@ def _block_paragraphs(notes: Sequence[Mapping[str, Any]]) -> list[str]:
     if not losses:
         return []
     shown = ", ".join(f"{loss['start']:.4g} → {loss['end']:.4g}" for loss in losses)
-    return [
+    paragraph = (
         "Squared output error per calibration token, block by block, before → after adaptive rounding (reference: the "
         f"original block on the original model's hidden states): {shown}."
-    ]
+    )
+    changed = [statistics.fmean(note[CHANGED_CODES].values()) for note in notes if CHANGED_CODES in note]
+    if changed:
+        paragraph += f" Codes changed, mean over the linears of a block: {', '.join(f'{c:.1%}' for c in changed)}."
+    return [paragraph]
 
 
 def markdown_table(table: pd.DataFrame) -> str:

@@ -2,12 +2,13 @@
 
     v <- h⁻¹(W / s - floor(W / s)),  u <- 0                            for every linear of the block; s and z are frozen
     for f in the fractions of the schedule:
-        harden:  the surest weights of every linear are decided; a fraction f of all of them stays soft
+        harden:  the surest weights of every linear are decided; a fraction f of those within the codes stays soft
         soften:  a new Adam on the soft part of v, and on u:           min  E ‖ B(X; w'(v, u)) - Y ‖²
     decide the rest
 
 X are the block's inputs after the quantized blocks before it, Y the outputs of the original block on the original
-inputs. The block is any function of weights and hidden states: this file knows no modules.
+inputs; a second target, its outputs on X, may be added (the published code's `aug_loss`). The block is any function of
+weights and hidden states: this file knows no modules.
 
 Memory: some 40 bytes per weight (v of this round and the last, its gradient, Adam's two moments, w' with its codes and
 its gradient, the grid) and the activations of one micro-batch. Inputs and targets may be on another device; they are
@@ -21,18 +22,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lqer.components import require_number, require_positive
+from lqer.components import require_choice, require_number, require_positive
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.base import Rounding, Statistics
 from lqer.rounding.par_schedule import SOFT_FRACTIONS_20, draw_batches, soft_fractions
-from lqer.rounding.soft import Grid, harden, inverse_rectified_sigmoid
+from lqer.rounding.soft import Grid, harden
 
 Weights = Mapping[str, Tensor]
 Block = Callable[[Weights, Tensor], Tensor]
@@ -42,13 +43,15 @@ Block = Callable[[Weights, Tensor], Tensor]
 class AdaptiveSettings:
     """How a block is reconstructed; the defaults are the published ones.
 
-    soft_fractions: per round, the fraction of every layer's weights that stays soft. steps: of Adam in a round.
+    soft_fractions: per round, the fraction that stays soft of every layer's weights within the codes. keep_codes:
+    whether the start's codes are the nearest ones, or the weights' own (`Grid.of`). steps: of Adam in a round.
     batch_size: sequences of a step. micro_batch: sequences in one forward pass; it bounds the memory and changes the
     result only by the order of summation. scale_decay: L2 decay of u. autocast: the dtype of the block's products, None
     for the block's own. `Adaptive` is what a configuration names.
     """
 
     soft_fractions: tuple[float, ...] = SOFT_FRACTIONS_20
+    keep_codes: bool = False
     steps: int = 250
     batch_size: int = 4
     micro_batch: int = 4
@@ -113,17 +116,17 @@ def round_block(
     starts: Mapping[str, QuantizedTensor],
     block: Block,
     inputs_STD: Tensor,
-    targets_STD: Tensor,
+    targets: Sequence[Tensor],
     settings: AdaptiveSettings,
     state: AdaptiveState | None = None,
     after_round: Callable[[AdaptiveState], None] = lambda state: None,
 ) -> dict[str, QuantizedTensor]:
     """Round the weights (O, I) of a block together so that its output stays close to its targets.
 
-    starts: per weight, a quantized tensor in `int` or `mxint` whose scales and zero points are used; its codes are
-    ignored. block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which it gets in float32.
-    inputs_STD, targets_STD: float, on any device. state: of an earlier run, to resume; `after_round` gets the state
-    after every round.
+    starts: per weight, a quantized tensor in `int` or `mxint` whose scales and zero points are used, and its codes with
+    `keep_codes`. block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which it gets in float32.
+    inputs_STD, targets (S, T, D): float, on any device; the losses against several targets are added. state: of an
+    earlier run, to resume; `after_round` gets the state after every round.
 
     Returns the weights to store. Their values are exactly those of the last training step with every rounding decided,
     because scales are trained as `int` stores them. Raises DivergedError, and ValueError where weights, starts, inputs
@@ -131,15 +134,18 @@ def round_block(
     """
     if weights.keys() != starts.keys():
         raise ValueError(f"weights {sorted(weights)} and starts {sorted(starts)} are not of the same linears")
-    if inputs_STD.shape[0] != targets_STD.shape[0]:
-        raise ValueError(f"{inputs_STD.shape[0]} sequences of inputs and {targets_STD.shape[0]} of targets")
-    grids = {name: Grid.of(weights[name], starts[name]) for name in weights}
+    for targets_STD in targets:
+        if inputs_STD.shape[0] != targets_STD.shape[0]:
+            raise ValueError(f"{inputs_STD.shape[0]} sequences of inputs and {targets_STD.shape[0]} of targets")
+    grids = {name: Grid.of(weights[name], starts[name], settings.keep_codes) for name in weights}
+    open_weights = {name: int(grid.is_open_OI.sum()) for name, grid in grids.items()}
     state = state or start_state(grids, settings.tune_scales)
     rounds = len(settings.soft_fractions)
     batches = draw_batches(len(inputs_STD), rounds, settings.steps, settings.batch_size, settings.seed)
     for t in range(state.rounds, rounds):
-        v = {name: harden(v_OI, settings.soft_fractions[t]) for name, v_OI in state.v.items()}
-        v, u, loss = _soften(grids, v, state.u, block, inputs_STD, targets_STD, batches[t], settings)
+        fraction = settings.soft_fractions[t]
+        v = {name: harden(v_OI, int(fraction * open_weights[name])) for name, v_OI in state.v.items()}
+        v, u, loss = _soften(grids, v, state.u, block, inputs_STD, targets, batches[t], settings)
         if not all(torch.isfinite(loss) & ~x.isnan().any() for x in (*v.values(), *u.values())):
             raise DivergedError(f"round {t + 1} of {rounds} diverged: its loss is {float(loss)}", state)
         state = AdaptiveState(v, u, torch.cat([state.losses, loss.reshape(1).cpu()]))
@@ -149,7 +155,7 @@ def round_block(
 
 def start_state(grids: Mapping[str, Grid], tune_scales: bool) -> AdaptiveState:
     """The soft weights equal to the original ones, within the grid's range."""
-    v = {name: inverse_rectified_sigmoid(grid.fraction_OI) for name, grid in grids.items()}
+    v = {name: grid.start_v_OI for name, grid in grids.items()}
     u = {
         name: torch.zeros_like(grid.spacing.step_G) for name, grid in grids.items() if tune_scales and grid.tunes_scales
     }
@@ -167,7 +173,7 @@ def _soften(
     u: dict[str, Tensor],
     block: Block,
     inputs_STD: Tensor,
-    targets_STD: Tensor,
+    targets: Sequence[Tensor],
     batches_KB: Tensor,
     settings: AdaptiveSettings,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
@@ -187,10 +193,11 @@ def _soften(
         leaves = {name: weight_OI.detach().requires_grad_() for name, weight_OI in soft.items()}
         for micro_B in batch_B.split(settings.micro_batch):
             inputs_BTD = inputs_STD[micro_B.to(inputs_STD.device)].to(device)
-            targets_BTD = targets_STD[micro_B.to(targets_STD.device)].to(device)
             with _autocast(device, settings.autocast):
                 outputs_BTD = block(leaves, inputs_BTD)
-            loss = block_loss(outputs_BTD, targets_BTD) * (len(micro_B) / len(batch_B))
+            wanted = [targets_STD[micro_B.to(targets_STD.device)].to(device) for targets_STD in targets]
+            losses = torch.stack([block_loss(outputs_BTD, targets_BTD) for targets_BTD in wanted])
+            loss = losses.sum() * (len(micro_B) / len(batch_B))
             loss.backward()
             total += loss.detach()
         optimizer.zero_grad()
@@ -210,8 +217,11 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abs
 class Adaptive(Rounding):
     """`adaptive` as a configuration names it: the linears of a block are rounded together.
 
-    soft_fractions: per round, the fraction of every layer's weights that stays soft; by default the published schedule
-    for the weights' bits. micro_batch: batch_size by default. The other settings are those of `AdaptiveSettings`.
+    soft_fractions: per round, the fraction that stays soft of every layer's weights within the codes; by default the
+    published schedule for the weights' bits. start: "weights" begins at the weights themselves under the scales that
+    transforms have found, "codes" as near to them as the codes that transforms have found allow. both_targets: adds the
+    loss against the original block's output on the same inputs. micro_batch: batch_size by default. The other settings
+    are those of `AdaptiveSettings`.
     """
 
     kind = "adaptive"
@@ -219,6 +229,8 @@ class Adaptive(Rounding):
     keeps_scales: ClassVar[bool] = True
     learning_bytes: ClassVar[int] = 40
 
+    start: Literal["weights", "codes"] = "weights"
+    both_targets: bool = False
     steps: int = AdaptiveSettings.steps
     batch_size: int = AdaptiveSettings.batch_size
     micro_batch: int | None = None
@@ -233,8 +245,9 @@ class Adaptive(Rounding):
             require_number(key, getattr(self, key), self.kind)
         for key in ("steps", "batch_size") if self.micro_batch is None else ("steps", "batch_size", "micro_batch"):
             require_positive(key, getattr(self, key), self.kind)
-        if not isinstance(self.tune_scales, bool):
-            raise ValueError(f"tune_scales {self.tune_scales!r} is not true or false (adaptive)")
+        require_choice("start", self.start, ["weights", "codes"], self.kind)
+        for key in ("both_targets", "tune_scales"):
+            require_choice(key, getattr(self, key), [False, True], self.kind)
         if self.soft_fractions is not None:
             fractions = self.soft_fractions
             if not isinstance(fractions, list | tuple) or not all(isinstance(one, int | float) for one in fractions):
@@ -249,7 +262,7 @@ class Adaptive(Rounding):
     def settings(self, bits: int, autocast: torch.dtype | None, seed: int) -> AdaptiveSettings:
         """The settings for a block whose narrowest weights have that many bits."""
         return AdaptiveSettings(
-            self.soft_fractions or soft_fractions(bits), self.steps, self.batch_size,
+            self.soft_fractions or soft_fractions(bits), self.start == "codes", self.steps, self.batch_size,
             self.micro_batch or self.batch_size, self.learning_rate, self.tune_scales, self.scale_learning_rate,
             self.scale_decay, autocast, seed,
         )  # fmt: skip

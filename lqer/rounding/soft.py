@@ -6,10 +6,11 @@ the lower code and the next one, and a scale variable u stretches the step with 
 (dequantization-scale tuning, DST):
 
     h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)                    rectified sigmoid (AdaRound, arXiv 2004.10568, eq. 23)
-    w'   = (clamp(lower + h(v), min_code, max_code) - z) s 2 sigmoid(u)
+    w'   = (clamp(lower + h(v), min_code, max_code) - z) s 2 h(u)
 
 v starts where h(v) = f and u at 0, so w' = w within the range of the grid. v = +inf or -inf stands for a decision: h
-is exactly 1 or 0 there and has no gradient.
+is exactly 1 or 0 there and has no gradient. A weight beyond the codes, where both roundings are the same code, is
+decided from the start.
 
 Shapes: O out_features, I in_features, N groups of a row, B values of a group.
 """
@@ -27,6 +28,7 @@ from lqer.formats.blocks import from_blocks, to_blocks
 from lqer.formats.spacing import Spacing
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
+NEAREST = 0.49  # steps from a code within which it is the nearest one
 SMALLEST_STEP = torch.finfo(torch.float32).smallest_normal  # the step of MXINT's zero blocks is too small to divide by
 
 
@@ -41,21 +43,20 @@ def inverse_rectified_sigmoid(fraction: Tensor) -> Tensor:
 
 
 def dequantization_scale(u: Tensor) -> Tensor:
-    """2 sigmoid(u) in (0, 2), the factor of a group's step."""
-    return 2 * torch.sigmoid(u)
+    """2 h(u) in [0, 2], the factor of a group's step; its slope at u = 0 is 0.6."""
+    return 2 * (torch.sigmoid(u) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
 
 
-def harden(v: Tensor, soft_fraction: float) -> Tensor:
-    """Decide a layer's surest elements, those with the largest |h(v) - 0.5|; at most `soft_fraction` of all stay soft.
+def harden(v: Tensor, most_soft: int) -> Tensor:
+    """Decide a layer's surest elements, those with the largest |h(v) - 0.5|; at most `most_soft` stay soft.
 
     A decided element becomes +inf where h(v) > 0.5, else -inf. Elements that tie with the last decided one are decided
     too.
     """
     score = (rectified_sigmoid(v) - 0.5).abs_()
-    soft = int(soft_fraction * v.numel())
-    if soft >= v.numel():
+    if most_soft >= v.numel():
         return v.clone()
-    threshold = _in_order(score.flatten(), soft)
+    threshold = _in_order(score.flatten(), most_soft)
     return torch.where(score >= threshold, torch.where(v > 0, torch.inf, -torch.inf), v)
 
 
@@ -75,8 +76,11 @@ class Grid:
     spacing: Spacing  # of groups [O, N]
 
     @classmethod
-    def of(cls, weight_OI: Tensor, start: QuantizedTensor) -> Grid:
+    def of(cls, weight_OI: Tensor, start: QuantizedTensor, keep_codes: bool = False) -> Grid:
         """The grid of a float weight (O, I) under the scales of `start`, a tensor of its shape with groups along I.
+
+        keep_codes: w is first moved next to the code of `start`, less than half a step from it, so that this code is
+        the nearest one.
 
         Raises ValueError for a format whose codes are not evenly spaced and for a start of another shape.
         """
@@ -91,11 +95,26 @@ class Grid:
         # A whole zero point is added after the floor, where the sum is exact.
         whole_ON = spacing.zero_G.ceil()
         steps_ONB.add_((spacing.zero_G - whole_ON).unsqueeze(-1))
+        if keep_codes:
+            code_ONB = to_blocks(start.parts["codes"].to(torch.float32), start.format.block_size)
+            code_ONB -= whole_ON.unsqueeze(-1)
+            steps_ONB = steps_ONB.clamp(code_ONB - NEAREST, code_ONB + NEAREST)
         floor_ONB = steps_ONB.floor()
         lower_ONB = (floor_ONB + whole_ON.unsqueeze(-1)).clamp_(spacing.min_code - 1, spacing.max_code)
         length = weight_OI.shape[1]
         lower_OI = from_blocks(lower_ONB.to(torch.int16), length)
         return cls(start, lower_OI, from_blocks(steps_ONB.sub_(floor_ONB), length), spacing)
+
+    @property
+    def is_open_OI(self) -> Tensor:
+        """Where the two roundings are two codes, bool."""
+        return (self.lower_OI >= self.spacing.min_code) & (self.lower_OI < self.spacing.max_code)
+
+    @property
+    def start_v_OI(self) -> Tensor:
+        """The v at which w' = w within the range of the grid; decided where the weight is beyond the codes."""
+        decided_OI = torch.where(self.lower_OI < self.spacing.min_code, torch.inf, -torch.inf)
+        return torch.where(self.is_open_OI, inverse_rectified_sigmoid(self.fraction_OI), decided_OI)
 
     @property
     def tunes_scales(self) -> bool:

@@ -10,10 +10,19 @@ from torch.nn import functional as F
 
 from lqer.formats import Int, MXInt
 from lqer.models.structure import block_linears
-from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, DivergedError, block_loss, round_block, start_state
+from lqer.rounding.adaptive import (
+    Adaptive,
+    AdaptiveSettings,
+    AdaptiveState,
+    DivergedError,
+    block_loss,
+    round_block,
+    start_state,
+)
 from lqer.rounding.par_schedule import SOFT_FRACTIONS_10
 from lqer.rounding.soft import Grid
 from lqer.transforms.block_function import BlockFunction
+from lqer.transforms.clip import quantize_clipped
 
 W2 = Int(bits=2, block_size=16)
 QUICK = AdaptiveSettings(soft_fractions=SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2)
@@ -49,7 +58,7 @@ def values(rounded):
 def test_the_blocks_loss_falls_on_calibration_and_on_held_out_inputs(task, number_format):
     weights, inputs, held_out = task
     starts = starts_of(weights, number_format)
-    rounded = round_block(weights, starts, block, inputs, block(weights, inputs), QUICK)
+    rounded = round_block(weights, starts, block, inputs, [block(weights, inputs)], QUICK)
     for x in (inputs, held_out):
         target = block(weights, x)
         assert block_loss(block(values(rounded), x), target) < 0.8 * block_loss(block(values(starts), x), target)
@@ -77,7 +86,7 @@ def test_every_round_decides_its_share_of_every_linear(task):
     def watch(state):
         fractions.append([float(v.isinf().float().mean()) for v in state.v.values()])
 
-    round_block(weights, starts_of(weights, W2), block, inputs, block(weights, inputs), QUICK, after_round=watch)
+    round_block(weights, starts_of(weights, W2), block, inputs, [block(weights, inputs)], QUICK, after_round=watch)
     assert len(fractions) == len(SOFT_FRACTIONS_10)
     for soft_fraction, found in zip(SOFT_FRACTIONS_10, fractions, strict=True):
         assert all(1 - soft_fraction <= fraction < 1 for fraction in found)
@@ -86,7 +95,7 @@ def test_every_round_decides_its_share_of_every_linear(task):
 def test_codes_are_never_further_than_the_next_one(task):
     weights, inputs, _ = task
     starts = starts_of(weights, W2)
-    rounded = round_block(weights, starts, block, inputs, block(weights, inputs), QUICK)
+    rounded = round_block(weights, starts, block, inputs, [block(weights, inputs)], QUICK)
     moved = set()
     for name, start in starts.items():
         assert torch.equal(rounded[name].parts["zeros"], start.parts["zeros"])
@@ -100,7 +109,7 @@ def test_scales_stay_as_they_are_unless_they_are_tuned(task):
     starts, targets = starts_of(weights, W2), block(weights, inputs)
     for tuned in (False, True):
         settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=4, tune_scales=tuned)
-        rounded = round_block(weights, starts, block, inputs, targets, settings)
+        rounded = round_block(weights, starts, block, inputs, [targets], settings)
         same = [torch.equal(rounded[name].parts["scales"], starts[name].parts["scales"]) for name in starts]
         assert same == [not tuned] * 3
 
@@ -114,7 +123,13 @@ def test_the_last_loss_is_that_of_what_is_returned_once_all_is_decided(task):
         (1e-9,), steps=1, batch_size=32, micro_batch=32, learning_rate=0.0, scale_learning_rate=0.0
     )
     rounded = round_block(
-        weights, starts_of(weights, W2), block, inputs, targets, settings, after_round=lambda s: losses.append(s.losses)
+        weights,
+        starts_of(weights, W2),
+        block,
+        inputs,
+        [targets],
+        settings,
+        after_round=lambda s: losses.append(s.losses),
     )
     assert float(losses[0]) == pytest.approx(float(block_loss(block(values(rounded), inputs), targets)), rel=1e-5)
 
@@ -132,7 +147,7 @@ def test_the_micro_batch_bounds_what_passes_the_block_and_changes_nothing_else(t
 
         settings = AdaptiveSettings(SOFT_FRACTIONS_10[:3], steps=3, batch_size=4, micro_batch=micro_batch)
         states = []
-        round_block(weights, starts, watch, inputs, targets, settings, after_round=states.append)
+        round_block(weights, starts, watch, inputs, [targets], settings, after_round=states.append)
         results.append(states[-1])
         largest.append(max(sizes))
     assert largest == [4, 1, 3]
@@ -144,7 +159,7 @@ def test_the_micro_batch_bounds_what_passes_the_block_and_changes_nothing_else(t
 
 def test_resuming_between_rounds_gives_the_same_bytes(task):
     weights, inputs, _ = task
-    arguments = (weights, starts_of(weights, W2), block, inputs, block(weights, inputs), QUICK)
+    arguments = (weights, starts_of(weights, W2), block, inputs, [block(weights, inputs)], QUICK)
     files = []
     whole = round_block(*arguments, after_round=lambda state: files.append(save(state.tensors())))
     for rounds in (1, 6, len(SOFT_FRACTIONS_10)):
@@ -164,7 +179,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_sound_state(task):
 
     with pytest.raises(DivergedError, match=r"round 4 of 10 diverged: its loss is nan") as caught:
         round_block(
-            weights, starts_of(weights, W2), breaking, inputs, block(weights, inputs), QUICK, after_round=states.append
+            weights,
+            starts_of(weights, W2),
+            breaking,
+            inputs,
+            [block(weights, inputs)],
+            QUICK,
+            after_round=states.append,
         )
     assert caught.value.state is states[-1]
     assert all(not v.isnan().any() for v in caught.value.state.v.values())
@@ -189,7 +210,7 @@ def test_gradients_that_are_not_finite_are_noticed_even_in_the_last_step(task):
             starts_of(weights, W2),
             lambda soft, x: Poison.apply(block(soft, x)),
             inputs,
-            block(weights, inputs),
+            [block(weights, inputs)],
             settings,
         )
     assert caught.value.state.rounds == 0
@@ -199,9 +220,9 @@ def test_what_does_not_fit_together_is_refused(task):
     weights, inputs, _ = task
     starts = starts_of(weights, W2)
     with pytest.raises(ValueError, match="are not of the same linears"):
-        round_block(weights, {"up": starts["up"]}, block, inputs, inputs, QUICK)
+        round_block(weights, {"up": starts["up"]}, block, inputs, [inputs], QUICK)
     with pytest.raises(ValueError, match="32 sequences of inputs and 3 of targets"):
-        round_block(weights, starts, block, inputs, inputs[:3], QUICK)
+        round_block(weights, starts, block, inputs, [inputs[:3]], QUICK)
     with pytest.raises(ValueError, match="do not fall strictly between 1 and 0"):
         AdaptiveSettings(soft_fractions=(0.5, 0.5))
     with pytest.raises(ValueError, match="micro_batch 0 is not at least 1"):
@@ -218,7 +239,7 @@ def test_autocast_trains_in_bfloat16(task):
         return block(soft, x)
 
     settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2, autocast=torch.bfloat16)
-    rounded = round_block(weights, starts, watch, inputs, block(weights, inputs), settings)
+    rounded = round_block(weights, starts, watch, inputs, [block(weights, inputs)], settings)
     assert dtypes == {torch.bfloat16}
     target = block(weights, held_out)
     assert block_loss(block(values(rounded), held_out), target) < block_loss(block(values(starts), held_out), target)
@@ -237,10 +258,48 @@ def test_a_decoder_block_is_reconstructed_and_left_as_it_was(random_model, windo
     with torch.no_grad():
         targets = BlockFunction(module, call.args, call.kwargs)({}, hidden)
     settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=10, batch_size=5, micro_batch=5, learning_rate=2e-2)
-    rounded = round_block(weights, starts, call, hidden, targets, settings)
+    rounded = round_block(weights, starts, call, hidden, [targets], settings)
     with torch.no_grad():
         before, after = (block_loss(call(values(r), hidden), targets) for r in (starts, rounded))
     assert after < 0.8 * before
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())
     assert not any(child._forward_pre_hooks for child in module.modules())
+
+
+def test_weights_beyond_the_codes_are_no_part_of_the_share_that_stays_soft(task):
+    weights, inputs, _ = task
+    narrow = {}
+    for name, weight in weights.items():
+        ones_ON = torch.ones(len(weight), weight.shape[1] // 16)
+        narrow[name] = quantize_clipped(weight, W2, 0.6 * ones_ON, 0.6 * ones_ON)
+    open_weights = {name: int(Grid.of(weights[name], start).is_open_OI.sum()) for name, start in narrow.items()}
+    assert all(count < 0.9 * weights[name].numel() for name, count in open_weights.items())
+    soft = []
+    settings = AdaptiveSettings((0.6, 0.2), steps=1, learning_rate=0.0)
+    round_block(
+        weights, narrow, block, inputs, [block(weights, inputs)], settings,
+        after_round=lambda state: soft.append({name: int((~v.isinf()).sum()) for name, v in state.v.items()}),
+    )  # fmt: skip
+    for fraction, found in zip((0.6, 0.2), soft, strict=True):
+        assert found == {name: int(fraction * count) for name, count in open_weights.items()}
+
+
+def test_losses_against_two_targets_are_added(task):
+    weights, inputs, _ = task
+    target = block(weights, inputs)
+    settings = AdaptiveSettings((1e-9,), steps=1, batch_size=32, learning_rate=0.0, scale_learning_rate=0.0)
+    losses = []
+    for targets in ([target], [target + 1], [target, target + 1]):
+        round_block(
+            weights, starts_of(weights, W2), block, inputs, targets, settings,
+            after_round=lambda state: losses.append(float(state.losses[0])),
+        )  # fmt: skip
+    assert losses[2] == pytest.approx(losses[0] + losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("setting", [{"start": "nearest"}, {"both_targets": 1.5}, {"tune_scales": "yes"}])
+def test_a_setting_that_is_no_choice_is_refused(setting):
+    ((key, value),) = setting.items()
+    with pytest.raises(ValueError, match=rf"{key} {value!r} is not one of .* \(adaptive\)"):
+        Adaptive(**setting)

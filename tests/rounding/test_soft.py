@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lqer.formats import MX, Int, MXInt
+from lqer.formats.blocks import from_blocks, to_blocks
 from lqer.rounding.soft import (
     Grid,
     dequantization_scale,
@@ -113,7 +116,7 @@ def test_what_is_evaluated_is_what_is_stored(grid):
     assert torch.equal(packed.dequantize(), stored.dequantize())
 
 
-def test_scales_are_stretched_by_twice_the_sigmoid_and_stay_where_it_is_one(weight_OI):
+def test_scales_are_stretched_by_twice_the_rectified_sigmoid_and_stay_where_that_is_one(weight_OI):
     start = Int(bits=3, block_size=16).quantize(weight_OI)
     grid = Grid.of(weight_OI, start)
     v_OI = inverse_rectified_sigmoid(grid.fraction_OI)
@@ -121,7 +124,7 @@ def test_scales_are_stretched_by_twice_the_sigmoid_and_stay_where_it_is_one(weig
     assert torch.equal(untouched.parts["scales"], start.parts["scales"])
     stretched = grid.quantized(v_OI, torch.full_like(grid.spacing.step_G, 0.2))
     factor = float(dequantization_scale(torch.tensor(0.2)))
-    assert factor == pytest.approx(2 / (1 + 2.718281828**-0.2))
+    assert factor == pytest.approx(2 * (1.2 / (1 + 2.718281828**-0.2) - 0.1))
     expected = (start.parts["scales"].float() * factor).half()
     assert torch.equal(stretched.parts["scales"], expected)
     assert torch.equal(stretched.parts["codes"], untouched.parts["codes"])
@@ -143,7 +146,7 @@ def test_gradients_are_those_of_the_definition(grid, weight_OI):
     zeros_OI = zeros_ON.double().repeat_interleave(width, dim=1)[:, :COLUMNS]
     v = v_OI.detach().double().requires_grad_()
     u = torch.zeros_like(grid.spacing.step_G, dtype=torch.float64).requires_grad_()
-    steps_OI = steps_of(grid.start) * (2 * torch.sigmoid(u)).repeat_interleave(width, dim=1)[:, :COLUMNS]
+    steps_OI = steps_of(grid.start) * (2.4 * torch.sigmoid(u) - 0.2).repeat_interleave(width, dim=1)[:, :COLUMNS]
     codes_OI = grid.lower_OI + (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)
     expected_OI = (codes_OI.clamp(grid.start.format.min_code, grid.start.format.max_code) - zeros_OI) * steps_OI
     expected_OI.backward(upstream_OI.double())
@@ -170,9 +173,9 @@ def test_the_rectified_sigmoid_and_its_inverse():
 
 
 @pytest.mark.parametrize("fraction", [0.8, 0.34, 0.005])
-def test_at_most_the_fraction_stays_soft_and_the_surest_are_decided(fraction):
+def test_at_most_so_many_stay_soft_and_the_surest_are_decided(fraction):
     v = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
-    hardened = harden(v, fraction)
+    hardened = harden(v, int(fraction * 2000))
     hard = hardened.isinf()
     assert hard.sum() == 2000 - int(fraction * 2000)
     score = (rectified_sigmoid(v) - 0.5).abs()
@@ -184,14 +187,14 @@ def test_at_most_the_fraction_stays_soft_and_the_surest_are_decided(fraction):
 def test_ties_are_decided_together_and_decisions_are_kept():
     v = torch.tensor([1.0, 1.0, 1.0, 0.125, -torch.inf, 1.0])
     # Three may stay soft, but the four that tie for the third place are decided together.
-    assert harden(v, 0.5).tolist() == [torch.inf, torch.inf, torch.inf, 0.125, -torch.inf, torch.inf]
+    assert harden(v, 3).tolist() == [torch.inf, torch.inf, torch.inf, 0.125, -torch.inf, torch.inf]
 
 
 def test_padding_of_a_ragged_group_is_not_counted():
     weight_OI = torch.randn(1, 17, generator=torch.Generator().manual_seed(0))
     grid = Grid.of(weight_OI, Int(bits=2, block_size=16).quantize(weight_OI))
     assert grid.fraction_OI.shape == (1, 17)
-    assert harden(inverse_rectified_sigmoid(grid.fraction_OI), 0.5).isinf().sum() >= 9
+    assert harden(inverse_rectified_sigmoid(grid.fraction_OI), 8).isinf().sum() >= 9
 
 
 def test_codes_that_are_not_evenly_spaced_are_refused(weight_OI):
@@ -209,3 +212,36 @@ def test_power_of_two_scales_cannot_be_stretched(weight_OI):
     assert not grid.tunes_scales
     with pytest.raises(ValueError, match="the scales of mxint are powers of two"):
         grid.weight(torch.zeros_like(weight_OI), torch.zeros_like(grid.spacing.step_G))
+
+
+def test_a_weight_beyond_the_codes_is_decided_from_the_start(weight_OI):
+    number_format = Int(bits=3, block_size=16, scale_dtype="float32")
+    half_ON = torch.full((ROWS, 5), 0.5)
+    grid = Grid.of(weight_OI, quantize_clipped(weight_OI, number_format, half_ON, half_ON))
+    outside = ~within_range(grid, weight_OI)
+    v_OI = grid.start_v_OI
+    assert v_OI[outside].isinf().all()
+    assert torch.equal(v_OI.isinf(), ~grid.is_open_OI)
+    assert torch.equal(grid.weight(v_OI, None), grid.weight(inverse_rectified_sigmoid(grid.fraction_OI), None))
+    # Both decisions are the same code there, and two codes elsewhere.
+    up_OI, down_OI = (grid.quantized(torch.full_like(v_OI, sign), None).parts["codes"].int() for sign in (1.0, -1.0))
+    assert torch.equal((up_OI - down_OI).bool(), grid.is_open_OI)
+
+
+def test_the_codes_of_a_start_can_be_kept_as_the_nearest(grid, weight_OI):
+    """Codes of other weights: the grid starts at them once all is decided, and as near to the weight as it can."""
+    start = grid.start
+    other_OI = weight_OI + 0.4 * torch.randn(weight_OI.shape, generator=torch.Generator().manual_seed(5)) * weight_OI
+    codes_OI = from_blocks(start.format.encode(to_blocks(other_OI, start.format.block_size), start.parts), COLUMNS)
+    start = replace(start, parts=start.parts | {"codes": codes_OI})
+    kept = Grid.of(weight_OI, start, keep_codes=True)
+    v_OI = kept.start_v_OI
+    assert torch.equal(kept.quantized(v_OI, None).parts["codes"], codes_OI)
+    soft_OI, steps_OI = kept.weight(v_OI, None).double(), steps_of(start)
+    nonzero = weight_OI != 0
+    assert ((soft_OI - start.dequantize()).abs() <= 0.5 * steps_OI)[nonzero].all()
+    moved_OI = (soft_OI - weight_OI).abs()
+    assert (moved_OI <= (start.dequantize() - weight_OI).abs() + 1e-6)[nonzero].all()
+    same = codes_OI == grid.quantized(grid.start_v_OI, None).parts["codes"]
+    inside = same & within_range(grid, weight_OI) & nonzero
+    assert (moved_OI <= 0.0101 * steps_OI + 1e-6)[inside].all()

@@ -394,6 +394,7 @@ class TestPartsOfABlock:
         report = (experiment.output / "tiny" / "report.md").read_text()
         assert "| | original | awq + clip + adaptive | awq + clip + adaptive |" in report
         assert report.count(" → ") == 5  # one in the heading
+        assert "Codes changed, mean over the linears of a block: " in report
         assert (experiment.output / "tiny" / "figures/block_loss.png").stat().st_size > 0
         assert "calibrate" not in stages(experiment)
 

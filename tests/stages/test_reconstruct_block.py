@@ -73,7 +73,10 @@ def test_the_last_loss_of_a_block_is_that_of_the_checkpoint_as_it_runs(
     outputs = block_outputs(load_quantized(tmp_path, CPU, verify=False), text.windows_WT)
     targets = block_outputs(model, text.windows_WT)
     for index, (output, target) in enumerate(zip(outputs, targets, strict=True)):
-        loss = found.json(tuning_file(index))["loss"]
+        notes = found.json(tuning_file(index))
+        loss, changed = notes["loss"], notes["changed_codes"]
+        assert len(changed) == len(settings_for(model, adaptive_plan).plans) // 2
+        assert all(0 <= share < 1 for share in changed.values())
         assert float(block_loss(output, target)) == pytest.approx(loss["end"], rel=1e-3)
         assert loss["end"] < loss["start"]
         assert len(loss["rounds"]) == 3
