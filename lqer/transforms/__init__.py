@@ -1,7 +1,7 @@
 """Transforms: rotations, scales and clipped ranges that are applied to weights before rounding.
 
-This folder imports torch, lqer.formats, lqer.statistics and lqer.components only. A new transform is a file here,
-imported below.
+This folder imports torch, lqer.components and the formats, statistics and roundings only. A new transform is a file
+here, imported below.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from lqer.transforms.awq import Awq
 from lqer.transforms.base import LinearTransform, Rotation, Scheme, Transform, unsupported_order
 from lqer.transforms.block_transform import BlockTransform
 from lqer.transforms.clip import Clip
+from lqer.transforms.gptq import GptqStart
 from lqer.transforms.hadamard import Hadamard
 from lqer.transforms.lwc import Lwc
 from lqer.transforms.quarot import Quarot
@@ -25,6 +26,7 @@ __all__ = [
     "Awq",
     "BlockTransform",
     "Clip",
+    "GptqStart",
     "Hadamard",
     "LinearTransform",
     "Lwc",
