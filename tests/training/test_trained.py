@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lqer.formats import E8P, Codebook, Int, MXInt, NormalFloat, Passthrough
+from lqer.formats import E8P, Codebook, Int, MXInt, NormalFloat, Passthrough, Trellis
 from lqer.nn.linear import QuantizedLinear
 from lqer.training.trained import Decoded, Replaced, Trained, compute_with
 
@@ -21,6 +21,7 @@ FORMATS = [
     NormalFloat(4, block_size=16),
     Codebook(2, dimension=2, group_size=256, block_size=16),
     Passthrough("float16"),
+    Trellis(2),
 ]
 
 
