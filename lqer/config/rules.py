@@ -201,6 +201,16 @@ def pairs_differ(config: Config) -> Iterator[KeyedError]:
         yield KeyedError(("quantize", "propagate_error"), f"must be true (or unset): {rule}", False)
 
 
+def order_is_that_of_propagation(config: Config) -> Iterator[KeyedError]:
+    """Only with error propagation do linears see what the linears before them compute."""
+    quantize = config.quantize
+    if quantize.order == "sequential" and quantize.propagate_error is False:
+        rule = (
+            'must be true (or unset): in the order "sequential" linears see inputs from the quantized ones before them'
+        )
+        yield KeyedError(("quantize", "propagate_error"), rule, False)
+
+
 def blocks_can_be_reconstructed(config: Config) -> Iterator[KeyedError]:
     """Components that work on whole blocks see the quantized model's inputs, and nothing undoes their result."""
     quantize, usual = config.quantize, config.quantize.chosen_rounding
@@ -319,6 +329,7 @@ RULES: tuple[Rule, ...] = (
     budget_can_be_allocated,
     transforms_fit,
     pairs_differ,
+    order_is_that_of_propagation,
     blocks_can_be_reconstructed,
     asymmetric_targets_are_rounded,
     finetuned_parts_exist,

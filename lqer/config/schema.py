@@ -115,6 +115,9 @@ class QuantizeConfig(Section):
     # Whether a block is quantized on the outputs of the quantized blocks before it instead of the original model's
     # activations; by default as the method defines it.
     propagate_error: bool | None = None
+    # With error propagation: whether all linears of a block see inputs from its unrounded weights ("block"), or inputs
+    # that the quantized linears before them compute.
+    order: Literal["block", "sequential"] = "block"
     # How much of the error of the quantized model's inputs every linear makes up for.
     asymmetric: Strength = 0.0
     activation: FormatName = NOT_QUANTIZED
@@ -167,10 +170,11 @@ class QuantizeConfig(Section):
 
     @property
     def propagates_error(self) -> bool:
-        """`propagate_error`, or else as block components, paired statistics or the method require."""
+        """`propagate_error`, or else as block components, paired statistics, the order or the method require."""
         if self.propagate_error is not None:
             return self.propagate_error
-        return bool(self.block_parts or self.paired_statistics) or self.method.propagate_error
+        ordered = self.order == "sequential"
+        return bool(self.block_parts or self.paired_statistics) or ordered or self.method.propagate_error
 
 
 class PerplexityConfig(Section):

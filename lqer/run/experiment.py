@@ -110,7 +110,7 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
         transforms = tuple(part for part in config.quantize.transforms if isinstance(part, BlockTransform))
         quantize = QuantizeSequentially(
             model, texts.calibration, context.plans, _attention(context), transforms, config.seed, dtype, device,
-            tokenizer, context.offload(), "quantize", config.calibration.round_inputs,
+            tokenizer, context.offload(), "quantize", config.calibration.round_inputs, config.quantize.order,
         )  # fmt: skip
     rtn = None
     if "rtn" in config.evaluation.baselines:

@@ -192,14 +192,16 @@ def observe_block(
     statistics: Collection[Statistic],
     use_output: Callable[[int, Tensor], None] = drop_output,
     roundings: InputRoundings = NOT_ROUNDED,
+    linears: Collection[str] | None = None,
 ) -> BlockStatistics:
     """The statistics of a block's linears on the hidden states that reach it: `ALWAYS`, and those asked for.
 
     original: the original block on the original model's hidden states, for statistics of pairs of inputs and token
     weights; None where `run` is that. Batch by batch it is run first, and its hidden states stay its inputs.
     use_output: gets the index of every batch and what `run` outputs there. roundings: of the inputs before anything is
-    gathered from them, by linear of the block; both blocks run on inputs as they are. Raises ModelError, naming the
-    linear, where an input is NaN or infinite, and for a block whose tokens cannot be weighted.
+    gathered from them, by linear of the block; both blocks run on inputs as they are. linears: those to gather from, by
+    their names within the block; all by default. Raises ModelError, naming the linear, where an input is NaN or
+    infinite, and for a block whose tokens cannot be weighted.
     """
     gathered = gathered_statistics(statistics)
     paired = any(statistic.needs_original for statistic in gathered)
@@ -208,7 +210,7 @@ def observe_block(
     reference = OriginalBlock(original or run, paired, text.needs_original)
     tokens = text.windows_WT.numel()
     observer = SiteObserver(gathered, tokens, text.error_tokens, run.device, run.hidden.offload, roundings)
-    watch = {name: partial(observer.see, name) for name in block_linears(run.block)}
+    watch = {name: partial(observer.see, name) for name in linears or block_linears(run.block)}
     for batch, windows in enumerate(run.hidden.batches):
         observer.begin_batch(windows.start * text.windows_WT.shape[1], reference.batch(batch))
         with watched_inputs(run.block, watch):

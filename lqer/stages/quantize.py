@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,12 +46,16 @@ from lqer.transforms import BlockTransform
 # Of both orders of quantizing blocks: raised whenever the same inputs would give other bytes than before.
 QUANTIZE_VERSION = 8
 
+# Whether the linears of a block are quantized on inputs from its unrounded weights, or one input site after the other.
+Order = Literal["block", "sequential"]
+
 
 @dataclass(frozen=True)
 class QuantizeSettings:
     """Plans by linear (None for a skipped one), the format of attention operands, the transforms of whole blocks.
 
     round_inputs: whether statistics that are gathered on the way are of inputs as the quantized linears round them.
+    order: of error propagation within a block, see lqer/stages/quantize_in_turn.py.
     """
 
     plans: Plans
@@ -59,6 +63,7 @@ class QuantizeSettings:
     seed: int
     transforms: tuple[BlockTransform, ...] = ()
     round_inputs: bool = False
+    order: Order = "block"
 
 
 def requested_statistics(plans: Plans) -> frozenset[Statistic]:
@@ -179,10 +184,12 @@ def quantize_blocks(
                 name=f"{opened.name}.{index}",
                 linears=list(block_linears(block)),
                 tensors=block.state_dict(),
-                statistics=BlockStatistics.read(calibration, index),
                 with_spectra=index in with_spectra(len(opened.blocks)),
             )
-            write_block(workspace, work, settings, opened.device)
+            statistics = BlockStatistics.read(calibration, index)
+            write_block(workspace, work, quantize_linears(work, work.linears, statistics, settings, opened.device))
+            # Or else one block's tensors would be held together with the next one's.
+            del work, statistics
             bar.update()
 
 
@@ -203,44 +210,73 @@ class BlockWork:
     name: str
     linears: Sequence[str]
     tensors: Mapping[str, Tensor]
-    statistics: BlockStatistics
     with_spectra: bool
     rounded: Mapping[str, QuantizedTensor] = field(default_factory=dict)
 
 
-def write_block(workspace: Workspace, work: BlockWork, settings: QuantizeSettings, device: torch.device) -> None:
-    """Write one block's files. A function, so that the tensors of one block are freed before the next."""
+@dataclass(frozen=True)
+class QuantizedLinears:
+    """What is written of some linears of a block, by full names: packed tensors, the parameters that these replace, the
+    rows of layers-*.json, spectra.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    spectra: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, other: QuantizedLinears) -> None:
+        """Take in those of other linears of the same block."""
+        self.tensors.update(other.tensors)
+        self.replaced.update(other.replaced)
+        self.rows.extend(other.rows)
+        self.spectra.update(other.spectra)
+
+
+def quantize_linears(
+    work: BlockWork,
+    linears: Sequence[str],
+    statistics: BlockStatistics,
+    settings: QuantizeSettings,
+    device: torch.device,
+) -> QuantizedLinears:
+    """Quantize some linears of a block, those that have a plan. Raises ModelError, naming the linear."""
     torch.manual_seed(settings.seed)
-    statistics = work.statistics.to(device)
-    tensors = {f"{work.name}.{name}": tensor for name, tensor in work.tensors.items()}
-    rows, spectra = [], {}
-    for name in work.linears:
+    statistics = statistics.to(device)
+    found = QuantizedLinears()
+    for name in linears:
         full_name = f"{work.name}.{name}"
         plan = settings.plans[full_name]
         if plan is None:
             continue
         site = statistics.of(full_name)
-        weight_OI = tensors.pop(f"{full_name}.weight").detach().to(device, torch.float32)
-        bias_O = tensors.get(f"{full_name}.bias")
+        weight_OI = work.tensors[f"{name}.weight"].detach().to(device, torch.float32)
+        bias_O = work.tensors.get(f"{name}.bias")
         try:
             weight = _quantize_weight(weight_OI, site, plan, work.rounded.get(name))
             bias = plan.bias.quantize(bias_O.detach()) if plan.bias is not None and bias_O is not None else None
         except (NonFiniteError, HessianError) as error:
             raise ModelError(f"{full_name}: {error}") from None
-        if bias is not None:
-            del tensors[f"{full_name}.bias"]
-        tensors |= pack_linear(full_name, weight, bias)
+        found.replaced.update([f"{full_name}.weight"] + ([f"{full_name}.bias"] if bias is not None else []))
+        found.tensors.update(pack_linear(full_name, weight, bias))
         entry = describe_linear(plan, weight, has_bias=bias_O is not None)
         rounded_OI = _rounded_alone(weight_OI, weight, site, plan)
-        rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | {"entry": entry})
+        found.rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | {"entry": entry})
         if work.with_spectra:
             error_OI, scale_I = weight_OI - rounded_OI, activation_scale(site["mean_abs"])
-            spectra[f"{full_name}.weight"] = singular_values(weight_OI, Metric())
-            spectra[f"{full_name}.plain"] = singular_values(error_OI, Metric())
-            spectra[f"{full_name}.scaled"] = singular_values(error_OI, Metric(scale_I=scale_I))
-    if spectra:
-        workspace.write_tensors(spectra_file(work.index), spectra)
-    workspace.write_json(layers_file(work.index), rows)
+            found.spectra[f"{full_name}.weight"] = singular_values(weight_OI, Metric())
+            found.spectra[f"{full_name}.plain"] = singular_values(error_OI, Metric())
+            found.spectra[f"{full_name}.scaled"] = singular_values(error_OI, Metric(scale_I=scale_I))
+    return found
+
+
+def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) -> None:
+    """Write one block's files, of its quantized linears and of everything else that it holds."""
+    kept = {f"{work.name}.{name}": tensor for name, tensor in work.tensors.items()}
+    tensors = {name: tensor for name, tensor in kept.items() if name not in found.replaced} | found.tensors
+    if found.spectra:
+        workspace.write_tensors(spectra_file(work.index), found.spectra)
+    workspace.write_json(layers_file(work.index), found.rows)
     # Last: its presence marks the block as done.
     workspace.write_tensors(block_file(work.index), tensors)
 

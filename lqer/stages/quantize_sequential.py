@@ -6,7 +6,7 @@
         quantize its linears by their methods; write the block's files
         hidden states = outputs of the quantized block, as loaded from those files
 
-All linears of a block see inputs from its unrounded weights (GPTVQ, arXiv 2402.15319; not GPTQ's "true sequential").
+All linears of a block see inputs from its unrounded weights, or take turns (lqer/stages/quantize_in_turn.py).
 Attention operands are rounded in the quantized model's hidden states throughout. A killed run resumes at the first
 block without files: blocks that have them are only run.
 
@@ -36,18 +36,19 @@ from lqer.models.walker import BlockRun, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
-from lqer.stages.gather import NOT_ROUNDED, CalibrationText, observe_block
+from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import (
     QUANTIZE_VERSION,
     BlockWork,
+    Order,
     QuantizeSettings,
     checkpoint_summary,
     finish_checkpoint,
-    input_roundings,
     requested_statistics,
     with_spectra,
     write_block,
 )
+from lqer.stages.quantize_in_turn import quantize_block
 from lqer.stages.reconstruct_block import block_reconstruction, remove_states
 from lqer.stages.rotate import Rotate, source_of
 from lqer.store.names import block_file, layers_file
@@ -79,9 +80,12 @@ class QuantizeSequentially(Stage):
     label: str = field(metadata=no_effect("it names the stage in the log"))
     # Whether statistics are of inputs as the quantized linears round them.
     round_inputs: bool = field(default=False, metadata=ADDED)
+    order: Order = field(default="block", metadata=ADDED)
 
     def build(self, workspace: Workspace, store: Store) -> None:
-        settings = QuantizeSettings(self.plans, self.attention, self.seed, self.transforms, self.round_inputs)
+        settings = QuantizeSettings(
+            self.plans, self.attention, self.seed, self.transforms, self.round_inputs, self.order
+        )
         source = source_of(self.model, store)
         stored = open_stored(source, self.device)
         running = open_model(source, self.dtype, self.device, self.offload)
@@ -153,19 +157,13 @@ def _quantize_missing(
                 name=run.name,
                 linears=list(plans),
                 tensors=tensors | dict(result.parameters),
-                statistics=observe_block(
-                    run.with_block(block),
-                    original and original.with_block(block),
-                    text,
-                    requested_statistics(plans),
-                    roundings=input_roundings(plans) if settings.round_inputs else NOT_ROUNDED,
-                ),
                 with_spectra=index in with_spectra(len(running.blocks)),
                 rounded=result.rounded,
             )
-            write_block(workspace, work, settings, running.device)
+            unrounded = run.with_block(block), original and original.with_block(block)
+            write_block(workspace, work, quantize_block(*unrounded, text, work, settings))
             # Or else one block's tensors would be held together with the next one's.
-            del tensors, result, block, work
+            del tensors, result, block, work, unrounded
         if index != indices[-1]:
             _run_quantized(run, workspace)
         original_states, next_states = next_states, original_states

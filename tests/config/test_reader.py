@@ -385,6 +385,7 @@ class TestMistakes:
                 'override.0.asymmetric: must be 0 with "clip", which rounds weights to outputs',
             ),
             (["asymmetric=1.5"], "asymmetric: must be"),
+            (["order=sequential", "propagate_error=false"], 'in the order "sequential" linears see inputs from'),
             (["asymmetric=0.5", "propagate_error=false"], "asymmetric compares the quantized model's inputs with"),
             (["transforms=[{ kind = 'awq', ratios = true }]"], "ratios: must be a valid integer; found True"),
             (["transforms=[{ kind = 'clip', steps = 21 }]"], "steps 21 is not in 1..20 (clip)"),
@@ -406,6 +407,7 @@ class TestMistakes:
             ["transforms=['quarot', 'awq', 'clip']", "rounding={ kind = 'adaptive', soft_fractions = [0.5, 0.1] }"],
             ["transforms=['awq', { kind = 'lwc', epochs = 5, both_targets = true }]"],
             ["transforms=['awq']", "rounding=gptq"],
+            ["order=sequential"],
             ["rounding=adaptive", "method=qera-exact", "low_rank.rank=8"],
         ):
             assert quantize(*parts).propagates_error

@@ -1,0 +1,95 @@
+"""The linears of one decoder block, quantized on inputs that the quantized model computes before them.
+
+In the order "block", all linears of a block see inputs from its unrounded weights (GPTVQ, arXiv 2402.15319). In the
+order "sequential" (GPTQ's "true sequential") they take turns:
+
+    for every turn (q k v | o | gate up | down), in the order of their calls:
+        gather statistics of these linears' inputs, the linears of the turns before it quantized
+        quantize them
+
+A turn are linears that share an input; those of a mixture's experts, whose names differ by a number alone, take theirs
+together. The block runs once more per turn, in emulation and with rounded activations where linears have them.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+
+from lqer.checkpoint.load import fill_block
+from lqer.methods import LinearPlan
+from lqer.models.structure import block_linears
+from lqer.models.walker import BlockRun
+from lqer.stages.gather import NOT_ROUNDED, CalibrationText, observe_block
+from lqer.stages.quantize import (
+    BlockWork,
+    QuantizedLinears,
+    QuantizeSettings,
+    input_roundings,
+    quantize_linears,
+    requested_statistics,
+)
+from lqer.transforms.tracing import trace
+
+
+def quantize_block(
+    run: BlockRun, original: BlockRun | None, text: CalibrationText, work: BlockWork, settings: QuantizeSettings
+) -> QuantizedLinears:
+    """Quantize the linears of a block with error propagation, in the order of the settings.
+
+    run: the unrounded block on the quantized model's hidden states; it is left as it is. original: the same on the
+    original model's, where statistics or token weights need that.
+    """
+    plans = {name: settings.plans[f"{work.name}.{name}"] for name in work.linears}
+    if settings.order == "block":
+        return _quantize(run, original, text, work, settings, plans)
+    found, turns = QuantizedLinears(), turns_of(run)
+    run = run.with_block(copy.deepcopy(run.block))
+    for turn in turns:
+        planned = {name: plans[name] for name in turn if plans[name] is not None}
+        if not planned:
+            continue
+        of_turn = _quantize(run, original, text, work, settings, planned)
+        if turn != turns[-1]:
+            _put_in_place(run, of_turn, work)
+        found.add(of_turn)
+    # As in the other order of quantizing, whatever the order of the turns.
+    found.rows.sort(key=lambda row: work.linears.index(row["name"].removeprefix(f"{work.name}.")))
+    return found
+
+
+def turns_of(run: BlockRun) -> list[list[str]]:
+    """The linears of a block by turn, found by running one batch; what that does not reach comes last."""
+    turns: dict[str, list[str]] = {}
+    reached = trace(run.block, lambda: run.output(0)).sites()
+    seen = {name for site in reached for name in site}
+    for site in [*reached, *((name,) for name in block_linears(run.block) if name not in seen)]:
+        turns.setdefault(re.sub(r"\d+", "#", site[0]), []).extend(site)
+    return list(turns.values())
+
+
+def _quantize(
+    run: BlockRun,
+    original: BlockRun | None,
+    text: CalibrationText,
+    work: BlockWork,
+    settings: QuantizeSettings,
+    plans: Mapping[str, LinearPlan | None],
+) -> QuantizedLinears:
+    """Quantize the linears of `plans` on statistics of their inputs."""
+    roundings = input_roundings(plans) if settings.round_inputs else NOT_ROUNDED
+    linears = list(plans)
+    statistics = observe_block(run, original, text, requested_statistics(plans), roundings=roundings, linears=linears)
+    return quantize_linears(work, linears, statistics, settings, run.device)
+
+
+def _put_in_place(run: BlockRun, found: QuantizedLinears, work: BlockWork) -> None:
+    """Let quantized linears compute what comes after them, as they will in the checkpoint."""
+    prefix = f"{work.name}."
+    entries = {row["name"].removeprefix(prefix): row["entry"] for row in found.rows}
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.tensors.items()}
+    for name in entries:
+        if f"{name}.bias" in work.tensors and f"{prefix}{name}.bias" not in found.replaced:
+            tensors[f"{name}.bias"] = work.tensors[f"{name}.bias"]
+    fill_block(run.block, tensors, entries, run.device, run.hidden.states_WTD.dtype, "emulate")

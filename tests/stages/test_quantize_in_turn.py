@@ -1,0 +1,131 @@
+"""Linears quantized one input site after the other, against a whole model whose weights are replaced in that order.
+
+Shapes: I in_features, O out_features, T tokens of the whole text.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import resident, settings_for
+
+from lqer.checkpoint.load import load_quantized
+from lqer.formats import Int, MXInt
+from lqer.methods import RoundingOnly
+from lqer.models.structure import block_linears
+from lqer.models.walker import walk_blocks
+from lqer.rounding import Gptq
+from lqer.rounding.gptq import gptq
+from lqer.stages.gather import CalibrationText
+from lqer.stages.quantize import finish_checkpoint
+from lqer.stages.quantize_in_turn import turns_of
+from lqer.stages.quantize_sequential import quantize_in_order
+from lqer.store.names import block_file, layers_file
+from lqer.store.store import Workspace
+from lqer.transforms import Hadamard
+
+CPU = torch.device("cpu")
+LLAMA = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+TURNS = {
+    "llama": LLAMA,
+    "gemma3": LLAMA,
+    "phi3": [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]],
+    "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
+}
+
+
+@pytest.fixture(scope="module")
+def gptq_plan(plan):
+    return replace(plan, method=RoundingOnly(), rank=0, weight=Int(bits=3, block_size=16), rounding=Gptq())
+
+
+def run(folder, model, tokenizer, text, plan, order="sequential", skip=()) -> Workspace:
+    workspace = Workspace(folder)
+    settings = replace(settings_for(model, plan, skip=skip), order=order)
+    quantize_in_order(workspace, resident(model), resident(copy.deepcopy(model)), text, settings)
+    finish_checkpoint(workspace, resident(model), tokenizer, settings)
+    return workspace
+
+
+@torch.no_grad()
+def inputs_of(linear, model, windows_WT) -> torch.Tensor:
+    """The inputs (T, I) of a linear of the model, in its own forward pass."""
+    batches = []
+    hook = linear.register_forward_pre_hook(lambda _, args: batches.append(args[0].flatten(0, -2)))
+    for ids_BT in windows_WT.split(2):
+        model(ids_BT)
+    hook.remove()
+    return torch.cat(batches).double()
+
+
+@pytest.mark.parametrize("architecture", TURNS)
+def test_turns_are_input_sites_in_the_order_of_their_calls(architecture, random_model, windows_WT):
+    block_run = next(walk_blocks(resident(random_model(architecture)), windows_WT, 2))
+    assert [sorted(turn) for turn in turns_of(block_run)] == [sorted(turn) for turn in TURNS[architecture]]
+
+
+def test_experts_take_their_turn_together_and_what_is_not_reached_comes_last(random_model, windows_WT):
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = torch.nn.Linear(32, 3)
+            self.ups, self.downs = ([torch.nn.Linear(32, 32) for _ in range(3)] for _ in range(2))
+            self.ups, self.downs = torch.nn.ModuleList(self.ups), torch.nn.ModuleList(self.downs)
+            self.unused = torch.nn.Linear(4, 4)
+
+        def forward(self, hidden_BTD, *args, **kwargs):
+            self.gate(hidden_BTD)
+            for i in range(2):
+                hidden_BTD = hidden_BTD + self.downs[i](self.ups[i](hidden_BTD.relu()).relu())
+            return hidden_BTD
+
+    block_run = next(walk_blocks(resident(random_model("llama")), windows_WT, 2)).with_block(Experts())
+    names = ["gate"], ["ups.0", "ups.1", "ups.2"], ["downs.0", "downs.1", "downs.2"], ["unused"]
+    assert turns_of(block_run) == list(names)
+
+
+def test_codes_are_those_of_a_whole_model_whose_weights_are_replaced_turn_by_turn(
+    random_model, letter_tokenizer, windows_WT, gptq_plan, tmp_path
+):
+    model, text = random_model("llama"), CalibrationText(windows_WT, 2, 24)
+    found = run(tmp_path / "turns", model, letter_tokenizer, text, gptq_plan)
+    moving = copy.deepcopy(model)
+    agreeing = []
+    for i, block in enumerate(moving.model.layers):
+        for turn in LLAMA:
+            x_TI = inputs_of(block.get_submodule(turn[0]), moving, windows_WT)
+            for name in turn:
+                linear = block.get_submodule(name)
+                expected = gptq(linear.weight.detach(), x_TI.T @ x_TI / len(x_TI), gptq_plan.weight)
+                packed = found.tensors(block_file(i))[f"model.layers.{i}.{name}.weight.codes"]
+                agreeing.append((packed == expected.pack()["codes"]).double().mean())
+                linear.weight.data = expected.dequantize()
+    assert torch.stack(agreeing).min() > 0.99
+    usual = run(tmp_path / "block", model, letter_tokenizer, text, gptq_plan, order="block")
+    names = {key for key in usual.tensors(block_file(0)) if key.endswith("weight.codes")}
+    first = {key for key in names if torch.equal(usual.tensors(block_file(0))[key], found.tensors(block_file(0))[key])}
+    assert {key.split(".")[-3] for key in first} == {"q_proj", "k_proj", "v_proj"}
+    rows = [[row["name"] for row in made.json(layers_file(0))] for made in (found, usual)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_all_parts_go_together(random_model, letter_tokenizer, windows_WT, gptq_plan, tmp_path, rotated):
+    model, text = random_model("llama"), CalibrationText(windows_WT, 2, 24, "residual")
+    plan = replace(
+        gptq_plan, rounding=Gptq(scales="search"), asymmetric=0.25, activation=MXInt(8), bias=MXInt(8),
+        transform=Hadamard() if rotated else None,
+    )  # fmt: skip
+    made = run(tmp_path, model, letter_tokenizer, text, plan, skip=["0.mlp.up_proj"])
+    linears = [f"model.layers.0.{name}" for name in block_linears(model.model.layers[0]) if name != "mlp.up_proj"]
+    assert [row["name"] for row in made.json(layers_file(0))] == linears
+    logits = load_quantized(tmp_path, CPU, verify=False)(windows_WT).logits
+    assert torch.isfinite(logits).all()
