@@ -57,6 +57,8 @@ SEEDS: dict[tuple[int, int], int] = {
 # The scale of normal values with root mean square 1 that has the least error, by k.
 FACTOR = {1: 0.93, 2: 1.01, 3: 1.07, 4: 1.1}
 LARGEST_VALUE = 4.5
+# Beyond so many bits of a state the search reads the table in float16, which then still fits into a GPU's L1 cache.
+LARGEST_FLOAT_TABLE = 13
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,10 @@ class Trellis(NumberFormat):
             raise ValueError(unsupported_reason)
         x_NP = to_tiles(x_Gg.squeeze(1))
         scale = scales["scales"].to(torch.float32).flatten()
-        codes_NP = best_rings((x_NP / scale.where(scale != 0, 1.0)).flip(1), self.values(x_NP.device), self.bits)
+        table_S = self.values(x_NP.device)
+        if self.state_bits > LARGEST_FLOAT_TABLE:
+            table_S = table_S.to(torch.float16)
+        codes_NP = best_rings((x_NP / scale.where(scale != 0, 1.0)).flip(1), table_S, self.bits)
         return codes_NP.flip(1).view(rows // TILE, 1, -1)
 
     def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
@@ -129,7 +134,7 @@ class Trellis(NumberFormat):
         return self.decode(parts["codes"].unsqueeze(1), parts).squeeze(1)
 
     def values(self, device: torch.device) -> Tensor:
-        """float32 [S]: the table."""
+        """float32 [S], exact in float16: the table."""
         return gaussian_table(self.state_bits, self.bits, device)
 
     def unsupported_shape(self, rows: int, length: int) -> str | None:

@@ -17,6 +17,8 @@ Tail-biting: a sequence is a ring, s_0 follows s_(P-1), so that its k P bits are
 the best ring would take 2^(L - k) searches. Two come close (QTIP, arXiv 2406.11235): one without ends on the
 sequence rolled by half gives the overlap at the seam, the second one starts and ends with that overlap.
 
+On a GPU `viterbi_kernel.py` does the same.
+
 Shapes: N sequences, P positions of a sequence, S states, J predecessors of a state, M overlaps, S = J M.
 """
 
@@ -33,20 +35,24 @@ SMALLEST_CHUNK = 16
 def best_rings(x_NP: Tensor, table_S: Tensor, bits: int) -> Tensor:
     """Codes of paths that close to a ring, near to the best: uint8 [N, P], the low `bits` bits of each state.
 
-    x_NP: float32. table_S: float32, the value of each state, S = 2^L. State p is made of the codes p, p - 1, .. around
-    the ring.
+    x_NP: float32. table_S: float32 or float16, the value of each state, S = 2^L. State p is made of the codes p, p - 1,
+    .. around the ring.
     """
+    search = best_paths
+    if x_NP.is_cuda:
+        from lqer.formats.viterbi_kernel import best_paths as search
     half = x_NP.shape[1] // 2
-    states_NP = best_paths(x_NP.roll(half, dims=1), table_S, bits, None)
-    return (best_paths(x_NP, table_S, bits, states_NP[:, half] >> bits) & (1 << bits) - 1).to(torch.uint8)
+    states_NP = search(x_NP.roll(half, dims=1), table_S, bits, None)
+    return (search(x_NP, table_S, bits, states_NP[:, half] >> bits) & (1 << bits) - 1).to(torch.uint8)
 
 
 def best_paths(x_NP: Tensor, table_S: Tensor, bits: int, overlap_N: Tensor | None = None) -> Tensor:
     """States of the paths with the least squared error, int64 [N, P].
 
-    x_NP: float32. overlap_N: the L - `bits` bits with which a path starts, before its first step, and ends; None leaves
-    both free. Of equally good predecessors the lowest is taken.
+    x_NP: float32. table_S: float32 or float16. overlap_N: the L - `bits` bits with which a path starts, before its
+    first step, and ends; None leaves both free. Of equally good predecessors the lowest is taken.
     """
+    table_S = table_S.to(torch.float32)
     chunk = max(CHUNK_COSTS // len(table_S), SMALLEST_CHUNK)
     states_NP = torch.empty(x_NP.shape, dtype=torch.int64, device=x_NP.device)
     for start in range(0, len(x_NP), chunk):

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough
+from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
@@ -106,6 +107,9 @@ def main() -> None:
             run_layer(random_input(m, 2048, dtype), lattice.packed)
     for n, k, rank, m in ((64, 256, 16, 3), (128, 1024, 256, 1), (128, 1024, 256, 4), (128, 1024, 256, 16)):
         run_layer(random_input(m, k, bf16), build_layer(E8P(2), n, k, rank=rank, dtype=bf16).packed)
+    for bits, state_bits in ((2, 12), (3, 12), (4, 12), (2, 16)):
+        x_NP, table_S = torch.zeros(3, 256), torch.zeros(1 << state_bits, dtype=torch.float16)
+        best_paths(x_NP, table_S, bits, best_paths(x_NP, table_S.float(), bits)[:, 0] >> bits)
     print(" ".join(sorted(compiled)))
 
 
