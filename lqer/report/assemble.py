@@ -59,7 +59,7 @@ class MeasuredText:
 class Made:
     """The artifacts of a run; None where the configuration does not ask for one.
 
-    quantized: before fine-tuning.
+    quantized: before fine-tuning. overlaps: warnings about texts that were both learned from and evaluated.
     """
 
     calibration: Artifact | None
@@ -70,6 +70,7 @@ class Made:
     perplexity: Sequence[MeasuredText]
     downstream: ByRole
     evaluate_seconds: float
+    overlaps: Sequence[str]
 
     @property
     def checkpoint(self) -> Artifact:
@@ -153,7 +154,8 @@ def _finetune_info(config: Config, finetuned: Artifact) -> FinetuneInfo:
 
 def _warnings(made: Made, blocks: int) -> list[str]:
     """What a reader of the numbers must know first."""
-    found = [
+    found = list(made.overlaps)
+    found += [
         f"the perplexity of the {role} model on {text.spec.label} is not finite"
         for text in made.perplexity
         for role, result in text.results.items()

@@ -165,4 +165,5 @@ def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget 
         perplexity=perplexity,
         downstream={role: stage.result(store) for role, stage in experiment.downstream.items()},
         evaluate_seconds=sum(stage.artifact(store).seconds for stage in measured),
+        overlaps=texts.overlaps,
     )

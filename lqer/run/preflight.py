@@ -52,6 +52,8 @@ def check_run(config: Config, say: Callable[[str], None]) -> CheckedRun:
     tokenizer = load_tokenizer(context.source)
     texts = read_texts(config, tokenizer)
     _check_tokens(context.summary, texts, say)
+    for overlap in texts.overlaps:
+        say(f"warning: {overlap}")
     experiment = plan_experiment(context, tokenizer, texts)
     _check_tasks(config, experiment, store)
     check_fit(context, say, experiment.paths(store))

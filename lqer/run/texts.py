@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lqer.config import Config
 from lqer.config.schema import PerplexityConfig
 from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows, tokens_sha256
+from lqer.data.overlap import shared_tokens
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
 from lqer.results import CalibrationInfo
 from lqer.stages.gather import CalibrationText
 from lqer.store.files import content_hash
+
+# Share of the smaller text from which two texts overlap: below, they have phrases in common.
+LEAST_SHARED = 0.01
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,13 @@ class EvaluationText:
     windows_WT: Tensor | None
     documents: tuple[str, ...] = ()
 
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """All token ids, in order."""
+        if self.windows_WT is not None:
+            return self.windows_WT.flatten()
+        ids = [tokenizer(document, verbose=False)["input_ids"] for document in self.documents]
+        return torch.tensor([token for document in ids for token in document], dtype=torch.int64)
+
     @property
     def fingerprint(self) -> str:
         """A hash of the tokens or documents."""
@@ -39,24 +51,42 @@ class EvaluationText:
 
 @dataclass(frozen=True)
 class Texts:
-    """training_WT: the windows of fine-tuning, the last of them held out; None without fine-tuning."""
+    """training_WT: the windows of fine-tuning, the last of them held out; None without fine-tuning.
+
+    overlaps: a warning for each pair of a text that is learned from and one that is evaluated, if they share tokens.
+    """
 
     calibration: CalibrationText
     calibration_info: CalibrationInfo
     training_WT: Tensor | None
     evaluation: tuple[EvaluationText, ...]
+    overlaps: tuple[str, ...]
 
 
 def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """Raises DataError for a text that cannot be read or is too short."""
     calibration, info = _calibration(config, tokenizer)
+    training_WT = _training(config, tokenizer)
     perplexity = config.evaluation.perplexity
-    evaluation = () if perplexity is None else perplexity.datasets
-    return Texts(
-        calibration,
-        info,
-        _training(config, tokenizer),
-        tuple(_evaluation(spec, perplexity, tokenizer) for spec in evaluation if perplexity is not None),
+    specs = () if perplexity is None else perplexity.datasets
+    evaluation = tuple(_evaluation(spec, perplexity, tokenizer) for spec in specs if perplexity is not None)
+    learned = {"calibration": calibration.windows_WT} | ({} if training_WT is None else {"fine-tuning": training_WT})
+    overlaps = [
+        _overlap(name, windows_WT.flatten(), text.spec.label, text.tokens(tokenizer))
+        for name, windows_WT in learned.items()
+        for text in evaluation
+    ]
+    return Texts(calibration, info, training_WT, evaluation, tuple(filter(None, overlaps)))
+
+
+def _overlap(learned_as: str, learned: Tensor, label: str, evaluated: Tensor) -> str | None:
+    """A line about the tokens that both texts share; None for less than the stock phrases that texts may have."""
+    shared = shared_tokens(learned.numpy(), evaluated.numpy())
+    if shared < LEAST_SHARED * min(len(learned), len(evaluated)):
+        return None
+    return (
+        f"{shared} of the {len(learned)} {learned_as} tokens are also in the evaluated text {label}: its numbers "
+        "flatter the quantized model (rows = ':50%' and '50%:' are two halves of one text)"
     )
 
 

@@ -13,7 +13,8 @@ from lqer.methods import Caldera
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEMPLATES = sorted((CONFIGS / "template").glob("*.toml"))
-PARTS = sorted(path for folder in ("finetune", "formats", "methods") for path in (CONFIGS / folder).glob("*.toml"))
+FOLDERS_OF_PARTS = ("finetune", "formats", "methods", "protocols")
+PARTS = sorted(path for folder in FOLDERS_OF_PARTS for path in (CONFIGS / folder).glob("*.toml"))
 PAPER = sorted((CONFIGS / "paper").glob("*.toml"))
 NAMED_BY_LQER = [
     *(f"opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b")),
@@ -109,6 +110,16 @@ def test_a_row_of_tesseraq_is_the_published_recipe(name, bits, group):
     assert settings.learning_rate == settings.scale_learning_rate == 1e-3
     assert (config.calibration.num_samples, config.calibration.seq_len) == (512, 2048)
     assert config.quantize.propagates_error
+
+
+def test_two_texts_are_evaluated_with_divergence_under_any_method(tmp_path):
+    child = tmp_path / "child.toml"
+    child.write_text('extends = ["preset:gptq", "preset:protocols/two-texts"]\nmodel = "some/model"\n')
+    config = read_config(child)
+    assert config.calibration.dataset.path == "c4"
+    assert [spec.path for spec in config.evaluation.perplexity.datasets] == ["wikitext2", "c4"]
+    assert config.evaluation.divergence is not None
+    assert config.evaluation.baselines == ("original",)
 
 
 def test_the_demo_needs_no_hub():
