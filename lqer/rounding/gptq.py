@@ -27,6 +27,7 @@ from lqer.components import ADDED
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
+from lqer.rounding.descent import descend, require_descent, unsupported_descent
 from lqer.rounding.factor import inverse_factor
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
@@ -43,6 +44,7 @@ def gptq(
     activation_order: bool = False,
     static_groups: bool = False,
     scales: Scales = "minmax",
+    descent: int = 0,
 ) -> QuantizedTensor:
     """Round a float32 weight with error feedback.
 
@@ -52,7 +54,8 @@ def gptq(
 
     static_groups: all scales are fitted to the weight before any feedback. activation_order: columns with the largest
     H_ii first; a group's columns are then not adjacent in the sweep, so that groups are static. scales: how a group's
-    scale is fitted, as the format does or by search (rounding/scale_search.py).
+    scale is fitted, as the format does or by search (rounding/scale_search.py). descent: turns of refitting the scales
+    and of coordinate descent afterwards (rounding/descent.py), which never raise the loss under the damped Hessian.
 
     Raises NonFiniteError for a weight or Hessian that is not finite, ValueError for settings that exclude each other.
     """
@@ -83,7 +86,8 @@ def gptq(
         panel_codes, error_PO = round_panel(weight_IO[now], upper_II[now, now], columns[now], groups)
         codes |= panel_codes
         weight_IO[now.stop :].addmm_(upper_II[now, now.stop :].T, error_PO, alpha=-1)
-    return groups.finish(torch.cat([codes[column] for column in sorted(codes)], dim=1))
+    quantized = groups.finish(torch.cat([codes[column] for column in sorted(codes)], dim=1))
+    return descend(weight_OI, damped.hessian_II, quantized, descent) if descent else quantized
 
 
 def _panel_column_by_column(
@@ -138,18 +142,22 @@ class Gptq(Rounding):
     activation_order: bool = False
     static_groups: bool = False
     scales: Scales = field(default="minmax", metadata=ADDED)
+    descent: int = field(default=0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         require_damping(self.damping, self.kind)
         require_scales(self.scales, self.kind)
+        require_descent(self.descent, self.kind)
 
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         return gptq(
             weight_OI, statistics["hessian"], number_format, damping=self.damping,
             activation_order=self.activation_order, static_groups=self.static_groups, scales=self.scales,
+            descent=self.descent,
         )  # fmt: skip
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         if self.activation_order and number_format.vector_size > 1:
             return f'activation_order would separate the columns of the vectors of "{number_format.kind}"'
-        return unsupported_feedback(number_format) or unsupported_search(number_format, self.scales)
+        reasons = unsupported_search(number_format, self.scales), unsupported_descent(number_format, self.descent)
+        return unsupported_feedback(number_format) or next(filter(None, reasons), None)
