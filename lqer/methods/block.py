@@ -84,6 +84,8 @@ def _round_together(
     bits = min(start.format.stream_widths["codes"] for start in starts.values())
     settings = rounding.settings(bits, problem.autocast, problem.seed)
 
+    progress("rounding", len(losses), len(settings.soft_fractions), losses[-1] if losses else None)
+
     def after_round(state: AdaptiveState) -> None:
         losses.append(float(state.losses[-1]))
         progress("rounding", state.rounds, len(settings.soft_fractions), losses[-1])

@@ -216,10 +216,13 @@ def _log(name: str, result: BlockResult) -> None:
 
 
 class _ProgressBar:
-    """A progress bar of one block: the running part, its remaining time, and the loss."""
+    """A progress bar of one block: the running part, its remaining time, and the loss; at the end a line in the log
+    with the seconds that each part took.
+    """
 
     def __init__(self, name: str):
         self._name, self._part = name, ""
+        self._started: dict[str, float] = {}
         self._bar = tqdm(desc=name, unit="round", leave=False)
 
     def __enter__(self) -> _ProgressBar:
@@ -227,10 +230,15 @@ class _ProgressBar:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
+        ends = [*self._started.values(), time.monotonic()][1:]
+        spans = zip(self._started.items(), ends, strict=True)
+        if self._started:
+            log.info("%s: %s", self._name, ", ".join(f"{part} {end - start:.1f} s" for (part, start), end in spans))
 
     def show(self, part: str, step: int, steps: int, loss: float | None) -> None:
         if self._part != part:
             self._part = part
+            self._started[part] = time.monotonic()
             self._bar.set_description(f"{self._name} {part}", refresh=False)
             self._bar.reset(steps)
         self._bar.set_postfix({} if loss is None else {"loss": f"{loss:.4g}"}, refresh=False)

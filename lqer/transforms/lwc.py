@@ -78,6 +78,8 @@ class Lwc(BlockTransform):
         state = ClippingState.from_tensors(result.part_state) if result.part_state else None
         losses = [] if state is None else state.losses.tolist()
 
+        progress(self.kind, len(losses), self.epochs, losses[-1] if losses else None)
+
         def after_epoch(state: ClippingState) -> None:
             losses.append(float(state.losses[-1]))
             progress(self.kind, state.epochs, self.epochs, losses[-1])

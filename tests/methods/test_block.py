@@ -162,8 +162,8 @@ def test_progress_is_told_of_every_part_and_round(random_model, windows_WT):
     told = []
     problem = problem_of(random_model("llama"), windows_WT)
     result = reconstruct_block(problem, [Awq(), LWC], QUICK, progress=lambda *progress: told.append(progress))
-    assert [what for what, _, _, _ in told] == ["awq", *["lwc"] * 3, *["rounding"] * 4]
-    assert told[3] == ("lwc", 3, 3, result.notes["lwc"][-1])
+    assert [what for what, _, _, _ in told] == ["awq", *["lwc"] * 4, *["rounding"] * 5]
+    assert told[4] == ("lwc", 3, 3, result.notes["lwc"][-1])
     assert told[-1] == ("rounding", 4, 4, result.notes["loss"]["rounds"][-1])
 
 
