@@ -115,25 +115,25 @@ def sweep(weight_OI: Tensor, hessian_II: Tensor, quantized: QuantizedTensor, swe
     width = block_width(weight_OI.shape[1], quantized.format.block_size)
     codes_IO = from_blocks(_steps(quantized), weight_OI.shape[1]).T.contiguous()
     step_NO, zero_NO = step_ON.T.contiguous(), zero_ON.T.contiguous()
+    sweep_panel = _panel_in_one_kernel if weight_OI.is_cuda else _panel_column_by_column
     group_I = torch.arange(len(codes_IO), device=codes_IO.device) // width
     for _ in range(sweeps):
         error_IO = weight_OI.T - (codes_IO - zero_NO[group_I]) * step_NO[group_I]
         for first in range(0, len(codes_IO), PANEL):
             now = slice(first, first + PANEL)
             gradient_PO = hessian_II[now] @ error_IO
-            steps = step_NO[group_I[now]], zero_NO[group_I[now]]
-            _sweep_panel(codes_IO[now], error_IO[now], gradient_PO, hessian_II[now, now], *steps, limits)
+            step_PO = step_NO[group_I[now]]
+            sweep_panel(codes_IO[now], error_IO[now], gradient_PO, hessian_II[now, now], step_PO, limits)
     codes_OI = codes_IO.T.contiguous().to(quantized.parts["codes"].dtype)
     return replace(quantized, parts={**quantized.parts, "codes": codes_OI})
 
 
-def _sweep_panel(
+def _panel_column_by_column(
     codes_PO: Tensor,
     error_PO: Tensor,
     gradient_PO: Tensor,
     hessian_PP: Tensor,
     step_PO: Tensor,
-    zero_PO: Tensor,
     limits: tuple[int, int],
 ) -> None:
     """One sweep over a panel of columns, in place: codes, errors and their gradient g."""
@@ -147,6 +147,20 @@ def _sweep_panel(
         codes_PO[p] = torch.where(change_O == 0, codes_PO[p], moved_O)
         error_PO[p] -= change_O
         gradient_PO[p:].addr_(hessian_PP[p:, p], change_O, alpha=-1)
+
+
+def _panel_in_one_kernel(
+    codes_PO: Tensor,
+    error_PO: Tensor,
+    gradient_PO: Tensor,
+    hessian_PP: Tensor,
+    step_PO: Tensor,
+    limits: tuple[int, int],
+) -> None:
+    """The same on a GPU, where a column would cost some ten launches."""
+    from lqer.rounding.sweep import descend_panel
+
+    descend_panel(codes_PO, error_PO, gradient_PO, hessian_PP, step_PO, limits)
 
 
 def _spacing(quantized: QuantizedTensor) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -1,10 +1,15 @@
-"""The columns of a panel of GPTQ's sweep in one kernel, for formats of evenly spaced values.
+"""The columns of a panel of GPTQ's sweep, or of coordinate descent, in one kernel, for values that are evenly spaced.
 
 For columns p = 0 .. P - 1 of the panel, first to last (arXiv 2210.17323, algorithm 1):
 
     c_p = clamp(round(w_p / s_p) + z_p)        q_p = (c_p - z_p) s_p        or clamp(floor(w_p / s_p)) where z_p = -1/2
     e_p = (w_p - q_p) / U_pp
     w_j = w_j - U_pj e_p                       for all j > p of the panel
+
+Of coordinate descent (rounding/descent.py), under fixed scales:
+
+    c = clamp(round(c_p + g_p / (H_pp s_p)))    d = (c - c_p) s_p    if g_p d > H_pp d² / 2, else c = c_p and d = 0
+    c_p = c,  e_p = e_p - d,  g_j = g_j - H_pj d                     for all j >= p of the panel
 
 In PyTorch each column costs some twenty launches of a few microseconds; here a program keeps its rows of the panel in
 registers and walks the columns. It imports triton: only for tensors on a GPU, or in Triton's interpreter.
@@ -77,3 +82,53 @@ def _sweep(
         w_PO -= upper_P[:, None] * error_O[None, :]
         tl.store(codes + i * rows + o, code_O.to(tl.int32).to(codes.dtype.element_ty), mask=inside)
         tl.store(error + i * rows + o, error_O, mask=inside)
+
+
+def descend_panel(
+    codes_PO: Tensor,
+    error_PO: Tensor,
+    gradient_PO: Tensor,
+    hessian_PP: Tensor,
+    step_PO: Tensor,
+    limits: tuple[int, int],
+) -> None:
+    """One sweep of coordinate descent over a panel, in place: codes and errors.
+
+    All float32, each column contiguous. gradient_PO: g of the panel's columns. limits: the smallest and largest code.
+    """
+    columns, rows = codes_PO.shape
+    _descend[(triton.cdiv(rows, ROWS),)](
+        codes_PO, error_PO, gradient_PO, hessian_PP, step_PO, columns, rows,
+        codes_PO.stride(0), error_PO.stride(0), gradient_PO.stride(0), *hessian_PP.stride(), step_PO.stride(0),
+        *limits, WIDTH=triton.next_power_of_2(columns), ROWS_C=ROWS, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _descend(
+    codes, error, gradient, hessian, step, columns, rows,
+    codes_stride, error_stride, gradient_stride, hessian_row_stride, hessian_column_stride, step_stride,
+    min_code, max_code, WIDTH: tl.constexpr, ROWS_C: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0) * ROWS_C + tl.arange(0, ROWS_C)
+    p = tl.arange(0, WIDTH)
+    inside = o < rows
+    present = (p < columns)[:, None] & inside[None, :]
+    g_PO = tl.load(gradient + p[:, None] * gradient_stride + o[None, :], mask=present, other=0.0)
+    for i in range(columns):
+        g_O = tl.sum(tl.where((p == i)[:, None], g_PO, 0.0), axis=0)
+        step_O = tl.load(step + i * step_stride + o, mask=inside, other=1.0)
+        code_O = tl.load(codes + i * codes_stride + o, mask=inside, other=0.0)
+        diagonal = tl.load(hessian + i * hessian_row_stride + i * hessian_column_stride)
+        fixed_O = step_O < SMALLEST_STEP
+        moved_O = code_O + tl.math.div_rn(tl.where(fixed_O, 0.0, g_O), tl.where(fixed_O, 1.0, step_O * diagonal))
+        moved_O = tl.minimum(tl.maximum(moved_O, -LARGEST_ROUNDED), LARGEST_ROUNDED)
+        moved_O = tl.minimum(tl.maximum((moved_O + ROUNDER) - ROUNDER, min_code), max_code)
+        change_O = (moved_O - code_O) * step_O
+        is_better_O = change_O * (g_O - 0.5 * diagonal * change_O) > 0
+        change_O = tl.where(is_better_O, change_O, 0.0)
+        error_O = tl.load(error + i * error_stride + o, mask=inside, other=0.0)
+        row_P = tl.load(hessian + i * hessian_row_stride + p * hessian_column_stride, mask=p < columns, other=0.0)
+        g_PO -= row_P[:, None] * change_O[None, :]
+        tl.store(codes + i * codes_stride + o, tl.where(is_better_O, moved_O, code_O), mask=inside)
+        tl.store(error + i * error_stride + o, error_O - change_O, mask=inside)

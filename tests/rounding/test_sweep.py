@@ -8,7 +8,8 @@ import torch
 from lqer.formats import Int, MXInt
 from lqer.formats.spacing import Spacing
 from lqer.rounding import gptq as gptq_module
-from lqer.rounding.sweep import sweep_panel
+from lqer.rounding.descent import _panel_column_by_column as descend_column_by_column
+from lqer.rounding.sweep import descend_panel, sweep_panel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = {way: getattr(gptq_module, way) for way in ("_panel_in_one_kernel", "_panel_column_by_column")}
@@ -65,3 +66,24 @@ def test_gptq_in_the_kernel_is_gptq_column_by_column(monkeypatch, number_format,
     losses = [((weight_OI - q_OI) @ hessian_II * (weight_OI - q_OI)).sum() for q_OI in (a_OI, b_OI)]
     assert (a_OI != b_OI).float().mean() < 0.02
     torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("columns", "rows", "bits", "symmetric"), CASES)
+def test_a_sweep_of_descent_in_the_kernel_is_one_column_by_column(columns, rows, bits, symmetric):
+    generator = torch.Generator().manual_seed(columns)
+    x_TP = torch.randn(2 * columns, columns, generator=generator)
+    hessian_PP = (x_TP.T @ x_TP / len(x_TP)).to(DEVICE)
+    step_PO = torch.rand(columns, rows, generator=generator).add(0.1).to(DEVICE)
+    step_PO[:, 1] = 0
+    low = -(1 << (bits - 1)) if symmetric else 0
+    limits = low, low + (1 << bits) - 1
+    codes_PO = torch.randint(low, limits[1] + 1, (columns, rows), generator=generator).float().to(DEVICE)
+    error_PO = torch.randn(columns, rows, generator=generator).to(DEVICE) * step_PO
+    found, expected = ([x.clone() for x in (codes_PO, error_PO, hessian_PP @ error_PO)] for _ in range(2))
+    descend_panel(*found, hessian_PP, step_PO, limits)
+    descend_column_by_column(*expected, hessian_PP, step_PO, limits)
+    assert (found[0] != expected[0]).float().mean() <= 2e-3
+    same_O = (found[0] == expected[0]).all(0)
+    torch.testing.assert_close(found[1][:, same_O], expected[1][:, same_O], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[0][:, 1], codes_PO[:, 1])
+    assert (found[0] != codes_PO).any()
