@@ -31,7 +31,7 @@ from lqer.rounding.descent import descend, require_descent, unsupported_descent
 from lqer.rounding.factor import inverse_factor
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
-from lqer.rounding.scale_search import Scales, require_scales, unsupported_search
+from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
 from lqer.statistics import Hessian, Statistic
 
 
@@ -73,7 +73,7 @@ def gptq(
         order_I = damped.hessian_II.diagonal().argsort(descending=True, stable=True)
     weight_IO = weight_OI.T[order_I]
     upper_II = inverse_factor(damped, order_I if activation_order else None).to(weight_IO)
-    importance_I = None if scales == "minmax" else upper_II.diagonal().pow(-2)[order_I.argsort()]
+    importance_I = importance(scales, upper_II.diagonal().pow(-2)[order_I.argsort()])
     out_features, in_features = weight_OI.shape
     groups = Groups(number_format, out_features, in_features, importance_I)
     if static_groups or activation_order or groups.single:

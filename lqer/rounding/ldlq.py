@@ -32,7 +32,7 @@ from lqer.formats.base import check_finite
 from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
-from lqer.rounding.scale_search import Scales, require_scales, unsupported_search
+from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
 from lqer.statistics import Hessian, Statistic
 
 
@@ -60,7 +60,7 @@ def ldlq(
     if hessian is None:
         return number_format.quantize(weight_OI)
     damped = as_damped(hessian, damping)
-    importance_I = None if scales == "minmax" else damped.cholesky_II.diagonal().square().to(torch.float32)
+    importance_I = importance(scales, damped.cholesky_II.diagonal().square())
     out_features, in_features = weight_OI.shape
     groups = Groups(number_format, out_features, in_features, importance_I)
     block = number_format.vector_size if block is None else block

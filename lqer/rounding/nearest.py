@@ -1,10 +1,10 @@
 """Rounding to nearest: every weight takes the closest value of its group.
 
 The scale of a group is that of the format's own fit, whatever the inputs, or the one with the least output error
-Σ_j E[x_j²] (q(w_j) - w_j)² if the errors of different inputs did not correlate (rounding/scale_search.py).
+Σ_j E[x_j²] (q(w_j) - w_j)² if the errors of different inputs did not correlate, or Σ_j (q(w_j) - w_j)²
+(rounding/scale_search.py).
 
-Shapes: I in_features, O out_features, G groups of a row, g values of a group,
-V codes of a row.
+Shapes: I in_features, O out_features, G groups of a row, g values of a group, V codes of a row.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lqer.rounding.scale_search import Scales, require_scales, searched_scales, 
 from lqer.statistics import MeanSquare, Statistic
 
 
-def nearest(weight_OI: Tensor, mean_square_I: Tensor, number_format: NumberFormat) -> QuantizedTensor:
+def nearest(weight_OI: Tensor, importance_I: Tensor, number_format: NumberFormat) -> QuantizedTensor:
     """Round a weight under searched scales.
 
-    mean_square_I: E[x_i²], at least 0. Raises NonFiniteError for a weight that is not finite.
+    importance_I: what an error of each weight costs, at least 0. Raises NonFiniteError for a weight that is not finite.
     """
     check_finite(weight_OI)
     weight_OGg = to_blocks(weight_OI.to(torch.float32), number_format.block_size)
-    importance_Gg = to_blocks(mean_square_I.to(torch.float32), number_format.block_size)
+    importance_Gg = to_blocks(importance_I.to(torch.float32), number_format.block_size)
     scales = searched_scales(number_format, weight_OGg, importance_Gg)
     codes_OV = from_blocks(number_format.encode(weight_OGg, scales), number_format.code_count(weight_OI.shape[1]))
     return QuantizedTensor(number_format, tuple(weight_OI.shape), 1, {"codes": codes_OV, **scales})
@@ -49,7 +49,7 @@ class Nearest(Rounding):
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        return frozenset() if self.scales == "minmax" else frozenset({MeanSquare()})
+        return frozenset({MeanSquare()}) if self.scales == "search" else frozenset()
 
     @property
     def keeps_scales(self) -> bool:
@@ -58,6 +58,8 @@ class Nearest(Rounding):
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         if self.scales == "minmax":
             return number_format.quantize(weight_OI)
+        if self.scales == "least-squares":
+            return nearest(weight_OI, weight_OI.new_ones(weight_OI.shape[1]), number_format)
         mean_square_I = statistics["mean_square"]
         assert isinstance(mean_square_I, Tensor), "a method damps the Hessian only"
         return nearest(weight_OI, mean_square_I, number_format)

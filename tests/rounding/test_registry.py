@@ -73,7 +73,7 @@ def test_a_combination_without_sense_is_objected_to_with_the_reason(rounding, nu
     [
         ({"kind": "gptq", "damping": -1}, "damping -1 is not a number of at least 0"),
         ({"kind": "ldlq", "tune_iters": 1.5}, "tune_iters 1.5 is not an integer"),
-        ({"kind": "gptq", "scales": "best"}, "scales 'best' is not one of 'minmax', 'search'"),
+        ({"kind": "gptq", "scales": "best"}, "scales 'best' is not one of 'minmax', 'search', 'least-squares'"),
         ({"kind": "vector", "update": "sgd"}, "update 'sgd' is not one of"),
         ({"kind": "gptq", "dampin": 1}, "unknown key 'dampin'"),
     ],

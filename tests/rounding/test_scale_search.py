@@ -91,6 +91,25 @@ def test_nearest_under_searched_scales_never_has_more_weighted_error(number_form
     assert errors_O[0].sum() < errors_O[1].sum()
 
 
+@each_format
+def test_least_squares_asks_for_nothing_and_has_the_least_plain_error(number_format, weight_OI, importance_I):
+    rounding = Nearest(scales="least-squares")
+    assert rounding.statistics == frozenset()
+    found = rounding.round(weight_OI, {}, number_format).dequantize()
+    others = Nearest().round(weight_OI, {}, number_format), nearest(weight_OI, importance_I, number_format)
+    errors = [(x - weight_OI).square().sum() for x in (found, *(other.dequantize() for other in others))]
+    assert errors[0] <= min(errors[1:])
+
+
+@pytest.mark.parametrize("rounding", [gptq, ldlq])
+def test_under_least_squares_only_the_weights_of_a_group_decide_its_first_scale(rounding, make_layer):
+    weight_OI, hessian_II = make_layer(16, 64)
+    number_format = Int(3, "row")
+    found = rounding(weight_OI, hessian_II, number_format, scales="least-squares")
+    expected = Nearest(scales="least-squares").round(weight_OI, {}, number_format)
+    assert torch.equal(found.parts["scales"], expected.parts["scales"])
+
+
 def test_a_ragged_last_group_counts_its_own_columns_only(weight_OI, importance_I):
     whole = nearest(weight_OI[:, :72], importance_I[:72], Int(2, 32))
     last = nearest(weight_OI[:, 64:72], importance_I[64:72], Int(2, 8))
