@@ -60,21 +60,31 @@ class Clip(BlockTransform):
     ) -> BlockResult:
         """Fix the scales of every linear to the clipped ranges with the smallest error."""
         progress(self.kind, 0, 1, None)
-        plain = problem.call.without_rounding()
-        kept = cancelling_linears(plain, problem.inputs_STD[: problem.batch_size])
-        block_sizes = {linear: number_format.block_size for linear, number_format in problem.formats.items()}
-        with problem.in_autocast():
-            squares = hessian_blocks(plain, result.parameters, problem.inputs_STD, problem.batch_size, block_sizes)
-        factors = tuple(1 - i / GRID for i in range(self.steps))
-        rounded, means = {}, {}
-        for linear, number_format in problem.formats.items():
-            weight_OI = result.weight(problem, linear)
-            tried = factors[:1] if linear in kept else factors
-            factor_ON = search_clipping(weight_OI, squares[linear], number_format, tried)
-            rounded[linear] = quantize_clipped(weight_OI, number_format, factor_ON, factor_ON)
-            means[linear] = factor_ON.mean()
-        note = {linear: float(mean) for linear, mean in means.items()}
+        found = search_block(problem, result, tuple(1 - i / GRID for i in range(self.steps)))
+        rounded = {
+            linear: quantize_clipped(
+                result.weight(problem, linear), problem.formats[linear], found[linear], found[linear]
+            )
+            for linear in problem.formats
+        }
+        note = {linear: float(factor_ON.mean()) for linear, factor_ON in found.items()}
         return replace(result, rounded={**result.rounded, **rounded}).with_note(self.kind, note)
+
+
+@torch.no_grad()
+def search_block(problem: BlockProblem, result: BlockResult, factors: tuple[float, ...]) -> dict[str, Tensor]:
+    """The best factor of every group of every linear, float32 (O, N); queries and keys get the first one."""
+    plain = problem.call.without_rounding()
+    kept = cancelling_linears(plain, problem.inputs_STD[: problem.batch_size])
+    block_sizes = {linear: number_format.block_size for linear, number_format in problem.formats.items()}
+    with problem.in_autocast():
+        squares = hessian_blocks(plain, result.parameters, problem.inputs_STD, problem.batch_size, block_sizes)
+    return {
+        linear: search_clipping(
+            result.weight(problem, linear), squares[linear], number_format, factors[:1] if linear in kept else factors
+        )
+        for linear, number_format in problem.formats.items()
+    }
 
 
 def hessian_blocks(

@@ -14,20 +14,20 @@ Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lqer.components import require_choice, require_number, require_positive
+from lqer.components import ADDED, require_choice, require_number, require_positive
 from lqer.formats import Int, NumberFormat, QuantizedTensor
 from lqer.formats.blocks import from_blocks, to_blocks
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState, save_nothing, unsupported_scales
-from lqer.transforms.clip import group_range, quantize_clipped
+from lqer.transforms.clip import SHRINK_FACTORS, group_range, quantize_clipped, search_block
 
 START = 4.0
 
@@ -37,7 +37,8 @@ class Lwc(BlockTransform):
     """`lwc` as a configuration names it.
 
     epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 after AWQ. both_targets: adds the loss against the
-    original block's output on the same inputs (OmniQuant, for two bits).
+    original block's output on the same inputs (OmniQuant, for two bits). start: "full" begins at nearly the whole range
+    (OmniQuant), "search" at the best factors of AWQ's search (lqer/transforms/clip.py).
     """
 
     kind = "lwc"
@@ -48,12 +49,14 @@ class Lwc(BlockTransform):
     batch_size: int = 1
     learning_rate: float = 1e-2
     both_targets: bool = False
+    start: Literal["full", "search"] = field(default="full", metadata=ADDED)
 
     def __post_init__(self) -> None:
         require_positive("epochs", self.epochs, self.kind)
         require_positive("batch_size", self.batch_size, self.kind)
         require_number("learning_rate", self.learning_rate, self.kind)
         require_choice("both_targets", self.both_targets, [False, True], self.kind)
+        require_choice("start", self.start, ["full", "search"], self.kind)
 
     @property
     def learning_batch(self) -> int:
@@ -77,8 +80,10 @@ class Lwc(BlockTransform):
         settings = ClippingSettings(self.epochs, self.batch_size, self.learning_rate, problem.autocast, problem.seed)
         state = ClippingState.from_tensors(result.part_state) if result.part_state else None
         losses = [] if state is None else state.losses.tolist()
-
         progress(self.kind, len(losses), self.epochs, losses[-1] if losses else None)
+        if state is None and self.start == "search":
+            found = search_block(problem, result, SHRINK_FACTORS)
+            state = start_at({f"{linear}.weight": factor_ON for linear, factor_ON in found.items()})
 
         def after_epoch(state: ClippingState) -> None:
             losses.append(float(state.losses[-1]))
@@ -208,6 +213,13 @@ def learn_clipping(
         losses = torch.cat([losses, total.reshape(1).cpu()])
         after_epoch(_reached(logits, optimizer, losses))
     return {name: RangeFactors(*logits_2ON.detach().sigmoid()) for name, logits_2ON in logits.items()}
+
+
+def start_at(factors: Mapping[str, Tensor]) -> ClippingState:
+    """The state before the first epoch in which both ends of every range (O, N) have these factors, at most 0.98."""
+    most = torch.tensor(START).sigmoid()
+    logits = {name: torch.minimum(factor_ON, most.to(factor_ON)).logit() for name, factor_ON in factors.items()}
+    return ClippingState({name: torch.stack([x_ON, x_ON]) for name, x_ON in logits.items()}, {}, {}, torch.empty(0))
 
 
 def _start(ranges: Mapping[str, Tensor]) -> ClippingState:

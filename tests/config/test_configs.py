@@ -49,6 +49,7 @@ def test_a_part_makes_an_experiment_once_model_and_weight_are_named(path, tmp_pa
     child = tmp_path / "child.toml"
     parents = [str(CONFIGS / "formats/mxint.toml"), str(path)]
     weight = "" if path.parent.name == "methods" and path.stem != "protocol" else '[quantize]\nweight = "w4"\n'
+    weight += 'transforms = ["hadamard"]\n' if path.stem.endswith("-signs") else ""
     child.write_text(f'extends = {parents}\nmodel = "some/model"\n{weight}')
     config = read_config(child)
     assert config.quantize.weight in config.formats

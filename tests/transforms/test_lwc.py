@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import first_block
 from safetensors.torch import load, save
 from torch.nn import functional as F
 
 from lqer.formats import Int, MXInt
-from lqer.transforms.clip import group_range
+from lqer.methods.block import reconstruct_block
+from lqer.models.structure import block_linears
+from lqer.transforms import Lwc
+from lqer.transforms.block_problem import BlockProblem
+from lqer.transforms.block_result import BlockResult
+from lqer.transforms.clip import SHRINK_FACTORS, group_range, search_block
 from lqer.transforms.lwc import (
     START,
     ClippingSettings,
@@ -15,6 +21,7 @@ from lqer.transforms.lwc import (
     _rounded,
     learn_clipping,
     quantize_learnt,
+    start_at,
 )
 
 FORMATS = [Int(bits=2, block_size=16), Int(bits=3, block_size="row"), Int(bits=3, block_size=16, symmetric=True)]
@@ -121,3 +128,22 @@ def test_a_loss_that_is_not_finite_ends_it(task):
         learn_clipping(
             weights, dict.fromkeys(weights, FORMATS[0]), block, inputs, [targets * torch.nan], ClippingSettings()
         )
+
+
+def test_learning_can_start_at_searched_ranges(random_model, windows_WT):
+    """Before the first epoch the ranges are those that clipping finds, where they are below the usual start."""
+    _, call, hidden_STD = first_block(random_model("llama"), windows_WT)
+    with torch.no_grad():
+        targets_STD = call({}, hidden_STD)
+    number_format = Int(bits=2, block_size=16)
+    problem = BlockProblem(call, hidden_STD, targets_STD, dict.fromkeys(block_linears(call.block), number_format), 2)
+    found = search_block(problem, BlockResult(), SHRINK_FACTORS)
+    most = torch.tensor(4.0).sigmoid()
+    for name, logits_2ON in start_at(found).logits.items():
+        expected_ON = torch.minimum(found[name], most)
+        torch.testing.assert_close(logits_2ON.sigmoid(), torch.stack([expected_ON, expected_ON]))
+    losses = {}
+    for start in ("full", "search"):
+        result = reconstruct_block(problem, [Lwc(epochs=2, batch_size=2, start=start)], None)
+        losses[start] = result.notes["lwc"][0]
+    assert losses["search"] < losses["full"]
