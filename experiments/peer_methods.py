@@ -155,7 +155,7 @@ def hqq(task: PeerTask) -> float:
     meta_bits = 0
     for name, linear in task.model.named_modules():
         if isinstance(linear, nn.Linear) and name != HEAD:
-            quantized = HQQLinear(linear, config, del_orig=False, device=str(task.device))
+            quantized = HQQLinear(linear.to(task.device), config, del_orig=False, device=str(task.device))
             weight_OI = quantized.dequantize().to(linear.weight)
             meta_bits = sum(8 * quantized.meta[part].element_size() for part in ("scale", "zero"))
             linear.weight = nn.Parameter(weight_OI, requires_grad=False)
