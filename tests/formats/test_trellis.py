@@ -1,10 +1,12 @@
 """Trellis codes: the table, the packed stream, the error on normal values."""
 
+from statistics import NormalDist
+
 import pytest
 import torch
 
 from lqer.formats import Trellis, format_from_dict
-from lqer.formats.trellis import from_tiles, gaussian_table, ring_states, to_tiles
+from lqer.formats.trellis import from_tiles, ring_states, state_values, to_tiles
 
 CPU = torch.device("cpu")
 
@@ -26,29 +28,33 @@ def windows(packed_bytes: bytes, bits: int, state_bits: int) -> list[int]:
 class TestTable:
     @pytest.mark.parametrize("bits", [1, 2, 3, 4])
     @pytest.mark.parametrize("state_bits", [12, 13, 14, 15, 16])
-    def test_every_quantile_occurs_once_and_neighbours_lie_in_different_parts(self, bits, state_bits):
-        table_S = gaussian_table(state_bits, bits, CPU)
-        ascending_S = torch.special.ndtri((torch.arange(len(table_S), dtype=torch.float64) + 0.5) / len(table_S))
-        assert torch.equal(table_S.sort()[0], ascending_S.half().float())
-        part_S = torch.empty(len(table_S), dtype=torch.int64)
-        part_S[table_S.argsort(stable=True)] = torch.arange(len(table_S)) >> (state_bits - bits)
+    def test_neighbouring_states_lie_in_different_parts_of_the_distribution(self, bits, state_bits):
+        value_S = state_values(state_bits, bits, "gaussian", CPU)
         choices = 1 << bits
-        # float16 may make values on either side of a border equal; such a pair is counted in any order.
-        for parts in (part_S.view(-1, choices), part_S.view(choices, -1).T):
-            different = parts.sort(1)[0] == torch.arange(choices)
-            assert float(different.float().mean()) > 0.99
+        # Those that follow one state, then those that one state follows, by their order.
+        for values in (value_S.view(choices, -1).T, value_S.view(-1, choices)):
+            probability = torch.special.ndtr(values.sort(1)[0])
+            assert float(probability.diff(dim=1).min()) > 0.1 / choices
 
-    def test_the_order_is_linear_over_two_elements(self):
-        table_S = gaussian_table(12, 2, CPU)
-        rank_S = torch.empty(4096, dtype=torch.int64)
-        rank_S[table_S.double().argsort(stable=True)] = torch.arange(4096)
-        columns = [int(rank_S[1 << bit]) for bit in range(12)]
-        seed, expected = 1599, []
-        for _ in range(12):
-            seed = (1664525 * seed + 1013904223) % 2**32
-            expected.append(seed >> 20)
-        # Up to neighbours that are equal in float16.
-        assert all(abs(found - wanted) <= 4 for found, wanted in zip(columns, expected, strict=True))
+    def test_the_values_are_those_of_a_normal_distribution(self):
+        value_S = state_values(12, 2, "gaussian", CPU).double()
+        assert float(value_S.mean()) == pytest.approx(0.0, abs=2e-3)
+        assert float(value_S.square().mean()) == pytest.approx(1.0, abs=5e-3)
+        assert float(value_S.pow(4).mean()) == pytest.approx(3.0, abs=0.1)
+
+    def test_one_multiplication_finds_the_place_of_a_value(self):
+        state = 1234
+        u = ((0xB98C67C3 * state % 2**32) + 0.5) / 2**32 - 0.5
+        expected = NormalDist().inv_cdf(u + 0.5)
+        assert float(state_values(12, 2, "gaussian", CPU)[state]) == pytest.approx(expected, rel=2**-11)
+        expected = 2.824 * u - 20.286 * u**3 + 437.888 * u**5 - 2941.542 * u**7 + 6754.387 * u**9
+        assert float(state_values(12, 2, "polynomial", CPU)[state]) == pytest.approx(expected, rel=2**-11)
+
+    def test_the_polynomial_is_the_quantile_but_for_its_tails(self):
+        gaussian_S, polynomial_S = (state_values(16, 2, table, CPU) for table in ("gaussian", "polynomial"))
+        inner_S = gaussian_S.abs() < 2
+        assert float((gaussian_S - polynomial_S)[inner_S].abs().max()) < 0.08
+        assert float(polynomial_S.max()) == pytest.approx(2.77, abs=0.01)
 
 
 class TestPackedStream:
@@ -58,7 +64,7 @@ class TestPackedStream:
         packed = torch.randint(0, 256, (2, 3 * 32 * bits), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
         scales = torch.tensor([[0.5]])
         quantized = Trellis(bits, state_bits).unpack({"codes": packed, "scales": scales}, (32, 48), 1)
-        table_S = gaussian_table(state_bits, bits, CPU)
+        table_S = state_values(state_bits, bits, "gaussian", CPU)
         values_OI = quantized.dequantize()
         for row in range(2):
             for column in range(3):
@@ -95,12 +101,17 @@ class TestPackedStream:
 
 class TestError:
     @pytest.mark.parametrize(
-        ("bits", "state_bits", "rows", "most"),
-        [(1, 12, 32, 0.275), (2, 12, 64, 0.0705), (2, 16, 16, 0.070), (3, 12, 64, 0.0182), (4, 12, 64, 0.00475)],
-    )
-    def test_the_error_of_normal_values_is_near_the_bound(self, bits, state_bits, rows, most):
+        ("bits", "state_bits", "table", "rows", "most"),
+        [
+            (1, 12, "gaussian", 32, 0.280), (2, 12, "gaussian", 64, 0.0705), (2, 16, "gaussian", 16, 0.070),
+            (3, 12, "gaussian", 64, 0.0182), (4, 12, "gaussian", 64, 0.00475), (2, 12, "polynomial", 64, 0.071),
+            (4, 12, "polynomial", 64, 0.0053),
+        ],
+    )  # fmt: skip
+    def test_the_error_of_normal_values_is_near_the_bound(self, bits, state_bits, table, rows, most):
         x_OI = normal(rows, 256)
-        error = (Trellis(bits, state_bits).quantize(x_OI).dequantize() - x_OI).square().mean() / x_OI.square().mean()
+        values_OI = Trellis(bits, state_bits, table).quantize(x_OI).dequantize()
+        error = (values_OI - x_OI).square().mean() / x_OI.square().mean()
         assert 4.0**-bits < float(error) < most
 
     def test_scaling_a_tensor_scales_its_values(self):
@@ -133,7 +144,7 @@ class TestBadInput:
         [
             ({"bits": 5}, r"bits 5 is not in 1..4 \(trellis\)"),
             ({"bits": 2, "state_bits": 17}, r"state_bits 17 is not in 12..16 \(trellis\)"),
-            ({"bits": 2, "table": "normal"}, r"table 'normal' is not one of 'gaussian' \(trellis\)"),
+            ({"bits": 2, "table": "normal"}, r"table 'normal' is not one of 'gaussian', 'polynomial' \(trellis\)"),
             ({"bits": 2, "block_size": 16}, r"block_size 16 is not one of 'tensor' \(trellis\)"),
         ],
     )
