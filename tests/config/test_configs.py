@@ -123,6 +123,21 @@ def test_two_texts_are_evaluated_with_divergence_under_any_method(tmp_path):
     assert config.evaluation.baselines == ("original",)
 
 
+def test_the_largest_row_of_tesseraq_has_half_the_rates_batch_and_windows():
+    config = read_config(CONFIGS / "paper/tesseraq-w2g128-70b.toml")
+    settings = config.quantize.chosen_rounding.settings(2, None, 0)
+    assert (settings.steps, settings.batch_size, config.calibration.num_samples) == (250, 2, 256)
+    assert settings.learning_rate == settings.scale_learning_rate == 5e-4
+
+
+@pytest.mark.parametrize("name", ["tesseraq-fast", "tesseraq-gptq"])
+def test_a_small_budget_has_few_steps_at_large_rates(name):
+    config = read_config(CONFIGS / f"methods/{name}.toml", None, ["--model=some/model"])
+    settings = config.quantize.chosen_rounding.settings(2, None, 0)
+    assert (settings.steps, settings.learning_rate, settings.scale_learning_rate) == (50, 2e-2, 1e-2)
+    assert settings.keep_codes == (name == "tesseraq-gptq")
+
+
 def test_the_demo_needs_no_hub():
     config = read_config(CONFIGS / "demo.toml")
     assert config.model.startswith("demo:")
