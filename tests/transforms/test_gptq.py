@@ -74,5 +74,5 @@ def test_what_it_cannot_do_is_refused():
     assert unsupported_order([Awq(), GptqStart()]) is None
     scheme = Scheme(MXInt(4, block_size="tensor"), None, frozenset())
     assert "block_size" in GptqStart().unsupported_reason(scheme)
-    with pytest.raises(ValueError, match=r"scales 'best' is not one of 'minmax', 'search' \(gptq\)"):
+    with pytest.raises(ValueError, match=r"scales 'best' is not one of .* \(gptq\)"):
         GptqStart(scales="best")
