@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -48,6 +49,21 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
     )
 
 
+def plan_widths(config: Config, plans: Mapping[str, LinearPlan | None]) -> dict[str, tuple[NumberFormat, ...]]:
+    """The formats of quantize.widths for every linear that is quantized and has no weight format of its own."""
+    quantize = config.quantize
+    if quantize.budget_bits is None:
+        return {}
+    formats = tuple(config.formats[name] for name in quantize.widths)
+    own = [override for override in quantize.override if override.weight is not None]
+
+    def is_fixed(name: str) -> bool:
+        first = next((override for override in quantize.override if fnmatchcase(name, override.match)), None)
+        return any(first is override for override in own)
+
+    return {name: formats for name, plan in plans.items() if plan is not None and not is_fixed(name)}
+
+
 def _given(section: Any, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(section, name)) is not None}
 
@@ -75,8 +91,10 @@ def plan_model(config: Config, summary: ModelSummary) -> dict[str, LinearPlan | 
                 f"their names end in {', '.join(ends)}{hint}"
             )
     plans = {name: plan_linear(config, name) for name in summary.linears}
+    widths = plan_widths(config, plans)
     for name, plan in plans.items():
-        reason = None if plan is None else plan.weight.unsupported_shape(*summary.linears[name])
+        used = () if plan is None else widths.get(name, (plan.weight,))
+        reason = next((why for one in used if (why := one.unsupported_shape(*summary.linears[name]))), None)
         if reason is not None:
             raise ConfigError(f"quantize.weight: {name} has no such codes: {reason}; put it into quantize.skip")
     if config.quantize.attention != NOT_QUANTIZED and not summary.attention_is_registered:

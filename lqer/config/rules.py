@@ -49,7 +49,7 @@ def names_are_free(config: Config) -> Iterator[KeyedError]:
 def formats_exist(config: Config) -> Iterator[KeyedError]:
     """Every number format that is named somewhere is defined, and can be used there."""
     for loc, name in _named_formats(config):
-        optional = loc[-1] != "weight"
+        optional = loc[-1] != "weight" and "widths" not in loc
         if name == NOT_QUANTIZED and optional:
             continue
         if name not in config.formats:
@@ -65,6 +65,8 @@ def _named_formats(config: Config) -> Iterator[tuple[Loc, str]]:
     quantize = config.quantize
     for key in ("weight", "activation", "bias", "attention"):
         yield ("quantize", key), getattr(quantize, key)
+    for i, name in enumerate(quantize.widths):
+        yield ("quantize", "widths", i), name
     for key in ("format", "format_b"):
         if (name := getattr(quantize.low_rank, key)) is not None:
             yield ("quantize", "low_rank", key), name
@@ -119,11 +121,13 @@ def roundings_fit(config: Config) -> Iterator[KeyedError]:
     if own is not None and named is not None and named.kind != own.kind:
         rule = f'method "{quantize.method.kind}" always uses rounding "{own.kind}"'
         yield KeyedError(("quantize", "rounding"), f"{rule}; remove this key or set its options only", named.kind)
-    pairs: list[tuple[Loc, Rounding, str]] = [(("quantize", "rounding"), quantize.chosen_rounding, quantize.weight)]
+    usual = quantize.chosen_rounding
+    names = dict.fromkeys((quantize.weight, *quantize.widths))
+    pairs: list[tuple[Loc, Rounding, str]] = [(("quantize", "rounding"), usual, name) for name in names]
     for i, override in enumerate(quantize.override):
-        rounding, weight = override.rounding or quantize.chosen_rounding, override.weight or quantize.weight
+        rounding = override.rounding or usual
         key = "weight" if override.rounding is None else "rounding"
-        pairs.append((("quantize", "override", i, key), rounding, weight))
+        pairs += [(("quantize", "override", i, key), rounding, name) for name in quantize.weights_under(override)]
     for loc, rounding, weight in pairs:
         if (reason := quantize.method.unsupported_reason(rounding)) is not None:
             yield KeyedError(loc, reason, rounding.kind)
@@ -171,15 +175,32 @@ def budget_can_be_allocated(config: Config) -> Iterator[KeyedError]:
         yield KeyedError(loc, f"{rule} one rounding", budget)
 
 
+def widths_can_be_allocated(config: Config) -> Iterator[KeyedError]:
+    """A choice of formats goes with a budget, and nothing else is allocated."""
+    quantize, budget = config.quantize, config.quantize.budget_bits
+    if budget is None:
+        for key in ("widths", "tie_widths"):
+            if value := getattr(quantize, key):
+                yield KeyedError(("quantize", key), "must be unset without quantize.budget_bits", value)
+        return
+    if len(set(quantize.widths)) < 2:
+        rule = "requires two or more formats to choose from in quantize.widths"
+        yield KeyedError(("quantize", "budget_bits"), rule, budget)
+    if quantize.low_rank.budget_bits is not None:
+        rule = "must be unset with quantize.budget_bits: ranks are fixed while widths are allocated"
+        yield KeyedError(("quantize", "low_rank", "budget_bits"), rule, quantize.low_rank.budget_bits)
+    for i, name in enumerate(quantize.widths):
+        if config.formats[name].kind == "codebook":
+            yield KeyedError(("quantize", "widths", i), "must not be a codebook, whose tables are shared by rows", name)
+
+
 def transforms_fit(config: Config) -> Iterator[KeyedError]:
     """The transforms can be combined in this order, and apply to every linear's formats and statistics."""
     quantize, method = config.quantize, config.quantize.method
     if (reason := unsupported_order(quantize.transforms)) is not None:
         yield KeyedError(("quantize", "transforms"), reason)
-    for override in (None, *quantize.override):
-        weight, activation = (
-            (override and getattr(override, key)) or getattr(quantize, key) for key in ("weight", "activation")
-        )
+    for override, weight in [(one, name) for one in (None, *quantize.override) for name in quantize.weights_under(one)]:
+        activation = (override and override.activation) or quantize.activation
         rounding = (override and override.rounding) or quantize.chosen_rounding
         scheme = Scheme(
             config.formats[weight],
@@ -300,7 +321,7 @@ def _used(config: Config) -> set[str]:
     """The number formats of weights, A and B."""
     quantize = config.quantize
     low_ranks = [quantize.low_rank, *(quantize.low_rank_under(override) for override in quantize.override)]
-    names = {quantize.weight, *(override.weight for override in quantize.override)}
+    names = {quantize.weight, *quantize.widths, *(override.weight for override in quantize.override)}
     names |= {name for low_rank in low_ranks for name in (low_rank.format, low_rank.format_b)}
     return {name for name in names if name is not None and name != NOT_QUANTIZED}
 
@@ -327,6 +348,7 @@ RULES: tuple[Rule, ...] = (
     roundings_fit,
     ranks_are_reconstructed,
     budget_can_be_allocated,
+    widths_can_be_allocated,
     transforms_fit,
     pairs_differ,
     order_is_that_of_propagation,

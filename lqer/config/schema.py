@@ -108,6 +108,11 @@ class QuantizeConfig(Section):
 
     method: MethodSpec = LqerAct()
     weight: FormatName
+    # Formats that a linear can get in place of `weight`, so that all linears together have `budget_bits` per weight.
+    widths: tuple[FormatName, ...] = ()
+    budget_bits: Annotated[float, Field(gt=0, le=64)] | None = None
+    # Whether linears that share an input get the same one.
+    tie_widths: bool = False
     # By default the method's own, or nearest.
     rounding: RoundingSpec | None = None
     # Applied in this order: of the whole model, then of a block, then of one linear.
@@ -132,6 +137,11 @@ class QuantizeConfig(Section):
     def chosen_rounding(self) -> Rounding:
         """`rounding`, or else the method's."""
         return self.rounding or self.method.rounding or Nearest()
+
+    def weights_under(self, override: OverrideConfig | None) -> tuple[FormatName, ...]:
+        """The formats that weights can get after applying an override. One of its own exempts them from the choice."""
+        own = None if override is None else override.weight
+        return (own,) if own is not None else self.widths or (self.weight,)
 
     @property
     def roundings(self) -> dict[Loc, Rounding]:

@@ -108,7 +108,10 @@ class BlockRun:
 
         Raises ModelError if the block returns no hidden states.
         """
-        hidden_BTD = self.hidden.load(batch, self.device)
+        return self.differentiable_output(batch, self.hidden.load(batch, self.device))
+
+    def differentiable_output(self, batch: int, hidden_BTD: Tensor) -> Tensor:
+        """The output on hidden states in place of the batch's own, with a gradient where the caller enables it."""
         call = self.hidden.calls[self.index][batch].to(self.device)
         with nullcontext() if self._attention is None else attention_as(self.block, self._attention):
             output = self.block(hidden_BTD, *call.args, **call.kwargs)
@@ -149,23 +152,31 @@ def walk_to_logits(
     The logits are those of the model's own forward pass, which is run with the last block's outputs in its place.
     progress: wraps the iterator over the blocks, such as tqdm.
     """
-    model, blocks, device = opened.model, opened.blocks, opened.device
     hidden = embed(opened, batches)
     for run in progress(_block_runs(opened, hidden)):
         run.forward()
 
     @torch.no_grad()
     def logits(batch: int) -> Tensor:
-        recorders = [_Recorder(block) for block in blocks]
-        for recorder in recorders:
-            recorder.returns_tuple = hidden.blocks_return_tuples
-        recorders[-1].answer = hidden.load(batch, device)
-        with _replaced(blocks, recorders):
-            logits_BTV = model(input_ids=batches[batch].to(device), use_cache=False).logits
+        states_BTD = hidden.load(batch, opened.device)
+        logits_BTV = logits_of_states(opened, batches[batch], states_BTD, hidden.blocks_return_tuples)
         hidden.offload.release_pages()
         return logits_BTV
 
     return logits
+
+
+def logits_of_states(opened: OpenedModel, ids_BT: Tensor, states_BTD: Tensor, returns_tuple: bool) -> Tensor:
+    """The logits (B, T, V) of the model's own forward pass with the last block's outputs replaced by `states_BTD`.
+
+    returns_tuple: whether the model's blocks do.
+    """
+    recorders = [_Recorder(block) for block in opened.blocks]
+    for recorder in recorders:
+        recorder.returns_tuple = returns_tuple
+    recorders[-1].answer = states_BTD
+    with _replaced(opened.blocks, recorders):
+        return opened.model(input_ids=ids_BT.to(opened.device), use_cache=False).logits
 
 
 def _block_runs(opened: OpenedModel, hidden: HiddenStates) -> Iterator[BlockRun]:

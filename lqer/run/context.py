@@ -9,26 +9,29 @@ import torch
 
 from lqer.checkpoint.backend import Backend, resolve_backend
 from lqer.config import Config
-from lqer.config.plan import plan_model
+from lqer.config.plan import plan_model, plan_widths
 from lqer.config.rules import STORE_FOLDER
 from lqer.errors import ModelError
 from lqer.evaluation.downstream import check_tasks
+from lqer.formats import NumberFormat
 from lqer.methods import LinearPlan
 from lqer.models.probe import check_walk
 from lqer.models.source import ModelSource, check_weights, pick_device, pick_dtype, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
 from lqer.stages.allocate_ranks import check_budget
+from lqer.stages.allocate_widths import check_widths
 from lqer.store.offload import Offload
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run; `plans` holds None for a linear that is skipped."""
+    """One run; `plans` holds None for a linear that is skipped, `choices` the formats of weights that have several."""
 
     config: Config
     source: ModelSource
     summary: ModelSummary
     plans: dict[str, LinearPlan | None]
+    choices: dict[str, tuple[NumberFormat, ...]]
     device: torch.device
     dtype: torch.dtype
     backend: Backend
@@ -55,13 +58,19 @@ def prepare(config: Config) -> RunContext:
             raise ModelError(f"model: no text reaches {name}: skip it and its like (quantize.skip)")
     if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
         check_budget(plans, summary.linears, budget_bits)
+    choices = plan_widths(config, plans)
+    if config.quantize.budget_bits is not None:
+        check_widths(plans, choices, summary.linears, config.quantize.budget_bits)
     if config.evaluation.downstream is not None:
         downstream = config.evaluation.downstream
         check_tasks(downstream.tasks, downstream.task_folder, downstream.data_folder, downstream.num_fewshot)
     dtype = pick_dtype(config.dtype, source, device)
     formats = {name: (plan.weight, plan.activation) for name, plan in plans.items() if plan is not None}
+    for name, plan in plans.items():
+        if plan is not None and name in choices:
+            formats |= {f"{name} ({one.kind}, {i})": (one, plan.activation) for i, one in enumerate(choices[name])}
     wanted = config.evaluation.backend
     if wanted == "auto" and config.finetune is not None and "low_rank" in config.finetune.parts:
         wanted = "emulate"  # kernels do not support fine-tuned columns of A and B
     backend = resolve_backend(wanted, device, dtype, formats)
-    return RunContext(config, source, summary, plans, device, dtype, backend)
+    return RunContext(config, source, summary, plans, choices, device, dtype, backend)

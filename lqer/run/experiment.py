@@ -19,6 +19,7 @@ from lqer.models.streaming import open_model
 from lqer.run.context import RunContext
 from lqer.run.texts import EvaluationText, Texts
 from lqer.stages.allocate_ranks import BudgetedPlans, MeasureSpectra
+from lqer.stages.allocate_widths import WINDOWS, MeasureWidths, WidthPlans, plans_to_measure
 from lqer.stages.base import Stage
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.divergence import OriginalDistributions, WindowDivergence
@@ -30,6 +31,7 @@ from lqer.stages.evaluate import (
     WindowPerplexity,
 )
 from lqer.stages.finetune import Finetune
+from lqer.stages.plans import AnyPlans
 from lqer.stages.quantize import Quantize, input_roundings, requested_statistics
 from lqer.stages.quantize_sequential import QuantizeSequentially
 from lqer.stages.rotate import Rotate
@@ -51,6 +53,7 @@ class Experiment:
     rotate: Rotate | None
     calibrate: Calibrate | None
     spectra: MeasureSpectra | None
+    widths: MeasureWidths | None
     quantize: QuantizeStage
     rtn: QuantizeStage | None
     finetune: Finetune | None
@@ -66,7 +69,9 @@ class Experiment:
         return self.finetune or self.quantize
 
     def before_quantize(self) -> Iterator[Stage]:
-        yield from filter(None, (self.rotate, self.calibrate, self.spectra))
+        # Its statistics are those of `calibrate` where there are any.
+        measured = self.widths.calibration if self.widths is not None and self.calibrate is None else None
+        yield from filter(None, (self.rotate, self.calibrate, self.spectra, measured, self.widths))
 
     def quantizing(self) -> Iterator[QuantizeStage]:
         yield from filter(None, (self.quantize, self.rtn))
@@ -96,12 +101,14 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
     if (rotation := config.quantize.model_transform) is not None:
         model = Rotate(context.source, config.seed, device, rotation)
     calibrate = spectra = None
+    plans: AnyPlans = context.plans
+    if config.quantize.budget_bits is not None:
+        plans = _width_plans(context, model, texts, config.quantize.budget_bits)
     quantize: QuantizeStage
     if not config.quantize.propagates_error:
         requested = requested_statistics(context.plans)
         roundings = input_roundings(context.plans) if config.calibration.round_inputs else None
         calibrate = Calibrate(model, texts.calibration, requested, dtype, device, context.offload(), roundings)
-        plans: Any = context.plans
         if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
             spectra = MeasureSpectra.of(calibrate, context.plans)
             plans = BudgetedPlans(context.plans, spectra, budget_bits, context.summary.linears, context.summary.blocks)
@@ -109,12 +116,16 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
     else:
         transforms = tuple(part for part in config.quantize.transforms if isinstance(part, BlockTransform))
         quantize = QuantizeSequentially(
-            model, texts.calibration, context.plans, _attention(context), transforms, config.seed, dtype, device,
+            model, texts.calibration, plans, _attention(context), transforms, config.seed, dtype, device,
             tokenizer, context.offload(), "quantize", config.calibration.round_inputs, config.quantize.order,
         )  # fmt: skip
     rtn = None
     if "rtn" in config.evaluation.baselines:
-        without_low_rank = {name: plan and plan.without_low_rank() for name, plan in context.plans.items()}
+        without_low_rank: AnyPlans
+        if isinstance(plans, WidthPlans):
+            without_low_rank = replace(plans, low_rank=False)
+        else:
+            without_low_rank = {name: plan and plan.without_low_rank() for name, plan in context.plans.items()}
         rtn = replace(quantize, plans=without_low_rank, label="quantize (without low-rank reconstruction)")
     finetune = None
     if config.finetune is not None:
@@ -135,9 +146,29 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
     perplexity = {candidate.role: _perplexity(context, candidate, tokenizer, texts) for candidate in candidates}
     downstream = _downstream(context, candidates, tokenizer)
     rotate = model if isinstance(model, Rotate) else None
+    widths = plans.widths if isinstance(plans, WidthPlans) else None
     return Experiment(
-        rotate, calibrate, spectra, quantize, rtn, finetune, tuple(candidates), perplexity, distributions, divergence,
-        downstream,
+        rotate, calibrate, spectra, widths, quantize, rtn, finetune, tuple(candidates), perplexity, distributions,
+        divergence, downstream,
+    )  # fmt: skip
+
+
+def _width_plans(context: RunContext, model: ModelSource | Rotate, texts: Texts, budget_bits: float) -> WidthPlans:
+    """The plans under quantize.budget_bits; losses are measured on the original model, whatever propagates errors."""
+    config, choices, offload = context.config, context.choices, context.offload()
+    measured = plans_to_measure(context.plans, choices)
+    # The same as for quantization where blocks are independent of each other.
+    requested = requested_statistics(measured if config.quantize.propagates_error else context.plans)
+    roundings = input_roundings(context.plans) if config.calibration.round_inputs else None
+    calibrate = Calibrate(model, texts.calibration, requested, context.dtype, context.device, offload, roundings)
+    formats = tuple(config.formats[name] for name in config.quantize.widths)
+    widths = MeasureWidths(
+        model, calibrate, measured, formats, texts.calibration.windows_WT[:WINDOWS], texts.calibration.batch_size,
+        config.seed, context.dtype, context.device, offload,
+    )  # fmt: skip
+    return WidthPlans(
+        context.plans, choices, widths, budget_bits, config.quantize.tie_widths, True, context.summary.linears,
+        context.summary.blocks,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from lqer.run.outcome import headline, write_traceback
 from lqer.run.preflight import CheckedRun, check_run
 from lqer.run.texts import Texts
 from lqer.stages.allocate_ranks import Budget, BudgetedPlans
+from lqer.stages.allocate_widths import WidthPlans, Widths
 from lqer.stages.base import Stage
 from lqer.stages.quantize import Quantize
 from lqer.store.store import Artifact, Store
@@ -125,8 +126,10 @@ def _quantize(stage: QuantizeStage, store: Store, chunk: Chunk | None, blocks: i
 
 
 def _log_budget(experiment: Experiment, store: Store) -> Budget | None:
-    """The ranks that quantize.low_rank.budget_bits leads to; None without a budget."""
+    """The ranks that quantize.low_rank.budget_bits leads to; None without a budget. Widths are logged as well."""
     plans = experiment.quantize.plans
+    if isinstance(plans, WidthPlans):
+        _log_widths(plans, plans.allocate(store))
     if not isinstance(plans, BudgetedPlans):
         return None
     budget = plans.allocate(store)
@@ -136,6 +139,17 @@ def _log_budget(experiment: Experiment, store: Store) -> Budget | None:
         budget.allocation.uniform_rank, budget.uniform_average_bits, budget.allocation.uniform_objective,
     )  # fmt: skip
     return budget
+
+
+def _log_widths(plans: WidthPlans, widths: Widths) -> None:
+    names = [f"{one.kind} {one.bits_per_value(4096):g}" for one in plans.widths.formats]
+    uniform = "the narrowest" if widths.allocation.uniform is None else names[widths.allocation.uniform]
+    log.info(
+        "widths: %.4f of %g bits, %s; estimated divergence %.5g nats per token, with %s for all (%.4f bits) %.5g",
+        widths.average_bits, plans.budget_bits,
+        ", ".join(f"{count} of {name} bits" for name, count in zip(names, widths.counts, strict=True)),
+        widths.allocation.loss, uniform, widths.uniform_average_bits, widths.allocation.uniform_loss,
+    )  # fmt: skip
 
 
 def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget | None) -> Made:

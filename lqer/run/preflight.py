@@ -115,7 +115,7 @@ def describe(config: Config, say: Callable[[str], None]) -> None:
     quantize = config.quantize
     say(f"{config.tag}: {config.model}")
     say(
-        f"method {quantize.method.kind}, {_shown_rank(quantize.low_rank)}; weights {_shown(config, quantize.weight)}; "
+        f"method {quantize.method.kind}, {_shown_rank(quantize.low_rank)}; weights {_shown_weights(config)}; "
         f"activations {_shown(config, quantize.activation)}; A and B {_shown(config, quantize.low_rank.format)}; "
         f"attention operands {_shown(config, quantize.attention)}"
     )
@@ -165,6 +165,13 @@ def check_fit(context: RunContext, say: Callable[[str], None], made: Mapping[str
 
 def _shown_rank(low_rank: LowRankConfig) -> str:
     return f"rank {low_rank.rank}" if low_rank.budget_bits is None else f"ranks within {low_rank.budget_bits:g} bits"
+
+
+def _shown_weights(config: Config) -> str:
+    quantize = config.quantize
+    if quantize.budget_bits is None:
+        return _shown(config, quantize.weight)
+    return f"{', '.join(_shown(config, name) for name in quantize.widths)} within {quantize.budget_bits:g} bits"
 
 
 def _shown(config: Config, format_name: str) -> str:

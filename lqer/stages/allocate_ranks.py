@@ -140,11 +140,6 @@ class BudgetedPlans:
         return allocate_ranks(self.plans, self.spectra.artifact(store), self.blocks, self.shapes, self.budget_bits)
 
 
-def resolve_plans(plans: Plans | BudgetedPlans, store: Store) -> Plans:
-    """The plans with every rank known."""
-    return plans.allocate(store).plans if isinstance(plans, BudgetedPlans) else plans
-
-
 @dataclass(frozen=True)
 class Budget:
     """The plans with their ranks, and how they compare with a uniform rank."""

@@ -33,10 +33,11 @@ from lqer.models.open import open_stored
 from lqer.models.structure import block_linears
 from lqer.nn.linear import output_error, weight_error
 from lqer.rounding.hessian import HessianError
-from lqer.stages.allocate_ranks import BudgetedPlans, Plans, resolve_plans
+from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gather import BlockStatistics, InputRoundings
+from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.rotate import source_of
 from lqer.statistics import ALWAYS, Statistic
 from lqer.store.names import block_file, layers_file, spectra_file
@@ -86,7 +87,7 @@ class Quantize(Stage):
     version: ClassVar[int] = QUANTIZE_VERSION
 
     calibration: Calibrate
-    plans: Plans | BudgetedPlans
+    plans: AnyPlans
     attention: Mapping[str, Any] | None
     seed: int
     device: torch.device

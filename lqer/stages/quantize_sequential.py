@@ -34,9 +34,9 @@ from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
-from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.gather import CalibrationText
+from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.quantize import (
     QUANTIZE_VERSION,
     BlockWork,
@@ -67,7 +67,7 @@ class QuantizeSequentially(Stage):
 
     model: ModelSource | Rotate
     text: CalibrationText
-    plans: Plans
+    plans: AnyPlans
     attention: Mapping[str, Any] | None
     transforms: tuple[BlockTransform, ...]
     seed: int
@@ -84,7 +84,12 @@ class QuantizeSequentially(Stage):
 
     def build(self, workspace: Workspace, store: Store) -> None:
         settings = QuantizeSettings(
-            self.plans, self.attention, self.seed, self.transforms, self.round_inputs, self.order
+            resolve_plans(self.plans, store),
+            self.attention,
+            self.seed,
+            self.transforms,
+            self.round_inputs,
+            self.order,
         )
         source = source_of(self.model, store)
         stored = open_stored(source, self.device)

@@ -86,6 +86,10 @@ class Rotation(ABC):
         """Transform inputs back, x = Vᵀ x' for every row, in x's dtype."""
 
     @abstractmethod
+    def output_gradient(self, g_TO: Tensor) -> Tensor:
+        """Gradients with respect to y' from those with respect to y = Uᵀ y', U g for every row, in g's dtype."""
+
+    @abstractmethod
     def output(self, y_TO: Tensor) -> Tensor:
         """Transform outputs back, y = Uᵀ y' for every row, in y's dtype."""
 

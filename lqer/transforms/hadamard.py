@@ -67,6 +67,9 @@ class RandomHadamard(Rotation):
     def inverse_input(self, x_TI: Tensor) -> Tensor:
         return _inverse_randomized(x_TI, self.input_signs_I)
 
+    def output_gradient(self, g_TO: Tensor) -> Tensor:
+        return _randomized(g_TO, self.output_signs_O)
+
     def output(self, y_TO: Tensor) -> Tensor:
         return _inverse_randomized(y_TO, self.output_signs_O)
 

@@ -421,6 +421,34 @@ class TestMistakes:
         rule = "input-difference compares the quantized model's inputs with the original model's"
         assert f"quantize.propagate_error: must be true (or unset): {rule}; found False" in message
 
+    @pytest.mark.parametrize(
+        ("overrides", "parts"),
+        [
+            (["widths=['w4', 'x8']"], ["quantize.widths: must be unset without quantize.budget_bits"]),
+            (["tie_widths=true"], ["quantize.tie_widths: must be unset without quantize.budget_bits"]),
+            (["budget_bits=5"], ["quantize.budget_bits: requires two or more formats to choose from"]),
+            (["budget_bits=5", "widths=['w4', 'w4']"], ["quantize.budget_bits: requires two or more formats"]),
+            (["budget_bits=5", "widths=['w4', 'x9']"], ["quantize.widths.1: no such number format", "allowed: w4, x8"]),
+            (["budget_bits=5", "widths=['w4', 'none']"], ["quantize.widths.1: no such number format"]),
+            (
+                ["budget_bits=5", "widths=['w4', 'x8']", "low_rank={ budget_bits = 5 }"],
+                ["low_rank.budget_bits: must be unset with quantize.budget_bits"],
+            ),
+        ],
+    )
+    def test_widths_without_a_budget_and_a_budget_without_widths_are_refused(self, base, overrides, parts):
+        message = mistake(base, *(f"--quantize.{override}" for override in overrides))
+        for part in parts:
+            assert part in message
+
+    def test_a_format_of_the_widths_that_its_rounding_objects_to_is_refused(self, base):
+        message = mistake(
+            base, "--quantize.method=none", "--quantize.low_rank.rank=0", "--quantize.rounding=gptq",
+            "--formats.half={ kind = 'passthrough', dtype = 'float16' }", "--quantize.budget_bits=5",
+            "--quantize.widths=['w4', 'half']",
+        )  # fmt: skip
+        assert 'half-precision weights have no rounding error to compensate (weights are "half")' in message
+
     def test_statistics_of_rounded_inputs_need_a_format_to_round_them_to(self, base):
         rounded = ["--calibration.round_inputs=true", "--quantize.activation=x8"]
         assert read_config(base, None, rounded).calibration.round_inputs

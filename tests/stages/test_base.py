@@ -47,7 +47,8 @@ def with_zeros(stage: type[Stage], **fields: Any) -> Stage:
 
 def test_the_stages_of_a_run_are_all_here():
     assert {stage.name for stage in STAGES} == {
-        "rotate", "calibrate", "spectra", "quantize", "finetune", "perplexity", "downstream",
+        "rotate", "calibrate", "spectra", "widths", "quantize", "finetune", "perplexity", "downstream", "distribution",
+        "divergence",
     }  # fmt: skip
 
 

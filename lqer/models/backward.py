@@ -1,0 +1,112 @@
+"""Gradients of a model's loss with respect to the outputs of its linears, one decoder block at a time, last to first.
+
+    forward     the hidden states before every block are kept; only one block is in memory
+    loss        Σ_t −log p(y_t | x_<t) with y_t drawn from the model's own distribution p: E[g gᵀ] is then the Hessian
+                of the divergence from that distribution (the Fisher information)
+    backward    block by block, last first: run it again on its inputs, and differentiate
+
+So a model that is read from disk needs the memory of one block, its activations, and the hidden states of all blocks,
+which the model's offload allocates.
+
+Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, V vocabulary, N tokens of a call,
+I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lqer.models.loaders import OpenedModel
+from lqer.models.walker import BlockRun, HiddenStates, embed, logits_of_states, refuse_non_finite
+
+# Gets the input x (N, I) of a call of a linear and the gradient (N, O) with respect to its output.
+Visit = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class BackwardRun:
+    """One decoder block, its inputs, and the gradients with respect to its outputs (W, T, D), float32."""
+
+    run: BlockRun
+    gradients_WTD: Tensor
+
+    @property
+    def index(self) -> int:
+        return self.run.index
+
+    def backward(self, visits: Mapping[str, Visit]) -> None:
+        """Differentiate every batch: gradients with respect to the inputs replace those with respect to the outputs.
+
+        visits: by name of a linear of the block.
+        """
+        for batch, windows in enumerate(self.run.hidden.batches):
+            inputs_BTD = self.run.hidden.load(batch, self.run.device).requires_grad_()
+            calls: list[tuple[str, Tensor, Tensor]] = []
+            with torch.enable_grad(), _recorded(self.run.block, visits, calls):
+                output_BTD = self.run.differentiable_output(batch, inputs_BTD)
+            # A copy: gradients of the last sum are this very tensor, and its memory is overwritten below.
+            gradient_BTD = self.gradients_WTD[windows].to(output_BTD, copy=True)
+            wanted = [inputs_BTD, *(output for _, _, output in calls)]
+            found = torch.autograd.grad(output_BTD, wanted, gradient_BTD, allow_unused=True)
+            self.gradients_WTD[windows] = found[0].to(torch.float32).cpu()
+            for (name, x, _), gradient in zip(calls, found[1:], strict=True):
+                if gradient is not None:
+                    visits[name](x.flatten(0, -2), gradient.flatten(0, -2))
+
+
+def walk_backward(opened: OpenedModel, windows_WT: Tensor, batch_size: int, seed: int) -> Iterator[BackwardRun]:
+    """The blocks, last to first; the caller runs each backward exactly once before it asks for the next one.
+
+    windows_WT: int64 token ids. seed: of the tokens that are drawn. Raises ModelError for parameters that are not
+    finite.
+    """
+    batches = windows_WT.split(batch_size)
+    states = [embed(opened, batches)]
+    indices = range(len(opened.blocks))
+    for index, block in opened.loader.load_each(opened.blocks, indices, opened.device):
+        refuse_non_finite(block.named_parameters(f"{opened.name}.{index}"))
+        states.append(states[0].empty_like())
+        _run(opened, index, block, states).forward(to=states[-1])
+    gradients_WTD = opened.offload.zeros(states[0].states_WTD.shape, torch.float32, torch.device("cpu"))
+    for batch in range(len(batches)):
+        gradients_WTD[states[0].batches[batch]] = _loss_gradient(opened, batches, states[-1], batch, seed).cpu()
+    for index, block in opened.loader.load_each(opened.blocks, indices[::-1], opened.device):
+        yield BackwardRun(_run(opened, index, block, states), gradients_WTD)
+
+
+def _run(opened: OpenedModel, index: int, block: nn.Module, states: Sequence[HiddenStates]) -> BlockRun:
+    return BlockRun(index, f"{opened.name}.{index}", block, states[index], opened.device)
+
+
+def _loss_gradient(
+    opened: OpenedModel, batches: Sequence[Tensor], states: HiddenStates, batch: int, seed: int
+) -> Tensor:
+    """∂L/∂h of the last block's outputs h on one batch, float32 (B, T, D)."""
+    hidden_BTD = states.load(batch, opened.device).requires_grad_()
+    generator = torch.Generator(opened.device).manual_seed(seed + batch)
+    with torch.enable_grad():
+        logits_BTV = logits_of_states(opened, batches[batch], hidden_BTD, states.blocks_return_tuples)
+        log_p_NV = logits_BTV.flatten(0, 1).to(torch.float32).log_softmax(-1)
+        drawn_N1 = torch.multinomial(log_p_NV.detach().exp(), 1, generator=generator)
+        (gradient_BTD,) = torch.autograd.grad(-log_p_NV.gather(1, drawn_N1).sum(), hidden_BTD)
+    return gradient_BTD.to(torch.float32)
+
+
+@contextmanager
+def _recorded(block: nn.Module, names: Iterable[str], calls: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
+    """While active, append the name, input and output of every call of the named linears to `calls`."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, output: calls.append((name, args[0].detach(), output))
+
+    hooks = [block.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()

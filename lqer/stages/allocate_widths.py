@@ -1,0 +1,283 @@
+"""Stage "widths" and the weight formats that follow from it: the width of every linear under a budget of average bits.
+
+What a format f in a linear l adds to the model's loss is measured on the original model, to second order. With an error
+E of the weight, inputs x_t and gradients g_t = ∂L/∂y_t of the original's loss with respect to the linear's outputs
+
+    Δ_l(f) = ½ Σ_t Σ_o (g_to · (E x_t)_o)²  /  tokens         nats per token
+
+the divergence from the original for errors that are small and independent of each other (lqer/models/backward.py says
+which loss). E is that of the plan's own rounding under its statistics, on a sample of the output rows; a linear that is
+rotated is measured in its rotated basis. The stage stores, in a safetensors file per decoder block, `<linear>.losses`
+(F,) float64 in the order of the formats. The allocation itself (lqer/rounding/width_allocation.py) takes no time and
+has no artifact: the formats are part of the plans.
+
+Shapes: O out_features, I in_features, S sampled rows, N tokens of a call, F formats, W windows, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lqer.errors import ConfigError, ModelError
+from lqer.formats import NonFiniteError, NumberFormat
+from lqer.lowrank.rank_allocation import factor_bits, row_bits
+from lqer.methods import LinearPlan
+from lqer.methods.base import Target
+from lqer.models.backward import Visit, walk_backward
+from lqer.models.loaders import OpenedModel
+from lqer.models.source import ModelSource
+from lqer.models.streaming import open_model
+from lqer.models.structure import block_linears
+from lqer.rounding.hessian import HessianError
+from lqer.rounding.width_allocation import Allocation, Curve, allocate_widths, joined
+from lqer.stages.allocate_ranks import Plans
+from lqer.stages.base import Stage, no_effect
+from lqer.stages.calibrate import Calibrate
+from lqer.stages.gather import BlockStatistics
+from lqer.stages.rotate import Rotate, source_of
+from lqer.store.names import block_file, sites_file
+from lqer.store.offload import Offload
+from lqer.store.store import Artifact, Store, Workspace
+
+WINDOWS = 8  # of the calibration text, that gradients are taken on
+SAMPLED_ROWS = 512  # of a weight, in runs of ROW_RUN: tiles of 16 rows share codes in some formats
+ROW_RUN = 16
+
+# By linear, the formats to choose from; linears that are not in it keep the format of their plan.
+Choices = Mapping[str, tuple[NumberFormat, ...]]
+
+
+@dataclass(frozen=True)
+class MeasureWidths(Stage):
+    """What every format adds to the loss in every linear that has a choice."""
+
+    name: ClassVar[str] = "widths"
+    version: ClassVar[int] = 1
+
+    model: ModelSource | Rotate
+    calibration: Calibrate
+    plans: Plans
+    formats: tuple[NumberFormat, ...]
+    windows_WT: Tensor
+    batch_size: int
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    offload: Offload = field(metadata=no_effect("it decides where numbers are stored, not their values"))
+
+    def build(self, workspace: Workspace, store: Store) -> None:
+        opened = open_model(source_of(self.model, store), self.dtype, self.device, self.offload)
+        measure_widths(
+            workspace, opened, self.calibration.artifact(store), self.plans, self.formats, self.windows_WT,
+            self.batch_size, self.seed,
+        )  # fmt: skip
+
+
+def plans_to_measure(plans: Plans, choices: Choices) -> Plans:
+    """Only what decides the errors of rounding: None for linears without a choice."""
+    return {
+        name: None if plan is None or name not in choices else replace(
+            plan.without_low_rank(), weight=choices[name][0], activation=None, bias=None, asymmetric=0.0
+        )
+        for name, plan in plans.items()
+    }  # fmt: skip
+
+
+def measure_widths(
+    workspace: Workspace,
+    opened: OpenedModel,
+    calibration: Artifact,
+    plans: Plans,
+    formats: Sequence[NumberFormat],
+    windows_WT: Tensor,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Write the losses of every block that `workspace` does not hold yet.
+
+    Raises ModelError, naming the linear, where a weight is not finite or calibration never reached it.
+    """
+    runs = walk_backward(opened, windows_WT, batch_size, seed)
+    for run in tqdm(runs, total=len(opened.blocks), desc="widths", unit="block"):
+        if block_file(run.index) in workspace:
+            run.backward({})
+            continue
+        statistics = BlockStatistics.read(calibration, run.index).to(opened.device)
+        tensors: dict[str, Tensor] = {}
+        visits: dict[str, Visit] = {}
+        for name, linear in block_linears(run.run.block).items():
+            full_name = f"{run.run.name}.{name}"
+            plan = plans[full_name]
+            if plan is None:
+                continue
+            weight_OI = linear.weight.detach().to(opened.device, torch.float32)
+            try:
+                target = plan.method.target(weight_OI, statistics.of(full_name), plan)
+                rows_S = sampled_rows(len(weight_OI)).to(opened.device)
+                errors = [row_errors(target, rows_S, plan, number_format) for number_format in formats]
+            except (NonFiniteError, HessianError) as error:
+                raise ModelError(f"{full_name}: {error}") from None
+            losses_F = tensors[f"{full_name}.losses"] = torch.zeros(len(formats), dtype=torch.float64)
+            scale = len(weight_OI) / len(rows_S) / windows_WT.numel()
+            visits[name] = partial(_add_losses, losses_F, target, rows_S, errors, scale)
+        run.backward(visits)
+        workspace.write_tensors(block_file(run.index), tensors)
+
+
+def _add_losses(
+    losses_F: Tensor, target: Target, rows_S: Tensor, errors: Sequence[Tensor], scale: float, x_NI: Tensor, g_NO: Tensor
+) -> None:
+    x_NI, g_NO = x_NI.to(torch.float32), g_NO.to(torch.float32)
+    if target.rotation is not None:
+        x_NI, g_NO = target.rotation.input(x_NI), target.rotation.output_gradient(g_NO)
+    losses_F += scale * added_losses(x_NI, g_NO[:, rows_S], errors).cpu()
+
+
+def added_losses(x_NI: Tensor, g_NS: Tensor, errors: Sequence[Tensor]) -> Tensor:
+    """½ Σ_t Σ_s (g_ts (E x_t)_s)² of each error E (S, I), float64 (F,)."""
+    products = [((x_NI @ error_SI.T) * g_NS).square().sum(dtype=torch.float64) for error_SI in errors]
+    return 0.5 * torch.stack(products)
+
+
+def row_errors(target: Target, rows_S: Tensor, plan: LinearPlan, number_format: NumberFormat) -> Tensor:
+    """E = W − W_q of some rows (S, I) by the plan's rounding in that format."""
+    weight_SI = target.weight_OI[rows_S]
+    return weight_SI - plan.rounding.round(weight_SI, target.statistics, number_format).dequantize()
+
+
+def sampled_rows(out_features: int) -> Tensor:
+    """Indices of SAMPLED_ROWS rows, in runs of ROW_RUN that are evenly spaced; of all rows where there are fewer."""
+    if out_features <= SAMPLED_ROWS:
+        return torch.arange(out_features)
+    runs, taken = out_features // ROW_RUN, SAMPLED_ROWS // ROW_RUN
+    first = torch.arange(taken) * runs // taken * ROW_RUN
+    return (first[:, None] + torch.arange(ROW_RUN)).flatten()
+
+
+@dataclass(frozen=True)
+class WidthPlans:
+    """Plans whose weight formats follow from a budget of average bits, once the losses are known.
+
+    tied: whether linears that share an input get one format. low_rank: whether the plans keep A and B, whose bits are
+    part of the budget all the same.
+    """
+
+    plans: Plans
+    choices: Choices
+    widths: MeasureWidths
+    budget_bits: float
+    tied: bool
+    low_rank: bool
+    # (out_features, in_features) by linear.
+    shapes: Mapping[str, tuple[int, int]] = field(metadata=no_effect("the model decides them"))
+    blocks: int = field(metadata=no_effect("the model decides it"))
+
+    def allocate(self, store: Store) -> Widths:
+        """The plans with their formats. Raises ConfigError where the narrowest of all exceed the budget."""
+        losses, sites = self.widths.artifact(store), self.widths.calibration.artifact(store)
+        tensors = {key: value for i in range(self.blocks) for key, value in losses.tensors(block_file(i)).items()}
+        site_of = {name: site for i in range(self.blocks) for name, site in sites.json(sites_file(i)).items()}
+        found = {name: tensors[f"{name}.losses"].tolist() for name in self.choices}
+        ties = site_of if self.tied else {}
+        widths = allocate(self.plans, self.choices, found, ties, self.shapes, self.budget_bits, losses.seconds)
+        if self.low_rank:
+            return widths
+        return replace(widths, plans={name: plan and plan.without_low_rank() for name, plan in widths.plans.items()})
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The plans with their formats, and how they compare with one format for all."""
+
+    plans: Plans
+    allocation: Allocation
+    average_bits: float
+    uniform_average_bits: float
+    counts: tuple[int, ...]  # of linears, by format
+    seconds: float
+
+
+def allocate(
+    plans: Plans,
+    choices: Choices,
+    losses: Mapping[str, Sequence[float]],
+    ties: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, int]],
+    budget_bits: float,
+    seconds: float = 0.0,
+) -> Widths:
+    """Give every linear that has a choice one of its formats, so that all linears together stay within the budget.
+
+    losses: by linear and format. ties: the group of a linear, where groups share a format.
+    """
+    weights = sum(math.prod(shapes[name]) for name, plan in plans.items() if plan is not None)
+    fixed = fixed_bits(plans, choices, shapes)
+    groups: dict[str, list[str]] = {}
+    for name in choices:
+        groups.setdefault(ties.get(name, name), []).append(name)
+    curves = {
+        group: joined([
+            Curve(tuple(weight_bits(one, *shapes[name]) for one in choices[name]), tuple(losses[name]))
+            for name in names
+        ])
+        for group, names in groups.items()
+    }  # fmt: skip
+    allocation = allocate_widths(curves, int(budget_bits * weights) - fixed)
+    chosen = {name: allocation.chosen[group] for group, names in groups.items() for name in names}
+    return Widths(
+        with_widths(plans, {name: choices[name][i] for name, i in chosen.items()}),
+        allocation,
+        (fixed + allocation.bits) / weights,
+        (fixed + allocation.uniform_bits) / weights,
+        tuple(list(chosen.values()).count(i) for i in range(max(map(len, choices.values()), default=0))),
+        seconds,
+    )
+
+
+def with_widths(plans: Plans, formats: Mapping[str, NumberFormat]) -> Plans:
+    """The plans with some weight formats replaced."""
+    return {
+        name: replace(plan, weight=formats[name]) if plan is not None and name in formats else plan
+        for name, plan in plans.items()
+    }
+
+
+def check_widths(plans: Plans, choices: Choices, shapes: Mapping[str, tuple[int, int]], budget_bits: float) -> None:
+    """Raise ConfigError where the narrowest formats take more than the budget, before any work is done."""
+    weights = sum(math.prod(shapes[name]) for name, plan in plans.items() if plan is not None)
+    narrowest = sum(min(weight_bits(one, *shapes[name]) for one in formats) for name, formats in choices.items())
+    least = (narrowest + fixed_bits(plans, choices, shapes)) / weights
+    if least > budget_bits:
+        rule = f"must be at least {least:.4g}, the bits of the narrowest formats and of all that is fixed"
+        raise ConfigError(f"quantize.budget_bits: {rule}; found {budget_bits:g}")
+
+
+def weight_bits(number_format: NumberFormat, out_features: int, in_features: int) -> int:
+    """The bits of a weight as stored in a format; one scale of the whole tensor is left out."""
+    if number_format.block_size == "tensor":
+        return math.ceil(number_format.bits_per_value(in_features) * out_features * in_features)
+    return row_bits(number_format, in_features) * out_features
+
+
+def fixed_bits(plans: Plans, choices: Choices, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The bits of everything but the weights that have a choice: other weights, signs of rotations, A and B."""
+    bits = 0
+    for name, plan in plans.items():
+        if plan is None:
+            continue
+        out_features, in_features = shapes[name]
+        if name not in choices:
+            bits += weight_bits(plan.weight, out_features, in_features)
+        if plan.transform is not None:
+            bits += plan.transform.rotation(out_features, in_features, plan.seed).bits
+        rank = min(plan.rank or 0, out_features, in_features)
+        bits += factor_bits(plan.factor_formats, plan.factor_axes, in_features, out_features, rank)
+    return bits

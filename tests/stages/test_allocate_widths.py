@@ -1,0 +1,188 @@
+"""Stage "widths" and the formats that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from helpers import all_sites, resident
+from killing import KilledError, dying_workspace
+
+from lqer.checkpoint.bits import average_bits
+from lqer.errors import ConfigError, ModelError
+from lqer.formats import Int, MXInt
+from lqer.methods import LinearPlan, QeraExact
+from lqer.models.backward import walk_backward
+from lqer.models.structure import block_linears, find_blocks
+from lqer.rounding import Gptq, Nearest
+from lqer.stages.allocate_widths import (
+    allocate,
+    check_widths,
+    measure_widths,
+    plans_to_measure,
+    sampled_rows,
+)
+from lqer.stages.calibrate import calibrate
+from lqer.stages.gather import CalibrationText
+from lqer.stages.quantize import QuantizeSettings, quantize
+from lqer.statistics import Hessian
+from lqer.store.names import block_file, layers_file
+from lqer.store.store import Store, Workspace
+from lqer.transforms import Hadamard
+
+BLOCKS, SEED = 3, 1
+FORMATS = (MXInt(2), MXInt(3), MXInt(4))
+
+
+@pytest.fixture(scope="module")
+def model(random_model):
+    return random_model("llama", num_hidden_layers=BLOCKS, hidden_size=64, intermediate_size=96)
+
+
+@pytest.fixture(scope="module")
+def calibration(model, windows_WT, tmp_path_factory):
+    text, store = CalibrationText(windows_WT, 2, 8), Store(tmp_path_factory.mktemp("store"))
+    return store.obtain("calibrate", 0, lambda ws: calibrate(ws, resident(model), text, {Hessian()}))
+
+
+@pytest.fixture(scope="module")
+def plans(model) -> dict[str, LinearPlan | None]:
+    """GPTQ with factors of a small rank; one linear is skipped."""
+    plan = LinearPlan(QeraExact(), MXInt(3), rank=8, factor=MXInt(8, 8), rounding=Gptq())
+    name, blocks = find_blocks(model)
+    plans: dict[str, LinearPlan | None] = {
+        f"{name}.{i}.{linear}": plan for i, block in enumerate(blocks) for linear in block_linears(block)
+    }
+    plans["model.layers.1.mlp.up_proj"] = None
+    return plans
+
+
+@pytest.fixture(scope="module")
+def choices(plans):
+    """One linear has a format of its own."""
+    fixed = "model.layers.0.mlp.down_proj"
+    return {name: FORMATS for name, plan in plans.items() if plan is not None and name != fixed}
+
+
+@pytest.fixture(scope="module")
+def shapes(model, plans):
+    return {name: tuple(model.get_submodule(name).weight.shape) for name in plans}
+
+
+def measured(folder, model, calibration, plans, windows_WT, batch_size=2, make=Workspace):
+    workspace = make(folder)
+    measure_widths(workspace, resident(model), calibration, plans, FORMATS, windows_WT, batch_size, SEED)
+    return {name: x.tolist() for i in range(BLOCKS) for name, x in workspace.tensors(block_file(i)).items()}
+
+
+@pytest.fixture(scope="module")
+def losses(model, calibration, plans, choices, windows_WT, tmp_path_factory):
+    found = measured(
+        tmp_path_factory.mktemp("widths"), model, calibration, plans_to_measure(plans, choices), windows_WT
+    )
+    assert set(found) == {f"{name}.losses" for name in choices}
+    return {name.removesuffix(".losses"): values for name, values in found.items()}
+
+
+@pytest.mark.parametrize("transform", [None, Hadamard()], ids=["plain", "rotated"])
+def test_losses_are_those_of_the_equation(model, calibration, plans, choices, windows_WT, tmp_path, transform):
+    """With rounding to nearest, written down once more; a rotated linear in its rotated basis."""
+    nearest = {name: plan and replace(plan, rounding=Nearest(), transform=transform) for name, plan in plans.items()}
+    windows = len(windows_WT)
+    found = measured(tmp_path, model, calibration, plans_to_measure(nearest, choices), windows_WT, windows)
+    seen = {}
+    for run in walk_backward(resident(model), windows_WT, windows, SEED):
+        prefix, names = run.run.name, block_linears(run.run.block)
+        run.backward({one: partial(lambda key, *pair: seen.__setitem__(key, pair), f"{prefix}.{one}") for one in names})
+    for name in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
+        weight_OI, (x_TI, g_TO) = model.get_submodule(name).weight.detach(), seen[name]
+        if transform is not None:
+            rotation = transform.rotation(*weight_OI.shape, seed=0)
+            weight_OI, x_TI = rotation.weight(weight_OI), rotation.input(x_TI)
+            g_TO = rotation.output_gradient(g_TO)
+        for number_format, loss in zip(FORMATS, found[f"{name}.losses"], strict=True):
+            error_OI = weight_OI - number_format.quantize(weight_OI).dequantize()
+            expected = 0.5 * (g_TO * (x_TI @ error_OI.T)).double().square().sum() / windows_WT.numel()
+            assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_every_further_bit_lowers_the_loss_about_fourfold(losses):
+    ratios = [values[i] / values[i + 1] for values in losses.values() for i in range(2)]
+    assert min(ratios) > 1.5
+    assert 3 < torch.tensor(ratios).median() < 9
+
+
+def test_rotating_gradients_is_the_transpose_of_rotating_outputs_back():
+    rotation = Hadamard().rotation(24, 40, seed=0)
+    y_TO, g_TO = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close((rotation.output(y_TO) * g_TO).sum(), (y_TO * rotation.output_gradient(g_TO)).sum())
+
+
+def test_a_killed_pass_resumes_after_the_last_block(model, calibration, plans, choices, losses, windows_WT, tmp_path):
+    measurable = plans_to_measure(plans, choices)
+    with pytest.raises(KilledError):
+        measured(tmp_path, model, calibration, measurable, windows_WT, make=dying_workspace(block_file(1)))
+    found = measured(tmp_path, model, calibration, measurable, windows_WT)
+    assert found == {f"{name}.losses": values for name, values in losses.items()}
+
+
+@pytest.mark.parametrize("budget_bits", [4.9, 5.3, 5.9])
+def test_the_models_bits_meet_the_budget_from_below_everything_counted(
+    model, letter_tokenizer, calibration, plans, choices, losses, shapes, tmp_path, budget_bits
+):
+    widths = allocate(plans, choices, losses, {}, shapes, budget_bits)
+    workspace = Workspace(tmp_path)
+    quantize(workspace, resident(model), letter_tokenizer, calibration, QuantizeSettings(widths.plans, None, 0))
+    rows = [row for i in range(BLOCKS) for row in workspace.json(layers_file(i))]
+    assert average_bits(rows)["average"] == pytest.approx(widths.average_bits, abs=1e-12)
+    assert budget_bits - 0.2 < widths.average_bits <= budget_bits
+    assert widths.allocation.loss <= widths.allocation.uniform_loss
+    assert sum(widths.counts) == len(choices)
+    assert widths.plans["model.layers.0.mlp.down_proj"] == plans["model.layers.0.mlp.down_proj"]
+    assert widths.plans["model.layers.1.mlp.up_proj"] is None
+
+
+def test_tied_linears_that_share_an_input_get_one_format(calibration, plans, choices, losses, shapes):
+    sites = all_sites(calibration)
+    widths = allocate(plans, choices, losses, sites, shapes, 5.3)
+    formats: dict[str, set[int]] = {}
+    for name in choices:
+        formats.setdefault(sites[name], set()).add(widths.plans[name].weight.bits)
+    assert all(len(bits) == 1 for bits in formats.values())
+    assert len(set.union(*formats.values())) > 1
+    assert widths.allocation.loss >= allocate(plans, choices, losses, {}, shapes, 5.3).allocation.loss
+
+
+def test_what_decides_no_error_of_rounding_decides_no_loss(plans, choices):
+    name = "model.layers.0.self_attn.q_proj"
+    other = {**plans, name: replace(plans[name], rank=16, activation=MXInt(8), weight=Int(4), asymmetric=0.5)}
+    assert plans_to_measure(other, choices)[name] == plans_to_measure(plans, choices)[name]
+
+
+def test_a_budget_below_the_narrowest_formats_is_refused_before_any_work(plans, choices, shapes):
+    with pytest.raises(ConfigError, match=r"quantize.budget_bits: must be at least 4\.768, the bits of .*; found 4\.7"):
+        check_widths(plans, choices, shapes, 4.7)
+    check_widths(plans, choices, shapes, 4.8)
+
+
+def test_a_linear_that_calibration_never_reached_is_named(model, calibration, plans, choices, windows_WT, tmp_path):
+    class Empty:
+        def __getattr__(self, name):
+            return lambda index: {}
+
+    with pytest.raises(ModelError, match=r"model.layers.2.* was never reached by the calibration text"):
+        measured(tmp_path, model, Empty(), plans_to_measure(plans, choices), windows_WT)
+
+
+@pytest.mark.parametrize("out_features", [5, 512, 513, 1536, 8960])
+def test_sampled_rows_are_whole_runs_of_the_weight(out_features):
+    rows = sampled_rows(out_features)
+    assert len(rows) == min(out_features, 512)
+    assert rows.unique().equal(rows)
+    assert rows.max() < out_features
+    if out_features > 512:
+        runs = rows.view(-1, 16)
+        assert (runs[:, 0] % 16 == 0).all()
+        assert (runs - runs[:, :1] == torch.arange(16)).all()
