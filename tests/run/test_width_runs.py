@@ -1,0 +1,55 @@
+"""Widths under one budget in a whole run: what is stored, what is reused, what a chunk does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lqer.config import read_config
+from lqer.errors import ConfigError
+from lqer.run.pipeline import run
+
+WIDTHS = ['--quantize.widths=["w2", "w3", "w4"]', "--quantize.budget_bits=5.6"]
+
+
+def stored_bits(folder) -> dict[str, int]:
+    linears = json.loads((folder / "checkpoint/lqer.json").read_text())["linears"]
+    return {name: entry["weight"]["format"]["bits"] for name, entry in linears.items()}
+
+
+@pytest.mark.parametrize("method", ["lqer-act", "gptq"])
+def test_a_run_stays_within_its_budget_with_several_formats(experiment, caplog, method):
+    rank = "--quantize.low_rank.rank=8"
+    results = run(read_config(experiment.config, method, [*WIDTHS, f"--quantize.method={method}", rank]))
+    assert 5.3 < results["bits"]["average"] <= 5.6
+    bits = stored_bits(experiment.output / method)
+    assert len(set(bits.values())) > 1
+    assert set(bits.values()) <= {2, 3, 4}
+    assert "of 5.6 bits" in caplog.text
+    # The baseline has the same formats, without A and B.
+    assert results["baseline"]["bits"]["average"] < results["bits"]["average"]
+    assert results["baseline"]["bits"]["weight"] == results["bits"]["weight"]
+
+
+def test_another_budget_measures_nothing_anew(experiment, caplog):
+    run(read_config(experiment.config, "first", WIDTHS))
+    caplog.clear()
+    run(read_config(experiment.config, "second", [*WIDTHS, "--quantize.budget_bits=6.1"]))
+    assert "widths: reused" in caplog.text
+    first, second = (sum(stored_bits(experiment.output / tag).values()) for tag in ("first", "second"))
+    assert first < second
+
+
+def test_a_format_of_an_override_is_kept(experiment):
+    override = '--quantize.override=[{ match = "*.v_proj", weight = "x8" }]'
+    run(read_config(experiment.config, "kept", [*WIDTHS, "--quantize.budget_bits=6", override]))
+    bits = stored_bits(experiment.output / "kept")
+    assert {width for name, width in bits.items() if name.endswith("v_proj")} == {8}
+    assert {width for name, width in bits.items() if not name.endswith("v_proj")} <= {2, 3, 4}
+
+
+def test_a_budget_that_nothing_fits_is_refused_before_any_work(experiment):
+    with pytest.raises(ConfigError, match=r"quantize.budget_bits: must be at least \d\.\d+, the bits of the narrowest"):
+        run(read_config(experiment.config, None, [*WIDTHS, "--quantize.budget_bits=3"]))
+    assert not experiment.output.exists()
