@@ -171,6 +171,11 @@ class NumberFormat(Component, ABC, family="number format"):
             return 0
         return 1 if self.block_size == "tensor" else rows * block_count(length, self.block_size)
 
+    @property
+    def encoding_bytes(self) -> int:
+        """The most bytes that `encode` holds besides its input and a few tensors of that size."""
+        return 0
+
     def unsupported_shape(self, rows: int, length: int) -> str | None:
         """Why a matrix of `rows` by `length` along the axis has no codes; None if it has."""
         return None

@@ -44,7 +44,7 @@ from torch import Tensor
 from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat
 from lqer.formats.scales import root_mean_square, storable
-from lqer.formats.viterbi import best_rings
+from lqer.formats.viterbi import SEARCH_BYTES, best_rings
 
 TILE = 16
 POSITIONS = TILE * TILE
@@ -140,6 +140,10 @@ class Trellis(NumberFormat):
         """float32 [S], exact in float16: the table."""
         return state_values(self.state_bits, self.bits, self.table, device)
 
+    @property
+    def encoding_bytes(self) -> int:
+        return SEARCH_BYTES
+
     def unsupported_shape(self, rows: int, length: int) -> str | None:
         if rows % TILE or length % TILE:
             return f"its tiles are {TILE} x {TILE} weights, and the matrix is {rows} x {length} (trellis)"
@@ -148,10 +152,11 @@ class Trellis(NumberFormat):
 
 def ring_states(codes_NP: Tensor, bits: int, state_bits: int) -> Tensor:
     """int64 states [N, P] of rings of codes: code p in the lowest bits, code p + 1 above it, and so on."""
-    codes_NP = codes_NP.to(torch.int64)
-    states_NP = codes_NP.clone()
-    for ahead in range(1, -(-state_bits // bits)):
-        states_NP |= codes_NP.roll(-ahead, dims=1) << (ahead * bits)
+    # Windows of one code, of two, of four, ..: each is two neighbouring ones of the length before.
+    states_NP, width = codes_NP.to(torch.int64), 1
+    while width * bits < state_bits:
+        states_NP = states_NP | states_NP.roll(-width, dims=1) << (width * bits)
+        width *= 2
     return states_NP & (1 << state_bits) - 1
 
 

@@ -30,6 +30,8 @@ from torch import Tensor
 # Costs of a chunk of sequences, 2 MB: they stay within the cache, and vectors over its sequences are long.
 CHUNK_COSTS = 1 << 19
 SMALLEST_CHUNK = 16
+# The most that a search of tiles of 256 keeps for the way back, here or on a GPU.
+SEARCH_BYTES = 1 << 30
 
 
 def best_rings(x_NP: Tensor, table_S: Tensor, bits: int) -> Tensor:

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Choices of the sequences of one launch.
-LARGEST_CHOICES = 1 << 30
+from lqer.formats.viterbi import SEARCH_BYTES
+
 # Sequences of a program that goes back: a warp.
 BACKWARD_SEQUENCES = 32
 # A thread takes one entry q at a time; where there are more than threads, a program makes rounds.
@@ -38,7 +38,7 @@ def best_paths(x_NP: Tensor, table_S: Tensor, bits: int, overlap_N: Tensor | Non
     warps = min(max(entries // 32, LEAST_WARPS), MOST_WARPS)
     x_NP, table_S = x_NP.contiguous(), table_S.contiguous()
     states_NP = torch.empty(sequences, positions, dtype=torch.int64, device=x_NP.device)
-    chunk = max(LARGEST_CHOICES // (positions * overlaps), 1)
+    chunk = max(SEARCH_BYTES // (positions * overlaps), 1)
     choices_NPM = torch.empty(min(chunk, sequences), positions, overlaps, dtype=torch.uint8, device=x_NP.device)
     best_N2M = torch.empty(min(chunk, sequences), 2, overlaps, dtype=torch.float32, device=x_NP.device)
     for first in range(0, sequences, chunk):

@@ -359,10 +359,11 @@ def _packed_bytes(work: Workload, name: str, plan: LinearPlan | None) -> int:
 def _linear_work(work: Workload) -> int:
     """The most that is held for one linear, in addition to the tensors and statistics of its block."""
     sizes = [0]
-    for _, out_features, in_features, _plan in _planned(work):
+    for _, out_features, in_features, plan in _planned(work):
         statistics = sum(statistic.nbytes(in_features) for statistic in _statistics(work))
         factorizations = 8 * min(out_features, in_features) ** 2 + statistics
-        sizes.append(LINEAR_COPIES * out_features * in_features + FACTORIZATION_COPIES * factorizations)
+        copies = LINEAR_COPIES * out_features * in_features + FACTORIZATION_COPIES * factorizations
+        sizes.append(copies + plan.weight.encoding_bytes)
     return max(sizes)
 
 

@@ -44,7 +44,7 @@ def test_the_paths_are_as_good_as_those_found_in_pytorch(bits, state_bits, seque
 def test_sequences_beyond_one_launch_are_searched_too(monkeypatch):
     x_NP, table_S = normal(5, 6), normal(1 << 8, seed=1)
     usual_NP = best_paths(x_NP, table_S, 2)
-    monkeypatch.setattr("lqer.formats.viterbi_kernel.LARGEST_CHOICES", 2 * 6 * 64)
+    monkeypatch.setattr("lqer.formats.viterbi_kernel.SEARCH_BYTES", 2 * 6 * 64)
     assert torch.equal(best_paths(x_NP, table_S, 2), usual_NP)
 
 
