@@ -24,13 +24,17 @@ Shapes: N sequences, P positions of a sequence, S states, J predecessors of a st
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 # Costs of a chunk of sequences, 2 MB: they stay within the cache, and vectors over its sequences are long.
 CHUNK_COSTS = 1 << 19
 SMALLEST_CHUNK = 16
-# The most that a search of tiles of 256 keeps for the way back, here or on a GPU.
+# The most that a search keeps for the way back, here or on a GPU.
 SEARCH_BYTES = 1 << 30
 
 
@@ -55,12 +59,34 @@ def best_paths(x_NP: Tensor, table_S: Tensor, bits: int, overlap_N: Tensor | Non
     first step, and ends; None leaves both free. Of equally good predecessors the lowest is taken.
     """
     table_S = table_S.to(torch.float32)
-    chunk = max(CHUNK_COSTS // len(table_S), SMALLEST_CHUNK)
     states_NP = torch.empty(x_NP.shape, dtype=torch.int64, device=x_NP.device)
-    for start in range(0, len(x_NP), chunk):
+    threads = torch.get_num_threads() if x_NP.device.type == "cpu" else 1
+    kept_bytes = 4 * CHUNK_COSTS * x_NP.shape[1] >> bits
+    workers = max(min(threads, len(x_NP) // SMALLEST_CHUNK, SEARCH_BYTES // max(kept_bytes, 1)), 1)
+    largest = max(CHUNK_COSTS // len(table_S), SMALLEST_CHUNK)
+    chunk = max(min(-(-len(x_NP) // workers), largest), 1)
+
+    def search(start: int) -> None:
         now = slice(start, start + chunk)
         states_NP[now] = _best_paths(x_NP[now], table_S, bits, None if overlap_N is None else overlap_N[now])
+
+    # Each operation takes microseconds: threads work on chunks of their own, not together on one operation.
+    with _one_thread_per_operation(threads), ThreadPoolExecutor(workers) as pool:
+        list(pool.map(search, range(0, len(x_NP), chunk)))
     return states_NP
+
+
+@contextmanager
+def _one_thread_per_operation(threads: int) -> Iterator[None]:
+    """Within it, torch's operations run in the thread that calls them; after it in `threads` again."""
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _best_paths(x_NP: Tensor, table_S: Tensor, bits: int, overlap_N: Tensor | None) -> Tensor:

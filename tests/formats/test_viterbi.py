@@ -62,6 +62,18 @@ class TestBestPaths:
         states_NP = best_paths(x_NP, table_S, 2)
         assert torch.equal(best_paths(x_NP[140:], table_S, 2), states_NP[140:])
 
+    def test_threads_share_the_sequences_and_stay_as_many(self):
+        x_NP, table_S = normal(70, 6), normal(1 << 8, seed=1)
+        usual, found = torch.get_num_threads(), []
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                found.append(best_paths(x_NP, table_S, 2))
+                assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(usual)
+        assert torch.equal(*found)
+
     def test_no_sequence_gives_no_path(self):
         assert best_paths(normal(0, 6), normal(16), 2).shape == (0, 6)
 
