@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqer.formats import E8P, MXInt, NonFiniteError, Passthrough
+from lqer.formats import E8P, Int, MXInt, NonFiniteError, Passthrough, Trellis
 from lqer.lowrank.metric import Metric
 from lqer.methods import Caldera, LinearPlan, QeraExact, QuantizedWeight
 from lqer.methods.caldera import State, alternate
@@ -160,6 +160,33 @@ def test_it_goes_with_any_format_rounding_and_basis(plan, weight, rounding):
     alone = rounded_alone.quantize(weight_OI, statistics)
     assert relative_error(quantize(rotated, 1), 1) < relative_error(alone, 1)
     assert quantize(plain, 1).rotation is None
+
+
+EACH_KIND = pytest.mark.parametrize(
+    "weight", [Int(3, 32), MXInt(3, 32, levels="mid-rise"), Trellis(2, state_bits=12)], ids=lambda weight: weight.kind
+)
+
+
+@EACH_KIND
+def test_feedback_on_what_the_low_rank_part_leaves_lowers_the_error_of_every_kind_of_code(weight):
+    plan = LinearPlan(Caldera(), weight, rank=8, factor=MXInt(8, 8), rounding=Ldlq(), iterations=3)
+    errors = {
+        fraction: relative_error(quantize(replace(plan, method=Caldera(down_date=fraction)))) for fraction in (0, 1)
+    }
+    assert errors[1] < 0.98 * errors[0]
+    assert errors[1] < 0.98 * relative_error(quantize(replace(plan, method=QeraExact(), iterations=1)))
+
+
+@EACH_KIND
+def test_factors_of_four_bits_at_twice_the_rank_leave_less_than_eight_bits(weight):
+    """After one rounding, fitted as they are stored, with feedback in A; no more bits."""
+    method = Caldera(starts_with="round")
+    wide = LinearPlan(method, weight, rank=8, factor=MXInt(8, 8), rounding=Ldlq(), iterations=1)
+    narrow = replace(wide, rank=16, factor=MXInt(4, 16))
+    eight, four = quantize(wide), quantize(narrow)
+    assert four.low_rank.bits <= eight.low_rank.bits
+    assert relative_error(four) < 0.95 * relative_error(eight)
+    assert relative_error(four) < relative_error(quantize(replace(narrow, method=QeraExact())))
 
 
 def test_a_hessian_that_needs_more_damping_is_counted(plan):
