@@ -234,7 +234,7 @@ class Store:
         """
         path = self.path(stage, key)
         with self._locked(path):
-            artifact = self.find(stage, key)
+            artifact = self._finished(stage, key)
             if artifact is None:
                 workspace = Workspace(partial_path(path))
                 make(workspace)
@@ -257,7 +257,7 @@ class Store:
         """
         path = self.path(stage, key)
         with self._locked(path) as lock:
-            artifact = self.find(stage, key)
+            artifact = self._finished(stage, key)
             if artifact is not None:
                 return artifact
             workspace = Workspace(partial_path(path), lock, lambda: self.find(stage, key) is not None)
@@ -272,6 +272,15 @@ class Store:
             finish(workspace)
             workspace.finish(path, key)
             return Artifact(path)
+
+    def _finished(self, stage: str, key: Any) -> Artifact | None:
+        """`find` under the artifact's lock: takes the last step of a build that was killed before it."""
+        artifact = self.find(stage, key)
+        if artifact is not None:
+            # Another user's artifact stays as it is: its journal does no harm.
+            with suppress(OSError):
+                (artifact.path / JOURNAL).unlink(missing_ok=True)
+        return artifact
 
     @contextmanager
     def _locked(self, path: Path, lock: BaseFileLock | None = None) -> Iterator[BaseFileLock]:

@@ -94,7 +94,9 @@ def _damage_store(
         while not files:
             fault = {"events": "files", "root": str(experiment.output), "at": at}
             server.run(*experiment.arguments(name), fault=fault, hasty=True)
-            files = sorted(experiment.store.glob("*.partial/[!.]*")) or sorted(experiment.store.glob("[!.]*/[!.]*"))
+            found = sorted(experiment.store.glob("*.partial/[!.]*")) or sorted(experiment.store.glob("[!.]*/[!.]*"))
+            # A library may be writing to a folder of its own.
+            files = [path for path in found if path.is_file()]
             at = 20
     else:
         shutil.copytree(whole.output, experiment.output, symlinks=True)

@@ -142,6 +142,13 @@ def test_a_kill_before_the_artifact_gets_its_name_costs_nothing(store, monkeypat
     assert sorted(path.name for path in artifact.path.iterdir()) == sorted([MANIFEST, *artifact.manifest["files"]])
 
 
+def test_a_kill_after_the_artifact_got_its_name_leaves_a_journal_that_the_next_look_removes(store):
+    artifact = store.obtain("stage", 1, lambda workspace: workspace.write_json("a.json", 1))
+    (artifact.path / JOURNAL).write_text("{}")
+    assert store.obtain("stage", 1, pytest.fail).json("a.json") == 1
+    assert not (artifact.path / JOURNAL).exists()
+
+
 def test_seconds_add_up_over_the_processes_that_had_a_part_in_it(store):
     def slow_then_killed(workspace):
         time.sleep(0.3)
