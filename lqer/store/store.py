@@ -224,6 +224,9 @@ class Store:
             return None
         artifact = Artifact(path)
         _ = artifact.manifest
+        # The last step of a build that was killed before it. In another user's store the journal stays, and does no harm.
+        with suppress(OSError):
+            (path / JOURNAL).unlink(missing_ok=True)
         return artifact
 
     def obtain(self, stage: str, key: Any, make: Callable[[Workspace], None]) -> Artifact:
@@ -234,7 +237,7 @@ class Store:
         """
         path = self.path(stage, key)
         with self._locked(path):
-            artifact = self._finished(stage, key)
+            artifact = self.find(stage, key)
             if artifact is None:
                 workspace = Workspace(partial_path(path))
                 make(workspace)
@@ -257,7 +260,7 @@ class Store:
         """
         path = self.path(stage, key)
         with self._locked(path) as lock:
-            artifact = self._finished(stage, key)
+            artifact = self.find(stage, key)
             if artifact is not None:
                 return artifact
             workspace = Workspace(partial_path(path), lock, lambda: self.find(stage, key) is not None)
@@ -272,15 +275,6 @@ class Store:
             finish(workspace)
             workspace.finish(path, key)
             return Artifact(path)
-
-    def _finished(self, stage: str, key: Any) -> Artifact | None:
-        """`find` under the artifact's lock: takes the last step of a build that was killed before it."""
-        artifact = self.find(stage, key)
-        if artifact is not None:
-            # Another user's artifact stays as it is: its journal does no harm.
-            with suppress(OSError):
-                (artifact.path / JOURNAL).unlink(missing_ok=True)
-        return artifact
 
     @contextmanager
     def _locked(self, path: Path, lock: BaseFileLock | None = None) -> Iterator[BaseFileLock]:
