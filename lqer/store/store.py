@@ -224,7 +224,7 @@ class Store:
             return None
         artifact = Artifact(path)
         _ = artifact.manifest
-        # The last step of a build that was killed before it. In another user's store the journal stays: it does no harm.
+        # The last step of a build that was killed before it; what another user's store keeps of it does no harm.
         with suppress(OSError):
             (path / JOURNAL).unlink(missing_ok=True)
         return artifact
