@@ -53,9 +53,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
         fsync(path.parent)
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None and os.fspath(error.filename) != str(temporary):
             raise
-        # Calls on an open file do not say which file it is.
+        # Calls on an open file do not say which file it is, and nobody knows the temporary one.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         # On a broken disk the first error is the one to report.
