@@ -27,6 +27,12 @@ def test_a_mistake_in_the_input_has_status_2_and_its_own_words(capsys):
     assert told(capsys) == "error: quantize.rank: must be at least 0; found -1"
 
 
+def test_a_link_or_rename_that_failed_is_named_by_what_was_to_be_made(capsys):
+    refused = OSError(errno.EIO, os.strerror(errno.EIO), "../store/quantize-1", None, "/runs/demo/checkpoint")
+    assert report_failure(refused) == 1
+    assert told(capsys) == f"error: /runs/demo/checkpoint: {os.strerror(errno.EIO)}"
+
+
 def test_a_refusal_of_the_machine_has_status_1_path_and_reason(capsys):
     assert report_failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/block-00000.safetensors")) == 1
     assert told(capsys) == "error: /data/block-00000.safetensors: No space left on device"
