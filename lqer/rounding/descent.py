@@ -115,7 +115,10 @@ def sweep(weight_OI: Tensor, hessian_II: Tensor, quantized: QuantizedTensor, swe
     width = block_width(weight_OI.shape[1], quantized.format.block_size)
     codes_IO = from_blocks(_steps(quantized), weight_OI.shape[1]).T.contiguous()
     step_NO, zero_NO = step_ON.T.contiguous(), zero_ON.T.contiguous()
-    sweep_panel = _panel_in_one_kernel if weight_OI.is_cuda else _panel_column_by_column
+    sweep_panel = _panel_column_by_column
+    if weight_OI.is_cuda:
+        # A column would cost some ten launches.
+        from lqer.rounding.sweep import descend_panel as sweep_panel
     group_I = torch.arange(len(codes_IO), device=codes_IO.device) // width
     for _ in range(sweeps):
         error_IO = weight_OI.T - (codes_IO - zero_NO[group_I]) * step_NO[group_I]
@@ -147,20 +150,6 @@ def _panel_column_by_column(
         codes_PO[p] = torch.where(change_O == 0, codes_PO[p], moved_O)
         error_PO[p] -= change_O
         gradient_PO[p:].addr_(hessian_PP[p:, p], change_O, alpha=-1)
-
-
-def _panel_in_one_kernel(
-    codes_PO: Tensor,
-    error_PO: Tensor,
-    gradient_PO: Tensor,
-    hessian_PP: Tensor,
-    step_PO: Tensor,
-    limits: tuple[int, int],
-) -> None:
-    """The same on a GPU, where a column would cost some ten launches."""
-    from lqer.rounding.sweep import descend_panel
-
-    descend_panel(codes_PO, error_PO, gradient_PO, hessian_PP, step_PO, limits)
 
 
 def _spacing(quantized: QuantizedTensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
