@@ -40,7 +40,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from lqer.config import read_config
 from lqer.report.environment import device_name
 from lqer.resources.machine import resident_bytes
-from lqer.resources.memory import total
+from lqer.resources.workload import total
 from lqer.run.context import prepare
 from lqer.run.preflight import estimate_stages
 from lqer.store.offload import parse_bytes

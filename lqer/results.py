@@ -57,6 +57,17 @@ class AllocationInfo(TypedDict):
     uniform_objective: float
 
 
+class WidthsInfo(TypedDict):
+    """The formats that quantize.budget_bits led to, against one format for all; layers.csv lists the bits."""
+
+    linears: dict[str, int]  # how many got which of quantize.widths
+    average_bits: float
+    objective: float  # estimated divergence from the original, nats per token
+    uniform: str | None  # the best single format within the budget; null: none fits, the narrowest is compared
+    uniform_bits: float  # average bits of that format
+    uniform_objective: float
+
+
 class CalibrationInfo(TypedDict):
     dataset: str  # label
     source: str  # repository, revision, split and rows; or file
@@ -116,8 +127,8 @@ class Layers(TypedDict):
 class Seconds(TypedDict):
     """Seconds spent on each artifact, in whichever run made it; total is the wall clock of this run.
 
-    quantize includes the error spectra for rank allocation and, with error propagation, the gathering of statistics;
-    calibrate is then 0.
+    quantize includes the error spectra for rank allocation, the losses for widths and, with error propagation, the
+    gathering of statistics; calibrate is then 0.
     """
 
     calibrate: float
@@ -136,6 +147,7 @@ class Results(TypedDict):
     model: ModelInfo
     bits: Bits
     allocation: AllocationInfo | None  # null if ranks are given
+    widths: WidthsInfo | None  # null if formats are given
     baseline: Baseline | None
     finetune: FinetuneInfo | None  # null if nothing was trained
     calibration: CalibrationInfo

@@ -32,8 +32,10 @@ from lqer.results import (
     PerplexityRow,
     Results,
     Seconds,
+    WidthsInfo,
 )
 from lqer.stages.allocate_ranks import Budget
+from lqer.stages.allocate_widths import Widths
 from lqer.stages.finetune import HISTORY_FILE
 from lqer.store.store import Artifact
 
@@ -64,6 +66,7 @@ class Made:
 
     calibration: Artifact | None
     budget: Budget | None
+    widths: Widths | None
     quantized: Artifact
     rtn: Artifact | None
     finetuned: Artifact | None
@@ -99,6 +102,7 @@ def assemble(
         model=_model_info(config, source, summary, rows),
         bits=average_bits(rows),
         allocation=None if made.budget is None else _allocation_info(made.budget),
+        widths=None if made.widths is None else _widths_info(config, made.widths),
         baseline=rtn,
         finetune=None if made.finetuned is None else _finetune_info(config, made.finetuned),
         calibration=calibration,
@@ -107,7 +111,7 @@ def assemble(
         layers=Layers(file=LAYERS_FILE, count=len(rows)),
         seconds=Seconds(
             calibrate=0.0 if made.calibration is None else made.calibration.seconds,
-            quantize=made.quantized.seconds + (made.budget.seconds if made.budget else 0.0),
+            quantize=made.quantized.seconds + sum(chosen.seconds for chosen in (made.budget, made.widths) if chosen),
             finetune=0.0 if made.finetuned is None else made.finetuned.seconds,
             evaluate=round(made.evaluate_seconds, 3),
             total=round(time.monotonic() - started, 3),
@@ -137,6 +141,18 @@ def _allocation_info(budget: Budget) -> AllocationInfo:
         uniform_rank=budget.allocation.uniform_rank,
         uniform_bits=budget.uniform_average_bits,
         uniform_objective=budget.allocation.uniform_objective,
+    )
+
+
+def _widths_info(config: Config, widths: Widths) -> WidthsInfo:
+    names, allocation = config.quantize.widths, widths.allocation
+    return WidthsInfo(
+        linears=dict(zip(names, widths.counts, strict=True)),
+        average_bits=widths.average_bits,
+        objective=allocation.loss,
+        uniform=None if allocation.uniform is None else names[allocation.uniform],
+        uniform_bits=widths.uniform_average_bits,
+        uniform_objective=allocation.uniform_loss,
     )
 
 

@@ -21,6 +21,7 @@ CLASSES = (
     results.ModelInfo,
     bits.Bits,
     results.AllocationInfo,
+    results.WidthsInfo,
     results.Baseline,
     results.FinetuneInfo,
     results.CalibrationInfo,

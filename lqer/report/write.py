@@ -233,6 +233,7 @@ def render_report(
         f"activations `{quantize['activation']}`, "
         f"attention operands `{quantize['attention']}`{_shown_transforms(quantize)}.",
         *_allocation_paragraphs(results),
+        *_widths_paragraphs(results),
         *_damping_paragraphs(layers),
         *_block_paragraphs(notes),
         *_finetune_paragraphs(results),
@@ -294,6 +295,21 @@ def _shown_bits(bits: Bits) -> str:
         f"{bits['low_rank']:.4f} low rank",
     ]
     return " + ".join(parts)
+
+
+def _widths_paragraphs(results: Results) -> list[str]:
+    """The formats that the linears got, compared with one format for all."""
+    widths = results["widths"]
+    if widths is None:
+        return []
+    budget = results["config"]["quantize"]["budget_bits"]
+    counts = ", ".join(f"{count} linears in `{name}`" for name, count in widths["linears"].items())
+    uniform = "the narrowest" if widths["uniform"] is None else f"`{widths['uniform']}`"
+    return [
+        f"Widths were allocated within {budget:g} bits per weight: {counts}. Their estimated divergence from the "
+        f"original is {widths['objective']:.5g} nats per token; {uniform} for all ({widths['uniform_bits']:.4f} bits) "
+        f"has {widths['uniform_objective']:.5g}."
+    ]
 
 
 def _allocation_paragraphs(results: Results) -> list[str]:

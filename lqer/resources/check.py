@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lqer.errors import LqerError
 from lqer.resources.machine import Machine
-from lqer.resources.memory import Need, StageMemory, total
+from lqer.resources.workload import Need, StageMemory, total
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 

@@ -8,20 +8,20 @@ memory is estimated, and marked as not certain:
                  memory whole. Hidden states and accumulators beyond calibration.max_memory are offloaded to disk.
     rotate       the whole model in float32
     calibrate    a walk, and the accumulators of a block's statistics
+    widths       a calibration, then the inputs of all blocks and the gradients of a few windows, the errors of a block
     quantize     a stored block, its statistics, the packed block, and copies of the linear in work. With error
                  propagation also a walk, with two blocks; transforms and roundings that learn say what they hold
     finetune     the original and the quantized model, 20 bytes per trained value, the inputs of all blocks, the
                  activations of one and its decoded weights, the logits of a batch
     evaluate     the whole model, or a walk under evaluation.blockwise, and the logits of a batch
 
-The estimate is of a run with an empty store. Linears of one module with equal in_features count as one input site,
-except the last, which reads what the others produce.
+The estimate is of a run with an empty store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lqer.config import Config
@@ -29,7 +29,8 @@ from lqer.config.schema import CalibrationConfig, FinetuneConfig
 from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
-from lqer.models.summary import ModelSummary
+from lqer.resources.workload import Need, StageMemory, Workload, input_sites
+from lqer.stages.allocate_widths import SAMPLED_ROWS, WINDOWS
 from lqer.stages.quantize import requested_statistics
 from lqer.statistics import ALWAYS, Statistic
 from lqer.training.loss import POSITIONS
@@ -53,68 +54,6 @@ SAFETENSORS = "Convert the model to safetensors, which are read block by block"
 LESS_IN_MEMORY = "Reduce calibration.max_memory"
 
 
-@dataclass(frozen=True)
-class Need:
-    """Bytes held at once. remedy: the change of the configuration that reduces them; certain: not an estimate."""
-
-    what: str
-    bytes: int
-    remedy: str | None = None
-    certain: bool = True
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """The needs of one stage, in RAM, in GPU memory and on disk."""
-
-    name: str
-    ram: tuple[Need, ...]
-    device: tuple[Need, ...]
-    disk: tuple[Need, ...]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The sizes of a run. stored, computed: bytes of a parameter on disk and in the run's dtype.
-
-    streams: whether the model can be read block by block. stored_in_blocks: `stored` of the blocks, where it differs.
-    """
-
-    config: Config
-    summary: ModelSummary
-    plans: dict[str, LinearPlan | None]
-    stored: int
-    computed: int
-    on_gpu: bool
-    streams: bool
-    stored_in_blocks: int | None = None
-
-    @property
-    def stored_block(self) -> int:
-        """Bytes of the largest block on disk."""
-        return (self.stored_in_blocks or self.stored) * self.summary.block_parameters
-
-    @property
-    def widest(self) -> int:
-        """Values per token of a block's input and of the widest linear's."""
-        return self.summary.hidden_size + max(input_sites(self.summary))
-
-
-def total(needs: Sequence[Need], certain: bool = False) -> int:
-    """Their bytes; if `certain`, without estimates."""
-    return sum(need.bytes for need in needs if need.certain or not certain)
-
-
-def input_sites(summary: ModelSummary) -> list[int]:
-    """in_features of every input site of one block."""
-    first = f"{summary.blocks_name}.0."
-    modules: dict[str, list[int]] = {}
-    for name, (_, in_features) in summary.linears.items():
-        if name.startswith(first):
-            modules.setdefault(name.rpartition(".")[0], []).append(in_features)
-    return [width for widths in modules.values() for width in (*sorted(set(widths[:-1])), widths[-1])]
-
-
 def estimate(work: Workload) -> list[StageMemory]:
     """The stages of a run, in order. On a CPU the memory of the device is RAM."""
     config = work.config
@@ -125,6 +64,9 @@ def estimate(work: Workload) -> list[StageMemory]:
         stages.append(_rotate(work))
     if not config.quantize.propagates_error:
         stages.append(_calibrate(source))
+    if config.quantize.widths:
+        stages += [_calibrate(source)] if config.quantize.propagates_error else []
+        stages.append(_widths(source))
     stages.append(_quantize(source))
     if config.finetune is not None:
         stages.append(_finetune(source))
@@ -163,6 +105,26 @@ def _calibrate(work: Workload) -> StageMemory:
     device += [Need("statistics of a block", statistics), Need("statistics of a batch", widest // 2, certain=False)]
     disk.append(Need("statistics", statistics * work.summary.blocks, LARGER_DISK))
     return _stage("calibrate", work, host, device, disk)
+
+
+def _widths(work: Workload) -> StageMemory:
+    """Gradients are taken with the block's activations in memory, for the rounding errors of all of its formats."""
+    settings, summary = work.config.calibration, work.summary
+    windows = min(settings.num_samples, WINDOWS)
+    tokens = windows * settings.seq_len * summary.hidden_size
+    host, device, disk = _walk(work, windows * (summary.blocks + 1), settings.seq_len, _batch_tokens(settings),
+                               _smaller("calibration.batch_size"))  # fmt: skip
+    host.append(Need("gradients of the windows", 4 * tokens, LESS_IN_MEMORY))
+    errors = sum(min(rows, SAMPLED_ROWS) * columns for rows, columns in summary.linears.values()) // summary.blocks
+    batch = _batch_tokens(settings)
+    device += [
+        Need("statistics of a block", _statistics_bytes(work)),
+        Need("errors of a block", 4 * errors * len(work.config.quantize.widths)),
+        Need("work on a linear", _linear_work(work), certain=False),
+        Need("activations for gradients", LIVE_ACTIVATIONS * batch * work.widest * 4, certain=False),
+        Need("logits of a batch", 4 * LOGIT_COPIES * batch * summary.vocabulary, _smaller("calibration.batch_size")),
+    ]
+    return _stage("widths", work, host, device, disk)
 
 
 def _quantize(work: Workload) -> StageMemory:

@@ -91,7 +91,7 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
     )  # fmt: skip
     for stage in experiment.before_quantize():
         stage.obtain(store)
-    budget = _log_budget(experiment, store)
+    budget, widths = _log_budget(experiment, store), _log_widths(experiment, store)
     checkpoints = [_quantize(stage, store, chunk, summary.blocks) for stage in experiment.quantizing()]
     if None in checkpoints:
         log.info("chunk %s finished; waiting for the remaining chunks. The last one to finish evaluates.", chunk)
@@ -105,7 +105,7 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
             stage.obtain(store)
         candidate.release()
 
-    made = _collect(experiment, store, checked.texts, budget)
+    made = _collect(experiment, store, checked.texts, budget, widths)
     results = assemble(config, context.source, summary, context.device, checked.texts.calibration_info, made, started)
     for warning in results["warnings"]:
         log.warning("warning: %s", warning)
@@ -126,10 +126,8 @@ def _quantize(stage: QuantizeStage, store: Store, chunk: Chunk | None, blocks: i
 
 
 def _log_budget(experiment: Experiment, store: Store) -> Budget | None:
-    """The ranks that quantize.low_rank.budget_bits leads to; None without a budget. Widths are logged as well."""
+    """The ranks that quantize.low_rank.budget_bits leads to; None without a budget."""
     plans = experiment.quantize.plans
-    if isinstance(plans, WidthPlans):
-        _log_widths(plans, plans.allocate(store))
     if not isinstance(plans, BudgetedPlans):
         return None
     budget = plans.allocate(store)
@@ -141,7 +139,12 @@ def _log_budget(experiment: Experiment, store: Store) -> Budget | None:
     return budget
 
 
-def _log_widths(plans: WidthPlans, widths: Widths) -> None:
+def _log_widths(experiment: Experiment, store: Store) -> Widths | None:
+    """The formats that quantize.budget_bits leads to; None without a budget."""
+    plans = experiment.quantize.plans
+    if not isinstance(plans, WidthPlans):
+        return None
+    widths = plans.allocate(store)
     names = [f"{one.kind} {one.bits_per_value(4096):g}" for one in plans.widths.formats]
     uniform = "the narrowest" if widths.allocation.uniform is None else names[widths.allocation.uniform]
     log.info(
@@ -150,9 +153,10 @@ def _log_widths(plans: WidthPlans, widths: Widths) -> None:
         ", ".join(f"{count} of {name} bits" for name, count in zip(names, widths.counts, strict=True)),
         widths.allocation.loss, uniform, widths.uniform_average_bits, widths.allocation.uniform_loss,
     )  # fmt: skip
+    return widths
 
 
-def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget | None) -> Made:
+def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget | None, widths: Widths | None) -> Made:
     """All artifacts and measurements of a finished run."""
 
     def found(stage: Stage | None) -> Artifact | None:
@@ -173,6 +177,7 @@ def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget 
     return Made(
         calibration=found(experiment.calibrate),
         budget=budget,
+        widths=widths,
         quantized=quantized,
         rtn=found(experiment.rtn),
         finetuned=found(experiment.finetune),

@@ -20,7 +20,8 @@ from lqer.models.source import load_model_config, load_tokenizer
 from lqer.models.summary import ModelSummary
 from lqer.resources.check import refuse_what_cannot_fit, table
 from lqer.resources.machine import read_machine
-from lqer.resources.memory import StageMemory, Workload, estimate
+from lqer.resources.memory import estimate
+from lqer.resources.workload import StageMemory, Workload
 from lqer.run.context import RunContext, prepare
 from lqer.run.experiment import Experiment, plan_experiment
 from lqer.run.folder import run_folder

@@ -6,7 +6,7 @@ import pytest
 
 from lqer.resources.check import DoesNotFitError, refuse_what_cannot_fit, shown, table
 from lqer.resources.machine import Machine
-from lqer.resources.memory import Need, StageMemory
+from lqer.resources.workload import Need, StageMemory
 
 GB = 10**9
 

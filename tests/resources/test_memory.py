@@ -22,7 +22,8 @@ from lqer.evaluation.divergence import original_distributions
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
-from lqer.resources.memory import Need, StageMemory, Workload, estimate, input_sites, total
+from lqer.resources.memory import estimate
+from lqer.resources.workload import Need, StageMemory, Workload, input_sites, total
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import QuantizeSettings, quantize
@@ -279,3 +280,17 @@ def test_stages_come_in_the_order_of_the_run(model, tmp_path):
     config = experiment(quantize=quantize_settings, finetune={"parts": ["low_rank"]})
     stages = [*stages_of(workload(model, tmp_path, config))]
     assert stages == ["rotate", "calibrate", "quantize", "finetune", "evaluate"]
+
+
+def test_widths_count_the_inputs_of_all_blocks_and_the_errors_of_every_format(model, tmp_path):
+    formats = {f"w{bits}": {"kind": "mxint", "bits": bits} for bits in (2, 3, 4)}
+    quantize = {"method": "gptq", "widths": list(formats), "budget_bits": 6.0, "low_rank": {"rank": 0}}
+    work = workload(model, tmp_path, experiment(formats=formats, quantize=quantize))
+    found = stages_of(work)
+    # Errors are propagated, and yet the losses are measured on statistics of the original.
+    assert list(found) == ["calibrate", "widths", "quantize", "evaluate"]
+    states = WINDOWS * SEQ_LEN * work.summary.hidden_size * 4
+    assert need(found["widths"].ram, "hidden states") == (work.summary.blocks + 1) * states
+    assert need(found["widths"].ram, "gradients of the windows") == states
+    weights = sum(rows * columns for rows, columns in work.summary.linears.values()) // work.summary.blocks
+    assert need(found["widths"].ram, "errors of a block") == 3 * 4 * weights

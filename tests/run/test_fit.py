@@ -6,7 +6,7 @@ import pytest
 
 from lqer.cli import main
 from lqer.config import read_config
-from lqer.resources.memory import total
+from lqer.resources.workload import total
 from lqer.run.context import prepare
 from lqer.run.preflight import estimate_stages
 

@@ -27,6 +27,12 @@ def test_a_run_stays_within_its_budget_with_several_formats(experiment, caplog, 
     assert len(set(bits.values())) > 1
     assert set(bits.values()) <= {2, 3, 4}
     assert "of 5.6 bits" in caplog.text
+    widths = results["widths"]
+    assert widths["linears"] == {f"w{width}": list(bits.values()).count(width) for width in (2, 3, 4)}
+    assert widths["average_bits"] == pytest.approx(results["bits"]["average"])
+    assert widths["objective"] <= widths["uniform_objective"]
+    report = (experiment.output / method / "report.md").read_text()
+    assert f"{widths['linears']['w3']} linears in `w3`" in report
     # The baseline has the same formats, without A and B.
     assert results["baseline"]["bits"]["average"] < results["bits"]["average"]
     assert results["baseline"]["bits"]["weight"] == results["bits"]["weight"]

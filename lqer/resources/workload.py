@@ -1,0 +1,76 @@
+"""The sizes of a run, from which its memory and disk are estimated, and the form of such an estimate.
+
+Linears of one module with equal in_features count as one input site, except the last, which reads what the others
+produce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lqer.config import Config
+from lqer.methods import LinearPlan
+from lqer.models.summary import ModelSummary
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes held at once. remedy: the change of the configuration that reduces them; certain: not an estimate."""
+
+    what: str
+    bytes: int
+    remedy: str | None = None
+    certain: bool = True
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """The needs of one stage, in RAM, in GPU memory and on disk."""
+
+    name: str
+    ram: tuple[Need, ...]
+    device: tuple[Need, ...]
+    disk: tuple[Need, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of a run. stored, computed: bytes of a parameter on disk and in the run's dtype.
+
+    streams: whether the model can be read block by block. stored_in_blocks: `stored` of the blocks, where it differs.
+    """
+
+    config: Config
+    summary: ModelSummary
+    plans: dict[str, LinearPlan | None]
+    stored: int
+    computed: int
+    on_gpu: bool
+    streams: bool
+    stored_in_blocks: int | None = None
+
+    @property
+    def stored_block(self) -> int:
+        """Bytes of the largest block on disk."""
+        return (self.stored_in_blocks or self.stored) * self.summary.block_parameters
+
+    @property
+    def widest(self) -> int:
+        """Values per token of a block's input and of the widest linear's."""
+        return self.summary.hidden_size + max(input_sites(self.summary))
+
+
+def total(needs: Sequence[Need], certain: bool = False) -> int:
+    """Their bytes; if `certain`, without estimates."""
+    return sum(need.bytes for need in needs if need.certain or not certain)
+
+
+def input_sites(summary: ModelSummary) -> list[int]:
+    """in_features of every input site of one block."""
+    first = f"{summary.blocks_name}.0."
+    modules: dict[str, list[int]] = {}
+    for name, (_, in_features) in summary.linears.items():
+        if name.startswith(first):
+            modules.setdefault(name.rpartition(".")[0], []).append(in_features)
+    return [width for widths in modules.values() for width in (*sorted(set(widths[:-1])), widths[-1])]
