@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import MutableMapping, MutableSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,15 @@ from lqer.store.offload import Offload
 
 @dataclass
 class BlockCall:
-    """The arguments of a call of one block after the hidden states, its first positional argument."""
+    """The arguments of a call of one block after the hidden states, its first positional argument.
+
+    per_window: positions, among the leaves of (args, kwargs), of tensors (1, ...) that a batch has once per window, all
+    equal. Most attentions broadcast them; some want them as large as the batch.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    per_window: frozenset[int] = frozenset()
 
     def to(self, device: torch.device) -> BlockCall:
         """With tensors on the device, and lists and mappings of its own: what is written there reaches no others."""
@@ -34,7 +39,7 @@ class BlockCall:
             return copy.copy(leaf) if isinstance(leaf, MutableMapping | MutableSequence) else leaf
 
         args, kwargs = tree_map(moved, (self.args, self.kwargs))
-        return BlockCall(args, kwargs)
+        return BlockCall(args, kwargs, self.per_window)
 
     @property
     def is_writable(self) -> bool:
@@ -88,7 +93,7 @@ class RecordedCalls:
         """`of_one`, the call for a single window, if its arguments broadcast to those of every batch; else None."""
         if self._differ:
             return None
-        compared = Comparison()
+        compared, per_window = Comparison(), set[int]()
         one, structure = tree_flatten((of_one.args, of_one.kwargs))
         for call in self._first_of.values():
             leaves, other_structure = tree_flatten((call.args, call.kwargs))
@@ -96,7 +101,8 @@ class RecordedCalls:
                 return None
             if not all(_broadcasts(a, b, compared) for a, b in zip(one, leaves, strict=True)):
                 return None
-        return of_one
+            per_window |= {i for i, (a, b) in enumerate(zip(one, leaves, strict=True)) if _is_per_window(a, b)}
+        return replace(of_one, per_window=frozenset(per_window))
 
     def _stored(self, leaf: Any, known: Any, compared: Comparison) -> Any:
         """`known` where the leaf equals it, else the leaf, a tensor offloaded."""
@@ -107,6 +113,10 @@ class RecordedCalls:
         buffer = self._offload.empty(tuple(leaf.shape), leaf.dtype, leaf.is_cuda)
         buffer.copy_(leaf)
         return buffer
+
+
+def _is_per_window(of_one: Any, of_batch: Any) -> bool:
+    return isinstance(of_one, Tensor) and of_one.shape != of_batch.shape
 
 
 def _broadcasts(of_one: Any, of_batch: Any, compared: Comparison) -> bool:

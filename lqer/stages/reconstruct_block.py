@@ -123,7 +123,7 @@ class BlockReconstruction:
         args, kwargs = tree_map(_as_float, (call.args, call.kwargs))
         size = sum(parameter.numel() for parameter in block.parameters())
         return BlockProblem(
-            call=BlockFunction(block, args, kwargs, activations),
+            call=BlockFunction(block, args, kwargs, activations, call.per_window),
             inputs_STD=_on_device_if_it_fits(run.hidden.synchronized(run.device), run.device, size),
             targets_STD=_on_device_if_it_fits(targets_STD, run.device, size),
             formats={name: plan.weight for name, plan in planned.items()},

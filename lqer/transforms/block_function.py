@@ -8,12 +8,13 @@ Shapes: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lqer.formats import NumberFormat
 
@@ -39,9 +40,10 @@ class BlockFunction:
     """`function(parameters, hidden_BTD)`: the block's output with some parameters replaced.
 
     `parameters` maps names within the block ("mlp.down_proj.weight") to tensors of any float dtype, which are cast to
-    the dtype of what they stand in for. `args` and `kwargs` are the rest of the block's call. The input of a linear
-    that `activations` names is rounded to that format, per token if block_size is "row", and gradients pass straight
-    through that rounding. Hidden states of any float dtype come from any device, and are taken to those of the block.
+    the dtype of what they stand in for. `args` and `kwargs` are the rest of the block's call; of their leaves, those at
+    the positions `per_sequence` are tensors (1, ...) that are expanded to the batch. The input of a linear that
+    `activations` names is rounded to that format, per token if block_size is "row", and gradients pass straight through
+    that rounding. Hidden states of any float dtype come from any device, and are taken to those of the block.
     """
 
     def __init__(
@@ -50,14 +52,15 @@ class BlockFunction:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         activations: Mapping[str, NumberFormat] | None = None,
+        per_sequence: Collection[int] = (),
     ):
-        self.block, self.activations = block, dict(activations or {})
+        self.block, self.activations, self.per_sequence = block, dict(activations or {}), per_sequence
         self.args, self.kwargs = args, dict(kwargs or {})
         self._parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
 
     def without_rounding(self) -> BlockFunction:
         """The same without rounding the inputs of linears."""
-        return BlockFunction(self.block, self.args, self.kwargs)
+        return BlockFunction(self.block, self.args, self.kwargs, per_sequence=self.per_sequence)
 
     def __call__(self, parameters: Mapping[str, Tensor], hidden_BTD: Tensor) -> Tensor:
         unknown = parameters.keys() - self._parameters.keys()
@@ -70,13 +73,20 @@ class BlockFunction:
         try:
             for name, activation in self.activations.items():
                 hooks.append(self.block.get_submodule(name).register_forward_pre_hook(_rounded_input(activation)))
-            output = functional_call(
-                self.block, {**self._parameters, **replaced}, (hidden_BTD, *self.args), self.kwargs
-            )
+            args, kwargs = self._arguments(len(hidden_BTD))
+            output = functional_call(self.block, {**self._parameters, **replaced}, (hidden_BTD, *args), kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
         return output[0] if isinstance(output, tuple | list) else output
+
+    def _arguments(self, sequences: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self.per_sequence:
+            return self.args, self.kwargs
+        leaves, structure = tree_flatten((self.args, self.kwargs))
+        for i in self.per_sequence:
+            leaves[i] = leaves[i].expand(sequences, *leaves[i].shape[1:])
+        return tree_unflatten(leaves, structure)
 
 
 def _rounded_input(activation: NumberFormat) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

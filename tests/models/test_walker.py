@@ -204,6 +204,12 @@ class TestArgumentsOfBlocks:
         hidden = embed(self.opened(lambda ids_BT: {"added": torch.ones(1, 4, 1)}), windows_WT.split(2))
         assert torch.equal(hidden.call_of_one(0).kwargs["added"], torch.ones(1, 4, 1))
         assert hidden.calls[0][0] is hidden.calls[0][1]
+        assert not hidden.call_of_one(0).per_window
+
+    def test_an_argument_with_equal_rows_for_the_windows_is_known_to_have_one_per_window(self, windows_WT):
+        opened = self.opened(lambda ids_BT: {"alone": torch.ones(1), "added": torch.ones(len(ids_BT), 4, 1)})
+        call = embed(opened, windows_WT[:4].split(2)).call_of_one(0)
+        assert [list(call.kwargs)[i] for i in call.per_window] == ["added"]
 
     @torch.no_grad()
     @pytest.mark.parametrize("mapping", [dict, UserDict])

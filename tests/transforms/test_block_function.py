@@ -70,3 +70,17 @@ def test_gradients_pass_straight_through_a_rounding():
     assert torch.equal(y, x.detach().round())
     (y * factors).sum().backward()
     assert torch.equal(x.grad, factors)
+
+
+def test_arguments_of_one_sequence_are_expanded_to_the_batch():
+    class Strict(nn.Linear):
+        def forward(self, x_BTD, shared, *, added):
+            assert shared.shape == (1, 4)
+            assert added.shape == x_BTD.shape
+            return x_BTD + added
+
+    added = torch.randn(1, 3, 4)
+    call = BlockFunction(Strict(1, 1), (torch.ones(1, 4),), {"added": added}, per_sequence={1})
+    x_BTD = torch.randn(5, 3, 4)
+    assert torch.equal(call.without_rounding()._arguments(5)[1]["added"], added.expand(5, 3, 4))
+    assert torch.equal(call({}, x_BTD), x_BTD + added)
