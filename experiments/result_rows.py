@@ -1,0 +1,114 @@
+"""Rows of measured schemes, kept in docs/results/data/*.json: the facts that tables of pages are made from."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from lqer.errors import DataError
+from lqer.report.naming import scheme_name
+
+ORIGINAL, UNQUANTIZED_BITS = "original", 16.0
+
+
+class Row(BaseModel):
+    """One measured scheme: what a table shows of it, and what repeats it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str
+    scheme: str
+    bits: float = Field(gt=0)  # average per quantized weight, everything stored counted
+    perplexity: dict[str, float]  # by text
+    kl: dict[str, float] = {}  # from the original, nats per token, by text
+    command: str
+    hardware: str
+    date: datetime.date
+    by: Literal["ours", "peer", "original"]  # who quantized it
+
+
+ROWS = TypeAdapter(list[Row])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Raises DataError, one line, for a file that is not a list of rows."""
+    try:
+        return ROWS.validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def rows_of(
+    results: Mapping[str, Any],
+    *,
+    model: str,
+    command: str,
+    date: str,
+    scheme: str | None = None,
+    hardware: str | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """The row of the original and that of the quantized model, of results.json or of a line of compare_peers.py.
+
+    texts: the name of a text in tables, by its label. Raises KeyError for anything else than results.
+    """
+    texts = texts or {}
+    by_peer = "peer" in results
+    measured = results["texts"].items() if by_peer else ((row["dataset"], row) for row in results["perplexity"])
+    ours, original, kl = {}, {}, {}
+    for label, row in measured:
+        name = texts.get(label, label)
+        ours[name] = row["perplexity"] if by_peer else row["quantized"]
+        original[name] = row["original"]
+        divergence = {"kl_mean": row["kl_mean"]} if by_peer else (row["divergence"] or {}).get("quantized", {})
+        kl[name] = divergence.get("kl_mean")
+    common: dict[str, Any] = {
+        "model": model,
+        "command": command.replace("{tag}", results.get("tag", "")),
+        "hardware": hardware or f"{results['device']}, torch {results['versions']['torch']}",
+        "date": date,
+    }
+    quantized = Row(
+        **common,
+        scheme=scheme or _named(results, by_peer),
+        bits=round(results["average_bits"] if by_peer else results["bits"]["average"], 4),
+        perplexity=_known(ours),
+        kl=_known(kl),
+        by="peer" if by_peer else "ours",
+    )
+    known = _known(original)
+    plain = Row(**common, scheme=ORIGINAL, bits=UNQUANTIZED_BITS, perplexity=known, by="original")
+    return [plain, quantized] if known else [quantized]
+
+
+def _named(results: Mapping[str, Any], by_peer: bool) -> str:
+    if not by_peer:
+        return f"{scheme_name(results['config']['quantize'])}, {results['config']['quantize']['weight']}"
+    settings = results["settings"]
+    version = results["versions"].get(results["peer"], "")
+    return f"{results['peer']} {version} int{settings['bits']} g{settings['group_size']}".replace("  ", " ")
+
+
+def _known(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float(f"{value:.5g}") for name, value in values.items() if value is not None}
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """New rows replace those of the same model and scheme in their place, others follow at the end.
+
+    The original's row keeps its values on texts that the new one was not measured on.
+    """
+    rows = {(row.model, row.scheme): row for row in old}
+    for row in new:
+        known = rows.get((row.model, row.scheme))
+        if row.by == ORIGINAL and known is not None:
+            row = row.model_copy(update={"perplexity": known.perplexity | row.perplexity})
+        rows[row.model, row.scheme] = row
+    return list(rows.values())

@@ -1,0 +1,204 @@
+"""The tables of README.md and docs/, made from files of rows.
+
+    python experiments/tables.py fill [PAGE ...]     write the tables of the pages (default: README.md and docs/**/*.md)
+    python experiments/tables.py check [PAGE ...]    exit status 1 if a page shows anything else than its files say
+    python experiments/tables.py add FILE.json RESULTS.json ... --model NAME --command COMMAND [--scheme NAME]
+        [--text LABEL=NAME ...] [--hardware NAME] [--date YYYY-MM-DD]
+
+A file of rows (docs/results/data/*.json) is a list of objects with the keys of `Row`. A page marks a table by
+
+    <!-- table results/data/trellis.json columns=bits,perplexity,scheme model="SmolLM2-135M" scheme="trellis*" -->
+    <!-- end of table -->
+
+with one or more files relative to the page, the columns in their order (default: model, scheme, bits, perplexity, kl),
+patterns that a row must match (`model=`, `scheme=`, `by=`; several of one key: any of them), and `sort=bits` for
+another order than that of the files. `perplexity` and `kl` are one column for each text. A value is bold if every
+other row of its model at the same or fewer bits has a higher one.
+
+`add` takes results.json of runs and lines that experiments/compare_peers.py wrote (as "theirs"), replaces the rows of
+the same model and scheme, and adds the row of the original model. `{tag}` in COMMAND is the tag of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from result_rows import ORIGINAL, ROWS, Row, merged, read_rows, rows_of
+
+from lqer.errors import ConfigError, DataError, LqerError
+from lqer.store.files import write_text
+
+ROOT = Path(__file__).parents[1]
+TABLE = re.compile(r"(<!-- table (?P<arguments>.*?) -->\n)(?P<body>.*?)(<!-- end of table -->)", re.DOTALL)
+COLUMNS = ("model", "scheme", "bits", "perplexity", "kl", "hardware", "date", "command")
+DEFAULT_COLUMNS = COLUMNS[:5]
+FILTERS = ("model", "scheme", "by")
+# From here on a perplexity is shown as a power of ten: the model is ruined, digits mean nothing.
+RUINED = 1e4
+
+
+def filled(page: Path) -> str:
+    """The text of a page with every table written anew."""
+    return TABLE.sub(lambda found: f"{found[1]}\n{_region(page, found['arguments'])}\n{found[4]}", page.read_text())
+
+
+def _region(page: Path, arguments: str) -> str:
+    files, options = _parse(page, arguments)
+    # Files about one model both have the row of the original.
+    found = merged([], [row for file in files for row in read_rows(page.parent / file)])
+    rows = [row for row in found if _is_wanted(row, options)]
+    if not rows:
+        raise DataError(f"{page}: no row for the table {arguments}")
+    if "sort" in options:
+        rows.sort(key=lambda row: row.bits, reverse=True)
+    links = ", ".join(f"[{Path(file).name}]({file})" for file in files)
+    columns = options["columns"][0].split(",") if "columns" in options else list(DEFAULT_COLUMNS)
+    note = f"Bold: all other rows of the model with as many or fewer bits are worse. Commands and dates: {links}."
+    return f"{markdown(rows, columns)}\n\n{note}\n"
+
+
+def _parse(page: Path, arguments: str) -> tuple[list[str], dict[str, list[str]]]:
+    files: list[str] = []
+    options: dict[str, list[str]] = {}
+    for word in shlex.split(arguments):
+        key, equals, value = word.partition("=")
+        if not equals:
+            files.append(word)
+        else:
+            options.setdefault(key, []).append(value)
+    if unknown := [key for key in options if key not in (*FILTERS, "columns", "sort")]:
+        raise ConfigError(f"{page}: table: unknown key {unknown[0]!r}; allowed: {', '.join(FILTERS)}, columns, sort")
+    if options.get("sort", ["bits"]) != ["bits"]:
+        raise ConfigError(f"{page}: table: sort: must be bits; found {options['sort'][0]!r}")
+    for column in options.get("columns", [",".join(DEFAULT_COLUMNS)])[0].split(","):
+        if column not in COLUMNS:
+            raise ConfigError(f"{page}: table: unknown column {column!r}; allowed: {', '.join(COLUMNS)}")
+    return files, options
+
+
+def _is_wanted(row: Row, options: Mapping[str, Sequence[str]]) -> bool:
+    return all(
+        any(fnmatchcase(getattr(row, key), pattern) for pattern in options[key]) for key in FILTERS if key in options
+    )
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """The table; a model is named in the first of its rows."""
+    headings: list[str] = []
+    cells: list[list[str]] = [[] for _ in rows]
+    for column in columns:
+        if column in ("perplexity", "kl"):
+            for text in dict.fromkeys(text for row in rows for text in getattr(row, column)):
+                headings.append(text if column == "perplexity" else f"KL {text}")
+                best = {id(row) for row in front(rows, column, text)}
+                for row, line in zip(rows, cells, strict=True):
+                    shown = _shown(getattr(row, column).get(text), column)
+                    line.append(f"**{shown}**" if id(row) in best else shown)
+        else:
+            headings.append(column)
+            previous = None
+            for row, line in zip(rows, cells, strict=True):
+                shown = _fact(row, column)
+                line.append("" if column == "model" and shown == previous else shown)
+                previous = shown
+    lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in (headings, *cells)]
+    return "\n".join([lines[0], "|" + "---|" * len(headings), *lines[1:]])
+
+
+def front(rows: Sequence[Row], column: str, text: str) -> Iterator[Row]:
+    """The quantized rows that are better than, or as good as, every other one of their model at the same or fewer bits.
+
+    None where one of these has not been measured: nobody knows then.
+    """
+    quantized = [row for row in rows if row.by != ORIGINAL]
+    for row in quantized:
+        rivals = [other for other in quantized if other.model == row.model and other.bits <= row.bits]
+        values = [getattr(other, column).get(text) for other in rivals]
+        if None not in values and getattr(row, column)[text] == min(values):
+            yield row
+
+
+def _shown(value: float | None, column: str) -> str:
+    if value is None:
+        return ""
+    if column == "kl":
+        return f"{value:.3f}"
+    return f"{value:.1e}".replace("e+0", "e") if value >= RUINED else f"{value:#.4g}"
+
+
+def _fact(row: Row, column: str) -> str:
+    if column == "scheme":
+        return f"{row.scheme} (theirs)" if row.by == "peer" else row.scheme
+    if column == "bits":
+        return f"{row.bits:.3f}" if row.by != ORIGINAL else f"{row.bits:g}"
+    return f"`{row.command}`" if column == "command" else str(getattr(row, column))
+
+
+def add(arguments: argparse.Namespace) -> None:
+    if arguments.scheme and len(arguments.results) > 1:
+        raise ConfigError("--scheme names one run; found several")
+    if wrong := [text for text in arguments.text if "=" not in text]:
+        raise ConfigError(f"--text {wrong[0]}: must have the form LABEL=NAME")
+    texts = dict(text.split("=", 1) for text in arguments.text)
+    facts = {key: getattr(arguments, key) for key in ("model", "command", "date", "scheme", "hardware")}
+    new: list[Row] = []
+    for path in arguments.results:
+        try:
+            text = path.read_text(encoding="utf-8")
+            found = [json.loads(text)] if path.name.endswith(".json") else map(json.loads, text.splitlines())
+            new += [row for results in found for row in rows_of(results, texts=texts, **facts)]
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{path}: neither results.json nor lines of compare_peers.py: {error}") from None
+    rows = merged(read_rows(arguments.file) if arguments.file.exists() else [], new)
+    write_text(arguments.file, json.dumps(ROWS.dump_python(rows, mode="json"), indent=1, ensure_ascii=False) + "\n")
+    print(f"{arguments.file}: {len(rows)} rows")
+
+
+def fill(pages: Sequence[Path], check_only: bool) -> int:
+    stale = [page for page in pages if filled(page) != page.read_text()]
+    for page in stale:
+        if not check_only:
+            write_text(page, filled(page))
+        print(f"{os.path.relpath(page)}: {'is not what its files say' if check_only else 'written'}")
+    return int(check_only and bool(stale))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="does", required=True)
+    for name in ("fill", "check"):
+        commands.add_parser(name).add_argument("pages", nargs="*", type=Path, metavar="PAGE")
+    adding = commands.add_parser("add")
+    adding.add_argument("file", type=Path, metavar="FILE.json")
+    adding.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
+    adding.add_argument("--model", required=True)
+    adding.add_argument("--command", required=True)
+    adding.add_argument("--scheme")
+    adding.add_argument("--text", action="append", default=[], metavar="LABEL=NAME")
+    adding.add_argument("--hardware")
+    adding.add_argument("--date", default=datetime.date.today().isoformat())
+    arguments = parser.parse_args()
+    try:
+        if arguments.does == "add":
+            add(arguments)
+            return 0
+        pages = arguments.pages or [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+        return fill(pages, arguments.does == "check")
+    except LqerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Tables of pages are what their files of rows say, and rows are what runs measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from result_rows import Row, merged, read_rows
+from tables import filled, front, markdown
+
+from lqer.errors import LqerError
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+DATA = sorted((ROOT / "docs/results/data").glob("*.json"))
+
+
+def row(scheme: str, bits: float, perplexity: dict[str, float], **changes: object) -> Row:
+    facts = {"model": "some", "kl": {}, "command": "run it", "hardware": "CPU", "date": "2026-11-28", "by": "ours"}
+    return Row(**(facts | {"scheme": scheme, "bits": bits, "perplexity": perplexity} | changes))
+
+
+ROWS = [
+    row("original", 16, {"wiki": 5.0}, by="original"),
+    row("two", 2.1, {"wiki": 9.0}),
+    row("three", 3.1, {"wiki": 10.0, "c4": 12345.6}, kl={"wiki": 0.25}),
+    row("them", 3.2, {"wiki": 7.0}, by="peer"),
+]
+
+
+def tables(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "experiments/tables.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    (tmp_path / "rows.json").write_text(json.dumps([one.model_dump(mode="json") for one in ROWS]))
+    path = tmp_path / "page.md"
+    path.write_text("Before.\n<!-- table rows.json columns=scheme,bits -->\nstale\n<!-- end of table -->\nAfter.\n")
+    return path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_shows_what_its_files_say(page):
+    assert filled(page) == page.read_text()
+
+
+@pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
+def test_every_row_of_a_file_can_be_repeated(path):
+    rows = read_rows(path)
+    assert len({(one.model, one.scheme) for one in rows}) == len(rows)
+    assert all("experiments/" in one.command or "sweeps/" in one.command for one in rows)
+
+
+def test_a_table_has_a_column_for_each_text_and_bold_values_on_the_front():
+    assert markdown(ROWS, ["model", "scheme", "bits", "perplexity", "kl"]).splitlines() == [
+        "| model | scheme | bits | wiki | c4 | KL wiki |",
+        "|---|---|---|---|---|---|",
+        "| some | original | 16 | 5.000 | | |",
+        "| | two | 2.100 | **9.000** | | |",
+        "| | three | 3.100 | 10.00 | 1.2e4 | 0.250 |",
+        "| | them (theirs) | 3.200 | **7.000** | | |",
+    ]
+
+
+def test_nothing_is_on_the_front_before_its_rivals_are_measured():
+    assert [one.scheme for one in front(ROWS, "perplexity", "wiki")] == ["two", "them"]
+    assert list(front(ROWS, "perplexity", "c4")) == []
+
+
+def test_another_model_is_no_rival():
+    other = row("large", 2, {"wiki": 1.0}, model="other")
+    assert [one.scheme for one in front([*ROWS, other], "perplexity", "wiki")] == ["two", "them", "large"]
+
+
+def test_only_the_marked_region_of_a_page_changes(page):
+    assert tables("check", page).returncode == 1
+    assert tables("fill", page).returncode == 0
+    text = page.read_text()
+    assert text.startswith("Before.\n<!-- table rows.json columns=scheme,bits -->\n")
+    assert text.endswith("<!-- end of table -->\nAfter.\n")
+    assert "| three | 3.100 |" in text
+    assert "stale" not in text
+    assert tables("check", page).returncode == 0
+
+
+def test_rows_are_picked_by_patterns_and_sorted_by_bits(page):
+    page.write_text('<!-- table rows.json columns=scheme scheme="t*" by=ours sort=bits -->\n<!-- end of table -->\n')
+    lines = [line for line in filled(page).splitlines() if line.startswith("| t")]
+    assert lines == ["| three |", "| two |"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("rows.json colums=bits", "unknown key 'colums'"),
+        ("rows.json columns=bit", "unknown column 'bit'"),
+        ("rows.json sort=scheme", "sort: must be bits"),
+        ("rows.json scheme=nothing", "no row for the table"),
+        ("nowhere.json", "No such file"),
+    ],
+)
+def test_a_mistake_in_a_marker_is_one_line(page, arguments, told):
+    page.write_text(f"<!-- table {arguments} -->\n<!-- end of table -->\n")
+    with pytest.raises(LqerError, match=told):
+        filled(page)
+    done = tables("fill", page)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_a_file_with_a_misspelt_key_is_refused_by_name(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([ROWS[1].model_dump(mode="json") | {"bit": 2}]))
+    with pytest.raises(LqerError, match=r"rows\.json: 0\.bit"):
+        read_rows(tmp_path / "rows.json")
+
+
+def test_a_new_row_takes_the_place_of_the_old_one():
+    better = row("two", 2.1, {"wiki": 8.0})
+    assert merged(ROWS, [better, row("four", 4.1, {})])[1] == better
+    assert [one.scheme for one in merged(ROWS, [better, row("four", 4.1, {})])][-1] == "four"
+
+
+def test_the_original_keeps_its_values_on_other_texts():
+    (both,) = merged(ROWS[:1], [row("original", 16, {"c4": 8.0}, by="original")])
+    assert both.perplexity == {"wiki": 5.0, "c4": 8.0}
+
+
+RUN = {
+    "tag": "mine",
+    "device": "NVIDIA H100",
+    "versions": {"torch": "2.11.0"},
+    "bits": {"average": 3.12345},
+    "config": {"quantize": {"method": {"kind": "lqer-act"}, "weight": "w3"}},
+    "perplexity": [
+        {"dataset": "a.txt", "original": 5.0, "quantized": 6.123456, "divergence": {"quantized": {"kl_mean": 0.1}}},
+        {"dataset": "b.txt", "original": 7.0, "quantized": None, "divergence": None},
+    ],
+}
+PEER_LINE = {
+    "peer": "hqq",
+    "versions": {"hqq": "0.2.8", "torch": "2.11.0"},
+    "device": "NVIDIA H100",
+    "settings": {"bits": 2, "group_size": 64},
+    "average_bits": 2.5,
+    "texts": {"a.txt": {"perplexity": 9.0, "original": 5.0, "kl_mean": 0.5}},
+}
+
+
+def test_rows_are_added_from_runs_and_from_peers(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(RUN))
+    (tmp_path / "peers.jsonl").write_text(json.dumps(PEER_LINE) + "\n")
+    data = tmp_path / "data.json"
+    common = ("--model", "Some-1B", "--text", "a.txt=Wiki", "--date", "2026-11-28")
+    done = tables("add", data, tmp_path / "results.json", *common, "--command", "sweeps/x.sh # {tag}")
+    assert done.returncode == 0, done.stderr
+    done = tables("add", data, tmp_path / "peers.jsonl", *common, "--command", "experiments/y.py")
+    assert done.returncode == 0, done.stderr
+    original, ours, theirs = read_rows(data)
+    assert (original.by, original.bits, original.perplexity) == ("original", 16, {"Wiki": 5.0, "b.txt": 7.0})
+    assert (ours.scheme, ours.bits, ours.command) == ("lqer-act, w3", 3.1235, "sweeps/x.sh # mine")
+    assert (ours.perplexity, ours.kl) == ({"Wiki": 6.1235}, {"Wiki": 0.1})
+    assert ours.hardware == "NVIDIA H100, torch 2.11.0"
+    assert (theirs.by, theirs.scheme, theirs.kl) == ("peer", "hqq 0.2.8 int2 g64", {"Wiki": 0.5})
+
+
+def test_what_is_no_result_is_refused_by_name(tmp_path):
+    (tmp_path / "other.json").write_text('{"some": "thing"}')
+    done = tables("add", tmp_path / "data.json", tmp_path / "other.json", "--model", "M", "--command", "C")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'other.json'}: neither results.json")
+    assert not (tmp_path / "data.json").exists()
