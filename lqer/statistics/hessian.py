@@ -3,7 +3,7 @@
 An error E of the weight costs E‖E x‖² = tr(E H Eᵀ) at the layer's output, so 2 H is the Hessian of the layer's squared
 output error with respect to each row of the weight. Where tokens have weights, H = Σ w_t x_t x_tᵀ / Σ w_t.
 
-Shapes: I in_features, N tokens of a batch, P rows of a panel.
+Shapes: I in_features, N tokens of a batch.
 """
 
 from __future__ import annotations
@@ -15,71 +15,30 @@ import torch
 from torch import Tensor
 
 from lqer.statistics.base import Allocator, InputRotation, Statistic
-
-# Tokens whose products are summed in float32 before the sum is added to a float64 one.
-CHUNK_TOKENS = 512
-PANEL_ROWS = 512
+from lqer.statistics.products import add_products, mirrored_mean, multiplicand, symmetric_mean
 
 
 class HessianAccumulator:
-    """Σ w x xᵀ in float64."""
+    """Σ w x xᵀ in float64; on a GPU its lower triangle."""
 
     def __init__(self, in_features: int, device: torch.device, offload: Allocator):
         self._sum_II = offload.zeros([in_features, in_features], torch.float64, device)
+        self._mean = mirrored_mean if device.type == "cuda" else symmetric_mean
         self._total: float | Tensor = 0
 
     def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
         self._total = self._total + total_weight(x_NI, weights_N)
         if weights_N is not None:
             x_NI = multiplicand(x_NI.to(torch.float32) * weights_N.sqrt().unsqueeze(-1), x_NI.dtype)
-        for chunk_NI in x_NI.split(CHUNK_TOKENS):
-            add_float32(self._sum_II, outer_products(chunk_NI))
+        add_products(self._sum_II, x_NI)
 
     def result(self) -> Tensor:
-        return _symmetric_mean(self._sum_II, self._total)
+        return self._mean(self._sum_II, self._total)
 
 
 def total_weight(x_NI: Tensor, weights_N: Tensor | None) -> int | Tensor:
     """What the tokens of a batch count together; a float64 scalar, or their number where they have no weights."""
     return len(x_NI) if weights_N is None else weights_N.to(torch.float64).sum()
-
-
-def multiplicand(x_NI: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float32 values as they are multiplied by inputs of that dtype: rounded to it if it is bfloat16, which is fast.
-
-    The rounding averages out over the tokens. In float16 weighted values would underflow.
-    """
-    return x_NI.to(dtype) if dtype == torch.bfloat16 else x_NI
-
-
-def outer_products(x_NI: Tensor, y_NI: Tensor | None = None) -> Tensor:
-    """Σ x yᵀ, float32 (I, I); Σ x xᵀ by default.
-
-    Products of two bfloat16 or float16 numbers are exact in float32, and a GPU's half-precision units accumulate them
-    in float32.
-    """
-    y_NI = x_NI if y_NI is None else y_NI
-    if x_NI.is_cuda and x_NI.dtype == y_NI.dtype and x_NI.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(x_NI.T, y_NI, out_dtype=torch.float32)
-    return x_NI.to(torch.float32).T @ y_NI.to(torch.float32)
-
-
-def add_float32(sum_II: Tensor, products_II: Tensor) -> None:
-    """Add float32 to float64 in place; by panels of rows, because a CPU first widens the whole operand."""
-    for sum_PI, products_PI in zip(sum_II.split(PANEL_ROWS), products_II.split(PANEL_ROWS), strict=True):
-        sum_PI += products_PI
-
-
-def _symmetric_mean(sum_II: Tensor, total: float | Tensor) -> Tensor:
-    """(S + Sᵀ) / 2 total, float32: a matrix product need not be symmetric to the last bit.
-
-    By panels of rows: a second matrix in float64 would be larger than a large block's weights.
-    """
-    mean_II = torch.empty(sum_II.shape, dtype=torch.float32, device=sum_II.device)
-    for first in range(0, len(sum_II), PANEL_ROWS):
-        rows = slice(first, first + PANEL_ROWS)
-        mean_II[rows] = (sum_II[rows] + sum_II[:, rows].T) / (2 * total)
-    return mean_II
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lqer.statistics.base import Allocator, InputRotation, Statistic
-from lqer.statistics.hessian import CHUNK_TOKENS, add_float32, multiplicand, outer_products, total_weight
+from lqer.statistics.hessian import total_weight
+from lqer.statistics.products import add_products, multiplicand
 
 
 class MismatchAccumulator:
@@ -32,10 +33,7 @@ class MismatchAccumulator:
         difference_NI = original_NI.to(torch.float32) - x_NI.to(torch.float32)
         if weights_N is not None:
             difference_NI *= weights_N.unsqueeze(-1)
-        difference_NI = multiplicand(difference_NI, x_NI.dtype)
-        for first in range(0, len(x_NI), CHUNK_TOKENS):
-            chunk = slice(first, first + CHUNK_TOKENS)
-            add_float32(self._sum_II, outer_products(difference_NI[chunk], x_NI[chunk]))
+        add_products(self._sum_II, multiplicand(difference_NI, x_NI.dtype), x_NI)
 
     def result(self) -> Tensor:
         return (self._sum_II / self._total).to(torch.float32)

@@ -14,16 +14,16 @@ from lqer.statistics.base import Allocator, Statistic
 
 
 class SampleAccumulator:
-    """The sampled rows of every batch, on the CPU."""
+    """The sampled rows of every batch, where the inputs are: a copy to the CPU would wait for a GPU."""
 
     def __init__(self) -> None:
         self._rows_SI: list[Tensor] = []
 
     def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
-        self._rows_SI.append(x_NI[sampled_N].cpu())
+        self._rows_SI.append(x_NI[sampled_N])
 
     def result(self) -> Tensor:
-        return torch.cat(self._rows_SI)
+        return torch.cat(self._rows_SI).cpu()
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ from lqer.kernels.integer_launch import run_gemm, run_gemv
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.launch import run_layer
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
+from lqer.statistics.products_kernel import add_half_products
 from lqer.transforms.hadamard import random_hadamard
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
-    torch.int64: "*i64", torch.uint8: "*u8",
+    torch.int64: "*i64", torch.uint8: "*u8", torch.float64: "*fp64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 SHARED_MEMORY = 48 << 10
@@ -110,6 +111,9 @@ def main() -> None:
     for bits, state_bits in ((2, 12), (3, 12), (4, 12), (2, 16)):
         x_NP, table_S = torch.zeros(3, 256), torch.zeros(1 << state_bits, dtype=torch.float16)
         best_paths(x_NP, table_S, bits, best_paths(x_NP, table_S.float(), bits)[:, 0] >> bits)
+    for features, dtype, lower in ((256, bf16, True), (300, torch.float16, False)):
+        x_NI = random_input(200, features, dtype)
+        add_half_products(torch.zeros(features, features, dtype=torch.float64), x_NI, x_NI, lower)
     print(" ".join(sorted(compiled)))
 
 
