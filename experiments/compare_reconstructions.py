@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -63,10 +64,9 @@ def errors_by_linear(arguments: argparse.Namespace) -> dict[str, dict[str, dict[
         )
         for index, block in enumerate(opened.blocks):
             statistics = BlockStatistics.read(calibration, index).to(device)
-            for linear_name, linear in block_linears(block).items():
-                full_name = f"{opened.name}.{index}.{linear_name}"
-                site = statistics.of(full_name)
-                weight_OI, r_II = linear.weight.detach().to(device, torch.float32), site["hessian"].double()
+            linears = {f"{opened.name}.{index}.{name}": linear for name, linear in block_linears(block).items()}
+            for full_name, site in statistics.by_site(linears):
+                weight_OI, r_II = linears[full_name].weight.detach().to(device, torch.float32), site["hessian"].double()
                 for bits in arguments.bits:
                     errors[str(bits)][full_name] = {
                         method: relative_error(weight_OI, _effective(weight_OI, site, method, bits, arguments), r_II)
@@ -76,7 +76,7 @@ def errors_by_linear(arguments: argparse.Namespace) -> dict[str, dict[str, dict[
 
 
 def _effective(
-    weight_OI: Tensor, site: dict[str, Tensor], method: str, bits: int, arguments: argparse.Namespace
+    weight_OI: Tensor, site: Mapping[str, Tensor], method: str, bits: int, arguments: argparse.Namespace
 ) -> Tensor:
     plan = LinearPlan(
         method=METHODS[method](),

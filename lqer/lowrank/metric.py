@@ -9,6 +9,7 @@ Shapes: I in_features, O out_features, L columns of any number.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,11 +40,17 @@ class Metric:
         """Cᵀ·x for a C with C·Cᵀ = H, in float64."""
         x_IL = x_IL.to(torch.float64)
         if self.hessian_II is not None:
-            eigenvalues_I, vectors_II = torch.linalg.eigh(self.hessian_II.to(torch.float64))
-            floor = RELATIVE_EIGENVALUE_NOISE * eigenvalues_I[-1].clamp(min=0)
-            roots_I = torch.where(eigenvalues_I > floor, eigenvalues_I, 0.0).sqrt()
+            roots_I, vectors_II = self._eigenvectors
             return roots_I[:, None] * (vectors_II.T @ x_IL)
         return x_IL if self.scale_I is None else x_IL * self.scale_I.to(torch.float64)[:, None]
+
+    @cached_property
+    def _eigenvectors(self) -> tuple[Tensor, Tensor]:
+        """Roots of the eigenvalues of H and its eigenvectors, float64; made once for all errors under this metric."""
+        assert self.hessian_II is not None
+        eigenvalues_I, vectors_II = torch.linalg.eigh(self.hessian_II.to(torch.float64))
+        floor = RELATIVE_EIGENVALUE_NOISE * eigenvalues_I[-1].clamp(min=0)
+        return torch.where(eigenvalues_I > floor, eigenvalues_I, 0.0).sqrt(), vectors_II
 
     def energy(self, error_OI: Tensor) -> float:
         """tr(E H Eᵀ) to float32's accuracy. A full H costs a product of H with the error."""

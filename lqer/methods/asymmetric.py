@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lqer.rounding.hessian import damp
+from lqer.statistics.symmetric import panels
 
 DAMPING = 0.02
 
@@ -28,9 +29,10 @@ def asymmetric_target(weight_OI: Tensor, hessian_II: Tensor, mismatch_II: Tensor
     strength: α. Raises NonFiniteError for a Hessian that is not finite, HessianError for one that is not positive
     semi-definite.
     """
-    hessian_II = hessian_II.to(torch.float64)
     damped = damp(hessian_II, DAMPING)
-    # `damp` divides H by its mean diagonal, inputs that are always zero left out; M is zero where all of them are.
-    mean = hessian_II.diagonal()[~damped.dead_I].mean() if not damped.dead_I.all() else 1.0
-    drawn_OI = weight_OI.to(torch.float64) @ (mismatch_II.to(torch.float64) / mean)
+    wide_OI = weight_OI.to(torch.float64)
+    drawn_OI = torch.empty_like(wide_OI)
+    for columns in panels(len(mismatch_II)):
+        # `damp` divides H by its mean diagonal.
+        drawn_OI[:, columns] = wide_OI @ (mismatch_II[:, columns].to(torch.float64) / damped.mean)
     return weight_OI + strength * torch.cholesky_solve(drawn_OI.T, damped.cholesky_II).T.to(torch.float32)

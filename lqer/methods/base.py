@@ -31,6 +31,7 @@ from lqer.methods.asymmetric import asymmetric_target
 from lqer.methods.inputs import InputRounding
 from lqer.rounding import Nearest, Rounding
 from lqer.statistics import Hessian, Mismatch, Statistic
+from lqer.statistics.site import SiteStatistics, derive
 from lqer.transforms import LinearTransform, Rotation
 
 # Of one input site, by kind.
@@ -224,7 +225,7 @@ class Method(Component, family="method"):
             out_features, in_features = weight_OI.shape
             rotation = plan.transform.rotation(out_features, in_features, plan.seed)
             weight_OI = rotation.weight(weight_OI)
-            statistics = rotation.statistics(statistics, self._needed(plan))
+            statistics = derive(statistics, _rotated, plan.transform, in_features, plan.seed, self._needed(plan))
         if plan.asymmetric:
             moments = statistics["hessian"], statistics["mismatch"]
             weight_OI = asymmetric_target(weight_OI, *moments, plan.asymmetric)
@@ -262,6 +263,13 @@ class Method(Component, family="method"):
             return QuantizedWeight(rounded_OI, None)
         error_OI = weight_OI.to(torch.float32) - rounded_OI.dequantize()
         return QuantizedWeight(rounded_OI, reconstruct_rounded(error_OI, self.metric(weight_OI, statistics), plan))
+
+
+def _rotated(
+    statistics: Statistics, transform: LinearTransform, in_features: int, seed: int, needed: frozenset[Statistic]
+) -> SiteStatistics:
+    """The statistics of rotated inputs; the inputs' rotation does not depend on the linear's outputs."""
+    return SiteStatistics(transform.rotation(1, in_features, seed).statistics(statistics, needed))
 
 
 class RoundingOnly(Method):

@@ -32,7 +32,7 @@ from lqer.methods.base import LinearPlan, LowRank, QuantizedWeight, Statistics, 
 from lqer.methods.qera import QeraExact
 from lqer.rounding import Rounding
 from lqer.rounding.base import require_damping, unsupported_feedback
-from lqer.rounding.hessian import DAMPING, DampedHessian, damp, down_date
+from lqer.rounding.hessian import DAMPING, DampedHessian, damped_hessian, down_date
 from lqer.rounding.ldlq import Ldlq, ldlq
 
 # Of the published experiments.
@@ -116,8 +116,8 @@ class Caldera(QeraExact):
         """Algorithm 1; without a rank, the rounding alone."""
         if not plan.rank:
             return super().decompose(weight_OI, statistics, plan)
-        damped = damp(statistics["hessian"], self.damping)
-        metric = Metric(hessian_II=damped.hessian_II.to(torch.float32))
+        damped = damped_hessian(statistics, self.damping)
+        metric = damped.derived(_metric)
         fit = _fit(damped, metric, plan, self.lplr_iterations)
         raises = [damped.raises]
 
@@ -138,6 +138,10 @@ class Caldera(QeraExact):
         best, errors = alternate(weight_OI, metric, steps, plan.iterations)
         assert best.rounded is not None
         return QuantizedWeight(best.rounded, best.low_rank, errors=tuple(errors), damping_raises=sum(raises))
+
+
+def _metric(damped: DampedHessian) -> Metric:
+    return Metric(hessian_II=damped.matrix(torch.float32))
 
 
 def _fit(damped: DampedHessian, metric: Metric, plan: LinearPlan, lplr_iterations: int) -> Callable[[Tensor], LowRank]:

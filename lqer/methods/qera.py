@@ -19,6 +19,7 @@ from lqer.lowrank.metric import Metric
 from lqer.lowrank.scaling import rms_scale
 from lqer.methods.base import Method, Statistics
 from lqer.statistics import Hessian, MeanSquare
+from lqer.statistics.site import derive
 
 
 class QeraApprox(Method):
@@ -38,9 +39,14 @@ class QeraExact(Method):
     statistics = frozenset({Hessian()})
 
     def metric(self, weight_OI: Tensor, statistics: Statistics) -> Metric:
-        hessian_II = statistics["hessian"]
-        mean = hessian_II.diagonal().mean()
-        return Metric(hessian_II=hessian_II / mean if mean > 0 else hessian_II)
+        return derive(statistics, _hessian_metric)
+
+
+def _hessian_metric(statistics: Statistics) -> Metric:
+    """The metric and its root are those of all linears of a site."""
+    hessian_II = statistics["hessian"]
+    mean = hessian_II.diagonal().mean()
+    return Metric(hessian_II=hessian_II / mean if mean > 0 else hessian_II)
 
 
 class EoRA(QeraExact):

@@ -1,6 +1,9 @@
 """The triangular factor of the inverse Hessian that error feedback uses (GPTQ, arXiv 2210.17323).
 
-Shapes: I in_features, V blocks, D columns of a block.
+H with its columns in reverse order is L Lᵀ by Cholesky, so that H = M Mᵀ with the upper M, which is L in reverse order,
+and H⁻¹ = Uᵀ U with U = M⁻¹. L is inverted in place, by halves.
+
+Shapes: I in_features, V blocks, D columns of a block, P rows of a panel.
 """
 
 from __future__ import annotations
@@ -9,25 +12,69 @@ import torch
 from torch import Tensor
 
 from lqer.rounding.hessian import DampedHessian
+from lqer.statistics.symmetric import panels
+
+# Of a triangle that is inverted by one solution, not by halves.
+SMALL_TRIANGLE = 1024
 
 
-def inverse_factor(damped: DampedHessian, order_I: Tensor | None = None) -> Tensor:
-    """Upper triangular U, float64 (I, I), with Uᵀ U = H⁻¹.
+def inverse_factor(damped: DampedHessian, order_I: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Upper triangular U (I, I) with Uᵀ U = H⁻¹, computed in float64.
 
     order_I: int64, a permutation of rows and columns that is applied to H first.
     """
-    hessian_II = damped.hessian_II
-    if order_I is not None:
-        hessian_II = hessian_II[order_I][:, order_I]
-    # H = M Mᵀ with M upper triangular, from the Cholesky factor of H in reverse order; then H⁻¹ = M⁻ᵀ M⁻¹.
-    upper_II = torch.linalg.cholesky(hessian_II.flip(0, 1)).flip(0, 1)
-    identity_II = torch.eye(len(upper_II), dtype=upper_II.dtype, device=upper_II.device)
-    return torch.linalg.solve_triangular(upper_II, identity_II, upper=True)
+    size = len(damped.dead_I)
+    order_I = torch.arange(size, device=damped.dead_I.device) if order_I is None else order_I
+    lower_II = damped.factor(order_I.flip(0))
+    invert_lower_(lower_II)
+    upper_II = torch.empty(size, size, dtype=dtype, device=lower_II.device)
+    for rows in panels(size):
+        upper_II[rows] = lower_II[size - rows.stop : size - rows.start].flip(0, 1)
+    return upper_II
 
 
-def block_feedback(factor_II: Tensor, dimension: int) -> Tensor:
+def feedback_factor(damped: DampedHessian, by_diagonal: bool) -> tuple[Tensor, Tensor]:
+    """U in float32, and the order of its columns: the largest H_ii first if `by_diagonal`, else as they are."""
+    order_I = torch.arange(len(damped.dead_I), device=damped.dead_I.device)
+    if by_diagonal:
+        order_I = damped.diagonal_I.argsort(descending=True, stable=True)
+    return inverse_factor(damped, order_I, torch.float32), order_I
+
+
+def vector_feedback(damped: DampedHessian, dimension: int) -> tuple[Tensor, Tensor]:
+    """`block_feedback` in float32, and the diagonal of U, float64."""
+    upper_II = inverse_factor(damped)
+    return block_feedback(upper_II, dimension, torch.float32), upper_II.diagonal().clone()
+
+
+def invert_lower_(lower_II: Tensor) -> None:
+    """The inverse of a lower triangular matrix in place: a third of the work of solving for all unit vectors.
+
+    (A 0; B C)⁻¹ = (A⁻¹ 0; -C⁻¹ B A⁻¹ C⁻¹)
+    """
+    size = len(lower_II)
+    if size <= SMALL_TRIANGLE:
+        identity_II = torch.eye(size, dtype=lower_II.dtype, device=lower_II.device)
+        lower_II.copy_(torch.linalg.solve_triangular(lower_II, identity_II, upper=False))
+        return
+    half = -(-size // (2 * SMALL_TRIANGLE)) * SMALL_TRIANGLE
+    first, second = slice(0, half), slice(half, size)
+    below = lower_II[second, first]
+    solved = torch.linalg.solve_triangular(lower_II[second, second], below, upper=False)
+    below.copy_(torch.linalg.solve_triangular(lower_II[first, first], solved, upper=False, left=False)).neg_()
+    del solved
+    invert_lower_(lower_II[first, first])
+    invert_lower_(lower_II[second, second])
+
+
+def block_feedback(factor_II: Tensor, dimension: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Rows U_PP⁻¹ U_P of each block P of `dimension` columns: the feedback of an error in P to the columns after it."""
-    blocks = len(factor_II) // dimension
-    rows_VDI = factor_II.unflatten(0, (blocks, dimension))
-    on_diagonal_VDD = rows_VDI.unflatten(2, (blocks, dimension)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return torch.linalg.solve_triangular(on_diagonal_VDD, rows_VDI, upper=True).flatten(0, 1)
+    feedback_II = torch.empty_like(factor_II, dtype=dtype)
+    # A panel is a whole number of blocks: vectors have 1, 2, 4, .. columns.
+    for rows in panels(len(factor_II)):
+        blocks = (rows.stop - rows.start) // dimension
+        rows_VDI = factor_II[rows].unflatten(0, (blocks, dimension))
+        square_VDVD = rows_VDI[:, :, rows].unflatten(2, (blocks, dimension))
+        on_diagonal_VDD = square_VDVD.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        feedback_II[rows] = torch.linalg.solve_triangular(on_diagonal_VDD, rows_VDI, upper=True).flatten(0, 1)
+    return feedback_II

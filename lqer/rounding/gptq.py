@@ -28,9 +28,9 @@ from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
 from lqer.rounding.descent import descend, require_descent, unsupported_descent
-from lqer.rounding.factor import inverse_factor
+from lqer.rounding.factor import feedback_factor
 from lqer.rounding.groups import Groups
-from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
+from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
 from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
 from lqer.statistics import Hessian, Statistic
 
@@ -68,11 +68,8 @@ def gptq(
         raise ValueError(f"activation_order would separate the columns of vectors of {step} ({number_format.kind})")
 
     weight_OI = weight_OI.to(torch.float32).masked_fill(damped.dead_I, 0)
-    order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
-    if activation_order:
-        order_I = damped.hessian_II.diagonal().argsort(descending=True, stable=True)
+    upper_II, order_I = damped.derived(feedback_factor, activation_order)
     weight_IO = weight_OI.T[order_I]
-    upper_II = inverse_factor(damped, order_I if activation_order else None).to(weight_IO)
     importance_I = importance(scales, upper_II.diagonal().pow(-2)[order_I.argsort()])
     out_features, in_features = weight_OI.shape
     groups = Groups(number_format, out_features, in_features, importance_I)
@@ -151,7 +148,7 @@ class Gptq(Rounding):
 
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         return gptq(
-            weight_OI, statistics["hessian"], number_format, damping=self.damping,
+            weight_OI, damped_hessian(statistics, self.damping), number_format,
             activation_order=self.activation_order, static_groups=self.static_groups, scales=self.scales,
             descent=self.descent,
         )  # fmt: skip

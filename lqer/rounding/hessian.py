@@ -1,18 +1,25 @@
 """The matrix that error feedback runs on: H = E[x xᵀ], normalised, damped and factored.
 
-The iterations of an alternating method share one factorization.
+Linears that share their inputs, and the iterations of an alternating method, share one `DampedHessian`: each of its
+factors is made once. Of float64 (I, I) it holds no more than its Cholesky factor, and no more than two exist at any
+moment while it is factored or a factor inverted: H itself is made from the statistic, panel by panel, wherever it is
+wanted, and factored in place.
 
-Shapes: I in_features, R rank.
+Shapes: I in_features, R rank, P rows of a panel.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lqer.formats import NonFiniteError
+from lqer.statistics.site import Source, derive
+from lqer.statistics.symmetric import panels, symmetrize_
 
 DAMPING = 0.01
 RAISE = 10.0  # the factor on damping after a failed factorization
@@ -24,52 +31,125 @@ class HessianError(ValueError):
     """The given matrix is not a valid Hessian (not positive semi-definite even after maximum damping)."""
 
 
-@dataclass(frozen=True, eq=False)
-class DampedHessian:
-    """H / mean(diag H) + damping, and its lower Cholesky factor; float64 (I, I).
+class DampedHessian(Source):
+    """H / mean(diag H) + damping, float64 (I, I), and what is derived from it.
 
-    dead_I: bool, inputs that were always zero, H_ii = 0; their diagonal is 1 + damping. damping: as asked for or as
-    raised. raises: how often damping was multiplied by 10 because the factorization failed.
+    given_II: E[x xᵀ] up to scale, float32 or float64, symmetric to the last bit. damping: relative to the mean
+    diagonal. Where H is not positive definite, the first factorization multiplies it by 10 until it is.
+    mean: the mean diagonal of inputs that were not always zero, float64. dead_I: bool, those that were, H_ii = 0; their
+    diagonal becomes 1 + damping.
+
+    Raises NonFiniteError for NaN or infinity, HessianError for a negative diagonal, ValueError for a matrix that is not
+    square; a factorization raises HessianError where no damping makes H positive definite.
     """
 
-    hessian_II: Tensor
-    cholesky_II: Tensor
-    dead_I: Tensor
-    damping: float
-    raises: int
+    def __init__(self, given_II: Tensor, damping: float = DAMPING, dead_I: Tensor | None = None):
+        super().__init__()
+        if given_II.dim() != 2 or given_II.shape[0] != given_II.shape[1]:
+            raise ValueError(f"a hessian is square, found shape {tuple(given_II.shape)}")
+        if damping < 0:
+            raise ValueError(f"damping {damping!r} is negative")
+        infinite = sum((~given_II[rows].isfinite()).sum() for rows in panels(len(given_II)))
+        if infinite:
+            raise NonFiniteError(f"the hessian holds {int(infinite)} values that are not finite")
+        diagonal_I = given_II.diagonal().to(torch.float64)
+        if (diagonal_I < 0).any():
+            raise HessianError(f"the hessian has the negative diagonal entry {float(diagonal_I.min()):g}")
+        zero_I = diagonal_I == 0
+        alive = (~zero_I).sum()
+        self.mean = torch.where(alive > 0, diagonal_I.sum() / alive, 1.0)
+        self.dead_I = zero_I if dead_I is None else dead_I
+        self._zero_I = zero_I.to(torch.float64)
+        self._given_II = given_II
+        self._damping, self._raises, self._is_factored = damping, 0, False
 
+    @property
+    def damping(self) -> float:
+        """As asked for or as raised."""
+        self._require_factor()
+        return self._damping
 
-def damp(hessian_II: Tensor, damping: float = DAMPING) -> DampedHessian:
-    """Normalise, damp and factor E[x xᵀ], given up to scale in float32 or float64.
+    @property
+    def raises(self) -> int:
+        """How often damping was multiplied by 10."""
+        self._require_factor()
+        return self._raises
 
-    damping is relative to the mean diagonal. Raises NonFiniteError for NaN or infinity, HessianError for a negative
-    diagonal or a matrix that no damping makes positive definite, ValueError for one that is not square.
-    """
-    if hessian_II.dim() != 2 or hessian_II.shape[0] != hessian_II.shape[1]:
-        raise ValueError(f"a hessian is square, found shape {tuple(hessian_II.shape)}")
-    if damping < 0:
-        raise ValueError(f"damping {damping!r} is negative")
-    hessian_II = hessian_II.to(torch.float64)
-    diagonal_I = hessian_II.diagonal()
-    if not hessian_II.isfinite().all():
-        raise NonFiniteError(f"the hessian holds {int((~hessian_II.isfinite()).sum())} values that are not finite")
-    if (diagonal_I < 0).any():
-        raise HessianError(f"the hessian has the negative diagonal entry {float(diagonal_I.min()):g}")
-    dead_I = diagonal_I == 0
-    mean = diagonal_I[~dead_I].mean() if not dead_I.all() else torch.ones((), dtype=torch.float64)
-    normal_II = hessian_II / mean + torch.diag(dead_I.to(torch.float64))
-    raises = 0
-    while True:
-        damped_II = normal_II + damping * torch.eye(len(dead_I), dtype=torch.float64, device=hessian_II.device)
-        cholesky_II, failed = torch.linalg.cholesky_ex(damped_II)
-        if not failed:
-            return DampedHessian(damped_II, cholesky_II, dead_I, damping, raises)
-        damping = max(RAISE * damping, FIRST_DAMPING)
-        raises += 1
-        if damping > LARGEST_DAMPING:
+    @property
+    def diagonal_I(self) -> Tensor:
+        """That of H, float64."""
+        return self._given_II.diagonal().to(torch.float64) / self.mean + self._zero_I + self._damping
+
+    @property
+    def hessian_II(self) -> Tensor:
+        """H, float64, made anew."""
+        return self.matrix(torch.float64)
+
+    @cached_property
+    def cholesky_II(self) -> Tensor:
+        """The lower Cholesky factor of H, float64, in column-major memory."""
+        return self.factor()
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """H, computed in float64, in that dtype."""
+        self._require_factor()
+        matrix_II = torch.empty_like(self._given_II, dtype=dtype, memory_format=torch.contiguous_format)
+        for rows in panels(len(matrix_II)):
+            matrix_II[rows] = self._given_II[rows].to(torch.float64) / self.mean
+        matrix_II.diagonal().copy_(self.diagonal_I)
+        return matrix_II
+
+    def factor(self, order_I: Tensor | None = None) -> Tensor:
+        """The lower Cholesky factor of H with its rows and columns in an order (int64), float64, column-major."""
+        while True:
+            # Symmetric: what is written row by row is read column by column, as the factorization in place needs it.
+            rows_II = torch.empty_like(self._given_II, dtype=torch.float64, memory_format=torch.contiguous_format)
+            for rows in panels(len(rows_II)):
+                given_PI = self._given_II[rows] if order_I is None else self._given_II[order_I[rows]][:, order_I]
+                torch.div(given_PI.to(torch.float64), self.mean, out=rows_II[rows])
+            rows_II.diagonal().copy_(self.diagonal_I if order_I is None else self.diagonal_I[order_I])
+            in_place_II, failed = rows_II.mT, torch.empty((), dtype=torch.int32, device=rows_II.device)
+            factor_II, failed = torch.linalg.cholesky_ex(in_place_II, out=(in_place_II, failed))
+            if not failed:
+                self._is_factored = True
+                return factor_II
+            del rows_II, in_place_II, factor_II
+            self._raise_damping()
+
+    def _raise_damping(self) -> None:
+        self._damping = max(RAISE * self._damping, FIRST_DAMPING)
+        self._raises += 1
+        if self._damping > LARGEST_DAMPING:
             raise HessianError(
                 f"the hessian is not positive definite with {LARGEST_DAMPING:g} of its mean diagonal added"
             )
+
+    def _require_factor(self) -> None:
+        """Only a factorization tells the damping."""
+        if not self._is_factored:
+            _ = self.cholesky_II
+
+
+def damp(hessian_II: Tensor, damping: float = DAMPING) -> DampedHessian:
+    """A DampedHessian with its Cholesky factor, so that every error of the matrix is raised here."""
+    damped = DampedHessian(hessian_II, damping)
+    _ = damped.cholesky_II
+    return damped
+
+
+def damped_hessian(statistics: Mapping[str, Any], damping: float) -> DampedHessian:
+    """statistics["hessian"] damped, once for all linears of a site; a DampedHessian is returned as it is."""
+    hessian = statistics["hessian"]
+    return hessian if isinstance(hessian, DampedHessian) else derive(statistics, _damped, damping)
+
+
+def _damped(statistics: Mapping[str, Tensor], damping: float) -> DampedHessian:
+    return DampedHessian(statistics["hessian"], damping)
+
+
+def as_damped(hessian: Tensor | DampedHessian, damping: float) -> DampedHessian:
+    """The Hessian damped by `damping`; a DampedHessian is returned as it is."""
+    return hessian if isinstance(hessian, DampedHessian) else DampedHessian(hessian, damping)
 
 
 def down_date(damped: DampedHessian, a_IR: Tensor, fraction: float = 1.0) -> DampedHessian:
@@ -81,12 +161,11 @@ def down_date(damped: DampedHessian, a_IR: Tensor, fraction: float = 1.0) -> Dam
     """
     directions_IR, _ = torch.linalg.qr(damped.cholesky_II.T @ a_IR.to(damped.cholesky_II))
     taken_IR = damped.cholesky_II @ directions_IR
-    left_II = damped.hessian_II - fraction * taken_IR @ taken_IR.T
+    left_II = damped.hessian_II
+    for rows in panels(len(left_II)):
+        left_II[rows] -= (fraction * taken_IR[rows]) @ taken_IR.T
     # Where A absorbs everything, the rest is floating-point noise of either sign.
     left_II.diagonal().clamp_(min=torch.finfo(torch.float64).eps)
-    return replace(damp((left_II + left_II.T) / 2, damped.damping), dead_I=damped.dead_I)
-
-
-def as_damped(hessian: Tensor | DampedHessian, damping: float) -> DampedHessian:
-    """The Hessian damped by `damping`; a DampedHessian is returned as it is."""
-    return hessian if isinstance(hessian, DampedHessian) else damp(hessian, damping)
+    left = DampedHessian(symmetrize_(left_II), damped.damping, damped.dead_I)
+    _ = left.cholesky_II
+    return left

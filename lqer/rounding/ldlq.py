@@ -15,7 +15,8 @@ Sweeps of coordinate descent may follow, again over the blocks from last to firs
 
 A trellis code is rounded in blocks of 16 columns, and its rows stay or change 16 at a time.
 
-Shapes: O out_features, I in_features, P columns of a panel, D columns of a block, K blocks, N vectors of rows.
+Shapes: O out_features, I in_features, P columns of a panel, D columns of a block, K blocks, Q columns of
+whole blocks, N vectors of rows.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
 from lqer.rounding.groups import Groups
-from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
+from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
 from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
 from lqer.statistics import Hessian, Statistic
+from lqer.statistics.symmetric import PANEL_ROWS
 
 
 def ldlq(
@@ -72,7 +74,7 @@ def ldlq(
     if static_groups or groups.single:
         groups.fit_all(weight_OI.to(torch.float32))
     weight_IO = weight_OI.T.to(torch.float32).contiguous()
-    lower_II = block_lower(damped.cholesky_II, block).to(weight_IO)
+    lower_II = damped.derived(_feedback, block)
     codes: dict[int, Tensor] = {}
     error_IO = torch.empty_like(weight_IO)
     panel = -(-groups.panel // block) * block
@@ -90,21 +92,32 @@ def ldlq(
             error_IO[now] = weight_IO[now] - values_OD.T
             target_PO[: k - start].addmm_(lower_II[now, start:k].T, error_IO[now])
     for _ in range(tune_iters):
-        _tune(weight_IO, error_IO, codes, damped.hessian_II.to(weight_IO), groups, block)
+        _tune(weight_IO, error_IO, codes, damped.matrix(torch.float32), groups, block)
     return groups.finish(torch.cat([codes[k] for k in sorted(codes)], dim=1))
 
 
-def block_lower(cholesky_II: Tensor, block: int) -> Tensor:
+def _feedback(damped: DampedHessian, block: int) -> Tensor:
+    return block_lower(damped.cholesky_II, block, torch.float32)
+
+
+def block_lower(cholesky_II: Tensor, block: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """𝓛 (I, I) of H = C Cᵀ given C: block column i is that of C times C_ii⁻¹; the last block may be smaller."""
     size = len(cholesky_II)
-    count = -(-size // block)
-    # Padded with an identity, so that all blocks have one size and are solved in one batch.
-    padded_PP = torch.eye(count * block, dtype=cholesky_II.dtype, device=cholesky_II.device)
-    padded_PP[:size, :size] = cholesky_II
-    columns_KPD = padded_PP.unflatten(1, (count, block)).transpose(0, 1)
-    diagonal_KDD = columns_KPD.unflatten(1, (count, block)).diagonal(dim1=0, dim2=1).permute(2, 0, 1)
-    lower_KPD = torch.linalg.solve_triangular(diagonal_KDD, columns_KPD, upper=False, left=False)
-    return lower_KPD.transpose(0, 1).flatten(1)[:size, :size].contiguous()
+    lower_II = torch.zeros(size, size, dtype=dtype, device=cholesky_II.device)
+    width = max(PANEL_ROWS // block, 1) * block
+    for first in range(0, size, width):
+        now, below = slice(first, min(first + width, size)), slice(first, size)
+        count = -(-(now.stop - first) // block)
+        # Padded with an identity, so that all blocks have one size and are solved in one batch.
+        panel_PQ = cholesky_II.new_zeros(max(size - first, count * block), count * block)
+        panel_PQ[: size - first, : now.stop - first] = cholesky_II[below, now]
+        panel_PQ.diagonal()[now.stop - first :] = 1
+        columns_KPD = panel_PQ.unflatten(1, (count, block)).transpose(0, 1)
+        square_KKDD = columns_KPD[:, : count * block].unflatten(1, (count, block))
+        diagonal_KDD = square_KKDD.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
+        lower_KPD = torch.linalg.solve_triangular(diagonal_KDD, columns_KPD, upper=False, left=False)
+        lower_II[below, now] = lower_KPD.transpose(0, 1).flatten(1)[: size - first, : now.stop - first].to(dtype)
+    return lower_II
 
 
 def _tune(
@@ -146,7 +159,7 @@ class Ldlq(Rounding):
 
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         return ldlq(
-            weight_OI, statistics["hessian"], number_format, damping=self.damping, static_groups=self.static_groups,
+            weight_OI, damped_hessian(statistics, self.damping), number_format, static_groups=self.static_groups,
             tune_iters=self.tune_iters, scales=self.scales,
         )  # fmt: skip
 

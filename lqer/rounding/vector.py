@@ -35,8 +35,8 @@ from lqer.formats.base import check_finite
 from lqer.formats.kmeans import DEFAULT_ITERATIONS, Seeds, fit_centroids, lowest_index
 from lqer.rounding.base import Rounding, Statistics, require_damping
 from lqer.rounding.codebook_update import Update, update_codebooks
-from lqer.rounding.factor import block_feedback, inverse_factor
-from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped
+from lqer.rounding.factor import vector_feedback
+from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
 from lqer.statistics import Hessian, Statistic
 
 PANEL_COLUMNS = 128
@@ -54,6 +54,7 @@ def round_vector(
     update: Update = "cg",
     codebooks: dict[str, Tensor] | None = None,
     seed: int = 0,
+    damped: DampedHessian | None = None,
 ) -> QuantizedTensor:
     """Quantize a weight to learned codebooks with error feedback.
 
@@ -62,7 +63,7 @@ def round_vector(
     feedback. An input that calibration never saw counts like an average one in the sweep. seeds, iterations, seed: of
     k-means, see `fit_centroids`. update: how centroids are refitted after the sweep, on the Hessian as it is given, see
     `update_codebooks`. codebooks: fixed ones instead of fitted ones, under the names that the parts of a
-    QuantizedTensor have.
+    QuantizedTensor have. damped: of `hessian`, where it has been damped already.
 
     Raises NonFiniteError for a weight or Hessian that is not finite, HessianError for one that is not positive
     semi-definite, ValueError for one of another size and for in_features that `dimension` does not divide.
@@ -75,18 +76,20 @@ def round_vector(
     hessian_II = hessian.hessian_II if isinstance(hessian, DampedHessian) else hessian
     if hessian_II.shape != (in_features, in_features):
         raise ValueError(f"a Hessian of shape {tuple(hessian_II.shape)} does not fit {in_features} in_features")
-    factor_II = inverse_factor(as_damped(hessian, damping))
+    damped = as_damped(hessian, damping) if damped is None else damped
+    feedback_II, diagonal_I = damped.derived(vector_feedback, number_format.dimension)
 
     def fit(x_GND: Tensor, importance_GND: Tensor) -> Tensor:
         return fit_centroids(x_GND, importance_GND, number_format.centroids, seeds, iterations, seed)
 
-    swept = _sweep(weight_OI, factor_II, number_format, fit, codebooks)
+    swept = _sweep(weight_OI, feedback_II, diagonal_I, number_format, fit, codebooks)
     return swept if codebooks else update_codebooks(weight_OI, hessian_II, swept, update)
 
 
 def _sweep(
     weight_OI: Tensor,
-    factor_II: Tensor,
+    feedback_II: Tensor,
+    diagonal_I: Tensor,
     number_format: Codebook,
     fit: Callable[[Tensor, Tensor], Tensor],
     codebooks: dict[str, Tensor] | None,
@@ -94,8 +97,7 @@ def _sweep(
     """The loop over groups of columns; fit(x_GND, importance_GND) -> centroids_GKD."""
     out_features, in_features = weight_OI.shape
     layout = number_format.layout(out_features, in_features)
-    feedback_II = block_feedback(factor_II, number_format.dimension).to(torch.float32)
-    diagonal_I1 = (factor_II.diagonal() / factor_II.diagonal().mean()).to(torch.float32).unsqueeze(1)
+    diagonal_I1 = (diagonal_I / diagonal_I.mean()).to(torch.float32).unsqueeze(1)
     importance_I1 = diagonal_I1.pow(-2)
 
     basis = _basis(weight_OI, number_format, codebooks)
@@ -205,7 +207,7 @@ class Vector(Rounding):
         assert isinstance(number_format, Codebook), "the configuration lets no other format through"
         return round_vector(
             weight_OI, statistics["hessian"], number_format, iterations=self.iterations, damping=self.damping,
-            update=self.update, seed=self.seed,
+            update=self.update, seed=self.seed, damped=damped_hessian(statistics, self.damping),
         )  # fmt: skip
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:

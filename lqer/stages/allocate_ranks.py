@@ -97,14 +97,13 @@ def measure_spectra(workspace: Workspace, opened: OpenedModel, calibration: Arti
     for index, block in tqdm(visits, initial=total - len(missing), total=total, desc="spectra", unit="block"):
         statistics = BlockStatistics.read(calibration, index).to(device)
         tensors: dict[str, Tensor] = {}
-        for name, linear in block_linears(block).items():
-            full_name = f"{opened.name}.{index}.{name}"
+        linears = {f"{opened.name}.{index}.{name}": linear for name, linear in block_linears(block).items()}
+        for full_name, site in statistics.by_site(name for name in linears if plans[name] is not None):
             plan = plans[full_name]
-            if plan is None:
-                continue
-            weight_OI = linear.weight.detach().to(device, torch.float32)
+            assert plan is not None
+            weight_OI = linears[full_name].weight.detach().to(device, torch.float32)
             try:
-                spectrum = error_spectrum(weight_OI, statistics.of(full_name), plan)
+                spectrum = error_spectrum(weight_OI, site, plan)
             except NonFiniteError as error:
                 raise ModelError(f"{full_name}: {error}") from None
             tensors |= {f"{full_name}.{key}": tensor for key, tensor in spectrum.items()}

@@ -46,6 +46,7 @@ from lqer.stages.rotate import Rotate, source_of
 from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Store, Workspace
+from lqer.transforms import Rotation
 
 WINDOWS = 8  # of the calibration text, that gradients are taken on
 SAMPLED_ROWS = 512  # of a weight, in runs of ROW_RUN: tiles of 16 rows share codes in some formats
@@ -113,31 +114,36 @@ def measure_widths(
         statistics = BlockStatistics.read(calibration, run.index).to(opened.device)
         tensors: dict[str, Tensor] = {}
         visits: dict[str, Visit] = {}
-        for name, linear in block_linears(run.run.block).items():
-            full_name = f"{run.run.name}.{name}"
-            plan = plans[full_name]
-            if plan is None:
-                continue
+        linears = {f"{run.run.name}.{name}": (name, linear) for name, linear in block_linears(run.run.block).items()}
+        for full_name, site in statistics.by_site(name for name in linears if plans[name] is not None):
+            plan, (name, linear) = plans[full_name], linears[full_name]
+            assert plan is not None
             weight_OI = linear.weight.detach().to(opened.device, torch.float32)
             try:
-                target = plan.method.target(weight_OI, statistics.of(full_name), plan)
+                target = plan.method.target(weight_OI, site, plan)
                 rows_S = sampled_rows(len(weight_OI)).to(opened.device)
                 errors = [row_errors(target, rows_S, plan, number_format) for number_format in formats]
             except (NonFiniteError, HessianError) as error:
                 raise ModelError(f"{full_name}: {error}") from None
             losses_F = tensors[f"{full_name}.losses"] = torch.zeros(len(formats), dtype=torch.float64)
             scale = len(weight_OI) / len(rows_S) / windows_WT.numel()
-            visits[name] = partial(_add_losses, losses_F, target, rows_S, errors, scale)
+            visits[name] = partial(_add_losses, losses_F, target.rotation, rows_S, errors, scale)
         run.backward(visits)
         workspace.write_tensors(block_file(run.index), tensors)
 
 
 def _add_losses(
-    losses_F: Tensor, target: Target, rows_S: Tensor, errors: Sequence[Tensor], scale: float, x_NI: Tensor, g_NO: Tensor
+    losses_F: Tensor,
+    rotation: Rotation | None,
+    rows_S: Tensor,
+    errors: Sequence[Tensor],
+    scale: float,
+    x_NI: Tensor,
+    g_NO: Tensor,
 ) -> None:
     x_NI, g_NO = x_NI.to(torch.float32), g_NO.to(torch.float32)
-    if target.rotation is not None:
-        x_NI, g_NO = target.rotation.input(x_NI), target.rotation.output_gradient(g_NO)
+    if rotation is not None:
+        x_NI, g_NO = rotation.input(x_NI), rotation.output_gradient(g_NO)
     losses_F += scale * added_losses(x_NI, g_NO[:, rows_S], errors).cpu()
 
 

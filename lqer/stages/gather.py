@@ -10,7 +10,7 @@ Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, N 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -27,6 +27,7 @@ from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
 from lqer.statistics import ALWAYS, Accumulator, Statistic
 from lqer.statistics.sample import spread_indices
+from lqer.statistics.site import SiteStatistics
 from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact
@@ -72,12 +73,22 @@ class BlockStatistics:
     def to(self, device: torch.device) -> BlockStatistics:
         return BlockStatistics({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.sites)
 
-    def of(self, linear: str) -> dict[str, Tensor]:
-        """A linear's statistics by kind. Raises ModelError if the calibration text never reached the linear."""
-        if linear not in self.sites:
-            raise ModelError(f"{linear} was never reached by the calibration text: skip it or calibrate on more")
-        prefix = f"{self.sites[linear]}."
-        return {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
+    def by_site(self, linears: Iterable[str]) -> Iterator[tuple[str, SiteStatistics]]:
+        """The linears with their statistics, those of one site after each other: they share one object.
+
+        Raises ModelError if the calibration text never reached a linear.
+        """
+        members: dict[str, list[str]] = {}
+        for linear in linears:
+            if linear not in self.sites:
+                raise ModelError(f"{linear} was never reached by the calibration text: skip it or calibrate on more")
+            members.setdefault(self.sites[linear], []).append(linear)
+        for site, names in members.items():
+            prefix = f"{site}."
+            of_site = {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
+            statistics = SiteStatistics(of_site)
+            for linear in names:
+                yield linear, statistics
 
 
 @dataclass(frozen=True)

@@ -245,12 +245,11 @@ def quantize_linears(
     torch.manual_seed(settings.seed)
     statistics = statistics.to(device)
     found = QuantizedLinears()
-    for name in linears:
-        full_name = f"{work.name}.{name}"
-        plan = settings.plans[full_name]
-        if plan is None:
-            continue
-        site = statistics.of(full_name)
+    full_names = [f"{work.name}.{name}" for name in linears]
+    planned = [name for name in full_names if settings.plans[name] is not None]
+    for full_name, site in statistics.by_site(planned):
+        plan, name = settings.plans[full_name], full_name.removeprefix(f"{work.name}.")
+        assert plan is not None
         weight_OI = work.tensors[f"{name}.weight"].detach().to(device, torch.float32)
         bias_O = work.tensors.get(f"{name}.bias")
         try:
@@ -268,6 +267,7 @@ def quantize_linears(
             found.spectra[f"{full_name}.weight"] = singular_values(weight_OI, Metric())
             found.spectra[f"{full_name}.plain"] = singular_values(error_OI, Metric())
             found.spectra[f"{full_name}.scaled"] = singular_values(error_OI, Metric(scale_I=scale_I))
+    found.rows.sort(key=lambda row: full_names.index(row["name"]))
     return found
 
 

@@ -16,7 +16,7 @@ from lqer.components import require_choice
 from lqer.formats.blocks import BlockSize
 from lqer.rounding.base import require_damping
 from lqer.rounding.gptq import gptq
-from lqer.rounding.hessian import DAMPING
+from lqer.rounding.hessian import DAMPING, DampedHessian
 from lqer.rounding.scale_search import Scales, require_scales
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_problem import BlockProblem
@@ -55,9 +55,11 @@ class GptqStart(BlockTransform):
             squares = hessian_blocks(
                 problem.call.without_rounding(), result.parameters, problem.inputs_STD, problem.batch_size, whole
             )
+        # Linears that share an input share the very tensor, and so its factor.
+        damped = {id(square): DampedHessian(square.squeeze(0), self.damping) for square in squares.values()}
         rounded = {
             linear: gptq(
-                result.weight(problem, linear), squares[linear].squeeze(0), number_format, damping=self.damping,
+                result.weight(problem, linear), damped[id(squares[linear])], number_format,
                 activation_order=self.activation_order, scales=self.scales,
             )
             for linear, number_format in problem.formats.items()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lqer.formats import pack_bits, unpack_bits
+from lqer.statistics.symmetric import panels, symmetrize_
 from lqer.transforms.base import LinearTransform, Rotation
 
 # A small factor costs K multiplications an element; beyond this the odd part itself is cheaper or as good.
@@ -57,9 +58,12 @@ class RandomHadamard(Rotation):
         ).T.contiguous()
 
     def hessian(self, hessian_II: Tensor) -> Tensor:
-        once_II = _randomized(hessian_II, self.input_signs_I)
-        rotated_II = _randomized(once_II.T, self.input_signs_I)
-        return (rotated_II + rotated_II.T) / 2
+        rotated_II = torch.empty_like(hessian_II)
+        for rows in panels(len(hessian_II)):
+            rotated_II[rows] = _randomized(hessian_II[rows], self.input_signs_I)
+        for columns in panels(len(hessian_II)):
+            rotated_II[:, columns] = _randomized(rotated_II[:, columns].T, self.input_signs_I).T
+        return symmetrize_(rotated_II)
 
     def input(self, x_TI: Tensor) -> Tensor:
         return _randomized(x_TI, self.input_signs_I)
