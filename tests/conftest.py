@@ -41,7 +41,7 @@ from lqer.formats import MXInt
 from lqer.methods import LinearPlan, LqerAct
 from lqer.models.structure import block_linears, find_blocks, prepare_model
 from lqer.stages.calibrate import calibrate
-from lqer.stages.gather import CalibrationText
+from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.quantize import QuantizeSettings, quantize, requested_statistics
 from lqer.store.store import Artifact, Store, Workspace
 
@@ -186,7 +186,7 @@ def run_stages(letter_tokenizer, windows_WT, tmp_path_factory) -> Callable[..., 
             )
 
         def make_checkpoint(workspace: Workspace) -> None:
-            quantize(workspace, opened, letter_tokenizer, calibration, settings)
+            quantize(workspace, opened, letter_tokenizer, stored_statistics(calibration), settings)
 
         calibration = store.obtain("calibrate", 0, make_calibration)
         return Stages(model, calibration, store.obtain("quantize", 0, make_checkpoint))

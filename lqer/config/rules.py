@@ -101,6 +101,13 @@ def rounded_inputs_are_rounded(config: Config) -> Iterator[KeyedError]:
         yield KeyedError(("calibration", "round_inputs"), rule, True)
 
 
+def stored_statistics_are_kept(config: Config) -> Iterator[KeyedError]:
+    """The losses of widths are measured from the last block to the first, which statistics on the way cannot follow."""
+    if config.quantize.budget_bits is not None and config.calibration.keep is False:
+        rule = 'must be "auto" or true with quantize.budget_bits, which reads stored statistics'
+        yield KeyedError(("calibration", "keep"), rule, False)
+
+
 def divergence_has_windows(config: Config) -> Iterator[KeyedError]:
     """Divergence is measured on the windows of perplexity texts, against the original model."""
     evaluation, loc = config.evaluation, ("evaluation", "divergence")
@@ -345,6 +352,7 @@ RULES: tuple[Rule, ...] = (
     divergence_has_windows,
     formats_exist,
     rounded_inputs_are_rounded,
+    stored_statistics_are_kept,
     roundings_fit,
     ranks_are_reconstructed,
     budget_can_be_allocated,

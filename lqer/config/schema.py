@@ -57,6 +57,9 @@ class CalibrationConfig(Section):
     token_weights: Literal["none", "residual"] = "none"
     # Whether statistics are of inputs as the quantized linears round them (quantize.activation).
     round_inputs: bool = False
+    # Whether statistics of the original model are stored, so that other runs find them; else they are gathered while
+    # blocks are quantized. "auto": where the run reads them twice, or they are small (lqer/resources/statistics.py).
+    keep: Literal["auto"] | bool = "auto"
     # RAM for hidden states between blocks and accumulating statistics, here and in blockwise evaluation; the rest is
     # offloaded to files under output_dir. Bytes, or a size such as "4GB"; no limit by default.
     max_memory: Annotated[int | str | None, BeforeValidator(_is_size)] = None

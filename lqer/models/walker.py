@@ -131,15 +131,19 @@ class BlockRun:
         return BlockRun(self.index, self.name, block, self.hidden, self.device, self._attention)
 
 
-def walk_blocks(opened: OpenedModel, windows_WT: Tensor, batch_size: int) -> Iterator[BlockRun]:
+def walk_blocks(
+    opened: OpenedModel, windows_WT: Tensor, batch_size: int, blocks: int | None = None
+) -> Iterator[BlockRun]:
     """The blocks in order, each with the hidden states of `windows_WT` (int64 token ids) that reach it.
+
+    blocks: how many, the first ones; all by default.
 
     The caller runs each block forward exactly once before it asks for the next one. Everything outside the blocks is
     moved to the model's device for good, a block until the next one is asked for. Hidden states are stored on the CPU
     in the model's dtype, on disk where the model's offload says so.
     """
     hidden = embed(opened, windows_WT.split(batch_size))
-    yield from _block_runs(opened, hidden)
+    yield from _block_runs(opened, hidden, blocks)
 
 
 def walk_to_logits(
@@ -179,8 +183,9 @@ def logits_of_states(opened: OpenedModel, ids_BT: Tensor, states_BTD: Tensor, re
         return opened.model(input_ids=ids_BT.to(opened.device), use_cache=False).logits
 
 
-def _block_runs(opened: OpenedModel, hidden: HiddenStates) -> Iterator[BlockRun]:
-    for index, block in opened.loader.load_each(opened.blocks, range(len(opened.blocks)), opened.device):
+def _block_runs(opened: OpenedModel, hidden: HiddenStates, blocks: int | None = None) -> Iterator[BlockRun]:
+    indices = range(len(opened.blocks) if blocks is None else blocks)
+    for index, block in opened.loader.load_each(opened.blocks, indices, opened.device):
         refuse_non_finite(block.named_parameters(f"{opened.name}.{index}"))
         yield BlockRun(index, f"{opened.name}.{index}", block, hidden, opened.device)
 

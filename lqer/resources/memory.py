@@ -15,7 +15,8 @@ memory is estimated, and marked as not certain:
                  activations of one and its decoded weights, the logits of a batch
     evaluate     the whole model, or a walk under evaluation.blockwise, and the logits of a batch
 
-The estimate is of a run with an empty store.
+The estimate is of a run with an empty store. Statistics that are not kept (lqer/resources/statistics.py) are gathered
+by the stage that quantizes: it walks, and no stage calibrates.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ from lqer.config.schema import CalibrationConfig, FinetuneConfig
 from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
-from lqer.resources.workload import Need, StageMemory, Workload, input_sites
+from lqer.resources.statistics import accumulator_bytes, block_bytes, gathered, input_sites
+from lqer.resources.workload import Need, StageMemory, Workload
 from lqer.stages.allocate_widths import SAMPLED_ROWS, WINDOWS
-from lqer.stages.quantize import requested_statistics
-from lqer.statistics import ALWAYS, Statistic
 from lqer.training.loss import POSITIONS
 
 LATER_IMPORTS = 200_000_000  # bytes of libraries that a stage imports (pandas, matplotlib, lm-eval)
@@ -62,7 +62,7 @@ def estimate(work: Workload) -> list[StageMemory]:
     stages = []
     if config.quantize.model_transform:
         stages.append(_rotate(work))
-    if not config.quantize.propagates_error:
+    if source.stores_statistics:
         stages.append(_calibrate(source))
     if config.quantize.widths:
         stages += [_calibrate(source)] if config.quantize.propagates_error else []
@@ -101,7 +101,7 @@ def _calibrate(work: Workload) -> StageMemory:
     statistics = _statistics_bytes(work)
     host, device, disk = _walk(work, settings.num_samples, settings.seq_len, _batch_tokens(settings),
                                _smaller("calibration.batch_size"), _accumulators(work))  # fmt: skip
-    widest = max(statistic.nbytes(max(input_sites(work.summary))) for statistic in _statistics(work))
+    widest = max(statistic.nbytes(max(input_sites(work.summary))) for statistic in gathered(work.plans))
     device += [Need("statistics of a block", statistics), Need("statistics of a batch", widest // 2, certain=False)]
     disk.append(Need("statistics", statistics * work.summary.blocks, LARGER_DISK))
     return _stage("calibrate", work, host, device, disk)
@@ -142,10 +142,12 @@ def _quantize(work: Workload) -> StageMemory:
     disk = [Need("quantized model", packed + outside, LARGER_DISK)]
     if len(work.config.evaluation.baselines) > ("original" in work.config.evaluation.baselines):
         disk.append(Need("quantized baseline", packed + outside, LARGER_DISK))
-    if quantize.propagates_error:
+    if not work.stores_statistics:
         walk = _walk(work, settings.num_samples, settings.seq_len, _batch_tokens(settings),
-                     _smaller("calibration.batch_size"), _accumulators(work), blocks=2)  # fmt: skip
+                     _smaller("calibration.batch_size"), _accumulators(work),
+                     blocks=2 if quantize.propagates_error else 1)  # fmt: skip
         host, device, disk = ([*a, *b] for a, b in zip((host, device, disk), walk, strict=True))
+    if quantize.propagates_error:
         host += _original_stream(work)
         learned, states = _whole_block(work)
         device, disk = device + learned, disk + states
@@ -176,7 +178,7 @@ def _original_stream(work: Workload) -> list[Need]:
     one of both.
     """
     calibration = work.config.calibration
-    compared = calibration.token_weights != "none" or any(stat.needs_original for stat in _statistics(work))
+    compared = calibration.token_weights != "none" or any(stat.needs_original for stat in gathered(work.plans))
     buffers = 2 if compared else int(bool(work.config.quantize.block_parts))
     states = calibration.num_samples * calibration.seq_len * work.summary.hidden_size * work.computed
     return [Need("hidden states of the original model", buffers * states, LESS_IN_MEMORY)]
@@ -286,24 +288,13 @@ def _batch_tokens(settings: CalibrationConfig | FinetuneConfig) -> int:
     return min(settings.batch_size, settings.num_samples) * settings.seq_len
 
 
-def _statistics(work: Workload) -> list[Statistic]:
-    return [*ALWAYS, *requested_statistics(work.plans)]
-
-
 def _accumulators(work: Workload) -> int:
-    """Bytes of the accumulators of all sites of a block."""
-    return sum(statistic.nbytes(width) for width in input_sites(work.summary) for statistic in _statistics(work))
+    return accumulator_bytes(work.summary, work.plans)
 
 
 def _statistics_bytes(work: Workload) -> int:
-    """Bytes of the stored statistics of one block."""
-    calibration = work.config.calibration
-    sample = min(calibration.error_tokens, calibration.num_samples * calibration.seq_len) * work.computed
-    statistics = _statistics(work)
-    return sum(
-        sample * width + sum(statistic.result_nbytes(width) for statistic in statistics)
-        for width in input_sites(work.summary)
-    )
+    """Bytes of the statistics of one block."""
+    return block_bytes(work.config, work.summary, work.plans, work.computed)
 
 
 def _packed_bytes(work: Workload, name: str, plan: LinearPlan | None) -> int:
@@ -322,7 +313,7 @@ def _linear_work(work: Workload) -> int:
     """The most that is held for one linear, in addition to the tensors and statistics of its block."""
     sizes = [0]
     for _, out_features, in_features, plan in _planned(work):
-        statistics = sum(statistic.nbytes(in_features) for statistic in _statistics(work))
+        statistics = sum(statistic.nbytes(in_features) for statistic in gathered(work.plans))
         factorizations = 8 * min(out_features, in_features) ** 2 + statistics
         copies = LINEAR_COPIES * out_features * in_features + FACTORIZATION_COPIES * factorizations
         sizes.append(copies + plan.weight.encoding_bytes)

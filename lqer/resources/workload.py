@@ -1,8 +1,4 @@
-"""The sizes of a run, from which its memory and disk are estimated, and the form of such an estimate.
-
-Linears of one module with equal in_features count as one input site, except the last, which reads what the others
-produce.
-"""
+"""The sizes of a run, from which its memory and disk are estimated, and the form of such an estimate."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from dataclasses import dataclass
 from lqer.config import Config
 from lqer.methods import LinearPlan
 from lqer.models.summary import ModelSummary
+from lqer.resources.statistics import input_sites, keeps_statistics
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,12 @@ class Workload:
         return (self.stored_in_blocks or self.stored) * self.summary.block_parameters
 
     @property
+    def stores_statistics(self) -> bool:
+        """Whether a stage of its own gathers statistics, and stores them; else the one that quantizes does."""
+        keeps = keeps_statistics(self.config, self.summary, self.plans, self.computed)
+        return keeps and not self.config.quantize.propagates_error
+
+    @property
     def widest(self) -> int:
         """Values per token of a block's input and of the widest linear's."""
         return self.summary.hidden_size + max(input_sites(self.summary))
@@ -64,13 +67,3 @@ class Workload:
 def total(needs: Sequence[Need], certain: bool = False) -> int:
     """Their bytes; if `certain`, without estimates."""
     return sum(need.bytes for need in needs if need.certain or not certain)
-
-
-def input_sites(summary: ModelSummary) -> list[int]:
-    """in_features of every input site of one block."""
-    first = f"{summary.blocks_name}.0."
-    modules: dict[str, list[int]] = {}
-    for name, (_, in_features) in summary.linears.items():
-        if name.startswith(first):
-            modules.setdefault(name.rpartition(".")[0], []).append(in_features)
-    return [width for widths in modules.values() for width in (*sorted(set(widths[:-1])), widths[-1])]

@@ -76,6 +76,7 @@ def round_vector(
     hessian_II = hessian.hessian_II if isinstance(hessian, DampedHessian) else hessian
     if hessian_II.shape != (in_features, in_features):
         raise ValueError(f"a Hessian of shape {tuple(hessian_II.shape)} does not fit {in_features} in_features")
+    number_format.layout(*weight_OI.shape)  # refuses a width that its vectors do not divide
     damped = as_damped(hessian, damping) if damped is None else damped
     feedback_II, diagonal_I = damped.derived(vector_feedback, number_format.dimension)
 

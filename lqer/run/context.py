@@ -18,6 +18,7 @@ from lqer.methods import LinearPlan
 from lqer.models.probe import check_walk
 from lqer.models.source import ModelSource, check_weights, pick_device, pick_dtype, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
+from lqer.resources.statistics import keeps_statistics
 from lqer.stages.allocate_ranks import check_budget
 from lqer.stages.allocate_widths import check_widths
 from lqer.store.offload import Offload
@@ -39,6 +40,11 @@ class RunContext:
     @property
     def store_path(self) -> Path:
         return Path(self.config.output_dir) / STORE_FOLDER
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether statistics of the original model are stored."""
+        return keeps_statistics(self.config, self.summary, self.plans, self.dtype.itemsize)
 
     def offload(self) -> Offload:
         """Memory for hidden states and statistics, up to calibration.max_memory; beyond it, files in the store."""

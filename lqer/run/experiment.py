@@ -45,6 +45,7 @@ QuantizeStage = Quantize | QuantizeSequentially
 class Experiment:
     """What a run does, in this order; None where the configuration does not ask for a stage.
 
+    calibrate: None also where statistics are gathered by the stages that read them.
     rtn: the checkpoint without low-rank reconstruction. perplexity and downstream: by role of the candidate, in the
     order of the configuration's texts and tasks. distributions: the original's, by text; divergence: that of the other
     candidates from them. Both are empty unless asked for.
@@ -108,11 +109,14 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
     if not config.quantize.propagates_error:
         requested = requested_statistics(context.plans)
         roundings = input_roundings(context.plans) if config.calibration.round_inputs else None
-        calibrate = Calibrate(model, texts.calibration, requested, dtype, device, context.offload(), roundings)
+        gathered = Calibrate(
+            model, texts.calibration, requested, dtype, device, context.offload(), roundings, context.keeps_statistics
+        )
+        calibrate = gathered if gathered.is_kept else None
         if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
-            spectra = MeasureSpectra.of(calibrate, context.plans)
+            spectra = MeasureSpectra.of(gathered, context.plans)
             plans = BudgetedPlans(context.plans, spectra, budget_bits, context.summary.linears, context.summary.blocks)
-        quantize = Quantize(calibrate, plans, _attention(context), config.seed, device, tokenizer, "quantize")
+        quantize = Quantize(gathered, plans, _attention(context), config.seed, device, tokenizer, "quantize")
     else:
         transforms = tuple(part for part in config.quantize.transforms if isinstance(part, BlockTransform))
         quantize = QuantizeSequentially(

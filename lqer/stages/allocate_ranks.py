@@ -20,7 +20,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lqer.errors import ConfigError, ModelError
@@ -34,7 +34,7 @@ from lqer.models.source import ModelSource
 from lqer.models.structure import block_linears
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
-from lqer.stages.gather import BlockStatistics
+from lqer.stages.gather import BlockStatistics, StatisticsOf
 from lqer.stages.rotate import Rotate, source_of
 from lqer.store.names import block_file
 from lqer.store.store import Artifact, Store, Workspace
@@ -83,31 +83,37 @@ class MeasureSpectra(Stage):
 
     def build(self, workspace: Workspace, store: Store) -> None:
         opened = open_stored(source_of(self.model, store), self.device)
-        measure_spectra(workspace, opened, self.calibration.artifact(store), self.plans)
+        measure_spectra(workspace, opened, self.calibration.of_blocks(store), self.plans)
 
 
-def measure_spectra(workspace: Workspace, opened: OpenedModel, calibration: Artifact, plans: Plans) -> None:
+def measure_spectra(workspace: Workspace, opened: OpenedModel, statistics_of: StatisticsOf, plans: Plans) -> None:
     """Write the spectra of every block that `workspace` does not hold yet.
 
     Raises ModelError, naming the linear, where a weight is NaN or infinite or calibration never reached it.
     """
     total, device = len(opened.blocks), opened.device
     missing = [index for index in range(total) if block_file(index) not in workspace]
+    found = statistics_of(missing)
     visits = opened.loader.load_each(opened.blocks, missing, torch.device("cpu"))
     for index, block in tqdm(visits, initial=total - len(missing), total=total, desc="spectra", unit="block"):
-        statistics = BlockStatistics.read(calibration, index).to(device)
-        tensors: dict[str, Tensor] = {}
         linears = {f"{opened.name}.{index}.{name}": linear for name, linear in block_linears(block).items()}
-        for full_name, site in statistics.by_site(name for name in linears if plans[name] is not None):
-            plan = plans[full_name]
-            assert plan is not None
-            weight_OI = linears[full_name].weight.detach().to(device, torch.float32)
-            try:
-                spectrum = error_spectrum(weight_OI, site, plan)
-            except NonFiniteError as error:
-                raise ModelError(f"{full_name}: {error}") from None
-            tensors |= {f"{full_name}.{key}": tensor for key, tensor in spectrum.items()}
-        workspace.write_tensors(block_file(index), tensors)
+        workspace.write_tensors(block_file(index), _block_spectra(linears, next(found).to(device), plans, device))
+
+
+def _block_spectra(
+    linears: Mapping[str, nn.Linear], statistics: BlockStatistics, plans: Plans, device: torch.device
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for full_name, site in statistics.by_site(name for name in linears if plans[name] is not None):
+        plan = plans[full_name]
+        assert plan is not None
+        weight_OI = linears[full_name].weight.detach().to(device, torch.float32)
+        try:
+            spectrum = error_spectrum(weight_OI, site, plan)
+        except NonFiniteError as error:
+            raise ModelError(f"{full_name}: {error}") from None
+        tensors |= {f"{full_name}.{key}": tensor for key, tensor in spectrum.items()}
+    return tensors
 
 
 def error_spectrum(weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan) -> dict[str, Tensor]:

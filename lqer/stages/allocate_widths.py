@@ -31,7 +31,7 @@ from lqer.formats import NonFiniteError, NumberFormat
 from lqer.lowrank.rank_allocation import factor_bits, row_bits
 from lqer.methods import LinearPlan
 from lqer.methods.base import Target
-from lqer.models.backward import Visit, walk_backward
+from lqer.models.backward import BackwardRun, Visit, walk_backward
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
@@ -112,24 +112,33 @@ def measure_widths(
             run.backward({})
             continue
         statistics = BlockStatistics.read(calibration, run.index).to(opened.device)
-        tensors: dict[str, Tensor] = {}
-        visits: dict[str, Visit] = {}
-        linears = {f"{run.run.name}.{name}": (name, linear) for name, linear in block_linears(run.run.block).items()}
-        for full_name, site in statistics.by_site(name for name in linears if plans[name] is not None):
-            plan, (name, linear) = plans[full_name], linears[full_name]
-            assert plan is not None
-            weight_OI = linear.weight.detach().to(opened.device, torch.float32)
-            try:
-                target = plan.method.target(weight_OI, site, plan)
-                rows_S = sampled_rows(len(weight_OI)).to(opened.device)
-                errors = [row_errors(target, rows_S, plan, number_format) for number_format in formats]
-            except (NonFiniteError, HessianError) as error:
-                raise ModelError(f"{full_name}: {error}") from None
-            losses_F = tensors[f"{full_name}.losses"] = torch.zeros(len(formats), dtype=torch.float64)
-            scale = len(weight_OI) / len(rows_S) / windows_WT.numel()
-            visits[name] = partial(_add_losses, losses_F, target.rotation, rows_S, errors, scale)
+        tensors, visits = _block_visits(run, statistics, plans, formats, windows_WT.numel())
+        del statistics
         run.backward(visits)
         workspace.write_tensors(block_file(run.index), tensors)
+
+
+def _block_visits(
+    run: BackwardRun, statistics: BlockStatistics, plans: Plans, formats: Sequence[NumberFormat], tokens: int
+) -> tuple[dict[str, Tensor], dict[str, Visit]]:
+    """The losses of a block's linears, zero still, and the visits that add to them."""
+    tensors: dict[str, Tensor] = {}
+    visits: dict[str, Visit] = {}
+    linears = {f"{run.run.name}.{name}": (name, linear) for name, linear in block_linears(run.run.block).items()}
+    for full_name, site in statistics.by_site(name for name in linears if plans[name] is not None):
+        plan, (name, linear) = plans[full_name], linears[full_name]
+        assert plan is not None
+        weight_OI = linear.weight.detach().to(run.run.device, torch.float32)
+        try:
+            target = plan.method.target(weight_OI, site, plan)
+            rows_S = sampled_rows(len(weight_OI)).to(weight_OI.device)
+            errors = [row_errors(target, rows_S, plan, number_format) for number_format in formats]
+        except (NonFiniteError, HessianError) as error:
+            raise ModelError(f"{full_name}: {error}") from None
+        losses_F = tensors[f"{full_name}.losses"] = torch.zeros(len(formats), dtype=torch.float64)
+        scale = len(weight_OI) / len(rows_S) / tokens
+        visits[name] = partial(_add_losses, losses_F, target.rotation, rows_S, errors, scale)
+    return tensors, visits
 
 
 def _add_losses(

@@ -4,11 +4,14 @@ Linears that are called with the same tensor (q, k and v; gate and up) form one 
 file holds, for each site named after its first linear, `<site>.<kind>` for every statistic that is gathered:
 `statistics.ALWAYS`, and those that a method, rounding or transform asks for. `sites-*.json` says which site each linear
 of a block belongs to.
+
+Statistics that are not kept are gathered block by block by the stage that reads them, on the same hidden states. If
+that is killed, it walks again from the first block; blocks whose statistics are not needed any more are only run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -21,7 +24,16 @@ from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.models.walker import walk_blocks
 from lqer.stages.base import Stage, no_effect
-from lqer.stages.gather import NOT_ROUNDED, CalibrationText, InputRoundings, observe_block, within_block
+from lqer.stages.gather import (
+    NOT_ROUNDED,
+    BlockStatistics,
+    CalibrationText,
+    InputRoundings,
+    StatisticsOf,
+    observe_block,
+    stored_statistics,
+    within_block,
+)
 from lqer.stages.rotate import Rotate, source_of
 from lqer.statistics import Statistic
 from lqer.store.names import block_file, sites_file
@@ -45,9 +57,26 @@ class Calibrate(Stage):
     # By full name, of linears whose statistics are of rounded inputs.
     roundings: InputRoundings | None = field(default=None, metadata=ADDED)
 
+    # What no other stage reads, or is too large for the disk, is gathered where it is used (`calibration.keep`).
+    is_kept: bool = field(default=True, metadata=no_effect("statistics are the same, stored or not"))
+
     def build(self, workspace: Workspace, store: Store) -> None:
-        opened = open_model(source_of(self.model, store), self.dtype, self.device, self.offload)
-        calibrate(workspace, opened, self.text, self.statistics, self.roundings or NOT_ROUNDED)
+        calibrate(workspace, self._opened(store), self.text, self.statistics, self.roundings or NOT_ROUNDED)
+
+    def of_blocks(self, store: Store) -> StatisticsOf:
+        """The statistics of blocks: the artifact's where it is kept, or there already, else gathered in one walk."""
+        if self.is_kept or self.find(store) is not None:
+            return stored_statistics(self.artifact(store))
+
+        def gathered(indices: Sequence[int]) -> Iterator[BlockStatistics]:
+            if indices:
+                opened = self._opened(store)
+                yield from gather_blocks(opened, self.text, self.statistics, self.roundings or NOT_ROUNDED, indices)
+
+        return gathered
+
+    def _opened(self, store: Store) -> OpenedModel:
+        return open_model(source_of(self.model, store), self.dtype, self.device, self.offload)
 
 
 def calibrate(
@@ -63,14 +92,32 @@ def calibrate(
     inputs before anything is gathered from them, by full names. Raises ModelError, naming the linear, where an input is
     NaN or infinite.
     """
-    runs = walk_blocks(opened, text.windows_WT, text.batch_size)
-    for run in tqdm(runs, total=len(opened.blocks), desc="calibrate", unit="block"):
-        if block_file(run.index) in workspace:
+    total = len(opened.blocks)
+    missing = [index for index in range(total) if block_file(index) not in workspace]
+    found = gather_blocks(opened, text, statistics, roundings, missing)
+    for index in tqdm(missing, initial=total - len(missing), total=total, desc="calibrate", unit="block"):
+        of_block = next(found)
+        workspace.write_json(sites_file(index), of_block.sites)
+        # Last: its presence marks the block as done.
+        workspace.write_tensors(block_file(index), of_block.tensors)
+        # Or else one block's statistics would be held together with the next one's.
+        del of_block
+
+
+def gather_blocks(
+    opened: OpenedModel,
+    text: CalibrationText,
+    statistics: Collection[Statistic],
+    roundings: InputRoundings,
+    indices: Sequence[int],
+) -> Iterator[BlockStatistics]:
+    """The statistics of these blocks of the original model, ascending; the others before the last are only run."""
+    if not indices:
+        return
+    for run in walk_blocks(opened, text.windows_WT, text.batch_size, indices[-1] + 1):
+        if run.index not in indices:
             run.forward()
             continue
         found = observe_block(run, None, text, statistics, run.hidden.store, within_block(roundings, run.name))
-        workspace.write_json(sites_file(run.index), found.sites)
-        # Last: its presence marks the block as done.
-        workspace.write_tensors(block_file(run.index), found.tensors)
-        # Or else one block's statistics would be held together with the next one's.
+        yield found
         del found

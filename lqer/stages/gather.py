@@ -10,7 +10,7 @@ Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, N 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -73,6 +73,13 @@ class BlockStatistics:
     def to(self, device: torch.device) -> BlockStatistics:
         return BlockStatistics({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.sites)
 
+    def of(self, linear: str) -> SiteStatistics:
+        """A linear's statistics by kind. Raises ModelError if the calibration text never reached the linear."""
+        prefix = f"{self._site(linear)}."
+        return SiteStatistics(
+            {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
+        )
+
     def by_site(self, linears: Iterable[str]) -> Iterator[tuple[str, SiteStatistics]]:
         """The linears with their statistics, those of one site after each other: they share one object.
 
@@ -80,15 +87,24 @@ class BlockStatistics:
         """
         members: dict[str, list[str]] = {}
         for linear in linears:
-            if linear not in self.sites:
-                raise ModelError(f"{linear} was never reached by the calibration text: skip it or calibrate on more")
-            members.setdefault(self.sites[linear], []).append(linear)
-        for site, names in members.items():
-            prefix = f"{site}."
-            of_site = {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
-            statistics = SiteStatistics(of_site)
-            for linear in names:
-                yield linear, statistics
+            members.setdefault(self._site(linear), []).append(linear)
+        for names in members.values():
+            statistics = self.of(names[0])
+            yield from ((linear, statistics) for linear in names)
+
+    def _site(self, linear: str) -> str:
+        if linear not in self.sites:
+            raise ModelError(f"{linear} was never reached by the calibration text: skip it or calibrate on more")
+        return self.sites[linear]
+
+
+# The statistics of blocks, given their indices in ascending order.
+StatisticsOf = Callable[[Sequence[int]], Iterator[BlockStatistics]]
+
+
+def stored_statistics(calibration: Artifact) -> StatisticsOf:
+    """Those that a stage "calibrate" has stored."""
+    return lambda indices: (BlockStatistics.read(calibration, index) for index in indices)
 
 
 @dataclass(frozen=True)
@@ -230,8 +246,9 @@ def observe_block(
     tensors: dict[str, Tensor] = {}
     for site, accumulators in observer.accumulators.items():
         full_name = f"{run.name}.{site}"
-        for kind, accumulator in accumulators.items():
-            tensor = accumulator.result()
+        for kind in list(accumulators):
+            # Sums in float64 are dropped one by one: all of them beside all results may be more than a GPU holds.
+            tensor = accumulators.pop(kind).result()
             if not torch.isfinite(tensor).all():
                 dtype = str(run.hidden.states_WTD.dtype).removeprefix("torch.")
                 raise ModelError(

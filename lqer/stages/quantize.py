@@ -36,7 +36,7 @@ from lqer.rounding.hessian import HessianError
 from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
-from lqer.stages.gather import BlockStatistics, InputRoundings
+from lqer.stages.gather import BlockStatistics, InputRoundings, StatisticsOf
 from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.rotate import source_of
 from lqer.statistics import ALWAYS, Statistic
@@ -98,14 +98,14 @@ class Quantize(Stage):
 
     def build(self, workspace: Workspace, store: Store) -> None:
         opened = open_stored(source_of(self.calibration.model, store), self.device)
-        quantize(workspace, opened, self.tokenizer, self.calibration.artifact(store), self._settings(store))
+        quantize(workspace, opened, self.tokenizer, self.calibration.of_blocks(store), self._settings(store))
 
     def contribute(self, store: Store, chunk: range, blocks: int) -> Artifact | None:
         """Quantize a chunk of the `blocks` decoder blocks, alongside other processes.
 
         Returns the checkpoint if no other chunk is missing, else None.
         """
-        settings, calibration = self._settings(store), self.calibration.artifact(store)
+        settings, statistics_of = self._settings(store), self.calibration.of_blocks(store)
 
         @cache
         def opened() -> OpenedModel:
@@ -114,7 +114,7 @@ class Quantize(Stage):
         return store.contribute(
             self.name,
             self.key,
-            write_part=lambda workspace: quantize_blocks(workspace, chunk, opened(), calibration, settings),
+            write_part=lambda workspace: quantize_blocks(workspace, chunk, opened(), statistics_of, settings),
             is_whole=lambda workspace: all(block_file(index) in workspace for index in range(blocks)),
             finish=lambda workspace: finish_checkpoint(workspace, opened(), self.tokenizer, settings),
         )
@@ -142,7 +142,7 @@ def quantize(
     workspace: Workspace,
     opened: OpenedModel,
     tokenizer: PreTrainedTokenizerBase,
-    calibration: Artifact,
+    statistics_of: StatisticsOf,
     settings: QuantizeSettings,
 ) -> None:
     """Write the files of every block that `workspace` does not hold yet, then everything outside the blocks.
@@ -150,7 +150,7 @@ def quantize(
     `opened` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, if a weight
     is NaN or infinite or if calibration never reached it.
     """
-    quantize_blocks(workspace, range(len(opened.blocks)), opened, calibration, settings)
+    quantize_blocks(workspace, range(len(opened.blocks)), opened, statistics_of, settings)
     finish_checkpoint(workspace, opened, tokenizer, settings)
 
 
@@ -173,11 +173,12 @@ def quantize_blocks(
     workspace: Workspace,
     chunk: Sequence[int],
     opened: OpenedModel,
-    calibration: Artifact,
+    statistics_of: StatisticsOf,
     settings: QuantizeSettings,
 ) -> None:
     """Write the files of the blocks of a chunk, and nothing else."""
     missing = [index for index in chunk if block_file(index) not in workspace]
+    found = statistics_of(missing)
     with tqdm(initial=len(chunk) - len(missing), total=len(chunk), desc="quantize", unit="block") as bar:
         for index, block in opened.loader.load_each(opened.blocks, missing, torch.device("cpu")):
             work = BlockWork(
@@ -187,7 +188,7 @@ def quantize_blocks(
                 tensors=block.state_dict(),
                 with_spectra=index in with_spectra(len(opened.blocks)),
             )
-            statistics = BlockStatistics.read(calibration, index)
+            statistics = next(found)
             write_block(workspace, work, quantize_linears(work, work.linears, statistics, settings, opened.device))
             # Or else one block's tensors would be held together with the next one's.
             del work, statistics

@@ -22,7 +22,7 @@ from lqer.models.loaders import RESIDENT, OpenedModel, Streamed
 from lqer.models.source import load_model, resolve_model
 from lqer.models.streaming import open_model
 from lqer.stages.calibrate import calibrate
-from lqer.stages.gather import CalibrationText
+from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.store.names import block_file
 from lqer.store.store import Store
@@ -169,7 +169,7 @@ def test_stages_on_a_streamed_model_write_the_bytes_of_those_on_a_whole_one(
             model = opened("auto")
             linears = list(all_sites(calibration))
             settings = QuantizeSettings(dict.fromkeys(linears, plan), None, seed=0)
-            quantize(workspace, model, letter_tokenizer, calibration, settings)
+            quantize(workspace, model, letter_tokenizer, stored_statistics(calibration), settings)
 
         artifacts[kind] = (calibration, store.obtain("quantize", 0, make_checkpoint))
     for streamed, whole in zip(artifacts["streamed"], artifacts["whole"], strict=True):

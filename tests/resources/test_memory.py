@@ -23,9 +23,10 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
 from lqer.resources.memory import estimate
-from lqer.resources.workload import Need, StageMemory, Workload, input_sites, total
+from lqer.resources.statistics import input_sites
+from lqer.resources.workload import Need, StageMemory, Workload, total
 from lqer.stages.calibrate import calibrate
-from lqer.stages.gather import CalibrationText
+from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.stages.rotate import rotate
 from lqer.statistics import Hessian
@@ -135,7 +136,9 @@ def test_bytes_are_what_a_run_holds_and_writes(model, method, windows_WT, letter
     assert need(calibrate_stage.ram, "statistics of a block") == pytest.approx(statistics / 3, rel=0.02)
 
     checkpoint = Workspace(tmp_path / "quantize")
-    quantize(checkpoint, opened, letter_tokenizer, calibration, QuantizeSettings(work.plans, None, 0))
+    quantize(
+        checkpoint, opened, letter_tokenizer, stored_statistics(calibration), QuantizeSettings(work.plans, None, 0)
+    )
     files = [*(tmp_path / "quantize").glob("block-*"), tmp_path / "quantize" / OUTSIDE_FILE]
     written = sum(map(tensor_bytes, files))
     # Norms are left out of the estimate: here they are a few percent, in a real model nothing.

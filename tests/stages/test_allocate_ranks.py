@@ -27,7 +27,7 @@ from lqer.stages.allocate_ranks import (
     measure_spectra,
 )
 from lqer.stages.calibrate import calibrate
-from lqer.stages.gather import CalibrationText
+from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.statistics import Hessian
 from lqer.store.names import block_file, layers_file
@@ -83,7 +83,9 @@ def shapes(model, plans):
 
 @pytest.fixture(scope="module")
 def spectra(model, store, calibration, plans):
-    return store.obtain("spectra", 0, lambda ws: measure_spectra(ws, resident(model), calibration, plans))
+    return store.obtain(
+        "spectra", 0, lambda ws: measure_spectra(ws, resident(model), stored_statistics(calibration), plans)
+    )
 
 
 def test_energies_are_the_squared_singular_values_of_the_weighted_error(model, calibration, spectra, plans):
@@ -107,9 +109,11 @@ def test_energies_are_the_squared_singular_values_of_the_weighted_error(model, c
 
 def test_a_killed_pass_resumes_after_the_last_block(model, calibration, spectra, plans, tmp_path):
     with pytest.raises(KilledError):
-        measure_spectra(dying_workspace(block_file(2))(tmp_path), resident(model), calibration, plans)
+        measure_spectra(
+            dying_workspace(block_file(2))(tmp_path), resident(model), stored_statistics(calibration), plans
+        )
     written = (tmp_path / block_file(1)).stat().st_mtime_ns
-    measure_spectra(Workspace(tmp_path), resident(model), calibration, plans)
+    measure_spectra(Workspace(tmp_path), resident(model), stored_statistics(calibration), plans)
     assert (tmp_path / block_file(1)).stat().st_mtime_ns == written
     for i in range(BLOCKS):
         assert (tmp_path / block_file(i)).read_bytes() == (spectra.path / block_file(i)).read_bytes()
@@ -117,7 +121,9 @@ def test_a_killed_pass_resumes_after_the_last_block(model, calibration, spectra,
 
 def quantized_rows(model, letter_tokenizer, calibration, plans, folder):
     workspace = Workspace(folder)
-    quantize(workspace, resident(model), letter_tokenizer, calibration, QuantizeSettings(plans, None, 0))
+    quantize(
+        workspace, resident(model), letter_tokenizer, stored_statistics(calibration), QuantizeSettings(plans, None, 0)
+    )
     return [row for i in range(BLOCKS) for row in workspace.json(layers_file(i))]
 
 
@@ -208,4 +214,4 @@ def test_a_broken_weight_is_named(random_model, windows_WT, plans, tmp_path, sto
     calibration = gathered(store, "broken", model, windows_WT)
     model.model.layers[1].mlp.gate_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.gate_proj: 1 NaN"):
-        measure_spectra(Workspace(tmp_path), resident(model), calibration, plans)
+        measure_spectra(Workspace(tmp_path), resident(model), stored_statistics(calibration), plans)

@@ -25,7 +25,7 @@ from lqer.stages.allocate_widths import (
     sampled_rows,
 )
 from lqer.stages.calibrate import calibrate
-from lqer.stages.gather import CalibrationText
+from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.quantize import QuantizeSettings, quantize
 from lqer.statistics import Hessian
 from lqer.store.names import block_file, layers_file
@@ -134,7 +134,13 @@ def test_the_models_bits_meet_the_budget_from_below_everything_counted(
 ):
     widths = allocate(plans, choices, losses, {}, shapes, budget_bits)
     workspace = Workspace(tmp_path)
-    quantize(workspace, resident(model), letter_tokenizer, calibration, QuantizeSettings(widths.plans, None, 0))
+    quantize(
+        workspace,
+        resident(model),
+        letter_tokenizer,
+        stored_statistics(calibration),
+        QuantizeSettings(widths.plans, None, 0),
+    )
     rows = [row for i in range(BLOCKS) for row in workspace.json(layers_file(i))]
     assert average_bits(rows)["average"] == pytest.approx(widths.average_bits, abs=1e-12)
     assert budget_bits - 0.2 < widths.average_bits <= budget_bits

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
 from lqer.formats import MXInt
+from lqer.stages.gather import stored_statistics
 from lqer.stages.quantize import quantize
 from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Workspace
@@ -35,7 +36,7 @@ def quantized(random_model, run_stages, plan):
 
 
 def run_quantize(workspace: Workspace, model: PreTrainedModel, tokenizer, calibration: Artifact, plan) -> Workspace:
-    quantize(workspace, resident(model), tokenizer, calibration, settings_for(model, plan))
+    quantize(workspace, resident(model), tokenizer, stored_statistics(calibration), settings_for(model, plan))
     return workspace
 
 

@@ -1,0 +1,64 @@
+"""Bytes of a run's statistics, and whether they are stored.
+
+Linears of one module with equal in_features count as one input site, except the last, which reads what the others
+produce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lqer.config import Config
+from lqer.methods import LinearPlan
+from lqer.models.summary import ModelSummary
+from lqer.stages.quantize import requested_statistics
+from lqer.statistics import ALWAYS, Statistic
+
+# calibration.keep = "auto" stores statistics up to this size: a sweep then calibrates once. Magnitudes of any model and
+# E[x xᵀ] of one with a billion parameters take less; E[x xᵀ] of 7 billion take 22 GB, more than gathering takes time.
+KEPT_BYTES = 4_000_000_000
+
+Plans = Mapping[str, LinearPlan | None]
+
+
+def input_sites(summary: ModelSummary) -> list[int]:
+    """in_features of every input site of one block."""
+    first = f"{summary.blocks_name}.0."
+    modules: dict[str, list[int]] = {}
+    for name, (_, in_features) in summary.linears.items():
+        if name.startswith(first):
+            modules.setdefault(name.rpartition(".")[0], []).append(in_features)
+    return [width for widths in modules.values() for width in (*sorted(set(widths[:-1])), widths[-1])]
+
+
+def gathered(plans: Plans) -> list[Statistic]:
+    return [*ALWAYS, *requested_statistics(plans)]
+
+
+def accumulator_bytes(summary: ModelSummary, plans: Plans) -> int:
+    """Of all sites of a block, while their statistics are gathered."""
+    return sum(statistic.nbytes(width) for width in input_sites(summary) for statistic in gathered(plans))
+
+
+def block_bytes(config: Config, summary: ModelSummary, plans: Plans, computed: int) -> int:
+    """Of the statistics of one block. computed: bytes of a value in the run's dtype."""
+    calibration = config.calibration
+    sample = min(calibration.error_tokens, calibration.num_samples * calibration.seq_len) * computed
+    return sum(
+        sample * width + sum(statistic.result_nbytes(width) for statistic in gathered(plans))
+        for width in input_sites(summary)
+    )
+
+
+def keeps_statistics(config: Config, summary: ModelSummary, plans: Plans, computed: int) -> bool:
+    """Whether statistics of the original model are stored: `calibration.keep`.
+
+    "auto": where the run reads them more than once, or they take no more than KEPT_BYTES.
+    """
+    if config.calibration.keep != "auto":
+        return config.calibration.keep
+    quantize = config.quantize
+    budgets = quantize.budget_bits, quantize.low_rank.budget_bits
+    if any(budget is not None for budget in budgets) or "rtn" in config.evaluation.baselines:
+        return True
+    return block_bytes(config, summary, plans, computed) * summary.blocks <= KEPT_BYTES
