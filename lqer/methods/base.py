@@ -81,6 +81,11 @@ class LinearPlan:
         """How the quantized linear rounds its inputs; None where it does not."""
         return None if self.activation is None else InputRounding(self.activation, self.transform, self.seed)
 
+    @property
+    def hessian_bytes(self) -> int:
+        """`Method.hessian_bytes`, and the Hessian of rotated inputs in float64."""
+        return self.method.hessian_bytes + (0 if self.transform is None else 8)
+
     def without_low_rank(self) -> LinearPlan:
         """The same formats and rounding without reconstruction; plans that differ by A and B alone become equal."""
         return replace(self, method=RoundingOnly(), rank=0, **NO_FACTORS)
@@ -179,7 +184,8 @@ class Method(Component, family="method"):
     repeated. propagate_error: whether a block is quantized on the outputs of the quantized blocks before it instead of
     the original model's activations; the latter allow chunks. A configuration can override both. rounding: the
     method's own, with its default settings; None if any rounding can be used. reconstructs: whether there are low-rank
-    factors at all.
+    factors at all. hessian_bytes: per entry of the Hessian, next to the statistic, held while it is factored; by
+    default one float64 matrix and the float32 one that is kept.
     """
 
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
@@ -188,6 +194,7 @@ class Method(Component, family="method"):
     propagate_error: ClassVar[bool] = False
     rounding: ClassVar[Rounding | None] = None
     reconstructs: ClassVar[bool] = True
+    hessian_bytes: ClassVar[int] = 8 + 4
 
     def metric(self, weight_OI: Tensor, statistics: Statistics) -> Metric:
         """The metric under which A·B is fitted: the Frobenius norm by default."""

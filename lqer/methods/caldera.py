@@ -94,6 +94,7 @@ class Caldera(QeraExact):
     rounding = Ldlq()
     rounds_first = False
     iterations = ITERATIONS
+    hessian_bytes = 3 * 8 + 2 * 4
 
     starts_with: Literal["reconstruct", "round"] = "reconstruct"
     lplr_iterations: int = LPLR_ITERATIONS

@@ -30,15 +30,16 @@ from lqer.config.schema import CalibrationConfig, FinetuneConfig
 from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
+from lqer.resources.linear import FACTORIZATION_COPIES, linear_bytes
 from lqer.resources.statistics import accumulator_bytes, block_bytes, gathered, input_sites
-from lqer.resources.workload import Need, StageMemory, Workload
+from lqer.resources.workload import Need, StageMemory, Workload, total
 from lqer.stages.allocate_widths import SAMPLED_ROWS, WINDOWS
+from lqer.statistics import Hessian
 from lqer.training.loss import POSITIONS
 
+HALF = 2  # bytes of a value in half precision
 LATER_IMPORTS = 200_000_000  # bytes of libraries that a stage imports (pandas, matplotlib, lm-eval)
 LIVE_ACTIVATIONS = 5  # activations of a batch that are live at once, next to the widest linear's input
-LINEAR_COPIES = 40  # bytes per weight of the linear in work: copies in float32 and float64
-FACTORIZATION_COPIES = 3  # float64 matrices of an SVD or a Cholesky factorization
 STATE_BYTES = 2 * (4 + 4 + 1)  # per weight, of the states of a block under reconstruction: the last one and the next
 TRAINED_COPIES = 5  # float32 values per trained one: itself, gradient, Adam's two moments, best so far
 LOGIT_COPIES = 3  # logits: of both models, gradient
@@ -102,7 +103,9 @@ def _calibrate(work: Workload) -> StageMemory:
     host, device, disk = _walk(work, settings.num_samples, settings.seq_len, _batch_tokens(settings),
                                _smaller("calibration.batch_size"), _accumulators(work))  # fmt: skip
     widest = max(statistic.nbytes(max(input_sites(work.summary))) for statistic in gathered(work.plans))
-    device += [Need("statistics of a block", statistics), Need("statistics of a batch", widest // 2, certain=False)]
+    # Half-precision products are added to the sums by a kernel on a GPU, others are a matrix of float32 first.
+    products = 0 if work.on_gpu and work.computed == HALF else widest // 2
+    device += [Need("statistics of a block", statistics), Need("statistics of a batch", products, certain=False)]
     disk.append(Need("statistics", statistics * work.summary.blocks, LARGER_DISK))
     return _stage("calibrate", work, host, device, disk)
 
@@ -135,17 +138,21 @@ def _quantize(work: Workload) -> StageMemory:
     if not work.streams:
         host = [Need("whole model", work.stored * summary.parameters, SAFETENSORS)]
     host.append(Need("weights outside the blocks", outside if work.streams else 0))
+    blocks = 2 if quantize.propagates_error else 1
+    # While a linear is worked on, a GPU holds no sums or activations of the walk, and no quantized copy of the block.
+    idle = _accumulators(work) + (blocks - 1) * work.computed * summary.block_parameters
+    idle += total(_activations(work, _batch_tokens(settings), ""))
+    idle *= work.on_gpu and not work.stores_statistics
     device = [
         Need("statistics of a block", _statistics_bytes(work)),
-        Need("work on a linear", _linear_work(work), certain=False),
+        Need("work on a linear", max(_linear_work(work) - idle, 0), certain=False),
     ]
     disk = [Need("quantized model", packed + outside, LARGER_DISK)]
     if len(work.config.evaluation.baselines) > ("original" in work.config.evaluation.baselines):
         disk.append(Need("quantized baseline", packed + outside, LARGER_DISK))
     if not work.stores_statistics:
         walk = _walk(work, settings.num_samples, settings.seq_len, _batch_tokens(settings),
-                     _smaller("calibration.batch_size"), _accumulators(work),
-                     blocks=2 if quantize.propagates_error else 1)  # fmt: skip
+                     _smaller("calibration.batch_size"), _accumulators(work), blocks)  # fmt: skip
         host, device, disk = ([*a, *b] for a, b in zip((host, device, disk), walk, strict=True))
     if quantize.propagates_error:
         host += _original_stream(work)
@@ -311,13 +318,9 @@ def _packed_bytes(work: Workload, name: str, plan: LinearPlan | None) -> int:
 
 def _linear_work(work: Workload) -> int:
     """The most that is held for one linear, in addition to the tensors and statistics of its block."""
-    sizes = [0]
-    for _, out_features, in_features, plan in _planned(work):
-        statistics = sum(statistic.nbytes(in_features) for statistic in gathered(work.plans))
-        factorizations = 8 * min(out_features, in_features) ** 2 + statistics
-        copies = LINEAR_COPIES * out_features * in_features + FACTORIZATION_COPIES * factorizations
-        sizes.append(copies + plan.weight.encoding_bytes)
-    return max(sizes)
+    has_hessian = Hessian() in gathered(work.plans)
+    sizes = (linear_bytes(rows, columns, plan, has_hessian) for _, rows, columns, plan in _planned(work))
+    return max(sizes, default=0)
 
 
 def _planned(work: Workload) -> Iterator[tuple[int, int, int, LinearPlan]]:

@@ -16,6 +16,8 @@ from lqer.statistics.symmetric import panels
 
 # Of a triangle that is inverted by one solution, not by halves.
 SMALL_TRIANGLE = 1024
+# Right-hand sides of a larger one.
+SOLVED_AT_ONCE = 4096
 
 
 def inverse_factor(damped: DampedHessian, order_I: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -25,12 +27,23 @@ def inverse_factor(damped: DampedHessian, order_I: Tensor | None = None, dtype: 
     """
     size = len(damped.dead_I)
     order_I = torch.arange(size, device=damped.dead_I.device) if order_I is None else order_I
+    reversed_II = _reversed_factor(damped, order_I)
+    upper_II = torch.empty(size, size, dtype=dtype, device=reversed_II.device)
+    for rows in panels(size):
+        upper_II[rows] = _rows_of_factor(reversed_II, rows)
+    return upper_II
+
+
+def _reversed_factor(damped: DampedHessian, order_I: Tensor) -> Tensor:
+    """U with its rows and columns in reverse order, L⁻¹, float64."""
     lower_II = damped.factor(order_I.flip(0))
     invert_lower_(lower_II)
-    upper_II = torch.empty(size, size, dtype=dtype, device=lower_II.device)
-    for rows in panels(size):
-        upper_II[rows] = lower_II[size - rows.stop : size - rows.start].flip(0, 1)
-    return upper_II
+    return lower_II
+
+
+def _rows_of_factor(reversed_II: Tensor, rows: slice) -> Tensor:
+    size = len(reversed_II)
+    return reversed_II[size - rows.stop : size - rows.start].flip(0, 1)
 
 
 def feedback_factor(damped: DampedHessian, by_diagonal: bool) -> tuple[Tensor, Tensor]:
@@ -43,8 +56,12 @@ def feedback_factor(damped: DampedHessian, by_diagonal: bool) -> tuple[Tensor, T
 
 def vector_feedback(damped: DampedHessian, dimension: int) -> tuple[Tensor, Tensor]:
     """`block_feedback` in float32, and the diagonal of U, float64."""
-    upper_II = inverse_factor(damped)
-    return block_feedback(upper_II, dimension, torch.float32), upper_II.diagonal().clone()
+    size = len(damped.dead_I)
+    reversed_II = _reversed_factor(damped, torch.arange(size, device=damped.dead_I.device))
+    feedback_II = torch.empty(size, size, dtype=torch.float32, device=reversed_II.device)
+    for rows in panels(size):
+        feedback_II[rows] = _feedback_rows(_rows_of_factor(reversed_II, rows), rows, dimension)
+    return feedback_II, reversed_II.diagonal().flip(0).clone()
 
 
 def invert_lower_(lower_II: Tensor) -> None:
@@ -60,21 +77,25 @@ def invert_lower_(lower_II: Tensor) -> None:
     half = -(-size // (2 * SMALL_TRIANGLE)) * SMALL_TRIANGLE
     first, second = slice(0, half), slice(half, size)
     below = lower_II[second, first]
-    solved = torch.linalg.solve_triangular(lower_II[second, second], below, upper=False)
-    below.copy_(torch.linalg.solve_triangular(lower_II[first, first], solved, upper=False, left=False)).neg_()
-    del solved
+    # A solution needs a copy of the triangle and two of the right-hand side.
+    for columns in panels(half, SOLVED_AT_ONCE):
+        below[:, columns] = torch.linalg.solve_triangular(lower_II[second, second], below[:, columns], upper=False)
+    for rows in panels(size - half, SOLVED_AT_ONCE):
+        solved = torch.linalg.solve_triangular(lower_II[first, first], below[rows], upper=False, left=False)
+        below[rows] = solved.neg_()
     invert_lower_(lower_II[first, first])
     invert_lower_(lower_II[second, second])
 
 
-def block_feedback(factor_II: Tensor, dimension: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def block_feedback(factor_II: Tensor, dimension: int) -> Tensor:
     """Rows U_PP⁻¹ U_P of each block P of `dimension` columns: the feedback of an error in P to the columns after it."""
-    feedback_II = torch.empty_like(factor_II, dtype=dtype)
-    # A panel is a whole number of blocks: vectors have 1, 2, 4, .. columns.
-    for rows in panels(len(factor_II)):
-        blocks = (rows.stop - rows.start) // dimension
-        rows_VDI = factor_II[rows].unflatten(0, (blocks, dimension))
-        square_VDVD = rows_VDI[:, :, rows].unflatten(2, (blocks, dimension))
-        on_diagonal_VDD = square_VDVD.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        feedback_II[rows] = torch.linalg.solve_triangular(on_diagonal_VDD, rows_VDI, upper=True).flatten(0, 1)
-    return feedback_II
+    return torch.cat([_feedback_rows(factor_II[rows], rows, dimension) for rows in panels(len(factor_II))])
+
+
+def _feedback_rows(factor_PI: Tensor, rows: slice, dimension: int) -> Tensor:
+    """A panel is a whole number of blocks: vectors have 1, 2 or 4 columns."""
+    blocks = len(factor_PI) // dimension
+    rows_VDI = factor_PI.unflatten(0, (blocks, dimension))
+    square_VDVD = rows_VDI[:, :, rows].unflatten(2, (blocks, dimension))
+    on_diagonal_VDD = square_VDVD.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return torch.linalg.solve_triangular(on_diagonal_VDD, rows_VDI, upper=True).flatten(0, 1)

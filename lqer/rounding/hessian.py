@@ -1,9 +1,8 @@
 """The matrix that error feedback runs on: H = E[x xᵀ], normalised, damped and factored.
 
 Linears that share their inputs, and the iterations of an alternating method, share one `DampedHessian`: each of its
-factors is made once. Of float64 (I, I) it holds no more than its Cholesky factor, and no more than two exist at any
-moment while it is factored or a factor inverted: H itself is made from the statistic, panel by panel, wherever it is
-wanted, and factored in place.
+factors is made once. A float64 matrix of a down_proj may take 23 GB: H itself is made from the statistic, panel by
+panel, in the memory in which it is then factored, and nothing but its Cholesky factor is kept in float64.
 
 Shapes: I in_features, R rank, P rows of a panel.
 """

@@ -12,9 +12,9 @@ from torch import Tensor
 PANEL_ROWS = 512
 
 
-def panels(size: int) -> Iterator[slice]:
+def panels(size: int, width: int = PANEL_ROWS) -> Iterator[slice]:
     """The rows of each panel."""
-    return (slice(first, min(first + PANEL_ROWS, size)) for first in range(0, size, PANEL_ROWS))
+    return (slice(first, min(first + width, size)) for first in range(0, size, width))
 
 
 def symmetrize_(x_II: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import all_sites
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from lqer.checkpoint.load import load_quantized
 from lqer.checkpoint.pack import OUTSIDE_FILE
@@ -187,10 +187,45 @@ class TestGrowth:
         assert "calibrate" not in found
         assert total(found["quantize"].ram) > total(apart["quantize"].ram)
 
+    def test_statistics_that_are_not_kept_are_gathered_while_quantizing(self, random_model, tmp_path):
+        apart, found = (
+            self.stages(random_model, tmp_path, 4, sections={"calibration": {"keep": keep}}) for keep in (True, False)
+        )
+        assert need(apart["calibrate"].disk, "statistics") > 0
+        assert "calibrate" not in found
+        assert total(found["quantize"].disk) == total(apart["quantize"].disk)
+        assert need(found["quantize"].ram, "block") == need(apart["calibrate"].ram, "block")
+        assert total(found["quantize"].ram) > total(apart["quantize"].ram)
+
     def test_on_a_gpu_the_host_holds_stored_blocks_and_the_device_the_rest(self, random_model, tmp_path):
         stage = self.stages(random_model, tmp_path, 4, on_gpu=True)["calibrate"]
         assert {"two blocks as stored", "hidden states"} <= {entry.what for entry in stage.ram}
         assert {"block", "accumulators", "activations of a batch"} <= {entry.what for entry in stage.device}
+
+
+SHAPES = {
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
+    "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("method", "rank"), [("gptq", 0), ("qera-exact", 32), ("gptq", 32)])
+def test_the_blocks_of_the_largest_models_fit_a_gpu_of_80_gb(tmp_path, shape, method, rank):
+    model = LlamaConfig(
+        num_hidden_layers=2, num_key_value_heads=8, vocab_size=128256, dtype="bfloat16", **SHAPES[shape]
+    )
+    model.architectures = ["LlamaForCausalLM"]
+    model.save_pretrained(tmp_path)
+    summary = summarize_model(ModelSource("model", str(tmp_path), None, "", ""))
+    config = experiment(
+        quantize={"method": method, "weight": "int4", "low_rank": {"rank": rank}},
+        formats={"int4": {"kind": "int", "bits": 4, "block_size": 128}},
+        calibration={"seq_len": 2048, "num_samples": 128, "keep": False},
+    )
+    work = Workload(config, summary, plan_model(config, summary), stored=2, computed=2, on_gpu=True, streams=True)
+    (stage,) = (stage for stage in estimate(work) if stage.name == "quantize")
+    assert total(stage.device) < 80e9
 
 
 def test_parts_that_learn_on_whole_blocks_say_what_they_hold(random_model, tmp_path):

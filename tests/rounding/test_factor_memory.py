@@ -94,11 +94,11 @@ def qera(hessian_II):
 
 @pytest.mark.parametrize("size", [28672, 53248])
 @pytest.mark.parametrize("step", [gptq, gptq_in_order, gptvq, ldlq, qera])
-def test_no_more_than_two_matrices_of_float64_exist_at_once(step, size):
+def test_one_matrix_of_float64_and_one_of_float32_exist_at_once_beside_the_statistic(step, size):
     with Memory() as memory:
         kept = step(statistic(size))
-    # The statistic itself is float32; panels and vectors are small beside a matrix.
-    assert memory.most - 4 * size**2 <= 2.05 * 8 * size**2
+    # The statistic and what is kept are float32; panels and vectors are small beside a matrix.
+    assert memory.most - 4 * size**2 <= 1.6 * 8 * size**2
     assert memory.most < ROOM
     assert kept is not None
 

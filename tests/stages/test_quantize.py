@@ -15,9 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.formats import MXInt
-from lqer.stages.gather import stored_statistics
+from lqer.formats import Int, MXInt
+from lqer.methods import LinearPlan, QeraExact
+from lqer.rounding import Gptq
+from lqer.rounding.hessian import DampedHessian
+from lqer.stages import gather
+from lqer.stages.calibrate import calibrate
+from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.quantize import quantize
+from lqer.statistics import Hessian
 from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Workspace
 
@@ -151,3 +157,28 @@ def test_a_linear_that_calibration_never_reached_is_named(quantized, letter_toke
     calibration = Unreached(quantized.calibration.path)
     with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.down_proj was never reached by the calibration text"):
         run_quantize(Workspace(tmp_path), quantized.model, letter_tokenizer, calibration, plan)
+
+
+def test_linears_of_a_site_share_the_factor_of_their_hessian(
+    random_model, windows_WT, letter_tokenizer, tmp_path, monkeypatch
+):
+    model = random_model("llama", num_hidden_layers=1)
+    statistics = Workspace(tmp_path / "statistics")
+    calibrate(statistics, resident(model), CalibrationText(windows_WT, 2, 8), {Hessian()})
+    widths = []
+    factor = DampedHessian.factor
+    monkeypatch.setattr(
+        DampedHessian, "factor", lambda self, *order: widths.append(len(self.dead_I)) or factor(self, *order)
+    )
+    plan = LinearPlan(QeraExact(), Int(4, 16), rank=2, rounding=Gptq())
+    workspace = run_quantize(Workspace(tmp_path / "shared"), model, letter_tokenizer, statistics, plan)
+    # Of q k v, o, gate up and down.
+    hidden = model.config.hidden_size
+    assert widths == [hidden, hidden, hidden, model.config.intermediate_size]
+
+    site_statistics = gather.SiteStatistics
+    monkeypatch.setattr(gather, "SiteStatistics", lambda tensors: dict(site_statistics(tensors)))
+    alone = run_quantize(Workspace(tmp_path / "alone"), model, letter_tokenizer, statistics, plan)
+    assert len(widths) == 4 + 7
+    for name in (block_file(0), layers_file(0)):
+        assert (workspace.path / name).read_bytes() == (alone.path / name).read_bytes()
