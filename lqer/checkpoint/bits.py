@@ -10,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
+# Totals in a linear's row are named after them.
+PARTS = ("weight", "metadata", "low_rank", "codebook", "zero", "sign")
+# Differences of sums leave less than this where there is nothing.
+LEAST_SHOWN = 1e-9
+
 
 class Bits(TypedDict):
     """Bits per original weight of the quantized linears."""
@@ -19,16 +24,40 @@ class Bits(TypedDict):
     low_rank: float  # A and B, their metadata included
     metadata: float  # exponents, scales, zero points, codebooks of the weights; signs of rotations
     codebook: float  # the part of metadata that is codebooks and their scales
+    zeros: float  # the part of metadata that is zero points
+    signs: float  # the part of metadata that is signs of rotations
 
 
 def average_bits(rows: Iterable[Mapping[str, Any]]) -> Bits:
     """Sum the per-linear totals (`weight_bits`, `metadata_bits`, ...) over the number of weights."""
     rows = list(rows)
     weights = sum(row["out_features"] * row["in_features"] for row in rows)
-    weight, metadata, low_rank, codebook = (
-        sum(row[f"{part}_bits"] for row in rows) / max(weights, 1)
-        for part in ("weight", "metadata", "low_rank", "codebook")
-    )
+    parts = {part: sum(row[f"{part}_bits"] for row in rows) / max(weights, 1) for part in PARTS}
     return Bits(
-        average=weight + low_rank + metadata, weight=weight, low_rank=low_rank, metadata=metadata, codebook=codebook
+        average=parts["weight"] + parts["low_rank"] + parts["metadata"],
+        weight=parts["weight"],
+        low_rank=parts["low_rank"],
+        metadata=parts["metadata"],
+        codebook=parts["codebook"],
+        zeros=parts["zero"],
+        signs=parts["sign"],
     )
+
+
+def named_parts(bits: Mapping[str, Any]) -> dict[str, float]:
+    """The parts of `average` by name, which add up to it; those of nothing are left out, but the codes.
+
+    bits: `Bits`, or those of a run made before zero points and signs were told apart.
+    """
+    zeros, signs = bits.get("zeros"), bits.get("signs")
+    codebook = bits.get("codebook", 0.0)
+    scales = "scales, zeros and signs" if zeros is None else "scales"
+    parts = {
+        "indices" if codebook else "codes": bits["weight"],
+        "codebooks": codebook,
+        scales: bits["metadata"] - codebook - (zeros or 0.0) - (signs or 0.0),
+        "zeros": zeros or 0.0,
+        "signs": signs or 0.0,
+        "A and B": bits["low_rank"],
+    }
+    return {name: value for name, value in parts.items() if value > LEAST_SHOWN or name in ("codes", "indices")}

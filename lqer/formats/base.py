@@ -230,6 +230,11 @@ class QuantizedTensor:
         """Metadata bits of learned tables."""
         return sum(self._stored_bits(name) for name in self.parts if name in self.format.codebook_parts)
 
+    @property
+    def zero_bits(self) -> int:
+        """Metadata bits of zero points."""
+        return self._stored_bits("zeros") if "zeros" in self.parts else 0
+
     def _stored_bits(self, name: str) -> int:
         part = self.parts[name]
         if name not in self.format.stream_widths:

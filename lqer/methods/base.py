@@ -163,7 +163,12 @@ class QuantizedWeight:
     @property
     def metadata_bits(self) -> int:
         """Bits of everything stored apart from the weight's codes and the low-rank factors."""
-        return self.weight_OI.metadata_bits + (0 if self.rotation is None else self.rotation.bits)
+        return self.weight_OI.metadata_bits + self.sign_bits
+
+    @property
+    def sign_bits(self) -> int:
+        """The part of them that is the signs of a rotation."""
+        return 0 if self.rotation is None else self.rotation.bits
 
 
 @dataclass(frozen=True)

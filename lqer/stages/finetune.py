@@ -187,7 +187,9 @@ def _write(
                 for roles in (("input_signs", "output_signs"), ("low_rank_a", "low_rank_b"))
             )
             if signs:
-                row["metadata_bits"] += replace_signs(tensors, row["name"], signs)
+                added = replace_signs(tensors, row["name"], signs)
+                row["metadata_bits"] += added
+                row["sign_bits"] += added
             if factors:
                 row["low_rank_bits"] += split_columns(tensors, row["name"], row["entry"], factors)
         rows += block_rows

@@ -45,7 +45,7 @@ from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms import BlockTransform
 
 # Of both orders of quantizing blocks: raised whenever the same inputs would give other bytes than before.
-QUANTIZE_VERSION = 8
+QUANTIZE_VERSION = 9
 
 # Whether the linears of a block are quantized on inputs from its unrounded weights, or one input site after the other.
 Order = Literal["block", "sequential"]
@@ -313,6 +313,8 @@ def _layer_row(
         "weight_bits": weight.weight_OI.code_bits,
         "metadata_bits": weight.metadata_bits,
         "codebook_bits": weight.weight_OI.codebook_bits,
+        "zero_bits": weight.weight_OI.zero_bits,
+        "sign_bits": weight.sign_bits,
         "low_rank_bits": weight.low_rank.bits if weight.low_rank else 0,
         "captured_energy": weight.low_rank.captured_energy if weight.low_rank else None,
         "solver_gap": weight.low_rank.gap if weight.low_rank else None,

@@ -16,13 +16,18 @@ def row(out_features: int, in_features: int, weight: int, metadata: int, low_ran
         "weight_bits": weight,
         "metadata_bits": metadata,
         "codebook_bits": metadata // 2,
+        "zero_bits": metadata // 5,
+        "sign_bits": metadata // 10,
         "low_rank_bits": low_rank,
     }
 
 
 def test_totals_are_divided_by_the_number_of_original_weights():
     bits = average_bits([row(10, 10, 400, 50, 80), row(10, 30, 1200, 150, 0)])
-    assert bits == {"average": 1880 / 400, "weight": 4.0, "low_rank": 0.2, "metadata": 0.5, "codebook": 0.25}
+    assert bits == {
+        "average": 1880 / 400, "weight": 4.0, "low_rank": 0.2, "metadata": 0.5, "codebook": 0.25, "zeros": 0.1,
+        "signs": 0.05,
+    }  # fmt: skip
 
 
 def test_a_published_scheme_costs_what_it_says():

@@ -158,6 +158,7 @@ def test_packing_loses_nothing_and_its_bits_are_the_bits_charged(number_format, 
     bits = {name: part.numel() * part.element_size() * 8 for name, part in packed.items()}
     assert quantized.code_bits == bits.pop("codes")
     assert quantized.metadata_bits == sum(bits.values())
+    assert quantized.zero_bits == bits.get("zeros", 0)
 
 
 @each_format

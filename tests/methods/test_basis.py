@@ -118,5 +118,5 @@ def test_not_a_number_is_counted_before_it_spreads(weight_OI):
 
 def test_signs_are_charged_a_bit_each(weight_OI):
     quantized = plan("none", E8P(2), Nearest(), rank=0).quantize(weight_OI, {})
-    assert quantized.rotation.bits == IN + OUT
+    assert quantized.sign_bits == IN + OUT
     assert quantized.metadata_bits == quantized.weight_OI.metadata_bits + IN + OUT

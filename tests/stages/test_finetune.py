@@ -90,7 +90,7 @@ def test_only_the_signs_change_and_their_bits_are_charged(quantized, tuned):
         assert {after[name].dtype for name in changed} == {torch.float16}
         for old, new in zip(quantized.checkpoint.json(layers_file(index)), tuned.json(layers_file(index))):
             signs = old["out_features"] + old["in_features"]
-            assert new["metadata_bits"] - old["metadata_bits"] == 15 * signs
+            assert new["metadata_bits"] - old["metadata_bits"] == new["sign_bits"] - old["sign_bits"] == 15 * signs
     rows = [row for index in range(2) for row in tuned.json(layers_file(index))]
     assert tuned.json("lqer.json")["bits"] == average_bits(rows)
 
