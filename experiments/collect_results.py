@@ -1,5 +1,5 @@
-"""Merge the runs below a folder into one table (markdown and csv) and perplexity-over-bits plots with their Pareto
-front.
+"""Merge the runs below a folder into one table (markdown and csv), one page for a browser (report.html) and
+perplexity-over-bits plots with their Pareto front.
 
     python experiments/collect_results.py DIR [--match GLOB] [--out DIR]
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from lqer.errors import LqerError
-from lqer.report.collect import collect, write_collection
+from lqer.report.collect import collect, write_collection, write_page
 from lqer.report.write import markdown_table
 
 
@@ -25,7 +25,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         table = collect(arguments.folder, arguments.match)
-        paths = write_collection(table, arguments.out or arguments.folder / "table")
+        out = arguments.out or arguments.folder / "table"
+        paths = [*write_collection(table, out), write_page(arguments.folder, arguments.match, out)]
     except LqerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

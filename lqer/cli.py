@@ -123,10 +123,12 @@ def _run(arguments: Sequence[str]) -> None:
     results = pipeline.run_chunk(config, chunk)
     if results is None:
         return
+    from lqer.report.page.write import PAGE_FILE
     from lqer.report.write import REPORT_FILE, summary_table
 
     print(f"\n{results['model']['description']}\n\n{summary_table(results)}\n")
-    print(f"report: {os.path.join(config.output_dir, config.tag, REPORT_FILE)}")  # noqa: PTH118 (shown as typed)
+    for name, file in (("report", REPORT_FILE), ("page", PAGE_FILE)):
+        print(f"{name}: {os.path.join(config.output_dir, config.tag, file)}")  # noqa: PTH118 (shown as typed)
 
 
 def _list(arguments: Sequence[str]) -> None:

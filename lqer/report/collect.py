@@ -1,8 +1,9 @@
-"""Merges the results of many runs into one table and one perplexity-over-bits plot per evaluated text."""
+"""Merges the results of many runs into one table, one page, and one perplexity-over-bits plot per evaluated text."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,7 +13,9 @@ import pandas as pd
 
 from lqer.errors import DataError
 from lqer.report import figures
+from lqer.report.families import family_of, rtn_family
 from lqer.report.naming import rtn_name, scheme_name
+from lqer.report.page.write import PAGE_FILE, write_collection_page
 from lqer.report.write import RESULTS_FILE, markdown_table
 from lqer.results import SCHEMA_VERSION, PerplexityRow, Results
 from lqer.store.files import write_atomically, write_text
@@ -28,13 +31,7 @@ def collect(folder: Path, match: str = "*") -> pd.DataFrame:
 
     Raises DataError if no run below `folder` matches.
     """
-    rows = []
-    for path in sorted(folder.glob(f"*/{RESULTS_FILE}")):
-        if fnmatchcase(path.parent.name, match):
-            rows += _rows(_read(path))
-    if not rows:
-        raise DataError(f"no {RESULTS_FILE} under {folder}/{match}")
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([row for path in _found(folder, match) for row in _rows(_read(path))])
     return table.sort_values([*SAME_MEASUREMENT, "bits", "tag"], kind="stable").reset_index(drop=True)
 
 
@@ -52,6 +49,27 @@ def write_collection(table: pd.DataFrame, out: Path) -> list[Path]:
     return paths
 
 
+def write_page(folder: Path, match: str, out: Path) -> Path:
+    """Write the page of the same runs to `out`, linked to their own pages. Returns its path."""
+    runs = {path.parent: _read(path) for path in _found(folder, match)}
+    links = {
+        run["tag"]: os.path.relpath(place / PAGE_FILE, out)
+        for place, run in runs.items()
+        if (place / PAGE_FILE).exists()
+    }
+    title = folder.resolve().name if match == "*" else match
+    write_collection_page(out / PAGE_FILE, list(runs.values()), title, links)
+    return out / PAGE_FILE
+
+
+def _found(folder: Path, match: str) -> list[Path]:
+    """The results of runs by tag. Raises DataError if there are none."""
+    paths = [path for path in sorted(folder.glob(f"*/{RESULTS_FILE}")) if fnmatchcase(path.parent.name, match)]
+    if not paths:
+        raise DataError(f"no {RESULTS_FILE} under {folder}/{match}")
+    return paths
+
+
 def _read(path: Path) -> Results:
     results: Results = json.loads(path.read_text(encoding="utf-8"))
     if results.get("schema_version") != SCHEMA_VERSION:
@@ -65,12 +83,14 @@ def _rows(results: Results) -> list[dict]:
         "tag": results["tag"],
         "model": Path(results["model"]["name"]).name,
         "method": scheme_name(quantize),
+        "family": family_of(results["config"]).name,
         "weight": quantize["weight"],
         "activation": quantize["activation"],
         "rank": quantize["low_rank"]["rank"],
         "bits": results["bits"]["average"],
         # Rounding and transforms are those of the run: RTN only where it rounds to nearest.
         "rtn_method": rtn_name(quantize),
+        "rtn_family": rtn_family(results["config"]).name,
         "rtn_bits": None if results["baseline"] is None else results["baseline"]["bits"]["average"],
     }
     tasks = {f"{row['task']} {row['metric']}": row["quantized"] for row in results["downstream"]}

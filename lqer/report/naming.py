@@ -5,20 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lqer.methods import Method
+
 RTN = "RTN"
+NEAREST = "nearest"
 
 
 def scheme_name(quantize: Mapping[str, Any]) -> str:
     """Transforms, rounding and method of a resolved [quantize] table; parts that do nothing are omitted."""
     method = quantize["method"]["kind"]
-    return " + ".join([*_rounded_by(quantize), *([] if method == "none" else [method])]) or RTN
+    rounding = quantize.get("rounding", {"kind": NEAREST})["kind"]
+    return " + ".join([*_shown(quantize, rounding), *([] if method == "none" else [method])]) or RTN
 
 
 def rtn_name(quantize: Mapping[str, Any]) -> str:
-    """The same without low-rank reconstruction."""
-    return " + ".join(_rounded_by(quantize)) or RTN
+    """The same without low-rank reconstruction, with the rounding that the method brings if no other is given."""
+    return " + ".join(_shown(quantize, own_rounding(quantize))) or RTN
 
 
-def _rounded_by(quantize: Mapping[str, Any]) -> list[str]:
-    kinds = [part["kind"] for part in (*quantize.get("transforms", ()), quantize.get("rounding", {"kind": "nearest"}))]
-    return [kind for kind in kinds if kind != "nearest"]
+def own_rounding(quantize: Mapping[str, Any]) -> str:
+    """The kind of the rounding of a resolved [quantize] table: where none is given, that of the method."""
+    if "rounding" in quantize:
+        return quantize["rounding"]["kind"]
+    # A method of a plug-in that is not loaded has no class.
+    method = Method.registry.get(quantize["method"]["kind"])
+    own = None if method is None else method.rounding
+    return NEAREST if own is None else own.kind
+
+
+def _shown(quantize: Mapping[str, Any], rounding: str) -> list[str]:
+    kinds = [*(part["kind"] for part in quantize.get("transforms", ())), rounding]
+    return [kind for kind in kinds if kind != NEAREST]

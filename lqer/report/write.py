@@ -1,4 +1,4 @@
-"""Writes a run's folder: results.json, layers.csv, report.md, figures."""
+"""Writes a run's folder: results.json, layers.csv, report.md, report.html, figures."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from lqer.checkpoint.bits import Bits
+from lqer.checkpoint.bits import Bits, named_parts
 from lqer.methods.block import CHANGED_CODES
-from lqer.report import figures
+from lqer.report import figures, layer_figures
+from lqer.report.families import family_of, rtn_family
 from lqer.report.naming import rtn_name, scheme_name
+from lqer.report.page.write import PAGE_FILE, Details, write_run_page
 from lqer.results import FinetuneInfo, PerplexityRow, Results
 from lqer.store.files import write_atomically, write_json, write_text
 from lqer.store.names import layers_file, spectra_file, tuning_file
@@ -51,7 +54,9 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "bits": (table["weight_bits"] + table["metadata_bits"] + low_rank) / weights,
             "code_bits": table["weight_bits"] / weights,
             "codebook_bits": codebooks / weights,
-            "scale_bits": (table["metadata_bits"] - codebooks) / weights,
+            "scale_bits": (table["metadata_bits"] - codebooks - table["zero_bits"] - table["sign_bits"]) / weights,
+            "zero_bits": table["zero_bits"] / weights,
+            "sign_bits": table["sign_bits"] / weights,
             "low_rank_bits": low_rank / weights,
             "captured_energy": table["captured_energy"],
             "solver_gap": table["solver_gap"],
@@ -69,40 +74,52 @@ def draw_figures(
 ) -> None:
     """Save every figure of the report."""
     layers = layers_table(rows)
-    middle = spectra_file(blocks // 2)
-    if middle in checkpoint:
-        spectra = {name: tensor.numpy() for name, tensor in checkpoint.tensors(middle).items()}
+    if spectra := _spectra(checkpoint, blocks):
         shown = layers[layers["name"].isin({name.rpartition(".")[0] for name in spectra})]
-        figures.save_singular_values(folder / SPECTRA_FIGURE, spectra, list(shown["name"]), int(shown["rank"].max()))
-        figures.save_weight_singular_values(folder / WEIGHT_SPECTRA_FIGURE, spectra, list(shown["name"]))
-    figures.save_output_errors(folder / ERROR_FIGURE, layers)
+        layer_figures.save_singular_values(
+            folder / SPECTRA_FIGURE, spectra, list(shown["name"]), int(shown["rank"].max())
+        )
+        layer_figures.save_weight_singular_values(folder / WEIGHT_SPECTRA_FIGURE, spectra, list(shown["name"]))
+    families = {"rtn": rtn_family(results["config"]), "quantized": family_of(results["config"])}
+    layer_figures.save_output_errors(folder / ERROR_FIGURE, layers, families["rtn"], families["quantized"])
     step_errors = _step_errors(rows)
     if step_errors:
         names = ("reconstruct", "round")
         names = names if results["config"]["quantize"]["method"].get("starts_with") != "round" else names[::-1]
-        figures.save_step_errors(folder / STEPS_FIGURE, step_errors, names, STEP_ERROR)
+        layer_figures.save_step_errors(folder / STEPS_FIGURE, step_errors, names, STEP_ERROR)
     if results["allocation"] is not None:
         title = f"Ranks within {results['config']['quantize']['low_rank']['budget_bits']:g} bits per weight"
-        figures.save_ranks(folder / RANKS_FIGURE, layers, title)
+        layer_figures.save_ranks(folder / RANKS_FIGURE, layers, title)
     notes = block_notes(checkpoint, blocks)
     if any(_losses(note) for note in notes):
-        figures.save_block_losses(folder / LOSSES_FIGURE, [_losses(note) for note in notes])
+        layer_figures.save_block_losses(folder / LOSSES_FIGURE, [_losses(note) for note in notes])
     if _has_perplexity(results):
+        candidates = _kind_names(results)
+        if not results["bits"]["low_rank"]:
+            # A scheme without factors is its own baseline.
+            del candidates["rtn"]
         figures.save_perplexities(
-            folder / PERPLEXITY_FIGURE, results["perplexity"], _kind_names(results), _bits_by_kind(results)
+            folder / PERPLEXITY_FIGURE, results["perplexity"], candidates, _bits_by_kind(results), families
         )
 
 
 def write_tables(
     folder: Path, results: Results, rows: Sequence[Mapping[str, Any]], checkpoint: Artifact, blocks: int
 ) -> None:
-    """Write layers.csv, report.md and, last, results.json, whose presence marks a complete run."""
+    """Write layers.csv, report.md, report.html and, last, results.json, whose presence marks a complete run."""
     layers = layers_table(rows)
     write_atomically(folder / LAYERS_FILE, lambda temporary: layers.to_csv(temporary, index=False, float_format="%.6g"))
-    with_spectra, notes = spectra_file(blocks // 2) in checkpoint, block_notes(checkpoint, blocks)
-    text = render_report(results, layers, with_spectra, bool(_step_errors(rows)), notes)
+    spectra, notes = _spectra(checkpoint, blocks), block_notes(checkpoint, blocks)
+    text = render_report(results, layers, bool(spectra), bool(_step_errors(rows)), notes)
     write_text(folder / REPORT_FILE, text)
+    write_run_page(folder / PAGE_FILE, results, Details(layers, [_losses(note) for note in notes], spectra))
     write_json(folder / RESULTS_FILE, results)
+
+
+def _spectra(checkpoint: Artifact, blocks: int) -> dict[str, np.ndarray]:
+    """The singular values that were measured in the middle block; empty if they were not."""
+    middle = spectra_file(blocks // 2)
+    return {name: tensor.numpy() for name, tensor in checkpoint.tensors(middle).items()} if middle in checkpoint else {}
 
 
 def _step_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -288,13 +305,7 @@ def _shown_gain(finetune: FinetuneInfo) -> str:
 
 
 def _shown_bits(bits: Bits) -> str:
-    parts = [f"{bits['weight']:.4f} {'indices' if bits['codebook'] else 'codes'}"]
-    parts += [f"{bits['codebook']:.4f} codebooks"] if bits["codebook"] else []
-    parts += [
-        f"{bits['metadata'] - bits['codebook']:.4f} scales, exponents and signs",
-        f"{bits['low_rank']:.4f} low rank",
-    ]
-    return " + ".join(parts)
+    return " + ".join(f"{value:.4f} {name}" for name, value in named_parts(bits).items())
 
 
 def _widths_paragraphs(results: Results) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
@@ -10,41 +9,19 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from report_runs import run_results
 
 from lqer.errors import DataError
-from lqer.report.collect import collect, write_collection
+from lqer.report.collect import collect, write_collection, write_page
 from lqer.report.figures import pareto_front
 from lqer.results import SCHEMA_VERSION
 
 ROOT = Path(__file__).parents[2]
-RUN = {
-    "schema_version": SCHEMA_VERSION,
-    "config": {
-        "quantize": {"method": {"kind": "lqer-act"}, "weight": "w4", "activation": "x8", "low_rank": {"rank": 32}}
-    },
-    "model": {"name": "some/model"},
-    "baseline": {"bits": {"average": 4.5}},
-    "downstream": [],
-}
 
 
 def write_run(folder: Path, tag: str, bits: float, perplexities: dict[str, float], plain: float | None = None) -> None:
-    run = copy.deepcopy(RUN) | {"tag": tag, "bits": {"average": bits}}
-    run["perplexity"] = [
-        {
-            "dataset": dataset,
-            "protocol": "concat",
-            "seq_len": 2048,
-            "tokens": 1000,
-            "fingerprint": "0f" * 32,
-            "original": 5.0,
-            "rtn": plain,
-        }
-        | {"quantized": value}
-        for dataset, value in perplexities.items()
-    ]
     (folder / tag).mkdir()
-    (folder / tag / "results.json").write_text(json.dumps(run))
+    (folder / tag / "results.json").write_text(json.dumps(run_results(tag, bits, perplexities, plain)))
 
 
 def test_every_run_and_text_is_one_row_sorted_by_bits(tmp_path):
@@ -88,6 +65,15 @@ def test_table_and_one_plot_per_text_are_written(tmp_path):
     assert list(pd.read_csv(tmp_path / "out" / "results.csv")["tag"]) == list(collect(tmp_path)["tag"])
 
 
+def test_the_page_links_to_the_pages_of_its_runs_from_where_it_is(tmp_path):
+    for tag in ("with page", "without"):
+        write_run(tmp_path, tag, 5, {"c4": 7.1})
+    (tmp_path / "with page" / "report.html").touch()
+    page = write_page(tmp_path, "*", tmp_path / "out" / "deeper").read_text()
+    assert '<a href="../../with%20page/report.html">with page</a>' in page
+    assert "without/report.html" not in page
+
+
 def test_the_front_holds_exactly_what_no_other_point_beats():
     points = pd.DataFrame({"bits": [3, 4, 4, 5, 6, 7], "perplexity": [9.0, 7.0, 8.0, 7.5, 6.0, 6.0]})
     front = pareto_front(points)
@@ -99,7 +85,8 @@ def test_the_script_prints_the_table_and_answers_a_mistake_with_status_2(tmp_pat
     command = [sys.executable, str(ROOT / "experiments/collect_results.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "| a | model | lqer-act | w4 |" in done.stdout
+    assert "| a | model | lqer-act | low-rank factors | w4 |" in done.stdout
+    assert (tmp_path / "table" / "report.html").exists()
     wrong = subprocess.run([*command, "--match", "nothing"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: no results.json")

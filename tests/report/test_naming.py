@@ -11,6 +11,7 @@ from lqer.report.naming import rtn_name, scheme_name
         ({"method": {"kind": "none"}}, "RTN", "RTN"),
         ({"method": {"kind": "lqer-act"}, "rounding": {"kind": "nearest"}}, "lqer-act", "RTN"),
         ({"method": {"kind": "none"}, "rounding": {"kind": "gptq"}}, "gptq", "gptq"),
+        ({"method": {"kind": "gptq"}}, "gptq", "gptq"),
         (
             {
                 "method": {"kind": "qera-exact"},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import byte_tokenizer, tiny_llama
 
-from lqer.report import figures
+from lqer.report import figures, layer_figures
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,5 +95,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> E
 def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a tiny run's time: only tests marked `figures` see it done."""
     if "figures" not in request.keywords:
-        for name in [name for name in vars(figures) if name.startswith("save_")]:
-            monkeypatch.setattr(f"lqer.report.figures.{name}", lambda *arguments: None)
+        for module in (figures, layer_figures):
+            for name in [name for name in vars(module) if name.startswith("save_")]:
+                monkeypatch.setattr(module, name, lambda *arguments: None)

@@ -119,14 +119,16 @@ class TestConsoleScript:
         assert "lqer ls runs [FOLDER]" in lqer("--help")[1]
 
 
-def test_a_run_ends_with_the_table_and_the_path_of_the_report(experiment):
+def test_a_run_ends_with_the_table_and_the_paths_of_its_report_and_page(experiment):
     done = subprocess.run(experiment.command("my-tag"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "| bits per quantized weight | – | 4.500 |" in done.stdout
     assert "| | original | RTN | lqer-act |" in done.stdout
-    report = Path(done.stdout.split("report: ")[1].strip())
-    assert report == experiment.output / "my-tag" / "report.md"
-    assert report.exists()
+    *_, report, page = done.stdout.splitlines()
+    folder = experiment.output / "my-tag"
+    assert (report, page) == (f"report: {folder / 'report.md'}", f"page: {folder / 'report.html'}")
+    assert (folder / "report.md").exists()
+    assert (folder / "report.html").exists()
 
 
 def test_without_arguments_the_usage_is_printed():

@@ -45,7 +45,7 @@ class TestWhatARunLeaves:
         results = run()
         folder = experiment.output / "tiny"
         assert json.loads((folder / "results.json").read_text()) == results
-        for name in ("report.md", "layers.csv", "config.toml", "run.log", "checkpoint/lqer.json"):
+        for name in ("report.md", "report.html", "layers.csv", "config.toml", "run.log", "checkpoint/lqer.json"):
             assert (folder / name).stat().st_size > 0
         figures = {path.name for path in (folder / "figures").iterdir()}
         assert figures == {
@@ -250,7 +250,9 @@ class TestOtherSettings:
             "--quantize.method=gptvq", "--quantize.weight=v", f"--formats.v={{ kind = 'codebook', {codebook} }}"
         )
         layers = pd.read_csv(experiment.output / "tiny" / "layers.csv")
-        parts = layers[["code_bits", "codebook_bits", "scale_bits", "low_rank_bits"]].sum(axis=1)
+        parts = layers[["code_bits", "codebook_bits", "scale_bits", "zero_bits", "sign_bits", "low_rank_bits"]].sum(
+            axis=1
+        )
         assert layers["bits"].to_numpy() == pytest.approx(parts.to_numpy(), rel=1e-4)
         square = layers[layers["name"].str.endswith("q_proj")].iloc[0]
         assert square["code_bits"] == 2

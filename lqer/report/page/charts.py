@@ -1,0 +1,266 @@
+"""The charts of a page, as plotly's javascript reads them.
+
+A chart is a dictionary of `data` and `layout`. Colours that follow the reader's light or dark scheme are written as
+"var(--ink)" and so on; page.js puts in what page.css defines. Plotly reads markup in every text, so names that come
+from outside are escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lqer.report.families import FAMILIES, Family
+from lqer.report.front import pareto_front
+from lqer.report.kinds import kind_colours, places
+from lqer.report.page.points import Candidate, Measure
+
+Chart = dict[str, Any]
+
+INK, MUTED, GRID = "var(--ink)", "var(--muted)", "var(--grid)"
+# Values that span more than this factor are shown on a logarithmic axis.
+LOG_SPAN = 3
+# Of a curve: more points than a screen has columns are not seen.
+MOST_POINTS = 300
+HOVER_WIDTH = 58
+# Room at the ends of an axis, and the decades up to which numbers between powers of ten are written.
+PADDING = 0.07
+MOST_DECADES = 3
+SMALLEST_SHOWN = 1e-4
+SIZE_OF_MARKER, SIZE_ON_FRONT = 9, 12
+
+
+def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | None) -> Chart:
+    """A measure over average bits, one trace per family, with the front of what no other candidate beats.
+
+    customdata of a point is the place of its candidate in `candidates`.
+    """
+    shown = [i for i, one in enumerate(candidates) if measure in one.values]
+    bits, values = [candidates[i].bits for i in shown], [candidates[i].values[measure] for i in shown]
+    front = [shown[i] for i in pareto_front(bits, values, measure.lower_is_better)]
+    data = [_family(family, candidates, shown, front, measure) for family in FAMILIES]
+    data = [trace for trace in data if trace["x"]]
+    if len(front) > 1:
+        data.insert(0, _front([candidates[i] for i in front], measure))
+    layout = _layout("average bits per weight", html.escape(measure.quantity))
+    everything = [*values, *([] if original is None else [original])]
+    layout["xaxis"]["range"] = _range(bits)
+    layout["yaxis"] |= _scale(everything)
+    if original is not None:
+        layout["shapes"] = [
+            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": original, "y1": original,
+             "line": {"color": INK, "width": 1, "dash": "dash"}}
+        ]  # fmt: skip
+        # An annotation's place on a logarithmic axis is the exponent.
+        place = math.log10(original) if layout["yaxis"].get("type") == "log" else original
+        layout["annotations"] = [
+            {"xref": "paper", "x": 0, "xanchor": "left", "y": place, "yanchor": "top", "showarrow": False,
+             "text": f"original {original:.4g}", "font": {"color": INK, "size": 11}}
+        ]  # fmt: skip
+    layout["hovermode"] = "closest"
+    return {"data": data, "layout": layout}
+
+
+def _range(values: Sequence[float]) -> list[float]:
+    """Of an axis: the values with room for markers on both sides."""
+    low, high = min(values, default=0), max(values, default=1)
+    room = PADDING * (high - low) or 0.5
+    return [low - room, high + room]
+
+
+def _scale(values: Sequence[float]) -> dict[str, Any]:
+    """Of the axis of a measure: logarithmic where the values span a wide range."""
+    low, high = min(values, default=0), max(values, default=1)
+    if low <= 0 or high <= LOG_SPAN * low:
+        return {"range": _range(values)}
+    ends = _range([math.log10(low), math.log10(high)])
+    return {"type": "log", "range": ends, **_ticks(*ends), "tickvals": [10**at for at in _ticks(*ends)["tickvals"]]}
+
+
+def _ticks(low: float, high: float) -> dict[str, Any]:
+    """Of an axis over logarithms: 1, 2, 5 of every power of ten, or the powers alone where there are many."""
+    steps = (1, 2, 5) if high - low < MOST_DECADES else (1,)
+    ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
+    ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
+    return {"tickvals": [math.log10(tick) for tick in ticks], "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def _family(
+    family: Family, candidates: Sequence[Candidate], shown: Sequence[int], front: Sequence[int], measure: Measure
+) -> dict[str, Any]:
+    """The points of one family: faint where another candidate beats them, open where activations are rounded too."""
+    members = [i for i in shown if candidates[i].family is family]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": family.name,
+        "x": [candidates[i].bits for i in members],
+        "y": [candidates[i].values[measure] for i in members],
+        "customdata": members,
+        "hoverinfo": "text",
+        "hovertext": [hover(candidates[i], measure) for i in members],
+        "meta": [short_hover(candidates[i], measure) for i in members],
+        "marker": {
+            "color": family.colour,
+            "symbol": [family.symbol + ("-open" if candidates[i].rounds_activations else "") for i in members],
+            "size": [SIZE_ON_FRONT if i in front else SIZE_OF_MARKER for i in members],
+            "opacity": [1 if i in front else 0.6 for i in members],
+            "line": {"width": [2 if candidates[i].rounds_activations else 1 for i in members]},
+        },
+    }
+
+
+def _front(members: Sequence[Candidate], measure: Measure) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "Pareto front",
+        "x": [one.bits for one in members],
+        "y": [one.values[measure] for one in members],
+        "hoverinfo": "skip",
+        "line": {"color": MUTED, "width": 1.5},
+    }
+
+
+def hover(one: Candidate, measure: Measure) -> str:
+    """The text beside a point: scheme, bits in parts, the value with its protocol, the command that repeats it."""
+    parts = " + ".join(f"{value:.3f} {name}" for name, value in one.parts.items())
+    lines = [
+        f"{one.scheme} · {one.tag}",
+        f"weights {one.weight}, activations {one.activation}, rank {one.rank}",
+        f"{one.bits:.3f} bits = {parts}",
+        f"{measure.title}: {one.values[measure]:.5g}",
+        one.command,
+    ]
+    wrapped = [part for line in lines for part in textwrap.wrap(line, HOVER_WIDTH) or [""]]
+    return "<br>".join(html.escape(line) for line in wrapped)
+
+
+def short_hover(one: Candidate, measure: Measure) -> str:
+    """The same for a screen that is too narrow for it: the page lists the rest below the chart."""
+    lines = [*textwrap.wrap(one.scheme, 22)[:2], f"{one.bits:.2f} bits: {one.values[measure]:.4g}"]
+    return "<br>".join(html.escape(line) for line in lines)
+
+
+def heat_map(layers: pd.DataFrame, column: str, unit: str, logarithmic: bool = False) -> Chart:
+    """A column of layers.csv by kind of linear and decoder block."""
+    where = places(list(layers["name"]))
+    table = pd.DataFrame(
+        {"kind": where["kind"], "block": where["block"], "value": layers[column].to_numpy(dtype=float)}
+    )
+    kinds, blocks = list(dict.fromkeys(table["kind"])), sorted(table["block"].unique())
+    values = table.pivot(index="kind", columns="block", values="value").reindex(index=kinds, columns=blocks).to_numpy()
+    shown = np.log10(np.where(values > 0, values, np.nan)) if logarithmic else values
+    bar: dict[str, Any] = {
+        "orientation": "h", "y": -0.32, "yanchor": "top", "thickness": 12, "len": 1, "outlinewidth": 0,
+        "title": {"text": html.escape(unit), "side": "bottom"},
+    }  # fmt: skip
+    if logarithmic and np.isfinite(shown).any():
+        bar |= _ticks(float(np.nanmin(shown)), float(np.nanmax(shown)))
+    layout = _layout("decoder block", "")
+    layout["xaxis"] |= {"showgrid": False, "nticks": 12}
+    layout["yaxis"] |= {"autorange": "reversed", "showgrid": False, "type": "category", "ticks": ""}
+    layout["margin"]["b"] = 110
+    heat = {
+        "type": "heatmap",
+        "x": [int(block) for block in blocks],
+        "y": [html.escape(kind) for kind in kinds],
+        "z": _numbers(shown),
+        "text": [[None if math.isnan(v) else f"{v:.4g}" for v in row] for row in values.tolist()],
+        "hovertemplate": f"%{{y}}, block %{{x}}<br>%{{text}} {html.escape(unit)}<extra></extra>",
+        "colorscale": "Viridis",
+        "xgap": 1,
+        "ygap": 1,
+        "colorbar": bar,
+    }
+    return {"data": [heat], "layout": layout}
+
+
+def block_losses(losses: Sequence[Sequence[float]]) -> Chart:
+    """The reconstruction loss of every decoder block after every round or epoch, relative to its first value."""
+    layout = _layout("round or epoch", "block loss / its first value")
+    layout["yaxis"]["type"] = "log"
+    layout["showlegend"] = False
+    layout["hovermode"] = "closest"
+    data = [
+        _curve(f"block {block}", _shade(block, len(losses)), range(len(values)), np.asarray(values) / (values[0] or 1))
+        for block, values in enumerate(losses)
+        if values
+    ]
+    return {"data": data, "layout": layout}
+
+
+def finetune_losses(losses: Sequence[float], original: float, best_epoch: int) -> Chart:
+    """The held-out loss before fine-tuning and after every epoch, above that of the original model."""
+    layout = _layout("epoch", "held-out loss, nats per token")
+    layout["xaxis"]["dtick"] = max(1, len(losses) // 10)
+    epochs = list(range(len(losses)))
+    best = {
+        "type": "scatter", "mode": "markers", "name": "evaluated", "x": [best_epoch], "y": [losses[best_epoch]],
+        "marker": {"size": SIZE_ON_FRONT, "symbol": "circle-open", "color": INK, "line": {"width": 2}},
+    }  # fmt: skip
+    level = {
+        "type": "scatter", "mode": "lines", "name": "original model", "x": [epochs[0], epochs[-1]],
+        "y": [original, original], "line": {"color": INK, "width": 1, "dash": "dash"},
+    }  # fmt: skip
+    return {"data": [_curve("quantized", "#0072B2", epochs, losses), best, level], "layout": layout}
+
+
+def spectra(curves: Mapping[str, np.ndarray], linears: Sequence[str], role: str) -> Chart:
+    """Singular values of every linear of a block, relative to the first.
+
+    curves: "<linear>.<role>", descending. role: "plain", "scaled" (errors of rounding) or "weight".
+    """
+    kinds = list(places(linears)["kind"])
+    colours = kind_colours(kinds)
+    layout = _layout("index", "singular value / first")
+    layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
+    data = []
+    for linear, kind in zip(linears, kinds, strict=True):
+        values = curves[f"{linear}.{role}"]
+        kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), MOST_POINTS)).round().astype(int))
+        # A weight that lacks full rank ends in zeros, which no logarithm shows.
+        relative = np.maximum(values[kept] / max(float(values[0]), 1e-30), SMALLEST_SHOWN)
+        data.append(_curve(html.escape(kind), colours[kind], kept + 1, relative))
+        data[-1]["mode"] = "lines"
+    return {"data": data, "layout": layout}
+
+
+def _curve(name: str, colour: str, x: Any, y: Any) -> dict[str, Any]:
+    return {
+        "type": "scatter", "mode": "lines+markers", "name": name, "x": [int(value) for value in x],
+        "y": [float(f"{value:.5g}") for value in y], "line": {"color": colour, "width": 1.5}, "marker": {"size": 4},
+    }  # fmt: skip
+
+
+def _shade(index: int, count: int) -> str:
+    """Of a line per decoder block, from blue in the first to yellow-green in the last."""
+    share = index / max(count - 1, 1)
+    return f"hsl({250 - 170 * share:.0f}, 65%, {45 + 8 * share:.0f}%)"
+
+
+def _numbers(values: np.ndarray) -> list[list[float | None]]:
+    return [[float(f"{value:.5g}") if math.isfinite(value) else None for value in row] for row in values.tolist()]
+
+
+def _layout(x: str, y: str) -> dict[str, Any]:
+    axis = {"gridcolor": GRID, "linecolor": MUTED, "zeroline": False, "automargin": True, "ticks": "outside",
+            "tickcolor": MUTED}  # fmt: skip
+    return {
+        "template": {},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": INK, "family": "system-ui, sans-serif", "size": 12},
+        "margin": {"l": 48, "r": 12, "t": 12, "b": 44},
+        "xaxis": {**axis, "title": {"text": x, "standoff": 8}},
+        "yaxis": {**axis, "title": {"text": y, "standoff": 4}},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        "hoverlabel": {"align": "left", "bgcolor": "var(--panel)", "bordercolor": MUTED,
+                       "font": {"color": INK, "size": 12}},
+    }  # fmt: skip
