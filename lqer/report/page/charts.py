@@ -29,9 +29,11 @@ LOG_SPAN = 3
 # Of a curve: more points than a screen has columns are not seen.
 MOST_POINTS = 300
 HOVER_WIDTH = 58
-# Room at the ends of an axis, and the decades up to which numbers between powers of ten are written.
+# Room at the ends of an axis.
 PADDING = 0.07
-MOST_DECADES = 3
+# Numbers on a logarithmic axis, as multiples of powers of ten: the first choice that is not too many.
+STEPS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+MOST_TICKS, MOST_BAR_TICKS = 9, 6
 SMALLEST_SHOWN = 1e-4
 SIZE_OF_MARKER, SIZE_ON_FRONT = 9, 12
 
@@ -80,14 +82,17 @@ def _scale(values: Sequence[float]) -> dict[str, Any]:
     if low <= 0 or high <= LOG_SPAN * low:
         return {"range": _range(values)}
     ends = _range([math.log10(low), math.log10(high)])
-    return {"type": "log", "range": ends, **_ticks(*ends), "tickvals": [10**at for at in _ticks(*ends)["tickvals"]]}
+    ticks = _ticks(ends[0], ends[1])
+    return {"type": "log", "range": ends, **ticks, "tickvals": [10**at for at in ticks["tickvals"]]}
 
 
-def _ticks(low: float, high: float) -> dict[str, Any]:
-    """Of an axis over logarithms: 1, 2, 5 of every power of ten, or the powers alone where there are many."""
-    steps = (1, 2, 5) if high - low < MOST_DECADES else (1,)
-    ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
-    ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
+def _ticks(low: float, high: float, most: int = MOST_TICKS) -> dict[str, Any]:
+    """Of an axis over logarithms: powers of ten and, the fewer there are, the more numbers between them."""
+    for steps in STEPS:
+        ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
+        ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
+        if len(ticks) <= most:
+            break
     return {"tickvals": [math.log10(tick) for tick in ticks], "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
@@ -159,14 +164,13 @@ def heat_map(layers: pd.DataFrame, column: str, unit: str, logarithmic: bool = F
     shown = np.log10(np.where(values > 0, values, np.nan)) if logarithmic else values
     bar: dict[str, Any] = {
         "orientation": "h", "y": -0.32, "yanchor": "top", "thickness": 12, "len": 1, "outlinewidth": 0,
-        "title": {"text": html.escape(unit), "side": "bottom"},
     }  # fmt: skip
     if logarithmic and np.isfinite(shown).any():
-        bar |= _ticks(float(np.nanmin(shown)), float(np.nanmax(shown)))
+        bar |= _ticks(float(np.nanmin(shown)), float(np.nanmax(shown)), MOST_BAR_TICKS)
     layout = _layout("decoder block", "")
     layout["xaxis"] |= {"showgrid": False, "nticks": 12}
     layout["yaxis"] |= {"autorange": "reversed", "showgrid": False, "type": "category", "ticks": ""}
-    layout["margin"]["b"] = 110
+    layout["margin"]["b"] = 90
     heat = {
         "type": "heatmap",
         "x": [int(block) for block in blocks],
@@ -220,7 +224,7 @@ def spectra(curves: Mapping[str, np.ndarray], linears: Sequence[str], role: str)
     kinds = list(places(linears)["kind"])
     colours = kind_colours(kinds)
     layout = _layout("index", "singular value / first")
-    layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
+    layout["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1}
     data = []
     for linear, kind in zip(linears, kinds, strict=True):
         values = curves[f"{linear}.{role}"]

@@ -4,6 +4,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const narrow = window.matchMedia("(max-width: 640px)");
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
+const MOST_COLUMNS = 6;
+let model = null; // of the chosen measure: the only one whose runs are listed
 const drawn = new Map(); // element id -> the chart it shows, as it was written
 
 function colours() {
@@ -72,12 +74,24 @@ function select(index) {
   }
 }
 
+// The measures that a wide screen has columns for: all of the model, or those of the same quantity where they are many.
+function columns(index) {
+  const chosen = data.measures[index];
+  const places = [...data.measures.keys()].filter((place) => data.measures[place].model === chosen.model);
+  if (places.length <= MOST_COLUMNS) return new Set(places);
+  return new Set(places.filter((place) => data.measures[place].quantity === chosen.quantity));
+}
+
 function showMeasure(index) {
   document.getElementById("direction").textContent =
     `${data.measures[index].lower ? "Lower" : "Higher"} is better. Open markers: activations are rounded too. Faint: another scheme needs no more bits and is better.`;
+  const shown = columns(index);
   for (const cell of document.querySelectorAll("#runs .measure")) {
     cell.classList.toggle("chosen", cell.dataset.measure === String(index));
+    cell.classList.toggle("near", shown.has(Number(cell.dataset.measure)));
   }
+  model = data.measures[index].model;
+  filter(document.getElementById("runs"));
   return draw("pareto", data.pareto[index]);
 }
 
@@ -102,15 +116,18 @@ function sortBy(table, header) {
   table.tBodies[0].append(...rows);
 }
 
-function filter(table, text) {
-  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-  let shown = 0;
-  for (const row of table.tBodies[0].rows) {
+// Shows the rows that are of the chosen model and have every word of the table's field, if it has one.
+function filter(table) {
+  const field = document.querySelector(`[data-filters="${table.id}"]`);
+  const words = (field ? field.value : "").toLowerCase().split(/\s+/).filter(Boolean);
+  const rows = [...table.tBodies[0].rows];
+  const offered = rows.filter((row) => model === null || !row.dataset.model || row.dataset.model === model);
+  for (const row of rows) {
     const content = row.textContent.toLowerCase();
-    row.hidden = !words.every((word) => content.includes(word));
-    shown += row.hidden ? 0 : 1;
+    row.hidden = !offered.includes(row) || !words.every((word) => content.includes(word));
   }
-  document.querySelector(`[data-counts="${table.id}"]`).textContent = `${shown} of ${table.tBodies[0].rows.length}`;
+  const count = document.querySelector(`[data-counts="${table.id}"]`);
+  if (count) count.textContent = `${rows.filter((row) => !row.hidden).length} of ${offered.length}`;
 }
 
 for (const table of document.querySelectorAll("table")) {
@@ -118,9 +135,8 @@ for (const table of document.querySelectorAll("table")) {
     header.querySelector("button").addEventListener("click", () => sortBy(table, header));
   }
   const field = document.querySelector(`[data-filters="${table.id}"]`);
-  if (!field) continue;
-  field.addEventListener("input", () => filter(table, field.value));
-  filter(table, field.value);
+  if (field) field.addEventListener("input", () => filter(table));
+  filter(table);
 }
 
 if (data.measures.length) {

@@ -16,6 +16,7 @@ from lqer.results import Divergence, DivergenceInfo, DownstreamRow, PerplexityRo
 # Of the hash that tells two texts of one name apart.
 TEXT_DIGITS = 8
 KL, TOP1 = "KL from the original", "top-1 agreement"
+FINE_TUNED = " + fine-tuning"
 SHORT = {KL: "KL", TOP1: "top-1"}
 
 Role = Literal["original", "rtn", "quantized"]
@@ -89,7 +90,7 @@ def candidates_of(results: Results, href: str = "") -> list[Candidate]:
     }
     found = [
         Candidate(
-            scheme=scheme_name(quantize),
+            scheme=scheme_name(quantize) + (FINE_TUNED if results["finetune"] else ""),
             family=family_of(config),
             rank=_rank(quantize, results["bits"]["low_rank"]),
             bits=results["bits"]["average"],

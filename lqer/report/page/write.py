@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,11 +32,11 @@ from lqer.store.files import write_text
 PAGE_FILE = "report.html"
 # Heat maps: column of layers.csv, name, unit, whether colours are of logarithms.
 HEAT_MAPS = (
-    ("output_error", "output error", "relative squared output error", True),
-    ("output_error_before", "output error of rounding alone", "relative squared output error", True),
-    ("weight_error", "weight error", "relative weight error", True),
+    ("output_error", "output error, relative", "of the squared output", True),
+    ("output_error_before", "output error of rounding alone, relative", "of the squared output", True),
+    ("weight_error", "weight error, relative", "of the weight's norm", True),
     ("rank", "rank", "rank", False),
-    ("bits", "bits", "bits per weight", False),
+    ("bits", "bits per weight", "bits", False),
 )
 SPECTRA = (
     ("scaled", "rounding error, scaled by activations"),
@@ -86,14 +87,15 @@ def write_collection_page(
     links: by tag, where the page of the run is, relative to `path`; a run without one is not linked.
     """
     hrefs = {tag: quote(link) for tag, link in (links or {}).items()}
-    candidates = [one for run in runs for one in candidates_of(run, hrefs.get(run["tag"], ""))]
-    candidates.sort(key=lambda one: (one.model, one.bits, one.scheme))
+    found = [candidates_of(run, hrefs.get(run["tag"], "")) for run in runs]
+    # A scheme that has a run of its own is shown as that run, not as the baseline of another.
+    candidates = _distinct([first for first, *_ in found] + [one for _, *baselines in found for one in baselines])
     originals = {measure: value for run in runs for measure, value in originals_of(run).items()}
     models = ", ".join(dict.fromkeys(model_name(run) for run in runs))
     _write(
         path,
         {
-            **_comparison(_distinct(candidates), originals),
+            **_comparison(sorted(candidates, key=lambda one: (one.model, one.bits, one.scheme)), originals),
             "title": title,
             "subtitle": f"{len(runs)} runs of {models}",
             "results": None,
@@ -105,7 +107,7 @@ def write_collection_page(
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Without baselines that another run of the collection evaluated too."""
+    """Without those that are the same in everything but their run as one before them."""
     seen, kept = set(), []
     for one in candidates:
         what = (one.model, one.scheme, one.weight, one.activation, one.rank, one.bits, frozenset(one.values.items()))
@@ -123,7 +125,6 @@ def _comparison(candidates: Sequence[Candidate], originals: Mapping[Measure, flo
         "measures": measures,
         "originals": originals,
         "titles": [f"{one.model}: {one.title}" if several else one.title for one in measures],
-        "several_models": several,
         "pareto": [charts.pareto(candidates, measure, originals.get(measure)) for measure in measures],
     }
 
@@ -140,7 +141,7 @@ def _run_charts(results: Results, details: Details) -> list[dict[str, Any]]:
         _section("linears", "Linears by decoder block", "Measured on calibration inputs, before fine-tuning.", maps)
     ]
     if any(details.block_losses):
-        text = "Squared error of each decoder block's output while it was optimized."
+        text = "Squared error of each decoder block's output while it was optimized, from the first (blue) to the last."
         found.append(_section("losses", "Loss per round", text, [("", charts.block_losses(details.block_losses))]))
     if (finetune := results["finetune"]) is not None:
         chart = charts.finetune_losses(finetune["validation_loss"], finetune["original_loss"], finetune["best_epoch"])
@@ -176,7 +177,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters["number"] = shown_number
+    environment.filters |= {"number": shown_number, "breakable": breakable}
     read = partial(_resource, resources.files("lqer.report.page"))
     text = environment.get_template("page.html").render(
         **content, data=_data(content), style=read("page.css"), script=read("page.js"), plotly=Markup(get_plotlyjs())
@@ -189,7 +190,10 @@ def _data(content: Mapping[str, Any]) -> dict[str, Any]:
     """What page.js reads."""
     measures = content["measures"]
     return {
-        "measures": [{"title": one.title, "lower": one.lower_is_better} for one in measures],
+        "measures": [
+            {"title": one.title, "quantity": one.quantity, "model": one.model, "lower": one.lower_is_better}
+            for one in measures
+        ],
         "candidates": [
             {
                 "scheme": one.scheme,
@@ -213,6 +217,11 @@ def _data(content: Mapping[str, Any]) -> dict[str, Any]:
 def _resource(folder: Any, name: str) -> Markup:
     """A file of the package as it is: only ours are put into the page unescaped."""
     return Markup((folder / name).read_text(encoding="utf-8"))
+
+
+def breakable(name: str) -> Markup:
+    """The name as text that a narrow column may break after punctuation."""
+    return Markup("<wbr>").join(re.split(r"(?<=[./_:-])|(?=\[)", name))
 
 
 def shown_number(value: Any) -> str:

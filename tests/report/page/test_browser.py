@@ -159,8 +159,20 @@ def test_the_table_sorts_both_ways_with_missing_values_last(collection):
 
 def test_the_table_shows_only_what_has_all_words_of_the_filter(collection):
     collection.page.fill("[data-filters=runs]", "LQER low")
-    assert collection.cells(0) == ["lqer-act"]
+    assert collection.cells(0) == ["lqer-act + fine-tuning"]
     assert collection.page.locator("[data-counts=runs]").inner_text() == "1 of 5"
+
+
+def test_only_runs_of_the_model_of_the_measure_are_listed(screen, tmp_path):
+    runs = [
+        run_results(f"{model} {text}", 5.0, {text: 6.0}, None, model=model) for model in "ab" for text in ("c4", "x")
+    ]
+    write_collection_page(tmp_path / "models.html", runs, "two models")
+    opened = screen(tmp_path / "models.html")
+    opened.page.select_option("#measure", label="b: perplexity, x (concat, seq_len 2048, 1000 tokens)")
+    assert opened.cells(0) == ["lqer-act + fine-tuning"] * 2
+    assert opened.page.locator("[data-counts=runs]").inner_text() == "2 of 2"
+    check(opened)
 
 
 def test_another_measure_moves_the_points(collection):
@@ -178,9 +190,9 @@ def test_a_hostile_name_is_shown_as_it_is(collection):
 def test_the_page_of_a_run_draws_every_section(run):
     for chart in ("linears", "losses", "finetuning", "spectra"):
         assert run.page.locator(f"#{chart} .cartesianlayer .subplot").count() == 1
-    run.page.select_option("[data-chart=linears]", label="rank")
+    run.page.select_option("[data-chart=linears]", label="bits per weight")
     run.page.locator("#linears .nsewdrag").first.hover()
-    assert "rank" in run.page.locator("#linears .hovertext").first.text_content()
+    assert "bits" in run.page.locator("#linears .hovertext").first.text_content()
     run.page.locator("summary").click()
     run.page.fill("[data-filters=layers]", "layers.3 down")
     assert run.page.locator("#layers tbody tr:visible").count() == 1

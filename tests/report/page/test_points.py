@@ -14,7 +14,9 @@ from lqer.report.page.points import candidates_of, measures_of, originals_of
 
 def test_a_run_with_factors_is_compared_with_its_baseline():
     reconstructed, plain = candidates_of(run_results("a", 5.0, {"c4": 6.0}, plain=9.0))
-    assert (reconstructed.scheme, reconstructed.family, reconstructed.bits) == ("lqer-act", LOW_RANK, 5.0)
+    assert (reconstructed.scheme, reconstructed.family, reconstructed.bits) == (
+        "lqer-act + fine-tuning", LOW_RANK, 5.0,
+    )  # fmt: skip
     assert (plain.scheme, plain.family, plain.bits, plain.rank) == ("RTN", RTN, 4.5, "0")
     assert [value for measure, value in plain.values.items() if measure.quantity == "perplexity"] == [9.0]
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from report_runs import layers_table, quantize_table, run_results, spectra
 
-from lqer.report.page.write import Details, shown_number, write_collection_page, write_run_page
+from lqer.report.page.write import Details, breakable, shown_number, write_collection_page, write_run_page
 
 HOSTILE = "</script><script>hacked()</script><img src=x onerror=hacked()>\u2028\"'&{{7*7}}"
 DETAILS = Details(layers_table(), [[2.0, 1.0]] * 4, spectra())
@@ -84,7 +84,7 @@ def test_a_baseline_that_two_runs_share_is_one_row(tmp_path):
     runs = [run_results(tag, 5.0, {"c4": value}, plain=9.0) for tag, value in (("a", 6.0), ("b", 6.5))]
     write_collection_page(tmp_path / "report.html", runs, "two runs")
     data = json.loads(Elements((tmp_path / "report.html").read_text()).json)
-    assert [one["scheme"] for one in data["candidates"]] == ["RTN", "lqer-act", "lqer-act"]
+    assert [one["scheme"] for one in data["candidates"]] == ["RTN", *["lqer-act + fine-tuning"] * 2]
 
 
 @pytest.mark.parametrize("where", ["tag", "model", "dataset", "weight", "linear", "warning"])
@@ -114,6 +114,22 @@ def test_a_hostile_name_is_only_text(tmp_path, where):
         # Plotly makes elements of tags in the texts of a chart.
         data = json.loads(found.json)
         assert "<" not in re.sub("<br>|<extra></extra>", "", json.dumps([data["pareto"], data["sections"]]))
+
+
+def test_a_scheme_with_a_run_of_its_own_is_not_shown_as_the_baseline_of_another(tmp_path):
+    own = run_results("own", 4.5, {"c4": 9.0}, None, quantize_table("none", rank=0))
+    own["finetune"] = own["perplexity"][0]["divergence"] = None
+    other = run_results("other", 5.0, {"c4": 6.0}, plain=9.0)
+    write_collection_page(tmp_path / "report.html", [other, own], "two runs")
+    data = json.loads(Elements((tmp_path / "report.html").read_text()).json)
+    assert [(one["scheme"], one["tag"]) for one in data["candidates"]] == [
+        ("RTN", "own"),
+        ("lqer-act + fine-tuning", "other"),
+    ]
+
+
+def test_a_long_name_breaks_after_punctuation_and_stays_text():
+    assert breakable("c4.jsonl[:40]<b>") == "c4.<wbr>jsonl<wbr>[:<wbr>40]&lt;b&gt;"
 
 
 @pytest.mark.parametrize(
