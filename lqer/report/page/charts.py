@@ -10,8 +10,8 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,21 +38,34 @@ SMALLEST_SHOWN = 1e-4
 SIZE_OF_MARKER, SIZE_ON_FRONT = 9, 12
 
 
-def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | None) -> Chart:
-    """A measure over average bits, one trace per family, with the front of what no other candidate beats.
+class Cost(NamedTuple):
+    """What a candidate takes up, the axis of a Pareto chart."""
+
+    title: str
+    of: Callable[[Candidate], float | None]
+
+
+COSTS = (
+    Cost("average bits per weight", lambda one: one.bits),
+    Cost("size of the checkpoint, GB", lambda one: one.size),
+)
+
+
+def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | None, cost: Cost = COSTS[0]) -> Chart:
+    """A measure over a cost, one trace per family, with the front of what no other candidate beats.
 
     customdata of a point is the place of its candidate in `candidates`.
     """
-    shown = [i for i, one in enumerate(candidates) if measure in one.values]
-    bits, values = [candidates[i].bits for i in shown], [candidates[i].values[measure] for i in shown]
-    front = [shown[i] for i in pareto_front(bits, values, measure.lower_is_better)]
-    data = [_family(family, candidates, shown, front, measure) for family in FAMILIES]
+    costs = {i: at for i, one in enumerate(candidates) if measure in one.values and (at := cost.of(one)) is not None}
+    shown, values = list(costs), [candidates[i].values[measure] for i in costs]
+    front = [shown[i] for i in pareto_front(list(costs.values()), values, measure.lower_is_better)]
+    data = [_family(family, candidates, costs, front, measure) for family in FAMILIES]
     data = [trace for trace in data if trace["x"]]
     if len(front) > 1:
-        data.insert(0, _front([candidates[i] for i in front], measure))
-    layout = _layout("average bits per weight", html.escape(measure.quantity))
+        data.insert(0, _front([costs[i] for i in front], [candidates[i].values[measure] for i in front]))
+    layout = _layout(cost.title, html.escape(measure.quantity))
     everything = [*values, *([] if original is None else [original])]
-    layout["xaxis"]["range"] = _range(bits)
+    layout["xaxis"]["range"] = _range(list(costs.values()))
     layout["yaxis"] |= _scale(everything)
     if original is not None:
         layout["shapes"] = [
@@ -97,15 +110,15 @@ def _ticks(low: float, high: float, most: int = MOST_TICKS) -> dict[str, Any]:
 
 
 def _family(
-    family: Family, candidates: Sequence[Candidate], shown: Sequence[int], front: Sequence[int], measure: Measure
+    family: Family, candidates: Sequence[Candidate], costs: Mapping[int, float], front: Sequence[int], measure: Measure
 ) -> dict[str, Any]:
     """The points of one family: faint where another candidate beats them, open where activations are rounded too."""
-    members = [i for i in shown if candidates[i].family is family]
+    members = [i for i in costs if candidates[i].family is family]
     return {
         "type": "scatter",
         "mode": "markers",
         "name": family.name,
-        "x": [candidates[i].bits for i in members],
+        "x": [costs[i] for i in members],
         "y": [candidates[i].values[measure] for i in members],
         "customdata": members,
         "hoverinfo": "text",
@@ -121,13 +134,13 @@ def _family(
     }
 
 
-def _front(members: Sequence[Candidate], measure: Measure) -> dict[str, Any]:
+def _front(costs: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines",
         "name": "Pareto front",
-        "x": [one.bits for one in members],
-        "y": [one.values[measure] for one in members],
+        "x": list(costs),
+        "y": list(values),
         "hoverinfo": "skip",
         "line": {"color": MUTED, "width": 1.5},
     }
@@ -139,7 +152,7 @@ def hover(one: Candidate, measure: Measure) -> str:
     lines = [
         f"{one.scheme} · {one.tag}",
         f"weights {one.weight}, activations {one.activation}, rank {one.rank}",
-        f"{one.bits:.3f} bits = {parts}",
+        f"{one.bits:.3f} bits = {parts}" + ("" if one.size is None else f"; {one.size:.3g} GB"),
         f"{measure.title}: {one.values[measure]:.5g}",
         one.command,
     ]

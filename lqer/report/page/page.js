@@ -64,6 +64,7 @@ function select(index) {
   line(list, "model", one.model);
   line(list, "weights, activations, rank", `${one.weight}, ${one.activation}, ${one.rank}`);
   line(list, "bits", `${one.bits.toFixed(4)} = ${one.parts.map(([name, bits]) => `${bits.toFixed(4)} ${name}`).join(" + ")}`);
+  if (one.size !== null) line(list, "size of the checkpoint", `${one.size.toPrecision(4)} GB`);
   line(list, "to repeat it", one.command, "code");
   one.values.forEach((value, measure) => {
     if (value !== null) line(list, data.measures[measure].title, Number(value.toPrecision(6)).toString());
@@ -84,7 +85,7 @@ function columns(index) {
 
 function showMeasure(index) {
   document.getElementById("direction").textContent =
-    `${data.measures[index].lower ? "Lower" : "Higher"} is better. Open markers: activations are rounded too. Faint: another scheme needs no more bits and is better.`;
+    `${data.measures[index].lower ? "Lower" : "Higher"} is better. Open markers: activations are rounded too. Faint: another scheme is no larger and better.`;
   const shown = columns(index);
   for (const cell of document.querySelectorAll("#runs .measure")) {
     cell.classList.toggle("chosen", cell.dataset.measure === String(index));
@@ -92,7 +93,8 @@ function showMeasure(index) {
   }
   model = data.measures[index].model;
   filter(document.getElementById("runs"));
-  return draw("pareto", data.pareto[index]);
+  const cost = document.getElementById("cost");
+  return draw("pareto", data.pareto[index][cost ? Number(cost.value) : 0]);
 }
 
 // Numbers by size, words by the alphabet; what is missing comes last either way.
@@ -145,6 +147,8 @@ if (data.measures.length) {
   showMeasure(Number(measure.value)).then((chart) => {
     chart.on("plotly_click", (event) => select(event.points[0].customdata));
   });
+  const cost = document.getElementById("cost");
+  if (cost) cost.addEventListener("change", () => showMeasure(Number(measure.value)));
   for (const row of document.querySelectorAll("#runs tbody tr")) {
     row.addEventListener("click", () => select(Number(row.dataset.candidate)));
   }

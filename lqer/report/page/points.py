@@ -58,6 +58,7 @@ class Candidate:
     activation: str
     rank: str
     bits: float
+    size: float | None  # of the checkpoint in GB; None of a baseline, and in runs that did not write it down
     parts: Mapping[str, float]  # of bits, by name
     command: str  # that repeats the run
     href: str  # of the page of the run; empty if there is none
@@ -94,6 +95,7 @@ def candidates_of(results: Results, href: str = "") -> list[Candidate]:
             family=family_of(config),
             rank=_rank(quantize, results["bits"]["low_rank"]),
             bits=results["bits"]["average"],
+            size=_size(results),
             parts=named_parts(results["bits"]),
             values=_values(results, "quantized"),
             **shared,
@@ -108,6 +110,7 @@ def candidates_of(results: Results, href: str = "") -> list[Candidate]:
                 family=rtn_family(config),
                 rank="0",
                 bits=baseline["bits"]["average"],
+                size=None,
                 parts=named_parts(baseline["bits"]),
                 values=values,
                 **shared,
@@ -129,6 +132,11 @@ def model_name(results: Results) -> str:
 def repeat_command(config: Mapping[str, Any]) -> str:
     """The command that repeats a run from its resolved configuration."""
     return shlex.join(["lqer", "run", str(Path(config["output_dir"]) / config["tag"] / "config.toml")])
+
+
+def _size(results: Mapping[str, Any]) -> float | None:
+    stored = results.get("checkpoint_bytes")
+    return None if stored is None else stored / 1e9
 
 
 def _rank(quantize: Mapping[str, Any], low_rank_bits: float) -> str:

@@ -119,13 +119,17 @@ def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _comparison(candidates: Sequence[Candidate], originals: Mapping[Measure, float]) -> dict[str, Any]:
     measures = measures_of(candidates, originals)
+    costs = [cost for cost in charts.COSTS if any(cost.of(one) is not None for one in candidates)]
     several = len({measure.model for measure in measures}) > 1
     return {
         "candidates": candidates,
         "measures": measures,
         "originals": originals,
         "titles": [f"{one.model}: {one.title}" if several else one.title for one in measures],
-        "pareto": [charts.pareto(candidates, measure, originals.get(measure)) for measure in measures],
+        "costs": [cost.title for cost in costs],
+        "pareto": [
+            [charts.pareto(candidates, measure, originals.get(measure), cost) for cost in costs] for measure in measures
+        ],
     }
 
 
@@ -203,6 +207,7 @@ def _data(content: Mapping[str, Any]) -> dict[str, Any]:
                 "activation": one.activation,
                 "rank": one.rank,
                 "bits": one.bits,
+                "size": one.size,
                 "parts": list(one.parts.items()),
                 "values": [one.values.get(measure) for measure in measures],
                 "command": one.command,

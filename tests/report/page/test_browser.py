@@ -181,6 +181,17 @@ def test_another_measure_moves_the_points(collection):
     assert collection.page.locator("#direction").inner_text().startswith("Higher is better")
 
 
+def test_the_axis_of_bits_can_be_exchanged_for_the_size(screen, tmp_path):
+    run = {**run_results("a", 5.0, {"c4": 6.0}, None), "checkpoint_bytes": 750_000_000}
+    write_collection_page(tmp_path / "sizes.html", [run], "a run")
+    opened = screen(tmp_path / "sizes.html")
+    opened.page.select_option("#cost", index=1)
+    assert opened.page.locator("#pareto .xtitle").text_content() == "size of the checkpoint, GB"
+    opened.page.locator("#runs tbody tr").first.click()
+    assert "0.7500 GB" in opened.page.locator("#selected").inner_text()
+    check(opened)
+
+
 def test_a_hostile_name_is_shown_as_it_is(collection):
     assert collection.page.locator("h1").inner_text() == HOSTILE
     collection.page.locator(f"{POINTS}").nth(3).hover(force=True)

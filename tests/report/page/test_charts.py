@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,14 @@ def test_a_point_tells_its_bits_in_parts_its_protocol_and_its_command(compared):
     text = charts.hover(candidates[0], measure).replace("<br>", " ")
     for part in ("4.000 codes", "0.150 zeros", "0.500 A and B", "seq_len 2048", "lqer run checkpoints/a/config.toml"):
         assert part in text
+
+
+def test_over_the_size_only_what_has_one_is_a_point(compared):
+    candidates, measure, original = compared
+    sized = [replace(one, size=size) for one, size in zip(candidates, (0.5, None, 0.4), strict=True)]
+    found = traces(charts.pareto(sized, measure, original, charts.COSTS[1]))
+    assert (found[LOW_RANK.name]["x"], found[RTN.name]["x"]) == ([0.5], [0.4])
+    assert "0.5 GB" in charts.hover(sized[0], measure)
 
 
 @pytest.mark.parametrize(("values", "kind"), [([5.0, 9.0], None), ([5.0, 400.0], "log"), ([-1.0, 400.0], None)])
