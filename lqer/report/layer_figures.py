@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from lqer.report.families import LOW_RANK, RTN, Family
+from lqer.report.families import Family
 from lqer.report.kinds import kind_colours, places
-from lqer.report.style import STYLE, panels, save
+from lqer.report.style import PAGE_INCHES, STYLE, panels, save
 
 SMALLEST_SHOWN = 1e-4
-MOST_LABELLED_BLOCKS = 40
+# Shades of spectra that belong to no family of schemes.
+PLAIN, SCALED = "#999999", "#222222"
+MOST_LABELLED_BLOCKS = 24
 MOST_LABELLED_LINES = 16
 # A model with more kinds of linears, such as one of many experts, has those of one last name in one panel.
 MOST_PANELS = 15
@@ -30,9 +32,9 @@ def save_singular_values(path: Path, spectra: Mapping[str, np.ndarray], linears:
     with plt.rc_context(STYLE):
         figure, axes, key = panels(len(linears))
         for axis, linear, kind in zip(axes, linears, places(linears)["kind"]):
-            for role, colour in (("plain", RTN.colour), ("scaled", LOW_RANK.colour)):
+            for role, shade in (("plain", PLAIN), ("scaled", SCALED)):
                 values = spectra[f"{linear}.{role}"]
-                axis.plot(np.arange(1, len(values) + 1), values / max(values[0], 1e-30), color=colour)
+                axis.plot(np.arange(1, len(values) + 1), values / max(values[0], 1e-30), color=shade)
             if rank:
                 axis.axvline(rank, color="#777777", linewidth=0.8, linestyle=":")
             axis.set_title(kind)
@@ -40,8 +42,8 @@ def save_singular_values(path: Path, spectra: Mapping[str, np.ndarray], linears:
             axis.set_xlabel("index")
         axes[0].set_ylabel("singular value / first")
         handles = [
-            plt.Line2D([], [], color=RTN.colour, label="W − W$_q$"),
-            plt.Line2D([], [], color=LOW_RANK.colour, label="(W − W$_q$)·S"),
+            plt.Line2D([], [], color=PLAIN, label="W − W$_q$"),
+            plt.Line2D([], [], color=SCALED, label="(W − W$_q$)·S"),
         ]
         handles += [plt.Line2D([], [], color="#777777", linestyle=":", label=f"rank {rank}")] if rank else []
         key.legend(handles=handles, loc="center")
@@ -180,7 +182,9 @@ def save_ranks(path: Path, layers: pd.DataFrame, title: str) -> None:
     kinds, blocks = list(dict.fromkeys(table["kind"])), sorted(table["block"].unique())
     ranks = table.pivot(index="kind", columns="block", values="rank").reindex(index=kinds, columns=blocks)
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axis = plt.subplots(figsize=(max(4.0, 1.8 + 0.3 * len(blocks)), 1.2 + 0.26 * len(kinds)))
+        figure, axis = plt.subplots(
+            figsize=(min(PAGE_INCHES, max(4.0, 1.8 + 0.3 * len(blocks))), 1.2 + 0.26 * len(kinds))
+        )
         image = axis.imshow(ranks.to_numpy(dtype=float), aspect="auto", cmap="viridis", vmin=0)
         figure.colorbar(image, ax=axis, label="rank")
         axis.set_yticks(range(len(kinds)), kinds)

@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 
 # Dots per inch that journals ask of a figure with text.
 DPI = 300
+# The width of a paper's page between its margins.
+PAGE_INCHES = 7.2
 MOST_COLUMNS = 4
-PANEL_INCHES = (1.9, 1.7)
+PANEL_INCHES = (PAGE_INCHES / MOST_COLUMNS, 1.7)
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,

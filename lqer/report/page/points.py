@@ -71,7 +71,7 @@ class Candidate:
 
 
 def measures_of(candidates: Sequence[Candidate], originals: Mapping[Measure, float]) -> list[Measure]:
-    """All measures, those of one model and text together, in the order in which they occur."""
+    """All measures, those of one model together, in the order in which they occur."""
     found = dict.fromkeys([*(measure for one in candidates for measure in one.values), *originals])
     models = list(dict.fromkeys(measure.model for measure in found))
     return sorted(found, key=lambda measure: models.index(measure.model))

@@ -170,7 +170,7 @@ def _section(name: str, title: str, text: str, choices: Sequence[tuple[str, char
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    # Takes as long as the rest of the page; a run that fails need not wait for it.
+    # Here, so that only what writes a page loads it.
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
