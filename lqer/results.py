@@ -127,8 +127,8 @@ class Layers(TypedDict):
 class Seconds(TypedDict):
     """Seconds spent on each artifact, in whichever run made it; total is the wall clock of this run.
 
-    quantize includes the error spectra for rank allocation, the losses for widths and, with error propagation, the
-    gathering of statistics; calibrate is then 0.
+    quantize includes the error spectra for rank allocation, the losses for widths and, with error propagation or where
+    statistics are not kept (calibration.keep), the gathering of statistics; calibrate is then 0.
     """
 
     calibrate: float

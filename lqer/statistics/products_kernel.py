@@ -1,4 +1,4 @@
-"""Sums of products of half-precision inputs on a GPU, about as exact as float32 can be, and added to float64 at once.
+"""Sums of products of half-precision inputs on a GPU, about as exact as float32 can be, then added to float64.
 
     S_ij = S_ij + Σ_n x_ni y_nj            for i >= j alone where y = x
 
@@ -13,6 +13,7 @@ Shapes: N tokens, I in_features.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,12 +33,14 @@ def add_half_products(sum_II: Tensor, x_NI: Tensor, y_NI: Tensor, lower: bool) -
     """
     features = len(sum_II)
     tiles = triton.cdiv(features, TILE)
-    for first in range(0, len(x_NI), MOST_TOKENS):
-        x, y = x_NI[first : first + MOST_TOKENS], y_NI[first : first + MOST_TOKENS]
-        products_kernel[(tiles * tiles,)](
-            x, y, sum_II, len(x), features, x.stride(0), y.stride(0), 0, LOWER=lower, TILE_C=TILE,
-            PROMOTED_C=PROMOTED, ROWS_C=ROWS_TOGETHER, num_warps=8, num_stages=3,
-        )  # fmt: skip
+    # Triton launches on the current GPU, wherever the tensors are.
+    with torch.cuda.device_of(sum_II):
+        for first in range(0, len(x_NI), MOST_TOKENS):
+            x, y = x_NI[first : first + MOST_TOKENS], y_NI[first : first + MOST_TOKENS]
+            products_kernel[(tiles * tiles,)](
+                x, y, sum_II, len(x), features, x.stride(0), y.stride(0), 0, LOWER=lower, TILE_C=TILE,
+                PROMOTED_C=PROMOTED, ROWS_C=ROWS_TOGETHER, num_warps=8, num_stages=3,
+            )  # fmt: skip
 
 
 @triton.jit
