@@ -23,6 +23,8 @@ from lqer.config.schema import Config
 from lqer.errors import ConfigError
 
 Key = tuple[str, ...]
+# Where values come from, and the values.
+Layer = tuple[str, Mapping[str, Any]]
 # Files that extend one another.
 MAX_CHAIN = 32
 # Keys that replace another key of their table: setting one in a later layer unsets the other of an earlier layer.
@@ -83,27 +85,39 @@ def read_config(
 
     Raises ConfigError, one line: where the key was set, the rule, the value found, what is allowed.
     """
-    path = _locate(str(path), Path())
-    layers = Layers()
-    for file, found in _read_file(path, (), set()):
-        layers.merge(found, str(file))
-    layers.values.setdefault("tag", path.stem)
-    for override in overrides:
-        layers.merge(parse_override(override), override)
-    layers.merge(values or {}, "the call")
-    if tag is not None:
-        layers.merge({"tag": tag}, "the command line")
+    layers = read_layers(path)
+    layers += [(override, parse_override(override)) for override in overrides]
+    layers += [("the call", values or {})]
+    layers += [("the command line", {"tag": tag})] if tag is not None else []
+    return config_of(layers)
 
-    def origin(key: Sequence[str | int]) -> str:
-        return layers.origin(key) or str(path)
+
+def read_layers(path: str | Path, folder: Path = Path()) -> list[Layer]:
+    """The values of `path`, a file relative to `folder` or preset:NAME, after those of the files that it extends.
+
+    The first layer is the default of the tag, the file's name.
+    """
+    path = _locate(str(path), folder)
+    return [(str(path), {"tag": path.stem}), *((str(file), found) for file, found in _read_file(path, (), set()))]
+
+
+def config_of(layers: Sequence[Layer]) -> Config:
+    """The configuration of merged layers, later ones win. Raises ConfigError as `read_config` does."""
+    merged = Layers()
+    for origin, values in layers:
+        merged.merge(values, origin)
+
+    def origin_of(key: Sequence[str | int]) -> str:
+        # A key that no layer has is missing from the file that was asked for.
+        return merged.origin(key) or layers[0][0]
 
     try:
         # JSON mode is strict about types (no "4" for 4) while lists may still become tuples and tables classes.
-        config = Config.model_validate_json(json.dumps(layers.values, default=str), strict=True)
+        config = Config.model_validate_json(json.dumps(merged.values, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError(explain(error, layers.values, origin)) from None
+        raise ConfigError(explain(error, merged.values, origin_of)) from None
     for broken in broken_rules(config):
-        raise ConfigError(explain_rule(broken, origin))
+        raise ConfigError(explain_rule(broken, origin_of))
     return config
 
 
