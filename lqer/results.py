@@ -146,6 +146,7 @@ class Results(TypedDict):
     versions: Versions
     model: ModelInfo
     bits: Bits
+    checkpoint_bytes: int  # of the checkpoint's tensors, unquantized parameters included
     allocation: AllocationInfo | None  # null if ranks are given
     widths: WidthsInfo | None  # null if formats are given
     baseline: Baseline | None

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.formats import Passthrough, QuantizedTensor, format_from_dict, without_first
 from lqer.methods import LinearPlan, QuantizedWeight
+from lqer.store.names import block_file
 from lqer.store.store import Workspace
 from lqer.transforms.hadamard import RandomHadamard
 
@@ -136,3 +137,8 @@ def unpack_role(
         return None
     packed, described = packed_parts(tensors, f"{name}.{role}.", device), entry[role]
     return format_from_dict(described["format"]).unpack(packed, tuple(described["shape"]), described["axis"])
+
+
+def checkpoint_bytes(folder: Path, blocks: int) -> int:
+    """The size of the files that hold a checkpoint's tensors: what a loaded model needs, unquantized parameters too."""
+    return sum((folder / name).stat().st_size for name in (OUTSIDE_FILE, *map(block_file, range(blocks))))

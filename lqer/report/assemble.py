@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lqer.checkpoint.bits import average_bits
+from lqer.checkpoint.pack import checkpoint_bytes
 from lqer.config import Config
 from lqer.data.datasets import DatasetSpec
 from lqer.methods.block import KEPT_START
@@ -101,6 +102,7 @@ def assemble(
         versions=versions(),
         model=_model_info(config, source, summary, rows),
         bits=average_bits(rows),
+        checkpoint_bytes=checkpoint_bytes(made.checkpoint.path, summary.blocks),
         allocation=None if made.budget is None else _allocation_info(made.budget),
         widths=None if made.widths is None else _widths_info(config, made.widths),
         baseline=rtn,

@@ -1,0 +1,149 @@
+"""The report of a sweep: its ranking as a table and a picture, and a record from which others can read it later."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lqer.config.sweep import SweepPlan
+from lqer.errors import DataError
+from lqer.report.ranking import ACCURACY, ACCURACY_ERROR, Ranking, rank
+from lqer.report.ranking_figure import save_ranking
+from lqer.report.write import RESULTS_FILE, markdown_table
+from lqer.results import SCHEMA_VERSION, Results
+from lqer.store.files import content_hash, write_atomically, write_json, write_text
+
+TABLE_FOLDER = "{tag}-table"
+RECORD_FILE, RANKING_FILE, RANKING_TABLE = "sweep.json", "ranking.md", "ranking.csv"
+NOTE = """Bold: no other run has at most as many bits, rounds activations to at most as many bits, and is better.
+GB: the checkpoint, unquantized parameters included. Minutes: of quantization, without calibration that runs share.
+"""
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """sweep.json.
+
+    runs: by name the tag, the presets that it extends, the keys that the sweep sets on top, and a hash of the resolved
+    configuration.
+    """
+
+    sweep: str
+    config: str
+    tag: str
+    command: str
+    runs: Mapping[str, Mapping[str, Any]]
+
+    def command_of(self, name: str) -> str:
+        """The command that repeats one run."""
+        return f"{self.command} --only {shlex.quote(name)}"
+
+
+def record_of(plan: SweepPlan, config: str, tag: str, overrides: Sequence[str]) -> SweepRecord:
+    runs = {
+        run.name: {
+            "tag": run.config.tag,
+            "extends": list(run.extends),
+            "scheme": dict(run.scheme),
+            "config": content_hash(run.config.model_dump(mode="json", exclude_none=True)),
+        }
+        for run in plan.runs
+    }
+    command = shlex.join(["python", "experiments/sweep.py", plan.path, config, tag, *overrides])
+    return SweepRecord(plan.path, config, tag, command, runs)
+
+
+def read_record(folder: Path) -> SweepRecord:
+    """The record that a sweep left in `folder`, its table folder. Raises DataError for a file that is none."""
+    path = folder / RECORD_FILE
+    try:
+        return SweepRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise DataError(f"{path} is not the record of a sweep") from None
+
+
+def read_runs(record: SweepRecord, output_dir: Path) -> dict[str, Results]:
+    """The results of the finished runs, by name; not those that an older form of the sweep left under a tag."""
+    found: dict[str, Results] = {}
+    for name, run in record.runs.items():
+        path = output_dir / run["tag"] / RESULTS_FILE
+        if path.exists():
+            results = json.loads(path.read_text(encoding="utf-8"))
+            if results.get("schema_version") != SCHEMA_VERSION:
+                raise DataError(f"{path}: schema_version is not {SCHEMA_VERSION}; run it again")
+            if content_hash(results["config"]) == run["config"]:
+                found[name] = results
+    return found
+
+
+def write_ranking(record: SweepRecord, output_dir: Path, failed: Mapping[str, str]) -> list[Path]:
+    """Write sweep.json, ranking.md, ranking.csv and one picture per text of the finished runs. Returns their paths."""
+    folder = output_dir / TABLE_FOLDER.format(tag=record.tag)
+    write_json(folder / RECORD_FILE, asdict(record))
+    rankings = rank(read_runs(record, output_dir))
+    if not rankings:
+        return []
+    pictures: dict[Path, str] = {}
+    for ranking in rankings:
+        for text in dict.fromkeys(measure.text for measure in ranking.measures):
+            name = re.sub(r"[^A-Za-z0-9.]+", "-", f"ranking-{ranking.model}-{text or 'accuracy'}").strip("-")
+            measures = [measure for measure in ranking.measures if measure.text == text]
+            title = f"{ranking.model}, {text or 'tasks'}"
+            save_ranking(folder / f"{name}.png", ranking, measures, title)
+            pictures[folder / f"{name}.png"] = title
+    tables = [ranking.table.assign(model=ranking.model, front=ranking.undominated) for ranking in rankings]
+    table = pd.concat(tables, ignore_index=True)
+    write_atomically(folder / RANKING_TABLE, lambda path: table.to_csv(path, index=False, float_format="%.6g"))
+    write_text(folder / RANKING_FILE, _page(record, rankings, pictures, failed))
+    return [folder / RANKING_FILE, folder / RANKING_TABLE, *pictures]
+
+
+def _page(
+    record: SweepRecord, rankings: Sequence[Ranking], pictures: Mapping[Path, str], failed: Mapping[str, str]
+) -> str:
+    parts = [f"# {record.tag}", f"`{record.command}`", NOTE.strip()]
+    for ranking in rankings:
+        parts += [f"## {ranking.model}", markdown_table(shown_table(ranking))]
+    parts += [f"![{title}]({path.name})" for path, title in pictures.items()]
+    if failed:
+        parts += ["## Failed", "\n".join(f"- `{name}`: {line}" for name, line in failed.items())]
+    parts += ["## Repeat one row", "\n".join(f"    {record.command_of(name)}" for name in record.runs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def shown_table(ranking: Ranking) -> pd.DataFrame:
+    """The ranking as text: the original, the runs on a front by rising bits, then the dominated and what beats them."""
+    table = ranking.table
+    fronts = {measure.column: ranking.front(measure) for measure in ranking.measures}
+    beaten, free = ranking.beaten_by(), ranking.undominated
+    lines = []
+    for index in [*table.index[free], *table.index[~free]]:
+        row = table.loc[index]
+        cells = {"run": row["run"], "bits": f"{row['bits']:.3f}", "GB": _digits(row["GB"])}
+        cells["activations"] = "" if row["activations"] == "none" else row["activations"]
+        for measure in ranking.measures:
+            shown = _shown(row, measure.column)
+            cells[measure.column] = f"**{shown}**" if fronts[measure.column][index] else shown
+        cells |= {"minutes": _digits(row["minutes"]), "peak GB": _digits(row["peak GB"])}
+        lines.append(cells | {"beaten by": beaten[index]})
+    original = {measure.column: _digits(ranking.originals.get(measure.column)) for measure in ranking.measures}
+    return pd.DataFrame([{"run": "original", "bits": "16", **original}, *lines]).fillna("")[list(lines[0])]
+
+
+def _shown(row: pd.Series, column: str) -> str:
+    error = row.get(ACCURACY_ERROR, math.nan) if column == ACCURACY else math.nan
+    return _digits(row[column]) + ("" if math.isnan(error) else f" ± {error:.2g}")
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.4g}"
