@@ -5,25 +5,30 @@ Heavy imports wait until the arguments are known to have the right form, so that
 
 from __future__ import annotations
 
-import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lqer.errors import ConfigError
 from lqer.run.chunks import Chunk, parse_chunk
-from lqer.run.outcome import EXIT_OK, EXIT_USER_ERROR, report_failure, tolerate_any_terminal
+from lqer.run.console import log_on_console, quieten_libraries
+from lqer.run.outcome import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, report_failure, tolerate_any_terminal
 
 USAGE = """Post-training quantization of language models.
 
-    lqer run CONFIG [TAG] [--section.key=value ...]        run an experiment
-    lqer validate CONFIG [--section.key=value ...]         check a configuration and estimate memory and disk
+    lqer run CONFIG [TAG] [--section.key=value ...]         run an experiment
+    lqer validate CONFIG [--section.key=value ...]          check a configuration and estimate memory and disk
+    lqer sweep SWEEP CONFIG TAG [--section.key=value ...]   run the experiments of a sweep, one table at the end
+    lqer recommend CONFIG --bits N | --size 4GB             the best scheme of a finished atlas (sweeps/atlas.sh)
     lqer ls methods | roundings | transforms | formats | statistics | datasets | presets
-    lqer ls runs [FOLDER]                                  finished runs under FOLDER (default: checkpoints)
+    lqer ls runs [FOLDER]                                   finished runs under FOLDER (default: checkpoints)
 
 CONFIG is a TOML file or preset:NAME. `run` and `validate` also take --chunk i/n and --plugin FILE.py; the arguments are
-those of experiments/pipeline.py. Exit status: 0 done, 2 a mistake in the input, 130 interrupted.
+those of experiments/pipeline.py, for `sweep` those of experiments/sweep.py. `recommend` reads the newest atlas of
+CONFIG's model under its output_dir, or the sweep of --atlas TAG; --activations N: only schemes whose activations have
+at most N bits. Exit status: 0 done, 1 a run of a sweep failed, 2 a mistake in the input, 130 interrupted.
 """
 
 
@@ -32,10 +37,14 @@ def console() -> int:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command == "ls" and not _asks_for_help(arguments):
         return _answered(lambda: _list(arguments))
+    if command == "sweep" and arguments:
+        return sweep(arguments, USAGE)
+    if command == "recommend" and arguments and not _asks_for_help(arguments):
+        return _answered(lambda: _recommend(arguments))
     if command in ("run", "validate") and arguments:
         return main(arguments if command == "run" else ["--validate", *arguments], USAGE)
     if not _asks_for_help([command, *arguments]):
-        print(f"error: {command}: expected run CONFIG, validate CONFIG or ls", file=sys.stderr)
+        print(f"error: {command}: expected run CONFIG, validate CONFIG, sweep, recommend or ls", file=sys.stderr)
         return EXIT_USER_ERROR
     print(USAGE.strip())
     return EXIT_OK if sys.argv[1:] else EXIT_USER_ERROR
@@ -49,19 +58,28 @@ def main(arguments: Sequence[str], usage: str) -> int:
     return _answered(lambda: _run(arguments))
 
 
+def sweep(arguments: Sequence[str], usage: str) -> int:
+    """Run a sweep on command-line arguments. Returns the exit status: 1 if some run failed."""
+    if not arguments or _asks_for_help(arguments):
+        print(usage.strip())
+        return EXIT_OK if arguments else EXIT_USER_ERROR
+    # A sweep that is told to end passes it on to the run in progress, which is another process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return _answered(lambda: _sweep(arguments))
+
+
 def _asks_for_help(arguments: Sequence[str]) -> bool:
     return any(argument in ("-h", "--help") for argument in arguments)
 
 
-def _answered(command: Callable[[], None]) -> int:
-    """The exit status of a command, with its error as one line."""
+def _answered(command: Callable[[], int | None]) -> int:
+    """The exit status of a command, which may name one itself; its error is shown as one line."""
     tolerate_any_terminal()
     try:
-        with _log_on_console():
-            command()
+        with log_on_console():
+            return command() or EXIT_OK
     except (Exception, KeyboardInterrupt) as error:
         return report_failure(error)
-    return EXIT_OK
 
 
 def take_option(name: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -103,7 +121,7 @@ def _run(arguments: Sequence[str]) -> None:
     chunk, arguments = take_chunk(arguments)
     plugins, arguments = take_option("--plugin", arguments)
     validate_only, path, tag, overrides = split_arguments(arguments)
-    _quieten_libraries()
+    quieten_libraries()
     from lqer.config import read_config
     from lqer.config.plugins import load_plugins
 
@@ -131,35 +149,58 @@ def _run(arguments: Sequence[str]) -> None:
         print(f"{name}: {os.path.join(config.output_dir, config.tag, file)}")  # noqa: PTH118 (shown as typed)
 
 
+def _sweep(arguments: Sequence[str]) -> int:
+    plugins, arguments = take_option("--plugin", arguments)
+    names, arguments = take_option("--only", arguments)
+    overrides = [argument for argument in arguments if argument.startswith("--")]
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    if len(words) != 3 or len(words) + len(overrides) != len(arguments):
+        raise ConfigError(f"expected a sweep file, a config file and a tag; found {' '.join(words) or 'nothing'}")
+    quieten_libraries()
+    from lqer.config.plugins import load_plugins
+    from lqer.config.sweep import plan_sweep
+
+    load_plugins(plugins)
+    path, config, tag = words
+    plan = plan_sweep(path, config, tag, overrides)
+    from lqer.report.sweep import record_of
+    from lqer.run.sweep import InAProcess, conclude, run_sweep
+
+    record, output_dir = record_of(plan, config, tag, overrides), plan.output_dir
+    outcome = run_sweep(plan.only(names), InAProcess(plugins))
+    conclude(record, output_dir, outcome, print)
+    return EXIT_FAILURE if outcome.failed else EXIT_OK
+
+
+def _recommend(arguments: Sequence[str]) -> None:
+    options: dict[str, str | None] = {}
+    for name in ("--bits", "--size", "--activations", "--atlas"):
+        values, arguments = take_option(name, arguments)
+        if len(values) > 1:
+            raise ConfigError(f"{name}: given twice")
+        options[name] = values[0] if values else None
+    _, path, tag, overrides = split_arguments(arguments)
+    if tag is not None:
+        raise ConfigError(f"recommend: expected one config file; found {path} {tag}")
+    quieten_libraries()
+    from lqer.config import read_config
+    from lqer.models.source import resolve_model
+    from lqer.report.recommend import find_atlas, lines, parse_budget, recommend
+
+    budget = parse_budget(options["--bits"], options["--size"], options["--activations"])
+    config = read_config(path, None, overrides)
+    fingerprint = resolve_model(config.model, config.revision).fingerprint
+    record, ranking = find_atlas(Path(config.output_dir), config.model, fingerprint, options["--atlas"])
+    for line in lines(recommend(ranking, budget), ranking, record, budget):
+        print(line)
+
+
 def _list(arguments: Sequence[str]) -> None:
     plugins, words = take_option("--plugin", arguments)
-    _quieten_libraries()
+    quieten_libraries()
     from lqer.config.plugins import load_plugins
     from lqer.run.listing import list_items
 
     load_plugins(plugins)
     for line in list_items(words):
         print(line)
-
-
-@contextmanager
-def _log_on_console() -> Iterator[None]:
-    """Print the messages of the log, without time or level, on stderr, while a command runs."""
-    console = logging.StreamHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
-    # On our own logger: libraries add handlers to the root logger, and lines would appear twice.
-    ours = logging.getLogger("lqer")
-    ours.addHandler(console)
-    ours.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        ours.removeHandler(console)
-
-
-def _quieten_libraries() -> None:
-    """Messages of libraries only if something is wrong."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -14,24 +14,11 @@ shift 2
 extra=("$@")
 output_dir=${OUTPUT_DIR:-checkpoints}
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python)}
-failed=()
 
-# run_one NAME --section.key=value ...: one combination; finished artifacts are reused.
-run_one() {
-    local name=$tag-$1
+# sweep NAME [--parameters.key=value ...]: every run of sweeps/NAME.toml; what is finished is not run again.
+sweep() {
+    local file=$root/sweeps/$1.toml
     shift
-    echo "== $name"
-    if ! "$python" "$root/experiments/pipeline.py" "$config" "$name" --output_dir="$output_dir" "$@" ${extra[@]+"${extra[@]}"}; then
-        [ "${KEEP_GOING:-0}" = 1 ] || exit 1
-        failed+=("$name")
-    fi
-}
-
-# The table of all combinations, and a non-zero status if any failed.
-finish() {
-    "$python" "$root/experiments/collect_results.py" "$output_dir" --match "$tag-*" --out "$output_dir/$tag-table"
-    if [ ${#failed[@]} -gt 0 ]; then
-        echo "failed: ${failed[*]}" >&2
-        exit 1
-    fi
+    [ "${KEEP_GOING:-0}" != 1 ] || set -- "$@" --keep_going=true
+    exec "$python" "$root/experiments/sweep.py" "$file" "$config" "$tag" --output_dir="$output_dir" "$@" ${extra[@]+"${extra[@]}"}
 }

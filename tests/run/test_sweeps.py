@@ -1,30 +1,48 @@
-"""The sweep scripts run every combination once, stop at a failure unless told to go on, and end with a table."""
+"""Sweeps: what is missing is run, each run once and in a process of its own; one table at the end."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from lqer.config import Config
+from lqer.config.presets import METHODS_FOLDER, preset_path
+from lqer.config.sweep import SweepPlan, plan_sweep
+from lqer.report.environment import versions
+from lqer.run.sweep import finished_seconds, in_order, run_sweep, shown_duration, time_left
+
 ROOT = Path(__file__).parents[2]
 # One experiment as a job array has a test of its own.
 OTHERS = ("common.sh", "slurm_chunks.sh")
-SWEEPS = sorted(path for path in (ROOT / "sweeps").glob("*.sh") if path.name not in OTHERS)
+SCRIPTS = sorted(path for path in (ROOT / "sweeps").glob("*.sh") if path.name not in OTHERS)
+TEMPLATE = ROOT / "configs/template/opt-125m.toml"
+NAMES = [
+    "atlas", "baseline_no_lqer", "block_methods", "gptvq",
+    "lqer_act", "lqer_act_int", "lqer_act_weight_only", "lqer_svd",
+]  # fmt: skip
+# Shared by presets, and a preset that another one differs from in its budget only.
+NO_SCHEMES = {"protocol", "tesseraq"}
 
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Path:
-    """Stands in for the interpreter: notes its arguments, and fails for the tags named in $FAIL."""
+    """Stands in for the interpreter: notes its arguments, one a line."""
     path = tmp_path / "python"
-    path.write_text('#!/usr/bin/env bash\necho "$*" >> "$CALLS"\n[[ -z "${FAIL:-}" || "$*" != *"$FAIL"* ]]\n')
+    path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$CALLS"\n')
     path.chmod(0o755)
     return path
 
 
-def sweep(script: Path, recorder: Path, *arguments: str, **environment: str) -> tuple[int, list[str]]:
+def call(script: Path, recorder: Path, *arguments: str, **environment: str) -> tuple[int, list[str]]:
     calls = recorder.with_name("calls.txt")
     calls.unlink(missing_ok=True)
     done = subprocess.run(
@@ -37,71 +55,255 @@ def sweep(script: Path, recorder: Path, *arguments: str, **environment: str) -> 
     return done.returncode, calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_the_sweeps_are_there():
-    assert [path.stem for path in SWEEPS] == [
-        "baseline_no_lqer", "block_methods", "gptvq", "lqer_act", "lqer_act_int", "lqer_act_weight_only", "lqer_svd"
-    ]  # fmt: skip
+def planned(arguments: list[str]) -> SweepPlan:
+    _, path, config, tag, *overrides = arguments
+    return plan_sweep(path, config, tag, overrides)
 
 
-@pytest.mark.parametrize("script", SWEEPS, ids=lambda path: path.stem)
-class TestSweep:
-    def test_each_combination_is_one_run_with_a_tag_of_its_own_then_a_table(self, script, recorder):
-        status, calls = sweep(script, recorder, "some.toml", "tag")
+def test_every_sweep_is_a_script_and_a_file():
+    assert [path.stem for path in SCRIPTS] == NAMES
+    assert sorted(path.stem for path in (ROOT / "sweeps").glob("*.toml")) == NAMES
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+class TestScript:
+    def test_every_combination_is_a_valid_experiment_with_a_tag_of_its_own(self, script, recorder):
+        status, arguments = call(script, recorder, str(TEMPLATE), "tag", OUTPUT_DIR="out")
         assert status == 0
-        *runs, table = calls
-        tags = [call.split()[2] for call in runs]
-        assert len(runs) >= 4
-        assert len(set(tags)) == len(tags)
+        tags = [run.config.tag for run in planned(arguments).runs]
+        assert len(tags) >= 4
         assert all(tag.startswith("tag-") for tag in tags)
-        assert "collect_results.py" in table
-
-    def test_every_combination_is_a_valid_experiment(self, script, recorder):
-        from lqer.config import read_config
-
-        _, calls = sweep(script, recorder, str(ROOT / "configs/template/opt-125m.toml"), "tag")
-        for call in calls[:-1]:
-            words = re.split(r" (?=--)", call.split(" ", 2)[2])
-            read_config(ROOT / "configs/template/opt-125m.toml", words[0], words[1:])
-
-    def test_a_failure_stops_the_sweep(self, script, recorder):
-        _, calls = sweep(script, recorder, "some.toml", "tag")
-        second = calls[1].split()[2]
-        status, calls = sweep(script, recorder, "some.toml", "tag", FAIL=f" {second} ")
-        assert status == 1
-        assert len(calls) == 2
-
-    def test_a_failure_is_passed_over_and_told_at_the_end_when_asked_to_go_on(self, script, recorder):
-        _, whole = sweep(script, recorder, "some.toml", "tag")
-        failing = whole[0].split()[2]
-        status, calls = sweep(script, recorder, "some.toml", "tag", FAIL=f" {failing} ", KEEP_GOING="1")
-        assert status == 1
-        assert len(calls) == len(whole)
+        assert {run.config.output_dir for run in planned(arguments).runs} == {"out"}
 
     def test_further_overrides_are_handed_to_every_run(self, script, recorder):
-        _, calls = sweep(script, recorder, "some.toml", "tag", "--model=other/model")
-        assert all(call.endswith("--model=other/model") for call in calls[:-1])
+        _, arguments = call(script, recorder, str(TEMPLATE), "tag", "--model=other/model", KEEP_GOING="1")
+        plan = planned(arguments)
+        assert {run.config.model for run in plan.runs} == {"other/model"}
+        assert plan.keep_going
 
     def test_without_its_arguments_it_says_how_it_is_used(self, script, recorder):
-        status, calls = sweep(script, recorder, "some.toml")
-        assert status == 2
-        assert calls == []
+        assert call(script, recorder, "some.toml") == (2, [])
 
 
-def test_a_sweep_runs_end_to_end_and_again_without_work(experiment, tmp_path):
-    script = tmp_path / "small.sh"
-    text = (ROOT / "sweeps/lqer_svd.sh").read_text()
-    text = text.replace("weights=(w4 w3 w2)", "weights=(w3)").replace("ranks=(32 64)", "ranks=(4 8)")
-    script.write_text(text.replace('"$(dirname "$0")/common.sh"', f'"{ROOT}/sweeps/common.sh"'))
-    script.chmod(0o755)
-    environment = os.environ | {"OUTPUT_DIR": str(experiment.output)}
-    command = [str(script), str(experiment.config), "sweep"]
-    first = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr
-    assert "| sweep-w3-r4 |" in first.stdout
-    assert (experiment.output / "sweep-table" / "results.csv").exists()
-    artifacts = {path: path.stat().st_mtime_ns for path in (experiment.output / "store").glob("*/manifest.json")}
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert artifacts == {
-        path: path.stat().st_mtime_ns for path in (experiment.output / "store").glob("*/manifest.json")
-    }
+def test_the_settings_of_a_script_reach_its_runs(recorder):
+    environment = {"WEIGHTS": "2g32 3channel", "STEPS": "25", "EPOCHS": "5"}
+    _, arguments = call(ROOT / "sweeps/block_methods.sh", recorder, str(TEMPLATE), "tag", **environment)
+    runs = {run.name: run.config for run in planned(arguments).runs}
+    assert runs["int2g32-tesseraq"].formats["q"].block_size == 32
+    assert runs["int3channel-rtn"].formats["q"].block_size == "row"
+    assert runs["int2g32-tesseraq"].quantize.rounding.steps == 25
+    assert runs["int2g32-tesseraq"].quantize.rounding.learning_rate == 2e-2
+    assert runs["int2g32-omniquant"].quantize.transforms[0].epochs == 5
+    _, arguments = call(ROOT / "sweeps/gptvq.sh", recorder, str(TEMPLATE), "tag", RANKS="2 21")
+    ranks = {run.config.quantize.low_rank.rank for run in planned(arguments).runs}
+    assert ranks == {0, 2, 21}
+
+
+class TestAtlas:
+    @pytest.fixture(scope="class")
+    def atlas(self):
+        return plan_sweep(ROOT / "sweeps/atlas.toml", TEMPLATE, "tag")
+
+    def test_it_has_every_preset_of_a_method(self, atlas):
+        used = {preset.removeprefix("preset:") for run in atlas.runs for preset in run.extends}
+        folder = preset_path("rtn").parent
+        assert folder.name == METHODS_FOLDER
+        assert used == {path.stem for path in folder.glob("*.toml")} - NO_SCHEMES
+
+    def test_all_runs_share_calibration_seed_and_evaluation(self, atlas):
+        def shared(config: Config) -> str:
+            calibration = config.calibration.model_copy(update={"round_inputs": False, "token_weights": "none"})
+            return repr((config.model, config.seed, config.dtype, calibration, config.evaluation))
+
+        assert len({shared(run.config) for run in atlas.runs}) == 1
+
+    def test_it_goes_on_after_a_run_that_fails(self, atlas):
+        assert atlas.keep_going
+
+    def test_it_spans_two_to_five_bits_with_and_without_activations(self, atlas):
+        bits = {run.config.formats[run.config.quantize.weight].bits_per_value(4096) for run in atlas.runs}
+        assert 2 <= min(bits) < 2.1
+        assert 4 < max(bits) < 5
+        assert {run.config.quantize.activation for run in atlas.runs} >= {"none", "x8", "x4"}
+
+
+@pytest.fixture
+def small(experiment):
+    """A sweep of two runs over the tiny experiment."""
+    path = experiment.folder / "small.toml"
+    path.write_text('[grid]\nquantize.weight = ["w4", "w3"]\n')
+    return path
+
+
+def plan_small(small: Path, experiment, *overrides: str) -> SweepPlan:
+    return plan_sweep(small, experiment.config, "s", overrides)
+
+
+class TestRunner:
+    def test_every_run_is_executed_once(self, small, experiment):
+        called: list[str] = []
+        outcome = run_sweep(plan_small(small, experiment), lambda config: called.append(config.tag))
+        assert called == ["s-w4", "s-w3"]
+        assert [run.name for run in outcome.finished] == ["w4", "w3"]
+        assert not outcome.failed
+
+    def test_a_failure_stops_the_sweep_and_what_is_left_is_named(self, small, experiment):
+        outcome = run_sweep(plan_small(small, experiment), lambda config: "it broke")
+        assert outcome.failed == {"w4": "it broke"}
+        assert [run.name for run in outcome.not_started] == ["w3"]
+
+    def test_a_sweep_that_keeps_going_runs_the_rest(self, small, experiment):
+        plan = plan_small(small, experiment, "--keep_going=true")
+        outcome = run_sweep(plan, lambda config: "it broke" if config.tag == "s-w4" else None)
+        assert outcome.failed == {"w4": "it broke"}
+        assert [run.name for run in outcome.finished] == ["w3"]
+
+    def test_runs_that_share_statistics_come_first_and_together(self):
+        names = [run.name for run in in_order(plan_sweep(ROOT / "sweeps/gptvq.toml", TEMPLATE, "tag").runs)]
+        assert names[:2] == ["rtn-int2g128", "rtn-int3g128"]
+        assert names[2].endswith("-original")
+        assert not any(name.endswith("-original") for name in names[5:])
+
+    def test_the_estimate_goes_by_runs_of_the_same_kind(self):
+        runs = plan_sweep(ROOT / "sweeps/atlas.toml", TEMPLATE, "tag").runs
+        by_name = {run.name: run for run in runs}
+        done = [(by_name["rtn-w4g128"], 10.0), (by_name["serve-4"], 50.0)]
+        told = time_left(done, [by_name["rtn-w3g128"], by_name["serve-3"], by_name["caldera-2-r32"]])
+        rest = "from 2 finished runs; 3 to go, 1 of them of kinds that have not finished yet"
+        assert told == f"about {shown_duration(10 + 50 + 30)} left, {rest}"
+
+
+class TestFinished:
+    """A run counts as finished only while its results are those of this configuration, code and these files."""
+
+    @pytest.fixture
+    def finished(self, small, experiment):
+        config = plan_small(small, experiment).runs[0].config
+        folder = experiment.output / config.tag
+        (folder / "checkpoint").mkdir(parents=True)
+        results = {
+            "schema_version": 1,
+            "config": config.model_dump(mode="json", exclude_none=True),
+            "versions": versions(),
+            "seconds": {"total": 12.5},
+        }
+        (folder / "results.json").write_text(json.dumps(results))
+        return config, folder
+
+    def test_it_is_with_its_results(self, finished):
+        assert finished_seconds(finished[0], versions()) == 12.5
+
+    def test_it_is_not_under_another_configuration(self, finished):
+        changed = finished[0].model_copy(update={"seed": 5})
+        assert finished_seconds(changed, versions()) is None
+
+    def test_it_is_not_under_another_commit(self, finished):
+        assert finished_seconds(finished[0], {**versions(), "git": "another"}) is None
+
+    def test_it_is_not_without_its_checkpoint(self, finished):
+        (finished[1] / "checkpoint").rmdir()
+        assert finished_seconds(finished[0], versions()) is None
+
+    def test_it_is_not_once_a_text_has_changed(self, finished, experiment):
+        later = time.time() + 60
+        os.utime(experiment.folder / "evaluation.txt", (later, later))
+        assert finished_seconds(finished[0], versions()) is None
+
+    def test_it_is_not_before_it_ends(self, finished):
+        (finished[1] / "results.json").unlink()
+        assert finished_seconds(finished[0], versions()) is None
+
+
+def command(experiment, small: Path, *overrides: str) -> list[str]:
+    return [sys.executable, str(ROOT / "experiments/sweep.py"), str(small), str(experiment.config), "s", *overrides]
+
+
+def run(experiment, small: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(experiment, small, *overrides), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="class")
+def whole(undisturbed):
+    """A sweep that has ended: two runs, and one that cannot run."""
+    path = undisturbed.folder / "whole.toml"
+    path.write_text("""
+keep_going = true
+[[run]]
+name = "impossible"
+set = { quantize.skip = ["*"] }
+[[run]]
+name = "{quantize.weight}"
+grid = { quantize.weight = ["w4", "w3"] }
+""")
+    return undisturbed, path, run(undisturbed, path, "--quantize.low_rank.rank=4")
+
+
+class TestEndToEnd:
+    def test_the_others_go_on_after_a_run_that_fails(self, whole):
+        experiment, _, done = whole
+        assert done.returncode == 1
+        failed = re.findall(r"^failed: impossible: (.+)$", done.stderr, flags=re.MULTILINE)
+        assert len(failed) == 1
+        assert {"| w4 |", "| w3 |"} <= set(re.findall(r"^\| w\d \|", done.stdout, flags=re.MULTILINE))
+        assert f"- `impossible`: {failed[0]}" in (experiment.output / "s-table/ranking.md").read_text()
+
+    def test_the_remaining_time_is_estimated_from_the_first_finished_run(self, whole):
+        assert "left, from 1 finished runs; 1 to go" in whole[2].stderr
+
+    def test_one_calibration_serves_all(self, whole):
+        assert len(list((whole[0].output / "store").glob("calibrate-*/manifest.json"))) == 1
+
+    def test_there_is_one_table_with_pictures(self, whole):
+        files = {path.name for path in (whole[0].output / "s-table").iterdir()}
+        assert files >= {
+            "results.csv", "results.md", "ranking.md", "ranking.csv", "sweep.json",
+            "ranking-tiny-llama-evaluation.txt.png", "pareto-tiny-llama-evaluation.txt-concat-64.png",
+        }  # fmt: skip
+
+    def test_every_row_has_the_command_that_repeats_it(self, whole):
+        page = (whole[0].output / "s-table/ranking.md").read_text()
+        (line,) = re.findall(r"^    (python .*--only w3)$", page, flags=re.MULTILINE)
+        assert shlex.split(line)[1:3] == ["experiments/sweep.py", str(whole[1])]
+        assert "--quantize.low_rank.rank=4" in shlex.split(line)
+
+    def test_a_second_time_nothing_that_is_finished_runs(self, whole):
+        experiment, path, first = whole
+        again = run(experiment, path, "--quantize.low_rank.rank=4", "--only=w?")
+        assert again.returncode == 0, again.stderr
+        assert again.stderr == "2 of 2 runs are finished\n"
+        assert again.stdout == first.stdout
+
+
+def test_a_mistake_is_answered_before_any_run_with_status_2(experiment, small):
+    small.write_text('[grid]\nquantize.weight = ["w4", "w5"]\n')
+    done = run(experiment, small)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*run 'w5': quantize\.weight: .*\n", done.stderr)
+    assert not experiment.output.exists()
+
+
+def test_an_interrupted_sweep_ends_at_once_and_resumes(experiment, small):
+    process = subprocess.Popen(command(experiment, small), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("s-w3: "):
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 130, rest
+    assert "Interrupted. Rerun the same command to resume." in rest
+    resumed = run(experiment, small)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "1 of 2 runs are finished" in resumed.stderr
+
+
+def test_a_run_that_is_killed_leaves_a_line(small, experiment, tmp_path):
+    # Of a process that another one started, and not of the one that reads the sweep.
+    plugin = tmp_path / "killer.py"
+    plugin.write_text(
+        "import multiprocessing, os, signal\n"
+        "if multiprocessing.parent_process() is not None:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = run(experiment, small, "--only=w4", f"--plugin={plugin}")
+    assert done.returncode == 1
+    assert "failed: w4: the process was killed by SIGKILL, as the system does when memory runs out" in done.stderr

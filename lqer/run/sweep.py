@@ -1,0 +1,223 @@
+"""Runs a sweep on this machine, one experiment after another, and only those that are missing.
+
+Every run is a process of its own, forked from one that has imported everything: its memory is free when it ends, its
+peak is its own, and one that is killed takes no other with it. What runs have in common (statistics, the original's
+evaluation) they find in the store.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from lqer.config.plugins import load_plugins
+from lqer.config.schema import Config
+from lqer.config.sweep import SweepPlan, SweepRun
+from lqer.report.collect import collect, write_collection
+from lqer.report.environment import versions
+from lqer.report.ranking import rank
+from lqer.report.sweep import TABLE_FOLDER, SweepRecord, read_runs, shown_table, write_ranking
+from lqer.report.write import RESULTS_FILE, markdown_table
+from lqer.results import SCHEMA_VERSION, Versions
+from lqer.run.console import log_on_console, quieten_libraries
+from lqer.run.folder import CHECKPOINT_LINK
+from lqer.run.outcome import EXIT_FAILURE, EXIT_INTERRUPTED, explain_failure, one_line
+
+log = logging.getLogger(__name__)
+
+# Runs a configuration; None, or the line that says why it failed.
+Execute = Callable[[Config], str | None]
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """finished: in the order of the file. failed: one line each, by name. not_started: after a failure."""
+
+    finished: tuple[SweepRun, ...]
+    failed: dict[str, str]
+    not_started: tuple[SweepRun, ...]
+
+
+def run_sweep(plan: SweepPlan, execute: Execute) -> SweepOutcome:
+    """Run what is missing. A run that fails ends the sweep unless it keeps going. Passes KeyboardInterrupt on."""
+    code = versions()
+    found = ((run.name, finished_seconds(run.config, code)) for run in plan.runs)
+    durations = {name: seconds for name, seconds in found if seconds is not None}
+    if durations:
+        log.info("%d of %d runs are finished", len(durations), len(plan.runs))
+    waiting = [run for run in in_order(plan.runs) if run.name not in durations]
+    failed: dict[str, str] = {}
+    while waiting:
+        run = waiting.pop(0)
+        log.info("== %d of %d: %s", len(plan.runs) - len(waiting), len(plan.runs), run.config.tag)
+        started = time.monotonic()
+        problem = execute(run.config)
+        if problem is not None:
+            failed[run.name] = problem
+            log.error("error: %s: %s", run.config.tag, problem)
+            if not plan.keep_going:
+                break
+            continue
+        durations[run.name] = time.monotonic() - started
+        if waiting:
+            done = [(one, durations[one.name]) for one in plan.runs if one.name in durations]
+            log.info("%s", time_left(done, waiting))
+    finished = tuple(run for run in plan.runs if run.name in durations)
+    return SweepOutcome(finished, failed, tuple(waiting))
+
+
+def in_order(runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """Runs that share statistics of the original model first, next to each other; then those that gather their own."""
+
+    def group(run: SweepRun) -> tuple[bool, int]:
+        quantize = run.config.quantize
+        shared = [one for one in runs if one.config.calibration == run.config.calibration]
+        return quantize.propagates_error, runs.index(shared[0])
+
+    return sorted(runs, key=group)
+
+
+def finished_seconds(config: Config, code: Versions) -> float | None:
+    """How long the run took if its folder holds the results of this very configuration, code and local files.
+
+    None if anything differs: to run it again costs only what the store does not have.
+    """
+    folder = Path(config.output_dir) / config.tag
+    path = folder / RESULTS_FILE
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        made = path.stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    made_by = results.get("versions", {})
+    same_code = (made_by.get("lqer"), made_by.get("git")) == (code["lqer"], code["git"])
+    same_config = results.get("config") == config.model_dump(mode="json", exclude_none=True)
+    if results.get("schema_version") != SCHEMA_VERSION or not same_code or not same_config:
+        return None
+    if not (folder / CHECKPOINT_LINK).exists() or any(file.stat().st_mtime > made for file in _local_files(config)):
+        return None
+    return float(results["seconds"]["total"])
+
+
+def _local_files(config: Config) -> list[Path]:
+    """The files that a run reads from this machine: of the model, of its texts."""
+    perplexity = config.evaluation.perplexity
+    texts = [config.calibration.dataset, *(perplexity.datasets if perplexity else ())]
+    texts += [config.finetune.dataset] if config.finetune else []
+    paths = [Path(config.model), *(Path(text.path) for text in texts)]
+    inside = [file for path in paths if path.is_dir() for file in path.iterdir() if file.is_file()]
+    return [path for path in paths if path.is_file()] + inside
+
+
+def time_left(done: Sequence[tuple[SweepRun, float]], waiting: Sequence[SweepRun]) -> str:
+    """The estimate: a waiting run takes as long as finished ones of its kind did, else as long as all did."""
+    by_kind: dict[Any, list[float]] = {}
+    for run, seconds in done:
+        by_kind.setdefault(_kind(run.config), []).append(seconds)
+    all_seconds = [seconds for _, seconds in done]
+    expected = [by_kind.get(_kind(run.config), all_seconds) for run in waiting]
+    total = sum(sum(seconds) / len(seconds) for seconds in expected)
+    unseen = sum(_kind(run.config) not in by_kind for run in waiting)
+    told = f", {unseen} of them of kinds that have not finished yet" if unseen else ""
+    return f"about {shown_duration(total)} left, from {len(done)} finished runs; {len(waiting)} to go{told}"
+
+
+def _kind(config: Config) -> tuple[Any, ...]:
+    """What decides how long a run takes, on one model and protocol."""
+    quantize = config.quantize
+    kinds = tuple(part.kind for part in quantize.transforms)
+    weight = config.formats[quantize.weight].kind
+    return quantize.chosen_rounding.kind, quantize.method.kind, weight, kinds, config.finetune is not None
+
+
+def shown_duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def conclude(record: SweepRecord, output_dir: Path, outcome: SweepOutcome, say: Callable[[str], None]) -> None:
+    """Write the tables and pictures of all finished runs, print the ranking, and what failed with its line."""
+    folder = output_dir / TABLE_FOLDER.format(tag=record.tag)
+    paths = write_ranking(record, output_dir, outcome.failed)
+    if paths:
+        tags = [results["tag"] for results in read_runs(record, output_dir).values()]
+        merged = collect(output_dir, f"{record.tag}-*")
+        paths += write_collection(merged[merged["tag"].isin(tags)].reset_index(drop=True), folder)
+        for ranking in rank(read_runs(record, output_dir)):
+            say(f"\n{ranking.model}\n\n{markdown_table(shown_table(ranking))}\n")
+    for path in paths:
+        say(str(path))
+    for name, line in outcome.failed.items():
+        log.error("failed: %s: %s", name, line)
+    if outcome.not_started:
+        log.error("not started: %s", ", ".join(run.name for run in outcome.not_started))
+
+
+class InAProcess:
+    """Executes each configuration in a process of its own."""
+
+    def __init__(self, plugins: Sequence[str] = ()) -> None:
+        self.plugins = tuple(plugins)
+        # Forked from a server that has imported torch and never computed; not from this process.
+        has_server = "forkserver" in multiprocessing.get_all_start_methods()
+        self.processes = multiprocessing.get_context("forkserver" if has_server else "spawn")
+        if has_server:
+            quieten_libraries()
+            self.processes.set_forkserver_preload(["lqer.run.pipeline", "lqer.report.write"])
+
+    def __call__(self, config: Config) -> str | None:
+        ours, theirs = self.processes.Pipe(duplex=False)
+        arguments = (config.model_dump_json(), self.plugins, theirs)
+        process = self.processes.Process(target=_execute, args=arguments)  # type: ignore[attr-defined]
+        process.start()
+        theirs.close()
+        try:
+            process.join()
+        except KeyboardInterrupt:
+            # A terminal interrupts both processes, but a signal may have come to this one alone. The store takes it.
+            process.terminate()
+            process.join()
+            raise
+        if process.exitcode == 0:
+            return None
+        if process.exitcode == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        try:
+            return str(ours.recv())
+        except EOFError:
+            return _death(process.exitcode)
+
+
+def _death(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return f"the process was killed by {name}{hint}"
+    return f"the process ended with status {exitcode}"
+
+
+def _execute(config_json: str, plugins: Sequence[str], connection: Connection) -> None:
+    """In the process of a run: its log and bars on the terminal, its problem as a line through the connection."""
+    from transformers.utils import logging as transformers_logging
+
+    from lqer.run import pipeline
+
+    transformers_logging.disable_progress_bar()
+    try:
+        with log_on_console():
+            load_plugins(plugins)
+            pipeline.run(Config.model_validate_json(config_json, strict=True))
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        connection.send(one_line(explain_failure(error)))
+        raise SystemExit(EXIT_FAILURE) from None
