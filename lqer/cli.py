@@ -64,8 +64,11 @@ def sweep(arguments: Sequence[str], usage: str) -> int:
         print(usage.strip())
         return EXIT_OK if arguments else EXIT_USER_ERROR
     # A sweep that is told to end passes it on to the run in progress, which is another process.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return _answered(lambda: _sweep(arguments))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _answered(lambda: _sweep(arguments))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _asks_for_help(arguments: Sequence[str]) -> bool:
