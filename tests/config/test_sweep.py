@@ -78,7 +78,7 @@ def test_a_row_takes_its_scheme_from_presets_and_all_else_from_the_configuration
     config = run.config
     assert (config.quantize.method.kind, config.quantize.weight, config.quantize.asymmetric) == (
         "gptq",
-        "w4b32rise",
+        "w4rise",
         0.5,
     )
     # Nothing is left of the configuration's own scheme, and nothing of the preset's protocol.
