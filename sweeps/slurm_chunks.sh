@@ -2,11 +2,13 @@
 # One experiment in chunks, as a SLURM job array: task i of n quantizes the i-th chunk of the decoder blocks (--chunk i/n).
 #   sweeps/slurm_chunks.sh CONFIG TAG [--section.key=value ...]
 #   CHUNKS       number of chunks, one task each (default: 4)
+#   OUTPUT_DIR   where the run, its store and its logs go (default: checkpoints)
 #   SBATCH       sbatch and its options, such as "sbatch --partition=gpu --gres=gpu:1 --time=4:00:00" (default: sbatch)
 # The tasks use one store under OUTPUT_DIR, which every node must see; their logs are in OUTPUT_DIR/slurm. The first task
 # calibrates while the others wait; the last one evaluates and writes the report. Rerun the same command to resume.
 source "$(dirname "$0")/common.sh"
 chunks=${CHUNKS:-4}
+output_dir=${OUTPUT_DIR:-checkpoints}
 read -ra sbatch <<< "${SBATCH:-sbatch}"
 
 if ! [[ $chunks =~ ^[1-9][0-9]*$ ]]; then

@@ -11,12 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from lqer.report.figures import DPI, STYLE
+from lqer.report.figures import STYLE
 from lqer.report.ranking import HALF_PRECISION_BITS, Measure, Ranking
 
 WEIGHT_ONLY, WITH_ACTIVATIONS, DOMINATED = "#0072B2", "#D55E00", "#9A9A9A"
 # Ruined models, whose perplexity says nothing, would squeeze all others together: shown up to so many times the best.
 MOST_TIMES_BEST = 30.0
+DPI = 150
 SIZES = (("bits", "average bits per weight, everything stored"), ("GB", "checkpoint, GB"))
 Y_LABELS = {"perplexity": "perplexity", "KL": "KL from the original, nats per token", "accuracy": "mean accuracy"}
 

@@ -78,7 +78,7 @@ class TestScript:
     def test_further_overrides_are_handed_to_every_run(self, script, recorder):
         _, arguments = call(script, recorder, str(TEMPLATE), "tag", "--model=other/model", KEEP_GOING="1")
         plan = planned(arguments)
-        assert {run.config.model for run in plan.runs} == {"other/model"}
+        assert {(run.config.model, run.config.output_dir) for run in plan.runs} == {("other/model", "checkpoints")}
         assert plan.keep_going
 
     def test_without_its_arguments_it_says_how_it_is_used(self, script, recorder):
