@@ -74,7 +74,11 @@ def _draw(axis: Axes, ranking: Ranking, measure: Measure, size: str) -> None:
         rows = table[(table["activation bits"] == HALF_PRECISION_BITS) == weight_only]
         beaten, best = rows[~rows["front"]], rows[rows["front"]].sort_values(size)
         axis.scatter(beaten[size], beaten[measure.column], s=16, color=DOMINATED, marker=marker, alpha=0.7, zorder=2)
-        axis.plot(best[size], best[measure.column], color=colour, marker=marker, markersize=5, linewidth=1, zorder=3)
+        # One line for each width of activations: fronts of different widths are different questions.
+        for _, same in best.groupby("activation bits"):
+            axis.plot(
+                same[size], same[measure.column], color=colour, marker=marker, markersize=5, linewidth=1, zorder=3
+            )
         _name(axis, best, size, measure.column, colour, below=weight_only)
 
 

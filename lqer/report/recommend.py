@@ -110,7 +110,7 @@ def lines(found: Recommendation, ranking: Ranking, record: SweepRecord, budget: 
     yield f"{ranking.model}, within {budget}: {best['run']} ({best['scheme']}), by {decided}"
     yield f"  {_facts(best, ranking)}"
     yield f"  preset     {', '.join(run['extends']) or 'none: the configuration of the sweep'}"
-    yield f"  overrides  {overrides(run['scheme']) or 'none'}"
+    yield f"  overrides  {overrides(_used(run['scheme'])) or 'none'}"
     yield f"  command    {record.command_of(best['run'])}"
     if len(found.others):
         yield "Within the budget it is better than:"
@@ -119,6 +119,13 @@ def lines(found: Recommendation, ranking: Ranking, record: SweepRecord, budget: 
         yield f"  {row['run']}: {_facts(row, ranking)}; {', '.join(ratios)}"
     if len(found.others) > MOST_SHOWN:
         yield f"  and {len(found.others) - MOST_SHOWN} more"
+
+
+def _used(scheme: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheme without number formats that none of its keys names: a sweep may define them for other runs."""
+    named = str(scheme.get("quantize"))
+    formats = {name: value for name, value in scheme.get("formats", {}).items() if f"'{name}'" in named}
+    return {key: value for key, value in scheme.items() if key != "formats"} | ({"formats": formats} if formats else {})
 
 
 def _facts(row: pd.Series, ranking: Ranking) -> str:
