@@ -10,6 +10,9 @@ from typing import Any, TypedDict
 from lqer.checkpoint.bits import Bits
 
 SCHEMA_VERSION = 1
+# Names within the folder of a run: the file of this contract, and the link to the checkpoint.
+RESULTS_FILE = "results.json"
+CHECKPOINT_LINK = "checkpoint"
 
 
 class Versions(TypedDict):

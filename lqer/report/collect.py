@@ -16,8 +16,8 @@ from lqer.report import figures
 from lqer.report.families import family_of, rtn_family
 from lqer.report.naming import rtn_name, scheme_name
 from lqer.report.page.write import PAGE_FILE, write_collection_page
-from lqer.report.write import RESULTS_FILE, markdown_table
-from lqer.results import SCHEMA_VERSION, PerplexityRow, Results
+from lqer.report.write import markdown_table
+from lqer.results import RESULTS_FILE, SCHEMA_VERSION, PerplexityRow, Results
 from lqer.store.files import write_atomically, write_text
 
 # Of the hash that tells two texts of one name apart.

@@ -17,8 +17,8 @@ from lqer.config.sweep import SweepPlan
 from lqer.errors import DataError
 from lqer.report.ranking import ACCURACY, ACCURACY_ERROR, Ranking, rank
 from lqer.report.ranking_figure import save_ranking
-from lqer.report.write import RESULTS_FILE, markdown_table
-from lqer.results import SCHEMA_VERSION, Results
+from lqer.report.write import markdown_table
+from lqer.results import RESULTS_FILE, SCHEMA_VERSION, Results
 from lqer.store.files import content_hash, write_atomically, write_json, write_text
 
 TABLE_FOLDER = "{tag}-table"

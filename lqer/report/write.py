@@ -16,14 +16,13 @@ from lqer.report import figures, layer_figures
 from lqer.report.families import family_of, rtn_family
 from lqer.report.naming import rtn_name, scheme_name
 from lqer.report.page.write import PAGE_FILE, Details, write_run_page
-from lqer.results import FinetuneInfo, PerplexityRow, Results
+from lqer.results import RESULTS_FILE, FinetuneInfo, PerplexityRow, Results
 from lqer.store.files import write_atomically, write_json, write_text
 from lqer.store.names import layers_file, spectra_file, tuning_file
 from lqer.store.store import Artifact
 
 LAYERS_FILE = "layers.csv"
 REPORT_FILE = "report.md"
-RESULTS_FILE = "results.json"
 PERPLEXITY_FIGURE = "figures/perplexity.png"
 ERROR_FIGURE = "figures/output_error.png"
 SPECTRA_FIGURE = "figures/singular_values.png"

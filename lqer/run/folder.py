@@ -18,12 +18,11 @@ from filelock import FileLock, Timeout
 
 from lqer.config import Config
 from lqer.errors import RunFolderError
-from lqer.report.write import RESULTS_FILE
+from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
 from lqer.store.files import content_hash, write_text
 
 CONFIG_FILE = "config.toml"
 LOG_FILE = "run.log"
-CHECKPOINT_LINK = "checkpoint"
 # Marks a folder as a run's; locks of its processes carry a hash of their settings.
 MARKER = ".lqer-run"
 LOCKS = ".lock-*"

@@ -13,7 +13,7 @@ from lqer.data.datasets import HUB_TEXTS
 from lqer.errors import ConfigError
 from lqer.formats import NumberFormat
 from lqer.methods import Method
-from lqer.report.write import RESULTS_FILE
+from lqer.results import RESULTS_FILE
 from lqer.rounding import Rounding
 from lqer.statistics import Statistic
 from lqer.transforms import Transform

@@ -25,10 +25,9 @@ from lqer.report.collect import collect, write_collection
 from lqer.report.environment import versions
 from lqer.report.ranking import rank
 from lqer.report.sweep import TABLE_FOLDER, SweepRecord, read_runs, shown_table, write_ranking
-from lqer.report.write import RESULTS_FILE, markdown_table
-from lqer.results import SCHEMA_VERSION, Versions
+from lqer.report.write import markdown_table
+from lqer.results import CHECKPOINT_LINK, RESULTS_FILE, SCHEMA_VERSION, Versions
 from lqer.run.console import log_on_console, quieten_libraries
-from lqer.run.folder import CHECKPOINT_LINK
 from lqer.run.outcome import EXIT_FAILURE, EXIT_INTERRUPTED, explain_failure, one_line
 
 log = logging.getLogger(__name__)

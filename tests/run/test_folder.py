@@ -8,8 +8,9 @@ import pytest
 
 from lqer.config import read_config
 from lqer.errors import LqerError, RunFolderError
+from lqer.results import CHECKPOINT_LINK
 from lqer.run import pipeline
-from lqer.run.folder import CHECKPOINT_LINK, LOG_FILE, begin_run, locked, run_folder
+from lqer.run.folder import LOG_FILE, begin_run, locked, run_folder
 
 
 def config_of(experiment, *overrides: str, tag: str = "tiny"):

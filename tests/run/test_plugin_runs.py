@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lqer.report.write import RESULTS_FILE
+from lqer.results import RESULTS_FILE
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/developer/adding-a-method.md"
