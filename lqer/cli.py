@@ -22,13 +22,16 @@ USAGE = """Post-training quantization of language models.
     lqer validate CONFIG [--section.key=value ...]          check a configuration and estimate memory and disk
     lqer sweep SWEEP CONFIG TAG [--section.key=value ...]   run the experiments of a sweep, one table at the end
     lqer recommend CONFIG --bits N | --size 4GB             the best scheme of a finished atlas (sweeps/atlas.sh)
-    lqer ls methods | roundings | transforms | formats | statistics | datasets | presets
+    lqer export CHECKPOINT TARGET OUT [--key=value ...]     write a run's checkpoint for another program, and compare
+    lqer ls methods | roundings | transforms | formats | statistics | datasets | presets | targets
     lqer ls runs [FOLDER]                                   finished runs under FOLDER (default: checkpoints)
 
 CONFIG is a TOML file or preset:NAME. `run` and `validate` also take --chunk i/n and --plugin FILE.py; the arguments are
 those of experiments/pipeline.py, for `sweep` those of experiments/sweep.py. `recommend` reads the newest atlas of
 CONFIG's model under its output_dir, or the sweep of --atlas TAG; --activations N: only schemes whose activations have
-at most N bits. Exit status: 0 done, 1 a run of a sweep failed, 2 a mistake in the input, 130 interrupted.
+at most N bits. `export` takes the settings of its target, such as --dtype=bfloat16, and --text FILE (what to compare
+on), --device NAME (where), --no-check. Exit status: 0 done, 1 a run of a sweep failed, 2 a mistake in the input, 130
+interrupted.
 """
 
 
@@ -41,10 +44,12 @@ def console() -> int:
         return sweep(arguments, USAGE)
     if command == "recommend" and arguments and not _asks_for_help(arguments):
         return _answered(lambda: _recommend(arguments))
+    if command == "export" and arguments and not _asks_for_help(arguments):
+        return _answered(lambda: _export(arguments))
     if command in ("run", "validate") and arguments:
         return main(arguments if command == "run" else ["--validate", *arguments], USAGE)
     if not _asks_for_help([command, *arguments]):
-        print(f"error: {command}: expected run CONFIG, validate CONFIG, sweep, recommend or ls", file=sys.stderr)
+        print(f"error: {command}: expected run, validate, sweep, recommend, export or ls", file=sys.stderr)
         return EXIT_USER_ERROR
     print(USAGE.strip())
     return EXIT_OK if sys.argv[1:] else EXIT_USER_ERROR
@@ -207,3 +212,31 @@ def _list(arguments: Sequence[str]) -> None:
     load_plugins(plugins)
     for line in list_items(words):
         print(line)
+
+
+def _export(arguments: Sequence[str]) -> None:
+    texts, rest = take_option("--text", arguments)
+    devices, rest = take_option("--device", rest)
+    words = [argument for argument in rest if not argument.startswith("-")]
+    if len(words) != 3 or len(texts) > 1 or len(devices) > 1:
+        raise ConfigError(f"export: expected CHECKPOINT TARGET OUT; found {' '.join(rest) or 'nothing'}")
+    settings = dict(_setting(argument) for argument in rest if argument.startswith("-") and argument != "--no-check")
+    quieten_libraries()
+    from transformers.utils import logging as transformers_logging
+
+    from lqer.export import export, make_target
+    from lqer.models.source import pick_device
+
+    transformers_logging.disable_progress_bar()
+    target = make_target(words[1], settings)
+    text = Path(texts[0]) if texts else None
+    device = pick_device(devices[0] if devices else "auto")
+    export(Path(words[0]), target, Path(words[2]), text, "--no-check" not in rest, device)
+    print(words[2])
+
+
+def _setting(argument: str) -> tuple[str, str]:
+    key, equals, value = argument.removeprefix("--").partition("=")
+    if not argument.startswith("--") or not equals:
+        raise ConfigError(f"export: {argument}: a setting of a target has the form --key=value")
+    return key, value

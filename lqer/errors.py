@@ -33,6 +33,10 @@ class RunFolderError(LqerError):
     """The folder of a run cannot be written to without destroying something else."""
 
 
+class ExportError(LqerError):
+    """A checkpoint cannot be written for a target, or what was written is not the checkpoint."""
+
+
 class StoreError(LqerError):
     """An artifact on disk is damaged or is not what its name says."""
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "lqer"
 MATHEMATICS = ["formats", "statistics", "lowrank", "rounding", "transforms", "methods", "kernels"]
 ROOMS = [
     "errors", "components", *MATHEMATICS, "store", "data", "nn", "models", "config", "evaluation", "checkpoint",
-    "training", "__init__", "results", "stages", "report", "resources", "run", "cli",
+    "training", "__init__", "results", "export", "stages", "report", "resources", "run", "cli",
 ]  # fmt: skip
 # Kernels of algorithms, not of linears; imported only where a tensor is on a GPU.
 KERNELS_ELSEWHERE = {"formats/viterbi_kernel.py", "rounding/sweep.py", "statistics/products_kernel.py"}

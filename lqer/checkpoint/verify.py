@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lqer.errors import ModelError
-from lqer.store.files import hash_file
+from lqer.store.files import content_hash, hash_file
 from lqer.store.store import JOURNAL, MANIFEST
 
 # Files that may be next to those of a checkpoint: nothing reads them.
@@ -47,6 +47,11 @@ class CheckpointFiles:
         if self._verify and hash_file(path) != self._hashes.get(name):
             raise ModelError(f"{path} is damaged (its hash is not that in {MANIFEST}): copy the checkpoint again")
         return path
+
+    @property
+    def content(self) -> str:
+        """A hash of the contents of all files."""
+        return content_hash(self._hashes)
 
     @cached_property
     def _hashes(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from lqer.components import Component, did_you_mean
 from lqer.config.presets import preset_names, read_summary
 from lqer.data.datasets import HUB_TEXTS
 from lqer.errors import ConfigError
+from lqer.export import Target
 from lqer.formats import NumberFormat
 from lqer.methods import Method
 from lqer.results import RESULTS_FILE
@@ -78,6 +79,7 @@ LISTS: dict[str, Callable[[], Iterator[Row]]] = {
     "transforms": _components(Transform, of_module=True),
     "formats": _components(NumberFormat, of_module=True),
     "statistics": _components(Statistic),
+    "targets": _components(Target),
     "datasets": _datasets,
     "presets": _presets,
 }

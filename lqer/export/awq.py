@@ -1,0 +1,110 @@
+"""A folder in AWQ's layout (`quant_method: "awq"`, version "gemm"), for vLLM, SGLang and GPTQModel: 4 bits.
+
+    qweight int32 [I, O / 8]   eight codes of neighbouring outputs in a word, in the order 0 2 4 6 1 3 5 7
+    qzeros int32 [G, O / 8]    zero points, packed alike
+    scales float16 [G, O]
+
+Any zero point can be stored; symmetric codes have 8.
+
+Shapes: I in_features, O out_features, G groups of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AwqConfig, PreTrainedModel
+from transformers.utils.quantization_config import AwqBackend
+
+from lqer.export.base import Target, Written, load_pretrained, unsupported_extras
+from lqer.export.gptq import float16_scales
+from lqer.export.integers import (
+    Integers,
+    IntegerScheme,
+    integer_schemes,
+    integers_of,
+    unsupported_integers,
+    unsupported_uniform,
+    words,
+)
+from lqer.export.shards import Shards
+from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Source
+from lqer.formats import Int
+from lqer.store.files import write_json
+
+BITS = 4
+OUTPUTS_PER_WORD = 8
+# The output in each nibble of a word, the lowest first.
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+class Awq(Target):
+    """AWQ's layout of 4-bit integers, for vLLM, SGLang and GPTQModel."""
+
+    kind = "awq"
+    readers = ("gptqmodel",)
+    tags = ("awq",)
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        if (reason := unsupported_extras(spec) or unsupported_integers(spec.format)) is not None:
+            return reason
+        if (bits := spec.format.stream_widths["codes"]) != BITS:
+            return f"its codes have {bits} bits, and the layout's have {BITS}"
+        if spec.out_features % OUTPUTS_PER_WORD:
+            return f"{spec.out_features} outputs are not whole words of {OUTPUTS_PER_WORD}"
+        if isinstance(spec.format, Int) and spec.format.scale_dtype == "float32":
+            return "its scales are float32, and the layout's are float16"
+        return None
+
+    def unsupported_model(self, source: Source) -> tuple[str, str] | None:
+        return unsupported_uniform(source)
+
+    def write(self, source: Source, folder: Path) -> Written:
+        schemes = integer_schemes(source.specs.values())
+        shards = Shards(folder)
+        for linears, others in source.read():
+            for linear in linears:
+                integers = integers_of(linear.weight_OI).regrouped(schemes[linear.name].group)
+                tensors = awq_tensors(integers, linear.spec)
+                shards.add({f"{linear.name}.{part}": tensor for part, tensor in tensors.items()} | linear.biases)
+            shards.add(others)
+        shards.close()
+        config = self._config(source, next(iter(schemes.values())))
+        write_json(folder / CONFIG_FILE, {**source.config, QUANTIZATION_CONFIG: config})
+        source.copy_surroundings(folder)
+        return Written("rounded", ("Readers multiply by float16 scales in float16.",))
+
+    def _config(self, source: Source, scheme: IntegerScheme) -> dict[str, Any]:
+        return {
+            "quant_method": "awq",
+            "bits": scheme.bits,
+            "group_size": -1 if scheme.group is None else scheme.group,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": source.unquantized_linears(),
+        }
+
+    def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        return load_pretrained(folder, dtype, quantization_config=AwqConfig(backend=AwqBackend.TORCH_AWQ))
+
+    def commands(self, folder: str) -> Mapping[str, str]:
+        return {"vLLM": f"vllm serve {folder} --dtype float16"}
+
+
+def awq_tensors(integers: Integers, spec: LinearSpec) -> dict[str, Tensor]:
+    """The tensors of one linear. Raises ExportError for a scale that is not a float16."""
+    return {
+        "qweight": _packed(integers.codes_OI.T),
+        "qzeros": _packed(integers.zeros_OG.T),
+        "scales": float16_scales(integers, spec).T,
+    }
+
+
+def _packed(codes_IO: Tensor) -> Tensor:
+    """int32 [I, O / 8] of uint8 codes."""
+    ordered_IO = codes_IO.unflatten(1, (-1, OUTPUTS_PER_WORD))[..., list(ORDER)].flatten(1)
+    return words(ordered_IO.contiguous(), BITS)

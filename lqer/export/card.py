@@ -1,0 +1,157 @@
+"""The README.md of an export: the front matter that a hub reads, what was done, its cost, and how it was checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from huggingface_hub import ModelCard, ModelCardData
+
+import lqer
+from lqer.export.base import Target, Written
+from lqer.export.source import Source
+from lqer.export.verify import Check
+from lqer.store.files import without_nonfinite
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+CARD_FILE = "README.md"
+CONFIGURATION_SHOWN = ("calibration", "quantize", "formats")
+
+
+def render_card(
+    source: Source, target: Target, written: Written, check: Check | None, unverified: str | None, out: str
+) -> str:
+    """README.md. check: None where the files were not read back, for the reason `unverified`."""
+    commands = target.commands(out)
+    parts = [
+        f"---\n{_front_matter(source, target).to_yaml()}\n---\n",
+        f"# {_title(source)}, {target.kind}",
+        _made(source, target),
+        *_scores(source.results),
+        "## Use",
+        *(f"{program}:\n\n```{_language(command)}\n{command}\n```" for program, command in commands.items()),
+        "## What this export keeps",
+        "\n".join(f"- {line}" for line in [*_kept(source, target), *written.notes]),
+        "## Verification",
+        _verified(check, written) if check is not None else f"Not verified: {unverified}.",
+    ]
+    return "\n\n".join(parts) + _configuration(source.results) + "\n"
+
+
+def _language(command: str) -> str:
+    return "python" if "(" in command else "sh"
+
+
+def _base(source: Source) -> str | None:
+    """The original's id on the hub, if it has one."""
+    name = "" if source.results is None else source.results["model"]["name"]
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _title(source: Source) -> str:
+    name = source.config.get("model_type", "model") if source.results is None else source.results["model"]["name"]
+    return Path(str(name)).name
+
+
+def _front_matter(source: Source, target: Target) -> ModelCardData:
+    formats = sorted({str(getattr(spec.format, "element", spec.format.kind)) for spec in source.specs.values()})
+    base = _base(source)
+    extra: dict[str, Any] = {} if base is None else {"base_model_relation": "quantized"}
+    return ModelCardData(
+        base_model=base,
+        license=_license(source),
+        library_name=target.library_name,
+        pipeline_tag="text-generation",
+        tags=["lqer", *target.tags, *formats],
+        quantized_by="lqer",
+        **extra,
+    )
+
+
+def _license(source: Source) -> str | None:
+    """The licence that the original's own card names, where the original is a folder with one."""
+    if source.results is None:
+        return None
+    card = Path(source.results["model"]["name"]).expanduser() / CARD_FILE
+    try:
+        stated = ModelCard.load(card).data.license if card.is_file() else None
+    except ValueError:  # its front matter is not YAML
+        return None
+    return stated if isinstance(stated, str) else None
+
+
+def _made(source: Source, target: Target) -> str:
+    bits = source.details["bits"]
+    cost = (
+        f"{bits['average']:.3f} bits per weight of these linears in lqer's checkpoint: {bits['weight']:.3f} codes, "
+        f"{bits['metadata']:.3f} scales and other metadata, {bits['low_rank']:.3f} low-rank factors"
+    )
+    lines = [
+        f"{len(source.specs)} linears, quantized by [lqer](https://pypi.org/project/lqer) {lqer.__version__}",
+        cost,
+        f"exported to `{target.kind}` from checkpoint `{source.key[:16]}`, with torch {version('torch')} and "
+        f"transformers {version('transformers')}",
+    ]
+    if source.results is not None:
+        quantize, calibration = source.results["config"]["quantize"], source.results["calibration"]
+        text = f"{calibration['tokens']} tokens of {calibration['dataset']}"
+        lines.insert(1, f"method `{quantize['method']['kind']}`, calibrated on {text}")
+    if _license(source) is None:
+        lines.append("licence: that of the original model")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _scores(results: Mapping[str, Any] | None) -> list[str]:
+    if results is None or not results["perplexity"]:
+        return []
+    header = "| text | protocol | tokens | original | this checkpoint |\n|---|---|---|---|---|"
+    rows = [
+        f"| {row['dataset']} | {row['protocol']}, windows of {row['seq_len']} | {row['tokens']} "
+        f"| {_number(row['original'])} | {_number(row['quantized'])} |"
+        for row in results["perplexity"]
+    ]
+    return ["Perplexity, measured by lqer before the export:", "\n".join([header, *rows])]
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _kept(source: Source, target: Target) -> list[str]:
+    dropped = [spec.name for spec in source.specs.values() if not target.keeps_activation(spec)]
+    lines = []
+    if dropped:
+        lines.append(f"Inputs are not rounded here; the checkpoint rounds those of {len(dropped)} linears.")
+    if source.rounds_attention:
+        lines.append("The operands of attention are not rounded here; the checkpoint rounds them.")
+    return lines or ["Everything that the checkpoint computes."]
+
+
+def _verified(check: Check, written: Written) -> str:
+    lines = [
+        f"The files were read back and compared in {check.dtype} with the checkpoint, on windows of "
+        f"{check.tokens_per_window} tokens ({check.text}):",
+        "",
+        f"- largest difference of a logit: {check.logit_difference:.3g}, of logits up to {check.largest_logit:.3g}",
+        f"- perplexity over {check.windows} windows: {check.exported_perplexity:.6g}; the checkpoint, as far as it is "
+        f"carried, {check.perplexity:.6g}; the whole checkpoint {check.whole_perplexity:.6g}",
+        f"- expected of these files: {written.closeness}",
+    ]
+    return "\n".join(lines)
+
+
+def _configuration(results: Mapping[str, Any] | None) -> str:
+    if results is None:
+        return ""
+    shown = {key: results["config"][key] for key in CONFIGURATION_SHOWN if key in results["config"]}
+    return f"\n\n## Configuration\n\n```toml\n{tomli_w.dumps(_without_none(without_nonfinite(shown)))}```"
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return [_without_none(entry) for entry in value if entry is not None] if isinstance(value, list) else value

@@ -1,0 +1,125 @@
+"""How compressed-tensors describes linears in config.json: groups of one layout and one set of arguments.
+
+A group's entry names its linears, the layout of their tensors (lqer/export/compressed_tensors.py lists them), and the
+arguments of their weights and inputs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from lqer.export.integers import IntegerScheme, integer_schemes, unsupported_group, unsupported_integers
+from lqer.export.source import LinearSpec, Source
+from lqer.formats import MX, Int
+
+VERSION = "0.20.0"  # whose layout this is
+MX_LAYOUTS = {
+    "mxfp4_e2m1": "mxfp4-pack-quantized",
+    "mxfp6_e2m3": "mxfp6-pack-quantized",
+    "mxfp8_e4m3": "mxfp8-quantized",
+}
+MX_GROUP = 32
+W8A8_WEIGHT = ("row", 8, True)
+W8A8_ACTIVATION = Int(bits=8, block_size="row", symmetric=True, scale_dtype="float32")
+TOKEN_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+# vLLM runs these as one matrix, by the scheme of the first.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The linears of one layout and one set of quantization arguments: a `config_groups` entry."""
+
+    layout: str
+    weights: tuple[tuple[str, Any], ...]
+    activations: bool
+
+    def to_dict(self, targets: list[str]) -> dict[str, Any]:
+        return {
+            "targets": targets,
+            "format": self.layout,
+            "weights": dict(self.weights),
+            "input_activations": TOKEN_INT8 if self.activations else None,
+            "output_activations": None,
+        }
+
+
+def is_float(spec: LinearSpec) -> bool:
+    """Whether the weight is stored as small floats with E8M0 scales."""
+    return isinstance(spec.format, MX) and spec.format.element in MX_LAYOUTS
+
+
+def is_w8a8(spec: LinearSpec) -> bool:
+    """Whether both operands are int8 with a scale for each row and each token."""
+    weight = spec.format
+    is_int8 = isinstance(weight, Int) and (weight.block_size, weight.bits, weight.symmetric) == W8A8_WEIGHT
+    return is_int8 and spec.activation == W8A8_ACTIVATION
+
+
+def config_groups(source: Source) -> dict[str, Group]:
+    """The group of every quantized linear, by name."""
+    schemes = integer_schemes(source.specs.values())
+    return {name: _group(spec, schemes[name]) for name, spec in source.specs.items()}
+
+
+def _group(spec: LinearSpec, scheme: IntegerScheme) -> Group:
+    shared: dict[str, Any] = {"dynamic": False, "actorder": None}
+    if isinstance(spec.format, MX) and spec.format.element in MX_LAYOUTS:
+        numbers = {"num_bits": scheme.bits, "type": "float", "symmetric": True}
+        blocks = {"strategy": "group", "group_size": MX_GROUP, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+        return Group(MX_LAYOUTS[spec.format.element], tuple({**numbers, **blocks, **shared}.items()), False)
+    numbers = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric}
+    blocks = {"strategy": "channel" if scheme.group is None else "group", "group_size": scheme.group}
+    layout = "int-quantized" if is_w8a8(spec) else "pack-quantized"
+    return Group(layout, tuple({**numbers, **blocks, **shared}.items()), is_w8a8(spec))
+
+
+def unsupported_together(source: Source) -> tuple[str, str] | None:
+    """A linear that cannot be stored together with the others, and why; None if all can."""
+    schemes = integer_schemes(source.specs.values())
+    for spec in source.specs.values():
+        if source.stores_transposed(spec.name):
+            return spec.name, "its architecture stores weights transposed (Conv1D)"
+        is_integer = unsupported_integers(spec.format) is None
+        if is_integer and (ragged := unsupported_group(spec, schemes[spec.name])) is not None:
+            return spec.name, ragged
+    groups = config_groups(source)
+    if len(set(groups.values())) > 1:
+        for name, group in groups.items():
+            if not dict(group.weights)["symmetric"]:
+                return name, "it has zero points and others another layout, which transformers does not load"
+    for name in groups:
+        parent, _, leaf = name.rpartition(".")
+        for fused in FUSED:
+            together = {groups.get(f"{parent}.{other}") for other in fused if f"{parent}.{other}" in source.modules}
+            if leaf in fused and len(together) > 1:
+                return name, f"vLLM runs {', '.join(fused)} as one matrix, and they have different layouts"
+    return None
+
+
+def quantization_config(source: Source) -> dict[str, Any]:
+    """The entry of config.json."""
+    targets: dict[Group, list[str]] = defaultdict(list)
+    for name, group in config_groups(source).items():
+        targets[group].append(name)
+    layouts = {group.layout for group in targets}
+    ignored = source.unquantized_linears()
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "version": VERSION,
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{index}": group.to_dict(["Linear"] if len(targets) == 1 else names)
+            for index, (group, names) in enumerate(targets.items())
+        },
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+    }
+    if any(not dict(group.weights)["symmetric"] for group in targets):
+        # Packed zero points are otherwise not found by transformers' loader. Only with a single group, see
+        # `unsupported_together`: the key makes all linears follow the first one.
+        config["dequantize"] = True
+    return config

@@ -1,0 +1,162 @@
+"""A GGUF file, for llama.cpp and the programs built on it.
+
+Metadata (hyperparameters, tokenizer) are those of a template: any GGUF file of the original model, as llama.cpp's
+convert_hf_to_gguf.py makes it. All tensors are the checkpoint's; weights are stored without loss or refused
+(lqer/export/gguf_blocks.py). For the rotary embedding of architecture "llama" the rows of q and k are reordered, since
+llama.cpp turns neighbouring rows together.
+
+llama.cpp rounds the inputs of quantized matrices to Q8_0 as it runs: its logits differ where the weights are equal.
+
+Shapes: O out_features, P bytes of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lqer.errors import ConfigError, ExportError, ModelError
+from lqer.export.base import Target, Written, load_pretrained, unsupported_extras
+from lqer.export.gguf_blocks import blocks_of, unsupported_blocks
+from lqer.export.source import CONFIG_FILE, LinearSpec, Source
+from lqer.models.gguf_header import check_gguf
+from lqer.store.files import write_json
+
+MODEL_FILE = "model.gguf"
+ARCHITECTURE = gguf.Keys.General.ARCHITECTURE
+# The writer sets the one; the other says how the template's weights were quantized.
+NOT_COPIED = (ARCHITECTURE, gguf.Keys.General.FILE_TYPE)
+# Not a field of the file but what the reader makes of its header.
+VIRTUAL_PREFIX = "GGUF."
+DTYPES = {
+    torch.float32: gguf.GGMLQuantizationType.F32,
+    torch.float16: gguf.GGMLQuantizationType.F16,
+    torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+}
+# Architectures whose rotary embedding turns neighbouring rows, by the keys of their numbers of heads.
+INTERLEAVED = {"llama": {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}}
+SUFFIXES = (".weight", ".bias")
+
+
+@dataclass(frozen=True)
+class Gguf(Target):
+    """GGUF, for llama.cpp. template: a GGUF file of the original model, for its metadata and tokenizer."""
+
+    kind = "gguf"
+    readers = ("gguf",)
+    library_name = "gguf"
+    tags = ("gguf",)
+
+    template: str | None = None
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        return unsupported_extras(spec) or unsupported_blocks(spec)
+
+    def unsupported_model(self, source: Source) -> tuple[str, str] | None:
+        for spec in source.specs.values():
+            if source.stores_transposed(spec.name):
+                return spec.name, "its architecture stores weights transposed (Conv1D)"
+        return None
+
+    def write(self, source: Source, folder: Path) -> Written:
+        reader = self._reader()
+        architecture = str(reader.fields[ARCHITECTURE].contents())
+        names = _Names(source, architecture)
+        # Tensors wait in a file: their descriptions come before them all.
+        writer = gguf.GGUFWriter(folder / MODEL_FILE, architecture, use_temp_file=True)
+        _copy_metadata(reader, writer)
+        types: set[str] = set()
+        for linears, others in source.read():
+            for linear in linears:
+                block_type, rows_OP = blocks_of(linear.weight_OI, linear.spec)
+                types.add(block_type.name)
+                rows_OP = names.ordered(f"{linear.name}.weight", rows_OP)
+                writer.add_tensor(names.of(f"{linear.name}.weight"), rows_OP.numpy(), raw_dtype=block_type)
+                others |= linear.biases
+            for name, tensor in others.items():
+                _add_plain(writer, names.of(name), names.ordered(name, tensor))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        # What the comparison, and transformers, read beside the file.
+        write_json(folder / CONFIG_FILE, source.config)
+        source.copy_surroundings(folder)
+        return Written(
+            "exact",
+            (
+                f"Weights are stored as {', '.join(sorted(types))} without loss.",
+                "llama.cpp rounds the inputs of these matrices to 8 bits as it runs, so its logits differ.",
+            ),
+        )
+
+    def _reader(self) -> gguf.GGUFReader:
+        if self.template is None:
+            raise ConfigError("export: gguf needs --template=FILE.gguf, a GGUF file of the original model")
+        path = Path(self.template).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"export: template: no such file: {path}")
+        try:
+            check_gguf(path)
+        except ModelError as error:
+            raise ConfigError(f"export: template: {str(error).removeprefix('model: ')}") from None
+        return gguf.GGUFReader(path)
+
+    def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        return load_pretrained(folder, dtype, gguf_file=MODEL_FILE)
+
+    def commands(self, folder: str) -> Mapping[str, str]:
+        return {"llama.cpp": f'llama-cli -m {folder}/{MODEL_FILE} -p "Once upon a time"'}
+
+
+class _Names:
+    """What tensors are called in a GGUF file of an architecture, and in which order their rows stand."""
+
+    def __init__(self, source: Source, architecture: str):
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        if architecture not in kinds:
+            raise ExportError(f"the template's architecture {architecture!r} is unknown to the gguf package")
+        self._map = gguf.get_tensor_name_map(kinds[architecture], source.blocks)
+        self._heads = INTERLEAVED.get(architecture, {})
+        self._config = source.config
+
+    def of(self, name: str) -> str:
+        found = self._map.get_name(name, try_suffixes=SUFFIXES)
+        if found is None:
+            raise ExportError(f"{name} has no name in a GGUF file of the template's architecture")
+        return found
+
+    def ordered(self, name: str, rows: Tensor) -> Tensor:
+        """The rows in GGUF's order: of each head of width d, row j and row j + d / 2 side by side."""
+        key = self._heads.get(name.rpartition(".")[0].rpartition(".")[2])
+        if key is None:
+            return rows
+        heads = self._config.get(key) or self._config["num_attention_heads"]
+        return rows[interleaved(len(rows), heads)]
+
+
+def interleaved(rows: int, heads: int) -> Tensor:
+    """For each row of GGUF's order, the row in transformers' order."""
+    return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
+
+
+def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
+    """All fields of the template but those that the writer sets."""
+    for field in reader.fields.values():
+        if field.name in NOT_COPIED or field.name.startswith(VIRTUAL_PREFIX):
+            continue
+        is_array = field.types[0] == gguf.GGUFValueType.ARRAY
+        writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1] if is_array else None)
+
+
+def _add_plain(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
+    """A tensor that is not quantized, in its own dtype; vectors in float32, as llama.cpp wants them."""
+    tensor = tensor.float() if tensor.ndim == 1 else tensor
+    raw = tensor.contiguous().view(torch.uint8).numpy()
+    writer.add_tensor(name, raw, raw_dtype=DTYPES[tensor.dtype])

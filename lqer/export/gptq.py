@@ -1,0 +1,132 @@
+"""A folder in GPTQ's layout (`quant_method: "gptq"`), for GPTQModel, vLLM and SGLang.
+
+    qweight int32 [I b / 32, O]   a stream of b-bit codes down the inputs
+    qzeros int32 [G, O b / 32]    a stream of zero points along the outputs; version 1 stores them minus one
+    scales float16 [G, O]
+    g_idx int32 [I]               the group of each input, i // g: lqer leaves columns in their place
+
+Version 1 cannot store a zero point of 0, which an asymmetric group without negative values has. vLLM reads 4 and 8 bits
+with symmetric codes alone.
+
+Shapes: I in_features, O out_features, G groups of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GPTQConfig, PreTrainedModel
+
+import lqer
+from lqer.components import require_choice
+from lqer.export.base import Target, Written, load_pretrained, refuse_value, unsupported_extras
+from lqer.export.integers import (
+    Integers,
+    IntegerScheme,
+    integer_schemes,
+    integers_of,
+    unsupported_integers,
+    unsupported_uniform,
+    words,
+)
+from lqer.export.shards import Shards
+from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Source
+from lqer.formats import Int
+from lqer.store.files import write_json
+
+BITS = (2, 3, 4, 8)
+WORD_BITS = 32
+
+
+@dataclass(frozen=True)
+class Gptq(Target):
+    """GPTQ's layout, for GPTQModel, vLLM and SGLang. version: 1 is what every engine reads, 2 stores any zero point."""
+
+    kind = "gptq"
+    readers = ("gptqmodel", "optimum")
+    tags = ("gptq",)
+
+    version: Literal["1", "2"] = "1"
+
+    def __post_init__(self) -> None:
+        require_choice("version", self.version, ["1", "2"], self.kind)
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        if (reason := unsupported_extras(spec) or unsupported_integers(spec.format)) is not None:
+            return reason
+        bits = spec.format.stream_widths["codes"]
+        if bits not in BITS:
+            return f"{bits} bits are not one of {', '.join(map(str, BITS))}"
+        if spec.in_features * bits % WORD_BITS or spec.out_features * bits % WORD_BITS:
+            return f"{spec.out_features} x {spec.in_features} codes of {bits} bits do not fill words of {WORD_BITS}"
+        if isinstance(spec.format, Int) and spec.format.scale_dtype == "float32":
+            return "its scales are float32, and the layout's are float16"
+        return None
+
+    def unsupported_model(self, source: Source) -> tuple[str, str] | None:
+        return unsupported_uniform(source)
+
+    def write(self, source: Source, folder: Path) -> Written:
+        schemes = integer_schemes(source.specs.values())
+        shards = Shards(folder)
+        for linears, others in source.read():
+            for linear in linears:
+                integers = integers_of(linear.weight_OI).regrouped(schemes[linear.name].group)
+                tensors = gptq_tensors(integers, linear.spec, zero_offset=1 if self.version == "1" else 0)
+                shards.add({f"{linear.name}.{part}": tensor for part, tensor in tensors.items()} | linear.biases)
+            shards.add(others)
+        shards.close()
+        config = self._config(next(iter(schemes.values())))
+        write_json(folder / CONFIG_FILE, {**source.config, QUANTIZATION_CONFIG: config})
+        write_json(folder / "quantize_config.json", config)
+        source.copy_surroundings(folder)
+        return Written("rounded", ("Readers multiply by float16 scales in float16.",))
+
+    def _config(self, scheme: IntegerScheme) -> dict[str, Any]:
+        layout = "gptq" if self.version == "1" else "gptq_v2"
+        return {
+            "quant_method": "gptq",
+            "bits": scheme.bits,
+            "group_size": -1 if scheme.group is None else scheme.group,
+            "desc_act": False,
+            "sym": scheme.symmetric,
+            "lm_head": False,
+            "format": layout,
+            "checkpoint_format": layout,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"lqer:{lqer.__version__}"]},
+        }
+
+    def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        # Named: the automatic choice compiles C++ for minutes.
+        return load_pretrained(folder, dtype, quantization_config=GPTQConfig(bits=4, backend="torch"))
+
+    def commands(self, folder: str) -> Mapping[str, str]:
+        return {"vLLM": f"vllm serve {folder} --dtype float16"}
+
+
+def gptq_tensors(integers: Integers, spec: LinearSpec, zero_offset: int) -> dict[str, Tensor]:
+    """The tensors of one linear. zero_offset: what is taken off the zero points. Raises ExportError for values."""
+    if zero_offset and not bool((integers.zeros_OG > 0).all()):
+        raise refuse_value(spec, "a zero point is 0, which version 1 cannot store (--version=2 can)")
+    zeros_GO = (integers.zeros_OG - zero_offset).T.contiguous()
+    in_features = integers.codes_OI.shape[1]
+    return {
+        "qweight": words(integers.codes_OI, integers.bits).T,
+        "qzeros": words(zeros_GO, integers.bits),
+        "scales": float16_scales(integers, spec).T,
+        "g_idx": (torch.arange(in_features) // integers.group).to(torch.int32),
+    }
+
+
+def float16_scales(integers: Integers, spec: LinearSpec) -> Tensor:
+    """Scales float16 (O, G). Raises ExportError, naming the linear, for a scale that is not one."""
+    scales_OG = integers.scales_OG.to(torch.float16)
+    if not torch.equal(scales_OG.to(torch.float32), integers.scales_OG):
+        raise refuse_value(spec, "a scale is not a float16")
+    return scales_OG

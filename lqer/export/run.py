@@ -1,0 +1,165 @@
+"""Export a checkpoint: refuse what the target cannot hold, write beside, read back, compare, rename.
+
+OUT appears complete and verified, or not at all. A killed export leaves a hidden folder next to OUT, which the next
+one with the same OUT removes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from lqer.components import component_from_dict
+from lqer.errors import ConfigError, ExportError
+from lqer.export.base import Target, Written
+from lqer.export.card import CARD_FILE, render_card
+from lqer.export.source import Source
+from lqer.export.verify import Check, check_export
+from lqer.store.files import fsync, write_json, write_text
+
+RECORD_FILE = "lqer_export.json"
+
+log = logging.getLogger(__name__)
+
+
+def make_target(kind: str, settings: Mapping[str, Any]) -> Target:
+    """The target of that kind. Raises ConfigError for an unknown kind, setting or value."""
+    try:
+        return component_from_dict(Target, {**settings, "kind": kind})
+    except ValueError as error:
+        raise ConfigError(f"export: {error}") from None
+
+
+def export(
+    checkpoint: Path,
+    target: Target,
+    out: Path,
+    text: Path | None = None,
+    check: bool = True,
+    device: torch.device | None = None,
+) -> Check | None:
+    """Write the checkpoint, or that of a run's folder, to the new folder `out`. Returns what was measured.
+
+    text: a file whose tokens the comparison runs on, by default what the checkpoint itself writes. check: whether to
+    read the files back and compare. device: where the comparison runs, by default the CPU.
+
+    Raises ExportError if `out` exists, the target cannot hold some linear, or the files do not compute what the
+    checkpoint does; nothing is then left of them.
+    """
+    source = Source(checkpoint)
+    refuse_unsupported(source, target)
+    with _new_folder(out, source.path) as folder:
+        try:
+            written = target.write(source, folder)
+        except ExportError as error:
+            raise ExportError(f"{error}; {_others(source, target)}") from None
+        unverified, measured = _reason_not_to_check(target, check), None
+        if unverified is None:
+            measured = check_export(target, written, source, folder, text, device or torch.device("cpu"))
+        write_text(folder / CARD_FILE, render_card(source, target, written, measured, unverified, out.name))
+        write_json(folder / RECORD_FILE, _record(source, target, written, measured, unverified))
+    _report(source, target, written, measured, unverified)
+    return measured
+
+
+def refuse_unsupported(source: Source, target: Target) -> None:
+    """Raise ExportError, naming the first linear that the target cannot hold and the targets that can."""
+    found = first_unsupported(source, target)
+    if found is not None:
+        name, reason = found
+        raise ExportError(f"{target.kind} cannot hold {name}: {reason}; {_others(source, target)}")
+
+
+def first_unsupported(source: Source, target: Target) -> tuple[str, str] | None:
+    """The first linear that the target cannot hold, and why; None if it can hold the model."""
+    for spec in source.specs.values():
+        if (reason := target.unsupported(spec)) is not None:
+            return spec.name, reason
+    return target.unsupported_model(source)
+
+
+def _others(source: Source, target: Target) -> str:
+    """Which other targets would do."""
+    others = {kind: cls() for kind, cls in Target.registry.items() if kind != target.kind}
+    kinds = [kind for kind, other in others.items() if first_unsupported(source, other) is None]
+    return f"targets that can: {', '.join(kinds)}" if kinds else "no other target can"
+
+
+def _reason_not_to_check(target: Target, check: bool) -> str | None:
+    if not check:
+        return "the comparison was switched off (--no-check)"
+    missing = target.missing_reader()
+    return None if missing is None else f"{missing}, which reads such files, was not installed"
+
+
+def _record(
+    source: Source, target: Target, written: Written, check: Check | None, unverified: str | None
+) -> dict[str, Any]:
+    return {
+        "checkpoint": source.key,
+        "target": target.to_dict(),
+        "closeness": written.closeness,
+        "notes": list(written.notes),
+        "check": None if check is None else check.to_dict(),
+        "not_verified": unverified,
+    }
+
+
+def _report(source: Source, target: Target, written: Written, check: Check | None, unverified: str | None) -> None:
+    dropped = sum(not target.keeps_activation(spec) for spec in source.specs.values())
+    if dropped:
+        log.warning("export: the rounding of the inputs of %d linears is not carried", dropped)
+    if source.rounds_attention:
+        log.warning("export: the rounding of attention's operands is not carried")
+    for note in written.notes:
+        log.info("export: %s", note)
+    if check is None:
+        log.warning("export: not verified: %s", unverified)
+        return
+    log.info(
+        "export: verified: logits differ by up to %.3g (of up to %.3g), perplexity %.6g, the checkpoint's %.6g, on %d "
+        "windows of %d tokens (%s)",
+        *(check.logit_difference, check.largest_logit, check.exported_perplexity, check.perplexity),
+        *(check.windows, check.tokens_per_window, check.text),
+    )
+
+
+@contextmanager
+def _new_folder(out: Path, checkpoint: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when the block ends, and is deleted if that fails."""
+    if not out.name or out.name == "..":
+        raise ExportError(f"{out} is not the name of a new folder")
+    if os.path.lexists(out):
+        raise ExportError(f"{out} exists: name a new folder")
+    if out.absolute().resolve().is_relative_to(checkpoint.resolve()):
+        raise ExportError(f"{out} lies in the checkpoint's own folder, which must stay as it is")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, lock_file = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "lock"))
+    try:
+        lock = FileLock(lock_file)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ExportError(f"{out}: another export is writing it") from None
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        for file in partial.rglob("*"):
+            fsync(file)
+        fsync(partial)
+        if os.path.lexists(out):
+            raise ExportError(f"{out} has appeared meanwhile: name a new folder")
+        partial.rename(out)
+        fsync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        lock_file.unlink(missing_ok=True)
+        lock.release()

@@ -1,0 +1,183 @@
+"""The comparison that ends an export: the files, read back by the target's own library, against the checkpoint.
+
+Both run in emulation on the same windows of tokens; the largest difference of a logit over 4 windows and the difference
+of perplexity over 20 must stay within the bound of what the target says of itself. What a target cannot carry, the
+rounding of inputs and of attention's operands, is switched off in the checkpoint for the comparison, and the perplexity
+with it is measured besides.
+
+Shapes: W windows, T tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from lqer.checkpoint.load import load_quantized
+from lqer.errors import DataError, ExportError
+from lqer.evaluation.logits import window_logits
+from lqer.evaluation.perplexity import concat_perplexity, concat_windows
+from lqer.export.base import Closeness, Target, Written
+from lqer.export.source import Source
+from lqer.nn.linear import QuantizedLinear
+
+WINDOWS_OF_LOGITS, WINDOWS_OF_PERPLEXITY = 4, 20
+WINDOW_TOKENS, SAMPLED_TOKENS = 256, 128
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The largest difference of a logit, as a fraction of the largest logit, and of perplexity, as a fraction of it."""
+
+    logits: float
+    perplexity: float
+
+
+BOUNDS: dict[Closeness, Bound] = {
+    "exact": Bound(0.0, 0.0),
+    "reordered": Bound(2e-5, 1e-5),
+    "rounded": Bound(2e-2, 5e-3),
+    "other inputs": Bound(1e-1, 1e-2),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was measured. Perplexities are those of the windows alone."""
+
+    windows: int
+    tokens_per_window: int
+    text: str
+    dtype: str
+    largest_logit: float
+    logit_difference: float
+    perplexity: float  # of the checkpoint, without what the target cannot carry
+    exported_perplexity: float
+    whole_perplexity: float  # of the checkpoint as it is
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_export(
+    target: Target, written: Written, source: Source, folder: Path, text: Path | None, device: torch.device
+) -> Check:
+    """Compare the files in `folder` with the checkpoint. Raises ExportError if they differ by more than the bound.
+
+    text: a file whose tokens the windows are of; None: the checkpoint itself writes them.
+    """
+    dtype = target.dtype_of_check(source)
+    checkpoint = load_quantized(source.path, device, dtype, "emulate", verify=False)
+    windows_WT, of_text = _windows(checkpoint, source, text)
+    drops = source.rounds_attention or any(not target.keeps_activation(spec) for spec in source.specs.values())
+    whole = _perplexity(checkpoint, windows_WT) if drops else math.nan
+    if drops:
+        _without_run_time_rounding(checkpoint, target, source)
+    expected_WTV, expected = _logits(checkpoint, windows_WT), _perplexity(checkpoint, windows_WT)
+    del checkpoint
+    exported = _loaded(target, folder, dtype)
+    nn.Module.to(exported, device)
+    found_WTV, found = _logits(exported, windows_WT), _perplexity(exported, windows_WT)
+    check = Check(
+        windows=len(windows_WT),
+        tokens_per_window=windows_WT.shape[1],
+        text=of_text,
+        dtype=str(dtype).removeprefix("torch."),
+        largest_logit=float(expected_WTV.abs().max()),
+        logit_difference=float((expected_WTV - found_WTV).abs().max()),
+        perplexity=expected,
+        exported_perplexity=found,
+        whole_perplexity=whole if drops else expected,
+    )
+    _refuse_difference(check, written.closeness)
+    return check
+
+
+def _refuse_difference(check: Check, closeness: Closeness) -> None:
+    bound = BOUNDS[closeness]
+    # Written so that a NaN, of which any comparison is false, is refused.
+    if not check.logit_difference <= bound.logits * check.largest_logit:
+        raise ExportError(
+            f"the files do not compute what the checkpoint does: logits differ by up to {check.logit_difference:.3g}, "
+            f"and the bound is {bound.logits * check.largest_logit:.3g} ({closeness})"
+        )
+    if not abs(check.exported_perplexity - check.perplexity) <= bound.perplexity * check.perplexity:
+        raise ExportError(
+            f"the files do not compute what the checkpoint does: perplexity {check.exported_perplexity:.6g}, not "
+            f"{check.perplexity:.6g} ({closeness})"
+        )
+
+
+def _loaded(target: Target, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return target.load(folder, dtype)
+    except (ExportError, MemoryError):
+        raise
+    except Exception as error:  # each library has errors of its own, and any means that the files are of no use
+        raise ExportError(f"{target.kind} files cannot be read back: {type(error).__name__}: {error}") from error
+
+
+def _without_run_time_rounding(model: PreTrainedModel, target: Target, source: Source) -> None:
+    """Switch off, in place, the roundings that the target does not carry."""
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        # A rotated linear has the one that rounds inside it.
+        linear = name.removesuffix(".inner")
+        if isinstance(module, QuantizedLinear) and not target.keeps_activation(source.specs[linear]):
+            module.activation = None
+    if source.rounds_attention:
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+
+
+def _windows(model: PreTrainedModel, source: Source, text: Path | None) -> tuple[Tensor, str]:
+    """windows_WT int64, and what they are of."""
+    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW_TOKENS))
+    if text is None:
+        return _sampled(model, min(SAMPLED_TOKENS, longest)), "sampled from the checkpoint (seed 0)"
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--text: {text} cannot be read as UTF-8 text: {error}") from None
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    windows_WT = concat_windows(tokenizer, [content], "", min(WINDOW_TOKENS, longest))
+    return windows_WT[:WINDOWS_OF_PERPLEXITY], text.name
+
+
+@torch.inference_mode()
+def _sampled(model: Any, tokens: int) -> Tensor:
+    """Windows (W, T) that the model writes by itself: in its own distribution, so that an error shows."""
+    special = model.generation_config
+    first = next((found for found in (special.bos_token_id, special.eos_token_id, 0) if isinstance(found, int)), 0)
+    start_W1 = torch.full((WINDOWS_OF_PERPLEXITY, 1), first, device=model.device)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        ids_WT = model.generate(
+            start_W1,
+            attention_mask=torch.ones_like(start_W1),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            min_new_tokens=tokens - 1,
+            max_new_tokens=tokens - 1,
+            pad_token_id=first,
+        )
+    return ids_WT.cpu()
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, windows_WT: Tensor) -> Tensor:
+    batches = windows_WT[:WINDOWS_OF_LOGITS].split(1)
+    logits_of = window_logits(model, batches, "logits", progress=False)
+    return torch.cat([logits_of(index).float().cpu() for index in range(len(batches))])
+
+
+def _perplexity(model: PreTrainedModel, windows_WT: Tensor) -> float:
+    return concat_perplexity(model, windows_WT, BATCH, progress=False).perplexity

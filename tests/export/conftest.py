@@ -1,0 +1,90 @@
+"""Checkpoints of tiny models, and templates of GGUF files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+
+from lqer.formats import MXInt, NumberFormat
+from lqer.methods import LinearPlan, RoundingOnly
+from lqer.store.files import hash_file, write_json
+from lqer.store.store import MANIFEST
+
+
+@pytest.fixture(scope="session")
+def rounded() -> Callable[..., LinearPlan]:
+    """`rounded(weight, **changes)`: a plan that rounds to nearest and does nothing else, unless changed."""
+
+    def plan(weight: NumberFormat, **changes: object) -> LinearPlan:
+        settings = {
+            "method": RoundingOnly(), "weight": weight, "activation": None, "bias": None, "rank": 0,
+            "factor": MXInt(bits=8), "factor_axis": "reduction", **changes,
+        }  # fmt: skip
+        return LinearPlan(**settings)
+
+    return plan
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(random_model, run_stages, rounded) -> Callable[..., Path]:
+    """`checkpoint_of(weight, architecture="llama", **changes of the plan)`: the folder of a checkpoint, made once."""
+    made: dict[str, Path] = {}
+
+    def checkpoint(weight: NumberFormat, architecture: str = "llama", **changes: object) -> Path:
+        key = repr((weight, architecture, changes))
+        if key not in made:
+            skip = changes.pop("skip", ())
+            made[key] = run_stages(random_model(architecture), rounded(weight, **changes), skip=skip).checkpoint.path
+        return made[key]
+
+    return checkpoint
+
+
+@pytest.fixture
+def edited(tmp_path) -> Callable[..., Path]:
+    """`edited(checkpoint, name, change)`: a copy of a checkpoint whose JSON file `name` was changed in place."""
+
+    def copy(checkpoint: Path, name: str, change: Callable[[dict], object]) -> Path:
+        folder = tmp_path / "edited"
+        shutil.copytree(checkpoint, folder)
+        content = json.loads((folder / name).read_text())
+        change(content)
+        write_json(folder / name, content)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"][name] = hash_file(folder / name)
+        write_json(folder / MANIFEST, manifest)
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def template(tmp_path) -> Path:
+    """A GGUF file with the hyperparameters of `random_model("llama")` and no tensor of use."""
+    path = tmp_path / "template.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(80)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"t{index}" for index in range(80)])
+    writer.add_token_scores([0.0] * 80)
+    writer.add_token_types([1] * 80)
+    writer.add_file_type(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,181 @@
+"""Every target on checkpoints of tiny models: what it writes computes what the checkpoint does, or it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lqer.checkpoint.load import load_quantized
+from lqer.errors import ConfigError, ExportError
+from lqer.export import CompressedTensors, Dense, Gguf, Source, export, first_unsupported
+from lqer.formats import MX, Int, MXInt, NormalFloat
+from lqer.methods import LqerAct
+from lqer.models.structure import ONLINE_ROTATIONS
+from lqer.transforms import Hadamard
+
+CPU = torch.device("cpu")
+INT8_ROW = Int(bits=8, block_size="row", symmetric=True)
+INT8_TOKEN = Int(bits=8, block_size="row", symmetric=True, scale_dtype="float32")
+MXINT8 = MXInt(bits=8)
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+class TestDense:
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt-neox"])
+    def test_a_model_without_factors_is_exact_also_where_weights_are_stored_transposed(
+        self, checkpoint_of, architecture, tmp_path
+    ):
+        check = export(checkpoint_of(NormalFloat(bits=4), architecture), Dense(), tmp_path / "out")
+        assert check.logit_difference == 0
+
+    @torch.no_grad()
+    def test_factors_are_merged_and_rotations_folded(self, checkpoint_of, edited, windows_WT, tmp_path):
+        checkpoint = checkpoint_of(MXInt(bits=3), method=LqerAct(), rank=4, transform=Hadamard())
+        rotated = "model.layers.1.mlp.down_proj"
+        checkpoint = edited(
+            checkpoint, "config.json", lambda config: config.update({ONLINE_ROTATIONS: {rotated: None}})
+        )
+        export(checkpoint, Dense(), tmp_path / "out", check=False)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(exported(windows_WT).logits, load_quantized(checkpoint, CPU)(windows_WT).logits)
+        assert config_of(tmp_path / "out").keys().isdisjoint({ONLINE_ROTATIONS, "quantization_config"})
+
+    def test_rounding_of_inputs_is_dropped_and_said(self, checkpoint_of, tmp_path, caplog):
+        checkpoint = checkpoint_of(MXInt(bits=4), activation=MXInt(bits=3))
+        check = export(checkpoint, Dense(), tmp_path / "out")
+        assert check.logit_difference == 0
+        assert check.whole_perplexity != check.perplexity
+        assert "the rounding of the inputs of 14 linears is not carried" in caplog.text
+        assert "Inputs are not rounded here" in (tmp_path / "out" / "README.md").read_text()
+
+    def test_other_tensors_keep_their_dtype(self, checkpoint_of, tmp_path):
+        export(checkpoint_of(MXInt(bits=4)), Dense(dtype="bfloat16"), tmp_path / "out")
+        stored = load_file(tmp_path / "out" / "model.safetensors")
+        assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+        assert stored["model.embed_tokens.weight"].dtype == torch.float32
+
+
+class TestCompressedTensors:
+    @pytest.fixture(autouse=True)
+    def _library(self):
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+
+    @pytest.mark.parametrize(
+        "weight",
+        [
+            MXInt(bits=4, block_size=32), MXInt(bits=3), Int(bits=4, block_size=32, symmetric=True),
+            Int(bits=3, block_size=32), Int(bits=4, block_size="row"), INT8_ROW, MX("mxint8"),
+            MX("mxfp4_e2m1"), MX("mxfp6_e2m3"), MX("mxfp8_e4m3"),
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_it_loads_in_transformers_and_computes_the_same(self, checkpoint_of, weight, tmp_path):
+        check = export(checkpoint_of(weight), CompressedTensors(), tmp_path / "out")
+        assert check.logit_difference == 0
+        assert check.dtype == ("bfloat16" if "mxfp" in str(weight) else "float32")
+
+    def test_a_skipped_linear_and_the_head_are_ignored(self, checkpoint_of, tmp_path):
+        skipped = "model.layers.0.mlp.down_proj"
+        check = export(checkpoint_of(INT8_ROW, skip=(skipped,)), CompressedTensors(), tmp_path / "out")
+        assert check.logit_difference == 0
+        assert sorted(config_of(tmp_path / "out")["quantization_config"]["ignore"]) == ["lm_head", skipped]
+
+    def test_int8_inputs_of_a_token_are_carried(self, checkpoint_of, tmp_path):
+        check = export(checkpoint_of(INT8_ROW, activation=INT8_TOKEN), CompressedTensors(), tmp_path / "out")
+        assert check.whole_perplexity == check.perplexity
+        assert check.logit_difference > 0
+        (group,) = config_of(tmp_path / "out")["quantization_config"]["config_groups"].values()
+        assert group["format"] == "int-quantized"
+        assert group["input_activations"]["strategy"] == "token"
+
+
+def refusal(checkpoint, target):
+    found = first_unsupported(Source(checkpoint), target)
+    assert found is not None
+    return " ".join(found)
+
+
+class TestRefusals:
+    def test_low_rank_factors_and_rotations(self, checkpoint_of, tmp_path):
+        checkpoint = checkpoint_of(MXInt(bits=4), method=LqerAct(), rank=4)
+        rotated = checkpoint_of(MXInt(bits=4), transform=Hadamard())
+        for target in (CompressedTensors(), Gguf()):
+            assert refusal(checkpoint, target) == "model.layers.0.self_attn.q_proj it has low-rank factors (rank 4)"
+            assert "rounded in a rotated basis" in refusal(rotated, target)
+
+    def test_one_line_names_the_first_linear_and_the_targets_that_would_do(self, checkpoint_of, tmp_path):
+        with pytest.raises(ExportError) as error:
+            export(checkpoint_of(NormalFloat(bits=4)), CompressedTensors(), tmp_path / "out")
+        assert str(error.value) == (
+            "compressed-tensors cannot hold model.layers.0.self_attn.q_proj: normal-float is not integers times a "
+            "scale; targets that can: dense"
+        )
+        assert not (tmp_path / "out").exists()
+
+    def test_levels_without_a_zero(self, checkpoint_of):
+        mid_rise = checkpoint_of(MXInt(bits=4, levels="mid-rise"))
+        assert "mid-rise levels have no zero" in refusal(mid_rise, CompressedTensors())
+
+    def test_rows_that_are_not_whole_groups(self, checkpoint_of):
+        assert "32 inputs are not whole groups of 12" in refusal(
+            checkpoint_of(Int(bits=4, block_size=12)), CompressedTensors()
+        )
+
+    def test_zero_points_beside_another_layout(self, checkpoint_of, edited):
+        def other_width(details):
+            described = details["linears"]["model.layers.1.mlp.down_proj"]["weight"]["format"]
+            described["bits"] = 8
+
+        mixed = edited(checkpoint_of(Int(bits=4, block_size=32)), "lqer.json", other_width)
+        assert "zero points and others another layout" in refusal(mixed, CompressedTensors())
+
+    def test_matrices_that_engines_fuse_in_different_layouts(self, checkpoint_of, edited):
+        def other_width(details):
+            details["linears"]["model.layers.1.self_attn.v_proj"]["weight"]["format"]["bits"] = 8
+
+        mixed = edited(checkpoint_of(MXInt(bits=4, block_size=32)), "lqer.json", other_width)
+        assert "vLLM runs q_proj, k_proj, v_proj as one matrix" in refusal(mixed, CompressedTensors())
+
+    def test_transposed_weights(self, checkpoint_of):
+        assert "Conv1D" in refusal(checkpoint_of(INT8_ROW, "gpt2"), CompressedTensors())
+
+
+class TestGguf:
+    @pytest.mark.parametrize(
+        ("weight", "block_type"),
+        [
+            (MXInt(bits=4, block_size=32), "Q4_0"), (Int(bits=4, block_size=32), "Q5_0"), (INT8_ROW, "Q8_0"),
+            (MX("mxfp4_e2m1"), "MXFP4"),
+        ],
+    )  # fmt: skip
+    def test_transformers_reads_the_file_and_computes_the_same(
+        self, checkpoint_of, weight, block_type, template, tmp_path
+    ):
+        check = export(checkpoint_of(weight), Gguf(template=str(template)), tmp_path / "out")
+        assert check.logit_difference == 0
+        reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+        types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+        assert types["blk.1.ffn_up.weight"] == block_type
+        assert types["blk.1.ffn_norm.weight"] == "F32"
+        assert reader.fields["tokenizer.ggml.tokens"].contents()[3] == "t3"
+
+    def test_a_template_is_needed_and_checked(self, checkpoint_of, tmp_path):
+        checkpoint = checkpoint_of(INT8_ROW)
+        broken = tmp_path / "broken.gguf"
+        broken.write_bytes(b"GGUF and nothing else")
+        for target, words in (
+            (Gguf(), "needs --template"),
+            (Gguf(template=str(tmp_path / "absent.gguf")), "no such file"),
+            (Gguf(template=str(broken)), "template"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                export(checkpoint, target, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
