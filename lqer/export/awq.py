@@ -91,7 +91,7 @@ class Awq(Target):
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_pretrained(folder, dtype, quantization_config=AwqConfig(backend=AwqBackend.TORCH_AWQ))
 
-    def commands(self, folder: str) -> Mapping[str, str]:
+    def commands(self, folder: str, source: Source) -> Mapping[str, str]:
         return {"vLLM": f"vllm serve {folder} --dtype float16"}
 
 

@@ -7,7 +7,7 @@ the folder, and reads it back for the comparison in lqer/export/verify.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,12 +72,17 @@ class Target(Component, ABC, family="export target"):
         """The model in those files, on the CPU, as the target's library reads it."""
 
     @abstractmethod
-    def commands(self, folder: str) -> Mapping[str, str]:
+    def commands(self, folder: str, source: Source) -> Mapping[str, str]:
         """How the files in a folder are used, by the name of the program or library."""
 
     def missing_reader(self) -> str | None:
         """The package without which the files cannot be read back here; None if nothing is missing."""
-        return next((name for name in self.readers if find_spec(name) is None), None)
+        return first_missing(self.readers)
+
+
+def first_missing(packages: Iterable[str]) -> str | None:
+    """The first of these packages that is not installed."""
+    return next((name for name in packages if find_spec(name) is None), None)
 
 
 def unsupported_basis(spec: LinearSpec) -> str | None:

@@ -26,7 +26,7 @@ def render_card(
     source: Source, target: Target, written: Written, check: Check | None, unverified: str | None, out: str
 ) -> str:
     """README.md. check: None where the files were not read back, for the reason `unverified`."""
-    commands = target.commands(out)
+    commands = target.commands(out, source)
     parts = [
         f"---\n{_front_matter(source, target).to_yaml()}\n---\n",
         f"# {_title(source)}, {target.kind}",

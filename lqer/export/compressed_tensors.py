@@ -76,7 +76,7 @@ class CompressedTensors(Target):
     def dtype_of_check(self, source: Source) -> torch.dtype:
         return torch.bfloat16 if any(is_float(spec) for spec in source.specs.values()) else torch.float32
 
-    def commands(self, folder: str) -> Mapping[str, str]:
+    def commands(self, folder: str, source: Source) -> Mapping[str, str]:
         return {
             "transformers": f'AutoModelForCausalLM.from_pretrained("{folder}")   # pip install compressed-tensors',
             "vLLM": f"vllm serve {folder}",

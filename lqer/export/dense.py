@@ -9,7 +9,7 @@ Shapes: I in_features, O out_features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lqer.components import require_choice
-from lqer.export.base import Target, Written, load_pretrained
+from lqer.export.base import Target, Written, load_pretrained, unsupported_extras
 from lqer.export.shards import Shards
 from lqer.export.source import CONFIG_FILE, Linear, LinearSpec, Source
 from lqer.models.source import DTYPES
@@ -46,33 +46,38 @@ class Dense(Target):
         return None
 
     def write(self, source: Source, folder: Path) -> Written:
-        shards, dtype = Shards(folder), DTYPES[self.dtype]
-        reordered, rounded = False, False
-        for linears, others in source.read():
-            for linear in linears:
-                weight_OI = effective_weight(linear)
-                stored_OI = weight_OI.to(dtype)
-                reordered |= linear.a_IR is not None or linear.rotation is not None or linear.spec.online is not None
-                rounded |= not torch.equal(stored_OI.to(torch.float32), weight_OI)
-                stored_OI = stored_OI.T if source.stores_transposed(linear.name) else stored_OI
-                shards.add({f"{linear.name}.weight": stored_OI, **linear.biases})
-            shards.add(others)
-        shards.close()
-        write_json(folder / CONFIG_FILE, {**source.config, "dtype": self.dtype})
-        source.copy_surroundings(folder)
-        if rounded:
+        is_exact = write_dense(source, folder, DTYPES[self.dtype], effective_weight)
+        if not is_exact:
             return Written("rounded", (f"Weights were rounded once more, to {self.dtype}.",))
-        return Written("reordered" if reordered else "exact")
+        is_plain = all(unsupported_extras(spec) is None for spec in source.specs.values())
+        return Written("exact" if is_plain else "reordered")
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_pretrained(folder, dtype)
 
-    def commands(self, folder: str) -> Mapping[str, str]:
+    def commands(self, folder: str, source: Source) -> Mapping[str, str]:
         return {
             "transformers": f'AutoModelForCausalLM.from_pretrained("{folder}")',
             "vLLM": f"vllm serve {folder}",
             "lm-eval": f"lm_eval run --model hf --model_args pretrained={folder} --tasks arc_easy",
         }
+
+
+def write_dense(source: Source, folder: Path, dtype: torch.dtype, weight_of: Callable[[Linear], Tensor]) -> bool:
+    """Write the model with the weights (O, I) that `weight_of` makes, in `dtype`. Returns whether it holds them all."""
+    shards, is_exact = Shards(folder), True
+    for linears, others in source.read():
+        for linear in linears:
+            weight_OI = weight_of(linear)
+            stored_OI = weight_OI.to(dtype)
+            is_exact &= torch.equal(stored_OI.to(torch.float32), weight_OI)
+            stored_OI = stored_OI.T if source.stores_transposed(linear.name) else stored_OI
+            shards.add({f"{linear.name}.weight": stored_OI, **linear.biases})
+        shards.add(others)
+    shards.close()
+    write_json(folder / CONFIG_FILE, {**source.config, "dtype": str(dtype).removeprefix("torch.")})
+    source.copy_surroundings(folder)
+    return is_exact
 
 
 def effective_weight(linear: Linear) -> Tensor:

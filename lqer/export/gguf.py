@@ -111,7 +111,7 @@ class Gguf(Target):
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_pretrained(folder, dtype, gguf_file=MODEL_FILE)
 
-    def commands(self, folder: str) -> Mapping[str, str]:
+    def commands(self, folder: str, source: Source) -> Mapping[str, str]:
         return {"llama.cpp": f'llama-cli -m {folder}/{MODEL_FILE} -p "Once upon a time"'}
 
 

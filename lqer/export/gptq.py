@@ -106,7 +106,7 @@ class Gptq(Target):
         # Named: the automatic choice compiles C++ for minutes.
         return load_pretrained(folder, dtype, quantization_config=GPTQConfig(bits=4, backend="torch"))
 
-    def commands(self, folder: str) -> Mapping[str, str]:
+    def commands(self, folder: str, source: Source) -> Mapping[str, str]:
         return {"vLLM": f"vllm serve {folder} --dtype float16"}
 
 

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lqer.checkpoint.load import load_quantized
 from lqer.errors import ConfigError, ExportError
-from lqer.export import CompressedTensors, Dense, Gguf, Source, export, first_unsupported
+from lqer.export import CompressedTensors, Dense, Gguf, Peft, Source, export, first_unsupported
+from lqer.export.peft import adapter_config
+from lqer.export.source import LinearSpec
 from lqer.formats import MX, Int, MXInt, NormalFloat
 from lqer.methods import LqerAct
 from lqer.models.structure import ONLINE_ROTATIONS
@@ -95,6 +97,43 @@ class TestCompressedTensors:
         (group,) = config_of(tmp_path / "out")["quantization_config"]["config_groups"].values()
         assert group["format"] == "int-quantized"
         assert group["input_activations"]["strategy"] == "token"
+
+
+class TestPeft:
+    @pytest.fixture(autouse=True)
+    def _library(self):
+        pytest.importorskip("peft", reason="peft is not installed")
+
+    @pytest.fixture
+    def factors(self, checkpoint_of):
+        return checkpoint_of(MXInt(bits=3, block_size=32), method=LqerAct(), rank=4)
+
+    def test_factors_are_an_adapter_over_packed_weights(self, factors, tmp_path):
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+        check = export(factors, Peft(), tmp_path / "out")
+        assert check.logit_difference < 1e-5
+        assert config_of(tmp_path / "out" / "base")["quantization_config"]["quant_method"] == "compressed-tensors"
+
+    @torch.no_grad()
+    def test_over_a_dense_base_factors_of_a_rotated_linear_are_turned_back(self, checkpoint_of, windows_WT, tmp_path):
+        checkpoint = checkpoint_of(MXInt(bits=3), method=LqerAct(), rank=4, transform=Hadamard())
+        assert "rotated basis" in refusal(checkpoint, Peft())
+        check = export(checkpoint, Peft(base="dense"), tmp_path / "out")
+        assert check.logit_difference < 1e-5
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+        assert (base(windows_WT).logits - load_quantized(checkpoint, CPU)(windows_WT).logits).abs().max() > 1e-2
+
+    def test_every_rank_has_a_scale_of_one(self):
+        specs = {
+            name: LinearSpec(name, MXInt(bits=4), 8, 8, rank) for name, rank in {"a": 4, "b": 2, "c": 4, "d": 0}.items()
+        }
+        config = adapter_config(specs)
+        assert (config["r"], config["lora_alpha"]) == (4, 4)
+        assert config["rank_pattern"] == config["alpha_pattern"] == {"b": 2}
+        assert config["target_modules"] == ["a", "b", "c"]
+
+    def test_a_checkpoint_without_factors_is_refused(self, checkpoint_of):
+        assert "nor any other linear has low-rank factors" in refusal(checkpoint_of(INT8_ROW), Peft())
 
 
 def refusal(checkpoint, target):
