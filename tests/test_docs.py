@@ -18,11 +18,12 @@ from pydantic import BaseModel
 from lqer.config import read_config
 from lqer.config.schema import Config, OverrideConfig, TrackingConfig
 from lqer.data.datasets import DatasetSpec
+from lqer.export import make_target, matrix
 from lqer.formats import NumberFormat, format_from_dict
 from lqer.report import contract
 
 ROOT = Path(__file__).parents[1]
-README, TUTORIAL = ((ROOT / name).read_text() for name in ("README.md", "docs/tutorial.md"))
+README, TUTORIAL, SERVING = ((ROOT / name).read_text() for name in ("README.md", "docs/tutorial.md", "docs/serving.md"))
 PIPELINE = "python experiments/pipeline.py"
 # Tables with a paragraph or a row of their own.
 EXPLAINED_ELSEWHERE = (DatasetSpec, OverrideConfig)
@@ -110,6 +111,20 @@ def test_every_key_of_the_configuration_is_explained(key):
 
 def test_the_page_of_the_contract_is_made_from_the_code():
     assert (ROOT / "docs" / "results" / "contract.md").read_text() == contract.render()
+
+
+def test_the_tables_of_export_targets_are_the_targets_own_answers():
+    page = (ROOT / "docs" / "serving.md").read_text()
+    assert matrix.formats_table() in page
+    assert matrix.features_table() in page
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in commands("lqer export", SERVING) if command[3] != "TARGET"], ids=" ".join
+)
+def test_an_export_command_of_the_page_on_serving_names_a_target_and_its_settings(command):
+    settings = dict(argument.removeprefix("--").split("=") for argument in command[5:])
+    assert make_target(command[3], settings).kind == command[3]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

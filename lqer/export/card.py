@@ -23,14 +23,20 @@ CONFIGURATION_SHOWN = ("calibration", "quantize", "formats")
 
 
 def render_card(
-    source: Source, target: Target, written: Written, check: Check | None, unverified: str | None, out: str
+    source: Source,
+    target: Target,
+    written: Written,
+    check: Check | None,
+    unverified: str | None,
+    out: str,
+    weight_bytes: int,
 ) -> str:
-    """README.md. check: None where the files were not read back, for the reason `unverified`."""
+    """README.md of the folder `out`. check: None where its files were not read back, for the reason `unverified`."""
     commands = target.commands(out, source)
     parts = [
         f"---\n{_front_matter(source, target).to_yaml()}\n---\n",
         f"# {_title(source)}, {target.kind}",
-        _made(source, target),
+        _made(source, target, weight_bytes),
         *_scores(source.results),
         "## Use",
         *(f"{program}:\n\n```{_language(command)}\n{command}\n```" for program, command in commands.items()),
@@ -84,7 +90,7 @@ def _license(source: Source) -> str | None:
     return stated if isinstance(stated, str) else None
 
 
-def _made(source: Source, target: Target) -> str:
+def _made(source: Source, target: Target, weight_bytes: int) -> str:
     bits = source.details["bits"]
     cost = (
         f"{bits['average']:.3f} bits per weight of these linears in lqer's checkpoint: {bits['weight']:.3f} codes, "
@@ -93,6 +99,7 @@ def _made(source: Source, target: Target) -> str:
     lines = [
         f"{len(source.specs)} linears, quantized by [lqer](https://pypi.org/project/lqer) {lqer.__version__}",
         cost,
+        f"files of weights, unquantized ones included: {weight_bytes / 1e6:.1f} MB",
         f"exported to `{target.kind}` from checkpoint `{source.key[:16]}`, with torch {version('torch')} and "
         f"transformers {version('transformers')}",
     ]

@@ -39,8 +39,11 @@ DTYPES = {
     torch.float16: gguf.GGMLQuantizationType.F16,
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
 }
-# Architectures whose rotary embedding turns neighbouring rows, by the keys of their numbers of heads.
+# Others change the values of norms, or the order of fused rows, in ways of their own.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Those of them whose rotary embedding turns neighbouring rows, by the keys of their numbers of heads.
 INTERLEAVED = {"llama": {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}}
+ROPE_PREFIX = "rope_"
 SUFFIXES = (".weight", ".bias")
 
 
@@ -81,6 +84,10 @@ class Gguf(Target):
                 others |= linear.biases
             for name, tensor in others.items():
                 _add_plain(writer, names.of(name), names.ordered(name, tensor))
+        for copied in reader.tensors:
+            # What stands for a configuration's scaling of rotary frequencies; no checkpoint has it.
+            if copied.name.startswith(ROPE_PREFIX):
+                writer.add_tensor(copied.name, copied.data, raw_dtype=copied.tensor_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -120,8 +127,8 @@ class _Names:
 
     def __init__(self, source: Source, architecture: str):
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-        if architecture not in kinds:
-            raise ExportError(f"the template's architecture {architecture!r} is unknown to the gguf package")
+        if architecture not in ARCHITECTURES:
+            raise ExportError(f"the template's architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
         self._map = gguf.get_tensor_name_map(kinds[architecture], source.blocks)
         self._heads = INTERLEAVED.get(architecture, {})
         self._config = source.config

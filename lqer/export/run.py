@@ -22,10 +22,11 @@ from lqer.errors import ConfigError, ExportError
 from lqer.export.base import Target, Written
 from lqer.export.card import CARD_FILE, render_card
 from lqer.export.source import Source
-from lqer.export.verify import Check, check_export
+from lqer.export.verify import Check, check_export, read_text
 from lqer.store.files import fsync, write_json, write_text
 
 RECORD_FILE = "lqer_export.json"
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def export(
     Raises ExportError if `out` exists, the target cannot hold some linear, or the files do not compute what the
     checkpoint does; nothing is then left of them.
     """
-    source = Source(checkpoint)
+    source, words = Source(checkpoint), None if text is None else read_text(text)
     refuse_unsupported(source, target)
     with _new_folder(out, source.path) as folder:
         try:
@@ -63,8 +64,9 @@ def export(
             raise ExportError(f"{error}; {_others(source, target)}") from None
         unverified, measured = _reason_not_to_check(target, check), None
         if unverified is None:
-            measured = check_export(target, written, source, folder, text, device or torch.device("cpu"))
-        write_text(folder / CARD_FILE, render_card(source, target, written, measured, unverified, out.name))
+            measured = check_export(target, written, source, folder, words, device or torch.device("cpu"))
+        card = render_card(source, target, written, measured, unverified, out.name, _weight_bytes(folder))
+        write_text(folder / CARD_FILE, card)
         write_json(folder / RECORD_FILE, _record(source, target, written, measured, unverified))
     _report(source, target, written, measured, unverified)
     return measured
@@ -91,6 +93,10 @@ def _others(source: Source, target: Target) -> str:
     others = {kind: cls() for kind, cls in Target.registry.items() if kind != target.kind}
     kinds = [kind for kind, other in others.items() if first_unsupported(source, other) is None]
     return f"targets that can: {', '.join(kinds)}" if kinds else "no other target can"
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in WEIGHT_SUFFIXES)
 
 
 def _reason_not_to_check(target: Target, check: bool) -> str | None:

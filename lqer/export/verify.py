@@ -11,9 +11,10 @@ Shapes: W windows, T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from lqer.evaluation.logits import window_logits
 from lqer.evaluation.perplexity import concat_perplexity, concat_windows
 from lqer.export.base import Closeness, Target, Written
 from lqer.export.source import Source
+from lqer.models.files import LONGEST_REASON
 from lqer.nn.linear import QuantizedLinear
 
 WINDOWS_OF_LOGITS, WINDOWS_OF_PERPLEXITY = 4, 20
@@ -48,6 +50,19 @@ BOUNDS: dict[Closeness, Bound] = {
 }
 
 
+class Text(NamedTuple):
+    name: str
+    content: str
+
+
+def read_text(path: Path) -> Text:
+    """A file's text. Raises DataError if it is none."""
+    try:
+        return Text(path.name, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--text: {path} cannot be read as UTF-8 text: {error}") from None
+
+
 @dataclass(frozen=True)
 class Check:
     """What was measured. Perplexities are those of the windows alone."""
@@ -67,11 +82,11 @@ class Check:
 
 
 def check_export(
-    target: Target, written: Written, source: Source, folder: Path, text: Path | None, device: torch.device
+    target: Target, written: Written, source: Source, folder: Path, text: Text | None, device: torch.device
 ) -> Check:
     """Compare the files in `folder` with the checkpoint. Raises ExportError if they differ by more than the bound.
 
-    text: a file whose tokens the windows are of; None: the checkpoint itself writes them.
+    text: what the windows are of; None: the checkpoint itself writes them.
     """
     dtype = target.dtype_of_check(source)
     checkpoint = load_quantized(source.path, device, dtype, "emulate", verify=False)
@@ -117,11 +132,15 @@ def _refuse_difference(check: Check, closeness: Closeness) -> None:
 
 def _loaded(target: Target, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        return target.load(folder, dtype)
+        with warnings.catch_warnings():
+            # Of libraries to each other.
+            warnings.simplefilter("ignore", FutureWarning)
+            return target.load(folder, dtype)
     except (ExportError, MemoryError):
         raise
     except Exception as error:  # each library has errors of its own, and any means that the files are of no use
-        raise ExportError(f"{target.kind} files cannot be read back: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}"
+        raise ExportError(f"{target.kind} files cannot be read back (--no-check keeps them): {reason}") from error
 
 
 def _without_run_time_rounding(model: PreTrainedModel, target: Target, source: Source) -> None:
@@ -136,17 +155,13 @@ def _without_run_time_rounding(model: PreTrainedModel, target: Target, source: S
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
-def _windows(model: PreTrainedModel, source: Source, text: Path | None) -> tuple[Tensor, str]:
+def _windows(model: PreTrainedModel, source: Source, text: Text | None) -> tuple[Tensor, str]:
     """windows_WT int64, and what they are of."""
     longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW_TOKENS))
     if text is None:
         return _sampled(model, min(SAMPLED_TOKENS, longest)), "sampled from the checkpoint (seed 0)"
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--text: {text} cannot be read as UTF-8 text: {error}") from None
     tokenizer = AutoTokenizer.from_pretrained(source.path)
-    windows_WT = concat_windows(tokenizer, [content], "", min(WINDOW_TOKENS, longest))
+    windows_WT = concat_windows(tokenizer, [text.content], "", min(WINDOW_TOKENS, longest))
     return windows_WT[:WINDOWS_OF_PERPLEXITY], text.name
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
 from lqer.formats import MXInt, NumberFormat
@@ -83,6 +84,7 @@ def template(tmp_path) -> Path:
     writer.add_token_scores([0.0] * 80)
     writer.add_token_types([1] * 80)
     writer.add_file_type(2)
+    writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

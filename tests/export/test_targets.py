@@ -203,7 +203,7 @@ class TestGguf:
         reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
         types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
         assert types["blk.1.ffn_up.weight"] == block_type
-        assert types["blk.1.ffn_norm.weight"] == "F32"
+        assert types["blk.1.ffn_norm.weight"] == types["rope_freqs.weight"] == "F32"
         assert reader.fields["tokenizer.ggml.tokens"].contents()[3] == "t3"
 
     def test_a_template_is_needed_and_checked(self, checkpoint_of, tmp_path):
