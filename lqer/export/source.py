@@ -101,6 +101,8 @@ class Source:
             self.blocks, self._name = self.details["blocks"]["count"], self.details["blocks"]["name"]
         with reported_as(f"{self.path / CONFIG_FILE} is damaged"):
             self._stored_config = self._json(CONFIG_FILE)
+        if not self.details["linears"]:
+            raise ExportError(f"{path} has no quantized linear: use the original model")
         self._files.check(except_for=[*map(block_file, range(self.blocks)), OUTSIDE_FILE])
 
     def _json(self, name: str) -> dict[str, Any]:

@@ -116,6 +116,12 @@ def test_a_damaged_checkpoint_is_refused_by_name(checkpoint, edited, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_without_a_quantized_linear_is_refused(checkpoint, edited, tmp_path):
+    copy = edited(checkpoint, "lqer.json", lambda details: details["linears"].clear())
+    with pytest.raises(ExportError, match="has no quantized linear"):
+        export(copy, Dense(), tmp_path / "out")
+
+
 def test_large_models_are_written_in_shards(tmp_path):
     shards = Shards(tmp_path, shard_bytes=100)
     tensors = {f"t{index}": torch.full((10,), float(index)) for index in range(5)}
