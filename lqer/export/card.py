@@ -97,7 +97,7 @@ def _made(source: Source, target: Target, weight_bytes: int) -> str:
         f"{bits['metadata']:.3f} scales and other metadata, {bits['low_rank']:.3f} low-rank factors"
     )
     lines = [
-        f"{len(source.specs)} linears, quantized by [lqer](https://pypi.org/project/lqer) {lqer.__version__}",
+        f"{len(source.specs)} linears, quantized by lqer {lqer.__version__}",
         cost,
         f"files of weights, unquantized ones included: {weight_bytes / 1e6:.1f} MB",
         f"exported to `{target.kind}` from checkpoint `{source.key[:16]}`, with torch {version('torch')} and "
