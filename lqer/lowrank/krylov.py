@@ -17,14 +17,16 @@ higher one counts, because a cluster of eigenvalues is found in jumps. The itera
 both relative to the captured energy and relative to the loss: where the optimum itself removes a twentieth of an error,
 its last percent is a two-thousandth of the loss.
 
-On a GPU the products run there and the eigenvectors of the small projected matrix are computed on the CPU, which is
-faster up to some 170 rows, where most solutions end.
+On a GPU the products run there and the eigenvalues of the small projected matrix are computed on the CPU, which is
+faster up to some 170 rows, where most solutions end, while the GPU grows the space by another block. Eigenvectors are
+computed once, at the end.
 
 Shapes: I in_features, O out_features, R rank, L block width, D dimension of the space so far.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -118,33 +120,67 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int)
     out_features, in_features = error_OI.shape
     tolerance = LOSS_TOLERANCE if metric.hessian_II is None else FULL_METRIC_LOSS_TOLERANCE
     largest = min(MOST_BLOCKS, out_features // width) * width
-    start_LO = torch.randn(width, out_features, generator=torch.Generator().manual_seed(seed)).to(error_OI.device)
-    filling_LO = start_LO / out_features**0.5
-    basis_DO = start_LO.new_empty(largest, out_features, dtype=torch.float64)
-    images_DI = start_LO.new_empty(largest, in_features)
+    basis_DO = error_OI.new_empty(largest, out_features, dtype=torch.float64)
+    images_DI = error_OI.new_empty(largest, in_features)
+    blocks = _grow(error_OI, metric, width, seed, basis_DO, images_DI)
     projected_DD = torch.empty(0, 0, dtype=torch.float64)
-    energy, convergence, target_LO = 0.0, _Convergence(), start_LO
-    for size in range(width, largest + 1, width):
-        here = slice(size - width, size)
-        basis_DO[here] = _orthonormal(target_LO, filling_LO.roll(size, dims=1), basis_DO[: size - width])
-        images_DI[here] = basis_DO[here].to(torch.float32) @ error_OI
-        weighted_LI = metric.times(images_DI[here].T).T
-        rows_LD = weighted_LI @ images_DI[:size].T
-        if size < largest:
-            target_LO = weighted_LI @ error_OI.T
-        projected_DD = _bordered(projected_DD, rows_LD.cpu())
+    energy, convergence = 0.0, _Convergence()
+    # The GPU works on the next block while this one's values are computed; a CPU would do its work in vain.
+    for rows_LD in _one_ahead(blocks) if error_OI.is_cuda else blocks:
+        projected_DD = _bordered(projected_DD, rows_LD())
+        size = len(projected_DD)
         if size == width:
             # A random orthonormal block is an unbiased sample of M's trace.
             energy = float(projected_DD.trace()) * out_features / width
         if size >= rank:
-            ritz_D, vectors_DD = torch.linalg.eigh(projected_DD)
-            convergence.add(float(ritz_D[-rank:].sum()))
+            convergence.add(float(torch.linalg.eigvalsh(projected_DD)[-rank:].sum()))
             if convergence.is_enough(energy, tolerance):
                 break
+    ritz_D, vectors_DD = torch.linalg.eigh(projected_DD)
     ritz_R, vectors_DR = ritz_D.flip(0)[:rank].clamp(min=0), vectors_DD.flip(1)[:, :rank]
     if _may_lack_copies(ritz_R, width):
         return None
     return KrylovSolution(*_factors(ritz_R, vectors_DR, basis_DO[:size], images_DI[:size]), convergence.gap)
+
+
+def _grow(
+    error_OI: Tensor, metric: Metric, width: int, seed: int, basis_DO: Tensor, images_DI: Tensor
+) -> Iterator[Callable[[], Tensor]]:
+    """Fill an orthonormal basis of the space and its images Eᵀ v block by block; yields the projected matrix's rows."""
+    out_features = error_OI.shape[0]
+    start_LO = torch.randn(width, out_features, generator=torch.Generator().manual_seed(seed)).to(error_OI.device)
+    filling_LO, target_LO = start_LO / out_features**0.5, start_LO
+    for size in range(width, len(basis_DO) + 1, width):
+        here = slice(size - width, size)
+        basis_DO[here] = _orthonormal(target_LO, filling_LO.roll(size, dims=1), basis_DO[: size - width])
+        images_DI[here] = basis_DO[here].to(torch.float32) @ error_OI
+        weighted_LI = metric.times(images_DI[here].T).T
+        yield _sent_to_cpu(weighted_LI @ images_DI[:size].T)
+        target_LO = weighted_LI @ error_OI.T
+
+
+def _one_ahead(blocks: Iterator[Callable[[], Tensor]]) -> Iterator[Callable[[], Tensor]]:
+    """The same, each after the next one has been started."""
+    last = next(blocks)
+    for block in blocks:
+        yield last
+        last = block
+    yield last
+
+
+def _sent_to_cpu(x: Tensor) -> Callable[[], Tensor]:
+    """A function that waits for `x` alone, not for what the GPU has been given to do since, and returns it."""
+    if not x.is_cuda:
+        return lambda: x
+    on_cpu = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return on_cpu
+
+    return wait
 
 
 def _factors(ritz_R: Tensor, vectors_DR: Tensor, basis_DO: Tensor, images_DI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
