@@ -11,7 +11,8 @@ is not there: groups of different sizes are padded with such vectors.
 
 The distance is expanded, weight x^2 - 2 weight x c + weight c^2, so that the work is one batched product over 2 D
 features, and the sums of the second step are sums of those same features. Work is cut into chunks of groups, and of
-vectors where one group is too large, which bounds the memory and, on a CPU, keeps a chunk in its cache.
+vectors where one group is too large, which bounds the memory and, on a CPU, keeps a chunk in its cache. On a GPU
+`kmeans_kernel.py` takes the two steps.
 
 Shapes: G groups, N vectors of a group (n of a chunk), D elements of a vector, K centroids (at most 256),
 F = 2 D features.
@@ -95,26 +96,14 @@ def lowest_index(scores: Tensor, dim: int) -> Tensor:
 
 def cluster_sums(features_GFN: Tensor, codes_GN: Tensor, centroids: int) -> Tensor:
     """Sums [G, F, K] of the features of the vectors that share a code; the same bits every time, on every device."""
-    if features_GFN.device.type == "cpu":
-        return _scattered_sums(features_GFN, codes_GN, centroids)
-    return _indicator_sums(features_GFN, codes_GN, centroids)
+    if features_GFN.is_cuda:
+        # Atomic additions, as of a scatter, come in another order every time.
+        from lqer.formats import kmeans_kernel
 
-
-def _scattered_sums(features_GFN: Tensor, codes_GN: Tensor, centroids: int) -> Tensor:
+        return kmeans_kernel.cluster_sums(features_GFN, codes_GN, centroids)
     index_GFN = codes_GN.to(torch.int64).unsqueeze(1).expand_as(features_GFN)
     sums_GFK = features_GFN.new_zeros(*features_GFN.shape[:2], centroids)
     return sums_GFK.scatter_add_(2, index_GFN, features_GFN)
-
-
-def _indicator_sums(features_GFN: Tensor, codes_GN: Tensor, centroids: int) -> Tensor:
-    """By products with an indicator matrix: a GPU's atomic additions come in another order every time."""
-    index_K = torch.arange(centroids, device=codes_GN.device)
-    groups_at_once = max(1, _chunk_elements(features_GFN.device) // (features_GFN.shape[2] * centroids))
-    chunks = [
-        features_gFN @ (codes_gN.unsqueeze(-1) == index_K).to(features_gFN)
-        for features_gFN, codes_gN in zip(features_GFN.split(groups_at_once), codes_GN.split(groups_at_once))
-    ]
-    return torch.cat(chunks)
 
 
 def initial_centroids(x_GND: Tensor, weight_GND: Tensor, centroids: int, seeds: Seeds, draws_GK: Tensor) -> Tensor:
@@ -173,6 +162,10 @@ def _features(x_GND: Tensor, weight_GND: Tensor) -> Tensor:
 def _assign(features_GFN: Tensor, centroids_GKD: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 codes [G, N] of the nearest centroids, and their distances without the term that has no centroid in it."""
     of_centroid_GKF = torch.cat([-2 * centroids_GKD, centroids_GKD.square()], dim=-1)
+    if features_GFN.is_cuda:
+        from lqer.formats import kmeans_kernel
+
+        return kmeans_kernel.assign(features_GFN, of_centroid_GKF)
     at_once = max(1, _chunk_elements(features_GFN.device) // of_centroid_GKF[..., 0].numel())
     codes, lowest = [], []
     for part_GFn in features_GFN.split(at_once, dim=2):

@@ -15,6 +15,8 @@ E_P U_PP⁻¹ U_P,rest is the exact optimal-brain-surgeon step for D columns at 
 contributes |E_P U_PP⁻¹|² to the loss; the diagonal of that form, 1 / diag(U)², weights k-means and assignment. The
 published code weights and inverts differently (docs/methods/gptvq.md).
 
+On a GPU one kernel walks the vectors of a panel (rounding/vector_sweep.py).
+
 Shapes: I in_features, O out_features padded to whole groups of rows, G groups of rows, R rows of a group, K centroids,
 D elements of a vector, P columns of a panel, V vectors, N vectors of a group, C centroids of all groups.
 """
@@ -105,6 +107,7 @@ def _sweep(
     padded_rows = layout.row_groups * layout.group_rows - out_features
     moving_IO = pad(weight_OI, (0, 0, 0, padded_rows)).T.contiguous()
     counted_O = torch.arange(moving_IO.shape[1], device=weight_OI.device) < out_features
+    sweep_panel = _panel_in_one_kernel if weight_OI.is_cuda else _panel_vector_by_vector
     codes_VO, scales, stored = [], [], []
     for index, columns in enumerate(layout.column_ranges()):
         group = slice(columns.start, columns.stop)
@@ -122,7 +125,7 @@ def _sweep(
         centroids_GKD = number_format.decode_centroids(basis | stored[-1])
         for panel in columns[::PANEL_COLUMNS]:
             stop = min(panel + PANEL_COLUMNS, columns.stop)
-            panel_codes_VO, error_PO = _sweep_panel(
+            panel_codes_VO, error_PO = sweep_panel(
                 moving_IO[panel:stop],
                 scale_IO[panel - columns.start : stop - columns.start],
                 importance_I1[panel:stop],
@@ -146,7 +149,7 @@ def _basis(weight_OI: Tensor, number_format: Codebook, codebooks: dict[str, Tens
     return {"codebook_basis": parts["codebook_basis"]}
 
 
-def _sweep_panel(
+def _panel_vector_by_vector(
     panel_PO: Tensor,
     scale_PO: Tensor,
     importance_P1: Tensor,
@@ -179,6 +182,19 @@ def _sweep_panel(
         panel_PO[vector.stop :].addmm_(feedback_PP[vector, vector.stop :].T, error_PO[vector], alpha=-1)
         codes_VO[v] = codes_O
     return codes_VO, error_PO
+
+
+def _panel_in_one_kernel(
+    panel_PO: Tensor,
+    scale_PO: Tensor,
+    importance_P1: Tensor,
+    feedback_PP: Tensor,
+    centroids_GKD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same on a GPU, where a vector would cost some ten launches; the panel is left as it is."""
+    from lqer.rounding import vector_sweep
+
+    return vector_sweep.sweep_panel(panel_PO, scale_PO, importance_P1, feedback_PP, centroids_GKD)
 
 
 def _vectors(x_IO: Tensor, groups: int, dimension: int) -> Tensor:

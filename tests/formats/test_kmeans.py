@@ -118,13 +118,12 @@ def test_the_lowest_index_is_that_of_argmin():
     assert lowest_index(torch.zeros(4, 2), 0).tolist() == [0, 0]
 
 
-def test_sums_by_atomics_and_by_an_indicator_agree():
+def test_sums_are_those_of_the_vectors_with_a_code():
     x_GFN = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0))
     codes_GN = torch.randint(0, 7, (3, 50), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    scattered, indicated = kmeans._scattered_sums(x_GFN, codes_GN, 8), kmeans._indicator_sums(x_GFN, codes_GN, 8)
-    torch.testing.assert_close(scattered, indicated)
-    assert torch.equal(cluster_sums(x_GFN, codes_GN, 8)[1, 2, 7], torch.tensor(0.0))
-    torch.testing.assert_close(scattered[1, 2, 3], x_GFN[1, 2, codes_GN[1] == 3].sum())
+    sums_GFK = cluster_sums(x_GFN, codes_GN, 8)
+    assert torch.equal(sums_GFK[1, 2, 7], torch.tensor(0.0))
+    torch.testing.assert_close(sums_GFK[1, 2, 3], x_GFN[1, 2, codes_GN[1] == 3].sum())
 
 
 def test_cdf_seeds_are_evenly_spaced_order_statistics():

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough
+from lqer.formats.kmeans_kernel import assign, cluster_sums
 from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
 from lqer.kernels.codebook_launch import run_codebook
@@ -27,6 +28,7 @@ from lqer.kernels.integer_launch import run_gemm, run_gemv
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.launch import run_layer
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
+from lqer.rounding.vector_sweep import sweep_panel
 from lqer.statistics.products_kernel import add_half_products
 from lqer.transforms.hadamard import random_hadamard
 
@@ -114,6 +116,12 @@ def main() -> None:
     for features, dtype, lower in ((256, bf16, True), (300, torch.float16, False)):
         x_NI = random_input(200, features, dtype)
         add_half_products(torch.zeros(features, features, dtype=torch.float64), x_NI, x_NI, lower)
+    for centroids, dimension in ((4, 1), (16, 2), (256, 4)):
+        features_GFN, codes_GN = torch.zeros(3, 2 * dimension, 1024), torch.zeros(3, 1024, dtype=torch.uint8)
+        assign(features_GFN, torch.zeros(3, centroids, 2 * dimension))
+        cluster_sums(features_GFN, codes_GN, centroids)
+        panel_PO, feedback_PP = torch.zeros(128, 24), torch.zeros(256, 256)[128:, 128:]
+        sweep_panel(panel_PO, panel_PO, panel_PO[:, :1], feedback_PP, torch.zeros(3, centroids, dimension))
     print(" ".join(sorted(compiled)))
 
 
