@@ -7,10 +7,10 @@ those channels can be
     a linear     whose outputs reach the linears channel by channel, through products only: v before o, up before down,
                  fc1 before fc2 around a ReLU. Its rows and bias are divided by c
 
-Which row of which linear feeds which channel is found by probing: rows are doubled, and the channels that double are
-fed by them. Powers of two scale exactly, so the comparison is exact. The rows of a fused projection are distinguished
-at the first token, which attends only to itself, whatever its query and key. One row may feed several channels (grouped
-queries). A fold is accepted only if the block's output stays the same under random scales.
+Which row of which linear feeds which channel is found by probing: rows are scaled, and the channels that scale by as
+much are fed by them. Powers of two scale exactly, so the comparison is exact. The rows of a fused projection are
+distinguished at the first token, which attends only to itself, whatever its query and key. One row may feed several
+channels (grouped queries). A fold is accepted only if the block's output stays the same under random scales.
 
 Shapes: B sequences, T tokens, D hidden size, I input channels of a site, O rows of a source,
 N tokens.
@@ -26,11 +26,13 @@ import torch
 from torch import Tensor
 
 from lqer.transforms.block_function import BlockFunction
-from lqer.transforms.tracing import Trace, trace
+from lqer.transforms.tracing import Trace, enough_to_probe, trace
 
 NO_ROW = -1
 GAIN_OFFSETS = (0.0, 1.0)
 RATIO_TOLERANCE = 0.01
+# A row's number is read four bits at a time, as a factor up to 2^15; float16 has no room for more than doubling.
+DIGIT_BITS, DIGIT_BITS_OF_HALF = 4, 1
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ def find_sites(call: BlockFunction, hidden_BTD: Tensor, seed: int = 0) -> list[S
     """The input sites of a block in the order of their use, each with its fold or None.
 
     hidden_BTD: hidden states of real text; they are shuffled over positions, so that first tokens differ. The block is
-    probed in its own dtype, outside of any autocast.
+    probed on a few of the sequences, in its own dtype, outside of any autocast.
     """
     first = next(call.block.parameters())
-    hidden_BTD = hidden_BTD.to(first.device, first.dtype)
+    hidden_BTD = enough_to_probe(hidden_BTD).to(first.device, first.dtype)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(hidden_BTD.shape[0] * hidden_BTD.shape[1], generator=generator).to(hidden_BTD.device)
     probe = _Probe(call, hidden_BTD.flatten(0, 1)[order].view_as(hidden_BTD), generator)
@@ -126,32 +128,35 @@ class _Probe:
     def _feeding_rows(self, source: str, rows: range, reader: str) -> Tensor | None:
         """Which of `rows` feeds each input channel of `reader`; None if they do not do so channel by channel.
 
-        Every row has a number: the channels that double when all rows with bit k set are doubled have bit k set.
+        Every row has a number: the channels that scale by 2^d when all rows with digit d at some place do have it too.
         """
-        ratio_BTI = self._ratio(source, list(rows), reader)
+        number_O = torch.arange(rows.stop - rows.start, device=self._hidden_BTD.device)
+        ratio_BTI = self._ratio(source, rows, torch.ones_like(number_O), reader)
         tokens = next((t for t in (slice(None), slice(0, 1)) if _is(2, ratio_BTI[:, t]).all()), None)
         if tokens is None:
             return None
         alive_I = ~ratio_BTI[:, tokens].isnan().flatten(0, 1).all(0)
         rows_I = torch.full_like(alive_I, rows.start, dtype=torch.int64)
-        for bit in range((len(rows) - 1).bit_length()):
-            chosen = [row for row in rows if (row - rows.start) >> bit & 1]
-            ratio_NI = self._ratio(source, chosen, reader)[:, tokens].flatten(0, 1)
-            same_I, doubled_I = _is(1, ratio_NI).all(0), _is(2, ratio_NI).all(0)
-            if not (same_I | doubled_I).all():
+        digit_bits = DIGIT_BITS_OF_HALF if self._hidden_BTD.dtype == torch.float16 else DIGIT_BITS
+        for place in range(0, (len(rows) - 1).bit_length(), digit_bits):
+            digit_O = number_O >> place & ((1 << digit_bits) - 1)
+            ratio_NI = self._ratio(source, rows, digit_O, reader)[:, tokens].flatten(0, 1)
+            digit_I = ratio_NI.nan_to_num(nan=0.0).amax(0).clamp(1, 1 << ((1 << digit_bits) - 1)).log2().round()
+            if not _is(digit_I.exp2(), ratio_NI).all():
                 return None
-            rows_I += doubled_I.to(torch.int64) << bit
+            rows_I += digit_I.to(torch.int64) << place
         return rows_I.masked_fill(~alive_I, NO_ROW) if alive_I.any() else None
 
-    def _ratio(self, source: str, rows: list[int], reader: str) -> Tensor:
-        """The factor on the reader's input (B, T, I) when rows of `source` are doubled; NaN for 0 / 0."""
+    def _ratio(self, source: str, rows: range, exponent_O: Tensor, reader: str) -> Tensor:
+        """The factor on the reader's input (B, T, I) when `rows` of `source` scale by 2^exponent; NaN for 0 / 0."""
         changed = {}
         for name in (f"{source}.weight", f"{source}.bias"):
             if name in self._parameters:
                 changed[name] = self._parameters[name].clone()
-                changed[name][rows] *= 2
-        x, doubled = (trace.inputs[reader].tensor for trace in (self.trace, self._run(changed)))
-        return (doubled / x).view(*self._hidden_BTD.shape[:2], -1)
+                scaled = changed[name][rows.start : rows.stop]
+                scaled *= _along_rows(exponent_O.exp2(), scaled).to(scaled)
+        x, changed_x = (trace.inputs[reader].tensor for trace in (self.trace, self._run(changed)))
+        return (changed_x / x).view(*self._hidden_BTD.shape[:2], -1)
 
     def _keeps_the_function(self, site: Site) -> bool:
         assert site.fold is not None
@@ -169,6 +174,6 @@ class _Probe:
         return trace(self._call.block, lambda: self._call(parameters, self._hidden_BTD))
 
 
-def _is(value: int, ratio: Tensor) -> Tensor:
-    """Where a ratio is that integer, or undefined."""
-    return ((ratio - value).abs() < RATIO_TOLERANCE) | ratio.isnan()
+def _is(value: int | Tensor, ratio: Tensor) -> Tensor:
+    """Where a ratio is that power of two, or undefined."""
+    return ((ratio / value - 1).abs() < RATIO_TOLERANCE) | ratio.isnan()

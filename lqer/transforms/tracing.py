@@ -1,4 +1,7 @@
-"""The inputs of a module's linears and the outputs of its norms, and which of them are the same tensor."""
+"""The inputs of a module's linears and the outputs of its norms, and which of them are the same tensor.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Of hidden states that a block is probed with: enough for every channel that is ever used to be seen in use.
+PROBED_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,11 @@ class Trace:
     def norms_before(self, linear: str) -> list[str]:
         """The norms whose output is the linear's input."""
         return [name for name, output in self.outputs.items() if output.same(self.inputs[linear])]
+
+
+def enough_to_probe(hidden_BTD: Tensor) -> Tensor:
+    """The first sequences of a batch, as few as hold PROBED_TOKENS tokens: what a block is probed for is exact."""
+    return hidden_BTD[: -(-PROBED_TOKENS // hidden_BTD.shape[1])]
 
 
 @contextmanager
