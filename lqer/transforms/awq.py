@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from lqer.components import require_choice, require_positive
@@ -193,8 +193,8 @@ def scale_block(
 
     batches: hidden states (B, T, D) of the whole calibration text on any device, of a B and T that `call` accepts.
     searched: those that errors are compared on. formats: by name of the linear; a site with a linear that has none is
-    skipped. autocast: the dtype of the products while candidates are compared. Memory: the activations of one batch in
-    the block.
+    skipped. autocast: the dtype of the products where means are taken and candidates compared. Memory: the activations
+    of one batch in the block.
     """
     block = call.block
     parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
@@ -202,7 +202,8 @@ def scale_block(
     found = []
     sites = find_sites(call, batches[0])
     scaled = [site for site in sites if site.fold is not None and all(name in formats for name in site.linears)]
-    means = mean_magnitudes(call, batches, [site.linears[0] for site in scaled])
+    with _in_autocast(block, autocast):
+        means = mean_magnitudes(call, batches, [site.linears[0] for site in scaled])
     for site in scaled:
         assert site.fold is not None
         mean_abs_I = tie(means[site.linears[0]], site.fold.rows_I)
@@ -266,7 +267,7 @@ class _Inspected:
             lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
         )
         try:
-            with self._in_autocast():
+            with _in_autocast(self._module, autocast):
                 call({}, hidden_BTD)
         finally:
             handle.remove()
@@ -280,10 +281,10 @@ class _Inspected:
 
     def _output(self, weights: Mapping[str, Tensor]) -> Tensor:
         inside = {name: weight.to(self._own[name].dtype) for name, weight in weights.items()}
-        with self._in_autocast():
+        with _in_autocast(self._module, self._autocast):
             output = functional_call(self._module, {**self._own, **inside}, self._args, self._kwargs)
         return (output[0] if isinstance(output, tuple | list) else output).float()
 
-    def _in_autocast(self) -> torch.autocast:
-        device = next(iter(self._own.values())).device
-        return torch.autocast(device.type, self._autocast, enabled=self._autocast is not None)
+
+def _in_autocast(module: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(next(module.parameters()).device.type, dtype, enabled=dtype is not None)
