@@ -41,7 +41,7 @@ from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState
 from lqer.transforms.folding import NO_ROW, Site, find_sites, fold_scale
-from lqer.transforms.tracing import watched_inputs
+from lqer.transforms.tracing import enough_to_probe, watched_inputs
 
 # Without 1 itself, as in AWQ's grid.
 RATIOS = tuple(i / 20 for i in range(20))
@@ -191,7 +191,7 @@ def scale_block(
 ) -> tuple[dict[str, Tensor], list[ScaledSite]]:
     """Search the scales of a block: the parameters that change (in their dtypes), and the scale found for each site.
 
-    batches: hidden states (B, T, D) of the whole calibration text on any device, of a B and T that `call` accepts.
+    batches: hidden states (B, T, D) of the whole calibration text on any device; `call` must accept any B of that T.
     searched: those that errors are compared on. formats: by name of the linear; a site with a linear that has none is
     skipped. autocast: the dtype of the products where means are taken and candidates compared. Memory: the activations
     of one batch in the block.
@@ -200,7 +200,7 @@ def scale_block(
     parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
     changed: dict[str, Tensor] = {}
     found = []
-    sites = find_sites(call, batches[0])
+    sites = find_sites(call, enough_to_probe(batches[0]))
     scaled = [site for site in sites if site.fold is not None and all(name in formats for name in site.linears)]
     with _in_autocast(block, autocast):
         means = mean_magnitudes(call, batches, [site.linears[0] for site in scaled])

@@ -14,17 +14,15 @@ import torch
 from torch import Tensor
 
 from lqer.transforms.block_function import BlockFunction
-from lqer.transforms.tracing import enough_to_probe, trace
+from lqer.transforms.tracing import trace
 
 
 @torch.no_grad()
 def cancelling_linears(call: BlockFunction, hidden_BTD: Tensor) -> frozenset[str]:
     """The linears of a block, among those called with one tensor, whose scales cancel in pairs.
 
-    hidden_BTD: hidden states of real text, of which a few sequences are used. A fused projection is one linear and is
-    not among them.
+    hidden_BTD: hidden states of real text. A fused projection is one linear and is not among them.
     """
-    hidden_BTD = enough_to_probe(hidden_BTD)
     seen = trace(call.block, lambda: call({}, hidden_BTD))
     parameters = dict(call.block.named_parameters())
 

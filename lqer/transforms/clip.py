@@ -32,7 +32,7 @@ from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState, unsupported_scales
 from lqer.transforms.cancelling import cancelling_linears
-from lqer.transforms.tracing import trace, watched_inputs
+from lqer.transforms.tracing import enough_to_probe, trace, watched_inputs
 
 # AWQ's: 1, 0.95, ... 0.55.
 GRID = 20
@@ -75,7 +75,7 @@ class Clip(BlockTransform):
 def search_block(problem: BlockProblem, result: BlockResult, factors: tuple[float, ...]) -> dict[str, Tensor]:
     """The best factor of every group of every linear, float32 (O, N); queries and keys get the first one."""
     plain = problem.call.without_rounding()
-    kept = cancelling_linears(plain, problem.inputs_STD[: problem.batch_size])
+    kept = cancelling_linears(plain, enough_to_probe(problem.inputs_STD[: problem.batch_size]))
     block_sizes = {linear: number_format.block_size for linear, number_format in problem.formats.items()}
     with problem.in_autocast():
         squares = hessian_blocks(plain, result.parameters, problem.inputs_STD, problem.batch_size, block_sizes)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lqer.transforms.block_function import BlockFunction
-from lqer.transforms.tracing import Trace, enough_to_probe, trace
+from lqer.transforms.tracing import Trace, trace
 
 NO_ROW = -1
 GAIN_OFFSETS = (0.0, 1.0)
@@ -59,10 +59,10 @@ def find_sites(call: BlockFunction, hidden_BTD: Tensor, seed: int = 0) -> list[S
     """The input sites of a block in the order of their use, each with its fold or None.
 
     hidden_BTD: hidden states of real text; they are shuffled over positions, so that first tokens differ. The block is
-    probed on a few of the sequences, in its own dtype, outside of any autocast.
+    probed in its own dtype, outside of any autocast.
     """
     first = next(call.block.parameters())
-    hidden_BTD = enough_to_probe(hidden_BTD).to(first.device, first.dtype)
+    hidden_BTD = hidden_BTD.to(first.device, first.dtype)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(hidden_BTD.shape[0] * hidden_BTD.shape[1], generator=generator).to(hidden_BTD.device)
     probe = _Probe(call, hidden_BTD.flatten(0, 1)[order].view_as(hidden_BTD), generator)

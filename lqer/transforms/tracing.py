@@ -58,7 +58,7 @@ class Trace:
 
 
 def enough_to_probe(hidden_BTD: Tensor) -> Tensor:
-    """The first sequences of a batch, as few as hold PROBED_TOKENS tokens: what a block is probed for is exact."""
+    """The first sequences of a batch, as few as hold PROBED_TOKENS tokens."""
     return hidden_BTD[: -(-PROBED_TOKENS // hidden_BTD.shape[1])]
 
 

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import first_block
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.folding import NO_ROW, Fold, Site, find_sites, fold_scale
 
 # What feeds each site, by the ends of the names; None: nothing can take the scale.
@@ -100,3 +105,17 @@ def test_dtypes_are_kept():
     changed = fold_scale(parameters, site, torch.tensor([1.0, 2.0, 4.0]))
     assert changed["down.weight"].dtype == torch.bfloat16
     assert changed["up.weight"].tolist() == [[1.0] * 4, [0.5] * 4, [0.25] * 4]
+
+
+def test_in_half_precision_rows_are_at_most_doubled_and_the_same_are_found(random_model, windows_WT):
+    block, call, hidden = first_block(random_model("llama"), windows_WT)
+    expected = find_sites(call, hidden)
+    kwargs = tree_map(lambda x: x.half() if isinstance(x, Tensor) and x.is_floating_point() else x, call.kwargs)
+    # A factor of four would overflow.
+    half = copy.deepcopy(block).half()
+    with torch.no_grad():
+        half.self_attn.v_proj.weight *= 1e4 / half.self_attn.v_proj(half.input_layernorm(hidden.half())).abs().max()
+    sites = find_sites(BlockFunction(half, call.args, kwargs), hidden)
+    for site, other in zip(sites, expected, strict=True):
+        assert site.fold.source == other.fold.source
+        assert torch.equal(site.fold.rows_I, other.fold.rows_I)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lqer.transforms.tracing import trace, watched_inputs
+from lqer.transforms.tracing import enough_to_probe, trace, watched_inputs
 
 
 class Attention(nn.Module):
@@ -54,3 +54,9 @@ def test_nobody_watches_after_a_call_that_fails(module):
     with pytest.raises(RuntimeError), watched_inputs(module, {"q": lambda x: None}):
         module(torch.zeros(1, 5, 7))
     assert not any(child._forward_pre_hooks for child in module.modules())
+
+
+def test_a_block_is_probed_with_the_fewest_sequences_that_hold_enough_tokens():
+    lengths = {(8, 100): 6, (3, 100): 3, (4, 512): 1, (4, 2048): 1, (9, 64): 8}
+    found = {shape: len(enough_to_probe(torch.zeros(*shape, 1))) for shape in lengths}
+    assert found == lengths
