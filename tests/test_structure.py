@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lqer"
 MATHEMATICS = ["formats", "statistics", "lowrank", "rounding", "transforms", "methods", "kernels"]
 ROOMS = [
-    "errors", "components", *MATHEMATICS, "store", "data", "nn", "models", "config", "evaluation", "checkpoint",
-    "training", "__init__", "results", "export", "stages", "report", "resources", "run", "cli",
+    "errors", "components", "phases", *MATHEMATICS, "store", "data", "nn", "models", "config", "evaluation",
+    "checkpoint", "training", "__init__", "results", "export", "stages", "report", "resources", "run", "cli",
 ]  # fmt: skip
 # Kernels of algorithms, not of linears; imported only where a tensor is on a GPU.
 KERNELS_ELSEWHERE = {

@@ -148,7 +148,7 @@ def _open(
     model.save_pretrained = _refuse_saving
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return model.eval(), name, blocks, Streamed(read, fill, fill_outer, ahead=device.type == "cuda")
+    return model.eval(), name, blocks, Streamed(read, fill, fill_outer, ahead=device.type == "cuda", phase="load")
 
 
 def _formats(entry: Mapping[str, Any]) -> tuple[NumberFormat, NumberFormat | None]:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lqer.errors import ModelError
+from lqer.phases import in_phase
 from lqer.store.files import content_hash, hash_file
 from lqer.store.store import JOURNAL, MANIFEST
 
@@ -39,6 +40,7 @@ class CheckpointFiles:
             if name not in except_for:
                 self.file(name)
 
+    @in_phase("verify")
     def file(self, name: str) -> Path:
         """The path of a file. Raises ModelError if it is missing or its bytes are not those that were written."""
         path = self.path / name

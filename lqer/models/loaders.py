@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.models.structure import find_blocks
+from lqer.phases import phase
 from lqer.store.offload import Offload
 
 
@@ -64,17 +65,20 @@ class Streamed:
     fill(block, index, tensors, device)   puts them into the block; empties `tensors`
     fill_outer()                          fills everything outside the blocks
     ahead                                 read the next block while one is used
+    phase                                 what the time for all that counts as, see lqer/phases.py
     """
 
     read: Callable[[int], dict[str, Tensor]]
     fill: Callable[[nn.Module, int, dict[str, Tensor], torch.device], None]
     fill_outer: Callable[[], None]
     ahead: bool
+    phase: str = "read"
     _outer_is_loaded: bool = field(default=False, init=False)
 
     def load_outer(self) -> None:
         if not self._outer_is_loaded:
-            self.fill_outer()
+            with phase(self.phase):
+                self.fill_outer()
             self._outer_is_loaded = True
 
     def load_each(
@@ -82,27 +86,36 @@ class Streamed:
     ) -> Iterator[tuple[int, nn.Module]]:
         for index, tensors in self._read_all(indices):
             block = copy.deepcopy(blocks[index])
-            self.fill(block, index, tensors, device)
-            yield index, block.to(device)
+            self._fill(block, index, tensors, device)
+            yield index, block
             _free(block)
 
     def materialize(self, blocks: nn.ModuleList, device_of: Callable[[int], torch.device]) -> None:
         for index, tensors in self._read_all(range(len(blocks))):
-            self.fill(blocks[index], index, tensors, device_of(index))
-            blocks[index].to(device_of(index))
+            self._fill(blocks[index], index, tensors, device_of(index))
 
     def _read_all(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         if not self.ahead:
             for index in indices:
-                yield index, self.read(index)
+                yield index, self._read(index)
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-            pending = [reader.submit(self.read, index) for index in indices[:1]]
+            pending = [reader.submit(self._read, index) for index in indices[:1]]
             for position, index in enumerate(indices):
-                tensors = pending.pop().result()
-                pending += [reader.submit(self.read, later) for later in indices[position + 1 : position + 2]]
+                with phase(self.phase):
+                    tensors = pending.pop().result()
+                pending += [reader.submit(self._read, later) for later in indices[position + 1 : position + 2]]
                 yield index, tensors
                 del tensors
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        with phase(self.phase):
+            return self.read(index)
+
+    def _fill(self, block: nn.Module, index: int, tensors: dict[str, Tensor], device: torch.device) -> None:
+        with phase(self.phase):
+            self.fill(block, index, tensors, device)
+            block.to(device)
 
 
 def _free(block: nn.Module) -> None:

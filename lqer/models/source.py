@@ -38,6 +38,7 @@ from lqer.models.files import (
 from lqer.models.gguf_header import check_gguf
 from lqer.models.structure import prepare_model
 from lqer.models.verify import check_tensors, quiet_loading, refuse_foreign_linears, refuse_mismatch
+from lqer.phases import in_phase
 from lqer.store.files import content_hash, hash_file
 
 DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
@@ -135,6 +136,7 @@ def _small_files(folder: Path) -> list[Path]:
     return [file for file in [*files, *folder.glob(TEMPLATES)] if file.is_file() or file.is_symlink()]
 
 
+@in_phase("fingerprint")
 def _fingerprint_files(folder: Path, files: list[Path]) -> str:
     hashes = {}
     for file in files:

@@ -28,6 +28,7 @@ from lqer.models.calls import BlockCall, Comparison, RecordedCalls
 from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel
 from lqer.nn.attention import attention_as
+from lqer.phases import in_phase
 from lqer.store.offload import Offload
 
 # (batch, tokens, hidden size)
@@ -102,6 +103,7 @@ class BlockRun:
         self.index, self.name, self.block, self.hidden, self.device = index, name, block, hidden, device
         self._attention = attention
 
+    @in_phase("forward")
     @torch.no_grad()
     def output(self, batch: int) -> Tensor:
         """The block's output on one batch (B, T, D), on its device; the stored hidden states stay its inputs.
@@ -120,6 +122,7 @@ class BlockRun:
             raise ModelError(f"model: {self.name} does not return hidden states of the shape it receives")
         return output_BTD
 
+    @in_phase("forward")
     def forward(self, to: HiddenStates | None = None) -> None:
         """Run every batch through the block; its outputs replace its inputs, or are stored in `to`."""
         outputs = self.hidden if to is None else to
@@ -246,6 +249,7 @@ def run_one_block(opened: OpenedModel, index: int, ids_BT: Tensor, returns_tuple
     return recorders[index + 1].hidden
 
 
+@in_phase("forward")
 @torch.no_grad()
 def embed(opened: OpenedModel, batches: Sequence[Tensor]) -> HiddenStates:
     """Embed every batch (B, T) and record, per block and batch, how the model calls the block.

@@ -7,6 +7,7 @@ import time
 
 from lqer.config import Config
 from lqer.errors import ConfigError, LqerError, RunFailedError
+from lqer.phases import in_phase, phase
 from lqer.report.assemble import Made, MeasuredText, assemble
 from lqer.report.environment import device_name, peak_memory_bytes
 from lqer.report.tracking import track
@@ -73,7 +74,8 @@ def refuse_chunks(config: Config, chunk: Chunk) -> None:
 
 
 def _run(config: Config, started: float, chunk: Chunk | None, run_log: RunLog) -> Results | None:
-    checked = check_run(config, log.info)
+    with phase("checks"):
+        checked = check_run(config, log.info)
     # Everything that can be refused has been: only now may the folder of an earlier run be changed.
     with locked(checked.folder, config, "" if chunk is None else f"-{chunk.index}-of-{chunk.count}"):
         begin_run(checked.folder, config)
@@ -102,10 +104,18 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
     link_checkpoint(checked.folder, checkpoint.path)
     for candidate in experiment.candidates:
         for stage in experiment.evaluations(candidate):
-            stage.obtain(store)
+            with phase("evaluate"):
+                stage.obtain(store)
         candidate.release()
-
     made = _collect(experiment, store, checked.texts, budget, widths)
+    return _report(checked, checkpoint, made, started)
+
+
+@in_phase("report")
+def _report(checked: CheckedRun, checkpoint: Artifact, made: Made, started: float) -> Results:
+    """Write the report of what was made, and return what it says."""
+    context = checked.context
+    config, summary = context.config, context.summary
     results = assemble(config, context.source, summary, context.device, checked.texts.calibration_info, made, started)
     for warning in results["warnings"]:
         log.warning("warning: %s", warning)

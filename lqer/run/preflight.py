@@ -18,6 +18,7 @@ from lqer.errors import HubError, HubTextError, ModelError, RunFolderError
 from lqer.evaluation.downstream import check_task_data
 from lqer.models.source import load_model_config, load_tokenizer
 from lqer.models.summary import ModelSummary
+from lqer.phases import phase
 from lqer.resources.check import refuse_what_cannot_fit, table
 from lqer.resources.machine import read_machine
 from lqer.resources.memory import estimate
@@ -50,8 +51,9 @@ def check_run(config: Config, say: Callable[[str], None]) -> CheckedRun:
     _check_writable(folder)
     context = prepare(config)
     store = Store(context.store_path, say)
-    tokenizer = load_tokenizer(context.source)
-    texts = read_texts(config, tokenizer)
+    with phase("texts"):
+        tokenizer = load_tokenizer(context.source)
+        texts = read_texts(config, tokenizer)
     _check_tokens(context.summary, texts, say)
     for overlap in texts.overlaps:
         say(f"warning: {overlap}")

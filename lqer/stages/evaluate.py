@@ -21,6 +21,7 @@ from lqer.config.schema import DownstreamConfig
 from lqer.errors import ModelError
 from lqer.evaluation.downstream import evaluate_tasks
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, PerplexityResult, lm_eval_perplexity
+from lqer.phases import in_phase
 from lqer.stages.base import Stage, identity, no_effect
 from lqer.store.store import Artifact, Store, Workspace
 
@@ -45,6 +46,7 @@ class Candidate:
         self._load = load
         self._model: Any = None
 
+    @in_phase("load")
     def model(self, store: Store) -> Any:
         """A PreTrainedModel, or an OpenedModel under evaluation.blockwise."""
         self._model = self._model or self._load(store)

@@ -25,6 +25,7 @@ from lqer.methods.inputs import InputRounding
 from lqer.models.residual import OUTPUT, find_writers, inverse_squares, watched_points
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
+from lqer.phases import in_phase, phase
 from lqer.statistics import ALWAYS, Accumulator, Statistic
 from lqer.statistics.sample import spread_indices
 from lqer.statistics.site import SiteStatistics
@@ -67,9 +68,11 @@ class BlockStatistics:
     sites: Mapping[str, str]
 
     @classmethod
+    @in_phase("statistics")
     def read(cls, calibration: Artifact, index: int) -> BlockStatistics:
         return cls(calibration.tensors(block_file(index)), calibration.json(sites_file(index)))
 
+    @in_phase("statistics")
     def to(self, device: torch.device) -> BlockStatistics:
         return BlockStatistics({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.sites)
 
@@ -177,6 +180,7 @@ class SiteObserver:
         self._first_token, self._original, self._last_input = first_token, original, None
         self._sampled_of.clear()
 
+    @in_phase("statistics")
     def see(self, linear: str, x: Tensor) -> None:
         """Take in the input of a linear that is being called."""
         # Linears that share an input are called one after the other with the very same tensor, unchanged in between.
@@ -248,7 +252,8 @@ def observe_block(
         full_name = f"{run.name}.{site}"
         for kind in list(accumulators):
             # Sums in float64 are dropped one by one: all of them beside all results may be more than a GPU holds.
-            tensor = accumulators.pop(kind).result()
+            with phase("statistics"):
+                tensor = accumulators.pop(kind).result()
             if not torch.isfinite(tensor).all():
                 dtype = str(run.hidden.states_WTD.dtype).removeprefix("torch.")
                 raise ModelError(

@@ -32,6 +32,7 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.structure import block_linears
 from lqer.nn.linear import output_error, weight_error
+from lqer.phases import in_phase, phase
 from lqer.rounding.hessian import HessianError
 from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
@@ -251,7 +252,8 @@ def quantize_linears(
     for full_name, site in statistics.by_site(planned):
         plan, name = settings.plans[full_name], full_name.removeprefix(f"{work.name}.")
         assert plan is not None
-        weight_OI = work.tensors[f"{name}.weight"].detach().to(device, torch.float32)
+        with phase("read"):
+            weight_OI = work.tensors[f"{name}.weight"].detach().to(device, torch.float32)
         bias_O = work.tensors.get(f"{name}.bias")
         try:
             weight = _quantize_weight(weight_OI, site, plan, work.rounded.get(name))
@@ -259,15 +261,13 @@ def quantize_linears(
         except (NonFiniteError, HessianError) as error:
             raise ModelError(f"{full_name}: {error}") from None
         found.replaced.update([f"{full_name}.weight"] + ([f"{full_name}.bias"] if bias is not None else []))
-        found.tensors.update(pack_linear(full_name, weight, bias))
+        with phase("pack"):
+            found.tensors.update(pack_linear(full_name, weight, bias))
         entry = describe_linear(plan, weight, has_bias=bias_O is not None)
         rounded_OI = _rounded_alone(weight_OI, weight, site, plan)
         found.rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | {"entry": entry})
         if work.with_spectra:
-            error_OI, scale_I = weight_OI - rounded_OI, activation_scale(site["mean_abs"])
-            found.spectra[f"{full_name}.weight"] = singular_values(weight_OI, Metric())
-            found.spectra[f"{full_name}.plain"] = singular_values(error_OI, Metric())
-            found.spectra[f"{full_name}.scaled"] = singular_values(error_OI, Metric(scale_I=scale_I))
+            found.spectra.update(_spectra(full_name, weight_OI, rounded_OI, site))
     found.rows.sort(key=lambda row: full_names.index(row["name"]))
     return found
 
@@ -283,6 +283,7 @@ def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) 
     workspace.write_tensors(block_file(work.index), tensors)
 
 
+@in_phase("round")
 def _quantize_weight(
     weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan, rounded: QuantizedTensor | None
 ) -> QuantizedWeight:
@@ -291,6 +292,7 @@ def _quantize_weight(
     return plan.method.reconstruct_error(weight_OI, rounded, statistics, plan)
 
 
+@in_phase("errors and spectra")
 def _rounded_alone(
     weight_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor], plan: LinearPlan
 ) -> Tensor:
@@ -300,6 +302,18 @@ def _rounded_alone(
     return plan.without_low_rank().quantize(weight_OI, statistics).rounded_weight()
 
 
+@in_phase("errors and spectra")
+def _spectra(name: str, weight_OI: Tensor, rounded_OI: Tensor, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Singular values of the weight and of its rounding error, by the names that they are stored under."""
+    error_OI, scale_I = weight_OI - rounded_OI, activation_scale(statistics["mean_abs"])
+    return {
+        f"{name}.weight": singular_values(weight_OI, Metric()),
+        f"{name}.plain": singular_values(error_OI, Metric()),
+        f"{name}.scaled": singular_values(error_OI, Metric(scale_I=scale_I)),
+    }
+
+
+@in_phase("errors and spectra")
 def _layer_row(
     name: str, weight_OI: Tensor, rounded_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor]
 ) -> dict[str, Any]:

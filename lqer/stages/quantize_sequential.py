@@ -34,6 +34,7 @@ from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
+from lqer.phases import phase
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.gather import CalibrationText
 from lqer.stages.plans import AnyPlans, resolve_plans
@@ -193,10 +194,16 @@ def _with_parameters(block: nn.Module, parameters: Mapping[str, Tensor]) -> nn.M
 
 def _run_quantized(run: BlockRun, workspace: Workspace) -> None:
     """Propagate the hidden states through the quantized block, as loaded from its files."""
+    with phase("load"):
+        block = _quantized_block(run, workspace)
+    run.with_block(block).forward()
+
+
+def _quantized_block(run: BlockRun, workspace: Workspace) -> nn.Module:
     prefix = f"{run.name}."
     stored = workspace.tensors(block_file(run.index))
     tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     entries = {row["name"].removeprefix(prefix): row["entry"] for row in workspace.json(layers_file(run.index))}
     block = copy.deepcopy(run.block)
     fill_block(block, tensors, entries, run.device, run.hidden.states_WTD.dtype, "emulate")
-    run.with_block(block).forward()
+    return block

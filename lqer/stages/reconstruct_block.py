@@ -28,6 +28,7 @@ from lqer.methods import LinearPlan
 from lqer.methods.block import reconstruct_block
 from lqer.models.walker import BlockRun
 from lqer.nn.attention import attention_as
+from lqer.phases import in_phase
 from lqer.rounding import Adaptive
 from lqer.rounding.adaptive import DivergedError
 from lqer.stages.quantize import QuantizeSettings
@@ -62,6 +63,7 @@ class BlockReconstruction:
     seed: int
     attention: str
 
+    @in_phase("round")
     def run(
         self,
         run: BlockRun,

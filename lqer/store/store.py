@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lqer.errors import StoreError
+from lqer.phases import in_phase, phase
 from lqer.store.files import content_hash, fsync, hash_file, json_text, write_atomically, write_json
 
 SECONDS_BETWEEN_REMINDERS = 60.0
@@ -128,7 +129,8 @@ class Workspace:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors of any device as safetensors, sorted by name, so that equal tensors give equal bytes."""
-        ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+        with phase("write"):
+            ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
 
         def save(temporary: Path) -> None:
             try:
@@ -150,8 +152,10 @@ class Workspace:
             if self._files.pop(name, None) is not None:
                 # Before the file changes: a kill in between must not leave it unlike its entry.
                 self._write_journal()
-            write_atomically(self.path / name, write)
-            self._files[name] = hash_file(self.path / name)
+            with phase("write"):
+                write_atomically(self.path / name, write)
+            with phase("hash"):
+                self._files[name] = hash_file(self.path / name)
             self._write_journal()
 
     def remove(self, name: str) -> None:
@@ -310,6 +314,7 @@ def _read_record(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
+@in_phase("verify")
 def _check(path: Path, recorded: str | None, folder: Path) -> None:
     if not path.is_file():
         raise StoreError(f"{path} is missing; {_mend(folder)}")
