@@ -24,18 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import tomli_w
 import torch
-from safetensors.torch import save_file
+from pipeline_benchmark.checkpoint import Shape, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers import PreTrainedTokenizerFast
 
 from lqer.config import read_config
 from lqer.report.environment import device_name
@@ -46,39 +44,12 @@ from lqer.run.preflight import estimate_stages
 from lqer.store.offload import parse_bytes
 
 ROOT = Path(__file__).parents[1]
-BLOCKS_PER_FILE = 4
-HEAD_SIZE = 64
-WEIGHT_SIZE = 0.02
 LOOKS_A_SECOND = 100
 TAG, CONFIG = "memory", "memory.toml"
 # In the order that they come in; what the process holds before the first one is that one's too.
 STAGES = ("calibrate", "quantize", "evaluate")
 # How each one's artifacts are named in the store.
 ARTIFACTS = {"calibrate": "calibrate-*", "quantize": "quantize-*", "evaluate": "perplexity-*"}
-
-
-@dataclass(frozen=True)
-class Shape:
-    hidden: int
-    intermediate: int
-    blocks: int
-    vocabulary: int
-
-    def config(self) -> LlamaConfig:
-        heads = max(self.hidden // HEAD_SIZE, 1)
-        return LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.blocks,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            tie_word_embeddings=False,
-            bos_token_id=0,
-            eos_token_id=0,
-            dtype=torch.bfloat16,
-            architectures=["LlamaForCausalLM"],
-        )
 
 
 @dataclass(frozen=True)
@@ -92,49 +63,6 @@ class Peak:
     status: int
     seconds: float
     errors: str
-
-
-def write_checkpoint(folder: Path, shape: Shape) -> int:
-    """Write a random model and a tokenizer of bytes, a few blocks at a time. Returns the bytes of its weights."""
-    folder.mkdir(parents=True)
-    shape.config().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    parts = list(_parts(shape, generator))
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(parts, start=1):
-        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        tensors = {name: _random(size, generator) for name, size in names.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index))
-    return total
-
-
-def _parts(shape: Shape, generator: torch.Generator) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Names and sizes of the tensors of each file."""
-    hidden, intermediate = shape.hidden, shape.intermediate
-    table = (shape.vocabulary, hidden)
-    yield {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,), "lm_head.weight": table}
-    block: dict[str, tuple[int, ...]] = {
-        **{f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"},
-        **{f"mlp.{name}_proj.weight": (intermediate, hidden) for name in ("gate", "up")},
-        "mlp.down_proj.weight": (hidden, intermediate),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    for first in range(0, shape.blocks, BLOCKS_PER_FILE):
-        here = range(first, min(first + BLOCKS_PER_FILE, shape.blocks))
-        yield {f"model.layers.{index}.{name}": size for index in here for name, size in block.items()}
-
-
-def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    if len(size) == 1:
-        return torch.ones(size, dtype=torch.bfloat16)
-    return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, WEIGHT_SIZE, generator=generator)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -287,7 +215,7 @@ def main() -> int:
             shape = Shape(hidden, intermediate, blocks, arguments.vocabulary)
             with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="memory-") as name:
                 folder = Path(name)
-                stored = write_checkpoint(folder / "model", shape)
+                stored = write_model(folder / "model", shape, byte_tokenizer())
                 peak, results = measure(folder, arguments)
                 estimated = estimated_peak(folder)
             print(row(shape, stored, estimated, peak, results), flush=True)

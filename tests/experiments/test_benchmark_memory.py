@@ -1,4 +1,4 @@
-"""The benchmark of memory: its checkpoints are models, its watcher kills, the pipeline holds a block, not the model."""
+"""The benchmark of memory: its watcher kills, the pipeline holds a block, not the model."""
 
 from __future__ import annotations
 
@@ -6,21 +6,9 @@ import sys
 
 import benchmark_memory as benchmark
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
+from pipeline_benchmark.checkpoint import Shape, write_model
 
 MB = 10**6
-
-
-def test_the_checkpoint_is_a_model_in_several_files(tmp_path):
-    stored = benchmark.write_checkpoint(tmp_path / "model", benchmark.Shape(64, 96, 9, 300))
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 4
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert model.dtype == torch.bfloat16
-    assert stored == sum(parameter.nbytes for parameter in model.parameters())
-    assert model.lm_head.weight.detach().float().std() == pytest.approx(benchmark.WEIGHT_SIZE, rel=0.1)
 
 
 def test_a_process_beyond_the_limit_is_killed_and_one_within_it_is_not(tmp_path):
@@ -67,7 +55,7 @@ def test_a_model_of_eight_times_the_blocks_is_worked_on_in_the_same_memory(tmp_p
     for blocks in (3, 24):
         folder = tmp_path / str(blocks)
         folder.mkdir()
-        stored[blocks] = benchmark.write_checkpoint(folder / "model", benchmark.Shape(512, 1408, blocks, 300))
+        stored[blocks] = write_model(folder / "model", Shape(512, 1408, blocks, 300), benchmark.byte_tokenizer())
         arguments = benchmark.parse([*options, "--limit", limit])
         peaks[blocks], results = benchmark.measure(folder, arguments)
         assert peaks[blocks].status == 0, peaks[blocks].errors

@@ -1,0 +1,167 @@
+"""Where the time of whole runs goes: seconds of every phase, beside the floor of bytes and arithmetic.
+
+    python experiments/benchmark_pipeline.py [--shape llama-2-7b] [--blocks N] [--presets lqer-act gptq ...]
+        [--folder DIR] [--windows 20] [--device auto] [--section.key=value ...]
+
+Writes a random bfloat16 checkpoint of a shape and random texts under --folder, then runs each preset on them in a fresh
+process with an empty store, the model's files dropped from the system's cache before. Shapes: tiny, small, llama-2-7b,
+llama-2-70b-block, llama-3.1-405b-block; --blocks changes the number of decoder blocks. Settings of the form
+--section.key=value are those of experiments/pipeline.py and change every preset. The original is evaluated too, on
+--windows windows like the quantized model.
+
+Phases of the main thread add up to the wall clock; those of reading and writing threads run beside them. Recording
+waits for the GPU between phases, so a run that is not recorded is somewhat faster. Rates are measured in the same call.
+Everything written is removed at the end. Exit status 1 if a run failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import tomli_w
+import torch
+from pipeline_benchmark import rates as machine
+from pipeline_benchmark.checkpoint import SHAPES, Shape, word_tokenizer, write_model, write_text
+from pipeline_benchmark.floors import Work, floors
+from pipeline_benchmark.report import Measured, table
+
+from lqer.config import Config, read_config
+from lqer.config.plan import plan_model
+from lqer.models.source import ModelSource, pick_device, pick_dtype
+from lqer.models.summary import summarize_model
+from lqer.report.environment import device_name
+from lqer.run.folder import CHECKPOINT_LINK
+from lqer.stages.quantize import requested_statistics
+from lqer.statistics import Hessian
+
+ROOT = Path(__file__).parents[1]
+
+
+def main(arguments: list[str]) -> int:
+    options, overrides = parse(arguments)
+    shape = SHAPES[options.shape]
+    shape = replace(shape, blocks=options.blocks or shape.blocks)
+    device = pick_device(options.device)
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="pipeline-") as name:
+        folder = Path(name)
+        started = time.perf_counter()
+        model_bytes = write_model(folder / "model", shape, word_tokenizer(shape.vocabulary), device)
+        source = ModelSource("model", str(folder / "model"), None, "", "")
+        written = time.perf_counter() - started
+        rates = machine.measure(folder, model_bytes, device, pick_dtype("auto", source, device))
+        print(f"{device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {options.shape}, "
+              f"{shape.blocks} blocks, {model_bytes / 1e9:.2f} GB, written in {written:.1f} s")  # fmt: skip
+        print(machine.describe(rates), flush=True)
+        failed = 0
+        for preset in options.presets:
+            path = write_experiment(folder, preset, options, overrides, shape)
+            config = read_config(path, None, overrides)
+            print(f"\n{preset}{''.join(f' {setting}' for setting in overrides)}\n", flush=True)
+            status, measured = run(folder, path, overrides)
+            if status:
+                failed = 1
+                continue
+            work = work_of(config, source, shape, model_bytes, Path(config.output_dir) / config.tag)
+            print("\n".join(table(measured, floors(work, rates))), flush=True)
+        return failed
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the settings for the pipeline."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--presets", nargs="+", default=["lqer-act"])
+    parser.add_argument("--windows", type=int, default=20, help="to evaluate on")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", type=Path, default=Path())
+    options, rest = parser.parse_known_args(arguments)
+    for argument in rest:
+        if not argument.startswith("--") or "." not in argument.partition("=")[0] or "=" not in argument:
+            parser.error(f"{argument}: neither an option nor of the form --section.key=value")
+    return options, rest
+
+
+def write_experiment(folder: Path, preset: str, options: argparse.Namespace, overrides: list[str], shape: Shape) -> str:
+    """Write the configuration of a preset's run, and texts that are long enough for it. Returns its path."""
+    texts = {part: folder / f"{part}.txt" for part in ("calibration", "evaluation")}
+    experiment = {
+        "extends": f"preset:{preset}",
+        "model": str(folder / "model"),
+        "output_dir": str((folder / "runs" / preset).absolute()),
+        "tag": preset,
+        "device": options.device,
+        "calibration": {"dataset": str(texts["calibration"])},
+        "evaluation": {
+            "baselines": ["original"],
+            "perplexity": {"datasets": [str(texts["evaluation"])], "max_windows": options.windows},
+        },
+    }
+    path = folder / f"{preset}.toml"
+    path.write_text(tomli_w.dumps(experiment))
+    config = read_config(str(path), None, overrides)
+    lengths = {"calibration": config.calibration.num_samples * config.calibration.seq_len}
+    if config.evaluation.perplexity is not None:
+        lengths["evaluation"] = options.windows * config.evaluation.perplexity.seq_len
+    for seed, (part, tokens) in enumerate(lengths.items()):
+        # Of a running text, the last ids of what is read may be dropped.
+        write_text(texts[part], shape.vocabulary, tokens + tokens // 10 + 100, seed)
+    return str(path)
+
+
+def run(folder: Path, config: str, overrides: list[str]) -> tuple[int, Measured]:
+    """Exit status and seconds of a fresh process; its log goes to the terminal's stderr."""
+    for file in (folder / "model").glob("*.safetensors"):
+        machine.evict(file)
+    seconds = folder / "seconds.json"
+    command = [sys.executable, "-m", "pipeline_benchmark.child", str(seconds), config, *overrides]
+    paths = [str(ROOT / "experiments"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    started = time.perf_counter()
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, stdout=subprocess.DEVNULL, check=False
+    )
+    wall = time.perf_counter() - started
+    found = json.loads(seconds.read_text())
+    return done.returncode, Measured(found["main"], found["background"], wall)
+
+
+def work_of(config: Config, source: ModelSource, shape: Shape, model_bytes: int, made: Path) -> Work:
+    """What a finished run, whose folder is `made`, has done."""
+    plans = plan_model(config, summarize_model(source))
+    planned = [plan for plan in plans.values() if plan is not None]
+    perplexity = config.evaluation.perplexity
+    results = json.loads((made / "results.json").read_text())
+    # A window predicts all its tokens but the first.
+    evaluated = sum(text["tokens"] for text in results["perplexity"])
+    return Work(
+        shape=shape,
+        model_bytes=model_bytes,
+        calibration_tokens=results["calibration"]["tokens"],
+        evaluation_tokens=evaluated,
+        sampled=config.calibration.error_tokens,
+        propagates=config.quantize.propagates_error,
+        hessian=Hessian() in requested_statistics(plans),
+        feedback=any(plan.rounding.statistics for plan in planned),
+        rank=max((plan.rank or 0 for plan in planned), default=0),
+        stored=_size(Path(config.output_dir) / "store"),
+        checkpoint=_size((made / CHECKPOINT_LINK).resolve()),
+        models=0 if perplexity is None else 1 + len(config.evaluation.baselines),
+    )
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

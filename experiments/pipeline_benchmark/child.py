@@ -1,0 +1,67 @@
+"""One run of the pipeline, in this process, that records its phases.
+
+    python -m pipeline_benchmark.child SECONDS.json CONFIG [--section.key=value ...]
+
+The mathematics imports nothing of the pipeline and opens no phases of its own: its functions are wrapped here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lqer.phases import Recorder, in_phase, phase, recorded
+
+# By phase, functions as module and name. Where other modules have imported one by its name, it is replaced there too.
+FUNCTIONS = {
+    "factor": [
+        ("lqer.rounding.hessian", "damp"),
+        ("lqer.rounding.hessian", "down_date"),
+        ("lqer.rounding.factor", "inverse_factor"),
+    ],
+    "reconstruct": [("lqer.methods.base", "reconstruct_rounded"), ("lqer.lowrank.solver", "reconstruct"),
+                    ("lqer.lowrank.lplr", "lplr")],
+}  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    out, *rest = arguments
+    started = time.perf_counter()
+    recorder = Recorder(_synchronize)
+    with recorded(recorder):
+        with phase("imports"):
+            import_module("lqer.run.pipeline")
+            from lqer.cli import main as run_pipeline
+        _wrap_mathematics()
+        status = run_pipeline(rest, usage=__doc__ or "")
+    seconds = {"main": recorder.main, "background": recorder.background, "wall": time.perf_counter() - started}
+    Path(out).write_text(json.dumps(seconds))
+    return status
+
+
+def _synchronize() -> None:
+    torch: Any = sys.modules.get("torch")
+    # Before the library is whole there is nothing to wait for.
+    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _wrap_mathematics() -> None:
+    for name, functions in FUNCTIONS.items():
+        for module, function in functions:
+            original = getattr(import_module(module), function)
+            _replace_everywhere(original, in_phase(name)(original))
+
+
+def _replace_everywhere(original: Any, replacement: Any) -> None:
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "lqer"]:
+        for name in [name for name, value in vars(module).items() if value is original]:
+            setattr(module, name, replacement)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
