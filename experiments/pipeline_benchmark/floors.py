@@ -55,7 +55,7 @@ def floors(work: Work, rates: Rates) -> dict[str, Floor]:
     passes = 2 if work.propagates else 1
     columns = work.rank + OVERSAMPLING
     found = {
-        "imports": Floor(rates.imports, "import torch, transformers"),
+        "imports": Floor(rates.imports, "torch and transformers alone"),
         "fingerprint": Floor(work.model_bytes / min(rates.read, rates.hash), "the model read from disk and hashed"),
         "read": Floor(work.model_bytes / rates.reread + work.model_bytes / rates.to_device, "the model, cached"),
         "forward": Floor(passes * 2 * weights * tokens / rates.product, f"{passes} x 2 FLOP a weight and token"),

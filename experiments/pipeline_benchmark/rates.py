@@ -30,7 +30,7 @@ SIDES_FLOAT64 = {"cpu": 512, "cuda": 4096}
 class Rates:
     """Bytes per second of files from disk and from the page cache, of writing with fsync, of BLAKE3 in all threads, of
     copies within the device's memory (read and written) and from the host to it; operations per second of products in
-    the run's dtype, float32 and float64; seconds that a process takes to import torch and transformers.
+    the run's dtype, float32 and float64; seconds that a process takes to import torch and a model's class.
     """
 
     read: float
@@ -133,5 +133,5 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def _import_seconds() -> float:
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch, transformers"], check=True)
+    subprocess.run([sys.executable, "-c", "import torch; from transformers import PreTrainedModel"], check=True)
     return time.perf_counter() - started
