@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lqer.formats import MXInt, NumberFormat, QuantizedTensor
+from lqer.formats import MXInt, NumberFormat, QuantizedTensor, Trellis
 from lqer.kernels import PackedLinear
 
 ON_GPU = torch.cuda.is_available()
@@ -81,3 +81,11 @@ def random_input(m: int, k: int, dtype: torch.dtype = DTYPE) -> Tensor:
 
 def relative_error(y: Tensor, exact: Tensor) -> float:
     return float((y.to(torch.float64) - exact).norm() / exact.norm())
+
+
+def random_trellis(number_format: Trellis, n: int, k: int, scale: float = 0.05) -> QuantizedTensor:
+    """A weight [O, I] of random codes: the search for good ones takes long."""
+    generator = torch.Generator().manual_seed(n * 7 + k * 3 + number_format.bits)
+    codes = torch.randint(0, 1 << number_format.bits, (n // 16, 16 * k), generator=generator, dtype=torch.uint8)
+    parts = {"codes": codes.to(DEVICE), "scales": torch.full((1, 1), scale, device=DEVICE)}
+    return QuantizedTensor(number_format, (n, k), 1, parts)

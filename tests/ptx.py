@@ -80,6 +80,13 @@ class Machine:
             case "st.shared.v4.b32":
                 for i, register in enumerate(_parts(names[1])):
                     self.shared[address(target) // 4 + i] = registers[register]
+            case "ld.shared.u16":
+                place = address(names[1])
+                registers[target] = _read(self.shared, place - place % 4) >> 8 * (place % 4) & 0xFFFF
+            case "ld.global.f32":
+                registers[target] = _read(self.memory, address(names[1])).to(torch.int32).view(torch.float32)
+            case "shfl.sync.idx.b32":
+                registers[target] = sources[0][sources[1] % 32]
             case "ld.global.nc.b32":
                 registers[target] = _read(self.memory, address(names[1]))
             case "ld.global.v2.b32" | "ld.global.v4.b32":
@@ -95,6 +102,10 @@ class Machine:
             case "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32":
                 a, b, c = ([value(name) for name in _parts(names[i])] for i in (1, 2, 3))
                 for register, result in zip(_parts(target), _multiply(a, b, c), strict=True):
+                    registers[register] = result
+            case "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32":
+                a, b, c = ([value(name) for name in _parts(names[i])] for i in (1, 2, 3))
+                for register, result in zip(_parts(target), _multiply_halves(a, b, c), strict=True):
                     registers[register] = result
             case _:
                 raise NotImplementedError(opcode)
@@ -118,6 +129,24 @@ def _multiply(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]
         b_[4 * t[:, None] + byte + 16 * i, g[:, None]] = _signed(word[:, None] >> 8 * byte & 255, 8)
     product = a_ @ b_
     return [(product[g + 8 * (i // 2), 2 * t + i % 2] + word) & WORD for i, word in enumerate(c)]
+
+
+def _multiply_halves(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
+    """D = A B + C, 16 x 16 by 16 x 8 float16, of a warp of 32 lanes, 4 g + t; summed in float64."""
+    g, t, half = torch.arange(32) // 4, torch.arange(32) % 4, torch.arange(2)
+    a_, b_ = torch.zeros(16, 16, dtype=torch.float64), torch.zeros(16, 8, dtype=torch.float64)
+    for i, word in enumerate(a):
+        a_[(g + 8 * (i % 2))[:, None], 2 * t[:, None] + half + 8 * (i // 2)] = _halves(word)
+    for i, word in enumerate(b):
+        b_[2 * t[:, None] + half + 8 * i, g[:, None]] = _halves(word)
+    product = a_ @ b_
+    return [product[g + 8 * (i // 2), 2 * t + i % 2] + sums for i, sums in enumerate(c)]
+
+
+def _halves(words: Tensor) -> Tensor:
+    """The two float16 numbers in each word [T, 2], the lower one first."""
+    pairs = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
+    return _signed(pairs, 16).to(torch.int16).view(torch.float16).double()
 
 
 def _split(operands: str) -> list[str]:

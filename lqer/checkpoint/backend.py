@@ -1,7 +1,7 @@
 """The backend that runs a quantized checkpoint: emulation, or the Triton kernels.
 
-Kernels read packed weights in the formats "mxint", "int", "codebook" and "e8p", compute in bfloat16 or float16, and
-need a GPU; emulation runs everything everywhere. Both give the same numbers up to the order of summation.
+Kernels read packed weights in the formats "mxint", "int", "codebook", "e8p" and "trellis", compute in bfloat16 or
+float16, and need a GPU; emulation runs everything everywhere. Both give the same numbers up to the order of summation.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
 from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, packed_parts, unpack_role
 from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ModelError
-from lqer.formats import E8P, NumberFormat, QuantizedTensor, format_from_dict
+from lqer.formats import E8P, NumberFormat, QuantizedTensor, Trellis, format_from_dict
 from lqer.models.dispatch import dispatch_all
 from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel, Streamed
@@ -203,7 +203,7 @@ def _linear(
     transform = transform_from_dict(entry["transform"])
     assert isinstance(transform, Hadamard)
     rotation = transform.unpack(packed_parts(tensors, f"{name}.transform.", device), *weight.shape).to(dtype)
-    if backend == "triton" and isinstance(weight.format, E8P):
+    if backend == "triton" and isinstance(weight.format, E8P | Trellis):
         return _run_by(backend, name, weight, stored, bias_O, entry, dtype, rotation)
     return HadamardLinear(_run_by(backend, name, weight, stored, None, entry, dtype), rotation, bias_O)
 

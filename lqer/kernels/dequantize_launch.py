@@ -22,6 +22,8 @@ from lqer.kernels.lattice import PackedLattice
 from lqer.kernels.lattice_launch import dequantize_lattice
 from lqer.kernels.layout import ROW_PADDING
 from lqer.kernels.packed import PROJECTION_COUNTERS, AnyWeight, PackedLinear
+from lqer.kernels.trellis import PackedTrellis
+from lqer.kernels.trellis_launch import dequantize_trellis
 
 PROJECTED_ROWS, PROJECTED_COLUMNS, PROJECTED_WARPS, PROJECTED_STAGES = 16, 256, 4, 1
 PROJECTING_PROGRAMS = 2 * PROJECTION_COUNTERS  # a split of K needs a counter; about four programs a multiprocessor
@@ -107,6 +109,8 @@ def dequantize_weight(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
         dequantize_codebook(weight, w_OI)
     elif isinstance(weight, PackedLattice):
         dequantize_lattice(weight, w_OI)
+    elif isinstance(weight, PackedTrellis):
+        dequantize_trellis(weight, w_OI)
     else:
         dequantize_kernel[weight.layout.padded_rows // ROW_PADDING, weight.layout.tiles](
             *weight.parts, w_OI, layout.rows, layout.columns, layout=weight.layout.compiled,

@@ -44,8 +44,8 @@ def hadamard_input_kernel(
     signs,  # [I], or None: no rotation
     outer,  # O, float32 [A, A]
     a_values,  # Aᵀ [RP, IP] in the dtype of x, or None
-    x_out,  # int8 [M, 2, IP] in token order (lattice.py)
-    steps,  # int32 [M, tiles, 2], see lattice_gemm.py
+    x_out,  # int8 [M, 2, IP] in token order (lattice.py), or float16 [M, IP] (trellis.py)
+    steps,  # int32 [M, tiles, 2], see lattice_gemm.py, or float32 [M, tiles]
     partial,  # of x' A, float32 [tiles, M, RP], or None
     M,
     K,
@@ -59,7 +59,7 @@ def hadamard_input_kernel(
     factor: tl.constexpr,  # 1 / sqrt(B), and the headroom of float16
     pdl: tl.constexpr,
 ):
-    """One tile of x' = H (signs ⊙ x), or of x itself, as integers of two bytes, and its partial sum of x' A."""
+    """One tile of x' = H (signs ⊙ x), or of x itself, with a step, and its partial sum of x' A."""
     tile, m = tl.program_id(0), tl.program_id(1)
     padded: tl.constexpr = tiles * TILE_C
     columns_T = tile * TILE_C + tl.arange(0, TILE_C)
@@ -87,7 +87,10 @@ def hadamard_input_kernel(
         x_T = _blocks(x_AB.to(tl.float32), rows_AP, negative_BB).reshape(TILE_C).to(dtype).to(tl.float32)
     else:
         x_T = tl.load(row + columns_T, mask=columns_T < K, other=0.0).to(tl.float32)
-    store_integers(x_T, x_out + m.to(tl.int64) * (2 * padded), steps + (m * tiles + tile) * 2, columns_T, padded)
+    if x_out.dtype.element_ty == tl.float16:
+        store_halves(x_T, x_out + m.to(tl.int64) * padded, steps + m * tiles + tile, columns_T)
+    else:
+        store_integers(x_T, x_out + m.to(tl.int64) * (2 * padded), steps + (m * tiles + tile) * 2, columns_T, padded)
     if rank > 0:
         for first in tl.static_range(0, rank, BLOCK_R):
             if first > 0:
@@ -98,12 +101,25 @@ def hadamard_input_kernel(
 
 
 @triton.jit
+def _scale_up(largest):
+    """The biased exponent of a value, and the power of two that brings it to 2^14 and above, below 2^15."""
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, LEAST_EXPONENT)
+    return exponent, ((-exponent + LEAST_EXPONENT_UP) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_halves(x_T, x_out, step, columns_T):
+    """Write a tile of a token as float16, with its step (trellis.py)."""
+    exponent, up = _scale_up(tl.max(tl.abs(x_T), axis=0))
+    tl.store(x_out + columns_T, (x_T * up).to(tl.float16))
+    tl.store(step, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def store_integers(x_T, x_out, steps, columns_T, padded: tl.constexpr):
     """Write a tile of a token as integers 256 h + l with h and l from -128 to 127 (lattice.py)."""
     # A little larger than the largest value, so that no h is 128; with its exponent the largest value has 15 bits.
-    largest = tl.max(tl.abs(x_T), axis=0) * LARGEST_ROOM
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, LEAST_EXPONENT)
-    up = ((-exponent + LEAST_EXPONENT_UP) << 23).to(tl.float32, bitcast=True)
+    exponent, up = _scale_up(tl.max(tl.abs(x_T), axis=0) * LARGEST_ROOM)
     integers_T = ((x_T * up + ROUNDER) - ROUNDER).to(tl.int32)
     low_T = ((integers_T + 128) & 255) - 128
     place_T = x_out + token_order(columns_T)

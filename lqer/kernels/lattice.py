@@ -43,42 +43,17 @@ from torch.nn.functional import pad
 
 from lqer.formats import E8P, QuantizedTensor
 from lqer.formats.e8 import DIMENSION, absolute_rows
-from lqer.kernels.layout import ROW_PADDING, ROWS
+from lqer.kernels.layout import ROWS
+from lqer.kernels.tiles import TILE_K, TiledLayout
 
-TILE_K = 128
 CODES = TILE_K // DIMENSION  # of a row in a tile
 UNITS = CODES // 4
 ROW_BITS, ROWS_OF_A, SIGNS_FROM = 9, 512, 36
-# Tiles that a program reads at once: the largest of these that divides the number of tiles.
-SPANS = (16, 8, 4, 2, 1)
-# Tiles are padded to a multiple of a larger span only if that adds at most 5 %.
-LARGEST_PADDING = 1.05
 
 
 @dataclass(frozen=True)
-class LatticeLayout:
+class LatticeLayout(TiledLayout):
     """All that describes such a weight besides its tensors."""
-
-    rows: int
-    columns: int
-
-    @property
-    def tiles(self) -> int:
-        needed = -(-self.columns // TILE_K)
-        return next(t for span in SPANS if (t := -(-needed // span) * span) <= LARGEST_PADDING * needed)
-
-    @property
-    def span(self) -> int:
-        """Tiles that a program reads at once."""
-        return next(span for span in SPANS if self.tiles % span == 0)
-
-    @property
-    def padded_columns(self) -> int:
-        return self.tiles * TILE_K
-
-    @property
-    def padded_rows(self) -> int:
-        return -(-self.rows // ROW_PADDING) * ROW_PADDING
 
 
 @dataclass(frozen=True)

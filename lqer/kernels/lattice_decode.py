@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from lqer.kernels.decode import ROWS_C, _join4
-from lqer.kernels.lattice import ROWS_OF_A, TILE_K, UNITS
+from lqer.kernels.lattice import ROWS_OF_A, UNITS
 from lqer.kernels.layout import ROWS
+from lqer.kernels.tiles import TILE_K
 
 TILE_C, UNITS_C = tl.constexpr(TILE_K), tl.constexpr(UNITS)
 COPIES = 16

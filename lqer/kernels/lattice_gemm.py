@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lqer.kernels.branch import add_ranks, load_ranks
 from lqer.kernels.decode import ROWS_C
 from lqer.kernels.lattice_decode import (
     COPIES_C,
@@ -31,8 +32,6 @@ from lqer.kernels.lattice_decode import (
 )
 from lqer.kernels.runtime import INTERPRETED
 from lqer.kernels.split_k import finish_tile
-
-PROJECTION_ELEMENTS = tl.constexpr(4096)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -76,10 +75,8 @@ def lattice_product_kernel(
         loaded = load_units(units, pid_n * WARPS + thread_T // 32, lane_T, pid_s * span, tiles, span)
         copy_T = share_table(table, WARPS) + lane_T % COPIES_C * 4
     first_rank = pid_s * BLOCK_R
-    ranks_R = tl.arange(0, BLOCK_R)
     if rank > 0:
-        place = b_values + (first_rank + ranks_R)[None, :] * N + rows_O[:, None]
-        b_OR = tl.load(place, mask=(rows_O < N)[:, None] & (first_rank + ranks_R < rank)[None, :], other=0.0)
+        b_OR = load_ranks(b_values, rows_O, first_rank, N, rank, BLOCK_R)
     scales_O = tl.load(scales + rows_O)
     if pdl:
         gdc_wait()
@@ -103,20 +100,10 @@ def lattice_product_kernel(
         acc_OM = sums_tile(sums, WARPS, blocks)
     acc_OM *= scales_O[:, None]
     if rank > 0:
-        for turn in tl.static_range(0, rank, splits * BLOCK_R):
-            first = first_rank + turn
-            if first < rank:
-                if turn > 0:
-                    place = b_values + (first + ranks_R)[None, :] * N + rows_O[:, None]
-                    b_OR = tl.load(place, mask=(rows_O < N)[:, None], other=0.0)
-                xa_MR = _projection(projection, first + ranks_R, M, rank, projection_splits, BLOCK_S, TOKENS)
-                xa_MR = xa_MR.to(b_values.dtype.element_ty).to(tl.float32)
-                branch_OM = tl.sum(b_OR.to(tl.float32)[:, None, :] * xa_MR[None, :, :], axis=2)
-                if TOKENS < BLOCK_M:
-                    alike: tl.constexpr = BLOCK_M // TOKENS
-                    branch_OM = branch_OM[:, None, :].broadcast_to(BLOCK_N, alike, TOKENS).reshape(BLOCK_N, BLOCK_M)
-                acc_OM += branch_OM
-
+        acc_OM = add_ranks(
+            acc_OM, b_OR, b_values, projection, rows_O, first_rank, M, N, rank, splits, projection_splits, BLOCK_S,
+            TOKENS, BLOCK_R,
+        )  # fmt: skip
     finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, splits)
 
 
@@ -130,28 +117,6 @@ def sums_tile(sums, WARPS: tl.constexpr, blocks: tl.constexpr):
         half: tl.constexpr = blocks // 2
         one, other = sums_tile(sums[: 2 * half], WARPS, half), sums_tile(sums[2 * half :], WARPS, half)
         return tl.join(one, other).permute(0, 2, 1).reshape(WARPS * 16, 4 * blocks)
-
-
-@triton.jit
-def _projection(
-    projection,
-    ranks_R,
-    M,
-    rank: tl.constexpr,
-    projection_splits: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """x A, float32 [M, R]: the sum of its partial sums."""
-    width: tl.constexpr = ranks_R.shape[0]
-    at_once: tl.constexpr = min(BLOCK_S, max(1, PROJECTION_ELEMENTS // (TOKENS * width)))
-    tokens_M = tl.minimum(tl.arange(0, TOKENS), M - 1)
-    xa_MR = tl.zeros((TOKENS, width), tl.float32)
-    for first in range(0, projection_splits, at_once):
-        splits_S = first + tl.arange(0, at_once)
-        place = projection + (splits_S[:, None, None] * M + tokens_M[None, :, None]) * rank + ranks_R[None, None, :]
-        xa_MR += tl.sum(tl.load(place, mask=(splits_S < projection_splits)[:, None, None], other=0.0), axis=0)
-    return xa_MR
 
 
 @triton.jit

@@ -5,29 +5,36 @@ Shapes: M tokens, I in_features, O out_features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lqer.kernels import runtime
 from lqer.kernels.codebook import CodebookLayout
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
+from lqer.kernels.hadamard_launch import rotates_in_kernels, run_between_rotations
 from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.integer_launch import fits_gemm, fits_gemv, run_gemm, run_gemv
 from lqer.kernels.lattice import LatticeLayout
-from lqer.kernels.lattice_launch import rotates_in_kernels, run_between_rotations, run_lattice
+from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
+from lqer.kernels.trellis import TrellisLayout
+from lqer.kernels.trellis_launch import run_trellis
 from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch
 
 # With more tokens than these, dequantizing the weight and calling a library is faster.
 CODEBOOK_TOKENS = 16
-LATTICE_TOKENS = 16
+ROTATED_TOKENS = 16
 
 
 def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, O] of x [M, I], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
     if isinstance(layout, LatticeLayout):
-        return run_lattice_layer(x_MI, packed)
+        return run_rotated_layer(x_MI, packed, run_lattice)
+    if isinstance(layout, TrellisLayout):
+        return run_rotated_layer(x_MI, packed, run_trellis)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
     if len(x_MI) == 1 and fits_gemv(packed):
@@ -39,12 +46,14 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     return run_dequantized(x_MI, packed)
 
 
-def run_lattice_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
-    """A layer of lattice codes: few tokens on the codes; many tokens, and rounded ones, on the dequantized weight."""
+def run_rotated_layer(
+    x_MI: Tensor, packed: PackedLinear, run_codes: Callable[[Tensor, PackedLinear, bool], Tensor]
+) -> Tensor:
+    """A layer that may have rotations: few tokens on the codes; many, and rounded ones, on the decoded weight."""
 
     def run(x: Tensor, packed: PackedLinear) -> Tensor:
-        return run_lattice(dense_rows(x), packed, runtime.supports_pdl(x))
+        return run_codes(dense_rows(x), packed, runtime.supports_pdl(x))
 
-    if len(x_MI) > LATTICE_TOKENS or packed.spec.rounding.bits:
+    if len(x_MI) > ROTATED_TOKENS or packed.spec.rounding.bits:
         return run_between_rotations(x_MI, packed, run_dequantized)
     return run(x_MI, packed) if rotates_in_kernels(packed) else run_between_rotations(x_MI, packed, run)

@@ -138,7 +138,9 @@ def check_weight_format(number_format: NumberFormat) -> None:
     """Raise ValueError, with the rule, for a format that the kernels do not support."""
     kind, block = number_format.kind, number_format.block_size
     if not isinstance(number_format, MXInt | Int):
-        raise ValueError(f'kernels support weights of kind "mxint", "int", "codebook" and "e8p", found "{kind}"')
+        raise ValueError(
+            f'kernels support weights of kind "mxint", "int", "codebook", "e8p" and "trellis", found "{kind}"'
+        )
     if block == "tensor" or (isinstance(block, int) and (block < 16 or block & (block - 1))):
         raise ValueError(f'block_size {block!r} is neither "row" nor a power of two of at least 16 ({kind})')
 

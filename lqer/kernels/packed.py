@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqer.formats import E8P, Codebook, MXInt, NumberFormat, Passthrough, QuantizedTensor
+from lqer.formats import E8P, Codebook, MXInt, NumberFormat, Passthrough, QuantizedTensor, Trellis
 from lqer.kernels.codebook import CodebookLayout, PackedCodebook, check_codebook, pack_codebook
 from lqer.kernels.lattice import LatticeLayout, PackedLattice, check_lattice, pack_lattice
 from lqer.kernels.layout import ROW_PADDING, Layout, PackedWeight, check_weight_format, pack_weight
+from lqer.kernels.trellis import PackedTrellis, TrellisLayout, pack_trellis
 from lqer.transforms.hadamard import RandomHadamard
 
 FACTOR_BLOCKS = (16, 32, 64)
@@ -25,8 +26,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 PROJECTION_COUNTERS = 256
 TOKEN_TILES = 16
 
-AnyLayout = Layout | CodebookLayout | LatticeLayout
-AnyWeight = PackedWeight | PackedCodebook | PackedLattice
+AnyLayout = Layout | CodebookLayout | LatticeLayout | TrellisLayout
+AnyWeight = PackedWeight | PackedCodebook | PackedLattice | PackedTrellis
+# Formats whose kernels rotate x and y, and read A and B as values.
+ROTATED = (E8P, Trellis)
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,15 @@ class Spec:
 class PackedLinear:
     """A quantized linear as the kernels read it; all tensors contiguous, on one device.
 
-    weight          PackedWeight (layout.py), PackedCodebook (codebook.py) or PackedLattice (lattice.py)
+    weight          PackedWeight (layout.py), PackedCodebook (codebook.py), PackedLattice (lattice.py) or PackedTrellis
+                    (trellis.py)
     bias_O          [O] in dtype, or None
     a_codes         A transposed [RP, IP]: int8 codes of an MXINT factor, else values in dtype; None at rank 0
     a_exponents     [RP, IP / a_block] uint8: biased exponents of A's steps, 0 for a block of zeros; None for values
     b_codes         B [RP, O]: as a_codes
     b_exponents     [RP / b_block, O] uint8: as a_exponents
     workspace       [counters] int32, zero whenever no kernel runs; calls of one layer must not overlap in time
-    input_signs_I   [I] in dtype: D(s_u) of the Hadamard rotation that weight and A are in ("e8p" only), or None
+    input_signs_I   [I] in dtype: D(s_u) of the Hadamard rotation that weight and A are in (ROTATED only), or None
     output_signs_O  [O] in dtype: D(s_v) of the rotation of weight and B, or None
     """
 
@@ -94,28 +98,29 @@ class PackedLinear:
     ) -> PackedLinear:
         """Pack a linear for the kernels, on the device of its tensors.
 
-        weight      (O, I) in "mxint", "int", "codebook" or "e8p", blocks along I
+        weight      (O, I) in "mxint", "int", "codebook", "e8p" or "trellis", blocks along I
         a           (I, R) in any format, or None. MXINT with blocks of 16, 32 or 64 along I stays packed, unless its
-                    levels are mid-rise. Other formats, and all factors of "e8p" weights, are stored as values in dtype
+                    levels are mid-rise. Other formats, and all factors of ROTATED weights, are kept as values in dtype
         b           (R, O): as a, with blocks along R
         bias_O      (O,) of any float dtype, or None
         activation  "mxint" with blocks of 16, 32 or 64, or None
         dtype       bfloat16 or float16, of x and y
-        hadamard    the rotation that weight, a and b are in; kernels rotate x and y for "e8p" weights only
+        hadamard    the rotation that weight, a and b are in; kernels rotate x and y for ROTATED weights only
 
         Raises ValueError, with the rule, for anything else.
         """
         if dtype not in DTYPES:
             raise ValueError(f"kernels compute in bfloat16 or float16, found {dtype}")
-        lattice = isinstance(weight.format, E8P)
-        if hadamard is not None and not lattice:
-            raise ValueError(f'kernels rotate x and y for weights of kind "e8p" only, found "{weight.format.kind}"')
+        rotated = isinstance(weight.format, ROTATED)
+        if hadamard is not None and not rotated:
+            kinds = " and ".join(f'"{number_format.kind}"' for number_format in ROTATED)
+            raise ValueError(f'kernels rotate x and y for weights of kind {kinds} only, found "{weight.format.kind}"')
         packed = _pack_any(weight, dtype)
         rounding = activation_rounding(activation)
         rank = 0 if a is None else padded_rank(a.shape[1], max(rounding.block, _block_of(b)))
-        a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.padded_columns, rank, dtype, as_values=lattice)
+        a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.padded_columns, rank, dtype, as_values=rotated)
         a_codes, a_exponents = (part if part is None else part.T.contiguous() for part in (a_codes, a_exponents))
-        b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype, as_values=lattice)
+        b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype, as_values=rotated)
         counters = PROJECTION_COUNTERS
         if not isinstance(packed, PackedCodebook):
             counters += TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
@@ -149,12 +154,14 @@ class PackedLinear:
 
 
 def weight_of(layout: AnyLayout, words: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None) -> AnyWeight:
-    """The packed weight whose `parts` are these tensors; shapes in layout.py, codebook.py and lattice.py."""
+    """The packed weight whose `parts` are these tensors; shapes in their modules."""
     if isinstance(layout, CodebookLayout):
         return PackedCodebook(layout, words, scales)
     if isinstance(layout, LatticeLayout):
         assert high is not None
         return PackedLattice(layout, words, high, scales)
+    if isinstance(layout, TrellisLayout):
+        return PackedTrellis(layout, words, scales)
     return PackedWeight(layout, words, high, scales, zeros)
 
 
@@ -164,7 +171,7 @@ def check_weight(number_format: NumberFormat) -> None:
         check_codebook(number_format)
     elif isinstance(number_format, E8P):
         check_lattice(number_format)
-    else:
+    elif not isinstance(number_format, Trellis):
         check_weight_format(number_format)
 
 
@@ -194,6 +201,8 @@ def _block_of(factor: QuantizedTensor | None) -> int:
 def _pack_any(weight: QuantizedTensor, dtype: torch.dtype) -> AnyWeight:
     if isinstance(weight.format, Codebook):
         return pack_codebook(weight, dtype)
+    if isinstance(weight.format, Trellis):
+        return pack_trellis(weight)
     return pack_lattice(weight) if isinstance(weight.format, E8P) else pack_weight(weight)
 
 
@@ -239,6 +248,9 @@ def decode_spec(text: str) -> Spec:
         layout = CodebookLayout(*fields)
     elif kind == LatticeLayout.__name__:
         layout = LatticeLayout(*fields)
+    elif kind == TrellisLayout.__name__:
+        rows, columns, bits, state_bits, polynomial = fields
+        layout = TrellisLayout(rows, columns, bits, state_bits, bool(polynomial))
     else:
         columns, bits, offset, block, exponents, mid_rise, rows = fields
         layout = Layout(columns, bits, offset, block, bool(exponents), bool(mid_rise), rows)

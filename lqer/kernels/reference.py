@@ -18,6 +18,7 @@ from lqer.kernels.codebook import PackedCodebook
 from lqer.kernels.lattice import PackedLattice, unpack_points
 from lqer.kernels.layout import PackedWeight, unpack_codes
 from lqer.kernels.packed import AnyWeight, PackedLinear
+from lqer.kernels.trellis import PackedTrellis, unpack_values
 from lqer.transforms.hadamard import RandomHadamard, run_rotated
 
 
@@ -52,6 +53,8 @@ def reference_weight(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
         return _look_up(weight)
     if isinstance(weight, PackedLattice):
         return (unpack_points(weight) * weight.scales[: weight.layout.rows, None]).to(dtype)
+    if isinstance(weight, PackedTrellis):
+        return (unpack_values(weight) * weight.scales).to(dtype)
     layout = weight.layout
     codes_OI = unpack_codes(weight).to(torch.float32)
     scales_OB = _in_rows(weight.scales, weight)

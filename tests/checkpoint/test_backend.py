@@ -35,7 +35,7 @@ def test_on_a_gpu_the_kernels_run_unless_they_cannot_or_emulation_is_asked_for()
         (
             torch.bfloat16,
             (MX("mxfp4_e2m1"), None),
-            'a.b: kernels support weights of kind "mxint", "int", "codebook" and "e8p", found "mx"',
+            'a.b: kernels support weights of kind "mxint", "int", "codebook", "e8p" and "trellis", found "mx"',
         ),
         (torch.bfloat16, (Int(4, 96), None), 'a.b: block_size 96 is neither "row" nor a power of two of at least 16'),
         (torch.bfloat16, (MXInt(4), Int(8)), 'a.b: kernels round activations to "mxint"'),

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import triton
-from kernel_layers import build_layer, random_input
+from kernel_layers import build_layer, random_input, random_trellis
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough
+from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough, Trellis
 from lqer.formats.kmeans_kernel import assign, cluster_sums
 from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
@@ -27,6 +27,7 @@ from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
 from lqer.kernels.integer_launch import run_gemm, run_gemv
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.launch import run_layer
+from lqer.kernels.trellis import TrellisLayout
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 from lqer.rounding.vector_sweep import sweep_panel
 from lqer.statistics.products_kernel import add_half_products
@@ -60,7 +61,10 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     kernel = triton.compile(source, target=HOPPER, options=options)
     check_shared_memory(kernel)
     if self.fn.__name__ == "lattice_product_kernel":
-        check_that_nothing_is_computed_twice(kernel, constants["span"] * constants["BLOCK_M"] // TOKENS_AT_ONCE)
+        check_that_nothing_is_computed_twice(kernel, 4 * constants["span"] * constants["BLOCK_M"] // TOKENS_AT_ONCE)
+    if self.fn.__name__ == "trellis_product_kernel":
+        check_that_nothing_is_computed_twice(kernel, constants["span"] * constants["BLOCK_M"])
+        check_that_the_table_is_at_the_beginning(kernel, constants["layout"])
     compiled.add(self.fn.__name__)
 
 
@@ -71,8 +75,13 @@ def check_shared_memory(kernel: Any) -> None:
 
 
 def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:
-    """Each thread computes the products of a tile once (lattice_gemm.py)."""
-    assert kernel.asm["ptx"].count("mma.sync") == 4 * products
+    """Each warp computes the products of a tile once (lattice_gemm.py)."""
+    assert kernel.asm["ptx"].count("mma.sync") == products
+
+
+def check_that_the_table_is_at_the_beginning(kernel: Any, layout: TrellisLayout) -> None:
+    """Shared memory is as large as the table, so nothing lies before it (trellis_decode.py)."""
+    assert kernel.metadata.shared == 4 * layout.table_words
 
 
 def main() -> None:
@@ -110,6 +119,12 @@ def main() -> None:
             run_layer(random_input(m, 2048, dtype), lattice.packed)
     for n, k, rank, m in ((64, 256, 16, 3), (128, 1024, 256, 1), (128, 1024, 256, 4), (128, 1024, 256, 16)):
         run_layer(random_input(m, k, bf16), build_layer(E8P(2), n, k, rank=rank, dtype=bf16).packed)
+    for bits, state_bits, m, rank in ((1, 12, 1, 0), (2, 12, 1, 64), (3, 13, 16, 16), (3, 12, 4, 0), (4, 16, 9, 0)):
+        weight = random_trellis(Trellis(bits, state_bits), 256, 2048)
+        other = build_layer(MXInt(4), 256, 2048, rank=rank)
+        packed = PackedLinear.pack(weight, other.a, other.b, None, None, bf16, random_hadamard(256, 2048, 0))
+        run_layer(random_input(m, 2048, bf16), packed)
+    run_layer(random_input(17, 2048, bf16), packed)
     for bits, state_bits in ((2, 12), (3, 12), (4, 12), (2, 16)):
         x_NP, table_S = torch.zeros(3, 256), torch.zeros(1 << state_bits, dtype=torch.float16)
         best_paths(x_NP, table_S, bits, best_paths(x_NP, table_S.float(), bits)[:, 0] >> bits)

@@ -11,8 +11,9 @@ from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, random_input, relative_
 from lqer.formats import E8P, Int, MXInt, QuantizedTensor
 from lqer.kernels import PackedLinear, TritonLinear, launch, packed_linear
 from lqer.kernels.dequantize_launch import dequantize_weight
+from lqer.kernels.hadamard_launch import fits_hadamard
 from lqer.kernels.lattice import PackedLattice, pack_lattice
-from lqer.kernels.lattice_launch import fits_hadamard, run_lattice
+from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear, reference_weight
 from lqer.kernels.runtime import supports_pdl
@@ -233,7 +234,9 @@ def test_residual_codes_block_scales_and_vectors_along_axis_0_are_refused():
         pack(E8P(2, 32).quantize(weight))
     with pytest.raises(ValueError, match="vectors must be along axis 1"):
         pack(TENSOR.quantize(weight, axis=0))
-    with pytest.raises(ValueError, match='kernels rotate x and y for weights of kind "e8p" only, found "mxint"'):
+    with pytest.raises(
+        ValueError, match='kernels rotate x and y for weights of kind "e8p" and "trellis" only, found "mxint"'
+    ):
         pack(MXInt(4).quantize(weight), random_hadamard(32, 64, seed=0))
 
 

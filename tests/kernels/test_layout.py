@@ -86,7 +86,10 @@ def test_padding_holds_zeros():
 @pytest.mark.parametrize(
     ("number_format", "rule"),
     [
-        (MX("mxfp4_e2m1"), 'kernels support weights of kind "mxint", "int", "codebook" and "e8p", found "mx"'),
+        (
+            MX("mxfp4_e2m1"),
+            'kernels support weights of kind "mxint", "int", "codebook", "e8p" and "trellis", found "mx"',
+        ),
         (Passthrough("float16"), 'found "passthrough"'),
         (Int(4, 96), 'block_size 96 is neither "row" nor a power of two of at least 16'),
         (MXInt(4, 8), "block_size 8 is neither"),

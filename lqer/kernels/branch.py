@@ -1,0 +1,77 @@
+"""Device functions of the low-rank branch of up to 16 tokens, from partial sums of x A (hadamard.py).
+
+Every split of K adds the product of B with some of the ranks, so that all programs do as much.
+
+Shapes: M tokens, O out_features, R rank (padded), S partial sums of x A.
+"""
+
+import triton
+import triton.language as tl
+
+PROJECTION_ELEMENTS = tl.constexpr(4096)
+
+
+@triton.jit
+def load_ranks(b_values, rows_O, first_rank, N, rank: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Bᵀ [O, R] of the ranks from `first_rank` on, zero outside B [RP, O]."""
+    ranks_R = first_rank + tl.arange(0, BLOCK_R)
+    place = b_values + ranks_R[None, :] * N + rows_O[:, None]
+    return tl.load(place, mask=(rows_O < N)[:, None] & (ranks_R < rank)[None, :], other=0.0)
+
+
+@triton.jit
+def add_ranks(
+    acc_OM,
+    b_OR,  # `load_ranks` from `first_rank` on, loaded early
+    b_values,  # [RP, O] in the dtype of the layer
+    projection,  # partial sums of x A, float32 [projection_splits, M, RP]
+    rows_O,
+    first_rank,
+    M,
+    N,
+    rank: tl.constexpr,
+    splits: tl.constexpr,
+    projection_splits: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # projection_splits, as a power of two
+    TOKENS: tl.constexpr,  # M, rounded up to a power of two
+    BLOCK_R: tl.constexpr,
+):
+    """acc_OM + (x A B)ᵀ over the ranks of a split: BLOCK_R from `first_rank` on, and every splits * BLOCK_R further."""
+    BLOCK_N: tl.constexpr = acc_OM.shape[0]
+    BLOCK_M: tl.constexpr = acc_OM.shape[1]
+    for turn in tl.static_range(0, rank, splits * BLOCK_R):
+        first = first_rank + turn
+        if first < rank:
+            if turn > 0:
+                b_OR = load_ranks(b_values, rows_O, first, N, rank, BLOCK_R)
+            ranks_R = first + tl.arange(0, BLOCK_R)
+            xa_MR = _projection(projection, ranks_R, M, rank, projection_splits, BLOCK_S, TOKENS)
+            xa_MR = xa_MR.to(b_values.dtype.element_ty).to(tl.float32)
+            branch_OM = tl.sum(b_OR.to(tl.float32)[:, None, :] * xa_MR[None, :, :], axis=2)
+            if TOKENS < BLOCK_M:
+                alike: tl.constexpr = BLOCK_M // TOKENS
+                branch_OM = branch_OM[:, None, :].broadcast_to(BLOCK_N, alike, TOKENS).reshape(BLOCK_N, BLOCK_M)
+            acc_OM += branch_OM
+    return acc_OM
+
+
+@triton.jit
+def _projection(
+    projection,
+    ranks_R,
+    M,
+    rank: tl.constexpr,
+    projection_splits: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """x A, float32 [M, R]: the sum of its partial sums."""
+    width: tl.constexpr = ranks_R.shape[0]
+    at_once: tl.constexpr = min(BLOCK_S, max(1, PROJECTION_ELEMENTS // (TOKENS * width)))
+    tokens_M = tl.minimum(tl.arange(0, TOKENS), M - 1)
+    xa_MR = tl.zeros((TOKENS, width), tl.float32)
+    for first in range(0, projection_splits, at_once):
+        splits_S = first + tl.arange(0, at_once)
+        place = projection + (splits_S[:, None, None] * M + tokens_M[None, :, None]) * rank + ranks_R[None, None, :]
+        xa_MR += tl.sum(tl.load(place, mask=(splits_S < projection_splits)[:, None, None], other=0.0), axis=0)
+    return xa_MR

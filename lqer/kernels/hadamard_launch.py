@@ -1,0 +1,146 @@
+"""Host side of what surrounds a product with lattice or trellis codes: Hadamard rotations, x A, and the parts of B.
+
+Shapes: M tokens, I in_features, O out_features, R rank, A blocks of a Hadamard matrix; P marks padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from lqer.kernels.hadamard import hadamard_input_kernel, hadamard_output_kernel
+from lqer.kernels.packed import PackedLinear
+from lqer.kernels.runtime import launch_options
+from lqer.kernels.tiles import TILE_K
+from lqer.transforms.hadamard import FLOAT16_HEADROOM, RandomHadamard, run_rotated, small_factor, small_order
+
+LARGEST_BLOCK = 128  # outputs of a rotation, for one program
+LARGEST_OUTER = 256  # rows of the outer factor: a program reads all blocks at once
+HADAMARD_WARPS = 8
+RANKS_AT_ONCE = 64  # in the input rotation
+# In the product: Triton's shared memory for B must fit into 48 KB together with the table of lattice codes.
+PRODUCT_RANKS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class HadamardFactors:
+    """H of one length as O ⊗ H_block (hadamard.py): outer, O [A, A] in float32, and the size of a block."""
+
+    outer: Tensor
+    block: int
+
+    @property
+    def factor(self) -> float:
+        """1 / sqrt(block), which normalises H_block."""
+        return 1 / math.sqrt(self.block)
+
+
+@lru_cache
+def hadamard_factors(length: int, inverse: bool, device: torch.device) -> HadamardFactors:
+    """The factors of H, or Hᵀ. Cached on the device, because a CUDA graph must not copy from the host."""
+    small = small_order(length)
+    power = length // small
+    block = min(power, LARGEST_BLOCK)
+    outer = small_factor(small)
+    while power > block:
+        # H_2n = H_2 ⊗ H_n: the inner factor of the outer one.
+        outer = torch.kron(outer, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)) / math.sqrt(2)
+        power //= 2
+    outer = outer.T if inverse else outer
+    return HadamardFactors(outer.to(torch.float32).contiguous().to(device), block)
+
+
+@lru_cache
+def fits_hadamard(length: int) -> bool:
+    """Whether the kernels rotate vectors of this length; torch rotates the others."""
+    return length // min(length // small_order(length), LARGEST_BLOCK) <= LARGEST_OUTER
+
+
+def rotates_in_kernels(packed: PackedLinear) -> bool:
+    """Whether the kernels can apply the layer's rotations (also true if it has none)."""
+    layout = packed.spec.layout
+    return packed.input_signs_I is None or (fits_hadamard(layout.columns) and fits_hadamard(layout.rows))
+
+
+def run_between_rotations(x_MI: Tensor, packed: PackedLinear, run: Callable[[Tensor, PackedLinear], Tensor]) -> Tensor:
+    """y = `run` between the layer's rotations, if it has any, by torch."""
+    if packed.input_signs_I is None or packed.output_signs_O is None:
+        return run(x_MI, packed)
+    hadamard = RandomHadamard(packed.input_signs_I, packed.output_signs_O)
+    inner = replace(packed, bias_O=None, input_signs_I=None, output_signs_O=None)
+    return run_rotated(x_MI, hadamard, packed.bias_O, lambda x: run(x, inner))
+
+
+def headroom(dtype: torch.dtype) -> float:
+    """x is divided by this before its rotation, and y multiplied by it after its own."""
+    return FLOAT16_HEADROOM if dtype == torch.float16 else 1.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """x' as a product reads it, of lattice codes (lattice.py) or of trellis codes (trellis.py).
+
+    values: int8 [M, 2, IP] or float16 [M, IP]. steps: int32 [M, tiles, 2] or float32 [M, tiles]. projection: partial
+    sums of x' A, float32 [tiles, M, RP], or None.
+    """
+
+    values: Tensor
+    steps: Tensor
+    projection: Tensor | None
+
+    @property
+    def projection_splits(self) -> int:
+        return 0 if self.projection is None else len(self.projection)
+
+
+Product = Callable[[Tokens, Tensor | None, torch.dtype], Tensor]
+
+
+def run_rotated_product(
+    x_MI: Tensor, packed: PackedLinear, empty: tuple[Tensor, Tensor], product: Product, dtype: torch.dtype, pdl: bool
+) -> Tensor:
+    """y [M, O] in `dtype` by three kernels, or two without rotations.
+
+    empty: values and steps of Tokens, to be written. product(tokens, bias_O, dtype): W x' + B A x' + bias.
+    """
+    signs_I, signs_O = packed.input_signs_I, packed.output_signs_O
+    if signs_I is None or signs_O is None:
+        return product(_prepare(x_MI, packed, None, empty, pdl), packed.bias_O, dtype)
+    y_MO = product(_prepare(x_MI, packed, signs_I, empty, pdl), None, torch.float32)
+    m, n = y_MO.shape
+    inverse, y_out = hadamard_factors(n, True, x_MI.device), x_MI.new_empty(m, n, dtype=dtype)
+    blocks = n // inverse.block
+    hadamard_output_kernel[blocks, m](
+        y_MO, signs_O, inverse.outer, packed.bias_O, y_out, m, A=blocks, BLOCK_A=triton.next_power_of_2(blocks),
+        B=inverse.block, factor=inverse.factor * headroom(x_MI.dtype), pdl=pdl, num_warps=HADAMARD_WARPS,
+        **launch_options(pdl),
+    )  # fmt: skip
+    return y_out
+
+
+def _prepare(
+    x_MI: Tensor, packed: PackedLinear, signs_I: Tensor | None, empty: tuple[Tensor, Tensor], pdl: bool
+) -> Tokens:
+    (m, k), rank, tiles = x_MI.shape, packed.spec.rank, packed.spec.layout.padded_columns // TILE_K
+    factors = None if signs_I is None else hadamard_factors(k, False, x_MI.device)
+    blocks, block = (tiles, TILE_K) if factors is None else (k // factors.block, factors.block)
+    tokens = Tokens(*empty, x_MI.new_empty((tiles, m, rank), dtype=torch.float32) if rank else None)
+    hadamard_input_kernel[tiles, m](
+        x_MI, signs_I, None if factors is None else factors.outer, packed.a_codes, tokens.values, tokens.steps,
+        tokens.projection, m, k, x_MI.stride(0), rank=rank, tiles=tiles, A=blocks,
+        BLOCK_A=triton.next_power_of_2(blocks), B=block, BLOCK_R=min(rank, RANKS_AT_ONCE),
+        factor=1.0 if factors is None else factors.factor / headroom(x_MI.dtype), pdl=pdl,
+        num_warps=HADAMARD_WARPS, **launch_options(pdl),
+    )  # fmt: skip
+    return tokens
+
+
+def ranks_of_a_split(rank: int, splits: int) -> int:
+    """A power of two that divides a padded rank, so that all splits have about as many ranks."""
+    return min(PRODUCT_RANKS_AT_ONCE, max(8, 1 << (rank // splits).bit_length() >> 1))

@@ -1,0 +1,95 @@
+"""Host side of the kernels for trellis codes.
+
+Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from lqer.kernels.hadamard_launch import Tokens, ranks_of_a_split, run_rotated_product
+from lqer.kernels.layout import ROW_PADDING, ROWS
+from lqer.kernels.packed import PackedLinear
+from lqer.kernels.runtime import launch_options
+from lqer.kernels.tiles import TILE_K
+from lqer.kernels.trellis import PackedTrellis, lookup_table
+from lqer.kernels.trellis_decode import TOKENS_AT_ONCE
+from lqer.kernels.trellis_gemm import trellis_dequantize_kernel, trellis_product_kernel
+
+
+@dataclass(frozen=True)
+class TrellisLaunch:
+    warps: int  # of a program, at most; each computes 16 rows
+    span: int  # tiles of 128 columns for one program, at most; divides the layout's span
+    registers: int | None = None  # of a thread, at most
+
+
+LAUNCH = TrellisLaunch(16, 8)
+
+
+def run_trellis(
+    x_MI: Tensor,
+    packed: PackedLinear,
+    pdl: bool,
+    launch: TrellisLaunch = LAUNCH,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Up to 16 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
+    m, tiles = len(x_MI), packed.spec.layout.padded_columns // TILE_K
+    empty = (
+        x_MI.new_empty((m, tiles * TILE_K), dtype=torch.float16),
+        x_MI.new_empty((m, tiles), dtype=torch.float32),
+    )
+
+    def product(tokens: Tokens, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _product(tokens, packed, bias_O, dtype, pdl, launch)
+
+    return run_rotated_product(x_MI, packed, empty, product, out_dtype or x_MI.dtype, pdl)
+
+
+def _product(
+    tokens: Tokens,
+    packed: PackedLinear,
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+    pdl: bool,
+    launch: TrellisLaunch,
+) -> Tensor:
+    """y [M, O] in `dtype`."""
+    weight, rank, m = packed.weight, packed.spec.rank, len(tokens.values)
+    assert isinstance(weight, PackedTrellis)
+    layout = weight.layout
+    warps = math.gcd(launch.warps, layout.padded_rows // ROWS)
+    span = math.gcd(launch.span, layout.span)
+    splits, tiles_n = layout.tiles // span, layout.padded_rows // (warps * ROWS)
+    partial = tokens.steps.new_empty((splits, layout.rows, m)) if splits > 1 else None
+    y_MO = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
+    trellis_product_kernel[(tiles_n * splits,)](
+        tokens.values, tokens.steps, weight.words, table_of(weight), weight.scales, packed.b_codes, tokens.projection,
+        bias_O, partial, packed.workspace, y_MO, m, layout.rows, layout=layout.compiled, rank=rank,
+        projection_splits=tokens.projection_splits,
+        BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=span, splits=splits, tiles_n=tiles_n,
+        WARPS=warps, BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)), TOKENS=triton.next_power_of_2(m),
+        BLOCK_R=ranks_of_a_split(rank, splits), pdl=pdl, num_warps=warps, maxnreg=launch.registers,
+        **launch_options(pdl),
+    )  # fmt: skip
+    return y_MO
+
+
+def dequantize_trellis(weight: PackedTrellis, w_OI: Tensor) -> None:
+    """Write the weight's values to w_OI."""
+    layout = weight.layout
+    trellis_dequantize_kernel[layout.padded_rows // ROW_PADDING, layout.tiles](
+        weight.words, table_of(weight), weight.scales, w_OI, layout.rows, layout.columns, layout=layout.compiled,
+        BLOCK_N=ROW_PADDING, num_warps=4,
+    )  # fmt: skip
+
+
+def table_of(weight: PackedTrellis) -> Tensor:
+    """The table of the weight's values, on its device."""
+    return lookup_table(weight.layout.compiled, weight.words.device)
