@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from kernel_benchmark import peers
 from kernel_benchmark.results import Scene
-from lqer.formats import E8P, Codebook, Int, MXInt, NumberFormat, QuantizedTensor
+from lqer.formats import E8P, Codebook, Int, MXInt, NumberFormat, QuantizedTensor, Trellis
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.transforms.hadamard import RandomHadamard, random_hadamard
 
@@ -205,6 +205,10 @@ def _own(label: str, weight: NumberFormat, activation: NumberFormat | None = Non
     return Variant(label, packed, weight, activation, rank)
 
 
+def _rotated(label: str, weight: NumberFormat) -> Variant:
+    return Variant(f"{label} + rank 64, rotated", packed, weight, rank=64, rotated=True)
+
+
 _LAYER = "W4A8 + rank 32"
 VARIANTS = {
     "bf16": Variant("cuBLAS bf16", cublas),
@@ -227,7 +231,8 @@ VARIANTS = {
     "w4a16-r32": _own("W4A16 + rank 32", W4, rank=32),
     "w4a16-r32-unfused": Variant("W4A16 + rank 32, unfused", unfused, W4, rank=32),
     **{f"w4a8-r{rank}": _own(f"W4A8 + rank {rank}", W4, X8, rank) for rank in (16, 32, 64, 128, 256)},
-    "e8p-r64": Variant("2-bit E8P + rank 64, rotated", packed, E8P(2), rank=64, rotated=True),
+    "e8p-r64": _rotated("2-bit E8P", E8P(2)),
+    **{f"trellis{bits}-r64": _rotated(f"{bits}-bit trellis", Trellis(bits)) for bits in (2, 3, 4)},
     "w4a8-r32-eager": Variant(f"{_LAYER}, from Python", packed, W4, X8, 32, eager=True),
     "emulation-w4a8-r32": Variant(
         f"emulation of {_LAYER}, from Python", emulation, W4, X8, 32, 16.0, eager=True

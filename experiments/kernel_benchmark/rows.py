@@ -24,6 +24,7 @@ GROUPS = {
     "g": "a decoder of 7B shape",
     "h": "learned codebooks of 2 bits a weight, one token",
     "i": "lattice codes of 2 bits a weight with a rank-64 branch, between Hadamard rotations, one token",
+    "j": "trellis codes of 2, 3 and 4 bits a weight as in i, against lattice codes and cuBLAS bf16, up to 16 tokens",
     "extra": "other formats, ranks and numbers of tokens",
 }
 DECODER_BAR = Bar("g", "tokens/s, decode, 32 blocks of 7B shape", "", (), 1.6, 2.4, times_faster=True)
@@ -58,6 +59,11 @@ def _lattice(m: int, at_least: float, aim: float) -> Bar:
     return Bar("i", label, "e8p-r64", ((Scene(*SQUARE, m), "bf16"),), at_least, aim)
 
 
+def _trellis(bits: int, m: int, against: str, at_least: float | None = None, aim: float | None = None) -> Bar:
+    label = f"{bits}-bit trellis + rank 64, both Hadamards, M={m}, {SQUARE[0]}x{SQUARE[1]}"
+    return Bar("j", label, f"trellis{bits}-r64", ((Scene(*SQUARE, m), against),), at_least, aim)
+
+
 def _layer(m: int, ours: str, calls: str, at_least: float, aim: float) -> Bar:
     label = f"whole layer W4A8 + rank 32, M={m}, {WIDE[0]}x{WIDE[1]}, {calls}"
     against = ((Scene(*WIDE, m), "emulation-w4a8-r32"),)
@@ -89,6 +95,8 @@ BARS = (
     _layer(2048, "w4a8-r32-eager", "both called from Python", 1.5, 3.0),
     _codebook(1, 0.45, 0.33),
     _lattice(1, 0.45, 0.33),
+    *(_trellis(2, m, "e8p-r64", 1.30, 1.00) for m in (1, 4, 16)),
+    *(_trellis(bits, m, "bf16") for m in (1, 4, 16) for bits in (2, 3, 4)),
 )
 
 _FORMATS = ("w2a16", "w3a16", "w4a16", "w8a16", "int4-g128-a16", "bf16")

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 import lqer
 from lqer.checkpoint.pack import DETAILS_FILE
-from lqer.formats import E8P, Int, MXInt, QuantizedTensor, format_from_dict
+from lqer.formats import E8P, Int, MXInt, QuantizedTensor, Trellis, format_from_dict
 from lqer.kernels import PackedLinear, TritonLinear, packed_linear
 from lqer.kernels.lattice import PackedLattice
+from lqer.kernels.trellis import PackedTrellis
 from lqer.methods import Caldera, LinearPlan, LqerAct
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.rounding.ldlq import Ldlq
@@ -86,9 +87,12 @@ def test_load_quantized_builds_modules_of_the_kernels_without_dequantized_weight
 
 
 @torch.no_grad()
-def test_a_caldera_checkpoint_on_packed_codes_agrees_with_emulation(random_model, run_stages, windows_WT, monkeypatch):
+@pytest.mark.parametrize(("weight", "packing"), [(E8P(2), PackedLattice), (Trellis(2), PackedTrellis)])
+def test_a_caldera_checkpoint_on_packed_codes_agrees_with_emulation(
+    weight, packing, random_model, run_stages, windows_WT, monkeypatch
+):
     plan = LinearPlan(
-        Caldera(), E8P(2), None, None, 8, Int(4, 32, symmetric=True), "outer", rounding=Ldlq(),
+        Caldera(), weight, None, None, 8, Int(4, 32, symmetric=True), "outer", rounding=Ldlq(),
         transform=Hadamard(), iterations=2,
     )  # fmt: skip
     checkpoint = run_stages(random_model("llama"), plan).checkpoint.path
@@ -100,7 +104,7 @@ def test_a_caldera_checkpoint_on_packed_codes_agrees_with_emulation(random_model
     )
     packed = [module for module in kernels.modules() if isinstance(module, TritonLinear)]
     assert len(packed) == sum(isinstance(module, QuantizedLinear) for module in emulation.modules())
-    assert all(isinstance(module.packed.weight, PackedLattice) for module in packed)
+    assert all(isinstance(module.packed.weight, packing) for module in packed)
     assert not any(isinstance(module, QuantizedLinear | HadamardLinear) for module in kernels.modules())
     # Few tokens, and more than the kernel of the product supports.
     for ids_WT in (windows_WT[:1], windows_WT[:2]):
