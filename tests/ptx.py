@@ -83,11 +83,9 @@ class Machine:
             case "ld.shared.u16":
                 place = address(names[1])
                 registers[target] = _read(self.shared, place - place % 4) >> 8 * (place % 4) & 0xFFFF
-            case "ld.global.f32":
-                registers[target] = _read(self.memory, address(names[1])).to(torch.int32).view(torch.float32)
             case "shfl.sync.idx.b32":
                 registers[target] = sources[0][sources[1] % 32]
-            case "ld.global.nc.b32":
+            case "ld.global.nc.b32" | "ld.global.b32":
                 registers[target] = _read(self.memory, address(names[1]))
             case "ld.global.v2.b32" | "ld.global.v4.b32":
                 for i, register in enumerate(_parts(target)):

@@ -47,6 +47,8 @@ from lqer.kernels.tiles import TILE_K, TiledLayout
 LANES = 32
 WEIGHTS = 32  # that a lane holds of a ring
 RINGS = TILE_K // TILE  # of a row group; a lane holds two
+# Words of codes that a thread loads before it decodes them.
+WORDS_AHEAD = 32
 # Bytes of a table: two of them, or one, fit into the shared memory of a multiprocessor.
 LARGEST_TABLE = 128 << 10
 COPIED_TABLE = 64 << 10
@@ -86,6 +88,11 @@ class TrellisLayout(TiledLayout):
     def index_bits(self, pairs: bool) -> int:
         """Bits of the codes that one look-up takes."""
         return self.state_bits + (self.bits if pairs else 0)
+
+    @property
+    def tiles_ahead(self) -> int:
+        """Tiles whose codes a thread loads before it decodes them."""
+        return WORDS_AHEAD // (2 * self.bits)
 
     @property
     def words_at_once(self) -> int:

@@ -18,7 +18,7 @@ from lqer.kernels.decode import ROWS_C
 from lqer.kernels.tiles import TILE_K
 from lqer.kernels.trellis import LANES, WEIGHTS, TrellisLayout
 
-TILE_C, LANES_C = tl.constexpr(TILE_K), tl.constexpr(LANES)
+TILE_C, LANES_C, WEIGHTS_C = tl.constexpr(TILE_K), tl.constexpr(LANES), tl.constexpr(WEIGHTS)
 # A tensor core multiplies eight columns: tokens.
 TOKENS_AT_ONCE = 8
 TOKENS_AT_ONCE_C = tl.constexpr(TOKENS_AT_ONCE)
@@ -40,68 +40,80 @@ def field_asm(words: list[str], start: int, width: int, scale: int) -> list[str]
 
 
 @triton.constexpr_function
-def values_asm(words: list[str], layout: TrellisLayout) -> list[str]:
-    """PTX: v<p> = weights 2 p and 2 p + 1 of a lane's 32, as two float16."""
-    lines, bits, width = [], layout.bits, layout.index_bits(layout.pairs)
+def decode_asm(layout: TrellisLayout) -> str:
+    """PTX: $(16 h + p) = weights 2 p and 2 p + 1 of a lane's 32 of its ring h, as two float16; from its 2 k words."""
+    bits, width = layout.bits, layout.index_bits(layout.pairs)
     scale = 1 if layout.halves else 2 + (layout.copies - 1).bit_length()
     load = "ld.shared.u16" if layout.halves else "ld.shared.b32"
-    for p in range(WEIGHTS // 2):
-        if layout.pairs:
-            lines += [*field_asm(words, 2 * p * bits, width, scale), f"{load} v{p}, [t];"]
-            continue
-        for half, i in (("lower", 2 * p), ("upper", 2 * p + 1)):
-            lines += [*field_asm(words, i * bits, width, scale), f"{load} {half}, [t];"]
-        lines.append(f"prmt.b32 v{p}, lower, upper, 0x5410;")
-    return lines
-
-
-@triton.constexpr_function
-def product_asm(blocks: int, layout: TrellisLayout) -> str:
-    """PTX: add the product of a row group and 8 `blocks` tokens to a warp's sums.
-
-    Outputs $(4 i + 2 h + e): the sum of row 2 g + h and token 2 t + e of block i, in lane 4 g + t. Inputs: the same
-    sums before, the lane's 2 k words, and for each block the addresses of its tokens and of two steps.
-    """
-    sums, bits = 4 * blocks, layout.bits
-    held = [f"${2 * sums + n}" for n in range(2 * bits)]
-    addresses = 2 * sums + 2 * bits
     lines = [
-        ".reg .b32 t, next, table, copy, tail, lower, upper, v<16>, x<8>;",
-        f".reg .f32 step0, step1, d<{4 * blocks}>;",
+        ".reg .b32 t, next, table, copy, tail, lower, upper;",
         "mov.u32 table, global_smem;",
         "mov.u32 next, %laneid;",
         f"and.b32 copy, next, {layout.copies - 1};",
         "shl.b32 copy, copy, 2;",
         "add.u32 next, next, 4;",
     ]
-    lines += [f"mov.b32 d{i}, 0;" for i in range(4 * blocks)]
-    mma = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
     for ring in range(2):
-        words = held[ring * bits : (ring + 1) * bits]
+        words = [f"${WEIGHTS + ring * bits + n}" for n in range(bits)]
         # The lane number of a shuffle is taken modulo 32.
         lines.append(f"shfl.sync.idx.b32 tail, {words[0]}, next, 31, 0xFFFFFFFF;")
-        lines += values_asm([*words, "tail"], layout)
-        for i in range(blocks):
-            place = f"${addresses + 3 * i}+"
-            for quarter in range(2):
-                x = ", ".join(f"x{4 * quarter + n}" for n in range(4))
-                lines.append(f"ld.global.v4.b32 {{{x}}}, [{place}{TILE_K * ring + 16 * quarter}];")
-            d = "{" + ", ".join(f"d{4 * i + n}" for n in range(4)) + "}"
-            for j in range(4):
-                a = f"{{v{2 * j}, v{2 * j + 8}, v{2 * j + 1}, v{2 * j + 9}}}"
-                lines.append(f"{mma} {d}, {a}, {{x{2 * j}, x{2 * j + 1}}}, {d};")
-    for i in range(blocks):
-        for e in range(2):
-            lines.append(f"ld.global.f32 step{e}, [${addresses + 3 * i + 1 + e}];")
-        for n in range(4):
-            lines.append(f"fma.rn.f32 ${4 * i + n}, d{4 * i + n}, step{n % 2}, ${sums + 4 * i + n};")
+        words.append("tail")
+        for p in range(WEIGHTS // 2):
+            value = f"${WEIGHTS // 2 * ring + p}"
+            if layout.pairs:
+                lines += [*field_asm(words, 2 * p * bits, width, scale), f"{load} {value}, [t];"]
+                continue
+            for half, i in (("lower", 2 * p), ("upper", 2 * p + 1)):
+                lines += [*field_asm(words, i * bits, width, scale), f"{load} {half}, [t];"]
+            lines.append(f"prmt.b32 {value}, lower, upper, 0x5410;")
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @triton.constexpr_function
-def product_constraints(blocks: int, layout: TrellisLayout) -> str:
+def decode_constraints(layout: TrellisLayout) -> str:
+    return ",".join(["=&r"] * WEIGHTS + ["r"] * (2 * layout.bits + 1))
+
+
+@triton.constexpr_function
+def token_asm() -> str:
+    """PTX: $0 to $15 = a lane's columns of a token, 16 for either ring, $16 and $17 = two steps; from their places."""
+    lines = []
+    for first in range(0, 16, 4):
+        x = ", ".join(f"${first + n}" for n in range(4))
+        lines.append(f"ld.global.v4.b32 {{{x}}}, [$18+{first // 8 * TILE_K + first % 8 * 4}];")
+    lines += ["ld.global.b32 $16, [$19];", "ld.global.b32 $17, [$20];"]
+    return "\n".join(lines)
+
+
+@triton.constexpr_function
+def product_asm(blocks: int) -> str:
+    """PTX: add the product of a row group and 8 `blocks` tokens to a warp's sums.
+
+    Outputs $(4 i + 2 h + e): the sum of row 2 g + h and token 2 t + e of block i, in lane 4 g + t. Inputs: the same
+    sums before, the outputs of `decode_asm`, and those of `token_asm` for each block.
+    """
     sums = 4 * blocks
-    return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] * (2 * layout.bits) + ["l"] * (3 * blocks))
+    lines = [f".reg .f32 d<{sums}>, step;", *(f"mov.b32 d{n}, 0;" for n in range(sums))]
+    mma = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+    for ring in range(2):
+        v = [f"${2 * sums + WEIGHTS // 2 * ring + p}" for p in range(WEIGHTS // 2)]
+        for j in range(4):
+            for i in range(blocks):
+                d = "{" + ", ".join(f"d{4 * i + n}" for n in range(4)) + "}"
+                x = 2 * sums + WEIGHTS + 18 * i + 8 * ring + 2 * j
+                a = f"{{{v[2 * j]}, {v[2 * j + 8]}, {v[2 * j + 1]}, {v[2 * j + 9]}}}"
+                lines.append(f"{mma} {d}, {a}, {{${x}, ${x + 1}}}, {d};")
+    for i in range(blocks):
+        for n in range(4):
+            lines.append(f"mov.b32 step, ${2 * sums + WEIGHTS + 18 * i + 16 + n % 2};")
+            lines.append(f"fma.rn.f32 ${4 * i + n}, d{4 * i + n}, step, ${sums + 4 * i + n};")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def product_constraints(blocks: int) -> str:
+    sums = 4 * blocks
+    return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] * (WEIGHTS + 18 * blocks))
 
 
 @triton.constexpr_function
@@ -116,8 +128,8 @@ def load_asm(span: int, layout: TrellisLayout) -> str:
 
 
 @triton.constexpr_function
-def load_constraints(outputs: int) -> str:
-    return ",".join(["=&r"] * outputs + ["l"])
+def load_constraints(outputs: int, places: int) -> str:
+    return ",".join(["=&r"] * outputs + ["l"] * places)
 
 
 @triton.constexpr_function
@@ -132,35 +144,42 @@ def load_words(words, group_T, lane_T, first, layout: tl.constexpr, span: tl.con
     lane_words: tl.constexpr = 2 * layout.bits
     place_T = words + (group_T * layout.tiles + first) * (LANES_C * lane_words) + lane_T * at_once
     return tl.inline_asm_elementwise(
-        load_asm(span, layout), load_constraints(span * lane_words), [place_T.to(tl.int64)],
+        load_asm(span, layout), load_constraints(span * lane_words, 1), [place_T.to(tl.int64)],
         dtype=types(tl.int32, span * lane_words), is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
 def share_table(table, thread_T, layout: tl.constexpr):
-    """Put the table at the beginning of shared memory; zero for each thread, computed after it is there."""
-    table_S = tl.load(table + tl.arange(0, layout.table_words))
-    return tl.inline_asm_elementwise(
-        "mov.b32 $0, 0;", "=f,r", [tl.gather(table_S, thread_T, 0)], dtype=tl.float32, is_pure=False, pack=1
-    )
+    """Put the table at the beginning of shared memory; int32 [T], which `decode` takes to come after that."""
+    return tl.gather(tl.load(table + tl.arange(0, layout.table_words)), thread_T, 0)
 
 
 @triton.jit
-def no_sums(zero_T, blocks: tl.constexpr):
+def decode(words, shared_T, layout: tl.constexpr):
+    """The weights of a row group, 32 tensors of two float16. words: the lane's; shared_T: of `share_table`."""
+    return tl.inline_asm_elementwise(
+        decode_asm(layout), decode_constraints(layout), words + (shared_T,),  # noqa: RUF005
+        dtype=types(tl.int32, WEIGHTS_C), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def no_sums(lane_T, blocks: tl.constexpr):
     """Initial sums of `add_products`: four zeros per thread for each eight tokens."""
     if blocks == 1:
+        zero_T = tl.zeros(lane_T.shape, tl.float32)
         return zero_T, zero_T, zero_T, zero_T
     else:
-        half = no_sums(zero_T, blocks // 2)
+        half = no_sums(lane_T, blocks // 2)
         return half + half
 
 
 @triton.jit
-def token_places(x, steps, lane_T, first, tile, M, tiles: tl.constexpr, blocks: tl.constexpr):
-    """For each eight tokens from `first` on, the addresses of the token and of the two steps that a thread reads.
+def load_tokens(x, steps, lane_T, first, tile, M, tiles: tl.constexpr, blocks: tl.constexpr):
+    """For each eight tokens from `first` on, the columns of a tile and the two steps that a thread needs.
 
-    Lane 4 g + t reads 16 columns of token g of a block and has the sums of tokens 2 t and 2 t + 1. Tokens from M on are
+    Lane 4 g + t reads 32 columns of token g of a block and has the sums of tokens 2 t and 2 t + 1. Tokens from M on are
     replaced by the last one.
     """
     if blocks == 1:
@@ -168,23 +187,25 @@ def token_places(x, steps, lane_T, first, tile, M, tiles: tl.constexpr, blocks: 
         one_T, other_T = tl.minimum(summed_T, M - 1), tl.minimum(summed_T + 1, M - 1)
         column_T = (token_T * tiles + tile) * TILE_C + lane_T % 4 * 16
         step = steps + tile
-        return (x + column_T).to(tl.int64), (step + one_T * tiles).to(tl.int64), (step + other_T * tiles).to(tl.int64)
+        places = (
+            (x + column_T).to(tl.int64),
+            (step + one_T * tiles).to(tl.int64),
+            (step + other_T * tiles).to(tl.int64),
+        )
+        return tl.inline_asm_elementwise(
+            token_asm(), load_constraints(18, 3), places, dtype=types(tl.int32, 18), is_pure=False, pack=1
+        )
     else:
         half: tl.constexpr = blocks // 2
-        others = token_places(x, steps, lane_T, first + half * TOKENS_AT_ONCE_C, tile, M, tiles, half)
-        return token_places(x, steps, lane_T, first, tile, M, tiles, half) + others
+        others = load_tokens(x, steps, lane_T, first + half * TOKENS_AT_ONCE_C, tile, M, tiles, half)
+        return load_tokens(x, steps, lane_T, first, tile, M, tiles, half) + others
 
 
 @triton.jit
-def add_products(sums, words, places, tile: tl.constexpr, blocks: tl.constexpr, layout: tl.constexpr):
-    """`sums` + the products of a row group. words: the lane's; places: `token_places` of the first tile."""
-    arguments = sums + words
-    for i in tl.static_range(blocks):
-        arguments = arguments + (  # noqa: RUF005
-            places[3 * i] + tile * (2 * TILE_C), places[3 * i + 1] + tile * 4, places[3 * i + 2] + tile * 4
-        )  # fmt: skip
+def add_products(sums, weights, tokens, blocks: tl.constexpr):
+    """`sums` + the products of a row group. weights: of `decode`; tokens: of `load_tokens`."""
     return tl.inline_asm_elementwise(
-        product_asm(blocks, layout), product_constraints(blocks, layout), arguments,
+        product_asm(blocks), product_constraints(blocks), sums + weights + tokens,
         dtype=types(tl.float32, 4 * blocks), is_pure=False, pack=1,
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Kernels on trellis codes: the product for few tokens, and dequantization for many.
 
 The product y = W x + b + B(A x) is computed as yᵀ = W xᵀ, with weights decoded in registers as float16 operands of
-tensor cores and tokens as float16 with steps (trellis.py). A warp computes 16 rows over a span of tiles. It loads all
-of its codes, and the program its table, before they wait for the kernel that prepares x. K is split over spans
+tensor cores and tokens as float16 with steps (trellis.py). A warp computes 16 rows over a span of tiles. It loads
+the codes of several tiles, and decodes the first, before it waits for the kernel that prepares x. K is split over spans
 (split_k.py), and every split adds some of the ranks of the branch.
 
 Shapes: M tokens, I in_features, O out_features, R rank (padded), T threads of a program, H rows 2 g and 2 g + 1 of a
@@ -21,12 +21,13 @@ from lqer.kernels.trellis_decode import (
     TILE_C,
     TOKENS_AT_ONCE_C,
     add_products,
+    decode,
+    load_tokens,
     load_words,
     no_sums,
     plain_product,
     plain_values,
     share_table,
-    token_places,
 )
 
 
@@ -68,8 +69,12 @@ def trellis_product_kernel(
     lane_T = thread_T % 32
     blocks: tl.constexpr = BLOCK_M // TOKENS_AT_ONCE_C
     if not INTERPRETED:
-        loaded = load_words(words, pid_n * WARPS + thread_T // 32, lane_T, pid_s * span, layout, span)
-        zero_T = share_table(table, thread_T, layout)
+        group_T, first_tile = pid_n * WARPS + thread_T // 32, pid_s * span
+        held: tl.constexpr = 2 * layout.bits
+        ahead: tl.constexpr = min(span, layout.tiles_ahead)
+        loaded = load_words(words, group_T, lane_T, first_tile, layout, ahead)
+        shared_T = share_table(table, thread_T, layout)
+        weights = decode(loaded[:held], shared_T, layout)
     first_rank = pid_s * BLOCK_R
     if rank > 0:
         b_OR = load_ranks(b_values, rows_O, first_rank, N, rank, BLOCK_R)
@@ -82,15 +87,21 @@ def trellis_product_kernel(
         for tile in tl.static_range(span):
             acc_OM += plain_product(words, table, x, steps, rows_O, rows_M, pid_s * span + tile, M, layout)
     else:
-        places = token_places(x, steps, lane_T, 0, pid_s * span, M, layout.tiles, blocks)
-        sums = no_sums(zero_T, blocks)
-        held: tl.constexpr = 2 * layout.bits
+        sums = no_sums(lane_T, blocks)
         # A loop of one turn keeps Triton's passes from recomputing `sums` in the layout of a later operand, in which
         # element number i does not belong to thread number i.
         turn = 0
         while turn < 1:
+            codes = loaded
+            tokens = load_tokens(x, steps, lane_T, 0, first_tile, M, layout.tiles, blocks)
             for tile in tl.static_range(span):
-                sums = add_products(sums, loaded[tile * held : (tile + 1) * held], places, tile, blocks, layout)
+                sums = add_products(sums, weights, tokens, blocks)
+                if tile + ahead < span:
+                    codes = codes + load_words(words, group_T, lane_T, first_tile + tile + ahead, layout, 1)
+                if tile + 1 < span:
+                    # Tokens arrive while the weights are decoded.
+                    tokens = load_tokens(x, steps, lane_T, 0, first_tile + tile + 1, M, layout.tiles, blocks)
+                    weights = decode(codes[(tile + 1) * held : (tile + 2) * held], shared_T, layout)
             turn += 1
         # Triton does not know that the table was in use.
         tl.debug_barrier()

@@ -29,7 +29,7 @@ class TrellisLaunch:
     registers: int | None = None  # of a thread, at most
 
 
-LAUNCH = TrellisLaunch(16, 8)
+LAUNCH = TrellisLaunch(16, 16)
 
 
 def run_trellis(

@@ -9,7 +9,7 @@ from ptx import Machine
 
 from lqer.formats import Trellis
 from lqer.kernels.trellis import lookup_table, pack_trellis
-from lqer.kernels.trellis_decode import load_asm, product_asm
+from lqer.kernels.trellis_decode import decode_asm, load_asm, product_asm, token_asm
 
 CPU = torch.device("cpu")
 WORD = (1 << 32) - 1
@@ -48,14 +48,19 @@ def test_the_instructions_multiply_every_window_exactly(bits, state_bits, blocks
     for group in range(2):
         words = loaded_words(packed, group, span=2)
         for tile in range(2):
-            operands = {f"${i}": torch.zeros(32) for i in range(8 * blocks)}
             held = words[2 * bits * tile : 2 * bits * (tile + 1)]
-            operands |= {f"${8 * blocks + n}": word for n, word in enumerate(held)} | {"%laneid": LANE}
+            decoded = machine.run(
+                decode_asm(layout), {f"${32 + n}": word for n, word in enumerate(held)} | {"%laneid": LANE}
+            )
+            weights = [decoded[f"${n}"] for n in range(32)]
+            operands = {f"${i}": torch.zeros(32) for i in range(8 * blocks)}
+            operands |= {f"${8 * blocks + n}": value for n, value in enumerate(weights)}
             for i in range(blocks):
-                first = 8 * blocks + 2 * bits + 3 * i
-                operands[f"${first}"] = 4096 + (8 * i + LANE // 4) * 256 + LANE % 4 * 32
-                operands |= {f"${first + 1 + e}": 2048 + (8 * i + LANE % 4 * 2 + e) * 4 for e in range(2)}
-            registers = machine.run(product_asm(blocks, layout), operands)
+                places = {"$18": 4096 + (8 * i + LANE // 4) * 256 + LANE % 4 * 32}
+                places |= {f"${19 + e}": 2048 + (8 * i + LANE % 4 * 2 + e) * 4 for e in range(2)}
+                loaded = machine.run(token_asm(), places)
+                operands |= {f"${8 * blocks + 32 + 18 * i + n}": loaded[f"${n}"] for n in range(18)}
+            registers = machine.run(product_asm(blocks), operands)
             rows, columns = slice(16 * group, 16 * group + 16), slice(128 * tile, 128 * tile + 128)
             expected = values[rows, columns] @ x.double().T * steps.double()
             for i in range(blocks):
