@@ -64,7 +64,7 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
         check_that_nothing_is_computed_twice(kernel, 4 * constants["span"] * constants["BLOCK_M"] // TOKENS_AT_ONCE)
     if self.fn.__name__ == "trellis_product_kernel":
         check_that_nothing_is_computed_twice(kernel, constants["span"] * constants["BLOCK_M"])
-        check_that_the_table_is_at_the_beginning(kernel, constants["layout"])
+        check_that_the_table_stays(kernel, constants["layout"])
     compiled.add(self.fn.__name__)
 
 
@@ -79,9 +79,15 @@ def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:
     assert kernel.asm["ptx"].count("mma.sync") == products
 
 
-def check_that_the_table_is_at_the_beginning(kernel: Any, layout: TrellisLayout) -> None:
-    """Shared memory is as large as the table, so nothing lies before it (trellis_decode.py)."""
+def check_that_the_table_stays(kernel: Any, layout: TrellisLayout) -> None:
+    """Shared memory is as large as the table, so it lies at the beginning, and only it is written before products."""
     assert kernel.metadata.shared == 4 * layout.table_words
+    before, _, _ = kernel.asm["ptx"].rpartition("mma.sync")
+    assert len(re.findall(r"bar\.sync|barrier\.sync|barrier\.cta\.sync", before)) == 1
+    lines = before.splitlines()
+    stores = [number for number, line in enumerate(lines) if "st.shared" in line]
+    loads = [number for number, line in enumerate(lines) if "ld.shared" in line]
+    assert max(stores) < min(loads)
 
 
 def main() -> None:
