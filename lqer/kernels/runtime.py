@@ -1,4 +1,4 @@
-"""Whether kernels are interpreted or compiled, and programmatic dependent launch (PDL).
+"""Whether kernels are interpreted or compiled, programmatic dependent launch (PDL), and the size of the GPU.
 
 With PDL a kernel may start before the previous kernel of its stream ends. It prefetches what does not depend on that
 kernel, then waits for it on the device (gdc_wait).
@@ -30,3 +30,9 @@ def _capable(device: torch.device) -> bool:
 def launch_options(pdl: bool) -> dict[str, bool]:
     """Keyword arguments of a kernel launch."""
     return {"launch_pdl": True} if pdl else {}
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; one in the interpreter, which runs programs one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -69,7 +69,8 @@ def trellis_product_kernel(
     lane_T = thread_T % 32
     blocks: tl.constexpr = BLOCK_M // TOKENS_AT_ONCE_C
     if not INTERPRETED:
-        group_T, first_tile = pid_n * WARPS + thread_T // 32, pid_s * span
+        # Warps beyond the last row repeat the last group; their sums are not stored.
+        group_T, first_tile = tl.minimum(pid_n * WARPS + thread_T // 32, (N - 1) // ROWS_C), pid_s * span
         held: tl.constexpr = 2 * layout.bits
         ahead: tl.constexpr = min(span, layout.tiles_ahead)
         loaded = load_words(words, group_T, lane_T, first_tile, layout, ahead)
@@ -85,7 +86,8 @@ def trellis_product_kernel(
     if INTERPRETED:
         acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for tile in tl.static_range(span):
-            acc_OM += plain_product(words, table, x, steps, rows_O, rows_M, pid_s * span + tile, M, layout)
+            rows_in_O = tl.minimum(rows_O, N - 1)
+            acc_OM += plain_product(words, table, x, steps, rows_in_O, rows_M, pid_s * span + tile, M, layout)
     else:
         sums = no_sums(lane_T, blocks)
         # A loop of one turn keeps Triton's passes from recomputing `sums` in the layout of a later operand, in which

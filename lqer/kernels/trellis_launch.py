@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -15,32 +16,48 @@ from torch import Tensor
 from lqer.kernels.hadamard_launch import Tokens, ranks_of_a_split, run_rotated_product
 from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PackedLinear
-from lqer.kernels.runtime import launch_options
-from lqer.kernels.tiles import TILE_K
-from lqer.kernels.trellis import PackedTrellis, lookup_table
+from lqer.kernels.runtime import launch_options, multiprocessors
+from lqer.kernels.tiles import SPANS, TILE_K
+from lqer.kernels.trellis import PackedTrellis, TrellisLayout, lookup_table
 from lqer.kernels.trellis_decode import TOKENS_AT_ONCE
 from lqer.kernels.trellis_gemm import trellis_dequantize_kernel, trellis_product_kernel
 
 
 @dataclass(frozen=True)
 class TrellisLaunch:
-    warps: int  # of a program, at most; each computes 16 rows
-    span: int  # tiles of 128 columns for one program, at most; divides the layout's span
-    registers: int | None = None  # of a thread, at most
+    warps: int  # of a program; each computes 16 rows
+    span: int  # tiles of 128 columns for one program; divides the layout's span
 
 
-LAUNCH = TrellisLaunch(16, 16)
+# Many warps share one table, and a thread holds little of it while it is copied.
+WARPS = 16
+# What a program takes besides its tiles, in tiles: its table, its first codes and the end.
+OVERHEAD = 4
+
+
+@lru_cache
+def best_launch(layout: TrellisLayout, multiprocessors: int) -> TrellisLaunch:
+    """The span with which the programs, one at a time on a multiprocessor, take the shortest time."""
+    rows = -(-layout.rows // (WARPS * ROWS))
+
+    def time(span: int) -> int:
+        return -(-rows * (layout.tiles // span) // multiprocessors) * (span + OVERHEAD)
+
+    return TrellisLaunch(WARPS, min((span for span in SPANS if layout.span % span == 0), key=time))
 
 
 def run_trellis(
     x_MI: Tensor,
     packed: PackedLinear,
     pdl: bool,
-    launch: TrellisLaunch = LAUNCH,
+    launch: TrellisLaunch | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Up to 16 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
-    m, tiles = len(x_MI), packed.spec.layout.padded_columns // TILE_K
+    m, layout = len(x_MI), packed.spec.layout
+    assert isinstance(layout, TrellisLayout)
+    launch = launch or best_launch(layout, multiprocessors(x_MI.device))
+    tiles = layout.tiles
     empty = (
         x_MI.new_empty((m, tiles * TILE_K), dtype=torch.float16),
         x_MI.new_empty((m, tiles), dtype=torch.float32),
@@ -64,9 +81,8 @@ def _product(
     weight, rank, m = packed.weight, packed.spec.rank, len(tokens.values)
     assert isinstance(weight, PackedTrellis)
     layout = weight.layout
-    warps = math.gcd(launch.warps, layout.padded_rows // ROWS)
-    span = math.gcd(launch.span, layout.span)
-    splits, tiles_n = layout.tiles // span, layout.padded_rows // (warps * ROWS)
+    warps, span = launch.warps, math.gcd(launch.span, layout.span)
+    splits, tiles_n = layout.tiles // span, -(-layout.rows // (warps * ROWS))
     partial = tokens.steps.new_empty((splits, layout.rows, m)) if splits > 1 else None
     y_MO = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
     trellis_product_kernel[(tiles_n * splits,)](
@@ -75,8 +91,7 @@ def _product(
         projection_splits=tokens.projection_splits,
         BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=span, splits=splits, tiles_n=tiles_n,
         WARPS=warps, BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)), TOKENS=triton.next_power_of_2(m),
-        BLOCK_R=ranks_of_a_split(rank, splits), pdl=pdl, num_warps=warps, maxnreg=launch.registers,
-        **launch_options(pdl),
+        BLOCK_R=ranks_of_a_split(rank, splits), pdl=pdl, num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
     return y_MO
 

@@ -14,8 +14,8 @@ from lqer.kernels.dequantize_launch import dequantize_weight
 from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear, reference_weight
 from lqer.kernels.runtime import supports_pdl
-from lqer.kernels.trellis import PackedTrellis, pack_trellis
-from lqer.kernels.trellis_launch import TrellisLaunch, run_trellis
+from lqer.kernels.trellis import PackedTrellis, TrellisLayout, pack_trellis
+from lqer.kernels.trellis_launch import TrellisLaunch, best_launch, run_trellis
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
 
@@ -140,6 +140,12 @@ def test_every_launch_gives_the_same_layer(launched):
     x_MI = random_input(5, 1024)
     y_MO = run_trellis(x_MI, layer.packed, supports_pdl(x_MI), launched)
     assert relative_error(y_MO, layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
+
+
+def test_programs_fill_the_gpu_in_as_few_turns_as_possible():
+    spans = {(8192, 8192): 16, (11008, 4096): 16, (4096, 4096): 4, (576, 576): 1}
+    for (n, k), span in spans.items():
+        assert best_launch(TrellisLayout(n, k, 2, 12, False), 132) == TrellisLaunch(16, span)
 
 
 def test_a_token_with_large_and_small_elements_keeps_both():
