@@ -26,7 +26,8 @@ ON_REQUEST = frozenset({"trellis"})
 def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> Backend:
     """`wanted`, or for "auto" the kernels where they can run, but for those ON_REQUEST.
 
-    formats: of weight and input, by linear. Raises ModelError, with the reason, where "triton" is wanted and cannot run.
+    formats: of weight and input, by linear. Raises ModelError, with the reason, where "triton" is wanted and cannot
+    run.
     """
     if wanted == "emulate":
         return "emulate"

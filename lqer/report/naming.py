@@ -15,7 +15,9 @@ def scheme_name(quantize: Mapping[str, Any]) -> str:
     """Transforms, rounding and method of a resolved [quantize] table; parts that do nothing are omitted."""
     method = quantize["method"]["kind"]
     rounding = quantize.get("rounding", {"kind": NEAREST})["kind"]
-    return " + ".join([*_shown(quantize, rounding), *([] if method == "none" else [method])]) or RTN
+    # GPTQ is a method and a rounding.
+    named = [] if method in ("none", rounding) else [method]
+    return " + ".join([*_shown(quantize, rounding), *named]) or RTN
 
 
 def rtn_name(quantize: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from lqer.config.schema import Config
 from lqer.config.sweep import SweepPlan, SweepRun
 from lqer.report.collect import collect, write_collection
 from lqer.report.environment import versions
+from lqer.report.page.write import PAGE_FILE, write_collection_page
 from lqer.report.ranking import rank
 from lqer.report.sweep import TABLE_FOLDER, SweepRecord, read_runs, shown_table, write_ranking
 from lqer.report.write import markdown_table
@@ -148,10 +150,14 @@ def conclude(record: SweepRecord, output_dir: Path, outcome: SweepOutcome, say: 
     folder = output_dir / TABLE_FOLDER.format(tag=record.tag)
     paths = write_ranking(record, output_dir, outcome.failed)
     if paths:
-        tags = [results["tag"] for results in read_runs(record, output_dir).values()]
+        runs = read_runs(record, output_dir)
+        tags = [results["tag"] for results in runs.values()]
         merged = collect(output_dir, f"{record.tag}-*")
         paths += write_collection(merged[merged["tag"].isin(tags)].reset_index(drop=True), folder)
-        for ranking in rank(read_runs(record, output_dir)):
+        pages = {tag: os.path.relpath(output_dir / tag / PAGE_FILE, folder) for tag in tags}
+        write_collection_page(folder / PAGE_FILE, list(runs.values()), record.tag, pages)
+        paths.append(folder / PAGE_FILE)
+        for ranking in rank(runs):
             say(f"\n{ranking.model}\n\n{markdown_table(shown_table(ranking))}\n")
     for path in paths:
         say(str(path))

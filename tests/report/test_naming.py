@@ -12,6 +12,7 @@ from lqer.report.naming import rtn_name, scheme_name
         ({"method": {"kind": "lqer-act"}, "rounding": {"kind": "nearest"}}, "lqer-act", "RTN"),
         ({"method": {"kind": "none"}, "rounding": {"kind": "gptq"}}, "gptq", "gptq"),
         ({"method": {"kind": "gptq"}}, "gptq", "gptq"),
+        ({"method": {"kind": "gptq"}, "rounding": {"kind": "gptq"}}, "gptq", "gptq"),
         (
             {
                 "method": {"kind": "qera-exact"},

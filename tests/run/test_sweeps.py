@@ -256,7 +256,7 @@ class TestEndToEnd:
     def test_there_is_one_table_with_pictures(self, whole):
         files = {path.name for path in (whole[0].output / "s-table").iterdir()}
         assert files >= {
-            "results.csv", "results.md", "ranking.md", "ranking.csv", "sweep.json",
+            "results.csv", "results.md", "ranking.md", "ranking.csv", "sweep.json", "report.html",
             "ranking-tiny-llama-evaluation.txt.png", "pareto-tiny-llama-evaluation.txt-concat-64.png",
         }  # fmt: skip
 
