@@ -102,16 +102,23 @@ def draw_figures(
         )
 
 
+def write_page(
+    folder: Path, results: Results, rows: Sequence[Mapping[str, Any]], checkpoint: Artifact, blocks: int
+) -> None:
+    """Write report.html."""
+    losses = [_losses(note) for note in block_notes(checkpoint, blocks)]
+    write_run_page(folder / PAGE_FILE, results, Details(layers_table(rows), losses, _spectra(checkpoint, blocks)))
+
+
 def write_tables(
     folder: Path, results: Results, rows: Sequence[Mapping[str, Any]], checkpoint: Artifact, blocks: int
 ) -> None:
-    """Write layers.csv, report.md, report.html and, last, results.json, whose presence marks a complete run."""
+    """Write layers.csv, report.md and, last, results.json, whose presence marks a complete run."""
     layers = layers_table(rows)
     write_atomically(folder / LAYERS_FILE, lambda temporary: layers.to_csv(temporary, index=False, float_format="%.6g"))
     spectra, notes = _spectra(checkpoint, blocks), block_notes(checkpoint, blocks)
     text = render_report(results, layers, bool(spectra), bool(_step_errors(rows)), notes)
     write_text(folder / REPORT_FILE, text)
-    write_run_page(folder / PAGE_FILE, results, Details(layers, [_losses(note) for note in notes], spectra))
     write_json(folder / RESULTS_FILE, results)
 
 

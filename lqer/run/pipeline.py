@@ -11,7 +11,7 @@ from lqer.phases import in_phase, phase
 from lqer.report.assemble import Made, MeasuredText, assemble
 from lqer.report.environment import device_name, peak_memory_bytes
 from lqer.report.tracking import track
-from lqer.report.write import draw_figures, layer_rows, write_tables
+from lqer.report.write import draw_figures, layer_rows, write_page, write_tables
 from lqer.results import Results
 from lqer.run.chunks import Chunk
 from lqer.run.experiment import Experiment, QuantizeStage
@@ -121,7 +121,8 @@ def _report(checked: CheckedRun, checkpoint: Artifact, made: Made, started: floa
         log.warning("warning: %s", warning)
     report = (checked.folder, results, layer_rows(checkpoint, summary.blocks), checkpoint, summary.blocks)
     draw_figures(*report)
-    # After the figures, which take more memory than the stages of a small model.
+    write_page(*report)
+    # After the figures and the page, which take more memory than the stages of a small model.
     results["peak_memory_bytes"] = peak_memory_bytes(context.device, all_gpus=config.device_map == "auto")
     write_tables(*report)
     return results

@@ -19,6 +19,7 @@ from pipeline_benchmark.report import Measured, table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lqer.formats import format_from_dict
+from lqer.methods import caldera
 from lqer.phases import Recorder, recorded
 from lqer.rounding import gptq
 
@@ -83,10 +84,10 @@ def test_the_rows_of_the_table_add_up_to_the_wall_clock():
 
 
 def test_every_wrapped_function_exists_and_is_counted_where_others_have_imported_it(monkeypatch):
-    before = gptq.inverse_factor
+    before = caldera.down_date
     try:
         child._wrap_mathematics()
-        assert gptq.inverse_factor is not before
+        assert caldera.down_date is not before
         with recorded(recorder := Recorder()):
             gptq.Gptq().round(
                 torch.randn(4, 8),
@@ -99,7 +100,7 @@ def test_every_wrapped_function_exists_and_is_counted_where_others_have_imported
             for module, function in functions:
                 wrapped = getattr(sys.modules[module], function)
                 child._replace_everywhere(wrapped, wrapped.__wrapped__)
-    assert gptq.inverse_factor is before
+    assert caldera.down_date is before
 
 
 def test_a_setting_of_another_form_is_refused(capsys):

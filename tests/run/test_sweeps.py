@@ -282,8 +282,15 @@ def test_a_mistake_is_answered_before_any_run_with_status_2(experiment, small):
     assert not experiment.output.exists()
 
 
-def test_an_interrupted_sweep_ends_at_once_and_resumes(experiment, small):
-    process = subprocess.Popen(command(experiment, small), stderr=subprocess.PIPE, text=True)
+def test_an_interrupted_sweep_ends_at_once_and_resumes(experiment, small, tmp_path):
+    # The second run waits, or else it might be finished before the signal comes.
+    plugin = tmp_path / "waits.py"
+    plugin.write_text(
+        f"import multiprocessing, pathlib, time\nfirst = pathlib.Path({str(tmp_path / 'first')!r})\n"
+        "if multiprocessing.parent_process() is not None:\n"
+        "    time.sleep(60 if first.exists() else 0)\n    first.touch()\n"
+    )
+    process = subprocess.Popen(command(experiment, small, f"--plugin={plugin}"), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("s-w3: "):
