@@ -13,7 +13,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -181,11 +182,14 @@ class InAProcess:
 
     def __call__(self, config: Config) -> str | None:
         ours, theirs = self.processes.Pipe(duplex=False)
-        arguments = (config.model_dump_json(), self.plugins, theirs)
+        with _held_back_interrupts():
+            # pydantic would report an interrupt while it serializes as its own error.
+            arguments = (config.model_dump_json(), self.plugins, theirs)
         process = self.processes.Process(target=_execute, args=arguments)  # type: ignore[attr-defined]
-        process.start()
-        theirs.close()
         try:
+            with _held_back_interrupts():
+                process.start()
+                theirs.close()
             process.join()
         except KeyboardInterrupt:
             # A terminal interrupts both processes, but a signal may have come to this one alone. The store takes it.
@@ -200,6 +204,19 @@ class InAProcess:
             return str(ours.recv())
         except EOFError:
             return _death(process.exitcode)
+
+
+@contextmanager
+def _held_back_interrupts() -> Iterator[None]:
+    """Raise the KeyboardInterrupt of a SIGINT at the end only: a process is not lost between its start and our hold."""
+    signals: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if signals:
+        raise KeyboardInterrupt
 
 
 def _death(exitcode: int | None) -> str:

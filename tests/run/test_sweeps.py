@@ -283,7 +283,7 @@ def test_a_mistake_is_answered_before_any_run_with_status_2(experiment, small):
 
 
 def test_an_interrupted_sweep_ends_at_once_and_resumes(experiment, small, tmp_path):
-    # The second run waits, or else it might be finished before the signal comes.
+    # The second run waits before its first line, or else it might be finished before the signal comes.
     plugin = tmp_path / "waits.py"
     plugin.write_text(
         f"import multiprocessing, pathlib, time\nfirst = pathlib.Path({str(tmp_path / 'first')!r})\n"
@@ -293,7 +293,7 @@ def test_an_interrupted_sweep_ends_at_once_and_resumes(experiment, small, tmp_pa
     process = subprocess.Popen(command(experiment, small, f"--plugin={plugin}"), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("s-w3: "):
+        if "1 to go" in line:
             break
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
