@@ -7,6 +7,7 @@ import time
 
 from lqer.config import Config
 from lqer.errors import ConfigError, LqerError, RunFailedError
+from lqer.jobs.here import run_here
 from lqer.phases import in_phase, phase
 from lqer.report.assemble import Made, MeasuredText, assemble
 from lqer.report.environment import device_name, peak_memory_bytes
@@ -14,15 +15,15 @@ from lqer.report.tracking import track
 from lqer.report.write import draw_figures, layer_rows, write_page, write_tables
 from lqer.results import Results
 from lqer.run.chunks import Chunk
-from lqer.run.experiment import Experiment, QuantizeStage
+from lqer.run.experiment import Experiment
 from lqer.run.folder import RunLog, begin_run, link_checkpoint, locked
+from lqer.run.jobs import jobs_of
 from lqer.run.outcome import headline, write_traceback
 from lqer.run.preflight import CheckedRun, check_run
 from lqer.run.texts import Texts
 from lqer.stages.allocate_ranks import Budget, BudgetedPlans
 from lqer.stages.allocate_widths import WidthPlans, Widths
 from lqer.stages.base import Stage
-from lqer.stages.quantize import Quantize
 from lqer.store.store import Artifact, Store
 
 log = logging.getLogger(__name__)
@@ -91,22 +92,19 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
         "%s: %s, %d linears in %d blocks, on %s",
         config.tag, config.model, len(summary.linears), summary.blocks, device_name(context.device),
     )  # fmt: skip
-    for stage in experiment.before_quantize():
-        stage.obtain(store)
+    jobs = jobs_of(experiment, summary.blocks, [] if chunk is None else [chunk])
+    run_here(jobs.preparing, store)
     budget, widths = _log_budget(experiment, store), _log_widths(experiment, store)
-    checkpoints = [_quantize(stage, store, chunk, summary.blocks) for stage in experiment.quantizing()]
-    if None in checkpoints:
+    run_here(jobs.quantizing, store)
+    if any(stage.find(store) is None for stage in experiment.quantizing()):
         log.info("chunk %s finished; waiting for the remaining chunks. The last one to finish evaluates.", chunk)
         return None
-    checkpoint = experiment.checkpoint.obtain(store) if experiment.finetune else experiment.checkpoint.artifact(store)
+    run_here(jobs.training, store)
+    checkpoint = experiment.checkpoint.artifact(store)
     # Also where it is reused: what the user keeps must be what was written.
     checkpoint.verify()
     link_checkpoint(checked.folder, checkpoint.path)
-    for candidate in experiment.candidates:
-        for stage in experiment.evaluations(candidate):
-            with phase("evaluate"):
-                stage.obtain(store)
-        candidate.release()
+    run_here(jobs.measuring, store)
     made = _collect(experiment, store, checked.texts, budget, widths)
     return _report(checked, checkpoint, made, started)
 
@@ -126,14 +124,6 @@ def _report(checked: CheckedRun, checkpoint: Artifact, made: Made, started: floa
     results["peak_memory_bytes"] = peak_memory_bytes(context.device, all_gpus=config.device_map == "auto")
     write_tables(*report)
     return results
-
-
-def _quantize(stage: QuantizeStage, store: Store, chunk: Chunk | None, blocks: int) -> Artifact | None:
-    """The checkpoint; with a chunk, None while other processes have not finished theirs."""
-    if chunk is None:
-        return stage.obtain(store)
-    assert isinstance(stage, Quantize), "refuse_chunks admits no other order of blocks"
-    return stage.contribute(store, chunk.blocks(blocks), blocks)
 
 
 def _log_budget(experiment: Experiment, store: Store) -> Budget | None:

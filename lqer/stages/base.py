@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -82,6 +82,21 @@ class Stage(ABC):
     def summary(self, artifact: Artifact) -> str:
         """What a reader of the log wants to know of a new artifact."""
         return "done"
+
+
+def stages_in(value: Any) -> Iterator[Stage]:
+    """The stages that a stage, or a part of one, is made of, each before those that read it; `value` itself last."""
+    if isinstance(value, Mapping):
+        for entry in value.values():
+            yield from stages_in(entry)
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            yield from stages_in(entry)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from stages_in(getattr(value, field.name))
+    if isinstance(value, Stage):
+        yield value
 
 
 def identity(value: Any) -> Any:

@@ -1,0 +1,90 @@
+"""Jobs: what a run or a sweep makes, and in which order it can be made.
+
+A job is named by what it makes, so that runs of a sweep that share an artifact share its job. It produces artifacts of
+the store; if the store has them all, the job need not be run. Nothing here knows where a job runs: `here.py` and
+`on_ray.py` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from lqer.stages.base import Stage
+from lqer.store.store import Store
+
+
+@dataclass(frozen=True)
+class Job:
+    """produces: the stages whose artifacts it makes, or makes parts of. needs: names of the jobs that come before."""
+
+    name: str
+    produces: tuple[Stage, ...]
+    needs: tuple[str, ...]
+    work: Callable[[Store], object]
+
+    def is_done(self, store: Store) -> bool:
+        """Raises StoreError for an artifact whose manifest is damaged."""
+        return bool(self.produces) and all(stage.find(store) is not None for stage in self.produces)
+
+
+class Schedule:
+    """Which jobs can start, as others finish or fail. Jobs of equal name are one.
+
+    A job that more others wait for, directly or not, comes first; jobs of equal weight in the order given. With
+    `stops_at_failure` none starts after one has failed.
+    """
+
+    def __init__(self, jobs: Iterable[Job], done: Iterable[str] = (), stops_at_failure: bool = False):
+        self.jobs: dict[str, Job] = {}
+        for job in jobs:
+            self.jobs.setdefault(job.name, job)
+        self.done = set(done)
+        self.failed: dict[str, str] = {}
+        self.stops_at_failure = stops_at_failure
+        self._started: set[str] = set()
+        self._weight = _weights(self.jobs)
+
+    def ready(self) -> list[str]:
+        """The jobs that can start now, the first one first."""
+        if self.failed and self.stops_at_failure:
+            return []
+        found = [
+            name
+            for name, job in self.jobs.items()
+            if name not in self._started | self.done and name not in self.failed and self.done.issuperset(job.needs)
+        ]
+        return sorted(found, key=lambda name: -self._weight[name])
+
+    def start(self, name: str) -> None:
+        self._started.add(name)
+
+    def again(self, name: str) -> None:
+        """Its worker was lost."""
+        self._started.remove(name)
+
+    def finish(self, name: str) -> None:
+        self._started.discard(name)
+        self.done.add(name)
+
+    def fail(self, name: str, line: str) -> None:
+        """The job failed, and with it every job that needs it, for the same reason."""
+        self._started.discard(name)
+        self.failed[name] = line
+        for other, job in self.jobs.items():
+            if name in job.needs and other not in self.failed:
+                self.fail(other, line)
+
+    @property
+    def is_over(self) -> bool:
+        return not self._started and not self.ready()
+
+
+def _weights(jobs: dict[str, Job]) -> dict[str, int]:
+    """Of each job, how many others wait for it."""
+    waiting: dict[str, set[str]] = {name: set() for name in jobs}
+    # A job stands after those it needs.
+    for name in reversed(jobs):
+        for need in jobs[name].needs:
+            waiting[need] |= {name} | waiting[name]
+    return {name: len(others) for name, others in waiting.items()}

@@ -1,0 +1,74 @@
+"""Schedules of jobs: order, failure, loss."""
+
+from __future__ import annotations
+
+from lqer.jobs.graph import Job, Schedule
+
+
+def job(name: str, *needs: str) -> Job:
+    return Job(name, (), needs, lambda store: None)
+
+
+def diamond(**options) -> Schedule:
+    return Schedule([job("top"), job("left", "top"), job("right", "top"), job("end", "left", "right")], **options)
+
+
+def worked_through(schedule: Schedule) -> list[str]:
+    order = []
+    while not schedule.is_over:
+        name = schedule.ready()[0]
+        schedule.start(name)
+        schedule.finish(name)
+        order.append(name)
+    return order
+
+
+def test_a_job_starts_when_all_that_it_needs_is_done():
+    schedule = diamond()
+    assert schedule.ready() == ["top"]
+    schedule.start("top")
+    assert schedule.ready() == []
+    schedule.finish("top")
+    assert schedule.ready() == ["left", "right"]
+    schedule.start("left")
+    schedule.finish("left")
+    assert schedule.ready() == ["right"]
+
+
+def test_what_is_done_before_is_not_run_again():
+    assert worked_through(diamond(done=["top", "left"])) == ["right", "end"]
+
+
+def test_jobs_of_equal_name_are_one():
+    schedule = Schedule([job("shared"), job("one", "shared"), job("shared"), job("two", "shared")])
+    assert worked_through(schedule) == ["shared", "one", "two"]
+
+
+def test_a_job_that_more_others_wait_for_comes_first():
+    assert Schedule([job("alone"), job("first"), job("then", "first"), job("last", "then")]).ready() == [
+        "first",
+        "alone",
+    ]
+
+
+def test_a_failure_fails_what_needs_it_with_its_line_and_nothing_else():
+    schedule = Schedule([job("bad"), job("needs it", "bad"), job("needs that", "needs it"), job("other")])
+    schedule.start("bad")
+    schedule.fail("bad", "its line")
+    assert schedule.failed == {"bad": "its line", "needs it": "its line", "needs that": "its line"}
+    assert worked_through(schedule) == ["other"]
+
+
+def test_nothing_starts_after_a_failure_where_that_is_asked_for():
+    schedule = Schedule([job("bad"), job("other")], stops_at_failure=True)
+    schedule.start("bad")
+    schedule.fail("bad", "its line")
+    assert schedule.is_over
+
+
+def test_a_job_whose_worker_was_lost_is_ready_again():
+    schedule = diamond()
+    schedule.start("top")
+    assert not schedule.is_over
+    schedule.again("top")
+    assert schedule.ready() == ["top"]
