@@ -146,7 +146,13 @@ def _run(arguments: Sequence[str]) -> None:
             pipeline.refuse_chunks(config, chunk)
         preflight.describe(config, print)
         return
-    results = pipeline.run_chunk(config, chunk)
+    if config.cluster is not None:
+        if chunk is not None:
+            raise ConfigError("--chunk: a cluster shares out the blocks itself; leave out one of the two")
+        from lqer.run.cluster import fill_store
+
+        fill_store(config, plugins)
+    results = pipeline.run_chunk(config.alone, chunk)
     if results is None:
         return
     from lqer.report.page.write import PAGE_FILE
@@ -175,7 +181,13 @@ def _sweep(arguments: Sequence[str]) -> int:
     from lqer.run.sweep import InAProcess, conclude, run_sweep
 
     record, output_dir = record_of(plan, config, tag, overrides), plan.output_dir
-    outcome = run_sweep(plan.only(names), InAProcess(plugins))
+    chosen = plan.only(names)
+    if (cluster := chosen.runs[0].config.cluster) is not None:
+        from lqer.run.cluster import sweep_on_cluster
+
+        outcome = sweep_on_cluster(chosen, cluster, plugins)
+    else:
+        outcome = run_sweep(chosen, InAProcess(plugins))
     conclude(record, output_dir, outcome, print)
     return EXIT_FAILURE if outcome.failed else EXIT_OK
 

@@ -292,6 +292,18 @@ class TrackingConfig(Section):
     project: str = "lqer"
 
 
+class ClusterConfig(Section):
+    """Where the jobs of a run or a sweep are done: never a part of what they make."""
+
+    # "local": the GPUs of this machine. "auto": the running Ray cluster. "host:port": the cluster of that head.
+    address: Annotated[str, Field(min_length=1)]
+    # Of a worker; a fraction shares a card. Without GPUs in the cluster, a worker has CPUs alone.
+    gpus_per_job: Annotated[float, Field(gt=0)] = 1
+    cpus_per_job: Positive = 4
+    # How often a job is done again whose worker was lost.
+    retries: Annotated[int, Field(ge=0)] = 3
+
+
 class Config(Section):
     """One experiment. Keys are explained in docs/configuration.md."""
 
@@ -312,3 +324,10 @@ class Config(Section):
     finetune: FinetuneConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig | None = None
+    # Absent: everything is done by this process.
+    cluster: ClusterConfig | None = None
+
+    @property
+    def alone(self) -> Config:
+        """The same experiment, whoever does it."""
+        return self.model_copy(update={"cluster": None})

@@ -1,4 +1,4 @@
-"""sweeps/slurm_chunks.sh submits one experiment as a job array, whose tasks together do what one process does."""
+"""What SLURM runs: one experiment as a job array, whose tasks together do what one process does; a sweep on nodes."""
 
 from __future__ import annotations
 
@@ -102,3 +102,37 @@ def test_a_mistake_is_one_line_and_status_2_and_submits_nothing(sbatch, tmp_path
     assert done.stderr.count("\n") == 1
     assert calls == []
     assert not (tmp_path / "runs").exists()
+
+
+# Runs the script of a job, as its first node does.
+ONE_JOB = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$CALLS"
+for option in "$@"; do case $option in --wrap=*) body=${option#--wrap=} ;; esac; done
+SLURM_JOB_NODELIST='node[1-2]' sh -c "$body"
+"""
+
+
+def test_a_sweep_on_nodes_starts_ray_on_each_with_the_head_of_the_job(tmp_path):
+    commands = {
+        "sbatch": ONE_JOB,
+        "scontrol": "#!/usr/bin/env bash\nprintf 'node1\\nnode2\\n'\n",
+        "srun": '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$NOTES"\n',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "NOTES": str(tmp_path / "notes"),
+        "NODES": "2", "OUTPUT_DIR": str(tmp_path / "out"), "PYTHON": "python", "RAY": "ray",
+    }  # fmt: skip
+    arguments = ["sweeps/atlas.toml", "a b.toml", "tag", "--calibration.dataset={ rows = '$x' }"]
+    command = [str(ROOT / "sweeps/slurm_cluster.sh"), *arguments]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "calls").read_text().splitlines()[:3] == ["--job-name=tag", "--nodes=2", "--ntasks-per-node=1"]
+    words = (tmp_path / "notes").read_text().splitlines()
+    assert words[:7] == ["ray", "symmetric-run", "--min-nodes", "2", "--address", "node1:6379", "--"]
+    assert words[7:] == [
+        "python", str(ROOT / "experiments/sweep.py"), "sweeps/atlas.toml", "a b.toml", "tag",
+        f"--output_dir={tmp_path / 'out'}", "--cluster.address=auto", "--calibration.dataset={ rows = '$x' }",
+    ]  # fmt: skip

@@ -21,8 +21,8 @@ from lqer.report.environment import versions
 from lqer.run.sweep import finished_seconds, in_order, run_sweep, shown_duration, time_left
 
 ROOT = Path(__file__).parents[2]
-# One experiment as a job array has a test of its own.
-OTHERS = ("common.sh", "slurm_chunks.sh")
+# What SLURM runs has tests of its own.
+OTHERS = ("common.sh", "slurm_chunks.sh", "slurm_cluster.sh")
 SCRIPTS = sorted(path for path in (ROOT / "sweeps").glob("*.sh") if path.name not in OTHERS)
 TEMPLATE = ROOT / "configs/template/opt-125m.toml"
 NAMES = [

@@ -1,0 +1,193 @@
+"""Runs on a cluster of two workers of this machine: the bytes of one process, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lqer.config import read_config
+from lqer.config.schema import ClusterConfig
+from lqer.config.sweep import plan_sweep
+from lqer.errors import ConfigError, RunFailedError
+from lqer.jobs.graph import Job, Schedule
+from lqer.jobs.here import run_here
+from lqer.jobs.on_ray import _after_loss, run_on_ray
+from lqer.run import pipeline
+from lqer.run.cluster import fill_store, perform, sweep_on_cluster
+from lqer.run.jobs import jobs_of
+from lqer.run.preflight import check_run
+from lqer.store.store import MANIFEST
+
+pytestmark = pytest.mark.skipif(
+    subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False).returncode != 0,
+    reason="Ray is not installed",
+)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A cluster of two CPUs, started once: connecting to one takes a fraction of starting it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=2", "--block",
+        "--include-dashboard=false", "--object-store-memory=100000000", "--disable-usage-stats",
+    ]  # fmt: skip
+    head = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        assert head.stdout is not None
+        for line in head.stdout:
+            if b"runtime started" in line:
+                break
+        yield f"127.0.0.1:{port}"
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(60)
+
+
+def config_of(experiment, output: str, address: str | None, *overrides: str):
+    there = [f"--cluster.address={address}", "--cluster.cpus_per_job=1"] if address else []
+    return read_config(
+        experiment.config, "run", [f"--output_dir={experiment.folder / output}", *there, "--device=cpu", *overrides]
+    )
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    """Every file of every artifact; a manifest has times in it."""
+    artifacts = [path for path in (folder / "store").iterdir() if path.is_dir()]
+    return {
+        f"{artifact.name}/{path.name}": path.read_bytes()
+        for artifact in artifacts
+        for path in artifact.iterdir()
+        if path.name != MANIFEST
+    }
+
+
+@pytest.mark.parametrize("method", ["lqer-act", "gptq"])
+def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address, method):
+    more = [f"--quantize.method={method}", *(["--quantize.low_rank.rank=0"] if method == "gptq" else [])]
+    fill_store(config_of(experiment, "there", address, *more))
+    pipeline.run(config_of(experiment, "here", None, *more))
+    assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
+
+
+def kill_workers(when: Callable[[], bool]) -> threading.Thread:
+    """Kill every worker that is busy as soon as `when` is true."""
+
+    def work() -> None:
+        while not when():
+            time.sleep(0.02)
+        for process in psutil.process_iter(["cmdline"]):
+            if (process.info["cmdline"] or [""])[0].startswith("ray::Worker.work"):
+                process.kill()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def begun(output: Path, stage: str) -> Callable[[], bool]:
+    return lambda: any(output.glob(f"store/{stage}-*.partial/*"))
+
+
+def test_killed_workers_cost_the_jobs_in_hand(experiment, address, caplog):
+    caplog.set_level("INFO", logger="lqer")
+    killer = kill_workers(begun(experiment.folder / "there", "calibrate"))
+    fill_store(config_of(experiment, "there", address))
+    killer.join(1)
+    assert not killer.is_alive()
+    assert "its worker was lost; done again (1 of 3)" in caplog.text
+    pipeline.run(config_of(experiment, "here", None))
+    assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
+
+
+def test_a_job_whose_worker_is_lost_each_time_fails_with_a_line():
+    schedule = Schedule([Job("quantize-1", (), (), lambda store: None)])
+    for times in (1, 2):
+        schedule.start("quantize-1")
+        _after_loss(schedule, "quantize-1", times, retries=1)
+    assert schedule.failed == {"quantize-1": "quantize-1: its worker was lost 2 times (cluster.retries 1)"}
+
+
+def test_a_killed_run_goes_on_where_it_was(experiment, address):
+    output = experiment.folder / "there"
+    command = experiment.command("run", f"--output_dir={output}", f"--cluster.address={address}", "--device=cpu")
+    process = subprocess.Popen([*command, "--cluster.cpus_per_job=1"], stdout=subprocess.DEVNULL)
+    while not begun(output, "quantize")():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    fill_store(config_of(experiment, "there", address))
+    pipeline.run(config_of(experiment, "here", None))
+    assert stored(output) == stored(experiment.folder / "here")
+
+
+def test_a_damaged_artifact_ends_the_run_with_its_line_and_is_not_tried_again(experiment, address, caplog):
+    caplog.set_level("INFO", logger="lqer")
+    output = experiment.folder / "there"
+    checked = check_run(config_of(experiment, "there", None), lambda line: None)
+    run_here(jobs_of(checked.experiment, 4).preparing, checked.store)
+    damaged = next(output.glob("store/calibrate-*/block-00001.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(RunFailedError, match=r"block-00001\.safetensors is damaged"):
+        fill_store(config_of(experiment, "there", address))
+    assert "done again" not in caplog.text
+
+
+def test_a_sweep_makes_once_what_its_runs_share(experiment, address, caplog):
+    caplog.set_level("INFO", logger="lqer")
+    sweep = experiment.folder / "sweep.toml"
+    sweep.write_text('keep_going = true\n[grid]\nquantize.weight = ["w4", "w3", "w2"]\n')
+    overrides = [f"--cluster.address={address}", "--cluster.cpus_per_job=1", "--device=cpu"]
+    plan = plan_sweep(sweep, experiment.config, "tag", overrides)
+    outcome = sweep_on_cluster(plan, plan.runs[0].config.cluster)
+    assert [run.name for run in outcome.finished] == ["w4", "w3", "w2"]
+    assert not outcome.failed
+    assert not outcome.not_started
+    assert len(re.findall("calibrate: done in", caplog.text)) == 1
+    for weight in ("w4", "w3", "w2"):
+        results = json.loads((experiment.output / f"tag-{weight}" / "results.json").read_text())
+        alone = pipeline.run(config_of(experiment, "here", None, f"--quantize.weight={weight}"))
+        assert results["perplexity"] == alone["perplexity"]
+        assert "cluster" not in results["config"]
+    # Nothing is left to do: no cluster is asked.
+    again = sweep_on_cluster(plan, ClusterConfig(address="nowhere:1"))
+    assert again.finished == outcome.finished
+
+
+def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    schedule = Schedule([Job("quantize-1", (), (), lambda store: None)])
+    with pytest.raises(ConfigError, match=r'cluster.address: Ray is not installed \(pip install "lqer\[cluster\]"\)'):
+        run_on_ray(schedule, {"quantize-1": ""}, perform, ClusterConfig(address="local"))
+
+
+def test_a_worker_that_sees_another_folder_says_so(experiment):
+    text = json.dumps(
+        {"config": config_of(experiment, "there", None).model_dump_json(), "plugins": [], "token": "0" * 32, "parts": 1}
+    )
+    assert "must be the same folder on every node" in perform("quantize-1", text).problem
+
+
+def test_chunks_and_a_cluster_exclude_each_other(experiment):
+    command = experiment.command("run", "--cluster.address=local", "--chunk", "1/2")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--chunk: a cluster shares out the blocks itself" in done.stderr
