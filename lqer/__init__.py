@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lqer.checkpoint.registration import register
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_plugin", "load_quantized", "quantize"]
 
@@ -15,6 +17,8 @@ _MODULES = {
     "load_quantized": "lqer.checkpoint.load",
     "quantize": "lqer.run.call",
 }
+
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ USAGE = """Post-training quantization of language models.
     lqer sweep SWEEP CONFIG TAG [--section.key=value ...]   run the experiments of a sweep, one table at the end
     lqer recommend CONFIG --bits N | --size 4GB             the best scheme of a finished atlas (sweeps/atlas.sh)
     lqer export CHECKPOINT TARGET OUT [--key=value ...]     write a run's checkpoint for another program, and compare
+    lqer lm-eval run --model lqer --model_args pretrained=FOLDER --tasks TASKS ...   lm-eval's own command line
     lqer ls methods | roundings | transforms | formats | statistics | datasets | presets | targets
     lqer ls runs [FOLDER]                                   finished runs under FOLDER (default: checkpoints)
 
@@ -46,10 +47,12 @@ def console() -> int:
         return _answered(lambda: _recommend(arguments))
     if command == "export" and arguments and not _asks_for_help(arguments):
         return _answered(lambda: _export(arguments))
+    if command == "lm-eval":
+        return _answered(lambda: _lm_eval(arguments))
     if command in ("run", "validate") and arguments:
         return main(arguments if command == "run" else ["--validate", *arguments], USAGE)
     if not _asks_for_help([command, *arguments]):
-        print(f"error: {command}: expected run, validate, sweep, recommend, export or ls", file=sys.stderr)
+        print(f"error: {command}: expected run, validate, sweep, recommend, export, lm-eval or ls", file=sys.stderr)
         return EXIT_USER_ERROR
     print(USAGE.strip())
     return EXIT_OK if sys.argv[1:] else EXIT_USER_ERROR
@@ -245,6 +248,14 @@ def _export(arguments: Sequence[str]) -> None:
     device = pick_device(devices[0] if devices else "auto")
     export(Path(words[0]), target, Path(words[2]), text, "--no-check" not in rest, device)
     print(words[2])
+
+
+def _lm_eval(arguments: Sequence[str]) -> None:
+    """The command line of lm-eval, which looks for no models but its own, in a process where "lqer" is one of them."""
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm-eval", *arguments]
+    cli_evaluate()
 
 
 def _setting(argument: str) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
+from lqer.checkpoint.native import is_native, load_native
 from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, packed_parts, unpack_role
 from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ModelError
@@ -53,17 +54,19 @@ def load_quantized(
     device_map: DevicePlacement = "single",
     verify: bool = True,
 ) -> PreTrainedModel:
-    """A transformers model, ready for `generate` and lm-eval's HFLM, from a quantized checkpoint.
+    """A transformers model, ready for `generate` and lm-eval's HFLM, from a quantized checkpoint or its native form.
 
     dtype: of activations and of everything that is not quantized; by default float32 on a CPU, else the original's.
     backend: "emulate" for torch operations on dequantized weights, "triton" for kernels on packed weights (GPU only),
     "auto" for kernels where they can run. device_map: "auto" distributes the model over all GPUs. verify: compare every
-    file with the checkpoint's manifest as it is read.
+    file with the checkpoint's manifest as it is read; the native form has none.
 
     Raises ModelError if the folder is not a quantized checkpoint, a file is missing, damaged or unknown, the requested
     backend cannot run it, or it does not fit on the GPUs.
     """
     device = pick_device(str(device))
+    if not (Path(path) / DETAILS_FILE).exists() and is_native(Path(path)):
+        return load_native(Path(path), device, dtype, backend, device_map)
     opened = open_quantized(Path(path), device, dtype, backend, verify=verify)
     if spans_gpus(device, device_map):
         return dispatch_all(opened)
@@ -99,16 +102,15 @@ def _open(
         if (version := details["format_version"]) != FORMAT_VERSION:
             raise ModelError(f"{path / DETAILS_FILE}: format_version {version} is not supported, only {FORMAT_VERSION}")
         name, count = details["blocks"]["name"], details["blocks"]["count"]
-        formats = {linear: _formats(entry) for linear, entry in details["linears"].items()}
+        for entry in details["linears"].values():
+            _formats(entry)  # so that one that is none is this file's fault
     # Those are read, and verified, one at a time.
     files.check(except_for=[*map(block_file, range(count)), OUTSIDE_FILE])
     with reported_as(f"{path} has no usable config.json"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else (getattr(config, "dtype", None) or torch.bfloat16)
-    if backend == "auto" and any(FACTOR_ROLES[0] in entry for entry in details["linears"].values()):
-        backend = "emulate"  # kernels do not support fine-tuned factors
-    resolved = resolve_backend(backend, device, dtype, formats)
+    resolved = choose_backend(backend, device, dtype, details["linears"])
     target: torch.dtype = dtype
 
     # Parameters stay on the meta device until their values are read; buffers (rotary tables) are computed for real.
@@ -151,6 +153,15 @@ def _open(
     return model.eval(), name, blocks, Streamed(read, fill, fill_outer, ahead=device.type == "cuda", phase="load")
 
 
+def choose_backend(
+    wanted: str, device: torch.device, dtype: torch.dtype, linears: Mapping[str, Mapping[str, Any]]
+) -> Backend:
+    """The backend that runs these linears, by their entries of lqer.json. Raises ModelError as `resolve_backend`."""
+    if wanted == "auto" and any(FACTOR_ROLES[0] in entry for entry in linears.values()):
+        return "emulate"  # kernels do not support fine-tuned factors
+    return resolve_backend(wanted, device, dtype, {name: _formats(entry) for name, entry in linears.items()})
+
+
 def _formats(entry: Mapping[str, Any]) -> tuple[NumberFormat, NumberFormat | None]:
     """The number formats of a linear's weight and of its input."""
     activation = format_from_dict(entry["activation"]) if "activation" in entry else None
@@ -174,7 +185,7 @@ def fill_block(
     tensors: as stored, by their names within the module. linears: their entries of lqer.json, by name.
     """
     for name, entry in linears.items():
-        linear = _linear(tensors, name, entry, device, dtype, backend)
+        linear = build_linear(tensors, name, entry, device, dtype, backend)
         carry_over(module.get_submodule(name), linear)
         module.set_submodule(name, linear)
         for key in [key for key in tensors if key.startswith(f"{name}.")]:
@@ -182,7 +193,7 @@ def fill_block(
     fill_parameters(module, tensors, device, dtype)
 
 
-def _linear(
+def build_linear(
     tensors: Mapping[str, Tensor],
     name: str,
     entry: Mapping[str, Any],
@@ -190,7 +201,7 @@ def _linear(
     dtype: torch.dtype,
     backend: Backend,
 ) -> nn.Module:
-    """One quantized linear of the backend from its packed tensors."""
+    """One quantized linear of the backend from its packed tensors, by full names; entry: that of lqer.json."""
     bias = unpack_role(tensors, name, "bias", entry, device)
     bias_O = bias.dequantize(dtype) if bias is not None else None
     if bias is None and f"{name}.bias" in tensors:

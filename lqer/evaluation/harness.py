@@ -239,6 +239,13 @@ def score_documents(
     )
 
 
+def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy without quantization_config, which the library would look up in transformers for a model it is given."""
+    config = copy.deepcopy(config)
+    config.quantization_config = None
+    return config
+
+
 def _adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int) -> HFLM:
     """The model behind the library's interface, with log-probabilities in float32 for every dtype of the model.
 
@@ -251,10 +258,7 @@ def _adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_s
 
         @functools.cached_property
         def config(self) -> PretrainedConfig:
-            """The model's, without quantization_config, which the library would look up in transformers."""
-            config = copy.deepcopy(self._config)
-            config.quantization_config = None
-            return config
+            return without_quantization(self._config)
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
             with progress_bar(not disable_tqdm)(desc="perplexity", unit="window") as self.rolling_bar:

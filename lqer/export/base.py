@@ -59,6 +59,10 @@ class Target(Component, ABC, family="export target"):
         """Whether inputs are rounded there as the checkpoint rounds them."""
         return spec.activation is None
 
+    def drops_attention(self, source: Source) -> bool:
+        """Whether the checkpoint rounds the operands of attention, and the files do not have it done."""
+        return source.rounds_attention
+
     def dtype_of_check(self, source: Source) -> torch.dtype:
         """In which the files are compared with the checkpoint."""
         return torch.float32

@@ -133,7 +133,7 @@ def _kept(source: Source, target: Target) -> list[str]:
     lines = []
     if dropped:
         lines.append(f"Inputs are not rounded here; the checkpoint rounds those of {len(dropped)} linears.")
-    if source.rounds_attention:
+    if target.drops_attention(source):
         lines.append("The operands of attention are not rounded here; the checkpoint rounds them.")
     return lines or ["Everything that the checkpoint computes."]
 

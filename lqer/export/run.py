@@ -123,7 +123,7 @@ def _report(source: Source, target: Target, written: Written, check: Check | Non
     dropped = sum(not target.keeps_activation(spec) for spec in source.specs.values())
     if dropped:
         log.warning("export: the rounding of the inputs of %d linears is not carried", dropped)
-    if source.rounds_attention:
+    if target.drops_attention(source):
         log.warning("export: the rounding of attention's operands is not carried")
     for note in written.notes:
         log.info("export: %s", note)

@@ -100,7 +100,7 @@ class Source:
                 raise ExportError(f"{self.path / DETAILS_FILE}: format_version {version} is not {FORMAT_VERSION}")
             self.blocks, self._name = self.details["blocks"]["count"], self.details["blocks"]["name"]
         with reported_as(f"{self.path / CONFIG_FILE} is damaged"):
-            self._stored_config = self._json(CONFIG_FILE)
+            self.stored_config = self._json(CONFIG_FILE)
         if not self.details["linears"]:
             raise ExportError(f"{path} has no quantized linear: use the original model")
         self._files.check(except_for=[*map(block_file, range(self.blocks)), OUTSIDE_FILE])
@@ -112,7 +112,7 @@ class Source:
     def config(self) -> dict[str, Any]:
         """config.json of the plain model: without what names lqer, and without rotations at run time."""
         dropped = (QUANTIZATION_CONFIG, ONLINE_ROTATIONS)
-        return {key: value for key, value in self._stored_config.items() if key not in dropped}
+        return {key: value for key, value in self.stored_config.items() if key not in dropped}
 
     @property
     def key(self) -> str:
@@ -131,7 +131,7 @@ class Source:
             return {name: self._spec(name, entry) for name, entry in self.details["linears"].items()}
 
     def _spec(self, name: str, entry: Mapping[str, Any]) -> LinearSpec:
-        online = self._stored_config.get(ONLINE_ROTATIONS, {})
+        online = self.stored_config.get(ONLINE_ROTATIONS, {})
         weight = entry["weight"]
         return LinearSpec(
             name=name,
@@ -162,6 +162,11 @@ class Source:
     def unquantized_linears(self) -> list[str]:
         """The linears of the model that are not quantized, the head among them."""
         return [name for name, one in self.modules.items() if isinstance(one, nn.Linear) and name not in self.specs]
+
+    def copy_weights(self, folder: Path) -> list[Path]:
+        """Copy the files that hold the checkpoint's tensors, as they are. Returns the copies."""
+        names = [*map(block_file, range(self.blocks)), OUTSIDE_FILE]
+        return [Path(shutil.copyfile(self._files.file(name), folder / name)) for name in names]
 
     def read(self) -> Iterator[tuple[list[Linear], dict[str, Tensor]]]:
         """The quantized linears and the other tensors of each decoder block, then those of everything outside."""

@@ -91,7 +91,7 @@ def check_export(
     dtype = target.dtype_of_check(source)
     checkpoint = load_quantized(source.path, device, dtype, "emulate", verify=False)
     windows_WT, of_text = _windows(checkpoint, source, text)
-    drops = source.rounds_attention or any(not target.keeps_activation(spec) for spec in source.specs.values())
+    drops = target.drops_attention(source) or any(not target.keeps_activation(spec) for spec in source.specs.values())
     whole = _perplexity(checkpoint, windows_WT) if drops else math.nan
     if drops:
         _without_run_time_rounding(checkpoint, target, source)
@@ -151,7 +151,7 @@ def _without_run_time_rounding(model: PreTrainedModel, target: Target, source: S
         linear = name.removesuffix(".inner")
         if isinstance(module, QuantizedLinear) and not target.keeps_activation(source.specs[linear]):
             module.activation = None
-    if source.rounds_attention:
+    if target.drops_attention(source):
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 

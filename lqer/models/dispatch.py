@@ -41,7 +41,7 @@ def dispatch(opened: OpenedModel, device_map: DeviceMap) -> PreTrainedModel:
     model = dispatch_model(opened.model, device_map)
     for block, home in zip(opened.blocks, homes, strict=True):
         if home.type == "cuda":
-            _launch_on(block, home)
+            launch_on(block, home)
     return model
 
 
@@ -55,7 +55,7 @@ def with_tied_head(model: PreTrainedModel, device_map: DeviceMap) -> DeviceMap:
     return device_map if home == other else {**device_map, names[head]: home}
 
 
-def _launch_on(block: nn.Module, home: torch.device) -> None:
+def launch_on(block: nn.Module, home: torch.device) -> None:
     """Run the block with `home` as the current GPU: Triton launches kernels there, wherever their tensors are."""
     forward = block.forward
 

@@ -155,7 +155,7 @@ class TestRefusals:
             export(checkpoint_of(NormalFloat(bits=4)), CompressedTensors(), tmp_path / "out")
         assert str(error.value) == (
             "compressed-tensors cannot hold model.layers.0.self_attn.q_proj: normal-float is not integers times a "
-            "scale; targets that can: dense"
+            "scale; targets that can: dense, native"
         )
         assert not (tmp_path / "out").exists()
 

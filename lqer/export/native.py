@@ -1,0 +1,56 @@
+"""The checkpoint's own files in a folder that transformers loads in a program that imports lqer.
+
+Nothing is converted: every number format, factor, transform and rounding at run time is what the checkpoint has
+(lqer/checkpoint/native.py describes the folder).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from lqer.checkpoint.native import GUARD_FILE, guard, native_config, weight_index
+from lqer.export.base import Target, Written, load_pretrained
+from lqer.export.shards import write_tensors
+from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Source
+from lqer.store.files import write_json
+
+
+@dataclass(frozen=True)
+class Native(Target):
+    """`quant_method: "lqer"`, for transformers, lm-eval and whatever loads models with them, beside lqer."""
+
+    kind = "native"
+    readers = ("transformers",)
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        return None
+
+    def keeps_activation(self, spec: LinearSpec) -> bool:
+        return True
+
+    def drops_attention(self, source: Source) -> bool:
+        return False
+
+    def write(self, source: Source, folder: Path) -> Written:
+        files = source.copy_weights(folder)
+        write_tensors(folder / GUARD_FILE, guard(source.specs))
+        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, weight_index([*files, folder / GUARD_FILE]))
+        write_json(folder / CONFIG_FILE, {**source.stored_config, QUANTIZATION_CONFIG: native_config(source.details)})
+        source.copy_surroundings(folder)
+        return Written("exact", ("It loads only where lqer is installed and imported; elsewhere loading fails.",))
+
+    def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        return load_pretrained(folder, dtype)
+
+    def commands(self, folder: str, source: Source) -> Mapping[str, str]:
+        return {
+            "transformers": "import lqer   # registers quant_method lqer\n"
+            f'AutoModelForCausalLM.from_pretrained("{folder}", device_map="auto")',
+            "lm-eval": f"lqer lm-eval run --model lqer --model_args pretrained={folder} --tasks arc_easy",
+        }
