@@ -12,6 +12,7 @@ goes on with random ones. The guard has a name that it looks for, in a shape tha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,12 @@ def weight_index(files: Iterable[Path]) -> dict[str, Any]:
 
 def is_native(path: Path) -> bool:
     """Whether the folder holds the native form of a checkpoint."""
-    if not (path / "config.json").is_file():
+    file = path / "config.json"
+    if not file.is_file():
         return False
     with reported_as(f"{path} has no usable config.json"):
-        described = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), QUANTIZATION_CONFIG, None) or {}
-    return described.get("quant_method") == QUANT_METHOD and "schemes" in described
+        described = json.loads(file.read_text(encoding="utf-8")).get(QUANTIZATION_CONFIG) or {}
+        return described.get("quant_method") == QUANT_METHOD and "schemes" in described
 
 
 def load_native(

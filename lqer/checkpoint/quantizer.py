@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,11 +121,10 @@ class LqerQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise ModelError('tensor parallelism is not supported: use device_map="auto", or vLLM on an export')
         prepare_model(model)
-        stored = _described(checkpoint_files)
-        for name, entry in self.quantization_config.entries.items():
-            of_linear = {
-                key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")
-            }
+        entries = self.quantization_config.entries
+        stored = _by_linear(_described(checkpoint_files), entries)
+        for name, entry in entries.items():
+            of_linear = stored.get(name, {})
             missing = [role for role in entry if role != "activation" and not _has_role(of_linear, role)]
             if missing:
                 raise ModelError(f"{Path(checkpoint_files[0]).parent} has no tensor of {name}.{missing[0]}")
@@ -170,8 +169,7 @@ class LqerQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What save_pretrained writes: the packed tensors as they were read, and all else as the model holds it."""
-        inside = tuple(f"{name}." for name in self.quantization_config.entries)
-        others = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+        others = _by_linear(model.state_dict(), self.quantization_config.entries).get(None, {})
         return others | self._packed, {}
 
 
@@ -187,6 +185,18 @@ def _described(files: Sequence[str]) -> dict[str, Tensor]:
         for header in headers
         for name, shape in header.shapes.items()
     }
+
+
+def _by_linear(tensors: Mapping[str, Tensor], linears: Collection[str]) -> dict[str | None, dict[str, Tensor]]:
+    """Tensors of each of these linears by their names within it, and under None all others."""
+    found: dict[str | None, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        around = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+        linear = next((name for name in around if name in linears), None)
+        within = key if linear is None else key.removeprefix(f"{linear}.")
+        found.setdefault(linear, {})[within] = tensor
+    return found
 
 
 def _has_role(tensors: Mapping[str, Tensor], role: str) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from lqer.checkpoint.native import QUANTIZATION_CONFIG
 from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, packed_parts, unpack_role
 from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ExportError
@@ -39,7 +40,6 @@ from lqer.transforms.quarot import OnlineRotation
 
 CPU = torch.device("cpu")
 CONFIG_FILE = "config.json"
-QUANTIZATION_CONFIG = "quantization_config"
 # Files of a checkpoint that are no part of a model's folder elsewhere.
 OWN_FILES = re.compile(
     rf"{DETAILS_FILE}|{CONFIG_FILE}|{MANIFEST}|{JOURNAL}|.*\.safetensors|[a-z]+-\d+\.json|.*\.md|\..*"

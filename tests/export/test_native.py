@@ -92,8 +92,11 @@ class TestBesideTheCodes:
         checkpoint = checkpoint_of(MXInt(bits=4))
         rounded = edited(checkpoint, "lqer.json", lambda details: details.update(attention=rounds))
         assert export(rounded, Native(), tmp_path / "out").logit_difference == 0
-        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(windows_WT).logits
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        logits = model(windows_WT).logits
         assert (logits - load_quantized(checkpoint, CPU)(windows_WT).logits).abs().max() > 1e-2
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(windows_WT).logits, logits)
 
     def test_trained_signs_and_factors(self, checkpoint_of, edited, tmp_path):
         checkpoint = checkpoint_of(MXInt(bits=3), transform=Hadamard(), method=LqerAct(), rank=4)
