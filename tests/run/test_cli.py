@@ -106,13 +106,13 @@ class TestConsoleScript:
             (["ls", "methds"], "did you mean 'methods'?"),
             (["ls"], "allowed: methods"),
             (["ls", "runs", "/nowhere"], "no such folder: /nowhere"),
-            (["quantize"], "expected run, validate, sweep, recommend, export or ls"),
+            (["quantize"], "expected run, validate, sweep, recommend, export, lm-eval or ls"),
             (["sweep", "a.toml"], "expected a sweep file, a config file and a tag; found a.toml"),
             (["sweep", "a.toml", "preset:demo", "t"], "no such config file: a.toml"),
             (["recommend", "preset:demo"], "expected --bits 3.2 or --size 4GB"),
             (["recommend", "preset:demo", "--bits", "3", "--bits=4"], "--bits: given twice"),
             (["recommend", "preset:demo", "tag", "--bits=3"], "expected one config file; found preset:demo tag"),
-            (["run"], "expected run, validate, sweep, recommend, export or ls"),
+            (["run"], "expected run, validate, sweep, recommend, export, lm-eval or ls"),
         ],
     )
     def test_a_mistake_is_one_line_and_status_2(self, lqer, arguments, message):
