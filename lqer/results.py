@@ -122,6 +122,22 @@ class DownstreamRow(TypedDict):
     samples: int
 
 
+class ExportRow(TypedDict):
+    """What an entry of export.targets led to: files that were read back and compared, unverified ones, or none."""
+
+    target: str  # kind
+    settings: dict[str, Any]
+    folder: str | None  # within the run's; null if refused
+    refused: str | None  # why there are no files
+    not_verified: str | None  # why the files were not compared with the checkpoint; null if they were, or if refused
+    weight_bytes: int | None  # of the files of weights
+    closeness: str | None  # what is expected of them: exact | reordered | rounded | other inputs
+    logit_difference: float | None  # the largest; the numbers from here are null unless compared
+    largest_logit: float | None
+    perplexity: float | None  # of the checkpoint without what the target cannot carry, on the windows of the comparison
+    exported_perplexity: float | None  # the same of the files
+
+
 class Layers(TypedDict):
     file: str
     count: int  # quantized linears
@@ -157,6 +173,7 @@ class Results(TypedDict):
     calibration: CalibrationInfo
     perplexity: list[PerplexityRow]
     downstream: list[DownstreamRow]
+    exports: list[ExportRow]  # in the order of export.targets
     layers: Layers
     seconds: Seconds
     peak_memory_bytes: int  # of this process: resident on a CPU, allocated on the GPU if there is one

@@ -287,6 +287,23 @@ class FinetuneConfig(TrainingConfig):
         return TrainingConfig(**self.model_dump(exclude={"dataset"}))
 
 
+class ExportConfig(Section):
+    """What the finished checkpoint is written as for other programs, in the folder `export` of the run's.
+
+    A target is a kind or a table of its kind and settings; lqer/export/planned.py reads them.
+    """
+
+    targets: Annotated[tuple[str | dict[str, Any], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _folders_differ(self) -> ExportConfig:
+        kinds = [target if isinstance(target, str) else target.get("kind") for target in self.targets]
+        twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+        if twice is not None:
+            raise ValueError(f'targets must name each kind once; found "{twice}" twice (`lqer export` writes a second)')
+        return self
+
+
 class TrackingConfig(Section):
     backend: Literal["wandb", "trackio"]
     project: str = "lqer"
@@ -323,6 +340,8 @@ class Config(Section):
     # After quantization and before evaluation; absent: nothing is trained.
     finetune: FinetuneConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
+    # After the evaluation; absent: nothing is exported.
+    export: ExportConfig | None = None
     tracking: TrackingConfig | None = None
     # Absent: everything is done by this process.
     cluster: ClusterConfig | None = None

@@ -32,7 +32,7 @@ from lqer.export.integers import (
     words,
 )
 from lqer.export.shards import Shards
-from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Source
+from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Outline, Source
 from lqer.formats import Int
 from lqer.store.files import write_json
 
@@ -60,8 +60,8 @@ class Awq(Target):
             return "its scales are float32, and the layout's are float16"
         return None
 
-    def unsupported_model(self, source: Source) -> tuple[str, str] | None:
-        return unsupported_uniform(source)
+    def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
+        return unsupported_uniform(model)
 
     def write(self, source: Source, folder: Path) -> Written:
         schemes = integer_schemes(source.specs.values())

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lqer.components import Component
 from lqer.errors import ExportError
-from lqer.export.source import LinearSpec, Source
+from lqer.export.source import LinearSpec, Outline, Source
 from lqer.models.verify import quiet_loading, refuse_mismatch
 
 # How near the written model is to the checkpoint: bit for bit; but for the order of sums in float32; with weights that
@@ -48,12 +48,16 @@ class Target(Component, ABC, family="export target"):
     def unsupported(self, spec: LinearSpec) -> str | None:
         """Why this target cannot hold a linear; None if it can."""
 
-    def unsupported_model(self, source: Source) -> tuple[str, str] | None:
+    def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
         """A linear that it could hold, but not together with the others of this model, and why; None if there is none.
 
         Called where `unsupported` has accepted every linear.
         """
         return None
+
+    def check_inputs(self) -> None:
+        """Raise ConfigError for a setting that names a file which cannot be used."""
+        return
 
     def keeps_activation(self, spec: LinearSpec) -> bool:
         """Whether inputs are rounded there as the checkpoint rounds them."""
@@ -62,6 +66,11 @@ class Target(Component, ABC, family="export target"):
     def drops_attention(self, source: Source) -> bool:
         """Whether the checkpoint rounds the operands of attention, and the files do not have it done."""
         return source.rounds_attention
+
+    @property
+    def most_bits(self) -> float:
+        """Of a quantized weight in the files, scales included: an upper bound."""
+        return 9.0
 
     def dtype_of_check(self, source: Source) -> torch.dtype:
         """In which the files are compared with the checkpoint."""

@@ -36,7 +36,7 @@ from lqer.export.config_groups import (
 )
 from lqer.export.integers import IntegerScheme, integer_schemes, integers_of, unsupported_integers, words
 from lqer.export.shards import Shards
-from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, Linear, LinearSpec, Source
+from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
 from lqer.formats import pack_bits
 from lqer.store.files import write_json
 
@@ -52,8 +52,8 @@ class CompressedTensors(Target):
     def unsupported(self, spec: LinearSpec) -> str | None:
         return unsupported_extras(spec) or unsupported_weight(spec)
 
-    def unsupported_model(self, source: Source) -> tuple[str, str] | None:
-        return unsupported_together(source)
+    def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
+        return unsupported_together(model)
 
     def keeps_activation(self, spec: LinearSpec) -> bool:
         return spec.activation is None or is_w8a8(spec)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lqer.export.integers import IntegerScheme, integer_schemes, unsupported_group, unsupported_integers
-from lqer.export.source import LinearSpec, Source
+from lqer.export.source import LinearSpec, Outline
 from lqer.formats import MX, Int
 
 VERSION = "0.20.0"  # whose layout this is
@@ -58,10 +58,10 @@ def is_w8a8(spec: LinearSpec) -> bool:
     return is_int8 and spec.activation == W8A8_ACTIVATION
 
 
-def config_groups(source: Source) -> dict[str, Group]:
+def config_groups(model: Outline) -> dict[str, Group]:
     """The group of every quantized linear, by name."""
-    schemes = integer_schemes(source.specs.values())
-    return {name: _group(spec, schemes[name]) for name, spec in source.specs.items()}
+    schemes = integer_schemes(model.specs.values())
+    return {name: _group(spec, schemes[name]) for name, spec in model.specs.items()}
 
 
 def _group(spec: LinearSpec, scheme: IntegerScheme) -> Group:
@@ -76,16 +76,16 @@ def _group(spec: LinearSpec, scheme: IntegerScheme) -> Group:
     return Group(layout, tuple({**numbers, **blocks, **shared}.items()), is_w8a8(spec))
 
 
-def unsupported_together(source: Source) -> tuple[str, str] | None:
+def unsupported_together(model: Outline) -> tuple[str, str] | None:
     """A linear that cannot be stored together with the others, and why; None if all can."""
-    schemes = integer_schemes(source.specs.values())
-    for spec in source.specs.values():
-        if source.stores_transposed(spec.name):
+    schemes = integer_schemes(model.specs.values())
+    for spec in model.specs.values():
+        if model.stores_transposed(spec.name):
             return spec.name, "its architecture stores weights transposed (Conv1D)"
         is_integer = unsupported_integers(spec.format) is None
         if is_integer and (ragged := unsupported_group(spec, schemes[spec.name])) is not None:
             return spec.name, ragged
-    groups = config_groups(source)
+    groups = config_groups(model)
     if len(set(groups.values())) > 1:
         for name, group in groups.items():
             if not dict(group.weights)["symmetric"]:
@@ -93,19 +93,19 @@ def unsupported_together(source: Source) -> tuple[str, str] | None:
     for name in groups:
         parent, _, leaf = name.rpartition(".")
         for fused in FUSED:
-            together = {groups.get(f"{parent}.{other}") for other in fused if f"{parent}.{other}" in source.modules}
+            together = {groups.get(f"{parent}.{other}") for other in fused if f"{parent}.{other}" in model.modules}
             if leaf in fused and len(together) > 1:
                 return name, f"vLLM runs {', '.join(fused)} as one matrix, and they have different layouts"
     return None
 
 
-def quantization_config(source: Source) -> dict[str, Any]:
+def quantization_config(model: Outline) -> dict[str, Any]:
     """The entry of config.json."""
     targets: dict[Group, list[str]] = defaultdict(list)
-    for name, group in config_groups(source).items():
+    for name, group in config_groups(model).items():
         targets[group].append(name)
     layouts = {group.layout for group in targets}
-    ignored = source.unquantized_linears()
+    ignored = model.unquantized_linears()
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "version": VERSION,

@@ -45,6 +45,10 @@ class Dense(Target):
     def unsupported(self, spec: LinearSpec) -> str | None:
         return None
 
+    @property
+    def most_bits(self) -> float:
+        return 8.0 * DTYPES[self.dtype].itemsize
+
     def write(self, source: Source, folder: Path) -> Written:
         is_exact = write_dense(source, folder, DTYPES[self.dtype], effective_weight)
         if not is_exact:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lqer.errors import ConfigError, ExportError, ModelError
 from lqer.export.base import Target, Written, load_pretrained, unsupported_extras
 from lqer.export.gguf_blocks import blocks_of, unsupported_blocks
-from lqer.export.source import CONFIG_FILE, LinearSpec, Source
+from lqer.export.source import CONFIG_FILE, LinearSpec, Outline, Source
 from lqer.models.gguf_header import check_gguf
 from lqer.store.files import write_json
 
@@ -61,11 +61,14 @@ class Gguf(Target):
     def unsupported(self, spec: LinearSpec) -> str | None:
         return unsupported_extras(spec) or unsupported_blocks(spec)
 
-    def unsupported_model(self, source: Source) -> tuple[str, str] | None:
-        for spec in source.specs.values():
-            if source.stores_transposed(spec.name):
+    def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
+        for spec in model.specs.values():
+            if model.stores_transposed(spec.name):
                 return spec.name, "its architecture stores weights transposed (Conv1D)"
         return None
+
+    def check_inputs(self) -> None:
+        self._reader()
 
     def write(self, source: Source, folder: Path) -> Written:
         reader = self._reader()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqer.export.source import LinearSpec, Source
+from lqer.export.source import LinearSpec, Outline
 from lqer.formats import MX, Int, MXInt, NumberFormat, QuantizedTensor, pack_bits
 from lqer.formats.blocks import block_width, e8m0_to_float
 
@@ -135,16 +135,16 @@ def unsupported_group(spec: LinearSpec, scheme: IntegerScheme) -> str | None:
     )
 
 
-def unsupported_uniform(source: Source) -> tuple[str, str] | None:
+def unsupported_uniform(model: Outline) -> tuple[str, str] | None:
     """A linear with another scheme than the first, which a layout with one scheme cannot hold, and why; or None."""
-    schemes = integer_schemes(source.specs.values())
+    schemes = integer_schemes(model.specs.values())
     first = next(iter(schemes.values()), None)
-    for spec in source.specs.values():
+    for spec in model.specs.values():
         if (ragged := unsupported_group(spec, schemes[spec.name])) is not None:
             return spec.name, ragged
         if schemes[spec.name] != first:
             return spec.name, "its bits, groups or zero points are not those of the first linear"
-        if source.stores_transposed(spec.name):
+        if model.stores_transposed(spec.name):
             return spec.name, "its architecture stores weights transposed (Conv1D)"
     return None
 

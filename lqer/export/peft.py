@@ -27,7 +27,7 @@ from lqer.export.compressed_tensors import unsupported_weight, write_packed
 from lqer.export.config_groups import is_float, unsupported_together
 from lqer.export.dense import effective_weight, write_dense
 from lqer.export.shards import write_tensors
-from lqer.export.source import Linear, LinearSpec, Source
+from lqer.export.source import Linear, LinearSpec, Outline, Source
 from lqer.store.files import write_json
 
 BASE_FOLDER = "base"
@@ -54,13 +54,17 @@ class Peft(Target):
             return None
         return unsupported_basis(spec) or unsupported_weight(spec)
 
-    def unsupported_model(self, source: Source) -> tuple[str, str] | None:
-        if not any(spec.rank for spec in source.specs.values()):
-            return next(iter(source.specs)), "neither it nor any other linear has low-rank factors"
-        transposed = next((name for name in source.specs if source.stores_transposed(name)), None)
+    def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
+        if not any(spec.rank for spec in model.specs.values()):
+            return next(iter(model.specs)), "neither it nor any other linear has low-rank factors"
+        transposed = next((name for name in model.specs if model.stores_transposed(name)), None)
         if transposed is not None:
             return transposed, "its architecture stores weights transposed (Conv1D)"
-        return unsupported_together(source) if self.base == "compressed-tensors" else None
+        return unsupported_together(model) if self.base == "compressed-tensors" else None
+
+    @property
+    def most_bits(self) -> float:
+        return 32.0 if self.base == "dense" else super().most_bits
 
     def missing_reader(self) -> str | None:
         return first_missing(self.readers if self.base == "dense" else (*self.readers, "compressed_tensors"))

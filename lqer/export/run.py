@@ -21,9 +21,9 @@ from lqer.components import component_from_dict
 from lqer.errors import ConfigError, ExportError
 from lqer.export.base import Target, Written
 from lqer.export.card import CARD_FILE, render_card
-from lqer.export.source import Source
+from lqer.export.source import Outline, Source
 from lqer.export.verify import Check, check_export, read_text
-from lqer.store.files import fsync, write_json, write_text
+from lqer.store.files import fsync, hash_file, write_json, write_text
 
 RECORD_FILE = "lqer_export.json"
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
@@ -46,16 +46,18 @@ def export(
     text: Path | None = None,
     check: bool = True,
     device: torch.device | None = None,
+    results: Mapping[str, Any] | None = None,
 ) -> Check | None:
     """Write the checkpoint, or that of a run's folder, to the new folder `out`. Returns what was measured.
 
     text: a file whose tokens the comparison runs on, by default what the checkpoint itself writes. check: whether to
-    read the files back and compare. device: where the comparison runs, by default the CPU.
+    read the files back and compare. device: where the comparison runs, by default the CPU. results: of the run that
+    made the checkpoint, for the card, where its folder does not have them yet.
 
     Raises ExportError if `out` exists, the target cannot hold some linear, or the files do not compute what the
     checkpoint does; nothing is then left of them.
     """
-    source, words = Source(checkpoint), None if text is None else read_text(text)
+    source, words = Source(checkpoint, results), None if text is None else read_text(text)
     refuse_unsupported(source, target)
     with _new_folder(out, source.path) as folder:
         try:
@@ -65,38 +67,53 @@ def export(
         unverified, measured = _reason_not_to_check(target, check), None
         if unverified is None:
             measured = check_export(target, written, source, folder, words, device or torch.device("cpu"))
-        card = render_card(source, target, written, measured, unverified, out.name, _weight_bytes(folder))
-        write_text(folder / CARD_FILE, card)
-        write_json(folder / RECORD_FILE, _record(source, target, written, measured, unverified))
+        record = _record(source, target, written, measured, unverified)
+        write_json(folder / RECORD_FILE, record | {"files": hashes(folder)})
+        write_card(source, target, record, folder, out.name)
     _report(source, target, written, measured, unverified)
     return measured
 
 
-def refuse_unsupported(source: Source, target: Target) -> None:
+def refuse_unsupported(model: Outline, target: Target) -> None:
     """Raise ExportError, naming the first linear that the target cannot hold and the targets that can."""
-    found = first_unsupported(source, target)
+    found = first_unsupported(model, target)
     if found is not None:
         name, reason = found
-        raise ExportError(f"{target.kind} cannot hold {name}: {reason}; {_others(source, target)}")
+        raise ExportError(f"{target.kind} cannot hold {name}: {reason}; {_others(model, target)}")
 
 
-def first_unsupported(source: Source, target: Target) -> tuple[str, str] | None:
+def first_unsupported(model: Outline, target: Target) -> tuple[str, str] | None:
     """The first linear that the target cannot hold, and why; None if it can hold the model."""
-    for spec in source.specs.values():
+    for spec in model.specs.values():
         if (reason := target.unsupported(spec)) is not None:
             return spec.name, reason
-    return target.unsupported_model(source)
+    return target.unsupported_model(model)
 
 
-def _others(source: Source, target: Target) -> str:
+def _others(model: Outline, target: Target) -> str:
     """Which other targets would do."""
     others = {kind: cls() for kind, cls in Target.registry.items() if kind != target.kind}
-    kinds = [kind for kind, other in others.items() if first_unsupported(source, other) is None]
+    kinds = [kind for kind, other in others.items() if first_unsupported(model, other) is None]
     return f"targets that can: {', '.join(kinds)}" if kinds else "no other target can"
 
 
-def _weight_bytes(folder: Path) -> int:
+def hashes(folder: Path) -> dict[str, str]:
+    """The hash of every file of an export, by its path in the folder, but for the card and the record."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: hash_file(file) for name, file in files.items() if name not in (CARD_FILE, RECORD_FILE)}
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the files of weights."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in WEIGHT_SUFFIXES)
+
+
+def write_card(source: Source, target: Target, record: Mapping[str, Any], folder: Path, out: str) -> None:
+    """Write README.md of an export that will be called `out`. record: its lqer_export.json."""
+    written = Written(record["closeness"], tuple(record["notes"]))
+    check = None if record["check"] is None else Check(**record["check"])
+    card = render_card(source, target, written, check, record["not_verified"], out, weight_bytes(folder))
+    write_text(folder / CARD_FILE, card)
 
 
 def _reason_not_to_check(target: Target, check: bool) -> str | None:

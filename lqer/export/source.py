@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lqer.checkpoint.native import QUANTIZATION_CONFIG
@@ -81,13 +81,38 @@ class Linear:
         return {} if self.bias_O is None else {f"{self.name}.bias": self.bias_O}
 
 
-class Source:
-    """The checkpoint at `path`, or the one of the run whose folder that is.
+class Outline:
+    """A model without its values: what a target must know to say whether it can hold it.
 
-    Raises ExportError or ModelError for a folder that is neither, a damaged file, or one of another version.
+    specs: of every quantized linear by name, in the order of the model. modules: those of the original architecture.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, specs: Mapping[str, LinearSpec], modules: Mapping[str, nn.Module]):
+        self.specs, self.modules = specs, modules
+
+    def stores_transposed(self, name: str) -> bool:
+        """Whether the original architecture keeps this linear's weight as (I, O), as GPT-2 does."""
+        return isinstance(self.modules.get(name), Conv1D)
+
+    def unquantized_linears(self) -> list[str]:
+        """The linears of the model that are not quantized, the head among them."""
+        return [name for name, one in self.modules.items() if isinstance(one, nn.Linear) and name not in self.specs]
+
+
+def modules_of(config: PretrainedConfig) -> dict[str, nn.Module]:
+    """The modules of an architecture by name, without values."""
+    with init_empty_weights():
+        return dict(AutoModelForCausalLM.from_config(config).named_modules())
+
+
+class Source(Outline):
+    """The checkpoint at `path`, or the one of the run whose folder that is.
+
+    results: results.json of the run that made it, where that is not in the run's folder yet. Raises ExportError or
+    ModelError for a folder that is neither, a damaged file, or one of another version.
+    """
+
+    def __init__(self, path: Path, results: Mapping[str, Any] | None = None):
         run = path.parent if path.name == CHECKPOINT_LINK else path
         self.run = run if (run / RESULTS_FILE).is_file() else None
         self.path = path / CHECKPOINT_LINK if (path / CHECKPOINT_LINK).is_dir() else path
@@ -103,6 +128,13 @@ class Source:
             self.stored_config = self._json(CONFIG_FILE)
         if not self.details["linears"]:
             raise ExportError(f"{path} has no quantized linear: use the original model")
+        with reported_as(f"{self.path / DETAILS_FILE} is damaged"):
+            specs = {name: self._spec(name, entry) for name, entry in self.details["linears"].items()}
+        with reported_as(f"{self.path} has no usable {CONFIG_FILE}"):
+            super().__init__(specs, modules_of(AutoConfig.from_pretrained(self.path, trust_remote_code=False)))
+        if results is None and self.run is not None:
+            results = json.loads((self.run / RESULTS_FILE).read_text(encoding="utf-8"))
+        self.results = results  # None for a checkpoint on its own
         self._files.check(except_for=[*map(block_file, range(self.blocks)), OUTSIDE_FILE])
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -118,17 +150,6 @@ class Source:
     def key(self) -> str:
         """What tells this checkpoint from another: a hash of all its files, as its manifest has them."""
         return self._files.content
-
-    @cached_property
-    def results(self) -> Mapping[str, Any] | None:
-        """results.json of the run that made the checkpoint; None for a checkpoint on its own."""
-        return None if self.run is None else json.loads((self.run / RESULTS_FILE).read_text(encoding="utf-8"))
-
-    @cached_property
-    def specs(self) -> dict[str, LinearSpec]:
-        """Of every quantized linear, by name, in the order of the model."""
-        with reported_as(f"{self.path / DETAILS_FILE} is damaged"):
-            return {name: self._spec(name, entry) for name, entry in self.details["linears"].items()}
 
     def _spec(self, name: str, entry: Mapping[str, Any]) -> LinearSpec:
         online = self.stored_config.get(ONLINE_ROTATIONS, {})
@@ -147,21 +168,6 @@ class Source:
     @property
     def rounds_attention(self) -> bool:
         return self.details["attention"] is not None
-
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """The modules of the original architecture by name, without values."""
-        with reported_as(f"{self.path} has no usable {CONFIG_FILE}"), init_empty_weights():
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-            return dict(AutoModelForCausalLM.from_config(config).named_modules())
-
-    def stores_transposed(self, name: str) -> bool:
-        """Whether the original architecture keeps this linear's weight as (I, O), as GPT-2 does."""
-        return isinstance(self.modules[name], Conv1D)
-
-    def unquantized_linears(self) -> list[str]:
-        """The linears of the model that are not quantized, the head among them."""
-        return [name for name, one in self.modules.items() if isinstance(one, nn.Linear) and name not in self.specs]
 
     def copy_weights(self, folder: Path) -> list[Path]:
         """Copy the files that hold the checkpoint's tensors, as they are. Returns the copies."""

@@ -110,6 +110,7 @@ def assemble(
         calibration=calibration,
         perplexity=_perplexity_rows(made.perplexity),
         downstream=_downstream_rows(made.downstream),
+        exports=[],
         layers=Layers(file=LAYERS_FILE, count=len(rows)),
         seconds=Seconds(
             calibrate=0.0 if made.calibration is None else made.calibration.seconds,

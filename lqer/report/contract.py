@@ -29,6 +29,7 @@ CLASSES = (
     results.DivergenceInfo,
     results.Divergence,
     results.DownstreamRow,
+    results.ExportRow,
     results.Layers,
     results.Seconds,
 )

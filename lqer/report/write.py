@@ -260,6 +260,7 @@ def render_report(
         *_damping_paragraphs(layers),
         *_block_paragraphs(notes),
         *_finetune_paragraphs(results),
+        *_export_paragraphs(results),
         f"- calibrated on {calibration['source']}: {calibration['tokens']} tokens\n{evaluations}",
         shown,
         f"The five linears with the largest output error (all linears: `{results['layers']['file']}`):",
@@ -300,6 +301,25 @@ def _finetune_paragraphs(results: Results) -> list[str]:
         f"{finetune['original_loss']:.4f} of the original itself. {_shown_gain(finetune)}"
         "Errors of single linears were measured before fine-tuning."
     ]
+
+
+def _export_paragraphs(results: Results) -> list[str]:
+    """Where the checkpoint was written for other programs, and how it was compared; empty without exports."""
+    if not results["exports"]:
+        return []
+    lines = ["| export | folder | MB | compared with the checkpoint |", "|---|---|---|---|"]
+    for row in results["exports"]:
+        if row["refused"] is not None:
+            lines.append(f"| `{row['target']}` | – | – | refused: {row['refused']} |")
+            continue
+        compared = f"not verified: {row['not_verified']}"
+        if row["not_verified"] is None:
+            compared = (
+                f"logits differ by up to {row['logit_difference']:.3g} (of up to {row['largest_logit']:.3g}), "
+                f"perplexity {row['exported_perplexity']:.6g}, the checkpoint's {row['perplexity']:.6g}"
+            )
+        lines.append(f"| `{row['target']}` | `{row['folder']}` | {(row['weight_bytes'] or 0) / 1e6:.1f} | {compared} |")
+    return ["\n".join(lines)]
 
 
 def _shown_gain(finetune: FinetuneInfo) -> str:

@@ -14,6 +14,7 @@ memory is estimated, and marked as not certain:
     finetune     the original and the quantized model, 20 bytes per trained value, the inputs of all blocks, the
                  activations of one and its decoded weights, the logits of a batch
     evaluate     the whole model, or a walk under evaluation.blockwise, and the logits of a batch
+    export       the whole model in float32, the checkpoint's and then the exported one, and the logits of both
 
 The estimate is of a run with an empty store. Statistics that are not kept (lqer/resources/statistics.py) are gathered
 by the stage that quantizes: it walks, and no stage calibrates.
@@ -27,6 +28,9 @@ from pathlib import Path
 
 from lqer.config import Config
 from lqer.config.schema import CalibrationConfig, FinetuneConfig
+from lqer.export import Target
+from lqer.export.planned import planned_targets
+from lqer.export.verify import WINDOW_TOKENS, WINDOWS_OF_LOGITS
 from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
@@ -73,6 +77,8 @@ def estimate(work: Workload) -> list[StageMemory]:
         stages.append(_finetune(source))
     if config.evaluation.perplexity is not None or config.evaluation.downstream is not None:
         stages.append(_evaluate(work))
+    if targets := planned_targets(config):
+        stages.append(_export(work, targets))
     return stages
 
 
@@ -250,6 +256,20 @@ def _evaluate(work: Workload) -> StageMemory:
     device.append(Need("logits of a batch", logits, _smaller(key)))
     disk.append(Need("distributions of the original", _distributions(work), _smaller("evaluation.divergence.top_k")))
     return _stage("evaluate", work, host, device, disk)
+
+
+def _export(work: Workload, targets: Sequence[Target]) -> StageMemory:
+    """The models are loaded into RAM before they are moved to a GPU."""
+    summary = work.summary
+    whole = Need("whole model in float32", 4 * summary.parameters, "Remove export.targets")
+    logits = 4 * 2 * WINDOWS_OF_LOGITS * WINDOW_TOKENS * summary.vocabulary
+    inside = sum(summary.linears[name][0] * summary.linears[name][1] for name, plan in work.plans.items() if plan)
+    others = work.stored * (summary.parameters - inside)
+    disk = [
+        Need(f"files of {target.kind}", int(target.most_bits * inside) // 8 + others, LARGER_DISK, certain=False)
+        for target in targets
+    ]
+    return _stage("export", work, [whole] * work.on_gpu + [Need("logits of the windows", logits)], [whole], disk)
 
 
 def _walk(

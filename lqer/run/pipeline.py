@@ -16,6 +16,7 @@ from lqer.report.write import draw_figures, layer_rows, write_page, write_tables
 from lqer.results import Results
 from lqer.run.chunks import Chunk
 from lqer.run.experiment import Experiment
+from lqer.run.exports import export_all, raise_refusals
 from lqer.run.folder import RunLog, begin_run, link_checkpoint, locked
 from lqer.run.jobs import jobs_of
 from lqer.run.outcome import headline, write_traceback
@@ -112,17 +113,18 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
 @in_phase("report")
 def _report(checked: CheckedRun, checkpoint: Artifact, made: Made, started: float) -> Results:
     """Write the report of what was made, and return what it says."""
-    context = checked.context
-    config, summary = context.config, context.summary
+    context, config, summary = checked.context, checked.context.config, checked.context.summary
     results = assemble(config, context.source, summary, context.device, checked.texts.calibration_info, made, started)
     for warning in results["warnings"]:
         log.warning("warning: %s", warning)
+    results["exports"] = export_all(checked.folder, checkpoint.path, checked.exports, results, context.device)
     report = (checked.folder, results, layer_rows(checkpoint, summary.blocks), checkpoint, summary.blocks)
     draw_figures(*report)
     write_page(*report)
     # After the figures and the page, which take more memory than the stages of a small model.
     results["peak_memory_bytes"] = peak_memory_bytes(context.device, all_gpus=config.device_map == "auto")
     write_tables(*report)
+    raise_refusals(results)
     return results
 
 
@@ -174,12 +176,11 @@ def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget 
         )
         for i, text in enumerate(texts.evaluation)
     ]
-    quantized = experiment.quantize.artifact(store)
     return Made(
         calibration=found(experiment.calibrate),
         budget=budget,
         widths=widths,
-        quantized=quantized,
+        quantized=experiment.quantize.artifact(store),
         rtn=found(experiment.rtn),
         finetuned=found(experiment.finetune),
         perplexity=perplexity,

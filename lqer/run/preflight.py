@@ -16,6 +16,8 @@ from lqer.config import Config
 from lqer.config.schema import NOT_QUANTIZED, LowRankConfig
 from lqer.errors import HubError, HubTextError, ModelError, RunFolderError
 from lqer.evaluation.downstream import check_task_data
+from lqer.export import Target
+from lqer.export.planned import check_planned
 from lqer.models.source import load_model_config, load_tokenizer
 from lqer.models.summary import ModelSummary
 from lqer.phases import phase
@@ -25,6 +27,7 @@ from lqer.resources.memory import estimate
 from lqer.resources.workload import StageMemory, Workload
 from lqer.run.context import RunContext, prepare
 from lqer.run.experiment import Experiment, plan_experiment
+from lqer.run.exports import check_export_folders
 from lqer.run.folder import run_folder
 from lqer.run.texts import Texts, read_texts
 from lqer.store.store import Store, stored_bytes
@@ -40,6 +43,7 @@ class CheckedRun:
     tokenizer: PreTrainedTokenizerBase
     texts: Texts
     experiment: Experiment
+    exports: list[Target]
 
 
 def check_run(config: Config, say: Callable[[str], None]) -> CheckedRun:
@@ -50,6 +54,11 @@ def check_run(config: Config, say: Callable[[str], None]) -> CheckedRun:
     folder = run_folder(config)
     _check_writable(folder)
     context = prepare(config)
+    exports = check_planned(config, context.source, context.summary, context.plans, context.choices)
+    check_export_folders(folder, exports)
+    for target in exports:
+        if (missing := target.missing_reader()) is not None:
+            say(f"warning: export {target.kind} will not be verified: {missing} is not installed")
     store = Store(context.store_path, say)
     with phase("texts"):
         tokenizer = load_tokenizer(context.source)
@@ -60,7 +69,7 @@ def check_run(config: Config, say: Callable[[str], None]) -> CheckedRun:
     experiment = plan_experiment(context, tokenizer, texts)
     _check_tasks(config, experiment, store)
     check_fit(context, say, experiment.paths(store))
-    return CheckedRun(context, folder, store, tokenizer, texts, experiment)
+    return CheckedRun(context, folder, store, tokenizer, texts, experiment, exports)
 
 
 def _check_writable(folder: Path) -> None:
