@@ -50,11 +50,7 @@ class Dense(Target):
         return 8.0 * DTYPES[self.dtype].itemsize
 
     def write(self, source: Source, folder: Path) -> Written:
-        is_exact = write_dense(source, folder, DTYPES[self.dtype], effective_weight)
-        if not is_exact:
-            return Written("rounded", (f"Weights were rounded once more, to {self.dtype}.",))
-        is_plain = all(unsupported_extras(spec) is None for spec in source.specs.values())
-        return Written("exact" if is_plain else "reordered")
+        return dense_closeness(source, self.dtype, write_dense(source, folder, DTYPES[self.dtype], effective_weight))
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_pretrained(folder, dtype)
@@ -65,6 +61,14 @@ class Dense(Target):
             "vLLM": f"vllm serve {folder}",
             "lm-eval": f"lm_eval run --model hf --model_args pretrained={folder} --tasks arc_easy",
         }
+
+
+def dense_closeness(source: Source, dtype: str, is_exact: bool) -> Written:
+    """What is to be expected of dequantized weights. is_exact: whether `dtype` holds them all."""
+    if not is_exact:
+        return Written("rounded", (f"Weights were rounded once more, to {dtype}.",))
+    is_plain = all(unsupported_extras(spec) is None for spec in source.specs.values())
+    return Written("exact" if is_plain else "reordered")
 
 
 def write_dense(source: Source, folder: Path, dtype: torch.dtype, weight_of: Callable[[Linear], Tensor]) -> bool:

@@ -2,12 +2,13 @@
 
 Metadata (hyperparameters, tokenizer) are those of a template: any GGUF file of the original model, as llama.cpp's
 convert_hf_to_gguf.py makes it. All tensors are the checkpoint's; weights are stored without loss or refused
-(lqer/export/gguf_blocks.py). For the rotary embedding of architecture "llama" the rows of q and k are reordered, since
-llama.cpp turns neighbouring rows together.
+(lqer/export/gguf_blocks.py), or dequantized as the target "dense" does. For the rotary embedding of architecture
+"llama" the rows of q and k are reordered, since llama.cpp turns neighbouring rows together.
 
 llama.cpp rounds the inputs of quantized matrices to Q8_0 as it runs: its logits differ where the weights are equal.
+Those of a file in float32 do not.
 
-Shapes: O out_features, P bytes of a row.
+Shapes: O out_features, I in_features, P bytes of a row.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gguf
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lqer.components import require_choice
 from lqer.errors import ConfigError, ExportError, ModelError
 from lqer.export.base import Target, Written, load_pretrained, unsupported_extras
+from lqer.export.dense import dense_closeness, effective_weight
 from lqer.export.gguf_blocks import blocks_of, unsupported_blocks
 from lqer.export.source import CONFIG_FILE, LinearSpec, Outline, Source
 from lqer.models.gguf_header import check_gguf
+from lqer.models.source import DTYPES
 from lqer.store.files import write_json
 
 MODEL_FILE = "model.gguf"
@@ -34,7 +39,7 @@ ARCHITECTURE = gguf.Keys.General.ARCHITECTURE
 NOT_COPIED = (ARCHITECTURE, gguf.Keys.General.FILE_TYPE)
 # Not a field of the file but what the reader makes of its header.
 VIRTUAL_PREFIX = "GGUF."
-DTYPES = {
+PLAIN_TYPES = {
     torch.float32: gguf.GGMLQuantizationType.F32,
     torch.float16: gguf.GGMLQuantizationType.F16,
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
@@ -49,7 +54,10 @@ SUFFIXES = (".weight", ".bias")
 
 @dataclass(frozen=True)
 class Gguf(Target):
-    """GGUF, for llama.cpp. template: a GGUF file of the original model, for its metadata and tokenizer."""
+    """GGUF, for llama.cpp. template: a GGUF file of the original model, for its metadata and tokenizer.
+
+    dtype: of dequantized weights, with factors merged and rotations folded; by default they stay quantized.
+    """
 
     kind = "gguf"
     readers = ("gguf",)
@@ -57,9 +65,17 @@ class Gguf(Target):
     tags = ("gguf",)
 
     template: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("dtype", self.dtype, [None, *DTYPES], self.kind)
 
     def unsupported(self, spec: LinearSpec) -> str | None:
-        return unsupported_extras(spec) or unsupported_blocks(spec)
+        return None if self.dtype else unsupported_extras(spec) or unsupported_blocks(spec)
+
+    @property
+    def most_bits(self) -> float:
+        return 8.0 * DTYPES[self.dtype].itemsize if self.dtype else super().most_bits
 
     def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
         for spec in model.specs.values():
@@ -77,14 +93,19 @@ class Gguf(Target):
         # Tensors wait in a file: their descriptions come before them all.
         writer = gguf.GGUFWriter(folder / MODEL_FILE, architecture, use_temp_file=True)
         _copy_metadata(reader, writer)
-        types: set[str] = set()
+        types, is_exact = set[str](), True
         for linears, others in source.read():
             for linear in linears:
+                others |= linear.biases
+                if self.dtype is not None:
+                    weight_OI = effective_weight(linear)
+                    others[f"{linear.name}.weight"] = weight_OI.to(DTYPES[self.dtype])
+                    is_exact &= torch.equal(others[f"{linear.name}.weight"].to(torch.float32), weight_OI)
+                    continue
                 block_type, rows_OP = blocks_of(linear.weight_OI, linear.spec)
                 types.add(block_type.name)
                 rows_OP = names.ordered(f"{linear.name}.weight", rows_OP)
                 writer.add_tensor(names.of(f"{linear.name}.weight"), rows_OP.numpy(), raw_dtype=block_type)
-                others |= linear.biases
             for name, tensor in others.items():
                 _add_plain(writer, names.of(name), names.ordered(name, tensor))
         for copied in reader.tensors:
@@ -98,6 +119,8 @@ class Gguf(Target):
         # What the comparison, and transformers, read beside the file.
         write_json(folder / CONFIG_FILE, source.config)
         source.copy_surroundings(folder)
+        if self.dtype is not None:
+            return dense_closeness(source, self.dtype, is_exact)
         return Written(
             "exact",
             (
@@ -169,4 +192,4 @@ def _add_plain(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
     """A tensor that is not quantized, in its own dtype; vectors in float32, as llama.cpp wants them."""
     tensor = tensor.float() if tensor.ndim == 1 else tensor
     raw = tensor.contiguous().view(torch.uint8).numpy()
-    writer.add_tensor(name, raw, raw_dtype=DTYPES[tensor.dtype])
+    writer.add_tensor(name, raw, raw_dtype=PLAIN_TYPES[tensor.dtype])

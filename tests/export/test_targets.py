@@ -206,6 +206,17 @@ class TestGguf:
         assert types["blk.1.ffn_norm.weight"] == types["rope_freqs.weight"] == "F32"
         assert reader.fields["tokenizer.ggml.tokens"].contents()[3] == "t3"
 
+    @pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("bfloat16", "BF16")])
+    def test_dequantized_weights_hold_factors_and_rotations(self, checkpoint_of, template, dtype, stored, tmp_path):
+        checkpoint = checkpoint_of(NormalFloat(bits=4), method=LqerAct(), rank=4, transform=Hadamard())
+        check = export(checkpoint, Gguf(template=str(template), dtype=dtype), tmp_path / "out")
+        assert 0 < check.logit_difference < (1e-4 if dtype == "float32" else 0.1)
+        types = {
+            tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors
+        }
+        assert types["blk.1.ffn_up.weight"] == stored
+        assert types["token_embd.weight"] == "F32"
+
     def test_a_template_is_needed_and_checked(self, checkpoint_of, tmp_path):
         checkpoint = checkpoint_of(INT8_ROW)
         broken = tmp_path / "broken.gguf"
