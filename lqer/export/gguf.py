@@ -2,7 +2,8 @@
 
 Metadata (hyperparameters, tokenizer) are those of a template: any GGUF file of the original model, as llama.cpp's
 convert_hf_to_gguf.py makes it. All tensors are the checkpoint's; weights are stored without loss or refused
-(lqer/export/gguf_blocks.py), or dequantized as the target "dense" does. For the rotary embedding of architecture
+(lqer/export/gguf_blocks.py), or dequantized as the target "dense" does. Low-rank factors are an adapter beside them
+(lqer/export/gguf_adapter.py). For the rotary embedding of architecture
 "llama" the rows of q and k are reordered, since llama.cpp turns neighbouring rows together.
 
 llama.cpp rounds the inputs of quantized matrices to Q8_0 as it runs: its logits differ where the weights are equal.
@@ -24,10 +25,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lqer.components import require_choice
-from lqer.errors import ConfigError, ExportError, ModelError
-from lqer.export.base import Target, Written, load_pretrained, unsupported_extras
+from lqer.errors import ConfigError, ModelError
+from lqer.export.base import Target, Written, load_pretrained, unsupported_basis
 from lqer.export.dense import dense_closeness, effective_weight
+from lqer.export.gguf_adapter import ADAPTER_FILE, merge_adapter, write_adapter
 from lqer.export.gguf_blocks import blocks_of, unsupported_blocks
+from lqer.export.gguf_names import GgufNames
 from lqer.export.source import CONFIG_FILE, LinearSpec, Outline, Source
 from lqer.models.gguf_header import check_gguf
 from lqer.models.source import DTYPES
@@ -44,12 +47,7 @@ PLAIN_TYPES = {
     torch.float16: gguf.GGMLQuantizationType.F16,
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
 }
-# Others change the values of norms, or the order of fused rows, in ways of their own.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# Those of them whose rotary embedding turns neighbouring rows, by the keys of their numbers of heads.
-INTERLEAVED = {"llama": {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}}
 ROPE_PREFIX = "rope_"
-SUFFIXES = (".weight", ".bias")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Gguf(Target):
         require_choice("dtype", self.dtype, [None, *DTYPES], self.kind)
 
     def unsupported(self, spec: LinearSpec) -> str | None:
-        return None if self.dtype else unsupported_extras(spec) or unsupported_blocks(spec)
+        return None if self.dtype else unsupported_basis(spec) or unsupported_blocks(spec)
 
     @property
     def most_bits(self) -> float:
@@ -89,7 +87,7 @@ class Gguf(Target):
     def write(self, source: Source, folder: Path) -> Written:
         reader = self._reader()
         architecture = str(reader.fields[ARCHITECTURE].contents())
-        names = _Names(source, architecture)
+        names = GgufNames(architecture, source.blocks, source.config)
         # Tensors wait in a file: their descriptions come before them all.
         writer = gguf.GGUFWriter(folder / MODEL_FILE, architecture, use_temp_file=True)
         _copy_metadata(reader, writer)
@@ -121,13 +119,14 @@ class Gguf(Target):
         source.copy_surroundings(folder)
         if self.dtype is not None:
             return dense_closeness(source, self.dtype, is_exact)
-        return Written(
-            "exact",
-            (
-                f"Weights are stored as {', '.join(sorted(types))} without loss.",
-                "llama.cpp rounds the inputs of these matrices to 8 bits as it runs, so its logits differ.",
-            ),
+        notes = (
+            f"Weights are stored as {', '.join(sorted(types))} without loss.",
+            "llama.cpp rounds the inputs of these matrices to 8 bits as it runs, so its logits differ.",
         )
+        if not any(spec.rank for spec in source.specs.values()):
+            return Written("exact", notes)
+        write_adapter(folder / ADAPTER_FILE, names, (linear for linears, _ in source.read() for linear in linears))
+        return Written("reordered", (*notes, f"The low-rank factors are in {ADAPTER_FILE}."))
 
     def _reader(self) -> gguf.GGUFReader:
         if self.template is None:
@@ -142,41 +141,17 @@ class Gguf(Target):
         return gguf.GGUFReader(path)
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-        return load_pretrained(folder, dtype, gguf_file=MODEL_FILE)
+        model = load_pretrained(folder, dtype, gguf_file=MODEL_FILE)
+        if (folder / ADAPTER_FILE).is_file():
+            architecture = str(gguf.GGUFReader(folder / ADAPTER_FILE).fields[ARCHITECTURE].contents())
+            config = model.config.to_dict()
+            merge_adapter(model, folder / ADAPTER_FILE, GgufNames(architecture, config["num_hidden_layers"], config))
+        return model
 
     def commands(self, folder: str, source: Source) -> Mapping[str, str]:
-        return {"llama.cpp": f'llama-cli -m {folder}/{MODEL_FILE} -p "Once upon a time"'}
-
-
-class _Names:
-    """What tensors are called in a GGUF file of an architecture, and in which order their rows stand."""
-
-    def __init__(self, source: Source, architecture: str):
-        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-        if architecture not in ARCHITECTURES:
-            raise ExportError(f"the template's architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
-        self._map = gguf.get_tensor_name_map(kinds[architecture], source.blocks)
-        self._heads = INTERLEAVED.get(architecture, {})
-        self._config = source.config
-
-    def of(self, name: str) -> str:
-        found = self._map.get_name(name, try_suffixes=SUFFIXES)
-        if found is None:
-            raise ExportError(f"{name} has no name in a GGUF file of the template's architecture")
-        return found
-
-    def ordered(self, name: str, rows: Tensor) -> Tensor:
-        """The rows in GGUF's order: of each head of width d, row j and row j + d / 2 side by side."""
-        key = self._heads.get(name.rpartition(".")[0].rpartition(".")[2])
-        if key is None:
-            return rows
-        heads = self._config.get(key) or self._config["num_attention_heads"]
-        return rows[interleaved(len(rows), heads)]
-
-
-def interleaved(rows: int, heads: int) -> Tensor:
-    """For each row of GGUF's order, the row in transformers' order."""
-    return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
+        has_adapter = self.dtype is None and any(spec.rank for spec in source.specs.values())
+        adapter = f" --lora {folder}/{ADAPTER_FILE}" if has_adapter else ""
+        return {"llama.cpp": f'llama-cli -m {folder}/{MODEL_FILE}{adapter} -p "Once upon a time"'}
 
 
 def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:

@@ -19,8 +19,8 @@ from gguf import GGMLQuantizationType, dequantize
 from lqer.errors import ExportError
 from lqer.export.awq import Awq, awq_tensors
 from lqer.export.compressed_tensors import packed_weight
-from lqer.export.gguf import interleaved
 from lqer.export.gguf_blocks import blocks_of, unsupported_blocks
+from lqer.export.gguf_names import interleaved
 from lqer.export.gptq import Gptq, gptq_tensors
 from lqer.export.integers import integer_schemes, integers_of, unsupported_integers
 from lqer.export.source import Linear, LinearSpec

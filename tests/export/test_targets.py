@@ -146,8 +146,10 @@ class TestRefusals:
     def test_low_rank_factors_and_rotations(self, checkpoint_of, tmp_path):
         checkpoint = checkpoint_of(MXInt(bits=4), method=LqerAct(), rank=4)
         rotated = checkpoint_of(MXInt(bits=4), transform=Hadamard())
+        assert refusal(checkpoint, CompressedTensors()) == (
+            "model.layers.0.self_attn.q_proj it has low-rank factors (rank 4)"
+        )
         for target in (CompressedTensors(), Gguf()):
-            assert refusal(checkpoint, target) == "model.layers.0.self_attn.q_proj it has low-rank factors (rank 4)"
             assert "rounded in a rotated basis" in refusal(rotated, target)
 
     def test_one_line_names_the_first_linear_and_the_targets_that_would_do(self, checkpoint_of, tmp_path):
@@ -216,6 +218,20 @@ class TestGguf:
         }
         assert types["blk.1.ffn_up.weight"] == stored
         assert types["token_embd.weight"] == "F32"
+
+    def test_factors_are_an_adapter_that_merges_to_the_checkpoint(self, checkpoint_of, template, tmp_path):
+        checkpoint = checkpoint_of(MXInt(bits=3, block_size=32), method=LqerAct(), rank=4)
+        check = export(checkpoint, Gguf(template=str(template)), tmp_path / "out")
+        assert check.logit_difference < 1e-5
+        adapter = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+        assert adapter.fields["adapter.lora.alpha"].contents() == 0
+        shapes = {tensor.name: tensor.data.shape for tensor in adapter.tensors}
+        assert shapes["blk.1.ffn_up.weight.lora_a"] == (4, 32)
+        assert shapes["blk.1.ffn_up.weight.lora_b"] == (64, 4)
+        assert "--lora out/adapter.gguf" in (tmp_path / "out" / "README.md").read_text()
+        plain = checkpoint_of(MXInt(bits=3, block_size=32))
+        export(plain, Gguf(template=str(template)), tmp_path / "plain")
+        assert not (tmp_path / "plain" / "adapter.gguf").exists()
 
     def test_a_template_is_needed_and_checked(self, checkpoint_of, tmp_path):
         checkpoint = checkpoint_of(INT8_ROW)
