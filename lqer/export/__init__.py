@@ -11,6 +11,7 @@ from lqer.export.compressed_tensors import CompressedTensors
 from lqer.export.dense import Dense
 from lqer.export.gguf import Gguf
 from lqer.export.gptq import Gptq
+from lqer.export.mlx import Mlx
 from lqer.export.native import Native
 from lqer.export.peft import Peft
 from lqer.export.run import export, first_unsupported, make_target
@@ -25,6 +26,7 @@ __all__ = [
     "Gguf",
     "Gptq",
     "LinearSpec",
+    "Mlx",
     "Native",
     "Peft",
     "Source",

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lqer.components import Component
 from lqer.errors import ExportError
@@ -119,6 +120,19 @@ def load_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrai
     with quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     model, found = loaded
+    refuse_mismatch(folder.name, found)
+    return model.eval()
+
+
+def load_weights(folder: Path, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder's configuration with these tensors. Raises ExportError if one is missing or left over."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with init_empty_weights():
+        cls: Any = type(AutoModelForCausalLM.from_config(config))
+    with quiet_loading():
+        model, found = cls.from_pretrained(
+            None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True
+        )
     refuse_mismatch(folder.name, found)
     return model.eval()
 

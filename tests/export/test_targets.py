@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lqer.checkpoint.load import load_quantized
 from lqer.errors import ConfigError, ExportError
-from lqer.export import CompressedTensors, Dense, Gguf, Peft, Source, export, first_unsupported
+from lqer.export import CompressedTensors, Dense, Gguf, Mlx, Peft, Source, export, first_unsupported
+from lqer.export.mlx import quantization
 from lqer.export.peft import adapter_config
 from lqer.export.source import LinearSpec
 from lqer.formats import MX, Int, MXInt, NormalFloat
@@ -245,3 +246,49 @@ class TestGguf:
             with pytest.raises(ConfigError, match=words):
                 export(checkpoint, target, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+class TestMlx:
+    @pytest.fixture(autouse=True)
+    def _library(self):
+        pytest.importorskip("mlx", reason="mlx is not installed")
+
+    @pytest.mark.parametrize(
+        "weight",
+        [
+            MXInt(bits=2, block_size=32), MXInt(bits=4, block_size=32), MXInt(bits=6, block_size=32),
+            Int(bits=3, block_size=32), Int(bits=5, block_size=32), Int(bits=4, block_size="row"), INT8_ROW,
+            MX("mxint8"), MX("mxfp4_e2m1"), MX("mxfp8_e4m3"),
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_mlx_decodes_the_checkpoints_weights(self, checkpoint_of, weight, tmp_path):
+        check = export(checkpoint_of(weight), Mlx(), tmp_path / "out")
+        assert check.logit_difference == 0
+
+    def test_linears_of_other_bits_and_groups_are_named(self, checkpoint_of, edited):
+        specs = {
+            "a": LinearSpec("a", Int(bits=4, block_size=128), 8, 256),
+            "b": LinearSpec("b", Int(bits=4, block_size=128), 8, 256),
+            "c": LinearSpec("c", Int(bits=3, block_size=64, symmetric=True), 8, 128),
+            "d": LinearSpec("d", MX("mxfp4_e2m1"), 8, 128),
+        }
+        assert quantization(specs) == {
+            "group_size": 128, "bits": 4, "mode": "affine",
+            "c": {"group_size": 64, "bits": 3, "mode": "affine"},
+            "d": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        }  # fmt: skip
+
+    def test_scales_in_half_precision_are_rounded_and_said(self, checkpoint_of, tmp_path):
+        checkpoint = checkpoint_of(Int(bits=4, block_size=32))
+        check = export(checkpoint, Mlx(scale_dtype="float16"), tmp_path / "out")
+        assert check.logit_difference > 0
+        stored = load_file(tmp_path / "out" / "model.safetensors")
+        assert stored["model.layers.1.mlp.up_proj.biases"].dtype == torch.float16
+        assert "rounded once more, to float16" in (tmp_path / "out" / "README.md").read_text()
+
+    def test_widths_and_blocks_that_mlx_has_no_kernel_for(self, checkpoint_of):
+        assert "7 bits are not one of" in refusal(checkpoint_of(Int(bits=7, block_size=32)), Mlx())
+        assert "no group of 128, 64, 32 divides its 32 inputs and blocks of 16" in refusal(
+            checkpoint_of(MXInt(bits=4)), Mlx()
+        )
