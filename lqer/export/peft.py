@@ -1,10 +1,10 @@
 """Low-rank factors as a LoRA adapter for PEFT and vLLM, over a base of the quantized weights without them.
 
     OUT/adapter_model.safetensors   base_model.model.<linear>.lora_A.weight [R, I] = Aᵀ, .lora_B.weight [O, R] = Bᵀ
-    OUT/base                        the weights, in compressed-tensors' layout or dense
+    OUT/base                        the weights, in compressed-tensors' layout, dense or in bitsandbytes' NF4
 
-The adapter's scale is 1 for every rank. Over a dense base the factors of a rotated linear are brought into the
-original's basis, A' = Vᵀ A and B' = B U.
+The adapter's scale is 1 for every rank. Over NF4 it is where LoftQ and QERA let the training of QLoRA start. Over a
+dense base the factors of a rotated linear are brought into the original's basis, A' = Vᵀ A and B' = B U.
 
 Shapes: I in_features, O out_features, R rank.
 """
@@ -26,11 +26,14 @@ from lqer.export.base import Target, Written, first_missing, load_pretrained, un
 from lqer.export.compressed_tensors import unsupported_weight, write_packed
 from lqer.export.config_groups import is_float, unsupported_together
 from lqer.export.dense import effective_weight, write_dense
+from lqer.export.nf4 import unsupported_nf4, write_nf4
 from lqer.export.shards import write_tensors
 from lqer.export.source import Linear, LinearSpec, Outline, Source
 from lqer.store.files import write_json
 
 BASE_FOLDER = "base"
+# What reads each kind of base, besides transformers and PEFT.
+BASE_READERS = {"compressed-tensors": ("compressed_tensors",), "dense": (), "nf4": ("bitsandbytes",)}
 # What vLLM can be told of the largest rank.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -44,15 +47,15 @@ class Peft(Target):
     library_name = "peft"
     tags = ("lora",)
 
-    base: Literal["compressed-tensors", "dense"] = "compressed-tensors"
+    base: Literal["compressed-tensors", "dense", "nf4"] = "compressed-tensors"
 
     def __post_init__(self) -> None:
-        require_choice("base", self.base, ["compressed-tensors", "dense"], self.kind)
+        require_choice("base", self.base, list(BASE_READERS), self.kind)
 
     def unsupported(self, spec: LinearSpec) -> str | None:
         if self.base == "dense":
             return None
-        return unsupported_basis(spec) or unsupported_weight(spec)
+        return unsupported_basis(spec) or (unsupported_nf4 if self.base == "nf4" else unsupported_weight)(spec)
 
     def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
         if not any(spec.rank for spec in model.specs.values()):
@@ -67,7 +70,7 @@ class Peft(Target):
         return 32.0 if self.base == "dense" else super().most_bits
 
     def missing_reader(self) -> str | None:
-        return first_missing(self.readers if self.base == "dense" else (*self.readers, "compressed_tensors"))
+        return first_missing((*self.readers, *BASE_READERS[self.base]))
 
     def dtype_of_check(self, source: Source) -> torch.dtype:
         is_packed_float = self.base == "compressed-tensors" and any(map(is_float, source.specs.values()))
@@ -77,6 +80,8 @@ class Peft(Target):
         (folder / BASE_FOLDER).mkdir()
         if self.base == "dense":
             write_dense(source, folder / BASE_FOLDER, torch.float32, _base_weight)
+        elif self.base == "nf4":
+            write_nf4(source, folder / BASE_FOLDER)
         else:
             write_packed(source, folder / BASE_FOLDER)
         adapter = {
@@ -94,6 +99,9 @@ class Peft(Target):
         from peft import PeftModel
 
         base = load_pretrained(folder / BASE_FOLDER, dtype)
+        if self.base == "nf4":
+            # By bitsandbytes itself, whose kernels for a CPU multiply in less than float32.
+            base = base.dequantize()
         with torch.inference_mode():
             # compressed-tensors unpacks weights in the first call, and PEFT looks for them.
             base(input_ids=torch.zeros(1, 1, dtype=torch.int64))
@@ -101,12 +109,16 @@ class Peft(Target):
         return cast(PreTrainedModel, PeftModel.from_pretrained(base, folder).eval())
 
     def commands(self, folder: str, source: Source) -> Mapping[str, str]:
+        base = f'model = AutoModelForCausalLM.from_pretrained("{folder}/{BASE_FOLDER}")\n'
+        if self.base == "nf4":
+            return {"QLoRA": f'{base}model = PeftModel.from_pretrained(model, "{folder}", is_trainable=True)'}
         largest = max(spec.rank for spec in source.specs.values())
         served = next((rank for rank in SERVED_RANKS if rank >= largest), largest)
-        return {
-            "PEFT": f'model = AutoModelForCausalLM.from_pretrained("{folder}/{BASE_FOLDER}")\n'
+        unpacking = (
             "model(input_ids=torch.tensor([[0]]))   # compressed-tensors unpacks its weights in the first call\n"
-            f'model = PeftModel.from_pretrained(model, "{folder}")',
+        )
+        return {
+            "PEFT": f'{base}{unpacking}model = PeftModel.from_pretrained(model, "{folder}")',
             "vLLM": f"vllm serve {folder}/{BASE_FOLDER} --enable-lora --max-lora-rank {served} "
             f"--lora-modules lqer={folder}",
         }

@@ -33,14 +33,18 @@ def rounded() -> Callable[..., LinearPlan]:
 
 @pytest.fixture(scope="session")
 def checkpoint_of(random_model, run_stages, rounded) -> Callable[..., Path]:
-    """`checkpoint_of(weight, architecture="llama", **changes of the plan)`: the folder of a checkpoint, made once."""
+    """`checkpoint_of(weight, architecture="llama", **changes of the plan)`: the folder of a checkpoint, made once.
+
+    Besides changes, `skip` names linears that stay as they are, and `sizes` changes the model's.
+    """
     made: dict[str, Path] = {}
 
     def checkpoint(weight: NumberFormat, architecture: str = "llama", **changes: object) -> Path:
         key = repr((weight, architecture, changes))
         if key not in made:
-            skip = changes.pop("skip", ())
-            made[key] = run_stages(random_model(architecture), rounded(weight, **changes), skip=skip).checkpoint.path
+            skip, sizes = changes.pop("skip", ()), changes.pop("sizes", {})
+            model = random_model(architecture, **sizes)
+            made[key] = run_stages(model, rounded(weight, **changes), skip=skip).checkpoint.path
         return made[key]
 
     return checkpoint

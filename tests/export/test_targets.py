@@ -14,10 +14,11 @@ from lqer.checkpoint.load import load_quantized
 from lqer.errors import ConfigError, ExportError
 from lqer.export import CompressedTensors, Dense, Gguf, Mlx, Peft, Source, export, first_unsupported
 from lqer.export.mlx import quantization
+from lqer.export.nf4 import nf4_tensors
 from lqer.export.peft import adapter_config
 from lqer.export.source import LinearSpec
 from lqer.formats import MX, Int, MXInt, NormalFloat
-from lqer.methods import LqerAct
+from lqer.methods import LoftQ, LqerAct
 from lqer.models.structure import ONLINE_ROTATIONS
 from lqer.transforms import Hadamard
 
@@ -109,6 +110,11 @@ class TestPeft:
     def factors(self, checkpoint_of):
         return checkpoint_of(MXInt(bits=3, block_size=32), method=LqerAct(), rank=4)
 
+    @pytest.fixture
+    def nf4(self, checkpoint_of):
+        widths = {"hidden_size": 64, "intermediate_size": 128}
+        return checkpoint_of(NormalFloat(bits=4), method=LoftQ(), rank=4, sizes=widths)
+
     def test_factors_are_an_adapter_over_packed_weights(self, factors, tmp_path):
         pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
         check = export(factors, Peft(), tmp_path / "out")
@@ -123,6 +129,27 @@ class TestPeft:
         assert check.logit_difference < 1e-5
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
         assert (base(windows_WT).logits - load_quantized(checkpoint, CPU)(windows_WT).logits).abs().max() > 1e-2
+
+    def test_over_nf4_the_factors_are_a_start_for_qlora(self, nf4, tmp_path):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        check = export(nf4, Peft(base="nf4"), tmp_path / "out")
+        assert check.logit_difference < 1e-4
+        quantization = config_of(tmp_path / "out" / "base")["quantization_config"]
+        assert (quantization["quant_method"], quantization["bnb_4bit_quant_type"]) == ("bitsandbytes", "nf4")
+        assert "is_trainable=True" in (tmp_path / "out" / "README.md").read_text()
+
+    def test_bitsandbytes_makes_the_same_codes_and_scales_of_the_dequantized_weights(self, nf4):
+        functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+        linears, _ = next(iter(Source(nf4).read()))
+        for linear in linears:
+            written = nf4_tensors(linear)
+            codes, state = functional.quantize_4bit(linear.weight_OI.dequantize(), blocksize=64, quant_type="nf4")
+            assert torch.equal(written["weight"], codes)
+            assert torch.equal(written["weight.absmax"], state.absmax)
+            torch.testing.assert_close(written["weight.quant_map"], state.code, rtol=0, atol=1e-6)
+
+    def test_nf4_alone_is_taken(self, checkpoint_of, factors):
+        assert "it is not in normal-float of 4 bits, blocks of 64" in refusal(factors, Peft(base="nf4"))
 
     def test_every_rank_has_a_scale_of_one(self):
         specs = {
