@@ -1,10 +1,13 @@
 """Perplexity of a GGUF file in llama.cpp, on the windows, tokens and positions that `lqer export --text` compares on.
 
     python experiments/compare_llama_cpp.py FILE.gguf CHECKPOINT --text FILE [--seq-len 256] [--windows 20]
+        [--round-inputs]
 
 llama.cpp gets the token ids of the checkpoint's tokenizer, without a BOS token; each window is a sequence of its own,
 and the mean is taken over all its tokens but the first. (`llama-perplexity` scores the second half of each window
-only.) Prints both perplexities, and the largest difference of a logit over 4 windows.
+only.) Prints both perplexities, and the largest difference of a logit over 4 windows. With --round-inputs the
+checkpoint's linears round their inputs to 8-bit integers in blocks of 32, as llama.cpp's kernels of quantized matrices
+do.
 
 cyllama is not a requirement of this project: `pip install cyllama==0.2.18` brings a llama.cpp that runs on a CPU.
 
@@ -27,9 +30,12 @@ from transformers import AutoTokenizer
 from lqer.checkpoint.load import load_quantized
 from lqer.evaluation.perplexity import concat_windows
 from lqer.export.verify import WINDOW_TOKENS, WINDOWS_OF_LOGITS, WINDOWS_OF_PERPLEXITY
+from lqer.formats import Int, NumberFormat
+from lqer.nn.linear import QuantizedLinear
 
 # Of llama.cpp's enum llama_flash_attn_type.
 WITHOUT_FLASH_ATTENTION = 0
+Q8_0 = Int(bits=8, block_size=32, symmetric=True, scale_dtype="float16")
 
 
 def llama_cpp_logits(file: Path, windows_WT: Tensor, vocabulary: int) -> Iterator[Tensor]:
@@ -63,9 +69,12 @@ def token_losses(logits_TV: Tensor, window_T: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def compare(file: Path, checkpoint: Path, windows_WT: Tensor) -> dict[str, float]:
-    """Perplexity of both, and how far logits lie apart."""
+def compare(file: Path, checkpoint: Path, windows_WT: Tensor, inputs: NumberFormat | None = None) -> dict[str, float]:
+    """Perplexity of both, and how far logits lie apart. inputs: what the checkpoint's linears round theirs to."""
     model = load_quantized(checkpoint, torch.device("cpu"), torch.float32, "emulate")
+    for module in model.modules():
+        if inputs is not None and isinstance(module, QuantizedLinear):
+            module.activation = inputs
     ours, theirs, difference = [], [], 0.0
     found = llama_cpp_logits(file, windows_WT, model.config.vocab_size)
     for index, (window_T, found_TV) in enumerate(zip(windows_WT, found, strict=True)):
@@ -85,11 +94,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--seq-len", type=int, default=WINDOW_TOKENS)
     parser.add_argument("--windows", type=int, default=WINDOWS_OF_PERPLEXITY)
+    parser.add_argument("--round-inputs", action="store_true")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     text = arguments.text.read_text(encoding="utf-8")
     windows_WT = concat_windows(tokenizer, [text], "", arguments.seq_len)[: arguments.windows]
-    found = compare(arguments.file, arguments.checkpoint, windows_WT)
+    found = compare(arguments.file, arguments.checkpoint, windows_WT, Q8_0 if arguments.round_inputs else None)
     of_file, ours = found["llama.cpp"], found["checkpoint"]
     print(f"{len(windows_WT)} windows of {arguments.seq_len} tokens of {arguments.text.name}")
     print(f"perplexity: llama.cpp {of_file:.6g}, checkpoint {ours:.6g} ({of_file / ours - 1:+.4%})")
