@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lqer.components import Component
 from lqer.errors import ExportError
-from lqer.export.source import LinearSpec, Outline, Source
+from lqer.export.source import QUANTIZATION_CONFIG, LinearSpec, Outline, Source
 from lqer.models.verify import quiet_loading, refuse_mismatch
 
 # How near the written model is to the checkpoint: bit for bit; but for the order of sums in float32; with weights that
@@ -127,6 +127,7 @@ def load_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrai
 def load_weights(folder: Path, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder's configuration with these tensors. Raises ExportError if one is missing or left over."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    vars(config).pop(QUANTIZATION_CONFIG, None)  # of the folder's files, not of these weights
     with init_empty_weights():
         cls: Any = type(AutoModelForCausalLM.from_config(config))
     with quiet_loading():

@@ -12,48 +12,71 @@
 The packed codes are those of the checkpoint. MXINT becomes integers with power-of-two scales, without loss. 3, 5, 6 and
 7 bits are packed densely, as compressed-tensors does from version 0.18.0 on.
 
+transformers does not load zero points beside another layout, as of several widths. vLLM's reader does, and with
+`engine = "vllm"` such files are written, and decoded for the comparison by compressed-tensors itself.
+
 Shapes: I in_features, O out_features, G groups of a row.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lqer.export.base import Target, Written, load_pretrained, unsupported_extras
+from lqer.components import require_choice
+from lqer.export.base import Target, Written, load_pretrained, load_weights, unsupported_extras
 from lqer.export.config_groups import (
+    ALL_LINEARS,
     MX_GROUP,
     config_groups,
     is_float,
     is_w8a8,
+    loads_in_transformers,
     quantization_config,
+    unsupported_in_transformers,
     unsupported_together,
+    unsupported_zero_points,
 )
 from lqer.export.integers import IntegerScheme, integer_schemes, integers_of, unsupported_integers, words
 from lqer.export.shards import Shards
 from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
 from lqer.formats import pack_bits
+from lqer.models.streaming import read_file
 from lqer.store.files import write_json
+
+SCALE = ".weight_scale"
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 @dataclass(frozen=True)
 class CompressedTensors(Target):
-    """compressed-tensors, for vLLM, SGLang and transformers."""
+    """compressed-tensors, for vLLM, SGLang and transformers.
+
+    engine: what must be able to load the files. "vllm": also those with several widths and zero points.
+    """
 
     kind = "compressed-tensors"
     readers = ("transformers", "compressed_tensors")
     tags = ("compressed-tensors",)
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+    def __post_init__(self) -> None:
+        require_choice("engine", self.engine, ["transformers", "vllm"], self.kind)
+
     def unsupported(self, spec: LinearSpec) -> str | None:
         return unsupported_extras(spec) or unsupported_weight(spec)
 
     def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
-        return unsupported_together(model)
+        check = unsupported_in_transformers if self.engine == "transformers" else unsupported_zero_points
+        return check(model) or unsupported_together(model)
 
     def keeps_activation(self, spec: LinearSpec) -> bool:
         return spec.activation is None or is_w8a8(spec)
@@ -67,19 +90,29 @@ class CompressedTensors(Target):
         packed_bits = {dict(group.weights)["num_bits"] for group in groups if group.layout == "pack-quantized"}
         if packed_bits - {2, 4, 8}:
             notes.append("3, 5, 6 and 7 bits are packed as compressed-tensors 0.18.0 and later read them.")
+        if unsupported_in_transformers(source) is not None:
+            notes.append(
+                "transformers does not load zero points beside other layouts; compressed-tensors decodes them."
+            )
         # The library divides by 127.5 where lqer and vLLM's kernels divide an activation's largest magnitude by 127.
         return Written("other inputs" if any(group.activations for group in groups) else "exact", tuple(notes))
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-        return load_pretrained(folder, dtype)
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))[QUANTIZATION_CONFIG]
+        if loads_in_transformers(config):
+            return load_pretrained(folder, dtype)
+        return load_weights(folder, decompressed(folder, config), dtype)
 
     def dtype_of_check(self, source: Source) -> torch.dtype:
         return torch.bfloat16 if any(is_float(spec) for spec in source.specs.values()) else torch.float32
 
     def commands(self, folder: str, source: Source) -> Mapping[str, str]:
+        served = {"vLLM": f"vllm serve {folder}"}
+        if self.engine == "vllm":
+            return served
         return {
             "transformers": f'AutoModelForCausalLM.from_pretrained("{folder}")   # pip install compressed-tensors',
-            "vLLM": f"vllm serve {folder}",
+            **served,
             "lm-eval": f"lm_eval run --model hf --model_args pretrained={folder} --tasks arc_easy",
         }
 
@@ -131,3 +164,20 @@ def packed_weight(linear: Linear, scheme: IntegerScheme) -> dict[str, Tensor]:
     if not scheme.symmetric:
         packed["weight_zero_point"] = words(integers.zeros_OG.T.contiguous(), scheme.bits).T
     return packed
+
+
+def decompressed(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a folder, every weight as compressed-tensors decodes it by its own group of `config`."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= read_file(file)
+    for name in [name.removesuffix(SCALE) for name in found if name.endswith(SCALE)]:
+        groups = config["config_groups"].values()
+        group = next(one for one in groups if one["targets"] == ALL_LINEARS or name in one["targets"])
+        parts = {part: found.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in found}
+        compressor = BaseCompressor.get_value_from_registry(group["format"])
+        found[f"{name}.weight"] = compressor.decompress(parts, QuantizationScheme(**group))["weight"]
+    return found

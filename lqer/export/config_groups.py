@@ -7,6 +7,7 @@ arguments of their weights and inputs.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,10 @@ MX_LAYOUTS = {
     "mxfp8_e4m3": "mxfp8-quantized",
 }
 MX_GROUP = 32
+WORD_BITS = 32
+DEQUANTIZE = "dequantize"
+# By the name of their class.
+ALL_LINEARS = ["Linear"]
 W8A8_WEIGHT = ("row", 8, True)
 W8A8_ACTIVATION = Int(bits=8, block_size="row", symmetric=True, scale_dtype="float32")
 TOKEN_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -86,16 +91,33 @@ def unsupported_together(model: Outline) -> tuple[str, str] | None:
         if is_integer and (ragged := unsupported_group(spec, schemes[spec.name])) is not None:
             return spec.name, ragged
     groups = config_groups(model)
-    if len(set(groups.values())) > 1:
-        for name, group in groups.items():
-            if not dict(group.weights)["symmetric"]:
-                return name, "it has zero points and others another layout, which transformers does not load"
     for name in groups:
         parent, _, leaf = name.rpartition(".")
         for fused in FUSED:
             together = {groups.get(f"{parent}.{other}") for other in fused if f"{parent}.{other}" in model.modules}
             if leaf in fused and len(together) > 1:
                 return name, f"vLLM runs {', '.join(fused)} as one matrix, and they have different layouts"
+    return None
+
+
+def unsupported_in_transformers(model: Outline) -> tuple[str, str] | None:
+    """A linear with zero points beside others of another layout, and why that is refused; None if there is none."""
+    groups = config_groups(model)
+    if len(set(groups.values())) > 1:
+        for name, group in groups.items():
+            if not dict(group.weights)["symmetric"]:
+                reason = "it has zero points and others another layout, which transformers does not load"
+                return name, f"{reason} (compressed-tensors takes it with --engine=vllm)"
+    return None
+
+
+def unsupported_zero_points(model: Outline) -> tuple[str, str] | None:
+    """A linear whose packed zero points do not end with a word, so that vLLM cannot join matrices; None if all do."""
+    for name, group in config_groups(model).items():
+        weights, outputs = dict(group.weights), model.specs[name].out_features
+        if not weights["symmetric"] and outputs * weights["num_bits"] % WORD_BITS:
+            reason = f"{outputs} zero points of {weights['num_bits']} bits do not fill words of {WORD_BITS}"
+            return name, f"{reason}, and vLLM joins matrices by words"
     return None
 
 
@@ -112,14 +134,20 @@ def quantization_config(model: Outline) -> dict[str, Any]:
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{index}": group.to_dict(["Linear"] if len(targets) == 1 else names)
+            f"group_{index}": group.to_dict(ALL_LINEARS if len(targets) == 1 else names)
             for index, (group, names) in enumerate(targets.items())
         },
         "ignore": ignored,
         "kv_cache_scheme": None,
     }
-    if any(not dict(group.weights)["symmetric"] for group in targets):
-        # Packed zero points are otherwise not found by transformers' loader. Only with a single group, see
-        # `unsupported_together`: the key makes all linears follow the first one.
-        config["dequantize"] = True
+    if len(targets) == 1 and any(not dict(group.weights)["symmetric"] for group in targets):
+        # Packed zero points are otherwise not found by transformers' loader. Never with several groups: the key makes
+        # all linears follow the first one.
+        config[DEQUANTIZE] = True
     return config
+
+
+def loads_in_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether a folder whose config.json has this entry loads there, see `unsupported_in_transformers`."""
+    is_symmetric = all(group["weights"]["symmetric"] for group in config["config_groups"].values())
+    return is_symmetric or DEQUANTIZE in config

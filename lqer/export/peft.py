@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lqer.components import require_choice
 from lqer.export.base import Target, Written, first_missing, load_pretrained, unsupported_basis
 from lqer.export.compressed_tensors import unsupported_weight, write_packed
-from lqer.export.config_groups import is_float, unsupported_together
+from lqer.export.config_groups import is_float, unsupported_in_transformers, unsupported_together
 from lqer.export.dense import effective_weight, write_dense
 from lqer.export.nf4 import unsupported_nf4, write_nf4
 from lqer.export.shards import write_tensors
@@ -63,7 +63,9 @@ class Peft(Target):
         transposed = next((name for name in model.specs if model.stores_transposed(name)), None)
         if transposed is not None:
             return transposed, "its architecture stores weights transposed (Conv1D)"
-        return unsupported_together(model) if self.base == "compressed-tensors" else None
+        if self.base != "compressed-tensors":
+            return None
+        return unsupported_in_transformers(model) or unsupported_together(model)
 
     @property
     def most_bits(self) -> float:

@@ -10,10 +10,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from lqer.checkpoint.pack import DETAILS_FILE
 from lqer.formats import MXInt, NumberFormat
 from lqer.methods import LinearPlan, RoundingOnly
 from lqer.store.files import hash_file, write_json
+from lqer.store.names import block_file
 from lqer.store.store import MANIFEST
 
 
@@ -66,6 +69,28 @@ def edited(tmp_path) -> Callable[..., Path]:
         return folder
 
     return copy
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Callable[..., Path]:
+    """`mixed(checkpoint, other, linear)`: the first checkpoint of one model with that linear of the second."""
+
+    def join(checkpoint: Path, other: Path, linear: str) -> Path:
+        folder = tmp_path / "mixed"
+        shutil.copytree(checkpoint, folder)
+        changed = [DETAILS_FILE, block_file(int(linear.split(".")[2]))]
+        details, others = (json.loads((one / DETAILS_FILE).read_text()) for one in (checkpoint, other))
+        details["linears"][linear] = others["linears"][linear]
+        write_json(folder / DETAILS_FILE, details)
+        kept, taken = (load_file(one / changed[1]) for one in (checkpoint, other))
+        kept = {name: tensor for name, tensor in kept.items() if not name.startswith(linear)}
+        save_file(kept | {name: taken[name] for name in taken if name.startswith(linear)}, folder / changed[1])
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"] |= {name: hash_file(folder / name) for name in changed}
+        write_json(folder / MANIFEST, manifest)
+        return folder
+
+    return join
 
 
 @pytest.fixture

@@ -101,6 +101,49 @@ class TestCompressedTensors:
         assert group["input_activations"]["strategy"] == "token"
 
 
+class TestSeveralWidthsWithZeroPoints:
+    DOWN = "model.layers.1.mlp.down_proj"
+
+    @pytest.fixture
+    def checkpoint(self, checkpoint_of, mixed):
+        return mixed(checkpoint_of(Int(bits=4, block_size=32)), checkpoint_of(Int(bits=3, block_size=64)), self.DOWN)
+
+    def test_compressed_tensors_decodes_them_for_vllm_where_transformers_does_not_load_them(self, checkpoint, tmp_path):
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+        assert "transformers does not load (compressed-tensors takes it with --engine=vllm)" in refusal(
+            checkpoint, CompressedTensors()
+        )
+        check = export(checkpoint, CompressedTensors(engine="vllm"), tmp_path / "out")
+        assert check.logit_difference == 0
+        config = config_of(tmp_path / "out")["quantization_config"]
+        described = [
+            (one["weights"]["num_bits"], one["weights"]["group_size"]) for one in config["config_groups"].values()
+        ]
+        assert described == [(4, 32), (3, None)]
+        assert "dequantize" not in config
+        assert "transformers does not load zero points" in (tmp_path / "out" / "README.md").read_text()
+        with pytest.raises(RuntimeError, match="size"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    def test_zero_points_that_vllm_cannot_join_are_refused(self, checkpoint_of):
+        checkpoint = checkpoint_of(Int(bits=3, block_size=32), sizes={"num_key_value_heads": 1})
+        assert "8 zero points of 3 bits do not fill words of 32" in refusal(
+            checkpoint, CompressedTensors(engine="vllm")
+        )
+
+    def test_gguf_has_a_type_for_each(self, checkpoint, template, tmp_path):
+        assert export(checkpoint, Gguf(template=str(template)), tmp_path / "out").logit_difference == 0
+        types = {
+            tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors
+        }
+        assert (types["blk.1.ffn_down.weight"], types["blk.1.ffn_up.weight"]) == ("Q4_0", "Q5_0")
+
+    def test_mlx_has_an_entry_for_each(self, checkpoint, tmp_path):
+        pytest.importorskip("mlx", reason="mlx is not installed")
+        assert export(checkpoint, Mlx(), tmp_path / "out").logit_difference == 0
+        assert config_of(tmp_path / "out")["quantization"][self.DOWN] == {"group_size": 64, "bits": 3, "mode": "affine"}
+
+
 class TestPeft:
     @pytest.fixture(autouse=True)
     def _library(self):
