@@ -70,8 +70,8 @@ class Target(Component, ABC, family="export target"):
 
     @property
     def most_bits(self) -> float:
-        """Of a quantized weight in the files, scales included: an upper bound."""
-        return 9.0
+        """Of a quantized weight in the files, with its scales and without factors: an upper bound."""
+        return 11.0
 
     def dtype_of_check(self, source: Source) -> torch.dtype:
         """In which the files are compared with the checkpoint."""

@@ -81,10 +81,6 @@ class Mlx(Target):
                 return name, "its architecture stores weights transposed (Conv1D)"
         return None
 
-    @property
-    def most_bits(self) -> float:
-        return 10.0  # of 8-bit codes with scales and biases in float32
-
     def write(self, source: Source, folder: Path) -> Written:
         shards, is_exact = Shards(folder), True
         for linears, others in source.read():

@@ -100,10 +100,11 @@ class Peft(Target):
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         from peft import PeftModel
 
-        base = load_pretrained(folder / BASE_FOLDER, dtype)
         if self.base == "nf4":
             # By bitsandbytes itself, whose kernels for a CPU multiply in less than float32.
-            base = base.dequantize()
+            base = load_pretrained(folder / BASE_FOLDER, dtype, device_map={"": "cpu"}).dequantize()
+        else:
+            base = load_pretrained(folder / BASE_FOLDER, dtype)
         with torch.inference_mode():
             # compressed-tensors unpacks weights in the first call, and PEFT looks for them.
             base(input_ids=torch.zeros(1, 1, dtype=torch.int64))

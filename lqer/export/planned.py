@@ -9,7 +9,7 @@ from typing import Any
 from lqer.config import Config
 from lqer.errors import ConfigError
 from lqer.export.base import Target
-from lqer.export.run import first_unsupported, make_target, refuse_unsupported
+from lqer.export.run import make_target, refuse_unsupported
 from lqer.export.source import LinearSpec, Outline, modules_of
 from lqer.formats import NumberFormat
 from lqer.methods import LinearPlan
@@ -52,10 +52,11 @@ def check_planned(
         target.check_inputs()
         if not choices:
             refuse_unsupported(outline, target)
-        for name, formats in choices.items():
-            alone = [Outline({name: replace(specs[name], format=one)}, outline.modules) for one in formats]
-            if all(first_unsupported(one, target) is not None for one in alone):
-                refuse_unsupported(alone[0], target)
+            continue
+        for name, spec in specs.items():
+            possible = [replace(spec, format=one) for one in choices.get(name, (spec.format,))]
+            if all(target.unsupported(one) is not None for one in possible):
+                refuse_unsupported(Outline({name: possible[0]}, outline.modules), target)
     return targets
 
 

@@ -115,6 +115,14 @@ def test_a_width_that_only_some_targets_take_is_left_to_the_allocation(experimen
     assert [target.kind for target in preflight.check_run(config, lambda line: None).exports] == ["awq"]
 
 
+@pytest.mark.parametrize(
+    ("value", "rule"), [("dense", "must be a valid array"), ("[3]", "must be .*string"), ("[]", "must name at least 1")]
+)
+def test_targets_are_a_list_of_kinds_or_tables(experiment, value, rule):
+    with pytest.raises(ConfigError, match=rf"export\.targets.*{rule}"):
+        read_config(experiment.config, None, [f"--export.targets={value}"])
+
+
 def test_a_kind_can_be_named_once(experiment):
     with pytest.raises(ConfigError, match='export: targets must name each kind once; found "dense" twice'):
         read_config(experiment.config, None, ['--export.targets=["dense", { kind = "dense", dtype = "float16" }]'])
