@@ -3,8 +3,8 @@
 Metadata (hyperparameters, tokenizer) are those of a template: any GGUF file of the original model, as llama.cpp's
 convert_hf_to_gguf.py makes it. All tensors are the checkpoint's; weights are stored without loss or refused
 (lqer/export/gguf_blocks.py), or dequantized as the target "dense" does. Low-rank factors are an adapter beside them
-(lqer/export/gguf_adapter.py). For the rotary embedding of architecture
-"llama" the rows of q and k are reordered, since llama.cpp turns neighbouring rows together.
+(lqer/export/gguf_adapter.py). For the rotary embedding of architecture "llama" the rows of q and k are reordered, since
+llama.cpp turns neighbouring rows together.
 
 llama.cpp rounds the inputs of quantized matrices to Q8_0 as it runs: its logits differ where the weights are equal.
 Those of a file in float32 do not.

@@ -26,6 +26,8 @@ from lqer.export.verify import Check, check_export, read_text
 from lqer.store.files import fsync, hash_file, write_json, write_text
 
 RECORD_FILE = "lqer_export.json"
+# Raised when a target writes other files of the same checkpoint and settings: those of an earlier run are not kept.
+VERSION = 1
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
 log = logging.getLogger(__name__)
@@ -127,6 +129,7 @@ def _record(
     source: Source, target: Target, written: Written, check: Check | None, unverified: str | None
 ) -> dict[str, Any]:
     return {
+        "version": VERSION,
         "checkpoint": source.key,
         "target": target.to_dict(),
         "closeness": written.closeness,

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from lqer.errors import ExportError, RunFolderError
+from lqer.errors import ConfigError, ExportError, RunFolderError
 from lqer.export import Source, Target, export
-from lqer.export.run import RECORD_FILE, hashes, weight_bytes, write_card
+from lqer.export.run import RECORD_FILE, VERSION, hashes, weight_bytes, write_card
 from lqer.phases import in_phase
 from lqer.results import ExportRow, Results
 
@@ -57,7 +57,7 @@ def _export_one(folder: Path, checkpoint: Path, target: Target, results: Results
         log.info("export: %s", target.kind)
         try:
             export(checkpoint, target, out, device=device, results=results)
-        except ExportError as error:
+        except (ConfigError, ExportError) as error:
             log.error("export: %s", error)
             return _row(target.kind, settings, refused=str(error))
         record = _record(out)
@@ -89,10 +89,12 @@ def _kept(out: Path, source: Source, target: Target) -> dict[str, Any] | None:
     record = _record(out)
     if record.get("files") != hashes(out):
         raise RunFolderError(f"{out} was changed since it was exported: move it away")
-    is_same = (record["checkpoint"], record["target"]) == (source.key, target.to_dict())
+    wanted = {"version": VERSION, "checkpoint": source.key, "target": target.to_dict()}
+    if any(record.get(key) != value for key, value in wanted.items()):
+        return None
     # One that could not be compared is written again where it can be.
-    can_compare = record["not_verified"] is not None and target.missing_reader() is None
-    return record if is_same and not can_compare else None
+    is_comparable = record["not_verified"] is not None and target.missing_reader() is None
+    return None if is_comparable else record
 
 
 def raise_refusals(results: Results) -> None:

@@ -43,6 +43,15 @@ def test_a_second_run_keeps_the_files_and_writes_their_card_anew(experiment, run
     assert (weights.parent / "README.md").read_text() != card
 
 
+def test_files_that_could_not_be_compared_are_written_again_where_they_can_be(experiment, run, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setattr(Dense, "readers", ("no_such_reader",))
+        (row,) = run(DENSE)["exports"]
+        assert row["not_verified"].startswith("no_such_reader")
+        assert run(DENSE)["exports"] == [row]
+    assert run(DENSE)["exports"][0]["logit_difference"] == 0
+
+
 def test_another_checkpoint_replaces_the_files_but_not_those_that_somebody_changed(experiment, run):
     run(DENSE)
     folder = experiment.output / "exported/export/dense"
