@@ -159,9 +159,12 @@ def _run(arguments: Sequence[str]) -> None:
     if results is None:
         return
     from lqer.report.page.write import PAGE_FILE
+    from lqer.report.published import figures_of
     from lqer.report.write import REPORT_FILE, summary_table
 
     print(f"\n{results['model']['description']}\n\n{summary_table(results)}\n")
+    for figure in figures_of(results):
+        print(f"{figure}\n")
     for name, file in (("report", REPORT_FILE), ("page", PAGE_FILE)):
         print(f"{name}: {os.path.join(config.output_dir, config.tag, file)}")  # noqa: PTH118 (shown as typed)
 

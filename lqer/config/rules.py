@@ -346,6 +346,21 @@ def _columns_can_be_cut(config: Config, low_rank: LowRankConfig, columns: int, w
             yield KeyedError(("finetune", "columns"), rule, columns)
 
 
+def published_figures_are_measured(config: Config) -> Iterator[KeyedError]:
+    """A run can be compared with a figure only where it measures the same quantity."""
+    published, evaluation = config.published, config.evaluation
+    if published is None:
+        return
+    if not published.perplexity and not published.accuracy:
+        yield KeyedError(("published",), "must state perplexity or accuracy of some model")
+    texts = () if evaluation.perplexity is None else tuple(spec.label for spec in evaluation.perplexity.datasets)
+    if published.perplexity and published.text not in texts:
+        rule = "must be a text of evaluation.perplexity.datasets"
+        yield KeyedError(("published", "text"), rule, published.text, texts)
+    if published.accuracy and evaluation.downstream is None:
+        yield KeyedError(("published", "accuracy"), "requires evaluation.downstream: nothing else measures it")
+
+
 RULES: tuple[Rule, ...] = (
     names_are_free,
     blockwise_evaluates_windows,
@@ -363,6 +378,7 @@ RULES: tuple[Rule, ...] = (
     blocks_can_be_reconstructed,
     asymmetric_targets_are_rounded,
     finetuned_parts_exist,
+    published_figures_are_measured,
 )
 
 

@@ -304,6 +304,21 @@ class ExportConfig(Section):
         return self
 
 
+class PublishedConfig(Section):
+    """What a paper reports of this experiment, by model: report.md says whether a run meets it."""
+
+    # Where the figures stand.
+    source: Annotated[str, Field(min_length=1)]
+    # A run meets a figure that it is worse than by at most this share of it.
+    tolerance: Annotated[float, Field(gt=0, lt=1)]
+    # The text of the perplexities, by its label.
+    text: str = "wikitext2"
+    # By the model's name, without its owner or folder: the figures of models of one recipe stand together.
+    perplexity: dict[str, Annotated[float, Field(gt=1)]] = {}
+    # The mean over evaluation.downstream.tasks, between 0 and 1.
+    accuracy: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
+
+
 class TrackingConfig(Section):
     backend: Literal["wandb", "trackio"]
     project: str = "lqer"
@@ -342,6 +357,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     # After the evaluation; absent: nothing is exported.
     export: ExportConfig | None = None
+    published: PublishedConfig | None = None
     tracking: TrackingConfig | None = None
     # Absent: everything is done by this process.
     cluster: ClusterConfig | None = None

@@ -16,6 +16,7 @@ from lqer.report import figures, layer_figures
 from lqer.report.families import family_of, rtn_family
 from lqer.report.naming import rtn_name, scheme_name
 from lqer.report.page.write import PAGE_FILE, Details, write_run_page
+from lqer.report.published import figures_of
 from lqer.results import RESULTS_FILE, FinetuneInfo, PerplexityRow, Results
 from lqer.store.files import write_atomically, write_json, write_text
 from lqer.store.names import layers_file, spectra_file, tuning_file
@@ -250,6 +251,7 @@ def render_report(
         f"quantized).\n{model['description']}",
         *[f"**Warning**: {warning}." for warning in results["warnings"]],
         summary_table(results),
+        *map(str, figures_of(results)),
         *_divergence_paragraphs(results),
         f"Bits per quantized weight, everything stored included: {_shown_bits(bits)}.\n"
         f"Method `{quantize['method']['kind']}`, weights `{quantize['weight']}`, "
