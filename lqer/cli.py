@@ -21,16 +21,17 @@ USAGE = """Post-training quantization of language models.
     lqer run CONFIG [TAG] [--section.key=value ...]         run an experiment
     lqer validate CONFIG [--section.key=value ...]          check a configuration and estimate memory and disk
     lqer sweep SWEEP CONFIG TAG [--section.key=value ...]   run the experiments of a sweep, one table at the end
-    lqer recommend CONFIG --bits N | --size 4GB             the best scheme of a finished atlas (sweeps/atlas.sh)
+    lqer recommend CONFIG --bits N | --size 4GB [--run]     the best scheme of an atlas (lqer sweep atlas CONFIG TAG)
     lqer export CHECKPOINT TARGET OUT [--key=value ...]     write a run's checkpoint for another program, and compare
     lqer lm-eval run --model lqer --model_args pretrained=FOLDER --tasks TASKS ...   lm-eval's own command line
     lqer ls methods | roundings | transforms | formats | statistics | datasets | presets | targets
     lqer ls runs [FOLDER]                                   finished runs under FOLDER (default: checkpoints)
 
 CONFIG is a TOML file or preset:NAME. `run` and `validate` also take --chunk i/n and --plugin FILE.py; the arguments are
-those of experiments/pipeline.py, for `sweep` those of experiments/sweep.py. `recommend` reads the newest atlas of
-CONFIG's model under its output_dir, or the sweep of --atlas TAG; --activations N: only schemes whose activations have
-at most N bits. `export` takes the settings of its target, such as --dtype=bfloat16, and --text FILE (what to compare
+those of experiments/pipeline.py, for `sweep` those of experiments/sweep.py; SWEEP is a TOML file or the name of one of
+the package. `recommend` reads the newest atlas of CONFIG's model under its output_dir, or the sweep of --atlas TAG;
+--run: where there is none, run its cheap part first; --activations N: only schemes whose activations have at most N
+bits. `export` takes the settings of its target, such as --dtype=bfloat16, and --text FILE (what to compare
 on), --device NAME (where), --no-check. Exit status: 0 done, 1 a run of a sweep failed, 2 a mistake in the input, 130
 interrupted.
 """
@@ -172,6 +173,9 @@ def _run(arguments: Sequence[str]) -> None:
 def _sweep(arguments: Sequence[str]) -> int:
     plugins, arguments = take_option("--plugin", arguments)
     names, arguments = take_option("--only", arguments)
+    parts, arguments = take_option("--part", arguments)
+    if len(parts) > 1 or (parts and names):
+        raise ConfigError("--part: expected one, and no --only beside it")
     overrides = [argument for argument in arguments if argument.startswith("--")]
     words = [argument for argument in arguments if not argument.startswith("-")]
     if len(words) != 3 or len(words) + len(overrides) != len(arguments):
@@ -187,7 +191,7 @@ def _sweep(arguments: Sequence[str]) -> int:
     from lqer.run.sweep import InAProcess, conclude, run_sweep
 
     record, output_dir = record_of(plan, config, tag, overrides), plan.output_dir
-    chosen = plan.only(names)
+    chosen = plan.part(parts[0]) if parts else plan.only(names)
     if (cluster := chosen.runs[0].config.cluster) is not None:
         from lqer.run.cluster import sweep_on_cluster
 
@@ -205,18 +209,17 @@ def _recommend(arguments: Sequence[str]) -> None:
         if len(values) > 1:
             raise ConfigError(f"{name}: given twice")
         options[name] = values[0] if values else None
+    runs, arguments = "--run" in arguments, [argument for argument in arguments if argument != "--run"]
     _, path, tag, overrides = split_arguments(arguments)
     if tag is not None:
         raise ConfigError(f"recommend: expected one config file; found {path} {tag}")
     quieten_libraries()
-    from lqer.config import read_config
-    from lqer.models.source import resolve_model
-    from lqer.report.recommend import find_atlas, lines, parse_budget, recommend
+    from lqer.report.recommend import lines, parse_budget, recommend
+    from lqer.run.recommend import atlas_of
+    from lqer.run.sweep import InAProcess
 
     budget = parse_budget(options["--bits"], options["--size"], options["--activations"])
-    config = read_config(path, None, overrides)
-    fingerprint = resolve_model(config.model, config.revision).fingerprint
-    record, ranking = find_atlas(Path(config.output_dir), config.model, fingerprint, options["--atlas"])
+    record, ranking = atlas_of(path, overrides, options["--atlas"], InAProcess() if runs else None)
     for line in lines(recommend(ranking, budget), ranking, record, budget):
         print(line)
 

@@ -1,6 +1,7 @@
 """Presets: the configurations that come with the package, named `preset:NAME` wherever a config file is named.
 
-They are the files of configs/ at the top of the repository, which an installed package holds as lqer/presets.
+They are the files of configs/ at the top of the repository, which an installed package holds as lqer/presets. The files
+of sweeps/ come with it as lqer/sweeps; a sweep is named without an ending.
 """
 
 from __future__ import annotations
@@ -38,5 +39,25 @@ def read_summary(name: str) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
+def sweep_path(name: str | Path) -> Path:
+    """The file of a sweep: one that exists, or one of the package by its name. Raises ConfigError for another name."""
+    path = Path(name)
+    if path.suffix or path.exists() or len(path.parts) > 1:
+        return path
+    names = sweep_names()
+    if str(name) not in names:
+        raise ConfigError(f"{name}: no such sweep; the package has {', '.join(names)}{did_you_mean(str(name), names)}")
+    return _sweeps() / f"{name}.toml"
+
+
+def sweep_names() -> list[str]:
+    """Every sweep of the package."""
+    return sorted(path.stem for path in _sweeps().glob("*.toml"))
+
+
 def _root() -> Path:
     return Path(str(files("lqer") / "presets"))
+
+
+def _sweeps() -> Path:
+    return Path(str(files("lqer") / "sweeps"))

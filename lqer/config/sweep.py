@@ -3,6 +3,7 @@
     name = "{quantize.weight}-{input}"       # of a run of the grid; default: the values, joined by "-"
     keep_going = true                        # after a run that fails
     parameters = { steps = 250 }             # "$steps" below; --parameters.steps=25 on the command line
+    parts = { cheap = ["w4-*"] }             # runs by name, which --part cheap picks
     set = { quantize.method = "lqer-act" }   # of every run
 
     [grid]                                   # every combination
@@ -35,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lqer.components import did_you_mean
 from lqer.config.files import read_toml
 from lqer.config.grid import Choice, axes_of, named, substituted
+from lqer.config.presets import sweep_path
 from lqer.config.reader import Layer, Layers, config_of, parse_override, read_layers
 from lqer.config.schema import CalibrationConfig, Config
 from lqer.errors import ConfigError
@@ -68,6 +70,7 @@ class Sweep(SweepSection):
     name: str | None = None
     keep_going: bool = False
     parameters: dict[str, Any] = {}
+    parts: dict[str, tuple[str, ...]] = {}
     set: dict[str, Any] = {}
     grid: dict[str, Any] = {}
     run: tuple[Row, ...] = ()
@@ -85,11 +88,15 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """All runs of a sweep in the order of the file, every configuration valid."""
+    """All runs of a sweep in the order of the file, every configuration valid.
+
+    path: as it was named. parts: patterns of names of runs, by the name of the part.
+    """
 
     path: str
     keep_going: bool
     runs: tuple[SweepRun, ...]
+    parts: Mapping[str, tuple[str, ...]]
 
     @property
     def output_dir(self) -> Path:
@@ -98,6 +105,13 @@ class SweepPlan:
         if len(found) > 1:
             raise ConfigError(f"{self.path}: output_dir: must be the same for all runs; found {', '.join(found)}")
         return Path(found[0])
+
+    def part(self, name: str) -> SweepPlan:
+        """The runs of a part. Raises ConfigError if the file names none like that."""
+        if name not in self.parts:
+            told = f"has {', '.join(self.parts)}" if self.parts else "has none"
+            raise ConfigError(f"--part {name}: no such part; {self.path} {told}{did_you_mean(name, tuple(self.parts))}")
+        return self.only(self.parts[name])
 
     def only(self, patterns: Sequence[str]) -> SweepPlan:
         """The runs whose names match one of the patterns; all where there is none. Raises ConfigError if none does."""
@@ -110,18 +124,21 @@ class SweepPlan:
 
 
 def plan_sweep(path: str | Path, config: str | Path, tag: str, overrides: Sequence[str] = ()) -> SweepPlan:
-    """Expand the sweep `path` over the configuration `config`; the tag of a run is TAG-name.
+    """Expand the sweep `path`, a file or the name of one of the package, over the configuration `config`.
+
+    The tag of a run is TAG-name.
 
     overrides: "--key=value", of the sweep's keep_going and parameters, else of every configuration. Raises ConfigError,
     one line, for a mistake in the sweep or in any of its configurations.
     """
     parsed = [(override, parse_override(override)) for override in overrides]
-    sweep = _read(Path(path), [layer for layer in parsed if _is_of_sweep(layer)])
+    file = sweep_path(path)
+    sweep = _read(file, [layer for layer in parsed if _is_of_sweep(layer)])
     of_runs = [layer for layer in parsed if not _is_of_sweep(layer)]
     base = read_layers(config)
-    runs = tuple(_run(str(path), base, tag, sweep, *cell, of_runs) for cell in _cells(str(path), sweep))
-    _refuse_duplicates(str(path), runs)
-    return SweepPlan(str(path), sweep.keep_going, runs)
+    runs = tuple(_run(str(file), base, tag, sweep, *cell, of_runs) for cell in _cells(str(file), sweep))
+    _refuse_duplicates(str(file), runs)
+    return SweepPlan(str(path), sweep.keep_going, runs, sweep.parts)
 
 
 def _is_of_sweep(layer: Layer) -> bool:

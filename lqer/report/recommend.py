@@ -73,7 +73,9 @@ def find_atlas(output_dir: Path, model: str, fingerprint: str, tag: str | None) 
         ]
         known = f"; there are {', '.join(sorted(tags))}{did_you_mean(tag, tags)}" if tags else ""
         raise DataError(f"--atlas {tag}: no finished run of {model} under {output_dir}{known}")
-    raise DataError(f"no atlas of {model} under {output_dir}; this makes one: sweeps/atlas.sh CONFIG TAG")
+    raise DataError(
+        f"no atlas of {model} under {output_dir}; this makes one: lqer sweep atlas CONFIG TAG, or add --run"
+    )
 
 
 def _age(path: Path) -> float:
@@ -119,6 +121,8 @@ def lines(found: Recommendation, ranking: Ranking, record: SweepRecord, budget: 
         yield f"  {row['run']}: {_facts(row, ranking)}; {', '.join(ratios)}"
     if len(found.others) > MOST_SHOWN:
         yield f"  and {len(found.others) - MOST_SHOWN} more"
+    if missing := [name for name in record.runs if name not in set(ranking.table["run"])]:
+        yield f"Not measured: {', '.join(missing)}; this adds them: {record.command}"
 
 
 def _used(scheme: Mapping[str, Any]) -> dict[str, Any]:

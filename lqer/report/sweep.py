@@ -57,7 +57,9 @@ def record_of(plan: SweepPlan, config: str, tag: str, overrides: Sequence[str]) 
         }
         for run in plan.runs
     }
-    command = shlex.join(["python", "experiments/sweep.py", plan.path, config, tag, *overrides])
+    # A sweep of the package is named alike from any folder; the script is one of the checkout.
+    program = ["python", "experiments/sweep.py"] if plan.path.endswith(".toml") else ["lqer", "sweep"]
+    command = shlex.join([*program, plan.path, config, tag, *overrides])
     return SweepRecord(plan.path, config, tag, command, runs)
 
 

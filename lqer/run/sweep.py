@@ -157,11 +157,12 @@ def conclude(record: SweepRecord, output_dir: Path, outcome: SweepOutcome, say: 
         paths += write_collection(merged[merged["tag"].isin(tags)].reset_index(drop=True), folder)
         pages = {tag: os.path.relpath(output_dir / tag / PAGE_FILE, folder) for tag in tags}
         write_collection_page(folder / PAGE_FILE, list(runs.values()), record.tag, pages)
-        paths.append(folder / PAGE_FILE)
         for ranking in rank(runs):
             say(f"\n{ranking.model}\n\n{markdown_table(shown_table(ranking))}\n")
     for path in paths:
         say(str(path))
+    if paths:
+        say(f"page: {folder / PAGE_FILE}")
     for name, line in outcome.failed.items():
         log.error("failed: %s: %s", name, line)
     if outcome.not_started:

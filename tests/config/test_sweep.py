@@ -154,6 +154,26 @@ def test_runs_are_picked_by_name(plan):
         made.only(["4"])
 
 
+def test_a_part_is_the_runs_that_the_file_names(plan):
+    made = plan('parts.cheap = ["w3"]\n[grid]\nquantize.weight = ["w4", "w3"]\n')
+    assert names(made.part("cheap")) == ["w3"]
+    with pytest.raises(ConfigError, match=r"--part chep: no such part; .* has cheap; did you mean 'cheap'"):
+        made.part("chep")
+    with pytest.raises(ConfigError, match=r"--part cheap: .* has none"):
+        plan('[grid]\nquantize.weight = ["w4"]\n').part("cheap")
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_sweep_of_the_package_is_named_from_anywhere(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert names(plan_sweep(path.stem, TEMPLATE, "tag")) == names(plan_sweep(path, TEMPLATE, "tag"))
+
+
+def test_a_misspelt_sweep_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"atlsa: no such sweep; .*; did you mean 'atlas'"):
+        plan_sweep("atlsa", TEMPLATE, "tag")
+
+
 def test_runs_of_one_sweep_share_a_folder(plan):
     made = plan('[grid]\noutput_dir = ["a", "b"]\n')
     with pytest.raises(ConfigError, match="output_dir: must be the same for all runs; found a, b"):

@@ -150,12 +150,14 @@ class TestRecommend:
         budget = Budget(bits=3.6)
         scheme = {"quantize": {"weight": "w3g64"}}
         run = {"tag": "t-three", "extends": ["preset:serve-3"], "scheme": scheme}
-        record = SweepRecord("sweeps/atlas.toml", "c.toml", "t", "python experiments/sweep.py a", {"three": run})
+        runs = {"three": run, "slow": run}
+        record = SweepRecord("sweeps/atlas.toml", "c.toml", "t", "python experiments/sweep.py a", runs)
         text = "\n".join(lines(recommend(ranking, budget), ranking, record, budget))
         assert "preset:serve-3" in text
         assert "overrides  --quantize.weight=w3g64" in text
         assert "python experiments/sweep.py a --only three" in text
         assert "wasteful: 3.500 bits, 3.5 GB, perplexity wiki 9; wiki x 1.12" in text
+        assert "Not measured: slow; this adds them: python experiments/sweep.py a" in text
 
     @pytest.mark.parametrize(
         ("given", "told"),
@@ -206,7 +208,7 @@ class TestFindAtlas:
         assert find_atlas(folder, "some/model", "abc", "other")[0].tag == "other"
 
     def test_without_one_the_command_that_makes_it_is_named(self, folder):
-        with pytest.raises(DataError, match=r"no atlas of new/model under .*: sweeps/atlas\.sh CONFIG TAG"):
+        with pytest.raises(DataError, match=r"no atlas of new/model under .*: lqer sweep atlas CONFIG TAG"):
             find_atlas(folder, "new/model", "def", None)
 
     def test_a_misspelt_tag_is_answered_with_those_there_are(self, folder):

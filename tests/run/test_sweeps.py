@@ -120,6 +120,13 @@ class TestAtlas:
     def test_it_goes_on_after_a_run_that_fails(self, atlas):
         assert atlas.keep_going
 
+    def test_its_cheap_part_trains_nothing_and_spans_two_to_four_bits(self, atlas):
+        cheap = [run.config for run in atlas.part("cheap").runs]
+        bits = [config.formats[config.quantize.weight].bits_per_value(4096) for config in cheap]
+        assert min(bits) < 2.5
+        assert max(bits) > 4
+        assert all(config.finetune is None and not config.quantize.chosen_rounding.together for config in cheap)
+
     def test_it_spans_two_to_five_bits_with_and_without_activations(self, atlas):
         bits = {run.config.formats[run.config.quantize.weight].bits_per_value(4096) for run in atlas.runs}
         assert 2 <= min(bits) < 2.1
