@@ -1,11 +1,10 @@
-"""Tokens a second of a quantized checkpoint beside its original, measured as CALDERA does (arXiv 2405.18886).
+"""Tokens a second of a quantized checkpoint beside its original.
 
     python experiments/benchmark_throughput.py CHECKPOINT [--original MODEL] [--backends emulate triton]
         [--dtype bfloat16] [--calls 500] [--no-graph] [--json FILE]
 
-Batch 1, one token, no cache: 500 forward calls of the whole model after warm-up, on a GPU as replays of one CUDA graph.
-That is the cost of the weights, not a generation benchmark: attention over a context is left out. CHECKPOINT is a run's
-`checkpoint` folder; MODEL anything that a config's `model` may be.
+As lqer/evaluation/decode_speed.py measures it: batch 1, one token, no cache. CHECKPOINT is a run's `checkpoint` folder;
+MODEL anything that a config's `model` may be.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import gc
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,11 +23,9 @@ from transformers import PreTrainedModel
 
 from lqer.checkpoint.load import load_quantized
 from lqer.errors import LqerError
+from lqer.evaluation.decode_speed import CALLS, seconds_per_token
 from lqer.models.source import load_model, pick_device, resolve_model
 from lqer.report.environment import device_name
-
-WARM_UPS = 5
-TOKEN = 17
 
 
 @dataclass(frozen=True)
@@ -43,37 +39,11 @@ class Throughput:
     bytes: int
 
 
-def seconds_of(run: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Wall-clock seconds of `calls` runs, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(calls):
-        run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-@torch.no_grad()
 def measure(label: str, backend: str, model: PreTrainedModel, calls: int, graph: bool) -> Throughput:
     """Raises RuntimeError where the model cannot be captured into a CUDA graph."""
-    ids_BT = torch.full((1, 1), TOKEN, device=model.device)
-
-    def call() -> torch.Tensor:
-        return model(ids_BT, use_cache=False).logits
-
-    for _ in range(WARM_UPS):
-        call()
-    run: Callable[[], object] = call
-    if graph and model.device.type == "cuda":
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            call()
-        run = captured.replay
-    seconds = seconds_of(run, calls, model.device)
+    seconds = seconds_per_token(model, calls, graph)
     tensors = {t.data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
-    return Throughput(label, backend, 1000 * seconds / calls, calls / seconds, sum(tensors.values()))
+    return Throughput(label, backend, 1000 * seconds, 1 / seconds, sum(tensors.values()))
 
 
 def table(rows: Sequence[Throughput]) -> str:
@@ -92,7 +62,7 @@ def main() -> int:
     parser.add_argument("--original")
     parser.add_argument("--backends", nargs="+", default=["emulate"], choices=["emulate", "triton"])
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument("--calls", type=int, default=CALLS)
     parser.add_argument("--no-graph", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -138,6 +138,13 @@ class ExportRow(TypedDict):
     exported_perplexity: float | None  # the same of the files
 
 
+class Decode(TypedDict):
+    """Tokens a second at batch 1, without a cache: the cost of the weights; null where it was not measured."""
+
+    original: float | None
+    quantized: float | None  # on kernels only
+
+
 class Layers(TypedDict):
     file: str
     count: int  # quantized linears
@@ -174,6 +181,7 @@ class Results(TypedDict):
     perplexity: list[PerplexityRow]
     downstream: list[DownstreamRow]
     exports: list[ExportRow]  # in the order of export.targets
+    tokens_per_second: Decode
     layers: Layers
     seconds: Seconds
     peak_memory_bytes: int  # of this process: resident on a CPU, allocated on the GPU if there is one

@@ -249,6 +249,8 @@ class EvaluationConfig(Section):
     # `true` is the section with its defaults, `false` none.
     divergence: Annotated[DivergenceConfig | None, BeforeValidator(_section_or_switch)] = None
     downstream: DownstreamConfig | None = None
+    # Tokens a second of the original and, on kernels, of the quantized model; nothing without a GPU.
+    decode_speed: bool = False
 
 
 class TrainingConfig(Section):

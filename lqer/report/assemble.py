@@ -24,6 +24,7 @@ from lqer.results import (
     AllocationInfo,
     Baseline,
     CalibrationInfo,
+    Decode,
     Divergence,
     DivergenceInfo,
     DownstreamRow,
@@ -73,6 +74,7 @@ class Made:
     finetuned: Artifact | None
     perplexity: Sequence[MeasuredText]
     downstream: ByRole
+    decode: ByRole
     evaluate_seconds: float
     overlaps: Sequence[str]
 
@@ -111,6 +113,7 @@ def assemble(
         perplexity=_perplexity_rows(made.perplexity),
         downstream=_downstream_rows(made.downstream),
         exports=[],
+        tokens_per_second=Decode(original=made.decode.get("original"), quantized=made.decode.get("quantized")),
         layers=Layers(file=LAYERS_FILE, count=len(rows)),
         seconds=Seconds(
             calibrate=0.0 if made.calibration is None else made.calibration.seconds,

@@ -30,6 +30,7 @@ CLASSES = (
     results.Divergence,
     results.DownstreamRow,
     results.ExportRow,
+    results.Decode,
     results.Layers,
     results.Seconds,
 )

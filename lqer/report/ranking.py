@@ -121,7 +121,7 @@ def _rank_one(runs: Mapping[str, Results]) -> Ranking:
 
 def _facts(name: str, results: Results) -> dict[str, Any]:
     config = results["config"]
-    size = results.get("checkpoint_bytes")
+    size, speed = results.get("checkpoint_bytes"), results.get("tokens_per_second", {}).get("quantized")
     return {
         "run": name,
         "scheme": scheme_name(config["quantize"]),
@@ -132,6 +132,7 @@ def _facts(name: str, results: Results) -> dict[str, Any]:
         "GB": math.nan if size is None else size / 1e9,
         "minutes": (results["seconds"]["quantize"] + results["seconds"]["finetune"]) / 60,
         "peak GB": results["peak_memory_bytes"] / 1e9,
+        "tokens/s": math.nan if speed is None else speed,
     }
 
 

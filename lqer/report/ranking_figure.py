@@ -14,10 +14,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from lqer.report.figures import STYLE
 from lqer.report.ranking import HALF_PRECISION_BITS, Measure, Ranking
 
-WEIGHT_ONLY, WITH_ACTIVATIONS, DOMINATED = "#0072B2", "#D55E00", "#9A9A9A"
+WEIGHT_ONLY, WITH_ACTIVATIONS, DOMINATED, MUTED = "#0072B2", "#D55E00", "#9A9A9A", "#6A6A6A"
 # Ruined models, whose perplexity says nothing, would squeeze all others together: shown up to so many times the best.
 MOST_TIMES_BEST = 30.0
 DPI = 150
+# So many runs have room for the names of those that are dominated too.
+MOST_NAMED = 8
 SIZES = (("bits", "average bits per weight, everything stored"), ("GB", "checkpoint, GB"))
 Y_LABELS = {"perplexity": "perplexity", "KL": "KL from the original, nats per token", "accuracy": "mean accuracy"}
 
@@ -25,7 +27,7 @@ Y_LABELS = {"perplexity": "perplexity", "KL": "KL from the original, nats per to
 def save_ranking(path: Path, ranking: Ranking, measures: Sequence[Measure], title: str) -> None:
     """One row of panels for each measure, over bits and over size.
 
-    Filled and named: on the front, among runs that round activations to at most as many bits. Grey: dominated.
+    Coloured and named: on the front, among runs that round activations to at most as many bits. Grey: dominated.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -80,6 +82,8 @@ def _draw(axis: Axes, ranking: Ranking, measure: Measure, size: str) -> None:
                 same[size], same[measure.column], color=colour, marker=marker, markersize=5, linewidth=1, zorder=3
             )
         _name(axis, best, size, measure.column, colour, below=weight_only)
+        if len(table) <= MOST_NAMED:
+            _name(axis, beaten, size, measure.column, MUTED, below=weight_only)
 
 
 def _name(axis: Axes, rows: pd.DataFrame, x: str, y: str, colour: str, below: bool) -> None:

@@ -25,6 +25,7 @@ TABLE_FOLDER = "{tag}-table"
 RECORD_FILE, RANKING_FILE, RANKING_TABLE = "sweep.json", "ranking.md", "ranking.csv"
 NOTE = """Bold: no other run has at most as many bits, rounds activations to at most as many bits, and is better.
 GB: the checkpoint, unquantized parameters included. Minutes: of quantization, without calibration that runs share.
+Tokens/s: one token at batch 1 without a cache, on kernels.
 """
 
 
@@ -136,10 +137,12 @@ def shown_table(ranking: Ranking) -> pd.DataFrame:
         for measure in ranking.measures:
             shown = _shown(row, measure.column)
             cells[measure.column] = f"**{shown}**" if fronts[measure.column][index] else shown
-        cells |= {"minutes": _digits(row["minutes"]), "peak GB": _digits(row["peak GB"])}
+        cells |= {column: _digits(row[column]) for column in ("minutes", "peak GB", "tokens/s")}
         lines.append(cells | {"beaten by": beaten[index]})
     original = {measure.column: _digits(ranking.originals.get(measure.column)) for measure in ranking.measures}
-    return pd.DataFrame([{"run": "original", "bits": "16", **original}, *lines]).fillna("")[list(lines[0])]
+    found = pd.DataFrame([{"run": "original", "bits": "16", **original}, *lines]).fillna("")[list(lines[0])]
+    unused = [column for column in ("activations", "tokens/s") if not found[column].any()]
+    return found.drop(columns=unused)
 
 
 def _shown(row: pd.Series, column: str) -> str:

@@ -16,6 +16,7 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.open import load_whole
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
+from lqer.report.environment import device_name
 from lqer.run.context import RunContext
 from lqer.run.texts import EvaluationText, Texts
 from lqer.stages.allocate_ranks import BudgetedPlans, MeasureSpectra
@@ -25,6 +26,7 @@ from lqer.stages.calibrate import Calibrate
 from lqer.stages.divergence import OriginalDistributions, WindowDivergence
 from lqer.stages.evaluate import (
     Candidate,
+    DecodeSpeed,
     DocumentPerplexity,
     Evaluation,
     TaskAccuracy,
@@ -63,6 +65,7 @@ class Experiment:
     distributions: list[OriginalDistributions]
     divergence: dict[str, list[WindowDivergence]]
     downstream: dict[str, TaskAccuracy]
+    decode: dict[str, DecodeSpeed]
 
     @property
     def checkpoint(self) -> QuantizeStage | Finetune:
@@ -83,8 +86,7 @@ class Experiment:
             yield from self.distributions
         yield from self.perplexity[candidate.role]
         yield from self.divergence.get(candidate.role, ())
-        if candidate.role in self.downstream:
-            yield self.downstream[candidate.role]
+        yield from (by_role[candidate.role] for by_role in (self.downstream, self.decode) if candidate.role in by_role)
 
     def paths(self, store: Store) -> dict[str, list[Path]]:
         """The folders of all artifacts, by stage, those of evaluations as "evaluate"; they need not exist yet."""
@@ -153,7 +155,7 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
     widths = plans.widths if isinstance(plans, WidthPlans) else None
     return Experiment(
         rotate, calibrate, spectra, widths, quantize, rtn, finetune, tuple(candidates), perplexity, distributions,
-        divergence, downstream,
+        divergence, downstream, _decode(context, candidates),
     )  # fmt: skip
 
 
@@ -278,3 +280,14 @@ def _downstream(
         )
         for candidate in candidates
     }  # fmt: skip
+
+
+def _decode(context: RunContext, candidates: list[Candidate]) -> dict[str, DecodeSpeed]:
+    """Of the original and, on kernels, of the checkpoint: emulation decodes weights anew for every token."""
+    config = context.config
+    on_one_gpu = context.device.type == "cuda" and config.device_map == "single" and not config.evaluation.blockwise
+    if not config.evaluation.decode_speed or not on_one_gpu:
+        return {}
+    roles = {"original", "quantized"} if context.backend == "triton" else {"original"}
+    hardware = device_name(context.device)
+    return {one.role: DecodeSpeed(one, hardware, hardware) for one in candidates if one.role in roles}

@@ -185,6 +185,7 @@ def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget 
         finetuned=found(experiment.finetune),
         perplexity=perplexity,
         downstream={role: stage.result(store) for role, stage in experiment.downstream.items()},
+        decode={role: stage.result(store)["tokens_per_second"] for role, stage in experiment.decode.items()},
         evaluate_seconds=sum(stage.artifact(store).seconds for stage in measured),
         overlaps=texts.overlaps,
     )

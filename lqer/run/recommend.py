@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lqer.config.sweep import SweepPlan, plan_sweep
+from lqer.config.sweep import plan_sweep
 from lqer.errors import DataError
-from lqer.models.source import resolve_model
+from lqer.models.source import pick_device, resolve_model
 from lqer.report.ranking import Ranking
 from lqer.report.recommend import ATLAS, find_atlas
 from lqer.report.sweep import SweepRecord, record_of
@@ -16,7 +16,8 @@ from lqer.run.sweep import Execute, conclude, run_sweep
 
 log = logging.getLogger(__name__)
 
-CHEAP = "cheap"
+# Parts of the atlas, by the kind of device.
+CHEAP = {"cpu": "cheap-cpu", "cuda": "cheap-gpu"}
 
 
 def atlas_of(
@@ -33,6 +34,7 @@ def atlas_of(
     """
     plan = plan_sweep(ATLAS, config, tag or ATLAS, overrides)
     subject = plan.runs[0].config
+    cheap = plan.part(CHEAP.get(pick_device(subject.device).type, CHEAP["cpu"]))
     fingerprint = resolve_model(subject.model, subject.revision).fingerprint
 
     def find() -> tuple[SweepRecord, Ranking]:
@@ -42,19 +44,15 @@ def atlas_of(
         return find()
     try:
         record, ranking = find()
-        if record.tag != (tag or ATLAS) or not _missing(plan, record, ranking):
+        # An atlas of another tag, or another sweep, is taken as it is.
+        wanted = {run.name for run in cheap.runs} if record.tag == (tag or ATLAS) else set()
+        if wanted & set(record.runs) <= set(ranking.table["run"]):
             return record, ranking
     except DataError:
         log.info("no atlas of %s yet: running its cheap part", subject.model)
-    outcome = run_sweep(plan.part(CHEAP), execute)
+    outcome = run_sweep(cheap, execute)
     conclude(record_of(plan, config, tag or ATLAS, overrides), plan.output_dir, outcome, say)
     if not outcome.finished:
         name, line = next(iter(outcome.failed.items()))
         raise DataError(f"no run of the atlas succeeded; {name}: {line}")
     return find()
-
-
-def _missing(plan: SweepPlan, record: SweepRecord, ranking: Ranking) -> bool:
-    """Whether the atlas was begun and lacks runs of its cheap part; another sweep has none."""
-    cheap = {run.name for run in plan.part(CHEAP).runs} & set(record.runs)
-    return not cheap <= set(ranking.table["run"])

@@ -9,6 +9,7 @@ Shapes: W windows, T tokens of a window.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,11 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lqer.config.schema import DownstreamConfig
 from lqer.errors import ModelError
+from lqer.evaluation.decode_speed import seconds_per_token
 from lqer.evaluation.downstream import evaluate_tasks
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, PerplexityResult, lm_eval_perplexity
 from lqer.phases import in_phase
 from lqer.stages.base import Stage, identity, no_effect
 from lqer.store.store import Artifact, Store, Workspace
+
+log = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 
@@ -121,6 +125,28 @@ class DocumentPerplexity(Evaluation):
 
     def summary(self, artifact: Artifact) -> str:
         return f"word {shown_perplexity(artifact)}"
+
+
+@dataclass(frozen=True)
+class DecodeSpeed(Evaluation):
+    """Tokens a second at batch 1; null where a CUDA graph cannot hold the model. hardware: the GPU by name."""
+
+    name: ClassVar[str] = "decode"
+    version: ClassVar[int] = 1
+
+    hardware: str
+
+    def build(self, workspace: Workspace, store: Store) -> None:
+        try:
+            speed = 1 / seconds_per_token(self.candidate.model(store))
+        except RuntimeError as error:
+            log.warning("the %s model has no decode speed: %s", self.candidate.role, str(error).partition("\n")[0])
+            speed = None
+        workspace.write_json(RESULT_FILE, {"tokens_per_second": speed})
+
+    def summary(self, artifact: Artifact) -> str:
+        speed = artifact.json(RESULT_FILE)["tokens_per_second"]
+        return "no decode speed" if speed is None else f"{speed:.1f} tokens a second"
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,15 @@ def test_more_accuracy_is_better():
     assert list(shown_table(ranking)["mean accuracy"]) == ["", "**0.6 ± 0.01**", "0.5 ± 0.01"]
 
 
+def test_a_column_that_no_run_fills_is_left_out():
+    (ranking,) = rank({"a": RUNS["two"], "b": RUNS["three"]})
+    assert {"activations", "tokens/s"}.isdisjoint(shown_table(ranking).columns)
+    (ranking,) = rank({"a": RUNS["two"] | {"tokens_per_second": {"quantized": 123.4}}, "b": RUNS["three-x8"]})
+    shown = shown_table(ranking)
+    assert list(shown["tokens/s"]) == ["", "123.4", ""]
+    assert list(shown["activations"]) == ["", "", "x8"]
+
+
 def test_the_picture_is_drawn_where_values_are_missing_or_ruined(tmp_path):
     runs = {**RUNS, "ruined": results(2.1, 1e6, kl=9.0)}
     (ranking,) = rank(runs)

@@ -109,8 +109,11 @@ class TestConsoleScript:
             (["quantize"], "expected run, validate, sweep, recommend, export, lm-eval or ls"),
             (["sweep", "a.toml"], "expected a sweep file, a config file and a tag; found a.toml"),
             (["sweep", "a.toml", "preset:demo", "t"], "no such config file: a.toml"),
-            (["sweep", "atlas", "preset:demo", "t", "--part=chep"], "did you mean 'cheap'?"),
-            (["sweep", "atlas", "preset:demo", "t", "--part=cheap", "--only=rtn-*"], "--part: expected one, and no"),
+            (["sweep", "atlas", "preset:demo", "t", "--part=cheap-cpv"], "did you mean 'cheap-cpu'?"),
+            (
+                ["sweep", "atlas", "preset:demo", "t", "--part=cheap-cpu", "--only=rtn-*"],
+                "--part: expected one, and no",
+            ),
             (["recommend", "preset:demo"], "expected --bits 3.2 or --size 4GB"),
             (["recommend", "preset:demo", "--bits", "3", "--bits=4"], "--bits: given twice"),
             (["recommend", "preset:demo", "tag", "--bits=3"], "expected one config file; found preset:demo tag"),
