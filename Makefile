@@ -1,4 +1,4 @@
-# make demo: environment, then a real model quantized and evaluated.   make test: environment, then the whole test suite.
+# make demo: environment, then a real model at 3.6 bits in four ways.   make test: environment, then the whole test suite.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/.runtime
-	$(BIN)/python experiments/pipeline.py configs/demo.toml
+	$(BIN)/lqer sweep demo configs/demo.toml three-bits
 
 # Two processes of one thread each: the models are too small to gain from more, and bars would drown a failure.
 test: $(VENV)/.dev

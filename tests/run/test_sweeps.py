@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 OTHERS = ("common.sh", "slurm_chunks.sh", "slurm_cluster.sh")
 SCRIPTS = sorted(path for path in (ROOT / "sweeps").glob("*.sh") if path.name not in OTHERS)
 TEMPLATE = ROOT / "configs/template/opt-125m.toml"
+# The demo is a part of the Makefile.
+WITHOUT_SCRIPT = ["demo"]
 NAMES = [
     "atlas", "baseline_no_lqer", "block_methods", "gptvq",
     "lqer_act", "lqer_act_int", "lqer_act_weight_only", "lqer_svd",
@@ -62,7 +64,7 @@ def planned(arguments: list[str]) -> SweepPlan:
 
 def test_every_sweep_is_a_script_and_a_file():
     assert [path.stem for path in SCRIPTS] == NAMES
-    assert sorted(path.stem for path in (ROOT / "sweeps").glob("*.toml")) == NAMES
+    assert sorted(path.stem for path in (ROOT / "sweeps").glob("*.toml")) == sorted([*NAMES, *WITHOUT_SCRIPT])
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -120,8 +122,9 @@ class TestAtlas:
     def test_it_goes_on_after_a_run_that_fails(self, atlas):
         assert atlas.keep_going
 
-    def test_its_cheap_part_trains_nothing_and_spans_two_to_four_bits(self, atlas):
-        cheap = [run.config for run in atlas.part("cheap").runs]
+    @pytest.mark.parametrize("part", ["cheap-cpu", "cheap-gpu"])
+    def test_its_cheap_parts_train_nothing_and_span_two_to_four_bits(self, atlas, part):
+        cheap = [run.config for run in atlas.part(part).runs]
         bits = [config.formats[config.quantize.weight].bits_per_value(4096) for config in cheap]
         assert min(bits) < 2.5
         assert max(bits) > 4
@@ -132,6 +135,22 @@ class TestAtlas:
         assert 2 <= min(bits) < 2.1
         assert 4 < max(bits) < 5
         assert {run.config.quantize.activation for run in atlas.runs} >= {"none", "x8", "x4"}
+
+
+def test_the_schemes_of_the_demo_have_the_same_bits_within_a_fiftieth():
+    (rtn, *others) = plan_sweep("demo", ROOT / "configs/demo.toml", "tag").runs
+    # (out, in) of the linears of a block of its model: q and o, k and v, gate and up, down.
+    shapes = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
+
+    def bits(config: Config) -> float:
+        weight, factors = (config.formats.get(n) for n in (config.quantize.weight, config.quantize.low_rank.format))
+        rank = config.quantize.low_rank.rank
+        stored = [weight.bits_per_value(i) * o * i for o, i in shapes]
+        stored += [rank * (o + i) * factors.bits_per_value(i) for o, i in shapes if rank]
+        return sum(stored) / sum(o * i for o, i in shapes)
+
+    assert all(abs(bits(run.config) - bits(rtn.config)) < 0.02 for run in others)
+    assert all(run.config.quantize.activation == "none" for run in [rtn, *others])
 
 
 @pytest.fixture
