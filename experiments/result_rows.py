@@ -25,6 +25,7 @@ class Row(BaseModel):
     bits: float = Field(gt=0)  # average per quantized weight, everything stored counted
     perplexity: dict[str, float]  # by text
     kl: dict[str, float] = {}  # from the original, nats per token, by text
+    minutes: float | None = Field(default=None, ge=0)  # of calibration, quantization and training
     command: str
     hardware: str
     date: datetime.date
@@ -81,6 +82,7 @@ def rows_of(
         bits=round(results["average_bits"] if by_peer else results["bits"]["average"], 4),
         perplexity=_known(ours),
         kl=_known(kl),
+        minutes=_minutes(results),
         by="peer" if by_peer else "ours",
     )
     known = _known(original)
@@ -94,6 +96,14 @@ def _named(results: Mapping[str, Any], by_peer: bool) -> str:
     settings = results["settings"]
     version = results["versions"].get(results["peer"], "")
     return f"{results['peer']} {version} int{settings['bits']} g{settings['group_size']}".replace("  ", " ")
+
+
+def _minutes(results: Mapping[str, Any]) -> float | None:
+    """Of what makes the checkpoint, statistics of the inputs included."""
+    seconds = results.get("seconds")
+    if isinstance(seconds, Mapping):
+        seconds = seconds["calibrate"] + seconds["quantize"] + seconds["finetune"]
+    return None if seconds is None else round(seconds / 60, 2)
 
 
 def _known(values: Mapping[str, float | None]) -> dict[str, float]:

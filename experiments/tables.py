@@ -12,8 +12,10 @@ A file of rows (docs/results/data/*.json) is a list of objects with the keys of 
 
 with one or more files relative to the page, the columns in their order (default: model, scheme, bits, perplexity, kl),
 patterns that a row must match (`model=`, `scheme=`, `by=`; several of one key: any of them), and `sort=bits` for
-another order than that of the files. `perplexity` and `kl` are one column for each text. A value is bold if every
-other row of its model at the same or fewer bits has a higher one.
+another order than that of the files: each model's rows by falling bits. `perplexity` and `kl` are one column for each
+text, `minutes` are those of calibration, quantization and training. A value is bold if every other row of its model at
+the same or fewer bits has a higher one. `preset="trellis, 2 bits*=best-2"`, repeatable, says which preset of configs/
+makes the rows that match: the column `preset`.
 
 `add` takes results.json of runs and lines that experiments/compare_peers.py wrote (as "theirs"), replaces the rows of
 the same model and scheme, and adds the row of the original model. `{tag}` in COMMAND is the tag of the run.
@@ -34,12 +36,13 @@ from pathlib import Path
 
 from result_rows import ORIGINAL, ROWS, Row, merged, read_rows, rows_of
 
+from lqer.config.presets import preset_path
 from lqer.errors import ConfigError, DataError, LqerError
 from lqer.store.files import write_text
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"(<!-- table (?P<arguments>.*?) -->\n)(?P<body>.*?)(<!-- end of table -->)", re.DOTALL)
-COLUMNS = ("model", "scheme", "bits", "perplexity", "kl", "hardware", "date", "command")
+COLUMNS = ("model", "scheme", "bits", "perplexity", "kl", "minutes", "preset", "hardware", "date", "command")
 DEFAULT_COLUMNS = COLUMNS[:5]
 FILTERS = ("model", "scheme", "by")
 # From here on a perplexity is shown as a power of ten: the model is ruined, digits mean nothing.
@@ -59,11 +62,13 @@ def _region(page: Path, arguments: str) -> str:
     if not rows:
         raise DataError(f"{page}: no row for the table {arguments}")
     if "sort" in options:
-        rows.sort(key=lambda row: row.bits, reverse=True)
+        models = list(dict.fromkeys(row.model for row in rows))
+        rows.sort(key=lambda row: (models.index(row.model), -row.bits))
     links = ", ".join(f"[{Path(file).name}]({file})" for file in files)
     columns = options["columns"][0].split(",") if "columns" in options else list(DEFAULT_COLUMNS)
     note = f"Bold: all other rows of the model with as many or fewer bits are worse. Commands and dates: {links}."
-    return f"{markdown(rows, columns)}\n\n{note}\n"
+    presets = dict(option.rsplit("=", 1) for option in options.get("preset", ()))
+    return f"{markdown(rows, columns, presets)}\n\n{note}\n"
 
 
 def _parse(page: Path, arguments: str) -> tuple[list[str], dict[str, list[str]]]:
@@ -75,8 +80,13 @@ def _parse(page: Path, arguments: str) -> tuple[list[str], dict[str, list[str]]]
             files.append(word)
         else:
             options.setdefault(key, []).append(value)
-    if unknown := [key for key in options if key not in (*FILTERS, "columns", "sort")]:
-        raise ConfigError(f"{page}: table: unknown key {unknown[0]!r}; allowed: {', '.join(FILTERS)}, columns, sort")
+    allowed = (*FILTERS, "columns", "sort", "preset")
+    if unknown := [key for key in options if key not in allowed]:
+        raise ConfigError(f"{page}: table: unknown key {unknown[0]!r}; allowed: {', '.join(allowed)}")
+    for option in options.get("preset", ()):
+        if "=" not in option:
+            raise ConfigError(f"{page}: table: preset: must have the form SCHEME=NAME; found {option!r}")
+        preset_path(option.rsplit("=", 1)[1])
     if options.get("sort", ["bits"]) != ["bits"]:
         raise ConfigError(f"{page}: table: sort: must be bits; found {options['sort'][0]!r}")
     for column in options.get("columns", [",".join(DEFAULT_COLUMNS)])[0].split(","):
@@ -91,8 +101,10 @@ def _is_wanted(row: Row, options: Mapping[str, Sequence[str]]) -> bool:
     )
 
 
-def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The table; a model is named in the first of its rows."""
+def markdown(rows: Sequence[Row], columns: Sequence[str], presets: Mapping[str, str] | None = None) -> str:
+    """The table; a model is named in the first of its rows. presets: their names by a pattern of schemes."""
+    # A column of nothing: no library of these rows was timed.
+    columns = [column for column in columns if column != "minutes" or any(row.minutes is not None for row in rows)]
     headings: list[str] = []
     cells: list[list[str]] = [[] for _ in rows]
     for column in columns:
@@ -107,7 +119,7 @@ def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
             headings.append(column)
             previous = None
             for row, line in zip(rows, cells, strict=True):
-                shown = _fact(row, column)
+                shown = _preset(row, presets or {}) if column == "preset" else _fact(row, column)
                 line.append("" if column == "model" and shown == previous else shown)
                 previous = shown
     lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in (headings, *cells)]
@@ -135,9 +147,16 @@ def _shown(value: float | None, column: str) -> str:
     return f"{value:.1e}".replace("e+0", "e") if value >= RUINED else f"{value:#.4g}"
 
 
+def _preset(row: Row, presets: Mapping[str, str]) -> str:
+    found = [name for pattern, name in presets.items() if fnmatchcase(row.scheme, pattern)]
+    return f"`{found[0]}`" if found and row.by == "ours" else ""
+
+
 def _fact(row: Row, column: str) -> str:
     if column == "scheme":
         return f"{row.scheme} (theirs)" if row.by == "peer" else row.scheme
+    if column == "minutes":
+        return "" if row.minutes is None else f"{row.minutes:.3g}"
     if column == "bits":
         return f"{row.bits:.3f}" if row.by != ORIGINAL else f"{row.bits:g}"
     return f"`{row.command}`" if column == "command" else str(getattr(row, column))
@@ -161,7 +180,10 @@ def add(arguments: argparse.Namespace) -> None:
         except (ValueError, KeyError) as error:
             raise DataError(f"{path}: neither results.json nor lines of compare_peers.py: {error}") from None
     rows = merged(read_rows(arguments.file) if arguments.file.exists() else [], new)
-    write_text(arguments.file, json.dumps(ROWS.dump_python(rows, mode="json"), indent=1, ensure_ascii=False) + "\n")
+    write_text(
+        arguments.file,
+        json.dumps(ROWS.dump_python(rows, mode="json", exclude_none=True), indent=1, ensure_ascii=False) + "\n",
+    )
     print(f"{arguments.file}: {len(rows)} rows")
 
 

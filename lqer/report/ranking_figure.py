@@ -18,6 +18,8 @@ WEIGHT_ONLY, WITH_ACTIVATIONS, DOMINATED, MUTED = "#0072B2", "#D55E00", "#9A9A9A
 # Ruined models, whose perplexity says nothing, would squeeze all others together: shown up to so many times the best.
 MOST_TIMES_BEST = 30.0
 DPI = 150
+# Of the x axis, as a share of its middle.
+LEAST_SPAN = 0.25
 # So many runs have room for the names of those that are dominated too.
 MOST_NAMED = 8
 SIZES = (("bits", "average bits per weight, everything stored"), ("GB", "checkpoint, GB"))
@@ -38,18 +40,23 @@ def save_ranking(path: Path, ranking: Ranking, measures: Sequence[Measure], titl
                 _draw(axis, ranking, measure, size)
                 axis.set_xlabel(label)
             line[0].set_ylabel(Y_LABELS[measure.quantity])
-        handles = [
-            Line2D([], [], color=WEIGHT_ONLY, marker="o", label="front, weight-only"),
-            Line2D([], [], color=WITH_ACTIVATIONS, marker="s", label="front, activations rounded too"),
-            Line2D([], [], color=DOMINATED, marker="o", linestyle="", label="dominated, weight-only"),
-            Line2D([], [], color=DOMINATED, marker="s", linestyle="", label="dominated, activations rounded too"),
-            Line2D([], [], color="#000000", linestyle="--", linewidth=0.8, label="original"),
-        ]
+        handles = []
+        for name, colour, marker in _kinds(ranking.table):
+            handles.append(Line2D([], [], color=colour, marker=marker, label=f"front, {name}"))
+            handles.append(Line2D([], [], color=DOMINATED, marker=marker, linestyle="", label=f"dominated, {name}"))
+        handles.append(Line2D([], [], color="#000000", linestyle="--", linewidth=0.8, label="original"))
         figure.legend(handles=handles, ncols=len(handles), loc="outside lower center", fontsize=8)
         figure.suptitle(title, fontsize=11)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
         plt.close(figure)
+
+
+def _kinds(table: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """(name, colour, marker) of the kinds of runs that there are."""
+    weight_only = table["activation bits"] == HALF_PRECISION_BITS
+    kinds = [("weight-only", WEIGHT_ONLY, "o")] if weight_only.any() else []
+    return kinds + ([] if weight_only.all() else [("activations rounded too", WITH_ACTIVATIONS, "s")])
 
 
 def _draw(axis: Axes, ranking: Ranking, measure: Measure, size: str) -> None:
@@ -84,6 +91,14 @@ def _draw(axis: Axes, ranking: Ranking, measure: Measure, size: str) -> None:
         _name(axis, best, size, measure.column, colour, below=weight_only)
         if len(table) <= MOST_NAMED:
             _name(axis, beaten, size, measure.column, MUTED, below=weight_only)
+    _widen(axis, LEAST_SPAN)
+
+
+def _widen(axis: Axes, least: float) -> None:
+    """Let the x axis span at least that share of where it is: runs of the same size stand above each other."""
+    low, high = axis.get_xlim()
+    missing = max(0.0, least * (low + high) / 2 - (high - low))
+    axis.set_xlim(low - missing / 2, high + missing / 2)
 
 
 def _name(axis: Axes, rows: pd.DataFrame, x: str, y: str, colour: str, below: bool) -> None:

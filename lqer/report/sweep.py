@@ -23,6 +23,7 @@ from lqer.store.files import content_hash, write_atomically, write_json, write_t
 
 TABLE_FOLDER = "{tag}-table"
 RECORD_FILE, RANKING_FILE, RANKING_TABLE = "sweep.json", "ranking.md", "ranking.csv"
+COSTS = ("minutes", "peak GB", "tokens/s")
 NOTE = """Bold: no other run has at most as many bits, rounds activations to at most as many bits, and is better.
 GB: the checkpoint, unquantized parameters included. Minutes: of quantization, without calibration that runs share.
 Tokens/s: one token at batch 1 without a cache, on kernels.
@@ -137,7 +138,7 @@ def shown_table(ranking: Ranking) -> pd.DataFrame:
         for measure in ranking.measures:
             shown = _shown(row, measure.column)
             cells[measure.column] = f"**{shown}**" if fronts[measure.column][index] else shown
-        cells |= {column: _digits(row[column]) for column in ("minutes", "peak GB", "tokens/s")}
+        cells |= {column: _digits(row[column]) for column in COSTS}
         lines.append(cells | {"beaten by": beaten[index]})
     original = {measure.column: _digits(ranking.originals.get(measure.column)) for measure in ranking.measures}
     found = pd.DataFrame([{"run": "original", "bits": "16", **original}, *lines]).fillna("")[list(lines[0])]

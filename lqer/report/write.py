@@ -267,6 +267,7 @@ def render_report(
         shown,
         f"The five linears with the largest output error (all linears: `{results['layers']['file']}`):",
         markdown_table(worst),
+        *_decode_paragraphs(results),
         f"Time: {seconds['calibrate']:.1f} s calibration + {seconds['quantize']:.1f} s quantization + "
         f"{seconds['evaluate']:.1f} s evaluation on {results['device']}; peak memory "
         f"{results['peak_memory_bytes'] / 2**30:.2f} GiB.\nVersions: {versions}.",
@@ -330,6 +331,12 @@ def _shown_gain(finetune: FinetuneInfo) -> str:
     if before <= finetune["original_loss"]:
         return ""
     return f"{(before - best) / (before - finetune['original_loss']):.0%} of the distance to it is gone. "
+
+
+def _decode_paragraphs(results: Results) -> list[str]:
+    """Decode speeds; empty where none was measured."""
+    speeds = [f"{speed:.1f} ({role})" for role, speed in results["tokens_per_second"].items() if speed is not None]
+    return [f"Tokens a second, one at a time without a cache: {', '.join(speeds)}."] if speeds else []
 
 
 def _shown_bits(bits: Bits) -> str:

@@ -27,7 +27,7 @@ from lqer.report.collect import collect, write_collection
 from lqer.report.environment import versions
 from lqer.report.page.write import PAGE_FILE, write_collection_page
 from lqer.report.ranking import rank
-from lqer.report.sweep import TABLE_FOLDER, SweepRecord, read_runs, shown_table, write_ranking
+from lqer.report.sweep import COSTS, TABLE_FOLDER, SweepRecord, read_runs, shown_table, write_ranking
 from lqer.report.write import markdown_table
 from lqer.results import CHECKPOINT_LINK, RESULTS_FILE, SCHEMA_VERSION, Versions
 from lqer.run.console import log_on_console, quieten_libraries
@@ -158,7 +158,9 @@ def conclude(record: SweepRecord, output_dir: Path, outcome: SweepOutcome, say: 
         pages = {tag: os.path.relpath(output_dir / tag / PAGE_FILE, folder) for tag in tags}
         write_collection_page(folder / PAGE_FILE, list(runs.values()), record.tag, pages)
         for ranking in rank(runs):
-            say(f"\n{ranking.model}\n\n{markdown_table(shown_table(ranking))}\n")
+            # The files say what a run cost; a terminal is narrow.
+            shown = shown_table(ranking).drop(columns=list(COSTS), errors="ignore")
+            say(f"\n{ranking.model}\n\n{markdown_table(shown)}\n")
     for path in paths:
         say(str(path))
     if paths:

@@ -67,6 +67,15 @@ def test_a_table_has_a_column_for_each_text_and_bold_values_on_the_front():
     ]
 
 
+def test_a_preset_is_named_beside_the_rows_that_it_makes():
+    rows = [row("two", 2.1, {}, minutes=1.25), row("three", 3.1, {}), row("two", 2.1, {}, by="peer")]
+    assert markdown(rows, ["scheme", "preset", "minutes"], {"t*o": "best-2"}).splitlines()[2:] == [
+        "| two | `best-2` | 1.25 |",
+        "| three | | |",
+        "| two (theirs) | | |",
+    ]
+
+
 def test_nothing_is_on_the_front_before_its_rivals_are_measured():
     assert [one.scheme for one in front(ROWS, "perplexity", "wiki")] == ["two", "them"]
     assert list(front(ROWS, "perplexity", "c4")) == []
@@ -101,6 +110,8 @@ def test_rows_are_picked_by_patterns_and_sorted_by_bits(page):
         ("rows.json columns=bit", "unknown column 'bit'"),
         ("rows.json sort=scheme", "sort: must be bits"),
         ("rows.json scheme=nothing", "no row for the table"),
+        ("rows.json preset=best-2", "preset: must have the form SCHEME=NAME"),
+        ('rows.json preset="two=bets-2"', "preset:bets-2: no such preset"),
         ("nowhere.json", "No such file"),
     ],
 )
@@ -135,6 +146,7 @@ RUN = {
     "versions": {"torch": "2.11.0"},
     "bits": {"average": 3.12345},
     "config": {"quantize": {"method": {"kind": "lqer-act"}, "weight": "w3"}},
+    "seconds": {"calibrate": 10.0, "quantize": 50.0, "finetune": 30.0},
     "perplexity": [
         {"dataset": "a.txt", "original": 5.0, "quantized": 6.123456, "divergence": {"quantized": {"kl_mean": 0.1}}},
         {"dataset": "b.txt", "original": 7.0, "quantized": None, "divergence": None},
@@ -163,6 +175,7 @@ def test_rows_are_added_from_runs_and_from_peers(tmp_path):
     assert (original.by, original.bits, original.perplexity) == ("original", 16, {"Wiki": 5.0, "b.txt": 7.0})
     assert (ours.scheme, ours.bits, ours.command) == ("lqer-act, w3", 3.1235, "sweeps/x.sh # mine")
     assert (ours.perplexity, ours.kl) == ({"Wiki": 6.1235}, {"Wiki": 0.1})
+    assert (ours.minutes, theirs.minutes) == (1.5, None)
     assert ours.hardware == "NVIDIA H100, torch 2.11.0"
     assert (theirs.by, theirs.scheme, theirs.kl) == ("peer", "hqq 0.2.8 int2 g64", {"Wiki": 0.5})
 

@@ -62,10 +62,11 @@ def test_nothing_is_said_of_a_model_without_a_figure():
     assert list(figures_of(run_results("mine", 4.0, {"wikitext2": 8.0}))) == []
 
 
-def test_the_report_says_whether_the_run_meets_the_figure():
+def test_the_report_says_whether_the_run_meets_the_figure_and_how_fast_it_decodes():
     found = run(8.17) | {"widths": None}
     text = render_report(found, layers_table().assign(damping_raises=0), with_spectra=False, with_steps=False)
     assert "\n\nPublished: perplexity on wikitext2 8 (a table); this run has 8.17" in text
+    assert "Tokens a second, one at a time without a cache: 50.0 (original), 123.4 (quantized)." in text
 
 
 @pytest.mark.parametrize("path", sorted(PAPER.glob("*.toml")), ids=lambda path: path.stem)

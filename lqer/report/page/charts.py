@@ -31,6 +31,8 @@ MOST_POINTS = 300
 HOVER_WIDTH = 58
 # Room at the ends of an axis.
 PADDING = 0.07
+# Of an axis of costs, as a share of its middle: candidates of the same size stand above each other.
+LEAST_SPAN = 0.25
 # Numbers on a logarithmic axis, as multiples of powers of ten: the first choice that is not too many.
 STEPS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 MOST_TICKS, MOST_BAR_TICKS = 9, 6
@@ -65,7 +67,7 @@ def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | 
         data.insert(0, _front([costs[i] for i in front], [candidates[i].values[measure] for i in front]))
     layout = _layout(cost.title, html.escape(measure.quantity))
     everything = [*values, *([] if original is None else [original])]
-    layout["xaxis"]["range"] = _range(list(costs.values()))
+    layout["xaxis"]["range"] = _range(list(costs.values()), LEAST_SPAN)
     layout["yaxis"] |= _scale(everything)
     if original is not None:
         layout["shapes"] = [
@@ -82,10 +84,10 @@ def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | 
     return {"data": data, "layout": layout}
 
 
-def _range(values: Sequence[float]) -> list[float]:
-    """Of an axis: the values with room for markers on both sides."""
+def _range(values: Sequence[float], least: float = 0.0) -> list[float]:
+    """Of an axis: the values with room for markers on both sides, at least that share of where they are."""
     low, high = min(values, default=0), max(values, default=1)
-    room = PADDING * (high - low) or 0.5
+    room = max(PADDING * (high - low), least * (low + high) / 4 - (high - low) / 2) or 0.5
     return [low - room, high + room]
 
 

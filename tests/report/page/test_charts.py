@@ -103,3 +103,10 @@ def test_long_spectra_are_thinned_and_keep_both_ends():
 def test_a_spectrum_has_a_curve_for_every_linear():
     linears = [f"model.layers.2.{kind}" for kind in KINDS]
     assert list(traces(charts.spectra(spectra(), linears, "plain"))) == ["q", "k", "v", "o", "up", "down"]
+
+
+def test_candidates_of_nearly_the_same_size_stand_above_each_other():
+    low, high = charts._range([3.59, 3.61], charts.LEAST_SPAN)
+    assert (low + high) / 2 == pytest.approx(3.6)
+    assert high - low == pytest.approx(0.25 * 3.6)
+    assert charts._range([2.0, 4.0], charts.LEAST_SPAN) == charts._range([2.0, 4.0])

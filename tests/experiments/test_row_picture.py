@@ -1,0 +1,56 @@
+"""The picture of a leaderboard is that of the rows in its files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from result_rows import Row
+from row_picture import draw, drawn_from, family, fingerprint
+
+from lqer.errors import DataError
+from lqer.report.families import FEEDBACK, LATTICE, OTHER
+
+ROOT = Path(__file__).parents[2]
+COMMAND = re.compile(r"python experiments/row_picture\.py [^\n`]+")
+
+
+def row(scheme: str, bits: float, perplexity: float, by: str = "ours", model: str = "Some-1B") -> Row:
+    facts = {"command": "run it", "hardware": "CPU", "date": "2026-11-28", "perplexity": {"wiki": perplexity}}
+    return Row(model=model, scheme=scheme, bits=bits, by=by, **facts)
+
+
+ROWS = [
+    row("original", 16, 10.0, by="original"),
+    row("trellis, 2 bits", 2.0, 20.0),
+    row("GPTQ, int3 g64", 3.3, 15.0),
+    row("HQQ 0.2.8, int2", 2.5, 900.0, by="peer"),
+    row("trellis, 2 bits", 2.0, 30.0, model="Other-2B"),
+]
+
+
+def test_the_picture_holds_a_hash_of_what_it_was_drawn_from(tmp_path):
+    path = tmp_path / "figures/picture.png"
+    draw(path, ROWS, "wiki")
+    assert path.stat().st_size > 10_000
+    assert drawn_from(path) == fingerprint(ROWS, "wiki")
+    assert fingerprint(ROWS, "wiki") != fingerprint(ROWS[:-1], "wiki")
+
+
+def test_a_text_that_no_row_has_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no row has a perplexity on c4"):
+        draw(tmp_path / "picture.png", ROWS, "c4")
+
+
+def test_colours_are_those_of_families():
+    assert [family(one) for one in ROWS[1:4]] == [LATTICE, FEEDBACK, OTHER]
+
+
+def test_the_picture_of_the_readme_is_drawn_from_the_files_of_its_command():
+    (command,) = COMMAND.findall((ROOT / "README.md").read_text())
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:], "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, f"drawn from other rows; draw it anew: {command}"
