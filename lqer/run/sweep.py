@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -35,6 +35,8 @@ from lqer.run.outcome import EXIT_FAILURE, EXIT_INTERRUPTED, explain_failure, on
 
 log = logging.getLogger(__name__)
 
+# So many first runs that fail with one line: the others would too.
+MOST_ALIKE = 3
 # Runs a configuration; None, or the line that says why it failed.
 Execute = Callable[[Config], str | None]
 
@@ -49,7 +51,11 @@ class SweepOutcome:
 
 
 def run_sweep(plan: SweepPlan, execute: Execute) -> SweepOutcome:
-    """Run what is missing. A run that fails ends the sweep unless it keeps going. Passes KeyboardInterrupt on."""
+    """Run what is missing. Passes KeyboardInterrupt on.
+
+    A run that fails ends the sweep unless it keeps going, which it does not if the first runs fail for the same reason:
+    a text or a model that none of them can use.
+    """
     code = versions()
     found = ((run.name, finished_seconds(run.config, code)) for run in plan.runs)
     durations = {name: seconds for name, seconds in found if seconds is not None}
@@ -65,7 +71,7 @@ def run_sweep(plan: SweepPlan, execute: Execute) -> SweepOutcome:
         if problem is not None:
             failed[run.name] = problem
             log.error("error: %s: %s", run.config.tag, problem)
-            if not plan.keep_going:
+            if not plan.keep_going or (not durations and _is_of_all(failed)):
                 break
             continue
         durations[run.name] = time.monotonic() - started
@@ -74,6 +80,10 @@ def run_sweep(plan: SweepPlan, execute: Execute) -> SweepOutcome:
             log.info("%s", time_left(done, waiting))
     finished = tuple(run for run in plan.runs if run.name in durations)
     return SweepOutcome(finished, failed, tuple(waiting))
+
+
+def _is_of_all(failed: Mapping[str, str]) -> bool:
+    return len(failed) >= MOST_ALIKE and len(set(failed.values())) == 1
 
 
 def in_order(runs: Sequence[SweepRun]) -> list[SweepRun]:

@@ -184,6 +184,14 @@ class TestRunner:
         assert outcome.failed == {"w4": "it broke"}
         assert [run.name for run in outcome.finished] == ["w3"]
 
+    def test_a_sweep_does_not_keep_going_where_all_first_runs_fail_alike(self, small, experiment):
+        small.write_text("[grid]\nquantize.low_rank.rank = [1, 2, 3, 4, 5]\n")
+        plan = plan_small(small, experiment, "--keep_going=true")
+        outcome = run_sweep(plan, lambda config: "the text is too short")
+        assert (list(outcome.failed), len(outcome.not_started)) == (["1", "2", "3"], 2)
+        outcome = run_sweep(plan, lambda config: f"rank {config.quantize.low_rank.rank} is odd")
+        assert (len(outcome.failed), outcome.not_started) == (5, ())
+
     def test_runs_that_share_statistics_come_first_and_together(self):
         names = [run.name for run in in_order(plan_sweep(ROOT / "sweeps/gptvq.toml", TEMPLATE, "tag").runs)]
         assert names[:2] == ["rtn-int2g128", "rtn-int3g128"]
