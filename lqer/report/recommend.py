@@ -20,6 +20,8 @@ from lqer.store.offload import parse_bytes
 
 ATLAS = "atlas"
 MOST_SHOWN = 8
+# Times the budget: what a reader may want to know of although it does not fit.
+A_LITTLE = 1.05
 # Below, a divergence is rounding noise; its logarithm must exist.
 LEAST_DIVERGENCE = 1e-9
 
@@ -37,6 +39,14 @@ class Budget:
         limits["activations of {:g} bits"] = self.activation_bits
         return ", ".join(text.format(value) for text, value in limits.items() if value is not None)
 
+    def wider(self, factor: float) -> Budget:
+        """With so many times the bits and bytes."""
+        return Budget(
+            None if self.bits is None else factor * self.bits,
+            None if self.size is None else int(factor * self.size),
+            self.activation_bits,
+        )
+
     def admits(self, table: pd.DataFrame) -> pd.Series:
         """Of each row, whether it is within every limit."""
         limits = {"bits": self.bits, "GB": self.size and self.size / 1e9, "activation bits": self.activation_bits}
@@ -46,11 +56,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The best row within the budget; measures: what decided, the mean logarithm of them; others: the rest by score."""
+    """The best row within the budget; measures: what decided, the mean logarithm of them; others: the rest by score.
+
+    above: better rows that miss the budget by little, the best first.
+    """
 
     best: pd.Series
     others: pd.DataFrame
     measures: tuple[Measure, ...]
+    above: pd.DataFrame
 
 
 def find_atlas(output_dir: Path, model: str, fingerprint: str, tag: str | None) -> tuple[SweepRecord, Ranking]:
@@ -93,7 +107,8 @@ def recommend(ranking: Ranking, budget: Budget) -> Recommendation:
         least = ", ".join(f"{scored[column].min():.4g} {column}" for column in ("bits", "GB", "activation bits"))
         raise DataError(f"no measured scheme is within {budget}; the least that there is: {least}")
     within = within.sort_values(["score", "bits"], kind="stable")
-    return Recommendation(within.iloc[0], within.iloc[1:], measures)
+    better = scored[budget.wider(A_LITTLE).admits(scored) & (scored["score"] < within["score"].iloc[0])]
+    return Recommendation(within.iloc[0], within.iloc[1:], measures, better.sort_values("score", kind="stable"))
 
 
 def _deciding(ranking: Ranking) -> tuple[Measure, ...]:
@@ -114,6 +129,8 @@ def lines(found: Recommendation, ranking: Ranking, record: SweepRecord, budget: 
     yield f"  preset     {', '.join(run['extends']) or 'none: the configuration of the sweep'}"
     yield f"  overrides  {overrides(_used(run['scheme'])) or 'none'}"
     yield f"  command    {record.command_of(best['run'])}"
+    for _, row in found.above.head(1).iterrows():
+        yield f"A little above the budget: {row['run']}: {_facts(row, ranking)}"
     if len(found.others):
         yield "Within the budget it is better than:"
     for _, row in found.others.head(MOST_SHOWN).iterrows():
@@ -122,7 +139,8 @@ def lines(found: Recommendation, ranking: Ranking, record: SweepRecord, budget: 
     if len(found.others) > MOST_SHOWN:
         yield f"  and {len(found.others) - MOST_SHOWN} more"
     if missing := [name for name in record.runs if name not in set(ranking.table["run"])]:
-        yield f"Not measured: {', '.join(missing)}; this adds them: {record.command}"
+        more = f" and {len(missing) - MOST_SHOWN} more" if len(missing) > MOST_SHOWN else ""
+        yield f"Not measured: {', '.join(missing[:MOST_SHOWN])}{more}; this adds them: {record.command}"
 
 
 def _used(scheme: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,17 @@ class TestRecommend:
         assert recommend(ranking, Budget(size=2_500_000_000)).best["run"] == "two"
         assert recommend(ranking, Budget(bits=5, activation_bits=9)).best["run"] == "three-x8"
 
+    def test_what_misses_the_budget_by_little_and_is_better_is_told(self):
+        (ranking,) = rank(RUNS)
+        found = recommend(ranking, Budget(bits=2.9))
+        assert (found.best["run"], list(found.above["run"])) == ("two", ["three"])
+        run = {"tag": "t", "extends": [], "scheme": {}}
+        record = SweepRecord("a.toml", "c.toml", "t", "x", dict.fromkeys(RUNS, run))
+        assert "A little above the budget: three: 3.000 bits" in "\n".join(
+            lines(found, ranking, record, Budget(bits=2.9))
+        )
+        assert recommend(ranking, Budget(bits=2.5)).above.empty
+
     def test_divergence_decides_where_it_was_measured(self):
         (ranking,) = rank({"a": results(3, 8.0, kl=0.5), "b": results(3, 8.1, kl=0.4)})
         assert recommend(ranking, Budget(bits=3)).best["run"] == "b"
