@@ -24,11 +24,11 @@ def dying_workspace(at_write: int | str | None = None, at_removal: int | None = 
     removed: list[str] = []
 
     class Dying(Workspace):
-        def write(self, name: str, write: Callable[[Path], Any]) -> None:
+        def write(self, name: str, write: Callable[[Path], Any], size: int = 0) -> None:
             if at_write in (name, len(written)):
                 raise KilledError
             written.append(name)
-            super().write(name, write)
+            super().write(name, write, size)
 
         def remove(self, name: str) -> None:
             if at_removal == len(removed):
@@ -50,13 +50,13 @@ import os, runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from lqer.store.store import Workspace
 original, count = Workspace.write, 0
-def write(self, name, content):
+def write(self, name, content, size=0):
     global count
     def content_and_signal(path):
         content(path)
         os.kill(os.getpid(), {int(number)})
     count += 1
-    original(self, name, content_and_signal if count == {at_write + 1} else content)
+    original(self, name, content_and_signal if count == {at_write + 1} else content, size)
 Workspace.write = write
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lqer.errors import ExportError
-from lqer.store.files import fsync, umask, write_json
+from lqer.store.files import UMASK, fsync, write_json
 
 # That of transformers' own save_pretrained.
 SHARD_BYTES = 5 * 10**9
@@ -72,5 +72,5 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         # The library wraps the system's refusal of a write, such as that of a full disk.
         raise OSError(errno.EIO, str(error), str(path)) from error
     # safetensors creates files for their owner alone.
-    path.chmod(0o666 & ~umask())
+    path.chmod(0o666 & ~UMASK)
     fsync(path)

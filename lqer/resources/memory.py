@@ -9,7 +9,7 @@ memory is estimated, and marked as not certain:
     rotate       the whole model in float32
     calibrate    a walk, and the accumulators of a block's statistics
     widths       a calibration, then the inputs of all blocks and the gradients of a few windows, the errors of a block
-    quantize     a stored block, its statistics, the packed block, and copies of the linear in work. With error
+    quantize     a stored block, its statistics, two packed blocks, and copies of the linear in work. With error
                  propagation also a walk, with two blocks; transforms and roundings that learn say what they hold
     finetune     the original and the quantized model, 20 bytes per trained value, the inputs of all blocks, the
                  activations of one and its decoded weights, the logits of a batch
@@ -39,6 +39,7 @@ from lqer.resources.statistics import accumulator_bytes, block_bytes, gathered, 
 from lqer.resources.workload import Need, StageMemory, Workload, total
 from lqer.stages.allocate_widths import SAMPLED_ROWS, WINDOWS
 from lqer.statistics import Hessian
+from lqer.store.writer import most_waiting
 from lqer.training.loss import POSITIONS
 
 HALF = 2  # bytes of a value in half precision
@@ -113,6 +114,7 @@ def _calibrate(work: Workload) -> StageMemory:
     products = 0 if work.on_gpu and work.computed == HALF else widest // 2
     device += [Need("statistics of a block", statistics), Need("statistics of a batch", products, certain=False)]
     disk.append(Need("statistics", statistics * work.summary.blocks, LARGER_DISK))
+    host.append(Need("statistics being written", statistics * (statistics <= most_waiting(work.on_gpu)), certain=False))
     return _stage("calibrate", work, host, device, disk)
 
 
@@ -140,7 +142,7 @@ def _quantize(work: Workload) -> StageMemory:
     settings, summary, quantize = work.config.calibration, work.summary, work.config.quantize
     packed = sum(_packed_bytes(work, name, plan) for name, plan in work.plans.items())
     outside = work.stored * summary.outside_parameters
-    host = [Need("block as stored", work.stored_block), Need("packed block", packed // summary.blocks)]
+    host = [Need("block as stored", work.stored_block), Need("two packed blocks", 2 * packed // summary.blocks)]
     if not work.streams:
         host = [Need("whole model", work.stored * summary.parameters, SAFETENSORS)]
     host.append(Need("weights outside the blocks", outside if work.streams else 0))

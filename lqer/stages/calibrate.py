@@ -39,6 +39,7 @@ from lqer.statistics import Statistic
 from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
 from lqer.store.store import Store, Workspace
+from lqer.store.writer import most_waiting
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,15 @@ def calibrate(
     total = len(opened.blocks)
     missing = [index for index in range(total) if block_file(index) not in workspace]
     found = gather_blocks(opened, text, statistics, roundings, missing)
-    for index in tqdm(missing, initial=total - len(missing), total=total, desc="calibrate", unit="block"):
-        of_block = next(found)
-        workspace.write_json(sites_file(index), of_block.sites)
-        # Last: its presence marks the block as done.
-        workspace.write_tensors(block_file(index), of_block.tensors)
-        # Or else one block's statistics would be held together with the next one's.
-        del of_block
+    bar = tqdm(missing, initial=total - len(missing), total=total, desc="calibrate", unit="block")
+    with workspace.writing_behind(most_waiting(opened.device.type == "cuda")):
+        for index in bar:
+            of_block = next(found)
+            workspace.write_json(sites_file(index), of_block.sites)
+            # Last: its presence marks the block as done.
+            workspace.write_tensors(block_file(index), of_block.tensors)
+            # Or else one block's statistics would be held together with the next one's.
+            del of_block
 
 
 def gather_blocks(

@@ -43,6 +43,7 @@ from lqer.stages.rotate import source_of
 from lqer.statistics import ALWAYS, Statistic
 from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Store, Workspace
+from lqer.store.writer import most_waiting
 from lqer.transforms import BlockTransform
 
 # Of both orders of quantizing blocks: raised whenever the same inputs would give other bytes than before.
@@ -180,7 +181,10 @@ def quantize_blocks(
     """Write the files of the blocks of a chunk, and nothing else."""
     missing = [index for index in chunk if block_file(index) not in workspace]
     found = statistics_of(missing)
-    with tqdm(initial=len(chunk) - len(missing), total=len(chunk), desc="quantize", unit="block") as bar:
+    with (
+        workspace.writing_behind(most_waiting(opened.device.type == "cuda")),
+        tqdm(initial=len(chunk) - len(missing), total=len(chunk), desc="quantize", unit="block") as bar,
+    ):
         for index, block in opened.loader.load_each(opened.blocks, missing, torch.device("cpu")):
             work = BlockWork(
                 index=index,
@@ -272,8 +276,8 @@ def quantize_linears(
     return found
 
 
-def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) -> None:
-    """Write one block's files, of its quantized linears and of everything else that it holds."""
+def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) -> dict[str, Tensor]:
+    """Write one block's files, and return the tensors, by full names: quantized linears packed, all else as it was."""
     kept = {f"{work.name}.{name}": tensor for name, tensor in work.tensors.items()}
     tensors = {name: tensor for name, tensor in kept.items() if name not in found.replaced} | found.tensors
     if found.spectra:
@@ -281,6 +285,7 @@ def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) 
     workspace.write_json(layers_file(work.index), found.rows)
     # Last: its presence marks the block as done.
     workspace.write_tensors(block_file(work.index), tensors)
+    return tensors
 
 
 @in_phase("round")

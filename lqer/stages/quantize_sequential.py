@@ -4,7 +4,7 @@
         reconstruct the block where transforms or an adaptive rounding ask for it
         gather statistics of its linears' inputs, the weights still unrounded, on the quantized model's hidden states
         quantize its linears by their methods; write the block's files
-        hidden states = outputs of the quantized block, as loaded from those files
+        hidden states = outputs of the quantized block, as a checkpoint with those files computes them
 
 All linears of a block see inputs from its unrounded weights, or take turns (lqer/stages/quantize_in_turn.py).
 Attention operands are rounded in the quantized model's hidden states throughout. A killed run resumes at the first
@@ -55,6 +55,7 @@ from lqer.stages.rotate import Rotate, source_of
 from lqer.store.names import block_file, layers_file
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Store, Workspace
+from lqer.store.writer import most_waiting
 from lqer.transforms import BlockTransform
 from lqer.transforms.block_result import BlockResult
 
@@ -118,7 +119,8 @@ def quantize_in_order(
     """
     missing = [index for index in range(len(running.blocks)) if block_file(index) not in workspace]
     if missing:
-        _quantize_missing(workspace, stored, running, text, settings, missing)
+        with workspace.writing_behind(most_waiting(running.device.type == "cuda")):
+            _quantize_missing(workspace, stored, running, text, settings, missing)
     remove_states(workspace)
 
 
@@ -167,11 +169,15 @@ def _quantize_missing(
                 rounded=result.rounded,
             )
             unrounded = run.with_block(block), original and original.with_block(block)
-            write_block(workspace, work, quantize_block(*unrounded, text, work, settings))
+            found = quantize_block(*unrounded, text, work, settings)
+            packed, rows = write_block(workspace, work, found), found.rows
             # Or else one block's tensors would be held together with the next one's.
-            del tensors, result, block, work, unrounded
+            del tensors, result, block, work, unrounded, found
+        elif index != indices[-1]:
+            packed, rows = workspace.tensors(block_file(index)), workspace.json(layers_file(index))
         if index != indices[-1]:
-            _run_quantized(run, workspace)
+            _run_quantized(run, packed, rows)
+        packed, rows = {}, []
         original_states, next_states = next_states, original_states
 
 
@@ -192,18 +198,12 @@ def _with_parameters(block: nn.Module, parameters: Mapping[str, Tensor]) -> nn.M
     return block
 
 
-def _run_quantized(run: BlockRun, workspace: Workspace) -> None:
-    """Propagate the hidden states through the quantized block, as loaded from its files."""
-    with phase("load"):
-        block = _quantized_block(run, workspace)
-    run.with_block(block).forward()
-
-
-def _quantized_block(run: BlockRun, workspace: Workspace) -> nn.Module:
+def _run_quantized(run: BlockRun, packed: Mapping[str, Tensor], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Propagate the hidden states through the quantized block; packed, rows: the content of its files."""
     prefix = f"{run.name}."
-    stored = workspace.tensors(block_file(run.index))
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-    entries = {row["name"].removeprefix(prefix): row["entry"] for row in workspace.json(layers_file(run.index))}
-    block = copy.deepcopy(run.block)
-    fill_block(block, tensors, entries, run.device, run.hidden.states_WTD.dtype, "emulate")
-    return block
+    with phase("load"):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in packed.items()}
+        entries = {row["name"].removeprefix(prefix): row["entry"] for row in rows}
+        block = copy.deepcopy(run.block)
+        fill_block(block, tensors, entries, run.device, run.hidden.states_WTD.dtype, "emulate")
+    run.with_block(block).forward()

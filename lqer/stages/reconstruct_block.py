@@ -180,6 +180,8 @@ class StateSaver:
             return
         older = [other for other, *_ in _states(self._workspace)]
         self._workspace.write_tensors(name, self._last.tensors())
+        # The tensors are those that training goes on with.
+        self._workspace.flush()
         for other in older:
             self._workspace.remove(other)
 

@@ -6,33 +6,28 @@ a manifest and its final name. Every file is checked against its recorded hash b
 refused by name.
 
 An artifact has one lock. A process that builds it alone holds the lock throughout; processes that build parts of it
-hold the lock for each file they write, so that the journal lists the files of all of them.
+hold the lock while they enter a file, so that the journal lists the files of all of them.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lqer.errors import StoreError
-from lqer.phases import in_phase, phase
-from lqer.store.files import content_hash, fsync, hash_file, json_text, write_atomically, write_json
+from lqer.store.files import content_hash
+from lqer.store.records import JOURNAL, MANIFEST, check_file, mend, read_record
+from lqer.store.workspace import Workspace
 
 SECONDS_BETWEEN_REMINDERS = 60.0
-MANIFEST = "manifest.json"
-JOURNAL = "journal.json"
 
 
 class Artifact:
@@ -44,7 +39,7 @@ class Artifact:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        return _read_record(self.path / MANIFEST, {"files": dict, "seconds": (int, float)})
+        return read_record(self.path / MANIFEST, {"files": dict, "seconds": (int, float)})
 
     @property
     def content(self) -> str:
@@ -63,130 +58,25 @@ class Artifact:
         """The path of a file whose hash has been checked. Raises StoreError if the file was changed."""
         path = self.path / name
         if name not in self._verified:
-            _check(path, self.manifest["files"].get(name), self.path)
+            check_file(path, self.manifest["files"].get(name), self.path)
             self._verified.add(name)
         return path
 
-    def verify(self) -> None:
-        """Check every file, and that there are no others. Raises StoreError."""
+    def verify(self, except_for: Collection[str] = ()) -> None:
+        """Check every file not in `except_for`, and that there are no others. Raises StoreError."""
         for name in self.manifest["files"]:
-            self.file(name)
+            if name not in except_for:
+                self.file(name)
         for path in self.path.iterdir():
             # A kill between an artifact's rename and its last step leaves the journal.
             if path.name not in self.manifest["files"] and path.name not in (MANIFEST, JOURNAL):
-                raise StoreError(f"{path} is not in the manifest; {_mend(self.path)}")
+                raise StoreError(f"{path} is not in the manifest; {mend(self.path)}")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         return load_file(self.file(name))
 
     def json(self, name: str) -> Any:
         return json.loads(self.file(name).read_text(encoding="utf-8"))
-
-
-class Workspace:
-    """An artifact being built; journalled files survive a kill.
-
-    Several processes may write to one folder, each under `guard`, the artifact's lock. Once `is_finished` says that
-    another process has finished the artifact, writes do nothing.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        guard: AbstractContextManager | None = None,
-        is_finished: Callable[[], bool] = lambda: False,
-    ):
-        self.path = path
-        self._guard = guard or nullcontext()
-        self._is_finished = is_finished
-        path.mkdir(parents=True, exist_ok=True)
-        self._files: dict[str, str] = {}
-        self._seconds = 0.0
-        self._since = time.monotonic()
-        self.refresh()
-        for name, recorded in self._files.items():
-            _check(path / name, recorded, path)
-
-    def refresh(self) -> None:
-        """Read the journal again: other processes may have written files."""
-        if not (self.path / JOURNAL).exists():
-            return
-        journal = _read_record(self.path / JOURNAL, {"files": dict, "seconds": (int, float)})
-        self._files, self._seconds = journal["files"], journal["seconds"]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def names(self) -> list[str]:
-        """The files written so far, sorted."""
-        return sorted(self._files)
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.path / name)
-
-    def json(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
-
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors of any device as safetensors, sorted by name, so that equal tensors give equal bytes."""
-        with phase("write"):
-            ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
-
-        def save(temporary: Path) -> None:
-            try:
-                save_file(ready, temporary, metadata={"format": "pt"})
-            except SafetensorError as error:
-                # The library wraps the system's refusal of a write, such as that of a full disk.
-                raise OSError(errno.EIO, str(error), str(self.path / name)) from error
-
-        self.write(name, save)
-
-    def write_json(self, name: str, value: Any) -> None:
-        self.write(name, lambda temporary: temporary.write_text(json_text(value), encoding="utf-8"))
-
-    def write(self, name: str, write: Callable[[Path], object]) -> None:
-        with self._guard:
-            if self._is_finished():
-                return
-            self.refresh()
-            if self._files.pop(name, None) is not None:
-                # Before the file changes: a kill in between must not leave it unlike its entry.
-                self._write_journal()
-            with phase("write"):
-                write_atomically(self.path / name, write)
-            with phase("hash"):
-                self._files[name] = hash_file(self.path / name)
-            self._write_journal()
-
-    def remove(self, name: str) -> None:
-        """Remove a file from the journal, then delete it; a kill in between leaves a stray, which `finish` deletes."""
-        with self._guard:
-            self.refresh()
-            del self._files[name]
-            self._write_journal()
-            (self.path / name).unlink(missing_ok=True)
-
-    def finish(self, destination: Path, key: Any) -> None:
-        self._spend()
-        manifest = {"key": key, "files": dict(sorted(self._files.items())), "seconds": round(self._seconds, 3)}
-        write_json(self.path / MANIFEST, manifest)
-        for stray in self.path.iterdir():
-            if stray.name not in (MANIFEST, JOURNAL) and stray.name not in self._files:
-                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
-        self.path.rename(destination)
-        fsync(destination.parent)
-        # After the rename, so that a kill before it can still resume.
-        (destination / JOURNAL).unlink(missing_ok=True)
-
-    def _write_journal(self) -> None:
-        self._spend()
-        write_json(self.path / JOURNAL, {"files": self._files, "seconds": self._seconds})
-
-    def _spend(self) -> None:
-        """Add the time since the last file to the build time of all processes."""
-        now = time.monotonic()
-        self._seconds += now - self._since
-        self._since = now
 
 
 def partial_path(path: Path) -> Path:
@@ -298,31 +188,3 @@ class Store:
             yield lock
         finally:
             lock.release()
-
-
-def _read_record(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest or journal with entries of these types. Raises StoreError if it is missing or damaged."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(f"{path} is missing; {_mend(path.parent)}") from None
-    except (ValueError, RecursionError, IsADirectoryError) as error:
-        raise StoreError(f"{path} is damaged ({error}); {_mend(path.parent)}") from None
-    for name, kinds in types.items():
-        if not isinstance(record, dict) or not isinstance(record.get(name), kinds):
-            raise StoreError(f'{path} is damaged (no valid entry "{name}"); {_mend(path.parent)}')
-    return record
-
-
-@in_phase("verify")
-def _check(path: Path, recorded: str | None, folder: Path) -> None:
-    if not path.is_file():
-        raise StoreError(f"{path} is missing; {_mend(folder)}")
-    if recorded is None:
-        raise StoreError(f"{path} is not in the manifest; {_mend(folder)}")
-    if hash_file(path) != recorded:
-        raise StoreError(f"{path} is damaged (its hash is not the recorded one); {_mend(folder)}")
-
-
-def _mend(folder: Path) -> str:
-    return f"remove {folder} to rebuild it"

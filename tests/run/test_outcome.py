@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from lqer.cli import main
 from lqer.errors import ConfigError
 from lqer.run.outcome import one_line, report_failure
-from lqer.store.store import Workspace
+from lqer.store import workspace
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -59,17 +60,22 @@ def test_a_message_that_quotes_a_line_break_is_one_line():
 
 
 def test_a_full_disk_ends_a_run_with_one_line_and_a_rerun_resumes(experiment, monkeypatch, capsys):
-    original, left = Workspace.write_json, [2]
+    original, threads = workspace.save_file, []
 
-    def write_until_full(workspace, name, value):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(workspace.path / name))
-        original(workspace, name, value)
+    def save_until_full(*arguments, **options):
+        threads.append(threading.current_thread())
+        if len(threads) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(*arguments, **options)
 
-    monkeypatch.setattr(Workspace, "write_json", write_until_full)
+    monkeypatch.setattr(workspace, "save_file", save_until_full)
     assert main([str(experiment.config)], "") == 1
-    assert capsys.readouterr().err.splitlines()[-1].endswith(": No space left on device")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {experiment.output}")
+    assert line.endswith("/block-00002.safetensors: No space left on device")
+    # The files of blocks are written beside the work.
+    assert threading.main_thread() not in threads
+    assert len(threads) == 3
     monkeypatch.undo()
     assert main([str(experiment.config)], "") == 0
 

@@ -50,8 +50,8 @@ def tune(store: Store, quantized, windows_WT: Tensor, settings: FinetuneConfig, 
     def make(workspace: Workspace) -> None:
         write = workspace.write
 
-        def write_then_die(name, content):
-            write(name, content)
+        def write_then_die(name, content, size=0):
+            write(name, content, size)
             if name == stop_after:
                 raise KeyboardInterrupt
 

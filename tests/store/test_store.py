@@ -106,7 +106,7 @@ class Recording:
 
 
 def test_a_file_written_but_not_yet_journalled_is_written_again(store, monkeypatch):
-    monkeypatch.setattr("lqer.store.store.write_json", lambda path, value: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr("lqer.store.workspace.write_json", lambda path, value: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         store.obtain("stage", KEY, make)
     monkeypatch.undo()
@@ -228,7 +228,7 @@ class TestDamage:
         def write_twice(workspace: Workspace) -> None:
             if "about.json" not in workspace:
                 workspace.write_json("about.json", {"epoch": 1})
-            monkeypatch.setattr("lqer.store.store.hash_file", lambda path: (_ for _ in ()).throw(Killed))
+            monkeypatch.setattr("lqer.store.workspace.hash_file", lambda path: (_ for _ in ()).throw(Killed))
             workspace.write_json("about.json", {"epoch": 2})
 
         with pytest.raises(Killed):
