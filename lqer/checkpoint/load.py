@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
 from lqer.checkpoint.native import is_native, load_native
 from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, packed_parts, unpack_role
-from lqer.checkpoint.verify import CheckpointFiles
+from lqer.checkpoint.verify import CheckpointFiles, Files
 from lqer.errors import ModelError
 from lqer.formats import E8P, NumberFormat, QuantizedTensor, Trellis, format_from_dict
 from lqer.models.dispatch import dispatch_all
@@ -67,7 +67,14 @@ def load_quantized(
     device = pick_device(str(device))
     if not (Path(path) / DETAILS_FILE).exists() and is_native(Path(path)):
         return load_native(Path(path), device, dtype, backend, device_map)
-    opened = open_quantized(Path(path), device, dtype, backend, verify=verify)
+    return load_verified(CheckpointFiles(Path(path), verify), device, dtype, backend, device_map)
+
+
+def load_verified(
+    files: Files, device: torch.device, dtype: torch.dtype | None, backend: str, device_map: DevicePlacement
+) -> PreTrainedModel:
+    """The same model, from files that are verified as `files` does it."""
+    opened = open_verified(files, device, dtype, backend)
     if spans_gpus(device, device_map):
         return dispatch_all(opened)
     opened.loader.load_outer()
@@ -85,18 +92,25 @@ def open_quantized(
     verify: bool = True,
 ) -> OpenedModel:
     """The same model with blocks that are read one at a time. Raises ModelError as `load_quantized` does."""
-    return OpenedModel(*_open(path, device, dtype, backend, verify), device, offload or Offload())
+    return open_verified(CheckpointFiles(path, verify), device, dtype, backend, offload)
+
+
+def open_verified(
+    files: Files, device: torch.device, dtype: torch.dtype | None, backend: str, offload: Offload | None = None
+) -> OpenedModel:
+    """The same, from files that are verified as `files` does it."""
+    return OpenedModel(*_open(files, device, dtype, backend), device, offload or Offload())
 
 
 def _open(
-    path: Path, device: torch.device, dtype: torch.dtype | None, backend: str, verify: bool
+    files: Files, device: torch.device, dtype: torch.dtype | None, backend: str
 ) -> tuple[PreTrainedModel, str, nn.ModuleList, Streamed]:
     """The skeleton, the name of its ModuleList of blocks, that list, and its loader."""
+    path = files.path
     if backend not in BACKENDS:
         raise ModelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if not (path / DETAILS_FILE).exists():
         raise ModelError(f"{path} is not a quantized checkpoint: it has no {DETAILS_FILE}")
-    files = CheckpointFiles(path, verify)
     with reported_as(f"{path / DETAILS_FILE} is damaged"):
         details = json.loads(files.file(DETAILS_FILE).read_text(encoding="utf-8"))
         if (version := details["format_version"]) != FORMAT_VERSION:
@@ -105,7 +119,7 @@ def _open(
         for entry in details["linears"].values():
             _formats(entry)  # so that one that is none is this file's fault
     # Those are read, and verified, one at a time.
-    files.check(except_for=[*map(block_file, range(count)), OUTSIDE_FILE])
+    files.verify(except_for=[*map(block_file, range(count)), OUTSIDE_FILE])
     with reported_as(f"{path} has no usable config.json"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if dtype is None:

@@ -9,14 +9,27 @@ import json
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from lqer.errors import ModelError
 from lqer.phases import in_phase
 from lqer.store.files import content_hash, hash_file
-from lqer.store.store import JOURNAL, MANIFEST
+from lqer.store.records import JOURNAL, MANIFEST
 
 # Files that may be next to those of a checkpoint: nothing reads them.
 HARMLESS = (".md",)
+
+
+class Files(Protocol):
+    """The files of a checkpoint as loading asks for them: those of a folder, or an artifact of the store."""
+
+    path: Path
+
+    def verify(self, except_for: Collection[str] = ()) -> None:
+        """Raise LqerError, naming it, for a missing or an extra file, and for a changed one not in `except_for`."""
+
+    def file(self, name: str) -> Path:
+        """The path of a file. Raises LqerError if it is missing or its bytes are not those that were written."""
 
 
 class CheckpointFiles:
@@ -25,7 +38,7 @@ class CheckpointFiles:
     def __init__(self, path: Path, verify: bool):
         self.path, self._verify = path, verify
 
-    def check(self, except_for: Collection[str]) -> None:
+    def verify(self, except_for: Collection[str] = ()) -> None:
         """Raise ModelError, naming it, for a missing or an extra file, and for a changed one not in `except_for`."""
         if not self._verify:
             return

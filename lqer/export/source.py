@@ -33,7 +33,7 @@ from lqer.models.streaming import read_file
 from lqer.models.structure import ONLINE_ROTATIONS
 from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
 from lqer.store.names import block_file
-from lqer.store.store import JOURNAL, MANIFEST
+from lqer.store.records import JOURNAL, MANIFEST
 from lqer.transforms import LinearTransform, Rotation, transform_from_dict
 from lqer.transforms.hadamard import hadamard
 from lqer.transforms.quarot import OnlineRotation
@@ -135,7 +135,7 @@ class Source(Outline):
         if results is None and self.run is not None:
             results = json.loads((self.run / RESULTS_FILE).read_text(encoding="utf-8"))
         self.results = results  # None for a checkpoint on its own
-        self._files.check(except_for=[*map(block_file, range(self.blocks)), OUTSIDE_FILE])
+        self._files.verify(except_for=[*map(block_file, range(self.blocks)), OUTSIDE_FILE])
 
     def _json(self, name: str) -> dict[str, Any]:
         return json.loads(self._files.file(name).read_text(encoding="utf-8"))

@@ -39,7 +39,8 @@ from lqer.models.gguf_header import check_gguf
 from lqer.models.structure import prepare_model
 from lqer.models.verify import check_tensors, quiet_loading, refuse_foreign_linears, refuse_mismatch
 from lqer.phases import in_phase
-from lqer.store.files import content_hash, hash_file
+from lqer.store.files import content_hash
+from lqer.store.fingerprints import Fingerprints
 
 DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
 # Files of a model's folder that nothing reads: weights in other formats than safetensors, code, documents.
@@ -81,14 +82,16 @@ class ModelSource:
         return finder(self.path, self.revision)
 
 
-def resolve_model(name: str, revision: str | None = None) -> ModelSource:
+def resolve_model(name: str, revision: str | None = None, fingerprints: Fingerprints | None = None) -> ModelSource:
     """Find a model by hub id, local folder, .safetensors or .gguf file, or `demo:` name.
 
+    fingerprints: what is remembered of its files; without, they are all hashed.
     Raises ModelError if there is no such model, or only a pickled one.
     """
+    fingerprints = fingerprints or Fingerprints()
     if name.startswith(DEMO_PREFIX):
         folder = resolve_demo_model(name)
-        return ModelSource(name, str(folder), None, _fingerprint_folder(folder), demo_description(name))
+        return ModelSource(name, str(folder), None, _fingerprint_folder(folder, fingerprints), demo_description(name))
     if not name.isprintable():
         raise ModelError(f"model: {name!r} is neither a path nor a hub id")
     path = Path(name).expanduser()
@@ -96,7 +99,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         if not path.is_file():
             raise ModelError(f"model: no such file: {name}")
         args = {"gguf_file": path.name}
-        fingerprint = _fingerprint_files(path.parent, [path, *_small_files(path.parent)])
+        fingerprint = _fingerprint_files(path.parent, [path, *_small_files(path.parent)], fingerprints)
         return ModelSource(name, str(path.parent), None, fingerprint, f"GGUF file {path.name}", args)
     if path.suffix == ".safetensors":
         if not path.is_file():
@@ -105,7 +108,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model: {path} has no config.json")
-        return ModelSource(name, str(path), None, _fingerprint_folder(path), f"local folder {path.name}")
+        return ModelSource(name, str(path), None, _fingerprint_folder(path, fingerprints), f"local folder {path.name}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model: no such file or folder: {name}")
     return _resolve_hub(name, revision)
@@ -121,13 +124,13 @@ def _resolve_hub(name: str, revision: str | None) -> ModelSource:
     return ModelSource(name, name, commit, content_hash([name, commit]), f"{name}@{commit[:12]}")
 
 
-def _fingerprint_folder(folder: Path) -> str:
+def _fingerprint_folder(folder: Path, fingerprints: Fingerprints) -> str:
     """A hash of all files that loading may read. Raises ModelError for weights that cannot be read."""
     for file in folder.iterdir():
         if DISTRIBUTED_SHARD.fullmatch(file.name):
             raise ModelError(f"model: {folder} holds a distributed checkpoint ({file.name}): save the whole model")
     weights = weight_files(finder(str(folder), None), str(folder))
-    return _fingerprint_files(folder, [*weights, *_small_files(folder)])
+    return _fingerprint_files(folder, [*weights, *_small_files(folder)], fingerprints)
 
 
 def _small_files(folder: Path) -> list[Path]:
@@ -137,16 +140,13 @@ def _small_files(folder: Path) -> list[Path]:
 
 
 @in_phase("fingerprint")
-def _fingerprint_files(folder: Path, files: list[Path]) -> str:
-    hashes = {}
-    for file in files:
-        if not file.is_file() and file.is_dir():
-            continue
-        try:
-            hashes[file.relative_to(folder).as_posix()] = hash_file(file)
-        except OSError as error:
-            raise ModelError(f"model: {file} cannot be read: {error.strerror or error}") from None
-    return content_hash(hashes)
+def _fingerprint_files(folder: Path, files: list[Path], fingerprints: Fingerprints) -> str:
+    files = [file for file in files if file.is_file() or not file.is_dir()]
+    try:
+        hashes = fingerprints.of(files)
+    except OSError as error:
+        raise ModelError(f"model: {error.filename} cannot be read: {error.strerror or error}") from None
+    return content_hash({file.relative_to(folder).as_posix(): found for file, found in zip(files, hashes, strict=True)})
 
 
 def pick_device(name: str) -> torch.device:

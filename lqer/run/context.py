@@ -21,6 +21,7 @@ from lqer.models.summary import ModelSummary, summarize_model
 from lqer.resources.statistics import keeps_statistics
 from lqer.stages.allocate_ranks import check_budget
 from lqer.stages.allocate_widths import check_widths
+from lqer.store.fingerprints import FINGERPRINTS, Fingerprints
 from lqer.store.offload import Offload
 
 
@@ -36,10 +37,11 @@ class RunContext:
     device: torch.device
     dtype: torch.dtype
     backend: Backend
+    fingerprints: Fingerprints
 
     @property
     def store_path(self) -> Path:
-        return Path(self.config.output_dir) / STORE_FOLDER
+        return store_path(self.config)
 
     @property
     def keeps_statistics(self) -> bool:
@@ -51,10 +53,16 @@ class RunContext:
         return Offload(self.config.calibration.max_bytes, self.store_path)
 
 
+def store_path(config: Config) -> Path:
+    """Where the artifacts of a configuration are."""
+    return Path(config.output_dir) / STORE_FOLDER
+
+
 def prepare(config: Config) -> RunContext:
     """Resolve and check everything that can be checked before any work. Raises LqerError."""
     device = pick_device(config.device)
-    source = resolve_model(config.model, config.revision)
+    fingerprints = Fingerprints(store_path(config) / FINGERPRINTS)
+    source = resolve_model(config.model, config.revision, fingerprints)
     summary = summarize_model(source)
     check_weights(source)
     unreached = check_walk(source, whole_blocks=bool(config.quantize.block_parts))
@@ -79,4 +87,4 @@ def prepare(config: Config) -> RunContext:
     if wanted == "auto" and config.finetune is not None and "low_rank" in config.finetune.parts:
         wanted = "emulate"  # kernels do not support fine-tuned columns of A and B
     backend = resolve_backend(wanted, device, dtype, formats)
-    return RunContext(config, source, summary, plans, choices, device, dtype, backend)
+    return RunContext(config, source, summary, plans, choices, device, dtype, backend, fingerprints)

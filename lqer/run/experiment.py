@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lqer.checkpoint.load import load_quantized, open_quantized
+from lqer.checkpoint.load import load_verified, open_verified
 from lqer.config.schema import NOT_QUANTIZED
 from lqer.evaluation.downstream import task_fingerprint
 from lqer.models.loaders import OpenedModel
@@ -37,7 +37,7 @@ from lqer.stages.plans import AnyPlans
 from lqer.stages.quantize import Quantize, input_roundings, requested_statistics
 from lqer.stages.quantize_sequential import QuantizeSequentially
 from lqer.stages.rotate import Rotate
-from lqer.store.store import Store
+from lqer.store.store import Artifact, Store
 from lqer.transforms import BlockTransform
 
 QuantizeStage = Quantize | QuantizeSequentially
@@ -71,6 +71,12 @@ class Experiment:
     def checkpoint(self) -> QuantizeStage | Finetune:
         """The stage whose artifact is the result of the run."""
         return self.finetune or self.quantize
+
+    def verify_unread(self, checkpoint: Artifact, store: Store) -> None:
+        """Check the files of the result, unless an evaluation is missing, which checks them as it reads them."""
+        quantized = (candidate for candidate in self.candidates if candidate.role == "quantized")
+        if all(stage.find(store) is not None for candidate in quantized for stage in self.evaluations(candidate)):
+            checkpoint.verify()
 
     def before_quantize(self) -> Iterator[Stage]:
         # Its statistics are those of `calibrate` where there are any.
@@ -194,12 +200,10 @@ def _quantized(context: RunContext, role: str, stage: QuantizeStage | Finetune) 
     config = context.config
 
     def load(store: Store) -> PreTrainedModel | OpenedModel:
-        checkpoint = stage.artifact(store)
-        checkpoint.verify()
-        arguments = (checkpoint.path, context.device, context.dtype, context.backend)
+        arguments = (stage.artifact(store), context.device, context.dtype, context.backend)
         if config.evaluation.blockwise:
-            return open_quantized(*arguments, context.offload(), verify=False)
-        return load_quantized(*arguments, config.device_map, verify=False)
+            return open_verified(*arguments, context.offload())
+        return load_verified(*arguments, config.device_map)
 
     made_from = {"checkpoint": stage, "backend": context.backend, **_arithmetic(context)}
     return Candidate(role, made_from, load)

@@ -82,6 +82,7 @@ def _run(config: Config, started: float, chunk: Chunk | None, run_log: RunLog) -
     with locked(checked.folder, config, "" if chunk is None else f"-{chunk.index}-of-{chunk.count}"):
         begin_run(checked.folder, config)
         run_log.write_to(checked.folder)
+        checked.context.fingerprints.save()
         return _run_stages(checked, started, chunk)
 
 
@@ -102,8 +103,8 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
         return None
     run_here(jobs.training, store)
     checkpoint = experiment.checkpoint.artifact(store)
-    # Also where it is reused: what the user keeps must be what was written.
-    checkpoint.verify()
+    # What the user keeps must be what was written.
+    experiment.verify_unread(checkpoint, store)
     link_checkpoint(checked.folder, checkpoint.path)
     run_here(jobs.measuring, store)
     made = _collect(experiment, store, checked.texts, budget, widths)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lqer.checkpoint.bits import average_bits
-from lqer.checkpoint.load import load_quantized
+from lqer.checkpoint.load import load_verified
 from lqer.checkpoint.pack import DETAILS_FILE, OUTSIDE_FILE, replace_signs, split_columns
 from lqer.config.schema import TrainingConfig
 from lqer.errors import ModelError
@@ -66,8 +66,7 @@ class Finetune(Stage):
 
     def build(self, workspace: Workspace, store: Store) -> None:
         checkpoint = self.checkpoint.artifact(store)
-        checkpoint.verify()
-        student = load_quantized(checkpoint.path, self.device, self.dtype, "emulate", self.device_map, verify=False)
+        student = load_verified(checkpoint, self.device, self.dtype, "emulate", self.device_map)
         original = load_whole(self.source, self.dtype, self.device, self.device_map)
         finetune(workspace, checkpoint, student, original, self.windows_WT, self.settings, self.seed)
 

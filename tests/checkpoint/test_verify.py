@@ -12,7 +12,7 @@ from lqer.checkpoint.load import load_quantized, open_quantized
 from lqer.checkpoint.pack import DETAILS_FILE, OUTSIDE_FILE
 from lqer.errors import ModelError
 from lqer.store.names import block_file
-from lqer.store.store import MANIFEST
+from lqer.store.records import MANIFEST
 
 CPU = torch.device("cpu")
 FILES = [DETAILS_FILE, OUTSIDE_FILE, "config.json", "tokenizer.json", block_file(0), block_file(1)]

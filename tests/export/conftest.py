@@ -17,7 +17,7 @@ from lqer.formats import MXInt, NumberFormat
 from lqer.methods import LinearPlan, RoundingOnly
 from lqer.store.files import hash_file, write_json
 from lqer.store.names import block_file
-from lqer.store.store import MANIFEST
+from lqer.store.records import MANIFEST
 
 
 @pytest.fixture(scope="session")

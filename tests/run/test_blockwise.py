@@ -20,7 +20,7 @@ def test_ranks_under_a_budget_of_bits_are_those_of_the_whole_model(experiment, t
     for place in (
         "lqer.run.experiment.load_whole",
         "lqer.models.streaming.load_model",
-        "lqer.run.experiment.load_quantized",
+        "lqer.run.experiment.load_verified",
     ):
         monkeypatch.setattr(place, refuse)
     monkeypatch.setattr(Streamed, "materialize", refuse)

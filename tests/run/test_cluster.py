@@ -28,7 +28,7 @@ from lqer.run import pipeline
 from lqer.run.cluster import fill_store, perform, sweep_on_cluster
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
-from lqer.store.store import MANIFEST
+from lqer.store.records import MANIFEST
 
 pytestmark = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False).returncode != 0,

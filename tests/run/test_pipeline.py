@@ -168,7 +168,7 @@ class TestWhatIsNotDoneTwice:
     def test_a_second_run_makes_no_artifact_and_gives_the_same_results(self, run, monkeypatch):
         first = run()
         monkeypatch.setattr(experiment_module, "load_whole", lambda *args: pytest.fail("a model was loaded"))
-        monkeypatch.setattr(experiment_module, "load_quantized", lambda *args: pytest.fail("a checkpoint was loaded"))
+        monkeypatch.setattr(experiment_module, "load_verified", lambda *args: pytest.fail("a checkpoint was loaded"))
         second = run()
         for key in ("bits", "perplexity", "calibration", "layers", "baseline", "model"):
             assert second[key] == first[key]
