@@ -143,7 +143,8 @@ def _quantize_missing(
     if settings.attention is not None:
         quantize_attention(running.model, quantized_attention(settings.attention))
     hidden = embed(running, batches)
-    weights = _stored_weights(stored, missing)
+    # Where the run computes in the checkpoint's own dtype, a block is read once.
+    weights = None if _dtypes(stored) == _dtypes(running) else _stored_weights(stored, missing)
     # Stop after the last missing block: later outputs are never used.
     indices = range(missing[-1] + 1)
     blocks = running.loader.load_each(running.blocks, indices, running.device)
@@ -155,7 +156,7 @@ def _quantize_missing(
             original = BlockRun(index, run.name, block, original_states, running.device, attention)
             original.forward(to=next_states)
         if index in missing:
-            tensors, result = next(weights), BlockResult()
+            tensors, result = block.state_dict() if weights is None else next(weights), BlockResult()
             plans = {name: settings.plans[f"{run.name}.{name}"] for name in block_linears(block)}
             if reconstruction is not None and next_states is not None:
                 result = reconstruction.run(run, next_states.synchronized(running.device), plans, tensors)
@@ -179,6 +180,11 @@ def _quantize_missing(
             _run_quantized(run, packed, rows)
         packed, rows = {}, []
         original_states, next_states = next_states, original_states
+
+
+def _dtypes(opened: OpenedModel) -> dict[str, torch.dtype]:
+    """The dtypes of the parameters of a block."""
+    return {name: parameter.dtype for name, parameter in opened.blocks[0].named_parameters()}
 
 
 def _stored_weights(stored: OpenedModel, indices: Sequence[int]) -> Iterator[dict[str, Tensor]]:

@@ -75,7 +75,7 @@ class BlockReconstruction:
 
         run: the block with the quantized model's hidden states. targets_STD: outputs of the original block on the
         original model's hidden states. plans: by linear within the block. stored: the block's parameters as the
-        checkpoint has them, on the CPU. Hidden states and targets must not be modified.
+        checkpoint has them, on any device. Hidden states and targets must not be modified.
 
         Raises ModelError, naming the block, if a weight is not finite or training diverges.
         """
