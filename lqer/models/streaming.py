@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from lqer.models.verify import STORED_DTYPES
 from lqer.store.offload import Offload
 
 log = logging.getLogger(__name__)
+
+# That fill page-locked memory.
+READING_THREADS = 4
 
 
 class NotStreamableError(Exception):
@@ -170,11 +174,17 @@ def read_tensors(wanted: Mapping[str, StoredTensor], pinned: bool = False) -> di
 def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = False) -> dict[str, Tensor]:
     """Tensors of one safetensors file by name (None: all), on the CPU; the file does not stay open or mapped."""
     with safe_open(file, framework="pt", **READ_OPTIONS) as opened:
-        tensors = {}
-        for name in opened.keys() if names is None else names:
+
+        def read(name: str) -> Tensor:
             tensor = opened.get_tensor(name)
-            tensors[name] = tensor.pin_memory() if pinned else tensor if READ_OPTIONS else tensor.clone()
-        return tensors
+            return tensor.pin_memory() if pinned else tensor if READ_OPTIONS else tensor.clone()
+
+        names = list(opened.keys() if names is None else names)
+        if not pinned:
+            return {name: read(name) for name in names}
+        # Locking pages and filling them takes one thread longer than a GPU needs for a block.
+        with ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read") as threads:
+            return dict(zip(names, threads.map(read, names), strict=True))
 
 
 def fill_parameters(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:

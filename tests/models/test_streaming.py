@@ -20,7 +20,7 @@ from lqer.errors import ModelError
 from lqer.evaluation.perplexity import concat_perplexity, row_batch_perplexity
 from lqer.models.loaders import RESIDENT, OpenedModel, Streamed
 from lqer.models.source import load_model, resolve_model
-from lqer.models.streaming import open_model
+from lqer.models.streaming import open_model, read_file
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.quantize import QuantizeSettings, quantize
@@ -243,3 +243,14 @@ def test_a_block_that_was_used_holds_no_memory(saved):
     kept = [block for _, block in opened.loader.load_each(opened.blocks, [0, 1], CPU)]
     assert all(parameter.numel() == 0 for block in kept for parameter in block.parameters())
     assert all(parameter.is_meta for parameter in opened.blocks.parameters())
+
+
+def test_tensors_in_page_locked_memory_are_those_of_the_file(saved, monkeypatch):
+    """Several threads fill such memory; there is none without a GPU, so that a copy stands for it."""
+    file = next(saved("llama").glob("*.safetensors"))
+    locked: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: locked.append(tensor) or tensor.clone())
+    found, expected = read_file(file, pinned=True), load_file(file)
+    assert [*found] == [*read_file(file)]
+    assert len(locked) == len(expected) > 4
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
