@@ -12,7 +12,7 @@ is not there: groups of different sizes are padded with such vectors.
 The distance is expanded, weight x^2 - 2 weight x c + weight c^2, so that the work is one batched product over 2 D
 features, and the sums of the second step are sums of those same features. Work is cut into chunks of groups, and of
 vectors where one group is too large, which bounds the memory and, on a CPU, keeps a chunk in its cache. On a GPU
-`kmeans_kernel.py` takes the two steps.
+`kmeans_kernel.py` does the same.
 
 Shapes: G groups, N vectors of a group (n of a chunk), D elements of a vector, K centroids (at most 256),
 F = 2 D features.
@@ -61,7 +61,7 @@ def fit_centroids(
     parts = (tensor.split(groups_at_once) for tensor in (x_GND, weight_GND, draws_GK))
     for x_gND, weight_gND, draws_gK in zip(*parts, strict=True):
         centroids_gKD = initial_centroids(x_gND, weight_gND, centroids, seeds, draws_gK)
-        chunks.append(_improve(x_gND, weight_gND, centroids_gKD, iterations))
+        chunks.append(improve(x_gND, weight_gND, centroids_gKD, iterations))
     centroids_GKD = torch.cat(chunks) * unit_G11
     return centroids_GKD.sort(dim=1).values if x_GND.shape[2] == 1 else centroids_GKD
 
@@ -115,7 +115,7 @@ def initial_centroids(x_GND: Tensor, weight_GND: Tensor, centroids: int, seeds: 
     [0, 1), are the random numbers.
     """
     if seeds == "kmeans++":
-        return _drawn_seeds(x_GND, weight_GND, draws_GK)
+        return drawn_seeds(x_GND, weight_GND, draws_GK)
     present_GN = (weight_GND > 0).any(-1)
     if seeds == "mahalanobis":
         return _evenly_spaced(x_GND, _mahalanobis_distance(x_GND, present_GN), present_GN, centroids)
@@ -124,10 +124,14 @@ def initial_centroids(x_GND: Tensor, weight_GND: Tensor, centroids: int, seeds: 
     return _evenly_spaced(x_GND, x_GND.squeeze(-1), present_GN, centroids)
 
 
-def _improve(x_GND: Tensor, weight_GND: Tensor, centroids_GKD: Tensor, iterations: int) -> Tensor:
+def improve(x_GND: Tensor, weight_GND: Tensor, centroids_GKD: Tensor, iterations: int) -> Tensor:
     """EM steps from the given centroids."""
     dimension = x_GND.shape[2]
     features_GFN = _features(x_GND, weight_GND)
+    if x_GND.is_cuda:
+        from lqer.formats import kmeans_kernel
+
+        return kmeans_kernel.improve(x_GND, features_GFN, centroids_GKD, iterations)
     own_GN = (features_GFN[:, :dimension] * x_GND.mT).sum(1)
     for _ in range(iterations):
         codes_GN, lowest_GN = _assign(features_GFN, centroids_GKD)
@@ -175,7 +179,13 @@ def _assign(features_GFN: Tensor, centroids_GKD: Tensor) -> tuple[Tensor, Tensor
     return torch.cat(codes, dim=1), torch.cat(lowest, dim=1)
 
 
-def _drawn_seeds(x_GND: Tensor, weight_GND: Tensor, draws_GK: Tensor) -> Tensor:
+def drawn_seeds(x_GND: Tensor, weight_GND: Tensor, draws_GK: Tensor) -> Tensor:
+    """The seeds of "kmeans++", see `initial_centroids`."""
+    if x_GND.is_cuda:
+        from lqer.formats import kmeans_kernel
+
+        if x_GND.shape[1] <= kmeans_kernel.MOST_DRAWN_FROM:
+            return kmeans_kernel.drawn_seeds(x_GND, weight_GND, draws_GK)
     chosen = []
     error_GN = weight_GND.sum(-1)  # the first is drawn in proportion to its weight
     for draw_G in draws_GK.unbind(1):

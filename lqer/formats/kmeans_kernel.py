@@ -1,10 +1,11 @@
-"""The two steps of `kmeans.py` on a GPU: nearest centroids without a tensor of all distances, and sums without atomics.
+"""K-means on a GPU: `kmeans.py` without a tensor of all distances, without atomics, and with few launches.
 
 In PyTorch the distances [G, K, N] and the indicators of the codes go through memory several times, and they are K / D
-times as large as the vectors. Here a program holds a tile of them in registers. Sums are taken in a fixed order, so
-that every run gives the same bits. It imports triton: only for tensors on a GPU, or in Triton's interpreter.
+times as large as the vectors; and a step of EM costs some twenty launches of a few microseconds. Here a program holds a
+tile of them in registers, and a step is three launches. Sums are taken in a fixed order, so that every run gives the
+same bits. It imports triton: only for tensors on a GPU, or in Triton's interpreter.
 
-Shapes: G groups, F features of a vector, N vectors of a group, K centroids.
+Shapes: G groups, N vectors of a group, D elements of a vector, F features of a vector, K centroids.
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lqer.formats.kmeans import DRAW_RESOLUTION
+
 # Of a tile of K x N: four warps hold it in 32 registers a thread.
 TILE = 4096
 # Of a tile of centroids and vectors whose features are added up.
 SUMMED_CENTROIDS, SUMMED_VECTORS = 16, 128
+# A program that draws seeds holds all vectors of a group: sixteen warps, 32 vectors a thread.
+MOST_DRAWN_FROM = 1 << 14
+VECTORS_OF_A_WARP = 1 << 10
+SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
+# Vectors that are compared at once to find the worst of a group.
+COMPARED_VECTORS = 512
 
 
 def assign(features_GFN: Tensor, of_centroid_GKF: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,3 +92,98 @@ def cluster_sums_kernel(features, codes, sums, vectors, centroids, WIDTH: tl.con
         feature_N = tl.load(features + row * vectors + n, mask=n < vectors, other=0.0)
         sum_KN += tl.where(code_N[None, :] == k[:, None], feature_N[None, :], 0.0)
     tl.store(sums + row * centroids + k, tl.sum(sum_KN, axis=1), mask=k < centroids)
+
+
+def improve(x_GND: Tensor, features_GFN: Tensor, centroids_GKD: Tensor, iterations: int) -> Tensor:
+    """`kmeans.improve`: EM steps from the given centroids; features_GFN as that makes them."""
+    groups, vectors, dimension = x_GND.shape
+    centroids = centroids_GKD.shape[1]
+    x_GND, centroids_GKD = x_GND.contiguous(), centroids_GKD.clone(memory_format=torch.contiguous_format)
+    of_centroid_GKF = torch.cat([-2 * centroids_GKD, centroids_GKD.square()], dim=-1)
+    own_GN = (features_GFN[:, :dimension] * x_GND.mT).sum(1)
+    for _ in range(iterations):
+        codes_GN, lowest_GN = assign(features_GFN, of_centroid_GKF)
+        sums_GFK = cluster_sums(features_GFN, codes_GN, centroids)
+        move_kernel[(groups,)](
+            x_GND, own_GN, lowest_GN, sums_GFK, centroids_GKD, of_centroid_GKF, vectors, centroids,
+            DIMENSION=dimension, WIDTH=triton.next_power_of_2(centroids), BLOCK=COMPARED_VECTORS,
+        )  # fmt: skip
+    return centroids_GKD
+
+
+@triton.jit
+def move_kernel(
+    x, own, lowest, sums, centroid, of_centroid, vectors, centroids,
+    DIMENSION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Centroids become the means of their vectors, the first without vectors the vector with the largest error."""
+    g = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, WIDTH)
+    present_K = k < centroids
+    is_empty_K = present_K
+    for d in tl.static_range(DIMENSION):
+        total_K = tl.load(sums + (g * 2 * DIMENSION + DIMENSION + d) * centroids + k, mask=present_K, other=0.0)
+        is_empty_K = is_empty_K & ~(total_K > 0)
+    first_empty = tl.min(tl.where(is_empty_K, k, WIDTH), axis=0)
+    largest, worst = float("-inf"), 0
+    if first_empty < WIDTH:
+        for first in range(0, vectors, BLOCK):
+            n = first + tl.arange(0, BLOCK)
+            error_N = tl.load(lowest + g * vectors + n, mask=n < vectors, other=float("-inf"))
+            error_N += tl.load(own + g * vectors + n, mask=n < vectors, other=0.0)
+            here = tl.max(error_N, axis=0)
+            worst = tl.where(here > largest, first + tl.argmax(error_N, axis=0, tie_break_left=True), worst)
+            largest = tl.maximum(here, largest)
+    for d in tl.static_range(DIMENSION):
+        weighted_K = tl.load(sums + (g * 2 * DIMENSION + d) * centroids + k, mask=present_K, other=0.0)
+        total_K = tl.load(sums + (g * 2 * DIMENSION + DIMENSION + d) * centroids + k, mask=present_K, other=0.0)
+        at_K = (g * centroids + k) * DIMENSION + d
+        old_K = tl.load(centroid + at_K, mask=present_K, other=0.0)
+        # Where a dimension of a used centroid carries no weight, any value does: the old one stays.
+        mean_K = tl.where(total_K > 0, tl.math.div_rn(weighted_K, tl.where(total_K > 0, total_K, 1.0)), old_K)
+        new_K = tl.where(k == first_empty, tl.load(x + (g * vectors + worst) * DIMENSION + d), mean_K)
+        tl.store(centroid + at_K, new_K, mask=present_K)
+        factor = of_centroid + (g * centroids + k) * 2 * DIMENSION + d
+        tl.store(factor, -2 * new_K, mask=present_K)
+        tl.store(factor + DIMENSION, new_K * new_K, mask=present_K)
+
+
+def drawn_seeds(x_GND: Tensor, weight_GND: Tensor, draws_GK: Tensor) -> Tensor:
+    """`kmeans.drawn_seeds`, of at most MOST_DRAWN_FROM vectors a group."""
+    groups, vectors, dimension = x_GND.shape
+    x_GND, weight_GND, draws_GK = x_GND.contiguous(), weight_GND.contiguous(), draws_GK.contiguous()
+    centroids = draws_GK.shape[1]
+    seeds_GKD = torch.empty(groups, centroids, dimension, dtype=torch.float32, device=x_GND.device)
+    block = triton.next_power_of_2(vectors)
+    draw_kernel[(groups,)](
+        x_GND, weight_GND, draws_GK, seeds_GKD, vectors, centroids,
+        RESOLUTION=DRAW_RESOLUTION, DIMENSION=dimension, BLOCK=block, num_warps=max(4, block // VECTORS_OF_A_WARP),
+    )  # fmt: skip
+    return seeds_GKD
+
+
+@triton.jit
+def draw_kernel(
+    x, weight, draws, seeds, vectors, centroids,
+    RESOLUTION: tl.constexpr, DIMENSION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    present_N = n < vectors
+    at_N = (g * vectors + n) * DIMENSION
+    error_N = tl.zeros((BLOCK,), tl.float32)
+    for d in tl.static_range(DIMENSION):
+        error_N += tl.load(weight + at_N + d, mask=present_N, other=0.0)
+    for k in range(centroids):
+        largest = tl.maximum(tl.max(error_N, axis=0), SMALLEST_NORMAL)
+        running_N = tl.cumsum((tl.math.div_rn(error_N, error_N * 0 + largest) * RESOLUTION).to(tl.int64), axis=0)
+        target = (tl.load(draws + g * centroids + k) * tl.max(running_N, axis=0).to(tl.float64)).to(tl.int64)
+        drawn = tl.minimum(tl.sum((running_N <= target).to(tl.int32), axis=0), vectors - 1)
+        distance_N = tl.zeros((BLOCK,), tl.float32)
+        for d in tl.static_range(DIMENSION):
+            seed = tl.load(x + (g * vectors + drawn) * DIMENSION + d)
+            apart_N = tl.load(x + at_N + d, mask=present_N, other=0.0) - seed
+            distance_N += tl.load(weight + at_N + d, mask=present_N, other=0.0) * (apart_N * apart_N)
+            tl.store(seeds + (g * centroids + k) * DIMENSION + d, seed)
+        # The first was drawn in proportion to its weight.
+        error_N = tl.where(k == 0, distance_N, tl.minimum(error_N, distance_N))

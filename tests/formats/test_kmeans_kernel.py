@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lqer.formats import kmeans
-from lqer.formats.kmeans_kernel import assign, cluster_sums
+from lqer.formats.kmeans_kernel import assign, cluster_sums, drawn_seeds, improve
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (groups, vectors, centroids, dimension): one tile of vectors and several, centroids that fill no power of two.
@@ -48,10 +48,42 @@ def test_sums_are_those_of_the_vectors_with_a_code(groups, vectors, centroids, d
     assert not found_GFK[..., -1].any()
 
 
-def test_em_with_the_kernels_is_em_without(monkeypatch):
-    x_GND, weight_GND = normal(2, 120, 2, seed=0), normal(2, 120, 2, seed=1).exp()
-    expected_GKD = kmeans.fit_centroids(x_GND.cpu(), weight_GND.cpu(), 8, "mahalanobis", 5)
-    monkeypatch.setattr(kmeans, "_assign", lambda f, c: assign(f, torch.cat([-2 * c, c.square()], dim=-1)))
-    monkeypatch.setattr(kmeans, "cluster_sums", cluster_sums)
-    found_GKD = kmeans.fit_centroids(x_GND, weight_GND, 8, "mahalanobis", 5)
-    torch.testing.assert_close(found_GKD.cpu(), expected_GKD, rtol=1e-4, atol=1e-5)
+def problem(groups, vectors, dimension):
+    """Vectors and weights of k-means, on the CPU."""
+    return normal(groups, vectors, dimension, seed=0).cpu(), normal(groups, vectors, dimension, seed=1).exp().cpu()
+
+
+def improved_in_both_ways(x_GND, weight_GND, start_GKD, iterations):
+    features_GFN = kmeans._features(x_GND, weight_GND).to(DEVICE)
+    found_GKD = improve(x_GND.to(DEVICE), features_GFN, start_GKD.to(DEVICE), iterations)
+    return found_GKD.cpu(), kmeans.improve(x_GND, weight_GND, start_GKD, iterations)
+
+
+@pytest.mark.parametrize(("groups", "vectors", "centroids", "dimension"), CASES)
+@pytest.mark.parametrize("iterations", [0, 1])
+def test_a_step_moves_centroids_as_in_pytorch(groups, vectors, centroids, dimension, iterations):
+    x_GND, weight_GND = problem(groups, vectors, dimension)
+    # Values that repeat leave centroids without vectors; a dimension without weight keeps its value.
+    x_GND[:, ::3] = x_GND[:, :1]
+    weight_GND[0, :, -1] = 0
+    start_GKD = x_GND[:, torch.arange(centroids) % vectors]
+    ways = improved_in_both_ways(x_GND, weight_GND, start_GKD, iterations)
+    torch.testing.assert_close(*ways, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "vectors", "centroids", "dimension"), [case for case in CASES if case[1] > case[2]])
+def test_many_steps_end_as_in_pytorch(groups, vectors, centroids, dimension):
+    x_GND, weight_GND = problem(groups, vectors, dimension)
+    ways = improved_in_both_ways(x_GND, weight_GND, x_GND[:, :centroids], 8)
+    torch.testing.assert_close(*ways, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "vectors", "centroids", "dimension"), CASES)
+def test_the_same_seeds_are_drawn(groups, vectors, centroids, dimension):
+    x_GND, weight_GND = problem(groups, vectors, dimension)
+    weight_GND[0, 5:] = 0
+    draws_GK = torch.rand(groups, centroids, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected_GKD = kmeans.drawn_seeds(x_GND, weight_GND, draws_GK)
+    found_GKD = drawn_seeds(x_GND.to(DEVICE), weight_GND.to(DEVICE), draws_GK.to(DEVICE))
+    # Where a running sum differs in the last bit, a draw may end one vector further.
+    assert (found_GKD.cpu() != expected_GKD).float().mean() <= 0.02

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough, Trellis
-from lqer.formats.kmeans_kernel import assign, cluster_sums
+from lqer.formats.kmeans_kernel import cluster_sums, drawn_seeds, improve
 from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
 from lqer.kernels.codebook_launch import run_codebook
@@ -139,10 +139,11 @@ def main() -> None:
         add_half_products(torch.zeros(features, features, dtype=torch.float64), x_NI, x_NI, lower)
     for centroids, dimension in ((4, 1), (16, 2), (256, 4)):
         features_GFN, codes_GN = torch.zeros(3, 2 * dimension, 1024), torch.zeros(3, 1024, dtype=torch.uint8)
-        assign(features_GFN, torch.zeros(3, centroids, 2 * dimension))
+        x_GND, centroids_GKD = torch.zeros(3, 1024, dimension), torch.zeros(3, centroids, dimension)
+        improve(x_GND, features_GFN, drawn_seeds(x_GND, x_GND, centroids_GKD[..., 0].double()), 1)
         cluster_sums(features_GFN, codes_GN, centroids)
         panel_PO, feedback_PP = torch.zeros(128, 24), torch.zeros(256, 256)[128:, 128:]
-        sweep_panel(panel_PO, panel_PO, panel_PO[:, :1], feedback_PP, torch.zeros(3, centroids, dimension))
+        sweep_panel(panel_PO, panel_PO, panel_PO[:, :1], feedback_PP, centroids_GKD)
     print(" ".join(sorted(compiled)))
 
 
