@@ -27,6 +27,7 @@ Shapes: I in_features, O out_features, R rank, L block width, D dimension of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -79,13 +80,24 @@ def solve_krylov(error_OI: Tensor, metric: Metric, rank: int, seed: int) -> Kryl
     out_features = error_OI.shape[0]
     if largest_space(rank) > out_features:
         raise ValueError(f"rank {rank} needs {largest_space(rank)} rows, the error has {out_features}")
-    with full_float32():
+    with full_float32(), _one_thread() if error_OI.is_cuda else nullcontext():
         narrow = _iterate(error_OI, metric, rank, block_width(rank), seed)
         if narrow is not None:
             return narrow
         wide = _iterate(error_OI, metric, rank, rank + OVERSAMPLING, seed)
     assert wide is not None, "a block wider than the rank holds all copies that matter"
     return wide
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is left for the CPU is so small that waking other threads takes longer than the work."""
+    chosen = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(chosen)
 
 
 @dataclass
