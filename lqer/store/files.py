@@ -19,17 +19,21 @@ UMASK = os.umask(0)
 os.umask(UMASK)
 # A few threads are worth their start for a chunk of this size.
 CHUNK_BYTES = 1 << 24
+# A pool of a hash's own: a process that is forked after the library's pool was used would wait for it for ever.
+HASHING_THREADS = 8
 
 
 def hash_file(path: Path) -> str:
-    """BLAKE3 (hex) of a file's bytes by all threads of the machine, faster than the disk it comes from.
+    """BLAKE3 (hex) of a file's bytes, of a large file's by several threads: faster than most disks.
 
     It is read, not mapped: pages of a mapped file would count as this process's memory.
     """
-    digest, buffer = blake3(max_threads=blake3.AUTO), memoryview(bytearray(min(CHUNK_BYTES, path.stat().st_size + 1)))
+    size = path.stat().st_size
+    digest = blake3(max_threads=HASHING_THREADS if size > CHUNK_BYTES else 1)
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, size + 1)))
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
     return digest.hexdigest()
 
 
