@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,8 @@ from blake3 import blake3
 # It can only be read by setting it, which other threads would notice.
 UMASK = os.umask(0)
 os.umask(UMASK)
+# Of its name, what a file's name may hold.
+HOST = re.sub(r"[^\w.-]", "", socket.gethostname())[:40]
 # A few threads are worth their start for a chunk of this size.
 CHUNK_BYTES = 1 << 24
 # A pool of a hash's own: a process that is forked after the library's pool was used would wait for it for ever.
@@ -51,6 +55,14 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def beside(path: Path) -> Path:
+    """A hidden name next to `path` that no other process uses, on any host that shares the folder.
+
+    Host and process say whose it is where a kill has left it; two containers may have both in common.
+    """
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` create a temporary file next to `path`, sync it, and rename it: `path` is never partially written."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +79,7 @@ def move_into_place(temporary: Path, path: Path) -> None:
 @contextmanager
 def written_beside(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
     """The temporary file next to `path` that `write` has created, synced; removed at the end unless it was renamed."""
-    # Random: two hosts that share a folder may have equal process ids.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary = beside(path)
     try:
         write(temporary)
         # Readable to whom the folder is: safetensors creates files for their owner alone.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 
 import pytest
 from blake3 import blake3
 
 from lqer.store import files
-from lqer.store.files import hash_file, write_text
+from lqer.store.files import beside, hash_file, write_text
 
 
 def test_a_file_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
@@ -22,6 +24,13 @@ def test_an_error_names_the_file_that_was_to_be_written_and_leaves_no_temporary_
         write_text(tmp_path / "a.txt", "new")
     assert refused.value.filename == str(tmp_path / "a.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_temporary_names_of_equal_processes_of_two_containers_differ(tmp_path):
+    """Host name and process id are the same there, so that only chance tells them apart."""
+    names = {beside(tmp_path / "a.txt").name for _ in range(100)}
+    assert len(names) == 100
+    assert all(name.startswith(f".a.txt.{socket.gethostname()[:40]}.{os.getpid()}.") for name in names)
 
 
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 1000])
