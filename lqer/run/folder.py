@@ -20,6 +20,7 @@ from lqer.config import Config
 from lqer.errors import RunFolderError
 from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
 from lqer.store.files import content_hash, write_text
+from lqer.store.locks import check_locks
 
 CONFIG_FILE = "config.toml"
 LOG_FILE = "run.log"
@@ -48,8 +49,10 @@ def run_folder(config: Config) -> Path:
 def locked(folder: Path, config: Config, part: str = "") -> Iterator[None]:
     """Hold the folder for one process. part: names the chunk of a run that several processes share.
 
-    A run with the same settings is waited for. Raises RunFolderError while one with other settings is in progress.
+    A run with the same settings is waited for. Raises RunFolderError while one with other settings is in progress, and
+    StoreError where no lock keeps anybody out.
     """
+    check_locks(Path(config.output_dir), "output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
     settings = content_hash(config.model_dump(mode="json"))[:16]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
 from lqer.config import read_config
-from lqer.errors import LqerError, RunFolderError
-from lqer.results import CHECKPOINT_LINK
+from lqer.errors import LqerError, RunFolderError, StoreError
+from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
 from lqer.run import pipeline
 from lqer.run.folder import LOG_FILE, begin_run, locked, run_folder
+from lqer.store import locks
 
 
 def config_of(experiment, *overrides: str, tag: str = "tiny"):
@@ -25,6 +27,16 @@ def test_a_refused_run_leaves_the_results_of_the_last_one(experiment):
         with pytest.raises(LqerError):
             pipeline.run(config_of(experiment, override))
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_a_folder_whose_locks_exclude_nobody_is_refused_before_the_last_results_go(experiment, monkeypatch):
+    folder = experiment.output / "tiny"
+    with locked(folder, config_of(experiment)):
+        (folder / RESULTS_FILE).write_text("{}")
+    monkeypatch.setattr(locks.FileLock, "acquire", lambda *arguments, **options: nullcontext())
+    with pytest.raises(StoreError, match=r"checkpoints is on a file system whose locks exclude nobody: set output_dir"):
+        pipeline.run(config_of(experiment))
+    assert (folder / RESULTS_FILE).exists()
 
 
 def test_a_folder_of_somebody_else_is_not_written_into(experiment):
