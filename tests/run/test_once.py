@@ -52,10 +52,16 @@ def test_a_check_alone_writes_nothing(experiment, tiny_model):
     assert not experiment.output.exists()
 
 
-def test_every_file_of_a_checkpoint_that_is_evaluated_is_verified_once(experiment, hashed):
+@pytest.mark.parametrize("blockwise", ["false", "true"])
+def test_every_file_of_a_checkpoint_that_is_evaluated_is_verified_once(experiment, hashed, blockwise):
+    """Also on two texts, for each of which `blockwise` reads every block again."""
     run(experiment)
     hashed["records"].clear()
-    run(experiment, "--evaluation.perplexity.seq_len=32")
+    texts = [str(experiment.folder / f"{name}.txt") for name in ("evaluation", "calibration")]
+    run(
+        experiment, f"--evaluation.blockwise={blockwise}", f"--evaluation.perplexity.datasets={texts}",
+        "--evaluation.perplexity.max_windows=3",
+    )  # fmt: skip
     checkpoint = {path.name for path in (experiment.output / "tiny" / "checkpoint").iterdir()} - {"manifest.json"}
     shards = {name for name in checkpoint if name.endswith(".safetensors") and not name.startswith("spectra")}
     assert checkpoint <= hashed["records"].keys()
