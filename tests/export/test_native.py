@@ -23,7 +23,7 @@ from lqer.formats import E8P, MX, Codebook, Int, MXInt, NormalFloat, Trellis
 from lqer.methods import LqerAct
 from lqer.models.structure import ONLINE_ROTATIONS
 from lqer.store.files import hash_file, write_json
-from lqer.store.store import MANIFEST
+from lqer.store.records import MANIFEST
 from lqer.transforms import Hadamard
 
 CPU = torch.device("cpu")
