@@ -32,8 +32,8 @@ class Layer:
     activation: NumberFormat | None
     packed: PackedLinear
 
-    def exact(self, x_MI: Tensor) -> Tensor:
-        """The layer's formula in float64, on dequantized values."""
+    def exact(self, x_MI: Tensor, weight_dtype: torch.dtype | None = None) -> Tensor:
+        """The layer's formula in float64, on values dequantized to the layer's dtype; of the weight, to another one."""
 
         def rounded(x: Tensor) -> Tensor:
             if self.activation is None:
@@ -41,7 +41,7 @@ class Layer:
             return self.activation.fake_quantize(x.to(torch.float32)).to(torch.float64)
 
         x = rounded(x_MI).to(torch.float64)
-        y = x @ self.weight.dequantize(self.packed.dtype).to(torch.float64).T
+        y = x @ self.weight.dequantize(weight_dtype or self.packed.dtype).to(torch.float64).T
         if self.bias_O is not None:
             y = y + self.bias_O.to(self.packed.dtype).to(torch.float64)
         if self.a is not None and self.b is not None:

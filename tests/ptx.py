@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 WORD = (1 << 32) - 1
+# Lanes are emulated one instruction after the other, and copies are done at once.
+UNEMULATED = ("bar.sync", "cp.async.commit_group", "cp.async.wait_group")
 
 
 class Machine:
@@ -29,9 +31,15 @@ class Machine:
         registers = dict(operands)
         for line in lines:
             opcode, _, rest = line.partition(" ")
-            if opcode != "bar.sync":
+            if opcode not in UNEMULATED:
                 self._execute(opcode, _split(rest), registers)
         return registers
+
+    def _copy(self, target: Tensor, source: Tensor, size: Tensor, read: Tensor) -> None:
+        """Copy `size` bytes of each lane from global to shared memory, of which only `read` are read and not zero."""
+        for at in range(0, int(size), 4):
+            found = _read(self.memory, source + at)
+            self.shared[(target + at) // 4] = torch.where(read > at, found, 0)
 
     def _execute(self, opcode: str, names: list[str], registers: dict[str, Tensor]) -> None:
         def value(name: str) -> Tensor:
@@ -46,8 +54,22 @@ class Machine:
 
         target, sources = names[0], [value(name) for name in names[1:] if "[" not in name and "{" not in name]
         match opcode:
-            case "mov.u32" | "mov.b32":
+            case "mov.b32" if target.startswith("{"):
+                for shift, register in zip((0, 16), _parts(target), strict=True):
+                    registers[register] = sources[0] >> shift & 0xFFFF
+            case "mov.u32" | "mov.b32" | "mov.f32":
                 registers[target] = sources[0]
+            case "cvt.u32.u16":
+                registers[target] = sources[0]
+            case "cvt.f32.f16":
+                registers[target] = _halves(sources[0], torch.float16)[..., 0].to(torch.float32)
+            case "sub.bf16x2" | "sub.f16x2":
+                dtype = torch.bfloat16 if "bf16" in opcode else torch.float16
+                registers[target] = _on_pairs(lambda a, b: a - b, *sources, dtype=dtype)
+            case "or.b32":
+                registers[target] = sources[0] | sources[1]
+            case "cp.async.cg.shared.global" | "cp.async.ca.shared.global":
+                self._copy(address(names[0]), address(names[1]), value(names[2]), value(names[3]))
             case "mov.b64":
                 low, high = _parts(target)
                 registers[low], registers[high] = sources[0] & WORD, (sources[0] >> 32) & WORD
@@ -70,13 +92,16 @@ class Machine:
             case "prmt.b32":
                 registers[target] = _permuted(*sources)
             case "mul.bf16x2":
-                registers[target] = _on_bfloat16_pairs(lambda a, b: a * b, *sources)
+                registers[target] = _on_pairs(lambda a, b: a * b, *sources)
             case "fma.rn.bf16x2":
-                registers[target] = _on_bfloat16_pairs(lambda a, b, c: a * b + c, *sources)
+                registers[target] = _on_pairs(lambda a, b, c: a * b + c, *sources)
             case "lop3.b32":
                 registers[target] = _lop3(*sources)
             case "ld.shared.b32":
                 registers[target] = _read(self.shared, address(names[1]))
+            case "ld.shared.v2.b32" | "ld.shared.v4.b32":
+                for i, register in enumerate(_parts(target)):
+                    registers[register] = _read(self.shared, address(names[1]) + 4 * i)
             case "st.shared.v4.b32":
                 for i, register in enumerate(_parts(names[1])):
                     self.shared[address(target) // 4 + i] = registers[register]
@@ -87,23 +112,30 @@ class Machine:
                 registers[target] = sources[0][sources[1] % 32]
             case "ld.global.nc.b32" | "ld.global.b32":
                 registers[target] = _read(self.memory, address(names[1]))
+            case "ld.global.nc.u16":
+                place = address(names[1])
+                registers[target] = _read(self.memory, place - place % 4) >> 8 * (place % 4) & 0xFFFF
             case "ld.global.v2.b32" | "ld.global.v4.b32":
                 for i, register in enumerate(_parts(target)):
                     registers[register] = _read(self.memory, address(names[1]) + 4 * i)
-            case "mad.lo.s32":
+            case "mad.lo.s32" | "mad.lo.u32":
                 registers[target] = (sources[0] * sources[1] + sources[2]) & WORD
             case "cvt.rn.f32.s32":
                 registers[target] = _signed(sources[0], 32).to(torch.float32)
             case "fma.rn.f32":
-                step = sources[1].to(torch.int32).view(torch.float32) if sources[1].dtype == torch.int64 else sources[1]
-                registers[target] = (sources[0].double() * step.double() + sources[2].double()).to(torch.float32)
+                a, b, c = (_float32(source).double() for source in sources)
+                registers[target] = (a * b + c).to(torch.float32)
             case "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32":
                 a, b, c = ([value(name) for name in _parts(names[i])] for i in (1, 2, 3))
                 for register, result in zip(_parts(target), _multiply(a, b, c), strict=True):
                     registers[register] = result
-            case "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32":
+            case (
+                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+                | "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+            ):  # fmt: skip
+                dtype = torch.bfloat16 if "bf16" in opcode else torch.float16
                 a, b, c = ([value(name) for name in _parts(names[i])] for i in (1, 2, 3))
-                for register, result in zip(_parts(target), _multiply_halves(a, b, c), strict=True):
+                for register, result in zip(_parts(target), _multiply_halves(a, b, c, dtype), strict=True):
                     registers[register] = result
             case _:
                 raise NotImplementedError(opcode)
@@ -129,22 +161,27 @@ def _multiply(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]
     return [(product[g + 8 * (i // 2), 2 * t + i % 2] + word) & WORD for i, word in enumerate(c)]
 
 
-def _multiply_halves(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
-    """D = A B + C, 16 x 16 by 16 x 8 float16, of a warp of 32 lanes, 4 g + t; summed in float64."""
+def _multiply_halves(a: list[Tensor], b: list[Tensor], c: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """D = A B + C, 16 x 16 by 16 x 8 numbers of 16 bits, of a warp of 32 lanes, 4 g + t; summed in float64."""
     g, t, half = torch.arange(32) // 4, torch.arange(32) % 4, torch.arange(2)
     a_, b_ = torch.zeros(16, 16, dtype=torch.float64), torch.zeros(16, 8, dtype=torch.float64)
     for i, word in enumerate(a):
-        a_[(g + 8 * (i % 2))[:, None], 2 * t[:, None] + half + 8 * (i // 2)] = _halves(word)
+        a_[(g + 8 * (i % 2))[:, None], 2 * t[:, None] + half + 8 * (i // 2)] = _halves(word, dtype)
     for i, word in enumerate(b):
-        b_[2 * t[:, None] + half + 8 * i, g[:, None]] = _halves(word)
+        b_[2 * t[:, None] + half + 8 * i, g[:, None]] = _halves(word, dtype)
     product = a_ @ b_
     return [product[g + 8 * (i // 2), 2 * t + i % 2] + sums for i, sums in enumerate(c)]
 
 
-def _halves(words: Tensor) -> Tensor:
-    """The two float16 numbers in each word [T, 2], the lower one first."""
+def _float32(bits: Tensor) -> Tensor:
+    """Numbers of a register: itself, or those whose patterns it holds."""
+    return _signed(bits, 32).to(torch.int32).view(torch.float32) if bits.dtype == torch.int64 else bits
+
+
+def _halves(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """The two numbers of 16 bits in each word [T, 2], the lower one first."""
     pairs = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
-    return _signed(pairs, 16).to(torch.int16).view(torch.float16).double()
+    return _signed(pairs, 16).to(torch.int16).view(dtype).double()
 
 
 def _split(operands: str) -> list[str]:
@@ -163,13 +200,13 @@ def _permuted(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
     return sum((both >> 8 * (int(selector) >> 4 * i & 7) & 255) << 8 * i for i in range(4))
 
 
-def _on_bfloat16_pairs(function: Callable[..., Tensor], *words: Tensor) -> Tensor:
-    """A function of two bfloat16 numbers in each word, in float64, rounded once."""
+def _on_pairs(function: Callable[..., Tensor], *words: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A function of two numbers in each word, in float64, rounded once."""
     result = torch.zeros((), dtype=torch.int64)
     for shift in (0, 16):
-        values = [_signed(word >> shift & 0xFFFF, 16).to(torch.int16).view(torch.bfloat16).double() for word in words]
+        values = [_signed(word >> shift & 0xFFFF, 16).to(torch.int16).view(dtype).double() for word in words]
         exact = function(*values)
-        result = result | (exact.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF) << shift
+        result = result | (exact.to(dtype).view(torch.int16).to(torch.int64) & 0xFFFF) << shift
     return result
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from lqer.kernels.decode import decode_tile, dot, restore_columns
+from lqer.kernels.groups_decode import STRIP_C, plain_values
 from lqer.kernels.low_rank import load_factor
 from lqer.kernels.rounding import round_columns
 
@@ -34,6 +35,27 @@ def dequantize_kernel(
     columns_T = tile * tile_k + tl.arange(0, tile_k)
     inside = (rows_O < N)[:, None] & (columns_T < K)[None, :]
     tl.store(w_out + rows_O.to(tl.int64)[:, None] * K + columns_T[None, :], restore_columns(w_OT), mask=inside)
+
+
+@triton.jit
+def group_dequantize_kernel(
+    words,  # these three as in groups.py
+    scales,
+    zeros,
+    w_out,  # [O, I]
+    N,
+    K,
+    layout: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Decode BLOCK_N rows of a strip to memory, rounded once."""
+    rows_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    strip = tl.program_id(1)
+    values_OC = plain_values(words, scales, zeros, rows_O, strip, layout)
+    columns_C = strip * STRIP_C + tl.arange(0, STRIP_C)
+    inside = (rows_O < N)[:, None] & (columns_C < K)[None, :]
+    place = w_out + rows_O.to(tl.int64)[:, None] * K + columns_C[None, :]
+    tl.store(place, values_OC.to(w_out.dtype.element_ty), mask=inside)
 
 
 # M changes from call to call: do not compile anew for 1 and for multiples of 16.

@@ -16,11 +16,12 @@ from torch import Tensor
 from lqer.kernels.activations import project_kernel
 from lqer.kernels.codebook import PackedCodebook
 from lqer.kernels.codebook_launch import dequantize_codebook
-from lqer.kernels.dequantize import dequantize_kernel, low_rank_kernel
+from lqer.kernels.dequantize import dequantize_kernel, group_dequantize_kernel, low_rank_kernel
+from lqer.kernels.groups import PackedGroups
 from lqer.kernels.input_launch import dense_rows, rank_block, round_activations
 from lqer.kernels.lattice import PackedLattice
 from lqer.kernels.lattice_launch import dequantize_lattice
-from lqer.kernels.layout import ROW_PADDING
+from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PROJECTION_COUNTERS, AnyWeight, PackedLinear
 from lqer.kernels.trellis import PackedTrellis
 from lqer.kernels.trellis_launch import dequantize_trellis
@@ -111,6 +112,11 @@ def dequantize_weight(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
         dequantize_lattice(weight, w_OI)
     elif isinstance(weight, PackedTrellis):
         dequantize_trellis(weight, w_OI)
+    elif isinstance(weight, PackedGroups):
+        group_dequantize_kernel[weight.layout.padded_rows // ROWS, weight.layout.strips](
+            weight.words, weight.scales, weight.zeros, w_OI, layout.rows, layout.columns,
+            layout=weight.layout.compiled, BLOCK_N=ROWS, num_warps=4,
+        )  # fmt: skip
     else:
         dequantize_kernel[weight.layout.padded_rows // ROW_PADDING, weight.layout.tiles](
             *weight.parts, w_OI, layout.rows, layout.columns, layout=weight.layout.compiled,

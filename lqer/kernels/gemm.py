@@ -12,9 +12,17 @@ import triton
 import triton.language as tl
 
 from lqer.kernels.decode import decode_tile, dot, permute_columns
+from lqer.kernels.groups import GroupLayout
+from lqer.kernels.groups_decode import group_product
 from lqer.kernels.low_rank import await_projection, load_factor, produce_projection
 from lqer.kernels.rounding import round_rows
 from lqer.kernels.split_k import finish_tile
+
+
+@triton.constexpr_function
+def is_grouped(layout):
+    """Whether the weight is laid out as in groups.py, else as in layout.py."""
+    return isinstance(layout, GroupLayout)
 
 
 # M changes from call to call: do not compile anew for 1 and for multiples of 16.
@@ -22,7 +30,7 @@ from lqer.kernels.split_k import finish_tile
 def gemm_kernel(
     x,  # [M, I], rounded if activations are; [M, IP] in kernel order
     x_given,  # [M, I], not rounded
-    words,  # these four as in layout.py
+    words,  # these four as in layout.py or groups.py
     high,
     scales,
     zeros,
@@ -43,7 +51,7 @@ def gemm_kernel(
     x_stride,  # between rows of x
     given_stride,
     rank: tl.constexpr,
-    layout: tl.constexpr,  # RowLayout
+    layout: tl.constexpr,  # RowLayout or GroupLayout
     ordered: tl.constexpr,  # x is in kernel order
     rounding: tl.constexpr,  # ActivationRounding
     a_block: tl.constexpr,
@@ -80,6 +88,11 @@ def gemm_kernel(
         acc_OM = _low_rank(
             projection, b_codes, b_exponents, rows_O, rows_M, M, N, x.dtype.element_ty,
             rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding,
+        )  # fmt: skip
+    elif is_grouped(layout):
+        acc_OM = group_product(
+            x, words, scales, zeros, pid_n * BLOCK_N, pid_m * BLOCK_M, pid_s, M, N, x_stride,
+            layout, BLOCK_N, BLOCK_M, splits, stages,
         )  # fmt: skip
     else:
         acc_OM = _product(

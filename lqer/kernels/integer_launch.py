@@ -5,7 +5,7 @@ Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -14,8 +14,9 @@ from torch import Tensor
 from lqer.kernels import runtime
 from lqer.kernels.gemm import gemm_kernel
 from lqer.kernels.gemv import gemv_kernel, prepare_vector_kernel
+from lqer.kernels.groups import GroupLayout
 from lqer.kernels.input_launch import dense_rows, rank_block, round_activations
-from lqer.kernels.layout import ROW_PADDING, Layout, PackedWeight
+from lqer.kernels.layout import ROW_PADDING, ROWS, Layout, PackedWeight
 from lqer.kernels.packed import PROJECTION_COUNTERS, TOKEN_TILES, PackedLinear
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 
@@ -74,30 +75,60 @@ def run_gemv(x_1I: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
 
 def run_gemm(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
     """A few tokens, weights decoded in registers; y [M, O] in `out_dtype`, by default that of x."""
-    spec, weight = packed.spec, packed.weight
-    assert isinstance(weight, PackedWeight)
-    layout = weight.layout
+    spec, layout = packed.spec, packed.spec.layout
+    assert isinstance(layout, Layout)
     given = dense_rows(x_MI)
-    m, n = len(given), layout.rows
     # Kernel order saves a pass through registers for every row of x, but serializes the tensor cores a little.
     ordered = launch.block_m > SMALLEST_BLOCK_M and spec.rounding.bits > 0
+    if layout.padded_rows % launch.block_n:
+        launch = replace(launch, block_n=ROW_PADDING)
     x_MI = round_activations(given, packed, ordered)
+    return _product(x_MI, given, packed, layout, launch, min(launch.splits, layout.tiles), ordered, out_dtype)
+
+
+def run_groups(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
+    """The same for integer groups; a warp computes 16, 32 or 64 rows."""
+    layout = packed.spec.layout
+    assert isinstance(layout, GroupLayout)
+    assert launch.block_n % (ROWS * launch.warps) == 0
+    given = _whole_strips(dense_rows(x_MI), layout)
+    x_MI = _whole_strips(round_activations(given, packed, ordered=False), layout)
+    return _product(x_MI, given, packed, layout, launch, min(launch.splits, layout.strips), False, out_dtype)
+
+
+def _whole_strips(x_MI: Tensor, layout: GroupLayout) -> Tensor:
+    """x, copied if its rows do not end with a strip or are not aligned to the 16 bytes that a thread reads at once."""
+    if x_MI.shape[1] == layout.padded_columns and x_MI.data_ptr() % 16 == 0 and x_MI.stride(0) % 8 == 0:
+        return x_MI
+    return torch.nn.functional.pad(x_MI, (0, layout.padded_columns - x_MI.shape[1])).clone()
+
+
+def _product(
+    x_MI: Tensor,
+    given: Tensor,
+    packed: PackedLinear,
+    layout: Layout | GroupLayout,
+    launch: GemmLaunch,
+    splits: int,
+    ordered: bool,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """y [M, O] of x as the kernel reads it, and of x before it was rounded."""
+    spec, m, n = packed.spec, len(given), layout.rows
     y_MO = given.new_empty(m, n, dtype=out_dtype)
-    block_n = launch.block_n if layout.padded_rows % launch.block_n == 0 else ROW_PADDING
-    tiles_n, tiles_m = layout.padded_rows // block_n, -(-m // launch.block_m)
-    splits = min(launch.splits, layout.tiles)
+    tiles_n, tiles_m = -(-layout.padded_rows // launch.block_n), -(-m // launch.block_m)
     # The low-rank branch is one more partial sum of every output tile.
     parts = splits + (1 if spec.rank else 0)
     partial = given.new_empty((parts, n, m), dtype=torch.float32) if parts > 1 else None
     projection = _projection(given, packed)
     producers = projection.splits * projection.rank_blocks * tiles_m
     gemm_kernel[(producers + tiles_n * parts * tiles_m,)](
-        x_MI, given, *weight.parts, packed.bias_O, packed.a_codes, packed.a_exponents,
+        x_MI, given, *packed.weight.parts, packed.bias_O, packed.a_codes, packed.a_exponents,
         packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], projection.partial,
         projection.result, packed.workspace, y_MO, m, n, layout.columns, x_MI.stride(0), given.stride(0),
         rank=spec.rank, layout=layout.compiled, ordered=ordered, rounding=spec.rounding,
         a_block=spec.a_block, b_block=spec.b_block, padded_columns=layout.padded_columns,
-        projection_splits=projection.splits, SPLIT_K=PROJECTION_COLUMNS, tiles_n=tiles_n, BLOCK_N=block_n,
+        projection_splits=projection.splits, SPLIT_K=PROJECTION_COLUMNS, tiles_n=tiles_n, BLOCK_N=launch.block_n,
         BLOCK_M=launch.block_m, BLOCK_R=rank_block(spec.rank), splits=splits, stages=launch.stages,
         num_warps=launch.warps, **_register_limit(launch),
     )  # fmt: skip

@@ -13,19 +13,21 @@ from lqer.kernels import runtime
 from lqer.kernels.codebook import CodebookLayout
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
+from lqer.kernels.groups import GroupLayout
 from lqer.kernels.hadamard_launch import rotates_in_kernels, run_between_rotations
 from lqer.kernels.input_launch import dense_rows
-from lqer.kernels.integer_launch import fits_gemm, fits_gemv, run_gemm, run_gemv
+from lqer.kernels.integer_launch import fits_gemm, fits_gemv, run_gemm, run_gemv, run_groups
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.trellis import TrellisLayout
 from lqer.kernels.trellis_launch import run_trellis
-from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch
+from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch, group_launch
 
 # With more tokens than these, dequantizing the weight and calling a library is faster.
 CODEBOOK_TOKENS = 16
 ROTATED_TOKENS = 16
+GROUP_TOKENS = 64
 
 
 def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
@@ -37,6 +39,11 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
         return run_rotated_layer(x_MI, packed, run_trellis)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
+    if isinstance(layout, GroupLayout):
+        grouped = group_launch(layout.rows, layout.strips, len(x_MI), runtime.multiprocessors(x_MI.device))
+        if len(x_MI) <= GROUP_TOKENS and fits_gemm(packed, len(x_MI), grouped):
+            return run_groups(x_MI, packed, grouped)
+        return run_dequantized(x_MI, packed)
     if len(x_MI) == 1 and fits_gemv(packed):
         return run_gemv(x_MI, packed, gemv_launch(layout.rows, layout.columns))
     bucket = bucket_of(len(x_MI))

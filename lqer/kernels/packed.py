@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from lqer.formats import E8P, Codebook, MXInt, NumberFormat, Passthrough, QuantizedTensor, Trellis
 from lqer.kernels.codebook import CodebookLayout, PackedCodebook, check_codebook, pack_codebook
+from lqer.kernels.groups import GroupLayout, PackedGroups, fits_groups, pack_groups
 from lqer.kernels.lattice import LatticeLayout, PackedLattice, check_lattice, pack_lattice
 from lqer.kernels.layout import ROW_PADDING, Layout, PackedWeight, check_weight_format, pack_weight
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout, pack_trellis
@@ -26,8 +27,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 PROJECTION_COUNTERS = 256
 TOKEN_TILES = 16
 
-AnyLayout = Layout | CodebookLayout | LatticeLayout | TrellisLayout
-AnyWeight = PackedWeight | PackedCodebook | PackedLattice | PackedTrellis
+AnyLayout = Layout | GroupLayout | CodebookLayout | LatticeLayout | TrellisLayout
+AnyWeight = PackedWeight | PackedGroups | PackedCodebook | PackedLattice | PackedTrellis
 # Formats whose kernels rotate x and y, and read A and B as values.
 ROTATED = (E8P, Trellis)
 
@@ -61,8 +62,8 @@ class Spec:
 class PackedLinear:
     """A quantized linear as the kernels read it; all tensors contiguous, on one device.
 
-    weight          PackedWeight (layout.py), PackedCodebook (codebook.py), PackedLattice (lattice.py) or PackedTrellis
-                    (trellis.py)
+    weight          PackedWeight (layout.py), PackedGroups (groups.py), PackedCodebook (codebook.py), PackedLattice
+                    (lattice.py) or PackedTrellis (trellis.py)
     bias_O          [O] in dtype, or None
     a_codes         A transposed [RP, IP]: int8 codes of an MXINT factor, else values in dtype; None at rank 0
     a_exponents     [RP, IP / a_block] uint8: biased exponents of A's steps, 0 for a block of zeros; None for values
@@ -162,6 +163,8 @@ def weight_of(layout: AnyLayout, words: Tensor, high: Tensor | None, scales: Ten
         return PackedLattice(layout, words, high, scales)
     if isinstance(layout, TrellisLayout):
         return PackedTrellis(layout, words, scales)
+    if isinstance(layout, GroupLayout):
+        return PackedGroups(layout, words, scales, zeros)
     return PackedWeight(layout, words, high, scales, zeros)
 
 
@@ -203,6 +206,8 @@ def _pack_any(weight: QuantizedTensor, dtype: torch.dtype) -> AnyWeight:
         return pack_codebook(weight, dtype)
     if isinstance(weight.format, Trellis):
         return pack_trellis(weight)
+    if fits_groups(weight.format):
+        return pack_groups(weight)
     return pack_lattice(weight) if isinstance(weight.format, E8P) else pack_weight(weight)
 
 
@@ -251,6 +256,9 @@ def decode_spec(text: str) -> Spec:
     elif kind == TrellisLayout.__name__:
         rows, columns, bits, state_bits, polynomial = fields
         layout = TrellisLayout(rows, columns, bits, state_bits, bool(polynomial))
+    elif kind == GroupLayout.__name__:
+        rows, columns, bits, group, symmetric, bfloat = fields
+        layout = GroupLayout(rows, columns, bits, group, bool(symmetric), bool(bfloat))
     else:
         columns, bits, offset, block, exponents, mid_rise, rows = fields
         layout = Layout(columns, bits, offset, block, bool(exponents), bool(mid_rise), rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lqer.formats import MXInt
 from lqer.kernels.codebook import PackedCodebook
+from lqer.kernels.groups import PackedGroups, unpack_groups
 from lqer.kernels.lattice import PackedLattice, unpack_points
 from lqer.kernels.layout import PackedWeight, unpack_codes
 from lqer.kernels.packed import AnyWeight, PackedLinear
@@ -55,6 +56,8 @@ def reference_weight(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
         return (unpack_points(weight) * weight.scales[: weight.layout.rows, None]).to(dtype)
     if isinstance(weight, PackedTrellis):
         return (unpack_values(weight) * weight.scales).to(dtype)
+    if isinstance(weight, PackedGroups):
+        return _group_values(weight).to(dtype)
     layout = weight.layout
     codes_OI = unpack_codes(weight).to(torch.float32)
     scales_OB = _in_rows(weight.scales, weight)
@@ -65,6 +68,12 @@ def reference_weight(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
     if weight.zeros is not None:
         codes_OI = codes_OI - _in_rows(weight.zeros, weight).to(torch.float32)[:, block_I]
     return (codes_OI * scales_OB.to(torch.float32)[:, block_I]).to(dtype)
+
+
+def _group_values(weight: PackedGroups) -> Tensor:
+    codes_OI, scales_OG, zeros_OG = unpack_groups(weight)
+    group_I = torch.arange(weight.layout.columns, device=codes_OI.device) // weight.layout.group
+    return (codes_OI - zeros_OG[:, group_I]).to(torch.float32) * scales_OG.to(torch.float32)[:, group_I]
 
 
 def _look_up(weight: PackedCodebook) -> Tensor:

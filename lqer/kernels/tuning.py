@@ -75,6 +75,19 @@ def gemm_launch(width: int, n: int, k: int, bucket: int) -> GemmLaunch | None:
     return launch
 
 
+@lru_cache(maxsize=4096)
+def group_launch(rows: int, strips: int, m: int, multiprocessors: int) -> GemmLaunch:
+    """The launch for m tokens and integer groups: the splits with which programs take the shortest time."""
+    block_n, block_m = 64, next((size for size in (8, 16) if m <= size), 32)
+    tiles = -(-rows // block_n) * -(-m // block_m)
+
+    def time(splits: int) -> float:
+        return -(-tiles * splits // multiprocessors) * (-(-strips // splits) + 1)
+
+    enough = [splits for splits in range(1, strips + 1) if tiles * splits >= 3 * multiprocessors] or [strips]
+    return GemmLaunch(block_n, block_m, min(enough, key=time), stages=3, warps=4)
+
+
 def bucket_of(m: int) -> int | None:
     """The bucket of m tokens, None for more than the last."""
     return next((top for top in BUCKETS if m <= top), None)

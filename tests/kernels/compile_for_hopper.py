@@ -24,7 +24,7 @@ from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
-from lqer.kernels.integer_launch import run_gemm, run_gemv
+from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.launch import run_layer
 from lqer.kernels.trellis import TrellisLayout
@@ -95,7 +95,7 @@ def main() -> None:
     runtime.supports_pdl = lambda x: True
     x8, bf16 = MXInt(8), torch.bfloat16
     rising = [MXInt(bits, levels="mid-rise") for bits in (2, 3, 4, 8)]
-    for number_format in (MXInt(4), MXInt(2), MXInt(3), MXInt(3, 32), MXInt(8), Int(4, 128), *rising):
+    for number_format in (MXInt(4), MXInt(2), MXInt(3), MXInt(3, 32), MXInt(8), Int(4, 16), *rising):
         layer = build_layer(number_format, 128, 1024, dtype=bf16)
         run_gemm(random_input(16, 1024, bf16), layer.packed, GemmLaunch(128, 16, 4, 3, 4))
     for number_format in (MXInt(4), MXInt(4, levels="mid-rise")):
@@ -103,7 +103,18 @@ def main() -> None:
         run_gemv(random_input(1, 1024, bf16), layer.packed, GemvLaunch(16, 4, 4))
     run_gemm(random_input(64, 1024, bf16), layer.packed, GemmLaunch(128, 64, 2, 3, 8))
     run_dequantized(random_input(300, 1024, bf16), layer.packed)
-    layer = build_layer(Int(4, "row"), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))
+    for number_format, block_n, m in (
+        (Int(4, 128), 64, 1), (Int(4, 32, symmetric=True), 128, 16), (Int(3, 128), 64, 8), (Int(2, 64), 128, 4),
+        (Int(8, 128, scale_dtype="bfloat16"), 64, 32), (Int(4, "row"), 64, 16),
+    ):  # fmt: skip
+        layer = build_layer(number_format, 128, 2048, dtype=bf16)
+        block_m = max(8, m)
+        run_groups(random_input(m, 2048, bf16), layer.packed, GemmLaunch(block_n, block_m, 3, 3, 4))
+    for m, dtype in ((1, bf16), (16, torch.float16)):
+        layer = build_layer(Int(4, 128), 200, 1000, rank=64, activation=x8, bias=True, dtype=dtype)
+        run_groups(random_input(m, 1000, dtype), layer.packed, GemmLaunch(64, max(8, m), 2, 3, 4))
+        dequantize_weight(layer.packed.weight, dtype)
+    layer = build_layer(Int(6, "row"), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))
     run_gemm(random_input(3, 300, torch.float16), layer.packed, GemmLaunch(64, 16, 1, 3, 4))
     for number_format, m, rank in (
         (Codebook(2, 2, 2048), 1, 32), (Codebook(2, 2, 2048), 8, 32), (Codebook(2, 1, 256), 3, 0),

@@ -1,0 +1,238 @@
+"""Device functions that multiply integer groups with tokens (groups.py): on a GPU, by the PTX of groups_ptx.py.
+
+A warp multiplies strips of one, two or four row groups with tokens. In Triton's interpreter the same is computed in
+plain operations.
+
+Shapes: M tokens, O rows of W, C columns of a strip, T threads of a program. What `strip_places`, `token_places`,
+`no_sums` and `add_products` return are tuples of tensors [T].
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import num_warps
+
+from lqer.kernels.decode import ROWS_C
+from lqer.kernels.groups import LANES, STRIP
+from lqer.kernels.groups_ptx import (
+    fetch_asm,
+    fetch_constraints,
+    product_asm,
+    product_constraints,
+    reserve_asm,
+    slot_bytes,
+    slots,
+)
+from lqer.kernels.layout import ROW_PADDING
+from lqer.kernels.runtime import INTERPRETED
+
+STRIP_C, LANES_C, ROW_PADDING_C = tl.constexpr(STRIP), tl.constexpr(LANES), tl.constexpr(ROW_PADDING)
+# A tensor core multiplies eight columns: tokens.
+TOKENS_AT_ONCE = 8
+TOKENS_AT_ONCE_C = tl.constexpr(TOKENS_AT_ONCE)
+
+
+@triton.constexpr_function
+def types(dtype: tl.dtype, count: int) -> tuple[tl.dtype, ...]:
+    return (dtype,) * count
+
+
+@triton.jit
+def reserve(thread_T, size: tl.constexpr):
+    """The address of so many bytes of shared memory [T], of which Triton does not know."""
+    return tl.inline_asm_elementwise(reserve_asm(size), "=r,r", [thread_T], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def strip_places(words, scales, zeros, group_T, lane_T, strip, layout: tl.constexpr):
+    """Addresses of a lane's codes, scales and zero points of a strip; without zero points if there are none."""
+    unit_T = (group_T * layout.units + strip // layout.strips_per_unit) * 8 + lane_T // 4
+    word_T = words + (group_T * layout.strips + strip) * (4 * LANES_C * layout.bits) + lane_T * 4
+    scale_T = scales + unit_T * (2 * layout.groups)
+    if layout.symmetric:
+        return word_T.to(tl.int64), scale_T.to(tl.int64)
+    else:
+        return word_T.to(tl.int64), scale_T.to(tl.int64), (zeros + unit_T * (2 * layout.groups)).to(tl.int64)
+
+
+@triton.jit
+def fetch(places_T, slot_T, inside, layout: tl.constexpr, rows: tl.constexpr):
+    """Start to copy a strip from `strip_places` to its slot; zeros instead if it is not inside."""
+    inside_T = tl.where(inside, slot_T * 0 + 1, 0)
+    if layout.groups == 1:
+        arguments = slot_T, inside_T, places_T[0]
+    else:
+        arguments = (slot_T, inside_T) + places_T  # noqa: RUF005
+    return tl.inline_asm_elementwise(
+        fetch_asm(layout, rows), fetch_constraints(len(arguments) - 2), arguments,
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def no_sums(lane_T, count: tl.constexpr):
+    """Initial sums of `add_products`: four zeros per thread for each row group and eight tokens, a power of two."""
+    if count == 1:
+        zero_T = tl.zeros(lane_T.shape, tl.float32)
+        return zero_T, zero_T, zero_T, zero_T
+    else:
+        half = no_sums(lane_T, count // 2)
+        return half + half
+
+
+@triton.jit
+def token_places(x, x_stride, lane_T, first, M, blocks: tl.constexpr):
+    """For each eight tokens from `first` on, where a thread reads; the last token instead of later ones."""
+    if blocks == 1:
+        token_T = tl.minimum(first + lane_T // 4, M - 1).to(tl.int64)
+        return ((x + token_T * x_stride + lane_T % 4 * 8).to(tl.int64),)
+    else:
+        half: tl.constexpr = blocks // 2
+        others = token_places(x, x_stride, lane_T, first + half * TOKENS_AT_ONCE_C, M, half)
+        return token_places(x, x_stride, lane_T, first, M, half) + others
+
+
+@triton.jit
+def add_products(
+    sums,
+    slot_T,
+    tokens_T,  # `token_places` in strip 0
+    places_T,  # `strip_places` of the strip
+    strip,
+    layout: tl.constexpr,
+    rows: tl.constexpr,
+    blocks: tl.constexpr,
+    ahead: tl.constexpr,
+    bfloat: tl.constexpr,
+):
+    """`sums` + the products of a strip, of which `ahead` later ones may be on their way."""
+    arguments = sums + (slot_T,)  # noqa: RUF005
+    for i in tl.static_range(blocks):
+        arguments = arguments + (tokens_T[i] + strip * (2 * STRIP_C),)  # noqa: RUF005
+    if layout.groups == 1:
+        arguments = arguments + places_T[1:]
+    return tl.inline_asm_elementwise(
+        product_asm(layout, rows, blocks, ahead, bfloat), product_constraints(layout, rows, blocks), arguments,
+        dtype=types(tl.float32, 4 * rows * blocks), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def sums_tile(sums, WARPS: tl.constexpr, rows: tl.constexpr, blocks: tl.constexpr):
+    """[O, M] from the sums of threads, which hold rows g and g + 8 of a row group and two of each eight tokens."""
+    half: tl.constexpr = len(sums) // 2
+    if rows > 1:
+        one = sums_tile(sums[:half], WARPS, rows // 2, blocks)
+        other = sums_tile(sums[half:], WARPS, rows // 2, blocks)
+        parts = tl.join(one, other).reshape(WARPS, 8 * rows, 8 * blocks, 2)
+        return parts.permute(0, 3, 1, 2).reshape(WARPS * 16 * rows, 8 * blocks)
+    elif blocks > 1:
+        one, other = sums_tile(sums[:half], WARPS, 1, blocks // 2), sums_tile(sums[half:], WARPS, 1, blocks // 2)
+        return tl.join(one, other).permute(0, 2, 1).reshape(WARPS * 16, 8 * blocks)
+    else:
+        sum_THE = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3]))
+        return sum_THE.reshape(WARPS, 8, 4, 2, 2).permute(0, 3, 1, 2, 4).reshape(WARPS * 16, 8)
+
+
+@triton.jit
+def plain_values(words, scales, zeros, rows_O, strip, layout: tl.constexpr):
+    """Values of a strip's columns [O, C], float32, in plain operations."""
+    column_1C = tl.arange(0, STRIP_C)[None, :]
+    row_O1 = (rows_O % ROWS_C)[:, None]
+    group_O1 = (rows_O // ROWS_C)[:, None]
+    pair_1C = column_1C // 32 % 4 * 4 + column_1C % 8 // 2
+    half_1C = column_1C % 2 * 16
+    lane_OC = row_O1 % 8 * 4 + column_1C % 32 // 8
+    first_OC = (column_1C // 128 * 2 + row_O1 // 8) * layout.bits
+    base_OC = words + (group_O1 * layout.strips + strip) * (4 * LANES_C * layout.bits) + lane_OC * 4
+    if layout.bits == 3:
+        last_1C = pair_1C == 15
+        word_1C, bit_1C = tl.where(last_1C, 0, pair_1C // 5), tl.where(last_1C, 15, pair_1C % 5 * 3)
+        code_OC = _field(base_OC, first_OC + word_1C, bit_1C + half_1C, 3, None)
+        code_OC = tl.where(last_1C, code_OC & 1, code_OC)
+        for n in tl.static_range(1, 3):
+            code_OC |= _field(base_OC, first_OC + n, 15 + half_1C, 1, last_1C) << n
+    else:
+        digit: tl.constexpr = min(layout.bits, 4)
+        field_1C = pair_1C * digit
+        code_OC = _field(base_OC, first_OC + field_1C // 16, field_1C % 16 + half_1C, digit, None)
+        if layout.bits == 8:
+            code_OC |= _field(base_OC, first_OC + 4 + field_1C // 16, field_1C % 16 + half_1C, digit, None) << 4
+    unit_O1 = (group_O1 * layout.units + strip // layout.strips_per_unit) * 8 + row_O1 % 8
+    scale_OC = (unit_O1 * layout.groups + column_1C * layout.groups // STRIP_C) * 2 + row_O1 // 8
+    if layout.symmetric:
+        code_OC -= layout.offset
+    else:
+        code_OC -= tl.load(zeros + scale_OC).to(tl.int32)
+    return code_OC.to(tl.float32) * tl.load(scales + scale_OC).to(tl.float32)
+
+
+@triton.jit
+def _field(base_OC, word_OC, bit_OC, width: tl.constexpr, mask):
+    """`width` bits from `bit_OC` on of a lane's word number `word_OC`, zero where `mask` is false."""
+    place_OC = base_OC + word_OC // 4 * (4 * LANES_C) + word_OC % 4
+    if mask is None:
+        word = tl.load(place_OC)
+    else:
+        word = tl.load(place_OC, mask=mask & (word_OC >= 0), other=0)
+    return (word >> bit_OC) & ((1 << width) - 1)
+
+
+@triton.jit
+def group_product(
+    x,
+    words,
+    scales,
+    zeros,
+    first_row,
+    first_token,
+    pid_s,
+    M,
+    N,
+    x_stride,
+    layout: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    splits: tl.constexpr,
+    stages: tl.constexpr,
+):
+    """W xᵀ over the strips of one split, float32 [O, M]."""
+    first, end = pid_s * layout.strips // splits, (pid_s + 1) * layout.strips // splits
+    if INTERPRETED:
+        rows_O, rows_M = first_row + tl.arange(0, BLOCK_N), first_token + tl.arange(0, BLOCK_M)
+        acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for strip in range(first, end):
+            values_OC = plain_values(words, scales, zeros, tl.minimum(rows_O, N - 1), strip, layout)
+            columns_C = strip * STRIP_C + tl.arange(0, STRIP_C)
+            place = x + tl.minimum(rows_M, M - 1)[None, :] * x_stride + columns_C[:, None]
+            acc_OM = tl.dot(values_OC, tl.load(place).to(tl.float32), acc_OM)
+        return acc_OM
+    else:
+        WARPS: tl.constexpr = num_warps()
+        rows: tl.constexpr = BLOCK_N // (WARPS * ROWS_C)
+        blocks: tl.constexpr = BLOCK_M // TOKENS_AT_ONCE_C
+        bfloat: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+        size: tl.constexpr = slot_bytes(layout, rows)
+        count: tl.constexpr = slots(layout, rows, WARPS, stages)
+        thread_T = tl.arange(0, WARPS * LANES_C)
+        lane_T, warp_T = thread_T % LANES_C, thread_T // LANES_C
+        # Warps beyond the last row repeat the last row groups; their sums are not stored.
+        last = tl.cdiv(N, ROW_PADDING_C) * (ROW_PADDING_C // ROWS_C) - rows
+        group_T = tl.minimum(first_row // ROWS_C + warp_T * rows, last)
+        slots_T = reserve(thread_T, WARPS * count * size) + warp_T * (count * size)
+        for n in tl.static_range(count):
+            places_T = strip_places(words, scales, zeros, group_T, lane_T, first + n, layout)
+            fetch(places_T, slots_T + n * size, first + n < end, layout, rows)
+        tokens_T = token_places(x, x_stride, lane_T, first_token, M, blocks)
+        sums = no_sums(lane_T, rows * blocks)
+        strip, slot = first, 0
+        # A number of turns that the compiler does not know: unrolled, the loop does not fit the instruction cache.
+        end = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [end], dtype=tl.int32, is_pure=False, pack=1)
+        while strip < end:
+            slot_T = slots_T + slot * size
+            places_T = strip_places(words, scales, zeros, group_T, lane_T, strip, layout)
+            sums = add_products(sums, slot_T, tokens_T, places_T, strip, layout, rows, blocks, count - 1, bfloat)
+            places_T = strip_places(words, scales, zeros, group_T, lane_T, strip + count, layout)
+            fetch(places_T, slot_T, strip + count < end, layout, rows)
+            strip += 1
+            slot = tl.where(slot + 1 < count, slot + 1, 0)
+        return sums_tile(sums, WARPS, rows, blocks)
