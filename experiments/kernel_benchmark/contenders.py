@@ -223,6 +223,8 @@ VARIANTS = {
     "w4a16": _own("W4A16", W4),
     "w8a16": _own("W8A16", MXInt(8)),
     "int4-g128-a16": _own("INT4 g128 asymmetric, A16", Int(4, 128)),
+    "int3-g128-a16": _own("INT3 g128 asymmetric, A16", Int(3, 128)),
+    "int2-g64-a16": _own("INT2 g64 asymmetric, A16", Int(2, 64)),
     "vq2-1d": _own("2-bit 1D codebook", Codebook(2, 1, group_size=256)),
     "vq2-2d": _own("2-bit 2D codebook", VQ2),
     "vq2-4d": _own("2-bit 4D codebook", Codebook(2, 4, group_size=65536)),

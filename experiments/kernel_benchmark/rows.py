@@ -25,6 +25,7 @@ GROUPS = {
     "h": "learned codebooks of 2 bits a weight, one token",
     "i": "lattice codes of 2 bits a weight with a rank-64 branch, between Hadamard rotations, one token",
     "j": "trellis codes of 2, 3 and 4 bits a weight as in i, against lattice codes and cuBLAS bf16, up to 16 tokens",
+    "k": "integers in groups with 16-bit scales and zero points, of 4, 3 and 2 bits, 1 and 16 tokens",
     "extra": "other formats, ranks and numbers of tokens",
 }
 DECODER_BAR = Bar("g", "tokens/s, decode, 32 blocks of 7B shape", "", (), 1.6, 2.4, times_faster=True)
@@ -64,6 +65,12 @@ def _trellis(bits: int, m: int, against: str, at_least: float | None = None, aim
     return Bar("j", label, f"trellis{bits}-r64", ((Scene(*SQUARE, m), against),), at_least, aim)
 
 
+def _integers(bits: int, m: int, against: str, at_least: float | None = None, aim: float | None = None) -> Bar:
+    group = 64 if bits == 2 else 128
+    label = f"INT{bits} g{group} asymmetric, A16, M={m}, five shapes"
+    return Bar("k", label, f"int{bits}-g{group}-a16", _everywhere(m, against), at_least, aim)
+
+
 def _layer(m: int, ours: str, calls: str, at_least: float, aim: float) -> Bar:
     label = f"whole layer W4A8 + rank 32, M={m}, {WIDE[0]}x{WIDE[1]}, {calls}"
     against = ((Scene(*WIDE, m), "emulation-w4a8-r32"),)
@@ -97,6 +104,9 @@ BARS = (
     _lattice(1, 0.45, 0.33),
     *(_trellis(2, m, "e8p-r64", 1.30, 1.00) for m in (1, 4, 16)),
     *(_trellis(bits, m, "bf16") for m in (1, 4, 16) for bits in (2, 3, 4)),
+    _integers(3, 1, "int4-g128-a16", 0.95, 0.85),
+    _integers(2, 1, "int4-g128-a16", 0.75, 0.62),
+    *(_integers(4, m, against) for m in (1, 16) for against in ("w4a16", "bf16")),
 )
 
 _FORMATS = ("w2a16", "w3a16", "w4a16", "w8a16", "int4-g128-a16", "bf16")

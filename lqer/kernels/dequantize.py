@@ -1,6 +1,6 @@
 """Kernels for many tokens: the weight written to memory, and the low-rank branch, to which a library adds W x.
 
-Shapes: M tokens, I in_features, O out_features, R rank (padded), T columns of a tile.
+Shapes: M tokens, I in_features, O out_features, R rank (padded), T columns of a tile, C of a strip.
 """
 
 import triton

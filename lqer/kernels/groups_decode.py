@@ -3,8 +3,8 @@
 A warp multiplies strips of one, two or four row groups with tokens. In Triton's interpreter the same is computed in
 plain operations.
 
-Shapes: M tokens, O rows of W, C columns of a strip, T threads of a program. What `strip_places`, `token_places`,
-`no_sums` and `add_products` return are tuples of tensors [T].
+Shapes: M tokens, O rows of W, C columns of a strip, T threads of a program, H rows g and g + 8 of a thread, E its
+tokens 2 t and 2 t + 1. What `strip_places`, `token_places`, `no_sums` and `add_products` return are tuples of tensors.
 """
 
 import triton

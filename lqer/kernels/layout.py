@@ -1,4 +1,4 @@
-"""Memory layout of integer codes ("mxint", "int") for the kernels: tiles of 16 rows, contiguous along K.
+"""Memory layout of integer codes ("mxint", and "int" that groups.py does not hold): tiles of 16 rows along K.
 
 A 32-bit word holds `per_word` codes of one row in offset binary, code j from bit j * width upwards. The sixteen words
 of a row in a tile form eight pairs. A pair holds 2 * per_word adjacent columns, the even ones in its first word, the
