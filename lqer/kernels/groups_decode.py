@@ -18,6 +18,7 @@ from lqer.kernels.groups_ptx import (
     fetch_constraints,
     product_asm,
     product_constraints,
+    reads_zeros,
     reserve_asm,
     slot_bytes,
     slots,
@@ -43,10 +44,10 @@ def reserve(thread_T, size: tl.constexpr):
 
 
 @triton.jit
-def strip_places(words, scales, zeros, group_T, lane_T, strip, layout: tl.constexpr):
+def strip_places(words, scales, zeros, group_T, lane_T, strip_T, layout: tl.constexpr):
     """Addresses of a lane's codes, scales and zero points of a strip; without zero points if there are none."""
-    unit_T = (group_T * layout.units + strip // layout.strips_per_unit) * 8 + lane_T // 4
-    word_T = words + (group_T * layout.strips + strip) * (4 * LANES_C * layout.bits) + lane_T * 4
+    unit_T = (group_T * layout.units + strip_T // layout.strips_per_unit) * 8 + lane_T // 4
+    word_T = words + (group_T * layout.strips + strip_T) * (4 * LANES_C * layout.bits) + lane_T * 4
     scale_T = scales + unit_T * (2 * layout.groups)
     if layout.symmetric:
         return word_T.to(tl.int64), scale_T.to(tl.int64)
@@ -55,15 +56,14 @@ def strip_places(words, scales, zeros, group_T, lane_T, strip, layout: tl.conste
 
 
 @triton.jit
-def fetch(places_T, slot_T, inside, layout: tl.constexpr, rows: tl.constexpr):
+def fetch(places_T, slot_T, inside_T, layout: tl.constexpr, rows: tl.constexpr):
     """Start to copy a strip from `strip_places` to its slot; zeros instead if it is not inside."""
-    inside_T = tl.where(inside, slot_T * 0 + 1, 0)
-    if layout.groups == 1:
-        arguments = slot_T, inside_T, places_T[0]
+    if reads_zeros(layout):
+        sources = places_T[:2]
     else:
-        arguments = (slot_T, inside_T) + places_T  # noqa: RUF005
+        sources = places_T
     return tl.inline_asm_elementwise(
-        fetch_asm(layout, rows), fetch_constraints(len(arguments) - 2), arguments,
+        fetch_asm(layout, rows), fetch_constraints(len(sources)), (slot_T, inside_T.to(tl.int32)) + sources,  # noqa: RUF005
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ def add_products(
     slot_T,
     tokens_T,  # `token_places` in strip 0
     places_T,  # `strip_places` of the strip
-    strip,
+    strip_T,
     layout: tl.constexpr,
     rows: tl.constexpr,
     blocks: tl.constexpr,
@@ -107,9 +107,9 @@ def add_products(
     """`sums` + the products of a strip, of which `ahead` later ones may be on their way."""
     arguments = sums + (slot_T,)  # noqa: RUF005
     for i in tl.static_range(blocks):
-        arguments = arguments + (tokens_T[i] + strip * (2 * STRIP_C),)  # noqa: RUF005
-    if layout.groups == 1:
-        arguments = arguments + places_T[1:]
+        arguments = arguments + (tokens_T[i] + strip_T * (2 * STRIP_C),)  # noqa: RUF005
+    if reads_zeros(layout):
+        arguments = arguments + places_T[2:]
     return tl.inline_asm_elementwise(
         product_asm(layout, rows, blocks, ahead, bfloat), product_constraints(layout, rows, blocks), arguments,
         dtype=types(tl.float32, 4 * rows * blocks), is_pure=False, pack=1,
@@ -208,7 +208,9 @@ def group_product(
         return acc_OM
     else:
         WARPS: tl.constexpr = num_warps()
-        rows: tl.constexpr = BLOCK_N // (WARPS * ROWS_C)
+        rows: tl.constexpr = max(1, BLOCK_N // (WARPS * ROWS_C))
+        # Warps that share their rows take turns at the strips.
+        sharing: tl.constexpr = max(1, WARPS * ROWS_C // BLOCK_N)
         blocks: tl.constexpr = BLOCK_M // TOKENS_AT_ONCE_C
         bfloat: tl.constexpr = x.dtype.element_ty == tl.bfloat16
         size: tl.constexpr = slot_bytes(layout, rows)
@@ -217,22 +219,33 @@ def group_product(
         lane_T, warp_T = thread_T % LANES_C, thread_T // LANES_C
         # Warps beyond the last row repeat the last row groups; their sums are not stored.
         last = tl.cdiv(N, ROW_PADDING_C) * (ROW_PADDING_C // ROWS_C) - rows
-        group_T = tl.minimum(first_row // ROWS_C + warp_T * rows, last)
+        group_T = tl.minimum(first_row // ROWS_C + warp_T // sharing * rows, last)
+        strip_T = first + warp_T % sharing
         slots_T = reserve(thread_T, WARPS * count * size) + warp_T * (count * size)
         for n in tl.static_range(count):
-            places_T = strip_places(words, scales, zeros, group_T, lane_T, first + n, layout)
-            fetch(places_T, slots_T + n * size, first + n < end, layout, rows)
+            ahead_T = strip_T + n * sharing
+            places_T = strip_places(words, scales, zeros, group_T, lane_T, ahead_T, layout)
+            fetch(places_T, slots_T + n * size, ahead_T < end, layout, rows)
         tokens_T = token_places(x, x_stride, lane_T, first_token, M, blocks)
         sums = no_sums(lane_T, rows * blocks)
-        strip, slot = first, 0
         # A number of turns that the compiler does not know: unrolled, the loop does not fit the instruction cache.
-        end = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [end], dtype=tl.int32, is_pure=False, pack=1)
-        while strip < end:
+        turns = tl.cdiv(end - first, sharing)
+        turns = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [turns], dtype=tl.int32, is_pure=False, pack=1)
+        turn, slot = 0, 0
+        while turn < turns:
             slot_T = slots_T + slot * size
-            places_T = strip_places(words, scales, zeros, group_T, lane_T, strip, layout)
-            sums = add_products(sums, slot_T, tokens_T, places_T, strip, layout, rows, blocks, count - 1, bfloat)
-            places_T = strip_places(words, scales, zeros, group_T, lane_T, strip + count, layout)
-            fetch(places_T, slot_T, strip + count < end, layout, rows)
-            strip += 1
+            # A strip beyond the last has scales of zero.
+            inside_T = tl.minimum(strip_T, layout.strips - 1)
+            places_T = strip_places(words, scales, zeros, group_T, lane_T, inside_T, layout)
+            sums = add_products(sums, slot_T, tokens_T, places_T, inside_T, layout, rows, blocks, count - 1, bfloat)
+            ahead_T = strip_T + count * sharing
+            places_T = strip_places(words, scales, zeros, group_T, lane_T, ahead_T, layout)
+            fetch(places_T, slot_T, ahead_T < end, layout, rows)
+            strip_T += sharing
+            turn += 1
             slot = tl.where(slot + 1 < count, slot + 1, 0)
-        return sums_tile(sums, WARPS, rows, blocks)
+        tile_OM = sums_tile(sums, WARPS, rows, blocks)
+        if sharing > 1:
+            tile_OM = tile_OM.reshape(WARPS // sharing, sharing, ROWS_C, BLOCK_M)
+            tile_OM = tl.sum(tile_OM, axis=1).reshape(BLOCK_N, BLOCK_M)
+        return tile_OM

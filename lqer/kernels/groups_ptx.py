@@ -87,8 +87,8 @@ def slot_places(layout: GroupLayout, rows: int) -> dict[tuple[str, int, int], tu
     """
     parts = [("words", 16, layout.bits)]
     for name, size in (("scales", 4 * layout.groups), ("zeros", 2 * layout.groups)):
-        # The scales of a group that is at least a strip are read where they are used: they are the same in many strips.
-        if layout.groups > 1 and not (name == "zeros" and layout.symmetric):
+        # The zero points of a single group are too few bytes for a copy; they are read where they are used.
+        if name == "scales" or not (layout.symmetric or layout.groups == 1):
             parts.append((name, min(size, 16), max(1, size // 16)))
     found, at = {}, 0
     for r in range(rows):
@@ -97,6 +97,12 @@ def slot_places(layout: GroupLayout, rows: int) -> dict[tuple[str, int, int], tu
                 found[name, r, n] = at, size
                 at += size * LANES
     return found
+
+
+@triton.constexpr_function
+def reads_zeros(layout: GroupLayout) -> bool:
+    """Whether zero points are read where they are used."""
+    return layout.groups == 1 and not layout.symmetric
 
 
 @triton.constexpr_function
@@ -166,12 +172,11 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
     It waits for the strip, of which `ahead` later ones may be on their way. Outputs $(4 (r blocks + i) + 2 h + e): the
     sum of row g + 8 h of row group r and token 2 t + e of block i, in lane 4 g + t. Inputs: the same sums before, the
     slot of the strip, for each block the address of column 8 t of token g and, if a group is at least a strip, the
-    addresses of its scales and zero points.
+    address of its zero points.
     """
     sums, bits, groups, width = 4 * rows * blocks, layout.bits, layout.groups, min(layout.bits, 4)
     _, _, dtype = FLOATS[bfloat]
     slot, x = f"${2 * sums}", 2 * sums + 1
-    long_scales, long_zeros = f"${x + blocks}", f"${x + blocks + 1}"
     digits, steps, strides = bits // width, STEPS // groups, row_group_bytes(layout)
     places_of = slot_places(layout, rows)
     lines = [f"cp.async.wait_group {ahead};", *lane_asm(slot)]
@@ -185,11 +190,9 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
             for part, place in places_of.items():
                 if part[:2] == (name, r):
                     lines.append(load_asm(f"{prefix}{r}_", part[2], place))
-        if groups == 1:
-            lines.append(f"ld.global.nc.b32 s{r}_0, [{long_scales}+{r * strides['scales']}];")
-            if not layout.symmetric:
-                lines.append(f"ld.global.nc.u16 few, [{long_zeros}+{r * strides['zeros']}];")
-                lines.append(f"cvt.u32.u16 z{r}_0, few;")
+        if reads_zeros(layout):
+            lines.append(f"ld.global.nc.u16 few, [${x + blocks}+{r * strides['zeros']}];")
+            lines.append(f"cvt.u32.u16 z{r}_0, few;")
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
     for step in range(STEPS):
         group = step // steps
@@ -227,8 +230,7 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
 @triton.constexpr_function
 def product_constraints(layout: GroupLayout, rows: int, blocks: int) -> str:
     sums = 4 * rows * blocks
-    scales = 0 if layout.groups > 1 else 1 if layout.symmetric else 2
-    return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] + ["l"] * (blocks + scales))
+    return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] + ["l"] * (blocks + reads_zeros(layout)))
 
 
 @triton.constexpr_function

@@ -87,10 +87,10 @@ def run_gemm(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: 
 
 
 def run_groups(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
-    """The same for integer groups; a warp computes 16, 32 or 64 rows."""
+    """The same for integer groups; a warp computes 16, 32 or 64 rows, or several share 16 rows and split the strips."""
     layout = packed.spec.layout
     assert isinstance(layout, GroupLayout)
-    assert launch.block_n % (ROWS * launch.warps) == 0
+    assert launch.block_n % ROWS == 0
     given = _whole_strips(dense_rows(x_MI), layout)
     x_MI = _whole_strips(round_activations(given, packed, ordered=False), layout)
     return _product(x_MI, given, packed, layout, launch, min(launch.splits, layout.strips), False, out_dtype)

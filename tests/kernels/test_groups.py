@@ -88,8 +88,8 @@ def test_every_launch_gives_the_sums(number_format):
     for block_m in (8, 16, 32):
         x_MI = random_input(block_m - 3, 4200)
         exact = layer.exact(x_MI, torch.float32)
-        for rows in (1, 2, 4) if block_m < 32 else (1, 2):
-            launch = GemmLaunch(64 * rows, block_m, 3, 3, 4)
+        for block_n, splits, warps in ((64, 3, 4), (128, 2, 4), (256, 1, 4), (128, 2, 8), (16, 2, 4), (32, 1, 8)):
+            launch = GemmLaunch(block_n, block_m, splits, 3, warps)
             assert relative_error(run_groups(x_MI, layer.packed, launch, torch.float32), exact) < 1e-6, launch
 
 
