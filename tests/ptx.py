@@ -31,6 +31,9 @@ class Machine:
         registers = dict(operands)
         for line in lines:
             opcode, _, rest = line.partition(" ")
+            if opcode.startswith("@"):
+                assert registers[opcode[1:]].all()
+                opcode, _, rest = rest.partition(" ")
             if opcode not in UNEMULATED:
                 self._execute(opcode, _split(rest), registers)
         return registers
@@ -66,6 +69,8 @@ class Machine:
             case "sub.bf16x2" | "sub.f16x2":
                 dtype = torch.bfloat16 if "bf16" in opcode else torch.float16
                 registers[target] = _on_pairs(lambda a, b: a - b, *sources, dtype=dtype)
+            case "setp.ne.s32":
+                registers[target] = sources[0] != sources[1]
             case "or.b32":
                 registers[target] = sources[0] | sources[1]
             case "cp.async.cg.shared.global" | "cp.async.ca.shared.global":

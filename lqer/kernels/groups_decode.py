@@ -96,6 +96,7 @@ def add_products(
     sums,
     slot_T,
     tokens_T,  # `token_places` in strip 0
+    inside_T,  # whether a thread reads a token of the first eight
     places_T,  # `strip_places` of the strip
     strip_T,
     layout: tl.constexpr,
@@ -108,6 +109,7 @@ def add_products(
     arguments = sums + (slot_T,)  # noqa: RUF005
     for i in tl.static_range(blocks):
         arguments = arguments + (tokens_T[i] + strip_T * (2 * STRIP_C),)  # noqa: RUF005
+    arguments = arguments + (inside_T.to(tl.int32),)  # noqa: RUF005
     if reads_zeros(layout):
         arguments = arguments + places_T[2:]
     return tl.inline_asm_elementwise(
@@ -235,9 +237,12 @@ def group_product(
         while turn < turns:
             slot_T = slots_T + slot * size
             # A strip beyond the last has scales of zero.
-            inside_T = tl.minimum(strip_T, layout.strips - 1)
-            places_T = strip_places(words, scales, zeros, group_T, lane_T, inside_T, layout)
-            sums = add_products(sums, slot_T, tokens_T, places_T, inside_T, layout, rows, blocks, count - 1, bfloat)
+            present_T = tl.minimum(strip_T, layout.strips - 1)
+            places_T = strip_places(words, scales, zeros, group_T, lane_T, present_T, layout)
+            sums = add_products(
+                sums, slot_T, tokens_T, first_token + lane_T // 4 < M, places_T, present_T,
+                layout, rows, blocks, count - 1, bfloat,
+            )  # fmt: skip
             ahead_T = strip_T + count * sharing
             places_T = strip_places(words, scales, zeros, group_T, lane_T, ahead_T, layout)
             fetch(places_T, slot_T, ahead_T < end, layout, rows)

@@ -171,8 +171,8 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
 
     It waits for the strip, of which `ahead` later ones may be on their way. Outputs $(4 (r blocks + i) + 2 h + e): the
     sum of row g + 8 h of row group r and token 2 t + e of block i, in lane 4 g + t. Inputs: the same sums before, the
-    slot of the strip, for each block the address of column 8 t of token g and, if a group is at least a strip, the
-    address of its zero points.
+    slot of the strip, for each block the address of column 8 t of token g, whether token g of the first block is one,
+    and, if a group is at least a strip, the address of its zero points. Sums of a token that is none are undefined.
     """
     sums, bits, groups, width = 4 * rows * blocks, layout.bits, layout.groups, min(layout.bits, 4)
     _, _, dtype = FLOATS[bfloat]
@@ -181,7 +181,8 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
     places_of = slot_places(layout, rows)
     lines = [f"cp.async.wait_group {ahead};", *lane_asm(slot)]
     lines += [".reg .b32 t;", ".reg .b16 low, high, few;", f".reg .f32 scale<2>, d<{sums}>;"]
-    lines += [f".reg .b32 x<{4 * blocks}>, a<{8 * digits}>;"]
+    lines += [f".reg .b32 x<{4 * blocks * STEPS}>, a<{8 * digits}>;", ".reg .pred token;"]
+    lines.append(f"setp.ne.s32 token, ${x + blocks}, 0;")
     for r in range(rows):
         lines += [
             f".reg .b32 w{r}_<{4 * bits}>, s{r}_<{groups}>, z{r}_<{max(1, groups // 2)}>, zero{r}_<{2 * digits}>;"
@@ -191,14 +192,16 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
                 if part[:2] == (name, r):
                     lines.append(load_asm(f"{prefix}{r}_", part[2], place))
         if reads_zeros(layout):
-            lines.append(f"ld.global.nc.u16 few, [${x + blocks}+{r * strides['zeros']}];")
+            lines.append(f"ld.global.nc.u16 few, [${x + blocks + 1}+{r * strides['zeros']}];")
             lines.append(f"cvt.u32.u16 z{r}_0, few;")
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
     for step in range(STEPS):
         group = step // steps
         for i in range(blocks):
-            registers = ", ".join(f"x{4 * i + n}" for n in range(4))
-            lines.append(f"ld.global.v4.b32 {{{registers}}}, [${x + i}+{64 * step}];")
+            registers = ", ".join(f"x{4 * (step * blocks + i) + n}" for n in range(4))
+            # A load that may leave its register as it was cannot move above a use: every load has registers of its own.
+            only = "@token " if blocks == 1 else ""
+            lines.append(f"{only}ld.global.v4.b32 {{{registers}}}, [${x + i}+{64 * step}];")
         for r in range(rows):
             if step % steps == 0:
                 lines += [f"mov.b32 d{n}, 0;" for n in range(4 * r * blocks, 4 * (r + 1) * blocks)]
@@ -215,7 +218,8 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
                         lines.append(f"sub.{dtype}x2 {target}, {target}, zero{r}_{2 * digit + h};")
             for half in range(2):
                 for i in range(blocks):
-                    b = f"{{x{4 * i + 2 * half}, x{4 * i + 2 * half + 1}}}"
+                    at = 4 * (step * blocks + i) + 2 * half
+                    b = f"{{x{at}, x{at + 1}}}"
                     d = "{" + ", ".join(f"d{4 * (r * blocks + i) + n}" for n in range(4)) + "}"
                     for at in range(2 * half, 8 * digits, 8):
                         lines.append(f"{mma} {d}, {{a{at}, a{at + 4}, a{at + 1}, a{at + 5}}}, {b}, {d};")
@@ -230,7 +234,7 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
 @triton.constexpr_function
 def product_constraints(layout: GroupLayout, rows: int, blocks: int) -> str:
     sums = 4 * rows * blocks
-    return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] + ["l"] * (blocks + reads_zeros(layout)))
+    return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] + ["l"] * blocks + ["r"] + ["l"] * reads_zeros(layout))
 
 
 @triton.constexpr_function

@@ -50,8 +50,9 @@ def test_the_instructions_multiply_all_codes(bits, group, dtype, rows, blocks):
         for i in range(blocks):
             column = (8 * i + LANE // 4) * COLUMNS + strip * 256 + LANE % 4 * 8
             operands[f"${2 * len(sums) + 1 + i}"] = TOKENS + 2 * column
+        operands[f"${2 * len(sums) + 1 + blocks}"] = torch.ones_like(slot)
         for n, place in enumerate(sources[2:]):
-            operands[f"${2 * len(sums) + 1 + blocks + n}"] = place
+            operands[f"${2 * len(sums) + 2 + blocks + n}"] = place
         registers = machine.run(product_asm(layout, rows, blocks, 0, dtype == torch.bfloat16), operands)
         sums = [registers[f"${n}"] for n in range(len(sums))]
     codes, scales = weight.parts["codes"].double(), weight.parts["scales"].double()
