@@ -137,46 +137,45 @@ def sums_tile(sums, WARPS: tl.constexpr, rows: tl.constexpr, blocks: tl.constexp
 
 @triton.jit
 def plain_values(words, scales, zeros, rows_O, strip, layout: tl.constexpr):
-    """Values of a strip's columns [O, C], float32, in plain operations."""
-    column_1C = tl.arange(0, STRIP_C)[None, :]
-    row_O1 = (rows_O % ROWS_C)[:, None]
-    group_O1 = (rows_O // ROWS_C)[:, None]
-    pair_1C = column_1C // 32 % 4 * 4 + column_1C % 8 // 2
-    half_1C = column_1C % 2 * 16
-    lane_OC = row_O1 % 8 * 4 + column_1C % 32 // 8
-    first_OC = (column_1C // 128 * 2 + row_O1 // 8) * layout.bits
-    base_OC = words + (group_O1 * layout.strips + strip) * (4 * LANES_C * layout.bits) + lane_OC * 4
+    """Values of a strip's columns [O, C], float32, in plain operations.
+
+    The axes of a column are half of the strip, step, t, pair p, and odd; one word is loaded for several columns.
+    """
+    rows: tl.constexpr = rows_O.shape[0]
+    row, group = (rows_O % ROWS_C).reshape(rows, 1, 1, 1, 1, 1), (rows_O // ROWS_C).reshape(rows, 1, 1, 1, 1, 1)
+    half, step = tl.arange(0, 2).reshape(1, 2, 1, 1, 1, 1), tl.arange(0, 4).reshape(1, 1, 4, 1, 1, 1)
+    t, p = tl.arange(0, 4).reshape(1, 1, 1, 4, 1, 1), tl.arange(0, 4).reshape(1, 1, 1, 1, 4, 1)
+    place_of_odd = 16 * tl.arange(0, 2).reshape(1, 1, 1, 1, 1, 2)
+    lane = words + (group * layout.strips + strip) * (4 * LANES_C * layout.bits) + (row % 8 * 4 + t) * 4
+    first = (half * 2 + row // 8) * layout.bits
     if layout.bits == 3:
-        last_1C = pair_1C == 15
-        word_1C, bit_1C = tl.where(last_1C, 0, pair_1C // 5), tl.where(last_1C, 15, pair_1C % 5 * 3)
-        code_OC = _field(base_OC, first_OC + word_1C, bit_1C + half_1C, 3, None)
-        code_OC = tl.where(last_1C, code_OC & 1, code_OC)
+        pair = step * 4 + p
+        last = pair == 15
+        word, place = tl.where(last, 0, pair // 5), tl.where(last, 15, pair % 5 * 3)
+        codes = (_word(lane, first + word) >> (place + place_of_odd)) & tl.where(last, 1, 7)
         for n in tl.static_range(1, 3):
-            code_OC |= _field(base_OC, first_OC + n, 15 + half_1C, 1, last_1C) << n
+            codes |= tl.where(last, ((_word(lane, first + n) >> (15 + place_of_odd)) & 1) << n, 0)
     else:
         digit: tl.constexpr = min(layout.bits, 4)
-        field_1C = pair_1C * digit
-        code_OC = _field(base_OC, first_OC + field_1C // 16, field_1C % 16 + half_1C, digit, None)
+        word, place = step * digit // 4, step * (4 * digit) % 16 + p * digit + place_of_odd
+        codes = (_word(lane, first + word) >> place) & ((1 << digit) - 1)
         if layout.bits == 8:
-            code_OC |= _field(base_OC, first_OC + 4 + field_1C // 16, field_1C % 16 + half_1C, digit, None) << 4
-    unit_O1 = (group_O1 * layout.units + strip // layout.strips_per_unit) * 8 + row_O1 % 8
-    scale_OC = (unit_O1 * layout.groups + column_1C * layout.groups // STRIP_C) * 2 + row_O1 // 8
+            codes |= ((_word(lane, first + 4 + word) >> place) & 15) << 4
+    groups: tl.constexpr = layout.groups
+    unit_O1 = ((rows_O // ROWS_C * layout.units + strip // layout.strips_per_unit) * 8 + rows_O % 8)[:, None]
+    scale_OG = (unit_O1 * groups + tl.arange(0, groups)[None, :]) * 2 + (rows_O % ROWS_C // 8)[:, None]
+    codes_OGg = codes.reshape(rows, groups, STRIP_C // groups)
     if layout.symmetric:
-        code_OC -= layout.offset
+        codes_OGg -= layout.offset
     else:
-        code_OC -= tl.load(zeros + scale_OC).to(tl.int32)
-    return code_OC.to(tl.float32) * tl.load(scales + scale_OC).to(tl.float32)
+        codes_OGg -= tl.load(zeros + scale_OG).to(tl.int32)[:, :, None]
+    return (codes_OGg.to(tl.float32) * tl.load(scales + scale_OG).to(tl.float32)[:, :, None]).reshape(rows, STRIP_C)
 
 
 @triton.jit
-def _field(base_OC, word_OC, bit_OC, width: tl.constexpr, mask):
-    """`width` bits from `bit_OC` on of a lane's word number `word_OC`, zero where `mask` is false."""
-    place_OC = base_OC + word_OC // 4 * (4 * LANES_C) + word_OC % 4
-    if mask is None:
-        word = tl.load(place_OC)
-    else:
-        word = tl.load(place_OC, mask=mask & (word_OC >= 0), other=0)
-    return (word >> bit_OC) & ((1 << width) - 1)
+def _word(lane, word):
+    """Word number `word` of a lane's part of a strip."""
+    return tl.load(lane + word // 4 * (4 * LANES_C) + word % 4)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Launch parameters for a layer and a number of tokens, from a table of measurements; nothing is tuned during a call.
 
-`experiments/tune_kernels.py` writes `table.json`, the fastest measured launches of one GPU. There are three regimes:
+`experiments/tune_kernels.py` writes `table.json`, the fastest measured launches of one GPU. There are four regimes:
 
     gemv         one token, MXINT4 weights, rounded activations: integer products (gemv.py)
     gemm         few tokens: weights decoded in registers (gemm.py); a launch per code width, N, K and bucket of M
+    groups       up to 64 tokens, integer groups: the gemm kernel with a launch from a model (`group_launch`)
     dequantize   many tokens, for which the table has no launch: the weight is dequantized, and a library multiplies
 
 A shape that is not in the table uses the launch of the nearest shape, by log N and log K.
@@ -17,9 +18,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from lqer.kernels.layout import ROWS
+
 TABLE = Path(__file__).with_name("table.json")
 # A bucket holds up to so many tokens; more tokens than in the last one are the dequantize regime.
 BUCKETS = (16, 32, 64, 128, 256)
+COST_OF_SPLIT = 1 / 8  # of K of integer groups, for a token, in strips
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,31 @@ def gemm_launch(width: int, n: int, k: int, bucket: int) -> GemmLaunch | None:
 
 @lru_cache(maxsize=4096)
 def group_launch(rows: int, strips: int, m: int, multiprocessors: int) -> GemmLaunch:
-    """The launch for m tokens and integer groups: the splits with which programs take the shortest time."""
-    block_n, block_m = 64, next((size for size in (8, 16) if m <= size), 32)
-    tiles = -(-rows // block_n) * -(-m // block_m)
+    """The launch for m tokens and integer groups, by a model of its time that fits five shapes on an H200.
 
-    def time(splits: int) -> float:
-        return -(-tiles * splits // multiprocessors) * (-(-strips // splits) + 1)
+    For up to 8 tokens, 2, 4 or 8 warps share 16 rows and take turns at the strips; for more, a warp has 32 rows, and
+    programs split the strips.
+    """
 
-    enough = [splits for splits in range(1, strips + 1) if tiles * splits >= 3 * multiprocessors] or [strips]
-    return GemmLaunch(block_n, block_m, min(enough, key=time), stages=3, warps=4)
+    def time(launch: GemmLaunch) -> float:
+        programs = -(-rows // launch.block_n) * launch.splits * -(-m // launch.block_m)
+        sharing = max(1, ROWS * launch.warps // launch.block_n)
+        # Row groups that a multiprocessor works on at once, and strips of each.
+        at_once = -(-programs // multiprocessors) * launch.block_n * sharing // ROWS
+        strips_each = -(-strips // (sharing * launch.splits))
+        return at_once * strips_each * _slowdown(at_once) + COST_OF_SPLIT * m * launch.splits
+
+    if m <= 8:
+        shared = ((16, 4), (16, 8), (32, 4))
+        return min((GemmLaunch(block_n, 8, 1, 3, warps) for block_n, warps in shared), key=time)
+    block_m = 16 if m <= 16 else 32
+    return min((GemmLaunch(128, block_m, splits, 3, 4) for splits in range(1, strips + 1)), key=time)
+
+
+def _slowdown(at_once: int) -> float:
+    """Few row groups at once leave a multiprocessor waiting for memory; too many do not all fit."""
+    limits = ((4, 1.6), (8, 1.25), (20, 1.0))
+    return next((factor for limit, factor in limits if at_once <= limit), 1.35)
 
 
 def bucket_of(m: int) -> int | None:
