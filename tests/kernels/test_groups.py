@@ -124,11 +124,11 @@ def test_every_number_of_tokens_gives_the_formula(m):
 
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (75, 20), (64, 256), (130, 257), (320, 1000)])
 def test_shapes_need_not_be_multiples_of_a_strip(n, k):
-    for number_format in (Int(4, 128), Int(2, 32), Int(8, "row")):
+    for number_format, m in ((Int(4, 128), 1), (Int(2, 32), 4), (Int(8, "row"), 9)):
         layer = build_layer(number_format, n, k, rank=16)
-        for m in (1, 4):
-            x_MI = random_input(m, k)
-            assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
+        x_MI = random_input(m, k)
+        exact = layer.exact(x_MI, torch.float32)
+        assert relative_error(packed_linear(x_MI, layer.packed), exact) < TOLERANCE[DTYPE]
 
 
 def test_the_torch_reference_gives_the_formula():
