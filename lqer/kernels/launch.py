@@ -40,7 +40,8 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
     if isinstance(layout, GroupLayout):
-        grouped = group_launch(layout.rows, layout.strips, len(x_MI), runtime.multiprocessors(x_MI.device))
+        processors = runtime.multiprocessors(x_MI.device)
+        grouped = group_launch(layout.bits, layout.rows, layout.strips, len(x_MI), processors)
         if len(x_MI) <= GROUP_TOKENS and fits_gemm(packed, len(x_MI), grouped):
             return run_groups(x_MI, packed, grouped)
         return run_dequantized(x_MI, packed)

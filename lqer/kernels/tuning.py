@@ -80,7 +80,7 @@ def gemm_launch(width: int, n: int, k: int, bucket: int) -> GemmLaunch | None:
 
 
 @lru_cache(maxsize=4096)
-def group_launch(rows: int, strips: int, m: int, multiprocessors: int) -> GemmLaunch:
+def group_launch(bits: int, rows: int, strips: int, m: int, multiprocessors: int) -> GemmLaunch:
     """The launch for m tokens and integer groups, by a model of its time that fits five shapes on an H200.
 
     For up to 8 tokens, 2, 4 or 8 warps share 16 rows and take turns at the strips; for more, a warp has 32 rows, and
@@ -96,7 +96,8 @@ def group_launch(rows: int, strips: int, m: int, multiprocessors: int) -> GemmLa
         return at_once * strips_each * _slowdown(at_once) + COST_OF_SPLIT * m * launch.splits
 
     if m <= 8:
-        shared = ((16, 4), (16, 8), (32, 4))
+        # Shared memory for codes of 8 bits would leave 8 warps nothing to copy ahead.
+        shared = ((16, 4), (32, 4)) if bits == 8 else ((16, 4), (16, 8), (32, 4))
         return min((GemmLaunch(block_n, 8, 1, 3, warps) for block_n, warps in shared), key=time)
     block_m = 16 if m <= 16 else 32
     return min((GemmLaunch(128, block_m, splits, 3, 4) for splits in range(1, strips + 1)), key=time)

@@ -12,7 +12,8 @@ from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, build_layer, random_inp
 from lqer.formats import Int, MXInt
 from lqer.kernels import packed_linear
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
-from lqer.kernels.groups import PackedGroups, fits_groups, pack_groups, unpack_groups
+from lqer.kernels.groups import GroupLayout, PackedGroups, fits_groups, pack_groups, unpack_groups
+from lqer.kernels.groups_ptx import slots
 from lqer.kernels.integer_launch import run_groups
 from lqer.kernels.launch import GROUP_TOKENS
 from lqer.kernels.reference import reference_linear, reference_weight
@@ -158,11 +159,19 @@ def test_rows_of_x_need_not_be_adjacent_or_aligned():
 
 def test_a_launch_covers_every_strip_with_programs_for_all_tokens():
     for rows, strips, m in ((16, 1, 1), (4096, 16, 1), (11008, 16, 9), (4096, 43, 64), (28672, 32, 33)):
-        launch = group_launch(rows, strips, m, 132)
+        launch = group_launch(4, rows, strips, m, 132)
         assert 1 <= launch.splits <= strips
         assert launch.block_m >= min(m, 32)
         sharing = max(1, 16 * launch.warps // launch.block_n)
         assert launch.block_n * sharing % (16 * launch.warps) == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_warp_of_one_token_copies_ahead(bits):
+    layout = GroupLayout(0, 4096, bits, 128, False, False)
+    for rows, strips in ((1024, 16), (4096, 16), (4096, 56), (11008, 16), (8192, 32), (28672, 32)):
+        launch = group_launch(bits, rows, strips, 1, 132)
+        assert slots(layout, 1, launch.warps, launch.stages) > 1
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
