@@ -130,9 +130,9 @@ class Machine:
             case "fma.rn.f32":
                 a, b, c = (_float32(source).double() for source in sources)
                 registers[target] = (a * b + c).to(torch.float32)
-            case "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32":
+            case "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32" | "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32":
                 a, b, c = ([value(name) for name in _parts(names[i])] for i in (1, 2, 3))
-                for register, result in zip(_parts(target), _multiply(a, b, c), strict=True):
+                for register, result in zip(_parts(target), _multiply(a, b, c, ".s32.s8" in opcode), strict=True):
                     registers[register] = result
             case (
                 "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
@@ -154,12 +154,13 @@ def _signed(words: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 1 << (bits - 1), words - (1 << bits), words)
 
 
-def _multiply(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
-    """D = A B + C, 16 x 32 unsigned bytes by 32 x 8 signed ones, of a warp of 32 lanes, 4 g + t."""
+def _multiply(a: list[Tensor], b: list[Tensor], c: list[Tensor], signed: bool) -> list[Tensor]:
+    """D = A B + C, 16 x 32 bytes, `signed` or not, by 32 x 8 signed ones, of a warp of 32 lanes, 4 g + t."""
     g, t, byte = torch.arange(32) // 4, torch.arange(32) % 4, torch.arange(4)
     a_, b_ = torch.zeros(16, 32, dtype=torch.int64), torch.zeros(32, 8, dtype=torch.int64)
     for i, word in enumerate(a):
         a_[(g + 8 * (i % 2))[:, None], 4 * t[:, None] + byte + 16 * (i // 2)] = word[:, None] >> 8 * byte & 255
+    a_ = _signed(a_, 8) if signed else a_
     for i, word in enumerate(b):
         b_[4 * t[:, None] + byte + 16 * i, g[:, None]] = _signed(word[:, None] >> 8 * byte & 255, 8)
     product = a_ @ b_

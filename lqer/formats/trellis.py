@@ -20,6 +20,13 @@ normal values, of those for which the states that follow one state lie in differ
 as do those that one state follows. At 2 bits and L = 12 the error is 0.069 of the energy, that of a table in random
 order 0.073; the bound is 4^-k.
 
+A third table takes two integer operations a value and no look-up (the 1MAD code of the paper has the same idea): a sum
+of four numbers that are nearly uniform is nearly normal,
+
+    table[s] = sum of the four signed bytes of (a s mod 2^32) / 128         table "bytes", a from BYTE_MULTIPLIERS
+
+Its mean square is 1.333, exact in float16. Integer tensor cores take the bytes as they are, and add them.
+
 Packed layout. The codes of 16 rows are one row of bytes, tile after tile, 32 k bytes each; code i of a tile is the
 lowest k bits of state_i, and lies at bits i k to i k + k - 1, bit b of a tile being bit b % 8 of byte b // 8. As 8 k
 little-endian 32-bit words w of a tile:
@@ -34,6 +41,7 @@ tile, S states, G blocks of all leading dims, g values of a block.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -56,8 +64,18 @@ MULTIPLIERS: dict[tuple[int, int], int] = {
     (15, 1): 0x6CAD4A27, (15, 2): 0xB4D66A3B, (15, 3): 0x230D977F, (15, 4): 0xF0CE5835,
     (16, 1): 0x7D2CAF83, (16, 2): 0x47469A4D, (16, 3): 0x6A50DF4D, (16, 4): 0x881ED163,
 }  # fmt: skip
+BYTE_MULTIPLIERS: dict[tuple[int, int], int] = {
+    (12, 1): 0xDC6793B1, (12, 2): 0x988B5053, (12, 3): 0x2DAEBE23, (12, 4): 0x1385CEF3,
+    (13, 1): 0xDC6793B1, (13, 2): 0x988B5053, (13, 3): 0x2DAEBE23, (13, 4): 0x1385CEF3,
+    (14, 1): 0xDC6793B1, (14, 2): 0x74A35751, (14, 3): 0x2DAEBE23, (14, 4): 0x1385CEF3,
+    (15, 1): 0xDC6793B1, (15, 2): 0x74A35751, (15, 3): 0x2DAEBE23, (15, 4): 0x1385CEF3,
+    (16, 1): 0xDC6793B1, (16, 2): 0x74A35751, (16, 3): 0x2DAEBE23, (16, 4): 0x1385CEF3,
+}  # fmt: skip
+# The root mean square of the values of table "bytes", those of uniform bytes.
+BYTES_RMS = math.sqrt(4 * (256**2 - 1) / 12) / 128
+TABLES = ("gaussian", "polynomial", "bytes")
 POLYNOMIAL = (2.824, -20.286, 437.888, -2941.542, 6754.387)
-# The scale of normal values with root mean square 1 that has the least error, by k.
+# The scale of normal values with root mean square 1 that has the least error, by k, for values of mean square 1.
 FACTOR = {1: 0.93, 2: 1.02, 3: 1.06, 4: 1.09}
 LARGEST_VALUE = 4.5
 # Beyond so many bits of a state the search reads the table in float16, which then still fits into a GPU's L1 cache.
@@ -79,13 +97,13 @@ class Trellis(NumberFormat):
 
     bits: int
     state_bits: int = 12
-    table: Literal["gaussian", "polynomial"] = "gaussian"
+    table: Literal["gaussian", "polynomial", "bytes"] = "gaussian"
     block_size: Literal["tensor"] = "tensor"
 
     def __post_init__(self) -> None:
         require_range("bits", self.bits, 1, 4, "trellis")
         require_range("state_bits", self.state_bits, 12, 16, "trellis")
-        require_choice("table", self.table, ["gaussian", "polynomial"], "trellis")
+        require_choice("table", self.table, list(TABLES), "trellis")
         require_choice("block_size", self.block_size, ["tensor"], "trellis")
 
     @property
@@ -101,7 +119,8 @@ class Trellis(NumberFormat):
     def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
         """The scale f rms, float32 [1, .., 1]; 0 for zeros, NaN where there is NaN or infinity."""
         rms = root_mean_square(x_Gg.reshape(*[1] * (x_Gg.dim() - 1), -1))
-        return {"scales": storable(FACTOR[self.bits] * rms, torch.float32, LARGEST_VALUE)}
+        factor = FACTOR[self.bits] / (BYTES_RMS if self.table == "bytes" else 1.0)
+        return {"scales": storable(factor * rms, torch.float32, LARGEST_VALUE)}
 
     def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
         """uint8 codes [R / 16, 1, 16 g] of whole rows or of blocks of columns [R, 1, g]."""
@@ -170,11 +189,19 @@ def from_tiles(x_NP: Tensor, tile_rows: int) -> Tensor:
     return x_NP.view(tile_rows, -1, TILE, TILE).transpose(1, 2).reshape(tile_rows * TILE, -1)
 
 
+def multiplier(state_bits: int, bits: int, table: str) -> int:
+    """A of the equations of the module's docstring."""
+    return (BYTE_MULTIPLIERS if table == "bytes" else MULTIPLIERS)[state_bits, bits]
+
+
 @lru_cache
 def state_values(state_bits: int, bits: int, table: str, device: torch.device) -> Tensor:
     """float32 [S], exact in float16: the value of each state by the equations of the module's docstring."""
-    place_S = torch.arange(1 << state_bits) * MULTIPLIERS[state_bits, bits] % (1 << 32)
-    u_S = (place_S.to(torch.float64) + 0.5) / (1 << 32) - 0.5
+    product_S = torch.arange(1 << state_bits) * multiplier(state_bits, bits, table) % (1 << 32)
+    if table == "bytes":
+        byte_S4 = product_S.unsqueeze(1) >> torch.tensor([0, 8, 16, 24])
+        return ((byte_S4 & 255 ^ 128) - 128).sum(1).to(device, torch.float32) / 128
+    u_S = (product_S.to(torch.float64) + 0.5) / (1 << 32) - 0.5
     if table == "gaussian":
         tail = 0.5 / len(u_S)
         value_S = torch.special.ndtri((u_S + 0.5).clamp(tail, 1 - tail))

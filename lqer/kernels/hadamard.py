@@ -21,7 +21,7 @@ LEAST_EXPONENT_UP = tl.constexpr(2 * 127 + 14)
 
 
 @triton.jit
-def _odd_overlap(size: tl.constexpr):
+def odd_overlap(size: tl.constexpr):
     """Where H_size is negative [size, size]: i & j has an odd number of bits."""
     bits = tl.arange(0, size)[:, None] & tl.arange(0, size)[None, :]
     bits ^= bits >> 8
@@ -44,8 +44,8 @@ def hadamard_input_kernel(
     signs,  # [I], or None: no rotation
     outer,  # O, float32 [A, A]
     a_values,  # Aᵀ [RP, IP] in the dtype of x, or None
-    x_out,  # int8 [M, 2, IP] in token order (lattice.py), or float16 [M, IP] (trellis.py)
-    steps,  # int32 [M, tiles, 2], see lattice_gemm.py, or float32 [M, tiles]
+    x_out,  # int8 [M, 2, IP], in token order (lattice.py) or not (byte_sums.py), or float16 [M, IP] (trellis.py)
+    steps,  # int32 [M, tiles, 2] for the first, see lattice_gemm.py, or float32 [M, tiles]
     partial,  # of x' A, float32 [tiles, M, RP], or None
     M,
     K,
@@ -76,7 +76,7 @@ def hadamard_input_kernel(
         rows_AP = tl.load(outer + ours_P[None, :] * A + blocks_A[:, None], mask=inside_AP, other=0.0) * factor
         place_AB = blocks_A[:, None] * B + tl.arange(0, B)[None, :]
         signs_AB = tl.load(signs + place_AB, mask=(blocks_A < A)[:, None], other=0.0)
-        negative_BB = _odd_overlap(B)
+        negative_BB = odd_overlap(B)
     if rank > 0:
         a_RT = tl.load(a_values + tl.arange(0, BLOCK_R)[:, None] * padded + columns_T[None, :])
     if pdl:
@@ -89,6 +89,8 @@ def hadamard_input_kernel(
         x_T = tl.load(row + columns_T, mask=columns_T < K, other=0.0).to(tl.float32)
     if x_out.dtype.element_ty == tl.float16:
         store_halves(x_T, x_out + m.to(tl.int64) * padded, steps + m * tiles + tile, columns_T)
+    elif steps.dtype.element_ty == tl.float32:
+        store_bytes(x_T, x_out + m.to(tl.int64) * (2 * padded), steps + m * tiles + tile, columns_T, padded)
     else:
         store_integers(x_T, x_out + m.to(tl.int64) * (2 * padded), steps + (m * tiles + tile) * 2, columns_T, padded)
     if rank > 0:
@@ -101,7 +103,7 @@ def hadamard_input_kernel(
 
 
 @triton.jit
-def _scale_up(largest):
+def scale_up(largest):
     """The biased exponent of a value, and the power of two that brings it to 2^14 and above, below 2^15."""
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, LEAST_EXPONENT)
     return exponent, ((-exponent + LEAST_EXPONENT_UP) << 23).to(tl.float32, bitcast=True)
@@ -110,20 +112,37 @@ def _scale_up(largest):
 @triton.jit
 def store_halves(x_T, x_out, step, columns_T):
     """Write a tile of a token as float16, with its step (trellis.py)."""
-    exponent, up = _scale_up(tl.max(tl.abs(x_T), axis=0))
+    exponent, up = scale_up(tl.max(tl.abs(x_T), axis=0))
     tl.store(x_out + columns_T, (x_T * up).to(tl.float16))
     tl.store(step, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def store_integers(x_T, x_out, steps, columns_T, padded: tl.constexpr):
-    """Write a tile of a token as integers 256 h + l with h and l from -128 to 127 (lattice.py)."""
+def _two_bytes(x_T):
+    """x as 256 h + l with h and l from -128 to 127, the integers 256 h + l, and the biased exponent of the largest."""
     # A little larger than the largest value, so that no h is 128; with its exponent the largest value has 15 bits.
-    exponent, up = _scale_up(tl.max(tl.abs(x_T), axis=0) * LARGEST_ROOM)
+    exponent, up = scale_up(tl.max(tl.abs(x_T), axis=0) * LARGEST_ROOM)
     integers_T = ((x_T * up + ROUNDER) - ROUNDER).to(tl.int32)
     low_T = ((integers_T + 128) & 255) - 128
+    return (integers_T - low_T) >> 8, low_T, integers_T, exponent
+
+
+@triton.jit
+def store_bytes(x_T, x_out, step, columns_T, padded: tl.constexpr):
+    """Write a tile of a token as bytes h and l (byte_sums.py)."""
+    high_T, low_T, _, exponent = _two_bytes(x_T)
+    tl.store(x_out + columns_T, high_T.to(tl.int8))
+    tl.store(x_out + padded + columns_T, low_T.to(tl.int8))
+    # 2^(exponent - 127 - 14), times the 1 / 128 of values; not finite where x is not.
+    tl.store(step, ((exponent - 21) << 23).to(tl.float32, bitcast=True) + tl.sum(x_T - x_T, axis=0))
+
+
+@triton.jit
+def store_integers(x_T, x_out, steps, columns_T, padded: tl.constexpr):
+    """Write a tile of a token as integers 256 h + l with h and l from -128 to 127 (lattice.py)."""
+    high_T, low_T, integers_T, exponent = _two_bytes(x_T)
     place_T = x_out + token_order(columns_T)
-    tl.store(place_T, ((integers_T - low_T) >> 8).to(tl.int8))
+    tl.store(place_T, high_T.to(tl.int8))
     tl.store(place_T + padded, low_T.to(tl.int8))
     # 2^(exponent - 127 - 14), times the 1 / 32 of sums.
     tl.store(steps, (exponent - 19) << 23)
@@ -152,7 +171,7 @@ def hadamard_output_kernel(
     signs_B = tl.load(signs + columns_B).to(tl.float32)
     if bias is not None:
         bias_B = tl.load(bias + columns_B).to(tl.float32)
-    negative_BB = _odd_overlap(B)
+    negative_BB = odd_overlap(B)
     if pdl:
         gdc_wait()
         gdc_launch_dependents()

@@ -15,12 +15,14 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.hadamard import hadamard_input_kernel, hadamard_output_kernel
+from lqer.kernels.hadamard_tokens import ROWS_AT_ONCE, hadamard_input_tokens_kernel, hadamard_output_tokens_kernel
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.runtime import launch_options
 from lqer.kernels.tiles import TILE_K
 from lqer.transforms.hadamard import FLOAT16_HEADROOM, RandomHadamard, run_rotated, small_factor, small_order
 
-LARGEST_BLOCK = 128  # outputs of a rotation, for one program
+LARGEST_BLOCK = 128  # outputs of a rotation of one token, for one program
+LARGEST_BLOCK_OF_TOKENS = 512  # of several
 LARGEST_OUTER = 256  # rows of the outer factor: a program reads all blocks at once
 HADAMARD_WARPS = 8
 RANKS_AT_ONCE = 64  # in the input rotation
@@ -42,11 +44,14 @@ class HadamardFactors:
 
 
 @lru_cache
-def hadamard_factors(length: int, inverse: bool, device: torch.device) -> HadamardFactors:
-    """The factors of H, or Hᵀ. Cached on the device, because a CUDA graph must not copy from the host."""
+def hadamard_factors(length: int, inverse: bool, device: torch.device, largest: int) -> HadamardFactors:
+    """The factors of H, or Hᵀ, with a block of at most `largest`.
+
+    Cached on the device, because a CUDA graph must not copy from the host.
+    """
     small = small_order(length)
     power = length // small
-    block = min(power, LARGEST_BLOCK)
+    block = min(power, largest)
     outer = small_factor(small)
     while power > block:
         # H_2n = H_2 ⊗ H_n: the inner factor of the outer one.
@@ -60,6 +65,16 @@ def hadamard_factors(length: int, inverse: bool, device: torch.device) -> Hadama
 def fits_hadamard(length: int) -> bool:
     """Whether the kernels rotate vectors of this length; torch rotates the others."""
     return length // min(length // small_order(length), LARGEST_BLOCK) <= LARGEST_OUTER
+
+
+def together(tokens: int, length: int) -> bool:
+    """Whether so many tokens of this length are rotated by one program each for a block of outputs of some of them."""
+    return tokens > 1 and length // small_order(length) >= TILE_K
+
+
+def tokens_of_a_program(block: int) -> int:
+    """Of which a program rotates a block of so many values."""
+    return ROWS_AT_ONCE.value * TILE_K // block
 
 
 def rotates_in_kernels(packed: PackedLinear) -> bool:
@@ -84,10 +99,10 @@ def headroom(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Tokens:
-    """x' as a product reads it, of lattice codes (lattice.py) or of trellis codes (trellis.py).
+    """x' as a product reads it, of lattice codes (lattice.py) or of trellis codes (trellis.py, byte_sums.py).
 
-    values: int8 [M, 2, IP] or float16 [M, IP]. steps: int32 [M, tiles, 2] or float32 [M, tiles]. projection: partial
-    sums of x' A, float32 [tiles, M, RP], or None.
+    values: int8 [M, 2, IP] or float16 [M, IP]. steps: int32 [M, tiles, 2] or float32 [M, tiles]. projection:
+    partial sums of x' A, float32 [tiles, M, RP], or None.
     """
 
     values: Tensor
@@ -114,7 +129,15 @@ def run_rotated_product(
         return product(_prepare(x_MI, packed, None, empty, pdl), packed.bias_O, dtype)
     y_MO = product(_prepare(x_MI, packed, signs_I, empty, pdl), None, torch.float32)
     m, n = y_MO.shape
-    inverse, y_out = hadamard_factors(n, True, x_MI.device), x_MI.new_empty(m, n, dtype=dtype)
+    y_out = x_MI.new_empty(m, n, dtype=dtype)
+    if together(m, n):
+        inverse = hadamard_factors(n, True, x_MI.device, LARGEST_BLOCK_OF_TOKENS)
+        hadamard_output_tokens_kernel[n // inverse.block, -(-m // tokens_of_a_program(inverse.block))](
+            y_MO, signs_O, inverse.outer, packed.bias_O, y_out, m, A=n // inverse.block, B=inverse.block,
+            factor=inverse.factor * headroom(x_MI.dtype), pdl=pdl, num_warps=HADAMARD_WARPS, **launch_options(pdl),
+        )  # fmt: skip
+        return y_out
+    inverse = hadamard_factors(n, True, x_MI.device, LARGEST_BLOCK)
     blocks = n // inverse.block
     hadamard_output_kernel[blocks, m](
         y_MO, signs_O, inverse.outer, packed.bias_O, y_out, m, A=blocks, BLOCK_A=triton.next_power_of_2(blocks),
@@ -128,7 +151,18 @@ def _prepare(
     x_MI: Tensor, packed: PackedLinear, signs_I: Tensor | None, empty: tuple[Tensor, Tensor], pdl: bool
 ) -> Tokens:
     (m, k), rank, tiles = x_MI.shape, packed.spec.rank, packed.spec.layout.padded_columns // TILE_K
-    factors = None if signs_I is None else hadamard_factors(k, False, x_MI.device)
+    if signs_I is not None and together(m, k):
+        factors = hadamard_factors(k, False, x_MI.device, LARGEST_BLOCK_OF_TOKENS)
+        blocks = -(-tiles * TILE_K // factors.block)
+        tokens = Tokens(*empty, x_MI.new_empty((blocks, m, rank), dtype=torch.float32) if rank else None)
+        hadamard_input_tokens_kernel[blocks, -(-m // tokens_of_a_program(factors.block))](
+            x_MI, signs_I, factors.outer, packed.a_codes, tokens.values, tokens.steps, tokens.projection, m,
+            x_MI.stride(0), rank=rank, tiles=tiles, A=k // factors.block, B=factors.block,
+            BLOCK_R=min(rank, RANKS_AT_ONCE), factor=factors.factor / headroom(x_MI.dtype), pdl=pdl,
+            num_warps=HADAMARD_WARPS, **launch_options(pdl),
+        )  # fmt: skip
+        return tokens
+    factors = None if signs_I is None else hadamard_factors(k, False, x_MI.device, LARGEST_BLOCK)
     blocks, block = (tiles, TILE_K) if factors is None else (k // factors.block, factors.block)
     tokens = Tokens(*empty, x_MI.new_empty((tiles, m, rank), dtype=torch.float32) if rank else None)
     hadamard_input_kernel[tiles, m](

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lqer.kernels import runtime
+from lqer.kernels.byte_sums_launch import run_byte_sums
 from lqer.kernels.codebook import CodebookLayout
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
@@ -36,7 +37,7 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     if isinstance(layout, LatticeLayout):
         return run_rotated_layer(x_MI, packed, run_lattice)
     if isinstance(layout, TrellisLayout):
-        return run_rotated_layer(x_MI, packed, run_trellis)
+        return run_rotated_layer(x_MI, packed, run_byte_sums if layout.sums_bytes else run_trellis)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
     if isinstance(layout, GroupLayout):

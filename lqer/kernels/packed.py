@@ -254,8 +254,7 @@ def decode_spec(text: str) -> Spec:
     elif kind == LatticeLayout.__name__:
         layout = LatticeLayout(*fields)
     elif kind == TrellisLayout.__name__:
-        rows, columns, bits, state_bits, polynomial = fields
-        layout = TrellisLayout(rows, columns, bits, state_bits, bool(polynomial))
+        layout = TrellisLayout(*fields)
     elif kind == GroupLayout.__name__:
         rows, columns, bits, group, symmetric, bfloat = fields
         layout = GroupLayout(rows, columns, bits, group, bool(symmetric), bool(bfloat))

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lqer.formats import QuantizedTensor, Trellis, pack_bits
-from lqer.formats.trellis import TILE, from_tiles, state_values
+from lqer.formats.trellis import TABLES, TILE, from_tiles, multiplier, state_values
 from lqer.kernels.layout import ROWS
 from lqer.kernels.tiles import TILE_K, TiledLayout
 
@@ -60,12 +60,31 @@ class TrellisLayout(TiledLayout):
 
     bits: int  # k
     state_bits: int  # L
-    polynomial: bool  # the table: "polynomial", else "gaussian"
+    table_number: int  # of the table, in TABLES
 
     @cached_property
     def compiled(self) -> TrellisLayout:
         """The layout without the number of rows: kernels are compiled once for all of these."""
         return replace(self, rows=0)
+
+    @property
+    def table(self) -> str:
+        return TABLES[self.table_number]
+
+    @property
+    def sums_bytes(self) -> bool:
+        """Whether values are sums of the bytes of a product: they are computed (byte_sums.py), not looked up."""
+        return self.table == "bytes"
+
+    @property
+    def multiplier(self) -> int:
+        """a of lqer.formats.trellis."""
+        return multiplier(self.state_bits, self.bits, self.table)
+
+    @property
+    def signed_multiplier(self) -> int:
+        """The same modulo 2^32, as an int32."""
+        return (self.multiplier ^ 1 << 31) - (1 << 31)
 
     @property
     def pairs(self) -> bool:
@@ -131,7 +150,7 @@ def pack_trellis(weight: QuantizedTensor) -> PackedTrellis:
     if len(weight.shape) != 2 or weight.axis != 1:
         raise ValueError(f"rows must be along axis 1 of a matrix, found axis {weight.axis} of {weight.shape}")
     bits = number_format.bits
-    layout = TrellisLayout(*weight.shape, bits, number_format.state_bits, number_format.table == "polynomial")
+    layout = TrellisLayout(*weight.shape, bits, number_format.state_bits, TABLES.index(number_format.table))
     # [OP/16, tiles, ring of four, t, g, words of g]: little-endian words of the packed layout.
     stream = pack_bits(weight.parts["codes"], bits).view(torch.int32)
     ring_words = TILE * TILE * bits // 32
@@ -158,8 +177,7 @@ def unpack_values(packed: PackedTrellis) -> Tensor:
 
 def values_table(layout: TrellisLayout, device: torch.device) -> Tensor:
     """float32 [S], exact in float16."""
-    table = "polynomial" if layout.polynomial else "gaussian"
-    return state_values(layout.state_bits, layout.bits, table, device)
+    return state_values(layout.state_bits, layout.bits, layout.table, device)
 
 
 @lru_cache

@@ -213,6 +213,10 @@ def add_products(sums, weights, tokens, blocks: tl.constexpr):
 @triton.jit
 def look_up(states, table, layout: tl.constexpr):
     """The float32 value of each state, in plain operations."""
+    if layout.sums_bytes:
+        product = (states * layout.signed_multiplier).to(tl.int32)
+        bytes_sum = (product << 24 >> 24) + (product << 16 >> 24) + (product << 8 >> 24) + (product >> 24)
+        return bytes_sum.to(tl.float32) / 128
     if layout.halves:
         halves = tl.load(table + states // 2) >> (states % 2 * 16)
     else:

@@ -105,6 +105,6 @@ def dequantize_trellis(weight: PackedTrellis, w_OI: Tensor) -> None:
     )  # fmt: skip
 
 
-def table_of(weight: PackedTrellis) -> Tensor:
-    """The table of the weight's values, on its device."""
-    return lookup_table(weight.layout.compiled, weight.words.device)
+def table_of(weight: PackedTrellis) -> Tensor | None:
+    """The table of the weight's values, on its device; None if they are computed."""
+    return None if weight.layout.sums_bytes else lookup_table(weight.layout.compiled, weight.words.device)

@@ -22,6 +22,7 @@ from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough, Trellis
 from lqer.formats.kmeans_kernel import cluster_sums, drawn_seeds, improve
 from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
+from lqer.kernels.byte_sums import TOKENS_AT_ONCE as BYTE_TOKENS_AT_ONCE
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
 from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups
@@ -65,6 +66,9 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     if self.fn.__name__ == "trellis_product_kernel":
         check_that_nothing_is_computed_twice(kernel, constants["span"] * constants["BLOCK_M"])
         check_that_the_table_stays(kernel, constants["layout"])
+    if self.fn.__name__ == "byte_sums_product_kernel":
+        products = 16 * constants["groups"] * constants["BLOCK_M"] // BYTE_TOKENS_AT_ONCE
+        assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
     compiled.add(self.fn.__name__)
 
 
@@ -136,8 +140,12 @@ def main() -> None:
             run_layer(random_input(m, 2048, dtype), lattice.packed)
     for n, k, rank, m in ((64, 256, 16, 3), (128, 1024, 256, 1), (128, 1024, 256, 4), (128, 1024, 256, 16)):
         run_layer(random_input(m, k, bf16), build_layer(E8P(2), n, k, rank=rank, dtype=bf16).packed)
-    for bits, state_bits, m, rank in ((1, 12, 1, 0), (2, 12, 1, 64), (3, 13, 16, 16), (3, 12, 4, 0), (4, 16, 9, 0)):
-        weight = random_trellis(Trellis(bits, state_bits), 256, 2048)
+    for bits, state_bits, table, m, rank in (
+        (1, 12, "gaussian", 1, 0), (2, 12, "gaussian", 1, 64), (3, 13, "gaussian", 16, 16), (3, 12, "gaussian", 4, 0),
+        (4, 16, "gaussian", 9, 0), (1, 12, "bytes", 1, 0), (2, 12, "bytes", 16, 64), (3, 16, "bytes", 4, 16),
+        (4, 14, "bytes", 1, 64),
+    ):  # fmt: skip
+        weight = random_trellis(Trellis(bits, state_bits, table), 256, 2048)
         other = build_layer(MXInt(4), 256, 2048, rank=rank)
         packed = PackedLinear.pack(weight, other.a, other.b, None, None, bf16, random_hadamard(256, 2048, 0))
         run_layer(random_input(m, 2048, bf16), packed)

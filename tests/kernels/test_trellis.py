@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, random_input, random_trellis, relative_error
 
 from lqer.formats import Int, MXInt, QuantizedTensor, Trellis
+from lqer.formats.trellis import TABLES
 from lqer.kernels import PackedLinear, TritonLinear, launch, packed_linear
+from lqer.kernels.byte_sums_launch import ByteSumsLaunch, run_byte_sums
 from lqer.kernels.dequantize_launch import dequantize_weight
 from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear, reference_weight
@@ -23,8 +26,13 @@ TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 FORMATS = [
     Trellis(bits, state_bits, table)
     for bits in (1, 2, 3, 4)
-    for state_bits, table in ((12, "gaussian"), (12, "polynomial"), (16, "gaussian"), (16, "polynomial"))
+    for state_bits, table in itertools.product((12, 16), TABLES)
 ]
+REAL_FORMATS = [
+    *(Trellis(bits, table=table) for bits in (2, 3, 4) for table in ("gaussian", "bytes")), Trellis(2, 16),
+    Trellis(4, 14), Trellis(3, 16, "bytes"),
+]  # fmt: skip
+BY_TABLE = pytest.mark.parametrize("table", ["gaussian", "bytes"])
 BY_NAME = pytest.mark.parametrize("number_format", FORMATS, ids=lambda f: f"{f.bits}-{f.state_bits}-{f.table}")
 
 
@@ -61,6 +69,12 @@ class Layer:
         return y if self.bias_O is None else y + self.bias_O.double()
 
 
+def run_few(x_MI, packed, *launched, **options):
+    """The product by the kernels for few tokens."""
+    run = run_byte_sums if packed.spec.layout.sums_bytes else run_trellis
+    return run(x_MI, packed, supports_pdl(x_MI), *launched, **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @BY_NAME
 def test_every_format_dequantizes_as_in_emulation_bit_for_bit(number_format, dtype):
@@ -81,25 +95,27 @@ def test_the_product_is_exact_for_every_format(number_format):
     for some in columns.split(16):
         x_MI = torch.zeros(len(some), 512, dtype=DTYPE, device=DEVICE)
         x_MI[torch.arange(len(some)), some] = 1
-        y_MO = run_trellis(x_MI, packed, supports_pdl(x_MI), out_dtype=torch.float32)
+        y_MO = run_few(x_MI, packed, out_dtype=torch.float32)
         assert torch.equal(y_MO, values_OI[:, some].T)
 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+@BY_TABLE
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (80, 384), (32, 160)])
-def test_sums_equal_float64_to_the_precision_of_float32(n, k, rotated):
-    layer = Layer(n, k, rotated=rotated, bias=True)
+def test_sums_equal_float64_to_the_precision_of_float32(n, k, table, rotated):
+    layer = Layer(n, k, rotated=rotated, bias=True, number_format=Trellis(2, table=table))
     for m in (1, 3, 9):
         x_MI = random_input(m, k)
-        y_MO = run_trellis(x_MI, layer.packed, supports_pdl(x_MI), out_dtype=torch.float32)
+        y_MO = run_few(x_MI, layer.packed, out_dtype=torch.float32)
         # x' is occasionally rounded to the dtype in the other direction.
         assert relative_error(y_MO, layer.exact(x_MI)) < (TOLERANCE[DTYPE] / 4 if rotated else 2e-5)
 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+@BY_TABLE
 @pytest.mark.parametrize("rank", [0, 10, 64, 192])
-def test_every_rank_gives_the_formula_with_and_without_rotations(rank, rotated):
-    layer = Layer(96, 320, rank, rotated, bias=True)
+def test_every_rank_gives_the_formula_with_and_without_rotations(rank, table, rotated):
+    layer = Layer(96, 320, rank, rotated, bias=True, number_format=Trellis(2, table=table))
     for m in (2, 17):
         x_MI = random_input(m, 320)
         exact = layer.exact(x_MI)
@@ -107,23 +123,25 @@ def test_every_rank_gives_the_formula_with_and_without_rotations(rank, rotated):
         assert relative_error(reference_linear(x_MI, layer.packed), exact) < 1.8 * TOLERANCE[DTYPE]
 
 
+@BY_TABLE
 @pytest.mark.parametrize("m", range(1, 41) if ON_GPU else (1, 2, 7, 8, 9, 16, 17))
-def test_every_number_of_tokens_gives_the_formula(m):
-    layer = Layer(64, 256, rank=16)
+def test_every_number_of_tokens_gives_the_formula(m, table):
+    layer = Layer(64, 256, rank=16, number_format=Trellis(2, table=table))
     x_MI = random_input(m, 256)
     assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
+@BY_TABLE
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (112, 1152), (48, 688)])
-def test_shapes_are_multiples_of_16_and_need_not_be_multiples_of_a_tile(n, k, bits):
-    layer = Layer(n, k, rank=16, number_format=Trellis(bits))
+def test_shapes_are_multiples_of_16_and_need_not_be_multiples_of_a_tile(n, k, bits, table):
+    layer = Layer(n, k, rank=16, number_format=Trellis(bits, table=table))
     x_MI = random_input(3, k)
     assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="too slow without a GPU")
-@pytest.mark.parametrize("number_format", [*(Trellis(bits) for bits in (2, 3, 4)), Trellis(2, 16), Trellis(4, 14)])
+@pytest.mark.parametrize("number_format", REAL_FORMATS)
 @pytest.mark.parametrize(("n", "k", "rank"), [(8192, 8192, 64), (4096, 11008, 128), (11008, 4096, 0)])
 def test_layers_of_a_real_size_give_the_formula_reproducibly(n, k, rank, number_format):
     layer = Layer(n, k, rank, number_format=number_format)
@@ -134,37 +152,47 @@ def test_layers_of_a_real_size_give_the_formula_reproducibly(n, k, rank, number_
         assert all(torch.equal(packed_linear(x_MI, layer.packed), y_MO) for _ in range(5))
 
 
-@pytest.mark.parametrize("launched", [TrellisLaunch(1, 1), TrellisLaunch(2, 4), TrellisLaunch(16, 16)], ids=str)
+@pytest.mark.parametrize(
+    "launched",
+    [
+        TrellisLaunch(1, 1), TrellisLaunch(2, 4), TrellisLaunch(16, 16),
+        ByteSumsLaunch(1, 1, 1), ByteSumsLaunch(4, 1, 8), ByteSumsLaunch(1, 4, 2, 4), ByteSumsLaunch(2, 2, 1, 8),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_every_launch_gives_the_same_layer(launched):
-    layer = Layer(64, 1024, rank=32, bias=True)
+    table = "bytes" if isinstance(launched, ByteSumsLaunch) else "gaussian"
+    layer = Layer(64, 1024, rank=32, bias=True, number_format=Trellis(2, table=table))
     x_MI = random_input(5, 1024)
-    y_MO = run_trellis(x_MI, layer.packed, supports_pdl(x_MI), launched)
+    y_MO = run_few(x_MI, layer.packed, launched)
     assert relative_error(y_MO, layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
 def test_programs_fill_the_gpu_in_as_few_turns_as_possible():
     spans = {(8192, 8192): 16, (11008, 4096): 16, (4096, 4096): 4, (576, 576): 1}
     for (n, k), span in spans.items():
-        assert best_launch(TrellisLayout(n, k, 2, 12, False), 132) == TrellisLaunch(16, span)
+        assert best_launch(TrellisLayout(n, k, 2, 12, 0), 132) == TrellisLaunch(16, span)
 
 
-def test_a_token_with_large_and_small_elements_keeps_both():
+@BY_TABLE
+def test_a_token_with_large_and_small_elements_keeps_both(table):
     """A step for each 128 columns: columns of the second tile are 2^-24 of those of the first."""
-    weight = random_trellis(Trellis(2), 32, 256, scale=1.0)
+    weight = random_trellis(Trellis(2, table=table), 32, 256, scale=1.0)
     packed = PackedLinear.pack(weight, None, None, None, None, torch.float16)
     x_MI = torch.zeros(1, 256, dtype=torch.float16, device=DEVICE)
     x_MI[0, 130], x_MI[0, 5] = 2.0**-20, 60000.0
-    y_MO = run_trellis(x_MI, packed, supports_pdl(x_MI), out_dtype=torch.float32)
+    y_MO = run_few(x_MI, packed, out_dtype=torch.float32)
     values_OI = weight.dequantize().double()
     expected = values_OI[:, 5] * 60000 + values_OI[:, 130] * 2.0**-20
     torch.testing.assert_close(y_MO[0].double(), expected, rtol=1e-6, atol=0)
     x_MI[0, 5] = 0
-    y_MO = run_trellis(x_MI, packed, supports_pdl(x_MI), out_dtype=torch.float32)
+    y_MO = run_few(x_MI, packed, out_dtype=torch.float32)
     assert torch.equal(y_MO[0].double(), values_OI[:, 130] * 2.0**-20)
 
 
-def test_a_token_that_is_not_finite_gives_no_finite_output():
-    layer = Layer(32, 256, rotated=False)
+@BY_TABLE
+def test_a_token_that_is_not_finite_gives_no_finite_output(table):
+    layer = Layer(32, 256, rotated=False, number_format=Trellis(2, table=table))
     for value in (float("inf"), float("nan")):
         x_MI = random_input(2, 256)
         x_MI[1, 7] = value
@@ -173,8 +201,9 @@ def test_a_token_that_is_not_finite_gives_no_finite_output():
         assert not torch.isfinite(y_MO[1]).any()
 
 
-def test_the_workspace_is_zero_after_a_call_and_runs_agree_bit_for_bit():
-    layer = Layer(64, 2048, rank=64)
+@BY_TABLE
+def test_the_workspace_is_zero_after_a_call_and_runs_agree_bit_for_bit(table):
+    layer = Layer(64, 2048, rank=64, number_format=Trellis(2, table=table))
     x_MI = random_input(2, 2048)
     first = packed_linear(x_MI, layer.packed)
     for _ in range(3):
@@ -223,8 +252,9 @@ def test_the_operator_compiles_and_its_fake_has_the_shape():
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
-def test_a_cuda_graph_replays_the_layer():
-    layer = Layer(256, 1024, rank=64)
+@BY_TABLE
+def test_a_cuda_graph_replays_the_layer(table):
+    layer = Layer(256, 1024, rank=64, number_format=Trellis(2, table=table))
     static = random_input(1, 1024)
     packed_linear(static, layer.packed)
     graph = torch.cuda.CUDAGraph()
@@ -256,9 +286,10 @@ def test_more_tokens_than_the_kernels_support_are_multiplied_by_a_library(monkey
     assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
-def test_padded_columns_do_not_contribute():
+@BY_TABLE
+def test_padded_columns_do_not_contribute(table):
     """x' is zero beyond the last column, whatever the codes there decode to."""
-    layer = Layer(16, 112, rotated=False)
+    layer = Layer(16, 112, rotated=False, number_format=Trellis(2, table=table))
     words = torch.randint(-(2**31), 2**31, layer.packed.weight.words.shape, dtype=torch.int32, device=DEVICE)
     poisoned = replace(layer.packed, weight=replace(layer.packed.weight, words=words))
     x_MI = random_input(2, 112)

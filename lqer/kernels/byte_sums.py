@@ -1,0 +1,190 @@
+"""Device functions that multiply trellis codes of table "bytes" with tokens, without a table (trellis.py).
+
+A state's value is the sum of the four signed bytes of a product (lqer.formats.trellis): a shift and a mask, or two
+shifts, give the state, and one multiplication four elements of an operand of the integer tensor cores, which add them.
+A weight takes a register of that operand, so a multiplication has eight columns. Tokens are 16-bit integers 256 h + l
+with a power of two as step for each token and tile of 128 columns; h and l of a column, four times each, are a register
+of two columns of the other operand, so four tokens are multiplied at once. Sums are exact in 32 bits.
+
+    x         int8 [M, 2, IP]         h and l, in natural order
+    steps     float32 [M, tiles]      of an integer times the 1 / 128 of values
+
+Lane 4 g + t reads the sixteen columns of ring t, then of ring 4 + t, of token g / 2 of a block: its h if g is even. A
+warp multiplies `groups` row groups with what it has read and spread.
+
+In Triton's interpreter the same is computed in plain operations.
+
+Shapes: M tokens, O rows of W, C columns of a row group, T threads of a program, K warps along K. Sums, words and tokens
+are tuples of tensors [T].
+"""
+
+import triton
+import triton.language as tl
+
+from lqer.kernels.tiles import TILE_K
+from lqer.kernels.trellis import TrellisLayout
+from lqer.kernels.trellis_decode import TILE_C, load_constraints, load_words, plain_values, types
+
+# A tensor core multiplies eight columns, two for each token.
+TOKENS_AT_ONCE = 4
+TOKENS_AT_ONCE_C = tl.constexpr(TOKENS_AT_ONCE)
+
+
+@triton.constexpr_function
+def product_lines(layout: TrellisLayout, words: list[str], i: int, target: str) -> list[str]:
+    """PTX: target = a state_i; its bytes are those of value i."""
+    word, bit = divmod(i * layout.bits, 32)
+    width = layout.state_bits
+    mask = f"and.b32 t, t, {(1 << width) - 1};"
+    if bit + width > 32:
+        lines = [f"shf.r.clamp.b32 t, {words[word]}, {words[word + 1]}, {bit};", mask]
+    elif bit + width == 32:
+        lines = [f"shr.u32 t, {words[word]}, {bit};"]
+    elif bit:
+        # The compiler makes the first shift a multiplication: multipliers then have as much to do as logical units.
+        lines = [f"shl.b32 t, {words[word]}, {32 - width - bit};", f"shr.u32 t, t, {32 - width};"]
+    else:
+        lines = [f"mov.b32 t, {words[word]};", mask]
+    return [*lines, f"mul.lo.u32 {target}, t, {layout.multiplier};"]
+
+
+@triton.constexpr_function
+def token_asm() -> str:
+    """PTX: $0 to $7 = a lane's columns of a token, four words of either ring, $8 = a step; from their places."""
+    lines = [f"ld.global.v4.b32 {{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, [$9+{n // 4 * TILE_K // 2}];" for n in (0, 4)]
+    return "\n".join([*lines, "ld.global.b32 $8, [$10];"])
+
+
+@triton.constexpr_function
+def tile_asm(layout: TrellisLayout, groups: int, blocks: int) -> str:
+    """PTX: add the products of `groups` row groups and 4 `blocks` tokens to a warp's sums.
+
+    Outputs $(2 (blocks q + i) + h): the sum of row 2 g + h of row group q and token t of block i, in lane 4 g + t.
+    Inputs: the same sums before, the 2 k words of a lane for each row group, and the outputs of `token_asm` for each
+    block.
+    """
+    sums, bits, products = 2 * groups * blocks, layout.bits, 4 * groups * blocks
+    first_word = 2 * sums
+    first_token = first_word + 2 * bits * groups
+    lines = [
+        ".reg .b32 t, next, a<4>;", f".reg .b32 tail<{groups}>;", f".reg .b32 x<{2 * blocks}>;",
+        f".reg .b32 d<{products}>;", ".reg .f32 sum, step;", "mov.u32 next, %laneid;", "add.u32 next, next, 4;",
+        *(f"mov.b32 d{n}, 0;" for n in range(products)),
+    ]  # fmt: skip
+    multiply = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+    for half in range(2):
+        first = [first_word + (2 * q + half) * bits for q in range(groups)]
+        # The lane number of a shuffle is taken modulo 32.
+        lines += [f"shfl.sync.idx.b32 tail{q}, ${first[q]}, next, 31, 0xFFFFFFFF;" for q in range(groups)]
+        words = [[*(f"${first[q] + n}" for n in range(bits)), f"tail{q}"] for q in range(groups)]
+        for column in range(0, 16, 2):
+            for i in range(blocks):
+                source = f"${first_token + 9 * i + 4 * half + column // 4}"
+                for n in range(2):
+                    spread = 0x1111 * (column % 4 + n)
+                    lines.append(f"prmt.b32 x{2 * i + n}, {source}, {source}, {spread};")
+            for q in range(groups):
+                # Rows 2 g and 2 g + 1 of this column, then of the next.
+                for n, weight in enumerate((column, column + 16, column + 1, column + 17)):
+                    lines += product_lines(layout, words[q], weight, f"a{n}")
+                for i in range(blocks):
+                    d = "{" + ", ".join(f"d{4 * (blocks * q + i) + n}" for n in range(4)) + "}"
+                    lines.append(f"{multiply} {d}, {{a0, a1, a2, a3}}, {{x{2 * i}, x{2 * i + 1}}}, {d};")
+    for n in range(sums):
+        step = first_token + 9 * (n // 2 % blocks) + 8
+        lines += [
+            f"mad.lo.s32 d{2 * n}, d{2 * n}, 256, d{2 * n + 1};", f"cvt.rn.f32.s32 sum, d{2 * n};",
+            f"mov.b32 step, ${step};", f"fma.rn.f32 ${n}, sum, step, ${sums + n};",
+        ]  # fmt: skip
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def tile_constraints(layout: TrellisLayout, groups: int, blocks: int) -> str:
+    sums = 2 * groups * blocks
+    return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] * (2 * layout.bits * groups + 9 * blocks))
+
+
+@triton.jit
+def no_sums(lane_T, pairs: tl.constexpr):
+    """Initial sums of `add_tile`: two zeros per thread for each row group and four tokens."""
+    if pairs == 1:
+        zero_T = tl.zeros(lane_T.shape, tl.float32)
+        return zero_T, zero_T
+    else:
+        half = no_sums(lane_T, pairs // 2)
+        return half + half
+
+
+@triton.jit
+def load_groups(words, group_T, lane_T, tile, last, layout: tl.constexpr, groups: tl.constexpr):
+    """The words of each thread, of a tile of `groups` row groups from group_T on; the last one instead of any after."""
+    if groups == 1:
+        return load_words(words, tl.minimum(group_T, last), lane_T, tile, layout, 1)
+    else:
+        half: tl.constexpr = groups // 2
+        others = load_groups(words, group_T + half, lane_T, tile, last, layout, half)
+        return load_groups(words, group_T, lane_T, tile, last, layout, half) + others
+
+
+@triton.jit
+def load_tokens(x, steps, lane_T, first, tile_T, M, tiles: tl.constexpr, blocks: tl.constexpr):
+    """For each four tokens from `first` on, the columns of a tile and the step that a thread needs.
+
+    Lane 4 g + t reads 32 columns of a part of token g / 2 of a block and has sums of token t. Tokens from M on are
+    replaced by the last one.
+    """
+    if blocks == 1:
+        row_T = tl.minimum(first + lane_T // 8, M - 1) * 2 + lane_T // 4 % 2
+        place_T = x + (row_T * tiles + tile_T) * TILE_C + lane_T % 4 * 16
+        step_T = steps + tl.minimum(first + lane_T % 4, M - 1) * tiles + tile_T
+        return tl.inline_asm_elementwise(
+            token_asm(), load_constraints(9, 2), (place_T.to(tl.int64), step_T.to(tl.int64)),
+            dtype=types(tl.int32, 9), is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        half: tl.constexpr = blocks // 2
+        others = load_tokens(x, steps, lane_T, first + half * TOKENS_AT_ONCE_C, tile_T, M, tiles, half)
+        return load_tokens(x, steps, lane_T, first, tile_T, M, tiles, half) + others
+
+
+@triton.jit
+def add_tile(sums, words, tokens, layout: tl.constexpr, groups: tl.constexpr, blocks: tl.constexpr):
+    """`sums` + the products of a tile of row groups. words: of `load_groups`; tokens: of `load_tokens`."""
+    return tl.inline_asm_elementwise(
+        tile_asm(layout, groups, blocks), tile_constraints(layout, groups, blocks), sums + words + tokens,
+        dtype=types(tl.float32, 2 * groups * blocks), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def sums_tile(sums, warps_k: tl.constexpr, warps_n: tl.constexpr, groups: tl.constexpr, blocks: tl.constexpr):
+    """[O, M] from the sums of threads, which hold rows 2 g and 2 g + 1 of row groups and one of each four tokens."""
+    # Axes: warps along K, along rows, g, t, row group, block of tokens, h.
+    sums_T = joined(sums, 2 * groups * blocks).reshape(warps_k, warps_n, 8, 4, groups, blocks, 2)
+    sums_KOM = sums_T.permute(0, 1, 4, 2, 6, 5, 3).reshape(warps_k, warps_n * groups * 16, 4 * blocks)
+    return tl.sum(sums_KOM, axis=0)
+
+
+@triton.jit
+def joined(values, count: tl.constexpr):
+    """`count` tensors [T], a power of two, as one [T, count]."""
+    if count == 2:
+        return tl.join(values[0], values[1])
+    else:
+        half: tl.constexpr = count // 2
+        pair = tl.join(joined(values[:half], half), joined(values[half:], half))
+        return pair.permute(0, 2, 1).reshape(pair.shape[0], count)
+
+
+@triton.jit
+def plain_product(words, x, steps, rows_O, rows_M, tile, M, layout: tl.constexpr):
+    """The product [O, M] of row groups with tokens, in plain operations."""
+    columns_C = tile * TILE_C + tl.arange(0, TILE_C)
+    values_OC = plain_values(words, None, rows_O, columns_C, layout)
+    tokens_M = tl.minimum(rows_M, M - 1)
+    padded: tl.constexpr = layout.tiles * TILE_C
+    place_CM = x + (tokens_M * (2 * padded))[None, :] + columns_C[:, None]
+    x_CM = tl.load(place_CM).to(tl.float32) * 256 + tl.load(place_CM + padded).to(tl.float32)
+    # Steps are those of integer sums of bytes, 128 for each unit of a value.
+    return tl.dot(values_OC * 128, x_CM) * tl.load(steps + tokens_M * layout.tiles + tile)[None, :]

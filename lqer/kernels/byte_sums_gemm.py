@@ -1,0 +1,109 @@
+"""The kernel for few tokens on trellis codes of table "bytes".
+
+The product y = W x + b + B(A x) is computed as yᵀ = W xᵀ, with weights computed in registers as bytes of operands of
+integer tensor cores (byte_sums.py). A warp computes the rows of some row groups over a span of tiles, and loads the
+codes of the next tile while it computes; those of the first before it waits for the kernel that prepares x. K is split
+over the warps of a program, and over programs (split_k.py), each of which adds some of the ranks of the branch.
+
+Shapes: M tokens, I in_features, O out_features, R rank (padded), T threads of a program.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from lqer.kernels.branch import add_ranks, load_ranks
+from lqer.kernels.byte_sums import (
+    TOKENS_AT_ONCE_C,
+    add_tile,
+    load_groups,
+    load_tokens,
+    no_sums,
+    plain_product,
+    sums_tile,
+)
+from lqer.kernels.decode import ROWS_C
+from lqer.kernels.runtime import INTERPRETED
+from lqer.kernels.split_k import finish_tile
+
+
+@triton.jit(do_not_specialize=["M"])
+def byte_sums_product_kernel(
+    x,  # int8 [M, 2, IP], these two as in byte_sums.py
+    steps,  # float32 [M, tiles]
+    words,  # as in trellis.py
+    scale,  # float32 [1]
+    b_values,  # [RP, O] in the dtype of the layer, or None
+    projection,  # partial sums of x A, float32 [projection_splits, M, RP], or None
+    bias,  # [O], or None
+    partial,  # float32 [splits, O, M], or None for one split
+    finished,  # int32, a counter per output tile, zero before and after
+    y,  # [M, O]
+    M,
+    N,
+    layout: tl.constexpr,
+    rank: tl.constexpr,
+    projection_splits: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # projection_splits, as a power of two
+    span: tl.constexpr,  # tiles of a warp
+    splits: tl.constexpr,
+    tiles_n: tl.constexpr,
+    warps_n: tl.constexpr,
+    warps_k: tl.constexpr,
+    groups: tl.constexpr,  # row groups of a warp
+    early: tl.constexpr,  # tokens are loaded a tile ahead too
+    BLOCK_M: tl.constexpr,
+    TOKENS: tl.constexpr,  # M, rounded up to a power of two
+    BLOCK_R: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    """y of 16 * warps_n * groups rows and BLOCK_M tokens, over one split of K."""
+    pid = tl.program_id(0)
+    pid_n, pid_s = pid % tiles_n, pid // tiles_n
+    BLOCK_N: tl.constexpr = warps_n * groups * ROWS_C
+    rows_O = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_M = tl.arange(0, BLOCK_M)
+    thread_T = tl.arange(0, warps_n * warps_k * 32)
+    lane_T, warp_T = thread_T % 32, thread_T // 32
+    blocks: tl.constexpr = BLOCK_M // TOKENS_AT_ONCE_C
+    if not INTERPRETED:
+        # Groups beyond the last row are the last one again; their sums are not stored.
+        group_T, last = (pid_n * warps_n + warp_T % warps_n) * groups, (N - 1) // ROWS_C
+        tile_T = (pid_s * warps_k + warp_T // warps_n) * span
+        codes = load_groups(words, group_T, lane_T, tile_T, last, layout, groups)
+    first_rank = pid_s * BLOCK_R
+    if rank > 0:
+        b_OR = load_ranks(b_values, rows_O, first_rank, N, rank, BLOCK_R)
+    weight_scale = tl.load(scale)
+    if pdl:
+        gdc_wait()
+        gdc_launch_dependents()
+    if INTERPRETED:
+        acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for tile in tl.static_range(warps_k * span):
+            rows_in_O, now = tl.minimum(rows_O, N - 1), pid_s * warps_k * span + tile
+            acc_OM += plain_product(words, x, steps, rows_in_O, rows_M, now, M, layout)
+    else:
+        sums = no_sums(lane_T, groups * blocks)
+        if early:
+            tokens = load_tokens(x, steps, lane_T, 0, tile_T, M, layout.tiles, blocks)
+        for turn in range(0, span):
+            # The last turn loads its own codes again.
+            following_T = tile_T + tl.minimum(turn + 1, span - 1)
+            next_codes = load_groups(words, group_T, lane_T, following_T, last, layout, groups)
+            if early:
+                next_tokens = load_tokens(x, steps, lane_T, 0, following_T, M, layout.tiles, blocks)
+                sums = add_tile(sums, codes, tokens, layout, groups, blocks)
+                tokens = next_tokens
+            else:
+                tokens = load_tokens(x, steps, lane_T, 0, tile_T + turn, M, layout.tiles, blocks)
+                sums = add_tile(sums, codes, tokens, layout, groups, blocks)
+            codes = next_codes
+        acc_OM = sums_tile(sums, warps_k, warps_n, groups, blocks)
+    acc_OM *= weight_scale
+    if rank > 0:
+        acc_OM = add_ranks(
+            acc_OM, b_OR, b_values, projection, rows_O, first_rank, M, N, rank, splits, projection_splits, BLOCK_S,
+            TOKENS, BLOCK_R,
+        )  # fmt: skip
+    finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, splits)

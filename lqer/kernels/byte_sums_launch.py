@@ -1,0 +1,85 @@
+"""Host side of the product of few tokens with trellis codes of table "bytes".
+
+Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from lqer.kernels.byte_sums import TOKENS_AT_ONCE
+from lqer.kernels.byte_sums_gemm import byte_sums_product_kernel
+from lqer.kernels.hadamard_launch import Tokens, ranks_of_a_split, run_rotated_product
+from lqer.kernels.layout import ROWS
+from lqer.kernels.packed import PackedLinear
+from lqer.kernels.runtime import launch_options
+from lqer.kernels.tiles import TILE_K
+from lqer.kernels.trellis import PackedTrellis, TrellisLayout
+
+
+@dataclass(frozen=True)
+class ByteSumsLaunch:
+    groups: int  # of 16 rows, for one warp
+    warps_n: int  # of a program, along the rows
+    warps_k: int  # of a program, at most, along the columns
+    splits: int = 1  # programs along the columns, at most
+    registers: int | None = None  # of a thread, at most
+    early: bool = False
+
+
+LAUNCH = ByteSumsLaunch(2, 1, 8)
+
+
+def run_byte_sums(
+    x_MI: Tensor,
+    packed: PackedLinear,
+    pdl: bool,
+    launch: ByteSumsLaunch = LAUNCH,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Up to 16 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
+    m, tiles = len(x_MI), packed.spec.layout.padded_columns // TILE_K
+    empty = (
+        x_MI.new_empty((m, 2, tiles * TILE_K), dtype=torch.int8),
+        x_MI.new_empty((m, tiles), dtype=torch.float32),
+    )
+
+    def product(tokens: Tokens, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _product(tokens, packed, bias_O, dtype, pdl, launch)
+
+    return run_rotated_product(x_MI, packed, empty, product, out_dtype or x_MI.dtype, pdl)
+
+
+def _product(
+    tokens: Tokens,
+    packed: PackedLinear,
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+    pdl: bool,
+    launch: ByteSumsLaunch,
+) -> Tensor:
+    """y [M, O] in `dtype`."""
+    weight, rank, m = packed.weight, packed.spec.rank, len(tokens.values)
+    assert isinstance(weight, PackedTrellis)
+    layout: TrellisLayout = weight.layout
+    warps_k = math.gcd(launch.warps_k, layout.tiles)
+    splits = math.gcd(launch.splits, layout.tiles // warps_k)
+    tiles_n = -(-layout.rows // (launch.groups * launch.warps_n * ROWS))
+    partial = tokens.steps.new_empty((splits, layout.rows, m)) if splits > 1 else None
+    y_MO = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
+    byte_sums_product_kernel[(tiles_n * splits,)](
+        tokens.values, tokens.steps, weight.words, weight.scales, packed.b_codes, tokens.projection, bias_O, partial,
+        packed.workspace, y_MO, m, layout.rows, layout=layout.compiled, rank=rank,
+        projection_splits=tokens.projection_splits,
+        BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=layout.tiles // (warps_k * splits),
+        splits=splits, tiles_n=tiles_n, warps_n=launch.warps_n, warps_k=warps_k, groups=launch.groups,
+        early=launch.early, BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)), TOKENS=triton.next_power_of_2(m),
+        BLOCK_R=ranks_of_a_split(rank, splits), pdl=pdl, num_warps=launch.warps_n * warps_k,
+        maxnreg=launch.registers, **launch_options(pdl),
+    )  # fmt: skip
+    return y_MO

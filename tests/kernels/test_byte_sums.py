@@ -1,0 +1,63 @@
+"""The PTX that multiplies trellis codes of table "bytes", emulated instruction by instruction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_layers import random_trellis
+from ptx import Machine
+
+from lqer.formats import Trellis
+from lqer.kernels.byte_sums import tile_asm, token_asm
+from lqer.kernels.trellis import pack_trellis
+from lqer.kernels.trellis_decode import load_asm
+
+WORD = (1 << 32) - 1
+LANE = torch.arange(32)
+# Of the emulated memory, in bytes.
+TOKENS, STEPS = 16384, 8192
+
+
+def loaded_words(packed, group: int) -> list[torch.Tensor]:
+    """The words of a warp's lanes, of the first tile of a row group, as the text of `load_asm` places them."""
+    flat = packed.words[group].flatten().to(torch.int64) & WORD
+    at_once = packed.layout.words_at_once
+    words = []
+    for line in load_asm(1, packed.layout).splitlines():
+        first = int(line.rpartition("+")[2].rstrip("];")) // 4 + LANE * at_once
+        words += [flat[first + n] for n in range(at_once)]
+    return words
+
+
+@pytest.mark.parametrize(("groups", "blocks"), [(1, 1), (2, 1), (4, 2), (1, 4)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("state_bits", [12, 14, 16])
+def test_the_instructions_multiply_every_window_exactly(bits, state_bits, groups, blocks):
+    weight = random_trellis(Trellis(bits, state_bits, "bytes"), 16 * groups, 128, scale=128.0)
+    packed = pack_trellis(weight)
+    generator = torch.Generator().manual_seed(bits)
+    tokens, sums = 4 * blocks, 2 * groups * blocks
+    x_MI = torch.randint(-32639, 32640, (tokens, 128), generator=generator)
+    x_MI[0] = 32639
+    low_MI = (x_MI + 128 & 255) - 128
+    parts = torch.stack([x_MI - low_MI >> 8, low_MI], dim=1).to(torch.int8)
+    machine = Machine(1 << 14)
+    machine.memory[TOKENS // 4 :][: tokens * 64] = parts.view(torch.int32).flatten().to(torch.int64) & WORD
+    steps = 2.0 ** torch.arange(-tokens // 2, tokens // 2)
+    machine.memory[STEPS // 4 :][:tokens] = steps.view(torch.int32).to(torch.int64)
+    before = torch.arange(32.0 * sums).view(-1, 32)
+    operands = {f"${sums + n}": before[n] for n in range(sums)} | {"%laneid": LANE}
+    for group in range(groups):
+        first = 2 * sums + 2 * bits * group
+        operands |= {f"${first + n}": word for n, word in enumerate(loaded_words(packed, group))}
+    first = 2 * sums + 2 * bits * groups
+    for i in range(blocks):
+        places = {"$9": TOKENS + (8 * i + LANE // 4) * 128 + LANE % 4 * 16, "$10": STEPS + (4 * i + LANE % 4) * 4}
+        loaded = machine.run(token_asm(), places)
+        operands |= {f"${first + 9 * i + n}": loaded[f"${n}"] for n in range(9)}
+    registers = machine.run(tile_asm(packed.layout, groups, blocks), operands)
+    expected = weight.dequantize().double() @ x_MI.double().T * steps.double()
+    for n in range(sums):
+        group, i, h = n // (2 * blocks), n // 2 % blocks, n % 2
+        wanted = expected[16 * group + LANE // 4 * 2 + h, 4 * i + LANE % 4] + before[n]
+        torch.testing.assert_close(registers[f"${n}"], wanted.to(torch.float32), rtol=1e-6, atol=1e-6)
