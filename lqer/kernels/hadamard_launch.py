@@ -152,13 +152,13 @@ def _prepare(
 ) -> Tokens:
     (m, k), rank, tiles = x_MI.shape, packed.spec.rank, packed.spec.layout.padded_columns // TILE_K
     if signs_I is not None and together(m, k):
-        factors = hadamard_factors(k, False, x_MI.device, LARGEST_BLOCK_OF_TOKENS)
-        blocks = -(-tiles * TILE_K // factors.block)
+        several = hadamard_factors(k, False, x_MI.device, LARGEST_BLOCK_OF_TOKENS)
+        blocks = -(-tiles * TILE_K // several.block)
         tokens = Tokens(*empty, x_MI.new_empty((blocks, m, rank), dtype=torch.float32) if rank else None)
-        hadamard_input_tokens_kernel[blocks, -(-m // tokens_of_a_program(factors.block))](
-            x_MI, signs_I, factors.outer, packed.a_codes, tokens.values, tokens.steps, tokens.projection, m,
-            x_MI.stride(0), rank=rank, tiles=tiles, A=k // factors.block, B=factors.block,
-            BLOCK_R=min(rank, RANKS_AT_ONCE), factor=factors.factor / headroom(x_MI.dtype), pdl=pdl,
+        hadamard_input_tokens_kernel[blocks, -(-m // tokens_of_a_program(several.block))](
+            x_MI, signs_I, several.outer, packed.a_codes, tokens.values, tokens.steps, tokens.projection, m,
+            x_MI.stride(0), rank=rank, tiles=tiles, A=k // several.block, B=several.block,
+            BLOCK_R=min(rank, RANKS_AT_ONCE), factor=several.factor / headroom(x_MI.dtype), pdl=pdl,
             num_warps=HADAMARD_WARPS, **launch_options(pdl),
         )  # fmt: skip
         return tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lqer.formats import Trellis, format_from_dict
-from lqer.formats.trellis import from_tiles, ring_states, state_values, to_tiles
+from lqer.formats.trellis import BYTES_RMS, from_tiles, multiplier, ring_states, state_values, to_tiles
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,20 @@ class TestTable:
         assert float(state_values(12, 2, "gaussian", CPU)[state]) == pytest.approx(expected, rel=2**-11)
         expected = 2.824 * u - 20.286 * u**3 + 437.888 * u**5 - 2941.542 * u**7 + 6754.387 * u**9
         assert float(state_values(12, 2, "polynomial", CPU)[state]) == pytest.approx(expected, rel=2**-11)
+
+    @pytest.mark.parametrize("bits", [1, 2, 3, 4])
+    @pytest.mark.parametrize("state_bits", [12, 13, 14, 15, 16])
+    def test_the_sums_of_bytes_are_those_of_a_product_and_nearly_normal(self, bits, state_bits):
+        value_S = state_values(state_bits, bits, "bytes", CPU)
+        product = multiplier(state_bits, bits, "bytes") * 1234 % 2**32
+        signed = [byte - 256 if byte > 127 else byte for byte in product.to_bytes(4, "little")]
+        assert float(value_S[1234]) == sum(signed) / 128
+        assert torch.equal(value_S.to(torch.float16).float(), value_S)
+        scaled_S = value_S.double() / BYTES_RMS
+        assert float(scaled_S.mean()) == pytest.approx(0.0, abs=0.03)
+        assert float(scaled_S.square().mean()) == pytest.approx(1.0, abs=0.03)
+        # Of a sum of four uniform numbers; a normal one has 3.
+        assert float(scaled_S.pow(4).mean()) == pytest.approx(2.7, abs=0.15)
 
     def test_the_polynomial_is_the_quantile_but_for_its_tails(self):
         gaussian_S, polynomial_S = (state_values(16, 2, table, CPU) for table in ("gaussian", "polynomial"))
@@ -105,7 +119,8 @@ class TestError:
         [
             (1, 12, "gaussian", 32, 0.280), (2, 12, "gaussian", 64, 0.0705), (2, 16, "gaussian", 16, 0.070),
             (3, 12, "gaussian", 64, 0.0182), (4, 12, "gaussian", 64, 0.00475), (2, 12, "polynomial", 64, 0.071),
-            (4, 12, "polynomial", 64, 0.0053),
+            (4, 12, "polynomial", 64, 0.0053), (2, 12, "bytes", 64, 0.0735), (3, 12, "bytes", 64, 0.0194),
+            (4, 12, "bytes", 64, 0.0052), (2, 14, "bytes", 32, 0.0715), (4, 14, "bytes", 32, 0.0049),
         ],
     )  # fmt: skip
     def test_the_error_of_normal_values_is_near_the_bound(self, bits, state_bits, table, rows, most):
@@ -144,7 +159,10 @@ class TestBadInput:
         [
             ({"bits": 5}, r"bits 5 is not in 1..4 \(trellis\)"),
             ({"bits": 2, "state_bits": 17}, r"state_bits 17 is not in 12..16 \(trellis\)"),
-            ({"bits": 2, "table": "normal"}, r"table 'normal' is not one of 'gaussian', 'polynomial' \(trellis\)"),
+            (
+                {"bits": 2, "table": "normal"},
+                r"table 'normal' is not one of 'gaussian', 'polynomial', 'bytes' \(trellis\)",
+            ),
             ({"bits": 2, "block_size": 16}, r"block_size 16 is not one of 'tensor' \(trellis\)"),
         ],
     )

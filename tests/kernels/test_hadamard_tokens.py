@@ -33,13 +33,11 @@ def random_layer(number_format, n: int, k: int, rank: int) -> PackedLinear:
 
 
 @BY_FORMAT
-@pytest.mark.parametrize(
-    ("n", "k", "rank"), [(128, 256, 0), (512, 512, 64), (256, 1408, 16), (512, 128, 0), (192, 512, 128)]
-)
+@pytest.mark.parametrize(("n", "k", "rank"), [(128, 256, 0), (512, 512, 64), (128, 1408, 16), (192, 512, 128)])
 def test_tokens_are_rotated_together_as_alone(n, k, rank, number_format):
     """Blocks of 128, 256 and 512; tiles of padding; an output whose power of two is too small for this."""
     packed = random_layer(number_format, n, k, rank)
-    for m in (2, 5, 16) if ON_GPU else (5,):
+    for m in (2, 5, 16) if ON_GPU else (3,):
         x_MI = random_input(m, k)
         together_MO = packed_linear(x_MI, packed)
         alone_MO = torch.cat([packed_linear(x_I[None], packed) for x_I in x_MI])
