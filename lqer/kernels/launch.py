@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lqer.kernels import runtime
@@ -27,7 +28,9 @@ from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch, group_launc
 
 # With more tokens than these, dequantizing the weight and calling a library is faster.
 CODEBOOK_TOKENS = 16
-ROTATED_TOKENS = 16
+ROTATED_TOKENS = 64
+# The kernels of lattice and trellis codes take up to so many at once.
+ROTATED_TOKENS_AT_ONCE = 16
 GROUP_TOKENS = 64
 
 
@@ -61,7 +64,9 @@ def run_rotated_layer(
     """A layer that may have rotations: few tokens on the codes; many, and rounded ones, on the decoded weight."""
 
     def run(x: Tensor, packed: PackedLinear) -> Tensor:
-        return run_codes(dense_rows(x), packed, runtime.supports_pdl(x))
+        pdl = runtime.supports_pdl(x)
+        parts = [run_codes(part, packed, pdl) for part in dense_rows(x).split(ROTATED_TOKENS_AT_ONCE)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     if len(x_MI) > ROTATED_TOKENS or packed.spec.rounding.bits:
         return run_between_rotations(x_MI, packed, run_dequantized)

@@ -135,7 +135,7 @@ def main() -> None:
         packed = PackedLinear.pack(
             lattice.weight, lattice.a, lattice.b, None, None, dtype, random_hadamard(64, 2048, 0)
         )
-        for m in (1, 16, 17):
+        for m in (1, 16, 65):
             run_layer(random_input(m, 2048, dtype), packed)
             run_layer(random_input(m, 2048, dtype), lattice.packed)
     for n, k, rank, m in ((64, 256, 16, 3), (128, 1024, 256, 1), (128, 1024, 256, 4), (128, 1024, 256, 16)):
@@ -149,7 +149,7 @@ def main() -> None:
         other = build_layer(MXInt(4), 256, 2048, rank=rank)
         packed = PackedLinear.pack(weight, other.a, other.b, None, None, bf16, random_hadamard(256, 2048, 0))
         run_layer(random_input(m, 2048, bf16), packed)
-    run_layer(random_input(17, 2048, bf16), packed)
+    run_layer(random_input(65, 2048, bf16), packed)
     for bits, state_bits in ((2, 12), (3, 12), (4, 12), (2, 16)):
         x_NP, table_S = torch.zeros(3, 256), torch.zeros(1 << state_bits, dtype=torch.float16)
         best_paths(x_NP, table_S, bits, best_paths(x_NP, table_S.float(), bits)[:, 0] >> bits)
