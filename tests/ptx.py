@@ -123,6 +123,10 @@ class Machine:
             case "ld.global.v2.b32" | "ld.global.v4.b32":
                 for i, register in enumerate(_parts(target)):
                     registers[register] = _read(self.memory, address(names[1]) + 4 * i)
+            case "dp4a.s32.s32":
+                bytes_of = [[_signed(word >> 8 * i & 255, 8) for i in range(4)] for word in sources[:2]]
+                dot = sum(a * b for a, b in zip(*bytes_of, strict=True))
+                registers[target] = (dot + sources[2]) & WORD
             case "mad.lo.s32" | "mad.lo.u32":
                 registers[target] = (sources[0] * sources[1] + sources[2]) & WORD
             case "cvt.rn.f32.s32":

@@ -66,10 +66,10 @@ MULTIPLIERS: dict[tuple[int, int], int] = {
 }  # fmt: skip
 BYTE_MULTIPLIERS: dict[tuple[int, int], int] = {
     (12, 1): 0xDC6793B1, (12, 2): 0xEAB170B1, (12, 3): 0x2DAEBE23, (12, 4): 0x1385CEF3,
-    (13, 1): 0xDC6793B1, (13, 2): 0x988B5053, (13, 3): 0x2DAEBE23, (13, 4): 0x1385CEF3,
-    (14, 1): 0xDC6793B1, (14, 2): 0x74A35751, (14, 3): 0x33651037, (14, 4): 0x33651037,
+    (13, 1): 0xDC6793B1, (13, 2): 0x988B5053, (13, 3): 0x4B848A49, (13, 4): 0x1385CEF3,
+    (14, 1): 0xF33092B1, (14, 2): 0x74A35751, (14, 3): 0x33651037, (14, 4): 0x33651037,
     (15, 1): 0xDC6793B1, (15, 2): 0x74A35751, (15, 3): 0x2DAEBE23, (15, 4): 0x1385CEF3,
-    (16, 1): 0xDC6793B1, (16, 2): 0x74A35751, (16, 3): 0x2DAEBE23, (16, 4): 0x1385CEF3,
+    (16, 1): 0xE34D80AD, (16, 2): 0xDBDB3067, (16, 3): 0x4A7A09C7, (16, 4): 0xEF73B453,
 }  # fmt: skip
 # The root mean square of the values of table "bytes", those of uniform bytes.
 BYTES_RMS = math.sqrt(4 * (256**2 - 1) / 12) / 128

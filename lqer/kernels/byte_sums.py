@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from lqer.kernels.tiles import TILE_K
-from lqer.kernels.trellis import TrellisLayout
-from lqer.kernels.trellis_decode import TILE_C, load_constraints, load_words, plain_values, types
+from lqer.kernels.trellis import WEIGHTS, TrellisLayout
+from lqer.kernels.trellis_decode import TILE_C, WEIGHTS_C, load_constraints, load_words, plain_values, types
 
 # A tensor core multiplies eight columns, two for each token.
 TOKENS_AT_ONCE = 4
@@ -103,6 +103,34 @@ def tile_asm(layout: TrellisLayout, groups: int, blocks: int) -> str:
 def tile_constraints(layout: TrellisLayout, groups: int, blocks: int) -> str:
     sums = 2 * groups * blocks
     return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] * (2 * layout.bits * groups + 9 * blocks))
+
+
+@triton.constexpr_function
+def values_asm(layout: TrellisLayout) -> str:
+    """PTX: $0 to $63 = the sums of bytes of a lane's 64 weights, of either ring in their order, from its 2 k words."""
+    count, bits = 2 * WEIGHTS, layout.bits
+    lines = [".reg .b32 t, next, tail, product;", "mov.u32 next, %laneid;", "add.u32 next, next, 4;"]
+    for half in range(2):
+        words = [f"${count + half * bits + n}" for n in range(bits)]
+        lines.append(f"shfl.sync.idx.b32 tail, {words[0]}, next, 31, 0xFFFFFFFF;")
+        for i in range(WEIGHTS):
+            lines += product_lines(layout, [*words, "tail"], i, "product")
+            lines.append(f"dp4a.s32.s32 ${half * WEIGHTS + i}, product, 0x01010101, 0;")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def values_constraints(layout: TrellisLayout) -> str:
+    return ",".join(["=&r"] * (2 * WEIGHTS) + ["r"] * (2 * layout.bits))
+
+
+@triton.jit
+def byte_sums(words, layout: tl.constexpr):
+    """128 times the values of a lane's weights: 64 int32 tensors [T]. words: of `load_groups`."""
+    return tl.inline_asm_elementwise(
+        values_asm(layout), values_constraints(layout), words,
+        dtype=types(tl.int32, 2 * WEIGHTS_C), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

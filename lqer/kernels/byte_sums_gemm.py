@@ -1,4 +1,4 @@
-"""The kernel for few tokens on trellis codes of table "bytes".
+"""Kernels on trellis codes of table "bytes": the product for few tokens, and dequantization for many.
 
 The product y = W x + b + B(A x) is computed as yᵀ = W xᵀ, with weights computed in registers as bytes of operands of
 integer tensor cores (byte_sums.py). A warp computes the rows of some row groups over a span of tiles, and loads the
@@ -16,6 +16,8 @@ from lqer.kernels.branch import add_ranks, load_ranks
 from lqer.kernels.byte_sums import (
     TOKENS_AT_ONCE_C,
     add_tile,
+    byte_sums,
+    joined,
     load_groups,
     load_tokens,
     no_sums,
@@ -25,6 +27,7 @@ from lqer.kernels.byte_sums import (
 from lqer.kernels.decode import ROWS_C
 from lqer.kernels.runtime import INTERPRETED
 from lqer.kernels.split_k import finish_tile
+from lqer.kernels.trellis_decode import TILE_C
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -107,3 +110,31 @@ def byte_sums_product_kernel(
             TOKENS, BLOCK_R,
         )  # fmt: skip
     finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, splits)
+
+
+@triton.jit
+def byte_sums_dequantize_kernel(
+    words,  # as in trellis.py
+    scale,  # float32 [1]
+    w_out,  # [O, I]
+    N,
+    K,
+    layout: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Decode a tile of 16 * WARPS rows to memory, scaled in float32. A thread has 16 columns of two rows, twice."""
+    thread_T, tile = tl.arange(0, WARPS * 32), tl.program_id(1)
+    lane_T, last = thread_T % 32, (N - 1) // ROWS_C
+    group_T = tl.program_id(0) * WARPS + thread_T // 32
+    codes = load_groups(words, group_T, lane_T, tile, last, layout, 1)
+    sums = byte_sums(codes, layout)
+    weight_scale = tl.load(scale)
+    for i in tl.static_range(4):
+        half, h = i // 2, i % 2
+        row_T = group_T * ROWS_C + lane_T // 4 * 2 + h
+        column_T = tile * TILE_C + (half * 4 + lane_T % 4) * 16
+        values_TC = joined(sums[16 * i : 16 * i + 16], 16).to(tl.float32) / 128 * weight_scale
+        place_TC = (row_T.to(tl.int64) * K + column_T)[:, None] + tl.arange(0, 16)[None, :]
+        # Columns are multiples of 16.
+        inside_TC = ((row_T < N) & (column_T < K))[:, None] & (tl.arange(0, 16) >= 0)[None, :]
+        tl.store(w_out + place_TC, values_TC.to(w_out.dtype.element_ty), mask=inside_TC)

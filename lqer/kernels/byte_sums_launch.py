@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.byte_sums import TOKENS_AT_ONCE
-from lqer.kernels.byte_sums_gemm import byte_sums_product_kernel
+from lqer.kernels.byte_sums_gemm import byte_sums_dequantize_kernel, byte_sums_product_kernel
 from lqer.kernels.hadamard_launch import Tokens, ranks_of_a_split, run_rotated_product
 from lqer.kernels.layout import ROWS
 from lqer.kernels.packed import PackedLinear
@@ -33,6 +33,7 @@ class ByteSumsLaunch:
 
 
 LAUNCH = ByteSumsLaunch(2, 1, 8)
+DEQUANTIZE_WARPS = 4
 
 
 def run_byte_sums(
@@ -83,3 +84,12 @@ def _product(
         maxnreg=launch.registers, **launch_options(pdl),
     )  # fmt: skip
     return y_MO
+
+
+def dequantize_byte_sums(weight: PackedTrellis, w_OI: Tensor) -> None:
+    """Write the weight's values to w_OI."""
+    layout = weight.layout
+    byte_sums_dequantize_kernel[-(-layout.rows // (ROWS * DEQUANTIZE_WARPS)), layout.tiles](
+        weight.words, weight.scales, w_OI, layout.rows, layout.columns, layout=layout.compiled, WARPS=DEQUANTIZE_WARPS,
+        num_warps=DEQUANTIZE_WARPS,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.activations import project_kernel
+from lqer.kernels.byte_sums_launch import dequantize_byte_sums
 from lqer.kernels.codebook import PackedCodebook
 from lqer.kernels.codebook_launch import dequantize_codebook
 from lqer.kernels.dequantize import dequantize_kernel, group_dequantize_kernel, low_rank_kernel
@@ -23,6 +24,7 @@ from lqer.kernels.lattice import PackedLattice
 from lqer.kernels.lattice_launch import dequantize_lattice
 from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PROJECTION_COUNTERS, AnyWeight, PackedLinear
+from lqer.kernels.runtime import INTERPRETED
 from lqer.kernels.trellis import PackedTrellis
 from lqer.kernels.trellis_launch import dequantize_trellis
 
@@ -111,7 +113,9 @@ def dequantize_weight(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
     elif isinstance(weight, PackedLattice):
         dequantize_lattice(weight, w_OI)
     elif isinstance(weight, PackedTrellis):
-        dequantize_trellis(weight, w_OI)
+        # Triton's interpreter runs no PTX.
+        computed = weight.layout.sums_bytes and not INTERPRETED
+        (dequantize_byte_sums if computed else dequantize_trellis)(weight, w_OI)
     elif isinstance(weight, PackedGroups):
         group_dequantize_kernel[weight.layout.padded_rows // ROWS, weight.layout.strips](
             weight.words, weight.scales, weight.zeros, w_OI, layout.rows, layout.columns,

@@ -8,7 +8,7 @@ from kernel_layers import random_trellis
 from ptx import Machine
 
 from lqer.formats import Trellis
-from lqer.kernels.byte_sums import tile_asm, token_asm
+from lqer.kernels.byte_sums import tile_asm, token_asm, values_asm
 from lqer.kernels.trellis import pack_trellis
 from lqer.kernels.trellis_decode import load_asm
 
@@ -61,3 +61,18 @@ def test_the_instructions_multiply_every_window_exactly(bits, state_bits, groups
         group, i, h = n // (2 * blocks), n // 2 % blocks, n % 2
         wanted = expected[16 * group + LANE // 4 * 2 + h, 4 * i + LANE % 4] + before[n]
         torch.testing.assert_close(registers[f"${n}"], wanted.to(torch.float32), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("state_bits", [12, 13, 16])
+def test_the_instructions_give_every_value(bits, state_bits):
+    weight = random_trellis(Trellis(bits, state_bits, "bytes"), 16, 128, scale=128.0)
+    packed = pack_trellis(weight)
+    operands = {f"${64 + n}": word for n, word in enumerate(loaded_words(packed, 0))} | {"%laneid": LANE}
+    registers = Machine(1).run(values_asm(packed.layout), operands)
+    values_OI = weight.dequantize()
+    for n in range(64):
+        half, h, column = n // 32, n // 16 % 2, n % 16
+        found = registers[f"${n}"]
+        signed = torch.where(found > WORD // 2, found - WORD - 1, found)
+        assert torch.equal(signed.float(), values_OI[LANE // 4 * 2 + h, (half * 4 + LANE % 4) * 16 + column])
