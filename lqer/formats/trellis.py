@@ -66,9 +66,9 @@ MULTIPLIERS: dict[tuple[int, int], int] = {
 }  # fmt: skip
 BYTE_MULTIPLIERS: dict[tuple[int, int], int] = {
     (12, 1): 0xDC6793B1, (12, 2): 0xEAB170B1, (12, 3): 0x2DAEBE23, (12, 4): 0x1385CEF3,
-    (13, 1): 0xDC6793B1, (13, 2): 0x988B5053, (13, 3): 0x4B848A49, (13, 4): 0x1385CEF3,
+    (13, 1): 0xD5C41B99, (13, 2): 0x4B848A49, (13, 3): 0x4B848A49, (13, 4): 0x516D1AC9,
     (14, 1): 0xF33092B1, (14, 2): 0x74A35751, (14, 3): 0x33651037, (14, 4): 0x33651037,
-    (15, 1): 0xDC6793B1, (15, 2): 0x74A35751, (15, 3): 0x2DAEBE23, (15, 4): 0x1385CEF3,
+    (15, 1): 0xDBD63381, (15, 2): 0x2E270E4D, (15, 3): 0x82BE7767, (15, 4): 0x409AE1F5,
     (16, 1): 0xE34D80AD, (16, 2): 0xDBDB3067, (16, 3): 0x4A7A09C7, (16, 4): 0xEF73B453,
 }  # fmt: skip
 # The root mean square of the values of table "bytes", those of uniform bytes.
