@@ -235,6 +235,10 @@ VARIANTS = {
     **{f"w4a8-r{rank}": _own(f"W4A8 + rank {rank}", W4, X8, rank) for rank in (16, 32, 64, 128, 256)},
     "e8p-r64": _rotated("2-bit E8P", E8P(2)),
     **{f"trellis{bits}-r64": _rotated(f"{bits}-bit trellis", Trellis(bits)) for bits in (2, 3, 4)},
+    **{
+        f"bytes{bits}-r64": _rotated(f"{bits}-bit trellis, byte sums", Trellis(bits, 14, "bytes"))
+        for bits in (2, 3, 4)
+    },
     "w4a8-r32-eager": Variant(f"{_LAYER}, from Python", packed, W4, X8, 32, eager=True),
     "emulation-w4a8-r32": Variant(
         f"emulation of {_LAYER}, from Python", emulation, W4, X8, 32, 16.0, eager=True

@@ -26,6 +26,7 @@ GROUPS = {
     "i": "lattice codes of 2 bits a weight with a rank-64 branch, between Hadamard rotations, one token",
     "j": "trellis codes of 2, 3 and 4 bits a weight as in i, against lattice codes and cuBLAS bf16, up to 16 tokens",
     "k": "integers in groups with 16-bit scales and zero points, of 4, 3 and 2 bits, 1 and 16 tokens",
+    "l": "trellis codes whose values are sums of bytes, as in i, against cuBLAS bf16, five shapes",
     "extra": "other formats, ranks and numbers of tokens",
 }
 DECODER_BAR = Bar("g", "tokens/s, decode, 32 blocks of 7B shape", "", (), 1.6, 2.4, times_faster=True)
@@ -71,6 +72,11 @@ def _integers(bits: int, m: int, against: str, at_least: float | None = None, ai
     return Bar("k", label, f"int{bits}-g{group}-a16", _everywhere(m, against), at_least, aim)
 
 
+def _byte_sums(bits: int, m: int, at_least: float, aim: float) -> Bar:
+    label = f"{bits}-bit trellis of byte sums + rank 64, both Hadamards, M={m}"
+    return Bar("l", label, f"bytes{bits}-r64", _everywhere(m, "bf16"), at_least, aim)
+
+
 def _layer(m: int, ours: str, calls: str, at_least: float, aim: float) -> Bar:
     label = f"whole layer W4A8 + rank 32, M={m}, {WIDE[0]}x{WIDE[1]}, {calls}"
     against = ((Scene(*WIDE, m), "emulation-w4a8-r32"),)
@@ -107,6 +113,8 @@ BARS = (
     _integers(3, 1, "int4-g128-a16", 0.95, 0.85),
     _integers(2, 1, "int4-g128-a16", 0.75, 0.62),
     *(_integers(4, m, against) for m in (1, 16) for against in ("w4a16", "bf16")),
+    *(_byte_sums(bits, 1, 0.45, 0.30) for bits in (2, 3, 4)),
+    *(_byte_sums(bits, 16, 0.80, 0.60) for bits in (2, 3, 4)),
 )
 
 _FORMATS = ("w2a16", "w3a16", "w4a16", "w8a16", "int4-g128-a16", "bf16")

@@ -8,9 +8,9 @@ layout, groups, codebook, lattice, trellis     packed weights: integer codes, in
                     learned codebooks, E8P lattice codes, trellis codes; tiles is what the last two have in common
 packed, linear, module        a packed linear, its operator, its module; reference is the same in torch
 launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table
-gemv, gemm, codebook_kernels, lattice_gemm, trellis_gemm, dequantize     the kernels of the regimes
-activations, low_rank, branch, split_k, rounding, hadamard, decode, lattice_decode, trellis_decode, groups_decode with
-                    groups_ptx     what they share
+gemv, gemm, codebook_kernels, lattice_gemm, trellis_gemm, byte_sums_gemm, dequantize     the kernels of the regimes
+activations, low_rank, branch, split_k, rounding, hadamard, hadamard_tokens, decode, lattice_decode, trellis_decode,
+byte_sums, groups_decode with groups_ptx     what they share
 
 It imports on a machine without a GPU; kernels run on CUDA tensors, or on CPU tensors in Triton's interpreter
 (TRITON_INTERPRET=1).

@@ -217,11 +217,12 @@ def look_up(states, table, layout: tl.constexpr):
         product = (states * layout.signed_multiplier).to(tl.int32)
         bytes_sum = (product << 24 >> 24) + (product << 16 >> 24) + (product << 8 >> 24) + (product >> 24)
         return bytes_sum.to(tl.float32) / 128
-    if layout.halves:
-        halves = tl.load(table + states // 2) >> (states % 2 * 16)
     else:
-        halves = tl.load(table + states * layout.copies)
-    return halves.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        if layout.halves:
+            halves = tl.load(table + states // 2) >> (states % 2 * 16)
+        else:
+            halves = tl.load(table + states * layout.copies)
+        return halves.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit

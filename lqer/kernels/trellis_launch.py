@@ -25,7 +25,8 @@ from lqer.kernels.trellis_gemm import trellis_dequantize_kernel, trellis_product
 
 @dataclass(frozen=True)
 class TrellisLaunch:
-    warps: int  # of a program; each computes 16 rows
+    # Of a program; each computes 16 rows. At least two: within one warp Triton gathers without shared memory.
+    warps: int
     span: int  # tiles of 128 columns for one program; divides the layout's span
 
 

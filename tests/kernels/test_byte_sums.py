@@ -20,7 +20,7 @@ TOKENS, STEPS = 16384, 8192
 
 def loaded_words(packed, group: int) -> list[torch.Tensor]:
     """The words of a warp's lanes, of the first tile of a row group, as the text of `load_asm` places them."""
-    flat = packed.words[group].flatten().to(torch.int64) & WORD
+    flat = packed.words[group].flatten().cpu().to(torch.int64) & WORD
     at_once = packed.layout.words_at_once
     words = []
     for line in load_asm(1, packed.layout).splitlines():
@@ -56,7 +56,7 @@ def test_the_instructions_multiply_every_window_exactly(bits, state_bits, groups
         loaded = machine.run(token_asm(), places)
         operands |= {f"${first + 9 * i + n}": loaded[f"${n}"] for n in range(9)}
     registers = machine.run(tile_asm(packed.layout, groups, blocks), operands)
-    expected = weight.dequantize().double() @ x_MI.double().T * steps.double()
+    expected = weight.dequantize().cpu().double() @ x_MI.double().T * steps.double()
     for n in range(sums):
         group, i, h = n // (2 * blocks), n // 2 % blocks, n % 2
         wanted = expected[16 * group + LANE // 4 * 2 + h, 4 * i + LANE % 4] + before[n]
@@ -70,7 +70,7 @@ def test_the_instructions_give_every_value(bits, state_bits):
     packed = pack_trellis(weight)
     operands = {f"${64 + n}": word for n, word in enumerate(loaded_words(packed, 0))} | {"%laneid": LANE}
     registers = Machine(1).run(values_asm(packed.layout), operands)
-    values_OI = weight.dequantize()
+    values_OI = weight.dequantize().cpu()
     for n in range(64):
         half, h, column = n // 32, n // 16 % 2, n % 16
         found = registers[f"${n}"]

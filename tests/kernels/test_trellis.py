@@ -155,7 +155,7 @@ def test_layers_of_a_real_size_give_the_formula_reproducibly(n, k, rank, number_
 @pytest.mark.parametrize(
     "launched",
     [
-        TrellisLaunch(1, 1), TrellisLaunch(2, 4), TrellisLaunch(16, 16),
+        TrellisLaunch(2, 1), TrellisLaunch(2, 4), TrellisLaunch(16, 16),
         ByteSumsLaunch(1, 1, 1), ByteSumsLaunch(4, 1, 8), ByteSumsLaunch(1, 4, 2, 4), ByteSumsLaunch(2, 2, 1, 8),
     ],
     ids=str,

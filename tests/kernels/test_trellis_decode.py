@@ -19,7 +19,7 @@ LANE = torch.arange(32)
 
 def loaded_words(packed, group: int, span: int) -> list[torch.Tensor]:
     """The words of a warp's lanes, of the first tiles of a row group, as the text of `load_asm` places them."""
-    flat = packed.words[group].flatten().to(torch.int64) & WORD
+    flat = packed.words[group].flatten().cpu().to(torch.int64) & WORD
     at_once = packed.layout.words_at_once
     words = []
     for line in load_asm(span, packed.layout).splitlines():
@@ -44,7 +44,7 @@ def test_the_instructions_multiply_every_window_exactly(bits, state_bits, blocks
     machine.memory[1024 : 1024 + tokens * 64] = x.view(torch.int32).flatten().to(torch.int64) & WORD
     steps = 2.0 ** torch.arange(-tokens // 2, tokens // 2)
     machine.memory[512 : 512 + tokens] = steps.view(torch.int32).to(torch.int64)
-    values = weight.dequantize().double()
+    values = weight.dequantize().cpu().double()
     for group in range(2):
         words = loaded_words(packed, group, span=2)
         for tile in range(2):
