@@ -29,10 +29,10 @@ class ByteSumsLaunch:
     warps_k: int  # of a program, at most, along the columns
     splits: int = 1  # programs along the columns, at most
     registers: int | None = None  # of a thread, at most
-    early: bool = False
+    early: bool = False  # whether a thread loads its tokens a tile ahead, as it does its codes
 
 
-LAUNCH = ByteSumsLaunch(2, 1, 8)
+LAUNCH, LAUNCH_MORE = ByteSumsLaunch(2, 1, 8, early=True), ByteSumsLaunch(2, 4, 1, 4)
 DEQUANTIZE_WARPS = 4
 
 
@@ -40,11 +40,12 @@ def run_byte_sums(
     x_MI: Tensor,
     packed: PackedLinear,
     pdl: bool,
-    launch: ByteSumsLaunch = LAUNCH,
+    launch: ByteSumsLaunch | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Up to 16 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
     m, tiles = len(x_MI), packed.spec.layout.padded_columns // TILE_K
+    launch = launch or (LAUNCH if m <= TOKENS_AT_ONCE else LAUNCH_MORE)
     empty = (
         x_MI.new_empty((m, 2, tiles * TILE_K), dtype=torch.int8),
         x_MI.new_empty((m, tiles), dtype=torch.float32),
