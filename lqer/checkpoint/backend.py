@@ -19,12 +19,9 @@ BACKENDS = ("auto", "emulate", "triton")
 
 Formats = tuple[NumberFormat, NumberFormat | None]
 
-# Kernels whose tests have passed in Triton's interpreter and not on a GPU yet: for who asks for them, not for "auto".
-ON_REQUEST = frozenset({"trellis"})
-
 
 def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> Backend:
-    """`wanted`, or for "auto" the kernels where they can run, but for those ON_REQUEST.
+    """`wanted`, or for "auto" the kernels where they can run.
 
     formats: of weight and input, by linear. Raises ModelError, with the reason, where "triton" is wanted and cannot
     run.
@@ -32,7 +29,7 @@ def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, forma
     if wanted == "emulate":
         return "emulate"
     reason = kernels_unsupported_reason(device, dtype, formats)
-    if reason is None and (wanted == "triton" or ON_REQUEST.isdisjoint(weight.kind for weight, _ in formats.values())):
+    if reason is None:
         return "triton"
     if wanted == "triton":
         raise ModelError(f'evaluation.backend: "triton" cannot run here: {reason}')
