@@ -5,7 +5,7 @@ integer tensor cores (byte_sums.py). A warp computes the rows of some row groups
 codes of the next tile while it computes; those of the first before it waits for the kernel that prepares x. K is split
 over the warps of a program, and over programs (split_k.py), each of which adds some of the ranks of the branch.
 
-Shapes: M tokens, I in_features, O out_features, R rank (padded), T threads of a program.
+Shapes: M tokens, I in_features, O out_features, R rank (padded), T threads of a program, C columns of a thread.
 """
 
 import triton
