@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from lqer.errors import ModelError
-from lqer.formats import NumberFormat
+from lqer.formats import NumberFormat, Trellis
 
 Backend = Literal["emulate", "triton"]
 BACKENDS = ("auto", "emulate", "triton")
@@ -21,7 +21,7 @@ Formats = tuple[NumberFormat, NumberFormat | None]
 
 
 def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> Backend:
-    """`wanted`, or for "auto" the kernels where they can run.
+    """`wanted`, or for "auto" the kernels where they can run, but for those that run on request.
 
     formats: of weight and input, by linear. Raises ModelError, with the reason, where "triton" is wanted and cannot
     run.
@@ -29,11 +29,16 @@ def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, forma
     if wanted == "emulate":
         return "emulate"
     reason = kernels_unsupported_reason(device, dtype, formats)
-    if reason is None:
+    if reason is None and (wanted == "triton" or not any(on_request(weight) for weight, _ in formats.values())):
         return "triton"
     if wanted == "triton":
         raise ModelError(f'evaluation.backend: "triton" cannot run here: {reason}')
     return "emulate"
+
+
+def on_request(weight: NumberFormat) -> bool:
+    """Whether some kernels of this format have passed their tests in Triton's interpreter and not on a GPU yet."""
+    return isinstance(weight, Trellis) and weight.table == "bytes"
 
 
 def kernels_unsupported_reason(device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> str | None:

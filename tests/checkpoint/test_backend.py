@@ -28,9 +28,12 @@ def test_on_a_gpu_the_kernels_run_unless_they_cannot_or_emulation_is_asked_for()
         resolve_backend("triton", GPU, torch.float32, W4A8)
 
 
-def test_trellis_weights_of_either_kind_of_table_run_on_kernels():
-    mixed = W4A8 | {"a.b": (Trellis(2), None), "a.c": (Trellis(3, 14, "bytes"), None)}
-    assert resolve_backend("auto", GPU, torch.bfloat16, mixed) == "triton"
+def test_kernels_that_no_gpu_has_tested_run_on_request_only():
+    looked_up = W4A8 | {"a.b": (Trellis(2), None)}
+    assert resolve_backend("auto", GPU, torch.bfloat16, looked_up) == "triton"
+    summed = looked_up | {"a.c": (Trellis(3, 14, "bytes"), None)}
+    assert resolve_backend("auto", GPU, torch.bfloat16, summed) == "emulate"
+    assert resolve_backend("triton", GPU, torch.bfloat16, summed) == "triton"
 
 
 @pytest.mark.parametrize(
