@@ -247,14 +247,18 @@ def _run_by(
     first_a, first_b, a_IR, b_RO = (factors[role] for role in FACTOR_ROLES)
     activation = format_from_dict(entry["activation"]) if "activation" in entry else None
     if backend == "triton":
-        from lqer.kernels import PackedLinear, TritonLinear
+        from lqer.kernels import PackedLinear, TritonLinear, compare_once
 
         if first_a is not None:
             raise ModelError('backend "triton" does not support fine-tuned low-rank factors; use backend = "emulate"')
         try:
-            return TritonLinear(PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype, rotation))
+            packed = PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype, rotation)
+            compare_once(packed)
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from None
+        except ArithmeticError as error:
+            raise ModelError(f'{name}: {error}; use backend = "emulate"') from None
+        return TritonLinear(packed)
     a, b = (_joined(first, rest, along, dtype) for first, rest, along in ((first_a, a_IR, 1), (first_b, b_RO, 0)))
     return QuantizedLinear(weight.dequantize(dtype), bias_O, a, b, activation)
 

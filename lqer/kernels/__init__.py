@@ -6,7 +6,7 @@
 runtime             interpreter or GPU, programmatic dependent launch
 layout, groups, codebook, lattice, trellis     packed weights: integer codes, integers in groups with float scales,
                     learned codebooks, E8P lattice codes, trellis codes; tiles is what the last two have in common
-packed, linear, module        a packed linear, its operator, its module; reference is the same in torch
+packed, linear, module        a packed linear, its operator, its module; reference is the same in torch, first_use compares
 launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table
 gemv, gemm, codebook_kernels, lattice_gemm, trellis_gemm, byte_sums_gemm, dequantize     the kernels of the regimes
 activations, low_rank, branch, split_k, rounding, hadamard, hadamard_tokens, decode, lattice_decode, trellis_decode,
@@ -20,6 +20,7 @@ means padded (RP, IP). Size arguments of kernels keep BLAS's names: M tokens, N 
 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R of them at once. The suffix _C marks a constant as compile-time (tl.constexpr).
 """
 
+from lqer.kernels.first_use import compare_once
 from lqer.kernels.layout import PackedWeight, pack_weight, unpack_codes
 from lqer.kernels.linear import packed_linear
 from lqer.kernels.module import TritonLinear
@@ -32,6 +33,7 @@ __all__ = [
     "TritonLinear",
     "activation_rounding",
     "check_weight",
+    "compare_once",
     "pack_weight",
     "packed_linear",
     "unpack_codes",

@@ -1,0 +1,48 @@
+"""A kernel whose numbers are wrong is found before a model runs on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_layers import DEVICE, DTYPE, ON_GPU
+
+from lqer.formats import Int, MXInt
+from lqer.kernels import PackedLinear, first_use
+
+
+def packed(number_format=None, rows: int = 32) -> PackedLinear:
+    weight = (number_format or MXInt(4)).quantize(torch.randn(rows, 128, device=DEVICE), axis=1)
+    return PackedLinear.pack(weight, None, None, None, None, DTYPE)
+
+
+@pytest.mark.parametrize("number_format", [MXInt(4), Int(4, 32, symmetric=False)], ids=["mxint", "int"])
+def test_right_numbers_pass(number_format, monkeypatch):
+    monkeypatch.setattr(first_use, "TOKENS", (1, 16))
+    first_use.compare(packed(number_format))
+
+
+@pytest.mark.parametrize("factor", [1.05, float("nan"), 0.0])
+def test_wrong_numbers_are_refused_with_the_layout_and_the_error(factor, monkeypatch):
+    right = first_use.packed_linear
+    monkeypatch.setattr(first_use, "packed_linear", lambda x, layer: right(x, layer) * factor)
+    monkeypatch.setattr(first_use, "TOKENS", (1,))
+    with pytest.raises(ArithmeticError, match=r"kernels of Layout\(.* with 1 tokens differ from plain torch by"):
+        first_use.compare(packed())
+
+
+def test_linears_that_differ_in_size_alone_are_of_one_kind():
+    one, other = packed(), packed(rows=64)
+    assert first_use._kind(one) == first_use._kind(other)
+    assert first_use._kind(one) != first_use._kind(packed(MXInt(3)))
+    assert first_use._kind(one) != first_use._kind(replace(one, dtype=torch.float32))
+
+
+def test_each_kind_is_compared_once_and_only_on_a_gpu(monkeypatch):
+    compared: list[PackedLinear] = []
+    monkeypatch.setattr(first_use, "compare", compared.append)
+    monkeypatch.setattr(first_use, "_compared", set())
+    for _ in range(2):
+        first_use.compare_once(packed())
+    assert len(compared) == (1 if ON_GPU else 0)
