@@ -24,6 +24,7 @@ from lqer.models.source import ModelSource, load_model_config
 from lqer.models.streaming import fill_parameters, tie
 from lqer.models.structure import block_linears, prepare_model
 from lqer.models.walker import BlockRun, embed, run_one_block
+from lqer.nn.experts import experts_of
 from lqer.store.offload import Offload
 from lqer.transforms.tracing import watched_inputs
 
@@ -52,9 +53,10 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
         for index in _one_of_each_kind(opened.blocks):
             run = BlockRun(index, f"{opened.name}.{index}", opened.blocks[index], hidden, CPU)
             linears = block_linears(run.block)
-            # Experts in a list may be for other tokens.
-            lists = tuple(f"{name}." for name, part in run.block.named_modules() if isinstance(part, nn.ModuleList))
-            waiting = {name for name in linears if not name.startswith(lists)}
+            # Experts, in a list or split, may be for other tokens.
+            lists = [name for name, part in run.block.named_modules() if isinstance(part, nn.ModuleList)]
+            mixtures = tuple(f"{name}." for name in (*lists, *experts_of(run.block)))
+            waiting = {name for name in linears if not name.startswith(mixtures)}
             with watched_inputs(run.block, {name: partial(_reach, waiting, name) for name in waiting}):
                 outputs = [run.output(batch) for batch in range(len(batches))]
             unreached += [f"{run.name}.{name}" for name in linears if name in waiting]

@@ -1,7 +1,7 @@
 """Finds the parts of a model that are quantized: its decoder blocks and their linears.
 
 No architecture is named here. Decoder blocks are the largest ModuleList whose members the model declares as not to be
-split; the linears of a block are its nn.Linear modules.
+split; the linears of a block are its nn.Linear modules, those of experts among them, but for routers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lqer.errors import ModelError
+from lqer.nn.experts import count, experts_of, split_experts
 from lqer.transforms.hadamard import hadamard
 from lqer.transforms.quarot import OnlineRotation, attach
 
@@ -30,10 +31,10 @@ MAX_UNQUANTIZED_FRACTION = 0.05
 
 
 def prepare_model(model: PreTrainedModel) -> None:
-    """Replace other linear modules by nn.Linear and attach online rotations, in place.
+    """Replace other linear modules by nn.Linear, split experts into linears, and attach online rotations, in place.
 
-    GPT-2's Conv1D is a linear whose weight is stored transposed. In a rotated model (lqer/stages/rotate.py) the inputs
-    of the linears that its config.json names are rotated at run time.
+    GPT-2's Conv1D is a linear whose weight is stored transposed; experts are stacked (lqer/nn/experts.py). In a rotated
+    model (lqer/stages/rotate.py) the inputs of the linears that its config.json names are rotated at run time.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
@@ -42,6 +43,7 @@ def prepare_model(model: PreTrainedModel) -> None:
             linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)
             linear.bias = module.bias
             model.set_submodule(name, linear)
+    split_experts(model)
     for name, heads in getattr(model.config, ONLINE_ROTATIONS, {}).items():
         attach(model.get_submodule(name), OnlineRotation(hadamard, heads))
 
@@ -62,8 +64,21 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of one block by their name within it, in the order of registration."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """The linears of one block by their name within it, in the order of registration; not its routers."""
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    for name, experts in experts_of(block).items():
+        beside = name.rpartition(".")[0]
+        for router in _routers(block.get_submodule(beside), count(experts)):
+            del linears[f"{beside}.{router}".lstrip(".")]
+    return linears
+
+
+def _routers(mixture: nn.Module, experts: int) -> Iterator[str]:
+    """The linears beside experts that decide about tokens: one output per expert, or one for a shared expert."""
+    for name, child in mixture.named_children():
+        found = {part: module for part, module in child.named_modules(prefix=name) if isinstance(module, nn.Linear)}
+        if len(found) == 1:
+            yield from (part for part, linear in found.items() if linear.out_features in (1, experts))
 
 
 def _linears_outside(model: nn.Module, list_name: str) -> Iterator[Weight]:
@@ -92,6 +107,7 @@ def _refuse_unknown_weights(list_name: str, blocks: nn.ModuleList, linears_outsi
     """Reject weights outside the blocks' linears: they stay in 16 bits, and the reported bits would be too low."""
     inside, outside = 0, 0
     largest: Weight = ("", nn.Parameter(), "")
+    linears = {id(linear) for block in blocks for linear in block_linears(block).values()}
     for found in linears_outside:
         outside += found[1].numel()
         largest = max(largest, found, key=lambda candidate: candidate[1].numel())
@@ -99,7 +115,7 @@ def _refuse_unknown_weights(list_name: str, blocks: nn.ModuleList, linears_outsi
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2:
                 continue
-            if isinstance(module, nn.Linear):
+            if id(module) in linears:
                 inside += parameter.numel()
                 continue
             found = (f"{list_name}.{name}.{parameter_name}", parameter, type(module).__name__)

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 import lqer.models.source
@@ -179,18 +179,21 @@ def test_a_block_lists_its_linears_by_name(random_model):
     }
 
 
-def test_experts_held_as_one_tensor_are_refused_by_name():
-    config = MixtralConfig(
+def test_experts_outside_the_registry_are_refused_by_name():
+    config = Llama4TextConfig(
         vocab_size=80,
         hidden_size=16,
         intermediate_size=16,
+        intermediate_size_mlp=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
         num_local_experts=2,
     )
-    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts\.\w+ is a 3-D parameter of MixtralExperts"):
-        find_blocks(MixtralForCausalLM(config))
+    with pytest.raises(
+        ModelError, match=r"layers\.0\.feed_forward\.experts\.\w+ is a 3-D parameter of Llama4TextExperts"
+    ):
+        find_blocks(Llama4ForCausalLM(config))
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():
