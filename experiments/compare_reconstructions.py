@@ -63,9 +63,9 @@ def errors_by_linear(arguments: argparse.Namespace) -> dict[str, dict[str, dict[
             "calibrate", 0, lambda workspace: calibrate(workspace, opened, text, {Hessian(), MaxAbs()})
         )
         for index, block in enumerate(opened.blocks):
-            statistics = BlockStatistics.read(calibration, index).to(device)
+            statistics = BlockStatistics.read(calibration, index)
             linears = {f"{opened.name}.{index}.{name}": linear for name, linear in block_linears(block).items()}
-            for full_name, site in statistics.by_site(linears):
+            for full_name, site in statistics.by_site(linears, device):
                 weight_OI, r_II = linears[full_name].weight.detach().to(device, torch.float32), site["hessian"].double()
                 for bits in arguments.bits:
                     errors[str(bits)][full_name] = {

@@ -7,8 +7,9 @@ Found by watching a run of the block, whatever its architecture:
               is what the stream has changed by at the next one, up to a factor
 
 So o_proj writes to the point before the second norm, down_proj to the block's output; where attention and MLP run in
-parallel, both write to the output. The next norm divides by ‖h_t‖, h_t being the stream of token t at the writer's
-point, so an error of the writer's output counts relative to that: 1 / ‖h_t‖² is the weight of its square.
+parallel, both write to the output. The experts of a layer are one writer. The next norm divides by ‖h_t‖, h_t being the
+stream of token t at the writer's point, so an error of the writer's output counts relative to that: 1 / ‖h_t‖² is the
+weight of its square.
 
 Shapes: D hidden size, N tokens of a batch; hidden states are of any shape with D last.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from lqer.errors import ModelError
 from lqer.models.walker import BlockRun
+from lqer.nn.experts import experts_of
 from lqer.transforms.tracing import Seen
 
 # The point after the last norm; a norm of the block goes by its name.
@@ -110,10 +112,12 @@ def _watched(run: BlockRun) -> tuple[Tensor, list[_Call], Tensor]:
         return lambda module, args, output: calls.append(_Call(name, is_linear, Seen.now(args[0]), Seen.now(output)))
 
     hooks = [run.block.register_forward_pre_hook(lambda module, args: starts.append(args[0].clone()))]
+    layers = experts_of(run.block)
+    inside = tuple(f"{name}." for name in layers)
     for name, module in run.block.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) or (isinstance(weight, Tensor) and weight.ndim == 1):
-            hooks.append(module.register_forward_hook(see(name, isinstance(module, nn.Linear))))
+        weight, is_linear = getattr(module, "weight", None), isinstance(module, nn.Linear) or name in layers
+        if not name.startswith(inside) and (is_linear or (isinstance(weight, Tensor) and weight.ndim == 1)):
+            hooks.append(module.register_forward_hook(see(name, is_linear)))
     try:
         output = run.output(0)
     finally:

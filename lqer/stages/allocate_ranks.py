@@ -97,14 +97,15 @@ def measure_spectra(workspace: Workspace, opened: OpenedModel, statistics_of: St
     visits = opened.loader.load_each(opened.blocks, missing, torch.device("cpu"))
     for index, block in tqdm(visits, initial=total - len(missing), total=total, desc="spectra", unit="block"):
         linears = {f"{opened.name}.{index}.{name}": linear for name, linear in block_linears(block).items()}
-        workspace.write_tensors(block_file(index), _block_spectra(linears, next(found).to(device), plans, device))
+        workspace.write_tensors(block_file(index), _block_spectra(linears, next(found), plans, device))
 
 
 def _block_spectra(
     linears: Mapping[str, nn.Linear], statistics: BlockStatistics, plans: Plans, device: torch.device
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for full_name, site in statistics.by_site(name for name in linears if plans[name] is not None):
+    planned = [name for name in linears if plans[name] is not None]
+    for full_name, site in statistics.by_site(planned, device):
         plan = plans[full_name]
         assert plan is not None
         weight_OI = linears[full_name].weight.detach().to(device, torch.float32)

@@ -111,7 +111,7 @@ def measure_widths(
         if block_file(run.index) in workspace:
             run.backward({})
             continue
-        statistics = BlockStatistics.read(calibration, run.index).to(opened.device)
+        statistics = BlockStatistics.read(calibration, run.index)
         tensors, visits = _block_visits(run, statistics, plans, formats, windows_WT.numel())
         del statistics
         run.backward(visits)
@@ -125,7 +125,8 @@ def _block_visits(
     tensors: dict[str, Tensor] = {}
     visits: dict[str, Visit] = {}
     linears = {f"{run.run.name}.{name}": (name, linear) for name, linear in block_linears(run.run.block).items()}
-    for full_name, site in statistics.by_site(name for name in linears if plans[name] is not None):
+    planned = [name for name in linears if plans[name] is not None]
+    for full_name, site in statistics.by_site(planned, run.run.device):
         plan, (name, linear) = plans[full_name], linears[full_name]
         assert plan is not None
         weight_OI = linear.weight.detach().to(run.run.device, torch.float32)

@@ -25,15 +25,14 @@ from lqer.models.streaming import open_model
 from lqer.models.walker import walk_blocks
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.gather import (
-    NOT_ROUNDED,
     BlockStatistics,
     CalibrationText,
-    InputRoundings,
     StatisticsOf,
     observe_block,
     stored_statistics,
     within_block,
 )
+from lqer.stages.observe import NOT_ROUNDED, InputRoundings
 from lqer.stages.rotate import Rotate, source_of
 from lqer.statistics import Statistic
 from lqer.store.names import block_file, sites_file

@@ -1,18 +1,17 @@
 """Gathers the statistics of one decoder block's linears, batch by batch.
 
 Linears that are called with the same tensor (q, k and v; gate and up) form one input site and share its statistics, if
-they round it in the same way where statistics are those of rounded inputs.
-Statistics of pairs of inputs, and token weights, need the block as the original model runs it: on every batch it runs
-first, on the original model's hidden states.
+they round it in the same way where statistics are those of rounded inputs. Experts are observed on tokens of their own
+(lqer/stages/gather_experts.py).
 
-Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, N tokens of a batch, I in_features.
+Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -20,24 +19,18 @@ from torch import Tensor
 
 from lqer.components import ADDED
 from lqer.errors import ModelError
-from lqer.lowrank.precision import full_float32
-from lqer.methods.inputs import InputRounding
-from lqer.models.residual import OUTPUT, find_writers, inverse_squares, watched_points
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
 from lqer.phases import in_phase, phase
-from lqer.statistics import ALWAYS, Accumulator, Statistic
-from lqer.statistics.sample import spread_indices
+from lqer.stages.gather_experts import ROUTED_TOKENS, ExpertObserver, ExpertTokens, passes_of
+from lqer.stages.observe import NOT_ROUNDED, InputRoundings, OriginalBlock, SiteObserver
+from lqer.statistics import ALWAYS, Statistic
 from lqer.statistics.site import SiteStatistics
 from lqer.store.names import block_file, sites_file
-from lqer.store.offload import Offload
 from lqer.store.store import Artifact
 from lqer.transforms.tracing import watched_inputs
 
 TokenWeights = Literal["none", "residual"]
-# By linear, of those whose statistics are of inputs as the quantized linear rounds them.
-InputRoundings = Mapping[str, InputRounding]
-NOT_ROUNDED: InputRoundings = {}
 
 
 @dataclass(frozen=True)
@@ -46,13 +39,14 @@ class CalibrationText:
 
     error_tokens: how many of the tokens a sample keeps the inputs of. token_weights: what a token counts in E[x xᵀ] and
     E[x²] of linears that write to the residual stream: 1, or with "residual" the inverse square of the original model's
-    stream behind the linear (lqer/models/residual.py).
+    stream behind the linear (lqer/models/residual.py). experts: which tokens an expert is calibrated on.
     """
 
     windows_WT: Tensor
     batch_size: int
     error_tokens: int
     token_weights: TokenWeights = field(default="none", metadata=ADDED)
+    experts: ExpertTokens = field(default=ExpertTokens(), metadata=ADDED)
 
     @property
     def needs_original(self) -> bool:
@@ -72,19 +66,12 @@ class BlockStatistics:
     def read(cls, calibration: Artifact, index: int) -> BlockStatistics:
         return cls(calibration.tensors(block_file(index)), calibration.json(sites_file(index)))
 
-    @in_phase("statistics")
-    def to(self, device: torch.device) -> BlockStatistics:
-        return BlockStatistics({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.sites)
-
     def of(self, linear: str) -> SiteStatistics:
         """A linear's statistics by kind. Raises ModelError if the calibration text never reached the linear."""
-        prefix = f"{self._site(linear)}."
-        return SiteStatistics(
-            {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
-        )
+        return self._on(self._site(linear), None)
 
-    def by_site(self, linears: Iterable[str]) -> Iterator[tuple[str, SiteStatistics]]:
-        """The linears with their statistics, those of one site after each other: they share one object.
+    def by_site(self, linears: Iterable[str], device: torch.device) -> Iterator[tuple[str, SiteStatistics]]:
+        """The linears with their statistics on the device, those of one site after each other: they share one object.
 
         Raises ModelError if the calibration text never reached a linear.
         """
@@ -92,8 +79,28 @@ class BlockStatistics:
         for linear in linears:
             members.setdefault(self._site(linear), []).append(linear)
         for names in members.values():
-            statistics = self.of(names[0])
+            with phase("statistics"):
+                statistics = self._on(self._site(names[0]), device)
             yield from ((linear, statistics) for linear in names)
+
+    def routed_tokens(self, linear: str) -> int | None:
+        """How many tokens the router sent to the expert that a linear belongs to; None for any other linear."""
+        mixture, expert, _ = (*linear.rsplit(".", 2), "", "")[:3]
+        routed_E = self.tensors.get(f"{mixture}.{ROUTED_TOKENS}")
+        return None if routed_E is None else int(routed_E[int(expert)])
+
+    def _on(self, site: str, device: torch.device | None) -> SiteStatistics:
+        kinds = self._kinds[site]
+        return SiteStatistics({kind: self.tensors[f"{site}.{kind}"].to(device) for kind in kinds})
+
+    @cached_property
+    def _kinds(self) -> dict[str, list[str]]:
+        """The kinds of statistics of each site: a block of experts has too many to look for them each time."""
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            site, _, kind = name.rpartition(".")
+            found.setdefault(site, []).append(kind)
+        return found
 
     def _site(self, linear: str) -> str:
         if linear not in self.sites:
@@ -108,108 +115,6 @@ StatisticsOf = Callable[[Sequence[int]], Iterator[BlockStatistics]]
 def stored_statistics(calibration: Artifact) -> StatisticsOf:
     """Those that a stage "calibrate" has stored."""
     return lambda indices: (BlockStatistics.read(calibration, index) for index in indices)
-
-
-@dataclass(frozen=True)
-class OriginalBatch:
-    """One batch in the original model. inputs: of the block's linears; None where no statistic asks for them. weights:
-    of the tokens, float32 (N,), for the linears where they are not all 1.
-    """
-
-    inputs: Mapping[str, Tensor] | None = None
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def input(self, linear: str, x: Tensor) -> Tensor | None:
-        """The input of the same tokens (N, I) that x is the input of."""
-        if self.inputs is None:
-            return None
-        original = self.inputs.get(linear)
-        if original is None or original.shape != x.shape:
-            raise ModelError(f"{linear} receives other tokens in the original model: their inputs cannot be paired")
-        return original.flatten(0, -2)
-
-
-class OriginalBlock:
-    """The block as the original model runs it. paired, weighted: what is wanted of its batches."""
-
-    def __init__(self, run: BlockRun, paired: bool, weighted: bool):
-        self._run, self._paired = run, paired
-        self._writers = find_writers(run) if weighted else {}
-
-    def batch(self, index: int) -> OriginalBatch:
-        """Run one batch; the hidden states stay the block's inputs."""
-        if not (self._paired or self._writers):
-            return OriginalBatch()
-        block = self._run.block
-        inputs: dict[str, Tensor] = {}
-        linears = block_linears(block) if self._paired else []
-        watch = {name: partial(inputs.__setitem__, name) for name in linears}
-        with watched_inputs(block, watch), watched_points(block, self._writers) as weights:
-            weights[OUTPUT] = inverse_squares(self._run.output(index))
-        by_writer = {writer: weights[point] for writer, point in self._writers.items()}
-        return OriginalBatch(inputs if self._paired else None, by_writer)
-
-
-class SiteObserver:
-    """Finds which linears of a block share an input, and feeds the accumulators of each input site."""
-
-    def __init__(
-        self,
-        statistics: Collection[Statistic],
-        tokens: int,
-        sampled: int,
-        device: torch.device,
-        offload: Offload,
-        roundings: InputRoundings = NOT_ROUNDED,
-    ):
-        self.accumulators: dict[str, dict[str, Accumulator]] = {}
-        self.site_of: dict[str, str] = {}
-        self._statistics, self._tokens, self._sampled = statistics, tokens, sampled
-        self._device, self._offload, self._roundings = device, offload, roundings
-        self._first_token = 0
-        self._original = OriginalBatch()
-        self._last_input: Tensor | None = None
-        self._last_version = 0
-        # Of that input, by how it is rounded.
-        self._last_sites: dict[InputRounding | None, str] = {}
-        # Sites with as many tokens sample the same ones.
-        self._sampled_of: dict[int, Tensor] = {}
-
-    def begin_batch(self, first_token: int, original: OriginalBatch) -> None:
-        """What is seen next is a batch whose first token has that index in the whole text."""
-        self._first_token, self._original, self._last_input = first_token, original, None
-        self._sampled_of.clear()
-
-    @in_phase("statistics")
-    def see(self, linear: str, x: Tensor) -> None:
-        """Take in the input of a linear that is being called."""
-        # Linears that share an input are called one after the other with the very same tensor, unchanged in between.
-        rounding = self._roundings.get(linear)
-        if x is not self._last_input or x._version != self._last_version:
-            self._last_input, self._last_version, self._last_sites = x, x._version, {}
-        if rounding in self._last_sites:
-            self.site_of.setdefault(linear, self._last_sites[rounding])
-            return
-        site = self._last_sites[rounding] = self.site_of.setdefault(linear, linear)
-        x_NI = x.flatten(0, -2)
-        if rounding is not None:
-            x_NI = rounding.round(x_NI)
-        if site not in self.accumulators:
-            self.accumulators[site] = {
-                statistic.kind: statistic.accumulator(x_NI.shape[1], self._device, self._offload)
-                for statistic in self._statistics
-            }
-        original_NI = self._original.input(linear, x)
-        weights_N = self._original.weights.get(linear)
-        if len(x_NI) not in self._sampled_of:
-            indices_N = spread_indices(self._first_token, len(x_NI), self._tokens, self._sampled)
-            self._sampled_of[len(x_NI)] = indices_N.to(x.device)
-        # Whatever precision the process chose for the model's own products.
-        with full_float32():
-            for statistic in self._statistics:
-                weights = () if weights_N is None or not statistic.weights_tokens else (weights_N,)
-                accumulator = self.accumulators[site][statistic.kind]
-                accumulator.add(x_NI, original_NI, self._sampled_of[len(x_NI)], *weights)
 
 
 def drop_output(batch: int, output_BTD: Tensor) -> None:
@@ -233,20 +138,56 @@ def observe_block(
     gathered from them, by linear of the block; both blocks run on inputs as they are. linears: those to gather from, by
     their names within the block; all by default. Raises ModelError, naming the linear, where an input is NaN or
     infinite, and for a block whose tokens cannot be weighted.
+
+    Experts whose sums would fill a GPU are observed in several passes, and statistics then are on the CPU.
     """
     gathered = gathered_statistics(statistics)
-    paired = any(statistic.needs_original for statistic in gathered)
-    if paired and original is None:
+    if original is None and any(statistic.needs_original for statistic in gathered):
         raise ValueError("a statistic of pairs of inputs needs the original block")
+    passes = passes_of(run, linears or block_linears(run.block), gathered)
+    tensors, sites = dict[str, Tensor](), dict[str, str]()
+    for names in passes:
+        last = names is passes[-1]
+        found = _observe(run, original, text, gathered, use_output if last else drop_output, roundings, names)
+        tensors |= found.tensors if len(passes) == 1 else {name: x.cpu() for name, x in found.tensors.items()}
+        sites |= found.sites
+        del found
+    return BlockStatistics(tensors, sites)
+
+
+def _observe(
+    run: BlockRun,
+    original: BlockRun | None,
+    text: CalibrationText,
+    gathered: Sequence[Statistic],
+    use_output: Callable[[int, Tensor], None],
+    roundings: InputRoundings,
+    names: Collection[str],
+) -> BlockStatistics:
+    """The statistics of the named linears, in one pass over the text."""
+    paired, tokens = any(statistic.needs_original for statistic in gathered), text.windows_WT.numel()
     reference = OriginalBlock(original or run, paired, text.needs_original)
-    tokens = text.windows_WT.numel()
-    observer = SiteObserver(gathered, tokens, text.error_tokens, run.device, run.hidden.offload, roundings)
-    watch = {name: partial(observer.see, name) for name in linears or block_linears(run.block)}
+    observers = [
+        SiteObserver(gathered, tokens, text.error_tokens, run.device, run.hidden.offload, roundings) for _ in range(2)
+    ]
+    observer, of_experts = observers
+    experts = ExpertObserver(run, original or run, text.experts, of_experts, names, tokens)
+    watch = {name: partial(observer.see, name) for name in names if name not in experts.linears}
     for batch, windows in enumerate(run.hidden.batches):
-        observer.begin_batch(windows.start * text.windows_WT.shape[1], reference.batch(batch))
-        with watched_inputs(run.block, watch):
+        first_token, original_batch = windows.start * text.windows_WT.shape[1], reference.batch(batch)
+        observer.begin_batch(first_token, original_batch)
+        with watched_inputs(run.block, watch), experts.watching(first_token, original_batch):
             output_BTD = run.output(batch)
         use_output(batch, output_BTD)
+    tensors = {f"{run.name}.{name}": routed_E for name, routed_E in experts.complete().items()}
+    sites: dict[str, str] = {}
+    for one in observers:
+        tensors |= _results(run, one)
+        sites |= {f"{run.name}.{name}": f"{run.name}.{site}" for name, site in one.site_of.items()}
+    return BlockStatistics(tensors, sites)
+
+
+def _results(run: BlockRun, observer: SiteObserver) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for site, accumulators in observer.accumulators.items():
         full_name = f"{run.name}.{site}"
@@ -261,8 +202,7 @@ def observe_block(
                     f"activations in {dtype} overflow; use another dtype"
                 )
             tensors[f"{full_name}.{kind}"] = tensor
-    sites = {f"{run.name}.{name}": f"{run.name}.{site}" for name, site in observer.site_of.items()}
-    return BlockStatistics(tensors, sites)
+    return tensors
 
 
 def within_block(roundings: InputRoundings, block: str) -> InputRoundings:

@@ -37,7 +37,8 @@ from lqer.rounding.hessian import HessianError
 from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
-from lqer.stages.gather import BlockStatistics, InputRoundings, StatisticsOf
+from lqer.stages.gather import BlockStatistics, StatisticsOf
+from lqer.stages.observe import InputRoundings
 from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.rotate import source_of
 from lqer.statistics import ALWAYS, Statistic
@@ -249,11 +250,10 @@ def quantize_linears(
 ) -> QuantizedLinears:
     """Quantize some linears of a block, those that have a plan. Raises ModelError, naming the linear."""
     torch.manual_seed(settings.seed)
-    statistics = statistics.to(device)
     found = QuantizedLinears()
     full_names = [f"{work.name}.{name}" for name in linears]
     planned = [name for name in full_names if settings.plans[name] is not None]
-    for full_name, site in statistics.by_site(planned):
+    for full_name, site in statistics.by_site(planned, device):
         plan, name = settings.plans[full_name], full_name.removeprefix(f"{work.name}.")
         assert plan is not None
         with phase("read"):

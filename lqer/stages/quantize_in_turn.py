@@ -21,7 +21,8 @@ from lqer.checkpoint.load import fill_block
 from lqer.methods import LinearPlan
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
-from lqer.stages.gather import NOT_ROUNDED, CalibrationText, observe_block
+from lqer.stages.gather import CalibrationText, observe_block
+from lqer.stages.observe import NOT_ROUNDED
 from lqer.stages.quantize import (
     BlockWork,
     QuantizedLinears,
@@ -60,12 +61,16 @@ def quantize_block(
 
 
 def turns_of(run: BlockRun) -> list[list[str]]:
-    """The linears of a block by turn, found by running one batch; what that does not reach comes last."""
+    """The linears of a block by turn, found by running one batch; what that does not reach comes last, but experts."""
     turns: dict[str, list[str]] = {}
+    turn_of: dict[str, str] = {}
     reached = trace(run.block, lambda: run.output(0)).sites()
     seen = {name for site in reached for name in site}
     for site in [*reached, *((name,) for name in block_linears(run.block) if name not in seen)]:
-        turns.setdefault(re.sub(r"\d+", "#", site[0]), []).extend(site)
+        kinds = [re.sub(r"\d+", "#", name) for name in site]
+        turn = turn_of.setdefault(kinds[0], kinds[0])
+        turn_of |= dict.fromkeys(kinds, turn)
+        turns.setdefault(turn, []).extend(site)
     return list(turns.values())
 
 

@@ -1,0 +1,187 @@
+"""What experts are calibrated on: their own tokens, others where these are few, or all; against plain sums.
+
+Shapes: T tokens of the whole text, E experts, K experts of a token, N tokens of an expert, I in_features.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import resident
+from mixtures import random_mixture
+
+from lqer.models.structure import block_linears, prepare_model
+from lqer.models.walker import walk_blocks
+from lqer.stages import gather_experts
+from lqer.stages.gather import CalibrationText, observe_block
+from lqer.stages.gather_experts import ExpertTokens, passes_of
+from lqer.statistics import Hessian, Mismatch
+
+LAYER = "model.layers.0.mlp.experts"
+EXPERTS = 4
+HESSIAN = frozenset({Hessian()})
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = random_mixture("mixtral")
+    prepare_model(model)
+    return model
+
+
+@pytest.fixture
+def text(windows_WT):
+    return CalibrationText(windows_WT, 2, 24, experts=ExpertTokens(minimum=0))
+
+
+def observed(model, text, statistics=HESSIAN):
+    return observe_block(next(walk_blocks(resident(model), text.windows_WT, text.batch_size)), None, text, statistics)
+
+
+@torch.no_grad()
+def layer_inputs(model, windows_WT):
+    """The inputs (T, I) of the first layer's experts, and where the router sends them (T, K)."""
+    seen = []
+    hook = model.get_submodule(LAYER).register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    model(windows_WT)
+    hook.remove()
+    return seen[0]
+
+
+def inputs_of(model, index, x_TI):
+    """What each linear of an expert gets for these tokens."""
+    expert = model.get_submodule(LAYER).get_submodule(str(index))
+    hidden = torch.nn.functional.silu(expert.gate_proj(x_TI)) * expert.up_proj(x_TI)
+    return {"gate_proj": x_TI, "up_proj": x_TI, "down_proj": hidden}
+
+
+def assert_hessians(found, model, tokens_of):
+    for index in range(EXPERTS):
+        for name, x_NI in inputs_of(model, index, tokens_of(index)).items():
+            expected_II = x_NI.double().T @ x_NI.double() / len(x_NI)
+            hessian_II = found.of(f"{LAYER}.{index}.{name}")["hessian"]
+            torch.testing.assert_close(hessian_II.double(), expected_II, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_an_experts_inputs_are_the_tokens_that_it_is_sent(model, text):
+    x_TI, top_k_index = layer_inputs(model, text.windows_WT)
+    found = observed(model, text)
+    assert_hessians(found, model, lambda index: x_TI[(top_k_index == index).any(1)])
+    counts = [int((top_k_index == index).sum()) for index in range(EXPERTS)]
+    assert [found.routed_tokens(f"{LAYER}.{index}.up_proj") for index in range(EXPERTS)] == counts
+    assert found.routed_tokens("model.layers.0.self_attn.q_proj") is None
+
+
+def test_gate_and_up_of_an_expert_are_one_site_and_experts_are_several(model, text):
+    sites = observed(model, text).sites
+    for index in range(EXPERTS):
+        assert sites[f"{LAYER}.{index}.up_proj"] == sites[f"{LAYER}.{index}.gate_proj"] == f"{LAYER}.{index}.gate_proj"
+        assert sites[f"{LAYER}.{index}.down_proj"] == f"{LAYER}.{index}.down_proj"
+
+
+def test_sums_do_not_depend_on_the_size_of_the_batches(model, text):
+    small, large = (observed(model, replace(text, batch_size=size, experts=ExpertTokens())) for size in (1, 5))
+    for name, tensor in small.tensors.items():
+        if name.endswith((".hessian", ".mean_square", ".routed_tokens")):
+            torch.testing.assert_close(tensor, large.tensors[name], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_an_expert_that_is_sent_too_few_tokens_gets_others_from_all_over_the_text(model, text):
+    minimum = 40
+    x_TI, top_k_index = layer_inputs(model, text.windows_WT)
+    total = len(x_TI)
+    kept_TI = x_TI[torch.arange(minimum) * total // minimum]
+
+    def tokens_of(index):
+        own = x_TI[(top_k_index == index).any(1)]
+        lacking = max(minimum - len(own), 0)
+        return torch.cat([own, kept_TI[torch.arange(lacking) * minimum // max(lacking, 1)]])
+
+    sizes = [len(tokens_of(index)) for index in range(EXPERTS)]
+    assert min(int((top_k_index == index).sum()) for index in range(EXPERTS)) < minimum <= min(sizes)
+    found = observed(model, replace(text, experts=ExpertTokens(minimum=minimum)))
+    assert_hessians(found, model, tokens_of)
+
+
+@torch.no_grad()
+def test_an_expert_that_is_sent_nothing_has_statistics_of_tokens_of_its_layer(text):
+    model = random_mixture("mixtral", num_local_experts=8)
+    prepare_model(model)
+    rows = model.model.layers[0].mlp.gate.weight
+    # Of two experts a token, those of the first four whose scores have its sign.
+    rows.copy_(torch.tensor([1.0, 2, -1, -2, 0, 0, 0, 0])[:, None] * rows[0])
+    found = observed(model, replace(text, experts=ExpertTokens(minimum=8)))
+    assert [found.routed_tokens(f"{LAYER}.{index}.up_proj") for index in range(4, 8)] == [0] * 4
+    for index in range(8):
+        for name in ("gate_proj", "down_proj"):
+            statistics = found.of(f"{LAYER}.{index}.{name}")
+            assert statistics["mean_abs"].max() > 0
+            assert len(statistics["sample"]) > 0
+
+
+@torch.no_grad()
+def test_all_tokens_are_every_experts(model, text):
+    x_TI, _ = layer_inputs(model, text.windows_WT)
+    found = observed(model, replace(text, experts=ExpertTokens("all")))
+    assert_hessians(found, model, lambda index: x_TI)
+
+
+def test_experts_keep_as_large_a_sample_as_their_tokens_allow(model, text):
+    found = observed(model, text)
+    for index in range(EXPERTS):
+        sent = found.routed_tokens(f"{LAYER}.{index}.up_proj")
+        assert min(sent, 12) <= len(found.of(f"{LAYER}.{index}.up_proj")["sample"]) <= 24 + 3
+
+
+@torch.no_grad()
+def test_inputs_are_paired_with_the_original_models_of_the_same_tokens(model, text):
+    original, changed = model, copy.deepcopy(model)
+    for parameter in changed.model.layers[0].self_attn.parameters():
+        parameter.mul_(1.2)
+    runs = [next(walk_blocks(resident(one), text.windows_WT, text.batch_size)) for one in (original, changed)]
+    found = observe_block(runs[1], runs[0], text, {Hessian(), Mismatch()})
+    x_TI, top_k_index = layer_inputs(changed, text.windows_WT)
+    theirs_TI, _ = layer_inputs(original, text.windows_WT)
+    for index in range(EXPERTS):
+        mine = (top_k_index == index).any(1)
+        own, others = inputs_of(changed, index, x_TI[mine]), inputs_of(original, index, theirs_TI[mine])
+        for name, x_NI in own.items():
+            expected_II = (others[name] - x_NI).double().T @ x_NI.double() / len(x_NI)
+            mismatch_II = found.of(f"{LAYER}.{index}.{name}")["mismatch"]
+            assert mismatch_II.abs().max() > 1e-3
+            torch.testing.assert_close(mismatch_II.double(), expected_II, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_of_what_experts_write_count_relative_to_the_stream(model, text):
+    x_TI, top_k_index = layer_inputs(model, text.windows_WT)
+    streams = []
+    hook = model.model.layers[0].register_forward_hook(lambda _, args, output: streams.append(output.flatten(0, -2)))
+    model(text.windows_WT)
+    hook.remove()
+    found = observed(model, replace(text, token_weights="residual"))
+    for index in range(EXPERTS):
+        mine = (top_k_index == index).any(1)
+        x_NI = inputs_of(model, index, x_TI[mine])["down_proj"].double()
+        weights_N = 1 / streams[0][mine].double().square().sum(-1)
+        expected_II = (x_NI.T * weights_N) @ x_NI / weights_N.sum()
+        hessian_II = found.of(f"{LAYER}.{index}.down_proj")["hessian"]
+        torch.testing.assert_close(hessian_II.double(), expected_II, rtol=1e-4, atol=1e-6)
+
+
+def test_sums_that_would_fill_a_gpu_are_gathered_in_several_passes(model, monkeypatch):
+    block = model.model.layers[0]
+    names = list(block_linears(block))
+    of_one = 8 * (32**2 + 32**2 + 48**2)
+    monkeypatch.setattr(gather_experts, "PASS_BYTES", 2 * of_one)
+    run = SimpleNamespace(block=block, device=torch.device("cuda"))
+    passes = passes_of(run, names, [Hessian()])
+    assert sorted(name for part in passes for name in part) == sorted(names)
+    assert [sum(".experts." in name for name in part) for part in passes] == [6, 6]
+    assert len(passes_of(SimpleNamespace(block=block, device=torch.device("cpu")), names, [Hessian()])) == 1
