@@ -71,6 +71,20 @@ class WidthsInfo(TypedDict):
     uniform_objective: float
 
 
+class ExpertsInfo(TypedDict):
+    """The experts that a router sends tokens to; what is active are means over the tokens of the calibration text."""
+
+    count: int  # of all layers
+    active_weights: float  # weights of the quantized linears that a token is multiplied by
+    active_bits: float  # bits stored for those weights, everything counted as in `bits`
+    active_average: float  # their quotient: bits per active weight
+    fewest_tokens: int  # calibration tokens that the router sent to the expert that got fewest
+    topped_up: list[
+        str
+    ]  # experts that got fewer than calibration.min_expert_tokens, and others of their layer's beside
+    unseen: list[str]  # experts that got none
+
+
 class CalibrationInfo(TypedDict):
     dataset: str  # label
     source: str  # repository, revision, split and rows; or file
@@ -176,6 +190,7 @@ class Results(TypedDict):
     allocation: AllocationInfo | None  # null if ranks are given
     widths: WidthsInfo | None  # null if formats are given
     baseline: Baseline | None
+    experts: ExpertsInfo | None  # null for a model whose router chooses no experts
     finetune: FinetuneInfo | None  # null if nothing was trained
     calibration: CalibrationInfo
     perplexity: list[PerplexityRow]

@@ -55,6 +55,10 @@ class CalibrationConfig(Section):
     # What a token counts in E[x xᵀ] and E[x²] of linears that write to the residual stream: 1, or the inverse square of
     # the stream behind them.
     token_weights: Literal["none", "residual"] = "none"
+    # Which tokens the experts of a mixture are calibrated on: those that the router sends to each, or all. Of its own
+    # tokens one needs so many; what is missing are other tokens of its layer, spread over the text.
+    experts: Literal["routed", "all"] = "routed"
+    min_expert_tokens: Positive = 512
     # Whether statistics are of inputs as the quantized linears round them (quantize.activation).
     round_inputs: bool = False
     # Whether statistics of the original model are stored, so that other runs find them; else they are gathered while

@@ -43,7 +43,7 @@ from lqer.errors import ConfigError
 
 # Keys of a configuration that make a scheme; all others say what is quantized and how it is measured.
 SCHEME_SECTIONS = ("quantize", "finetune")
-SCHEME_CALIBRATION = ("round_inputs", "token_weights")
+SCHEME_CALIBRATION = ("round_inputs", "token_weights", "experts")
 MOST_RUNS = 10_000
 
 

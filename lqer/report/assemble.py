@@ -18,6 +18,7 @@ from lqer.methods.block import KEPT_START
 from lqer.models.source import ModelSource
 from lqer.models.summary import ModelSummary
 from lqer.report.environment import device_name, peak_memory_bytes, versions
+from lqer.report.experts import experts_info, experts_warnings
 from lqer.report.write import LAYERS_FILE, block_notes, layer_rows
 from lqer.results import (
     SCHEMA_VERSION,
@@ -95,11 +96,15 @@ def assemble(
 ) -> Results:
     """results.json. started: `time.monotonic()` at the start of the run."""
     rows = layer_rows(made.checkpoint, summary.blocks)
+    experts = experts_info(rows, config.calibration, calibration["tokens"])
     rtn = None if made.rtn is None else Baseline(bits=average_bits(layer_rows(made.rtn, summary.blocks)))
     return Results(
         schema_version=SCHEMA_VERSION,
         tag=config.tag,
-        warnings=_warnings(made, summary.blocks),
+        warnings=[
+            *_warnings(made, summary.blocks),
+            *experts_warnings(experts, config.calibration.min_expert_tokens),
+        ],
         config=config.model_dump(mode="json", exclude_none=True),
         versions=versions(),
         model=_model_info(config, source, summary, rows),
@@ -108,6 +113,7 @@ def assemble(
         allocation=None if made.budget is None else _allocation_info(made.budget),
         widths=None if made.widths is None else _widths_info(config, made.widths),
         baseline=rtn,
+        experts=experts,
         finetune=None if made.finetuned is None else _finetune_info(config, made.finetuned),
         calibration=calibration,
         perplexity=_perplexity_rows(made.perplexity),

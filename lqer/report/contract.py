@@ -23,6 +23,7 @@ CLASSES = (
     results.AllocationInfo,
     results.WidthsInfo,
     results.Baseline,
+    results.ExpertsInfo,
     results.FinetuneInfo,
     results.CalibrationInfo,
     results.PerplexityRow,

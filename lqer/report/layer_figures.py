@@ -147,6 +147,28 @@ def save_output_errors(path: Path, layers: pd.DataFrame, rounded: Family, recons
         save(figure, path)
 
 
+def save_routing(path: Path, layers: pd.DataFrame, minimum: int) -> None:
+    """The output error of every expert's linears over the tokens that the router sent to it.
+
+    minimum: of calibration tokens, marked by a line. An expert that was sent none is drawn at half a token.
+    """
+    experts = layers[layers["routed_tokens"].notna()]
+    kinds = experts["name"].str.rsplit(".", n=1).str[-1]
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(4.8, 2.8))
+        for kind, colour in kind_colours(list(kinds)).items():
+            rows = experts[kinds == kind]
+            tokens = rows["routed_tokens"].astype(float).clip(lower=0.5)
+            axis.plot(tokens, rows["output_error"], marker=".", linestyle="", color=colour, label=kind)
+        axis.axvline(minimum, color="#777777", linewidth=0.8, linestyle=":", label="calibration.min_expert_tokens")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("calibration tokens sent to the expert")
+        axis.set_ylabel("‖(W − Ŵ)x‖² / ‖Wx‖²")
+        axis.legend()
+        save(figure, path)
+
+
 def save_block_losses(path: Path, losses: Sequence[Sequence[float]]) -> None:
     """The reconstruction loss of every decoder block, relative to its first value.
 

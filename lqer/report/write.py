@@ -13,6 +13,7 @@ import pandas as pd
 from lqer.checkpoint.bits import Bits, named_parts
 from lqer.methods.block import CHANGED_CODES
 from lqer.report import figures, layer_figures
+from lqer.report.experts import experts_paragraphs
 from lqer.report.families import family_of, rtn_family
 from lqer.report.naming import rtn_name, scheme_name
 from lqer.report.page.write import PAGE_FILE, Details, write_run_page
@@ -31,6 +32,7 @@ WEIGHT_SPECTRA_FIGURE = "figures/weight_singular_values.png"
 STEPS_FIGURE = "figures/step_errors.png"
 RANKS_FIGURE = "figures/ranks.png"
 LOSSES_FIGURE = "figures/block_loss.png"
+ROUTING_FIGURE = "figures/routing.png"
 
 STEP_ERROR = "√(tr(F H Fᵀ) / tr(W H Wᵀ))"
 
@@ -45,7 +47,7 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     weights = table["out_features"] * table["in_features"]
     codebooks, low_rank = table["codebook_bits"], table["low_rank_bits"]
-    return pd.DataFrame(
+    layers = pd.DataFrame(
         {
             "name": table["name"],
             "out_features": table["out_features"],
@@ -66,6 +68,10 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "output_error_before": table["output_error_before"],
             "output_error": table["output_error"],
         }
+    )
+    # Of experts alone.
+    return (
+        layers if "routed_tokens" not in table else layers.assign(routed_tokens=table["routed_tokens"].astype("Int64"))
     )
 
 
@@ -90,6 +96,10 @@ def draw_figures(
     if results["allocation"] is not None:
         title = f"Ranks within {results['config']['quantize']['low_rank']['budget_bits']:g} bits per weight"
         layer_figures.save_ranks(folder / RANKS_FIGURE, layers, title)
+    if results["experts"] is not None:
+        layer_figures.save_routing(
+            folder / ROUTING_FIGURE, layers, results["config"]["calibration"]["min_expert_tokens"]
+        )
     notes = block_notes(checkpoint, blocks)
     if any(_losses(note) for note in notes):
         layer_figures.save_block_losses(folder / LOSSES_FIGURE, [_losses(note) for note in notes])
@@ -242,6 +252,7 @@ def render_report(
     pictures += [ERROR_FIGURE, *([SPECTRA_FIGURE, WEIGHT_SPECTRA_FIGURE] if with_spectra else [])]
     pictures += [STEPS_FIGURE] if with_steps else []
     pictures += [RANKS_FIGURE] if results["allocation"] is not None else []
+    pictures += [ROUTING_FIGURE] if results.get("experts") is not None else []
     pictures += [LOSSES_FIGURE] if any(_losses(note) for note in notes) else []
     shown = "\n\n".join(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -257,6 +268,7 @@ def render_report(
         f"Method `{quantize['method']['kind']}`, weights `{quantize['weight']}`, "
         f"activations `{quantize['activation']}`, "
         f"attention operands `{quantize['attention']}`{_shown_transforms(quantize)}.",
+        *experts_paragraphs(results),
         *_allocation_paragraphs(results),
         *_widths_paragraphs(results),
         *_damping_paragraphs(layers),
@@ -397,6 +409,6 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None or value != value:
+    if value is None or pd.isna(value):
         return "–"
     return f"{value:.5g}" if isinstance(value, float) else str(value)

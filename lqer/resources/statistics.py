@@ -22,13 +22,13 @@ Plans = Mapping[str, LinearPlan | None]
 
 
 def input_sites(summary: ModelSummary) -> list[int]:
-    """in_features of every input site of one block."""
-    first = f"{summary.blocks_name}.0."
-    modules: dict[str, list[int]] = {}
+    """in_features of every input site of one block: the one with most linears, since not all may have experts."""
+    blocks: dict[str, dict[str, list[int]]] = {}
     for name, (_, in_features) in summary.linears.items():
-        if name.startswith(first):
-            modules.setdefault(name.rpartition(".")[0], []).append(in_features)
-    return [width for widths in modules.values() for width in (*sorted(set(widths[:-1])), widths[-1])]
+        block = name.removeprefix(f"{summary.blocks_name}.").partition(".")[0]
+        blocks.setdefault(block, {}).setdefault(name.rpartition(".")[0], []).append(in_features)
+    largest = max(blocks.values(), key=lambda modules: sum(map(len, modules.values())))
+    return [width for widths in largest.values() for width in (*sorted(set(widths[:-1])), widths[-1])]
 
 
 def gathered(plans: Plans) -> list[Statistic]:

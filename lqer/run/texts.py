@@ -18,6 +18,7 @@ from lqer.data.overlap import shared_tokens
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
 from lqer.results import CalibrationInfo
 from lqer.stages.gather import CalibrationText
+from lqer.stages.gather_experts import ExpertTokens
 from lqer.store.files import content_hash
 
 # Share of the smaller text from which two texts overlap: below, they have phrases in common.
@@ -100,7 +101,9 @@ def _calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Ca
         tokens=windows_WT.numel(),
         fingerprint=tokens_sha256(windows_WT),
     )
-    return CalibrationText(windows_WT, settings.batch_size, settings.error_tokens, settings.token_weights), info
+    experts = ExpertTokens(settings.experts, settings.min_expert_tokens)
+    text = CalibrationText(windows_WT, settings.batch_size, settings.error_tokens, settings.token_weights, experts)
+    return text, info
 
 
 def _training(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:

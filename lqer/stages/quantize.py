@@ -270,8 +270,11 @@ def quantize_linears(
             found.tensors.update(pack_linear(full_name, weight, bias))
         entry = describe_linear(plan, weight, has_bias=bias_O is not None)
         rounded_OI = _rounded_alone(weight_OI, weight, site, plan)
-        found.rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | {"entry": entry})
-        if work.with_spectra:
+        routed_tokens = statistics.routed_tokens(full_name)
+        of_expert = {} if routed_tokens is None else {"routed_tokens": routed_tokens}
+        found.rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | of_expert | {"entry": entry})
+        # Of a layer's experts, those of the first one.
+        if work.with_spectra and (not of_expert or full_name.rsplit(".", 2)[1] == "0"):
             found.spectra.update(_spectra(full_name, weight_OI, rounded_OI, site))
     found.rows.sort(key=lambda row: full_names.index(row["name"]))
     return found

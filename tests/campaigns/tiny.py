@@ -65,7 +65,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(kind: str, **settings: Any) -> PretrainedConfig:
     known = inspect.signature(type(AutoConfig.for_model(kind)).__init__).parameters
-    return AutoConfig.for_model(kind, **({key: SIZES[key] for key in SIZES if key in known} | settings))
+    sizes = {key: SIZES[key] for key in SIZES if key in known}
+    if "kv_lora_rank" in sizes:  # latent attention has keys and values for every head
+        sizes |= {key: SIZES["num_attention_heads"] for key in ("num_key_value_heads",) if key in known}
+    return AutoConfig.for_model(kind, **(sizes | settings))
 
 
 def build(folder: Path, kind: str = "llama", seed: int = 0, **settings: Any) -> None:
