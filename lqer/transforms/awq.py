@@ -204,7 +204,8 @@ def scale_block(
     scaled = [site for site in sites if site.fold is not None and all(name in formats for name in site.linears)]
     with _in_autocast(block, autocast):
         means = mean_magnitudes(call, batches, [site.linears[0] for site in scaled])
-    for site in scaled:
+    # Probing shuffles the tokens: they may reach an expert that none reaches in their order.
+    for site in (site for site in scaled if site.linears[0] in means):
         assert site.fold is not None
         mean_abs_I = tie(means[site.linears[0]], site.fold.rows_I)
         weights = {f"{name}.weight": parameters[f"{name}.weight"] for name in site.linears}
@@ -255,7 +256,7 @@ def _closest_around(linears: tuple[str, ...]) -> str:
 
 
 class _Inspected:
-    """The module that a site's error is measured at, called as the block calls it on one batch."""
+    """The module that a site's error is measured at, called as the block calls it on one batch, if it does."""
 
     def __init__(self, call: BlockFunction, hidden_BTD: Tensor, name: str, autocast: torch.dtype | None):
         self._module = call.block.get_submodule(name)
@@ -271,19 +272,21 @@ class _Inspected:
                 call({}, hidden_BTD)
         finally:
             handle.remove()
-        ((self._args, self._kwargs),) = calls
-        self._original = self._output({})
+        self._calls = calls
+        self._originals = self._outputs({})
 
     def error(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The squared error of the output under other weights, by their names in the block: a float32 scalar."""
         inside = {name.removeprefix(self._prefix): weight for name, weight in weights.items()}
-        return (self._output(inside) - self._original).square().sum()
+        pairs = zip(self._outputs(inside), self._originals, strict=True)
+        return sum(((output - original).square().sum() for output, original in pairs), start=torch.zeros(()))
 
-    def _output(self, weights: Mapping[str, Tensor]) -> Tensor:
+    def _outputs(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """Of the one call, or of none: an expert may not be sent anything."""
         inside = {name: weight.to(self._own[name].dtype) for name, weight in weights.items()}
         with _in_autocast(self._module, self._autocast):
-            output = functional_call(self._module, {**self._own, **inside}, self._args, self._kwargs)
-        return (output[0] if isinstance(output, tuple | list) else output).float()
+            outputs = [functional_call(self._module, {**self._own, **inside}, *call) for call in self._calls]
+        return [(output[0] if isinstance(output, tuple | list) else output).float() for output in outputs]
 
 
 def _in_autocast(module: nn.Module, dtype: torch.dtype | None) -> torch.autocast:

@@ -97,10 +97,11 @@ def hessian_blocks(
     """Per linear in `block_sizes` the diagonal blocks [N, B, B] of Σ x xᵀ over all tokens of its input, float32.
 
     call, changed: a block and its replaced parameters. Linears called with one tensor and of one block size share
-    theirs.
+    theirs. A linear that no token reaches, as of an expert, has those of independent channels.
     """
     seen = trace(call.block, lambda: call(changed, inputs_STD[:1]))
-    first = {linear: site[0] for site in seen.sites() for linear in site if linear in block_sizes}
+    site_of = {linear: site[0] for site in seen.sites() for linear in site}
+    first = {linear: site_of.get(linear, linear) for linear in block_sizes}
     del seen
     sums: dict[tuple[str, BlockSize], Tensor] = {}
 
@@ -113,6 +114,10 @@ def hessian_blocks(
     with watched_inputs(call.block, {linear: partial(add, key) for key, linear in one_of_each.items()}):
         for hidden_BTD in inputs_STD.split(batch_size):
             call(changed, hidden_BTD)
+    for key, linear in one_of_each.items():
+        if key not in sums:
+            weight_OI = call.block.get_parameter(f"{linear}.weight")
+            sums[key] = block_products(torch.eye(weight_OI.shape[1], device=weight_OI.device), key[1])
     return {linear: sums[key] for linear, key in keys.items()}
 
 

@@ -116,14 +116,23 @@ class _Probe:
             yield from (Fold(name, rows_I, offset) for offset in GAIN_OFFSETS)
 
     def _linear_folds(self, reader: str) -> Iterator[Fold]:
-        """From the linears called before, the latest first: all rows of one, or either half of a fused one."""
+        """From the linears called before, the latest first: all rows of one, or either half of a fused one.
+
+        An expert, whose linears see tokens of its own, is fed by itself alone.
+        """
         called = [*self.trace.inputs]
-        for source in reversed(called[: called.index(reader)]):
+        before = [name for name in called[: called.index(reader)] if self._expert(name) == self._expert(reader)]
+        for source in reversed(before):
             rows = len(self._parameters[f"{source}.weight"])
             for part in (range(rows), range(rows // 2, rows), range(rows // 2)):
                 rows_I = self._feeding_rows(source, part, reader)
                 if rows_I is not None:
                     yield Fold(source, rows_I)
+
+    def _expert(self, linear: str) -> str:
+        """The module around a linear that sees some of the tokens; empty for one that sees all of them."""
+        rows = self.trace.inputs[linear].tensor.flatten(0, -2)
+        return linear.rpartition(".")[0] if len(rows) < self._hidden_BTD.shape[0] * self._hidden_BTD.shape[1] else ""
 
     def _feeding_rows(self, source: str, rows: range, reader: str) -> Tensor | None:
         """Which of `rows` feeds each input channel of `reader`; None if they do not do so channel by channel.
@@ -156,7 +165,8 @@ class _Probe:
                 scaled = changed[name][rows.start : rows.stop]
                 scaled *= _along_rows(exponent_O.exp2(), scaled).to(scaled)
         x, changed_x = (trace.inputs[reader].tensor for trace in (self.trace, self._run(changed)))
-        return (changed_x / x).view(*self._hidden_BTD.shape[:2], -1)
+        shape = (1, -1) if self._expert(reader) else self._hidden_BTD.shape[:2]
+        return (changed_x / x).reshape(*shape, x.shape[-1])
 
     def _keeps_the_function(self, site: Site) -> bool:
         assert site.fold is not None
