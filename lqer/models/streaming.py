@@ -1,8 +1,9 @@
 """Opens a model without loading it: its skeleton, and the place on disk of each block's tensors.
 
 That works for a safetensors checkpoint (one file or shards, a local folder or the hub) whose tensors are the model's
-parameters under the model's own names, with or without the prefix of the base model. Where transformers would rename,
-merge or convert tensors, and for GGUF, the whole model is loaded, and the log says why.
+parameters under the model's own names, with or without the prefix of the base model, or experts under names of their
+own (lqer/models/stored.py). Where transformers would convert tensors in another way, and for GGUF, the whole model is
+loaded, and the log says why.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from lqer.models.files import READ_OPTIONS, Header, read_header, reported_as, weight_files
 from lqer.models.loaders import OpenedModel, Streamed
 from lqer.models.source import ModelSource, check_weights, load_model, load_model_config
-from lqer.models.structure import find_blocks, prepare_model
+from lqer.models.stored import NotStreamableError, StoredNames
+from lqer.models.structure import KEPT_IN_FLOAT32, find_blocks, prepare_model
 from lqer.models.verify import STORED_DTYPES
+from lqer.nn.experts import Piece
 from lqer.store.offload import Offload
 
 log = logging.getLogger(__name__)
@@ -35,17 +37,19 @@ log = logging.getLogger(__name__)
 READING_THREADS = 4
 
 
-class NotStreamableError(Exception):
-    """The reason why a model cannot be read block by block."""
-
-
 @dataclass(frozen=True)
 class StoredTensor:
-    """The place of a parameter's values, and whether the model stores them transposed (GPT-2's Conv1D)."""
+    """The place of a parameter's values: transposed in GPT-2's Conv1D, a piece of an expert's."""
 
     file: Path
     name: str
     transposed: bool
+    piece: Piece | None = None
+
+    def values(self, stored: Tensor) -> Tensor:
+        if self.piece is not None:
+            return self.piece.of(stored).clone(memory_format=torch.contiguous_format)
+        return stored.T.contiguous() if self.transposed else stored
 
 
 def open_model(
@@ -68,9 +72,9 @@ def _open_streamed(
 ) -> OpenedModel:  # fmt: skip
     _refuse_conversion(source)
     headers = {file: read_header(file) for file in weight_files(source.find, source.name)}
-    model, transposed = _skeleton(source, dtype, headers)
+    model, names, transposed = _skeleton(source, dtype, headers)
     name, blocks = find_blocks(model)
-    index = _match(model, headers, transposed)
+    index = _match(model, headers, names, transposed)
     inside = f"{name}."
     outside = {key: stored for key, stored in index.items() if not key.startswith(inside)}
     # `dtype` may be "auto"; the skeleton has resolved it.
@@ -101,8 +105,8 @@ def _refuse_conversion(source: ModelSource) -> None:
 
 def _skeleton(
     source: ModelSource, dtype: torch.dtype | str, headers: Mapping[Path, Header]
-) -> tuple[PreTrainedModel, frozenset[str]]:
-    """The model without values, and the names of the weights that it stores transposed."""
+) -> tuple[PreTrainedModel, StoredNames, frozenset[str]]:
+    """The model without values, the names of its tensors, and of those that it stores transposed."""
     config = load_model_config(source)
     if isinstance(dtype, str):
         first = next(iter(headers.values()))
@@ -111,17 +115,14 @@ def _skeleton(
     # Buffers (rotary tables) are computed, not stored.
     with reported_as(f"model: {source.name} cannot be built"), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if get_model_conversion_mapping(model, add_legacy=False):
-        raise NotStreamableError(f"transformers converts the tensors of {type(model).__name__}")
-    if model._get_dtype_plan(model.dtype):
-        raise NotStreamableError(f"{type(model).__name__} keeps some of its parameters in float32")
+    names = StoredNames.of(model)
     transposed = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
     )  # fmt: skip
     prepare_model(model)
     if model.can_generate():
         _load_generation_config(model, source)
-    return model.eval(), transposed
+    return model.eval(), names, transposed
 
 
 def _load_generation_config(model: PreTrainedModel, source: ModelSource) -> None:
@@ -135,20 +136,17 @@ def _load_generation_config(model: PreTrainedModel, source: ModelSource) -> None
 
 
 def _match(
-    model: PreTrainedModel, headers: Mapping[Path, Header], transposed: Iterable[str]
+    model: PreTrainedModel, headers: Mapping[Path, Header], names: StoredNames, transposed: Iterable[str]
 ) -> dict[str, StoredTensor]:
     """Where each parameter and persistent buffer of the model is stored."""
     expected = model.state_dict()
-    prefix = f"{model.base_model_prefix}."
     index: dict[str, StoredTensor] = {}
     for file, header in headers.items():
         for stored in header.shapes:
-            # A checkpoint of the base model alone has no prefix; one of an enclosing model may have one more.
-            spellings = (stored, f"{prefix}{stored}", stored.removeprefix(prefix))
-            name = next((spelling for spelling in spellings if spelling in expected), None)
-            # transformers ignores the others, or `check_weights` would have refused them.
-            if name is not None:
-                index[name] = StoredTensor(file, stored, name in transposed)
+            for name, piece in names.parameters_in(stored).items():
+                # transformers ignores the others, or `check_weights` would have refused them.
+                if name in expected:
+                    index[name] = StoredTensor(file, stored, name in transposed, piece)
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     missing = [name for name in expected if name not in index and name not in tied]
     missing += [
@@ -161,13 +159,16 @@ def _match(
 
 def read_tensors(wanted: Mapping[str, StoredTensor], pinned: bool = False) -> dict[str, Tensor]:
     """The stored tensors, on the CPU; no file stays open or mapped. pinned: in page-locked memory."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted({stored.file for stored in wanted.values()}):
-        here = {name: stored for name, stored in wanted.items() if stored.file == file}
-        found = read_file(file, [stored.name for stored in here.values()], pinned)
-        for name, stored in here.items():
-            tensor = found.pop(stored.name)
-            tensors[name] = tensor.T.contiguous() if stored.transposed else tensor
+        held: dict[str, dict[str, StoredTensor]] = {}
+        for name, stored in wanted.items():
+            if stored.file == file:
+                held.setdefault(stored.name, {})[name] = stored
+        found = read_file(file, held, pinned)
+        for stored_name, here in held.items():
+            tensor = found.pop(stored_name)
+            tensors |= {name: stored.values(tensor) for name, stored in here.items()}
     return tensors
 
 
@@ -188,12 +189,16 @@ def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = Fal
 
 
 def fill_parameters(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Set parameters and buffers of `module` by name, floating-point ones in `dtype`; empties `tensors`."""
+    """Set parameters and buffers of `module` by name, floating-point ones in `dtype`; empties `tensors`.
+
+    Those that transformers keeps in float32 are in that (lqer/models/structure.py).
+    """
     for key in sorted(tensors):
         tensor = tensors.pop(key).to(device, non_blocking=True)
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         owner_name, _, leaf = key.rpartition(".")
         owner = module.get_submodule(owner_name)
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32 if leaf in getattr(owner, KEPT_IN_FLOAT32, ()) else dtype)
         if leaf in owner._parameters:
             setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
         else:

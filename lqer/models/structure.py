@@ -6,6 +6,7 @@ split; the linears of a block are its nn.Linear modules, those of experts among 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from lqer.transforms.quarot import OnlineRotation, attach
 # A key of config.json: linears by full name, with the number of heads their inputs are rotated across (null: the whole
 # input is rotated).
 ONLINE_ROTATIONS = "online_rotations"
+# An attribute of modules: the names of their parameters and buffers that stay in float32, such as a router's.
+KEPT_IN_FLOAT32 = "kept_in_float32"
 
 
 # A parameter's full name, its values, and the class of its module.
@@ -43,9 +46,20 @@ def prepare_model(model: PreTrainedModel) -> None:
             linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)
             linear.bias = module.bias
             model.set_submodule(name, linear)
+    _mark_float32(model)
     split_experts(model)
     for name, heads in getattr(model.config, ONLINE_ROTATIONS, {}).items():
         attach(model.get_submodule(name), OnlineRotation(hadamard, heads))
+
+
+def _mark_float32(model: PreTrainedModel) -> None:
+    """Name to each module those of its tensors that transformers keeps in float32 beside a model of half precision."""
+    plan = model._get_dtype_plan(model.dtype)
+    pattern = re.compile("|".join(plan).replace("*", ".*"))
+    for name, module in model.named_modules() if plan else ():
+        own = [key for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        if kept := frozenset(key for key in own if pattern.search(f"{name}.{key}")):
+            setattr(module, KEPT_IN_FLOAT32, kept)
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -15,6 +15,7 @@ expert, I in_features, O out_features of its linears.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,12 +42,10 @@ class Expert(nn.Module):
 
 def split_experts(model: nn.Module) -> None:
     """Replace the stacked weights of all registered experts of a model by linears, in place, layer by layer."""
-    modules: list[Experts] = [module for module in model.modules() if all(hasattr(module, key) for key in REGISTERED)]
-    for experts in modules:
-        if isinstance(experts.down_proj, nn.Parameter):
-            _split(experts)
-            # Of this configuration alone: the setter would reach those of other towers.
-            experts.config._experts_implementation_internal = IMPLEMENTATION
+    for _, experts in list(_stacked(model)):
+        _split(experts)
+        # Of this configuration alone: the setter would reach those of other towers.
+        experts.config._experts_implementation_internal = IMPLEMENTATION
 
 
 def experts_of(module: nn.Module) -> dict[str, Experts]:
@@ -96,33 +95,71 @@ def routes(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Ten
         start += rows
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Where the weight or bias of one expert's linear is in a stacked parameter. half: 0 the gate's, 1 up's, or all."""
+
+    expert: int
+    half: int | None
+    is_transposed: bool
+    is_concatenated: bool
+
+    def of(self, stacked: Tensor) -> Tensor:
+        """A view of the weight (O, I) or bias (O,)."""
+        part = stacked[self.expert].T if self.is_transposed else stacked[self.expert]
+        if self.half is None:
+            return part
+        return part.chunk(2)[self.half] if self.is_concatenated else part[self.half :: 2]
+
+
+def pieces(experts: Experts, parameter: str) -> dict[str, Piece]:
+    """The pieces of a stacked parameter by their names in the module once it is split, as "17.gate_proj.weight"."""
+    stacked = getattr(experts, parameter)
+    linear, leaf = parameter.removesuffix("_bias"), "bias" if parameter.endswith("_bias") else "weight"
+    halves = {"gate_proj": 0, "up_proj": 1} if linear == "gate_up_proj" else {linear: None}
+    is_transposed = experts.is_transposed and leaf == "weight"
+    return {
+        f"{index}.{name}.{leaf}": Piece(index, half, is_transposed, experts.is_concatenated)
+        for index in range(len(stacked))
+        for name, half in halves.items()
+    }
+
+
+def stacks(model: nn.Module) -> dict[str, dict[str, Piece]]:
+    """The pieces of every stacked parameter of a model that is not split yet, both by full names."""
+    return {
+        f"{name}.{parameter}": {f"{name}.{key}": piece for key, piece in pieces(experts, parameter).items()}
+        for name, experts in _stacked(model)
+        for parameter in _parameters(experts)
+    }
+
+
+def _stacked(model: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """The modules of the registry whose experts are stacked, by name."""
+    experts: Experts
+    for name, experts in model.named_modules():
+        if all(hasattr(experts, key) for key in REGISTERED) and isinstance(experts.down_proj, nn.Parameter):
+            yield name, experts
+
+
+def _parameters(experts: Experts) -> list[str]:
+    linears = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
+    return [*linears, *(f"{linear}_bias" for linear in linears if experts.has_bias)]
+
+
 def _split(experts: Experts) -> None:
-    up = _taken(experts, "gate_up_proj" if experts.has_gate else "up_proj")
-    linears = (
-        {"gate_proj": _part(experts, up, 0), "up_proj": _part(experts, up, 1)} if experts.has_gate else {"up_proj": up}
-    )
-    linears["down_proj"] = _taken(experts, "down_proj")
-    for index in range(len(linears["down_proj"]["weight"])):
-        expert = Expert()
-        for name, stacked in linears.items():
-            expert.add_module(name, _linear(**{leaf: tensor[index] for leaf, tensor in stacked.items()}))
-        experts.add_module(str(index), expert)
-
-
-def _taken(experts: Experts, name: str) -> dict[str, Tensor]:
-    """A stacked weight (E, O, I), and bias (E, O) if there is one, which the module has no longer."""
-    weight = experts._parameters.pop(name).detach()
-    stacked = {"weight": weight.transpose(1, 2) if experts.is_transposed else weight}
-    if experts.has_bias:
-        stacked["bias"] = experts._parameters.pop(f"{name}_bias").detach()
-    return stacked
-
-
-def _part(experts: Experts, fused: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    """The gate's (0) or the up projection's (1) of stacked weights (E, 2F, D) and biases (E, 2F)."""
-    if experts.is_concatenated:
-        return {leaf: tensor.chunk(2, dim=1)[index] for leaf, tensor in fused.items()}
-    return {leaf: tensor[:, index::2] for leaf, tensor in fused.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for parameter in _parameters(experts):
+        places, stacked = pieces(experts, parameter), experts._parameters.pop(parameter).detach()
+        for key, piece in places.items():
+            linear, _, leaf = key.rpartition(".")
+            # A copy: a view would keep the whole stack in memory.
+            found.setdefault(linear, {})[leaf] = piece.of(stacked).clone(memory_format=torch.contiguous_format)
+    for path, tensors in found.items():
+        index, _, name = path.partition(".")
+        if index not in experts._modules:
+            experts.add_module(index, Expert())
+        experts.get_submodule(index).add_module(name, _linear(**tensors))
 
 
 def _join(experts: Experts, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -133,11 +170,10 @@ def _join(experts: Experts, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A linear with copies of these values: views would keep the whole stack in memory."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 

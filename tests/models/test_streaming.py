@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import all_sites, resident
+from mixtures import MIXTURES, random_mixture
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -140,7 +141,7 @@ class TestWhatIsLoadedWhole:
 
     def test_a_checkpoint_whose_tensors_transformers_renames(self, saved, caplog, monkeypatch):
         monkeypatch.setattr(
-            "lqer.models.streaming.get_model_conversion_mapping", lambda *arguments, **options: ["a renaming"]
+            "lqer.models.stored.get_model_conversion_mapping", lambda *arguments, **options: ["a renaming"]
         )
         text = self.opened(saved("llama"), caplog)[1]
         assert "not block by block: transformers converts the tensors of LlamaForCausalLM" in text
@@ -254,3 +255,14 @@ def test_tensors_in_page_locked_memory_are_those_of_the_file(saved, monkeypatch)
     assert [*found] == [*read_file(file)]
     assert len(locked) == len(expected) > 4
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_read_block_by_block_as_they_are_loaded_whole(kind, dtype, tmp_path):
+    """As transformers saves them: stacked for some kinds, under names of their own for others."""
+    random_mixture(kind).to(dtype).save_pretrained(tmp_path, max_shard_size="40KB")
+    source = resolve_model(str(tmp_path))
+    opened = open_model(source, "auto", CPU)
+    assert isinstance(opened.loader, Streamed)
+    assert_is(opened, load_model(source, "auto", CPU))

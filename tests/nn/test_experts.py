@@ -93,6 +93,17 @@ def test_a_saved_model_is_loaded_split(original, split, windows_WT, tmp_path):
     assert torch.equal(loaded(windows_WT).logits, split(windows_WT).logits)
 
 
+@torch.no_grad()
+def test_a_router_stays_in_float32_where_transformers_keeps_it_there(original, split, run_stages, plan, tmp_path):
+    original.save_pretrained(tmp_path)
+    own = load_model(resolve_model(str(tmp_path)), torch.bfloat16, CPU)
+    loaded = load_quantized(run_stages(split, plan).checkpoint.path, CPU, torch.bfloat16)
+    for name, tensor in [*loaded.named_parameters(), *loaded.named_buffers()]:
+        if not name.endswith(("low_rank_a", "low_rank_b", "signs")):
+            owner, _, leaf = name.rpartition(".")
+            assert tensor.dtype == getattr(own.get_submodule(owner), leaf).dtype, name
+
+
 def put_into(model: nn.Module, loaded: nn.Module) -> None:
     """Write the effective weights of a loaded checkpoint into a model that transformers built."""
     for name, module in loaded.named_modules():

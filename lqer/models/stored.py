@@ -1,0 +1,72 @@
+"""Which parameters of a model a tensor of its checkpoint holds, where experts are stored stacked or one by one.
+
+A checkpoint may hold the experts of a layer as transformers does, or each expert's linears under names of their own,
+which transformers merges as it loads them. Here both become the linears of split experts (lqer/nn/experts.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from lqer.nn.experts import Piece, stacks
+
+# Operations that put experts together: one tensor per expert, of gate and up the rows of both.
+MERGING = ((MergeModulelist,), (MergeModulelist, Concatenate))
+
+
+class NotStreamableError(Exception):
+    """The reason why a model cannot be read block by block."""
+
+
+@dataclass(frozen=True)
+class StoredNames:
+    """What transformers calls the tensors of a checkpoint. stacks: see `lqer.nn.experts`."""
+
+    prefix: str
+    parameters: dict[str, object]
+    stacks: dict[str, dict[str, Piece]]
+    renamings: list[WeightRenaming]
+    converters: list[WeightConverter]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> StoredNames:
+        """Of a model that is not split yet. Raises NotStreamableError where transformers computes tensors."""
+        transforms, found = get_model_conversion_mapping(model, add_legacy=False), stacks(model)
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        kinds = [tuple(map(type, converter.operations)) for converter in converters]
+        if transforms and not (found and all(kind in MERGING for kind in kinds)):
+            raise NotStreamableError(f"transformers converts the tensors of {type(model).__name__}")
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        return cls(model.base_model_prefix, dict(model.state_dict()), found, renamings, converters)
+
+    def parameters_in(self, stored: str) -> dict[str, Piece | None]:
+        """The parameters of the split model that a stored tensor holds: the whole of it, or pieces; may be none."""
+        # A checkpoint of the base model alone has no prefix; one of an enclosing model may have one more.
+        prefix = f"{self.prefix}."
+        for spelling in (stored, f"{prefix}{stored}", stored.removeprefix(prefix)):
+            if spelling in self.stacks:
+                return dict(self.stacks[spelling])
+            if spelling in self.parameters:
+                return {spelling: None}
+        if not self.renamings and not self.converters:
+            return {}
+        name, pattern = rename_source_key(stored, self.renamings, self.converters, self.prefix, self.parameters)
+        if pattern is None:
+            return dict(self.stacks[name]) if name in self.stacks else {name: None}
+        converter = next(one for one in self.converters if pattern in one.source_patterns)
+        expert = next(part for part in reversed(re.split(r"\.", stored)) if part.isdigit())
+        places = [key for key in self.stacks.get(name, {}) if key.split(".")[-3] == expert]
+        if len(places) != len(converter.source_patterns):
+            raise NotStreamableError(f"transformers converts {stored} into {name}")
+        return {places[converter.source_patterns.index(pattern)]: None}
