@@ -52,7 +52,7 @@ TEMPLATES = "additional_chat_templates/*.jinja"
 # Attention functions of torch alone; any other needs a package, or code from the hub.
 ATTENTION = ("sdpa", "eager")
 # The quantized checkpoints that transformers can dequantize as it reads them.
-DEQUANTIZED = ("fp8",)
+DEQUANTIZED = ("fp8", "mxfp4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # transformers asks on the terminal whether to run a model's code wherever it is not told `trust_remote_code`, which not

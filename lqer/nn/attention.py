@@ -49,9 +49,8 @@ class QuantizedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """The contract of transformers' attention functions: returns the output (B, T, H, D) and the weights."""
-        for name in ("s_aux", "position_bias"):
-            if kwargs.get(name) is not None:
-                raise ModelError(f"{type(module).__name__} uses {name}, which quantized attention does not support")
+        if kwargs.get("position_bias") is not None:
+            raise ModelError(f"{type(module).__name__} uses position_bias, which quantized attention does not support")
         if attention_mask is None and query_BHTD.shape[2] > 1:
             raise ModelError(f"{type(module).__name__} calls attention without a mask, so it would not be causal")
         repeats = query_BHTD.shape[1] // key_BGKD.shape[1]
@@ -68,7 +67,13 @@ class QuantizedAttention:
             scores_BHTK = torch.tanh(scores_BHTK / softcap) * softcap
         if attention_mask is not None:
             scores_BHTK = scores_BHTK + attention_mask[..., : key_BHKD.shape[-2]]
+        sinks_H: Tensor | None = kwargs.get("s_aux")
+        if sinks_H is not None:
+            # A score of every head for no key at all.
+            sinks_BHT1 = sinks_H.to(scores_BHTK.dtype).view(1, -1, 1, 1).expand(*scores_BHTK.shape[:3], 1)
+            scores_BHTK = torch.cat([scores_BHTK, sinks_BHT1], dim=-1)
         weights_BHTK = torch.softmax(scores_BHTK, dim=-1, dtype=torch.float32).to(query_BHTD.dtype)
+        weights_BHTK = weights_BHTK[..., : key_BHKD.shape[-2]]
         output_BHTD = round_(weights_BHTK) @ round_(value_BHKD, value_axis)
         return output_BHTD.transpose(1, 2).contiguous(), weights_BHTK
 

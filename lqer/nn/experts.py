@@ -66,7 +66,8 @@ def run_expert(experts: Experts, index: int, x_ND: Tensor) -> Tensor:
     else:
         hidden_NF = experts.act_fn(expert.up_proj(x_ND))
     y_ND = expert.down_proj(hidden_NF)
-    return experts.post_expert_norm(y_ND) if experts.has_post_expert_norm else y_ND
+    # Older versions of transformers know of no such norm.
+    return experts.post_expert_norm(y_ND) if getattr(experts, "has_post_expert_norm", False) else y_ND
 
 
 def run_experts(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import tomli
+import torch
+from mixtures import random_mixture
 from reference.codebook_bits import codebook_storage_bits
 
 from lqer.config import plan_linear, read_config
+from lqer.config.plan import plan_model
 from lqer.methods import Caldera
+from lqer.models.source import resolve_model
+from lqer.models.summary import summarize_model
+from lqer.nn.attention import QuantizedAttention, quantize_attention
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEMPLATES = sorted((CONFIGS / "template").glob("*.toml"))
@@ -22,6 +28,13 @@ NAMED_BY_LQER = [
     *(f"llama-2-{size}" for size in ("7b", "13b", "70b")),
     *("tinyllama-1.1b", "mistral-7b", "vicuna-7b-v1.5", "vicuna-13b-v1.5"),
 ]
+# By template: the tiny model that stands for it.
+MIXTURE_OF = {
+    "gpt-oss-20b": "gpt_oss",
+    "qwen3-30b-a3b": "qwen3_moe",
+    "deepseek-v2-lite": "deepseek_v2",
+    "glm-4.5-air": "glm4_moe",
+}
 NEWER = ["llama-3.1-8b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "gemma-3-1b"]
 
 
@@ -39,9 +52,24 @@ def test_a_template_holds_only_what_its_model_needs(path):
     assert set(tomli.loads(path.read_text())) == {"extends", "model", "tag"}
 
 
-@pytest.mark.parametrize("name", [*NAMED_BY_LQER, *NEWER, "smollm2-135m"])
+@pytest.mark.parametrize("name", [*NAMED_BY_LQER, *NEWER, *MIXTURE_OF, "smollm2-135m"])
 def test_there_is_a_template_for(name):
     assert (CONFIGS / "template" / f"{name}.toml") in TEMPLATES
+
+
+@pytest.mark.parametrize("name", MIXTURE_OF)
+def test_a_template_of_a_mixture_fits_a_model_of_its_architecture(name, tmp_path, windows_WT):
+    model = random_mixture(MIXTURE_OF[name])
+    model.save_pretrained(tmp_path)
+    config = read_config(CONFIGS / "template" / f"{name}.toml", overrides=[f"--model={tmp_path}"])
+    plans = plan_model(config, summarize_model(resolve_model(str(tmp_path))))
+    experts = [plan for linear, plan in plans.items() if ".experts." in linear]
+    assert len(experts) == 3 * 4 * sum(key.endswith("experts.gate_up_proj") for key, _ in model.named_parameters())
+    assert all(plan is not None and plan.rank == 32 for plan in plans.values())
+    attention = QuantizedAttention(config.formats[config.quantize.attention], config.quantize.attention_axis)
+    quantize_attention(model, attention)
+    with torch.no_grad():
+        assert torch.isfinite(model(windows_WT).logits).all()
 
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: f"{path.parent.name}-{path.stem}")

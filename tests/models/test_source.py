@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from mixtures import random_mixture
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -258,3 +260,31 @@ def test_a_gguf_file_with_other_blocks_than_it_announces_is_refused(random_model
     write_gguf(tmp_path / "tiny.gguf", model, announced=layers)
     with pytest.raises(ModelError, match=message):
         load_model(resolve_model(str(tmp_path / "tiny.gguf")), torch.float32, CPU)
+
+
+# Of OCP MX (v1.0), by code: E2M1.
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+
+def test_experts_in_mxfp4_are_dequantized_as_they_are_loaded(tmp_path):
+    random_mixture("gpt_oss", hidden_size=64, intermediate_size=32).to(torch.bfloat16).save_pretrained(tmp_path)
+    file, generator = tmp_path / "model.safetensors", torch.Generator().manual_seed(0)
+    tensors, expected = load_file(file), {}
+    for name in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        codes = torch.randint(16, (experts, rows, columns // 32, 32), generator=generator)
+        exponents = torch.randint(120, 125, (experts, rows, columns // 32), generator=generator)
+        tensors[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        tensors[f"{name}_scales"] = exponents.to(torch.uint8)
+        expected[name] = (torch.tensor(E2M1)[codes] * 2.0 ** (exponents - 127).unsqueeze(-1)).flatten(2)
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    experts = load_model(resolve_model(str(tmp_path)), "auto", CPU).model.layers[1].mlp.experts
+    gate_up_EOI, down_EOI = (expected[f"model.layers.1.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+    for index in range(4):
+        expert = experts.get_submodule(str(index))
+        assert torch.equal(expert.gate_proj.weight.float(), gate_up_EOI[index, ::2])
+        assert torch.equal(expert.up_proj.weight.float(), gate_up_EOI[index, 1::2])
+        assert torch.equal(expert.down_proj.weight.float(), down_EOI[index])

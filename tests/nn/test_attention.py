@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mixtures import random_mixture
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
@@ -139,10 +140,18 @@ def test_a_model_with_attention_of_its_own_is_refused():
         quantize_attention(model, EXACT)
 
 
-def test_attention_sinks_are_refused():
-    x = torch.ones(1, 1, 2, 4)
-    with pytest.raises(ModelError, match="SimpleNamespace uses s_aux, which quantized attention"):
-        EXACT(SimpleNamespace(), x, x, x, None, s_aux=torch.zeros(1))
+@torch.no_grad()
+def test_attention_sinks_take_their_share_and_are_not_rounded(windows_WT):
+    model = random_mixture("gpt_oss")
+    assert all(layer.self_attn.sinks.abs().max() > 0.05 for layer in model.model.layers)
+    exact = quantized_copy(model, EXACT)
+    torch.testing.assert_close(exact(windows_WT).logits, eager_copy(model)(windows_WT).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_bias_is_refused():
+    x = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(ModelError, match="SimpleNamespace uses position_bias, which quantized attention"):
+        EXACT(SimpleNamespace(), x, x, x, None, position_bias=torch.zeros(1))
 
 
 def test_attention_without_a_mask_would_look_ahead_and_is_refused():
