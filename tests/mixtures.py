@@ -29,8 +29,8 @@ LATENT = {
     "num_key_value_heads": 4,
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 16),
 }
-# gpt_oss: transposed, interleaved, with biases and sinks. aria: transposed. deepseek, glm: a first layer without
-# experts. qwen2, deepseek, glm, aria: shared experts.
+# gpt_oss: transposed, interleaved, with biases and sinks. deepseek, glm: a first layer without experts, then shared
+# ones, as in qwen2.
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 24, **SMALL},
@@ -42,7 +42,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4},
     "glm4_moe": {**GROUPS, "head_dim": 16},
     "minimax_m2": {"num_local_experts": 4, "head_dim": 16},
-    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
 }  # fmt: skip
 
 

@@ -205,6 +205,9 @@ def learn_clipping(
             ).sum()
             optimizer.zero_grad()
             loss.backward()
+            for logits_2ON in logits.values():
+                if logits_2ON.grad is None:  # of an expert that no token of the batch reaches
+                    logits_2ON.grad = torch.zeros_like(logits_2ON)
             optimizer.step()
             total += loss.detach() / steps
         # Once an epoch: looking at every loss would have a GPU waited for at every step.

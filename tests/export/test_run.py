@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from filelock import FileLock
+from mixtures import random_mixture
 from safetensors.torch import load_file
 
 from lqer.cli import console
@@ -20,6 +21,7 @@ from lqer.export.card import CARD_FILE
 from lqer.export.run import RECORD_FILE
 from lqer.export.shards import Shards
 from lqer.formats import Int, MXInt
+from lqer.models.structure import prepare_model
 
 WEIGHT = MXInt(bits=4, block_size=32)
 INT4 = Int(bits=4, block_size=32, symmetric=True)
@@ -174,3 +176,12 @@ class TestCommand:
         assert line in said
         assert said.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixture_of_experts_is_refused_by_every_target(run_stages, rounded, tmp_path):
+    model = random_mixture("mixtral")
+    prepare_model(model)
+    folder = run_stages(model, rounded(WEIGHT)).checkpoint.path
+    with pytest.raises(ExportError, match=r"experts\.0\.gate_proj: it is a linear of an expert.*no other target can"):
+        export(folder, Dense(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -147,3 +147,17 @@ def test_learning_can_start_at_searched_ranges(random_model, windows_WT):
         result = reconstruct_block(problem, [Lwc(epochs=2, batch_size=2, start=start)], None)
         losses[start] = result.notes["lwc"][0]
     assert losses["search"] < losses["full"]
+
+
+def test_a_weight_that_no_input_reaches_keeps_its_range_and_has_a_state_to_resume_from(task):
+    """As those of an expert that no token is sent to."""
+    weights, block, inputs, targets = task
+    apart = {**weights, "unreached": weights["up"]}
+    states = []
+    settings = ClippingSettings(epochs=2, batch_size=8)
+    factors = learn_clipping(
+        apart, dict.fromkeys(apart, FORMATS[0]), block, inputs, [targets], settings, after_epoch=states.append
+    )
+    assert torch.equal(factors["unreached"].low_ON, torch.full_like(factors["unreached"].low_ON, START).sigmoid())
+    assert states[-1].means.keys() == apart.keys()
+    assert (factors["up"].low_ON != factors["unreached"].low_ON).any()
