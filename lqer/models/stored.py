@@ -1,4 +1,4 @@
-"""Which parameters of a model a tensor of its checkpoint holds, where experts are stored stacked or one by one.
+"""Which parameters of a model a tensor of its checkpoint holds, where names differ, or experts are stored one by one.
 
 A checkpoint may hold the experts of a layer as transformers does, or each expert's linears under names of their own,
 which transformers merges as it loads them. Here both become the linears of split experts (lqer/nn/experts.py).
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -21,7 +23,9 @@ from transformers.core_model_loading import (
 
 from lqer.nn.experts import Piece, stacks
 
-# Operations that put experts together: one tensor per expert, of gate and up the rows of both.
+# What transformers may do to a checkpoint's tensors: rename them, which leaves their values and their number as they
+# are, and put experts together, one tensor per expert, of gate and up the rows of both.
+RENAMINGS = (WeightRenaming, PrefixChange)
 MERGING = ((MergeModulelist,), (MergeModulelist, Concatenate))
 
 
@@ -34,21 +38,24 @@ class StoredNames:
     """What transformers calls the tensors of a checkpoint. stacks: see `lqer.nn.experts`."""
 
     prefix: str
-    parameters: dict[str, object]
+    parameters: dict[str, Any]
     stacks: dict[str, dict[str, Piece]]
-    renamings: list[WeightRenaming]
+    renamings: list[Any]
     converters: list[WeightConverter]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> StoredNames:
         """Of a model that is not split yet. Raises NotStreamableError where transformers computes tensors."""
-        transforms, found = get_model_conversion_mapping(model, add_legacy=False), stacks(model)
-        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        kinds = [tuple(map(type, converter.operations)) for converter in converters]
-        if transforms and not (found and all(kind in MERGING for kind in kinds)):
+        transforms = get_model_conversion_mapping(model, add_legacy=False)
+        renamings = [one for one in transforms if type(one) in RENAMINGS]
+        converters = [
+            one
+            for one in transforms
+            if isinstance(one, WeightConverter) and tuple(map(type, one.operations)) in MERGING
+        ]
+        if len(renamings) + len(converters) < len(transforms):
             raise NotStreamableError(f"transformers converts the tensors of {type(model).__name__}")
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        return cls(model.base_model_prefix, dict(model.state_dict()), found, renamings, converters)
+        return cls(model.base_model_prefix, dict(model.state_dict()), stacks(model), renamings, converters)
 
     def parameters_in(self, stored: str) -> dict[str, Piece | None]:
         """The parameters of the split model that a stored tensor holds: the whole of it, or pieces; may be none."""
