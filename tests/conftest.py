@@ -34,6 +34,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -87,6 +88,11 @@ ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], Mapping[str, Any]]] = {
          "layer_types": GEMMA_LAYERS},
     ),
     "phi3": (Phi3Config, SIZES),
+    "qwen3.5": (
+        Qwen3_5TextConfig,
+        {**SIZES, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+         "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    ),
     "gpt2": (GPT2Config, {**GPT2_SIZES, **SPECIAL_TOKENS}),
 }  # fmt: skip
 

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lqer.methods import LinearPlan
 from lqer.models.loaders import OpenedModel
@@ -46,6 +53,20 @@ def tiny_llama(**settings: Any) -> LlamaForCausalLM:
     }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings})).eval()
+
+
+def build_gemma4(shared: int) -> Gemma4ForCausalLM:
+    """Six blocks of embeddings of their own, the last `shared` of which read the keys and values of others."""
+    sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size_per_layer_input": 80}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    torch.manual_seed(0)
+    return Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            **sizes, **heads, hidden_size_per_layer_input=8, num_kv_shared_layers=shared, layer_types=kinds,
+            sliding_window=6, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
 
 
 def resident(model: PreTrainedModel, device: str = "cpu") -> OpenedModel:

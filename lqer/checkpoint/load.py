@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
 from lqer.checkpoint.native import is_native, load_native
@@ -30,6 +30,7 @@ from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUT
 from lqer.checkpoint.verify import CheckpointFiles, Files
 from lqer.errors import ModelError
 from lqer.formats import E8P, NumberFormat, QuantizedTensor, Trellis, format_from_dict
+from lqer.models.auto import auto_class
 from lqer.models.dispatch import dispatch_all
 from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel, Streamed
@@ -129,7 +130,7 @@ def _open(
 
     # Parameters stay on the meta device until their values are read; buffers (rotary tables) are computed for real.
     with reported_as(f"{path}: its config.json does not fit its tensors"), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=target)
+        model = auto_class(config).from_config(config, dtype=target)
         prepare_model(model)
         blocks = cast(nn.ModuleList, model.get_submodule(name))
 

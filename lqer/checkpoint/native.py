@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lqer.checkpoint.pack import FORMAT_VERSION
 from lqer.checkpoint.quantizer import QUANT_METHOD
+from lqer.models.auto import auto_class
 from lqer.models.files import read_header, reported_as
 from lqer.models.open import DevicePlacement, spans_gpus
 
@@ -84,6 +85,6 @@ def load_native(
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     places = "auto" if spans_gpus(device, device_map) else {"": device}
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class(config).from_pretrained(
         path, config=config, dtype=dtype or "auto", device_map=places, trust_remote_code=False
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,13 @@ def _described(value: QuantizedTensor) -> dict[str, Any]:
 
 
 def write_outer(
-    workspace: Workspace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, details: Mapping[str, Any]
+    workspace: Workspace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    details: Mapping[str, Any],
+    processor: Iterable[Path],
 ) -> None:
-    """Write everything outside the decoder blocks: tensors, configuration, tokenizer, lqer.json."""
+    """Write everything outside the decoder blocks: tensors, configuration, tokenizer, processor files, lqer.json."""
     inside = f"{details['blocks']['name']}."
     outside: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -117,6 +121,8 @@ def write_outer(
             if file.name != "config.json":
                 workspace.write(file.name, partial(shutil.copyfile, file))
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    for file in processor:
+        workspace.write(file.name, partial(shutil.copyfile, file))
     # Identifies the folder to other loaders than load_quantized.
     config["quantization_config"] = {"quant_method": "lqer", "details": DETAILS_FILE}
     config["dtype"] = str(model.dtype).removeprefix("torch.")

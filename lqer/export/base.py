@@ -15,11 +15,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lqer.components import Component
 from lqer.errors import ExportError
 from lqer.export.source import QUANTIZATION_CONFIG, LinearSpec, Outline, Source
+from lqer.models.auto import auto_class
 from lqer.models.verify import quiet_loading, refuse_mismatch
 
 # How near the written model is to the checkpoint: bit for bit; but for the order of sums in float32; with weights that
@@ -118,7 +119,8 @@ def load_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrai
     """What transformers makes of a folder. Raises ExportError if a tensor is missing or left over."""
     options |= {"output_loading_info": True, "trust_remote_code": False}
     with quiet_loading():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        loaded: Any = auto_class(config).from_pretrained(folder, dtype=dtype, **options)
     model, found = loaded
     refuse_mismatch(folder.name, found)
     return model.eval()
@@ -129,7 +131,7 @@ def load_weights(folder: Path, weights: Mapping[str, torch.Tensor], dtype: torch
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vars(config).pop(QUANTIZATION_CONFIG, None)  # of the folder's files, not of these weights
     with init_empty_weights():
-        cls: Any = type(AutoModelForCausalLM.from_config(config))
+        cls: Any = type(auto_class(config).from_config(config))
     with quiet_loading():
         model, found = cls.from_pretrained(
             None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True

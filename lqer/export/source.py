@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lqer.checkpoint.native import QUANTIZATION_CONFIG
@@ -28,6 +28,7 @@ from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUT
 from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ExportError
 from lqer.formats import NumberFormat, QuantizedTensor, format_from_dict
+from lqer.models.auto import auto_class
 from lqer.models.files import reported_as
 from lqer.models.streaming import read_file
 from lqer.models.structure import ONLINE_ROTATIONS
@@ -102,7 +103,7 @@ class Outline:
 def modules_of(config: PretrainedConfig) -> dict[str, nn.Module]:
     """The modules of an architecture by name, without values."""
     with init_empty_weights():
-        return dict(AutoModelForCausalLM.from_config(config).named_modules())
+        return dict(auto_class(config).from_config(config).named_modules())
 
 
 class Source(Outline):

@@ -6,7 +6,8 @@
 runtime             interpreter or GPU, programmatic dependent launch
 layout, groups, codebook, lattice, trellis     packed weights: integer codes, integers in groups with float scales,
                     learned codebooks, E8P lattice codes, trellis codes; tiles is what the last two have in common
-packed, linear, module        a packed linear, its operator, its module; reference is the same in torch, first_use compares
+packed, linear, module        a packed linear, its operator, its module; reference is the same in torch, and first_use
+                    compares them
 launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table
 gemv, gemm, codebook_kernels, lattice_gemm, trellis_gemm, byte_sums_gemm, dequantize     the kernels of the regimes
 activations, low_rank, branch, split_k, rounding, hadamard, hadamard_tokens, decode, lattice_decode, trellis_decode,

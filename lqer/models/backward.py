@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lqer.errors import ModelError
 from lqer.models.loaders import OpenedModel
 from lqer.models.walker import BlockRun, HiddenStates, embed, logits_of_states, refuse_non_finite
 
@@ -72,6 +73,8 @@ def walk_backward(opened: OpenedModel, windows_WT: Tensor, batch_size: int, seed
         refuse_non_finite(block.named_parameters(f"{opened.name}.{index}"))
         states.append(states[0].empty_like())
         _run(opened, index, block, states).forward(to=states[-1])
+        if any(states[-1].left.values()):
+            raise ModelError("model: gradients do not flow through what its decoder blocks leave for later ones")
     gradients_WTD = opened.offload.zeros(states[0].states_WTD.shape, torch.float32, torch.device("cpu"))
     for batch in range(len(batches)):
         gradients_WTD[states[0].batches[batch]] = _loss_gradient(opened, batches, states[-1], batch, seed).cpu()
@@ -90,7 +93,7 @@ def _loss_gradient(
     hidden_BTD = states.load(batch, opened.device).requires_grad_()
     generator = torch.Generator(opened.device).manual_seed(seed + batch)
     with torch.enable_grad():
-        logits_BTV = logits_of_states(opened, batches[batch], hidden_BTD, states.blocks_return_tuples)
+        logits_BTV = logits_of_states(opened, batches[batch], hidden_BTD, states.returned_values)
         log_p_NV = logits_BTV.flatten(0, 1).to(torch.float32).log_softmax(-1)
         drawn_N1 = torch.multinomial(log_p_NV.detach().exp(), 1, generator=generator)
         (gradient_BTD,) = torch.autograd.grad(-log_p_NV.gather(1, drawn_N1).sum(), hidden_BTD)

@@ -1,13 +1,14 @@
 """The arguments that a model calls its decoder blocks with, recorded batch by batch.
 
 Most arguments are the same for all batches of one shape and are stored once. Those that differ are stored per batch, in
-memory or on disk.
+memory or on disk. What blocks leave for later ones in lists and mappings among their arguments, such as the keys and
+values that several of them share, is handed on batch by batch.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping, MutableSequence
+from collections.abc import Mapping, MutableMapping, MutableSequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lqer.store.offload import Offload
+
+CPU = torch.device("cpu")
+
+# What blocks left for later ones, such as shared keys and values: content by the position or name of the argument.
+Left = dict[int | str, Any]
 
 
 @dataclass
@@ -44,7 +50,30 @@ class BlockCall:
     @property
     def is_writable(self) -> bool:
         """Whether a block could leave something for others in a list or mapping among its arguments."""
-        return any(isinstance(a, MutableMapping | MutableSequence) for a in (*self.args, *self.kwargs.values()))
+        return bool(self._writable())
+
+    def put(self, left: Left, device: torch.device) -> None:
+        """Put what earlier blocks left into the lists and mappings among the arguments, tensors on the device."""
+        for key, container in self._writable().items():
+            content = _moved(left.get(key, ()), device)
+            if isinstance(container, MutableMapping):
+                container.update(content)
+            else:
+                container[:] = content or container
+
+    def left(self) -> Left:
+        """What this block and earlier ones left there, tensors on the CPU."""
+        return {key: _moved(container, CPU) for key, container in self._writable().items() if len(container)}
+
+    def _writable(self) -> dict[int | str, Any]:
+        arguments: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        return {key: one for key, one in arguments if isinstance(one, MutableMapping | MutableSequence)}
+
+
+def _moved(container: Any, device: torch.device) -> Any:
+    """The content as a dictionary or list, its tensors on the device."""
+    plain = dict(container) if isinstance(container, Mapping) else list(container)
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, plain)
 
 
 class Comparison:

@@ -18,7 +18,13 @@ import safetensors
 from huggingface_hub import get_safetensors_metadata
 from packaging.version import Version
 from safetensors import safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
 from transformers.utils.hub import cached_file
 
 from lqer.errors import LqerError, ModelError
@@ -28,6 +34,7 @@ READ_OPTIONS: dict[str, Any] = {"backend": "pread"} if Version(safetensors.__ver
 # Characters of a library's message that are worth showing.
 LONGEST_REASON = 300
 ADAPTER_NAME = "adapter_config.json"
+PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 # transformers would take a folder with such a file for the state of a distributed training run.
 DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -89,6 +96,11 @@ def weight_files(find: Find, name: str) -> list[Path]:
             raise ModelError(f"model: {index} names {shard}, which does not exist")
         files.append(_existing(file))
     return files
+
+
+def processor_files(find: Find) -> tuple[Path, ...]:
+    """The files that say how a wrapper's inputs are made of images or sound; none for a language model."""
+    return tuple(file for name in PROCESSOR_FILES if (file := find(name)) is not None)
 
 
 def _existing(file: Path) -> Path:

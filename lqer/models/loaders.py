@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -132,6 +133,7 @@ class OpenedModel:
     """A model and its decoder blocks: `model` is in memory, or a skeleton that `loader` fills block by block.
 
     name: of the ModuleList `blocks` within the model. device: where blocks are run. offload: allocates hidden states.
+    processor: the files of what makes a wrapper's inputs of images or sound, which a checkpoint keeps.
     """
 
     model: PreTrainedModel
@@ -140,6 +142,7 @@ class OpenedModel:
     loader: BlockLoader
     device: torch.device
     offload: Offload
+    processor: tuple[Path, ...] = ()
 
     @classmethod
     def resident(cls, model: PreTrainedModel, device: torch.device, offload: Offload) -> OpenedModel:

@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
+from lqer.models.auto import auto_class
 from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource, load_model_config
@@ -39,7 +40,7 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
     """Raise ModelError, with the reason, for a model that cannot be run block by block.
 
     whole_blocks: whether blocks will be called with batches of any windows, as by transforms of whole blocks. Returns
-    the linears, of one block of each kind, that no text reaches, such as those that would read an encoder's output.
+    the linears that no text reaches, such as those that would read an encoder's output.
     """
     unreached: list[str] = []
     with reported_as(f"model: {source.name} cannot be run block by block"):
@@ -50,7 +51,10 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
         windows_WT = torch.randint(rows, (WINDOWS, TOKENS), generator=generator)
         batches = windows_WT.split(BATCH_SIZE)
         hidden = embed(opened, batches)
-        for index in _one_of_each_kind(opened.blocks):
+        # Where blocks may hand something to later ones, which one block alone does not show, all are run.
+        hands_on = any(call.is_writable for calls in hidden.calls for call in calls)
+        kinds = {index: others for index, *others in _by_kind(opened.blocks)}
+        for index in range(len(opened.blocks)) if hands_on else kinds:
             run = BlockRun(index, f"{opened.name}.{index}", opened.blocks[index], hidden, CPU)
             linears = block_linears(run.block)
             # Experts, in a list or split, may be for other tokens.
@@ -59,18 +63,17 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
             waiting = {name for name in linears if not name.startswith(mixtures)}
             with watched_inputs(run.block, {name: partial(_reach, waiting, name) for name in waiting}):
                 outputs = [run.output(batch) for batch in range(len(batches))]
-            unreached += [f"{run.name}.{name}" for name in linears if name in waiting]
-            if index + 1 < len(opened.blocks):
-                own_BTD = run_one_block(opened, index, batches[0], hidden.blocks_return_tuples)
+            alike = (f"{opened.name}.{block}" for block in (index, *kinds.get(index, ())) if index in kinds)
+            unreached += [f"{block}.{name}" for block in alike for name in linears if name in waiting]
+            if hands_on:
+                run.forward()
+            elif index + 1 < len(opened.blocks):
+                own_BTD = run_one_block(opened, index, batches[0], hidden.returned_values)
                 _refuse_difference(outputs[0], own_BTD, f"{run.name} of {type(model).__name__}")
             if whole_blocks:
                 hidden.call_of_one(index)
-        if any(call.is_writable for calls in hidden.calls for call in calls):
-            # Blocks may hand something to later ones behind the walker's back, which one block alone does not show.
-            own_BTD = _last_output(opened, batches[0])
-            for index, block in enumerate(opened.blocks):
-                BlockRun(index, f"{opened.name}.{index}", block, hidden, CPU).forward()
-            _refuse_difference(hidden.load(0, CPU), own_BTD, type(model).__name__)
+        if hands_on:
+            _refuse_difference(hidden.load(0, CPU), _last_output(opened, batches[0]), type(model).__name__)
     return unreached
 
 
@@ -97,7 +100,7 @@ def _last_output(opened: OpenedModel, ids_BT: Tensor) -> Tensor:
 def _made_up(source: ModelSource) -> PreTrainedModel:
     config = load_model_config(source)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
     prepare_model(model)
     generator = torch.Generator().manual_seed(0)
     values = {
@@ -117,9 +120,10 @@ def _view(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return numbers.as_strided(shape, (1,) * len(shape))
 
 
-def _one_of_each_kind(blocks: nn.ModuleList) -> list[int]:
-    """The first block of each set of parameters, by their names and shapes."""
-    first_of: dict[tuple[tuple[str, torch.Size], ...], int] = {}
+def _by_kind(blocks: nn.ModuleList) -> list[list[int]]:
+    """The indices of the blocks of each set of parameters, by their names and shapes."""
+    kinds: dict[tuple[tuple[str, torch.Size], ...], list[int]] = {}
     for index, block in enumerate(blocks):
-        first_of.setdefault(tuple((name, parameter.shape) for name, parameter in block.named_parameters()), index)
-    return list(first_of.values())
+        kind = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+        kinds.setdefault(kind, []).append(index)
+    return list(kinds.values())

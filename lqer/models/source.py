@@ -15,7 +15,6 @@ from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, Off
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,6 +23,7 @@ from transformers import (
 from transformers.utils.quantization_config import GgufConfig
 
 from lqer.errors import HubError, ModelError
+from lqer.models.auto import auto_class
 from lqer.models.demo import DEMO_PREFIX, demo_description, resolve_demo_model
 from lqer.models.files import (
     DISTRIBUTED_SHARD,
@@ -257,7 +257,7 @@ def load_model(source: ModelSource, dtype: torch.dtype | str, device: torch.devi
         # So that no pickle is ever opened.
         options = {"config": config, "use_safetensors": True}
     with reported_as(f"model: {source.name} cannot be loaded"), quiet_loading():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             source.path,
             revision=source.revision,
             dtype=dtype,

@@ -1,9 +1,9 @@
 """Opens a model without loading it: its skeleton, and the place on disk of each block's tensors.
 
 That works for a safetensors checkpoint (one file or shards, a local folder or the hub) whose tensors are the model's
-parameters under the model's own names, with or without the prefix of the base model, or experts under names of their
-own (lqer/models/stored.py). Where transformers would convert tensors in another way, and for GGUF, the whole model is
-loaded, and the log says why.
+parameters under the model's own names, with or without the prefix of the base model, under names that transformers
+changes as it loads them (wrappers), or experts under names of their own (lqer/models/stored.py). Where it would convert
+tensors in another way, and for GGUF, the whole model is loaded, and the log says why.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lqer.models.files import READ_OPTIONS, Header, read_header, reported_as, weight_files
+from lqer.models.auto import auto_class
+from lqer.models.files import READ_OPTIONS, Header, processor_files, read_header, reported_as, weight_files
 from lqer.models.loaders import OpenedModel, Streamed
 from lqer.models.source import ModelSource, check_weights, load_model, load_model_config
 from lqer.models.stored import NotStreamableError, StoredNames
@@ -64,7 +65,8 @@ def open_model(
         return _open_streamed(source, dtype, device, offload or Offload())
     except NotStreamableError as reason:
         log.info("%s: loading the whole model, not block by block: %s", source.name, reason)
-    return OpenedModel.resident(load_model(source, dtype, torch.device("cpu")), device, offload or Offload())
+    opened = OpenedModel.resident(load_model(source, dtype, torch.device("cpu")), device, offload or Offload())
+    return replace(opened, processor=processor_files(source.find))
 
 
 def _open_streamed(
@@ -93,7 +95,7 @@ def _open_streamed(
         tie(model)
 
     loader = Streamed(read, fill, fill_outer, ahead=device.type == "cuda")
-    return OpenedModel(model, name, blocks, loader, device, offload)
+    return OpenedModel(model, name, blocks, loader, device, offload, processor_files(source.find))
 
 
 def _refuse_conversion(source: ModelSource) -> None:
@@ -114,7 +116,7 @@ def _skeleton(
         dtype = getattr(config, "dtype", None) or next(stored, torch.float32)
     # Buffers (rotary tables) are computed, not stored.
     with reported_as(f"model: {source.name} cannot be built"), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = auto_class(config).from_config(config, dtype=dtype)
     names = StoredNames.of(model)
     transposed = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)

@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lqer.errors import ModelError
+from lqer.models.wrappers import beside_the_language_model
 from lqer.nn.experts import count, experts_of, split_experts
 from lqer.transforms.hadamard import hadamard
 from lqer.transforms.quarot import OnlineRotation, attach
@@ -27,18 +28,22 @@ KEPT_IN_FLOAT32 = "kept_in_float32"
 
 # A parameter's full name, its values, and the class of its module.
 Weight = tuple[str, Tensor, str]
-# What a model that processes text calls its input.
-TEXT_INPUT = "input_ids"
 # Of the matrix elements outside embedding and head; routers and the like are small.
 MAX_UNQUANTIZED_FRACTION = 0.05
+# Convolutions over neighbouring tokens (Mamba, gated delta rules, LFM2): kept, and few in every model that has them.
+KEPT = nn.Conv1d
 
 
 def prepare_model(model: PreTrainedModel) -> None:
-    """Replace other linear modules by nn.Linear, split experts into linears, and attach online rotations, in place.
+    """Replace other linear modules by nn.Linear, split experts, have all linears called, attach online rotations.
 
     GPT-2's Conv1D is a linear whose weight is stored transposed; experts are stacked (lqer/nn/experts.py). In a rotated
     model (lqer/stages/rotate.py) the inputs of the linears that its config.json names are rotated at run time.
     """
+    for module in model.modules():
+        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            # Or else some models (Jamba, Falcon Mamba) multiply by the weight of a linear without calling it.
+            config._is_quantized = True
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             in_features, out_features = module.weight.shape
@@ -64,17 +69,25 @@ def _mark_float32(model: PreTrainedModel) -> None:
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder blocks: full name and ModuleList. Raises ModelError if the model has none or cannot be quantized."""
+    name, blocks = largest_blocks(model)
+    _refuse_unknown_weights(name, blocks, _linears_outside(model, name))
+    return name, blocks
+
+
+def largest_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The same, whatever else the model has. Raises ModelError if it has no list of blocks."""
     unsplit = set(getattr(model, "_no_split_modules", None) or ())
+    beside = beside_the_language_model(model)
     lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and not f"{name}.".startswith(beside)
     ]
     declared = [(name, blocks) for name, blocks in lists if all(type(block).__name__ in unsplit for block in blocks)]
     candidates = declared or lists
     if not candidates:
         raise ModelError(f"{type(model).__name__} has no ModuleList of decoder blocks")
-    name, blocks = max(candidates, key=lambda found: sum(p.numel() for p in found[1].parameters()))
-    _refuse_unknown_weights(name, blocks, _linears_outside(model, name))
-    return name, blocks
+    return max(candidates, key=lambda found: sum(p.numel() for p in found[1].parameters()))
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
@@ -98,20 +111,16 @@ def _routers(mixture: nn.Module, experts: int) -> Iterator[str]:
 def _linears_outside(model: nn.Module, list_name: str) -> Iterator[Weight]:
     """The weights of linears outside the blocks that process a text.
 
-    Not the head, projections between the width of the embedding and the hidden size (OPT-350m), and towers for images
-    or sound.
+    Not the head, projections between the width of the embedding and the hidden size (OPT-350m), and what a wrapper has
+    beside its language model.
     """
     if not isinstance(model, PreTrainedModel):
         return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     widths = {getattr(embedding, "embedding_dim", None), getattr(model.config.get_text_config(), "hidden_size", None)}
-    towers = tuple(
-        f"{name}."
-        for name, module in model.named_modules()
-        if name and isinstance(module, PreTrainedModel) and module.main_input_name != TEXT_INPUT
-    )
+    elsewhere = (f"{list_name}.", *beside_the_language_model(model))
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or module is head or name.startswith((f"{list_name}.", *towers)):
+        if not isinstance(module, nn.Linear) or module is head or f"{name}.".startswith(elsewhere):
             continue
         if len(widths) == 1 or {module.in_features, module.out_features} != widths:
             yield f"{name}.weight", module.weight, type(module).__name__
@@ -127,17 +136,12 @@ def _refuse_unknown_weights(list_name: str, blocks: nn.ModuleList, linears_outsi
         largest = max(largest, found, key=lambda candidate: candidate[1].numel())
     for name, module in blocks.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2:
+            if isinstance(module, KEPT) or parameter.squeeze().ndim < 2:
                 continue
             if id(module) in linears:
                 inside += parameter.numel()
                 continue
             found = (f"{list_name}.{name}.{parameter_name}", parameter, type(module).__name__)
-            if parameter.ndim >= 3:
-                raise ModelError(
-                    f"{found[0]} is a {parameter.ndim}-D parameter of {found[2]}, not an nn.Linear: "
-                    "mixture-of-experts and convolution weights of this kind are not supported"
-                )
             outside += parameter.numel()
             largest = max(largest, found, key=lambda candidate: candidate[1].numel())
     if outside > MAX_UNQUANTIZED_FRACTION * (inside + outside):

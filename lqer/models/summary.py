@@ -7,8 +7,9 @@ from typing import cast
 
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from lqer.models.auto import auto_class
 from lqer.models.files import reported_as
 from lqer.models.source import ModelSource, load_model_config
 from lqer.models.structure import block_linears, find_blocks, prepare_model
@@ -50,7 +51,7 @@ def summarize_model(source: ModelSource) -> ModelSummary:
     """Build the model without weights and summarize it. Raises ModelError for a model that cannot be quantized."""
     config = load_model_config(source)
     with reported_as(f"model: {source.name} is not a causal language model"), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     model.tie_weights()
     prepare_model(model)
     blocks_name, blocks = find_blocks(model)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
+from lqer.models.auto import auto_class
 from lqer.models.files import Header, reported_as
 
 # Names that wrappers put in front of all tensors, and how to save the model without them.
@@ -41,7 +42,7 @@ def check_tensors(name: str, config: Any, headers: Collection[Header]) -> None:
     dtypes = {tensor: dtype for header in headers for tensor, dtype in header.dtypes.items()}
     _refuse_wrapped(name, shapes)
     with reported_as(f"model: {name} cannot be built from its configuration"), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     _refuse_codes(name, model, dtypes, is_fp8=getattr(config, "quantization_config", None) is not None)
     known = STORED_DTYPES | FP8_DTYPES
     tensors = {

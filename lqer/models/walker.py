@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.models.calls import BlockCall, Comparison, RecordedCalls
+from lqer.models.calls import BlockCall, Comparison, Left, RecordedCalls
 from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel
 from lqer.nn.attention import attention_as
@@ -33,6 +33,8 @@ from lqer.store.offload import Offload
 
 # (batch, tokens, hidden size)
 HIDDEN_DIMENSIONS = 3
+# Of a block, such as hidden states, a recurrent state and attention weights; recorders return None for the others.
+MOST_RETURNED_VALUES = 3
 
 
 @dataclass
@@ -43,6 +45,7 @@ class HiddenStates:
     calls: per block, the call for each batch; batches with equal arguments share them.
     calls_of_one: per block, the call for a single window, whose arguments broadcast over a batch of any size; None
         where they depend on the windows of the batch or on their number.
+    left: by batch, what the blocks so far left for later ones.
     """
 
     states_WTD: Tensor
@@ -50,7 +53,9 @@ class HiddenStates:
     offload: Offload
     calls: list[list[BlockCall]]
     calls_of_one: list[BlockCall | None]
-    blocks_return_tuples: bool
+    # How many values a block returns as a tuple, the first of which are its hidden states; 0 for a tensor alone.
+    returned_values: int
+    left: dict[int, Left] = field(default_factory=dict)
 
     def load(self, batch: int, device: torch.device) -> Tensor:
         """The states (B, T, D) of one batch, on the device."""
@@ -65,10 +70,11 @@ class HiddenStates:
     def call_of_one(self, block: int) -> BlockCall:
         """The call that suits a batch of any windows. Raises ModelError if there is none."""
         call = self.calls_of_one[block]
-        if call is None:
+        if call is None or any(self.left.values()):
             raise ModelError(
-                "model: its decoder blocks are called with arguments that depend on the batch (such as ALiBi biases or "
-                "embeddings of the tokens), which transforms and roundings of whole blocks do not support"
+                "model: its decoder blocks are called with arguments that depend on the batch (such as ALiBi biases, "
+                "embeddings of the tokens, or keys and values of other blocks), which transforms and roundings of "
+                "whole blocks do not support"
             )
         return call
 
@@ -81,7 +87,8 @@ class HiddenStates:
     def empty_like(self) -> HiddenStates:
         """A second buffer of undefined states for the same windows and calls."""
         pinned = self.states_WTD.is_pinned()
-        return replace(self, states_WTD=self.offload.empty(self.states_WTD.shape, self.states_WTD.dtype, pinned))
+        states_WTD = self.offload.empty(self.states_WTD.shape, self.states_WTD.dtype, pinned)
+        return replace(self, states_WTD=states_WTD, left={})
 
 
 class BlockRun:
@@ -102,6 +109,8 @@ class BlockRun:
     ):
         self.index, self.name, self.block, self.hidden, self.device = index, name, block, hidden, device
         self._attention = attention
+        # By batch, what the block and those before it left for later ones when it was run last.
+        self._left: dict[int, Left] = {}
 
     @in_phase("forward")
     @torch.no_grad()
@@ -115,19 +124,26 @@ class BlockRun:
     def differentiable_output(self, batch: int, hidden_BTD: Tensor) -> Tensor:
         """The output on hidden states in place of the batch's own, with a gradient where the caller enables it."""
         call = self.hidden.calls[self.index][batch].to(self.device)
+        call.put(self.hidden.left.get(batch, {}), self.device)
         with nullcontext() if self._attention is None else attention_as(self.block, self._attention):
             output = self.block(hidden_BTD, *call.args, **call.kwargs)
         output_BTD = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(output_BTD, Tensor) or output_BTD.shape != hidden_BTD.shape:
             raise ModelError(f"model: {self.name} does not return hidden states of the shape it receives")
+        self._left[batch] = call.left()
         return output_BTD
+
+    def keep(self, batch: int, output_BTD: Tensor, to: HiddenStates | None = None) -> None:
+        """Put the output that was computed last for a batch in the place of its input, or into `to`."""
+        outputs = self.hidden if to is None else to
+        outputs.store(batch, output_BTD)
+        outputs.left[batch] = self._left.pop(batch)
 
     @in_phase("forward")
     def forward(self, to: HiddenStates | None = None) -> None:
         """Run every batch through the block; its outputs replace its inputs, or are stored in `to`."""
-        outputs = self.hidden if to is None else to
         for batch in range(len(self.hidden.batches)):
-            outputs.store(batch, self.output(batch))
+            self.keep(batch, self.output(batch), to)
 
     def with_block(self, block: nn.Module) -> BlockRun:
         """The same inputs for another block in its place."""
@@ -166,21 +182,21 @@ def walk_to_logits(
     @torch.no_grad()
     def logits(batch: int) -> Tensor:
         states_BTD = hidden.load(batch, opened.device)
-        logits_BTV = logits_of_states(opened, batches[batch], states_BTD, hidden.blocks_return_tuples)
+        logits_BTV = logits_of_states(opened, batches[batch], states_BTD, hidden.returned_values)
         hidden.offload.release_pages()
         return logits_BTV
 
     return logits
 
 
-def logits_of_states(opened: OpenedModel, ids_BT: Tensor, states_BTD: Tensor, returns_tuple: bool) -> Tensor:
+def logits_of_states(opened: OpenedModel, ids_BT: Tensor, states_BTD: Tensor, returned_values: int) -> Tensor:
     """The logits (B, T, V) of the model's own forward pass with the last block's outputs replaced by `states_BTD`.
 
-    returns_tuple: whether the model's blocks do.
+    returned_values: by each of the model's blocks, as in HiddenStates.
     """
     recorders = [_Recorder(block) for block in opened.blocks]
     for recorder in recorders:
-        recorder.returns_tuple = returns_tuple
+        recorder.returned_values = returned_values
     recorders[-1].answer = states_BTD
     with _replaced(opened.blocks, recorders):
         return opened.model(input_ids=ids_BT.to(opened.device), use_cache=False).logits
@@ -200,7 +216,7 @@ class _Recorder(nn.Module):
         super().__init__()
         # Models read attributes such as `attention_type` off their blocks; a tuple keeps the block from being a child.
         self._block = (block,)
-        self.returns_tuple = False
+        self.returned_values = 0
         self.times_called = 0
         # Returned instead of the given states, for a block that has been run already.
         self.answer: Tensor | None = None
@@ -221,7 +237,7 @@ class _Recorder(nn.Module):
         self.times_called += 1
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
         output = args[0] if self.answer is None else self.answer
-        return (output,) if self.returns_tuple else output
+        return (output, *(None,) * (self.returned_values - 1)) if self.returned_values else output
 
 
 @contextmanager
@@ -237,11 +253,11 @@ def _replaced(blocks: nn.ModuleList, recorders: Sequence[nn.Module]) -> Iterator
 
 
 @torch.no_grad()
-def run_one_block(opened: OpenedModel, index: int, ids_BT: Tensor, returns_tuple: bool) -> Tensor:
+def run_one_block(opened: OpenedModel, index: int, ids_BT: Tensor, returned_values: int) -> Tensor:
     """What the model itself passes to the block after `index` when that block alone is run, the others skipped."""
     recorders = [_Recorder(block) for block in opened.blocks]
     for recorder in recorders:
-        recorder.returns_tuple = returns_tuple
+        recorder.returned_values = returned_values
     modules: list[nn.Module] = [*recorders]
     modules[index] = opened.blocks[index]
     with _replaced(opened.blocks, modules):
@@ -275,7 +291,7 @@ def embed(opened: OpenedModel, batches: Sequence[Tensor]) -> HiddenStates:
             hidden_BTD = recorders[0].hidden
             if hidden is None:
                 states_WTD = offload.empty((ends[-1], *hidden_BTD.shape[1:]), hidden_BTD.dtype, hidden_BTD.is_cuda)
-                hidden = HiddenStates(states_WTD, slices, offload, [], [], recorders[0].returns_tuple)
+                hidden = HiddenStates(states_WTD, slices, offload, [], [], recorders[0].returned_values)
             hidden.store(batch, hidden_BTD)
             compared = Comparison()
             for record, recorder in zip(recorded, recorders, strict=True):
@@ -295,16 +311,16 @@ def refuse_non_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _set_return_type(model: PreTrainedModel, recorders: list[_Recorder], ids_BT: Tensor) -> None:
-    """Let recorders return a tuple or a tensor, whichever the model expects of its blocks.
+    """Let recorders return a tensor or a tuple, whichever the model expects of its blocks.
 
     Raises ModelError if the model changes the output of one block before it calls the next, or does not call each block
     once: running the blocks one after another would then not be what the model computes.
     """
     name = type(model).__name__
     changed, failure = False, Exception()
-    for returns_tuple in (False, True):
+    for returned_values in range(MOST_RETURNED_VALUES + 1):
         for recorder in recorders:
-            recorder.returns_tuple, recorder.times_called = returns_tuple, 0
+            recorder.returned_values, recorder.times_called = returned_values, 0
         try:
             model.base_model(input_ids=ids_BT, use_cache=False)
         except ModelError:

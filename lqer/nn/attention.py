@@ -84,18 +84,19 @@ def quantized_attention(described: Mapping[str, Any]) -> QuantizedAttention:
 
 
 def quantize_attention(model: PreTrainedModel, attention: QuantizedAttention) -> None:
-    """Let every attention module of `model` call `attention`, in place.
+    """Let every attention module of `model` call `attention`, in place; of a wrapper, those of its language model.
 
     Raises ModelError if the model does not use the registry.
     """
+    language = model if model.config.get_text_config() is model.config else model.get_decoder()
     name = f"lqer_{content_hash([attention.operand.to_dict(), attention.axis])[:12]}"
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, eager_mask)
     try:
-        model.set_attn_implementation(name)
+        language.set_attn_implementation(name)
     except ValueError as error:
         raise ModelError(f"{type(model).__name__}: quantize.attention cannot be applied: {error}") from None
-    if model.config._attn_implementation != name:
+    if language.config._attn_implementation != name:
         raise ModelError(f"{type(model).__name__} has its own attention code: quantize.attention cannot be applied")
 
 

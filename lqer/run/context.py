@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from lqer.stages.allocate_ranks import check_budget
 from lqer.stages.allocate_widths import check_widths
 from lqer.store.fingerprints import FINGERPRINTS, Fingerprints
 from lqer.store.offload import Offload
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,16 @@ def store_path(config: Config) -> Path:
     return Path(config.output_dir) / STORE_FOLDER
 
 
+def _kept(unreached: Sequence[str], plans: Mapping[str, LinearPlan | None]) -> dict[str, None]:
+    """Plans that leave out the linears that no text reaches. Raises ModelError if nothing else would be quantized."""
+    left_out = [name for name in unreached if plans[name] is not None]
+    if not any(plan is not None for name, plan in plans.items() if name not in left_out):
+        raise ModelError(f"model: no text reaches {left_out[0]} or any other linear that would be quantized")
+    if left_out:
+        log.warning("%d linears stay as they are, since no text reaches them, as %s", len(left_out), left_out[0])
+    return dict.fromkeys(left_out)
+
+
 def prepare(config: Config) -> RunContext:
     """Resolve and check everything that can be checked before any work. Raises LqerError."""
     device = pick_device(config.device)
@@ -67,9 +81,7 @@ def prepare(config: Config) -> RunContext:
     check_weights(source)
     unreached = check_walk(source, whole_blocks=bool(config.quantize.block_parts))
     plans = plan_model(config, summary)
-    for name in unreached:
-        if plans[name] is not None:
-            raise ModelError(f"model: no text reaches {name}: skip it and its like (quantize.skip)")
+    plans |= _kept(unreached, plans)
     if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
         check_budget(plans, summary.linears, budget_bits)
     choices = plan_widths(config, plans)

@@ -120,6 +120,6 @@ def gather_blocks(
         if run.index not in indices:
             run.forward()
             continue
-        found = observe_block(run, None, text, statistics, run.hidden.store, within_block(roundings, run.name))
+        found = observe_block(run, None, text, statistics, run.keep, within_block(roundings, run.name))
         yield found
         del found

@@ -48,7 +48,7 @@ from lqer.store.writer import most_waiting
 from lqer.transforms import BlockTransform
 
 # Of both orders of quantizing blocks: raised whenever the same inputs would give other bytes than before.
-QUANTIZE_VERSION = 9
+QUANTIZE_VERSION = 10
 
 # Whether the linears of a block are quantized on inputs from its unrounded weights, or one input site after the other.
 Order = Literal["block", "sequential"]
@@ -169,7 +169,7 @@ def finish_checkpoint(
         "bits": average_bits(rows),
     }
     opened.loader.load_outer()
-    write_outer(workspace, opened.model, tokenizer, details)
+    write_outer(workspace, opened.model, tokenizer, details, opened.processor)
 
 
 def quantize_blocks(

@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 VOCABULARY = 257
 POSITIONS = 256
@@ -24,7 +34,8 @@ CANNOT_BE_BUILT = 3
 # One size under every name that some configuration has for it.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "hidden_dim"], 64),
-    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"], 4),
+    **dict.fromkeys(["emb_dim", "out_hidden_size"], 64),
+    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth"], 4),
     **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"], 4),
     **dict.fromkeys(["intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim"], 96),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len", "context_length"], POSITIONS),
@@ -33,7 +44,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts"], 4),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 32),
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 16),
-    **dict.fromkeys(["head_dim", "query_pre_attn_scalar", "sliding_window", "chunk_size", "index_head_dim"], 16),
+    **dict.fromkeys(["head_dim", "rotary_dim", "query_pre_attn_scalar", "sliding_window"], 16),
+    **dict.fromkeys(["chunk_size", "index_head_dim"], 16),
     **dict.fromkeys(["n_mamba_heads", "mamba_n_heads", "mamba_d_conv", "index_n_heads"], 4),
     **dict.fromkeys(["hidden_size_per_layer_input", "laurel_rank", "mamba_d_state", "index_topk"], 8),
     **dict.fromkeys(["num_key_value_heads", "num_experts_per_tok", "encoder_layers"], 2),
@@ -42,6 +54,36 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace"], 1),
     # Large enough that logits differ visibly between tokens.
     **dict.fromkeys(["initializer_range", "init_std"], 0.1),
+}  # fmt: skip
+# Sections of rotary positions of wrappers: half of a head.
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+# Blocks of both kinds, the last two of which read the keys and values of the first two.
+_SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+# What else an architecture needs to be small, or to be in proportion: little that is not a linear. By model_type.
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "big_bird": {"num_hidden_layers": 8},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "dots1": {"n_shared_experts": 1},
+    "falcon_mamba": {"state_size": 4},
+    **dict.fromkeys(["glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glmga_text", "qwen2_5_omni_text"], _SECTIONS),
+    **dict.fromkeys(["qwen2_5_vl_text", "qwen2_vl_text", "paddleocr_vl_text"], _SECTIONS),
+    **dict.fromkeys(["gemma3n_text", "gemma4_text"], _SHARED),
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
+    "mamba": {"state_size": 4},
+    "mamba2": {"head_dim": 32, "n_groups": 1},
+    "phi4_multimodal": {"intermediate_size": 1024},
+    "recurrent_gemma": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 192},
+    "qwen2_vl_vision": {"embed_dim": 64, "depth": 2},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_embds_dim": [16, 48],
+                 "axial_pos_shape": [16, 16]},
+    "rembert": {"input_embedding_size": 64, "output_embedding_size": 64, "num_hidden_layers": 8},
+    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 64, "num_hidden_layers": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2, "mamba_headdim": 32},
+    "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
 
@@ -54,6 +96,11 @@ def causal_kinds() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def wrapper_kinds() -> list[str]:
+    """The model_type of every architecture that it loads as a language model with other inputs, too."""
+    return sorted(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One id per byte, from 1 on; id 0 starts and ends a text."""
     vocabulary = {token: index for index, token in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
@@ -63,24 +110,35 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
 
 
-def tiny_config(kind: str, **settings: Any) -> PretrainedConfig:
-    known = inspect.signature(type(AutoConfig.for_model(kind)).__init__).parameters
-    sizes = {key: SIZES[key] for key in SIZES if key in known}
-    if "kv_lora_rank" in sizes:  # latent attention has keys and values for every head
-        sizes |= {key: SIZES["num_attention_heads"] for key in ("num_key_value_heads",) if key in known}
-    return AutoConfig.for_model(kind, **(sizes | settings))
+def tiny_config(kind: str, **settings: Any) -> PreTrainedConfig:
+    """The configuration of a model_type with SIZES, those of its towers and of its language model too."""
+    return _tiny(AutoConfig.for_model(kind), settings)
 
 
-def build(folder: Path, kind: str = "llama", seed: int = 0, **settings: Any) -> None:
-    """Save a random float32 model and its tokenizer. Raises CannotBeBuiltError with the reason."""
+def _tiny(config: PreTrainedConfig, settings: Mapping[str, Any]) -> PreTrainedConfig:
+    known = inspect.signature(type(config).__init__).parameters
+    sizes = {key: SIZES[key] for key in SIZES if key in known} | OWN_SIZES.get(config.model_type, {})
+    if "kv_lora_rank" in known:
+        # Latent attention has as many heads of keys as of queries.
+        sizes["num_key_value_heads"] = SIZES["num_attention_heads"]
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    sizes |= {name: _tiny(part, {}) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    return type(config)(**(sizes | settings))
+
+
+def build(folder: Path, kind: str = "llama", seed: int = 0, wrapper: bool = False, **settings: Any) -> None:
+    """Save a random float32 model and its tokenizer. Raises CannotBeBuiltError with the reason.
+
+    wrapper: the model with its towers for images or sound, where transformers knows the language model alone, too.
+    """
     try:
-        config = tiny_config(kind, **settings)
+        config, auto = tiny_config(kind, **settings), AutoModelForMultimodalLM if wrapper else AutoModelForCausalLM
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            parameters = sum(p.numel() for p in auto.from_config(config).parameters())
         if parameters > MOST_PARAMETERS:
             raise CannotBeBuiltError(f"{parameters / 1e6:.0f} M parameters")
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = auto.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 # Norms and biases start as ones and zeros, which nobody would miss.
@@ -88,6 +146,8 @@ def build(folder: Path, kind: str = "llama", seed: int = 0, **settings: Any) -> 
                     parameter += 0.05 * torch.randn_like(parameter)
             model(input_ids=torch.arange(1, 65).view(2, 32), use_cache=False)
         model.save_pretrained(folder)
+        if type(AutoConfig.from_pretrained(folder)) not in auto._model_mapping:
+            raise CannotBeBuiltError("transformers does not load what it saves of it")
     except CannotBeBuiltError:
         raise
     except Exception as error:  # each architecture has ways of its own to dislike its sizes

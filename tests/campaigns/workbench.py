@@ -80,11 +80,15 @@ def write_inputs(folder: Path, kind: str = "llama", windows: int = 4) -> Path:
     """A folder with a tiny model, two texts and a configuration that uses them."""
     folder.mkdir(parents=True, exist_ok=True)
     build(folder / "model", kind, num_hidden_layers=2)
+    write_texts(folder)
+    write_config(folder, folder / "model", windows)
+    return folder
+
+
+def write_texts(folder: Path) -> None:
     text = "\n".join(topics[name] for name in sorted(topics))
     (folder / "calibration.txt").write_text(text[:8_000], encoding="utf-8")
     (folder / "evaluation.txt").write_text(text[20_000:22_000], encoding="utf-8")
-    write_config(folder, folder / "model", windows)
-    return folder
 
 
 def write_config(folder: Path, model: Path, windows: int = 4) -> None:

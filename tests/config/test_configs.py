@@ -36,6 +36,7 @@ MIXTURE_OF = {
     "glm-4.5-air": "glm4_moe",
 }
 NEWER = ["llama-3.1-8b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "gemma-3-1b"]
+HYBRIDS_AND_WRAPPERS = ["qwen3.5-27b", "gemma-4-e2b", "granite-4.0-h-tiny"]
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
@@ -52,7 +53,7 @@ def test_a_template_holds_only_what_its_model_needs(path):
     assert set(tomli.loads(path.read_text())) == {"extends", "model", "tag"}
 
 
-@pytest.mark.parametrize("name", [*NAMED_BY_LQER, *NEWER, *MIXTURE_OF, "smollm2-135m"])
+@pytest.mark.parametrize("name", [*NAMED_BY_LQER, *NEWER, *MIXTURE_OF, *HYBRIDS_AND_WRAPPERS, "smollm2-135m"])
 def test_there_is_a_template_for(name):
     assert (CONFIGS / "template" / f"{name}.toml") in TEMPLATES
 

@@ -192,10 +192,14 @@ def test_experts_outside_the_registry_are_refused_by_name():
         num_key_value_heads=2,
         num_local_experts=2,
     )
-    with pytest.raises(
-        ModelError, match=r"layers\.0\.feed_forward\.experts\.\w+ is a 3-D parameter of Llama4TextExperts"
-    ):
+    with pytest.raises(ModelError, match=r"as model\.layers\.0\.feed_forward\.experts\.\w+ of Llama4TextExperts"):
         find_blocks(Llama4ForCausalLM(config))
+
+
+def test_convolutions_over_neighbouring_tokens_are_kept_and_do_not_count(random_model):
+    model = random_model("llama")
+    model.model.layers[0].self_attn.conv = nn.Conv1d(512, 512, 4, groups=8)
+    assert find_blocks(model)[0] == "model.layers"
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():

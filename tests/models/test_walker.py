@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import resident
+from helpers import build_gemma4, resident
 from torch import Tensor, nn
 
 from lqer.errors import ModelError
@@ -47,6 +47,24 @@ def test_walked_states_through_the_rest_of_the_model_give_its_logits(architectur
         assert torch.equal(model(ids_BT).logits, own_logits)
         hook.remove()
         ruin.remove()
+
+
+@torch.no_grad()
+def test_keys_and_values_that_blocks_share_are_handed_on_batch_by_batch(windows_WT):
+    model = build_gemma4(shared=3)
+    opened = resident(model)
+    outputs: list[Tensor] = []
+    opened.blocks[-1].register_forward_hook(lambda block, args, output: outputs.append(output.clone()))
+    runs = walk_blocks(opened, windows_WT, 2)
+    for run in runs:
+        # A look at an output leaves what blocks have handed on as it is.
+        run.output(0)
+        run.forward()
+    del outputs[0]
+    walked = outputs.copy()
+    for ids_BT, output_BTD in zip(windows_WT.split(2), walked, strict=True):
+        model(ids_BT, use_cache=False)
+        torch.testing.assert_close(output_BTD, outputs[-1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_walk_leaves_the_model_as_it_was(random_model, windows_WT):

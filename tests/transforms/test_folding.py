@@ -17,6 +17,8 @@ SOURCES = {
     "mistral": ["input_layernorm", "v_proj", "post_attention_layernorm", "up_proj"],
     "qwen3": ["input_layernorm", "v_proj", "post_attention_layernorm", "up_proj"],
     "gemma3": ["input_layernorm", "v_proj", "pre_feedforward_layernorm", "up_proj"],
+    # The norm of a linear attention has one weight for all heads.
+    "qwen3.5": ["input_layernorm", None, "post_attention_layernorm", "up_proj"],
     "phi3": ["input_layernorm", "qkv_proj", "post_attention_layernorm", "gate_up_proj"],
     "opt": ["self_attn_layer_norm", "v_proj", "final_layer_norm", "fc1"],
     # The norms come after the branches and their outputs go on as the residual stream.
