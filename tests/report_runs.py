@@ -71,6 +71,7 @@ def run_results(
         "calibration": {"dataset": "c4", "source": "c4", "tokens": 4096, "fingerprint": "cd"},
         "perplexity": [text_row(dataset, value, plain) for dataset, value in perplexities.items()],
         "downstream": [],
+        "exports": [],
         "tokens_per_second": {"original": 50.0, "quantized": 123.4},
         "layers": {"file": "layers.csv", "count": 24},
         "seconds": {"calibrate": 1.0, "quantize": 2.5, "finetune": 0.5, "evaluate": 3.0, "total": 7.0},
