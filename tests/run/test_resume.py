@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import byte_tokenizer
 from killing import KilledError, dying_workspace, signalled_command
+from mixtures import random_mixture
 
 from lqer.config import read_config
 from lqer.run import pipeline
@@ -39,6 +41,24 @@ def test_a_run_killed_at_any_write_ends_like_one_that_was_not(experiment, undist
     resumed = pipeline.run(read_config(experiment.config, None, stream))
     assert checkpoint_bytes(experiment.output) == checkpoint_bytes(undisturbed.output)
     assert numbers(resumed) == numbers(whole)
+
+
+@pytest.mark.parametrize(("method", "writes"), [("lqer-act", 1), ("lqer-act", 6), ("gptq", 3)])
+def test_a_killed_run_of_a_mixture_ends_like_one_that_was_not(experiment, monkeypatch, tmp_path, method, writes):
+    model = tmp_path / "mixture"
+    random_mixture("qwen3_moe", vocab_size=256).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    more = ["--quantize.low_rank.rank=0"] if method == "gptq" else ["--quantize.low_rank.rank=4"]
+    settings = [f"--model={model}", f"--quantize.method={method}", "--evaluation.baselines=[]", *more]
+    whole = pipeline.run(read_config(experiment.config, None, [*settings, f"--output_dir={tmp_path / 'whole'}"]))
+    monkeypatch.setattr(store, "Workspace", dying_workspace(at_write=writes))
+    with pytest.raises(KilledError):
+        pipeline.run(read_config(experiment.config, None, settings))
+    monkeypatch.undo()
+    resumed = pipeline.run(read_config(experiment.config, None, settings))
+    assert checkpoint_bytes(experiment.output) == checkpoint_bytes(tmp_path / "whole")
+    assert numbers(resumed) == numbers(whole)
+    assert resumed["experts"] == whole["experts"] is not None
 
 
 def test_the_same_command_resumes_a_killed_process(experiment):
