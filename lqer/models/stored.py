@@ -28,9 +28,6 @@ from lqer.nn.experts import Piece, stacks
 RENAMINGS = (WeightRenaming, PrefixChange)
 MERGING = ((MergeModulelist,), (MergeModulelist, Concatenate))
 
-# Renamings that look at a name alone.
-RENAMINGS = (WeightRenaming, PrefixChange)
-
 
 class NotStreamableError(Exception):
     """The reason why a model cannot be read block by block."""

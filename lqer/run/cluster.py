@@ -18,7 +18,7 @@ from pathlib import Path
 from lqer.config import Config
 from lqer.config.plugins import load_plugins
 from lqer.config.schema import ClusterConfig
-from lqer.config.sweep import SweepPlan
+from lqer.config.sweep import SweepPlan, SweepRun
 from lqer.errors import LqerError, RunFailedError, StoreError
 from lqer.jobs.graph import Job, Schedule
 from lqer.jobs.on_ray import Answer, run_on_ray
@@ -73,9 +73,10 @@ def sweep_on_cluster(plan: SweepPlan, cluster: ClusterConfig, plugins: Sequence[
                 continue
             of_run = tuple(_jobs_of(checked, 1))
             done += [job.name for job in of_run if job.is_done(checked.store)]
-            jobs += [*of_run, _last_job(config, of_run)]
-            for job in jobs:
-                texts.setdefault(job.name, _told(config, plugins, token, 1))
+            with_last = (*of_run, _last_job(config, of_run))
+            jobs += with_last
+            # A job that runs share belongs to the first of them.
+            texts = dict.fromkeys((job.name for job in with_last), _told(config, plugins, token, 1)) | texts
         if failed and not plan.keep_going:
             return SweepOutcome(_of(plan, finished), failed, _of(plan, runs.keys() - finished - failed.keys()))
         schedule = Schedule(jobs, done, stops_at_failure=not plan.keep_going)
@@ -87,7 +88,7 @@ def sweep_on_cluster(plan: SweepPlan, cluster: ClusterConfig, plugins: Sequence[
     return SweepOutcome(_of(plan, finished), failed, _of(plan, runs.keys() - finished - failed.keys()))
 
 
-def _of(plan: SweepPlan, names: set[str]) -> tuple:
+def _of(plan: SweepPlan, names: set[str]) -> tuple[SweepRun, ...]:
     return tuple(run for run in plan.runs if run.name in names)
 
 
