@@ -45,7 +45,7 @@ NEW_TOKENS = 4
 # Of logits, relative to the largest: dequantized weights are multiplied in another order than W_q and A·B.
 TOLERANCE = 1e-4
 QUANTIZED, REFUSED, UNBUILT, FAILED = "quantized", "refused", "cannot be built small", "FAILED"
-TABLE = re.compile(r"(<!-- table of architectures -->\n).*?(<!-- end of table -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- architectures -->\n).*?(<!-- end of architectures -->)", re.DOTALL)
 LONGEST_REASON = 160
 
 

@@ -22,7 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [([], "needs an NVIDIA GPU"), (["--only", "a,z"], "'z' is not one of a, b, c, d, e, f, g, h, i, j, extra")],
+    [([], "needs an NVIDIA GPU"), (["--only", "a,z"], "'z' is not one of a, b, c, d, e, f, g, h, i, j, k, l, extra")],
 )
 def test_no_gpu_and_unknown_groups_exit_with_2_and_one_line(options, said):
     done = run("experiments/benchmark_kernels.py", *options)

@@ -149,7 +149,8 @@ def main() -> None:
         other = build_layer(MXInt(4), 256, 2048, rank=rank)
         packed = PackedLinear.pack(weight, other.a, other.b, None, None, bf16, random_hadamard(256, 2048, 0))
         run_layer(random_input(m, 2048, bf16), packed)
-    run_layer(random_input(65, 2048, bf16), packed)
+        if state_bits in (14, 16):
+            run_layer(random_input(65, 2048, bf16), packed)
     for bits, state_bits in ((2, 12), (3, 12), (4, 12), (2, 16)):
         x_NP, table_S = torch.zeros(3, 256), torch.zeros(1 << state_bits, dtype=torch.float16)
         best_paths(x_NP, table_S, bits, best_paths(x_NP, table_S.float(), bits)[:, 0] >> bits)

@@ -114,7 +114,7 @@ def test_tensors_that_are_not_those_of_the_model_are_refused_by_name(case, chang
         raise ModelError(said.pop())
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "unheard-of", None])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "unheard-of", None])
 def test_a_quantized_source_is_refused_with_what_to_do(method, changed):
     folder = changed(quantization_config={"quant_method": method})
     (said,) = refusals(folder)
