@@ -45,6 +45,7 @@ class Target(Component, ABC, family="export target"):
     # Which library a hub should take the files for, and the tag that finds them there.
     library_name: ClassVar[str] = "transformers"
     tags: ClassVar[tuple[str, ...]] = ()
+    holds_experts: ClassVar[bool] = False
 
     @abstractmethod
     def unsupported(self, spec: LinearSpec) -> str | None:

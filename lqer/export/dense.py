@@ -30,12 +30,14 @@ from lqer.store.files import write_json
 class Dense(Target):
     """Plain safetensors of the dequantized weights.
 
-    dtype: of the quantized linears' weights. Other tensors keep the one in which the checkpoint holds them.
+    dtype: of the quantized linears' weights. Other tensors keep the one in which the checkpoint holds them. Experts are
+    stacked as transformers holds them.
     """
 
     kind = "dense"
     readers = ("transformers",)
     tags = ("fake-quant",)
+    holds_experts = True
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -75,13 +77,14 @@ def write_dense(source: Source, folder: Path, dtype: torch.dtype, weight_of: Cal
     """Write the model with the weights (O, I) that `weight_of` makes, in `dtype`. Returns whether it holds them all."""
     shards, is_exact = Shards(folder), True
     for linears, others in source.read():
+        tensors = dict(others)
         for linear in linears:
             weight_OI = weight_of(linear)
             stored_OI = weight_OI.to(dtype)
             is_exact &= torch.equal(stored_OI.to(torch.float32), weight_OI)
             stored_OI = stored_OI.T if source.stores_transposed(linear.name) else stored_OI
-            shards.add({f"{linear.name}.weight": stored_OI, **linear.biases})
-        shards.add(others)
+            tensors |= {f"{linear.name}.weight": stored_OI, **linear.biases}
+        shards.add(source.stack(tensors))
     shards.close()
     write_json(folder / CONFIG_FILE, {**source.config, "dtype": str(dtype).removeprefix("torch.")})
     source.copy_surroundings(folder)

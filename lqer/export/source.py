@@ -32,6 +32,7 @@ from lqer.models.auto import auto_class
 from lqer.models.files import reported_as
 from lqer.models.streaming import read_file
 from lqer.models.structure import ONLINE_ROTATIONS
+from lqer.nn.experts import Piece, stacked, stacks
 from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
 from lqer.store.names import block_file
 from lqer.store.records import JOURNAL, MANIFEST
@@ -90,6 +91,16 @@ class Outline:
 
     def __init__(self, specs: Mapping[str, LinearSpec], modules: Mapping[str, nn.Module]):
         self.specs, self.modules = specs, modules
+
+    @cached_property
+    def stacks(self) -> dict[str, dict[str, Piece]]:
+        """The tensors of experts by the stacked parameters that they are pieces of, see lqer/nn/experts.py."""
+        return stacks(self.modules[""])
+
+    def stack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` of whole blocks under the names and in the shapes of the original architecture."""
+        shapes = {name: self.modules[""].get_parameter(name).shape for name in self.stacks}
+        return stacked(tensors, self.stacks, shapes)
 
     def stores_transposed(self, name: str) -> bool:
         """Whether the original architecture keeps this linear's weight as (I, O), as GPT-2 does."""

@@ -14,8 +14,9 @@ expert, I in_features, O out_features of its linears.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -133,6 +134,25 @@ def stacks(model: nn.Module) -> dict[str, dict[str, Piece]]:
         for name, experts in _stacked(model)
         for parameter in _parameters(experts)
     }
+
+
+def stacked(
+    tensors: Mapping[str, Tensor], stacks: Mapping[str, Mapping[str, Piece]], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """`tensors` with the pieces among them put into the parameters that they are of: `_split` undone.
+
+    stacks: see `stacks`. shapes: of the stacked parameters, by the same names. Raises KeyError for a missing piece.
+    """
+    found = dict(tensors)
+    for name, places in stacks.items():
+        if places.keys().isdisjoint(found):
+            continue
+        parts = {key: found.pop(key) for key in places}
+        dtype = reduce(torch.promote_types, {part.dtype for part in parts.values()})
+        found[name] = torch.empty(shapes[name], dtype=dtype)
+        for key, part in parts.items():
+            places[key].of(found[name]).copy_(part)
+    return found
 
 
 def _stacked(model: nn.Module) -> Iterator[tuple[str, Experts]]:
