@@ -71,6 +71,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["gemma3n_text", "gemma4_text"], _SHARED),
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "longcat_flash": {"expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
     "mamba": {"state_size": 4},
     "mamba2": {"head_dim": 32, "n_groups": 1},
