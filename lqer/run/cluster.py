@@ -38,7 +38,10 @@ MARK = ".cluster-{token}"
 
 
 def fill_store(config: Config, plugins: Sequence[str] = ()) -> None:
-    """Let the cluster of `config` make everything that the run needs. Raises LqerError, also for a job that failed."""
+    """Let the cluster of `config` make everything that the run needs.
+
+    Raises LqerError for what a check finds, RunFailedError with the line of a job that failed.
+    """
     assert config.cluster is not None, "only a run with [cluster] has one"
     checked = check_run(config.alone, log.info)
     jobs = tuple(_jobs_of(checked, PARTS))
