@@ -87,7 +87,7 @@ def gemm_kernel(
         await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
         acc_OM = _low_rank(
             projection, b_codes, b_exponents, rows_O, rows_M, M, N, x.dtype.element_ty,
-            rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding,
+            rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding, is_grouped(layout),
         )  # fmt: skip
     elif is_grouped(layout):
         acc_OM = group_product(
@@ -166,10 +166,12 @@ def _low_rank(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     rounding: tl.constexpr,
+    grouped: tl.constexpr,
 ):
     """Q(Q(x A) B)ᵀ, float32 [O, M]."""
     product_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for first in range(0, rank, BLOCK_R):
+    # Copied ahead, B would take the shared memory of integer groups.
+    for first in tl.range(0, rank, BLOCK_R, num_stages=1 if grouped else 3):
         b_RO = load_factor(b_codes, b_exponents, first, rows_O, N, rank, BLOCK_R, b_block, dtype)
         xa_place = projection + rows_M[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
         xa_MR = tl.load(xa_place, mask=(rows_M < M)[:, None], other=0.0)

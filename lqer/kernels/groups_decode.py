@@ -215,7 +215,8 @@ def group_product(
         blocks: tl.constexpr = BLOCK_M // TOKENS_AT_ONCE_C
         bfloat: tl.constexpr = x.dtype.element_ty == tl.bfloat16
         size: tl.constexpr = slot_bytes(layout, rows)
-        count: tl.constexpr = slots(layout, rows, WARPS, stages)
+        count: tl.constexpr = slots(layout, BLOCK_N, BLOCK_M, WARPS, stages)
+        tl.static_assert(count > 0, "the strips of a launch need more shared memory than there is")
         thread_T = tl.arange(0, WARPS * LANES_C)
         lane_T, warp_T = thread_T % LANES_C, thread_T // LANES_C
         # Warps beyond the last row repeat the last row groups; their sums are not stored.

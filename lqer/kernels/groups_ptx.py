@@ -16,8 +16,8 @@ from lqer.kernels.groups import LANES, STRIP, GroupLayout, places
 STEPS = STRIP // 32  # of a strip; two tensor core instructions each
 # By whether it is bfloat16, else float16: mantissa bits, exponent bias, name in PTX.
 FLOATS = {False: (10, 15, "f16"), True: (7, 127, "bf16")}
-# Bytes of shared memory for codes and scales of a program; Triton needs the rest of 48 KB.
-SHARED = 40 << 10
+# Bytes of shared memory of a program: more would have to be asked for, and Triton asks only for its own part.
+SHARED = 48 << 10
 
 
 @triton.constexpr_function
@@ -112,9 +112,16 @@ def slot_bytes(layout: GroupLayout, rows: int) -> int:
 
 
 @triton.constexpr_function
-def slots(layout: GroupLayout, rows: int, warps: int, stages: int) -> int:
-    """Slots of a warp: `stages`, or fewer if shared memory is too small."""
-    return max(1, min(stages, SHARED // (warps * slot_bytes(layout, rows))))
+def ring_bytes(block_n: int, block_m: int, warps: int) -> int:
+    """What Triton leaves of the shared memory: it exchanges a tile of float32 sums of at most 128 rows between warps."""
+    return SHARED - max(8 << 10, 4 * block_m * min(128, max(block_n, 16 * warps)))
+
+
+@triton.constexpr_function
+def slots(layout: GroupLayout, block_n: int, block_m: int, warps: int, stages: int) -> int:
+    """Slots of a warp: `stages`, or fewer if shared memory is too small; 0 if not even one fits."""
+    slot = slot_bytes(layout, max(1, block_n // (16 * warps)))
+    return min(stages, ring_bytes(block_n, block_m, warps) // (warps * slot))
 
 
 @triton.constexpr_function

@@ -37,9 +37,16 @@ def fits_gemv(packed: PackedLinear) -> bool:
 
 
 def fits_gemm(packed: PackedLinear, tokens: int, launch: GemmLaunch) -> bool:
-    """Whether the layer's workspace has enough counters for this number of tokens."""
+    """Whether the layer's workspace has enough counters for this number of tokens, and programs round whole blocks."""
     token_tiles = -(-tokens // launch.block_m)
+    if launch.block_n % rows_together(packed):
+        return False
     return token_tiles <= TOKEN_TILES and low_rank_counters(packed.spec.rank) * token_tiles <= PROJECTION_COUNTERS
+
+
+def rows_together(packed: PackedLinear) -> int:
+    """Rows whose low-rank outputs are rounded in one block."""
+    return max(1, packed.spec.rounding.block) if packed.spec.rank and packed.spec.rounding.bits else 1
 
 
 def low_rank_counters(rank: int) -> int:

@@ -18,7 +18,7 @@ from lqer.kernels.dequantize_launch import run_dequantized
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.hadamard_launch import rotates_in_kernels, run_between_rotations
 from lqer.kernels.input_launch import dense_rows
-from lqer.kernels.integer_launch import fits_gemm, fits_gemv, run_gemm, run_gemv, run_groups
+from lqer.kernels.integer_launch import fits_gemm, fits_gemv, rows_together, run_gemm, run_gemv, run_groups
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
@@ -45,7 +45,7 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
     if isinstance(layout, GroupLayout):
         processors = runtime.multiprocessors(x_MI.device)
-        grouped = group_launch(layout.bits, layout.rows, layout.strips, len(x_MI), processors)
+        grouped = group_launch(layout, len(x_MI), processors, rows_together(packed))
         if len(x_MI) <= GROUP_TOKENS and fits_gemm(packed, len(x_MI), grouped):
             return run_groups(x_MI, packed, grouped)
         return run_dequantized(x_MI, packed)

@@ -18,11 +18,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from lqer.kernels.groups import GroupLayout
+from lqer.kernels.groups_ptx import slots
 from lqer.kernels.layout import ROWS
 
 TABLE = Path(__file__).with_name("table.json")
 # A bucket holds up to so many tokens; more tokens than in the last one are the dequantize regime.
 BUCKETS = (16, 32, 64, 128, 256)
+# Strips that a warp of integer groups copies ahead.
+STAGES = 3
 COST_OF_SPLIT = 1 / 8  # of K of integer groups, for a token, in strips
 
 
@@ -80,15 +84,17 @@ def gemm_launch(width: int, n: int, k: int, bucket: int) -> GemmLaunch | None:
 
 
 @lru_cache(maxsize=4096)
-def group_launch(bits: int, rows: int, strips: int, m: int, multiprocessors: int) -> GemmLaunch:
+def group_launch(layout: GroupLayout, m: int, multiprocessors: int, together: int = 1) -> GemmLaunch:
     """The launch for m tokens and integer groups, by a model of its time that fits five shapes on an H200.
 
-    For up to 8 tokens, 2, 4 or 8 warps share 16 rows and take turns at the strips; for more, a warp has 32 rows, and
-    programs split the strips.
+    For up to 8 tokens, 2, 4 or 8 warps share 16 rows and take turns at the strips; for more, a warp has 32 rows, or 16
+    if shared memory does not hold two strips of 32, and programs split the strips. `together`: rows whose outputs are
+    rounded in one block, which a program must have.
     """
+    strips = layout.strips
 
     def time(launch: GemmLaunch) -> float:
-        programs = -(-rows // launch.block_n) * launch.splits * -(-m // launch.block_m)
+        programs = -(-layout.rows // launch.block_n) * launch.splits * -(-m // launch.block_m)
         sharing = max(1, ROWS * launch.warps // launch.block_n)
         # Row groups that a multiprocessor works on at once, and strips of each.
         at_once = -(-programs // multiprocessors) * launch.block_n * sharing // ROWS
@@ -96,11 +102,18 @@ def group_launch(bits: int, rows: int, strips: int, m: int, multiprocessors: int
         return at_once * strips_each * _slowdown(at_once) + COST_OF_SPLIT * m * launch.splits
 
     if m <= 8:
-        # Shared memory for codes of 8 bits would leave 8 warps nothing to copy ahead.
-        shared = ((16, 4), (32, 4)) if bits == 8 else ((16, 4), (16, 8), (32, 4))
-        return min((GemmLaunch(block_n, 8, 1, 3, warps) for block_n, warps in shared), key=time)
-    block_m = 16 if m <= 16 else 32
-    return min((GemmLaunch(128, block_m, splits, 3, 4) for splits in range(1, strips + 1)), key=time)
+        block_m, every_split = 8, range(1, 2)
+        shapes = [(16, 4), (16, 8), (32, 4)] if together <= 32 else [(64, 4), (128, 4)]
+    else:
+        block_m, every_split = 16 if m <= 16 else 32, range(1, strips + 1)
+        shapes = [(128, 4), (64, 4)]
+    shapes = [shape for shape in shapes if shape[0] % together == 0] or shapes[-1:]
+    # Warps with shared memory for one strip do not copy the next one meanwhile.
+    held = layout.compiled
+    shapes = [(n, warps) for n, warps in shapes if slots(held, n, block_m, warps, STAGES) > 1] or shapes[-1:]
+    chosen = shapes if m <= 8 else shapes[:1]
+    launches = [GemmLaunch(n, block_m, splits, STAGES, warps) for n, warps in chosen for splits in every_split]
+    return min(launches, key=time)
 
 
 def _slowdown(at_once: int) -> float:

@@ -117,6 +117,14 @@ def main() -> None:
     for m, dtype in ((1, bf16), (16, torch.float16)):
         layer = build_layer(Int(4, 128), 200, 1000, rank=64, activation=x8, bias=True, dtype=dtype)
         run_groups(random_input(m, 1000, dtype), layer.packed, GemmLaunch(64, max(8, m), 2, 3, 4))
+    # What needs most of the shared memory.
+    for number_format, rank, m in (
+        (Int(3, 64), 32, 42),
+        (Int(4, 128), 100, 9),
+        (Int(8, "row"), 16, 9),
+        (Int(8, 32), 0, 33),
+    ):
+        run_layer(random_input(m, 528, bf16), build_layer(number_format, 200, 528, rank=rank, dtype=bf16).packed)
         dequantize_weight(layer.packed.weight, dtype)
     layer = build_layer(Int(6, "row"), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))
     run_gemm(random_input(3, 300, torch.float16), layer.packed, GemmLaunch(64, 16, 1, 3, 4))
