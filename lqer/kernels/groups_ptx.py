@@ -113,7 +113,7 @@ def slot_bytes(layout: GroupLayout, rows: int) -> int:
 
 @triton.constexpr_function
 def ring_bytes(block_n: int, block_m: int, warps: int) -> int:
-    """What Triton leaves of the shared memory: it exchanges a tile of float32 sums of at most 128 rows between warps."""
+    """What Triton leaves of the shared memory: warps exchange a tile of float32 sums of at most 128 rows through it."""
     return SHARED - max(8 << 10, 4 * block_m * min(128, max(block_n, 16 * warps)))
 
 
