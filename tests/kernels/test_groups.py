@@ -77,6 +77,8 @@ def test_dequantized_weights_equal_emulation_bit_for_bit(number_format, dtype):
 def test_sums_equal_float64_to_a_millionth(number_format, dtype):
     layer = build_layer(number_format, 75, 1100, bias=True, dtype=dtype)
     for m, launch in ((1, LAUNCH), (5, LAUNCH), (9, GemmLaunch(64, 16, 5, 2, 4)), (4, GemmLaunch(128, 8, 1, 3, 4))):
+        if slots(layer.packed.spec.layout, launch.block_n, launch.block_m, launch.warps, launch.stages) == 0:
+            continue  # more shared memory than there is
         x_MI = random_input(m, 1100, dtype)
         error = relative_error(run_groups(x_MI, layer.packed, launch, torch.float32), layer.exact(x_MI, torch.float32))
         assert error < 1e-6, (m, launch)
