@@ -3,7 +3,7 @@
 A text is a sequence of rows, of one of two kinds, which decides how it is tokenized:
 
     documents   each row is tokenized by itself, with the special tokens that the tokenizer adds: .jsonl and .parquet
-                records, c4, slimpajama-6b, pydoc, any hub id. Empty rows are skipped.
+                records, c4, slimpajama-6b, pydoc, stdlib, any hub id. Empty rows are skipped.
     lines       the rows are pieces of one running text: .txt, wikitext2, ptb. They are joined and tokenized as one
                 string, so special tokens occur only at its start.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, mod
 
 from lqer.components import did_you_mean
 from lqer.data.prompt import Prompt, column_text
+from lqer.data.python_texts import PYTHON_TEXTS, PythonText
 from lqer.errors import DataError, HubTextError
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A row number or a percentage of the rows on either side of the colon; either may be absent.
 ROW_RANGE = re.compile(r"(\d+|(100|\d\d?)%)?:(\d+|(100|\d\d?)%)?")
-# CPython's help texts need no network. The first half of their characters, sorted by topic, is for calibration.
-PYDOC_TRAIN_SHARE = 0.5
 # The first ids of a running text come from a prefix of it; ids this close to the end of the prefix may still change.
 CUT_MARGIN = 64
 FIRST_PREFIX_ROWS = 256
@@ -78,7 +76,7 @@ class DatasetSpec(BaseModel):
     @classmethod
     def _check_prompt(cls, prompt: Prompt | None, info: ValidationInfo) -> Prompt | None:
         path = info.data.get("path", "")
-        if prompt is not None and (path == "pydoc" or path.endswith(".txt")):
+        if prompt is not None and (path in PYTHON_TEXTS or path.endswith(".txt")):
             raise ValueError(f"a prompt needs rows with columns; {path} has none")
         return prompt
 
@@ -135,7 +133,7 @@ HUB_TEXTS = {
         "ptb-text-only/ptb_text_only", "refs/convert/parquet", text_column="sentence", joiner=" ", documents=False
     ),
 }
-KNOWN_NAMES = (*HUB_TEXTS, "pydoc")
+KNOWN_NAMES = (*HUB_TEXTS, *PYTHON_TEXTS)
 
 
 def load_rows(spec: DatasetSpec, purpose: Purpose) -> TextRows:
@@ -143,8 +141,8 @@ def load_rows(spec: DatasetSpec, purpose: Purpose) -> TextRows:
 
     Raises DataError, here or while the rows are read, if the text is unknown, unreachable, empty or lacks the column.
     """
-    if spec.path == "pydoc":
-        return _pydoc_rows(spec, purpose)
+    if spec.path in PYTHON_TEXTS:
+        return _python_rows(spec, PYTHON_TEXTS[spec.path], purpose)
     if spec.path in HUB_TEXTS:
         return _hub_rows(spec, HUB_TEXTS[spec.path], purpose)
     if spec.path.startswith(("/", ".", "~")) or spec.path.endswith(FILE_SUFFIXES) or Path(spec.path).exists():
@@ -206,18 +204,13 @@ def _running_ids(tokenizer: PreTrainedTokenizerBase, text: TextRows, needed: int
         prefix += more
 
 
-def _pydoc_rows(spec: DatasetSpec, purpose: Purpose) -> TextRows:
-    from pydoc_data.topics import topics
-
-    _refuse(spec, "name", "revision")
-    split = spec.split or ("train" if purpose == "calibration" else "test")
-    if split not in ("train", "test"):
-        raise DataError(f"dataset pydoc has the splits train and test; split is {split!r}")
-    documents = [topics[key] for key in sorted(topics)]
-    ends = list(itertools.accumulate(map(len, documents)))
-    train = sum(end <= PYDOC_TRAIN_SHARE * ends[-1] for end in ends)
-    documents = documents[:train] if split == "train" else documents[train:]
-    source = f"pydoc topics of Python {platform.python_version()} {split}[{spec.rows or ':'}]"
+def _python_rows(spec: DatasetSpec, text: PythonText, purpose: Purpose) -> TextRows:
+    _refuse(spec, "name", "revision", *(() if text.splits else ("split",)))
+    split = spec.split or (text.splits[purpose == "evaluation"] if text.splits else None)
+    if text.splits and split not in text.splits:
+        raise DataError(f"dataset {spec.path} has the splits {' and '.join(text.splits)}; split is {split!r}")
+    source = f"{text.source}{f' {split}' if split else ''}[{spec.rows or ':'}]"
+    documents = text.read(split)
     return TextRows(_slice(lambda: documents, spec.rows, source), "\n\n", True, source)
 
 

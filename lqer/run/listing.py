@@ -10,6 +10,7 @@ from pathlib import Path
 from lqer.components import Component, did_you_mean
 from lqer.config.presets import preset_names, read_summary
 from lqer.data.datasets import HUB_TEXTS
+from lqer.data.python_texts import PYTHON_TEXTS
 from lqer.errors import ConfigError
 from lqer.export import Target
 from lqer.formats import NumberFormat
@@ -55,7 +56,8 @@ def _first_line(docstring: str | None) -> str:
 def _datasets() -> Iterator[Row]:
     for name, text in HUB_TEXTS.items():
         yield name, f"{text.repository}{f' ({text.name})' if text.name else ''}, Hugging Face Hub"
-    yield "pydoc", "the documentation of Python's modules, without a download"
+    for name, python_text in PYTHON_TEXTS.items():
+        yield name, python_text.summary
 
 
 def _presets() -> Iterator[Row]:

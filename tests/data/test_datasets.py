@@ -181,6 +181,15 @@ class TestKnownNames:
         )
         assert "has no revision" in failure("pydoc", revision="main")
 
+    def test_stdlib_is_the_source_of_modules_in_a_mixed_order(self):
+        modules = rows_of("stdlib", "evaluation")
+        assert len(modules) > 100
+        names = [Path(os.__file__).with_name(f"{name}.py") for name in ("abc", "ast", "bdb")]
+        places = [modules.index(path.read_text(encoding="utf-8")) for path in names]
+        assert max(places) - min(places) > 3
+        assert rows_of("stdlib", "calibration", rows=":40") == modules[:40]
+        assert "stdlib has no split" in failure("stdlib", split="test")
+
 
 class TestHub:
     """A folder stands in for a repository: the datasets library reads both alike."""

@@ -84,6 +84,7 @@ class TestConsoleScript:
             ("statistics", "hessian", "E[x xᵀ]"),
             ("targets", "dense", "safetensors"),
             ("datasets", "pydoc", "without a download"),
+            ("datasets", "stdlib", "code"),
             ("presets", "lqer-act", "W4A8 MXINT"),
         ],
     )
