@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from lqer.config.schema import NOT_QUANTIZED
 from lqer.errors import DataError
+from lqer.report.families import family_of
 from lqer.report.naming import scheme_name
+from lqer.report.sweep import read_record, read_runs
 
 ORIGINAL, UNQUANTIZED_BITS = "original", 16.0
 
@@ -30,6 +33,8 @@ class Row(BaseModel):
     hardware: str
     date: datetime.date
     by: Literal["ours", "peer", "original"]  # who quantized it
+    family: str = ""  # of lqer/report/families.py; empty: told by the first word of the scheme
+    activations: str = ""  # the format of rounded inputs; empty: not rounded, or told by the scheme
 
 
 ROWS = TypeAdapter(list[Row])
@@ -44,6 +49,17 @@ def read_rows(path: Path) -> list[Row]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def numbered_rows(path: Path) -> list[tuple[Row, int]]:
+    """The rows of a file, each with the number of the line that holds its command. Raises DataError as `read_rows`."""
+    rows, lines = read_rows(path), path.read_text(encoding="utf-8").splitlines()
+    numbers = [number for number, line in enumerate(lines, 1) if line.lstrip().startswith('"command":')]
+    if len(numbers) != len(rows):
+        raise DataError(
+            f"{path}: every row must have its command on a line of its own, as experiments/tables.py writes"
+        )
+    return list(zip(rows, numbers, strict=True))
 
 
 def rows_of(
@@ -84,10 +100,31 @@ def rows_of(
         kl=_known(kl),
         minutes=_minutes(results),
         by="peer" if by_peer else "ours",
+        **({} if by_peer else _parts(results["config"])),
     )
     known = _known(original)
     plain = Row(**common, scheme=ORIGINAL, bits=UNQUANTIZED_BITS, perplexity=known, by="original")
     return [plain, quantized] if known else [quantized]
+
+
+def rows_of_sweep(table: Path, *, model: str, date: str, hardware: str | None, texts: Mapping[str, str]) -> list[Row]:
+    """The rows of the finished runs of a sweep, named as the sweep names them, with the command that repeats each.
+
+    table: the folder OUTPUT_DIR/TAG-table that the sweep left. Raises DataError where it left none.
+    """
+    record = read_record(table)
+    facts: dict[str, Any] = {"model": model, "date": date, "hardware": hardware, "texts": texts}
+    runs = read_runs(record, table.parent).items()
+    found = [rows_of(results, command=record.command_of(name), scheme=name, **facts) for name, results in runs]
+    if not found:
+        raise DataError(f"{table}: the sweep has no finished run")
+    return merged([], [row for rows in found for row in rows])
+
+
+def _parts(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a resolved configuration tells of a scheme besides its name."""
+    activation = config["quantize"].get("activation", NOT_QUANTIZED)
+    return {"family": family_of(config).name, "activations": "" if activation == NOT_QUANTIZED else activation}
 
 
 def _named(results: Mapping[str, Any], by_peer: bool) -> str:

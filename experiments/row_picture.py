@@ -1,10 +1,11 @@
 """The picture of a leaderboard: the rows of files as points of perplexity over bits, with their Pareto front.
 
-    python experiments/row_picture.py PICTURE.png FILE.json ... [--text NAME] [--check]
+    python experiments/row_picture.py PICTURE.png FILE.json ... [--text NAME ...] [--names] [--check]
 
-A file of rows is one of docs/results/data (experiments/tables.py). One panel for each model. Rows of other libraries
-are open; the front is over all rows. The picture holds a hash of the rows that it was drawn from: --check draws
-nothing, and its exit status is 1 if they have changed since.
+A file of rows is one of docs/results/data (experiments/tables.py). One panel for each model and text (default:
+WikiText-2). Rows of other libraries are open; the front is over all rows, and --names names those on it. Rows that
+round activations too are left out: they buy something else with their bits. The picture holds a hash of the rows that
+it was drawn from: --check draws nothing, and its exit status is 1 if they have changed since.
 """
 
 from __future__ import annotations
@@ -25,42 +26,46 @@ from PIL import Image
 from result_rows import ORIGINAL, ROWS, Row, merged, read_rows
 
 from lqer.errors import DataError, LqerError
-from lqer.report.families import FEEDBACK, LATTICE, OTHER, Family
+from lqer.report.families import FAMILIES, FEEDBACK, LATTICE, OTHER, Family
 from lqer.report.front import pareto_front
 from lqer.report.style import DPI, PAGE_INCHES, STYLE
 from lqer.store.files import content_hash
 
 # Rows of a model that is ruined would squeeze all others together.
 MOST_TIMES_ORIGINAL = 8.0
-FAMILIES = {"trellis": LATTICE, "GPTQ": FEEDBACK}
-NAMES = {LATTICE: "trellis codes", FEEDBACK: "plain integers", OTHER: "other"}
+# Of rows that name no family, by the first word of the scheme.
+BY_NAME = {"trellis": LATTICE, "GPTQ": FEEDBACK}
 MUTED = "#555555"
 HASH_KEY = "rows"
 TICKS = (10, 12, 14, 16, 18, 20, 25, 30, 40, 50, 70, 100, 150)
 
 
-def draw(path: Path, rows: Sequence[Row], text: str) -> None:
-    """Write the picture. Raises DataError where no row was measured on the text."""
-    models = list(dict.fromkeys(row.model for row in rows if text in row.perplexity))
-    if not models:
-        raise DataError(f"no row has a perplexity on {text}")
+def draw(path: Path, rows: Sequence[Row], texts: Sequence[str], names: bool = False) -> None:
+    """Write the picture. Raises DataError for a text on which no row was measured."""
+    panels: list[tuple[str, str]] = []
+    for text in texts:
+        models = dict.fromkeys(row.model for row in rows if text in row.perplexity)
+        if not models:
+            raise DataError(f"no row has a perplexity on {text}")
+        panels += [(model, text) for model in models]
+    shown = [row for row in rows if not row.activations]
     with plt.rc_context(STYLE):
         size = (PAGE_INCHES, 2.9)
-        figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False)
-        for axis, model in zip(axes[0], models, strict=True):
-            _panel(axis, [row for row in rows if row.model == model and text in row.perplexity], text)
-            axis.set_title(model)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+        for axis, (model, text) in zip(axes[0], panels, strict=True):
+            _panel(axis, [row for row in shown if row.model == model and text in row.perplexity], text, names)
+            axis.set_title(model if len(texts) == 1 else f"{model}, {text}")
             axis.set_xlabel("bits per weight, everything stored")
-        axes[0][0].set_ylabel(f"perplexity, {text}")
-        figure.legend(handles=_legend(rows), ncols=5, loc="outside lower center")
+        axes[0][0].set_ylabel(f"perplexity, {texts[0]}" if len(texts) == 1 else "perplexity")
+        figure.legend(handles=_legend(shown), ncols=5, loc="outside lower center")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI, metadata={"Software": None, HASH_KEY: fingerprint(rows, text)})
+        figure.savefig(path, dpi=DPI, metadata={"Software": None, HASH_KEY: fingerprint(rows, texts)})
         plt.close(figure)
 
 
-def fingerprint(rows: Sequence[Row], text: str) -> str:
+def fingerprint(rows: Sequence[Row], texts: Sequence[str]) -> str:
     """A hash of what the picture shows."""
-    return content_hash([text, ROWS.dump_python(list(rows), mode="json")])
+    return content_hash([*texts, ROWS.dump_python(list(rows), mode="json")])
 
 
 def drawn_from(path: Path) -> str:
@@ -70,9 +75,8 @@ def drawn_from(path: Path) -> str:
 
 
 def family(row: Row) -> Family:
-    """The family of a row, by the first word of its scheme."""
     first = row.scheme.replace(",", " ").split()[0]
-    return FAMILIES.get(first, OTHER)
+    return next((one for one in FAMILIES if one.name == row.family), BY_NAME.get(first, OTHER))
 
 
 def _library(row: Row) -> str:
@@ -80,7 +84,7 @@ def _library(row: Row) -> str:
     return re.sub(r"^.* of | [\d.]+$", "", row.scheme.split(",")[0])
 
 
-def _panel(axis: Axes, rows: Sequence[Row], text: str) -> None:
+def _panel(axis: Axes, rows: Sequence[Row], text: str, names: bool) -> None:
     original = next((row.perplexity[text] for row in rows if row.by == ORIGINAL), None)
     shown = [row for row in rows if row.by != ORIGINAL]
     limit = math.inf if original is None else MOST_TIMES_ORIGINAL * original
@@ -107,6 +111,9 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str) -> None:
             side, offset = ("right", -5) if row.bits > middle else ("left", 5)
             place: dict[str, Any] = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center"}
             axis.annotate(_library(row), (row.bits, values[i]), fontsize=6, color=MUTED, **place)
+        elif names and is_best:
+            place = {"xytext": (4, 4), "textcoords": "offset points", "ha": "left", "va": "bottom"}
+            axis.annotate(row.scheme, (row.bits, values[i]), fontsize=6, color=MUTED, **place)
     if original is not None:
         axis.axhline(original, color="#000000", linewidth=0.8, linestyle="--")
     if hidden:
@@ -124,13 +131,15 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str) -> None:
 def _legend(rows: Sequence[Row]) -> list[Line2D]:
     ours = {family(row) for row in rows if row.by == "ours"}
     handles = [
-        Line2D([], [], color=of.colour, marker=of.marker, linestyle="", markersize=5, label=name)
-        for of, name in NAMES.items()
+        Line2D([], [], color=of.colour, marker=of.marker, linestyle="", markersize=5, label=of.name)
+        for of in FAMILIES
         if of in ours
     ]
+    if any(row.by == "peer" for row in rows):
+        label = "open: other libraries"
+        handles.append(Line2D([], [], color=MUTED, marker="o", markerfacecolor="none", linestyle="", label=label))
     return [
         *handles,
-        Line2D([], [], color=MUTED, marker="o", markerfacecolor="none", linestyle="", label="open: other libraries"),
         Line2D([], [], color=MUTED, linewidth=0.9, label="front"),
         Line2D([], [], color="#000000", linewidth=0.8, linestyle="--", label="original"),
     ]
@@ -140,14 +149,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
-    parser.add_argument("--text", default="WikiText-2")
+    parser.add_argument("--text", action="append", dest="texts", metavar="NAME")
+    parser.add_argument("--names", action="store_true")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
+    texts = arguments.texts or ["WikiText-2"]
     try:
         rows = merged([], [row for file in arguments.files for row in read_rows(file)])
         if arguments.check:
-            return int(drawn_from(arguments.picture) != fingerprint(rows, arguments.text))
-        draw(arguments.picture, rows, arguments.text)
+            return int(drawn_from(arguments.picture) != fingerprint(rows, texts))
+        draw(arguments.picture, rows, texts, arguments.names)
     except LqerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

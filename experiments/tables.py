@@ -4,6 +4,8 @@
     python experiments/tables.py check [PAGE ...]    exit status 1 if a page shows anything else than its files say
     python experiments/tables.py add FILE.json RESULTS.json ... --model NAME --command COMMAND [--scheme NAME]
         [--text LABEL=NAME ...] [--hardware NAME] [--date YYYY-MM-DD]
+    python experiments/tables.py add-sweep FILE.json OUTPUT_DIR/TAG-table --model NAME
+        [--text LABEL=NAME ...] [--hardware NAME] [--date YYYY-MM-DD]
 
 A file of rows (docs/results/data/*.json) is a list of objects with the keys of `Row`. A page marks a table by
 
@@ -11,14 +13,16 @@ A file of rows (docs/results/data/*.json) is a list of objects with the keys of 
     <!-- end of table -->
 
 with one or more files relative to the page, the columns in their order (default: model, scheme, bits, perplexity, kl),
-patterns that a row must match (`model=`, `scheme=`, `by=`; several of one key: any of them), and `sort=bits` for
-another order than that of the files: each model's rows by falling bits. `perplexity` and `kl` are one column for each
-text, `minutes` are those of calibration, quantization and training. A value is bold if every other row of its model at
-the same or fewer bits has a higher one. `preset="trellis, 2 bits*=best-2"`, repeatable, says which preset of configs/
-makes the rows that match: the column `preset`.
+patterns that a row must match (`model=`, `scheme=`, `by=`, `activations=`; several of one key: any of them), and
+`sort=bits` for another order than that of the files: each model's rows by falling bits. `perplexity` and `kl` are one
+column for each text, `minutes` are those of calibration, quantization and training. A value is bold if every other row
+of its model at the same or fewer bits has a higher one; a scheme links to the line of its command.
+`preset="trellis, 2 bits*=best-2"`, repeatable, says which preset of configs/ makes the rows that match: the column
+`preset`.
 
 `add` takes results.json of runs and lines that experiments/compare_peers.py wrote (as "theirs"), replaces the rows of
-the same model and scheme, and adds the row of the original model. `{tag}` in COMMAND is the tag of the run.
+the same model and scheme, and adds the row of the original model. `{tag}` in COMMAND is the tag of the run. `add-sweep`
+takes every finished run of a sweep, under its name in the sweep, with the command that repeats it.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from result_rows import ORIGINAL, ROWS, Row, merged, read_rows, rows_of
+from result_rows import ORIGINAL, ROWS, Row, merged, numbered_rows, read_rows, rows_of, rows_of_sweep
 
 from lqer.config.presets import preset_path
 from lqer.errors import ConfigError, DataError, LqerError
@@ -42,9 +46,13 @@ from lqer.store.files import write_text
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"(<!-- table (?P<arguments>.*?) -->\n)(?P<body>.*?)(<!-- end of table -->)", re.DOTALL)
-COLUMNS = ("model", "scheme", "bits", "perplexity", "kl", "minutes", "preset", "hardware", "date", "command")
-DEFAULT_COLUMNS = COLUMNS[:5]
-FILTERS = ("model", "scheme", "by")
+COLUMNS = (
+    "model", "scheme", "bits", "activations", "perplexity", "kl", "minutes", "preset", "hardware", "date", "command",
+)  # fmt: skip
+DEFAULT_COLUMNS = ("model", "scheme", "bits", "perplexity", "kl")
+FILTERS = ("model", "scheme", "by", "activations")
+NOTE = """Bold: all other rows of the model with as many or fewer bits are worse. The link of a scheme leads to the
+command that repeats its row, with hardware and date."""
 # From here on a perplexity is shown as a power of ten: the model is ruined, digits mean nothing.
 RUINED = 1e4
 
@@ -56,19 +64,19 @@ def filled(page: Path) -> str:
 
 def _region(page: Path, arguments: str) -> str:
     files, options = _parse(page, arguments)
+    read = [(row, f"{file}#L{line}") for file in files for row, line in numbered_rows(page.parent / file)]
     # Files about one model both have the row of the original.
-    found = merged([], [row for file in files for row in read_rows(page.parent / file)])
+    found = merged([], [row for row, _ in read])
+    links = {(row.model, row.scheme): link for row, link in read}
     rows = [row for row in found if _is_wanted(row, options)]
     if not rows:
         raise DataError(f"{page}: no row for the table {arguments}")
     if "sort" in options:
         models = list(dict.fromkeys(row.model for row in rows))
         rows.sort(key=lambda row: (models.index(row.model), -row.bits))
-    links = ", ".join(f"[{Path(file).name}]({file})" for file in files)
     columns = options["columns"][0].split(",") if "columns" in options else list(DEFAULT_COLUMNS)
-    note = f"Bold: all other rows of the model with as many or fewer bits are worse. Commands and dates: {links}."
     presets = dict(option.rsplit("=", 1) for option in options.get("preset", ()))
-    return f"{markdown(rows, columns, presets)}\n\n{note}\n"
+    return f"{markdown(rows, columns, presets, links)}\n\n{NOTE}\n"
 
 
 def _parse(page: Path, arguments: str) -> tuple[list[str], dict[str, list[str]]]:
@@ -101,8 +109,16 @@ def _is_wanted(row: Row, options: Mapping[str, Sequence[str]]) -> bool:
     )
 
 
-def markdown(rows: Sequence[Row], columns: Sequence[str], presets: Mapping[str, str] | None = None) -> str:
-    """The table; a model is named in the first of its rows. presets: their names by a pattern of schemes."""
+def markdown(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    presets: Mapping[str, str] | None = None,
+    links: Mapping[tuple[str, str], str] | None = None,
+) -> str:
+    """The table; a model is named in the first of its rows.
+
+    presets: their names by a pattern of schemes. links: where the rows are, by model and scheme.
+    """
     # A column of nothing: no library of these rows was timed.
     columns = [column for column in columns if column != "minutes" or any(row.minutes is not None for row in rows)]
     headings: list[str] = []
@@ -120,6 +136,8 @@ def markdown(rows: Sequence[Row], columns: Sequence[str], presets: Mapping[str, 
             previous = None
             for row, line in zip(rows, cells, strict=True):
                 shown = _preset(row, presets or {}) if column == "preset" else _fact(row, column)
+                if column == "scheme" and links is not None:
+                    shown = f"[{shown}]({links[row.model, row.scheme]})"
                 line.append("" if column == "model" and shown == previous else shown)
                 previous = shown
     lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in (headings, *cells)]
@@ -165,11 +183,8 @@ def _fact(row: Row, column: str) -> str:
 def add(arguments: argparse.Namespace) -> None:
     if arguments.scheme and len(arguments.results) > 1:
         raise ConfigError("--scheme names one run; found several")
-    if wrong := [text for text in arguments.text if "=" not in text]:
-        raise ConfigError(f"--text {wrong[0]}: must have the form LABEL=NAME")
-    texts = dict(text.split("=", 1) for text in arguments.text)
     facts = {key: getattr(arguments, key) for key in ("model", "command", "date", "scheme", "hardware")}
-    new: list[Row] = []
+    texts, new = _texts(arguments), []
     for path in arguments.results:
         try:
             text = path.read_text(encoding="utf-8")
@@ -179,12 +194,27 @@ def add(arguments: argparse.Namespace) -> None:
             raise DataError(f"{path}: {error.strerror}") from None
         except (ValueError, KeyError) as error:
             raise DataError(f"{path}: neither results.json nor lines of compare_peers.py: {error}") from None
-    rows = merged(read_rows(arguments.file) if arguments.file.exists() else [], new)
-    write_text(
-        arguments.file,
-        json.dumps(ROWS.dump_python(rows, mode="json", exclude_none=True), indent=1, ensure_ascii=False) + "\n",
-    )
-    print(f"{arguments.file}: {len(rows)} rows")
+    _write(arguments.file, new)
+
+
+def add_sweep(arguments: argparse.Namespace) -> None:
+    facts = {key: getattr(arguments, key) for key in ("model", "date", "hardware")}
+    _write(arguments.file, rows_of_sweep(arguments.table, texts=_texts(arguments), **facts))
+
+
+def _texts(arguments: argparse.Namespace) -> dict[str, str]:
+    if wrong := [text for text in arguments.text if "=" not in text]:
+        raise ConfigError(f"--text {wrong[0]}: must have the form LABEL=NAME")
+    return dict(text.split("=", 1) for text in arguments.text)
+
+
+def _write(file: Path, new: Sequence[Row]) -> None:
+    """Replace and add rows of a file, with the keys that say something."""
+    rows = merged(read_rows(file) if file.exists() else [], new)
+    told = ROWS.dump_python(rows, mode="json", exclude_none=True)
+    told = [{key: value for key, value in row.items() if value != ""} for row in told]
+    write_text(file, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    print(f"{file}: {len(rows)} rows")
 
 
 def fill(pages: Sequence[Path], check_only: bool) -> int:
@@ -201,19 +231,24 @@ def main() -> int:
     commands = parser.add_subparsers(dest="does", required=True)
     for name in ("fill", "check"):
         commands.add_parser(name).add_argument("pages", nargs="*", type=Path, metavar="PAGE")
-    adding = commands.add_parser("add")
-    adding.add_argument("file", type=Path, metavar="FILE.json")
+    facts = argparse.ArgumentParser(add_help=False)
+    facts.add_argument("file", type=Path, metavar="FILE.json")
+    facts.add_argument("--model", required=True)
+    facts.add_argument("--text", action="append", default=[], metavar="LABEL=NAME")
+    facts.add_argument("--hardware")
+    facts.add_argument("--date", default=datetime.date.today().isoformat())
+    adding = commands.add_parser("add", parents=[facts])
     adding.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
-    adding.add_argument("--model", required=True)
     adding.add_argument("--command", required=True)
     adding.add_argument("--scheme")
-    adding.add_argument("--text", action="append", default=[], metavar="LABEL=NAME")
-    adding.add_argument("--hardware")
-    adding.add_argument("--date", default=datetime.date.today().isoformat())
+    adding.set_defaults(run=add)
+    adding = commands.add_parser("add-sweep", parents=[facts])
+    adding.add_argument("table", type=Path, metavar="OUTPUT_DIR/TAG-table")
+    adding.set_defaults(run=add_sweep)
     arguments = parser.parse_args()
     try:
-        if arguments.does == "add":
-            add(arguments)
+        if "run" in arguments:
+            arguments.run(arguments)
             return 0
         pages = arguments.pages or [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
         return fill(pages, arguments.does == "check")

@@ -13,10 +13,12 @@ from result_rows import Row
 from row_picture import draw, drawn_from, family, fingerprint
 
 from lqer.errors import DataError
-from lqer.report.families import FEEDBACK, LATTICE, OTHER
+from lqer.report.families import FEEDBACK, LATTICE, LOW_RANK, OTHER
 
 ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 COMMAND = re.compile(r"python experiments/row_picture\.py [^\n`]+")
+COMMANDS = [command for page in PAGES for command in COMMAND.findall(page.read_text())]
 
 
 def row(scheme: str, bits: float, perplexity: float, by: str = "ours", model: str = "Some-1B") -> Row:
@@ -35,22 +37,35 @@ ROWS = [
 
 def test_the_picture_holds_a_hash_of_what_it_was_drawn_from(tmp_path):
     path = tmp_path / "figures/picture.png"
-    draw(path, ROWS, "wiki")
+    draw(path, ROWS, ["wiki"])
     assert path.stat().st_size > 10_000
-    assert drawn_from(path) == fingerprint(ROWS, "wiki")
-    assert fingerprint(ROWS, "wiki") != fingerprint(ROWS[:-1], "wiki")
+    assert drawn_from(path) == fingerprint(ROWS, ["wiki"])
+    assert fingerprint(ROWS, ["wiki"]) != fingerprint(ROWS[:-1], ["wiki"])
 
 
 def test_a_text_that_no_row_has_is_refused(tmp_path):
     with pytest.raises(DataError, match="no row has a perplexity on c4"):
-        draw(tmp_path / "picture.png", ROWS, "c4")
+        draw(tmp_path / "picture.png", ROWS, ["c4"])
 
 
 def test_colours_are_those_of_families():
     assert [family(one) for one in ROWS[1:4]] == [LATTICE, FEEDBACK, OTHER]
+    assert family(ROWS[1].model_copy(update={"family": LOW_RANK.name})) is LOW_RANK
 
 
-def test_the_picture_of_the_readme_is_drawn_from_the_files_of_its_command():
-    (command,) = COMMAND.findall((ROOT / "README.md").read_text())
+def test_rows_that_round_activations_are_left_out(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr("row_picture._panel", lambda axis, rows, text, names: drawn.append((text, len(rows))))
+    rounded = ROWS[1].model_copy(update={"activations": "x8"})
+    draw(tmp_path / "picture.png", [ROWS[0], rounded, *ROWS[2:4]], ["wiki"])
+    assert drawn == [("wiki", 3)]
+
+
+def test_the_pages_show_pictures():
+    assert len(COMMANDS) >= 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_picture_of_a_page_is_drawn_from_the_files_of_its_command(command):
     done = subprocess.run([sys.executable, *shlex.split(command)[1:], "--check"], cwd=ROOT, check=False)
     assert done.returncode == 0, f"drawn from other rows; draw it anew: {command}"

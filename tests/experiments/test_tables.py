@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from report_runs import quantize_table, run_results
 from result_rows import Row, merged, read_rows
 from tables import filled, front, markdown
 
 from lqer.errors import LqerError
+from lqer.report.sweep import SweepRecord
+from lqer.store.files import content_hash
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -38,7 +43,7 @@ def tables(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    (tmp_path / "rows.json").write_text(json.dumps([one.model_dump(mode="json") for one in ROWS]))
+    (tmp_path / "rows.json").write_text(json.dumps([one.model_dump(mode="json") for one in ROWS], indent=1))
     path = tmp_path / "page.md"
     path.write_text("Before.\n<!-- table rows.json columns=scheme,bits -->\nstale\n<!-- end of table -->\nAfter.\n")
     return path
@@ -53,7 +58,7 @@ def test_a_page_shows_what_its_files_say(page):
 def test_every_row_of_a_file_can_be_repeated(path):
     rows = read_rows(path)
     assert len({(one.model, one.scheme) for one in rows}) == len(rows)
-    assert all("experiments/" in one.command or "sweeps/" in one.command for one in rows)
+    assert all(re.search(r"experiments/|sweeps/|lqer sweep ", one.command) for one in rows)
 
 
 def test_a_table_has_a_column_for_each_text_and_bold_values_on_the_front():
@@ -92,15 +97,28 @@ def test_only_the_marked_region_of_a_page_changes(page):
     text = page.read_text()
     assert text.startswith("Before.\n<!-- table rows.json columns=scheme,bits -->\n")
     assert text.endswith("<!-- end of table -->\nAfter.\n")
-    assert "| three | 3.100 |" in text
+    assert "| [three](rows.json#L" in text
     assert "stale" not in text
     assert tables("check", page).returncode == 0
 
 
 def test_rows_are_picked_by_patterns_and_sorted_by_bits(page):
     page.write_text('<!-- table rows.json columns=scheme scheme="t*" by=ours sort=bits -->\n<!-- end of table -->\n')
-    lines = [line for line in filled(page).splitlines() if line.startswith("| t")]
-    assert lines == ["| three |", "| two |"]
+    lines = [line for line in filled(page).splitlines() if line.startswith("| [t")]
+    assert [line.partition("]")[0] for line in lines] == ["| [three", "| [two"]
+
+
+def test_a_scheme_links_to_the_command_of_its_row(page):
+    number = int(re.search(r"\[three\]\(rows\.json#L(\d+)\)", filled(page))[1])
+    lines = page.with_name("rows.json").read_text().splitlines()
+    assert lines[number - 1].strip() == '"command": "run it",'
+    assert '"three"' in "".join(lines[number - 12 : number])
+
+
+def test_a_file_with_rows_on_one_line_is_refused(page):
+    page.with_name("rows.json").write_text(json.dumps([one.model_dump(mode="json") for one in ROWS]))
+    with pytest.raises(LqerError, match="its command on a line of its own"):
+        filled(page)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +196,43 @@ def test_rows_are_added_from_runs_and_from_peers(tmp_path):
     assert (ours.minutes, theirs.minutes) == (1.5, None)
     assert ours.hardware == "NVIDIA H100, torch 2.11.0"
     assert (theirs.by, theirs.scheme, theirs.kl) == ("peer", "hqq 0.2.8 int2 g64", {"Wiki": 0.5})
+
+
+def test_a_sweep_gives_a_row_for_each_finished_run(tmp_path):
+    rounded = run_results("big-rounded", 3.25, {"a.txt": 8.0})
+    plain = run_results("big-plain", 4.0, {"a.txt": 7.0}, quantize=quantize_table("none", "int3", 0, activation="none"))
+    runs = {}
+    for results in (rounded, plain):
+        results |= {key: results[key] | RUN[key] for key in ("seconds", "versions")}
+        (tmp_path / results["tag"]).mkdir()
+        (tmp_path / results["tag"] / "results.json").write_text(json.dumps(results))
+        facts = {"tag": results["tag"], "extends": [], "scheme": {}, "config": content_hash(results["config"])}
+        runs[results["tag"].removeprefix("big-")] = facts
+    runs["missing"] = {"tag": "big-missing", "extends": [], "scheme": {}, "config": ""}
+    record = SweepRecord("atlas", "some.toml", "big", "lqer sweep atlas some.toml big", runs)
+    (tmp_path / "big-table").mkdir()
+    (tmp_path / "big-table/sweep.json").write_text(json.dumps(asdict(record)))
+    data = tmp_path / "data.json"
+    done = tables("add-sweep", data, tmp_path / "big-table", "--model", "Some-1B", "--text", "a.txt=Wiki")
+    assert done.returncode == 0, done.stderr
+    original, *rows = read_rows(data)
+    assert (original.by, original.perplexity) == ("original", {"Wiki": 5.0})
+    assert [(one.scheme, one.bits, one.activations, one.perplexity["Wiki"]) for one in rows] == [
+        ("rounded", 3.25, "x8", 8.0),
+        ("plain", 4.0, "", 7.0),
+    ]
+    assert rows[0].command == "lqer sweep atlas some.toml big --only rounded"
+    assert (rows[0].family, rows[1].family) == ("low-rank factors", "round to nearest")
+    page = tmp_path / "page.md"
+    page.write_text('<!-- table data.json columns=scheme activations="" -->\n<!-- end of table -->\n')
+    assert "plain" in filled(page)
+    assert "rounded" not in filled(page)
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path):
+    done = tables("add-sweep", tmp_path / "data.json", tmp_path, "--model", "M")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "sweep.json" in done.stderr
 
 
 def test_what_is_no_result_is_refused_by_name(tmp_path):
