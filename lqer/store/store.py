@@ -113,7 +113,11 @@ class Store:
 
     def find(self, stage: str, key: Any) -> Artifact | None:
         """The artifact, if it is finished. Raises StoreError if its manifest is missing or damaged."""
-        path = self.path(stage, key)
+        return self.named(self.name_of(stage, key))
+
+    def named(self, name: str) -> Artifact | None:
+        """The same by the name of its folder."""
+        path = self.root / name
         if not path.exists():
             return None
         artifact = Artifact(path)
@@ -130,13 +134,13 @@ class Store:
         an interrupted or finished build are damaged.
         """
         path = self.path(stage, key)
-        with self._locked(path):
+        with self.locked(path):
             artifact = self.find(stage, key)
             if artifact is None:
-                workspace = Workspace(partial_path(path))
+                workspace = self._workspace(path)
                 make(workspace)
                 workspace.finish(path, key)
-                artifact = Artifact(path)
+                artifact = self._finished(path)
             return artifact
 
     def contribute(
@@ -153,13 +157,13 @@ class Store:
         artifact is returned; else None. Raises StoreError as `obtain` does.
         """
         path = self.path(stage, key)
-        with self._locked(path) as lock:
+        with self.locked(path) as lock:
             artifact = self.find(stage, key)
             if artifact is not None:
                 return artifact
-            workspace = Workspace(partial_path(path), lock, lambda: self.find(stage, key) is not None)
+            workspace = self._workspace(path, lock)
         write_part(workspace)
-        with self._locked(path, lock):
+        with self.locked(path, lock):
             artifact = self.find(stage, key)
             if artifact is not None:
                 return artifact
@@ -168,10 +172,19 @@ class Store:
                 return None
             finish(workspace)
             workspace.finish(path, key)
-            return Artifact(path)
+            return self._finished(path)
+
+    def _finished(self, path: Path) -> Artifact:
+        """The artifact at `path`, which is there."""
+        return Artifact(path)
+
+    def _workspace(self, path: Path, lock: BaseFileLock | None = None) -> Workspace:
+        """Where the artifact at `path` is built; with its lock, alongside other processes."""
+        return Workspace(partial_path(path), lock, lambda: lock is not None and self.named(path.name) is not None)
 
     @contextmanager
-    def _locked(self, path: Path, lock: BaseFileLock | None = None) -> Iterator[BaseFileLock]:
+    def locked(self, path: Path, lock: BaseFileLock | None = None) -> Iterator[BaseFileLock]:
+        """Hold the lock of the artifact at `path`, released at the end and given to whoever enters files into it."""
         self.root.mkdir(parents=True, exist_ok=True)
         lock = lock or FileLock(path.with_name(f".{path.name}.lock"))
         patience = 0.0

@@ -48,8 +48,7 @@ class Workspace:
         # Files that the writer has been given.
         self._coming: set[str] = set()
         self._read_journal()
-        for name, recorded in self._files.items():
-            check_file(path / name, recorded, path)
+        self._check_files()
 
     @contextmanager
     def writing_behind(self, most_waiting: int) -> Iterator[None]:
@@ -88,11 +87,11 @@ class Workspace:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         self.flush()
-        return load_file(self.path / name)
+        return load_file(self._file(name))
 
     def json(self, name: str) -> Any:
         self.flush()
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        return json.loads(self._file(name).read_text(encoding="utf-8"))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors of any device as safetensors, sorted by name, so that equal tensors give equal bytes.
@@ -171,6 +170,15 @@ class Workspace:
         # After the rename, so that a kill before it can still resume.
         (destination / JOURNAL).unlink(missing_ok=True)
 
+    def _file(self, name: str) -> Path:
+        """Where a file that is written can be read."""
+        return self.path / name
+
+    def _check_files(self) -> None:
+        """Compare what an earlier build has left with its journal. Raises StoreError."""
+        for name, recorded in self._files.items():
+            check_file(self.path / name, recorded, self.path)
+
     def _read_journal(self) -> None:
         if (self.path / JOURNAL).exists():
             journal = read_record(self.path / JOURNAL, {"files": dict, "seconds": (int, float)})
@@ -182,9 +190,13 @@ class Workspace:
 
     def _spend(self) -> None:
         """Add the time since the last file to the build time of all processes."""
+        self._seconds += self._spent()
+
+    def _spent(self) -> float:
+        """Seconds since this was last asked."""
         now = time.monotonic()
-        self._seconds += now - self._since
-        self._since = now
+        spent, self._since = now - self._since, now
+        return spent
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
