@@ -187,7 +187,7 @@ def _sweep(arguments: Sequence[str]) -> int:
     load_plugins(plugins)
     path, config, tag = words
     plan = plan_sweep(path, config, tag, overrides)
-    from lqer.report.sweep import record_of
+    from lqer.report.sweep import TABLE_FOLDER, record_of
     from lqer.run.sweep import InAProcess, conclude, run_sweep
 
     record, output_dir = record_of(plan, config, tag, overrides), plan.output_dir
@@ -195,7 +195,7 @@ def _sweep(arguments: Sequence[str]) -> int:
     if (cluster := chosen.runs[0].config.cluster) is not None:
         from lqer.run.cluster import sweep_on_cluster
 
-        outcome = sweep_on_cluster(chosen, cluster, plugins)
+        outcome = sweep_on_cluster(chosen, cluster, output_dir / TABLE_FOLDER.format(tag=tag), plugins)
     else:
         outcome = run_sweep(chosen, InAProcess(plugins))
     conclude(record, output_dir, outcome, print)

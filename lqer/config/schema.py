@@ -330,6 +330,9 @@ class TrackingConfig(Section):
     project: str = "lqer"
 
 
+LOCAL = "local"
+
+
 class ClusterConfig(Section):
     """Where the jobs of a run or a sweep are done: never a part of what they make."""
 
@@ -338,8 +341,16 @@ class ClusterConfig(Section):
     # Of a worker; a fraction shares a card. Without GPUs in the cluster, a worker has CPUs alone.
     gpus_per_job: Annotated[float, Field(gt=0)] = 1
     cpus_per_job: Positive = 4
+    # "shared": output_dir is one folder that all nodes see. "driver": only the process that was started sees it, files
+    # travel. Absent: "shared" on this machine alone, else "driver".
+    store: Literal["driver", "shared"] | None = None
     # How often a job is done again whose worker was lost.
     retries: Annotated[int, Field(ge=0)] = 3
+
+    @property
+    def shares_folder(self) -> bool:
+        """Whether workers see output_dir."""
+        return self.store == "shared" or (self.store is None and self.address == LOCAL)
 
 
 class Config(Section):

@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from lqer.errors import ConfigError
 from lqer.evaluation import harness
+from lqer.evaluation.requests import Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,6 +79,7 @@ def evaluate_tasks(
     data_dir: Path | None,
     seed: int,
     trust_code: bool = False,
+    scores: Scores | None = None,
 ) -> list[TaskResult]:
     """Every numeric metric of every task; of a group, those of its tasks and its aggregates.
 
@@ -88,6 +90,7 @@ def evaluate_tasks(
     data_dir        the folder to which paths in local YAMLs are relative
     seed            of the few-shot examples and of all sampling in tasks; sets the global generators
     trust_code      whether local tasks may run Python code of their folder
+    scores          of requests that are scored already, and which to score: see `harness.evaluate`
 
     Raises ConfigError as `check_tasks` does, and DataError if a dataset cannot be loaded.
     """
@@ -96,7 +99,9 @@ def evaluate_tasks(
     loaded = harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks, trust_code)
     for task in loaded["tasks"].values():
         harness.set_shots(task, num_fewshot, seed)
-    results = harness.evaluate(model, tokenizer, loaded, limit=limit, batch_size=batch_size, max_length=max_length)
+    results = harness.evaluate(
+        model, tokenizer, loaded, limit=limit, batch_size=batch_size, max_length=max_length, scores=scores or Scores()
+    )
     return [
         TaskResult(
             task=task,

@@ -29,6 +29,7 @@ import torch
 
 from lqer.errors import ConfigError, DataError, HubTextError
 from lqer.evaluation.progress import progress_bar
+from lqer.evaluation.requests import Request, Score, Scores, request_units, unit_name
 from lqer.evaluation.task_code import LOCAL_LOADER, sandbox_templates, trusted_code_alone
 
 if TYPE_CHECKING:
@@ -182,18 +183,23 @@ def evaluate(
     limit: int | None,
     batch_size: int,
     max_length: int,
+    scores: Scores,
 ) -> EvalResults:
-    """The library's results of loaded tasks. Its `simple_evaluate` would take seconds to inspect the environment."""
+    """The library's results of loaded tasks. Its `simple_evaluate` would take seconds to inspect the environment.
+
+    scores: of requests that have been scored elsewhere; takes in those of the others. Where it has a share, nothing but
+    that share is scored, and the results mean nothing.
+    """
     import lm_eval
 
     # Otherwise the bootstrap forks this process, with its tokenizer threads and its device, once per core.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with _quiet():
         results = lm_eval.evaluate(
-            lm=_adapter(model, tokenizer, batch_size, max_length),
+            lm=_adapter(model, tokenizer, batch_size, max_length, scores),
             task_dict=loaded,
             limit=limit,
-            bootstrap_iters=BOOTSTRAP_RESAMPLES,
+            bootstrap_iters=BOOTSTRAP_RESAMPLES if scores.share is None else 0,
             log_samples=False,
         )
     assert results is not None, "the adapter is of rank 0, for which the library returns results"
@@ -222,7 +228,7 @@ def score_documents(
                 "metric_list": [{"metric": "word_perplexity"}],
             }
         )
-        adapter = _adapter(model, tokenizer, batch_size, seq_len)
+        adapter = _adapter(model, tokenizer, batch_size, seq_len, Scores())
         set_shots(task, None, seed=0)
         task.build_all_requests()
         log_likelihoods = adapter.loglikelihood_rolling(task.instances)
@@ -246,7 +252,9 @@ def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int) -> HFLM:
+def _adapter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int, scores: Scores
+) -> HFLM:
     """The model behind the library's interface, with log-probabilities in float32 for every dtype of the model.
 
     In bfloat16, the library's default for a bfloat16 model, log-probabilities of answers would tie at steps of 1/16.
@@ -254,24 +262,46 @@ def _adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_s
     from lm_eval.models.huggingface import HFLM
 
     class Adapter(HFLM):
-        """Shows one progress bar per perplexity task instead of one per batch."""
+        """Scores requests in units, under one progress bar per task list instead of one per batch."""
+
+        # Lists of requests that have been scored.
+        calls = 0
 
         @functools.cached_property
         def config(self) -> PretrainedConfig:
             return without_quantization(self._config)
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+            if scores.share is not None:
+                return [0.0] * len(requests)
             with progress_bar(not disable_tqdm)(desc="perplexity", unit="window") as self.rolling_bar:
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
+        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+            if scores.share is not None:
+                return [""] * len(requests)
+            return super().generate_until(requests, disable_tqdm)
+
         def _loglikelihood_tokens(
-            self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> list[tuple[float, bool]]:
-            rolling = override_bs is not None
-            scored = super()._loglikelihood_tokens(requests, disable_tqdm or rolling, override_bs)
-            if rolling:
+            self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[Score]:
+            if override_bs is not None:
+                # Windows of a document.
+                scored = super()._loglikelihood_tokens(requests, True, override_bs)
                 self.rolling_bar.update(len(scored))
-            return scored
+                return scored
+            answers: list[Score] = [(0.0, False)] * len(requests)
+            with progress_bar(not disable_tqdm)(total=len(requests), desc="tasks", unit="request") as bar:
+                for unit, places in enumerate(request_units(requests, batch_size)):
+                    name = unit_name(self.calls, unit)
+                    if scores.wants(name, unit):
+                        of_unit = [requests[place] for place in places]
+                        scores.found[name] = super()._loglikelihood_tokens(of_unit, disable_tqdm=True)
+                    for place, answer in zip(places, scores.found.get(name, ())):
+                        answers[place] = answer
+                    bar.update(len(places))
+            self.calls += 1
+            return answers
 
     # A copy, because the library sets a padding token; without a length limit, because documents longer than the
     # model's context are cut into windows before they reach the model.

@@ -16,7 +16,7 @@ Shapes: W windows, B windows of one batch, T tokens of a window, V vocabulary, R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,8 +73,12 @@ def concat_perplexity(
     model: PreTrainedModel | OpenedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
 ) -> PerplexityResult:
     """The exponential of the mean over all predicted tokens, independent of `batch_size` up to rounding."""
-    nll_W = _window_nlls(model, windows_WT, batch_size, progress)
-    return _result("concat", nll_W.mean(), windows_WT)
+    return concat_result(window_nlls(model, windows_WT.split(batch_size), progress), windows_WT)
+
+
+def concat_result(nlls: Sequence[Tensor], windows_WT: Tensor) -> PerplexityResult:
+    """The same from the losses of all batches, as `window_nlls` gives them."""
+    return _result("concat", torch.cat([*nlls]).mean(), windows_WT)
 
 
 def row_batch_perplexity(
@@ -85,8 +89,12 @@ def row_batch_perplexity(
     A smaller last batch has the weight of a full one, so the result depends on `batch_size` unless it divides the
     number of windows.
     """
-    nll_W = _window_nlls(model, windows_WT, batch_size, progress)
-    return _result("row-batches", torch.stack([nll_B.mean() for nll_B in nll_W.split(batch_size)]).mean(), windows_WT)
+    return row_batch_result(window_nlls(model, windows_WT.split(batch_size), progress), windows_WT)
+
+
+def row_batch_result(nlls: Sequence[Tensor], windows_WT: Tensor) -> PerplexityResult:
+    """The same from the losses of all batches, as `window_nlls` gives them."""
+    return _result("row-batches", torch.stack([nll_B.mean() for nll_B in nlls]).mean(), windows_WT)
 
 
 def lm_eval_perplexity(
@@ -104,13 +112,13 @@ def lm_eval_perplexity(
 
 class WindowedProtocol(NamedTuple):
     windows: Callable[[PreTrainedTokenizerBase, Iterable[str], str, int], Tensor]
-    perplexity: Callable[[PreTrainedModel | OpenedModel, Tensor, int, bool], PerplexityResult]
+    result: Callable[[Sequence[Tensor], Tensor], PerplexityResult]
 
 
 # Without lm-eval, which takes documents, not windows.
 WINDOWED_PROTOCOLS = {
-    "concat": WindowedProtocol(concat_windows, concat_perplexity),
-    "row-batches": WindowedProtocol(row_batch_windows, row_batch_perplexity),
+    "concat": WindowedProtocol(concat_windows, concat_result),
+    "row-batches": WindowedProtocol(row_batch_windows, row_batch_result),
 }
 
 
@@ -132,19 +140,16 @@ def _cut(tokens: list[int], seq_len: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _window_nlls(
-    model: PreTrainedModel | OpenedModel, windows_WT: Tensor, batch_size: int, progress: bool
-) -> Tensor:  # fmt: skip
-    """nll_W float64 on the CPU: the mean negative log-likelihood in nats of each window's T - 1 predicted tokens.
+def window_nlls(model: PreTrainedModel | OpenedModel, windows: Sequence[Tensor], progress: bool = True) -> list[Tensor]:
+    """Of each batch of windows (B, T), nll_B float64 on the CPU: in nats, the mean of a window's T - 1 predictions.
 
-    Sets the model to eval mode. The progress bar synchronizes with the device once per batch to print the running
-    perplexity; without it nothing waits until the end.
+    A batch's losses do not depend on the other batches. Sets the model to eval mode. The progress bar synchronizes with
+    the device once per batch to print the running perplexity; without it nothing waits until the end.
     """
-    windows = windows_WT.split(batch_size)
     logits_of = window_logits(model, windows, "perplexity", progress)
     batches = []
     running_nll = torch.zeros((), dtype=torch.float64)
-    with progress_bar(progress)(total=len(windows_WT), desc="perplexity", unit="window") as bar:
+    with progress_bar(progress)(total=sum(map(len, windows)), desc="perplexity", unit="window") as bar:
         for batch, windows_BT in enumerate(windows):
             nll_B = _batch_nlls(logits_of, batch, windows_BT)
             batches.append(nll_B)
@@ -152,7 +157,7 @@ def _window_nlls(
                 running_nll += nll_B.sum().cpu()
                 bar.update(len(nll_B))
                 bar.set_postfix(ppl=f"{(running_nll / bar.n).exp().item():.4f}")
-    return torch.cat(batches).cpu()
+    return [nll_B.cpu() for nll_B in batches]
 
 
 def _batch_nlls(logits_of: Callable[[int], Tensor], batch: int, tokens_BT: Tensor) -> Tensor:

@@ -9,19 +9,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from lqer.stages.base import Stage
 from lqer.store.store import Store
 
 
+class Loaded(Protocol):
+    """A model in memory."""
+
+    def release(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a bar shows of a job: jobs of one title have one bar, on which this one is `amount` units."""
+
+    title: str
+    unit: str = "job"
+    amount: int = 1
+
+
 @dataclass(frozen=True)
 class Job:
-    """produces: the stages whose artifacts it makes, or makes parts of. needs: names of the jobs that come before."""
+    """produces: the stages whose artifacts it makes, or makes parts of. needs: names of the jobs that come before.
+
+    seconds: about how long it takes, beside the others. model: what it leaves in memory for a job of the same model,
+    if the process goes on to another one. at_home: it needs the folder of the run, not only the store.
+    """
 
     name: str
     produces: tuple[Stage, ...]
     needs: tuple[str, ...]
     work: Callable[[Store], object]
+    seconds: float = 1.0
+    progress: Progress = Progress("jobs")
+    model: Loaded | None = None
+    at_home: bool = False
 
     def is_done(self, store: Store) -> bool:
         """Raises StoreError for an artifact whose manifest is damaged."""
@@ -31,8 +55,9 @@ class Job:
 class Schedule:
     """Which jobs can start, as others finish or fail. Jobs of equal name are one.
 
-    A job that more others wait for, directly or not, comes first; jobs of equal weight in the order given. With
-    `stops_at_failure` none starts after one has failed.
+    The job comes first from whose start to the end of all jobs that wait for it, directly or not, it is longest: so the
+    workers end together. Jobs for which that is equal come in the order given. With `stops_at_failure` none starts
+    after one has failed.
     """
 
     def __init__(self, jobs: Iterable[Job], done: Iterable[str] = (), stops_at_failure: bool = False):
@@ -43,7 +68,7 @@ class Schedule:
         self.failed: dict[str, str] = {}
         self.stops_at_failure = stops_at_failure
         self._started: set[str] = set()
-        self._weight = _weights(self.jobs)
+        self._seconds_left = _seconds_left(self.jobs)
 
     def ready(self) -> list[str]:
         """The jobs that can start now, the first one first."""
@@ -54,7 +79,7 @@ class Schedule:
             for name, job in self.jobs.items()
             if name not in self._started | self.done and name not in self.failed and self.done.issuperset(job.needs)
         ]
-        return sorted(found, key=lambda name: -self._weight[name])
+        return sorted(found, key=lambda name: -self._seconds_left[name])
 
     def start(self, name: str) -> None:
         self._started.add(name)
@@ -80,11 +105,11 @@ class Schedule:
         return not self._started and not self.ready()
 
 
-def _weights(jobs: dict[str, Job]) -> dict[str, int]:
-    """Of each job, how many others wait for it."""
-    waiting: dict[str, set[str]] = {name: set() for name in jobs}
+def _seconds_left(jobs: dict[str, Job]) -> dict[str, float]:
+    """Of each job, its own seconds and those of the longest chain of jobs that wait for it."""
+    after: dict[str, float] = dict.fromkeys(jobs, 0.0)
     # A job stands after those it needs.
     for name in reversed(jobs):
         for need in jobs[name].needs:
-            waiting[need] |= {name} | waiting[name]
-    return {name: len(others) for name, others in waiting.items()}
+            after[need] = max(after[need], after[name] + jobs[name].seconds)
+    return {name: job.seconds + after[name] for name, job in jobs.items()}

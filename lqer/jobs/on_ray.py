@@ -1,9 +1,10 @@
 """Works through a schedule on the workers of a Ray cluster. The only file that imports ray, and only when it is called.
 
 A worker is told the name of a job and a text that says what the job belongs to; it answers with one line if the job
-failed. Nothing else travels: workers read the model and write artifacts themselves, in a folder that all nodes share.
-A worker keeps what it has imported and read for the next job. If it is lost, its job is done again by another, up to
-`retries` times; a job that failed is not.
+failed. Workers read the model themselves. Where all nodes share a folder, they write artifacts there and nothing else
+travels; where they do not, files go to a keeper on the node of the process that was started, and come from it. A worker
+keeps what it has imported and read for the next job. If it is lost, its job is done again by another, up to `retries`
+times; a job that failed is not.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-from tqdm import tqdm
-
-from lqer.config.schema import ClusterConfig
+from lqer.config.schema import LOCAL, ClusterConfig
 from lqer.errors import ConfigError
-from lqer.jobs.graph import Schedule
+from lqer.jobs.graph import Job, Loaded, Schedule
+from lqer.jobs.progress import Bars, shown
+from lqer.store.keeper import Keeper
 
 log = logging.getLogger(__name__)
 
-LOCAL = "local"
-# Only texts travel through Ray's own store.
+# Of a cluster that is started for one run on one machine: files travel through it only where someone asks for that.
 LOCAL_STORE_BYTES = 100_000_000
+# Files that workers read and write at the same time.
+KEEPER_THREADS = 8
+# How often it is looked whether nodes have come or gone.
+SECONDS_BETWEEN_LOOKS = 2.0
 
 
 class Answer(NamedTuple):
@@ -36,31 +42,71 @@ class Answer(NamedTuple):
     log: list[str]
 
 
-# Does a job in a worker: (name, text) -> its answer. A function of a module, since Ray sends it by its name.
-Perform = Callable[[str, str], Answer]
+class Done(NamedTuple):
+    """node: as Ray calls it. where: the host and the process, for the log."""
+
+    answer: Answer
+    node: str
+    where: str
+    seconds: float
+
+
+# Does a job in a worker: (name, text, the keeper where no folder is shared) -> its answer. A function of a module,
+# since Ray sends it by its name.
+Perform = Callable[[str, str, Keeper | None], Answer]
 
 
 class Worker:
-    """In a process of its own, with the GPUs that Ray gives it."""
+    """In a process of its own, with the GPUs that Ray gives it. keeper: the actor, where no folder is shared."""
 
-    def __init__(self, perform: Perform):
+    def __init__(self, perform: Perform, keeper: Any = None):
+        import ray
+
+        self._node = ray.get_runtime_context().get_node_id()
         self._perform = perform
+        self._keeper = None if keeper is None else cast(Keeper, _KeptElsewhere(keeper))
 
-    def work(self, name: str, text: str) -> tuple[Answer, str, float]:
-        """The answer, the node and the seconds."""
+    def work(self, name: str, text: str) -> Done:
         started = time.monotonic()
-        answer = self._perform(name, text)
-        return answer, platform.node(), time.monotonic() - started
+        answer = self._perform(name, text, self._keeper)
+        return Done(answer, self._node, f"{platform.node()}/{os.getpid()}", time.monotonic() - started)
 
 
-def run_on_ray(schedule: Schedule, texts: Mapping[str, str], perform: Perform, cluster: ClusterConfig) -> None:
+class _KeptElsewhere:
+    """A keeper in another process: its methods, and what they raise."""
+
+    def __init__(self, actor: Any):
+        import ray
+
+        self._ray, self._actor = ray, actor
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            try:
+                return self._ray.get(getattr(self._actor, method).remote(*arguments))
+            except self._ray.exceptions.RayTaskError as error:
+                # As it was raised there: Ray's own has the whole traceback as its text.
+                raise error.cause from None
+
+        return call
+
+
+def run_on_ray(
+    schedule: Schedule,
+    texts: Mapping[str, str],
+    perform: Perform,
+    cluster: ClusterConfig,
+    kept: Path | None = None,
+) -> None:
     """Do the jobs of `schedule`. texts: what a worker is told of each job, by name.
 
-    Raises ConfigError if Ray is not installed or there is no such cluster. A KeyboardInterrupt ends all workers.
+    kept: the folder of the store, if only the machine of this process sees it. Raises ConfigError if Ray is not
+    installed or there is no such cluster. A KeyboardInterrupt ends all workers.
     """
     ray = _connected(cluster)
     try:
-        _work_through(ray, schedule, texts, perform, cluster)
+        with shown(schedule) as bars:
+            _Workers(ray, schedule, texts, perform, cluster, kept).work_through(bars)
     finally:
         ray.shutdown()
 
@@ -92,42 +138,129 @@ def _connected(cluster: ClusterConfig) -> Any:
     return ray
 
 
-def _work_through(
-    ray: Any, schedule: Schedule, texts: Mapping[str, str], perform: Perform, cluster: ClusterConfig
-) -> None:
-    share = _share(ray, cluster)
-    most = _workers(ray, share)
-    log.info("%d jobs on up to %d workers of %s", len(schedule.jobs) - len(schedule.done), most, _shown(share))
-    idle: list[Any] = []
-    busy: dict[Any, tuple[str, Any]] = {}
-    lost: Counter[str] = Counter()
-    with tqdm(total=len(schedule.jobs), initial=len(schedule.done), desc="jobs", unit="job") as bar:
-        while not schedule.is_over:
-            for name in schedule.ready()[: most - len(busy)]:
-                worker = idle.pop() if idle else ray.remote(Worker).options(**share).remote(perform)
-                schedule.start(name)
-                busy[worker.work.remote(name, texts[name])] = name, worker
-            ended, _ = ray.wait(list(busy), num_returns=1)
+class _Idle(NamedTuple):
+    """A worker on a node, with the model that it has in memory."""
+
+    worker: Any
+    node: str
+    model: Loaded | None
+
+
+@dataclass
+class _Pool:
+    """Workers of one kind. options: what Ray reserves for one, and where. most: how many there is room for."""
+
+    options: dict[str, Any]
+    keeper: Any
+    most: int
+    idle: list[_Idle] = field(default_factory=list)
+    busy: int = 0
+
+    def take(self, model: Loaded | None) -> Any:
+        """An idle worker, one that has this model in memory if there is one; None if none is idle."""
+        if not self.idle:
+            return None
+        fitting = (place for place, one in enumerate(self.idle) if one.model is model)
+        return self.idle.pop(next(fitting, -1)).worker
+
+
+class _Workers:
+    """Hands out the jobs of a schedule and takes in the answers."""
+
+    def __init__(
+        self,
+        ray: Any,
+        schedule: Schedule,
+        texts: Mapping[str, str],
+        perform: Perform,
+        cluster: ClusterConfig,
+        kept: Path | None,
+    ):
+        self._ray, self._schedule, self._texts, self._perform = ray, schedule, texts, perform
+        self._retries = cluster.retries
+        self._share = _share(ray, cluster)
+        keeper = None if kept is None else self._at_home(Keeper, KEEPER_THREADS).remote(kept)
+        self._away = _Pool(dict(self._share), keeper, 0)
+        # Without a keeper every worker has the folder.
+        self._home = self._away if kept is None else _Pool({"num_cpus": 0, **self._here()}, None, 1)
+        self._busy: dict[Any, tuple[Job, Any, _Pool]] = {}
+        self._lost: Counter[str] = Counter()
+        self._look()
+
+    def work_through(self, bars: Bars) -> None:
+        left = len(self._schedule.jobs) - len(self._schedule.done)
+        log.info("%d jobs on up to %d workers of %s", left, self._away.most, _shown(self._share))
+        while not self._schedule.is_over:
+            self._hand_out()
+            if not self._busy:
+                self._give_up(bars)
+                continue
+            ended, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
             for reference in ended:
-                name, worker = busy.pop(reference)
-                try:
-                    answer, node, seconds = ray.get(reference)
-                except ray.exceptions.RayActorError:
-                    lost[name] += 1
-                    _after_loss(schedule, name, lost[name], cluster.retries)
-                    continue
-                idle.append(worker)
-                for line in answer.log:
-                    log.info("%s: %s", node, line)
-                if answer.problem is None:
-                    schedule.finish(name)
-                    log.info("%s: %s in %.1f s", node, name, seconds)
-                else:
-                    schedule.fail(name, answer.problem)
-            bar.update(len(schedule.done) + len(schedule.failed) - bar.n)
+                self._take_in(reference, bars)
+        # Unlike the end of the connection, this lets a worker remove what it has left on its node.
+        self._ray.wait([one.worker.__ray_terminate__.remote() for one in self._away.idle] or [self._ray.put(None)])
+
+    def _hand_out(self) -> None:
+        self._look()
+        for name in self._schedule.ready():
+            job = self._schedule.jobs[name]
+            pool = self._home if job.at_home else self._away
+            if pool.busy >= pool.most:
+                continue
+            worker = pool.take(job.model)
+            if worker is None:
+                worker = self._ray.remote(Worker).options(**pool.options).remote(self._perform, pool.keeper)
+            self._schedule.start(name)
+            pool.busy += 1
+            self._busy[worker.work.remote(name, self._texts[name])] = job, worker, pool
+
+    def _take_in(self, reference: Any, bars: Bars) -> None:
+        job, worker, pool = self._busy.pop(reference)
+        pool.busy -= 1
+        try:
+            answer, node, where, seconds = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError:
+            self._lost[job.name] += 1
+            after_loss(self._schedule, job.name, self._lost[job.name], self._retries)
+            if job.name in self._schedule.failed:
+                bars.advance(job.progress)
+            return
+        pool.idle.append(_Idle(worker, node, job.model))
+        for line in answer.log:
+            log.info("%s, %s: %s", where, job.name, line)
+        bars.advance(job.progress, f"{where}, {seconds:.1f} s")
+        if answer.problem is None:
+            self._schedule.finish(job.name)
+            log.info("%s, %s: done in %.1f s", where, job.name, seconds)
+        else:
+            self._schedule.fail(job.name, answer.problem)
+
+    def _give_up(self, bars: Bars) -> None:
+        """No node is left that has room for a worker."""
+        for name in self._schedule.ready():
+            self._schedule.fail(name, f"{name}: no node of the cluster has {_shown(self._share)} for a worker")
+
+    def _look(self) -> None:
+        """Which nodes there are: how many workers they have room for, and which idle ones are gone."""
+        kind, least = ("GPU" if "num_gpus" in self._share else "CPU"), list(self._share.values())[-1]
+        nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
+        self._away.most = sum(int(resources.get(kind, 0) // least) for resources in nodes.values())
+        self._away.idle = [one for one in self._away.idle if one.node in nodes]
+
+    def _at_home(self, kind: type, threads: int) -> Any:
+        return self._ray.remote(kind).options(num_cpus=0, max_concurrency=threads, **self._here())
+
+    def _here(self) -> dict[str, Any]:
+        """Of a worker on the node of this process."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        node = self._ray.get_runtime_context().get_node_id()
+        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-def _after_loss(schedule: Schedule, name: str, times: int, retries: int) -> None:
+def after_loss(schedule: Schedule, name: str, times: int, retries: int) -> None:
+    """The worker of a job was lost, for the `times`-th time."""
     if times > retries:
         schedule.fail(name, f"{name}: its worker was lost {times} times (cluster.retries {retries})")
     else:
@@ -144,12 +277,6 @@ def _share(ray: Any, cluster: ClusterConfig) -> dict[str, float]:
     if cluster.gpus_per_job > gpus:
         raise ConfigError(f"cluster.gpus_per_job {cluster.gpus_per_job:g}: no node has more than {gpus:g} GPUs")
     return {"num_cpus": 1, "num_gpus": cluster.gpus_per_job}
-
-
-def _workers(ray: Any, share: Mapping[str, float]) -> int:
-    """How many workers the cluster has room for."""
-    kind, least = ("GPU", share["num_gpus"]) if "num_gpus" in share else ("CPU", share["num_cpus"])
-    return sum(int(node["Resources"].get(kind, 0) // least) for node in ray.nodes() if node["Alive"])
 
 
 def _shown(share: Mapping[str, float]) -> str:

@@ -1,8 +1,11 @@
 """Runs and sweeps whose jobs are done by the workers of a cluster.
 
-The process that was started checks every run, names its jobs and gives them to the cluster's workers. They write to the
-store of the run's output_dir, which all nodes share; then the run itself finds everything there. So a run on a cluster
-is the same run, and one that was killed resumes as any other.
+The process that was started checks every run, names its jobs and gives them to the cluster's workers. What they make is
+then in the store of the run's output_dir, and the run itself finds everything there. So a run on a cluster is the same
+run, and one that was killed resumes as any other.
+
+Workers write to that store themselves if all nodes share its folder; else each has a folder of its own with what passes
+through it, and a keeper beside the process that was started does all the writing (lqer/store/remote.py).
 """
 
 from __future__ import annotations
@@ -12,51 +15,63 @@ import logging
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 from lqer.config import Config
-from lqer.config.plugins import load_plugins
 from lqer.config.schema import ClusterConfig
 from lqer.config.sweep import SweepPlan, SweepRun
-from lqer.errors import LqerError, RunFailedError, StoreError
+from lqer.errors import LqerError, RunFailedError
 from lqer.jobs.graph import Job, Schedule
-from lqer.jobs.on_ray import Answer, run_on_ray
+from lqer.jobs.on_ray import run_on_ray
 from lqer.report.environment import versions
-from lqer.run import pipeline
-from lqer.run.chunks import Chunk
-from lqer.run.jobs import RunJobs, jobs_of
+from lqer.run.context import store_path
+from lqer.run.folder import RunLog, begin_run, locked
 from lqer.run.outcome import explain_failure, one_line
-from lqer.run.preflight import CheckedRun, check_run
+from lqer.run.preflight import check_run
 from lqer.run.sweep import SweepOutcome, finished_seconds
+from lqer.run.worker import MARK, all_jobs_of, last_job, last_name, perform
 
 log = logging.getLogger(__name__)
 
-# In how many parts a run quantizes blocks that do not depend on each other; a sweep has runs enough.
-PARTS = 8
-MARK = ".cluster-{token}"
+# In how many parts at most a run quantizes blocks that do not depend on each other, and evaluates; a sweep has runs
+# enough. With a shared folder, whoever makes a part compares those that are there with their hashes.
+PARTS, SHARED_PARTS = 64, 8
+# What a worker is told of an output_dir that it does not see: it has its own.
+ELSEWHERE = "elsewhere"
 
 
 def fill_store(config: Config, plugins: Sequence[str] = ()) -> None:
-    """Let the cluster of `config` make everything that the run needs.
+    """Let the cluster of `config` make everything that the run needs; the run's log has what the workers log.
 
     Raises LqerError for what a check finds, RunFailedError with the line of a job that failed.
     """
     assert config.cluster is not None, "only a run with [cluster] has one"
-    checked = check_run(config.alone, log.info)
-    jobs = tuple(_jobs_of(checked, PARTS))
-    schedule = Schedule(jobs, [job.name for job in jobs if job.is_done(checked.store)])
-    if schedule.is_over:
-        return
-    with marked(Path(config.output_dir)) as token:
-        text = _told(config, plugins, token, PARTS)
-        run_on_ray(schedule, dict.fromkeys(schedule.jobs, text), perform, config.cluster)
-    if schedule.failed:
-        raise RunFailedError(next(iter(schedule.failed.values())))
+    with RunLog() as run_log:
+        checked = check_run(config.alone, log.info)
+        parts = SHARED_PARTS if config.cluster.shares_folder else PARTS
+        jobs = tuple(all_jobs_of(checked, parts))
+        schedule = Schedule(jobs, [job.name for job in jobs if job.is_done(checked.store)])
+        if schedule.is_over:
+            return
+        with locked(checked.folder, config.alone), marked(Path(config.output_dir)) as token:
+            begin_run(checked.folder, config.alone)
+            run_log.write_to(checked.folder)
+            # Workers that see the folder need not hash the model again.
+            checked.context.fingerprints.save()
+            text = _told(config, config.cluster, plugins, token, parts)
+            texts = dict.fromkeys(schedule.jobs, text)
+            run_on_ray(schedule, texts, perform, config.cluster, _kept(config, config.cluster))
+        if schedule.failed:
+            raise RunFailedError(next(iter(schedule.failed.values())))
 
 
-def sweep_on_cluster(plan: SweepPlan, cluster: ClusterConfig, plugins: Sequence[str] = ()) -> SweepOutcome:
-    """Run what is missing of a sweep: jobs of all runs in one schedule, what they share once."""
+def sweep_on_cluster(
+    plan: SweepPlan, cluster: ClusterConfig, log_folder: Path, plugins: Sequence[str] = ()
+) -> SweepOutcome:
+    """Run what is missing of a sweep: jobs of all runs in one schedule, what they share once.
+
+    log_folder: of the log of all workers.
+    """
     code = versions()
     runs = {run.name: run for run in plan.runs}
     finished = {name for name, run in runs.items() if finished_seconds(run.config.alone, code) is not None}
@@ -64,7 +79,7 @@ def sweep_on_cluster(plan: SweepPlan, cluster: ClusterConfig, plugins: Sequence[
     done: list[str] = []
     texts: dict[str, str] = {}
     failed: dict[str, str] = {}
-    with marked(plan.output_dir) as token:
+    with RunLog() as run_log, marked(plan.output_dir) as token:
         for name, run in runs.items():
             if name in finished:
                 continue
@@ -74,18 +89,22 @@ def sweep_on_cluster(plan: SweepPlan, cluster: ClusterConfig, plugins: Sequence[
             except LqerError as error:
                 failed[name] = one_line(explain_failure(error))
                 continue
-            of_run = tuple(_jobs_of(checked, 1))
+            checked.context.fingerprints.save()
+            of_run = tuple(all_jobs_of(checked, 1))
             done += [job.name for job in of_run if job.is_done(checked.store)]
-            with_last = (*of_run, _last_job(config, of_run))
+            with_last = (*of_run, last_job(config, of_run))
             jobs += with_last
             # A job that runs share belongs to the first of them.
-            texts = dict.fromkeys((job.name for job in with_last), _told(config, plugins, token, 1)) | texts
+            text, of_last = _told(config, cluster, plugins, token, 1), _told(config, None, plugins, token, 1)
+            texts = dict.fromkeys((job.name for job in of_run), text) | {last_name(config): of_last} | texts
         if failed and not plan.keep_going:
             return SweepOutcome(_of(plan, finished), failed, _of(plan, runs.keys() - finished - failed.keys()))
         schedule = Schedule(jobs, done, stops_at_failure=not plan.keep_going)
         if not schedule.is_over:
-            run_on_ray(schedule, texts, perform, cluster)
-    last = {name: _last_name(run.config) for name, run in runs.items()}
+            log_folder.mkdir(parents=True, exist_ok=True)
+            run_log.write_to(log_folder)
+            run_on_ray(schedule, texts, perform, cluster, _kept(plan.runs[0].config, cluster))
+    last = {name: last_name(run.config) for name, run in runs.items()}
     finished |= {name for name in runs if last[name] in schedule.done}
     failed |= {name: schedule.failed[last[name]] for name in runs if last[name] in schedule.failed}
     return SweepOutcome(_of(plan, finished), failed, _of(plan, runs.keys() - finished - failed.keys()))
@@ -95,20 +114,9 @@ def _of(plan: SweepPlan, names: set[str]) -> tuple[SweepRun, ...]:
     return tuple(run for run in plan.runs if run.name in names)
 
 
-def _jobs_of(checked: CheckedRun, parts: int) -> RunJobs:
-    blocks = checked.context.summary.blocks
-    count = min(parts, blocks)
-    chunks = [Chunk(index + 1, count) for index in range(count)] if count > 1 else []
-    return jobs_of(checked.experiment, blocks, chunks)
-
-
-def _last_name(config: Config) -> str:
-    return f"run {config.tag}"
-
-
-def _last_job(config: Config, jobs: Sequence[Job]) -> Job:
-    """The run itself, when all that it makes is there: it verifies, and writes the report."""
-    return Job(_last_name(config), (), tuple(job.name for job in jobs), lambda store: pipeline.run(config.alone))
+def _kept(config: Config, cluster: ClusterConfig) -> Path | None:
+    """The store that only this machine sees."""
+    return None if cluster.shares_folder else store_path(config)
 
 
 @contextmanager
@@ -124,57 +132,9 @@ def marked(folder: Path) -> Iterator[str]:
         mark.unlink(missing_ok=True)
 
 
-def _told(config: Config, plugins: Sequence[str], token: str, parts: int) -> str:
-    """What a worker is told of a job: the run that it belongs to."""
-    return json.dumps(
-        {"config": config.alone.model_dump_json(), "plugins": list(plugins), "token": token, "parts": parts}
-    )
-
-
-def perform(name: str, text: str) -> Answer:
-    """In a worker: do the job of this name."""
-    with _collected_log() as lines:
-        try:
-            checked, jobs = _known_run(text)
-            jobs[name].work(checked.store)
-        except Exception as error:
-            return Answer(one_line(explain_failure(error)), lines)
-    return Answer(None, lines)
-
-
-@lru_cache(maxsize=1)
-def _known_run(text: str) -> tuple[CheckedRun, dict[str, Job]]:
-    """The run and its jobs; that of the last call is kept. Raises LqerError."""
-    told = json.loads(text)
-    load_plugins(told["plugins"])
-    config = Config.model_validate_json(told["config"], strict=True)
-    output = Path(config.output_dir)
-    if not (output / MARK.format(token=told["token"])).exists():
-        raise StoreError(
-            f"output_dir {output.absolute()}: this node does not see the folder of the process that was started; it "
-            "must be the same folder on every node"
-        )
-    checked = check_run(config, log.debug)
-    jobs = tuple(_jobs_of(checked, told["parts"]))
-    return checked, {job.name: job for job in (*jobs, _last_job(config, jobs))}
-
-
-class _Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-@contextmanager
-def _collected_log() -> Iterator[list[str]]:
-    """What this package logs within the block."""
-    handler, ours = _Lines(), logging.getLogger("lqer")
-    ours.setLevel(logging.INFO)
-    ours.addHandler(handler)
-    try:
-        yield handler.lines
-    finally:
-        ours.removeHandler(handler)
+def _told(config: Config, cluster: ClusterConfig | None, plugins: Sequence[str], token: str, parts: int) -> str:
+    """What a worker is told of a job: the run that it belongs to. cluster: None for a worker that has the folder."""
+    alone = config.alone
+    if cluster is not None and not cluster.shares_folder:
+        alone = alone.model_copy(update={"output_dir": ELSEWHERE})
+    return json.dumps({"config": alone.model_dump_json(), "plugins": list(plugins), "token": token, "parts": parts})

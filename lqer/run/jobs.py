@@ -1,20 +1,23 @@
-"""The jobs of a run: one for each stage, one for all evaluations of a model, several for a checkpoint in parts."""
+"""The jobs of a run: one for each stage, one for all evaluations of a model, several for what is made in parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from lqer.jobs.graph import Job
+from lqer.jobs.graph import Job, Progress
 from lqer.phases import phase
+from lqer.run import costs
 from lqer.run.chunks import Chunk
 from lqer.run.experiment import Experiment
 from lqer.stages.base import Stage, stages_in
-from lqer.stages.evaluate import Candidate
+from lqer.stages.evaluate import Candidate, Divisible, WindowPerplexity
 from lqer.stages.quantize import Quantize
 from lqer.store.files import content_hash
 from lqer.store.store import Store
+
+SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -36,48 +39,78 @@ class _Makers:
 
     job_of: dict[str, str] = field(default_factory=dict)
 
-    def job(
-        self, name: str, produces: Sequence[Stage], work: Callable[[Store], object], after: Sequence[str] = ()
-    ) -> Job:
-        """A job that needs those that make what its stages read."""
+    def needs(self, produces: Sequence[Stage], after: Sequence[str]) -> tuple[str, ...]:
+        """The jobs that make what these stages read, and those in `after`."""
         read = [one.identity for stage in produces for one in stages_in(stage) if one is not stage]
-        needs = [*after, *(self.job_of[one] for one in read if one in self.job_of)]
-        return Job(name, tuple(produces), tuple(dict.fromkeys(needs)), work)
+        return tuple(dict.fromkeys([*after, *(self.job_of[one] for one in read if one in self.job_of)]))
 
-    def stage_job(self, stage: Stage, after: Sequence[str] = ()) -> Job:
-        job = self.job(stage.identity, (stage,), stage.obtain, after)
+    def stage_job(self, stage: Stage, minutes: float, after: Sequence[str] = (), unit: Progress | None = None) -> Job:
+        progress = unit or Progress(stage.name)
+        needs = self.needs([stage], after)
+        job = Job(stage.identity, (stage,), needs, stage.obtain, SECONDS * minutes, progress)
         self.job_of[stage.identity] = job.name
         return job
 
 
-def jobs_of(experiment: Experiment, blocks: int, chunks: Sequence[Chunk] = ()) -> RunJobs:
+def jobs_of(
+    experiment: Experiment,
+    blocks: int,
+    chunks: Sequence[Chunk] = (),
+    parts: int = 1,
+    minutes: float = costs.OTHERWISE,
+) -> RunJobs:
     """The jobs of one run of a model with `blocks` decoder blocks.
 
     chunks: the parts in which a checkpoint of independent blocks is made, each by a job of its own; of a checkpoint
-    whose chunks are not all there, only those are made.
+    whose chunks are not all there, only those are made. parts: in how many an evaluation is made, where it can be.
+    minutes: about how long quantization takes.
     """
     makers = _Makers()
-    preparing = tuple(makers.stage_job(stage) for stage in experiment.before_quantize())
+    preparing = tuple(makers.stage_job(stage, costs.CALIBRATION) for stage in experiment.before_quantize())
     quantizing: list[Job] = []
     for stage in experiment.quantizing():
-        parts = [_part(makers, stage, chunk, blocks) for chunk in chunks if isinstance(stage, Quantize)]
-        quantizing += parts
-        if not parts or len(parts) == chunks[0].count:
-            quantizing.append(makers.stage_job(stage, [part.name for part in parts]))
-    training = tuple(makers.stage_job(stage) for stage in filter(None, (experiment.finetune,)))
+        shares = [_chunk(makers, stage, chunk, blocks, minutes) for chunk in chunks if isinstance(stage, Quantize)]
+        quantizing += shares
+        if not shares:
+            quantizing.append(makers.stage_job(stage, minutes))
+        elif len(shares) == chunks[0].count:
+            # Its blocks are there: what is outside them remains.
+            quantizing.append(
+                makers.stage_job(stage, 0.0, [one.name for one in shares], Progress(stage.name, "block", 0))
+            )
+    training = tuple(makers.stage_job(stage, costs.FINETUNING) for stage in filter(None, (experiment.finetune,)))
     made_by = {"quantized": experiment.checkpoint, "rtn": experiment.rtn}
     measured = [(one, tuple(experiment.evaluations(one))) for one in experiment.candidates]
-    measuring = tuple(_evaluation(makers, one, stages, made_by.get(one.role)) for one, stages in measured if stages)
-    return RunJobs(preparing, tuple(quantizing), training, measuring)
+    measuring = [
+        job
+        for one, stages in measured
+        if stages
+        for job in _evaluation(makers, one, stages, made_by.get(one.role), parts)
+    ]
+    return RunJobs(preparing, tuple(quantizing), training, tuple(measuring))
 
 
-def _part(makers: _Makers, stage: Quantize, chunk: Chunk, blocks: int) -> Job:
-    name = f"{stage.identity} {chunk}"
-    return makers.job(name, (stage,), partial(stage.contribute, chunk=chunk.blocks(blocks), blocks=blocks))
+def _chunk(makers: _Makers, stage: Quantize, chunk: Chunk, blocks: int, minutes: float) -> Job:
+    of_chunk = chunk.blocks(blocks)
+    work = partial(stage.contribute, chunk=of_chunk, blocks=blocks)
+    seconds = SECONDS * minutes * len(of_chunk) / blocks
+    progress = Progress(stage.name, "block", len(of_chunk))
+    return Job(f"{stage.identity} {chunk}", (stage,), makers.needs([stage], ()), work, seconds, progress)
 
 
-def _evaluation(makers: _Makers, candidate: Candidate, stages: tuple[Stage, ...], model: Stage | None) -> Job:
-    """All that a model is loaded for, once."""
+def _evaluation(
+    makers: _Makers, candidate: Candidate, stages: tuple[Stage, ...], model: Stage | None, parts: int
+) -> Iterator[Job]:
+    """All that a model is loaded for: parts of it, each with the model in memory for the next one, then the rest."""
+    # Nothing makes a checkpoint of which this process has one chunk.
+    made = [] if model is None or model.identity not in makers.job_of else [makers.job_of[model.identity]]
+    seconds = SECONDS * costs.EVALUATION / len(stages)
+    shares: list[Job] = []
+    for stage in stages:
+        count = min(parts, stage.most_parts) if isinstance(stage, Divisible) else 1
+        if isinstance(stage, Divisible) and count > 1:
+            shares += [_share(makers, stage, index, count, made, seconds / count) for index in range(count)]
+    yield from shares
 
     def work(store: Store) -> None:
         for stage in stages:
@@ -86,8 +119,18 @@ def _evaluation(makers: _Makers, candidate: Candidate, stages: tuple[Stage, ...]
         candidate.release()
 
     name = f"evaluate-{content_hash([stage.identity for stage in stages])[:16]}"
-    # Nothing makes a checkpoint of which this process has one chunk.
-    made = None if model is None else makers.job_of.get(model.identity)
-    job = makers.job(name, stages, work, [] if made is None else [made])
+    shared = {stage.identity for one in shares for stage in one.produces}
+    rest = seconds * sum(stage.identity not in shared for stage in stages)
+    needs = makers.needs(stages, [*made, *(one.name for one in shares)])
+    yield Job(name, stages, needs, work, rest, Progress("evaluate"), candidate)
     makers.job_of |= {stage.identity: name for stage in stages}
-    return job
+
+
+def _share(makers: _Makers, stage: Divisible, index: int, count: int, after: list[str], seconds: float) -> Job:
+    work = partial(stage.contribute, index=index, count=count)
+    if isinstance(stage, WindowPerplexity):
+        progress = Progress(stage.name, "window", stage.windows_of(index, count))
+    else:
+        progress = Progress(stage.name, "part")
+    name = f"{stage.identity} {index + 1}/{count}"
+    return Job(name, (stage,), makers.needs([stage], after), work, seconds, progress, stage.candidate)

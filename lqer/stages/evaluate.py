@@ -4,14 +4,18 @@ A result is named by what the model was made from, the tokens or task files it w
 original model is evaluated once, however many schemes are compared with it. A model is loaded once, when the first of
 its results is missing, and released before the next model is loaded.
 
-Shapes: W windows, T tokens of a window.
+Losses of windows and scores of requests can be made in parts, by several processes. A part is a file of the unfinished
+artifact; the result is made of all of them in their order, so that it is the number of one process, and they are gone.
+
+Shapes: W windows, B windows of a batch, T tokens of a window.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -21,10 +25,12 @@ from transformers import PreTrainedTokenizerBase
 from lqer.config.schema import DownstreamConfig
 from lqer.errors import ModelError
 from lqer.evaluation.decode_speed import seconds_per_token
-from lqer.evaluation.downstream import evaluate_tasks
-from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, PerplexityResult, lm_eval_perplexity
+from lqer.evaluation.downstream import TaskResult, evaluate_tasks
+from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, PerplexityResult, lm_eval_perplexity, window_nlls
+from lqer.evaluation.requests import Scores, Share
 from lqer.phases import in_phase
 from lqer.stages.base import Stage, identity, no_effect
+from lqer.store.names import LOSSES, SCORES, losses_file, scores_file
 from lqer.store.store import Artifact, Store, Workspace
 
 log = logging.getLogger(__name__)
@@ -85,7 +91,52 @@ class Evaluation(Stage):
 
 
 @dataclass(frozen=True)
-class WindowPerplexity(Evaluation):
+class Divisible(Evaluation):
+    """One that several processes can make together; `build` makes what is missing, and the result of all parts."""
+
+    @property
+    @abstractmethod
+    def most_parts(self) -> int:
+        """In how many parts it can be made."""
+
+    @abstractmethod
+    def part_file(self, index: int, count: int) -> str:
+        """Of the part `index` of `count`, counted from 0."""
+
+    @abstractmethod
+    def measure(self, store: Store, index: int, count: int) -> dict[str, Tensor]:
+        """What the file of a part holds."""
+
+    def contribute(self, store: Store, index: int, count: int) -> Artifact | None:
+        """Make a part, alongside other processes. Returns the result if no other part is missing, else None."""
+
+        def write_part(workspace: Workspace) -> None:
+            if (file := self.part_file(index, count)) not in workspace:
+                workspace.write_tensors(file, self.measure(store, index, count))
+
+        return store.contribute(
+            self.name,
+            self.key,
+            write_part,
+            is_whole=lambda workspace: all(self.part_file(part, count) in workspace for part in range(count)),
+            finish=lambda workspace: self.build(workspace, store),
+        )
+
+
+def _parts(workspace: Workspace, beginning: str) -> dict[str, Tensor]:
+    """The tensors of all parts, whatever their number was."""
+    files = [name for name in workspace.names() if name.startswith(f"{beginning}-")]
+    return {name: tensor for file in files for name, tensor in workspace.tensors(file).items()}
+
+
+def _remove_parts(workspace: Workspace, beginning: str) -> None:
+    for name in workspace.names():
+        if name.startswith(f"{beginning}-"):
+            workspace.remove(name)
+
+
+@dataclass(frozen=True)
+class WindowPerplexity(Divisible):
     """Perplexity over windows of tokens (W, T), int64."""
 
     name: ClassVar[str] = "perplexity"
@@ -95,10 +146,42 @@ class WindowPerplexity(Evaluation):
     windows_WT: Tensor
     batch_size: int
 
+    @property
+    def batches(self) -> tuple[Tensor, ...]:
+        """Windows (B, T) that are run together."""
+        return self.windows_WT.split(self.batch_size)
+
+    @property
+    def most_parts(self) -> int:
+        return len(self.batches)
+
+    def part_file(self, index: int, count: int) -> str:
+        batches = self._batches_of(index, count)
+        return losses_file(batches[0], batches[-1])
+
+    def measure(self, store: Store, index: int, count: int) -> dict[str, Tensor]:
+        return self._losses(store, self._batches_of(index, count))
+
+    def windows_of(self, index: int, count: int) -> int:
+        """How many windows a part has."""
+        return sum(len(self.batches[batch]) for batch in self._batches_of(index, count))
+
     def build(self, workspace: Workspace, store: Store) -> None:
-        measure = WINDOWED_PROTOCOLS[self.protocol].perplexity
-        result = measure(self.candidate.model(store), self.windows_WT, self.batch_size, True)
-        self.write(workspace, result)
+        found = _parts(workspace, LOSSES)
+        found |= self._losses(store, [index for index in range(self.most_parts) if str(index) not in found])
+        nlls = [found[str(index)] for index in range(self.most_parts)]
+        self.write(workspace, WINDOWED_PROTOCOLS[self.protocol].result(nlls, self.windows_WT))
+        _remove_parts(workspace, LOSSES)
+
+    def _batches_of(self, index: int, count: int) -> Sequence[int]:
+        return range(index * self.most_parts // count, (index + 1) * self.most_parts // count)
+
+    def _losses(self, store: Store, batches: Sequence[int]) -> dict[str, Tensor]:
+        """The losses (B,) of these batches, by their number."""
+        if not batches:
+            return {}
+        nlls = window_nlls(self.candidate.model(store), [self.batches[index] for index in batches])
+        return {str(index): nll_B for index, nll_B in zip(batches, nlls)}
 
     def summary(self, artifact: Artifact) -> str:
         return shown_perplexity(artifact)
@@ -150,11 +233,14 @@ class DecodeSpeed(Evaluation):
 
 
 @dataclass(frozen=True)
-class TaskAccuracy(Evaluation):
+class TaskAccuracy(Divisible):
     """Tasks of lm-evaluation-harness. tasks: `task_fingerprint` of the files that define them."""
 
     name: ClassVar[str] = "downstream"
     version: ClassVar[int] = 2
+
+    # Each part makes the requests of all tasks anew.
+    most_parts: ClassVar[int] = 8
 
     tasks: str
     num_fewshot: int | None
@@ -167,8 +253,21 @@ class TaskAccuracy(Evaluation):
         metadata=no_effect("it is a part of the model, and its fingerprint covers it")
     )
 
+    def part_file(self, index: int, count: int) -> str:
+        return scores_file(index, count)
+
+    def measure(self, store: Store, index: int, count: int) -> dict[str, Tensor]:
+        scores = Scores(Share(index, count))
+        self._evaluated(store, scores)
+        return scores.tensors()
+
     def build(self, workspace: Workspace, store: Store) -> None:
-        results = evaluate_tasks(
+        results = self._evaluated(store, Scores.of(_parts(workspace, SCORES)))
+        workspace.write_json(RESULT_FILE, [asdict(result) for result in results])
+        _remove_parts(workspace, SCORES)
+
+    def _evaluated(self, store: Store, scores: Scores) -> list[TaskResult]:
+        return evaluate_tasks(
             self.candidate.model(store),
             self.tokenizer,
             list(self.settings.tasks),
@@ -180,5 +279,5 @@ class TaskAccuracy(Evaluation):
             data_dir=self.settings.data_folder,
             seed=self.seed,
             trust_code=self.settings.trust_code,
+            scores=scores,
         )
-        workspace.write_json(RESULT_FILE, [asdict(result) for result in results])

@@ -26,3 +26,17 @@ def distribution_file(batch: int) -> str:
 
 def sites_file(index: int) -> str:
     return f"sites-{index:05d}.json"
+
+
+# Beginnings of the names of files that hold a part of an evaluation until all are there.
+LOSSES, SCORES = "losses", "scores"
+
+
+def losses_file(first: int, last: int) -> str:
+    """The losses of windows, of the batches `first` to `last`."""
+    return f"{LOSSES}-{first:05d}-{last:05d}.safetensors"
+
+
+def scores_file(index: int, count: int) -> str:
+    """The scores of the requests of one of `count` shares."""
+    return f"{SCORES}-{index:05d}-of-{count:05d}.safetensors"

@@ -23,11 +23,12 @@ from lqer.config.sweep import plan_sweep
 from lqer.errors import ConfigError, RunFailedError
 from lqer.jobs.graph import Job, Schedule
 from lqer.jobs.here import run_here
-from lqer.jobs.on_ray import _after_loss, run_on_ray
+from lqer.jobs.on_ray import after_loss, run_on_ray
 from lqer.run import pipeline
-from lqer.run.cluster import fill_store, perform, sweep_on_cluster
+from lqer.run.cluster import fill_store, sweep_on_cluster
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
+from lqer.run.worker import perform
 from lqer.store.records import MANIFEST
 
 pytestmark = pytest.mark.skipif(
@@ -79,10 +80,10 @@ def stored(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("method", ["lqer-act", "gptq"])
-def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address, method):
+@pytest.mark.parametrize(("method", "store"), [("lqer-act", "driver"), ("lqer-act", "shared"), ("gptq", "driver")])
+def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address, method, store):
     more = [f"--quantize.method={method}", *(["--quantize.low_rank.rank=0"] if method == "gptq" else [])]
-    fill_store(config_of(experiment, "there", address, *more))
+    fill_store(config_of(experiment, "there", address, f"--cluster.store={store}", *more))
     pipeline.run(config_of(experiment, "here", None, *more))
     assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
 
@@ -121,7 +122,7 @@ def test_a_job_whose_worker_is_lost_each_time_fails_with_a_line():
     schedule = Schedule([Job("quantize-1", (), (), lambda store: None)])
     for times in (1, 2):
         schedule.start("quantize-1")
-        _after_loss(schedule, "quantize-1", times, retries=1)
+        after_loss(schedule, "quantize-1", times, retries=1)
     assert schedule.failed == {"quantize-1": "quantize-1: its worker was lost 2 times (cluster.retries 1)"}
 
 
@@ -157,7 +158,7 @@ def test_a_sweep_makes_once_what_its_runs_share(experiment, address, caplog):
     sweep.write_text('keep_going = true\n[grid]\nquantize.weight = ["w4", "w3", "w2"]\n')
     overrides = [f"--cluster.address={address}", "--cluster.cpus_per_job=1", "--device=cpu"]
     plan = plan_sweep(sweep, experiment.config, "tag", overrides)
-    outcome = sweep_on_cluster(plan, plan.runs[0].config.cluster)
+    outcome = sweep_on_cluster(plan, plan.runs[0].config.cluster, experiment.folder / "log")
     assert [run.name for run in outcome.finished] == ["w4", "w3", "w2"]
     assert not outcome.failed
     assert not outcome.not_started
@@ -168,7 +169,7 @@ def test_a_sweep_makes_once_what_its_runs_share(experiment, address, caplog):
         assert results["perplexity"] == alone["perplexity"]
         assert "cluster" not in results["config"]
     # Nothing is left to do: no cluster is asked.
-    again = sweep_on_cluster(plan, ClusterConfig(address="nowhere:1"))
+    again = sweep_on_cluster(plan, ClusterConfig(address="nowhere:1"), experiment.folder / "log")
     assert again.finished == outcome.finished
 
 
@@ -183,7 +184,7 @@ def test_a_worker_that_sees_another_folder_says_so(experiment):
     text = json.dumps(
         {"config": config_of(experiment, "there", None).model_dump_json(), "plugins": [], "token": "0" * 32, "parts": 1}
     )
-    assert "must be the same folder on every node" in perform("quantize-1", text).problem
+    assert "must be the same folder on every node" in perform("quantize-1", text, None).problem
 
 
 def test_chunks_and_a_cluster_exclude_each_other(experiment):

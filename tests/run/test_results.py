@@ -52,9 +52,9 @@ def test_a_quantized_model_whose_loss_is_not_finite_is_null_with_a_warning(exper
     protocol = WINDOWED_PROTOCOLS["concat"]
 
     def overflow(*arguments):
-        return replace(protocol.perplexity(*arguments), perplexity=float("inf"), nll=float("inf"))
+        return replace(protocol.result(*arguments), perplexity=float("inf"), nll=float("inf"))
 
-    monkeypatch.setitem(WINDOWED_PROTOCOLS, "concat", protocol._replace(perplexity=overflow))
+    monkeypatch.setitem(WINDOWED_PROTOCOLS, "concat", protocol._replace(result=overflow))
     config = read_config(experiment.config, "overflow", ["--evaluation.baselines=[]"])
     results = pipeline.run(config)
     assert results["perplexity"][0]["quantized"] is None

@@ -1,0 +1,156 @@
+"""What a worker does of the jobs of a run or a sweep.
+
+It is told a configuration and the name of a job, checks the run as any process does, and makes the same list of jobs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lqer.config import Config
+from lqer.config.plugins import load_plugins
+from lqer.errors import StoreError
+from lqer.jobs.graph import Job, Loaded, Progress
+from lqer.jobs.on_ray import Answer
+from lqer.run import pipeline
+from lqer.run.chunks import Chunk
+from lqer.run.costs import quantization_minutes
+from lqer.run.jobs import RunJobs, jobs_of
+from lqer.run.outcome import explain_failure, one_line
+from lqer.run.preflight import CheckedRun, check_run
+from lqer.store.keeper import Keeper
+from lqer.store.own import OwnFolder
+from lqer.store.remote import RemoteStore
+from lqer.store.store import Store
+
+log = logging.getLogger(__name__)
+
+# In the output_dir of a run or a sweep: a worker that sees it sees the folder.
+MARK = ".cluster-{token}"
+RUN = Progress("runs", "run")
+WALKING_PARTS = 8
+
+
+def all_jobs_of(checked: CheckedRun, parts: int) -> RunJobs:
+    """The jobs of a run; what can be made in parts, in up to so many."""
+    config, blocks = checked.context.config, checked.context.summary.blocks
+    count = min(parts, blocks)
+    if checked.experiment.calibrate is None:
+        # Each part gathers the statistics of its blocks on the way from the first one.
+        count = min(count, WALKING_PARTS)
+    chunks = [Chunk(index + 1, count) for index in range(count)] if count > 1 else []
+    # Each part of a blockwise evaluation would read the whole model.
+    shares = 1 if config.evaluation.blockwise else parts
+    return jobs_of(checked.experiment, blocks, chunks, shares, quantization_minutes(config.quantize))
+
+
+def last_name(config: Config) -> str:
+    """The name of a run's own job."""
+    return f"run {config.tag}"
+
+
+def last_job(config: Config, jobs: Sequence[Job]) -> Job:
+    """The run itself, when all that it makes is there: it verifies, and writes the report."""
+    needs = tuple(job.name for job in jobs)
+    return Job(last_name(config), (), needs, lambda store: pipeline.run(config.alone), progress=RUN, at_home=True)
+
+
+def perform(name: str, text: str, keeper: Keeper | None) -> Answer:
+    """In a worker: do the job of this name."""
+    with _collected_log() as lines:
+        try:
+            _KNOWN.run_of(text, keeper).do(name)
+        except Exception as error:
+            return Answer(one_line(explain_failure(error)), lines)
+    return Answer(None, lines)
+
+
+@dataclass(frozen=True)
+class _KnownRun:
+    """A run as a worker knows it."""
+
+    store: Store
+    jobs: dict[str, Job]
+
+    def do(self, name: str) -> None:
+        job = self.jobs[name]
+        self.release(job.model)
+        job.work(self.store)
+
+    def release(self, but: Loaded | None = None) -> None:
+        """Free the memory of models, except for one."""
+        for job in self.jobs.values():
+            if job.model is not None and job.model is not but:
+                job.model.release()
+
+
+class _KnownRuns:
+    """The run of the last job: its checks, its folder, its model in memory."""
+
+    def __init__(self) -> None:
+        self._text: str | None = None
+        self._run: _KnownRun | None = None
+        self._own: OwnFolder | None = None
+
+    def run_of(self, text: str, keeper: Keeper | None) -> _KnownRun:
+        """The run that `text` tells of. Raises LqerError."""
+        if self._run is None or text != self._text:
+            if self._run is not None:
+                self._run.release()
+            self._run = self._learn(text, keeper)
+            self._text = text
+        return self._run
+
+    def _learn(self, text: str, keeper: Keeper | None) -> _KnownRun:
+        told = json.loads(text)
+        load_plugins(told["plugins"])
+        config = Config.model_validate_json(told["config"], strict=True)
+        if keeper is not None:
+            config = config.model_copy(update={"output_dir": str(self._own_folder())})
+        elif not (Path(config.output_dir) / MARK.format(token=told["token"])).exists():
+            raise StoreError(
+                f"output_dir {Path(config.output_dir).absolute()}: this node does not see the folder of the process "
+                'that was started; with cluster.store = "shared" it must be the same folder on every node'
+            )
+        checked = check_run(config, log.debug)
+        jobs = tuple(all_jobs_of(checked, told["parts"]))
+        store = checked.store if keeper is None else RemoteStore(checked.store.root, keeper, log.info)
+        return _KnownRun(store, {job.name: job for job in (*jobs, last_job(config, jobs))})
+
+    def _own_folder(self) -> Path:
+        if self._own is None:
+            self._own = OwnFolder()
+            atexit.register(self._own.close)
+        else:
+            self._own.clear()
+        return self._own.path
+
+
+_KNOWN = _KnownRuns()
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def _collected_log() -> Iterator[list[str]]:
+    """What this package logs within the block."""
+    handler, ours = _Lines(), logging.getLogger("lqer")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
+    try:
+        yield handler.lines
+    finally:
+        ours.removeHandler(handler)
