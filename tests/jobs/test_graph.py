@@ -5,8 +5,8 @@ from __future__ import annotations
 from lqer.jobs.graph import Job, Schedule
 
 
-def job(name: str, *needs: str) -> Job:
-    return Job(name, (), needs, lambda store: None)
+def job(name: str, *needs: str, seconds: float = 1.0) -> Job:
+    return Job(name, (), needs, lambda store: None, seconds)
 
 
 def diamond(**options) -> Schedule:
@@ -49,6 +49,15 @@ def test_a_job_that_more_others_wait_for_comes_first():
         "first",
         "alone",
     ]
+
+
+def test_a_job_that_takes_longer_with_all_that_waits_for_it_comes_first():
+    jobs = [
+        job("short", seconds=2.0), job("long", seconds=9.0), job("first", seconds=1.0),
+        job("then", "first", seconds=9.5), job("meanwhile", "first", seconds=3.0),
+    ]  # fmt: skip
+    assert Schedule(jobs).ready() == ["first", "long", "short"]
+    assert Schedule(jobs, done=["first"]).ready() == ["then", "long", "meanwhile", "short"]
 
 
 def test_a_failure_fails_what_needs_it_with_its_line_and_nothing_else():

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from lqer.config import read_config
-from lqer.jobs.graph import Schedule
+from lqer.evaluation import requests
+from lqer.jobs.graph import Job, Schedule
 from lqer.jobs.here import run_here
 from lqer.run.chunks import Chunk
 from lqer.run.jobs import RunJobs, jobs_of
 from lqer.run.preflight import CheckedRun, check_run
+from lqer.stages import evaluate
+from lqer.store.records import MANIFEST
+
+ROOT = Path(__file__).parents[2]
 
 
 def checked(experiment, *overrides: str) -> CheckedRun:
@@ -87,3 +95,76 @@ def test_the_store_says_which_jobs_are_left(experiment):
     assert stages(schedule.ready()) == ["quantize"]
     run_here(found, run.store)
     assert all(job.is_done(run.store) for job in found)
+
+
+@pytest.fixture
+def measured(experiment) -> list[str]:
+    """Overrides: two models on a text and a task."""
+    tasks = experiment.folder / "tasks" / "arc_easy"
+    tasks.mkdir(parents=True)
+    choices = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
+    rows = [{"id": str(i), "question": f"Colour {i}?", "choices": choices, "answerKey": "ABC"[i % 3]} for i in range(9)]
+    (tasks / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        '--evaluation.baselines=["original"]',
+        "--evaluation.downstream.tasks=['arc_easy_local']",
+        f"--evaluation.downstream.include_path={ROOT / 'experiments/tasks'}",
+        f"--evaluation.downstream.data_dir={tasks.parent}",
+        "--evaluation.downstream.batch_size=2",
+    ]
+
+
+def stored_results(folder: Path) -> dict[str, bytes]:
+    found = [path for kind in ("perplexity", "downstream") for path in folder.glob(f"store/{kind}-*/*")]
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in found if path.name != MANIFEST}
+
+
+def in_parts(run: CheckedRun, parts: int) -> list[Job]:
+    return list(jobs_of(run.experiment, run.context.summary.blocks, (), parts))
+
+
+def test_an_evaluation_in_parts_ends_with_the_bytes_of_one_process(experiment, measured, monkeypatch):
+    monkeypatch.setattr(requests, "BATCHES_OF_A_UNIT", 1)
+    alone = checked(experiment, f"--output_dir={experiment.folder / 'alone'}", *measured)
+    run_here(in_parts(alone, 1), alone.store)
+    shared = checked(experiment, f"--output_dir={experiment.folder / 'shared'}", *measured)
+    made = in_parts(shared, 3)
+    shares = [job for job in made if job.name.endswith("/3")]
+    evaluations = [job for job in made if job.name.startswith("evaluate")]
+    # The perplexity and the tasks of two models.
+    assert len(shares) == 3 * 4
+    assert {job.name for job in shares} == {need for job in evaluations for need in job.needs if "/" in need}
+    before = [job for job in made if job not in shares and job not in evaluations]
+    # The last ones first, and one is left to who ends the evaluation.
+    run_here([*before, *shares[:0:-1], *evaluations], shared.store)
+    assert len(stored_results(experiment.folder / "alone")) == 4
+    assert stored_results(experiment.folder / "shared") == stored_results(experiment.folder / "alone")
+
+
+def test_parts_of_an_evaluation_that_were_made_are_not_made_again(experiment, measured, monkeypatch):
+    run = checked(experiment, *measured)
+    made = in_parts(run, 3)
+    first = [job for job in made if job.name.endswith(" 1/3") and job.name.startswith("perplexity")]
+    run_here([*(job for job in made if "/" not in job.name and "evaluate" not in job.name), *first], run.store)
+    counted: list[int] = []
+    losses = evaluate.window_nlls
+
+    def counting(model, windows):
+        counted.append(len(windows))
+        return losses(model, windows)
+
+    monkeypatch.setattr(evaluate, "window_nlls", counting)
+    run_here([job for job in in_parts(run, 1) if job.name.startswith("evaluate")], run.store)
+    (stage, _) = (job.produces[0] for job in first)
+    assert counted == [stage.most_parts - len(range(stage.most_parts // 3))] * 2
+
+
+def test_jobs_of_one_model_say_so_and_longer_ones_come_first(undisturbed):
+    run = checked(undisturbed, '--evaluation.baselines=["original"]')
+    made = list(jobs_of(run.experiment, run.context.summary.blocks, (), parts=2, minutes=100.0))
+    models = {job.model for job in made if job.model is not None}
+    assert models == set(run.experiment.candidates)
+    schedule = Schedule(made)
+    ready = schedule.ready()
+    # Calibration, which quantization waits for; then the parts of the original's evaluation.
+    assert stages(ready) == ["calibrate", "perplexity", "perplexity"]
