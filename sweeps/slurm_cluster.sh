@@ -26,10 +26,14 @@ if ! command -v "${sbatch[0]}" > /dev/null; then
     echo "${sbatch[0]}: no such command; without SLURM, start Ray yourself and pass --cluster.address=auto" >&2
     exit 2
 fi
-# SLURM copies the script and runs the copy elsewhere: the command must be complete.
+# SLURM copies the script and runs the copy elsewhere: the command must be complete. OUTPUT_DIR is a folder of all nodes.
 printf -v task '%q ' "$python" "$root/experiments/sweep.py" "$sweep_file" "$config" "$tag" --output_dir="$output_dir" \
-    --cluster.address=auto ${extra[@]+"${extra[@]}"}
+    --cluster.address=auto --cluster.store=shared ${extra[@]+"${extra[@]}"}
 printf -v start '%q ' "$ray" symmetric-run --min-nodes "$nodes"
+# symmetric-run itself calls `ray start` and `ray stop`, by name.
+printf -v path '%q' "$(dirname "$ray")"
 mkdir -p "$output_dir/slurm"
-"${sbatch[@]}" --job-name="$tag" --nodes="$nodes" --ntasks-per-node=1 --output="$output_dir/slurm/$tag-%j.log" \
-    --wrap="head=\$(scontrol show hostnames \"\$SLURM_JOB_NODELIST\" | head -n 1); srun $start --address \"\$head:6379\" -- $task"
+# Nodes for this job alone: `ray stop` ends whatever Ray of the user runs on them.
+"${sbatch[@]}" --job-name="$tag" --nodes="$nodes" --ntasks-per-node=1 --exclusive \
+    --output="$output_dir/slurm/$tag-%j.log" \
+    --wrap="head=\$(scontrol show hostnames \"\$SLURM_JOB_NODELIST\" | head -n 1); export PATH=$path:\$PATH; srun $start --address \"\$head:6379\" -- $task"

@@ -179,7 +179,7 @@ class _Workers:
         self._ray, self._schedule, self._texts, self._perform = ray, schedule, texts, perform
         self._retries = cluster.retries
         self._share = _share(ray, cluster)
-        keeper = None if kept is None else self._at_home(Keeper, KEEPER_THREADS).remote(kept)
+        keeper = None if kept is None else self._keeper(kept)
         self._away = _Pool(dict(self._share), keeper, 0)
         # Without a keeper every worker has the folder.
         self._home = self._away if kept is None else _Pool({"num_cpus": 0, **self._here()}, None, 1)
@@ -248,8 +248,11 @@ class _Workers:
         self._away.most = sum(int(resources.get(kind, 0) // least) for resources in nodes.values())
         self._away.idle = [one for one in self._away.idle if one.node in nodes]
 
-    def _at_home(self, kind: type, threads: int) -> Any:
-        return self._ray.remote(kind).options(num_cpus=0, max_concurrency=threads, **self._here())
+    def _keeper(self, kept: Path) -> Any:
+        """All that it knows is on the disk, so that a new one goes on where one was lost."""
+        again = {"max_restarts": self._retries, "max_task_retries": self._retries}
+        options = {"num_cpus": 0, "max_concurrency": KEEPER_THREADS, **again, **self._here()}
+        return self._ray.remote(Keeper).options(**options).remote(kept)
 
     def _here(self) -> dict[str, Any]:
         """Of a worker on the node of this process."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lqer.config import Config
 from lqer.config.plugins import load_plugins
-from lqer.errors import StoreError
+from lqer.errors import ConfigError, StoreError
 from lqer.jobs.graph import Job, Loaded, Progress
 from lqer.jobs.on_ray import Answer
 from lqer.run import pipeline
@@ -119,6 +119,12 @@ class _KnownRuns:
                 'that was started; with cluster.store = "shared" it must be the same folder on every node'
             )
         checked = check_run(config, log.debug)
+        if (kind := checked.context.device.type) != told["device"]:
+            # Names depend on it.
+            raise ConfigError(
+                f"device: the process that was started computes on {told['device']}, this node on {kind}; start it "
+                "where there is the same kind, or set device"
+            )
         jobs = tuple(all_jobs_of(checked, told["parts"]))
         store = checked.store if keeper is None else RemoteStore(checked.store.root, keeper, log.info)
         return _KnownRun(store, {job.name: job for job in (*jobs, last_job(config, jobs))})

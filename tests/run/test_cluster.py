@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -29,12 +32,19 @@ from lqer.run.cluster import fill_store, sweep_on_cluster
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
 from lqer.run.worker import perform
+from lqer.store.keeper import Keeper
 from lqer.store.records import MANIFEST
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False).returncode != 0,
     reason="Ray is not installed",
 )
+
+
+ENVIRONMENT = {
+    "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +53,11 @@ def address() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"
-    }  # fmt: skip
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=2", "--block",
         "--include-dashboard=false", "--object-store-memory=100000000", "--disable-usage-stats",
     ]  # fmt: skip
-    head = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    head = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         assert head.stdout is not None
         for line in head.stdout:
@@ -69,14 +76,14 @@ def config_of(experiment, output: str, address: str | None, *overrides: str):
     )
 
 
-def stored(folder: Path) -> dict[str, bytes]:
-    """Every file of every artifact; a manifest has times in it."""
+def stored(folder: Path) -> dict[str, Any]:
+    """Every file of every artifact, of manifests all but the times."""
     artifacts = [path for path in (folder / "store").iterdir() if path.is_dir()]
+    files = [path for artifact in artifacts for path in artifact.iterdir()]
+    found: dict[str, Any] = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
     return {
-        f"{artifact.name}/{path.name}": path.read_bytes()
-        for artifact in artifacts
-        for path in artifact.iterdir()
-        if path.name != MANIFEST
+        name: json.loads(content) | {"seconds": 0} if name.endswith(MANIFEST) else content
+        for name, content in found.items()
     }
 
 
@@ -86,6 +93,9 @@ def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address,
     fill_store(config_of(experiment, "there", address, f"--cluster.store={store}", *more))
     pipeline.run(config_of(experiment, "here", None, *more))
     assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
+    # What workers log is the run's, with node, process and job.
+    logged = (experiment.folder / "there" / "run" / "run.log").read_text()
+    assert re.search(rf"{re.escape(platform.node())}/\d+, quantize-\w+( \d/\d)?: done in", logged)
 
 
 def kill_workers(when: Callable[[], bool]) -> threading.Thread:
@@ -116,6 +126,62 @@ def test_killed_workers_cost_the_jobs_in_hand(experiment, address, caplog):
     assert "its worker was lost; done again (1 of 3)" in caplog.text
     pipeline.run(config_of(experiment, "here", None))
     assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
+
+
+@pytest.fixture
+def two_nodes(tmp_path, monkeypatch) -> Iterator[tuple[Any, list[Any]]]:
+    """A head without CPUs, and two nodes of one CPU, each with a folder for temporary files of its own."""
+    from ray.cluster_utils import Cluster
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    # A node that is gone is noticed after three seconds instead of fifteen.
+    noticing = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+    size = {"object_store_memory": 100_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **size, "_system_config": noticing})
+    nodes = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        size["env_vars"] = {"TMPDIR": str(tmp_path / name)}
+        nodes.append(cluster.add_node(num_cpus=1, **size))
+    try:
+        yield cluster, nodes
+    finally:
+        cluster.shutdown()
+
+
+def test_two_nodes_without_a_common_folder_of_which_one_is_lost_store_the_bytes_of_one_process(
+    experiment, two_nodes, tmp_path, caplog, monkeypatch
+):
+    caplog.set_level("INFO", logger="lqer")
+    cluster, nodes = two_nodes
+    output = experiment.folder / "there"
+    told: list[str] = []
+
+    def heard(schedule, texts, *rest):
+        told.extend(texts.values())
+        run_on_ray(schedule, texts, *rest)
+
+    monkeypatch.setattr("lqer.run.cluster.run_on_ray", heard)
+
+    def lose_a_node() -> None:
+        # Both work by then: one on statistics, the other on the original's losses.
+        while not (begun(output, "calibrate")() and any((tmp_path / "second").iterdir())):
+            time.sleep(0.02)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+
+    loser = threading.Thread(target=lose_a_node, daemon=True)
+    loser.start()
+    fill_store(config_of(experiment, "there", cluster.address))
+    loser.join(1)
+    assert not loser.is_alive()
+    assert "its worker was lost; done again" in caplog.text
+    assert told
+    assert not any(str(output) in text for text in told)
+    pipeline.run(config_of(experiment, "here", None))
+    assert stored(output) == stored(experiment.folder / "here")
+    # A worker that is not killed takes its copies with it.
+    assert not list((tmp_path / "first").glob("lqer-worker-*"))
 
 
 def test_a_job_whose_worker_is_lost_each_time_fails_with_a_line():
@@ -152,6 +218,31 @@ def test_a_damaged_artifact_ends_the_run_with_its_line_and_is_not_tried_again(ex
     assert "done again" not in caplog.text
 
 
+def test_a_mistake_that_only_workers_see_ends_the_run_with_its_line_and_is_not_tried_again(
+    experiment, address, caplog, monkeypatch
+):
+    caplog.set_level("INFO", logger="lqer")
+    tasks = experiment.folder / "tasks" / "arc_easy"
+    tasks.mkdir(parents=True)
+    choices = {"text": ["red", "blue"], "label": ["A", "B"]}
+    (tasks / "test.jsonl").write_text(json.dumps({"question": "Colour?", "choices": choices, "answerKey": "B"}) + "\n")
+    downstream = [
+        "--evaluation.downstream.tasks=['arc_easy_local']",
+        f"--evaluation.downstream.include_path={ROOT / 'experiments/tasks'}",
+        f"--evaluation.downstream.data_dir={tasks.parent}",
+    ]
+
+    def without_the_task(*arguments) -> None:
+        # A node that lacks what the process that was started has.
+        shutil.rmtree(tasks)
+        run_on_ray(*arguments)
+
+    monkeypatch.setattr("lqer.run.cluster.run_on_ray", without_the_task)
+    with pytest.raises(RunFailedError, match=r"evaluation\.downstream\.data_dir must hold 'arc_easy/test\.jsonl'"):
+        fill_store(config_of(experiment, "there", address, *downstream))
+    assert "done again" not in caplog.text
+
+
 def test_a_sweep_makes_once_what_its_runs_share(experiment, address, caplog):
     caplog.set_level("INFO", logger="lqer")
     sweep = experiment.folder / "sweep.toml"
@@ -180,11 +271,21 @@ def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
         run_on_ray(schedule, {"quantize-1": ""}, perform, ClusterConfig(address="local"))
 
 
+def told(experiment, device: str) -> str:
+    config = config_of(experiment, "there", None).model_dump_json()
+    return json.dumps({"config": config, "plugins": [], "token": "0" * 32, "parts": 1, "device": device})
+
+
 def test_a_worker_that_sees_another_folder_says_so(experiment):
-    text = json.dumps(
-        {"config": config_of(experiment, "there", None).model_dump_json(), "plugins": [], "token": "0" * 32, "parts": 1}
+    assert "must be the same folder on every node" in perform("quantize-1", told(experiment, "cpu"), None).problem
+
+
+def test_a_worker_with_another_kind_of_device_says_so(experiment):
+    problem = perform("quantize-1", told(experiment, "cuda"), Keeper(experiment.folder / "kept")).problem
+    assert problem == (
+        "device: the process that was started computes on cuda, this node on cpu; start it where there is the same "
+        "kind, or set device"
     )
-    assert "must be the same folder on every node" in perform("quantize-1", text, None).problem
 
 
 def test_chunks_and_a_cluster_exclude_each_other(experiment):

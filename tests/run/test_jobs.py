@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,3 +170,16 @@ def test_jobs_of_one_model_say_so_and_longer_ones_come_first(undisturbed):
     ready = schedule.ready()
     # Calibration, which quantization waits for; then the parts of the original's evaluation.
     assert stages(ready) == ["calibrate", "perplexity", "perplexity"]
+
+
+def test_a_run_alone_imports_nothing_of_a_cluster(experiment):
+    program = """
+import sys
+from lqer.cli import main
+status = main(sys.argv[1:], "")
+found = {"ray", "lqer.jobs.on_ray", "lqer.run.cluster", "lqer.run.worker", "lqer.store.remote"} & set(sys.modules)
+sys.exit(status or " ".join(found))
+"""
+    command = [sys.executable, "-c", program, str(experiment.config), "run", "--evaluation.baselines=[]"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

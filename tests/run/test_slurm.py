@@ -116,23 +116,28 @@ def test_a_sweep_on_nodes_starts_ray_on_each_with_the_head_of_the_job(tmp_path):
     commands = {
         "sbatch": ONE_JOB,
         "scontrol": "#!/usr/bin/env bash\nprintf 'node1\\nnode2\\n'\n",
-        "srun": '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$NOTES"\n',
+        # symmetric-run calls Ray by name.
+        "srun": '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$NOTES"\nprintf "%s\\n" "${PATH%%:*}" > "$NOTES.path"\n',
     }
     for name, text in commands.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "NOTES": str(tmp_path / "notes"),
-        "NODES": "2", "OUTPUT_DIR": str(tmp_path / "out"), "PYTHON": "python", "RAY": "ray",
+        "NODES": "2", "OUTPUT_DIR": str(tmp_path / "out"), "PYTHON": "python", "RAY": "/opt/its venv/bin/ray",
     }  # fmt: skip
     arguments = ["sweeps/atlas.toml", "a b.toml", "tag", "--calibration.dataset={ rows = '$x' }"]
     command = [str(ROOT / "sweeps/slurm_cluster.sh"), *arguments]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "calls").read_text().splitlines()[:3] == ["--job-name=tag", "--nodes=2", "--ntasks-per-node=1"]
+    assert (tmp_path / "calls").read_text().splitlines()[:4] == [
+        "--job-name=tag", "--nodes=2", "--ntasks-per-node=1", "--exclusive",
+    ]  # fmt: skip
     words = (tmp_path / "notes").read_text().splitlines()
-    assert words[:7] == ["ray", "symmetric-run", "--min-nodes", "2", "--address", "node1:6379", "--"]
+    assert (tmp_path / "notes.path").read_text() == "/opt/its venv/bin\n"
+    assert words[:7] == ["/opt/its venv/bin/ray", "symmetric-run", "--min-nodes", "2", "--address", "node1:6379", "--"]
     assert words[7:] == [
         "python", str(ROOT / "experiments/sweep.py"), "sweeps/atlas.toml", "a b.toml", "tag",
-        f"--output_dir={tmp_path / 'out'}", "--cluster.address=auto", "--calibration.dataset={ rows = '$x' }",
+        f"--output_dir={tmp_path / 'out'}", "--cluster.address=auto", "--cluster.store=shared",
+        "--calibration.dataset={ rows = '$x' }",
     ]  # fmt: skip
