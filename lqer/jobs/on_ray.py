@@ -33,6 +33,8 @@ LOCAL_STORE_BYTES = 100_000_000
 KEEPER_THREADS = 8
 # How often it is looked whether nodes have come or gone.
 SECONDS_BETWEEN_LOOKS = 2.0
+# For workers to remove what they have left on their nodes.
+SECONDS_TO_END = 20.0
 
 
 class Answer(NamedTuple):
@@ -138,6 +140,20 @@ def _connected(cluster: ClusterConfig) -> Any:
     return ray
 
 
+class _Share(NamedTuple):
+    """What Ray reserves for a worker: so many of its resource "GPU", else "CPU"."""
+
+    kind: str
+    amount: float
+
+    @property
+    def options(self) -> dict[str, float]:
+        return {"num_cpus": self.amount} if self.kind == "CPU" else {"num_cpus": 1, "num_gpus": self.amount}
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.kind}s"
+
+
 class _Idle(NamedTuple):
     """A worker on a node, with the model that it has in memory."""
 
@@ -180,7 +196,7 @@ class _Workers:
         self._retries = cluster.retries
         self._share = _share(ray, cluster)
         keeper = None if kept is None else self._keeper(kept)
-        self._away = _Pool(dict(self._share), keeper, 0)
+        self._away = _Pool(dict(self._share.options), keeper, 0)
         # Without a keeper every worker has the folder.
         self._home = self._away if kept is None else _Pool({"num_cpus": 0, **self._here()}, None, 1)
         self._busy: dict[Any, tuple[Job, Any, _Pool]] = {}
@@ -189,7 +205,7 @@ class _Workers:
 
     def work_through(self, bars: Bars) -> None:
         left = len(self._schedule.jobs) - len(self._schedule.done)
-        log.info("%d jobs on up to %d workers of %s", left, self._away.most, _shown(self._share))
+        log.info("%d jobs on up to %d workers of %s", left, self._away.most, self._share)
         while not self._schedule.is_over:
             self._hand_out()
             if not self._busy:
@@ -199,7 +215,9 @@ class _Workers:
             for reference in ended:
                 self._take_in(reference, bars)
         # Unlike the end of the connection, this lets a worker remove what it has left on its node.
-        self._ray.wait([one.worker.__ray_terminate__.remote() for one in self._away.idle] or [self._ray.put(None)])
+        ends = [one.worker.__ray_terminate__.remote() for one in self._away.idle]
+        if ends:
+            self._ray.wait(ends, num_returns=len(ends), timeout=SECONDS_TO_END)
 
     def _hand_out(self) -> None:
         self._look()
@@ -239,11 +257,11 @@ class _Workers:
     def _give_up(self, bars: Bars) -> None:
         """No node is left that has room for a worker."""
         for name in self._schedule.ready():
-            self._schedule.fail(name, f"{name}: no node of the cluster has {_shown(self._share)} for a worker")
+            self._schedule.fail(name, f"{name}: no node of the cluster has {self._share} for a worker")
 
     def _look(self) -> None:
         """Which nodes there are: how many workers they have room for, and which idle ones are gone."""
-        kind, least = ("GPU" if "num_gpus" in self._share else "CPU"), list(self._share.values())[-1]
+        kind, least = self._share
         nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
         self._away.most = sum(int(resources.get(kind, 0) // least) for resources in nodes.values())
         self._away.idle = [one for one in self._away.idle if one.node in nodes]
@@ -271,16 +289,12 @@ def after_loss(schedule: Schedule, name: str, times: int, retries: int) -> None:
         schedule.again(name)
 
 
-def _share(ray: Any, cluster: ClusterConfig) -> dict[str, float]:
-    """What Ray reserves for a worker. Raises ConfigError for more than any node has."""
+def _share(ray: Any, cluster: ClusterConfig) -> _Share:
+    """What a worker of this cluster gets. Raises ConfigError for more than any node has."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = max(node.get("GPU", 0) for node in nodes)
     if not gpus:
-        return {"num_cpus": min(cluster.cpus_per_job, max(node.get("CPU", 1) for node in nodes))}
+        return _Share("CPU", min(cluster.cpus_per_job, max(node.get("CPU", 1) for node in nodes)))
     if cluster.gpus_per_job > gpus:
         raise ConfigError(f"cluster.gpus_per_job {cluster.gpus_per_job:g}: no node has more than {gpus:g} GPUs")
-    return {"num_cpus": 1, "num_gpus": cluster.gpus_per_job}
-
-
-def _shown(share: Mapping[str, float]) -> str:
-    return f"{share['num_gpus']:g} GPUs" if "num_gpus" in share else f"{share['num_cpus']:g} CPUs"
+    return _Share("GPU", cluster.gpus_per_job)

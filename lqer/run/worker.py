@@ -24,6 +24,7 @@ from lqer.run.costs import quantization_minutes
 from lqer.run.jobs import RunJobs, jobs_of
 from lqer.run.outcome import explain_failure, one_line
 from lqer.run.preflight import CheckedRun, check_run
+from lqer.store.fingerprints import FINGERPRINTS
 from lqer.store.keeper import Keeper
 from lqer.store.own import OwnFolder
 from lqer.store.remote import RemoteStore
@@ -119,6 +120,8 @@ class _KnownRuns:
                 'that was started; with cluster.store = "shared" it must be the same folder on every node'
             )
         checked = check_run(config, log.debug)
+        if keeper is not None:
+            checked.context.fingerprints.save()
         if (kind := checked.context.device.type) != told["device"]:
             # Names depend on it.
             raise ConfigError(
@@ -134,7 +137,8 @@ class _KnownRuns:
             self._own = OwnFolder()
             atexit.register(self._own.close)
         else:
-            self._own.clear()
+            # Files of a local model are hashed once, not for every run.
+            self._own.clear(but=FINGERPRINTS)
         return self._own.path
 
 

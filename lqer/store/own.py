@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -26,9 +27,15 @@ class OwnFolder:
         self._lock.acquire()
         self.path.mkdir()
 
-    def clear(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir()
+    def clear(self, but: str) -> None:
+        """Remove everything but files of this name."""
+        # What is in a folder comes before it.
+        for path in sorted(self.path.rglob("*"), reverse=True):
+            if path.is_dir():
+                with suppress(OSError):
+                    path.rmdir()
+            elif path.name != but:
+                path.unlink()
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -76,6 +76,20 @@ def config_of(experiment, output: str, address: str | None, *overrides: str):
     )
 
 
+def task_of(experiment) -> tuple[Path, list[str]]:
+    """The folder of a task's rows, and the overrides that ask for it."""
+    folder = experiment.folder / "tasks" / "arc_easy"
+    folder.mkdir(parents=True)
+    choices = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
+    rows = [{"question": f"Colour {index}?", "choices": choices, "answerKey": "ABC"[index % 3]} for index in range(9)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder, [
+        "--evaluation.downstream.tasks=['arc_easy_local']",
+        f"--evaluation.downstream.include_path={ROOT / 'experiments/tasks'}",
+        f"--evaluation.downstream.data_dir={folder.parent}",
+    ]
+
+
 def stored(folder: Path) -> dict[str, Any]:
     """Every file of every artifact, of manifests all but the times."""
     artifacts = [path for path in (folder / "store").iterdir() if path.is_dir()]
@@ -89,7 +103,8 @@ def stored(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("method", "store"), [("lqer-act", "driver"), ("lqer-act", "shared"), ("gptq", "driver")])
 def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address, method, store):
-    more = [f"--quantize.method={method}", *(["--quantize.low_rank.rank=0"] if method == "gptq" else [])]
+    more = ["--quantize.low_rank.rank=0"] if method == "gptq" else task_of(experiment)[1]
+    more += [f"--quantize.method={method}", '--evaluation.baselines=["original"]']
     fill_store(config_of(experiment, "there", address, f"--cluster.store={store}", *more))
     pipeline.run(config_of(experiment, "here", None, *more))
     assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
@@ -222,15 +237,7 @@ def test_a_mistake_that_only_workers_see_ends_the_run_with_its_line_and_is_not_t
     experiment, address, caplog, monkeypatch
 ):
     caplog.set_level("INFO", logger="lqer")
-    tasks = experiment.folder / "tasks" / "arc_easy"
-    tasks.mkdir(parents=True)
-    choices = {"text": ["red", "blue"], "label": ["A", "B"]}
-    (tasks / "test.jsonl").write_text(json.dumps({"question": "Colour?", "choices": choices, "answerKey": "B"}) + "\n")
-    downstream = [
-        "--evaluation.downstream.tasks=['arc_easy_local']",
-        f"--evaluation.downstream.include_path={ROOT / 'experiments/tasks'}",
-        f"--evaluation.downstream.data_dir={tasks.parent}",
-    ]
+    tasks, downstream = task_of(experiment)
 
     def without_the_task(*arguments) -> None:
         # A node that lacks what the process that was started has.

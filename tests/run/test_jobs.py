@@ -178,7 +178,7 @@ import sys
 from lqer.cli import main
 status = main(sys.argv[1:], "")
 found = {"ray", "lqer.jobs.on_ray", "lqer.run.cluster", "lqer.run.worker", "lqer.store.remote"} & set(sys.modules)
-sys.exit(status or " ".join(found))
+sys.exit(status or " ".join(found) or 0)
 """
     command = [sys.executable, "-c", program, str(experiment.config), "run", "--evaluation.baselines=[]"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -19,9 +19,11 @@ def under(tmp_path, monkeypatch):
 
 def test_a_folder_is_gone_once_it_is_closed(under):
     own = OwnFolder()
-    (own.path / "file").write_text("text")
-    own.clear()
-    assert not list(own.path.iterdir())
+    for name in ("store/artifact/file", "store/kept"):
+        (own.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (own.path / name).write_text("text")
+    own.clear(but="kept")
+    assert [path.name for path in own.path.rglob("*")] == ["store", "kept"]
     own.close()
     assert not list(under.iterdir())
 
