@@ -27,7 +27,7 @@ from lqer.report.environment import versions
 from lqer.run.context import store_path
 from lqer.run.folder import RunLog, begin_run, locked
 from lqer.run.outcome import explain_failure, one_line
-from lqer.run.preflight import CheckedRun, check_run
+from lqer.run.preflight import check_run
 from lqer.run.sweep import SweepOutcome, finished_seconds
 from lqer.run.worker import MARK, all_jobs_of, last_job, last_name, perform
 
@@ -58,7 +58,8 @@ def fill_store(config: Config, plugins: Sequence[str] = ()) -> None:
             run_log.write_to(checked.folder)
             # Workers that see the folder need not hash the model again.
             checked.context.fingerprints.save()
-            text = _told(checked, config.cluster.shares_folder, plugins, token, parts)
+            device = checked.context.device.type
+            text = _told(config, device, config.cluster.shares_folder, plugins, token, parts)
             texts = dict.fromkeys(schedule.jobs, text)
             run_on_ray(schedule, texts, perform, config.cluster, _kept(config, config.cluster))
         if schedule.failed:
@@ -95,7 +96,9 @@ def sweep_on_cluster(
             with_last = (*of_run, last_job(config, of_run))
             jobs += with_last
             # A job that runs share belongs to the first of them.
-            text, of_last = (_told(checked, has, plugins, token, 1) for has in (cluster.shares_folder, True))
+            device = checked.context.device.type
+            text = _told(config, device, cluster.shares_folder, plugins, token, 1)
+            of_last = _told(config, device, True, plugins, token, 1)
             texts = dict.fromkeys((job.name for job in of_run), text) | {last_name(config): of_last} | texts
         if failed and not plan.keep_going:
             return SweepOutcome(_of(plan, finished), failed, _of(plan, runs.keys() - finished - failed.keys()))
@@ -132,10 +135,8 @@ def marked(folder: Path) -> Iterator[str]:
         mark.unlink(missing_ok=True)
 
 
-def _told(checked: CheckedRun, has_folder: bool, plugins: Sequence[str], token: str, parts: int) -> str:
-    """What a worker is told of a job: the run that it belongs to."""
-    config = checked.context.config
-    if not has_folder:
-        config = config.model_copy(update={"output_dir": ELSEWHERE})
-    told = {"config": config.model_dump_json(), "plugins": list(plugins), "token": token, "parts": parts}
-    return json.dumps(told | {"device": checked.context.device.type})
+def _told(config: Config, device: str, has_folder: bool, plugins: Sequence[str], token: str, parts: int) -> str:
+    """What a worker is told of a job: the run that it belongs to. has_folder: it sees the run's output_dir."""
+    alone = config.alone if has_folder else config.alone.model_copy(update={"output_dir": ELSEWHERE})
+    told = {"config": alone.model_dump_json(), "plugins": list(plugins), "token": token, "parts": parts}
+    return json.dumps(told | {"device": device, "started_in": str(Path.cwd())})

@@ -8,8 +8,9 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +111,9 @@ class _KnownRuns:
 
     def _learn(self, text: str, keeper: Keeper | None) -> _KnownRun:
         told = json.loads(text)
+        # Relative paths are those of the process that was started, on nodes that have its folder.
+        with suppress(OSError):
+            os.chdir(told["started_in"])
         load_plugins(told["plugins"])
         config = Config.model_validate_json(told["config"], strict=True)
         if keeper is not None:

@@ -93,6 +93,10 @@ class Workspace:
         self.flush()
         return json.loads(self._file(name).read_text(encoding="utf-8"))
 
+    def _file(self, name: str) -> Path:
+        """Where a file that is written can be read."""
+        return self.path / name
+
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors of any device as safetensors, sorted by name, so that equal tensors give equal bytes.
 
@@ -169,10 +173,6 @@ class Workspace:
         fsync(destination.parent)
         # After the rename, so that a kill before it can still resume.
         (destination / JOURNAL).unlink(missing_ok=True)
-
-    def _file(self, name: str) -> Path:
-        """Where a file that is written can be read."""
-        return self.path / name
 
     def _check_files(self) -> None:
         """Compare what an earlier build has left with its journal. Raises StoreError."""

@@ -27,8 +27,9 @@ from lqer.errors import ConfigError, RunFailedError
 from lqer.jobs.graph import Job, Schedule
 from lqer.jobs.here import run_here
 from lqer.jobs.on_ray import after_loss, run_on_ray
+from lqer.run import cluster as cluster_module
 from lqer.run import pipeline
-from lqer.run.cluster import fill_store, sweep_on_cluster
+from lqer.run.cluster import fill_store, marked, sweep_on_cluster
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
 from lqer.run.worker import perform
@@ -99,6 +100,17 @@ def stored(folder: Path) -> dict[str, Any]:
         name: json.loads(content) | {"seconds": 0} if name.endswith(MANIFEST) else content
         for name, content in found.items()
     }
+
+
+def test_relative_paths_are_those_of_the_process_that_was_started(experiment, tmp_path, monkeypatch):
+    monkeypatch.chdir(experiment.folder)
+    config = read_config(experiment.config, "run", ["--output_dir=relative", "--calibration.dataset=calibration.txt"])
+    text = cluster_module._told(config, "cpu", True, [], "0" * 32, 1)
+    monkeypatch.chdir(tmp_path.parent)
+    with marked(experiment.folder / "relative") as token:
+        problem = perform("no such job", text.replace("0" * 32, token), None).problem
+    assert problem.startswith("KeyError")
+    assert Path.cwd() == experiment.folder
 
 
 @pytest.mark.parametrize(("method", "store"), [("lqer-act", "driver"), ("lqer-act", "shared"), ("gptq", "driver")])
@@ -280,7 +292,8 @@ def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
 
 def told(experiment, device: str) -> str:
     config = config_of(experiment, "there", None).model_dump_json()
-    return json.dumps({"config": config, "plugins": [], "token": "0" * 32, "parts": 1, "device": device})
+    of_job = {"token": "0" * 32, "parts": 1, "device": device, "started_in": str(Path.cwd())}
+    return json.dumps({"config": config, "plugins": [], **of_job})
 
 
 def test_a_worker_that_sees_another_folder_says_so(experiment):
