@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
+from lqer.errors import StoreError
+from lqer.store.files import HASHING_THREADS
 from lqer.store.store import Artifact, Store, partial_path
 from lqer.store.workspace import Workspace
 
@@ -51,8 +54,13 @@ class Keeper:
             return np.fromfile(partial_path(self._store.root / artifact) / file, dtype=np.uint8)
         return np.fromfile(self._finished.setdefault(artifact, found).file(file), dtype=np.uint8)
 
-    def write(self, artifact: str, file: str, content: Bytes, seconds: float) -> None:
-        """Enter a file into an artifact, and the seconds of work that it took, unless it is finished."""
+    def write(self, artifact: str, file: str, content: Bytes, recorded: str, seconds: float) -> None:
+        """Enter a file into an artifact, and the seconds of work that it took, unless it is finished.
+
+        recorded: its hash where it was made.
+        """
+        if blake3(content, max_threads=HASHING_THREADS).hexdigest() != recorded:
+            raise StoreError(f"{self._store.root / artifact / file} was damaged on its way here; run it again")
         if self._store.named(artifact) is None:
             self._kept(artifact).take(file, content, seconds)
 

@@ -99,7 +99,7 @@ class RemoteWorkspace(Workspace):
 
     def _enter(self, name: str, temporary: Path, recorded: str) -> None:
         content = np.fromfile(temporary, dtype=np.uint8)
-        self._keeper.write(self._artifact, name, content, self._spent())
+        self._keeper.write(self._artifact, name, content, recorded, self._spent())
         temporary.replace(self.path / name)
         self._files[name] = recorded
 

@@ -126,13 +126,13 @@ def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address,
 
 
 def kill_workers(when: Callable[[], bool]) -> threading.Thread:
-    """Kill every worker that is busy as soon as `when` is true."""
+    """Kill every worker that is busy, and the keeper, as soon as `when` is true."""
 
     def work() -> None:
         while not when():
             time.sleep(0.02)
         for process in psutil.process_iter(["cmdline"]):
-            if (process.info["cmdline"] or [""])[0].startswith("ray::Worker.work"):
+            if (process.info["cmdline"] or [""])[0].startswith(("ray::Worker.work", "ray::Keeper")):
                 process.kill()
 
     thread = threading.Thread(target=work, daemon=True)

@@ -6,8 +6,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 
 from lqer.errors import StoreError
 from lqer.store.keeper import Keeper
@@ -16,6 +18,8 @@ from lqer.store.remote import RemoteStore
 from lqer.store.store import Store, Workspace, partial_path
 
 KEY = {"version": 1}
+CONTENT = np.zeros(3, dtype=np.uint8)
+HASH = blake3(CONTENT).hexdigest()
 NAMES = [f"block-{index}.safetensors" for index in range(4)]
 
 
@@ -123,7 +127,7 @@ def test_a_removed_file_is_gone_on_both_sides(tmp_path, keeper, kept):
 def test_build_times_of_all_machines_are_summed(tmp_path, keeper, kept):
     keeper.journal("stage-1")
     for index in range(3):
-        keeper.write("stage-1", f"{index}.json", torch.zeros(1, dtype=torch.uint8).numpy(), seconds=2.0)
+        keeper.write("stage-1", f"{index}.json", CONTENT, HASH, seconds=2.0)
     keeper.finish("stage-1", KEY, seconds=1.5)
     assert json.loads((kept / "stage-1" / MANIFEST).read_text())["seconds"] == 7.5
 
@@ -131,7 +135,7 @@ def test_build_times_of_all_machines_are_summed(tmp_path, keeper, kept):
 def test_a_file_that_arrives_after_the_end_changes_nothing(tmp_path, keeper, kept):
     made = RemoteStore(tmp_path / "own", keeper).obtain("stage", KEY, build)
     before = files(kept / made.path.name)
-    keeper.write(made.path.name, NAMES[0], torch.zeros(1, dtype=torch.uint8).numpy(), 1.0)
+    keeper.write(made.path.name, NAMES[0], CONTENT, HASH, 1.0)
     assert files(kept / made.path.name) == before
     assert not partial_path(kept / made.path.name).exists()
 
@@ -159,3 +163,8 @@ class TestDamage:
         (path / JOURNAL).write_text("[")
         with pytest.raises(StoreError, match=r"journal\.json is damaged"):
             RemoteStore(tmp_path / "own", keeper).obtain("stage", KEY, build)
+
+    def test_on_the_way_to_the_keeper_is_refused(self, keeper, kept):
+        with pytest.raises(StoreError, match=r"stage-1/0\.json was damaged on its way here"):
+            keeper.write("stage-1", "0.json", CONTENT + 1, HASH, 1.0)
+        assert keeper.journal("stage-1") == {}
