@@ -209,7 +209,7 @@ class _Workers:
         while not self._schedule.is_over:
             self._hand_out()
             if not self._busy:
-                self._give_up(bars)
+                self._give_up()
                 continue
             ended, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
             for reference in ended:
@@ -254,7 +254,7 @@ class _Workers:
         else:
             self._schedule.fail(job.name, answer.problem)
 
-    def _give_up(self, bars: Bars) -> None:
+    def _give_up(self) -> None:
         """No node is left that has room for a worker."""
         for name in self._schedule.ready():
             self._schedule.fail(name, f"{name}: no node of the cluster has {self._share} for a worker")
@@ -264,7 +264,12 @@ class _Workers:
         kind, least = self._share
         nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
         self._away.most = sum(int(resources.get(kind, 0) // least) for resources in nodes.values())
-        self._away.idle = [one for one in self._away.idle if one.node in nodes]
+        idle = [one for one in self._away.idle if one.node in nodes]
+        # Where a node is gone, a worker that was to start there waits for what idle ones hold.
+        beyond = max(0, self._away.busy + len(idle) - self._away.most)
+        for one in idle[:beyond]:
+            one.worker.__ray_terminate__.remote()
+        self._away.idle = idle[beyond:]
 
     def _keeper(self, kept: Path) -> Any:
         """All that it knows is on the disk, so that a new one goes on where one was lost."""

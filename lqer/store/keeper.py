@@ -59,7 +59,7 @@ class Keeper:
 
         recorded: its hash where it was made.
         """
-        if blake3(content, max_threads=HASHING_THREADS).hexdigest() != recorded:
+        if blake3(content.data, max_threads=HASHING_THREADS).hexdigest() != recorded:
             raise StoreError(f"{self._store.root / artifact / file} was damaged on its way here; run it again")
         if self._store.named(artifact) is None:
             self._kept(artifact).take(file, content, seconds)
