@@ -153,7 +153,7 @@ class WindowPerplexity(Divisible):
 
     @property
     def most_parts(self) -> int:
-        return len(self.batches)
+        return math.ceil(len(self.windows_WT) / self.batch_size)
 
     def part_file(self, index: int, count: int) -> str:
         batches = self._batches_of(index, count)
@@ -164,23 +164,27 @@ class WindowPerplexity(Divisible):
 
     def windows_of(self, index: int, count: int) -> int:
         """How many windows a part has."""
-        return sum(len(self.batches[batch]) for batch in self._batches_of(index, count))
+        all_batches = self.batches
+        return sum(len(all_batches[batch]) for batch in self._batches_of(index, count))
 
     def build(self, workspace: Workspace, store: Store) -> None:
         found = _parts(workspace, LOSSES)
-        found |= self._losses(store, [index for index in range(self.most_parts) if str(index) not in found])
-        nlls = [found[str(index)] for index in range(self.most_parts)]
+        indices = range(self.most_parts)
+        found |= self._losses(store, [index for index in indices if str(index) not in found])
+        nlls = [found[str(index)] for index in indices]
         self.write(workspace, WINDOWED_PROTOCOLS[self.protocol].result(nlls, self.windows_WT))
         _remove_parts(workspace, LOSSES)
 
     def _batches_of(self, index: int, count: int) -> Sequence[int]:
-        return range(index * self.most_parts // count, (index + 1) * self.most_parts // count)
+        batches = self.most_parts
+        return range(index * batches // count, (index + 1) * batches // count)
 
     def _losses(self, store: Store, batches: Sequence[int]) -> dict[str, Tensor]:
         """The losses (B,) of these batches, by their number."""
         if not batches:
             return {}
-        nlls = window_nlls(self.candidate.model(store), [self.batches[index] for index in batches])
+        all_batches = self.batches
+        nlls = window_nlls(self.candidate.model(store), [all_batches[index] for index in batches])
         return {str(index): nll_B for index, nll_B in zip(batches, nlls)}
 
     def summary(self, artifact: Artifact) -> str:
