@@ -74,11 +74,8 @@ class Schedule:
         """The jobs that can start now, the first one first."""
         if self.failed and self.stops_at_failure:
             return []
-        found = [
-            name
-            for name, job in self.jobs.items()
-            if name not in self._started | self.done and name not in self.failed and self.done.issuperset(job.needs)
-        ]
+        begun = self._started | self.done | self.failed.keys()
+        found = [name for name, job in self.jobs.items() if name not in begun and self.done.issuperset(job.needs)]
         return sorted(found, key=lambda name: -self._seconds_left[name])
 
     def start(self, name: str) -> None:
