@@ -16,8 +16,8 @@ Search. For y = x - δ/4 the nearest σ·a maximises 2<y, σ·a> - |a|². Where 
 signs; otherwise flipping the sign of the smallest |y| costs least. The 227 vectors are seven classes of all
 permutations of one multiset, and by the rearrangement inequality a class's best member has its entries sorted as |y|
 is: its score is a sum of the largest |y|. The 29 are looked at one by one, only where a bound over all 56 leaves them a
-chance. Of equally near points the one with the lowest code is found, as by argmin over the 65536 distances. A GPU
-compares with all points instead, which is one product.
+chance. Of equally near points the one with the lowest code is found, as by argmin over the 65536 distances. A GPU does
+the same in one kernel (e8_kernel.py), with all of the 29.
 
 E8 1-bit, 2^8 points: the lattice points with |v|² <= 2 (zero and 240 roots) and fifteen of the sixteen ±2e_i, in this
 order; roots and the others in lexicographic order, without (0, .., 0, 2).
@@ -28,7 +28,6 @@ Shapes: V vectors, 8 coordinates, P points, K rows, C classes, M vectors that ma
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -40,8 +39,6 @@ POINTS = 1 << 16
 LARGEST_COORDINATE = 2.75
 # Vectors at a time: temporaries of a chunk stay within the cache.
 CHUNK = 1 << 14
-# And where each is compared with all points, in a matrix of 0.5 GB.
-PRODUCT_CHUNK = 1 << 11
 
 # Classes of rows that are closed under permutation, in the order of the table: (number of 5/2, number of 3/2).
 CLASSES = ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (0, 4), (1, 1))
@@ -100,26 +97,23 @@ def e8_one_bit_points(device: torch.device) -> Tensor:
 
 def nearest_e8_one_bit(x_V8: Tensor) -> Tensor:
     """int64 codes [V] of the nearest points of the E8 1-bit codebook; the lowest code of equally near ones."""
-    return _nearest_of_all(x_V8, e8_one_bit_points, CHUNK)
+    points_8P, offset_P = _transposed_one_bit(x_V8.device)
+    return torch.cat([torch.addmm(offset_P, x_8, points_8P).argmax(-1) for x_8 in x_V8.split(CHUNK)])
 
 
 def nearest_e8p(x_V8: Tensor) -> Tensor:
     """int64 codes [V] of the nearest E8P points of float32 vectors [V, 8]; NaN is read as 0."""
     if x_V8.is_cuda:
-        # Error feedback asks for a few hundred vectors at a time, for which two hundred small kernels take longer.
-        return _nearest_of_all(x_V8.nan_to_num(nan=0.0), e8p_points, PRODUCT_CHUNK)
+        from lqer.formats.e8_kernel import nearest
+
+        return nearest(x_V8)
     return torch.cat([_nearest_e8p(x_8) for x_8 in x_V8.split(CHUNK)])
 
 
-def _nearest_of_all(x_V8: Tensor, points: Callable[[torch.device], Tensor], chunk: int) -> Tensor:
-    points_8P, offset_P = _transposed(points, x_V8.device)
-    return torch.cat([torch.addmm(offset_P, x_8, points_8P).argmax(-1) for x_8 in x_V8.split(chunk)])
-
-
 @lru_cache
-def _transposed(points: Callable[[torch.device], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def _transposed_one_bit(device: torch.device) -> tuple[Tensor, Tensor]:
     """Points [8, P] and -|p|² / 2 [P]: <x, p> - |p|² / 2 is largest for the nearest."""
-    points_P8 = points(device)
+    points_P8 = e8_one_bit_points(device)
     return points_P8.T, -points_P8.square().sum(-1) / 2
 
 
