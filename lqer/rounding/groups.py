@@ -58,13 +58,17 @@ class Groups:
         """Whether the group that holds `column` has its scale."""
         return self._scales[column // self.width] is not None
 
+    def scales(self, column: int) -> dict[str, Tensor]:
+        """The fitted scale of the group that holds `column`."""
+        scales = self._scales[column // self.width]
+        assert scales is not None
+        return scales
+
     def spacing(self, columns: Sequence[int]) -> Spacing:
         """The spacing of fitted columns, of an evenly spaced format; step and zero point (columns, O)."""
         found: dict[int, Spacing] = {}
         for group in {column // self.width for column in columns}:
-            scales = self._scales[group]
-            assert scales is not None
-            spacing = self.number_format.spacing(scales)
+            spacing = self.number_format.spacing(self.scales(group * self.width))
             assert spacing is not None
             found[group] = spacing
         in_order = [found[column // self.width] for column in columns]
@@ -100,8 +104,7 @@ class Groups:
 
     def round(self, column: int, weight_OD: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (O, V) and values (O, D) of whole vectors of one group, from `column` on, under its fixed scale."""
-        scales = self._scales[column // self.width]
-        assert scales is not None
+        scales = self.scales(column)
         codes_OV = self.number_format.encode(weight_OD.unsqueeze(1), scales)
         values_OD = self.number_format.decode(codes_OV, scales).squeeze(1)[:, : weight_OD.shape[1]]
         return codes_OV.squeeze(1), values_OD

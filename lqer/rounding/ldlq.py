@@ -5,7 +5,8 @@
         Ẑ_k = round( Z_k + Σ_{j > k} (Z_j - Ẑ_j) 𝓛_jk )
 
 In blocks of one column this is GPTQ from the last column to the first. The feedback of later panels is added in one
-product per panel, that within the panel immediately. A group's scale is fitted when the sweep reaches the group's last
+product per panel, that within the panel immediately; on a GPU one kernel walks the blocks of a panel, for lattice codes
+and single, evenly spaced values (ldlq_panel.py). A group's scale is fitted when the sweep reaches the group's last
 column, to the values its columns would take if the group were not rounded: T with T = Z + (Z - T) (𝓛 - 1) within the
 group, plus the feedback of later columns. If it is searched, errors are weighted by the diagonal of D in blocks of one.
 
@@ -33,6 +34,7 @@ from lqer.formats.base import check_finite
 from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
+from lqer.rounding.ldlq_panel import cpu_panel, gpu_panel
 from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
 from lqer.statistics import Hessian, Statistic
 from lqer.statistics.symmetric import PANEL_ROWS
@@ -78,19 +80,12 @@ def ldlq(
     codes: dict[int, Tensor] = {}
     error_IO = torch.empty_like(weight_IO)
     panel = -(-groups.panel // block) * block
+    round_panel = (gpu_panel if weight_IO.is_cuda else cpu_panel)(groups, block)
     for start in reversed(range(0, len(weight_IO), panel)):
-        stop = min(start + panel, len(weight_IO))
-        target_PO = torch.addmm(weight_IO[start:stop], lower_II[stop:, start:stop].T, error_IO[stop:])
-        for k in reversed(range(start, stop, block)):
-            now = slice(k, min(k + block, stop))
-            if now.stop == groups.columns(k).stop and not groups.single:
-                group = groups.columns(k)
-                feedback_GO = target_PO[group.start - start : group.stop - start] - weight_IO[group]
-                moved_GO = torch.linalg.solve_triangular(lower_II[group, group].T, feedback_GO, upper=True)
-                groups.fit(k, (weight_IO[group] + moved_GO).T)
-            codes[k], values_OD = groups.round(k, target_PO[k - start : now.stop - start].T)
-            error_IO[now] = weight_IO[now] - values_OD.T
-            target_PO[: k - start].addmm_(lower_II[now, start:k].T, error_IO[now])
+        now = slice(start, min(start + panel, len(weight_IO)))
+        target_PO = torch.addmm(weight_IO[now], lower_II[now.stop :, now].T, error_IO[now.stop :])
+        panel_codes, error_IO[now] = round_panel(target_PO, weight_IO[now], lower_II[now, now], start, groups, block)
+        codes |= panel_codes
     for _ in range(tune_iters):
         _tune(weight_IO, error_IO, codes, damped.matrix(torch.float32), groups, block)
     return groups.finish(torch.cat([codes[k] for k in sorted(codes)], dim=1))

@@ -35,19 +35,22 @@ LARGEST_ROUNDED = tl.constexpr(1048576.0)
 SMALLEST_STEP = tl.constexpr(2.0**-126)
 
 
-def sweep_panel(weight_PO: Tensor, upper_PP: Tensor, spacing: Spacing) -> tuple[Tensor, Tensor]:
+def sweep_panel(
+    weight_PO: Tensor, upper_PP: Tensor, spacing: Spacing, reference_PO: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes (P, O), int8 or uint8, and scaled errors (P, O), float32, of a panel; the weight is left as it is.
 
     weight_PO: float32, columns of W, each contiguous. upper_PP: float32, the panel's block on the diagonal of U.
-    spacing: of every weight of the panel, (P, O) or broadcast to it by strides.
+    spacing: of every weight of the panel, (P, O) or broadcast to it by strides. reference_PO: as weight_PO, what errors
+    are taken from (LDLQ's are those of the weight without feedback); None for w_p itself.
     """
     columns, rows = weight_PO.shape
     step_PO, zero_PO = spacing.step_G, spacing.zero_G
     dtype = torch.int8 if spacing.min_code < 0 else torch.uint8
     codes_PO = torch.empty(columns, rows, dtype=dtype, device=weight_PO.device)
     error_PO = torch.empty(columns, rows, dtype=torch.float32, device=weight_PO.device)
-    _sweep[(triton.cdiv(rows, ROWS),)](
-        weight_PO, upper_PP, step_PO, zero_PO, codes_PO, error_PO, columns, rows,
+    sweep_kernel[(triton.cdiv(rows, ROWS),)](
+        weight_PO, reference_PO, upper_PP, step_PO, zero_PO, codes_PO, error_PO, columns, rows,
         weight_PO.stride(0), *upper_PP.stride(), *step_PO.stride(), *zero_PO.stride(),
         spacing.min_code, spacing.max_code, WIDTH=triton.next_power_of_2(columns), ROWS_C=ROWS, num_warps=1,
     )  # fmt: skip
@@ -55,8 +58,8 @@ def sweep_panel(weight_PO: Tensor, upper_PP: Tensor, spacing: Spacing) -> tuple[
 
 
 @triton.jit
-def _sweep(
-    weight, upper, step, zero, codes, error, columns, rows,
+def sweep_kernel(
+    weight, reference, upper, step, zero, codes, error, columns, rows,
     weight_stride, upper_row_stride, upper_column_stride,
     step_column_stride, step_row_stride, zero_column_stride, zero_row_stride, min_code, max_code,
     WIDTH: tl.constexpr, ROWS_C: tl.constexpr,
@@ -76,6 +79,8 @@ def _sweep(
         code_O = tl.where(zero_O == whole_O, (steps_O + ROUNDER) - ROUNDER, tl.floor(steps_O)) + whole_O
         code_O = tl.minimum(tl.maximum(code_O, min_code), max_code)
         diagonal = tl.load(upper + i * upper_row_stride + i * upper_column_stride)
+        if reference is not None:
+            w_O = tl.load(reference + i * weight_stride + o, mask=inside, other=0.0)
         error_O = tl.math.div_rn(w_O - (code_O - zero_O) * step_O, diagonal)
         later = (p > i) & (p < columns)
         upper_P = tl.load(upper + i * upper_row_stride + p * upper_column_stride, mask=later, other=0.0)
@@ -97,7 +102,7 @@ def descend_panel(
     All float32, each column contiguous. gradient_PO: g of the panel's columns. limits: the smallest and largest code.
     """
     columns, rows = codes_PO.shape
-    _descend[(triton.cdiv(rows, ROWS),)](
+    descent_kernel[(triton.cdiv(rows, ROWS),)](
         codes_PO, error_PO, gradient_PO, hessian_PP, step_PO, columns, rows,
         codes_PO.stride(0), error_PO.stride(0), gradient_PO.stride(0), *hessian_PP.stride(), step_PO.stride(0),
         *limits, WIDTH=triton.next_power_of_2(columns), ROWS_C=ROWS, num_warps=1,
@@ -105,7 +110,7 @@ def descend_panel(
 
 
 @triton.jit
-def _descend(
+def descent_kernel(
     codes, error, gradient, hessian, step, columns, rows,
     codes_stride, error_stride, gradient_stride, hessian_row_stride, hessian_column_stride, step_stride,
     min_code, max_code, WIDTH: tl.constexpr, ROWS_C: tl.constexpr,
