@@ -69,11 +69,13 @@ def main() -> None:
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         targets_STD = torch.cat([run({}, x).to(torch.bfloat16) for x in hidden_STD.split(1)])
     ends: list[float] = []
+    losses: list[float] = []
 
     def end_round(state: AdaptiveState) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
+        losses[:] = state.losses.tolist()
 
     fractions = tuple(0.8 - 0.7 * i / (arguments.rounds + 1) for i in range(arguments.rounds + 1))
     settings = AdaptiveSettings(
@@ -88,6 +90,7 @@ def main() -> None:
     round_block(weights, starts, run, hidden_STD, [targets_STD], settings, after_round=end_round)
     seconds = (ends[-1] - ends[0]) / (arguments.rounds * arguments.steps)
     print(f"{device_name(device)}, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights, {vars(arguments)}")
+    print(f"mean loss of each round: {', '.join(f'{loss:.5g}' for loss in losses)}")
     print(f"{1e3 * seconds:.1f} ms a step; 20 rounds of 250 steps: {PUBLISHED_STEPS * seconds / 60:.1f} minutes")
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

@@ -32,6 +32,7 @@ from torch import Tensor
 from lqer.components import require_choice, require_number, require_positive
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.base import Rounding, Statistics
+from lqer.rounding.batches import batches_of, trained_dtype
 from lqer.rounding.par_schedule import SOFT_FRACTIONS_20, draw_batches, soft_fractions
 from lqer.rounding.soft import Grid, harden
 
@@ -124,9 +125,9 @@ def round_block(
     """Round the weights (O, I) of a block together so that its output stays close to its targets.
 
     starts: per weight, a quantized tensor in `int` or `mxint` whose scales and zero points are used, and its codes with
-    `keep_codes`. block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which it gets in float32.
-    inputs_STD, targets (S, T, D): float, on any device; the losses against several targets are added. state: of an
-    earlier run, to resume; `after_round` gets the state after every round.
+    `keep_codes`. block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which it gets in float32, or
+    on a GPU in the dtype of `autocast`. inputs_STD, targets (S, T, D): float, on any device; the losses against several
+    targets are added. state: of an earlier run, to resume; `after_round` gets the state after every round.
 
     Returns the weights to store. Their values are exactly those of the last training step with every rounding decided,
     because scales are trained as `int` stores them. Raises DivergedError, and ValueError where weights, starts, inputs
@@ -188,16 +189,20 @@ def _soften(
         )
     optimizer = torch.optim.Adam(groups, fused=True)
     total = torch.zeros((), device=device)
-    for batch_B in batches_KB:
-        soft = {name: grid.weight(v[name], u.get(name)) for name, grid in grids.items()}
+    batch_size = batches_KB.shape[1]
+    micro_batches = [micro_B for batch_B in batches_KB for micro_B in batch_B.split(settings.micro_batch)]
+    batches = batches_of([inputs_STD, *targets], micro_batches, device)
+    # The gradients of several micro-batches are added up in float32.
+    dtype = trained_dtype(device, settings.autocast) if settings.micro_batch >= batch_size else torch.float32
+    for _ in batches_KB:
+        soft = {name: grid.weight(v[name], u.get(name), dtype) for name, grid in grids.items()}
         leaves = {name: weight_OI.detach().requires_grad_() for name, weight_OI in soft.items()}
-        for micro_B in batch_B.split(settings.micro_batch):
-            inputs_BTD = inputs_STD[micro_B.to(inputs_STD.device)].to(device)
+        for _ in range(0, batch_size, settings.micro_batch):
+            inputs_BTD, *wanted = next(batches)
             with _autocast(device, settings.autocast):
                 outputs_BTD = block(leaves, inputs_BTD)
-            wanted = [targets_STD[micro_B.to(targets_STD.device)].to(device) for targets_STD in targets]
             losses = torch.stack([block_loss(outputs_BTD, targets_BTD) for targets_BTD in wanted])
-            loss = losses.sum() * (len(micro_B) / len(batch_B))
+            loss = losses.sum() * (len(inputs_BTD) / batch_size)
             loss.backward()
             total += loss.detach()
         optimizer.zero_grad()

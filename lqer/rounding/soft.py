@@ -18,6 +18,7 @@ Shapes: O out_features, I in_features, N groups of a row, B values of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -121,14 +122,23 @@ class Grid:
         """Whether a group's scale can be stretched; the scales of MXINT are powers of two."""
         return isinstance(self.start.format, Int)
 
-    def weight(self, v_OI: Tensor, u_ON: Tensor | None) -> Tensor:
-        """The soft weight w' (O, I) in float32, differentiable in both variables; without u the step is s.
+    @cached_property
+    def zero_ON(self) -> Tensor:
+        """The zero point of every group, float32, contiguous."""
+        return self.spacing.zero_G.expand_as(self.spacing.step_G).contiguous()
+
+    def weight(self, v_OI: Tensor, u_ON: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The soft weight w' (O, I), differentiable in both variables; without u the step is s.
 
         The stretched step is rounded to the dtype it is stored in (straight-through gradient), so that training uses
-        the scales that are stored.
+        the scales that are stored. dtype: that of w', which is computed in float32.
         """
         step_ON = self.spacing.step_G if u_ON is None else self._stretched(u_ON)
-        return _SoftWeight.apply(v_OI, step_ON, self)
+        if v_OI.is_cuda:
+            from lqer.rounding.soft_kernel import FusedSoftWeight
+
+            return FusedSoftWeight.apply(v_OI, step_ON, self, dtype)
+        return _SoftWeight.apply(v_OI, step_ON, self).to(dtype)
 
     @torch.no_grad()
     def quantized(self, v_OI: Tensor, u_ON: Tensor | None) -> QuantizedTensor:

@@ -40,10 +40,11 @@ class BlockFunction:
     """`function(parameters, hidden_BTD)`: the block's output with some parameters replaced.
 
     `parameters` maps names within the block ("mlp.down_proj.weight") to tensors of any float dtype, which are cast to
-    the dtype of what they stand in for. `args` and `kwargs` are the rest of the block's call; of their leaves, those at
-    the positions `per_sequence` are tensors (1, ...) that are expanded to the batch. The input of a linear that
-    `activations` names is rounded to that format, per token if block_size is "row", and gradients pass straight through
-    that rounding. Hidden states of any float dtype come from any device, and are taken to those of the block.
+    the dtype of what they stand in for; matrices that autocast would cast back stay as they are. `args` and `kwargs`
+    are the rest of the block's call; of their leaves, those at the positions `per_sequence` are tensors (1, ...) that
+    are expanded to the batch. The input of a linear that `activations` names is rounded to that format, per token if
+    block_size is "row", and gradients pass straight through that rounding. Hidden states of any float dtype come from
+    any device, and are taken to those of the block.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class BlockFunction:
             raise ValueError(f"{', '.join(sorted(unknown))} is not a parameter of {type(self.block).__name__}")
         first = next(iter(self._parameters.values()))
         hidden_BTD = hidden_BTD.to(first.device, first.dtype, non_blocking=True)
-        replaced = {name: tensor.to(self._parameters[name].dtype) for name, tensor in parameters.items()}
+        replaced = {name: _in_place_of(self._parameters[name], tensor) for name, tensor in parameters.items()}
         hooks = []
         try:
             for name, activation in self.activations.items():
@@ -87,6 +88,13 @@ class BlockFunction:
         for i in self.per_sequence:
             leaves[i] = leaves[i].expand(sequences, *leaves[i].shape[1:])
         return tree_unflatten(leaves, structure)
+
+
+def _in_place_of(parameter: Tensor, tensor: Tensor) -> Tensor:
+    device = parameter.device.type
+    if tensor.dim() == 2 and torch.is_autocast_enabled(device) and tensor.dtype == torch.get_autocast_dtype(device):
+        return tensor
+    return tensor.to(parameter.dtype)
 
 
 def _rounded_input(activation: NumberFormat) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

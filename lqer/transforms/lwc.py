@@ -23,6 +23,7 @@ from torch import Tensor
 from lqer.components import ADDED, require_choice, require_number, require_positive
 from lqer.formats import Int, NumberFormat, QuantizedTensor
 from lqer.formats.blocks import from_blocks, to_blocks
+from lqer.rounding.batches import batches_of, trained_dtype
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
@@ -170,10 +171,11 @@ def learn_clipping(
 ) -> dict[str, RangeFactors]:
     """The factors of every weight (O, I) in `weights`; `quantize_clipped` with them gives the trained values.
 
-    block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights. targets: one or several (S, T, D) tensors
-    whose losses are added: the original block's output on the original inputs and, for two bits, on these inputs too.
-    fixed: weights that take part as they are, such as those of q and k, rounded without clipping. state: that of an
-    earlier run, on any device, to resume with the same result; `after_epoch` gets the state after every epoch.
+    block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which are in float32, or on a GPU in the
+    dtype of `autocast`. targets: one or several (S, T, D) tensors whose losses are added: the original block's output
+    on the original inputs and, for two bits, on these inputs too. fixed: weights that take part as they are, such as
+    those of q and k, rounded without clipping. state: that of an earlier run, on any device, to resume with the same
+    result; `after_epoch` gets the state after every epoch.
 
     Raises ValueError for a format other than `int`, ArithmeticError where the loss stops being finite.
     """
@@ -190,19 +192,18 @@ def learn_clipping(
     steps = len(orders[0].split(settings.batch_size))
     optimizer = _optimizer(logits, state, steps, settings.learning_rate)
     losses = state.losses
+    dtype = trained_dtype(device, settings.autocast)
     for epoch in range(state.epochs, settings.epochs):
         total = torch.zeros((), device=device)
-        for batch_B in orders[epoch].split(settings.batch_size):
+        chosen = orders[epoch].split(settings.batch_size)
+        for inputs_BTD, *wanted in batches_of([inputs_STD, *targets], chosen, device):
             clipped = {
-                name: _rounded(weight_OI, formats[name], ranges[name], logits[name])
+                name: _rounded(weight_OI, formats[name], ranges[name], logits[name], dtype)
                 for name, weight_OI in weights.items()
             }
-            inputs_BTD = inputs_STD[batch_B.to(inputs_STD.device)].to(device)
             with torch.autocast(device.type, settings.autocast, enabled=settings.autocast is not None):
                 outputs_BTD = block({**(fixed or {}), **clipped}, inputs_BTD).float()
-            loss = torch.stack(
-                [(outputs_BTD - y[batch_B.to(y.device)].to(device).float()).square().mean() for y in targets]
-            ).sum()
+            loss = torch.stack([(outputs_BTD - y.float()).square().mean() for y in wanted]).sum()
             optimizer.zero_grad()
             loss.backward()
             for logits_2ON in logits.values():
@@ -232,7 +233,8 @@ def _start(ranges: Mapping[str, Tensor]) -> ClippingState:
 
 def _optimizer(logits: Mapping[str, Tensor], state: ClippingState, steps: int, rate: float) -> torch.optim.AdamW:
     """AdamW as it stood in `state`, after that many steps in each of its epochs."""
-    optimizer = torch.optim.AdamW([*logits.values()], rate, weight_decay=0)
+    on_gpu = all(logits_2ON.is_cuda for logits_2ON in logits.values())
+    optimizer = torch.optim.AdamW([*logits.values()], rate, weight_decay=0, fused=on_gpu or None)
     if state.epochs:
         moments = {
             place: {
@@ -266,8 +268,9 @@ def _rounded(
     number_format: NumberFormat,
     ends_2ON: Tensor,
     logits_2ON: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """w_q (O, I) in float32: the values of `quantize_learnt`, differentiable in the logits."""
+    """w_q (O, I): the values of `quantize_learnt`, differentiable in the logits. dtype: computed in float32."""
     assert isinstance(number_format, Int)
     low_ON, high_ON = ends_2ON * logits_2ON.sigmoid()
     if number_format.symmetric:
@@ -279,7 +282,16 @@ def _rounded(
         zero_ON = torch.zeros_like(step_ON)
     else:
         zero_ON = _through(-low_ON / step_ON, (-low_ON / step_ON).detach().round().clamp(0, number_format.max_code))
-    steps_ONB = to_blocks(weight_OI.float(), number_format.block_size) / step_ON.unsqueeze(-1)
+    if weight_OI.is_cuda:
+        from lqer.transforms.lwc_kernel import FusedRounding
+
+        return FusedRounding.apply(weight_OI.float(), step_ON, zero_ON, number_format, dtype)
+    return rounded_under(weight_OI.float(), step_ON, zero_ON, number_format).to(dtype)
+
+
+def rounded_under(weight_OI: Tensor, step_ON: Tensor, zero_ON: Tensor, number_format: Int) -> Tensor:
+    """w_q (O, I) of a float32 weight under scales s and zero points z (O, N), differentiable in both."""
+    steps_ONB = to_blocks(weight_OI, number_format.block_size) / step_ON.unsqueeze(-1)
     codes_ONB = _through(steps_ONB, steps_ONB.detach().round()) + zero_ON.unsqueeze(-1)
     codes_ONB = codes_ONB.clamp(number_format.min_code, number_format.max_code)
     return from_blocks((codes_ONB - zero_ON.unsqueeze(-1)) * step_ON.unsqueeze(-1), weight_OI.shape[1])

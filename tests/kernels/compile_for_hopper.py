@@ -19,7 +19,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough, Trellis
+from lqer.formats.e8_kernel import nearest
 from lqer.formats.kmeans_kernel import cluster_sums, drawn_seeds, improve
+from lqer.formats.spacing import Spacing
 from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
 from lqer.kernels.byte_sums import TOKENS_AT_ONCE as BYTE_TOKENS_AT_ONCE
@@ -30,14 +32,20 @@ from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.launch import run_layer
 from lqer.kernels.trellis import TrellisLayout
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
+from lqer.rounding.lattice_sweep import sweep_lattice_panel
+from lqer.rounding.soft import Grid
+from lqer.rounding.soft_kernel import FusedSoftWeight
+from lqer.rounding.sweep import descend_panel
+from lqer.rounding.sweep import sweep_panel as sweep_columns
 from lqer.rounding.vector_sweep import sweep_panel
 from lqer.statistics.products_kernel import add_half_products
 from lqer.transforms.hadamard import random_hadamard
+from lqer.transforms.lwc_kernel import FusedRounding
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
-    torch.int64: "*i64", torch.uint8: "*u8", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.uint8: "*u8", torch.float64: "*fp64", torch.int16: "*i16",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 SHARED_MEMORY = 48 << 10
@@ -54,6 +62,8 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
@@ -172,7 +182,27 @@ def main() -> None:
         cluster_sums(features_GFN, codes_GN, centroids)
         panel_PO, feedback_PP = torch.zeros(128, 24), torch.zeros(256, 256)[128:, 128:]
         sweep_panel(panel_PO, panel_PO, panel_PO[:, :1], feedback_PP, centroids_GKD)
+    compile_rounding()
     print(" ".join(sorted(compiled)))
+
+
+def compile_rounding() -> None:
+    """What rounds weights column by column, and what learns how to."""
+    nearest(torch.zeros(100, 8))
+    panel_PO, square_PP, step_PO = torch.zeros(128, 64), torch.zeros(256, 256)[128:, 128:], torch.ones(128, 64)
+    for bits in (2, 3, 4):
+        sweep_lattice_panel(panel_PO, panel_PO, square_PP, torch.ones(1).expand(64), bits)
+    for limits in ((0, 15), (-4, 3)):
+        spacing = Spacing(step_PO[:1].expand(128, -1), step_PO, *limits)
+        sweep_columns(panel_PO, square_PP, spacing)
+        sweep_columns(panel_PO, square_PP, spacing, panel_PO)
+    descend_panel(panel_PO, panel_PO, panel_PO, square_PP, step_PO, (0, 15))
+    for block_size, dtype in ((128, torch.bfloat16), (16, torch.float32), ("row", torch.bfloat16)):
+        weight_OI, number_format = torch.ones(4, 4096), Int(2, block_size)
+        grid = Grid.of(weight_OI, number_format.quantize(weight_OI))
+        step_ON = grid.spacing.step_G.clone().requires_grad_()
+        FusedSoftWeight.apply(torch.zeros_like(weight_OI, requires_grad=True), step_ON, grid, dtype).sum().backward()
+        FusedRounding.apply(weight_OI, step_ON, grid.zero_ON, number_format, dtype).sum().backward()
 
 
 if __name__ == "__main__":

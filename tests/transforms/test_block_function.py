@@ -84,3 +84,20 @@ def test_arguments_of_one_sequence_are_expanded_to_the_batch():
     x_BTD = torch.randn(5, 3, 4)
     assert torch.equal(call.without_rounding()._arguments(5)[1]["added"], added.expand(5, 3, 4))
     assert torch.equal(call({}, x_BTD), x_BTD + added)
+
+
+def test_a_matrix_that_autocast_would_cast_back_is_used_as_it_is():
+    linear = nn.Linear(4, 3, bias=False)
+    x = torch.randn(2, 4)
+    narrow = torch.randn(3, 4).bfloat16()
+    found = []
+    for weight in (narrow, narrow.float()):
+        weight.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = BlockFunction(linear)({"weight": weight}, x)
+        output.float().sum().backward()
+        found.append((output.detach(), weight.grad))
+    (output, gradient), (expected, expected_gradient) = found
+    assert torch.equal(output, expected)
+    assert gradient.dtype == torch.bfloat16
+    assert torch.equal(gradient.float(), expected_gradient)

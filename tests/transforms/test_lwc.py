@@ -65,7 +65,7 @@ def test_what_is_trained_is_what_is_stored(task, number_format):
     weight_OI[2, :16] = 0
     ends = group_range(weight_OI, number_format)
     logits = torch.randn(2, *ends[0].shape, generator=torch.Generator().manual_seed(5)) + 2
-    trained_OI = _rounded(weight_OI, number_format, torch.stack(ends), logits)
+    trained_OI = _rounded(weight_OI, number_format, torch.stack(ends), logits, torch.float32)
 
     factors = RangeFactors(*logits.sigmoid())
     assert torch.equal(trained_OI, quantize_learnt(weight_OI, number_format, factors).dequantize())
