@@ -17,24 +17,25 @@ higher one counts, because a cluster of eigenvalues is found in jumps. The itera
 both relative to the captured energy and relative to the loss: where the optimum itself removes a twentieth of an error,
 its last percent is a two-thousandth of the loss.
 
-On a GPU the products run there and the eigenvalues of the small projected matrix are computed on the CPU, which is
-faster up to some 170 rows, where most solutions end, while the GPU grows the space by another block. Eigenvectors are
-computed once, at the end.
+On a GPU the products run there, while the CPU decomposes the small projected matrices of the last few spaces
+(spectra.py).
 
 Shapes: I in_features, O out_features, R rank, L block width, D dimension of the space so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.precision import full_float32
+from lqer.lowrank.spectra import RowsToCome, sent_to_cpu, spectra_in_threads, spectra_in_turn
 
 # A block of half the rank, but no narrower than efficient matrix products need, in whole registers.
 NARROWEST, WIDTH_UNIT = 24, 8
@@ -135,20 +136,17 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int)
     basis_DO = error_OI.new_empty(largest, out_features, dtype=torch.float64)
     images_DI = error_OI.new_empty(largest, in_features)
     blocks = _grow(error_OI, metric, width, seed, basis_DO, images_DI)
-    projected_DD = torch.empty(0, 0, dtype=torch.float64)
     energy, convergence = 0.0, _Convergence()
-    # The GPU works on the next block while this one's values are computed; a CPU would do its work in vain.
-    for rows_LD in _one_ahead(blocks) if error_OI.is_cuda else blocks:
-        projected_DD = _bordered(projected_DD, rows_LD())
-        size = len(projected_DD)
+    for spectrum in (spectra_in_threads if error_OI.is_cuda else spectra_in_turn)(blocks):
+        size = len(spectrum.projected_DD)
         if size == width:
             # A random orthonormal block is an unbiased sample of M's trace.
-            energy = float(projected_DD.trace()) * out_features / width
+            energy = float(spectrum.projected_DD.trace()) * out_features / width
         if size >= rank:
-            convergence.add(float(torch.linalg.eigvalsh(projected_DD)[-rank:].sum()))
+            convergence.add(float(spectrum.values()[-rank:].sum()))
             if convergence.is_enough(energy, tolerance):
                 break
-    ritz_D, vectors_DD = torch.linalg.eigh(projected_DD)
+    ritz_D, vectors_DD = spectrum.eigenvectors()
     ritz_R, vectors_DR = ritz_D.flip(0)[:rank].clamp(min=0), vectors_DD.flip(1)[:, :rank]
     if _may_lack_copies(ritz_R, width):
         return None
@@ -157,42 +155,24 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int)
 
 def _grow(
     error_OI: Tensor, metric: Metric, width: int, seed: int, basis_DO: Tensor, images_DI: Tensor
-) -> Iterator[Callable[[], Tensor]]:
+) -> Iterator[RowsToCome]:
     """Fill an orthonormal basis of the space and its images Eᵀ v block by block; yields the projected matrix's rows."""
     out_features = error_OI.shape[0]
-    start_LO = torch.randn(width, out_features, generator=torch.Generator().manual_seed(seed)).to(error_OI.device)
+    start_LO = _start(width, out_features, seed, error_OI.device)
     filling_LO, target_LO = start_LO / out_features**0.5, start_LO
     for size in range(width, len(basis_DO) + 1, width):
         here = slice(size - width, size)
         basis_DO[here] = _orthonormal(target_LO, filling_LO.roll(size, dims=1), basis_DO[: size - width])
         images_DI[here] = basis_DO[here].to(torch.float32) @ error_OI
         weighted_LI = metric.times(images_DI[here].T).T
-        yield _sent_to_cpu(weighted_LI @ images_DI[:size].T)
+        yield sent_to_cpu(weighted_LI @ images_DI[:size].T)
         target_LO = weighted_LI @ error_OI.T
 
 
-def _one_ahead(blocks: Iterator[Callable[[], Tensor]]) -> Iterator[Callable[[], Tensor]]:
-    """The same, each after the next one has been started."""
-    last = next(blocks)
-    for block in blocks:
-        yield last
-        last = block
-    yield last
-
-
-def _sent_to_cpu(x: Tensor) -> Callable[[], Tensor]:
-    """A function that waits for `x` alone, not for what the GPU has been given to do since, and returns it."""
-    if not x.is_cuda:
-        return lambda: x
-    on_cpu = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def wait() -> Tensor:
-        arrived.synchronize()
-        return on_cpu
-
-    return wait
+@lru_cache(maxsize=4)
+def _start(width: int, out_features: int, seed: int, device: torch.device) -> Tensor:
+    """Random vectors (L, O), the same on every device; drawn once for linears of equal shape."""
+    return torch.randn(width, out_features, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def _factors(ritz_R: Tensor, vectors_DR: Tensor, basis_DO: Tensor, images_DI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,19 +190,6 @@ def _may_lack_copies(ritz_R: Tensor, width: int) -> bool:
     noise = torch.finfo(torch.float32).eps * ritz_R[0]
     first, last = ritz_R[:-width], ritz_R[width - 1 : -1]
     return bool(((first - last <= COPIES_DIFFER * first) & (first > noise)).any())
-
-
-def _bordered(projected_DD: Tensor, rows_LD: Tensor) -> Tensor:
-    """The projected matrix of a space that has grown by the last L columns of `rows_LD`, symmetric."""
-    rows_LD = rows_LD.to(torch.float64)
-    size, width = len(projected_DD), len(rows_LD)
-    grown_DD = torch.empty(size + width, size + width, dtype=torch.float64)
-    grown_DD[:size, :size] = projected_DD
-    grown_DD[size:] = rows_LD
-    grown_DD[:size, size:] = rows_LD[:, :size].T
-    corner_LL = rows_LD[:, size:]
-    grown_DD[size:, size:] = (corner_LL + corner_LL.T) / 2
-    return grown_DD
 
 
 def _orthonormal(block_LO: Tensor, filling_LO: Tensor, basis_DO: Tensor) -> Tensor:
