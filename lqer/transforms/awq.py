@@ -36,6 +36,7 @@ from torch.func import functional_call
 from lqer.components import require_choice, require_positive
 from lqer.formats import NumberFormat
 from lqer.formats.blocks import BlockSize, from_blocks, scale_groups, to_blocks
+from lqer.lowrank.precision import tensor_core_float32
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
@@ -193,8 +194,8 @@ def scale_block(
 
     batches: hidden states (B, T, D) of the whole calibration text on any device; `call` must accept any B of that T.
     searched: those that errors are compared on. formats: by name of the linear; a site with a linear that has none is
-    skipped. autocast: the dtype of the products where means are taken and candidates compared. Memory: the activations
-    of one batch in the block.
+    skipped. autocast: the dtype of the products where candidates are compared; means are taken in float32, on a GPU by
+    its tensor cores (TF32). Memory: the activations of one batch in the block.
     """
     block = call.block
     parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
@@ -202,7 +203,8 @@ def scale_block(
     found = []
     sites = find_sites(call, enough_to_probe(batches[0]))
     scaled = [site for site in sites if site.fold is not None and all(name in formats for name in site.linears)]
-    with _in_autocast(block, autocast):
+    # Not in bfloat16: the ratio of a site, and where its weights are rounded to, hang on the last digits of the means.
+    with tensor_core_float32(next(block.parameters()).device):
         means = mean_magnitudes(call, batches, [site.linears[0] for site in scaled])
     # Probing shuffles the tokens: they may reach an expert that none reaches in their order.
     for site in (site for site in scaled if site.linears[0] in means):

@@ -128,6 +128,17 @@ def test_means_come_from_all_the_text_and_errors_from_the_searched_part():
     assert part.errors[0.5] < whole.errors[0.5]
 
 
+def test_means_are_taken_in_float32_whatever_the_products_are_in():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(32, 32, bias=False), nn.RMSNorm(32), nn.Linear(32, 32, bias=False))
+    x_BTI = torch.randn(6, 20, 32) * torch.logspace(-1, 1, 32)
+    mean_I = mean_magnitudes(BlockFunction(block), x_BTI.split(2), ["2"])["2"]
+    _, found = scale_block(
+        BlockFunction(block), x_BTI.split(2), x_BTI.split(2), {"2": W3}, [0.5], autocast=torch.bfloat16
+    )
+    assert torch.equal(found[0].scale_I, scale_of(mean_I, 0.5))
+
+
 def test_the_fewest_whole_sequences_that_hold_the_rows_are_spread_over_the_text():
     inputs_STD = torch.arange(8.0).view(8, 1, 1).expand(8, 5, 2)
     chosen = {rows: evenly_spaced(inputs_STD, rows)[:, 0, 0].tolist() for rows in (1, 5, 6, 20, 40, 1000)}
