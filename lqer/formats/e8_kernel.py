@@ -4,7 +4,7 @@ Comparing with all 65536 points moves half a megabyte for every vector. Here a p
 and finds the best member of each class of rows as `e8.py` describes it, in a few hundred operations. It imports triton:
 only for tensors on a GPU, or in Triton's interpreter.
 
-Shapes: N vectors of a program, 8 coordinates, K rows, V vectors.
+Shapes: N vectors of a program, 8 coordinates, K rows, V vectors, P points.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ On a GPU the columns of a panel of evenly spaced values are walked by one kernel
 A format with codes for vectors of D columns is swept in steps of D, with U_ii the D x D block: the exact update of the
 remaining columns (GPTVQ, 2402.15319).
 
-Shapes: O out_features, I in_features, P columns of a panel, D columns of a vector.
+Shapes: O out_features, I in_features, P columns of a panel, D columns of a vector, L codes of a row.
 """
 
 from __future__ import annotations
@@ -77,29 +77,31 @@ def gptq(
         groups.fit_all(weight_OI)
     columns = order_I.tolist()
     round_panel = _panel_in_one_kernel if groups.evenly_spaced and weight_IO.is_cuda else _panel_column_by_column
-    codes: dict[int, Tensor] = {}
+    codes: list[Tensor] = []
     for start in range(0, len(weight_IO), groups.panel):
         now = slice(start, min(start + groups.panel, len(weight_IO)))
         panel_codes, error_PO = round_panel(weight_IO[now], upper_II[now, now], columns[now], groups)
-        codes |= panel_codes
+        codes += panel_codes
         weight_IO[now.stop :].addmm_(upper_II[now, now.stop :].T, error_PO, alpha=-1)
-    quantized = groups.finish(torch.cat([codes[column] for column in sorted(codes)], dim=1))
+    codes_OL = torch.cat(codes, dim=1)
+    quantized = groups.finish(codes_OL[:, order_I.argsort()] if activation_order else codes_OL)
     return descend(weight_OI, damped.hessian_II, quantized, descent) if descent else quantized
 
 
 def _panel_column_by_column(
     weight_PO: Tensor, upper_PP: Tensor, columns: list[int], groups: Groups
-) -> tuple[dict[int, Tensor], Tensor]:
-    """Codes (O, 1) by column, or first column of a vector, and scaled errors; the weight is changed in place."""
+) -> tuple[list[Tensor], Tensor]:
+    """Codes (O, 1) of each column or vector, and scaled errors; the weight is changed in place."""
     step = groups.number_format.vector_size
-    codes: dict[int, Tensor] = {}
+    codes: list[Tensor] = []
     error_PO = torch.empty_like(weight_PO)
     for i in range(0, len(columns), step):
         now, column = slice(i, min(i + step, len(columns))), columns[i]
         if not groups.is_fitted(column):
             first = groups.columns(column).start - column + i
             groups.fit(column, weight_PO[first : first + groups.width].T)
-        codes[column], values_OD = groups.round(column, weight_PO[now].T)
+        code_O1, values_OD = groups.round(column, weight_PO[now].T)
+        codes.append(code_O1)
         error_DO = weight_PO[now] - values_OD.T
         if step == 1:
             error_DO /= upper_PP[i, i]
@@ -112,18 +114,18 @@ def _panel_column_by_column(
 
 def _panel_in_one_kernel(
     weight_PO: Tensor, upper_PP: Tensor, columns: list[int], groups: Groups
-) -> tuple[dict[int, Tensor], Tensor]:
-    """The same for evenly spaced values on a GPU, where a column would cost some twenty launches."""
+) -> tuple[list[Tensor], Tensor]:
+    """The same for evenly spaced values on a GPU, where a column would cost some twenty launches; codes in panels."""
     from lqer.rounding.sweep import sweep_panel
 
-    codes: dict[int, Tensor] = {}
+    codes: list[Tensor] = []
     error_PO = torch.empty_like(weight_PO)
     width = len(columns) if all(groups.is_fitted(column) for column in columns) else groups.width
     for first in range(0, len(columns), width):
         now = slice(first, min(first + width, len(columns)))
         groups.fit(columns[first], weight_PO[now].T)
         codes_PO, error_PO[now] = sweep_panel(weight_PO[now], upper_PP[now, now], groups.spacing(columns[now]))
-        codes |= dict(zip(columns[now], codes_PO.unsqueeze(-1), strict=True))
+        codes.append(codes_PO.T)
         weight_PO[now.stop :].addmm_(upper_PP[now, now.stop :].T, error_PO[now], alpha=-1)
     return codes, error_PO
 

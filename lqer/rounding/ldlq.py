@@ -86,6 +86,8 @@ def ldlq(
         target_PO = torch.addmm(weight_IO[now], lower_II[now.stop :, now].T, error_IO[now.stop :])
         panel_codes, error_IO[now] = round_panel(target_PO, weight_IO[now], lower_II[now, now], start, groups, block)
         codes |= panel_codes
+    if tune_iters:
+        codes = _by_block(codes, block, in_features)
     for _ in range(tune_iters):
         _tune(weight_IO, error_IO, codes, damped.matrix(torch.float32), groups, block)
     return groups.finish(torch.cat([codes[k] for k in sorted(codes)], dim=1))
@@ -113,6 +115,16 @@ def block_lower(cholesky_II: Tensor, block: int, dtype: torch.dtype = torch.floa
         lower_KPD = torch.linalg.solve_triangular(diagonal_KDD, columns_KPD, upper=False, left=False)
         lower_II[below, now] = lower_KPD.transpose(0, 1).flatten(1)[: size - first, : now.stop - first].to(dtype)
     return lower_II
+
+
+def _by_block(codes: dict[int, Tensor], block: int, in_features: int) -> dict[int, Tensor]:
+    """Codes by first column of a block, of those by first column of one or several blocks."""
+    starts = sorted(codes)
+    return {
+        start + i * block: codes_OV
+        for start, stop in zip(starts, [*starts[1:], in_features], strict=True)
+        for i, codes_OV in enumerate(codes[start].chunk(-(-(stop - start) // block), dim=1))
+    }
 
 
 def _tune(

@@ -1,6 +1,6 @@
 """A panel of LDLQ's sweep (ldlq.py): block by block, or on a GPU in one launch where a kernel knows the codes.
 
-Shapes: O out_features, P columns of a panel, G columns of a group, D columns of a block, K blocks.
+Shapes: O out_features, P columns of a panel, G columns of a group, D columns of a block, K blocks, V vectors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def gpu_panel(groups: Groups, block: int) -> RoundPanel:
 def block_by_block(
     target_PO: Tensor, weight_PO: Tensor, lower_PP: Tensor, start: int, groups: Groups, block: int
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Codes by first column of a block, and errors (P, O), of the columns from `start` on; the target is changed."""
+    """Codes (O, V) of blocks by their first column, and errors (P, O), of the columns from `start` on.
+
+    The target is changed.
+    """
     codes: dict[int, Tensor] = {}
     error_PO = torch.empty_like(target_PO)
     for k in reversed(range(0, len(target_PO), block)):
@@ -56,7 +59,7 @@ def _fit_last_group(
 def lattice_panel(
     target_PO: Tensor, weight_PO: Tensor, lower_PP: Tensor, start: int, groups: Groups, block: int
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """The same for lattice codes, one launch for each group."""
+    """The same for lattice codes, one launch for each group; codes by first column of a launch."""
     from lqer.rounding.lattice_sweep import sweep_lattice_panel
 
     assert isinstance(groups.number_format, E8P)
@@ -65,8 +68,7 @@ def lattice_panel(
     def sweep(now: slice) -> tuple[dict[int, Tensor], Tensor]:
         scale_O = groups.scales(start + now.start)["scales"].to(torch.float32).flatten().expand(target_PO.shape[1])
         codes_KO, error_PO = sweep_lattice_panel(target_PO[now], weight_PO[now], lower_PP[now, now], scale_O, bits)
-        columns = range(start + now.start, start + now.stop, block)
-        return dict(zip(columns, codes_KO.unsqueeze(-1), strict=True)), error_PO
+        return {start + now.start: codes_KO.T}, error_PO
 
     if groups.single:
         return sweep(slice(0, len(target_PO)))
@@ -85,7 +87,7 @@ def evenly_spaced_panel(
         upper_PP.diagonal().fill_(1)
         reversed_PO = (x_PO[now].flip(0) for x_PO in (target_PO, weight_PO))
         codes_PO, error_PO = sweep_panel(next(reversed_PO), upper_PP, groups.spacing(columns), next(reversed_PO))
-        return dict(zip(columns, codes_PO.unsqueeze(-1), strict=True)), error_PO.flip(0)
+        return {start + now.start: codes_PO.flip(0).T}, error_PO.flip(0)
 
     if groups.is_fitted(start):
         return sweep(slice(0, len(target_PO)))

@@ -75,6 +75,19 @@ def test_ldlq_in_kernels_is_ldlq_block_by_block(monkeypatch, number_format, stat
     torch.testing.assert_close(*losses, rtol=2e-2, atol=0)
 
 
+def test_codes_of_a_launch_are_tuned_block_by_block(monkeypatch):
+    weight_OI, x_TI = normal(8, 32), normal(100, 32, seed=1)
+    weight_OI, hessian_II = weight_OI.to(DEVICE), (x_TI.T @ x_TI / 100).to(DEVICE)
+    monkeypatch.setattr(ldlq_module, "cpu_panel", gpu_panel)
+    for number_format in (E8P(2), Int(3, 16)):
+        losses = []
+        for tune_iters in (0, 1):
+            quantized = ldlq_module.ldlq(weight_OI, hessian_II, number_format, tune_iters=tune_iters)
+            error_OI = weight_OI - quantized.dequantize()
+            losses.append((error_OI @ hessian_II * error_OI).sum())
+        assert losses[1] < losses[0]
+
+
 def test_a_gpu_has_a_kernel_for_lattice_codes_and_evenly_spaced_values():
     def way(number_format, block):
         return gpu_panel(Groups(number_format, 4, 32), block)
