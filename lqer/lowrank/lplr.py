@@ -34,11 +34,12 @@ GRAM_DAMPING = 1e-10
 
 @dataclass(frozen=True)
 class RoundedFactors:
-    """a_IR and b_RO as they are stored, and tr(F H Fᵀ) for their product."""
+    """a_IR and b_RO as they are stored, tr(F H Fᵀ) for their product, and tr(Z H Zᵀ)."""
 
     a_IR: QuantizedTensor
     b_RO: QuantizedTensor
     energy: float
+    target_energy: float
 
 
 def lplr(
@@ -58,19 +59,24 @@ def lplr(
     with full_float32():
         fit = _Fit(target_OI, metric)
         a_IR = start_IR
-        rounded: list[RoundedFactors] = []
+        pairs: list[tuple[QuantizedTensor, QuantizedTensor]] = []
+        energies: list[Tensor] = []
         for _ in range(iterations):
             b_stored = round_b(fit.b(a_IR))
             a_stored = round_a(fit.a(b_stored.dequantize()))
             a_IR = a_stored.dequantize()
-            rounded.append(RoundedFactors(a_stored, b_stored, fit.energy(a_IR, b_stored.dequantize())))
-        best = min(rounded, key=lambda pair: pair.energy)
-        if round_last_a is None:
-            return best
-        b_RO = best.b_RO.dequantize()
-        a_stored = round_last_a(fit.a(b_RO))
-        fed_back = RoundedFactors(a_stored, best.b_RO, fit.energy(a_stored.dequantize(), b_RO))
-        return min(best, fed_back, key=lambda pair: pair.energy)
+            pairs.append((a_stored, b_stored))
+            energies.append(fit.energy(a_IR, b_stored.dequantize()))
+        # Looked at together: a GPU would be waited for at every one.
+        least, best = min(zip(torch.stack(energies).tolist(), range(iterations), strict=True))
+        (a_stored, b_stored), target_energy = pairs[best], float(fit.target_energy)
+        if round_last_a is not None:
+            b_RO = b_stored.dequantize()
+            fed_back = round_last_a(fit.a(b_RO))
+            energy = float(fit.energy(fed_back.dequantize(), b_RO))
+            if energy < least:
+                return RoundedFactors(fed_back, b_stored, energy, target_energy)
+        return RoundedFactors(a_stored, b_stored, least, target_energy)
 
 
 class _Fit:
@@ -87,14 +93,14 @@ class _Fit:
     def a(self, b_RO: Tensor) -> Tensor:
         return _solve(b_RO @ b_RO.T, b_RO @ self.target_OI).T.contiguous()
 
-    def energy(self, a_IR: Tensor, b_RO: Tensor) -> float:
+    def energy(self, a_IR: Tensor, b_RO: Tensor) -> Tensor:
         """tr(F H Fᵀ) from products of the size of the factors; float32's accuracy relative to that of the target."""
         gram_RR = a_IR.T @ self.metric.times(a_IR)
         return self.target_energy - 2 * _dot(a_IR.T @ self.weighted_IO, b_RO) + _dot(gram_RR @ b_RO, b_RO)
 
 
-def _dot(x: Tensor, y: Tensor) -> float:
-    return float((x * y).sum(dtype=torch.float64))
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dtype=torch.float64)
 
 
 def _solve(gram_RR: Tensor, right_RL: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def _fit(damped: DampedHessian, metric: Metric, plan: LinearPlan, lplr_iteration
         assert plan.rank
         start = reconstruct(target_OI, metric, plan.rank, plan.solver, plan.seed)
         pair = lplr(target_OI, metric, start.a_IR, round_a, round_b, lplr_iterations, round_last_a)
-        energy = metric.energy(target_OI)
+        energy = pair.target_energy
         captured_energy = min(max(1 - pair.energy / energy, 0.0), 1.0) if energy > 0 else 1.0
         return LowRank(pair.a_IR, pair.b_RO, captured_energy, start.gap)
 
