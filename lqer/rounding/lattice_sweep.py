@@ -86,7 +86,7 @@ def lattice_sweep_kernel(
         # A ragged last block has no columns beyond the panel.
         error_8N = tl.where(present_8N, weight_8N - value_8N * scale_N[None, :], 0.0)
         tl.store(error + p_8[:, None] * rows + o[None, :], error_8N, mask=present_8N)
-        for j in tl.static_range(DIMENSION_C):
+        for j in range(DIMENSION_C):
             error_N = tl.sum(tl.where((d == j)[:, None], error_8N, 0.0), axis=0)
             row = tl.minimum(k * DIMENSION_C + j, columns - 1)
             earlier_B8 = p_B8 < k * DIMENSION_C
