@@ -22,7 +22,7 @@ from torch import Tensor
 from lqer.components import Component, is_as_before
 from lqer.formats.blocks import BlockSize, block_count, from_blocks, to_blocks
 from lqer.formats.packing import pack_bits, packed_length, unpack_bits
-from lqer.formats.spacing import Spacing
+from lqer.formats.spacing import Levels, Spacing
 
 
 class NonFiniteError(ValueError):
@@ -103,6 +103,13 @@ class NumberFormat(Component, ABC, family="number format"):
 
     def spacing(self, scales: dict[str, Tensor]) -> Spacing | None:
         """The values under scales [G] where they are evenly spaced; None for other formats."""
+        return None
+
+    def fixed_levels(self, scales: dict[str, Tensor]) -> Levels | None:
+        """The values under scales [G] where they are multiples of at most 256 fixed levels; None for other formats.
+
+        A level of 0 stands for both zeros of a format with a sign.
+        """
         return None
 
     def quantize(self, x: Tensor, axis: int = -1) -> "QuantizedTensor":

@@ -16,10 +16,11 @@ Rounding is half to "even" or half "away" from zero. Since floor(log2 M) <= 127 
 NaN scale. M is used exactly; an implementation that rounds log2 M to float32 doubles the scale of blocks whose M is
 just below a large power of two.
 
-Shapes: L length of the block axis, G blocks of all leading dims, g values of a block, C codes of an element format.
+Shapes: L length of the block axis, G blocks of all leading dims, g values of a block, C codes of an element format,
+K levels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -37,6 +38,7 @@ from lqer.formats.blocks import (
     max_magnitude_pattern,
     scale_groups,
 )
+from lqer.formats.spacing import Levels
 
 FLOAT32_BIAS = 127
 
@@ -149,6 +151,26 @@ class MX(NumberFormat):
         if element.exponent_bits == 0:
             units_Gg.clamp_(-127, 127)
         return unit_Gg, units_Gg
+
+    def fixed_levels(self, scales: dict[str, Tensor]) -> Levels:
+        step_G = e8m0_to_float(scales["exponents"])
+        return Levels(step_G, *_tables(replace(self, block_size="row"), step_G.device))
+
+
+@lru_cache
+def _tables(number_format: MX, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, boundaries and codes of an element, float32 and uint8, on a device."""
+    one = {"exponents": torch.tensor([FLOAT32_BIAS], dtype=torch.uint8)}
+    values_C = torch.tensor(_element_values(number_format.element), dtype=torch.float32)
+    values_C = values_C[values_C.isfinite()]
+    # Those that a value is rounded to, with one zero.
+    levels_K = number_format.decode(number_format.encode(values_C.unsqueeze(0), one), one)[0].unique() + 0.0
+    codes_K = number_format.encode(levels_K.unsqueeze(0), one)[0]
+    middles_K = (levels_K[:-1] + levels_K[1:]) / 2
+    # Half-way between two levels, the format says which it is.
+    is_higher_K = number_format.decode(number_format.encode(middles_K.unsqueeze(0), one), one)[0] > middles_K
+    boundaries_K = torch.where(is_higher_K, middles_K.nextafter(torch.tensor(-torch.inf)), middles_K)
+    return levels_K.to(device), boundaries_K.to(device), codes_K.to(device)
 
 
 @lru_cache

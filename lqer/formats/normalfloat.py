@@ -27,6 +27,7 @@ from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import BlockSize, scale_groups
 from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, storable
+from lqer.formats.spacing import Levels
 
 # Probability beyond the outermost levels on either side, as QLoRA sets it.
 TAIL = (1 / 30 + 1 / 32) / 2
@@ -75,6 +76,17 @@ class NormalFloat(NumberFormat):
         """float32 level * scale [G, g]."""
         levels_K = torch.tensor(levels(self.bits), device=codes_Gg.device)
         return levels_K[codes_Gg.to(torch.int32)].mul_(scales["scales"].to(torch.float32).unsqueeze(-1))
+
+    def fixed_levels(self, scales: dict[str, Tensor]) -> Levels:
+        step_G = scales["scales"].to(torch.float32)
+        return Levels(step_G, *_tables(self.bits, self.nearest, step_G.device))
+
+
+@lru_cache
+def _tables(bits: int, nearest: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, boundaries and codes, float32 and uint8, on a device."""
+    codes_K = torch.arange(1 << bits, dtype=torch.uint8, device=device)
+    return torch.tensor(levels(bits), device=device), torch.tensor(_boundaries(bits, nearest), device=device), codes_K
 
 
 @lru_cache

@@ -1,6 +1,6 @@
-"""Values of a number format that are evenly spaced.
+"""Values of a number format that are evenly spaced, or multiples of a few fixed levels.
 
-Shapes: G groups of all leading dims.
+Shapes: G groups of all leading dims, K levels.
 """
 
 from __future__ import annotations
@@ -22,3 +22,17 @@ class Spacing:
     zero_G: Tensor
     min_code: int
     max_code: int
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Values of groups [G] that are multiples of a few levels: value = level * step.
+
+    step_G: float32; where it is 0 the level is that of 0. levels_K: float32, ascending. boundaries_K: float32, K - 1,
+    ascending: a value belongs to the level with as many boundaries below value / step. codes_K: uint8, that of each.
+    """
+
+    step_G: Tensor
+    levels_K: Tensor
+    boundaries_K: Tensor
+    codes_K: Tensor

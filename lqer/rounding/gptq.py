@@ -8,7 +8,7 @@
         W_j = W_j - E_i U_ij        for all j > i
 
 The last line is applied immediately within a panel of columns, and to the later columns once per panel, in one product.
-On a GPU the columns of a panel of evenly spaced values are walked by one kernel (rounding/sweep.py).
+On a GPU the columns of a panel are walked by one kernel (rounding/scalar_panel.py).
 A format with codes for vectors of D columns is swept in steps of D, with U_ii the D x D block: the exact update of the
 remaining columns (GPTVQ, 2402.15319).
 
@@ -76,7 +76,8 @@ def gptq(
     if static_groups or activation_order or groups.single:
         groups.fit_all(weight_OI)
     columns = order_I.tolist()
-    round_panel = _panel_in_one_kernel if groups.evenly_spaced and weight_IO.is_cuda else _panel_column_by_column
+    in_one_kernel = weight_IO.is_cuda and (groups.evenly_spaced or groups.has_levels)
+    round_panel = _panel_in_one_kernel if in_one_kernel else _panel_column_by_column
     codes: list[Tensor] = []
     for start in range(0, len(weight_IO), groups.panel):
         now = slice(start, min(start + groups.panel, len(weight_IO)))
@@ -115,8 +116,8 @@ def _panel_column_by_column(
 def _panel_in_one_kernel(
     weight_PO: Tensor, upper_PP: Tensor, columns: list[int], groups: Groups
 ) -> tuple[list[Tensor], Tensor]:
-    """The same for evenly spaced values on a GPU, where a column would cost some twenty launches; codes in panels."""
-    from lqer.rounding.sweep import sweep_panel
+    """The same on a GPU, where a column would cost some twenty launches; codes in panels."""
+    from lqer.rounding.scalar_panel import sweep_scalars
 
     codes: list[Tensor] = []
     error_PO = torch.empty_like(weight_PO)
@@ -124,7 +125,7 @@ def _panel_in_one_kernel(
     for first in range(0, len(columns), width):
         now = slice(first, min(first + width, len(columns)))
         groups.fit(columns[first], weight_PO[now].T)
-        codes_PO, error_PO[now] = sweep_panel(weight_PO[now], upper_PP[now, now], groups.spacing(columns[now]))
+        codes_PO, error_PO[now] = sweep_scalars(weight_PO[now], upper_PP[now, now], groups, columns[now])
         codes.append(codes_PO.T)
         weight_PO[now.stop :].addmm_(upper_PP[now, now.stop :].T, error_PO[now], alpha=-1)
     return codes, error_PO

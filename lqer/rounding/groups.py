@@ -10,7 +10,9 @@ P columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +20,10 @@ from torch.nn.functional import pad
 
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.blocks import block_count, block_width
-from lqer.formats.spacing import Spacing
+from lqer.formats.spacing import Levels, Spacing
 from lqer.rounding.scale_search import searched_scales
+
+T = TypeVar("T")
 
 PANEL = 128  # columns whose feedback to later columns is one product
 
@@ -54,6 +58,11 @@ class Groups:
         """Whether the format's values are evenly spaced."""
         return type(self.number_format).spacing is not NumberFormat.spacing
 
+    @property
+    def has_levels(self) -> bool:
+        """Whether the format's values are multiples of a few levels."""
+        return type(self.number_format).fixed_levels is not NumberFormat.fixed_levels
+
     def is_fitted(self, column: int) -> bool:
         """Whether the group that holds `column` has its scale."""
         return self._scales[column // self.width] is not None
@@ -66,18 +75,29 @@ class Groups:
 
     def spacing(self, columns: Sequence[int]) -> Spacing:
         """The spacing of fitted columns, of an evenly spaced format; step and zero point (columns, O)."""
-        found: dict[int, Spacing] = {}
-        for group in {column // self.width for column in columns}:
-            spacing = self.number_format.spacing(self.scales(group * self.width))
-            assert spacing is not None
-            found[group] = spacing
-        in_order = [found[column // self.width] for column in columns]
-        # A scale of the whole tensor has one row.
+        spacings = self._of_groups(self.number_format.spacing, columns)
         step_PO, zero_PO = (
-            torch.cat([getattr(spacing, part).T for spacing in in_order]).expand(-1, self.shape[0])
+            self._by_column({g: getattr(s, part) for g, s in spacings.items()}, columns)
             for part in ("step_G", "zero_G")
         )
-        return Spacing(step_PO, zero_PO, in_order[0].min_code, in_order[0].max_code)
+        one = next(iter(spacings.values()))
+        return Spacing(step_PO, zero_PO, one.min_code, one.max_code)
+
+    def levels(self, columns: Sequence[int]) -> Levels:
+        """The levels of fitted columns, of a format that has them; step (columns, O)."""
+        levels = self._of_groups(self.number_format.fixed_levels, columns)
+        step_PO = self._by_column({g: one.step_G for g, one in levels.items()}, columns)
+        return replace(next(iter(levels.values())), step_G=step_PO)
+
+    def _of_groups(self, read: Callable[[dict[str, Tensor]], T | None], columns: Sequence[int]) -> dict[int, T]:
+        """What a format reads from the scales of each group that holds one of the columns."""
+        groups = {column // self.width for column in columns}
+        found = {group: read(self.scales(group * self.width)) for group in groups}
+        return {group: one for group, one in found.items() if one is not None}
+
+    def _by_column(self, of_group: dict[int, Tensor], columns: Sequence[int]) -> Tensor:
+        """(columns, O) of (O, 1) or, where the whole tensor has one, (1, 1) of each group."""
+        return torch.cat([of_group[column // self.width].T for column in columns]).expand(-1, self.shape[0])
 
     def fit_all(self, weight_OI: Tensor) -> None:
         """Fit all scales to the weight before any feedback (static groups)."""

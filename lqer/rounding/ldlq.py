@@ -6,7 +6,7 @@
 
 In blocks of one column this is GPTQ from the last column to the first. The feedback of later panels is added in one
 product per panel, that within the panel immediately; on a GPU one kernel walks the blocks of a panel, for lattice codes
-and single, evenly spaced values (ldlq_panel.py). A group's scale is fitted when the sweep reaches the group's last
+and single values of known places (ldlq_panel.py). A group's scale is fitted when the sweep reaches the group's last
 column, to the values its columns would take if the group were not rounded: T with T = Z + (Z - T) (𝓛 - 1) within the
 group, plus the feedback of later columns. If it is searched, errors are weighted by the diagonal of D in blocks of one.
 

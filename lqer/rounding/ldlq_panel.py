@@ -23,7 +23,8 @@ def cpu_panel(groups: Groups, block: int) -> RoundPanel:
 def gpu_panel(groups: Groups, block: int) -> RoundPanel:
     if block == E8P.vector_size and isinstance(groups.number_format, E8P):
         return lattice_panel
-    return evenly_spaced_panel if block == 1 and groups.evenly_spaced else block_by_block
+    is_scalar = block == 1 and (groups.evenly_spaced or groups.has_levels)
+    return scalar_panel if is_scalar else block_by_block
 
 
 def block_by_block(
@@ -75,18 +76,18 @@ def lattice_panel(
     return _group_by_group(sweep, target_PO, weight_PO, lower_PP, start, groups)
 
 
-def evenly_spaced_panel(
+def scalar_panel(
     target_PO: Tensor, weight_PO: Tensor, lower_PP: Tensor, start: int, groups: Groups, block: int
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """The same for single, evenly spaced values: GPTQ's kernel, which walks the columns in reverse order."""
-    from lqer.rounding.sweep import sweep_panel
+    """The same for single values of known places: GPTQ's kernels, which walk the columns in reverse order."""
+    from lqer.rounding.scalar_panel import sweep_scalars
 
     def sweep(now: slice) -> tuple[dict[int, Tensor], Tensor]:
-        columns = range(start + now.stop - 1, start + now.start - 1, -1)
+        columns = [*range(start + now.stop - 1, start + now.start - 1, -1)]
         upper_PP = -lower_PP[now, now].flip(0, 1)
         upper_PP.diagonal().fill_(1)
         reversed_PO = (x_PO[now].flip(0) for x_PO in (target_PO, weight_PO))
-        codes_PO, error_PO = sweep_panel(next(reversed_PO), upper_PP, groups.spacing(columns), next(reversed_PO))
+        codes_PO, error_PO = sweep_scalars(next(reversed_PO), upper_PP, groups, columns, next(reversed_PO))
         return {start + now.start: codes_PO.flip(0).T}, error_PO.flip(0)
 
     if groups.is_fitted(start):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough, Trellis
+from lqer.formats import E8P, MX, Codebook, Int, MXInt, NormalFloat, Passthrough, Trellis
 from lqer.formats.e8_kernel import nearest
 from lqer.formats.kmeans_kernel import cluster_sums, drawn_seeds, improve
 from lqer.formats.spacing import Spacing
@@ -33,6 +34,7 @@ from lqer.kernels.launch import run_layer
 from lqer.kernels.trellis import TrellisLayout
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 from lqer.rounding.lattice_sweep import sweep_lattice_panel
+from lqer.rounding.level_sweep import sweep_level_panel
 from lqer.rounding.soft import Grid
 from lqer.rounding.soft_kernel import FusedSoftWeight
 from lqer.rounding.sweep import descend_panel
@@ -196,6 +198,11 @@ def compile_rounding() -> None:
         spacing = Spacing(step_PO[:1].expand(128, -1), step_PO, *limits)
         sweep_columns(panel_PO, square_PP, spacing)
         sweep_columns(panel_PO, square_PP, spacing, panel_PO)
+    for number_format in (NormalFloat(4), MX("mxfp6_e3m2")):
+        levels = number_format.fixed_levels(number_format.fit(panel_PO.unsqueeze(1)))
+        # What is not run leaves any byte as the number of a level.
+        levels = replace(levels, step_G=step_PO, codes_K=torch.zeros(256, dtype=torch.uint8))
+        sweep_level_panel(panel_PO, square_PP, levels, panel_PO)
     descend_panel(panel_PO, panel_PO, panel_PO, square_PP, step_PO, (0, 15))
     for block_size, dtype in ((128, torch.bfloat16), (16, torch.float32), ("row", torch.bfloat16)):
         weight_OI, number_format = torch.ones(4, 4096), Int(2, block_size)

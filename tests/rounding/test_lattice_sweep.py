@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lqer.formats import E8P, Int, MXInt
+from lqer.formats import E8P, MX, Int, MXInt, NormalFloat
 from lqer.rounding import lattice_sweep
 from lqer.rounding import ldlq as ldlq_module
 from lqer.rounding.groups import Groups
 from lqer.rounding.lattice_sweep import sweep_lattice_panel
-from lqer.rounding.ldlq_panel import block_by_block, evenly_spaced_panel, gpu_panel, lattice_panel
+from lqer.rounding.ldlq_panel import block_by_block, gpu_panel, lattice_panel, scalar_panel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     (E8P(2), False), (E8P(3), False), (E8P(4, "row"), False), (E8P(2, 16), False), (E8P(2, 16), True),
-    (Int(3, 16), False), (Int(3, 16), True), (Int(4, "row"), False), (MXInt(4), False),
+    (Int(3, 16), False), (Int(3, 16), True), (Int(4, "row"), False), (MXInt(4), False), (MX("mxfp4_e2m1", 16), False),
+    (NormalFloat(4, 16), True),
 ]  # fmt: skip
 
 
@@ -88,10 +89,10 @@ def test_codes_of_a_launch_are_tuned_block_by_block(monkeypatch):
         assert losses[1] < losses[0]
 
 
-def test_a_gpu_has_a_kernel_for_lattice_codes_and_evenly_spaced_values():
+def test_a_gpu_has_a_kernel_for_lattice_codes_and_single_values_of_known_places():
     def way(number_format, block):
         return gpu_panel(Groups(number_format, 4, 32), block)
 
     assert way(E8P(2), 8) is lattice_panel
-    assert way(Int(4, 16), 1) is evenly_spaced_panel
+    assert way(Int(4, 16), 1) is way(MX("mxfp4_e2m1", 16), 1) is way(NormalFloat(4, 16), 1) is scalar_panel
     assert way(E8P(2), 16) is way(Int(4, 16), 2) is block_by_block

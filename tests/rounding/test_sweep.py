@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lqer.formats import Int, MXInt
+from lqer.formats import MX, Int, MXInt, NormalFloat
 from lqer.formats.spacing import Spacing
 from lqer.rounding import gptq as gptq_module
 from lqer.rounding.descent import _panel_column_by_column as descend_column_by_column
@@ -15,6 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = {way: getattr(gptq_module, way) for way in ("_panel_in_one_kernel", "_panel_column_by_column")}
 NUMBER_FORMATS = [
     Int(bits=3, block_size=32), Int(bits=4, block_size="row"), MXInt(bits=4), MXInt(bits=3, levels="mid-rise"),
+    MX("mxfp4_e2m1"), MX("mxfp6_e3m2", element_rounding="away"), NormalFloat(4, 64), NormalFloat(5, "row", "cdf"),
 ]  # fmt: skip
 CASES = [(128, 40, 3, False), (32, 33, 4, True), (48, 8, 2, False), (1, 5, 8, False)]
 
