@@ -17,15 +17,16 @@ higher one counts, because a cluster of eigenvalues is found in jumps. The itera
 both relative to the captured energy and relative to the loss: where the optimum itself removes a twentieth of an error,
 its last percent is a two-thousandth of the loss.
 
-On a GPU the products run there, while the CPU decomposes the small projected matrices of the last few spaces
-(spectra.py).
+On a GPU the products run there and the eigenvalues of the small projected matrix are computed on the CPU, which is
+faster up to some 170 rows, where most solutions end, while the GPU grows the space by another block. Eigenvectors are
+computed at the end; on a GPU, which would wait, together with the eigenvalues of a space that is likely to be the last.
 
 Shapes: I in_features, O out_features, R rank, L block width, D dimension of the space so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -35,7 +36,6 @@ from torch import Tensor
 
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.precision import full_float32
-from lqer.lowrank.spectra import RowsToCome, sent_to_cpu, spectra_in_threads, spectra_in_turn
 
 # A block of half the rank, but no narrower than efficient matrix products need, in whole registers.
 NARROWEST, WIDTH_UNIT = 24, 8
@@ -122,10 +122,19 @@ class _Convergence:
         return self.missed / (self.captured[-1] + self.missed) if self.captured[-1] > 0 else 0.0
 
     def is_enough(self, energy: float, loss_tolerance: float) -> bool:
-        if len(self.limits) < 2:
+        return len(self.limits) >= 2 and _is_small(self.missed, self.captured[-1], energy, loss_tolerance)
+
+    def is_near(self, energy: float, loss_tolerance: float) -> bool:
+        """Whether the next space is likely to be enough: if it gains by the last ratio, and the limit stays."""
+        if not self.limits:
             return False
-        now, missed = self.captured[-1], self.missed
-        return missed <= GAP_TOLERANCE * now and missed <= loss_tolerance * max(energy - now, 0.0)
+        before, last, now = self.captured[-3:]
+        gain = (now - last) ** 2 / max(last - before, now - last) if now > last else 0.0
+        return _is_small(self.limits[-1] - now - gain, now + gain, energy, loss_tolerance)
+
+
+def _is_small(missed: float, captured: float, energy: float, loss_tolerance: float) -> bool:
+    return missed <= GAP_TOLERANCE * captured and missed <= loss_tolerance * max(energy - captured, 0.0)
 
 
 def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int) -> KrylovSolution | None:
@@ -136,17 +145,26 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int)
     basis_DO = error_OI.new_empty(largest, out_features, dtype=torch.float64)
     images_DI = error_OI.new_empty(largest, in_features)
     blocks = _grow(error_OI, metric, width, seed, basis_DO, images_DI)
+    projected_DD = torch.empty(0, 0, dtype=torch.float64)
     energy, convergence = 0.0, _Convergence()
-    for spectrum in (spectra_in_threads if error_OI.is_cuda else spectra_in_turn)(blocks):
-        size = len(spectrum.projected_DD)
+    vectors_DD: Tensor | None = None
+    # The GPU works on the next block while this one's values are computed; a CPU would do its work in vain.
+    for rows_LD in _one_ahead(blocks) if error_OI.is_cuda else blocks:
+        projected_DD = _bordered(projected_DD, rows_LD())
+        size = len(projected_DD)
         if size == width:
             # A random orthonormal block is an unbiased sample of M's trace.
-            energy = float(spectrum.projected_DD.trace()) * out_features / width
+            energy = float(projected_DD.trace()) * out_features / width
         if size >= rank:
-            convergence.add(float(spectrum.values()[-rank:].sum()))
+            if error_OI.is_cuda and convergence.is_near(energy, tolerance):
+                ritz_D, vectors_DD = torch.linalg.eigh(projected_DD)
+            else:
+                ritz_D, vectors_DD = torch.linalg.eigvalsh(projected_DD), None
+            convergence.add(float(ritz_D[-rank:].sum()))
             if convergence.is_enough(energy, tolerance):
                 break
-    ritz_D, vectors_DD = spectrum.eigenvectors()
+    if vectors_DD is None:
+        ritz_D, vectors_DD = torch.linalg.eigh(projected_DD)
     ritz_R, vectors_DR = ritz_D.flip(0)[:rank].clamp(min=0), vectors_DD.flip(1)[:, :rank]
     if _may_lack_copies(ritz_R, width):
         return None
@@ -155,7 +173,7 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int)
 
 def _grow(
     error_OI: Tensor, metric: Metric, width: int, seed: int, basis_DO: Tensor, images_DI: Tensor
-) -> Iterator[RowsToCome]:
+) -> Iterator[Callable[[], Tensor]]:
     """Fill an orthonormal basis of the space and its images Eᵀ v block by block; yields the projected matrix's rows."""
     out_features = error_OI.shape[0]
     start_LO = _start(width, out_features, seed, error_OI.device)
@@ -165,7 +183,7 @@ def _grow(
         basis_DO[here] = _orthonormal(target_LO, filling_LO.roll(size, dims=1), basis_DO[: size - width])
         images_DI[here] = basis_DO[here].to(torch.float32) @ error_OI
         weighted_LI = metric.times(images_DI[here].T).T
-        yield sent_to_cpu(weighted_LI @ images_DI[:size].T)
+        yield _sent_to_cpu(weighted_LI @ images_DI[:size].T)
         target_LO = weighted_LI @ error_OI.T
 
 
@@ -173,6 +191,30 @@ def _grow(
 def _start(width: int, out_features: int, seed: int, device: torch.device) -> Tensor:
     """Random vectors (L, O), the same on every device; drawn once for linears of equal shape."""
     return torch.randn(width, out_features, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def _one_ahead(blocks: Iterator[Callable[[], Tensor]]) -> Iterator[Callable[[], Tensor]]:
+    """The same, each after the next one has been started."""
+    last = next(blocks)
+    for block in blocks:
+        yield last
+        last = block
+    yield last
+
+
+def _sent_to_cpu(x: Tensor) -> Callable[[], Tensor]:
+    """A function that waits for `x` alone, not for what the GPU has been given to do since, and returns it."""
+    if not x.is_cuda:
+        return lambda: x
+    on_cpu = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return on_cpu
+
+    return wait
 
 
 def _factors(ritz_R: Tensor, vectors_DR: Tensor, basis_DO: Tensor, images_DI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,6 +232,19 @@ def _may_lack_copies(ritz_R: Tensor, width: int) -> bool:
     noise = torch.finfo(torch.float32).eps * ritz_R[0]
     first, last = ritz_R[:-width], ritz_R[width - 1 : -1]
     return bool(((first - last <= COPIES_DIFFER * first) & (first > noise)).any())
+
+
+def _bordered(projected_DD: Tensor, rows_LD: Tensor) -> Tensor:
+    """The projected matrix of a space that has grown by the last L columns of `rows_LD`, symmetric."""
+    rows_LD = rows_LD.to(torch.float64)
+    size, width = len(projected_DD), len(rows_LD)
+    grown_DD = torch.empty(size + width, size + width, dtype=torch.float64)
+    grown_DD[:size, :size] = projected_DD
+    grown_DD[size:] = rows_LD
+    grown_DD[:size, size:] = rows_LD[:, :size].T
+    corner_LL = rows_LD[:, size:]
+    grown_DD[size:, size:] = (corner_LL + corner_LL.T) / 2
+    return grown_DD
 
 
 def _orthonormal(block_LO: Tensor, filling_LO: Tensor, basis_DO: Tensor) -> Tensor:
