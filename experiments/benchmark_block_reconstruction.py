@@ -4,7 +4,7 @@
 
 The defaults are a block of Llama-2-7B on batches of 4 x 2048 tokens, whose states lie on the device, as the pipeline
 puts them where they fit; the time of 20 rounds of 250 steps is what the measured rounds extrapolate to. The first round
-warms up and is not counted.
+warms up and is not counted. --soft-weight torch: without the kernels that make it on a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,10 +24,21 @@ from lqer.models.source import pick_device
 from lqer.models.structure import block_linears
 from lqer.report.environment import device_name
 from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, round_block
+from lqer.rounding.soft import Grid, _SoftWeight
 from lqer.transforms.block_function import BlockFunction
 
 PUBLISHED_STEPS = 20 * 250
 SEQUENCES = 32
+
+
+def in_torch() -> AbstractContextManager:
+    """The soft weight in float32 and in PyTorch, as on a CPU."""
+
+    def weight(grid: Grid, v_OI: Tensor, u_ON: Tensor | None, dtype: torch.dtype) -> Tensor:
+        step_ON = grid.spacing.step_G if u_ON is None else grid._stretched(u_ON)
+        return _SoftWeight.apply(v_OI, step_ON, grid)
+
+    return mock.patch.object(Grid, "weight", weight)
 
 
 def main() -> None:
@@ -40,6 +53,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=1, help="after the one that warms up")
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--soft-weight", choices=["kernels", "torch"], default="kernels")
     parser.add_argument("--autocast", choices=["bfloat16", "none"], default="bfloat16")
     arguments = parser.parse_args()
     device = pick_device("auto")
@@ -87,7 +101,8 @@ def main() -> None:
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    round_block(weights, starts, run, hidden_STD, [targets_STD], settings, after_round=end_round)
+    with in_torch() if arguments.soft_weight == "torch" else nullcontext():
+        round_block(weights, starts, run, hidden_STD, [targets_STD], settings, after_round=end_round)
     seconds = (ends[-1] - ends[0]) / (arguments.rounds * arguments.steps)
     print(f"{device_name(device)}, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights, {vars(arguments)}")
     print(f"mean loss of each round: {', '.join(f'{loss:.5g}' for loss in losses)}")

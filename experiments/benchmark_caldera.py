@@ -1,11 +1,12 @@
 """What CALDERA of one decoder block costs: seconds per linear, on random weights of some shape.
 
     python experiments/benchmark_caldera.py [--hidden 4096] [--intermediate 11008] [--rank 64] [--iterations 10]
-        [--blocks 32] [--device cpu|cuda] [--parts]
+        [--blocks 32] [--device cpu|cuda] [--parts] [--sweeps]
 
 The settings are those of configs/methods/caldera.toml, the defaults the shape of Llama-2-7B. Linears of one input site
 share its Hessian, as in a run. Before, one linear is quantized in one iteration, which compiles and is not counted.
---parts: what one iteration of down_proj spends its time on, by torch's profiler.
+--parts: what one iteration of down_proj spends its time on, by torch's profiler. --sweeps: instead of that, the time
+that a GPU takes to find 2^21 nearest lattice points, and for LDLQ of a hidden x hidden weight, also block by block.
 """
 
 from __future__ import annotations
@@ -13,17 +14,25 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lqer.formats import E8P
+from lqer.formats import E8P, Int
+from lqer.formats.e8 import nearest_e8p
 from lqer.methods import Caldera, LinearPlan
 from lqer.models.source import pick_device
 from lqer.report.environment import device_name
 from lqer.rounding import Ldlq
+from lqer.rounding import ldlq as ldlq_module
+from lqer.rounding.hessian import damp
+from lqer.rounding.ldlq import ldlq
+from lqer.rounding.ldlq_panel import block_by_block
 from lqer.statistics.site import SiteStatistics
 from lqer.transforms import Hadamard
 
@@ -46,10 +55,15 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--sweeps", action="store_true")
     arguments = parser.parse_args()
     device = pick_device(arguments.device or "auto")
     plan = replace(PLAN, rank=arguments.rank, iterations=arguments.iterations)
     hidden, intermediate = arguments.hidden, arguments.intermediate
+    if arguments.sweeps:
+        print(f"{device_name(device)}, torch {torch.__version__}\n")
+        time_sweeps(hidden, device)
+        return 0
     # Of each site, its inputs and the outputs of its linears.
     sites = [(hidden, [hidden] * 3), (hidden, [hidden]), (hidden, [intermediate] * 2), (intermediate, [hidden])]
     print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads, {vars(arguments)}\n")
@@ -70,6 +84,33 @@ def main() -> int:
         order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(recorded.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
     return 0
+
+
+def time_sweeps(hidden: int, device: torch.device) -> None:
+    points_V8 = torch.randn(1 << 21, 8, device=device)
+    print(f"2^21 vectors to the nearest E8P points: {1e3 * least_seconds(lambda: nearest_e8p(points_V8)):.2f} ms")
+    (weight_OI,), site = random_weights([hidden], hidden, device), random_site(hidden, device)
+    damped = damp(site["hessian"])
+    for number_format in (E8P(2), Int(4, 128)):
+        in_kernels = least_seconds(partial(ldlq, weight_OI, damped, number_format))
+        with mock.patch.object(ldlq_module, "gpu_panel", return_value=block_by_block):
+            by_block = least_seconds(partial(ldlq, weight_OI, damped, number_format))
+        print(
+            f"LDLQ of {hidden}x{hidden} in {number_format.kind}: {1e3 * in_kernels:.1f} ms in kernels, "
+            f"{1e3 * by_block:.1f} ms block by block"
+        )
+
+
+def least_seconds(run: Callable[[], object], repeats: int = 3) -> float:
+    """Of some runs, after one that compiles."""
+    seconds = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
 
 
 def random_weights(outputs: list[int], in_features: int, device: torch.device) -> list[Tensor]:
