@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
+from lqer.checkpoint.experts import group_experts
 from lqer.checkpoint.native import is_native, load_native
 from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, packed_parts, unpack_role
 from lqer.checkpoint.verify import CheckpointFiles, Files
@@ -205,6 +206,8 @@ def fill_block(
         module.set_submodule(name, linear)
         for key in [key for key in tensors if key.startswith(f"{name}.")]:
             del tensors[key]
+    if backend == "triton":
+        group_experts(module)
     fill_parameters(module, tensors, device, dtype)
 
 

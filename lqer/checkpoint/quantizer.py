@@ -138,6 +138,7 @@ class LqerQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         """Put the module that runs in the place of every holder."""
+        from lqer.checkpoint.experts import group_experts
         from lqer.checkpoint.load import build_linear, choose_backend
         from lqer.models.dispatch import launch_on
         from lqer.nn.attention import quantize_attention, quantized_attention
@@ -156,6 +157,8 @@ class LqerQuantizer(HfQuantizer):
             # Copies: what was read may be mapped from files that the model is saved over.
             self._packed |= {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
         self._packed |= self._guard()
+        if backend == "triton":
+            group_experts(model)
         if backend == "triton" and len({buffer.device for buffer in model.buffers()}) > 1:
             for block in model.get_submodule(self.quantization_config.blocks["name"]).children():
                 launch_on(block, next(block.parameters()).device)

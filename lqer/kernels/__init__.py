@@ -8,8 +8,10 @@ layout, groups, codebook, lattice, trellis     packed weights: integer codes, in
                     learned codebooks, E8P lattice codes, trellis codes; tiles is what the last two have in common
 packed, linear, module        a packed linear, its operator, its module; reference is the same in torch, and first_use
                     compares them
+experts_packed, experts_module     the same of all experts of a layer, stacked; experts_reference in torch
 launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table
 gemv, gemm, codebook_kernels, lattice_gemm, trellis_gemm, byte_sums_gemm, dequantize     the kernels of the regimes
+experts, routing    the kernels for experts
 activations, low_rank, branch, split_k, rounding, hadamard, hadamard_tokens, decode, lattice_decode, trellis_decode,
 byte_sums, groups_decode with groups_ptx     what they share
 
@@ -21,7 +23,9 @@ means padded (RP, IP). Size arguments of kernels keep BLAS's names: M tokens, N 
 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R of them at once. The suffix _C marks a constant as compile-time (tl.constexpr).
 """
 
-from lqer.kernels.first_use import compare_once
+from lqer.kernels.experts_module import GroupedExperts
+from lqer.kernels.experts_packed import PackedExperts
+from lqer.kernels.first_use import compare_experts_once, compare_once
 from lqer.kernels.layout import PackedWeight, pack_weight, unpack_codes
 from lqer.kernels.linear import packed_linear
 from lqer.kernels.module import TritonLinear
@@ -29,11 +33,14 @@ from lqer.kernels.packed import DTYPES, PackedLinear, activation_rounding, check
 
 __all__ = [
     "DTYPES",
+    "GroupedExperts",
+    "PackedExperts",
     "PackedLinear",
     "PackedWeight",
     "TritonLinear",
     "activation_rounding",
     "check_weight",
+    "compare_experts_once",
     "compare_once",
     "pack_weight",
     "packed_linear",

@@ -72,7 +72,7 @@ def project_kernel(
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     acc_MR = project_split(
-        x, a_codes, a_exponents, x_out, pid_r == 0, split, rows_M, ranks_R, M, K, x_stride,
+        x, a_codes, a_exponents, x_out, pid_r == 0, split, rows_M, rows_M, ranks_R, M, K, x_stride,
         rank, padded_columns, SPLIT_K, BLOCK_K, rounding, a_block, stages,
     )  # fmt: skip
     if splits == 1:

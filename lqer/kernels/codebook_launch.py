@@ -33,7 +33,7 @@ def run_codebook(x_MI: Tensor, packed: PackedLinear, out_dtype: torch.dtype | No
     if spec.rank:
         x_MI, projection_MR = prepare_activations(x_MI, packed)
     else:
-        x_MI = round_activations(x_MI, packed, ordered=False)
+        x_MI = round_activations(x_MI, packed.spec, ordered=False)
     m, n = len(x_MI), layout.rows
     y_MO = x_MI.new_empty(m, n, dtype=out_dtype)
     block_m = min(PROGRAM_TOKENS, 1 << (m - 1).bit_length())

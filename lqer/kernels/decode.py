@@ -90,6 +90,15 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def rows_of_x(rows_M, M, order, fan: tl.constexpr):
+    """The row of x of each token: its own or, where `order` is given, that of one of `fan` pairs of a token each."""
+    if order is None:
+        return rows_M
+    else:
+        return tl.load(order + rows_M, mask=rows_M < M, other=0) // fan
+
+
+@triton.jit
 def load_words(words, rows_O, tile, tiles: tl.constexpr):
     """int32 [O, 16]: the words of each row in tile `tile`."""
     base_O = (rows_O // ROWS_C) * (tiles * ROWS_C * WORDS_C) + (rows_O % ROWS_C) * WORDS_C

@@ -37,7 +37,7 @@ def run_dequantized(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, O]: the low-rank branch on a second stream while the weight is dequantized, then W x added by a library."""
     x_MI = dense_rows(x_MI)
     if packed.a_codes is None:
-        x_MI = round_activations(x_MI, packed, ordered=False)
+        x_MI = round_activations(x_MI, packed.spec, ordered=False)
         return torch.nn.functional.linear(x_MI, dequantize_weight(packed.weight, x_MI.dtype), packed.bias_O)
     rounded_MI, projection_MR, y_MO = low_rank_buffers(x_MI, packed)
     with _on_side_stream(x_MI) as join:

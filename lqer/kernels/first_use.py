@@ -4,7 +4,7 @@ Kernels hold PTX of their own and count on how Triton assigns elements to thread
 card, can break that without an error: the first linear of every kind that a process loads is multiplied with random
 tokens both ways.
 
-Shapes: M tokens, I in_features, O out_features.
+Shapes: M tokens, I in_features, O out_features; P, H, F as in experts_module.py.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from collections.abc import Hashable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from lqer.kernels.experts_module import GroupedExperts
+from lqer.kernels.experts_reference import ACTIVATIONS, reference_down, reference_up
 from lqer.kernels.linear import packed_linear
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.reference import reference_linear
 
 # One token, a whole tile of a tensor core, and what is dequantized first.
 TOKENS = (1, 16, 256)
+# Of experts: the smallest tile of pairs, some tiles of one expert, and the largest tile, sorted by a library.
+TOKENS_OF_EXPERTS = (1, 16, 1024)
+EXPERTS_OF_TOKEN = 2
 # Relative to the norm of the outputs. Rounding to bfloat16 costs 2e-3; a wrong index costs 1.
 MOST_ERROR = 0.02
 _compared: set[Hashable] = set()
@@ -51,6 +57,44 @@ def compare(packed: PackedLinear) -> None:
             raise ArithmeticError(
                 f"kernels of {packed.spec.layout} with {tokens} tokens differ from plain torch by {error:.2g} of the "
                 f"outputs, more than {MOST_ERROR}"
+            )
+
+
+def compare_experts_once(grouped: GroupedExperts) -> None:
+    """The same for the experts of a layer, of which the first few are sent tokens."""
+    up, down = grouped.up.packed, grouped.down.packed
+    words = up.part("words")
+    kind = ("experts", grouped.gate, *(_kind(packed.linear(0, 0)) for packed in (up, down)))
+    if words.is_cuda and kind not in _compared:
+        compare_experts(grouped)
+        _compared.add(kind)
+
+
+def compare_experts(grouped: GroupedExperts) -> None:
+    """Raise ArithmeticError if the kernels of experts and the reference disagree."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = grouped.up.packed, grouped.down.packed
+    device, few = up.part("words").device, min(up.experts, 4)
+
+    def activate(halves_PHF: Tensor) -> Tensor:
+        # Whatever the model does here: both are given the same.
+        return ACTIVATIONS["silu"](halves_PHF).prod(dim=1)
+
+    for tokens in TOKENS_OF_EXPERTS:
+        x_MI = torch.randn(tokens, up.spec.layout.columns, generator=generator).to(device, up.dtype)
+        chosen = torch.rand(tokens, few, generator=generator).topk(min(few, EXPERTS_OF_TOKEN)).indices.to(device)
+        weights = torch.rand(chosen.shape, generator=generator).to(device)
+        hidden, order_P, tiles_3P = reference_up(x_MI, chosen, up, down.spec, grouped.gate)
+        hidden = hidden if grouped.gate else activate(hidden)
+        expected_MO = reference_down(hidden, order_P, tiles_3P, chosen, weights, down, up.spec, True).float()
+        if not expected_MO.isfinite().all():
+            continue
+        difference_MO = grouped(x_MI, chosen, weights, activate).float() - expected_MO
+        error = (difference_MO.norm() / expected_MO.norm().clamp_min(1e-30)).item()
+        if not error <= MOST_ERROR:
+            raise ArithmeticError(
+                f"kernels of experts of {up.spec.layout} with {tokens} tokens differ from plain torch by {error:.2g} "
+                f"of the outputs, more than {MOST_ERROR}"
             )
 
 

@@ -11,7 +11,7 @@ Shapes: M tokens, I in_features, O out_features, R rank (padded to whole blocks)
 import triton
 import triton.language as tl
 
-from lqer.kernels.decode import decode_tile, dot, permute_columns
+from lqer.kernels.decode import decode_tile, dot, permute_columns, rows_of_x
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.groups_decode import group_product
 from lqer.kernels.low_rank import await_projection, load_factor, produce_projection
@@ -85,20 +85,14 @@ def gemm_kernel(
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if rank > 0 and pid >= products:
         await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
-        acc_OM = _low_rank(
+        acc_OM = low_rank_product(
             projection, b_codes, b_exponents, rows_O, rows_M, M, N, x.dtype.element_ty,
             rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding, is_grouped(layout),
         )  # fmt: skip
-    elif is_grouped(layout):
-        acc_OM = group_product(
-            x, words, scales, zeros, pid_n * BLOCK_N, pid_m * BLOCK_M, pid_s, M, N, x_stride,
-            layout, BLOCK_N, BLOCK_M, splits, stages,
-        )  # fmt: skip
     else:
-        acc_OM = _product(
-            x, words, high, scales, zeros, rows_O, rows_M, pid_s, M, K, x_stride,
-            layout, ordered,
-            BLOCK_N, BLOCK_M, splits, stages,
+        acc_OM = product(
+            x, words, high, scales, zeros, pid_n * BLOCK_N, pid_m * BLOCK_M, pid_s, M, N, K, x_stride, None, 1,
+            layout, ordered, BLOCK_N, BLOCK_M, splits, stages,
         )  # fmt: skip
 
     parts: tl.constexpr = splits + (1 if rank > 0 else 0)
@@ -110,18 +104,21 @@ def gemm_kernel(
 
 
 @triton.jit
-def _product(
+def product(
     x,
     words,
     high,
     scales,
     zeros,
-    rows_O,
-    rows_M,
+    first_row,
+    first_token,
     pid_s,
     M,
+    N,
     K,
     x_stride,
+    order,  # of the rows of x, see `rows_of_x`, or None
+    fan: tl.constexpr,
     layout: tl.constexpr,
     ordered: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -129,29 +126,33 @@ def _product(
     splits: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """W xᵀ over the tiles of one split, float32 [O, M]."""
-    dtype: tl.constexpr = x.dtype.element_ty
-    tile_k: tl.constexpr = layout.tile_k
-    columns_T = tl.arange(0, tile_k)
-    x_rows = x + rows_M.to(tl.int64)[:, None] * x_stride + columns_T[None, :]
-    row_inside = (rows_M < M)[:, None]
-    acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for tile in tl.range(pid_s, layout.tiles, splits, num_stages=stages):
-        w_OT = decode_tile(
-            words, high, scales, zeros, rows_O, tile,
-            layout, dtype,
+    """W xᵀ over one split of K, float32 [O, M]."""
+    if is_grouped(layout):
+        return group_product(
+            x, words, scales, zeros, first_row, first_token, pid_s, M, N, x_stride, order, fan,
+            layout, BLOCK_N, BLOCK_M, splits, stages,
         )  # fmt: skip
-        if ordered:
-            x_MT = tl.load(x_rows + tile * tile_k, mask=row_inside, other=0.0)
-        else:
-            inside = row_inside & (tile * tile_k + columns_T < K)[None, :]
-            x_MT = permute_columns(tl.load(x_rows + tile * tile_k, mask=inside, other=0.0), tile_k)
-        acc_OM = dot(w_OT, tl.trans(x_MT), acc_OM)
-    return acc_OM
+    else:
+        dtype: tl.constexpr = x.dtype.element_ty
+        tile_k: tl.constexpr = layout.tile_k
+        rows_O, rows_M = first_row + tl.arange(0, BLOCK_N), first_token + tl.arange(0, BLOCK_M)
+        columns_T = tl.arange(0, tile_k)
+        x_rows = x + rows_of_x(rows_M, M, order, fan).to(tl.int64)[:, None] * x_stride + columns_T[None, :]
+        row_inside = (rows_M < M)[:, None]
+        acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for tile in tl.range(pid_s, layout.tiles, splits, num_stages=stages):
+            w_OT = decode_tile(words, high, scales, zeros, rows_O, tile, layout, dtype)
+            if ordered:
+                x_MT = tl.load(x_rows + tile * tile_k, mask=row_inside, other=0.0)
+            else:
+                inside = row_inside & (tile * tile_k + columns_T < K)[None, :]
+                x_MT = permute_columns(tl.load(x_rows + tile * tile_k, mask=inside, other=0.0), tile_k)
+            acc_OM = dot(w_OT, tl.trans(x_MT), acc_OM)
+        return acc_OM
 
 
 @triton.jit
-def _low_rank(
+def low_rank_product(
     projection,
     b_codes,
     b_exponents,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import num_warps
 
-from lqer.kernels.decode import ROWS_C
+from lqer.kernels.decode import ROWS_C, rows_of_x
 from lqer.kernels.groups import LANES, STRIP
 from lqer.kernels.groups_ptx import (
     fetch_asm,
@@ -80,15 +80,15 @@ def no_sums(lane_T, count: tl.constexpr):
 
 
 @triton.jit
-def token_places(x, x_stride, lane_T, first, M, blocks: tl.constexpr):
+def token_places(x, x_stride, lane_T, first, M, order, fan: tl.constexpr, blocks: tl.constexpr):
     """For each eight tokens from `first` on, where a thread reads; the last token instead of later ones."""
     if blocks == 1:
-        token_T = tl.minimum(first + lane_T // 4, M - 1).to(tl.int64)
+        token_T = rows_of_x(tl.minimum(first + lane_T // 4, M - 1), M, order, fan).to(tl.int64)
         return ((x + token_T * x_stride + lane_T % 4 * 8).to(tl.int64),)
     else:
         half: tl.constexpr = blocks // 2
-        others = token_places(x, x_stride, lane_T, first + half * TOKENS_AT_ONCE_C, M, half)
-        return token_places(x, x_stride, lane_T, first, M, half) + others
+        others = token_places(x, x_stride, lane_T, first + half * TOKENS_AT_ONCE_C, M, order, fan, half)
+        return token_places(x, x_stride, lane_T, first, M, order, fan, half) + others
 
 
 @triton.jit
@@ -190,6 +190,8 @@ def group_product(
     M,
     N,
     x_stride,
+    order,  # of the rows of x, see `rows_of_x`, or None
+    fan: tl.constexpr,
     layout: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -204,7 +206,8 @@ def group_product(
         for strip in range(first, end):
             values_OC = plain_values(words, scales, zeros, tl.minimum(rows_O, N - 1), strip, layout)
             columns_C = strip * STRIP_C + tl.arange(0, STRIP_C)
-            place = x + tl.minimum(rows_M, M - 1)[None, :] * x_stride + columns_C[:, None]
+            rows_x_M = rows_of_x(tl.minimum(rows_M, M - 1), M, order, fan).to(tl.int64)
+            place = x + rows_x_M[None, :] * x_stride + columns_C[:, None]
             acc_OM = tl.dot(values_OC, tl.load(place).to(tl.float32), acc_OM)
         return acc_OM
     else:
@@ -228,7 +231,7 @@ def group_product(
             ahead_T = strip_T + n * sharing
             places_T = strip_places(words, scales, zeros, group_T, lane_T, ahead_T, layout)
             fetch(places_T, slots_T + n * size, ahead_T < end, layout, rows)
-        tokens_T = token_places(x, x_stride, lane_T, first_token, M, blocks)
+        tokens_T = token_places(x, x_stride, lane_T, first_token, M, order, fan, blocks)
         sums = no_sums(lane_T, rows * blocks)
         # A number of turns that the compiler does not know: unrolled, the loop does not fit the instruction cache.
         turns = tl.cdiv(end - first, sharing)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lqer.kernels import runtime
 from lqer.kernels.activations import round_kernel
 from lqer.kernels.layout import Layout
-from lqer.kernels.packed import PackedLinear
+from lqer.kernels.packed import Spec
 
 ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
 MAX_RANK_BLOCK = 64
@@ -26,12 +26,12 @@ def rank_block(rank: int) -> int:
     return min(max(rank, 16), MAX_RANK_BLOCK)
 
 
-def round_activations(x_MI: Tensor, packed: PackedLinear, ordered: bool) -> Tensor:
-    """x rounded to the layer's activation format; x itself if activations are not rounded.
+def round_activations(x_MI: Tensor, spec: Spec, ordered: bool) -> Tensor:
+    """x rounded to a layer's activation format; x itself if activations are not rounded.
 
     ordered: write columns in kernel order (decode.py), padded to whole tiles.
     """
-    spec, layout = packed.spec, packed.spec.layout
+    layout = spec.layout
     if not spec.rounding.bits:
         return x_MI
     m, k = x_MI.shape

@@ -89,7 +89,7 @@ def run_gemm(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: 
     ordered = launch.block_m > SMALLEST_BLOCK_M and spec.rounding.bits > 0
     if layout.padded_rows % launch.block_n:
         launch = replace(launch, block_n=ROW_PADDING)
-    x_MI = round_activations(given, packed, ordered)
+    x_MI = round_activations(given, packed.spec, ordered)
     return _product(x_MI, given, packed, layout, launch, min(launch.splits, layout.tiles), ordered, out_dtype)
 
 
@@ -98,12 +98,12 @@ def run_groups(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype
     layout = packed.spec.layout
     assert isinstance(layout, GroupLayout)
     assert launch.block_n % ROWS == 0
-    given = _whole_strips(dense_rows(x_MI), layout)
-    x_MI = _whole_strips(round_activations(given, packed, ordered=False), layout)
+    given = whole_strips(dense_rows(x_MI), layout)
+    x_MI = whole_strips(round_activations(given, packed.spec, ordered=False), layout)
     return _product(x_MI, given, packed, layout, launch, min(launch.splits, layout.strips), False, out_dtype)
 
 
-def _whole_strips(x_MI: Tensor, layout: GroupLayout) -> Tensor:
+def whole_strips(x_MI: Tensor, layout: GroupLayout) -> Tensor:
     """x, copied if its rows do not end with a strip or are not aligned to the 16 bytes that a thread reads at once."""
     if x_MI.shape[1] == layout.padded_columns and x_MI.data_ptr() % 16 == 0 and x_MI.stride(0) % 8 == 0:
         return x_MI
@@ -137,12 +137,12 @@ def _product(
         a_block=spec.a_block, b_block=spec.b_block, padded_columns=layout.padded_columns,
         projection_splits=projection.splits, SPLIT_K=PROJECTION_COLUMNS, tiles_n=tiles_n, BLOCK_N=launch.block_n,
         BLOCK_M=launch.block_m, BLOCK_R=rank_block(spec.rank), splits=splits, stages=launch.stages,
-        num_warps=launch.warps, **_register_limit(launch),
+        num_warps=launch.warps, **register_limit(launch),
     )  # fmt: skip
     return y_MO
 
 
-def _register_limit(launch: GemmLaunch) -> dict[str, int]:
+def register_limit(launch: GemmLaunch) -> dict[str, int]:
     """Registers that let four programs of four warps share a multiprocessor, if their accumulators are small enough."""
     small = (launch.block_n, launch.block_m, launch.warps) == (128, SMALLEST_BLOCK_M, 4)
     return {"maxnreg": 128} if small and not runtime.INTERPRETED else {}

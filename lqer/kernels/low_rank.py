@@ -132,6 +132,7 @@ def project_split(
     writes_x,  # whether this program writes it
     split,
     rows_M,
+    rows_x_M,  # of the same tokens in x
     ranks_R,
     M,
     K,
@@ -151,7 +152,7 @@ def project_split(
     for first in tl.range(split * SPLIT_K, split * SPLIT_K + SPLIT_K, BLOCK_K, num_stages=stages):
         columns_I = first + tl.arange(0, BLOCK_K)
         inside = row_inside & (columns_I < K)[None, :]
-        x_MI = tl.load(x + rows_M.to(tl.int64)[:, None] * x_stride + columns_I[None, :], mask=inside, other=0.0)
+        x_MI = tl.load(x + rows_x_M.to(tl.int64)[:, None] * x_stride + columns_I[None, :], mask=inside, other=0.0)
         if rounding.bits > 0:
             x_MI = round_columns(x_MI.to(tl.float32), rounding).to(dtype)
             if x_out is not None:
@@ -232,7 +233,7 @@ def produce_projection(
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     acc_MR = project_split(
-        x, a_codes, a_exponents, None, False, split, rows_M, ranks_R, M, K, x_stride,
+        x, a_codes, a_exponents, None, False, split, rows_M, rows_M, ranks_R, M, K, x_stride,
         rank, padded_columns, SPLIT_K, BLOCK_K, rounding, a_block, 1,
     )  # fmt: skip
     ready = counters + pid_m * (rank_blocks + 1)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.groups_ptx import slots
-from lqer.kernels.layout import ROWS
+from lqer.kernels.layout import ROWS, Layout
 
 TABLE = Path(__file__).with_name("table.json")
 # A bucket holds up to so many tokens; more tokens than in the last one are the dequantize regime.
@@ -114,6 +114,30 @@ def group_launch(layout: GroupLayout, m: int, multiprocessors: int, together: in
     chosen = shapes if m <= 8 else shapes[:1]
     launches = [GemmLaunch(n, block_m, splits, STAGES, warps) for n, warps in chosen for splits in every_split]
     return min(launches, key=time)
+
+
+@lru_cache(maxsize=4096)
+def experts_launch(
+    layout: Layout | GroupLayout, halves: int, tiles: int, block_m: int, multiprocessors: int
+) -> GemmLaunch:
+    """The launch of experts, by a rule, not by measurement.
+
+    tiles: of up to block_m pairs of a token and an expert, about; `halves` weights of an expert are multiplied at once.
+    """
+    rows = halves * layout.rows
+    if isinstance(layout, GroupLayout) and block_m == 8:
+        # Few programs: the warps of each share 16 rows and take turns at the strips.
+        few = tiles * -(-rows // 64) < 4 * multiprocessors
+        return GemmLaunch(16 if few else 64, block_m, 1, STAGES, 4)
+    block_n, warps, steps = 128, 4 if block_m == 16 else 8, 0
+    if isinstance(layout, GroupLayout):
+        warps, steps = 4, layout.strips
+        # Warps with shared memory for one strip do not copy the next one meanwhile.
+        block_n = 128 if slots(layout.compiled, 128, block_m, warps, STAGES) > 1 else 64
+    else:
+        steps = layout.tiles
+    splits = max(1, min(steps, 2 * multiprocessors // (tiles * -(-rows // block_n))))
+    return GemmLaunch(block_n, block_m, splits, STAGES, warps)
 
 
 def _slowdown(at_once: int) -> float:

@@ -7,16 +7,17 @@ transformers holds the experts of a layer in `gate_up_proj` (E, 2F, D), or `up_p
     y_t = Σ_k w_tk · down_e(gate(gate_e(x_t), up_e(x_t)))        e = the k-th expert of token t
 
 So whatever works on a linear works on an expert's. Everything else of the module, its activation and limits, stays.
+Where all linears are packed alike, one submodule takes the place of all experts, and multiplies with them at once.
 
 Shapes: E experts, F intermediate size of an expert, D hidden size, T tokens, K experts of a token, N tokens of an
-expert, I in_features, O out_features of its linears.
+expert, P = T K pairs of a token and an expert, H halves (gate and up), I in_features, O out_features of its linears.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "lqer_linears"
+# The submodule of all experts at once: (x (T, D), index (T, K), weights (T, K), halves (P, H, F) -> (P, F)) -> (T, D).
+TOGETHER = "together"
 # Attributes that transformers gives every module of its experts registry.
 REGISTERED = ("is_concatenated", "is_transposed", "has_bias", "has_gate")
 # A module of that registry, whose attributes no class declares.
@@ -62,13 +65,30 @@ def count(experts: Experts) -> int:
 def run_expert(experts: Experts, index: int, x_ND: Tensor) -> Tensor:
     """The output (N, D) of one expert, not weighted by the router."""
     expert = experts.get_submodule(str(index))
-    if experts.has_gate:
-        hidden_NF = experts._apply_gate(_join(experts, expert.gate_proj(x_ND), expert.up_proj(x_ND)))
-    else:
-        hidden_NF = experts.act_fn(expert.up_proj(x_ND))
-    y_ND = expert.down_proj(hidden_NF)
-    # Older versions of transformers know of no such norm.
-    return experts.post_expert_norm(y_ND) if getattr(experts, "has_post_expert_norm", False) else y_ND
+    y_ND = expert.down_proj(activate(experts, [expert.get_submodule(name)(x_ND) for name in up_names(experts)]))
+    return experts.post_expert_norm(y_ND) if has_norm(experts) else y_ND
+
+
+def up_names(experts: Experts) -> tuple[str, ...]:
+    """The linears of an expert before its activation."""
+    return ("gate_proj", "up_proj") if experts.has_gate else ("up_proj",)
+
+
+def has_norm(experts: Experts) -> bool:
+    """Whether an expert ends with a norm; older versions of transformers know of none."""
+    return bool(getattr(experts, "has_post_expert_norm", False))
+
+
+def activate(experts: Experts, halves: Sequence[Tensor]) -> Tensor:
+    """The input of down (N, F) from the outputs of `up_names`, each (N, F)."""
+    return experts._apply_gate(_join(experts, *halves)) if experts.has_gate else experts.act_fn(halves[0])
+
+
+def put_together(experts: Experts, together: nn.Module) -> None:
+    """Put one module in the place of all experts: it is called as TOGETHER says."""
+    for index in range(count(experts)):
+        del experts._modules[str(index)]
+    experts.add_module(TOGETHER, together)
 
 
 def run_experts(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -77,6 +97,8 @@ def run_experts(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, to
     hidden_states: (T, D). top_k_index: int64 (T, K); what lies outside the experts stands for none. top_k_weights:
     (T, K).
     """
+    if (together := experts._modules.get(TOGETHER)) is not None:
+        return together(hidden_states, top_k_index, top_k_weights, partial(_activate_pairs, experts))
     y_TD = torch.zeros_like(hidden_states)
     for index, tokens_N, places_N in routes(top_k_index, count(experts)):
         y_ND = run_expert(experts, index, hidden_states[tokens_N]) * top_k_weights[tokens_N, places_N, None]
@@ -181,6 +203,10 @@ def _split(experts: Experts) -> None:
         if index not in experts._modules:
             experts.add_module(index, Expert())
         experts.get_submodule(index).add_module(name, _linear(**tensors))
+
+
+def _activate_pairs(experts: Experts, halves_PHF: Tensor) -> Tensor:
+    return activate(experts, halves_PHF.unbind(1))
 
 
 def _join(experts: Experts, gate_NF: Tensor, up_NF: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from lqer.kernels import PackedLinear, runtime
 from lqer.kernels.byte_sums import TOKENS_AT_ONCE as BYTE_TOKENS_AT_ONCE
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
+from lqer.kernels.experts_launch import run_down, run_up
+from lqer.kernels.experts_packed import PackedExperts
 from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.launch import run_layer
@@ -106,6 +108,21 @@ def check_that_the_table_stays(kernel: Any, layout: TrellisLayout) -> None:
     assert max(stores) < min(loads)
 
 
+def compile_experts(number_format: Any, gate: str, tokens: int, rank: int, activation: Any) -> None:
+    """Both launches of two experts of eight outputs per token, at the tile of so many tokens."""
+    up, down = (
+        PackedExperts.stack(
+            [[build_layer(number_format, n, k, rank=rank, activation=activation, dtype=torch.bfloat16).packed] * halves]
+            * 2
+        )
+        for n, k, halves in ((256, 512, 2), (512, 256, 1))
+    )
+    index_TK = torch.arange(2 * tokens).view(tokens, 2) % 2
+    hidden, *routes = run_up(random_input(tokens, 512, torch.bfloat16), index_TK, up, down.spec, gate)
+    hidden = hidden if gate else hidden[:, 0]
+    run_down(hidden, *routes, index_TK, torch.ones(tokens, 2), down, up.spec, bool(gate))
+
+
 def main() -> None:
     JITFunction.run = compile_instead
     runtime.supports_pdl = lambda x: True
@@ -129,6 +146,7 @@ def main() -> None:
     for m, dtype in ((1, bf16), (16, torch.float16)):
         layer = build_layer(Int(4, 128), 200, 1000, rank=64, activation=x8, bias=True, dtype=dtype)
         run_groups(random_input(m, 1000, dtype), layer.packed, GemmLaunch(64, max(8, m), 2, 3, 4))
+        dequantize_weight(layer.packed.weight, dtype)
     # What needs most of the shared memory.
     for number_format, rank, m in (
         (Int(3, 64), 32, 42),
@@ -137,7 +155,12 @@ def main() -> None:
         (Int(8, 32), 0, 33),
     ):
         run_layer(random_input(m, 528, bf16), build_layer(number_format, 200, 528, rank=rank, dtype=bf16).packed)
-        dequantize_weight(layer.packed.weight, dtype)
+    for number_format, gate, tokens, rank, activation in (
+        (Int(4, 128), "silu", 1, 0, None), (Int(4, 128, symmetric=True), "gelu", 64, 32, x8),
+        (MXInt(4), "silu", 1, 32, x8), (MXInt(4), "", 40, 0, None), (Int(3, 64), "gelu_tanh", 8, 16, None),
+        (Int(4, 128), "silu", 300, 0, None),
+    ):  # fmt: skip
+        compile_experts(number_format, gate, tokens, rank, activation)
     layer = build_layer(Int(6, "row"), 75, 300, rank=100, dtype=torch.float16, factor=Passthrough("float16"))
     run_gemm(random_input(3, 300, torch.float16), layer.packed, GemmLaunch(64, 16, 1, 3, 4))
     for number_format, m, rank in (
