@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lqer.formats import Int, MXInt
+from lqer.formats import Int, MXInt, Trellis
 from lqer.methods import METHODS, LinearPlan
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import pick_device
@@ -27,10 +27,12 @@ from lqer.models.structure import block_linears, prepare_model
 from lqer.models.walker import walk_blocks
 from lqer.report.environment import device_name
 from lqer.rounding import Gptq
+from lqer.rounding.ldlq import Ldlq
 from lqer.stages.gather import CalibrationText, observe_block
 from lqer.stages.quantize import BlockWork, QuantizeSettings, quantize_linears, requested_statistics, write_block
 from lqer.store.offload import Offload
 from lqer.store.store import Workspace
+from lqer.transforms import Hadamard
 
 # The vocabulary is cut: nothing outside the blocks is measured.
 COMMON: dict[str, Any] = {"vocab_size": 4096, "max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 0}
@@ -47,6 +49,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 PLANS = {
     "lqer-act": LinearPlan(METHODS["lqer-act"](), MXInt(4), rank=32, factor=MXInt(8)),
     "gptq": LinearPlan(METHODS["gptq"](), Int(4, 128), rounding=Gptq()),
+    "best-3": LinearPlan(METHODS["none"](), Trellis(3, 14), rounding=Ldlq(), transform=Hadamard()),
 }
 
 
