@@ -41,7 +41,7 @@ def experts_kernel(
     finished,  # int32, a counter per output tile, zero before
     projection_partial,  # [projection_splits, H, P, RP] float32, or None
     projection,  # Q(x A) [H, P, RP], or None
-    counters,  # int32 [tiles, H, 1 + blocks of ranks], zero before
+    counters,  # int32 [tiles, H, 1 + blocks of ranks], zero before, or None
     y,  # [P, O] with a gate, else [P, H, O]
     bound,
     P,

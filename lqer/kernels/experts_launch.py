@@ -121,7 +121,9 @@ def run_down(
     block_m = pairs_of_tile(pairs, up, down.spec, down.experts)
     launch = _fitting(launch or _launch(index_TK, down, block_m), down, ActivationRounding())
     bound = most_tiles(pairs, down.experts, launch.block_m)
-    counters = order_P.new_zeros(_counters(down, bound, launch))
+    # Nothing is counted where programs wait for no other.
+    counted = launch.splits > 1 or down.spec.rank
+    counters = order_P.new_zeros(_counters(down, bound, launch)) if counted else order_P
     if not is_ready:
         hidden = _as_read(round_activations(dense_rows(hidden), down.spec, ordered=False), down.spec)
     pairs_PO = hidden.new_empty(pairs, rows)
@@ -190,20 +192,20 @@ def _run(
     tiles_n = triton.cdiv(layout.padded_rows, launch.block_n)
     parts = launch.splits + (1 if rank else 0)
     partial = x.new_empty((halves * parts, rows, pairs), dtype=torch.float32) if parts > 1 or gate else None
-    splits, projection, projection_partial = 0, None, None
+    splits, projection, projection_partial, of_branch = 0, None, None, None
     if rank:
+        of_branch = counters[_output_counters(packed, bound, launch) :]
         splits = triton.cdiv(layout.columns, PROJECTION_COLUMNS)
         projection = x.new_empty(halves, pairs, rank)
         projection_partial = x.new_empty((splits, halves, pairs, rank), dtype=torch.float32)
     producers = bound * halves * (rank // rank_block(rank)) * splits
     strides = [0 if part is None else part.stride(1) for part in map(packed.tensors.get, ("words", "high", "scales"))]
     experts_kernel[(producers + bound * halves * parts * tiles_n,)](
-        x, order_P, tiles_3P, *packed.tensors.values(), partial, counters, projection_partial, projection,
-        counters[_output_counters(packed, bound, launch) :], y, bound, pairs, rows, layout.columns, x.stride(0),
-        y.stride(0), *strides, fan=fan, halves=halves, gate=gate, rank=rank, layout=layout.compiled,
-        rounding=spec.rounding, y_rounding=rounding, not_rounding=ActivationRounding(), a_block=spec.a_block,
-        b_block=spec.b_block, padded_columns=layout.padded_columns, projection_splits=splits,
-        SPLIT_K=PROJECTION_COLUMNS, tiles_n=tiles_n, BLOCK_N=launch.block_n, BLOCK_M=launch.block_m,
-        BLOCK_R=rank_block(rank), splits=launch.splits, stages=launch.stages, num_warps=launch.warps,
-        **register_limit(launch),
+        x, order_P, tiles_3P, *packed.tensors.values(), partial, counters, projection_partial, projection, of_branch, y,
+        bound, pairs, rows, layout.columns, x.stride(0), y.stride(0), *strides, fan=fan, halves=halves, gate=gate,
+        rank=rank, layout=layout.compiled, rounding=spec.rounding, y_rounding=rounding,
+        not_rounding=ActivationRounding(), a_block=spec.a_block, b_block=spec.b_block,
+        padded_columns=layout.padded_columns, projection_splits=splits, SPLIT_K=PROJECTION_COLUMNS, tiles_n=tiles_n,
+        BLOCK_N=launch.block_n, BLOCK_M=launch.block_m, BLOCK_R=rank_block(rank), splits=launch.splits,
+        stages=launch.stages, num_warps=launch.warps, **register_limit(launch),
     )  # fmt: skip

@@ -60,7 +60,7 @@ class GroupedExperts(nn.Module):
 
     def __init__(self, up: PackedExperts, down: PackedExperts, gate: str):
         super().__init__()
-        self.up, self.down, self.gate = PackedStack(up), PackedStack(down), gate
+        self.up, self.down, self.gate, self.dtype = PackedStack(up), PackedStack(down), gate, up.dtype
 
     def forward(
         self, x_TI: Tensor, index_TK: Tensor, weights_TK: Tensor, activate: Callable[[Tensor], Tensor]
@@ -70,8 +70,8 @@ class GroupedExperts(nn.Module):
         index_TK: experts; what lies outside of 0 to E - 1 stands for none. activate: (P, H, F) -> (P, F), where
         `gate` is "".
         """
-        if x_TI.dtype != self.down.packed.dtype:
-            raise ValueError(f"x must be in {self.down.packed.dtype}, found {x_TI.dtype}")
+        if x_TI.dtype != self.dtype:
+            raise ValueError(f"x must be in {self.dtype}, found {x_TI.dtype}")
         given = (tensor.split(TOKENS_AT_ONCE) for tensor in (x_TI, index_TK, weights_TK))
         parts = [self._forward(x, index, weights, activate) for x, index, weights in zip(*given, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

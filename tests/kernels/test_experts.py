@@ -291,6 +291,19 @@ def test_tiles_hold_an_experts_pairs_and_fit_the_product():
     assert [pairs_of_tile(pairs, integers, codes, 128) for pairs in (8, 10**6)] == [16, 32]
 
 
+@pytest.mark.parametrize("gate", ["silu", ""])
+def test_a_graph_of_torch_holds_the_operators_whole(gate):
+    grouped = Experts.random(Int(4, 32)).grouped(gate)
+
+    def call(x_TI: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return grouped(x_TI, index_TK, weights_TK, swish_of_limits)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for tokens in (2, 3):
+        x_TI, (index_TK, weights_TK) = random_input(tokens, 64), routes_of(tokens)
+        assert torch.equal(compiled(x_TI, index_TK, weights_TK), call(x_TI, index_TK, weights_TK))
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("gate", ["silu", ""])
 @pytest.mark.parametrize("number_format", [Int(4, 32), MXInt(4)], ids=str)

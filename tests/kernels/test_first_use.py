@@ -9,7 +9,7 @@ import torch
 from kernel_layers import DEVICE, DTYPE, ON_GPU
 
 from lqer.formats import Int, MXInt
-from lqer.kernels import PackedLinear, first_use
+from lqer.kernels import GroupedExperts, PackedExperts, PackedLinear, first_use
 
 
 def packed(number_format=None, rows: int = 32) -> PackedLinear:
@@ -46,3 +46,21 @@ def test_each_kind_is_compared_once_and_only_on_a_gpu(monkeypatch):
     for _ in range(2):
         first_use.compare_once(packed())
     assert len(compared) == (1 if ON_GPU else 0)
+
+
+def grouped() -> GroupedExperts:
+    up, down = (PackedExperts.stack([[packed(rows=128)] * halves] * 2) for halves in (2, 1))
+    return GroupedExperts(up, down, "silu")
+
+
+def test_right_numbers_of_experts_pass(monkeypatch):
+    monkeypatch.setattr(first_use, "TOKENS_OF_EXPERTS", (1, 3))
+    first_use.compare_experts(grouped())
+
+
+def test_wrong_numbers_of_experts_are_refused(monkeypatch):
+    right = GroupedExperts.forward
+    monkeypatch.setattr(GroupedExperts, "forward", lambda self, *given: right(self, *given) * 1.05)
+    monkeypatch.setattr(first_use, "TOKENS_OF_EXPERTS", (1,))
+    with pytest.raises(ArithmeticError, match=r"kernels of experts of Layout\(.* with 1 tokens differ"):
+        first_use.compare_experts(grouped())
