@@ -169,7 +169,10 @@ def times_of_theirs(
             continue
         theirs.config._experts_implementation = name  # type: ignore[union-attr]
         calls = [partial(theirs, x_TD, *route) for route in routes]
-        yield name, in_python(calls) if name == "eager" else measure(calls)
+        try:
+            yield name, in_python(calls) if name == "eager" else measure(calls)
+        except RuntimeError as error:
+            print(f"{name} failed: {str(error).splitlines()[0]}")
 
 
 def compare_launches(
