@@ -150,7 +150,7 @@ def _run(arguments: Sequence[str]) -> None:
             pipeline.refuse_chunks(config, chunk)
         preflight.describe(config, print)
         return
-    if config.cluster is not None:
+    if config.ray is not None:
         if chunk is not None:
             raise ConfigError("--chunk: a cluster shares out the blocks itself; leave out one of the two")
         from lqer.run.cluster import fill_store
@@ -192,7 +192,7 @@ def _sweep(arguments: Sequence[str]) -> int:
 
     record, output_dir = record_of(plan, config, tag, overrides), plan.output_dir
     chosen = plan.part(parts[0]) if parts else plan.only(names)
-    if (cluster := chosen.runs[0].config.cluster) is not None:
+    if (cluster := chosen.runs[0].config.ray) is not None:
         from lqer.run.cluster import sweep_on_cluster
 
         outcome = sweep_on_cluster(chosen, cluster, output_dir / TABLE_FOLDER.format(tag=tag), plugins)

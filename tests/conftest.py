@@ -19,7 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from helpers import resident
+from helpers import quantize, resident
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -43,7 +43,7 @@ from lqer.methods import LinearPlan, LqerAct
 from lqer.models.structure import block_linears, find_blocks, prepare_model
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
-from lqer.stages.quantize import QuantizeSettings, quantize, requested_statistics
+from lqer.stages.quantize import QuantizeSettings, requested_statistics
 from lqer.store.store import Artifact, Store, Workspace
 
 # Real models, texts and tasks that are too large for the repository.

@@ -20,7 +20,8 @@ from transformers import (
 from lqer.methods import LinearPlan
 from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks
-from lqer.stages.quantize import QuantizeSettings
+from lqer.stages.gather import StatisticsOf
+from lqer.stages.quantize import QuantizeSettings, finish_checkpoint, quantize_blocks
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Workspace
 from lqer.transforms import BlockTransform
@@ -86,6 +87,18 @@ def settings_for(
     names = [f"{name}.{index}.{linear}" for index, block in enumerate(blocks) for linear in block_linears(block)]
     plans = {linear: None if any(map(linear.endswith, skip)) else plan for linear in names}
     return QuantizeSettings(plans, attention, seed=0, transforms=tuple(transforms))
+
+
+def quantize(
+    workspace: Workspace,
+    opened: OpenedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    statistics_of: StatisticsOf,
+    settings: QuantizeSettings,
+) -> None:
+    """Make the checkpoint in one process, as the stage "quantize" does."""
+    quantize_blocks(workspace, range(len(opened.blocks)), opened, statistics_of, settings)
+    finish_checkpoint(workspace, opened, tokenizer, settings)
 
 
 def first_block(model: PreTrainedModel, windows_WT: Tensor) -> tuple[nn.Module, BlockFunction, Tensor]:

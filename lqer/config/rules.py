@@ -361,6 +361,13 @@ def published_figures_are_measured(config: Config) -> Iterator[KeyedError]:
         yield KeyedError(("published", "accuracy"), "requires evaluation.downstream: nothing else measures it")
 
 
+def gangs_choose_their_gpus(config: Config) -> Iterator[KeyedError]:
+    """Ranks of a gang have different GPUs."""
+    gang = 1 if config.cluster is None else config.cluster.gang
+    if gang != 1 and ":" in config.device:
+        yield KeyedError(("device",), f"must name no GPU where cluster.gang is {gang!r}", config.device)
+
+
 RULES: tuple[Rule, ...] = (
     names_are_free,
     blockwise_evaluates_windows,
@@ -379,6 +386,7 @@ RULES: tuple[Rule, ...] = (
     asymmetric_targets_are_rounded,
     finetuned_parts_exist,
     published_figures_are_measured,
+    gangs_choose_their_gpus,
 )
 
 

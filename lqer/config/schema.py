@@ -336,14 +336,17 @@ LOCAL = "local"
 class ClusterConfig(Section):
     """Where the jobs of a run or a sweep are done: never a part of what they make."""
 
-    # "local": the GPUs of this machine. "auto": the running Ray cluster. "host:port": the cluster of that head.
-    address: Annotated[str, Field(min_length=1)]
+    # "off": this process, without Ray. "local": the GPUs of this machine. "auto": the running Ray cluster.
+    # "host:port": the cluster of that head.
+    address: Annotated[str, Field(min_length=1)] = "off"
     # Of a worker; a fraction shares a card. Without GPUs in the cluster, a worker has CPUs alone.
     gpus_per_job: Annotated[float, Field(gt=0)] = 1
     cpus_per_job: Positive = 4
     # "shared": output_dir is one folder that all nodes see. "driver": only the process that was started sees it, files
     # travel. Absent: "shared" on this machine alone, else "driver".
     store: Literal["driver", "shared"] | None = None
+    # Processes of one machine that do a job together; "node": as many as it sees GPUs.
+    gang: Positive | Literal["node"] = 1
     # How often a job is done again whose worker was lost.
     retries: Annotated[int, Field(ge=0)] = 3
 
@@ -380,6 +383,17 @@ class Config(Section):
     cluster: ClusterConfig | None = None
 
     @property
+    def ray(self) -> ClusterConfig | None:
+        """The cluster whose workers do the jobs, if there is one."""
+        return None if self.cluster is None or self.cluster.address == "off" else self.cluster
+
+    @property
     def alone(self) -> Config:
-        """The same experiment, whoever does it."""
+        """The same experiment without Ray: this process does it, and the gang that it starts."""
+        gang = self.cluster and ClusterConfig(gang=self.cluster.gang)
+        return self.model_copy(update={"cluster": gang})
+
+    @property
+    def experiment(self) -> Config:
+        """The same, whoever does it."""
         return self.model_copy(update={"cluster": None})

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lqer.models.structure import find_blocks
 from lqer.phases import phase
+from lqer.statistics import ALONE, Gang
 from lqer.store.offload import Offload
 
 
@@ -133,7 +134,8 @@ class OpenedModel:
     """A model and its decoder blocks: `model` is in memory, or a skeleton that `loader` fills block by block.
 
     name: of the ModuleList `blocks` within the model. device: where blocks are run. offload: allocates hidden states.
-    processor: the files of what makes a wrapper's inputs of images or sound, which a checkpoint keeps.
+    processor: the files of what makes a wrapper's inputs of images or sound, which a checkpoint keeps. gang: the
+    processes that run the blocks on windows of their own.
     """
 
     model: PreTrainedModel
@@ -143,6 +145,7 @@ class OpenedModel:
     device: torch.device
     offload: Offload
     processor: tuple[Path, ...] = ()
+    gang: Gang = ALONE
 
     @classmethod
     def resident(cls, model: PreTrainedModel, device: torch.device, offload: Offload) -> OpenedModel:

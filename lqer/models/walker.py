@@ -29,6 +29,7 @@ from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel
 from lqer.nn.attention import attention_as
 from lqer.phases import in_phase
+from lqer.statistics import ALONE, Gang
 from lqer.store.offload import Offload
 
 # (batch, tokens, hidden size)
@@ -46,6 +47,7 @@ class HiddenStates:
     calls_of_one: per block, the call for a single window, whose arguments broadcast over a batch of any size; None
         where they depend on the windows of the batch or on their number.
     left: by batch, what the blocks so far left for later ones.
+    gang, first_window: where several processes share out the windows, they, and which of the whole text is first here.
     """
 
     states_WTD: Tensor
@@ -56,6 +58,8 @@ class HiddenStates:
     # How many values a block returns as a tuple, the first of which are its hidden states; 0 for a tensor alone.
     returned_values: int
     left: dict[int, Left] = field(default_factory=dict)
+    gang: Gang = ALONE
+    first_window: int = 0
 
     def load(self, batch: int, device: torch.device) -> Tensor:
         """The states (B, T, D) of one batch, on the device."""
@@ -270,8 +274,8 @@ def run_one_block(opened: OpenedModel, index: int, ids_BT: Tensor, returned_valu
 def embed(opened: OpenedModel, batches: Sequence[Tensor]) -> HiddenStates:
     """Embed every batch (B, T) and record, per block and batch, how the model calls the block.
 
-    All windows have the same length. Raises ModelError for a model whose blocks cannot be run one at a time, and for
-    parameters outside the blocks that are not finite.
+    Each rank of a gang embeds batches of its own. All windows have the same length. Raises ModelError for a model
+    whose blocks cannot be run one at a time, and for parameters outside the blocks that are not finite.
     """
     opened.loader.load_outer()
     inside = f"{opened.name}."
@@ -279,26 +283,37 @@ def embed(opened: OpenedModel, batches: Sequence[Tensor]) -> HiddenStates:
     model, blocks, device, offload = opened.model, opened.blocks, opened.device, opened.offload
     recorders = [_Recorder(block) for block in blocks]
     recorded = [RecordedCalls(offload) for _ in blocks]
-    ends = list(itertools.accumulate(len(ids_BT) for ids_BT in batches))
-    slices = [slice(end - len(ids), end) for ids, end in zip(batches, ends, strict=True)]
+    starts = list(itertools.accumulate((len(ids_BT) for ids_BT in batches), initial=0))
+    gang, ours = opened.gang, opened.gang.share(range(len(batches)))
+    first_window, windows = starts[ours[0]], starts[ours[-1] + 1] - starts[ours[0]]
+    slices = [slice(starts[batch] - first_window, starts[batch + 1] - first_window) for batch in ours]
     hidden: HiddenStates | None = None
     with _replaced(blocks, recorders), reported_as(f"model: {type(model).__name__} cannot be run block by block"):
         nn.Module.to(model, device)
         _set_return_type(model, recorders, batches[0][:1].to(device))
         of_one = [recorder.call for recorder in recorders]
-        for batch, ids_BT in enumerate(batches):
-            model.base_model(input_ids=ids_BT.to(device), use_cache=False)
+        for place, batch in enumerate(ours):
+            model.base_model(input_ids=batches[batch].to(device), use_cache=False)
             hidden_BTD = recorders[0].hidden
             if hidden is None:
-                states_WTD = offload.empty((ends[-1], *hidden_BTD.shape[1:]), hidden_BTD.dtype, hidden_BTD.is_cuda)
-                hidden = HiddenStates(states_WTD, slices, offload, [], [], recorders[0].returned_values)
-            hidden.store(batch, hidden_BTD)
+                states_WTD = offload.empty((windows, *hidden_BTD.shape[1:]), hidden_BTD.dtype, hidden_BTD.is_cuda)
+                returned_values = recorders[0].returned_values
+                hidden = HiddenStates(
+                    states_WTD, slices, offload, [], [], returned_values, gang=gang, first_window=first_window
+                )
+            hidden.store(place, hidden_BTD)
             compared = Comparison()
             for record, recorder in zip(recorded, recorders, strict=True):
                 record.add(recorder.call, hidden_BTD.shape, compared)
     assert hidden is not None, "there is at least one batch"
     hidden.calls = [record.calls for record in recorded]
-    hidden.calls_of_one = [record.general(call) for record, call in zip(recorded, of_one, strict=True)]
+    general = [record.general(call) for record, call in zip(recorded, of_one, strict=True)]
+    # A rank may have no batch but the last, of a single window.
+    per_window = gang.of_first([None if call is None else call.per_window for call in general])
+    hidden.calls_of_one = [
+        None if call is None or found is None else replace(call, per_window=found)
+        for call, found in zip(general, per_window, strict=True)
+    ]
     return hidden
 
 

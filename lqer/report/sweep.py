@@ -55,7 +55,7 @@ def record_of(plan: SweepPlan, config: str, tag: str, overrides: Sequence[str]) 
             "tag": run.config.tag,
             "extends": list(run.extends),
             "scheme": dict(run.scheme),
-            "config": content_hash(run.config.model_dump(mode="json", exclude_none=True)),
+            "config": content_hash(run.config.experiment.model_dump(mode="json", exclude_none=True)),
         }
         for run in plan.runs
     }

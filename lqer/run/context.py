@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run; `plans` holds None for a linear that is skipped, `choices` the formats of weights that have several."""
+    """One run; `plans` holds None for a linear that is skipped, `choices` the formats of weights that have several.
+
+    config: without what does not belong to the experiment. ranks: how many processes work on a block together.
+    """
 
     config: Config
     source: ModelSource
@@ -42,6 +45,7 @@ class RunContext:
     dtype: torch.dtype
     backend: Backend
     fingerprints: Fingerprints
+    ranks: int = 1
 
     @property
     def store_path(self) -> Path:
@@ -72,9 +76,17 @@ def _kept(unreached: Sequence[str], plans: Mapping[str, LinearPlan | None]) -> d
     return dict.fromkeys(left_out)
 
 
+def _ranks(config: Config, device: torch.device) -> int:
+    gang = 1 if config.cluster is None else config.cluster.gang
+    if gang != "node":
+        return gang
+    return torch.cuda.device_count() if device.type == "cuda" else 1
+
+
 def prepare(config: Config) -> RunContext:
     """Resolve and check everything that can be checked before any work. Raises LqerError."""
     device = pick_device(config.device)
+    ranks, config = _ranks(config, device), config.experiment
     fingerprints = Fingerprints(store_path(config) / FINGERPRINTS)
     source = resolve_model(config.model, config.revision, fingerprints)
     summary = summarize_model(source)
@@ -99,4 +111,4 @@ def prepare(config: Config) -> RunContext:
     if wanted == "auto" and config.finetune is not None and "low_rank" in config.finetune.parts:
         wanted = "emulate"  # kernels do not support fine-tuned columns of A and B
     backend = resolve_backend(wanted, device, dtype, formats)
-    return RunContext(config, source, summary, plans, choices, device, dtype, backend, fingerprints)
+    return RunContext(config, source, summary, plans, choices, device, dtype, backend, fingerprints, ranks)

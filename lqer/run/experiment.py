@@ -118,18 +118,22 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
         requested = requested_statistics(context.plans)
         roundings = input_roundings(context.plans) if config.calibration.round_inputs else None
         gathered = Calibrate(
-            model, texts.calibration, requested, dtype, device, context.offload(), roundings, context.keeps_statistics
-        )
+            model, texts.calibration, requested, dtype, device, context.offload(), roundings, context.keeps_statistics,
+            ranks=context.ranks,
+        )  # fmt: skip
         calibrate = gathered if gathered.is_kept else None
         if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
             spectra = MeasureSpectra.of(gathered, context.plans)
             plans = BudgetedPlans(context.plans, spectra, budget_bits, context.summary.linears, context.summary.blocks)
-        quantize = Quantize(gathered, plans, _attention(context), config.seed, device, tokenizer, "quantize")
+        quantize = Quantize(
+            gathered, plans, _attention(context), config.seed, device, tokenizer, "quantize", ranks=context.ranks
+        )
     else:
         transforms = tuple(part for part in config.quantize.transforms if isinstance(part, BlockTransform))
         quantize = QuantizeSequentially(
             model, texts.calibration, plans, _attention(context), transforms, config.seed, dtype, device,
             tokenizer, context.offload(), "quantize", config.calibration.round_inputs, config.quantize.order,
+            ranks=context.ranks,
         )  # fmt: skip
     rtn = None
     if "rtn" in config.evaluation.baselines:
@@ -172,7 +176,9 @@ def _width_plans(context: RunContext, model: ModelSource | Rotate, texts: Texts,
     # The same as for quantization where blocks are independent of each other.
     requested = requested_statistics(measured if config.quantize.propagates_error else context.plans)
     roundings = input_roundings(context.plans) if config.calibration.round_inputs else None
-    calibrate = Calibrate(model, texts.calibration, requested, context.dtype, context.device, offload, roundings)
+    calibrate = Calibrate(
+        model, texts.calibration, requested, context.dtype, context.device, offload, roundings, ranks=context.ranks
+    )
     formats = tuple(config.formats[name] for name in config.quantize.widths)
     widths = MeasureWidths(
         model, calibrate, measured, formats, texts.calibration.windows_WT[:WINDOWS], texts.calibration.batch_size,

@@ -41,7 +41,7 @@ def run_chunk(config: Config, chunk: Chunk | None) -> Results | None:
     """The same as one of several processes, each of which quantizes its chunk of the decoder blocks.
 
     Returns None while other chunks are missing; the last process to finish evaluates and reports. Raises ConfigError
-    for a method whose blocks must be quantized in order.
+    for a method whose blocks must be quantized in order, and for a gang.
     """
     if chunk is not None:
         refuse_chunks(config, chunk)
@@ -54,7 +54,7 @@ def run_chunk(config: Config, chunk: Chunk | None) -> Results | None:
                 raise
             # What a run writes is below its output folder; calls on an open file do not say which file it is.
             raise OSError(error.errno, error.strerror, config.output_dir) from error
-        except LqerError:
+        except (LqerError, RunFailedError):
             raise
         except Exception as error:
             where = run_log.path or write_traceback(error)
@@ -65,7 +65,9 @@ def run_chunk(config: Config, chunk: Chunk | None) -> Results | None:
 
 
 def refuse_chunks(config: Config, chunk: Chunk) -> None:
-    """Raise ConfigError if blocks cannot be quantized independently of each other."""
+    """Raise ConfigError if blocks cannot be quantized independently of each other, or by one process."""
+    if config.cluster is not None and config.cluster.gang != 1:
+        raise ConfigError(f"--chunk {chunk}: one process works on a chunk; found cluster.gang {config.cluster.gang!r}")
     if config.quantize.propagates_error:
         parts = " and ".join(config.quantize.block_parts) or f"method {config.quantize.method.kind!r}"
         asked_by = "" if config.quantize.propagate_error else f" (implied by {parts})"
@@ -79,8 +81,8 @@ def _run(config: Config, started: float, chunk: Chunk | None, run_log: RunLog) -
     with phase("checks"):
         checked = check_run(config, log.info)
     # Everything that can be refused has been: only now may the folder of an earlier run be changed.
-    with locked(checked.folder, config, "" if chunk is None else f"-{chunk.index}-of-{chunk.count}"):
-        begin_run(checked.folder, config)
+    with locked(checked.folder, config.experiment, "" if chunk is None else f"-{chunk.index}-of-{chunk.count}"):
+        begin_run(checked.folder, config.experiment)
         run_log.write_to(checked.folder)
         checked.context.fingerprints.save()
         return _run_stages(checked, started, chunk)

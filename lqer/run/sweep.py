@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,6 +29,7 @@ from lqer.report.write import markdown_table
 from lqer.results import CHECKPOINT_LINK, RESULTS_FILE, SCHEMA_VERSION, Versions
 from lqer.run.console import log_on_console, quieten_libraries
 from lqer.run.outcome import EXIT_FAILURE, EXIT_INTERRUPTED, explain_failure, one_line
+from lqer.stages.processes import death, held_back_interrupts, processes
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +109,7 @@ def finished_seconds(config: Config, code: Versions) -> float | None:
         return None
     made_by = results.get("versions", {})
     same_code = (made_by.get("lqer"), made_by.get("git")) == (code["lqer"], code["git"])
-    same_config = results.get("config") == config.model_dump(mode="json", exclude_none=True)
+    same_config = results.get("config") == config.experiment.model_dump(mode="json", exclude_none=True)
     if results.get("schema_version") != SCHEMA_VERSION or not same_code or not same_config:
         return None
     if not (folder / CHECKPOINT_LINK).exists() or any(file.stat().st_mtime > made for file in _local_files(config)):
@@ -187,20 +185,17 @@ class InAProcess:
     def __init__(self, plugins: Sequence[str] = ()) -> None:
         self.plugins = tuple(plugins)
         # Forked from a server that has imported torch and never computed; not from this process.
-        has_server = "forkserver" in multiprocessing.get_all_start_methods()
-        self.processes = multiprocessing.get_context("forkserver" if has_server else "spawn")
-        if has_server:
-            quieten_libraries()
-            self.processes.set_forkserver_preload(["lqer.run.pipeline", "lqer.report.write"])
+        quieten_libraries()
+        self.processes = processes(["lqer.run.pipeline", "lqer.report.write"])
 
     def __call__(self, config: Config) -> str | None:
         ours, theirs = self.processes.Pipe(duplex=False)
-        with _held_back_interrupts():
+        with held_back_interrupts():
             # pydantic would report an interrupt while it serializes as its own error.
             arguments = (config.model_dump_json(), self.plugins, theirs)
         process = self.processes.Process(target=_execute, args=arguments)  # type: ignore[attr-defined]
         try:
-            with _held_back_interrupts():
+            with held_back_interrupts():
                 process.start()
                 theirs.close()
             process.join()
@@ -216,28 +211,7 @@ class InAProcess:
         try:
             return str(ours.recv())
         except EOFError:
-            return _death(process.exitcode)
-
-
-@contextmanager
-def _held_back_interrupts() -> Iterator[None]:
-    """Raise the KeyboardInterrupt of a SIGINT at the end only: a process is not lost between its start and our hold."""
-    signals: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if signals:
-        raise KeyboardInterrupt
-
-
-def _death(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        return f"the process was killed by {name}{hint}"
-    return f"the process ended with status {exitcode}"
+            return f"the process {death(process.exitcode)}"
 
 
 def _execute(config_json: str, plugins: Sequence[str], connection: Connection) -> None:

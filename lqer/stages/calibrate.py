@@ -11,8 +11,8 @@ that is killed, it walks again from the first block; blocks whose statistics are
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,8 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.models.walker import walk_blocks
-from lqer.stages.base import Stage, no_effect
+from lqer.stages.base import no_effect
+from lqer.stages.gang import GangStage
 from lqer.stages.gather import (
     BlockStatistics,
     CalibrationText,
@@ -34,7 +35,7 @@ from lqer.stages.gather import (
 )
 from lqer.stages.observe import NOT_ROUNDED, InputRoundings
 from lqer.stages.rotate import Rotate, source_of
-from lqer.statistics import Statistic
+from lqer.statistics import ALONE, Gang, Statistic
 from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
 from lqer.store.store import Store, Workspace
@@ -42,7 +43,7 @@ from lqer.store.writer import most_waiting
 
 
 @dataclass(frozen=True)
-class Calibrate(Stage):
+class Calibrate(GangStage):
     """The statistics of every block of the original model."""
 
     name: ClassVar[str] = "calibrate"
@@ -61,22 +62,26 @@ class Calibrate(Stage):
     is_kept: bool = field(default=True, metadata=no_effect("statistics are the same, stored or not"))
 
     def build(self, workspace: Workspace, store: Store) -> None:
-        calibrate(workspace, self._opened(store), self.text, self.statistics, self.roundings or NOT_ROUNDED)
+        self.build_by_ranks(workspace, store, self.device, self.text.batches)
 
-    def of_blocks(self, store: Store) -> StatisticsOf:
+    def build_together(self, workspace: Workspace, store: Store, gang: Gang) -> Callable[[], object]:
+        calibrate(workspace, self._opened(store, gang), self.text, self.statistics, self.roundings or NOT_ROUNDED)
+        return lambda: None
+
+    def of_blocks(self, store: Store, gang: Gang = ALONE) -> StatisticsOf:
         """The statistics of blocks: the artifact's where it is kept, or there already, else gathered in one walk."""
         if self.is_kept or self.find(store) is not None:
             return stored_statistics(self.artifact(store))
 
         def gathered(indices: Sequence[int]) -> Iterator[BlockStatistics]:
             if indices:
-                opened = self._opened(store)
+                opened = self._opened(store, gang)
                 yield from gather_blocks(opened, self.text, self.statistics, self.roundings or NOT_ROUNDED, indices)
 
         return gathered
 
-    def _opened(self, store: Store) -> OpenedModel:
-        return open_model(source_of(self.model, store), self.dtype, self.device, self.offload)
+    def _opened(self, store: Store, gang: Gang) -> OpenedModel:
+        return replace(open_model(source_of(self.model, store), self.dtype, self.device, self.offload), gang=gang)
 
 
 def calibrate(

@@ -49,6 +49,11 @@ class CalibrationText:
     experts: ExpertTokens = field(default=ExpertTokens(), metadata=ADDED)
 
     @property
+    def batches(self) -> int:
+        """How many micro-batches there are, the last one smaller if need be."""
+        return -(-len(self.windows_WT) // self.batch_size)
+
+    @property
     def needs_original(self) -> bool:
         """Whether the weights of the tokens are those of the original model's residual stream."""
         return self.token_weights == "residual"
@@ -174,11 +179,15 @@ def _observe(
     experts = ExpertObserver(run, original or run, text.experts, of_experts, names, tokens)
     watch = {name: partial(observer.see, name) for name in names if name not in experts.linears}
     for batch, windows in enumerate(run.hidden.batches):
-        first_token, original_batch = windows.start * text.windows_WT.shape[1], reference.batch(batch)
+        first_token = (run.hidden.first_window + windows.start) * text.windows_WT.shape[1]
+        original_batch = reference.batch(batch)
         observer.begin_batch(first_token, original_batch)
         with watched_inputs(run.block, watch), experts.watching(first_token, original_batch):
             output_BTD = run.output(batch)
         use_output(batch, output_BTD)
+    for one in observers:
+        one.join(run.hidden.gang)
+    experts.join(run.hidden.gang)
     tensors = {f"{run.name}.{name}": routed_E for name, routed_E in experts.complete().items()}
     sites: dict[str, str] = {}
     for one in observers:

@@ -26,7 +26,8 @@ from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
 from lqer.nn.experts import Experts, count, experts_of, routes, run_expert
 from lqer.stages.observe import OriginalBatch, SiteObserver
-from lqer.statistics import Statistic
+from lqer.statistics import Gang, Statistic
+from lqer.statistics.gang import add_up
 from lqer.statistics.sample import spread_indices
 from lqer.transforms.tracing import watched_inputs
 
@@ -102,6 +103,13 @@ class ExpertObserver:
                 see = partial(self._see, layer, first_token, original)
                 hooks.callback(layer.experts.register_forward_pre_hook(lambda _, args, see=see: see(*args[:2])).remove)
             yield
+
+    def join(self, gang: Gang) -> None:
+        """Take in what the other ranks have routed and kept, of other windows, in their order."""
+        for layer in self._layers:
+            layer.routed_E.copy_(add_up(gang.gathered(layer.routed_E)))
+            kept = [(tokens.x_ND, tokens.original_ND, tokens.weights_N) for tokens in layer.kept]
+            layer.kept[:] = [_Tokens(*parts) for of_rank in gang.gathered(kept) for parts in of_rank]
 
     @torch.no_grad()
     def complete(self) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
 from lqer.nn.experts import experts_of
 from lqer.phases import in_phase
-from lqer.statistics import Accumulator, Statistic
+from lqer.statistics import Accumulator, Gang, Statistic
 from lqer.statistics.sample import spread_indices
 from lqer.store.offload import Offload
 from lqer.transforms.tracing import watched_inputs
@@ -88,6 +88,7 @@ class SiteObserver:
     ):
         self.accumulators: dict[str, dict[str, Accumulator]] = {}
         self.site_of: dict[str, str] = {}
+        self._widths: dict[str, int] = {}
         self._statistics, self._tokens, self._sampled = statistics, tokens, sampled
         self._device, self._offload, self._roundings = device, offload, roundings
         self._first_token = 0
@@ -122,11 +123,7 @@ class SiteObserver:
         x_NI = x.flatten(0, -2)
         if rounding is not None:
             x_NI = rounding.round(x_NI)
-        if site not in self.accumulators:
-            self.accumulators[site] = {
-                statistic.kind: statistic.accumulator(x_NI.shape[1], self._device, self._offload)
-                for statistic in self._statistics
-            }
+        self._begin_site(site, x_NI.shape[1])
         original_NI = self._original.input(linear, x)
         weights_N = self._original.weights.get(linear)
         if len(x_NI) not in self._sampled_of:
@@ -137,6 +134,25 @@ class SiteObserver:
                 weights = () if weights_N is None or not statistic.weights_tokens else (weights_N,)
                 accumulator = self.accumulators[site][statistic.kind]
                 accumulator.add(x_NI, original_NI, self._sampled_of[len(x_NI)], *weights)
+
+    def join(self, gang: Gang) -> None:
+        """Take in what the other ranks have seen, of other windows, in their order."""
+        for site_of, widths in gang.gathered((self.site_of, self._widths)):
+            self.site_of = self.site_of | {name: site for name, site in site_of.items() if name not in self.site_of}
+            for site, width in widths.items():
+                self._begin_site(site, width)
+        # In an order that does not depend on which windows are this rank's.
+        for site in sorted(self.accumulators):
+            for accumulator in self.accumulators[site].values():
+                accumulator.join(gang)
+
+    def _begin_site(self, site: str, in_features: int) -> None:
+        if site not in self.accumulators:
+            self._widths[site] = in_features
+            self.accumulators[site] = {
+                statistic.kind: statistic.accumulator(in_features, self._device, self._offload)
+                for statistic in self._statistics
+            }
 
     def _sampled_among(self, rows: int) -> Tensor:
         """Which of a batch's tokens are in the sample; of some of its tokens as many as of the whole, at least one."""

@@ -10,9 +10,9 @@ Shapes: I in_features, O out_features, S sampled tokens, K = min(I, O).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,13 +35,14 @@ from lqer.nn.linear import output_error, weight_error
 from lqer.phases import in_phase, phase
 from lqer.rounding.hessian import HessianError
 from lqer.stages.allocate_ranks import Plans
-from lqer.stages.base import Stage, no_effect
+from lqer.stages.base import no_effect
 from lqer.stages.calibrate import Calibrate
+from lqer.stages.gang import GangStage
 from lqer.stages.gather import BlockStatistics, StatisticsOf
 from lqer.stages.observe import InputRoundings
 from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.rotate import source_of
-from lqer.statistics import ALWAYS, Statistic
+from lqer.statistics import ALONE, ALWAYS, Gang, Statistic
 from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Store, Workspace
 from lqer.store.writer import most_waiting
@@ -83,7 +84,7 @@ def input_roundings(plans: Plans) -> InputRoundings:
 
 
 @dataclass(frozen=True)
-class Quantize(Stage):
+class Quantize(GangStage):
     """The checkpoint; every block is quantized on the inputs that reach it in the original model."""
 
     name: ClassVar[str] = "quantize"
@@ -100,8 +101,13 @@ class Quantize(Stage):
     label: str = field(metadata=no_effect("it names the stage in the log"))
 
     def build(self, workspace: Workspace, store: Store) -> None:
-        opened = open_stored(source_of(self.calibration.model, store), self.device)
-        quantize(workspace, opened, self.tokenizer, self.calibration.of_blocks(store), self._settings(store))
+        self.build_by_ranks(workspace, store, self.device, self.calibration.text.batches)
+
+    def build_together(self, workspace: Workspace, store: Store, gang: Gang) -> Callable[[], object]:
+        opened, settings = open_stored(source_of(self.calibration.model, store), self.device), self._settings(store)
+        statistics_of = self.calibration.of_blocks(store, gang)
+        quantize_blocks(workspace, range(len(opened.blocks)), opened, statistics_of, settings, gang)
+        return partial(finish_checkpoint, workspace, opened, self.tokenizer, settings)
 
     def contribute(self, store: Store, chunk: range, blocks: int) -> Artifact | None:
         """Quantize a chunk of the `blocks` decoder blocks, alongside other processes.
@@ -141,22 +147,6 @@ def checkpoint_summary(checkpoint: Artifact) -> str:
     return f"{details['bits']['average']:.4g} bits, mean relative output error {before:.4g} -> {after:.4g}"
 
 
-def quantize(
-    workspace: Workspace,
-    opened: OpenedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    statistics_of: StatisticsOf,
-    settings: QuantizeSettings,
-) -> None:
-    """Write the files of every block that `workspace` does not hold yet, then everything outside the blocks.
-
-    `opened` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, if a weight
-    is NaN or infinite or if calibration never reached it.
-    """
-    quantize_blocks(workspace, range(len(opened.blocks)), opened, statistics_of, settings)
-    finish_checkpoint(workspace, opened, tokenizer, settings)
-
-
 def finish_checkpoint(
     workspace: Workspace, opened: OpenedModel, tokenizer: PreTrainedTokenizerBase, settings: QuantizeSettings
 ) -> None:
@@ -178,8 +168,13 @@ def quantize_blocks(
     opened: OpenedModel,
     statistics_of: StatisticsOf,
     settings: QuantizeSettings,
+    gang: Gang = ALONE,
 ) -> None:
-    """Write the files of the blocks of a chunk, and nothing else."""
+    """Write the files of every block of a chunk that `workspace` does not hold yet, and nothing else.
+
+    `opened` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, if a weight
+    is NaN or infinite or if calibration never reached it.
+    """
     missing = [index for index in chunk if block_file(index) not in workspace]
     found = statistics_of(missing)
     with (
@@ -195,9 +190,10 @@ def quantize_blocks(
                 with_spectra=index in with_spectra(len(opened.blocks)),
             )
             statistics = next(found)
-            write_block(workspace, work, quantize_linears(work, work.linears, statistics, settings, opened.device))
+            quantized = quantize_linears(work, work.linears, statistics, settings, opened.device, gang)
+            write_block(workspace, work, quantized)
             # Or else one block's tensors would be held together with the next one's.
-            del work, statistics
+            del work, statistics, quantized
             bar.update()
 
 
@@ -247,13 +243,38 @@ def quantize_linears(
     statistics: BlockStatistics,
     settings: QuantizeSettings,
     device: torch.device,
+    gang: Gang = ALONE,
 ) -> QuantizedLinears:
-    """Quantize some linears of a block, those that have a plan. Raises ModelError, naming the linear."""
-    torch.manual_seed(settings.seed)
-    found = QuantizedLinears()
-    full_names = [f"{work.name}.{name}" for name in linears]
+    """Quantize some linears of a block, those that have a plan. Raises ModelError, naming the linear.
+
+    The ranks of a gang deal them out, and all get all of them.
+    """
+    found, full_names = QuantizedLinears(), [f"{work.name}.{name}" for name in linears]
     planned = [name for name in full_names if settings.plans[name] is not None]
-    for full_name, site in statistics.by_site(planned, device):
+    ours = gang.deal({name: _length(work.tensors[f"{name.removeprefix(f'{work.name}.')}.weight"]) for name in planned})
+    of_ours = _quantize_ours(work, [name for name in planned if name in ours], statistics, settings, device)
+    for parts in gang.gathered((of_ours.tensors, of_ours.replaced, of_ours.rows, of_ours.spectra)):
+        found.add(QuantizedLinears(*parts))
+    found.rows.sort(key=lambda row: full_names.index(row["name"]))
+    return found
+
+
+def _length(weight_OI: Tensor) -> float:
+    """How long a linear takes, compared with others: updates of the columns behind each column."""
+    return float(weight_OI.numel() * weight_OI.shape[-1])
+
+
+def _quantize_ours(
+    work: BlockWork,
+    full_names: Sequence[str],
+    statistics: BlockStatistics,
+    settings: QuantizeSettings,
+    device: torch.device,
+) -> QuantizedLinears:
+    found = QuantizedLinears()
+    for full_name, site in statistics.by_site(full_names, device):
+        # For methods that draw: whatever has been quantized here before.
+        torch.manual_seed(settings.seed)
         plan, name = settings.plans[full_name], full_name.removeprefix(f"{work.name}.")
         assert plan is not None
         with phase("read"):
@@ -276,7 +297,6 @@ def quantize_linears(
         # Of a layer's experts, those of the first one.
         if work.with_spectra and (not of_expert or full_name.rsplit(".", 2)[1] == "0"):
             found.spectra.update(_spectra(full_name, weight_OI, rounded_OI, site))
-    found.rows.sort(key=lambda row: full_names.index(row["name"]))
     return found
 
 

@@ -45,7 +45,8 @@ def quantize_block(
     plans = {name: settings.plans[f"{work.name}.{name}"] for name in work.linears}
     if settings.order == "block":
         return _quantize(run, original, text, work, settings, plans)
-    found, turns = QuantizedLinears(), turns_of(run)
+    # Which experts a batch reaches depends on the rank.
+    found, turns = QuantizedLinears(), run.hidden.gang.of_first(turns_of(run))
     run = run.with_block(copy.deepcopy(run.block))
     for turn in turns:
         planned = {name: plans[name] for name in turn if plans[name] is not None}
@@ -86,7 +87,7 @@ def _quantize(
     roundings = input_roundings(plans) if settings.round_inputs else NOT_ROUNDED
     linears = list(plans)
     statistics = observe_block(run, original, text, requested_statistics(plans), roundings=roundings, linears=linears)
-    return quantize_linears(work, linears, statistics, settings, run.device)
+    return quantize_linears(work, linears, statistics, settings, run.device, run.hidden.gang)
 
 
 def _put_in_place(run: BlockRun, found: QuantizedLinears, work: BlockWork) -> None:

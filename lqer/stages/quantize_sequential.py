@@ -16,8 +16,9 @@ Shapes: W windows, T tokens of a window, D hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +36,8 @@ from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.phases import phase
-from lqer.stages.base import Stage, no_effect
+from lqer.stages.base import no_effect
+from lqer.stages.gang import GangStage
 from lqer.stages.gather import CalibrationText
 from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.quantize import (
@@ -52,6 +54,7 @@ from lqer.stages.quantize import (
 from lqer.stages.quantize_in_turn import quantize_block
 from lqer.stages.reconstruct_block import block_reconstruction, remove_states
 from lqer.stages.rotate import Rotate, source_of
+from lqer.statistics import Gang
 from lqer.store.names import block_file, layers_file
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Store, Workspace
@@ -61,7 +64,7 @@ from lqer.transforms.block_result import BlockResult
 
 
 @dataclass(frozen=True)
-class QuantizeSequentially(Stage):
+class QuantizeSequentially(GangStage):
     """The checkpoint; every block is quantized on the outputs of the quantized blocks before it."""
 
     name: ClassVar[str] = "quantize"
@@ -85,6 +88,9 @@ class QuantizeSequentially(Stage):
     order: Order = field(default="block", metadata=ADDED)
 
     def build(self, workspace: Workspace, store: Store) -> None:
+        self.build_by_ranks(workspace, store, self.device, self.text.batches)
+
+    def build_together(self, workspace: Workspace, store: Store, gang: Gang) -> Callable[[], object]:
         settings = QuantizeSettings(
             resolve_plans(self.plans, store),
             self.attention,
@@ -95,9 +101,9 @@ class QuantizeSequentially(Stage):
         )
         source = source_of(self.model, store)
         stored = open_stored(source, self.device)
-        running = open_model(source, self.dtype, self.device, self.offload)
+        running = replace(open_model(source, self.dtype, self.device, self.offload), gang=gang)
         quantize_in_order(workspace, stored, running, self.text, settings)
-        finish_checkpoint(workspace, stored, self.tokenizer, settings)
+        return partial(finish_checkpoint, workspace, stored, self.tokenizer, settings)
 
     @property
     def log_name(self) -> str:
@@ -113,7 +119,7 @@ def quantize_in_order(
     """Write the files of every block that `workspace` does not hold yet.
 
     stored: the original weights in the checkpoint's own dtype. running: the same in the dtype of the run; its attention
-    is quantized for good where the settings say so, and its offload allocates the hidden states.
+    is quantized for good where the settings say so, its offload allocates the hidden states, its gang shares them out.
 
     Raises ModelError, naming the linear, where a weight or an input is not finite, or the text never reaches it.
     """

@@ -123,16 +123,18 @@ class BlockReconstruction:
         activations = {name: plan.activation for name, plan in planned.items() if plan.activation is not None}
         call = run.hidden.call_of_one(run.index)
         args, kwargs = tree_map(_as_float, (call.args, call.kwargs))
+        gang = run.hidden.gang
         size = sum(parameter.numel() for parameter in block.parameters())
         return BlockProblem(
             call=BlockFunction(block, args, kwargs, activations, call.per_window),
-            inputs_STD=_on_device_if_it_fits(run.hidden.synchronized(run.device), run.device, size),
-            targets_STD=_on_device_if_it_fits(targets_STD, run.device, size),
+            inputs_STD=_on_device_if_it_fits(gang.joined(run.hidden.synchronized(run.device)), run.device, size),
+            targets_STD=_on_device_if_it_fits(gang.joined(targets_STD), run.device, size),
             formats={name: plan.weight for name, plan in planned.items()},
             batch_size=self.batch_size,
             autocast=None if run_dtype == torch.float32 else torch.bfloat16,
             seed=self.seed,
             stored_dtypes={name: tensor.dtype for name, tensor in stored.items()},
+            gang=gang,
         )
 
 

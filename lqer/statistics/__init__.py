@@ -5,6 +5,7 @@ names it in its `statistics` has it gathered.
 """
 
 from lqer.statistics.base import Accumulator, Allocator, InputRotation, Statistic
+from lqer.statistics.gang import ALONE, Gang
 from lqer.statistics.hessian import Hessian
 from lqer.statistics.magnitudes import MaxAbs, MeanAbs, MeanSquare
 from lqer.statistics.mismatch import Mismatch
@@ -14,9 +15,11 @@ from lqer.statistics.sample import Sample
 ALWAYS: tuple[Statistic, ...] = (MeanAbs(), MeanSquare(), Sample())
 
 __all__ = [
+    "ALONE",
     "ALWAYS",
     "Accumulator",
     "Allocator",
+    "Gang",
     "Hessian",
     "InputRotation",
     "MaxAbs",

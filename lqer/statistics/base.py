@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lqer.components import Component
+from lqer.statistics.gang import Gang
 
 
 class Accumulator(Protocol):
@@ -29,6 +30,12 @@ class Accumulator(Protocol):
         the original model; None unless the statistic asks for them. sampled_N: int64 indices of the tokens whose
         inputs a sample keeps. weights_N: float32, at least 0, what a token counts in a mean, relative to the others;
         given only where tokens are weighted, to a statistic that says it `weights_tokens`.
+        """
+
+    def join(self, gang: Gang) -> None:
+        """Take in what the accumulators of the other ranks have, each of batches of its own, in their order.
+
+        All ranks call it at once, and then have the same.
         """
 
     def result(self) -> Tensor:

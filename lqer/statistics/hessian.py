@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lqer.statistics.base import Allocator, InputRotation, Statistic
+from lqer.statistics.gang import Gang, add_up
 from lqer.statistics.products import add_products, mirrored_mean, multiplicand, symmetric_mean
 
 
@@ -31,6 +32,10 @@ class HessianAccumulator:
         if weights_N is not None:
             x_NI = multiplicand(x_NI.to(torch.float32) * weights_N.sqrt().unsqueeze(-1), x_NI.dtype)
         add_products(self._sum_II, x_NI)
+
+    def join(self, gang: Gang) -> None:
+        gang.sum_(self._sum_II)
+        self._total = add_up(gang.gathered(self._total))
 
     def result(self) -> Tensor:
         return self._mean(self._sum_II, self._total)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lqer.statistics.base import Allocator, InputRotation, Statistic
+from lqer.statistics.gang import Gang, add_up, largest
 from lqer.statistics.hessian import Hessian, total_weight
 
 
@@ -29,6 +30,9 @@ class MeanAbsAccumulator:
     def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
         # Two passes, and still several times faster than a vector norm along the columns.
         self._mean_abs_I = torch.maximum(self._mean_abs_I, x_NI.to(torch.float32).abs().mean(0))
+
+    def join(self, gang: Gang) -> None:
+        self._mean_abs_I = largest(gang.gathered(self._mean_abs_I))
 
     def result(self) -> Tensor:
         return self._mean_abs_I
@@ -48,6 +52,10 @@ class MeanSquareAccumulator:
         self._sum_I += square_NI.sum(0).to(torch.float64)
         self._total = self._total + total_weight(x_NI, weights_N)
 
+    def join(self, gang: Gang) -> None:
+        gang.sum_(self._sum_I)
+        self._total = add_up(gang.gathered(self._total))
+
     def result(self) -> Tensor:
         return (self._sum_I / self._total).to(torch.float32)
 
@@ -60,6 +68,9 @@ class MaxAbsAccumulator:
 
     def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
         self._max_abs_I = torch.maximum(self._max_abs_I, x_NI.to(torch.float32).abs().amax(0))
+
+    def join(self, gang: Gang) -> None:
+        self._max_abs_I = largest(gang.gathered(self._max_abs_I))
 
     def result(self) -> Tensor:
         return self._max_abs_I

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lqer.statistics.base import Allocator, InputRotation, Statistic
+from lqer.statistics.gang import Gang, add_up
 from lqer.statistics.hessian import total_weight
 from lqer.statistics.products import add_products, multiplicand
 
@@ -34,6 +35,10 @@ class MismatchAccumulator:
         if weights_N is not None:
             difference_NI *= weights_N.unsqueeze(-1)
         add_products(self._sum_II, multiplicand(difference_NI, x_NI.dtype), x_NI)
+
+    def join(self, gang: Gang) -> None:
+        gang.sum_(self._sum_II)
+        self._total = add_up(gang.gathered(self._total))
 
     def result(self) -> Tensor:
         return (self._sum_II / self._total).to(torch.float32)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lqer.statistics.base import Allocator, Statistic
+from lqer.statistics.gang import Gang
 
 
 class SampleAccumulator:
@@ -21,6 +22,9 @@ class SampleAccumulator:
 
     def add(self, x_NI: Tensor, original_NI: Tensor | None, sampled_N: Tensor, weights_N: Tensor | None = None) -> None:
         self._rows_SI.append(x_NI[sampled_N])
+
+    def join(self, gang: Gang) -> None:
+        self._rows_SI = [rows_SI for of_rank in gang.gathered(self._rows_SI) for rows_SI in of_rank]
 
     def result(self) -> Tensor:
         return torch.cat(self._rows_SI).cpu()

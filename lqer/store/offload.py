@@ -15,6 +15,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,10 @@ class Offload:
         self._resident = 0
         # By address of their first byte: a tensor cannot be looked up in a dictionary by identity.
         self._mapped: dict[int, mmap.mmap] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process: the same budget, none of it used."""
+        return Offload, (self._max_bytes, self._folder)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
         """A tensor of undefined content. pinned: page-locked where it is in memory, for copies from and to a GPU.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lqer.formats import NumberFormat
+from lqer.statistics import ALONE, Gang
 from lqer.transforms.block_function import BlockFunction
 
 
@@ -24,7 +25,8 @@ class BlockProblem:
     targets_STD: float, on any device: outputs of the original block on the original model's hidden states.
     formats: number formats of the weights, by the linear's name within the block.
     batch_size: sequences per forward pass. autocast: dtype of matrix products, None for the block's own.
-    stored_dtypes: of parameters by name, where the checkpoint has another dtype than float32.
+    stored_dtypes: of parameters by name, where the checkpoint has another dtype than float32. gang: processes that have
+    this very problem, and share out the batches.
     """
 
     call: BlockFunction
@@ -35,6 +37,7 @@ class BlockProblem:
     autocast: torch.dtype | None = None
     seed: int = 0
     stored_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    gang: Gang = ALONE
 
     def in_stored_dtypes(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters in the dtypes of the checkpoint, except weights still to be rounded, which stay in float32."""

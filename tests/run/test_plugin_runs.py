@@ -28,6 +28,10 @@ class MeanAccumulator:
         self.sum_I += x_NI.double().sum(0)
         self.tokens += len(x_NI)
 
+    def join(self, gang):
+        gang.sum_(self.sum_I)
+        self.tokens = sum(gang.gathered(self.tokens))
+
     def result(self):
         return (self.sum_I / self.tokens).float()
 

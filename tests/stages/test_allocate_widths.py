@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import all_sites, resident
+from helpers import all_sites, quantize, resident
 from killing import KilledError, dying_workspace
 
 from lqer.checkpoint.bits import average_bits
@@ -26,7 +26,7 @@ from lqer.stages.allocate_widths import (
 )
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
-from lqer.stages.quantize import QuantizeSettings, quantize
+from lqer.stages.quantize import QuantizeSettings
 from lqer.statistics import Hessian
 from lqer.store.names import block_file, layers_file
 from lqer.store.store import Store, Workspace

@@ -23,7 +23,7 @@ from lqer.models.structure import block_linears, find_blocks
 from lqer.models.walker import walk_blocks
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, observe_block
-from lqer.statistics import Accumulator, Hessian, MaxAbs, Statistic
+from lqer.statistics import Accumulator, Gang, Hessian, MaxAbs, Statistic
 from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
 from lqer.store.store import Workspace
@@ -179,6 +179,10 @@ class DeviationAccumulator:
         assert original_NI is not None
         self.sum_II += (original_NI - x_NI).double().T @ x_NI.double()
         self.tokens += len(x_NI)
+
+    def join(self, gang: Gang) -> None:
+        gang.sum_(self.sum_II)
+        self.tokens = sum(gang.gathered(self.tokens))
 
     def result(self) -> Tensor:
         return self.sum_II / self.tokens

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import all_sites, resident, settings_for
+from helpers import all_sites, quantize, resident, settings_for
 from killing import KilledError, dying_workspace
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,7 +22,6 @@ from lqer.rounding.hessian import DampedHessian
 from lqer.stages import gather
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
-from lqer.stages.quantize import quantize
 from lqer.statistics import Hessian
 from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Workspace

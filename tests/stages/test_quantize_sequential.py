@@ -281,6 +281,9 @@ class PairsAccumulator:
     def add(self, x_NI, original_NI, sampled_N):
         self.pairs.append(torch.stack([x_NI, original_NI]))
 
+    def join(self, gang):
+        self.pairs = [pair for of_rank in gang.gathered(self.pairs) for pair in of_rank]
+
     def result(self):
         return torch.cat(self.pairs, dim=1)
 

@@ -1,0 +1,43 @@
+"""Processes of this machine that do a part of the work: how they are started, and how one that died is told of."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.context import BaseContext
+
+
+def processes(preload: Sequence[str]) -> BaseContext:
+    """Starts processes that have imported these modules, where the system can: from a server that never computed.
+
+    A process that has used a GPU must not be forked.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload([*preload])
+    return found
+
+
+@contextmanager
+def held_back_interrupts() -> Iterator[None]:
+    """Raise the KeyboardInterrupt of a SIGINT at the end only: a process is not lost between its start and our hold."""
+    signals: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if signals:
+        raise KeyboardInterrupt
+
+
+def death(exitcode: int | None) -> str:
+    """How a process ended, after words such as "the process"."""
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return f"was killed by {name}{hint}"
+    return f"ended with status {exitcode}"

@@ -1,0 +1,153 @@
+"""The exchange between the ranks of a gang: torch.distributed, with gloo for the CPU and NCCL between GPUs.
+
+Whatever a rank gives to the others goes from it to all of them, and each adds up what it has got in the same order. An
+`all_reduce` would add in an order that depends on the number of ranks. Ranks that share a GPU exchange through the CPU,
+since NCCL refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lqer.phases import in_phase
+from lqer.statistics import Gang
+from lqer.statistics.gang import add_up
+from lqer.statistics.symmetric import panels
+
+T = TypeVar("T")
+Found = TypeVar("Found")
+
+# A rank may wait for another that works on the longest linear of a block. One that died closes its connection.
+LONGEST_WAIT = timedelta(days=1)
+# Between GPUs, after all ranks have announced what they exchange: only what the GPU has yet to do comes in between.
+LONGEST_WAIT_NCCL = timedelta(minutes=10)
+
+
+class LostRankError(Exception):
+    """Another rank has ended."""
+
+
+class _Described(NamedTuple):
+    """A tensor that follows."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_cuda: bool
+
+
+class Ranks(Gang):
+    """One rank of several. between_gpus: the group of NCCL, if every rank has a GPU of its own."""
+
+    def __init__(self, rank: int, size: int, between_gpus: dist.ProcessGroup | None):
+        self.rank, self.size, self._between_gpus = rank, size, between_gpus
+
+    def gathered(self, value: T) -> list[T]:
+        return [self._of(rank, value) for rank in range(self.size)]
+
+    def of_first(self, value: T) -> T:
+        return self._of(0, value)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        for rows in panels(len(x)):
+            x[rows] = add_up(self.gathered(x[rows]))
+        return x
+
+    def joined(self, x: Tensor) -> Tensor:
+        return torch.cat(self.gathered(x))
+
+    def each(self, items: Iterable[T], work: Callable[[T], Found]) -> Iterator[Found]:
+        waiting = iter(items)
+        while together := list(islice(waiting, self.size)):
+            found = work(together[self.rank]) if self.rank < len(together) else None
+            yield from (self._of(rank, found) for rank in range(len(together)))  # type: ignore[misc]
+
+    def add_gradients(
+        self, items: Iterable[T], backward: Callable[[T], Tensor], leaves: Sequence[Tensor]
+    ) -> list[Tensor]:
+        def gradients(item: T) -> tuple[Tensor, list[Tensor | None]]:
+            result = backward(item)
+            found = [leaf.grad for leaf in leaves]
+            for leaf in leaves:
+                leaf.grad = None
+            return result, found
+
+        results: list[Tensor] = []
+        sums: list[Tensor | None] = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        for result, found in self.each(items, gradients):
+            results.append(result)
+            pairs = zip(sums, found, strict=True)
+            sums = [new if known is None else known if new is None else known.add_(new) for known, new in pairs]
+        for leaf, total in zip(leaves, sums, strict=True):
+            leaf.grad = total
+        return results
+
+    @in_phase("exchange")
+    def _of(self, rank: int, value: T) -> T:
+        """The value of that rank, its tensors on the GPU here if they are there."""
+        ours = rank == self.rank
+        leaves, structure = tree_flatten(value) if ours else ([], None)
+        described: list[Any] = [(structure, [_described(leaf) for leaf in leaves])]
+        with _lost_ranks_reported():
+            # Through the CPU in any case: gloo notices a rank that has ended, NCCL would wait for it.
+            dist.broadcast_object_list(described, src=rank)
+            structure, found = described[0]
+            for place, leaf in enumerate(found):
+                if isinstance(leaf, _Described):
+                    found[place] = self._tensor(rank, leaf, leaves[place] if ours else None)
+        return value if ours else tree_unflatten(found, structure)
+
+    def _tensor(self, rank: int, described: _Described, tensor: Tensor | None) -> Tensor:
+        shape, dtype, is_cuda = described
+        carrier = torch.device("cuda" if is_cuda and self._between_gpus is not None else "cpu")
+        if tensor is None:
+            sent = torch.empty(shape, dtype=dtype, device=carrier)
+        else:
+            sent = tensor.detach().to(carrier).contiguous()
+        if sent.numel():
+            group = self._between_gpus if carrier.type == "cuda" else None
+            # As bytes, since not every dtype can be sent.
+            dist.broadcast(sent.view(-1).view(torch.uint8), src=rank, group=group)
+        return sent.to("cuda") if is_cuda else sent
+
+
+def _described(leaf: Any) -> Any:
+    return _Described(tuple(leaf.shape), leaf.dtype, leaf.is_cuda) if isinstance(leaf, Tensor) else leaf
+
+
+@contextmanager
+def _lost_ranks_reported() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(str(error)) from error
+
+
+@contextmanager
+def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterator[Ranks]:
+    """Be one rank of `size`, all on this machine. meeting: a file that does not exist yet, of this gang alone.
+
+    Raises LostRankError, here or within, if another rank ends.
+    """
+    with _lost_ranks_reported():
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(str(meeting), size), rank=rank, world_size=size, timeout=LONGEST_WAIT
+        )
+    try:
+        between_gpus = None
+        if device.type == "cuda" and torch.cuda.device_count() >= size:
+            between_gpus = dist.new_group(backend="nccl", timeout=LONGEST_WAIT_NCCL)
+        yield Ranks(rank, size, between_gpus)
+    finally:
+        dist.destroy_process_group()
