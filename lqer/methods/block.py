@@ -103,6 +103,7 @@ def _round_together(
         settings,
         state,
         after_round,
+        problem.gang,
     )
     rounded = {linear: found[f"{linear}.weight"] for linear in starts}
     start, end = result.notes["loss"]["start"], output_loss(problem, result.parameters, rounded)
@@ -129,12 +130,17 @@ def output_loss(
     """
     weights = {f"{linear}.weight": weight_OI.dequantize() for linear, weight_OI in rounded.items()}
     run = problem.with_parameters(parameters)
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        hidden_BTD, target_BTD = batch
+        with problem.in_autocast():
+            output_BTD = run(weights, hidden_BTD)
+        return block_loss(output_BTD, target_BTD.to(problem.device)) * len(hidden_BTD)
+
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
     batches = zip(
         *(states_STD.split(problem.batch_size) for states_STD in (problem.inputs_STD, problem.targets_STD)), strict=True
     )
-    for hidden_BTD, target_BTD in batches:
-        with problem.in_autocast():
-            output_BTD = run(weights, hidden_BTD)
-        total += block_loss(output_BTD, target_BTD.to(problem.device)) * len(hidden_BTD)
+    for of_batch in problem.gang.each(batches, loss):
+        total += of_batch
     return float(total) / len(problem.inputs_STD)

@@ -24,6 +24,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,9 +33,10 @@ from torch import Tensor
 from lqer.components import require_choice, require_number, require_positive
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.base import Rounding, Statistics
-from lqer.rounding.batches import batches_of, trained_dtype
+from lqer.rounding.batches import Numbers, batch_of, numbers_of, trained_dtype
 from lqer.rounding.par_schedule import SOFT_FRACTIONS_20, draw_batches, soft_fractions
 from lqer.rounding.soft import Grid, harden
+from lqer.statistics import ALONE, Gang
 
 Weights = Mapping[str, Tensor]
 Block = Callable[[Weights, Tensor], Tensor]
@@ -121,13 +123,15 @@ def round_block(
     settings: AdaptiveSettings,
     state: AdaptiveState | None = None,
     after_round: Callable[[AdaptiveState], None] = lambda state: None,
+    gang: Gang = ALONE,
 ) -> dict[str, QuantizedTensor]:
     """Round the weights (O, I) of a block together so that its output stays close to its targets.
 
     starts: per weight, a quantized tensor in `int` or `mxint` whose scales and zero points are used, and its codes with
     `keep_codes`. block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which it gets in float32, or
     on a GPU in the dtype of `autocast`. inputs_STD, targets (S, T, D): float, on any device; the losses against several
-    targets are added. state: of an earlier run, to resume; `after_round` gets the state after every round.
+    targets are added. state: of an earlier run, to resume; `after_round` gets the state after every round. gang: shares
+    out a step's micro-batches.
 
     Returns the weights to store. Their values are exactly those of the last training step with every rounding decided,
     because scales are trained as `int` stores them. Raises DivergedError, and ValueError where weights, starts, inputs
@@ -146,7 +150,7 @@ def round_block(
     for t in range(state.rounds, rounds):
         fraction = settings.soft_fractions[t]
         v = {name: harden(v_OI, int(fraction * open_weights[name])) for name, v_OI in state.v.items()}
-        v, u, loss = _soften(grids, v, state.u, block, inputs_STD, targets, batches[t], settings)
+        v, u, loss = _soften(grids, v, state.u, block, inputs_STD, targets, batches[t], settings, gang)
         if not all(torch.isfinite(loss) & ~x.isnan().any() for x in (*v.values(), *u.values())):
             raise DivergedError(f"round {t + 1} of {rounds} diverged: its loss is {float(loss)}", state)
         state = AdaptiveState(v, u, torch.cat([state.losses, loss.reshape(1).cpu()]))
@@ -177,6 +181,7 @@ def _soften(
     targets: Sequence[Tensor],
     batches_KB: Tensor,
     settings: AdaptiveSettings,
+    gang: Gang,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """One round of Adam without synchronizing a GPU: the final variables and the mean loss, NaN if any step has one."""
     v = {name: v_OI.clone().requires_grad_() for name, v_OI in v.items()}
@@ -191,20 +196,17 @@ def _soften(
     total = torch.zeros((), device=device)
     batch_size = batches_KB.shape[1]
     micro_batches = [micro_B for batch_B in batches_KB for micro_B in batch_B.split(settings.micro_batch)]
-    batches = batches_of([inputs_STD, *targets], micro_batches, device)
+    states = [inputs_STD, *targets]
+    numbers = iter(numbers_of(states, micro_batches))
     # The gradients of several micro-batches are added up in float32.
     dtype = trained_dtype(device, settings.autocast) if settings.micro_batch >= batch_size else torch.float32
     for _ in batches_KB:
         soft = {name: grid.weight(v[name], u.get(name), dtype) for name, grid in grids.items()}
         leaves = {name: weight_OI.detach().requires_grad_() for name, weight_OI in soft.items()}
-        for _ in range(0, batch_size, settings.micro_batch):
-            inputs_BTD, *wanted = next(batches)
-            with _autocast(device, settings.autocast):
-                outputs_BTD = block(leaves, inputs_BTD)
-            losses = torch.stack([block_loss(outputs_BTD, targets_BTD) for targets_BTD in wanted])
-            loss = losses.sum() * (len(inputs_BTD) / batch_size)
-            loss.backward()
-            total += loss.detach()
+        backward = partial(_backward, block, leaves, states, settings, batch_size)
+        of_step = [next(numbers) for _ in range(0, batch_size, settings.micro_batch)]
+        for loss in gang.add_gradients(of_step, backward, [*leaves.values()]):
+            total += loss
         optimizer.zero_grad()
         # Back through the rounding once, with the gradients of all micro-batches.
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -212,6 +214,25 @@ def _soften(
         optimizer.step()
     trained = ({name: x.detach() for name, x in variables.items()} for variables in (v, u))
     return *trained, total / len(batches_KB)  # type: ignore[return-value]
+
+
+def _backward(
+    block: Block,
+    leaves: Weights,
+    states: Sequence[Tensor],
+    settings: AdaptiveSettings,
+    batch_size: int,
+    numbers: Numbers,
+) -> Tensor:
+    """Add the gradients of a micro-batch to those of the leaves. Returns its share of the batch's loss."""
+    device = next(iter(leaves.values())).device
+    inputs_BTD, *wanted = batch_of(states, numbers, device)
+    with _autocast(device, settings.autocast):
+        outputs_BTD = block(leaves, inputs_BTD)
+    losses = torch.stack([block_loss(outputs_BTD, targets_BTD) for targets_BTD in wanted])
+    loss = losses.sum() * (len(inputs_BTD) / batch_size)
+    loss.backward()
+    return loss.detach()
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

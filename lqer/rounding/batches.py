@@ -5,24 +5,29 @@ Shapes: S sequences, T tokens, D hidden size, B sequences of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def batches_of(states: Sequence[Tensor], chosen: Sequence[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
-    """For every batch of sequence numbers, int64 (B,), those sequences (B, T, D) of all states (S, T, D), on a device.
+# Of the sequences of one batch, int64 (B,), one tensor for each of several states, on the device of that state.
+Numbers = tuple[Tensor, ...]
 
-    The numbers are copied to where the states are once, before the first batch: each copy waits for a GPU.
+
+def numbers_of(states: Sequence[Tensor], chosen: Sequence[Tensor]) -> list[Numbers]:
+    """The sequence numbers of every batch, int64 (B,), where each of the states (S, T, D) is.
+
+    They are copied once, before the first batch: each copy waits for a GPU.
     """
     sizes, all_chosen = [len(chosen_B) for chosen_B in chosen], torch.cat([*chosen])
     numbers = [all_chosen.to(states_STD.device).split(sizes) for states_STD in states]
-    for numbers_of_batch in zip(*numbers, strict=True):
-        yield [
-            _moved(states_STD[chosen_B], device)
-            for states_STD, chosen_B in zip(states, numbers_of_batch, strict=True)
-        ]  # fmt: skip
+    return [*zip(*numbers, strict=True)]
+
+
+def batch_of(states: Sequence[Tensor], numbers: Numbers, device: torch.device) -> list[Tensor]:
+    """The sequences (B, T, D) of all states (S, T, D) that have these numbers, on a device."""
+    return [_moved(states_STD[numbers_B], device) for states_STD, numbers_B in zip(states, numbers, strict=True)]
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

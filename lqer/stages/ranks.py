@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lqer.phases import in_phase
 from lqer.statistics import Gang
@@ -37,7 +38,8 @@ class LostRankError(Exception):
     """Another rank has ended."""
 
 
-class _Described(NamedTuple):
+@dataclass(frozen=True)
+class _Described:
     """A tensor that follows."""
 
     shape: tuple[int, ...]
@@ -71,6 +73,18 @@ class Ranks(Gang):
             found = work(together[self.rank]) if self.rank < len(together) else None
             yield from (self._of(rank, found) for rank in range(len(together)))  # type: ignore[misc]
 
+    def collect(
+        self, items: Iterable[T], work: Callable[[T, Callable[..., None]], object], take: Callable[..., None]
+    ) -> None:
+        def found(item: T) -> list[tuple[Any, ...]]:
+            waiting: list[tuple[Any, ...]] = []
+            work(item, lambda *arguments: waiting.append(arguments))
+            return waiting
+
+        for of_item in self.each(items, found):
+            for arguments in of_item:
+                take(*arguments)
+
     def add_gradients(
         self, items: Iterable[T], backward: Callable[[T], Tensor], leaves: Sequence[Tensor]
     ) -> list[Tensor]:
@@ -96,30 +110,34 @@ class Ranks(Gang):
     @in_phase("exchange")
     def _of(self, rank: int, value: T) -> T:
         """The value of that rank, its tensors on the GPU here if they are there."""
-        ours = rank == self.rank
-        leaves, structure = tree_flatten(value) if ours else ([], None)
-        described: list[Any] = [(structure, [_described(leaf) for leaf in leaves])]
         with _lost_ranks_reported():
             # Through the CPU in any case: gloo notices a rank that has ended, NCCL would wait for it.
+            described = [tree_map(_described, value) if rank == self.rank else None]
             dist.broadcast_object_list(described, src=rank)
-            structure, found = described[0]
-            for place, leaf in enumerate(found):
-                if isinstance(leaf, _Described):
-                    found[place] = self._tensor(rank, leaf, leaves[place] if ours else None)
-        return value if ours else tree_unflatten(found, structure)
+            if rank == self.rank:
+                for leaf in tree_leaves(value):
+                    if isinstance(leaf, Tensor):
+                        carrier = self._carrier(leaf.is_cuda)
+                        self._broadcast(rank, leaf.detach().to(carrier).contiguous())
+                return value
+            found: T = tree_map(lambda leaf: self._received(rank, leaf), described[0])
+            return found
 
-    def _tensor(self, rank: int, described: _Described, tensor: Tensor | None) -> Tensor:
-        shape, dtype, is_cuda = described
-        carrier = torch.device("cuda" if is_cuda and self._between_gpus is not None else "cpu")
-        if tensor is None:
-            sent = torch.empty(shape, dtype=dtype, device=carrier)
-        else:
-            sent = tensor.detach().to(carrier).contiguous()
-        if sent.numel():
-            group = self._between_gpus if carrier.type == "cuda" else None
+    def _received(self, rank: int, leaf: Any) -> Any:
+        if not isinstance(leaf, _Described):
+            return leaf
+        tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=self._carrier(leaf.is_cuda))
+        self._broadcast(rank, tensor)
+        return tensor.to("cuda") if leaf.is_cuda else tensor
+
+    def _broadcast(self, rank: int, tensor: Tensor) -> None:
+        if tensor.numel():
+            group = self._between_gpus if tensor.is_cuda else None
             # As bytes, since not every dtype can be sent.
-            dist.broadcast(sent.view(-1).view(torch.uint8), src=rank, group=group)
-        return sent.to("cuda") if is_cuda else sent
+            dist.broadcast(tensor.view(-1).view(torch.uint8), src=rank, group=group)
+
+    def _carrier(self, is_cuda: bool) -> torch.device:
+        return torch.device("cuda" if is_cuda and self._between_gpus is not None else "cpu")
 
 
 def _described(leaf: Any) -> Any:

@@ -58,6 +58,16 @@ class Gang:
         """work(item) for all items, in their order; each is done by one rank and given to all."""
         return map(work, items)
 
+    def collect(
+        self, items: Iterable[T], work: Callable[[T, Callable[..., None]], object], take: Callable[..., None]
+    ) -> None:
+        """work(item, found) for all items, which calls found(...) any number of times: take(...), in the same order.
+
+        Nothing waits here to be taken, as it does between ranks.
+        """
+        for item in items:
+            work(item, take)
+
     def add_gradients(
         self, items: Iterable[T], backward: Callable[[T], Tensor], leaves: Sequence[Tensor]
     ) -> list[Tensor]:

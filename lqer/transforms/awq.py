@@ -24,7 +24,7 @@ G groups of a row, g channels of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ from lqer.components import require_choice, require_positive
 from lqer.formats import NumberFormat
 from lqer.formats.blocks import BlockSize, from_blocks, scale_groups, to_blocks
 from lqer.lowrank.precision import tensor_core_float32
+from lqer.statistics import ALONE, Gang
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
@@ -87,6 +88,7 @@ class Awq(BlockTransform):
             ratios,
             self.duo_scaling,
             problem.autocast,
+            problem.gang,
         )
         # Later parts must see norms as the checkpoint stores them.
         stored = problem.in_stored_dtypes(changed)
@@ -189,13 +191,14 @@ def scale_block(
     ratios: Sequence[float] = RATIOS,
     duo_scaling: bool = False,
     autocast: torch.dtype | None = None,
+    gang: Gang = ALONE,
 ) -> tuple[dict[str, Tensor], list[ScaledSite]]:
     """Search the scales of a block: the parameters that change (in their dtypes), and the scale found for each site.
 
     batches: hidden states (B, T, D) of the whole calibration text on any device; `call` must accept any B of that T.
     searched: those that errors are compared on. formats: by name of the linear; a site with a linear that has none is
     skipped. autocast: the dtype of the products where candidates are compared; means are taken in float32, on a GPU by
-    its tensor cores (TF32). Memory: the activations of one batch in the block.
+    its tensor cores (TF32). gang: shares out the batches. Memory: the activations of one batch in the block.
     """
     block = call.block
     parameters = {name: parameter.detach() for name, parameter in block.named_parameters()}
@@ -205,7 +208,7 @@ def scale_block(
     scaled = [site for site in sites if site.fold is not None and all(name in formats for name in site.linears)]
     # Not in bfloat16: the ratio of a site, and where its weights are rounded to, hang on the last digits of the means.
     with tensor_core_float32(next(block.parameters()).device):
-        means = mean_magnitudes(call, batches, [site.linears[0] for site in scaled])
+        means = mean_magnitudes(call, batches, [site.linears[0] for site in scaled], gang)
     # Probing shuffles the tokens: they may reach an expert that none reaches in their order.
     for site in (site for site in scaled if site.linears[0] in means):
         assert site.fold is not None
@@ -217,11 +220,10 @@ def scale_block(
             block_sizes = [number_format.block_size for number_format in weight_formats.values()]
             magnitude_I = tie(weight_magnitudes([*weights.values()], block_sizes), site.fold.rows_I)
             scales = duo_candidate_scales(mean_abs_I, magnitude_I, ratios)
+        search = partial(_errors, call, site, [*scales.values()], weights, weight_formats, autocast)
         errors = torch.zeros(len(scales), dtype=torch.float64, device=mean_abs_I.device)
-        for hidden_BTD in searched:
-            inspected = _Inspected(call, hidden_BTD, _closest_around(site.linears), autocast)
-            for k, scale_I in enumerate(scales.values()):
-                errors[k] += inspected.error(round_scaled(weights, scale_I, weight_formats))
+        for of_batch in gang.each(searched, search):
+            errors += of_batch
         by_ratio = dict(zip(scales, errors.tolist(), strict=True))
         # Of equal errors the first wins.
         ratio = min(by_ratio, key=by_ratio.__getitem__)
@@ -230,18 +232,39 @@ def scale_block(
     return changed, found
 
 
+def _errors(
+    call: BlockFunction,
+    site: Site,
+    scales: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    formats: Mapping[str, NumberFormat],
+    autocast: torch.dtype | None,
+    hidden_BTD: Tensor,
+) -> Tensor:
+    """The squared error of the site's output on one batch under each scale, float32."""
+    inspected = _Inspected(call, hidden_BTD, _closest_around(site.linears), autocast)
+    errors = [inspected.error(round_scaled(weights, scale_I, formats)) for scale_I in scales]
+    return torch.stack([error.to(scales[0].device) for error in errors])
+
+
 @torch.no_grad()
-def mean_magnitudes(call: BlockFunction, batches: Sequence[Tensor], linears: Sequence[str]) -> dict[str, Tensor]:
+def mean_magnitudes(
+    call: BlockFunction, batches: Sequence[Tensor], linears: Sequence[str], gang: Gang = ALONE
+) -> dict[str, Tensor]:
     """Mean |x| of every input channel over all tokens, float32 (I,), of the linears of these names."""
     sums: dict[str, Tensor] = {}
 
-    def add(name: str, x: Tensor) -> None:
-        sum_I = x.detach().abs().flatten(0, -2).sum(0, dtype=torch.float64)
+    def add(name: str, sum_I: Tensor) -> None:
         sums[name] = sums[name] + sum_I if name in sums else sum_I
 
-    with watched_inputs(call.block, {name: partial(add, name) for name in linears}):
-        for hidden_BTD in batches:
+    def see(hidden_BTD: Tensor, found: Callable[[str, Tensor], None]) -> None:
+        def sum_up(name: str, x: Tensor) -> None:
+            found(name, x.detach().abs().flatten(0, -2).sum(0, dtype=torch.float64))
+
+        with watched_inputs(call.block, {name: partial(sum_up, name) for name in linears}):
             call({}, hidden_BTD)
+
+    gang.collect(batches, see, add)
     tokens = sum(hidden_BTD.shape[0] * hidden_BTD.shape[1] for hidden_BTD in batches)
     return {name: (sum_I / tokens).to(torch.float32) for name, sum_I in sums.items()}
 

@@ -60,10 +60,14 @@ class BlockProblem:
         """Outputs (S, T, D) of the block with `changed` parameters on unrounded linear inputs; as `inputs_STD`."""
         run = self.call.without_rounding()
         outputs_STD = torch.empty_like(self.inputs_STD)
-        batches = zip(outputs_STD.split(self.batch_size), self.inputs_STD.split(self.batch_size), strict=True)
-        for output_BTD, hidden_BTD in batches:
+
+        def output(hidden_BTD: Tensor) -> Tensor:
             with self.in_autocast():
-                output_BTD.copy_(run(changed, hidden_BTD))
+                return run(changed, hidden_BTD)
+
+        found = self.gang.each(self.inputs_STD.split(self.batch_size), output)
+        for output_BTD, found_BTD in zip(outputs_STD.split(self.batch_size), found, strict=True):
+            output_BTD.copy_(found_BTD)
         return outputs_STD
 
     def in_autocast(self) -> torch.autocast:

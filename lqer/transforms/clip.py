@@ -15,7 +15,7 @@ Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -26,6 +26,7 @@ from torch import Tensor
 from lqer.components import require_range
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.blocks import BlockSize, from_blocks, to_blocks
+from lqer.statistics import ALONE, Gang
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
@@ -78,7 +79,9 @@ def search_block(problem: BlockProblem, result: BlockResult, factors: tuple[floa
     kept = cancelling_linears(plain, enough_to_probe(problem.inputs_STD[: problem.batch_size]))
     block_sizes = {linear: number_format.block_size for linear, number_format in problem.formats.items()}
     with problem.in_autocast():
-        squares = hessian_blocks(plain, result.parameters, problem.inputs_STD, problem.batch_size, block_sizes)
+        squares = hessian_blocks(
+            plain, result.parameters, problem.inputs_STD, problem.batch_size, block_sizes, problem.gang
+        )
     return {
         linear: search_clipping(
             result.weight(problem, linear), squares[linear], number_format, factors[:1] if linear in kept else factors
@@ -93,27 +96,33 @@ def hessian_blocks(
     inputs_STD: Tensor,
     batch_size: int,
     block_sizes: Mapping[str, BlockSize],
+    gang: Gang = ALONE,
 ) -> dict[str, Tensor]:
     """Per linear in `block_sizes` the diagonal blocks [N, B, B] of Σ x xᵀ over all tokens of its input, float32.
 
-    call, changed: a block and its replaced parameters. Linears called with one tensor and of one block size share
-    theirs. A linear that no token reaches, as of an expert, has those of independent channels.
+    call, changed: a block and its replaced parameters. gang: shares out the batches. Linears called with one tensor and
+    of one block size share theirs. A linear that no token reaches, as of an expert, has those of independent channels.
     """
     seen = trace(call.block, lambda: call(changed, inputs_STD[:1]))
     site_of = {linear: site[0] for site in seen.sites() for linear in site}
     first = {linear: site_of.get(linear, linear) for linear in block_sizes}
     del seen
-    sums: dict[tuple[str, BlockSize], Tensor] = {}
-
-    def add(key: tuple[str, BlockSize], x: Tensor) -> None:
-        sum_NBB = block_products(x.flatten(0, -2), key[1])
-        sums[key] = sums[key].add_(sum_NBB) if key in sums else sum_NBB
-
     keys = {linear: (site, block_sizes[linear]) for linear, site in first.items()}
     one_of_each = {key: linear for linear, key in keys.items()}
-    with watched_inputs(call.block, {linear: partial(add, key) for key, linear in one_of_each.items()}):
-        for hidden_BTD in inputs_STD.split(batch_size):
+    sums: dict[tuple[str, BlockSize], Tensor] = {}
+
+    def add(linear: str, sum_NBB: Tensor) -> None:
+        key = keys[linear]
+        sums[key] = sums[key].add_(sum_NBB) if key in sums else sum_NBB
+
+    def see(hidden_BTD: Tensor, found: Callable[[str, Tensor], None]) -> None:
+        def multiply(linear: str, x: Tensor) -> None:
+            found(linear, block_products(x.flatten(0, -2), block_sizes[linear]))
+
+        with watched_inputs(call.block, {linear: partial(multiply, linear) for linear in one_of_each.values()}):
             call(changed, hidden_BTD)
+
+    gang.collect(inputs_STD.split(batch_size), see, add)
     for key, linear in one_of_each.items():
         if key not in sums:
             weight_OI = call.block.get_parameter(f"{linear}.weight")

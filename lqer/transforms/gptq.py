@@ -53,8 +53,9 @@ class GptqStart(BlockTransform):
         whole: dict[str, BlockSize] = dict.fromkeys(problem.formats, "row")
         with problem.in_autocast():
             squares = hessian_blocks(
-                problem.call.without_rounding(), result.parameters, problem.inputs_STD, problem.batch_size, whole
-            )
+                problem.call.without_rounding(), result.parameters, problem.inputs_STD, problem.batch_size, whole,
+                problem.gang,
+            )  # fmt: skip
         # Linears that share an input share the very tensor, and so its factor.
         damped = {id(square): DampedHessian(square.squeeze(0), self.damping) for square in squares.values()}
         rounded = {

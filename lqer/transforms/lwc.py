@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -23,7 +24,9 @@ from torch import Tensor
 from lqer.components import ADDED, require_choice, require_number, require_positive
 from lqer.formats import Int, NumberFormat, QuantizedTensor
 from lqer.formats.blocks import from_blocks, to_blocks
-from lqer.rounding.batches import batches_of, trained_dtype
+from lqer.rounding.batches import Numbers, batch_of, numbers_of, trained_dtype
+from lqer.statistics import ALONE, Gang
+from lqer.statistics.gang import add_up
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
@@ -37,9 +40,11 @@ START = 4.0
 class Lwc(BlockTransform):
     """`lwc` as a configuration names it.
 
-    epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 after AWQ. both_targets: adds the loss against the
-    original block's output on the same inputs (OmniQuant, for two bits). start: "full" begins at nearly the whole range
-    (OmniQuant), "search" at the best factors of AWQ's search (lqer/transforms/clip.py).
+    epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 after AWQ. batch_size: sequences of a step.
+    both_targets: adds the loss against the original block's output on the same inputs (OmniQuant, for two bits).
+    start: "full" begins at nearly the whole range (OmniQuant), "search" at the best factors of AWQ's search
+    (lqer/transforms/clip.py). micro_batch: sequences in one pass, by default all of a step; it bounds the memory, and
+    is what several processes share out.
     """
 
     kind = "lwc"
@@ -51,17 +56,20 @@ class Lwc(BlockTransform):
     learning_rate: float = 1e-2
     both_targets: bool = False
     start: Literal["full", "search"] = field(default="full", metadata=ADDED)
+    micro_batch: int | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         require_positive("epochs", self.epochs, self.kind)
         require_positive("batch_size", self.batch_size, self.kind)
+        if self.micro_batch is not None:
+            require_positive("micro_batch", self.micro_batch, self.kind)
         require_number("learning_rate", self.learning_rate, self.kind)
         require_choice("both_targets", self.both_targets, [False, True], self.kind)
         require_choice("start", self.start, ["full", "search"], self.kind)
 
     @property
     def learning_batch(self) -> int:
-        return self.batch_size
+        return self.micro_batch or self.batch_size
 
     def unsupported_reason(self, scheme: Scheme) -> str | None:
         return unsupported_scales(scheme.weight, ("int",))
@@ -78,7 +86,9 @@ class Lwc(BlockTransform):
         targets = [problem.targets_STD]
         if self.both_targets:
             targets.append(problem.outputs(result.parameters))
-        settings = ClippingSettings(self.epochs, self.batch_size, self.learning_rate, problem.autocast, problem.seed)
+        settings = ClippingSettings(
+            self.epochs, self.batch_size, self.learning_rate, problem.autocast, problem.seed, self.learning_batch
+        )
         state = ClippingState.from_tensors(result.part_state) if result.part_state else None
         losses = [] if state is None else state.losses.tolist()
         progress(self.kind, len(losses), self.epochs, losses[-1] if losses else None)
@@ -93,7 +103,7 @@ class Lwc(BlockTransform):
 
         factors = learn_clipping(
             weights, formats, problem.with_parameters(result.parameters), problem.inputs_STD, targets, settings,
-            state=state, after_epoch=after_epoch,
+            state=state, after_epoch=after_epoch, gang=problem.gang,
         )  # fmt: skip
         rounded = {
             linear: quantize_learnt(weights[f"{linear}.weight"], problem.formats[linear], factors[f"{linear}.weight"])
@@ -106,7 +116,8 @@ class Lwc(BlockTransform):
 class ClippingSettings:
     """Settings of learning; epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 after AWQ.
 
-    autocast: the dtype of the block's products, None for its own.
+    autocast: the dtype of the block's products, None for its own. micro_batch: sequences in one pass, None for all of a
+    batch; it changes the result only by the order of summation.
     """
 
     epochs: int = 20
@@ -114,6 +125,7 @@ class ClippingSettings:
     learning_rate: float = 1e-2
     autocast: torch.dtype | None = None
     seed: int = 0
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,7 @@ def learn_clipping(
     fixed: Mapping[str, Tensor] | None = None,
     state: ClippingState | None = None,
     after_epoch: Callable[[ClippingState], None] = save_nothing,
+    gang: Gang = ALONE,
 ) -> dict[str, RangeFactors]:
     """The factors of every weight (O, I) in `weights`; `quantize_clipped` with them gives the trained values.
 
@@ -175,7 +188,7 @@ def learn_clipping(
     dtype of `autocast`. targets: one or several (S, T, D) tensors whose losses are added: the original block's output
     on the original inputs and, for two bits, on these inputs too. fixed: weights that take part as they are, such as
     those of q and k, rounded without clipping. state: that of an earlier run, on any device, to resume with the same
-    result; `after_epoch` gets the state after every epoch.
+    result; `after_epoch` gets the state after every epoch. gang: shares out the micro-batches of a step.
 
     Raises ValueError for a format other than `int`, ArithmeticError where the loss stops being finite.
     """
@@ -192,31 +205,58 @@ def learn_clipping(
     steps = len(orders[0].split(settings.batch_size))
     optimizer = _optimizer(logits, state, steps, settings.learning_rate)
     losses = state.losses
-    dtype = trained_dtype(device, settings.autocast)
+    micro_batch = min(settings.micro_batch or settings.batch_size, settings.batch_size)
+    # The gradients of several micro-batches are added up in float32.
+    dtype = trained_dtype(device, settings.autocast) if micro_batch == settings.batch_size else torch.float32
+    states = [inputs_STD, *targets]
     for epoch in range(state.epochs, settings.epochs):
         total = torch.zeros((), device=device)
-        chosen = orders[epoch].split(settings.batch_size)
-        for inputs_BTD, *wanted in batches_of([inputs_STD, *targets], chosen, device):
+        batches = orders[epoch].split(settings.batch_size)
+        numbers = iter(numbers_of(states, [micro_B for batch_B in batches for micro_B in batch_B.split(micro_batch)]))
+        for batch_B in batches:
             clipped = {
                 name: _rounded(weight_OI, formats[name], ranges[name], logits[name], dtype)
                 for name, weight_OI in weights.items()
             }
-            with torch.autocast(device.type, settings.autocast, enabled=settings.autocast is not None):
-                outputs_BTD = block({**(fixed or {}), **clipped}, inputs_BTD).float()
-            loss = torch.stack([(outputs_BTD - y.float()).square().mean() for y in wanted]).sum()
+            leaves = {name: weight_OI.detach().requires_grad_() for name, weight_OI in clipped.items()}
+            backward = partial(_backward, block, fixed or {}, leaves, states, settings, len(batch_B))
+            of_step = [next(numbers) for _ in range(0, len(batch_B), micro_batch)]
+            losses_of_step = gang.add_gradients(of_step, backward, [*leaves.values()])
             optimizer.zero_grad()
-            loss.backward()
+            # Back through the rounding once, with the gradients of all micro-batches.
+            gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+            torch.autograd.backward([clipped[name] for name in gradients], [*gradients.values()])
             for logits_2ON in logits.values():
                 if logits_2ON.grad is None:  # of an expert that no token of the batch reaches
                     logits_2ON.grad = torch.zeros_like(logits_2ON)
             optimizer.step()
-            total += loss.detach() / steps
+            total += add_up(losses_of_step) / steps
         # Once an epoch: looking at every loss would have a GPU waited for at every step.
         if not torch.isfinite(total):
             raise ArithmeticError(f"epoch {epoch + 1} of {settings.epochs} diverged: its loss is {float(total)}")
         losses = torch.cat([losses, total.reshape(1).cpu()])
         after_epoch(_reached(logits, optimizer, losses))
     return {name: RangeFactors(*logits_2ON.detach().sigmoid()) for name, logits_2ON in logits.items()}
+
+
+def _backward(
+    block: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    fixed: Mapping[str, Tensor],
+    leaves: Mapping[str, Tensor],
+    states: Sequence[Tensor],
+    settings: ClippingSettings,
+    batch_size: int,
+    numbers: Numbers,
+) -> Tensor:
+    """Add the gradients of a micro-batch to those of the leaves. Returns its share of the batch's loss."""
+    device = next(iter(leaves.values())).device
+    inputs_BTD, *wanted = batch_of(states, numbers, device)
+    with torch.autocast(device.type, settings.autocast, enabled=settings.autocast is not None):
+        outputs_BTD = block({**fixed, **leaves}, inputs_BTD).float()
+    losses = [(outputs_BTD - y.float()).square().mean() for y in wanted]
+    loss = torch.stack(losses).sum() * (len(inputs_BTD) / batch_size)
+    loss.backward()
+    return loss.detach()
 
 
 def start_at(factors: Mapping[str, Tensor]) -> ClippingState:

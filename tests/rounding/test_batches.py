@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lqer.rounding.batches import batches_of, trained_dtype
+from lqer.rounding.batches import batch_of, numbers_of, trained_dtype
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -15,7 +15,7 @@ def test_every_batch_holds_the_chosen_sequences_of_all_states():
     for kept_on in DEVICES:
         for device in DEVICES:
             states = [inputs_STD.to(kept_on), targets_STD]
-            batches = list(batches_of(states, chosen, torch.device(device)))
+            batches = [batch_of(states, numbers, torch.device(device)) for numbers in numbers_of(states, chosen)]
             assert len(batches) == len(chosen)
             for (inputs_BTD, targets_BTD), chosen_B in zip(batches, chosen, strict=True):
                 assert inputs_BTD.device.type == targets_BTD.device.type == device

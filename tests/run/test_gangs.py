@@ -17,11 +17,16 @@ from lqer.run import pipeline
 from lqer.run.chunks import Chunk
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
+from lqer.stages import reconstruct_block
 from lqer.store import store
 from lqer.store.records import MANIFEST
 from lqer.store.workspace import Workspace
 
 GPTQ = ["--quantize.method=gptq", "--quantize.low_rank.rank=0"]
+LEARNED = [
+    "--formats.i3={kind='int',bits=3,block_size=32}", "--quantize.weight=i3", "--quantize.method=none",
+    "--quantize.low_rank.rank=0",
+]  # fmt: skip
 SCHEMES = {
     "qera-exact": ["--quantize.method=qera-exact"],
     "gptq": GPTQ,
@@ -34,6 +39,16 @@ SCHEMES = {
         "--quantize.method=lqer-act", "--quantize.rounding=ldlq", "--quantize.transforms=['hadamard']",
         "--quantize.propagate_error=true",
     ],
+    # Micro-batches are what ranks share out.
+    "awq, clip, adaptive": [
+        *LEARNED, "--quantize.transforms=['awq','clip']",
+        "--quantize.rounding={kind='adaptive',soft_fractions=[0.5,0.1],steps=3,micro_batch=1,both_targets=true}",
+    ],
+    "awq, lwc": [
+        *LEARNED,
+        "--quantize.transforms=['awq',{kind='lwc',epochs=1,batch_size=4,micro_batch=2,start='search'}]",
+    ],
+    "gptq of whole blocks": [*LEARNED, "--quantize.transforms=['gptq']"],
     "asymmetric": [*GPTQ, "--quantize.asymmetric=1.0", "--calibration.token_weights=residual"],
 }  # fmt: skip
 
@@ -82,25 +97,37 @@ def test_ranks_observe_the_experts_of_one_process(experiment, tmp_path, method):
     assert make(experiment, "together", 3, *settings) == make(experiment, "alone", 1, *settings)
 
 
-@pytest.mark.parametrize(("scheme", "stage"), [("qera-exact", "calibrate"), ("gptq", "quantize")])
-def test_a_killed_rank_ends_the_gang_with_a_line_and_the_run_goes_on_from_there(experiment, monkeypatch, scheme, stage):
+@pytest.mark.parametrize(
+    ("scheme", "stage", "last"),
+    [
+        ("qera-exact", "calibrate", "block-00001.safetensors"),
+        ("gptq", "quantize", "block-00001.safetensors"),
+        # Within the second block: both transforms and one of two rounds are done.
+        ("awq, clip, adaptive", "quantize", "state-00001-02-0001.safetensors"),
+    ],
+)
+def test_a_killed_rank_ends_the_gang_with_a_line_and_the_run_goes_on_from_there(
+    experiment, monkeypatch, scheme, stage, last
+):
     folder, settings = experiment.folder / "together", ["--calibration.num_samples=7", *SCHEMES[scheme]]
 
     class Killing(Workspace):
         def write_tensors(self, name, tensors):
             super().write_tensors(name, tensors)
-            if name == "block-00001.safetensors":
+            if name == last:
                 multiprocessing.active_children()[-1].kill()
 
     monkeypatch.setattr(store, "Workspace", Killing)
+    monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0)
     with pytest.raises(RunFailedError, match=rf"^{stage}: process 2 of 2 was killed by SIGKILL[^\n]*$"):
         make(experiment, "together", 2, *settings)
     monkeypatch.undo()
     assert not multiprocessing.active_children()
-    (block,) = folder.glob(f"store/{stage}-*.partial/block-00001.safetensors")
+    assert len(list(folder.glob(f"store/{stage}-*.partial/{last}"))) == 1
+    (block,) = folder.glob(f"store/{stage}-*.partial/block-00000.safetensors")
     written = block.stat().st_mtime_ns
     assert make(experiment, "together", 3, *settings) == make(experiment, "alone", 1, *settings)
-    (block,) = folder.glob(f"store/{stage}-*/block-00001.safetensors")
+    (block,) = folder.glob(f"store/{stage}-*/block-00000.safetensors")
     assert block.stat().st_mtime_ns == written
 
 
