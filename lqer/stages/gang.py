@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from lqer.store.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-# For a rank to notice that another has ended.
+# For one rank to end after another.
 SECONDS_TO_END = 30.0
 # Of a rank that ended because another had.
 EXIT_LOST = 3
@@ -134,19 +134,20 @@ def _is_ready(rank: _Rank) -> bool:
 
 
 def _reason(stage: GangStage, others: list[_Rank]) -> Exception:
-    """Why the gang ended: what a rank says, else which one was killed."""
-    failed: list[Exception] = []
-    for number, rank in enumerate(others, 1):
-        rank.process.join(SECONDS_TO_END)
-        name = f"{stage.log_name}: process {number + 1} of {len(others) + 1}"
-        told = _told(rank.connection)
-        if isinstance(told, LqerError):
-            return told
-        if told is not None:
-            failed.append(RankFailedError(f"{name}: {told}"))
-        elif rank.process.exitcode != EXIT_LOST:
-            failed.append(RunFailedError(f"{name} {death(rank.process.exitcode)}; the same command goes on from there"))
-    return failed[0] if failed else RunFailedError(f"{stage.log_name}: the processes lost each other")
+    """Why the gang ended: because of the first rank that ended for a reason of its own."""
+    waiting = {rank.process.sentinel: (number, rank) for number, rank in enumerate(others, 2)}
+    while ended := wait([*waiting], SECONDS_TO_END):
+        for sentinel in ended:
+            number, rank = waiting.pop(sentinel)  # type: ignore[call-overload]
+            rank.process.join()
+            name, told = f"{stage.log_name}: process {number} of {len(others) + 1}", _told(rank.connection)
+            if isinstance(told, LqerError):
+                return told
+            if told is not None:
+                return RankFailedError(f"{name}: {told}")
+            if rank.process.exitcode != EXIT_LOST:
+                return RunFailedError(f"{name} {death(rank.process.exitcode)}; the same command goes on from there")
+    return RunFailedError(f"{stage.log_name}: the {len(others) + 1} processes lost each other")
 
 
 def _told(connection: Connection) -> LqerError | str | None:
