@@ -7,6 +7,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import byte_tokenizer
 from mixtures import random_mixture
 
@@ -84,6 +85,14 @@ def test_ranks_make_the_checkpoint_of_one_process(experiment, caplog, scheme):
     for ranks in (2, 3):
         assert make(experiment, f"by-{ranks}", ranks, *settings) == alone
         assert f"quantize: {ranks} processes together" in caplog.text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("scheme", ["qera-exact", "gptq", "gptvq"])
+def test_ranks_on_gpus_make_the_checkpoint_of_one_process(experiment, scheme):
+    """Where there is one GPU, they share it."""
+    settings = ["--calibration.num_samples=7", *SCHEMES[scheme], "--device=cuda"]
+    assert make(experiment, "together", 2, *settings) == make(experiment, "alone", 1, *settings)
 
 
 @pytest.mark.parametrize("method", ["lqer-act", "gptq"])
