@@ -135,10 +135,10 @@ def _is_ready(rank: _Rank) -> bool:
 
 def _reason(stage: GangStage, others: list[_Rank]) -> Exception:
     """Why the gang ended: because of the first rank that ended for a reason of its own."""
-    waiting = {rank.process.sentinel: (number, rank) for number, rank in enumerate(others, 2)}
-    while ended := wait([*waiting], SECONDS_TO_END):
-        for sentinel in ended:
-            number, rank = waiting.pop(sentinel)  # type: ignore[call-overload]
+    waiting = dict(enumerate(others, 2))
+    while ended := wait([rank.process.sentinel for rank in waiting.values()], SECONDS_TO_END):
+        for number, rank in [item for item in waiting.items() if item[1].process.sentinel in ended]:
+            del waiting[number]
             rank.process.join()
             name, told = f"{stage.log_name}: process {number} of {len(others) + 1}", _told(rank.connection)
             if isinstance(told, LqerError):
