@@ -390,8 +390,8 @@ class Config(Section):
     @property
     def alone(self) -> Config:
         """The same experiment without Ray: this process does it, and the gang that it starts."""
-        gang = self.cluster and ClusterConfig(gang=self.cluster.gang)
-        return self.model_copy(update={"cluster": gang})
+        gang = 1 if self.cluster is None else self.cluster.gang
+        return self.model_copy(update={"cluster": None if gang == 1 else ClusterConfig(gang=gang)})
 
     @property
     def experiment(self) -> Config:

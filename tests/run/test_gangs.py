@@ -12,6 +12,7 @@ from helpers import byte_tokenizer
 from mixtures import random_mixture
 
 from lqer.config import read_config
+from lqer.config.schema import ClusterConfig
 from lqer.errors import ConfigError, RunFailedError
 from lqer.jobs.here import run_here
 from lqer.run import pipeline
@@ -158,3 +159,14 @@ def test_a_gang_works_on_no_chunk_and_chooses_its_gpus(experiment):
         pipeline.run_chunk(config, Chunk(1, 2))
     with pytest.raises(ConfigError, match=r"device: must name no GPU where cluster.gang is 2; found 'cuda:1'"):
         read_config(experiment.config, "run", ["--cluster.gang=2", "--device=cuda:1"])
+
+
+def test_a_run_without_ray_keeps_its_gang_and_the_experiment_has_none(experiment):
+    ray = "--cluster.address=local"
+    config = read_config(experiment.config, "run", [ray, "--cluster.gang=2"])
+    assert config.ray is not None
+    assert config.alone.ray is None
+    assert config.alone.cluster == ClusterConfig(gang=2)
+    assert config.experiment.cluster is None
+    assert read_config(experiment.config, "run", [ray]).alone.cluster is None
+    assert read_config(experiment.config, "run", ["--cluster.gang=2"]).ray is None
