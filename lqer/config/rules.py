@@ -361,11 +361,15 @@ def published_figures_are_measured(config: Config) -> Iterator[KeyedError]:
         yield KeyedError(("published", "accuracy"), "requires evaluation.downstream: nothing else measures it")
 
 
-def gangs_choose_their_gpus(config: Config) -> Iterator[KeyedError]:
-    """Ranks of a gang have different GPUs."""
-    gang = 1 if config.cluster is None else config.cluster.gang
-    if gang != 1 and ":" in config.device:
-        yield KeyedError(("device",), f"must name no GPU where cluster.gang is {gang!r}", config.device)
+def gangs_share_a_machine(config: Config) -> Iterator[KeyedError]:
+    """Ranks of a gang have different GPUs, and all of them read the folder that the first one writes."""
+    cluster = config.cluster
+    if cluster is None or cluster.gang == 1:
+        return
+    if ":" in config.device:
+        yield KeyedError(("device",), f"must name no GPU where cluster.gang is {cluster.gang!r}", config.device)
+    if config.ray is not None and not cluster.shares_folder:
+        yield KeyedError(("cluster", "gang"), 'requires cluster.store = "shared"', cluster.gang)
 
 
 RULES: tuple[Rule, ...] = (
@@ -386,7 +390,7 @@ RULES: tuple[Rule, ...] = (
     asymmetric_targets_are_rounded,
     finetuned_parts_exist,
     published_figures_are_measured,
-    gangs_choose_their_gpus,
+    gangs_share_a_machine,
 )
 
 

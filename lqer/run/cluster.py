@@ -45,23 +45,26 @@ def fill_store(config: Config, plugins: Sequence[str] = ()) -> None:
 
     Raises LqerError for what a check finds, RunFailedError with the line of a job that failed.
     """
-    assert config.cluster is not None, "only a run with [cluster] has one"
+    cluster = config.ray
+    assert cluster is not None, "only a run with [cluster] has one"
     with RunLog() as run_log:
         checked = check_run(config.alone, log.info)
-        parts = SHARED_PARTS if config.cluster.shares_folder else PARTS
+        parts = SHARED_PARTS if cluster.shares_folder else PARTS
+        if cluster.gang != 1:
+            parts = 1  # a gang shares out a stage itself
         jobs = tuple(all_jobs_of(checked, parts))
         schedule = Schedule(jobs, [job.name for job in jobs if job.is_done(checked.store)])
         if schedule.is_over:
             return
-        with locked(checked.folder, config.alone), marked(Path(config.output_dir)) as token:
-            begin_run(checked.folder, config.alone)
+        with locked(checked.folder, config.experiment), marked(Path(config.output_dir)) as token:
+            begin_run(checked.folder, config.experiment)
             run_log.write_to(checked.folder)
             # Workers that see the folder need not hash the model again.
             checked.context.fingerprints.save()
             device = checked.context.device.type
-            text = _told(config, device, config.cluster.shares_folder, plugins, token, parts)
+            text = _told(config, device, cluster.shares_folder, plugins, token, parts)
             texts = dict.fromkeys(schedule.jobs, text)
-            run_on_ray(schedule, texts, perform, config.cluster, _kept(config, config.cluster))
+            run_on_ray(schedule, texts, perform, cluster, _kept(config, cluster))
         if schedule.failed:
             raise RunFailedError(next(iter(schedule.failed.values())))
 
@@ -75,7 +78,7 @@ def sweep_on_cluster(
     """
     code = versions()
     runs = {run.name: run for run in plan.runs}
-    finished = {name for name, run in runs.items() if finished_seconds(run.config.alone, code) is not None}
+    finished = {name for name, run in runs.items() if finished_seconds(run.config, code) is not None}
     jobs: list[Job] = []
     done: list[str] = []
     texts: dict[str, str] = {}
