@@ -79,10 +79,7 @@ def load_verified(
     opened = open_verified(files, device, dtype, backend)
     if spans_gpus(device, device_map):
         return dispatch_all(opened)
-    opened.loader.load_outer()
-    opened.loader.materialize(opened.blocks, lambda index: device)
-    nn.Module.to(opened.model, device)
-    return opened.model
+    return opened.whole()
 
 
 def open_quantized(

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lqer.models.structure import find_blocks
@@ -63,15 +63,16 @@ class Resident:
 class Streamed:
     """Blocks of a skeleton, filled with values from disk.
 
-    read(index)                           the block's tensors, on the CPU; may run in a thread of its own
+    read(index)                           the block's tensors, or what they are decoded from, on the CPU; may run in a
+                                          thread of its own
     fill(block, index, tensors, device)   puts them into the block; empties `tensors`
     fill_outer()                          fills everything outside the blocks
     ahead                                 read the next block while one is used
     phase                                 what the time for all that counts as, see lqer/phases.py
     """
 
-    read: Callable[[int], dict[str, Tensor]]
-    fill: Callable[[nn.Module, int, dict[str, Tensor], torch.device], None]
+    read: Callable[[int], dict[str, Any]]
+    fill: Callable[[nn.Module, int, dict[str, Any], torch.device], None]
     fill_outer: Callable[[], None]
     ahead: bool
     phase: str = "read"
@@ -96,7 +97,7 @@ class Streamed:
         for index, tensors in self._read_all(range(len(blocks))):
             self._fill(blocks[index], index, tensors, device_of(index))
 
-    def _read_all(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def _read_all(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         if not self.ahead:
             for index in indices:
                 yield index, self._read(index)
@@ -110,11 +111,11 @@ class Streamed:
                 yield index, tensors
                 del tensors
 
-    def _read(self, index: int) -> dict[str, Tensor]:
+    def _read(self, index: int) -> dict[str, Any]:
         with phase(self.phase):
             return self.read(index)
 
-    def _fill(self, block: nn.Module, index: int, tensors: dict[str, Tensor], device: torch.device) -> None:
+    def _fill(self, block: nn.Module, index: int, tensors: dict[str, Any], device: torch.device) -> None:
         with phase(self.phase):
             self.fill(block, index, tensors, device)
             block.to(device)
@@ -151,3 +152,10 @@ class OpenedModel:
     def resident(cls, model: PreTrainedModel, device: torch.device, offload: Offload) -> OpenedModel:
         """Raises ModelError if the model has no blocks that can be quantized."""
         return cls(model, *find_blocks(model), RESIDENT, device, offload)
+
+    def whole(self) -> PreTrainedModel:
+        """The model with all its blocks, on its device."""
+        self.loader.load_outer()
+        self.loader.materialize(self.blocks, lambda index: self.device)
+        nn.Module.to(self.model, self.device)
+        return self.model

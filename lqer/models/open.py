@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from lqer.models.coded import is_coded
 from lqer.models.dispatch import dispatch_all
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource, load_model, load_model_config, stored_dtype
@@ -27,6 +28,8 @@ def load_whole(
     """The model in memory, on `device` or over all GPUs. Raises ModelError if it cannot be loaded or does not fit."""
     if spans_gpus(device, device_map):
         return dispatch_all(open_model(source, dtype, torch.device("cpu")))
+    if is_coded(load_model_config(source)):
+        return open_model(source, dtype, device).whole()
     return load_model(source, dtype, device)
 
 

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from lqer.errors import HubError, ModelError
 from lqer.models.auto import auto_class
+from lqer.models.coded import coded_tensors, plain_config, plain_header
 from lqer.models.demo import DEMO_PREFIX, demo_description, resolve_demo_model
 from lqer.models.files import (
     DISTRIBUTED_SHARD,
@@ -51,7 +52,7 @@ NEVER_READ = frozenset(
 TEMPLATES = "additional_chat_templates/*.jinja"
 # Attention functions of torch alone; any other needs a package, or code from the hub.
 ATTENTION = ("sdpa", "eager")
-# The quantized checkpoints that transformers can dequantize as it reads them.
+# The quantized checkpoints that are dequantized as they are read.
 DEQUANTIZED = ("fp8", "mxfp4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -228,8 +229,10 @@ def check_weights(source: ModelSource) -> None:
     """
     if source.load_args:
         return
-    config = load_model_config(source)
-    check_tensors(source.name, config, _headers(source))
+    config, headers = load_model_config(source), _headers(source)
+    coded = coded_tensors(config, headers)
+    headers = [plain_header(header, coded, config) for header in headers]
+    check_tensors(source.name, plain_config(config), headers)
 
 
 def _headers(source: ModelSource) -> list[Header]:

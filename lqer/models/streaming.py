@@ -2,8 +2,9 @@
 
 That works for a safetensors checkpoint (one file or shards, a local folder or the hub) whose tensors are the model's
 parameters under the model's own names, with or without the prefix of the base model, under names that transformers
-changes as it loads them (wrappers), or experts under names of their own (lqer/models/stored.py). Where it would convert
-tensors in another way, and for GGUF, the whole model is loaded, and the log says why.
+changes as it loads them (wrappers), or experts under names of their own (lqer/models/stored.py), in values or in codes
+with scales (lqer/models/coded.py). Where it would convert tensors in another way, and for GGUF, the whole model is
+loaded, and the log says why.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lqer.models.auto import auto_class
+from lqer.models.coded import Coded, Encoded, Scheme, coded_tensors, plain_config, plain_header
 from lqer.models.files import READ_OPTIONS, Header, processor_files, read_header, reported_as, weight_files
 from lqer.models.loaders import OpenedModel, Streamed
 from lqer.models.source import ModelSource, check_weights, load_model, load_model_config
@@ -40,14 +42,21 @@ READING_THREADS = 4
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The place of a parameter's values: transposed in GPT-2's Conv1D, a piece of an expert's."""
+    """The place of a parameter's values: transposed in GPT-2's Conv1D, a piece of an expert's.
+
+    scales: the place of the scales of codes.
+    """
 
     file: Path
     name: str
     transposed: bool
     piece: Piece | None = None
+    scheme: Scheme | None = None
+    scales: tuple[Path, str] | None = None
 
-    def values(self, stored: Tensor) -> Tensor:
+    def values(self, stored: Tensor, scales: Tensor | None) -> Tensor | Encoded:
+        if self.scheme is not None and scales is not None:
+            return Encoded(self.scheme, stored, scales, self.piece)
         if self.piece is not None:
             return self.piece.of(stored).clone(memory_format=torch.contiguous_format)
         return stored.T.contiguous() if self.transposed else stored
@@ -74,20 +83,23 @@ def _open_streamed(
 ) -> OpenedModel:  # fmt: skip
     _refuse_conversion(source)
     headers = {file: read_header(file) for file in weight_files(source.find, source.name)}
-    model, names, transposed = _skeleton(source, dtype, headers)
+    config = load_model_config(source)
+    coded = coded_tensors(config, headers.values())
+    plain = {file: plain_header(header, coded, config) for file, header in headers.items()}
+    model, names, transposed = _skeleton(source, dtype, plain)
     name, blocks = find_blocks(model)
-    index = _match(model, headers, names, transposed)
+    index = _with_scales(_match(model, plain, names, transposed), coded, headers)
     inside = f"{name}."
     outside = {key: stored for key, stored in index.items() if not key.startswith(inside)}
     # `dtype` may be "auto"; the skeleton has resolved it.
     target = model.dtype
 
-    def read(block: int) -> dict[str, Tensor]:
+    def read(block: int) -> dict[str, Tensor | Encoded]:
         prefix = f"{inside}{block}."
         wanted = {key.removeprefix(prefix): stored for key, stored in index.items() if key.startswith(prefix)}
         return read_tensors(wanted, pinned=device.type == "cuda")
 
-    def fill(block: nn.Module, _: int, tensors: dict[str, Tensor], where: torch.device) -> None:
+    def fill(block: nn.Module, _: int, tensors: dict[str, Tensor | Encoded], where: torch.device) -> None:
         fill_parameters(block, tensors, where, target)
 
     def fill_outer() -> None:
@@ -101,15 +113,13 @@ def _open_streamed(
 def _refuse_conversion(source: ModelSource) -> None:
     if source.load_args:
         raise NotStreamableError("a GGUF file is dequantized as a whole")
-    if getattr(load_model_config(source), "quantization_config", None) is not None:
-        raise NotStreamableError("its config.json has a quantization_config")
 
 
 def _skeleton(
     source: ModelSource, dtype: torch.dtype | str, headers: Mapping[Path, Header]
 ) -> tuple[PreTrainedModel, StoredNames, frozenset[str]]:
     """The model without values, the names of its tensors, and of those that it stores transposed."""
-    config = load_model_config(source)
+    config = plain_config(load_model_config(source))
     if isinstance(dtype, str):
         first = next(iter(headers.values()))
         stored = (STORED_DTYPES[name] for name in first.dtypes.values() if name in STORED_DTYPES)
@@ -159,9 +169,23 @@ def _match(
     return index
 
 
-def read_tensors(wanted: Mapping[str, StoredTensor], pinned: bool = False) -> dict[str, Tensor]:
+def _with_scales(
+    index: Mapping[str, StoredTensor], coded: Mapping[str, Coded], headers: Mapping[Path, Header]
+) -> dict[str, StoredTensor]:
+    """The same places, where values are stored as codes those of the codes and of their scales."""
+    homes = {name: file for file, header in headers.items() for name in header.shapes}
+    found = dict(index)
+    for parameter, place in index.items():
+        if (one := coded.get(place.name)) is not None:
+            scales = homes[one.scales], one.scales
+            found[parameter] = replace(place, name=one.codes, scheme=one.scheme, scales=scales)
+    return found
+
+
+def read_tensors(wanted: Mapping[str, StoredTensor], pinned: bool = False) -> dict[str, Tensor | Encoded]:
     """The stored tensors, on the CPU; no file stays open or mapped. pinned: in page-locked memory."""
-    tensors: dict[str, Tensor] = {}
+    scales = _read_scales(wanted, pinned)
+    tensors: dict[str, Tensor | Encoded] = {}
     for file in sorted({stored.file for stored in wanted.values()}):
         held: dict[str, dict[str, StoredTensor]] = {}
         for name, stored in wanted.items():
@@ -170,8 +194,17 @@ def read_tensors(wanted: Mapping[str, StoredTensor], pinned: bool = False) -> di
         found = read_file(file, held, pinned)
         for stored_name, here in held.items():
             tensor = found.pop(stored_name)
-            tensors |= {name: stored.values(tensor) for name, stored in here.items()}
+            tensors |= {name: stored.values(tensor, scales.get(stored.scales)) for name, stored in here.items()}
     return tensors
+
+
+def _read_scales(wanted: Mapping[str, StoredTensor], pinned: bool) -> dict[tuple[Path, str] | None, Tensor]:
+    """The scales of all codes by their place, which may be in another file than that of the codes."""
+    places = {stored.scales for stored in wanted.values() if stored.scales is not None}
+    names: dict[Path, list[str]] = {}
+    for file, name in sorted(places):
+        names.setdefault(file, []).append(name)
+    return {(file, name): tensor for file in names for name, tensor in read_file(file, names[file], pinned).items()}
 
 
 def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = False) -> dict[str, Tensor]:
@@ -190,8 +223,10 @@ def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = Fal
             return dict(zip(names, threads.map(read, names), strict=True))
 
 
-def fill_parameters(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+def fill_parameters(module: nn.Module, tensors: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
     """Set parameters and buffers of `module` by name, floating-point ones in `dtype`; empties `tensors`.
+
+    tensors: what is not decoded yet is, on the device.
 
     Those that transformers keeps in float32 are in that (lqer/models/structure.py).
     """
@@ -199,8 +234,11 @@ def fill_parameters(module: nn.Module, tensors: dict[str, Tensor], device: torch
         tensor = tensors.pop(key).to(device, non_blocking=True)
         owner_name, _, leaf = key.rpartition(".")
         owner = module.get_submodule(owner_name)
-        if tensor.is_floating_point():
-            tensor = tensor.to(torch.float32 if leaf in getattr(owner, KEPT_IN_FLOAT32, ()) else dtype)
+        wanted = torch.float32 if leaf in getattr(owner, KEPT_IN_FLOAT32, ()) else dtype
+        if isinstance(tensor, Encoded):
+            tensor = tensor.decode(wanted)
+        elif tensor.is_floating_point():
+            tensor = tensor.to(wanted)
         if leaf in owner._parameters:
             setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
         else:

@@ -28,25 +28,22 @@ WRAPPERS = {
     "base_model.model.": "a PEFT model: save model.merge_and_unload()",
 }
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# In which the weights of FP8 checkpoints are stored, with scales.
-FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 def check_tensors(name: str, config: Any, headers: Collection[Header]) -> None:
     """Raise ModelError if loading would not take every parameter of the model `name` from its files, and nothing else.
 
     It is transformers that matches the tensors, on the meta device: a checkpoint whose tensors it renames or merges is
-    accepted.
+    accepted. Codes with scales count as what they stand for (lqer/models/coded.py).
     """
     shapes = {tensor: shape for header in headers for tensor, shape in header.shapes.items()}
     dtypes = {tensor: dtype for header in headers for tensor, dtype in header.dtypes.items()}
     _refuse_wrapped(name, shapes)
     with reported_as(f"model: {name} cannot be built from its configuration"), init_empty_weights():
         model = auto_class(config).from_config(config)
-    _refuse_codes(name, model, dtypes, is_fp8=getattr(config, "quantization_config", None) is not None)
-    known = STORED_DTYPES | FP8_DTYPES
+    _refuse_codes(name, model, dtypes)
     tensors = {
-        tensor: torch.empty(shape, dtype=known.get(dtypes[tensor], torch.int64), device="meta")
+        tensor: torch.empty(shape, dtype=STORED_DTYPES.get(dtypes[tensor], torch.int64), device="meta")
         for tensor, shape in shapes.items()
     }
     with reported_as(f"model: {name} cannot be loaded"), quiet_loading():
@@ -98,12 +95,12 @@ def _refuse_wrapped(name: str, tensors: Collection[str]) -> None:
             raise ModelError(f'model: the names of all tensors of {name} begin with "{prefix}", as of {advice}')
 
 
-def _refuse_codes(name: str, model: PreTrainedModel, dtypes: Mapping[str, str], is_fp8: bool) -> None:
+def _refuse_codes(name: str, model: PreTrainedModel, dtypes: Mapping[str, str]) -> None:
     """Raise ModelError for a parameter whose stored values are not floating-point numbers of 16 bits or more."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}."
     for tensor, dtype in dtypes.items():
-        if dtype in STORED_DTYPES or (is_fp8 and dtype in FP8_DTYPES):
+        if dtype in STORED_DTYPES:
             continue
         is_parameter = any(key in parameters for key in (tensor, f"{prefix}{tensor}", tensor.removeprefix(prefix)))
         if is_parameter or dtype.startswith(("F4", "F6", "F8")):

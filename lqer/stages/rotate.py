@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from lqer.components import ADDED
 from lqer.errors import ModelError
-from lqer.models.source import ModelSource, load_model, stored_dtype
+from lqer.models.open import load_whole
+from lqer.models.source import ModelSource, stored_dtype
 from lqer.models.structure import ONLINE_ROTATIONS, find_blocks
 from lqer.stages.base import Stage, no_effect
 from lqer.store.store import Artifact, Store, Workspace
@@ -67,7 +68,7 @@ def source_of(model: ModelSource | Rotate, store: Store) -> ModelSource:
 
 def rotate(workspace: Workspace, source: ModelSource, device: torch.device, seed: int, online: bool = True) -> None:
     """Write the rotated model; online: see `Quarot`. Raises ModelError for a model that cannot be rotated."""
-    model = load_model(source, torch.float32, torch.device("cpu"))
+    model = load_whole(source, torch.float32, torch.device("cpu"))
     if _fits(model, device):
         nn.Module.to(model, device)
     rotate_in_place(model, device, seed, online)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lqer.errors import ModelError
+from lqer.models.open import load_whole
 from lqer.models.source import check_weights, load_model, resolve_model
 from lqer.models.streaming import open_model
 from lqer.models.verify import refuse_foreign_linears
@@ -154,9 +155,8 @@ def test_fp8_weights_are_dequantized_with_their_scales(changed, original):
     folder = changed(to_fp8, quantization_config=settings)
     source = resolve_model(str(folder))
     check_weights(source)
-    opened = open_model(source, torch.float32, CPU)
     expected = (load_file(original / WEIGHTS)[DOWN] / scale).to(torch.float8_e4m3fn).float() * scale
-    for model in (load_model(source, torch.float32, CPU), opened.model):
+    for model in (load_model(source, torch.float32, CPU), load_whole(source, torch.float32, CPU)):
         assert torch.equal(model.get_parameter(DOWN), expected)
         assert type(model.get_submodule(DOWN.removesuffix(".weight"))) is nn.Linear
         assert getattr(model.config, "quantization_config", None) is None
