@@ -3,6 +3,7 @@
     python tests/campaigns/support.py                         everything; prints the table
     python tests/campaigns/support.py --write docs/models.md  also replaces the table between the markers there
     python tests/campaigns/support.py --kinds jamba gemma3    some, by model_type
+    python tests/campaigns/support.py --found FILE.jsonl      resumes: what FILE has is not measured again
 
 Every architecture, tiny and random, in a process of its own: it is quantized whole by a run (lqer-act, rank 4),
 loaded, and generates with and without a cache; its logits and its tokens are those of plain transformers with the
@@ -155,6 +156,23 @@ def measure(kind: str, wrapper: bool) -> tuple[str, str, float | None]:
 Rows = dict[tuple[str, bool], tuple[str, str, "float | None"]]
 
 
+def read_rows(file: Path | None) -> Rows:
+    """What an earlier call found with this version of transformers, but for what failed, which is tried again."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file is not None and file.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {
+        (one["kind"], one["wrapper"]): (one["outcome"], one["reason"], one["left"])
+        for one in found
+        if one["transformers"] == transformers.__version__ and one["outcome"] != FAILED
+    }
+
+
+def append_row(file: Path, key: tuple[str, bool], row: tuple[str, str, float | None]) -> None:
+    names = ("transformers", "kind", "wrapper", "outcome", "reason", "left")
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(dict(zip(names, (transformers.__version__, *key, *row), strict=True))) + "\n")
+
+
 def table(rows: Rows) -> str:
     """Markdown: counts, then the refused with their reasons, those that cannot be built small, and the quantized."""
     text = ["| | quantized | refused | cannot be built small | all |", "|---|---|---|---|---|"]
@@ -202,16 +220,19 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="a page with the markers of the table")
     parser.add_argument("--kinds", nargs="*", help="only these, by model_type")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
+    parser.add_argument("--found", type=Path, help="a file of one line per architecture, read and continued")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     keys = [(kind, False) for kind in causal_kinds()] + [(kind, True) for kind in wrapper_kinds()]
     wanted = [key for key in keys if given.kinds is None or key[0] in given.kinds]
-    rows: Rows = {}
+    rows = {key: row for key, row in read_rows(given.found).items() if key in wanted}
     with ProcessPoolExecutor(given.jobs) as pool:
-        pending = {pool.submit(measure, *key): key for key in wanted}
+        pending = {pool.submit(measure, *key): key for key in wanted if key not in rows}
         for done in as_completed(pending):
             rows[key := pending[done]] = done.result()
             print(_name(key), *rows[key], sep="\t", file=sys.stderr, flush=True)
+            if given.found is not None:
+                append_row(given.found, key, rows[key])
     text = table(rows)
     print(text)
     if given.write is not None:

@@ -48,8 +48,10 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["chunk_size", "index_head_dim"], 16),
     **dict.fromkeys(["n_mamba_heads", "mamba_n_heads", "mamba_d_conv", "index_n_heads"], 4),
     **dict.fromkeys(["hidden_size_per_layer_input", "laurel_rank", "mamba_d_state", "index_topk"], 8),
-    **dict.fromkeys(["num_key_value_heads", "num_experts_per_tok", "encoder_layers"], 2),
+    **dict.fromkeys(["num_key_value_heads", "num_experts_per_tok"], 2),
     **dict.fromkeys(["encoder_attention_heads", "mamba_expand"], 2),
+    # As many as in the decoder: transformers makes the cache of BART and its kin for as many layers as the encoder has.
+    "encoder_layers": 4,
     "num_kv_shared_layers": 0,
     **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace"], 1),
     # Large enough that logits differ visibly between tokens.
@@ -61,6 +63,7 @@ _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, 
 _SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
 # What else an architecture needs to be small, or to be in proportion: little that is not a linear. By model_type.
 OWN_SIZES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "big_bird": {"num_hidden_layers": 8},
     "blt": {"encoder_hash_byte_group_vocab": 64},
@@ -73,6 +76,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 16,
+                    "linear_num_heads": 4},
     "longcat_flash": {"expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
     "mamba": {"state_size": 4},
     "mamba2": {"head_dim": 32, "n_groups": 1},
