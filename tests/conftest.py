@@ -10,6 +10,7 @@ import string
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -174,13 +175,20 @@ def plan() -> LinearPlan:
 
 @pytest.fixture(scope="session")
 def run_stages(letter_tokenizer, windows_WT, tmp_path_factory) -> Callable[..., Stages]:
-    """`run_stages(model, plan, attention=None, skip=())`: calibrate and quantize through a store of its own."""
+    """`run_stages(model, plan, attention=None, skip=(), other_plans={})`: calibrate and quantize, in its own store."""
 
-    def run(model: PreTrainedModel, plan: LinearPlan, attention: Any = None, skip: Collection[str] = ()) -> Stages:
+    def run(
+        model: PreTrainedModel,
+        plan: LinearPlan,
+        attention: Any = None,
+        skip: Collection[str] = (),
+        other_plans: Mapping[str, LinearPlan] = MappingProxyType({}),
+    ) -> Stages:
         store = Store(tmp_path_factory.mktemp("store"))
         name, blocks = find_blocks(model)
         linears = [f"{name}.{i}.{linear}" for i, block in enumerate(blocks) for linear in block_linears(block)]
-        settings = QuantizeSettings({linear: None if linear in skip else plan for linear in linears}, attention, seed=0)
+        plans = {one: None if one in skip else other_plans.get(one, plan) for one in linears}
+        settings = QuantizeSettings(plans, attention, seed=0)
         opened = resident(model)
 
         def make_calibration(workspace: Workspace) -> None:

@@ -105,6 +105,10 @@ class LqerQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> list[Any]:
+        """None: the files have the names of the skeleton, and transformers would stack the codes of experts."""
+        return []
+
     @property
     def is_trainable(self) -> bool:
         return False
@@ -114,6 +118,7 @@ class LqerQuantizer(HfQuantizer):
     ) -> None:
         """Put a holder of tensors without values in the place of every quantized linear."""
         from lqer.models.structure import prepare_model
+        from lqer.nn.experts import experts_of
         from lqer.transforms.quarot import carry_over
 
         if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
@@ -121,6 +126,9 @@ class LqerQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise ModelError('tensor parallelism is not supported: use device_map="auto", or vLLM on an export')
         prepare_model(model)
+        for experts in experts_of(model).values():
+            # transformers would initialize the stacked weights, which are there no more.
+            experts._is_hf_initialized = True
         entries = self.quantization_config.entries
         stored = _by_linear(_described(checkpoint_files), entries)
         for name, entry in entries.items():

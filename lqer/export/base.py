@@ -45,11 +45,14 @@ class Target(Component, ABC, family="export target"):
     # Which library a hub should take the files for, and the tag that finds them there.
     library_name: ClassVar[str] = "transformers"
     tags: ClassVar[tuple[str, ...]] = ()
-    holds_experts: ClassVar[bool] = False
 
     @abstractmethod
     def unsupported(self, spec: LinearSpec) -> str | None:
         """Why this target cannot hold a linear; None if it can."""
+
+    def unsupported_experts(self, model: Outline) -> tuple[str, str] | None:
+        """A linear of an expert that it cannot hold, and why; None if it holds them all, or there are none."""
+        return next(((name, "it is a linear of an expert") for name in model.expert_linears), None)
 
     def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
         """A linear that it could hold, but not together with the others of this model, and why; None if there is none.

@@ -9,6 +9,9 @@
     mx mxfp6_e2m3                      mxfp6-pack-quantized    the same
     mx mxfp8_e4m3                      mxfp8-quantized         weight float8 [O, I], weight_scale uint8 [O, I / 32]
 
+The linears of experts are stored one by one under the names that the original's files have for them, as
+`block_sparse_moe.experts.17.w1`, and so is all else of such a model.
+
 The packed codes are those of the checkpoint. MXINT becomes integers with power-of-two scales, without loss. 3, 5, 6 and
 7 bits are packed densely, as compressed-tensors does from version 0.18.0 on.
 
@@ -21,7 +24,8 @@ Shapes: I in_features, O out_features, G groups of a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,12 +38,14 @@ from lqer.components import require_choice
 from lqer.export.base import Target, Written, load_pretrained, load_weights, unsupported_extras
 from lqer.export.config_groups import (
     ALL_LINEARS,
+    EXPERTS,
     MX_GROUP,
     config_groups,
     is_float,
     is_w8a8,
     loads_in_transformers,
     quantization_config,
+    unsupported_experts,
     unsupported_in_transformers,
     unsupported_together,
     unsupported_zero_points,
@@ -49,6 +55,7 @@ from lqer.export.shards import Shards
 from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
 from lqer.formats import pack_bits
 from lqer.models.streaming import read_file
+from lqer.nn.experts import stacks
 from lqer.store.files import write_json
 
 SCALE = ".weight_scale"
@@ -78,6 +85,9 @@ class CompressedTensors(Target):
         check = unsupported_in_transformers if self.engine == "transformers" else unsupported_zero_points
         return check(model) or unsupported_together(model)
 
+    def unsupported_experts(self, model: Outline) -> tuple[str, str] | None:
+        return unsupported_experts(model)
+
     def keeps_activation(self, spec: LinearSpec) -> bool:
         return spec.activation is None or is_w8a8(spec)
 
@@ -94,13 +104,22 @@ class CompressedTensors(Target):
             notes.append(
                 "transformers does not load zero points beside other layouts; compressed-tensors decodes them."
             )
+        if source.expert_linears:
+            notes.append(
+                "transformers decodes experts to the dtype of their scales: cast them to the model's after loading."
+            )
         # The library divides by 127.5 where lqer and vLLM's kernels divide an activation's largest magnitude by 127.
         return Written("other inputs" if any(group.activations for group in groups) else "exact", tuple(notes))
 
     def load(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))[QUANTIZATION_CONFIG]
         if loads_in_transformers(config):
-            return load_pretrained(folder, dtype)
+            model = load_pretrained(folder, dtype)
+            for name in stacks(model):
+                # They have the dtype of their scales.
+                parameter = model.get_parameter(name)
+                parameter.data = parameter.data.to(dtype)
+            return model
         return load_weights(folder, decompressed(folder, config), dtype)
 
     def dtype_of_check(self, source: Source) -> torch.dtype:
@@ -133,12 +152,15 @@ def unsupported_weight(spec: LinearSpec) -> str | None:
 def write_packed(source: Source, folder: Path) -> None:
     """Write the weights of every linear without its factors, and everything else of the model."""
     schemes = integer_schemes(source.specs.values())
+    names = source.saved_names if source.expert_linears else {}
     shards = Shards(folder)
     for linears, others in source.read():
         for linear in linears:
             packed = packed_weight(linear, schemes[linear.name])
-            shards.add({f"{linear.name}.{part}": tensor for part, tensor in packed.items()} | linear.biases)
-        shards.add(others)
+            name = names.get(f"{linear.name}.weight", f"{linear.name}.weight").removesuffix(".weight")
+            shards.add({f"{name}.{part}": tensor for part, tensor in packed.items()})
+            others |= linear.biases
+        shards.add({names.get(name, name): tensor for name, tensor in others.items()})
     shards.close()
     write_json(folder / CONFIG_FILE, {**source.config, QUANTIZATION_CONFIG: quantization_config(source)})
     source.copy_surroundings(folder)
@@ -176,8 +198,12 @@ def decompressed(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         found |= read_file(file)
     for name in [name.removesuffix(SCALE) for name in found if name.endswith(SCALE)]:
         groups = config["config_groups"].values()
-        group = next(one for one in groups if one["targets"] == ALL_LINEARS or name in one["targets"])
+        group = next(one for one in groups if one["targets"] == ALL_LINEARS or _is_among(name, one["targets"]))
         parts = {part: found.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in found}
         compressor = BaseCompressor.get_value_from_registry(group["format"])
         found[f"{name}.weight"] = compressor.decompress(parts, QuantizationScheme(**group))["weight"]
     return found
+
+
+def _is_among(name: str, targets: Sequence[str]) -> bool:
+    return name in targets or (EXPERTS in targets and re.fullmatch(EXPERTS.removeprefix("re:"), name) is not None)

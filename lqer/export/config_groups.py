@@ -29,6 +29,10 @@ ALL_LINEARS = ["Linear"]
 W8A8_WEIGHT = ("row", 8, True)
 W8A8_ACTIVATION = Int(bits=8, block_size="row", symmetric=True, scale_dtype="float32")
 TOKEN_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+# The linears of experts, wherever those of other linears differ.
+EXPERTS = r"re:.*\.experts\.\d+\..*"
+# In which vLLM runs packed experts.
+EXPERT_BITS = (4, 8)
 # vLLM runs these as one matrix, by the scheme of the first.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -100,6 +104,29 @@ def unsupported_together(model: Outline) -> tuple[str, str] | None:
     return None
 
 
+def unsupported_experts(model: Outline) -> tuple[str, str] | None:
+    """A linear of an expert that cannot be stored, and why; None if all can, or there are none.
+
+    They are stored one by one, under the names that the original has for them, which readers look for.
+    """
+    groups = config_groups(model)
+    for name in model.expert_linears:
+        weights = dict(groups[name].weights)
+        if f"{name}.weight" not in model.saved_names:
+            return name, "its architecture has no names for single experts, but stacks those of a layer"
+        if groups[name].layout != "pack-quantized" or not weights["symmetric"]:
+            return name, "experts are stored as packed integers without zero points, their inputs not rounded"
+        if weights["num_bits"] not in EXPERT_BITS:
+            return name, f"experts of {weights['num_bits']} bits do not run in vLLM, only those of 4 or 8"
+        if groups[name] != groups[model.expert_linears[0]]:
+            return name, "readers take one layout for all experts, and it has another than the first one"
+    weights_of_experts = (key for pieces in model.stacks.values() for key in pieces if key.endswith(".weight"))
+    kept = next((key for key in weights_of_experts if key.removesuffix(".weight") not in model.specs), None)
+    if model.expert_linears and kept is not None:
+        return kept.removesuffix(".weight"), "it is not quantized, and readers take one layout for all experts"
+    return None
+
+
 def unsupported_in_transformers(model: Outline) -> tuple[str, str] | None:
     """A linear with zero points beside others of another layout, and why that is refused; None if there is none."""
     groups = config_groups(model)
@@ -127,7 +154,8 @@ def quantization_config(model: Outline) -> dict[str, Any]:
     for name, group in config_groups(model).items():
         targets[group].append(name)
     layouts = {group.layout for group in targets}
-    ignored = model.unquantized_linears()
+    names_of = {group: _targets(model, names) for group, names in targets.items()}
+    ignored = _spellings(model, model.unquantized_linears())
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "version": VERSION,
@@ -135,7 +163,7 @@ def quantization_config(model: Outline) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{index}": group.to_dict(ALL_LINEARS if len(targets) == 1 else names)
-            for index, (group, names) in enumerate(targets.items())
+            for index, (group, names) in enumerate(names_of.items())
         },
         "ignore": ignored,
         "kv_cache_scheme": None,
@@ -145,6 +173,22 @@ def quantization_config(model: Outline) -> dict[str, Any]:
         # all linears follow the first one.
         config[DEQUANTIZE] = True
     return config
+
+
+def _targets(model: Outline, linears: list[str]) -> list[str]:
+    """How a group names its linears: those of experts, which are all in one group, by a pattern."""
+    experts = set(model.expert_linears)
+    return _spellings(model, [name for name in linears if name not in experts]) + [EXPERTS] * (
+        not experts.isdisjoint(linears)
+    )
+
+
+def _spellings(model: Outline, linears: list[str]) -> list[str]:
+    """Their names, and those in files of a mixture of experts where they differ: not all readers rename modules."""
+    if not model.expert_linears:
+        return linears
+    saved = [model.saved_names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in linears]
+    return list(dict.fromkeys([*linears, *saved]))
 
 
 def loads_in_transformers(config: Mapping[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from lqer.components import require_choice
 from lqer.export.base import Target, Written, load_pretrained, unsupported_extras
 from lqer.export.shards import Shards
-from lqer.export.source import CONFIG_FILE, Linear, LinearSpec, Source
+from lqer.export.source import CONFIG_FILE, Linear, LinearSpec, Outline, Source
 from lqer.models.source import DTYPES
 from lqer.store.files import write_json
 
@@ -37,7 +37,6 @@ class Dense(Target):
     kind = "dense"
     readers = ("transformers",)
     tags = ("fake-quant",)
-    holds_experts = True
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -45,6 +44,9 @@ class Dense(Target):
         require_choice("dtype", self.dtype, list(DTYPES), self.kind)
 
     def unsupported(self, spec: LinearSpec) -> str | None:
+        return None
+
+    def unsupported_experts(self, model: Outline) -> tuple[str, str] | None:
         return None
 
     @property

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from lqer.checkpoint.native import GUARD_FILE, guard, native_config, weight_index
 from lqer.export.base import Target, Written, load_pretrained
 from lqer.export.shards import write_tensors
-from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Source
+from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Outline, Source
 from lqer.store.files import write_json
 
 
@@ -29,6 +29,9 @@ class Native(Target):
     readers = ("transformers",)
 
     def unsupported(self, spec: LinearSpec) -> str | None:
+        return None
+
+    def unsupported_experts(self, model: Outline) -> tuple[str, str] | None:
         return None
 
     def keeps_activation(self, spec: LinearSpec) -> bool:

@@ -87,11 +87,9 @@ def refuse_unsupported(model: Outline, target: Target) -> None:
 def first_unsupported(model: Outline, target: Target) -> tuple[str, str] | None:
     """The first linear that the target cannot hold, and why; None if it can hold the model."""
     for spec in model.specs.values():
-        if not target.holds_experts and spec.name not in model.modules:
-            return spec.name, "it is a linear of an expert"
         if (reason := target.unsupported(spec)) is not None:
             return spec.name, reason
-    return target.unsupported_model(model)
+    return target.unsupported_experts(model) or target.unsupported_model(model)
 
 
 def _others(model: Outline, target: Target) -> str:

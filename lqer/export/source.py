@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lqer.checkpoint.native import QUANTIZATION_CONFIG
@@ -30,6 +30,7 @@ from lqer.errors import ExportError
 from lqer.formats import NumberFormat, QuantizedTensor, format_from_dict
 from lqer.models.auto import auto_class
 from lqer.models.files import reported_as
+from lqer.models.stored import NotStreamableError, saved_names
 from lqer.models.streaming import read_file
 from lqer.models.structure import ONLINE_ROTATIONS
 from lqer.nn.experts import Piece, stacked, stacks
@@ -93,6 +94,31 @@ class Outline:
         self.specs, self.modules = specs, modules
 
     @cached_property
+    def expert_linears(self) -> list[str]:
+        """The quantized linears of experts, which are no modules of the original architecture."""
+        return [name for name in self.specs if name not in self.modules]
+
+    @cached_property
+    def routers(self) -> list[str]:
+        """The modules beside experts whose matrix is no linear's."""
+        mixtures = dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in self.stacks)
+        children = [f"{mixture}.{name}" for mixture in mixtures for name, _ in self.modules[mixture].named_children()]
+        return [
+            name
+            for name in children
+            if not isinstance(self.modules[name], nn.Linear)
+            and getattr(getattr(self.modules[name], "weight", None), "ndim", 0) == 2
+        ]
+
+    @cached_property
+    def saved_names(self) -> dict[str, str]:
+        """The names of tensors in the original's own files, see lqer/models/stored.py; {} where none are known."""
+        try:
+            return saved_names(cast(PreTrainedModel, self.modules[""]))
+        except NotStreamableError:
+            return {}
+
+    @cached_property
     def stacks(self) -> dict[str, dict[str, Piece]]:
         """The tensors of experts by the stacked parameters that they are pieces of, see lqer/nn/experts.py."""
         return stacks(self.modules[""])
@@ -107,8 +133,9 @@ class Outline:
         return isinstance(self.modules.get(name), Conv1D)
 
     def unquantized_linears(self) -> list[str]:
-        """The linears of the model that are not quantized, the head among them."""
-        return [name for name, one in self.modules.items() if isinstance(one, nn.Linear) and name not in self.specs]
+        """The linears of the model that are not quantized, the head and routers among them."""
+        linears = [name for name, one in self.modules.items() if isinstance(one, nn.Linear) and name not in self.specs]
+        return linears + self.routers
 
 
 def modules_of(config: PretrainedConfig) -> dict[str, nn.Module]:

@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from lqer.nn.experts import Piece, stacks
@@ -77,3 +78,15 @@ class StoredNames:
         if len(places) != len(converter.source_patterns):
             raise NotStreamableError(f"transformers converts {stored} into {name}")
         return {places[converter.source_patterns.index(pattern)]: None}
+
+
+def saved_names(model: PreTrainedModel) -> dict[str, str]:
+    """What transformers calls tensors where it saves a model, by their names in the split model.
+
+    Those alone that are whole tensors there: experts that it saves stacked are not among them. Raises
+    NotStreamableError as `StoredNames.of` does.
+    """
+    names = StoredNames.of(model)
+    saved = revert_weight_conversion(model, dict(names.parameters))
+    found = ((stored, names.parameters_in(stored)) for stored in saved)
+    return {name: stored for stored, places in found for name, piece in places.items() if piece is None}

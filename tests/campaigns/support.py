@@ -124,9 +124,10 @@ def in_own_process(seconds: int, work: Callable[[], Any]) -> Any:
     child = os.fork()
     if child == 0:
         signal.alarm(seconds)
-        found = work()
-        os.write(writing, json.dumps(found).encode())
-        os._exit(0)
+        try:
+            os.write(writing, json.dumps(work()).encode())
+        finally:
+            os._exit(0)  # whatever happened: or else the copy would go on with the work of this process
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         found = pipe.read()

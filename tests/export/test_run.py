@@ -11,19 +11,15 @@ import sys
 import pytest
 import torch
 from filelock import FileLock
-from mixtures import random_mixture
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from lqer.checkpoint.load import load_quantized
 from lqer.cli import console
 from lqer.errors import ExportError, ModelError
-from lqer.export import CompressedTensors, Dense, Gptq, Source, export
+from lqer.export import Dense, Gptq, Source, export
 from lqer.export.card import CARD_FILE
 from lqer.export.run import RECORD_FILE
 from lqer.export.shards import Shards
 from lqer.formats import Int, MXInt
-from lqer.models.structure import block_linears, prepare_model
 
 WEIGHT = MXInt(bits=4, block_size=32)
 INT4 = Int(bits=4, block_size=32, symmetric=True)
@@ -178,29 +174,3 @@ class TestCommand:
         assert line in said
         assert said.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
-
-
-def test_a_mixture_of_experts_is_refused_by_what_cannot_stack_it(run_stages, rounded, tmp_path):
-    model = random_mixture("mixtral")
-    prepare_model(model)
-    folder = run_stages(model, rounded(WEIGHT)).checkpoint.path
-    with pytest.raises(
-        ExportError, match=r"experts\.0\.gate_proj: it is a linear of an expert; targets that can: dense$"
-    ):
-        export(folder, CompressedTensors(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_moe"])
-def test_dense_experts_are_stacked_as_transformers_holds_them(run_stages, rounded, tmp_path, kind):
-    model = random_mixture(kind)
-    prepare_model(model)
-    skipped = {f"model.layers.1.{name}" for name in block_linears(model.model.layers[1]) if ".experts.1." in name}
-    assert skipped
-    folder = run_stages(model, rounded(WEIGHT), skip=skipped).checkpoint.path
-    export(folder, Dense(), tmp_path / "out", check=False)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    expected = load_quantized(folder, "cpu", dtype=torch.float32)
-    tokens_BT = torch.arange(24).view(2, 12) % 80
-    with torch.no_grad():
-        assert torch.allclose(found(tokens_BT).logits, expected(tokens_BT).logits, atol=1e-4, rtol=1e-4)
