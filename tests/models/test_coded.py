@@ -80,11 +80,13 @@ def of_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def parameters_block_by_block(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    opened = open_model(resolve_model(str(folder)), dtype, CPU)
+def parameters_block_by_block(
+    folder: Path, dtype: torch.dtype, device: torch.device = CPU
+) -> Iterator[tuple[str, Tensor]]:
+    opened = open_model(resolve_model(str(folder)), dtype, device)
     assert isinstance(opened.loader, Streamed)
     assert not hasattr(opened.model.config, "quantization_config")
-    for index, block in opened.loader.load_each(opened.blocks, range(len(opened.blocks)), CPU):
+    for index, block in opened.loader.load_each(opened.blocks, range(len(opened.blocks)), device):
         yield from ((f"{opened.name}.{index}.{name}", tensor.clone()) for name, tensor in block.named_parameters())
     opened.loader.load_outer()
     outside = (pair for pair in opened.model.named_parameters() if not pair[0].startswith(f"{opened.name}."))
@@ -111,6 +113,16 @@ def test_codes_are_read_block_by_block_as_transformers_dequantizes_them(way, dty
     for name, tensor in read.items():
         assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gpu_decodes_to_the_same_values(way, tmp_path):
+    kind, encode, quantization, sizes = WAYS[way]
+    folder = write(tmp_path, kind, encode, quantization, **sizes)
+    expected = dict(parameters_block_by_block(folder, torch.bfloat16))
+    for name, tensor in parameters_block_by_block(folder, torch.bfloat16, torch.device("cuda")):
+        assert torch.equal(tensor.cpu(), expected[name]), name
 
 
 def test_a_model_loaded_whole_has_the_same_values(tmp_path):
