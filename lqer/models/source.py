@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, Off
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,6 +33,7 @@ from lqer.models.files import (
     Header,
     finder,
     hub_headers,
+    processor_files,
     read_header,
     reported_as,
     weight_files,
@@ -219,6 +221,14 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         # tokenizer_config.json without the vocabulary's own file gives a tokenizer that maps every text to nothing.
         raise ModelError(f"model: {source.name} has a tokenizer without a vocabulary: are its files complete?")
     return tokenizer
+
+
+def load_processor(source: ModelSource) -> Any:
+    """What makes a wrapper's inputs of images and texts; None where the model has none. Raises ModelError."""
+    if not processor_files(source.find):
+        return None
+    with reported_as(f"model: {source.name} has no usable processor"):
+        return AutoProcessor.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
 
 
 def check_weights(source: ModelSource) -> None:

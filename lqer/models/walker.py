@@ -14,7 +14,7 @@ Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, V 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -155,17 +155,21 @@ class BlockRun:
 
 
 def walk_blocks(
-    opened: OpenedModel, windows_WT: Tensor, batch_size: int, blocks: int | None = None
+    opened: OpenedModel,
+    windows_WT: Tensor,
+    batch_size: int,
+    blocks: int | None = None,
+    beside: Sequence[Mapping[str, Tensor]] = (),
 ) -> Iterator[BlockRun]:
     """The blocks in order, each with the hidden states of `windows_WT` (int64 token ids) that reach it.
 
-    blocks: how many, the first ones; all by default.
+    blocks: how many, the first ones; all by default. beside: as in `embed`.
 
     The caller runs each block forward exactly once before it asks for the next one. Everything outside the blocks is
     moved to the model's device for good, a block until the next one is asked for. Hidden states are stored on the CPU
     in the model's dtype, on disk where the model's offload says so.
     """
-    hidden = embed(opened, windows_WT.split(batch_size))
+    hidden = embed(opened, windows_WT.split(batch_size), beside)
     yield from _block_runs(opened, hidden, blocks)
 
 
@@ -271,8 +275,10 @@ def run_one_block(opened: OpenedModel, index: int, ids_BT: Tensor, returned_valu
 
 @in_phase("forward")
 @torch.no_grad()
-def embed(opened: OpenedModel, batches: Sequence[Tensor]) -> HiddenStates:
+def embed(opened: OpenedModel, batches: Sequence[Tensor], beside: Sequence[Mapping[str, Tensor]] = ()) -> HiddenStates:
     """Embed every batch (B, T) and record, per block and batch, how the model calls the block.
+
+    beside: by window, what the model is given beside token ids; tensors of a batch's windows are joined.
 
     Each rank of a gang embeds batches of its own. All windows have the same length. Raises ModelError for a model
     whose blocks cannot be run one at a time, and for parameters outside the blocks that are not finite.
@@ -290,10 +296,11 @@ def embed(opened: OpenedModel, batches: Sequence[Tensor]) -> HiddenStates:
     hidden: HiddenStates | None = None
     with _replaced(blocks, recorders), reported_as(f"model: {type(model).__name__} cannot be run block by block"):
         nn.Module.to(model, device)
-        _set_return_type(model, recorders, batches[0][:1].to(device))
+        _set_return_type(model, recorders, _inputs(model, batches[0][:1], beside[:1], device))
         of_one = [recorder.call for recorder in recorders]
         for place, batch in enumerate(ours):
-            model.base_model(input_ids=batches[batch].to(device), use_cache=False)
+            given = beside[starts[batch] : starts[batch + 1]]
+            model.base_model(**_inputs(model, batches[batch], given, device), use_cache=False)
             hidden_BTD = recorders[0].hidden
             if hidden is None:
                 states_WTD = offload.empty((windows, *hidden_BTD.shape[1:]), hidden_BTD.dtype, hidden_BTD.is_cuda)
@@ -325,7 +332,18 @@ def refuse_non_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
             raise ModelError(f"model: {name} holds NaN or infinities (in {dtype})")
 
 
-def _set_return_type(model: PreTrainedModel, recorders: list[_Recorder], ids_BT: Tensor) -> None:
+def _inputs(
+    model: PreTrainedModel, ids_BT: Tensor, beside: Sequence[Mapping[str, Tensor]], device: torch.device
+) -> dict[str, Tensor]:
+    """What the model is given for a batch, by name."""
+    keys = dict.fromkeys(key for one in beside for key in one)
+    joined = {key: torch.cat([one[key] for one in beside if key in one]) for key in keys}
+    for key, values in joined.items():
+        joined[key] = values.to(device, model.dtype if values.is_floating_point() else None)
+    return {"input_ids": ids_BT.to(device), **joined}
+
+
+def _set_return_type(model: PreTrainedModel, recorders: list[_Recorder], inputs: Mapping[str, Tensor]) -> None:
     """Let recorders return a tensor or a tuple, whichever the model expects of its blocks.
 
     Raises ModelError if the model changes the output of one block before it calls the next, or does not call each block
@@ -337,7 +355,7 @@ def _set_return_type(model: PreTrainedModel, recorders: list[_Recorder], ids_BT:
         for recorder in recorders:
             recorder.returned_values, recorder.times_called = returned_values, 0
         try:
-            model.base_model(input_ids=ids_BT, use_cache=False)
+            model.base_model(**inputs, use_cache=False)
         except ModelError:
             raise
         except Exception as error:  # whatever a model does with a tuple where it expects a tensor

@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lqer.config import Config
 from lqer.config.schema import NOT_QUANTIZED, LowRankConfig
+from lqer.data.pairs import holds_pairs
 from lqer.errors import HubError, HubTextError, ModelError, RunFolderError
 from lqer.evaluation.downstream import check_task_data
 from lqer.export import Target
 from lqer.export.planned import check_planned
-from lqer.models.source import load_model_config, load_tokenizer
+from lqer.models.source import load_model_config, load_processor, load_tokenizer
 from lqer.models.summary import ModelSummary
 from lqer.phases import phase
 from lqer.resources.check import refuse_what_cannot_fit, table
@@ -62,7 +63,8 @@ def check_run(config: Config, say: Callable[[str], None]) -> CheckedRun:
     store = Store(context.store_path, say)
     with phase("texts"):
         tokenizer = load_tokenizer(context.source)
-        texts = read_texts(config, tokenizer)
+        processor = load_processor(context.source) if holds_pairs(config.calibration.dataset) else None
+        texts = read_texts(config, tokenizer, processor)
     _check_tokens(context.summary, texts, say)
     for overlap in texts.overlaps:
         say(f"warning: {overlap}")

@@ -5,7 +5,9 @@ Shapes: W windows, T tokens of a window.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +17,11 @@ from lqer.config import Config
 from lqer.config.schema import PerplexityConfig
 from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows, tokens_sha256
 from lqer.data.overlap import shared_tokens
+from lqer.data.pairs import holds_pairs, pair_windows
+from lqer.errors import DataError
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
 from lqer.results import CalibrationInfo
+from lqer.stages.base import identity
 from lqer.stages.gather import CalibrationText
 from lqer.stages.gather_experts import ExpertTokens
 from lqer.store.files import content_hash
@@ -64,9 +69,12 @@ class Texts:
     overlaps: tuple[str, ...]
 
 
-def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """Raises DataError for a text that cannot be read or is too short."""
-    calibration, info = _calibration(config, tokenizer)
+def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase, processor: Any = None) -> Texts:
+    """processor: transformers' for images and texts, where there are images.
+
+    Raises DataError for a text that cannot be read or is too short.
+    """
+    calibration, info = _calibration(config, tokenizer, processor)
     training_WT = _training(config, tokenizer)
     perplexity = config.evaluation.perplexity
     specs = () if perplexity is None else perplexity.datasets
@@ -91,19 +99,41 @@ def _overlap(learned_as: str, learned: Tensor, label: str, evaluated: Tensor) ->
     )
 
 
-def _calibration(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[CalibrationText, CalibrationInfo]:
+def _calibration(
+    config: Config, tokenizer: PreTrainedTokenizerBase, processor: Any
+) -> tuple[CalibrationText, CalibrationInfo]:
     settings = config.calibration
-    rows = load_rows(settings.dataset, "calibration")
-    windows_WT = calibration_windows(tokenizer, rows, settings.num_samples, settings.seq_len)
+    beside: tuple[Mapping[str, Tensor], ...] = ()
+    if processor is not None and holds_pairs(settings.dataset):
+        _refuse_pairs(config)
+        pairs = pair_windows(processor, settings.dataset, settings.num_samples, settings.seq_len)
+        windows_WT, beside, source = pairs.windows_WT, pairs.beside, f"{settings.dataset.label}, with its images"
+    else:
+        rows = load_rows(settings.dataset, "calibration")
+        source = rows.source
+        windows_WT = calibration_windows(tokenizer, rows, settings.num_samples, settings.seq_len)
+    tokens = tokens_sha256(windows_WT)
     info = CalibrationInfo(
         dataset=settings.dataset.label,
-        source=rows.source,
+        source=source,
         tokens=windows_WT.numel(),
-        fingerprint=tokens_sha256(windows_WT),
+        fingerprint=content_hash([tokens, identity(beside)]) if beside else tokens,
     )
     experts = ExpertTokens(settings.experts, settings.min_expert_tokens)
-    text = CalibrationText(windows_WT, settings.batch_size, settings.error_tokens, settings.token_weights, experts)
+    text = CalibrationText(
+        windows_WT, settings.batch_size, settings.error_tokens, settings.token_weights, experts, beside
+    )
     return text, info
+
+
+def _refuse_pairs(config: Config) -> None:
+    """Raise DataError for what is learned on token ids alone, or on blocks whose positions differ between windows."""
+    learned = {"quantize.widths": config.quantize.widths, "quantize": config.quantize.block_parts}
+    if (key := next((key for key, parts in learned.items() if parts), None)) is not None:
+        raise DataError(
+            f"{key}: widths by a gradient, and transforms and roundings of whole blocks, are learned on text; "
+            f"calibration.dataset {config.calibration.dataset.label} holds images"
+        )
 
 
 def _training(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:

@@ -121,7 +121,7 @@ def gather_blocks(
     """The statistics of these blocks of the original model, ascending; the others before the last are only run."""
     if not indices:
         return
-    for run in walk_blocks(opened, text.windows_WT, text.batch_size, indices[-1] + 1):
+    for run in walk_blocks(opened, text.windows_WT, text.batch_size, indices[-1] + 1, text.beside):
         if run.index not in indices:
             run.forward()
             continue

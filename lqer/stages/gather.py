@@ -39,7 +39,8 @@ class CalibrationText:
 
     error_tokens: how many of the tokens a sample keeps the inputs of. token_weights: what a token counts in E[x xᵀ] and
     E[x²] of linears that write to the residual stream: 1, or with "residual" the inverse square of the original model's
-    stream behind the linear (lqer/models/residual.py). experts: which tokens an expert is calibrated on.
+    stream behind the linear (lqer/models/residual.py). experts: which tokens an expert is calibrated on. beside: by
+    window, what a wrapper is given beside token ids, such as images; () for text.
     """
 
     windows_WT: Tensor
@@ -47,6 +48,7 @@ class CalibrationText:
     error_tokens: int
     token_weights: TokenWeights = field(default="none", metadata=ADDED)
     experts: ExpertTokens = field(default=ExpertTokens(), metadata=ADDED)
+    beside: tuple[Mapping[str, Tensor], ...] = field(default=(), metadata=ADDED)
 
     @property
     def batches(self) -> int:

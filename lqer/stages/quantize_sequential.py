@@ -144,11 +144,11 @@ def _quantize_missing(
     # Statistics read the original model's inputs after its outputs are known: that takes two buffers.
     requested = requested_statistics(settings.plans)
     compared = text.needs_original or any(statistic.needs_original for statistic in requested)
-    original_states = embed(running, batches) if reconstruction is not None or compared else None
+    original_states = embed(running, batches, text.beside) if reconstruction is not None or compared else None
     next_states = original_states.empty_like() if original_states is not None and compared else original_states
     if settings.attention is not None:
         quantize_attention(running.model, quantized_attention(settings.attention))
-    hidden = embed(running, batches)
+    hidden = embed(running, batches, text.beside)
     # Where the run computes in the checkpoint's own dtype, a block is read once.
     weights = None if _dtypes(stored) == _dtypes(running) else _stored_weights(stored, missing)
     # Stop after the last missing block: later outputs are never used.
