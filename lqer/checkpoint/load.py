@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
@@ -31,7 +30,7 @@ from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUT
 from lqer.checkpoint.verify import CheckpointFiles, Files
 from lqer.errors import ModelError
 from lqer.formats import E8P, NumberFormat, QuantizedTensor, Trellis, format_from_dict
-from lqer.models.auto import auto_class
+from lqer.models.auto import auto_class, without_values
 from lqer.models.dispatch import dispatch_all
 from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel, Streamed
@@ -127,7 +126,7 @@ def _open(
     target: torch.dtype = dtype
 
     # Parameters stay on the meta device until their values are read; buffers (rotary tables) are computed for real.
-    with reported_as(f"{path}: its config.json does not fit its tensors"), init_empty_weights(include_buffers=False):
+    with reported_as(f"{path}: its config.json does not fit its tensors"), without_values():
         model = auto_class(config).from_config(config, dtype=target)
         prepare_model(model)
         blocks = cast(nn.ModuleList, model.get_submodule(name))

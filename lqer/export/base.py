@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoConfig, PreTrainedModel
 
 from lqer.components import Component
 from lqer.errors import ExportError
 from lqer.export.source import QUANTIZATION_CONFIG, LinearSpec, Outline, Source
-from lqer.models.auto import auto_class
+from lqer.models.auto import auto_class, without_values
 from lqer.models.verify import quiet_loading, refuse_mismatch
 
 # How near the written model is to the checkpoint: bit for bit; but for the order of sums in float32; with weights that
@@ -134,7 +133,7 @@ def load_weights(folder: Path, weights: Mapping[str, torch.Tensor], dtype: torch
     """The model of a folder's configuration with these tensors. Raises ExportError if one is missing or left over."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vars(config).pop(QUANTIZATION_CONFIG, None)  # of the folder's files, not of these weights
-    with init_empty_weights():
+    with without_values():
         cls: Any = type(auto_class(config).from_config(config))
     with quiet_loading():
         model, found = cls.from_pretrained(

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -28,7 +27,7 @@ from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUT
 from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ExportError
 from lqer.formats import NumberFormat, QuantizedTensor, format_from_dict
-from lqer.models.auto import auto_class
+from lqer.models.auto import auto_class, without_values
 from lqer.models.files import reported_as
 from lqer.models.stored import NotStreamableError, saved_names
 from lqer.models.streaming import read_file
@@ -140,7 +139,7 @@ class Outline:
 
 def modules_of(config: PretrainedConfig) -> dict[str, nn.Module]:
     """The modules of an architecture by name, without values."""
-    with init_empty_weights():
+    with without_values():
         return dict(auto_class(config).from_config(config).named_modules())
 
 

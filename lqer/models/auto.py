@@ -1,4 +1,5 @@
-"""Which of transformers' auto classes builds a model: a causal language model, or one that wraps it with other inputs.
+"""Which of transformers' auto classes builds a model: a causal language model, or one that wraps it with other inputs;
+and how it is built without values.
 
 A wrapper, such as ...ForConditionalGeneration, holds a language model beside towers for images or sound. Of some
 configurations transformers knows both: the checkpoint's own `architectures` decides, so that nothing of it is dropped.
@@ -6,10 +7,46 @@ configurations transformers knows both: the checkpoint's own `architectures` dec
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig
 from transformers.models.auto.auto_factory import _LazyAutoMapping
+
+# Values of a tensor that is only a parameter: more than any table that a model computes for itself.
+LARGE = 1 << 26
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Models built within have parameters on the meta device, and buffers, such as rotary tables, computed for real.
+
+    accelerate's own context allocates each parameter for a moment: 30 GB for the experts of a layer of DeepSeek-V3.
+    """
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
+        yield
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Gives large uninitialized tensors no memory."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None and _values(*args) >= LARGE:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _values(*size: Any) -> int:
+    sizes = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
+    return prod(sizes)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

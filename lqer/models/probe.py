@@ -13,12 +13,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.models.auto import auto_class
+from lqer.models.auto import auto_class, without_values
 from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource, load_model_config
@@ -99,7 +98,7 @@ def _last_output(opened: OpenedModel, ids_BT: Tensor) -> Tensor:
 
 def _made_up(source: ModelSource) -> PreTrainedModel:
     config = load_model_config(source)
-    with init_empty_weights(include_buffers=False):
+    with without_values():
         model = auto_class(config).from_config(config, dtype=torch.float32)
     prepare_model(model)
     generator = torch.Generator().manual_seed(0)

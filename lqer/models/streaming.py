@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lqer.models.auto import auto_class
+from lqer.models.auto import auto_class, without_values
 from lqer.models.coded import Coded, Encoded, Scheme, coded_tensors, plain_config, plain_header
 from lqer.models.files import READ_OPTIONS, Header, processor_files, read_header, reported_as, weight_files
 from lqer.models.loaders import OpenedModel, Streamed
@@ -125,7 +124,7 @@ def _skeleton(
         stored = (STORED_DTYPES[name] for name in first.dtypes.values() if name in STORED_DTYPES)
         dtype = getattr(config, "dtype", None) or next(stored, torch.float32)
     # Buffers (rotary tables) are computed, not stored.
-    with reported_as(f"model: {source.name} cannot be built"), init_empty_weights(include_buffers=False):
+    with reported_as(f"model: {source.name} cannot be built"), without_values():
         model = auto_class(config).from_config(config, dtype=dtype)
     names = StoredNames.of(model)
     transposed = frozenset(

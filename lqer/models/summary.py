@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
-from lqer.models.auto import auto_class
+from lqer.models.auto import auto_class, without_values
 from lqer.models.files import reported_as
 from lqer.models.source import ModelSource, load_model_config
 from lqer.models.structure import block_linears, find_blocks, prepare_model
@@ -50,7 +49,7 @@ class ModelSummary:
 def summarize_model(source: ModelSource) -> ModelSummary:
     """Build the model without weights and summarize it. Raises ModelError for a model that cannot be quantized."""
     config = load_model_config(source)
-    with reported_as(f"model: {source.name} is not a causal language model"), init_empty_weights():
+    with reported_as(f"model: {source.name} is not a causal language model"), without_values():
         model = auto_class(config).from_config(config)
     model.tie_weights()
     prepare_model(model)

@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.models.auto import auto_class
+from lqer.models.auto import auto_class, without_values
 from lqer.models.files import Header, reported_as
 
 # Names that wrappers put in front of all tensors, and how to save the model without them.
@@ -39,7 +38,7 @@ def check_tensors(name: str, config: Any, headers: Collection[Header]) -> None:
     shapes = {tensor: shape for header in headers for tensor, shape in header.shapes.items()}
     dtypes = {tensor: dtype for header in headers for tensor, dtype in header.dtypes.items()}
     _refuse_wrapped(name, shapes)
-    with reported_as(f"model: {name} cannot be built from its configuration"), init_empty_weights():
+    with reported_as(f"model: {name} cannot be built from its configuration"), without_values():
         model = auto_class(config).from_config(config)
     _refuse_codes(name, model, dtypes)
     tensors = {
