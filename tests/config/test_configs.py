@@ -36,7 +36,7 @@ MIXTURE_OF = {
     "glm-4.5-air": "glm4_moe",
 }
 NEWER = ["llama-3.1-8b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "gemma-3-1b"]
-HYBRIDS_AND_WRAPPERS = ["qwen3.5-27b", "gemma-4-e2b", "granite-4.0-h-tiny"]
+HYBRIDS_AND_WRAPPERS = ["qwen3.5-27b", "qwen3.5-35b-a3b", "gemma-4-e2b", "granite-4.0-h-tiny"]
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)

@@ -20,6 +20,7 @@ PROCESSOR = {"image_processor_type": "Gemma3ImageProcessor", "do_resize": True}
 HYBRID = {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0}
 MODELS = {
     "qwen3.5-27b": ("qwen3_5", True, {}),
+    "qwen3.5-35b-a3b": ("qwen3_5_moe", True, {}),
     "gemma-4-e2b": ("gemma4", True, {"vision_config": tiny_config("gemma4_vision").to_dict()}),
     "granite-4.0-h-tiny": ("granitemoehybrid", False, HYBRID),
 }
