@@ -74,6 +74,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["gemma3n_text", "gemma4_text"], _SHARED),
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "hy_v4": {"hc_mult": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 16,
