@@ -84,6 +84,9 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 32, "n_groups": 1},
     "phi4_multimodal": {"intermediate_size": 1024},
     "recurrent_gemma": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 192},
+    # Ids that the code of these reads and their configurations do not have by default.
+    **dict.fromkeys(["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"],
+                    {"vision_start_token_id": 1, "audio_start_token_id": 2}),
     "qwen2_vl_vision": {"embed_dim": 64, "depth": 2},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_embds_dim": [16, 48],
                  "axial_pos_shape": [16, 16]},
