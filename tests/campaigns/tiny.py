@@ -61,6 +61,8 @@ SIZES: dict[str, Any] = {
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 # Blocks of both kinds, the last two of which read the keys and values of the first two.
 _SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+# Ids that the code of some wrappers reads and their configurations do not have by default.
+_STARTS = {"vision_start_token_id": 1, "audio_start_token_id": 2}
 # What else an architecture needs to be small, or to be in proportion: little that is not a linear. By model_type.
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
@@ -84,9 +86,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 32, "n_groups": 1},
     "phi4_multimodal": {"intermediate_size": 1024},
     "recurrent_gemma": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 192},
-    # Ids that the code of these reads and their configurations do not have by default.
-    **dict.fromkeys(["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"],
-                    {"vision_start_token_id": 1, "audio_start_token_id": 2}),
+    **dict.fromkeys(["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"], _STARTS),
     "qwen2_vl_vision": {"embed_dim": 64, "depth": 2},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_embds_dim": [16, 48],
                  "axial_pos_shape": [16, 16]},
