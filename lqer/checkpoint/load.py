@@ -25,11 +25,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
 from lqer.checkpoint.experts import group_experts
+from lqer.checkpoint.linear import build_linear
 from lqer.checkpoint.native import is_native, load_native
-from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, packed_parts, unpack_role
+from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE
 from lqer.checkpoint.verify import CheckpointFiles, Files
 from lqer.errors import ModelError
-from lqer.formats import E8P, NumberFormat, QuantizedTensor, Trellis, format_from_dict
+from lqer.formats import NumberFormat, format_from_dict
 from lqer.models.auto import auto_class, without_values
 from lqer.models.dispatch import dispatch_all
 from lqer.models.files import reported_as
@@ -39,11 +40,8 @@ from lqer.models.source import pick_device
 from lqer.models.streaming import fill_parameters, read_file, tie
 from lqer.models.structure import prepare_model
 from lqer.nn.attention import quantize_attention, quantized_attention
-from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.store.names import block_file
 from lqer.store.offload import Offload
-from lqer.transforms import Hadamard, transform_from_dict
-from lqer.transforms.hadamard import RandomHadamard
 from lqer.transforms.quarot import carry_over
 
 
@@ -205,69 +203,6 @@ def fill_block(
     if backend == "triton":
         group_experts(module)
     fill_parameters(module, tensors, device, dtype)
-
-
-def build_linear(
-    tensors: Mapping[str, Tensor],
-    name: str,
-    entry: Mapping[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: Backend,
-) -> nn.Module:
-    """One quantized linear of the backend from its packed tensors, by full names; entry: that of lqer.json."""
-    bias = unpack_role(tensors, name, "bias", entry, device)
-    bias_O = bias.dequantize(dtype) if bias is not None else None
-    if bias is None and f"{name}.bias" in tensors:
-        bias_O = tensors[f"{name}.bias"].to(device, dtype)
-    stored = {role: unpack_role(tensors, name, role, entry, device) for role in FACTOR_ROLES}
-    weight = unpack_role(tensors, name, "weight", entry, device)
-    assert weight is not None
-    if "transform" not in entry:
-        return _run_by(backend, name, weight, stored, bias_O, entry, dtype)
-    transform = transform_from_dict(entry["transform"])
-    assert isinstance(transform, Hadamard)
-    rotation = transform.unpack(packed_parts(tensors, f"{name}.transform.", device), *weight.shape).to(dtype)
-    if backend == "triton" and isinstance(weight.format, E8P | Trellis):
-        return _run_by(backend, name, weight, stored, bias_O, entry, dtype, rotation)
-    return HadamardLinear(_run_by(backend, name, weight, stored, None, entry, dtype), rotation, bias_O)
-
-
-def _run_by(
-    backend: Backend,
-    name: str,
-    weight: QuantizedTensor,
-    factors: Mapping[str, QuantizedTensor | None],
-    bias_O: Tensor | None,
-    entry: Mapping[str, Any],
-    dtype: torch.dtype,
-    rotation: RandomHadamard | None = None,
-) -> nn.Module:
-    """The backend's module for these tensors; factors: by FACTOR_ROLES. rotation: only if a kernel applies it."""
-    first_a, first_b, a_IR, b_RO = (factors[role] for role in FACTOR_ROLES)
-    activation = format_from_dict(entry["activation"]) if "activation" in entry else None
-    if backend == "triton":
-        from lqer.kernels import PackedLinear, TritonLinear, compare_once
-
-        if first_a is not None:
-            raise ModelError('backend "triton" does not support fine-tuned low-rank factors; use backend = "emulate"')
-        try:
-            packed = PackedLinear.pack(weight, a_IR, b_RO, bias_O, activation, dtype, rotation)
-            compare_once(packed)
-        except ValueError as error:
-            raise ModelError(f"{name}: {error}") from None
-        except ArithmeticError as error:
-            raise ModelError(f'{name}: {error}; use backend = "emulate"') from None
-        return TritonLinear(packed)
-    a, b = (_joined(first, rest, along, dtype) for first, rest, along in ((first_a, a_IR, 1), (first_b, b_RO, 0)))
-    return QuantizedLinear(weight.dequantize(dtype), bias_O, a, b, activation)
-
-
-def _joined(
-    first: QuantizedTensor | None, rest: QuantizedTensor | None, along: int, dtype: torch.dtype
-) -> Tensor | None:
-    stored = [factor.dequantize(dtype) for factor in (first, rest) if factor is not None]
-    return torch.cat(stored, dim=along) if stored else None
 
 
 def _refuse_unknown(

@@ -147,7 +147,8 @@ class LqerQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         """Put the module that runs in the place of every holder."""
         from lqer.checkpoint.experts import group_experts
-        from lqer.checkpoint.load import build_linear, choose_backend
+        from lqer.checkpoint.linear import build_linear
+        from lqer.checkpoint.load import choose_backend
         from lqer.models.dispatch import launch_on
         from lqer.nn.attention import quantize_attention, quantized_attention
         from lqer.transforms.quarot import carry_over

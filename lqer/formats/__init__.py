@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lqer.components import component_from_dict
-from lqer.formats.base import NonFiniteError, NumberFormat, QuantizedTensor, unsupported_cut, without_first
+from lqer.formats.base import NonFiniteError, NumberFormat, QuantizedTensor
 from lqer.formats.codebook import Codebook
+from lqer.formats.cut import cut, join, unsupported_cut, without_first
 from lqer.formats.e8p import E8P
 from lqer.formats.integer import Int
 from lqer.formats.mx import MX
@@ -35,7 +36,9 @@ __all__ = [
     "Passthrough",
     "QuantizedTensor",
     "Trellis",
+    "cut",
     "format_from_dict",
+    "join",
     "pack_bits",
     "packed_length",
     "unpack_bits",

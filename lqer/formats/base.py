@@ -250,39 +250,6 @@ class QuantizedTensor:
         return rows * packed_length(part.shape[-1], self.format.stream_widths[name]) * 8
 
 
-def without_first(tensor: QuantizedTensor, dim: int, count: int) -> QuantizedTensor:
-    """A matrix without its first `count` rows (dim 0) or columns (dim 1); no value changes.
-
-    Along its block axis they must be whole blocks: `unsupported_cut` tells. Raises ValueError otherwise.
-    """
-    shape = list(tensor.shape)
-    shape[dim] -= count
-    number_format = tensor.format
-    if dim != tensor.axis:
-        shared = set(tensor.parts) - {"codes"} if number_format.block_size == "tensor" else set()
-        parts = {name: part if name in shared else part[count:] for name, part in tensor.parts.items()}
-        return QuantizedTensor(number_format, tuple(shape), tensor.axis, parts)
-    if (unsupported_reason := unsupported_cut(number_format, count)) is not None:
-        raise ValueError(unsupported_reason)
-    width = number_format.block_size if isinstance(number_format.block_size, int) else 1
-    parts = {
-        name: part[:, count // (number_format.vector_size if name == "codes" else width) :]
-        for name, part in tensor.parts.items()
-    }
-    return QuantizedTensor(number_format, tuple(shape), tensor.axis, parts)
-
-
-def unsupported_cut(number_format: NumberFormat, count: int) -> str | None:
-    """Why the first `count` values along the block axis cannot be cut off; None if they can."""
-    if not number_format.stream_widths and number_format.block_size == "row":
-        return None
-    if isinstance(number_format.block_size, str):
-        return f'a scale is shared by all of them ("{number_format.kind}")'
-    if count % number_format.block_size:
-        return f"{count} is not a multiple of block_size {number_format.block_size}"
-    return None
-
-
 def _normalize_axis(x: Tensor, axis: int) -> int:
     if not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis {axis} is not an axis of a tensor of shape {tuple(x.shape)}")
