@@ -47,14 +47,12 @@ class LinearTensors:
         self, backend: Backend, dtype: torch.dtype, bias_O: Tensor | None, rotation: RandomHadamard | None
     ) -> nn.Module:
         """rotation: only if a kernel applies it."""
-        first_a, first_b, a_IR, b_RO = (self.factors.get(role) for role in FACTOR_ROLES)
         if backend == "triton":
             from lqer.kernels import PackedLinear, TritonLinear, compare_once
 
-            if first_a is not None:
-                raise ModelError(
-                    'backend "triton" does not support fine-tuned low-rank factors; use backend = "emulate"'
-                )
+            if "first_a" in self.factors:
+                raise ModelError('kernels do not support fine-tuned low-rank factors; use backend = "emulate"')
+            a_IR, b_RO = self.factors.get("low_rank_a"), self.factors.get("low_rank_b")
             try:
                 packed = PackedLinear.pack(self.weight, a_IR, b_RO, bias_O, self.activation, dtype, rotation)
                 compare_once(packed)
@@ -63,8 +61,14 @@ class LinearTensors:
             except ArithmeticError as error:
                 raise ModelError(f'{error}; use backend = "emulate"') from None
             return TritonLinear(packed)
-        a, b = (_joined(first, rest, along, dtype) for first, rest, along in ((first_a, a_IR, 1), (first_b, b_RO, 0)))
-        return QuantizedLinear(self.weight.dequantize(dtype), bias_O, a, b, self.activation)
+        return QuantizedLinear(self.weight.dequantize(dtype), bias_O, *self.merged_factors(dtype), self.activation)
+
+    def merged_factors(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """The values of A (I, R) and B (R, O), both pieces of each."""
+        pieces = {role: factor.dequantize(dtype) for role, factor in self.factors.items()}
+        a = [pieces[role] for role in ("first_a", "low_rank_a") if role in pieces]
+        b = [pieces[role] for role in ("first_b", "low_rank_b") if role in pieces]
+        return (torch.cat(a, dim=1), torch.cat(b, dim=0)) if pieces else (None, None)
 
 
 def read_linear(
@@ -106,10 +110,3 @@ def build_linear(
         return linear.module(backend, dtype)
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
-
-
-def _joined(
-    first: QuantizedTensor | None, rest: QuantizedTensor | None, along: int, dtype: torch.dtype
-) -> Tensor | None:
-    stored = [factor.dequantize(dtype) for factor in (first, rest) if factor is not None]
-    return torch.cat(stored, dim=along) if stored else None
