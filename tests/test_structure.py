@@ -20,7 +20,8 @@ PACKAGE = ROOT / "lqer"
 MATHEMATICS = ["formats", "statistics", "lowrank", "rounding", "transforms", "methods", "kernels"]
 ROOMS = [
     "errors", "components", "phases", *MATHEMATICS, "store", "data", "nn", "models", "config", "evaluation",
-    "checkpoint", "training", "__init__", "results", "export", "serve", "stages", "jobs", "report", "resources", "run", "cli",
+    "checkpoint", "serve", "training", "__init__", "results", "export", "stages", "jobs", "report", "resources", "run",
+    "cli",
 ]  # fmt: skip
 # Kernels of algorithms, not of linears; imported only where a tensor is on a GPU.
 KERNELS_ELSEWHERE = {

@@ -36,8 +36,11 @@ class LinearMethodBase:
 
 
 class UnquantizedLinearMethod(LinearMethodBase):
-    def create_weights(self, layer: nn.Module, inputs: int, outputs: Sequence[int], *rest: Any, **options: Any) -> None:
-        layer.weight = nn.Parameter(torch.empty(sum(outputs), inputs), requires_grad=False)
+    def create_weights(
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: Sequence[int], **rest: Any
+    ) -> None:
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        layer.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x, layer.weight, bias)
