@@ -1,41 +1,85 @@
 """Perplexity of a GGUF file in llama.cpp, on the windows, tokens and positions that `lqer export --text` compares on.
 
     python experiments/compare_llama_cpp.py FILE.gguf CHECKPOINT --text FILE [--seq-len 256] [--windows 20]
-        [--round-inputs]
 
 llama.cpp gets the token ids of the checkpoint's tokenizer, without a BOS token; each window is a sequence of its own,
 and the mean is taken over all its tokens but the first. (`llama-perplexity` scores the second half of each window
-only.) Prints both perplexities, and the largest difference of a logit over 4 windows. With --round-inputs the
-checkpoint's linears round their inputs to 8-bit integers in blocks of 32, as llama.cpp's kernels of quantized matrices
-do.
+only.) Prints the perplexities and the largest difference of a logit over 4 windows, first as the checkpoint computes,
+then like with like: with the inputs of every matrix rounded as llama.cpp's kernels on a CPU round them.
+
+    weights in Q4_0, Q5_0, Q8_0, MXFP4    x in blocks of 32 (Q8_0): d = max|x| / 127, code = round(x / d), half to even,
+                                          value = code * d with d rounded to float16 after the codes were made
+    weights in F16, BF16                  x in that dtype
+    weights in F32                        x as it is
 
 cyllama is not a requirement of this project: `pip install cyllama==0.2.18` brings a llama.cpp that runs on a CPU.
 
-Shapes: W windows, T tokens of a window, V vocabulary.
+Shapes: W windows, T tokens of a window, V vocabulary, G blocks of g = 32 values.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 from lqer.checkpoint.load import load_quantized
 from lqer.evaluation.perplexity import concat_windows
 from lqer.export.verify import WINDOW_TOKENS, WINDOWS_OF_LOGITS, WINDOWS_OF_PERPLEXITY
-from lqer.formats import Int, NumberFormat
+from lqer.formats.blocks import from_blocks, to_blocks
 from lqer.nn.linear import QuantizedLinear
 
 # Of llama.cpp's enum llama_flash_attn_type.
 WITHOUT_FLASH_ATTENTION = 0
-Q8_0 = Int(bits=8, block_size=32, symmetric=True, scale_dtype="float16")
+Q8_BLOCK, LARGEST_Q8_CODE = 32, 127
+Types = gguf.GGMLQuantizationType
+Rounding = Callable[[Tensor], Tensor]
+
+
+def q8_0(x: Tensor) -> Tensor:
+    """The values (..., L), float32, that llama.cpp rounds the input (..., L) of a quantized matrix to."""
+    x_Gg = to_blocks(x.to(torch.float32), Q8_BLOCK)
+    largest_G1 = x_Gg.abs().amax(-1, keepdim=True)
+    codes_Gg = (x_Gg * (LARGEST_Q8_CODE / largest_G1.where(largest_G1 > 0, 1.0))).round()
+    steps_G1 = (largest_G1 / LARGEST_Q8_CODE).to(torch.float16).to(torch.float32)
+    return from_blocks(codes_Gg * steps_G1, x.shape[-1])
+
+
+def through(dtype: torch.dtype) -> Rounding:
+    """Rounding to a dtype and back."""
+    return lambda x: x.to(dtype).to(x.dtype)
+
+
+# What inputs of a matrix of each type are rounded to.
+INPUTS: dict[gguf.GGMLQuantizationType, Rounding] = {
+    Types.F32: through(torch.float32), Types.F16: through(torch.float16), Types.BF16: through(torch.bfloat16),
+    Types.Q4_0: q8_0, Types.Q5_0: q8_0, Types.Q8_0: q8_0, Types.MXFP4: q8_0,
+}  # fmt: skip
+
+
+def roundings(file: Path) -> tuple[Rounding, Rounding]:
+    """Of the inputs of the linears in the blocks, which must be the same for all, and of the output head."""
+    types = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors if len(tensor.shape) == 2}
+    of_linears = {INPUTS[kind] for name, kind in types.items() if name.startswith("blk.")}
+    if len(of_linears) != 1:
+        raise SystemExit(f"{file}: its matrices have types whose inputs llama.cpp rounds differently")
+    return of_linears.pop(), INPUTS[types.get("output.weight", types["token_embd.weight"])]
+
+
+def round_inputs(model: nn.Module, of_linears: Rounding, of_head: Rounding) -> None:
+    """Have a checkpoint's linears and its head round their inputs from now on."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.register_forward_pre_hook(lambda _, arguments: (of_linears(arguments[0]),))
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, arguments: (of_head(arguments[0]),))
 
 
 def llama_cpp_logits(file: Path, windows_WT: Tensor, vocabulary: int) -> Iterator[Tensor]:
@@ -69,22 +113,22 @@ def token_losses(logits_TV: Tensor, window_T: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def compare(file: Path, checkpoint: Path, windows_WT: Tensor, inputs: NumberFormat | None = None) -> dict[str, float]:
-    """Perplexity of both, and how far logits lie apart. inputs: what the checkpoint's linears round theirs to."""
-    model = load_quantized(checkpoint, torch.device("cpu"), torch.float32, "emulate")
-    for module in model.modules():
-        if inputs is not None and isinstance(module, QuantizedLinear):
-            module.activation = inputs
-    ours, theirs, difference = [], [], 0.0
-    found = llama_cpp_logits(file, windows_WT, model.config.vocab_size)
+def compare(file: Path, checkpoint: Path, windows_WT: Tensor) -> dict[str, float]:
+    """Perplexities of both, the checkpoint's also like with like, and how far logits lie apart either way."""
+    exact, alike = (load_quantized(checkpoint, torch.device("cpu"), torch.float32, "emulate") for _ in range(2))
+    round_inputs(alike, *roundings(file))
+    losses: dict[str, list[Tensor]] = {"llama.cpp": [], "checkpoint": [], "like with like": []}
+    difference = {"logit difference": 0.0, "like with like, logit difference": 0.0}
+    found = llama_cpp_logits(file, windows_WT, exact.config.vocab_size)
     for index, (window_T, found_TV) in enumerate(zip(windows_WT, found, strict=True)):
-        logits_TV = model(window_T[None]).logits[0]
-        ours.append(token_losses(logits_TV, window_T))
-        theirs.append(token_losses(found_TV, window_T))
+        logits = {"llama.cpp": found_TV, "checkpoint": exact(window_T[None]).logits[0]}
+        logits["like with like"] = alike(window_T[None]).logits[0]
+        for name, logits_TV in logits.items():
+            losses[name].append(token_losses(logits_TV, window_T))
         if index < WINDOWS_OF_LOGITS:
-            difference = max(difference, float((logits_TV - found_TV).abs().max()))
-    perplexity, of_file = (float(torch.cat(losses).mean().exp()) for losses in (ours, theirs))
-    return {"checkpoint": perplexity, "llama.cpp": of_file, "logit difference": difference}
+            for key, name in zip(difference, ("checkpoint", "like with like"), strict=True):
+                difference[key] = max(difference[key], float((logits[name] - found_TV).abs().max()))
+    return {name: float(torch.cat(values).mean().exp()) for name, values in losses.items()} | difference
 
 
 def main() -> None:
@@ -94,16 +138,16 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--seq-len", type=int, default=WINDOW_TOKENS)
     parser.add_argument("--windows", type=int, default=WINDOWS_OF_PERPLEXITY)
-    parser.add_argument("--round-inputs", action="store_true")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     text = arguments.text.read_text(encoding="utf-8")
     windows_WT = concat_windows(tokenizer, [text], "", arguments.seq_len)[: arguments.windows]
-    found = compare(arguments.file, arguments.checkpoint, windows_WT, Q8_0 if arguments.round_inputs else None)
-    of_file, ours = found["llama.cpp"], found["checkpoint"]
+    found = compare(arguments.file, arguments.checkpoint, windows_WT)
     print(f"{len(windows_WT)} windows of {arguments.seq_len} tokens of {arguments.text.name}")
-    print(f"perplexity: llama.cpp {of_file:.6g}, checkpoint {ours:.6g} ({of_file / ours - 1:+.4%})")
-    print(f"largest difference of a logit: {found['logit difference']:.3g}")
+    print(f"llama.cpp: perplexity {found['llama.cpp']:.6g}")
+    for name, key in (("checkpoint", "logit difference"), ("like with like", "like with like, logit difference")):
+        change = found["llama.cpp"] / found[name] - 1
+        print(f"{name}: perplexity {found[name]:.6g}, llama.cpp's {change:+.4%}; logits within {found[key]:.3g}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from lqer.store.files import write_json
 
 @dataclass(frozen=True)
 class Native(Target):
-    """`quant_method: "lqer"`, for transformers, lm-eval and whatever loads models with them, beside lqer."""
+    """`quant_method: "lqer"`, for transformers, vLLM, lm-eval and whatever loads models with them, beside lqer."""
 
     kind = "native"
     readers = ("transformers",)
@@ -55,5 +55,6 @@ class Native(Target):
         return {
             "transformers": "import lqer   # registers quant_method lqer\n"
             f'AutoModelForCausalLM.from_pretrained("{folder}", device_map="auto")',
+            "vLLM": f"vllm serve {folder} --enforce-eager   # lqer's plug-in runs where lqer is installed",
             "lm-eval": f"lqer lm-eval run --model lqer --model_args pretrained={folder} --tasks arc_easy",
         }
