@@ -22,11 +22,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
@@ -73,7 +74,7 @@ def roundings(file: Path) -> tuple[Rounding, Rounding]:
     return of_linears.pop(), INPUTS[types.get("output.weight", types["token_embd.weight"])]
 
 
-def round_inputs(model: nn.Module, of_linears: Rounding, of_head: Rounding) -> None:
+def round_inputs(model: Any, of_linears: Rounding, of_head: Rounding) -> None:
     """Have a checkpoint's linears and its head round their inputs from now on."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
