@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 import lqer
 from lqer.export.base import Target, Written
@@ -19,6 +20,8 @@ from lqer.store.files import without_nonfinite
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CARD_FILE = "README.md"
+# To wait for the original's card.
+HUB_SECONDS = 5
 CONFIGURATION_SHOWN = ("calibration", "quantize", "formats")
 
 
@@ -79,13 +82,15 @@ def _front_matter(source: Source, target: Target) -> ModelCardData:
 
 
 def _license(source: Source) -> str | None:
-    """The licence that the original's own card names, where the original is a folder with one."""
+    """The licence that the original's own card names, in its folder or on the hub; None where neither can be read."""
     if source.results is None:
         return None
     card = Path(source.results["model"]["name"]).expanduser() / CARD_FILE
     try:
+        if (base := _base(source)) is not None:
+            card = Path(hf_hub_download(base, CARD_FILE, etag_timeout=HUB_SECONDS))
         stated = ModelCard.load(card).data.license if card.is_file() else None
-    except ValueError:  # its front matter is not YAML
+    except (OSError, ValueError, HfHubHTTPError):  # no hub, no card, or its front matter is not YAML
         return None
     return stated if isinstance(stated, str) else None
 

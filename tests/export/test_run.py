@@ -11,12 +11,13 @@ import sys
 import pytest
 import torch
 from filelock import FileLock
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from lqer.cli import console
 from lqer.errors import ExportError, ModelError
 from lqer.export import Dense, Gptq, Source, export
-from lqer.export.card import CARD_FILE
+from lqer.export.card import CARD_FILE, _front_matter
 from lqer.export.run import RECORD_FILE
 from lqer.export.shards import Shards
 from lqer.formats import Int, MXInt
@@ -43,6 +44,27 @@ def test_the_folder_holds_the_model_a_card_and_a_record(checkpoint, tmp_path):
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "- largest difference of a logit: 0, of" in card
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_the_card_names_the_original_on_the_hub_and_its_licence(checkpoint, tmp_path, monkeypatch, is_reachable):
+    def download(name: str, file: str, **options: object) -> str:
+        assert (name, file) == ("some/model", "README.md")
+        if not is_reachable:
+            raise OSError("no network")
+        (tmp_path / file).write_text("---\nlicense: apache-2.0\n---\n# Model\n")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("lqer.export.card.hf_hub_download", download)
+    written = tmp_path / "card.md"
+    source = Source(checkpoint)
+    source.results = {"model": {"name": "some/model"}}
+    written.write_text(f"---\n{_front_matter(source, Dense()).to_yaml()}\n---\n")
+    data = ModelCard.load(written).data
+    assert (data.base_model, data.base_model_relation, data.quantized_by) == ("some/model", "quantized", "lqer")
+    assert data.library_name == "transformers"
+    assert {"lqer", "mxint"} <= set(data.tags)
+    assert data.license == ("apache-2.0" if is_reachable else None)
 
 
 def test_files_that_compute_something_else_are_deleted(checkpoint, tmp_path, monkeypatch):
