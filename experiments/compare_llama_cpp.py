@@ -97,6 +97,8 @@ def llama_cpp_logits(file: Path, windows_WT: Tensor, vocabulary: int) -> Iterato
     parameters.type_k = parameters.type_v = int(gguf.GGMLQuantizationType.F32)
     parameters.flash_attn_type = WITHOUT_FLASH_ATTENTION
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = tokens
+    # Its threads wait for each other busily: more of them than free cores take many times as long.
+    parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
     model = Model(path_model=str(file), params=llama_cpp.LlamaModelParams())
     context = llama_cpp.LlamaContext(model=model, params=parameters)
     for window_T in windows_WT:

@@ -69,7 +69,7 @@ def outputs_module(linears: Sequence[LinearTensors], backend: Backend, dtype: to
     """
     plain = [replace(linear, bias_O=None) for linear in linears]
     if len(plain) > 1:
-        with suppress(ValueError):
+        with suppress(ValueError):  # they run one after another
             plain = [join_outputs(plain)]
     modules = [linear.module(backend, dtype) for linear in plain]
     return modules[0] if len(modules) == 1 else SideBySide(modules)

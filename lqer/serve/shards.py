@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from lqer.checkpoint.linear import LinearTensors
 from lqer.checkpoint.pack import FACTOR_ROLES
@@ -63,7 +62,7 @@ def input_shard(linear: LinearTensors, start: int, count: int) -> LinearTensors:
 
 
 def join_outputs(linears: Sequence[LinearTensors]) -> LinearTensors:
-    """Linears of one input as one, whose outputs are theirs one after another.
+    """Linears of one input, without their biases, as one whose outputs are theirs one after another.
 
     A is theirs side by side, B block-diagonal. Raises ValueError where formats differ or blocks would be cut: such
     linears run one after another.
@@ -83,11 +82,7 @@ def join_outputs(linears: Sequence[LinearTensors]) -> LinearTensors:
             _require_whole_blocks(first.activation, "ranks", _edges([factor.shape[1] for factor in stored]), 0)
     if factors:
         _require_whole_blocks(first.activation, "outputs", _edges([one.weight.shape[0] for one in linears]), total)
-    biases = [linear.bias_O for linear in linears]
-    bias_O = None
-    if any(bias is not None for bias in biases):
-        bias_O = torch.cat([_or_zeros(linear) for linear in linears])
-    return LinearTensors(join([linear.weight for linear in linears], 0), factors, bias_O, first.activation, None)
+    return LinearTensors(join([linear.weight for linear in linears], 0), factors, None, first.activation, None)
 
 
 def _cut(role: str, tensor: QuantizedTensor, dim: int, start: int, count: int) -> QuantizedTensor:
@@ -126,9 +121,3 @@ def _block_diagonal(factors: Sequence[QuantizedTensor]) -> QuantizedTensor:
 def _zeros(like: QuantizedTensor, outputs: int) -> QuantizedTensor:
     device = like.parts["codes"].device
     return like.format.quantize(torch.zeros(like.shape[0], outputs, device=device), like.axis)
-
-
-def _or_zeros(linear: LinearTensors) -> Tensor:
-    if linear.bias_O is not None:
-        return linear.bias_O
-    return torch.zeros(linear.weight.shape[0], device=linear.weight.parts["codes"].device)

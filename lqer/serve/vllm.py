@@ -78,9 +78,9 @@ class LqerVllmConfig(QuantizationConfig):
             raise ModelError(
                 'a checkpoint for lqer.load_quantized; vLLM loads what "lqer export CHECKPOINT native OUT" makes of it'
             )
-        if (version := config["format_version"]) != FORMAT_VERSION:
+        if (version := config.get("format_version")) != FORMAT_VERSION:
             raise ModelError(f"config.json: format_version {version} is not supported, only {FORMAT_VERSION}")
-        if config["attention"] is not None:
+        if config.get("attention") is not None:
             raise ModelError("vLLM's attention cannot round its operands: export the checkpoint of a run without that")
         return cls({name: config["schemes"][place] for name, place in config["linears"].items()})
 
@@ -151,6 +151,8 @@ class LqerLinearMethod(LinearMethodBase):
             delattr(layer, part.replace(".", "_"))
         self.shard = None
         if bias_O is not None:
+            if layer.bias is None:
+                raise ModelError(f"{self.linears[0].name} has a bias, and vLLM's layer has none")
             layer.bias.data.copy_(bias_O)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

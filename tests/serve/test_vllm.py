@@ -181,6 +181,14 @@ def test_rounded_attention_is_refused(plugin, native):
         plugin.LqerVllmConfig.from_config(described)
 
 
+def test_a_bias_that_the_layer_has_no_place_for_is_refused(plugin, native):
+    folder = native(**WITH_BIASES)
+    config = plugin.LqerVllmConfig.from_config(config_of(folder))
+    layer = vllm_standin.RowParallelLinear(128, 128, quant_config=config, prefix="model.layers.0.self_attn.o_proj")
+    with pytest.raises(ModelError, match="o_proj has a bias, and vLLM's layer has none"):
+        vllm_standin.load([layer], load_file(folder / "block-00000.safetensors").items(), config)
+
+
 def test_linears_within_another_layer_are_refused(plugin, native):
     config = plugin.LqerVllmConfig.from_config(config_of(native(**WEIGHT_ONLY)))
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "") is None
