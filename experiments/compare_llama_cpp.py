@@ -1,6 +1,7 @@
 """Perplexity of a GGUF file in llama.cpp, on the windows, tokens and positions that `lqer export --text` compares on.
 
     python experiments/compare_llama_cpp.py FILE.gguf CHECKPOINT --text FILE [--seq-len 256] [--windows 20]
+        [--perturb N]
 
 llama.cpp gets the token ids of the checkpoint's tokenizer, without a BOS token; each window is a sequence of its own,
 and the mean is taken over all its tokens but the first. (`llama-perplexity` scores the second half of each window
@@ -11,6 +12,10 @@ then like with like: with the inputs of every matrix rounded as llama.cpp's kern
                                           value = code * d with d rounded to float16 after the codes were made
     weights in F16, BF16                  x in that dtype
     weights in F32                        x as it is
+
+A sum in another order changes a code here and there, and what follows it in all later blocks, so like with like differs
+too. With --perturb, N more runs of the checkpoint, whose embeddings differ by a factor of 1 + 1e-6 z, z normal, show by
+how much.
 
 cyllama is not a requirement of this project: `pip install cyllama==0.2.18` brings a llama.cpp that runs on a CPU.
 
@@ -40,6 +45,7 @@ from lqer.nn.linear import QuantizedLinear
 # Of llama.cpp's enum llama_flash_attn_type.
 WITHOUT_FLASH_ATTENTION = 0
 Q8_BLOCK, LARGEST_Q8_CODE = 32, 127
+PERTURBATION = 1e-6
 Types = gguf.GGMLQuantizationType
 Rounding = Callable[[Tensor], Tensor]
 
@@ -134,6 +140,27 @@ def compare(file: Path, checkpoint: Path, windows_WT: Tensor) -> dict[str, float
     return {name: float(torch.cat(values).mean().exp()) for name, values in losses.items()} | difference
 
 
+@torch.inference_mode()
+def perturbed(file: Path, checkpoint: Path, windows_WT: Tensor, runs: int) -> tuple[list[float], float]:
+    """Perplexities of runs like with like whose embeddings differ; how far logits of the first and the last lie apart."""
+    model: Any = load_quantized(checkpoint, torch.device("cpu"), torch.float32, "emulate")
+    round_inputs(model, *roundings(file))
+    generator = torch.Generator().manual_seed(0)
+
+    def perturb(module: Any, arguments: Any, y: Tensor) -> Tensor:
+        return y * (1 + PERTURBATION * torch.randn(y.shape, generator=generator))
+
+    model.get_input_embeddings().register_forward_hook(perturb)
+    losses: list[list[Tensor]] = [[] for _ in range(runs)]
+    difference = 0.0
+    for window_T in windows_WT:
+        logits = [model(window_T[None]).logits[0] for _ in range(runs)]
+        for of_run, logits_TV in zip(losses, logits, strict=True):
+            of_run.append(token_losses(logits_TV, window_T))
+        difference = max(difference, float((logits[0] - logits[-1]).abs().max()))
+    return [float(torch.cat(of_run).mean().exp()) for of_run in losses], difference
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)
@@ -141,6 +168,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--seq-len", type=int, default=WINDOW_TOKENS)
     parser.add_argument("--windows", type=int, default=WINDOWS_OF_PERPLEXITY)
+    parser.add_argument("--perturb", type=int, default=0)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     text = arguments.text.read_text(encoding="utf-8")
@@ -151,6 +179,9 @@ def main() -> None:
     for name, key in (("checkpoint", "logit difference"), ("like with like", "like with like, logit difference")):
         change = found["llama.cpp"] / found[name] - 1
         print(f"{name}: perplexity {found[name]:.6g}, llama.cpp's {change:+.4%}; logits within {found[key]:.3g}")
+    if arguments.perturb:
+        found_again, apart = perturbed(arguments.file, arguments.checkpoint, windows_WT, arguments.perturb)
+        print(f"perturbed: perplexity {', '.join(f'{one:.6g}' for one in found_again)}; logits within {apart:.3g}")
 
 
 if __name__ == "__main__":
