@@ -142,7 +142,7 @@ def compare(file: Path, checkpoint: Path, windows_WT: Tensor) -> dict[str, float
 
 @torch.inference_mode()
 def perturbed(file: Path, checkpoint: Path, windows_WT: Tensor, runs: int) -> tuple[list[float], float]:
-    """Perplexities of runs like with like whose embeddings differ; how far logits of the first and the last lie apart."""
+    """Perplexities of runs like with like that differ in their embeddings; how far the first and the last lie apart."""
     model: Any = load_quantized(checkpoint, torch.device("cpu"), torch.float32, "emulate")
     round_inputs(model, *roundings(file))
     generator = torch.Generator().manual_seed(0)
