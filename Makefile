@@ -1,12 +1,15 @@
-# make demo: environment, then a real model at 3.6 bits in four ways.   make test: environment, then the whole test suite.
+# make install: environment.   make demo: environment, then a real model at 3.6 bits in four ways.
+# make test: environment, then the whole test suite.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: install demo test lint format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/lqer sweep demo configs/demo.toml three-bits
+
+install: $(VENV)/.runtime
 
 # Two processes of one thread each: the models are too small to gain from more, and bars would drown a failure.
 test: $(VENV)/.dev

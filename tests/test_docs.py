@@ -59,7 +59,7 @@ def test_a_pipeline_command_of_the_readme_and_the_tutorial_is_valid(command):
 def test_the_readme_shows_commands():
     assert len(commands(PIPELINE)) >= 2
     assert len(commands(PIPELINE, TUTORIAL)) >= 3
-    assert len(commands("make")) == 2
+    assert len(commands("make")) == 3
     assert len(commands("sweeps/")) == 1
 
 
