@@ -121,7 +121,7 @@ def rows_of_sweep(table: Path, *, model: str, date: str, hardware: str | None, t
     return merged([], [row for rows in found for row in rows])
 
 
-def _parts(config: Mapping[str, Any]) -> dict[str, str]:
+def _parts(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resolved configuration tells of a scheme besides its name."""
     activation = config["quantize"].get("activation", NOT_QUANTIZED)
     return {"family": family_of(config).name, "activations": "" if activation == NOT_QUANTIZED else activation}
