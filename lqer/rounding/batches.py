@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 # Of the sequences of one batch, int64 (B,), one tensor for each of several states, on the device of that state.
 Numbers = tuple[Tensor, ...]
 
