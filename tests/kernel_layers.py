@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lqer.formats import MXInt, NumberFormat, QuantizedTensor, Trellis
+from lqer.formats import E8P, MXInt, NumberFormat, QuantizedTensor, Trellis
 from lqer.kernels import PackedLinear
+from lqer.transforms.hadamard import RandomHadamard, random_hadamard
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -89,3 +90,28 @@ def random_trellis(number_format: Trellis, n: int, k: int, scale: float = 0.05) 
     codes = torch.randint(0, 1 << number_format.bits, (n // 16, 16 * k), generator=generator, dtype=torch.uint8)
     parts = {"codes": codes.to(DEVICE), "scales": torch.full((1, 1), scale, device=DEVICE)}
     return QuantizedTensor(number_format, (n, k), 1, parts)
+
+
+def random_lattice(n: int, k: int, scale: float = 0.05) -> QuantizedTensor:
+    """A weight [O, I] of random codes, as above."""
+    generator = torch.Generator().manual_seed(n * 7 + k * 3)
+    codes = torch.randint(0, 1 << 16, (n, k // 8), generator=generator)
+    parts = {"codes": codes.to(DEVICE), "scales": torch.full((1, 1), scale, device=DEVICE)}
+    return QuantizedTensor(E8P(2), (n, k), 1, parts)
+
+
+def rotated_layers(weights: list[QuantizedTensor], rank: int, same_input: bool = True) -> list[PackedLinear]:
+    """Linears of one width in a rotated basis, the second one with a bias. same_input: as those of a checkpoint."""
+    packed = []
+    for place, weight in enumerate(weights):
+        n, k = weight.shape
+        own = random_hadamard(n, k, seed=place)
+        shared = random_hadamard(n, k, seed=0) if same_input else own
+        generator = torch.Generator().manual_seed(place)
+        a_IR = torch.randn(k, rank, generator=generator).to(DEVICE) * k**-0.5
+        b_RO = torch.randn(rank, n, generator=generator).to(DEVICE) * 0.05
+        a, b = (MXInt(8).quantize(a_IR, axis=0), MXInt(8).quantize(b_RO, axis=0)) if rank else (None, None)
+        bias_O = torch.ones(n, device=DEVICE) if place == 1 else None
+        rotation = RandomHadamard(shared.input_signs_I, own.output_signs_O)
+        packed.append(PackedLinear.pack(weight, a, b, bias_O, None, DTYPE, rotation))
+    return packed

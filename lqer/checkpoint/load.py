@@ -28,6 +28,7 @@ from lqer.checkpoint.experts import group_experts
 from lqer.checkpoint.linear import build_linear
 from lqer.checkpoint.native import is_native, load_native
 from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE
+from lqer.checkpoint.siblings import join_siblings
 from lqer.checkpoint.verify import CheckpointFiles, Files
 from lqer.errors import ModelError
 from lqer.formats import NumberFormat, format_from_dict
@@ -75,8 +76,11 @@ def load_verified(
     """The same model, from files that are verified as `files` does it."""
     opened = open_verified(files, device, dtype, backend)
     if spans_gpus(device, device_map):
-        return dispatch_all(opened)
-    return opened.whole()
+        model = dispatch_all(opened)
+    else:
+        model = opened.whole()
+    join_siblings(model, opened.blocks)
+    return model
 
 
 def open_quantized(

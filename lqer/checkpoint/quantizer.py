@@ -113,6 +113,10 @@ class LqerQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **options: Any
     ) -> None:
@@ -149,6 +153,7 @@ class LqerQuantizer(HfQuantizer):
         from lqer.checkpoint.experts import group_experts
         from lqer.checkpoint.linear import build_linear
         from lqer.checkpoint.load import choose_backend
+        from lqer.checkpoint.siblings import join_siblings
         from lqer.models.dispatch import launch_on
         from lqer.nn.attention import quantize_attention, quantized_attention
         from lqer.transforms.quarot import carry_over
@@ -168,11 +173,15 @@ class LqerQuantizer(HfQuantizer):
         self._packed |= self._guard()
         if backend == "triton":
             group_experts(model)
-        if backend == "triton" and len({buffer.device for buffer in model.buffers()}) > 1:
-            for block in model.get_submodule(self.quantization_config.blocks["name"]).children():
+        blocks = model.get_submodule(self.quantization_config.blocks["name"])
+        spans = len({buffer.device for buffer in model.buffers()}) > 1
+        if backend == "triton" and spans:
+            for block in blocks.children():
                 launch_on(block, next(block.parameters()).device)
         if self.quantization_config.attention is not None:
             quantize_attention(model, quantized_attention(self.quantization_config.attention))
+        if not spans:  # or else transformers has yet to move hidden states from one GPU to the next
+            join_siblings(model, blocks)
 
     def _guard(self) -> dict[str, Tensor]:
         from lqer.checkpoint.native import guard

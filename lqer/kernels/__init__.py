@@ -6,14 +6,16 @@
 runtime             interpreter or GPU, programmatic dependent launch
 layout, groups, codebook, lattice, trellis     packed weights: integer codes, integers in groups with float scales,
                     learned codebooks, E8P lattice codes, trellis codes; tiles is what the last two have in common
-packed, linear, module        a packed linear, its operator, its module; reference is the same in torch, and first_use
-                    compares them
+packed, spec, linear, module        a packed linear, what its kernels are compiled for, its operator, its module;
+                    reference is the same in torch, and first_use compares them
+joint, siblings     linears of one input side by side, and their modules
 experts_packed, experts_module     the same of all experts of a layer, stacked; experts_reference in torch
 launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table
 gemv, gemm, codebook_kernels, lattice_gemm, trellis_gemm, byte_sums_gemm, dequantize     the kernels of the regimes
 experts, routing    the kernels for experts
 activations, low_rank, branch, split_k, rounding, hadamard, hadamard_tokens, decode, lattice_decode, trellis_decode,
 byte_sums, groups_decode with groups_ptx     what they share
+decode_attention    attention of one token over a static cache
 
 It imports on a machine without a GPU; kernels run on CUDA tensors, or on CPU tensors in Triton's interpreter
 (TRITON_INTERPRET=1).

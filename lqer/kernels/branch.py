@@ -8,12 +8,14 @@ Shapes: M tokens, O out_features, R rank (padded), S partial sums of x A.
 import triton
 import triton.language as tl
 
+from lqer.kernels.low_rank import first_rank_of
+
 PROJECTION_ELEMENTS = tl.constexpr(4096)
 
 
 @triton.jit
 def load_ranks(b_values, rows_O, first_rank, N, rank: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Bᵀ [O, R] of the ranks from `first_rank` on, zero outside B [RP, O]."""
+    """Bᵀ [O, R] of the ranks from `first_rank` on, zero outside B [R, O]."""
     ranks_R = first_rank + tl.arange(0, BLOCK_R)
     place = b_values + ranks_R[None, :] * N + rows_O[:, None]
     return tl.load(place, mask=(rows_O < N)[:, None] & (ranks_R < rank)[None, :], other=0.0)
@@ -23,13 +25,16 @@ def load_ranks(b_values, rows_O, first_rank, N, rank: tl.constexpr, BLOCK_R: tl.
 def add_ranks(
     acc_OM,
     b_OR,  # `load_ranks` from `first_rank` on, loaded early
-    b_values,  # [RP, O] in the dtype of the layer
+    b_values,  # [own rank, O] in the dtype of the layer
     projection,  # partial sums of x A, float32 [projection_splits, M, RP]
     rows_O,
-    first_rank,
+    first_row,  # of rows_O
+    first_rank,  # of this split
+    segments,  # int32 [O / 64], see joint.py, or None
     M,
     N,
-    rank: tl.constexpr,
+    rank: tl.constexpr,  # of all segments
+    own_rank: tl.constexpr,  # of one
     splits: tl.constexpr,
     projection_splits: tl.constexpr,
     BLOCK_S: tl.constexpr,  # projection_splits, as a power of two
@@ -39,12 +44,13 @@ def add_ranks(
     """acc_OM + (x A B)ᵀ over the ranks of a split: BLOCK_R from `first_rank` on, and every splits * BLOCK_R further."""
     BLOCK_N: tl.constexpr = acc_OM.shape[0]
     BLOCK_M: tl.constexpr = acc_OM.shape[1]
-    for turn in tl.static_range(0, rank, splits * BLOCK_R):
+    own = first_rank_of(segments, first_row, own_rank)
+    for turn in tl.static_range(0, own_rank, splits * BLOCK_R):
         first = first_rank + turn
-        if first < rank:
+        if first < own_rank:
             if turn > 0:
-                b_OR = load_ranks(b_values, rows_O, first, N, rank, BLOCK_R)
-            ranks_R = first + tl.arange(0, BLOCK_R)
+                b_OR = load_ranks(b_values, rows_O, first, N, own_rank, BLOCK_R)
+            ranks_R = own + first + tl.arange(0, BLOCK_R)
             xa_MR = _projection(projection, ranks_R, M, rank, projection_splits, BLOCK_S, TOKENS)
             xa_MR = xa_MR.to(b_values.dtype.element_ty).to(tl.float32)
             branch_OM = tl.sum(b_OR.to(tl.float32)[:, None, :] * xa_MR[None, :, :], axis=2)

@@ -35,17 +35,19 @@ def byte_sums_product_kernel(
     x,  # int8 [M, 2, IP], these two as in byte_sums.py
     steps,  # float32 [M, tiles]
     words,  # as in trellis.py
-    scale,  # float32 [1]
-    b_values,  # [RP, O] in the dtype of the layer, or None
+    scales,  # float32 [OP]
+    b_values,  # [own rank, O] in the dtype of the layer, or None
     projection,  # partial sums of x A, float32 [projection_splits, M, RP], or None
     bias,  # [O], or None
+    segments,  # int32 [O / 64], see joint.py, or None
     partial,  # float32 [splits, O, M], or None for one split
     finished,  # int32, a counter per output tile, zero before and after
     y,  # [M, O]
     M,
     N,
     layout: tl.constexpr,
-    rank: tl.constexpr,
+    rank: tl.constexpr,  # of all segments
+    own_rank: tl.constexpr,  # of one
     projection_splits: tl.constexpr,
     BLOCK_S: tl.constexpr,  # projection_splits, as a power of two
     span: tl.constexpr,  # tiles of a warp
@@ -76,8 +78,8 @@ def byte_sums_product_kernel(
         codes = load_groups(words, group_T, lane_T, tile_T, last, layout, groups)
     first_rank = pid_s * BLOCK_R
     if rank > 0:
-        b_OR = load_ranks(b_values, rows_O, first_rank, N, rank, BLOCK_R)
-    weight_scale = tl.load(scale)
+        b_OR = load_ranks(b_values, rows_O, first_rank, N, own_rank, BLOCK_R)
+    scales_O = tl.load(scales + rows_O, mask=rows_O < N, other=0.0)
     if pdl:
         gdc_wait()
         gdc_launch_dependents()
@@ -103,11 +105,11 @@ def byte_sums_product_kernel(
                 sums = add_tile(sums, codes, tokens, layout, groups, blocks)
             codes = next_codes
         acc_OM = sums_tile(sums, warps_k, warps_n, groups, blocks)
-    acc_OM *= weight_scale
+    acc_OM *= scales_O[:, None]
     if rank > 0:
         acc_OM = add_ranks(
-            acc_OM, b_OR, b_values, projection, rows_O, first_rank, M, N, rank, splits, projection_splits, BLOCK_S,
-            TOKENS, BLOCK_R,
+            acc_OM, b_OR, b_values, projection, rows_O, pid_n * BLOCK_N, first_rank, segments, M, N, rank, own_rank,
+            splits, projection_splits, BLOCK_S, TOKENS, BLOCK_R,
         )  # fmt: skip
     finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, splits)
 
@@ -115,7 +117,7 @@ def byte_sums_product_kernel(
 @triton.jit
 def byte_sums_dequantize_kernel(
     words,  # as in trellis.py
-    scale,  # float32 [1]
+    scales,  # float32 [OP]
     w_out,  # [O, I]
     N,
     K,
@@ -128,12 +130,12 @@ def byte_sums_dequantize_kernel(
     group_T = tl.program_id(0) * WARPS + thread_T // 32
     codes = load_groups(words, group_T, lane_T, tile, last, layout, 1)
     sums = byte_sums(codes, layout)
-    weight_scale = tl.load(scale)
     for i in tl.static_range(4):
         half, h = i // 2, i % 2
         row_T = group_T * ROWS_C + lane_T // 4 * 2 + h
         column_T = tile * TILE_C + (half * 4 + lane_T % 4) * 16
-        values_TC = joined(sums[16 * i : 16 * i + 16], 16).to(tl.float32) / 128 * weight_scale
+        scales_T = tl.load(scales + row_T, mask=row_T < N, other=0.0)
+        values_TC = joined(sums[16 * i : 16 * i + 16], 16).to(tl.float32) / 128 * scales_T[:, None]
         place_TC = (row_T.to(tl.int64) * K + column_T)[:, None] + tl.arange(0, 16)[None, :]
         # Columns are multiples of 16.
         inside_TC = ((row_T < N) & (column_T < K))[:, None] & (tl.arange(0, 16) >= 0)[None, :]

@@ -15,6 +15,7 @@ from torch import Tensor
 from lqer.kernels.byte_sums import TOKENS_AT_ONCE
 from lqer.kernels.byte_sums_gemm import byte_sums_dequantize_kernel, byte_sums_product_kernel
 from lqer.kernels.hadamard_launch import Tokens, ranks_of_a_split, run_rotated_product
+from lqer.kernels.joint import segment_numbers
 from lqer.kernels.layout import ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.runtime import launch_options
@@ -66,7 +67,7 @@ def _product(
     launch: ByteSumsLaunch,
 ) -> Tensor:
     """y [M, O] in `dtype`."""
-    weight, rank, m = packed.weight, packed.spec.rank, len(tokens.values)
+    weight, spec, m = packed.weight, packed.spec, len(tokens.values)
     assert isinstance(weight, PackedTrellis)
     layout: TrellisLayout = weight.layout
     warps_k = math.gcd(launch.warps_k, layout.tiles)
@@ -75,13 +76,13 @@ def _product(
     partial = tokens.steps.new_empty((splits, layout.rows, m)) if splits > 1 else None
     y_MO = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
     byte_sums_product_kernel[(tiles_n * splits,)](
-        tokens.values, tokens.steps, weight.words, weight.scales, packed.b_codes, tokens.projection, bias_O, partial,
-        packed.workspace, y_MO, m, layout.rows, layout=layout.compiled, rank=rank,
-        projection_splits=tokens.projection_splits,
+        tokens.values, tokens.steps, weight.words, weight.scales, packed.b_codes, tokens.projection, bias_O,
+        segment_numbers(spec, y_MO.device), partial, packed.workspace, y_MO, m, layout.rows, layout=layout.compiled,
+        rank=spec.rank, own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
         BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=layout.tiles // (warps_k * splits),
         splits=splits, tiles_n=tiles_n, warps_n=launch.warps_n, warps_k=warps_k, groups=launch.groups,
         early=launch.early, BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)), TOKENS=triton.next_power_of_2(m),
-        BLOCK_R=ranks_of_a_split(rank, splits), pdl=pdl, num_warps=launch.warps_n * warps_k,
+        BLOCK_R=ranks_of_a_split(spec.own_rank, splits), pdl=pdl, num_warps=launch.warps_n * warps_k,
         maxnreg=launch.registers, **launch_options(pdl),
     )  # fmt: skip
     return y_MO

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from lqer.kernels.decode import decode_tile, dot, restore_columns
 from lqer.kernels.groups_decode import STRIP_C, plain_values
-from lqer.kernels.low_rank import load_factor
+from lqer.kernels.low_rank import first_rank_of, load_factor
 from lqer.kernels.rounding import round_columns
 
 
@@ -63,12 +63,14 @@ def group_dequantize_kernel(
 def low_rank_kernel(
     y,  # [M, O]
     projection,  # Q(x A) [M, RP]
-    b_codes,  # [RP, O] int8 or values
-    b_exponents,  # [RP / b_block, O] uint8, or None
+    b_codes,  # [own rank, O] int8 or values
+    b_exponents,  # [own rank / b_block, O] uint8, or None
     bias,  # [O], or None
+    segments,  # int32 [O / 64], see joint.py, or None
     M,
     N,
-    rank: tl.constexpr,
+    rank: tl.constexpr,  # of all segments
+    own_rank: tl.constexpr,  # of one
     b_block: tl.constexpr,
     rounding: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -81,10 +83,11 @@ def low_rank_kernel(
     row_inside = (rows_M < M)[:, None]
     dtype: tl.constexpr = y.dtype.element_ty
     product_MO = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in tl.static_range(0, rank, BLOCK_R):
-        place = projection + rows_M.to(tl.int64)[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
+    first_rank = first_rank_of(segments, tl.program_id(0) * BLOCK_N, own_rank)
+    for first in tl.static_range(0, own_rank, BLOCK_R):
+        place = projection + rows_M.to(tl.int64)[:, None] * rank + first_rank + first + tl.arange(0, BLOCK_R)[None, :]
         xa_MR = tl.load(place, mask=row_inside, other=0.0)
-        b_RO = load_factor(b_codes, b_exponents, first, columns_O, N, rank, BLOCK_R, b_block, dtype)
+        b_RO = load_factor(b_codes, b_exponents, first, columns_O, N, own_rank, BLOCK_R, b_block, dtype)
         product_MO = dot(xa_MR, b_RO, product_MO)
     if rounding.bits > 0:
         product_MO = round_columns(product_MO, rounding)

@@ -20,6 +20,7 @@ from lqer.kernels.codebook_launch import dequantize_codebook
 from lqer.kernels.dequantize import dequantize_kernel, group_dequantize_kernel, low_rank_kernel
 from lqer.kernels.groups import PackedGroups
 from lqer.kernels.input_launch import dense_rows, rank_block, round_activations
+from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import PackedLattice
 from lqer.kernels.lattice_launch import dequantize_lattice
 from lqer.kernels.layout import ROW_PADDING, ROWS
@@ -78,7 +79,7 @@ def low_rank_buffers(x_MI: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor
 
 def project(x_MI: Tensor, packed: PackedLinear, rounded_MI: Tensor, projection_MR: Tensor) -> None:
     """Round x to the layer's activation format, if it has one, into rounded_MI; Q(x_q A) into projection_MR."""
-    spec, block_r, (m, k) = packed.spec, rank_block(packed.spec.rank), x_MI.shape
+    spec, block_r, (m, k) = packed.spec, rank_block(packed.spec.own_rank), x_MI.shape
     tiles_m, rank_blocks = -(-m // PROJECTED_ROWS), spec.rank // block_r
     steps, wanted = -(-k // PROJECTED_COLUMNS), PROJECTING_PROGRAMS // (tiles_m * rank_blocks)
     # A power of two, because every different number is compiled anew.
@@ -98,9 +99,10 @@ def write_low_rank(projection_MR: Tensor, packed: PackedLinear, y_MO: Tensor) ->
     """y = Q(Q(x A) B) + b; projection_MR: Q(x A)."""
     spec, (m, n) = packed.spec, y_MO.shape
     low_rank_kernel[-(-n // LOW_RANK_COLUMNS), -(-m // LOW_RANK_ROWS)](
-        y_MO, projection_MR, packed.b_codes, packed.b_exponents, packed.bias_O, m, n, rank=spec.rank,
-        b_block=spec.b_block, rounding=spec.rounding, BLOCK_N=LOW_RANK_COLUMNS, BLOCK_M=LOW_RANK_ROWS,
-        BLOCK_R=rank_block(spec.rank), num_warps=LOW_RANK_WARPS,
+        y_MO, projection_MR, packed.b_codes, packed.b_exponents, packed.bias_O,
+        segment_numbers(spec, y_MO.device), m, n, rank=spec.rank, own_rank=spec.own_rank, b_block=spec.b_block,
+        rounding=spec.rounding, BLOCK_N=LOW_RANK_COLUMNS, BLOCK_M=LOW_RANK_ROWS,
+        BLOCK_R=rank_block(spec.own_rank), num_warps=LOW_RANK_WARPS,
     )  # fmt: skip
 
 

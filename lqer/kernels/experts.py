@@ -101,8 +101,8 @@ def experts_kernel(
         if b_exponents is not None:
             exponents += matrix * (rank // b_block) * N
         acc_OM = low_rank_product(
-            projection + half.to(tl.int64) * P * rank, b_codes + matrix * rank * N, exponents, rows_O, rows_M, end, N,
-            x.dtype.element_ty, rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding, is_grouped(layout),
+            projection + half.to(tl.int64) * P * rank, b_codes + matrix * rank * N, exponents, 0, rows_O, rows_M, end,
+            N, x.dtype.element_ty, rank, rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding, is_grouped(layout),
         )  # fmt: skip
     else:
         if high is not None:
@@ -111,7 +111,7 @@ def experts_kernel(
             zeros += matrix * scales_stride
         acc_OM = product(
             x, words + matrix * words_stride, high, scales + matrix * scales_stride, zeros, pid_n * BLOCK_N, first,
-            pid_s, end, N, K, x_stride, order, fan, layout, False, BLOCK_N, BLOCK_M, splits, stages,
+            pid_s, end, N, K, x_stride, order, fan, layout, False, BLOCK_N, BLOCK_M, splits, stages, False,
         )  # fmt: skip
     if bias is not None:
         bias += matrix * N

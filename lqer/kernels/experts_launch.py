@@ -22,8 +22,8 @@ from lqer.kernels.groups import GroupLayout
 from lqer.kernels.input_launch import dense_rows, rank_block, round_activations
 from lqer.kernels.integer_launch import PROJECTION_COLUMNS, register_limit, whole_strips
 from lqer.kernels.layout import ROW_PADDING, Layout
-from lqer.kernels.packed import ActivationRounding, Spec
 from lqer.kernels.routing import combine_kernel, route_kernel
+from lqer.kernels.spec import ActivationRounding, Spec
 from lqer.kernels.tuning import GemmLaunch, experts_launch
 
 # Sorted by counting in one program; more are sorted by a library.

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lqer.kernels.experts_launch import run_down, run_up
 from lqer.kernels.experts_packed import NAMES, PackedExperts
 from lqer.kernels.experts_reference import reference_down, reference_up
-from lqer.kernels.packed import Spec, decode_spec
 from lqer.kernels.runtime import INTERPRETED
+from lqer.kernels.spec import Spec, decode_spec
 
 # Activations of gate that the kernel computes.
 GATES = ("silu", "gelu", "gelu_tanh")

@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.layout import Layout
-from lqer.kernels.packed import PackedLinear, Spec, weight_of
+from lqer.kernels.packed import PackedLinear, weight_of
+from lqer.kernels.spec import Spec
 
 # In the order in which operators take them.
 NAMES = ("words", "high", "scales", "zeros", "bias", "a_codes", "a_exponents", "b_codes", "b_exponents")

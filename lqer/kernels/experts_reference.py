@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lqer.kernels.experts_packed import PackedExperts
-from lqer.kernels.packed import Spec
 from lqer.kernels.reference import reference_linear
+from lqer.kernels.spec import Spec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -14,7 +14,7 @@ import triton.language as tl
 from lqer.kernels.decode import decode_tile, dot, permute_columns, rows_of_x
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.groups_decode import group_product
-from lqer.kernels.low_rank import await_projection, load_factor, produce_projection
+from lqer.kernels.low_rank import await_projection, first_rank_of, load_factor, produce_projection
 from lqer.kernels.rounding import round_rows
 from lqer.kernels.split_k import finish_tile
 
@@ -37,20 +37,22 @@ def gemm_kernel(
     bias,  # [O], or None
     a_codes,  # Aᵀ [RP, IP] int8 or plain, or None
     a_exponents,  # [RP, IP / a_block] uint8, or None
-    b_codes,  # [RP, O] int8 or plain, or None
-    b_exponents,  # [RP / b_block, O] uint8, or None
+    b_codes,  # [own rank, O] int8 or plain, or None
+    b_exponents,  # [own rank / b_block, O] uint8, or None
     partial,  # [splits, + 1 with a branch, O, M] float32, or None for one partial sum
     finished,  # int32, a counter per output tile, zero before and after
     projection_partial,  # [projection_splits, M, RP] float32, or None
     projection,  # Q(x A) [M, RP], or None
     counters,  # int32, of the branch (low_rank.py), zero before and after
+    segments,  # int32 [O / 64], see joint.py, or None
     y,  # [M, O]
     M,
     N,
     K,
     x_stride,  # between rows of x
     given_stride,
-    rank: tl.constexpr,
+    rank: tl.constexpr,  # of all segments
+    own_rank: tl.constexpr,  # of one
     layout: tl.constexpr,  # RowLayout or GroupLayout
     ordered: tl.constexpr,  # x is in kernel order
     rounding: tl.constexpr,  # ActivationRounding
@@ -65,6 +67,7 @@ def gemm_kernel(
     BLOCK_R: tl.constexpr,
     splits: tl.constexpr,
     stages: tl.constexpr,
+    pdl: tl.constexpr,  # only for integer groups without a branch
 ):
     """By program number: first the splits of Q(x A), then those of W x, then the branch of every output tile."""
     pid = tl.program_id(0)
@@ -86,13 +89,14 @@ def gemm_kernel(
     if rank > 0 and pid >= products:
         await_projection(counters, pid_m, tiles_n, rank // BLOCK_R)
         acc_OM = low_rank_product(
-            projection, b_codes, b_exponents, rows_O, rows_M, M, N, x.dtype.element_ty,
-            rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding, is_grouped(layout),
+            projection, b_codes, b_exponents, first_rank_of(segments, pid_n * BLOCK_N, own_rank), rows_O, rows_M,
+            M, N, x.dtype.element_ty, rank, own_rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding,
+            is_grouped(layout),
         )  # fmt: skip
     else:
         acc_OM = product(
             x, words, high, scales, zeros, pid_n * BLOCK_N, pid_m * BLOCK_M, pid_s, M, N, K, x_stride, None, 1,
-            layout, ordered, BLOCK_N, BLOCK_M, splits, stages,
+            layout, ordered, BLOCK_N, BLOCK_M, splits, stages, pdl,
         )  # fmt: skip
 
     parts: tl.constexpr = splits + (1 if rank > 0 else 0)
@@ -125,12 +129,13 @@ def product(
     BLOCK_M: tl.constexpr,
     splits: tl.constexpr,
     stages: tl.constexpr,
+    pdl: tl.constexpr,  # only for integer groups
 ):
     """W xᵀ over one split of K, float32 [O, M]."""
     if is_grouped(layout):
         return group_product(
             x, words, scales, zeros, first_row, first_token, pid_s, M, N, x_stride, order, fan,
-            layout, BLOCK_N, BLOCK_M, splits, stages,
+            layout, BLOCK_N, BLOCK_M, splits, stages, pdl,
         )  # fmt: skip
     else:
         dtype: tl.constexpr = x.dtype.element_ty
@@ -156,12 +161,14 @@ def low_rank_product(
     projection,
     b_codes,
     b_exponents,
+    first_rank,
     rows_O,
     rows_M,
     M,
     N,
     dtype: tl.constexpr,
     rank: tl.constexpr,
+    own_rank: tl.constexpr,
     b_block: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -172,9 +179,9 @@ def low_rank_product(
     """Q(Q(x A) B)ᵀ, float32 [O, M]."""
     product_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # Copied ahead, B would take the shared memory of integer groups.
-    for first in tl.range(0, rank, BLOCK_R, num_stages=1 if grouped else 3):
-        b_RO = load_factor(b_codes, b_exponents, first, rows_O, N, rank, BLOCK_R, b_block, dtype)
-        xa_place = projection + rows_M[:, None] * rank + first + tl.arange(0, BLOCK_R)[None, :]
+    for first in tl.range(0, own_rank, BLOCK_R, num_stages=1 if grouped else 3):
+        b_RO = load_factor(b_codes, b_exponents, first, rows_O, N, own_rank, BLOCK_R, b_block, dtype)
+        xa_place = projection + rows_M[:, None] * rank + first_rank + first + tl.arange(0, BLOCK_R)[None, :]
         xa_MR = tl.load(xa_place, mask=(rows_M < M)[:, None], other=0.0)
         product_OM = dot(tl.trans(b_RO), tl.trans(xa_MR), product_OM)
     if rounding.bits > 0:

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lqer.kernels.decode import ROWS_C, WORDS_C, exponent_to_scale
-from lqer.kernels.low_rank import load_factor, project_rank
+from lqer.kernels.low_rank import first_rank_of, load_factor, project_rank
 from lqer.kernels.rounding import mxint_codes, round_columns
 from lqer.kernels.runtime import INTERPRETED
 
@@ -148,12 +148,13 @@ def gemv_kernel(
     words,  # as in layout.py
     exponents,  # uint8, its scales
     bias,  # [O], or None
-    vector,  # int32 [IP / 2 + RP], from prepare_vector_kernel
-    b_codes,  # [RP, O] int8 or values, or None
-    b_exponents,  # [RP / b_block, O] uint8, or None
+    vector,  # int32 [IP / 2 + RP], from prepare_vector_kernel; RP is that of all segments
+    b_codes,  # [own rank, O] int8 or values, or None
+    b_exponents,  # [own rank / b_block, O] uint8, or None
+    segments,  # int32 [O / 64], see joint.py, or None
     y,  # [1, O]
     N,
-    rank: tl.constexpr,
+    rank: tl.constexpr,  # of one segment
     tiles: tl.constexpr,
     per_tile: tl.constexpr,  # exponents of a row in a tile
     mid_rise: tl.constexpr,  # a code u stands for u - 7.5, not u - 8
@@ -172,13 +173,14 @@ def gemv_kernel(
     w, e = _load_tiles(words, exponents, rows_O, 0, tiles, per_tile, BLOCK_T)
     if rank > 0:
         b_RO = load_factor(b_codes, b_exponents, 0, rows_O, N, rank, rank, b_block, tl.float32)
+        first_rank = first_rank_of(segments, tl.program_id(0) * BLOCK_N, rank)
     if pdl:
         gdc_wait()
         # The next kernel may start now and prefetch its weights.
         gdc_launch_dependents()
     if rank > 0:
         # Loaded here to hide its latency behind the product.
-        xa_MR = tl.load(_as_floats(vector + padded // 2) + tl.arange(0, rank)).reshape(1, rank)
+        xa_MR = tl.load(_as_floats(vector + padded // 2) + first_rank + tl.arange(0, rank)).reshape(1, rank)
     acc = tl.zeros(shape, tl.float32)
     for first in range(0, tiles, BLOCK_T):
         next_w, next_e = _load_tiles(words, exponents, rows_O, first + BLOCK_T, tiles, per_tile, BLOCK_T)

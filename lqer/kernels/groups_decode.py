@@ -9,7 +9,7 @@ tokens 2 t and 2 t + 1. What `strip_places`, `token_places`, `no_sums` and `add_
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import num_warps
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, num_warps
 
 from lqer.kernels.decode import ROWS_C, rows_of_x
 from lqer.kernels.groups import LANES, STRIP
@@ -197,8 +197,9 @@ def group_product(
     BLOCK_M: tl.constexpr,
     splits: tl.constexpr,
     stages: tl.constexpr,
+    pdl: tl.constexpr,
 ):
-    """W xᵀ over the strips of one split, float32 [O, M]."""
+    """W xᵀ over the strips of one split, float32 [O, M]; the first strips are copied before the kernel before ends."""
     first, end = pid_s * layout.strips // splits, (pid_s + 1) * layout.strips // splits
     if INTERPRETED:
         rows_O, rows_M = first_row + tl.arange(0, BLOCK_N), first_token + tl.arange(0, BLOCK_M)
@@ -231,6 +232,9 @@ def group_product(
             ahead_T = strip_T + n * sharing
             places_T = strip_places(words, scales, zeros, group_T, lane_T, ahead_T, layout)
             fetch(places_T, slots_T + n * size, ahead_T < end, layout, rows)
+        if pdl:
+            gdc_wait()
+            gdc_launch_dependents()
         tokens_T = token_places(x, x_stride, lane_T, first_token, M, order, fan, blocks)
         sums = no_sums(lane_T, rows * blocks)
         # A number of turns that the compiler does not know: unrolled, the loop does not fit the instruction cache.

@@ -150,14 +150,29 @@ def store_integers(x_T, x_out, steps, columns_T, padded: tl.constexpr):
 
 
 @triton.jit
+def output_place(places, block, A: tl.constexpr, B: tl.constexpr):
+    """Of a block of outputs: first column of its rotation, blocks of that, offset of its row of Oᵀ, and own column.
+
+    places: int32 [blocks, 4], these numbers, where rotations lie side by side; None for a single one.
+    """
+    if places is None:
+        return 0, A, block * A, block * B
+    else:
+        place = places + block * 4
+        return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+
+
+@triton.jit
 def hadamard_output_kernel(
     y,  # float32 [M, O]
     signs,  # [O]
-    outer,  # Oᵀ, float32 [A, A]
+    outer,  # Oᵀ, float32 [A, A]; of several rotations, one after the other
+    places,  # see output_place
     bias,  # [O], or None
     y_out,  # [M, O]
     M,
-    A: tl.constexpr,
+    N,
+    A: tl.constexpr,  # of the longest rotation
     BLOCK_A: tl.constexpr,
     B: tl.constexpr,
     factor: tl.constexpr,  # 1 / sqrt(B), and the headroom of float16
@@ -165,9 +180,10 @@ def hadamard_output_kernel(
 ):
     """One block of signs ⊙ Hᵀ y + bias."""
     block, m = tl.program_id(0), tl.program_id(1)
-    columns_B = block * B + tl.arange(0, B)
+    start, blocks, row, column = output_place(places, block, A, B)
+    columns_B = column + tl.arange(0, B)
     blocks_A = tl.arange(0, BLOCK_A)
-    row_A1 = tl.load(outer + block * A + blocks_A, mask=blocks_A < A, other=0.0)[:, None] * factor
+    row_A1 = tl.load(outer + row + blocks_A, mask=blocks_A < blocks, other=0.0)[:, None] * factor
     signs_B = tl.load(signs + columns_B).to(tl.float32)
     if bias is not None:
         bias_B = tl.load(bias + columns_B).to(tl.float32)
@@ -175,9 +191,9 @@ def hadamard_output_kernel(
     if pdl:
         gdc_wait()
         gdc_launch_dependents()
-    place_AB = m.to(tl.int64) * (A * B) + blocks_A[:, None] * B + tl.arange(0, B)[None, :]
-    y_AB = tl.load(y + place_AB, mask=(blocks_A < A)[:, None], other=0.0)
+    place_AB = m.to(tl.int64) * N + start + blocks_A[:, None] * B + tl.arange(0, B)[None, :]
+    y_AB = tl.load(y + place_AB, mask=(blocks_A < blocks)[:, None], other=0.0)
     y_B = _blocks(y_AB, row_A1, negative_BB).reshape(B) * signs_B
     if bias is not None:
         y_B += bias_B
-    tl.store(y_out + m.to(tl.int64) * (A * B) + columns_B, y_B.to(y_out.dtype.element_ty))
+    tl.store(y_out + m.to(tl.int64) * N + columns_B, y_B.to(y_out.dtype.element_ty))

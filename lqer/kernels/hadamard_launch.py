@@ -18,8 +18,9 @@ from lqer.kernels.hadamard import hadamard_input_kernel, hadamard_output_kernel
 from lqer.kernels.hadamard_tokens import ROWS_AT_ONCE, hadamard_input_tokens_kernel, hadamard_output_tokens_kernel
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.runtime import launch_options
+from lqer.kernels.spec import Spec
 from lqer.kernels.tiles import TILE_K
-from lqer.transforms.hadamard import FLOAT16_HEADROOM, RandomHadamard, run_rotated, small_factor, small_order
+from lqer.transforms.hadamard import FLOAT16_HEADROOM, run_rotated, small_factor, small_order
 
 LARGEST_BLOCK = 128  # outputs of a rotation of one token, for one program
 LARGEST_BLOCK_OF_TOKENS = 512  # of several
@@ -61,6 +62,47 @@ def hadamard_factors(length: int, inverse: bool, device: torch.device, largest: 
     return HadamardFactors(outer.to(torch.float32).contiguous().to(device), block)
 
 
+@dataclass(frozen=True)
+class InverseFactors:
+    """Hᵀ of one length, or of several side by side with blocks of one size: what the rotation of outputs reads.
+
+    outer: Oᵀ [A, A] in float32, or those of all, flat and one after the other. places: see `output_place` of
+    hadamard.py, or None. count: blocks of outputs.
+    """
+
+    outer: Tensor
+    places: Tensor | None
+    block: int
+    count: int
+
+    @property
+    def factor(self) -> float:
+        """1 / sqrt(block), which normalises H_block."""
+        return 1 / math.sqrt(self.block)
+
+
+@lru_cache
+def inverse_factors(spec: Spec, device: torch.device, largest: int) -> InverseFactors:
+    """The factors of the inverse rotation of a layer's outputs; cached as those of `hadamard_factors`."""
+    if not spec.segments:
+        rows = spec.layout.rows
+        factors = hadamard_factors(rows, True, device, largest)
+        return InverseFactors(factors.outer, None, factors.block, rows // factors.block)
+    block = min(largest, *(segment.rows // small_order(segment.rows) for segment in spec.segments))
+    outers: dict[int, Tensor] = {}
+    offsets: dict[int, int] = {}
+    places = []
+    for segment in spec.segments:
+        blocks = segment.rows // block
+        if segment.rows not in outers:
+            offsets[segment.rows] = sum(outer.numel() for outer in outers.values())
+            outers[segment.rows] = hadamard_factors(segment.rows, True, device, block).outer
+        row = offsets[segment.rows]
+        places += [(segment.start, blocks, row + i * blocks, segment.start + i * block) for i in range(blocks)]
+    outer = torch.cat([outer.flatten() for outer in outers.values()])
+    return InverseFactors(outer, torch.tensor(places, dtype=torch.int32, device=device), block, len(places))
+
+
 @lru_cache
 def fits_hadamard(length: int) -> bool:
     """Whether the kernels rotate vectors of this length; torch rotates the others."""
@@ -79,17 +121,23 @@ def tokens_of_a_program(block: int) -> int:
 
 def rotates_in_kernels(packed: PackedLinear) -> bool:
     """Whether the kernels can apply the layer's rotations (also true if it has none)."""
-    layout = packed.spec.layout
-    return packed.input_signs_I is None or (fits_hadamard(layout.columns) and fits_hadamard(layout.rows))
+    if packed.input_signs_I is None:
+        return True
+    spec = packed.spec
+    if not spec.segments:
+        return fits_hadamard(spec.layout.columns) and fits_hadamard(spec.layout.rows)
+    lengths = [segment.rows for segment in spec.segments]
+    block = min(LARGEST_BLOCK, *(length // small_order(length) for length in lengths))
+    return fits_hadamard(spec.layout.columns) and max(lengths) // block <= LARGEST_OUTER
 
 
 def run_between_rotations(x_MI: Tensor, packed: PackedLinear, run: Callable[[Tensor, PackedLinear], Tensor]) -> Tensor:
     """y = `run` between the layer's rotations, if it has any, by torch."""
-    if packed.input_signs_I is None or packed.output_signs_O is None:
+    rotation = packed.rotation
+    if rotation is None:
         return run(x_MI, packed)
-    hadamard = RandomHadamard(packed.input_signs_I, packed.output_signs_O)
     inner = replace(packed, bias_O=None, input_signs_I=None, output_signs_O=None)
-    return run_rotated(x_MI, hadamard, packed.bias_O, lambda x: run(x, inner))
+    return run_rotated(x_MI, rotation, packed.bias_O, lambda x: run(x, inner))
 
 
 def headroom(dtype: torch.dtype) -> float:
@@ -130,19 +178,21 @@ def run_rotated_product(
     y_MO = product(_prepare(x_MI, packed, signs_I, empty, pdl), None, torch.float32)
     m, n = y_MO.shape
     y_out = x_MI.new_empty(m, n, dtype=dtype)
-    if together(m, n):
-        inverse = hadamard_factors(n, True, x_MI.device, LARGEST_BLOCK_OF_TOKENS)
-        hadamard_output_tokens_kernel[n // inverse.block, -(-m // tokens_of_a_program(inverse.block))](
-            y_MO, signs_O, inverse.outer, packed.bias_O, y_out, m, A=n // inverse.block, B=inverse.block,
-            factor=inverse.factor * headroom(x_MI.dtype), pdl=pdl, num_warps=HADAMARD_WARPS, **launch_options(pdl),
+    lengths = [segment.rows for segment in packed.spec.segments] or [n]
+    several = all(together(m, length) for length in lengths)
+    inverse = inverse_factors(packed.spec, x_MI.device, LARGEST_BLOCK_OF_TOKENS if several else LARGEST_BLOCK)
+    blocks = max(lengths) // inverse.block
+    arguments = (y_MO, signs_O, inverse.outer, inverse.places, packed.bias_O, y_out, m, n)
+    factor = inverse.factor * headroom(x_MI.dtype)
+    if several:
+        hadamard_output_tokens_kernel[inverse.count, -(-m // tokens_of_a_program(inverse.block))](
+            *arguments, A=blocks, B=inverse.block, factor=factor, pdl=pdl, num_warps=HADAMARD_WARPS,
+            **launch_options(pdl),
         )  # fmt: skip
         return y_out
-    inverse = hadamard_factors(n, True, x_MI.device, LARGEST_BLOCK)
-    blocks = n // inverse.block
-    hadamard_output_kernel[blocks, m](
-        y_MO, signs_O, inverse.outer, packed.bias_O, y_out, m, A=blocks, BLOCK_A=triton.next_power_of_2(blocks),
-        B=inverse.block, factor=inverse.factor * headroom(x_MI.dtype), pdl=pdl, num_warps=HADAMARD_WARPS,
-        **launch_options(pdl),
+    hadamard_output_kernel[inverse.count, m](
+        *arguments, A=blocks, BLOCK_A=triton.next_power_of_2(blocks), B=inverse.block, factor=factor, pdl=pdl,
+        num_warps=HADAMARD_WARPS, **launch_options(pdl),
     )  # fmt: skip
     return y_out
 
@@ -158,7 +208,7 @@ def _prepare(
         hadamard_input_tokens_kernel[blocks, -(-m // tokens_of_a_program(several.block))](
             x_MI, signs_I, several.outer, packed.a_codes, tokens.values, tokens.steps, tokens.projection, m,
             x_MI.stride(0), rank=rank, tiles=tiles, A=k // several.block, B=several.block,
-            BLOCK_R=min(rank, RANKS_AT_ONCE), factor=several.factor / headroom(x_MI.dtype), pdl=pdl,
+            BLOCK_R=min(packed.spec.own_rank, RANKS_AT_ONCE), factor=several.factor / headroom(x_MI.dtype), pdl=pdl,
             num_warps=HADAMARD_WARPS, **launch_options(pdl),
         )  # fmt: skip
         return tokens
@@ -168,7 +218,7 @@ def _prepare(
     hadamard_input_kernel[tiles, m](
         x_MI, signs_I, None if factors is None else factors.outer, packed.a_codes, tokens.values, tokens.steps,
         tokens.projection, m, k, x_MI.stride(0), rank=rank, tiles=tiles, A=blocks,
-        BLOCK_A=triton.next_power_of_2(blocks), B=block, BLOCK_R=min(rank, RANKS_AT_ONCE),
+        BLOCK_A=triton.next_power_of_2(blocks), B=block, BLOCK_R=min(packed.spec.own_rank, RANKS_AT_ONCE),
         factor=1.0 if factors is None else factors.factor / headroom(x_MI.dtype), pdl=pdl,
         num_warps=HADAMARD_WARPS, **launch_options(pdl),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lqer.kernels.hadamard import LARGEST_ROOM, odd_overlap, scale_up
+from lqer.kernels.hadamard import LARGEST_ROOM, odd_overlap, output_place, scale_up
 from lqer.kernels.lattice_decode import TILE_C, token_order
 from lqer.kernels.rounding import ROUNDER
 from lqer.kernels.runtime import INTERPRETED
@@ -25,16 +25,15 @@ PART = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
 
 
 @triton.jit
-def load_sums(x, signs, outer, block, rows_M, stride, A: tl.constexpr, B: tl.constexpr, factor: tl.constexpr):
-    """Row `block` of O times the tokens [M, B], float32; zero for blocks from A on. signs: [I], or None."""
+def load_sums(x, signs, row, rows_M, stride, limit, A, B: tl.constexpr, factor: tl.constexpr):
+    """A row of O [A], times the tokens [M, B], float32; zero if limit is 0, else it is A. signs: [I], or None."""
     columns_B = tl.arange(0, B)
     sum_MB = tl.zeros((rows_M.shape[0], B), tl.float32)
-    limit = tl.where(block < A, A, 0)
     for first in range(0, A, BLOCKS_AT_ONCE):
         for i in tl.static_range(BLOCKS_AT_ONCE):
             a = first + i
             inside = limit > a
-            weight = tl.load(outer + block * A + a, mask=inside, other=0.0) * factor
+            weight = tl.load(row + a, mask=inside, other=0.0) * factor
             place_B = a * B + columns_B
             inside_B = limit > a + 0 * columns_B
             x_MB = tl.load(
@@ -100,7 +99,8 @@ def hadamard_input_tokens_kernel(
     if pdl:
         gdc_launch_dependents()
         gdc_wait()
-    sum_MB = load_sums(x, signs, outer, block, tl.minimum(rows_M, M - 1), x_stride, A, B, factor)
+    limit = tl.where(block < A, A, 0)
+    sum_MB = load_sums(x, signs, outer + block * A, tl.minimum(rows_M, M - 1), x_stride, limit, A, B, factor)
     rotated_MPT = transform(sum_MB, sign_TT).to(dtype)
     tiles_P = block * P + tl.arange(0, P)
     inside_MP = (rows_M < M)[:, None] & (tiles_P < tiles)[None, :]
@@ -153,11 +153,13 @@ def hadamard_input_tokens_kernel(
 def hadamard_output_tokens_kernel(
     y,  # float32 [M, O]
     signs,  # [O]
-    outer,  # Oᵀ, float32 [A, A]
+    outer,  # these two as in hadamard.py
+    places,
     bias,  # [O], or None
     y_out,  # [M, O]
     M,
-    A: tl.constexpr,
+    N,
+    A: tl.constexpr,  # of the longest rotation
     B: tl.constexpr,
     factor: tl.constexpr,  # 1 / sqrt(B), and the headroom of float16
     pdl: tl.constexpr,
@@ -167,16 +169,17 @@ def hadamard_output_tokens_kernel(
     P: tl.constexpr = B // TILE_C
     TOKENS: tl.constexpr = ROWS_AT_ONCE // P
     rows_M = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    columns_PT = block * B + tl.arange(0, P)[:, None] * TILE_C + tl.arange(0, TILE_C)[None, :]
+    start, blocks, row, column = output_place(places, block, A, B)
+    columns_PT = column + tl.arange(0, P)[:, None] * TILE_C + tl.arange(0, TILE_C)[None, :]
     signs_PT = tl.load(signs + columns_PT).to(tl.float32)
     sign_TT = sign_matrix()
     if pdl:
         gdc_wait()
         gdc_launch_dependents()
-    sum_MB = load_sums(y, None, outer, block, tl.minimum(rows_M, M - 1), A * B, A, B, factor)
+    sum_MB = load_sums(y + start, None, outer + row, tl.minimum(rows_M, M - 1), N, blocks, blocks, B, factor)
     y_MPT = transform(sum_MB, sign_TT) * signs_PT[None, :, :]
     if bias is not None:
         y_MPT += tl.load(bias + columns_PT).to(tl.float32)[None, :, :]
-    place_MPT = rows_M.to(tl.int64)[:, None, None] * (A * B) + columns_PT[None, :, :]
+    place_MPT = rows_M.to(tl.int64)[:, None, None] * N + columns_PT[None, :, :]
     inside_MPT = (rows_M < M)[:, None, None] & (columns_PT >= 0)[None, :, :]
     tl.store(y_out + place_MPT, y_MPT.to(y_out.dtype.element_ty), mask=inside_MPT)

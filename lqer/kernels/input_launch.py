@@ -10,7 +10,7 @@ from torch import Tensor
 from lqer.kernels import runtime
 from lqer.kernels.activations import round_kernel
 from lqer.kernels.layout import Layout
-from lqer.kernels.packed import Spec
+from lqer.kernels.spec import Spec
 
 ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
 MAX_RANK_BLOCK = 64
@@ -22,7 +22,7 @@ def dense_rows(x_MI: Tensor) -> Tensor:
 
 
 def rank_block(rank: int) -> int:
-    """Ranks that a program multiplies at once."""
+    """Ranks of a linear that a program multiplies at once."""
     return min(max(rank, 16), MAX_RANK_BLOCK)
 
 

@@ -16,8 +16,10 @@ from lqer.kernels.gemm import gemm_kernel
 from lqer.kernels.gemv import gemv_kernel, prepare_vector_kernel
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.input_launch import dense_rows, rank_block, round_activations
+from lqer.kernels.joint import segment_numbers
 from lqer.kernels.layout import ROW_PADDING, ROWS, Layout, PackedWeight
 from lqer.kernels.packed import PROJECTION_COUNTERS, TOKEN_TILES, PackedLinear
+from lqer.kernels.spec import Spec
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 
 PROJECTION_COLUMNS = 256  # of x, for one program
@@ -33,7 +35,7 @@ def fits_gemv(packed: PackedLinear) -> bool:
     spec, layout = packed.spec, packed.spec.layout
     assert isinstance(layout, Layout)
     weight_fits = layout.exponents and layout.bits == 4 and layout.block in (16, 32)
-    return weight_fits and spec.rounding.bits > 0 and spec.rank <= GEMV_MAX_RANK
+    return weight_fits and spec.rounding.bits > 0 and spec.own_rank <= GEMV_MAX_RANK
 
 
 def fits_gemm(packed: PackedLinear, tokens: int, launch: GemmLaunch) -> bool:
@@ -41,7 +43,7 @@ def fits_gemm(packed: PackedLinear, tokens: int, launch: GemmLaunch) -> bool:
     token_tiles = -(-tokens // launch.block_m)
     if launch.block_n % rows_together(packed):
         return False
-    return token_tiles <= TOKEN_TILES and low_rank_counters(packed.spec.rank) * token_tiles <= PROJECTION_COUNTERS
+    return token_tiles <= TOKEN_TILES and low_rank_counters(packed.spec) * token_tiles <= PROJECTION_COUNTERS
 
 
 def rows_together(packed: PackedLinear) -> int:
@@ -49,9 +51,9 @@ def rows_together(packed: PackedLinear) -> int:
     return max(1, packed.spec.rounding.block) if packed.spec.rank and packed.spec.rounding.bits else 1
 
 
-def low_rank_counters(rank: int) -> int:
+def low_rank_counters(spec: Spec) -> int:
     """Counters that the low-rank branch needs for a tile of tokens (low_rank.py)."""
-    return 1 + rank // rank_block(rank) if rank else 0
+    return 1 + spec.rank // rank_block(spec.own_rank) if spec.rank else 0
 
 
 def run_gemv(x_1I: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -72,10 +74,10 @@ def run_gemv(x_1I: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     )  # fmt: skip
     y_1O = x_1I.new_empty(1, layout.rows, dtype=out_dtype)
     gemv_kernel[(-(-layout.rows // launch.block_n),)](
-        weight.words, weight.scales, packed.bias_O, vector, packed.b_codes, packed.b_exponents, y_1O,
-        layout.rows, rank=spec.rank, tiles=layout.tiles, per_tile=layout.scales_per_tile,
-        mid_rise=layout.mid_rise, rounding=spec.rounding, b_block=spec.b_block, BLOCK_N=launch.block_n,
-        BLOCK_T=launch.block_t, pdl=pdl, num_warps=launch.warps, **runtime.launch_options(pdl),
+        weight.words, weight.scales, packed.bias_O, vector, packed.b_codes, packed.b_exponents,
+        segment_numbers(spec, x_1I.device), y_1O, layout.rows, rank=spec.own_rank, tiles=layout.tiles,
+        per_tile=layout.scales_per_tile, mid_rise=layout.mid_rise, rounding=spec.rounding, b_block=spec.b_block,
+        BLOCK_N=launch.block_n, BLOCK_T=launch.block_t, pdl=pdl, num_warps=launch.warps, **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_1O
 
@@ -129,17 +131,28 @@ def _product(
     partial = given.new_empty((parts, n, m), dtype=torch.float32) if parts > 1 else None
     projection = _projection(given, packed)
     producers = projection.splits * projection.rank_blocks * tiles_m
+    pdl = starts_early(spec) and runtime.supports_pdl(given)
     gemm_kernel[(producers + tiles_n * parts * tiles_m,)](
         x_MI, given, *packed.weight.parts, packed.bias_O, packed.a_codes, packed.a_exponents,
         packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], projection.partial,
-        projection.result, packed.workspace, y_MO, m, n, layout.columns, x_MI.stride(0), given.stride(0),
-        rank=spec.rank, layout=layout.compiled, ordered=ordered, rounding=spec.rounding,
-        a_block=spec.a_block, b_block=spec.b_block, padded_columns=layout.padded_columns,
-        projection_splits=projection.splits, SPLIT_K=PROJECTION_COLUMNS, tiles_n=tiles_n, BLOCK_N=launch.block_n,
-        BLOCK_M=launch.block_m, BLOCK_R=rank_block(spec.rank), splits=splits, stages=launch.stages,
-        num_warps=launch.warps, **register_limit(launch),
+        projection.result, packed.workspace, segment_numbers(spec, given.device), y_MO, m, n, layout.columns,
+        x_MI.stride(0), given.stride(0), rank=spec.rank, own_rank=spec.own_rank, layout=layout.compiled,
+        ordered=ordered, rounding=spec.rounding, a_block=spec.a_block, b_block=spec.b_block,
+        padded_columns=layout.padded_columns, projection_splits=projection.splits, SPLIT_K=PROJECTION_COLUMNS,
+        tiles_n=tiles_n, BLOCK_N=launch.block_n, BLOCK_M=launch.block_m, BLOCK_R=rank_block(spec.own_rank),
+        splits=splits, stages=launch.stages, pdl=pdl, num_warps=launch.warps, **register_limit(launch),
+        **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_MO
+
+
+def starts_early(spec: Spec) -> bool:
+    """Whether the product is launched with PDL, so that it copies its first codes while the kernel before it ends.
+
+    Not after a kernel that rounds x, which lets programs start when they land unevenly on the multiprocessors, and not
+    with a branch, whose programs wait for others of the same kernel.
+    """
+    return isinstance(spec.layout, GroupLayout) and not spec.rank and not spec.rounding.bits
 
 
 def register_limit(launch: GemmLaunch) -> dict[str, int]:
@@ -164,4 +177,4 @@ def _projection(x_MI: Tensor, packed: PackedLinear) -> _Projection:
         return _Projection(0, 0, None, None)
     splits = -(-spec.layout.columns // PROJECTION_COLUMNS)
     partial = x_MI.new_empty((splits, m, spec.rank), dtype=torch.float32)
-    return _Projection(splits, spec.rank // rank_block(spec.rank), partial, x_MI.new_empty(m, spec.rank))
+    return _Projection(splits, spec.rank // rank_block(spec.own_rank), partial, x_MI.new_empty(m, spec.rank))

@@ -41,15 +41,17 @@ def lattice_product_kernel(
     units,  # these three as in lattice.py
     table,
     scales,
-    b_values,  # [RP, O] in the dtype of the layer, or None
+    b_values,  # [own rank, O] in the dtype of the layer, or None
     projection,  # partial sums of x A, float32 [projection_splits, M, RP], or None
     bias,  # [O], or None
+    segments,  # int32 [O / 64], see joint.py, or None
     partial,  # float32 [splits, O, M], or None for one split
     finished,  # int32, a counter per output tile, zero before and after
     y,  # [M, O]
     M,
     N,
-    rank: tl.constexpr,
+    rank: tl.constexpr,  # of all segments
+    own_rank: tl.constexpr,  # of one
     projection_splits: tl.constexpr,
     BLOCK_S: tl.constexpr,  # projection_splits, as a power of two
     tiles: tl.constexpr,
@@ -76,7 +78,7 @@ def lattice_product_kernel(
         copy_T = share_table(table, WARPS) + lane_T % COPIES_C * 4
     first_rank = pid_s * BLOCK_R
     if rank > 0:
-        b_OR = load_ranks(b_values, rows_O, first_rank, N, rank, BLOCK_R)
+        b_OR = load_ranks(b_values, rows_O, first_rank, N, own_rank, BLOCK_R)
     scales_O = tl.load(scales + rows_O)
     if pdl:
         gdc_wait()
@@ -101,8 +103,8 @@ def lattice_product_kernel(
     acc_OM *= scales_O[:, None]
     if rank > 0:
         acc_OM = add_ranks(
-            acc_OM, b_OR, b_values, projection, rows_O, first_rank, M, N, rank, splits, projection_splits, BLOCK_S,
-            TOKENS, BLOCK_R,
+            acc_OM, b_OR, b_values, projection, rows_O, pid_n * BLOCK_N, first_rank, segments, M, N, rank, own_rank,
+            splits, projection_splits, BLOCK_S, TOKENS, BLOCK_R,
         )  # fmt: skip
     finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, splits)
 

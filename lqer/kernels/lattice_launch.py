@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.hadamard_launch import Tokens, ranks_of_a_split, run_rotated_product
+from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout, PackedLattice
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.lattice_gemm import lattice_dequantize_kernel, lattice_product_kernel
@@ -65,7 +66,7 @@ def _product(
     launch: LatticeLaunch,
 ) -> Tensor:
     """y [M, O] in `dtype`."""
-    weight, rank, m = packed.weight, packed.spec.rank, len(tokens.values)
+    weight, spec, m = packed.weight, packed.spec, len(tokens.values)
     assert isinstance(weight, PackedLattice)
     layout = weight.layout
     warps = math.gcd(launch.warps, layout.padded_rows // ROWS)
@@ -75,11 +76,11 @@ def _product(
     y_MO = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
     lattice_product_kernel[(tiles_n * splits,)](
         tokens.values, tokens.steps, weight.units, weight.table, weight.scales, packed.b_codes, tokens.projection,
-        bias_O, partial, packed.workspace, y_MO, m, layout.rows, rank=rank,
-        projection_splits=tokens.projection_splits,
+        bias_O, segment_numbers(spec, y_MO.device), partial, packed.workspace, y_MO, m, layout.rows, rank=spec.rank,
+        own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
         BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), tiles=layout.tiles, span=span,
         splits=splits, tiles_n=tiles_n, WARPS=warps, BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)),
-        TOKENS=triton.next_power_of_2(m), BLOCK_R=ranks_of_a_split(rank, splits), pdl=pdl, num_warps=warps,
+        TOKENS=triton.next_power_of_2(m), BLOCK_R=ranks_of_a_split(spec.own_rank, splits), pdl=pdl, num_warps=warps,
         maxnreg=launch.registers, **launch_options(pdl),
     )  # fmt: skip
     return y_MO

@@ -16,14 +16,22 @@ from lqer.kernels.codebook import CodebookLayout
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
 from lqer.kernels.groups import GroupLayout
-from lqer.kernels.hadamard_launch import rotates_in_kernels, run_between_rotations
+from lqer.kernels.hadamard_launch import (
+    LARGEST_BLOCK,
+    LARGEST_BLOCK_OF_TOKENS,
+    hadamard_factors,
+    inverse_factors,
+    rotates_in_kernels,
+    run_between_rotations,
+)
 from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.integer_launch import fits_gemm, fits_gemv, rows_together, run_gemm, run_gemv, run_groups
+from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
-from lqer.kernels.trellis import TrellisLayout
-from lqer.kernels.trellis_launch import run_trellis
+from lqer.kernels.trellis import PackedTrellis, TrellisLayout
+from lqer.kernels.trellis_launch import run_trellis, table_of
 from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch, group_launch
 
 # With more tokens than these, dequantizing the weight and calling a library is faster.
@@ -32,6 +40,23 @@ ROTATED_TOKENS = 64
 # The kernels of lattice and trellis codes take up to so many at once.
 ROTATED_TOKENS_AT_ONCE = 16
 GROUP_TOKENS = 64
+
+
+def prepare_tables(packed: PackedLinear) -> None:
+    """Compute what kernels read besides a layer's own tensors, once for all of its kind, before it is called.
+
+    Within a call it might be allocated where a CUDA graph that is being recorded keeps what it overwrites.
+    """
+    device, spec = packed.workspace.device, packed.spec
+    if device.type != "cuda":
+        return
+    segment_numbers(spec, device)
+    if isinstance(packed.weight, PackedTrellis):
+        table_of(packed.weight)
+    if packed.input_signs_I is not None and rotates_in_kernels(packed):
+        for largest in (LARGEST_BLOCK, LARGEST_BLOCK_OF_TOKENS):
+            hadamard_factors(spec.layout.columns, False, device, largest)
+            inverse_factors(spec, device, largest)
 
 
 def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from lqer.kernels.launch import run_layer
-from lqer.kernels.packed import PackedLinear, decode_spec, weight_of
+from lqer.kernels.packed import PackedLinear, weight_of
 from lqer.kernels.reference import reference_linear
 from lqer.kernels.runtime import INTERPRETED
+from lqer.kernels.spec import decode_spec
 
 
 def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
@@ -37,7 +38,9 @@ def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     )  # fmt: skip
 
 
-@torch.library.custom_op("lqer::packed_linear", mutates_args=("workspace",))
+# The workspace is as it was when the call ends, so the operator changes none of its arguments: torch.compile needs
+# neither to copy it nor to keep calls in order.
+@torch.library.custom_op("lqer::packed_linear", mutates_args=())
 def _packed_linear(
     x: Tensor,
     words: Tensor,

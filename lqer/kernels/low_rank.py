@@ -16,12 +16,23 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lqer.kernels.decode import dot, exponent_to_scale
+from lqer.kernels.layout import ROW_PADDING
 from lqer.kernels.rounding import round_columns
 from lqer.kernels.split_k import store_partial, sum_partials
 
 PARTIALS_AT_ONCE = tl.constexpr(8)
 # A finished block of ranks adds this to `ready`; a consumer adds one.
 BLOCK_READY = tl.constexpr(1 << 20)
+SEGMENT_ROWS_C = tl.constexpr(ROW_PADDING)
+
+
+@triton.jit
+def first_rank_of(segments, row, own_rank: tl.constexpr):
+    """Where the part of x A begins that a tile of rows from `row` on multiplies; segments: as in joint.py, or None."""
+    if segments is None:
+        return 0
+    else:
+        return tl.load(segments + row // SEGMENT_ROWS_C) * own_rank
 
 
 @triton.jit

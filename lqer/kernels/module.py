@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lqer.kernels.launch import prepare_tables
 from lqer.kernels.linear import packed_linear
 from lqer.kernels.packed import PackedLinear, weight_of
+from lqer.kernels.spec import Spec
 
 
 class TritonLinear(nn.Module):
@@ -22,6 +24,11 @@ class TritonLinear(nn.Module):
         self._spec, self._dtype = packed.spec, packed.dtype
         for name, tensor in packed.tensors().items():
             self.register_buffer(name, tensor)
+        prepare_tables(packed)
+
+    @property
+    def spec(self) -> Spec:
+        return self._spec
 
     @property
     def packed(self) -> PackedLinear:

@@ -1,13 +1,11 @@
-"""A quantized linear packed for the kernels: its tensors, and what kernels are compiled for.
+"""A quantized linear packed for the kernels: its tensors.
 
 Shapes: I in_features, O out_features, R rank; a P after a letter means padded.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +15,8 @@ from lqer.formats import E8P, Codebook, MXInt, NumberFormat, Passthrough, Quanti
 from lqer.kernels.codebook import CodebookLayout, PackedCodebook, check_codebook, pack_codebook
 from lqer.kernels.groups import GroupLayout, PackedGroups, fits_groups, pack_groups
 from lqer.kernels.lattice import LatticeLayout, PackedLattice, check_lattice, pack_lattice
-from lqer.kernels.layout import ROW_PADDING, Layout, PackedWeight, check_weight_format, pack_weight
+from lqer.kernels.layout import ROW_PADDING, PackedWeight, check_weight_format, pack_weight
+from lqer.kernels.spec import ActivationRounding, AnyLayout, Segment, Spec
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout, pack_trellis
 from lqer.transforms.hadamard import RandomHadamard
 
@@ -27,35 +26,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 PROJECTION_COUNTERS = 256
 TOKEN_TILES = 16
 
-AnyLayout = Layout | GroupLayout | CodebookLayout | LatticeLayout | TrellisLayout
 AnyWeight = PackedWeight | PackedGroups | PackedCodebook | PackedLattice | PackedTrellis
 # Formats whose kernels rotate x and y, and read A and B as values.
 ROTATED = (E8P, Trellis)
-
-
-@dataclass(frozen=True)
-class ActivationRounding:
-    """MXINT rounding of activations. Frozen: kernels take it as one compile-time argument."""
-
-    bits: int = 0  # 0: activations are not rounded
-    block: int = 16
-    ceil: bool = True  # scale_rounding "ceil", else "floor"
-
-
-@dataclass(frozen=True)
-class Spec:
-    """All that describes a packed linear besides its tensors and their dtype."""
-
-    layout: AnyLayout
-    rounding: ActivationRounding
-    rank: int  # padded
-    a_block: int
-    b_block: int
-    # The spec as a string, because a custom operator takes no dataclass; encoded once for all calls.
-    text: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "text", encode_spec(self))
 
 
 @dataclass(frozen=True)
@@ -65,9 +38,10 @@ class PackedLinear:
     weight          PackedWeight (layout.py), PackedGroups (groups.py), PackedCodebook (codebook.py), PackedLattice
                     (lattice.py) or PackedTrellis (trellis.py)
     bias_O          [O] in dtype, or None
-    a_codes         A transposed [RP, IP]: int8 codes of an MXINT factor, else values in dtype; None at rank 0
+    a_codes         A transposed [RP, IP]: int8 codes of an MXINT factor, else values in dtype; None at rank 0. Of
+                    linears side by side, one below the other
     a_exponents     [RP, IP / a_block] uint8: biased exponents of A's steps, 0 for a block of zeros; None for values
-    b_codes         B [RP, O]: as a_codes
+    b_codes         B [RP, O]: as a_codes. Of linears side by side, [own rank, O]
     b_exponents     [RP / b_block, O] uint8: as a_exponents
     workspace       [counters] int32, zero whenever no kernel runs; calls of one layer must not overlap in time
     input_signs_I   [I] in dtype: D(s_u) of the Hadamard rotation that weight and A are in (ROTATED only), or None
@@ -122,9 +96,6 @@ class PackedLinear:
         a_codes, a_exponents, a_block = _pack_factor(a, packed.layout.padded_columns, rank, dtype, as_values=rotated)
         a_codes, a_exponents = (part if part is None else part.T.contiguous() for part in (a_codes, a_exponents))
         b_codes, b_exponents, b_block = _pack_factor(b, rank, weight.shape[0], dtype, as_values=rotated)
-        counters = PROJECTION_COUNTERS
-        if not isinstance(packed, PackedCodebook):
-            counters += TOKEN_TILES * packed.layout.padded_rows // ROW_PADDING
         return cls(
             spec=Spec(packed.layout, rounding, rank, a_block, b_block),
             dtype=dtype,
@@ -134,7 +105,7 @@ class PackedLinear:
             a_exponents=a_exponents,
             b_codes=b_codes,
             b_exponents=b_exponents,
-            workspace=torch.zeros(counters, dtype=torch.int32, device=packed.words.device),
+            workspace=workspace_of(packed.layout, packed.words.device),
             input_signs_I=None if hadamard is None else hadamard.input_signs_I.to(packed.words.device, dtype),
             output_signs_O=None if hadamard is None else hadamard.output_signs_O.to(packed.words.device, dtype),
         )
@@ -152,6 +123,36 @@ class PackedLinear:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def rotation(self) -> RandomHadamard | None:
+        """The rotation that weight and factors are in, where kernels or `run_between_rotations` apply it."""
+        if self.input_signs_I is None or self.output_signs_O is None:
+            return None
+        if not self.spec.segments:
+            return RandomHadamard(self.input_signs_I, self.output_signs_O)
+        return SegmentHadamard(self.input_signs_I, self.output_signs_O, self.spec.segments)
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentHadamard(RandomHadamard):
+    """The rotations of linears side by side: of the one input, and of each segment of the outputs by itself."""
+
+    segments: tuple[Segment, ...]
+
+    def output(self, y_TO: Tensor) -> Tensor:
+        """The outputs rotated back; zeros between segments."""
+        rotated_TO = torch.zeros_like(y_TO)
+        for segment in self.segments:
+            own = RandomHadamard(self.input_signs_I, self.output_signs_O[segment.rows_of_all])
+            rotated_TO[..., segment.rows_of_all] = own.output(y_TO[..., segment.rows_of_all])
+        return rotated_TO
+
+
+def workspace_of(layout: AnyLayout, device: torch.device) -> Tensor:
+    """The counters of a linear, zero."""
+    tiles = 0 if isinstance(layout, CodebookLayout) else layout.padded_rows // ROW_PADDING
+    return torch.zeros(PROJECTION_COUNTERS + TOKEN_TILES * tiles, dtype=torch.int32, device=device)
 
 
 def weight_of(layout: AnyLayout, words: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None) -> AnyWeight:
@@ -231,34 +232,3 @@ def _pack_factor(
 
 def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
     return pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0])).contiguous()
-
-
-def encode_spec(spec: Spec) -> str:
-    """A spec as a string: the name of the layout, then numbers."""
-    rounding = spec.rounding
-    numbers = (
-        *dataclasses.astuple(spec.layout), rounding.bits, rounding.block, rounding.ceil, spec.rank, spec.a_block,
-        spec.b_block,
-    )  # fmt: skip
-    return ",".join([type(spec.layout).__name__, *(str(int(number)) for number in numbers)])
-
-
-@cache
-def decode_spec(text: str) -> Spec:
-    """The inverse of `encode_spec`."""
-    kind, *numbers = text.split(",")
-    *fields, x_bits, x_block, ceil, rank, a_block, b_block = map(int, numbers)
-    layout: AnyLayout
-    if kind == CodebookLayout.__name__:
-        layout = CodebookLayout(*fields)
-    elif kind == LatticeLayout.__name__:
-        layout = LatticeLayout(*fields)
-    elif kind == TrellisLayout.__name__:
-        layout = TrellisLayout(*fields)
-    elif kind == GroupLayout.__name__:
-        rows, columns, bits, group, symmetric, bfloat = fields
-        layout = GroupLayout(rows, columns, bits, group, bool(symmetric), bool(bfloat))
-    else:
-        columns, bits, offset, block, exponents, mid_rise, rows = fields
-        layout = Layout(columns, bits, offset, block, bool(exponents), bool(mid_rise), rows)
-    return Spec(layout, ActivationRounding(x_bits, x_block, bool(ceil)), rank, a_block, b_block)

@@ -19,17 +19,18 @@ from lqer.kernels.groups import PackedGroups, unpack_groups
 from lqer.kernels.lattice import PackedLattice, unpack_points
 from lqer.kernels.layout import PackedWeight, unpack_codes
 from lqer.kernels.packed import AnyWeight, PackedLinear
+from lqer.kernels.spec import Segment
 from lqer.kernels.trellis import PackedTrellis, unpack_values
-from lqer.transforms.hadamard import RandomHadamard, run_rotated
+from lqer.transforms.hadamard import run_rotated
 
 
 def reference_linear(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, O] in packed.dtype, computed in float32."""
-    if packed.input_signs_I is None or packed.output_signs_O is None:
+    rotation = packed.rotation
+    if rotation is None:
         return _linear(x_MI, packed).to(packed.dtype)
-    hadamard = RandomHadamard(packed.input_signs_I, packed.output_signs_O)
     inner = replace(packed, bias_O=None)
-    return run_rotated(x_MI, hadamard, packed.bias_O, lambda x: _linear(x, inner)).to(packed.dtype)
+    return run_rotated(x_MI, rotation, packed.bias_O, lambda x: _linear(x, inner)).to(packed.dtype)
 
 
 def _linear(x_MI: Tensor, packed: PackedLinear) -> Tensor:
@@ -44,7 +45,11 @@ def _linear(x_MI: Tensor, packed: PackedLinear) -> Tensor:
         a_IR = _factor(packed.a_codes.T, a_exponents, spec.a_block)[: x_MI.shape[1]]
         b_RO = _factor(packed.b_codes, packed.b_exponents, spec.b_block)
         xa_MR = _round(x32_MI @ a_IR, packed).to(packed.dtype).to(torch.float32)
-        y_MO += _round(xa_MR @ b_RO, packed)
+        segments, branch_MO = spec.segments or (Segment(0, spec.layout.rows),), torch.zeros_like(y_MO)
+        for segment, own_MR in zip(segments, xa_MR.split(spec.own_rank, 1), strict=True):
+            rows = segment.rows_of_all
+            branch_MO[:, rows] = _round(own_MR @ b_RO[:, rows], packed)
+        y_MO += branch_MO
     return y_MO
 
 
@@ -55,7 +60,7 @@ def reference_weight(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, PackedLattice):
         return (unpack_points(weight) * weight.scales[: weight.layout.rows, None]).to(dtype)
     if isinstance(weight, PackedTrellis):
-        return (unpack_values(weight) * weight.scales).to(dtype)
+        return (unpack_values(weight) * weight.scales[: weight.layout.rows, None]).to(dtype)
     if isinstance(weight, PackedGroups):
         return _group_values(weight).to(dtype)
     layout = weight.layout

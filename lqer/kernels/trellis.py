@@ -123,7 +123,7 @@ class TrellisLayout(TiledLayout):
 class PackedTrellis:
     """The tensors of one weight in the layout above.
 
-    words: int32 [OP/16, tiles, P, 32, W]. scales: float32 [1].
+    words: int32 [OP/16, tiles, P, 32, W]. scales: float32 [OP], alike in the rows of one linear.
     """
 
     layout: TrellisLayout
@@ -158,8 +158,8 @@ def pack_trellis(weight: QuantizedTensor) -> PackedTrellis:
     words = pad(stream, padding).view(-1, layout.tiles, 2, 4, 8, bits)
     at_once = layout.words_at_once
     words = words.permute(0, 1, 4, 3, 2, 5).reshape(-1, layout.tiles, LANES, 2 * bits // at_once, at_once)
-    scale = weight.parts["scales"].to(torch.float32).reshape(1)
-    return PackedTrellis(layout, words.transpose(2, 3).contiguous(), scale)
+    scales = weight.parts["scales"].to(torch.float32).reshape(1).repeat(layout.padded_rows)
+    return PackedTrellis(layout, words.transpose(2, 3).contiguous(), scales)
 
 
 def unpack_values(packed: PackedTrellis) -> Tensor:

@@ -37,17 +37,19 @@ def trellis_product_kernel(
     steps,  # float32 [M, tiles]
     words,  # as in trellis.py
     table,
-    scale,  # float32 [1]
-    b_values,  # [RP, O] in the dtype of the layer, or None
+    scales,  # float32 [OP]
+    b_values,  # [own rank, O] in the dtype of the layer, or None
     projection,  # partial sums of x A, float32 [projection_splits, M, RP], or None
     bias,  # [O], or None
+    segments,  # int32 [O / 64], see joint.py, or None
     partial,  # float32 [splits, O, M], or None for one split
     finished,  # int32, a counter per output tile, zero before and after
     y,  # [M, O]
     M,
     N,
     layout: tl.constexpr,
-    rank: tl.constexpr,
+    rank: tl.constexpr,  # of all segments
+    own_rank: tl.constexpr,  # of one
     projection_splits: tl.constexpr,
     BLOCK_S: tl.constexpr,  # projection_splits, as a power of two
     span: tl.constexpr,
@@ -78,8 +80,8 @@ def trellis_product_kernel(
         weights = decode(loaded[:held], shared_T, layout)
     first_rank = pid_s * BLOCK_R
     if rank > 0:
-        b_OR = load_ranks(b_values, rows_O, first_rank, N, rank, BLOCK_R)
-    weight_scale = tl.load(scale)
+        b_OR = load_ranks(b_values, rows_O, first_rank, N, own_rank, BLOCK_R)
+    scales_O = tl.load(scales + rows_O, mask=rows_O < N, other=0.0)
     if pdl:
         gdc_wait()
         gdc_launch_dependents()
@@ -108,11 +110,11 @@ def trellis_product_kernel(
         # Triton does not know that the table was in use.
         tl.debug_barrier()
         acc_OM = sums_tile(sums, WARPS, blocks)
-    acc_OM *= weight_scale
+    acc_OM *= scales_O[:, None]
     if rank > 0:
         acc_OM = add_ranks(
-            acc_OM, b_OR, b_values, projection, rows_O, first_rank, M, N, rank, splits, projection_splits, BLOCK_S,
-            TOKENS, BLOCK_R,
+            acc_OM, b_OR, b_values, projection, rows_O, pid_n * BLOCK_N, first_rank, segments, M, N, rank, own_rank,
+            splits, projection_splits, BLOCK_S, TOKENS, BLOCK_R,
         )  # fmt: skip
     finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, splits)
 
@@ -133,7 +135,7 @@ def sums_tile(sums, WARPS: tl.constexpr, blocks: tl.constexpr):
 def trellis_dequantize_kernel(
     words,  # as in trellis.py
     table,
-    scale,  # float32 [1]
+    scales,  # float32 [OP]
     w_out,  # [O, I]
     N,
     K,
@@ -143,6 +145,6 @@ def trellis_dequantize_kernel(
     """Decode one tile of BLOCK_N rows to memory, scaled in float32."""
     rows_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns_C = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
-    values_OC = plain_values(words, table, rows_O, columns_C, layout) * tl.load(scale)
+    values_OC = plain_values(words, table, rows_O, columns_C, layout) * tl.load(scales + rows_O)[:, None]
     place = w_out + rows_O.to(tl.int64)[:, None] * K + columns_C[None, :]
     tl.store(place, values_OC.to(w_out.dtype.element_ty), mask=(rows_O < N)[:, None] & (columns_C < K)[None, :])

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.hadamard_launch import Tokens, ranks_of_a_split, run_rotated_product
+from lqer.kernels.joint import segment_numbers
 from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.runtime import launch_options, multiprocessors
@@ -79,7 +80,7 @@ def _product(
     launch: TrellisLaunch,
 ) -> Tensor:
     """y [M, O] in `dtype`."""
-    weight, rank, m = packed.weight, packed.spec.rank, len(tokens.values)
+    weight, spec, m = packed.weight, packed.spec, len(tokens.values)
     assert isinstance(weight, PackedTrellis)
     layout = weight.layout
     warps, span = launch.warps, math.gcd(launch.span, layout.span)
@@ -88,11 +89,11 @@ def _product(
     y_MO = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
     trellis_product_kernel[(tiles_n * splits,)](
         tokens.values, tokens.steps, weight.words, table_of(weight), weight.scales, packed.b_codes, tokens.projection,
-        bias_O, partial, packed.workspace, y_MO, m, layout.rows, layout=layout.compiled, rank=rank,
-        projection_splits=tokens.projection_splits,
+        bias_O, segment_numbers(spec, y_MO.device), partial, packed.workspace, y_MO, m, layout.rows,
+        layout=layout.compiled, rank=spec.rank, own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
         BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=span, splits=splits, tiles_n=tiles_n,
         WARPS=warps, BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)), TOKENS=triton.next_power_of_2(m),
-        BLOCK_R=ranks_of_a_split(rank, splits), pdl=pdl, num_warps=warps, **launch_options(pdl),
+        BLOCK_R=ranks_of_a_split(spec.own_rank, splits), pdl=pdl, num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
     return y_MO
 

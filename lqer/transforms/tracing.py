@@ -78,7 +78,9 @@ def watched_inputs(module: nn.Module, watch: Mapping[str, Callable[[Tensor], Non
 
 
 @torch.no_grad()
-def trace(module: nn.Module, run: Callable[[], Any]) -> Trace:
+def trace(
+    module: nn.Module, run: Callable[[], Any], linears: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Linear
+) -> Trace:
     """Watch the linears and norms of `module` while `run` runs it."""
     inputs: dict[str, Seen] = {}
     outputs: dict[str, Seen] = {}
@@ -92,7 +94,7 @@ def trace(module: nn.Module, run: Callable[[], Any]) -> Trace:
     hooks = []
     for name, child in module.named_modules():
         weight = getattr(child, "weight", None)
-        if isinstance(child, nn.Linear):
+        if isinstance(child, linears):
             hooks.append(child.register_forward_pre_hook(see_input(name)))
         elif isinstance(weight, Tensor) and weight.ndim == 1:
             hooks.append(child.register_forward_hook(see_output(name)))

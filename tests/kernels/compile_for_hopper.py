@@ -27,10 +27,12 @@ from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
 from lqer.kernels.byte_sums import TOKENS_AT_ONCE as BYTE_TOKENS_AT_ONCE
 from lqer.kernels.codebook_launch import run_codebook
+from lqer.kernels.decode_attention import decode_attention
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
 from lqer.kernels.experts_launch import run_down, run_up
 from lqer.kernels.experts_packed import PackedExperts
 from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups
+from lqer.kernels.joint import join
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.launch import run_layer
 from lqer.kernels.trellis import TrellisLayout
@@ -49,7 +51,7 @@ from lqer.transforms.lwc_kernel import FusedRounding
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
-    torch.int64: "*i64", torch.uint8: "*u8", torch.float64: "*fp64", torch.int16: "*i16",
+    torch.int64: "*i64", torch.uint8: "*u8", torch.float64: "*fp64", torch.int16: "*i16", torch.bool: "*i1",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 SHARED_MEMORY = 48 << 10
@@ -106,6 +108,29 @@ def check_that_the_table_stays(kernel: Any, layout: TrellisLayout) -> None:
     stores = [number for number, line in enumerate(lines) if "st.shared" in line]
     loads = [number for number, line in enumerate(lines) if "ld.shared" in line]
     assert max(stores) < min(loads)
+
+
+def compile_joint() -> None:
+    """Linears side by side: ranks of each, and rotations of outputs of two lengths."""
+    x8, bf16 = MXInt(8), torch.bfloat16
+    for number_format, activation, tokens in ((MXInt(4), x8, (1, 16, 300)), (Int(4, 128), None, (1, 16))):
+        layers = [build_layer(number_format, n, 1024, 32, activation, dtype=bf16).packed for n in (256, 64)]
+        for m in tokens:
+            run_layer(random_input(m, 1024, bf16), join(layers))
+    for make, rank, tokens in (
+        (lambda n: build_layer(E8P(2), n, 1024).weight, 64, (1, 16)),
+        (lambda n: random_trellis(Trellis(2, table="bytes"), n, 1024), 16, (1, 16)),
+        (lambda n: random_trellis(Trellis(2), n, 1024), 16, (1,)),
+    ):
+        factors = [build_layer(MXInt(4), n, 1024, rank) for n in (512, 128)]
+        layers = [
+            PackedLinear.pack(make(n), of.a, of.b, None, None, bf16, random_hadamard(n, 1024, 0))
+            for n, of in zip((512, 128), factors, strict=True)
+        ]
+        # Signs of inputs depend on the number of outputs in this draw.
+        layers = [replace(layer, input_signs_I=layers[0].input_signs_I) for layer in layers]
+        for m in tokens:
+            run_layer(random_input(m, 1024, bf16), join(layers))
 
 
 def compile_experts(number_format: Any, gate: str, tokens: int, rank: int, activation: Any) -> None:
@@ -194,6 +219,11 @@ def main() -> None:
         run_layer(random_input(m, 2048, bf16), packed)
         if state_bits in (14, 16):
             run_layer(random_input(65, 2048, bf16), packed)
+    compile_joint()
+    runtime.multiprocessors = lambda device: 132
+    for heads, groups, width in ((32, 32, 128), (32, 8, 64)):
+        q_BHTD, k_BGSD = torch.zeros(1, heads, 1, width, dtype=bf16), torch.zeros(1, groups, 500, width, dtype=bf16)
+        decode_attention(q_BHTD, k_BGSD, k_BGSD, torch.ones(1, 1, 1, 500, dtype=torch.bool), 0.1)
     for bits, state_bits in ((2, 12), (3, 12), (4, 12), (2, 16)):
         x_NP, table_S = torch.zeros(3, 256), torch.zeros(1 << state_bits, dtype=torch.float16)
         best_paths(x_NP, table_S, bits, best_paths(x_NP, table_S.float(), bits)[:, 0] >> bits)

@@ -13,8 +13,8 @@ from lqer.kernels import PackedLinear, packed_linear
 from lqer.kernels.codebook import IndexLayout, tile_of
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
-from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear, reference_weight
+from lqer.kernels.spec import decode_spec, encode_spec
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 # Indices of 1 to 8 bits, groups of one and of several rows, whole and partial groups, a table of low rank.

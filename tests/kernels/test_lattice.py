@@ -14,9 +14,9 @@ from lqer.kernels.dequantize_launch import dequantize_weight
 from lqer.kernels.hadamard_launch import fits_hadamard
 from lqer.kernels.lattice import PackedLattice, pack_lattice
 from lqer.kernels.lattice_launch import run_lattice
-from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear, reference_weight
 from lqer.kernels.runtime import supports_pdl
+from lqer.kernels.spec import decode_spec, encode_spec
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
 

@@ -15,8 +15,8 @@ from lqer.kernels import packed_linear
 from lqer.kernels.decode import pairs_asm
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
 from lqer.kernels.integer_launch import fits_gemv, run_gemm, run_gemv
-from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear
+from lqer.kernels.spec import decode_spec, encode_spec
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch
 
 FORMATS = [

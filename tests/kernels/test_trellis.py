@@ -14,9 +14,9 @@ from lqer.formats.trellis import TABLES
 from lqer.kernels import PackedLinear, TritonLinear, launch, packed_linear
 from lqer.kernels.byte_sums_launch import ByteSumsLaunch, run_byte_sums
 from lqer.kernels.dequantize_launch import dequantize_weight
-from lqer.kernels.packed import decode_spec, encode_spec
 from lqer.kernels.reference import reference_linear, reference_weight
 from lqer.kernels.runtime import supports_pdl
+from lqer.kernels.spec import decode_spec, encode_spec
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout, pack_trellis
 from lqer.kernels.trellis_launch import TrellisLaunch, best_launch, run_trellis
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
@@ -240,7 +240,8 @@ def test_the_module_rotates_and_holds_the_bits_of_the_codes(bits):
     x_MI = random_input(2, 512)
     assert torch.equal(module(x_MI), packed_linear(x_MI, layer.packed))
     assert isinstance(layer.packed.weight, PackedTrellis)
-    assert layer.packed.weight.nbytes == 128 * 512 * bits // 8 + 4
+    scales = 128 * 4  # one for each row, because linears side by side have scales of their own
+    assert layer.packed.weight.nbytes == 128 * 512 * bits // 8 + scales
     assert module.state_dict().keys() == dict(module.named_buffers()).keys() != set()
 
 
