@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 from lqer.checkpoint.registration import register
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_plugin", "load_quantized", "quantize"]
+__all__ = ["__version__", "compile_decode", "load_plugin", "load_quantized", "quantize"]
 
 if TYPE_CHECKING:
+    from lqer.checkpoint.decode import compile_decode
     from lqer.checkpoint.load import load_quantized
 
 # Imported when used: torch and transformers take seconds, too long for a command line that only reports a typing error.
 _MODULES = {
+    "compile_decode": "lqer.checkpoint.decode",
     "load_plugin": "lqer.config.plugins",
     "load_quantized": "lqer.checkpoint.load",
     "quantize": "lqer.run.call",

@@ -1,0 +1,30 @@
+"""Fast generation: a cache of fixed size, and every new token as one compiled graph, by transformers' own means."""
+
+from __future__ import annotations
+
+from transformers import CompileConfig, PreTrainedModel
+
+from lqer.checkpoint.one_token import attend_by_kernel
+
+
+def compile_decode(model: PreTrainedModel, max_cache_len: int | None = None) -> PreTrainedModel:
+    """Have `model.generate` keep keys and values in a static cache and, on a GPU, decode with compiled CUDA graphs.
+
+    transformers compiles the forward call of one token once for each batch size and length of the cache, when
+    `generate` first needs it, and runs prompts as they are. On a GPU, attention that would run as "sdpa" gets a kernel
+    for one token (lqer/checkpoint/one_token.py). Tokens are those that the model generates without all that, but where
+    two logits differ by less than the dtype's rounding. Cache and compilation are settings of
+    `model.generation_config`, which arguments of `generate` override.
+
+    max_cache_len: tokens that the cache holds at least, so that later calls with longer texts, up to that length,
+    neither allocate nor compile again. By default the length of the text that is asked for.
+
+    Returns the model, changed in place.
+    """
+    settings = model.generation_config
+    settings.cache_implementation = "static"
+    settings.max_cache_len = max_cache_len
+    if model.device.type == "cuda":
+        attend_by_kernel(model)
+        settings.compile_config = CompileConfig(mode="reduce-overhead", dynamic=False)
+    return model
