@@ -15,14 +15,13 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_benchmark import decoder, measure, peers, report, rows, timing, trial
+from kernel_benchmark import measure, peers, report, rows, timing, trial
 from kernel_benchmark.contenders import LABELS
-from kernel_benchmark.results import BarResult, Key, Measurement, Scene, evaluate
+from kernel_benchmark.results import Key, Measurement, Scene, evaluate
 
 BUDGET_MS, QUICK_BUDGET_MS = 60.0, 15.0
 TIME_LIMIT_SECONDS = 480.0
@@ -59,24 +58,17 @@ def main() -> int:
         operations_per_second=environment["matmul_operations_per_second"],
     )
     measurements: dict[Key, Measurement] = {}
-    decodings: list[decoder.Decoding] = []
-    decoder_bar: BarResult | None = None
-    for scene, names in _with_decoder(plan, "g" in arguments.only):
-        if scene is None:
-            _say(f"{time.monotonic() - started:4.0f} s  decoder")
-            decodings, decoder_bar = _decoder(settings)
-        else:
-            _say(f"{time.monotonic() - started:4.0f} s  {scene.k}x{scene.n}, M={scene.m}: {', '.join(names)}")
-            late = time.monotonic() - started > arguments.limit
-            known = {name: problems[scene, name] for name in names if (scene, name) in problems}
-            if late:
-                known = dict.fromkeys(names, f"not run: the limit of {arguments.limit:.0f} s was used up")
-            measured = measure.run_scene(scene, names, settings, known)
-            measurements |= {(row.scene, row.contender): row for row in measured}
-            torch.cuda.empty_cache()
+    for scene, names in _barred_first(plan):
+        _say(f"{time.monotonic() - started:4.0f} s  {scene.k}x{scene.n}, M={scene.m}: {', '.join(names)}")
+        late = time.monotonic() - started > arguments.limit
+        known = {name: problems[scene, name] for name in names if (scene, name) in problems}
+        if late:
+            known = dict.fromkeys(names, f"not run: the limit of {arguments.limit:.0f} s was used up")
+        measured = measure.run_scene(scene, names, settings, known)
+        measurements |= {(row.scene, row.contender): row for row in measured}
+        torch.cuda.empty_cache()
         bars = [evaluate(bar, measurements, LABELS) for bar in rows.BARS if bar.group in arguments.only]
-        bars += [decoder_bar] if decoder_bar is not None else []
-        result = report.to_report(environment, bars, decodings, list(measurements.values()))
+        result = report.to_report(environment, bars, list(measurements.values()))
         # After every scene, so that a killed run leaves its results so far.
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -106,24 +98,10 @@ def _groups(text: str) -> list[str]:
     return [name for name in rows.GROUPS if name in named]
 
 
-def _with_decoder(plan: dict[Scene, list[str]], wanted: bool) -> list[tuple[Scene | None, list[str]]]:
-    """The scenes, with the decoder (as None) between those that have a bar and the extra ones."""
+def _barred_first(plan: dict[Scene, list[str]]) -> list[tuple[Scene, list[str]]]:
+    """The scenes, those that have a bar first."""
     barred = {scene for bar in rows.BARS for scene, _ in bar.against}
-    order: list[tuple[Scene | None, list[str]]] = [(scene, names) for scene, names in plan.items() if scene in barred]
-    order += [(None, [])] if wanted else []
-    return order + [(scene, names) for scene, names in plan.items() if scene not in barred]
-
-
-def _decoder(settings: measure.Settings) -> tuple[list[decoder.Decoding], BarResult]:
-    bar = rows.DECODER_BAR
-    try:
-        return decoder.run_decoder(settings.budget_ms * 4, bar)
-    except Exception as error:  # reported in the table, as for every other row
-        problem = measure.describe(error)
-        failed = BarResult(bar.group, bar.label, decoder.AGAINST, "not measured", problem=problem)
-        return [], replace(failed, at_least=bar.at_least, aim=bar.aim, times_faster=True)
-    finally:
-        torch.cuda.empty_cache()
+    return sorted(plan.items(), key=lambda item: item[0] not in barred)
 
 
 def _environment() -> dict[str, Any]:

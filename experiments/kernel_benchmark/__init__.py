@@ -1,1 +1,1 @@
-"""The parts of benchmark_kernels.py: plan, contenders, trials, timing, the decoder, and the report."""
+"""The parts of benchmark_kernels.py: plan, contenders, trials, timing, and the report."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from kernel_benchmark.results import BarResult, Measurement, Scene
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The environment, then tables of the bars, the decoder and all measurements."""
+    """The environment, then tables of the bars and all measurements."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f"{report['date']}, {report['gpu']}, driver {report['driver']}, {versions}.",
@@ -23,7 +23,6 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for head, cells in (
         (_BAR_HEAD, [_bar_cells(bar) for bar in report["bars"]]),
-        (_DECODER_HEAD, [_decoder_cells(row) for row in report["decoder"]]),
         (_MEASUREMENT_HEAD, [_measurement_cells(row) for row in report["measurements"]]),
     ):
         if cells:
@@ -32,9 +31,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def to_report(
-    environment: dict[str, Any], bars: Sequence[BarResult], decoder: Sequence[Any], measurements: Sequence[Measurement]
+    environment: dict[str, Any], bars: Sequence[BarResult], measurements: Sequence[Measurement]
 ) -> dict[str, Any]:
-    """The JSON report: schema_version, the environment's keys, then bars, decoder and measurements as lists."""
+    """The JSON report: schema_version, the environment's keys, then bars and measurements as lists."""
     rows = []
     for measurement in measurements:
         row = dataclasses.asdict(measurement)
@@ -44,17 +43,12 @@ def to_report(
         "schema_version": SCHEMA_VERSION,
         **environment,
         "bars": [dataclasses.asdict(bar) for bar in bars],
-        "decoder": [row if isinstance(row, dict) else dataclasses.asdict(row) for row in decoder],
         "measurements": rows,
     }
 
 
 _BAR_HEAD = (
     "", "row", "against", "ours us", "theirs us", "ratio", "worst scene", "at least", "aim", "verdict",
-)  # fmt: skip
-_DECODER_HEAD = (
-    "decoder", "ms a token", "spread", "tokens/s", "resident GB", "peak GB", "packed GB", "unexplained MB",
-    "a dequantized copy",
 )  # fmt: skip
 _MEASUREMENT_HEAD = (
     "K x N", "M", "contender", "us", "spread", "L2-warm us", "floor us", "us / floor", "error", "copies", "",
@@ -72,18 +66,6 @@ def _bar_cells(bar: dict[str, Any]) -> list[str]:
         _number(bar["against_microseconds"], ".1f"),
         *(_number(bar[name], ".2f", unit) for name in ("ratio", "worst", "at_least", "aim")),
         verdict,
-    ]
-
-
-def _decoder_cells(row: dict[str, Any]) -> list[str]:
-    return [
-        row["label"],
-        _number(row["milliseconds"], ".3f"),
-        _number(row["spread"], ".1%"),
-        _number(row["tokens_per_second"], ".1f"),
-        *(f"{row[name] / 1e9:.2f}" for name in ("allocated_bytes", "peak_bytes", "packed_bytes")),
-        f"{row['unexplained_bytes'] / 1e6:.1f}",
-        "yes" if row["copies_of_weights"] else "no",
     ]
 
 

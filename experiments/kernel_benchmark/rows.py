@@ -21,7 +21,6 @@ GROUPS = {
     "d": "W4A8 with a rank-32 branch, 16 and 32 tokens",
     "e": "W4A8 with a rank-32 branch, prefill",
     "f": "a whole layer against its emulation",
-    "g": "a decoder of 7B shape",
     "h": "learned codebooks of 2 bits a weight, one token",
     "i": "lattice codes of 2 bits a weight with a rank-64 branch, between Hadamard rotations, one token",
     "j": "trellis codes of 2, 3 and 4 bits a weight as in i, against lattice codes and cuBLAS bf16, up to 16 tokens",
@@ -29,7 +28,6 @@ GROUPS = {
     "l": "trellis codes whose values are sums of bytes, as in i, against cuBLAS bf16, five shapes",
     "extra": "other formats, ranks and numbers of tokens",
 }
-DECODER_BAR = Bar("g", "tokens/s, decode, 32 blocks of 7B shape", "", (), 1.6, 2.4, times_faster=True)
 
 
 def _everywhere(m: int, against: str) -> tuple[tuple[Scene, str], ...]:

@@ -1,4 +1,4 @@
-"""The command on a machine without a GPU, and the linears of the decoder."""
+"""The commands on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import tiny_llama
-from kernel_benchmark.decoder import block_linears
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,11 +18,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [([], "needs an NVIDIA GPU"), (["--only", "a,z"], "'z' is not one of a, b, c, d, e, f, g, h, i, j, k, l, extra")],
+    ("command", "said"),
+    [
+        (["benchmark_kernels.py"], "needs an NVIDIA GPU"),
+        (["benchmark_kernels.py", "--only", "a,z"], "'z' is not one of a, b, c, d, e, f, h, i, j, k, l, extra"),
+        (["benchmark_decoder.py"], "needs an NVIDIA GPU"),
+        (["benchmark_decoder.py", "int5"], "'int5' is not one of bf16, "),
+    ],
 )
-def test_no_gpu_and_unknown_groups_exit_with_2_and_one_line(options, said):
-    done = run("experiments/benchmark_kernels.py", *options)
+def test_no_gpu_and_unknown_names_exit_with_2_and_one_line(command, said):
+    done = run(f"experiments/{command[0]}", *command[1:])
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -39,11 +41,3 @@ def test_it_imports_without_the_packages_of_the_pipeline():
         "sys.path.insert(0, 'experiments'); import benchmark_kernels; print('imported')",
     )
     assert done.stdout == "imported\n", done.stderr
-
-
-def test_the_linears_of_the_blocks_do_not_include_the_output_layer():
-    model = tiny_llama()
-    linears = [linear for _, _, linear in block_linears(model)]
-    assert len(linears) == len(set(map(id, linears))) == 7 * len(model.model.layers)
-    assert all(linear is not model.lm_head for linear in linears)
-    assert all(isinstance(getattr(parent, name), torch.nn.Linear) for parent, name, _ in block_linears(model))

@@ -21,10 +21,6 @@ ENVIRONMENT = {
     "matmul_operations_per_second": 7.9e14,
     "method": "Medians.",
 }
-DECODING = {
-    "label": "bf16", "milliseconds": 3.5, "spread": 0.01, "tokens_per_second": 285.7, "allocated_bytes": 14e9,
-    "peak_bytes": 14.1e9, "packed_bytes": 0, "unexplained_bytes": 2e6, "copies_of_weights": False,
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -38,13 +34,13 @@ def result() -> dict:
     bars = [
         evaluate(Bar("a", "one token", "ours", ((SCENE, name),), 0.6, 0.35), keyed, LABELS) for name in ("bf16", "peer")
     ]
-    return report.to_report(ENVIRONMENT, bars, [DECODING], rows)
+    return report.to_report(ENVIRONMENT, bars, rows)
 
 
 def test_json_contains_every_row_with_its_scene_and_reason(result):
     read = json.loads(json.dumps(result))
     assert read["schema_version"] == report.SCHEMA_VERSION
-    assert read.keys() >= ENVIRONMENT.keys() | {"bars", "decoder", "measurements"}
+    assert read.keys() >= ENVIRONMENT.keys() | {"bars", "measurements"}
     assert [(row["k"], row["n"], row["m"]) for row in read["measurements"]] == [SCENE] * 3
     assert read["measurements"][2]["microseconds"] is None
     assert read["measurements"][2]["problem"] == "not installed: No module named 'peer'"
@@ -55,7 +51,6 @@ def test_markdown_shows_both_sides_ratio_bars_and_verdict(result):
     text = report.markdown(result)
     assert "| a | one token | cuBLAS bf16 | 10.0 | 25.0 | 0.40x | 0.40x | 0.60x | 0.35x | pass |" in text
     assert "| 4096x11008 | 1 | W4A8 + rank 32 | 10.00 | 1.3% | 7.00 | 6.00 | 1.67 | 1.7e-03 | 12 |  |" in text
-    assert "| bf16 | 3.500 | 1.0% | 285.7 | 14.00 | 14.10 | 0.00 | 2.0 | no |" in text
 
 
 def test_markdown_names_missing_peers_and_the_environment(result):

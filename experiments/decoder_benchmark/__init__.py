@@ -1,0 +1,1 @@
+"""The parts of benchmark_decoder.py: the models, their compiled step, and the worker that times them."""
