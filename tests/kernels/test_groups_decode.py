@@ -8,7 +8,7 @@ from ptx import Machine
 
 from lqer.formats import Int
 from lqer.kernels.groups import GroupLayout, pack_groups
-from lqer.kernels.groups_ptx import SHARED, fetch_asm, product_asm, slot_bytes, slots
+from lqer.kernels.groups_ptx import SHARED, fetch_asm, product_asm, ring_bytes, slot_bytes, slots
 
 WORD = (1 << 32) - 1
 LANE = torch.arange(32)
@@ -81,5 +81,7 @@ def test_slots_fit_into_the_memory_that_they_may_take(bits):
     for group in (32, 64, 128, 256, 4096):
         for rows in (1, 2, 4):
             layout = GroupLayout(0, 4096, bits, group, False, False)
-            assert 1 <= slots(layout, rows, 4, 4) <= 4
-            assert 4 * slots(layout, rows, 4, 4) * slot_bytes(layout, rows) <= SHARED or slots(layout, rows, 4, 4) == 1
+            for block_m in (8, 16, 32):
+                count = slots(layout, 64 * rows, block_m, 4, 4)
+                assert (1 if rows == 1 else 0) <= count <= 4
+                assert 4 * count * slot_bytes(layout, rows) <= ring_bytes(64 * rows, block_m, 4) <= SHARED - (8 << 10)
