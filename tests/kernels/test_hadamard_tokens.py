@@ -32,6 +32,11 @@ def random_layer(number_format, n: int, k: int, rank: int) -> PackedLinear:
     return PackedLinear.pack(weight, a, b, bias_O, None, DTYPE, random_hadamard(n, k, seed=1).to(DTYPE))
 
 
+@pytest.fixture(autouse=True)
+def from_two_tokens_on(monkeypatch):
+    monkeypatch.setattr(hadamard_launch, "FEWEST_TOGETHER", 2)
+
+
 @BY_FORMAT
 @pytest.mark.parametrize(("n", "k", "rank"), [(128, 256, 0), (512, 512, 64), (128, 1408, 16), (192, 512, 128)])
 def test_tokens_are_rotated_together_as_alone(n, k, rank, number_format):
