@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from lqer.errors import ModelError
-from lqer.formats import NumberFormat, Trellis
+from lqer.formats import NumberFormat
 
 Backend = Literal["emulate", "triton"]
 BACKENDS = ("auto", "emulate", "triton")
@@ -29,16 +29,11 @@ def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, forma
     if wanted == "emulate":
         return "emulate"
     reason = kernels_unsupported_reason(device, dtype, formats)
-    if reason is None and (wanted == "triton" or not any(on_request(weight) for weight, _ in formats.values())):
+    if reason is None:
         return "triton"
     if wanted == "triton":
         raise ModelError(f'evaluation.backend: "triton" cannot run here: {reason}')
     return "emulate"
-
-
-def on_request(weight: NumberFormat) -> bool:
-    """Whether some kernels of this format have passed their tests in Triton's interpreter and not on a GPU yet."""
-    return isinstance(weight, Trellis) and weight.table == "bytes"
 
 
 def kernels_unsupported_reason(device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> str | None:

@@ -7,7 +7,7 @@ import torch
 
 from lqer.checkpoint.backend import kernels_unsupported_reason, resolve_backend
 from lqer.errors import ModelError
-from lqer.formats import MX, Int, MXInt, Trellis
+from lqer.formats import MX, Int, MXInt
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 W4A8 = {"model.layers.0.q_proj": (MXInt(4), MXInt(8))}
@@ -26,14 +26,6 @@ def test_on_a_gpu_the_kernels_run_unless_they_cannot_or_emulation_is_asked_for()
     assert resolve_backend("auto", GPU, torch.float32, W4A8) == "emulate"
     with pytest.raises(ModelError, match="the dtype is float32"):
         resolve_backend("triton", GPU, torch.float32, W4A8)
-
-
-def test_kernels_that_no_gpu_has_tested_run_on_request_only():
-    looked_up = W4A8 | {"a.b": (Trellis(2), None)}
-    assert resolve_backend("auto", GPU, torch.bfloat16, looked_up) == "triton"
-    summed = looked_up | {"a.c": (Trellis(3, 14, "bytes"), None)}
-    assert resolve_backend("auto", GPU, torch.bfloat16, summed) == "emulate"
-    assert resolve_backend("triton", GPU, torch.bfloat16, summed) == "triton"
 
 
 @pytest.mark.parametrize(
