@@ -33,7 +33,7 @@ class ByteSumsLaunch:
     early: bool = False  # whether a thread loads its tokens a tile ahead, as it does its codes
 
 
-LAUNCH, LAUNCH_MORE = ByteSumsLaunch(2, 1, 8, early=True), ByteSumsLaunch(2, 4, 1, 4)
+LAUNCH, LAUNCH_MORE = ByteSumsLaunch(2, 1, 8, early=True), ByteSumsLaunch(2, 1, 8)
 DEQUANTIZE_WARPS = 4
 
 
