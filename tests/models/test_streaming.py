@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import all_sites, resident
+from helpers import all_sites, quantize, resident
 from mixtures import MIXTURES, random_mixture
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from lqer.models.source import load_model, resolve_model
 from lqer.models.streaming import open_model, read_file
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
-from lqer.stages.quantize import QuantizeSettings, quantize
+from lqer.stages.quantize import QuantizeSettings
 from lqer.store.names import block_file
 from lqer.store.store import Store
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import all_sites
+from helpers import all_sites, quantize
 from safetensors import safe_open
 from transformers import LlamaConfig, PreTrainedModel
 
@@ -27,7 +27,7 @@ from lqer.resources.statistics import input_sites
 from lqer.resources.workload import Need, StageMemory, Workload, total
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
-from lqer.stages.quantize import QuantizeSettings, quantize
+from lqer.stages.quantize import QuantizeSettings
 from lqer.stages.rotate import rotate
 from lqer.statistics import Hessian
 from lqer.store.names import block_file
