@@ -65,7 +65,9 @@ class Keeper:
             self._kept(artifact).take(file, content, seconds)
 
     def remove(self, artifact: str, file: str) -> None:
-        self._kept(artifact).remove(file)
+        """Remove a file of an artifact that is not finished. Raises KeyError if another process has removed it."""
+        if self._store.named(artifact) is None:
+            self._kept(artifact).remove(file)
 
     def finish(self, artifact: str, key: Any, seconds: float) -> None:
         """Name the artifact after its key, unless another process has done so."""

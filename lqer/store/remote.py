@@ -10,6 +10,7 @@ ordinary store.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from lqer.store.store import Artifact, Store, partial_path
 from lqer.store.workspace import Workspace
 
 TENSORS = ".safetensors"
+# From the removal of parts to the end of an artifact; a process that is killed in between never ends it.
+SECONDS_TO_FINISH = 30.0
 
 
 class RemoteStore(Store):
@@ -42,6 +45,32 @@ class RemoteStore(Store):
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / MANIFEST, manifest)
         return self._finished(path)
+
+    def contribute(
+        self,
+        stage: str,
+        key: Any,
+        write_part: Callable[[Workspace], None],
+        is_whole: Callable[[Workspace], bool],
+        finish: Callable[[Workspace], None],
+    ) -> Artifact | None:
+        """As in a folder, but no lock keeps two processes from ending an artifact together.
+
+        One of them then misses parts that the other has removed, and takes what the other makes.
+        """
+        try:
+            return super().contribute(stage, key, write_part, is_whole, finish)
+        except (KeyError, FileNotFoundError):
+            if (artifact := self._finished_elsewhere(self.path(stage, key).name)) is None:
+                raise
+            return artifact
+
+    def _finished_elsewhere(self, name: str) -> Artifact | None:
+        """The artifact that another process is about to finish; None if it takes too long."""
+        end = time.monotonic() + SECONDS_TO_FINISH
+        while (artifact := self.named(name)) is None and time.monotonic() < end:
+            time.sleep(0.1)
+        return artifact
 
     def _finished(self, path: Path) -> Artifact:
         return RemoteArtifact(path, self._keeper)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -111,6 +112,34 @@ def test_parts_of_several_machines_make_one_artifact(tmp_path, keeper, kept):
     made = Store(kept).find("stage", KEY)
     made.verify()
     assert made.json("about.json") == NAMES
+
+
+def test_two_machines_that_end_an_artifact_together_get_the_same_one(tmp_path, keeper, kept):
+    """Both have found every part; each removes the parts, and reads them before that."""
+    both_have_all = threading.Barrier(2)
+
+    def finish(workspace: Workspace) -> None:
+        both_have_all.wait(timeout=30)
+        found = {name: workspace.tensors(name)["x"].tolist() for name in NAMES}
+        workspace.write_json("about.json", found)
+        for name in NAMES:
+            workspace.remove(name)
+
+    def contribute(machine: int) -> object:
+        return RemoteStore(tmp_path / f"own-{machine}", keeper).contribute(
+            "stage",
+            KEY,
+            write_part=lambda workspace: write(workspace, NAMES),
+            is_whole=lambda workspace: all(name in workspace for name in NAMES),
+            finish=finish,
+        )
+
+    with ThreadPoolExecutor(2) as machines:
+        found = list(machines.map(contribute, range(2)))
+    made = Store(kept).find("stage", KEY)
+    made.verify()
+    assert [artifact.manifest for artifact in found] == [made.manifest] * 2
+    assert list(made.manifest["files"]) == ["about.json"]
 
 
 def test_a_removed_file_is_gone_on_both_sides(tmp_path, keeper, kept):
