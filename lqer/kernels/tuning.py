@@ -129,13 +129,12 @@ def experts_launch(
         # Few programs: the warps of each share 16 rows and take turns at the strips.
         few = tiles * -(-rows // 64) < 4 * multiprocessors
         return GemmLaunch(16 if few else 64, block_m, 1, STAGES, 4)
-    block_n, warps, steps = 128, 4 if block_m == 16 else 8, 0
     if isinstance(layout, GroupLayout):
         warps, steps = 4, layout.strips
         # Warps with shared memory for one strip do not copy the next one meanwhile.
         block_n = 128 if slots(layout.compiled, 128, block_m, warps, STAGES) > 1 else 64
     else:
-        steps = layout.tiles
+        block_n, warps, steps = 128, 4 if block_m == 16 else 8, layout.tiles
     splits = max(1, min(steps, 2 * multiprocessors // (tiles * -(-rows // block_n))))
     return GemmLaunch(block_n, block_m, splits, STAGES, warps)
 
