@@ -33,7 +33,7 @@ from torch import Tensor
 from lqer.components import require_choice, require_number, require_positive
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.base import Rounding, Statistics
-from lqer.rounding.batches import Numbers, batch_of, numbers_of, trained_dtype
+from lqer.rounding.batches import Numbers, back_through, batch_of, numbers_of, trained_dtype
 from lqer.rounding.par_schedule import SOFT_FRACTIONS_20, draw_batches, soft_fractions
 from lqer.rounding.soft import Grid, harden
 from lqer.statistics import ALONE, Gang
@@ -208,9 +208,8 @@ def _soften(
         for loss in gang.add_gradients(of_step, backward, [*leaves.values()]):
             total += loss
         optimizer.zero_grad()
-        # Back through the rounding once, with the gradients of all micro-batches.
-        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-        torch.autograd.backward([soft[name] for name in gradients], [*gradients.values()])
+        # With the gradients of all micro-batches.
+        back_through(soft, leaves)
         optimizer.step()
     trained = ({name: x.detach() for name, x in variables.items()} for variables in (v, u))
     return *trained, total / len(batches_KB)  # type: ignore[return-value]

@@ -5,7 +5,7 @@ Shapes: S sequences, T tokens, D hidden size, B sequences of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not x.is_cuda:
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def back_through(made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+    """Go on backward from weights that were made for a step, once, with the gradients that their leaves have."""
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    torch.autograd.backward([made[name] for name in gradients], [*gradients.values()])
 
 
 def trained_dtype(device: torch.device, autocast: torch.dtype | None) -> torch.dtype:

@@ -24,7 +24,7 @@ from torch import Tensor
 from lqer.components import ADDED, require_choice, require_number, require_positive
 from lqer.formats import Int, NumberFormat, QuantizedTensor
 from lqer.formats.blocks import from_blocks, to_blocks
-from lqer.rounding.batches import Numbers, batch_of, numbers_of, trained_dtype
+from lqer.rounding.batches import Numbers, back_through, batch_of, numbers_of, trained_dtype
 from lqer.statistics import ALONE, Gang
 from lqer.statistics.gang import add_up
 from lqer.transforms.base import Scheme
@@ -223,9 +223,8 @@ def learn_clipping(
             of_step = [next(numbers) for _ in range(0, len(batch_B), micro_batch)]
             losses_of_step = gang.add_gradients(of_step, backward, [*leaves.values()])
             optimizer.zero_grad()
-            # Back through the rounding once, with the gradients of all micro-batches.
-            gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-            torch.autograd.backward([clipped[name] for name in gradients], [*gradients.values()])
+            # With the gradients of all micro-batches.
+            back_through(clipped, leaves)
             for logits_2ON in logits.values():
                 if logits_2ON.grad is None:  # of an expert that no token of the batch reaches
                     logits_2ON.grad = torch.zeros_like(logits_2ON)
