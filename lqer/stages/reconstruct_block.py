@@ -85,9 +85,8 @@ class BlockReconstruction:
         problem = self._problem(run, targets_STD, plans, stored)
         with attention_as(problem.call.block, self.attention):
             result = self._resume(run.name, problem, saver)
-        # Of several GPUs, each may have come to a last bit of its own; a transform may have rounded in another format.
-        formats = {**problem.formats, **{linear: weight.format for linear, weight in result.rounded.items()}}
-        result = BlockResult.from_tensors(problem.gang.of_first(result.tensors()), replace(problem, formats=formats))
+        # Of several GPUs, each may have come to a last bit of its own.
+        result = BlockResult.from_tensors(problem.gang.of_first(result.tensors()), problem)
         self.workspace.write_json(tuning_file(run.index), result.notes)
         _log(run.name, result)
         return replace(result, parameters=problem.in_stored_dtypes(result.parameters))

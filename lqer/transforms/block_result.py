@@ -2,6 +2,7 @@
 
 The outcome of finished transforms is stored rather than recomputed: on a GPU the backward pass of a learned transform
 is not deterministic, and rounding variables only make sense under the very scales and weights they were learned for.
+So are the formats of rounded weights: a transform may round in another format than the plan's.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lqer.formats import QuantizedTensor
+from lqer.formats import QuantizedTensor, format_from_dict
 from lqer.transforms.block_problem import BlockProblem
 
-PARAMETERS, ROUNDED, PART_STATE, NOTES, FINISHED = "parameters.", "rounded.", "part_state.", "notes", "finished"
+PARAMETERS, ROUNDED, PART_STATE = "parameters.", "rounded.", "part_state."
+FORMATS, NOTES, FINISHED = "formats", "notes", "finished"
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class BlockResult:
         return replace(self, notes={**self.notes, kind: note})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it under flat names, for a safetensors file; notes as the UTF-8 bytes of their JSON."""
-        notes = json.dumps(dict(self.notes)).encode()
+        """All of it under flat names, for a safetensors file; formats and notes as the UTF-8 bytes of their JSON."""
         return {
             FINISHED: torch.tensor(self.finished),
-            NOTES: torch.frombuffer(bytearray(notes), dtype=torch.uint8),
+            FORMATS: _json_tensor({linear: weight.format.to_dict() for linear, weight in self.rounded.items()}),
+            NOTES: _json_tensor(dict(self.notes)),
             **{f"{PARAMETERS}{name}": tensor for name, tensor in self.parameters.items()},
             **{
                 f"{ROUNDED}{part}.{linear}": tensor
@@ -68,20 +70,31 @@ class BlockResult:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], problem: BlockProblem) -> BlockResult:
         """The inverse of `tensors` for the same problem, on its device; `part_state` stays on the device it is on."""
+        formats = _json(tensors[FORMATS])
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in _under(ROUNDED, tensors).items():
             part, linear = name.split(".", 1)
             parts.setdefault(linear, {})[part] = tensor.to(problem.device)
         rounded = {
             linear: QuantizedTensor(
-                problem.formats[linear], tuple(problem.call.block.get_parameter(f"{linear}.weight").shape), 1, found
+                format_from_dict(formats[linear]),
+                tuple(problem.call.block.get_parameter(f"{linear}.weight").shape),
+                1,
+                found,
             )
             for linear, found in parts.items()
         }
         parameters = {name: tensor.to(problem.device) for name, tensor in _under(PARAMETERS, tensors).items()}
-        notes = json.loads(bytes(tensors[NOTES].tolist()))
-        return cls(parameters, rounded, notes, int(tensors[FINISHED]), _under(PART_STATE, tensors))
+        return cls(parameters, rounded, _json(tensors[NOTES]), int(tensors[FINISHED]), _under(PART_STATE, tensors))
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _json_tensor(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _json(bytes_N: Tensor) -> Any:
+    return json.loads(bytes(bytes_N.tolist()))

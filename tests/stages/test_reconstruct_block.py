@@ -223,6 +223,35 @@ def test_a_finished_transform_is_not_repeated(letter_tokenizer, text, tmp_path, 
 
 
 @dataclass(frozen=True)
+class RoundWider(BlockTransform):
+    """Rounds every linear to nearest with a bit more than planned."""
+
+    def apply(self, problem, result, progress, save_state):
+        rounded = {
+            linear: replace(number_format, bits=number_format.bits + 1).quantize(result.weight(problem, linear))
+            for linear, number_format in problem.formats.items()
+        }
+        return replace(result, rounded=rounded)
+
+
+@pytest.mark.parametrize("rounding", [Nearest(), QUICK], ids=["nearest", "adaptive"])
+def test_a_killed_run_keeps_the_format_that_a_transform_rounded_in(
+    random_model, letter_tokenizer, text, adaptive_plan, tmp_path, monkeypatch, rounding
+):
+    monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
+    model = random_model("llama", num_hidden_layers=1)
+    settings = settings_for(model, replace(adaptive_plan, rounding=rounding), transforms=(RoundWider(),))
+    whole = run(tmp_path / "whole", model, letter_tokenizer, text, settings)
+    assert {row["entry"]["weight"]["format"]["bits"] for row in whole.json(layers_file(0))} == {W2.bits + 1}
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", model, letter_tokenizer, text, settings, dying_workspace(at_write=1))
+    assert Workspace(tmp_path / "killed").names() == ["state-00000-01-0000.safetensors"]
+    resumed = run(tmp_path / "killed", model, letter_tokenizer, text, settings)
+    for name in whole.names():
+        assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+
+
+@dataclass(frozen=True)
 class PoisonTargets(BlockTransform):
     """Changes nothing; the targets become NaN in a later forward pass of the block."""
 
