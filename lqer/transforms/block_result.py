@@ -96,5 +96,5 @@ def _json_tensor(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _json(bytes_N: Tensor) -> Any:
-    return json.loads(bytes(bytes_N.tolist()))
+def _json(tensor: Tensor) -> Any:
+    return json.loads(bytes(tensor.tolist()))
