@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # Of a cluster that is started for one run on one machine: files travel through it only where someone asks for that.
 LOCAL_STORE_BYTES = 100_000_000
+# What the log says of a job: the worker, its name, and seconds.
+DONE = "%s, %s: done in %.1f s"
 # Files that workers read and write at the same time.
 KEEPER_THREADS = 8
 # How often it is looked whether nodes have come or gone.
@@ -250,7 +252,7 @@ class _Workers:
         bars.advance(job.progress, f"{where}, {seconds:.1f} s")
         if answer.problem is None:
             self._schedule.finish(job.name)
-            log.info("%s, %s: done in %.1f s", where, job.name, seconds)
+            log.info(DONE, where, job.name, seconds)
         else:
             self._schedule.fail(job.name, answer.problem)
 

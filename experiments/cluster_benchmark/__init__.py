@@ -1,0 +1,1 @@
+"""The parts of experiments/benchmark_cluster.py."""

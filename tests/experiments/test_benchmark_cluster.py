@@ -1,0 +1,43 @@
+"""The benchmark of gangs and workers: what its rows say of a tiny model on a CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster_benchmark.workers import DoneJob, _shown, _wall
+
+SCRIPT = Path(__file__).parents[2] / "experiments/benchmark_cluster.py"
+SMALL = [
+    "--shape", "tiny", "--windows", "4", "--calibration.num_samples=4", "--calibration.seq_len=64",
+    "--calibration.error_tokens=64", "--evaluation.perplexity.seq_len=64",
+]  # fmt: skip
+
+
+def test_a_gang_is_timed_killed_and_compared_with_one_process(tmp_path):
+    command = [sys.executable, str(SCRIPT), "gangs", *SMALL, "--folder", str(tmp_path), "--presets", "gptq", "--kill"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    one, two = ([cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| gptq"))
+    assert (one[2], two[2]) == ("1", "2")
+    # Files and perplexity.
+    assert one[-3:] == two[-3:]
+    equal, of, files = two[-3].split()
+    assert of == "of"
+    assert int(equal) == int(files) > 5
+    assert any("process 2 of 2 was killed by SIGKILL" in line for line in lines)
+    assert any(line.startswith("the same command, with 1 of 2 blocks") and two[-3] in line for line in lines)
+
+
+def test_seconds_of_each_worker_are_shown_the_busiest_first():
+    jobs = [
+        DoneJob("a", "quantize-1 1/2", 3.0, 103.0),
+        DoneJob("b", "quantize-1 2/2", 4.0, 104.0),
+        DoneJob("a", "quantize-1", 0.5, 104.5),
+        DoneJob("b", "run tag", 1.0, 105.0),
+    ]
+    assert _shown(jobs, "quantize") == "4.0 + 3.5 (3)"
+    assert _shown(jobs, "perplexity") == ""
+    assert _wall(jobs) == 5.0
