@@ -80,12 +80,10 @@ def _named_formats(config: Config) -> Iterator[tuple[Loc, str]]:
 
 
 def blockwise_evaluates_windows(config: Config) -> Iterator[KeyedError]:
-    """What is evaluated one block at a time needs nothing but the logits of token windows."""
+    """What is evaluated one block at a time needs nothing but the logits of batches that are known beforehand."""
     evaluation, loc = config.evaluation, ("evaluation", "blockwise")
     if not evaluation.blockwise:
         return
-    if evaluation.downstream is not None:
-        yield KeyedError(loc, "must be false with evaluation.downstream: its tasks call the whole model")
     if evaluation.perplexity is not None and evaluation.perplexity.protocol == "lm-eval":
         yield KeyedError(loc, 'must be false with protocol "lm-eval", which scores the whole model')
     if config.device_map == "auto":

@@ -20,6 +20,8 @@ from lqer.evaluation.requests import Scores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lqer.models.loaders import OpenedModel
+
 # Keys of a task's YAML that state where few-shot examples come from.
 EXAMPLES_FROM = {"training_split", "fewshot_split", "fewshot_config"}
 
@@ -60,14 +62,23 @@ def check_tasks(
 
 
 def check_task_data(
-    tasks: Sequence[str], include_path: Path | None, data_dir: Path | None, trust_code: bool = False
+    tasks: Sequence[str],
+    include_path: Path | None,
+    data_dir: Path | None,
+    trust_code: bool = False,
+    blockwise: bool = False,
 ) -> None:
-    """Load the data of the tasks. Raises DataError where they cannot be read, HubTextError where no hub answers."""
-    harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks, trust_code)
+    """Load the data of the tasks. Raises DataError where they cannot be read, HubTextError where no hub answers.
+
+    blockwise: whether the model is to be run block by block. Raises ConfigError for a task that cannot be so.
+    """
+    loaded = harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks, trust_code)
+    if blockwise:
+        harness.refuse_other_than_choices(loaded)
 
 
 def evaluate_tasks(
-    model: PreTrainedModel,
+    model: PreTrainedModel | OpenedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,

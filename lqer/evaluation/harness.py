@@ -1,4 +1,4 @@
-"""The interface to lm-evaluation-harness: its task index, model adapter and scoring.
+"""The interface to lm-evaluation-harness: its task index and scoring; for the model, see adapter.py.
 
 The library takes seconds to import and about a dozen more to read the YAMLs of its own tasks. So it is imported inside
 functions, and its own tasks are read only if a name is not found in the local folder.
@@ -12,7 +12,6 @@ is passed to the loader as task metadata, so the same YAMLs work with the librar
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import functools
 import json
@@ -25,22 +24,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lqer.errors import ConfigError, DataError, HubTextError
-from lqer.evaluation.progress import progress_bar
-from lqer.evaluation.requests import Request, Score, Scores, request_units, unit_name
+from lqer.evaluation.requests import Scores
 from lqer.evaluation.task_code import LOCAL_LOADER, sandbox_templates, trusted_code_alone
 
 if TYPE_CHECKING:
     import datasets
     from lm_eval.api.task import Task
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.result_schema import EvalResults
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry
     from lm_eval.tasks.manager import TaskDict
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lqer.models.loaders import OpenedModel
 
 # Bootstrap resamples for the standard error of a metric that is not a mean; 1000 give it to about 2%.
 BOOTSTRAP_RESAMPLES = 1000
@@ -165,6 +162,16 @@ def load_tasks(manager: TaskManager, tasks: Sequence[str], trust_code: bool) -> 
             raise kind(f"the data of {', '.join(tasks)} cannot be loaded: {reason}") from error
 
 
+def refuse_other_than_choices(loaded: TaskDict) -> None:
+    """Raise ConfigError for a task that needs more of a model than log-likelihoods of answers."""
+    for name, task in loaded["tasks"].items():
+        if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
+            raise ConfigError(
+                f"evaluation.blockwise must be false with task {name!r}, which asks for {task.OUTPUT_TYPE}: block by "
+                "block, only log-likelihoods of answers are computed"
+            )
+
+
 def set_shots(task: Task, num_fewshot: int | None, seed: int) -> None:
     """Set the number of few-shot examples as the library's own entry point does: a task that defines 0 keeps 0."""
     default = task.get_config("num_fewshot")
@@ -176,7 +183,7 @@ def set_shots(task: Task, num_fewshot: int | None, seed: int) -> None:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | OpenedModel,
     tokenizer: PreTrainedTokenizerBase,
     loaded: TaskDict,
     *,
@@ -192,11 +199,13 @@ def evaluate(
     """
     import lm_eval
 
+    from lqer.evaluation.adapter import adapter_of
+
     # Otherwise the bootstrap forks this process, with its tokenizer threads and its device, once per core.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with _quiet():
         results = lm_eval.evaluate(
-            lm=_adapter(model, tokenizer, batch_size, max_length, scores),
+            lm=adapter_of(model, tokenizer, batch_size, max_length, scores),
             task_dict=loaded,
             limit=limit,
             bootstrap_iters=BOOTSTRAP_RESAMPLES if scores.share is None else 0,
@@ -213,6 +222,8 @@ def score_documents(
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
+    from lqer.evaluation.adapter import adapter_of
+
     rows = datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": documents}))
     sandbox_templates()
     with _quiet():
@@ -228,7 +239,7 @@ def score_documents(
                 "metric_list": [{"metric": "word_perplexity"}],
             }
         )
-        adapter = _adapter(model, tokenizer, batch_size, seq_len, Scores())
+        adapter = adapter_of(model, tokenizer, batch_size, seq_len, Scores())
         set_shots(task, None, seed=0)
         task.build_all_requests()
         log_likelihoods = adapter.loglikelihood_rolling(task.instances)
@@ -242,75 +253,4 @@ def score_documents(
         words=sum(words for _, words in scores),
         tokens=sum(lengths),
         windows=sum(math.ceil(length / seq_len) for length in lengths),
-    )
-
-
-def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy without quantization_config, which the library would look up in transformers for a model it is given."""
-    config = copy.deepcopy(config)
-    config.quantization_config = None
-    return config
-
-
-def _adapter(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int, scores: Scores
-) -> HFLM:
-    """The model behind the library's interface, with log-probabilities in float32 for every dtype of the model.
-
-    In bfloat16, the library's default for a bfloat16 model, log-probabilities of answers would tie at steps of 1/16.
-    """
-    from lm_eval.models.huggingface import HFLM
-
-    class Adapter(HFLM):
-        """Scores requests in units, under one progress bar per task list instead of one per batch."""
-
-        # Lists of requests that have been scored.
-        calls = 0
-
-        @functools.cached_property
-        def config(self) -> PretrainedConfig:
-            return without_quantization(self._config)
-
-        def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-            if scores.share is not None:
-                return [0.0] * len(requests)
-            with progress_bar(not disable_tqdm)(desc="perplexity", unit="window") as self.rolling_bar:
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-            if scores.share is not None:
-                return [""] * len(requests)
-            return super().generate_until(requests, disable_tqdm)
-
-        def _loglikelihood_tokens(
-            self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> list[Score]:
-            if override_bs is not None:
-                # Windows of a document.
-                scored = super()._loglikelihood_tokens(requests, True, override_bs)
-                self.rolling_bar.update(len(scored))
-                return scored
-            answers: list[Score] = [(0.0, False)] * len(requests)
-            with progress_bar(not disable_tqdm)(total=len(requests), desc="tasks", unit="request") as bar:
-                for unit, places in enumerate(request_units(requests, batch_size)):
-                    name = unit_name(self.calls, unit)
-                    if scores.wants(name, unit):
-                        of_unit = [requests[place] for place in places]
-                        scores.found[name] = super()._loglikelihood_tokens(of_unit, disable_tqdm=True)
-                    for place, answer in zip(places, scores.found.get(name, ())):
-                        answers[place] = answer
-                    bar.update(len(places))
-            self.calls += 1
-            return answers
-
-    # A copy, because the library sets a padding token; without a length limit, because documents longer than the
-    # model's context are cut into windows before they reach the model.
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = sys.maxsize
-    return Adapter(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        max_length=max_length,
-        softmax_dtype=torch.float32,
     )

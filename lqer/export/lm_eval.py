@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from lqer.checkpoint.load import load_quantized
 from lqer.errors import ModelError
-from lqer.evaluation.harness import without_quantization
+from lqer.evaluation.adapter import without_quantization
 from lqer.models.open import DevicePlacement
 from lqer.models.source import DTYPES
 from lqer.results import CHECKPOINT_LINK

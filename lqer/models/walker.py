@@ -180,16 +180,24 @@ def walk_to_logits(
 ) -> Callable[[int], Tensor]:
     """Run all batches (B, T) through the blocks; returns a function from a batch's index to its logits (B, T, V).
 
-    The logits are those of the model's own forward pass, which is run with the last block's outputs in its place.
-    progress: wraps the iterator over the blocks, such as tqdm.
+    Batches may have different lengths T. The logits are those of the model's own forward pass, which is run with the
+    last block's outputs in its place. progress: wraps the iterator over the blocks, such as tqdm.
     """
-    hidden = embed(opened, batches)
-    for run in progress(_block_runs(opened, hidden)):
+    of_length: dict[int, list[int]] = {}
+    for batch, ids_BT in enumerate(batches):
+        of_length.setdefault(ids_BT.shape[1], []).append(batch)
+    groups = [(numbers, embed(opened, [batches[batch] for batch in numbers])) for numbers in of_length.values()]
+    first, *others = [hidden for _, hidden in groups]
+    for run in progress(_block_runs(opened, first)):
         run.forward()
+        for hidden in others:
+            BlockRun(run.index, run.name, run.block, hidden, run.device).forward()
+    places = {batch: (hidden, place) for numbers, hidden in groups for place, batch in enumerate(numbers)}
 
     @torch.no_grad()
     def logits(batch: int) -> Tensor:
-        states_BTD = hidden.load(batch, opened.device)
+        hidden, place = places[batch]
+        states_BTD = hidden.load(place, opened.device)
         logits_BTV = logits_of_states(opened, batches[batch], states_BTD, hidden.returned_values)
         hidden.offload.release_pages()
         return logits_BTV

@@ -247,9 +247,7 @@ def _evaluate(work: Workload) -> StageMemory:
     if evaluation.blockwise:
         host, device, disk = _walk(work, windows, seq_len, batch_tokens, _smaller(key))
     else:
-        spread = 'Set device_map = "auto" to use several GPUs'
-        remedy = "Set evaluation.blockwise = true" if downstream is None else spread
-        whole = Need("whole model", work.computed * summary.parameters, remedy)
+        whole = Need("whole model", work.computed * summary.parameters, "Set evaluation.blockwise = true")
         # It is loaded into RAM before it is moved to a GPU.
         host, device, disk = [whole] * work.on_gpu, [whole, *_activations(work, batch_tokens, _smaller(key))], []
     # In float32: the logits of some positions, and their softmax; for divergence also those of the unlikely tokens.

@@ -88,7 +88,9 @@ def _check_tasks(config: Config, experiment: Experiment, store: Store) -> None:
     """Load the data of the tasks, unless every candidate's accuracy is in the store."""
     settings = config.evaluation.downstream
     if settings is not None and any(stage.find(store) is None for stage in experiment.downstream.values()):
-        check_task_data(settings.tasks, settings.task_folder, settings.data_folder, settings.trust_code)
+        check_task_data(
+            settings.tasks, settings.task_folder, settings.data_folder, settings.trust_code, config.evaluation.blockwise
+        )
 
 
 def _check_tokens(summary: ModelSummary, texts: Texts, say: Callable[[str], None]) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 from helpers import byte_tokenizer, tiny_llama
 
-from lqer.evaluation import harness, requests
+from lqer.evaluation import requests
+from lqer.evaluation.adapter import adapter_of
 from lqer.evaluation.requests import Scores, Share, request_units
+from lqer.models.source import ModelSource
+from lqer.models.streaming import open_model
+from lqer.store.offload import Offload
 
 BATCH = 3
 
 
 @pytest.fixture(scope="module")
 def adapter():
-    return harness._adapter(tiny_llama(), byte_tokenizer(), BATCH, 64, Scores())
+    return adapter_of(tiny_llama(), byte_tokenizer(), BATCH, 64, Scores())
 
 
 def asked(count: int = 40) -> list[requests.Request]:
@@ -58,11 +64,28 @@ def test_scores_of_units_are_those_of_one_call_of_the_library(adapter):
     assert adapter._loglikelihood_tokens(all_asked, disable_tqdm=True) == whole
 
 
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True}], ids=["own head", "tied head"])
+def test_scores_block_by_block_are_those_of_the_whole_model(tmp_path, settings):
+    """Whatever the lengths of the batches, every block is read once."""
+    model, all_asked = tiny_llama(**settings), asked()
+    model.save_pretrained(tmp_path)
+    device = torch.device("cpu")
+    opened = open_model(ModelSource("model", str(tmp_path), None, "", ""), torch.float32, device, Offload())
+    read = []
+    loader = replace(opened.loader, read=lambda index: read.append(index) or opened.loader.read(index))
+    found = [
+        adapter_of(one, byte_tokenizer(), BATCH, 64, scores)._loglikelihood_tokens(all_asked, True)
+        for one, scores in ((model, Scores()), (replace(opened, loader=loader), Scores()))
+    ]
+    assert found[0] == found[1]
+    assert read == [0, 1]
+
+
 def test_shares_of_several_processes_give_the_scores_of_one():
     model, all_asked = tiny_llama(), asked()
 
     def scored(scores: Scores):
-        return harness._adapter(model, byte_tokenizer(), BATCH, 64, scores)._loglikelihood_tokens(all_asked, True)
+        return adapter_of(model, byte_tokenizer(), BATCH, 64, scores)._loglikelihood_tokens(all_asked, True)
 
     alone = scored(Scores())
     found = {}

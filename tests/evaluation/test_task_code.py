@@ -83,6 +83,12 @@ def test_functions_of_other_modules_are_refused_too(folder, name):
         load(folder, loader=name)
 
 
+def test_a_task_that_scores_documents_cannot_be_run_block_by_block(folder):
+    load(folder)
+    with pytest.raises(ConfigError, match=r"blockwise must be false with task 'task0', which asks for .*rolling"):
+        check_task_data(["task0"], folder, folder, blockwise=True)
+
+
 def test_a_file_that_takes_the_name_of_the_loader_is_refused(folder):
     impostor = folder / "lqer/evaluation/harness.py"
     impostor.parent.mkdir(parents=True)

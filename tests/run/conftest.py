@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,19 @@ class Experiment:
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(ROOT / "experiments/pipeline.py"), str(self.config), *arguments]
+
+    def task(self) -> tuple[Path, list[str]]:
+        """Write the rows of a task. Returns their folder, and the overrides that ask for it."""
+        folder = self.folder / "tasks" / "arc_easy"
+        folder.mkdir(parents=True)
+        choices = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
+        rows = [{"question": f"Colour {i}?", "choices": choices, "answerKey": "ABC"[i % 3]} for i in range(9)]
+        (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder, [
+            "--evaluation.downstream.tasks=['arc_easy_local']",
+            f"--evaluation.downstream.include_path={ROOT / 'experiments/tasks'}",
+            f"--evaluation.downstream.data_dir={folder.parent}",
+        ]
 
 
 @pytest.fixture(scope="session")
