@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from lqer.config import Config
-from lqer.config.schema import ClusterConfig
+from lqer.config.schema import LOCAL, ClusterConfig
 from lqer.config.sweep import SweepPlan, SweepRun
 from lqer.errors import LqerError, RunFailedError
 from lqer.jobs.graph import Job, Schedule
@@ -29,13 +32,15 @@ from lqer.run.folder import RunLog, begin_run, locked
 from lqer.run.outcome import explain_failure, one_line
 from lqer.run.preflight import check_run
 from lqer.run.sweep import SweepOutcome, finished_seconds
-from lqer.run.worker import MARK, all_jobs_of, last_job, last_name, perform
+from lqer.run.worker import MARK, Parts, all_jobs_of, last_job, last_name, perform
 
 log = logging.getLogger(__name__)
 
-# In how many parts at most a run quantizes blocks that do not depend on each other, and evaluates; a sweep has runs
-# enough. With a shared folder, whoever makes a part compares those that are there with their hashes.
+# In how many parts at most blocks that do not depend on each other are quantized, and models evaluated; all runs of a
+# sweep together. With a shared folder, whoever makes a part compares those that are there with their hashes.
 PARTS, SHARED_PARTS = 64, 8
+# The same where each part reads all blocks of the model, and it is not known how many workers there will be.
+WALKING_PARTS = 8
 # What a worker is told of an output_dir that it does not see: it has its own.
 ELSEWHERE = "elsewhere"
 
@@ -49,9 +54,7 @@ def fill_store(config: Config, plugins: Sequence[str] = ()) -> None:
     assert cluster is not None, "only a run with [cluster] has one"
     with RunLog() as run_log:
         checked = check_run(config.alone, log.info)
-        parts = SHARED_PARTS if cluster.shares_folder else PARTS
-        if cluster.gang != 1:
-            parts = 1  # a gang shares out a stage itself
+        parts = _parts(cluster, 1)
         jobs = tuple(all_jobs_of(checked, parts))
         schedule = Schedule(jobs, [job.name for job in jobs if job.is_done(checked.store)])
         if schedule.is_over:
@@ -83,6 +86,7 @@ def sweep_on_cluster(
     done: list[str] = []
     texts: dict[str, str] = {}
     failed: dict[str, str] = {}
+    parts = _parts(cluster, len(runs) - len(finished))
     with RunLog() as run_log, marked(plan.output_dir) as token:
         for name, run in runs.items():
             if name in finished:
@@ -94,14 +98,14 @@ def sweep_on_cluster(
                 failed[name] = one_line(explain_failure(error))
                 continue
             checked.context.fingerprints.save()
-            of_run = tuple(all_jobs_of(checked, 1))
+            of_run = tuple(all_jobs_of(checked, parts))
             done += [job.name for job in of_run if job.is_done(checked.store)]
             with_last = (*of_run, last_job(config, of_run))
             jobs += with_last
             # A job that runs share belongs to the first of them.
             device = checked.context.device.type
-            text = _told(config, device, cluster.shares_folder, plugins, token, 1)
-            of_last = _told(config, device, True, plugins, token, 1)
+            text = _told(config, device, cluster.shares_folder, plugins, token, parts)
+            of_last = _told(config, device, True, plugins, token, parts)
             texts = dict.fromkeys((job.name for job in of_run), text) | {last_name(config): of_last} | texts
         if failed and not plan.keep_going:
             return SweepOutcome(_of(plan, finished), failed, _of(plan, runs.keys() - finished - failed.keys()))
@@ -138,7 +142,24 @@ def marked(folder: Path) -> Iterator[str]:
         mark.unlink(missing_ok=True)
 
 
-def _told(config: Config, device: str, has_folder: bool, plugins: Sequence[str], token: str, parts: int) -> str:
+def _parts(cluster: ClusterConfig, runs: int) -> Parts:
+    """Of each of so many runs. A part of what a model is loaded for costs loading it, so many runs are parts enough."""
+    if cluster.gang != 1:
+        return Parts(1, 1)  # a gang shares out a stage itself
+    most = max(1, (SHARED_PARTS if cluster.shares_folder else PARTS) // max(1, runs))
+    return Parts(most, min(most, _walkers(cluster)))
+
+
+def _walkers(cluster: ClusterConfig) -> int:
+    """How many workers there are, if they are this machine's, but no more than so many."""
+    if cluster.address != LOCAL:
+        return WALKING_PARTS
+    gpus = torch.cuda.device_count()
+    workers = gpus / cluster.gpus_per_job if gpus else (os.cpu_count() or 1) / cluster.cpus_per_job
+    return max(1, min(WALKING_PARTS, int(workers)))
+
+
+def _told(config: Config, device: str, has_folder: bool, plugins: Sequence[str], token: str, parts: Parts) -> str:
     """What a worker is told of a job: the run that it belongs to. has_folder: it sees the run's output_dir."""
     alone = config.alone if has_folder else config.alone.model_copy(update={"output_dir": ELSEWHERE})
     told = {"config": alone.model_dump_json(), "plugins": list(plugins), "token": token, "parts": parts}

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lqer.config import Config
 from lqer.config.plugins import load_plugins
@@ -36,19 +37,22 @@ log = logging.getLogger(__name__)
 # In the output_dir of a run or a sweep: a worker that sees it sees the folder.
 MARK = ".cluster-{token}"
 RUN = Progress("runs", "run")
-WALKING_PARTS = 8
 
 
-def all_jobs_of(checked: CheckedRun, parts: int) -> RunJobs:
-    """The jobs of a run; what can be made in parts, in up to so many."""
+class Parts(NamedTuple):
+    """In how many parts at most a run makes what can be made in parts; walking: where each part reads all blocks."""
+
+    most: int
+    walking: int
+
+
+def all_jobs_of(checked: CheckedRun, parts: Parts) -> RunJobs:
+    """The jobs of a run."""
     config, blocks = checked.context.config, checked.context.summary.blocks
-    count = min(parts, blocks)
-    if checked.experiment.calibrate is None:
-        # Each part gathers the statistics of its blocks on the way from the first one.
-        count = min(count, WALKING_PARTS)
+    # Without stored statistics, each part gathers those of its blocks on the way from the first one.
+    count = min(parts.walking if checked.experiment.calibrate is None else parts.most, blocks)
     chunks = [Chunk(index + 1, count) for index in range(count)] if count > 1 else []
-    # Each part of a blockwise evaluation would read the whole model.
-    shares = 1 if config.evaluation.blockwise else parts
+    shares = parts.walking if config.evaluation.blockwise else parts.most
     return jobs_of(checked.experiment, blocks, chunks, shares, quantization_minutes(config.quantize))
 
 
@@ -132,7 +136,7 @@ class _KnownRuns:
                 f"device: the process that was started computes on {told['device']}, this node on {kind}; start it "
                 "where there is the same kind, or set device"
             )
-        jobs = tuple(all_jobs_of(checked, told["parts"]))
+        jobs = tuple(all_jobs_of(checked, Parts(*told["parts"])))
         store = checked.store if keeper is None else RemoteStore(checked.store.root, keeper, log.info)
         return _KnownRun(store, {job.name: job for job in (*jobs, last_job(config, jobs))})
 

@@ -32,7 +32,7 @@ from lqer.run import pipeline
 from lqer.run.cluster import fill_store, marked, sweep_on_cluster
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
-from lqer.run.worker import perform
+from lqer.run.worker import Parts, perform
 from lqer.store.keeper import Keeper
 from lqer.store.records import MANIFEST
 
@@ -77,20 +77,6 @@ def config_of(experiment, output: str, address: str | None, *overrides: str):
     )
 
 
-def task_of(experiment) -> tuple[Path, list[str]]:
-    """The folder of a task's rows, and the overrides that ask for it."""
-    folder = experiment.folder / "tasks" / "arc_easy"
-    folder.mkdir(parents=True)
-    choices = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
-    rows = [{"question": f"Colour {index}?", "choices": choices, "answerKey": "ABC"[index % 3]} for index in range(9)]
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder, [
-        "--evaluation.downstream.tasks=['arc_easy_local']",
-        f"--evaluation.downstream.include_path={ROOT / 'experiments/tasks'}",
-        f"--evaluation.downstream.data_dir={folder.parent}",
-    ]
-
-
 def stored(folder: Path) -> dict[str, Any]:
     """Every file of every artifact, of manifests all but the times."""
     artifacts = [path for path in (folder / "store").iterdir() if path.is_dir()]
@@ -105,7 +91,7 @@ def stored(folder: Path) -> dict[str, Any]:
 def test_relative_paths_are_those_of_the_process_that_was_started(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(experiment.folder)
     config = read_config(experiment.config, "run", ["--output_dir=relative", "--calibration.dataset=calibration.txt"])
-    text = cluster_module._told(config, "cpu", True, [], "0" * 32, 1)
+    text = cluster_module._told(config, "cpu", True, [], "0" * 32, Parts(1, 1))
     monkeypatch.chdir(tmp_path.parent)
     with marked(experiment.folder / "relative") as token:
         problem = perform("no such job", text.replace("0" * 32, token), None).problem
@@ -115,7 +101,7 @@ def test_relative_paths_are_those_of_the_process_that_was_started(experiment, tm
 
 @pytest.mark.parametrize(("method", "store"), [("lqer-act", "driver"), ("lqer-act", "shared"), ("gptq", "driver")])
 def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address, method, store):
-    more = ["--quantize.low_rank.rank=0"] if method == "gptq" else task_of(experiment)[1]
+    more = ["--quantize.low_rank.rank=0"] if method == "gptq" else experiment.task()[1]
     more += [f"--quantize.method={method}", '--evaluation.baselines=["original"]']
     fill_store(config_of(experiment, "there", address, f"--cluster.store={store}", *more))
     pipeline.run(config_of(experiment, "here", None, *more))
@@ -249,7 +235,7 @@ def test_a_mistake_that_only_workers_see_ends_the_run_with_its_line_and_is_not_t
     experiment, address, caplog, monkeypatch
 ):
     caplog.set_level("INFO", logger="lqer")
-    tasks, downstream = task_of(experiment)
+    tasks, downstream = experiment.task()
 
     def without_the_task(*arguments) -> None:
         # A node that lacks what the process that was started has.
@@ -267,20 +253,40 @@ def test_a_sweep_makes_once_what_its_runs_share(experiment, address, caplog):
     sweep = experiment.folder / "sweep.toml"
     sweep.write_text('keep_going = true\n[grid]\nquantize.weight = ["w4", "w3", "w2"]\n')
     overrides = [f"--cluster.address={address}", "--cluster.cpus_per_job=1", "--device=cpu"]
+    # As many parts as batches: two.
+    overrides.append("--evaluation.perplexity.batch_size=64")
     plan = plan_sweep(sweep, experiment.config, "tag", overrides)
     outcome = sweep_on_cluster(plan, plan.runs[0].config.cluster, experiment.folder / "log")
     assert [run.name for run in outcome.finished] == ["w4", "w3", "w2"]
     assert not outcome.failed
     assert not outcome.not_started
     assert len(re.findall("calibrate: done in", caplog.text)) == 1
+    # Each model's windows and each checkpoint's blocks are shared out.
+    assert len(re.findall(r"perplexity-\w+ 2/2: done in", caplog.text)) == 1 + 2 * 3
+    assert len(re.findall(r"quantize-\w+ 4/4: done in", caplog.text)) == 2 * 3
     for weight in ("w4", "w3", "w2"):
         results = json.loads((experiment.output / f"tag-{weight}" / "results.json").read_text())
-        alone = pipeline.run(config_of(experiment, "here", None, f"--quantize.weight={weight}"))
+        alone = pipeline.run(config_of(experiment, "here", None, f"--quantize.weight={weight}", overrides[-1]))
         assert results["perplexity"] == alone["perplexity"]
         assert "cluster" not in results["config"]
     # Nothing is left to do: no cluster is asked.
     again = sweep_on_cluster(plan, ClusterConfig(address="nowhere:1"), experiment.folder / "log")
     assert again.finished == outcome.finished
+
+
+def test_runs_of_a_sweep_have_the_fewer_parts_the_more_there_are():
+    shared, driver = (ClusterConfig(address="auto", store=store) for store in ("shared", "driver"))
+    assert [cluster_module._parts(driver, runs) for runs in (1, 3, 12, 100)] == [(64, 8), (21, 8), (5, 5), (1, 1)]
+    assert [cluster_module._parts(shared, runs) for runs in (0, 1, 3, 12)] == [(8, 8), (8, 8), (2, 2), (1, 1)]
+    assert cluster_module._parts(ClusterConfig(address="auto", gang=2), 1) == (1, 1)
+
+
+@pytest.mark.parametrize(("gpus", "share", "walking"), [(4, 1, 4), (4, 2, 2), (16, 1, 8), (1, 2, 1), (0, 1, 3)])
+def test_what_reads_the_whole_model_has_a_part_for_each_worker_of_this_machine(monkeypatch, gpus, share, walking):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    cluster = ClusterConfig(address="local", gpus_per_job=share, cpus_per_job=2)
+    assert cluster_module._parts(cluster, 1) == (8, walking)
 
 
 def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
@@ -292,7 +298,7 @@ def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
 
 def told(experiment, device: str) -> str:
     config = config_of(experiment, "there", None).model_dump_json()
-    of_job = {"token": "0" * 32, "parts": 1, "device": device, "started_in": str(Path.cwd())}
+    of_job = {"token": "0" * 32, "parts": [1, 1], "device": device, "started_in": str(Path.cwd())}
     return json.dumps({"config": config, "plugins": [], **of_job})
 
 

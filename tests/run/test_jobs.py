@@ -172,13 +172,15 @@ def test_jobs_of_one_model_say_so_and_longer_ones_come_first(undisturbed):
     assert stages(ready) == ["calibrate", "perplexity", "perplexity"]
 
 
-def test_a_run_alone_imports_nothing_of_a_cluster(experiment):
+def test_a_run_alone_imports_and_starts_nothing_of_a_cluster_or_a_gang(experiment):
     program = """
 import sys
+import psutil
 from lqer.cli import main
 status = main(sys.argv[1:], "")
-found = {"ray", "lqer.jobs.on_ray", "lqer.run.cluster", "lqer.run.worker", "lqer.store.remote"} & set(sys.modules)
-sys.exit(status or " ".join(found) or 0)
+found = {"ray", "lqer.jobs.on_ray", "lqer.run.cluster", "lqer.run.worker", "lqer.store.remote", "lqer.stages.ranks"}
+started = [process.name() for process in psutil.Process().children(recursive=True)]
+sys.exit(status or " ".join([*found & set(sys.modules), *started]) or 0)
 """
     command = [sys.executable, "-c", program, str(experiment.config), "run", "--evaluation.baselines=[]"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

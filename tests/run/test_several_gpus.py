@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lqer.config import read_config
+from lqer.run.cluster import fill_store
 from lqer.run.pipeline import run
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -22,6 +23,19 @@ def test_a_run_spread_over_all_gpus_ends_with_the_numbers_of_one(experiment, tmp
     )  # fmt: skip
     assert one["perplexity"] == all_of_them["perplexity"]
     assert {"original", "rtn", "quantized"} <= set(one["perplexity"][0])
+
+
+def test_jobs_of_several_gpus_spread_the_model_and_end_with_the_numbers_of_one(experiment, tmp_path):
+    """Parts of windows and requests, by a worker whose model is on two GPUs."""
+    pytest.importorskip("ray")
+    overrides = ["--device=cuda", "--evaluation.backend=emulate", *experiment.task()[1]]
+    one = run(read_config(experiment.config, "one", [*overrides, f"--output_dir={tmp_path / 'one'}"]))
+    settings = ["--device_map=auto", "--cluster.address=local", "--cluster.gpus_per_job=2"]
+    config = read_config(experiment.config, "two", [*overrides, *settings, f"--output_dir={tmp_path / 'two'}"])
+    fill_store(config)
+    two = run(config.alone)
+    for key in ("perplexity", "downstream"):
+        assert one[key] == two[key]
 
 
 def test_fine_tuning_spread_over_all_gpus_learns_what_one_learns(experiment, tmp_path):
