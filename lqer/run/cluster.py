@@ -144,10 +144,9 @@ def marked(folder: Path) -> Iterator[str]:
 
 def _parts(cluster: ClusterConfig, runs: int) -> Parts:
     """Of each of so many runs. A part of what a model is loaded for costs loading it, so many runs are parts enough."""
-    if cluster.gang != 1:
-        return Parts(1, 1)  # a gang shares out a stage itself
     most = max(1, (SHARED_PARTS if cluster.shares_folder else PARTS) // max(1, runs))
-    return Parts(most, min(most, _walkers(cluster)))
+    # A gang shares out the blocks itself.
+    return Parts(most if cluster.gang == 1 else 1, most, _walkers(cluster))
 
 
 def _walkers(cluster: ClusterConfig) -> int:

@@ -40,19 +40,25 @@ RUN = Progress("runs", "run")
 
 
 class Parts(NamedTuple):
-    """In how many parts at most a run makes what can be made in parts; walking: where each part reads all blocks."""
+    """In how many parts at most a run quantizes its blocks, and makes an evaluation.
 
-    most: int
+    walking: the same for both, where each part reads all blocks.
+    """
+
+    blocks: int
+    evaluations: int
     walking: int
 
 
 def all_jobs_of(checked: CheckedRun, parts: Parts) -> RunJobs:
     """The jobs of a run."""
     config, blocks = checked.context.config, checked.context.summary.blocks
-    # Without stored statistics, each part gathers those of its blocks on the way from the first one.
-    count = min(parts.walking if checked.experiment.calibrate is None else parts.most, blocks)
+    count = min(parts.blocks, blocks)
+    if checked.experiment.calibrate is None:
+        # Each part gathers the statistics of its blocks on the way from the first one.
+        count = min(count, parts.walking)
     chunks = [Chunk(index + 1, count) for index in range(count)] if count > 1 else []
-    shares = parts.walking if config.evaluation.blockwise else parts.most
+    shares = min(parts.evaluations, parts.walking) if config.evaluation.blockwise else parts.evaluations
     return jobs_of(checked.experiment, blocks, chunks, shares, quantization_minutes(config.quantize))
 
 

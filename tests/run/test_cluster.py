@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lqer.run import pipeline
 from lqer.run.cluster import fill_store, marked, sweep_on_cluster
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
-from lqer.run.worker import Parts, perform
+from lqer.run.worker import Parts, all_jobs_of, perform
 from lqer.store.keeper import Keeper
 from lqer.store.records import MANIFEST
 
@@ -91,7 +92,7 @@ def stored(folder: Path) -> dict[str, Any]:
 def test_relative_paths_are_those_of_the_process_that_was_started(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(experiment.folder)
     config = read_config(experiment.config, "run", ["--output_dir=relative", "--calibration.dataset=calibration.txt"])
-    text = cluster_module._told(config, "cpu", True, [], "0" * 32, Parts(1, 1))
+    text = cluster_module._told(config, "cpu", True, [], "0" * 32, Parts(1, 1, 1))
     monkeypatch.chdir(tmp_path.parent)
     with marked(experiment.folder / "relative") as token:
         problem = perform("no such job", text.replace("0" * 32, token), None).problem
@@ -99,11 +100,15 @@ def test_relative_paths_are_those_of_the_process_that_was_started(experiment, tm
     assert Path.cwd() == experiment.folder
 
 
-@pytest.mark.parametrize(("method", "store"), [("lqer-act", "driver"), ("lqer-act", "shared"), ("gptq", "driver")])
-def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address, method, store):
+@pytest.mark.parametrize(
+    ("method", "store", "gang"),
+    [("lqer-act", "driver", 1), ("lqer-act", "shared", 1), ("gptq", "driver", 1), ("gptq", "shared", 2)],
+)
+def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address, method, store, gang):
     more = ["--quantize.low_rank.rank=0"] if method == "gptq" else experiment.task()[1]
     more += [f"--quantize.method={method}", '--evaluation.baselines=["original"]']
-    fill_store(config_of(experiment, "there", address, f"--cluster.store={store}", *more))
+    there = [f"--cluster.store={store}", f"--cluster.gang={gang}"]
+    fill_store(config_of(experiment, "there", address, *there, *more))
     pipeline.run(config_of(experiment, "here", None, *more))
     assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
     # What workers log is the run's, with node, process and job.
@@ -111,15 +116,20 @@ def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address,
     assert re.search(rf"{re.escape(platform.node())}/\d+, quantize-\w+( \d/\d)?: done in", logged)
 
 
-def kill_workers(when: Callable[[], bool]) -> threading.Thread:
-    """Kill every worker that is busy, and the keeper, as soon as `when` is true."""
+def kill_workers(*moments: Callable[[], bool]) -> threading.Thread:
+    """Kill every worker that is busy, as soon as each of `moments` is there; the first time the keeper as well."""
 
     def work() -> None:
-        while not when():
-            time.sleep(0.02)
-        for process in psutil.process_iter(["cmdline"]):
-            if (process.info["cmdline"] or [""])[0].startswith(("ray::Worker.work", "ray::Keeper")):
-                process.kill()
+        names: tuple[str, ...] = ("ray::Worker.work", "ray::Keeper")
+        for has_come in moments:
+            while not has_come():
+                time.sleep(0.02)
+            # Those of this test alone: the cluster was started by this process.
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if (process.cmdline() or [""])[0].startswith(names):
+                        process.kill()
+            names = ("ray::Worker.work",)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -131,13 +141,17 @@ def begun(output: Path, stage: str) -> Callable[[], bool]:
 
 
 def test_killed_workers_cost_the_jobs_in_hand(experiment, address, caplog):
+    """Whatever they are at: statistics, blocks, windows, requests."""
     caplog.set_level("INFO", logger="lqer")
-    killer = kill_workers(begun(experiment.folder / "there", "calibrate"))
-    fill_store(config_of(experiment, "there", address))
+    stages = ("calibrate", "quantize", "perplexity", "downstream")
+    _, task = experiment.task()
+    killer = kill_workers(*(begun(experiment.folder / "there", stage) for stage in stages))
+    fill_store(config_of(experiment, "there", address, *task))
     killer.join(1)
     assert not killer.is_alive()
-    assert "its worker was lost; done again (1 of 3)" in caplog.text
-    pipeline.run(config_of(experiment, "here", None))
+    for stage in stages:
+        assert re.search(rf"{stage}-\w+( \d+/\d+)?: its worker was lost; done again \(1 of 3\)", caplog.text), stage
+    pipeline.run(config_of(experiment, "here", None, *task))
     assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
 
 
@@ -256,10 +270,13 @@ def test_a_sweep_makes_once_what_its_runs_share(experiment, address, caplog):
     # As many parts as batches: two.
     overrides.append("--evaluation.perplexity.batch_size=64")
     plan = plan_sweep(sweep, experiment.config, "tag", overrides)
+    killer = kill_workers(begun(experiment.output, "quantize"))
     outcome = sweep_on_cluster(plan, plan.runs[0].config.cluster, experiment.folder / "log")
-    assert [run.name for run in outcome.finished] == ["w4", "w3", "w2"]
     assert not outcome.failed
+    assert [run.name for run in outcome.finished] == ["w4", "w3", "w2"]
     assert not outcome.not_started
+    killer.join(1)
+    assert "its worker was lost; done again" in caplog.text
     assert len(re.findall("calibrate: done in", caplog.text)) == 1
     # Each model's windows and each checkpoint's blocks are shared out.
     assert len(re.findall(r"perplexity-\w+ 2/2: done in", caplog.text)) == 1 + 2 * 3
@@ -276,9 +293,10 @@ def test_a_sweep_makes_once_what_its_runs_share(experiment, address, caplog):
 
 def test_runs_of_a_sweep_have_the_fewer_parts_the_more_there_are():
     shared, driver = (ClusterConfig(address="auto", store=store) for store in ("shared", "driver"))
-    assert [cluster_module._parts(driver, runs) for runs in (1, 3, 12, 100)] == [(64, 8), (21, 8), (5, 5), (1, 1)]
-    assert [cluster_module._parts(shared, runs) for runs in (0, 1, 3, 12)] == [(8, 8), (8, 8), (2, 2), (1, 1)]
-    assert cluster_module._parts(ClusterConfig(address="auto", gang=2), 1) == (1, 1)
+    assert [cluster_module._parts(driver, runs).blocks for runs in (1, 3, 12, 100)] == [64, 21, 5, 1]
+    assert [cluster_module._parts(shared, runs).evaluations for runs in (0, 1, 3, 12)] == [8, 8, 2, 1]
+    # The blocks are a gang's own to share out.
+    assert cluster_module._parts(ClusterConfig(address="auto", gang=2), 1) == Parts(1, 64, 8)
 
 
 @pytest.mark.parametrize(("gpus", "share", "walking"), [(4, 1, 4), (4, 2, 2), (16, 1, 8), (1, 2, 1), (0, 1, 3)])
@@ -286,7 +304,24 @@ def test_what_reads_the_whole_model_has_a_part_for_each_worker_of_this_machine(m
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     cluster = ClusterConfig(address="local", gpus_per_job=share, cpus_per_job=2)
-    assert cluster_module._parts(cluster, 1) == (8, walking)
+    assert cluster_module._parts(cluster, 1) == Parts(8, 8, walking)
+
+
+@pytest.mark.parametrize(
+    ("override", "quantizing", "measuring"),
+    [
+        ("--evaluation.blockwise=true", 4, 2),
+        ("--calibration.keep=false", 2, 5),
+        ("--quantize.method=gptq", 0, 5),
+        ("--seed=0", 4, 5),
+    ],
+)
+def test_what_reads_all_blocks_is_made_in_fewer_parts(experiment, override, quantizing, measuring):
+    rank = ["--quantize.low_rank.rank=0"] if "gptq" in override else []
+    config = config_of(experiment, "there", None, override, *rank, "--evaluation.baselines=[]")
+    jobs = all_jobs_of(check_run(config, lambda line: None), Parts(8, 5, 2))
+    assert sum("/" in job.name for job in jobs.quantizing) == quantizing
+    assert sum("/" in job.name for job in jobs.measuring) == measuring
 
 
 def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
@@ -298,7 +333,7 @@ def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
 
 def told(experiment, device: str) -> str:
     config = config_of(experiment, "there", None).model_dump_json()
-    of_job = {"token": "0" * 32, "parts": [1, 1], "device": device, "started_in": str(Path.cwd())}
+    of_job = {"token": "0" * 32, "parts": [1, 1, 1], "device": device, "started_in": str(Path.cwd())}
     return json.dumps({"config": config, "plugins": [], **of_job})
 
 
