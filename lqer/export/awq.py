@@ -21,7 +21,7 @@ from transformers import AwqConfig, PreTrainedModel
 from transformers.utils.quantization_config import AwqBackend
 
 from lqer.export.base import Target, Written, load_pretrained, unsupported_extras
-from lqer.export.gptq import float16_scales
+from lqer.export.gptq import VLLM_GROUPS, float16_scales
 from lqer.export.integers import (
     Integers,
     IntegerScheme,
@@ -92,7 +92,13 @@ class Awq(Target):
         return load_pretrained(folder, dtype, quantization_config=AwqConfig(backend=AwqBackend.TORCH_AWQ))
 
     def commands(self, folder: str, source: Source) -> Mapping[str, str]:
-        return {"vLLM": f"vllm serve {folder} --dtype float16"}
+        scheme = next(iter(integer_schemes(source.specs.values()).values()))
+        loaded = {
+            "transformers": "# pip install gptqmodel\n"
+            'choice = AwqConfig(backend="torch_awq")\n'
+            f'AutoModelForCausalLM.from_pretrained("{folder}", quantization_config=choice)'
+        }
+        return loaded | ({"vLLM": f"vllm serve {folder} --dtype float16"} if scheme.group in VLLM_GROUPS else {})
 
 
 def awq_tensors(integers: Integers, spec: LinearSpec) -> dict[str, Tensor]:

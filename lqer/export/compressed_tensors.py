@@ -24,11 +24,10 @@ Shapes: I in_features, O out_features, G groups of a row.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,13 +36,10 @@ from transformers import PreTrainedModel
 from lqer.components import require_choice
 from lqer.export.base import Target, Written, load_pretrained, load_weights, unsupported_extras
 from lqer.export.config_groups import (
-    ALL_LINEARS,
-    EXPERTS,
     MX_GROUP,
     config_groups,
     is_float,
     is_w8a8,
-    loads_in_transformers,
     quantization_config,
     unsupported_experts,
     unsupported_in_transformers,
@@ -51,15 +47,12 @@ from lqer.export.config_groups import (
     unsupported_zero_points,
 )
 from lqer.export.integers import IntegerScheme, integer_schemes, integers_of, unsupported_integers, words
+from lqer.export.packed_readers import decompressed, is_served, loads_in_transformers
 from lqer.export.shards import Shards
 from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
 from lqer.formats import pack_bits
-from lqer.models.streaming import read_file
 from lqer.nn.experts import stacks
 from lqer.store.files import write_json
-
-SCALE = ".weight_scale"
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,7 @@ class CompressedTensors(Target):
         return torch.bfloat16 if any(is_float(spec) for spec in source.specs.values()) else torch.float32
 
     def commands(self, folder: str, source: Source) -> Mapping[str, str]:
-        served = {"vLLM": f"vllm serve {folder}"}
+        served = {"vLLM": f"vllm serve {folder}"} if is_served(source) else {}
         if self.engine == "vllm":
             return served
         return {
@@ -186,24 +179,3 @@ def packed_weight(linear: Linear, scheme: IntegerScheme) -> dict[str, Tensor]:
     if not scheme.symmetric:
         packed["weight_zero_point"] = words(integers.zeros_OG.T.contiguous(), scheme.bits).T
     return packed
-
-
-def decompressed(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a folder, every weight as compressed-tensors decodes it by its own group of `config`."""
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationScheme
-
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= read_file(file)
-    for name in [name.removesuffix(SCALE) for name in found if name.endswith(SCALE)]:
-        groups = config["config_groups"].values()
-        group = next(one for one in groups if one["targets"] == ALL_LINEARS or _is_among(name, one["targets"]))
-        parts = {part: found.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in found}
-        compressor = BaseCompressor.get_value_from_registry(group["format"])
-        found[f"{name}.weight"] = compressor.decompress(parts, QuantizationScheme(**group))["weight"]
-    return found
-
-
-def _is_among(name: str, targets: Sequence[str]) -> bool:
-    return name in targets or (EXPERTS in targets and re.fullmatch(EXPERTS.removeprefix("re:"), name) is not None)

@@ -7,7 +7,6 @@ arguments of their weights and inputs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,9 +188,3 @@ def _spellings(model: Outline, linears: list[str]) -> list[str]:
         return linears
     saved = [model.saved_names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in linears]
     return list(dict.fromkeys([*linears, *saved]))
-
-
-def loads_in_transformers(config: Mapping[str, Any]) -> bool:
-    """Whether a folder whose config.json has this entry loads there, see `unsupported_in_transformers`."""
-    is_symmetric = all(group["weights"]["symmetric"] for group in config["config_groups"].values())
-    return is_symmetric or DEQUANTIZE in config

@@ -5,8 +5,8 @@
     scales float16 [G, O]
     g_idx int32 [I]               the group of each input, i // g: lqer leaves columns in their place
 
-Version 1 cannot store a zero point of 0, which an asymmetric group without negative values has. vLLM reads 4 and 8 bits
-with symmetric codes alone.
+Version 1 cannot store a zero point of 0, which an asymmetric group without negative values has. vLLM reads symmetric
+codes alone, of 4 and 8 bits, in groups of 32, 64 or 128 or of a row.
 
 Shapes: I in_features, O out_features, G groups of a row.
 """
@@ -41,6 +41,8 @@ from lqer.store.files import write_json
 
 BITS = (2, 3, 4, 8)
 WORD_BITS = 32
+# What vLLM's kernels for this layout, and for AWQ's, take. None: one scale a row.
+VLLM_BITS, VLLM_GROUPS = (4, 8), (None, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,14 @@ class Gptq(Target):
         return load_pretrained(folder, dtype, quantization_config=GPTQConfig(bits=4, backend="torch"))
 
     def commands(self, folder: str, source: Source) -> Mapping[str, str]:
-        return {"vLLM": f"vllm serve {folder} --dtype float16"}
+        scheme = next(iter(integer_schemes(source.specs.values()).values()))
+        loaded = {
+            "transformers": "# pip install gptqmodel optimum\n"
+            f'choice = GPTQConfig(bits={scheme.bits}, backend="torch")\n'
+            f'AutoModelForCausalLM.from_pretrained("{folder}", quantization_config=choice)'
+        }
+        is_served = scheme.symmetric and scheme.bits in VLLM_BITS and scheme.group in VLLM_GROUPS
+        return loaded | ({"vLLM": f"vllm serve {folder} --dtype float16"} if is_served else {})
 
 
 def gptq_tensors(integers: Integers, spec: LinearSpec, zero_offset: int) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from lqer.export.compressed_tensors import unsupported_weight, write_packed
 from lqer.export.config_groups import is_float, unsupported_in_transformers, unsupported_together
 from lqer.export.dense import effective_weight, write_dense
 from lqer.export.nf4 import unsupported_nf4, write_nf4
+from lqer.export.packed_readers import is_served
 from lqer.export.shards import write_tensors
 from lqer.export.source import Linear, LinearSpec, Outline, Source
 from lqer.store.files import write_json
@@ -120,11 +121,11 @@ class Peft(Target):
         unpacking = (
             "model(input_ids=torch.tensor([[0]]))   # compressed-tensors unpacks its weights in the first call\n"
         )
-        return {
-            "PEFT": f'{base}{unpacking}model = PeftModel.from_pretrained(model, "{folder}")',
-            "vLLM": f"vllm serve {folder}/{BASE_FOLDER} --enable-lora --max-lora-rank {served} "
-            f"--lora-modules lqer={folder}",
-        }
+        loaded = {"PEFT": f'{base}{unpacking}model = PeftModel.from_pretrained(model, "{folder}")'}
+        if self.base == "compressed-tensors" and not is_served(source):
+            return loaded
+        options = f"--enable-lora --max-lora-rank {served} --lora-modules lqer={folder}"
+        return loaded | {"vLLM": f"vllm serve {folder}/{BASE_FOLDER} {options}"}
 
 
 def _base_weight(linear: Linear) -> Tensor:
