@@ -1,11 +1,16 @@
 """Export a model in every number format to every target that holds it, and compare each export with its checkpoint.
 
     python experiments/verify_exports.py MODEL TEXT [--targets KIND ...] [--widths BITS ...] [--formats PATTERN ...]
+        [--rank R]
 
-Weights are rounded to nearest in the formats of the table in docs/serving.md. TEXT is a file. Each line names a
+Weights are rounded to nearest in the formats of the table in docs/serving.md; with --rank the low-rank factors of LQER
+(arXiv 2402.02446, without scales) stand beside them, which the target peft needs. TEXT is a file. Each line names a
 target, a format and what the comparison found (lqer/export/verify.py): the largest difference of a logit on 4 windows,
 and both perplexities on up to 20; "not verified" where the target's library is not installed; or why the target cannot
 hold this model. Exit status 1 if an export differs from its checkpoint, which leaves no files.
+
+A template of GGUF files is made here for models of architecture "llama", without a tokenizer, which the comparison does
+not need.
 """
 
 from __future__ import annotations
@@ -18,15 +23,15 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import gguf
 import tomli_w
+from transformers import AutoConfig
 
 from lqer.config.reader import read_config
-from lqer.errors import ExportError, LqerError
-from lqer.export import Gptq, Target, export
+from lqer.errors import DifferentExportError, LqerError
+from lqer.export import Gguf, Gptq, Peft, Target, export
 from lqer.export.matrix import FAMILIES, SINGLE, WIDTHS
-from lqer.export.run import refuse_unsupported
-from lqer.export.source import Source
-from lqer.formats import Int, NumberFormat
+from lqer.formats import Int, NormalFloat, NumberFormat
 from lqer.run import pipeline
 
 
@@ -37,7 +42,30 @@ def formats_of_table(widths: list[int], patterns: list[str]) -> Iterator[tuple[s
     return ((label, one) for label, one in found if any(fnmatchcase(label, pattern) for pattern in patterns))
 
 
-def make_checkpoint(model: str, text: Path, number_format: NumberFormat, folder: Path, tag: str) -> Path:
+def make_template(model: str, path: Path) -> Path | None:
+    """A GGUF file of a model's hyperparameters alone; None for another architecture than "llama"."""
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type != "llama":
+        return None
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_tokenizer_model("no_vocab")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def make_checkpoint(model: str, text: Path, number_format: NumberFormat, rank: int, folder: Path, tag: str) -> Path:
     """The run's folder of the model with weights rounded to nearest. Raises LqerError as a run does."""
     described = {key: value for key, value in number_format.to_dict().items() if value is not None}
     settings = {
@@ -48,7 +76,12 @@ def make_checkpoint(model: str, text: Path, number_format: NumberFormat, folder:
         "formats": {"w": described},
         # For codebooks, and for the errors that every run reports.
         "calibration": {"dataset": str(text.resolve()), "num_samples": 4, "seq_len": 128},
-        "quantize": {"method": "none", "weight": "w", "activation": "none"},
+        "quantize": {
+            "method": "lqer-svd" if rank else "none",
+            "weight": "w",
+            "activation": "none",
+            "low_rank": {"rank": rank},
+        },
     }
     config = folder / f"{tag}.toml"
     config.write_text(tomli_w.dumps(settings), encoding="utf-8")
@@ -56,20 +89,26 @@ def make_checkpoint(model: str, text: Path, number_format: NumberFormat, folder:
     return folder / tag
 
 
-def target_for(kind: str, number_format: NumberFormat) -> Target:
+def target_for(kind: str, number_format: NumberFormat, template: Path | None) -> Target:
     """The target with the settings that this format needs."""
     if kind == "gptq" and isinstance(number_format, Int) and not number_format.symmetric:
         return Gptq(version="2")
+    if kind == "peft" and isinstance(number_format, NormalFloat):
+        return Peft(base="nf4")
+    if kind == "gguf" and template is not None:
+        return Gguf(template=str(template))
     return Target.registry[kind]()
 
 
 def verified(run: Path, target: Target, out: Path, text: Path) -> str:
-    """What the comparison found, or why there is none. Raises ExportError where the export differs."""
+    """What the comparison found, or why there is none. Raises DifferentExportError where the export differs."""
     try:
-        refuse_unsupported(Source(run), target)
+        target.check_inputs()
+        found = export(run, target, out, text)
+    except DifferentExportError:
+        raise
     except LqerError as error:
         return f"refused: {error}"
-    found = export(run, target, out, text)
     if found is None:
         return "not verified"
     logits = f"logits differ by {found.logit_difference:.3g} of {found.largest_logit:.3g}"
@@ -83,21 +122,23 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=sorted(Target.registry), default=sorted(Target.registry))
     parser.add_argument("--widths", nargs="+", type=int, choices=list(WIDTHS), default=[*WIDTHS])
     parser.add_argument("--formats", nargs="+", default=["*"], help="patterns of names in the table, such as '*int*'")
+    parser.add_argument("--rank", type=int, default=0, help="of low-rank factors")
     arguments = parser.parse_args()
-    wrong = 0
+    model, text, wrong = arguments.model, arguments.text, 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        template = make_template(model, folder / "template.gguf")
         for number, (label, number_format) in enumerate(formats_of_table(arguments.widths, arguments.formats)):
             try:
-                run = make_checkpoint(arguments.model, arguments.text, number_format, folder, f"run{number}")
+                run = make_checkpoint(model, text, number_format, arguments.rank, folder, f"run{number}")
             except LqerError as error:
                 print(f"| – | {label} | no checkpoint: {error} |", flush=True)
                 continue
             for kind in arguments.targets:
-                target = target_for(kind, number_format)
+                target = target_for(kind, number_format, template)
                 try:
-                    found = verified(run, target, folder / f"{kind}-{number}", arguments.text)
-                except ExportError as error:
+                    found = verified(run, target, folder / f"{kind}-{number}", text)
+                except DifferentExportError as error:
                     wrong += 1
                     found = f"DIFFERS: {error}"
                 print(f"| `{kind}` | {label} | {found} |", flush=True)

@@ -34,7 +34,11 @@ class RunFolderError(LqerError):
 
 
 class ExportError(LqerError):
-    """A checkpoint cannot be written for a target, or what was written is not the checkpoint."""
+    """A checkpoint cannot be written for a target."""
+
+
+class DifferentExportError(ExportError):
+    """What was written for a target cannot be read back or is not the checkpoint."""
 
 
 class StoreError(LqerError):

@@ -119,7 +119,7 @@ def unsupported_extras(spec: LinearSpec) -> str | None:
 
 
 def load_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """What transformers makes of a folder. Raises ExportError if a tensor is missing or left over."""
+    """What transformers makes of a folder. Raises ModelError if a tensor is missing or left over."""
     options |= {"output_loading_info": True, "trust_remote_code": False}
     with quiet_loading():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

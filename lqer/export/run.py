@@ -56,8 +56,8 @@ def export(
     read the files back and compare. device: where the comparison runs, by default the CPU. results: of the run that
     made the checkpoint, for the card, where its folder does not have them yet.
 
-    Raises ExportError if `out` exists, the target cannot hold some linear, or the files do not compute what the
-    checkpoint does; nothing is then left of them.
+    Raises ExportError if `out` exists or the target cannot hold some linear, and DifferentExportError if the files do
+    not compute what the checkpoint does; nothing is then left of them.
     """
     source, words = Source(checkpoint, results), None if text is None else read_text(text)
     refuse_unsupported(source, target)

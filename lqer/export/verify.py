@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lqer.checkpoint.load import load_quantized
-from lqer.errors import DataError, ExportError
+from lqer.errors import DataError, DifferentExportError
 from lqer.evaluation.logits import window_logits
 from lqer.evaluation.perplexity import concat_perplexity, concat_windows
 from lqer.export.base import Closeness, Target, Written
@@ -84,9 +84,10 @@ class Check:
 def check_export(
     target: Target, written: Written, source: Source, folder: Path, text: Text | None, device: torch.device
 ) -> Check:
-    """Compare the files in `folder` with the checkpoint. Raises ExportError if they differ by more than the bound.
+    """Compare the files in `folder` with the checkpoint.
 
-    text: what the windows are of; None: the checkpoint itself writes them.
+    text: what the windows are of; None: the checkpoint itself writes them. Raises DifferentExportError if the files
+    cannot be read back, or differ by more than the bound.
     """
     dtype = target.dtype_of_check(source)
     checkpoint = load_quantized(source.path, device, dtype, "emulate", verify=False)
@@ -119,12 +120,12 @@ def _refuse_difference(check: Check, closeness: Closeness) -> None:
     bound = BOUNDS[closeness]
     # Written so that a NaN, of which any comparison is false, is refused.
     if not check.logit_difference <= bound.logits * check.largest_logit:
-        raise ExportError(
+        raise DifferentExportError(
             f"the files do not compute what the checkpoint does: logits differ by up to {check.logit_difference:.3g}, "
             f"and the bound is {bound.logits * check.largest_logit:.3g} ({closeness})"
         )
     if not abs(check.exported_perplexity - check.perplexity) <= bound.perplexity * check.perplexity:
-        raise ExportError(
+        raise DifferentExportError(
             f"the files do not compute what the checkpoint does: perplexity {check.exported_perplexity:.6g}, not "
             f"{check.perplexity:.6g} ({closeness})"
         )
@@ -136,11 +137,12 @@ def _loaded(target: Target, folder: Path, dtype: torch.dtype) -> PreTrainedModel
             # Of libraries to each other.
             warnings.simplefilter("ignore", FutureWarning)
             return target.load(folder, dtype)
-    except (ExportError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # each library has errors of its own, and any means that the files are of no use
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}"
-        raise ExportError(f"{target.kind} files cannot be read back (--no-check keeps them): {reason}") from error
+        said = f"{target.kind} files cannot be read back (--no-check keeps them): {reason}"
+        raise DifferentExportError(said) from error
 
 
 def _without_run_time_rounding(model: PreTrainedModel, target: Target, source: Source) -> None:
