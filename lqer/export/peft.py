@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.components import require_choice
 from lqer.export.base import Target, Written, first_missing, load_pretrained, unsupported_basis
 from lqer.export.compressed_tensors import unsupported_weight, write_packed
-from lqer.export.config_groups import is_float, unsupported_in_transformers, unsupported_together
+from lqer.export.config_groups import unsupported_in_transformers, unsupported_together
 from lqer.export.dense import effective_weight, write_dense
 from lqer.export.nf4 import unsupported_nf4, write_nf4
 from lqer.export.packed_readers import is_served
@@ -75,10 +75,6 @@ class Peft(Target):
     def missing_reader(self) -> str | None:
         return first_missing((*self.readers, *BASE_READERS[self.base]))
 
-    def dtype_of_check(self, source: Source) -> torch.dtype:
-        is_packed_float = self.base == "compressed-tensors" and any(map(is_float, source.specs.values()))
-        return torch.bfloat16 if is_packed_float else torch.float32
-
     def write(self, source: Source, folder: Path) -> Written:
         (folder / BASE_FOLDER).mkdir()
         if self.base == "dense":
@@ -106,9 +102,11 @@ class Peft(Target):
             base = load_pretrained(folder / BASE_FOLDER, dtype, device_map={"": "cpu"}).dequantize()
         else:
             base = load_pretrained(folder / BASE_FOLDER, dtype)
-        with torch.inference_mode():
-            # compressed-tensors unpacks weights in the first call, and PEFT looks for them.
+        # compressed-tensors unpacks weights in the first call, and PEFT looks for them. MX floats become bfloat16,
+        # which holds them; in float32 the order of sums is then all that differs.
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             base(input_ids=torch.zeros(1, 1, dtype=torch.int64))
+            nn.Module.to(base, dtype)
         # It is called as the model that it wraps.
         return cast(PreTrainedModel, PeftModel.from_pretrained(base, folder).eval())
 

@@ -149,6 +149,14 @@ class TestPeft:
     def _library(self):
         pytest.importorskip("peft", reason="peft is not installed")
 
+    @pytest.mark.parametrize("element", ["mxfp4_e2m1", "mxfp6_e2m3", "mxfp8_e4m3"])
+    def test_over_mx_floats_too_only_the_order_of_sums_differs(self, checkpoint_of, element, tmp_path):
+        """In bfloat16, to which compressed-tensors unpacks them, that order would show in the third digit."""
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+        check = export(checkpoint_of(MX(element), method=LqerAct(), rank=4), Peft(), tmp_path / "out")
+        assert (check.dtype, check.tokens_per_window) == ("float32", 64)
+        assert check.logit_difference < 1e-5
+
     @pytest.fixture
     def factors(self, checkpoint_of):
         return checkpoint_of(MXInt(bits=3, block_size=32), method=LqerAct(), rank=4)
