@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lqer.components import require_choice
 from lqer.export.base import Target, Written, first_missing, load_pretrained, unsupported_basis
 from lqer.export.compressed_tensors import unsupported_weight, write_packed
-from lqer.export.config_groups import unsupported_in_transformers, unsupported_together
+from lqer.export.config_groups import is_float, unsupported_in_transformers, unsupported_together
 from lqer.export.dense import effective_weight, write_dense
 from lqer.export.nf4 import unsupported_nf4, write_nf4
 from lqer.export.packed_readers import is_served
@@ -111,7 +111,9 @@ class Peft(Target):
         return cast(PreTrainedModel, PeftModel.from_pretrained(base, folder).eval())
 
     def commands(self, folder: str, source: Source) -> Mapping[str, str]:
-        base = f'model = AutoModelForCausalLM.from_pretrained("{folder}/{BASE_FOLDER}")\n'
+        is_packed_float = self.base == "compressed-tensors" and any(map(is_float, source.specs.values()))
+        dtype = ", dtype=torch.bfloat16" if is_packed_float else ""
+        base = f'model = AutoModelForCausalLM.from_pretrained("{folder}/{BASE_FOLDER}"{dtype})\n'
         if self.base == "nf4":
             return {"QLoRA": f'{base}model = PeftModel.from_pretrained(model, "{folder}", is_trainable=True)'}
         largest = max(spec.rank for spec in source.specs.values())

@@ -110,9 +110,17 @@ def test_the_card_names_vllm_where_it_reads_the_layout(checkpoint_of, target: Ta
     assert ("vLLM" in target.commands("OUT", Source(checkpoint_of(weight)))) is is_served
 
 
-@pytest.mark.parametrize(("weight", "is_served"), [(INT4, True), (MX("mxfp6_e2m3"), False)])
-def test_an_adapter_is_served_over_what_vllm_reads_with_a_rank_that_it_knows(checkpoint_of, weight, is_served):
+@pytest.mark.parametrize(
+    ("weight", "dtype", "is_served"),
+    [
+        (INT4, "", True),
+        (MX("mxfp4_e2m1"), ", dtype=torch.bfloat16", True),
+        (MX("mxfp6_e2m3"), ", dtype=torch.bfloat16", False),
+    ],
+)
+def test_an_adapter_loads_as_said_and_is_served_over_what_vllm_reads(checkpoint_of, weight, dtype, is_served):
     commands = Peft().commands("OUT", Source(checkpoint_of(weight, method=LqerAct(), rank=4)))
+    assert f'from_pretrained("OUT/base"{dtype})' in commands["PEFT"]
     assert ("vLLM" in commands) is is_served
     # Of 8, 16, 32 .. the first that holds it.
     assert "--max-lora-rank 8 " in commands.get("vLLM", "--max-lora-rank 8 ")
