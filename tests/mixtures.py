@@ -30,7 +30,8 @@ LATENT = {
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 16),
 }
 # gpt_oss: transposed, interleaved, with biases and sinks. deepseek, glm: a first layer without experts, then shared
-# ones, as in qwen2.
+# ones, as in qwen2. llama4: outside of transformers' registry, transposed, the router's weights on the inputs. longcat:
+# outside, too, and two of its six choices pass their tokens on.
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 24, **SMALL},
@@ -42,6 +43,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4},
     "glm4_moe": {**GROUPS, "head_dim": 16},
     "minimax_m2": {"num_local_experts": 4, "head_dim": 16},
+    "llama4_text": {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
+    "longcat_flash": {**LATENT, "head_dim": 16, "num_layers": 2, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48,
+                      "moe_topk": 2, "zero_expert_num": 2},
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ from lqer.export.packed_readers import decompressed, is_served, loads_in_transfo
 from lqer.export.shards import Shards
 from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
 from lqer.formats import pack_bits
-from lqer.nn.experts import stacks
+from lqer.nn.stacked import stacks
 from lqer.store.files import write_json
 
 

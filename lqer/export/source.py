@@ -32,7 +32,7 @@ from lqer.models.files import reported_as
 from lqer.models.stored import NotStreamableError, saved_names
 from lqer.models.streaming import read_file
 from lqer.models.structure import ONLINE_ROTATIONS
-from lqer.nn.experts import Piece, stacked, stacks
+from lqer.nn.stacked import Piece, stacked, stacks
 from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
 from lqer.store.names import block_file
 from lqer.store.records import JOURNAL, MANIFEST
@@ -119,7 +119,7 @@ class Outline:
 
     @cached_property
     def stacks(self) -> dict[str, dict[str, Piece]]:
-        """The tensors of experts by the stacked parameters that they are pieces of, see lqer/nn/experts.py."""
+        """The tensors of experts by the stacked parameters that they are pieces of, see lqer/nn/stacked.py."""
         return stacks(self.modules[""])
 
     def stack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from lqer.errors import ModelError
 from lqer.models.files import Header
-from lqer.nn.experts import Piece
+from lqer.nn.stacked import Piece
 
 QUANTIZATION_CONFIG = "quantization_config"
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")

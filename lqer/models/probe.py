@@ -3,12 +3,14 @@
 A model of the same configuration is filled with made-up numbers and embeds three short windows. Then one block of each
 kind is run by the walker and by the model's own forward pass: both must give the same hidden states. A matrix is a view
 of one short vector (entry i, j is number i + j of it), so a model of any size takes no memory but that of one block.
+Experts outside of transformers' registry are first compared with their own code, some rows of them.
 
-Shapes: W windows, B windows of a batch, T tokens of a window, D hidden size.
+Shapes: W windows, B windows of a batch, T tokens of a window, D hidden size, E experts, K experts of a token.
 """
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any, cast
 
@@ -24,7 +26,9 @@ from lqer.models.source import ModelSource, load_model_config
 from lqer.models.streaming import fill_parameters, tie
 from lqer.models.structure import block_linears, prepare_model
 from lqer.models.walker import BlockRun, embed, run_one_block
-from lqer.nn.experts import experts_of
+from lqer.nn.experts import Experts, experts_of
+from lqer.nn.stacked import split_experts, unregistered
+from lqer.nn.unregistered import registered_class, takes_rows
 from lqer.store.offload import Offload
 from lqer.transforms.tracing import watched_inputs
 
@@ -32,6 +36,10 @@ CPU = torch.device("cpu")
 WINDOWS, TOKENS, BATCH_SIZE = 3, 8, 2
 # Of made-up matrices; norms are around 1.
 SCALE = 0.05
+# Intermediate size of experts that are compared with their own code.
+PROBED_WIDTH = 2
+# Of those that are called with rows of all.
+PROBED_EXPERTS = 2
 
 
 @torch.no_grad()
@@ -100,8 +108,11 @@ def _made_up(source: ModelSource) -> PreTrainedModel:
     config = load_model_config(source)
     with without_values():
         model = auto_class(config).from_config(config, dtype=torch.float32)
-    prepare_model(model)
     generator = torch.Generator().manual_seed(0)
+    by_class = {type(experts): (name, experts) for name, experts in unregistered(model)}
+    for name, experts in by_class.values():
+        _refuse_other_experts(name, experts, generator)
+    prepare_model(model)
     values = {
         name: _view(tuple(parameter.shape), generator)
         for name, parameter in model.named_parameters()
@@ -110,6 +121,31 @@ def _made_up(source: ModelSource) -> PreTrainedModel:
     fill_parameters(model, values, CPU, torch.float32)
     tie(model)
     return model.eval()
+
+
+def _refuse_other_experts(name: str, experts: Experts, generator: torch.Generator) -> None:
+    """Raise ModelError for stacked experts outside of the registry that compute something else once they are split."""
+    own, registered = copy.deepcopy(experts), registered_class(experts)
+    for parameter, axis, width in (("gate_up_proj", 1, 2 * PROBED_WIDTH), ("down_proj", 2, PROBED_WIDTH)):
+        shape = list(getattr(own, parameter).shape)
+        shape[3 - axis if registered.is_transposed else axis] = width
+        if takes_rows(own):
+            shape[0] = PROBED_EXPERTS
+        setattr(own, parameter, nn.Parameter(_view(tuple(shape), generator), requires_grad=False))
+    split = copy.deepcopy(own)
+    split_experts(split)
+    hidden_size = own.down_proj.shape[2 if registered.is_transposed else 1]
+    if takes_rows(own):
+        x_ETD = torch.randn(PROBED_EXPERTS, TOKENS, hidden_size, generator=generator)
+        x_ETD[0, ::2], x_ETD[1, ::3] = 0, 0
+        inputs: tuple[Tensor, ...] = (x_ETD.flatten(0, 1),)
+    else:
+        # With and without weights, where there are both.
+        pairs_TK = torch.tensor([(0, split.choices - 1), (split.held - 1, 0)])
+        inputs = (torch.randn(2, hidden_size, generator=generator), pairs_TK, torch.rand(2, 2, generator=generator))
+    if not torch.allclose(split(*inputs), own(*inputs), rtol=1e-4, atol=1e-5):
+        kind = type(experts).__name__
+        raise ModelError(f"model: {name} is a {kind}, whose experts compute something else than act(gate) * up")
 
 
 def _view(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

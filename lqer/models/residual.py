@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lqer.errors import ModelError
+from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
 from lqer.nn.experts import experts_of
 from lqer.transforms.tracing import Seen
@@ -113,9 +114,11 @@ def _watched(run: BlockRun) -> tuple[Tensor, list[_Call], Tensor]:
 
     hooks = [run.block.register_forward_pre_hook(lambda module, args: starts.append(args[0].clone()))]
     layers = experts_of(run.block)
+    # Not routers, which may return more than a tensor.
+    linears = {*block_linears(run.block), *layers}
     inside = tuple(f"{name}." for name in layers)
     for name, module in run.block.named_modules():
-        weight, is_linear = getattr(module, "weight", None), isinstance(module, nn.Linear) or name in layers
+        weight, is_linear = getattr(module, "weight", None), name in linears
         if not name.startswith(inside) and (is_linear or (isinstance(weight, Tensor) and weight.ndim == 1)):
             hooks.append(module.register_forward_hook(see(name, is_linear)))
     try:

@@ -1,7 +1,7 @@
 """Which parameters of a model a tensor of its checkpoint holds, where names differ, or experts are stored one by one.
 
 A checkpoint may hold the experts of a layer as transformers does, or each expert's linears under names of their own,
-which transformers merges as it loads them. Here both become the linears of split experts (lqer/nn/experts.py).
+which transformers merges as it loads them. Here both become the linears of split experts (lqer/nn/stacked.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from lqer.nn.experts import Piece, stacks
+from lqer.nn.stacked import Piece, stacks
 
 # What transformers may do to a checkpoint's tensors: rename them, which leaves their values and their number as they
 # are, and put experts together, one tensor per expert, of gate and up the rows of both.
@@ -36,7 +36,7 @@ class NotStreamableError(Exception):
 
 @dataclass(frozen=True)
 class StoredNames:
-    """What transformers calls the tensors of a checkpoint. stacks: see `lqer.nn.experts`."""
+    """What transformers calls the tensors of a checkpoint. stacks: see `lqer.nn.stacked`."""
 
     prefix: str
     parameters: dict[str, Any]
@@ -75,6 +75,9 @@ class StoredNames:
         converter = next(one for one in self.converters if pattern in one.source_patterns)
         expert = next(part for part in reversed(re.split(r"\.", stored)) if part.isdigit())
         places = [key for key in self.stacks.get(name, {}) if key.split(".")[-3] == expert]
+        if not places and name in self.stacks:
+            # Of an expert that passes its tokens on, which transformers stacks and nothing reads.
+            return {}
         if len(places) != len(converter.source_patterns):
             raise NotStreamableError(f"transformers converts {stored} into {name}")
         return {places[converter.source_patterns.index(pattern)]: None}

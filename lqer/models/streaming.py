@@ -30,7 +30,7 @@ from lqer.models.source import ModelSource, check_weights, load_model, load_mode
 from lqer.models.stored import NotStreamableError, StoredNames
 from lqer.models.structure import KEPT_IN_FLOAT32, find_blocks, prepare_model
 from lqer.models.verify import STORED_DTYPES
-from lqer.nn.experts import Piece
+from lqer.nn.stacked import Piece
 from lqer.store.offload import Offload
 
 log = logging.getLogger(__name__)

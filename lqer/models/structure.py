@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lqer.errors import ModelError
 from lqer.models.wrappers import beside_the_language_model
-from lqer.nn.experts import count, experts_of, split_experts
+from lqer.nn.experts import choices, experts_of
+from lqer.nn.stacked import split_experts
 from lqer.transforms.hadamard import hadamard
 from lqer.transforms.quarot import OnlineRotation, attach
 
@@ -37,7 +38,7 @@ KEPT = nn.Conv1d
 def prepare_model(model: PreTrainedModel) -> None:
     """Replace other linear modules by nn.Linear, split experts, have all linears called, attach online rotations.
 
-    GPT-2's Conv1D is a linear whose weight is stored transposed; experts are stacked (lqer/nn/experts.py). In a rotated
+    GPT-2's Conv1D is a linear whose weight is stored transposed; experts are stacked (lqer/nn/stacked.py). In a rotated
     model (lqer/stages/rotate.py) the inputs of the linears that its config.json names are rotated at run time.
     """
     for module in model.modules():
@@ -95,17 +96,17 @@ def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     for name, experts in experts_of(block).items():
         beside = name.rpartition(".")[0]
-        for router in _routers(block.get_submodule(beside), count(experts)):
+        for router in _routers(block.get_submodule(beside), choices(experts)):
             del linears[f"{beside}.{router}".lstrip(".")]
     return linears
 
 
-def _routers(mixture: nn.Module, experts: int) -> Iterator[str]:
-    """The linears beside experts that decide about tokens: one output per expert, or one for a shared expert."""
+def _routers(mixture: nn.Module, choices: int) -> Iterator[str]:
+    """The linears beside experts that decide about tokens: one output per choice, or one for a shared expert."""
     for name, child in mixture.named_children():
         found = {part: module for part, module in child.named_modules(prefix=name) if isinstance(module, nn.Linear)}
         if len(found) == 1:
-            yield from (part for part, linear in found.items() if linear.out_features in (1, experts))
+            yield from (part for part, linear in found.items() if linear.out_features in (1, choices))
 
 
 def _linears_outside(model: nn.Module, list_name: str) -> Iterator[Weight]:

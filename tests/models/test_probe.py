@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import build_gemma4
+from mixtures import random_mixture
 from torch import nn
 from transformers import BartConfig, BartForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -101,3 +102,15 @@ def test_a_matrix_takes_the_memory_of_a_vector(source, monkeypatch):
     check_walk(source, whole_blocks=False)
     assert isinstance(nn.Linear(64, 32).weight, nn.Parameter)
     assert max(stored) <= 4 * (64 + 32 + 1)
+
+
+def test_experts_outside_of_the_registry_that_compute_something_else_are_refused(tmp_path, monkeypatch):
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+    random_mixture("llama4_text").save_pretrained(tmp_path)
+    source = resolve_model(str(tmp_path))
+    assert check_walk(source, whole_blocks=False) == []
+    forward = Llama4TextExperts.forward
+    monkeypatch.setattr(Llama4TextExperts, "forward", lambda self, hidden_states: 2 * forward(self, hidden_states))
+    with pytest.raises(ModelError, match=r"feed_forward\.experts is a Llama4TextExperts, whose experts compute"):
+        check_walk(source, whole_blocks=False)

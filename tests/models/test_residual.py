@@ -8,10 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import resident
+from mixtures import random_mixture
 from torch import nn
 
 from lqer.errors import ModelError
 from lqer.models.residual import OUTPUT, find_writers, inverse_squares, watched_points
+from lqer.models.structure import prepare_model
 from lqer.models.walker import walk_blocks
 
 LLAMA = {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": OUTPUT}
@@ -88,3 +90,18 @@ def test_watched_points_are_what_their_norm_reads(random_model, windows_WT):
     assert len(seen) == 1
     assert weights.keys() == {"post_attention_layernorm"}
     assert torch.equal(weights["post_attention_layernorm"], inverse_squares(seen[0]))
+
+
+def test_experts_write_where_each_token_is_sent_to_one_of_them(windows_WT):
+    """Of Llama 4, whose router is a linear that returns more than a tensor, and whose experts get a row a choice."""
+    model = random_mixture("llama4_text", num_experts_per_tok=1)
+    prepare_model(model)
+    assert find_writers(first_run(model, windows_WT)) == {
+        "self_attn.o_proj": "post_attention_layernorm",
+        "feed_forward.experts": OUTPUT,
+        "feed_forward.shared_expert.down_proj": OUTPUT,
+    }
+    model = random_mixture("llama4_text")
+    prepare_model(model)
+    with pytest.raises(ModelError, match=r"feed_forward\.experts does not see every token"):
+        find_writers(first_run(model, windows_WT))
