@@ -44,8 +44,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "glm4_moe": {**GROUPS, "head_dim": 16},
     "minimax_m2": {"num_local_experts": 4, "head_dim": 16},
     "llama4_text": {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
-    "longcat_flash": {**LATENT, "head_dim": 16, "num_layers": 2, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48,
-                      "moe_topk": 2, "zero_expert_num": 2},
+    "longcat_flash": {
+        **LATENT, "head_dim": 16, "num_hidden_layers": 4, "num_layers": 2, "expert_ffn_hidden_size": 16,
+        "ffn_hidden_size": 48, "moe_topk": 2, "zero_expert_num": 2,
+    },
 }  # fmt: skip
 
 

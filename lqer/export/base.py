@@ -51,7 +51,8 @@ class Target(Component, ABC, family="export target"):
 
     def unsupported_experts(self, model: Outline) -> tuple[str, str] | None:
         """A linear of an expert that it cannot hold, and why; None if it holds them all, or there are none."""
-        return next(((name, "it is a linear of an expert") for name in model.expert_linears), None)
+        reason = "it is a linear of an expert, which this target does not write"
+        return next(((name, reason) for name in model.expert_linears), None)
 
     def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
         """A linear that it could hold, but not together with the others of this model, and why; None if there is none.

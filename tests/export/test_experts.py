@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from lqer.checkpoint.load import load_quantized
 from lqer.errors import ExportError
-from lqer.export import CompressedTensors, Dense, Gptq, Native, Peft, export
+from lqer.export import Awq, CompressedTensors, Dense, Gguf, Gptq, Mlx, Native, Peft, export
 from lqer.export.base import Target
 from lqer.formats import Int, MXInt
 from lqer.models.structure import block_linears, prepare_model
 
 WEIGHT = MXInt(bits=4, block_size=16)
 EIGHT_BITS = MXInt(bits=8, block_size=16)
+INT = Int(bits=4, block_size=32, symmetric=True)
 # Named one by one in files: as they are here, and in Mixtral's way. Stacked there, too.
 SINGLE, STACKED = ["qwen3_moe", "deepseek_v3", "mixtral", "minimax_m2"], ["gpt_oss", "granitemoe"]
 
@@ -29,8 +30,8 @@ SINGLE, STACKED = ["qwen3_moe", "deepseek_v3", "mixtral", "minimax_m2"], ["gpt_o
 def mixture(run_stages, rounded) -> Callable[..., Path]:
     """`mixture(kind, weight)`: a checkpoint; others: the format of what is no expert, skip: names within a block."""
 
-    def make(kind: str, weight: object = WEIGHT, others: object = None, skip: str | None = None) -> Path:
-        model = random_mixture(kind)
+    def make(kind: str, weight: object = WEIGHT, others: object = None, skip: str | None = None, **sizes: int) -> Path:
+        model = random_mixture(kind, **sizes)
         prepare_model(model)
         linears = {
             f"model.layers.{index}.{name}" for index in range(2) for name in block_linears(model.model.layers[index])
@@ -115,14 +116,15 @@ class TestNative:
         assert all(torch.equal(saved[name], tensor) for name, tensor in stored.items())
 
 
-@pytest.mark.parametrize("target", [Gptq(), Peft()])
+@pytest.mark.parametrize("target", [Awq(), Gguf(), Gguf(dtype="float32"), Gptq(), Mlx(), Peft()], ids=str)
 def test_other_targets_name_those_that_can(mixture, tmp_path, target: Target):
-    with pytest.raises(ExportError, match=r"experts\.0\.\w+: it is a linear of an expert; targets that can: .*native"):
-        export(mixture("mixtral", Int(bits=4, block_size=32, symmetric=True)), target, tmp_path / "out")
+    reason = r"experts\.0\.\w+: it is a linear of an expert, which this target does not write; targets that can: .*native"
+    with pytest.raises(ExportError, match=rf"^{target.kind} cannot hold model\.layers\.0\.mlp\.{reason}"):
+        export(mixture("mixtral", INT, intermediate_size=64), target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_moe", "llama4_text", "longcat_flash"])
 def test_dense_experts_are_stacked_as_transformers_holds_them(run_stages, rounded, tmp_path, kind):
     model = random_mixture(kind)
     prepare_model(model)
