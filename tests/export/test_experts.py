@@ -118,7 +118,9 @@ class TestNative:
 
 @pytest.mark.parametrize("target", [Awq(), Gguf(), Gguf(dtype="float32"), Gptq(), Mlx(), Peft()], ids=str)
 def test_other_targets_name_those_that_can(mixture, tmp_path, target: Target):
-    reason = r"experts\.0\.\w+: it is a linear of an expert, which this target does not write; targets that can: .*native"
+    reason = (
+        r"experts\.0\.\w+: it is a linear of an expert, which this target does not write; targets that can: .*native"
+    )
     with pytest.raises(ExportError, match=rf"^{target.kind} cannot hold model\.layers\.0\.mlp\.{reason}"):
         export(mixture("mixtral", INT, intermediate_size=64), target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
