@@ -7,8 +7,10 @@ anything but safetensors files inside its own folder is refused: transformers wo
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,6 +39,9 @@ ADAPTER_NAME = "adapter_config.json"
 PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 # transformers would take a folder with such a file for the state of a distributed training run.
 DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+# The name of a tensor of a block, up to the block's number; in the name of a dtype, as BF16 or F8_E4M3, its bits.
+BLOCK, BITS = re.compile(r"\D*\.\d+\."), re.compile(r"\d+")
 
 # The path of a file of the checkpoint by its name, None if it does not exist.
 Find = Callable[[str], Path | None]
@@ -145,6 +150,20 @@ def read_header(file: Path) -> Header:
             )
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelError(f"model: {file} is damaged or incomplete: {error}") from None
+
+
+def largest_block(headers: Iterable[Header]) -> int:
+    """Bytes of the tensors of the largest decoder block in its files: of codes and scales, where it is stored so.
+
+    Tensors of one block have the same name up to the first number.
+    """
+    sizes = Counter[str]()
+    for header in headers:
+        for name, shape in header.shapes.items():
+            block, bits = BLOCK.match(name), BITS.search(header.dtypes[name])
+            if block is not None and bits is not None:
+                sizes[block[0]] += math.prod(shape) * int(bits[0]) // 8
+    return max(sizes.values(), default=0)
 
 
 def hub_headers(repository: str, revision: str | None) -> list[Header]:

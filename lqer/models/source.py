@@ -33,6 +33,7 @@ from lqer.models.files import (
     Header,
     finder,
     hub_headers,
+    largest_block,
     processor_files,
     read_header,
     reported_as,
@@ -243,6 +244,11 @@ def check_weights(source: ModelSource) -> None:
     coded = coded_tensors(config, headers)
     headers = [plain_header(header, coded, config) for header in headers]
     check_tensors(source.name, plain_config(config), headers)
+
+
+def stored_block_bytes(source: ModelSource) -> int | None:
+    """Bytes of the largest decoder block in the model's files; None for a GGUF file, which is expanded in one piece."""
+    return None if source.load_args else largest_block(_headers(source))
 
 
 def _headers(source: ModelSource) -> list[Header]:

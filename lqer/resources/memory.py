@@ -4,8 +4,9 @@ Weights, statistics, hidden states, logits and files follow from their definitio
 memory is estimated, and marked as not certain:
 
     walk         the weights outside the blocks and one block, the hidden states of all windows, the activations of a
-                 batch; two stored blocks in RAM if a GPU reads ahead. A model that cannot be read block by block is in
-                 memory whole. Hidden states and accumulators beyond calibration.max_memory are offloaded to disk.
+                 batch; if a GPU reads ahead, two blocks in RAM as they are stored. A model that cannot be read block by
+                 block is in memory whole. Hidden states and accumulators beyond calibration.max_memory are offloaded to
+                 disk; on a GPU sums of experts beyond 16 GB are gathered in further passes, their results are in RAM
     rotate       the whole model in float32
     calibrate    a walk, and the accumulators of a block's statistics
     widths       a calibration, then the inputs of all blocks and the gradients of a few windows, the errors of a block
@@ -35,7 +36,7 @@ from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
 from lqer.resources.linear import FACTORIZATION_COPIES, linear_bytes
-from lqer.resources.statistics import accumulator_bytes, block_bytes, gathered, input_sites
+from lqer.resources.statistics import accumulator_bytes, block_bytes, gathered, in_passes, input_sites
 from lqer.resources.workload import Need, StageMemory, Workload, total
 from lqer.stages.allocate_widths import SAMPLED_ROWS, WINDOWS
 from lqer.statistics import Hessian
@@ -64,7 +65,9 @@ def estimate(work: Workload) -> list[StageMemory]:
     """The stages of a run, in order. On a CPU the memory of the device is RAM."""
     config = work.config
     # A rotated model is stored with its blocks in float32.
-    source = replace(work, streams=True, stored_in_blocks=4) if config.quantize.model_transform else work
+    source = (
+        replace(work, streams=True, stored_in_blocks=4, read_block=None) if config.quantize.model_transform else work
+    )
     stages = []
     if config.quantize.model_transform:
         stages.append(_rotate(work))
@@ -112,7 +115,8 @@ def _calibrate(work: Workload) -> StageMemory:
     widest = max(statistic.nbytes(max(input_sites(work.summary))) for statistic in gathered(work.plans))
     # Half-precision products are added to the sums by a kernel on a GPU, others are a matrix of float32 first.
     products = 0 if work.on_gpu and work.computed == HALF else widest // 2
-    device += [Need("statistics of a block", statistics), Need("statistics of a batch", products, certain=False)]
+    device.append(Need("statistics of a batch", products, certain=False))
+    (host if _in_passes(work) else device).append(Need("statistics of a block", statistics))
     disk.append(Need("statistics", statistics * work.summary.blocks, LARGER_DISK))
     host.append(Need("statistics being written", statistics * (statistics <= most_waiting(work.on_gpu)), certain=False))
     return _stage("calibrate", work, host, device, disk)
@@ -128,8 +132,8 @@ def _widths(work: Workload) -> StageMemory:
     host.append(Need("gradients of the windows", 4 * tokens, LESS_IN_MEMORY))
     errors = sum(min(rows, SAMPLED_ROWS) * columns for rows, columns in summary.linears.values()) // summary.blocks
     batch = _batch_tokens(settings)
+    (host if _in_passes(work) else device).append(Need("statistics of a block", _statistics_bytes(work)))
     device += [
-        Need("statistics of a block", _statistics_bytes(work)),
         Need("errors of a block", 4 * errors * len(work.config.quantize.widths)),
         Need("work on a linear", _linear_work(work), certain=False),
         Need("activations for gradients", LIVE_ACTIVATIONS * batch * work.widest * 4, certain=False),
@@ -151,10 +155,8 @@ def _quantize(work: Workload) -> StageMemory:
     idle = _accumulators(work) + (blocks - 1) * work.computed * summary.block_parameters
     idle += total(_activations(work, _batch_tokens(settings), ""))
     idle *= work.on_gpu and not work.stores_statistics
-    device = [
-        Need("statistics of a block", _statistics_bytes(work)),
-        Need("work on a linear", max(_linear_work(work) - idle, 0), certain=False),
-    ]
+    device = [Need("work on a linear", max(_linear_work(work) - idle, 0), certain=False)]
+    (host if _in_passes(work) else device).append(Need("statistics of a block", _statistics_bytes(work)))
     disk = [Need("quantized model", packed + outside, LARGER_DISK)]
     if len(work.config.evaluation.baselines) > ("original" in work.config.evaluation.baselines):
         disk.append(Need("quantized baseline", packed + outside, LARGER_DISK))
@@ -294,7 +296,7 @@ def _walk(
     if work.streams:
         device.append(Need("weights outside the blocks", work.computed * summary.outside_parameters))
         device.append(Need("block", blocks * work.computed * summary.block_parameters))
-        host.append(Need("two blocks as stored", 2 * work.stored_block if work.on_gpu else 0))
+        host.append(Need("two blocks as read", 2 * (work.read_block or work.stored_block) * work.on_gpu))
     else:  # it stays in RAM, and a GPU holds one block at a time
         host.append(Need("whole model", work.computed * summary.parameters, SAFETENSORS))
         on_gpu = work.computed * (blocks * summary.block_parameters + summary.outside_parameters)
@@ -316,7 +318,11 @@ def _batch_tokens(settings: CalibrationConfig | FinetuneConfig) -> int:
 
 
 def _accumulators(work: Workload) -> int:
-    return accumulator_bytes(work.summary, work.plans)
+    return accumulator_bytes(work.summary, work.plans, work.on_gpu)
+
+
+def _in_passes(work: Workload) -> bool:
+    return in_passes(work.summary, work.plans, work.on_gpu)
 
 
 def _statistics_bytes(work: Workload) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from lqer.config import Config
 from lqer.methods import LinearPlan
 from lqer.models.summary import ModelSummary
+from lqer.stages.gather_experts import PASS_BYTES
 from lqer.stages.quantize import requested_statistics
 from lqer.statistics import ALWAYS, Statistic
 
@@ -23,21 +24,43 @@ Plans = Mapping[str, LinearPlan | None]
 
 def input_sites(summary: ModelSummary) -> list[int]:
     """in_features of every input site of one block: the one with most linears, since not all may have experts."""
+    return [width for widths in _modules(summary).values() for width in widths]
+
+
+def _modules(summary: ModelSummary) -> dict[str, list[int]]:
+    """The same by module, whose name ends with a number if it is an expert."""
     blocks: dict[str, dict[str, list[int]]] = {}
     for name, (_, in_features) in summary.linears.items():
         block = name.removeprefix(f"{summary.blocks_name}.").partition(".")[0]
         blocks.setdefault(block, {}).setdefault(name.rpartition(".")[0], []).append(in_features)
     largest = max(blocks.values(), key=lambda modules: sum(map(len, modules.values())))
-    return [width for widths in largest.values() for width in (*sorted(set(widths[:-1])), widths[-1])]
+    return {name: [*sorted(set(widths[:-1])), widths[-1]] for name, widths in largest.items()}
 
 
 def gathered(plans: Plans) -> list[Statistic]:
     return [*ALWAYS, *requested_statistics(plans)]
 
 
-def accumulator_bytes(summary: ModelSummary, plans: Plans) -> int:
-    """Of all sites of a block, while their statistics are gathered."""
-    return sum(statistic.nbytes(width) for width in input_sites(summary) for statistic in gathered(plans))
+def accumulator_bytes(summary: ModelSummary, plans: Plans, on_gpu: bool) -> int:
+    """Of the sites of a block whose statistics are gathered together: on a GPU not of all experts."""
+    experts, others = _accumulated(summary, plans)
+    held = min(sum(experts), max(PASS_BYTES, *experts)) if on_gpu and experts else sum(experts)
+    return others + held
+
+
+def in_passes(summary: ModelSummary, plans: Plans, on_gpu: bool) -> bool:
+    """Whether a block's experts are observed in several passes: its statistics then are in RAM, not on the GPU."""
+    return on_gpu and sum(_accumulated(summary, plans)[0]) > PASS_BYTES
+
+
+def _accumulated(summary: ModelSummary, plans: Plans) -> tuple[list[int], int]:
+    """Of each expert, and of everything else."""
+    sizes = {
+        name: sum(statistic.nbytes(width) for width in widths for statistic in gathered(plans))
+        for name, widths in _modules(summary).items()
+    }
+    experts = [size for name, size in sizes.items() if name.rpartition(".")[2].isdigit()]
+    return experts, sum(sizes.values()) - sum(experts)
 
 
 def block_bytes(config: Config, summary: ModelSummary, plans: Plans, computed: int) -> int:

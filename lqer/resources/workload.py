@@ -36,6 +36,7 @@ class Workload:
     """The sizes of a run. stored, computed: bytes of a parameter on disk and in the run's dtype.
 
     streams: whether the model can be read block by block. stored_in_blocks: `stored` of the blocks, where it differs.
+    read_block: bytes of the largest block's files, which may hold codes; None for as many as of its values.
     """
 
     config: Config
@@ -46,6 +47,7 @@ class Workload:
     on_gpu: bool
     streams: bool
     stored_in_blocks: int | None = None
+    read_block: int | None = None
 
     @property
     def stored_block(self) -> int:

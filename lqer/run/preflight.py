@@ -19,7 +19,7 @@ from lqer.errors import HubError, HubTextError, ModelError, RunFolderError
 from lqer.evaluation.downstream import check_task_data
 from lqer.export import Target
 from lqer.export.planned import check_planned
-from lqer.models.source import load_model_config, load_processor, load_tokenizer
+from lqer.models.source import load_model_config, load_processor, load_tokenizer, stored_block_bytes
 from lqer.models.summary import ModelSummary
 from lqer.phases import phase
 from lqer.resources.check import refuse_what_cannot_fit, table
@@ -162,6 +162,7 @@ def estimate_stages(context: RunContext) -> list[StageMemory]:
             on_gpu=context.device.type == "cuda",
             # A GGUF file is expanded in one piece. Others that are loaded whole are known once they are opened.
             streams=not context.source.load_args,
+            read_block=stored_block_bytes(context.source),
         )
     )
 

@@ -12,8 +12,8 @@ from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetada
 from safetensors.torch import load_file, save_file
 
 from lqer.errors import ModelError
-from lqer.models.files import hub_headers, read_header, reported_as
-from lqer.models.source import load_model, load_model_config, resolve_model
+from lqer.models.files import Header, hub_headers, largest_block, read_header, reported_as
+from lqer.models.source import load_model, load_model_config, resolve_model, stored_block_bytes
 
 CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
@@ -175,3 +175,20 @@ def test_headers_of_the_hub_are_those_of_the_files(folder, monkeypatch):
 
     monkeypatch.setattr("lqer.models.files.get_safetensors_metadata", from_folder)
     assert hub_headers("someone/model", "main") == [read_header(folder / WEIGHTS)]
+
+
+def test_the_largest_block_is_counted_over_all_files_in_its_stored_dtypes():
+    codes = Header({"model.layers.0.x.weight": (4, 6), "model.layers.0.x.scale": (2,)},
+                   {"model.layers.0.x.weight": "F8_E4M3", "model.layers.0.x.scale": "F32"})  # fmt: skip
+    others = Header(
+        {"model.layers.0.experts.7.up": (3,), "model.layers.1.x.weight": (5,), "model.norm": (99, 99)},
+        {"model.layers.0.experts.7.up": "BF16", "model.layers.1.x.weight": "F32", "model.norm": "F32"},
+    )
+    assert largest_block([codes, others]) == 4 * 6 + 2 * 4 + 3 * 2
+    assert largest_block([Header({"norm": (2,)}, {"norm": "F32"})]) == 0
+
+
+def test_a_models_largest_block_is_known_from_its_headers(folder):
+    tensors = load_file(folder / WEIGHTS)
+    blocks = [[x.nbytes for name, x in tensors.items() if name.startswith(f"model.layers.{i}.")] for i in range(2)]
+    assert stored_block_bytes(resolve_model(str(folder))) == max(map(sum, blocks)) > 0

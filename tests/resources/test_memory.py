@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import all_sites, quantize
+from mixtures import random_mixture
 from safetensors import safe_open
 from transformers import LlamaConfig, PreTrainedModel
 
@@ -199,7 +200,7 @@ class TestGrowth:
 
     def test_on_a_gpu_the_host_holds_stored_blocks_and_the_device_the_rest(self, random_model, tmp_path):
         stage = self.stages(random_model, tmp_path, 4, on_gpu=True)["calibrate"]
-        assert {"two blocks as stored", "hidden states"} <= {entry.what for entry in stage.ram}
+        assert {"two blocks as read", "hidden states"} <= {entry.what for entry in stage.ram}
         assert {"block", "accumulators", "activations of a batch"} <= {entry.what for entry in stage.device}
 
 
@@ -226,6 +227,39 @@ def test_the_blocks_of_the_largest_models_fit_a_gpu_of_80_gb(tmp_path, shape, me
     work = Workload(config, summary, plan_model(config, summary), stored=2, computed=2, on_gpu=True, streams=True)
     (stage,) = (stage for stage in estimate(work) if stage.name == "quantize")
     assert total(stage.device) < 80e9
+
+
+def mixture_quantized_on_a_gpu(tmp_path, **changes) -> StageMemory:
+    """GPTQ on a mixture of four experts."""
+    random_mixture("mixtral").save_pretrained(tmp_path)
+    summary = summarize_model(ModelSource("model", str(tmp_path), None, "", ""))
+    config = experiment(
+        quantize={"method": "gptq", "weight": "w4", "low_rank": {"rank": 0}}, calibration={"keep": False}
+    )
+    work = Workload(config, summary, plan_model(config, summary), stored=4, computed=4, on_gpu=True, streams=True)
+    return stages_of(replace(work, **changes))["quantize"]
+
+
+def test_experts_whose_sums_would_fill_a_gpu_hold_those_of_one_pass_there_and_their_statistics_in_ram(
+    tmp_path, monkeypatch
+):
+    together = mixture_quantized_on_a_gpu(tmp_path)
+    magnitudes = 3 * 8  # bytes of a channel, beside E[x xᵀ] in float64
+    of_one = sum(8 * width**2 for width in (32, 48))
+    assert need(together.device, "accumulators") > 4 * of_one
+    monkeypatch.setattr("lqer.resources.statistics.PASS_BYTES", 2 * (of_one + (32 + 48) * magnitudes))
+    apart = mixture_quantized_on_a_gpu(tmp_path)
+    saved = need(together.device, "accumulators") - need(apart.device, "accumulators")
+    assert 1.9 * of_one < saved < 2.1 * (of_one + (32 + 48) * magnitudes)
+    assert need(apart.ram, "statistics of a block") == need(together.device, "statistics of a block")
+    assert "statistics of a block" not in [one.what for one in apart.device]
+
+
+def test_a_gpu_reads_blocks_ahead_as_they_are_stored(tmp_path):
+    plain, coded = (mixture_quantized_on_a_gpu(tmp_path, read_block=size) for size in (None, 1000))
+    assert need(coded.ram, "two blocks as read") == 2000
+    assert need(plain.ram, "two blocks as read") == 2 * need(plain.ram, "block as stored")
+    assert need(coded.ram, "block as stored") == need(plain.ram, "block as stored")
 
 
 def test_parts_that_learn_on_whole_blocks_say_what_they_hold(random_model, tmp_path):
