@@ -123,23 +123,27 @@ class Trellis(NumberFormat):
         return {"scales": storable(factor * rms, torch.float32, LARGEST_VALUE)}
 
     def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        """uint8 codes [R / 16, 1, 16 g] of whole rows or of blocks of columns [R, 1, g]."""
+        """uint8 codes [R / 16, 1, 16 g] of whole rows or of blocks of columns [R, 1, g].
+
+        scales: of one matrix [1, 1], or [R, 1] of several whose rows follow each other.
+        """
         rows, _, columns = x_Gg.shape
         if (unsupported_reason := self.unsupported_shape(rows, columns)) is not None:
             raise ValueError(unsupported_reason)
         x_NP = to_tiles(x_Gg.squeeze(1))
-        scale = scales["scales"].to(torch.float32).flatten()
+        scale_R = scales["scales"].to(torch.float32).flatten().expand(rows)
+        scale_N1 = scale_R[::TILE].repeat_interleave(columns // TILE).unsqueeze(1)
         table_S = self.values(x_NP.device)
         if self.state_bits > LARGEST_FLOAT_TABLE:
             table_S = table_S.to(torch.float16)
-        codes_NP = best_rings((x_NP / scale.where(scale != 0, 1.0)).flip(1), table_S, self.bits)
+        codes_NP = best_rings((x_NP / scale_N1.where(scale_N1 != 0, 1.0)).flip(1), table_S, self.bits)
         return codes_NP.flip(1).view(rows // TILE, 1, -1)
 
     def decode(self, codes_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
         """float32 values [R, 1, g] of codes [R / 16, 1, 16 g]."""
         states_NP = ring_states(codes_Gg.reshape(-1, POSITIONS), self.bits, self.state_bits)
         values_RC = from_tiles(self.values(codes_Gg.device)[states_NP], len(codes_Gg))
-        return values_RC.mul_(scales["scales"].to(torch.float32).flatten()).unsqueeze(1)
+        return values_RC.mul_(scales["scales"].to(torch.float32).view(-1, 1)).unsqueeze(1)
 
     def fake_quantize(self, x: Tensor, axis: int = -1) -> Tensor:
         """`quantize(x, axis).dequantize(x.dtype)`: searches, so nothing for activations; refuses NaN."""

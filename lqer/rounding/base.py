@@ -10,7 +10,7 @@ Shapes: I in_features, O out_features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -54,6 +54,15 @@ class Rounding(Component, ABC, family="rounding"):
         weight_OI: float32. statistics: at least those that `self.statistics` names, by kind; "hessian" is E[x xᵀ] up to
         scale, float32 or float64, or a DampedHessian. Raises NonFiniteError if the weight holds NaN or infinities.
         """
+
+    def round_together(
+        self, weights: Sequence[Tensor], statistics: Sequence[Statistics], number_format: NumberFormat
+    ) -> list[QuantizedTensor]:
+        """`round` of several weights of one shape, each under its own statistics: up to rounding the same values.
+
+        One after the other by default; a rounding whose steps are too short to fill a GPU takes them for all at once.
+        """
+        return [self.round(one_OI, its, number_format) for one_OI, its in zip(weights, statistics, strict=True)]
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         """Why weights of that format cannot be rounded this way, as a rule to show to a user; None if they can."""

@@ -10,13 +10,15 @@
 The last line is applied immediately within a panel of columns, and to the later columns once per panel, in one product.
 On a GPU the columns of a panel are walked by one kernel (rounding/scalar_panel.py).
 A format with codes for vectors of D columns is swept in steps of D, with U_ii the D x D block: the exact update of the
-remaining columns (GPTVQ, 2402.15319).
+remaining columns (GPTVQ, 2402.15319). Matrices of one shape, as those of a layer's experts, are swept together.
 
-Shapes: O out_features, I in_features, P columns of a panel, D columns of a vector, L codes of a row.
+Shapes: E matrices, O out_features, I in_features, N rows of all matrices, P columns of a panel, D columns of a vector,
+L codes of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -32,6 +34,7 @@ from lqer.rounding.factor import feedback_factor
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
 from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
+from lqer.rounding.stack import add_products, rows_of_all, side_by_side, stacked
 from lqer.statistics import Hessian, Statistic
 
 
@@ -66,69 +69,97 @@ def gptq(
     step = number_format.vector_size
     if activation_order and step > 1:
         raise ValueError(f"activation_order would separate the columns of vectors of {step} ({number_format.kind})")
-
-    weight_OI = weight_OI.to(torch.float32).masked_fill(damped.dead_I, 0)
+    weight_OI = _without_dead(weight_OI, damped)
     upper_II, order_I = damped.derived(feedback_factor, activation_order)
-    weight_IO = weight_OI.T[order_I]
     importance_I = importance(scales, upper_II.diagonal().pow(-2)[order_I.argsort()])
-    out_features, in_features = weight_OI.shape
-    groups = Groups(number_format, out_features, in_features, importance_I)
+    groups = Groups(number_format, len(weight_OI), len(order_I), None if importance_I is None else importance_I[None])
     if static_groups or activation_order or groups.single:
         groups.fit_all(weight_OI)
-    columns = order_I.tolist()
-    in_one_kernel = weight_IO.is_cuda and (groups.evenly_spaced or groups.has_levels)
-    round_panel = _panel_in_one_kernel if in_one_kernel else _panel_column_by_column
-    codes: list[Tensor] = []
-    for start in range(0, len(weight_IO), groups.panel):
-        now = slice(start, min(start + groups.panel, len(weight_IO)))
-        panel_codes, error_PO = round_panel(weight_IO[now], upper_II[now, now], columns[now], groups)
-        codes += panel_codes
-        weight_IO[now.stop :].addmm_(upper_II[now, now.stop :].T, error_PO, alpha=-1)
-    codes_OL = torch.cat(codes, dim=1)
-    quantized = groups.finish(codes_OL[:, order_I.argsort()] if activation_order else codes_OL)
+    codes_OL = _sweep(weight_OI.T[order_I].unsqueeze(1), upper_II.unsqueeze(0), order_I.tolist(), groups)
+    (quantized,) = groups.finish(codes_OL[:, order_I.argsort()] if activation_order else codes_OL)
     return descend(weight_OI, damped.hessian_II, quantized, descent) if descent else quantized
 
 
+def gptq_together(
+    weights: Sequence[Tensor],
+    hessians: Sequence[DampedHessian],
+    number_format: NumberFormat,
+    *,
+    static_groups: bool = False,
+    scales: Scales = "minmax",
+) -> list[QuantizedTensor]:
+    """`gptq` of several weights of one shape, first to last column, each under the Hessian at its place."""
+    for weight_OI in weights:
+        check_finite(weight_OI)
+    weights = [_without_dead(weight_OI, damped) for weight_OI, damped in zip(weights, hessians, strict=True)]
+    upper_EII = stacked([damped.derived(feedback_factor, False)[0] for damped in hessians])
+    importance_EI = importance(scales, upper_EII.diagonal(dim1=1, dim2=2).pow(-2))
+    weight_IEO = side_by_side(weights)
+    in_features, matrices, out_features = weight_IEO.shape
+    groups = Groups(number_format, out_features, in_features, importance_EI, matrices)
+    if static_groups or groups.single:
+        groups.fit_all(rows_of_all(weight_IEO))
+    return groups.finish(_sweep(weight_IEO, upper_EII, [*range(len(weight_IEO))], groups))
+
+
+def _without_dead(weight_OI: Tensor, damped: DampedHessian) -> Tensor:
+    return weight_OI.to(torch.float32).masked_fill(damped.dead_I, 0)
+
+
+def _sweep(weight_IEO: Tensor, upper_EII: Tensor, columns: list[int], groups: Groups) -> Tensor:
+    """Codes (N, L) in the order of the sweep; the weight is changed in place. columns: where it has them."""
+    in_one_kernel = weight_IEO.is_cuda and (groups.evenly_spaced or groups.has_levels)
+    round_panel = _panel_in_one_kernel if in_one_kernel else _panel_column_by_column
+    codes: list[Tensor] = []
+    for start in range(0, len(weight_IEO), groups.panel):
+        now = slice(start, min(start + groups.panel, len(weight_IEO)))
+        panel_codes, error_PEO = round_panel(weight_IEO[now], upper_EII[:, now, now], columns[now], groups)
+        codes += panel_codes
+        add_products(weight_IEO[now.stop :], upper_EII[:, now, now.stop :], error_PEO, alpha=-1)
+    return torch.cat(codes, dim=1)
+
+
 def _panel_column_by_column(
-    weight_PO: Tensor, upper_PP: Tensor, columns: list[int], groups: Groups
+    weight_PEO: Tensor, upper_EPP: Tensor, columns: list[int], groups: Groups
 ) -> tuple[list[Tensor], Tensor]:
-    """Codes (O, 1) of each column or vector, and scaled errors; the weight is changed in place."""
+    """Codes (N, 1) of each column or vector, and scaled errors; the weight is changed in place."""
     step = groups.number_format.vector_size
     codes: list[Tensor] = []
-    error_PO = torch.empty_like(weight_PO)
+    error_PEO = torch.empty_like(weight_PEO)
     for i in range(0, len(columns), step):
         now, column = slice(i, min(i + step, len(columns))), columns[i]
         if not groups.is_fitted(column):
             first = groups.columns(column).start - column + i
-            groups.fit(column, weight_PO[first : first + groups.width].T)
-        code_O1, values_OD = groups.round(column, weight_PO[now].T)
-        codes.append(code_O1)
-        error_DO = weight_PO[now] - values_OD.T
+            groups.fit(column, rows_of_all(weight_PEO[first : first + groups.width]))
+        code_N1, values_ND = groups.round(column, rows_of_all(weight_PEO[now]))
+        codes.append(code_N1)
+        error_DEO = weight_PEO[now] - values_ND.T.unflatten(1, weight_PEO.shape[1:])
         if step == 1:
-            error_DO /= upper_PP[i, i]
+            error_DEO /= upper_EPP[:, i, i, None]
         else:
-            error_DO = torch.linalg.solve_triangular(upper_PP[now, now].T, error_DO, upper=False)
-        error_PO[now] = error_DO
-        weight_PO[now.stop :].addmm_(upper_PP[now, now.stop :].T, error_DO, alpha=-1)
-    return codes, error_PO
+            error_EDO = error_DEO.transpose(0, 1)
+            error_DEO = torch.linalg.solve_triangular(upper_EPP[:, now, now].mT, error_EDO, upper=False).transpose(0, 1)
+        error_PEO[now] = error_DEO
+        add_products(weight_PEO[now.stop :], upper_EPP[:, now, now.stop :], error_PEO[now], alpha=-1)
+    return codes, error_PEO
 
 
 def _panel_in_one_kernel(
-    weight_PO: Tensor, upper_PP: Tensor, columns: list[int], groups: Groups
+    weight_PEO: Tensor, upper_EPP: Tensor, columns: list[int], groups: Groups
 ) -> tuple[list[Tensor], Tensor]:
     """The same on a GPU, where a column would cost some twenty launches; codes in panels."""
     from lqer.rounding.scalar_panel import sweep_scalars
 
     codes: list[Tensor] = []
-    error_PO = torch.empty_like(weight_PO)
+    error_PEO = torch.empty_like(weight_PEO)
     width = len(columns) if all(groups.is_fitted(column) for column in columns) else groups.width
     for first in range(0, len(columns), width):
         now = slice(first, min(first + width, len(columns)))
-        groups.fit(columns[first], weight_PO[now].T)
-        codes_PO, error_PO[now] = sweep_scalars(weight_PO[now], upper_PP[now, now], groups, columns[now])
-        codes.append(codes_PO.T)
-        weight_PO[now.stop :].addmm_(upper_PP[now, now.stop :].T, error_PO[now], alpha=-1)
-    return codes, error_PO
+        groups.fit(columns[first], rows_of_all(weight_PEO[now]))
+        codes_PN, error_PEO[now] = sweep_scalars(weight_PEO[now], upper_EPP[:, now, now], groups, columns[now])
+        codes.append(codes_PN.T)
+        add_products(weight_PEO[now.stop :], upper_EPP[:, now, now.stop :], error_PEO[now], alpha=-1)
+    return codes, error_PEO
 
 
 @dataclass(frozen=True)
@@ -155,6 +186,15 @@ class Gptq(Rounding):
             activation_order=self.activation_order, static_groups=self.static_groups, scales=self.scales,
             descent=self.descent,
         )  # fmt: skip
+
+    def round_together(
+        self, weights: Sequence[Tensor], statistics: Sequence[Statistics], number_format: NumberFormat
+    ) -> list[QuantizedTensor]:
+        # Each has an order of its own there, and descends on its own.
+        if len(weights) == 1 or self.activation_order or self.descent:
+            return super().round_together(weights, statistics, number_format)
+        hessians = [damped_hessian(of_one, self.damping) for of_one in statistics]
+        return gptq_together(weights, hessians, number_format, static_groups=self.static_groups, scales=self.scales)
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         if self.activation_order and number_format.vector_size > 1:

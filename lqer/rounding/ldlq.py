@@ -14,14 +14,16 @@ Sweeps of coordinate descent may follow, again over the blocks from last to firs
 
         Ẑ_k = round( Ẑ_k + (Z - Ẑ) H_:k H_kk⁻¹ )      for the rows whose loss tr((Z - Ẑ) H (Z - Ẑ)ᵀ) falls
 
-A trellis code is rounded in blocks of 16 columns, and its rows stay or change 16 at a time.
+A trellis code is rounded in blocks of 16 columns, and its rows stay or change 16 at a time. Matrices of one shape, as
+those of a layer's experts, are swept together.
 
-Shapes: O out_features, I in_features, P columns of a panel, D columns of a block, K blocks, Q columns of
-whole blocks, N vectors of rows.
+Shapes: E matrices, O out_features, I in_features, N rows of all matrices, L codes of a row, P columns of a panel,
+D columns of a block, K blocks, Q columns of whole blocks, M vectors of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -36,6 +38,7 @@ from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
 from lqer.rounding.ldlq_panel import cpu_panel, gpu_panel
 from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
+from lqer.rounding.stack import add_products, rows_of_all, side_by_side, stacked
 from lqer.statistics import Hessian, Statistic
 from lqer.statistics.symmetric import PANEL_ROWS
 
@@ -64,33 +67,67 @@ def ldlq(
     if hessian is None:
         return number_format.quantize(weight_OI)
     damped = as_damped(hessian, damping)
-    importance_I = importance(scales, damped.cholesky_II.diagonal().square())
-    out_features, in_features = weight_OI.shape
-    groups = Groups(number_format, out_features, in_features, importance_I)
     block = number_format.vector_size if block is None else block
     if block < 1 or block % number_format.vector_size:
         raise ValueError(f"block {block} is not a multiple of {number_format.vector_size} ({number_format.kind})")
+    weight_IEO = side_by_side([weight_OI.to(torch.float32)])
+    groups, codes, error_IEO = _sweep(weight_IEO, [damped], number_format, block, static_groups, scales)
+    if tune_iters:
+        codes = _by_block(codes, block, len(weight_IEO))
+    for _ in range(tune_iters):
+        _tune(weight_IEO[:, 0], error_IEO[:, 0], codes, damped.matrix(torch.float32), groups, block)
+    return groups.finish(_in_order(codes))[0]
+
+
+def ldlq_together(
+    weights: Sequence[Tensor],
+    hessians: Sequence[DampedHessian],
+    number_format: NumberFormat,
+    *,
+    static_groups: bool = False,
+    scales: Scales = "minmax",
+) -> list[QuantizedTensor]:
+    """`ldlq` of several weights of one shape, in blocks of a vector, each under the Hessian at its place."""
+    for weight_OI in weights:
+        check_finite(weight_OI)
+    weight_IEO, block = side_by_side([weight_OI.to(torch.float32) for weight_OI in weights]), number_format.vector_size
+    groups, codes, _ = _sweep(weight_IEO, hessians, number_format, block, static_groups, scales)
+    return groups.finish(_in_order(codes))
+
+
+def _sweep(
+    weight_IEO: Tensor,
+    hessians: Sequence[DampedHessian],
+    number_format: NumberFormat,
+    block: int,
+    static_groups: bool,
+    scales: Scales,
+) -> tuple[Groups, dict[int, Tensor], Tensor]:
+    """The fitted groups, codes (N, L) of blocks by their first column, and errors (I, E, O)."""
+    diagonals = [damped.cholesky_II.diagonal().square() for damped in hessians]
+    in_features, matrices, out_features = weight_IEO.shape
+    groups = Groups(number_format, out_features, in_features, importance(scales, stacked(diagonals)), matrices)
     if not groups.single and groups.width % block:
         raise ValueError(f"block {block} does not divide groups of {groups.width} columns ({number_format.kind})")
-
     if static_groups or groups.single:
-        groups.fit_all(weight_OI.to(torch.float32))
-    weight_IO = weight_OI.T.to(torch.float32).contiguous()
-    lower_II = damped.derived(_feedback, block)
+        groups.fit_all(rows_of_all(weight_IEO))
+    lower_EII = stacked([damped.derived(_feedback, block) for damped in hessians])
     codes: dict[int, Tensor] = {}
-    error_IO = torch.empty_like(weight_IO)
+    error_IEO = torch.empty_like(weight_IEO)
     panel = -(-groups.panel // block) * block
-    round_panel = (gpu_panel if weight_IO.is_cuda else cpu_panel)(groups, block)
-    for start in reversed(range(0, len(weight_IO), panel)):
-        now = slice(start, min(start + panel, len(weight_IO)))
-        target_PO = torch.addmm(weight_IO[now], lower_II[now.stop :, now].T, error_IO[now.stop :])
-        panel_codes, error_IO[now] = round_panel(target_PO, weight_IO[now], lower_II[now, now], start, groups, block)
+    round_panel = (gpu_panel if weight_IEO.is_cuda else cpu_panel)(groups, block)
+    for start in reversed(range(0, in_features, panel)):
+        now, later = slice(start, min(start + panel, in_features)), slice(min(start + panel, in_features), None)
+        target_PEO = weight_IEO[now].clone()
+        add_products(target_PEO, lower_EII[:, later, now], error_IEO[later])
+        found = round_panel(target_PEO, weight_IEO[now], lower_EII[:, now, now], start, groups, block)
+        panel_codes, error_IEO[now] = found
         codes |= panel_codes
-    if tune_iters:
-        codes = _by_block(codes, block, in_features)
-    for _ in range(tune_iters):
-        _tune(weight_IO, error_IO, codes, damped.matrix(torch.float32), groups, block)
-    return groups.finish(torch.cat([codes[k] for k in sorted(codes)], dim=1))
+    return groups, codes, error_IEO
+
+
+def _in_order(codes: dict[int, Tensor]) -> Tensor:
+    return torch.cat([codes[k] for k in sorted(codes)], dim=1)
 
 
 def _feedback(damped: DampedHessian, block: int) -> Tensor:
@@ -141,9 +178,9 @@ def _tune(
         change_DO = new_values_OD.T - values_DO
         loss_change_O = (change_DO * (hessian_DD @ change_DO - 2 * gradient_DO)).sum(0)
         # Rows that share codes change together.
-        better_N = loss_change_O.unflatten(0, (-1, rows)).sum(1) < 0
-        error_IO[now] -= change_DO * better_N.repeat_interleave(rows)
-        codes[k] = torch.where(better_N[:, None], new_codes_OV, codes[k])
+        better_M = loss_change_O.unflatten(0, (-1, rows)).sum(1) < 0
+        error_IO[now] -= change_DO * better_M.repeat_interleave(rows)
+        codes[k] = torch.where(better_M[:, None], new_codes_OV, codes[k])
 
 
 @dataclass(frozen=True)
@@ -169,6 +206,15 @@ class Ldlq(Rounding):
             weight_OI, damped_hessian(statistics, self.damping), number_format, static_groups=self.static_groups,
             tune_iters=self.tune_iters, scales=self.scales,
         )  # fmt: skip
+
+    def round_together(
+        self, weights: Sequence[Tensor], statistics: Sequence[Statistics], number_format: NumberFormat
+    ) -> list[QuantizedTensor]:
+        # Coordinate descent takes each on its own.
+        if len(weights) == 1 or self.tune_iters:
+            return super().round_together(weights, statistics, number_format)
+        hessians = [damped_hessian(of_one, self.damping) for of_one in statistics]
+        return ldlq_together(weights, hessians, number_format, static_groups=self.static_groups, scales=self.scales)
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         return unsupported_feedback(number_format) or unsupported_search(number_format, self.scales)

@@ -1,6 +1,7 @@
 """A panel of LDLQ's sweep (ldlq.py): block by block, or on a GPU in one launch where a kernel knows the codes.
 
-Shapes: O out_features, P columns of a panel, G columns of a group, D columns of a block, K blocks, V vectors.
+Shapes: E matrices, O out_features, N rows of all matrices, P columns of a panel, G columns of a group, D columns of a
+block, K blocks, V vectors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lqer.formats import E8P
 from lqer.rounding.groups import Groups
+from lqer.rounding.stack import add_products, rows_of_all
 
 RoundPanel = Callable[[Tensor, Tensor, Tensor, int, Groups, int], tuple[dict[int, Tensor], Tensor]]
 
@@ -28,89 +30,99 @@ def gpu_panel(groups: Groups, block: int) -> RoundPanel:
 
 
 def block_by_block(
-    target_PO: Tensor, weight_PO: Tensor, lower_PP: Tensor, start: int, groups: Groups, block: int
+    target_PEO: Tensor, weight_PEO: Tensor, lower_EPP: Tensor, start: int, groups: Groups, block: int
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Codes (O, V) of blocks by their first column, and errors (P, O), of the columns from `start` on.
+    """Codes (N, V) of blocks by their first column, and errors (P, E, O), of the columns from `start` on.
 
     The target is changed.
     """
     codes: dict[int, Tensor] = {}
-    error_PO = torch.empty_like(target_PO)
-    for k in reversed(range(0, len(target_PO), block)):
-        now, column = slice(k, min(k + block, len(target_PO))), start + k
+    error_PEO = torch.empty_like(target_PEO)
+    for k in reversed(range(0, len(target_PEO), block)):
+        now, column = slice(k, min(k + block, len(target_PEO))), start + k
         if now.stop == groups.columns(column).stop - start and not groups.is_fitted(column):
-            _fit_last_group(target_PO, weight_PO, lower_PP, start, groups, column)
-        codes[column], values_OD = groups.round(column, target_PO[now].T)
-        error_PO[now] = weight_PO[now] - values_OD.T
-        target_PO[:k].addmm_(lower_PP[now, :k].T, error_PO[now])
-    return codes, error_PO
+            _fit_last_group(target_PEO, weight_PEO, lower_EPP, start, groups, column)
+        codes[column], values_ND = groups.round(column, rows_of_all(target_PEO[now]))
+        error_PEO[now] = weight_PEO[now] - values_ND.T.unflatten(1, weight_PEO.shape[1:])
+        add_products(target_PEO[:k], lower_EPP[:, now, :k], error_PEO[now])
+    return codes, error_PEO
 
 
 def _fit_last_group(
-    target_PO: Tensor, weight_PO: Tensor, lower_PP: Tensor, start: int, groups: Groups, column: int
+    target_PEO: Tensor, weight_PEO: Tensor, lower_EPP: Tensor, start: int, groups: Groups, column: int
 ) -> None:
     """The scale of the group that holds `column`, all columns after which are rounded."""
     columns = groups.columns(column)
     group = slice(columns.start - start, columns.stop - start)
-    feedback_GO = target_PO[group] - weight_PO[group]
-    moved_GO = torch.linalg.solve_triangular(lower_PP[group, group].T, feedback_GO, upper=True)
-    groups.fit(column, (weight_PO[group] + moved_GO).T)
+    feedback_EGO = (target_PEO[group] - weight_PEO[group]).transpose(0, 1)
+    moved_EGO = torch.linalg.solve_triangular(lower_EPP[:, group, group].mT, feedback_EGO, upper=True)
+    groups.fit(column, rows_of_all(weight_PEO[group] + moved_EGO.transpose(0, 1)))
 
 
 def lattice_panel(
-    target_PO: Tensor, weight_PO: Tensor, lower_PP: Tensor, start: int, groups: Groups, block: int
+    target_PEO: Tensor, weight_PEO: Tensor, lower_EPP: Tensor, start: int, groups: Groups, block: int
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """The same for lattice codes, one launch for each group; codes by first column of a launch."""
+    """The same for lattice codes, one launch for each group and matrix; codes by first column of a launch."""
     from lqer.rounding.lattice_sweep import sweep_lattice_panel
 
     assert isinstance(groups.number_format, E8P)
-    bits = groups.number_format.bits
+    bits, rows = groups.number_format.bits, groups.matrices * groups.shape[0]
 
     def sweep(now: slice) -> tuple[dict[int, Tensor], Tensor]:
-        scale_O = groups.scales(start + now.start)["scales"].to(torch.float32).flatten().expand(target_PO.shape[1])
-        codes_KO, error_PO = sweep_lattice_panel(target_PO[now], weight_PO[now], lower_PP[now, now], scale_O, bits)
-        return {start + now.start: codes_KO.T}, error_PO
+        scale_EO = (
+            groups.scales(start + now.start)["scales"]
+            .to(torch.float32)
+            .flatten()
+            .expand(rows)
+            .view(groups.matrices, -1)
+        )
+        of_each = [
+            sweep_lattice_panel(target_PEO[now, e], weight_PEO[now, e], lower_EPP[e, now, now], scale_O, bits)
+            for e, scale_O in enumerate(scale_EO)
+        ]
+        codes = torch.cat([codes_KO.T for codes_KO, _ in of_each])
+        return {start + now.start: codes}, torch.stack([error_PO for _, error_PO in of_each], dim=1)
 
     if groups.single:
-        return sweep(slice(0, len(target_PO)))
-    return _group_by_group(sweep, target_PO, weight_PO, lower_PP, start, groups)
+        return sweep(slice(0, len(target_PEO)))
+    return _group_by_group(sweep, target_PEO, weight_PEO, lower_EPP, start, groups)
 
 
 def scalar_panel(
-    target_PO: Tensor, weight_PO: Tensor, lower_PP: Tensor, start: int, groups: Groups, block: int
+    target_PEO: Tensor, weight_PEO: Tensor, lower_EPP: Tensor, start: int, groups: Groups, block: int
 ) -> tuple[dict[int, Tensor], Tensor]:
     """The same for single values of known places: GPTQ's kernels, which walk the columns in reverse order."""
     from lqer.rounding.scalar_panel import sweep_scalars
 
     def sweep(now: slice) -> tuple[dict[int, Tensor], Tensor]:
         columns = [*range(start + now.stop - 1, start + now.start - 1, -1)]
-        upper_PP = -lower_PP[now, now].flip(0, 1)
-        upper_PP.diagonal().fill_(1)
-        reversed_PO = (x_PO[now].flip(0) for x_PO in (target_PO, weight_PO))
-        codes_PO, error_PO = sweep_scalars(next(reversed_PO), upper_PP, groups, columns, next(reversed_PO))
-        return {start + now.start: codes_PO.flip(0).T}, error_PO.flip(0)
+        upper_EPP = -lower_EPP[:, now, now].flip(1, 2)
+        upper_EPP.diagonal(dim1=1, dim2=2).fill_(1)
+        reversed_PEO = (x_PEO[now].flip(0) for x_PEO in (target_PEO, weight_PEO))
+        codes_PN, error_PEO = sweep_scalars(next(reversed_PEO), upper_EPP, groups, columns, next(reversed_PEO))
+        return {start + now.start: codes_PN.flip(0).T}, error_PEO.flip(0)
 
     if groups.is_fitted(start):
-        return sweep(slice(0, len(target_PO)))
-    return _group_by_group(sweep, target_PO, weight_PO, lower_PP, start, groups)
+        return sweep(slice(0, len(target_PEO)))
+    return _group_by_group(sweep, target_PEO, weight_PEO, lower_EPP, start, groups)
 
 
 def _group_by_group(
     sweep: Callable[[slice], tuple[dict[int, Tensor], Tensor]],
-    target_PO: Tensor,
-    weight_PO: Tensor,
-    lower_PP: Tensor,
+    target_PEO: Tensor,
+    weight_PEO: Tensor,
+    lower_EPP: Tensor,
     start: int,
     groups: Groups,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """`sweep` over one group after the other, last to first, each once its scale is fitted."""
     codes: dict[int, Tensor] = {}
-    error_PO = torch.empty_like(target_PO)
-    for first in reversed(range(0, len(target_PO), groups.width)):
-        now = slice(first, min(first + groups.width, len(target_PO)))
+    error_PEO = torch.empty_like(target_PEO)
+    for first in reversed(range(0, len(target_PEO), groups.width)):
+        now = slice(first, min(first + groups.width, len(target_PEO)))
         if not groups.is_fitted(start + first):
-            _fit_last_group(target_PO, weight_PO, lower_PP, start, groups, start + first)
-        group_codes, error_PO[now] = sweep(now)
+            _fit_last_group(target_PEO, weight_PEO, lower_EPP, start, groups, start + first)
+        group_codes, error_PEO[now] = sweep(now)
         codes |= group_codes
-        target_PO[:first].addmm_(lower_PP[now, :first].T, error_PO[now])
-    return codes, error_PO
+        add_products(target_PEO[:first], lower_EPP[:, now, :first], error_PEO[now])
+    return codes, error_PEO

@@ -7,7 +7,7 @@ For columns p = 0 .. P - 1 of the panel, first to last, as in `sweep.py`:
 
 It imports triton: only for tensors on a GPU, or in Triton's interpreter.
 
-Shapes: P columns of a panel, O out_features, K levels.
+Shapes: E matrices, O out_features, N rows of all matrices, P columns of a panel, K levels.
 """
 
 from __future__ import annotations
@@ -26,34 +26,38 @@ COMPARED = 16
 
 
 def sweep_level_panel(
-    weight_PO: Tensor, upper_PP: Tensor, levels: Levels, reference_PO: Tensor | None = None
+    weight_PEO: Tensor, upper_EPP: Tensor, levels: Levels, reference_PEO: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """uint8 codes (P, O) and scaled errors (P, O), float32, of a panel; arguments as for `sweep.sweep_panel`.
+    """uint8 codes (P, N) and scaled errors (P, N), float32, of a panel; arguments as for `sweep.sweep_panel`.
 
-    levels: step (P, O), or broadcast to it by strides.
+    levels: step (P, N), or broadcast to it by strides.
     """
-    columns, rows = weight_PO.shape
-    step_PO = levels.step_G
-    index_PO = torch.empty(columns, rows, dtype=torch.uint8, device=weight_PO.device)
-    error_PO = torch.empty(columns, rows, dtype=torch.float32, device=weight_PO.device)
-    level_sweep_kernel[(triton.cdiv(rows, ROWS),)](
-        weight_PO, reference_PO, upper_PP, step_PO, levels.levels_K, levels.boundaries_K, index_PO, error_PO,
-        columns, rows, len(levels.boundaries_K), weight_PO.stride(0), *upper_PP.stride(), *step_PO.stride(),
+    columns, matrices, rows = weight_PEO.shape
+    step_PN = levels.step_G
+    index_PN = torch.empty(columns, matrices * rows, dtype=torch.uint8, device=weight_PEO.device)
+    error_PN = torch.empty(columns, matrices * rows, dtype=torch.float32, device=weight_PEO.device)
+    level_sweep_kernel[(triton.cdiv(rows, ROWS), matrices)](
+        weight_PEO, reference_PEO, upper_EPP, step_PN, levels.levels_K, levels.boundaries_K, index_PN, error_PN,
+        columns, rows, matrices * rows, len(levels.boundaries_K),
+        weight_PEO.stride(0), *upper_EPP.stride(), *step_PN.stride(),
         WIDTH=triton.next_power_of_2(columns), ROWS_C=ROWS, COMPARED_C=COMPARED, num_warps=1,
     )  # fmt: skip
-    return levels.codes_K[index_PO.to(torch.int32)], error_PO
+    return levels.codes_K[index_PN.to(torch.int32)], error_PN
 
 
 @triton.jit
 def level_sweep_kernel(
-    weight, reference, upper, step, level, boundary, index, error, columns, rows, boundaries,
-    weight_stride, upper_row_stride, upper_column_stride, step_column_stride, step_row_stride,
+    weight, reference, upper, step, level, boundary, index, error, columns, rows, all_rows, boundaries,
+    weight_stride, upper_matrix_stride, upper_row_stride, upper_column_stride, step_column_stride, step_row_stride,
     WIDTH: tl.constexpr, ROWS_C: tl.constexpr, COMPARED_C: tl.constexpr,
 ):  # fmt: skip
+    matrix = tl.program_id(1)
     o = tl.program_id(0) * ROWS_C + tl.arange(0, ROWS_C)
     p = tl.arange(0, WIDTH)
     b = tl.arange(0, COMPARED_C)
     inside = o < rows
+    o += matrix * rows
+    upper += matrix.to(tl.int64) * upper_matrix_stride
     present = (p < columns)[:, None] & inside[None, :]
     w_PO = tl.load(weight + p[:, None] * weight_stride + o[None, :], mask=present, other=0.0)
     for i in range(columns):
@@ -71,5 +75,5 @@ def level_sweep_kernel(
         later = (p > i) & (p < columns)
         upper_P = tl.load(upper + i * upper_row_stride + p * upper_column_stride, mask=later, other=0.0)
         w_PO -= upper_P[:, None] * error_O[None, :]
-        tl.store(index + i * rows + o, index_O.to(tl.uint8), mask=inside)
-        tl.store(error + i * rows + o, error_O, mask=inside)
+        tl.store(index + i * all_rows + o, index_O.to(tl.uint8), mask=inside)
+        tl.store(error + i * all_rows + o, error_O, mask=inside)

@@ -1,6 +1,6 @@
 """Which kernel walks the columns of a panel of single values: of evenly spaced ones, or of multiples of a few levels.
 
-Shapes: P columns of a panel, O out_features.
+Shapes: E matrices, O out_features, N rows of all matrices, P columns of a panel.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from lqer.rounding.sweep import sweep_panel
 
 
 def sweep_scalars(
-    weight_PO: Tensor, upper_PP: Tensor, groups: Groups, columns: Sequence[int], reference_PO: Tensor | None = None
+    weight_PEO: Tensor, upper_EPP: Tensor, groups: Groups, columns: Sequence[int], reference_PEO: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes (P, O) and scaled errors (P, O) of the columns, all of fitted groups; arguments as for `sweep_panel`."""
+    """Codes (P, N) and scaled errors (P, E, O) of the columns, all of fitted groups; arguments as for `sweep_panel`."""
     if groups.evenly_spaced:
-        return sweep_panel(weight_PO, upper_PP, groups.spacing(columns), reference_PO)
-    return sweep_level_panel(weight_PO, upper_PP, groups.levels(columns), reference_PO)
+        codes_PN, error_PN = sweep_panel(weight_PEO, upper_EPP, groups.spacing(columns), reference_PEO)
+    else:
+        codes_PN, error_PN = sweep_level_panel(weight_PEO, upper_EPP, groups.levels(columns), reference_PEO)
+    return codes_PN, error_PN.view(weight_PEO.shape)

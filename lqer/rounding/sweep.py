@@ -14,7 +14,7 @@ Of coordinate descent (rounding/descent.py), under fixed scales:
 In PyTorch each column costs some twenty launches of a few microseconds; here a program keeps its rows of the panel in
 registers and walks the columns. It imports triton: only for tensors on a GPU, or in Triton's interpreter.
 
-Shapes: P columns of a panel, O out_features.
+Shapes: E matrices, O out_features, N rows of all matrices, P columns of a panel.
 """
 
 from __future__ import annotations
@@ -36,37 +36,40 @@ SMALLEST_STEP = tl.constexpr(2.0**-126)
 
 
 def sweep_panel(
-    weight_PO: Tensor, upper_PP: Tensor, spacing: Spacing, reference_PO: Tensor | None = None
+    weight_PEO: Tensor, upper_EPP: Tensor, spacing: Spacing, reference_PEO: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes (P, O), int8 or uint8, and scaled errors (P, O), float32, of a panel; the weight is left as it is.
+    """Codes (P, N), int8 or uint8, and scaled errors (P, N), float32, of a panel; the weight is left as it is.
 
-    weight_PO: float32, columns of W, each contiguous. upper_PP: float32, the panel's block on the diagonal of U.
-    spacing: of every weight of the panel, (P, O) or broadcast to it by strides. reference_PO: as weight_PO, what errors
-    are taken from (LDLQ's are those of the weight without feedback); None for w_p itself.
+    weight_PEO: float32, columns of W, contiguous but for the stride of P. upper_EPP: float32, the panel's block on the
+    diagonal of U. spacing: of every weight of the panel, (P, N) or broadcast to it by strides. reference_PEO: as
+    weight_PEO, what errors are taken from (LDLQ's are those of the weight without feedback); None for w_p itself.
     """
-    columns, rows = weight_PO.shape
-    step_PO, zero_PO = spacing.step_G, spacing.zero_G
+    columns, matrices, rows = weight_PEO.shape
+    step_PN, zero_PN = spacing.step_G, spacing.zero_G
     dtype = torch.int8 if spacing.min_code < 0 else torch.uint8
-    codes_PO = torch.empty(columns, rows, dtype=dtype, device=weight_PO.device)
-    error_PO = torch.empty(columns, rows, dtype=torch.float32, device=weight_PO.device)
-    sweep_kernel[(triton.cdiv(rows, ROWS),)](
-        weight_PO, reference_PO, upper_PP, step_PO, zero_PO, codes_PO, error_PO, columns, rows,
-        weight_PO.stride(0), *upper_PP.stride(), *step_PO.stride(), *zero_PO.stride(),
+    codes_PN = torch.empty(columns, matrices * rows, dtype=dtype, device=weight_PEO.device)
+    error_PN = torch.empty(columns, matrices * rows, dtype=torch.float32, device=weight_PEO.device)
+    sweep_kernel[(triton.cdiv(rows, ROWS), matrices)](
+        weight_PEO, reference_PEO, upper_EPP, step_PN, zero_PN, codes_PN, error_PN, columns, rows, matrices * rows,
+        weight_PEO.stride(0), *upper_EPP.stride(), *step_PN.stride(), *zero_PN.stride(),
         spacing.min_code, spacing.max_code, WIDTH=triton.next_power_of_2(columns), ROWS_C=ROWS, num_warps=1,
     )  # fmt: skip
-    return codes_PO, error_PO
+    return codes_PN, error_PN
 
 
 @triton.jit
 def sweep_kernel(
-    weight, reference, upper, step, zero, codes, error, columns, rows,
-    weight_stride, upper_row_stride, upper_column_stride,
+    weight, reference, upper, step, zero, codes, error, columns, rows, all_rows,
+    weight_stride, upper_matrix_stride, upper_row_stride, upper_column_stride,
     step_column_stride, step_row_stride, zero_column_stride, zero_row_stride, min_code, max_code,
     WIDTH: tl.constexpr, ROWS_C: tl.constexpr,
 ):  # fmt: skip
+    matrix = tl.program_id(1)
     o = tl.program_id(0) * ROWS_C + tl.arange(0, ROWS_C)
     p = tl.arange(0, WIDTH)
     inside = o < rows
+    o += matrix * rows
+    upper += matrix.to(tl.int64) * upper_matrix_stride
     present = (p < columns)[:, None] & inside[None, :]
     w_PO = tl.load(weight + p[:, None] * weight_stride + o[None, :], mask=present, other=0.0)
     for i in range(columns):
@@ -85,8 +88,8 @@ def sweep_kernel(
         later = (p > i) & (p < columns)
         upper_P = tl.load(upper + i * upper_row_stride + p * upper_column_stride, mask=later, other=0.0)
         w_PO -= upper_P[:, None] * error_O[None, :]
-        tl.store(codes + i * rows + o, code_O.to(tl.int32).to(codes.dtype.element_ty), mask=inside)
-        tl.store(error + i * rows + o, error_O, mask=inside)
+        tl.store(codes + i * all_rows + o, code_O.to(tl.int32).to(codes.dtype.element_ty), mask=inside)
+        tl.store(error + i * all_rows + o, error_O, mask=inside)
 
 
 def descend_panel(

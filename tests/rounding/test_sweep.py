@@ -42,7 +42,7 @@ def test_the_kernel_walks_the_columns_as_the_equations_say(columns, rows, bits, 
     zero_PO = zero_O.to(DEVICE).expand(columns, rows)
     low = -(1 << (bits - 1)) if symmetric else 0
     limits = low, low + (1 << bits) - 1
-    codes_PO, error_PO = sweep_panel(weight_PO, upper_PP, Spacing(step_PO, zero_PO, *limits))
+    codes_PO, error_PO = sweep_panel(weight_PO[:, None], upper_PP[None], Spacing(step_PO, zero_PO, *limits))
     expected_codes_PO, expected_error_PO = swept_by_hand(weight_PO, upper_PP, step_PO, zero_PO, *limits)
     # The sums differ in the last bit, so a weight halfway between two codes may go either way.
     assert (codes_PO != expected_codes_PO).float().mean() <= 2e-3
