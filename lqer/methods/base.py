@@ -15,7 +15,7 @@ Shapes: I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -75,6 +75,10 @@ class LinearPlan:
     def quantize(self, weight_OI: Tensor, statistics: Statistics) -> QuantizedWeight:
         """`Method.quantize_linear` of this plan."""
         return self.method.quantize_linear(weight_OI, statistics, self)
+
+    def quantize_together(self, weights: Sequence[Tensor], statistics: Sequence[Statistics]) -> list[QuantizedWeight]:
+        """`Method.quantize_together` of this plan."""
+        return self.method.quantize_together(weights, statistics, self)
 
     @property
     def input_rounding(self) -> InputRounding | None:
@@ -252,6 +256,27 @@ class Method(Component, family="method"):
         target = self.target(weight_OI, statistics, plan)
         return replace(self.decompose(target.weight_OI, target.statistics, plan), rotation=target.rotation)
 
+    def takes_several(self, plan: LinearPlan) -> bool:
+        """Whether `quantize_together` serves the plan: W_q is round(W); an alternation is one weight's own."""
+        return type(self).decompose is Method.decompose and self.rounds_the_weight_itself(plan)
+
+    def quantize_together(
+        self, weights: Sequence[Tensor], statistics: Sequence[Statistics], plan: LinearPlan
+    ) -> list[QuantizedWeight]:
+        """`quantize_linear` of several weights of one shape, each under its own statistics: up to rounding the same.
+
+        Only of a plan that `takes_several`.
+        """
+        targets = [self.target(one_OI, its, plan) for one_OI, its in zip(weights, statistics, strict=True)]
+        its = [target.statistics for target in targets]
+        rounded = plan.rounding.round_together([target.weight_OI for target in targets], its, plan.weight)
+        return [
+            QuantizedWeight(
+                rounded_OI, self._low_rank(target.weight_OI, rounded_OI, target.statistics, plan), target.rotation
+            )
+            for target, rounded_OI in zip(targets, rounded, strict=True)
+        ]
+
     def decompose(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
         """The method's steps, on a float32 weight and statistics that are rotated already."""
         if not plan.rank or not self.reconstructs:
@@ -271,10 +296,15 @@ class Method(Component, family="method"):
         """`quantize_linear` of a weight that has been rounded already, together with the others of its block."""
         assert plan.transform is None, "weights that are rounded together are not rotated"
         assert not plan.asymmetric, "weights that are rounded together have the block's output as target"
+        return QuantizedWeight(rounded_OI, self._low_rank(weight_OI, rounded_OI, statistics, plan))
+
+    def _low_rank(
+        self, weight_OI: Tensor, rounded_OI: QuantizedTensor, statistics: Statistics, plan: LinearPlan
+    ) -> LowRank | None:
         if not plan.rank or not self.reconstructs:
-            return QuantizedWeight(rounded_OI, None)
+            return None
         error_OI = weight_OI.to(torch.float32) - rounded_OI.dequantize()
-        return QuantizedWeight(rounded_OI, reconstruct_rounded(error_OI, self.metric(weight_OI, statistics), plan))
+        return reconstruct_rounded(error_OI, self.metric(weight_OI, statistics), plan)
 
 
 def _rotated(

@@ -24,7 +24,7 @@ from lqer.models.walker import BlockRun
 from lqer.phases import in_phase, phase
 from lqer.stages.gather_experts import ROUTED_TOKENS, ExpertObserver, ExpertTokens, passes_of
 from lqer.stages.observe import NOT_ROUNDED, InputRoundings, OriginalBlock, SiteObserver
-from lqer.statistics import ALWAYS, Statistic
+from lqer.statistics import ALWAYS, Sample, Statistic
 from lqer.statistics.site import SiteStatistics
 from lqer.store.names import block_file, sites_file
 from lqer.store.store import Artifact
@@ -82,13 +82,17 @@ class BlockStatistics:
 
         Raises ModelError if the calibration text never reached a linear.
         """
-        members: dict[str, list[str]] = {}
-        for linear in linears:
-            members.setdefault(self._site(linear), []).append(linear)
-        for names in members.values():
+        for site, names in self.members(linears).items():
             with phase("statistics"):
-                statistics = self._on(self._site(names[0]), device)
+                statistics = self._on(site, device)
             yield from ((linear, statistics) for linear in names)
+
+    def members(self, linears: Iterable[str]) -> dict[str, list[str]]:
+        """The linears by site. Raises ModelError if the calibration text never reached a linear."""
+        found: dict[str, list[str]] = {}
+        for linear in linears:
+            found.setdefault(self._site(linear), []).append(linear)
+        return found
 
     def routed_tokens(self, linear: str) -> int | None:
         """How many tokens the router sent to the expert that a linear belongs to; None for any other linear."""
@@ -206,7 +210,8 @@ def _results(run: BlockRun, observer: SiteObserver) -> dict[str, Tensor]:
             # Sums in float64 are dropped one by one: all of them beside all results may be more than a GPU holds.
             with phase("statistics"):
                 tensor = accumulators.pop(kind).result()
-            if not torch.isfinite(tensor).all():
+            # The means are over all tokens, so that a sample on the CPU need not be searched.
+            if kind != Sample.kind and not torch.isfinite(tensor).all():
                 dtype = str(run.hidden.states_WTD.dtype).removeprefix("torch.")
                 raise ModelError(
                     f"the calibration inputs of {full_name} hold NaN or infinities, although the weights are finite: "

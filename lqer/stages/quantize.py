@@ -24,32 +24,31 @@ from lqer.checkpoint.bits import average_bits
 from lqer.checkpoint.pack import DETAILS_FILE, describe_linear, pack_linear, write_outer
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError, QuantizedTensor
-from lqer.lowrank.exact import singular_values
-from lqer.lowrank.metric import Metric
-from lqer.lowrank.scaling import activation_scale
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.structure import block_linears
-from lqer.nn.linear import output_error, weight_error
 from lqer.phases import in_phase, phase
 from lqer.rounding.hessian import HessianError
+from lqer.stages.alike import batches_of, with_statistics
 from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import no_effect
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gang import GangStage
 from lqer.stages.gather import BlockStatistics, StatisticsOf
+from lqer.stages.layer_rows import layer_row, rounded_alone, spectra
 from lqer.stages.observe import InputRoundings
 from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.rotate import source_of
 from lqer.statistics import ALONE, ALWAYS, Gang, Statistic
+from lqer.statistics.site import SiteStatistics
 from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Store, Workspace
 from lqer.store.writer import most_waiting
 from lqer.transforms import BlockTransform
 
 # Of both orders of quantizing blocks: raised whenever the same inputs would give other bytes than before.
-QUANTIZE_VERSION = 9
+QUANTIZE_VERSION = 10
 
 # Whether the linears of a block are quantized on inputs from its unrounded weights, or one input site after the other.
 Order = Literal["block", "sequential"]
@@ -247,56 +246,107 @@ def quantize_linears(
 ) -> QuantizedLinears:
     """Quantize some linears of a block, those that have a plan. Raises ModelError, naming the linear.
 
-    The ranks of a gang deal them out, and all get all of them.
+    Experts are quantized in batches (lqer/stages/alike.py). The ranks of a gang deal the batches out, and all get all
+    linears.
     """
     found, full_names = QuantizedLinears(), [f"{work.name}.{name}" for name in linears]
+    shapes = {f"{work.name}.{name}": work.tensors[f"{name}.weight"].shape for name in linears}
     planned = [name for name in full_names if settings.plans[name] is not None]
-    ours = gang.deal({name: _length(work.tensors[f"{name.removeprefix(f'{work.name}.')}.weight"]) for name in planned})
-    of_ours = _quantize_ours(work, [name for name in planned if name in ours], statistics, settings, device)
+    batches = batches_of(planned, statistics, settings.plans, shapes, device)
+    ours = gang.deal({batch[0]: sum(_length(shapes[name]) for name in batch) for batch in batches})
+    of_ours = _quantize_ours(work, [batch for batch in batches if batch[0] in ours], statistics, settings, device)
     for parts in gang.gathered((of_ours.tensors, of_ours.replaced, of_ours.rows, of_ours.spectra)):
         found.add(QuantizedLinears(*parts))
     found.rows.sort(key=lambda row: full_names.index(row["name"]))
     return found
 
 
-def _length(weight_OI: Tensor) -> float:
+def _length(shape: torch.Size) -> float:
     """How long a linear takes, compared with others: updates of the columns behind each column."""
-    return float(weight_OI.numel() * weight_OI.shape[-1])
+    return float(shape.numel() * shape[-1])
 
 
 def _quantize_ours(
     work: BlockWork,
-    full_names: Sequence[str],
+    batches: Sequence[list[str]],
     statistics: BlockStatistics,
     settings: QuantizeSettings,
     device: torch.device,
 ) -> QuantizedLinears:
     found = QuantizedLinears()
-    for full_name, site in statistics.by_site(full_names, device):
+    for batch in with_statistics(batches, statistics, device):
         # For methods that draw: whatever has been quantized here before.
         torch.manual_seed(settings.seed)
-        plan, name = settings.plans[full_name], full_name.removeprefix(f"{work.name}.")
+        plan = settings.plans[batch[0][0]]
         assert plan is not None
-        with phase("read"):
-            # In two steps: in one, the CPU would widen the values, and the GPU wait for twice as many bytes.
-            weight_OI = work.tensors[f"{name}.weight"].detach().to(device, non_blocking=True).to(torch.float32)
-        bias_O = work.tensors.get(f"{name}.bias")
+        weights = [_stored_weight(work, full_name, device) for full_name, _ in batch]
+        for (full_name, site), weight_OI, weight in zip(
+            batch, weights, _quantize_batch(work, batch, weights, plan), strict=True
+        ):
+            found.add(_written(work, full_name, site, weight_OI, weight, plan, statistics.routed_tokens(full_name)))
+    return found
+
+
+@in_phase("read")
+def _stored_weight(work: BlockWork, full_name: str, device: torch.device) -> Tensor:
+    weight_OI = work.tensors[f"{full_name.removeprefix(f'{work.name}.')}.weight"].detach()
+    # In two steps: in one, the CPU would widen the values, and the GPU wait for twice as many bytes.
+    return weight_OI.to(device, non_blocking=True).to(torch.float32)
+
+
+@in_phase("round")
+def _quantize_batch(
+    work: BlockWork, batch: Sequence[tuple[str, SiteStatistics]], weights: Sequence[Tensor], plan: LinearPlan
+) -> list[QuantizedWeight]:
+    rounded = [work.rounded.get(full_name.removeprefix(f"{work.name}.")) for full_name, _ in batch]
+    if len(batch) > 1 and not any(rounded):
         try:
-            weight = _quantize_weight(weight_OI, site, plan, work.rounded.get(name))
-            bias = plan.bias.quantize(bias_O.detach()) if plan.bias is not None and bias_O is not None else None
-        except (NonFiniteError, HessianError) as error:
-            raise ModelError(f"{full_name}: {error}") from None
-        found.replaced.update([f"{full_name}.weight"] + ([f"{full_name}.bias"] if bias is not None else []))
-        with phase("pack"):
-            found.tensors.update(pack_linear(full_name, weight, bias))
-        entry = describe_linear(plan, weight, has_bias=bias_O is not None)
-        rounded_OI = _rounded_alone(weight_OI, weight, site, plan)
-        routed_tokens = statistics.routed_tokens(full_name)
-        of_expert = {} if routed_tokens is None else {"routed_tokens": routed_tokens}
-        found.rows.append(_layer_row(full_name, weight_OI, rounded_OI, weight, site) | of_expert | {"entry": entry})
-        # Of a layer's experts, those of the first one.
-        if work.with_spectra and (not of_expert or full_name.rsplit(".", 2)[1] == "0"):
-            found.spectra.update(_spectra(full_name, weight_OI, rounded_OI, site))
+            return plan.quantize_together(weights, [site for _, site in batch])
+        except (NonFiniteError, HessianError):
+            # One of them; alone it is named.
+            pass
+    return [
+        _quantize_weight(full_name, weight_OI, site, plan, one)
+        for (full_name, site), weight_OI, one in zip(batch, weights, rounded, strict=True)
+    ]
+
+
+def _quantize_weight(
+    full_name: str, weight_OI: Tensor, site: SiteStatistics, plan: LinearPlan, rounded: QuantizedTensor | None
+) -> QuantizedWeight:
+    try:
+        if rounded is None:
+            return plan.quantize(weight_OI, site)
+        return plan.method.reconstruct_error(weight_OI, rounded, site, plan)
+    except (NonFiniteError, HessianError) as error:
+        raise ModelError(f"{full_name}: {error}") from None
+
+
+def _written(
+    work: BlockWork,
+    full_name: str,
+    site: SiteStatistics,
+    weight_OI: Tensor,
+    weight: QuantizedWeight,
+    plan: LinearPlan,
+    routed_tokens: int | None,
+) -> QuantizedLinears:
+    """What is written of one linear."""
+    bias_O = work.tensors.get(f"{full_name.removeprefix(f'{work.name}.')}.bias")
+    try:
+        bias = plan.bias.quantize(bias_O.detach()) if plan.bias is not None and bias_O is not None else None
+    except NonFiniteError as error:
+        raise ModelError(f"{full_name}: {error}") from None
+    found = QuantizedLinears(replaced={f"{full_name}.weight"} | ({f"{full_name}.bias"} if bias is not None else set()))
+    with phase("pack"):
+        found.tensors.update(pack_linear(full_name, weight, bias))
+    entry = describe_linear(plan, weight, has_bias=bias_O is not None)
+    rounded_OI = rounded_alone(weight_OI, weight, site, plan)
+    of_expert = {} if routed_tokens is None else {"routed_tokens": routed_tokens}
+    found.rows.append(layer_row(full_name, weight_OI, rounded_OI, weight, site) | of_expert | {"entry": entry})
+    # Of a layer's experts, those of the first one.
+    if work.with_spectra and (not of_expert or full_name.rsplit(".", 2)[1] == "0"):
+        found.spectra.update(spectra(full_name, weight_OI, rounded_OI, site))
     return found
 
 
@@ -310,61 +360,3 @@ def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) 
     # Last: its presence marks the block as done.
     workspace.write_tensors(block_file(work.index), tensors)
     return tensors
-
-
-@in_phase("round")
-def _quantize_weight(
-    weight_OI: Tensor, statistics: Mapping[str, Tensor], plan: LinearPlan, rounded: QuantizedTensor | None
-) -> QuantizedWeight:
-    if rounded is None:
-        return plan.quantize(weight_OI, statistics)
-    return plan.method.reconstruct_error(weight_OI, rounded, statistics, plan)
-
-
-@in_phase("errors and spectra")
-def _rounded_alone(
-    weight_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor], plan: LinearPlan
-) -> Tensor:
-    """The weight after rounding alone: the stored W_q, unless that was rounded with a low-rank part subtracted."""
-    if weight.low_rank is None or plan.method.rounds_the_weight_itself(plan):
-        return weight.rounded_weight()
-    return plan.without_low_rank().quantize(weight_OI, statistics).rounded_weight()
-
-
-@in_phase("errors and spectra")
-def _spectra(name: str, weight_OI: Tensor, rounded_OI: Tensor, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Singular values of the weight and of its rounding error, by the names that they are stored under."""
-    error_OI, scale_I = weight_OI - rounded_OI, activation_scale(statistics["mean_abs"])
-    return {
-        f"{name}.weight": singular_values(weight_OI, Metric()),
-        f"{name}.plain": singular_values(error_OI, Metric()),
-        f"{name}.scaled": singular_values(error_OI, Metric(scale_I=scale_I)),
-    }
-
-
-@in_phase("errors and spectra")
-def _layer_row(
-    name: str, weight_OI: Tensor, rounded_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """One row of layers.csv; bits are totals here, of everything that is stored for the linear's weight."""
-    effective_OI = weight.effective_weight()
-    return {
-        "name": name,
-        "out_features": weight_OI.shape[0],
-        "in_features": weight_OI.shape[1],
-        "rank": weight.low_rank.rank if weight.low_rank else 0,
-        "weight_bits": weight.weight_OI.code_bits,
-        "metadata_bits": weight.metadata_bits,
-        "codebook_bits": weight.weight_OI.codebook_bits,
-        "zero_bits": weight.weight_OI.zero_bits,
-        "sign_bits": weight.sign_bits,
-        "low_rank_bits": weight.low_rank.bits if weight.low_rank else 0,
-        "captured_energy": weight.low_rank.captured_energy if weight.low_rank else None,
-        "solver_gap": weight.low_rank.gap if weight.low_rank else None,
-        "step_errors": list(weight.errors),
-        "damping_raises": weight.damping_raises,
-        "weight_error_before": weight_error(weight_OI, rounded_OI),
-        "weight_error": weight_error(weight_OI, effective_OI),
-        "output_error_before": output_error(weight_OI, rounded_OI, statistics["sample"]),
-        "output_error": output_error(weight_OI, effective_OI, statistics["sample"]),
-    }

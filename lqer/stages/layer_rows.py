@@ -1,0 +1,67 @@
+"""What is told of one quantized linear: its row of layers-*.json, and the singular values of its error.
+
+Shapes: I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lqer.lowrank.exact import singular_values
+from lqer.lowrank.metric import Metric
+from lqer.lowrank.scaling import activation_scale
+from lqer.methods import LinearPlan, QuantizedWeight
+from lqer.nn.linear import output_error, weight_error
+from lqer.phases import in_phase
+
+
+@in_phase("errors and spectra")
+def rounded_alone(
+    weight_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor], plan: LinearPlan
+) -> Tensor:
+    """The weight after rounding alone: the stored W_q, unless that was rounded with a low-rank part subtracted."""
+    if weight.low_rank is None or plan.method.rounds_the_weight_itself(plan):
+        return weight.rounded_weight()
+    return plan.without_low_rank().quantize(weight_OI, statistics).rounded_weight()
+
+
+@in_phase("errors and spectra")
+def spectra(name: str, weight_OI: Tensor, rounded_OI: Tensor, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Singular values of the weight and of its rounding error, by the names that they are stored under."""
+    error_OI, scale_I = weight_OI - rounded_OI, activation_scale(statistics["mean_abs"])
+    return {
+        f"{name}.weight": singular_values(weight_OI, Metric()),
+        f"{name}.plain": singular_values(error_OI, Metric()),
+        f"{name}.scaled": singular_values(error_OI, Metric(scale_I=scale_I)),
+    }
+
+
+@in_phase("errors and spectra")
+def layer_row(
+    name: str, weight_OI: Tensor, rounded_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """One row of layers.csv; bits are totals here, of everything that is stored for the linear's weight."""
+    effective_OI = weight.effective_weight()
+    return {
+        "name": name,
+        "out_features": weight_OI.shape[0],
+        "in_features": weight_OI.shape[1],
+        "rank": weight.low_rank.rank if weight.low_rank else 0,
+        "weight_bits": weight.weight_OI.code_bits,
+        "metadata_bits": weight.metadata_bits,
+        "codebook_bits": weight.weight_OI.codebook_bits,
+        "zero_bits": weight.weight_OI.zero_bits,
+        "sign_bits": weight.sign_bits,
+        "low_rank_bits": weight.low_rank.bits if weight.low_rank else 0,
+        "captured_energy": weight.low_rank.captured_energy if weight.low_rank else None,
+        "solver_gap": weight.low_rank.gap if weight.low_rank else None,
+        "step_errors": list(weight.errors),
+        "damping_raises": weight.damping_raises,
+        "weight_error_before": weight_error(weight_OI, rounded_OI),
+        "weight_error": weight_error(weight_OI, effective_OI),
+        "output_error_before": output_error(weight_OI, rounded_OI, statistics["sample"]),
+        "output_error": output_error(weight_OI, effective_OI, statistics["sample"]),
+    }
