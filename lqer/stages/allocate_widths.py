@@ -7,7 +7,8 @@ E of the weight, inputs x_t and gradients g_t = ∂L/∂y_t of the original's lo
 
 the divergence from the original for errors that are small and independent of each other (lqer/models/backward.py says
 which loss). E is that of the plan's own rounding under its statistics, on a sample of the output rows; a linear that is
-rotated is measured in its rotated basis. The stage stores, in a safetensors file per decoder block, `<linear>.losses`
+rotated is measured in its rotated basis. Experts are rounded in batches, as when they are quantized, and on fewer rows:
+a layer has hundreds of their linears. The stage stores, in a safetensors file per decoder block, `<linear>.losses`
 (F,) float64 in the order of the formats. The allocation itself (lqer/rounding/width_allocation.py) takes no time and
 has no artifact: the formats are part of the plans.
 
@@ -38,6 +39,7 @@ from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
 from lqer.rounding.hessian import HessianError
 from lqer.rounding.width_allocation import Allocation, Curve, allocate_widths, joined
+from lqer.stages.alike import batches_of, with_statistics
 from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
@@ -50,6 +52,7 @@ from lqer.transforms import Rotation
 
 WINDOWS = 8  # of the calibration text, that gradients are taken on
 SAMPLED_ROWS = 512  # of a weight, in runs of ROW_RUN: tiles of 16 rows share codes in some formats
+EXPERT_ROWS = 128  # of an expert's weight
 ROW_RUN = 16
 
 # By linear, the formats to choose from; linears that are not in it keep the format of their plan.
@@ -61,7 +64,7 @@ class MeasureWidths(Stage):
     """What every format adds to the loss in every linear that has a choice."""
 
     name: ClassVar[str] = "widths"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     model: ModelSource | Rotate
     calibration: Calibrate
@@ -126,19 +129,24 @@ def _block_visits(
     visits: dict[str, Visit] = {}
     linears = {f"{run.run.name}.{name}": (name, linear) for name, linear in block_linears(run.run.block).items()}
     planned = [name for name in linears if plans[name] is not None]
-    for full_name, site in statistics.by_site(planned, run.run.device):
-        plan, (name, linear) = plans[full_name], linears[full_name]
+    device, shapes = run.run.device, {name: linear.weight.shape for name, (_, linear) in linears.items()}
+    for batch in with_statistics(batches_of(planned, statistics, plans, shapes, device), statistics, device):
+        plan, names = plans[batch[0][0]], [full_name for full_name, _ in batch]
         assert plan is not None
-        weight_OI = linear.weight.detach().to(run.run.device, torch.float32)
+        of_experts = statistics.routed_tokens(names[0]) is not None
+        rows_S = sampled_rows(shapes[names[0]][0], EXPERT_ROWS if of_experts else SAMPLED_ROWS).to(device)
         try:
-            target = plan.method.target(weight_OI, site, plan)
-            rows_S = sampled_rows(len(weight_OI)).to(weight_OI.device)
-            errors = [row_errors(target, rows_S, plan, number_format) for number_format in formats]
+            targets = [
+                plan.method.target(linears[full_name][1].weight.detach().to(device, torch.float32), site, plan)
+                for full_name, site in batch
+            ]
+            errors = [row_errors(targets, rows_S, plan, number_format) for number_format in formats]
         except (NonFiniteError, HessianError) as error:
-            raise ModelError(f"{full_name}: {error}") from None
-        losses_F = tensors[f"{full_name}.losses"] = torch.zeros(len(formats), dtype=torch.float64)
-        scale = len(weight_OI) / len(rows_S) / tokens
-        visits[name] = partial(_add_losses, losses_F, target.rotation, rows_S, errors, scale)
+            raise ModelError(f"{', '.join(names)}: {error}") from None
+        for full_name, target, of_one in zip(names, targets, zip(*errors, strict=True), strict=True):
+            losses_F = tensors[f"{full_name}.losses"] = torch.zeros(len(formats), dtype=torch.float64)
+            scale = shapes[full_name][0] / len(rows_S) / tokens
+            visits[linears[full_name][0]] = partial(_add_losses, losses_F, target.rotation, rows_S, of_one, scale)
     return tensors, visits
 
 
@@ -163,17 +171,20 @@ def added_losses(x_NI: Tensor, g_NS: Tensor, errors: Sequence[Tensor]) -> Tensor
     return 0.5 * torch.stack(products)
 
 
-def row_errors(target: Target, rows_S: Tensor, plan: LinearPlan, number_format: NumberFormat) -> Tensor:
-    """E = W − W_q of some rows (S, I) by the plan's rounding in that format."""
-    weight_SI = target.weight_OI[rows_S]
-    return weight_SI - plan.rounding.round(weight_SI, target.statistics, number_format).dequantize()
+def row_errors(
+    targets: Sequence[Target], rows_S: Tensor, plan: LinearPlan, number_format: NumberFormat
+) -> list[Tensor]:
+    """E = W − W_q of some rows (S, I) of each weight by the plan's rounding in that format."""
+    weights = [target.weight_OI[rows_S] for target in targets]
+    rounded = plan.rounding.round_together(weights, [target.statistics for target in targets], number_format)
+    return [weight_SI - one.dequantize() for weight_SI, one in zip(weights, rounded, strict=True)]
 
 
-def sampled_rows(out_features: int) -> Tensor:
-    """Indices of SAMPLED_ROWS rows, in runs of ROW_RUN that are evenly spaced; of all rows where there are fewer."""
-    if out_features <= SAMPLED_ROWS:
+def sampled_rows(out_features: int, most: int = SAMPLED_ROWS) -> Tensor:
+    """Indices of `most` rows, in runs of ROW_RUN that are evenly spaced; of all rows where there are fewer."""
+    if out_features <= most:
         return torch.arange(out_features)
-    runs, taken = out_features // ROW_RUN, SAMPLED_ROWS // ROW_RUN
+    runs, taken = out_features // ROW_RUN, most // ROW_RUN
     first = torch.arange(taken) * runs // taken * ROW_RUN
     return (first[:, None] + torch.arange(ROW_RUN)).flatten()
 
