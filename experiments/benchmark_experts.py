@@ -1,37 +1,44 @@
 """Seconds and memory of calibrating and quantizing the decoder blocks of a mixture of experts, random weights and text.
 
-    python experiments/benchmark_experts.py [--shape qwen3-30b-a3b] [--blocks 4] [--methods lqer-act gptq]
+    python experiments/benchmark_experts.py [--shape qwen3-30b-a3b] [--blocks 4] [--methods lqer-act gptq best-3]
         [--windows 16] [--seq-len 2048] [--batch 4] [--seconds 100] [--device auto]
 
-A block is gathered from and quantized as a run without kept statistics does it, its packed file written to a temporary
-folder. Methods take turns, block by block, until --seconds are over. Shapes: tiny, qwen3-30b-a3b, gpt-oss-20b.
+What the stages of a run do, with their files in a temporary folder: lqer-act on the original model's inputs, gptq on
+those of the blocks quantized before it, best-3 as its preset says, which measures a width of 2 to 4 bits for every
+linear and takes its linears in turn. Seconds are told by phase; a method is not begun after --seconds, and an interrupt
+tells those so far. Shapes: tiny, qwen3-30b-a3b, gpt-oss-20b.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lqer.formats import Int, MXInt, Trellis
 from lqer.methods import METHODS, LinearPlan
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import pick_device
-from lqer.models.structure import block_linears, prepare_model
-from lqer.models.walker import walk_blocks
+from lqer.models.structure import block_linears, find_blocks, prepare_model
+from lqer.phases import Recorder, phase, recorded
 from lqer.report.environment import device_name
 from lqer.rounding import Gptq
 from lqer.rounding.ldlq import Ldlq
-from lqer.stages.gather import CalibrationText, observe_block
-from lqer.stages.quantize import BlockWork, QuantizeSettings, quantize_linears, requested_statistics, write_block
+from lqer.stages.allocate_widths import WINDOWS, allocate, measure_widths, plans_to_measure
+from lqer.stages.calibrate import calibrate, gather_blocks
+from lqer.stages.gather import CalibrationText
+from lqer.stages.quantize import QuantizeSettings, quantize_blocks, requested_statistics
+from lqer.stages.quantize_sequential import quantize_in_order
+from lqer.store.names import block_file, layers_file, sites_file
 from lqer.store.offload import Offload
-from lqer.store.store import Workspace
+from lqer.store.store import Store, Workspace
 from lqer.transforms import Hadamard
 
 # The vocabulary is cut: nothing outside the blocks is measured.
@@ -46,11 +53,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                                 "num_experts_per_tok": 4, "num_attention_heads": 64, "num_key_value_heads": 8,
                                 "head_dim": 64}),
 }  # fmt: skip
-PLANS = {
-    "lqer-act": LinearPlan(METHODS["lqer-act"](), MXInt(4), rank=32, factor=MXInt(8)),
-    "gptq": LinearPlan(METHODS["gptq"](), Int(4, 128), rounding=Gptq()),
-    "best-3": LinearPlan(METHODS["none"](), Trellis(3, 14), rounding=Ldlq(), transform=Hadamard()),
-}
+LQER_ACT = LinearPlan(METHODS["lqer-act"](), MXInt(4), activation=MXInt(8), rank=32, factor=MXInt(8))
+GPTQ = LinearPlan(METHODS["gptq"](), Int(4, 128), rounding=Gptq())
+# Of the preset best-3.
+WIDTHS = (Trellis(2), Trellis(3), Trellis(4))
+BUDGET_BITS = 3.01
+BEST_3 = LinearPlan(METHODS["none"](), Trellis(3), rounding=Ldlq(), transform=Hadamard())
 
 
 def random_model(shape: str, blocks: int, device: torch.device) -> PreTrainedModel:
@@ -64,11 +72,67 @@ def random_model(shape: str, blocks: int, device: torch.device) -> PreTrainedMod
     return model.eval()
 
 
+def linears_of(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    name, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        yield from ((f"{name}.{index}.{key}", linear) for key, linear in block_linears(block).items())
+
+
+def plans_for(model: PreTrainedModel, plan: LinearPlan) -> dict[str, LinearPlan | None]:
+    return {name: plan for name, _ in linears_of(model)}
+
+
+def lqer_act(folder: Path, opened: OpenedModel, text: CalibrationText) -> Workspace:
+    workspace, settings = Workspace(folder), QuantizeSettings(plans_for(opened.model, LQER_ACT), None, seed=0)
+    requested = requested_statistics(settings.plans)
+    quantize_blocks(
+        workspace,
+        range(len(opened.blocks)),
+        opened,
+        lambda indices: gather_blocks(opened, text, requested, {}, indices),
+        settings,
+    )
+    return workspace
+
+
+def gptq(folder: Path, opened: OpenedModel, text: CalibrationText) -> Workspace:
+    workspace = Workspace(folder)
+    quantize_in_order(workspace, opened, opened, text, QuantizeSettings(plans_for(opened.model, GPTQ), None, seed=0))
+    return workspace
+
+
+def best_3(folder: Path, opened: OpenedModel, text: CalibrationText) -> Workspace:
+    plans, store = plans_for(opened.model, BEST_3), Store(folder / "store")
+    choices, requested = dict.fromkeys(plans, WIDTHS), requested_statistics(plans)
+    calibration = store.obtain("calibrate", 0, lambda ws: calibrate(ws, opened, text, requested))
+    windows_WT = text.windows_WT[:WINDOWS]
+    with phase("widths"):
+        of_widths = store.obtain(
+            "widths", 0,
+            lambda ws: measure_widths(
+                ws, opened, calibration, plans_to_measure(plans, choices), WIDTHS, windows_WT, text.batch_size, seed=0
+            ),
+        )  # fmt: skip
+    blocks = range(len(opened.blocks))
+    losses = {key: loss.tolist() for index in blocks for key, loss in of_widths.tensors(block_file(index)).items()}
+    sites = {key: site for index in blocks for key, site in calibration.json(sites_file(index)).items()}
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears_of(opened.model)}
+    found = allocate(plans, choices, {name: losses[f"{name}.losses"] for name in plans}, sites, shapes, BUDGET_BITS)
+    workspace, settings = Workspace(folder), QuantizeSettings(found.plans, None, seed=0, order="sequential")
+    quantize_in_order(workspace, opened, opened, text, settings)
+    return workspace
+
+
+METHOD_RUNS: dict[str, Callable[[Path, OpenedModel, CalibrationText], Workspace]] = {
+    "lqer-act": lqer_act, "gptq": gptq, "best-3": best_3,
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--methods", nargs="+", choices=PLANS, default=[*PLANS])
+    parser.add_argument("--methods", nargs="+", choices=METHOD_RUNS, default=[*METHOD_RUNS])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
@@ -81,37 +145,40 @@ def main() -> None:
     text = CalibrationText(windows_WT, given.batch, 256)
     opened = OpenedModel.resident(model, device, Offload())
     print(
-        f"{device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {given.shape}, "
-        f"{windows_WT.numel()} tokens, made in {time.perf_counter() - started:.1f} s"
+        f"{device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {given.shape}, {given.blocks} "
+        f"blocks, {windows_WT.numel()} tokens, made in {time.perf_counter() - started:.1f} s"
     )
-    print("| block | method | linears | gather, s | quantize, s | peak, GB | fewest tokens of an expert |")
-    print("|---|---|---|---|---|---|---|")
-    for run in walk_blocks(opened, windows_WT, given.batch):
-        for method in given.methods:
-            if time.perf_counter() - started < given.seconds:
-                print(f"| {run.index} | {method} | {measured(opened, run, text, PLANS[method])} |", flush=True)
-        run.forward()
+    print("| method | blocks | linears | seconds | of them by phase | bits | peak, GB | fewest tokens of an expert |")
+    print("|---|---|---|---|---|---|---|---|")
+    for method in given.methods:
+        if time.perf_counter() - started < given.seconds:
+            print(f"| {method} | {measured(opened, text, METHOD_RUNS[method])} |", flush=True)
 
 
-def measured(opened: OpenedModel, run: Any, text: CalibrationText, plan: LinearPlan) -> str:
-    """The cells of one block and method."""
-    linears, device = list(block_linears(run.block)), run.device
-    settings = QuantizeSettings({f"{run.name}.{name}": plan for name in linears}, None, seed=0)
+def measured(
+    opened: OpenedModel, text: CalibrationText, run: Callable[[Path, OpenedModel, CalibrationText], Workspace]
+) -> str:
+    """The cells of one method."""
+    device = opened.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    times = [now(device)]
-    statistics = observe_block(run, None, text, requested_statistics(settings.plans))
-    times.append(now(device))
-    work = BlockWork(run.index, run.name, linears, run.block.state_dict(), with_spectra=False)
+    recorder, started = Recorder(lambda: now(device)), now(device)
     with tempfile.TemporaryDirectory() as folder:
-        write_block(
-            Workspace(Path(folder)), work, found := quantize_linears(work, linears, statistics, settings, device)
-        )
-    times.append(now(device))
+        try:
+            with recorded(recorder):
+                run(Path(folder), opened, text)
+        except KeyboardInterrupt:
+            print("interrupted")
+        seconds, workspace = now(device) - started, Workspace(Path(folder))
+        done = [index for index in range(len(opened.blocks)) if block_file(index) in workspace]
+        rows = [row for index in done for row in workspace.json(layers_file(index))]
+    by_phase = dict(recorder.main.most_common()) | {"other": seconds - sum(recorder.main.values())}
+    phases = ", ".join(f"{name} {taken:.1f}" for name, taken in by_phase.items())
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
-    gathering, quantizing = (after - before for before, after in itertools.pairwise(times))
-    fewest = min(row["routed_tokens"] for row in found.rows if "routed_tokens" in row)
-    return f"{len(linears)} | {gathering:.1f} | {quantizing:.1f} | {peak:.1f} | {fewest}"
+    weights = sum(row["out_features"] * row["in_features"] for row in rows)
+    bits = sum(row["weight_bits"] + row["metadata_bits"] + row["low_rank_bits"] for row in rows) / max(weights, 1)
+    fewest = min((row["routed_tokens"] for row in rows if "routed_tokens" in row), default=0)
+    return f"{len(done)} | {len(rows)} | {seconds:.1f} | {phases} | {bits:.3f} | {peak:.1f} | {fewest}"
 
 
 def now(device: torch.device) -> float:
