@@ -249,13 +249,13 @@ def compile_rounding() -> None:
         sweep_lattice_panel(panel_PO, panel_PO, square_PP, torch.ones(1).expand(64), bits)
     for limits in ((0, 15), (-4, 3)):
         spacing = Spacing(step_PO[:1].expand(128, -1), step_PO, *limits)
-        sweep_columns(panel_PO, square_PP, spacing)
-        sweep_columns(panel_PO, square_PP, spacing, panel_PO)
+        sweep_columns(panel_PO[:, None], square_PP[None], spacing)
+        sweep_columns(panel_PO[:, None], square_PP[None], spacing, panel_PO[:, None])
     for number_format in (NormalFloat(4), MX("mxfp6_e3m2")):
         levels = number_format.fixed_levels(number_format.fit(panel_PO.unsqueeze(1)))
         # What is not run leaves any byte as the number of a level.
         levels = replace(levels, step_G=step_PO, codes_K=torch.zeros(256, dtype=torch.uint8))
-        sweep_level_panel(panel_PO, square_PP, levels, panel_PO)
+        sweep_level_panel(panel_PO[:, None], square_PP[None], levels, panel_PO[:, None])
     descend_panel(panel_PO, panel_PO, panel_PO, square_PP, step_PO, (0, 15))
     for block_size, dtype in ((128, torch.bfloat16), (16, torch.float32), ("row", torch.bfloat16)):
         weight_OI, number_format = torch.ones(4, 4096), Int(2, block_size)
