@@ -1,10 +1,16 @@
-"""Bytes that are held while one linear is quantized, next to the tensors and statistics of its block."""
+"""Bytes that are held while linears are quantized, next to the tensors and statistics of their block: one, or several
+experts at once.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
 
 from lqer.formats import Codebook
 from lqer.lowrank.solver import SMALL_SIDE
 from lqer.methods import LinearPlan
+from lqer.stages.alike import BATCH_BYTES, HESSIAN_BYTES, WEIGHT_BYTES
 
 LINEAR_COPIES = 24  # bytes per weight: copies in float32 (21 of qera-exact, krylov, on an H200)
 WIDE_COPIES = 40  # the same where an error is solved for in float64, or codes are learned as int64 indices
@@ -20,3 +26,16 @@ def linear_bytes(out_features: int, in_features: int, plan: LinearPlan, has_hess
     # Of the Hessian: the factor or metric that is kept in float32, or all that is held while it is made.
     kept, factored = (size * in_features**2 if has_hessian else 0 for size in (4, plan.hessian_bytes))
     return max(copies + kept, factored + 8 * weights) + plan.weight.encoding_bytes
+
+
+def batch_bytes(linears: Mapping[str, tuple[int, int]], blocks_name: str, device: str) -> int:
+    """Of experts that are quantized at once, at most; 0 without experts.
+
+    linears: (out_features, in_features) by full names, those of an expert `<layer>.<number>.<linear>`.
+    """
+    of_layers: Counter[str] = Counter()
+    for name, (out_features, in_features) in linears.items():
+        layer, number, _ = name.rsplit(".", 2)
+        if number.isdigit() and layer != blocks_name:
+            of_layers[layer] += in_features * (HESSIAN_BYTES * in_features + WEIGHT_BYTES * out_features)
+    return min(max(of_layers.values(), default=0), BATCH_BYTES[device])

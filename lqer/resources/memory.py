@@ -35,7 +35,7 @@ from lqer.export.verify import WINDOW_TOKENS, WINDOWS_OF_LOGITS
 from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
-from lqer.resources.linear import FACTORIZATION_COPIES, linear_bytes
+from lqer.resources.linear import FACTORIZATION_COPIES, batch_bytes, linear_bytes
 from lqer.resources.statistics import accumulator_bytes, block_bytes, gathered, in_passes, input_sites
 from lqer.resources.workload import Need, StageMemory, Workload, total
 from lqer.stages.allocate_widths import SAMPLED_ROWS, WINDOWS
@@ -343,10 +343,11 @@ def _packed_bytes(work: Workload, name: str, plan: LinearPlan | None) -> int:
 
 
 def _linear_work(work: Workload) -> int:
-    """The most that is held for one linear, in addition to the tensors and statistics of its block."""
+    """The most that is held for one linear or a batch of experts, besides tensors and statistics of the block."""
     has_hessian = Hessian() in gathered(work.plans)
     sizes = (linear_bytes(rows, columns, plan, has_hessian) for _, rows, columns, plan in _planned(work))
-    return max(sizes, default=0)
+    of_experts = batch_bytes(work.summary.linears, work.summary.blocks_name, "cuda" if work.on_gpu else "cpu")
+    return max(*sizes, of_experts, 0)
 
 
 def _planned(work: Workload) -> Iterator[tuple[int, int, int, LinearPlan]]:
