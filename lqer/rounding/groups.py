@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -104,7 +105,8 @@ class Groups:
     def _by_column(self, of_group: dict[int, Tensor], columns: Sequence[int]) -> Tensor:
         """(columns, N) of (N, 1) or, where the one tensor has one, (1, 1) of each group."""
         rows = self.matrices * self.shape[0]
-        return torch.cat([of_group[column // self.width].T for column in columns]).expand(-1, rows)
+        runs = ((group, len([*run])) for group, run in groupby(column // self.width for column in columns))
+        return torch.cat([of_group[group].T.expand(length, -1) for group, length in runs]).expand(-1, rows)
 
     def fit_all(self, weight_NI: Tensor) -> None:
         """Fit all scales to the weights before any feedback (static groups)."""

@@ -15,8 +15,8 @@ from lqer.statistics.site import SiteStatistics
 
 # What linears that are quantized at once may hold on the device.
 BATCH_BYTES = {"cuda": 8_000_000_000, "cpu": 1_000_000_000}
-# Of each entry of a Hessian: E[x xᵀ], rotated, its factor in float64, and the float32 matrix made of that, twice.
-HESSIAN_BYTES = 4 + 4 + 8 + 2 * 4
+# Of each entry of a Hessian: E[x xᵀ], rotated, its factor, both in float64, and the float32 matrix made of that, twice.
+HESSIAN_BYTES = 4 + 8 + 8 + 2 * 4
 # Of each weight, in float32: itself, rotated, beside the others, its errors and values, and int64 states of a trellis.
 WEIGHT_BYTES = 5 * 4 + 8
 
