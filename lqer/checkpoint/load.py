@@ -198,12 +198,17 @@ def fill_block(
 
     tensors: as stored, by their names within the module. linears: their entries of lqer.json, by name.
     """
+    of_linears: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
+    for key in list(tensors):
+        # `<linear>.<role>.<part>`, or a bias that is not quantized.
+        for name in (key.rsplit(".", 2)[0], key.rsplit(".", 1)[0]):
+            if name in of_linears:
+                of_linears[name][key] = tensors.pop(key)
+                break
     for name, entry in linears.items():
-        linear = build_linear(tensors, name, entry, device, dtype, backend)
+        linear = build_linear(of_linears.pop(name), name, entry, device, dtype, backend)
         carry_over(module.get_submodule(name), linear)
         module.set_submodule(name, linear)
-        for key in [key for key in tensors if key.startswith(f"{name}.")]:
-            del tensors[key]
     if backend == "triton":
         group_experts(module)
     fill_parameters(module, tensors, device, dtype)
