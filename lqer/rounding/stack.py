@@ -31,6 +31,8 @@ def rows_of_all(x_JEO: Tensor) -> Tensor:
 
 def add_products(y_JEO: Tensor, a_EPJ: Tensor, x_PEO: Tensor, alpha: float = 1.0) -> None:
     """y_e += alpha a_eᵀ x_e for every matrix e, in place."""
+    if not (len(y_JEO) and len(x_PEO)):
+        return
     if y_JEO.shape[1] == 1:
         y_JEO[:, 0].addmm_(a_EPJ[0].T, x_PEO[:, 0], alpha=alpha)
     else:
