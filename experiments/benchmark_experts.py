@@ -1,12 +1,12 @@
 """Seconds and memory of calibrating and quantizing the decoder blocks of a mixture of experts, random weights and text.
 
     python experiments/benchmark_experts.py [--shape qwen3-30b-a3b] [--blocks 4] [--methods lqer-act gptq best-3]
-        [--windows 16] [--seq-len 2048] [--batch 4] [--seconds 100] [--device auto]
+        [--windows 16] [--seq-len 2048] [--batch 4] [--seconds 100] [--device auto] [--folder /dev/shm]
 
-What the stages of a run do, with their files in a temporary folder: lqer-act on the original model's inputs, gptq on
-those of the blocks quantized before it, best-3 as its preset says, which measures a width of 2 to 4 bits for every
-linear and takes its linears in turn. Seconds are told by phase; a method is not begun after --seconds, and an interrupt
-tells those so far. Shapes: tiny, qwen3-30b-a3b, gpt-oss-20b.
+What the stages of a run do, with their files in a temporary folder of --folder: lqer-act on the original model's
+inputs, gptq on those of the blocks quantized before it, best-3 as its preset says, which measures a width of 2 to 4
+bits for every linear and takes its linears in turn. Seconds are told by phase; a method is not begun after --seconds,
+and an interrupt tells those so far. Shapes: tiny, qwen3-30b-a3b, gpt-oss-20b.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     given = parser.parse_args()
     started, device = time.perf_counter(), pick_device(given.device)
     model = random_model(given.shape, given.blocks, device)
@@ -146,24 +147,27 @@ def main() -> None:
     opened = OpenedModel.resident(model, device, Offload())
     print(
         f"{device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {given.shape}, {given.blocks} "
-        f"blocks, {windows_WT.numel()} tokens, made in {time.perf_counter() - started:.1f} s"
+        f"blocks, {windows_WT.numel()} tokens, files in {given.folder}, made in {time.perf_counter() - started:.1f} s"
     )
     print("| method | blocks | linears | seconds | of them by phase | bits | peak, GB | fewest tokens of an expert |")
     print("|---|---|---|---|---|---|---|---|")
     for method in given.methods:
         if time.perf_counter() - started < given.seconds:
-            print(f"| {method} | {measured(opened, text, METHOD_RUNS[method])} |", flush=True)
+            print(f"| {method} | {measured(opened, text, given.folder, METHOD_RUNS[method])} |", flush=True)
 
 
 def measured(
-    opened: OpenedModel, text: CalibrationText, run: Callable[[Path, OpenedModel, CalibrationText], Workspace]
+    opened: OpenedModel,
+    text: CalibrationText,
+    place: Path,
+    run: Callable[[Path, OpenedModel, CalibrationText], Workspace],
 ) -> str:
     """The cells of one method."""
     device = opened.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     recorder, started = Recorder(lambda: now(device)), now(device)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         try:
             with recorded(recorder):
                 run(Path(folder), opened, text)
