@@ -45,6 +45,7 @@ from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gather import BlockStatistics
 from lqer.stages.rotate import Rotate, source_of
+from lqer.statistics.site import SiteStatistics
 from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Store, Workspace
@@ -131,23 +132,40 @@ def _block_visits(
     planned = [name for name in linears if plans[name] is not None]
     device, shapes = run.run.device, {name: linear.weight.shape for name, (_, linear) in linears.items()}
     for batch in with_statistics(batches_of(planned, statistics, plans, shapes, device), statistics, device):
-        plan, names = plans[batch[0][0]], [full_name for full_name, _ in batch]
+        plan, first = plans[batch[0][0]], batch[0][0]
         assert plan is not None
-        of_experts = statistics.routed_tokens(names[0]) is not None
-        rows_S = sampled_rows(shapes[names[0]][0], EXPERT_ROWS if of_experts else SAMPLED_ROWS).to(device)
-        try:
-            targets = [
-                plan.method.target(linears[full_name][1].weight.detach().to(device, torch.float32), site, plan)
-                for full_name, site in batch
-            ]
-            errors = [row_errors(targets, rows_S, plan, number_format) for number_format in formats]
-        except (NonFiniteError, HessianError) as error:
-            raise ModelError(f"{', '.join(names)}: {error}") from None
-        for full_name, target, of_one in zip(names, targets, zip(*errors, strict=True), strict=True):
+        of_experts = statistics.routed_tokens(first) is not None
+        rows_S = sampled_rows(shapes[first][0], EXPERT_ROWS if of_experts else SAMPLED_ROWS).to(device)
+        weights = {full_name: linears[full_name][1].weight.detach() for full_name, _ in batch}
+        found = _batch_errors(batch, weights, rows_S, plan, formats)
+        for (full_name, _), (rotation, errors) in zip(batch, found, strict=True):
             losses_F = tensors[f"{full_name}.losses"] = torch.zeros(len(formats), dtype=torch.float64)
             scale = shapes[full_name][0] / len(rows_S) / tokens
-            visits[linears[full_name][0]] = partial(_add_losses, losses_F, target.rotation, rows_S, of_one, scale)
+            visits[linears[full_name][0]] = partial(_add_losses, losses_F, rotation, rows_S, errors, scale)
     return tensors, visits
+
+
+def _batch_errors(
+    batch: Sequence[tuple[str, SiteStatistics]],
+    weights: Mapping[str, Tensor],
+    rows_S: Tensor,
+    plan: LinearPlan,
+    formats: Sequence[NumberFormat],
+) -> list[tuple[Rotation | None, tuple[Tensor, ...]]]:
+    """Of each linear its rotation and, by format, the errors of its rows. Raises ModelError, naming the linear."""
+    try:
+        targets = [
+            plan.method.target(weights[name].to(rows_S.device, torch.float32), site, plan) for name, site in batch
+        ]
+        errors = [row_errors(targets, rows_S, plan, number_format) for number_format in formats]
+    except (NonFiniteError, HessianError) as error:
+        if len(batch) == 1:
+            raise ModelError(f"{batch[0][0]}: {error}") from None
+        # One of them; alone it is named.
+        for one in batch:
+            _batch_errors([one], weights, rows_S, plan, formats)
+        raise
+    return [(target.rotation, of_one) for target, of_one in zip(targets, zip(*errors, strict=True), strict=True)]
 
 
 def _add_losses(
