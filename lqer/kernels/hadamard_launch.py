@@ -20,7 +20,8 @@ from lqer.kernels.packed import PackedLinear
 from lqer.kernels.runtime import launch_options
 from lqer.kernels.spec import Spec
 from lqer.kernels.tiles import TILE_K
-from lqer.transforms.hadamard import FLOAT16_HEADROOM, run_rotated, small_factor, small_order
+from lqer.transforms.hadamard import FLOAT16_HEADROOM, run_rotated
+from lqer.transforms.hadamard_factors import small_order, two_factors
 
 LARGEST_BLOCK = 128  # outputs of a rotation of one token, for one program
 LARGEST_BLOCK_OF_TOKENS = 512  # of several
@@ -52,16 +53,9 @@ def hadamard_factors(length: int, inverse: bool, device: torch.device, largest: 
 
     Cached on the device, because a CUDA graph must not copy from the host.
     """
-    small = small_order(length)
-    power = length // small
-    block = min(power, largest)
-    outer = small_factor(small)
-    while power > block:
-        # H_2n = H_2 ⊗ H_n: the inner factor of the outer one.
-        outer = torch.kron(outer, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)) / math.sqrt(2)
-        power //= 2
+    outer, inner = two_factors(length, largest)
     outer = outer.T if inverse else outer
-    return HadamardFactors(outer.to(torch.float32).contiguous().to(device), block)
+    return HadamardFactors(outer.to(torch.float32).contiguous().to(device), len(inner))
 
 
 @dataclass(frozen=True)

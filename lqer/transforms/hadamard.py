@@ -5,17 +5,12 @@ linear y = W x the input is transformed by V, the output by U:
 
     W' = U W Vᵀ     H' = V H Vᵀ     x' = V x     y = Uᵀ (W' x')            tr(W' H' W'ᵀ) = tr(W H Wᵀ)
 
-n = 2^p k splits into H_n = H_k ⊗ H_(2^p). The power of two is a fast transform, p steps of sums and differences; no
-matrix is built. k is the smallest multiple of n's odd part for which Paley's constructions with a prime give a Hadamard
-matrix:
+n = 2^p k splits into H_n = H_k ⊗ H_(2^p) with a small k (hadamard_factors.py). On a CPU the power of two is a fast
+transform, p steps of sums and differences, and no matrix is built. On a GPU the transform is two products, H_n = O ⊗
+H_B; of half-precision inputs without gradients, a kernel does both (hadamard_kernel.py).
 
-    I    k = q + 1,  q prime, q = 3 mod 4        12, 20, 24, 60, ..
-    II   k = 2 (q + 1),  q prime, q = 1 mod 4    28, 36, 76, 124, ..
-
-Where there is none up to 256 (172 = 4 · 43), k is the odd part and H_k the orthonormal Hartley matrix, with entries
-(cos + sin)(2π i j / k) / sqrt(k): as flat as a Hadamard matrix up to a factor sqrt(2).
-
-Shapes: I in_features, O out_features, T rows of activations, K the small factor, P a power of two.
+Shapes: I in_features, O out_features, T rows of activations, K the small factor, P a power of two, A the outer and B
+the inner factor.
 """
 
 from __future__ import annotations
@@ -31,12 +26,13 @@ from torch import Tensor
 from lqer.formats import pack_bits, unpack_bits
 from lqer.statistics.symmetric import panels, symmetrize_
 from lqer.transforms.base import LinearTransform, Rotation
+from lqer.transforms.hadamard_factors import small_factor, small_order, two_factors
 
-# A small factor costs K multiplications an element; beyond this the odd part itself is cheaper or as good.
-LARGEST_PALEY = 256
 # A rotation gathers up to ‖x‖ in one element, which float16 may not hold; a power of two costs no digit. The value is
 # that of CALDERA's kernels.
 FLOAT16_HEADROOM = 32.0
+# On a GPU, columns of the inner factor: a product with it costs as many operations a value.
+LARGEST_INNER = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,33 +113,64 @@ def _unpack_signs(packed: Tensor, length: int) -> Tensor:
 
 def hadamard(x: Tensor) -> Tensor:
     """H_n x along the last dimension, in x's dtype; half-precision inputs are summed in float32."""
-    power, small_KK = _factors(x)
-    return _apply(x, power, small_KK)
+    return _apply(x, inverse=False)
 
 
 def inverse_hadamard(x: Tensor) -> Tensor:
     """H_nᵀ x along the last dimension: the inverse of `hadamard`."""
-    power, small_KK = _factors(x)
-    return _apply(x, power, None if small_KK is None else small_KK.T)
+    return _apply(x, inverse=True)
 
 
 def _randomized(x: Tensor, signs: Tensor) -> Tensor:
+    if _in_one_kernel(x, signs):
+        return _by_kernel(x, signs, inverse=False)
     return hadamard(x * signs.to(x))
 
 
 def _inverse_randomized(x: Tensor, signs: Tensor) -> Tensor:
+    if _in_one_kernel(x, signs):
+        return _by_kernel(x, signs, inverse=True)
     return inverse_hadamard(x) * signs.to(x)
 
 
-def _apply(x: Tensor, power: int, small_KK: Tensor | None) -> Tensor:
-    y_KP = x.to(_sum_dtype(x)).reshape(*x.shape[:-1], -1, power)
-    if small_KK is not None:
-        y_KP = small_KK @ y_KP
-    return _fast_transform(y_KP).reshape(x.shape).to(x.dtype)
+def _apply(x: Tensor, inverse: bool) -> Tensor:
+    wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
+    transform = _by_products if x.is_cuda else _by_sums
+    return transform(wide, inverse).reshape(x.shape).to(x.dtype)
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+def _by_sums(x: Tensor, inverse: bool) -> Tensor:
+    """P steps of sums and differences of a power of two, after a product with the small factor."""
+    small = small_order(x.shape[-1])
+    y_KP = x.unflatten(-1, (small, -1))
+    if small > 1:
+        small_KK = _small_factor_on(small, x.dtype, x.device)
+        y_KP = (small_KK.T if inverse else small_KK) @ y_KP
+    return _fast_transform(y_KP)
+
+
+def _by_products(x: Tensor, inverse: bool) -> Tensor:
+    """Two products with matrices of about a hundred rows: a GPU would spend the steps of sums on moving memory."""
+    outer_AA, inner_BB = _factors_on(x.shape[-1], inverse, x.dtype, x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        y_AB = x.unflatten(-1, (len(outer_AA), -1)) @ inner_BB
+        return y_AB if len(outer_AA) == 1 else outer_AA @ y_AB
+
+
+def _in_one_kernel(x: Tensor, signs: Tensor) -> bool:
+    """Whether one kernel transforms x: it knows half precision on a GPU, and no gradients."""
+    learns = torch.is_grad_enabled() and (x.requires_grad or signs.requires_grad)
+    if not x.is_cuda or learns or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    from lqer.transforms.hadamard_kernel import fits
+
+    return fits(x.shape[-1])
+
+
+def _by_kernel(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
+    from lqer.transforms.hadamard_kernel import factors_on, transform
+
+    return transform(x, signs, factors_on(x.shape[-1], inverse, x.dtype, x.device), signs_first=not inverse)
 
 
 def _fast_transform(x_P: Tensor) -> Tensor:
@@ -157,71 +184,19 @@ def _fast_transform(x_P: Tensor) -> Tensor:
     return x_P.reshape(shape) / math.sqrt(length)
 
 
-def _factors(x: Tensor) -> tuple[int, Tensor | None]:
-    """The power of two, and the small orthonormal factor in the dtype x is summed in, or None if it is 1."""
-    small = small_order(x.shape[-1])
-    if small == 1:
-        return x.shape[-1], None
-    return x.shape[-1] // small, _small_factor_on(small, _sum_dtype(x), x.device)
-
-
+# Both are kept on the device: a layer transforms in every call, and in a CUDA graph nothing may be copied there. They
+# may be made in inference mode, and used where gradients are.
 @lru_cache
+@torch.inference_mode(False)
 def _small_factor_on(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept on the device: a layer transforms in every call, and in a CUDA graph nothing may be copied there."""
     return small_factor(order).to(device, dtype)
 
 
 @lru_cache
-def small_order(length: int) -> int:
-    """Order k of the small factor: 1 for a power of two, else of a Paley matrix, or the odd part if there is none."""
-    if length < 1:
-        raise ValueError(f"length {length} of a Hadamard transform is not positive")
-    odd = length >> (length & -length).bit_length() - 1
-    if odd == 1:
-        return 1
-    order = 4 * odd
-    while length % order == 0 and order <= LARGEST_PALEY:
-        if _paley_prime(order):
-            return order
-        order *= 2
-    return odd
-
-
-@lru_cache
-def small_factor(order: int) -> Tensor:
-    """Orthonormal float64 (K, K): Paley's Hadamard matrix where there is one, else the Hartley matrix."""
-    prime = _paley_prime(order)
-    if prime == 0:
-        index = torch.arange(order)
-        angle_KK = (2 * math.pi / order) * (index[:, None] * index % order).to(torch.float64)
-        return (angle_KK.cos() + angle_KK.sin()) / math.sqrt(order)
-    residues = {i * i % prime for i in range(1, prime)}
-    # Jacobsthal's matrix, the quadratic character of i - j; it is skew where -1 is no square (I), else symmetric (II).
-    character = torch.tensor([0] + [1 if i in residues else -1 for i in range(1, prime)], dtype=torch.float64)
-    index = torch.arange(prime)
-    bordered = torch.ones(prime + 1, prime + 1, dtype=torch.float64)
-    bordered[0, 0] = 0
-    bordered[1:, 1:] = character[(index[:, None] - index) % prime]
-    identity = torch.eye(prime + 1, dtype=torch.float64)
-    if order == prime + 1:
-        bordered[1:, 0] = -1
-        return (bordered + identity) / math.sqrt(order)
-    sums = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return (torch.kron(bordered, sums) + torch.kron(identity, diagonal)) / math.sqrt(order)
-
-
-def _paley_prime(order: int) -> int:
-    """The prime q from which Paley's first or second construction makes a Hadamard matrix of that order, or 0."""
-    if _is_prime(order - 1) and (order - 1) % 4 == 3:
-        return order - 1
-    if order % 2 == 0 and _is_prime(order // 2 - 1) and (order // 2 - 1) % 4 == 1:
-        return order // 2 - 1
-    return 0
-
-
-def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
+@torch.inference_mode(False)
+def _factors_on(length: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    outer_AA, inner_BB = two_factors(length, LARGEST_INNER)
+    return (outer_AA.T if inverse else outer_AA).to(device, dtype), inner_BB.to(device, dtype)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from lqer.rounding.sweep import sweep_panel as sweep_columns
 from lqer.rounding.vector_sweep import sweep_panel
 from lqer.statistics.products_kernel import add_half_products
 from lqer.transforms.hadamard import random_hadamard
+from lqer.transforms.hadamard_kernel import factors_on, transform
 from lqer.transforms.lwc_kernel import FusedRounding
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -238,6 +239,12 @@ def main() -> None:
         panel_PO, feedback_PP = torch.zeros(128, 24), torch.zeros(256, 256)[128:, 128:]
         sweep_panel(panel_PO, panel_PO, panel_PO[:, :1], feedback_PP, centroids_GKD)
     compile_rounding()
+    for length, count in ((4096, 300), (11008, 300), (1536, 1)):
+        signs_I = torch.ones(length, dtype=bf16)
+        factors = factors_on(length, False, bf16, signs_I.device)
+        # On a GPU they are in half precision.
+        factors = replace(factors, outer_PAA=factors.outer_PAA.to(bf16), inner_BB=factors.inner_BB.to(bf16))
+        transform(torch.ones(count, length, dtype=bf16), signs_I, factors, signs_first=count == 1)
     print(" ".join(sorted(compiled)))
 
 

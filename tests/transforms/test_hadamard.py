@@ -6,18 +6,21 @@ import torch
 from lqer.transforms.hadamard import (
     Hadamard,
     RandomHadamard,
+    _by_products,
+    _by_sums,
     hadamard,
     inverse_hadamard,
     random_hadamard,
-    small_factor,
-    small_order,
 )
+from lqer.transforms.hadamard_factors import small_factor, small_order, two_factors
 
 # Dimensions of real models, small odd ones, and the order of the factor beside the power of two.
 ORDERS = {
     1: 1, 2: 1, 64: 1, 4096: 1, 48: 12, 172: 43, 288: 36, 576: 36, 768: 12, 1536: 12, 5120: 20, 11008: 43, 13824: 108,
     14336: 28, 28672: 28, 7: 7, 6: 3, 104: 104,
 }  # fmt: skip
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def normal(*shape, seed=0, dtype=torch.float32) -> torch.Tensor:
@@ -144,3 +147,42 @@ def test_half_precision_stays_half_precision():
 def test_a_length_of_zero_is_refused():
     with pytest.raises(ValueError, match="length 0 of a Hadamard transform is not positive"):
         small_order(0)
+
+
+@pytest.mark.parametrize("length", [1, 64, 172, 288, 768])
+@pytest.mark.parametrize("largest", [16, 128])
+def test_two_factors_are_those_of_the_transform(length, largest):
+    outer_AA, inner_BB = two_factors(length, largest)
+    x = normal(3, length, dtype=torch.float64)
+    torch.testing.assert_close(hadamard(x), x @ torch.kron(outer_AA, inner_BB).T)
+
+
+@pytest.mark.parametrize("length", [64, 172, 768])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_products_are_the_sums_and_differences(length, inverse):
+    x = normal(3, length)
+    torch.testing.assert_close(_by_products(x, inverse).reshape(x.shape), _by_sums(x, inverse).reshape(x.shape))
+
+
+@pytest.mark.parametrize("length", [64, 4096, 688])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_half_precision_is_rotated_as_float32_is(length, device):
+    rotation = random_hadamard(length, length, seed=3)
+    x = normal(5, length).to(device, torch.bfloat16)
+    for rotate in (RandomHadamard.input, RandomHadamard.output):
+        moved = RandomHadamard(rotation.input_signs_I.to(device), rotation.output_signs_O.to(device))
+        torch.testing.assert_close(rotate(moved, x).float(), rotate(moved, x.float()), rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [64, 4096, 28672])
+@NEEDS_GPU
+def test_gradients_on_a_gpu_are_those_of_a_cpu(length):
+    signs, x = random_hadamard(length, length, seed=3).input_signs_I, normal(5, length)
+    found = []
+    for device in ("cpu", "cuda"):
+        given = signs.to(device).requires_grad_(), x.to(device)
+        rotated = RandomHadamard(given[0], given[0]).input(given[1])
+        (rotated * normal(5, length, seed=4).to(device)).sum().backward()
+        found.append((rotated.detach().cpu(), given[0].grad.cpu()))
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-4)
