@@ -17,7 +17,7 @@ Shapes: N positions (all but the last of each window), R positions of a chunk, K
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -106,15 +106,34 @@ def covered_probability(original: Distribution) -> Tensor:
     return -torch.expm1(original.rest_N.double() - original.total_N.double())
 
 
+# Gets the number of a batch and its logits (B, T, V), of which something else is made in the same pass.
+Seen = Callable[[int, "Tensor"], None]
+
+
+def _unseen(batch: int, logits_BTV: Tensor) -> None:
+    """Nothing else."""
+
+
 @torch.inference_mode()
 def original_distributions(
-    model: PreTrainedModel | OpenedModel, batches: Sequence[Tensor], top_k: int, progress: bool = True
+    model: PreTrainedModel | OpenedModel,
+    batches: Sequence[Tensor],
+    top_k: int,
+    seen: Seen = _unseen,
+    progress: bool = True,
 ) -> Iterator[Distribution]:
     """The original's distributions for each batch of token windows (B, T), N = B (T - 1) positions, on the CPU."""
     logits_of = window_logits(model, batches, "distribution", progress)
+
+    def of_batch(batch: int) -> list[Distribution]:
+        """A function, so that a batch's logits are freed before the next batch."""
+        logits_BTV = logits_of(batch)
+        seen(batch, logits_BTV)
+        return [distribution(logits_TV[:-1], top_k) for logits_TV in logits_BTV]
+
     with progress_bar(progress)(total=sum(map(len, batches)), desc="distribution", unit="window") as bar:
         for batch, windows_BT in enumerate(batches):
-            found = [distribution(logits_TV[:-1], top_k) for logits_TV in logits_of(batch)]
+            found = of_batch(batch)
             bar.update(len(windows_BT))
             yield Distribution(*(torch.cat(parts).cpu() for parts in zip(*found)))
 
@@ -125,6 +144,7 @@ def divergence(
     originals: Iterable[Distribution],
     batches: Sequence[Tensor],
     protocol: str,
+    seen: Seen = _unseen,
     progress: bool = True,
 ) -> DivergenceResult:
     """The divergence of a candidate from the original over all batches of token windows (B, T).
@@ -133,13 +153,20 @@ def divergence(
     """
     logits_of = window_logits(model, batches, "divergence", progress)
     kl, agrees, covered, top_k = [], [], [], 0
+
+    def of_batch(batch: int, of_windows: Iterable[Sequence[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """A function, so that a batch's logits are freed before the next batch."""
+        logits_BTV = logits_of(batch)
+        seen(batch, logits_BTV)
+        return [
+            divergences(Distribution(*parts), logits_TV[:-1])
+            for parts, logits_TV in zip(of_windows, logits_BTV, strict=True)
+        ]
+
     with progress_bar(progress)(total=sum(map(len, batches)), desc="divergence", unit="window") as bar:
         for batch, (windows_BT, original) in enumerate(zip(batches, originals, strict=True)):
             of_windows = zip(*(field.split(windows_BT.shape[1] - 1) for field in original))
-            found = [
-                divergences(Distribution(*parts), logits_TV[:-1])
-                for parts, logits_TV in zip(of_windows, logits_of(batch), strict=True)
-            ]
+            found = of_batch(batch, of_windows)
             kl += [kl_N.cpu() for kl_N, _ in found]
             agrees += [agrees_N.cpu() for _, agrees_N in found]
             covered.append(covered_probability(original))

@@ -151,7 +151,8 @@ def window_nlls(model: PreTrainedModel | OpenedModel, windows: Sequence[Tensor],
     running_nll = torch.zeros((), dtype=torch.float64)
     with progress_bar(progress)(total=sum(map(len, windows)), desc="perplexity", unit="window") as bar:
         for batch, windows_BT in enumerate(windows):
-            nll_B = _batch_nlls(logits_of, batch, windows_BT)
+            # In one expression, so that a batch's logits are freed before the next batch.
+            nll_B = batch_nlls(logits_of(batch), windows_BT)
             batches.append(nll_B)
             if not bar.disable:
                 running_nll += nll_B.sum().cpu()
@@ -160,9 +161,8 @@ def window_nlls(model: PreTrainedModel | OpenedModel, windows: Sequence[Tensor],
     return [nll_B.cpu() for nll_B in batches]
 
 
-def _batch_nlls(logits_of: Callable[[int], Tensor], batch: int, tokens_BT: Tensor) -> Tensor:
-    """nll_B float64 on the model's device. A function, so that a batch's logits are freed before the next batch."""
-    logits_BTV = logits_of(batch)
+def batch_nlls(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+    """nll_B of `window_nlls` of one batch, from its logits and on their device."""
     return torch.stack([_mean_nll(logits_TV, tokens_T) for logits_TV, tokens_T in zip(logits_BTV, tokens_BT)])
 
 

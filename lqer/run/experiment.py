@@ -90,8 +90,9 @@ class Experiment:
         """All that a candidate's model is loaded for."""
         if candidate.role == "original":
             yield from self.distributions
-        yield from self.perplexity[candidate.role]
+        # First those whose pass over the windows finds the losses too.
         yield from self.divergence.get(candidate.role, ())
+        yield from self.perplexity[candidate.role]
         yield from (by_role[candidate.role] for by_role in (self.downstream, self.decode) if candidate.role in by_role)
 
     def paths(self, store: Store) -> dict[str, list[Path]]:
@@ -152,14 +153,14 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
         )  # fmt: skip
     candidates = [_quantized(context, "quantized", finetune or quantize)]
     candidates += [_quantized(context, "rtn", rtn)] if rtn is not None else []
-    distributions: list[OriginalDistributions] = []
     if "original" in config.evaluation.baselines:
         original = _original(context)
-        distributions = _distributions(context, original, texts)
         # First where the others are compared with its distributions, so that two models are never in memory at once.
-        candidates = [original, *candidates] if distributions else [*candidates, original]
-    divergence = _divergence(context, candidates, distributions)
+        first = config.evaluation.divergence is not None
+        candidates = [original, *candidates] if first else [*candidates, original]
     perplexity = {candidate.role: _perplexity(context, candidate, tokenizer, texts) for candidate in candidates}
+    distributions = _distributions(context, perplexity.get("original", []))
+    divergence = _divergence(distributions, perplexity)
     downstream = _downstream(context, candidates, tokenizer)
     rotate = model if isinstance(model, Rotate) else None
     widths = plans.widths if isinstance(plans, WidthPlans) else None
@@ -248,31 +249,34 @@ def _perplexity(
     return stages
 
 
-def _distributions(context: RunContext, original: Candidate, texts: Texts) -> list[OriginalDistributions]:
-    settings, perplexity = context.config.evaluation.divergence, context.config.evaluation.perplexity
-    if settings is None or perplexity is None:
+def _distributions(context: RunContext, original: list[Evaluation]) -> list[OriginalDistributions]:
+    """Those of the original, on the windows of its perplexities."""
+    if (settings := context.config.evaluation.divergence) is None:
         return []
+    windowed = [one for one in original if isinstance(one, WindowPerplexity)]
     return [
-        OriginalDistributions(
-            original, text.windows_WT, perplexity.batch_size, settings.top_k, _title(text, perplexity.protocol)
-        )
-        for text in texts.evaluation
-        if text.windows_WT is not None
+        OriginalDistributions(one.candidate, one.windows_WT, one.batch_size, settings.top_k, one, one.title)
+        for one in windowed
     ]
 
 
 def _divergence(
-    context: RunContext, candidates: list[Candidate], distributions: list[OriginalDistributions]
+    distributions: list[OriginalDistributions], perplexity: dict[str, list[Evaluation]]
 ) -> dict[str, list[WindowDivergence]]:
-    perplexity = context.config.evaluation.perplexity
-    if perplexity is None or not distributions:
+    """Of the others, in the same order of texts."""
+    if not distributions:
         return {}
+    windowed = {
+        role: [one for one in stages if isinstance(one, WindowPerplexity)]
+        for role, stages in perplexity.items()
+        if role != "original"
+    }
     return {
-        candidate.role: [
-            WindowDivergence(candidate, stage.title, stage, perplexity.protocol) for stage in distributions
+        role: [
+            WindowDivergence(own.candidate, stage.title, stage, own.protocol, own)
+            for stage, own in zip(distributions, stages, strict=True)
         ]
-        for candidate in candidates
-        if candidate.role != "original"
+        for role, stages in windowed.items()
     }
 
 

@@ -1,5 +1,8 @@
 """Stages of divergence: the original's next-token distributions, stored once, and every candidate's distance from them.
 
+Both run a model over the windows of its perplexity, which is therefore measured after them, of the losses that they
+find.
+
 The distributions are one file per batch of windows, so that a killed run resumes at the next batch. They are named by
 the original model, the tokens and K, so any number of candidates reads the same ones.
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from lqer.errors import ModelError
 from lqer.evaluation.divergence import Distribution, divergence, original_distributions
 from lqer.stages.base import Stage, no_effect
-from lqer.stages.evaluate import RESULT_FILE, Candidate, Evaluation
+from lqer.stages.evaluate import RESULT_FILE, Candidate, Evaluation, WindowPerplexity
 from lqer.store.names import distribution_file
 from lqer.store.store import Artifact, Store, Workspace
 
@@ -33,6 +36,7 @@ class OriginalDistributions(Stage):
     windows_WT: Tensor
     batch_size: int
     top_k: int
+    perplexity: WindowPerplexity = field(metadata=no_effect("its losses are found in the same pass"))
     title: str = field(metadata=no_effect("it names the text in the log"))
 
     @property
@@ -48,8 +52,12 @@ class OriginalDistributions(Stage):
         missing = [index for index in range(len(self.batches)) if distribution_file(index) not in workspace]
         if not missing:
             return
-        windows = [self.batches[index] for index in missing]
-        for index, found in zip(missing, original_distributions(self.original.model(store), windows, self.top_k)):
+        model, windows = self.original.model(store), [self.batches[index] for index in missing]
+
+        def seen(batch: int, logits_BTV: Tensor) -> None:
+            self.perplexity.find_losses(missing[batch], logits_BTV)
+
+        for index, found in zip(missing, original_distributions(model, windows, self.top_k, seen)):
             if not found.total_N.isfinite().all():
                 raise ModelError(
                     f"the original model's logits on {self.title} are not finite: its weights, or its dtype, cannot be "
@@ -75,10 +83,11 @@ class WindowDivergence(Evaluation):
 
     originals: OriginalDistributions
     protocol: str
+    perplexity: WindowPerplexity = field(metadata=no_effect("its losses are found in the same pass"))
 
     def build(self, workspace: Workspace, store: Store) -> None:
-        model = self.candidate.model(store)
-        result = divergence(model, self.originals.read(store), self.originals.batches, self.protocol)
+        model, seen = self.candidate.model(store), self.perplexity.find_losses
+        result = divergence(model, self.originals.read(store), self.originals.batches, self.protocol, seen)
         workspace.write_json(RESULT_FILE, asdict(result))
 
     def summary(self, artifact: Artifact) -> str:

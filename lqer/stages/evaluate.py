@@ -26,7 +26,7 @@ from lqer.config.schema import DownstreamConfig
 from lqer.errors import ModelError
 from lqer.evaluation.decode_speed import seconds_per_token
 from lqer.evaluation.downstream import TaskResult, evaluate_tasks
-from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, PerplexityResult, lm_eval_perplexity, window_nlls
+from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, PerplexityResult, batch_nlls, lm_eval_perplexity, window_nlls
 from lqer.evaluation.requests import Scores, Share
 from lqer.phases import in_phase
 from lqer.stages.base import Stage, identity, no_effect
@@ -47,12 +47,14 @@ class Candidate:
     """A model to be evaluated.
 
     role: "quantized", "rtn" or "original". made_from: what decides its outputs, as `identity` accepts it. load: reads
-    it from the store, whole or to be run block by block.
+    it from the store, whole or to be run block by block. losses: of windows, found by a pass over them for something
+    else; by the identity of their perplexity and the number of the batch.
     """
 
     def __init__(self, role: str, made_from: Mapping[str, Any], load: Callable[[Store], Any]):
         self.role = role
         self.identity = identity(made_from)
+        self.losses: dict[str, dict[int, Tensor]] = {}
         self._load = load
         self._model: Any = None
 
@@ -65,6 +67,7 @@ class Candidate:
     def release(self) -> None:
         """Free the model's memory."""
         self._model = None
+        self.losses.clear()
 
 
 @dataclass(frozen=True)
@@ -175,17 +178,23 @@ class WindowPerplexity(Divisible):
         self.write(workspace, WINDOWED_PROTOCOLS[self.protocol].result(nlls, self.windows_WT))
         _remove_parts(workspace, LOSSES)
 
+    def find_losses(self, batch: int, logits_BTV: Tensor) -> None:
+        """Keep the losses of a batch until `build`, from logits that another stage has come by."""
+        nll_B = batch_nlls(logits_BTV, self.batches[batch])
+        self.candidate.losses.setdefault(self.identity, {})[batch] = nll_B
+
     def _batches_of(self, index: int, count: int) -> Sequence[int]:
         batches = self.most_parts
         return range(index * batches // count, (index + 1) * batches // count)
 
     def _losses(self, store: Store, batches: Sequence[int]) -> dict[str, Tensor]:
         """The losses (B,) of these batches, by their number."""
-        if not batches:
-            return {}
-        all_batches = self.batches
-        nlls = window_nlls(self.candidate.model(store), [all_batches[index] for index in batches])
-        return {str(index): nll_B for index, nll_B in zip(batches, nlls)}
+        all_batches, known = self.batches, self.candidate.losses.get(self.identity, {})
+        found = {str(index): known[index].cpu() for index in batches if index in known}
+        if missing := [index for index in batches if index not in known]:
+            nlls = window_nlls(self.candidate.model(store), [all_batches[index] for index in missing])
+            found |= {str(index): nll_B for index, nll_B in zip(missing, nlls)}
+        return found
 
     def summary(self, artifact: Artifact) -> str:
         return shown_perplexity(artifact)

@@ -19,6 +19,7 @@ from lqer.report.collect import collect
 from lqer.run import experiment as experiment_module
 from lqer.run import pipeline
 from lqer.stages import divergence as stages
+from lqer.stages import evaluate
 from lqer.store import store
 
 ON = "--evaluation.divergence=true"
@@ -64,6 +65,15 @@ def test_the_numbers_stand_in_results_report_table_and_collection(experiment, ti
     (collected,) = collect(experiment.output).to_dict("records")
     assert (collected["kl_mean"], collected["top_k"]) == (info["quantized"]["kl_mean"], 257)
     assert collected["rtn_kl_mean"] == info["rtn"]["kl_mean"]
+
+
+def test_perplexity_is_measured_in_the_same_pass_with_the_same_bits(experiment, run, monkeypatch):
+    alone = run("--evaluation.divergence=false", f"--output_dir={experiment.folder / 'alone'}")["perplexity"][0]
+    monkeypatch.setattr(evaluate, "window_nlls", lambda *arguments: pytest.fail("the windows were run again"))
+    together = run()["perplexity"][0]
+    assert together.pop("divergence")
+    assert alone.pop("divergence") is None
+    assert together == alone
 
 
 def test_without_it_nothing_is_measured_and_collections_have_empty_columns(experiment, run):
