@@ -38,7 +38,8 @@ from lqer.methods import LinearPlan
 from lqer.resources.linear import FACTORIZATION_COPIES, batch_bytes, linear_bytes
 from lqer.resources.statistics import accumulator_bytes, block_bytes, gathered, in_passes, input_sites
 from lqer.resources.workload import Need, StageMemory, Workload, total
-from lqer.stages.allocate_widths import SAMPLED_ROWS, WINDOWS
+from lqer.stages.allocate_widths import WINDOWS
+from lqer.stages.width_errors import SAMPLED_ROWS
 from lqer.statistics import Hessian
 from lqer.store.writer import most_waiting
 from lqer.training.loss import POSITIONS

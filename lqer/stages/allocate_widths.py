@@ -6,11 +6,11 @@ E of the weight, inputs x_t and gradients g_t = ∂L/∂y_t of the original's lo
     Δ_l(f) = ½ Σ_t Σ_o (g_to · (E x_t)_o)²  /  tokens         nats per token
 
 the divergence from the original for errors that are small and independent of each other (lqer/models/backward.py says
-which loss). E is that of the plan's own rounding under its statistics, on a sample of the output rows; a linear that is
-rotated is measured in its rotated basis. Experts are rounded in batches, as when they are quantized, and on fewer rows:
-a layer has hundreds of their linears. The stage stores, in a safetensors file per decoder block, `<linear>.losses`
-(F,) float64 in the order of the formats. The allocation itself (lqer/rounding/width_allocation.py) takes no time and
-has no artifact: the formats are part of the plans.
+which loss). E is that of the plan's own rounding under its statistics, on a sample of the output rows
+(width_errors.py); a linear that is rotated is measured in its rotated basis. Experts are rounded in batches, as when
+they are quantized, and on fewer rows: a layer has hundreds of their linears. The stage stores, in a safetensors file
+per decoder block, `<linear>.losses` (F,) float64 in the order of the formats. The allocation itself
+(lqer/rounding/width_allocation.py) takes no time and has no artifact: the formats are part of the plans.
 
 Shapes: O out_features, I in_features, S sampled rows, N tokens of a call, F formats, W windows, T tokens of a window.
 """
@@ -18,9 +18,10 @@ Shapes: O out_features, I in_features, S sampled rows, N tokens of a call, F for
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, groupby
 from typing import ClassVar
 
 import torch
@@ -29,9 +30,8 @@ from tqdm import tqdm
 
 from lqer.errors import ConfigError, ModelError
 from lqer.formats import NonFiniteError, NumberFormat
+from lqer.formats.base import check_finite
 from lqer.lowrank.rank_allocation import factor_bits, row_bits
-from lqer.methods import LinearPlan
-from lqer.methods.base import Target
 from lqer.models.backward import BackwardRun, Visit, walk_backward
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
@@ -45,16 +45,13 @@ from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gather import BlockStatistics
 from lqer.stages.rotate import Rotate, source_of
-from lqer.statistics.site import SiteStatistics
+from lqer.stages.width_errors import EXPERT_ROWS, SAMPLED_ROWS, Sampled, errors_of
 from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms import Rotation
 
 WINDOWS = 8  # of the calibration text, that gradients are taken on
-SAMPLED_ROWS = 512  # of a weight, in runs of ROW_RUN: tiles of 16 rows share codes in some formats
-EXPERT_ROWS = 128  # of an expert's weight
-ROW_RUN = 16
 
 # By linear, the formats to choose from; linears that are not in it keep the format of their plan.
 Choices = Mapping[str, tuple[NumberFormat, ...]]
@@ -128,44 +125,46 @@ def _block_visits(
     """The losses of a block's linears, zero still, and the visits that add to them."""
     tensors: dict[str, Tensor] = {}
     visits: dict[str, Visit] = {}
-    linears = {f"{run.run.name}.{name}": (name, linear) for name, linear in block_linears(run.run.block).items()}
-    planned = [name for name in linears if plans[name] is not None]
-    device, shapes = run.run.device, {name: linear.weight.shape for name, (_, linear) in linears.items()}
-    for batch in with_statistics(batches_of(planned, statistics, plans, shapes, device), statistics, device):
-        plan, first = plans[batch[0][0]], batch[0][0]
-        assert plan is not None
-        of_experts = statistics.routed_tokens(first) is not None
-        rows_S = sampled_rows(shapes[first][0], EXPERT_ROWS if of_experts else SAMPLED_ROWS).to(device)
-        weights = {full_name: linears[full_name][1].weight.detach() for full_name, _ in batch}
-        found = _batch_errors(batch, weights, rows_S, plan, formats)
-        for (full_name, _), (rotation, errors) in zip(batch, found, strict=True):
-            losses_F = tensors[f"{full_name}.losses"] = torch.zeros(len(formats), dtype=torch.float64)
-            scale = shapes[full_name][0] / len(rows_S) / tokens
-            visits[linears[full_name][0]] = partial(_add_losses, losses_F, rotation, rows_S, errors, scale)
+    for batch in _sampled(run, statistics, plans):
+        for one, errors_F in zip(batch, _errors(batch, formats), strict=True):
+            losses_F = tensors[f"{one.name}.losses"] = torch.zeros(len(formats), dtype=torch.float64)
+            scale = len(one.target.weight_OI) / len(one.rows_S) / tokens
+            visit = partial(_add_losses, losses_F, one.target.rotation, one.rows_S, errors_F, scale)
+            visits[one.name.removeprefix(f"{run.run.name}.")] = visit
     return tensors, visits
 
 
-def _batch_errors(
-    batch: Sequence[tuple[str, SiteStatistics]],
-    weights: Mapping[str, Tensor],
-    rows_S: Tensor,
-    plan: LinearPlan,
-    formats: Sequence[NumberFormat],
-) -> list[tuple[Rotation | None, tuple[Tensor, ...]]]:
-    """Of each linear its rotation and, by format, the errors of its rows. Raises ModelError, naming the linear."""
+def _sampled(run: BackwardRun, statistics: BlockStatistics, plans: Plans) -> Iterator[list[Sampled]]:
+    """The planned linears of a block, in the batches that are rounded at once: those of a site, or experts alike."""
+    linears = {f"{run.run.name}.{name}": linear for name, linear in block_linears(run.run.block).items()}
+    planned = [name for name in linears if plans[name] is not None]
+    device, shapes = run.run.device, {name: linear.weight.shape for name, linear in linears.items()}
+    batches = with_statistics(batches_of(planned, statistics, plans, shapes, device), statistics, device)
+    for _, members in groupby(batches, key=lambda batch: id(batch[0][1])):
+        found = []
+        for name, site in chain.from_iterable(members):
+            plan, most = plans[name], SAMPLED_ROWS if statistics.routed_tokens(name) is None else EXPERT_ROWS
+            assert plan is not None
+            weight_OI = linears[name].weight.detach().to(device, torch.float32)
+            try:
+                check_finite(weight_OI)
+                found.append(Sampled.of(name, plan, plan.method.target(weight_OI, site, plan), most))
+            except (NonFiniteError, HessianError) as error:
+                raise ModelError(f"{name}: {error}") from None
+        yield found
+
+
+def _errors(batch: Sequence[Sampled], formats: Sequence[NumberFormat]) -> list[list[Tensor]]:
+    """Of each linear, by format, the errors of its rows. Raises ModelError, naming the linear."""
     try:
-        targets = [
-            plan.method.target(weights[name].to(rows_S.device, torch.float32), site, plan) for name, site in batch
-        ]
-        errors = [row_errors(targets, rows_S, plan, number_format) for number_format in formats]
+        return errors_of(batch, formats)
     except (NonFiniteError, HessianError) as error:
         if len(batch) == 1:
-            raise ModelError(f"{batch[0][0]}: {error}") from None
+            raise ModelError(f"{batch[0].name}: {error}") from None
         # One of them; alone it is named.
         for one in batch:
-            _batch_errors([one], weights, rows_S, plan, formats)
+            _errors([one], formats)
         raise
-    return [(target.rotation, of_one) for target, of_one in zip(targets, zip(*errors, strict=True), strict=True)]
 
 
 def _add_losses(
@@ -187,24 +186,6 @@ def added_losses(x_NI: Tensor, g_NS: Tensor, errors: Sequence[Tensor]) -> Tensor
     """½ Σ_t Σ_s (g_ts (E x_t)_s)² of each error E (S, I), float64 (F,)."""
     products = [((x_NI @ error_SI.T) * g_NS).square().sum(dtype=torch.float64) for error_SI in errors]
     return 0.5 * torch.stack(products)
-
-
-def row_errors(
-    targets: Sequence[Target], rows_S: Tensor, plan: LinearPlan, number_format: NumberFormat
-) -> list[Tensor]:
-    """E = W − W_q of some rows (S, I) of each weight by the plan's rounding in that format."""
-    weights = [target.weight_OI[rows_S] for target in targets]
-    rounded = plan.rounding.round_together(weights, [target.statistics for target in targets], number_format)
-    return [weight_SI - one.dequantize() for weight_SI, one in zip(weights, rounded, strict=True)]
-
-
-def sampled_rows(out_features: int, most: int = SAMPLED_ROWS) -> Tensor:
-    """Indices of `most` rows, in runs of ROW_RUN that are evenly spaced; of all rows where there are fewer."""
-    if out_features <= most:
-        return torch.arange(out_features)
-    runs, taken = out_features // ROW_RUN, most // ROW_RUN
-    first = torch.arange(taken) * runs // taken * ROW_RUN
-    return (first[:, None] + torch.arange(ROW_RUN)).flatten()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from lqer.stages.allocate_widths import (
     check_widths,
     measure_widths,
     plans_to_measure,
-    sampled_rows,
 )
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
@@ -180,15 +179,3 @@ def test_a_linear_that_calibration_never_reached_is_named(model, calibration, pl
 
     with pytest.raises(ModelError, match=r"model.layers.2.* was never reached by the calibration text"):
         measured(tmp_path, model, Empty(), plans_to_measure(plans, choices), windows_WT)
-
-
-@pytest.mark.parametrize("out_features", [5, 512, 513, 1536, 8960])
-def test_sampled_rows_are_whole_runs_of_the_weight(out_features):
-    rows = sampled_rows(out_features)
-    assert len(rows) == min(out_features, 512)
-    assert rows.unique().equal(rows)
-    assert rows.max() < out_features
-    if out_features > 512:
-        runs = rows.view(-1, 16)
-        assert (runs[:, 0] % 16 == 0).all()
-        assert (runs - runs[:, :1] == torch.arange(16)).all()
