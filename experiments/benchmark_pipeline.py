@@ -1,11 +1,13 @@
 """Where the time of whole runs goes: seconds of every phase, beside the floor of bytes and arithmetic.
 
     python experiments/benchmark_pipeline.py [--shape llama-2-7b] [--blocks N] [--presets lqer-act gptq ...]
-        [--folder DIR] [--windows 20] [--device auto] [--section.key=value ...]
+        [--whole N] [--folder DIR] [--windows 20] [--device auto] [--section.key=value ...]
 
 Writes a random bfloat16 checkpoint of a shape and random texts under --folder, then runs each preset on them in a fresh
 process with an empty store, the model's files dropped from the system's cache before. Shapes: tiny, small, llama-2-7b,
-llama-2-70b-block, llama-3.1-405b-block; --blocks changes the number of decoder blocks. Settings of the form
+llama-2-70b-block, llama-3.1-405b-block; --blocks changes the number of decoder blocks. --whole: a column for a model of
+so many blocks, each phase as many times as long as its floor is; what a process compiles once is then counted as if
+every block did, so that it is rather too long. Settings of the form
 --section.key=value are those of experiments/pipeline.py and change every preset. The original is evaluated too, on
 --windows windows like the quantized model.
 
@@ -70,7 +72,8 @@ def main(arguments: list[str]) -> int:
                 failed = 1
                 continue
             work = work_of(config, source, shape, model_bytes, Path(config.output_dir) / config.tag)
-            print("\n".join(table(measured, floors(work, rates))), flush=True)
+            whole = None if options.whole is None else floors(work.of_blocks(options.whole), rates)
+            print("\n".join(table(measured, floors(work, rates), whole, options.whole)), flush=True)
         return failed
 
 
@@ -81,6 +84,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--blocks", type=int)
+    parser.add_argument("--whole", type=int, help="blocks of the model that a column is for")
     parser.add_argument("--presets", nargs="+", default=["lqer-act"])
     parser.add_argument("--windows", type=int, default=20, help="to evaluate on")
     parser.add_argument("--device", default="auto")

@@ -67,6 +67,13 @@ class Shape:
             "mlp.down_proj": (self.hidden, self.intermediate),
         }
 
+    @property
+    def weights(self) -> int:
+        """Of the blocks' linears, the embedding and the head."""
+        return (
+            self.blocks * sum(out * into for out, into in self.linears().values()) + 2 * self.vocabulary * self.hidden
+        )
+
 
 # Blocks of 70B and 405B have the vocabulary of the small ones: what lies outside the blocks is not measured there.
 SHAPES = {

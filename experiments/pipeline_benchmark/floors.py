@@ -6,7 +6,7 @@ nothing of the latency of a kernel or a file. Phases whose work depends on a met
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline_benchmark.checkpoint import Shape
 from pipeline_benchmark.rates import Rates
@@ -36,6 +36,13 @@ class Work:
     stored: int
     checkpoint: int
     models: int
+
+    def of_blocks(self, blocks: int) -> Work:
+        """The same of a model with that many blocks; artifacts grow with it."""
+        shape = replace(self.shape, blocks=blocks)
+        times = shape.weights / self.shape.weights
+        sizes = {name: round(times * getattr(self, name)) for name in ("model_bytes", "stored", "checkpoint")}
+        return replace(self, shape=shape, **sizes)
 
 
 @dataclass(frozen=True)

@@ -24,30 +24,37 @@ class Measured:
     wall: float
 
 
-def table(measured: Measured, floors: Mapping[str, Floor]) -> Iterator[str]:
-    """The lines of a Markdown table. The main thread's seconds, and those of no phase, add up to the wall clock's."""
-    yield _row(HEADER)
-    yield "|---|" + "---:|" * 4 + "---|"
+def table(
+    measured: Measured, floors: Mapping[str, Floor], whole: Mapping[str, Floor] | None = None, blocks: int | None = None
+) -> Iterator[str]:
+    """The lines of a Markdown table. The main thread's seconds, and those of no phase, add up to the wall clock's.
+
+    whole: the floors of a model of so many blocks, for a column that scales every phase as its floor.
+    """
+    more = [] if whole is None else [f"of {blocks} blocks"]
+    yield _row([*HEADER, *more])
+    yield "|---|" + "---:|" * 4 + "---|" + "---:|" * len(more)
     others = sorted({*measured.main, *measured.background} - {*PHASES})
+    total = rest = measured.wall - sum(measured.main.values())
     for name in (*PHASES, *others):
         seconds, beside, floor = measured.main.get(name, 0.0), measured.background.get(name, 0.0), floors.get(name)
         if not seconds and not beside:
             continue
         cells = [name, f"{seconds:.2f}", f"{beside:.2f}" if beside else ""]
-        if floor is None:
-            yield _row([*cells, "", "", ""])
-            continue
-        times = seconds / floor.seconds if floor.seconds else 0.0
-        yield _row([*cells, _short(floor.seconds), f"{times:.1f}", floor.of])
-    rest = measured.wall - sum(measured.main.values())
-    yield _row(["in no phase", f"{rest:.2f}", "", "", "", ""])
+        times = seconds / floor.seconds if floor is not None and floor.seconds else 0.0
+        cells += ["", "", ""] if floor is None else [_short(floor.seconds), f"{times:.1f}", floor.of]
+        scaled = seconds if whole is None or floor is None else times * whole[name].seconds
+        total += scaled
+        yield _row([*cells, *(f"{scaled:.1f}" for _ in more)])
+    yield _row(["in no phase", f"{rest:.2f}", "", "", "", "", *(f"{rest:.1f}" for _ in more)])
     lowest = sum(floor.seconds for floor in floors.values())
-    yield _row(["wall clock", f"{measured.wall:.2f}", "", _short(lowest), f"{measured.wall / lowest:.1f}", "their sum"])
+    cells = ["wall clock", f"{measured.wall:.2f}", "", _short(lowest), f"{measured.wall / lowest:.1f}", "their sum"]
+    yield _row([*cells, *(f"{total:.1f}" for _ in more)])
 
 
 def _short(seconds: float) -> str:
     return f"{seconds:.2g}" if seconds < 1 else f"{seconds:.1f}"
 
 
-def _row(cells: list[str] | tuple[str, ...]) -> str:
+def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"

@@ -83,6 +83,16 @@ def test_the_rows_of_the_table_add_up_to_the_wall_clock():
     assert len({len(row) for row in rows}) == 1
 
 
+def test_phases_of_a_whole_model_are_scaled_as_their_floors():
+    small = WORK.of_blocks(4)
+    assert small.of_blocks(32).model_bytes == pytest.approx(WORK.model_bytes)
+    measured = Measured({"imports": 5.0, "forward": 2.0, "texts": 1.0}, {}, wall=9.0)
+    lines = table(measured, floors(small, RATES), floors(WORK, RATES), 32)
+    rows = {cells[0]: cells[-1] for line in lines if (cells := [cell.strip() for cell in line.strip("|").split("|")])}
+    assert [rows[name] for name in ("imports", "forward", "texts", "in no phase")] == ["5.0", "16.0", "1.0", "1.0"]
+    assert rows["wall clock"] == "23.0"
+
+
 def test_every_wrapped_function_exists_and_is_counted_where_others_have_imported_it(monkeypatch):
     before = caldera.down_date
     try:
