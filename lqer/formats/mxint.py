@@ -133,6 +133,17 @@ class MXInt(NumberFormat):
         # No mid-rise level is zero: zero blocks must become so by their step.
         return step_G.masked_fill_(scales["exponents"] == 0, 0) if self.mid_rise else step_G
 
+    def fake_quantize(self, x: Tensor, axis: int = -1) -> Tensor:
+        if x.is_cuda and not self.mid_rise and isinstance(self.block_size, int) and -x.dim() <= axis < x.dim():
+            from lqer.formats import mxint_kernel
+
+            axis %= x.dim()
+            block = min(self.block_size, x.shape[axis])
+            if mxint_kernel.fits(x, block, axis):
+                ceil = self.scale_rounding == "ceil"
+                return mxint_kernel.round_values(x.detach(), block, axis, self.fraction_bits, ceil, self.max_code)
+        return super().fake_quantize(x, axis)
+
     def round_blocks(self, x_Gg: Tensor) -> Tensor:
         pattern_G = self._shared_exponent(x_Gg)
         step_G = self._step(pattern_G)

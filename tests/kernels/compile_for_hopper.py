@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 from lqer.formats import E8P, MX, Codebook, Int, MXInt, NormalFloat, Passthrough, Trellis
 from lqer.formats.e8_kernel import nearest
 from lqer.formats.kmeans_kernel import cluster_sums, drawn_seeds, improve
+from lqer.formats.mxint_kernel import round_values
 from lqer.formats.spacing import Spacing
 from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
@@ -239,6 +240,9 @@ def main() -> None:
         panel_PO, feedback_PP = torch.zeros(128, 24), torch.zeros(256, 256)[128:, 128:]
         sweep_panel(panel_PO, panel_PO, panel_PO[:, :1], feedback_PP, centroids_GKD)
     compile_rounding()
+    for shape, axis in (((3, 2, 64), 2), ((3, 64, 2), 1)):
+        for ceil, dtype in ((True, bf16), (False, torch.float32)):
+            round_values(torch.ones(shape, dtype=dtype), 16, axis, 7, ceil, 127)
     for length, count in ((4096, 300), (11008, 300), (1536, 1)):
         signs_I = torch.ones(length, dtype=bf16)
         factors = factors_on(length, False, bf16, signs_I.device)
