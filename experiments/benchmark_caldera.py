@@ -6,7 +6,8 @@
 The settings are those of configs/methods/caldera.toml, the defaults the shape of Llama-2-7B. Linears of one input site
 share its Hessian, as in a run. Before, one linear is quantized in one iteration, which compiles and is not counted.
 --parts: what one iteration of down_proj spends its time on, by torch's profiler. --sweeps: instead of that, the time
-that a GPU takes to find 2^21 nearest lattice points, and for LDLQ of a hidden x hidden weight, also block by block.
+that a GPU takes to find 2^21 nearest lattice points, and for LDLQ and GPTQ of a hidden x hidden weight, also block by
+block and column by column.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lqer.formats import E8P, Int
+from lqer.formats import E8P, MX, Int, NormalFloat
 from lqer.formats.e8 import nearest_e8p
 from lqer.methods import Caldera, LinearPlan
 from lqer.models.source import pick_device
 from lqer.report.environment import device_name
 from lqer.rounding import Ldlq
+from lqer.rounding import gptq as gptq_module
 from lqer.rounding import ldlq as ldlq_module
+from lqer.rounding.gptq import gptq
 from lqer.rounding.hessian import damp
 from lqer.rounding.ldlq import ldlq
 from lqer.rounding.ldlq_panel import block_by_block
@@ -98,6 +101,14 @@ def time_sweeps(hidden: int, device: torch.device) -> None:
         print(
             f"LDLQ of {hidden}x{hidden} in {number_format.kind}: {1e3 * in_kernels:.1f} ms in kernels, "
             f"{1e3 * by_block:.1f} ms block by block"
+        )
+    for scalar in (Int(4, 128), NormalFloat(4, 64), MX("mxfp4_e2m1")):
+        in_kernels = least_seconds(partial(gptq, weight_OI, damped, scalar))
+        with mock.patch.object(gptq_module, "_panel_in_one_kernel", gptq_module._panel_column_by_column):
+            by_column = least_seconds(partial(gptq, weight_OI, damped, scalar), repeats=1)
+        print(
+            f"GPTQ of {hidden}x{hidden} in {scalar.kind}: {1e3 * in_kernels:.1f} ms in kernels, "
+            f"{1e3 * by_column:.1f} ms column by column"
         )
 
 
