@@ -170,7 +170,8 @@ def _in_one_kernel(x: Tensor, signs: Tensor) -> bool:
 def _by_kernel(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
     from lqer.transforms.hadamard_kernel import factors_on, transform
 
-    return transform(x, signs, factors_on(x.shape[-1], inverse, x.dtype, x.device), signs_first=not inverse)
+    factors = factors_on(x.shape[-1], inverse, x.dtype, x.device)
+    return transform(x, signs.to(x.device), factors, signs_first=not inverse)
 
 
 def _fast_transform(x_P: Tensor) -> Tensor:
