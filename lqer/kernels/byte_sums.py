@@ -67,7 +67,7 @@ def tile_asm(layout: TrellisLayout, groups: int, blocks: int) -> str:
     first_word = 2 * sums
     first_token = first_word + 2 * bits * groups
     lines = [
-        ".reg .b32 t, next, a<4>;", f".reg .b32 tail<{groups}>;", f".reg .b32 x<{2 * blocks}>;",
+        '.pragma "nounroll";', ".reg .b32 t, next, a<4>;", f".reg .b32 tail<{groups}>;", f".reg .b32 x<{2 * blocks}>;",
         f".reg .b32 d<{products}>;", ".reg .f32 sum, step;", "mov.u32 next, %laneid;", "add.u32 next, next, 4;",
         *(f"mov.b32 d{n}, 0;" for n in range(products)),
     ]  # fmt: skip
@@ -131,6 +131,12 @@ def byte_sums(words, layout: tl.constexpr):
         values_asm(layout), values_constraints(layout), words,
         dtype=types(tl.int32, 2 * WEIGHTS_C), is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def uncounted_next(turn):
+    """turn + 1, in a way that the compiler does not see."""
+    return tl.inline_asm_elementwise("add.s32 $0, $1, 1;", "=r,r", [turn], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from lqer.kernels.byte_sums import (
     no_sums,
     plain_product,
     sums_tile,
+    uncounted_next,
 )
 from lqer.kernels.decode import ROWS_C
 from lqer.kernels.runtime import INTERPRETED
@@ -30,7 +31,7 @@ from lqer.kernels.split_k import finish_tile
 from lqer.kernels.trellis_decode import TILE_C
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "tiles_n"])
 def byte_sums_product_kernel(
     x,  # int8 [M, 2, IP], these two as in byte_sums.py
     steps,  # float32 [M, tiles]
@@ -45,6 +46,7 @@ def byte_sums_product_kernel(
     y,  # [M, O]
     M,
     N,
+    tiles_n,
     layout: tl.constexpr,
     rank: tl.constexpr,  # of all segments
     own_rank: tl.constexpr,  # of one
@@ -52,7 +54,6 @@ def byte_sums_product_kernel(
     BLOCK_S: tl.constexpr,  # projection_splits, as a power of two
     span: tl.constexpr,  # tiles of a warp
     splits: tl.constexpr,
-    tiles_n: tl.constexpr,
     warps_n: tl.constexpr,
     warps_k: tl.constexpr,
     groups: tl.constexpr,  # row groups of a warp
@@ -92,7 +93,9 @@ def byte_sums_product_kernel(
         sums = no_sums(lane_T, groups * blocks)
         if early:
             tokens = load_tokens(x, steps, lane_T, 0, tile_T, M, layout.tiles, blocks)
-        for turn in range(0, span):
+        # The compiler cannot count the turns: unrolled, the loop does not fit the instruction cache.
+        turn = 0
+        while turn < span:
             # The last turn loads its own codes again.
             following_T = tile_T + tl.minimum(turn + 1, span - 1)
             next_codes = load_groups(words, group_T, lane_T, following_T, last, layout, groups)
@@ -104,6 +107,7 @@ def byte_sums_product_kernel(
                 tokens = load_tokens(x, steps, lane_T, 0, tile_T + turn, M, layout.tiles, blocks)
                 sums = add_tile(sums, codes, tokens, layout, groups, blocks)
             codes = next_codes
+            turn = uncounted_next(turn)
         acc_OM = sums_tile(sums, warps_k, warps_n, groups, blocks)
     acc_OM *= scales_O[:, None]
     if rank > 0:

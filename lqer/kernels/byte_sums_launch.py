@@ -33,7 +33,7 @@ class ByteSumsLaunch:
     early: bool = False  # whether a thread loads its tokens a tile ahead, as it does its codes
 
 
-LAUNCH, LAUNCH_MORE = ByteSumsLaunch(2, 1, 8, early=True), ByteSumsLaunch(2, 1, 8)
+LAUNCH, LAUNCH_MORE = ByteSumsLaunch(2, 1, 8, early=True), ByteSumsLaunch(2, 1, 8, registers=128)
 DEQUANTIZE_WARPS = 4
 
 
@@ -77,11 +77,11 @@ def _product(
     y_MO = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
     byte_sums_product_kernel[(tiles_n * splits,)](
         tokens.values, tokens.steps, weight.words, weight.scales, packed.b_codes, tokens.projection, bias_O,
-        segment_numbers(spec, y_MO.device), partial, packed.workspace, y_MO, m, layout.rows, layout=layout.compiled,
-        rank=spec.rank, own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
+        segment_numbers(spec, y_MO.device), partial, packed.workspace, y_MO, m, layout.rows, tiles_n,
+        layout=layout.compiled, rank=spec.rank, own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
         BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=layout.tiles // (warps_k * splits),
-        splits=splits, tiles_n=tiles_n, warps_n=launch.warps_n, warps_k=warps_k, groups=launch.groups,
-        early=launch.early, BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)), TOKENS=triton.next_power_of_2(m),
+        splits=splits, warps_n=launch.warps_n, warps_k=warps_k, groups=launch.groups, early=launch.early,
+        BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)), TOKENS=triton.next_power_of_2(m),
         BLOCK_R=ranks_of_a_split(spec.own_rank, splits), pdl=pdl, num_warps=launch.warps_n * warps_k,
         maxnreg=launch.registers, **launch_options(pdl),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from lqer.kernels.rounding import ROUNDER
 LARGEST_ROOM = tl.constexpr(32768 / 32639)
 LEAST_EXPONENT = tl.constexpr(32)  # keeps the step and its inverse normal
 LEAST_EXPONENT_UP = tl.constexpr(2 * 127 + 14)
+FACTOR = tl.constexpr(8)  # the inner factor of H_B
 
 
 @triton.jit
@@ -32,10 +33,18 @@ def odd_overlap(size: tl.constexpr):
 
 
 @triton.jit
-def _blocks(x_AB, rows_AP, negative_BB):
+def _blocks(x_AB, rows_AP):
     """Blocks of H x [P, B], not normalised by sqrt(B); rows_AP: the blocks' rows of O, float32."""
-    v_PB = tl.sum(x_AB[:, None, :] * rows_AP[:, :, None], axis=0)
-    return tl.sum(tl.where(negative_BB[None, :, :], -v_PB[:, :, None], v_PB[:, :, None]), axis=1)
+    B: tl.constexpr = x_AB.shape[1]
+    P: tl.constexpr = rows_AP.shape[1]
+    # H_B = H_G ⊗ H_L takes B (G + L) additions instead of B B.
+    L: tl.constexpr = min(B, FACTOR)
+    G: tl.constexpr = B // L
+    v_PGL = tl.sum(x_AB[:, None, :] * rows_AP[:, :, None], axis=0).reshape(P, G, L)
+    signed_PGLL = tl.where(odd_overlap(L)[None, None, :, :], -v_PGL[:, :, :, None], v_PGL[:, :, :, None])
+    v_PGL = tl.sum(signed_PGLL, axis=2)
+    signed_PGGL = tl.where(odd_overlap(G)[None, :, :, None], -v_PGL[:, :, None, :], v_PGL[:, :, None, :])
+    return tl.sum(signed_PGGL, axis=1).reshape(P, B)
 
 
 @triton.jit
@@ -76,7 +85,6 @@ def hadamard_input_kernel(
         rows_AP = tl.load(outer + ours_P[None, :] * A + blocks_A[:, None], mask=inside_AP, other=0.0) * factor
         place_AB = blocks_A[:, None] * B + tl.arange(0, B)[None, :]
         signs_AB = tl.load(signs + place_AB, mask=(blocks_A < A)[:, None], other=0.0)
-        negative_BB = odd_overlap(B)
     if rank > 0:
         a_RT = tl.load(a_values + tl.arange(0, BLOCK_R)[:, None] * padded + columns_T[None, :])
     if pdl:
@@ -84,7 +92,7 @@ def hadamard_input_kernel(
     row = x + m.to(tl.int64) * x_stride
     if signs is not None:
         x_AB = tl.load(row + place_AB, mask=(blocks_A < A)[:, None], other=0.0) * signs_AB
-        x_T = _blocks(x_AB.to(tl.float32), rows_AP, negative_BB).reshape(TILE_C).to(dtype).to(tl.float32)
+        x_T = _blocks(x_AB.to(tl.float32), rows_AP).reshape(TILE_C).to(dtype).to(tl.float32)
     else:
         x_T = tl.load(row + columns_T, mask=columns_T < K, other=0.0).to(tl.float32)
     if x_out.dtype.element_ty == tl.float16:
@@ -187,13 +195,12 @@ def hadamard_output_kernel(
     signs_B = tl.load(signs + columns_B).to(tl.float32)
     if bias is not None:
         bias_B = tl.load(bias + columns_B).to(tl.float32)
-    negative_BB = odd_overlap(B)
     if pdl:
         gdc_wait()
         gdc_launch_dependents()
     place_AB = m.to(tl.int64) * N + start + blocks_A[:, None] * B + tl.arange(0, B)[None, :]
     y_AB = tl.load(y + place_AB, mask=(blocks_A < blocks)[:, None], other=0.0)
-    y_B = _blocks(y_AB, row_A1, negative_BB).reshape(B) * signs_B
+    y_B = _blocks(y_AB, row_A1).reshape(B) * signs_B
     if bias is not None:
         y_B += bias_B
     tl.store(y_out + m.to(tl.int64) * N + columns_B, y_B.to(y_out.dtype.element_ty))
