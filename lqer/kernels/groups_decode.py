@@ -16,12 +16,16 @@ from lqer.kernels.groups import LANES, STRIP
 from lqer.kernels.groups_ptx import (
     fetch_asm,
     fetch_constraints,
+    parts_of_strip,
     product_asm,
     product_constraints,
     reads_zeros,
     reserve_asm,
     slot_bytes,
     slots,
+    token_registers,
+    tokens_asm,
+    tokens_constraints,
 )
 from lqer.kernels.layout import ROW_PADDING
 from lqer.kernels.runtime import INTERPRETED
@@ -92,28 +96,46 @@ def token_places(x, x_stride, lane_T, first, M, order, fan: tl.constexpr, blocks
 
 
 @triton.jit
+def load_tokens(
+    tokens_T,  # `token_places` in strip 0
+    inside_T,  # whether a thread reads a token of the first eight
+    strip_T,
+    part: tl.constexpr,
+    blocks: tl.constexpr,
+):
+    """What `add_products` needs of the tokens of a part of a strip: of eight tokens it reads them itself."""
+    if blocks == 1:
+        return tokens_T[0] + strip_T * (2 * STRIP_C), inside_T.to(tl.int32)
+    else:
+        at: tl.constexpr = 2 * STRIP_C // parts_of_strip(blocks) * part
+        places = ()
+        for i in tl.static_range(blocks):
+            places = places + (tokens_T[i] + (strip_T * (2 * STRIP_C) + at),)  # noqa: RUF005
+        return tl.inline_asm_elementwise(
+            tokens_asm(blocks), tokens_constraints(blocks), places,
+            dtype=types(tl.int32, token_registers(blocks)), is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def add_products(
     sums,
     slot_T,
-    tokens_T,  # `token_places` in strip 0
-    inside_T,  # whether a thread reads a token of the first eight
+    tokens,  # `load_tokens` of the part
     places_T,  # `strip_places` of the strip
-    strip_T,
+    part: tl.constexpr,
     layout: tl.constexpr,
     rows: tl.constexpr,
     blocks: tl.constexpr,
     ahead: tl.constexpr,
     bfloat: tl.constexpr,
 ):
-    """`sums` + the products of a strip, of which `ahead` later ones may be on their way."""
-    arguments = sums + (slot_T,)  # noqa: RUF005
-    for i in tl.static_range(blocks):
-        arguments = arguments + (tokens_T[i] + strip_T * (2 * STRIP_C),)  # noqa: RUF005
-    arguments = arguments + (inside_T.to(tl.int32),)  # noqa: RUF005
+    """`sums` + the products of a part of a strip, of which `ahead` later ones may be on their way."""
+    arguments = sums + (slot_T,) + tokens  # noqa: RUF005
     if reads_zeros(layout):
         arguments = arguments + places_T[2:]
     return tl.inline_asm_elementwise(
-        product_asm(layout, rows, blocks, ahead, bfloat), product_constraints(layout, rows, blocks), arguments,
+        product_asm(layout, rows, blocks, ahead, bfloat, part), product_constraints(layout, rows, blocks), arguments,
         dtype=types(tl.float32, 4 * rows * blocks), is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -217,6 +239,7 @@ def group_product(
         # Warps that share their rows take turns at the strips.
         sharing: tl.constexpr = max(1, WARPS * ROWS_C // BLOCK_N)
         blocks: tl.constexpr = BLOCK_M // TOKENS_AT_ONCE_C
+        parts: tl.constexpr = parts_of_strip(blocks)
         bfloat: tl.constexpr = x.dtype.element_ty == tl.bfloat16
         size: tl.constexpr = slot_bytes(layout, rows)
         count: tl.constexpr = slots(layout, BLOCK_N, BLOCK_M, WARPS, stages)
@@ -241,15 +264,22 @@ def group_product(
         turns = tl.cdiv(end - first, sharing)
         turns = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [turns], dtype=tl.int32, is_pure=False, pack=1)
         turn, slot = 0, 0
+        reads_T = first_token + lane_T // 4 < M
+        tokens = load_tokens(tokens_T, reads_T, tl.minimum(strip_T, layout.strips - 1), 0, blocks)
         while turn < turns:
             slot_T = slots_T + slot * size
             # A strip beyond the last has scales of zero.
             present_T = tl.minimum(strip_T, layout.strips - 1)
+            following_T = tl.minimum(strip_T + sharing, layout.strips - 1)
             places_T = strip_places(words, scales, zeros, group_T, lane_T, present_T, layout)
-            sums = add_products(
-                sums, slot_T, tokens_T, first_token + lane_T // 4 < M, places_T, present_T,
-                layout, rows, blocks, count - 1, bfloat,
-            )  # fmt: skip
+            for part in tl.static_range(parts):
+                # Tokens are loaded a part ahead; the last turn loads some in vain.
+                if part + 1 < parts:
+                    next_tokens = load_tokens(tokens_T, reads_T, present_T, part + 1, blocks)
+                else:
+                    next_tokens = load_tokens(tokens_T, reads_T, following_T, 0, blocks)
+                sums = add_products(sums, slot_T, tokens, places_T, part, layout, rows, blocks, count - 1, bfloat)
+                tokens = next_tokens
             ahead_T = strip_T + count * sharing
             places_T = strip_places(words, scales, zeros, group_T, lane_T, ahead_T, layout)
             fetch(places_T, slot_T, ahead_T < end, layout, rows)

@@ -173,23 +173,57 @@ def load_asm(name: str, n: int, place: tuple[int, int]) -> str:
 
 
 @triton.constexpr_function
-def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat: bool) -> str:
-    """PTX: add the product of a strip of `rows` row groups and 8 `blocks` tokens to a warp's sums.
+def parts_of_strip(blocks: int) -> int:
+    """Parts that the product of a strip with 8 `blocks` tokens is divided into, each with as many registers of x."""
+    return min(blocks, STEPS)
 
-    It waits for the strip, of which `ahead` later ones may be on their way. Outputs $(4 (r blocks + i) + 2 h + e): the
-    sum of row g + 8 h of row group r and token 2 t + e of block i, in lane 4 g + t. Inputs: the same sums before, the
-    slot of the strip, for each block the address of column 8 t of token g, whether token g of the first block is one,
-    and, if a group is at least a strip, the address of its zero points. Sums of a token that is none are undefined.
+
+@triton.constexpr_function
+def token_registers(blocks: int) -> int:
+    """Registers of x of a part."""
+    return 4 * blocks * STEPS // parts_of_strip(blocks)
+
+
+@triton.constexpr_function
+def tokens_asm(blocks: int) -> str:
+    """PTX: outputs = a part's columns of 8 `blocks` tokens, by step and block; inputs: the address of each block."""
+    count = token_registers(blocks)
+    lines = []
+    for n in range(0, count, 4):
+        step, i = divmod(n // 4, blocks)
+        lines.append(f"ld.global.v4.b32 {{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, [${count + i}+{64 * step}];")
+    return "\n".join(lines)
+
+
+@triton.constexpr_function
+def tokens_constraints(blocks: int) -> str:
+    return ",".join(["=&r"] * token_registers(blocks) + ["l"] * blocks)
+
+
+@triton.constexpr_function
+def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat: bool, part: int = 0) -> str:
+    """PTX: add the product of a part of a strip of `rows` row groups and 8 `blocks` tokens to a warp's sums.
+
+    The first part waits for the strip, of which `ahead` later ones may be on their way. Outputs
+    $(4 (r blocks + i) + 2 h + e): the sum of row g + 8 h of row group r and token 2 t + e of block i, in lane 4 g + t.
+    Inputs: the same sums before, the slot of the strip, the tokens, and, if a group is at least a strip, the address
+    of its zero points. Tokens of several blocks are the outputs of `tokens_asm`; of one block the address of column 8 t
+    of token g, and whether token g is one. Sums of a token that is none are undefined.
     """
     sums, bits, groups, width = 4 * rows * blocks, layout.bits, layout.groups, min(layout.bits, 4)
     _, _, dtype = FLOATS[bfloat]
     slot, x = f"${2 * sums}", 2 * sums + 1
     digits, steps, strides = bits // width, STEPS // groups, row_group_bytes(layout)
-    places_of = slot_places(layout, rows)
-    lines = [f"cp.async.wait_group {ahead};", *lane_asm(slot)]
-    lines += [".reg .b32 t;", ".reg .b16 low, high, few;", f".reg .f32 scale<2>, d<{sums}>;"]
-    lines += [f".reg .b32 x<{4 * blocks * STEPS}>, a<{8 * digits}>;", ".reg .pred token;"]
-    lines.append(f"setp.ne.s32 token, ${x + blocks}, 0;")
+    places_of, count = slot_places(layout, rows), STEPS // parts_of_strip(blocks)
+    first, last = part * count, (part + 1) * count - 1
+    lines = [f"cp.async.wait_group {ahead};"] if part == 0 else []
+    lines += [*lane_asm(slot), ".reg .b32 t;", ".reg .b16 low, high, few;", f".reg .f32 scale<2>, d<{sums}>;"]
+    lines += [f".reg .b32 x<{4 * STEPS}>, a<{8 * digits}>;", ".reg .pred token;"]
+    if blocks == 1:
+        lines.append(f"setp.ne.s32 token, ${x + 1}, 0;")
+        zero_points = x + 2
+    else:
+        zero_points = x + token_registers(blocks)
     for r in range(rows):
         lines += [
             f".reg .b32 w{r}_<{4 * bits}>, s{r}_<{groups}>, z{r}_<{max(1, groups // 2)}>, zero{r}_<{2 * digits}>;"
@@ -199,18 +233,18 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
                 if part[:2] == (name, r):
                     lines.append(load_asm(f"{prefix}{r}_", part[2], place))
         if reads_zeros(layout):
-            lines.append(f"ld.global.nc.u16 few, [${x + blocks + 1}+{r * strides['zeros']}];")
+            lines.append(f"ld.global.nc.u16 few, [${zero_points}+{r * strides['zeros']}];")
             lines.append(f"cvt.u32.u16 z{r}_0, few;")
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
-    for step in range(STEPS):
+    for step in range(first, last + 1):
         group = step // steps
-        for i in range(blocks):
-            registers = ", ".join(f"x{4 * (step * blocks + i) + n}" for n in range(4))
-            # A load that may leave its register as it was cannot move above a use: every load has registers of its own.
-            only = "@token " if blocks == 1 else ""
-            lines.append(f"{only}ld.global.v4.b32 {{{registers}}}, [${x + i}+{64 * step}];")
+        tokens = [f"${x + 4 * (step - first) * blocks + n}" for n in range(4 * blocks)]
+        if blocks == 1:
+            # A load that may leave its register as it was cannot move above a use: each load has registers of its own.
+            tokens = [f"x{4 * step + n}" for n in range(4)]
+            lines.append(f"@token ld.global.v4.b32 {{{', '.join(tokens)}}}, [${x}+{64 * step}];")
         for r in range(rows):
-            if step % steps == 0:
+            if step == first or step % steps == 0:
                 lines += [f"mov.b32 d{n}, 0;" for n in range(4 * r * blocks, 4 * (r + 1) * blocks)]
                 for h in range(2):
                     targets = [f"zero{r}_{2 * digit + h}" for digit in range(digits)]
@@ -225,15 +259,14 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
                         lines.append(f"sub.{dtype}x2 {target}, {target}, zero{r}_{2 * digit + h};")
             for half in range(2):
                 for i in range(blocks):
-                    at = 4 * (step * blocks + i) + 2 * half
-                    b = f"{{x{at}, x{at + 1}}}"
+                    b = f"{{{tokens[4 * i + 2 * half]}, {tokens[4 * i + 2 * half + 1]}}}"
                     d = "{" + ", ".join(f"d{4 * (r * blocks + i) + n}" for n in range(4)) + "}"
                     for at in range(2 * half, 8 * digits, 8):
                         lines.append(f"{mma} {d}, {{a{at}, a{at + 4}, a{at + 1}, a{at + 5}}}, {b}, {d};")
-            if step % steps == steps - 1:
+            if step == last or step % steps == steps - 1:
                 lines += scale_asm(layout, f"s{r}_{group}", ["scale0", "scale1"])
                 for n in range(4 * r * blocks, 4 * (r + 1) * blocks):
-                    before = sums + n if step < steps else n
+                    before = sums + n if step // steps == first // steps else n
                     lines.append(f"fma.rn.f32 ${n}, d{n}, scale{n % 4 // 2}, ${before};")
     return "{\n" + "\n".join(lines) + "\n}"
 
@@ -241,7 +274,8 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
 @triton.constexpr_function
 def product_constraints(layout: GroupLayout, rows: int, blocks: int) -> str:
     sums = 4 * rows * blocks
-    return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] + ["l"] * blocks + ["r"] + ["l"] * reads_zeros(layout))
+    tokens = ["l", "r"] if blocks == 1 else ["r"] * token_registers(blocks)
+    return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] + tokens + ["l"] * reads_zeros(layout))
 
 
 @triton.constexpr_function

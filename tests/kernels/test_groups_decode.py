@@ -8,7 +8,17 @@ from ptx import Machine
 
 from lqer.formats import Int
 from lqer.kernels.groups import GroupLayout, pack_groups
-from lqer.kernels.groups_ptx import SHARED, fetch_asm, product_asm, ring_bytes, slot_bytes, slots
+from lqer.kernels.groups_ptx import (
+    SHARED,
+    fetch_asm,
+    parts_of_strip,
+    product_asm,
+    ring_bytes,
+    slot_bytes,
+    slots,
+    token_registers,
+    tokens_asm,
+)
 
 WORD = (1 << 32) - 1
 LANE = torch.arange(32)
@@ -23,7 +33,7 @@ def store(machine: Machine, at: int, tensor: torch.Tensor) -> None:
     machine.memory[at // 4 : at // 4 + len(words)] = words
 
 
-@pytest.mark.parametrize(("rows", "blocks", "dtype"), [(1, 2, torch.bfloat16), (4, 1, torch.float16)], ids=str)
+@pytest.mark.parametrize(("rows", "blocks", "dtype"), [(1, 2, torch.bfloat16), (1, 4, torch.bfloat16), (4, 1, torch.float16)], ids=str)
 @pytest.mark.parametrize("group", [32, 64, 128, 256, "row"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_instructions_multiply_all_codes(bits, group, dtype, rows, blocks):
@@ -33,7 +43,7 @@ def test_the_instructions_multiply_all_codes(bits, group, dtype, rows, blocks):
     weight = number_format.quantize(torch.randn(16 * rows, COLUMNS, generator=generator))
     packed = pack_groups(weight)
     layout = packed.layout
-    machine = Machine(1 << 14)
+    machine = Machine(1 << 15)
     x_MI = torch.randn(8 * blocks, COLUMNS, generator=generator).to(dtype)
     for at, tensor in ((TOKENS, x_MI), (CODES, packed.words), (SCALES, packed.scales), (ZEROS, packed.zeros)):
         if tensor is not None:
@@ -46,15 +56,19 @@ def test_the_instructions_multiply_all_codes(bits, group, dtype, rows, blocks):
         slot = torch.full((32,), SLOT)
         operands = {"$1": slot, "$2": torch.ones_like(slot), "%laneid": LANE}
         machine.run(fetch_asm(layout, rows), operands | {f"${3 + n}": place for n, place in enumerate(sources)})
-        operands = {f"${n}": value for n, value in enumerate([*sums, *sums, slot])} | {"%laneid": LANE}
-        for i in range(blocks):
-            column = (8 * i + LANE // 4) * COLUMNS + strip * 256 + LANE % 4 * 8
-            operands[f"${2 * len(sums) + 1 + i}"] = TOKENS + 2 * column
-        operands[f"${2 * len(sums) + 1 + blocks}"] = torch.ones_like(slot)
-        for n, place in enumerate(sources[2:]):
-            operands[f"${2 * len(sums) + 2 + blocks + n}"] = place
-        registers = machine.run(product_asm(layout, rows, blocks, 0, dtype == torch.bfloat16), operands)
-        sums = [registers[f"${n}"] for n in range(len(sums))]
+        for part in range(parts_of_strip(blocks)):
+            column = strip * 256 + part * 256 // parts_of_strip(blocks) + LANE % 4 * 8
+            places = [TOKENS + 2 * ((8 * i + LANE // 4) * COLUMNS + column) for i in range(blocks)]
+            tokens = [*places, torch.ones_like(slot)]
+            if blocks > 1:
+                count = token_registers(blocks)
+                found = machine.run(tokens_asm(blocks), {f"${count + i}": place for i, place in enumerate(places)})
+                tokens = [found[f"${n}"] for n in range(count)]
+            inputs = [*sums, *sums, slot, *tokens, *sources[2:]]
+            operands = {f"${n}": value for n, value in enumerate(inputs)} | {"%laneid": LANE}
+            text = product_asm(layout, rows, blocks, 0, dtype == torch.bfloat16, part)
+            registers = machine.run(text, operands)
+            sums = [registers[f"${n}"] for n in range(len(sums))]
     codes, scales = weight.parts["codes"].double(), weight.parts["scales"].double()
     group_I = torch.arange(COLUMNS) // layout.group
     zeros = 0.0 if symmetric else weight.parts["zeros"].double()[:, group_I]
