@@ -108,7 +108,7 @@ def load_tokens(
         return tokens_T[0] + strip_T * (2 * STRIP_C), inside_T.to(tl.int32)
     else:
         at: tl.constexpr = 2 * STRIP_C // parts_of_strip(blocks) * part
-        places = ()
+        places = tokens_T[:0]
         for i in tl.static_range(blocks):
             places = places + (tokens_T[i] + (strip_T * (2 * STRIP_C) + at),)  # noqa: RUF005
         return tl.inline_asm_elementwise(

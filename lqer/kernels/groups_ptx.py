@@ -18,6 +18,7 @@ STEPS = STRIP // 32  # of a strip; two tensor core instructions each
 FLOATS = {False: (10, 15, "f16"), True: (7, 127, "bf16")}
 # Bytes of shared memory of a program: more would have to be asked for, and Triton asks only for its own part.
 SHARED = 48 << 10
+ALIGNMENT = 1 << 10
 
 
 @triton.constexpr_function
@@ -133,8 +134,12 @@ def row_group_bytes(layout: GroupLayout) -> dict[str, int]:
 
 @triton.constexpr_function
 def reserve_asm(size: int) -> str:
-    """PTX: $0 = the address of so many bytes of shared memory."""
-    return f"{{.shared .align 16 .b8 slots[{size}]; mov.u32 $0, slots;}}"
+    """PTX: $0 = the address of so many bytes of shared memory.
+
+    What Triton reserves follows: its operands of tensor cores must start at a multiple of ALIGNMENT there.
+    """
+    whole = -(-size // ALIGNMENT) * ALIGNMENT
+    return f"{{.shared .align {ALIGNMENT} .b8 slots[{whole}]; mov.u32 $0, slots;}}"
 
 
 @triton.constexpr_function
@@ -229,9 +234,9 @@ def product_asm(layout: GroupLayout, rows: int, blocks: int, ahead: int, bfloat:
             f".reg .b32 w{r}_<{4 * bits}>, s{r}_<{groups}>, z{r}_<{max(1, groups // 2)}>, zero{r}_<{2 * digits}>;"
         ]
         for name, prefix in (("words", "w"), ("scales", "s"), ("zeros", "z")):
-            for part, place in places_of.items():
-                if part[:2] == (name, r):
-                    lines.append(load_asm(f"{prefix}{r}_", part[2], place))
+            for piece, place in places_of.items():
+                if piece[:2] == (name, r):
+                    lines.append(load_asm(f"{prefix}{r}_", piece[2], place))
         if reads_zeros(layout):
             lines.append(f"ld.global.nc.u16 few, [${zero_points}+{r * strides['zeros']}];")
             lines.append(f"cvt.u32.u16 z{r}_0, few;")

@@ -91,8 +91,12 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
 
 
 def check_shared_memory(kernel: Any) -> None:
-    """Triton requests more than 48 KB from the driver only if its own part, without that of inline PTX, needs more."""
+    """Triton requests more than 48 KB from the driver only if its own part, without that of inline PTX, needs more.
+
+    Its part follows, and operands of tensor cores in it start at multiples of 1 KB only if it does.
+    """
     reserved = sum(int(size) for size in re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", kernel.asm["ptx"]))
+    assert reserved % 1024 == 0, reserved
     assert reserved == 0 or reserved + kernel.metadata.shared <= SHARED_MEMORY, (reserved, kernel.metadata.shared)
 
 

@@ -33,7 +33,9 @@ def store(machine: Machine, at: int, tensor: torch.Tensor) -> None:
     machine.memory[at // 4 : at // 4 + len(words)] = words
 
 
-@pytest.mark.parametrize(("rows", "blocks", "dtype"), [(1, 2, torch.bfloat16), (1, 4, torch.bfloat16), (4, 1, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "blocks", "dtype"), [(1, 2, torch.bfloat16), (1, 4, torch.bfloat16), (4, 1, torch.float16)], ids=str
+)
 @pytest.mark.parametrize("group", [32, 64, 128, 256, "row"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_instructions_multiply_all_codes(bits, group, dtype, rows, blocks):
