@@ -37,13 +37,16 @@ def main() -> int:
     if arguments.worker:
         from decoder_benchmark.worker import run
 
+        from lqer.checkpoint.decode import early_starts
+
         config = {**CONFIG, "num_hidden_layers": arguments.blocks}
+        settings = {} if arguments.worker == BF16 else early_starts()
         run(
             arguments.worker,
             arguments.batches,
             arguments.cache,
             arguments.compile,
-            dict.fromkeys(arguments.inductor, True),
+            settings | dict.fromkeys(arguments.inductor, True),
             not arguments.separate,
             config,
         )

@@ -2,9 +2,9 @@
 
 The model is built in bf16 on the GPU; a packed one with a single block, whose linears are packed, with a random
 low-rank branch where the scheme has one. The other blocks are copies of that, each with memory of its own. Linears that
-read the same input are joined as `load_quantized` joins them, and attention of one token is that of `compile_decode`;
-the bf16 model has both ways of attention as rows of their own. Trellis and lattice codes are random, which takes the
-same time and needs no search. The embeddings and the output layer stay bf16.
+read the same input are joined as `load_quantized` joins them; attention of one token and the compiler's settings are
+those of `compile_decode`. The bf16 model has a row as torch runs it and one with both of these. Trellis and lattice
+codes are random, which takes the same time and needs no search. The embeddings and the output layer stay bf16.
 
 Shapes: I in_features, O out_features, R rank.
 """
@@ -77,7 +77,7 @@ SCHEMES: dict[str, Scheme | None] = {
 }
 LABELS = {
     BF16: "bf16",
-    BF16_ATTENTION: "bf16, attention of the packed models",
+    BF16_ATTENTION: "bf16, attention and compilation of the packed models",
     "int4-g128": "INT4 g128 asymmetric",
     "w4a8-rank32": "W4A8 MXINT + rank 32",
     "e8p-rank64": "2-bit E8P + rank 64, both Hadamards",

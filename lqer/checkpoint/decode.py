@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch._inductor
 from transformers import CompileConfig, PreTrainedModel
 
 from lqer.checkpoint.one_token import attend_by_kernel
+
+# Inductor's kernels, like ours, start while the kernel before them ends (capability 9.0).
+EARLY_STARTS = "triton.enable_pdl"
+
+
+def early_starts() -> dict[str, Any]:
+    """Options of Inductor for programmatic dependent launch; none where this version of torch has no such option."""
+    return {EARLY_STARTS: True} if EARLY_STARTS in torch._inductor.list_options() else {}
 
 
 def compile_decode(model: PreTrainedModel, max_cache_len: int | None = None) -> PreTrainedModel:
@@ -26,5 +37,7 @@ def compile_decode(model: PreTrainedModel, max_cache_len: int | None = None) -> 
     settings.max_cache_len = max_cache_len
     if model.device.type == "cuda":
         attend_by_kernel(model)
-        settings.compile_config = CompileConfig(mode="reduce-overhead", dynamic=False)
+        options = torch._inductor.list_mode_options("reduce-overhead") | early_starts()
+        # Options exclude a mode, which transformers declares as a string.
+        settings.compile_config = CompileConfig(mode=None, options=options, dynamic=False)  # type: ignore[arg-type]
     return model

@@ -16,6 +16,7 @@ PLAN = LinearPlan(
     factor_axis="reduction",
 )  # fmt: skip
 NEW_TOKENS = 12
+TIE = 0.02  # relative to the spread of logits: kernels and torch add in another order, in float16
 
 
 def greedy(model, ids_BT):
@@ -72,5 +73,10 @@ def test_compiled_decoding_on_a_gpu_gives_the_tokens_of_plain_decoding(weight, r
     expected = greedy(model, ids_BT)
     for _ in range(2):
         found = greedy(lqer.compile_decode(model), ids_BT)
-        # A tie of two logits may fall otherwise; from there on texts differ.
-        assert (found == expected).float().mean() > 0.9
+        for found_T, expected_T in zip(found, expected, strict=True):
+            differ = (found_T != expected_T).nonzero()
+            if len(differ):
+                # A tie of two logits may fall otherwise; from there on texts differ.
+                first = int(differ[0])
+                logits_V = model(expected_T[None, :first]).logits[0, -1].float()
+                assert logits_V.max() - logits_V[found_T[first]] < TIE * logits_V.std()
