@@ -4,7 +4,7 @@ H_n = O ⊗ H_B, with B a power of two and O an orthonormal matrix: the factor t
 power of two. A block of B outputs is one row of O times the input, B sums, and one H_B, so that every program computes
 one block independently of the others. Sums are float32 and normalised before they are added.
 
-Shapes: M tokens, A blocks, B values of a block, P blocks of a program, T columns of a tile, R rank.
+Shapes: M tokens, A blocks, B values of a block, by G times L, P blocks of a program, T columns of a tile, R rank.
 """
 
 import triton
