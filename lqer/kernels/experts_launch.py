@@ -207,5 +207,5 @@ def _run(
         not_rounding=ActivationRounding(), a_block=spec.a_block, b_block=spec.b_block,
         padded_columns=layout.padded_columns, projection_splits=splits, SPLIT_K=PROJECTION_COLUMNS, tiles_n=tiles_n,
         BLOCK_N=launch.block_n, BLOCK_M=launch.block_m, BLOCK_R=rank_block(rank), splits=launch.splits,
-        stages=launch.stages, num_warps=launch.warps, **register_limit(launch),
+        stages=launch.stages, num_warps=launch.warps, **register_limit(launch, layout),
     )  # fmt: skip

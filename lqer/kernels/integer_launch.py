@@ -140,7 +140,7 @@ def _product(
         ordered=ordered, rounding=spec.rounding, a_block=spec.a_block, b_block=spec.b_block,
         padded_columns=layout.padded_columns, projection_splits=projection.splits, SPLIT_K=PROJECTION_COLUMNS,
         tiles_n=tiles_n, BLOCK_N=launch.block_n, BLOCK_M=launch.block_m, BLOCK_R=rank_block(spec.own_rank),
-        splits=splits, stages=launch.stages, pdl=pdl, num_warps=launch.warps, **register_limit(launch),
+        splits=splits, stages=launch.stages, pdl=pdl, num_warps=launch.warps, **register_limit(launch, layout),
         **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_MO
@@ -155,10 +155,14 @@ def starts_early(spec: Spec) -> bool:
     return isinstance(spec.layout, GroupLayout) and not spec.rank and not spec.rounding.bits
 
 
-def register_limit(launch: GemmLaunch) -> dict[str, int]:
-    """Registers that let four programs of four warps share a multiprocessor, if their accumulators are small enough."""
+def register_limit(launch: GemmLaunch, layout: Layout | GroupLayout) -> dict[str, int]:
+    """Registers that let four programs of four warps share a multiprocessor, if their accumulators are small enough.
+
+    Integer groups need more for the tokens of two parts of a strip: three programs are faster than spilled registers.
+    """
     small = (launch.block_n, launch.block_m, launch.warps) == (128, SMALLEST_BLOCK_M, 4)
-    return {"maxnreg": 128} if small and not runtime.INTERPRETED else {}
+    limit = 168 if isinstance(layout, GroupLayout) else 128
+    return {"maxnreg": limit} if small and not runtime.INTERPRETED else {}
 
 
 @dataclass(frozen=True)

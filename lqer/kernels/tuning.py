@@ -28,6 +28,11 @@ BUCKETS = (16, 32, 64, 128, 256)
 # Strips that a warp of integer groups copies ahead.
 STAGES = 3
 COST_OF_SPLIT = 1 / 8  # of K of integer groups, for a token, in strips
+# The same kernel for 9 to 16 tokens: a program's start and a partial sum of an output, in strips of a program, and how
+# much slower a multiprocessor is with fewer programs than the three that fit.
+BLOCK_M_OF_16 = 16
+START_OF_16, COST_OF_SUM = 0.5, 1 / 350_000
+SLOWDOWN_OF_16 = (0.0, 1.6, 1.2, 1.0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def gemm_launch(width: int, n: int, k: int, bucket: int) -> GemmLaunch | None:
 
 @lru_cache(maxsize=4096)
 def group_launch(layout: GroupLayout, m: int, multiprocessors: int, together: int = 1) -> GemmLaunch:
-    """The launch for m tokens and integer groups, by a model of its time that fits five shapes on an H200.
+    """The launch for m tokens and integer groups, by models of its time that fit five shapes on an H200.
 
     For up to 8 tokens, 2, 4 or 8 warps share 16 rows and take turns at the strips; for more, a warp has 32 rows, or 16
     if shared memory does not hold two strips of 32, and programs split the strips. `together`: rows whose outputs are
@@ -96,16 +101,21 @@ def group_launch(layout: GroupLayout, m: int, multiprocessors: int, together: in
     def time(launch: GemmLaunch) -> float:
         programs = -(-layout.rows // launch.block_n) * launch.splits * -(-m // launch.block_m)
         sharing = max(1, ROWS * launch.warps // launch.block_n)
-        # Row groups that a multiprocessor works on at once, and strips of each.
-        at_once = -(-programs // multiprocessors) * launch.block_n * sharing // ROWS
         strips_each = -(-strips // (sharing * launch.splits))
+        each = -(-programs // multiprocessors)
+        if launch.block_m == BLOCK_M_OF_16:
+            rounds, rest = divmod(each, len(SLOWDOWN_OF_16) - 1)
+            at_once = rounds * (len(SLOWDOWN_OF_16) - 1) + rest * SLOWDOWN_OF_16[rest]
+            return at_once * (strips_each + START_OF_16) + COST_OF_SUM * m * layout.rows * launch.splits
+        # Row groups that a multiprocessor works on at once, and strips of each.
+        at_once = each * launch.block_n * sharing // ROWS
         return at_once * strips_each * _slowdown(at_once) + COST_OF_SPLIT * m * launch.splits
 
     if m <= 8:
         block_m, every_split = 8, range(1, 2)
         shapes = [(16, 4), (16, 8), (32, 4)] if together <= 32 else [(64, 4), (128, 4)]
     else:
-        block_m, every_split = 16 if m <= 16 else 32, range(1, strips + 1)
+        block_m, every_split = BLOCK_M_OF_16 if m <= BLOCK_M_OF_16 else 32, range(1, strips + 1)
         shapes = [(128, 4), (64, 4)]
     shapes = [shape for shape in shapes if shape[0] % together == 0] or shapes[-1:]
     # Warps with shared memory for one strip do not copy the next one meanwhile.
