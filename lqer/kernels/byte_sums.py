@@ -166,16 +166,18 @@ def load_tokens(x, steps, lane_T, first, tile_T, M, tiles: tl.constexpr, blocks:
     """For each four tokens from `first` on, the columns of a tile and the step that a thread needs.
 
     Lane 4 g + t reads 32 columns of a part of token g / 2 of a block and has sums of token t. Tokens from M on are
-    replaced by the last one.
+    replaced by the last one. Beyond the last tile the step is zero.
     """
     if blocks == 1:
+        present_T = tl.minimum(tile_T, tiles - 1)
         row_T = tl.minimum(first + lane_T // 8, M - 1) * 2 + lane_T // 4 % 2
-        place_T = x + (row_T * tiles + tile_T) * TILE_C + lane_T % 4 * 16
-        step_T = steps + tl.minimum(first + lane_T % 4, M - 1) * tiles + tile_T
-        return tl.inline_asm_elementwise(
+        place_T = x + (row_T * tiles + present_T) * TILE_C + lane_T % 4 * 16
+        step_T = steps + tl.minimum(first + lane_T % 4, M - 1) * tiles + present_T
+        loaded = tl.inline_asm_elementwise(
             token_asm(), load_constraints(9, 2), (place_T.to(tl.int64), step_T.to(tl.int64)),
             dtype=types(tl.int32, 9), is_pure=False, pack=1,
         )  # fmt: skip
+        return loaded[:8] + (tl.where(tile_T < tiles, loaded[8], 0),)  # noqa: RUF005
     else:
         half: tl.constexpr = blocks // 2
         others = load_tokens(x, steps, lane_T, first + half * TOKENS_AT_ONCE_C, tile_T, M, tiles, half)

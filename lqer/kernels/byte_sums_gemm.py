@@ -76,7 +76,9 @@ def byte_sums_product_kernel(
         # Groups beyond the last row are the last one again; their sums are not stored.
         group_T, last = (pid_n * warps_n + warp_T % warps_n) * groups, (N - 1) // ROWS_C
         tile_T = (pid_s * warps_k + warp_T // warps_n) * span
-        codes = load_groups(words, group_T, lane_T, tile_T, last, layout, groups)
+        # Codes of the last tile stand for those of later ones, whose tokens have steps of zero.
+        present_T = tl.minimum(tile_T, layout.tiles - 1)
+        codes = load_groups(words, group_T, lane_T, present_T, last, layout, groups)
     first_rank = pid_s * BLOCK_R
     if rank > 0:
         b_OR = load_ranks(b_values, rows_O, first_rank, N, own_rank, BLOCK_R)
@@ -88,7 +90,8 @@ def byte_sums_product_kernel(
         acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for tile in tl.static_range(warps_k * span):
             rows_in_O, now = tl.minimum(rows_O, N - 1), pid_s * warps_k * span + tile
-            acc_OM += plain_product(words, x, steps, rows_in_O, rows_M, now, M, layout)
+            if now < layout.tiles:
+                acc_OM += plain_product(words, x, steps, rows_in_O, rows_M, now, M, layout)
     else:
         sums = no_sums(lane_T, groups * blocks)
         if early:
@@ -98,7 +101,8 @@ def byte_sums_product_kernel(
         while turn < span:
             # The last turn loads its own codes again.
             following_T = tile_T + tl.minimum(turn + 1, span - 1)
-            next_codes = load_groups(words, group_T, lane_T, following_T, last, layout, groups)
+            present_T = tl.minimum(following_T, layout.tiles - 1)
+            next_codes = load_groups(words, group_T, lane_T, present_T, last, layout, groups)
             if early:
                 next_tokens = load_tokens(x, steps, lane_T, 0, following_T, M, layout.tiles, blocks)
                 sums = add_tile(sums, codes, tokens, layout, groups, blocks)

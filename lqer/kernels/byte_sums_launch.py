@@ -5,7 +5,6 @@ Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -70,8 +69,9 @@ def _product(
     weight, spec, m = packed.weight, packed.spec, len(tokens.values)
     assert isinstance(weight, PackedTrellis)
     layout: TrellisLayout = weight.layout
-    warps_k = math.gcd(launch.warps_k, layout.tiles)
-    splits = math.gcd(launch.splits, layout.tiles // warps_k)
+    # Of uneven parts the last ones have fewer tiles, or none.
+    warps_k = min(launch.warps_k, 1 << layout.tiles.bit_length() - 1)
+    splits = min(launch.splits, layout.tiles // warps_k)
     tiles_n = -(-layout.rows // (launch.groups * launch.warps_n * ROWS))
     partial = tokens.steps.new_empty((splits, layout.rows, m)) if splits > 1 else None
     y_MO = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
@@ -79,7 +79,7 @@ def _product(
         tokens.values, tokens.steps, weight.words, weight.scales, packed.b_codes, tokens.projection, bias_O,
         segment_numbers(spec, y_MO.device), partial, packed.workspace, y_MO, m, layout.rows, tiles_n,
         layout=layout.compiled, rank=spec.rank, own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
-        BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=layout.tiles // (warps_k * splits),
+        BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=-(-layout.tiles // (warps_k * splits)),
         splits=splits, warps_n=launch.warps_n, warps_k=warps_k, groups=launch.groups, early=launch.early,
         BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)), TOKENS=triton.next_power_of_2(m),
         BLOCK_R=ranks_of_a_split(spec.own_rank, splits), pdl=pdl, num_warps=launch.warps_n * warps_k,

@@ -168,6 +168,14 @@ def test_every_launch_gives_the_same_layer(launched):
     assert relative_error(y_MO, layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
+@pytest.mark.parametrize("launched", [ByteSumsLaunch(2, 1, 8), ByteSumsLaunch(1, 1, 4, 2, early=True)], ids=str)
+def test_warps_take_as_many_tiles_but_for_the_last(launched):
+    layer = Layer(48, 11 * 128, number_format=Trellis(2, table="bytes"))
+    for m in (1, 5):
+        x_MI = random_input(m, 11 * 128)
+        assert relative_error(run_few(x_MI, layer.packed, launched), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
+
+
 def test_programs_fill_the_gpu_in_as_few_turns_as_possible():
     spans = {(8192, 8192): 16, (11008, 4096): 16, (4096, 4096): 4, (576, 576): 1}
     for (n, k), span in spans.items():
