@@ -13,7 +13,7 @@ experts_packed, experts_module     the same of all experts of a layer, stacked; 
 launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table
 gemv, gemm, codebook_kernels, lattice_gemm, trellis_gemm, byte_sums_gemm, dequantize     the kernels of the regimes
 experts, routing    the kernels for experts
-activations, low_rank, branch, split_k, rounding, hadamard, hadamard_tokens, decode, lattice_decode, trellis_decode,
+activations, low_rank, branch, split_k, rounding, hadamard, decode, lattice_decode, trellis_decode,
 byte_sums, groups_decode with groups_ptx     what they share
 decode_attention    attention of one token over a static cache
 

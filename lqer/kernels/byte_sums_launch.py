@@ -32,7 +32,7 @@ class ByteSumsLaunch:
     early: bool = False  # whether a thread loads its tokens a tile ahead, as it does its codes
 
 
-LAUNCH, LAUNCH_MORE = ByteSumsLaunch(2, 1, 8, early=True), ByteSumsLaunch(2, 1, 8, registers=128)
+LAUNCH, LAUNCH_MORE = ByteSumsLaunch(2, 1, 8, registers=64), ByteSumsLaunch(2, 1, 8, registers=128)
 DEQUANTIZE_WARPS = 4
 
 

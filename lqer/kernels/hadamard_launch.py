@@ -15,7 +15,6 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.hadamard import hadamard_input_kernel, hadamard_output_kernel
-from lqer.kernels.hadamard_tokens import ROWS_AT_ONCE, hadamard_input_tokens_kernel, hadamard_output_tokens_kernel
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.runtime import launch_options
 from lqer.kernels.spec import Spec
@@ -24,12 +23,9 @@ from lqer.transforms.hadamard import FLOAT16_HEADROOM, run_rotated
 from lqer.transforms.hadamard_factors import small_order, two_factors
 
 LARGEST_BLOCK = 128  # outputs of a rotation of one token, for one program
-LARGEST_BLOCK_OF_TOKENS = 512  # of several
 LARGEST_OUTER = 256  # rows of the outer factor: a program reads all blocks at once
 HADAMARD_WARPS = 8
 RANKS_AT_ONCE = 64  # in the input rotation
-# Both rotations of 8192x8192 take 6 us and 1.7 us a further token one by one, 22 us for up to 16 together (H200).
-FEWEST_TOGETHER = 11
 # In the product: Triton's shared memory for B must fit into 48 KB together with the table of lattice codes.
 PRODUCT_RANKS_AT_ONCE = 32
 
@@ -48,7 +44,7 @@ class HadamardFactors:
 
 
 @lru_cache
-def hadamard_factors(length: int, inverse: bool, device: torch.device, largest: int) -> HadamardFactors:
+def hadamard_factors(length: int, inverse: bool, device: torch.device, largest: int = LARGEST_BLOCK) -> HadamardFactors:
     """The factors of H, or Hᵀ, with a block of at most `largest`.
 
     Cached on the device, because a CUDA graph must not copy from the host.
@@ -78,13 +74,13 @@ class InverseFactors:
 
 
 @lru_cache
-def inverse_factors(spec: Spec, device: torch.device, largest: int) -> InverseFactors:
+def inverse_factors(spec: Spec, device: torch.device) -> InverseFactors:
     """The factors of the inverse rotation of a layer's outputs; cached as those of `hadamard_factors`."""
     if not spec.segments:
         rows = spec.layout.rows
-        factors = hadamard_factors(rows, True, device, largest)
+        factors = hadamard_factors(rows, True, device)
         return InverseFactors(factors.outer, None, factors.block, rows // factors.block)
-    block = min(largest, *(segment.rows // small_order(segment.rows) for segment in spec.segments))
+    block = min(LARGEST_BLOCK, *(segment.rows // small_order(segment.rows) for segment in spec.segments))
     outers: dict[int, Tensor] = {}
     offsets: dict[int, int] = {}
     places = []
@@ -103,16 +99,6 @@ def inverse_factors(spec: Spec, device: torch.device, largest: int) -> InverseFa
 def fits_hadamard(length: int) -> bool:
     """Whether the kernels rotate vectors of this length; torch rotates the others."""
     return length // min(length // small_order(length), LARGEST_BLOCK) <= LARGEST_OUTER
-
-
-def together(tokens: int, length: int) -> bool:
-    """Whether so many tokens of this length are rotated by one program each for a block of outputs of some of them."""
-    return tokens >= FEWEST_TOGETHER and length // small_order(length) >= TILE_K
-
-
-def tokens_of_a_program(block: int) -> int:
-    """Of which a program rotates a block of so many values."""
-    return ROWS_AT_ONCE.value * TILE_K // block
 
 
 def rotates_in_kernels(packed: PackedLinear) -> bool:
@@ -175,17 +161,10 @@ def run_rotated_product(
     m, n = y_MO.shape
     y_out = x_MI.new_empty(m, n, dtype=dtype)
     lengths = [segment.rows for segment in packed.spec.segments] or [n]
-    several = all(together(m, length) for length in lengths)
-    inverse = inverse_factors(packed.spec, x_MI.device, LARGEST_BLOCK_OF_TOKENS if several else LARGEST_BLOCK)
+    inverse = inverse_factors(packed.spec, x_MI.device)
     blocks = max(lengths) // inverse.block
     arguments = (y_MO, signs_O, inverse.outer, inverse.places, packed.bias_O, y_out, m, n)
     factor = inverse.factor * headroom(x_MI.dtype)
-    if several:
-        hadamard_output_tokens_kernel[inverse.count, -(-m // tokens_of_a_program(inverse.block))](
-            *arguments, A=blocks, B=inverse.block, factor=factor, pdl=pdl, num_warps=HADAMARD_WARPS,
-            **launch_options(pdl),
-        )  # fmt: skip
-        return y_out
     hadamard_output_kernel[inverse.count, m](
         *arguments, A=blocks, BLOCK_A=triton.next_power_of_2(blocks), B=inverse.block, factor=factor, pdl=pdl,
         num_warps=HADAMARD_WARPS, **launch_options(pdl),
@@ -197,18 +176,7 @@ def _prepare(
     x_MI: Tensor, packed: PackedLinear, signs_I: Tensor | None, empty: tuple[Tensor, Tensor], pdl: bool
 ) -> Tokens:
     (m, k), rank, tiles = x_MI.shape, packed.spec.rank, packed.spec.layout.padded_columns // TILE_K
-    if signs_I is not None and together(m, k):
-        several = hadamard_factors(k, False, x_MI.device, LARGEST_BLOCK_OF_TOKENS)
-        blocks = -(-tiles * TILE_K // several.block)
-        tokens = Tokens(*empty, x_MI.new_empty((blocks, m, rank), dtype=torch.float32) if rank else None)
-        hadamard_input_tokens_kernel[blocks, -(-m // tokens_of_a_program(several.block))](
-            x_MI, signs_I, several.outer, packed.a_codes, tokens.values, tokens.steps, tokens.projection, m,
-            x_MI.stride(0), rank=rank, tiles=tiles, A=k // several.block, B=several.block,
-            BLOCK_R=min(packed.spec.own_rank, RANKS_AT_ONCE), factor=several.factor / headroom(x_MI.dtype), pdl=pdl,
-            num_warps=HADAMARD_WARPS, **launch_options(pdl),
-        )  # fmt: skip
-        return tokens
-    factors = None if signs_I is None else hadamard_factors(k, False, x_MI.device, LARGEST_BLOCK)
+    factors = None if signs_I is None else hadamard_factors(k, False, x_MI.device)
     blocks, block = (tiles, TILE_K) if factors is None else (k // factors.block, factors.block)
     tokens = Tokens(*empty, x_MI.new_empty((tiles, m, rank), dtype=torch.float32) if rank else None)
     hadamard_input_kernel[tiles, m](

@@ -17,8 +17,6 @@ from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.hadamard_launch import (
-    LARGEST_BLOCK,
-    LARGEST_BLOCK_OF_TOKENS,
     hadamard_factors,
     inverse_factors,
     rotates_in_kernels,
@@ -54,9 +52,8 @@ def prepare_tables(packed: PackedLinear) -> None:
     if isinstance(packed.weight, PackedTrellis):
         table_of(packed.weight)
     if packed.input_signs_I is not None and rotates_in_kernels(packed):
-        for largest in (LARGEST_BLOCK, LARGEST_BLOCK_OF_TOKENS):
-            hadamard_factors(spec.layout.columns, False, device, largest)
-            inverse_factors(spec, device, largest)
+        hadamard_factors(spec.layout.columns, False, device)
+        inverse_factors(spec, device)
 
 
 def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:

@@ -60,7 +60,7 @@ def test_integer_linears_side_by_side_give_what_each_gives_alone(number_format, 
 @pytest.mark.parametrize(("rank", "rows_of_all"), [(0, ROWS), (32, ROWS), (32, (256, 128, 128))])
 @pytest.mark.parametrize("kind", ["e8p", "bytes", "gaussian"])
 def test_rotated_linears_side_by_side_share_the_rotation_of_their_input(kind, rank, rows_of_all, tokens):
-    # Outputs of several tokens are rotated together only if all lengths allow blocks of 128.
+    # Blocks of the rotation of outputs are of 16 or of 128, by the lengths.
     make = lattice if kind == "e8p" else lambda rows: random_trellis(Trellis(2, table=kind), rows, COLUMNS)
     single = rotated_layers([make(rows) for rows in rows_of_all], rank)
     assert can_join(single)
