@@ -18,6 +18,7 @@ from lqer.transforms.gptq import GptqStart
 from lqer.transforms.hadamard import Hadamard
 from lqer.transforms.lwc import Lwc
 from lqer.transforms.quarot import Quarot
+from lqer.transforms.sort import Sort
 
 TRANSFORMS: dict[str, type[Transform]] = Transform.registry
 
@@ -33,6 +34,7 @@ __all__ = [
     "Quarot",
     "Rotation",
     "Scheme",
+    "Sort",
     "Transform",
     "transform_from_dict",
     "unsupported_order",
