@@ -11,6 +11,7 @@ from typing import Any
 
 from lqer.components import component_from_dict
 from lqer.transforms.awq import Awq
+from lqer.transforms.balance import Balance
 from lqer.transforms.base import LinearTransform, Rotation, Scheme, Transform, unsupported_order
 from lqer.transforms.block_transform import BlockTransform
 from lqer.transforms.clip import Clip
@@ -25,6 +26,7 @@ TRANSFORMS: dict[str, type[Transform]] = Transform.registry
 __all__ = [
     "TRANSFORMS",
     "Awq",
+    "Balance",
     "BlockTransform",
     "Clip",
     "GptqStart",
