@@ -51,6 +51,7 @@ SCHEMES = {
         "--quantize.transforms=['awq',{kind='lwc',epochs=1,batch_size=4,micro_batch=2,start='search'}]",
     ],
     "gptq of whole blocks": [*LEARNED, "--quantize.transforms=['gptq']"],
+    "sort, balance": [*GPTQ, "--quantize.transforms=['sort','balance']"],
     "asymmetric": [*GPTQ, "--quantize.asymmetric=1.0", "--calibration.token_weights=residual"],
 }  # fmt: skip
 
