@@ -6,6 +6,7 @@
         [--text LABEL=NAME ...] [--hardware NAME] [--date YYYY-MM-DD]
     python experiments/tables.py add-sweep FILE.json OUTPUT_DIR/TAG-table --model NAME
         [--text LABEL=NAME ...] [--hardware NAME] [--date YYYY-MM-DD]
+    BENCHMARK | python experiments/tables.py take FILE.csv [--table N]     what a benchmark printed, for `printed`
 
 A file of rows (docs/results/data/*.json) is a list of objects with the keys of `Row`. A page marks a table by
 
@@ -22,7 +23,8 @@ of its model at the same or fewer bits has a higher one; a scheme links to the l
 
 `add` takes results.json of runs and lines that experiments/compare_peers.py wrote (as "theirs"), replaces the rows of
 the same model and scheme, and adds the row of the original model. `{tag}` in COMMAND is the tag of the run. `add-sweep`
-takes every finished run of a sweep, under its name in the sweep, with the command that repeats it.
+takes every finished run of a sweep, under its name in the sweep, with the command that repeats it. Tables of benchmarks
+are no rows of runs: experiments/printed_tables.py keeps what was printed.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import printed_tables
 from result_rows import ORIGINAL, ROWS, Row, merged, numbered_rows, read_rows, rows_of, rows_of_sweep
 
 from lqer.config.presets import preset_path
@@ -59,7 +62,8 @@ RUINED = 1e4
 
 def filled(page: Path) -> str:
     """The text of a page with every table written anew."""
-    return TABLE.sub(lambda found: f"{found[1]}\n{_region(page, found['arguments'])}\n{found[4]}", page.read_text())
+    text = printed_tables.filled(page, page.read_text())
+    return TABLE.sub(lambda found: f"{found[1]}\n{_region(page, found['arguments'])}\n{found[4]}", text)
 
 
 def _region(page: Path, arguments: str) -> str:
@@ -217,6 +221,11 @@ def _write(file: Path, new: Sequence[Row]) -> None:
     print(f"{file}: {len(rows)} rows")
 
 
+def take(arguments: argparse.Namespace) -> None:
+    printed_tables.take(sys.stdin.read(), arguments.table, arguments.file)
+    print(arguments.file)
+
+
 def fill(pages: Sequence[Path], check_only: bool) -> int:
     stale = [page for page in pages if filled(page) != page.read_text()]
     for page in stale:
@@ -245,6 +254,10 @@ def main() -> int:
     adding = commands.add_parser("add-sweep", parents=[facts])
     adding.add_argument("table", type=Path, metavar="OUTPUT_DIR/TAG-table")
     adding.set_defaults(run=add_sweep)
+    taking = commands.add_parser("take")
+    taking.add_argument("file", type=Path, metavar="FILE.csv")
+    taking.add_argument("--table", type=int, default=1, metavar="N")
+    taking.set_defaults(run=take)
     arguments = parser.parse_args()
     try:
         if "run" in arguments:
