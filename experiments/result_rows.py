@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,12 @@ from lqer.config.schema import NOT_QUANTIZED
 from lqer.errors import DataError
 from lqer.report.families import family_of
 from lqer.report.naming import scheme_name
+from lqer.report.ranking import mean_accuracy
 from lqer.report.sweep import read_record, read_runs
 
 ORIGINAL, UNQUANTIZED_BITS = "original", 16.0
+# What a run without texts measures.
+APART = ("accuracy", "accuracy_error", "tokens_per_second")
 
 
 class Row(BaseModel):
@@ -28,7 +32,12 @@ class Row(BaseModel):
     bits: float = Field(gt=0)  # average per quantized weight, everything stored counted
     perplexity: dict[str, float]  # by text
     kl: dict[str, float] = {}  # from the original, nats per token, by text
+    accuracy: float | None = Field(default=None, ge=0, le=1)  # mean over tasks: acc_norm of each, else acc
+    accuracy_error: float | None = Field(default=None, ge=0)  # its standard error
     minutes: float | None = Field(default=None, ge=0)  # of calibration, quantization and training
+    gb: float | None = Field(default=None, gt=0)  # of the checkpoint's files
+    peak_gb: float | None = Field(default=None, gt=0)  # GPU memory of the run, of the process without a GPU
+    tokens_per_second: float | None = Field(default=None, gt=0)  # one token decoded at a time, on kernels
     command: str
     hardware: str
     date: datetime.date
@@ -86,6 +95,7 @@ def rows_of(
         original[name] = row["original"]
         divergence = {"kl_mean": row["kl_mean"]} if by_peer else (row["divergence"] or {}).get("quantized", {})
         kl[name] = divergence.get("kl_mean")
+    facts = {} if by_peer else _measured(results, "quantized")
     common: dict[str, Any] = {
         "model": model,
         "command": command.replace("{tag}", results.get("tag", "")),
@@ -100,11 +110,13 @@ def rows_of(
         kl=_known(kl),
         minutes=_minutes(results),
         by="peer" if by_peer else "ours",
-        **({} if by_peer else _parts(results["config"])),
+        **({} if by_peer else _parts(results["config"]) | _sizes(results)),
+        **facts,
     )
     known = _known(original)
-    plain = Row(**common, scheme=ORIGINAL, bits=UNQUANTIZED_BITS, perplexity=known, by="original")
-    return [plain, quantized] if known else [quantized]
+    facts = {} if by_peer else _measured(results, "original")
+    plain = Row(**common, scheme=ORIGINAL, bits=UNQUANTIZED_BITS, perplexity=known, by="original", **facts)
+    return [plain, quantized] if known or facts else [quantized]
 
 
 def rows_of_sweep(table: Path, *, model: str, date: str, hardware: str | None, texts: Mapping[str, str]) -> list[Row]:
@@ -125,6 +137,22 @@ def _parts(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resolved configuration tells of a scheme besides its name."""
     activation = config["quantize"].get("activation", NOT_QUANTIZED)
     return {"family": family_of(config).name, "activations": "" if activation == NOT_QUANTIZED else activation}
+
+
+def _sizes(results: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"gb": results.get("checkpoint_bytes"), "peak_gb": results.get("peak_memory_bytes")}
+    return {name: float(f"{size / 1e9:.4g}") for name, size in found.items() if size is not None}
+
+
+def _measured(results: Mapping[str, Any], role: str) -> dict[str, Any]:
+    """Accuracy and decode speed of the original or of the quantized model."""
+    accuracy, error = mean_accuracy(results.get("downstream", []), role) or (None, None)
+    found = {
+        "accuracy": accuracy,
+        "accuracy_error": error,
+        "tokens_per_second": results.get("tokens_per_second", {}).get(role),
+    }
+    return _known({name: value for name, value in found.items() if value is None or math.isfinite(value)})
 
 
 def _named(results: Mapping[str, Any], by_peer: bool) -> str:
@@ -150,12 +178,17 @@ def _known(values: Mapping[str, float | None]) -> dict[str, float]:
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """New rows replace those of the same model and scheme in their place, others follow at the end.
 
-    The original's row keeps its values on texts that the new one was not measured on.
+    The original's row keeps what the new one did not measure. A run of a known scheme without any text adds to its row:
+    decode speed is measured on a GPU that does nothing else.
     """
     rows = {(row.model, row.scheme): row for row in old}
     for row in new:
         known = rows.get((row.model, row.scheme))
-        if row.by == ORIGINAL and known is not None:
+        if known is not None and row.by == ORIGINAL:
+            kept = known.model_dump(include=set(APART), exclude_none=True)
+            row = row.model_copy(update=kept | row.model_dump(include=set(APART), exclude_none=True))
             row = row.model_copy(update={"perplexity": known.perplexity | row.perplexity})
+        elif known is not None and not row.perplexity:
+            row = known.model_copy(update=row.model_dump(include=set(APART), exclude_none=True))
         rows[row.model, row.scheme] = row
     return list(rows.values())

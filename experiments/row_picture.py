@@ -65,7 +65,7 @@ def draw(path: Path, rows: Sequence[Row], texts: Sequence[str], names: bool = Fa
 
 def fingerprint(rows: Sequence[Row], texts: Sequence[str]) -> str:
     """A hash of what the picture shows."""
-    return content_hash([*texts, ROWS.dump_python(list(rows), mode="json")])
+    return content_hash([*texts, ROWS.dump_python(list(rows), mode="json", exclude_none=True)])
 
 
 def drawn_from(path: Path) -> str:

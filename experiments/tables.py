@@ -16,7 +16,8 @@ A file of rows (docs/results/data/*.json) is a list of objects with the keys of 
 with one or more files relative to the page, the columns in their order (default: model, scheme, bits, perplexity, kl),
 patterns that a row must match (`model=`, `scheme=`, `by=`, `activations=`; several of one key: any of them), and
 `sort=bits` for another order than that of the files: each model's rows by falling bits. `perplexity` and `kl` are one
-column for each text, `minutes` are those of calibration, quantization and training. A value is bold if every other row
+column for each text, `accuracy` is the mean over tasks, `minutes` are those of calibration, quantization and training.
+A column of facts that no row has is left out. A value is bold if every other row
 of its model at the same or fewer bits has a higher one; a scheme links to the line of its command.
 `preset="trellis, 2 bits*=best-2"`, repeatable, says which preset of configs/ makes the rows that match: the column
 `preset`.
@@ -50,9 +51,14 @@ from lqer.store.files import write_text
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"(<!-- table (?P<arguments>.*?) -->\n)(?P<body>.*?)(<!-- end of table -->)", re.DOTALL)
 COLUMNS = (
-    "model", "scheme", "bits", "activations", "perplexity", "kl", "minutes", "preset", "hardware", "date", "command",
+    "model", "scheme", "bits", "activations", "perplexity", "kl", "accuracy", "minutes", "GB", "peak GB", "tokens/s",
+    "preset", "hardware", "date", "command",
 )  # fmt: skip
 DEFAULT_COLUMNS = ("model", "scheme", "bits", "perplexity", "kl")
+# Facts that a row may lack, by their column.
+OPTIONAL = {
+    "accuracy": "accuracy", "minutes": "minutes", "GB": "gb", "peak GB": "peak_gb", "tokens/s": "tokens_per_second",
+}  # fmt: skip
 FILTERS = ("model", "scheme", "by", "activations")
 NOTE = """Bold: all other rows of the model with as many or fewer bits are worse. The link of a scheme leads to the
 command that repeats its row, with hardware and date."""
@@ -123,8 +129,8 @@ def markdown(
 
     presets: their names by a pattern of schemes. links: where the rows are, by model and scheme.
     """
-    # A column of nothing: no library of these rows was timed.
-    columns = [column for column in columns if column != "minutes" or any(row.minutes is not None for row in rows)]
+    # A column of nothing: no library of these rows was timed, say.
+    columns = [column for column in columns if column not in OPTIONAL or any(_fact(row, column) for row in rows)]
     headings: list[str] = []
     cells: list[list[str]] = [[] for _ in rows]
     for column in columns:
@@ -177,8 +183,14 @@ def _preset(row: Row, presets: Mapping[str, str]) -> str:
 def _fact(row: Row, column: str) -> str:
     if column == "scheme":
         return f"{row.scheme} (theirs)" if row.by == "peer" else row.scheme
-    if column == "minutes":
-        return "" if row.minutes is None else f"{row.minutes:.3g}"
+    if column in OPTIONAL:
+        value = getattr(row, OPTIONAL[column])
+        error = row.accuracy_error if column == "accuracy" else None
+        return (
+            ""
+            if value is None
+            else f"{value:.{3 if value < 1000 else 4}g}" + ("" if error is None else f" ± {error:.2g}")
+        )
     if column == "bits":
         return f"{row.bits:.3f}" if row.by != ORIGINAL else f"{row.bits:g}"
     return f"`{row.command}`" if column == "command" else str(getattr(row, column))

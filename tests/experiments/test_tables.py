@@ -36,6 +36,9 @@ ROWS = [
 ]
 
 
+ROWS_OF_FILE = json.dumps([one.model_dump(mode="json", exclude_none=True) for one in ROWS], indent=1)
+
+
 def tables(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "experiments/tables.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -43,7 +46,7 @@ def tables(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    (tmp_path / "rows.json").write_text(json.dumps([one.model_dump(mode="json") for one in ROWS], indent=1))
+    (tmp_path / "rows.json").write_text(ROWS_OF_FILE)
     path = tmp_path / "page.md"
     path.write_text("Before.\n<!-- table rows.json columns=scheme,bits -->\nstale\n<!-- end of table -->\nAfter.\n")
     return path
@@ -79,6 +82,28 @@ def test_a_preset_is_named_beside_the_rows_that_it_makes():
         "| three | | |",
         "| two (theirs) | | |",
     ]
+
+
+def test_facts_that_no_row_has_take_no_column():
+    rows = [row("two", 2.1, {}, accuracy=0.5123, accuracy_error=0.0123, gb=0.25), row("three", 3.1, {}, gb=1234.5)]
+    columns = ["scheme", "accuracy", "minutes", "GB", "peak GB", "tokens/s"]
+    assert markdown(rows, columns).splitlines() == [
+        "| scheme | accuracy | GB |",
+        "|---|---|---|",
+        "| two | 0.512 ± 0.012 | 0.25 |",
+        "| three | | 1234 |",
+    ]
+
+
+def test_a_run_without_texts_adds_what_it_measured_to_its_row():
+    known = [row("original", 16, {"wiki": 5.0}, by="original"), row("two", 2.1, {"wiki": 9.0}, gb=0.5)]
+    alone = [
+        row("original", 16, {}, by="original", tokens_per_second=90.0, command="time it"),
+        row("two", 2.1, {}, tokens_per_second=150.0, gb=0.6, command="time it"),
+    ]
+    original, two = merged(known, alone)
+    assert (original.perplexity, original.tokens_per_second) == ({"wiki": 5.0}, 90.0)
+    assert (two.perplexity, two.gb, two.command, two.tokens_per_second) == ({"wiki": 9.0}, 0.5, "run it", 150.0)
 
 
 def test_nothing_is_on_the_front_before_its_rivals_are_measured():
@@ -196,6 +221,19 @@ def test_rows_are_added_from_runs_and_from_peers(tmp_path):
     assert (ours.minutes, theirs.minutes) == (1.5, None)
     assert ours.hardware == "NVIDIA H100, torch 2.11.0"
     assert (theirs.by, theirs.scheme, theirs.kl) == ("peer", "hqq 0.2.8 int2 g64", {"Wiki": 0.5})
+
+
+def test_a_run_that_measured_decode_speed_alone_adds_it_to_the_rows(tmp_path):
+    speed = {"tokens_per_second": {"original": 300.0, "quantized": 512.3456}, "checkpoint_bytes": 5 * 10**8}
+    (tmp_path / "results.json").write_text(json.dumps(RUN))
+    (tmp_path / "alone.json").write_text(json.dumps(RUN | {"perplexity": []} | speed))
+    data = tmp_path / "data.json"
+    for name in ("results.json", "alone.json"):
+        done = tables("add", data, tmp_path / name, "--model", "Some-1B", "--command", "sweeps/x.sh", "--scheme", "s")
+        assert done.returncode == 0, done.stderr
+    original, ours = read_rows(data)
+    assert (original.tokens_per_second, original.perplexity) == (300, {"a.txt": 5.0, "b.txt": 7.0})
+    assert (ours.tokens_per_second, ours.perplexity, ours.gb) == (512.35, {"a.txt": 6.1235}, None)
 
 
 def test_a_sweep_gives_a_row_for_each_finished_run(tmp_path):
