@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from printed_tables import PRINTED as MARKED
 from printed_tables import markdown, read, tables, take
 from tables import filled
 
 from lqer.errors import DataError
 
 ROOT = Path(__file__).parents[2]
+# All but the page that the code of the contract writes.
+PAGES = sorted(page for page in (ROOT / "docs/results").glob("*.md") if page.stem != "contract")
 PRINTED = """copy 4.1 TB/s
 | rank | us, a \\| b |
 |---|---:|
@@ -62,3 +66,14 @@ def test_a_file_with_a_row_of_another_length_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n3\n")
     with pytest.raises(DataError, match="line 3 has 1 cells, the headings 2"):
         read(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_table_of_a_page_of_results_comes_from_a_file(page):
+    loose = re.sub(r"<!-- (printed|table) .*?<!-- end of table -->", "", page.read_text(), flags=re.DOTALL)
+    assert tables(loose) == []
+
+
+def test_every_file_of_printed_tables_is_shown():
+    shown = {(page.parent / found["file"]).resolve() for page in PAGES for found in MARKED.finditer(page.read_text())}
+    assert shown == {path.resolve() for path in (ROOT / "docs/results/data").rglob("*.csv")}
