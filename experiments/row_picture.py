@@ -33,6 +33,7 @@ from lqer.store.files import content_hash
 
 # Rows of a model that is ruined would squeeze all others together.
 MOST_TIMES_ORIGINAL = 8.0
+MOST_HIDDEN_NAMES = 1
 # Of rows that name no family, by the first word of the scheme.
 BY_NAME = {"trellis": LATTICE, "GPTQ": FEEDBACK}
 MUTED = "#555555"
@@ -107,18 +108,18 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str, names: bool) -> None:
             alpha=0.55 if is_ours and not is_best else 1,
             zorder=3 if is_best else 2,
         )
+        side, offset = ("right", -5) if row.bits > middle else ("left", 5)
         if not is_ours:
-            side, offset = ("right", -5) if row.bits > middle else ("left", 5)
             place: dict[str, Any] = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center"}
             axis.annotate(_library(row), (row.bits, values[i]), fontsize=6, color=MUTED, **place)
         elif names and is_best:
-            place = {"xytext": (4, 4), "textcoords": "offset points", "ha": "left", "va": "bottom"}
+            place = {"xytext": (offset, 4), "textcoords": "offset points", "ha": side, "va": "bottom"}
             axis.annotate(row.scheme, (row.bits, values[i]), fontsize=6, color=MUTED, **place)
     if original is not None:
         axis.axhline(original, color="#000000", linewidth=0.8, linestyle="--")
     if hidden:
         note = ", ".join(f"{row.scheme} ({row.perplexity[text]:.4g})" for row in hidden)
-        above = f"above: {note}"
+        above = f"above: {note}" if len(hidden) <= MOST_HIDDEN_NAMES else f"{len(hidden)} above"
         axis.text(0.99, 0.98, above, transform=axis.transAxes, fontsize=6, color=MUTED, ha="right", va="top")
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(FixedLocator(TICKS))
