@@ -34,6 +34,8 @@ from lqer.store.files import content_hash
 # Rows of a model that is ruined would squeeze all others together.
 MOST_TIMES_ORIGINAL = 8.0
 MOST_HIDDEN_NAMES = 1
+# Of a row: what no picture shows.
+NOT_SHOWN = {"accuracy", "accuracy_error", "gb", "peak_gb", "tokens_per_second"}
 # Of rows that name no family, by the first word of the scheme.
 BY_NAME = {"trellis": LATTICE, "GPTQ": FEEDBACK}
 MUTED = "#555555"
@@ -66,7 +68,7 @@ def draw(path: Path, rows: Sequence[Row], texts: Sequence[str], names: bool = Fa
 
 def fingerprint(rows: Sequence[Row], texts: Sequence[str]) -> str:
     """A hash of what the picture shows."""
-    return content_hash([*texts, ROWS.dump_python(list(rows), mode="json", exclude_none=True)])
+    return content_hash([*texts, ROWS.dump_python(list(rows), mode="json", exclude={"__all__": NOT_SHOWN})])
 
 
 def drawn_from(path: Path) -> str:

@@ -17,8 +17,8 @@ with one or more files relative to the page, the columns in their order (default
 patterns that a row must match (`model=`, `scheme=`, `by=`, `activations=`; several of one key: any of them), and
 `sort=bits` for another order than that of the files: each model's rows by falling bits. `perplexity` and `kl` are one
 column for each text, `accuracy` is the mean over tasks, `minutes` are those of calibration, quantization and training.
-A column of facts that no row has is left out. A value is bold if every other row
-of its model at the same or fewer bits has a higher one; a scheme links to the line of its command.
+A column of facts that no row has is left out. A value is bold if every other row of its model at the same or fewer bits
+has a higher one; a scheme links to the line of its command.
 `preset="trellis, 2 bits*=best-2"`, repeatable, says which preset of configs/ makes the rows that match: the column
 `preset`.
 
