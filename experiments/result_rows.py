@@ -184,11 +184,11 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     rows = {(row.model, row.scheme): row for row in old}
     for row in new:
         known = rows.get((row.model, row.scheme))
-        if known is not None and row.by == ORIGINAL:
-            kept = known.model_dump(include=set(APART), exclude_none=True)
-            row = row.model_copy(update=kept | row.model_dump(include=set(APART), exclude_none=True))
-            row = row.model_copy(update={"perplexity": known.perplexity | row.perplexity})
-        elif known is not None and not row.perplexity:
+        if known is not None and not row.perplexity:
             row = known.model_copy(update=row.model_dump(include=set(APART), exclude_none=True))
+        elif known is not None and row.by == ORIGINAL:
+            kept = known.model_dump(include=set(APART), exclude_none=True)
+            kept |= row.model_dump(include=set(APART), exclude_none=True)
+            row = row.model_copy(update=kept | {"perplexity": known.perplexity | row.perplexity})
         rows[row.model, row.scheme] = row
     return list(rows.values())

@@ -102,7 +102,7 @@ def test_a_run_without_texts_adds_what_it_measured_to_its_row():
         row("two", 2.1, {}, tokens_per_second=150.0, gb=0.6, command="time it"),
     ]
     original, two = merged(known, alone)
-    assert (original.perplexity, original.tokens_per_second) == ({"wiki": 5.0}, 90.0)
+    assert (original.perplexity, original.command, original.tokens_per_second) == ({"wiki": 5.0}, "run it", 90.0)
     assert (two.perplexity, two.gb, two.command, two.tokens_per_second) == ({"wiki": 9.0}, 0.5, "run it", 150.0)
 
 
