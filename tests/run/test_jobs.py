@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +17,6 @@ from lqer.run.jobs import RunJobs, jobs_of
 from lqer.run.preflight import CheckedRun, check_run
 from lqer.stages import evaluate
 from lqer.store.records import MANIFEST
-
-ROOT = Path(__file__).parents[2]
 
 
 def checked(experiment, *overrides: str) -> CheckedRun:
@@ -102,18 +99,8 @@ def test_the_store_says_which_jobs_are_left(experiment):
 @pytest.fixture
 def measured(experiment) -> list[str]:
     """Overrides: two models on a text and a task."""
-    tasks = experiment.folder / "tasks" / "arc_easy"
-    tasks.mkdir(parents=True)
-    choices = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
-    rows = [{"id": str(i), "question": f"Colour {i}?", "choices": choices, "answerKey": "ABC"[i % 3]} for i in range(9)]
-    (tasks / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [
-        '--evaluation.baselines=["original"]',
-        "--evaluation.downstream.tasks=['arc_easy_local']",
-        f"--evaluation.downstream.include_path={ROOT / 'experiments/tasks'}",
-        f"--evaluation.downstream.data_dir={tasks.parent}",
-        "--evaluation.downstream.batch_size=2",
-    ]
+    _, task = experiment.task()
+    return ['--evaluation.baselines=["original"]', *task, "--evaluation.downstream.batch_size=2"]
 
 
 def stored_results(folder: Path) -> dict[str, bytes]:
@@ -125,7 +112,9 @@ def in_parts(run: CheckedRun, parts: int) -> list[Job]:
     return list(jobs_of(run.experiment, run.context.summary.blocks, (), parts))
 
 
-def test_an_evaluation_in_parts_ends_with_the_bytes_of_one_process(experiment, measured, monkeypatch):
+@pytest.mark.parametrize("blockwise", ["false", "true"])
+def test_an_evaluation_in_parts_ends_with_the_bytes_of_one_process(experiment, measured, monkeypatch, blockwise):
+    measured = [*measured, f"--evaluation.blockwise={blockwise}"]
     monkeypatch.setattr(requests, "BATCHES_OF_A_UNIT", 1)
     alone = checked(experiment, f"--output_dir={experiment.folder / 'alone'}", *measured)
     run_here(in_parts(alone, 1), alone.store)
