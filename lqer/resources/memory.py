@@ -6,7 +6,7 @@ memory is estimated, and marked as not certain:
     walk         the weights outside the blocks and one block, the hidden states of all windows, the activations of a
                  batch; if a GPU reads ahead, two blocks in RAM as they are stored. A model that cannot be read block by
                  block is in memory whole. Hidden states and accumulators beyond calibration.max_memory are offloaded to
-                 disk; on a GPU sums of experts beyond 16 GB are gathered in further passes, their results are in RAM
+                 disk; on a GPU sums of experts beyond 18 GB are gathered in further passes, their results are in RAM
     rotate       the whole model in float32
     calibrate    a walk, and the accumulators of a block's statistics
     widths       a calibration, then the inputs of all blocks and the gradients of a few windows, the errors of a block

@@ -33,8 +33,8 @@ from lqer.transforms.tracing import watched_inputs
 
 # After the name of a module of experts: int64 (E,), how many tokens of the text were sent to each.
 ROUTED_TOKENS = "routed_tokens"
-# Of sums on a GPU; experts beyond that are observed in another pass.
-PASS_BYTES = 16_000_000_000
+# Of sums on a GPU; experts beyond that are observed in another pass. A layer of gpt-oss-120b has 17 GB of E[x xᵀ].
+PASS_BYTES = 18_000_000_000
 
 
 @dataclass(frozen=True)

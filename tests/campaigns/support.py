@@ -41,7 +41,7 @@ from lqer.models.auto import auto_class
 from lqer.models.structure import block_linears, largest_blocks, prepare_model
 from lqer.models.wrappers import beside_the_language_model
 
-LONGEST_S, LONGEST_SHARE_S = 300, 30
+LONGEST_S, LONGEST_SHARE_S = 300, 120
 NEW_TOKENS = 4
 # Of logits, relative to the largest: dequantized weights are multiplied in another order than W_q and A·B.
 TOLERANCE = 1e-4
