@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import tomli
 import torch
+from campaigns.tiny import build
 from mixtures import random_mixture
 from reference.codebook_bits import codebook_storage_bits
 
 from lqer.config import plan_linear, read_config
 from lqer.config.plan import plan_model
 from lqer.methods import Caldera
+from lqer.models.probe import check_walk
 from lqer.models.source import resolve_model
 from lqer.models.summary import summarize_model
 from lqer.nn.attention import QuantizedAttention, quantize_attention
@@ -36,7 +38,13 @@ MIXTURE_OF = {
     "glm-4.5-air": "glm4_moe",
 }
 NEWER = ["llama-3.1-8b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "gemma-3-1b"]
-HYBRIDS_AND_WRAPPERS = ["qwen3.5-27b", "qwen3.5-35b-a3b", "gemma-4-e2b", "granite-4.0-h-tiny"]
+# By template: the architecture, whether with its towers, and a linear that only such a model has.
+HYBRIDS_AND_WRAPPERS = {
+    "qwen3.5-27b": ("qwen3_5", True, "model.language_model.layers.0.linear_attn.out_proj"),
+    "qwen3.5-35b-a3b": ("qwen3_5_moe", True, "model.language_model.layers.0.mlp.experts.3.down_proj"),
+    "gemma-4-e2b": ("gemma4", True, "model.language_model.layers.0.per_layer_input_gate"),
+    "granite-4.0-h-tiny": ("granitemoehybrid", False, "model.layers.0.mamba.in_proj"),
+}
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
@@ -71,6 +79,18 @@ def test_a_template_of_a_mixture_fits_a_model_of_its_architecture(name, tmp_path
     quantize_attention(model, attention)
     with torch.no_grad():
         assert torch.isfinite(model(windows_WT).logits).all()
+
+
+@pytest.mark.parametrize("name", HYBRIDS_AND_WRAPPERS)
+def test_a_template_of_a_hybrid_or_wrapper_fits_a_model_of_its_architecture(name, tmp_path):
+    kind, with_towers, linear = HYBRIDS_AND_WRAPPERS[name]
+    build(tmp_path, kind, wrapper=with_towers)
+    config = read_config(CONFIGS / "template" / f"{name}.toml", overrides=[f"--model={tmp_path}"])
+    source = resolve_model(str(tmp_path))
+    plans = plan_model(config, summarize_model(source))
+    assert linear in plans
+    assert all(plan is not None and plan.rank == 32 for plan in plans.values())
+    check_walk(source, whole_blocks=False)
 
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
