@@ -198,8 +198,8 @@ def decode_attention_kernel(
         of_span = key_head * spans + this
         tl.store(sums + of_span * (2 * ROWS) + rows_R, largest_R)
         tl.store(sums + of_span * (2 * ROWS) + ROWS + rows_R, sum_R)
-        place_RD = (of_span * ROWS + rows_R[:, None]) * D + columns_D[None, :]
-        tl.store(partial + place_RD, acc_RD, mask=inside_R[:, None])
+        partial_RD = partial + (of_span * ROWS + rows_R[:, None]) * D + columns_D[None, :]
+        tl.store(partial_RD, acc_RD, mask=inside_R[:, None])
         # All threads must have stored their elements before the counter is incremented.
         tl.debug_barrier()
         last = tl.atomic_add(finished + key_head, 1, sem="acq_rel") == spans - 1
@@ -215,8 +215,8 @@ def decode_attention_kernel(
             for p in tl.static_range(spans):
                 of_span = key_head * spans + p
                 weight_R = tl.exp2(tl.load(sums + of_span * (2 * ROWS) + rows_R) - base_R)
-                place_RD = (of_span * ROWS + rows_R[:, None]) * D + columns_D[None, :]
-                part_RD = tl.load(partial + place_RD, mask=inside_R[:, None], other=0.0)
+                partial_RD = partial + (of_span * ROWS + rows_R[:, None]) * D + columns_D[None, :]
+                part_RD = tl.load(partial_RD, mask=inside_R[:, None], other=0.0)
                 acc_RD += part_RD * weight_R[:, None]
     if last:
         y_RD = acc_RD / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
