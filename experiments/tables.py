@@ -172,7 +172,7 @@ def _shown(value: float | None, column: str) -> str:
         return ""
     if column == "kl":
         return f"{value:.3f}"
-    return f"{value:.1e}".replace("e+0", "e") if value >= RUINED else f"{value:#.4g}"
+    return f"{value:.1e}".replace("e+0", "e") if value >= RUINED else f"{value:#.4g}".rstrip(".")
 
 
 def _preset(row: Row, presets: Mapping[str, str]) -> str:
