@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lqer.components import ADDED, require_choice, require_range
+from lqer.formats.agreement import agrees
 from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import (
     E8M0_NAN,
@@ -139,10 +140,28 @@ class MXInt(NumberFormat):
 
             axis %= x.dim()
             block = min(self.block_size, x.shape[axis])
-            if mxint_kernel.fits(x, block, axis):
-                ceil = self.scale_rounding == "ceil"
-                return mxint_kernel.round_values(x.detach(), block, axis, self.fraction_bits, ceil, self.max_code)
+            if mxint_kernel.fits(x, block, axis) and self._kernel_agrees(block, axis == x.dim() - 1, x.dtype, x.device):
+                return self._by_kernel(x.detach(), block, axis)
         return super().fake_quantize(x, axis)
+
+    def _by_kernel(self, x: Tensor, block: int, axis: int) -> Tensor:
+        from lqer.formats import mxint_kernel
+
+        ceil = self.scale_rounding == "ceil"
+        return mxint_kernel.round_values(x, block, axis, self.fraction_bits, ceil, self.max_code)
+
+    def _kernel_agrees(self, block: int, in_rows: bool, dtype: torch.dtype, device: torch.device) -> bool:
+        def values() -> Tensor:
+            # Normal values, subnormal ones of float16, and zeros.
+            x = torch.randn(48, 2 * block, generator=torch.Generator().manual_seed(0))
+            x[16:32] *= 1e-6
+            x[32:] = 0
+            return (x if in_rows else x.T.contiguous()).to(device, dtype)
+
+        kind = (self, block, in_rows, dtype, device)
+        axis = 1 if in_rows else 0
+        by_torch = super().fake_quantize
+        return agrees(kind, lambda: self._by_kernel(values(), block, axis), lambda: by_torch(values(), axis), 0.0)
 
     def round_blocks(self, x_Gg: Tensor) -> Tensor:
         pattern_G = self._shared_exponent(x_Gg)

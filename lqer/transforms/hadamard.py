@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lqer.formats import pack_bits, unpack_bits
+from lqer.formats.agreement import agrees
 from lqer.statistics.symmetric import panels, symmetrize_
 from lqer.transforms.base import LinearTransform, Rotation
 from lqer.transforms.hadamard_factors import small_factor, small_order, two_factors
@@ -164,7 +165,28 @@ def _in_one_kernel(x: Tensor, signs: Tensor) -> bool:
         return False
     from lqer.transforms.hadamard_kernel import fits
 
-    return fits(x.shape[-1])
+    return fits(x.shape[-1]) and _kernel_agrees(x.shape[-1], x.dtype, x.device)
+
+
+def _kernel_agrees(length: int, dtype: torch.dtype, device: torch.device) -> bool:
+    from lqer.transforms.hadamard_kernel import FEW_TOKENS
+
+    def inputs() -> tuple[Tensor, Tensor]:
+        signs_I = 1.0 - 2.0 * (torch.arange(length) % 3 == 0)
+        # More tokens than those that a program takes one of.
+        x_TI = torch.randn(FEW_TOKENS + 3, length, generator=torch.Generator().manual_seed(0))
+        return x_TI.to(device, dtype), signs_I.to(device, dtype)
+
+    def by_kernel() -> Tensor:
+        x_TI, signs_I = inputs()
+        return torch.cat([_by_kernel(x, signs_I, inverse) for x in (x_TI, x_TI[:3]) for inverse in (False, True)])
+
+    def by_torch() -> Tensor:
+        x_TI, signs_I = inputs()
+        both = [(hadamard(x * signs_I), inverse_hadamard(x) * signs_I) for x in (x_TI, x_TI[:3])]
+        return torch.cat([y for pair in both for y in pair])
+
+    return agrees(("Hadamard transforms", length, dtype, device), by_kernel, by_torch, 2 * torch.finfo(dtype).eps)
 
 
 def _by_kernel(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lqer.formats import MXInt
+from lqer.formats import MXInt, agreement, mxint_kernel
 from lqer.formats.base import NumberFormat
 from lqer.formats.mxint_kernel import fits, round_values
 
@@ -49,3 +49,12 @@ def test_ragged_blocks_are_left_to_pytorch():
     assert not fits(torch.ones(3, 40), 16, 1)
     assert not fits(torch.ones(3, 40), 20, 1)
     assert fits(torch.ones(3, 40), 8, 1)
+
+
+@pytest.mark.parametrize("in_rows", [True, False])
+def test_it_is_used_where_it_agrees_with_pytorch_and_not_where_it_is_broken(monkeypatch, in_rows):
+    monkeypatch.setattr(agreement, "_agreed", {})
+    assert MXInt(8)._kernel_agrees(16, in_rows, torch.float16, torch.device(DEVICE))
+    agreement._agreed.clear()
+    monkeypatch.setattr(mxint_kernel, "round_values", lambda x, *_: x)
+    assert not MXInt(8)._kernel_agrees(16, in_rows, torch.float16, torch.device(DEVICE))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lqer.formats import agreement
 from lqer.transforms import hadamard_kernel
-from lqer.transforms.hadamard import hadamard, inverse_hadamard, random_hadamard
+from lqer.transforms.hadamard import _kernel_agrees, hadamard, inverse_hadamard, random_hadamard
 from lqer.transforms.hadamard_factors import small_order
 from lqer.transforms.hadamard_kernel import factors_on, fits, transform
 
@@ -43,6 +44,15 @@ def test_programs_of_several_tokens_and_rows_apart(monkeypatch):
     together = transform(x, signs, factors, signs_first=True)
     alone = torch.cat([transform(row[None].contiguous(), signs, factors, signs_first=True) for row in x])
     assert torch.equal(together, alone)
+
+
+def test_it_is_used_where_it_agrees_with_pytorch_and_not_where_it_is_broken(monkeypatch):
+    monkeypatch.setattr(agreement, "_agreed", {})
+    monkeypatch.setattr(hadamard_kernel, "FEW_TOKENS", 2)
+    assert _kernel_agrees(64, torch.float16, DEVICE)
+    agreement._agreed.clear()
+    monkeypatch.setattr(hadamard_kernel, "transform", lambda x, *_, signs_first: x.flip(-1))
+    assert not _kernel_agrees(64, torch.float16, DEVICE)
 
 
 def test_only_lengths_that_a_program_holds():
