@@ -112,7 +112,9 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str, names: bool) -> None:
         )
         side, offset = ("right", -5) if row.bits > middle else ("left", 5)
         if not is_ours:
-            place: dict[str, Any] = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center"}
+            # To the left of a point near the front, above its line, which falls from left to right.
+            up, of_text = (5, "bottom") if side == "right" else (0, "center")
+            place: dict[str, Any] = {"xytext": (offset, up), "textcoords": "offset points", "ha": side, "va": of_text}
             axis.annotate(_library(row), (row.bits, values[i]), fontsize=6, color=MUTED, **place)
         elif names and is_best:
             place = {"xytext": (offset, 4), "textcoords": "offset points", "ha": side, "va": "bottom"}
