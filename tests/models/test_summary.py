@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, Llama4TextConfig
+from transformers import AutoModelForCausalLM, JetMoeConfig
 
 from lqer.config import Config
 from lqer.config.plan import plan_model
@@ -60,9 +60,9 @@ def test_the_outline_is_that_of_the_model(architecture, random_model, tmp_path):
 
 
 def test_what_cannot_be_quantized_is_refused_before_any_weight_is_read(tmp_path):
-    Llama4TextConfig(num_hidden_layers=1, num_local_experts=2).save_pretrained(tmp_path)
+    JetMoeConfig(num_hidden_layers=1, num_local_experts=2).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ModelError, match=r"as model\.layers\.0\.feed_forward\.experts\.\w+ of Llama4TextExperts"):
+    with pytest.raises(ModelError, match=r"as model\.layers\.0\.mlp\.input_linear\.weight of JetMoeParallelExperts"):
         summarize_model(resolve_model(str(tmp_path)))
 
 
