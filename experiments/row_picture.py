@@ -82,9 +82,9 @@ def family(row: Row) -> Family:
     return next((one for one in FAMILIES if one.name == row.family), BY_NAME.get(first, OTHER))
 
 
-def _library(row: Row) -> str:
-    """The name of another library, without its version and its settings."""
-    return re.sub(r"^.* of | [\d.]+$", "", row.scheme.split(",")[0])
+def _method(row: Row) -> str:
+    """What another library calls its method, without its own name, its version and the settings."""
+    return re.sub(r" of .*| [\d.]+(post\d+)?$", "", row.scheme.split(",")[0])
 
 
 def _panel(axis: Axes, rows: Sequence[Row], text: str, names: bool) -> None:
@@ -110,13 +110,11 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str, names: bool) -> None:
             alpha=0.55 if is_ours and not is_best else 1,
             zorder=3 if is_best else 2,
         )
-        side, offset = ("right", -5) if row.bits > middle else ("left", 5)
         if not is_ours:
-            # To the left of a point near the front, above its line, which falls from left to right.
-            up, of_text = (5, "bottom") if side == "right" else (0, "center")
-            place: dict[str, Any] = {"xytext": (offset, up), "textcoords": "offset points", "ha": side, "va": of_text}
-            axis.annotate(_library(row), (row.bits, values[i]), fontsize=6, color=MUTED, **place)
+            place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "ha": "left", "va": "center"}
+            axis.annotate(_method(row), (row.bits, values[i]), fontsize=6, color=MUTED, **place)
         elif names and is_best:
+            side, offset = ("right", -5) if row.bits > middle else ("left", 5)
             place = {"xytext": (offset, 4), "textcoords": "offset points", "ha": side, "va": "bottom"}
             axis.annotate(row.scheme, (row.bits, values[i]), fontsize=6, color=MUTED, **place)
     if original is not None:
