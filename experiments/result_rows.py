@@ -141,7 +141,8 @@ def _parts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sizes(results: Mapping[str, Any]) -> dict[str, Any]:
     found = {"gb": results.get("checkpoint_bytes"), "peak_gb": results.get("peak_memory_bytes")}
-    return {name: float(f"{size / 1e9:.4g}") for name, size in found.items() if size is not None}
+    # A run that found all stages done has used no GPU memory of its own.
+    return {name: float(f"{size / 1e9:.4g}") for name, size in found.items() if size}
 
 
 def _measured(results: Mapping[str, Any], role: str) -> dict[str, Any]:

@@ -236,6 +236,15 @@ def test_a_run_that_measured_decode_speed_alone_adds_it_to_the_rows(tmp_path):
     assert (ours.tokens_per_second, ours.perplexity, ours.gb) == (512.35, {"a.txt": 6.1235}, None)
 
 
+def test_a_run_that_found_every_stage_done_has_no_peak_of_its_own(tmp_path):
+    resumed = tmp_path / "results.json"
+    resumed.write_text(json.dumps(RUN | {"peak_memory_bytes": 0, "checkpoint_bytes": 5 * 10**8}))
+    data = tmp_path / "data.json"
+    done = tables("add", data, resumed, "--model", "Some-1B", "--command", "sweeps/x.sh", "--scheme", "s")
+    assert done.returncode == 0, done.stderr
+    assert [(row.peak_gb, row.gb) for row in read_rows(data) if row.scheme == "s"] == [(None, 0.5)]
+
+
 def test_a_sweep_gives_a_row_for_each_finished_run(tmp_path):
     rounded = run_results("big-rounded", 3.25, {"a.txt": 8.0})
     plain = run_results("big-plain", 4.0, {"a.txt": 7.0}, quantize=quantize_table("none", "int3", 0, activation="none"))
