@@ -195,7 +195,7 @@ class QuantizeConfig(Section):
 
 
 class PerplexityConfig(Section):
-    datasets: tuple[DatasetSpec, ...] = (DatasetSpec(path="wikitext2"),)
+    datasets: tuple[DatasetSpec, ...] = Field(default=(DatasetSpec(path="wikitext2"),), min_length=1)
     protocol: Literal["concat", "row-batches", "lm-eval"] = "concat"
     seq_len: Positive = 2048
     batch_size: Positive = 1

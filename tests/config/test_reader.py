@@ -229,6 +229,7 @@ class TestMistakes:
             ("--tag=a/b", ["tag: must be a plain folder name"]),
             ("--foo=1", ["foo: unknown key", "allowed: model"]),
             ("--evaluation.perplexity={ protocol = 'lm-eval', max_windows = 3 }", ["max_windows"]),
+            ("--evaluation.perplexity.datasets=[]", ["evaluation.perplexity.datasets: must name at least 1"]),
         ],
     )
     def test_an_override_is_answered_with_one_line_that_names_it(self, base, override, parts):
