@@ -101,6 +101,7 @@ class _Kept(Workspace):
         self._told = 0.0
         self._counting = threading.Lock()
         super().__init__(*arguments)
+        self.check()
 
     @property
     def hashes(self) -> dict[str, str]:

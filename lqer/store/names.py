@@ -28,6 +28,20 @@ def sites_file(index: int) -> str:
     return f"sites-{index:05d}.json"
 
 
+def linears_prefix(index: int) -> str:
+    """Begins the names of files that hold single linears of a block until it is written."""
+    return f"linears-{index:05d}-"
+
+
+def linears_file(index: int, unit: str) -> str:
+    """The packed tensors of some linears of a block, called by the name of one, or of the module that has them all."""
+    return f"{linears_prefix(index)}{unit}.safetensors"
+
+
+def linears_rows_file(index: int, unit: str) -> str:
+    return f"{linears_prefix(index)}{unit}.json"
+
+
 # Beginnings of the names of files that hold a part of an evaluation until all are there.
 LOSSES, SCORES = "losses", "scores"
 

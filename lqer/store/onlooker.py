@@ -29,5 +29,5 @@ class Onlooker(Workspace):
     def remove(self, name: str) -> None:
         del self._files[name]
 
-    def _check_files(self) -> None:
+    def _compare(self, name: str) -> None:
         pass

@@ -138,7 +138,7 @@ class RemoteWorkspace(Workspace):
             check_file(self.path / name, self._files[name], self.path)
         return self.path / name
 
-    def _check_files(self) -> None:
+    def check(self) -> None:
         """The keeper has compared them."""
 
     def _read_journal(self) -> None:

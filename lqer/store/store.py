@@ -170,6 +170,7 @@ class Store:
             workspace.refresh()
             if not is_whole(workspace):
                 return None
+            workspace.check()
             finish(workspace)
             workspace.finish(path, key)
             return self._finished(path)

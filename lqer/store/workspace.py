@@ -29,6 +29,9 @@ class Workspace:
     Several processes may write to one folder. Each writes and hashes a file beside its place, then moves it there and
     enters it into the journal under `guard`, the artifact's lock. Once `is_finished` says that another process has
     finished the artifact, writes do nothing.
+
+    What is there already is compared with its hashes at once. Of several processes, each would compare what all others
+    have made: there each compares what it reads, and who ends the artifact compares all (`check`).
     """
 
     def __init__(
@@ -42,13 +45,16 @@ class Workspace:
         self._is_finished = is_finished
         path.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, str] = {}
+        # The hashes of files that were written here, or have been compared.
+        self._known: dict[str, str] = {}
         self._seconds = 0.0
         self._since = time.monotonic()
         self._writer: Writer | None = None
         # Files that the writer has been given.
         self._coming: set[str] = set()
         self._read_journal()
-        self._check_files()
+        if guard is None:
+            self.check()
 
     @contextmanager
     def writing_behind(self, most_waiting: int) -> Iterator[None]:
@@ -93,9 +99,22 @@ class Workspace:
         self.flush()
         return json.loads(self._file(name).read_text(encoding="utf-8"))
 
+    def check(self) -> None:
+        """Compare every file with the journal. Raises StoreError."""
+        for name in self._files:
+            self._compare(name)
+
     def _file(self, name: str) -> Path:
-        """Where a file that is written can be read."""
+        """Where a file that is written can be read. Raises StoreError if it was changed."""
+        if name in self._files:
+            self._compare(name)
         return self.path / name
+
+    def _compare(self, name: str) -> None:
+        recorded = self._files[name]
+        if self._known.get(name) != recorded:
+            check_file(self.path / name, recorded, self.path)
+            self._known[name] = recorded
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors of any device as safetensors, sorted by name, so that equal tensors give equal bytes.
@@ -149,7 +168,7 @@ class Workspace:
             # Before the file changes: a kill in between must not leave it unlike its entry.
             self._write_journal()
         move_into_place(temporary, self.path / name)
-        self._files[name] = recorded
+        self._files[name] = self._known[name] = recorded
         self._write_journal()
 
     def remove(self, name: str) -> None:
@@ -173,11 +192,6 @@ class Workspace:
         fsync(destination.parent)
         # After the rename, so that a kill before it can still resume.
         (destination / JOURNAL).unlink(missing_ok=True)
-
-    def _check_files(self) -> None:
-        """Compare what an earlier build has left with its journal. Raises StoreError."""
-        for name, recorded in self._files.items():
-            check_file(self.path / name, recorded, self.path)
 
     def _read_journal(self) -> None:
         if (self.path / JOURNAL).exists():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lqer.errors import StoreError
+from lqer.store import workspace as workspace_module
 from lqer.store.files import content_hash
 from lqer.store.store import JOURNAL, MANIFEST, Store, Workspace
 
@@ -242,6 +243,30 @@ class TestDamage:
         self.flip(next(store.root.glob("*.partial")) / "block-0.safetensors")
         with pytest.raises(StoreError, match=r"block-0\.safetensors is damaged"):
             store.obtain("stage", KEY, make)
+
+    def test_of_several_processes_each_compares_what_it_reads_and_the_last_one_all(self, store, monkeypatch):
+        def contribute(write_part, finish=lambda workspace: None):
+            return store.contribute("stage", KEY, write_part, lambda workspace: "last.json" in workspace, finish)
+
+        def write(*names: str):
+            return lambda workspace: [workspace.write_json(name, name) for name in names]
+
+        compared: list[str] = []
+        checked = workspace_module.check_file
+        monkeypatch.setattr(
+            workspace_module, "check_file", lambda path, *rest: (compared.append(path.name), checked(path, *rest))
+        )
+        contribute(write("first.json", "second.json"))
+        contribute(lambda workspace: workspace.json("second.json"))
+        assert compared == ["second.json"]
+        self.flip(next(store.root.glob("*.partial")) / "first.json")
+        contribute(write("third.json"))
+        with pytest.raises(StoreError, match=r"first\.json is damaged"):
+            contribute(lambda workspace: workspace.json("first.json"))
+        finished: list[Workspace] = []
+        with pytest.raises(StoreError, match=r"first\.json is damaged"):
+            contribute(write("last.json"), finished.append)
+        assert not finished
 
     def test_a_damaged_journal_is_refused_by_name(self, store):
         with pytest.raises(Killed):
