@@ -11,8 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from lqer.config.cluster import ClusterConfig
+from lqer.config.section import Positive, Section
 from lqer.config.specs import FormatSpec, MethodSpec, RoundingSpec, TransformSpec
 from lqer.data.datasets import DatasetSpec
 from lqer.lowrank.solver import Solver
@@ -24,7 +26,6 @@ from lqer.transforms import Quarot
 
 NOT_QUANTIZED = "none"
 
-Positive = Annotated[int, Field(gt=0)]
 Strength = Annotated[float, Field(ge=0, le=1)]
 FormatName = str
 TrainedPart = Literal["rht_signs", "low_rank", "norms", "scales", "floats"]
@@ -35,10 +36,6 @@ def _is_size(size: Any) -> Any:
     if size is not None:
         parse_bytes(size)
     return size
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class CalibrationConfig(Section):
@@ -320,40 +317,14 @@ class PublishedConfig(Section):
     # The text of the perplexities, by its label.
     text: str = "wikitext2"
     # By the model's name, without its owner or folder: the figures of models of one recipe stand together.
-    perplexity: dict[str, Annotated[float, Field(gt=1)]] = {}
+    perplexity: dict[str, Annotated[float, Field(gt=1)]] = Field(default_factory=dict)
     # The mean over evaluation.downstream.tasks, between 0 and 1.
-    accuracy: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
+    accuracy: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
 
 
 class TrackingConfig(Section):
     backend: Literal["wandb", "trackio"]
     project: str = "lqer"
-
-
-LOCAL = "local"
-
-
-class ClusterConfig(Section):
-    """Where the jobs of a run or a sweep are done: never a part of what they make."""
-
-    # "off": this process, without Ray. "local": the GPUs of this machine. "auto": the running Ray cluster.
-    # "host:port": the cluster of that head.
-    address: Annotated[str, Field(min_length=1)] = "off"
-    # Of a worker; a fraction shares a card. Without GPUs in the cluster, a worker has CPUs alone.
-    gpus_per_job: Annotated[float, Field(gt=0)] = 1
-    cpus_per_job: Positive = 4
-    # "shared": output_dir is one folder that all nodes see. "driver": only the process that was started sees it, files
-    # travel. Absent: "shared" on this machine alone, else "driver".
-    store: Literal["driver", "shared"] | None = None
-    # Processes of one machine that do a job together; "node": as many as it sees GPUs.
-    gang: Positive | Literal["node"] = 1
-    # How often a job is done again whose worker was lost.
-    retries: Annotated[int, Field(ge=0)] = 3
-
-    @property
-    def shares_folder(self) -> bool:
-        """Whether workers see output_dir."""
-        return self.store == "shared" or (self.store is None and self.address == LOCAL)
 
 
 class Config(Section):
@@ -369,7 +340,7 @@ class Config(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # "auto" dispatches the model over all GPUs for fine-tuning and evaluation; calibration and quantization use one.
     device_map: Literal["single", "auto"] = "single"
-    formats: dict[str, FormatSpec] = {}
+    formats: dict[str, FormatSpec] = Field(default_factory=dict)
     calibration: CalibrationConfig = CalibrationConfig()
     quantize: QuantizeConfig
     # After quantization and before evaluation; absent: nothing is trained.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from lqer.config.schema import LOCAL, ClusterConfig
+from lqer.config.cluster import LOCAL, ClusterConfig
 from lqer.errors import ConfigError
 from lqer.jobs.graph import Job, Loaded, Schedule
 from lqer.jobs.progress import Bars, shown

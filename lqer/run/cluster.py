@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from lqer.config import Config
-from lqer.config.schema import LOCAL, ClusterConfig
+from lqer.config.cluster import LOCAL, ClusterConfig
 from lqer.config.sweep import SweepPlan, SweepRun
 from lqer.errors import LqerError, RunFailedError
 from lqer.jobs.graph import Job, Schedule
@@ -37,8 +37,8 @@ from lqer.run.worker import MARK, Parts, all_jobs_of, last_job, last_name, perfo
 log = logging.getLogger(__name__)
 
 # In how many parts at most blocks that do not depend on each other are quantized, and models evaluated; all runs of a
-# sweep together. With a shared folder, whoever makes a part compares those that are there with their hashes.
-PARTS, SHARED_PARTS = 64, 8
+# sweep together. On this machine, so many for each worker that they end at about the same time.
+PARTS, PARTS_OF_A_WORKER = 64, 4
 # The same where each part reads all blocks of the model, and it is not known how many workers there will be.
 WALKING_PARTS = 8
 # What a worker is told of an output_dir that it does not see: it has its own.
@@ -144,18 +144,24 @@ def marked(folder: Path) -> Iterator[str]:
 
 def _parts(cluster: ClusterConfig, runs: int) -> Parts:
     """Of each of so many runs. A part of what a model is loaded for costs loading it, so many runs are parts enough."""
-    most = max(1, (SHARED_PARTS if cluster.shares_folder else PARTS) // max(1, runs))
-    # A gang shares out the blocks itself.
-    return Parts(most if cluster.gang == 1 else 1, most, _walkers(cluster))
+    workers = _workers(cluster)
+    most = max(1, (PARTS if workers is None else min(PARTS, PARTS_OF_A_WORKER * workers)) // max(1, runs))
+    walking = WALKING_PARTS if workers is None else min(WALKING_PARTS, workers)
+    if cluster.gang != 1:
+        # A gang shares out the blocks itself.
+        return Parts(1, most, walking)
+    # With so many runs that blocks stay together, linears do too, unless they are asked for.
+    split = "blocks" if cluster.split == "auto" and most == 1 else cluster.split
+    return Parts(most, most, walking, split)
 
 
-def _walkers(cluster: ClusterConfig) -> int:
-    """How many workers there are, if they are this machine's, but no more than so many."""
+def _workers(cluster: ClusterConfig) -> int | None:
+    """How many workers there are, if they are this machine's."""
     if cluster.address != LOCAL:
-        return WALKING_PARTS
+        return None
     gpus = torch.cuda.device_count()
     workers = gpus / cluster.gpus_per_job if gpus else (os.cpu_count() or 1) / cluster.cpus_per_job
-    return max(1, min(WALKING_PARTS, int(workers)))
+    return max(1, int(workers))
 
 
 def _told(config: Config, device: str, has_folder: bool, plugins: Sequence[str], token: str, parts: Parts) -> str:

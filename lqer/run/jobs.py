@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -58,19 +58,24 @@ def jobs_of(
     chunks: Sequence[Chunk] = (),
     parts: int = 1,
     minutes: float = costs.OTHERWISE,
+    units: Sequence[Mapping[str, int]] = (),
 ) -> RunJobs:
     """The jobs of one run of a model with `blocks` decoder blocks.
 
     chunks: the parts in which a checkpoint of independent blocks is made, each by a job of its own; of a checkpoint
     whose chunks are not all there, only those are made. parts: in how many an evaluation is made, where it can be.
-    minutes: about how long quantization takes.
+    minutes: about how long quantization takes. units: of each block, if jobs quantize less than a block, what each of
+    them does (lqer/stages/alike.py), with its weights.
     """
     makers = _Makers()
     preparing = tuple(makers.stage_job(stage, costs.CALIBRATION) for stage in experiment.before_quantize())
     quantizing: list[Job] = []
     for stage in experiment.quantizing():
-        shares = [_chunk(makers, stage, chunk, blocks, minutes) for chunk in chunks if isinstance(stage, Quantize)]
-        quantizing += shares
+        shares: list[Job] = []
+        if isinstance(stage, Quantize):
+            of_chunks = [_chunk(makers, stage, chunk, blocks, minutes, units) for chunk in chunks]
+            quantizing += [job for of_chunk in of_chunks for job in of_chunk]
+            shares = [of_chunk[-1] for of_chunk in of_chunks]
         if not shares:
             quantizing.append(makers.stage_job(stage, minutes))
         elif len(shares) == chunks[0].count:
@@ -90,12 +95,35 @@ def jobs_of(
     return RunJobs(preparing, tuple(quantizing), training, tuple(measuring))
 
 
-def _chunk(makers: _Makers, stage: Quantize, chunk: Chunk, blocks: int, minutes: float) -> Job:
-    of_chunk = chunk.blocks(blocks)
+def _chunk(
+    makers: _Makers,
+    stage: Quantize,
+    chunk: Chunk,
+    blocks: int,
+    minutes: float,
+    units: Sequence[Mapping[str, int]],
+) -> list[Job]:
+    """The job that writes the blocks of a chunk, after those of their linears, if they have some."""
+    of_chunk, seconds = chunk.blocks(blocks), SECONDS * minutes / blocks
+    linears = [
+        job for index in of_chunk if units for job in _linears(makers, stage, index, blocks, seconds, units[index])
+    ]
     work = partial(stage.contribute, chunk=of_chunk, blocks=blocks)
-    seconds = SECONDS * minutes * len(of_chunk) / blocks
+    needs = makers.needs([stage], [one.name for one in linears])
     progress = Progress(stage.name, "block", len(of_chunk))
-    return Job(f"{stage.identity} {chunk}", (stage,), makers.needs([stage], ()), work, seconds, progress)
+    rest = 0.0 if linears else seconds * len(of_chunk)
+    return [*linears, Job(f"{stage.identity} {chunk}", (stage,), needs, work, rest, progress)]
+
+
+def _linears(
+    makers: _Makers, stage: Quantize, index: int, blocks: int, seconds: float, units: Mapping[str, int]
+) -> Iterator[Job]:
+    """seconds: of the block."""
+    for unit, weights in units.items():
+        work = partial(stage.contribute_linears, index=index, unit=unit, blocks=blocks)
+        name = f"{stage.identity} {index + 1}/{blocks} {unit}"
+        share, progress = seconds * weights / sum(units.values()), Progress(f"{stage.name} linears", "linear")
+        yield Job(name, (stage,), makers.needs([stage], ()), work, share, progress)
 
 
 def _evaluation(

@@ -8,12 +8,13 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lqer.config import Config
 from lqer.config.plugins import load_plugins
@@ -22,10 +23,12 @@ from lqer.jobs.graph import Job, Loaded, Progress
 from lqer.jobs.on_ray import Answer
 from lqer.run import pipeline
 from lqer.run.chunks import Chunk
-from lqer.run.costs import quantization_minutes
+from lqer.run.context import RunContext
+from lqer.run.costs import quantization_minutes, takes_long
 from lqer.run.jobs import RunJobs, jobs_of
 from lqer.run.outcome import explain_failure, one_line
 from lqer.run.preflight import CheckedRun, check_run
+from lqer.stages.alike import units_of
 from lqer.store.fingerprints import FINGERPRINTS
 from lqer.store.keeper import Keeper
 from lqer.store.own import OwnFolder
@@ -42,24 +45,50 @@ RUN = Progress("runs", "run")
 class Parts(NamedTuple):
     """In how many parts at most a run quantizes its blocks, and makes an evaluation.
 
-    walking: the same for both, where each part reads all blocks.
+    walking: the same for both, where each part reads all blocks. split: whether a part is a linear.
     """
 
     blocks: int
     evaluations: int
     walking: int
+    split: Literal["auto", "blocks", "linears"] = "blocks"
 
 
 def all_jobs_of(checked: CheckedRun, parts: Parts) -> RunJobs:
     """The jobs of a run."""
     config, blocks = checked.context.config, checked.context.summary.blocks
+    minutes = quantization_minutes(config.quantize)
     count = min(parts.blocks, blocks)
+    units: list[dict[str, int]] = []
     if checked.experiment.calibrate is None:
         # Each part gathers the statistics of its blocks on the way from the first one.
         count = min(count, parts.walking)
-    chunks = [Chunk(index + 1, count) for index in range(count)] if count > 1 else []
+    elif parts.split != "blocks":
+        units = units_of_blocks(checked.context, minutes if parts.split == "auto" else math.inf)
+    if units:
+        count = blocks
+    chunks = [Chunk(index + 1, count) for index in range(count)] if count > 1 or units else []
     shares = min(parts.evaluations, parts.walking) if config.evaluation.blockwise else parts.evaluations
-    return jobs_of(checked.experiment, blocks, chunks, shares, quantization_minutes(config.quantize))
+    return jobs_of(checked.experiment, blocks, chunks, shares, minutes, units)
+
+
+def units_of_blocks(context: RunContext, minutes: float) -> list[dict[str, int]]:
+    """What jobs of linears quantize of each block, and its weights; [] if no linear takes long.
+
+    minutes: about how long quantization takes.
+    """
+    summary = context.summary
+    planned = {name: shape for name, shape in summary.linears.items() if context.plans[name] is not None}
+    if not takes_long(max(map(math.prod, planned.values())), minutes):
+        return []
+    found: list[dict[str, int]] = []
+    for index in range(summary.blocks):
+        prefix = f"{summary.blocks_name}.{index}."
+        weights = {
+            name.removeprefix(prefix): math.prod(shape) for name, shape in planned.items() if name.startswith(prefix)
+        }
+        found.append({unit: sum(weights[name] for name in names) for unit, names in units_of(weights).items()})
+    return found
 
 
 def last_name(config: Config) -> str:

@@ -1,11 +1,12 @@
 """Which linears of a decoder block are quantized at once: a layer's experts, where shape and plan are the same.
 
-An expert is so small that a GPU waits for the launches of one; all others are quantized one after the other.
+An expert is so small that a GPU waits for the launches of one; all others are quantized one after the other. What is
+not quantized at once can be quantized by different processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 
@@ -21,6 +22,19 @@ HESSIAN_BYTES = 4 + 8 + 8 + 2 * 4
 WEIGHT_BYTES = 5 * 4 + 8
 
 Shapes = Mapping[str, torch.Size]
+
+
+def units_of(linears: Iterable[str]) -> dict[str, list[str]]:
+    """The linears of a block, by their names within it, that processes can share out among them, by unit.
+
+    A unit is one linear, called by its name, or all experts of a layer, called by the name of the module that has them:
+    sums of other batches of them may end in other bits.
+    """
+    units: dict[str, list[str]] = {}
+    for name in linears:
+        mixture, expert, _ = (*name.rsplit(".", 2), "", "")[:3]
+        units.setdefault(mixture if expert.isdigit() else name, []).append(name)
+    return units
 
 
 def batches_of(

@@ -10,7 +10,7 @@ Shapes: I in_features, O out_features, S sampled tokens, K = min(I, O).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, ClassVar, Literal
@@ -30,9 +30,18 @@ from lqer.models.open import open_stored
 from lqer.models.structure import block_linears
 from lqer.phases import in_phase, phase
 from lqer.rounding.hessian import HessianError
-from lqer.stages.alike import batches_of, with_statistics
+from lqer.stages.alike import batches_of, units_of, with_statistics
 from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import no_effect
+from lqer.stages.block_work import (
+    BlockWork,
+    QuantizedLinears,
+    read_linears,
+    remove_linears,
+    units_there,
+    write_block,
+    write_linears,
+)
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gang import GangStage
 from lqer.stages.gather import BlockStatistics, StatisticsOf
@@ -42,7 +51,7 @@ from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.rotate import source_of
 from lqer.statistics import ALONE, ALWAYS, Gang, Statistic
 from lqer.statistics.site import SiteStatistics
-from lqer.store.names import block_file, layers_file, spectra_file
+from lqer.store.names import block_file, layers_file, linears_rows_file
 from lqer.store.store import Artifact, Store, Workspace
 from lqer.store.writer import most_waiting
 from lqer.transforms import BlockTransform
@@ -113,8 +122,30 @@ class Quantize(GangStage):
 
         Returns the checkpoint if no other chunk is missing, else None.
         """
-        settings, statistics_of = self._settings(store), self.calibration.of_blocks(store)
 
+        def write(workspace: Workspace, opened: Callable[[], OpenedModel]) -> None:
+            statistics_of = self.calibration.of_blocks(store)
+            quantize_blocks(workspace, chunk, opened(), statistics_of, self._settings(store))
+            remove_linears(workspace, chunk)
+
+        return self._contribute(store, write, blocks)
+
+    def contribute_linears(self, store: Store, index: int, unit: str, blocks: int) -> Artifact | None:
+        """Quantize one unit of the linears of block `index` (lqer/stages/alike.py), alongside other processes.
+
+        It waits in files of its own for `contribute` of that block, or `build`.
+        """
+
+        def write(workspace: Workspace, opened: Callable[[], OpenedModel]) -> None:
+            if block_file(index) not in workspace and linears_rows_file(index, unit) not in workspace:
+                statistics_of = self.calibration.of_blocks(store)
+                quantize_unit(workspace, index, unit, opened(), statistics_of, self._settings(store))
+
+        return self._contribute(store, write, blocks)
+
+    def _contribute(
+        self, store: Store, write: Callable[[Workspace, Callable[[], OpenedModel]], None], blocks: int
+    ) -> Artifact | None:
         @cache
         def opened() -> OpenedModel:
             return open_stored(source_of(self.calibration.model, store), self.device)
@@ -122,9 +153,9 @@ class Quantize(GangStage):
         return store.contribute(
             self.name,
             self.key,
-            write_part=lambda workspace: quantize_blocks(workspace, chunk, opened(), statistics_of, settings),
+            write_part=lambda workspace: write(workspace, opened),
             is_whole=lambda workspace: all(block_file(index) in workspace for index in range(blocks)),
-            finish=lambda workspace: finish_checkpoint(workspace, opened(), self.tokenizer, settings),
+            finish=lambda workspace: finish_checkpoint(workspace, opened(), self.tokenizer, self._settings(store)),
         )
 
     @property
@@ -150,6 +181,7 @@ def finish_checkpoint(
     workspace: Workspace, opened: OpenedModel, tokenizer: PreTrainedTokenizerBase, settings: QuantizeSettings
 ) -> None:
     """Write everything outside the blocks; every block has been written."""
+    remove_linears(workspace, range(len(opened.blocks)))
     rows = [row for index in range(len(opened.blocks)) for row in workspace.json(layers_file(index))]
     details = {
         "blocks": {"name": opened.name, "count": len(opened.blocks)},
@@ -171,69 +203,57 @@ def quantize_blocks(
 ) -> None:
     """Write the files of every block of a chunk that `workspace` does not hold yet, and nothing else.
 
+    Linears that other processes have left for a block are taken from their files.
     `opened` holds the original weights in the checkpoint's own dtype. Raises ModelError, naming the linear, if a weight
     is NaN or infinite or if calibration never reached it.
     """
     missing = [index for index in chunk if block_file(index) not in workspace]
-    found = statistics_of(missing)
+    there = {index: units_there(workspace, index, block_linears(opened.blocks[index])) for index in missing}
+    left = {
+        index: _missing_linears(
+            block_linears(opened.blocks[index]), there[index], f"{opened.name}.{index}", settings.plans
+        )
+        for index in missing
+    }
+    found = statistics_of([index for index in missing if left[index]])
     with (
         workspace.writing_behind(most_waiting(opened.device.type == "cuda")),
         tqdm(initial=len(chunk) - len(missing), total=len(chunk), desc="quantize", unit="block") as bar,
     ):
         for index, block in opened.loader.load_each(opened.blocks, missing, torch.device("cpu")):
-            work = BlockWork(
-                index=index,
-                name=f"{opened.name}.{index}",
-                linears=list(block_linears(block)),
-                tensors=block.state_dict(),
-                with_spectra=index in with_spectra(len(opened.blocks)),
-            )
-            statistics = next(found)
-            quantized = quantize_linears(work, work.linears, statistics, settings, opened.device, gang)
+            work = BlockWork.on(opened, index, block)
+            quantized = read_linears(workspace, index, there[index])
+            if left[index]:
+                statistics = next(found)
+                quantized.add(quantize_linears(work, left[index], statistics, settings, opened.device, gang))
+                del statistics
+            quantized.sort([f"{work.name}.{name}" for name in work.linears])
             write_block(workspace, work, quantized)
             # Or else one block's tensors would be held together with the next one's.
-            del work, statistics, quantized
+            del work, quantized
             bar.update()
 
 
-def with_spectra(blocks: int) -> set[int]:
-    """The blocks whose error spectra the report shows."""
-    return {0, blocks // 2, blocks - 1}
+def quantize_unit(
+    workspace: Workspace,
+    index: int,
+    unit: str,
+    opened: OpenedModel,
+    statistics_of: StatisticsOf,
+    settings: QuantizeSettings,
+) -> None:
+    """Leave one unit of the linears of block `index` to whoever writes the block."""
+    (statistics,) = statistics_of([index])
+    for _, block in opened.loader.load_each(opened.blocks, [index], torch.device("cpu")):
+        work = BlockWork.on(opened, index, block)
+        linears = units_of(work.linears)[unit]
+        write_linears(workspace, index, unit, quantize_linears(work, linears, statistics, settings, opened.device))
 
 
-@dataclass(frozen=True)
-class BlockWork:
-    """One decoder block to be quantized.
-
-    linears, tensors: its linears and all its parameters and buffers, by their names within the block. rounded: weights
-    that have been rounded already, by linear; only the low-rank part of their method remains.
-    """
-
-    index: int
-    name: str
-    linears: Sequence[str]
-    tensors: Mapping[str, Tensor]
-    with_spectra: bool
-    rounded: Mapping[str, QuantizedTensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class QuantizedLinears:
-    """What is written of some linears of a block, by full names: packed tensors, the parameters that these replace, the
-    rows of layers-*.json, spectra.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    replaced: set[str] = field(default_factory=set)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    spectra: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, other: QuantizedLinears) -> None:
-        """Take in those of other linears of the same block."""
-        self.tensors.update(other.tensors)
-        self.replaced.update(other.replaced)
-        self.rows.extend(other.rows)
-        self.spectra.update(other.spectra)
+def _missing_linears(linears: Iterable[str], there: Collection[str], block: str, plans: Plans) -> list[str]:
+    """The linears of a block that are to be quantized, and are in none of the units that are there."""
+    missing = [name for unit, names in units_of(linears).items() if unit not in there for name in names]
+    return [name for name in missing if plans[f"{block}.{name}"] is not None]
 
 
 def quantize_linears(
@@ -257,7 +277,7 @@ def quantize_linears(
     of_ours = _quantize_ours(work, [batch for batch in batches if batch[0] in ours], statistics, settings, device)
     for parts in gang.gathered((of_ours.tensors, of_ours.replaced, of_ours.rows, of_ours.spectra)):
         found.add(QuantizedLinears(*parts))
-    found.rows.sort(key=lambda row: full_names.index(row["name"]))
+    found.sort(full_names)
     return found
 
 
@@ -348,15 +368,3 @@ def _written(
     if work.with_spectra and (not of_expert or full_name.rsplit(".", 2)[1] == "0"):
         found.spectra.update(spectra(full_name, weight_OI, rounded_OI, site))
     return found
-
-
-def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) -> dict[str, Tensor]:
-    """Write one block's files, and return the tensors, by full names: quantized linears packed, all else as it was."""
-    kept = {f"{work.name}.{name}": tensor for name, tensor in work.tensors.items()}
-    tensors = {name: tensor for name, tensor in kept.items() if name not in found.replaced} | found.tensors
-    if found.spectra:
-        workspace.write_tensors(spectra_file(work.index), found.spectra)
-    workspace.write_json(layers_file(work.index), found.rows)
-    # Last: its presence marks the block as done.
-    workspace.write_tensors(block_file(work.index), tensors)
-    return tensors

@@ -21,11 +21,10 @@ from lqer.checkpoint.load import fill_block
 from lqer.methods import LinearPlan
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
+from lqer.stages.block_work import BlockWork, QuantizedLinears
 from lqer.stages.gather import CalibrationText, observe_block
 from lqer.stages.observe import NOT_ROUNDED
 from lqer.stages.quantize import (
-    BlockWork,
-    QuantizedLinears,
     QuantizeSettings,
     input_roundings,
     quantize_linears,
@@ -57,7 +56,7 @@ def quantize_block(
             _put_in_place(run, of_turn, work)
         found.add(of_turn)
     # As in the other order of quantizing, whatever the order of the turns.
-    found.rows.sort(key=lambda row: work.linears.index(row["name"].removeprefix(f"{work.name}.")))
+    found.sort([f"{work.name}.{name}" for name in work.linears])
     return found
 
 

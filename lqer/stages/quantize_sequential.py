@@ -37,19 +37,17 @@ from lqer.models.walker import BlockRun, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.phases import phase
 from lqer.stages.base import no_effect
+from lqer.stages.block_work import BlockWork, with_spectra, write_block
 from lqer.stages.gang import GangStage
 from lqer.stages.gather import CalibrationText
 from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.quantize import (
     QUANTIZE_VERSION,
-    BlockWork,
     Order,
     QuantizeSettings,
     checkpoint_summary,
     finish_checkpoint,
     requested_statistics,
-    with_spectra,
-    write_block,
 )
 from lqer.stages.quantize_in_turn import quantize_block
 from lqer.stages.reconstruct_block import block_reconstruction, remove_states

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from lqer.config import read_config
-from lqer.config.schema import ClusterConfig
+from lqer.config.cluster import ClusterConfig
 from lqer.config.sweep import plan_sweep
 from lqer.errors import ConfigError, RunFailedError
 from lqer.jobs.graph import Job, Schedule
@@ -101,19 +101,25 @@ def test_relative_paths_are_those_of_the_process_that_was_started(experiment, tm
 
 
 @pytest.mark.parametrize(
-    ("method", "store", "gang"),
-    [("lqer-act", "driver", 1), ("lqer-act", "shared", 1), ("gptq", "driver", 1), ("gptq", "shared", 2)],
+    ("method", "store", "gang", "split"),
+    [
+        ("lqer-act", "driver", 1, "auto"),
+        ("lqer-act", "shared", 1, "linears"),
+        ("gptq", "driver", 1, "auto"),
+        ("gptq", "shared", 2, "auto"),
+    ],
 )
-def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address, method, store, gang):
+def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address, method, store, gang, split):
     more = ["--quantize.low_rank.rank=0"] if method == "gptq" else experiment.task()[1]
     more += [f"--quantize.method={method}", '--evaluation.baselines=["original"]']
-    there = [f"--cluster.store={store}", f"--cluster.gang={gang}"]
+    there = [f"--cluster.store={store}", f"--cluster.gang={gang}", f"--cluster.split={split}"]
     fill_store(config_of(experiment, "there", address, *there, *more))
     pipeline.run(config_of(experiment, "here", None, *more))
     assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
     # What workers log is the run's, with node, process and job.
     logged = (experiment.folder / "there" / "run" / "run.log").read_text()
-    assert re.search(rf"{re.escape(platform.node())}/\d+, quantize-\w+( \d/\d)?: done in", logged)
+    linear = r" \d/4 mlp\.up_proj" if split == "linears" else r"( \d/\d)?"
+    assert re.search(rf"{re.escape(platform.node())}/\d+, quantize-\w+{linear}: done in", logged)
 
 
 def kill_workers(output: Path, *stages: str) -> threading.Thread:
@@ -157,6 +163,21 @@ def test_killed_workers_cost_the_jobs_in_hand(experiment, address, caplog):
     for stage in stages:
         assert re.search(rf"{stage}-\w+( \d+/\d+)?: its worker was lost; done again \(1 of 3\)", caplog.text), stage
     pipeline.run(config_of(experiment, "here", None, *task))
+    assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
+
+
+def test_a_killed_worker_costs_the_linear_in_hand(experiment, address, caplog):
+    caplog.set_level("INFO", logger="lqer")
+    overrides = ["--quantize.method=qera-exact", "--evaluation.baselines=[]"]
+    killer = kill_workers(experiment.folder / "there", "quantize")
+    fill_store(config_of(experiment, "there", address, "--cluster.split=linears", *overrides))
+    killer.join(1)
+    assert not killer.is_alive()
+    lost = re.findall(r"quantize-\w+ (\d/4 \S+): its worker was lost; done again \(1 of 3\)", caplog.text)
+    done = re.findall(r"quantize-\w+ (\d/4 \S+): done in", caplog.text)
+    assert lost
+    assert len(done) == len(set(done)) == 4 * 7
+    pipeline.run(config_of(experiment, "here", None, *overrides))
     assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
 
 
@@ -298,18 +319,29 @@ def test_a_sweep_makes_once_what_its_runs_share(experiment, address, caplog):
 
 def test_runs_of_a_sweep_have_the_fewer_parts_the_more_there_are():
     shared, driver = (ClusterConfig(address="auto", store=store) for store in ("shared", "driver"))
-    assert [cluster_module._parts(driver, runs).blocks for runs in (1, 3, 12, 100)] == [64, 21, 5, 1]
-    assert [cluster_module._parts(shared, runs).evaluations for runs in (0, 1, 3, 12)] == [8, 8, 2, 1]
+    for cluster in (shared, driver):
+        assert [cluster_module._parts(cluster, runs).blocks for runs in (0, 1, 3, 12, 100)] == [64, 64, 21, 5, 1]
     # The blocks are a gang's own to share out.
-    assert cluster_module._parts(ClusterConfig(address="auto", gang=2), 1) == Parts(1, 64, 8)
+    assert cluster_module._parts(ClusterConfig(address="auto", gang=2), 1) == Parts(1, 64, 8, "blocks")
+    # Linears stay together where blocks do, unless they are asked for.
+    for split, (few, many) in {"auto": ("auto", "blocks"), "linears": ("linears",) * 2}.items():
+        cluster = ClusterConfig(address="auto", split=split)
+        assert [cluster_module._parts(cluster, runs).split for runs in (12, 100)] == [few, many]
 
 
-@pytest.mark.parametrize(("gpus", "share", "walking"), [(4, 1, 4), (4, 2, 2), (16, 1, 8), (1, 2, 1), (0, 1, 3)])
-def test_what_reads_the_whole_model_has_a_part_for_each_worker_of_this_machine(monkeypatch, gpus, share, walking):
+@pytest.mark.parametrize(
+    ("gpus", "share", "all_parts", "walking"),
+    [(4, 1, 16, 4), (4, 2, 8, 2), (16, 1, 64, 8), (1, 2, 4, 1), (0, 1, 12, 3)],
+)
+def test_there_are_four_parts_for_each_worker_of_this_machine_and_one_of_what_reads_the_whole_model(
+    monkeypatch, gpus, share, all_parts, walking
+):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     cluster = ClusterConfig(address="local", gpus_per_job=share, cpus_per_job=2)
-    assert cluster_module._parts(cluster, 1) == Parts(8, 8, walking)
+    parts = cluster_module._parts(cluster, 1)
+    assert parts == Parts(parts.blocks, parts.blocks, walking, "auto")
+    assert parts.blocks == all_parts
 
 
 @pytest.mark.parametrize(

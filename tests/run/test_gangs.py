@@ -12,7 +12,7 @@ from helpers import byte_tokenizer
 from mixtures import random_mixture
 
 from lqer.config import read_config
-from lqer.config.schema import ClusterConfig
+from lqer.config.cluster import ClusterConfig
 from lqer.errors import ConfigError, RunFailedError
 from lqer.jobs.here import run_here
 from lqer.run import pipeline

@@ -16,8 +16,9 @@ from lqer.rounding import Gptq
 from lqer.rounding.ldlq import Ldlq
 from lqer.stages import alike
 from lqer.stages.alike import batches_of
+from lqer.stages.block_work import BlockWork
 from lqer.stages.gather import CalibrationText, observe_block
-from lqer.stages.quantize import BlockWork, quantize_linears
+from lqer.stages.quantize import quantize_linears
 from lqer.statistics import Hessian
 from lqer.transforms import Hadamard
 

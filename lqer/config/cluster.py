@@ -1,0 +1,37 @@
+"""The section [cluster]: never a part of what a run makes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lqer.config.section import Positive, Section
+
+LOCAL = "local"
+
+
+class ClusterConfig(Section):
+    """Where the jobs of a run or a sweep are done."""
+
+    # "off": this process, without Ray. "local": the GPUs of this machine. "auto": the running Ray cluster.
+    # "host:port": the cluster of that head.
+    address: Annotated[str, Field(min_length=1)] = "off"
+    # Of a worker; a fraction shares a card. Without GPUs in the cluster, a worker has CPUs alone.
+    gpus_per_job: Annotated[float, Field(gt=0)] = 1
+    cpus_per_job: Positive = 4
+    # "shared": output_dir is one folder that all nodes see. "driver": only the process that was started sees it, files
+    # travel. Absent: "shared" on this machine alone, else "driver".
+    store: Literal["driver", "shared"] | None = None
+    # Processes of one machine that do a job together; "node": as many as it sees GPUs.
+    gang: Positive | Literal["node"] = 1
+    # What one job quantizes, where blocks do not depend on each other: neighbouring blocks, or a single linear. "auto":
+    # a linear where the longest one of the model takes long.
+    split: Literal["auto", "blocks", "linears"] = "auto"
+    # How often a job is done again whose worker was lost.
+    retries: Annotated[int, Field(ge=0)] = 3
+
+    @property
+    def shares_folder(self) -> bool:
+        """Whether workers see output_dir."""
+        return self.store == "shared" or (self.store is None and self.address == LOCAL)

@@ -1,0 +1,132 @@
+"""One decoder block to be quantized, and the files of what comes of it.
+
+Where one linear takes long, several processes share a block: each leaves its linears in files of the unfinished
+checkpoint, and whoever writes the block takes them from there (lqer/stages/quantize.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lqer.formats import QuantizedTensor
+from lqer.models.loaders import OpenedModel
+from lqer.models.structure import block_linears
+from lqer.stages.alike import units_of
+from lqer.store.names import (
+    block_file,
+    layers_file,
+    linears_file,
+    linears_prefix,
+    linears_rows_file,
+    spectra_file,
+)
+from lqer.store.workspace import Workspace
+
+# Before the names of tensors, since one file holds both.
+PACKED, SPECTRA = "packed:", "spectra:"
+
+
+def with_spectra(blocks: int) -> set[int]:
+    """The blocks whose error spectra the report shows."""
+    return {0, blocks // 2, blocks - 1}
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """One decoder block to be quantized.
+
+    linears, tensors: its linears and all its parameters and buffers, by their names within the block. rounded: weights
+    that have been rounded already, by linear; only the low-rank part of their method remains.
+    """
+
+    index: int
+    name: str
+    linears: Sequence[str]
+    tensors: Mapping[str, Tensor]
+    with_spectra: bool
+    rounded: Mapping[str, QuantizedTensor] = field(default_factory=dict)
+
+    @classmethod
+    def on(cls, opened: OpenedModel, index: int, block: nn.Module) -> BlockWork:
+        """A block of original weights."""
+        return cls(
+            index=index,
+            name=f"{opened.name}.{index}",
+            linears=list(block_linears(block)),
+            tensors=block.state_dict(),
+            with_spectra=index in with_spectra(len(opened.blocks)),
+        )
+
+
+@dataclass(frozen=True)
+class QuantizedLinears:
+    """What is written of some linears of a block, by full names: packed tensors, the parameters that these replace, the
+    rows of layers-*.json, spectra.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    spectra: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, other: QuantizedLinears) -> None:
+        """Take in those of other linears of the same block."""
+        self.tensors.update(other.tensors)
+        self.replaced.update(other.replaced)
+        self.rows.extend(other.rows)
+        self.spectra.update(other.spectra)
+
+    def sort(self, full_names: Sequence[str]) -> None:
+        """Put the rows into the order of the block, whatever the order in which they came."""
+        self.rows.sort(key=lambda row: full_names.index(row["name"]))
+
+
+def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) -> dict[str, Tensor]:
+    """Write one block's files, and return the tensors, by full names: quantized linears packed, all else as it was."""
+    kept = {f"{work.name}.{name}": tensor for name, tensor in work.tensors.items()}
+    tensors = {name: tensor for name, tensor in kept.items() if name not in found.replaced} | found.tensors
+    if found.spectra:
+        workspace.write_tensors(spectra_file(work.index), found.spectra)
+    workspace.write_json(layers_file(work.index), found.rows)
+    # Last: its presence marks the block as done.
+    workspace.write_tensors(block_file(work.index), tensors)
+    return tensors
+
+
+def write_linears(workspace: Workspace, index: int, unit: str, found: QuantizedLinears) -> None:
+    """Leave some linears of block `index` to whoever writes the block; unit: what they are called."""
+    packed = {f"{PACKED}{name}": tensor for name, tensor in found.tensors.items()}
+    spectra = {f"{SPECTRA}{name}": tensor for name, tensor in found.spectra.items()}
+    workspace.write_tensors(linears_file(index, unit), packed | spectra)
+    # Last: its presence marks them as done.
+    workspace.write_json(linears_rows_file(index, unit), {"replaced": sorted(found.replaced), "rows": found.rows})
+
+
+def units_there(workspace: Workspace, index: int, linears: Iterable[str]) -> list[str]:
+    """The units of the linears of block `index` that were left for it."""
+    return [unit for unit in units_of(linears) if linears_rows_file(index, unit) in workspace]
+
+
+def read_linears(workspace: Workspace, index: int, units: Iterable[str]) -> QuantizedLinears:
+    """These units of the linears of block `index`, which were left for it."""
+    found = QuantizedLinears()
+    for unit in units:
+        tensors, rows = workspace.tensors(linears_file(index, unit)), workspace.json(linears_rows_file(index, unit))
+        packed, spectra = (
+            {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+            for kind in (PACKED, SPECTRA)
+        )
+        found.add(QuantizedLinears(packed, set(rows["replaced"]), rows["rows"], spectra))
+    return found
+
+
+def remove_linears(workspace: Workspace, blocks: Iterable[int]) -> None:
+    """Remove what was left for blocks that are written."""
+    prefixes = tuple(linears_prefix(index) for index in blocks)
+    for name in workspace.names():
+        if name.startswith(prefixes):
+            workspace.remove(name)
