@@ -1,7 +1,7 @@
 """What several GPUs of one machine give: equal files, seconds of every kind of work, a sweep beside its perfect time.
 
     python experiments/benchmark_cluster.py gangs [--presets gptq qera-exact ...] [--gpus 1 2 4] [--kill]
-    python experiments/benchmark_cluster.py parts [--presets qera-exact] [--gpus 2]
+    python experiments/benchmark_cluster.py parts [--presets qera-exact] [--gpus 1 2 4] [--kill]
     python experiments/benchmark_cluster.py sweep [--gpus 2]
         [--shape llama-2-7b] [--blocks 4] [--windows 64] [--folder DIR] [--section.key=value ...]
 
@@ -17,7 +17,8 @@ command is given again.
 
 parts: lets the workers of a Ray cluster on this machine, with a GPU each, quantize each preset's checkpoint and
 evaluate it and the original in parts: seconds from the start of the first job to the end of the last, and of each kind
-of job the seconds of each worker.
+of job the seconds of each worker. Files are compared with those of a gang of one process, else of one worker that takes
+blocks (--cluster.split=blocks). With --kill, a busy worker is killed once something is quantized.
 
 sweep: twelve runs by such a cluster. The perfect time is that of all jobs, shared out evenly over the workers.
 
@@ -68,7 +69,7 @@ def measure(folder: Path, options: argparse.Namespace, overrides: list[str]) -> 
         return
     for workers in options.gpus:
         if options.what == "parts":
-            time_parts(setup, options.presets, workers)
+            time_parts(setup, options.presets, workers, options.kill)
         else:
             time_sweep(setup, workers)
 

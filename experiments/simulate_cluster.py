@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lqer.jobs.graph import Job, Schedule
+from lqer.run import costs
 
-# How many runs, and minutes of one checkpoint of a model of 7B parameters on one H100, estimated from single layers.
+# How many runs, and minutes of one checkpoint of a model of 7B parameters.
 SCHEMES = {
-    "lqer, qera": (160, 1.5),
-    "gptq": (50, 3.5),
-    "gptvq": (30, 12.0),
-    "caldera": (30, 85.0),
-    "tesseraq": (30, 115.0),
+    "lqer, qera": (160, costs.OTHERWISE),
+    "gptq": (50, costs.MINUTES["gptq"]),
+    "gptvq": (30, costs.MINUTES["vector"]),
+    "caldera": (30, costs.MINUTES["caldera"]),
+    "tesseraq": (30, costs.MINUTES["adaptive"]),
 }
-CALIBRATIONS, CALIBRATION = 2, 1.0
+CALIBRATIONS, CALIBRATION = 2, costs.CALIBRATION
 # Baselines without low-rank factors, which several runs share.
-PLAIN, PLAIN_MINUTES = 12, 1.5
+PLAIN, PLAIN_MINUTES = 12, costs.OTHERWISE
 # All texts and tasks of one model.
-EVALUATION = 10.0
+EVALUATION = costs.EVALUATION
 
 # The shape of Llama 405B: blocks, and minutes on one GPU with memory enough.
 BLOCKS = 126
@@ -37,9 +39,17 @@ EVALUATION_405B = 9.0
 READING_405B = 812 / 6 / 60
 # Of packed weights of 4 bits.
 READING_PACKED_405B = READING_405B / 4
-METHODS_405B = {"quip-sharp": 13 * 60.0, "caldera, least": 19 * 60.0, "caldera, most": 96 * 60.0}
+# out_features, in_features of a block's linears.
+LINEARS_405B = {
+    "q_proj": (16384, 16384), "k_proj": (1024, 16384), "v_proj": (1024, 16384), "o_proj": (16384, 16384),
+    "gate_proj": (53248, 16384), "up_proj": (53248, 16384), "down_proj": (16384, 53248),
+}  # fmt: skip
+# As one of 7B parameters by the number of weights. What a linear that is a job of its own takes besides: its block and
+# statistics at 6 GB/s, up to 6.4 and 14.6 GB.
+CALDERA_405B = costs.MINUTES["caldera"] * BLOCKS * sum(map(math.prod, LINEARS_405B.values())) / costs.WEIGHTS
+READING_A_BLOCK = (6.4 + 14.6) / 6 / 60
 PARTS = 64
-GPUS = (1, 8, 64)
+GPUS, GPUS_405B = (1, 8, 64), (1, 8, 64, 512)
 
 
 @dataclass(frozen=True)
@@ -92,10 +102,25 @@ def _atlas(shared: bool) -> Iterator[Job]:
                 yield job(name, CALIBRATION + minutes + PLAIN_MINUTES + 3 * EVALUATION)
 
 
-def large_run(minutes: float) -> list[Job]:
-    """One run of 405B parameters in parts of its blocks, evaluated block by block beside the original."""
+def by_blocks() -> list[Job]:
+    """The jobs of a checkpoint of 405B parameters in parts of its blocks."""
     sizes = [(part + 1) * BLOCKS // PARTS - part * BLOCKS // PARTS for part in range(PARTS)]
-    parts = [job(f"part {part}", minutes * size / BLOCKS, ["calibrate"]) for part, size in enumerate(sizes)]
+    of_block = CALDERA_405B / BLOCKS + READING_A_BLOCK
+    return [job(f"part {part}", of_block * size, ["calibrate"]) for part, size in enumerate(sizes)]
+
+
+def by_linears() -> list[Job]:
+    """The same by its linears, each of which reads the block and its statistics."""
+    of_weight = CALDERA_405B / BLOCKS / sum(map(math.prod, LINEARS_405B.values()))
+    return [
+        job(f"{block} {name}", of_weight * math.prod(shape) + READING_A_BLOCK, ["calibrate"])
+        for block in range(BLOCKS)
+        for name, shape in LINEARS_405B.items()
+    ]
+
+
+def large_run(parts: Sequence[Job]) -> list[Job]:
+    """One run of 405B parameters, evaluated block by block beside the original."""
     return [
         job("calibrate", max(CALIBRATION_405B, READING_405B)),
         *parts,
@@ -113,31 +138,36 @@ def shown(minutes: float) -> str:
     return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
 
 
-def simulated(name: str, jobs: Sequence[Job], knows_lengths: bool = True) -> list[str]:
+def simulated(name: str, jobs: Sequence[Job], gpus: Sequence[int], knows_lengths: bool = True) -> list[str]:
     """A row: hours, and how much of them is work, for each number of GPUs."""
-    found = [simulate(jobs, count, knows_lengths) for count in GPUS]
+    found = [simulate(jobs, count, knows_lengths) for count in gpus]
     return [name, *(f"{shown(one.minutes)}, {one.busy:.0%} busy" for one in found)]
+
+
+def counted(gpus: Sequence[int]) -> list[str]:
+    return [f"{count} GPU{'s' if count > 1 else ''}" for count in gpus]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    counts = [f"{count} GPU{'s' if count > 1 else ''}" for count in GPUS]
     assumed = [[kind, str(runs), f"{minutes:g}"] for kind, (runs, minutes) in SCHEMES.items()]
     assumed += [["calibration", str(CALIBRATIONS), f"{CALIBRATION:g}"], ["baseline", str(PLAIN), f"{PLAIN_MINUTES:g}"]]
     assumed += [["evaluation of a model", str(300 + PLAIN + 1), f"{EVALUATION:g}"]]
-    print(table(["7B parameters", "jobs", "assumed minutes on one H100"], assumed))
+    print(table(["7B parameters", "jobs", "assumed minutes on one H200"], assumed))
     rows = [
-        simulated("nothing in common, in order", atlas(shared=False), knows_lengths=False),
-        simulated("one graph, in the order written", atlas(shared=True), knows_lengths=False),
-        simulated("one graph, longest first", atlas(shared=True)),
+        simulated("nothing in common, in order", atlas(shared=False), GPUS, knows_lengths=False),
+        simulated("one graph, in the order written", atlas(shared=True), GPUS, knows_lengths=False),
+        simulated("one graph, longest first", atlas(shared=True), GPUS),
     ]
-    print(table(["300 runs", *counts], rows))
+    print(table(["300 runs", *counted(GPUS)], rows))
     assumed = [["calibration", f"{CALIBRATION_405B:g}"]]
-    assumed += [[f"{name}, {BLOCKS} blocks in {PARTS} parts", f"{minutes:g}"] for name, minutes in METHODS_405B.items()]
+    assumed += [["caldera", f"{CALDERA_405B:.0f}"], ["reading a block and its statistics", f"{READING_A_BLOCK:.2f}"]]
     assumed += [["evaluation of a model, and reading it", f"{EVALUATION_405B:g} + {READING_405B:.1f}"]]
     print(table(["405B parameters", "assumed minutes on one GPU with memory enough"], assumed))
-    print(table(["one run", *counts], [simulated(name, large_run(minutes)) for name, minutes in METHODS_405B.items()]))
+    ways = {f"{BLOCKS} blocks in {PARTS} parts": by_blocks(), f"{BLOCKS * len(LINEARS_405B)} linears": by_linears()}
+    rows = [simulated(f"caldera, {name}", large_run(parts), GPUS_405B) for name, parts in ways.items()]
+    print(table(["one run", *counted(GPUS_405B)], rows))
 
 
 if __name__ == "__main__":

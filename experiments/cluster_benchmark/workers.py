@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
+import psutil
 import tomli_w
 import torch
 
 from cluster_benchmark.setup import TAG, Setup, header, made_files, perplexity_of, row, shown_equal
 from lqer.config import read_config
 from lqer.config.sweep import plan_sweep
-from lqer.jobs.on_ray import DONE
+from lqer.jobs.on_ray import DONE, LOST
 from lqer.run.cluster import fill_store, sweep_on_cluster
 from lqer.run.preflight import check_run
 
+SECONDS_BETWEEN_LOOKS = 0.01
 KINDS = ("calibrate", "quantize", "perplexity", "evaluate", "run")
 # Twelve runs of three lengths, which share the statistics and the evaluation of the original.
 SWEEP = {
@@ -51,21 +57,23 @@ class DoneJob:
         return next(kind for kind in KINDS if self.name.startswith(kind))
 
 
-class _DoneJobs(logging.Handler):
-    def __init__(self) -> None:
+class _Records(logging.Handler):
+    """What the driver says in one form."""
+
+    def __init__(self, message: str) -> None:
         super().__init__(logging.INFO)
-        self.found: list[DoneJob] = []
+        self._message = message
+        self.found: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.msg == DONE and isinstance(record.args, tuple):
-            worker, name, seconds = record.args
-            self.found.append(DoneJob(str(worker), str(name), float(str(seconds)), record.created))
+        if record.msg == self._message:
+            self.found.append(record)
 
 
 @contextmanager
-def done_jobs() -> Iterator[list[DoneJob]]:
-    """The jobs that end within, as the driver says so."""
-    handler, logger = _DoneJobs(), logging.getLogger("lqer")
+def said(message: str) -> Iterator[list[logging.LogRecord]]:
+    """What the driver logs within in the form of `message`."""
+    handler, logger = _Records(message), logging.getLogger("lqer")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
@@ -74,29 +82,66 @@ def done_jobs() -> Iterator[list[DoneJob]]:
         logger.removeHandler(handler)
 
 
+def jobs_in(records: Iterable[logging.LogRecord]) -> list[DoneJob]:
+    """The jobs that ended, as the driver said so."""
+    found = []
+    for record in records:
+        assert isinstance(record.args, tuple), "as the driver logs it"
+        worker, name, seconds = record.args
+        found.append(DoneJob(str(worker), str(name), float(str(seconds)), record.created))
+    return found
+
+
 def _on_cluster(workers: int) -> list[str]:
     """The settings of a cluster of this machine with so many workers: a GPU for each, where there are any."""
     if not torch.cuda.is_available():
-        return ["--cluster.address=local", f"--cluster.cpus_per_job={max(1, (os.cpu_count() or 1) // workers)}"]
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        # Sums on a CPU depend on the number of threads, and files are compared.
+        return ["--cluster.address=local", "--cluster.cpus_per_job=1"]
     # Ray gives out those that the driver sees.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen.split(",")[:workers])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_gpus()[:workers])
     return ["--cluster.address=local"]
 
 
-def time_parts(setup: Setup, presets: Sequence[str], workers: int) -> None:
-    _header("run", "files equal to one process's", "perplexity")
+@cache
+def _gpus() -> list[str]:
+    """Those that this process was started with."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",") if seen else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def time_parts(setup: Setup, presets: Sequence[str], workers: int, kills: bool) -> None:
+    _header("run", "workers lost", "files equal to one process's", "perplexity")
     for preset in presets:
-        output = setup.folder / f"parts-{preset}-{workers}"
-        overrides = [*setup.overrides, f"--output_dir={output}", *_on_cluster(workers)]
-        config = read_config(setup.config(preset), TAG, overrides)
+        config = read_config(setup.config(preset), TAG, [*setup.overrides, *_on_cluster(workers)])
+        assert config.cluster is not None, "the settings have one"
+        output = _output(setup, preset, config.cluster.split, workers)
+        shutil.rmtree(output, ignore_errors=True)
+        config = config.model_copy(update={"output_dir": str(output)})
+        if kills:
+            threading.Thread(target=_kill_a_worker, args=(output,), daemon=True).start()
         started = time.perf_counter()
-        with done_jobs() as jobs:
+        with said(DONE) as done, said(LOST) as lost:
             fill_store(config)
-        seconds = time.perf_counter() - started
-        equal = shown_equal(made_files(output), made_files(setup.output(preset, 1)))
+        seconds, jobs = time.perf_counter() - started, jobs_in(done)
+        alone = made_files(setup.output(preset, 1)) or made_files(_output(setup, preset, "blocks", 1))
+        equal = shown_equal(made_files(output), alone)
         perplexity = perplexity_of(check_run(config.alone, lambda line: None))
-        _row(preset, workers, jobs, seconds, equal, f"{perplexity:.6f}")
+        _row(f"{preset}, {config.cluster.split}", workers, jobs, seconds, str(len(lost)), equal, f"{perplexity:.6f}")
+
+
+def _output(setup: Setup, preset: str, split: str, workers: int) -> Path:
+    return setup.folder / f"parts-{preset}-{split}-{workers}"
+
+
+def _kill_a_worker(output: Path) -> None:
+    """Kill one of the workers that are busy once something is quantized."""
+    while not any(output.glob("store/quantize-*.partial/*.json")):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if (process.cmdline() or [""])[0].startswith("ray::Worker.work"):
+                process.kill()
+                return
 
 
 def time_sweep(setup: Setup, workers: int) -> None:
@@ -107,9 +152,9 @@ def time_sweep(setup: Setup, workers: int) -> None:
     cluster = plan.runs[0].config.cluster
     assert cluster is not None, "the settings have one"
     started = time.perf_counter()
-    with done_jobs() as jobs:
+    with said(DONE) as done:
         outcome = sweep_on_cluster(plan, cluster, folder / "log")
-    seconds = time.perf_counter() - started
+    seconds, jobs = time.perf_counter() - started, jobs_in(done)
     _header("sweep", "of the perfect time")
     work = sum(job.seconds for job in jobs)
     ratio = f"{_wall(jobs) * workers / work:.2f}" if jobs else "no job"

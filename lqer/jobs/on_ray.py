@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 LOCAL_STORE_BYTES = 100_000_000
 # What the log says of a job: the worker, its name, and seconds.
 DONE = "%s, %s: done in %.1f s"
+# The same of one whose worker was lost: its name, how often, and how often it is allowed.
+LOST = "warning: %s: its worker was lost; done again (%d of %d)"
 # Files that workers read and write at the same time.
 KEEPER_THREADS = 8
 # How often it is looked whether nodes have come or gone.
@@ -292,7 +294,7 @@ def after_loss(schedule: Schedule, name: str, times: int, retries: int) -> None:
     if times > retries:
         schedule.fail(name, f"{name}: its worker was lost {times} times (cluster.retries {retries})")
     else:
-        log.warning("warning: %s: its worker was lost; done again (%d of %d)", name, times, retries)
+        log.warning(LOST, name, times, retries)
         schedule.again(name)
 
 

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster_benchmark.workers import DoneJob, _shown, _wall
+from cluster_benchmark.workers import DoneJob, _shown, _wall, jobs_in, said
+
+from lqer.jobs import on_ray
+from lqer.jobs.graph import Job, Schedule
+from lqer.jobs.on_ray import DONE, LOST, after_loss
 
 SCRIPT = Path(__file__).parents[2] / "experiments/benchmark_cluster.py"
 SMALL = [
@@ -29,6 +33,17 @@ def test_a_gang_is_timed_killed_and_compared_with_one_process(tmp_path):
     assert int(equal) == int(files) > 5
     assert any("process 2 of 2 was killed by SIGKILL" in line for line in lines)
     assert any(line.startswith("the same command, with 1 of 2 blocks") and two[-3] in line for line in lines)
+
+
+def test_jobs_that_ended_and_workers_that_were_lost_are_what_the_driver_says():
+    schedule = Schedule([Job("quantize-1 1/2", (), (), lambda store: None)])
+    schedule.start("quantize-1 1/2")
+    with said(DONE) as done, said(LOST) as lost:
+        after_loss(schedule, "quantize-1 1/2", times=1, retries=3)
+        on_ray.log.info(DONE, "vm/7", "quantize-1 1/2", 2.5)
+    (job,) = jobs_in(done)
+    assert (job.worker, job.name, job.seconds, job.kind) == ("vm/7", "quantize-1 1/2", 2.5, "quantize")
+    assert len(lost) == 1
 
 
 def test_seconds_of_each_worker_are_shown_the_busiest_first():
