@@ -114,7 +114,8 @@ def time_parts(setup: Setup, presets: Sequence[str], workers: int, kills: bool) 
     for preset in presets:
         config = read_config(setup.config(preset), TAG, [*setup.overrides, *_on_cluster(workers)])
         assert config.cluster is not None, "the settings have one"
-        output = _output(setup, preset, config.cluster.split, workers)
+        split = config.cluster.split
+        output = _output(setup, preset, split, workers)
         shutil.rmtree(output, ignore_errors=True)
         config = config.model_copy(update={"output_dir": str(output)})
         if kills:
@@ -126,7 +127,7 @@ def time_parts(setup: Setup, presets: Sequence[str], workers: int, kills: bool) 
         alone = made_files(setup.output(preset, 1)) or made_files(_output(setup, preset, "blocks", 1))
         equal = shown_equal(made_files(output), alone)
         perplexity = perplexity_of(check_run(config.alone, lambda line: None))
-        _row(f"{preset}, {config.cluster.split}", workers, jobs, seconds, str(len(lost)), equal, f"{perplexity:.6f}")
+        _row(f"{preset}, {split}", workers, jobs, seconds, str(len(lost)), equal, f"{perplexity:.6f}")
 
 
 def _output(setup: Setup, preset: str, split: str, workers: int) -> Path:

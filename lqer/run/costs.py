@@ -1,7 +1,8 @@
 """About how long jobs take beside each other, so that the longest ones start first.
 
 Nothing is promised, and no result depends on it: only their order, and which linears are jobs of their own. Minutes are
-those that were estimated for a model of 7B parameters on one H100, on which the schedule of docs/cluster.md rests too.
+those of a model of 7B parameters on one H200, for single blocks of which some were measured
+(docs/results/time-and-memory.md, docs/methods/tesseraq.md); those of `ldlq` and of evaluations are guesses.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from lqer.config.schema import QuantizeConfig
 
 # Of the first that a configuration has.
-MINUTES = {"adaptive": 115.0, "caldera": 85.0, "vector": 12.0, "ldlq": 25.0, "gptq": 3.5}
+MINUTES = {"adaptive": 64.0, "caldera": 5.0, "ldlq": 5.0, "vector": 3.0, "gptq": 2.0}
 OTHERWISE = 1.5
 EVALUATION = 10.0
 CALIBRATION = 1.0

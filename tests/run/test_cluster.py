@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+from stored_files import stored
 
 from lqer.config import read_config
 from lqer.config.cluster import ClusterConfig
@@ -35,7 +36,6 @@ from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
 from lqer.run.worker import Parts, all_jobs_of, perform
 from lqer.store.keeper import Keeper
-from lqer.store.records import MANIFEST
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -76,17 +76,6 @@ def config_of(experiment, output: str, address: str | None, *overrides: str):
     return read_config(
         experiment.config, "run", [f"--output_dir={experiment.folder / output}", *there, "--device=cpu", *overrides]
     )
-
-
-def stored(folder: Path) -> dict[str, Any]:
-    """Every file of every artifact, of manifests all but the times."""
-    artifacts = [path for path in (folder / "store").iterdir() if path.is_dir()]
-    files = [path for artifact in artifacts for path in artifact.iterdir()]
-    found: dict[str, Any] = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
-    return {
-        name: json.loads(content) | {"seconds": 0} if name.endswith(MANIFEST) else content
-        for name, content in found.items()
-    }
 
 
 def test_relative_paths_are_those_of_the_process_that_was_started(experiment, tmp_path, monkeypatch):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import byte_tokenizer
 from mixtures import random_mixture
+from stored_files import stored
 
 from lqer.config import read_config
 from lqer.config.cluster import ClusterConfig
@@ -21,7 +22,6 @@ from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
 from lqer.stages import reconstruct_block
 from lqer.store import store
-from lqer.store.records import MANIFEST
 from lqer.store.workspace import Workspace
 
 GPTQ = ["--quantize.method=gptq", "--quantize.low_rank.rank=0"]
@@ -56,8 +56,8 @@ SCHEMES = {
 }  # fmt: skip
 
 
-def make(experiment, output: str, ranks: int, *overrides: str) -> dict[str, bytes]:
-    """Make the checkpoint of a run. Returns every file of every artifact, but manifests, which have times in them."""
+def make(experiment, output: str, ranks: int, *overrides: str) -> dict[str, Any]:
+    """Make the checkpoint of a run. Returns what it stores."""
     folder = experiment.folder / output
     settings = [f"--output_dir={folder}", "--evaluation.baselines=[]", *overrides]
     gang = [f"--cluster.gang={ranks}"] if ranks > 1 else []
@@ -65,16 +65,6 @@ def make(experiment, output: str, ranks: int, *overrides: str) -> dict[str, byte
     jobs = jobs_of(checked.experiment, checked.context.summary.blocks)
     run_here([*jobs.preparing, *jobs.quantizing], checked.store)
     return stored(folder)
-
-
-def stored(folder: Path) -> dict[str, bytes]:
-    artifacts = [path for path in (folder / "store").iterdir() if path.is_dir()]
-    return {
-        f"{artifact.name}/{path.name}": path.read_bytes()
-        for artifact in artifacts
-        for path in artifact.iterdir()
-        if path.name != MANIFEST
-    }
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 from helpers import byte_tokenizer
 from killing import KilledError, dying_workspace
 from mixtures import random_mixture
+from stored_files import stored
 
 from lqer.config import read_config
 from lqer.errors import StoreError
@@ -18,7 +18,6 @@ from lqer.jobs.here import run_here
 from lqer.run.preflight import CheckedRun, check_run
 from lqer.run.worker import Parts, all_jobs_of, units_of_blocks
 from lqer.store import store
-from lqer.store.records import MANIFEST
 
 TRELLIS = [
     "--formats.t={kind='trellis',bits=2}", "--quantize.method=none", "--quantize.transforms=['hadamard']",
@@ -44,22 +43,11 @@ def checked(experiment, output: str, *overrides: str) -> CheckedRun:
     return check_run(read_config(experiment.config, "run", settings), lambda line: None)
 
 
-def stored(run: CheckedRun) -> dict[str, Any]:
-    """Every file of every artifact, of manifests all but the times."""
-    files = [path for artifact in run.store.root.iterdir() if artifact.is_dir() for path in artifact.iterdir()]
-    return {
-        f"{path.parent.name}/{path.name}": json.loads(path.read_bytes()) | {"seconds": 0}
-        if path.name == MANIFEST
-        else path.read_bytes()
-        for path in files
-    }
-
-
 def alone(experiment, *overrides: str) -> dict[str, Any]:
     run = checked(experiment, "alone", *overrides)
     jobs = all_jobs_of(run, BY_BLOCK._replace(blocks=1))
     run_here([*jobs.preparing, *jobs.quantizing], run.store)
-    return stored(run)
+    return stored(experiment.folder / "alone")
 
 
 def of_linears(jobs) -> list[Job]:
@@ -75,7 +63,7 @@ def test_linears_in_any_order_make_the_checkpoint_of_one_process(experiment, sch
     assert len(linears) == 4 * of_block
     rest = [job for job in jobs.quantizing if job not in linears]
     run_here([*jobs.preparing, *linears[::-1], *rest[::-1]], run.store)
-    assert stored(run) == alone(experiment, *overrides)
+    assert stored(experiment.folder / "shared") == alone(experiment, *overrides)
 
 
 def test_experts_of_a_layer_are_one_job_among_those_of_linears(experiment, tmp_path):
@@ -88,7 +76,7 @@ def test_experts_of_a_layer_are_one_job_among_those_of_linears(experiment, tmp_p
     of_first = [job.name.rpartition(" ")[2] for job in of_linears(jobs) if " 1/" in job.name]
     assert of_first == [*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.experts"]
     run_here([*jobs.preparing, *jobs.quantizing], run.store)
-    assert stored(run) == alone(experiment, *overrides)
+    assert stored(experiment.folder / "shared") == alone(experiment, *overrides)
 
 
 def test_a_block_needs_its_linears_and_the_checkpoint_all_blocks(undisturbed):
@@ -144,7 +132,7 @@ def test_a_kill_costs_the_linear_in_hand(experiment, monkeypatch, at):
     monkeypatch.setattr(store, "Workspace", Seeing)
     run_here(jobs.quantizing, run.store)
     assert not {name for name in seen if name.startswith("linears")} & there.keys()
-    assert stored(run) == alone(experiment)
+    assert stored(experiment.folder / "shared") == alone(experiment)
 
 
 def test_one_process_takes_the_linears_that_a_cluster_has_left(experiment):
@@ -154,7 +142,7 @@ def test_one_process_takes_the_linears_that_a_cluster_has_left(experiment):
     names = {path.name for path in next(run.store.root.glob("quantize-*.partial")).glob("linears-*")}
     assert len(names) == 20
     run.experiment.quantize.obtain(run.store)
-    assert stored(run) == alone(experiment)
+    assert stored(experiment.folder / "shared") == alone(experiment)
 
 
 def test_a_damaged_linear_is_refused_by_name(experiment):
