@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lqer.jobs.graph import Job, Schedule
 from lqer.jobs.here import run_here
 from lqer.run.preflight import CheckedRun, check_run
 from lqer.run.worker import Parts, all_jobs_of, units_of_blocks
+from lqer.stages import quantize as quantize_module
 from lqer.store import store
 
 TRELLIS = [
@@ -135,13 +137,25 @@ def test_a_kill_costs_the_linear_in_hand(experiment, monkeypatch, at):
     assert stored(experiment.folder / "shared") == alone(experiment)
 
 
-def test_one_process_takes_the_linears_that_a_cluster_has_left(experiment):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_process_or_gang_takes_the_linears_that_a_cluster_has_left(experiment, monkeypatch, ranks):
     run = checked(experiment, "shared")
     jobs = all_jobs_of(run, BY_LINEAR)
+    # A whole block, and a part of the next one.
     run_here([*jobs.preparing, *of_linears(jobs)[:10]], run.store)
     names = {path.name for path in next(run.store.root.glob("quantize-*.partial")).glob("linears-*")}
     assert len(names) == 20
-    run.experiment.quantize.obtain(run.store)
+    quantized: list[str] = []
+    quantize_linears = quantize_module.quantize_linears
+
+    def seen(work, linears, *rest):
+        quantized.extend(f"{work.index} {name}" for name in linears)
+        return quantize_linears(work, linears, *rest)
+
+    monkeypatch.setattr(quantize_module, "quantize_linears", seen)
+    replace(run.experiment.quantize, ranks=ranks).obtain(run.store)
+    assert quantized[:4] == ["1 self_attn.o_proj", *(f"1 mlp.{name}_proj" for name in ("gate", "up", "down"))]
+    assert len(quantized) == 28 - 10
     assert stored(experiment.folder / "shared") == alone(experiment)
 
 
