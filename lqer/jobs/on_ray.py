@@ -292,7 +292,8 @@ class _Workers:
 def after_loss(schedule: Schedule, name: str, times: int, retries: int) -> None:
     """The worker of a job was lost, for the `times`-th time."""
     if times > retries:
-        schedule.fail(name, f"{name}: its worker was lost {times} times (cluster.retries {retries})")
+        line = f"{name}: its worker was lost {times} times (cluster.retries {retries}); if memory runs out, raise"
+        schedule.fail(name, f"{line} cluster.gpus_per_job or cluster.cpus_per_job")
     else:
         log.warning(LOST, name, times, retries)
         schedule.again(name)

@@ -231,7 +231,10 @@ def test_a_job_whose_worker_is_lost_each_time_fails_with_a_line():
     for times in (1, 2):
         schedule.start("quantize-1")
         after_loss(schedule, "quantize-1", times, retries=1)
-    assert schedule.failed == {"quantize-1": "quantize-1: its worker was lost 2 times (cluster.retries 1)"}
+    assert schedule.failed == {
+        "quantize-1": "quantize-1: its worker was lost 2 times (cluster.retries 1); if memory runs out, raise "
+        "cluster.gpus_per_job or cluster.cpus_per_job"
+    }
 
 
 def test_a_killed_run_goes_on_where_it_was(experiment, address):
