@@ -17,6 +17,7 @@ from lqer.jobs.here import run_here
 from lqer.phases import Recorder, recorded
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import CheckedRun, check_run
+from lqer.stages.gang import expect_gang
 from lqer.store.names import block_file
 
 # Of the phases of lqer.phases, those that a gang shares out, adds or leaves to the first process.
@@ -36,7 +37,11 @@ def time_gangs(setup: Setup, presets: Sequence[str], sizes: Sequence[int], kills
 def _checked(setup: Setup, preset: str, processes: int) -> CheckedRun:
     output = [f"--output_dir={setup.output(preset, processes)}", "--evaluation.baselines=[]"]
     gang = [f"--cluster.gang={processes}"]
-    return check_run(read_config(setup.config(preset), TAG, [*setup.overrides, *output, *gang]), lambda line: None)
+    config = read_config(setup.config(preset), TAG, [*setup.overrides, *output, *gang])
+    if config.has_gang:
+        # As a run does.
+        expect_gang()
+    return check_run(config, lambda line: None)
 
 
 def _time_gang(setup: Setup, preset: str, processes: int) -> None:

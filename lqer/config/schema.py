@@ -359,6 +359,11 @@ class Config(Section):
         return None if self.cluster is None or self.cluster.address == "off" else self.cluster
 
     @property
+    def has_gang(self) -> bool:
+        """Whether several processes of a machine make a stage."""
+        return self.cluster is not None and self.cluster.gang != 1
+
+    @property
     def alone(self) -> Config:
         """The same experiment without Ray: this process does it, and the gang that it starts."""
         gang = 1 if self.cluster is None else self.cluster.gang

@@ -25,6 +25,7 @@ from lqer.run.texts import Texts
 from lqer.stages.allocate_ranks import Budget, BudgetedPlans
 from lqer.stages.allocate_widths import WidthPlans, Widths
 from lqer.stages.base import Stage
+from lqer.stages.gang import expect_gang
 from lqer.store.store import Artifact, Store
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def run_chunk(config: Config, chunk: Chunk | None) -> Results | None:
 
 def refuse_chunks(config: Config, chunk: Chunk) -> None:
     """Raise ConfigError if blocks cannot be quantized independently of each other, or by one process."""
-    if config.cluster is not None and config.cluster.gang != 1:
+    if config.cluster is not None and config.has_gang:
         raise ConfigError(f"--chunk {chunk}: one process works on a chunk; found cluster.gang {config.cluster.gang!r}")
     if config.quantize.propagates_error:
         parts = " and ".join(config.quantize.block_parts) or f"method {config.quantize.method.kind!r}"
@@ -78,6 +79,8 @@ def refuse_chunks(config: Config, chunk: Chunk) -> None:
 
 
 def _run(config: Config, started: float, chunk: Chunk | None, run_log: RunLog) -> Results | None:
+    if config.has_gang:
+        expect_gang()
     with phase("checks"):
         checked = check_run(config, log.info)
     # Everything that can be refused has been: only now may the folder of an earlier run be changed.

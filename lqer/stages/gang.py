@@ -24,7 +24,7 @@ import torch
 
 from lqer.errors import LqerError, RunFailedError
 from lqer.stages.base import Stage, no_effect
-from lqer.stages.processes import death, held_back_interrupts, processes
+from lqer.stages.processes import death, expect_processes, held_back_interrupts, processes
 from lqer.statistics import ALONE, Gang
 from lqer.store.onlooker import Onlooker
 from lqer.store.store import Store, partial_path
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # For one rank to end after another.
 SECONDS_TO_END = 30.0
+# What every rank imports, which takes seconds.
+PRELOADED = ("lqer.stages.quantize_sequential",)
 # Of a rank that ended because another had.
 EXIT_LOST = 3
 
@@ -59,6 +61,11 @@ class GangStage(Stage):
         with gang_of(self, store, device, min(self.ranks, most)) as gang:
             finish = self.build_together(workspace, store, gang)
         finish()
+
+
+def expect_gang() -> None:
+    """Let the import of the other ranks begin, which then need not wait for it when a stage starts them."""
+    expect_processes(PRELOADED)
 
 
 class _Meeting(NamedTuple):
@@ -113,7 +120,7 @@ def gang_of(stage: GangStage, store: Store, device: torch.device, size: int) -> 
 
 
 def _start(stage: GangStage, meeting: _Meeting) -> list[_Rank]:
-    context: Any = processes(["lqer.stages.quantize_sequential"])
+    context: Any = processes(PRELOADED)
     started: list[_Rank] = []
     for number in range(1, meeting.size):
         ours, theirs = context.Pipe(duplex=False)

@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
 
@@ -19,6 +20,12 @@ def processes(preload: Sequence[str]) -> BaseContext:
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload([*preload])
     return found
+
+
+def expect_processes(preload: Sequence[str]) -> None:
+    """Let the server of later `processes` import these modules from now on, beside other work."""
+    if processes(preload).get_start_method() == "forkserver":
+        forkserver.ensure_running()
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from stored_files import stored
 
 from lqer.config import read_config
 from lqer.config.cluster import ClusterConfig
-from lqer.errors import ConfigError, RunFailedError
+from lqer.errors import ConfigError, ModelError, RunFailedError
 from lqer.jobs.here import run_here
 from lqer.run import pipeline
 from lqer.run.chunks import Chunk
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
-from lqer.stages import reconstruct_block
+from lqer.stages import processes, reconstruct_block
 from lqer.store import store
 from lqer.store.workspace import Workspace
 
@@ -142,6 +142,21 @@ def test_a_run_by_ranks_reports_what_one_process_reports(experiment):
         assert results[0][key] == results[1][key]
     assert "cluster" not in results[0]["config"]
     assert "cluster" not in (experiment.folder / "together/run/config.toml").read_text()
+
+
+@pytest.mark.parametrize(("ranks", "begun"), [(1, ["checks"]), (2, ["imports of the others", "checks"])])
+def test_the_other_ranks_are_imported_while_a_run_is_checked(experiment, monkeypatch, ranks, begun):
+    found: list[str] = []
+
+    def check_run(*arguments):
+        found.append("checks")
+        raise ModelError("refused")
+
+    monkeypatch.setattr(pipeline, "check_run", check_run)
+    monkeypatch.setattr(processes.forkserver, "ensure_running", lambda: found.append("imports of the others"))
+    with pytest.raises(ModelError, match="refused"):
+        pipeline.run(read_config(experiment.config, "run", [f"--cluster.gang={ranks}"]))
+    assert found == begun
 
 
 def test_a_gang_works_on_no_chunk_and_chooses_its_gpus(experiment):
