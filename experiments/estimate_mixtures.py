@@ -1,7 +1,7 @@
 """Memory that a run needs for the decoder blocks of large mixtures of experts on a GPU, from their shapes alone.
 
     python experiments/estimate_mixtures.py [--shapes deepseek-v3 kimi-k2 gpt-oss-120b] [--methods lqer-act gptq best-3]
-        [--windows 32] [--seq-len 2048]
+        [--windows 32] [--seq-len 2048] [--max-memory 4GB]
 
 Nothing is read or run: the numbers are those that `--validate` prints and refuses by, of the stage up to the finished
 checkpoint that needs most, for the published files (FP8 in blocks of 128, MXFP4) with two decoder blocks, one of them
@@ -50,7 +50,7 @@ HALF = 2  # bytes
 STAGES = ("calibrate", "widths", "quantize")
 
 
-def stages_of(name: str, method: str, windows: int, seq_len: int) -> list[StageMemory]:
+def stages_of(name: str, method: str, windows: int, seq_len: int, max_memory: str) -> list[StageMemory]:
     """What stages before evaluation need for a shape, by a preset of configs/methods."""
     kind, sizes, bits = SHAPES[name]
     model = AutoConfig.for_model(kind, **sizes)
@@ -58,7 +58,8 @@ def stages_of(name: str, method: str, windows: int, seq_len: int) -> list[StageM
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         summary = summarize_model(ModelSource(name, folder, None, "", ""))
-        overrides = [f"--model={folder}", f"--calibration.num_samples={windows}", f"--calibration.seq_len={seq_len}"]
+        calibration = {"num_samples": windows, "seq_len": seq_len, "max_memory": max_memory}
+        overrides = [f"--model={folder}", *(f"--calibration.{key}={value}" for key, value in calibration.items())]
         config = read_config(ROOT / "configs" / "methods" / f"{method}.toml", overrides=overrides)
     plans = plan_model(config, summary)
     work = Workload(config, summary, plans, HALF, HALF, on_gpu=True, streams=True, read_block=_read(summary, bits))
@@ -94,11 +95,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["lqer-act", "gptq", "best-3"])
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--max-memory", default="4GB", help="calibration.max_memory")
     given = parser.parse_args()
     print("| shape | method | RAM, GB | GPU, GB |\n|---|---|---|---|")
     for name in given.shapes:
         for method in given.methods:
-            print(row(name, method, stages_of(name, method, given.windows, given.seq_len)), flush=True)
+            print(
+                row(name, method, stages_of(name, method, given.windows, given.seq_len, given.max_memory)), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ from lqer.models.dispatch import dispatch_all
 from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel, Streamed
 from lqer.models.open import DevicePlacement, spans_gpus
+from lqer.models.reading import fill_parameters, read_file
 from lqer.models.source import pick_device
-from lqer.models.streaming import fill_parameters, read_file, tie
+from lqer.models.streaming import tie
 from lqer.models.structure import prepare_model
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.store.names import block_file

@@ -33,8 +33,8 @@ from lqer.export.shards import Shards
 from lqer.export.source import CONFIG_FILE, Linear, LinearSpec, Outline, Source
 from lqer.formats import MX
 from lqer.formats.blocks import block_width
+from lqer.models.reading import read_file
 from lqer.models.source import DTYPES
-from lqer.models.streaming import read_file
 from lqer.store.files import write_json
 
 BITS = (2, 3, 4, 5, 6, 8)

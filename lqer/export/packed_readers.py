@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lqer.export.config_groups import ALL_LINEARS, DEQUANTIZE, EXPERTS
 from lqer.export.source import Outline
-from lqer.models.streaming import read_file
+from lqer.models.reading import read_file
 
 SCALE = ".weight_scale"
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")

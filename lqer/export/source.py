@@ -29,8 +29,8 @@ from lqer.errors import ExportError
 from lqer.formats import NumberFormat, QuantizedTensor, format_from_dict
 from lqer.models.auto import auto_class, without_values
 from lqer.models.files import reported_as
+from lqer.models.reading import read_file
 from lqer.models.stored import NotStreamableError, saved_names
-from lqer.models.streaming import read_file
 from lqer.models.structure import ONLINE_ROTATIONS
 from lqer.nn.stacked import Piece, stacked, stacks
 from lqer.results import CHECKPOINT_LINK, RESULTS_FILE

@@ -159,11 +159,16 @@ def largest_block(headers: Iterable[Header]) -> int:
     """
     sizes = Counter[str]()
     for header in headers:
-        for name, shape in header.shapes.items():
-            block, bits = BLOCK.match(name), BITS.search(header.dtypes[name])
-            if block is not None and bits is not None:
-                sizes[block[0]] += math.prod(shape) * int(bits[0]) // 8
+        for name in header.shapes:
+            if (block := BLOCK.match(name)) is not None:
+                sizes[block[0]] += tensor_bytes(header, name)
     return max(sizes.values(), default=0)
+
+
+def tensor_bytes(header: Header, name: str) -> int:
+    """Of a tensor as it is stored."""
+    bits = BITS.search(header.dtypes[name])
+    return math.prod(header.shapes[name]) * (int(bits[0]) if bits else 8) // 8
 
 
 def hub_headers(repository: str, revision: str | None) -> list[Header]:

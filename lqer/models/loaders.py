@@ -8,14 +8,14 @@ next one is read ahead for a GPU), however many there are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.models.structure import find_blocks
@@ -34,6 +34,14 @@ class BlockLoader(Protocol):
         self, blocks: nn.ModuleList, indices: Sequence[int], device: torch.device
     ) -> Iterator[tuple[int, nn.Module]]:
         """Index and block for each of `indices` in order; a block is on `device` until the next one is asked for."""
+
+    def values_of_each(
+        self, blocks: nn.ModuleList, indices: Sequence[int]
+    ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        """Index, and parameters and buffers by name, for each of `indices` in order.
+
+        Of a model on disk each tensor is read when it is asked for, so that no block is in memory as a whole.
+        """
 
     def materialize(self, blocks: nn.ModuleList, device_of: Callable[[int], torch.device]) -> None:
         """Load all blocks for good, the one of each index to `device_of(index)`."""
@@ -54,6 +62,11 @@ class Resident:
             yield index, block.to(device)
             block.to(own_device)
 
+    def values_of_each(
+        self, blocks: nn.ModuleList, indices: Sequence[int]
+    ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        return ((index, blocks[index].state_dict()) for index in indices)
+
     def materialize(self, blocks: nn.ModuleList, device_of: Callable[[int], torch.device]) -> None:
         for index, block in enumerate(blocks):
             block.to(device_of(index))
@@ -63,18 +76,21 @@ class Resident:
 class Streamed:
     """Blocks of a skeleton, filled with values from disk.
 
-    read(index)                           the block's tensors, or what they are decoded from, on the CPU; may run in a
-                                          thread of its own
+    read(index)                           the block's tensors, or what they are decoded from, on the CPU, or a mapping
+                                          that reads them; may run in a thread of its own
     fill(block, index, tensors, device)   puts them into the block; empties `tensors`
     fill_outer()                          fills everything outside the blocks
     ahead                                 read the next block while one is used
+    values(block, tensors)                what `fill` would put into the block, each made when it is asked for; only of
+                                          a model that is to be quantized
     phase                                 what the time for all that counts as, see lqer/phases.py
     """
 
-    read: Callable[[int], dict[str, Any]]
-    fill: Callable[[nn.Module, int, dict[str, Any], torch.device], None]
+    read: Callable[[int], Any]
+    fill: Callable[[nn.Module, int, Any, torch.device], None]
     fill_outer: Callable[[], None]
     ahead: bool
+    values: Callable[[nn.Module, Any], Mapping[str, Tensor]] | None = None
     phase: str = "read"
     _outer_is_loaded: bool = field(default=False, init=False)
 
@@ -93,11 +109,18 @@ class Streamed:
             yield index, block
             _free(block)
 
+    def values_of_each(
+        self, blocks: nn.ModuleList, indices: Sequence[int]
+    ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        assert self.values is not None, "a checkpoint that is quantized already"
+        for index, tensors in self._read_all(indices):
+            yield index, self.values(blocks[index], tensors)
+
     def materialize(self, blocks: nn.ModuleList, device_of: Callable[[int], torch.device]) -> None:
         for index, tensors in self._read_all(range(len(blocks))):
             self._fill(blocks[index], index, tensors, device_of(index))
 
-    def _read_all(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read_all(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
         if not self.ahead:
             for index in indices:
                 yield index, self._read(index)
@@ -111,11 +134,11 @@ class Streamed:
                 yield index, tensors
                 del tensors
 
-    def _read(self, index: int) -> dict[str, Any]:
+    def _read(self, index: int) -> Any:
         with phase(self.phase):
             return self.read(index)
 
-    def _fill(self, block: nn.Module, index: int, tensors: dict[str, Any], device: torch.device) -> None:
+    def _fill(self, block: nn.Module, index: int, tensors: Any, device: torch.device) -> None:
         with phase(self.phase):
             self.fill(block, index, tensors, device)
             block.to(device)

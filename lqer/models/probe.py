@@ -22,8 +22,9 @@ from lqer.errors import ModelError
 from lqer.models.auto import auto_class, without_values
 from lqer.models.files import reported_as
 from lqer.models.loaders import OpenedModel
+from lqer.models.reading import fill_parameters
 from lqer.models.source import ModelSource, load_model_config
-from lqer.models.streaming import fill_parameters, tie
+from lqer.models.streaming import tie
 from lqer.models.structure import block_linears, prepare_model
 from lqer.models.walker import BlockRun, embed, run_one_block
 from lqer.nn.experts import Experts, experts_of

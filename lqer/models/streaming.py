@@ -11,54 +11,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lqer.models.auto import auto_class, without_values
-from lqer.models.coded import Coded, Encoded, Scheme, coded_tensors, plain_config, plain_header
-from lqer.models.files import READ_OPTIONS, Header, processor_files, read_header, reported_as, weight_files
+from lqer.models.coded import Coded, coded_tensors, plain_config, plain_header
+from lqer.models.files import Header, processor_files, read_header, reported_as, tensor_bytes, weight_files
 from lqer.models.loaders import OpenedModel, Streamed
+from lqer.models.reading import Place, StoredBlock, StoredTensor, StoredTensors, fill_parameters
 from lqer.models.source import ModelSource, check_weights, load_model, load_model_config
 from lqer.models.stored import NotStreamableError, StoredNames
-from lqer.models.structure import KEPT_IN_FLOAT32, find_blocks, prepare_model
+from lqer.models.structure import find_blocks, prepare_model
 from lqer.models.verify import STORED_DTYPES
 from lqer.nn.stacked import Piece
 from lqer.store.offload import Offload
 
 log = logging.getLogger(__name__)
-
-# That fill page-locked memory.
-READING_THREADS = 4
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """The place of a parameter's values: transposed in GPT-2's Conv1D, a piece of an expert's.
-
-    scales: the place of the scales of codes.
-    """
-
-    file: Path
-    name: str
-    transposed: bool
-    piece: Piece | None = None
-    scheme: Scheme | None = None
-    scales: tuple[Path, str] | None = None
-
-    def values(self, stored: Tensor, scales: Tensor | None) -> Tensor | Encoded:
-        if self.scheme is not None and scales is not None:
-            return Encoded(self.scheme, stored, scales, self.piece)
-        if self.piece is not None:
-            return self.piece.of(stored).clone(memory_format=torch.contiguous_format)
-        return stored.T.contiguous() if self.transposed else stored
 
 
 def open_model(
@@ -93,19 +67,22 @@ def _open_streamed(
     # `dtype` may be "auto"; the skeleton has resolved it.
     target = model.dtype
 
-    def read(block: int) -> dict[str, Tensor | Encoded]:
-        prefix = f"{inside}{block}."
+    def read(block: int) -> StoredTensors:
+        prefix, on_gpu = f"{inside}{block}.", device.type == "cuda"
         wanted = {key.removeprefix(prefix): stored for key, stored in index.items() if key.startswith(prefix)}
-        return read_tensors(wanted, pinned=device.type == "cuda")
+        return StoredTensors(wanted, pinned=on_gpu, ahead=on_gpu)
 
-    def fill(block: nn.Module, _: int, tensors: dict[str, Tensor | Encoded], where: torch.device) -> None:
+    def fill(block: nn.Module, _: int, tensors: StoredTensors, where: torch.device) -> None:
         fill_parameters(block, tensors, where, target)
 
+    def values(block: nn.Module, tensors: StoredTensors) -> StoredBlock:
+        return StoredBlock(block, tensors, device, target)
+
     def fill_outer() -> None:
-        fill_parameters(model, read_tensors(outside), torch.device("cpu"), target)
+        fill_parameters(model, StoredTensors(outside), torch.device("cpu"), target)
         tie(model)
 
-    loader = Streamed(read, fill, fill_outer, ahead=device.type == "cuda")
+    loader = Streamed(read, fill, fill_outer, ahead=device.type == "cuda", values=values)
     return OpenedModel(model, name, blocks, loader, device, offload, processor_files(source.find))
 
 
@@ -157,7 +134,7 @@ def _match(
             for name, piece in names.parameters_in(stored).items():
                 # transformers ignores the others, or `check_weights` would have refused them.
                 if name in expected:
-                    index[name] = StoredTensor(file, stored, name in transposed, piece)
+                    index[name] = _stored(file, header, stored, piece, name in transposed)
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     missing = [name for name in expected if name not in index and name not in tied]
     missing += [
@@ -168,80 +145,32 @@ def _match(
     return index
 
 
+def _stored(
+    file: Path, header: Header, name: str, piece: Piece | None, transposed: bool = False
+) -> StoredTensor:  # fmt: skip
+    """piece: of the stack of that name; of that one expert is read."""
+    size = tensor_bytes(header, name)
+    if piece is None:
+        return StoredTensor(Place(file, name), size, transposed)
+    experts = header.shapes[name][0]
+    return StoredTensor(Place(file, name, piece.expert), size // experts, transposed, piece)
+
+
 def _with_scales(
     index: Mapping[str, StoredTensor], coded: Mapping[str, Coded], headers: Mapping[Path, Header]
 ) -> dict[str, StoredTensor]:
     """The same places, where values are stored as codes those of the codes and of their scales."""
     homes = {name: file for file, header in headers.items() for name in header.shapes}
     found = dict(index)
-    for parameter, place in index.items():
-        if (one := coded.get(place.name)) is not None:
-            scales = homes[one.scales], one.scales
-            found[parameter] = replace(place, name=one.codes, scheme=one.scheme, scales=scales)
+    for parameter, stored in index.items():
+        if (one := coded.get(stored.place.name)) is not None:
+            header, home = headers[stored.place.file], homes[one.scales]
+            codes = _stored(stored.place.file, header, one.codes, stored.piece)
+            # All matrices of a stack may share one scale.
+            of_scales, experts = headers[home].shapes[one.scales], header.shapes[one.codes][0]
+            expert = codes.place.expert if len(of_scales) > 1 and of_scales[0] == experts else None
+            found[parameter] = replace(codes, scheme=one.scheme, scales=Place(home, one.scales, expert))
     return found
-
-
-def read_tensors(wanted: Mapping[str, StoredTensor], pinned: bool = False) -> dict[str, Tensor | Encoded]:
-    """The stored tensors, on the CPU; no file stays open or mapped. pinned: in page-locked memory."""
-    scales = _read_scales(wanted, pinned)
-    tensors: dict[str, Tensor | Encoded] = {}
-    for file in sorted({stored.file for stored in wanted.values()}):
-        held: dict[str, dict[str, StoredTensor]] = {}
-        for name, stored in wanted.items():
-            if stored.file == file:
-                held.setdefault(stored.name, {})[name] = stored
-        found = read_file(file, held, pinned)
-        for stored_name, here in held.items():
-            tensor = found.pop(stored_name)
-            tensors |= {name: stored.values(tensor, scales.get(stored.scales)) for name, stored in here.items()}
-    return tensors
-
-
-def _read_scales(wanted: Mapping[str, StoredTensor], pinned: bool) -> dict[tuple[Path, str] | None, Tensor]:
-    """The scales of all codes by their place, which may be in another file than that of the codes."""
-    places = {stored.scales for stored in wanted.values() if stored.scales is not None}
-    names: dict[Path, list[str]] = {}
-    for file, name in sorted(places):
-        names.setdefault(file, []).append(name)
-    return {(file, name): tensor for file in names for name, tensor in read_file(file, names[file], pinned).items()}
-
-
-def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = False) -> dict[str, Tensor]:
-    """Tensors of one safetensors file by name (None: all), on the CPU; the file does not stay open or mapped."""
-    with safe_open(file, framework="pt", **READ_OPTIONS) as opened:
-
-        def read(name: str) -> Tensor:
-            tensor = opened.get_tensor(name)
-            return tensor.pin_memory() if pinned else tensor if READ_OPTIONS else tensor.clone()
-
-        names = list(opened.keys() if names is None else names)
-        if not pinned:
-            return {name: read(name) for name in names}
-        # Locking pages and filling them takes one thread longer than a GPU needs for a block.
-        with ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read") as threads:
-            return dict(zip(names, threads.map(read, names), strict=True))
-
-
-def fill_parameters(module: nn.Module, tensors: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-    """Set parameters and buffers of `module` by name, floating-point ones in `dtype`; empties `tensors`.
-
-    tensors: what is not decoded yet is, on the device.
-
-    Those that transformers keeps in float32 are in that (lqer/models/structure.py).
-    """
-    for key in sorted(tensors):
-        tensor = tensors.pop(key).to(device, non_blocking=True)
-        owner_name, _, leaf = key.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        wanted = torch.float32 if leaf in getattr(owner, KEPT_IN_FLOAT32, ()) else dtype
-        if isinstance(tensor, Encoded):
-            tensor = tensor.decode(wanted)
-        elif tensor.is_floating_point():
-            tensor = tensor.to(wanted)
-        if leaf in owner._parameters:
-            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-        else:
-            owner.register_buffer(leaf, tensor)
 
 
 def tie(model: PreTrainedModel) -> None:

@@ -4,14 +4,16 @@ Weights, statistics, hidden states, logits and files follow from their definitio
 memory is estimated, and marked as not certain:
 
     walk         the weights outside the blocks and one block, the hidden states of all windows, the activations of a
-                 batch; if a GPU reads ahead, two blocks in RAM as they are stored. A model that cannot be read block by
-                 block is in memory whole. Hidden states and accumulators beyond calibration.max_memory are offloaded to
-                 disk; on a GPU sums of experts beyond 18 GB are gathered in further passes, their results are in RAM
+                 batch; if a GPU reads ahead, two blocks in RAM as they are stored, of large blocks a part. A model that
+                 cannot be read block by block is in memory whole. Hidden states and statistics on a CPU beyond
+                 calibration.max_memory are offloaded to disk; on a GPU sums of experts beyond 18 GB are gathered in
+                 further passes, whose results wait there, unless they are used at once (with error propagation)
     rotate       the whole model in float32
     calibrate    a walk, and the accumulators of a block's statistics
     widths       a calibration, then the inputs of all blocks and the gradients of a few windows, the errors of a block
-    quantize     a stored block, its statistics, two packed blocks, and copies of the linear in work. With error
-                 propagation also a walk, with two blocks; transforms and roundings that learn say what they hold
+    quantize     weights as they are read, the statistics of a block, packed blocks, and copies of the linear in work.
+                 With error propagation also a walk, with two blocks; transforms and roundings that learn say what they
+                 hold
     finetune     the original and the quantized model, 20 bytes per trained value, the inputs of all blocks, the
                  activations of one and its decoded weights, the logits of a batch
     evaluate     the whole model, or a walk under evaluation.blockwise, and the logits of a batch
@@ -28,7 +30,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from lqer.config import Config
-from lqer.config.schema import CalibrationConfig, FinetuneConfig
 from lqer.export import Target
 from lqer.export.planned import planned_targets
 from lqer.export.verify import WINDOW_TOKENS, WINDOWS_OF_LOGITS
@@ -36,9 +37,24 @@ from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
 from lqer.resources.linear import FACTORIZATION_COPIES, batch_bytes, linear_bytes
-from lqer.resources.statistics import accumulator_bytes, block_bytes, gathered, in_passes, input_sites
+from lqer.resources.statistics import gathered, input_sites
+from lqer.resources.walk import (
+    LARGER_DISK,
+    LESS_IN_MEMORY,
+    LIVE_ACTIVATIONS,
+    SAFETENSORS,
+    accumulated_bytes,
+    activation_needs,
+    add_statistics,
+    as_read,
+    observed_in_passes,
+    statistics_bytes,
+    tokens_of_batch,
+    walk_needs,
+)
 from lqer.resources.workload import Need, StageMemory, Workload, total
 from lqer.stages.allocate_widths import WINDOWS
+from lqer.stages.gather_experts import PASS_BYTES
 from lqer.stages.width_errors import SAMPLED_ROWS
 from lqer.statistics import Hessian
 from lqer.store.writer import most_waiting
@@ -46,7 +62,6 @@ from lqer.training.loss import POSITIONS
 
 HALF = 2  # bytes of a value in half precision
 LATER_IMPORTS = 200_000_000  # bytes of libraries that a stage imports (pandas, matplotlib, lm-eval)
-LIVE_ACTIVATIONS = 5  # activations of a batch that are live at once, next to the widest linear's input
 STATE_BYTES = 2 * (4 + 4 + 1)  # per weight, of the states of a block under reconstruction: the last one and the next
 TRAINED_COPIES = 5  # float32 values per trained one: itself, gradient, Adam's two moments, best so far
 LOGIT_COPIES = 3  # logits: of both models, gradient
@@ -56,10 +71,6 @@ LOSS_POSITIONS = 256  # positions whose losses are computed at once, in float32 
 ASSUMED_RANK = 32  # of linears whose rank is chosen under a budget
 ASSUMED_TOKENS = 300_000  # of a text that is not local: about the test split of WikiText-2
 BYTES_PER_TOKEN = 4  # of a local text
-
-LARGER_DISK = "Put output_dir on a larger disk"
-SAFETENSORS = "Convert the model to safetensors, which are read block by block"
-LESS_IN_MEMORY = "Reduce calibration.max_memory"
 
 
 def estimate(work: Workload) -> list[StageMemory]:
@@ -109,18 +120,22 @@ def _rotate(work: Workload) -> StageMemory:
 
 
 def _calibrate(work: Workload) -> StageMemory:
-    settings = work.config.calibration
-    statistics = _statistics_bytes(work)
-    host, device, disk = _walk(work, settings.num_samples, settings.seq_len, _batch_tokens(settings),
-                               _smaller("calibration.batch_size"), _accumulators(work))  # fmt: skip
+    statistics = statistics_bytes(work)
+    host, device, disk = _calibration_walk(work)
     widest = max(statistic.nbytes(max(input_sites(work.summary))) for statistic in gathered(work.plans))
     # Half-precision products are added to the sums by a kernel on a GPU, others are a matrix of float32 first.
     products = 0 if work.on_gpu and work.computed == HALF else widest // 2
     device.append(Need("statistics of a batch", products, certain=False))
-    (host if _in_passes(work) else device).append(Need("statistics of a block", statistics))
+    add_statistics(work, host, device, disk)
     disk.append(Need("statistics", statistics * work.summary.blocks, LARGER_DISK))
     host.append(Need("statistics being written", statistics * (statistics <= most_waiting(work.on_gpu)), certain=False))
     return _stage("calibrate", work, host, device, disk)
+
+
+def _calibration_walk(work: Workload, blocks: int = 1) -> tuple[list[Need], list[Need], list[Need]]:
+    settings = work.config.calibration
+    batch, fewer = tokens_of_batch(settings), _smaller("calibration.batch_size")
+    return walk_needs(work, settings.num_samples, settings.seq_len, batch, fewer, accumulated_bytes(work), blocks)
 
 
 def _widths(work: Workload) -> StageMemory:
@@ -128,42 +143,47 @@ def _widths(work: Workload) -> StageMemory:
     settings, summary = work.config.calibration, work.summary
     windows = min(settings.num_samples, WINDOWS)
     tokens = windows * settings.seq_len * summary.hidden_size
-    host, device, disk = _walk(work, windows * (summary.blocks + 1), settings.seq_len, _batch_tokens(settings),
-                               _smaller("calibration.batch_size"))  # fmt: skip
+    batch, fewer = tokens_of_batch(settings), _smaller("calibration.batch_size")
+    host, device, disk = walk_needs(work, windows * (summary.blocks + 1), settings.seq_len, batch, fewer)
     host.append(Need("gradients of the windows", 4 * tokens, LESS_IN_MEMORY))
     errors = sum(min(rows, SAMPLED_ROWS) * columns for rows, columns in summary.linears.values()) // summary.blocks
-    batch = _batch_tokens(settings)
-    (host if _in_passes(work) else device).append(Need("statistics of a block", _statistics_bytes(work)))
+    add_statistics(work, host, device, disk)
     device += [
         Need("errors of a block", 4 * errors * len(work.config.quantize.widths)),
         Need("work on a linear", _linear_work(work), certain=False),
         Need("activations for gradients", LIVE_ACTIVATIONS * batch * work.widest * 4, certain=False),
-        Need("logits of a batch", 4 * LOGIT_COPIES * batch * summary.vocabulary, _smaller("calibration.batch_size")),
+        Need("logits of a batch", 4 * LOGIT_COPIES * batch * summary.vocabulary, fewer),
     ]
     return _stage("widths", work, host, device, disk)
 
 
 def _quantize(work: Workload) -> StageMemory:
     settings, summary, quantize = work.config.calibration, work.summary, work.config.quantize
-    packed = sum(_packed_bytes(work, name, plan) for name, plan in work.plans.items())
+    packed = _packed_blocks(work)
     outside = work.stored * summary.outside_parameters
-    host = [Need("block as stored", work.stored_block), Need("two packed blocks", 2 * packed // summary.blocks)]
+    host = [Need("packed blocks that are written", _being_written(work, max(packed)))]
     if not work.streams:
-        host = [Need("whole model", work.stored * summary.parameters, SAFETENSORS)]
+        host.append(Need("whole model", work.stored * summary.parameters, SAFETENSORS))
+    elif not quantize.propagates_error or (work.stored_in_blocks or work.stored) != work.computed:
+        host += as_read(work, " to be rounded")  # else what is run is what is quantized
     host.append(Need("weights outside the blocks", outside if work.streams else 0))
+    device = [Need("packed block", max(packed))]
+    disk = [Need("quantized model", sum(packed) + outside, LARGER_DISK)]
+    work_bytes = _linear_work(work)
+    if quantize.propagates_error and observed_in_passes(work):
+        work_bytes += PASS_BYTES // 2  # of float32, not of float64
+    else:
+        add_statistics(work, host, device, disk)
     blocks = 2 if quantize.propagates_error else 1
     # While a linear is worked on, a GPU holds no sums or activations of the walk, and no quantized copy of the block.
-    idle = _accumulators(work) + (blocks - 1) * work.computed * summary.block_parameters
-    idle += total(_activations(work, _batch_tokens(settings), ""))
+    idle = accumulated_bytes(work) + (blocks - 1) * work.computed * summary.block_parameters
+    idle += total(activation_needs(work, tokens_of_batch(settings), ""))
     idle *= work.on_gpu and not work.stores_statistics
-    device = [Need("work on a linear", max(_linear_work(work) - idle, 0), certain=False)]
-    (host if _in_passes(work) else device).append(Need("statistics of a block", _statistics_bytes(work)))
-    disk = [Need("quantized model", packed + outside, LARGER_DISK)]
+    device.append(Need("work on a linear", max(work_bytes - idle, 0), certain=False))
     if len(work.config.evaluation.baselines) > ("original" in work.config.evaluation.baselines):
-        disk.append(Need("quantized baseline", packed + outside, LARGER_DISK))
+        disk.append(Need("quantized baseline", sum(packed) + outside, LARGER_DISK))
     if not work.stores_statistics:
-        walk = _walk(work, settings.num_samples, settings.seq_len, _batch_tokens(settings),
-                     _smaller("calibration.batch_size"), _accumulators(work), blocks)  # fmt: skip
+        walk = _calibration_walk(work, blocks)
         host, device, disk = ([*a, *b] for a, b in zip((host, device, disk), walk, strict=True))
     if quantize.propagates_error:
         host += _original_stream(work)
@@ -206,7 +226,7 @@ def _finetune(work: Workload) -> StageMemory:
     """Both models are on one device, the quantized one in emulation."""
     settings, summary = work.config.finetune, work.summary
     assert settings is not None
-    tokens = _batch_tokens(settings)
+    tokens = tokens_of_batch(settings)
     activations = LIVE_ACTIVATIONS * tokens * work.widest * work.computed
     inputs = summary.blocks * tokens * summary.hidden_size * work.computed
     logits = LOGIT_COPIES * work.computed * tokens + 4 * LOSS_COPIES * min(POSITIONS, tokens)
@@ -248,11 +268,11 @@ def _evaluate(work: Workload) -> StageMemory:
     if downstream is not None and downstream.batch_size * downstream.max_length > batch_tokens:
         batch_tokens, key = downstream.batch_size * downstream.max_length, "evaluation.downstream.batch_size"
     if evaluation.blockwise:
-        host, device, disk = _walk(work, windows, seq_len, batch_tokens, _smaller(key))
+        host, device, disk = walk_needs(work, windows, seq_len, batch_tokens, _smaller(key))
     else:
         whole = Need("whole model", work.computed * summary.parameters, "Set evaluation.blockwise = true")
         # It is loaded into RAM before it is moved to a GPU.
-        host, device, disk = [whole] * work.on_gpu, [whole, *_activations(work, batch_tokens, _smaller(key))], []
+        host, device, disk = [whole] * work.on_gpu, [whole, *activation_needs(work, batch_tokens, _smaller(key))], []
     # In float32: the logits of some positions, and their softmax; for divergence also those of the unlikely tokens.
     widened = 8 if evaluation.divergence is None else 12
     logits = summary.vocabulary * (work.computed * batch_tokens + widened * min(LOSS_POSITIONS, batch_tokens))
@@ -275,60 +295,23 @@ def _export(work: Workload, targets: Sequence[Target]) -> StageMemory:
     return _stage("export", work, [whole] * work.on_gpu + [Need("logits of the windows", logits)], [whole], disk)
 
 
-def _walk(
-    work: Workload, windows: int, seq_len: int, batch_tokens: int, remedy: str, accumulated: int = 0, blocks: int = 1
-) -> tuple[list[Need], list[Need], list[Need]]:
-    """Host, device and disk of windows on their way through the blocks, `blocks` of which are in memory at once.
+def _packed_blocks(work: Workload) -> list[int]:
+    """Bytes of each packed block."""
+    blocks, start = [0] * work.summary.blocks, len(work.summary.blocks_name) + 1
+    for name, plan in work.plans.items():
+        blocks[int(name[start:].split(".")[0])] += _packed_bytes(work, name, plan)
+    return blocks
 
-    accumulated: bytes of the accumulators of a block's statistics.
+
+def _being_written(work: Workload, packed: int) -> int:
+    """Bytes of packed blocks that wait for the disk in RAM beside the one in work, see lqer/store/writer.py.
+
+    What comes from a GPU is a copy; a block that is larger than all that may wait is waited for.
     """
-    summary, limit = work.summary, work.config.calibration.max_bytes
-    # Only RAM is offloaded.
-    offloadable = {
-        "hidden states": windows * seq_len * summary.hidden_size * work.computed,
-        "accumulators": 0 if work.on_gpu else accumulated,
-    }
-    size = sum(offloadable.values())
-    held = size if limit is None else min(size, limit)
-    what = max(offloadable, key=lambda name: offloadable[name])
-    host = [Need(what, held, LESS_IN_MEMORY)]
-    disk = [Need(f"offloaded {what}", size - held, LARGER_DISK)]
-    device = _activations(work, batch_tokens, remedy)
-    if work.streams:
-        device.append(Need("weights outside the blocks", work.computed * summary.outside_parameters))
-        device.append(Need("block", blocks * work.computed * summary.block_parameters))
-        host.append(Need("two blocks as read", 2 * (work.read_block or work.stored_block) * work.on_gpu))
-    else:  # it stays in RAM, and a GPU holds one block at a time
-        host.append(Need("whole model", work.computed * summary.parameters, SAFETENSORS))
-        on_gpu = work.computed * (blocks * summary.block_parameters + summary.outside_parameters)
-        device.append(Need("block and weights outside the blocks", on_gpu if work.on_gpu else 0))
-    if work.on_gpu:
-        device.append(Need("accumulators", accumulated, 'Set device = "cpu"'))
-    return host, device, disk
-
-
-def _activations(work: Workload, batch_tokens: int, remedy: str) -> list[Need]:
-    size = batch_tokens * work.widest * work.computed
-    others = Need("other activations of a batch", LIVE_ACTIVATIONS * size, remedy, certain=False)
-    return [Need("activations of a batch", size, remedy), others]
-
-
-def _batch_tokens(settings: CalibrationConfig | FinetuneConfig) -> int:
-    """Tokens of a batch: no more than there are."""
-    return min(settings.batch_size, settings.num_samples) * settings.seq_len
-
-
-def _accumulators(work: Workload) -> int:
-    return accumulator_bytes(work.summary, work.plans, work.on_gpu)
-
-
-def _in_passes(work: Workload) -> bool:
-    return in_passes(work.summary, work.plans, work.on_gpu)
-
-
-def _statistics_bytes(work: Workload) -> int:
-    """Bytes of the statistics of one block."""
-    return block_bytes(work.config, work.summary, work.plans, work.computed)
+    most = most_waiting(work.on_gpu)
+    if packed > most:
+        return packed * work.on_gpu
+    return min(2 * packed, most) if work.on_gpu else packed
 
 
 def _packed_bytes(work: Workload, name: str, plan: LinearPlan | None) -> int:

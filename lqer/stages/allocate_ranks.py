@@ -20,7 +20,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lqer.errors import ConfigError, ModelError
@@ -94,21 +94,28 @@ def measure_spectra(workspace: Workspace, opened: OpenedModel, statistics_of: St
     total, device = len(opened.blocks), opened.device
     missing = [index for index in range(total) if block_file(index) not in workspace]
     found = statistics_of(missing)
-    visits = opened.loader.load_each(opened.blocks, missing, torch.device("cpu"))
-    for index, block in tqdm(visits, initial=total - len(missing), total=total, desc="spectra", unit="block"):
-        linears = {f"{opened.name}.{index}.{name}": linear for name, linear in block_linears(block).items()}
-        workspace.write_tensors(block_file(index), _block_spectra(linears, next(found), plans, device))
+    visits = opened.loader.values_of_each(opened.blocks, missing)
+    for index, values in tqdm(visits, initial=total - len(missing), total=total, desc="spectra", unit="block"):
+        name = f"{opened.name}.{index}"
+        linears = [f"{name}.{linear}" for linear in block_linears(opened.blocks[index])]
+        weight_of = {linear: f"{linear.removeprefix(f'{name}.')}.weight" for linear in linears}
+        workspace.write_tensors(block_file(index), _block_spectra(weight_of, values, next(found), plans, device))
 
 
 def _block_spectra(
-    linears: Mapping[str, nn.Linear], statistics: BlockStatistics, plans: Plans, device: torch.device
+    weight_of: Mapping[str, str],
+    values: Mapping[str, Tensor],
+    statistics: BlockStatistics,
+    plans: Plans,
+    device: torch.device,
 ) -> dict[str, Tensor]:
+    """weight_of: the name of its weight among the block's values by the full name of a linear."""
     tensors: dict[str, Tensor] = {}
-    planned = [name for name in linears if plans[name] is not None]
+    planned = [name for name in weight_of if plans[name] is not None]
     for full_name, site in statistics.by_site(planned, device):
         plan = plans[full_name]
         assert plan is not None
-        weight_OI = linears[full_name].weight.detach().to(device, torch.float32)
+        weight_OI = values[weight_of[full_name]].to(device, torch.float32)
         try:
             spectrum = error_spectrum(weight_OI, site, plan)
         except NonFiniteError as error:

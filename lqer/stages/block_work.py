@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lqer.formats import QuantizedTensor
@@ -30,6 +31,11 @@ from lqer.store.workspace import Workspace
 PACKED, SPECTRA = "packed:", "spectra:"
 
 
+def weight_shapes(block: nn.Module) -> dict[str, torch.Size]:
+    """(out_features, in_features) of a block's linears by name."""
+    return {name: linear.weight.shape for name, linear in block_linears(block).items()}
+
+
 def with_spectra(blocks: int) -> set[int]:
     """The blocks whose error spectra the report shows."""
     return {0, blocks // 2, blocks - 1}
@@ -39,25 +45,26 @@ def with_spectra(blocks: int) -> set[int]:
 class BlockWork:
     """One decoder block to be quantized.
 
-    linears, tensors: its linears and all its parameters and buffers, by their names within the block. rounded: weights
-    that have been rounded already, by linear; only the low-rank part of their method remains.
+    linears: the shapes of their weights (O, I). tensors: all its parameters and buffers, which may be read from disk
+    each time one is asked for. Both by their names within the block. rounded: weights that have been rounded already,
+    by linear; only the low-rank part of their method remains.
     """
 
     index: int
     name: str
-    linears: Sequence[str]
+    linears: Mapping[str, torch.Size]
     tensors: Mapping[str, Tensor]
     with_spectra: bool
     rounded: Mapping[str, QuantizedTensor] = field(default_factory=dict)
 
     @classmethod
-    def on(cls, opened: OpenedModel, index: int, block: nn.Module) -> BlockWork:
+    def on(cls, opened: OpenedModel, index: int, tensors: Mapping[str, Tensor]) -> BlockWork:
         """A block of original weights."""
         return cls(
             index=index,
             name=f"{opened.name}.{index}",
-            linears=list(block_linears(block)),
-            tensors=block.state_dict(),
+            linears=weight_shapes(opened.blocks[index]),
+            tensors=tensors,
             with_spectra=index in with_spectra(len(opened.blocks)),
         )
 
@@ -82,13 +89,14 @@ class QuantizedLinears:
 
     def sort(self, full_names: Sequence[str]) -> None:
         """Put the rows into the order of the block, whatever the order in which they came."""
-        self.rows.sort(key=lambda row: full_names.index(row["name"]))
+        place = {name: index for index, name in enumerate(full_names)}
+        self.rows.sort(key=lambda row: place[row["name"]])
 
 
 def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) -> dict[str, Tensor]:
     """Write one block's files, and return the tensors, by full names: quantized linears packed, all else as it was."""
-    kept = {f"{work.name}.{name}": tensor for name, tensor in work.tensors.items()}
-    tensors = {name: tensor for name, tensor in kept.items() if name not in found.replaced} | found.tensors
+    kept = [name for name in work.tensors if f"{work.name}.{name}" not in found.replaced]
+    tensors = {f"{work.name}.{name}": work.tensors[name] for name in kept} | found.tensors
     if found.spectra:
         workspace.write_tensors(spectra_file(work.index), found.spectra)
     workspace.write_json(layers_file(work.index), found.rows)

@@ -141,29 +141,47 @@ def observe_block(
     roundings: InputRoundings = NOT_ROUNDED,
     linears: Collection[str] | None = None,
 ) -> BlockStatistics:
+    """The statistics of a block's linears, see `observe_parts`; those of several passes are on the CPU.
+
+    There they are offloaded where they are too many.
+    """
+    offload, tensors, sites = run.hidden.offload, dict[str, Tensor](), dict[str, str]()
+    for names, found in observe_parts(run, original, text, statistics, use_output, roundings, linears):
+        is_all = len(names) == len(linears or block_linears(run.block))
+        tensors |= found.tensors if is_all else {name: offload.kept(x.cpu()) for name, x in found.tensors.items()}
+        sites |= found.sites
+        del found
+    return BlockStatistics(tensors, sites)
+
+
+def observe_parts(
+    run: BlockRun,
+    original: BlockRun | None,
+    text: CalibrationText,
+    statistics: Collection[Statistic],
+    use_output: Callable[[int, Tensor], None] = drop_output,
+    roundings: InputRoundings = NOT_ROUNDED,
+    linears: Collection[str] | None = None,
+) -> Iterator[tuple[Collection[str], BlockStatistics]]:
     """The statistics of a block's linears on the hidden states that reach it: `ALWAYS`, and those asked for.
+
+    Experts whose sums would fill a GPU are observed in several passes over the text: each yields its linears, by their
+    names within the block, and their statistics on the device; what does not hold on to them holds one pass's alone.
 
     original: the original block on the original model's hidden states, for statistics of pairs of inputs and token
     weights; None where `run` is that. Batch by batch it is run first, and its hidden states stay its inputs.
-    use_output: gets the index of every batch and what `run` outputs there. roundings: of the inputs before anything is
-    gathered from them, by linear of the block; both blocks run on inputs as they are. linears: those to gather from, by
-    their names within the block; all by default. Raises ModelError, naming the linear, where an input is NaN or
-    infinite, and for a block whose tokens cannot be weighted.
-
-    Experts whose sums would fill a GPU are observed in several passes, and statistics then are on the CPU.
+    use_output: gets the index of every batch and what `run` outputs there, in the last pass. roundings: of the inputs
+    before anything is gathered from them, by linear of the block; both blocks run on inputs as they are. linears: those
+    to gather from, by their names within the block; all by default. Raises ModelError, naming the linear, where an
+    input is NaN or infinite, and for a block whose tokens cannot be weighted.
     """
     gathered = gathered_statistics(statistics)
     if original is None and any(statistic.needs_original for statistic in gathered):
         raise ValueError("a statistic of pairs of inputs needs the original block")
     passes = passes_of(run, linears or block_linears(run.block), gathered)
-    tensors, sites = dict[str, Tensor](), dict[str, str]()
     for names in passes:
-        last = names is passes[-1]
-        found = _observe(run, original, text, gathered, use_output if last else drop_output, roundings, names)
-        tensors |= found.tensors if len(passes) == 1 else {name: x.cpu() for name, x in found.tensors.items()}
-        sites |= found.sites
-        del found
-    return BlockStatistics(tensors, sites)
+        used = use_output if names is passes[-1] else drop_output
+        yield names, _observe(run, original, text, gathered, used, roundings, names)
 
 
 def _observe(
@@ -217,7 +235,7 @@ def _results(run: BlockRun, observer: SiteObserver) -> dict[str, Tensor]:
                     f"the calibration inputs of {full_name} hold NaN or infinities, although the weights are finite: "
                     f"activations in {dtype} overflow; use another dtype"
                 )
-            tensors[f"{full_name}.{kind}"] = tensor
+            tensors[f"{full_name}.{kind}"] = run.hidden.offload.kept(tensor)
     return tensors
 
 

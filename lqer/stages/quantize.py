@@ -220,8 +220,8 @@ def quantize_blocks(
         workspace.writing_behind(most_waiting(opened.device.type == "cuda")),
         tqdm(initial=len(chunk) - len(missing), total=len(chunk), desc="quantize", unit="block") as bar,
     ):
-        for index, block in opened.loader.load_each(opened.blocks, missing, torch.device("cpu")):
-            work = BlockWork.on(opened, index, block)
+        for index, values in opened.loader.values_of_each(opened.blocks, missing):
+            work = BlockWork.on(opened, index, values)
             quantized = read_linears(workspace, index, there[index])
             if left[index]:
                 statistics = next(found)
@@ -230,7 +230,7 @@ def quantize_blocks(
             quantized.sort([f"{work.name}.{name}" for name in work.linears])
             write_block(workspace, work, quantized)
             # Or else one block's tensors would be held together with the next one's.
-            del work, quantized
+            del work, values, quantized
             bar.update()
 
 
@@ -244,8 +244,8 @@ def quantize_unit(
 ) -> None:
     """Leave one unit of the linears of block `index` to whoever writes the block."""
     (statistics,) = statistics_of([index])
-    for _, block in opened.loader.load_each(opened.blocks, [index], torch.device("cpu")):
-        work = BlockWork.on(opened, index, block)
+    for _, values in opened.loader.values_of_each(opened.blocks, [index]):
+        work = BlockWork.on(opened, index, values)
         linears = units_of(work.linears)[unit]
         write_linears(workspace, index, unit, quantize_linears(work, linears, statistics, settings, opened.device))
 
@@ -258,7 +258,7 @@ def _missing_linears(linears: Iterable[str], there: Collection[str], block: str,
 
 def quantize_linears(
     work: BlockWork,
-    linears: Sequence[str],
+    linears: Collection[str],
     statistics: BlockStatistics,
     settings: QuantizeSettings,
     device: torch.device,
@@ -270,7 +270,7 @@ def quantize_linears(
     linears.
     """
     found, full_names = QuantizedLinears(), [f"{work.name}.{name}" for name in linears]
-    shapes = {f"{work.name}.{name}": work.tensors[f"{name}.weight"].shape for name in linears}
+    shapes = {f"{work.name}.{name}": work.linears[name] for name in linears}
     planned = [name for name in full_names if settings.plans[name] is not None]
     batches = batches_of(planned, statistics, settings.plans, shapes, device)
     ours = gang.deal({batch[0]: sum(_length(shapes[name]) for name in batch) for batch in batches})

@@ -22,7 +22,7 @@ from lqer.methods import LinearPlan
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
 from lqer.stages.block_work import BlockWork, QuantizedLinears
-from lqer.stages.gather import CalibrationText, observe_block
+from lqer.stages.gather import CalibrationText, observe_parts
 from lqer.stages.observe import NOT_ROUNDED
 from lqer.stages.quantize import (
     QuantizeSettings,
@@ -43,7 +43,22 @@ def quantize_block(
     """
     plans = {name: settings.plans[f"{work.name}.{name}"] for name in work.linears}
     if settings.order == "block":
-        return _quantize(run, original, text, work, settings, plans)
+        found = _quantize(run, original, text, work, settings, plans)
+    else:
+        found = _quantize_in_turn(run, original, text, work, settings, plans)
+    # Whatever the order of turns, and of passes over the text.
+    found.sort([f"{work.name}.{name}" for name in work.linears])
+    return found
+
+
+def _quantize_in_turn(
+    run: BlockRun,
+    original: BlockRun | None,
+    text: CalibrationText,
+    work: BlockWork,
+    settings: QuantizeSettings,
+    plans: Mapping[str, LinearPlan | None],
+) -> QuantizedLinears:
     # Which experts a batch reaches depends on the rank.
     found, turns = QuantizedLinears(), run.hidden.gang.of_first(turns_of(run))
     run = run.with_block(copy.deepcopy(run.block))
@@ -82,11 +97,13 @@ def _quantize(
     settings: QuantizeSettings,
     plans: Mapping[str, LinearPlan | None],
 ) -> QuantizedLinears:
-    """Quantize the linears of `plans` on statistics of their inputs."""
+    """Quantize the linears of `plans` on statistics of their inputs, those of experts as soon as they are gathered."""
     roundings = input_roundings(plans) if settings.round_inputs else NOT_ROUNDED
-    linears = list(plans)
-    statistics = observe_block(run, original, text, requested_statistics(plans), roundings=roundings, linears=linears)
-    return quantize_linears(work, linears, statistics, settings, run.device, run.hidden.gang)
+    found, requested = QuantizedLinears(), requested_statistics(plans)
+    for names, statistics in observe_parts(run, original, text, requested, roundings=roundings, linears=list(plans)):
+        found.add(quantize_linears(work, names, statistics, settings, run.device, run.hidden.gang))
+        del statistics
+    return found
 
 
 def _put_in_place(run: BlockRun, found: QuantizedLinears, work: BlockWork) -> None:

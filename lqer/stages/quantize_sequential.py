@@ -37,7 +37,7 @@ from lqer.models.walker import BlockRun, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.phases import phase
 from lqer.stages.base import no_effect
-from lqer.stages.block_work import BlockWork, with_spectra, write_block
+from lqer.stages.block_work import BlockWork, weight_shapes, with_spectra, write_block
 from lqer.stages.gang import GangStage
 from lqer.stages.gather import CalibrationText
 from lqer.stages.plans import AnyPlans, resolve_plans
@@ -148,7 +148,7 @@ def _quantize_missing(
         quantize_attention(running.model, quantized_attention(settings.attention))
     hidden = embed(running, batches, text.beside)
     # Where the run computes in the checkpoint's own dtype, a block is read once.
-    weights = None if _dtypes(stored) == _dtypes(running) else _stored_weights(stored, missing)
+    weights = None if _dtypes(stored) == _dtypes(running) else _stored_values(stored, missing)
     # Stop after the last missing block: later outputs are never used.
     indices = range(missing[-1] + 1)
     blocks = running.loader.load_each(running.blocks, indices, running.device)
@@ -168,8 +168,8 @@ def _quantize_missing(
             work = BlockWork(
                 index=index,
                 name=run.name,
-                linears=list(plans),
-                tensors=tensors | dict(result.parameters),
+                linears=weight_shapes(block),
+                tensors={**tensors, **result.parameters} if result.parameters else tensors,
                 with_spectra=index in with_spectra(len(running.blocks)),
                 rounded=result.rounded,
             )
@@ -191,10 +191,9 @@ def _dtypes(opened: OpenedModel) -> dict[str, torch.dtype]:
     return {name: parameter.dtype for name, parameter in opened.blocks[0].named_parameters()}
 
 
-def _stored_weights(stored: OpenedModel, indices: Sequence[int]) -> Iterator[dict[str, Tensor]]:
-    """The tensors of these blocks as the checkpoint has them, on the CPU."""
-    for _, block in stored.loader.load_each(stored.blocks, indices, torch.device("cpu")):
-        yield block.state_dict()
+def _stored_values(stored: OpenedModel, indices: Sequence[int]) -> Iterator[Mapping[str, Tensor]]:
+    """The tensors of these blocks as the checkpoint has them."""
+    return (values for _, values in stored.loader.values_of_each(stored.blocks, indices))
 
 
 def _with_parameters(block: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Tensors in memory up to a budget, in files beyond it: hidden states on their way, statistics in the making.
+"""Tensors in memory up to a budget, in files beyond it: hidden states on their way, a block's statistics.
 
 A tensor on disk is an ordinary CPU tensor over a shared mapping of a file that has no name any more, so that nothing is
 left behind however a process ends. Its pages count as resident while they are in use: `release_pages` unmaps
@@ -56,12 +56,9 @@ class Offload:
         Raises OSError if the disk has no room for it.
         """
         size = math.prod(shape) * dtype.itemsize
-        if size and self._max_bytes is not None and self._resident + size > self._max_bytes:
+        if self._exceeds(size):
             return self._on_disk(shape, dtype, size)
-        tensor = torch.empty(*shape, dtype=dtype, pin_memory=pinned)
-        self._resident += size
-        weakref.finalize(tensor, self._free, size)
-        return tensor
+        return self._in_memory(torch.empty(*shape, dtype=dtype, pin_memory=pinned))
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         """A tensor of zeros; on a device other than the CPU it is an ordinary one, outside the budget."""
@@ -69,10 +66,30 @@ class Offload:
             return torch.zeros(*shape, dtype=dtype, device=device)
         return self.empty(shape, dtype).zero_()
 
+    def kept(self, tensor: Tensor) -> Tensor:
+        """The tensor itself where it fits into the budget, or is on another device than the CPU; else a copy on disk.
+
+        Raises OSError if the disk has no room for it.
+        """
+        if tensor.device.type != "cpu":
+            return tensor
+        if not self._exceeds(tensor.nbytes):
+            return self._in_memory(tensor)
+        return self._on_disk(tensor.shape, tensor.dtype, tensor.nbytes).copy_(tensor)
+
     def release_pages(self) -> None:
         """Unmap the pages of every tensor on disk; their content is kept and mapped again at the next access."""
         for mapping in self._mapped.values():
             mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _exceeds(self, size: int) -> bool:
+        return size > 0 and self._max_bytes is not None and self._resident + size > self._max_bytes
+
+    def _in_memory(self, tensor: Tensor) -> Tensor:
+        """Count the tensor as long as there is one."""
+        self._resident += tensor.nbytes
+        weakref.finalize(tensor, self._free, tensor.nbytes)
+        return tensor
 
     def _on_disk(self, shape: Sequence[int], dtype: torch.dtype, size: int) -> Tensor:
         if self._folder is not None:

@@ -20,8 +20,9 @@ from lqer.checkpoint.pack import OUTSIDE_FILE
 from lqer.errors import ModelError
 from lqer.evaluation.perplexity import concat_perplexity, row_batch_perplexity
 from lqer.models.loaders import RESIDENT, OpenedModel, Streamed
+from lqer.models.reading import read_file
 from lqer.models.source import load_model, resolve_model
-from lqer.models.streaming import open_model, read_file
+from lqer.models.streaming import open_model
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.quantize import QuantizeSettings

@@ -16,7 +16,7 @@ from lqer.rounding import Gptq
 from lqer.rounding.ldlq import Ldlq
 from lqer.stages import alike
 from lqer.stages.alike import batches_of
-from lqer.stages.block_work import BlockWork
+from lqer.stages.block_work import BlockWork, weight_shapes
 from lqer.stages.gather import CalibrationText, observe_block
 from lqer.stages.quantize import quantize_linears
 from lqer.statistics import Hessian
@@ -46,7 +46,7 @@ def statistics(model, windows_WT):
 
 def quantized(model, statistics, plan):
     block = model.model.layers[0]
-    work = BlockWork(0, "model.layers.0", list(block_linears(block)), block.state_dict(), with_spectra=True)
+    work = BlockWork(0, "model.layers.0", weight_shapes(block), block.state_dict(), with_spectra=True)
     return quantize_linears(work, work.linears, statistics, settings_for(model, plan), CPU)
 
 

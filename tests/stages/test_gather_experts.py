@@ -14,12 +14,14 @@ import torch
 from helpers import resident
 from mixtures import random_mixture
 
+from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, prepare_model
 from lqer.models.walker import walk_blocks
-from lqer.stages import gather_experts
+from lqer.stages import gather, gather_experts
 from lqer.stages.gather import CalibrationText, observe_block
-from lqer.stages.gather_experts import ExpertTokens, passes_of
+from lqer.stages.gather_experts import ROUTED_TOKENS, ExpertTokens, passes_of
 from lqer.statistics import Hessian, Mismatch
+from lqer.store.offload import Offload
 
 LAYER = "model.layers.0.mlp.experts"
 EXPERTS = 4
@@ -36,6 +38,14 @@ def model():
 @pytest.fixture
 def text(windows_WT):
     return CalibrationText(windows_WT, 2, 24, experts=ExpertTokens(minimum=0))
+
+
+class Spill(Offload):
+    """Tells where tensors on disk are."""
+
+    @property
+    def addresses(self) -> set[int]:
+        return set(self._mapped)
 
 
 def observed(model, text, statistics=HESSIAN):
@@ -185,3 +195,20 @@ def test_sums_that_would_fill_a_gpu_are_gathered_in_several_passes(model, monkey
     assert sorted(name for part in passes for name in part) == sorted(names)
     assert [sum(".experts." in name for name in part) for part in passes] == [6, 6]
     assert len(passes_of(SimpleNamespace(block=block, device=torch.device("cpu")), names, [Hessian()])) == 1
+
+
+def test_statistics_beyond_the_budget_of_memory_are_on_disk_with_the_same_values(model, text, tmp_path, monkeypatch):
+    """Of a run on a CPU; and those of one pass after the other, which wait there until the block is done."""
+    in_memory = observed(model, text)
+    offload = Spill(0, tmp_path)
+    opened = OpenedModel.resident(model, torch.device("cpu"), offload)
+    on_disk = observe_block(next(walk_blocks(opened, text.windows_WT, text.batch_size)), None, text, {Hessian()})
+    monkeypatch.setattr(gather, "passes_of", lambda run, names, statistics: [[name] for name in names])
+    in_passes = observe_block(next(walk_blocks(opened, text.windows_WT, text.batch_size)), None, text, {Hessian()})
+    for found in (on_disk, in_passes):
+        statistics = [name for name in found.tensors if not name.endswith(ROUTED_TOKENS)]
+        assert len(statistics) >= len(in_memory.tensors) - 1
+        assert {found.tensors[name].data_ptr() for name in statistics} <= offload.addresses
+    for linear in in_memory.sites:
+        for found in (on_disk, in_passes):
+            assert all(torch.equal(found.of(linear)[kind], x) for kind, x in in_memory.of(linear).items())

@@ -6,23 +6,27 @@ Shapes: I in_features, O out_features, T tokens of the whole text.
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import resident, settings_for
+from mixtures import random_mixture
 
 from lqer.checkpoint.load import load_quantized
 from lqer.formats import Int, MXInt
 from lqer.methods import RoundingOnly
-from lqer.models.structure import block_linears
+from lqer.models.structure import block_linears, prepare_model
 from lqer.models.walker import walk_blocks
 from lqer.rounding import Gptq
 from lqer.rounding.gptq import gptq
+from lqer.stages import gather
 from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import finish_checkpoint
 from lqer.stages.quantize_in_turn import turns_of
 from lqer.stages.quantize_sequential import quantize_in_order
+from lqer.statistics.site import SiteStatistics
 from lqer.store.names import block_file, layers_file
 from lqer.store.store import Workspace
 from lqer.transforms import Hadamard
@@ -129,3 +133,37 @@ def test_all_parts_go_together(random_model, letter_tokenizer, windows_WT, gptq_
     assert [row["name"] for row in made.json(layers_file(0))] == linears
     logits = load_quantized(tmp_path, CPU, verify=False)(windows_WT).logits
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(("order", "at_once", "of_a_pass"), [("block", 10, 2), ("sequential", 4, 1)])
+def test_experts_are_quantized_pass_by_pass_with_the_statistics_of_one_pass_in_memory(
+    order, at_once, of_a_pass, windows_WT, letter_tokenizer, gptq_plan, tmp_path, monkeypatch
+):
+    """By input site: those of attention, and two of each of four experts."""
+    model, text = random_mixture("qwen3_moe"), CalibrationText(windows_WT, 2, 24)
+    prepare_model(model)
+    seen: list[weakref.ref] = []
+    held: list[int] = []
+
+    def noted(site: SiteStatistics, statistics) -> None:
+        made(site, statistics)
+        seen.append(weakref.ref(statistics["hessian"]))
+        held.append(len({id(tensor) for one in seen if (tensor := one()) is not None}))
+
+    made = SiteStatistics.__init__
+    monkeypatch.setattr(SiteStatistics, "__init__", noted)
+    run(tmp_path / "once", model, letter_tokenizer, text, gptq_plan, order=order)
+    assert max(held) == at_once
+    held.clear()
+    monkeypatch.setattr(gather, "passes_of", one_module_at_a_time)
+    run(tmp_path / "in-passes", model, letter_tokenizer, text, gptq_plan, order=order)
+    assert max(held) == of_a_pass
+    for name in [*map(block_file, range(2)), *map(layers_file, range(2))]:
+        assert (tmp_path / "in-passes" / name).read_bytes() == (tmp_path / "once" / name).read_bytes(), name
+
+
+def one_module_at_a_time(_, names, statistics) -> list[list[str]]:
+    of_modules: dict[str, list[str]] = {}
+    for name in names:
+        of_modules.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(of_modules.values())

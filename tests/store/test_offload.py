@@ -45,6 +45,20 @@ def test_a_tensor_on_disk_keeps_its_values_when_its_pages_are_released(tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_kept_is_itself_within_the_budget_and_a_copy_on_disk_beyond_it(tmp_path):
+    offload = Offload(1000, tmp_path)
+    first, second = torch.randn(150), torch.randn(150)
+    assert offload.kept(first) is first
+    on_disk = offload.kept(second)
+    assert on_disk is not second
+    assert torch.equal(on_disk, second)
+    assert open_files_under(tmp_path) == 1
+    del first, on_disk
+    assert open_files_under(tmp_path) == 0
+    assert offload.kept(second) is second
+    assert Offload().kept(second) is second
+
+
 def test_zeros_are_zeros_in_memory_and_on_disk(tmp_path):
     for offload in (Offload(), Offload(0, tmp_path)):
         assert not offload.zeros([4, 4], torch.float64).any()
