@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lqer.errors import ModelError
 from lqer.models.loaders import OpenedModel
 from lqer.models.walker import BlockRun, HiddenStates, embed, logits_of_states, refuse_non_finite
+from lqer.phases import in_phase
 
 # Gets the input x (N, I) of a call of a linear and the gradient (N, O) with respect to its output.
 Visit = Callable[[Tensor, Tensor], None]
@@ -40,6 +41,7 @@ class BackwardRun:
     def index(self) -> int:
         return self.run.index
 
+    @in_phase("backward")
     def backward(self, visits: Mapping[str, Visit]) -> None:
         """Differentiate every batch: gradients with respect to the inputs replace those with respect to the outputs.
 

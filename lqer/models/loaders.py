@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,12 @@ from lqer.store.offload import Offload
 
 
 class BlockLoader(Protocol):
-    """Loads the blocks of a model, and the modules outside them."""
+    """Loads the blocks of a model, and the modules outside them.
+
+    gives_copies: whether a block is nobody else's, so that whoever gets it may change it.
+    """
+
+    gives_copies: ClassVar[bool]
 
     def load_outer(self) -> None:
         """Load everything outside the blocks; later calls do nothing."""
@@ -49,6 +54,8 @@ class BlockLoader(Protocol):
 
 class Resident:
     """The blocks of a model in memory: each is moved to the device while it is used, and back."""
+
+    gives_copies: ClassVar[bool] = False
 
     def load_outer(self) -> None:
         pass
@@ -85,6 +92,8 @@ class Streamed:
                                           a model that is to be quantized
     phase                                 what the time for all that counts as, see lqer/phases.py
     """
+
+    gives_copies: ClassVar[bool] = True
 
     read: Callable[[int], Any]
     fill: Callable[[nn.Module, int, Any, torch.device], None]

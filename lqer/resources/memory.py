@@ -12,8 +12,8 @@ memory is estimated, and marked as not certain:
     calibrate    a walk, and the accumulators of a block's statistics
     widths       a calibration, then the inputs of all blocks and the gradients of a few windows, the errors of a block
     quantize     weights as they are read, the statistics of a block, packed blocks, and copies of the linear in work.
-                 With error propagation also a walk, with two blocks; transforms and roundings that learn say what they
-                 hold
+                 With error propagation also a walk, with two blocks where linears take turns; transforms and roundings
+                 that learn say what they hold
     finetune     the original and the quantized model, 20 bytes per trained value, the inputs of all blocks, the
                  activations of one and its decoded weights, the logits of a batch
     evaluate     the whole model, or a walk under evaluation.blockwise, and the logits of a batch
@@ -174,7 +174,9 @@ def _quantize(work: Workload) -> StageMemory:
         work_bytes += PASS_BYTES // 2  # of float32, not of float64
     else:
         add_statistics(work, host, device, disk)
-    blocks = 2 if quantize.propagates_error else 1
+    # A quantized copy of the block: of one in work, or of one that stays in RAM.
+    is_copied = quantize.propagates_error and (quantize.order == "sequential" or not work.streams)
+    blocks = 2 if is_copied else 1
     # While a linear is worked on, a GPU holds no sums or activations of the walk, and no quantized copy of the block.
     idle = accumulated_bytes(work) + (blocks - 1) * work.computed * summary.block_parameters
     idle += total(activation_needs(work, tokens_of_batch(settings), ""))

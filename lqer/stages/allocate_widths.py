@@ -37,6 +37,7 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
+from lqer.phases import in_phase
 from lqer.rounding.hessian import HessianError
 from lqer.rounding.width_allocation import Allocation, Curve, allocate_widths, joined
 from lqer.stages.alike import batches_of, with_statistics
@@ -127,7 +128,9 @@ def _block_visits(
     visits: dict[str, Visit] = {}
     for batch in _sampled(run, statistics, plans):
         for one, errors_F in zip(batch, _errors(batch, formats), strict=True):
-            losses_F = tensors[f"{one.name}.losses"] = torch.zeros(len(formats), dtype=torch.float64)
+            # On the device: each visit would otherwise wait for it.
+            losses_F = torch.zeros(len(formats), dtype=torch.float64, device=run.run.device)
+            tensors[f"{one.name}.losses"] = losses_F
             scale = len(one.target.weight_OI) / len(one.rows_S) / tokens
             visit = partial(_add_losses, losses_F, one.target.rotation, one.rows_S, errors_F, scale)
             visits[one.name.removeprefix(f"{run.run.name}.")] = visit
@@ -154,6 +157,7 @@ def _sampled(run: BackwardRun, statistics: BlockStatistics, plans: Plans) -> Ite
         yield found
 
 
+@in_phase("round")
 def _errors(batch: Sequence[Sampled], formats: Sequence[NumberFormat]) -> list[list[Tensor]]:
     """Of each linear, by format, the errors of its rows. Raises ModelError, naming the linear."""
     try:
@@ -179,7 +183,7 @@ def _add_losses(
     x_NI, g_NO = x_NI.to(torch.float32), g_NO.to(torch.float32)
     if rotation is not None:
         x_NI, g_NO = rotation.input(x_NI), rotation.output_gradient(g_NO)
-    losses_F += scale * added_losses(x_NI, g_NO[:, rows_S], errors).cpu()
+    losses_F += scale * added_losses(x_NI, g_NO[:, rows_S], errors)
 
 
 def added_losses(x_NI: Tensor, g_NS: Tensor, errors: Sequence[Tensor]) -> Tensor:

@@ -181,7 +181,7 @@ def _quantize_missing(
         elif index != indices[-1]:
             packed, rows = workspace.tensors(block_file(index)), workspace.json(layers_file(index))
         if index != indices[-1]:
-            _run_quantized(run, packed, rows)
+            _run_quantized(run, packed, rows, in_place=running.loader.gives_copies)
         packed, rows = {}, []
         original_states, next_states = next_states, original_states
 
@@ -207,12 +207,17 @@ def _with_parameters(block: nn.Module, parameters: Mapping[str, Tensor]) -> nn.M
     return block
 
 
-def _run_quantized(run: BlockRun, packed: Mapping[str, Tensor], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Propagate the hidden states through the quantized block; packed, rows: the content of its files."""
+def _run_quantized(
+    run: BlockRun, packed: Mapping[str, Tensor], rows: Sequence[Mapping[str, Any]], in_place: bool
+) -> None:
+    """Propagate the hidden states through the quantized block; packed, rows: the content of its files.
+
+    in_place: each linear takes the place of the one in `run`, so that memory need not hold the block twice.
+    """
     prefix = f"{run.name}."
     with phase("load"):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in packed.items()}
         entries = {row["name"].removeprefix(prefix): row["entry"] for row in rows}
-        block = copy.deepcopy(run.block)
+        block = run.block if in_place else copy.deepcopy(run.block)
         fill_block(block, tensors, entries, run.device, run.hidden.states_WTD.dtype, "emulate")
     run.with_block(block).forward()

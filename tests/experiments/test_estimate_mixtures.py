@@ -15,10 +15,10 @@ def test_blocks_are_counted_as_they_are_stored_and_as_they_are_run(method):
     ram, device = ({need.what: need.bytes for need in needs} for needs in (walk.ram, walk.device))
     attention, experts = 64 * 64 * 2 + 64 * 32 * 2, 4 * 3 * 64 * 128
     assert ram["two blocks as read"] == 2 * (2 * attention + experts)
-    # With the router and two norms; with the original's block beside the quantized one where errors are propagated.
+    # With the router and two norms; with the original's block beside the quantized one where linears take turns.
     block = 2 * (attention + experts + 4 * 64 + 2 * 64)
     assert "block as stored" not in {need.what for need in quantize.ram}
-    assert device["block"] == block * (1 if method == "lqer-act" else 2)
+    assert device["block"] == block * (2 if method == "best-3" else 1)
 
 
 def test_a_row_names_shape_method_and_what_is_held_in_ram_and_on_the_gpu():

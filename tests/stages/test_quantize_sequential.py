@@ -6,6 +6,7 @@ Shapes: I in_features, O out_features, T tokens of the whole text, W windows, D 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -24,9 +25,11 @@ from lqer.methods import QeraExact, RoundingOnly
 from lqer.models.source import load_model, resolve_model
 from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears, find_blocks
+from lqer.models.walker import BlockRun
 from lqer.nn.linear import output_error
 from lqer.rounding import Gptq, Nearest, Vector
 from lqer.rounding.gptq import gptq
+from lqer.stages import quantize_sequential
 from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize import finish_checkpoint
 from lqer.stages.quantize_sequential import quantize_in_order
@@ -205,6 +208,35 @@ def test_a_model_read_block_by_block_gives_the_bytes_of_a_whole_one(
     # What is not quantized keeps the checkpoint's own dtype, though the run's is another.
     tensors = Workspace(tmp_path / "whole").tensors(block_file(0))
     assert tensors["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("is_streamed", "held"), [(True, 0), (False, 7)])
+def test_quantized_linears_take_the_place_of_those_that_were_read_from_disk(
+    random_model, text, gptq_plan, tmp_path, monkeypatch, is_streamed, held
+):
+    """Or else a GPU would hold a block twice; a model in memory has no others."""
+    model = random_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    weights: list[weakref.ref] = []
+    alive: list[int] = []
+    observe, fill = BlockRun.__init__, quantize_sequential.fill_block
+
+    def noted(run, index, name, block, *rest) -> None:
+        observe(run, index, name, block, *rest)
+        weights[:] = [weakref.ref(linear.weight) for linear in block_linears(block).values()]
+
+    def filled(*arguments) -> None:
+        fill(*arguments)
+        alive.append(sum(weight() is not None for weight in weights))
+
+    monkeypatch.setattr(BlockRun, "__init__", noted)
+    monkeypatch.setattr(quantize_sequential, "fill_block", filled)
+    source = resolve_model(str(tmp_path / "model"))
+    opened = [
+        open_model(source, torch.float32, CPU) if is_streamed else resident(copy.deepcopy(model)) for _ in range(2)
+    ]
+    quantize_in_order(Workspace(tmp_path / "run"), *opened, text, settings_for(model, gptq_plan))
+    assert alive == [held]
 
 
 def test_the_models_are_left_as_they_were(random_model, letter_tokenizer, text, gptq_plan, tmp_path):
