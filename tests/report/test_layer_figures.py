@@ -56,3 +56,24 @@ def test_many_experts_share_the_panel_of_their_last_name(saved, tmp_path):
     table = pd.DataFrame({"name": names, "rank": 0, "output_error": 0.1, "output_error_before": 0.1})
     layer_figures.save_output_errors(tmp_path / "a.png", table, RTN, RTN)
     assert [axis.get_title() for axis in saved[0].axes if axis.lines] == ["w1", "w2"]
+
+
+def test_errors_of_experts_are_drawn_over_the_tokens_that_they_were_sent(saved, tmp_path):
+    """One that was sent none at half a token; linears that are no expert's are left out."""
+    layer = "model.layers.0.mlp.experts"
+    table = pd.DataFrame(
+        [
+            ("model.layers.0.self_attn.q_proj", None, 0.9),
+            (f"{layer}.0.up_proj", 700, 0.1),
+            (f"{layer}.1.up_proj", 0, 0.4),
+            (f"{layer}.0.down_proj", 700, 0.2),
+        ],
+        columns=["name", "routed_tokens", "output_error"],
+    ).astype({"routed_tokens": "Int64"})
+    layer_figures.save_routing(tmp_path / "a.png", table, 512)
+    (axis,) = saved[0].axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+    assert drawn["up_proj"] == ([700, 0.5], [0.1, 0.4])
+    assert drawn["down_proj"] == ([700], [0.2])
+    assert drawn["calibration.min_expert_tokens"][0] == [512, 512]
+    assert len(drawn) == 3
