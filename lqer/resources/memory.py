@@ -12,8 +12,8 @@ memory is estimated, and marked as not certain:
     calibrate    a walk, and the accumulators of a block's statistics
     widths       a calibration, then the inputs of all blocks and the gradients of a few windows, the errors of a block
     quantize     weights as they are read, the statistics of a block, packed blocks, and copies of the linear in work.
-                 With error propagation also a walk, with two blocks where linears take turns; transforms and roundings
-                 that learn say what they hold
+                 With error propagation also a walk, with two blocks where the original model runs beside, or stays in
+                 RAM; transforms and roundings that learn say what they hold
     finetune     the original and the quantized model, 20 bytes per trained value, the inputs of all blocks, the
                  activations of one and its decoded weights, the logits of a batch
     evaluate     the whole model, or a walk under evaluation.blockwise, and the logits of a batch
@@ -174,8 +174,8 @@ def _quantize(work: Workload) -> StageMemory:
         work_bytes += PASS_BYTES // 2  # of float32, not of float64
     else:
         add_statistics(work, host, device, disk)
-    # A quantized copy of the block: of one in work, or of one that stays in RAM.
-    is_copied = quantize.propagates_error and (quantize.order == "sequential" or not work.streams)
+    # Quantized linears replace those of a block that was read; of what stays in RAM, or is compared, they make a copy.
+    is_copied = quantize.propagates_error and (not work.streams or _original_buffers(work) > 0)
     blocks = 2 if is_copied else 1
     # While a linear is worked on, a GPU holds no sums or activations of the walk, and no quantized copy of the block.
     idle = accumulated_bytes(work) + (blocks - 1) * work.computed * summary.block_parameters
@@ -211,15 +211,20 @@ def _whole_block(work: Workload) -> tuple[list[Need], list[Need]]:
     return device, disk
 
 
-def _original_stream(work: Workload) -> list[Need]:
-    """The original model's hidden states beside the quantized model's.
+def _original_buffers(work: Workload) -> int:
+    """How many times the original model's hidden states are held.
 
     Statistics of pairs of inputs and token weights need those before and after a block, parts that work on whole blocks
     one of both.
     """
-    calibration = work.config.calibration
-    compared = calibration.token_weights != "none" or any(stat.needs_original for stat in gathered(work.plans))
-    buffers = 2 if compared else int(bool(work.config.quantize.block_parts))
+    compared = work.config.calibration.token_weights != "none"
+    compared = compared or any(statistic.needs_original for statistic in gathered(work.plans))
+    return 2 if compared else int(bool(work.config.quantize.block_parts))
+
+
+def _original_stream(work: Workload) -> list[Need]:
+    """The original model's hidden states beside the quantized model's."""
+    calibration, buffers = work.config.calibration, _original_buffers(work)
     states = calibration.num_samples * calibration.seq_len * work.summary.hidden_size * work.computed
     return [Need("hidden states of the original model", buffers * states, LESS_IN_MEMORY)]
 

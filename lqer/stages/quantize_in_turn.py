@@ -34,18 +34,25 @@ from lqer.transforms.tracing import trace
 
 
 def quantize_block(
-    run: BlockRun, original: BlockRun | None, text: CalibrationText, work: BlockWork, settings: QuantizeSettings
+    run: BlockRun,
+    original: BlockRun | None,
+    text: CalibrationText,
+    work: BlockWork,
+    settings: QuantizeSettings,
+    in_place: bool = False,
 ) -> QuantizedLinears:
     """Quantize the linears of a block with error propagation, in the order of the settings.
 
-    run: the unrounded block on the quantized model's hidden states; it is left as it is. original: the same on the
-    original model's, where statistics or token weights need that.
+    run: the unrounded block on the quantized model's hidden states. original: the same on the original model's, where
+    statistics or token weights need that. in_place: whether linears that take turns may replace those of the block,
+    whose weights are then not held any longer; else it is left as it is.
     """
     plans = {name: settings.plans[f"{work.name}.{name}"] for name in work.linears}
     if settings.order == "block":
         found = _quantize(run, original, text, work, settings, plans)
     else:
-        found = _quantize_in_turn(run, original, text, work, settings, plans)
+        turned = run if in_place else run.with_block(copy.deepcopy(run.block))
+        found = _quantize_in_turn(turned, original, text, work, settings, plans)
     # Whatever the order of turns, and of passes over the text.
     found.sort([f"{work.name}.{name}" for name in work.linears])
     return found
@@ -59,9 +66,9 @@ def _quantize_in_turn(
     settings: QuantizeSettings,
     plans: Mapping[str, LinearPlan | None],
 ) -> QuantizedLinears:
+    """The linears of `run` are replaced, all but those of the last turn."""
     # Which experts a batch reaches depends on the rank.
     found, turns = QuantizedLinears(), run.hidden.gang.of_first(turns_of(run))
-    run = run.with_block(copy.deepcopy(run.block))
     for turn in turns:
         planned = {name: plans[name] for name in turn if plans[name] is not None}
         if not planned:

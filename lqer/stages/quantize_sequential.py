@@ -160,7 +160,8 @@ def _quantize_missing(
             original = BlockRun(index, run.name, block, original_states, running.device, attention)
             original.forward(to=next_states)
         if index in missing:
-            tensors, result = block.state_dict() if weights is None else next(weights), BlockResult()
+            tensors: Mapping[str, Tensor]
+            tensors, result = RunTensors(block) if weights is None else next(weights), BlockResult()
             plans = {name: settings.plans[f"{run.name}.{name}"] for name in block_linears(block)}
             if reconstruction is not None and next_states is not None:
                 result = reconstruction.run(run, next_states.synchronized(running.device), plans, tensors)
@@ -174,7 +175,8 @@ def _quantize_missing(
                 rounded=result.rounded,
             )
             unrounded = run.with_block(block), original and original.with_block(block)
-            found = quantize_block(*unrounded, text, work, settings)
+            in_place = running.loader.gives_copies and original is None
+            found = quantize_block(*unrounded, text, work, settings, in_place)
             packed, rows = write_block(workspace, work, found), found.rows
             # Or else one block's tensors would be held together with the next one's.
             del tensors, result, block, work, unrounded, found
@@ -184,6 +186,31 @@ def _quantize_missing(
             _run_quantized(run, packed, rows, in_place=running.loader.gives_copies)
         packed, rows = {}, []
         original_states, next_states = next_states, original_states
+
+
+class RunTensors(Mapping[str, Tensor]):
+    """Parameters and buffers of a block that is run, by name. Of linears that others have replaced there are none."""
+
+    def __init__(self, block: nn.Module):
+        self._linears = {f"{name}.weight": name for name in block_linears(block)}
+        self._block = block
+        self._others = {name: tensor for name, tensor in block.state_dict().items() if name not in self._linears}
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._others
+        yield from (weight for weight in self._linears if self._linear(weight) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if (linear := self._linear(name)) is not None:
+            return linear.weight.detach()
+        return self._others[name]
+
+    def _linear(self, weight: str) -> nn.Linear | None:
+        module = self._block.get_submodule(self._linears[weight]) if weight in self._linears else None
+        return module if isinstance(module, nn.Linear) else None
 
 
 def _dtypes(opened: OpenedModel) -> dict[str, torch.dtype]:
