@@ -35,7 +35,12 @@ def batch_bytes(linears: Mapping[str, tuple[int, int]], blocks_name: str, device
     """
     of_layers: Counter[str] = Counter()
     for name, (out_features, in_features) in linears.items():
-        layer, number, _ = name.rsplit(".", 2)
-        if number.isdigit() and layer != blocks_name:
+        if is_of_expert(name, blocks_name):
+            layer = name.rsplit(".", 2)[0]
             of_layers[layer] += in_features * (HESSIAN_BYTES * in_features + WEIGHT_BYTES * out_features)
     return min(max(of_layers.values(), default=0), BATCH_BYTES[device])
+
+
+def is_of_expert(linear: str, blocks_name: str) -> bool:
+    layer, number, _ = linear.rsplit(".", 2)
+    return number.isdigit() and layer != blocks_name

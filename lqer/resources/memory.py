@@ -36,7 +36,7 @@ from lqer.export.verify import WINDOW_TOKENS, WINDOWS_OF_LOGITS
 from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
-from lqer.resources.linear import FACTORIZATION_COPIES, batch_bytes, linear_bytes
+from lqer.resources.linear import FACTORIZATION_COPIES, batch_bytes, is_of_expert, linear_bytes
 from lqer.resources.statistics import gathered, input_sites
 from lqer.resources.walk import (
     LARGER_DISK,
@@ -55,7 +55,7 @@ from lqer.resources.walk import (
 from lqer.resources.workload import Need, StageMemory, Workload, total
 from lqer.stages.allocate_widths import WINDOWS
 from lqer.stages.gather_experts import PASS_BYTES
-from lqer.stages.width_errors import SAMPLED_ROWS
+from lqer.stages.width_errors import EXPERT_ROWS, SAMPLED_ROWS
 from lqer.statistics import Hessian
 from lqer.store.writer import most_waiting
 from lqer.training.loss import POSITIONS
@@ -146,10 +146,13 @@ def _widths(work: Workload) -> StageMemory:
     batch, fewer = tokens_of_batch(settings), _smaller("calibration.batch_size")
     host, device, disk = walk_needs(work, windows * (summary.blocks + 1), settings.seq_len, batch, fewer)
     host.append(Need("gradients of the windows", 4 * tokens, LESS_IN_MEMORY))
-    errors = sum(min(rows, SAMPLED_ROWS) * columns for rows, columns in summary.linears.values()) // summary.blocks
+    errors = [0] * summary.blocks
+    for name, (rows, columns) in summary.linears.items():
+        most = EXPERT_ROWS if is_of_expert(name, summary.blocks_name) else SAMPLED_ROWS
+        errors[_block_of(work, name)] += min(rows, most) * columns
     add_statistics(work, host, device, disk)
     device += [
-        Need("errors of a block", 4 * errors * len(work.config.quantize.widths)),
+        Need("errors of a block", 4 * max(errors) * len(work.config.quantize.widths)),
         Need("work on a linear", _linear_work(work), certain=False),
         Need("activations for gradients", LIVE_ACTIVATIONS * batch * work.widest * 4, certain=False),
         Need("logits of a batch", 4 * LOGIT_COPIES * batch * summary.vocabulary, fewer),
@@ -304,10 +307,15 @@ def _export(work: Workload, targets: Sequence[Target]) -> StageMemory:
 
 def _packed_blocks(work: Workload) -> list[int]:
     """Bytes of each packed block."""
-    blocks, start = [0] * work.summary.blocks, len(work.summary.blocks_name) + 1
+    blocks = [0] * work.summary.blocks
     for name, plan in work.plans.items():
-        blocks[int(name[start:].split(".")[0])] += _packed_bytes(work, name, plan)
+        blocks[_block_of(work, name)] += _packed_bytes(work, name, plan)
     return blocks
+
+
+def _block_of(work: Workload, linear: str) -> int:
+    """The index of the block that a linear is in."""
+    return int(linear[len(work.summary.blocks_name) + 1 :].split(".")[0])
 
 
 def _being_written(work: Workload, packed: int) -> int:
@@ -343,10 +351,9 @@ def _linear_work(work: Workload) -> int:
 
 def _planned(work: Workload) -> Iterator[tuple[int, int, int, LinearPlan]]:
     """(block, out_features, in_features, plan) of every linear that is quantized."""
-    start = len(work.summary.blocks_name) + 1
     for name, plan in work.plans.items():
         if plan is not None:
-            yield int(name[start:].split(".")[0]), *work.summary.linears[name], plan
+            yield _block_of(work, name), *work.summary.linears[name], plan
 
 
 def _distributions(work: Workload) -> int:
