@@ -145,10 +145,8 @@ def _match(
     return index
 
 
-def _stored(
-    file: Path, header: Header, name: str, piece: Piece | None, transposed: bool = False
-) -> StoredTensor:  # fmt: skip
-    """piece: of the stack of that name; of that one expert is read."""
+def _stored(file: Path, header: Header, name: str, piece: Piece | None, transposed: bool = False) -> StoredTensor:
+    """piece: of the stack of that name, of which one expert is read."""
     size = tensor_bytes(header, name)
     if piece is None:
         return StoredTensor(Place(file, name), size, transposed)
