@@ -77,8 +77,6 @@ def _quantize_in_turn(
         if turn != turns[-1]:
             _put_in_place(run, of_turn, work)
         found.add(of_turn)
-    # As in the other order of quantizing, whatever the order of the turns.
-    found.sort([f"{work.name}.{name}" for name in work.linears])
     return found
 
 
