@@ -26,6 +26,7 @@ from lqer.kernels.decode import dot
 WIDTHS = (64, 128, 256)
 LARGEST_GROUP = 16  # query heads of a key head: rows of a tensor core operand
 TOKENS_AT_ONCE = 64
+WARPS = 4
 MOST_SPANS = 16
 COMPARED_TOKENS = 300
 # Counters: key heads of all sequences, at most.
@@ -83,7 +84,7 @@ def decode_attention(
         query_BHTD, key_BGSD, value_BGSD, mask_BXTS, partial, sums, counters(query_BHTD.device), y_BTHD,
         length, groups, query_BHTD.stride(0), query_BHTD.stride(1), *key_BGSD.stride()[:3], *value_BGSD.stride()[:3],
         mask_BXTS.stride(0) if len(mask_BXTS) > 1 else 0, scale, span, REPEATS=heads // groups, D=width,
-        BLOCK_S=TOKENS_AT_ONCE, spans=spans, pdl=pdl, num_warps=4, **runtime.launch_options(pdl),
+        BLOCK_S=TOKENS_AT_ONCE, spans=spans, pdl=pdl, num_warps=WARPS, **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_BTHD
 
@@ -125,6 +126,13 @@ def _spans(heads: int, length: int, device: torch.device) -> int:
     wanted = 2 * runtime.multiprocessors(device) // heads
     most = min(MOST_SPANS, -(-length // TOKENS_AT_ONCE))
     return max(1, 1 << min(wanted, most).bit_length() - 1) if wanted and most else 1
+
+
+@triton.jit
+def load_mask(mask, first, end, BLOCK_S: tl.constexpr):
+    """Whether each of BLOCK_S tokens is attended to [S]; false from `end` on."""
+    tokens_S = first + tl.arange(0, BLOCK_S)
+    return tl.load(mask + tokens_S, mask=tokens_S < end, other=0) != 0
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -170,7 +178,10 @@ def decode_attention_kernel(
     largest_R = tl.full((ROWS,), float("-inf"), tl.float32)
     sum_R = tl.zeros((ROWS,), tl.float32)
     acc_RD = tl.zeros((ROWS, D), tl.float32)
-    for first in range(this * span, tl.minimum(this * span + span, length), BLOCK_S):
+    mask += b * mask_of_sequence
+    end = tl.minimum(this * span + span, length)
+    mask_S = load_mask(mask, this * span, end, BLOCK_S)
+    for first in range(this * span, end, BLOCK_S):
         tokens_S = first + tl.arange(0, BLOCK_S)
         inside_S = tokens_S < length
         row_S = tokens_S.to(tl.int64)[:, None]
@@ -182,7 +193,9 @@ def decode_attention_kernel(
             v + b * v_of_sequence + g * v_of_head + row_S * v_of_token + columns_D[None, :], mask=inside_S[:, None],
             other=0.0,
         )  # fmt: skip
-        attended_S = tl.load(mask + b * mask_of_sequence + tokens_S, mask=inside_S, other=0) != 0
+        # Triton copies keys and values ahead, but not single bytes.
+        attended_S = mask_S
+        mask_S = load_mask(mask, first + BLOCK_S, end, BLOCK_S)
         scores_RS = dot(q_RD, tl.trans(k_SD), tl.zeros((ROWS, BLOCK_S), tl.float32)) * (scale * LOG2_E)
         scores_RS = tl.where(attended_S[None, :], scores_RS, float("-inf"))
         now_R = tl.maximum(largest_R, tl.max(scores_RS, axis=1))
