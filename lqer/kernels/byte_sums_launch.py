@@ -30,9 +30,10 @@ class ByteSumsLaunch:
     splits: int = 1  # programs along the columns, at most
     registers: int | None = None  # of a thread, at most
     early: bool = False  # whether a thread loads its tokens a tile ahead, as it does its codes
+    late: bool = False  # see run_rotated_product
 
 
-LAUNCH, LAUNCH_MORE = ByteSumsLaunch(2, 1, 8, registers=64), ByteSumsLaunch(2, 1, 8, registers=128)
+LAUNCH, LAUNCH_MORE = ByteSumsLaunch(2, 1, 8, registers=64, late=True), ByteSumsLaunch(2, 1, 8, registers=128)
 DEQUANTIZE_WARPS = 4
 
 
@@ -54,7 +55,7 @@ def run_byte_sums(
     def product(tokens: Tokens, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _product(tokens, packed, bias_O, dtype, pdl, launch)
 
-    return run_rotated_product(x_MI, packed, empty, product, out_dtype or x_MI.dtype, pdl)
+    return run_rotated_product(x_MI, packed, empty, product, out_dtype or x_MI.dtype, pdl, launch.late)
 
 
 def _product(

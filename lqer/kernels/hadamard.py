@@ -66,6 +66,7 @@ def hadamard_input_kernel(
     B: tl.constexpr,
     BLOCK_R: tl.constexpr,
     factor: tl.constexpr,  # 1 / sqrt(B), and the headroom of float16
+    late: tl.constexpr,  # the product starts when this kernel ends
     pdl: tl.constexpr,
 ):
     """One tile of x' = H (signs ⊙ x), or of x itself, with a step, and its partial sum of x' A."""
@@ -74,7 +75,7 @@ def hadamard_input_kernel(
     columns_T = tile * TILE_C + tl.arange(0, TILE_C)
     blocks_A = tl.arange(0, BLOCK_A)
     dtype: tl.constexpr = x.dtype.element_ty
-    if pdl:
+    if pdl and not late:
         # The product may prefetch its codes while this kernel still waits for x.
         gdc_launch_dependents()
     # All of this is independent of the previous kernel.
@@ -108,6 +109,8 @@ def hadamard_input_kernel(
                 a_RT = tl.load(a_values + place)
             sum_R = tl.sum(a_RT.to(tl.float32) * x_T[None, :], axis=1)
             tl.store(partial + (tile * M + m) * rank + first + tl.arange(0, BLOCK_R), sum_R)
+    if pdl and late:
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -148,16 +148,23 @@ Product = Callable[[Tokens, Tensor | None, torch.dtype], Tensor]
 
 
 def run_rotated_product(
-    x_MI: Tensor, packed: PackedLinear, empty: tuple[Tensor, Tensor], product: Product, dtype: torch.dtype, pdl: bool
+    x_MI: Tensor,
+    packed: PackedLinear,
+    empty: tuple[Tensor, Tensor],
+    product: Product,
+    dtype: torch.dtype,
+    pdl: bool,
+    late: bool = False,
 ) -> Tensor:
     """y [M, O] in `dtype` by three kernels, or two without rotations.
 
-    empty: values and steps of Tokens, to be written. product(tokens, bias_O, dtype): W x' + B A x' + bias.
+    empty: values and steps of Tokens, to be written. product(tokens, bias_O, dtype): W x' + B A x' + bias. late: with
+    PDL, the product starts when the kernel before it ends; earlier, its programs land where that one has left room.
     """
     signs_I, signs_O = packed.input_signs_I, packed.output_signs_O
     if signs_I is None or signs_O is None:
-        return product(_prepare(x_MI, packed, None, empty, pdl), packed.bias_O, dtype)
-    y_MO = product(_prepare(x_MI, packed, signs_I, empty, pdl), None, torch.float32)
+        return product(_prepare(x_MI, packed, None, empty, pdl, late), packed.bias_O, dtype)
+    y_MO = product(_prepare(x_MI, packed, signs_I, empty, pdl, late), None, torch.float32)
     m, n = y_MO.shape
     y_out = x_MI.new_empty(m, n, dtype=dtype)
     lengths = [segment.rows for segment in packed.spec.segments] or [n]
@@ -173,7 +180,7 @@ def run_rotated_product(
 
 
 def _prepare(
-    x_MI: Tensor, packed: PackedLinear, signs_I: Tensor | None, empty: tuple[Tensor, Tensor], pdl: bool
+    x_MI: Tensor, packed: PackedLinear, signs_I: Tensor | None, empty: tuple[Tensor, Tensor], pdl: bool, late: bool
 ) -> Tokens:
     (m, k), rank, tiles = x_MI.shape, packed.spec.rank, packed.spec.layout.padded_columns // TILE_K
     factors = None if signs_I is None else hadamard_factors(k, False, x_MI.device)
@@ -183,7 +190,7 @@ def _prepare(
         x_MI, signs_I, None if factors is None else factors.outer, packed.a_codes, tokens.values, tokens.steps,
         tokens.projection, m, k, x_MI.stride(0), rank=rank, tiles=tiles, A=blocks,
         BLOCK_A=triton.next_power_of_2(blocks), B=block, BLOCK_R=min(packed.spec.own_rank, RANKS_AT_ONCE),
-        factor=1.0 if factors is None else factors.factor / headroom(x_MI.dtype), pdl=pdl,
+        factor=1.0 if factors is None else factors.factor / headroom(x_MI.dtype), late=late, pdl=pdl,
         num_warps=HADAMARD_WARPS, **launch_options(pdl),
     )  # fmt: skip
     return tokens
