@@ -60,6 +60,9 @@ class Machine:
             case "mov.b32" if target.startswith("{"):
                 for shift, register in zip((0, 16), _parts(target), strict=True):
                     registers[register] = sources[0] >> shift & 0xFFFF
+            case "mov.b32" if names[1].startswith("{"):
+                low, high = (value(name) for name in _parts(names[1]))
+                registers[target] = low & 0xFFFF | (high & 0xFFFF) << 16
             case "mov.u32" | "mov.b32" | "mov.f32":
                 registers[target] = sources[0]
             case "cvt.u32.u16":
@@ -69,6 +72,11 @@ class Machine:
             case "sub.bf16x2" | "sub.f16x2":
                 dtype = torch.bfloat16 if "bf16" in opcode else torch.float16
                 registers[target] = _on_pairs(lambda a, b: a - b, *sources, dtype=dtype)
+            case "cvt.rn.bf16.f32" | "cvt.rn.f16.f32":
+                dtype = torch.bfloat16 if "bf16" in opcode else torch.float16
+                registers[target] = _float32(sources[0]).to(dtype).view(torch.int16).to(torch.int64) & 0xFFFF
+            case "sub.f32":
+                registers[target] = _float32(sources[0]) - _float32(sources[1])
             case "setp.ne.s32":
                 registers[target] = sources[0] != sources[1]
             case "or.b32":
@@ -96,10 +104,13 @@ class Machine:
                 registers[target] = sources[0] * sources[1]
             case "prmt.b32":
                 registers[target] = _permuted(*sources)
-            case "mul.bf16x2":
-                registers[target] = _on_pairs(lambda a, b: a * b, *sources)
+            case "mul.bf16x2" | "mul.f16x2":
+                dtype = torch.bfloat16 if "bf16" in opcode else torch.float16
+                registers[target] = _on_pairs(lambda a, b: a * b, *sources, dtype=dtype)
             case "fma.rn.bf16x2":
                 registers[target] = _on_pairs(lambda a, b, c: a * b + c, *sources)
+            case "fma.rn.f16x2":
+                registers[target] = _on_pairs(lambda a, b, c: a * b + c, *sources, dtype=torch.float16)
             case "lop3.b32":
                 registers[target] = _lop3(*sources)
             case "ld.shared.b32":

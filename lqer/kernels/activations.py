@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lqer.kernels.decode import permute_columns
+from lqer.kernels.groups_wide import order_steps
 from lqer.kernels.low_rank import finish_projection, project_rank, project_split, write_projection
 from lqer.kernels.rounding import round_columns
 
@@ -16,29 +17,31 @@ from lqer.kernels.rounding import round_columns
 @triton.jit(do_not_specialize=["M"])
 def round_kernel(
     x,  # [M, I]
-    x_out,  # rounded: [M, I], or [M, IP] in kernel order
+    x_out,  # rounded: [M, I], or [M, IP] in the order of decoded columns
     M,
     K,
     x_stride,  # between rows of x
     padded: tl.constexpr,  # IP
-    tile_k: tl.constexpr,  # columns of a tile, for kernel order; 0: natural order
+    tile_k: tl.constexpr,  # columns of a tile, for the order of integer codes
+    steps: tl.constexpr,  # the order of integer groups; neither: natural order
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     rounding: tl.constexpr,
     pdl: tl.constexpr,
 ):
-    """x_out = Q(x) for BLOCK_M tokens and BLOCK_K columns."""
+    """x_out = Q(x) for BLOCK_M tokens and BLOCK_K columns; x itself if it is only to be ordered."""
     if pdl:
         gdc_wait()
         gdc_launch_dependents()
     rows_M = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     columns_T = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     inside = (rows_M < M) & (columns_T < K)
-    x_MT = tl.load(x + rows_M * x_stride + columns_T, mask=inside, other=0.0).to(tl.float32)
-    x_MT = round_columns(x_MT, rounding).to(x.dtype.element_ty)
-    if tile_k > 0:
-        place = x_out + rows_M * padded + columns_T
-        tl.store(place, permute_columns(x_MT, tile_k), mask=(rows_M < M) & (columns_T < padded))
+    x_MT = tl.load(x + rows_M * x_stride + columns_T, mask=inside, other=0.0)
+    if rounding.bits > 0:
+        x_MT = round_columns(x_MT.to(tl.float32), rounding).to(x.dtype.element_ty)
+    if tile_k > 0 or steps:
+        x_MT = order_steps(x_MT) if steps else permute_columns(x_MT, tile_k)
+        tl.store(x_out + rows_M * padded + columns_T, x_MT, mask=(rows_M < M) & (columns_T < padded))
     else:
         tl.store(x_out + rows_M * K + columns_T, x_MT, mask=inside)
 

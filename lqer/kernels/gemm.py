@@ -14,6 +14,7 @@ import triton.language as tl
 from lqer.kernels.decode import decode_tile, dot, permute_columns, rows_of_x
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.groups_decode import group_product
+from lqer.kernels.groups_wide import wide_product
 from lqer.kernels.low_rank import await_projection, first_rank_of, load_factor, produce_projection
 from lqer.kernels.rounding import round_rows
 from lqer.kernels.split_k import finish_tile
@@ -132,7 +133,12 @@ def product(
     pdl: tl.constexpr,  # only for integer groups
 ):
     """W xᵀ over one split of K, float32 [O, M]."""
-    if is_grouped(layout):
+    if is_grouped(layout) and ordered:
+        return wide_product(
+            x, words, scales, zeros, first_row, first_token, pid_s, M, N, x_stride, order, fan,
+            layout, BLOCK_N, BLOCK_M, splits, stages, pdl,
+        )  # fmt: skip
+    elif is_grouped(layout):
         return group_product(
             x, words, scales, zeros, first_row, first_token, pid_s, M, N, x_stride, order, fan,
             layout, BLOCK_N, BLOCK_M, splits, stages, pdl,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lqer.kernels import runtime
 from lqer.kernels.activations import round_kernel
+from lqer.kernels.groups import GroupLayout
 from lqer.kernels.layout import Layout
 from lqer.kernels.spec import Spec
 
@@ -27,21 +28,21 @@ def rank_block(rank: int) -> int:
 
 
 def round_activations(x_MI: Tensor, spec: Spec, ordered: bool) -> Tensor:
-    """x rounded to a layer's activation format; x itself if activations are not rounded.
+    """x rounded to a layer's activation format; x itself if activations are neither rounded nor ordered.
 
-    ordered: write columns in kernel order (decode.py), padded to whole tiles.
+    ordered: write columns in the order of decoded ones (decode.py, groups_wide.py), padded to whole tiles.
     """
     layout = spec.layout
-    if not spec.rounding.bits:
+    if not spec.rounding.bits and not ordered:
         return x_MI
     m, k = x_MI.shape
     padded = layout.padded_columns
     tile_k = layout.tile_k if ordered and isinstance(layout, Layout) else 0
-    x_out = x_MI.new_empty(m, padded if tile_k else k)
+    x_out = x_MI.new_empty(m, padded if ordered else k)
     pdl = runtime.supports_pdl(x_MI)
     round_kernel[-(-m // ROUNDED_ROWS), -(-padded // ROUNDED_COLUMNS)](
         x_MI, x_out, m, k, x_MI.stride(0), padded=padded, tile_k=tile_k,
-        BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS, rounding=spec.rounding, pdl=pdl,
-        num_warps=ROUNDING_WARPS, **runtime.launch_options(pdl),
+        steps=ordered and isinstance(layout, GroupLayout), BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS,
+        rounding=spec.rounding, pdl=pdl, num_warps=ROUNDING_WARPS, **runtime.launch_options(pdl),
     )  # fmt: skip
     return x_out

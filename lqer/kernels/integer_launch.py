@@ -15,6 +15,7 @@ from lqer.kernels import runtime
 from lqer.kernels.gemm import gemm_kernel
 from lqer.kernels.gemv import gemv_kernel, prepare_vector_kernel
 from lqer.kernels.groups import GroupLayout
+from lqer.kernels.groups_wide import BITS
 from lqer.kernels.input_launch import dense_rows, rank_block, round_activations
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.layout import ROW_PADDING, ROWS, Layout, PackedWeight
@@ -105,6 +106,16 @@ def run_groups(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype
     return _product(x_MI, given, packed, layout, launch, min(launch.splits, layout.strips), False, out_dtype)
 
 
+def run_wide(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
+    """17 tokens and more with four-bit groups, decoded as the tensor cores' operand; like `run_gemm`."""
+    layout = packed.spec.layout
+    assert isinstance(layout, GroupLayout)
+    assert layout.bits == BITS
+    given = dense_rows(x_MI)
+    x_MI = round_activations(given, packed.spec, ordered=True)
+    return _product(x_MI, given, packed, layout, launch, min(launch.splits, layout.strips), True, out_dtype)
+
+
 def whole_strips(x_MI: Tensor, layout: GroupLayout) -> Tensor:
     """x, copied if its rows do not end with a strip or are not aligned to the 16 bytes that a thread reads at once."""
     if x_MI.shape[1] == layout.padded_columns and x_MI.data_ptr() % 16 == 0 and x_MI.stride(0) % 8 == 0:
@@ -131,7 +142,7 @@ def _product(
     partial = given.new_empty((parts, n, m), dtype=torch.float32) if parts > 1 else None
     projection = _projection(given, packed)
     producers = projection.splits * projection.rank_blocks * tiles_m
-    pdl = starts_early(spec) and runtime.supports_pdl(given)
+    pdl = starts_early(spec, ordered) and runtime.supports_pdl(given)
     gemm_kernel[(producers + tiles_n * parts * tiles_m,)](
         x_MI, given, *packed.weight.parts, packed.bias_O, packed.a_codes, packed.a_exponents,
         packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], projection.partial,
@@ -146,13 +157,13 @@ def _product(
     return y_MO
 
 
-def starts_early(spec: Spec) -> bool:
+def starts_early(spec: Spec, ordered: bool) -> bool:
     """Whether the product is launched with PDL, so that it copies its first codes while the kernel before it ends.
 
-    Not after a kernel that rounds x, which lets programs start when they land unevenly on the multiprocessors, and not
-    with a branch, whose programs wait for others of the same kernel.
+    Not after a kernel that rounds x, which lets programs start when they land unevenly on the multiprocessors, unless
+    it is the small one that also orders x; and not with a branch, whose programs wait for others of the same kernel.
     """
-    return isinstance(spec.layout, GroupLayout) and not spec.rank and not spec.rounding.bits
+    return isinstance(spec.layout, GroupLayout) and not spec.rank and (ordered or not spec.rounding.bits)
 
 
 def register_limit(launch: GemmLaunch, layout: Layout | GroupLayout) -> dict[str, int]:

@@ -16,6 +16,7 @@ from lqer.kernels.codebook import CodebookLayout
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
 from lqer.kernels.groups import GroupLayout
+from lqer.kernels.groups_wide import BITS as WIDE_BITS
 from lqer.kernels.hadamard_launch import (
     hadamard_factors,
     inverse_factors,
@@ -23,14 +24,22 @@ from lqer.kernels.hadamard_launch import (
     run_between_rotations,
 )
 from lqer.kernels.input_launch import dense_rows
-from lqer.kernels.integer_launch import fits_gemm, fits_gemv, rows_together, run_gemm, run_gemv, run_groups
+from lqer.kernels.integer_launch import (
+    fits_gemm,
+    fits_gemv,
+    rows_together,
+    run_gemm,
+    run_gemv,
+    run_groups,
+    run_wide,
+)
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout
 from lqer.kernels.trellis_launch import run_trellis, table_of
-from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch, group_launch
+from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch, group_launch, wide_launch
 
 # With more tokens than these, dequantizing the weight and calling a library is faster.
 CODEBOOK_TOKENS = 16
@@ -38,6 +47,7 @@ ROTATED_TOKENS = 64
 # The kernels of lattice and trellis codes take up to so many at once.
 ROTATED_TOKENS_AT_ONCE = 16
 GROUP_TOKENS = 64
+WIDE_FROM, WIDE_TOKENS = 17, 512  # integer groups of four bits, as operands of wgmma
 
 
 def prepare_tables(packed: PackedLinear) -> None:
@@ -66,17 +76,25 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
     if isinstance(layout, GroupLayout):
-        processors = runtime.multiprocessors(x_MI.device)
-        grouped = group_launch(layout, len(x_MI), processors, rows_together(packed))
-        if len(x_MI) <= GROUP_TOKENS and fits_gemm(packed, len(x_MI), grouped):
-            return run_groups(x_MI, packed, grouped)
-        return run_dequantized(x_MI, packed)
+        return _run_integer_groups(x_MI, packed, layout)
     if len(x_MI) == 1 and fits_gemv(packed):
         return run_gemv(x_MI, packed, gemv_launch(layout.rows, layout.columns))
     bucket = bucket_of(len(x_MI))
     launch = bucket and gemm_launch(layout.width, layout.rows, layout.columns, bucket)
     if launch and fits_gemm(packed, len(x_MI), launch):
         return run_gemm(x_MI, packed, launch)
+    return run_dequantized(x_MI, packed)
+
+
+def _run_integer_groups(x_MI: Tensor, packed: PackedLinear, layout: GroupLayout) -> Tensor:
+    m, processors = len(x_MI), runtime.multiprocessors(x_MI.device)
+    if layout.bits == WIDE_BITS and WIDE_FROM <= m <= WIDE_TOKENS:
+        wide = wide_launch(layout, m, processors)
+        if fits_gemm(packed, m, wide):
+            return run_wide(x_MI, packed, wide)
+    grouped = group_launch(layout, m, processors, rows_together(packed))
+    if m <= GROUP_TOKENS and fits_gemm(packed, m, grouped):
+        return run_groups(x_MI, packed, grouped)
     return run_dequantized(x_MI, packed)
 
 

@@ -1,10 +1,11 @@
 """Launch parameters for a layer and a number of tokens, from a table of measurements; nothing is tuned during a call.
 
-`experiments/tune_kernels.py` writes `table.json`, the fastest measured launches of one GPU. There are four regimes:
+`experiments/tune_kernels.py` writes `table.json`, the fastest measured launches of one GPU. There are five regimes:
 
     gemv         one token, MXINT4 weights, rounded activations: integer products (gemv.py)
     gemm         few tokens: weights decoded in registers (gemm.py); a launch per code width, N, K and bucket of M
     groups       up to 64 tokens, integer groups: the gemm kernel with a launch from a model (`group_launch`)
+    wide         from 17 tokens on, integer groups of four bits: the same by another rule (`wide_launch`)
     dequantize   many tokens, for which the table has no launch: the weight is dequantized, and a library multiplies
 
 A shape that is not in the table uses the launch of the nearest shape, by log N and log K.
@@ -33,6 +34,11 @@ COST_OF_SPLIT = 1 / 8  # of K of integer groups, for a token, in strips
 BLOCK_M_OF_16 = 16
 START_OF_16, COST_OF_SUM = 0.5, 1 / 350_000
 SLOWDOWN_OF_16 = (0.0, 1.6, 1.2, 1.0)
+# Four-bit groups and more tokens than 16: by rows of tokens, how many warps and slots of shared memory a program of 128
+# rows has, and how many programs fit a multiprocessor.
+WIDE_ROWS = 128
+WIDE = {32: (4, 3, 2), 64: (4, 2, 2), 128: (8, 2, 1)}
+START_OF_WIDE, COST_OF_WIDE_SUM = 2.0, 0.5  # of a program, and of each split, in strips
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,20 @@ def group_launch(layout: GroupLayout, m: int, multiprocessors: int, together: in
     chosen = shapes if m <= 8 else shapes[:1]
     launches = [GemmLaunch(n, block_m, splits, STAGES, warps) for n, warps in chosen for splits in every_split]
     return min(launches, key=time)
+
+
+@lru_cache(maxsize=4096)
+def wide_launch(layout: GroupLayout, m: int, multiprocessors: int) -> GemmLaunch:
+    """The launch for more than 16 tokens and four-bit groups: as many splits as make the waves of programs shortest."""
+    block_m = next((size for size in WIDE if m <= size), max(WIDE))
+    warps, stages, at_once = WIDE[block_m]
+    tiles = -(-layout.rows // WIDE_ROWS) * -(-m // block_m)
+
+    def time(splits: int) -> float:
+        waves = -(-tiles * splits // (at_once * multiprocessors))
+        return waves * (-(-layout.strips // splits) + START_OF_WIDE) + COST_OF_WIDE_SUM * splits
+
+    return GemmLaunch(WIDE_ROWS, block_m, min(range(1, layout.strips + 1), key=time), stages, warps)
 
 
 @lru_cache(maxsize=4096)

@@ -32,7 +32,8 @@ from lqer.kernels.decode_attention import decode_attention
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
 from lqer.kernels.experts_launch import run_down, run_up
 from lqer.kernels.experts_packed import PackedExperts
-from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups
+from lqer.kernels.groups import GroupLayout
+from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups, run_wide
 from lqer.kernels.joint import join
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.launch import run_layer
@@ -87,6 +88,8 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     if self.fn.__name__ == "byte_sums_product_kernel":
         products = 16 * constants["groups"] * constants["BLOCK_M"] // BYTE_TOKENS_AT_ONCE
         assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
+    if self.fn.__name__ == "gemm_kernel" and constants["ordered"] and isinstance(constants["layout"], GroupLayout):
+        check_that_weights_stay_in_registers(kernel)
     compiled.add(self.fn.__name__)
 
 
@@ -114,6 +117,12 @@ def check_that_the_table_stays(kernel: Any, layout: TrellisLayout) -> None:
     stores = [number for number, line in enumerate(lines) if "st.shared" in line]
     loads = [number for number, line in enumerate(lines) if "ld.shared" in line]
     assert max(stores) < min(loads)
+
+
+def check_that_weights_stay_in_registers(kernel: Any) -> None:
+    """Decoded strips are operands of wgmma as they are: nothing is stored to shared memory between them."""
+    first, *_, last = (place.start() for place in re.finditer(r"wgmma\.mma_async", kernel.asm["ptx"]))
+    assert "st.shared" not in kernel.asm["ptx"][first:last]
 
 
 def compile_joint() -> None:
@@ -178,6 +187,9 @@ def main() -> None:
         layer = build_layer(Int(4, 128), 200, 1000, rank=64, activation=x8, bias=True, dtype=dtype)
         run_groups(random_input(m, 1000, dtype), layer.packed, GemmLaunch(64, max(8, m), 2, 3, 4))
         dequantize_weight(layer.packed.weight, dtype)
+    for number_format, m, dtype in ((Int(4, 128), 64, bf16), (Int(4, "row", symmetric=True), 32, torch.float16)):
+        layer = build_layer(number_format, 256, 1024, dtype=dtype)
+        run_wide(random_input(m, 1024, dtype), layer.packed, GemmLaunch(128, m, 2, 2, 4))
     # What needs most of the shared memory.
     for number_format, rank, m in (
         (Int(3, 64), 32, 42),
