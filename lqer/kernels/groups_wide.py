@@ -129,20 +129,30 @@ def _for_words(values_OP):
 
 
 @triton.jit
+def plain_codes(words, scales_OP, zeros_OP, place: tl.constexpr, layout: tl.constexpr, dtype: tl.constexpr):
+    """What `word_asm` computes of the codes at bit `place` of words, in plain operations; the numbers' bits."""
+    if layout.bfloat:
+        scales_OP = (scales_OP << 16).to(tl.float32, bitcast=True)
+    else:
+        scales_OP = scales_OP.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    codes = ((words >> place) & 15) - _for_words(zeros_OP)
+    return (codes.to(tl.float32) * _for_words(scales_OP)).to(dtype).to(tl.int16, bitcast=True)
+
+
+@triton.jit
 def decode_strip(words_OW, scales_OP, zeros_OP, layout: tl.constexpr, dtype: tl.constexpr):
     """A strip [O, C] in `dtype`."""
     rows: tl.constexpr = words_OW.shape[0]
     words = words_OW.reshape(rows, 2, 4, 4)
     if INTERPRETED:
-        if layout.bfloat:
-            scales_OP = (scales_OP << 16).to(tl.float32, bitcast=True)
-        else:
-            scales_OP = scales_OP.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        shift = tl.arange(0, 4).reshape(1, 1, 1, 1, 4, 1) * 4 + tl.arange(0, 2).reshape(1, 1, 1, 1, 1, 2) * 16
-        codes = (words.reshape(rows, 2, 4, 4, 1, 1) >> shift) & 15
-        codes -= _for_words(zeros_OP).reshape(rows, 2, 4, 4, 1, 1)
-        values = (codes.to(tl.float32) * _for_words(scales_OP).reshape(rows, 2, 4, 4, 1, 1)).to(dtype)
-        return values.permute(0, 1, 3, 4, 2, 5).reshape(rows, STRIP_C)
+        v0 = plain_codes(words, scales_OP, zeros_OP, 0, layout, dtype)
+        v1 = plain_codes(words, scales_OP, zeros_OP, 16, layout, dtype)
+        v2 = plain_codes(words, scales_OP, zeros_OP, 4, layout, dtype)
+        v3 = plain_codes(words, scales_OP, zeros_OP, 20, layout, dtype)
+        v4 = plain_codes(words, scales_OP, zeros_OP, 8, layout, dtype)
+        v5 = plain_codes(words, scales_OP, zeros_OP, 24, layout, dtype)
+        v6 = plain_codes(words, scales_OP, zeros_OP, 12, layout, dtype)
+        v7 = plain_codes(words, scales_OP, zeros_OP, 28, layout, dtype)
     else:
         bfloat: tl.constexpr = dtype == tl.bfloat16
         zero, high, low = tl.inline_asm_elementwise(
@@ -153,11 +163,11 @@ def decode_strip(words_OW, scales_OP, zeros_OP, layout: tl.constexpr, dtype: tl.
             word_asm(layout, bfloat), WORD_CONSTRAINTS, (words, _for_words(zero), _for_words(high), _for_words(low)),
             dtype=types(tl.int16, 8), is_pure=True, pack=1,
         )  # fmt: skip
-        even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
-        odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
-        # [O, half, t, step, both bits of the pair, e]
-        values = tl.join(even, odd).permute(0, 1, 3, 4, 5, 2, 6).reshape(rows, STRIP_C)
-        return values.to(dtype, bitcast=True)
+    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
+    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+    # [O, half, t, step, both bits of the pair, e]
+    values = tl.join(even, odd).permute(0, 1, 3, 4, 5, 2, 6).reshape(rows, STRIP_C)
+    return values.to(dtype, bitcast=True)
 
 
 @triton.jit
