@@ -47,7 +47,8 @@ ROTATED_TOKENS = 64
 # The kernels of lattice and trellis codes take up to so many at once.
 ROTATED_TOKENS_AT_ONCE = 16
 GROUP_TOKENS = 64
-WIDE_FROM, WIDE_TOKENS = 17, 512  # integer groups of four bits, as operands of wgmma
+# Integer groups of four bits, as operands of wgmma. More tokens have not been timed.
+WIDE_FROM, WIDE_TOKENS = 17, 128
 
 
 def prepare_tables(packed: PackedLinear) -> None:

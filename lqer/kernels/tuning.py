@@ -34,10 +34,10 @@ COST_OF_SPLIT = 1 / 8  # of K of integer groups, for a token, in strips
 BLOCK_M_OF_16 = 16
 START_OF_16, COST_OF_SUM = 0.5, 1 / 350_000
 SLOWDOWN_OF_16 = (0.0, 1.6, 1.2, 1.0)
-# Four-bit groups and more tokens than 16: by rows of tokens, how many warps and slots of shared memory a program of 128
-# rows has, and how many programs fit a multiprocessor.
-WIDE_ROWS = 128
-WIDE = {32: (4, 3, 2), 64: (4, 2, 2), 128: (8, 2, 1)}
+# Four-bit groups and more tokens than 16: by tokens of a program, how many warps and slots of shared memory one of 128
+# rows has. Two fit a multiprocessor. Fastest of four and five launches on an H200, at 32 and 64 tokens and two shapes.
+WIDE_ROWS, WIDE_AT_ONCE = 128, 2
+WIDE = {32: (4, 3), 64: (4, 2)}
 START_OF_WIDE, COST_OF_WIDE_SUM = 2.0, 0.5  # of a program, and of each split, in strips
 
 
@@ -136,11 +136,11 @@ def group_launch(layout: GroupLayout, m: int, multiprocessors: int, together: in
 def wide_launch(layout: GroupLayout, m: int, multiprocessors: int) -> GemmLaunch:
     """The launch for more than 16 tokens and four-bit groups: as many splits as make the waves of programs shortest."""
     block_m = next((size for size in WIDE if m <= size), max(WIDE))
-    warps, stages, at_once = WIDE[block_m]
+    warps, stages = WIDE[block_m]
     tiles = -(-layout.rows // WIDE_ROWS) * -(-m // block_m)
 
     def time(splits: int) -> float:
-        waves = -(-tiles * splits // (at_once * multiprocessors))
+        waves = -(-tiles * splits // (WIDE_AT_ONCE * multiprocessors))
         return waves * (-(-layout.strips // splits) + START_OF_WIDE) + COST_OF_WIDE_SUM * splits
 
     return GemmLaunch(WIDE_ROWS, block_m, min(range(1, layout.strips + 1), key=time), stages, warps)
