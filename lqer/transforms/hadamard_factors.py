@@ -40,6 +40,12 @@ def small_order(length: int) -> int:
     return odd
 
 
+def is_hadamard(length: int) -> bool:
+    """Whether the transform of this length is a Hadamard matrix: its small factor is, unlike Hartley's."""
+    order = small_order(length)
+    return order == 1 or _paley_prime(order) != 0
+
+
 @lru_cache
 def small_factor(order: int) -> Tensor:
     """Orthonormal float64 (K, K): Paley's Hadamard matrix where there is one, else the Hartley matrix."""

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lqer.transforms.hadamard_factors import small_order, two_factors
+from lqer.transforms.hadamard_factors import is_hadamard, small_order, two_factors
 
 # Sides of X that a program holds in registers; tensor cores take no fewer than 16.
 LEAST_SIDE, LARGEST_SIDE = 16, 128
@@ -43,7 +43,13 @@ class Factors:
 def fits(length: int) -> bool:
     """Whether the kernel transforms vectors of this length."""
     columns = min(length // small_order(length), LARGEST_SIDE)
-    return columns >= LEAST_SIDE and length // columns <= LARGEST_SIDE
+    rows = length // columns
+    if not is_hadamard(length) and min(columns, triton.next_power_of_2(rows)) < LARGEST_SIDE:
+        # ptxas 12.8, which comes with Triton 3.6, takes the places in shared memory of some products with the parts of
+        # O from registers that hold something else: of 688 values an H200 reports an illegal memory access, which no
+        # comparison with PyTorch survives. With 128 rows and columns it is right (11008).
+        return False
+    return columns >= LEAST_SIDE and rows <= LARGEST_SIDE
 
 
 @lru_cache

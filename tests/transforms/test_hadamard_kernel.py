@@ -12,8 +12,8 @@ from lqer.transforms.hadamard_factors import small_order
 from lqer.transforms.hadamard_kernel import factors_on, fits, transform
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Powers of two, of Paley's and of Hartley's matrices; one with fewer rows than tensor cores take, one that is padded.
-LENGTHS = [16, 4096, 1536, 688, 5120, 11008]
+# Powers of two, of Paley's and of Hartley's matrices; few rows or columns, padded ones, and as many as there may be.
+LENGTHS = [16, 4096, 1536, 960, 4864, 5120, 11008, 14336]
 
 
 def tokens(rows: int, length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -58,3 +58,7 @@ def test_it_is_used_where_it_agrees_with_pytorch_and_not_where_it_is_broken(monk
 def test_only_lengths_that_a_program_holds():
     assert [length for length in (8, 16, 4096, 14336, 16384, 28672, 53248) if fits(length)] == [16, 4096, 14336, 16384]
     assert small_order(8) == 1
+
+
+def test_lengths_that_a_compiler_breaks_are_refused():
+    assert [length for length in (688, 1376, 5504, 11008) if fits(length)] == [11008]
