@@ -41,6 +41,7 @@ from lqer.models.source import ModelSource, pick_device, pick_dtype
 from lqer.models.summary import summarize_model
 from lqer.report.environment import device_name
 from lqer.run.folder import CHECKPOINT_LINK
+from lqer.stages.allocate_widths import WINDOWS
 from lqer.stages.quantize import requested_statistics
 from lqer.statistics import Hessian
 
@@ -160,6 +161,9 @@ def work_of(config: Config, source: ModelSource, shape: Shape, model_bytes: int,
         stored=_size(Path(config.output_dir) / "store"),
         checkpoint=_size((made / CHECKPOINT_LINK).resolve()),
         models=0 if perplexity is None else 1 + len(config.evaluation.baselines),
+        gradient_tokens=min(WINDOWS, config.calibration.num_samples)
+        * config.calibration.seq_len
+        * (config.quantize.budget_bits is not None),
     )
 
 

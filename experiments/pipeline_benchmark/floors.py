@@ -21,7 +21,7 @@ BLOCKS_WITH_SPECTRA, SPECTRA = 3, 3
 class Work:
     """What a run did. evaluation_tokens: of one of the evaluated `models`. sampled: tokens that output errors are
     measured on. hessian: whether E[x xᵀ] is gathered; feedback: whether rounding uses it. stored: bytes of its
-    artifacts; checkpoint: of the quantized one alone.
+    artifacts; checkpoint: of the quantized one alone. gradient_tokens: those that losses of widths are measured on.
     """
 
     shape: Shape
@@ -36,6 +36,7 @@ class Work:
     stored: int
     checkpoint: int
     models: int
+    gradient_tokens: int = 0
 
     def of_blocks(self, blocks: int) -> Work:
         """The same of a model with that many blocks; artifacts grow with it."""
@@ -84,6 +85,10 @@ def floors(work: Work, rates: Rates) -> dict[str, Floor]:
     if work.feedback:
         found["factor"] = Floor(sum(2 / 3 * n**3 for n in sites) / rates.product64, "2/3 n³ in float64 a site")
         found["round"] = Floor(sum(out * n * n for out, n in linears) / rates.product32, "out n² FLOP of feedback")
+    if work.gradient_tokens:
+        found["widths"] = Floor(
+            4 * 2 * weights * work.gradient_tokens / rates.product, "forward, again, backward; 4 x 2 FLOP"
+        )
     if work.rank:
         each = [2 * out * n + (2 * n * n if work.hessian else 0) for out, n in linears]
         found["reconstruct"] = Floor(sum(each) * columns * PRODUCTS / rates.product32, f"{PRODUCTS} thin products")

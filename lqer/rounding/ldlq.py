@@ -111,7 +111,7 @@ def _sweep(
         raise ValueError(f"block {block} does not divide groups of {groups.width} columns ({number_format.kind})")
     if static_groups or groups.single:
         groups.fit_all(rows_of_all(weight_IEO))
-    lower_EII = stacked([damped.derived(_feedback, block) for damped in hessians])
+    lower_EII = stacked([damped.derived(feedback, block) for damped in hessians])
     codes: dict[int, Tensor] = {}
     error_IEO = torch.empty_like(weight_IEO)
     panel = -(-groups.panel // block) * block
@@ -130,7 +130,8 @@ def _in_order(codes: dict[int, Tensor]) -> Tensor:
     return torch.cat([codes[k] for k in sorted(codes)], dim=1)
 
 
-def _feedback(damped: DampedHessian, block: int) -> Tensor:
+def feedback(damped: DampedHessian, block: int) -> Tensor:
+    """𝓛 of the damped H in blocks of so many columns, float32: for `DampedHessian.derived`."""
     return block_lower(damped.cholesky_II, block, torch.float32)
 
 

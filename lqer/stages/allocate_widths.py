@@ -6,11 +6,12 @@ E of the weight, inputs x_t and gradients g_t = ∂L/∂y_t of the original's lo
     Δ_l(f) = ½ Σ_t Σ_o (g_to · (E x_t)_o)²  /  tokens         nats per token
 
 the divergence from the original for errors that are small and independent of each other (lqer/models/backward.py says
-which loss). E is that of the plan's own rounding under its statistics, on a sample of the output rows
-(width_errors.py); a linear that is rotated is measured in its rotated basis. Experts are rounded in batches, as when
-they are quantized, and on fewer rows: a layer has hundreds of their linears. The stage stores, in a safetensors file
-per decoder block, `<linear>.losses` (F,) float64 in the order of the formats. The allocation itself
-(lqer/rounding/width_allocation.py) takes no time and has no artifact: the formats are part of the plans.
+which loss). E is that of the plan's own rounding under its statistics, on a sample of the output rows, or
+drawn from the law of such errors (width_errors.py); a linear that is rotated is measured in its rotated basis. Experts
+are rounded in batches, as when they are quantized, and on fewer rows: a layer has hundreds of their linears. The stage
+stores, in a safetensors file per decoder block, `<linear>.losses` (F,) float64 in the order of the formats. The
+allocation itself (lqer/rounding/width_allocation.py) takes no time and has no artifact: the formats are part of the
+plans.
 
 Shapes: O out_features, I in_features, S sampled rows, N tokens of a call, F formats, W windows, T tokens of a window.
 """
@@ -63,7 +64,7 @@ class MeasureWidths(Stage):
     """What every format adds to the loss in every linear that has a choice."""
 
     name: ClassVar[str] = "widths"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     model: ModelSource | Rotate
     calibration: Calibrate
@@ -94,6 +95,7 @@ def plans_to_measure(plans: Plans, choices: Choices) -> Plans:
     }  # fmt: skip
 
 
+@in_phase("widths")
 def measure_widths(
     workspace: Workspace,
     opened: OpenedModel,

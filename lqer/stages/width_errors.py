@@ -1,26 +1,29 @@
 """The errors that rounding in each of several formats makes in a sample of the rows of some linears.
 
-A search over trellis codes goes through a row of tiles one after the other. The few tiles of a sample leave most of a
-GPU idle, and it waits for each of them. So linears that share their statistics are searched together, a tile of each
-at a time, and experts as when they are quantized.
+They are those of the plan's rounding, but for trellis codes of rotated weights: a search over such codes goes through a
+row of tiles one after the other, which a GPU spends waiting, and its errors have a law from which they can be drawn
+(lqer/rounding/trellis_law.py).
 
 Shapes: O out_features, I in_features, S sampled rows, F formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lqer.formats import NumberFormat, Trellis
-from lqer.formats.scales import root_mean_square
 from lqer.methods import LinearPlan
 from lqer.methods.base import Target
 from lqer.rounding import Ldlq
-from lqer.rounding.base import Statistics
+from lqer.rounding.base import Rounding, Statistics
+from lqer.rounding.hessian import damped_hessian
+from lqer.rounding.trellis_law import drawn_errors
+from lqer.transforms import Hadamard
 
 SAMPLED_ROWS = 512  # of a weight, in runs of ROW_RUN: tiles of 16 rows share codes in some formats
 EXPERT_ROWS = 128  # of an expert's weight
@@ -61,43 +64,27 @@ def errors_of(linears: Sequence[Sampled], formats: Sequence[NumberFormat]) -> li
 
     linears: of one site, with the same statistics; or of one shape and plan. Raises as the roundings do.
     """
-    by_format = [_errors(linears, number_format) for number_format in formats]
-    return [list(errors) for errors in zip(*by_format, strict=True)]
+    shared = all(one.statistics is linears[0].statistics for one in linears)
+    found = []
+    for batch in [[one] for one in linears] if shared else [linears]:
+        by_format = [part_of(batch[0].plan, number_format)(batch) for number_format in formats]
+        found += [list(errors) for errors in zip(*by_format, strict=True)]
+    return found
 
 
-def _errors(linears: Sequence[Sampled], number_format: NumberFormat) -> list[Tensor]:
-    """Of each linear in one format."""
-    first = linears[0]
-    if any(one.statistics is not first.statistics for one in linears):
-        return _errors_of_alike(linears, number_format)
-    together = (
-        isinstance(number_format, Trellis)
-        and isinstance(first.plan.rounding, Ldlq)
-        and all(one.plan.rounding == first.plan.rounding for one in linears)
-    )
-    if together:
-        return _errors_together(linears, number_format)
-    return [
-        one.weight_SI - one.plan.rounding.round(one.weight_SI, one.statistics, number_format).dequantize()
-        for one in linears
-    ]
+def part_of(plan: LinearPlan, number_format: NumberFormat) -> Callable[[Sequence[Sampled]], list[Tensor]]:
+    """What finds the errors in a format of linears that have the plan."""
+    match number_format, plan.rounding, plan.transform:
+        case Trellis(), Ldlq(tune_iters=0) as ldlq, Hadamard():
+            return partial(_drawn, number_format, ldlq.damping)
+    return partial(_of_rounding, number_format, plan.rounding)
 
 
-def _errors_of_alike(linears: Sequence[Sampled], number_format: NumberFormat) -> list[Tensor]:
-    """Of linears of one shape and plan, each under its own statistics."""
-    weights, statistics = [one.weight_SI for one in linears], [one.statistics for one in linears]
-    rounded = linears[0].plan.rounding.round_together(weights, statistics, number_format)
+def _drawn(number_format: Trellis, damping: float, linears: Sequence[Sampled]) -> list[Tensor]:
+    return [drawn_errors(one.weight_SI, damped_hessian(one.statistics, damping), number_format) for one in linears]
+
+
+def _of_rounding(number_format: NumberFormat, rounding: Rounding, linears: Sequence[Sampled]) -> list[Tensor]:
+    weights = [one.weight_SI for one in linears]
+    rounded = rounding.round_together(weights, [one.statistics for one in linears], number_format)
     return [weight_SI - one.dequantize() for weight_SI, one in zip(weights, rounded, strict=True)]
-
-
-def _errors_together(linears: Sequence[Sampled], number_format: NumberFormat) -> list[Tensor]:
-    """Rows are rounded independently of each other but for the scale of a matrix, which follows its mean square."""
-    # Zeros have no error, and would count in the mean.
-    sizes = {one.name: root_mean_square(one.weight_SI.flatten()).float() for one in linears if one.weight_SI.any()}
-    errors = {one.name: torch.zeros_like(one.weight_SI) for one in linears if one.name not in sizes}
-    if units := {one.name: one.weight_SI / sizes[one.name] for one in linears if one.name in sizes}:
-        unit_SI = torch.cat([*units.values()])
-        rounded_SI = linears[0].plan.rounding.round(unit_SI, linears[0].statistics, number_format).dequantize()
-        split = (unit_SI - rounded_SI).split([*map(len, units.values())])
-        errors |= {name: error_SI * sizes[name] for name, error_SI in zip(units, split, strict=True)}
-    return [errors[one.name] for one in linears]
