@@ -148,6 +148,7 @@ def work_of(config: Config, source: ModelSource, shape: Shape, model_bytes: int,
     results = json.loads((made / "results.json").read_text())
     # A window predicts all its tokens but the first.
     evaluated = sum(text["tokens"] for text in results["perplexity"])
+    windows = min(WINDOWS, config.calibration.num_samples)
     return Work(
         shape=shape,
         model_bytes=model_bytes,
@@ -161,9 +162,7 @@ def work_of(config: Config, source: ModelSource, shape: Shape, model_bytes: int,
         stored=_size(Path(config.output_dir) / "store"),
         checkpoint=_size((made / CHECKPOINT_LINK).resolve()),
         models=0 if perplexity is None else 1 + len(config.evaluation.baselines),
-        gradient_tokens=min(WINDOWS, config.calibration.num_samples)
-        * config.calibration.seq_len
-        * (config.quantize.budget_bits is not None),
+        gradient_tokens=0 if config.quantize.budget_bits is None else windows * config.calibration.seq_len,
     )
 
 

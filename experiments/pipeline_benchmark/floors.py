@@ -87,7 +87,7 @@ def floors(work: Work, rates: Rates) -> dict[str, Floor]:
         found["round"] = Floor(sum(out * n * n for out, n in linears) / rates.product32, "out n² FLOP of feedback")
     if work.gradient_tokens:
         found["widths"] = Floor(
-            4 * 2 * weights * work.gradient_tokens / rates.product, "forward, again, backward; 4 x 2 FLOP"
+            3 * 2 * weights * work.gradient_tokens / rates.product, "forward twice and backward, 3 x 2 FLOP"
         )
     if work.rank:
         each = [2 * out * n + (2 * n * n if work.hessian else 0) for out, n in linears]

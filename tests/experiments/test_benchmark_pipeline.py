@@ -66,6 +66,10 @@ def test_floors_are_bytes_and_operations_over_rates():
     squares = 32 * (3 * 4096**2 + 11008**2)
     assert exact["statistics"].seconds == pytest.approx(2 * squares * 65536 / 1e14)
     assert exact["factor"].seconds == pytest.approx(2 / 3 * 32 * (3 * 4096**3 + 11008**3) / 1e12)
+    # Gradients are those of activations, not of weights.
+    assert "widths" not in found
+    measured = floors(replace(WORK, gradient_tokens=16384), RATES)["widths"].seconds
+    assert measured == pytest.approx(6 * weights * 16384 / 1e14)
 
 
 def test_the_rows_of_the_table_add_up_to_the_wall_clock():
