@@ -1,0 +1,1 @@
+"""The parts of locate_harm.py: the model with its texts, quantized weights, and what is measured of them."""

@@ -1,0 +1,206 @@
+"""GPTQ's weights of a model in memory, under one choice of inputs, tokens, order, target and format.
+
+What the stage "quantize" does with error propagation (lqer/stages/quantize_sequential.py), on the same functions; the
+weights stay dense, so that any of them can be put in place of the original's.
+
+Shapes: O out_features, I in_features, S windows, T tokens of a window, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from harm.subject import Parameters, Subject
+from harm.tokens import HessianOfTokens
+from lqer.formats import Int, MXInt
+from lqer.methods import LinearPlan, QuantizedWeight
+from lqer.methods.block import reconstruct_block
+from lqer.methods.gptq import GptqMethod
+from lqer.models.structure import block_linears
+from lqer.models.walker import BlockRun, embed
+from lqer.rounding import Gptq
+from lqer.rounding.scale_search import Scales
+from lqer.stages.gather import CalibrationText, TokenWeights, observe_block
+from lqer.stages.quantize import Order
+from lqer.stages.quantize_in_turn import turns_of
+from lqer.statistics import Hessian, Mismatch, Statistic
+from lqer.statistics.site import SiteStatistics
+from lqer.transforms import Balance, BlockTransform, Sort
+from lqer.transforms.block_function import BlockFunction
+from lqer.transforms.block_problem import BlockProblem
+
+FACTOR = MXInt(8)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """propagate: whether inputs are those of the quantized model. rule: of `tokens.RULES`; None where tokens count as
+    `token_weights` says. finer: how many groups a group of the format is divided into.
+    """
+
+    scales: Scales = "minmax"
+    propagate: bool = True
+    order: Order = "block"
+    token_weights: TokenWeights = "none"
+    rule: str | None = None
+    asymmetric: float = 0.0
+    descent: int = 0
+    transforms: tuple[BlockTransform, ...] = ()
+    rank: int = 0
+    finer: int = 1
+
+    def plan(self, number_format: Int) -> LinearPlan:
+        assert isinstance(number_format.block_size, int), "groups of a row"
+        return LinearPlan(
+            GptqMethod(), replace(number_format, block_size=number_format.block_size // self.finer),
+            rounding=Gptq(scales=self.scales, descent=self.descent), asymmetric=self.asymmetric, rank=self.rank,
+            factor=FACTOR,
+        )  # fmt: skip
+
+    def hessian(self, seq_len: int) -> Hessian | HessianOfTokens:
+        return Hessian() if self.rule is None else HessianOfTokens(self.rule, seq_len)
+
+
+def schemes(scales: Scales) -> dict[str, Scheme]:
+    """One choice changed at a time. scales: of all but those that name another.
+
+    The first one's seconds are more than its own on a GPU, where kernels are compiled.
+    """
+    found = {
+        "inputs of the original": Scheme(propagate=False),
+        "GPTQ": Scheme(),
+        "C(0.25)": Scheme(asymmetric=0.25),
+        "C(1)": Scheme(asymmetric=1.0),
+        "W": Scheme(token_weights="residual"),
+        "W C(0.25)": Scheme(token_weights="residual", asymmetric=0.25),
+        "B": Scheme(order="sequential"),
+        "massive tokens left out": Scheme(rule="massive tokens left out"),
+        "first tokens left out": Scheme(rule="first tokens left out"),
+        "tokens capped at 4 medians": Scheme(rule="tokens capped at 4 medians"),
+        "E": Scheme(transforms=(Balance(),)),
+        "S": Scheme(transforms=(Sort(),)),
+        "D(2)": Scheme(descent=2),
+        "E D(2)": Scheme(transforms=(Balance(),), descent=2),
+        "rank 32 in 8 bits": Scheme(rank=32),
+        "groups of half the size": Scheme(finer=2),
+        "groups of a fourth": Scheme(finer=4),
+    }
+    found = {name: replace(scheme, scales=scales) for name, scheme in found.items()}
+    others: dict[str, Scales] = {
+        "scales min-max": "minmax", "A": "search", "A(least squares)": "least-squares",
+    }  # fmt: skip
+    return found | {name: Scheme(other) for name, other in others.items() if other != scales}
+
+
+@dataclass
+class Quantized:
+    """parameters: dequantized weights, and what transforms have changed, in the model's dtypes. bits: of all linears,
+    everything that is stored. seconds: of everything from the embedding on.
+    """
+
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    bits: int = 0
+    values: int = 0
+    seconds: float = 0.0
+
+    @property
+    def average_bits(self) -> float:
+        return self.bits / self.values
+
+    def add(self, name: str, weight: QuantizedWeight, weight_OI: Tensor) -> None:
+        stored = weight.weight_OI.code_bits + weight.metadata_bits
+        self.bits += stored + (0 if weight.low_rank is None else weight.low_rank.bits)
+        self.values += weight_OI.numel()
+        self.parameters[name] = weight_OI
+
+
+@torch.no_grad()
+def quantize(subject: Subject, scheme: Scheme, number_format: Int, beside: Parameters | None = None) -> Quantized:
+    """All linears of the model, which stays as it is. beside: parts of weights that are not rounded."""
+    opened, text = subject.opened, replace(subject.text, token_weights=scheme.token_weights)
+    started, found = time.monotonic(), Quantized()
+    batches = text.windows_WT.split(text.batch_size)
+    originals = embed(opened, batches)
+    hidden = embed(opened, batches) if scheme.propagate else originals
+    for index, block in enumerate(opened.blocks):
+        name = f"{opened.name}.{index}"
+        original = BlockRun(index, name, block, originals, opened.device)
+        run = BlockRun(index, name, copy.deepcopy(block), hidden, opened.device)
+        if scheme.transforms:
+            changed = _transformed(run, scheme, number_format, text.batch_size)
+            found.parameters |= changed
+            put(run, changed)
+        for turn in turns_of(run) if scheme.order == "sequential" else [list(block_linears(run.block))]:
+            _round(found, run, original, turn, text, scheme, number_format, beside or {})
+            put(run, found.parameters)
+        if scheme.propagate:
+            run.forward()
+        original.forward()
+    if opened.device.type == "cuda":
+        torch.cuda.synchronize(opened.device)
+    found.seconds = time.monotonic() - started
+    return found
+
+
+def put(run: BlockRun, parameters: Parameters) -> None:
+    """Let the block compute with those of the parameters that are its own."""
+    for name, parameter in run.block.named_parameters():
+        if (full_name := f"{run.name}.{name}") in parameters:
+            parameter.data = parameters[full_name]
+
+
+def _round(
+    found: Quantized,
+    run: BlockRun,
+    original: BlockRun,
+    linears: Sequence[str],
+    text: CalibrationText,
+    scheme: Scheme,
+    number_format: Int,
+    beside: Parameters,
+) -> None:
+    """Add some linears of a block, on the inputs that it computes now."""
+    hessian, plan = scheme.hessian(text.windows_WT.shape[1]), scheme.plan(number_format)
+    statistics: set[Statistic] = {hessian} | ({Mismatch()} if scheme.asymmetric else set())
+    observed = observe_block(run, original, text, statistics, linears=linears)
+    for site, names in observed.members(f"{run.name}.{linear}" for linear in linears).items():
+        of_site = {"hessian": observed.tensors[f"{site}.{hessian.kind}"]}
+        if scheme.asymmetric:
+            of_site["mismatch"] = observed.tensors[f"{site}.mismatch"]
+        shared = SiteStatistics(of_site)
+        for name in (f"{linear}.weight" for linear in names):
+            weight_OI = run.block.get_parameter(name.removeprefix(f"{run.name}.")).detach()
+            kept_OI = beside.get(name, torch.zeros((), device=weight_OI.device))
+            weight = plan.quantize(weight_OI.float() - kept_OI, shared)
+            found.add(name, weight, (weight.effective_weight() + kept_OI).to(weight_OI.dtype))
+
+
+def _transformed(run: BlockRun, scheme: Scheme, number_format: Int, batch_size: int) -> dict[str, Tensor]:
+    """The parameters that the scheme's transforms change, by full names."""
+    dtypes = {name: parameter.dtype for name, parameter in run.block.named_parameters()}
+    call = run.hidden.call_of_one(run.index)
+    args, kwargs = tree_map(_as_float, (call.args, call.kwargs))
+    inputs_STD = run.hidden.synchronized(run.device).to(run.device)
+    problem = BlockProblem(
+        call=BlockFunction(copy.deepcopy(run.block).float(), args, kwargs, per_sequence=call.per_window),
+        inputs_STD=inputs_STD,
+        # These transforms read no targets.
+        targets_STD=inputs_STD,
+        formats=dict.fromkeys(block_linears(run.block), number_format),
+        batch_size=batch_size,
+        autocast=None if inputs_STD.dtype == torch.float32 else torch.bfloat16,
+    )
+    changed = reconstruct_block(problem, scheme.transforms, None).parameters
+    return {f"{run.name}.{name}": tensor.to(dtypes[name]) for name, tensor in changed.items()}
+
+
+def _as_float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
