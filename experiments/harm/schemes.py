@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from harm.subject import Parameters, Subject
 from harm.tokens import HessianOfTokens
-from lqer.formats import Int, MXInt
+from lqer.formats import Int, MXInt, NumberFormat, Trellis
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.methods.block import reconstruct_block
 from lqer.methods.gptq import GptqMethod
@@ -33,7 +33,7 @@ from lqer.stages.quantize import Order
 from lqer.stages.quantize_in_turn import turns_of
 from lqer.statistics import Hessian, Mismatch, Statistic
 from lqer.statistics.site import SiteStatistics
-from lqer.transforms import Balance, BlockTransform, Sort
+from lqer.transforms import Balance, BlockTransform, Hadamard, LinearTransform, Sort
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
 
@@ -43,7 +43,7 @@ FACTOR = MXInt(8)
 @dataclass(frozen=True)
 class Scheme:
     """propagate: whether inputs are those of the quantized model. rule: of `tokens.RULES`; None where tokens count as
-    `token_weights` says. finer: how many groups a group of the format is divided into.
+    `token_weights` says. finer: how many groups a group of the format is divided into. weight: a format in its place.
     """
 
     scales: Scales = "minmax"
@@ -54,15 +54,18 @@ class Scheme:
     asymmetric: float = 0.0
     descent: int = 0
     transforms: tuple[BlockTransform, ...] = ()
+    transform: LinearTransform | None = None
     rank: int = 0
     finer: int = 1
+    weight: NumberFormat | None = None
 
     def plan(self, number_format: Int) -> LinearPlan:
+        """number_format: of the weights, in groups, where the scheme names no other."""
         assert isinstance(number_format.block_size, int), "groups of a row"
+        finer = replace(number_format, block_size=number_format.block_size // self.finer)
         return LinearPlan(
-            GptqMethod(), replace(number_format, block_size=number_format.block_size // self.finer),
-            rounding=Gptq(scales=self.scales, descent=self.descent), asymmetric=self.asymmetric, rank=self.rank,
-            factor=FACTOR,
+            GptqMethod(), self.weight or finer, rounding=Gptq(scales=self.scales, descent=self.descent),
+            transform=self.transform, asymmetric=self.asymmetric, rank=self.rank, factor=FACTOR,
         )  # fmt: skip
 
     def hessian(self, seq_len: int) -> Hessian | HessianOfTokens:
@@ -92,12 +95,15 @@ def schemes(scales: Scales) -> dict[str, Scheme]:
         "rank 32 in 8 bits": Scheme(rank=32),
         "groups of half the size": Scheme(finer=2),
         "groups of a fourth": Scheme(finer=4),
+        "Hadamard": Scheme(transform=Hadamard()),
     }
     found = {name: replace(scheme, scales=scales) for name, scheme in found.items()}
     others: dict[str, Scales] = {
         "scales min-max": "minmax", "A": "search", "A(least squares)": "least-squares",
     }  # fmt: skip
-    return found | {name: Scheme(other) for name, other in others.items() if other != scales}
+    found |= {name: Scheme(other) for name, other in others.items() if other != scales}
+    trellis = Scheme(transform=Hadamard(), weight=Trellis(3))
+    return found | {"trellis, 3 bits": trellis, "trellis, 3 bits, rank 32 in 8 bits": replace(trellis, rank=32)}
 
 
 @dataclass
