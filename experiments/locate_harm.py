@@ -36,7 +36,7 @@ import torch
 from harm.schemes import Scheme, quantize, schemes
 from harm.signs import Signs, error_signs
 from harm.subject import POSITIONS, Harm, Setting, Subject
-from harm.super_weights import early, rows, super_weights
+from harm.super_weights import early, largest_state, rows, super_weights
 from harm.tokens import Shares, token_shares
 from tqdm import tqdm
 
@@ -163,30 +163,36 @@ def _of_kind(kind: str, found: dict[str, Shares]) -> Row:
 
 
 def compare_schemes(run: Run) -> None:
-    """Both tables are printed at the end: each scheme is quantized once."""
-    by_position, by_sign = [], []
-    texts = {
-        "calibration": run.subject.text.windows_WT[: run.subject.text.batch_size],
-        **{text: torch.cat(ruler.windows) for text, ruler in run.subject.rulers.items()},
-    }
+    """Two tables of the same schemes, each of which is quantized once."""
     chosen = {
         name: scheme
         for name, scheme in schemes(run.scheme.scales).items()
         if any(fnmatchcase(name, pattern) for pattern in run.schemes)
     }
-    for name, scheme in run.in_time(chosen.items()):
-        found = quantize(run.subject, scheme, run.number_format)
-        harms = run.subject.harms(found.parameters)
-        facts = [name, f"{found.average_bits:.3f}", f"{found.seconds:.1f}", *shown(harms)]
-        by_position.append([*facts, *(f"{kl:.4f}" for harm in harms for kl in harm.by_position())])
-        for text, windows_WT in texts.items():
-            signs = error_signs(run.subject.opened, found.parameters, windows_WT, run.subject.text.batch_size)
-            by_sign.append([name, text, *(cell for one in signs for cell in _cells(one))])
-        print(" ".join(facts), file=sys.stderr)
     positions = [f"KL {text}, {position}" for text in run.subject.rulers for position in POSITIONS]
-    print_table(["scheme", "bits", "seconds", *run.headings, *positions], by_position)
+    by_sign: list[Row] = []
+    print_table(
+        ["scheme", "bits", "seconds", "largest state", *run.headings, *positions],
+        (_of_scheme(run, name, scheme, by_sign) for name, scheme in run.in_time(chosen.items())),
+    )
     columns = ("cosine", "own error", "error at the end", "shrink")
     print_table(["scheme", "text", *columns, *(f"massive: {column}" for column in columns)], by_sign)
+
+
+def _of_scheme(run: Run, name: str, scheme: Scheme, by_sign: list[Row]) -> Row:
+    """The scheme's row of the first table; those of the second are added to `by_sign`."""
+    subject, batch_size = run.subject, run.subject.text.batch_size
+    found = quantize(subject, scheme, run.number_format)
+    harms = subject.harms(found.parameters)
+    # A few windows of the calibration text are enough for means over blocks and tokens.
+    windows = {"calibration": subject.text.windows_WT[:batch_size]}
+    windows |= {text: torch.cat(ruler.windows) for text, ruler in subject.rulers.items()}
+    for text, windows_WT in windows.items():
+        signs = error_signs(subject.opened, found.parameters, windows_WT, batch_size)
+        by_sign.append([name, text, *(cell for one in signs for cell in _cells(one))])
+    largest = largest_state(subject, found.parameters)
+    facts = [name, f"{found.average_bits:.3f}", f"{found.seconds:.1f}", f"{largest:.4g}"]
+    return [*facts, *shown(harms), *(f"{kl:.4f}" for harm in harms for kl in harm.by_position())]
 
 
 def _cells(signs: Signs) -> list[str]:
