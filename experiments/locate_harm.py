@@ -29,12 +29,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple
 from fnmatch import fnmatchcase
 
 import torch
 from harm.schemes import Scheme, quantize, schemes
-from harm.signs import Signs, error_signs
+from harm.signs import error_signs
 from harm.subject import POSITIONS, Harm, Setting, Subject
 from harm.super_weights import early, largest_state, rows, super_weights
 from harm.tokens import Shares, token_shares
@@ -175,8 +174,9 @@ def compare_schemes(run: Run) -> None:
         ["scheme", "bits", "seconds", "largest state", *run.headings, *positions],
         (_of_scheme(run, name, scheme, by_sign) for name, scheme in run.in_time(chosen.items())),
     )
-    columns = ("cosine", "own error", "error at the end", "shrink")
-    print_table(["scheme", "text", *columns, *(f"massive: {column}" for column in columns)], by_sign)
+    texts = ["calibration", *run.subject.rulers]
+    of_first = [f"{sign}, {texts[1]}" for sign in ("own error", "shrink", "massive: cosine", "massive: end")]
+    print_table(["scheme", *(f"{sign}, {text}" for sign in ("cosine", "end") for text in texts), *of_first], by_sign)
 
 
 def _of_scheme(run: Run, name: str, scheme: Scheme, by_sign: list[Row]) -> Row:
@@ -185,18 +185,18 @@ def _of_scheme(run: Run, name: str, scheme: Scheme, by_sign: list[Row]) -> Row:
     found = quantize(subject, scheme, run.number_format)
     harms = subject.harms(found.parameters)
     # A few windows of the calibration text are enough for means over blocks and tokens.
-    windows = {"calibration": subject.text.windows_WT[:batch_size]}
-    windows |= {text: torch.cat(ruler.windows) for text, ruler in subject.rulers.items()}
-    for text, windows_WT in windows.items():
-        signs = error_signs(subject.opened, found.parameters, windows_WT, batch_size)
-        by_sign.append([name, text, *(cell for one in signs for cell in _cells(one))])
+    windows = [subject.text.windows_WT[:batch_size], *(torch.cat(ruler.windows) for ruler in subject.rulers.values())]
+    signs = [error_signs(subject.opened, found.parameters, windows_WT, batch_size) for windows_WT in windows]
+    rest, massive = signs[1]
+    of_first = rest.own, rest.shrink, massive.cosine, massive.end
+    by_sign.append([name, *map(_cell, [*(one.cosine for one, _ in signs), *(one.end for one, _ in signs), *of_first])])
     largest = largest_state(subject, found.parameters)
     facts = [name, f"{found.average_bits:.3f}", f"{found.seconds:.1f}", f"{largest:.4g}"]
     return [*facts, *shown(harms), *(f"{kl:.4f}" for harm in harms for kl in harm.by_position())]
 
 
-def _cells(signs: Signs) -> list[str]:
-    return ["" if math.isnan(value) else f"{value:.3f}" for value in astuple(signs)]
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
