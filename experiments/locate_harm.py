@@ -78,7 +78,8 @@ def kinds(run: Run) -> None:
     """Groups of linears by the last part of their names."""
     groups = _groups(run, lambda name: name.split(".")[-2])
     headings = [f"{which}: {heading}" for which in ("only these", "all but these") for heading in run.headings]
-    print_table(["linears", "share of weights", *headings], _alone_and_left_out(run, groups))
+    exact = [f"only these, first tokens exact: KL {text}" for text in run.subject.rulers]
+    print_table(["linears", "share of weights", *headings, *exact], _alone_and_left_out(run, groups))
 
 
 def blocks(run: Run) -> None:
@@ -101,12 +102,12 @@ def _once(run: Run) -> dict[str, torch.Tensor]:
 
 def _alone_and_left_out(run: Run, groups: dict[str, list[str]]) -> Iterator[Row]:
     weights = _once(run)
-    yield ["all", "1.000", *shown(run.subject.harms(weights)), *shown(run.subject.harms({}))]
-    for group, names in run.in_time(groups.items()):
+    for group, names in run.in_time({"all": [*weights], **groups}.items()):
         these = {name: weights[name] for name in names}
         others = {name: weight for name, weight in weights.items() if name not in these}
-        harms = run.subject.harms(these), run.subject.harms(others)
-        yield [group, _share(these, weights), *shown(harms[0]), *shown(harms[1])]
+        cells = [*shown(run.subject.harms(these)), *shown(run.subject.harms(others))]
+        exact = [f"{harm.kl:.4f}" for harm in run.subject.harms_but_for_first_tokens(these)]
+        yield [group, _share(these, weights), *cells, *exact]
 
 
 def _alone(run: Run, groups: dict[str, list[str]]) -> Iterator[Row]:

@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -38,12 +39,14 @@ from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
 
 FACTOR = MXInt(8)
+WIDER = 2  # bits
 
 
 @dataclass(frozen=True)
 class Scheme:
     """propagate: whether inputs are those of the quantized model. rule: of `tokens.RULES`; None where tokens count as
-    `token_weights` says. finer: how many groups a group of the format is divided into. weight: a format in its place.
+    `token_weights` says. finer: how many groups a group of the format is divided into. wider: weights that
+    have two more bits. weight: a format in place of integers.
     """
 
     scales: Scales = "minmax"
@@ -57,14 +60,16 @@ class Scheme:
     transform: LinearTransform | None = None
     rank: int = 0
     finer: int = 1
+    wider: tuple[str, ...] = ()
     weight: NumberFormat | None = None
 
-    def plan(self, number_format: Int) -> LinearPlan:
-        """number_format: of the weights, in groups, where the scheme names no other."""
+    def plan(self, number_format: Int, name: str = "") -> LinearPlan:
+        """Of a weight. number_format: in groups, where the scheme names no other."""
         assert isinstance(number_format.block_size, int), "groups of a row"
-        finer = replace(number_format, block_size=number_format.block_size // self.finer)
+        bits = number_format.bits + WIDER * any(fnmatchcase(name, pattern) for pattern in self.wider)
+        integers = replace(number_format, bits=bits, block_size=number_format.block_size // self.finer)
         return LinearPlan(
-            GptqMethod(), self.weight or finer, rounding=Gptq(scales=self.scales, descent=self.descent),
+            GptqMethod(), self.weight or integers, rounding=Gptq(scales=self.scales, descent=self.descent),
             transform=self.transform, asymmetric=self.asymmetric, rank=self.rank, factor=FACTOR,
         )  # fmt: skip
 
@@ -87,7 +92,10 @@ def schemes(scales: Scales) -> dict[str, Scheme]:
         "B": Scheme(order="sequential"),
         "massive tokens left out": Scheme(rule="massive tokens left out"),
         "first tokens left out": Scheme(rule="first tokens left out"),
+        "first tokens count a tenth": Scheme(rule="first tokens count a tenth"),
         "tokens capped at 4 medians": Scheme(rule="tokens capped at 4 medians"),
+        "v_proj 2 bits wider": Scheme(wider=("*.v_proj.weight",)),
+        "k_proj and v_proj 2 bits wider": Scheme(wider=("*.k_proj.weight", "*.v_proj.weight")),
         "E": Scheme(transforms=(Balance(),)),
         "S": Scheme(transforms=(Sort(),)),
         "D(2)": Scheme(descent=2),
@@ -174,7 +182,7 @@ def _round(
     beside: Parameters,
 ) -> None:
     """Add some linears of a block, on the inputs that it computes now."""
-    hessian, plan = scheme.hessian(text.windows_WT.shape[1]), scheme.plan(number_format)
+    hessian = scheme.hessian(text.windows_WT.shape[1])
     statistics: set[Statistic] = {hessian} | ({Mismatch()} if scheme.asymmetric else set())
     observed = observe_block(run, original, text, statistics, linears=linears)
     for site, names in observed.members(f"{run.name}.{linear}" for linear in linears).items():
@@ -185,7 +193,7 @@ def _round(
         for name in (f"{linear}.weight" for linear in names):
             weight_OI = run.block.get_parameter(name.removeprefix(f"{run.name}.")).detach()
             kept_OI = beside.get(name, torch.zeros((), device=weight_OI.device))
-            weight = plan.quantize(weight_OI.float() - kept_OI, shared)
+            weight = scheme.plan(number_format, name).quantize(weight_OI.float() - kept_OI, shared)
             found.add(name, weight, (weight.effective_weight() + kept_OI).to(weight_OI.dtype))
 
 

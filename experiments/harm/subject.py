@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from compare_peers import text_spec
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lqer.config.schema import DivergenceConfig
@@ -87,6 +88,12 @@ class Subject:
         with replaced(self.opened.model, parameters):
             return [ruler.harm(self.opened.model) for ruler in self.rulers.values()]
 
+    def harms_but_for_first_tokens(self, weights: Parameters) -> list[Harm]:
+        """With some linears' weights replaced for all but the first token of every window."""
+        own = self.weights()
+        with exact_at_first(self.opened.model, {name: own[name] for name in weights}):
+            return self.harms(weights)
+
 
 @contextmanager
 def replaced(module: nn.Module, parameters: Parameters) -> Iterator[None]:
@@ -100,6 +107,27 @@ def replaced(module: nn.Module, parameters: Parameters) -> Iterator[None]:
     finally:
         for name, parameter in own.items():
             parameter.data = before[name]
+
+
+@contextmanager
+def exact_at_first(module: nn.Module, weights: Parameters) -> Iterator[None]:
+    """While active, linears compute the first token of every sequence with these weights."""
+
+    def hook(weight_OI: Tensor) -> Callable[..., None]:
+        def correct(linear: nn.Linear, inputs: tuple[Tensor], output_BTO: Tensor) -> None:
+            output_BTO[:, 0] = functional.linear(inputs[0][:, 0], weight_OI, linear.bias)
+
+        return correct
+
+    hooks = [
+        module.get_submodule(name.removesuffix(".weight")).register_forward_hook(hook(weight_OI))
+        for name, weight_OI in weights.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 @dataclass(frozen=True)

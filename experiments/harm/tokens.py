@@ -23,6 +23,7 @@ from lqer.statistics.base import Allocator
 
 MASSIVE = 100.0  # medians of the squared norms
 CAP = 4.0
+FIRST_SHARE = 0.1
 
 
 def is_massive(squares_BT: Tensor) -> Tensor:
@@ -32,6 +33,12 @@ def is_massive(squares_BT: Tensor) -> Tensor:
 def _first_left_out(squares_BT: Tensor) -> Tensor:
     weights_BT = torch.ones_like(squares_BT)
     weights_BT[:, 0] = 0
+    return weights_BT
+
+
+def _first_count_more(squares_BT: Tensor) -> Tensor:
+    weights_BT = torch.ones_like(squares_BT)
+    weights_BT[:, 0] = FIRST_SHARE / (1 - FIRST_SHARE) * (squares_BT.shape[1] - 1)
     return weights_BT
 
 
@@ -46,6 +53,7 @@ def _capped(squares_BT: Tensor) -> Tensor:
 # What a token counts, given the squared norms of a batch's tokens (B, T).
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "first tokens left out": _first_left_out,
+    "first tokens count a tenth": _first_count_more,
     "massive tokens left out": _massive_left_out,
     f"tokens capped at {CAP:g} medians": _capped,
 }

@@ -73,6 +73,21 @@ def test_a_model_is_left_as_it_was(subject):
     assert all(torch.equal(before[key], tensor) for key, tensor in subject.opened.model.state_dict().items())
 
 
+def test_first_tokens_that_are_exact_leave_the_first_prediction_as_it_was(subject):
+    parameters = quantize(subject, Scheme(), FORMAT).parameters
+    (rounded,), (exact,) = subject.harms(parameters), subject.harms_but_for_first_tokens(parameters)
+    assert exact.kl_WN[:, 0].abs().max() < 1e-5 < rounded.kl_WN[:, 0].min()
+    assert exact.kl_WN[:, 1:].min() > 0
+
+
+def test_two_more_bits_are_those_of_the_named_weights(subject):
+    plain, wider = (quantize(subject, scheme, FORMAT) for scheme in (Scheme(), Scheme(wider=("*.v_proj.weight",))))
+    values = sum(weight.numel() for name, weight in subject.weights().items() if "v_proj" in name)
+    assert wider.bits - plain.bits >= 2 * values
+    assert torch.equal(plain.parameters["model.layers.0.mlp.up_proj.weight"],
+                       wider.parameters["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_weights_tokens_in_the_hessian(rule):
     x_BTI = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
