@@ -78,7 +78,7 @@ class Scheme:
 
 
 def schemes(scales: Scales) -> dict[str, Scheme]:
-    """One choice changed at a time. scales: of all but those that name another.
+    """One choice changed at a time, the most telling first. scales: of all but those that name another.
 
     The first one's seconds are more than its own on a GPU, where kernels are compiled.
     """
@@ -86,23 +86,23 @@ def schemes(scales: Scales) -> dict[str, Scheme]:
         "inputs of the original": Scheme(propagate=False),
         "GPTQ": Scheme(),
         "C(0.25)": Scheme(asymmetric=0.25),
-        "C(1)": Scheme(asymmetric=1.0),
         "W": Scheme(token_weights="residual"),
-        "W C(0.25)": Scheme(token_weights="residual", asymmetric=0.25),
         "B": Scheme(order="sequential"),
-        "massive tokens left out": Scheme(rule="massive tokens left out"),
-        "first tokens left out": Scheme(rule="first tokens left out"),
-        "first tokens count a tenth": Scheme(rule="first tokens count a tenth"),
-        "tokens capped at 4 medians": Scheme(rule="tokens capped at 4 medians"),
         "v_proj 2 bits wider": Scheme(wider=("*.v_proj.weight",)),
-        "k_proj and v_proj 2 bits wider": Scheme(wider=("*.k_proj.weight", "*.v_proj.weight")),
+        "first tokens count a tenth": Scheme(rule="first tokens count a tenth"),
+        "massive tokens left out": Scheme(rule="massive tokens left out"),
         "E": Scheme(transforms=(Balance(),)),
         "S": Scheme(transforms=(Sort(),)),
-        "D(2)": Scheme(descent=2),
-        "E D(2)": Scheme(transforms=(Balance(),), descent=2),
         "rank 32 in 8 bits": Scheme(rank=32),
         "groups of half the size": Scheme(finer=2),
         "groups of a fourth": Scheme(finer=4),
+        "D(2)": Scheme(descent=2),
+        "E D(2)": Scheme(transforms=(Balance(),), descent=2),
+        "C(1)": Scheme(asymmetric=1.0),
+        "W C(0.25)": Scheme(token_weights="residual", asymmetric=0.25),
+        "k_proj and v_proj 2 bits wider": Scheme(wider=("*.k_proj.weight", "*.v_proj.weight")),
+        "first tokens left out": Scheme(rule="first tokens left out"),
+        "tokens capped at 4 medians": Scheme(rule="tokens capped at 4 medians"),
         "Hadamard": Scheme(transform=Hadamard()),
     }
     found = {name: replace(scheme, scales=scales) for name, scheme in found.items()}
