@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,22 +24,16 @@ from lqer.statistics.base import Allocator
 
 MASSIVE = 100.0  # medians of the squared norms
 CAP = 4.0
-FIRST_SHARE = 0.1
 
 
 def is_massive(squares_BT: Tensor) -> Tensor:
     return squares_BT > MASSIVE * squares_BT.median()
 
 
-def _first_left_out(squares_BT: Tensor) -> Tensor:
+def _first_as(share: float, squares_BT: Tensor) -> Tensor:
+    """The first tokens of the windows together have this share of all weights."""
     weights_BT = torch.ones_like(squares_BT)
-    weights_BT[:, 0] = 0
-    return weights_BT
-
-
-def _first_count_more(squares_BT: Tensor) -> Tensor:
-    weights_BT = torch.ones_like(squares_BT)
-    weights_BT[:, 0] = FIRST_SHARE / (1 - FIRST_SHARE) * (squares_BT.shape[1] - 1)
+    weights_BT[:, 0] = share / (1 - share) * (squares_BT.shape[1] - 1)
     return weights_BT
 
 
@@ -52,8 +47,7 @@ def _capped(squares_BT: Tensor) -> Tensor:
 
 # What a token counts, given the squared norms of a batch's tokens (B, T).
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
-    "first tokens left out": _first_left_out,
-    "first tokens count a tenth": _first_count_more,
+    **{f"first tokens as {share:.0%}": partial(_first_as, share) for share in (0.0, 0.01, 0.1, 0.5)},
     "massive tokens left out": _massive_left_out,
     f"tokens capped at {CAP:g} medians": _capped,
 }
