@@ -103,6 +103,7 @@ def rows(
     quantized = quantize(subject, scheme, number_format).parameters
     yield row("quantized", quantized)
     yield row(f"quantized, {count} kept", quantize(subject, scheme, number_format, kept).parameters)
-    for which, linears in (("early", early(subject, pattern)), ("all", _named(subject, pattern))):
+    near, all_of_them = early(subject, pattern), _named(subject, pattern)
+    for which, linears in ((f"{len(near)} early", near), (f"all {len(all_of_them)}", all_of_them)):
         rest = {name: x for name, x in quantized.items() if name.removesuffix(".weight") not in linears}
-        yield row(f"quantized, {which} {len(linears)} {pattern} kept", rest)
+        yield row(f"quantized, {which} {pattern} kept", rest)
