@@ -1,11 +1,11 @@
 """The picture of a leaderboard: the rows of files as points of perplexity over bits, with their Pareto front.
 
-    python experiments/row_picture.py PICTURE.png FILE.json ... [--text NAME ...] [--names] [--check]
+    python experiments/row_picture.py PICTURE.png FILE.json ... [--text NAME ...] [--model NAME ...] [--names] [--check]
 
-A file of rows is one of docs/results/data (experiments/tables.py). One panel for each model and text (default:
-WikiText-2). Rows of other libraries are open; the front is over all rows, and --names names those on it. Rows that
-round activations too are left out: they buy something else with their bits. The picture holds a hash of the rows that
-it was drawn from: --check draws nothing, and its exit status is 1 if they have changed since.
+A file of rows is one of docs/results/data (experiments/tables.py). One panel for each model (default: all) and text
+(default: WikiText-2). Rows of other libraries are open; the front is over all rows, and --names names those on it. Rows
+that round activations too are left out: they buy something else with their bits. The picture holds a hash of the rows
+that it was drawn from: --check draws nothing, and its exit status is 1 if they have changed since.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from PIL import Image
 from result_rows import ORIGINAL, ROWS, Row, merged, read_rows
@@ -34,6 +35,8 @@ from lqer.store.files import content_hash
 # Rows of a model that is ruined would squeeze all others together.
 MOST_TIMES_ORIGINAL = 8.0
 MOST_HIDDEN_NAMES = 1
+# Of names beside points.
+LEAST_BITS_APART = 0.1
 # Of a row: what no picture shows.
 NOT_SHOWN = {"accuracy", "accuracy_error", "gb", "peak_gb", "tokens_per_second"}
 # Of rows that name no family, by the first word of the scheme.
@@ -113,10 +116,8 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str, names: bool) -> None:
         if not is_ours:
             place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "ha": "left", "va": "center"}
             axis.annotate(_method(row), (row.bits, values[i]), fontsize=6, color=MUTED, **place)
-        elif names and is_best:
-            side, offset = ("right", -5) if row.bits > middle else ("left", 5)
-            place = {"xytext": (offset, 4), "textcoords": "offset points", "ha": side, "va": "bottom"}
-            axis.annotate(row.scheme, (row.bits, values[i]), fontsize=6, color=MUTED, **place)
+    if names:
+        _name_front(axis, [shown[i] for i in front if shown[i].by == "ours"], text, middle)
     if original is not None:
         axis.axhline(original, color="#000000", linewidth=0.8, linestyle="--")
     if hidden:
@@ -129,6 +130,22 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str, names: bool) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.margins(x=0.12)
+
+
+def _name_front(axis: Axes, front: Sequence[Row], text: str, middle: float) -> None:
+    """Names beside the points of the front, by rising bits; neighbours share a label, by rising perplexity."""
+    groups: list[list[Row]] = []
+    for row in front:
+        if groups and row.bits - groups[-1][0].bits < LEAST_BITS_APART:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    for together in groups:
+        label, at = ", ".join(row.scheme for row in reversed(together)), together[0]
+        side, offset = ("right", -5) if at.bits > middle else ("left", 5)
+        place: dict[str, Any] = {"xytext": (offset, 4), "textcoords": "offset points", "ha": side, "va": "bottom"}
+        name = axis.annotate(label, (at.bits, at.perplexity[text]), fontsize=6, color=MUTED, zorder=1.5, **place)
+        name.set_path_effects([withStroke(linewidth=1.5, foreground="#FFFFFF")])
 
 
 def _legend(rows: Sequence[Row]) -> list[Line2D]:
@@ -153,12 +170,14 @@ def main() -> int:
     parser.add_argument("picture", type=Path)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     parser.add_argument("--text", action="append", dest="texts", metavar="NAME")
+    parser.add_argument("--model", action="append", dest="models", metavar="NAME")
     parser.add_argument("--names", action="store_true")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     texts = arguments.texts or ["WikiText-2"]
     try:
-        rows = merged([], [row for file in arguments.files for row in read_rows(file)])
+        read = merged([], [row for file in arguments.files for row in read_rows(file)])
+        rows = [row for row in read if not arguments.models or row.model in arguments.models]
         if arguments.check:
             return int(drawn_from(arguments.picture) != fingerprint(rows, texts))
         draw(arguments.picture, rows, texts, arguments.names)

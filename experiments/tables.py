@@ -185,12 +185,11 @@ def _fact(row: Row, column: str) -> str:
         return f"{row.scheme} (theirs)" if row.by == "peer" else row.scheme
     if column in OPTIONAL:
         value = getattr(row, OPTIONAL[column])
-        error = row.accuracy_error if column == "accuracy" else None
-        return (
-            ""
-            if value is None
-            else f"{value:.{3 if value < 1000 else 4}g}" + ("" if error is None else f" ± {error:.2g}")
-        )
+        if value is None:
+            return ""
+        if column == "accuracy":
+            return f"{value:.3f}" + ("" if row.accuracy_error is None else f" ± {row.accuracy_error:.3f}")
+        return f"{value:.{3 if value < 1000 else 4}g}"
     if column == "bits":
         return f"{row.bits:.3f}" if row.by != ORIGINAL else f"{row.bits:g}"
     return f"`{row.command}`" if column == "command" else str(getattr(row, column))
