@@ -10,7 +10,12 @@ import pandas as pd
 from lqer.results import SCHEMA_VERSION, Results
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-FORMATS = {"w4": {"kind": "mxint"}, "int3": {"kind": "int"}, "e8p2": {"kind": "e8p"}, "x8": {"kind": "mxint"}}
+FORMATS = {
+    "w4": {"kind": "mxint"},
+    "int3": {"kind": "int"},
+    "e8p2": {"kind": "e8p"},
+    "x8": {"kind": "mxint", "bits": 8, "block_size": 16, "scale_rounding": "ceil"},
+}
 
 
 def quantize_table(method: str = "lqer-act", weight: str = "w4", rank: int = 32, **more: Any) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+# Ruined models, whose perplexity says nothing, would squeeze all others together: shown up to so many times the best.
+MOST_TIMES_BEST = 30.0
+
 
 def pareto_front(bits: Sequence[float], values: Sequence[float], lower_is_better: bool = True) -> list[int]:
     """The places on the Pareto front, by increasing bits: no other place has at most the bits and a better value."""

@@ -127,7 +127,7 @@ def _facts(name: str, results: Results) -> dict[str, Any]:
         "scheme": scheme_name(config["quantize"]),
         "weights": config["quantize"]["weight"],
         "activations": config["quantize"]["activation"],
-        "activation bits": _activation_bits(config),
+        "activation bits": activation_bits(config),
         "bits": results["bits"]["average"],
         "GB": math.nan if size is None else size / 1e9,
         "minutes": (results["seconds"]["quantize"] + results["seconds"]["finetune"]) / 60,
@@ -136,7 +136,8 @@ def _facts(name: str, results: Results) -> dict[str, Any]:
     }
 
 
-def _activation_bits(config: Mapping[str, Any]) -> float:
+def activation_bits(config: Mapping[str, Any]) -> float:
+    """Bits per value of the inputs of linears, scales included."""
     found = config.get("formats", {}).get(config["quantize"]["activation"])
     return HALF_PRECISION_BITS if found is None else format_from_dict(found).bits_per_value(ROW)
 

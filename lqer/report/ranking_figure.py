@@ -12,11 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lqer.report.figures import STYLE
+from lqer.report.front import MOST_TIMES_BEST
 from lqer.report.ranking import HALF_PRECISION_BITS, Measure, Ranking
 
 WEIGHT_ONLY, WITH_ACTIVATIONS, DOMINATED, MUTED = "#0072B2", "#D55E00", "#9A9A9A", "#6A6A6A"
-# Ruined models, whose perplexity says nothing, would squeeze all others together: shown up to so many times the best.
-MOST_TIMES_BEST = 30.0
 DPI = 150
 # Of the x axis, as a share of its middle.
 LEAST_SPAN = 0.25

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lqer.report.families import FAMILIES, Family
-from lqer.report.front import pareto_front
+from lqer.report.front import MOST_TIMES_BEST, pareto_front
 from lqer.report.kinds import kind_colours, places
 from lqer.report.page.points import Candidate, Measure
 
@@ -54,21 +54,37 @@ COSTS = (
 
 
 def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | None, cost: Cost = COSTS[0]) -> Chart:
-    """A measure over a cost, one trace per family, with the front of what no other candidate beats.
+    """A measure over a cost, one trace per family, with the fronts of what no other candidate beats.
 
-    customdata of a point is the place of its candidate in `candidates`.
+    A candidate is beaten by one that rounds activations to at most as many bits, as in a ranking; one front is drawn
+    for each width of activations. customdata of a point is the place of its candidate in `candidates`. Ruined models
+    are above the axis until a double click shows all.
     """
     costs = {i: at for i, one in enumerate(candidates) if measure in one.values and (at := cost.of(one)) is not None}
-    shown, values = list(costs), [candidates[i].values[measure] for i in costs]
-    front = [shown[i] for i in pareto_front(list(costs.values()), values, measure.lower_is_better)]
+    values = [candidates[i].values[measure] for i in costs]
+    fronts = _fronts(candidates, costs, measure)
+    front = [i for members in fronts.values() for i in members]
     data = [_family(family, candidates, costs, front, measure) for family in FAMILIES]
     data = [trace for trace in data if trace["x"]]
-    if len(front) > 1:
-        data.insert(0, _front([costs[i] for i in front], [candidates[i].values[measure] for i in front]))
+    for activation, members in reversed(fronts.items()):
+        if len(members) > 1:
+            data.insert(0, _front(activation, [(costs[i], candidates[i].values[measure]) for i in members]))
     layout = _layout(cost.title, html.escape(measure.quantity))
     everything = [*values, *([] if original is None else [original])]
+    above = 0
+    if measure.quantity == "perplexity":
+        limit = MOST_TIMES_BEST * (min(everything, default=1) if original is None else original)
+        above = sum(value > limit for value in everything)
+        everything = [value for value in everything if value <= limit]
     layout["xaxis"]["range"] = _range(list(costs.values()), LEAST_SPAN)
     layout["yaxis"] |= _scale(everything)
+    layout["annotations"] = []
+    if above:
+        layout["annotations"] = [
+            {"xref": "paper", "yref": "paper", "x": 1, "xanchor": "right", "y": 1, "yanchor": "top",
+             "showarrow": False, "text": f"{above} above {limit:.3g}",
+             "font": {"color": MUTED, "size": 11}}
+        ]  # fmt: skip
     if original is not None:
         layout["shapes"] = [
             {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": original, "y1": original,
@@ -76,7 +92,7 @@ def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | 
         ]  # fmt: skip
         # An annotation's place on a logarithmic axis is the exponent.
         place = math.log10(original) if layout["yaxis"].get("type") == "log" else original
-        layout["annotations"] = [
+        layout["annotations"] += [
             {"xref": "paper", "x": 0, "xanchor": "left", "y": place, "yanchor": "top", "showarrow": False,
              "text": f"original {original:.4g}", "font": {"color": INK, "size": 11}}
         ]  # fmt: skip
@@ -136,15 +152,29 @@ def _family(
     }
 
 
-def _front(costs: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
+def _fronts(candidates: Sequence[Candidate], costs: Mapping[int, float], measure: Measure) -> dict[str, list[int]]:
+    """The places of candidates that no other beats, by rising cost, for each format of activations."""
+    sign = 1 if measure.lower_is_better else -1
+    fronts: dict[str, list[int]] = {}
+    for own in sorted({candidates[i].activation_bits for i in costs}, reverse=True):
+        rivals = [i for i in costs if candidates[i].activation_bits <= own]
+        best = pareto_front([costs[i] for i in rivals], [sign * candidates[i].values[measure] for i in rivals])
+        members = [rivals[place] for place in best if candidates[rivals[place]].activation_bits == own]
+        names = dict.fromkeys(candidates[i].activation for i in costs if candidates[i].activation_bits == own)
+        fronts[", ".join(names)] = members
+    return fronts
+
+
+def _front(activation: str, points: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    is_plain = activation == "none"
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": "Pareto front",
-        "x": list(costs),
-        "y": list(values),
+        "name": "Pareto front" if is_plain else f"with {html.escape(activation)}",
+        "x": [cost for cost, _ in points],
+        "y": [value for _, value in points],
         "hoverinfo": "skip",
-        "line": {"color": MUTED, "width": 1.5},
+        "line": {"color": MUTED, "width": 1.5, "dash": "solid" if is_plain else "dot"},
     }
 
 

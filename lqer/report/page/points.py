@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lqer.checkpoint.bits import named_parts
 from lqer.report.families import Family, family_of, rtn_family
 from lqer.report.naming import rtn_name, scheme_name
+from lqer.report.ranking import activation_bits
 from lqer.results import Divergence, DivergenceInfo, DownstreamRow, PerplexityRow, Results
 
 # Of the hash that tells two texts of one name apart.
@@ -56,6 +57,7 @@ class Candidate:
     family: Family
     weight: str
     activation: str
+    activation_bits: float
     rank: str
     bits: float
     size: float | None  # of the checkpoint in GB; None of a baseline, and in runs that did not write it down
@@ -85,6 +87,7 @@ def candidates_of(results: Results, href: str = "") -> list[Candidate]:
         "model": model_name(results),
         "weight": quantize["weight"] if quantize.get("budget_bits") is None else "a budget of widths",
         "activation": quantize["activation"],
+        "activation_bits": activation_bits(config),
         "command": repeat_command(config),
         "href": href,
         "quantize_seconds": results["seconds"]["quantize"],

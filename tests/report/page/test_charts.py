@@ -31,18 +31,38 @@ def traces(chart) -> dict[str, dict]:
 def test_every_candidate_is_a_point_of_its_family_and_knows_its_place(compared):
     candidates, measure, original = compared
     found = traces(charts.pareto(candidates, measure, original))
-    assert list(found) == ["Pareto front", RTN.name, LOW_RANK.name]
+    assert list(found) == ["with x8", RTN.name, LOW_RANK.name]
     for name in (RTN.name, LOW_RANK.name):
         for x, y, place in zip(found[name]["x"], found[name]["y"], found[name]["customdata"], strict=True):
             assert (x, y) == (candidates[place].bits, candidates[place].values[measure])
-    assert found["Pareto front"]["x"] == [4.2, 5.0]
+    assert found["with x8"]["x"] == [4.5, 5.0]
 
 
 def test_what_is_dominated_is_faint_and_rounded_activations_are_open(compared):
     candidates, measure, original = compared
-    points = traces(charts.pareto(candidates, measure, original))[RTN.name]
+    worse = replace(candidates[2], values={measure: 10.0}, bits=4.3)
+    points = traces(charts.pareto([*candidates, worse], measure, original))[RTN.name]
     looks = dict(zip(points["customdata"], zip(points["marker"]["opacity"], points["marker"]["symbol"])))
-    assert looks == {1: (0.6, "square-open"), 2: (1, "square")}
+    assert looks == {1: (1, "square-open"), 2: (1, "square"), 3: (0.6, "square")}
+
+
+def test_a_weight_only_scheme_beats_none_that_rounds_activations(compared):
+    candidates, measure, original = compared
+    plain = replace(candidates[2], values={measure: 5.5})
+    better = replace(candidates[0], values={measure: 5.4}, bits=4.1)
+    found = traces(charts.pareto([*candidates[:2], plain], measure, original))
+    assert found["with x8"]["x"] == [4.5, 5.0]
+    found = traces(charts.pareto([better, candidates[1], plain], measure, original))
+    assert [name for name in found if name.startswith(("Pareto", "with"))] == []
+    assert found[RTN.name]["marker"]["opacity"] == [0.6, 0.6]
+
+
+def test_ruined_models_do_not_squeeze_the_others(compared):
+    candidates, measure, original = compared
+    ruined = replace(candidates[2], values={measure: 5e5}, bits=2.0)
+    chart = charts.pareto([*candidates, ruined], measure, original)
+    assert chart["layout"]["yaxis"]["range"][1] < 20
+    assert any("1 above 150" in note["text"] for note in chart["layout"]["annotations"])
 
 
 def test_a_point_tells_its_bits_in_parts_its_protocol_and_its_command(compared):
