@@ -35,6 +35,7 @@ bits. `export` takes the settings of its target, such as --dtype=bfloat16, and -
 on), --device NAME (where), --no-check. Exit status: 0 done, 1 a run of a sweep failed, 2 a mistake in the input, 130
 interrupted.
 """
+COMMANDS = ("run", "validate", "sweep", "recommend", "export", "lm-eval", "ls")
 
 
 def console() -> int:
@@ -53,7 +54,10 @@ def console() -> int:
     if command in ("run", "validate") and arguments:
         return main(arguments if command == "run" else ["--validate", *arguments], USAGE)
     if not _asks_for_help([command, *arguments]):
-        print(f"error: {command}: expected run, validate, sweep, recommend, export, lm-eval or ls", file=sys.stderr)
+        from lqer.components import did_you_mean
+
+        meant = "" if command in COMMANDS else did_you_mean(command, COMMANDS)
+        print(f"error: {command}: expected {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}{meant}", file=sys.stderr)
         return EXIT_USER_ERROR
     print(USAGE.strip())
     return EXIT_OK if sys.argv[1:] else EXIT_USER_ERROR

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # So many first runs that fail with one line: the others would too.
 MOST_ALIKE = 3
+# How long a run that was interrupted may take to end by itself.
+CLEANING_SECONDS = 3.0
 # Runs a configuration; None, or the line that says why it failed.
 Execute = Callable[[Config], str | None]
 
@@ -173,8 +175,11 @@ def conclude(record: SweepRecord, output_dir: Path, outcome: SweepOutcome, say: 
         say(str(path))
     if paths:
         say(f"page: {folder / PAGE_FILE}")
+    by_line: dict[str, list[str]] = {}
     for name, line in outcome.failed.items():
-        log.error("failed: %s: %s", name, line)
+        by_line.setdefault(line, []).append(name)
+    for line, names in by_line.items():
+        log.error("failed: %s: %s", ", ".join(names), line)
     if outcome.not_started:
         log.error("not started: %s", ", ".join(run.name for run in outcome.not_started))
 
@@ -200,7 +205,9 @@ class InAProcess:
                 theirs.close()
             process.join()
         except KeyboardInterrupt:
-            # A terminal interrupts both processes, but a signal may have come to this one alone. The store takes it.
+            # A terminal interrupts both processes, and the other one cleans up. A signal may have come to this one
+            # alone: the store takes it that the other is ended.
+            process.join(CLEANING_SECONDS)
             process.terminate()
             process.join()
             raise

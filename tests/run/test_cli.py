@@ -108,6 +108,7 @@ class TestConsoleScript:
             (["ls"], "allowed: methods"),
             (["ls", "runs", "/nowhere"], "no such folder: /nowhere"),
             (["quantize"], "expected run, validate, sweep, recommend, export, lm-eval or ls"),
+            (["recomend", "preset:demo"], "did you mean 'recommend'?"),
             (["sweep", "a.toml"], "expected a sweep file, a config file and a tag; found a.toml"),
             (["sweep", "a.toml", "preset:demo", "t"], "no such config file: a.toml"),
             (["sweep", "atlas", "preset:demo", "t", "--part=cheap-cpv"], "did you mean 'cheap-cpu'?"),

@@ -18,7 +18,16 @@ from lqer.config import Config
 from lqer.config.presets import METHODS_FOLDER, preset_path
 from lqer.config.sweep import SweepPlan, plan_sweep
 from lqer.report.environment import versions
-from lqer.run.sweep import finished_seconds, in_order, run_sweep, shown_duration, time_left
+from lqer.report.sweep import SweepRecord
+from lqer.run.sweep import (
+    SweepOutcome,
+    conclude,
+    finished_seconds,
+    in_order,
+    run_sweep,
+    shown_duration,
+    time_left,
+)
 
 ROOT = Path(__file__).parents[2]
 # What SLURM runs has tests of its own.
@@ -336,6 +345,26 @@ def test_an_interrupted_sweep_ends_at_once_and_resumes(experiment, small, tmp_pa
     resumed = run(experiment, small)
     assert resumed.returncode == 0, resumed.stderr
     assert "1 of 2 runs are finished" in resumed.stderr
+
+
+def test_an_interrupt_at_the_terminal_ends_with_its_line(experiment, small):
+    begun = command(experiment, small)
+    process = subprocess.Popen(begun, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "1 to go" in line:
+            break
+    # A terminal's signal goes to all processes of the group, also to the run that has begun to show its progress.
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 130, rest
+    assert rest.endswith("Interrupted. Rerun the same command to resume.\n")
+
+
+def test_runs_that_fail_alike_share_a_line(caplog, tmp_path):
+    record = SweepRecord("a.toml", "c.toml", "t", "x", {})
+    conclude(record, tmp_path, SweepOutcome((), {"one": "no text", "two": "no text", "three": "no model"}, ()), print)
+    assert [found.message for found in caplog.records] == ["failed: one, two: no text", "failed: three: no model"]
 
 
 def test_a_run_that_is_killed_leaves_a_line(small, experiment, tmp_path):
