@@ -168,7 +168,11 @@ class TestGrowth:
     def test_memory_grows_with_the_block(self, random_model, tmp_path):
         small, large = (self.stages(random_model, tmp_path, 2, hidden) for hidden in (64, 128))
         # A packed block also has factors, which grow with the width alone.
-        for name, what, times in [("calibrate", "block", 3.5), ("evaluate", "block", 3.5), ("quantize", "packed block", 3)]:
+        for name, what, times in [
+            ("calibrate", "block", 3.5),
+            ("evaluate", "block", 3.5),
+            ("quantize", "packed block", 3),
+        ]:
             assert need(large[name].ram, what) > times * need(small[name].ram, what)
 
     def test_a_model_evaluated_or_loaded_whole_counts_whole(self, random_model, tmp_path):
