@@ -13,13 +13,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from harm.subject import Parameters, Subject
+from harm.subject import SEED, Parameters, Subject
 from harm.tokens import HessianOfTokens
 from lqer.formats import Int, MXInt, NumberFormat, Trellis
 from lqer.methods import LinearPlan, QuantizedWeight
@@ -32,11 +30,10 @@ from lqer.rounding.scale_search import Scales
 from lqer.stages.gather import CalibrationText, TokenWeights, observe_block
 from lqer.stages.quantize import Order
 from lqer.stages.quantize_in_turn import turns_of
+from lqer.stages.reconstruct_block import block_problem
 from lqer.statistics import Hessian, Mismatch, Statistic
 from lqer.statistics.site import SiteStatistics
 from lqer.transforms import Balance, BlockTransform, Hadamard, LinearTransform, Sort
-from lqer.transforms.block_function import BlockFunction
-from lqer.transforms.block_problem import BlockProblem
 
 FACTOR = MXInt(8)
 WIDER = 2  # bits
@@ -201,22 +198,10 @@ def _round(
 
 def _transformed(run: BlockRun, scheme: Scheme, number_format: Int, batch_size: int) -> dict[str, Tensor]:
     """The parameters that the scheme's transforms change, by full names."""
-    dtypes = {name: parameter.dtype for name, parameter in run.block.named_parameters()}
-    call = run.hidden.call_of_one(run.index)
-    args, kwargs = tree_map(_as_float, (call.args, call.kwargs))
-    inputs_STD = run.hidden.synchronized(run.device).to(run.device)
-    problem = BlockProblem(
-        call=BlockFunction(copy.deepcopy(run.block).float(), args, kwargs, per_sequence=call.per_window),
-        inputs_STD=inputs_STD,
-        # These transforms read no targets.
-        targets_STD=inputs_STD,
-        formats=dict.fromkeys(block_linears(run.block), number_format),
-        batch_size=batch_size,
-        autocast=None if inputs_STD.dtype == torch.float32 else torch.bfloat16,
-    )
+    plans = {name: scheme.plan(number_format, f"{run.name}.{name}.weight") for name in block_linears(run.block)}
+    stored = dict(run.block.named_parameters())
+    # These transforms read no targets, and draw nothing.
+    targets_STD = run.hidden.synchronized(run.device)
+    problem = block_problem(run, targets_STD, plans, stored, batch_size, SEED)
     changed = reconstruct_block(problem, scheme.transforms, None).parameters
-    return {f"{run.name}.{name}": tensor.to(dtypes[name]) for name, tensor in changed.items()}
-
-
-def _as_float(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return {f"{run.name}.{name}": tensor.to(stored[name].dtype) for name, tensor in changed.items()}

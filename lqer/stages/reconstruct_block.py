@@ -82,7 +82,7 @@ class BlockReconstruction:
         saver = StateSaver(self.workspace, run.index)
         if not any(plans.values()):
             return BlockResult()
-        problem = self._problem(run, targets_STD, plans, stored)
+        problem = block_problem(run, targets_STD, plans, stored, self.batch_size, self.seed)
         with attention_as(problem.call.block, self.attention):
             result = self._resume(run.name, problem, saver)
         # Of several GPUs, each may have come to a last bit of its own.
@@ -112,32 +112,41 @@ class BlockReconstruction:
                 raise ModelError(f"{name}: {error}") from None
         return result
 
-    def _problem(
-        self, run: BlockRun, targets_STD: Tensor, plans: Mapping[str, LinearPlan | None], stored: Mapping[str, Tensor]
-    ) -> BlockProblem:
-        """The block in float32, with matrix products in bfloat16 where the run is in half precision."""
-        planned = {name: plan for name, plan in plans.items() if plan is not None}
-        run_dtype = next(run.block.parameters()).dtype
-        block = copy.deepcopy(run.block).float()
-        with torch.no_grad():
-            for name, parameter in block.named_parameters():
-                parameter.copy_(stored[name])
-        activations = {name: plan.activation for name, plan in planned.items() if plan.activation is not None}
-        call = run.hidden.call_of_one(run.index)
-        args, kwargs = tree_map(_as_float, (call.args, call.kwargs))
-        gang = run.hidden.gang
-        size = sum(parameter.numel() for parameter in block.parameters())
-        return BlockProblem(
-            call=BlockFunction(block, args, kwargs, activations, call.per_window),
-            inputs_STD=_on_device_if_it_fits(gang.joined(run.hidden.synchronized(run.device)), run.device, size),
-            targets_STD=_on_device_if_it_fits(gang.joined(targets_STD), run.device, size),
-            formats={name: plan.weight for name, plan in planned.items()},
-            batch_size=self.batch_size,
-            autocast=None if run_dtype == torch.float32 else torch.bfloat16,
-            seed=self.seed,
-            stored_dtypes={name: tensor.dtype for name, tensor in stored.items()},
-            gang=gang,
-        )
+
+def block_problem(
+    run: BlockRun,
+    targets_STD: Tensor,
+    plans: Mapping[str, LinearPlan | None],
+    stored: Mapping[str, Tensor],
+    batch_size: int,
+    seed: int,
+) -> BlockProblem:
+    """The block in float32, with matrix products in bfloat16 where the run is in half precision.
+
+    Arguments as of `BlockReconstruction.run`.
+    """
+    planned = {name: plan for name, plan in plans.items() if plan is not None}
+    run_dtype = next(run.block.parameters()).dtype
+    block = copy.deepcopy(run.block).float()
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(stored[name])
+    activations = {name: plan.activation for name, plan in planned.items() if plan.activation is not None}
+    call = run.hidden.call_of_one(run.index)
+    args, kwargs = tree_map(_as_float, (call.args, call.kwargs))
+    gang = run.hidden.gang
+    size = sum(parameter.numel() for parameter in block.parameters())
+    return BlockProblem(
+        call=BlockFunction(block, args, kwargs, activations, call.per_window),
+        inputs_STD=_on_device_if_it_fits(gang.joined(run.hidden.synchronized(run.device)), run.device, size),
+        targets_STD=_on_device_if_it_fits(gang.joined(targets_STD), run.device, size),
+        formats={name: plan.weight for name, plan in planned.items()},
+        batch_size=batch_size,
+        autocast=None if run_dtype == torch.float32 else torch.bfloat16,
+        seed=seed,
+        stored_dtypes={name: tensor.dtype for name, tensor in stored.items()},
+        gang=gang,
+    )
 
 
 def block_reconstruction(
