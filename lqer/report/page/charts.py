@@ -80,11 +80,11 @@ def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | 
     layout["yaxis"] |= _scale(everything)
     layout["annotations"] = []
     if above:
-        layout["annotations"] = [
+        layout["annotations"].append(
             {"xref": "paper", "yref": "paper", "x": 1, "xanchor": "right", "y": 1, "yanchor": "top",
              "showarrow": False, "text": f"{above} above {limit:.3g}",
              "font": {"color": MUTED, "size": 11}}
-        ]  # fmt: skip
+        )  # fmt: skip
     if original is not None:
         layout["shapes"] = [
             {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": original, "y1": original,
@@ -92,10 +92,10 @@ def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | 
         ]  # fmt: skip
         # An annotation's place on a logarithmic axis is the exponent.
         place = math.log10(original) if layout["yaxis"].get("type") == "log" else original
-        layout["annotations"] += [
+        layout["annotations"].append(
             {"xref": "paper", "x": 0, "xanchor": "left", "y": place, "yanchor": "top", "showarrow": False,
              "text": f"original {original:.4g}", "font": {"color": INK, "size": 11}}
-        ]  # fmt: skip
+        )  # fmt: skip
     layout["hovermode"] = "closest"
     return {"data": data, "layout": layout}
 
@@ -154,11 +154,11 @@ def _family(
 
 def _fronts(candidates: Sequence[Candidate], costs: Mapping[int, float], measure: Measure) -> dict[str, list[int]]:
     """The places of candidates that no other beats, by rising cost, for each format of activations."""
-    sign = 1 if measure.lower_is_better else -1
     fronts: dict[str, list[int]] = {}
     for own in sorted({candidates[i].activation_bits for i in costs}, reverse=True):
         rivals = [i for i in costs if candidates[i].activation_bits <= own]
-        best = pareto_front([costs[i] for i in rivals], [sign * candidates[i].values[measure] for i in rivals])
+        values = [candidates[i].values[measure] for i in rivals]
+        best = pareto_front([costs[i] for i in rivals], values, measure.lower_is_better)
         members = [rivals[place] for place in best if candidates[rivals[place]].activation_bits == own]
         names = dict.fromkeys(candidates[i].activation for i in costs if candidates[i].activation_bits == own)
         fronts[", ".join(names)] = members
