@@ -110,36 +110,46 @@ def current_stage(store: Path) -> str:
     return next((stage for stage in reversed(STAGES) if any(store.glob(ARTIFACTS[stage]))), STAGES[0])
 
 
-def watch(command: list[str], limit: int, errors: Path, stage: Callable[[], str]) -> Peak:
-    """Run a command, and kill it once its resident memory exceeds `limit` bytes. `stage` tells what it is at."""
+def watched(command: list[str], errors: Path, look: Callable[[psutil.Process], bool]) -> tuple[int, float]:
+    """Run a command, look at its process again and again, and kill it once `look` says so: exit status and seconds."""
     started = time.monotonic()
-    anonymous = 0
-    by_stage: dict[str, int] = {}
-    exceeded = False
     with errors.open("w", encoding="utf-8") as stream:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, cwd=ROOT)
         process = psutil.Process(child.pid)
         while child.poll() is None:
             try:
-                memory = process.memory_info()
+                if look(process):
+                    child.kill()
+                    break
             except psutil.NoSuchProcess:
-                break
-            now = stage()
-            by_stage[now] = max(by_stage.get(now, 0), memory.rss)
-            anonymous = max(anonymous, memory.rss - getattr(memory, "shared", 0))
-            if memory.rss > limit:
-                exceeded = True
-                child.kill()
                 break
             time.sleep(1 / LOOKS_A_SECOND)
         status = child.wait()
+    return status, time.monotonic() - started
+
+
+def watch(command: list[str], limit: int, errors: Path, stage: Callable[[], str]) -> Peak:
+    """Run a command, and kill it once its resident memory exceeds `limit` bytes. `stage` tells what it is at."""
+    anonymous = 0
+    by_stage: dict[str, int] = {}
+    exceeded = False
+
+    def look(process: psutil.Process) -> bool:
+        nonlocal anonymous, exceeded
+        memory, now = process.memory_info(), stage()
+        by_stage[now] = max(by_stage.get(now, 0), memory.rss)
+        anonymous = max(anonymous, memory.rss - getattr(memory, "shared", 0))
+        exceeded = memory.rss > limit
+        return exceeded
+
+    status, seconds = watched(command, errors, look)
     return Peak(
         resident=max(by_stage.values(), default=0),
         anonymous=anonymous,
         by_stage=by_stage,
         exceeded=exceeded,
         status=status,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         errors=errors.read_text(encoding="utf-8"),
     )
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,9 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import tomli_w
 import torch
-from benchmark_memory import byte_tokenizer, current_stage
+from benchmark_memory import byte_tokenizer, current_stage, watched
 from estimate_mixtures import SHAPES
 from pipeline_benchmark.mixture import write_mixture
 from transformers import AutoConfig, PreTrainedConfig
@@ -47,7 +47,6 @@ from lqer.run.preflight import estimate_stages
 from lqer.store.offload import parse_bytes
 
 ROOT = Path(__file__).parents[1]
-LOOKS_A_SECOND = 100
 METHODS = ("lqer-act", "gptq", "trellis-3")
 WIDTHS = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -124,24 +123,22 @@ def watch(command: list[str], store: Path, errors: Path, device: torch.device, m
     own: dict[str, int] = {}
     machine = gpu = 0
     is_stopped = False
-    with errors.open("w", encoding="utf-8") as stream:
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, cwd=ROOT)
-        while child.poll() is None:
-            try:
-                held = fields(Path(f"/proc/{child.pid}/status"), "RssAnon", "RssShmem")
-            except OSError:
-                break
-            stage = current_stage(store)
-            own[stage] = max(own.get(stage, 0), held)
-            machine = max(machine, available - fields(Path("/proc/meminfo"), "MemAvailable"))
-            gpu = max(gpu, free - free_on(device))
-            if time.monotonic() - started > most_seconds:
-                is_stopped = True
-                child.kill()
-                break
-            time.sleep(1 / LOOKS_A_SECOND)
-        status = child.wait()
-    return Peak(own, machine, gpu, None if is_stopped else status, time.monotonic() - started)
+
+    def look(process: psutil.Process) -> bool:
+        nonlocal machine, gpu, is_stopped
+        try:
+            held = fields(Path(f"/proc/{process.pid}/status"), "RssAnon", "RssShmem")
+        except OSError:
+            raise psutil.NoSuchProcess(process.pid) from None
+        stage = current_stage(store)
+        own[stage] = max(own.get(stage, 0), held)
+        machine = max(machine, available - fields(Path("/proc/meminfo"), "MemAvailable"))
+        gpu = max(gpu, free - free_on(device))
+        is_stopped = time.monotonic() - started > most_seconds
+        return is_stopped
+
+    status, seconds = watched(command, errors, look)
+    return Peak(own, machine, gpu, None if is_stopped else status, seconds)
 
 
 def row(folder: Path, method: str, given: argparse.Namespace, device: torch.device) -> tuple[str, bool]:
