@@ -45,6 +45,12 @@ def experts_of(module: nn.Module) -> dict[str, Experts]:
     return {name: part for name, part in module.named_modules() if isinstance(getattr(part, "0", None), Expert)}
 
 
+def expert_of_linear(name: str) -> tuple[str, int] | None:
+    """The module that holds a layer's experts, and the one of them that a linear of that name is of; None of others."""
+    module, expert, _ = (*name.rsplit(".", 2), "", "")[:3]
+    return (module, int(expert)) if expert.isdigit() else None
+
+
 def count(experts: Experts) -> int:
     """How many experts a module holds."""
     return sum(isinstance(child, Expert) for child in experts.children())

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 
 from lqer.methods import LinearPlan
+from lqer.nn.experts import expert_of_linear
 from lqer.stages.gather import BlockStatistics
 from lqer.statistics.site import SiteStatistics
 
@@ -32,8 +33,8 @@ def units_of(linears: Iterable[str]) -> dict[str, list[str]]:
     """
     units: dict[str, list[str]] = {}
     for name in linears:
-        mixture, expert, _ = (*name.rsplit(".", 2), "", "")[:3]
-        units.setdefault(mixture if expert.isdigit() else name, []).append(name)
+        of_expert = expert_of_linear(name)
+        units.setdefault(of_expert[0] if of_expert else name, []).append(name)
     return units
 
 

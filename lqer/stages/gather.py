@@ -21,6 +21,7 @@ from lqer.components import ADDED
 from lqer.errors import ModelError
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
+from lqer.nn.experts import expert_of_linear
 from lqer.phases import in_phase, phase
 from lqer.stages.gather_experts import ROUTED_TOKENS, ExpertObserver, ExpertTokens, passes_of
 from lqer.stages.observe import NOT_ROUNDED, InputRoundings, OriginalBlock, SiteObserver
@@ -96,9 +97,11 @@ class BlockStatistics:
 
     def routed_tokens(self, linear: str) -> int | None:
         """How many tokens the router sent to the expert that a linear belongs to; None for any other linear."""
-        mixture, expert, _ = (*linear.rsplit(".", 2), "", "")[:3]
+        if (of_expert := expert_of_linear(linear)) is None:
+            return None
+        mixture, expert = of_expert
         routed_E = self.tensors.get(f"{mixture}.{ROUTED_TOKENS}")
-        return None if routed_E is None else int(routed_E[int(expert)])
+        return None if routed_E is None else int(routed_E[expert])
 
     def _on(self, site: str, device: torch.device | None) -> SiteStatistics:
         kinds = self._kinds[site]
