@@ -63,7 +63,8 @@ class AllocationInfo(TypedDict):
 class WidthsInfo(TypedDict):
     """The formats that quantize.budget_bits led to, against one format for all; layers.csv lists the bits."""
 
-    linears: dict[str, int]  # how many got which of quantize.widths
+    # How many got which of quantize.widths; under quantize.low_rank.optional also "NAME with A and B".
+    linears: dict[str, int]
     average_bits: float
     objective: float  # estimated divergence from the original, nats per token
     uniform: str | None  # the best single format within the budget; null: none fits, the narrowest is compared

@@ -187,13 +187,22 @@ def widths_can_be_allocated(config: Config) -> Iterator[KeyedError]:
         for key in ("widths", "tie_widths"):
             if value := getattr(quantize, key):
                 yield KeyedError(("quantize", key), "must be unset without quantize.budget_bits", value)
+        if quantize.low_rank.optional:
+            rule = "must be false without quantize.budget_bits, which decides between ranks and widths"
+            yield KeyedError(("quantize", "low_rank", "optional"), rule, True)
         return
     if len(set(quantize.widths)) < 2:
         rule = "requires two or more formats to choose from in quantize.widths"
         yield KeyedError(("quantize", "budget_bits"), rule, budget)
     if quantize.low_rank.budget_bits is not None:
-        rule = "must be unset with quantize.budget_bits: ranks are fixed while widths are allocated"
+        rule = "must be unset with quantize.budget_bits, which gives linears their rank or none (low_rank.optional)"
         yield KeyedError(("quantize", "low_rank", "budget_bits"), rule, quantize.low_rank.budget_bits)
+    method, loc = quantize.method, ("quantize", "low_rank", "optional")
+    if quantize.low_rank.optional and not (
+        method.rounds_first and (quantize.low_rank.iterations or method.iterations) == 1
+    ):
+        rule = f'must be false with method "{method.kind}", whose A and B are not fitted to the error of one rounding'
+        yield KeyedError(loc, rule, True)
     for i, name in enumerate(quantize.widths):
         if config.formats[name].kind == "codebook":
             yield KeyedError(("quantize", "widths", i), "must not be a codebook, whose tables are shared by rows", name)

@@ -83,6 +83,8 @@ class LowRankConfig(Section):
     axis: FactorAxis = "reduction"
     # Instead of a rank: average bits per weight of the whole model, from which every linear is allocated a rank.
     budget_bits: Annotated[float, Field(gt=0, le=64)] | None = None
+    # Under quantize.budget_bits: a linear gets its rank only where a wider weight would gain less per bit.
+    optional: bool = False
     solver: Solver = "auto"
     # How often rounding and reconstruction alternate; by default as the method defines it.
     iterations: Positive | None = None

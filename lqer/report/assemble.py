@@ -157,7 +157,8 @@ def _allocation_info(budget: Budget) -> AllocationInfo:
 
 
 def _widths_info(config: Config, widths: Widths) -> WidthsInfo:
-    names, allocation = config.quantize.widths, widths.allocation
+    names, allocation = [*config.quantize.widths], widths.allocation
+    names += [f"{name} with A and B" for name in names if config.quantize.low_rank.optional]
     return WidthsInfo(
         linears=dict(zip(names, widths.counts, strict=True)),
         average_bits=widths.average_bits,

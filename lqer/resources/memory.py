@@ -146,10 +146,11 @@ def _widths(work: Workload) -> StageMemory:
     batch, fewer = tokens_of_batch(settings), _smaller("calibration.batch_size")
     host, device, disk = walk_needs(work, windows * (summary.blocks + 1), settings.seq_len, batch, fewer)
     host.append(Need("gradients of the windows", 4 * tokens, LESS_IN_MEMORY))
-    errors = [0] * summary.blocks
+    errors, optional_rank = [0] * summary.blocks, work.config.quantize.low_rank.optional
     for name, (rows, columns) in summary.linears.items():
         most = EXPERT_ROWS if is_of_expert(name, summary.blocks_name) else SAMPLED_ROWS
-        errors[_block_of(work, name)] += min(rows, most) * columns
+        # With and without A and B, which are fitted to all rows.
+        errors[_block_of(work, name)] += 2 * rows * columns if optional_rank else min(rows, most) * columns
     add_statistics(work, host, device, disk)
     device += [
         Need("errors of a block", 4 * max(errors) * len(work.config.quantize.widths)),

@@ -98,7 +98,8 @@ def prepare(config: Config) -> RunContext:
         check_budget(plans, summary.linears, budget_bits)
     choices = plan_widths(config, plans)
     if config.quantize.budget_bits is not None:
-        check_widths(plans, choices, summary.linears, config.quantize.budget_bits)
+        optional_rank = config.quantize.low_rank.optional
+        check_widths(plans, choices, summary.linears, config.quantize.budget_bits, optional_rank)
     if config.evaluation.downstream is not None:
         downstream = config.evaluation.downstream
         check_tasks(downstream.tasks, downstream.task_folder, downstream.data_folder, downstream.num_fewshot)

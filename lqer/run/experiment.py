@@ -173,7 +173,8 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
 def _width_plans(context: RunContext, model: ModelSource | Rotate, texts: Texts, budget_bits: float) -> WidthPlans:
     """The plans under quantize.budget_bits; losses are measured on the original model, whatever propagates errors."""
     config, choices, offload = context.config, context.choices, context.offload()
-    measured = plans_to_measure(context.plans, choices)
+    optional_rank = config.quantize.low_rank.optional
+    measured = plans_to_measure(context.plans, choices, optional_rank)
     # The same as for quantization where blocks are independent of each other.
     requested = requested_statistics(measured if config.quantize.propagates_error else context.plans)
     roundings = input_roundings(context.plans) if config.calibration.round_inputs else None
@@ -187,7 +188,7 @@ def _width_plans(context: RunContext, model: ModelSource | Rotate, texts: Texts,
     )  # fmt: skip
     return WidthPlans(
         context.plans, choices, widths, budget_bits, config.quantize.tie_widths, True, context.summary.linears,
-        context.summary.blocks,
+        context.summary.blocks, optional_rank,
     )  # fmt: skip
 
 

@@ -154,12 +154,12 @@ def _log_widths(experiment: Experiment, store: Store) -> Widths | None:
     if not isinstance(plans, WidthPlans):
         return None
     widths = plans.allocate(store)
-    names = [f"{one.kind} {one.bits_per_value(4096):g}" for one in plans.widths.formats]
+    names = plans.names
     uniform = "the narrowest" if widths.allocation.uniform is None else names[widths.allocation.uniform]
     log.info(
         "widths: %.4f of %g bits, %s; estimated divergence %.5g nats per token, with %s for all (%.4f bits) %.5g",
         widths.average_bits, plans.budget_bits,
-        ", ".join(f"{count} of {name} bits" for name, count in zip(names, widths.counts, strict=True)),
+        ", ".join(f"{count} of {name}" for name, count in zip(names, widths.counts, strict=True)),
         widths.allocation.loss, uniform, widths.uniform_average_bits, widths.allocation.uniform_loss,
     )  # fmt: skip
     return widths

@@ -9,9 +9,9 @@ the divergence from the original for errors that are small and independent of ea
 which loss). E is that of the plan's own rounding under its statistics, on a sample of the output rows, or
 drawn from the law of such errors (width_errors.py); a linear that is rotated is measured in its rotated basis. Experts
 are rounded in batches, as when they are quantized, and on fewer rows: a layer has hundreds of their linears. The stage
-stores, in a safetensors file per decoder block, `<linear>.losses` (F,) float64 in the order of the formats. The
-allocation itself (lqer/rounding/width_allocation.py) takes no time and has no artifact: the formats are part of the
-plans.
+stores, in a safetensors file per decoder block, `<linear>.losses` (F,) float64 in the order of the formats, and where A
+and B are a choice too, F more for the formats with them. The allocation itself (lqer/rounding/width_allocation.py)
+takes no time and has no artifact: the formats are part of the plans.
 
 Shapes: O out_features, I in_features, S sampled rows, N tokens of a call, F formats, W windows, T tokens of a window.
 """
@@ -29,10 +29,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lqer.components import ADDED
 from lqer.errors import ConfigError, ModelError
 from lqer.formats import NonFiniteError, NumberFormat
 from lqer.formats.base import check_finite
 from lqer.lowrank.rank_allocation import factor_bits, row_bits
+from lqer.methods import LinearPlan
 from lqer.models.backward import BackwardRun, Visit, walk_backward
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
@@ -85,11 +87,15 @@ class MeasureWidths(Stage):
         )  # fmt: skip
 
 
-def plans_to_measure(plans: Plans, choices: Choices) -> Plans:
-    """Only what decides the errors of rounding: None for linears without a choice."""
+def plans_to_measure(plans: Plans, choices: Choices, optional_rank: bool = False) -> Plans:
+    """Only what decides the errors of rounding, and what A and B leave of them where these are a choice.
+
+    None for linears without a choice.
+    """
     return {
         name: None if plan is None or name not in choices else replace(
-            plan.without_low_rank(), weight=choices[name][0], activation=None, bias=None, asymmetric=0.0
+            plan if optional_rank else plan.without_low_rank(),
+            weight=choices[name][0], activation=None, bias=None, asymmetric=0.0,
         )
         for name, plan in plans.items()
     }  # fmt: skip
@@ -131,7 +137,7 @@ def _block_visits(
     for batch in _sampled(run, statistics, plans):
         for one, errors_F in zip(batch, _errors(batch, formats), strict=True):
             # On the device: each visit would otherwise wait for it.
-            losses_F = torch.zeros(len(formats), dtype=torch.float64, device=run.run.device)
+            losses_F = torch.zeros(len(errors_F), dtype=torch.float64, device=run.run.device)
             tensors[f"{one.name}.losses"] = losses_F
             scale = len(one.target.weight_OI) / len(one.rows_S) / tokens
             visit = partial(_add_losses, losses_F, one.target.rotation, one.rows_S, errors_F, scale)
@@ -199,7 +205,7 @@ class WidthPlans:
     """Plans whose weight formats follow from a budget of average bits, once the losses are known.
 
     tied: whether linears that share an input get one format. low_rank: whether the plans keep A and B, whose bits are
-    part of the budget all the same.
+    part of the budget all the same. optional_rank: whether a linear may do without A and B.
     """
 
     plans: Plans
@@ -211,6 +217,13 @@ class WidthPlans:
     # (out_features, in_features) by linear.
     shapes: Mapping[str, tuple[int, int]] = field(metadata=no_effect("the model decides them"))
     blocks: int = field(metadata=no_effect("the model decides it"))
+    optional_rank: bool = field(default=False, metadata=ADDED)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that a linear can get, in the order of `Widths.counts`."""
+        formats = [f"{one.kind} {one.bits_per_value(4096):g} bits" for one in self.widths.formats]
+        return formats + [f"{name} with A and B" for name in formats if self.optional_rank]
 
     def allocate(self, store: Store) -> Widths:
         """The plans with their formats. Raises ConfigError where the narrowest of all exceed the budget."""
@@ -219,7 +232,9 @@ class WidthPlans:
         site_of = {name: site for i in range(self.blocks) for name, site in sites.json(sites_file(i)).items()}
         found = {name: tensors[f"{name}.losses"].tolist() for name in self.choices}
         ties = site_of if self.tied else {}
-        widths = allocate(self.plans, self.choices, found, ties, self.shapes, self.budget_bits, losses.seconds)
+        widths = allocate(
+            self.plans, self.choices, found, ties, self.shapes, self.budget_bits, losses.seconds, self.optional_rank
+        )
         if self.low_rank:
             return widths
         return replace(widths, plans={name: plan and plan.without_low_rank() for name, plan in widths.plans.items()})
@@ -233,7 +248,7 @@ class Widths:
     allocation: Allocation
     average_bits: float
     uniform_average_bits: float
-    counts: tuple[int, ...]  # of linears, by format
+    counts: tuple[int, ...]  # of linears, by format; then of formats with A and B, where these are a choice
     seconds: float
 
 
@@ -245,19 +260,30 @@ def allocate(
     shapes: Mapping[str, tuple[int, int]],
     budget_bits: float,
     seconds: float = 0.0,
+    optional_rank: bool = False,
 ) -> Widths:
     """Give every linear that has a choice one of its formats, so that all linears together stay within the budget.
 
-    losses: by linear and format. ties: the group of a linear, where groups share a format.
+    losses: by linear and format; with `optional_rank` of the formats with A and B behind those without. ties: the group
+    of a linear, where groups share a format.
     """
     weights = sum(math.prod(shapes[name]) for name, plan in plans.items() if plan is not None)
-    fixed = fixed_bits(plans, choices, shapes)
+    options = {name: options_of(plans[name], formats, optional_rank) for name, formats in choices.items()}
+
+    def bits_of(name: str) -> tuple[int, ...]:
+        return tuple(
+            weight_bits(one.weight, *shapes[name]) + (branch_bits(one, *shapes[name]) if optional_rank else 0)
+            for one in options[name]
+        )
+
+    fixed = fixed_bits(plans, choices, shapes, optional_rank)
     groups: dict[str, list[str]] = {}
     for name in choices:
         groups.setdefault(ties.get(name, name), []).append(name)
     curves = {
         group: joined([
-            Curve(tuple(weight_bits(one, *shapes[name]) for one in choices[name]), tuple(losses[name]))
+            # A rank of 0 was measured once, and changes nothing.
+            Curve(bits_of(name), tuple(losses[name]) * (len(options[name]) // len(losses[name])))
             for name in names
         ])
         for group, names in groups.items()
@@ -265,28 +291,33 @@ def allocate(
     allocation = allocate_widths(curves, int(budget_bits * weights) - fixed)
     chosen = {name: allocation.chosen[group] for group, names in groups.items() for name in names}
     return Widths(
-        with_widths(plans, {name: choices[name][i] for name, i in chosen.items()}),
+        {**plans, **{name: options[name][i] for name, i in chosen.items()}},
         allocation,
         (fixed + allocation.bits) / weights,
         (fixed + allocation.uniform_bits) / weights,
-        tuple(list(chosen.values()).count(i) for i in range(max(map(len, choices.values()), default=0))),
+        tuple(list(chosen.values()).count(i) for i in range(max(map(len, options.values()), default=0))),
         seconds,
     )
 
 
-def with_widths(plans: Plans, formats: Mapping[str, NumberFormat]) -> Plans:
-    """The plans with some weight formats replaced."""
-    return {
-        name: replace(plan, weight=formats[name]) if plan is not None and name in formats else plan
-        for name, plan in plans.items()
-    }
+def options_of(plan: LinearPlan | None, formats: Sequence[NumberFormat], optional_rank: bool) -> tuple[LinearPlan, ...]:
+    """The plans that a linear can get: its own in every format, and before these the same without A and B."""
+    assert plan is not None, "a linear that has a choice"
+    each = [replace(plan, weight=one) for one in formats]
+    return (*(replace(one, rank=0) for one in each), *each) if optional_rank else tuple(each)
 
 
-def check_widths(plans: Plans, choices: Choices, shapes: Mapping[str, tuple[int, int]], budget_bits: float) -> None:
+def check_widths(
+    plans: Plans,
+    choices: Choices,
+    shapes: Mapping[str, tuple[int, int]],
+    budget_bits: float,
+    optional_rank: bool = False,
+) -> None:
     """Raise ConfigError where the narrowest formats take more than the budget, before any work is done."""
     weights = sum(math.prod(shapes[name]) for name, plan in plans.items() if plan is not None)
     narrowest = sum(min(weight_bits(one, *shapes[name]) for one in formats) for name, formats in choices.items())
-    least = (narrowest + fixed_bits(plans, choices, shapes)) / weights
+    least = (narrowest + fixed_bits(plans, choices, shapes, optional_rank)) / weights
     if least > budget_bits:
         rule = f"must be at least {least:.4g}, the bits of the narrowest formats and of all that is fixed"
         raise ConfigError(f"quantize.budget_bits: {rule}; found {budget_bits:g}")
@@ -299,8 +330,16 @@ def weight_bits(number_format: NumberFormat, out_features: int, in_features: int
     return row_bits(number_format, in_features) * out_features
 
 
-def fixed_bits(plans: Plans, choices: Choices, shapes: Mapping[str, tuple[int, int]]) -> int:
-    """The bits of everything but the weights that have a choice: other weights, signs of rotations, A and B."""
+def branch_bits(plan: LinearPlan, out_features: int, in_features: int) -> int:
+    """The bits of A and B."""
+    rank = min(plan.rank or 0, out_features, in_features)
+    return factor_bits(plan.factor_formats, plan.factor_axes, in_features, out_features, rank)
+
+
+def fixed_bits(
+    plans: Plans, choices: Choices, shapes: Mapping[str, tuple[int, int]], optional_rank: bool = False
+) -> int:
+    """The bits of everything but what linears have a choice of: other weights, signs of rotations, A and B."""
     bits = 0
     for name, plan in plans.items():
         if plan is None:
@@ -310,6 +349,6 @@ def fixed_bits(plans: Plans, choices: Choices, shapes: Mapping[str, tuple[int, i
             bits += weight_bits(plan.weight, out_features, in_features)
         if plan.transform is not None:
             bits += plan.transform.rotation(out_features, in_features, plan.seed).bits
-        rank = min(plan.rank or 0, out_features, in_features)
-        bits += factor_bits(plan.factor_formats, plan.factor_axes, in_features, out_features, rank)
+        if not (optional_rank and name in choices):
+            bits += branch_bits(plan, out_features, in_features)
     return bits

@@ -1,5 +1,8 @@
 """The errors that rounding in each of several formats makes in a sample of the rows of some linears.
 
+Where A and B are to be chosen too, the plan has its rank: the errors that they leave follow, of all rows, since A·B of
+a part of them is another one.
+
 They are those of the plan's rounding, but for trellis codes of rotated weights: a search over such codes goes through a
 row of tiles one after the other, which a GPU spends waiting, and its errors have a law from which they can be drawn
 (lqer/rounding/trellis_law.py).
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from lqer.formats import NumberFormat, Trellis
 from lqer.methods import LinearPlan
-from lqer.methods.base import Target
+from lqer.methods.base import Target, reconstruct_rounded
 from lqer.rounding import Ldlq
 from lqer.rounding.base import Rounding, Statistics
 from lqer.rounding.hessian import damped_hessian
@@ -42,7 +45,8 @@ class Sampled:
 
     @classmethod
     def of(cls, name: str, plan: LinearPlan, target: Target, most: int = SAMPLED_ROWS) -> Sampled:
-        rows_S = sampled_rows(len(target.weight_OI), most).to(target.weight_OI.device)
+        rows = len(target.weight_OI)
+        rows_S = sampled_rows(rows, rows if plan.rank else most).to(target.weight_OI.device)
         return cls(name, plan, target, rows_S, target.weight_OI[rows_S])
 
     @property
@@ -60,7 +64,8 @@ def sampled_rows(out_features: int, most: int = SAMPLED_ROWS) -> Tensor:
 
 
 def errors_of(linears: Sequence[Sampled], formats: Sequence[NumberFormat]) -> list[list[Tensor]]:
-    """E = W − W_q of each linear's rows (S, I), by linear and format, under the rounding of their plans.
+    """E = W − W_q of each linear's rows (S, I), by linear and format, under the rounding of their plans; with a rank,
+    then E − (A·B)ᵀ in the same order.
 
     linears: of one site, with the same statistics; or of one shape and plan. Raises as the roundings do.
     """
@@ -69,7 +74,15 @@ def errors_of(linears: Sequence[Sampled], formats: Sequence[NumberFormat]) -> li
     for batch in [[one] for one in linears] if shared else [linears]:
         by_format = [part_of(batch[0].plan, number_format)(batch) for number_format in formats]
         found += [list(errors) for errors in zip(*by_format, strict=True)]
-    return found
+    return [errors + _left(one, errors) for one, errors in zip(linears, found, strict=True)]
+
+
+def _left(linear: Sampled, errors: Sequence[Tensor]) -> list[Tensor]:
+    """What A and B of the plan's rank leave of each error; nothing without a rank."""
+    if not linear.plan.rank:
+        return []
+    metric = linear.plan.method.metric(linear.target.weight_OI, linear.target.statistics)
+    return [error_SI - reconstruct_rounded(error_SI, metric, linear.plan).product() for error_SI in errors]
 
 
 def part_of(plan: LinearPlan, number_format: NumberFormat) -> Callable[[Sequence[Sampled]], list[Tensor]]:

@@ -427,6 +427,14 @@ class TestMistakes:
         [
             (["widths=['w4', 'x8']"], ["quantize.widths: must be unset without quantize.budget_bits"]),
             (["tie_widths=true"], ["quantize.tie_widths: must be unset without quantize.budget_bits"]),
+            (
+                ["low_rank.optional=true"],
+                ["quantize.low_rank.optional: must be false without quantize.budget_bits, which decides between ranks"],
+            ),
+            (
+                ["budget_bits=5", "widths=['w4', 'x8']", "method=loftq", "low_rank={ rank = 8, optional = true }"],
+                ['quantize.low_rank.optional: must be false with method "loftq", whose A and B are not fitted'],
+            ),
             (["budget_bits=5"], ["quantize.budget_bits: requires two or more formats to choose from"]),
             (["budget_bits=5", "widths=['w4', 'w4']"], ["quantize.budget_bits: requires two or more formats"]),
             (["budget_bits=5", "widths=['w4', 'x9']"], ["quantize.widths.1: no such number format", "allowed: w4, x8"]),

@@ -38,6 +38,21 @@ def test_a_run_stays_within_its_budget_with_several_formats(experiment, caplog, 
     assert results["baseline"]["bits"]["weight"] == results["bits"]["weight"]
 
 
+@pytest.mark.parametrize("method", ["lqer-act", "gptq"])
+def test_a_rank_is_one_of_the_choices(experiment, caplog, method):
+    rank = ["--quantize.low_rank={ rank = 8, optional = true }", "--quantize.budget_bits=4.4"]
+    results = run(read_config(experiment.config, method, [*WIDTHS, f"--quantize.method={method}", *rank]))
+    assert 4.1 < results["bits"]["average"] <= 4.4
+    widths = results["widths"]
+    assert widths["average_bits"] == pytest.approx(results["bits"]["average"])
+    assert list(widths["linears"]) == ["w2", "w3", "w4", "w2 with A and B", "w3 with A and B", "w4 with A and B"]
+    linears = json.loads((experiment.output / method / "checkpoint/lqer.json").read_text())["linears"]
+    taken = sum(count for name, count in widths["linears"].items() if "A and B" in name)
+    assert sum("low_rank_a" in entry for entry in linears.values()) == taken
+    assert "with A and B" in caplog.text
+    assert (results["bits"]["low_rank"] > 0) == (taken > 0)
+
+
 def test_another_budget_measures_nothing_anew(experiment, caplog):
     run(read_config(experiment.config, "first", WIDTHS))
     caplog.clear()

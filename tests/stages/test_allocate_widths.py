@@ -149,6 +149,58 @@ def test_the_models_bits_meet_the_budget_from_below_everything_counted(
     assert widths.plans["model.layers.1.mlp.up_proj"] is None
 
 
+@pytest.fixture(scope="module")
+def both_losses(model, calibration, plans, choices, windows_WT, tmp_path_factory):
+    """Of every format without A and B, and then with them."""
+    measurable = plans_to_measure(plans, choices, optional_rank=True)
+    found = measured(tmp_path_factory.mktemp("both"), model, calibration, measurable, windows_WT)
+    return {name.removesuffix(".losses"): values for name, values in found.items()}
+
+
+def test_a_rank_is_measured_beside_every_format(losses, both_losses):
+    for name, values in both_losses.items():
+        without, with_rank = values[: len(FORMATS)], values[len(FORMATS) :]
+        assert without == pytest.approx(losses[name], rel=1e-6)
+        assert all(0 < less < more for less, more in zip(with_rank, without, strict=True))
+
+
+@pytest.mark.parametrize("budget_bits", [3.9, 4.6])
+def test_bits_of_a_chosen_rank_count_and_those_of_others_do_not(
+    model, letter_tokenizer, calibration, plans, choices, both_losses, shapes, tmp_path, budget_bits
+):
+    widths = allocate(plans, choices, both_losses, {}, shapes, budget_bits, optional_rank=True)
+    settings, workspace = QuantizeSettings(widths.plans, None, 0), Workspace(tmp_path)
+    quantize(workspace, resident(model), letter_tokenizer, stored_statistics(calibration), settings)
+    rows = [row for i in range(BLOCKS) for row in workspace.json(layers_file(i))]
+    assert average_bits(rows)["average"] == pytest.approx(widths.average_bits, abs=1e-12)
+    assert budget_bits - 0.2 < widths.average_bits <= budget_bits
+    ranks = [widths.plans[name].rank for name in choices]
+    assert widths.counts == tuple(
+        sum(widths.plans[name].weight == one and widths.plans[name].rank == rank for name in choices)
+        for rank in (0, 8) for one in FORMATS
+    )  # fmt: skip
+    assert set(ranks) <= {0, 8}
+
+
+def test_a_rank_that_gains_nothing_is_not_taken(plans, choices, losses, shapes):
+    nothing = {name: [*values, *values] for name, values in losses.items()}
+    widths = allocate(plans, choices, nothing, {}, shapes, 4.6, optional_rank=True)
+    assert {widths.plans[name].rank for name in choices} == {0}
+
+
+def test_a_rank_that_mends_everything_is_taken_before_bits(plans, choices, losses, shapes):
+    mended = {name: [*values, *(0.0 for _ in values)] for name, values in losses.items()}
+    widths = allocate(plans, choices, mended, {}, shapes, 6.0, optional_rank=True)
+    assert {(widths.plans[name].weight, widths.plans[name].rank) for name in choices} == {(FORMATS[0], 8)}
+
+
+def test_a_linear_without_a_rank_chooses_among_formats_alone(plans, choices, losses, both_losses, shapes):
+    name = "model.layers.0.self_attn.q_proj"
+    without = {**plans, name: replace(plans[name], rank=0)}
+    widths = allocate(without, choices, both_losses | {name: losses[name]}, {}, shapes, 4.6, optional_rank=True)
+    assert widths.plans[name].rank == 0
+
+
 def test_tied_linears_that_share_an_input_get_one_format(calibration, plans, choices, losses, shapes):
     sites = all_sites(calibration)
     widths = allocate(plans, choices, losses, sites, shapes, 5.3)
