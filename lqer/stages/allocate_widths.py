@@ -289,7 +289,12 @@ def allocate(
         for group, names in groups.items()
     }  # fmt: skip
     allocation = allocate_widths(curves, int(budget_bits * weights) - fixed)
-    chosen = {name: allocation.chosen[group] for group, names in groups.items() for name in names}
+    # Of equal plans the first: one whose rank is 0 is without A and B.
+    chosen = {
+        name: options[name].index(options[name][allocation.chosen[group]])
+        for group, names in groups.items()
+        for name in names
+    }
     return Widths(
         {**plans, **{name: options[name][i] for name, i in chosen.items()}},
         allocation,

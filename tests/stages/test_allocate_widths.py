@@ -197,8 +197,9 @@ def test_a_rank_that_mends_everything_is_taken_before_bits(plans, choices, losse
 def test_a_linear_without_a_rank_chooses_among_formats_alone(plans, choices, losses, both_losses, shapes):
     name = "model.layers.0.self_attn.q_proj"
     without = {**plans, name: replace(plans[name], rank=0)}
-    widths = allocate(without, choices, both_losses | {name: losses[name]}, {}, shapes, 4.6, optional_rank=True)
-    assert widths.plans[name].rank == 0
+    widths = allocate(without, choices, both_losses | {name: losses[name]}, {}, shapes, 8.0, optional_rank=True)
+    assert widths.plans[name] == replace(without[name], weight=FORMATS[-1])
+    assert widths.counts[-1] == len(choices) - 1
 
 
 def test_tied_linears_that_share_an_input_get_one_format(calibration, plans, choices, losses, shapes):
