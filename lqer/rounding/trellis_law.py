@@ -11,14 +11,16 @@ weight follow from those of T by H = 𝓛 D 𝓛ᵀ, and so does the feedback:
     E 𝓛 = T − round(T)        T = W + F,  F = E 𝓛 − E
 
 Given draws of ε, E is found by iteration, from F = 0: feedback comes from later columns only, and is small beside W.
-It costs a few triangular solves with the sampled rows, where a search waits for one block of columns after another.
+It costs a few products with 𝓛⁻¹, where a search waits for one block of columns after another. Weights of one shape are
+taken at once, since a GPU would wait for the launches of small ones, such as experts'.
 
-Shapes: S sampled rows, I in_features, B blocks of columns, N sizes of T, M numbers of each, R rows and C columns of
-tiles.
+Shapes: L linears, S sampled rows, I in_features, B blocks of columns, N sizes of T, M numbers of each, R rows and C
+columns of tiles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -27,8 +29,10 @@ from torch import Tensor
 from lqer.formats import Trellis
 from lqer.formats.scales import root_mean_square
 from lqer.formats.trellis import TILE
+from lqer.rounding.factor import invert_lower_
 from lqer.rounding.hessian import DampedHessian
 from lqer.rounding.ldlq import feedback
+from lqer.rounding.stack import stacked
 
 # Root mean squares of T that a code is measured at, and the tiles of normal numbers that it is measured on.
 SIZES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.7, 2.1)
@@ -36,26 +40,37 @@ TILES = 48
 ITERATIONS = 6  # at 1 bit under strong feedback, what more of them change is 1 % of the loss; else three are enough
 
 
-def drawn_errors(weight_SI: Tensor, damped: DampedHessian, number_format: Trellis) -> Tensor:
-    """Errors (S, I) of rows of a weight, float32, in the place of W − W_q under `ldlq`.
+def drawn_errors(weights: Sequence[Tensor], hessians: Sequence[DampedHessian], number_format: Trellis) -> list[Tensor]:
+    """Errors (S, I) of rows of each weight, float32, in the place of W − W_q under `ldlq`.
 
-    Two formats, or two weights of one shape, get the same draws: what differs between them is no chance.
+    weights: rows (S, I) of weights of one shape, each with the Hessian at its place. Two formats, or two weights of one
+    shape, get the same draws: what differs between them is no chance.
     """
-    size = root_mean_square(weight_SI.flatten()).to(torch.float32)
-    unit_SI = weight_SI / size.where(size != 0, 1.0)
-    lower_II = damped.derived(feedback, TILE)
-    normal_SI = _normal(unit_SI.shape, unit_SI.device)
-    sizes_N, errors_N, slopes_N = response(number_format, unit_SI.device)
-    target_SI = unit_SI
+    weight_LSI = stacked(weights)
+    size_L11 = root_mean_square(weight_LSI.flatten(1)).to(torch.float32)[:, None, None]
+    unit_LSI = weight_LSI / size_L11.where(size_L11 != 0, 1.0)
+    inverses = [damped.derived(_inverse_feedback) for damped in hessians]
+    normal_SI = _normal(unit_LSI.shape[1:], unit_LSI.device)
+    sizes_N, errors_N, slopes_N = response(number_format, unit_LSI.device)
+    target_LSI, error_LSI = unit_LSI, torch.empty_like(unit_LSI)
     for _ in range(ITERATIONS):
-        size_B = target_SI.unflatten(1, (-1, TILE)).square().mean((0, 2)).sqrt()
-        error_B, slope_B = (_interpolated(size_B, sizes_N, of_N) for of_N in (errors_N, slopes_N))
-        spread_B = (error_B - (slope_B * size_B).square()).clamp_min(0).sqrt()
-        slope_I, spread_I = slope_B.repeat_interleave(TILE), spread_B.repeat_interleave(TILE)
-        rounded_away_SI = slope_I * target_SI + spread_I * normal_SI
-        error_SI = torch.linalg.solve_triangular(lower_II, rounded_away_SI, upper=False, left=False, unitriangular=True)
-        target_SI = unit_SI + rounded_away_SI - error_SI
-    return error_SI * size
+        size_LB = target_LSI.unflatten(2, (-1, TILE)).square().mean((1, 3)).sqrt()
+        error_LB, slope_LB = (_interpolated(size_LB, sizes_N, of_N) for of_N in (errors_N, slopes_N))
+        spread_LB = (error_LB - (slope_LB * size_LB).square()).clamp_min(0).sqrt()
+        slope_L1I, spread_L1I = (of_LB.repeat_interleave(TILE, 1).unsqueeze(1) for of_LB in (slope_LB, spread_LB))
+        rounded_away_LSI = slope_L1I * target_LSI + spread_L1I * normal_SI
+        # One by one: linears that share inputs share 𝓛⁻¹, and copies of it would be most of the memory.
+        for rounded_away_SI, inverse_II, error_SI in zip(rounded_away_LSI, inverses, error_LSI, strict=True):
+            torch.mm(rounded_away_SI, inverse_II, out=error_SI)
+        target_LSI = unit_LSI + rounded_away_LSI - error_LSI
+    return list((error_LSI * size_L11).unbind())
+
+
+def _inverse_feedback(damped: DampedHessian) -> Tensor:
+    """𝓛⁻¹ (I, I) of the damped H, float32: for `DampedHessian.derived`."""
+    lower_II = feedback(damped, TILE)
+    invert_lower_(lower_II)
+    return lower_II
 
 
 @lru_cache

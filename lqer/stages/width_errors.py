@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -46,12 +46,17 @@ class Sampled:
     @classmethod
     def of(cls, name: str, plan: LinearPlan, target: Target, most: int = SAMPLED_ROWS) -> Sampled:
         rows = len(target.weight_OI)
-        rows_S = sampled_rows(rows, rows if plan.rank else most).to(target.weight_OI.device)
+        rows_S = _rows_on(rows, rows if plan.rank else most, target.weight_OI.device)
         return cls(name, plan, target, rows_S, target.weight_OI[rows_S])
 
     @property
     def statistics(self) -> Statistics:
         return self.target.statistics
+
+
+@lru_cache
+def _rows_on(out_features: int, most: int, device: torch.device) -> Tensor:
+    return sampled_rows(out_features, most).to(device)
 
 
 def sampled_rows(out_features: int, most: int = SAMPLED_ROWS) -> Tensor:
@@ -94,7 +99,8 @@ def part_of(plan: LinearPlan, number_format: NumberFormat) -> Callable[[Sequence
 
 
 def _drawn(number_format: Trellis, damping: float, linears: Sequence[Sampled]) -> list[Tensor]:
-    return [drawn_errors(one.weight_SI, damped_hessian(one.statistics, damping), number_format) for one in linears]
+    weights = [one.weight_SI for one in linears]
+    return drawn_errors(weights, [damped_hessian(one.statistics, damping) for one in linears], number_format)
 
 
 def _of_rounding(number_format: NumberFormat, rounding: Rounding, linears: Sequence[Sampled]) -> list[Tensor]:

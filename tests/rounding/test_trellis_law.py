@@ -36,7 +36,7 @@ def loss(error_OI: torch.Tensor, damped: DampedHessian) -> float:
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_they_cost_what_the_errors_of_a_search_cost(damped, bits):
     weight_OI = normal()
-    drawn_OI = drawn_errors(weight_OI, damped, Trellis(bits))
+    (drawn_OI,) = drawn_errors([weight_OI], [damped], Trellis(bits))
     searched_OI = weight_OI - ldlq(weight_OI, damped, Trellis(bits)).dequantize()
     # Feedback is stronger than in rotated models, where the two differ by 2 %, as does the chance of 12288 errors.
     assert loss(drawn_OI, damped) == pytest.approx(loss(searched_OI, damped), rel=0.08)
@@ -46,13 +46,22 @@ def test_they_cost_what_the_errors_of_a_search_cost(damped, bits):
 
 
 def test_they_are_in_the_unit_of_the_weight_and_nothing_where_it_is_zero(damped):
-    large, small = (drawn_errors(normal(size), damped, Trellis(2)) for size in (50.0, 1.0))
+    large, small, nothing = drawn_errors([normal(size) for size in (50.0, 1.0, 0.0)], [damped] * 3, Trellis(2))
     torch.testing.assert_close(large, 50 * small, rtol=1e-4, atol=1e-3)
-    assert not drawn_errors(normal(0.0), damped, Trellis(2)).any()
+    assert not nothing.any()
+
+
+def test_linears_taken_at_once_have_the_errors_of_each_alone(damped):
+    other = DampedHessian(damped.hessian_II.flip(0, 1).contiguous())
+    weights, hessians = [normal(), normal(3.0)[:, torch.randperm(COLUMNS)]], [damped, other]
+    together = drawn_errors(weights, hessians, Trellis(2))
+    alone = [drawn_errors([one], [its], Trellis(2))[0] for one, its in zip(weights, hessians, strict=True)]
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_formats_get_the_same_draws(damped):
-    of_two, of_three = (drawn_errors(normal(), damped, Trellis(bits)).flatten() for bits in (2, 3))
+    of_two, of_three = (drawn_errors([normal()], [damped], Trellis(bits))[0].flatten() for bits in (2, 3))
     assert torch.corrcoef(torch.stack((of_two, of_three)))[0, 1] > 0.9
 
 

@@ -46,7 +46,7 @@ def test_trellis_codes_of_rotated_weights_are_not_searched(device, monkeypatch):
     expected = [one.weight_SI - Int(4, 16).quantize(one.weight_SI).dequantize() for one in site]
     monkeypatch.setattr(Ldlq, "round_together", lambda _, weights, *rest: [Int(4, 16).quantize(w) for w in weights])
     for one, (drawn, rounded), error in zip(site, errors_of(site, [Trellis(2), Int(4, 16)]), expected, strict=True):
-        law = drawn_errors(one.weight_SI, damped_hessian(one.statistics, 0.1), Trellis(2))
+        (law,) = drawn_errors([one.weight_SI], [damped_hessian(one.statistics, 0.1)], Trellis(2))
         assert torch.equal(drawn, law)
         assert torch.equal(rounded, error)
 
