@@ -29,11 +29,11 @@ class NonFiniteError(ValueError):
     """A tensor to be quantized holds NaN or infinities; the message says how many of each."""
 
 
-def check_finite(x: Tensor) -> None:
-    """Raise NonFiniteError unless every element is finite. Synchronizes with the device."""
-    if not torch.isfinite(x).all():
-        nans, infinities = int(x.isnan().sum()), int(x.isinf().sum())
-        raise NonFiniteError(f"{nans} NaN and {infinities} infinite of {x.numel()} values")
+def check_finite(*tensors: Tensor) -> None:
+    """Raise NonFiniteError unless every element of all tensors is finite. Synchronizes with their device, once."""
+    if not torch.stack([torch.isfinite(x).all() for x in tensors]).all():
+        nans, infinities = (sum(int(is_one(x).sum()) for x in tensors) for is_one in (torch.isnan, torch.isinf))
+        raise NonFiniteError(f"{nans} NaN and {infinities} infinite of {sum(x.numel() for x in tensors)} values")
 
 
 def require_block_size(value: Any, kind: str) -> None:

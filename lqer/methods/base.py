@@ -10,7 +10,7 @@ of `Method`, in a file of its own, says where. With an asymmetric target W stand
 Each step sees what the other one stores. Where the plan has a rotation, W and H are those of the rotated linear, and so
 are W_q, A and B. A method never sees a path, a configuration, a device map or another layer.
 
-Shapes: I in_features, O out_features, R rank.
+Shapes: I in_features, O out_features, R rank, L linears.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from lqer.lowrank.solver import Solver, reconstruct
 from lqer.methods.asymmetric import asymmetric_target
 from lqer.methods.inputs import InputRounding
 from lqer.rounding import Nearest, Rounding
+from lqer.rounding.stack import stacked
 from lqer.statistics import Hessian, Mismatch, Statistic
 from lqer.statistics.site import SiteStatistics, derive
 from lqer.transforms import LinearTransform, Rotation
+from lqer.transforms.base import rotation_on
 
 # Of one input site, by kind.
 Statistics = Mapping[str, Tensor]
@@ -232,20 +234,23 @@ class Method(Component, family="method"):
 
         weight_OI: of any float dtype. Where the plan is asymmetric, its target W* takes the weight's place.
         """
-        weight_OI = weight_OI.to(torch.float32)
-        rotation = None
+        (found,) = self.targets([weight_OI], [statistics], plan)
+        return found
+
+    def targets(self, weights: Sequence[Tensor], statistics: Sequence[Statistics], plan: LinearPlan) -> list[Target]:
+        """`target` of several weights of one shape, each with its own statistics."""
+        weights, rotation = [weight_OI.to(torch.float32) for weight_OI in weights], None
         if plan.transform is not None or plan.asymmetric:
             # Check first: a rotation or a product would spread one NaN over the whole row.
-            check_finite(weight_OI)
+            check_finite(*weights)
         if plan.transform is not None:
-            out_features, in_features = weight_OI.shape
-            rotation = plan.transform.rotation(out_features, in_features, plan.seed)
-            weight_OI = rotation.weight(weight_OI)
-            statistics = derive(statistics, _rotated, plan.transform, in_features, plan.seed, self._needed(plan))
-        if plan.asymmetric:
-            moments = statistics["hessian"], statistics["mismatch"]
-            weight_OI = asymmetric_target(weight_OI, *moments, plan.asymmetric)
-        return Target(weight_OI, statistics, rotation)
+            (out_features, in_features), device = weights[0].shape, weights[0].device
+            rotation = rotation_on(plan.transform, out_features, in_features, plan.seed, device)
+            weights = [*rotation.weight(stacked(weights))]
+            of_inputs = rotation_on(plan.transform, 1, in_features, plan.seed, device)
+            statistics = [derive(its, _rotated, of_inputs, self._needed(plan)) for its in statistics]
+        found = [Target(weight_OI, its, rotation) for weight_OI, its in zip(weights, statistics, strict=True)]
+        return found if not plan.asymmetric else [_asymmetric(target, plan.asymmetric) for target in found]
 
     def quantize_linear(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
         """Round a weight and, at a rank above 0, fit low-rank factors to the error.
@@ -267,7 +272,7 @@ class Method(Component, family="method"):
 
         Only of a plan that `takes_several`.
         """
-        targets = [self.target(one_OI, its, plan) for one_OI, its in zip(weights, statistics, strict=True)]
+        targets = self.targets(weights, statistics, plan)
         its = [target.statistics for target in targets]
         rounded = plan.rounding.round_together([target.weight_OI for target in targets], its, plan.weight)
         return [
@@ -307,11 +312,14 @@ class Method(Component, family="method"):
         return reconstruct_rounded(error_OI, self.metric(weight_OI, statistics), plan)
 
 
-def _rotated(
-    statistics: Statistics, transform: LinearTransform, in_features: int, seed: int, needed: frozenset[Statistic]
-) -> SiteStatistics:
-    """The statistics of rotated inputs; the inputs' rotation does not depend on the linear's outputs."""
-    return SiteStatistics(transform.rotation(1, in_features, seed).statistics(statistics, needed))
+def _rotated(statistics: Statistics, rotation: Rotation, needed: frozenset[Statistic]) -> SiteStatistics:
+    """The statistics of rotated inputs; their rotation does not depend on the linear's outputs."""
+    return SiteStatistics(rotation.statistics(statistics, needed))
+
+
+def _asymmetric(target: Target, strength: float) -> Target:
+    moments = target.statistics["hessian"], target.statistics["mismatch"]
+    return replace(target, weight_OI=asymmetric_target(target.weight_OI, *moments, strength))
 
 
 class RoundingOnly(Method):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lqer.formats import NumberFormat
 from lqer.transforms import LinearTransform
+from lqer.transforms.base import rotation_on
 
 
 @dataclass(frozen=True)
@@ -36,5 +37,5 @@ class InputRounding:
         if self.transform is None:
             return self.activation.fake_quantize(x_NI)
         # The input's rotation does not depend on the linear's outputs.
-        rotation = self.transform.rotation(1, x_NI.shape[-1], self.seed)
+        rotation = rotation_on(self.transform, 1, x_NI.shape[-1], self.seed, x_NI.device)
         return rotation.inverse_input(self.activation.fake_quantize(rotation.input(x_NI)).to(torch.float32))

@@ -334,10 +334,16 @@ def embed(opened: OpenedModel, batches: Sequence[Tensor], beside: Sequence[Mappi
 
 def refuse_non_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ModelError, naming the parameter and its dtype, if one holds NaN or infinities."""
+    # Asked for at once: each answer waits for a GPU, and a block of experts has many parameters.
+    dtypes, are_finite = dict[str, torch.dtype](), list[Tensor]()
     for name, parameter in parameters:
-        if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            raise ModelError(f"model: {name} holds NaN or infinities (in {dtype})")
+        if not parameter.is_meta and parameter.is_floating_point():
+            dtypes[name] = parameter.dtype
+            are_finite.append(torch.isfinite(parameter).all())
+    answers = torch.stack([answer.to(are_finite[0].device) for answer in are_finite]).tolist() if are_finite else []
+    for (name, dtype), is_finite in zip(dtypes.items(), answers, strict=True):
+        if not is_finite:
+            raise ModelError(f"model: {name} holds NaN or infinities (in {str(dtype).removeprefix('torch.')})")
 
 
 def _inputs(

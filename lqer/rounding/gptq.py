@@ -89,8 +89,7 @@ def gptq_together(
     scales: Scales = "minmax",
 ) -> list[QuantizedTensor]:
     """`gptq` of several weights of one shape, first to last column, each under the Hessian at its place."""
-    for weight_OI in weights:
-        check_finite(weight_OI)
+    check_finite(*weights)
     weights = [_without_dead(weight_OI, damped) for weight_OI, damped in zip(weights, hessians, strict=True)]
     upper_EII = stacked([damped.derived(feedback_factor, False)[0] for damped in hessians])
     importance_EI = importance(scales, upper_EII.diagonal(dim1=1, dim2=2).pow(-2))

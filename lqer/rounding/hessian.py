@@ -48,12 +48,13 @@ class DampedHessian(Source):
             raise ValueError(f"a hessian is square, found shape {tuple(given_II.shape)}")
         if damping < 0:
             raise ValueError(f"damping {damping!r} is negative")
-        infinite = sum((~given_II[rows].isfinite()).sum() for rows in panels(len(given_II)))
+        diagonal_I = given_II.diagonal().to(torch.float64)
+        # Asked for at once: each question waits for a GPU.
+        infinite, least = torch.stack((_infinite(given_II), diagonal_I.min())).tolist()
         if infinite:
             raise NonFiniteError(f"the hessian holds {int(infinite)} values that are not finite")
-        diagonal_I = given_II.diagonal().to(torch.float64)
-        if (diagonal_I < 0).any():
-            raise HessianError(f"the hessian has the negative diagonal entry {float(diagonal_I.min()):g}")
+        if least < 0:
+            raise HessianError(f"the hessian has the negative diagonal entry {least:g}")
         zero_I = diagonal_I == 0
         alive = (~zero_I).sum()
         self.mean = torch.where(alive > 0, diagonal_I.sum() / alive, 1.0)
@@ -127,6 +128,12 @@ class DampedHessian(Source):
         """Only a factorization tells the damping."""
         if not self._is_factored:
             _ = self.cholesky_II
+
+
+def _infinite(x_II: Tensor) -> Tensor:
+    """How many values are not finite, float64."""
+    counts = [(~x_II[rows].isfinite()).sum() for rows in panels(len(x_II))]
+    return torch.stack(counts).sum().to(torch.float64)
 
 
 def damp(hessian_II: Tensor, damping: float = DAMPING) -> DampedHessian:

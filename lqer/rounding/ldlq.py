@@ -88,8 +88,7 @@ def ldlq_together(
     scales: Scales = "minmax",
 ) -> list[QuantizedTensor]:
     """`ldlq` of several weights of one shape, in blocks of a vector, each under the Hessian at its place."""
-    for weight_OI in weights:
-        check_finite(weight_OI)
+    check_finite(*weights)
     weight_IEO, block = side_by_side([weight_OI.to(torch.float32) for weight_OI in weights]), number_format.vector_size
     groups, codes, _ = _sweep(weight_IEO, hessians, number_format, block, static_groups, scales)
     return groups.finish(_in_order(codes))

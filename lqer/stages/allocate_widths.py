@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from typing import ClassVar
 
 import torch
@@ -50,10 +50,12 @@ from lqer.stages.calibrate import Calibrate
 from lqer.stages.gather import BlockStatistics
 from lqer.stages.rotate import Rotate, source_of
 from lqer.stages.width_errors import EXPERT_ROWS, SAMPLED_ROWS, Sampled, errors_of
+from lqer.statistics.site import SiteStatistics
 from lqer.store.names import block_file, sites_file
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms import Rotation
+from lqer.transforms.base import rotation_on
 
 WINDOWS = 8  # of the calibration text, that gradients are taken on
 
@@ -153,16 +155,30 @@ def _sampled(run: BackwardRun, statistics: BlockStatistics, plans: Plans) -> Ite
     batches = with_statistics(batches_of(planned, statistics, plans, shapes, device), statistics, device)
     for _, members in groupby(batches, key=lambda batch: id(batch[0][1])):
         found = []
-        for name, site in chain.from_iterable(members):
+        for batch in members:
+            name, _ = batch[0]
             plan, most = plans[name], SAMPLED_ROWS if statistics.routed_tokens(name) is None else EXPERT_ROWS
             assert plan is not None
-            weight_OI = linears[name].weight.detach().to(device, torch.float32)
-            try:
-                check_finite(weight_OI)
-                found.append(Sampled.of(name, plan, plan.method.target(weight_OI, site, plan), most))
-            except (NonFiniteError, HessianError) as error:
-                raise ModelError(f"{name}: {error}") from None
+            weights = [linears[name].weight.detach().to(device, torch.float32) for name, _ in batch]
+            found += _sampled_rows(batch, weights, plan, most)
         yield found
+
+
+def _sampled_rows(
+    batch: Sequence[tuple[str, SiteStatistics]], weights: Sequence[Tensor], plan: LinearPlan, most: int
+) -> list[Sampled]:
+    """Of linears of one shape and plan. Raises ModelError, naming the linear."""
+    try:
+        check_finite(*weights)
+        targets = plan.method.targets(weights, [site for _, site in batch], plan)
+    except (NonFiniteError, HessianError) as error:
+        if len(batch) == 1:
+            raise ModelError(f"{batch[0][0]}: {error}") from None
+        # One of them; alone it is named.
+        for one, weight_OI in zip(batch, weights, strict=True):
+            _sampled_rows([one], [weight_OI], plan, most)
+        raise
+    return [Sampled.of(name, plan, target, most) for (name, _), target in zip(batch, targets, strict=True)]
 
 
 @in_phase("round")
@@ -353,7 +369,7 @@ def fixed_bits(
         if name not in choices:
             bits += weight_bits(plan.weight, out_features, in_features)
         if plan.transform is not None:
-            bits += plan.transform.rotation(out_features, in_features, plan.seed).bits
+            bits += rotation_on(plan.transform, out_features, in_features, plan.seed, torch.device("cpu")).bits
         if not (optional_rank and name in choices):
             bits += branch_bits(plan, out_features, in_features)
     return bits

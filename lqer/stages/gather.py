@@ -225,6 +225,7 @@ def _observe(
 
 def _results(run: BlockRun, observer: SiteObserver) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    are_finite: dict[str, list[Tensor]] = {}
     for site, accumulators in observer.accumulators.items():
         full_name = f"{run.name}.{site}"
         for kind in list(accumulators):
@@ -232,14 +233,24 @@ def _results(run: BlockRun, observer: SiteObserver) -> dict[str, Tensor]:
             with phase("statistics"):
                 tensor = accumulators.pop(kind).result()
             # The means are over all tokens, so that a sample on the CPU need not be searched.
-            if kind != Sample.kind and not torch.isfinite(tensor).all():
-                dtype = str(run.hidden.states_WTD.dtype).removeprefix("torch.")
-                raise ModelError(
-                    f"the calibration inputs of {full_name} hold NaN or infinities, although the weights are finite: "
-                    f"activations in {dtype} overflow; use another dtype"
-                )
+            if kind != Sample.kind:
+                are_finite.setdefault(full_name, []).append(torch.isfinite(tensor).all())
             tensors[f"{full_name}.{kind}"] = run.hidden.offload.kept(tensor)
+    _require_finite(run, are_finite)
     return tensors
+
+
+def _require_finite(run: BlockRun, are_finite: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise ModelError unless all of each site's answers are yes; they are asked for once, which waits for a GPU."""
+    by_site = {site: torch.stack(tuple(answers)).all() for site, answers in are_finite.items()}
+    answers = torch.stack([*by_site.values()]).tolist() if by_site else []
+    for site, is_finite in zip(by_site, answers, strict=True):
+        if not is_finite:
+            dtype = str(run.hidden.states_WTD.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"the calibration inputs of {site} hold NaN or infinities, although the weights are finite: "
+                f"activations in {dtype} overflow; use another dtype"
+            )
 
 
 def within_block(roundings: InputRoundings, block: str) -> InputRoundings:

@@ -28,7 +28,7 @@ from lqer.nn.experts import Experts, count, experts_of, routes, run_expert
 from lqer.stages.observe import OriginalBatch, SiteObserver
 from lqer.statistics import Gang, Statistic
 from lqer.statistics.gang import add_up
-from lqer.statistics.sample import spread_indices
+from lqer.statistics.sample import evenly_spread, spread_indices
 from lqer.transforms.tracing import watched_inputs
 
 # After the name of a module of experts: int64 (E,), how many tokens of the text were sent to each.
@@ -122,7 +122,7 @@ class ExpertObserver:
             kept = _joined(layer.kept)
             size = len(kept.x_ND)
             for index in starved:
-                others_N = spread_indices(0, size, size, lacking[index]).to(kept.x_ND.device)
+                others_N = evenly_spread(min(lacking[index], size), size, kept.x_ND.device)
                 self._observe(layer, index, kept.at(others_N), part_of=size)
         return {f"{layer.name}.{ROUTED_TOKENS}": layer.routed_E for layer in self._layers}
 

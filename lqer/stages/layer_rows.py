@@ -44,7 +44,11 @@ def layer_row(
     name: str, weight_OI: Tensor, rounded_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """One row of layers.csv; bits are totals here, of everything that is stored for the linear's weight."""
-    effective_OI = weight.effective_weight()
+    sample = statistics["sample"]
+    before = after = weight_error(weight_OI, rounded_OI), output_error(weight_OI, rounded_OI, sample)
+    if weight.low_rank is not None:
+        effective_OI = weight.effective_weight()
+        after = weight_error(weight_OI, effective_OI), output_error(weight_OI, effective_OI, sample)
     return {
         "name": name,
         "out_features": weight_OI.shape[0],
@@ -60,8 +64,8 @@ def layer_row(
         "solver_gap": weight.low_rank.gap if weight.low_rank else None,
         "step_errors": list(weight.errors),
         "damping_raises": weight.damping_raises,
-        "weight_error_before": weight_error(weight_OI, rounded_OI),
-        "weight_error": weight_error(weight_OI, effective_OI),
-        "output_error_before": output_error(weight_OI, rounded_OI, statistics["sample"]),
-        "output_error": output_error(weight_OI, effective_OI, statistics["sample"]),
+        "weight_error_before": before[0],
+        "weight_error": after[0],
+        "output_error_before": before[1],
+        "output_error": after[1],
     }

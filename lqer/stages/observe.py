@@ -24,7 +24,7 @@ from lqer.models.walker import BlockRun
 from lqer.nn.experts import experts_of
 from lqer.phases import in_phase
 from lqer.statistics import Accumulator, Gang, Statistic
-from lqer.statistics.sample import spread_indices
+from lqer.statistics.sample import evenly_spread, spread_indices
 from lqer.store.offload import Offload
 from lqer.transforms.tracing import watched_inputs
 
@@ -127,7 +127,7 @@ class SiteObserver:
         original_NI = self._original.input(linear, x)
         weights_N = self._original.weights.get(linear)
         if len(x_NI) not in self._sampled_of:
-            self._sampled_of[len(x_NI)] = self._sampled_among(len(x_NI)).to(x.device)
+            self._sampled_of[len(x_NI)] = self._sampled_among(len(x_NI), x.device)
         # Whatever precision the process chose for the model's own products.
         with full_float32():
             for statistic in self._statistics:
@@ -154,9 +154,9 @@ class SiteObserver:
                 for statistic in self._statistics
             }
 
-    def _sampled_among(self, rows: int) -> Tensor:
+    def _sampled_among(self, rows: int, device: torch.device) -> Tensor:
         """Which of a batch's tokens are in the sample; of some of its tokens as many as of the whole, at least one."""
         if self._part_of is None:
-            return spread_indices(self._first_token, rows, self._tokens, self._sampled)
+            return spread_indices(self._first_token, rows, self._tokens, self._sampled).to(device)
         share = -(-self._sampled * self._part_of // self._tokens)
-        return spread_indices(0, rows, rows, min(share, rows))
+        return evenly_spread(min(share, rows), rows, device)

@@ -48,6 +48,10 @@ def spread_indices(first_token: int, count: int, tokens: int, sampled: int) -> T
 
     The choice depends only on a token's position in the whole text, so it is the same for every batch size.
     """
-    sampled = min(sampled, tokens)
-    indices = torch.arange(sampled) * tokens // sampled - first_token
+    indices = evenly_spread(min(sampled, tokens), tokens) - first_token
     return indices[(indices >= 0) & (indices < count)]
+
+
+def evenly_spread(sampled: int, tokens: int, device: torch.device | None = None) -> Tensor:
+    """So many of the tokens, spread evenly; made where it is needed, since a copy would wait for a GPU."""
+    return torch.arange(sampled, device=device) * tokens // sampled

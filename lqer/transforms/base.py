@@ -19,8 +19,10 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from lqer.components import Component
@@ -67,7 +69,7 @@ class Rotation(ABC):
 
     @abstractmethod
     def weight(self, weight_OI: Tensor) -> Tensor:
-        """W' = U W Vᵀ."""
+        """W' = U W Vᵀ, of several weights (.., O, I) each."""
 
     @abstractmethod
     def inverse_weight(self, weight_OI: Tensor) -> Tensor:
@@ -97,7 +99,11 @@ class Rotation(ABC):
     def pack(self) -> dict[str, Tensor]:
         """The tensors to store; the inverse of `LinearTransform.unpack`."""
 
-    @property
+    def on(self, device: torch.device) -> Rotation:
+        """The same with its tensors on a device; by default they stay where they are."""
+        return self
+
+    @cached_property
     def bits(self) -> int:
         """Bits of the stored tensors."""
         return sum(part.numel() * part.element_size() * 8 for part in self.pack().values())
@@ -134,6 +140,15 @@ class LinearTransform(Transform):
     def statistics(self, needed: Collection[Statistic]) -> frozenset[Statistic]:
         """The statistics of the inputs from which `needed` follow for the rotated inputs."""
         return frozenset(source for statistic in needed if (source := statistic.rotates_from) is not None)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def rotation_on(
+    transform: LinearTransform, out_features: int, in_features: int, seed: int, device: torch.device
+) -> Rotation:
+    """The rotation of every linear of that shape, on a device: an expert's signs take longer to draw than to apply."""
+    return transform.rotation(out_features, in_features, seed).on(device)
 
 
 def unsupported_order(transforms: Sequence[Transform]) -> str | None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class RandomHadamard(Rotation):
     output_signs_O: Tensor
 
     def weight(self, weight_OI: Tensor) -> Tensor:
-        return _randomized(_randomized(weight_OI, self.input_signs_I).T, self.output_signs_O).T.contiguous()
+        return _randomized(_randomized(weight_OI, self.input_signs_I).mT, self.output_signs_O).mT.contiguous()
 
     def inverse_weight(self, weight_OI: Tensor) -> Tensor:
         return _inverse_randomized(
@@ -78,9 +78,18 @@ class RandomHadamard(Rotation):
         """The same signs in another dtype."""
         return RandomHadamard(self.input_signs_I.to(dtype), self.output_signs_O.to(dtype))
 
+    def on(self, device: torch.device) -> RandomHadamard:
+        return RandomHadamard(self.input_signs_I.to(device), self.output_signs_O.to(device))
+
     def pack(self) -> dict[str, Tensor]:
-        """Signs as a bit each, uint8, 1 for -1; as they are where fine-tuning has moved them."""
-        return {"input_signs": _pack_signs(self.input_signs_I), "output_signs": _pack_signs(self.output_signs_O)}
+        """Signs as a bit each, uint8, 1 for -1; as they are where fine-tuning has moved them. On the CPU."""
+        # Files hold no tensor twice, and linears share a rotation.
+        return {name: packed.clone() for name, packed in self._packed.items()}
+
+    @cached_property
+    def _packed(self) -> dict[str, Tensor]:
+        signs = {"input_signs": self.input_signs_I, "output_signs": self.output_signs_O}
+        return {name: _pack_signs(of_one.cpu()) for name, of_one in signs.items()}
 
 
 def random_hadamard(out_features: int, in_features: int, seed: int) -> RandomHadamard:

@@ -28,9 +28,12 @@ class Seen:
     def now(cls, tensor: Tensor) -> Seen:
         return cls(tensor, tensor._version)
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        return (self.tensor.data_ptr(), self.tensor.shape, self.tensor.stride(), self.version)
+
     def same(self, other: Seen) -> bool:
-        a, b = self.tensor, other.tensor
-        return (a.data_ptr(), a.shape, a.stride(), self.version) == (b.data_ptr(), b.shape, b.stride(), other.version)
+        return self.identity == other.identity
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,10 @@ class Trace:
 
     def sites(self) -> list[tuple[str, ...]]:
         """The linears in the order of their calls, grouped by the tensor they are called with."""
-        groups: list[tuple[Seen, list[str]]] = []
+        groups: dict[object, list[str]] = {}
         for name, seen in self.inputs.items():
-            names = next((names for first, names in groups if first.same(seen)), None)
-            if names is None:
-                groups.append((seen, [name]))
-            else:
-                names.append(name)
-        return [tuple(names) for _, names in groups]
+            groups.setdefault(seen.identity, []).append(name)
+        return [tuple(names) for names in groups.values()]
 
     def norms_before(self, linear: str) -> list[str]:
         """The norms whose output is the linear's input."""
