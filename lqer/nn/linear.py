@@ -98,20 +98,20 @@ class HadamardLinear(nn.Module):
         return run_rotated(x, self.rotation, self.bias, self.inner)
 
 
-def output_error(weight_OI: Tensor, quantized_OI: Tensor, sample_SI: Tensor) -> float:
-    """|| (W − Ŵ) x ||² / || W x ||² summed over the sampled inputs (float32; 0 where W x is 0 throughout)."""
+def output_error(weight_OI: Tensor, quantized_OI: Tensor, sample_SI: Tensor) -> Tensor:
+    """|| (W − Ŵ) x ||² / || W x ||² summed over the sampled inputs, float32 (); 0 where W x is 0 throughout."""
     sample_SI = sample_SI.to(weight_OI)
     reference = (sample_SI @ weight_OI.T).square().sum()
     error = (sample_SI @ (weight_OI - quantized_OI).T).square().sum()
-    return float(_ratio(error, reference))
+    return _ratio(error, reference)
 
 
-def weight_error(weight_OI: Tensor, quantized_OI: Tensor) -> float:
-    """|| W − Ŵ ||_F / || W ||_F (0 for a zero weight)."""
+def weight_error(weight_OI: Tensor, quantized_OI: Tensor) -> Tensor:
+    """|| W − Ŵ ||_F / || W ||_F, float32 (); 0 for a zero weight."""
     norm = torch.linalg.vector_norm(weight_OI)
-    return float(_ratio(torch.linalg.vector_norm(weight_OI - quantized_OI), norm))
+    return _ratio(torch.linalg.vector_norm(weight_OI - quantized_OI), norm)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """Part / whole, 0 where the whole is 0: told apart where they are, since a question would wait for a GPU."""
+    """0 where the whole is 0, which is told apart on the device: a question would wait for a GPU."""
     return (part / whole).where(whole > 0, 0.0)

@@ -232,7 +232,7 @@ def _results(run: BlockRun, observer: SiteObserver) -> dict[str, Tensor]:
             # Sums in float64 are dropped one by one: all of them beside all results may be more than a GPU holds.
             with phase("statistics"):
                 tensor = accumulators.pop(kind).result()
-            # The means are over all tokens, so that a sample on the CPU need not be searched.
+            # The means are over all tokens, so that a sample need not be searched.
             if kind != Sample.kind:
                 are_finite.setdefault(full_name, []).append(torch.isfinite(tensor).all())
             tensors[f"{full_name}.{kind}"] = run.hidden.offload.kept(tensor)

@@ -5,9 +5,10 @@ Shapes: I in_features, O out_features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lqer.lowrank.exact import singular_values
@@ -43,7 +44,10 @@ def spectra(name: str, weight_OI: Tensor, rounded_OI: Tensor, statistics: Mappin
 def layer_row(
     name: str, weight_OI: Tensor, rounded_OI: Tensor, weight: QuantizedWeight, statistics: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """One row of layers.csv; bits are totals here, of everything that is stored for the linear's weight."""
+    """One row of layers.csv; bits are totals here, of everything that is stored for the linear's weight.
+
+    Errors are scalars on the device still (`with_numbers`).
+    """
     sample = statistics["sample"]
     before = after = weight_error(weight_OI, rounded_OI), output_error(weight_OI, rounded_OI, sample)
     if weight.low_rank is not None:
@@ -69,3 +73,13 @@ def layer_row(
         "output_error_before": before[1],
         "output_error": after[1],
     }
+
+
+def with_numbers(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with numbers in the place of scalars, asked for at once: each question waits for a GPU."""
+    found = [dict(row) for row in rows]
+    places = [(row, key) for row in found for key, value in row.items() if isinstance(value, Tensor)]
+    numbers = torch.stack([row[key] for row, key in places]).tolist() if places else []
+    for (row, key), number in zip(places, numbers, strict=True):
+        row[key] = number
+    return found

@@ -11,7 +11,7 @@ Shapes: I in_features, O out_features, S sampled tokens, K = min(I, O).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, ClassVar, Literal
 
@@ -45,7 +45,7 @@ from lqer.stages.block_work import (
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gang import GangStage
 from lqer.stages.gather import BlockStatistics, StatisticsOf
-from lqer.stages.layer_rows import layer_row, rounded_alone, spectra
+from lqer.stages.layer_rows import layer_row, rounded_alone, spectra, with_numbers
 from lqer.stages.observe import InputRoundings
 from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.rotate import source_of
@@ -304,7 +304,7 @@ def _quantize_ours(
             batch, weights, _quantize_batch(work, batch, weights, plan), strict=True
         ):
             found.add(_written(work, full_name, site, weight_OI, weight, plan, statistics.routed_tokens(full_name)))
-    return found
+    return replace(found, rows=with_numbers(found.rows))
 
 
 @in_phase("read")

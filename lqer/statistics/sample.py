@@ -27,7 +27,7 @@ class SampleAccumulator:
         self._rows_SI = [rows_SI for of_rank in gang.gathered(self._rows_SI) for rows_SI in of_rank]
 
     def result(self) -> Tensor:
-        return torch.cat(self._rows_SI).cpu()
+        return torch.cat(self._rows_SI)
 
 
 @dataclass(frozen=True)

@@ -414,7 +414,7 @@ def test_the_result_of_a_block_transform_is_stored_and_runs(random_model, letter
     x_TI = inputs_of_block(model, 0, text.windows_WT)["mlp.gate_proj"] / SCALE_I
     weight_OI = model.model.layers[0].mlp.gate_proj.weight.detach() * SCALE_I
     row = next(row for row in found.json(layers_file(0)) if row["name"].endswith("gate_proj"))
-    expected = output_error(weight_OI, MXInt(bits=3).fake_quantize(weight_OI), x_TI)
+    expected = float(output_error(weight_OI, MXInt(bits=3).fake_quantize(weight_OI), x_TI))
     assert row["output_error_before"] == pytest.approx(expected, rel=1e-4)
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
 
