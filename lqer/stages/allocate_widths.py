@@ -68,7 +68,7 @@ class MeasureWidths(Stage):
     """What every format adds to the loss in every linear that has a choice."""
 
     name: ClassVar[str] = "widths"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     model: ModelSource | Rotate
     calibration: Calibrate
