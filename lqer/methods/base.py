@@ -10,7 +10,7 @@ of `Method`, in a file of its own, says where. With an asymmetric target W stand
 Each step sees what the other one stores. Where the plan has a rotation, W and H are those of the rotated linear, and so
 are W_q, A and B. A method never sees a path, a configuration, a device map or another layer.
 
-Shapes: I in_features, O out_features, R rank, L linears.
+Shapes: I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from lqer.lowrank.solver import Solver, reconstruct
 from lqer.methods.asymmetric import asymmetric_target
 from lqer.methods.inputs import InputRounding
 from lqer.rounding import Nearest, Rounding
-from lqer.rounding.stack import stacked
 from lqer.statistics import Hessian, Mismatch, Statistic
 from lqer.statistics.site import SiteStatistics, derive
 from lqer.transforms import LinearTransform, Rotation
@@ -246,7 +245,7 @@ class Method(Component, family="method"):
         if plan.transform is not None:
             (out_features, in_features), device = weights[0].shape, weights[0].device
             rotation = rotation_on(plan.transform, out_features, in_features, plan.seed, device)
-            weights = [*rotation.weight(stacked(weights))]
+            weights = [rotation.weight(weight_OI) for weight_OI in weights]
             of_inputs = rotation_on(plan.transform, 1, in_features, plan.seed, device)
             statistics = [derive(its, _rotated, of_inputs, self._needed(plan)) for its in statistics]
         found = [Target(weight_OI, its, rotation) for weight_OI, its in zip(weights, statistics, strict=True)]

@@ -69,7 +69,7 @@ class Rotation(ABC):
 
     @abstractmethod
     def weight(self, weight_OI: Tensor) -> Tensor:
-        """W' = U W Vᵀ, of several weights (.., O, I) each."""
+        """W' = U W Vᵀ."""
 
     @abstractmethod
     def inverse_weight(self, weight_OI: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class RandomHadamard(Rotation):
     output_signs_O: Tensor
 
     def weight(self, weight_OI: Tensor) -> Tensor:
-        return _randomized(_randomized(weight_OI, self.input_signs_I).mT, self.output_signs_O).mT.contiguous()
+        return _randomized(_randomized(weight_OI, self.input_signs_I).T, self.output_signs_O).T.contiguous()
 
     def inverse_weight(self, weight_OI: Tensor) -> Tensor:
         return _inverse_randomized(
