@@ -1,6 +1,6 @@
 """Device functions that multiply four-bit integer groups (groups.py) with 17 tokens and more.
 
-A strip of 256 columns is decoded to the dtype of the tokens in registers, as the operand of wgmma that comes from
+Half a strip, 128 columns, is decoded to the dtype of the tokens in registers, as the operand of wgmma that comes from
 there; tokens are shared by all rows of a program, in shared memory. A product (u - z) s is rounded once, as in
 emulation. A float16 scale is no bfloat16, so it is the sum of two: (u - z) s_low is rounded, and (u - z) s_high + that
 once more, which differs from rounding once only next to ties.
@@ -11,8 +11,8 @@ scales and zero points are loaded as whole words, which also lets Triton copy th
 Decoded columns are in the order of the tensor core's operand: column 8 t + 2 p + e of a step of 32, which lane t holds
 in field p of a word, is its column 8 p + 2 t + e. `order_steps` brings tokens into that order.
 
-Shapes: M tokens, O rows of W, G row groups of 16, W words of a row in a strip, P groups of a strip, C columns of
-it, F words of zero points, H rows g and g + 8 of a row group.
+Shapes: M tokens, O rows of W, G row groups of 16, W words of a row in half a strip, P groups of it, C
+columns of it, F words of zero points, H rows g and g + 8 of a row group.
 """
 
 import triton
@@ -24,8 +24,9 @@ from lqer.kernels.groups import STRIP, GroupLayout
 from lqer.kernels.runtime import INTERPRETED
 
 BITS = 4
-WORDS = STRIP * BITS // 32  # of a row
-WORDS_C, STRIP_C = tl.constexpr(WORDS), tl.constexpr(STRIP)
+COLUMNS = STRIP // 2
+WORDS = COLUMNS * BITS // 32  # of a row in half a strip
+WORDS_C, COLUMNS_C = tl.constexpr(WORDS), tl.constexpr(COLUMNS)
 # Two numbers whose last mantissa bits take a code: by whether they are bfloat16, else float16.
 NUMBERS = {False: 0x64006400, True: 0x43004300}
 
@@ -34,6 +35,11 @@ NUMBERS = {False: 0x64006400, True: 0x43004300}
 def is_exact(layout: GroupLayout, bfloat: bool) -> bool:
     """Whether scales are numbers of the tokens' dtype."""
     return layout.bfloat == bfloat
+
+
+@triton.constexpr_function
+def groups_of_half(layout: GroupLayout) -> int:
+    return max(1, layout.groups // 2)
 
 
 @triton.constexpr_function
@@ -87,45 +93,61 @@ def order_steps(x_MT):
 
 
 @triton.jit
-def load_strip_words(words, rows_O, strip, layout: tl.constexpr):
-    """int32 [O, W]: of both halves of the strip, word 4 t + step of each."""
-    base_O = (rows_O // ROWS_C * layout.strips + strip) * (ROWS_C * WORDS_C) + rows_O % ROWS_C * (WORDS_C // 2)
-    words_W = tl.arange(0, WORDS_C)
-    place_W = words_W // (WORDS_C // 2) * (ROWS_C * WORDS_C // 2) + words_W % (WORDS_C // 2)
-    return tl.load(words + base_O[:, None] + place_W[None, :])
+def load_words(words, rows_O, strip, half, layout: tl.constexpr):
+    """int32 [O, W]: word 4 t + step of half a strip."""
+    base_O = ((rows_O // ROWS_C * layout.strips + strip) * 2 + half) * (ROWS_C * WORDS_C) + rows_O % ROWS_C * WORDS_C
+    return tl.load(words + base_O[:, None] + tl.arange(0, WORDS_C)[None, :])
 
 
 @triton.jit
-def load_strip_scales(scales, groups_G, unit, layout: tl.constexpr):
+def load_scales(scales, groups_G, strip, half, layout: tl.constexpr):
     """int32 [O, P]: the bits of the scales of 16 rows of each row group; other bits than the low 16 are undefined."""
     count: tl.constexpr = groups_G.shape[0]
-    P: tl.constexpr = layout.groups
-    place_G8P = ((groups_G[:, None] * layout.units + unit) * 8 + tl.arange(0, 8)[None, :])[:, :, None] * P
+    P: tl.constexpr = groups_of_half(layout)
+    unit_G = groups_G * layout.units + strip // layout.strips_per_unit
+    place_G8P = (unit_G[:, None] * 8 + tl.arange(0, 8)[None, :])[:, :, None] * layout.groups
+    if layout.groups > 1:
+        place_G8P += half * P
     pairs_G8P = tl.load(scales.to(tl.pointer_type(tl.int32)) + place_G8P + tl.arange(0, P)[None, None, :])
     return tl.join(pairs_G8P, pairs_G8P >> 16).permute(0, 3, 1, 2).reshape(count * ROWS_C, P)
 
 
 @triton.jit
-def load_strip_zeros(zeros, groups_G, unit, layout: tl.constexpr):
-    """int32 [O, P]: zero points as `load_strip_scales` loads scales."""
+def load_zeros(zeros, groups_G, strip, half, layout: tl.constexpr):
+    """int32 [O, P]: zero points as `load_scales` loads scales."""
     count: tl.constexpr = groups_G.shape[0]
-    P: tl.constexpr = layout.groups
-    place_GF = (groups_G[:, None] * layout.units + unit) * (4 * P) + tl.arange(0, 4 * P)[None, :]
-    bytes_GF = tl.load(zeros.to(tl.pointer_type(tl.int32)) + place_GF)
-    even = tl.join(bytes_GF & 255, (bytes_GF >> 16) & 255)
-    odd = tl.join((bytes_GF >> 8) & 255, (bytes_GF >> 24) & 255)
+    P: tl.constexpr = groups_of_half(layout)
+    unit_G = groups_G * layout.units + strip // layout.strips_per_unit
     # Bytes are ordered by row g, group of the strip and half of the rows.
-    zeros_G8PH = tl.join(even, odd).reshape(count, 8, P, 2)
-    return zeros_G8PH.permute(0, 3, 1, 2).reshape(count * ROWS_C, P)
+    words: tl.constexpr = 4 * layout.groups
+    zeros_GF = unit_G[:, None] * words
+    if layout.groups == 1:
+        zeros_GF = tl.load(zeros.to(tl.pointer_type(tl.int32)) + zeros_GF + tl.arange(0, words)[None, :])
+        zeros_G8PH = tl.join(_two_bytes(zeros_GF), _two_bytes(zeros_GF >> 16)).permute(0, 1, 3, 2)
+    elif layout.groups == 2:
+        zeros_GF = tl.load(zeros.to(tl.pointer_type(tl.int32)) + zeros_GF + tl.arange(0, words)[None, :])
+        zeros_G8PH = _two_bytes(zeros_GF >> (half * 16))
+    else:
+        zeros_G8F = zeros_GF[:, :, None] + (tl.arange(0, 8) * (layout.groups // 2))[None, :, None]
+        place_F = half * (P // 2) + tl.arange(0, P // 2)
+        zeros_G8F = tl.load(zeros.to(tl.pointer_type(tl.int32)) + zeros_G8F + place_F[None, None, :])
+        zeros_G8PH = tl.join(_two_bytes(zeros_G8F), _two_bytes(zeros_G8F >> 16)).permute(0, 1, 2, 4, 3)
+    return zeros_G8PH.reshape(count, 8, P, 2).permute(0, 3, 1, 2).reshape(count * ROWS_C, P)
+
+
+@triton.jit
+def _two_bytes(words):
+    """The low two bytes of each word, side by side."""
+    return tl.join(words & 255, (words >> 8) & 255)
 
 
 @triton.jit
 def _for_words(values_OP):
-    """[O, P] to [O, half, t, step]."""
+    """[O, P] to [O, t, step]."""
     rows: tl.constexpr = values_OP.shape[0]
     groups: tl.constexpr = values_OP.shape[1]
-    steps = values_OP.reshape(rows, groups, 1).broadcast_to(rows, groups, 8 // groups)
-    return steps.reshape(rows, 2, 1, 4).broadcast_to(rows, 2, 4, 4)
+    steps = values_OP.reshape(rows, groups, 1).broadcast_to(rows, groups, 4 // groups)
+    return steps.reshape(rows, 1, 4).broadcast_to(rows, 4, 4)
 
 
 @triton.jit
@@ -140,10 +162,10 @@ def plain_codes(words, scales_OP, zeros_OP, place: tl.constexpr, layout: tl.cons
 
 
 @triton.jit
-def decode_strip(words_OW, scales_OP, zeros_OP, layout: tl.constexpr, dtype: tl.constexpr):
-    """A strip [O, C] in `dtype`."""
+def decode_half(words_OW, scales_OP, zeros_OP, layout: tl.constexpr, dtype: tl.constexpr):
+    """Half a strip [O, C] in `dtype`."""
     rows: tl.constexpr = words_OW.shape[0]
-    words = words_OW.reshape(rows, 2, 4, 4)
+    words = words_OW.reshape(rows, 4, 4)
     if INTERPRETED:
         v0 = plain_codes(words, scales_OP, zeros_OP, 0, layout, dtype)
         v1 = plain_codes(words, scales_OP, zeros_OP, 16, layout, dtype)
@@ -165,8 +187,8 @@ def decode_strip(words_OW, scales_OP, zeros_OP, layout: tl.constexpr, dtype: tl.
         )  # fmt: skip
     even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
     odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
-    # [O, half, t, step, both bits of the pair, e]
-    values = tl.join(even, odd).permute(0, 1, 3, 4, 5, 2, 6).reshape(rows, STRIP_C)
+    # [O, t, step, both bits of the pair, e]
+    values = tl.join(even, odd).permute(0, 2, 3, 4, 1, 5).reshape(rows, COLUMNS_C)
     return values.to(dtype, bitcast=True)
 
 
@@ -191,24 +213,25 @@ def wide_product(
     stages: tl.constexpr,
     pdl: tl.constexpr,
 ):
-    """W xᵀ over every `splits`-th strip from pid_s on, float32 [O, M]."""
+    """W xᵀ over every `splits`-th half of a strip from pid_s on, float32 [O, M]."""
     dtype: tl.constexpr = x.dtype.element_ty
     # Row groups beyond the last repeat it; their sums are not stored.
     last = tl.cdiv(N, ROWS_C) - 1
     rows_O, rows_M = first_row + tl.arange(0, BLOCK_N), first_token + tl.arange(0, BLOCK_M)
     rows_O = tl.minimum(rows_O // ROWS_C, last) * ROWS_C + rows_O % ROWS_C
     groups_G = tl.minimum(first_row // ROWS_C + tl.arange(0, BLOCK_N // ROWS_C), last)
-    x_rows = x + rows_of_x(rows_M, M, order, fan).to(tl.int64)[:, None] * x_stride + tl.arange(0, STRIP_C)[None, :]
+    x_rows = x + rows_of_x(rows_M, M, order, fan).to(tl.int64)[:, None] * x_stride + tl.arange(0, COLUMNS_C)[None, :]
     acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if pdl:
         gdc_wait()
-    for strip in tl.range(pid_s, layout.strips, splits, num_stages=stages):
-        words_OW = load_strip_words(words, rows_O, strip, layout)
-        scales_OP = load_strip_scales(scales, groups_G, strip // layout.strips_per_unit, layout)
+    for number in tl.range(pid_s, 2 * layout.strips, splits, num_stages=stages):
+        strip, half = number // 2, number % 2
+        words_OW = load_words(words, rows_O, strip, half, layout)
+        scales_OP = load_scales(scales, groups_G, strip, half, layout)
         if layout.symmetric:
             zeros_OP = tl.full(scales_OP.shape, layout.offset, tl.int32)
         else:
-            zeros_OP = load_strip_zeros(zeros, groups_G, strip // layout.strips_per_unit, layout)
-        x_MC = tl.load(x_rows + strip * STRIP_C, mask=(rows_M < M)[:, None], other=0.0)
-        acc_OM = dot(decode_strip(words_OW, scales_OP, zeros_OP, layout, dtype), tl.trans(x_MC), acc_OM)
+            zeros_OP = load_zeros(zeros, groups_G, strip, half, layout)
+        x_MC = tl.load(x_rows + number * COLUMNS_C, mask=(rows_M < M)[:, None], other=0.0)
+        acc_OM = dot(decode_half(words_OW, scales_OP, zeros_OP, layout, dtype), tl.trans(x_MC), acc_OM)
     return acc_OM
