@@ -2,8 +2,8 @@
 
 Weights of all experts lie one after the other, and so do biases and factors. A program computes a tile of an expert's
 outputs for a tile of its pairs (routing.py), with the products of gemm.py: there x is one row a token, here each pair
-reads a row through `order`, and writes a row of its own. K is split as there; a low-rank branch is one more partial
-sum, which waits for Q(x A) from the first programs of the grid.
+reads a row through `order`, and writes a row of its own. K is split as there. The first programs of the grid compute
+Q(x A); the others need it for the low-rank branch, which those of the first split add after their own products.
 
 Gate and up are two matrices of an expert, "halves". Their partial sums meet in one counter: the program that finishes
 last adds those of both, and writes Q(act(gate) * up), so that nothing lies between this launch and the next.
@@ -72,7 +72,7 @@ def experts_kernel(
     splits: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """By program number: first the splits of Q(x A), then those of W x, then the branch of every output tile."""
+    """By program number: first the splits of Q(x A), then those of W x, the first of which also add the branch."""
     pid = tl.program_id(0)
     if rank > 0:
         producers = bound * (halves * (rank // BLOCK_R) * projection_splits)
@@ -86,36 +86,31 @@ def experts_kernel(
         pid -= producers
     pid_n, pid_s = pid % tiles_n, pid // tiles_n % splits
     half, tile = pid // (tiles_n * splits) % halves, pid // (tiles_n * splits * halves)
-    products = bound * (tiles_n * splits * halves)
-    if rank > 0 and pid >= products:
-        pid_s = splits
-        half, tile = (pid - products) // tiles_n % halves, (pid - products) // (tiles_n * halves)
     expert, first, end = load_tile(tiles, tile, P)
     if first >= end:
         return
     matrix = (expert * halves + half).to(tl.int64)
     rows_O, rows_M = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_M)
-    if rank > 0 and pid >= products:
-        _await(counters + (tile * halves + half) * (1 + rank // BLOCK_R), rank // BLOCK_R)
-        exponents = b_exponents
-        if b_exponents is not None:
-            exponents += matrix * (rank // b_block) * N
-        acc_OM = low_rank_product(
-            projection + half.to(tl.int64) * P * rank, b_codes + matrix * rank * N, exponents, 0, rows_O, rows_M, end,
-            N, x.dtype.element_ty, rank, rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding, is_grouped(layout),
-        )  # fmt: skip
-    else:
-        if high is not None:
-            high += matrix * high_stride
-        if zeros is not None:
-            zeros += matrix * scales_stride
-        acc_OM = product(
-            x, words + matrix * words_stride, high, scales + matrix * scales_stride, zeros, pid_n * BLOCK_N, first,
-            pid_s, end, N, K, x_stride, order, fan, layout, False, BLOCK_N, BLOCK_M, splits, stages, False,
-        )  # fmt: skip
+    if high is not None:
+        high += matrix * high_stride
+    if zeros is not None:
+        zeros += matrix * scales_stride
+    acc_OM = product(
+        x, words + matrix * words_stride, high, scales + matrix * scales_stride, zeros, pid_n * BLOCK_N, first,
+        pid_s, end, N, K, x_stride, order, fan, layout, False, BLOCK_N, BLOCK_M, splits, stages, False,
+    )  # fmt: skip
+    if rank > 0:
+        if pid_s == 0:
+            _await(counters + (tile * halves + half) * (1 + rank // BLOCK_R), rank // BLOCK_R)
+            if b_exponents is not None:
+                b_exponents += matrix * (rank // b_block) * N
+            acc_OM += low_rank_product(
+                projection + half.to(tl.int64) * P * rank, b_codes + matrix * rank * N, b_exponents, 0, rows_O, rows_M,
+                end, N, x.dtype.element_ty, rank, rank, b_block, BLOCK_N, BLOCK_M, BLOCK_R, rounding,
+                is_grouped(layout),
+            )  # fmt: skip
     if bias is not None:
         bias += matrix * N
-    parts: tl.constexpr = splits + (1 if rank > 0 else 0)
     inside_OM = (rows_O < N)[:, None] & (rows_M < end)[None, :]
     offset_OM = rows_O.to(tl.int64)[:, None] * P + rows_M[None, :]
     size = P.to(tl.int64) * N
@@ -125,20 +120,20 @@ def experts_kernel(
     if gate == "":
         place_OM += half * N
         last = True
-        if parts > 1:
+        if splits > 1:
             counter = finished + (tile * halves + half) * tiles_n + pid_n
-            own = partial + half.to(tl.int64) * parts * size
-            last = store_partial(acc_OM, own, offset_OM, inside_OM, size, counter, pid_s, parts)
+            own = partial + half.to(tl.int64) * splits * size
+            last = store_partial(acc_OM, own, offset_OM, inside_OM, size, counter, pid_s, splits)
             if last:
-                acc_OM = sum_partials(acc_OM, own, offset_OM, inside_OM, size, counter, parts, at_once)
+                acc_OM = sum_partials(acc_OM, own, offset_OM, inside_OM, size, counter, splits, at_once)
         if last:
             y_OM = _add_bias(acc_OM, bias, rows_O, N)
             tl.store(place_OM, y_OM.to(y.dtype.element_ty), mask=inside_OM)
     else:
         counter = finished + tile * tiles_n + pid_n
-        if store_partial(acc_OM, partial, offset_OM, inside_OM, size, counter, half * parts + pid_s, halves * parts):
-            gate_OM = sum_partials(acc_OM, partial, offset_OM, inside_OM, size, counter, parts, at_once)
-            up_OM = sum_partials(acc_OM, partial + parts * size, offset_OM, inside_OM, size, counter, parts, at_once)
+        if store_partial(acc_OM, partial, offset_OM, inside_OM, size, counter, half * splits + pid_s, halves * splits):
+            gate_OM = sum_partials(acc_OM, partial, offset_OM, inside_OM, size, counter, splits, at_once)
+            up_OM = sum_partials(acc_OM, partial + splits * size, offset_OM, inside_OM, size, counter, splits, at_once)
             if bias is not None:
                 bias -= half * N
                 gate_OM, up_OM = _add_bias(gate_OM, bias, rows_O, N), _add_bias(up_OM, bias + N, rows_O, N)

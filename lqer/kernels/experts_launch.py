@@ -30,6 +30,7 @@ from lqer.kernels.tuning import GemmLaunch, experts_launch
 MOST_COUNTED_PAIRS = 1024
 COUNTED_AT_ONCE, COUNTING_WARPS = 16, 8
 CLEARED_COUNTERS = 4096
+PROJECTING = 8  # programs of Q(x A), for a multiprocessor
 COMBINED_COLUMNS, COMBINING_WARPS = 512, 4
 
 
@@ -173,6 +174,14 @@ def _counters(experts: PackedExperts, bound: int, launch: GemmLaunch) -> int:
     return _output_counters(experts, bound, launch) + of_branch
 
 
+def projection_columns(programs: int, columns: int, x: Tensor) -> int:
+    """Of x, for one program of Q(x A): `programs` would take all columns each, and too many small ones take long."""
+    split = PROJECTION_COLUMNS
+    while split < columns and programs * triton.cdiv(columns, split) > PROJECTING * runtime.multiprocessors(x.device):
+        split *= 2
+    return split
+
+
 def _run(
     x: Tensor,
     fan: int,
@@ -190,22 +199,25 @@ def _run(
     rank, rows, bound = spec.rank, layout.rows, most_tiles(pairs, packed.experts, launch.block_m)
     assert isinstance(layout, Layout | GroupLayout)
     tiles_n = triton.cdiv(layout.padded_rows, launch.block_n)
-    parts = launch.splits + (1 if rank else 0)
-    partial = x.new_empty((halves * parts, rows, pairs), dtype=torch.float32) if parts > 1 or gate else None
-    splits, projection, projection_partial, of_branch = 0, None, None, None
+    meet = launch.splits > 1 or gate
+    partial = x.new_empty((halves * launch.splits, rows, pairs), dtype=torch.float32) if meet else None
+    splits, columns, projection, projection_partial, of_branch = 0, 0, None, None, None
     if rank:
         of_branch = counters[_output_counters(packed, bound, launch) :]
-        splits = triton.cdiv(layout.columns, PROJECTION_COLUMNS)
+        columns = projection_columns(
+            min(pairs, packed.experts) * halves * (rank // rank_block(rank)), layout.columns, x
+        )
+        splits = triton.cdiv(layout.columns, columns)
         projection = x.new_empty(halves, pairs, rank)
         projection_partial = x.new_empty((splits, halves, pairs, rank), dtype=torch.float32)
     producers = bound * halves * (rank // rank_block(rank)) * splits
     strides = [0 if part is None else part.stride(1) for part in map(packed.tensors.get, ("words", "high", "scales"))]
-    experts_kernel[(producers + bound * halves * parts * tiles_n,)](
+    experts_kernel[(producers + bound * halves * launch.splits * tiles_n,)](
         x, order_P, tiles_3P, *packed.tensors.values(), partial, counters, projection_partial, projection, of_branch, y,
         bound, pairs, rows, layout.columns, x.stride(0), y.stride(0), *strides, fan=fan, halves=halves, gate=gate,
         rank=rank, layout=layout.compiled, rounding=spec.rounding, y_rounding=rounding,
         not_rounding=ActivationRounding(), a_block=spec.a_block, b_block=spec.b_block,
-        padded_columns=layout.padded_columns, projection_splits=splits, SPLIT_K=PROJECTION_COLUMNS, tiles_n=tiles_n,
+        padded_columns=layout.padded_columns, projection_splits=splits, SPLIT_K=columns, tiles_n=tiles_n,
         BLOCK_N=launch.block_n, BLOCK_M=launch.block_m, BLOCK_R=rank_block(rank), splits=launch.splits,
         stages=launch.stages, num_warps=launch.warps, **register_limit(launch, layout),
     )  # fmt: skip
