@@ -37,9 +37,10 @@ from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
+from lqer.kernels.tall_launch import fits_tall, run_tall
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout
 from lqer.kernels.trellis_launch import run_trellis, table_of
-from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch, group_launch, wide_launch
+from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch, group_launch, tall_launch, wide_launch
 
 # With more tokens than these, dequantizing the weight and calling a library is faster.
 CODEBOOK_TOKENS = 16
@@ -47,8 +48,10 @@ ROTATED_TOKENS = 64
 # The kernels of lattice and trellis codes take up to so many at once.
 ROTATED_TOKENS_AT_ONCE = 16
 GROUP_TOKENS = 64
-# Integer groups of four bits, as operands of wgmma. More tokens have not been timed.
+# Integer groups of four bits, as operands of wgmma.
 WIDE_FROM, WIDE_TOKENS = 17, 128
+# Four-bit codes by the kernel in Gluon, where it runs. A branch takes it two launches more, the other kernels none.
+TALL_FROM, TALL_FROM_WITH_BRANCH, TALL_TOKENS = 17, 129, 512
 
 
 def prepare_tables(packed: PackedLinear) -> None:
@@ -76,6 +79,9 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
         return run_rotated_layer(x_MI, packed, run_byte_sums if layout.sums_bytes else run_trellis)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
+    tall_from = TALL_FROM_WITH_BRANCH if packed.spec.rank else TALL_FROM
+    if tall_from <= len(x_MI) <= TALL_TOKENS and fits_tall(packed, x_MI):
+        return run_tall(x_MI, packed, tall_launch(layout, len(x_MI), runtime.multiprocessors(x_MI.device)))
     if isinstance(layout, GroupLayout):
         return _run_integer_groups(x_MI, packed, layout)
     if len(x_MI) == 1 and fits_gemv(packed):

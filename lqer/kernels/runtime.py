@@ -27,6 +27,11 @@ def _capable(device: torch.device) -> bool:
     return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def is_hopper(x: Tensor) -> bool:
+    """Whether kernels on x run on compute capability 9.0, the only one that has its tensor core instructions."""
+    return x.is_cuda and not INTERPRETED and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
 def launch_options(pdl: bool) -> dict[str, bool]:
     """Keyword arguments of a kernel launch."""
     return {"launch_pdl": True} if pdl else {}

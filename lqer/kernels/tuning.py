@@ -39,6 +39,10 @@ SLOWDOWN_OF_16 = (0.0, 1.6, 1.2, 1.0)
 WIDE_ROWS, WIDE_AT_ONCE = 128, 2
 WIDE = {32: (4, 3), 64: (4, 2)}
 START_OF_WIDE, COST_OF_WIDE_SUM = 2.0, 0.5  # of a program, and of each split, in strips
+# tall_gemm.py: by tokens of a program, how many fit a multiprocessor, and stages of shared memory.
+TALL = {32: (2, 6), 64: (2, 5), 128: (1, 5), 256: (1, 3)}
+START_OF_TALL, COST_OF_TALL_SUM = 1.0, 1.0  # of a program, and of a partial sum of each multiprocessor, in turns
+MOST_TALL_SPLITS = 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,16 @@ class GemmLaunch:
     splits: int
     stages: int
     warps: int
+
+
+@dataclass(frozen=True)
+class TallLaunch:
+    """Of tall_gemm.py, whose programs have 128 rows."""
+
+    block_m: int
+    whole: int  # the output tiles, the first ones, that have one program
+    splits: int  # programs of each other tile
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -144,6 +158,25 @@ def wide_launch(layout: GroupLayout, m: int, multiprocessors: int) -> GemmLaunch
         return waves * (-(-layout.strips // splits) + START_OF_WIDE) + COST_OF_WIDE_SUM * splits
 
     return GemmLaunch(WIDE_ROWS, block_m, min(range(1, layout.strips + 1), key=time), stages, warps)
+
+
+@lru_cache(maxsize=4096)
+def tall_launch(layout: Layout | GroupLayout, m: int, multiprocessors: int) -> TallLaunch:
+    """The launch of tall_gemm.py: whole waves of tiles, and as many splits of the rest as make its waves shortest."""
+    block_m = next((size for size in TALL if m <= size), max(TALL))
+    at_once, stages = TALL[block_m]
+    tiles = -(-layout.rows // WIDE_ROWS) * -(-m // block_m)
+    # Of the kernel's loop, two steps of 128 columns each.
+    turns, programs = -(-layout.padded_columns // 256), at_once * multiprocessors
+    whole = tiles // programs * programs
+    rest = tiles - whole
+
+    def time(splits: int) -> float:
+        waves = -(-rest * splits // programs)
+        return waves * (-(-turns // splits) + START_OF_TALL) + COST_OF_TALL_SUM * (splits - 1) * rest / programs
+
+    splits = min(range(1, min(turns, MOST_TALL_SPLITS) + 1), key=time)
+    return TallLaunch(block_m, tiles, 1, stages) if splits == 1 else TallLaunch(block_m, whole, splits, stages)
 
 
 @lru_cache(maxsize=4096)

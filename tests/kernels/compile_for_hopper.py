@@ -17,6 +17,8 @@ import triton
 from kernel_layers import build_layer, random_input, random_trellis
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from lqer.formats import E8P, MX, Codebook, Int, MXInt, NormalFloat, Passthrough, Trellis
@@ -37,8 +39,9 @@ from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups, run_wide
 from lqer.kernels.joint import join
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.launch import run_layer
+from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.trellis import TrellisLayout
-from lqer.kernels.tuning import GemmLaunch, GemvLaunch
+from lqer.kernels.tuning import GemmLaunch, GemvLaunch, tall_launch
 from lqer.rounding.lattice_sweep import sweep_lattice_panel
 from lqer.rounding.level_sweep import sweep_level_panel
 from lqer.rounding.soft import Grid
@@ -68,6 +71,9 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     for position, (parameter, (name, value)) in enumerate(zip(self.params, bound.items(), strict=True)):
         if parameter.is_constexpr or value is None:
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            element = TYPES[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{element}{list(value.block_shape)},{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -77,7 +83,9 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
             signature[name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=attributes)
+    source = (GluonASTSource if self.is_gluon() else ASTSource)(
+        fn=self, signature=signature, constexprs=constants, attrs=attributes
+    )
     kernel = triton.compile(source, target=HOPPER, options=options)
     check_shared_memory(kernel)
     if self.fn.__name__ == "lattice_product_kernel":
@@ -91,6 +99,8 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     wide = self.fn.__name__ == "gemm_kernel" and constants["ordered"] and isinstance(constants["layout"], GroupLayout)
     if wide and not constants["rank"]:
         check_that_weights_stay_in_registers(kernel)
+    if self.fn.__name__ == "tall_kernel":
+        check_that_products_overlap(kernel)
     compiled.add(self.fn.__name__)
 
 
@@ -124,6 +134,11 @@ def check_that_weights_stay_in_registers(kernel: Any) -> None:
     """Decoded strips are operands of wgmma as they are: nothing is stored to shared memory between them."""
     first, *_, last = (place.start() for place in re.finditer(r"wgmma\.mma_async", kernel.asm["ptx"]))
     assert "st.shared" not in kernel.asm["ptx"][first:last]
+
+
+def check_that_products_overlap(kernel: Any) -> None:
+    """Nothing waits for tensor cores but the kernel itself: in both halves of a turn, and at the end."""
+    assert kernel.asm["sass"].count("WARPGROUP.DEPBAR") == 3
 
 
 def compile_joint() -> None:
@@ -191,6 +206,12 @@ def main() -> None:
     for number_format, m, dtype in ((Int(4, 128), 64, bf16), (Int(4, "row", symmetric=True), 32, torch.float16)):
         layer = build_layer(number_format, 256, 1024, dtype=dtype)
         run_wide(random_input(m, 1024, dtype), layer.packed, GemmLaunch(128, m, 2, 2, 4))
+    for number_format, m, rank, dtype in (
+        (Int(4, 128), 300, 0, bf16), (Int(4, 128), 32, 0, torch.float16),
+        (Int(4, "row", symmetric=True), 128, 32, bf16), (MXInt(4), 300, 0, bf16), (MXInt(4, 32, levels="mid-rise"), 64, 0, bf16),
+    ):  # fmt: skip
+        layer = build_layer(number_format, 11008 // 43, 1024, rank=rank, dtype=dtype)
+        run_tall(random_input(m, 1024, dtype), layer.packed, tall_launch(layer.packed.spec.layout, m, 132))
     # What needs most of the shared memory.
     for number_format, rank, m in (
         (Int(3, 64), 32, 42),

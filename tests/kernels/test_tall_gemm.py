@@ -1,0 +1,101 @@
+"""Four-bit codes and more than 16 tokens by the kernel in Gluon, which only a GPU runs; its launches anywhere.
+
+`compile_for_hopper.py` compiles the kernel without a GPU, where Triton checks that decoded codes lie as the operand of
+tensor cores needs them. Decoding and the order of tokens are those of groups_wide.py and decode.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_layers import DEVICE, ON_GPU, build_layer, random_input, relative_error
+
+from lqer.formats import Int, MXInt
+from lqer.kernels import packed_linear
+from lqer.kernels.groups import GroupLayout
+from lqer.kernels.tall_launch import fits_tall, run_tall
+from lqer.kernels.tuning import MOST_TALL_SPLITS, TALL, WIDE_ROWS, TallLaunch, tall_launch
+
+on_hopper = pytest.mark.skipif(
+    not ON_GPU or torch.cuda.get_device_capability() != (9, 0), reason="kernels in Gluon have no interpreter"
+)
+INTEGERS = [Int(4, 128), Int(4, 128, symmetric=True, scale_dtype="bfloat16"), Int(4, 256), Int(4, "row")]
+BLOCKS = [MXInt(4), MXInt(4, 32), MXInt(4, 64), MXInt(4, 256), MXInt(4, levels="mid-rise")]
+KINDS = [(kind, dtype) for kind in INTEGERS for dtype in (torch.bfloat16, torch.float16)]
+KINDS += [(kind, torch.bfloat16) for kind in BLOCKS]
+# Of weights that are rounded to bfloat16 through two scales: next to ties they are rounded the other way.
+TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 2e-6}
+
+
+@on_hopper
+@pytest.mark.parametrize(("number_format", "dtype"), KINDS, ids=str)
+def test_products_are_those_of_rounded_weights(number_format, dtype):
+    layer = build_layer(number_format, 200, 1040, bias=True, dtype=dtype)
+    for block_m, (_, stages) in TALL.items():
+        for whole, splits in ((0, 1), (0, 3), (1, 2)):
+            for tokens in (1, block_m, block_m + 5):
+                tiles = 2 * -(-tokens // block_m)
+                launch = TallLaunch(block_m, whole if splits > 1 else tiles, splits, stages)
+                x_MI = random_input(tokens, 1040, dtype)
+                y_MO = run_tall(x_MI, layer.packed, launch, torch.float32)
+                assert relative_error(y_MO, layer.exact(x_MI)) < TOLERANCE[dtype], (launch, tokens)
+    assert (layer.packed.workspace == 0).all()
+
+
+@on_hopper
+@pytest.mark.parametrize(("rank", "activation"), [(0, MXInt(8)), (32, MXInt(8)), (100, None)], ids=str)
+@pytest.mark.parametrize("number_format", [Int(4, 128), MXInt(4)], ids=str)
+def test_branches_and_rounded_tokens_give_the_formula(number_format, rank, activation):
+    layer = build_layer(number_format, 200, 528, rank=rank, activation=activation, bias=True, dtype=torch.bfloat16)
+    assert fits_tall(layer.packed, random_input(1, 528, torch.bfloat16))
+    for m in (17, 64, 65, 128, 129, 192, 256, 257, 511, 512):
+        x_MI = random_input(m, 528, torch.bfloat16)
+        assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 2.5e-3, m
+
+
+@on_hopper
+def test_ten_runs_give_the_same_bits_and_every_output_is_written():
+    layer = build_layer(Int(4, 128), 4000, 4096)
+    for m in (17, 64, 100, 256, 300):
+        x_MI = random_input(m, 4096)
+        first = packed_linear(x_MI, layer.packed)
+        for _ in range(9):
+            # The next output takes this memory.
+            poison = torch.full_like(first, float("nan"))
+            del poison
+            assert torch.equal(packed_linear(x_MI, layer.packed), first), m
+        assert (layer.packed.workspace == 0).all()
+
+
+@on_hopper
+def test_tokens_that_are_not_adjacent_or_aligned_give_the_same():
+    layer = build_layer(Int(4, 128), 80, 272)
+    x_MI = random_input(200, 272)
+    expected = packed_linear(x_MI, layer.packed)
+    for before in (1, 8):
+        wide = torch.cat([x_MI[:, :before], x_MI, x_MI], dim=1)
+        assert torch.equal(packed_linear(wide[:, before : before + 272], layer.packed), expected)
+
+
+def test_other_groups_and_machines_use_other_kernels():
+    x_MI = torch.zeros(1, 512, device=DEVICE)
+    assert not fits_tall(build_layer(Int(4, 64), 64, 512).packed, x_MI)
+    assert not fits_tall(build_layer(MXInt(4), 64, 512, dtype=torch.float16).packed, x_MI)
+    assert not fits_tall(build_layer(MXInt(3), 64, 512).packed, x_MI)
+    assert not fits_tall(build_layer(Int(3, 128), 64, 512).packed, x_MI)
+    assert not fits_tall(build_layer(Int(4, 128), 64, 512).packed, x_MI.cpu())
+
+
+@pytest.mark.parametrize("m", [17, 32, 64, 128, 256, 512])
+@pytest.mark.parametrize(("rows", "strips"), [(16, 1), (4096, 16), (11008, 16), (4096, 43), (28672, 32)])
+def test_a_launch_has_every_tile_and_whole_waves_of_programs(rows, strips, m):
+    launch = tall_launch(GroupLayout(rows, 256 * strips, 4, 128, False, False), m, 132)
+    tiles = -(-rows // WIDE_ROWS) * -(-m // launch.block_m)
+    assert m <= launch.block_m or launch.block_m == max(TALL)
+    assert 1 <= launch.splits <= min(strips, MOST_TALL_SPLITS)
+    assert launch.whole == tiles if launch.splits == 1 else launch.whole % 132 == 0 and launch.whole < tiles
+
+
+def test_one_wave_and_a_third_is_one_wave_of_whole_tiles_and_the_rest_in_thirds():
+    launch = tall_launch(GroupLayout(11008, 4096, 4, 128, False, False), 512, 132)
+    assert (launch.block_m, launch.whole, launch.splits) == (256, 132, 3)
