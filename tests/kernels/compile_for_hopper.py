@@ -208,7 +208,8 @@ def main() -> None:
         run_wide(random_input(m, 1024, dtype), layer.packed, GemmLaunch(128, m, 2, 2, 4))
     for number_format, m, rank, dtype in (
         (Int(4, 128), 300, 0, bf16), (Int(4, 128), 32, 0, torch.float16),
-        (Int(4, "row", symmetric=True), 128, 32, bf16), (MXInt(4), 300, 0, bf16), (MXInt(4, 32, levels="mid-rise"), 64, 0, bf16),
+        (Int(4, "row", symmetric=True), 128, 32, bf16), (MXInt(4), 300, 0, bf16),
+        (MXInt(4, 32, levels="mid-rise"), 64, 0, bf16),
     ):  # fmt: skip
         layer = build_layer(number_format, 11008 // 43, 1024, rank=rank, dtype=dtype)
         run_tall(random_input(m, 1024, dtype), layer.packed, tall_launch(layer.packed.spec.layout, m, 132))
