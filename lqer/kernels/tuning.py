@@ -1,11 +1,12 @@
 """Launch parameters for a layer and a number of tokens, from a table of measurements; nothing is tuned during a call.
 
-`experiments/tune_kernels.py` writes `table.json`, the fastest measured launches of one GPU. There are five regimes:
+`experiments/tune_kernels.py` writes `table.json`, the fastest measured launches of one GPU. There are six regimes:
 
     gemv         one token, MXINT4 weights, rounded activations: integer products (gemv.py)
     gemm         few tokens: weights decoded in registers (gemm.py); a launch per code width, N, K and bucket of M
     groups       up to 64 tokens, integer groups: the gemm kernel with a launch from a model (`group_launch`)
     wide         from 17 tokens on, integer groups of four bits: the same by another rule (`wide_launch`)
+    tall         from 17 tokens on, four-bit codes on compute capability 9.0, by a third rule (`tall_launch`)
     dequantize   many tokens, for which the table has no launch: the weight is dequantized, and a library multiplies
 
 A shape that is not in the table uses the launch of the nearest shape, by log N and log K.
