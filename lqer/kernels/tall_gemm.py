@@ -57,6 +57,25 @@ def _refill(x, x_tiles, ready, stage, first_token, step, end, BLOCK_M: gl.conste
     _copy(x, x_tiles, ready, freed, first_token, step + stages - 1, end, BLOCK_M)
 
 
+@gluon.jit
+def _finish(acc_OM, bias, y, first_row, first_token, M, N, adds: gl.constexpr):
+    """Write y = sum + bias, or y += sum, 16 bytes of a token's outputs a thread."""
+    BLOCK_M: gl.constexpr = acc_OM.shape[1]
+    stored: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, gl.num_warps()], [0, 1])
+    if bias is not None:
+        rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, acc_OM.type.layout))
+        acc_OM += gl.expand_dims(gl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(gl.float32), 1)
+    rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, stored))
+    columns_M = first_token + gl.arange(0, BLOCK_M, gl.SliceLayout(0, stored))
+    inside_OM = gl.expand_dims(rows_O < N, 1) & gl.expand_dims(columns_M < M, 0)
+    place_OM = y + (gl.expand_dims(columns_M.to(gl.int64) * N, 0) + gl.expand_dims(rows_O, 1))
+    if adds:
+        acc_OM = gl.convert_layout(acc_OM, stored)
+        acc_OM += gl.load(place_OM, mask=inside_OM, other=0.0).to(gl.float32)
+    # Rounded before it goes through shared memory.
+    gl.store(place_OM, gl.convert_layout(acc_OM.to(y.dtype.element_ty), stored), mask=inside_OM)
+
+
 # M changes from call to call: do not compile anew for 1 and for multiples of 16.
 @gluon.jit(do_not_specialize=["M", "whole"])
 def tall_kernel(
@@ -135,6 +154,8 @@ def tall_kernel(
         even_OC = decode(even_words, even_scales, even_zeros, layout, dtype, operand)
         stage, phase = _next(stage, phase, stages)
     acc_OM = warpgroup_mma_wait(0, deps=[acc_OM])
+    # Of all warps: what follows uses the shared memory of the tokens again.
+    barrier()
 
     rows_O = gl.arange(0, ROWS_G, gl.SliceLayout(1, mma))
     columns_M = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
@@ -142,24 +163,19 @@ def tall_kernel(
     if splits > 1:
         if is_split:
             size: gl.constexpr = ROWS_G * BLOCK_M
-            sums = partial + (tile - whole) * (splits * size)
-            place_OM = gl.expand_dims(rows_O * BLOCK_M, 1) + gl.expand_dims(columns_M, 0)
-            gl.store(sums + pid_s * size + place_OM, acc_OM)
+            place_OM = partial + (tile - whole) * (splits * size)
+            place_OM += gl.expand_dims(rows_O * BLOCK_M, 1) + gl.expand_dims(columns_M, 0)
+            # The last one keeps its sum in registers, if it sees that it is.
+            if gl.load(finished + tile, volatile=True) < splits - 1:
+                gl.store(place_OM + pid_s * size, acc_OM)
             # All threads must have stored their elements before the counter is incremented.
             barrier()
             is_last = gl.atomic_add(finished + tile, 1, sem="acq_rel") == splits - 1
             if is_last:
                 gl.store(finished + tile, 0)
-                acc_OM = gl.load(sums + place_OM)
+                own_OM = acc_OM
+                acc_OM = gl.load(place_OM, mask=pid_s > 0, other=own_OM)
                 for part in gl.static_range(1, splits):
-                    acc_OM += gl.load(sums + part * size + place_OM)
+                    acc_OM += gl.load(place_OM + part * size, mask=pid_s != part, other=own_OM)
     if is_last:
-        rows_O += first_row
-        columns_M += first_token
-        inside_OM = gl.expand_dims(rows_O < N, 1) & gl.expand_dims(columns_M < M, 0)
-        place_OM = y + (gl.expand_dims(columns_M.to(gl.int64) * N, 0) + gl.expand_dims(rows_O, 1))
-        if bias is not None:
-            acc_OM += gl.expand_dims(gl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(gl.float32), 1)
-        if adds:
-            acc_OM += gl.load(place_OM, mask=inside_OM, other=0.0).to(gl.float32)
-        gl.store(place_OM, acc_OM.to(y.dtype.element_ty), mask=inside_OM)
+        _finish(acc_OM, bias, y, first_row, first_token, M, N, adds)
