@@ -13,6 +13,8 @@ SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672
 WIDE = (4096, 11008)  # gate and up of a 7B model
 WIDEST = (8192, 28672)  # the same of a 70B model
 SQUARE = (8192, 8192)  # q and o of a 70B model
+# Tokens, at least, aim: of the time of bf16.
+MANY_TOKENS = ((32, 0.65, 0.50), (64, 0.85, 0.60), (128, 1.10, 0.85), (256, 1.25, 1.05), (512, 1.20, 1.05))
 
 GROUPS = {
     "a": "W4A8 with a rank-32 branch, one token, against cuBLAS bf16",
@@ -26,6 +28,7 @@ GROUPS = {
     "j": "trellis codes of 2, 3 and 4 bits a weight as in i, against lattice codes and cuBLAS bf16, up to 16 tokens",
     "k": "integers in groups with 16-bit scales and zero points, of 4, 3 and 2 bits, 1 and 16 tokens",
     "l": "trellis codes whose values are sums of bytes, as in i, against cuBLAS bf16, five shapes",
+    "m": "INT4 in groups of 128 and W4A16, 32 to 512 tokens, against cuBLAS bf16, two shapes",
     "extra": "other formats, ranks and numbers of tokens",
 }
 
@@ -75,6 +78,11 @@ def _byte_sums(bits: int, m: int, at_least: float, aim: float) -> Bar:
     return Bar("l", label, f"bytes{bits}-r64", _everywhere(m, "bf16"), at_least, aim)
 
 
+def _many(ours: str, m: int, at_least: float, aim: float) -> Bar:
+    label = f"{'W4A16' if ours == 'w4a16' else 'INT4 g128 asymmetric, A16'}, M={m}, 4096x11008 and 8192x8192"
+    return Bar("m", label, ours, tuple((Scene(*shape, m), "bf16") for shape in (WIDE, SQUARE)), at_least, aim)
+
+
 def _layer(m: int, ours: str, calls: str, at_least: float, aim: float) -> Bar:
     label = f"whole layer W4A8 + rank 32, M={m}, {WIDE[0]}x{WIDE[1]}, {calls}"
     against = ((Scene(*WIDE, m), "emulation-w4a8-r32"),)
@@ -113,6 +121,7 @@ BARS = (
     *(_integers(4, m, against) for m in (1, 16) for against in ("w4a16", "bf16")),
     *(_byte_sums(bits, 1, 0.45, 0.30) for bits in (2, 3, 4)),
     *(_byte_sums(bits, 16, 0.80, 0.60) for bits in (2, 3, 4)),
+    *(_many(ours, *bar) for bar in MANY_TOKENS for ours in ("int4-g128-a16", "w4a16")),
 )
 
 _FORMATS = ("w2a16", "w3a16", "w4a16", "w8a16", "int4-g128-a16", "bf16")
