@@ -26,7 +26,7 @@ from lqer.kernels.decode import dot
 WIDTHS = (64, 128, 256)
 LARGEST_GROUP = 16  # query heads of a key head: rows of a tensor core operand
 TOKENS_AT_ONCE = 64
-WARPS = 4
+WARPS, STAGES = 4, 3
 MOST_SPANS = 16
 COMPARED_TOKENS = 300
 # Counters: key heads of all sequences, at most.
@@ -84,7 +84,8 @@ def decode_attention(
         query_BHTD, key_BGSD, value_BGSD, mask_BXTS, partial, sums, counters(query_BHTD.device), y_BTHD,
         length, groups, query_BHTD.stride(0), query_BHTD.stride(1), *key_BGSD.stride()[:3], *value_BGSD.stride()[:3],
         mask_BXTS.stride(0) if len(mask_BXTS) > 1 else 0, scale, span, REPEATS=heads // groups, D=width,
-        BLOCK_S=TOKENS_AT_ONCE, spans=spans, pdl=pdl, num_warps=WARPS, **runtime.launch_options(pdl),
+        BLOCK_S=TOKENS_AT_ONCE, spans=spans, pdl=pdl, num_warps=WARPS, num_stages=STAGES,
+        **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_BTHD
 
@@ -135,6 +136,17 @@ def load_mask(mask, first, end, BLOCK_S: tl.constexpr):
     return tl.load(mask + tokens_S, mask=tokens_S < end, other=0) != 0
 
 
+@triton.jit
+def prefetch_tokens(rows, row_stride, first, length, D: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Fetch what a program reads first to the L2 cache, lines of 128 bytes; none of it is used yet."""
+    tokens_S = tl.minimum(first + tl.arange(0, BLOCK_S), length - 1).to(tl.int64)
+    lines_SL = rows + tokens_S[:, None] * row_stride + (tl.arange(0, D // 64) * 64)[None, :]
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [lines_SL.to(tl.int64)], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["length"])
 def decode_attention_kernel(
     q,  # [B, H, 1, D]
@@ -171,6 +183,9 @@ def decode_attention_kernel(
     inside_R = rows_R < REPEATS
     heads_R = g * REPEATS + rows_R
     if pdl:
+        # The kernel before it may still write the newest keys and values, but other kernels wrote the rest.
+        prefetch_tokens(k + b * k_of_sequence + g * k_of_head, k_of_token, this * span, length, D, BLOCK_S)
+        prefetch_tokens(v + b * v_of_sequence + g * v_of_head, v_of_token, this * span, length, D, BLOCK_S)
         gdc_wait()
         gdc_launch_dependents()
     place_RD = b * q_of_sequence + heads_R[:, None] * q_of_head + columns_D[None, :]
