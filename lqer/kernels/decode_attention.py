@@ -140,9 +140,9 @@ def load_mask(mask, first, end, BLOCK_S: tl.constexpr):
 def prefetch_tokens(rows, row_stride, first, length, D: tl.constexpr, BLOCK_S: tl.constexpr):
     """Fetch what a program reads first to the L2 cache, lines of 128 bytes; none of it is used yet."""
     tokens_S = tl.minimum(first + tl.arange(0, BLOCK_S), length - 1).to(tl.int64)
-    lines_SL = rows + tokens_S[:, None] * row_stride + (tl.arange(0, D // 64) * 64)[None, :]
+    places = rows + tokens_S[:, None] * row_stride + (tl.arange(0, D // 64) * 64)[None, :]
     tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [lines_SL.to(tl.int64)], dtype=tl.int32, is_pure=False,
+        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False,
         pack=1,
     )  # fmt: skip
 
