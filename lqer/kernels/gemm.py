@@ -17,7 +17,7 @@ from lqer.kernels.groups_decode import group_product
 from lqer.kernels.groups_wide import wide_product
 from lqer.kernels.low_rank import await_projection, first_rank_of, load_factor, produce_projection
 from lqer.kernels.rounding import round_rows
-from lqer.kernels.split_k import finish_tile
+from lqer.kernels.split_k import finish_tile_of_blocks
 
 
 @triton.constexpr_function
@@ -40,7 +40,7 @@ def gemm_kernel(
     a_exponents,  # [RP, IP / a_block] uint8, or None
     b_codes,  # [own rank, O] int8 or plain, or None
     b_exponents,  # [own rank / b_block, O] uint8, or None
-    partial,  # [splits, + 1 with a branch, O, M] float32, or None for one partial sum
+    partial,  # [splits, + 1 with a branch, tiles, BLOCK_N, BLOCK_M] float32, or None for one partial sum
     finished,  # int32, a counter per output tile, zero before and after
     projection_partial,  # [projection_splits, M, RP] float32, or None
     projection,  # Q(x A) [M, RP], or None
@@ -102,8 +102,9 @@ def gemm_kernel(
 
     parts: tl.constexpr = splits + (1 if rank > 0 else 0)
     # So many loads at once that they take about as many registers as the accumulators did.
-    finish_tile(
-        acc_OM, partial, finished + pid_m * tiles_n + pid_n, pid_s, bias, y, rows_O, rows_M, M, N,
+    tile = pid_m * tiles_n + pid_n
+    finish_tile_of_blocks(
+        acc_OM, partial, tile, tiles_n * tl.cdiv(M, BLOCK_M), finished + tile, pid_s, bias, y, rows_O, rows_M, M, N,
         parts, max(1, 64 // BLOCK_M),
     )  # fmt: skip
 

@@ -139,7 +139,8 @@ def _product(
     tiles_n, tiles_m = -(-layout.padded_rows // launch.block_n), -(-m // launch.block_m)
     # The low-rank branch is one more partial sum of every output tile.
     parts = splits + (1 if spec.rank else 0)
-    partial = given.new_empty((parts, n, m), dtype=torch.float32) if parts > 1 else None
+    of_tiles = (parts, tiles_n * tiles_m, launch.block_n * launch.block_m)
+    partial = given.new_empty(of_tiles, dtype=torch.float32) if parts > 1 else None
     projection = _projection(given, packed)
     producers = projection.splits * projection.rank_blocks * tiles_m
     pdl = starts_early(spec, ordered) and runtime.supports_pdl(given)

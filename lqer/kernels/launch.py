@@ -50,8 +50,8 @@ ROTATED_TOKENS_AT_ONCE = 16
 GROUP_TOKENS = 64
 # Integer groups of four bits, as operands of wgmma.
 WIDE_FROM, WIDE_TOKENS = 17, 128
-# Four-bit codes by the kernel in Gluon, where it runs. A branch takes it two launches more, the other kernels none.
-TALL_FROM, TALL_FROM_WITH_BRANCH, TALL_TOKENS = 17, 129, 512
+# Four-bit codes without a branch, by the kernel in Gluon where it runs.
+TALL_FROM_GROUPS, TALL_FROM_MXINT, TALL_TOKENS = 65, 33, 512
 
 
 def prepare_tables(packed: PackedLinear) -> None:
@@ -79,8 +79,8 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
         return run_rotated_layer(x_MI, packed, run_byte_sums if layout.sums_bytes else run_trellis)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
-    tall_from = TALL_FROM_WITH_BRANCH if packed.spec.rank else TALL_FROM
-    if tall_from <= len(x_MI) <= TALL_TOKENS and fits_tall(packed, x_MI):
+    tall_from = TALL_FROM_GROUPS if isinstance(layout, GroupLayout) else TALL_FROM_MXINT
+    if tall_from <= len(x_MI) <= TALL_TOKENS and not packed.spec.rank and fits_tall(packed, x_MI):
         return run_tall(x_MI, packed, tall_launch(layout, len(x_MI), runtime.multiprocessors(x_MI.device)))
     if isinstance(layout, GroupLayout):
         return _run_integer_groups(x_MI, packed, layout)

@@ -65,14 +65,64 @@ def finish_tile(
     at_once: tl.constexpr,  # partial sums that are loaded before any is added
 ):
     """Write y = sum over all splits + bias of an output tile, in the program that finishes last."""
+    offset_OM = rows_O[:, None] * M + rows_M[None, :]
+    inside_OM = (rows_O < N)[:, None] & (rows_M < M)[None, :]
+    _finish(acc_OM, partial, offset_OM, inside_OM, N * M, counter, split, bias, y, rows_O, rows_M, M, N, splits, at_once)
+
+
+@triton.jit
+def finish_tile_of_blocks(
+    acc_OM,
+    partial,  # float32 [splits, tiles, tile], or None for one split
+    tile,
+    tiles,
+    counter,
+    split,
+    bias,
+    y,
+    rows_O,
+    rows_M,
+    M,
+    N,
+    splits: tl.constexpr,
+    at_once: tl.constexpr,
+):
+    """The same for accumulators of tensor cores: 8 x 8 partial sums, of which a warp has a row in four threads, adjoin."""
+    rows: tl.constexpr = acc_OM.shape[0]
+    columns: tl.constexpr = acc_OM.shape[1]
+    in_O, in_M = tl.arange(0, rows), tl.arange(0, columns)
+    offset_OM = (in_O // 8 * (8 * columns) + in_O % 8 * 8)[:, None] + (in_M // 8 * 64 + in_M % 8)[None, :]
+    offset_OM += tile * (rows * columns)
+    # All of the tile, so that two elements are stored at once whatever M is.
+    whole_OM = tl.full(acc_OM.shape, True, tl.int1)
+    size = tiles * (rows * columns)
+    _finish(acc_OM, partial, offset_OM, whole_OM, size, counter, split, bias, y, rows_O, rows_M, M, N, splits, at_once)
+
+
+@triton.jit
+def _finish(
+    acc_OM,
+    partial,
+    offset_OM,  # of the tile's elements within a split
+    stored_OM,  # which of these are
+    size,  # elements of a split
+    counter,
+    split,
+    bias,
+    y,
+    rows_O,
+    rows_M,
+    M,
+    N,
+    splits: tl.constexpr,
+    at_once: tl.constexpr,
+):
     inside_OM = (rows_O < N)[:, None] & (rows_M < M)[None, :]
     last = True
     if splits > 1:
-        size = N * M
-        offset_OM = rows_O[:, None] * M + rows_M[None, :]
-        last = store_partial(acc_OM, partial, offset_OM, inside_OM, size, counter, split, splits)
+        last = store_partial(acc_OM, partial, offset_OM, stored_OM, size, counter, split, splits)
         if last:
-            acc_OM = sum_partials(acc_OM, partial, offset_OM, inside_OM, size, counter, splits, at_once)
+            acc_OM = sum_partials(acc_OM, partial, offset_OM, stored_OM, size, counter, splits, at_once)
     if last:
         if bias is not None:
             acc_OM += tl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(tl.float32)[:, None]

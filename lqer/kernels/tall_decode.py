@@ -45,14 +45,29 @@ def words_layout(grouped: bool) -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
-def prefetch(words, first_row, step, N, layout: gl.constexpr):
-    """Fetch the words of a step to the L2 cache: 32 bytes a thread, which take no registers until they are used."""
+def prefetch(words, scales, zeros, first_row, step, N, layout: gl.constexpr):
+    """Fetch what `load` reads of a step to the L2 cache: 32 bytes a thread, no registers until they are used."""
     threads = gl.arange(0, 32 * WARPS_G, gl.BlockedLayout([1], [32], [WARPS_G], [0]))
     groups = gl.minimum(first_row // 16 + threads // 32, (N + 15) // 16 - 1)
-    place = (groups * steps_of(layout) + gl.minimum(step, steps_of(layout) - 1)) * 256 + threads % 32 * 8
+    lanes = threads % 32
+    step = gl.minimum(step, steps_of(layout) - 1)
+    _fetch(words + (groups * steps_of(layout) + step) * 256 + lanes * 8)
+    # Of a row group's unit: of scales as many bytes as there are rows and scales, a lane each; zero points as many.
+    if is_grouped(layout):
+        units = groups * layout.units + step // 2 // layout.strips_per_unit
+        _fetch(scales + units * (16 * layout.groups) + lanes % layout.groups * 16)
+        if not layout.symmetric:
+            _fetch(zeros + units * (16 * layout.groups))
+    else:
+        units = groups * layout.units + step // layout.tiles_per_unit
+        _fetch(scales + units * (16 * layout.scales_per_tile) + lanes % 4 * (4 * layout.scales_per_tile))
+
+
+@gluon.jit
+def _fetch(places):
     gl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", ((words + place).to(gl.int64),), dtype=gl.int32,
-        is_pure=False, pack=1,
+        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", (places.to(gl.int64),), dtype=gl.int32, is_pure=False,
+        pack=1,
     )  # fmt: skip
 
 

@@ -38,11 +38,11 @@ SLOWDOWN_OF_16 = (0.0, 1.6, 1.2, 1.0)
 # Four-bit groups and more tokens than 16: by tokens of a program, how many warps and slots of shared memory one of 128
 # rows has. Two fit a multiprocessor. Fastest of four and five launches on an H200, at 32 and 64 tokens and two shapes.
 WIDE_ROWS, WIDE_AT_ONCE = 128, 2
-WIDE = {32: (4, 4), 64: (4, 4)}
+WIDE = {32: (4, 4), 64: (4, 3)}
 START_OF_WIDE, COST_OF_WIDE_SUM = 2.0, 0.5  # of a program, and of each split, in strips
 # tall_gemm.py: by tokens of a program, how many fit a multiprocessor, and stages of shared memory.
-TALL = {32: (2, 6), 64: (2, 5), 128: (1, 5), 256: (1, 3)}
-START_OF_TALL, COST_OF_TALL_SUM = 1.0, 1.0  # of a program, and of a partial sum of each multiprocessor, in turns
+TALL = {32: (2, 4), 64: (2, 3), 128: (1, 3), 256: (1, 3)}
+START_OF_TALL, COST_OF_TALL_SUM = 1.0, 6.0  # of a program, and of a partial sum of each multiprocessor, in turns
 MOST_TALL_SPLITS = 8
 
 
