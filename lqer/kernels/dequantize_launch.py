@@ -40,19 +40,13 @@ def run_dequantized(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     if packed.a_codes is None:
         x_MI = round_activations(x_MI, packed.spec, ordered=False)
         return torch.nn.functional.linear(x_MI, dequantize_weight(packed.weight, x_MI.dtype), packed.bias_O)
-    y_MO, rounded_MI, join = low_rank_on_side_stream(x_MI, packed)
-    w_OI = dequantize_weight(packed.weight, x_MI.dtype)
-    join()
-    return y_MO.addmm_(rounded_MI, w_OI.T)
-
-
-def low_rank_on_side_stream(x_MI: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor, Callable[[], None]]:
-    """y [M, O] = Q(Q(x A) B) + b, x rounded, and a function after which the caller's stream may use both."""
     rounded_MI, projection_MR, y_MO = low_rank_buffers(x_MI, packed)
     with _on_side_stream(x_MI) as join:
         project(x_MI, packed, rounded_MI, projection_MR)
         write_low_rank(projection_MR, packed, y_MO)
-    return y_MO, rounded_MI, join
+    w_OI = dequantize_weight(packed.weight, x_MI.dtype)
+    join()
+    return y_MO.addmm_(rounded_MI, w_OI.T)
 
 
 @contextmanager

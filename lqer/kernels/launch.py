@@ -80,7 +80,7 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
     tall_from = TALL_FROM_GROUPS if isinstance(layout, GroupLayout) else TALL_FROM_MXINT
-    if tall_from <= len(x_MI) <= TALL_TOKENS and not packed.spec.rank and fits_tall(packed, x_MI):
+    if tall_from <= len(x_MI) <= TALL_TOKENS and fits_tall(packed, x_MI):
         return run_tall(x_MI, packed, tall_launch(layout, len(x_MI), runtime.multiprocessors(x_MI.device)))
     if isinstance(layout, GroupLayout):
         return _run_integer_groups(x_MI, packed, layout)

@@ -67,7 +67,9 @@ def finish_tile(
     """Write y = sum over all splits + bias of an output tile, in the program that finishes last."""
     offset_OM = rows_O[:, None] * M + rows_M[None, :]
     inside_OM = (rows_O < N)[:, None] & (rows_M < M)[None, :]
-    _finish(acc_OM, partial, offset_OM, inside_OM, N * M, counter, split, bias, y, rows_O, rows_M, M, N, splits, at_once)
+    _finish(
+        acc_OM, partial, offset_OM, inside_OM, N * M, counter, split, bias, y, rows_O, rows_M, M, N, splits, at_once
+    )
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def finish_tile_of_blocks(
     splits: tl.constexpr,
     at_once: tl.constexpr,
 ):
-    """The same for accumulators of tensor cores: 8 x 8 partial sums, of which a warp has a row in four threads, adjoin."""
+    """The same for accumulators of tensor cores, of which a warp holds blocks of 8 x 8: their partial sums adjoin."""
     rows: tl.constexpr = acc_OM.shape[0]
     columns: tl.constexpr = acc_OM.shape[1]
     in_O, in_M = tl.arange(0, rows), tl.arange(0, columns)

@@ -68,8 +68,8 @@ def _refill(x, x_tiles, ready, stage, first_token, step, end, BLOCK_M: gl.conste
 
 
 @gluon.jit
-def _finish(acc_OM, bias, y, first_row, first_token, M, N, adds: gl.constexpr):
-    """Write y = sum + bias, or y += sum, 16 bytes of a token's outputs a thread."""
+def _finish(acc_OM, bias, y, first_row, first_token, M, N):
+    """Write y = sum + bias, 16 bytes of a token's outputs a thread."""
     BLOCK_M: gl.constexpr = acc_OM.shape[1]
     stored: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, gl.num_warps()], [0, 1])
     if bias is not None:
@@ -79,9 +79,6 @@ def _finish(acc_OM, bias, y, first_row, first_token, M, N, adds: gl.constexpr):
     columns_M = first_token + gl.arange(0, BLOCK_M, gl.SliceLayout(0, stored))
     inside_OM = gl.expand_dims(rows_O < N, 1) & gl.expand_dims(columns_M < M, 0)
     place_OM = y + (gl.expand_dims(columns_M.to(gl.int64) * N, 0) + gl.expand_dims(rows_O, 1))
-    if adds:
-        acc_OM = gl.convert_layout(acc_OM, stored)
-        acc_OM += gl.load(place_OM, mask=inside_OM, other=0.0).to(gl.float32)
     # Rounded before it goes through shared memory.
     gl.store(place_OM, gl.convert_layout(acc_OM.to(y.dtype.element_ty), stored), mask=inside_OM)
 
@@ -94,15 +91,14 @@ def tall_kernel(
     scales,
     zeros,
     bias,  # [O], or None
-    partial,  # [tiles - whole, splits, 128, BLOCK_M] float32, or None
+    partial,  # [tiles - whole, splits, 128 BLOCK_M] float32, or None
     finished,  # int32, a counter per output tile, zero before and after
-    y,  # [M, O]; with `adds` what the product is added to
+    y,  # [M, O]
     M,
     N,
     tiles_n,
     whole,
     layout: gl.constexpr,
-    adds: gl.constexpr,
     BLOCK_M: gl.constexpr,
     splits: gl.constexpr,
     stages: gl.constexpr,
@@ -194,4 +190,4 @@ def tall_kernel(
                 for part in gl.static_range(1, splits):
                     acc_OM += gl.load(place_OM + part * size, mask=pid_s != part, other=own_OM)
     if is_last:
-        _finish(acc_OM, bias, y, first_row, first_token, M, N, adds)
+        _finish(acc_OM, bias, y, first_row, first_token, M, N)

@@ -11,7 +11,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lqer.kernels import runtime
-from lqer.kernels.dequantize_launch import low_rank_on_side_stream
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.input_launch import dense_rows, round_activations
 from lqer.kernels.layout import Layout
@@ -27,7 +26,7 @@ GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def fits_tall(packed: PackedLinear, x: Tensor) -> bool:
-    """Whether the kernel takes this weight, four bits, MXINT or groups of at least 128, on the GPU of x."""
+    """Whether the kernel takes this linear, MXINT or groups of at least 128 of four bits and no branch, on x's GPU."""
     layout = packed.spec.layout
     if isinstance(layout, GroupLayout):
         fits = layout.bits == BITS and layout.groups <= GROUPS
@@ -35,49 +34,31 @@ def fits_tall(packed: PackedLinear, x: Tensor) -> bool:
         # MXINT is decoded to bfloat16.
         four_bits = isinstance(layout, Layout) and layout.exponents and layout.bits == BITS
         fits = four_bits and packed.dtype == torch.bfloat16
-    return fits and runtime.is_hopper(x)
+    return fits and not packed.spec.rank and runtime.is_hopper(x)
 
 
 def run_tall(x_MI: Tensor, packed: PackedLinear, launch: TallLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
-    """y [M, O], in `out_dtype` (by default that of x) where there is no branch."""
+    """y [M, O] in `out_dtype`, by default that of x."""
     layout = packed.spec.layout
     assert isinstance(layout, Layout | GroupLayout)
     given = dense_rows(x_MI)
-    if packed.a_codes is None:
-        x_MI = round_activations(given, packed.spec, ordered=True)
-        y_MO = given.new_empty(len(given), layout.rows, dtype=out_dtype)
-        _multiply(x_MI, packed, layout, launch, y_MO, packed.bias_O)
-        return y_MO
-    y_MO, _, join = low_rank_on_side_stream(given, packed)
     x_MI = round_activations(given, packed.spec, ordered=True)
-    join()
-    _multiply(x_MI, packed, layout, launch, y_MO, None)
-    return y_MO
-
-
-def _multiply(
-    x_MI: Tensor,
-    packed: PackedLinear,
-    layout: Layout | GroupLayout,
-    launch: TallLaunch,
-    y_MO: Tensor,
-    bias_O: Tensor | None,
-) -> None:
-    """y = W x + bias; with a branch it is added to y."""
-    (m, n), block_m, adds = y_MO.shape, launch.block_m, packed.a_codes is not None
+    (m, n), block_m = (len(given), layout.rows), launch.block_m
+    y_MO = given.new_empty(m, n, dtype=out_dtype)
     tiles_n = -(-n // ROWS)
     rest = tiles_n * -(-m // block_m) - launch.whole
     partial = None
     if launch.splits > 1:
-        partial = x_MI.new_empty((rest, launch.splits, ROWS, block_m), dtype=torch.float32)
+        partial = given.new_empty((rest, launch.splits, ROWS * block_m), dtype=torch.float32)
     block = [block_m, COLUMNS]
+    shared = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[given.dtype])
     words, _, scales, zeros = packed.weight.parts
-    shared = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[x_MI.dtype])
-    pdl = runtime.supports_pdl(x_MI) and not adds
+    pdl = runtime.supports_pdl(given)
     limit = {"maxnreg": SMALL_REGISTERS} if block_m <= SMALL_TILE else {}
     tall_kernel[(launch.whole + rest * launch.splits,)](
-        TensorDescriptor.from_tensor(x_MI, block, shared), words, scales, zeros, bias_O, partial,
-        packed.workspace[PROJECTION_COUNTERS:], y_MO, m, n, tiles_n, launch.whole, layout=layout.compiled, adds=adds,
+        TensorDescriptor.from_tensor(x_MI, block, shared), words, scales, zeros, packed.bias_O, partial,
+        packed.workspace[PROJECTION_COUNTERS:], y_MO, m, n, tiles_n, launch.whole, layout=layout.compiled,
         BLOCK_M=block_m, splits=launch.splits, stages=launch.stages, pdl=pdl, num_warps=WARPS, **limit,
         **runtime.launch_options(pdl),
     )  # fmt: skip
+    return y_MO
