@@ -36,7 +36,7 @@ BLOCK_M_OF_16 = 16
 START_OF_16, COST_OF_SUM = 0.5, 1 / 350_000
 SLOWDOWN_OF_16 = (0.0, 1.6, 1.2, 1.0)
 # Four-bit groups and more tokens than 16: by tokens of a program, how many warps and slots of shared memory one of 128
-# rows has. Two fit a multiprocessor. Fastest of four and five launches on an H200, at 32 and 64 tokens and two shapes.
+# rows has. Two fit a multiprocessor. Fastest of those timed on an H200, at 32 and 64 tokens and two shapes.
 WIDE_ROWS, WIDE_AT_ONCE = 128, 2
 WIDE = {32: (4, 4), 64: (4, 3)}
 START_OF_WIDE, COST_OF_WIDE_SUM = 2.0, 0.5  # of a program, and of each split, in strips
