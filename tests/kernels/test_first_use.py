@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_layers import DEVICE, DTYPE, ON_GPU
+from kernel_layers import DEVICE, DTYPE, ON_GPU, random_lattice, rotated_layers
 
 from lqer.formats import Int, MXInt
 from lqer.kernels import GroupedExperts, PackedExperts, PackedLinear, first_use
+from lqer.kernels.joint import join
 
 
 def packed(number_format=None, rows: int = 32) -> PackedLinear:
@@ -30,6 +31,24 @@ def test_wrong_numbers_are_refused_with_the_layout_and_the_error(factor, monkeyp
     monkeypatch.setattr(first_use, "TOKENS", (1,))
     with pytest.raises(ArithmeticError, match=r"kernels of Layout\(.* with 1 tokens differ from plain torch by"):
         first_use.compare(packed())
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_what_lies_between_linears_side_by_side_does_not_count(tokens, monkeypatch):
+    """Outputs end before the next linear's begin; their rotations write only their own columns."""
+    joint = join(rotated_layers([random_lattice(rows, 128) for rows in (64, 32)], 0))
+    first, second = joint.spec.segments
+    assert first.start + first.rows < second.start
+    right = first_use.packed_linear
+
+    def poisoned(x_MI, layer):
+        y_MO = right(x_MI, layer)
+        y_MO[:, first.rows : second.start] = torch.inf
+        return y_MO
+
+    monkeypatch.setattr(first_use, "packed_linear", poisoned)
+    monkeypatch.setattr(first_use, "TOKENS", (tokens,))
+    first_use.compare(joint)
 
 
 def test_linears_that_differ_in_size_alone_are_of_one_kind():
