@@ -48,6 +48,8 @@ class Machine:
         def value(name: str) -> Tensor:
             if name in registers:
                 return registers[name]
+            if name.startswith("0f"):
+                return torch.tensor(int(name[2:], 16))
             number = self.symbols[name] if name in self.symbols else int(name, 0)
             return torch.tensor(number & WORD if number < 0 else number)
 
@@ -77,6 +79,8 @@ class Machine:
                 registers[target] = _float32(sources[0]).to(dtype).view(torch.int16).to(torch.int64) & 0xFFFF
             case "sub.f32":
                 registers[target] = _float32(sources[0]) - _float32(sources[1])
+            case "add.rn.f32":
+                registers[target] = _pattern(_float32(sources[0]) + _float32(sources[1]))
             case "setp.ne.s32":
                 registers[target] = sources[0] != sources[1]
             case "or.b32":
@@ -92,6 +96,8 @@ class Machine:
                 registers[target] = sources[0] >> sources[1]
             case "shf.r.clamp.b32":
                 registers[target] = ((sources[1] << 32 | sources[0]) >> sources[2].clamp(max=32)) & WORD
+            case "xor.b32":
+                registers[target] = sources[0] ^ sources[1]
             case "and.b32":
                 registers[target] = sources[0] & sources[1]
             case "add.u32":
@@ -197,6 +203,11 @@ def _multiply_halves(a: list[Tensor], b: list[Tensor], c: list[Tensor], dtype: t
 def _float32(bits: Tensor) -> Tensor:
     """Numbers of a register: itself, or those whose patterns it holds."""
     return _signed(bits, 32).to(torch.int32).view(torch.float32) if bits.dtype == torch.int64 else bits
+
+
+def _pattern(numbers: Tensor) -> Tensor:
+    """The patterns of float32 numbers."""
+    return numbers.view(torch.int32).to(torch.int64) & WORD
 
 
 def _halves(words: Tensor, dtype: torch.dtype) -> Tensor:

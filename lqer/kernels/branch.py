@@ -62,6 +62,36 @@ def add_ranks(
 
 
 @triton.jit
+def multiply_ranks(
+    acc_OM,
+    b_values,  # these five as in `add_ranks`
+    projection,
+    rows_O,
+    first_row,
+    split,
+    segments,
+    M,
+    N,
+    rank: tl.constexpr,
+    own_rank: tl.constexpr,
+    splits: tl.constexpr,
+    projection_splits: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # at least 16
+):
+    """acc_OM + (x A B)ᵀ by tensor cores, over BLOCK_R ranks in every `splits`-th turn from `split` on."""
+    BLOCK_M: tl.constexpr = acc_OM.shape[1]
+    own = first_rank_of(segments, first_row, own_rank)
+    dtype: tl.constexpr = b_values.dtype.element_ty
+    for first in tl.range(split * BLOCK_R, own_rank, splits * BLOCK_R, num_stages=1):
+        b_OR = load_ranks(b_values, rows_O, first, N, own_rank, BLOCK_R)
+        ranks_R = own + first + tl.arange(0, BLOCK_R)
+        xa_MR = _projection(projection, ranks_R, M, rank, projection_splits, BLOCK_S, BLOCK_M).to(dtype)
+        acc_OM = tl.dot(b_OR, tl.trans(xa_MR), acc_OM)
+    return acc_OM
+
+
+@triton.jit
 def _projection(
     projection,
     ranks_R,

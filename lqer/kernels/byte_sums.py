@@ -21,6 +21,7 @@ are tuples of tensors [T].
 import triton
 import triton.language as tl
 
+from lqer.kernels.byte_products import product_lines, registers_of_ring
 from lqer.kernels.tiles import TILE_K
 from lqer.kernels.trellis import WEIGHTS, TrellisLayout
 from lqer.kernels.trellis_decode import TILE_C, WEIGHTS_C, load_constraints, load_words, plain_values, types
@@ -28,24 +29,6 @@ from lqer.kernels.trellis_decode import TILE_C, WEIGHTS_C, load_constraints, loa
 # A tensor core multiplies eight columns, two for each token.
 TOKENS_AT_ONCE = 4
 TOKENS_AT_ONCE_C = tl.constexpr(TOKENS_AT_ONCE)
-
-
-@triton.constexpr_function
-def product_lines(layout: TrellisLayout, words: list[str], i: int, target: str) -> list[str]:
-    """PTX: target = a state_i; its bytes are those of value i."""
-    word, bit = divmod(i * layout.bits, 32)
-    width = layout.state_bits
-    mask = f"and.b32 t, t, {(1 << width) - 1};"
-    if bit + width > 32:
-        lines = [f"shf.r.clamp.b32 t, {words[word]}, {words[word + 1]}, {bit};", mask]
-    elif bit + width == 32:
-        lines = [f"shr.u32 t, {words[word]}, {bit};"]
-    elif bit:
-        # The compiler makes the first shift a multiplication: multipliers then have as much to do as logical units.
-        lines = [f"shl.b32 t, {words[word]}, {32 - width - bit};", f"shr.u32 t, t, {32 - width};"]
-    else:
-        lines = [f"mov.b32 t, {words[word]};", mask]
-    return [*lines, f"mul.lo.u32 {target}, t, {layout.multiplier};"]
 
 
 @triton.constexpr_function
@@ -68,6 +51,7 @@ def tile_asm(layout: TrellisLayout, groups: int, blocks: int) -> str:
     first_token = first_word + 2 * bits * groups
     lines = [
         '.pragma "nounroll";', ".reg .b32 t, next, a<4>;", f".reg .b32 tail<{groups}>;", f".reg .b32 x<{2 * blocks}>;",
+        *(f".reg .b32 codes{q}_<{registers_of_ring(layout, WEIGHTS)}>;" for q in range(groups)),
         f".reg .b32 d<{products}>;", ".reg .f32 sum, step;", "mov.u32 next, %laneid;", "add.u32 next, next, 4;",
         *(f"mov.b32 d{n}, 0;" for n in range(products)),
     ]  # fmt: skip
@@ -77,6 +61,7 @@ def tile_asm(layout: TrellisLayout, groups: int, blocks: int) -> str:
         # The lane number of a shuffle is taken modulo 32.
         lines += [f"shfl.sync.idx.b32 tail{q}, ${first[q]}, next, 31, 0xFFFFFFFF;" for q in range(groups)]
         words = [[*(f"${first[q] + n}" for n in range(bits)), f"tail{q}"] for q in range(groups)]
+        made: list[set[int]] = [set() for _ in range(groups)]
         for column in range(0, 16, 2):
             for i in range(blocks):
                 source = f"${first_token + 9 * i + 4 * half + column // 4}"
@@ -86,7 +71,7 @@ def tile_asm(layout: TrellisLayout, groups: int, blocks: int) -> str:
             for q in range(groups):
                 # Rows 2 g and 2 g + 1 of this column, then of the next.
                 for n, weight in enumerate((column, column + 16, column + 1, column + 17)):
-                    lines += product_lines(layout, words[q], weight, f"a{n}")
+                    lines += product_lines(layout, words[q], weight, f"a{n}", f"codes{q}_", made[q])
                 for i in range(blocks):
                     d = "{" + ", ".join(f"d{4 * (blocks * q + i) + n}" for n in range(4)) + "}"
                     lines.append(f"{multiply} {d}, {{a0, a1, a2, a3}}, {{x{2 * i}, x{2 * i + 1}}}, {d};")
@@ -109,12 +94,14 @@ def tile_constraints(layout: TrellisLayout, groups: int, blocks: int) -> str:
 def values_asm(layout: TrellisLayout) -> str:
     """PTX: $0 to $63 = the sums of bytes of a lane's 64 weights, of either ring in their order, from its 2 k words."""
     count, bits = 2 * WEIGHTS, layout.bits
-    lines = [".reg .b32 t, next, tail, product;", "mov.u32 next, %laneid;", "add.u32 next, next, 4;"]
+    lines = [".reg .b32 t, next, tail, product;", f".reg .b32 codes<{registers_of_ring(layout, WEIGHTS)}>;"]
+    lines += ["mov.u32 next, %laneid;", "add.u32 next, next, 4;"]
     for half in range(2):
         words = [f"${count + half * bits + n}" for n in range(bits)]
         lines.append(f"shfl.sync.idx.b32 tail, {words[0]}, next, 31, 0xFFFFFFFF;")
+        made: set[int] = set()
         for i in range(WEIGHTS):
-            lines += product_lines(layout, [*words, "tail"], i, "product")
+            lines += product_lines(layout, [*words, "tail"], i, "product", "codes", made)
             lines.append(f"dp4a.s32.s32 ${half * WEIGHTS + i}, product, 0x01010101, 0;")
     return "{\n" + "\n".join(lines) + "\n}"
 

@@ -129,10 +129,11 @@ def headroom(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Tokens:
-    """x' as a product reads it, of lattice codes (lattice.py) or of trellis codes (trellis.py, byte_sums.py).
+    """x' as a product reads it, of lattice codes (lattice.py), of trellis codes (trellis.py, byte_sums.py), or of
+    either (halves.py).
 
-    values: int8 [M, 2, IP] or float16 [M, IP]. steps: int32 [M, tiles, 2] or float32 [M, tiles]. projection:
-    partial sums of x' A, float32 [tiles, M, RP], or None.
+    values: int8 [M, 2, IP] or float16 [M, IP]. steps: int32 [M, tiles, 2], float32 [M, tiles] or [M]. projection:
+    partial sums of x' A, float32 [splits, M, RP], or None.
     """
 
     values: Tensor

@@ -48,21 +48,40 @@ def share_asm(warps: int) -> str:
     return "{\n" + "\n".join([*lines, "bar.sync 0;", "mov.u32 $0, base;"]) + "\n}"
 
 
+@triton.constexpr_function
+def sign_asm(unit: str, low: str, b: str, z: str, y: str) -> list[str]:
+    """PTX: low, b = the halves of a unit; bit 4 k + c of z, which is bit 4 k + c - 2 of y: sign k of code c."""
+    lines = [f"mov.b64 {{{low}, {b}}}, {unit};", f"shr.u32 t, {b}, 4;"]
+    # (b & mask) ^ t
+    return [*lines, f"lop3.b32 {z}, {b}, 0xFFFFFFF0, t, 0x6A;", f"shr.u32 {y}, {z}, 2;"]
+
+
+@triton.constexpr_function
+def index_asm(c: int, table: str, low: str, b: str, z: str, y: str) -> list[str]:
+    """PTX: w = the nibbles of code c without signs, s = what to flip in them. table: address of this lane's copy."""
+    index = (
+        f"shl.b32 t, {low}, 6;",
+        f"shr.u32 t, {low}, 3;",
+        f"shr.u32 t, {low}, 12;",
+        f"shf.r.clamp.b32 t, {low}, {b}, 21;",
+    )
+    # Multiply a sign bit of each nibble to 14.
+    mask, factor = ("0x11111111", 14) if c % 2 == 0 else ("0x22222222", 7)
+    return [
+        index[c], f"and.b32 t, t, 0x{TABLE_BYTES - 4 * COPIES:X};", f"add.u32 t, t, {table};", "ld.shared.b32 w, [t];",
+        f"and.b32 s, {z if c < 2 else y}, {mask};", f"mul.lo.u32 s, s, {factor};",
+    ]  # fmt: skip
+
+
 def words_asm(unit: str, table: str, row: int) -> list[str]:
     """PTX: tensor core operands from the four codes of `unit`.
 
     e{c}{row}: the even coordinates of code c; o{c}{row}: the odd ones. table: the address of this lane's copy.
     """
-    lines = [f"mov.b64 {{low, b}}, {unit};", "shr.u32 t, b, 4;"]
-    # Bit 4 k + c of z: the sign of coordinate k of code c. (b & mask) ^ t
-    lines += ["lop3.b32 z, b, 0xFFFFFFF0, t, 0x6A;", "shr.u32 y, z, 2;"]
-    index = ["shl.b32 t, low, 6;", "shr.u32 t, low, 3;", "shr.u32 t, low, 12;", "shf.r.clamp.b32 t, low, b, 21;"]
+    names = ("low", "b", "z", "y")
+    lines = sign_asm(unit, *names)
     for c in range(4):
-        lines += [index[c], f"and.b32 t, t, 0x{TABLE_BYTES - 4 * COPIES:X};", f"add.u32 t, t, {table};"]
-        lines.append("ld.shared.b32 w, [t];")
-        # Multiply a sign bit of each nibble to 14.
-        mask, factor = ("0x11111111", 14) if c % 2 == 0 else ("0x22222222", 7)
-        lines += [f"and.b32 s, {'z' if c < 2 else 'y'}, {mask};", f"mul.lo.u32 s, s, {factor};"]
+        lines += index_asm(c, table, *names)
         # (w ^ s) & mask
         lines.append(f"lop3.b32 e{c}{row}, w, s, 0x0F0F0F0F, 0x28;")
         lines.append(f"lop3.b32 o{c}{row}, w, s, 0xF0F0F0F0, 0x28;")

@@ -23,6 +23,7 @@ from lqer.kernels.hadamard_launch import (
     rotates_in_kernels,
     run_between_rotations,
 )
+from lqer.kernels.halves_launch import run_halves
 from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.integer_launch import (
     fits_gemm,
@@ -37,6 +38,7 @@ from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
+from lqer.kernels.rotations_launch import prepare_rotations
 from lqer.kernels.tall_launch import fits_tall, run_tall
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout
 from lqer.kernels.trellis_launch import run_trellis, table_of
@@ -45,8 +47,10 @@ from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch, group_launc
 # With more tokens than these, dequantizing the weight and calling a library is faster.
 CODEBOOK_TOKENS = 16
 ROTATED_TOKENS = 64
-# The kernels of lattice and trellis codes take up to so many at once.
-ROTATED_TOKENS_AT_ONCE = 16
+# Trellis codes that are looked up take up to so many at once, and lattice codes, whose table leaves less shared memory.
+LOOKED_UP_AT_ONCE, LATTICE_AT_ONCE = 16, 32
+# From so many on, lattice codes and byte sums are decoded to float16 for all tokens, instead of multiplied as integers.
+LATTICE_HALVES_FROM, BYTE_HALVES_FROM = 3, 5
 GROUP_TOKENS = 64
 # Integer groups of four bits, as operands of wgmma.
 WIDE_FROM, WIDE_TOKENS = 17, 128
@@ -68,15 +72,19 @@ def prepare_tables(packed: PackedLinear) -> None:
     if packed.input_signs_I is not None and rotates_in_kernels(packed):
         hadamard_factors(spec.layout.columns, False, device)
         inverse_factors(spec, device)
+        prepare_rotations(spec, device)
 
 
 def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, O] of x [M, I], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
     if isinstance(layout, LatticeLayout):
-        return run_rotated_layer(x_MI, packed, run_lattice)
+        few = len(x_MI) < LATTICE_HALVES_FROM
+        return run_rotated_layer(x_MI, packed, run_lattice if few else run_halves, LATTICE_AT_ONCE)
     if isinstance(layout, TrellisLayout):
-        return run_rotated_layer(x_MI, packed, run_byte_sums if layout.sums_bytes else run_trellis)
+        if not layout.sums_bytes:
+            return run_rotated_layer(x_MI, packed, run_trellis, LOOKED_UP_AT_ONCE)
+        return run_rotated_layer(x_MI, packed, run_byte_sums if len(x_MI) < BYTE_HALVES_FROM else run_halves)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
     tall_from = TALL_FROM_GROUPS if isinstance(layout, GroupLayout) else TALL_FROM_MXINT
@@ -106,13 +114,16 @@ def _run_integer_groups(x_MI: Tensor, packed: PackedLinear, layout: GroupLayout)
 
 
 def run_rotated_layer(
-    x_MI: Tensor, packed: PackedLinear, run_codes: Callable[[Tensor, PackedLinear, bool], Tensor]
+    x_MI: Tensor,
+    packed: PackedLinear,
+    run_codes: Callable[[Tensor, PackedLinear, bool], Tensor],
+    at_once: int = ROTATED_TOKENS,
 ) -> Tensor:
     """A layer that may have rotations: few tokens on the codes; many, and rounded ones, on the decoded weight."""
 
     def run(x: Tensor, packed: PackedLinear) -> Tensor:
         pdl = runtime.supports_pdl(x)
-        parts = [run_codes(part, packed, pdl) for part in dense_rows(x).split(ROTATED_TOKENS_AT_ONCE)]
+        parts = [run_codes(part, packed, pdl) for part in dense_rows(x).split(at_once)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     if len(x_MI) > ROTATED_TOKENS or packed.spec.rounding.bits:

@@ -5,7 +5,9 @@ Shapes: O out_features, I in_features; P marks padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
 
 from lqer.kernels.layout import ROW_PADDING
 
@@ -22,6 +24,11 @@ class TiledLayout:
 
     rows: int
     columns: int
+
+    @cached_property
+    def compiled(self) -> Self:
+        """The layout without the number of rows: kernels are compiled once for all of these."""
+        return replace(self, rows=0)
 
     @property
     def tiles(self) -> int:

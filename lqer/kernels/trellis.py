@@ -32,8 +32,8 @@ Shapes: O out_features, I in_features, S states, P groups of W words, C codes of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -61,11 +61,6 @@ class TrellisLayout(TiledLayout):
     bits: int  # k
     state_bits: int  # L
     table_number: int  # of the table, in TABLES
-
-    @cached_property
-    def compiled(self) -> TrellisLayout:
-        """The layout without the number of rows: kernels are compiled once for all of these."""
-        return replace(self, rows=0)
 
     @property
     def table(self) -> str:

@@ -35,6 +35,7 @@ from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
 from lqer.kernels.experts_launch import run_down, run_up
 from lqer.kernels.experts_packed import PackedExperts
 from lqer.kernels.groups import GroupLayout
+from lqer.kernels.halves import TOKENS_AT_ONCE as HALVES_AT_ONCE
 from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups, run_wide
 from lqer.kernels.joint import join
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
@@ -95,6 +96,9 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
         check_that_the_table_stays(kernel, constants["layout"])
     if self.fn.__name__ == "byte_sums_product_kernel":
         products = 16 * constants["groups"] * constants["BLOCK_M"] // BYTE_TOKENS_AT_ONCE
+        assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
+    if self.fn.__name__ == "halves_product_kernel":
+        products = 8 * constants["groups"] * constants["BLOCK_M"] // HALVES_AT_ONCE
         assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
     wide = self.fn.__name__ == "gemm_kernel" and constants["ordered"] and isinstance(constants["layout"], GroupLayout)
     if wide and not constants["rank"]:
@@ -243,7 +247,7 @@ def main() -> None:
         packed = PackedLinear.pack(
             lattice.weight, lattice.a, lattice.b, None, None, dtype, random_hadamard(64, 2048, 0)
         )
-        for m in (1, 16, 65):
+        for m in (1, 16, 64, 65):
             run_layer(random_input(m, 2048, dtype), packed)
             run_layer(random_input(m, 2048, dtype), lattice.packed)
     for n, k, rank, m in ((64, 256, 16, 3), (128, 1024, 256, 1), (128, 1024, 256, 4), (128, 1024, 256, 16)):
@@ -251,7 +255,7 @@ def main() -> None:
     for bits, state_bits, table, m, rank in (
         (1, 12, "gaussian", 1, 0), (2, 12, "gaussian", 1, 64), (3, 13, "gaussian", 16, 16), (3, 12, "gaussian", 4, 0),
         (4, 16, "gaussian", 9, 0), (1, 12, "bytes", 1, 0), (2, 12, "bytes", 16, 64), (3, 16, "bytes", 4, 16),
-        (4, 14, "bytes", 1, 64),
+        (3, 12, "bytes", 64, 16), (4, 14, "bytes", 1, 64),
     ):  # fmt: skip
         weight = random_trellis(Trellis(bits, state_bits, table), 256, 2048)
         other = build_layer(MXInt(4), 256, 2048, rank=rank)

@@ -1,0 +1,119 @@
+"""Host side of the product of 5 to 64 tokens with trellis codes of table "bytes" and with lattice codes.
+
+Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from lqer.kernels.hadamard_launch import Tokens
+from lqer.kernels.halves import TOKENS_AT_ONCE
+from lqer.kernels.halves_gemm import halves_product_kernel
+from lqer.kernels.joint import segment_numbers
+from lqer.kernels.lattice import PackedLattice
+from lqer.kernels.layout import ROWS
+from lqer.kernels.packed import PackedLinear
+from lqer.kernels.rotations_launch import rotate_inputs, rotate_outputs
+from lqer.kernels.runtime import launch_options, multiprocessors
+from lqer.kernels.tiles import TILE_K, TiledLayout
+from lqer.kernels.trellis import PackedTrellis
+
+RANKS_AT_ONCE = 16  # as many as a tensor core multiplies
+
+
+@dataclass(frozen=True)
+class HalvesLaunch:
+    groups: int  # of 16 rows, for one warp
+    warps_n: int  # of a program, along the rows
+    warps_k: int  # of a program, along the columns; a divisor of it that divides the tiles
+    splits: int = 1  # programs along the columns, at most
+    registers: int | None = None  # of a thread, at most
+    late: bool = True  # see run_rotated_product
+
+
+# Programs that a multiprocessor has to hold until its units and not latencies decide.
+BUSY = 3
+# What a program takes besides its tiles, in tiles: its first codes and the end, and its sums of so many tokens.
+OVERHEAD, TOKENS_OF_OVERHEAD = 2, 32
+# Registers that let four programs of four warps share a multiprocessor, and three, whose sums are not spilled.
+FEW_REGISTERS, MANY_REGISTERS, MANY_TOKENS = 128, 168, 32
+
+
+@lru_cache
+def halves_launch(layout: TiledLayout, tokens: int, multiprocessors: int) -> HalvesLaunch:
+    """The launch for so many tokens, with the splits of K with which the multiprocessors have least to do."""
+    launch = HalvesLaunch(2, 4, 1, 1, FEW_REGISTERS if tokens <= MANY_TOKENS else MANY_REGISTERS)
+    rows = -(-layout.rows // (launch.groups * launch.warps_n * ROWS))
+
+    def time(splits: int) -> int:
+        overhead = OVERHEAD + tokens // TOKENS_OF_OVERHEAD
+        return max(BUSY, -(-rows * splits // multiprocessors)) * (layout.tiles // splits + overhead)
+
+    fitting = [splits for splits in range(1, layout.tiles + 1) if layout.tiles % splits == 0]
+    return replace(launch, splits=min(fitting, key=time))
+
+
+def run_halves(
+    x_MI: Tensor,
+    packed: PackedLinear,
+    pdl: bool,
+    launch: HalvesLaunch | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Up to 64 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
+    m, tiles = len(x_MI), packed.spec.layout.padded_columns // TILE_K
+    layout = packed.spec.layout
+    assert isinstance(layout, TiledLayout)
+    launch = launch or halves_launch(layout, m, multiprocessors(x_MI.device))
+    # The last block may have fewer tokens than a tensor core multiplies: products of none are not stored.
+    empty = (
+        x_MI.new_empty((block_of(m), tiles * TILE_K), dtype=torch.float16),
+        x_MI.new_empty(m, dtype=torch.float32),
+    )
+    tokens, dtype = rotate_inputs(x_MI, packed, empty, pdl, launch.late), out_dtype or x_MI.dtype
+    if packed.input_signs_I is None:
+        return _product(tokens, packed, packed.bias_O, dtype, pdl, launch)
+    return rotate_outputs(_product(tokens, packed, None, torch.float32, pdl, launch), packed, dtype, pdl)
+
+
+def block_of(tokens: int) -> int:
+    """Tokens of a program."""
+    return max(TOKENS_AT_ONCE, triton.next_power_of_2(tokens))
+
+
+def _product(
+    tokens: Tokens,
+    packed: PackedLinear,
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+    pdl: bool,
+    launch: HalvesLaunch,
+) -> Tensor:
+    """y [M, O] in `dtype`."""
+    weight, spec, m = packed.weight, packed.spec, len(tokens.steps)
+    assert isinstance(weight, PackedTrellis | PackedLattice)
+    layout = weight.layout
+    warps_k = math.gcd(launch.warps_k, layout.tiles)
+    spans = layout.tiles // warps_k
+    splits = next(splits for splits in range(min(launch.splits, spans), 0, -1) if spans % splits == 0)
+    tiles_n = -(-layout.rows // (launch.groups * launch.warps_n * ROWS))
+    partial = tokens.steps.new_empty((splits, layout.rows, m)) if splits > 1 else None
+    y_MO = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
+    table = weight.table if isinstance(weight, PackedLattice) else None
+    halves_product_kernel[(tiles_n * splits,)](
+        tokens.values, tokens.steps, weight.words, table, weight.scales, packed.b_codes, tokens.projection, bias_O,
+        segment_numbers(spec, y_MO.device), partial, packed.workspace, y_MO, m, layout.rows, tiles_n,
+        layout=layout.compiled, rank=spec.rank, own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
+        BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=spans // splits, splits=splits,
+        warps_n=launch.warps_n, warps_k=warps_k, groups=launch.groups, BLOCK_M=block_of(m),
+        BLOCK_R=min(RANKS_AT_ONCE, max(spec.own_rank, 1)), pdl=pdl, num_warps=launch.warps_n * warps_k,
+        maxnreg=launch.registers, **launch_options(pdl),
+    )  # fmt: skip
+    return y_MO
