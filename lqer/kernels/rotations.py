@@ -5,7 +5,8 @@ whole for every row of O. Of few tokens a program computes one block of up to 12
 it computes several of up to 256. Sums of blocks are float32; H_B = H_G ⊗ H_L is multiplied by tensor cores in parts of
 tf32, which together have about the precision of float32.
 
-Shapes: M tokens, A blocks, B values of a block, by G times L, P blocks of a program, T values of a program, R rank.
+Shapes: M tokens, A blocks, B values of a block, by G times L, P blocks of a program, T values of a program, S rows
+that H is multiplied with, R rank.
 """
 
 import triton
