@@ -31,6 +31,15 @@ from lqer.kernels.runtime import INTERPRETED
 from lqer.kernels.split_k import finish_tile
 
 
+# Registers of a thread for partial sums that it loads at once.
+PARTIAL_REGISTERS = tl.constexpr(64)
+
+
+@triton.constexpr_function
+def partials_at_once(splits: int, most: int) -> int:
+    return max(1, min(splits, most))
+
+
 @triton.jit(do_not_specialize=["M", "tiles_n"])
 def halves_product_kernel(
     x,  # float16, these two as in halves.py
@@ -107,4 +116,5 @@ def halves_product_kernel(
             acc_OM, b_values, projection, rows_O, pid_n * BLOCK_N, pid_s, segments, M, N, rank, own_rank, splits,
             projection_splits, BLOCK_S, BLOCK_R,
         )  # fmt: skip
-    finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, splits)
+    at_once: tl.constexpr = partials_at_once(splits, warps_k * 32 * PARTIAL_REGISTERS // (groups * ROWS_C * BLOCK_M))
+    finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, at_once)
