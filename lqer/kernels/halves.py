@@ -16,8 +16,8 @@ The eight columns [j, t, :] of a tile are those of the weights that a lane decod
 so a load gives the operand of two products, of adjacent bytes for all lanes. In Triton's interpreter the same is
 computed in plain operations.
 
-Shapes: M tokens, O rows of W, C columns of a tile, U units of a row in it, T threads of a program, K its warps along the
-columns. Sums and codes are tuples of tensors [T].
+Shapes: M tokens, O rows of W, C columns of a tile, U units of a row in it, T threads of a program, K its warps along
+the columns. Sums and codes are tuples of tensors [T].
 """
 
 import triton

@@ -30,7 +30,6 @@ from lqer.kernels.lattice_decode import COPIES_C, share_table
 from lqer.kernels.runtime import INTERPRETED
 from lqer.kernels.split_k import finish_tile
 
-
 # Registers of a thread for partial sums that it loads at once.
 PARTIAL_REGISTERS = tl.constexpr(64)
 
