@@ -16,13 +16,13 @@ from lqer.kernels.hadamard_launch import Tokens, headroom
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations import rotate_input_kernel, rotate_output_kernel
-from lqer.kernels.runtime import launch_options
+from lqer.kernels.runtime import launch_options, multiprocessors
 from lqer.kernels.spec import Spec
 from lqer.kernels.tiles import TILE_K, TiledLayout
 from lqer.transforms.hadamard_factors import small_order, two_factors
 
 LARGEST_BLOCK = 256
-VALUES = 1024  # of a program, at most
+VALUES = (1024, 512, 256)  # of a program
 WARPS = 8
 RANKS_AT_ONCE = 16
 
@@ -61,12 +61,18 @@ def block_of(lengths: list[int]) -> int:
     return min(LARGEST_BLOCK, *(length // small_order(length) for length in lengths))
 
 
+def values_of_program(length: int, tokens: int, device: torch.device) -> int:
+    """As many as leave a program for each multiprocessor, for a program reads its token as a whole."""
+    wanted = length * tokens // multiprocessors(device)
+    return next((values for values in VALUES if values <= wanted), VALUES[-1])
+
+
 @lru_cache
-def output_rotations(spec: Spec, device: torch.device) -> Rotations:
-    """The rotation of a layer's outputs; cached as those of `rows_of_programs`."""
+def output_rotations(spec: Spec, values: int, device: torch.device) -> Rotations:
+    """The rotation of a layer's outputs; cached as those of `rows_of_programs`. values: of a program."""
     segments = [(segment.start, segment.rows) for segment in spec.segments] or [(0, spec.layout.rows)]
     block = block_of([length for _, length in segments])
-    together = VALUES // block
+    together = max(1, values // block)
     rows, places, before = [], [], 0
     for start, length in segments:
         blocks = length // block
@@ -82,16 +88,17 @@ def output_rotations(spec: Spec, device: torch.device) -> Rotations:
 def prepare_rotations(spec: Spec, device: torch.device) -> None:
     """Compute what a call reads before it is made."""
     assert isinstance(spec.layout, TiledLayout)
-    input_rotation(spec.layout.compiled, device)
-    output_rotations(spec, device)
+    for values in VALUES:
+        input_rotation(spec.layout.compiled, values, device)
+        output_rotations(spec, values, device)
 
 
 @lru_cache
-def input_rotation(layout: TiledLayout, device: torch.device) -> tuple[Tensor, int, int]:
+def input_rotation(layout: TiledLayout, values: int, device: torch.device) -> tuple[Tensor, int, int]:
     """Of the rotation of inputs: `rows_of_programs` for all tiles, the size of a block, and blocks of a program."""
     block = block_of([layout.columns])
     # A program has whole tiles.
-    together = max(TILE_K // block, min(VALUES, triton.next_power_of_2(layout.columns)) // block)
+    together = max(1, TILE_K // block, min(values, triton.next_power_of_2(layout.columns)) // block)
     rows = rows_of_programs(layout.columns, False, block, together, device)
     programs = -(-layout.padded_columns // (block * together))
     return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, programs - len(rows))).contiguous(), block, together
@@ -103,11 +110,12 @@ def rotate_inputs(x_MI: Tensor, packed: PackedLinear, empty: tuple[Tensor, Tenso
     empty: values and steps of halves.py, to be written. late: see run_rotated_product.
     """
     (m, k), rank, tiles = x_MI.shape, packed.spec.rank, packed.spec.layout.padded_columns // TILE_K
+    values = values_of_program(k, m, x_MI.device)
     room, signs_I = headroom(x_MI.dtype), packed.input_signs_I
     if signs_I is None:
-        rows, block, together = None, TILE_K, min(VALUES // TILE_K, triton.next_power_of_2(tiles))
+        rows, block, together = None, TILE_K, min(values // TILE_K, triton.next_power_of_2(tiles))
     else:
-        rows, block, together = input_rotation(packed.spec.layout.compiled, x_MI.device)
+        rows, block, together = input_rotation(packed.spec.layout.compiled, values, x_MI.device)
     # Rotations end where the columns do; tiles beyond are zero.
     programs = -(-tiles * TILE_K // (block * together))
     partial = x_MI.new_empty((programs, m, rank), dtype=torch.float32) if rank else None
@@ -124,7 +132,7 @@ def rotate_outputs(y_MO: Tensor, packed: PackedLinear, dtype: torch.dtype, pdl: 
     """signs ⊙ Hᵀ y + bias in `dtype`, of y in float32."""
     m, n = y_MO.shape
     y_out = y_MO.new_empty(m, n, dtype=dtype)
-    inverse = output_rotations(packed.spec, y_MO.device)
+    inverse = output_rotations(packed.spec, values_of_program(n, m, y_MO.device), y_MO.device)
     rotate_output_kernel[len(inverse.places), m](
         y_MO, packed.output_signs_O, inverse.rows, inverse.places, packed.bias_O, y_out, n, A=inverse.longest,
         B=inverse.block, P=inverse.together, factor=headroom(packed.dtype), pdl=pdl, num_warps=WARPS,

@@ -7,7 +7,7 @@ import torch
 from kernel_layers import DEVICE, DTYPE, ON_GPU, random_input, random_lattice, random_trellis, relative_error
 
 from lqer.formats import Trellis
-from lqer.kernels import PackedLinear
+from lqer.kernels import PackedLinear, rotations_launch
 from lqer.kernels.halves_launch import HalvesLaunch, halves_launch, run_halves
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.runtime import supports_pdl
@@ -73,8 +73,10 @@ def test_sums_equal_float64_to_the_precision_of_float32(n, k, codes):
 @pytest.mark.parametrize(
     ("n", "k"), [(64, 256), (160, 688), (688, 160), (16, 96), (2048, 128), *[(11008, 4096), (4096, 11008)] * ON_GPU]
 )
-def test_rotations_of_every_length_give_the_formula(n, k, codes):
+@pytest.mark.parametrize("values", rotations_launch.VALUES[::2])
+def test_rotations_of_every_length_give_the_formula(n, k, codes, values, monkeypatch):
     """Powers of two, lengths with one odd factor, and blocks that do not fill the last program."""
+    monkeypatch.setattr(rotations_launch, "VALUES", (values,))
     packed, values_OI, basis = rotated(codes, n, k)
     for m in (5, 64) if ON_GPU and n * k > 1 << 20 else (5,):
         x_MI = random_input(m, k)
