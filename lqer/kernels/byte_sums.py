@@ -1,7 +1,7 @@
-"""Device functions that multiply trellis codes of table "bytes" with tokens, without a table (trellis.py).
+"""Device functions that multiply trellis codes of table "bytes" with up to four tokens, without a table (trellis.py).
 
-A state's value is the sum of the four signed bytes of a product (lqer.formats.trellis): a shift and a mask, or two
-shifts, give the state, and one multiplication four elements of an operand of the integer tensor cores, which add them.
+A state's value is the sum of the four signed bytes of a product (lqer.formats.trellis, byte_products.py): four elements
+of an operand of the integer tensor cores, which add them.
 A weight takes a register of that operand, so a multiplication has eight columns. Tokens are 16-bit integers 256 h + l
 with a power of two as step for each token and tile of 128 columns; h and l of a column, four times each, are a register
 of two columns of the other operand, so four tokens are multiplied at once. Sums are exact in 32 bits.
@@ -9,8 +9,8 @@ of two columns of the other operand, so four tokens are multiplied at once. Sums
     x         int8 [M, 2, IP]         h and l, in natural order
     steps     float32 [M, tiles]      of an integer times the 1 / 128 of values
 
-Lane 4 g + t reads the sixteen columns of ring t, then of ring 4 + t, of token g / 2 of a block: its h if g is even. A
-warp multiplies `groups` row groups with what it has read and spread.
+Lane 4 g + t reads the sixteen columns of ring t, then of ring 4 + t, of token g / 2: its h if g is even. A warp
+multiplies `groups` row groups with what it has read and spread.
 
 In Triton's interpreter the same is computed in plain operations.
 
@@ -39,18 +39,18 @@ def token_asm() -> str:
 
 
 @triton.constexpr_function
-def tile_asm(layout: TrellisLayout, groups: int, blocks: int) -> str:
-    """PTX: add the products of `groups` row groups and 4 `blocks` tokens to a warp's sums.
+def tile_asm(layout: TrellisLayout, groups: int) -> str:
+    """PTX: add the products of `groups` row groups and four tokens to a warp's sums.
 
-    Outputs $(2 (blocks q + i) + h): the sum of row 2 g + h of row group q and token t of block i, in lane 4 g + t.
+    Outputs $(2 q + h): the sum of row 2 g + h of row group q and token t, in lane 4 g + t.
     Inputs: the same sums before, the 2 k words of a lane for each row group, and the outputs of `token_asm` for each
     block.
     """
-    sums, bits, products = 2 * groups * blocks, layout.bits, 4 * groups * blocks
+    sums, bits, products = 2 * groups, layout.bits, 4 * groups
     first_word = 2 * sums
     first_token = first_word + 2 * bits * groups
     lines = [
-        '.pragma "nounroll";', ".reg .b32 t, next, a<4>;", f".reg .b32 tail<{groups}>;", f".reg .b32 x<{2 * blocks}>;",
+        '.pragma "nounroll";', ".reg .b32 t, next, a<4>;", f".reg .b32 tail<{groups}>;", ".reg .b32 x<2>;",
         *(f".reg .b32 codes{q}_<{registers_of_ring(layout, WEIGHTS)}>;" for q in range(groups)),
         f".reg .b32 d<{products}>;", ".reg .f32 sum, step;", "mov.u32 next, %laneid;", "add.u32 next, next, 4;",
         *(f"mov.b32 d{n}, 0;" for n in range(products)),
@@ -63,31 +63,27 @@ def tile_asm(layout: TrellisLayout, groups: int, blocks: int) -> str:
         words = [[*(f"${first[q] + n}" for n in range(bits)), f"tail{q}"] for q in range(groups)]
         made: list[set[int]] = [set() for _ in range(groups)]
         for column in range(0, 16, 2):
-            for i in range(blocks):
-                source = f"${first_token + 9 * i + 4 * half + column // 4}"
-                for n in range(2):
-                    spread = 0x1111 * (column % 4 + n)
-                    lines.append(f"prmt.b32 x{2 * i + n}, {source}, {source}, {spread};")
+            source = f"${first_token + 4 * half + column // 4}"
+            for n in range(2):
+                spread = 0x1111 * (column % 4 + n)
+                lines.append(f"prmt.b32 x{n}, {source}, {source}, {spread};")
             for q in range(groups):
                 # Rows 2 g and 2 g + 1 of this column, then of the next.
                 for n, weight in enumerate((column, column + 16, column + 1, column + 17)):
                     lines += product_lines(layout, words[q], weight, f"a{n}", f"codes{q}_", made[q])
-                for i in range(blocks):
-                    d = "{" + ", ".join(f"d{4 * (blocks * q + i) + n}" for n in range(4)) + "}"
-                    lines.append(f"{multiply} {d}, {{a0, a1, a2, a3}}, {{x{2 * i}, x{2 * i + 1}}}, {d};")
+                d = "{" + ", ".join(f"d{4 * q + n}" for n in range(4)) + "}"
+                lines.append(f"{multiply} {d}, {{a0, a1, a2, a3}}, {{x0, x1}}, {d};")
     for n in range(sums):
-        step = first_token + 9 * (n // 2 % blocks) + 8
         lines += [
             f"mad.lo.s32 d{2 * n}, d{2 * n}, 256, d{2 * n + 1};", f"cvt.rn.f32.s32 sum, d{2 * n};",
-            f"mov.b32 step, ${step};", f"fma.rn.f32 ${n}, sum, step, ${sums + n};",
+            f"mov.b32 step, ${first_token + 8};", f"fma.rn.f32 ${n}, sum, step, ${sums + n};",
         ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @triton.constexpr_function
-def tile_constraints(layout: TrellisLayout, groups: int, blocks: int) -> str:
-    sums = 2 * groups * blocks
-    return ",".join(["=&f"] * sums + ["f"] * sums + ["r"] * (2 * layout.bits * groups + 9 * blocks))
+def tile_constraints(layout: TrellisLayout, groups: int) -> str:
+    return ",".join(["=&f"] * 2 * groups + ["f"] * 2 * groups + ["r"] * (2 * layout.bits * groups + 9))
 
 
 @triton.constexpr_function
@@ -127,13 +123,13 @@ def uncounted_next(turn):
 
 
 @triton.jit
-def no_sums(lane_T, pairs: tl.constexpr):
-    """Initial sums of `add_tile`: two zeros per thread for each row group and four tokens."""
-    if pairs == 1:
+def no_sums(lane_T, groups: tl.constexpr):
+    """Initial sums of `add_tile`: two zeros per thread for each row group."""
+    if groups == 1:
         zero_T = tl.zeros(lane_T.shape, tl.float32)
         return zero_T, zero_T
     else:
-        half = no_sums(lane_T, pairs // 2)
+        half = no_sums(lane_T, groups // 2)
         return half + half
 
 
@@ -149,43 +145,38 @@ def load_groups(words, group_T, lane_T, tile, last, layout: tl.constexpr, groups
 
 
 @triton.jit
-def load_tokens(x, steps, lane_T, first, tile_T, M, tiles: tl.constexpr, blocks: tl.constexpr):
-    """For each four tokens from `first` on, the columns of a tile and the step that a thread needs.
+def load_tokens(x, steps, lane_T, tile_T, M, tiles: tl.constexpr):
+    """The columns of a tile and the step that a thread needs, of four tokens.
 
-    Lane 4 g + t reads 32 columns of a part of token g / 2 of a block and has sums of token t. Tokens from M on are
-    replaced by the last one. Beyond the last tile the step is zero.
+    Lane 4 g + t reads 32 columns of a part of token g / 2 and has sums of token t. Tokens from M on are replaced by the
+    last one. Beyond the last tile the step is zero.
     """
-    if blocks == 1:
-        present_T = tl.minimum(tile_T, tiles - 1)
-        row_T = tl.minimum(first + lane_T // 8, M - 1) * 2 + lane_T // 4 % 2
-        place_T = x + (row_T * tiles + present_T) * TILE_C + lane_T % 4 * 16
-        step_T = steps + tl.minimum(first + lane_T % 4, M - 1) * tiles + present_T
-        loaded = tl.inline_asm_elementwise(
-            token_asm(), load_constraints(9, 2), (place_T.to(tl.int64), step_T.to(tl.int64)),
-            dtype=types(tl.int32, 9), is_pure=False, pack=1,
-        )  # fmt: skip
-        return loaded[:8] + (tl.where(tile_T < tiles, loaded[8], 0),)  # noqa: RUF005
-    else:
-        half: tl.constexpr = blocks // 2
-        others = load_tokens(x, steps, lane_T, first + half * TOKENS_AT_ONCE_C, tile_T, M, tiles, half)
-        return load_tokens(x, steps, lane_T, first, tile_T, M, tiles, half) + others
+    present_T = tl.minimum(tile_T, tiles - 1)
+    row_T = tl.minimum(lane_T // 8, M - 1) * 2 + lane_T // 4 % 2
+    place_T = x + (row_T * tiles + present_T) * TILE_C + lane_T % 4 * 16
+    step_T = steps + tl.minimum(lane_T % 4, M - 1) * tiles + present_T
+    loaded = tl.inline_asm_elementwise(
+        token_asm(), load_constraints(9, 2), (place_T.to(tl.int64), step_T.to(tl.int64)),
+        dtype=types(tl.int32, 9), is_pure=False, pack=1,
+    )  # fmt: skip
+    return loaded[:8] + (tl.where(tile_T < tiles, loaded[8], 0),)  # noqa: RUF005
 
 
 @triton.jit
-def add_tile(sums, words, tokens, layout: tl.constexpr, groups: tl.constexpr, blocks: tl.constexpr):
+def add_tile(sums, words, tokens, layout: tl.constexpr, groups: tl.constexpr):
     """`sums` + the products of a tile of row groups. words: of `load_groups`; tokens: of `load_tokens`."""
     return tl.inline_asm_elementwise(
-        tile_asm(layout, groups, blocks), tile_constraints(layout, groups, blocks), sums + words + tokens,
-        dtype=types(tl.float32, 2 * groups * blocks), is_pure=False, pack=1,
+        tile_asm(layout, groups), tile_constraints(layout, groups), sums + words + tokens,
+        dtype=types(tl.float32, 2 * groups), is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
-def sums_tile(sums, warps_k: tl.constexpr, warps_n: tl.constexpr, groups: tl.constexpr, blocks: tl.constexpr):
-    """[O, M] from the sums of threads, which hold rows 2 g and 2 g + 1 of row groups and one of each four tokens."""
-    # Axes: warps along K, along rows, g, t, row group, block of tokens, h.
-    sums_T = joined(sums, 2 * groups * blocks).reshape(warps_k, warps_n, 8, 4, groups, blocks, 2)
-    sums_KOM = sums_T.permute(0, 1, 4, 2, 6, 5, 3).reshape(warps_k, warps_n * groups * 16, 4 * blocks)
+def sums_tile(sums, warps_k: tl.constexpr, warps_n: tl.constexpr, groups: tl.constexpr):
+    """[O, M] from the sums of threads, which hold rows 2 g and 2 g + 1 of row groups and one of four tokens."""
+    # Axes: warps along K, along rows, g, t, row group, h.
+    sums_T = joined(sums, 2 * groups).reshape(warps_k, warps_n, 8, 4, groups, 2)
+    sums_KOM = sums_T.permute(0, 1, 4, 2, 5, 3).reshape(warps_k, warps_n * groups * 16, TOKENS_AT_ONCE_C)
     return tl.sum(sums_KOM, axis=0)
 
 

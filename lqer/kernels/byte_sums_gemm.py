@@ -58,20 +58,18 @@ def byte_sums_product_kernel(
     warps_k: tl.constexpr,
     groups: tl.constexpr,  # row groups of a warp
     early: tl.constexpr,  # tokens are loaded a tile ahead too
-    BLOCK_M: tl.constexpr,
     TOKENS: tl.constexpr,  # M, rounded up to a power of two
     BLOCK_R: tl.constexpr,
     pdl: tl.constexpr,
 ):
-    """y of 16 * warps_n * groups rows and BLOCK_M tokens, over one split of K."""
+    """y of 16 * warps_n * groups rows and four tokens, over one split of K."""
     pid = tl.program_id(0)
     pid_n, pid_s = pid % tiles_n, pid // tiles_n
     BLOCK_N: tl.constexpr = warps_n * groups * ROWS_C
     rows_O = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_M = tl.arange(0, BLOCK_M)
+    rows_M = tl.arange(0, TOKENS_AT_ONCE_C)
     thread_T = tl.arange(0, warps_n * warps_k * 32)
     lane_T, warp_T = thread_T % 32, thread_T // 32
-    blocks: tl.constexpr = BLOCK_M // TOKENS_AT_ONCE_C
     if not INTERPRETED:
         # Groups beyond the last row are the last one again; their sums are not stored.
         group_T, last = (pid_n * warps_n + warp_T % warps_n) * groups, (N - 1) // ROWS_C
@@ -87,15 +85,15 @@ def byte_sums_product_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if INTERPRETED:
-        acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        acc_OM = tl.zeros((BLOCK_N, TOKENS_AT_ONCE_C), tl.float32)
         for tile in tl.static_range(warps_k * span):
             rows_in_O, now = tl.minimum(rows_O, N - 1), pid_s * warps_k * span + tile
             if now < layout.tiles:
                 acc_OM += plain_product(words, x, steps, rows_in_O, rows_M, now, M, layout)
     else:
-        sums = no_sums(lane_T, groups * blocks)
+        sums = no_sums(lane_T, groups)
         if early:
-            tokens = load_tokens(x, steps, lane_T, 0, tile_T, M, layout.tiles, blocks)
+            tokens = load_tokens(x, steps, lane_T, tile_T, M, layout.tiles)
         # The compiler cannot count the turns: unrolled, the loop does not fit the instruction cache.
         turn = 0
         while turn < span:
@@ -104,15 +102,15 @@ def byte_sums_product_kernel(
             present_T = tl.minimum(following_T, layout.tiles - 1)
             next_codes = load_groups(words, group_T, lane_T, present_T, last, layout, groups)
             if early:
-                next_tokens = load_tokens(x, steps, lane_T, 0, following_T, M, layout.tiles, blocks)
-                sums = add_tile(sums, codes, tokens, layout, groups, blocks)
+                next_tokens = load_tokens(x, steps, lane_T, following_T, M, layout.tiles)
+                sums = add_tile(sums, codes, tokens, layout, groups)
                 tokens = next_tokens
             else:
-                tokens = load_tokens(x, steps, lane_T, 0, tile_T + turn, M, layout.tiles, blocks)
-                sums = add_tile(sums, codes, tokens, layout, groups, blocks)
+                tokens = load_tokens(x, steps, lane_T, tile_T + turn, M, layout.tiles)
+                sums = add_tile(sums, codes, tokens, layout, groups)
             codes = next_codes
             turn = uncounted_next(turn)
-        acc_OM = sums_tile(sums, warps_k, warps_n, groups, blocks)
+        acc_OM = sums_tile(sums, warps_k, warps_n, groups)
     acc_OM *= scales_O[:, None]
     if rank > 0:
         acc_OM = add_ranks(

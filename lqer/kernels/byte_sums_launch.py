@@ -33,7 +33,7 @@ class ByteSumsLaunch:
     late: bool = False  # see run_rotated_product
 
 
-LAUNCH, LAUNCH_MORE = ByteSumsLaunch(2, 1, 8, registers=64, late=True), ByteSumsLaunch(2, 1, 8, registers=128)
+LAUNCH = ByteSumsLaunch(2, 1, 8, registers=64, late=True)
 DEQUANTIZE_WARPS = 4
 
 
@@ -44,9 +44,10 @@ def run_byte_sums(
     launch: ByteSumsLaunch | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Up to 16 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
+    """Up to four tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
     m, tiles = len(x_MI), packed.spec.layout.padded_columns // TILE_K
-    launch = launch or (LAUNCH if m <= TOKENS_AT_ONCE else LAUNCH_MORE)
+    launch = launch or LAUNCH
+    assert m <= TOKENS_AT_ONCE
     empty = (
         x_MI.new_empty((m, 2, tiles * TILE_K), dtype=torch.int8),
         x_MI.new_empty((m, tiles), dtype=torch.float32),
@@ -82,9 +83,8 @@ def _product(
         layout=layout.compiled, rank=spec.rank, own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
         BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=-(-layout.tiles // (warps_k * splits)),
         splits=splits, warps_n=launch.warps_n, warps_k=warps_k, groups=launch.groups, early=launch.early,
-        BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)), TOKENS=triton.next_power_of_2(m),
-        BLOCK_R=ranks_of_a_split(spec.own_rank, splits), pdl=pdl, num_warps=launch.warps_n * warps_k,
-        maxnreg=launch.registers, **launch_options(pdl),
+        TOKENS=triton.next_power_of_2(m), BLOCK_R=ranks_of_a_split(spec.own_rank, splits), pdl=pdl,
+        num_warps=launch.warps_n * warps_k, maxnreg=launch.registers, **launch_options(pdl),
     )  # fmt: skip
     return y_MO
 

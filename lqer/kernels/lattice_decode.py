@@ -88,39 +88,34 @@ def words_asm(unit: str, table: str, row: int) -> list[str]:
     return lines
 
 
-def product_asm(blocks: int) -> str:
-    """PTX: add the product of a tile of 16 rows and 4 `blocks` tokens to a warp's sums.
+def product_asm() -> str:
+    """PTX: add the product of a tile of 16 rows and four tokens to a warp's sums.
 
-    Outputs $(2 i + h): the sum of row g + 8 h and token t of block i, in lane 4 g + t. Inputs: the same sums before,
-    the units of both rows, the table, and for each block the addresses of its bytes and of its steps.
+    Outputs $0 and $1: the sums of rows g and g + 8 and token t, in lane 4 g + t. Inputs: the same sums before, the
+    units of both rows, the table, and the addresses of the lane's bytes and of its step.
     """
-    sums = 2 * blocks
-    unit, table, first = 2 * sums, 2 * sums + 2, 2 * sums + 3
     lines = [".reg .b32 low, b, y, z, s, t, w, h, l, start;", ".reg .f32 step, f;"]
     lines.append(
         ".reg .b32 " + ", ".join(f"{kind}{c}{row}" for kind in "eo" for c in range(4) for row in range(2)) + ";"
     )
     lines += [".reg .b32 x<8>, d<8>;"]
-    lines += words_asm(f"${unit}", f"${table}", 0) + words_asm(f"${unit + 1}", f"${table}", 1)
+    lines += words_asm("$4", "$6", 0) + words_asm("$5", "$6", 1)
     mma = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
-    for i in range(blocks):
-        x, steps = f"${first + 2 * i}", f"${first + 2 * i + 1}"
-        lines.append(f"ld.global.v2.b32 {{step, start}}, [{steps}];")
-        lines.append(f"ld.global.v4.b32 {{x0, x1, x2, x3}}, [{x}];")
-        lines.append(f"ld.global.v4.b32 {{x4, x5, x6, x7}}, [{x}+16];")
-        for o, kind in enumerate("eo"):
-            d = [f"d{4 * o + k}" for k in range(4)]
-            begin = "{0, start, 0, start}" if o else "{0, 0, 0, 0}"
-            for p in range(2):
-                a = f"{{{kind}{2 * p}0, {kind}{2 * p}1, {kind}{2 * p + 1}0, {kind}{2 * p + 1}1}}"
-                b = f"{{x{4 * p + 2 * o}, x{4 * p + 2 * o + 1}}}"
-                result = "{" + ", ".join(d) + "}"
-                lines.append(f"{mma} {result}, {a}, {b}, {begin if p == 0 else result};")
-        for h in range(2):
-            # 16 times the sum of the even coordinates plus that of the odd ones; then 256 h + l.
-            lines += [f"mad.lo.s32 h, d{2 * h}, 16, d{4 + 2 * h};", f"mad.lo.s32 l, d{2 * h + 1}, 16, d{5 + 2 * h};"]
-            lines += ["mad.lo.s32 l, h, 256, l;", "cvt.rn.f32.s32 f, l;"]
-            lines.append(f"fma.rn.f32 ${2 * i + h}, f, step, ${sums + 2 * i + h};")
+    lines.append("ld.global.v2.b32 {step, start}, [$8];")
+    lines.append("ld.global.v4.b32 {x0, x1, x2, x3}, [$7];")
+    lines.append("ld.global.v4.b32 {x4, x5, x6, x7}, [$7+16];")
+    for o, kind in enumerate("eo"):
+        d = [f"d{4 * o + k}" for k in range(4)]
+        begin = "{0, start, 0, start}" if o else "{0, 0, 0, 0}"
+        for p in range(2):
+            a = f"{{{kind}{2 * p}0, {kind}{2 * p}1, {kind}{2 * p + 1}0, {kind}{2 * p + 1}1}}"
+            b = f"{{x{4 * p + 2 * o}, x{4 * p + 2 * o + 1}}}"
+            result = "{" + ", ".join(d) + "}"
+            lines.append(f"{mma} {result}, {a}, {b}, {begin if p == 0 else result};")
+    for h in range(2):
+        # 16 times the sum of the even coordinates plus that of the odd ones; then 256 h + l.
+        lines += [f"mad.lo.s32 h, d{2 * h}, 16, d{4 + 2 * h};", f"mad.lo.s32 l, d{2 * h + 1}, 16, d{5 + 2 * h};"]
+        lines += ["mad.lo.s32 l, h, 256, l;", "cvt.rn.f32.s32 f, l;", f"fma.rn.f32 ${h}, f, step, ${2 + h};"]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -133,15 +128,9 @@ def load_asm(span: int) -> str:
     return "\n".join(loads)
 
 
-def _product_constraints(blocks: int) -> str:
-    return ",".join(["=&f"] * (2 * blocks) + ["f"] * (2 * blocks) + ["l", "l", "r"] + ["l"] * (2 * blocks))
-
-
 SHARE = tl.constexpr({warps: share_asm(warps) for warps in (1, 2, 4, 8, 16)})
-BLOCKS = (1, 2, 4)  # of tokens
-PRODUCTS = tl.constexpr({blocks: product_asm(blocks) for blocks in BLOCKS})
-PRODUCT_CONSTRAINTS = tl.constexpr({blocks: _product_constraints(blocks) for blocks in BLOCKS})
-PRODUCT_TYPES = tl.constexpr({blocks: (tl.float32,) * (2 * blocks) for blocks in BLOCKS})
+PRODUCT, PRODUCT_CONSTRAINTS = tl.constexpr(product_asm()), tl.constexpr("=&f,=&f,f,f,l,l,r,l,l")
+PRODUCT_TYPES = tl.constexpr((tl.float32, tl.float32))
 LOADS = tl.constexpr(tuple(load_asm(span) for span in range(LARGEST_SPAN + 1)))
 LOAD_CONSTRAINTS = tl.constexpr(tuple(",".join(["=&l"] * 2 * span + ["l"]) for span in range(LARGEST_SPAN + 1)))
 LOAD_TYPES = tl.constexpr(tuple((tl.int64,) * 2 * span for span in range(LARGEST_SPAN + 1)))
@@ -171,41 +160,23 @@ def load_units(units, group_T, lane_T, first, tiles: tl.constexpr, span: tl.cons
 
 
 @triton.jit
-def no_sums(warps: tl.constexpr, blocks: tl.constexpr):
-    """Initial sums of `add_products`: two zeros per thread for each four tokens."""
-    if blocks == 1:
-        zero_T = tl.zeros((warps * 32,), tl.float32)
-        return zero_T, zero_T
-    else:
-        half = no_sums(warps, blocks // 2)
-        return half + half
+def token_places(x, steps, lane_T, tile, M, tiles: tl.constexpr):
+    """Of four tokens, the addresses of the bytes and of the steps that a thread reads of a tile.
 
-
-@triton.jit
-def token_places(x, steps, lane_T, first, tile, M, tiles: tl.constexpr, blocks: tl.constexpr):
-    """For each four tokens from `first` on, the addresses of the bytes and of the steps that a thread reads of a tile.
-
-    Lane 4 g + t reads the h (even g) or l (odd g) of token g // 2 of a block and has the sums of token t. Tokens from M
-    on are replaced by the last one.
+    Lane 4 g + t reads the h (even g) or l (odd g) of token g // 2 and has the sums of token t. Tokens from M on are
+    replaced by the last one.
     """
-    if blocks == 1:
-        token_T, summed_T = tl.minimum(first + lane_T // 8, M - 1), tl.minimum(first + lane_T % 4, M - 1)
-        byte_T = ((token_T * 2 + lane_T // 4 % 2) * tiles + tile) * TILE_C + lane_T % 4 * 32
-        return (x + byte_T).to(tl.int64), (steps + (summed_T * tiles + tile) * 2).to(tl.int64)
-    else:
-        half: tl.constexpr = blocks // 2
-        others = token_places(x, steps, lane_T, first + half * TOKENS_AT_ONCE_C, tile, M, tiles, half)
-        return token_places(x, steps, lane_T, first, tile, M, tiles, half) + others
+    token_T, summed_T = tl.minimum(lane_T // 8, M - 1), tl.minimum(lane_T % 4, M - 1)
+    byte_T = ((token_T * 2 + lane_T // 4 % 2) * tiles + tile) * TILE_C + lane_T % 4 * 32
+    return (x + byte_T).to(tl.int64), (steps + (summed_T * tiles + tile) * 2).to(tl.int64)
 
 
 @triton.jit
-def add_products(sums, pair, copy_T, places, tile: tl.constexpr, blocks: tl.constexpr):
+def add_products(sums, pair, copy_T, places, tile: tl.constexpr):
     """`sums` + the products of a tile. pair: the thread's units of it; places: `token_places` of the first tile."""
-    arguments = sums + pair + (copy_T,)
-    for i in tl.static_range(blocks):
-        arguments = arguments + (places[2 * i] + tile * TILE_C, places[2 * i + 1] + tile * 8)  # noqa: RUF005
+    arguments = sums + pair + (copy_T, places[0] + tile * TILE_C, places[1] + tile * 8)
     return tl.inline_asm_elementwise(
-        PRODUCTS[blocks], PRODUCT_CONSTRAINTS[blocks], arguments, dtype=PRODUCT_TYPES[blocks], is_pure=False, pack=1
+        PRODUCT, PRODUCT_CONSTRAINTS, arguments, dtype=PRODUCT_TYPES, is_pure=False, pack=1
     )
 
 

@@ -23,7 +23,6 @@ from lqer.kernels.lattice_decode import (
     add_products,
     load_units,
     nibble_values,
-    no_sums,
     plain_product,
     share_table,
     token_places,
@@ -59,20 +58,18 @@ def lattice_product_kernel(
     splits: tl.constexpr,
     tiles_n: tl.constexpr,
     WARPS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     TOKENS: tl.constexpr,  # M, rounded up to a power of two
     BLOCK_R: tl.constexpr,
     pdl: tl.constexpr,
 ):
-    """y of 16 * WARPS rows and BLOCK_M tokens, over one split of K."""
+    """y of 16 * WARPS rows and four tokens, over one split of K."""
     pid = tl.program_id(0)
     pid_n, pid_s = pid % tiles_n, pid // tiles_n
     BLOCK_N: tl.constexpr = WARPS * ROWS_C
     rows_O = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_M = tl.arange(0, BLOCK_M)
+    rows_M = tl.arange(0, TOKENS_AT_ONCE_C)
     thread_T = tl.arange(0, WARPS * 32)
     lane_T = thread_T % 32
-    blocks: tl.constexpr = BLOCK_M // TOKENS_AT_ONCE_C
     if not INTERPRETED:
         loaded = load_units(units, pid_n * WARPS + thread_T // 32, lane_T, pid_s * span, tiles, span)
         copy_T = share_table(table, WARPS) + lane_T % COPIES_C * 4
@@ -84,22 +81,23 @@ def lattice_product_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if INTERPRETED:
-        acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        acc_OM = tl.zeros((BLOCK_N, TOKENS_AT_ONCE_C), tl.float32)
         for tile in tl.static_range(span):
             units_OU = tl.load(unit_places(units, rows_O, pid_s * span + tile, tiles))
             acc_OM += plain_product(units_OU, table, x, steps, rows_M, pid_s * span + tile, M, tiles)
     else:
-        places = token_places(x, steps, lane_T, 0, pid_s * span, M, tiles, blocks)
-        sums = no_sums(WARPS, blocks)
+        places = token_places(x, steps, lane_T, pid_s * span, M, tiles)
+        zero_T = tl.zeros((WARPS * 32,), tl.float32)
+        sums = zero_T, zero_T
         # A loop of one turn keeps Triton's passes from recomputing `sums` in the layout of a later operand, in which
         # element number i does not belong to thread number i.
         turn = 0
         while turn < 1:
             for tile in tl.static_range(span):
                 pair = loaded[2 * tile], loaded[2 * tile + 1]
-                sums = add_products(sums, pair, copy_T, places, tile, blocks)
+                sums = add_products(sums, pair, copy_T, places, tile)
             turn += 1
-        acc_OM = sums_tile(sums, WARPS, blocks)
+        acc_OM = sums_tile(sums, WARPS)
     acc_OM *= scales_O[:, None]
     if rank > 0:
         acc_OM = add_ranks(
@@ -110,15 +108,10 @@ def lattice_product_kernel(
 
 
 @triton.jit
-def sums_tile(sums, WARPS: tl.constexpr, blocks: tl.constexpr):
-    """[O, M] from the sums of threads, which hold rows g and g + 8 of a warp and one of each four tokens."""
-    if blocks == 1:
-        sum_TH = tl.join(sums[0], sums[1])
-        return sum_TH.reshape(WARPS, 8, 4, 2).permute(0, 3, 1, 2).reshape(WARPS * 16, 4)
-    else:
-        half: tl.constexpr = blocks // 2
-        one, other = sums_tile(sums[: 2 * half], WARPS, half), sums_tile(sums[2 * half :], WARPS, half)
-        return tl.join(one, other).permute(0, 2, 1).reshape(WARPS * 16, 4 * blocks)
+def sums_tile(sums, WARPS: tl.constexpr):
+    """[O, M] from the sums of threads, which hold rows g and g + 8 of a warp and one of four tokens."""
+    sum_TH = tl.join(sums[0], sums[1])
+    return sum_TH.reshape(WARPS, 8, 4, 2).permute(0, 3, 1, 2).reshape(WARPS * 16, TOKENS_AT_ONCE_C)
 
 
 @triton.jit

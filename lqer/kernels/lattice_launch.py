@@ -30,9 +30,8 @@ class LatticeLaunch:
     registers: int | None = None  # of a thread, at most
 
 
-# The fastest measured for one token at 8192x8192, and close to the fastest for more (docs/lab-notebook.md).
-LAUNCH, LAUNCH_MORE = LatticeLaunch(4, 8, 80), LatticeLaunch(8, 8)
-FEW_TOKENS = 2
+# The fastest measured for one token at 8192x8192 (docs/lab-notebook.md).
+LAUNCH = LatticeLaunch(4, 8, 80)
 
 
 def run_lattice(
@@ -42,9 +41,9 @@ def run_lattice(
     launch: LatticeLaunch | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Up to 16 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
-    launch = launch or (LAUNCH if len(x_MI) <= FEW_TOKENS else LAUNCH_MORE)
-    m, layout = len(x_MI), packed.spec.layout
+    """Up to four tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
+    launch, m, layout = launch or LAUNCH, len(x_MI), packed.spec.layout
+    assert m <= TOKENS_AT_ONCE
     tiles = layout.padded_columns // TILE_K
     empty = (
         x_MI.new_empty((m, 2, tiles * TILE_K), dtype=torch.int8),
@@ -79,8 +78,8 @@ def _product(
         bias_O, segment_numbers(spec, y_MO.device), partial, packed.workspace, y_MO, m, layout.rows, rank=spec.rank,
         own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
         BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), tiles=layout.tiles, span=span,
-        splits=splits, tiles_n=tiles_n, WARPS=warps, BLOCK_M=max(TOKENS_AT_ONCE, triton.next_power_of_2(m)),
-        TOKENS=triton.next_power_of_2(m), BLOCK_R=ranks_of_a_split(spec.own_rank, splits), pdl=pdl, num_warps=warps,
+        splits=splits, tiles_n=tiles_n, WARPS=warps, TOKENS=triton.next_power_of_2(m),
+        BLOCK_R=ranks_of_a_split(spec.own_rank, splits), pdl=pdl, num_warps=warps,
         maxnreg=launch.registers, **launch_options(pdl),
     )  # fmt: skip
     return y_MO

@@ -28,7 +28,6 @@ from lqer.formats.mxint_kernel import round_values
 from lqer.formats.spacing import Spacing
 from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
-from lqer.kernels.byte_sums import TOKENS_AT_ONCE as BYTE_TOKENS_AT_ONCE
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.decode_attention import decode_attention
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
@@ -38,7 +37,6 @@ from lqer.kernels.groups import GroupLayout
 from lqer.kernels.halves import TOKENS_AT_ONCE as HALVES_AT_ONCE
 from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups, run_wide
 from lqer.kernels.joint import join
-from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.launch import run_layer
 from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.trellis import TrellisLayout
@@ -90,12 +88,12 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     kernel = triton.compile(source, target=HOPPER, options=options)
     check_shared_memory(kernel)
     if self.fn.__name__ == "lattice_product_kernel":
-        check_that_nothing_is_computed_twice(kernel, 4 * constants["span"] * constants["BLOCK_M"] // TOKENS_AT_ONCE)
+        check_that_nothing_is_computed_twice(kernel, 4 * constants["span"])
     if self.fn.__name__ == "trellis_product_kernel":
         check_that_nothing_is_computed_twice(kernel, constants["span"] * constants["BLOCK_M"])
         check_that_the_table_stays(kernel, constants["layout"])
     if self.fn.__name__ == "byte_sums_product_kernel":
-        products = 16 * constants["groups"] * constants["BLOCK_M"] // BYTE_TOKENS_AT_ONCE
+        products = 16 * constants["groups"]
         assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
     if self.fn.__name__ == "halves_product_kernel":
         products = 8 * constants["groups"] * constants["BLOCK_M"] // HALVES_AT_ONCE
