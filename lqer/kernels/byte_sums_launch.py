@@ -5,7 +5,7 @@ Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -34,6 +34,8 @@ class ByteSumsLaunch:
 
 
 LAUNCH = ByteSumsLaunch(2, 1, 8, registers=64, late=True)
+# With more tiles, two programs along the columns are faster.
+TILES_OF_ONE = 64
 DEQUANTIZE_WARPS = 4
 
 
@@ -46,7 +48,7 @@ def run_byte_sums(
 ) -> Tensor:
     """Up to four tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
     m, tiles = len(x_MI), packed.spec.layout.padded_columns // TILE_K
-    launch = launch or LAUNCH
+    launch = launch or (LAUNCH if tiles <= TILES_OF_ONE else replace(LAUNCH, splits=2))
     assert m <= TOKENS_AT_ONCE
     empty = (
         x_MI.new_empty((m, 2, tiles * TILE_K), dtype=torch.int8),

@@ -17,7 +17,7 @@ from lqer.kernels.hadamard_launch import Tokens
 from lqer.kernels.halves import TOKENS_AT_ONCE
 from lqer.kernels.halves_gemm import halves_product_kernel
 from lqer.kernels.joint import segment_numbers
-from lqer.kernels.lattice import PackedLattice
+from lqer.kernels.lattice import LatticeLayout, PackedLattice
 from lqer.kernels.layout import ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations_launch import rotate_inputs, rotate_outputs
@@ -38,9 +38,12 @@ class HalvesLaunch:
     late: bool = True  # see run_rotated_product
 
 
-# Programs that a multiprocessor has to hold until its units and not latencies decide.
-BUSY = 3
-# What a program takes besides its tiles, in tiles: its first codes and the end, and its sums of so many tokens.
+# Lattice codes have a table, which leaves shared memory for the outputs of so many tokens.
+LATTICE_AT_ONCE = 32
+# Programs that a multiprocessor has to hold until their number decides, and not latencies.
+BUSY = 2
+# What a program takes besides its tiles, in tiles: its first codes and the end, and for each so many tokens the sums of
+# a split, once by itself and once by the program that adds them. With these the rule gives the fastest splits measured.
 OVERHEAD, TOKENS_OF_OVERHEAD = 2, 32
 # Registers that let four programs of four warps share a multiprocessor, and three, whose sums are not spilled.
 FEW_REGISTERS, MANY_REGISTERS, MANY_TOKENS = 128, 168, 32
@@ -52,9 +55,10 @@ def halves_launch(layout: TiledLayout, tokens: int, multiprocessors: int) -> Hal
     launch = HalvesLaunch(2, 4, 1, 1, FEW_REGISTERS if tokens <= MANY_TOKENS else MANY_REGISTERS)
     rows = -(-layout.rows // (launch.groups * launch.warps_n * ROWS))
 
-    def time(splits: int) -> int:
-        overhead = OVERHEAD + tokens // TOKENS_OF_OVERHEAD
-        return max(BUSY, -(-rows * splits // multiprocessors)) * (layout.tiles // splits + overhead)
+    def time(splits: int) -> float:
+        sums = tokens / TOKENS_OF_OVERHEAD
+        programs = max(BUSY, -(-rows * splits // multiprocessors))
+        return programs * (layout.tiles // splits + OVERHEAD + sums) + splits * sums
 
     fitting = [splits for splits in range(1, layout.tiles + 1) if layout.tiles % splits == 0]
     return replace(launch, splits=min(fitting, key=time))
@@ -67,10 +71,14 @@ def run_halves(
     launch: HalvesLaunch | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Up to 64 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
+    """Up to 64 tokens (32 of lattice codes) by three kernels, or two without rotations.
+
+    y [M, O] in `out_dtype`, by default that of x.
+    """
     m, tiles = len(x_MI), packed.spec.layout.padded_columns // TILE_K
     layout = packed.spec.layout
     assert isinstance(layout, TiledLayout)
+    assert m <= (LATTICE_AT_ONCE if isinstance(layout, LatticeLayout) else 64)
     launch = launch or halves_launch(layout, m, multiprocessors(x_MI.device))
     # The last block may have fewer tokens than a tensor core multiplies: products of none are not stored.
     empty = (

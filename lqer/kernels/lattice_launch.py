@@ -30,8 +30,9 @@ class LatticeLaunch:
     registers: int | None = None  # of a thread, at most
 
 
-# The fastest measured for one token at 8192x8192 (docs/lab-notebook.md).
-LAUNCH = LatticeLaunch(4, 8, 80)
+# The fastest measured for one token at 8192x8192, and for four at two shapes (docs/lab-notebook.md).
+LAUNCH, LAUNCH_MORE = LatticeLaunch(4, 8, 80), LatticeLaunch(8, 8)
+FEW_TOKENS = 2
 
 
 def run_lattice(
@@ -42,7 +43,8 @@ def run_lattice(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Up to four tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
-    launch, m, layout = launch or LAUNCH, len(x_MI), packed.spec.layout
+    launch = launch or (LAUNCH if len(x_MI) <= FEW_TOKENS else LAUNCH_MORE)
+    m, layout = len(x_MI), packed.spec.layout
     assert m <= TOKENS_AT_ONCE
     tiles = layout.padded_columns // TILE_K
     empty = (

@@ -23,7 +23,7 @@ from lqer.kernels.hadamard_launch import (
     rotates_in_kernels,
     run_between_rotations,
 )
-from lqer.kernels.halves_launch import run_halves
+from lqer.kernels.halves_launch import LATTICE_AT_ONCE, run_halves
 from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.integer_launch import (
     fits_gemm,
@@ -47,10 +47,10 @@ from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch, group_launc
 # With more tokens than these, dequantizing the weight and calling a library is faster.
 CODEBOOK_TOKENS = 16
 ROTATED_TOKENS = 64
-# Trellis codes that are looked up take up to so many at once, and lattice codes, whose table leaves less shared memory.
-LOOKED_UP_AT_ONCE, LATTICE_AT_ONCE = 16, 32
+# Trellis codes that are looked up take up to so many at once.
+LOOKED_UP_AT_ONCE = 16
 # From so many on, lattice codes and byte sums are decoded to float16 for all tokens, instead of multiplied as integers.
-LATTICE_HALVES_FROM, BYTE_HALVES_FROM = 3, 5
+HALVES_FROM = 5
 GROUP_TOKENS = 64
 # Integer groups of four bits, as operands of wgmma.
 WIDE_FROM, WIDE_TOKENS = 17, 128
@@ -79,12 +79,12 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, O] of x [M, I], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
     if isinstance(layout, LatticeLayout):
-        few = len(x_MI) < LATTICE_HALVES_FROM
+        few = len(x_MI) < HALVES_FROM
         return run_rotated_layer(x_MI, packed, run_lattice if few else run_halves, LATTICE_AT_ONCE)
     if isinstance(layout, TrellisLayout):
         if not layout.sums_bytes:
             return run_rotated_layer(x_MI, packed, run_trellis, LOOKED_UP_AT_ONCE)
-        return run_rotated_layer(x_MI, packed, run_byte_sums if len(x_MI) < BYTE_HALVES_FROM else run_halves)
+        return run_rotated_layer(x_MI, packed, run_byte_sums if len(x_MI) < HALVES_FROM else run_halves)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
     tall_from = TALL_FROM_GROUPS if isinstance(layout, GroupLayout) else TALL_FROM_MXINT

@@ -8,7 +8,7 @@ from kernel_layers import DEVICE, DTYPE, ON_GPU, random_input, random_lattice, r
 
 from lqer.formats import Trellis
 from lqer.kernels import PackedLinear, rotations_launch
-from lqer.kernels.halves_launch import HalvesLaunch, halves_launch, run_halves
+from lqer.kernels.halves_launch import LATTICE_AT_ONCE, HalvesLaunch, halves_launch, run_halves
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.runtime import supports_pdl
 from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
@@ -64,7 +64,7 @@ def test_the_product_is_exact_for_every_format(codes):
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (80, 384), (48, 688), (112, 1152)])
 def test_sums_equal_float64_to_the_precision_of_float32(n, k, codes):
     packed, values_OI = plain(codes, n, k)
-    for m in (5, 33) if ON_GPU else (5,):
+    for m in (5, 33 if codes == "trellis" else 32) if ON_GPU else (5,):
         x_MI = random_input(m, k)
         assert relative_error(run(x_MI, packed), x_MI.double() @ values_OI.T) < 2e-5
 
@@ -78,7 +78,7 @@ def test_rotations_of_every_length_give_the_formula(n, k, codes, values, monkeyp
     """Powers of two, lengths with one odd factor, and blocks that do not fill the last program."""
     monkeypatch.setattr(rotations_launch, "VALUES", (values,))
     packed, values_OI, basis = rotated(codes, n, k)
-    for m in (5, 64) if ON_GPU and n * k > 1 << 20 else (5,):
+    for m in (5, 64 if codes == "trellis" else 32) if ON_GPU and n * k > 1 << 20 else (5,):
         x_MI = random_input(m, k)
         # x' is occasionally rounded to the dtype in the other direction.
         error = relative_error(run(x_MI, packed), exact(x_MI, values_OI, basis, packed))
@@ -88,6 +88,8 @@ def test_rotations_of_every_length_give_the_formula(n, k, codes, values, monkeyp
 @BY_CODES
 @pytest.mark.parametrize("m", range(1, 65) if ON_GPU else (1, 8, 11, 20))
 def test_every_number_of_tokens_gives_the_sums_of_each_alone(m, codes):
+    if codes == "lattice" and m > LATTICE_AT_ONCE:
+        pytest.skip("lattice codes have less shared memory")
     packed, values_OI = plain(codes, 64, 384)
     x_MI = random_input(m, 384)
     assert relative_error(run(x_MI, packed), x_MI.double() @ values_OI.T) < 2e-5
@@ -143,6 +145,6 @@ def test_the_workspace_is_zero_after_a_call_and_runs_agree_bit_for_bit(codes):
 
 
 def test_splits_share_the_columns_out_evenly_to_all_multiprocessors():
-    wanted = {(22016, 4096): 2, (12288, 4096): 4, (4096, 4096): 16, (4096, 11008): 11, (48, 128): 1}
+    wanted = {(22016, 4096): 2, (12288, 4096): 4, (4096, 4096): 8, (4096, 11008): 8, (48, 128): 1}
     found = {shape: halves_launch(LatticeLayout(*shape), 16, 132).splits for shape in wanted}
     assert found == wanted
