@@ -1,6 +1,7 @@
 """The command lines `python experiments/pipeline.py` and `lqer`: arguments in, exit status out, errors as one line.
 
-Heavy imports wait until the arguments are known to have the right form, so that `--help` is answered at once.
+Heavy imports wait until the arguments are known to have the right form, so that `--help` is answered at once. argparse
+takes an override with a space in its value (`--a.b=[1, 2]`) for a positional argument, so it does not read them.
 """
 
 from __future__ import annotations
@@ -14,74 +15,49 @@ from pathlib import Path
 from lqer.errors import ConfigError
 from lqer.run.chunks import Chunk, parse_chunk
 from lqer.run.console import log_on_console, quieten_libraries
-from lqer.run.outcome import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, report_failure, tolerate_any_terminal
-
-USAGE = """Post-training quantization of language models.
-
-    lqer run CONFIG [TAG] [--section.key=value ...]         run an experiment
-    lqer validate CONFIG [--section.key=value ...]          check a configuration and estimate memory and disk
-    lqer sweep SWEEP CONFIG TAG [--section.key=value ...]   run the experiments of a sweep, one table at the end
-    lqer recommend CONFIG --bits N | --size 4GB [--run]     the best scheme of an atlas (lqer sweep atlas CONFIG TAG)
-    lqer export CHECKPOINT TARGET OUT [--key=value ...]     write a run's checkpoint for another program, and compare
-    lqer lm-eval run --model lqer --model_args pretrained=FOLDER --tasks TASKS ...   lm-eval's own command line
-    lqer ls methods | roundings | transforms | formats | statistics | datasets | presets | targets
-    lqer ls runs [FOLDER]                                   finished runs under FOLDER (default: checkpoints)
-
-CONFIG is a TOML file or preset:NAME. `run` and `validate` also take --chunk i/n and --plugin FILE.py; the arguments are
-those of experiments/pipeline.py, for `sweep` those of experiments/sweep.py; SWEEP is a TOML file or the name of one of
-the package. `recommend` reads the newest atlas of CONFIG's model under its output_dir, or the sweep of --atlas TAG;
---run: where there is none, run its cheap part first; --activations N: only schemes whose activations have at most N
-bits. `export` takes the settings of its target, such as --dtype=bfloat16, and --text FILE (what to compare
-on), --device NAME (where), --no-check. Exit status: 0 done, 1 a run of a sweep failed, 2 a mistake in the input, 130
-interrupted.
-"""
-COMMANDS = ("run", "validate", "sweep", "recommend", "export", "lm-eval", "ls")
+from lqer.run.outcome import (
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_USER_ERROR,
+    interrupted_at_once,
+    report_failure,
+    tolerate_any_terminal,
+)
+from lqer.run.usage import HELP, OVERVIEW
 
 
 def console() -> int:
     """The console script `lqer`. Returns the exit status."""
     command, *arguments = sys.argv[1:] or ["--help"]
-    if command == "ls" and not _asks_for_help(arguments):
-        return _answered(lambda: _list(arguments))
-    if command == "sweep" and arguments:
-        return sweep(arguments, USAGE)
-    if command == "recommend" and arguments and not _asks_for_help(arguments):
-        return _answered(lambda: _recommend(arguments))
-    if command == "export" and arguments and not _asks_for_help(arguments):
-        return _answered(lambda: _export(arguments))
+    if _asks_for_help([command]):
+        print(OVERVIEW.strip())
+        return EXIT_OK if sys.argv[1:] else EXIT_USER_ERROR
     if command == "lm-eval":
         return _answered(lambda: _lm_eval(arguments))
-    if command in ("run", "validate") and arguments:
-        return main(arguments if command == "run" else ["--validate", *arguments], USAGE)
-    if not _asks_for_help([command, *arguments]):
-        from lqer.components import did_you_mean
+    if command in COMMANDS:
+        return _perform(COMMANDS[command], arguments, HELP[command])
+    from lqer.components import did_you_mean
 
-        meant = "" if command in COMMANDS else did_you_mean(command, COMMANDS)
-        print(f"error: {command}: expected {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}{meant}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    print(USAGE.strip())
-    return EXIT_OK if sys.argv[1:] else EXIT_USER_ERROR
+    *names, last = (*COMMANDS, "lm-eval")
+    meant = did_you_mean(command, (*names, last))
+    return report_failure(ConfigError(f"{command}: expected {', '.join(names)} or {last}{meant}"))
 
 
 def main(arguments: Sequence[str], usage: str) -> int:
     """Run the pipeline on command-line arguments. Returns the exit status."""
-    if not arguments or _asks_for_help(arguments):
-        print(usage.strip())
-        return EXIT_OK if arguments else EXIT_USER_ERROR
-    return _answered(lambda: _run(arguments))
+    return _perform(_run, arguments, usage)
 
 
 def sweep(arguments: Sequence[str], usage: str) -> int:
     """Run a sweep on command-line arguments. Returns the exit status: 1 if some run failed."""
-    if not arguments or _asks_for_help(arguments):
-        print(usage.strip())
-        return EXIT_OK if arguments else EXIT_USER_ERROR
-    # A sweep that is told to end passes it on to the run in progress, which is another process.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return _answered(lambda: _sweep(arguments))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return _perform(_sweep, arguments, usage)
+
+
+def _perform(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str], usage: str) -> int:
+    if arguments and not _asks_for_help(arguments):
+        return _answered(lambda: command(arguments))
+    print(usage.strip())
+    return EXIT_OK if arguments else EXIT_USER_ERROR
 
 
 def _asks_for_help(arguments: Sequence[str]) -> bool:
@@ -138,14 +114,15 @@ def _run(arguments: Sequence[str]) -> None:
     plugins, arguments = take_option("--plugin", arguments)
     validate_only, path, tag, overrides = split_arguments(arguments)
     quieten_libraries()
-    from lqer.config import read_config
-    from lqer.config.plugins import load_plugins
+    with interrupted_at_once():
+        from lqer.config import read_config
+        from lqer.config.plugins import load_plugins
 
-    load_plugins(plugins)
-    config = read_config(path, tag, overrides)
-    from transformers.utils import logging as transformers_logging
+        load_plugins(plugins)
+        config = read_config(path, tag, overrides)
+        from transformers.utils import logging as transformers_logging
 
-    from lqer.run import pipeline, preflight
+        from lqer.run import pipeline, preflight
 
     # A progress bar for every loaded model would clutter those of the stages.
     transformers_logging.disable_progress_bar()
@@ -174,7 +151,20 @@ def _run(arguments: Sequence[str]) -> None:
         print(f"{name}: {os.path.join(config.output_dir, config.tag, file)}")  # noqa: PTH118 (shown as typed)
 
 
+def _validate(arguments: Sequence[str]) -> None:
+    _run(["--validate", *arguments])
+
+
 def _sweep(arguments: Sequence[str]) -> int:
+    # A sweep that is told to end passes it on to the run in progress, which is another process.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run_sweep(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run_sweep(arguments: Sequence[str]) -> int:
     plugins, arguments = take_option("--plugin", arguments)
     names, arguments = take_option("--only", arguments)
     parts, arguments = take_option("--part", arguments)
@@ -184,15 +174,16 @@ def _sweep(arguments: Sequence[str]) -> int:
     words = [argument for argument in arguments if not argument.startswith("-")]
     if len(words) != 3 or len(words) + len(overrides) != len(arguments):
         raise ConfigError(f"expected a sweep file, a config file and a tag; found {' '.join(words) or 'nothing'}")
-    quieten_libraries()
-    from lqer.config.plugins import load_plugins
-    from lqer.config.sweep import plan_sweep
-
-    load_plugins(plugins)
     path, config, tag = words
-    plan = plan_sweep(path, config, tag, overrides)
-    from lqer.report.sweep import TABLE_FOLDER, record_of
-    from lqer.run.sweep import InAProcess, conclude, run_sweep
+    quieten_libraries()
+    with interrupted_at_once():
+        from lqer.config.plugins import load_plugins
+        from lqer.config.sweep import plan_sweep
+
+        load_plugins(plugins)
+        plan = plan_sweep(path, config, tag, overrides)
+        from lqer.report.sweep import TABLE_FOLDER, record_of
+        from lqer.run.sweep import InAProcess, conclude, run_sweep
 
     record, output_dir = record_of(plan, config, tag, overrides), plan.output_dir
     chosen = plan.part(parts[0]) if parts else plan.only(names)
@@ -247,10 +238,11 @@ def _export(arguments: Sequence[str]) -> None:
         raise ConfigError(f"export: expected CHECKPOINT TARGET OUT; found {' '.join(rest) or 'nothing'}")
     settings = dict(_setting(argument) for argument in rest if argument.startswith("-") and argument != "--no-check")
     quieten_libraries()
-    from transformers.utils import logging as transformers_logging
+    with interrupted_at_once():
+        from transformers.utils import logging as transformers_logging
 
-    from lqer.export import export, make_target
-    from lqer.models.source import pick_device
+        from lqer.export import export, make_target
+        from lqer.models.source import pick_device
 
     transformers_logging.disable_progress_bar()
     target = make_target(words[1], settings)
@@ -273,3 +265,13 @@ def _setting(argument: str) -> tuple[str, str]:
     if not argument.startswith("--") or not equals:
         raise ConfigError(f"export: {argument}: a setting of a target has the form --key=value")
     return key, value
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    "run": _run,
+    "validate": _validate,
+    "sweep": _sweep,
+    "recommend": _recommend,
+    "export": _export,
+    "ls": _list,
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lqer.components import did_you_mean
 from lqer.config.schema import NOT_QUANTIZED, Config
@@ -12,8 +12,11 @@ from lqer.errors import ConfigError
 from lqer.formats import NumberFormat
 from lqer.methods import LinearPlan
 from lqer.methods.base import DEFAULT_FACTOR
-from lqer.models.summary import ModelSummary
 from lqer.transforms import LinearTransform
+
+if TYPE_CHECKING:
+    # A configuration is read, and its mistakes are told, without waiting for transformers.
+    from lqer.models.summary import ModelSummary
 
 
 def plan_linear(config: Config, name: str) -> LinearPlan | None:

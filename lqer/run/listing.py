@@ -12,7 +12,6 @@ from lqer.config.presets import preset_names, read_summary
 from lqer.data.datasets import HUB_TEXTS
 from lqer.data.python_texts import PYTHON_TEXTS
 from lqer.errors import ConfigError
-from lqer.export import Target
 from lqer.formats import NumberFormat
 from lqer.methods import Method
 from lqer.results import RESULTS_FILE
@@ -65,6 +64,13 @@ def _presets() -> Iterator[Row]:
         yield name, read_summary(name)
 
 
+def _targets() -> Iterator[Row]:
+    # The other lists do not wait for transformers.
+    from lqer.export import Target
+
+    yield from _components(Target)()
+
+
 def _runs(folder: Path) -> Iterator[Row]:
     if not folder.is_dir():
         raise ConfigError(f"ls runs: no such folder: {folder}")
@@ -81,7 +87,7 @@ LISTS: dict[str, Callable[[], Iterator[Row]]] = {
     "transforms": _components(Transform, of_module=True),
     "formats": _components(NumberFormat, of_module=True),
     "statistics": _components(Statistic),
-    "targets": _components(Target),
+    "targets": _targets,
     "datasets": _datasets,
     "presets": _presets,
 }

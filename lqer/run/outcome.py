@@ -9,14 +9,40 @@ the line names
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lqer.errors import LqerError, RunFailedError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+@contextmanager
+def interrupted_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the program on the spot, while libraries are imported and nothing is written.
+
+    Some of them swallow a KeyboardInterrupt (numpy, in the middle of torch), and fail later for another reason.
+    """
+
+    def end(*_: object) -> None:
+        print("\nInterrupted.", file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)
+
+    before = signal.getsignal(signal.SIGINT)
+    # Who starts a program in the background may have told it to ignore Ctrl-C.
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def report_failure(error: BaseException) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lqer.cli import console, main, split_arguments, take_option
+from lqer.cli import COMMANDS, console, main, split_arguments, take_option
 from lqer.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -67,12 +68,11 @@ class TestConsoleScript:
 
         return call
 
-    def test_run_and_validate_are_the_pipeline(self, lqer, experiment, monkeypatch):
-        found = []
-        monkeypatch.setattr("lqer.cli.main", lambda arguments, usage: found.append(arguments) or 0)
-        lqer("run", "preset:demo", "tag", "--seed=1")
-        lqer("validate", "c.toml")
-        assert found == [["preset:demo", "tag", "--seed=1"], ["--validate", "c.toml"]]
+    def test_run_and_validate_are_the_pipeline(self, lqer, experiment):
+        status, out, _ = lqer("validate", str(experiment.config))
+        assert (status, out.splitlines()[-1]) == (0, "valid")
+        status, out, _ = lqer("run", str(experiment.config), "tag")
+        assert (status, out.splitlines()[-1]) == (0, f"page: {experiment.output / 'tag' / 'report.html'}")
 
     @pytest.mark.parametrize(
         ("what", "name", "line"),
@@ -105,9 +105,9 @@ class TestConsoleScript:
         ("arguments", "message"),
         [
             (["ls", "methds"], "did you mean 'methods'?"),
-            (["ls"], "allowed: methods"),
+            (["run", "a", "b", "c"], "expected one config file and at most one tag; found a b c"),
             (["ls", "runs", "/nowhere"], "no such folder: /nowhere"),
-            (["quantize"], "expected run, validate, sweep, recommend, export, lm-eval or ls"),
+            (["quantize"], "expected run, validate, sweep, recommend, export, ls or lm-eval"),
             (["recomend", "preset:demo"], "did you mean 'recommend'?"),
             (["sweep", "a.toml"], "expected a sweep file, a config file and a tag; found a.toml"),
             (["sweep", "a.toml", "preset:demo", "t"], "no such config file: a.toml"),
@@ -119,7 +119,6 @@ class TestConsoleScript:
             (["recommend", "preset:demo"], "expected --bits 3.2 or --size 4GB"),
             (["recommend", "preset:demo", "--bits", "3", "--bits=4"], "--bits: given twice"),
             (["recommend", "preset:demo", "tag", "--bits=3"], "expected one config file; found preset:demo tag"),
-            (["run"], "expected run, validate, sweep, recommend, export, lm-eval or ls"),
         ],
     )
     def test_a_mistake_is_one_line_and_status_2(self, lqer, arguments, message):
@@ -127,9 +126,18 @@ class TestConsoleScript:
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert message in err
 
-    def test_help_is_the_usage(self, lqer):
-        assert lqer("--help")[:2] == lqer("run", "--help")[:2]
-        assert "lqer ls runs [FOLDER]" in lqer("--help")[1]
+    def test_help_names_every_command(self, lqer):
+        status, out, _ = lqer("--help")
+        assert status == 0
+        assert re.findall(r"^    lqer ([a-z-]+)", out, re.MULTILINE) == [*COMMANDS, "lm-eval"]
+        assert lqer() == (2, out, "")
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_a_command_explains_itself_when_asked_and_where_it_lacks_arguments(self, lqer, command):
+        status, out, err = lqer(command, "--help")
+        assert (status, err) == (0, "")
+        assert f"\n    lqer {command} " in out
+        assert lqer(command) == (2, out, "")
 
 
 def test_a_run_ends_with_the_table_and_the_paths_of_its_report_and_page(experiment):
@@ -166,6 +174,15 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(arguments, part):
     assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_misspelt_key_does_not_wait_for_transformers():
+    code = (
+        "import sys; from lqer.cli import main\n"
+        "status = main(['configs/demo.toml', '--quantize.wieght=w4'], '')\n"
+        "sys.exit(10 * ('transformers' in sys.modules) + status)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, cwd=ROOT).returncode == 2
 
 
 def test_validate_checks_a_local_model_and_runs_nothing(experiment):

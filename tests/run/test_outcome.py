@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 from lqer.cli import main
 from lqer.errors import ConfigError
-from lqer.run.outcome import one_line, report_failure
+from lqer.run.outcome import interrupted_at_once, one_line, report_failure
 from lqer.store import workspace
 
 
@@ -53,6 +54,32 @@ def test_anything_else_has_status_1_and_names_the_file_with_its_traceback(capsys
 def test_an_interruption_says_how_to_resume(capsys):
     assert report_failure(KeyboardInterrupt()) == 130
     assert told(capsys) == "Interrupted. Rerun the same command to resume."
+
+
+def test_ctrl_c_ends_an_import_that_would_swallow_it():
+    code = (
+        "import os, signal; from lqer.run.outcome import interrupted_at_once\n"
+        "with interrupted_at_once():\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt: pass\n"
+    )
+    # Who runs the tests may have told them to ignore Ctrl-C, which a process passes on.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **heard)
+    assert (done.returncode, done.stderr.strip()) == (130, "Interrupted.")
+
+
+def test_after_imports_ctrl_c_is_an_exception_again():
+    heard = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interrupted_at_once():
+            heard.append(signal.getsignal(signal.SIGINT))
+        heard.append(signal.getsignal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard[0] is not signal.default_int_handler
+    assert heard[1] is signal.default_int_handler
 
 
 def test_a_message_that_quotes_a_line_break_is_one_line():
