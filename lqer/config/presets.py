@@ -6,6 +6,8 @@ of sweeps/ come with it as lqer/sweeps; a sweep is named without an ending.
 
 from __future__ import annotations
 
+import itertools
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -34,9 +36,10 @@ def preset_names() -> list[str]:
 
 
 def read_summary(name: str) -> str:
-    """The comment at the head of a preset, its first line."""
-    first = preset_path(name).read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    """The first sentence of the comment at the head of a preset."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), preset_path(name).open(encoding="utf-8"))
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    return re.split(r"(?<=\.) ", comment)[0]
 
 
 def sweep_path(name: str | Path) -> Path:

@@ -19,7 +19,11 @@ def test_every_configuration_of_the_repository_is_one():
 
 
 def test_every_one_says_what_it_is():
-    assert all(read_summary(name) for name in preset_names())
+    assert all(read_summary(name).endswith(".") for name in preset_names())
+
+
+def test_a_sentence_over_several_lines_is_told_to_its_end():
+    assert read_summary("gptq").endswith("error feedback across columns, error propagation across blocks.")
 
 
 def test_a_configuration_anywhere_extends_one(tmp_path):
