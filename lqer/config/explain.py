@@ -41,8 +41,9 @@ def explain(error: ValidationError, values: Mapping[str, Any], origin: Callable[
         return _line(origin(loc), loc, f"must name at least {first['ctx']['min_length']}", found, None)
     rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").replace("an object", "a table")
     rule = rule if kind == "value_error" else f"must be {rule}"
-    shown = None if isinstance(found, Mapping) and kind == "value_error" else found
-    return _line(origin(loc), loc, rule, shown, None)
+    # A rule of our own may quote the value already.
+    quoted = kind == "value_error" and (isinstance(found, Mapping) or repr(found) in rule)
+    return _line(origin(loc), loc, rule, None if quoted else found, None)
 
 
 def explain_rule(error: KeyedError, origin: Callable[[Loc], str]) -> str:

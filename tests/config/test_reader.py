@@ -237,6 +237,7 @@ class TestMistakes:
         assert message.startswith(f"{override}: ") or "quantize.low_rank.rank: must be 0" in message
         for part in parts:
             assert part in message
+        assert "?; found" not in message, "the value stands in the rule already"
 
     @pytest.mark.parametrize(
         ("method", "low_rank", "parts"),
