@@ -25,7 +25,7 @@ def table(stages: Sequence[StageMemory], machine: Machine) -> str:
     rows.append(("available", shown(machine.ram), has_gpu, shown(machine.disk)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(["Estimated memory and disk (nothing cached yet):", *lines])
+    return "\n".join(["Estimated memory and disk (with an empty store):", *lines])
 
 
 def refuse_what_cannot_fit(

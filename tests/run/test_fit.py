@@ -72,7 +72,7 @@ def test_what_a_rotated_run_has_made_needs_no_disk(experiment, has):
 def test_what_is_made_already_needs_no_disk(experiment, has):
     assert main([str(experiment.config)], "") == 0
     log = (experiment.output / "tiny" / "run.log").read_text()
-    assert "Estimated memory and disk (nothing cached yet):" in log
+    assert "Estimated memory and disk (with an empty store):" in log
     has(disk=0)
     assert main([str(experiment.config)], "") == 0
 
