@@ -84,22 +84,10 @@ def load_verified(
     return model
 
 
-def open_quantized(
-    path: Path,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    backend: str,
-    offload: Offload | None = None,
-    verify: bool = True,
-) -> OpenedModel:
-    """The same model with blocks that are read one at a time. Raises ModelError as `load_quantized` does."""
-    return open_verified(CheckpointFiles(path, verify), device, dtype, backend, offload)
-
-
 def open_verified(
     files: Files, device: torch.device, dtype: torch.dtype | None, backend: str, offload: Offload | None = None
 ) -> OpenedModel:
-    """The same, from files that are verified as `files` does it."""
+    """The same model with blocks that are read one at a time. Raises ModelError as `load_quantized` does."""
     return OpenedModel(*_open(files, device, dtype, backend), device, offload or Offload())
 
 

@@ -35,7 +35,7 @@ class Files(Protocol):
 class CheckpointFiles:
     """The files of the checkpoint at `path`; with verify = False, whatever is there is taken."""
 
-    def __init__(self, path: Path, verify: bool):
+    def __init__(self, path: Path, verify: bool = True):
         self.path, self._verify = path, verify
 
     def verify(self, except_for: Collection[str] = ()) -> None:

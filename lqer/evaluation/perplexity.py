@@ -81,19 +81,12 @@ def concat_result(nlls: Sequence[Tensor], windows_WT: Tensor) -> PerplexityResul
     return _result("concat", torch.cat([*nlls]).mean(), windows_WT)
 
 
-def row_batch_perplexity(
-    model: PreTrainedModel | OpenedModel, windows_WT: Tensor, batch_size: int, progress: bool = True
-) -> PerplexityResult:
-    """The exponential of the mean over batches of each batch's mean.
+def row_batch_result(nlls: Sequence[Tensor], windows_WT: Tensor) -> PerplexityResult:
+    """The exponential of the mean over batches of each batch's mean, from losses as `window_nlls` gives them.
 
-    A smaller last batch has the weight of a full one, so the result depends on `batch_size` unless it divides the
+    A smaller last batch has the weight of a full one, so the result depends on the batch size unless that divides the
     number of windows.
     """
-    return row_batch_result(window_nlls(model, windows_WT.split(batch_size), progress), windows_WT)
-
-
-def row_batch_result(nlls: Sequence[Tensor], windows_WT: Tensor) -> PerplexityResult:
-    """The same from the losses of all batches, as `window_nlls` gives them."""
     return _result("row-batches", torch.stack([nll_B.mean() for nll_B in nlls]).mean(), windows_WT)
 
 

@@ -55,7 +55,10 @@ def feedback_factor(damped: DampedHessian, by_diagonal: bool) -> tuple[Tensor, T
 
 
 def vector_feedback(damped: DampedHessian, dimension: int) -> tuple[Tensor, Tensor]:
-    """`block_feedback` in float32, and the diagonal of U, float64."""
+    """Feedback of an error in a block of `dimension` columns to the columns after it, and the diagonal of U.
+
+    Feedback is float32 (I, I): rows U_PP⁻¹ U_P of each block P. The diagonal is float64 (I,).
+    """
     size = len(damped.dead_I)
     reversed_II = _reversed_factor(damped, torch.arange(size, device=damped.dead_I.device))
     feedback_II = torch.empty(size, size, dtype=torch.float32, device=reversed_II.device)
@@ -85,11 +88,6 @@ def invert_lower_(lower_II: Tensor) -> None:
         below[rows] = solved.neg_()
     invert_lower_(lower_II[first, first])
     invert_lower_(lower_II[second, second])
-
-
-def block_feedback(factor_II: Tensor, dimension: int) -> Tensor:
-    """Rows U_PP⁻¹ U_P of each block P of `dimension` columns: the feedback of an error in P to the columns after it."""
-    return torch.cat([_feedback_rows(factor_II[rows], rows, dimension) for rows in panels(len(factor_II))])
 
 
 def _feedback_rows(factor_PI: Tensor, rows: slice, dimension: int) -> Tensor:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lqer.checkpoint.load import load_quantized, open_quantized
+from lqer.checkpoint.load import load_quantized, open_verified
 from lqer.checkpoint.pack import DETAILS_FILE, OUTSIDE_FILE
+from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ModelError
 from lqer.store.names import block_file
 from lqer.store.records import MANIFEST
@@ -72,7 +73,7 @@ def test_documents_and_hidden_files_may_be_added(copied, file):
 
 def test_a_block_is_verified_when_it_is_read(copied):
     flip(copied / block_file(1))
-    opened = open_quantized(copied, CPU, None, "auto")
+    opened = open_verified(CheckpointFiles(copied), CPU, None, "auto")
     blocks = opened.loader.load_each(opened.blocks, range(2), CPU)
     next(blocks)
     with pytest.raises(ModelError, match=r"block-00001\.safetensors is damaged"):

@@ -23,8 +23,9 @@ from lqer.evaluation.perplexity import (
     concat_perplexity,
     concat_windows,
     lm_eval_perplexity,
-    row_batch_perplexity,
+    row_batch_result,
     row_batch_windows,
+    window_nlls,
 )
 
 
@@ -128,7 +129,7 @@ def test_row_batch_windows_are_those_of_rows_mapped_in_batches_of_1000(n_rows):
 
 def test_row_batch_perplexity_counts_the_last_partial_batch_as_full(model, windows_WT):
     first, second, third = (window_nll(model, tokens) for tokens in windows_WT[:3].tolist())
-    result = row_batch_perplexity(model, windows_WT[:3], batch_size=2, progress=False)
+    result = row_batch_result(window_nlls(model, windows_WT[:3].split(2), progress=False), windows_WT[:3])
     assert result.nll == pytest.approx(((first + second) / 2 + third) / 2, rel=1e-6)
     assert result.protocol == "row-batches"
     assert result.nll != pytest.approx(concat_perplexity(model, windows_WT[:3], 2, progress=False).nll, rel=1e-4)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lqer.checkpoint.load import load_quantized, open_quantized
+from lqer.checkpoint.load import load_quantized, open_verified
+from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ModelError
 from lqer.evaluation.perplexity import concat_perplexity
 from lqer.formats import MXInt
@@ -72,7 +73,7 @@ def test_all_of_it_on_one_device_is_the_model(original, checkpoint, windows_WT):
     expected = logits(load_model(source, torch.float32, CPU), windows_WT)
     assert torch.equal(logits(dispatch(open_model(source, torch.float32, CPU), {"": "cpu"}), windows_WT), expected)
     expected = logits(load_quantized(checkpoint, CPU), windows_WT)
-    placed = dispatch(open_quantized(checkpoint, CPU, torch.float32, "emulate"), {"": "cpu"})
+    placed = dispatch(open_verified(CheckpointFiles(checkpoint), CPU, torch.float32, "emulate"), {"": "cpu"})
     assert torch.equal(logits(placed, windows_WT), expected)
 
 
@@ -98,7 +99,7 @@ class TestTwoGpus:
     def test_a_checkpoint_computes_the_same_in_halves(self, checkpoint, windows_WT, backend, dtype):
         one = torch.device("cuda", 0)
         expected = logits(load_quantized(checkpoint, one, dtype, backend), windows_WT)
-        model = dispatch(open_quantized(checkpoint, one, dtype, backend), halves(first=0, last=1))
+        model = dispatch(open_verified(CheckpointFiles(checkpoint), one, dtype, backend), halves(first=0, last=1))
         for layer, home in ((0, 0), (-1, 1)):
             block = model.model.layers[layer]
             assert {tensor.device.index for tensor in (*block.parameters(), *block.buffers())} == {home}
@@ -108,7 +109,9 @@ class TestTwoGpus:
     def test_the_second_gpu_may_come_first(self, checkpoint, windows_WT):
         one = torch.device("cuda", 0)
         expected = logits(load_quantized(checkpoint, one, torch.bfloat16, "triton"), windows_WT)
-        model = dispatch(open_quantized(checkpoint, one, torch.bfloat16, "triton"), halves(first=1, last=0))
+        model = dispatch(
+            open_verified(CheckpointFiles(checkpoint), one, torch.bfloat16, "triton"), halves(first=1, last=0)
+        )
         assert torch.equal(logits(model, windows_WT), expected)
 
     def test_spread_uses_both_and_gives_the_same_perplexity(self, original, checkpoint, windows_WT):
@@ -118,7 +121,7 @@ class TestTwoGpus:
             (load_model(source, torch.float32, one), dispatch_all(open_model(source, torch.float32, CPU))),
             (
                 load_quantized(checkpoint, one, torch.float32, "emulate"),
-                dispatch_all(open_quantized(checkpoint, one, torch.float32, "emulate")),
+                dispatch_all(open_verified(CheckpointFiles(checkpoint), one, torch.float32, "emulate")),
             ),
         ]
         for single, both in pairs:

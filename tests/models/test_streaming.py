@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lqer.checkpoint.load import load_quantized, open_quantized
+from lqer.checkpoint.load import load_quantized, open_verified
 from lqer.checkpoint.pack import OUTSIDE_FILE
+from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ModelError
-from lqer.evaluation.perplexity import concat_perplexity, row_batch_perplexity
+from lqer.evaluation.perplexity import concat_perplexity, window_nlls
 from lqer.models.loaders import RESIDENT, OpenedModel, Streamed
 from lqer.models.reading import read_file
 from lqer.models.source import load_model, resolve_model
@@ -177,23 +178,25 @@ class TestBlockwisePerplexity:
     def test_of_the_original_is_that_of_the_whole_model_to_the_bit(self, architecture, saved, windows_WT):
         source = resolve_model(str(saved(architecture)))
         whole = load_model(source, torch.float32, CPU)
-        for perplexity in (concat_perplexity, row_batch_perplexity):
-            opened = open_model(source, torch.float32, CPU)
-            assert perplexity(opened, windows_WT, 2) == perplexity(whole, windows_WT, 2)
+        opened = open_model(source, torch.float32, CPU)
+        for blockwise_B, whole_B in zip(
+            window_nlls(opened, windows_WT.split(2)), window_nlls(whole, windows_WT.split(2))
+        ):
+            assert torch.equal(blockwise_B, whole_B)
 
     def test_of_a_quantized_checkpoint_is_that_of_the_whole_one_to_the_bit(self, stages, windows_WT):
         path = stages.checkpoint.path
         whole = concat_perplexity(load_quantized(path, CPU), windows_WT, 2)
-        assert concat_perplexity(open_quantized(path, CPU, None, "auto"), windows_WT, 2) == whole
+        assert concat_perplexity(open_verified(CheckpointFiles(path), CPU, None, "auto"), windows_WT, 2) == whole
 
     def test_of_a_checkpoint_with_quantized_attention_too(self, random_model, run_stages, plan, windows_WT):
         attention = {"format": plan.weight.to_dict(), "axis": "reduction"}
         path = run_stages(random_model("llama"), plan, attention=attention).checkpoint.path
         whole = concat_perplexity(load_quantized(path, CPU), windows_WT, 2)
-        assert concat_perplexity(open_quantized(path, CPU, None, "auto"), windows_WT, 2) == whole
+        assert concat_perplexity(open_verified(CheckpointFiles(path), CPU, None, "auto"), windows_WT, 2) == whole
 
     def test_a_model_can_be_walked_again(self, stages, windows_WT):
-        opened = open_quantized(stages.checkpoint.path, CPU, None, "auto")
+        opened = open_verified(CheckpointFiles(stages.checkpoint.path), CPU, None, "auto")
         first = concat_perplexity(opened, windows_WT, 2)
         assert concat_perplexity(opened, windows_WT, 2) == first
 
@@ -206,7 +209,7 @@ class TestBlockwisePerplexity:
         del tensors[missing]
         save_file(tensors, path / file)
         with pytest.raises(ModelError, match=f"has no values for {missing}"):
-            concat_perplexity(open_quantized(path, CPU, None, "auto", verify=False), windows_WT, 2)
+            concat_perplexity(open_verified(CheckpointFiles(path, False), CPU, None, "auto"), windows_WT, 2)
 
 
 class TestReadingAhead:
