@@ -98,15 +98,7 @@ def _open(
     path = files.path
     if backend not in BACKENDS:
         raise ModelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if not (path / DETAILS_FILE).exists():
-        raise ModelError(f"{path} is not a quantized checkpoint: it has no {DETAILS_FILE}")
-    with reported_as(f"{path / DETAILS_FILE} is damaged"):
-        details = json.loads(files.file(DETAILS_FILE).read_text(encoding="utf-8"))
-        if (version := details["format_version"]) != FORMAT_VERSION:
-            raise ModelError(f"{path / DETAILS_FILE}: format_version {version} is not supported, only {FORMAT_VERSION}")
-        name, count = details["blocks"]["name"], details["blocks"]["count"]
-        for entry in details["linears"].values():
-            _formats(entry)  # so that one that is none is this file's fault
+    details, name, count = _read_details(files)
     # Those are read, and verified, one at a time.
     files.verify(except_for=[*map(block_file, range(count)), OUTSIDE_FILE])
     with reported_as(f"{path} has no usable config.json"):
@@ -154,6 +146,21 @@ def _open(
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval(), name, blocks, Streamed(read, fill, fill_outer, ahead=device.type == "cuda", phase="load")
+
+
+def _read_details(files: Files) -> tuple[dict[str, Any], str, int]:
+    """What lqer.json says, the name of the blocks and their number. Raises ModelError where it cannot be read."""
+    file = files.path / DETAILS_FILE
+    if not file.exists():
+        raise ModelError(f"{files.path} is not a quantized checkpoint: it has no {DETAILS_FILE}")
+    with reported_as(f"{file} is damaged"):
+        details = json.loads(files.file(DETAILS_FILE).read_text(encoding="utf-8"))
+        if (version := details["format_version"]) != FORMAT_VERSION:
+            raise ModelError(f"{file}: format_version {version} is not supported, only {FORMAT_VERSION}")
+        name, count = details["blocks"]["name"], details["blocks"]["count"]
+        for entry in details["linears"].values():
+            _formats(entry)  # so that one that is none is this file's fault
+    return details, name, count
 
 
 def choose_backend(

@@ -110,18 +110,15 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
     model: ModelSource | Rotate = context.source
     if (rotation := config.quantize.model_transform) is not None:
         model = Rotate(context.source, config.seed, device, rotation)
-    calibrate = spectra = None
     plans: AnyPlans = context.plans
     if config.quantize.budget_bits is not None:
         plans = _width_plans(context, model, texts, config.quantize.budget_bits)
+    calibrate = spectra = None
     quantize: QuantizeStage
-    if not config.quantize.propagates_error:
-        requested = requested_statistics(context.plans)
-        roundings = input_roundings(context.plans) if config.calibration.round_inputs else None
-        gathered = Calibrate(
-            model, texts.calibration, requested, dtype, device, context.offload(), roundings, context.keeps_statistics,
-            ranks=context.ranks,
-        )  # fmt: skip
+    if config.quantize.propagates_error:
+        quantize = _sequentially(context, model, texts, plans, tokenizer)
+    else:
+        gathered = _calibrate(context, model, texts)
         calibrate = gathered if gathered.is_kept else None
         if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
             spectra = MeasureSpectra.of(gathered, context.plans)
@@ -129,21 +126,7 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
         quantize = Quantize(
             gathered, plans, _attention(context), config.seed, device, tokenizer, "quantize", ranks=context.ranks
         )
-    else:
-        transforms = tuple(part for part in config.quantize.transforms if isinstance(part, BlockTransform))
-        quantize = QuantizeSequentially(
-            model, texts.calibration, plans, _attention(context), transforms, config.seed, dtype, device,
-            tokenizer, context.offload(), "quantize", config.calibration.round_inputs, config.quantize.order,
-            ranks=context.ranks,
-        )  # fmt: skip
-    rtn = None
-    if "rtn" in config.evaluation.baselines:
-        without_low_rank: AnyPlans
-        if isinstance(plans, WidthPlans):
-            without_low_rank = replace(plans, low_rank=False)
-        else:
-            without_low_rank = {name: plan and plan.without_low_rank() for name, plan in context.plans.items()}
-        rtn = replace(quantize, plans=without_low_rank, label="quantize (without low-rank reconstruction)")
+    rtn = _without_low_rank(context, quantize) if "rtn" in config.evaluation.baselines else None
     finetune = None
     if config.finetune is not None:
         assert texts.training_WT is not None, "read_texts reads it where fine-tuning is asked for"
@@ -168,6 +151,37 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
         rotate, calibrate, spectra, widths, quantize, rtn, finetune, tuple(candidates), perplexity, distributions,
         divergence, downstream, _decode(context, candidates),
     )  # fmt: skip
+
+
+def _calibrate(context: RunContext, model: ModelSource | Rotate, texts: Texts) -> Calibrate:
+    config = context.config
+    return Calibrate(
+        model, texts.calibration, requested_statistics(context.plans), context.dtype, context.device, context.offload(),
+        input_roundings(context.plans) if config.calibration.round_inputs else None, context.keeps_statistics,
+        ranks=context.ranks,
+    )  # fmt: skip
+
+
+def _sequentially(
+    context: RunContext, model: ModelSource | Rotate, texts: Texts, plans: AnyPlans, tokenizer: PreTrainedTokenizerBase
+) -> QuantizeSequentially:
+    config = context.config
+    transforms = tuple(part for part in config.quantize.transforms if isinstance(part, BlockTransform))
+    return QuantizeSequentially(
+        model, texts.calibration, plans, _attention(context), transforms, config.seed, context.dtype, context.device,
+        tokenizer, context.offload(), "quantize", config.calibration.round_inputs, config.quantize.order,
+        ranks=context.ranks,
+    )  # fmt: skip
+
+
+def _without_low_rank(context: RunContext, quantize: QuantizeStage) -> QuantizeStage:
+    """The same formats without A and B: the baseline `rtn`."""
+    plans: AnyPlans
+    if isinstance(quantize.plans, WidthPlans):
+        plans = replace(quantize.plans, low_rank=False)
+    else:
+        plans = {name: plan and plan.without_low_rank() for name, plan in context.plans.items()}
+    return replace(quantize, plans=plans, label="quantize (without low-rank reconstruction)")
 
 
 def _width_plans(context: RunContext, model: ModelSource | Rotate, texts: Texts, budget_bits: float) -> WidthPlans:

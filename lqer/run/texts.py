@@ -88,13 +88,13 @@ def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase, processor: An
     return Texts(calibration, info, training_WT, evaluation, tuple(filter(None, overlaps)))
 
 
-def _overlap(learned_as: str, learned: Tensor, label: str, evaluated: Tensor) -> str | None:
+def _overlap(learned_as: str, learned_T: Tensor, label: str, evaluated_T: Tensor) -> str | None:
     """A line about the tokens that both texts share; None for less than the stock phrases that texts may have."""
-    shared = shared_tokens(learned.numpy(), evaluated.numpy())
-    if shared < LEAST_SHARED * min(len(learned), len(evaluated)):
+    shared = shared_tokens(learned_T.numpy(), evaluated_T.numpy())
+    if shared < LEAST_SHARED * min(len(learned_T), len(evaluated_T)):
         return None
     return (
-        f"{shared} of the {len(learned)} {learned_as} tokens are also in the evaluated text {label}: its numbers "
+        f"{shared} of the {len(learned_T)} {learned_as} tokens are also in the evaluated text {label}: its numbers "
         "flatter the quantized model (rows = ':50%' and '50%:' are two halves of one text)"
     )
 

@@ -89,6 +89,38 @@ class Student:
         return self.model(ids_BT, use_cache=False).logits
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a pupil learns from: the text, or the distributions of the original model."""
+
+    pupil: Student
+    original: PreTrainedModel
+    settings: TrainingConfig
+
+    def loss(self, ids_BT: Tensor) -> Tensor:
+        """Of a batch, with gradients to the trained parameters."""
+        return self._loss_of(self.pupil.logits(ids_BT, as_stored=False), ids_BT)
+
+    @torch.no_grad()
+    def validate(self, windows_WT: Tensor, of_original: bool = False) -> float:
+        """The mean loss over windows, of the pupil as it would be stored or of the original model."""
+        losses = []
+        for ids_BT in windows_WT.split(self.settings.batch_size):
+            ids_BT = ids_BT.to(self.pupil.model.device)
+            logits_BTV = self._original_logits(ids_BT) if of_original else self.pupil.logits(ids_BT, as_stored=True)
+            losses.append(float(self._loss_of(logits_BTV, ids_BT)) * len(ids_BT))
+        return sum(losses) / len(windows_WT)
+
+    def _loss_of(self, logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+        if self.settings.loss == "text":
+            return text_loss(logits_BTV, ids_BT)
+        return soft_loss(logits_BTV, self._original_logits(ids_BT))
+
+    @torch.no_grad()
+    def _original_logits(self, ids_BT: Tensor) -> Tensor:
+        return self.original(ids_BT, use_cache=False).logits
+
+
 def _run_again_for_gradients(block: nn.Module) -> None:
     """Keep only the block's inputs for the backward pass (gradient checkpointing), in place."""
     block.forward = partial(run_again, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -118,45 +150,26 @@ def finetune(
     train_WT, held_out_WT = windows_WT.split([settings.num_samples, settings.validation_samples])
     steps_per_epoch = -(-settings.num_samples // settings.batch_size)
     training = Training(pupil.trained, settings, steps_per_epoch)
-
-    def loss_of(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-        if settings.loss == "text":
-            return text_loss(logits_BTV, ids_BT)
-        return soft_loss(logits_BTV, original_logits(ids_BT))
-
-    @torch.no_grad()
-    def original_logits(ids_BT: Tensor) -> Tensor:
-        return original(ids_BT, use_cache=False).logits
-
-    @torch.no_grad()
-    def validate(of_original: bool = False) -> float:
-        losses = []
-        for ids_BT in held_out_WT.split(settings.batch_size):
-            ids_BT = ids_BT.to(student.device)
-            logits_BTV = original_logits(ids_BT) if of_original else pupil.logits(ids_BT, as_stored=True)
-            losses.append(float(loss_of(logits_BTV, ids_BT)) * len(ids_BT))
-        return sum(losses) / len(held_out_WT)
-
+    lesson = Lesson(pupil, original, settings)
     saved = [name for name in workspace.names() if fnmatchcase(name, TRAINING_FILES)]
     if saved:
         training.restore(workspace.tensors(saved[-1]))
     else:
-        training.record(validate())
+        training.record(lesson.validate(held_out_WT))
     log.info("finetune: %d tensors, validation loss %.5f before", len(pupil.trained), training.losses[0])
     for epoch in range(len(training.losses), settings.epochs + 1):
         order_W = torch.randperm(len(train_WT), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         batches = train_WT[order_W].split(settings.batch_size)
         for step, ids_BT in enumerate(tqdm(batches, desc="finetune", unit="step"), (epoch - 1) * steps_per_epoch):
-            ids_BT = ids_BT.to(student.device)
-            training.step(loss_of(pupil.logits(ids_BT, as_stored=False), ids_BT), step)
-        training.record(validate())
+            training.step(lesson.loss(ids_BT.to(student.device)), step)
+        training.record(lesson.validate(held_out_WT))
         log.info("finetune: epoch %d of %d, validation loss %.5f", epoch, settings.epochs, training.losses[-1])
         # Under a name of its own, then without the older one: after a kill one of them is whole.
         workspace.write_tensors(f"training-{epoch:05d}.safetensors", training.tensors())
         _remove_training(workspace, keep=epoch)
     history = {
         "validation_loss": training.losses,
-        "original_loss": validate(of_original=True),
+        "original_loss": lesson.validate(held_out_WT, of_original=True),
         "best_epoch": training.best_epoch,
     }
     best = {name: one.stored(training.best[name]).cpu() for name, one in pupil.trained.items()}
