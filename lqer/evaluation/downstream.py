@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from numbers import Real
@@ -18,6 +17,8 @@ from lqer.evaluation import harness
 from lqer.evaluation.requests import Scores
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lqer.models.loaders import OpenedModel
@@ -36,24 +37,61 @@ class TaskResult:
     samples: int
 
 
-def check_tasks(
-    tasks: Sequence[str], include_path: Path | None, data_dir: Path | None = None, num_fewshot: int | None = None
-) -> None:
+@dataclass(frozen=True)
+class TaskFiles:
+    """Tasks by name, and where their files are.
+
+    include_path    a folder of local task YAMLs; they replace the library's tasks of the same name
+    data_dir        the folder to which paths in local YAMLs are relative
+    trust_code      whether local tasks may run Python code of their folder
+    """
+
+    names: tuple[str, ...]
+    include_path: Path | None = None
+    data_dir: Path | None = None
+    trust_code: bool = False
+
+    @property
+    def manager(self) -> TaskManager:
+        return harness.task_manager(self.names, self.include_path, self.data_dir)
+
+    def load(self) -> TaskDict:
+        return harness.load_tasks(self.manager, self.names, self.trust_code)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """How tasks are scored.
+
+    num_fewshot     examples in the prompt; None: the number that each task defines
+    limit           only the first rows of each task
+    max_length      tokens of a prompt with its answer; longer ones are truncated at the start
+    seed            of the few-shot examples and of all sampling in tasks; sets the global generators
+    """
+
+    num_fewshot: int | None
+    limit: int | None
+    batch_size: int
+    max_length: int
+    seed: int
+
+
+def check_tasks(tasks: TaskFiles, num_fewshot: int | None = None) -> None:
     """Raise ConfigError for mistakes in the tasks that can be found without a model or the network.
 
     These are: an unknown name; a task requested twice; a local task whose file under `data_dir` is missing; few-shot
     examples for a local task without a training split, which would be taken from the evaluated rows.
     """
-    manager = harness.task_manager(tasks, include_path, data_dir)
+    manager = tasks.manager
     asked_as: dict[str, str] = {}
-    for name in tasks:
+    for name in tasks.names:
         for task, entry in harness.entries(manager, name).items():
             if task in asked_as:
                 raise ConfigError(f"evaluation.downstream.tasks: {task!r} is in both {asked_as[task]!r} and {name!r}")
             asked_as[task] = name
             files = harness.data_files(entry)
             for file in files:
-                harness.jsonl_path(file, data_dir)
+                harness.jsonl_path(file, tasks.data_dir)
             if files and num_fewshot and EXAMPLES_FROM.isdisjoint(entry.cfg or {}):
                 raise ConfigError(
                     f"evaluation.downstream.num_fewshot must be 0 for {task!r}, whose YAML names no training_split: "
@@ -61,18 +99,12 @@ def check_tasks(
                 )
 
 
-def check_task_data(
-    tasks: Sequence[str],
-    include_path: Path | None,
-    data_dir: Path | None,
-    trust_code: bool = False,
-    blockwise: bool = False,
-) -> None:
+def check_task_data(tasks: TaskFiles, blockwise: bool = False) -> None:
     """Load the data of the tasks. Raises DataError where they cannot be read, HubTextError where no hub answers.
 
     blockwise: whether the model is to be run block by block. Raises ConfigError for a task that cannot be so.
     """
-    loaded = harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks, trust_code)
+    loaded = tasks.load()
     if blockwise:
         harness.refuse_other_than_choices(loaded)
 
@@ -80,38 +112,29 @@ def check_task_data(
 def evaluate_tasks(
     model: PreTrainedModel | OpenedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    *,
-    num_fewshot: int | None,
-    limit: int | None,
-    batch_size: int,
-    max_length: int,
-    include_path: Path | None,
-    data_dir: Path | None,
-    seed: int,
-    trust_code: bool = False,
+    tasks: TaskFiles,
+    settings: TaskSettings,
     scores: Scores | None = None,
 ) -> list[TaskResult]:
     """Every numeric metric of every task; of a group, those of its tasks and its aggregates.
 
-    num_fewshot     examples in the prompt; None: the number that each task defines
-    limit           only the first rows of each task
-    max_length      tokens of a prompt with its answer; longer ones are truncated at the start
-    include_path    a folder of local task YAMLs; they replace the library's tasks of the same name
-    data_dir        the folder to which paths in local YAMLs are relative
-    seed            of the few-shot examples and of all sampling in tasks; sets the global generators
-    trust_code      whether local tasks may run Python code of their folder
-    scores          of requests that are scored already, and which to score: see `harness.evaluate`
+    scores: of requests that are scored already, and which to score: see `harness.evaluate`.
 
     Raises ConfigError as `check_tasks` does, and DataError if a dataset cannot be loaded.
     """
-    check_tasks(tasks, include_path, data_dir, num_fewshot)
-    set_seed(seed)
-    loaded = harness.load_tasks(harness.task_manager(tasks, include_path, data_dir), tasks, trust_code)
+    check_tasks(tasks, settings.num_fewshot)
+    set_seed(settings.seed)
+    loaded = tasks.load()
     for task in loaded["tasks"].values():
-        harness.set_shots(task, num_fewshot, seed)
+        harness.set_shots(task, settings.num_fewshot, settings.seed)
     results = harness.evaluate(
-        model, tokenizer, loaded, limit=limit, batch_size=batch_size, max_length=max_length, scores=scores or Scores()
+        model,
+        tokenizer,
+        loaded,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        scores=scores or Scores(),
     )
     return [
         TaskResult(
@@ -130,23 +153,25 @@ def evaluate_tasks(
     ]
 
 
-def task_fingerprint(tasks: Sequence[str], include_path: Path | None, data_dir: Path | None) -> str:
-    """sha256 (hex) of everything that determines the scores, except the model and the arguments of `evaluate_tasks`.
+def task_fingerprint(tasks: TaskFiles) -> str:
+    """sha256 (hex) of everything that determines the scores, except the model and the other arguments of
+    `evaluate_tasks`.
 
     Covers the names of the tasks, lm_eval's version, and for every local task its YAML with its includes, the Python
     files in the same folder and its data files. Data on the Hub is not covered. Raises as `check_tasks` does.
     """
-    check_tasks(tasks, include_path, data_dir)
-    manager = harness.task_manager(tasks, include_path, data_dir)
-    digest = hashlib.sha256(json.dumps([version("lm_eval"), *tasks]).encode())
-    for name in tasks:
+    check_tasks(tasks)
+    manager = tasks.manager
+    digest = hashlib.sha256(json.dumps([version("lm_eval"), *tasks.names]).encode())
+    own = None if tasks.include_path is None else tasks.include_path.resolve()
+    for name in tasks.names:
         for task, entry in harness.entries(manager, name).items():
-            if include_path is None or entry.yaml_path is None or include_path.resolve() not in entry.yaml_path.parents:
+            if own is None or entry.yaml_path is None or own not in entry.yaml_path.parents:
                 continue
             folder = entry.yaml_path.parent
             # The index prefixes a function with its folder, whose location must not matter.
             digest.update(json.dumps([task, entry.cfg], sort_keys=True, default=str).replace(str(folder), "").encode())
-            files = [harness.jsonl_path(file, data_dir) for file in harness.data_files(entry)]
+            files = [harness.jsonl_path(file, tasks.data_dir) for file in harness.data_files(entry)]
             for path in [*sorted(folder.glob("*.py")), *files]:
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from lqer.models.summary import ModelSummary, summarize_model
 from lqer.resources.statistics import keeps_statistics
 from lqer.stages.allocate_ranks import check_budget
 from lqer.stages.allocate_widths import check_widths
+from lqer.stages.evaluate import task_files
 from lqer.store.fingerprints import FINGERPRINTS, Fingerprints
 from lqer.store.offload import Offload
 
@@ -102,7 +103,7 @@ def prepare(config: Config) -> RunContext:
         check_widths(plans, choices, summary.linears, config.quantize.budget_bits, optional_rank)
     if config.evaluation.downstream is not None:
         downstream = config.evaluation.downstream
-        check_tasks(downstream.tasks, downstream.task_folder, downstream.data_folder, downstream.num_fewshot)
+        check_tasks(task_files(downstream), downstream.num_fewshot)
     dtype = pick_dtype(config.dtype, source, device)
     formats = {name: (plan.weight, plan.activation) for name, plan in plans.items() if plan is not None}
     for name, plan in plans.items():

@@ -31,6 +31,7 @@ from lqer.stages.evaluate import (
     Evaluation,
     TaskAccuracy,
     WindowPerplexity,
+    task_files,
 )
 from lqer.stages.finetune import Finetune
 from lqer.stages.plans import AnyPlans
@@ -301,7 +302,7 @@ def _downstream(
     settings = context.config.evaluation.downstream
     if settings is None:
         return {}
-    tasks = task_fingerprint(settings.tasks, settings.task_folder, settings.data_folder)
+    tasks = task_fingerprint(task_files(settings))
     return {
         candidate.role: TaskAccuracy(
             candidate, ", ".join(settings.tasks), tasks, settings.num_fewshot, settings.limit, settings.batch_size,

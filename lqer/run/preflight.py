@@ -31,6 +31,7 @@ from lqer.run.experiment import Experiment, plan_experiment
 from lqer.run.exports import check_export_folders
 from lqer.run.folder import run_folder
 from lqer.run.texts import Texts, read_texts
+from lqer.stages.evaluate import task_files
 from lqer.store.store import Store, stored_bytes
 
 
@@ -88,9 +89,7 @@ def _check_tasks(config: Config, experiment: Experiment, store: Store) -> None:
     """Load the data of the tasks, unless every candidate's accuracy is in the store."""
     settings = config.evaluation.downstream
     if settings is not None and any(stage.find(store) is None for stage in experiment.downstream.values()):
-        check_task_data(
-            settings.tasks, settings.task_folder, settings.data_folder, settings.trust_code, config.evaluation.blockwise
-        )
+        check_task_data(task_files(settings), config.evaluation.blockwise)
 
 
 def _check_tokens(summary: ModelSummary, texts: Texts, say: Callable[[str], None]) -> None:

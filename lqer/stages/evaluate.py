@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from lqer.config.schema import DownstreamConfig
 from lqer.errors import ModelError
 from lqer.evaluation.decode_speed import seconds_per_token
-from lqer.evaluation.downstream import TaskResult, evaluate_tasks
+from lqer.evaluation.downstream import TaskFiles, TaskResult, TaskSettings, evaluate_tasks
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS, PerplexityResult, batch_nlls, lm_eval_perplexity, window_nlls
 from lqer.evaluation.requests import Scores, Share
 from lqer.phases import in_phase
@@ -280,17 +280,10 @@ class TaskAccuracy(Divisible):
         _remove_parts(workspace, SCORES)
 
     def _evaluated(self, store: Store, scores: Scores) -> list[TaskResult]:
-        return evaluate_tasks(
-            self.candidate.model(store),
-            self.tokenizer,
-            list(self.settings.tasks),
-            num_fewshot=self.num_fewshot,
-            limit=self.limit,
-            batch_size=self.batch_size,
-            max_length=self.max_length,
-            include_path=self.settings.task_folder,
-            data_dir=self.settings.data_folder,
-            seed=self.seed,
-            trust_code=self.settings.trust_code,
-            scores=scores,
-        )
+        settings = TaskSettings(self.num_fewshot, self.limit, self.batch_size, self.max_length, self.seed)
+        return evaluate_tasks(self.candidate.model(store), self.tokenizer, task_files(self.settings), settings, scores)
+
+
+def task_files(settings: DownstreamConfig) -> TaskFiles:
+    """The tasks that a configuration names."""
+    return TaskFiles(settings.tasks, settings.task_folder, settings.data_folder, settings.trust_code)

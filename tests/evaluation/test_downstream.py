@@ -16,7 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from lqer.errors import ConfigError, DataError
 from lqer.evaluation import harness
-from lqer.evaluation.downstream import TaskResult, check_tasks, evaluate_tasks, task_fingerprint
+from lqer.evaluation.downstream import (
+    TaskFiles,
+    TaskResult,
+    TaskSettings,
+    check_tasks,
+    evaluate_tasks,
+    task_fingerprint,
+)
 
 TASKS = Path(__file__).parents[2] / "experiments" / "tasks"
 LIBRARY = Path(lm_eval.tasks.__file__).parent
@@ -74,7 +81,8 @@ def write_tasks(folder: Path, **texts: str) -> Path:
 
 def score(model, tokenizer, tasks, include_path=TASKS, data_dir=None, **settings) -> list[TaskResult]:
     settings = {"num_fewshot": 0, "limit": None, "batch_size": 4, "max_length": 512, "seed": 0, **settings}
-    return evaluate_tasks(model, tokenizer, tasks, include_path=include_path, data_dir=data_dir, **settings)
+    files = TaskFiles(tuple(tasks), include_path, data_dir)
+    return evaluate_tasks(model, tokenizer, files, TaskSettings(**settings))
 
 
 def best_answers(model, tokenizer, row: dict) -> tuple[int, int]:
@@ -143,32 +151,32 @@ def test_a_group_gives_its_tasks_and_its_aggregate(model, tokenizer, data_dir, t
     assert both.value == pytest.approx((2 * first.value + 10 * second.value) / 12)
     assert both.samples == 12
     with pytest.raises(ConfigError, match="'first' is in both 'both' and 'first'"):
-        check_tasks(["both", "first"], include_path, data_dir)
+        check_tasks(TaskFiles(("both", "first"), include_path, data_dir))
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="unknown task 'arc_easi'; the nearest is 'arc_easy'"):
-        check_tasks(["arc_easi"], None)
+        check_tasks(TaskFiles(("arc_easi",)))
 
 
 def test_a_local_task_without_data_dir_is_refused():
     with pytest.raises(ConfigError, match=r"evaluation.downstream.data_dir must be set.*arc_easy/test.jsonl"):
-        check_tasks(["arc_easy_local"], TASKS)
+        check_tasks(TaskFiles(("arc_easy_local",), TASKS))
 
 
 def test_a_missing_file_is_refused_by_name(data_dir):
     with pytest.raises(ConfigError, match=r"evaluation.downstream.data_dir must hold 'piqa/validation.jsonl'"):
-        check_tasks(["arc_easy_local", "piqa_local"], TASKS, data_dir)
+        check_tasks(TaskFiles(("arc_easy_local", "piqa_local"), TASKS, data_dir))
 
 
 def test_a_missing_include_path_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"include_path must be a folder: found .*absent"):
-        check_tasks(["arc_easy_local"], tmp_path / "absent")
+        check_tasks(TaskFiles(("arc_easy_local",), tmp_path / "absent"))
 
 
 def test_examples_from_the_judged_rows_are_refused(data_dir):
     with pytest.raises(ConfigError, match=r"num_fewshot must be 0 for 'arc_easy_local'.*found 5"):
-        check_tasks(["arc_easy_local"], TASKS, data_dir, num_fewshot=5)
+        check_tasks(TaskFiles(("arc_easy_local",), TASKS, data_dir), num_fewshot=5)
 
 
 @pytest.mark.parametrize(
@@ -183,22 +191,22 @@ def test_a_damaged_file_is_refused_by_name(model, tokenizer, data_dir, text, rea
 
 
 def test_a_fingerprint_follows_content_and_not_place(data_dir, tmp_path):
-    original = task_fingerprint(["arc_easy_local"], TASKS, data_dir)
+    original = task_fingerprint(TaskFiles(("arc_easy_local",), TASKS, data_dir))
     shutil.copytree(TASKS, tmp_path / "copy")
     shutil.copytree(data_dir, tmp_path / "data copy")
-    assert task_fingerprint(["arc_easy_local"], tmp_path / "copy", tmp_path / "data copy") == original
+    assert task_fingerprint(TaskFiles(("arc_easy_local",), tmp_path / "copy", tmp_path / "data copy")) == original
 
     write_rows(tmp_path / "data copy" / "arc_easy" / "test.jsonl", QUESTIONS[:9])
-    assert task_fingerprint(["arc_easy_local"], TASKS, tmp_path / "data copy") != original
+    assert task_fingerprint(TaskFiles(("arc_easy_local",), TASKS, tmp_path / "data copy")) != original
 
     shutil.copytree(TASKS, tmp_path / "edited")
     yaml = tmp_path / "edited" / "arc_easy_local.yaml"
     yaml.write_text(yaml.read_text().replace("Question", "Query"))
-    assert task_fingerprint(["arc_easy_local"], tmp_path / "edited", data_dir) != original
+    assert task_fingerprint(TaskFiles(("arc_easy_local",), tmp_path / "edited", data_dir)) != original
 
     write_rows(data_dir / "arc_challenge" / "test.jsonl", QUESTIONS)
-    assert task_fingerprint(["arc_challenge_local"], TASKS, data_dir) != task_fingerprint(
-        ["arc_challenge_local"], tmp_path / "edited", data_dir
+    assert task_fingerprint(TaskFiles(("arc_challenge_local",), TASKS, data_dir)) != task_fingerprint(
+        TaskFiles(("arc_challenge_local",), tmp_path / "edited", data_dir)
     )
 
 

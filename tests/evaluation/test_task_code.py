@@ -9,7 +9,7 @@ import pytest
 from jinja2.exceptions import SecurityError
 
 from lqer.errors import ConfigError
-from lqer.evaluation.downstream import check_task_data
+from lqer.evaluation.downstream import TaskFiles, check_task_data
 from lqer.evaluation.task_code import LOCAL_LOADER, sandbox_templates
 
 TASK = """
@@ -44,7 +44,7 @@ def load(
     # A name of its own: the library's index is read once per folder.
     name = f"task{len(list(folder.glob('*.yaml')))}"
     (folder / f"{name}.yaml").write_text(TASK.format(name=name, loader=loader, target=target, metric=metric))
-    check_task_data([name], folder, folder, trust_code)
+    check_task_data(TaskFiles((name,), folder, folder, trust_code))
 
 
 def test_a_task_that_only_names_the_loader_of_local_tasks_needs_no_trust(folder):
@@ -86,7 +86,7 @@ def test_functions_of_other_modules_are_refused_too(folder, name):
 def test_a_task_that_scores_documents_cannot_be_run_block_by_block(folder):
     load(folder)
     with pytest.raises(ConfigError, match=r"blockwise must be false with task 'task0', which asks for .*rolling"):
-        check_task_data(["task0"], folder, folder, blockwise=True)
+        check_task_data(TaskFiles(("task0",), folder, folder), blockwise=True)
 
 
 def test_a_file_that_takes_the_name_of_the_loader_is_refused(folder):
