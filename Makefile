@@ -26,7 +26,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format lqer experiments tests
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "lqer needs Python 3.10 or newer"'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("lqer needs Python 3.10 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
 # A stamp is touched once its requirements are installed, and is older than them when they change.
