@@ -95,8 +95,9 @@ class Awq(Target):
         scheme = next(iter(integer_schemes(source.specs.values()).values()))
         loaded = {
             "transformers": "# pip install gptqmodel\n"
+            "from transformers import AutoModelForCausalLM, AwqConfig\n\n"
             'choice = AwqConfig(backend="torch_awq")\n'
-            f'AutoModelForCausalLM.from_pretrained("{folder}", quantization_config=choice)'
+            f'model = AutoModelForCausalLM.from_pretrained("{folder}", quantization_config=choice)'
         }
         return loaded | ({"vLLM": f"vllm serve {folder} --dtype float16"} if scheme.group in VLLM_GROUPS else {})
 

@@ -123,7 +123,9 @@ class CompressedTensors(Target):
         if self.engine == "vllm":
             return served
         return {
-            "transformers": f'AutoModelForCausalLM.from_pretrained("{folder}")   # pip install compressed-tensors',
+            "transformers": "# pip install compressed-tensors\n"
+            "from transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{folder}")',
             **served,
             "lm-eval": f"lm_eval run --model hf --model_args pretrained={folder} --tasks arc_easy",
         }

@@ -61,7 +61,8 @@ class Dense(Target):
 
     def commands(self, folder: str, source: Source) -> Mapping[str, str]:
         return {
-            "transformers": f'AutoModelForCausalLM.from_pretrained("{folder}")',
+            "transformers": "from transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{folder}")',
             "vLLM": f"vllm serve {folder}",
             "lm-eval": f"lm_eval run --model hf --model_args pretrained={folder} --tasks arc_easy",
         }

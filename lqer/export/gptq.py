@@ -112,8 +112,9 @@ class Gptq(Target):
         scheme = next(iter(integer_schemes(source.specs.values()).values()))
         loaded = {
             "transformers": "# pip install gptqmodel optimum\n"
+            "from transformers import AutoModelForCausalLM, GPTQConfig\n\n"
             f'choice = GPTQConfig(bits={scheme.bits}, backend="torch")\n'
-            f'AutoModelForCausalLM.from_pretrained("{folder}", quantization_config=choice)'
+            f'model = AutoModelForCausalLM.from_pretrained("{folder}", quantization_config=choice)'
         }
         is_served = scheme.symmetric and scheme.bits in VLLM_BITS and scheme.group in VLLM_GROUPS
         return loaded | ({"vLLM": f"vllm serve {folder} --dtype float16"} if is_served else {})

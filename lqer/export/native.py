@@ -54,7 +54,8 @@ class Native(Target):
     def commands(self, folder: str, source: Source) -> Mapping[str, str]:
         return {
             "transformers": "import lqer   # registers quant_method lqer\n"
-            f'AutoModelForCausalLM.from_pretrained("{folder}", device_map="auto")',
+            "from transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{folder}", device_map="auto")',
             "vLLM": f"vllm serve {folder} --enforce-eager   # lqer's plug-in runs where lqer is installed",
             "lm-eval": f"lqer lm-eval run --model lqer --model_args pretrained={folder} --tasks arc_easy",
         }

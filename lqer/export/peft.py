@@ -113,7 +113,10 @@ class Peft(Target):
     def commands(self, folder: str, source: Source) -> Mapping[str, str]:
         is_packed_float = self.base == "compressed-tensors" and any(map(is_float, source.specs.values()))
         dtype = ", dtype=torch.bfloat16" if is_packed_float else ""
-        base = f'model = AutoModelForCausalLM.from_pretrained("{folder}/{BASE_FOLDER}"{dtype})\n'
+        base = (
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{folder}/{BASE_FOLDER}"{dtype})\n'
+        )
         if self.base == "nf4":
             return {"QLoRA": f'{base}model = PeftModel.from_pretrained(model, "{folder}", is_trainable=True)'}
         largest = max(spec.rank for spec in source.specs.values())
@@ -121,7 +124,7 @@ class Peft(Target):
         unpacking = (
             "model(input_ids=torch.tensor([[0]]))   # compressed-tensors unpacks its weights in the first call\n"
         )
-        loaded = {"PEFT": f'{base}{unpacking}model = PeftModel.from_pretrained(model, "{folder}")'}
+        loaded = {"PEFT": f'import torch\n{base}{unpacking}model = PeftModel.from_pretrained(model, "{folder}")'}
         if self.base == "compressed-tensors" and not is_served(source):
             return loaded
         options = f"--enable-lora --max-lora-rank {served} --lora-modules lqer={folder}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
 import pytest
 
-from lqer.export import Awq, CompressedTensors, Gptq, Native, Peft, Source, export
+from lqer.export import Awq, CompressedTensors, Dense, Gptq, Native, Peft, Source, export
 from lqer.export.base import Target
 from lqer.export.config_groups import quantization_config
 from lqer.formats import MX, Int, MXInt, NumberFormat
@@ -124,6 +125,26 @@ def test_an_adapter_loads_as_said_and_is_served_over_what_vllm_reads(checkpoint_
     assert ("vLLM" in commands) is is_served
     # Of 8, 16, 32 .. the first that holds it.
     assert "--max-lora-rank 8 " in commands.get("vLLM", "--max-lora-rank 8 ")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [Awq(), CompressedTensors(), Dense(), Gptq(), Native(), Peft(), Peft(base="dense"), Peft(base="nf4")],
+    ids=str,
+)
+def test_python_on_the_card_imports_what_it_names(checkpoint_of, target):
+    rank = 4 if isinstance(target, Peft) else 0
+    source = Source(checkpoint_of(INT4, method=LqerAct(), rank=rank) if rank else checkpoint_of(INT4))
+    scripts = [script for script in target.commands("OUT", source).values() if "from_pretrained(" in script]
+    assert scripts
+    for script in scripts:
+        nodes = [*ast.walk(ast.parse(script))]
+        imported = {
+            alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
+        }
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        assert {node.id for node in names} - assigned <= imported
 
 
 def test_of_a_checkpoint_only_weights_are_copied(checkpoint_of, tmp_path):
