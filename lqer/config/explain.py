@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ValidationError
 
 from lqer.components import Component, did_you_mean
-from lqer.config.rules import KeyedError
+from lqer.config.rule import KeyedError
 from lqer.config.schema import Config, Loc
 
 # pydantic's error types for a key that a model, or a dataclass, does not have.
