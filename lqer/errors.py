@@ -47,3 +47,7 @@ class StoreError(LqerError):
 
 class RunFailedError(Exception):
     """A run ended with an exception that no input explains: the message names the log with the traceback."""
+
+
+class LostProcessError(RunFailedError):
+    """A process that did a part of the work was killed: done again, it goes on from what is stored."""

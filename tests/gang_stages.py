@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -81,4 +85,25 @@ class Failing(GangStage):
         if gang.rank == self.at:
             raise ModelError("layer 3: is not finite") if self.by_input else ValueError("this was not foreseen")
         gang.gathered(1)
+        return lambda: None
+
+
+@dataclass(frozen=True)
+class Busy(GangStage):
+    """All ranks are at work of their own, and leave their process ids in `folder`, when the first one is killed."""
+
+    name: ClassVar[str] = "busy"
+    version: ClassVar[int] = 1
+
+    folder: str
+
+    def build(self, workspace: Workspace, store: Store) -> None:
+        self.build_by_ranks(workspace, store, CPU, 3)
+
+    def build_together(self, workspace: Workspace, store: Store, gang: Gang) -> Callable[[], object]:
+        (Path(self.folder) / str(os.getpid())).touch()
+        gang.gathered(0)
+        if gang.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
         return lambda: None

@@ -7,9 +7,11 @@ given the stage itself, read what it reads, and end with it. If one of them ends
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lqer.errors import LqerError, RunFailedError
+from lqer.errors import LostProcessError, LqerError, RunFailedError
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.processes import death, expect_processes, held_back_interrupts, processes
 from lqer.statistics import ALONE, Gang
@@ -90,7 +92,7 @@ class _Rank(NamedTuple):
 def gang_of(stage: GangStage, store: Store, device: torch.device, size: int) -> Iterator[Gang]:
     """The gang that builds a stage, of which this process is the first rank; the others build it meanwhile.
 
-    Raises the LqerError of a rank, RunFailedError with one line where a rank was killed, else RankFailedError.
+    Raises the LqerError of a rank, LostProcessError with one line where a rank was killed, else RankFailedError.
     """
     if size == 1:
         yield ALONE
@@ -152,9 +154,11 @@ def _reason(stage: GangStage, others: list[_Rank]) -> Exception:
                 return told
             if told is not None:
                 return RankFailedError(f"{name}: {told}")
-            if rank.process.exitcode != EXIT_LOST:
-                return RunFailedError(f"{name} {death(rank.process.exitcode)}; the same command goes on from there")
-    return RunFailedError(f"{stage.log_name}: the {len(others) + 1} processes lost each other")
+            exitcode = rank.process.exitcode
+            if exitcode != EXIT_LOST:
+                kind = LostProcessError if exitcode is not None and exitcode < 0 else RunFailedError
+                return kind(f"{name} {death(exitcode)}; the same command goes on from there")
+    return LostProcessError(f"{stage.log_name}: the {len(others) + 1} processes lost each other")
 
 
 def _told(connection: Connection) -> LqerError | str | None:
@@ -167,10 +171,19 @@ def _told(connection: Connection) -> LqerError | str | None:
     return told
 
 
+def _end_with_the_first() -> None:
+    """In another rank: end at once if the first one is killed, whatever this one is at, and leave the GPU to others."""
+    first = multiprocessing.parent_process()
+    assert first is not None, "the first rank starts the others"
+    first.join()
+    os._exit(EXIT_LOST)
+
+
 def _work(number: int, stage: GangStage, meeting: _Meeting, connection: Connection) -> None:
     """Another rank than the first, in a process of its own."""
     from lqer.stages.ranks import LostRankError, joined
 
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
     # Bars, logs and warnings are those of the first rank.
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (open as long as the process)
     try:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from gang_stages import Exchange, Failing
@@ -51,3 +56,20 @@ def test_an_unforeseen_error_is_told_with_the_traceback_of_its_rank(tmp_path):
     first, *others = str(caught.value).splitlines()
     assert first == "failing: process 3 of 3: ValueError: this was not foreseen"
     assert any("in build_together" in line for line in others)
+
+
+def test_ranks_end_with_the_first_one_whatever_they_are_at(tmp_path):
+    """Else they would hold their GPUs, while another process does the same work again."""
+    program = (
+        "import sys; from gang_stages import Busy; from lqer.store.store import Store; from pathlib import Path; "
+        "Busy(sys.argv[1], ranks=3).obtain(Store(Path(sys.argv[1]) / 'store'))"
+    )
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    first = subprocess.run([sys.executable, "-c", program, str(pids)], cwd=Path(__file__).parents[1], check=False)
+    assert first.returncode == -signal.SIGKILL
+    left = [int(path.name) for path in pids.iterdir() if path.name.isdigit()]
+    assert len(left) == 3
+    ranks = [psutil.Process(pid) for pid in left if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
