@@ -9,6 +9,8 @@ from pydantic import Field
 from lqer.config.section import Positive, Section
 
 LOCAL = "local"
+# Ray gives out a GPU in ten-thousandths.
+SHARES_OF_A_GPU = 10_000
 
 
 class ClusterConfig(Section):
@@ -18,7 +20,7 @@ class ClusterConfig(Section):
     # "host:port": the cluster of that head.
     address: Annotated[str, Field(min_length=1)] = "off"
     # Of a worker; a fraction shares a card. Without GPUs in the cluster, a worker has CPUs alone.
-    gpus_per_job: Annotated[float, Field(gt=0)] = 1
+    gpus_per_job: Annotated[float, Field(ge=1 / SHARES_OF_A_GPU)] = 1
     cpus_per_job: Positive = 4
     # "shared": output_dir is one folder that all nodes see. "driver": only the process that was started sees it, files
     # travel. Absent: "shared" on this machine alone, else "driver".
@@ -30,6 +32,12 @@ class ClusterConfig(Section):
     split: Literal["auto", "blocks", "linears"] = "auto"
     # How often a job is done again whose worker was lost.
     retries: Annotated[int, Field(ge=0)] = 3
+
+    def workers_on(self, gpus: int) -> int:
+        """How many workers a machine with so many GPUs has room for; a fraction is one of a single card."""
+        if self.gpus_per_job >= 1:
+            return gpus // int(self.gpus_per_job)
+        return gpus * (SHARES_OF_A_GPU // round(SHARES_OF_A_GPU * self.gpus_per_job))
 
     @property
     def shares_folder(self) -> bool:

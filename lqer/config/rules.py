@@ -302,6 +302,17 @@ def gangs_share_a_machine(config: Config) -> Iterator[KeyedError]:
         yield KeyedError(("cluster", "gang"), 'requires cluster.store = "shared"', cluster.gang)
 
 
+def workers_get_gpus(config: Config) -> Iterator[KeyedError]:
+    """Ray chooses the GPUs of a worker: several as a whole, or a fraction of one."""
+    if config.ray is None:
+        return
+    if ":" in config.device:
+        yield KeyedError(("device",), "must name no GPU with cluster.address: each worker has its own", config.device)
+    share = config.ray.gpus_per_job
+    if share > 1 and not share.is_integer():
+        yield KeyedError(("cluster", "gpus_per_job"), "must be a whole number, or a fraction below 1", share)
+
+
 RULES: tuple[Rule, ...] = (
     names_are_free,
     blockwise_evaluates_windows,
@@ -321,6 +332,7 @@ RULES: tuple[Rule, ...] = (
     finetuned_parts_exist,
     published_figures_are_measured,
     gangs_share_a_machine,
+    workers_get_gpus,
 )
 
 

@@ -4,7 +4,7 @@ A worker is told the name of a job and a text that says what the job belongs to;
 failed. Workers read the model themselves. Where all nodes share a folder, they write artifacts there and nothing else
 travels; where they do not, files go to a keeper on the node of the process that was started, and come from it. A worker
 keeps what it has imported and read for the next job. If it is lost, its job is done again by another, up to `retries`
-times; a job that failed is not.
+times, and so is one whose gang lost a process; a job that failed is not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -31,21 +32,24 @@ log = logging.getLogger(__name__)
 LOCAL_STORE_BYTES = 100_000_000
 # What the log says of a job: the worker, its name, and seconds.
 DONE = "%s, %s: done in %.1f s"
-# The same of one whose worker was lost: its name, how often, and how often it is allowed.
-LOST = "warning: %s: its worker was lost; done again (%d of %d)"
+# The same of one whose worker was lost: its name, how often, how often it is allowed, and why.
+LOST = "warning: %s: its worker was lost; done again (%d of %d): %s"
 # Files that workers read and write at the same time.
 KEEPER_THREADS = 8
 # How often it is looked whether nodes have come or gone.
 SECONDS_BETWEEN_LOOKS = 2.0
 # For workers to remove what they have left on their nodes.
 SECONDS_TO_END = 20.0
+# For the head of a cluster to answer at all; Ray itself asks again for minutes.
+SECONDS_TO_REACH = 10.0
 
 
 class Answer(NamedTuple):
-    """problem: the line of a job that failed. log: what the job logged."""
+    """problem: the line of a job that failed. log: what the job logged. lost: that of one that can be done again."""
 
     problem: str | None
     log: list[str]
+    lost: str | None = None
 
 
 class Done(NamedTuple):
@@ -127,6 +131,8 @@ def _connected(cluster: ClusterConfig) -> Any:
     except ImportError:
         raise ConfigError('cluster.address: Ray is not installed (pip install "lqer[cluster]")') from None
     local = cluster.address == LOCAL
+    if ":" in cluster.address:
+        _reach(cluster.address)
     # Bars of several workers cannot share a terminal; the jobs have one.
     environment = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(cluster.cpus_per_job)}
     try:
@@ -144,6 +150,15 @@ def _connected(cluster: ClusterConfig) -> Any:
     return ray
 
 
+def _reach(address: str) -> None:
+    """Raise ConfigError unless something listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), SECONDS_TO_REACH).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(f"cluster.address {address!r}: no cluster answers there ({error})") from None
+
+
 class _Share(NamedTuple):
     """What Ray reserves for a worker: so many of its resource "GPU", else "CPU"."""
 
@@ -152,7 +167,8 @@ class _Share(NamedTuple):
 
     @property
     def options(self) -> dict[str, float]:
-        return {"num_cpus": self.amount} if self.kind == "CPU" else {"num_cpus": 1, "num_gpus": self.amount}
+        # Whoever has a GPU waits for no CPU: of these a node may have fewer than fractions of its GPUs.
+        return {"num_cpus": self.amount} if self.kind == "CPU" else {"num_cpus": 0, "num_gpus": self.amount}
 
     def __str__(self) -> str:
         return f"{self.amount:g} {self.kind}s"
@@ -197,7 +213,7 @@ class _Workers:
         kept: Path | None,
     ):
         self._ray, self._schedule, self._texts, self._perform = ray, schedule, texts, perform
-        self._retries = cluster.retries
+        self._cluster, self._retries = cluster, cluster.retries
         self._share = _share(ray, cluster)
         keeper = None if kept is None else self._keeper(kept)
         self._away = _Pool(dict(self._share.options), keeper, 0)
@@ -240,23 +256,31 @@ class _Workers:
     def _take_in(self, reference: Any, bars: Bars) -> None:
         job, worker, pool = self._busy.pop(reference)
         pool.busy -= 1
+        exceptions = self._ray.exceptions
         try:
             answer, node, where, seconds = self._ray.get(reference)
-        except self._ray.exceptions.RayActorError:
-            self._lost[job.name] += 1
-            after_loss(self._schedule, job.name, self._lost[job.name], self._retries)
-            if job.name in self._schedule.failed:
-                bars.advance(job.progress)
+        # Ray's own watch over a node's memory tells of what it has killed by another name.
+        except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
+            self._lose(job, _reason(error, isinstance(error, exceptions.OutOfMemoryError)), bars)
             return
         pool.idle.append(_Idle(worker, node, job.model))
         for line in answer.log:
             log.info("%s, %s: %s", where, job.name, line)
+        if answer.lost is not None:
+            self._lose(job, answer.lost, bars)
+            return
         bars.advance(job.progress, f"{where}, {seconds:.1f} s")
         if answer.problem is None:
             self._schedule.finish(job.name)
             log.info(DONE, where, job.name, seconds)
         else:
             self._schedule.fail(job.name, answer.problem)
+
+    def _lose(self, job: Job, reason: str, bars: Bars) -> None:
+        self._lost[job.name] += 1
+        after_loss(self._schedule, job.name, self._lost[job.name], self._retries, reason)
+        if job.name in self._schedule.failed:
+            bars.advance(job.progress)
 
     def _give_up(self) -> None:
         """No node is left that has room for a worker."""
@@ -265,15 +289,20 @@ class _Workers:
 
     def _look(self) -> None:
         """Which nodes there are: how many workers they have room for, and which idle ones are gone."""
-        kind, least = self._share
         nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
-        self._away.most = sum(int(resources.get(kind, 0) // least) for resources in nodes.values())
+        self._away.most = sum(map(self._room, nodes.values()))
         idle = [one for one in self._away.idle if one.node in nodes]
         # Where a node is gone, a worker that was to start there waits for what idle ones hold.
         beyond = max(0, self._away.busy + len(idle) - self._away.most)
         for one in idle[:beyond]:
             one.worker.__ray_terminate__.remote()
         self._away.idle = idle[beyond:]
+
+    def _room(self, resources: Mapping[str, float]) -> int:
+        """How many workers a node has room for."""
+        kind, amount = self._share
+        has = int(resources.get(kind, 0))
+        return self._cluster.workers_on(has) if kind == "GPU" else int(has // amount)
 
     def _keeper(self, kept: Path) -> Any:
         """All that it knows is on the disk, so that a new one goes on where one was lost."""
@@ -289,14 +318,21 @@ class _Workers:
         return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-def after_loss(schedule: Schedule, name: str, times: int, retries: int) -> None:
+def after_loss(schedule: Schedule, name: str, times: int, retries: int, reason: str) -> None:
     """The worker of a job was lost, for the `times`-th time."""
     if times > retries:
-        line = f"{name}: its worker was lost {times} times (cluster.retries {retries}); if memory runs out, raise"
-        schedule.fail(name, f"{line} cluster.gpus_per_job or cluster.cpus_per_job")
+        line = f"{name}: its worker was lost {times} times (cluster.retries {retries}), at last: {reason}; if memory"
+        schedule.fail(name, f"{line} runs out, raise cluster.gpus_per_job or cluster.cpus_per_job")
     else:
-        log.warning(LOST, name, times, retries)
+        log.warning(LOST, name, times, retries, reason)
         schedule.again(name)
+
+
+def _reason(error: Exception, out_of_memory: bool) -> str:
+    """Why a worker was lost, of all that Ray says of it: the first sentence of its cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # What follows the first line then are figures; what precedes the last one else are numbers of the worker.
+    return (lines[0] if out_of_memory else lines[-1]).partition(". ")[0].removesuffix(".")
 
 
 def _share(ray: Any, cluster: ClusterConfig) -> _Share:

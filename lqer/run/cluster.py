@@ -160,8 +160,7 @@ def _workers(cluster: ClusterConfig) -> int | None:
     if cluster.address != LOCAL:
         return None
     gpus = torch.cuda.device_count()
-    workers = gpus / cluster.gpus_per_job if gpus else (os.cpu_count() or 1) / cluster.cpus_per_job
-    return max(1, int(workers))
+    return max(1, cluster.workers_on(gpus) if gpus else (os.cpu_count() or 1) // cluster.cpus_per_job)
 
 
 def _told(config: Config, device: str, has_folder: bool, plugins: Sequence[str], token: str, parts: Parts) -> str:

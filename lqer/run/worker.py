@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from lqer.config import Config
 from lqer.config.plugins import load_plugins
-from lqer.errors import ConfigError, StoreError
+from lqer.errors import ConfigError, LostProcessError, StoreError
 from lqer.jobs.graph import Job, Loaded, Progress
 from lqer.jobs.on_ray import Answer
 from lqer.run import pipeline
@@ -107,6 +107,8 @@ def perform(name: str, text: str, keeper: Keeper | None) -> Answer:
     with _collected_log() as lines:
         try:
             _KNOWN.run_of(text, keeper).do(name)
+        except LostProcessError as error:
+            return Answer(None, lines, lost=one_line(str(error)))
         except Exception as error:
             return Answer(one_line(explain_failure(error)), lines)
     return Answer(None, lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -264,6 +265,20 @@ class TestMistakes:
     def test_damping_beside_caldera_has_one_place(self, base):
         settings = ("--quantize.method=caldera", "--quantize.rounding={ kind = 'ldlq', damping = 0.5 }")
         assert "damping of the Hessian is set by quantize.method.damping" in mistake(base, *settings)
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (
+                ["--cluster.gpus_per_job=1.5"],
+                r"cluster\.gpus_per_job: must be a whole number, or a fraction below 1.*1\.5",
+            ),
+            (["--device=cuda:1"], r"device: must name no GPU with cluster\.address: each worker has its own.*cuda:1"),
+        ],
+    )
+    def test_what_workers_cannot_be_given_is_refused(self, base, overrides, message):
+        assert re.search(message, mistake(base, "--cluster.address=local", *overrides))
+        read_config(base, None, ["--cluster.address=off", *overrides])
 
     def test_a_budget_with_error_propagation_is_refused_with_the_reason(self, base):
         message = mistake(base, "--quantize.propagate_error=true", "--quantize.low_rank={ budget_bits = 5 }")

@@ -39,7 +39,7 @@ def test_jobs_that_ended_and_workers_that_were_lost_are_what_the_driver_says():
     schedule = Schedule([Job("quantize-1 1/2", (), (), lambda store: None)])
     schedule.start("quantize-1 1/2")
     with said(DONE) as done, said(LOST) as lost:
-        after_loss(schedule, "quantize-1 1/2", times=1, retries=3)
+        after_loss(schedule, "quantize-1 1/2", times=1, retries=3, reason="killed")
         on_ray.log.info(DONE, "vm/7", "quantize-1 1/2", 2.5)
     (job,) = jobs_in(done)
     assert (job.worker, job.name, job.seconds, job.kind) == ("vm/7", "quantize-1 1/2", 2.5, "quantize")

@@ -1,0 +1,164 @@
+"""How jobs are handed out to workers, with a stand-in for Ray: rooms on nodes, workers that are lost and why."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lqer.config.cluster import ClusterConfig
+from lqer.errors import ConfigError
+from lqer.jobs.graph import Job, Schedule
+from lqer.jobs.on_ray import Answer, Done, _connected, _Workers
+from lqer.jobs.progress import shown
+
+# As Ray 2.60 says it, shortened.
+OUT_OF_MEMORY = """1 worker(s) were killed due to the node running low on memory. Memory on the node was 7GB used / 8GB
+OOM kill reason: Memory usage exceeded threshold
+Object store memory usage: 0%"""
+KILLED = """The actor died unexpectedly before finishing this task.
+\tclass_name: Worker
+\tpid: 7
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Some common causes include: (1)"""
+WITHOUT_PACKAGE = """The actor died because of an error raised in its creation task, ray::Worker.__init__()
+  File "here.py", line 1
+ModuleNotFoundError: No module named 'lqer'"""
+
+
+class StandIn:
+    """What `_Workers` asks of Ray. ends: of a job, how its calls end, before one that does the job."""
+
+    def __init__(self, resources: Mapping[str, float], ends: Mapping[str, list[Any]] | None = None):
+        exceptions = pytest.importorskip("ray.exceptions")
+        self.exceptions = exceptions
+        self.ends = {name: list(of_job) for name, of_job in (ends or {}).items()}
+        self.resources = resources
+        self.options: list[dict[str, Any]] = []
+        self.most_busy = 0
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": "node", "Alive": True, "Resources": self.resources}]
+
+    def remote(self, kind: type) -> Any:
+        def worker(*arguments: Any) -> Any:
+            # A reference is the name of the job.
+            work = SimpleNamespace(remote=lambda name, text: name)
+            return SimpleNamespace(work=work, __ray_terminate__=SimpleNamespace(remote=lambda: "end"))
+
+        def with_options(**options: Any) -> Any:
+            self.options.append(options)
+            return SimpleNamespace(remote=worker)
+
+        return SimpleNamespace(options=with_options)
+
+    def wait(self, references: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        self.most_busy = max(self.most_busy, len(references))
+        return references[:num_returns], references[num_returns:]
+
+    def get(self, name: str) -> Done:
+        end = self.ends[name].pop(0) if self.ends.get(name) else Answer(None, [])
+        if isinstance(end, Exception):
+            raise end
+        return Done(end, "node", "vm/1", 0.1)
+
+
+def work_through(ray: StandIn, cluster: ClusterConfig, *names: str) -> Schedule:
+    schedule = Schedule([Job(name, (), (), lambda store: None) for name in names])
+    with shown(schedule) as bars:
+        _Workers(ray, schedule, dict.fromkeys(names, ""), lambda *told: Answer(None, []), cluster, None).work_through(
+            bars
+        )
+    return schedule
+
+
+def losses() -> dict[str, tuple[Any, str]]:
+    """How a worker can be lost, and what the line says of it."""
+    exceptions = pytest.importorskip("ray.exceptions")
+    gang = "quantize: process 2 of 2 was killed by SIGKILL"
+    return {
+        "killed": (
+            exceptions.RayActorError(error_msg=KILLED), "The actor is dead because its worker process has died"
+        ),
+        "the node's memory": (
+            exceptions.OutOfMemoryError(OUT_OF_MEMORY),
+            "1 worker(s) were killed due to the node running low on memory",
+        ),
+        "no lqer on the node": (
+            exceptions.RayActorError(error_msg=WITHOUT_PACKAGE), "ModuleNotFoundError: No module named 'lqer'"
+        ),
+        "a process of its gang": (Answer(None, [], lost=gang), gang),
+    }  # fmt: skip
+
+
+LOSSES = ("killed", "the node's memory", "no lqer on the node", "a process of its gang")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_job_whose_worker_is_lost_is_done_again(loss, caplog):
+    caplog.set_level("INFO", logger="lqer")
+    end, reason = losses()[loss]
+    ray = StandIn({"CPU": 2}, {"quantize-1": [end]})
+    schedule = work_through(ray, ClusterConfig(address="auto", cpus_per_job=1), "quantize-1", "quantize-2")
+    assert schedule.done == {"quantize-1", "quantize-2"}
+    assert f"quantize-1: its worker was lost; done again (1 of 3): {reason}\n" in caplog.text
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_job_that_loses_its_worker_each_time_fails_with_the_reason(loss):
+    end, reason = losses()[loss]
+    ray = StandIn({"CPU": 2}, {"quantize-1": [end, end]})
+    cluster = ClusterConfig(address="auto", cpus_per_job=1, retries=1)
+    schedule = work_through(ray, cluster, "quantize-1", "quantize-2")
+    assert schedule.done == {"quantize-2"}
+    assert schedule.failed == {
+        "quantize-1": f"quantize-1: its worker was lost 2 times (cluster.retries 1), at last: {reason}; if memory runs "
+        "out, raise cluster.gpus_per_job or cluster.cpus_per_job"
+    }
+
+
+def test_a_job_that_fails_is_not_done_again(caplog):
+    caplog.set_level("INFO", logger="lqer")
+    ray = StandIn({"CPU": 1}, {"quantize-1": [Answer("a file is damaged", [])]})
+    schedule = work_through(ray, ClusterConfig(address="auto", cpus_per_job=1), "quantize-1")
+    assert schedule.failed == {"quantize-1": "a file is damaged"}
+    assert "done again" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("resources", "settings", "workers"),
+    [
+        ({"CPU": 8, "GPU": 2}, {}, 2),
+        ({"CPU": 8, "GPU": 4}, {"gpus_per_job": 2}, 2),
+        # What is left of two cards is no worker's.
+        ({"CPU": 8, "GPU": 2}, {"gpus_per_job": 0.4}, 4),
+        ({"CPU": 8, "GPU": 1}, {"gpus_per_job": 0.1}, 10),
+        ({"CPU": 8, "GPU": 1}, {"gpus_per_job": 1 / 3}, 3),
+        # Workers with a GPU wait for no CPU.
+        ({"CPU": 2, "GPU": 2}, {"gpus_per_job": 0.25}, 8),
+        ({"CPU": 9}, {"cpus_per_job": 4}, 2),
+    ],
+)
+def test_no_more_workers_are_started_than_nodes_have_room_for(resources, settings, workers):
+    ray = StandIn(resources)
+    work_through(ray, ClusterConfig(address="auto", **settings), *map(str, range(30)))
+    assert ray.most_busy == len(ray.options) == workers
+    reserved = sum(options["num_cpus"] for options in ray.options)
+    assert reserved <= resources["CPU"]
+
+
+def test_more_gpus_than_any_node_has_are_refused():
+    with pytest.raises(ConfigError, match=r"cluster\.gpus_per_job 3: no node has more than 2 GPUs"):
+        work_through(StandIn({"CPU": 8, "GPU": 2}), ClusterConfig(address="auto", gpus_per_job=3), "quantize-1")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "127.0.0.1:port"])
+def test_an_address_where_no_cluster_answers_is_refused_at_once(address):
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = address.format(free.getsockname()[1])
+    with pytest.raises(ConfigError, match=rf"cluster\.address '{address}': no cluster answers there \("):
+        _connected(ClusterConfig(address=address))
