@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from lqer.config import Config
 from lqer.config.cluster import LOCAL, ClusterConfig
@@ -33,6 +34,7 @@ from lqer.run.outcome import explain_failure, one_line
 from lqer.run.preflight import check_run
 from lqer.run.sweep import SweepOutcome, finished_seconds
 from lqer.run.worker import MARK, Parts, all_jobs_of, last_job, last_name, perform
+from lqer.store.locks import check_locks
 
 log = logging.getLogger(__name__)
 
@@ -131,13 +133,16 @@ def _kept(config: Config, cluster: ClusterConfig) -> Path | None:
 
 @contextmanager
 def marked(folder: Path) -> Iterator[str]:
-    """Leave a file in `folder` by which a worker knows that it sees the same folder; its token."""
+    """Hold a lock in `folder` by which a worker knows that it sees the same folder, and its locks; its token.
+
+    Raises StoreError where no lock keeps anybody out.
+    """
+    check_locks(folder, "output_dir")
     token = uuid.uuid4().hex
-    folder.mkdir(parents=True, exist_ok=True)
     mark = folder / MARK.format(token=token)
-    mark.touch()
     try:
-        yield token
+        with FileLock(mark):
+            yield token
     finally:
         mark.unlink(missing_ok=True)
 

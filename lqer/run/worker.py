@@ -31,13 +31,14 @@ from lqer.run.preflight import CheckedRun, check_run
 from lqer.stages.alike import units_of
 from lqer.store.fingerprints import FINGERPRINTS
 from lqer.store.keeper import Keeper
+from lqer.store.locks import check_held
 from lqer.store.own import OwnFolder
 from lqer.store.remote import RemoteStore
 from lqer.store.store import Store
 
 log = logging.getLogger(__name__)
 
-# In the output_dir of a run or a sweep: a worker that sees it sees the folder.
+# A lock in the output_dir of a run or a sweep: a worker that sees it sees the folder.
 MARK = ".cluster-{token}"
 RUN = Progress("runs", "run")
 
@@ -159,11 +160,8 @@ class _KnownRuns:
         config = Config.model_validate_json(told["config"], strict=True)
         if keeper is not None:
             config = config.model_copy(update={"output_dir": str(self._own_folder())})
-        elif not (Path(config.output_dir) / MARK.format(token=told["token"])).exists():
-            raise StoreError(
-                f"output_dir {Path(config.output_dir).absolute()}: this node does not see the folder of the process "
-                'that was started; with cluster.store = "shared" it must be the same folder on every node'
-            )
+        else:
+            _check_folder(Path(config.output_dir), told["token"])
         checked = check_run(config, log.debug)
         if keeper is not None:
             checked.context.fingerprints.save()
@@ -185,6 +183,17 @@ class _KnownRuns:
             # Files of a local model are hashed once, not for every run.
             self._own.clear(but=FINGERPRINTS)
         return self._own.path
+
+
+def _check_folder(folder: Path, token: str) -> None:
+    """Raise StoreError unless it is that of the process that was started, and its lock keeps this process out."""
+    mark = folder / MARK.format(token=token)
+    if not mark.exists():
+        raise StoreError(
+            f"output_dir {folder.absolute()}: this node does not see the folder of the process that was started; with "
+            'cluster.store = "shared" it must be the same folder on every node'
+        )
+    check_held(mark, "output_dir")
 
 
 _KNOWN = _KnownRuns()

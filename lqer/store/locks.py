@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,22 +24,52 @@ def check_locks(folder: Path, key: str) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock_file = beside(folder / "locks")
-    remedy = f"set {key} to a folder on a file system with locks (flock)"
     try:
-        with FileLock(lock_file):
-            second = FileLock(lock_file)
-            second.acquire(timeout=0)
-            second.release()
+        with _locks_of(folder, key), FileLock(lock_file):
+            keeps_out = _keeps_out(lock_file)
+    finally:
+        with suppress(OSError):
+            lock_file.unlink(missing_ok=True)
+    if not keeps_out:
+        raise StoreError(f"{folder} is on a file system whose locks exclude nobody: {_remedy(key)}")
+
+
+def check_held(lock_file: Path, key: str) -> None:
+    """Raise StoreError unless a lock that another process holds, on this host or another, keeps this one out.
+
+    key: of the configuration, that names the folder of the lock.
+    """
+    with _locks_of(lock_file.parent, key):
+        keeps_out = _keeps_out(lock_file)
+    if not keeps_out:
+        where = f"{lock_file.parent} is on a file system whose locks do not exclude other nodes"
+        raise StoreError(f'{where}: {_remedy(key)} for all of them, or cluster.store to "driver"')
+
+
+def _remedy(key: str) -> str:
+    return f"set {key} to a folder on a file system with locks (flock)"
+
+
+def _keeps_out(lock_file: Path) -> bool:
+    """Whether a lock that is held excludes whoever asks for it."""
+    second = FileLock(lock_file)
+    try:
+        second.acquire(timeout=0)
     except Timeout:
-        return
+        return True
+    second.release()
+    return False
+
+
+@contextmanager
+def _locks_of(folder: Path, key: str) -> Iterator[None]:
+    """Raise StoreError where the file system says that it has no locks."""
+    try:
+        yield
     except NotImplementedError as error:
-        raise StoreError(f"{folder} is on a file system without locks ({error}): {remedy}") from None
+        raise StoreError(f"{folder} is on a file system without locks ({error}): {_remedy(key)}") from None
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             # Nobody knows the lock file.
             raise OSError(error.errno, error.strerror, str(folder)) from error
-        raise StoreError(f"{folder} is on a file system without locks ({error.strerror}): {remedy}") from None
-    finally:
-        with suppress(OSError):
-            lock_file.unlink(missing_ok=True)
-    raise StoreError(f"{folder} is on a file system whose locks exclude nobody: {remedy}")
+        raise StoreError(f"{folder} is on a file system without locks ({error.strerror}): {_remedy(key)}") from None

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,17 @@ from stored_files import stored
 from lqer.config import read_config
 from lqer.config.cluster import ClusterConfig
 from lqer.config.sweep import plan_sweep
-from lqer.errors import ConfigError, RunFailedError
+from lqer.errors import ConfigError, RunFailedError, StoreError
 from lqer.jobs.graph import Job, Schedule
 from lqer.jobs.here import run_here
-from lqer.jobs.on_ray import after_loss, run_on_ray
+from lqer.jobs.on_ray import run_on_ray
 from lqer.run import cluster as cluster_module
 from lqer.run import pipeline
 from lqer.run.cluster import fill_store, marked, sweep_on_cluster
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
 from lqer.run.worker import Parts, all_jobs_of, perform
+from lqer.store import locks
 from lqer.store.keeper import Keeper
 
 ROOT = Path(__file__).parents[2]
@@ -111,8 +112,22 @@ def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address,
     assert re.search(rf"{re.escape(platform.node())}/\d+, quantize-\w+{linear}: done in", logged)
 
 
-def kill_workers(output: Path, *stages: str) -> threading.Thread:
-    """Kill every worker that is busy once each stage has stored a file since the last time; at first the keeper too."""
+def the_worker(worker: psutil.Process) -> list[psutil.Process]:
+    return [worker]
+
+
+def ranks_of(worker: psutil.Process) -> list[psutil.Process]:
+    """The other processes of its gang, which its server of processes has started."""
+    return [child for child in worker.children(recursive=True) if child.ppid() != worker.pid]
+
+
+def kill_workers(
+    output: Path, *stages: str, victims: Callable[[psutil.Process], list[psutil.Process]] = the_worker
+) -> threading.Thread:
+    """Kill every worker that is busy once each stage has stored a file since the last time; at first the keeper too.
+
+    victims: of a worker or a keeper, who is killed.
+    """
 
     def parts(stage: str) -> set[Path]:
         return set(output.glob(f"store/{stage}-*.partial/*"))
@@ -127,7 +142,8 @@ def kill_workers(output: Path, *stages: str) -> threading.Thread:
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     if (process.cmdline() or [""])[0].startswith(names):
-                        process.kill()
+                        for victim in victims(process):
+                            victim.kill()
             names = ("ray::Worker.work",)
 
     thread = threading.Thread(target=work, daemon=True)
@@ -166,6 +182,20 @@ def test_a_killed_worker_costs_the_linear_in_hand(experiment, address, caplog):
     done = re.findall(r"quantize-\w+ (\d/4 \S+): done in", caplog.text)
     assert lost
     assert len(done) == len(set(done)) == 4 * 7
+    pipeline.run(config_of(experiment, "here", None, *overrides))
+    assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
+
+
+@pytest.mark.parametrize(("victims", "reason"), [(ranks_of, "process 2 of 2 was killed"), (the_worker, "actor")])
+def test_a_killed_process_of_a_gang_costs_the_block_in_hand(experiment, address, caplog, victims, reason):
+    caplog.set_level("INFO", logger="lqer")
+    overrides = ["--quantize.method=gptq", "--quantize.low_rank.rank=0", "--evaluation.baselines=[]"]
+    killer = kill_workers(experiment.folder / "there", "quantize", victims=victims)
+    together = ["--cluster.gang=2", "--cluster.store=shared"]
+    fill_store(config_of(experiment, "there", address, *together, *overrides))
+    killer.join(1)
+    assert not killer.is_alive()
+    assert re.search(rf"quantize-\w+: its worker was lost; done again \(1 of 3\): .*{reason}", caplog.text)
     pipeline.run(config_of(experiment, "here", None, *overrides))
     assert stored(experiment.folder / "there") == stored(experiment.folder / "here")
 
@@ -224,17 +254,6 @@ def test_two_nodes_without_a_common_folder_of_which_one_is_lost_store_the_bytes_
     assert stored(output) == stored(experiment.folder / "here")
     # A worker that is not killed takes its copies with it.
     assert not list((tmp_path / "first").glob("lqer-worker-*"))
-
-
-def test_a_job_whose_worker_is_lost_each_time_fails_with_a_line():
-    schedule = Schedule([Job("quantize-1", (), (), lambda store: None)])
-    for times in (1, 2):
-        schedule.start("quantize-1")
-        after_loss(schedule, "quantize-1", times, retries=1)
-    assert schedule.failed == {
-        "quantize-1": "quantize-1: its worker was lost 2 times (cluster.retries 1); if memory runs out, raise "
-        "cluster.gpus_per_job or cluster.cpus_per_job"
-    }
 
 
 def test_a_killed_run_goes_on_where_it_was(experiment, address):
@@ -368,6 +387,23 @@ def told(experiment, device: str) -> str:
 
 def test_a_worker_that_sees_another_folder_says_so(experiment):
     assert "must be the same folder on every node" in perform("quantize-1", told(experiment, "cpu"), None).problem
+
+
+def test_a_worker_whose_node_has_locks_of_its_own_says_so(experiment, monkeypatch):
+    text = told(experiment, "cpu")
+    with marked(experiment.folder / "there") as token:
+        monkeypatch.setattr(locks.FileLock, "acquire", lambda *arguments, **options: nullcontext())
+        problem = perform("quantize-1", text.replace("0" * 32, token), None).problem
+    assert "whose locks do not exclude other nodes: set output_dir" in problem
+
+
+def test_a_sweep_refuses_a_folder_whose_locks_exclude_nobody(experiment, monkeypatch):
+    sweep = experiment.folder / "sweep.toml"
+    sweep.write_text('[grid]\nquantize.weight = ["w4"]\n')
+    plan = plan_sweep(sweep, experiment.config, "tag", [])
+    monkeypatch.setattr(locks.FileLock, "acquire", lambda *arguments, **options: nullcontext())
+    with pytest.raises(StoreError, match="locks exclude nobody: set output_dir"):
+        sweep_on_cluster(plan, ClusterConfig(address="nowhere:1"), experiment.folder / "log")
 
 
 def test_a_worker_with_another_kind_of_device_says_so(experiment):

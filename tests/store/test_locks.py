@@ -11,7 +11,7 @@ import pytest
 
 from lqer.errors import StoreError
 from lqer.store import locks
-from lqer.store.locks import check_locks
+from lqer.store.locks import check_held, check_locks
 
 
 class OpenToAll(nullcontext):
@@ -44,6 +44,15 @@ def test_locks_that_exclude_nobody_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "FileLock", OpenToAll)
     with pytest.raises(StoreError, match="locks exclude nobody: set output_dir to a folder on"):
         check_locks(tmp_path, "output_dir")
+
+
+def test_a_lock_that_another_process_holds_keeps_this_one_out(tmp_path, monkeypatch):
+    with locks.FileLock(tmp_path / "mark"):
+        check_held(tmp_path / "mark", "output_dir")
+        # As on a node that mounts the folder with locks of its own.
+        monkeypatch.setattr(locks, "FileLock", OpenToAll)
+        with pytest.raises(StoreError, match="locks do not exclude other nodes: set output_dir to a folder on"):
+            check_held(tmp_path / "mark", "output_dir")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)), NotImplementedError("No flock")])
