@@ -176,5 +176,6 @@ def test_a_run_without_ray_keeps_its_gang_and_the_experiment_has_none(experiment
     assert config.experiment.cluster is None
     assert read_config(experiment.config, "run", [ray]).alone.cluster is None
     assert read_config(experiment.config, "run", ["--cluster.gang=2"]).ray is None
+    assert read_config(experiment.config, "run", ["--cluster.address=off"]).ray is None
     with pytest.raises(ConfigError, match=r'cluster\.gang: requires cluster\.store = "shared"; found 2'):
         read_config(experiment.config, "run", ["--cluster.gang=2", "--cluster.address=auto"])

@@ -161,7 +161,8 @@ def test_jobs_of_one_model_say_so_and_longer_ones_come_first(undisturbed):
     assert stages(ready) == ["calibrate", "perplexity", "perplexity"]
 
 
-def test_a_run_alone_imports_and_starts_nothing_of_a_cluster_or_a_gang(experiment):
+@pytest.mark.parametrize("override", ["--seed=0", "--cluster.address=off"])
+def test_a_run_alone_imports_and_starts_nothing_of_a_cluster_or_a_gang(experiment, override):
     program = """
 import sys
 import psutil
@@ -171,6 +172,6 @@ found = {"ray", "lqer.jobs.on_ray", "lqer.run.cluster", "lqer.run.worker", "lqer
 started = [process.name() for process in psutil.Process().children(recursive=True)]
 sys.exit(status or " ".join([*found & set(sys.modules), *started]) or 0)
 """
-    command = [sys.executable, "-c", program, str(experiment.config), "run", "--evaluation.baselines=[]"]
+    command = [sys.executable, "-c", program, str(experiment.config), "run", "--evaluation.baselines=[]", override]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
