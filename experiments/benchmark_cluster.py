@@ -3,11 +3,12 @@
     python experiments/benchmark_cluster.py gangs [--presets gptq qera-exact ...] [--gpus 1 2 4] [--kill]
     python experiments/benchmark_cluster.py parts [--presets qera-exact] [--gpus 1 2 4] [--kill]
     python experiments/benchmark_cluster.py sweep [--gpus 2]
-        [--shape llama-2-7b] [--blocks 4] [--windows 64] [--folder DIR] [--section.key=value ...]
+        [--shape llama-2-7b] [--blocks 4] [--model DIR] [--windows 64] [--folder DIR] [--section.key=value ...]
 
 Writes a random bfloat16 checkpoint of a shape (those of experiments/benchmark_pipeline.py) and random texts, and prints
-rows of Markdown as they are found. Without --folder, everything is written to a temporary folder, and removed at the
-end; with it, it stays there, and later calls use the model and compare with what gangs of one process have made.
+rows of Markdown as they are found. With --model, it takes that model, and the settings name the texts. Without
+--folder, everything is written to a temporary folder, and removed at the end; with it, it stays there, and later calls
+use the model and compare with what gangs of one process have made.
 
 gangs: makes each preset's checkpoint by gangs of so many processes, each with an empty store: seconds of the phases of
 the first process, how many of the stored files have the hashes of those that one process made, and perplexity on
@@ -22,7 +23,9 @@ blocks (--cluster.split=blocks). With --kill, a busy worker is killed once somet
 
 sweep: twelve runs by such a cluster. The perfect time is that of all jobs, shared out evenly over the workers.
 
-Without a GPU, processes and workers have CPUs: good for a test of this script, and nothing else.
+Where there are fewer GPUs than --gpus says, processes or workers share cards. Without a GPU, workers share out the
+CPUs, and a gang has as many threads in each process as OMP_NUM_THREADS says; files of unequal numbers of threads may
+differ.
 """
 
 from __future__ import annotations
@@ -46,9 +49,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("what", choices=("gangs", "parts", "sweep"))
     parser.add_argument("--presets", nargs="+", default=["qera-exact", "gptq"])
-    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2], help="processes of a gang, or workers")
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--blocks", type=int)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--windows", type=int, default=64, help="to evaluate on")
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--folder", type=Path)
@@ -61,7 +65,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def measure(folder: Path, options: argparse.Namespace, overrides: list[str]) -> None:
     shape = SHAPES[options.shape]
-    setup = Setup(folder, replace(shape, blocks=options.blocks or shape.blocks), options.windows, overrides)
+    given = None if options.model is None else options.model.absolute()
+    setup = Setup(folder, replace(shape, blocks=options.blocks or shape.blocks), options.windows, overrides, given)
     setup.write()
     print(f"{setup.describe()}\n", flush=True)
     if options.what == "gangs":

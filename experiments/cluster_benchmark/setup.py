@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 import torch
@@ -23,25 +24,33 @@ TAG = "benchmark"
 
 @dataclass(frozen=True)
 class Setup:
-    """windows: of the evaluation. overrides: settings that all runs have."""
+    """windows: of the evaluation. overrides: settings that all runs have.
+
+    given: a model that is there, whose texts the settings name; else one of `shape` is written, with texts.
+    """
 
     folder: Path
     shape: Shape
     windows: int
     overrides: list[str]
+    given: Path | None = None
+
+    @property
+    def model(self) -> Path:
+        return self.given or self.folder / "model"
 
     def config(self, preset: str) -> Path:
         """The configuration of a preset's runs."""
         path = self.folder / f"{preset}.toml"
+        perplexity: dict[str, Any] = {"max_windows": self.windows}
         experiment = {
             "extends": f"preset:{preset}",
-            "model": str(self.folder / "model"),
-            "calibration": {"dataset": str(self.folder / "calibration.txt")},
-            "evaluation": {
-                "baselines": ["original"],
-                "perplexity": {"datasets": [str(self.folder / "evaluation.txt")], "max_windows": self.windows},
-            },
+            "model": str(self.model),
+            "evaluation": {"baselines": ["original"], "perplexity": perplexity},
         }
+        if self.given is None:
+            perplexity["datasets"] = [str(self.folder / "evaluation.txt")]
+            experiment["calibration"] = {"dataset": str(self.folder / "calibration.txt")}
         path.write_text(tomli_w.dumps(experiment))
         return path
 
@@ -51,8 +60,10 @@ class Setup:
 
     def write(self) -> None:
         """Write the model, and texts that are long enough for the windows of any preset, unless they are there."""
-        if not (self.folder / "model").exists():
-            write_model(self.folder / "model", self.shape, word_tokenizer(self.shape.vocabulary), pick_device("auto"))
+        if self.given is not None:
+            return
+        if not self.model.exists():
+            write_model(self.model, self.shape, word_tokenizer(self.shape.vocabulary), pick_device("auto"))
         config = read_config(self.config("lqer-act"), TAG, self.overrides)
         assert config.evaluation.perplexity is not None, "the preset's, with a text of our own"
         lengths = {
@@ -65,11 +76,12 @@ class Setup:
                 write_text(self.folder / f"{part}.txt", self.shape.vocabulary, tokens + tokens // 10 + 100, seed)
 
     def describe(self) -> str:
-        size = sum(file.stat().st_size for file in (self.folder / "model").glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
+        blocks = f"{self.shape.blocks} blocks of {self.shape.hidden} x {self.shape.intermediate}"
         gpus = f"{torch.cuda.device_count()} x " if torch.cuda.is_available() else ""
         return (
             f"{gpus}{device_name(pick_device('auto'))}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; "
-            f"{self.shape.blocks} blocks of {self.shape.hidden} x {self.shape.intermediate}, {size / 1e9:.2f} GB"
+            f"{blocks if self.given is None else self.given.name}, {size / 1e9:.2f} GB"
         )
 
 

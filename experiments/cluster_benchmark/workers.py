@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import threading
@@ -19,6 +20,7 @@ import torch
 
 from cluster_benchmark.setup import TAG, Setup, header, made_files, perplexity_of, row, shown_equal
 from lqer.config import read_config
+from lqer.config.cluster import SHARES_OF_A_GPU
 from lqer.config.sweep import plan_sweep
 from lqer.jobs.on_ray import DONE, LOST
 from lqer.run.cluster import fill_store, sweep_on_cluster
@@ -93,13 +95,14 @@ def jobs_in(records: Iterable[logging.LogRecord]) -> list[DoneJob]:
 
 
 def _on_cluster(workers: int) -> list[str]:
-    """The settings of a cluster of this machine with so many workers: a GPU for each, where there are any."""
+    """The settings of a cluster of this machine with so many workers: a GPU for each, or a share of one."""
     if not torch.cuda.is_available():
-        # Sums on a CPU depend on the number of threads, and files are compared.
-        return ["--cluster.address=local", "--cluster.cpus_per_job=1"]
+        return ["--cluster.address=local", f"--cluster.cpus_per_job={max(1, (os.cpu_count() or 1) // workers)}"]
+    gpus = _gpus()[:workers]
     # Ray gives out those that the driver sees.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_gpus()[:workers])
-    return ["--cluster.address=local"]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    share = SHARES_OF_A_GPU // math.ceil(workers / len(gpus)) / SHARES_OF_A_GPU
+    return ["--cluster.address=local", f"--cluster.gpus_per_job={share}"]
 
 
 @cache
@@ -112,7 +115,7 @@ def _gpus() -> list[str]:
 def time_parts(setup: Setup, presets: Sequence[str], workers: int, kills: bool) -> None:
     _header("run", "workers lost", "files equal to one process's", "perplexity")
     for preset in presets:
-        config = read_config(setup.config(preset), TAG, [*setup.overrides, *_on_cluster(workers)])
+        config = read_config(setup.config(preset), TAG, [*_on_cluster(workers), *setup.overrides])
         assert config.cluster is not None, "the settings have one"
         split = config.cluster.split
         output = _output(setup, preset, split, workers)
@@ -148,7 +151,7 @@ def _kill_a_worker(output: Path) -> None:
 def time_sweep(setup: Setup, workers: int) -> None:
     path, folder = setup.folder / "sweep.toml", setup.folder / f"sweep-{workers}"
     path.write_text(tomli_w.dumps(SWEEP))
-    overrides = [*setup.overrides, f"--output_dir={folder}", *_on_cluster(workers)]
+    overrides = [*_on_cluster(workers), *setup.overrides, f"--output_dir={folder}"]
     plan = plan_sweep(path, setup.config("lqer-act"), TAG, overrides)
     cluster = plan.runs[0].config.cluster
     assert cluster is not None, "the settings have one"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from cluster_benchmark.workers import DoneJob, _shown, _wall, jobs_in, said
+import pytest
+from cluster_benchmark import workers as workers_module
+from cluster_benchmark.setup import Setup
+from cluster_benchmark.workers import DoneJob, _on_cluster, _shown, _wall, jobs_in, said
+from pipeline_benchmark.checkpoint import SHAPES
 
+from lqer.config import read_config
 from lqer.jobs import on_ray
 from lqer.jobs.graph import Job, Schedule
 from lqer.jobs.on_ray import DONE, LOST, after_loss
@@ -56,3 +62,33 @@ def test_seconds_of_each_worker_are_shown_the_busiest_first():
     assert _shown(jobs, "quantize") == "4.0 + 3.5 (3)"
     assert _shown(jobs, "perplexity") == ""
     assert _wall(jobs) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "settings", "seen"),
+    [
+        (4, 2, "--cluster.gpus_per_job=1.0", "0,1"),
+        (1, 3, "--cluster.gpus_per_job=0.3333", "0"),
+        (2, 3, "--cluster.gpus_per_job=0.5", "0,1"),
+        # Seven of 0.1429 would be more than a card.
+        (1, 7, "--cluster.gpus_per_job=0.1428", "0"),
+        (0, 2, "--cluster.cpus_per_job=3", None),
+    ],
+)
+def test_workers_share_out_what_the_machine_has(monkeypatch, gpus, workers, settings, seen):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr(workers_module, "_gpus", lambda: [str(index) for index in range(gpus)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert _on_cluster(workers) == ["--cluster.address=local", settings]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == (seen or "")
+
+
+def test_a_model_that_is_given_is_taken_with_the_texts_of_the_settings(tmp_path):
+    text = "--calibration.dataset=its.txt"
+    setup = Setup(tmp_path, SHAPES["tiny"], 4, [text], given=tmp_path / "given")
+    setup.write()
+    assert list(tmp_path.iterdir()) == []
+    config = read_config(setup.config("lqer-act"), "tag", [text])
+    assert config.model == str(tmp_path / "given")
+    assert config.calibration.dataset.path == "its.txt"
