@@ -21,6 +21,7 @@ class ClusterConfig(Section):
     address: Annotated[str, Field(min_length=1)] = "off"
     # Of a worker; a fraction shares a card. Without GPUs in the cluster, a worker has CPUs alone.
     gpus_per_job: Annotated[float, Field(ge=1 / SHARES_OF_A_GPU)] = 1
+    # Of a worker: its threads; without GPUs in the cluster, also what Ray reserves for it.
     cpus_per_job: Positive = 4
     # "shared": output_dir is one folder that all nodes see. "driver": only the process that was started sees it, files
     # travel. Absent: "shared" on this machine alone, else "driver".
@@ -38,6 +39,11 @@ class ClusterConfig(Section):
         if self.gpus_per_job >= 1:
             return gpus // int(self.gpus_per_job)
         return gpus * (SHARES_OF_A_GPU // round(SHARES_OF_A_GPU * self.gpus_per_job))
+
+    @property
+    def card_share(self) -> float:
+        """How much of a GPU's memory a worker has, of each that it has."""
+        return min(1.0, self.gpus_per_job)
 
     @property
     def shares_folder(self) -> bool:

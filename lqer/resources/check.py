@@ -39,7 +39,8 @@ def refuse_what_cannot_fit(
     for stage in stages:
         _refuse(stage, stage.ram, machine.ram, "RAM", machine.resident)
         if machine.device is not None:
-            _refuse(stage, stage.device, machine.device, "GPU memory", 0)
+            share = "" if machine.card_share == 1 else f" (cluster.gpus_per_job {machine.card_share:g})"
+            _refuse(stage, stage.device, machine.device, f"GPU memory{share}", 0)
     free = machine.disk
     for stage in stages:
         needed = max(total(stage.disk, certain=True) - stored.get(stage.name, 0), 0)

@@ -19,19 +19,20 @@ CGROUPS = Path("/sys/fs/cgroup")
 class Machine:
     """Bytes of RAM, of GPU memory (None if the run is on the CPU), and free on the disk of the store.
 
-    resident: bytes of RAM that this process holds already.
+    resident: bytes of RAM that this process holds already. card_share: what `device` is of the GPU's memory.
     """
 
     ram: int
     device: int | None
     disk: int
     resident: int
+    card_share: float = 1.0
 
 
-def read_machine(device: torch.device, folder: Path) -> Machine:
-    """The machine as this process sees it; `folder` need not exist yet."""
-    gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    return Machine(ram=usable_ram(), device=gpu, disk=free_disk(folder), resident=resident_bytes())
+def read_machine(device: torch.device, folder: Path, card_share: float = 1.0) -> Machine:
+    """The machine as this process sees it, and of a GPU that share; `folder` need not exist yet."""
+    gpu = int(card_share * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+    return Machine(usable_ram(), gpu, free_disk(folder), resident_bytes(), card_share)
 
 
 def resident_bytes() -> int:

@@ -16,6 +16,7 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from lqer.report.environment import versions
 from lqer.run.context import store_path
 from lqer.run.folder import RunLog, begin_run, locked
 from lqer.run.outcome import explain_failure, one_line
-from lqer.run.preflight import check_run
+from lqer.run.preflight import CheckedRun, check_run
 from lqer.run.sweep import SweepOutcome, finished_seconds
 from lqer.run.worker import MARK, Parts, all_jobs_of, last_job, last_name, perform
 from lqer.store.locks import check_locks
@@ -55,7 +56,7 @@ def fill_store(config: Config, plugins: Sequence[str] = ()) -> None:
     cluster = config.ray
     assert cluster is not None, "only a run with [cluster] has one"
     with RunLog() as run_log:
-        checked = check_run(config.alone, log.info)
+        checked = check_run(config.alone, log.info, cluster.card_share)
         parts = _parts(cluster, 1)
         jobs = tuple(all_jobs_of(checked, parts))
         schedule = Schedule(jobs, [job.name for job in jobs if job.is_done(checked.store)])
@@ -66,8 +67,7 @@ def fill_store(config: Config, plugins: Sequence[str] = ()) -> None:
             run_log.write_to(checked.folder)
             # Workers that see the folder need not hash the model again.
             checked.context.fingerprints.save()
-            device = checked.context.device.type
-            text = _told(config, device, cluster.shares_folder, plugins, token, parts)
+            text = _Told(cluster, tuple(plugins), token, parts).of(config, checked, cluster.shares_folder)
             texts = dict.fromkeys(schedule.jobs, text)
             run_on_ray(schedule, texts, perform, cluster, _kept(config, cluster))
         if schedule.failed:
@@ -90,25 +90,24 @@ def sweep_on_cluster(
     failed: dict[str, str] = {}
     parts = _parts(cluster, len(runs) - len(finished))
     with RunLog() as run_log, marked(plan.output_dir) as token:
+        told = _Told(cluster, tuple(plugins), token, parts)
         for name, run in runs.items():
             if name in finished:
                 continue
             config = run.config
             try:
-                checked = check_run(config.alone, log.info)
+                checked = check_run(config.alone, log.info, cluster.card_share)
             except LqerError as error:
                 failed[name] = one_line(explain_failure(error))
                 continue
             checked.context.fingerprints.save()
             of_run = tuple(all_jobs_of(checked, parts))
             done += [job.name for job in of_run if job.is_done(checked.store)]
-            with_last = (*of_run, last_job(config, of_run))
-            jobs += with_last
+            jobs += [*of_run, last_job(config, of_run)]
+            text = told.of(config, checked, cluster.shares_folder)
+            of_last = {last_name(config): told.of(config, checked, has_folder=True)}
             # A job that runs share belongs to the first of them.
-            device = checked.context.device.type
-            text = _told(config, device, cluster.shares_folder, plugins, token, parts)
-            of_last = _told(config, device, True, plugins, token, parts)
-            texts = dict.fromkeys((job.name for job in of_run), text) | {last_name(config): of_last} | texts
+            texts = dict.fromkeys((job.name for job in of_run), text) | of_last | texts
         if failed and not plan.keep_going:
             return SweepOutcome(_of(plan, finished), failed, _of(plan, runs.keys() - finished - failed.keys()))
         schedule = Schedule(jobs, done, stops_at_failure=not plan.keep_going)
@@ -168,8 +167,26 @@ def _workers(cluster: ClusterConfig) -> int | None:
     return max(1, cluster.workers_on(gpus) if gpus else (os.cpu_count() or 1) // cluster.cpus_per_job)
 
 
-def _told(config: Config, device: str, has_folder: bool, plugins: Sequence[str], token: str, parts: Parts) -> str:
-    """What a worker is told of a job: the run that it belongs to. has_folder: it sees the run's output_dir."""
-    alone = config.alone if has_folder else config.alone.model_copy(update={"output_dir": ELSEWHERE})
-    told = {"config": alone.model_dump_json(), "plugins": list(plugins), "token": token, "parts": parts}
-    return json.dumps(told | {"device": device, "started_in": str(Path.cwd())})
+@dataclass(frozen=True)
+class _Told:
+    """What workers are told of every run. token: of the folder that some see (`marked`)."""
+
+    cluster: ClusterConfig
+    plugins: tuple[str, ...]
+    token: str
+    parts: Parts
+
+    def of(self, config: Config, checked: CheckedRun, has_folder: bool) -> str:
+        """What a worker is told of a job: the run that it belongs to. has_folder: it sees the run's output_dir."""
+        alone = config.alone if has_folder else config.alone.model_copy(update={"output_dir": ELSEWHERE})
+        return json.dumps(
+            {
+                "config": alone.model_dump_json(),
+                "plugins": self.plugins,
+                "token": self.token,
+                "parts": self.parts,
+                "device": checked.context.device.type,
+                "card_share": self.cluster.card_share,
+                "started_in": str(Path.cwd()),
+            }
+        )

@@ -48,10 +48,10 @@ class CheckedRun:
     exports: list[Target]
 
 
-def check_run(config: Config, say: Callable[[str], None]) -> CheckedRun:
+def check_run(config: Config, say: Callable[[str], None], card_share: float = 1.0) -> CheckedRun:
     """Check everything that can be checked before any work: model, texts, tasks, output folder, memory and disk.
 
-    say: prints a line for the user. Raises LqerError.
+    say: prints a line for the user. card_share: how much of a GPU's memory there is for it. Raises LqerError.
     """
     folder = run_folder(config)
     _check_writable(folder)
@@ -71,7 +71,7 @@ def check_run(config: Config, say: Callable[[str], None]) -> CheckedRun:
         say(f"warning: {overlap}")
     experiment = plan_experiment(context, tokenizer, texts)
     _check_tasks(config, experiment, store)
-    check_fit(context, say, experiment.paths(store))
+    check_fit(context, say, experiment.paths(store), card_share)
     return CheckedRun(context, folder, store, tokenizer, texts, experiment, exports)
 
 
@@ -166,13 +166,15 @@ def estimate_stages(context: RunContext) -> list[StageMemory]:
     )
 
 
-def check_fit(context: RunContext, say: Callable[[str], None], made: Mapping[str, list[Path]]) -> None:
+def check_fit(
+    context: RunContext, say: Callable[[str], None], made: Mapping[str, list[Path]], card_share: float = 1.0
+) -> None:
     """Print the estimate; raise DoesNotFitError if the run needs more than the machine has.
 
     made: the folders of the artifacts, by stage; bytes that they already hold are not needed again.
     """
     stages = estimate_stages(context)
-    machine = read_machine(context.device, context.store_path)
+    machine = read_machine(context.device, context.store_path, card_share)
     say(table(stages, machine))
     finished = {stage for stage, paths in made.items() if paths and all(path.exists() for path in paths)}
     stored = {stage: sum(map(stored_bytes, paths)) for stage, paths in made.items()}

@@ -162,7 +162,7 @@ class _KnownRuns:
             config = config.model_copy(update={"output_dir": str(self._own_folder())})
         else:
             _check_folder(Path(config.output_dir), told["token"])
-        checked = check_run(config, log.debug)
+        checked = check_run(config, log.debug, told["card_share"])
         if keeper is not None:
             checked.context.fingerprints.save()
         if (kind := checked.context.device.type) != told["device"]:

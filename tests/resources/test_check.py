@@ -38,6 +38,8 @@ def test_gpu_memory_is_apart_from_ram():
     refuse_what_cannot_fit([on_gpu], machine(device=10 * GB, ram=2 * GB))
     with pytest.raises(DoesNotFitError, match=r"needs at least 9\.0 GB of GPU memory but only 6\.0 GB is available"):
         refuse_what_cannot_fit([on_gpu], machine(device=6 * GB))
+    with pytest.raises(DoesNotFitError, match=r"of GPU memory \(cluster\.gpus_per_job 0\.25\) but only 6\.0 GB"):
+        refuse_what_cannot_fit([on_gpu], machine(device=6 * GB, card_share=0.25))
 
 
 def test_the_key_is_that_of_the_largest_need_that_has_one():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from lqer.resources import machine
 
@@ -14,6 +16,13 @@ def test_free_disk_is_that_of_the_folders_file_system_whether_or_not_it_exists(t
     free = machine.free_disk(tmp_path / "not" / "there" / "yet")
     assert abs(free - shutil.disk_usage(tmp_path).free) < 1e9
     assert not (tmp_path / "not").exists()
+
+
+def test_a_worker_that_shares_a_card_has_its_share_of_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80_000))
+    found = [machine.read_machine(torch.device("cuda"), tmp_path, *share).device for share in ((), (0.25,))]
+    assert found == [80_000, 20_000]
+    assert machine.read_machine(torch.device("cpu"), tmp_path, 0.25).device is None
 
 
 @pytest.mark.parametrize(

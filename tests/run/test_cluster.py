@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from stored_files import stored
 
 from lqer.config import read_config
@@ -31,7 +33,7 @@ from lqer.jobs.here import run_here
 from lqer.jobs.on_ray import run_on_ray
 from lqer.run import cluster as cluster_module
 from lqer.run import pipeline
-from lqer.run.cluster import fill_store, marked, sweep_on_cluster
+from lqer.run.cluster import _Told, fill_store, marked, sweep_on_cluster
 from lqer.run.jobs import jobs_of
 from lqer.run.preflight import check_run
 from lqer.run.worker import Parts, all_jobs_of, perform
@@ -79,13 +81,20 @@ def config_of(experiment, output: str, address: str | None, *overrides: str):
     )
 
 
+def told(config, device: str = "cpu", token: str = "", **cluster) -> str:
+    """What a worker that sees the run's folder is told."""
+    context = SimpleNamespace(device=torch.device(device))
+    telling = _Told(ClusterConfig(address="auto", **cluster), (), token, Parts(1, 1, 1))
+    return telling.of(config, SimpleNamespace(context=context), has_folder=True)
+
+
 def test_relative_paths_are_those_of_the_process_that_was_started(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(experiment.folder)
     config = read_config(experiment.config, "run", ["--output_dir=relative", "--calibration.dataset=calibration.txt"])
-    text = cluster_module._told(config, "cpu", True, [], "0" * 32, Parts(1, 1, 1))
-    monkeypatch.chdir(tmp_path.parent)
     with marked(experiment.folder / "relative") as token:
-        problem = perform("no such job", text.replace("0" * 32, token), None).problem
+        text = told(config, token=token)
+        monkeypatch.chdir(tmp_path.parent)
+        problem = perform("no such job", text, None).problem
     assert problem.startswith("KeyError")
     assert Path.cwd() == experiment.folder
 
@@ -379,21 +388,16 @@ def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
         run_on_ray(schedule, {"quantize-1": ""}, perform, ClusterConfig(address="local"))
 
 
-def told(experiment, device: str) -> str:
-    config = config_of(experiment, "there", None).model_dump_json()
-    of_job = {"token": "0" * 32, "parts": [1, 1, 1], "device": device, "started_in": str(Path.cwd())}
-    return json.dumps({"config": config, "plugins": [], **of_job})
-
-
 def test_a_worker_that_sees_another_folder_says_so(experiment):
-    assert "must be the same folder on every node" in perform("quantize-1", told(experiment, "cpu"), None).problem
+    problem = perform("quantize-1", told(config_of(experiment, "there", None), token="none"), None).problem
+    assert "must be the same folder on every node" in problem
 
 
 def test_a_worker_whose_node_has_locks_of_its_own_says_so(experiment, monkeypatch):
-    text = told(experiment, "cpu")
-    with marked(experiment.folder / "there") as token:
+    config = config_of(experiment, "there", None)
+    with marked(Path(config.output_dir)) as token:
         monkeypatch.setattr(locks.FileLock, "acquire", lambda *arguments, **options: nullcontext())
-        problem = perform("quantize-1", text.replace("0" * 32, token), None).problem
+        problem = perform("quantize-1", told(config, token=token), None).problem
     assert "whose locks do not exclude other nodes: set output_dir" in problem
 
 
@@ -407,11 +411,25 @@ def test_a_sweep_refuses_a_folder_whose_locks_exclude_nobody(experiment, monkeyp
 
 
 def test_a_worker_with_another_kind_of_device_says_so(experiment):
-    problem = perform("quantize-1", told(experiment, "cuda"), Keeper(experiment.folder / "kept")).problem
-    assert problem == (
+    text = told(config_of(experiment, "there", None), device="cuda")
+    assert perform("quantize-1", text, Keeper(experiment.folder / "kept")).problem == (
         "device: the process that was started computes on cuda, this node on cpu; start it where there is the same "
         "kind, or set device"
     )
+
+
+@pytest.mark.parametrize(("gpus_per_job", "share"), [(2, 1.0), (1, 1.0), (0.25, 0.25)])
+def test_a_worker_checks_its_share_of_a_card(experiment, monkeypatch, gpus_per_job, share):
+    found: list[float] = []
+
+    def check_run(config, say, card_share) -> None:
+        found.append(card_share)
+        raise ConfigError("refused")
+
+    monkeypatch.setattr("lqer.run.worker.check_run", check_run)
+    text = told(config_of(experiment, "there", None), gpus_per_job=gpus_per_job)
+    assert perform("quantize-1", text, Keeper(experiment.folder / "kept")).problem == "refused"
+    assert found == [share]
 
 
 def test_chunks_and_a_cluster_exclude_each_other(experiment):
