@@ -144,9 +144,9 @@ def _connected(cluster: ClusterConfig) -> Any:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise ConfigError(f"cluster.address {cluster.address!r}: {line}") from None
+    # Of the last two are other versions of Ray or Python than the cluster's, and another token.
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ConfigError(f"cluster.address {cluster.address!r}: {' '.join(str(error).split())}") from None
     return ray
 
 
@@ -154,7 +154,7 @@ def _reach(address: str) -> None:
     """Raise ConfigError unless something listens at host:port."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), SECONDS_TO_REACH).close()
+        socket.create_connection((host.strip("[]"), int(port)), SECONDS_TO_REACH).close()
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"cluster.address {address!r}: no cluster answers there ({error})") from None
 

@@ -162,3 +162,16 @@ def test_an_address_where_no_cluster_answers_is_refused_at_once(address):
         address = address.format(free.getsockname()[1])
     with pytest.raises(ConfigError, match=rf"cluster\.address '{address}': no cluster answers there \("):
         _connected(ClusterConfig(address=address))
+
+
+def test_a_cluster_of_another_version_is_refused_with_both(monkeypatch):
+    ray = pytest.importorskip("ray")
+
+    def init(**options: Any) -> None:
+        raise RuntimeError(
+            "Version mismatch: The cluster was started with:\n    Ray: 2.52\nThis process:\n    Ray: 2.60"
+        )
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError, match=r"'auto': Version mismatch: .* with: Ray: 2\.52 This process: Ray: 2\.60$"):
+        _connected(ClusterConfig(address="auto"))
