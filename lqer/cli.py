@@ -122,7 +122,7 @@ def _run(arguments: Sequence[str]) -> None:
         config = read_config(path, tag, overrides)
         from transformers.utils import logging as transformers_logging
 
-        from lqer.run import pipeline, preflight
+        from lqer.run import engine, pipeline, preflight
 
     # A progress bar for every loaded model would clutter those of the stages.
     transformers_logging.disable_progress_bar()
@@ -131,13 +131,7 @@ def _run(arguments: Sequence[str]) -> None:
             pipeline.refuse_chunks(config, chunk)
         preflight.describe(config, print)
         return
-    if config.ray is not None:
-        if chunk is not None:
-            raise ConfigError("--chunk: a cluster shares out the blocks itself; leave out one of the two")
-        from lqer.run.cluster import fill_store
-
-        fill_store(config, plugins)
-    results = pipeline.run_chunk(config.alone, chunk)
+    results = engine.run(config, plugins, chunk)
     if results is None:
         return
     from lqer.report.page.write import PAGE_FILE
@@ -182,18 +176,13 @@ def _run_sweep(arguments: Sequence[str]) -> int:
 
         load_plugins(plugins)
         plan = plan_sweep(path, config, tag, overrides)
-        from lqer.report.sweep import TABLE_FOLDER, record_of
-        from lqer.run.sweep import InAProcess, conclude, run_sweep
+        from lqer.report.sweep import record_of
+        from lqer.run import engine
+        from lqer.run.sweep import conclude
 
-    record, output_dir = record_of(plan, config, tag, overrides), plan.output_dir
-    chosen = plan.part(parts[0]) if parts else plan.only(names)
-    if (cluster := chosen.runs[0].config.ray) is not None:
-        from lqer.run.cluster import sweep_on_cluster
-
-        outcome = sweep_on_cluster(chosen, cluster, output_dir / TABLE_FOLDER.format(tag=tag), plugins)
-    else:
-        outcome = run_sweep(chosen, InAProcess(plugins))
-    conclude(record, output_dir, outcome, print)
+    record = record_of(plan, config, tag, overrides)
+    outcome = engine.sweep(plan.part(parts[0]) if parts else plan.only(names), tag, plugins)
+    conclude(record, plan.output_dir, outcome, print)
     return EXIT_FAILURE if outcome.failed else EXIT_OK
 
 
@@ -210,11 +199,11 @@ def _recommend(arguments: Sequence[str]) -> None:
         raise ConfigError(f"recommend: expected one config file; found {path} {tag}")
     quieten_libraries()
     from lqer.report.recommend import lines, parse_budget, recommend
+    from lqer.run import engine
     from lqer.run.recommend import atlas_of
-    from lqer.run.sweep import InAProcess
 
     budget = parse_budget(options["--bits"], options["--size"], options["--activations"])
-    record, ranking = atlas_of(path, overrides, options["--atlas"], InAProcess() if runs else None)
+    record, ranking = atlas_of(path, overrides, options["--atlas"], engine.sweep if runs else None)
     for line in lines(recommend(ranking, budget), ranking, record, budget):
         print(line)
 

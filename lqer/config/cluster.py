@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lqer.config.section import Positive, Section
 
 LOCAL = "local"
 # Ray gives out a GPU in ten-thousandths.
 SHARES_OF_A_GPU = 10_000
+
+
+def _whole_above_one(gpus: float) -> float:
+    """Raise ValueError for parts of several GPUs, which Ray gives to nobody."""
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError("must be a whole number, or a fraction below 1")
+    return gpus
 
 
 class ClusterConfig(Section):
@@ -20,7 +27,7 @@ class ClusterConfig(Section):
     # "host:port": the cluster of that head.
     address: Annotated[str, Field(min_length=1)] = "off"
     # Of a worker; a fraction shares a card. Without GPUs in the cluster, a worker has CPUs alone.
-    gpus_per_job: Annotated[float, Field(ge=1 / SHARES_OF_A_GPU)] = 1
+    gpus_per_job: Annotated[float, Field(ge=1 / SHARES_OF_A_GPU), AfterValidator(_whole_above_one)] = 1
     # Of a worker: its threads; without GPUs in the cluster, also what Ray reserves for it.
     cpus_per_job: Positive = 4
     # "shared": output_dir is one folder that all nodes see. "driver": only the process that was started sees it, files

@@ -291,26 +291,16 @@ def published_figures_are_measured(config: Config) -> Iterator[KeyedError]:
         yield KeyedError(("published", "accuracy"), "requires evaluation.downstream: nothing else measures it")
 
 
-def gangs_share_a_machine(config: Config) -> Iterator[KeyedError]:
-    """Ranks of a gang have different GPUs, and all of them read the folder that the first one writes."""
+def clusters_choose_gpus(config: Config) -> Iterator[KeyedError]:
+    """Each worker and each rank of a gang has GPUs of its own; all ranks read the folder that the first one writes."""
     cluster = config.cluster
-    if cluster is None or cluster.gang == 1:
+    if cluster is None or (config.ray is None and cluster.gang == 1):
         return
     if ":" in config.device:
-        yield KeyedError(("device",), f"must name no GPU where cluster.gang is {cluster.gang!r}", config.device)
-    if config.ray is not None and not cluster.shares_folder:
+        asked_by = f"address is {cluster.address!r}" if cluster.gang == 1 else f"gang is {cluster.gang!r}"
+        yield KeyedError(("device",), f"must name no GPU where cluster.{asked_by}", config.device)
+    if config.ray is not None and cluster.gang != 1 and not cluster.shares_folder:
         yield KeyedError(("cluster", "gang"), 'requires cluster.store = "shared"', cluster.gang)
-
-
-def workers_get_gpus(config: Config) -> Iterator[KeyedError]:
-    """Ray chooses the GPUs of a worker: several as a whole, or a fraction of one."""
-    if config.ray is None:
-        return
-    if ":" in config.device:
-        yield KeyedError(("device",), "must name no GPU with cluster.address: each worker has its own", config.device)
-    share = config.ray.gpus_per_job
-    if share > 1 and not share.is_integer():
-        yield KeyedError(("cluster", "gpus_per_job"), "must be a whole number, or a fraction below 1", share)
 
 
 RULES: tuple[Rule, ...] = (
@@ -331,8 +321,7 @@ RULES: tuple[Rule, ...] = (
     asymmetric_targets_are_rounded,
     finetuned_parts_exist,
     published_figures_are_measured,
-    gangs_share_a_machine,
-    workers_get_gpus,
+    clusters_choose_gpus,
 )
 
 

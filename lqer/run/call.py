@@ -26,7 +26,7 @@ from lqer.config import read_config
 from lqer.config.plugins import load_plugins
 from lqer.config.presets import PREFIX
 from lqer.results import Results
-from lqer.run import pipeline
+from lqer.run import engine
 
 
 def quantize(
@@ -39,6 +39,9 @@ def quantize(
     files with components of your own. overrides: sections and keys of the configuration, as nested dictionaries.
     Raises LqerError.
     """
-    load_plugins(plugins)
+    files = [str(plugin) for plugin in plugins]
+    load_plugins(files)
     name = preset if preset.endswith(".toml") or preset.startswith(PREFIX) else f"{PREFIX}{preset}"
-    return pipeline.run(read_config(name, tag, values={"model": str(model), **overrides}))
+    results = engine.run(read_config(name, tag, values={"model": str(model), **overrides}), files)
+    assert results is not None, "only a chunk can finish before the others"
+    return results

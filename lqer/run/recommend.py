@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lqer.config.sweep import plan_sweep
+from lqer.config.sweep import SweepPlan, plan_sweep
 from lqer.errors import DataError
 from lqer.models.source import pick_device, resolve_model
 from lqer.report.ranking import Ranking
 from lqer.report.recommend import ATLAS, find_atlas
 from lqer.report.sweep import SweepRecord, record_of
-from lqer.run.sweep import Execute, conclude, run_sweep
+from lqer.run.sweep import SweepOutcome, conclude
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ def atlas_of(
     config: str,
     overrides: Sequence[str],
     tag: str | None,
-    execute: Execute | None = None,
+    sweep: Callable[[SweepPlan, str], SweepOutcome] | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[SweepRecord, Ranking]:
     """The atlas of a configuration's model: the newest one under its output_dir, or the sweep of a tag.
 
-    execute: runs what the cheap part lacks if there is no atlas, or if an earlier call was interrupted; None: nothing
-    is run. Raises DataError without an atlas, or if no run of it succeeded.
+    sweep: runs what the cheap part lacks, under a tag, if there is no atlas, or if an earlier call was interrupted;
+    None: nothing is run. Raises DataError without an atlas, or if no run of it succeeded.
     """
     plan = plan_sweep(ATLAS, config, tag or ATLAS, overrides)
     subject = plan.runs[0].config
@@ -40,7 +40,7 @@ def atlas_of(
     def find() -> tuple[SweepRecord, Ranking]:
         return find_atlas(Path(subject.output_dir), subject.model, fingerprint, tag)
 
-    if execute is None:
+    if sweep is None:
         return find()
     try:
         record, ranking = find()
@@ -50,7 +50,7 @@ def atlas_of(
             return record, ranking
     except DataError:
         log.info("no atlas of %s yet: running its cheap part", subject.model)
-    outcome = run_sweep(cheap, execute)
+    outcome = sweep(cheap, tag or ATLAS)
     conclude(record_of(plan, config, tag or ATLAS, overrides), plan.output_dir, outcome, say)
     if not outcome.finished:
         name, line = next(iter(outcome.failed.items()))

@@ -24,6 +24,7 @@ import pytest
 import torch
 from stored_files import stored
 
+from lqer.cli import main
 from lqer.config import read_config
 from lqer.config.cluster import ClusterConfig
 from lqer.config.sweep import plan_sweep
@@ -432,8 +433,6 @@ def test_a_worker_checks_its_share_of_a_card(experiment, monkeypatch, gpus_per_j
     assert found == [share]
 
 
-def test_chunks_and_a_cluster_exclude_each_other(experiment):
-    command = experiment.command("run", "--cluster.address=local", "--chunk", "1/2")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--chunk: a cluster shares out the blocks itself" in done.stderr
+def test_chunks_and_a_cluster_exclude_each_other(experiment, capsys):
+    assert main([str(experiment.config), "run", "--cluster.address=local", "--chunk", "1/2"], "") == 2
+    assert "--chunk: a cluster shares out the blocks itself" in capsys.readouterr().err

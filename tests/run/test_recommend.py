@@ -14,6 +14,7 @@ from lqer.errors import DataError
 from lqer.models.source import resolve_model
 from lqer.results import RESULTS_FILE
 from lqer.run.recommend import CHEAP, atlas_of
+from lqer.run.sweep import Execute, run_sweep
 
 
 class Runner:
@@ -43,41 +44,46 @@ def cheap(experiment) -> list[str]:
     return [run.config.tag for run in plan_sweep("atlas", experiment.config, "atlas").part(CHEAP["cpu"]).runs]
 
 
+def by(execute: Execute):
+    """How the runs of a sweep are done."""
+    return lambda plan, tag: run_sweep(plan, execute)
+
+
 def quiet(line: str) -> None:
     """Says nothing."""
 
 
 def test_without_an_atlas_its_cheap_part_is_run_once(experiment, tiny_model, cheap):
     runner = Runner(tiny_model)
-    record, ranking = atlas_of(str(experiment.config), [], None, runner, quiet)
+    record, ranking = atlas_of(str(experiment.config), [], None, by(runner), quiet)
     assert sorted(runner.tags) == sorted(cheap)
     assert set(ranking.table["run"]) == {tag.removeprefix("atlas-") for tag in cheap}
     # The record is that of the whole atlas, so that a recommendation can name what is missing.
     assert len(record.runs) > len(cheap)
     assert record.command.startswith("lqer sweep atlas ")
-    atlas_of(str(experiment.config), [], None, runner, quiet)
+    atlas_of(str(experiment.config), [], None, by(runner), quiet)
     assert len(runner.tags) == len(cheap)
 
 
 def test_where_every_run_fails_the_first_line_is_told(experiment, cheap):
     told = rf"no run of the atlas succeeded; {cheap[0].removeprefix('atlas-')}: it broke"
     with pytest.raises(DataError, match=told):
-        atlas_of(str(experiment.config), [], None, lambda config: "it broke", quiet)
+        atlas_of(str(experiment.config), [], None, by(lambda config: "it broke"), quiet)
 
 
 def test_a_run_that_failed_is_tried_again_and_the_others_count(experiment, tiny_model, cheap):
     runner = Runner(tiny_model, fails=cheap[0])
-    _, ranking = atlas_of(str(experiment.config), [], None, runner, quiet)
+    _, ranking = atlas_of(str(experiment.config), [], None, by(runner), quiet)
     assert len(ranking.table) == len(cheap) - 1
     runner.fails = ""
-    assert len(atlas_of(str(experiment.config), [], None, runner, quiet)[1].table) == len(cheap)
+    assert len(atlas_of(str(experiment.config), [], None, by(runner), quiet)[1].table) == len(cheap)
 
 
 def test_an_atlas_of_another_tag_is_taken_as_it_is(experiment, tiny_model, cheap):
     runner = Runner(tiny_model, fails=cheap[0].replace("atlas-", "mine-"))
-    atlas_of(str(experiment.config), [], "mine", runner, quiet)
+    atlas_of(str(experiment.config), [], "mine", by(runner), quiet)
     tried = len(runner.tags)
-    assert atlas_of(str(experiment.config), [], None, runner, quiet)[0].tag == "mine"
+    assert atlas_of(str(experiment.config), [], None, by(runner), quiet)[0].tag == "mine"
     assert len(runner.tags) == tried
 
 
@@ -89,4 +95,4 @@ def test_nothing_runs_unless_asked_for(experiment):
 def test_a_model_alone_is_enough_of_a_configuration(tiny_model, tmp_path):
     overrides = [f"--model={tiny_model}", f"--output_dir={tmp_path}"]
     runner = Runner(tiny_model)
-    assert len(atlas_of("preset:protocols/two-texts", overrides, None, runner, quiet)[1].table) == len(runner.tags)
+    assert len(atlas_of("preset:protocols/two-texts", overrides, None, by(runner), quiet)[1].table) == len(runner.tags)
