@@ -23,9 +23,8 @@ blocks (--cluster.split=blocks). With --kill, a busy worker is killed once somet
 
 sweep: twelve runs by such a cluster. The perfect time is that of all jobs, shared out evenly over the workers.
 
-Where there are fewer GPUs than --gpus says, processes or workers share cards. Without a GPU, workers share out the
-CPUs, and a gang has as many threads in each process as OMP_NUM_THREADS says; files of unequal numbers of threads may
-differ.
+Where there are fewer GPUs than --gpus says, processes or workers share cards. Without a GPU, a worker has one thread,
+and each process of a gang as many as OMP_NUM_THREADS says: files of unequal numbers of threads may differ.
 """
 
 from __future__ import annotations

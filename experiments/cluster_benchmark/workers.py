@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -95,9 +96,11 @@ def jobs_in(records: Iterable[logging.LogRecord]) -> list[DoneJob]:
 
 
 def _on_cluster(workers: int) -> list[str]:
-    """The settings of a cluster of this machine with so many workers: a GPU for each, or a share of one."""
+    """The settings of a cluster of this machine with so many workers: a GPU for each, or a share of one, or a CPU."""
     if not torch.cuda.is_available():
-        return ["--cluster.address=local", f"--cluster.cpus_per_job={max(1, (os.cpu_count() or 1) // workers)}"]
+        # Sums on a CPU depend on the number of threads, and files are compared: one each, whatever the machine has.
+        os.environ["RAY_OVERRIDE_RESOURCES"] = json.dumps({"CPU": workers})
+        return ["--cluster.address=local", "--cluster.cpus_per_job=1"]
     gpus = _gpus()[:workers]
     # Ray gives out those that the driver sees.
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

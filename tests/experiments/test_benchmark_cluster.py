@@ -72,16 +72,17 @@ def test_seconds_of_each_worker_are_shown_the_busiest_first():
         (2, 3, "--cluster.gpus_per_job=0.5", "0,1"),
         # Seven of 0.1429 would be more than a card.
         (1, 7, "--cluster.gpus_per_job=0.1428", "0"),
-        (0, 2, "--cluster.cpus_per_job=3", None),
+        (0, 2, "--cluster.cpus_per_job=1", None),
     ],
 )
 def test_workers_share_out_what_the_machine_has(monkeypatch, gpus, workers, settings, seen):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
-    monkeypatch.setattr("os.cpu_count", lambda: 6)
     monkeypatch.setattr(workers_module, "_gpus", lambda: [str(index) for index in range(gpus)])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", "")
     assert _on_cluster(workers) == ["--cluster.address=local", settings]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == (seen or "")
+    assert os.environ["RAY_OVERRIDE_RESOURCES"] == ("" if gpus else f'{{"CPU": {workers}}}')
 
 
 def test_a_model_that_is_given_is_taken_with_the_texts_of_the_settings(tmp_path):
