@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,7 @@ def test_jobs_of_one_model_say_so_and_longer_ones_come_first(undisturbed):
 def test_a_run_alone_imports_and_starts_nothing_of_a_cluster_or_a_gang(experiment, override):
     program = """
 import sys
+import time
 import psutil
 from lqer.cli import main
 status = main(sys.argv[1:], "")
@@ -175,3 +177,12 @@ sys.exit(status or " ".join([*found & set(sys.modules), *started]) or 0)
     command = [sys.executable, "-c", program, str(experiment.config), "run", "--evaluation.baselines=[]", override]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_list_of_jobs_of_a_run_costs_next_to_nothing(undisturbed):
+    """Every run makes it, with a cluster or without."""
+    run = checked(undisturbed)
+    started = time.process_time()
+    for _ in range(10):
+        jobs(run)
+    assert time.process_time() - started < 10 * 0.05
