@@ -20,8 +20,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from PIL import Image
 from result_rows import ORIGINAL, ROWS, Row, merged, read_rows
@@ -29,21 +27,21 @@ from result_rows import ORIGINAL, ROWS, Row, merged, read_rows
 from lqer.errors import DataError, LqerError
 from lqer.report.families import FAMILIES, FEEDBACK, LATTICE, OTHER, Family
 from lqer.report.front import pareto_front
+from lqer.report.marks import MUTED, NAME_SIZE, draw_front, draw_original, draw_scheme, legend_of, name_schemes
 from lqer.report.style import DPI, PAGE_INCHES, STYLE
 from lqer.store.files import content_hash
 
 # Rows of a model that is ruined would squeeze all others together.
 MOST_TIMES_ORIGINAL = 8.0
 MOST_HIDDEN_NAMES = 1
-# Of names beside points.
-LEAST_BITS_APART = 0.1
+# Left of the first name, as a share of the axis.
+NAME_ROOM = 0.16
 # Of a row: what no picture shows.
 NOT_SHOWN = {"accuracy", "accuracy_error", "gb", "peak_gb", "tokens_per_second"}
 # Of rows that name no family, by the first word of the scheme.
 BY_NAME = {"trellis": LATTICE, "GPTQ": FEEDBACK}
-MUTED = "#555555"
 HASH_KEY = "rows"
-TICKS = (10, 12, 14, 16, 18, 20, 25, 30, 40, 50, 70, 100, 150)
+TICKS = (5, 6, 7, 8, 10, 12, 14, 16, 18, 20, 25, 30, 40, 50, 70, 100, 150)
 
 
 def draw(path: Path, rows: Sequence[Row], texts: Sequence[str], names: bool = False) -> None:
@@ -63,7 +61,9 @@ def draw(path: Path, rows: Sequence[Row], texts: Sequence[str], names: bool = Fa
             axis.set_title(model if len(texts) == 1 else f"{model}, {text}")
             axis.set_xlabel("bits per weight, everything stored")
         axes[0][0].set_ylabel(f"perplexity, {texts[0]}" if len(texts) == 1 else "perplexity")
-        figure.legend(handles=_legend(shown), ncols=5, loc="outside lower center")
+        families = {family(row) for row in shown if row.by == "ours"}
+        handles = legend_of(families, "other libraries" if any(row.by == "peer" for row in shown) else "")
+        figure.legend(handles=handles, ncols=5, loc="outside lower center")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI, metadata={"Software": None, HASH_KEY: fingerprint(rows, texts)})
         plt.close(figure)
@@ -98,71 +98,29 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str, names: bool) -> None:
     shown = [row for row in shown if row.perplexity[text] <= limit]
     bits, values = [row.bits for row in shown], [row.perplexity[text] for row in shown]
     front = pareto_front(bits, values)
-    axis.plot([bits[i] for i in front], [values[i] for i in front], color=MUTED, linewidth=0.9, zorder=1)
-    middle = (min(bits, default=0) + max(bits, default=0)) / 2
+    draw_front(axis, [bits[i] for i in front], [values[i] for i in front])
     for i, row in enumerate(shown):
-        of, is_best, is_ours = family(row), i in front, row.by == "ours"
-        axis.scatter(
-            row.bits,
-            values[i],
-            marker=of.marker,
-            s=26 if is_best else 16,
-            facecolors=of.colour if is_ours else "none",
-            edgecolors=of.colour,
-            linewidths=0.9,
-            alpha=0.55 if is_ours and not is_best else 1,
-            zorder=3 if is_best else 2,
-        )
-        if not is_ours:
+        draw_scheme(axis, row.bits, values[i], family(row), is_best=i in front, is_filled=row.by == "ours")
+        if row.by != "ours":
             place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "ha": "left", "va": "center"}
-            axis.annotate(_method(row), (row.bits, values[i]), fontsize=6, color=MUTED, **place)
-    if names:
-        _name_front(axis, [shown[i] for i in front if shown[i].by == "ours"], text, middle)
+            axis.annotate(_method(row), (row.bits, values[i]), fontsize=NAME_SIZE, color=MUTED, **place)
     if original is not None:
-        axis.axhline(original, color="#000000", linewidth=0.8, linestyle="--")
+        draw_original(axis, original)
     if hidden:
         note = ", ".join(f"{row.scheme} ({row.perplexity[text]:.4g})" for row in hidden)
         above = f"above: {note}" if len(hidden) <= MOST_HIDDEN_NAMES else f"{len(hidden)} above"
-        axis.text(0.99, 0.98, above, transform=axis.transAxes, fontsize=6, color=MUTED, ha="right", va="top")
+        axis.text(0.99, 0.98, above, transform=axis.transAxes, fontsize=NAME_SIZE, color=MUTED, ha="right", va="top")
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(FixedLocator(TICKS))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.margins(x=0.12)
-
-
-def _name_front(axis: Axes, front: Sequence[Row], text: str, middle: float) -> None:
-    """Names beside the points of the front, by rising bits; neighbours share a label, by rising perplexity."""
-    groups: list[list[Row]] = []
-    for row in front:
-        if groups and row.bits - groups[-1][0].bits < LEAST_BITS_APART:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    for together in groups:
-        label, at = ", ".join(row.scheme for row in reversed(together)), together[0]
-        side, offset = ("right", -5) if at.bits > middle else ("left", 5)
-        place: dict[str, Any] = {"xytext": (offset, 4), "textcoords": "offset points", "ha": side, "va": "bottom"}
-        name = axis.annotate(label, (at.bits, at.perplexity[text]), fontsize=6, color=MUTED, zorder=1.5, **place)
-        name.set_path_effects([withStroke(linewidth=1.5, foreground="#FFFFFF")])
-
-
-def _legend(rows: Sequence[Row]) -> list[Line2D]:
-    ours = {family(row) for row in rows if row.by == "ours"}
-    handles = [
-        Line2D([], [], color=of.colour, marker=of.marker, linestyle="", markersize=5, label=of.name)
-        for of in FAMILIES
-        if of in ours
-    ]
-    if any(row.by == "peer" for row in rows):
-        label = "open: other libraries"
-        handles.append(Line2D([], [], color=MUTED, marker="o", markerfacecolor="none", linestyle="", label=label))
-    return [
-        *handles,
-        Line2D([], [], color=MUTED, linewidth=0.9, label="front"),
-        Line2D([], [], color="#000000", linewidth=0.8, linestyle="--", label="original"),
-    ]
+    if names:
+        low, high = axis.get_xlim()
+        axis.set_xlim(low - NAME_ROOM * (high - low), high)
+        ours = [shown[i] for i in front if shown[i].by == "ours"]
+        name_schemes(axis, [(row.scheme, row.bits, row.perplexity[text]) for row in ours])
 
 
 def main() -> int:

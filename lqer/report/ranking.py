@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from lqer.formats import format_from_dict
+from lqer.report.families import family_of
 from lqer.report.naming import scheme_name
 from lqer.results import DownstreamRow, PerplexityRow, Results
 
@@ -125,6 +126,7 @@ def _facts(name: str, results: Results) -> dict[str, Any]:
     return {
         "run": name,
         "scheme": scheme_name(config["quantize"]),
+        "family": family_of(config).name,
         "weights": config["quantize"]["weight"],
         "activations": config["quantize"]["activation"],
         "activation bits": activation_bits(config),

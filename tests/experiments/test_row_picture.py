@@ -8,11 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
 from result_rows import ROWS as ADAPTER
 from result_rows import Row
-from row_picture import _name_front, draw, drawn_from, family, fingerprint
+from row_picture import draw, drawn_from, family, fingerprint
 
 from lqer.errors import DataError
 from lqer.report.families import FEEDBACK, LATTICE, LOW_RANK, OTHER
@@ -62,13 +61,6 @@ def test_rows_that_round_activations_are_left_out(monkeypatch, tmp_path):
     rounded = ROWS[1].model_copy(update={"activations": "x8"})
     draw(tmp_path / "picture.png", [ROWS[0], rounded, *ROWS[2:4]], ["wiki"])
     assert drawn == [("wiki", 3)]
-
-
-def test_neighbours_on_the_front_share_a_label():
-    figure, axis = plt.subplots()
-    _name_front(axis, [row("near", 3.0, 14.0), row("best", 3.08, 13.0), row("far", 3.16, 11.0)], "wiki", 3.5)
-    assert [label.get_text() for label in axis.texts] == ["best, near", "far"]
-    plt.close(figure)
 
 
 def test_a_picture_of_one_model_has_no_panel_of_others(tmp_path):

@@ -126,6 +126,20 @@ def test_a_column_that_no_run_fills_is_left_out():
     assert list(shown["activations"]) == ["", "", "x8"]
 
 
+def test_every_run_has_the_colour_of_its_family(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "lqer.report.ranking_figure.draw_scheme",
+        lambda axis, x, y, family, **marks: drawn.append((x, family.name, marks["is_best"], marks["is_filled"])),
+    )
+    (ranking,) = rank({name: RUNS[name] for name in ("two", "wasteful", "three", "three-x8")})
+    save_ranking(tmp_path / "picture.png", ranking, ranking.measures, "title")
+    assert drawn[:4] == [
+        (2.0, "error feedback", True, True), (3.0, "error feedback", True, True),
+        (3.2, "error feedback", True, False), (3.5, "error feedback", False, True),
+    ]  # fmt: skip
+
+
 def test_the_picture_is_drawn_where_values_are_missing_or_ruined(tmp_path):
     runs = {**RUNS, "ruined": results(2.1, 1e6, kl=9.0)}
     (ranking,) = rank(runs)
