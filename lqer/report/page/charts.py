@@ -8,6 +8,7 @@ from outside are escaped.
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,10 @@ STEPS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2
 MOST_TICKS, MOST_BAR_TICKS = 9, 6
 SMALLEST_SHOWN = 1e-4
 SIZE_OF_MARKER, SIZE_ON_FRONT = 9, 12
+# Of points whose names would lie above each other, as a share of the span of costs.
+NEIGHBOUR = 0.05
+# Right of a point, for its name.
+NAME_ROOM = 0.15
 
 
 class Cost(NamedTuple):
@@ -57,14 +62,14 @@ def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | 
     """A measure over a cost, one trace per family, with the fronts of what no other candidate beats.
 
     A candidate is beaten by one that rounds activations to at most as many bits, as in a ranking; one front is drawn
-    for each width of activations. customdata of a point is the place of its candidate in `candidates`. Ruined models
-    are above the axis until a double click shows all.
+    for each width of activations, and names what is on it. customdata of a point is the place of its candidate in
+    `candidates`. Ruined models are above the axis until a double click shows all.
     """
     costs = {i: at for i, one in enumerate(candidates) if measure in one.values and (at := cost.of(one)) is not None}
     values = [candidates[i].values[measure] for i in costs]
     fronts = _fronts(candidates, costs, measure)
-    front = [i for members in fronts.values() for i in members]
-    data = [_family(family, candidates, costs, front, measure) for family in FAMILIES]
+    names = _front_names(candidates, costs, fronts)
+    data = [_family(family, candidates, costs, names, measure) for family in FAMILIES]
     data = [trace for trace in data if trace["x"]]
     for activation, members in reversed(fronts.items()):
         if len(members) > 1:
@@ -128,28 +133,61 @@ def _ticks(low: float, high: float, most: int = MOST_TICKS) -> dict[str, Any]:
 
 
 def _family(
-    family: Family, candidates: Sequence[Candidate], costs: Mapping[int, float], front: Sequence[int], measure: Measure
+    family: Family,
+    candidates: Sequence[Candidate],
+    costs: Mapping[int, float],
+    front: Mapping[int, str],
+    measure: Measure,
 ) -> dict[str, Any]:
-    """The points of one family: faint where another candidate beats them, open where activations are rounded too."""
+    """The points of one family: faint where another candidate beats them, open where activations are rounded too.
+
+    front: the names of the candidates that no other beats, by their places.
+    """
     members = [i for i in costs if candidates[i].family is family]
+    is_open = [candidates[i].rounds_activations for i in members]
+    # The names of open points stand above them, at the right but for the last.
+    low, high = min(costs.values(), default=0), max(costs.values(), default=0)
+    above = ["top right" if costs[i] <= high - NAME_ROOM * (high - low) else "top left" for i in members]
     return {
         "type": "scatter",
-        "mode": "markers",
+        "mode": "markers+text",
         "name": family.name,
         "x": [costs[i] for i in members],
         "y": [candidates[i].values[measure] for i in members],
+        "text": [html.escape(front.get(i, "")) for i in members],
+        "textposition": [side if rounded else "bottom left" for side, rounded in zip(above, is_open)],
+        "textfont": {"color": INK, "size": 11},
+        "cliponaxis": False,
         "customdata": members,
         "hoverinfo": "text",
         "hovertext": [hover(candidates[i], measure) for i in members],
         "meta": [short_hover(candidates[i], measure) for i in members],
         "marker": {
             "color": family.colour,
-            "symbol": [family.symbol + ("-open" if candidates[i].rounds_activations else "") for i in members],
+            "symbol": [family.symbol + ("-open" if rounded else "") for rounded in is_open],
             "size": [SIZE_ON_FRONT if i in front else SIZE_OF_MARKER for i in members],
             "opacity": [1 if i in front else 0.6 for i in members],
-            "line": {"width": [2 if candidates[i].rounds_activations else 1 for i in members]},
+            "line": {"width": [2 if rounded else 1 for rounded in is_open]},
         },
     }
+
+
+def _front_names(
+    candidates: Sequence[Candidate], costs: Mapping[int, float], fronts: Mapping[str, Sequence[int]]
+) -> dict[int, str]:
+    """What to write beside each candidate of a front: its run, without what all tags begin with.
+
+    Nothing beside one that has a better neighbour, where names would lie above each other, and on the page of one run.
+    """
+    words = [one.tag.split("-") for one in candidates]
+    shared = sum(1 for _ in itertools.takewhile(lambda together: len(set(together)) == 1, zip(*words)))
+    span = max(costs.values(), default=0) - min(costs.values(), default=0)
+    names: dict[int, str] = {}
+    for members in fronts.values():
+        for i, following in zip(members, [*members[1:], None]):
+            is_crowded = following is not None and costs[following] - costs[i] < NEIGHBOUR * span
+            names[i] = "" if is_crowded else "-".join(words[i][shared:])
+    return names
 
 
 def _fronts(candidates: Sequence[Candidate], costs: Mapping[int, float], measure: Measure) -> dict[str, list[int]]:

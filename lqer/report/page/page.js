@@ -32,6 +32,8 @@ function draw(id, chart) {
   if (narrow.matches) {
     for (const trace of shown.data) {
       if (trace.meta) trace.hovertext = trace.meta;
+      // Names beside points have no room.
+      if (trace.mode === "markers+text") trace.mode = "markers";
     }
   }
   return Plotly.react(id, shown.data, shown.layout, { responsive: true, displayModeBar: false });

@@ -57,6 +57,27 @@ def test_a_weight_only_scheme_beats_none_that_rounds_activations(compared):
     assert found[RTN.name]["marker"]["opacity"] == [0.6, 0.6]
 
 
+def test_the_front_is_named_by_what_tells_its_runs_apart(compared):
+    candidates, measure, original = compared
+    tags = ("atlas-serve-3", "atlas-serve-4", "atlas-rtn")
+    bits, values = (3.0, 4.0, 4.5), (9.0, 8.0, 8.5)
+    named = [
+        replace(candidates[2], tag=tag, bits=at, values={measure: value})
+        for tag, at, value in zip(tags, bits, values, strict=True)
+    ]
+    (points,) = [trace for trace in charts.pareto(named, measure, original)["data"] if "text" in trace]
+    assert points["text"] == ["serve-3", "serve-4", ""]
+    near = [named[0], replace(named[1], bits=3.05), named[2]]
+    (points,) = [trace for trace in charts.pareto(near, measure, original)["data"] if "text" in trace]
+    assert points["text"] == ["", "serve-4", ""]
+
+
+def test_a_run_alone_is_not_named_beside_its_point(compared):
+    candidates, measure, original = compared
+    found = traces(charts.pareto(candidates[:1], measure, original))
+    assert found[LOW_RANK.name]["text"] == [""]
+
+
 def test_ruined_models_do_not_squeeze_the_others(compared):
     candidates, measure, original = compared
     ruined = replace(candidates[2], values={measure: 5e5}, bits=2.0)
