@@ -56,13 +56,17 @@ def name_schemes(
             groups[-1].append(scheme)
         else:
             groups.append([scheme])
-    offset, sides = ((-4, -3), ("right", "top")) if below else ((3, 4), ("left", "bottom"))
-    place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": sides[0], "va": sides[1]}
     for together in groups:
         upwards = sorted(together, key=lambda scheme: scheme[2])
         name, at = ", ".join(name for name, _, _ in upwards), upwards[0 if below else -1]
-        label = axis.annotate(name, at[1:], fontsize=NAME_SIZE, color=colour, zorder=1.5, **place)
-        # Above lines, readable where it meets one, below points.
+        place: dict[str, Any] = {
+            "xytext": (-4, -3) if below else (3, 4),
+            "textcoords": "offset points",
+            "ha": "right" if below else "left",
+            "va": "top" if below else "bottom",
+        }
+        # Above lines, readable where it meets one, below points. A long name must not shrink the panel.
+        label = axis.annotate(name, at[1:], fontsize=NAME_SIZE, color=colour, zorder=1.5, in_layout=False, **place)
         label.set_path_effects([withStroke(linewidth=1.5, foreground=PAPER)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lqer.report.families import FAMILIES
 from lqer.report.front import MOST_TIMES_BEST
-from lqer.report.marks import INK, MUTED, draw_front, draw_original, draw_scheme, legend_of, name_schemes
+from lqer.report.marks import INK, MUTED, NAME_SIZE, draw_front, draw_original, draw_scheme, legend_of, name_schemes
 from lqer.report.ranking import HALF_PRECISION_BITS, Measure, Ranking
 from lqer.report.style import PAGE_INCHES, STYLE, save
 
@@ -21,6 +22,11 @@ LEAST_SPAN = 0.25
 PANEL_HEIGHT = 3.0
 # So many runs have room for the names of those that are dominated too.
 MOST_NAMED = 8
+MOST_HIDDEN_NAMES = 4
+# For the name at the right of the last point, as a share of the x axis.
+NAME_ROOM = 0.2
+# Letters of a line above a panel.
+NOTE_WIDTH = 64
 SIZES = (("bits", "average bits per weight, everything stored"), ("GB", "checkpoint, GB"))
 BY_NAME = {family.name: family for family in FAMILIES}
 Y_LABELS = {"perplexity": "perplexity", "KL": "KL from the original, nats per token", "accuracy": "mean accuracy"}
@@ -57,8 +63,9 @@ def _draw(axis: Axes, ranking: Ranking, measure: Measure, size: str) -> None:
         if measure.quantity == "perplexity":
             hidden = table[table[measure.column] > limit]
             if len(hidden):
-                note = f"not shown, above {limit:.3g}: {', '.join(hidden['run'])}"
-                axis.set_title(note, fontsize=6, loc="left", color=MUTED, wrap=True)
+                which = ", ".join(hidden["run"]) if len(hidden) <= MOST_HIDDEN_NAMES else f"{len(hidden)} runs"
+                note = textwrap.fill(f"not shown, above {limit:.3g}: {which}", NOTE_WIDTH)
+                axis.set_title(note, fontsize=NAME_SIZE, loc="left", color=MUTED)
             table = table[table[measure.column] <= limit]
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -75,6 +82,9 @@ def _draw(axis: Axes, ranking: Ranking, measure: Measure, size: str) -> None:
     for _, same in best.groupby("activation bits"):
         draw_front(axis, same[size], same[measure.column])
     _widen(axis, LEAST_SPAN)
+    if not _weight_only(best).all():
+        low, high = axis.get_xlim()
+        axis.set_xlim(low, high + NAME_ROOM * (high - low))
     # Names of weight-only runs stand below their points, those of others above: the fronts lie above each other.
     named = table if len(table) <= MOST_NAMED else best
     for is_best, colour in ((True, INK), (False, MUTED)):

@@ -16,10 +16,12 @@ from lqer.config.reader import parse_override
 from lqer.errors import ConfigError, DataError
 from lqer.report.ranking import Measure, Ranking, rank
 from lqer.report.sweep import RECORD_FILE, TABLE_FOLDER, SweepRecord, read_record, read_runs
+from lqer.report.write import markdown_table
 from lqer.store.offload import parse_bytes
 
 ATLAS = "atlas"
 MOST_SHOWN = 8
+TIMES = "times"
 # Times the budget: what a reader may want to know of although it does not fit.
 A_LITTLE = 1.05
 # Below, a divergence is rounding noise; its logarithm must exist.
@@ -121,26 +123,42 @@ def _deciding(ranking: Ranking) -> tuple[Measure, ...]:
 
 
 def lines(found: Recommendation, ranking: Ranking, record: SweepRecord, budget: Budget) -> Iterator[str]:
-    """What the command prints."""
+    """What the command prints: what to take and how to repeat it, then a table of what it beats and by how much."""
     best, run = found.best, record.runs[found.best["run"]]
-    decided = " and ".join(measure.column for measure in found.measures)
-    yield f"{ranking.model}, within {budget}: {best['run']} ({best['scheme']}), by {decided}"
-    yield f"  {_facts(best, ranking)}"
+    yield f"{ranking.model}, within {budget}: take {best['run']} ({best['scheme']})"
     yield f"  preset     {', '.join(run['extends']) or 'none: the configuration of the sweep'}"
     yield f"  overrides  {overrides(_used(run['scheme'])) or 'none'}"
     yield f"  command    {record.command_of(best['run'])}"
-    for _, row in found.above.head(1).iterrows():
-        yield f"A little above the budget: {row['run']}: {_facts(row, ranking)}"
-    if len(found.others):
-        yield "Within the budget it is better than:"
-    for _, row in found.others.head(MOST_SHOWN).iterrows():
-        ratios = [f"{measure.column} x {row[measure.column] / best[measure.column]:.2f}" for measure in found.measures]
-        yield f"  {row['run']}: {_facts(row, ranking)}; {', '.join(ratios)}"
+    yield ""
+    shown = [best, *(row for _, row in found.others.head(MOST_SHOWN).iterrows())]
+    above = [row for _, row in found.above.head(1).iterrows()]
+    yield markdown_table(pd.DataFrame([_original(ranking), *(_cells(row, found, ranking) for row in [*shown, *above])]))
+    yield ""
+    decided = " and ".join(f"{measure.quantity} on {measure.text}" for measure in found.measures)
+    mean = " (geometric mean)" if len(found.measures) > 1 else ""
+    yield f"{TIMES}: {decided}, as a multiple of that of {best['run']}{mean}."
+    if above:
+        yield f"{above[0]['run']} is better, and a little above the budget."
     if len(found.others) > MOST_SHOWN:
-        yield f"  and {len(found.others) - MOST_SHOWN} more"
+        yield f"Within the budget, {len(found.others) - MOST_SHOWN} more are behind."
     if missing := [name for name in record.runs if name not in set(ranking.table["run"])]:
         more = f" and {len(missing) - MOST_SHOWN} more" if len(missing) > MOST_SHOWN else ""
         yield f"Not measured: {', '.join(missing[:MOST_SHOWN])}{more}; this adds them: {record.command}"
+
+
+def _original(ranking: Ranking) -> dict[str, Any]:
+    known = {column: f"{value:.4g}" for column, value in ranking.originals.items()}
+    return {"run": "original", "bits": "16", "GB": "", TIMES: ""} | {
+        measure.column: known.get(measure.column, "") for measure in ranking.measures
+    }
+
+
+def _cells(row: pd.Series, found: Recommendation, ranking: Ranking) -> dict[str, Any]:
+    """Of one scheme: its size, how much worse it is than the best by what decided, and all that was measured."""
+    times = math.exp(row["score"] - found.best["score"])
+    facts = {"run": row["run"], "bits": f"{row['bits']:.3f}", "GB": f"{row['GB']:.4g}", TIMES: f"{times:.2f}"}
+    values = {measure.column: row[measure.column] for measure in ranking.measures}
+    return facts | {column: "" if math.isnan(value) else f"{value:.4g}" for column, value in values.items()}
 
 
 def _used(scheme: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,14 +166,6 @@ def _used(scheme: Mapping[str, Any]) -> dict[str, Any]:
     named = str(scheme.get("quantize"))
     formats = {name: value for name, value in scheme.get("formats", {}).items() if f"'{name}'" in named}
     return {key: value for key, value in scheme.items() if key != "formats"} | ({"formats": formats} if formats else {})
-
-
-def _facts(row: pd.Series, ranking: Ranking) -> str:
-    measured = [
-        f"{'perplexity ' if measure.quantity == 'perplexity' else ''}{measure.column} {row[measure.column]:.4g}"
-        for measure in ranking.measures
-    ]
-    return ", ".join([f"{row['bits']:.3f} bits", f"{row['GB']:.4g} GB", *measured])
 
 
 def overrides(scheme: Mapping[str, Any]) -> str:

@@ -84,6 +84,7 @@ def test_a_row_of_a_paper_states_a_figure_of_its_model_or_none(path):
         ("tesseraq-w2g128", "Llama-2-13b-hf", 5.92),
         ("tesseraq-w2g64", "Llama-2-70b-hf", 4.60),
         ("tesseraq-w2g128-llama-3.2", "Llama-3.2-1B", 18.61),
+        ("awq-w3g128-llama-3.2", "Llama-3.2-3B", 10.21),
         ("lqer-w4a8", "llama-7b", 5.895),
     ],
 )

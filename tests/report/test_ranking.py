@@ -165,9 +165,9 @@ class TestRecommend:
         assert (found.best["run"], list(found.above["run"])) == ("two", ["three"])
         run = {"tag": "t", "extends": [], "scheme": {}}
         record = SweepRecord("a.toml", "c.toml", "t", "x", dict.fromkeys(RUNS, run))
-        assert "A little above the budget: three: 3.000 bits" in "\n".join(
-            lines(found, ranking, record, Budget(bits=2.9))
-        )
+        told = "\n".join(lines(found, ranking, record, Budget(bits=2.9)))
+        assert "| three | 3.000 | 3 | 0.67 | 8 |" in told
+        assert "three is better, and a little above the budget." in told
         assert recommend(ranking, Budget(bits=2.5)).above.empty
 
     def test_divergence_decides_where_it_was_measured(self):
@@ -190,7 +190,11 @@ class TestRecommend:
         assert "preset:serve-3" in text
         assert "overrides  --quantize.weight=w3g64" in text
         assert "python experiments/sweep.py a --only three" in text
-        assert "wasteful: 3.500 bits, 3.5 GB, perplexity wiki 9; wiki x 1.12" in text
+        assert "| run | bits | GB | times | wiki |" in text
+        assert "| original | 16 |  |  | 5 |" in text
+        assert "| three | 3.000 | 3 | 1.00 | 8 |" in text
+        assert "| wasteful | 3.500 | 3.5 | 1.13 | 9 |" in text
+        assert "times: perplexity on wiki, as a multiple of that of three." in text
         assert "Not measured: slow; this adds them: python experiments/sweep.py a" in text
 
     @pytest.mark.parametrize(
