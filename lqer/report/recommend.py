@@ -136,7 +136,7 @@ def lines(found: Recommendation, ranking: Ranking, record: SweepRecord, budget: 
     yield ""
     decided = " and ".join(f"{measure.quantity} on {measure.text}" for measure in found.measures)
     mean = " (geometric mean)" if len(found.measures) > 1 else ""
-    yield f"{TIMES}: {decided}, as a multiple of that of {best['run']}{mean}."
+    yield f"{TIMES}: {decided}, as a multiple of that of {best['run']}{mean}. A text alone: its perplexity."
     if above:
         yield f"{above[0]['run']} is better, and a little above the budget."
     if len(found.others) > MOST_SHOWN:
