@@ -17,19 +17,20 @@ higher one counts, because a cluster of eigenvalues is found in jumps. The itera
 both relative to the captured energy and relative to the loss: where the optimum itself removes a twentieth of an error,
 its last percent is a two-thousandth of the loss.
 
-On a GPU the products run there and the eigenvalues of the small projected matrix are computed on the CPU, which is
-faster up to some 170 rows, where most solutions end, while the GPU grows the space by another block. Eigenvectors are
-computed at the end; on a GPU, which would wait, together with the eigenvalues of a space that is likely to be the last.
+On a GPU launches and eigenproblems of the small projected matrix take longer than the products. So only every second
+space is looked at: its extrapolated limit rests on as many blocks as two limits of neighbouring spaces do, and is
+trusted alone. The values of a small projected matrix are computed on the CPU, which is faster; from EIGENVECTORS_ON_GPU
+rows on, the GPU finds the vectors too in about that time, and the last space has no second eigenproblem.
 
 Shapes: I in_features, O out_features, R rank, L block width, D dimension of the space so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ SLOWEST_CONVERGENCE = 0.9
 # one, and at least by the second number: they complete a block that has fewer independent vectors than rows. Well above
 # the square root of float64's precision, which a Gram matrix can resolve.
 FILLING, LEAST_FILLING = 1e-4, 1e-30
+# On a GPU: blocks from one space that is looked at to the next, and the rows of a projected matrix (module docstring).
+BLOCKS_AT_ONCE, EIGENVECTORS_ON_GPU = 2, 160
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,12 @@ def solve_krylov(error_OI: Tensor, metric: Metric, rank: int, seed: int) -> Kryl
     out_features = error_OI.shape[0]
     if largest_space(rank) > out_features:
         raise ValueError(f"rank {rank} needs {largest_space(rank)} rows, the error has {out_features}")
+    at_once = BLOCKS_AT_ONCE if error_OI.is_cuda else 1
     with full_float32(), _one_thread() if error_OI.is_cuda else nullcontext():
-        narrow = _iterate(error_OI, metric, rank, block_width(rank), seed)
+        narrow = _iterate(error_OI, metric, rank, block_width(rank), seed, at_once)
         if narrow is not None:
             return narrow
-        wide = _iterate(error_OI, metric, rank, rank + OVERSAMPLING, seed)
+        wide = _iterate(error_OI, metric, rank, rank + OVERSAMPLING, seed, at_once)
     assert wide is not None, "a block wider than the rank holds all copies that matter"
     return wide
 
@@ -103,8 +107,12 @@ def _one_thread() -> Iterator[None]:
 
 @dataclass
 class _Convergence:
-    """The energies captured by one space after another, and the limits extrapolated from each three of them."""
+    """The energies captured by one space after another, and the limits extrapolated from each three of them.
 
+    trusted: of how many of the last limits the highest counts.
+    """
+
+    trusted: int
     captured: list[float] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)
 
@@ -115,75 +123,76 @@ class _Convergence:
 
     @property
     def missed(self) -> float:
-        return max(self.limits[-2:]) - self.captured[-1]
+        return max(self.limits[-self.trusted :]) - self.captured[-1]
 
     @property
     def gap(self) -> float:
         return self.missed / (self.captured[-1] + self.missed) if self.captured[-1] > 0 else 0.0
 
     def is_enough(self, energy: float, loss_tolerance: float) -> bool:
-        return len(self.limits) >= 2 and _is_small(self.missed, self.captured[-1], energy, loss_tolerance)
-
-    def is_near(self, energy: float, loss_tolerance: float) -> bool:
-        """Whether the next space is likely to be enough: if it gains by the last ratio, and the limit stays."""
-        if not self.limits:
+        """Whether both the captured energy and the loss are close to their limits."""
+        if len(self.limits) < self.trusted:
             return False
-        before, last, now = self.captured[-3:]
-        gain = (now - last) ** 2 / max(last - before, now - last) if now > last else 0.0
-        return _is_small(self.limits[-1] - now - gain, now + gain, energy, loss_tolerance)
+        loss = max(energy - self.captured[-1], 0.0)
+        return self.missed <= GAP_TOLERANCE * self.captured[-1] and self.missed <= loss_tolerance * loss
 
 
-def _is_small(missed: float, captured: float, energy: float, loss_tolerance: float) -> bool:
-    return missed <= GAP_TOLERANCE * captured and missed <= loss_tolerance * max(energy - captured, 0.0)
+def _iterate(
+    error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int, at_once: int
+) -> KrylovSolution | None:
+    """None where a block of that width may have missed copies of a repeated eigenvalue.
 
-
-def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int) -> KrylovSolution | None:
-    """None where a block of that width may have missed copies of a repeated eigenvalue."""
+    at_once: blocks from one space that is looked at to the next.
+    """
     out_features, in_features = error_OI.shape
     tolerance = LOSS_TOLERANCE if metric.hessian_II is None else FULL_METRIC_LOSS_TOLERANCE
     largest = min(MOST_BLOCKS, out_features // width) * width
+    convergence = _Convergence(trusted=1 if at_once > 1 else 2)
     basis_DO = error_OI.new_empty(largest, out_features, dtype=torch.float64)
     images_DI = error_OI.new_empty(largest, in_features)
-    blocks = _grow(error_OI, metric, width, seed, basis_DO, images_DI)
-    projected_DD = torch.empty(0, 0, dtype=torch.float64)
-    energy, convergence = 0.0, _Convergence()
-    vectors_DD: Tensor | None = None
-    # The GPU works on the next block while this one's values are computed; a CPU would do its work in vain.
-    for rows_LD in _one_ahead(blocks) if error_OI.is_cuda else blocks:
-        projected_DD = _bordered(projected_DD, rows_LD())
-        size = len(projected_DD)
-        if size == width:
-            # A random orthonormal block is an unbiased sample of M's trace.
-            energy = float(projected_DD.trace()) * out_features / width
-        if size >= rank:
-            if error_OI.is_cuda and convergence.is_near(energy, tolerance):
-                ritz_D, vectors_DD = torch.linalg.eigh(projected_DD)
-            else:
-                ritz_D, vectors_DD = torch.linalg.eigvalsh(projected_DD), None
-            convergence.add(float(ritz_D[-rank:].sum()))
-            if convergence.is_enough(energy, tolerance):
-                break
+    projected_DD, new_rows = torch.empty(0, 0, dtype=torch.float64), []
+    for rows_LD in _grow(error_OI, metric, width, seed, basis_DO, images_DI):
+        new_rows.append(rows_LD)
+        size = rows_LD.shape[1]
+        if size < rank or (len(new_rows) < at_once and size < largest):
+            continue
+        projected_DD = reduce(_bordered, [rows.cpu() for rows in new_rows], projected_DD)
+        new_rows.clear()
+        ritz_D, vectors_DD = _ritz(projected_DD, error_OI.device)
+        convergence.add(float(ritz_D[-rank:].sum()))
+        # A random orthonormal block is an unbiased sample of M's trace.
+        energy = float(projected_DD[:width, :width].trace()) * out_features / width
+        if convergence.is_enough(energy, tolerance):
+            break
     if vectors_DD is None:
-        ritz_D, vectors_DD = torch.linalg.eigh(projected_DD)
+        ritz_D, vectors_DD = torch.linalg.eigh(projected_DD.to(error_OI.device))
     ritz_R, vectors_DR = ritz_D.flip(0)[:rank].clamp(min=0), vectors_DD.flip(1)[:, :rank]
     if _may_lack_copies(ritz_R, width):
         return None
     return KrylovSolution(*_factors(ritz_R, vectors_DR, basis_DO[:size], images_DI[:size]), convergence.gap)
 
 
+def _ritz(projected_DD: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Ritz values, ascending, and their vectors where these take no longer than the values on a CPU."""
+    if device.type == "cuda" and len(projected_DD) >= EIGENVECTORS_ON_GPU:
+        ritz_D, vectors_DD = torch.linalg.eigh(projected_DD.to(device))
+        return ritz_D, vectors_DD
+    return torch.linalg.eigvalsh(projected_DD), None
+
+
 def _grow(
     error_OI: Tensor, metric: Metric, width: int, seed: int, basis_DO: Tensor, images_DI: Tensor
-) -> Iterator[Callable[[], Tensor]]:
+) -> Iterator[Tensor]:
     """Fill an orthonormal basis of the space and its images Eᵀ v block by block; yields the projected matrix's rows."""
     out_features = error_OI.shape[0]
     start_LO = _start(width, out_features, seed, error_OI.device)
-    filling_LO, target_LO = start_LO / out_features**0.5, start_LO
+    filling_LO, target_LO = start_LO.to(torch.float64) / out_features**0.5, start_LO
     for size in range(width, len(basis_DO) + 1, width):
         here = slice(size - width, size)
         basis_DO[here] = _orthonormal(target_LO, filling_LO.roll(size, dims=1), basis_DO[: size - width])
-        images_DI[here] = basis_DO[here].to(torch.float32) @ error_OI
+        torch.mm(basis_DO[here].to(torch.float32), error_OI, out=images_DI[here])
         weighted_LI = metric.times(images_DI[here].T).T
-        yield _sent_to_cpu(weighted_LI @ images_DI[:size].T)
+        yield weighted_LI @ images_DI[:size].T
         target_LO = weighted_LI @ error_OI.T
 
 
@@ -191,30 +200,6 @@ def _grow(
 def _start(width: int, out_features: int, seed: int, device: torch.device) -> Tensor:
     """Random vectors (L, O), the same on every device; drawn once for linears of equal shape."""
     return torch.randn(width, out_features, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def _one_ahead(blocks: Iterator[Callable[[], Tensor]]) -> Iterator[Callable[[], Tensor]]:
-    """The same, each after the next one has been started."""
-    last = next(blocks)
-    for block in blocks:
-        yield last
-        last = block
-    yield last
-
-
-def _sent_to_cpu(x: Tensor) -> Callable[[], Tensor]:
-    """A function that waits for `x` alone, not for what the GPU has been given to do since, and returns it."""
-    if not x.is_cuda:
-        return lambda: x
-    on_cpu = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def wait() -> Tensor:
-        arrived.synchronize()
-        return on_cpu
-
-    return wait
 
 
 def _factors(ritz_R: Tensor, vectors_DR: Tensor, basis_DO: Tensor, images_DI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +240,7 @@ def _orthonormal(block_LO: Tensor, filling_LO: Tensor, basis_DO: Tensor) -> Tens
     rows is slow on a GPU. The success of Cholesky is not checked, because that would synchronize with the GPU.
     """
     rows = torch.cat([block_LO, filling_LO]).to(torch.float64)
-    new_LO, filling_LO = torch.addmm(rows, rows @ basis_DO.T, basis_DO, alpha=-1).split(len(block_LO))
+    new_LO, filling_LO = rows.addmm_(rows @ basis_DO.T, basis_DO, alpha=-1).split(len(block_LO))
     largest = new_LO.norm(dim=1).max()
     filled_LO = torch.addcmul(new_LO, FILLING * largest + LEAST_FILLING, filling_LO)
     lower_LL, _ = torch.linalg.cholesky_ex(filled_LO @ filled_LO.T)
