@@ -52,11 +52,14 @@ class BackwardRun:
             calls: list[tuple[str, Tensor, Tensor]] = []
             with torch.enable_grad(), _recorded(self.run.block, visits, calls):
                 output_BTD = self.run.differentiable_output(batch, inputs_BTD)
-            # A copy: gradients of the last sum are this very tensor, and its memory is overwritten below.
-            gradient_BTD = self.gradients_WTD[windows].to(output_BTD, copy=True)
+            # A copy: gradients of the last sum are this very tensor, and its memory is overwritten below. In two steps:
+            # in one, the CPU would round the values.
+            kept_BTD = self.gradients_WTD[windows].to(output_BTD.device, copy=True, non_blocking=True)
+            gradient_BTD = kept_BTD.to(output_BTD.dtype)
             wanted = [inputs_BTD, *(output for _, _, output in calls)]
             found = torch.autograd.grad(output_BTD, wanted, gradient_BTD, allow_unused=True)
-            self.gradients_WTD[windows] = found[0].to(torch.float32).cpu()
+            # Ordered on the device's stream, on which they are read too.
+            self.gradients_WTD[windows].copy_(found[0].to(torch.float32), non_blocking=True)
             for (name, x, _), gradient in zip(calls, found[1:], strict=True):
                 if gradient is not None:
                     visits[name](x.flatten(0, -2), gradient.flatten(0, -2))
@@ -77,9 +80,11 @@ def walk_backward(opened: OpenedModel, windows_WT: Tensor, batch_size: int, seed
         _run(opened, index, block, states).forward(to=states[-1])
         if any(states[-1].left.values()):
             raise ModelError("model: gradients do not flow through what its decoder blocks leave for later ones")
-    gradients_WTD = opened.offload.zeros(states[0].states_WTD.shape, torch.float32, torch.device("cpu"))
+    pinned = states[0].states_WTD.is_pinned()
+    gradients_WTD = opened.offload.empty(states[0].states_WTD.shape, torch.float32, pinned)
     for batch in range(len(batches)):
-        gradients_WTD[states[0].batches[batch]] = _loss_gradient(opened, batches, states[-1], batch, seed).cpu()
+        gradient_BTD = _loss_gradient(opened, batches, states[-1], batch, seed)
+        gradients_WTD[states[0].batches[batch]].copy_(gradient_BTD, non_blocking=True)
     for index, block in opened.loader.load_each(opened.blocks, indices[::-1], opened.device):
         yield BackwardRun(_run(opened, index, block, states), gradients_WTD)
 
