@@ -137,9 +137,7 @@ class _Convergence:
         return self.missed <= GAP_TOLERANCE * self.captured[-1] and self.missed <= loss_tolerance * loss
 
 
-def _iterate(
-    error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int, at_once: int
-) -> KrylovSolution | None:
+def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int, at_once: int) -> KrylovSolution | None:
     """None where a block of that width may have missed copies of a repeated eigenvalue.
 
     at_once: blocks from one space that is looked at to the next.
