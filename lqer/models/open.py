@@ -28,7 +28,8 @@ def load_whole(
     """The model in memory, on `device` or over all GPUs. Raises ModelError if it cannot be loaded or does not fit."""
     if spans_gpus(device, device_map):
         return dispatch_all(open_model(source, dtype, torch.device("cpu")))
-    if is_coded(load_model_config(source)):
+    # For a GPU blocks are read ahead into page-locked memory, by several threads.
+    if device.type == "cuda" or is_coded(load_model_config(source)):
         return open_model(source, dtype, device).whole()
     return load_model(source, dtype, device)
 
