@@ -35,11 +35,17 @@ LOW_RANK_ROWS, LOW_RANK_COLUMNS, LOW_RANK_WARPS = 128, 64, 8
 
 
 def run_dequantized(x_MI: Tensor, packed: PackedLinear) -> Tensor:
-    """y [M, O]: the low-rank branch on a second stream while the weight is dequantized, then W x added by a library."""
+    """y [M, O]: the low-rank branch on a second stream while the weight is dequantized, then W x added by a library.
+
+    Where a library can compute the branch as well, it does: of many tokens its products are faster.
+    """
     x_MI = dense_rows(x_MI)
     if packed.a_codes is None:
         x_MI = round_activations(x_MI, packed.spec, ordered=False)
         return torch.nn.functional.linear(x_MI, dequantize_weight(packed.weight, x_MI.dtype), packed.bias_O)
+    if has_plain_branch(packed):
+        y_MO = plain_branch(x_MI, packed)
+        return y_MO.addmm_(x_MI, dequantize_weight(packed.weight, x_MI.dtype).T)
     rounded_MI, projection_MR, y_MO = low_rank_buffers(x_MI, packed)
     with _on_side_stream(x_MI) as join:
         project(x_MI, packed, rounded_MI, projection_MR)
@@ -47,6 +53,26 @@ def run_dequantized(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     w_OI = dequantize_weight(packed.weight, x_MI.dtype)
     join()
     return y_MO.addmm_(rounded_MI, w_OI.T)
+
+
+def has_plain_branch(packed: PackedLinear) -> bool:
+    """Whether x A B is two products of matrices: nothing is rounded, and the factors are values."""
+    return not packed.spec.rounding.bits and packed.a_exponents is None and packed.b_exponents is None
+
+
+def plain_branch(x_MI: Tensor, packed: PackedLinear) -> Tensor:
+    """x A B + b [M, O] by a library, for a packed linear that `has_plain_branch`."""
+    a_RI, b_RO, bias_O, spec = packed.a_codes, packed.b_codes, packed.bias_O, packed.spec
+    assert a_RI is not None
+    assert b_RO is not None
+    projection_MR = x_MI @ a_RI[:, : x_MI.shape[1]].T
+    y_MO = x_MI.new_empty(len(x_MI), spec.layout.rows)
+    # Of linears side by side, each to where the next one starts: in between B is zero.
+    starts = [segment.start for segment in spec.segments] or [0]
+    for index, (start, stop) in enumerate(zip(starts, [*starts[1:], spec.layout.rows], strict=True)):
+        own_MR = projection_MR[:, index * spec.own_rank : (index + 1) * spec.own_rank]
+        torch.mm(own_MR, b_RO[:, start:stop], out=y_MO[:, start:stop])
+    return y_MO if bias_O is None else y_MO.add_(bias_O)
 
 
 @contextmanager
