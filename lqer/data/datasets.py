@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ ROW_RANGE = re.compile(r"(\d+|(100|\d\d?)%)?:(\d+|(100|\d\d?)%)?")
 # The first ids of a running text come from a prefix of it; ids this close to the end of the prefix may still change.
 CUT_MARGIN = 64
 FIRST_PREFIX_ROWS = 256
+# More rows than those so far foretell, in case the next ones are shorter; and at most so many times as many at once, in
+# case they are longer.
+ROOM, MOST_GROWTH = 1.05, 16
 
 
 class DatasetSpec(BaseModel):
@@ -193,12 +197,19 @@ def tokens_sha256(windows: Tensor) -> str:
 
 
 def _running_ids(tokenizer: PreTrainedTokenizerBase, text: TextRows, needed: int) -> list[int]:
-    """Tokenize a prefix of the joined rows in one call, doubled until it holds `needed` ids clear of its end."""
+    """Tokenize a prefix of the joined rows in one call, until it holds `needed` ids clear of its end.
+
+    How many rows that takes follows from those so far: a text is tokenized little more than once.
+    """
     rows = iter(text.rows)
     prefix = list(itertools.islice(rows, FIRST_PREFIX_ROWS))
     while True:
         ids = tokenizer(text.joiner.join(prefix), verbose=False)["input_ids"]
-        more = list(itertools.islice(rows, len(prefix))) if len(ids) < needed + CUT_MARGIN else []
+        missing = needed + CUT_MARGIN - len(ids)
+        if missing <= 0:
+            return ids
+        foretold = math.ceil(ROOM * len(prefix) * missing / max(len(ids), 1))
+        more = list(itertools.islice(rows, min(foretold, MOST_GROWTH * len(prefix))))
         if not more:
             return ids
         prefix += more

@@ -259,6 +259,22 @@ class TestWindows:
         windows = windows_of(tokenizer, DatasetSpec(path=str(tmp_path / "a.txt")), 3, FIRST_PREFIX_ROWS)
         assert windows.flatten().tolist() == tokenizer(" ".join(words))["input_ids"][:-1]
 
+    @pytest.mark.parametrize("words_per_row", [[4], [1, 9], [9, 1]])
+    def test_a_running_text_is_tokenized_little_more_than_once(self, tmp_path, tokenizer, monkeypatch, words_per_row):
+        """Rows of other lengths may follow those that the rest is foretold from."""
+        lengths = [length for length in words_per_row for _ in range(8 * FIRST_PREFIX_ROWS)]
+        (tmp_path / "a.txt").write_text("\n".join(" ".join(["w1"] * length) for length in lengths))
+        needed, seen = sum(lengths) * 3 // 4, []
+        encode = type(tokenizer).__call__
+
+        def counted(self, text, **options):
+            seen.append(len(text.split()))
+            return encode(self, text, **options)
+
+        monkeypatch.setattr(type(tokenizer), "__call__", counted)
+        assert windows_of(tokenizer, DatasetSpec(path=str(tmp_path / "a.txt")), 1, needed).shape == (1, needed)
+        assert sum(seen) < 2.5 * needed
+
     def test_rows_beyond_the_last_window_are_not_read(self, tmp_path, tokenizer):
         path = write_jsonl(tmp_path / "a.jsonl", ["w0 w1", "w2 w3"])
         with path.open("a") as file:
