@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 
 from lqer.cli import main
+from lqer.run.outcome import leave
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], usage=__doc__))
+    leave(main(sys.argv[1:], usage=__doc__))

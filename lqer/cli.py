@@ -11,23 +11,31 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from lqer.errors import ConfigError
 from lqer.run.chunks import Chunk, parse_chunk
 from lqer.run.console import log_on_console, quieten_libraries
+from lqer.run.imports import heavy_imports
 from lqer.run.outcome import (
     EXIT_FAILURE,
     EXIT_OK,
     EXIT_USER_ERROR,
     interrupted_at_once,
+    leave,
     report_failure,
     tolerate_any_terminal,
 )
 from lqer.run.usage import HELP, OVERVIEW
 
 
+def script() -> NoReturn:
+    """The console script `lqer`."""
+    leave(console())
+
+
 def console() -> int:
-    """The console script `lqer`. Returns the exit status."""
+    """The same, within a process that goes on. Returns the exit status."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if _asks_for_help([command]):
         print(OVERVIEW.strip())
@@ -114,7 +122,7 @@ def _run(arguments: Sequence[str]) -> None:
     plugins, arguments = take_option("--plugin", arguments)
     validate_only, path, tag, overrides = split_arguments(arguments)
     quieten_libraries()
-    with interrupted_at_once():
+    with interrupted_at_once(), heavy_imports():
         from lqer.config import read_config
         from lqer.config.plugins import load_plugins
 
@@ -170,7 +178,7 @@ def _run_sweep(arguments: Sequence[str]) -> int:
         raise ConfigError(f"expected a sweep file, a config file and a tag; found {' '.join(words) or 'nothing'}")
     path, config, tag = words
     quieten_libraries()
-    with interrupted_at_once():
+    with interrupted_at_once(), heavy_imports():
         from lqer.config.plugins import load_plugins
         from lqer.config.sweep import plan_sweep
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lqer.phases import Recorder, in_phase, phase, recorded
+from lqer.run.imports import heavy_imports
+from lqer.run.outcome import leave
 
 # By phase, functions as module and name. Where other modules have imported one by its name, it is replaced there too.
 FUNCTIONS = {
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> int:
     started = time.perf_counter()
     recorder = Recorder(_synchronize)
     with recorded(recorder):
-        with phase("imports"):
+        with phase("imports"), heavy_imports():
             import_module("lqer.run.pipeline")
             from lqer.cli import main as run_pipeline
         _wrap_mathematics()
@@ -64,4 +66,4 @@ def _replace_everywhere(original: Any, replacement: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

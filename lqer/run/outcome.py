@@ -1,4 +1,4 @@
-"""How a run that fails is reported: one line on stderr, and an exit status.
+"""How a run ends: one that fails is reported by one line on stderr, and an exit status.
 
 2     the input is at fault: configuration, model, text, store; the line states the rule and the value
 1     the machine refused (disk full, no permission), or the program is at fault: the traceback is in a file that
@@ -8,14 +8,16 @@ the line names
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from lqer.errors import LqerError, RunFailedError
 
@@ -91,3 +93,16 @@ def tolerate_any_terminal() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def leave(status: int) -> NoReturn:
+    """End the process without taking its objects apart, which takes seconds where torch and transformers are loaded.
+
+    What libraries have registered for the end is done: logs are closed, trackers told, worker processes ended.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        # Nobody may be reading any more.
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)

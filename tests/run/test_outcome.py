@@ -135,3 +135,10 @@ def test_a_reader_that_stops_reading_is_no_error():
     script = "from lqer.run.outcome import report_failure; import sys; sys.exit(report_failure(BrokenPipeError()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_a_process_that_leaves_has_its_status_and_does_what_libraries_asked_for():
+    code = "import atexit; from lqer.run.outcome import leave; atexit.register(print, 'told'); print('done'); leave(3)"
+    # Into a pipe, output is kept back until it is flushed.
+    left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (left.returncode, left.stdout, left.stderr) == (3, "done\ntold\n", "")
