@@ -152,8 +152,9 @@ class MXInt(NumberFormat):
 
     def _kernel_agrees(self, block: int, in_rows: bool, dtype: torch.dtype, device: torch.device) -> bool:
         def values() -> Tensor:
-            # Normal values, subnormal ones of float16, and zeros.
-            x = torch.randn(48, 2 * block, generator=torch.Generator().manual_seed(0))
+            # Normal values, subnormal ones of float16, and zeros. An axis shorter than a block is one block.
+            length = 2 * block if block == self.block_size else block
+            x = torch.randn(48, length, generator=torch.Generator().manual_seed(0))
             x[16:32] *= 1e-6
             x[32:] = 0
             return (x if in_rows else x.T.contiguous()).to(device, dtype)

@@ -52,9 +52,10 @@ def test_ragged_blocks_are_left_to_pytorch():
 
 
 @pytest.mark.parametrize("in_rows", [True, False])
-def test_it_is_used_where_it_agrees_with_pytorch_and_not_where_it_is_broken(monkeypatch, in_rows):
+@pytest.mark.parametrize("block", [4, 16], ids=["an axis shorter than a block", "whole blocks"])
+def test_it_is_used_where_it_agrees_with_pytorch_and_not_where_it_is_broken(monkeypatch, in_rows, block):
     monkeypatch.setattr(agreement, "_agreed", {})
-    assert MXInt(8)._kernel_agrees(16, in_rows, torch.float16, torch.device(DEVICE))
+    assert MXInt(8)._kernel_agrees(block, in_rows, torch.float16, torch.device(DEVICE))
     agreement._agreed.clear()
     monkeypatch.setattr(mxint_kernel, "round_values", lambda x, *_: x)
-    assert not MXInt(8)._kernel_agrees(16, in_rows, torch.float16, torch.device(DEVICE))
+    assert not MXInt(8)._kernel_agrees(block, in_rows, torch.float16, torch.device(DEVICE))
