@@ -5,6 +5,8 @@ Of a stack of experts one expert at a time is read, so that what is held does no
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lqer.models.coded import Encoded, Scheme
@@ -23,6 +25,14 @@ from lqer.nn.stacked import Piece
 
 # That fill page-locked memory.
 READING_THREADS = 4
+# A safetensors file begins with the length of its header, JSON, behind which the tensors lie.
+LENGTH_BYTES = 8
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 # A block of at most so many bytes is read whole, while another is used; of larger ones so much is read at once. A dense
 # model of 70 billion parameters has blocks of 1.7 GB, DeepSeek-V3 of 11.6 GB in FP8.
 READ_WHOLE_BYTES = 1 << 32
@@ -197,6 +207,7 @@ def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = Fal
 
 
 def _read_some(file: Path, places: Collection[Place], pinned: bool) -> dict[Place, Tensor]:
+    # Opened by the library in any case, which refuses a file that is not whole.
     with safe_open(file, framework="pt", **READ_OPTIONS) as opened:
 
         def read(place: Place) -> Tensor:
@@ -204,10 +215,36 @@ def _read_some(file: Path, places: Collection[Place], pinned: bool) -> dict[Plac
                 tensor = opened.get_tensor(place.name)
             else:
                 tensor = opened.get_slice(place.name)[place.expert : place.expert + 1]
-            return tensor.pin_memory() if pinned else tensor if READ_OPTIONS else tensor.clone()
+            return tensor if READ_OPTIONS else tensor.clone()
 
-        if not pinned:
-            return {place: read(place) for place in places}
-        # Locking pages and filling them takes one thread longer than a GPU needs for a block.
-        with ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read") as threads:
-            return dict(zip(places, threads.map(read, places), strict=True))
+        return read_in_place(file, places, pinned=True) if pinned else {place: read(place) for place in places}
+
+
+def read_in_place(file: Path, places: Collection[Place], pinned: bool) -> dict[Place, Tensor]:
+    """Tensors of a whole safetensors file, each read straight into its memory, by several threads.
+
+    Page-locked memory is used again and again: a tensor on the way would be made of fresh pages, which take several
+    times as long as the bytes.
+    """
+    with file.open("rb", buffering=0) as opened, ThreadPoolExecutor(READING_THREADS, "read") as threads:
+        header_bytes = int.from_bytes(opened.read(LENGTH_BYTES), "little")
+        header = json.loads(opened.read(header_bytes))
+
+        def read(place: Place) -> Tensor:
+            entry = header[place.name]
+            if (dtype := TORCH_DTYPES.get(entry["dtype"])) is None:
+                raise SafetensorError(f"{place.name} has the dtype {entry['dtype']}, which is not known")
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            if place.expert is not None:
+                size = (end - begin) // shape[0]
+                shape, begin = [1, *shape[1:]], begin + place.expert * size
+            tensor = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            into = tensor.reshape(-1).view(torch.uint8).numpy().data
+            at = LENGTH_BYTES + header_bytes + begin
+            while len(into):
+                if not (done := os.preadv(opened.fileno(), [into], at)):
+                    raise SafetensorError(f"{place.name} ends early")
+                into, at = into[done:], at + done
+            return tensor
+
+        return dict(zip(places, threads.map(read, places), strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 from lqer.models import reading
 from lqer.models.coded import Encoded, Mxfp4
 from lqer.models.loaders import OpenedModel
-from lqer.models.reading import Place, StoredTensor, StoredTensors, read_tensors
+from lqer.models.reading import TORCH_DTYPES, Place, StoredTensor, StoredTensors, read_in_place, read_tensors
 from lqer.models.source import resolve_model
 from lqer.models.streaming import open_model
 from lqer.nn.stacked import Piece
@@ -129,3 +129,26 @@ def test_codes_of_an_expert_are_read_without_those_of_the_others(tmp_path):
 
 def opened_from(folder: Path, dtype: torch.dtype | str) -> OpenedModel:
     return open_model(resolve_model(str(folder)), dtype, CPU)
+
+
+def test_tensors_read_in_place_are_those_that_the_library_reads(tmp_path):
+    """Of every dtype and shape, also none and of no values."""
+    codes = torch.arange(240, dtype=torch.uint8)
+    tensors = {str(dtype): codes.remainder(2).bool() if dtype is torch.bool else codes.clone().view(dtype)
+               for dtype in TORCH_DTYPES.values()}  # fmt: skip
+    tensors |= {"scalar": torch.tensor(3.5), "nothing": torch.empty(0, 7), "matrix": torch.randn(6, 5)}
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    found = read_in_place(file, [Place(file, name) for name in tensors], pinned=False)
+    expected = load_file(file)
+    for place, read in found.items():
+        assert (read.dtype, read.shape) == (expected[place.name].dtype, expected[place.name].shape)
+        as_bytes = [tensor.reshape(-1).view(torch.uint8) for tensor in (read, expected[place.name])]
+        assert torch.equal(*as_bytes)
+
+
+def test_an_expert_of_a_stack_is_read_in_place_alone(tmp_path):
+    stack_EOI, file = torch.randn(5, 4, 3), tmp_path / "model.safetensors"
+    save_file({"before": torch.ones(7), "stack": stack_EOI}, file)
+    (found_1OI,) = read_in_place(file, [Place(file, "stack", expert=3)], pinned=False).values()
+    assert torch.equal(found_1OI, stack_EOI[3:4])
