@@ -21,8 +21,10 @@ UMASK = os.umask(0)
 os.umask(UMASK)
 # Of its name, what a file's name may hold.
 HOST = re.sub(r"[^\w.-]", "", socket.gethostname())[:40]
-# A few threads are worth their start for a chunk of this size.
-CHUNK_BYTES = 1 << 24
+# A few threads are worth their start for a file of this size.
+LARGE_BYTES = 1 << 24
+# It stays in a processor's cache, and has few pages that are made anew for each file.
+CHUNK_BYTES = 1 << 22
 # A pool of a hash's own: a process that is forked after the library's pool was used would wait for it for ever.
 HASHING_THREADS = 8
 
@@ -33,7 +35,7 @@ def hash_file(path: Path) -> str:
     It is read, not mapped: pages of a mapped file would count as this process's memory.
     """
     size = path.stat().st_size
-    digest = blake3(max_threads=HASHING_THREADS if size > CHUNK_BYTES else 1)
+    digest = blake3(max_threads=HASHING_THREADS if size > LARGE_BYTES else 1)
     buffer = memoryview(bytearray(min(CHUNK_BYTES, size + 1)))
     with path.open("rb", buffering=0) as file:
         while read := file.readinto(buffer):

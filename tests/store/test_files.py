@@ -35,6 +35,7 @@ def test_temporary_names_of_equal_processes_of_two_containers_differ(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 1000])
 def test_the_hash_of_a_file_does_not_depend_on_the_threads_that_make_it(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(files, "LARGE_BYTES", 100)
     monkeypatch.setattr(files, "CHUNK_BYTES", 100)
     content = bytes(index % 251 for index in range(size))
     (tmp_path / "a.bin").write_bytes(content)
@@ -42,7 +43,7 @@ def test_the_hash_of_a_file_does_not_depend_on_the_threads_that_make_it(tmp_path
 
 
 def test_a_forked_process_can_hash_what_takes_several_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "LARGE_BYTES", 1 << 20)
     (tmp_path / "a.bin").write_bytes(bytes(1 << 22))
     hash_file(tmp_path / "a.bin")
     forked = multiprocessing.get_context("fork").Process(target=hash_file, args=(tmp_path / "a.bin",))
