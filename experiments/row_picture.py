@@ -34,8 +34,8 @@ from lqer.store.files import content_hash
 # Rows of a model that is ruined would squeeze all others together.
 MOST_TIMES_ORIGINAL = 8.0
 MOST_HIDDEN_NAMES = 1
-# Left of the first name, as a share of the axis.
-NAME_ROOM = 0.16
+# Left of the first point a name stands.
+NAME_INCHES = 0.75
 # Of a row: what no picture shows.
 NOT_SHOWN = {"accuracy", "accuracy_error", "gb", "peak_gb", "tokens_per_second"}
 # Of rows that name no family, by the first word of the scheme.
@@ -53,11 +53,12 @@ def draw(path: Path, rows: Sequence[Row], texts: Sequence[str], names: bool = Fa
             raise DataError(f"no row has a perplexity on {text}")
         panels += [(model, text) for model in models]
     shown = [row for row in rows if not row.activations]
+    name_room = NAME_INCHES * len(panels) / PAGE_INCHES if names else None
     with plt.rc_context(STYLE):
         size = (PAGE_INCHES, 2.9)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
         for axis, (model, text) in zip(axes[0], panels, strict=True):
-            _panel(axis, [row for row in shown if row.model == model and text in row.perplexity], text, names)
+            _panel(axis, [row for row in shown if row.model == model and text in row.perplexity], text, name_room)
             axis.set_title(model if len(texts) == 1 else f"{model}, {text}")
             axis.set_xlabel("bits per weight, everything stored")
         axes[0][0].set_ylabel(f"perplexity, {texts[0]}" if len(texts) == 1 else "perplexity")
@@ -90,7 +91,8 @@ def _method(row: Row) -> str:
     return re.sub(r" of .*| [\d.]+(post\d+)?$", "", row.scheme.split(",")[0])
 
 
-def _panel(axis: Axes, rows: Sequence[Row], text: str, names: bool) -> None:
+def _panel(axis: Axes, rows: Sequence[Row], text: str, name_room: float | None) -> None:
+    """name_room: left of the points, as a share of the axis, if those on the front are named."""
     original = next((row.perplexity[text] for row in rows if row.by == ORIGINAL), None)
     shown = [row for row in rows if row.by != ORIGINAL]
     limit = math.inf if original is None else MOST_TIMES_ORIGINAL * original
@@ -115,10 +117,10 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str, names: bool) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.margins(x=0.12)
-    if names:
+    axis.margins(x=0.12, y=0.07)
+    if name_room is not None:
         low, high = axis.get_xlim()
-        axis.set_xlim(low - NAME_ROOM * (high - low), high)
+        axis.set_xlim(low - name_room * (high - low), high)
         ours = [shown[i] for i in front if shown[i].by == "ours"]
         name_schemes(axis, [(row.scheme, row.bits, row.perplexity[text]) for row in ours])
 
