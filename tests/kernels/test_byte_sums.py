@@ -5,28 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_layers import random_trellis
-from ptx import Machine
+from ptx import WORD, Machine
+from ptx_codes import LANE, loaded_words
 
 from lqer.formats import Trellis
 from lqer.kernels.byte_sums import tile_asm, token_asm, values_asm
 from lqer.kernels.trellis import pack_trellis
-from lqer.kernels.trellis_decode import load_asm
 
-WORD = (1 << 32) - 1
-LANE = torch.arange(32)
 # Of the emulated memory, in bytes.
 TOKENS, STEPS = 16384, 8192
-
-
-def loaded_words(packed, group: int) -> list[torch.Tensor]:
-    """The words of a warp's lanes, of the first tile of a row group, as the text of `load_asm` places them."""
-    flat = packed.words[group].flatten().cpu().to(torch.int64) & WORD
-    at_once = packed.layout.words_at_once
-    words = []
-    for line in load_asm(1, packed.layout).splitlines():
-        first = int(line.rpartition("+")[2].rstrip("];")) // 4 + LANE * at_once
-        words += [flat[first + n] for n in range(at_once)]
-    return words
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

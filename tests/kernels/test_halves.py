@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_layers import random_lattice, random_trellis
-from ptx import Machine
-from test_byte_sums import loaded_words
-from test_lattice_decode import BEGIN, filled
+from ptx import WORD, Machine
+from ptx_codes import BEGIN, LANE, filled, loaded_words
 
 from lqer.formats import Trellis
 from lqer.kernels.halves import BLOCK_HALVES, tile_asm
@@ -15,8 +14,6 @@ from lqer.kernels.lattice import pack_lattice, unpack_points
 from lqer.kernels.lattice_decode import COPIES
 from lqer.kernels.trellis import pack_trellis, unpack_values
 
-WORD = (1 << 32) - 1
-LANE = torch.arange(32)
 TOKENS = 16384  # of the emulated memory, in bytes
 
 

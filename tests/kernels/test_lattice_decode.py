@@ -7,27 +7,15 @@ import torch
 import triton
 import triton.language as tl
 from kernel_layers import DEVICE
-from ptx import Machine
+from ptx import WORD
+from ptx_codes import BEGIN, LANE, filled
 
 from lqer.formats import E8P, QuantizedTensor
 from lqer.formats.e8 import e8p_points
 from lqer.kernels.lattice import pack_lattice, rows_table
-from lqer.kernels.lattice_decode import COPIES, TABLE_BYTES, product_asm, share_asm, token_order
+from lqer.kernels.lattice_decode import COPIES, TABLE_BYTES, product_asm, token_order
 
 CPU = torch.device("cpu")
-WORD = (1 << 32) - 1
-BEGIN = 0x410  # of shared memory
-LANE = torch.arange(32)
-
-
-def filled(warps: int) -> Machine:
-    """A machine after its threads have filled the table."""
-    machine = Machine(symbols={"rows_of_a": BEGIN})
-    machine.memory[256 : 256 + 512] = rows_table().to(torch.int64) & WORD
-    threads = torch.arange(32 * warps)
-    registers = machine.run(share_asm(warps), {"%tid.x": threads, "$1": torch.tensor(1024)})
-    assert int(registers["$0"]) == BEGIN
-    return machine
 
 
 @pytest.mark.parametrize("warps", [1, 4, 16])
