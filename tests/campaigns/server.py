@@ -24,6 +24,8 @@ from typing import IO, Any
 
 import faults
 
+from lqer.run import outcome
+
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = ROOT / "experiments" / "pipeline.py"
 TIMEOUT = 300.0
@@ -126,6 +128,8 @@ def _job(script: Path, arguments: Sequence[str], timeout: float, **options: Any)
 def serve(warm_up: Sequence[str]) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # The end of a script is not that of the process that runs it.
+    outcome.leave = sys.exit
     if warm_up:
         _run_here(PIPELINE, ["--validate", *warm_up])
         with contextlib.suppress(ImportError):
