@@ -21,7 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     ("command", "said"),
     [
         (["benchmark_kernels.py"], "needs an NVIDIA GPU"),
-        (["benchmark_kernels.py", "--only", "a,z"], "'z' is not one of a, b, c, d, e, f, h, i, j, k, l, extra"),
+        (["benchmark_kernels.py", "--only", "a,z"], "'z' is not one of a, b, c, d, e, f, h, i, j, k, l, m, extra"),
         (["benchmark_decoder.py"], "needs an NVIDIA GPU"),
         (["benchmark_decoder.py", "int5"], "'int5' is not one of bf16, "),
     ],

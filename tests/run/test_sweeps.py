@@ -210,8 +210,8 @@ class TestRunner:
     def test_the_estimate_goes_by_runs_of_the_same_kind(self):
         runs = plan_sweep(ROOT / "sweeps/atlas.toml", TEMPLATE, "tag").runs
         by_name = {run.name: run for run in runs}
-        done = [(by_name["rtn-w4g128"], 10.0), (by_name["serve-4"], 50.0)]
-        told = time_left(done, [by_name["rtn-w3g128"], by_name["serve-3"], by_name["caldera-2-r32"]])
+        done = [(by_name["rtn-w4g128"], 10.0), (by_name["gptq-w4g128"], 50.0)]
+        told = time_left(done, [by_name["rtn-w3g128"], by_name["gptq-w3g128"], by_name["caldera-2-r32"]])
         rest = "from 2 finished runs; 3 to go, 1 of them of kinds that have not finished yet"
         assert told == f"about {shown_duration(10 + 50 + 30)} left, {rest}"
 
