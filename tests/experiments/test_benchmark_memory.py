@@ -48,11 +48,11 @@ time.sleep(0.2)
     assert 50 * MB < peak.by_stage["quantize"] < 120 * MB
 
 
-def test_a_model_of_eight_times_the_blocks_is_worked_on_in_the_same_memory(tmp_path):
+def test_a_model_of_fourteen_times_the_blocks_is_worked_on_in_the_same_memory(tmp_path):
     options = ["--vocabulary", "300", "--windows", "1", "--seq-len", "64", "--method", "none", "--rank", "0"]
     peaks, stored = {}, {}
     limit = "2GB"
-    for blocks in (3, 24):
+    for blocks in (3, 42):
         folder = tmp_path / str(blocks)
         folder.mkdir()
         stored[blocks] = write_model(folder / "model", Shape(512, 1408, blocks, 300), benchmark.byte_tokenizer())
@@ -66,6 +66,6 @@ def test_a_model_of_eight_times_the_blocks_is_worked_on_in_the_same_memory(tmp_p
         estimated = benchmark.estimated_peak(folder)
         # This process holds more than the run began with: pytest, and what other tests have left.
         assert estimated > 0.8 * peaks[blocks].resident
-        # The second one may hold less than half of what the model grows by.
-        limit = str(peaks[3].resident + 60 * MB)
-    assert stored[24] - stored[3] > 125 * MB
+        # The second one may hold less than half of what the model grows by. What allocators keep differs by 60 MB.
+        limit = str(peaks[3].resident + 110 * MB)
+    assert stored[42] - stored[3] > 230 * MB
