@@ -21,7 +21,6 @@ from lqer.run.outcome import (
     EXIT_FAILURE,
     EXIT_OK,
     EXIT_USER_ERROR,
-    interrupted_at_once,
     leave,
     report_failure,
     tolerate_any_terminal,
@@ -122,7 +121,7 @@ def _run(arguments: Sequence[str]) -> None:
     plugins, arguments = take_option("--plugin", arguments)
     validate_only, path, tag, overrides = split_arguments(arguments)
     quieten_libraries()
-    with interrupted_at_once(), heavy_imports():
+    with heavy_imports():
         from lqer.config import read_config
         from lqer.config.plugins import load_plugins
 
@@ -178,7 +177,7 @@ def _run_sweep(arguments: Sequence[str]) -> int:
         raise ConfigError(f"expected a sweep file, a config file and a tag; found {' '.join(words) or 'nothing'}")
     path, config, tag = words
     quieten_libraries()
-    with interrupted_at_once(), heavy_imports():
+    with heavy_imports():
         from lqer.config.plugins import load_plugins
         from lqer.config.sweep import plan_sweep
 
@@ -206,9 +205,10 @@ def _recommend(arguments: Sequence[str]) -> None:
     if tag is not None:
         raise ConfigError(f"recommend: expected one config file; found {path} {tag}")
     quieten_libraries()
-    from lqer.report.recommend import lines, parse_budget, recommend
-    from lqer.run import engine
-    from lqer.run.recommend import atlas_of
+    with heavy_imports():
+        from lqer.report.recommend import lines, parse_budget, recommend
+        from lqer.run import engine
+        from lqer.run.recommend import atlas_of
 
     budget = parse_budget(options["--bits"], options["--size"], options["--activations"])
     record, ranking = atlas_of(path, overrides, options["--atlas"], engine.sweep if runs else None)
@@ -235,7 +235,7 @@ def _export(arguments: Sequence[str]) -> None:
         raise ConfigError(f"export: expected CHECKPOINT TARGET OUT; found {' '.join(rest) or 'nothing'}")
     settings = dict(_setting(argument) for argument in rest if argument.startswith("-") and argument != "--no-check")
     quieten_libraries()
-    with interrupted_at_once():
+    with heavy_imports():
         from transformers.utils import logging as transformers_logging
 
         from lqer.export import export, make_target

@@ -9,14 +9,17 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lqer.run.outcome import interrupted_at_once
+
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Within, nothing is collected."""
+    """Within, nothing is collected, and Ctrl-C ends the program on the spot."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with interrupted_at_once():
+            yield
     finally:
         if was_enabled:
             gc.enable()
