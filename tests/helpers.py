@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lqer.config import read_config
+from lqer.errors import ConfigError
 from lqer.methods import LinearPlan
 from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks
@@ -117,3 +121,12 @@ def all_sites(calibration: Artifact | Workspace) -> dict[str, str]:
     """The input site of every linear of a model, from the files of its blocks."""
     names = sorted(path.name for path in calibration.path.glob("sites-*.json"))
     return {linear: site for name in names for linear, site in calibration.json(name).items()}
+
+
+def config_mistake(path: Path, *overrides: str) -> str:
+    """The one line that answers a mistake in a configuration, or in the settings that override it."""
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, None, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -12,7 +13,10 @@ import pytest
 import torch
 from helpers import byte_tokenizer, tiny_llama
 
+from lqer.config import read_config
 from lqer.report import figures, layer_figures
+from lqer.results import Results
+from lqer.run import pipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +40,10 @@ class Experiment:
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(ROOT / "experiments/pipeline.py"), str(self.config), *arguments]
+
+    def stages(self) -> list[str]:
+        """The stages of the artifacts in the store, one name for each artifact."""
+        return sorted(path.name.split("-")[0] for path in (self.output / "store").glob("[!.]*"))
 
     def task(self) -> tuple[Path, list[str]]:
         """Write the rows of a task. Returns their folder, and the overrides that ask for it."""
@@ -97,6 +105,14 @@ batch_size = 4
 @pytest.fixture
 def experiment(tmp_path: Path, tiny_model: Path) -> Experiment:
     return write_experiment(tmp_path, tiny_model)
+
+
+@pytest.fixture
+def run(experiment: Experiment) -> Callable[..., Results]:
+    def run_with(*overrides: str, tag: str | None = None) -> Results:
+        return pipeline.run(read_config(experiment.config, tag, overrides))
+
+    return run_with
 
 
 @pytest.fixture(scope="module")

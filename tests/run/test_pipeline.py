@@ -23,20 +23,6 @@ from lqer.errors import ConfigError, DataError, LqerError, ModelError, StoreErro
 from lqer.evaluation.perplexity import concat_perplexity, concat_windows
 from lqer.results import PerplexityRow, Results
 from lqer.run import experiment as experiment_module
-from lqer.run import pipeline
-from lqer.run.chunks import Chunk
-
-
-@pytest.fixture
-def run(experiment):
-    def run_with(*overrides: str, tag: str | None = None) -> Results:
-        return pipeline.run(read_config(experiment.config, tag, overrides))
-
-    return run_with
-
-
-def stages(experiment) -> list[str]:
-    return sorted(path.name.split("-")[0] for path in (experiment.output / "store").glob("[!.]*"))
 
 
 class TestWhatARunLeaves:
@@ -58,7 +44,7 @@ class TestWhatARunLeaves:
             "--quantize.method=qera-exact", "--quantize.low_rank={ rank = 0, budget_bits = 6.5, format = 'x8' }"
         )
         folder = experiment.output / "tiny"
-        assert {"calibrate", "spectra", "quantize"} <= set(stages(experiment))
+        assert {"calibrate", "spectra", "quantize"} <= set(experiment.stages())
         layers = pd.read_csv(folder / "layers.csv")
         assert layers["rank"].nunique() > 1
         assert (layers["rank"] % 16 == 0).all()
@@ -104,7 +90,7 @@ class TestWhatARunLeaves:
         ):
             with pytest.raises(DataError, match=re.escape(part)):
                 run(*arguments, change)
-            assert stages(experiment) == []
+            assert experiment.stages() == []
         results = run(*arguments)
         losses = results["finetune"]["validation_loss"]
         assert len(losses) == 3
@@ -175,33 +161,33 @@ class TestWhatIsNotDoneTwice:
 
     def test_another_rank_reuses_calibration_original_and_plain(self, experiment, run):
         run()
-        before = stages(experiment)
+        before = experiment.stages()
         run("--quantize.low_rank.rank=4", tag="other")
-        assert sorted([*before, "quantize", "perplexity"]) == stages(experiment)
+        assert sorted([*before, "quantize", "perplexity"]) == experiment.stages()
 
     def test_names_of_formats_do_not_matter_to_the_store(self, experiment, run):
         run()
-        before = stages(experiment)
+        before = experiment.stages()
         run("--formats.w={ kind = 'mxint', bits = 4 }", "--quantize.weight=w", tag="other")
-        assert stages(experiment) == before
+        assert experiment.stages() == before
 
     def test_methods_share_the_statistics_that_cost_nothing(self, experiment, run):
         run()
         run("--quantize.method=qera-approx", tag="approx")
-        assert stages(experiment).count("calibrate") == 1
+        assert experiment.stages().count("calibrate") == 1
         run("--quantize.method=qera-exact", tag="exact")
         run("--quantize.method=eora", tag="eora")
-        assert stages(experiment).count("calibrate") == 2
+        assert experiment.stages().count("calibrate") == 2
 
     def test_another_budget_reuses_the_spectra(self, experiment, run):
         for bits in (6.5, 7.0):
             run(f"--quantize.low_rank={{ rank = 0, budget_bits = {bits}, format = 'x8' }}", tag=f"b{bits:g}")
-        assert stages(experiment).count("spectra") == 1
+        assert experiment.stages().count("spectra") == 1
 
     def test_other_calibration_text_calibrates_again(self, experiment, run):
         run()
         run("--calibration.num_samples=4", tag="other")
-        assert stages(experiment).count("calibrate") == 2
+        assert experiment.stages().count("calibrate") == 2
 
     def test_two_output_folders_hold_the_same_checkpoint_bytes(self, experiment, run):
         run()
@@ -289,8 +275,8 @@ class TestOtherSettings:
 
     def test_the_quantized_stream_needs_no_calibration_of_its_own(self, experiment, run):
         results = run("--quantize.propagate_error=true")
-        assert stages(experiment).count("quantize") == 2
-        assert "calibrate" not in stages(experiment)
+        assert experiment.stages().count("quantize") == 2
+        assert "calibrate" not in experiment.stages()
         assert results["seconds"]["calibrate"] == 0
         assert results["calibration"]["tokens"] == 8 * 64
         again = run("--quantize.propagate_error=false", tag="original")
@@ -373,57 +359,3 @@ def test_the_saved_configuration_holds_no_null(experiment, run):
     saved = tomli.loads((experiment.output / "tiny" / "config.toml").read_text())
     assert "tracking" not in saved
     assert Config.model_validate_json(json.dumps(saved), strict=True).tag == "tiny"
-
-
-INTEGERS = [
-    "--formats.w3={ kind = 'int', bits = 3, block_size = 16 }", "--quantize.weight=w3", "--quantize.method=none",
-    "--quantize.low_rank.rank=0", "--quantize.activation=none",
-            "--quantize.attention=none",
-]  # fmt: skip
-QUICK_ROUNDING = "{ kind = 'adaptive', steps = 3, soft_fractions = [0.5, 0.1], learning_rate = 2e-2 }"
-
-
-class TestPartsOfABlock:
-    @pytest.mark.figures
-    def test_adaptive_rounding_on_awq_and_clipping_is_one_run(self, experiment, run):
-        results = run(*INTEGERS, "--quantize.transforms=['awq', 'clip']", f"--quantize.rounding={QUICK_ROUNDING}")
-        checkpoint = experiment.output / "tiny" / "checkpoint"
-        for index in range(4):
-            loss = json.loads((checkpoint / f"tuning-{index:05d}.json").read_text())["loss"]
-            assert loss["end"] < loss["start"]
-        assert not list(checkpoint.glob("state-*"))
-        assert 3 < results["bits"]["average"] < 5
-        report = (experiment.output / "tiny" / "report.md").read_text()
-        assert "| | original | awq + clip + adaptive | awq + clip + adaptive |" in report
-        assert report.count(" → ") == 5  # one in the heading
-        assert "Codes changed, mean over the linears of a block: " in report
-        assert (experiment.output / "tiny" / "figures/block_loss.png").stat().st_size > 0
-        assert "calibrate" not in stages(experiment)
-
-    def test_a_rotated_model_is_evaluated_from_its_checkpoint_and_the_original_from_its_own_folder(
-        self, experiment, run
-    ):
-        """At eight bits the rotated checkpoint is as good as the original: online rotations are in it and are run."""
-        eight = "--formats.w3={ kind = 'int', bits = 8, block_size = 16 }"
-        results = run(*INTEGERS, eight, "--quantize.transforms=['quarot']", "--evaluation.baselines=['original']")
-        assert "rotate" in stages(experiment)
-        (row,) = results["perplexity"]
-        assert row["quantized"] == pytest.approx(row["original"], rel=2e-3)
-        config = json.loads((experiment.output / "tiny/checkpoint/config.json").read_text())
-        assert len(config["online_rotations"]) == 8
-        assert config["tie_word_embeddings"] is False
-        whole = lqer.load_quantized(experiment.output / "tiny/checkpoint", "cpu")
-        assert len(whole.model.layers[0].mlp.down_proj._forward_pre_hooks) == 1
-
-    def test_a_rotated_model_runs_blockwise_and_in_the_quantized_stream_too(self, experiment, run):
-        common = [*INTEGERS, "--quantize.transforms=['quarot', 'awq']", "--evaluation.baselines=[]"]
-        whole = run(*common, f"--quantize.rounding={QUICK_ROUNDING}")
-        blockwise = run(
-            *common, f"--quantize.rounding={QUICK_ROUNDING}", "--evaluation.blockwise=true", tag="blockwise"
-        )
-        assert blockwise["perplexity"][0]["quantized"] == pytest.approx(whole["perplexity"][0]["quantized"], rel=1e-4)
-
-    def test_a_share_of_a_run_with_parts_of_a_block_is_refused(self, experiment):
-        config = read_config(experiment.config, None, [*INTEGERS, "--quantize.transforms=['awq']"])
-        with pytest.raises(ConfigError, match=r"--chunk 1/2: requires quantize\.propagate_error .*implied by awq"):
-            pipeline.run_chunk(config, Chunk(1, 2))
