@@ -1,14 +1,14 @@
 """Jobs: what a run or a sweep makes, and in which order it can be made.
 
 A job is named by what it makes, so that runs of a sweep that share an artifact share its job. It produces artifacts of
-the store; if the store has them all, the job need not be run. Nothing here knows where a job runs: `here.py` and
-`on_ray.py` do.
+the store; if the store has them all, the job need not be run. Some files of an artifact can be enough for a job to
+start while another one still makes the rest. Nothing here knows where a job runs: `here.py` and `on_ray.py` do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from lqer.stages.base import Stage
@@ -35,7 +35,9 @@ class Job:
     """produces: the stages whose artifacts it makes, or makes parts of. needs: names of the jobs that come before.
 
     seconds: about how long it takes, beside the others. model: what it leaves in memory for a job of the same model,
-    if the process goes on to another one. at_home: it needs the folder of the run, not only the store.
+    if the process goes on to another one. at_home: it needs the folder of the run, not only the store. enough: of jobs
+    in `needs` that make the artifact of their name, the files of it that this one reads: it can start once these are
+    there.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Job:
     progress: Progress = Progress("jobs")
     model: Loaded | None = None
     at_home: bool = False
+    enough: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def is_done(self, store: Store) -> bool:
         """Raises StoreError for an artifact whose manifest is damaged."""
@@ -68,15 +71,34 @@ class Schedule:
         self.failed: dict[str, str] = {}
         self.stops_at_failure = stops_at_failure
         self._started: set[str] = set()
+        self._files: dict[str, set[str]] = {}
         self._seconds_left = _seconds_left(self.jobs)
 
     def ready(self) -> list[str]:
         """The jobs that can start now, the first one first."""
         if self.failed and self.stops_at_failure:
             return []
-        begun = self._started | self.done | self.failed.keys()
-        found = [name for name, job in self.jobs.items() if name not in begun and self.done.issuperset(job.needs)]
+        found = [name for name in self._waiting() if not any(self._lacks(name, need) for need in self.jobs[name].needs)]
         return sorted(found, key=lambda name: -self._seconds_left[name])
+
+    def awaited(self) -> set[str]:
+        """The jobs of which some files let others start before they end; the store may have them (`see`)."""
+        return {need for name in self._waiting() for need in self.jobs[name].enough if self._lacks(name, need)}
+
+    def see(self, name: str, files: Collection[str]) -> None:
+        """The artifact of that name has these files by now."""
+        self._files.setdefault(name, set()).update(files)
+
+    def _waiting(self) -> list[str]:
+        begun = self._started | self.done | self.failed.keys()
+        return [name for name in self.jobs if name not in begun]
+
+    def _lacks(self, name: str, need: str) -> bool:
+        """Whether a job cannot start before another one ends, or makes more files."""
+        if need in self.done:
+            return False
+        enough = self.jobs[name].enough.get(need)
+        return enough is None or not self._files.get(need, set()).issuperset(enough)
 
     def start(self, name: str) -> None:
         self._started.add(name)
@@ -90,11 +112,11 @@ class Schedule:
         self.done.add(name)
 
     def fail(self, name: str, line: str) -> None:
-        """The job failed, and with it every job that needs it, for the same reason."""
+        """The job failed, and with it every job that waits for it, for the same reason."""
         self._started.discard(name)
         self.failed[name] = line
-        for other, job in self.jobs.items():
-            if name in job.needs and other not in self.failed:
+        for other in self._waiting():
+            if name in self.jobs[other].needs and other not in self.failed:
                 self.fail(other, line)
 
     @property

@@ -16,15 +16,17 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from lqer.config.cluster import LOCAL, ClusterConfig
-from lqer.errors import ConfigError
+from lqer.errors import ConfigError, StoreError
 from lqer.jobs.graph import Job, Loaded, Schedule
 from lqer.jobs.progress import Bars, shown
 from lqer.store.keeper import Keeper
+from lqer.store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ DONE = "%s, %s: done in %.1f s"
 LOST = "warning: %s: its worker was lost; done again (%d of %d): %s"
 # Files that workers read and write at the same time.
 KEEPER_THREADS = 8
-# How often it is looked whether nodes have come or gone.
-SECONDS_BETWEEN_LOOKS = 2.0
+# How often it is looked whether nodes have come or gone, and what there is of an artifact that jobs wait for.
+SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_FILES = 2.0, 0.5
 # For workers to remove what they have left on their nodes.
 SECONDS_TO_END = 20.0
 # For the head of a cluster to answer at all; Ray itself asks again for minutes.
@@ -106,17 +108,17 @@ def run_on_ray(
     texts: Mapping[str, str],
     perform: Perform,
     cluster: ClusterConfig,
-    kept: Path | None = None,
+    store: Store,
 ) -> None:
     """Do the jobs of `schedule`. texts: what a worker is told of each job, by name.
 
-    kept: the folder of the store, if only the machine of this process sees it. Raises ConfigError if Ray is not
+    store: what they make, in a folder that this process sees. Raises ConfigError if Ray is not
     installed or there is no such cluster. A KeyboardInterrupt ends all workers.
     """
     ray = _connected(cluster)
     try:
         with shown(schedule) as bars:
-            _Workers(ray, schedule, texts, perform, cluster, kept).work_through(bars)
+            _Workers(ray, schedule, texts, perform, cluster, store).work_through(bars)
     finally:
         ray.shutdown()
 
@@ -210,15 +212,15 @@ class _Workers:
         texts: Mapping[str, str],
         perform: Perform,
         cluster: ClusterConfig,
-        kept: Path | None,
+        store: Store,
     ):
         self._ray, self._schedule, self._texts, self._perform = ray, schedule, texts, perform
-        self._cluster, self._retries = cluster, cluster.retries
+        self._cluster, self._retries, self._store = cluster, cluster.retries, store
         self._share = _share(ray, cluster)
-        keeper = None if kept is None else self._keeper(kept)
+        keeper = None if cluster.shares_folder else self._keeper(store.root)
         self._away = _Pool(dict(self._share.options), keeper, 0)
         # Without a keeper every worker has the folder.
-        self._home = self._away if kept is None else _Pool({"num_cpus": 0, **self._here()}, None, 1)
+        self._home = self._away if keeper is None else _Pool({"num_cpus": 0, **self._here()}, None, 1)
         self._busy: dict[Any, tuple[Job, Any, _Pool]] = {}
         self._lost: Counter[str] = Counter()
         self._look()
@@ -231,7 +233,8 @@ class _Workers:
             if not self._busy:
                 self._give_up()
                 continue
-            ended, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
+            patience = SECONDS_BETWEEN_FILES if self._schedule.awaited() else SECONDS_BETWEEN_LOOKS
+            ended, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=patience)
             for reference in ended:
                 self._take_in(reference, bars)
         # Unlike the end of the connection, this lets a worker remove what it has left on its node.
@@ -241,6 +244,10 @@ class _Workers:
 
     def _hand_out(self) -> None:
         self._look()
+        for name in self._schedule.awaited():
+            # What is damaged there is refused by whoever reads it.
+            with suppress(StoreError):
+                self._schedule.see(name, self._store.files(name))
         for name in self._schedule.ready():
             job = self._schedule.jobs[name]
             pool = self._home if job.at_home else self._away

@@ -36,6 +36,7 @@ from lqer.run.preflight import CheckedRun, check_run
 from lqer.run.sweep import SweepOutcome, finished_seconds
 from lqer.run.worker import MARK, Parts, all_jobs_of, last_job, last_name, perform
 from lqer.store.locks import check_locks
+from lqer.store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def fill_store(config: Config, plugins: Sequence[str] = ()) -> None:
             checked.context.fingerprints.save()
             text = _Told(cluster, tuple(plugins), token, parts).of(config, checked, cluster.shares_folder)
             texts = dict.fromkeys(schedule.jobs, text)
-            run_on_ray(schedule, texts, perform, cluster, _kept(config, cluster))
+            run_on_ray(schedule, texts, perform, cluster, checked.store)
         if schedule.failed:
             raise RunFailedError(next(iter(schedule.failed.values())))
 
@@ -114,7 +115,7 @@ def sweep_on_cluster(
         if not schedule.is_over:
             log_folder.mkdir(parents=True, exist_ok=True)
             run_log.write_to(log_folder)
-            run_on_ray(schedule, texts, perform, cluster, _kept(plan.runs[0].config, cluster))
+            run_on_ray(schedule, texts, perform, cluster, Store(store_path(plan.runs[0].config)))
     last = {name: last_name(run.config) for name, run in runs.items()}
     finished |= {name for name in runs if last[name] in schedule.done}
     failed |= {name: schedule.failed[last[name]] for name in runs if last[name] in schedule.failed}
@@ -123,11 +124,6 @@ def sweep_on_cluster(
 
 def _of(plan: SweepPlan, names: set[str]) -> tuple[SweepRun, ...]:
     return tuple(run for run in plan.runs if run.name in names)
-
-
-def _kept(config: Config, cluster: ClusterConfig) -> Path | None:
-    """The store that only this machine sees."""
-    return None if cluster.shares_folder else store_path(config)
 
 
 @contextmanager

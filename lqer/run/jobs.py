@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from lqer.jobs.graph import Job, Progress
@@ -12,6 +12,7 @@ from lqer.run import costs
 from lqer.run.chunks import Chunk
 from lqer.run.experiment import Experiment
 from lqer.stages.base import Stage, stages_in
+from lqer.stages.calibrate import Calibrate, files_of
 from lqer.stages.evaluate import Candidate, Divisible, WindowPerplexity
 from lqer.stages.quantize import Quantize
 from lqer.store.files import content_hash
@@ -62,13 +63,17 @@ def jobs_of(
 ) -> RunJobs:
     """The jobs of one run of a model with `blocks` decoder blocks.
 
-    chunks: the parts in which a checkpoint of independent blocks is made, each by a job of its own; of a checkpoint
-    whose chunks are not all there, only those are made. parts: in how many an evaluation is made, where it can be.
+    chunks: the parts in which a checkpoint of independent blocks is made, each by a job of its own, which can start
+    once the statistics of its blocks are stored; of a checkpoint whose chunks are not all there, only those are made,
+    and statistics are waited for no longer than these need. parts: in how many an evaluation is made, where it can be.
     minutes: about how long quantization takes. units: of each block, if jobs quantize less than a block, what each of
     them does (lqer/stages/alike.py), with its weights.
     """
     makers = _Makers()
     preparing = tuple(makers.stage_job(stage, costs.CALIBRATION) for stage in experiment.before_quantize())
+    if chunks and len(chunks) < chunks[0].count:
+        ours = [index for chunk in chunks for index in chunk.blocks(blocks)]
+        preparing = tuple(_of_chunks(job, ours) for job in preparing)
     quantizing: list[Job] = []
     for stage in experiment.quantizing():
         shares: list[Job] = []
@@ -95,6 +100,12 @@ def jobs_of(
     return RunJobs(preparing, tuple(quantizing), training, tuple(measuring))
 
 
+def _of_chunks(job: Job, blocks: Sequence[int]) -> Job:
+    """A job before quantization, for who quantizes these blocks alone."""
+    (stage,) = job.produces
+    return replace(job, work=partial(stage.provide_blocks, indices=blocks)) if isinstance(stage, Calibrate) else job
+
+
 def _chunk(
     makers: _Makers,
     stage: Quantize,
@@ -112,7 +123,13 @@ def _chunk(
     needs = makers.needs([stage], [one.name for one in linears])
     progress = Progress(stage.name, "block", len(of_chunk))
     rest = 0.0 if linears else seconds * len(of_chunk)
-    return [*linears, Job(f"{stage.identity} {chunk}", (stage,), needs, work, rest, progress)]
+    name = f"{stage.identity} {chunk}"
+    return [*linears, Job(name, (stage,), needs, work, rest, progress, enough=_enough(stage, of_chunk))]
+
+
+def _enough(stage: Quantize, blocks: Iterable[int]) -> dict[str, tuple[str, ...]]:
+    """What these blocks need of the statistics, if they are stored."""
+    return {stage.calibration.identity: files_of(blocks)} if stage.calibration.is_kept else {}
 
 
 def _linears(
@@ -123,7 +140,8 @@ def _linears(
         work = partial(stage.contribute_linears, index=index, unit=unit, blocks=blocks)
         name = f"{stage.identity} {index + 1}/{blocks} {unit}"
         share, progress = seconds * weights / sum(units.values()), Progress(f"{stage.name} linears", "linear")
-        yield Job(name, (stage,), makers.needs([stage], ()), work, share, progress)
+        needs = makers.needs([stage], ())
+        yield Job(name, (stage,), needs, work, share, progress, enough=_enough(stage, [index]))
 
 
 def _evaluation(

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -72,8 +72,17 @@ class Stage(ABC):
             log.info("%s: reused %s", self.log_name, self.identity)
             return artifact
         artifact = store.obtain(self.name, self.key, lambda workspace: self.build(workspace, store))
-        log.info("%s: %s in %.1f s", self.log_name, self.summary(artifact), artifact.seconds)
+        self._say_made(artifact)
         return artifact
+
+    def provide(self, store: Store, files: Collection[str]) -> None:
+        """Return once the artifact has these files: those of another process at once, else all of it is built."""
+        made = store.provide(self.name, self.key, files, lambda workspace: self.build(workspace, store))
+        if made is not None:
+            self._say_made(made)
+
+    def _say_made(self, artifact: Artifact) -> None:
+        log.info("%s: %s in %.1f s", self.log_name, self.summary(artifact), artifact.seconds)
 
     def artifact(self, store: Store) -> Artifact:
         """The same for a stage that reads this one: without a line in the log if it is there."""

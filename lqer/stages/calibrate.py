@@ -11,8 +11,9 @@ that is killed, it walks again from the first block; blocks whose statistics are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -68,10 +69,25 @@ class Calibrate(GangStage):
         calibrate(workspace, self._opened(store, gang), self.text, self.statistics, self.roundings or NOT_ROUNDED)
         return lambda: None
 
+    def provide_blocks(self, store: Store, indices: Iterable[int]) -> None:
+        """Return once the statistics of these blocks are stored, maybe by a process that is at later ones."""
+        self.provide(store, files_of(indices))
+
     def of_blocks(self, store: Store, gang: Gang = ALONE) -> StatisticsOf:
-        """The statistics of blocks: the artifact's where it is kept, or there already, else gathered in one walk."""
-        if self.is_kept or self.find(store) is not None:
-            return stored_statistics(self.artifact(store))
+        """The statistics of blocks: the artifact's where it is kept, or there already, else gathered in one walk.
+
+        Those of a block can be read while another process gathers those of later blocks.
+        """
+        if (artifact := self.find(store)) is not None:
+            return stored_statistics(artifact)
+
+        def stored(indices: Sequence[int]) -> Iterator[BlockStatistics]:
+            self.provide_blocks(store, indices)
+            for index in indices:
+                yield store.read(self.identity, partial(BlockStatistics.read, index=index))
+
+        if self.is_kept:
+            return stored
 
         def gathered(indices: Sequence[int]) -> Iterator[BlockStatistics]:
             if indices:
@@ -82,6 +98,11 @@ class Calibrate(GangStage):
 
     def _opened(self, store: Store, gang: Gang) -> OpenedModel:
         return replace(open_model(source_of(self.model, store), self.dtype, self.device, self.offload), gang=gang)
+
+
+def files_of(indices: Iterable[int]) -> tuple[str, ...]:
+    """The files that hold the statistics of these blocks."""
+    return tuple(name for index in indices for name in (sites_file(index), block_file(index)))
 
 
 def calibrate(

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ class RemoteStore(Store):
     def _finished(self, path: Path) -> Artifact:
         return RemoteArtifact(path, self._keeper)
 
+    def files(self, name: str) -> Collection[str]:
+        return self._keeper.journal(name)
+
+    def _unfinished(self, path: Path) -> Artifact:
+        path.mkdir(parents=True, exist_ok=True)
+        return UnfinishedRemoteArtifact(path, self._keeper)
+
     def _workspace(self, path: Path, lock: BaseFileLock | None = None) -> Workspace:
         return RemoteWorkspace(path, self._keeper)
 
@@ -96,6 +104,14 @@ class RemoteArtifact(Artifact):
     def _bring(self, name: str) -> None:
         if name in self and not (self.path / name).exists():
             _fetch(self._keeper, self.path.name, name, self.path)
+
+
+class UnfinishedRemoteArtifact(RemoteArtifact):
+    """What the keeper has of an artifact in the making."""
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return {"files": self._keeper.journal(self.path.name), "seconds": 0.0}
 
 
 class RemoteWorkspace(Workspace):

@@ -6,17 +6,20 @@ a manifest and its final name. Every file is checked against its recorded hash b
 refused by name.
 
 An artifact has one lock. A process that builds it alone holds the lock throughout; processes that build parts of it
-hold the lock while they enter a file, so that the journal lists the files of all of them.
+hold the lock while they enter a file, so that the journal lists the files of all of them. Who reads needs no lock: a
+file is in the journal once it is there as it stays.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import BaseFileLock, FileLock, Timeout
 from safetensors.torch import load_file
@@ -28,18 +31,23 @@ from lqer.store.records import JOURNAL, MANIFEST, check_file, mend, read_record
 from lqer.store.workspace import Workspace
 
 SECONDS_BETWEEN_REMINDERS = 60.0
+# How often it is looked for files that another process makes.
+SECONDS_BETWEEN_LOOKS = 0.2
+
+T = TypeVar("T")
 
 
 class Artifact:
-    """A finished, read-only folder of the store."""
+    """A finished, read-only folder of the store; with a journal as its `record`, what there is of an unfinished one."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, record: str = MANIFEST):
         self.path = path
+        self._record = record
         self._verified: set[str] = set()
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        return read_record(self.path / MANIFEST, {"files": dict, "seconds": (int, float)})
+        return read_record(self.path / self._record, {"files": dict, "seconds": (int, float)})
 
     @property
     def content(self) -> str:
@@ -127,6 +135,28 @@ class Store:
             (path / JOURNAL).unlink(missing_ok=True)
         return artifact
 
+    def files(self, name: str) -> Collection[str]:
+        """The files that an artifact has so far, finished or not. Raises StoreError if their record is damaged."""
+        path = self.root / name
+        if not (path.exists() or (partial_path(path) / JOURNAL).exists()):
+            return ()
+        return self.read(name, lambda found: found.manifest["files"])
+
+    def read(self, name: str, read: Callable[[Artifact], T]) -> T:
+        """What `read` makes of an artifact, finished or not, by the name of its folder.
+
+        Raises StoreError for a file that it does not have yet, or a damaged one.
+        """
+        if (artifact := self.named(name)) is not None:
+            return read(artifact)
+        try:
+            return read(self._unfinished(self.root / name))
+        except (FileNotFoundError, StoreError):
+            # Who finishes an artifact renames its folder.
+            if (artifact := self.named(name)) is None:
+                raise
+            return read(artifact)
+
     def obtain(self, stage: str, key: Any, make: Callable[[Workspace], None]) -> Artifact:
         """Return the artifact, built by `make` if the store does not have it.
 
@@ -136,12 +166,29 @@ class Store:
         path = self.path(stage, key)
         with self.locked(path):
             artifact = self.find(stage, key)
-            if artifact is None:
-                workspace = self._workspace(path)
-                make(workspace)
-                workspace.finish(path, key)
-                artifact = self._finished(path)
-            return artifact
+            return artifact if artifact is not None else self._built(path, key, make)
+
+    def provide(
+        self, stage: str, key: Any, files: Collection[str], make: Callable[[Workspace], None]
+    ) -> Artifact | None:
+        """Return once an artifact has these files: at once, when another process has made them, else it is built here.
+
+        Returns what was built here.
+        """
+        path = self.path(stage, key)
+
+        def are_there() -> bool:
+            return set(files) <= set(self.files(path.name))
+
+        with self.locked(path, unless=are_there):
+            return None if are_there() else self._built(path, key, make)
+
+    def _built(self, path: Path, key: Any, make: Callable[[Workspace], None]) -> Artifact:
+        """The artifact at `path`, whose lock is held."""
+        workspace = self._workspace(path)
+        make(workspace)
+        workspace.finish(path, key)
+        return self._finished(path)
 
     def contribute(
         self,
@@ -179,21 +226,33 @@ class Store:
         """The artifact at `path`, which is there."""
         return Artifact(path)
 
+    def _unfinished(self, path: Path) -> Artifact:
+        """What there is of the artifact that will be at `path`."""
+        return Artifact(partial_path(path), JOURNAL)
+
     def _workspace(self, path: Path, lock: BaseFileLock | None = None) -> Workspace:
         """Where the artifact at `path` is built; with its lock, alongside other processes."""
         return Workspace(partial_path(path), lock, lambda: lock is not None and self.named(path.name) is not None)
 
     @contextmanager
-    def locked(self, path: Path, lock: BaseFileLock | None = None) -> Iterator[BaseFileLock]:
-        """Hold the lock of the artifact at `path`, released at the end and given to whoever enters files into it."""
+    def locked(
+        self, path: Path, lock: BaseFileLock | None = None, unless: Callable[[], bool] | None = None
+    ) -> Iterator[BaseFileLock]:
+        """Hold the lock of the artifact at `path`, released at the end and given to whoever enters files into it.
+
+        unless: what ends the wait for it, without the lock.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         lock = lock or FileLock(path.with_name(f".{path.name}.lock"))
-        patience = 0.0
-        while not lock.is_locked:
+        patience, reminded = 0.0, -math.inf
+        while not (lock.is_locked or (unless is not None and unless())):
             try:
                 lock.acquire(timeout=patience)
             except Timeout:
-                patience = SECONDS_BETWEEN_REMINDERS
+                patience = SECONDS_BETWEEN_REMINDERS if unless is None else SECONDS_BETWEEN_LOOKS
+                if time.monotonic() - reminded < SECONDS_BETWEEN_REMINDERS:
+                    continue
+                reminded = time.monotonic()
                 self._say(
                     f"waiting for another process that builds {path.name}; if there is none, on no host, remove "
                     f"{lock.lock_file}"

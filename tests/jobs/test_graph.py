@@ -81,3 +81,57 @@ def test_a_job_whose_worker_was_lost_is_ready_again():
     assert not schedule.is_over
     schedule.again("top")
     assert schedule.ready() == ["top"]
+
+
+def early(**options) -> Schedule:
+    """Two parts, each of which reads a file of what the first job makes, and what needs all of it."""
+    parts = [Job(f"part {file}", (), ("first",), lambda store: None, enough={"first": (file,)}) for file in "ab"]
+    return Schedule([job("first"), *parts, job("whole", "first", *(one.name for one in parts))], **options)
+
+
+def test_a_job_starts_once_the_files_that_it_reads_are_there():
+    schedule = early()
+    schedule.start("first")
+    assert schedule.ready() == []
+    assert schedule.awaited() == {"first"}
+    schedule.see("first", ["a", "another"])
+    assert schedule.ready() == ["part a"]
+    schedule.start("part a")
+    schedule.finish("part a")
+    assert schedule.ready() == []
+    schedule.see("first", ["a", "b"])
+    assert schedule.ready() == ["part b"]
+    assert schedule.awaited() == set()
+
+
+def test_files_that_were_there_before_let_a_job_start_beside_the_one_that_makes_the_rest():
+    schedule = early()
+    schedule.see("first", ["b"])
+    assert schedule.ready() == ["first", "part b"]
+
+
+def test_a_job_that_reads_a_file_needs_no_look_once_all_are_made():
+    schedule = early(done=["first"])
+    assert schedule.awaited() == set()
+    assert schedule.ready() == ["part a", "part b"]
+
+
+def test_a_job_that_has_all_that_it_reads_does_not_fail_with_the_one_that_makes_the_rest():
+    schedule = early()
+    schedule.see("first", ["a", "b"])
+    for name in ("first", "part a", "part b"):
+        schedule.start(name)
+    schedule.finish("part a")
+    schedule.fail("first", "its line")
+    assert not schedule.is_over
+    schedule.finish("part b")
+    assert schedule.is_over
+    assert schedule.done == {"part a", "part b"}
+    assert schedule.failed == {"first": "its line", "whole": "its line"}
+
+
+def test_a_job_that_waits_for_a_file_fails_with_the_one_that_makes_it():
+    schedule = early()
+    schedule.start("first")
+    schedule.fail("first", "its line")
+    assert schedule.failed.keys() == {"first", "part a", "part b", "whole"}

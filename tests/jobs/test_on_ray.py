@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 from lqer.config.cluster import ClusterConfig
 from lqer.errors import ConfigError
 from lqer.jobs.graph import Job, Schedule
-from lqer.jobs.on_ray import Answer, Done, _connected, _Workers
+from lqer.jobs.on_ray import SECONDS_BETWEEN_FILES, SECONDS_BETWEEN_LOOKS, Answer, Done, _connected, _Workers
 from lqer.jobs.progress import shown
+from lqer.store.records import JOURNAL
+from lqer.store.store import Store, partial_path
+from lqer.store.workspace import Workspace
 
 # As Ray 2.60 says it, shortened.
 OUT_OF_MEMORY = """1 worker(s) were killed due to the node running low on memory. Memory on the node was 7GB used / 8GB
@@ -65,12 +69,16 @@ class StandIn:
         return Done(end, "node", "vm/1", 0.1)
 
 
-def work_through(ray: StandIn, cluster: ClusterConfig, *names: str) -> Schedule:
-    schedule = Schedule([Job(name, (), (), lambda store: None) for name in names])
+def cluster_of(**settings: Any) -> ClusterConfig:
+    return ClusterConfig(address="auto", store="shared", **settings)
+
+
+def work_through(ray: StandIn, cluster: ClusterConfig, *jobs: Job | str, store: Store | None = None) -> Schedule:
+    """jobs: those that need no other one by their names."""
+    schedule = Schedule([Job(job, (), (), lambda store: None) if isinstance(job, str) else job for job in jobs])
+    store, texts = store or Store(Path("nowhere")), dict.fromkeys(schedule.jobs, "")
     with shown(schedule) as bars:
-        _Workers(ray, schedule, dict.fromkeys(names, ""), lambda *told: Answer(None, []), cluster, None).work_through(
-            bars
-        )
+        _Workers(ray, schedule, texts, lambda *told: Answer(None, []), cluster, store).work_through(bars)
     return schedule
 
 
@@ -101,7 +109,7 @@ def test_a_job_whose_worker_is_lost_is_done_again(loss, caplog):
     caplog.set_level("INFO", logger="lqer")
     end, reason = losses()[loss]
     ray = StandIn({"CPU": 2}, {"quantize-1": [end]})
-    schedule = work_through(ray, ClusterConfig(address="auto", cpus_per_job=1), "quantize-1", "quantize-2")
+    schedule = work_through(ray, cluster_of(cpus_per_job=1), "quantize-1", "quantize-2")
     assert schedule.done == {"quantize-1", "quantize-2"}
     assert f"quantize-1: its worker was lost; done again (1 of 3): {reason}\n" in caplog.text
 
@@ -110,7 +118,7 @@ def test_a_job_whose_worker_is_lost_is_done_again(loss, caplog):
 def test_a_job_that_loses_its_worker_each_time_fails_with_the_reason(loss):
     end, reason = losses()[loss]
     ray = StandIn({"CPU": 2}, {"quantize-1": [end, end]})
-    cluster = ClusterConfig(address="auto", cpus_per_job=1, retries=1)
+    cluster = cluster_of(cpus_per_job=1, retries=1)
     schedule = work_through(ray, cluster, "quantize-1", "quantize-2")
     assert schedule.done == {"quantize-2"}
     assert schedule.failed == {
@@ -122,9 +130,61 @@ def test_a_job_that_loses_its_worker_each_time_fails_with_the_reason(loss):
 def test_a_job_that_fails_is_not_done_again(caplog):
     caplog.set_level("INFO", logger="lqer")
     ray = StandIn({"CPU": 1}, {"quantize-1": [Answer("a file is damaged", [])]})
-    schedule = work_through(ray, ClusterConfig(address="auto", cpus_per_job=1), "quantize-1")
+    schedule = work_through(ray, cluster_of(cpus_per_job=1), "quantize-1")
     assert schedule.failed == {"quantize-1": "a file is damaged"}
     assert "done again" not in caplog.text
+
+
+class Calibrating(StandIn):
+    """In which "calibrate-1" writes a file each time that it is waited for, and ends when nothing else is done."""
+
+    def __init__(self, store: Store, ends: Mapping[str, list[Any]] | None = None):
+        super().__init__({"CPU": 2}, ends)
+        self.workspace = Workspace(partial_path(store.root / "calibrate-1"))
+        self.ended: list[str] = []
+
+    def wait(self, references: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        if "calibrate-1" in references:
+            assert timeout == (SECONDS_BETWEEN_FILES if len(self.workspace.names()) < 2 else SECONDS_BETWEEN_LOOKS)
+        others = [one for one in references if one != "calibrate-1"]
+        if not others and len(self.workspace.names()) < 2:
+            self.workspace.write_json(f"block-{len(self.workspace.names())}", [])
+            return [], references
+        return (others or references)[:1], []
+
+    def get(self, name: str) -> Done:
+        done = super().get(name)
+        self.ended.append(name)
+        return done
+
+
+def of_two_parts() -> list[Job]:
+    parts = [
+        Job(f"part {index}", (), ("calibrate-1",), lambda store: None, enough={"calibrate-1": (f"block-{index}",)})
+        for index in range(2)
+    ]
+    return [Job("calibrate-1", (), (), lambda store: None), *parts]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_part_starts_while_the_job_that_makes_the_rest_of_what_it_reads_goes_on(tmp_path, lost, caplog):
+    caplog.set_level("INFO", logger="lqer")
+    store = Store(tmp_path)
+    ray = Calibrating(store, {"part 0": [Answer(None, [], lost="killed")]} if lost else None)
+    schedule = work_through(ray, cluster_of(cpus_per_job=1), *of_two_parts(), store=store)
+    assert ray.ended == [*["part 0"] * (1 + lost), "part 1", "calibrate-1"]
+    assert schedule.done == {"calibrate-1", "part 0", "part 1"}
+    assert ("part 0: its worker was lost; done again (1 of 3): killed" in caplog.text) == lost
+
+
+def test_a_damaged_record_of_what_there_is_ends_nothing(tmp_path):
+    """The jobs that read it say so; those of other runs go on."""
+    (tmp_path / "calibrate-1.partial").mkdir()
+    (tmp_path / "calibrate-1.partial" / JOURNAL).write_text("[")
+    ray = StandIn({"CPU": 1}, {"calibrate-1": [Answer("journal.json is damaged", [])]})
+    schedule = work_through(ray, cluster_of(cpus_per_job=1), *of_two_parts(), "another run", store=Store(tmp_path))
+    assert schedule.failed == dict.fromkeys(("calibrate-1", "part 0", "part 1"), "journal.json is damaged")
+    assert schedule.done == {"another run"}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +203,7 @@ def test_a_job_that_fails_is_not_done_again(caplog):
 )
 def test_no_more_workers_are_started_than_nodes_have_room_for(resources, settings, workers):
     ray = StandIn(resources)
-    work_through(ray, ClusterConfig(address="auto", **settings), *map(str, range(30)))
+    work_through(ray, cluster_of(**settings), *map(str, range(30)))
     assert ray.most_busy == len(ray.options) == workers
     reserved = sum(options["num_cpus"] for options in ray.options)
     assert reserved <= resources["CPU"]
@@ -151,7 +211,7 @@ def test_no_more_workers_are_started_than_nodes_have_room_for(resources, setting
 
 def test_more_gpus_than_any_node_has_are_refused():
     with pytest.raises(ConfigError, match=r"cluster\.gpus_per_job 3: no node has more than 2 GPUs"):
-        work_through(StandIn({"CPU": 8, "GPU": 2}), ClusterConfig(address="auto", gpus_per_job=3), "quantize-1")
+        work_through(StandIn({"CPU": 8, "GPU": 2}), cluster_of(gpus_per_job=3), "quantize-1")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "127.0.0.1:port"])

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from killing import KilledError, dying_workspace
+from stored_files import stored
 
 from lqer.config import read_config
 from lqer.evaluation import requests
@@ -17,6 +19,9 @@ from lqer.run.chunks import Chunk
 from lqer.run.jobs import RunJobs, jobs_of
 from lqer.run.preflight import CheckedRun, check_run
 from lqer.stages import evaluate
+from lqer.stages.calibrate import files_of
+from lqer.store import store
+from lqer.store.names import block_file
 from lqer.store.records import MANIFEST
 
 
@@ -73,6 +78,34 @@ def test_a_checkpoint_in_parts_is_whole_after_all_of_them(undisturbed):
     assert whole.name not in [job.name for job in alone]
 
 
+def test_a_part_needs_the_statistics_of_its_blocks_alone_and_what_is_outside_them_all(undisturbed):
+    found = jobs(checked(undisturbed), [Chunk(1, 3), Chunk(2, 3), Chunk(3, 3)])
+    calibrate = found.preparing[0].name
+    # Of four blocks.
+    of_parts = [[0], [1], [2, 3]] * 2
+    parts = [job for job in found.quantizing if job.enough]
+    for job, blocks in zip(parts, of_parts, strict=True):
+        assert job.enough == {calibrate: files_of(blocks)}
+    whole = [job for job in found.quantizing if not job.enough]
+    assert all(calibrate in job.needs for job in whole)
+    assert stages(job.name for job in whole) == ["quantize"] * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [("--calibration.keep=false", "quantize"), ("--quantize.low_rank={budget_bits=4.6,format='x8'}", "calibrate")],
+)
+def test_a_part_waits_for_all_where_ranks_depend_on_it_and_for_nothing_where_statistics_are_not_kept(
+    undisturbed, override, first
+):
+    found = jobs(checked(undisturbed, override, "--evaluation.baselines=[]"), [Chunk(1, 2), Chunk(2, 2)])
+    schedule = Schedule([*found.preparing, *found.quantizing])
+    assert set(stages(schedule.ready())) == {first}
+    for need in schedule.awaited():
+        schedule.see(need, files_of(range(4)))
+    assert set(stages(schedule.ready())) == {first}
+
+
 @pytest.mark.parametrize("override", ["--quantize.propagate_error=true", "--quantize.method=gptq"])
 def test_a_checkpoint_whose_blocks_follow_each_other_has_no_parts(undisturbed, override):
     more = ["--quantize.low_rank.rank=0", "--evaluation.baselines=[]"] if "gptq" in override else []
@@ -85,6 +118,30 @@ def test_runs_share_the_jobs_of_what_they_have_in_common(undisturbed):
     other = jobs(checked(undisturbed, "--evaluation.baselines=[]", "--quantize.weight=w3"))
     shared = {job.name for job in one} & {job.name for job in other}
     assert stages(shared) == ["calibrate"]
+
+
+def test_parts_are_made_while_the_statistics_of_later_blocks_are_not_there(experiment, monkeypatch):
+    """And all others after that: the bytes of one process."""
+    alone = checked(experiment, f"--output_dir={experiment.folder / 'alone'}", "--evaluation.baselines=[]")
+    run_here([*jobs(alone).preparing, *jobs(alone).quantizing], alone.store)
+    run = checked(experiment, "--evaluation.baselines=[]")
+    found = jobs(run, [Chunk(index + 1, 4) for index in range(4)])
+    with monkeypatch.context() as killed:
+        killed.setattr(store, "Workspace", dying_workspace(block_file(2)))
+        with pytest.raises(KilledError):
+            run_here(found.preparing, run.store)
+    schedule = Schedule(found)
+    (calibrate,) = schedule.awaited()
+    schedule.see(calibrate, run.store.files(calibrate))
+    first, *parts = schedule.ready()
+    assert first == calibrate
+    assert [name.rpartition(" ")[2] for name in parts] == ["1/4", "2/4"]
+    run_here([schedule.jobs[name] for name in parts], run.store)
+    assert run.experiment.calibrate.find(run.store) is None
+    (partial,) = run.store.root.glob("quantize-*.partial")
+    assert sorted(path.name for path in partial.glob("block-*")) == [block_file(0), block_file(1)]
+    run_here([*found.preparing, *found.quantizing], run.store)
+    assert stored(experiment.output) == stored(experiment.folder / "alone")
 
 
 def test_the_store_says_which_jobs_are_left(experiment):

@@ -169,6 +169,58 @@ def test_a_file_that_arrives_after_the_end_changes_nothing(tmp_path, keeper, kep
     assert not partial_path(kept / made.path.name).exists()
 
 
+def begin(keeper: Keeper, folder: Path) -> None:
+    """Another machine makes two files, and is lost."""
+
+    def lost(workspace: Workspace) -> None:
+        write(workspace, NAMES[:2])
+        workspace.write_json("about-0.json", [0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RemoteStore(folder, keeper).obtain("stage", KEY, lost)
+
+
+def test_files_of_an_unfinished_artifact_are_read_and_no_others(tmp_path, keeper):
+    begin(keeper, tmp_path / "first")
+    store, name = RemoteStore(tmp_path / "second", keeper), Store.name_of("stage", KEY)
+    assert set(store.files(name)) == {*NAMES[:2], "about-0.json"}
+    assert store.provide("stage", KEY, NAMES[:2], build) is None
+    found = store.read(name, lambda artifact: (artifact.tensors(NAMES[1])["x"], artifact.json("about-0.json")))
+    assert torch.equal(found[0], tensors(NAMES[1])["x"])
+    assert found[1] == [0]
+    with pytest.raises(StoreError, match=rf"{NAMES[2]} is missing"):
+        store.read(name, lambda artifact: artifact.tensors(NAMES[2]))
+    # Nothing of it passes for the finished one, neither now nor later.
+    assert store.find("stage", KEY) is None
+    RemoteStore(tmp_path / "third", keeper).obtain("stage", KEY, build)
+    made = store.find("stage", KEY)
+    made.verify()
+    assert torch.equal(made.tensors(NAMES[3])["x"], tensors(NAMES[3])["x"])
+
+
+def test_an_artifact_whose_first_files_were_read_is_finished_by_the_same_machine(tmp_path, keeper, kept):
+    begin(keeper, tmp_path / "first")
+    store = RemoteStore(tmp_path / "second", keeper)
+    store.read(Store.name_of("stage", KEY), lambda artifact: artifact.tensors(NAMES[0]))
+    store.obtain("stage", KEY, build).verify()
+    assert sorted(Store(kept).find("stage", KEY).manifest["files"]) == ["about-0.json", "about.json", *NAMES]
+
+
+def test_an_artifact_that_is_finished_while_it_is_read_is_read_where_it_is_then(tmp_path, keeper):
+    begin(keeper, tmp_path / "first")
+    reads = []
+
+    def read(artifact):
+        if not reads:
+            RemoteStore(tmp_path / "third", keeper).obtain("stage", KEY, build)
+        reads.append(artifact)
+        return artifact.tensors(NAMES[1])["x"]
+
+    found = RemoteStore(tmp_path / "second", keeper).read(Store.name_of("stage", KEY), read)
+    assert torch.equal(found, tensors(NAMES[1])["x"])
+
+
 class TestDamage:
     def flip(self, path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -185,6 +237,13 @@ class TestDamage:
         self.flip(partial_path(path) / NAMES[0])
         with pytest.raises(StoreError, match=r"block-0\.safetensors is damaged"):
             RemoteStore(tmp_path / "own", keeper).obtain("stage", KEY, build)
+
+    def test_of_an_unfinished_file_is_refused_where_it_is_read(self, tmp_path, keeper, kept):
+        begin(keeper, tmp_path / "first")
+        self.flip(partial_path(Store(kept).path("stage", KEY)) / NAMES[0])
+        store, name = RemoteStore(tmp_path / "second", keeper), Store.name_of("stage", KEY)
+        with pytest.raises(StoreError, match=r"block-0\.safetensors is damaged"):
+            store.read(name, lambda artifact: artifact.tensors(NAMES[0]))
 
     def test_of_a_journal_is_refused_by_name(self, tmp_path, keeper, kept):
         path = partial_path(Store(kept).path("stage", KEY))

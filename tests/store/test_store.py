@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -296,3 +298,92 @@ def test_of_several_processes_one_makes_the_artifact_and_the_others_wait(tmp_pat
         process.join(30)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(makers.read_text().split()) == 1
+
+
+class TestUnfinished:
+    """What another process has made of an artifact, while it makes the rest."""
+
+    FIRST, SECOND, THIRD = (f"block-{index}.safetensors" for index in range(3))
+
+    @pytest.fixture
+    def building(self, store) -> Iterator[threading.Event]:
+        """Another user of the store that has made the first two files, and goes on once the event is set."""
+        has_two, go_on = threading.Event(), threading.Event()
+
+        def make_slowly(workspace: Workspace) -> None:
+            for index in range(2):
+                workspace.write_tensors(f"block-{index}.safetensors", {"b": torch.full((4,), index)})
+            has_two.set()
+            assert go_on.wait(30)
+            make(workspace)
+
+        maker = threading.Thread(target=lambda: Store(store.root).obtain("stage", KEY, make_slowly), daemon=True)
+        maker.start()
+        assert has_two.wait(30)
+        yield go_on
+        go_on.set()
+        maker.join(30)
+        assert not maker.is_alive()
+
+    def second(self, store: Store) -> list[int]:
+        name = Store.name_of("stage", KEY)
+        return store.read(name, lambda artifact: artifact.tensors(self.SECOND)["b"].tolist())
+
+    def test_can_be_listed_and_read(self, store, building):
+        assert set(store.files(Store.name_of("stage", KEY))) == {self.FIRST, self.SECOND}
+        assert self.second(store) == [1] * 4
+        assert store.find("stage", KEY) is None
+
+    def test_is_provided_without_a_wait_for_the_rest(self, store, building):
+        assert store.provide("stage", KEY, [self.SECOND], make) is None
+        assert not building.is_set()
+
+    def test_is_waited_for_until_the_files_are_there(self, store, building):
+        said = []
+        waiting = Store(store.root, said.append)
+        threading.Timer(0.3, building.set).start()
+        assert waiting.provide("stage", KEY, [self.THIRD], make) is None
+        assert building.is_set()
+        assert len(said) == 1
+        assert said[0].startswith("waiting for another process that builds stage-")
+
+    def test_lacks_what_is_not_there_yet(self, store, building):
+        with pytest.raises(StoreError, match=rf"{self.THIRD} is missing"):
+            store.read(Store.name_of("stage", KEY), lambda artifact: artifact.tensors(self.THIRD))
+
+    def test_is_read_where_it_is_once_it_is_finished(self, store):
+        """The folder is renamed between the look for it and the read."""
+        with pytest.raises(Killed):
+            store.obtain("stage", KEY, kill_after(2))
+        reads = []
+
+        def read(artifact) -> list[int]:
+            if not reads:
+                store.obtain("stage", KEY, make)
+            reads.append(artifact.path.name)
+            return artifact.tensors(self.SECOND)["b"].tolist()
+
+        name = Store.name_of("stage", KEY)
+        assert store.read(name, read) == [1] * 4
+        assert reads == [f"{name}.partial", name]
+
+    def test_is_built_here_where_no_other_process_is_at_it(self, store):
+        with pytest.raises(Killed):
+            store.obtain("stage", KEY, kill_after(2))
+        assert store.provide("stage", KEY, [self.SECOND], make) is None
+        assert store.find("stage", KEY) is None
+        built = store.provide("stage", KEY, [self.THIRD], make)
+        assert built.manifest == store.find("stage", KEY).manifest
+        assert store.provide("stage", KEY, [self.THIRD], make) is None
+
+    def test_is_refused_by_name_where_it_is_damaged(self, store):
+        with pytest.raises(Killed):
+            store.obtain("stage", KEY, kill_after(2))
+        damaged = next(store.root.glob(f"*.partial/{self.SECOND}"))
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+        with pytest.raises(StoreError, match=rf"{damaged} is damaged.*; remove {damaged.parent} to rebuild it"):
+            self.second(store)
+
+    def test_has_no_files_where_there_is_none(self, store):
+        assert set(store.files("stage-1")) == set()
+        assert not store.root.exists()
