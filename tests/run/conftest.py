@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
+from clusters import two_cpus
 from helpers import byte_tokenizer, tiny_llama
 
 from lqer.config import read_config
@@ -119,6 +120,13 @@ def run(experiment: Experiment) -> Callable[..., Results]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Experiment:
     """An experiment of the same content in a folder of its own, shared by the tests of a module."""
     return write_experiment(tmp_path_factory.mktemp("undisturbed"), tiny_model)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A cluster of two CPUs, started once for a module: connecting to one takes a fraction of starting it."""
+    with two_cpus() as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from clusters import ENVIRONMENT, config_of, needs_ray
 from stored_files import stored
 
 from lqer.cli import main
@@ -41,45 +39,7 @@ from lqer.run.worker import Parts, all_jobs_of, perform
 from lqer.store import locks
 from lqer.store.keeper import Keeper
 
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False).returncode != 0,
-    reason="Ray is not installed",
-)
-
-
-ENVIRONMENT = {
-    "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A cluster of two CPUs, started once: connecting to one takes a fraction of starting it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=2", "--block",
-        "--include-dashboard=false", "--object-store-memory=100000000", "--disable-usage-stats",
-    ]  # fmt: skip
-    head = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        assert head.stdout is not None
-        for line in head.stdout:
-            if b"runtime started" in line:
-                break
-        yield f"127.0.0.1:{port}"
-    finally:
-        head.send_signal(signal.SIGTERM)
-        head.wait(60)
-
-
-def config_of(experiment, output: str, address: str | None, *overrides: str):
-    there = [f"--cluster.address={address}", "--cluster.cpus_per_job=1"] if address else []
-    return read_config(
-        experiment.config, "run", [f"--output_dir={experiment.folder / output}", *there, "--device=cpu", *overrides]
-    )
+pytestmark = needs_ray
 
 
 def told(config, device: str = "cpu", token: str = "", **cluster) -> str:
