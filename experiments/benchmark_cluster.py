@@ -17,9 +17,10 @@ what no phase covers. With --kill, one of the largest gang is killed once the fi
 command is given again.
 
 parts: lets the workers of a Ray cluster on this machine, with a GPU each, quantize each preset's checkpoint and
-evaluate it and the original in parts: seconds from the start of the first job to the end of the last, and of each kind
-of job the seconds of each worker. Files are compared with those of a gang of one process, else of one worker that takes
-blocks (--cluster.split=blocks). With --kill, a busy worker is killed once something is quantized.
+evaluate it and the original in parts: seconds from the start of the first job to the end of the last, of each kind of
+job the seconds of each worker, and how many parts began before the last statistics were there. Files are compared with
+those of a gang of one process, else of one worker that takes blocks (--cluster.split=blocks). With --kill, a busy
+worker is killed once something is quantized.
 
 sweep: twelve runs by such a cluster. The perfect time is that of all jobs, shared out evenly over the workers.
 

@@ -12,10 +12,11 @@ import argparse
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lqer.jobs.graph import Job, Schedule
 from lqer.run import costs
+from lqer.run.chunks import Chunk
 
 # How many runs, and minutes of one checkpoint of a model of 7B parameters.
 SCHEMES = {
@@ -49,6 +50,8 @@ LINEARS_405B = {
 CALDERA_405B = costs.MINUTES["caldera"] * BLOCKS * sum(map(math.prod, LINEARS_405B.values())) / costs.WEIGHTS
 READING_A_BLOCK = (6.4 + 14.6) / 6 / 60
 PARTS = 64
+# The job whose statistics of a block let others start, and what it and all others come to.
+CALIBRATE, END = "calibrate", "end"
 GPUS, GPUS_405B = (1, 8, 64), (1, 8, 64, 512)
 
 
@@ -60,22 +63,36 @@ class Outcome:
     busy: float
 
 
-def job(name: str, minutes: float, needs: Sequence[str] = ()) -> Job:
-    return Job(name, (), tuple(needs), lambda store: None, 60 * minutes)
+def job(name: str, minutes: float, needs: Sequence[str] = (), blocks: Sequence[int] = ()) -> Job:
+    """blocks: those whose statistics are enough for it to start; without any, it needs all of CALIBRATE."""
+    enough = {CALIBRATE: tuple(map(str, blocks))} if blocks else {}
+    return Job(name, (), tuple(needs), lambda store: None, 60 * minutes, enough=enough)
 
 
 def simulate(jobs: Sequence[Job], workers: int, knows_lengths: bool = True) -> Outcome:
-    """Hand out jobs as a cluster does. knows_lengths: else they start in the order given."""
+    """Hand out jobs as a cluster does. knows_lengths: else they start in the order given.
+
+    CALIBRATE gathers the statistics of a block in as long as those of any other.
+    """
     length = {one.name: one.seconds / 60 for one in jobs}
-    schedule = Schedule(jobs if knows_lengths else [job(one.name, 0.0, one.needs) for one in jobs])
-    running: list[tuple[float, str]] = []
-    now = 0.0
+    schedule = Schedule(jobs if knows_lengths else [replace(one, seconds=0.0) for one in jobs])
+    blocks = sorted({int(block) for one in jobs for block in one.enough.get(CALIBRATE, ())})
+    # When something comes: the statistics of a block, or the end of a job.
+    coming: list[tuple[float, str, str]] = []
+    now, busy = 0.0, 0
     while not schedule.is_over:
-        for name in schedule.ready()[: workers - len(running)]:
+        for name in schedule.ready()[: workers - busy]:
             schedule.start(name)
-            heapq.heappush(running, (now + length[name], name))
-        now, ended = heapq.heappop(running)
-        schedule.finish(ended)
+            busy += 1
+            heapq.heappush(coming, (now + length[name], name, END))
+            for block in blocks if name == CALIBRATE else ():
+                heapq.heappush(coming, (now + length[name] * (block + 1) / len(blocks), name, str(block)))
+        now, name, what = heapq.heappop(coming)
+        if what == END:
+            busy -= 1
+            schedule.finish(name)
+        else:
+            schedule.see(name, [what])
     work = sum(length[name] for name in schedule.jobs)
     return Outcome(now, work / (now * workers))
 
@@ -104,25 +121,29 @@ def _atlas(shared: bool) -> Iterator[Job]:
 
 def by_blocks() -> list[Job]:
     """The jobs of a checkpoint of 405B parameters in parts of its blocks."""
-    sizes = [(part + 1) * BLOCKS // PARTS - part * BLOCKS // PARTS for part in range(PARTS)]
+    parts = [Chunk(part + 1, PARTS).blocks(BLOCKS) for part in range(PARTS)]
     of_block = CALDERA_405B / BLOCKS + READING_A_BLOCK
-    return [job(f"part {part}", of_block * size, ["calibrate"]) for part, size in enumerate(sizes)]
+    return [job(f"part {part}", of_block * len(blocks), [CALIBRATE], blocks) for part, blocks in enumerate(parts)]
 
 
 def by_linears() -> list[Job]:
     """The same by its linears, each of which reads the block and its statistics."""
     of_weight = CALDERA_405B / BLOCKS / sum(map(math.prod, LINEARS_405B.values()))
     return [
-        job(f"{block} {name}", of_weight * math.prod(shape) + READING_A_BLOCK, ["calibrate"])
+        job(f"{block} {name}", of_weight * math.prod(shape) + READING_A_BLOCK, [CALIBRATE], [block])
         for block in range(BLOCKS)
         for name, shape in LINEARS_405B.items()
     ]
 
 
-def large_run(parts: Sequence[Job]) -> list[Job]:
-    """One run of 405B parameters, evaluated block by block beside the original."""
+def large_run(parts: Sequence[Job], waits: bool = False) -> list[Job]:
+    """One run of 405B parameters, evaluated block by block beside the original.
+
+    waits: whether parts start when all statistics are there.
+    """
+    parts = [replace(part, enough={}) for part in parts] if waits else parts
     return [
-        job("calibrate", max(CALIBRATION_405B, READING_405B)),
+        job(CALIBRATE, max(CALIBRATION_405B, READING_405B)),
         *parts,
         job("evaluate quantized", EVALUATION_405B + READING_PACKED_405B, [one.name for one in parts]),
         job("evaluate original", EVALUATION_405B + READING_405B),
@@ -166,7 +187,11 @@ def main() -> None:
     assumed += [["evaluation of a model, and reading it", f"{EVALUATION_405B:g} + {READING_405B:.1f}"]]
     print(table(["405B parameters", "assumed minutes on one GPU with memory enough"], assumed))
     ways = {f"{BLOCKS} blocks in {PARTS} parts": by_blocks(), f"{BLOCKS * len(LINEARS_405B)} linears": by_linears()}
-    rows = [simulated(f"caldera, {name}", large_run(parts), GPUS_405B) for name, parts in ways.items()]
+    rows = [
+        simulated(f"caldera, {name}{after}", large_run(parts, waits), GPUS_405B)
+        for name, parts in ways.items()
+        for after, waits in ((", after all statistics", True), ("", False))
+    ]
     print(table(["one run", *counted(GPUS_405B)], rows))
 
 

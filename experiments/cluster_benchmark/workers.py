@@ -116,7 +116,8 @@ def _gpus() -> list[str]:
 
 
 def time_parts(setup: Setup, presets: Sequence[str], workers: int, kills: bool) -> None:
-    _header("run", "workers lost", "files equal to one process's", "perplexity")
+    early = "parts begun before the last statistics"
+    _header("run", early, "workers lost", "files equal to one process's", "perplexity")
     for preset in presets:
         config = read_config(setup.config(preset), TAG, [*_on_cluster(workers), *setup.overrides])
         assert config.cluster is not None, "the settings have one"
@@ -133,7 +134,14 @@ def time_parts(setup: Setup, presets: Sequence[str], workers: int, kills: bool) 
         alone = made_files(setup.output(preset, 1)) or made_files(_output(setup, preset, "blocks", 1))
         equal = shown_equal(made_files(output), alone)
         perplexity = perplexity_of(check_run(config.alone, lambda line: None))
-        _row(f"{preset}, {split}", workers, jobs, seconds, str(len(lost)), equal, f"{perplexity:.6f}")
+        begun = f"{begun_early(jobs)} of {sum(job.kind == 'quantize' for job in jobs)}"
+        _row(f"{preset}, {split}", workers, jobs, seconds, begun, str(len(lost)), equal, f"{perplexity:.6f}")
+
+
+def begun_early(jobs: Sequence[DoneJob]) -> int:
+    """How many jobs of quantization began while statistics were still gathered."""
+    gathered = max((job.end for job in jobs if job.kind == "calibrate"), default=0.0)
+    return sum(job.start < gathered for job in jobs if job.kind == "quantize")
 
 
 def _output(setup: Setup, preset: str, split: str, workers: int) -> Path:

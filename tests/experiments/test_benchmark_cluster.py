@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cluster_benchmark import workers as workers_module
 from cluster_benchmark.setup import Setup
-from cluster_benchmark.workers import DoneJob, _on_cluster, _shown, _wall, jobs_in, said
+from cluster_benchmark.workers import DoneJob, _on_cluster, _shown, _wall, begun_early, jobs_in, said
 from pipeline_benchmark.checkpoint import SHAPES
 
 from lqer.config import read_config
@@ -62,6 +62,12 @@ def test_seconds_of_each_worker_are_shown_the_busiest_first():
     assert _shown(jobs, "quantize") == "4.0 + 3.5 (3)"
     assert _shown(jobs, "perplexity") == ""
     assert _wall(jobs) == 5.0
+
+
+def test_parts_that_began_before_the_last_statistics_are_counted():
+    parts = [DoneJob("b", f"quantize-1 {part}/3", 2.0, end) for part, end in ((1, 103.0), (2, 106.0), (3, 107.5))]
+    assert begun_early([DoneJob("a", "calibrate-1", 5.0, 105.0), *parts]) == 2
+    assert begun_early(parts) == 0
 
 
 @pytest.mark.parametrize(

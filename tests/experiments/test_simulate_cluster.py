@@ -21,6 +21,13 @@ def test_a_job_waits_for_those_it_needs():
     assert (outcome.minutes, outcome.busy) == (5.0, 0.5)
 
 
+@pytest.mark.parametrize(("waits", "minutes"), [(True, 7.0), (False, 5.0)])
+def test_a_part_starts_with_the_statistics_of_its_blocks(waits, minutes):
+    """Those of a block come every minute; a part takes two."""
+    parts = [job(f"part {block}", 2.0, ["calibrate"], () if waits else [block]) for block in range(3)]
+    assert simulate([job("calibrate", 3.0), *parts], workers=2).minutes == minutes
+
+
 @pytest.mark.parametrize(("knows_lengths", "minutes"), [(True, 4.0), (False, 6.0)])
 def test_the_longest_first_ends_earlier(knows_lengths, minutes):
     jobs = [*(job(f"short {index}", 1.0) for index in range(4)), job("long", 4.0)]
