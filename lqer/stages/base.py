@@ -78,7 +78,9 @@ class Stage(ABC):
     def provide(self, store: Store, files: Collection[str]) -> None:
         """Return once the artifact has these files: those of another process at once, else all of it is built."""
         made = store.provide(self.name, self.key, files, lambda workspace: self.build(workspace, store))
-        if made is not None:
+        if made is None:
+            log.info("%s: reused %s", self.log_name, self.identity)
+        else:
             self._say_made(made)
 
     def _say_made(self, artifact: Artifact) -> None:

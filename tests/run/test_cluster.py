@@ -38,6 +38,7 @@ from lqer.run.preflight import check_run
 from lqer.run.worker import Parts, all_jobs_of, perform
 from lqer.store import locks
 from lqer.store.keeper import Keeper
+from lqer.store.store import Store
 
 pytestmark = needs_ray
 
@@ -346,7 +347,7 @@ def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     schedule = Schedule([Job("quantize-1", (), (), lambda store: None)])
     with pytest.raises(ConfigError, match=r'cluster.address: Ray is not installed \(pip install "lqer\[cluster\]"\)'):
-        run_on_ray(schedule, {"quantize-1": ""}, perform, ClusterConfig(address="local"))
+        run_on_ray(schedule, {"quantize-1": ""}, perform, ClusterConfig(address="local"), Store(Path("nowhere")))
 
 
 def test_a_worker_that_sees_another_folder_says_so(experiment):
