@@ -23,11 +23,15 @@ class Loaded(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a bar shows of a job: jobs of one title have one bar, on which this one is `amount` units."""
+    """What a bar shows of a job: jobs of one title have one bar, on which this one is `amount` units.
+
+    counted: of a job that makes the artifact of its name, how the names of files begin that are one unit each.
+    """
 
     title: str
     unit: str = "job"
     amount: int = 1
+    counted: str | None = None
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,8 @@ class _Workers:
         left = len(self._schedule.jobs) - len(self._schedule.done)
         log.info("%d jobs on up to %d workers of %s", left, self._away.most, self._share)
         while not self._schedule.is_over:
+            self._look()
+            self._look_for_files(bars)
             self._hand_out()
             if not self._busy:
                 self._give_up()
@@ -242,12 +244,17 @@ class _Workers:
         if ends:
             self._ray.wait(ends, num_returns=len(ends), timeout=SECONDS_TO_END)
 
-    def _hand_out(self) -> None:
-        self._look()
-        for name in self._schedule.awaited():
+    def _look_for_files(self, bars: Bars) -> None:
+        """What there is of the artifacts that are made, for jobs that wait for some files and for the bars."""
+        counted = {job.name for job, _, _ in self._busy.values() if job.progress.counted is not None}
+        for name in counted | self._schedule.awaited():
             # What is damaged there is refused by whoever reads it.
             with suppress(StoreError):
-                self._schedule.see(name, self._store.files(name))
+                files = self._store.files(name)
+                self._schedule.see(name, files)
+                bars.count(self._schedule.jobs[name], files)
+
+    def _hand_out(self) -> None:
         for name in self._schedule.ready():
             job = self._schedule.jobs[name]
             pool = self._home if job.at_home else self._away
@@ -276,7 +283,7 @@ class _Workers:
         if answer.lost is not None:
             self._lose(job, answer.lost, bars)
             return
-        bars.advance(job.progress, f"{where}, {seconds:.1f} s")
+        bars.end(job, f"{where}, {seconds:.1f} s")
         if answer.problem is None:
             self._schedule.finish(job.name)
             log.info(DONE, where, job.name, seconds)
@@ -287,7 +294,7 @@ class _Workers:
         self._lost[job.name] += 1
         after_loss(self._schedule, job.name, self._lost[job.name], self._retries, reason)
         if job.name in self._schedule.failed:
-            bars.advance(job.progress)
+            bars.end(job)
 
     def _give_up(self) -> None:
         """No node is left that has room for a worker."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 
-from lqer.jobs.graph import Progress, Schedule
+from lqer.jobs.graph import Job, Schedule
 
 
 class Bars:
@@ -16,13 +16,22 @@ class Bars:
 
     def __init__(self, bars: dict[str, tqdm]):
         self._bars = bars
+        self._units = Counter[str]()
 
-    def advance(self, progress: Progress, where: str = "") -> None:
+    def count(self, job: Job, files: Iterable[str]) -> None:
+        """A job goes on, whose artifact has these files by now."""
+        if job.progress.counted is not None:
+            self._reach(job, sum(name.startswith(job.progress.counted) for name in files))
+
+    def end(self, job: Job, where: str = "") -> None:
         """A job is over; where: the worker that did it."""
-        bar = self._bars[progress.title]
-        bar.update(progress.amount)
         if where:
-            bar.set_postfix_str(where, refresh=False)
+            self._bars[job.progress.title].set_postfix_str(where, refresh=False)
+        self._reach(job, job.progress.amount)
+
+    def _reach(self, job: Job, units: int) -> None:
+        self._bars[job.progress.title].update(units - self._units[job.name])
+        self._units[job.name] = units
 
 
 @contextmanager

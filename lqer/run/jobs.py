@@ -14,8 +14,10 @@ from lqer.run.experiment import Experiment
 from lqer.stages.base import Stage, stages_in
 from lqer.stages.calibrate import Calibrate, files_of
 from lqer.stages.evaluate import Candidate, Divisible, WindowPerplexity
+from lqer.stages.gang import GangStage
 from lqer.stages.quantize import Quantize
 from lqer.store.files import content_hash
+from lqer.store.names import BLOCK
 from lqer.store.store import Store
 
 SECONDS = 60.0
@@ -70,7 +72,10 @@ def jobs_of(
     them does (lqer/stages/alike.py), with its weights.
     """
     makers = _Makers()
-    preparing = tuple(makers.stage_job(stage, costs.CALIBRATION) for stage in experiment.before_quantize())
+    preparing = tuple(
+        makers.stage_job(stage, costs.CALIBRATION, unit=_by_blocks(stage, blocks))
+        for stage in experiment.before_quantize()
+    )
     if chunks and len(chunks) < chunks[0].count:
         ours = [index for chunk in chunks for index in chunk.blocks(blocks)]
         preparing = tuple(_of_chunks(job, ours) for job in preparing)
@@ -82,7 +87,7 @@ def jobs_of(
             quantizing += [job for of_chunk in of_chunks for job in of_chunk]
             shares = [of_chunk[-1] for of_chunk in of_chunks]
         if not shares:
-            quantizing.append(makers.stage_job(stage, minutes))
+            quantizing.append(makers.stage_job(stage, minutes, unit=_by_blocks(stage, blocks)))
         elif len(shares) == chunks[0].count:
             # Its blocks are there: what is outside them remains.
             quantizing.append(
@@ -98,6 +103,11 @@ def jobs_of(
         for job in _evaluation(makers, one, stages, made_by.get(one.role), parts)
     ]
     return RunJobs(preparing, tuple(quantizing), training, tuple(measuring))
+
+
+def _by_blocks(stage: Stage, blocks: int) -> Progress | None:
+    """Of a stage as a whole that leaves a file for each block."""
+    return Progress(stage.name, "block", blocks, BLOCK) if isinstance(stage, GangStage) else None
 
 
 def _of_chunks(job: Job, blocks: Sequence[int]) -> Job:

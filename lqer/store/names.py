@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+# Begins the names of the files of decoder blocks, each of which is written when the rest of its block is.
+BLOCK = "block-"
+
 
 def block_file(index: int) -> str:
-    return f"block-{index:05d}.safetensors"
+    return f"{BLOCK}{index:05d}.safetensors"
 
 
 def layers_file(index: int) -> str:

@@ -13,7 +13,7 @@ from stored_files import stored
 
 from lqer.config import read_config
 from lqer.evaluation import requests
-from lqer.jobs.graph import Job, Schedule
+from lqer.jobs.graph import Job, Progress, Schedule
 from lqer.jobs.here import run_here
 from lqer.run.chunks import Chunk
 from lqer.run.jobs import RunJobs, jobs_of
@@ -44,6 +44,14 @@ def test_a_job_stands_after_those_it_needs(undisturbed):
         assert seen.issuperset(job.needs)
         seen.add(job.name)
     assert stages(job.name for job in found) == ["calibrate", "quantize", "quantize", *["evaluate"] * 3]
+
+
+def test_what_one_job_makes_of_all_blocks_is_shown_block_by_block(undisturbed):
+    found = jobs(checked(undisturbed, "--evaluation.baselines=[]"))
+    shown = [job.progress for job in (*found.preparing, *found.quantizing)]
+    assert shown == [Progress(name, "block", 4, counted="block-") for name in ("calibrate", "quantize")]
+    parts = jobs(checked(undisturbed, "--evaluation.baselines=[]"), [Chunk(1, 2), Chunk(2, 2)]).quantizing
+    assert [(job.progress.amount, job.progress.counted) for job in parts] == [(2, None), (2, None), (0, None)]
 
 
 def test_evaluations_need_the_model_that_they_measure(undisturbed):
