@@ -85,6 +85,10 @@ class Schedule:
         found = [name for name in self._waiting() if not any(self._lacks(name, need) for need in self.jobs[name].needs)]
         return sorted(found, key=lambda name: -self._seconds_left[name])
 
+    def is_early(self, name: str) -> bool:
+        """Whether a job that can start needs one that has not ended."""
+        return not self.done.issuperset(self.jobs[name].needs)
+
     def awaited(self) -> set[str]:
         """The jobs of which some files let others start before they end; the store may have them (`see`)."""
         return {need for name in self._waiting() for need in self.jobs[name].enough if self._lacks(name, need)}

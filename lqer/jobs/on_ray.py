@@ -15,7 +15,7 @@ import platform
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,12 +194,13 @@ class _Pool:
     idle: list[_Idle] = field(default_factory=list)
     busy: int = 0
 
-    def take(self, model: Loaded | None) -> Any:
-        """An idle worker, one that has this model in memory if there is one; None if none is idle."""
-        if not self.idle:
+    def take(self, model: Loaded | None, kept: Collection[Loaded]) -> Any:
+        """An idle worker, one that has this model in memory if there is one, and none that has one of `kept`."""
+        free = [place for place, one in enumerate(self.idle) if not any(one.model is other for other in kept)]
+        if not free:
             return None
-        fitting = (place for place, one in enumerate(self.idle) if one.model is model)
-        return self.idle.pop(next(fitting, -1)).worker
+        fitting = (place for place in free if self.idle[place].model is model)
+        return self.idle.pop(next(fitting, free[-1])).worker
 
 
 class _Workers:
@@ -255,17 +256,21 @@ class _Workers:
                 bars.count(self._schedule.jobs[name], files)
 
     def _hand_out(self) -> None:
-        for name in self._schedule.ready():
-            job = self._schedule.jobs[name]
+        ready = [self._schedule.jobs[name] for name in self._schedule.ready()]
+        in_use = [job.model for job in ready if job.model is not None]
+        for job in ready:
             pool = self._home if job.at_home else self._away
             if pool.busy >= pool.most:
                 continue
-            worker = pool.take(job.model)
+            # What becomes ready one by one would make a worker read its model again each time.
+            worker = pool.take(job.model, in_use if self._schedule.is_early(job.name) else ())
             if worker is None:
+                if pool.busy + len(pool.idle) >= pool.most:
+                    continue
                 worker = self._ray.remote(Worker).options(**pool.options).remote(self._perform, pool.keeper)
-            self._schedule.start(name)
+            self._schedule.start(job.name)
             pool.busy += 1
-            self._busy[worker.work.remote(name, self._texts[name])] = job, worker, pool
+            self._busy[worker.work.remote(job.name, self._texts[job.name])] = job, worker, pool
 
     def _take_in(self, reference: Any, bars: Bars) -> None:
         job, worker, pool = self._busy.pop(reference)

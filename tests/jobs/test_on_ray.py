@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,6 +176,52 @@ def test_a_part_starts_while_the_job_that_makes_the_rest_of_what_it_reads_goes_o
     assert ray.ended == [*["part 0"] * (1 + lost), "part 1", "calibrate-1"]
     assert schedule.done == {"calibrate-1", "part 0", "part 1"}
     assert ("part 0: its worker was lost; done again (1 of 3): killed" in caplog.text) == lost
+
+
+class Meanwhile(Calibrating):
+    """In which all statistics are there once the first text is done, and "calibrate-1" ends last."""
+
+    def __init__(self, store: Store, cpus: int):
+        super().__init__(store)
+        self.resources = {"CPU": cpus}
+
+    def wait(self, references: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        self.most_busy = max(self.most_busy, len(references))
+        if "text 1" in references:
+            for index in range(2):
+                self.workspace.write_json(f"block-{index}", [])
+        return [one for one in references if one != "calibrate-1"][:1] or references[:1], []
+
+
+@pytest.mark.parametrize(
+    ("cpus", "order"),
+    [
+        (2, ["text 1", "text 2", "text 3", "part 0", "part 1", "calibrate-1"]),
+        # A third worker, which has no model yet.
+        (3, ["text 1", "part 0", "text 2", "part 1", "text 3", "calibrate-1"]),
+    ],
+)
+def test_a_worker_with_a_model_in_memory_does_not_leave_it_for_a_part_while_others_come(tmp_path, cpus, order):
+    store, model = Store(tmp_path), SimpleNamespace(release=lambda: None)
+    texts = [Job(f"text {index}", (), (), lambda store: None, model=model) for index in (1, 2, 3)]
+    ray = Meanwhile(store, cpus)
+    calibrate, *parts = of_two_parts()
+    # The first text alone can start with the statistics.
+    texts[1:] = [replace(text, needs=("text 1",)) for text in texts[1:]]
+    work_through(ray, cluster_of(cpus_per_job=1), calibrate, *parts, *texts, store=store)
+    assert ray.ended == order
+    assert len(ray.options) == cpus
+
+
+def test_a_part_that_waits_for_nothing_more_goes_before_a_model_in_memory(tmp_path):
+    model = SimpleNamespace(release=lambda: None)
+    texts = [Job(f"text {index}", (), (), lambda store: None, model=model) for index in (1, 2)]
+    texts[1] = replace(texts[1], needs=("text 1",))
+    part = Job("part", (), ("text 1",), lambda store: None, seconds=9.0)
+    ray = Calibrating(Store(tmp_path))
+    ray.resources = {"CPU": 1}
+    work_through(ray, cluster_of(cpus_per_job=1), *texts, part)
+    assert ray.ended == ["text 1", "part", "text 2"]
 
 
 def test_a_damaged_record_of_what_there_is_ends_nothing(tmp_path):
