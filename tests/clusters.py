@@ -7,11 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lqer.config import Config, read_config
@@ -51,3 +55,50 @@ def config_of(experiment: Any, output: str, address: str | None, *overrides: str
     return read_config(
         experiment.config, "run", [f"--output_dir={experiment.folder / output}", *there, "--device=cpu", *overrides]
     )
+
+
+def the_worker(worker: psutil.Process) -> list[psutil.Process]:
+    return [worker]
+
+
+def ranks_of(worker: psutil.Process) -> list[psutil.Process]:
+    """The other processes of its gang, which its server of processes has started."""
+    return [child for child in worker.children(recursive=True) if child.ppid() != worker.pid]
+
+
+def kill_workers(
+    output: Path, *stages: str, victims: Callable[[psutil.Process], list[psutil.Process]] = the_worker
+) -> threading.Thread:
+    """Kill every worker that is busy once each stage has stored a file since the last time; at first the keeper too.
+
+    victims: of a worker, who is killed. Between two jobs nobody is busy: then it waits until somebody is.
+    """
+
+    def parts(stage: str) -> set[Path]:
+        return set(output.glob(f"store/{stage}-*.partial/*"))
+
+    def work() -> None:
+        for stage in stages:
+            before = parts(stage)
+            while not parts(stage) - before:
+                time.sleep(0.02)
+            while not _kill("ray::Worker.work", victims):
+                time.sleep(0.005)
+            if stage is stages[0]:
+                _kill("ray::Keeper", the_worker)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def _kill(name: str, victims: Callable[[psutil.Process], list[psutil.Process]]) -> int:
+    """How many were killed, of the processes of that name; of this test alone: this process has started the cluster."""
+    killed = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if (process.cmdline() or [""])[0].startswith(name):
+                for victim in victims(process):
+                    victim.kill()
+                    killed += 1
+    return killed

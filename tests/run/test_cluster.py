@@ -11,15 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from clusters import ENVIRONMENT, config_of, needs_ray
+from clusters import ENVIRONMENT, config_of, kill_workers, needs_ray, ranks_of, the_worker
 from stored_files import stored
 
 from lqer.cli import main
@@ -81,45 +80,6 @@ def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address,
     logged = (experiment.folder / "there" / "run" / "run.log").read_text()
     linear = r" \d/4 mlp\.up_proj" if split == "linears" else r"( \d/\d)?"
     assert re.search(rf"{re.escape(platform.node())}/\d+, quantize-\w+{linear}: done in", logged)
-
-
-def the_worker(worker: psutil.Process) -> list[psutil.Process]:
-    return [worker]
-
-
-def ranks_of(worker: psutil.Process) -> list[psutil.Process]:
-    """The other processes of its gang, which its server of processes has started."""
-    return [child for child in worker.children(recursive=True) if child.ppid() != worker.pid]
-
-
-def kill_workers(
-    output: Path, *stages: str, victims: Callable[[psutil.Process], list[psutil.Process]] = the_worker
-) -> threading.Thread:
-    """Kill every worker that is busy once each stage has stored a file since the last time; at first the keeper too.
-
-    victims: of a worker or a keeper, who is killed.
-    """
-
-    def parts(stage: str) -> set[Path]:
-        return set(output.glob(f"store/{stage}-*.partial/*"))
-
-    def work() -> None:
-        names: tuple[str, ...] = ("ray::Worker.work", "ray::Keeper")
-        for stage in stages:
-            before = parts(stage)
-            while not parts(stage) - before:
-                time.sleep(0.02)
-            # Those of this test alone: the cluster was started by this process.
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    if (process.cmdline() or [""])[0].startswith(names):
-                        for victim in victims(process):
-                            victim.kill()
-            names = ("ray::Worker.work",)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
 
 
 def begun(output: Path, stage: str) -> Callable[[], bool]:
