@@ -2,7 +2,7 @@
 
 Two solvers: "exact", eigenvectors of the smaller Gram matrix in float64, and "krylov", matrix products in float32,
 which costs a small fraction of it on large matrices and estimates its distance from the optimum. "auto" uses krylov
-where it is faster.
+where it is faster: on a GPU also for small ones, since eigenvectors are found there step by step.
 
 Shapes: I in_features, O out_features, R rank, K = min(I, O).
 """
@@ -23,7 +23,7 @@ from lqer.lowrank.metric import Metric
 
 Solver = Literal["auto", "exact", "krylov"]
 
-# Below this smaller side the exact solution takes well under a second.
+# Up to this smaller side the exact solution takes well under a second on a CPU.
 SMALL_SIDE = 1024
 
 
@@ -53,6 +53,14 @@ class Factors:
         return min(captured / self.energy, 1.0) if self.energy > 0 else 1.0
 
 
+def uses_krylov(solver: Solver, shorter: int, rank: int, device: torch.device) -> bool:
+    """Whether a matrix with that shorter side is solved by "krylov"."""
+    if solver == "auto":
+        # A space larger than half the shorter side saves nothing.
+        return (device.type == "cuda" or shorter > SMALL_SIDE) and 2 * largest_space(rank) <= shorter
+    return solver == "krylov" and largest_space(rank) <= shorter
+
+
 def reconstruct(error_OI: Tensor, metric: Metric, rank: int, solver: Solver = "exact", seed: int = 0) -> Factors:
     """Minimise tr((E − (A·B)ᵀ) H (E − (A·B)ᵀ)ᵀ) over products A·B of rank `rank`.
 
@@ -61,9 +69,7 @@ def reconstruct(error_OI: Tensor, metric: Metric, rank: int, solver: Solver = "e
     """
     shorter = min(error_OI.shape)
     rank = min(rank, shorter)
-    iterate = solver == "krylov" or (solver == "auto" and shorter > SMALL_SIDE)
-    # A space larger than half the shorter side saves nothing.
-    if iterate and (2 if solver == "auto" else 1) * largest_space(rank) <= shorter:
+    if uses_krylov(solver, shorter, rank, error_OI.device):
         found = solve_krylov(error_OI, metric, rank, seed)
         return Factors(found.a_IR, found.b_RO, found.singular_values_R, found.gap, partial(metric.energy, error_OI))
     a_IR, b_RO, sigma_K = solve_exact(error_OI, metric, rank)

@@ -57,7 +57,7 @@ from lqer.store.writer import most_waiting
 from lqer.transforms import BlockTransform
 
 # Of both orders of quantizing blocks: raised whenever the same inputs would give other bytes than before.
-QUANTIZE_VERSION = 10
+QUANTIZE_VERSION = 11
 
 # Whether the linears of a block are quantized on inputs from its unrounded weights, or one input site after the other.
 Order = Literal["block", "sequential"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lqer.lowrank import krylov
 from lqer.lowrank.exact import singular_values
 from lqer.lowrank.metric import Metric
-from lqer.lowrank.solver import Factors, reconstruct
+from lqer.lowrank.solver import Factors, reconstruct, uses_krylov
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]  # (out, in)
 each_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -234,6 +234,13 @@ class TestKrylov:
         assert reconstruct(small, Metric(), 8, "auto").gap is None
         assert reconstruct(large, Metric(), 8, "auto").gap is not None
         assert reconstruct(large, Metric(), 200, "auto").gap is None
+
+    def test_on_a_gpu_auto_iterates_wherever_that_saves_something(self):
+        gpu, cpu = torch.device("cuda"), torch.device("cpu")
+        assert [uses_krylov("auto", side, 32, gpu) for side in (671, 672, 768, 1025)] == [False, True, True, True]
+        assert [uses_krylov("auto", side, 32, cpu) for side in (672, 1024, 1025)] == [False, False, True]
+        assert [uses_krylov("krylov", side, 32, cpu) for side in (335, 336)] == [False, True]
+        assert not uses_krylov("exact", 4096, 32, gpu)
 
     def test_too_small_an_error_is_refused_by_the_solver_itself(self):
         with pytest.raises(ValueError, match="rank 8 needs 336 rows, the error has 64"):
