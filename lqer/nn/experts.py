@@ -14,7 +14,7 @@ expert, P = T K pairs of a token and an expert, H halves (gate and up), I in_fea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,8 +64,17 @@ def choices(experts: Experts) -> int:
 def run_expert(experts: Experts, index: int, x_ND: Tensor) -> Tensor:
     """The output (N, D) of one expert, not weighted by the router."""
     expert = experts.get_submodule(str(index))
-    y_ND = expert.down_proj(activate(experts, [expert.get_submodule(name)(x_ND) for name in up_names(experts)]))
+    y_ND = expert.down_proj(expert_inputs(experts, index, x_ND, ["down_proj"])["down_proj"])
     return experts.post_expert_norm(y_ND) if has_norm(experts) else y_ND
+
+
+def expert_inputs(experts: Experts, index: int, x_ND: Tensor, linears: Collection[str]) -> dict[str, Tensor]:
+    """The inputs of these linears of an expert, by their names within it: x, or of down what is made of it."""
+    expert, names = experts.get_submodule(str(index)), up_names(experts)
+    inputs = {name: x_ND for name in names if name in linears}
+    if "down_proj" in linears:
+        inputs["down_proj"] = activate(experts, [expert.get_submodule(name)(x_ND) for name in names])
+    return inputs
 
 
 def up_names(experts: Experts) -> tuple[str, ...]:

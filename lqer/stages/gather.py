@@ -29,7 +29,7 @@ from lqer.statistics import ALWAYS, Sample, Statistic
 from lqer.statistics.site import SiteStatistics
 from lqer.store.names import block_file, sites_file
 from lqer.store.store import Artifact
-from lqer.transforms.tracing import watched_inputs
+from lqer.transforms.tracing import UntilCalled, watched_inputs
 
 TokenWeights = Literal["none", "residual"]
 
@@ -131,8 +131,8 @@ def stored_statistics(calibration: Artifact) -> StatisticsOf:
     return lambda indices: (BlockStatistics.read(calibration, index) for index in indices)
 
 
-def drop_output(batch: int, output_BTD: Tensor) -> None:
-    """Leave the hidden states as they are: the block's inputs."""
+# Gets the index of a batch, and what a block outputs there.
+UseOutput = Callable[[int, Tensor], None]
 
 
 def observe_block(
@@ -140,7 +140,7 @@ def observe_block(
     original: BlockRun | None,
     text: CalibrationText,
     statistics: Collection[Statistic],
-    use_output: Callable[[int, Tensor], None] = drop_output,
+    use_output: UseOutput | None = None,
     roundings: InputRoundings = NOT_ROUNDED,
     linears: Collection[str] | None = None,
 ) -> BlockStatistics:
@@ -162,7 +162,7 @@ def observe_parts(
     original: BlockRun | None,
     text: CalibrationText,
     statistics: Collection[Statistic],
-    use_output: Callable[[int, Tensor], None] = drop_output,
+    use_output: UseOutput | None = None,
     roundings: InputRoundings = NOT_ROUNDED,
     linears: Collection[str] | None = None,
 ) -> Iterator[tuple[Collection[str], BlockStatistics]]:
@@ -173,7 +173,8 @@ def observe_parts(
 
     original: the original block on the original model's hidden states, for statistics of pairs of inputs and token
     weights; None where `run` is that. Batch by batch it is run first, and its hidden states stay its inputs.
-    use_output: gets the index of every batch and what `run` outputs there, in the last pass. roundings: of the inputs
+    use_output: gets what `run` outputs, in the last pass; a pass whose outputs nobody gets ends at the last linear's
+    input. roundings: of the inputs
     before anything is gathered from them, by linear of the block; both blocks run on inputs as they are. linears: those
     to gather from, by their names within the block; all by default. Raises ModelError, naming the linear, where an
     input is NaN or infinite, and for a block whose tokens cannot be weighted.
@@ -183,7 +184,7 @@ def observe_parts(
         raise ValueError("a statistic of pairs of inputs needs the original block")
     passes = passes_of(run, linears or block_linears(run.block), gathered)
     for names in passes:
-        used = use_output if names is passes[-1] else drop_output
+        used = use_output if names is passes[-1] else None
         yield names, _observe(run, original, text, gathered, used, roundings, names)
 
 
@@ -192,7 +193,7 @@ def _observe(
     original: BlockRun | None,
     text: CalibrationText,
     gathered: Sequence[Statistic],
-    use_output: Callable[[int, Tensor], None],
+    use_output: UseOutput | None,
     roundings: InputRoundings,
     names: Collection[str],
 ) -> BlockStatistics:
@@ -205,13 +206,18 @@ def _observe(
     observer, of_experts = observers
     experts = ExpertObserver(run, original or run, text.experts, of_experts, names, tokens)
     watch = {name: partial(observer.see, name) for name in names if name not in experts.linears}
+    observed = UntilCalled(run.block, [*watch, *experts.modules])
     for batch, windows in enumerate(run.hidden.batches):
         first_token = (run.hidden.first_window + windows.start) * text.windows_WT.shape[1]
         original_batch = reference.batch(batch)
         observer.begin_batch(first_token, original_batch)
         with watched_inputs(run.block, watch), experts.watching(first_token, original_batch):
-            output_BTD = run.output(batch)
-        use_output(batch, output_BTD)
+            if use_output is None:
+                observed.run(partial(run.output, batch))
+            else:
+                output_BTD = run.output(batch)
+        if use_output is not None:
+            use_output(batch, output_BTD)
     for one in observers:
         one.join(run.hidden.gang)
     experts.join(run.hidden.gang)

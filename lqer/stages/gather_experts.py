@@ -4,8 +4,8 @@
               others as are missing, spread evenly over the text: so it is never quantized on nothing
     all       every expert gets every token
 
-An expert is observed by running it beside the forward pass on the inputs of the layer. So it can be run on others too:
-on what is missing, and on the original model's inputs of the same tokens.
+An expert is observed beside the forward pass, on the inputs of the layer, and run no further than the linears that are
+asked for. So it can be run on others too: on what is missing, and on the original model's inputs of the same tokens.
 
 Shapes: T tokens of a batch, D hidden size, E experts, N tokens of an expert, M kept tokens.
 """
@@ -24,12 +24,11 @@ from torch import Tensor
 
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
-from lqer.nn.experts import Experts, count, experts_of, routes, run_expert
+from lqer.nn.experts import Experts, count, expert_inputs, experts_of, routes
 from lqer.stages.observe import OriginalBatch, SiteObserver
 from lqer.statistics import Gang, Statistic
 from lqer.statistics.gang import add_up
 from lqer.statistics.sample import evenly_spread, spread_indices
-from lqer.transforms.tracing import watched_inputs
 
 # After the name of a module of experts: int64 (E,), how many tokens of the text were sent to each.
 ROUTED_TOKENS = "routed_tokens"
@@ -83,12 +82,18 @@ class ExpertObserver:
         names: Collection[str],
         tokens: int,
     ):
-        self._block, self._original = run.block, original.block
+        self._original = original.block
         self._settings, self._sites, self._tokens = settings, sites, tokens
         self._layers = [
-            _Layer(name, experts, _by_expert(name, names), torch.zeros(count(experts), dtype=torch.int64))
+            _Layer(name, experts, linears, torch.zeros(count(experts), dtype=torch.int64))
             for name, experts in experts_of(run.block).items()
+            if (linears := _by_expert(name, names))
         ]
+
+    @property
+    def modules(self) -> list[str]:
+        """Those of experts that are observed here, by their names within the block: experts read what goes into them."""
+        return [layer.name for layer in self._layers]
 
     @property
     def linears(self) -> set[str]:
@@ -113,7 +118,7 @@ class ExpertObserver:
 
     @torch.no_grad()
     def complete(self) -> dict[str, Tensor]:
-        """Give every expert the tokens that it lacks. Returns `routed_tokens` by its name within the block."""
+        """Give every expert the tokens that it lacks. Returns `routed_tokens` of each module by names within the block."""
         for layer in self._layers if self._settings.of == "routed" else ():
             lacking = (self._settings.minimum - layer.routed_E).clamp(min=0).tolist()
             starved = [index for index in layer.linears if lacking[index]]
@@ -144,18 +149,18 @@ class ExpertObserver:
     def _observe(
         self, layer: _Layer, index: int, tokens: _Tokens, first_token: int = 0, part_of: int | None = None
     ) -> None:
-        """Run one expert on these tokens, see `SiteObserver.begin_batch`."""
-        names = layer.linears[index]
+        """Observe one expert on these tokens, see `SiteObserver.begin_batch`."""
+        full_names = {name.rpartition(".")[2]: name for name in layer.linears[index]}
         inputs: dict[str, Tensor] | None = None
         if tokens.original_ND is not None:
-            inputs = {}
-            with watched_inputs(self._original, {name: partial(inputs.__setitem__, name) for name in names}):
-                run_expert(self._original.get_submodule(layer.name), index, tokens.original_ND)
-        writers = [name for name in names if name.endswith(".down_proj")]
+            experts = self._original.get_submodule(layer.name)
+            of_original = expert_inputs(experts, index, tokens.original_ND, full_names)
+            inputs = {full_names[linear]: x for linear, x in of_original.items()}
+        writers = [name for linear, name in full_names.items() if linear == "down_proj"]
         weights = {} if tokens.weights_N is None else dict.fromkeys(writers, tokens.weights_N)
         self._sites.begin_batch(first_token, OriginalBatch(inputs, weights), part_of)
-        with watched_inputs(self._block, {name: partial(self._sites.see, name) for name in names}):
-            run_expert(layer.experts, index, tokens.x_ND)
+        for linear, x in expert_inputs(layer.experts, index, tokens.x_ND, full_names).items():
+            self._sites.see(full_names[linear], x)
 
 
 def passes_of(run: BlockRun, names: Collection[str], statistics: Sequence[Statistic]) -> list[list[str]]:

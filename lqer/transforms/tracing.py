@@ -1,11 +1,12 @@
-"""The inputs of a module's linears and the outputs of its norms, and which of them are the same tensor.
+"""The inputs of a module's linears and the outputs of its norms, which of them are the same tensor, and where they end.
 
 Shapes: B sequences, T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,44 @@ def watched_inputs(module: nn.Module, watch: Mapping[str, Callable[[Tensor], Non
     finally:
         for handle in hooks:
             handle.remove()
+
+
+class AllCalledError(Exception):
+    """Ends a run of a module of which the rest is not needed."""
+
+
+class UntilCalled:
+    """Runs a module as far as it takes to call some of the modules within it, by their names.
+
+    The first run is whole. Where it calls each of them once, later ones end when all have been called: before that of
+    the last one runs, but after what has been told to watch its input. Else all runs are whole.
+    """
+
+    def __init__(self, module: nn.Module, names: Collection[str]):
+        self._module, self._names = module, set(names)
+        self._ends: bool | None = None
+
+    def run(self, run: Callable[[], object]) -> None:
+        calls = Counter[str]()
+
+        def hook(name: str) -> Callable[..., None]:
+            def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+                calls[name] += 1
+                if self._ends and len(calls) == len(self._names):
+                    raise AllCalledError
+
+            return count
+
+        hooks = [self._module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in self._names]
+        try:
+            run()
+        except AllCalledError:
+            return
+        finally:
+            for handle in hooks:
+                handle.remove()
+        if self._ends is None:
+            self._ends = all(calls[name] == 1 for name in self._names)
 
 
 @torch.no_grad()

@@ -101,6 +101,23 @@ def test_sums_do_not_depend_on_the_size_of_the_batches(model, text):
             torch.testing.assert_close(tensor, large.tensors[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("linear", ["self_attn.q_proj", f"{LAYER.removeprefix('model.layers.0.')}.1.down_proj"])
+def test_a_pass_whose_outputs_nobody_gets_ends_at_the_last_input_with_the_same_statistics(model, text, linear):
+    outputs, ends = [], []
+    run = next(walk_blocks(resident(model), text.windows_WT, text.batch_size))
+    hook = run.block.register_forward_hook(lambda *_: ends.append(1))
+    whole = observe_block(
+        run, None, text, HESSIAN, lambda batch, output_BTD: outputs.append(output_BTD), linears=[linear]
+    )
+    assert len(ends) == len(outputs) == text.batches > 2
+    ended = observe_block(run, None, text, HESSIAN, linears=[linear])
+    hook.remove()
+    # The first batch tells what is called.
+    assert len(ends) == text.batches + 1
+    assert whole.tensors.keys() == ended.tensors.keys()
+    assert all(torch.equal(tensor, ended.tensors[name]) for name, tensor in whole.tensors.items())
+
+
 @torch.no_grad()
 def test_an_expert_that_is_sent_too_few_tokens_gets_others_from_all_over_the_text(model, text):
     minimum = 40

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lqer.transforms.tracing import enough_to_probe, trace, watched_inputs
+from lqer.transforms.tracing import UntilCalled, enough_to_probe, trace, watched_inputs
 
 
 class Attention(nn.Module):
@@ -53,6 +53,46 @@ def test_the_input_of_every_call_is_handed_on(module, batches):
 def test_nobody_watches_after_a_call_that_fails(module):
     with pytest.raises(RuntimeError), watched_inputs(module, {"q": lambda x: None}):
         module(torch.zeros(1, 5, 7))
+    assert not any(child._forward_pre_hooks for child in module.modules())
+
+
+def finished(module, names, runs):
+    """How often a module came to its end, and the inputs that were seen of the named ones, after each of the runs."""
+    seen, ends, found = [], [], []
+    end = module.register_forward_hook(lambda *_: ends.append(1))
+    until = UntilCalled(module, names)
+    for run in runs:
+        with watched_inputs(module, dict.fromkeys(names, seen.append)):
+            until.run(run)
+        found.append((len(ends), len(seen)))
+    end.remove()
+    assert not any(child._forward_pre_hooks for child in module.modules())
+    return found
+
+
+def test_a_run_ends_where_all_that_is_asked_for_was_seen(module, batches):
+    runs = [lambda x_BTI=x_BTI: module(x_BTI) for x_BTI in (*batches, batches[0])]
+    assert finished(module, ["q", "k"], runs) == [(1, 2), (1, 4), (1, 6)]
+    assert finished(module, ["o"], runs) == [(1, 1), (1, 2), (1, 3)]
+
+
+def test_what_is_called_twice_or_never_is_run_to_its_end(module, batches):
+    x_BTI = batches[0]
+    twice = [lambda: (module.k(x_BTI), module(x_BTI))] * 2
+    assert finished(module, ["q", "k"], twice) == [(1, 3), (2, 6)]
+    module.never = nn.Linear(6, 4)
+    assert finished(module, ["q", "never"], [lambda: module(x_BTI)] * 2) == [(1, 1), (2, 2)]
+
+
+def test_a_module_that_a_later_run_calls_no_more_lets_it_end(module, batches):
+    x_BTI = batches[0]
+    runs = [lambda: module(x_BTI), lambda: module.o(module.q(x_BTI))]
+    assert finished(module, ["q", "k"], runs) == [(1, 2), (1, 3)]
+
+
+def test_a_failure_is_no_end(module):
+    with pytest.raises(RuntimeError):
+        UntilCalled(module, ["o"]).run(lambda: module(torch.zeros(1, 5, 7)))
     assert not any(child._forward_pre_hooks for child in module.modules())
 
 
