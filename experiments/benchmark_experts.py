@@ -1,22 +1,24 @@
 """Seconds and memory of calibrating and quantizing the decoder blocks of a mixture of experts, random weights and text.
 
     python experiments/benchmark_experts.py [--shape qwen3-30b-a3b] [--blocks 4] [--methods lqer-act gptq best-3]
-        [--windows 16] [--seq-len 2048] [--batch 4] [--seconds 100] [--phases] [--device auto] [--folder /dev/shm]
+        [--windows 16] [--seq-len 2048] [--batch 4] [--seconds 100] [--most N] [--phases] [--device auto]
+        [--folder /dev/shm]
 
 What the stages of a run do, with their files in a temporary folder of --folder: lqer-act on the original model's
 inputs, gptq on those of the blocks quantized before it, best-3 as its preset says, which measures a width of 2 to 4
-bits for every linear and takes its linears in turn. With --phases seconds are told by phase, which takes longer: the
-GPU is waited for wherever one begins or ends. A method is not begun after --seconds, and an interrupt tells what is
-done so far. Shapes: tiny, qwen3-30b-a3b, gpt-oss-20b.
+bits for every linear and takes its linears in turn. Seconds by phase are those of the main thread, in which a phase
+that asks a GPU for a number waits for what others have launched; with --phases the GPU is waited for wherever one
+begins or ends, which takes longer. A method is not begun after --seconds; an interrupt, or --most seconds of a method,
+tells what is done so far. Shapes: tiny, qwen3-30b-a3b, gpt-oss-20b.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--most", type=int, default=0)
     parser.add_argument("--phases", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
@@ -169,18 +172,22 @@ def measured(
     device = opened.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    recorder, started = Recorder(lambda: now(device)), now(device)
+    recorder, started = Recorder(lambda: now(device) if given.phases else None), now(device)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        signal.alarm(given.most)
         try:
-            with recorded(recorder) if given.phases else nullcontext():
+            with recorded(recorder):
                 run(Path(folder), opened, text)
         except KeyboardInterrupt:
             print("interrupted")
+        finally:
+            signal.alarm(0)
         seconds, workspace = now(device) - started, Workspace(Path(folder))
         done = [index for index in range(len(opened.blocks)) if block_file(index) in workspace]
         rows = [row for index in done for row in workspace.json(layers_file(index))]
     by_phase = dict(recorder.main.most_common()) | {"other": seconds - sum(recorder.main.values())}
-    phases = ", ".join(f"{name} {taken:.1f}" for name, taken in by_phase.items()) if given.phases else "–"
+    phases = ", ".join(f"{name} {taken:.1f}" for name, taken in by_phase.items() if taken >= 0.05)
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
     weights = sum(row["out_features"] * row["in_features"] for row in rows)
     bits = sum(row["weight_bits"] + row["metadata_bits"] + row["low_rank_bits"] for row in rows) / max(weights, 1)

@@ -92,7 +92,7 @@ class ExpertObserver:
 
     @property
     def modules(self) -> list[str]:
-        """Those of experts that are observed here, by their names within the block: experts read what goes into them."""
+        """Those whose inputs the experts that are observed here read, by their names within the block."""
         return [layer.name for layer in self._layers]
 
     @property
@@ -118,7 +118,7 @@ class ExpertObserver:
 
     @torch.no_grad()
     def complete(self) -> dict[str, Tensor]:
-        """Give every expert the tokens that it lacks. Returns `routed_tokens` of each module by names within the block."""
+        """Give every expert the tokens that it lacks. Returns `routed_tokens` by its name within the block."""
         for layer in self._layers if self._settings.of == "routed" else ():
             lacking = (self._settings.minimum - layer.routed_E).clamp(min=0).tolist()
             starved = [index for index in layer.linears if lacking[index]]
