@@ -1,7 +1,7 @@
 """Seconds that a process spends in each phase of its work, such as "read" or "pack", where somebody records them.
 
     with phase("pack"):
-        packed = pack_linear(...)
+        packed = pack_linears(...)
 
 A phase inside another one interrupts it, so that no second counts twice. Work of other threads is counted apart from
 the main thread's, beside which it runs. While nothing records, a phase costs a comparison.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lqer.formats import Passthrough, QuantizedTensor, format_from_dict, without_first
+from lqer.formats import Passthrough, QuantizedTensor, format_from_dict, pack_together, without_first
 from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.store.names import block_file
 from lqer.store.store import Workspace
@@ -29,15 +29,25 @@ FORMAT_VERSION = 1
 FACTOR_ROLES = ("first_a", "first_b", "low_rank_a", "low_rank_b")
 
 
-def pack_linear(name: str, weight: QuantizedWeight, bias: QuantizedTensor | None) -> dict[str, Tensor]:
-    """The tensors of one linear in its block's file."""
-    quantized = {"weight": weight.weight_OI, "bias": bias}
-    if weight.low_rank is not None:
-        quantized |= {"low_rank_a": weight.low_rank.a_IR, "low_rank_b": weight.low_rank.b_RO}
-    stored = {role: value.pack() for role, value in quantized.items() if value is not None}
-    if weight.rotation is not None:
-        stored["transform"] = weight.rotation.pack()
-    return {f"{name}.{role}.{part}": tensor for role, parts in stored.items() for part, tensor in parts.items()}
+def pack_linears(
+    names: Sequence[str], weights: Sequence[QuantizedWeight], biases: Sequence[QuantizedTensor | None]
+) -> dict[str, Tensor]:
+    """The tensors of linears of one shape and plan in their block's file."""
+    stored: dict[str, list[QuantizedTensor | None]] = {
+        "weight": [weight.weight_OI for weight in weights],
+        "low_rank_a": [None if weight.low_rank is None else weight.low_rank.a_IR for weight in weights],
+        "low_rank_b": [None if weight.low_rank is None else weight.low_rank.b_RO for weight in weights],
+        "bias": [*biases],
+    }
+    tensors: dict[str, Tensor] = {}
+    for role, values in stored.items():
+        there = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        for name, parts in zip(there, pack_together([*there.values()]), strict=True):
+            tensors |= {f"{name}.{role}.{part}": tensor for part, tensor in parts.items()}
+    for name, weight in zip(names, weights, strict=True):
+        signs = {} if weight.rotation is None else weight.rotation.pack()
+        tensors |= {f"{name}.transform.{part}": tensor for part, tensor in signs.items()}
+    return tensors
 
 
 def describe_linear(plan: LinearPlan, weight: QuantizedWeight, has_bias: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lqer.components import component_from_dict
-from lqer.formats.base import NonFiniteError, NumberFormat, QuantizedTensor
+from lqer.formats.base import NonFiniteError, NumberFormat, QuantizedTensor, pack_together
 from lqer.formats.codebook import Codebook
 from lqer.formats.cut import cut, join, unsupported_cut, without_first
 from lqer.formats.e8p import E8P
@@ -40,6 +40,7 @@ __all__ = [
     "format_from_dict",
     "join",
     "pack_bits",
+    "pack_together",
     "packed_length",
     "unpack_bits",
     "unsupported_cut",

@@ -250,6 +250,15 @@ class QuantizedTensor:
         return rows * packed_length(part.shape[-1], self.format.stream_widths[name]) * 8
 
 
+def pack_together(tensors: Sequence[QuantizedTensor]) -> list[dict[str, Tensor]]:
+    """`pack` of tensors of one format and shape: their codes, which are packed row by row, at once."""
+    if len(tensors) <= 1:
+        return [one.pack() for one in tensors]
+    stacked = {name: torch.stack([one.parts[name] for one in tensors]) for name in tensors[0].parts}
+    packed = tensors[0].format.pack_parts(stacked)
+    return [dict(zip(packed, of_one, strict=True)) for of_one in zip(*packed.values(), strict=True)]
+
+
 def _normalize_axis(x: Tensor, axis: int) -> int:
     if not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis {axis} is not an axis of a tensor of shape {tuple(x.shape)}")

@@ -68,6 +68,10 @@ class BlockWork:
             with_spectra=index in with_spectra(len(opened.blocks)),
         )
 
+    def bias(self, full_name: str) -> Tensor | None:
+        """The bias of a linear; None where it has none."""
+        return self.tensors.get(f"{full_name.removeprefix(f'{self.name}.')}.bias")
+
 
 @dataclass(frozen=True)
 class QuantizedLinears:

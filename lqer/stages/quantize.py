@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lqer.checkpoint.bits import average_bits
-from lqer.checkpoint.pack import DETAILS_FILE, describe_linear, pack_linear, write_outer
+from lqer.checkpoint.pack import DETAILS_FILE, describe_linear, pack_linears, write_outer
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError, QuantizedTensor
 from lqer.methods import LinearPlan, QuantizedWeight
@@ -300,10 +300,11 @@ def _quantize_ours(
         plan = settings.plans[batch[0][0]]
         assert plan is not None
         weights = [_stored_weight(work, full_name, device) for full_name, _ in batch]
-        for (full_name, site), weight_OI, weight in zip(
-            batch, weights, _quantize_batch(work, batch, weights, plan), strict=True
-        ):
-            found.add(_written(work, full_name, site, weight_OI, weight, plan, statistics.routed_tokens(full_name)))
+        quantized, names = _quantize_batch(work, batch, weights, plan), [full_name for full_name, _ in batch]
+        with phase("pack"):
+            found.tensors.update(pack_linears(names, quantized, [_bias(work, name, plan) for name in names]))
+        for (full_name, site), weight_OI, weight in zip(batch, weights, quantized, strict=True):
+            found.add(_told(work, full_name, site, weight_OI, weight, plan, statistics.routed_tokens(full_name)))
     return replace(found, rows=with_numbers(found.rows))
 
 
@@ -342,7 +343,18 @@ def _quantize_weight(
         raise ModelError(f"{full_name}: {error}") from None
 
 
-def _written(
+def _bias(work: BlockWork, full_name: str, plan: LinearPlan) -> QuantizedTensor | None:
+    """The bias in the plan's format; None where there is no bias, or no format. Raises ModelError."""
+    bias_O = work.bias(full_name)
+    if bias_O is None or plan.bias is None:
+        return None
+    try:
+        return plan.bias.quantize(bias_O.detach())
+    except NonFiniteError as error:
+        raise ModelError(f"{full_name}: {error}") from None
+
+
+def _told(
     work: BlockWork,
     full_name: str,
     site: SiteStatistics,
@@ -351,16 +363,11 @@ def _written(
     plan: LinearPlan,
     routed_tokens: int | None,
 ) -> QuantizedLinears:
-    """What is written of one linear."""
-    bias_O = work.tensors.get(f"{full_name.removeprefix(f'{work.name}.')}.bias")
-    try:
-        bias = plan.bias.quantize(bias_O.detach()) if plan.bias is not None and bias_O is not None else None
-    except NonFiniteError as error:
-        raise ModelError(f"{full_name}: {error}") from None
-    found = QuantizedLinears(replaced={f"{full_name}.weight"} | ({f"{full_name}.bias"} if bias is not None else set()))
-    with phase("pack"):
-        found.tensors.update(pack_linear(full_name, weight, bias))
-    entry = describe_linear(plan, weight, has_bias=bias_O is not None)
+    """What is written of one linear beside its packed tensors."""
+    has_bias = work.bias(full_name) is not None
+    replaced = {f"{full_name}.weight"} | ({f"{full_name}.bias"} if has_bias and plan.bias is not None else set())
+    found = QuantizedLinears(replaced=replaced)
+    entry = describe_linear(plan, weight, has_bias)
     rounded_OI = rounded_alone(weight_OI, weight, site, plan)
     of_expert = {} if routed_tokens is None else {"routed_tokens": routed_tokens}
     found.rows.append(layer_row(full_name, weight_OI, rounded_OI, weight, site) | of_expert | {"entry": entry})

@@ -20,6 +20,7 @@ from lqer.formats import (
     NumberFormat,
     Passthrough,
     format_from_dict,
+    pack_together,
 )
 from lqer.formats.blocks import block_width
 
@@ -159,6 +160,17 @@ def test_packing_loses_nothing_and_its_bits_are_the_bits_charged(number_format, 
     assert quantized.code_bits == bits.pop("codes")
     assert quantized.metadata_bits == sum(bits.values())
     assert quantized.zero_bits == bits.get("zeros", 0)
+
+
+@each_case
+def test_tensors_are_packed_together_as_each_alone(number_format, shape, axis):
+    tensors = [number_format.quantize(sample(shape, seed=seed), axis) for seed in range(3)]
+    for count in range(4):
+        together, alone = pack_together(tensors[:count]), [one.pack() for one in tensors[:count]]
+        for packed, expected in zip(together, alone, strict=True):
+            assert packed.keys() == expected.keys()
+            assert all(torch.equal(packed[name], part) for name, part in expected.items())
+            assert all(part.is_contiguous() for part in packed.values())
 
 
 @each_format
