@@ -9,6 +9,7 @@ Shapes: I in_features, O out_features, G groups of a row, g values of a group, V
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +64,17 @@ class Nearest(Rounding):
         mean_square_I = statistics["mean_square"]
         assert isinstance(mean_square_I, Tensor), "a method damps the Hessian only"
         return nearest(weight_OI, mean_square_I, number_format)
+
+    def round_together(
+        self, weights: Sequence[Tensor], statistics: Sequence[Statistics], number_format: NumberFormat
+    ) -> list[QuantizedTensor]:
+        # Scales and tables of a whole matrix, and searched scales, are each one's own.
+        own = number_format.block_size == "tensor" or number_format.codebook_parts or self.scales != "minmax"
+        if own or len(weights) == 1:
+            return super().round_together(weights, statistics, number_format)
+        parts, shape = number_format.quantize(torch.stack(list(weights))).parts, tuple(weights[0].shape)
+        each = zip(*parts.values(), strict=True)
+        return [QuantizedTensor(number_format, shape, 1, dict(zip(parts, of_one, strict=True))) for of_one in each]
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         return unsupported_search(number_format, self.scales)

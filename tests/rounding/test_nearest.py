@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lqer.components import component_from_dict
-from lqer.formats import Int, MXInt, NonFiniteError
+from lqer.formats import E8P, Int, MXInt, NonFiniteError, NormalFloat
 from lqer.rounding import ROUNDINGS, Nearest, Rounding
 
 
@@ -19,6 +19,28 @@ def test_it_is_the_formats_own_rounding_along_in_features(number_format):
     rounded = Nearest().round(weight_OI, {}, number_format)
     assert rounded.axis == 1
     assert torch.equal(rounded.dequantize(), number_format.quantize(weight_OI).dequantize())
+
+
+FIT, SEARCH = Nearest(), Nearest(scales="search")
+
+
+@pytest.mark.parametrize(
+    ("rounding", "number_format"),
+    [
+        (FIT, MXInt(bits=3)), (FIT, Int(bits=4, block_size=16)), (FIT, NormalFloat(bits=4)), (FIT, E8P(bits=2)),
+        (FIT, Int(bits=3, block_size="tensor")), (SEARCH, Int(bits=4, block_size=16)),
+    ],
+    ids=lambda part: part.scales if isinstance(part, Nearest) else f"{part.kind} {part.block_size}",
+)  # fmt: skip
+def test_several_weights_are_rounded_together_as_each_alone(rounding, number_format):
+    generator = torch.Generator().manual_seed(0)
+    weights = [scale * torch.randn(24, 48, generator=generator) for scale in (0.1, 1.0, 3.0)]
+    statistics = [{"mean_square": torch.rand(48, generator=generator)} for _ in weights]
+    together = rounding.round_together(weights, statistics, number_format)
+    for weight_OI, its, found in zip(weights, statistics, together, strict=True):
+        alone = rounding.round(weight_OI, its, number_format)
+        assert (found.shape, found.axis, found.parts.keys()) == (alone.shape, alone.axis, alone.parts.keys())
+        assert all(torch.equal(found.parts[name], part) for name, part in alone.parts.items())
 
 
 def test_a_weight_with_infinities_is_refused():
