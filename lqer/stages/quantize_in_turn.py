@@ -8,7 +8,8 @@ order "sequential" (GPTQ's "true sequential") they take turns:
         quantize them
 
 A turn are linears that share an input; those of a mixture's experts, whose names differ by a number alone, take theirs
-together. The block runs once more per turn, in emulation and with rounded activations where linears have them.
+together. For every turn the block runs once more, in emulation and with rounded activations where linears have them,
+but not beyond the inputs of the turn.
 """
 
 from __future__ import annotations
