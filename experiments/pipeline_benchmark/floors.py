@@ -60,13 +60,17 @@ def floors(work: Work, rates: Rates) -> dict[str, Floor]:
     head = shape.vocabulary * shape.hidden
     # q, k and v share one, gate and up another.
     sites = [shape.hidden, shape.hidden, shape.hidden, shape.intermediate] * shape.blocks
-    passes = 2 if work.propagates else 1
+    # Statistics that hand on no hidden states need no output of down.
+    multiplied = 2 * weights - shape.blocks * shape.hidden * shape.intermediate if work.propagates else weights
     columns = work.rank + OVERSAMPLING
     found = {
         "imports": Floor(rates.imports, "torch and transformers alone"),
         "fingerprint": Floor(work.model_bytes / min(rates.read, rates.hash), "the model read from disk and hashed"),
         "read": Floor(work.model_bytes / rates.reread + work.model_bytes / rates.to_device, "the model, cached"),
-        "forward": Floor(passes * 2 * weights * tokens / rates.product, f"{passes} x 2 FLOP a weight and token"),
+        "forward": Floor(
+            2 * multiplied * tokens / rates.product,
+            f"{'2 x ' * work.propagates}2 FLOP a weight and token{', without down in one' * work.propagates}",
+        ),
         "statistics": Floor(sum(sites) * tokens * 2 / rates.copy, "inputs read once"),
         "round": Floor(3 * weights / rates.copy, "weights read, codes written"),
         "errors and spectra": _errors(work, rates, linears),

@@ -62,7 +62,8 @@ def test_floors_are_bytes_and_operations_over_rates():
     assert found["hash"].seconds == pytest.approx(0.8)
     assert "factor" not in found
     exact = floors(replace(WORK, hessian=True, feedback=True, propagates=True), RATES)
-    assert exact["forward"].seconds == 2 * found["forward"].seconds
+    # Of two passes the one for statistics ends before down.
+    assert exact["forward"].seconds == pytest.approx(2 * (2 * weights - 32 * 4096 * 11008) * 65536 / 1e14)
     squares = 32 * (3 * 4096**2 + 11008**2)
     assert exact["statistics"].seconds == pytest.approx(2 * squares * 65536 / 1e14)
     assert exact["factor"].seconds == pytest.approx(2 / 3 * 32 * (3 * 4096**3 + 11008**3) / 1e12)
