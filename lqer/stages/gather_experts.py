@@ -172,7 +172,9 @@ def passes_of(run: BlockRun, names: Collection[str], statistics: Sequence[Statis
     widths = {name: linear.in_features for name, linear in block_linears(run.block).items()}
     for layer in layers:
         for found in _by_expert(layer, names).values():
-            needed = sum(statistic.nbytes(widths[name]) for name in found for statistic in statistics)
+            # Gate and up read one input.
+            inputs = {name.endswith(".down_proj"): widths[name] for name in found}
+            needed = sum(statistic.nbytes(width) for width in inputs.values() for statistic in statistics)
             if size and size + needed > PASS_BYTES:
                 passes, size = [*passes, []], 0
             passes[-1] += found
