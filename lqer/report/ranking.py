@@ -70,8 +70,10 @@ class Ranking:
 
     def beaten_by(self) -> pd.Series:
         """Of each row that is on no front, the run with at most its bits that has the best first measure; else ""."""
-        first = self.measures[0]
-        names = []
+        if not self.measures:
+            # A sweep may time models alone.
+            return pd.Series("", index=self.table.index)
+        first, names = self.measures[0], []
         for row, free in zip(self.table.to_dict("records"), self.undominated):
             rivals = self.table[
                 (self.table["bits"] <= row["bits"])

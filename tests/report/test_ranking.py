@@ -126,6 +126,14 @@ def test_a_column_that_no_run_fills_is_left_out():
     assert list(shown["activations"]) == ["", "", "x8"]
 
 
+def test_runs_that_measured_no_text_are_shown_by_what_they_cost():
+    timed = results(4.0, None, tokens_per_second={"quantized": 450.0}) | {"perplexity": []}
+    (ranking,) = rank({"timed": timed, "not timed": results(3.0, None) | {"perplexity": []}})
+    shown = shown_table(ranking)
+    assert dict(zip(shown["run"], shown["tokens/s"])) == {"original": "", "not timed": "", "timed": "450"}
+    assert not shown["beaten by"].any()
+
+
 def test_every_run_has_the_colour_of_its_family(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
