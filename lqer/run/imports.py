@@ -9,16 +9,16 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lqer.run.outcome import interrupted_at_once
+from lqer.run.outcome import INTERRUPTED, interrupted_at_once
 
 
 @contextmanager
-def heavy_imports() -> Iterator[None]:
-    """Within, nothing is collected, and Ctrl-C ends the program on the spot."""
+def heavy_imports(said: str = INTERRUPTED) -> Iterator[None]:
+    """Within, nothing is collected, and Ctrl-C ends the program on the spot, with these words on stderr."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        with interrupted_at_once():
+        with interrupted_at_once(said):
             yield
     finally:
         if was_enabled:

@@ -22,17 +22,18 @@ from typing import NoReturn
 from lqer.errors import LqerError, RunFailedError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+INTERRUPTED = "\nInterrupted.\n"
 
 
 @contextmanager
-def interrupted_at_once() -> Iterator[None]:
+def interrupted_at_once(said: str = INTERRUPTED) -> Iterator[None]:
     """Let Ctrl-C end the program on the spot, while libraries are imported and nothing is written.
 
     Some of them swallow a KeyboardInterrupt (numpy, in the middle of torch), and fail later for another reason.
     """
 
     def end(*_: object) -> None:
-        print("\nInterrupted.", file=sys.stderr, flush=True)
+        print(said, end="", file=sys.stderr, flush=True)
         os._exit(EXIT_INTERRUPTED)
 
     before = signal.getsignal(signal.SIGINT)

@@ -191,7 +191,7 @@ class InAProcess:
         self.plugins = tuple(plugins)
         # Forked from a server that has imported torch and never computed; not from this process.
         quieten_libraries()
-        self.processes = processes(["lqer.run.pipeline", "lqer.report.write"])
+        self.processes = processes(["lqer.run.preloaded"])
 
     def __call__(self, config: Config) -> str | None:
         ours, theirs = self.processes.Pipe(duplex=False)

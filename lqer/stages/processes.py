@@ -37,8 +37,9 @@ def held_back_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if signals:
-        raise KeyboardInterrupt
+        # Also in place of an error: a process that Ctrl-C ended at its start is no failure of ours.
+        if signals:
+            raise KeyboardInterrupt
 
 
 def death(exitcode: int | None) -> str:
