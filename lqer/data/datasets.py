@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from lqer.components import did_you_mean
+from lqer.data.hub import hub_out_of_reach
 from lqer.data.prompt import Prompt, column_text
 from lqer.data.python_texts import PYTHON_TEXTS, PythonText
 from lqer.errors import DataError, HubTextError
@@ -234,7 +235,7 @@ def _hub_rows(spec: DatasetSpec, hub: HubText, purpose: Purpose) -> TextRows:
     source = " ".join(filter(None, (f"{hub.repository}@{hub.revision}", hub.name, f"{split}[{row_range}]")))
     if hub.stream and "%" in row_range:
         raise DataError(f"dataset {source} is streamed, so its length is unknown: give rows as numbers")
-    with _reading(source, HubTextError):
+    with _reading(source, HubTextError, hub_out_of_reach()):
         records = datasets.load_dataset(
             hub.repository, hub.name, data_files=hub.files, split=split, revision=hub.revision, streaming=hub.stream
         )
@@ -313,11 +314,14 @@ def _refuse(spec: DatasetSpec, *keys: str) -> None:
 
 
 @contextmanager
-def _reading(source: str, kind: type[DataError] = DataError) -> Iterator[None]:
+def _reading(source: str, kind: type[DataError] = DataError, out_of_reach: str | None = None) -> Iterator[None]:
+    """out_of_reach: why a connection fails, in place of what the reader says of it."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:  # hub, network, cache and parsers raise types with no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if out_of_reach is not None and isinstance(error, ConnectionError):
+            reason = out_of_reach
         raise kind(f"dataset {source} cannot be read: {reason}") from error

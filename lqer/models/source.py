@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
+from lqer.data.hub import hub_out_of_reach
 from lqer.errors import HubError, ModelError
 from lqer.models.auto import auto_class
 from lqer.models.coded import coded_tensors, plain_config, plain_header
@@ -119,11 +120,13 @@ def resolve_model(name: str, revision: str | None = None, fingerprints: Fingerpr
 
 
 def _resolve_hub(name: str, revision: str | None) -> ModelSource:
+    out_of_reach = hub_out_of_reach()
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise HubError(f"model: {name} is not a local folder, and the hub refuses it: {reason}") from None
+        refused = f"the hub refuses it: {str(error).strip().splitlines()[0]}"
+        reason = f"the hub cannot be asked: {out_of_reach}" if out_of_reach else refused
+        raise HubError(f"model: {name} is not a local folder, and {reason}") from None
     commit = getattr(config, "_commit_hash", None) or revision or "main"
     return ModelSource(name, name, commit, content_hash([name, commit]), f"{name}@{commit[:12]}")
 

@@ -84,6 +84,7 @@ def test_a_name_the_hub_does_not_know_is_reported_in_one_line(monkeypatch):
     def unreachable(name, revision, trust_remote_code):
         raise OSError(f"{name} is not there\nTraceback of many lines")
 
+    monkeypatch.setattr(lqer.models.source, "hub_out_of_reach", lambda: None)
     monkeypatch.setattr(lqer.models.source.AutoConfig, "from_pretrained", unreachable)
     with pytest.raises(HubError, match="model: someone/model is not a local folder, and the hub refuses it") as error:
         resolve_model("someone/model")
