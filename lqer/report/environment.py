@@ -31,7 +31,8 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or "x86_64 CPU, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_memory_bytes(device: torch.device, all_gpus: bool = False) -> int:

@@ -26,7 +26,7 @@ from lqer.report.paragraphs import (
     widths_paragraphs,
 )
 from lqer.report.published import figures_of
-from lqer.results import RESULTS_FILE, PerplexityRow, Results
+from lqer.results import RESULTS_FILE, ModelInfo, PerplexityRow, Results
 from lqer.store.files import write_atomically, write_json, write_text
 from lqer.store.names import layers_file, spectra_file, tuning_file
 from lqer.store.store import Artifact
@@ -181,6 +181,19 @@ def _kind_names(results: Results) -> dict[str, str]:
     return {"original": "original", "rtn": rtn_name(quantize), "quantized": scheme_name(quantize)}
 
 
+def shown_model(model: ModelInfo) -> str:
+    """What was quantized, and in a second line what is known of it beyond its name, such as where it comes from."""
+    name, description = model["name"], model["description"]
+    share = model["quantized_parameters"] / max(model["parameters"], 1)
+    # A model of the hub is described by its name and commit, a folder or a file by the last part of its path.
+    told = description if description.startswith(name) else name
+    about = "" if description.endswith(Path(told).name) else f"\n{description}"
+    return (
+        f"{told} ({model['architecture']}, {model['parameters'] / 1e6:.1f}M parameters; {share:.0%} of them quantized)."
+        f"{about}"
+    )
+
+
 def summary_table(results: Results) -> str:
     """The table printed at the end of a run: one row per evaluation, one column per candidate (markdown)."""
     kinds = ["original", *(["rtn"] if results["baseline"] is not None else []), "quantized"]
@@ -241,7 +254,6 @@ def render_report(
     model, calibration, bits, seconds = results["model"], results["calibration"], results["bits"], results["seconds"]
     quantize = results["config"]["quantize"]
     worst = layers.nlargest(5, "output_error")[["name", "rank", "bits", "output_error_before", "output_error"]]
-    share = model["quantized_parameters"] / max(model["parameters"], 1)
     evaluations = "".join(f"- evaluated on {row['source']}\n" for row in results["perplexity"])
     pictures = [PERPLEXITY_FIGURE] if _has_perplexity(results) else []
     pictures += [ERROR_FIGURE, *([SPECTRA_FIGURE, WEIGHT_SPECTRA_FIGURE] if with_spectra else [])]
@@ -253,8 +265,7 @@ def render_report(
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     paragraphs = [
         f"# {results['tag']}",
-        f"{model['name']} ({model['architecture']}, {model['parameters'] / 1e6:.1f}M parameters; {share:.0%} of them "
-        f"quantized).\n{model['description']}",
+        shown_model(model),
         *[f"**Warning**: {warning}." for warning in results["warnings"]],
         summary_table(results),
         *map(str, figures_of(results)),

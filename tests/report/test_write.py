@@ -1,0 +1,35 @@
+"""What report.md says of the model and the machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lqer.report.environment import device_name
+from lqer.report.write import shown_model
+
+
+@pytest.mark.parametrize(
+    ("name", "description", "shown"),
+    [
+        ("/models/opt", "local folder opt", "/models/opt"),
+        ("/models/opt/q4.gguf", "GGUF file q4.gguf", "/models/opt/q4.gguf"),
+        ("facebook/opt-125m", "facebook/opt-125m@27dcfa74d334", "facebook/opt-125m@27dcfa74d334"),
+    ],
+)
+def test_a_model_is_named_once(name, description, shown):
+    model = {"architecture": "OPT", "parameters": 4_000_000, "quantized_parameters": 3_000_000}
+    told = shown_model(model | {"name": name, "description": description})
+    assert told == f"{shown} (OPT, 4.0M parameters; 75% of them quantized)."
+
+
+def test_what_a_name_does_not_tell_is_said_beside_it():
+    model = {"architecture": "OPT", "parameters": 4_000_000, "quantized_parameters": 3_000_000}
+    told = shown_model(model | {"name": "demo:opt", "description": "Expanded from a 4-bit file."})
+    assert told == "demo:opt (OPT, 4.0M parameters; 75% of them quantized).\nExpanded from a 4-bit file."
+
+
+@pytest.mark.parametrize(("threads", "shown"), [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
+def test_a_cpu_is_named_with_its_threads(monkeypatch, threads, shown):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert device_name(torch.device("cpu")).endswith(shown)
