@@ -5,7 +5,8 @@ Shapes: W windows, T tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +73,14 @@ class Texts:
 def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase, processor: Any = None) -> Texts:
     """processor: transformers' for images and texts, where there are images.
 
-    Raises DataError for a text that cannot be read or is too short.
+    Raises DataError, which names the key, for a text that cannot be read or is too short.
     """
-    calibration, info = _calibration(config, tokenizer, processor)
-    training_WT = _training(config, tokenizer)
+    with _asked_by("calibration.dataset"):
+        calibration, info = _calibration(config, tokenizer, processor)
+    with _asked_by("finetune.dataset"):
+        training_WT = _training(config, tokenizer)
     perplexity = config.evaluation.perplexity
-    specs = () if perplexity is None else perplexity.datasets
-    evaluation = tuple(_evaluation(spec, perplexity, tokenizer) for spec in specs if perplexity is not None)
+    evaluation = () if perplexity is None else tuple(_evaluations(perplexity, tokenizer))
     learned = {"calibration": calibration.windows_WT} | ({} if training_WT is None else {"fine-tuning": training_WT})
     overlaps = [
         _overlap(name, windows_WT.flatten(), text.spec.label, text.tokens(tokenizer))
@@ -86,6 +88,15 @@ def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase, processor: An
         for text in evaluation
     ]
     return Texts(calibration, info, training_WT, evaluation, tuple(filter(None, overlaps)))
+
+
+@contextmanager
+def _asked_by(key: str) -> Iterator[None]:
+    """Name the key of the configuration in the line about a text."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def _overlap(learned_as: str, learned_T: Tensor, label: str, evaluated_T: Tensor) -> str | None:
@@ -131,8 +142,8 @@ def _refuse_pairs(config: Config) -> None:
     learned = {"quantize.widths": config.quantize.widths, "quantize": config.quantize.block_parts}
     if (key := next((key for key, parts in learned.items() if parts), None)) is not None:
         raise DataError(
-            f"{key}: widths by a gradient, and transforms and roundings of whole blocks, are learned on text; "
-            f"calibration.dataset {config.calibration.dataset.label} holds images"
+            f"{config.calibration.dataset.label} holds images; {key}: widths by a gradient, and transforms and "
+            "roundings of whole blocks, are learned on text"
         )
 
 
@@ -145,6 +156,12 @@ def _training(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tensor | No
     return calibration_windows(
         tokenizer, load_rows(settings.dataset, "calibration"), windows, settings.seq_len, asked_by
     )
+
+
+def _evaluations(settings: PerplexityConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[EvaluationText]:
+    for index, spec in enumerate(settings.datasets):
+        with _asked_by(f"evaluation.perplexity.datasets[{index}]"):
+            yield _evaluation(spec, settings, tokenizer)
 
 
 def _evaluation(spec: DatasetSpec, settings: PerplexityConfig, tokenizer: PreTrainedTokenizerBase) -> EvaluationText:

@@ -161,7 +161,7 @@ def test_a_run_is_calibrated_on_what_the_images_say(wrapper, pairs, tmp_path):
 
 
 def test_what_is_learned_on_text_alone_is_refused_before_any_work(wrapper, pairs, tmp_path):
-    with pytest.raises(DataError, match=r"quantize: .* are learned on text; calibration\.dataset pairs\.jsonl holds"):
+    with pytest.raises(DataError, match=r"^calibration\.dataset: pairs\.jsonl holds images; quantize: .* are"):
         lqer.quantize(
             wrapper, FORMATS, tag="blocks",
             formats={"w4i": {"kind": "int", "bits": 4, "block_size": 16}},

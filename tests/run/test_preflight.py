@@ -42,7 +42,17 @@ def test_an_evaluation_text_that_cannot_be_used(experiment, tmp_path, dataset, m
     (tmp_path / "other.jsonl").write_text('{"body": "a"}')
     (tmp_path / "utf16.txt").write_bytes("text".encode("utf-16"))
     path = dataset.format(folder=tmp_path)
-    both(experiment, f'--evaluation.perplexity.datasets=["{path}"]', match=match)
+    both(
+        experiment, f'--evaluation.perplexity.datasets=["pydoc", "{path}"]',
+        match=rf"^evaluation\.perplexity\.datasets\[1\]: .*{match}",
+    )  # fmt: skip
+
+
+def test_a_calibration_text_that_is_missing_or_too_short(experiment, tmp_path):
+    both(experiment, "--calibration.dataset=none.txt", match=r"^calibration\.dataset: dataset file none\.txt does not")
+    (tmp_path / "short.txt").write_text("short")
+    short = f"--calibration.dataset={tmp_path}/short.txt"
+    both(experiment, short, match=r"^calibration\.dataset: text short\.txt yields 0 windows of .*num_samples is ")
 
 
 def test_a_window_too_short_to_predict_a_token(experiment):
@@ -52,7 +62,8 @@ def test_a_window_too_short_to_predict_a_token(experiment):
 def test_a_text_for_fine_tuning_that_is_missing(experiment):
     both(
         experiment, "--quantize.activation=none", "--quantize.attention=none",
-        '--finetune={ parts = ["low_rank"], dataset = "missing.txt" }', match="missing.txt does not exist",
+        '--finetune={ parts = ["low_rank"], dataset = "missing.txt" }',
+        match=r"^finetune\.dataset: dataset file missing\.txt does not exist",
     )  # fmt: skip
 
 
