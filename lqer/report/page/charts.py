@@ -36,7 +36,7 @@ PADDING = 0.07
 LEAST_SPAN = 0.25
 # Numbers on a logarithmic axis, as multiples of powers of ten: the first choice that is not too many.
 STEPS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
-MOST_TICKS, MOST_BAR_TICKS = 9, 6
+MOST_TICKS, MOST_BAR_TICKS, MOST_BLOCK_TICKS = 9, 6, 12
 SMALLEST_SHOWN = 1e-4
 SIZE_OF_MARKER, SIZE_ON_FRONT = 9, 12
 # Of points whose names would lie above each other, as a share of the span of costs.
@@ -251,7 +251,9 @@ def heat_map(layers: pd.DataFrame, column: str, unit: str, logarithmic: bool = F
     if logarithmic and np.isfinite(shown).any():
         bar |= _ticks(float(np.nanmin(shown)), float(np.nanmax(shown)), MOST_BAR_TICKS)
     layout = _layout("decoder block", "")
-    layout["xaxis"] |= {"showgrid": False, "nticks": 12}
+    # Left to itself, an axis of few blocks has ticks at halves of them.
+    ticks = {"dtick": 1} if len(blocks) <= MOST_BLOCK_TICKS else {"nticks": MOST_BLOCK_TICKS}
+    layout["xaxis"] |= {"showgrid": False, **ticks}
     layout["yaxis"] |= {"autorange": "reversed", "showgrid": False, "type": "category", "ticks": ""}
     layout["margin"]["b"] = 90
     heat = {

@@ -116,6 +116,12 @@ def test_a_heat_map_has_the_kinds_by_the_blocks():
     assert heat["text"][0] == ["0.01", "0.02", "0.03", "0.04"]
 
 
+@pytest.mark.parametrize(("blocks", "ticks"), [(5, {"dtick": 1}), (40, {"nticks": 12})])
+def test_few_blocks_have_a_tick_each_and_none_in_between(blocks, ticks):
+    axis = charts.heat_map(layers_table(blocks), "output_error", "error")["layout"]["xaxis"]
+    assert {key: axis[key] for key in ("dtick", "nticks") if key in axis} == ticks
+
+
 def test_a_heat_map_leaves_out_what_has_no_logarithm():
     layers = layers_table(2).assign(output_error=0.0)
     heat = charts.heat_map(layers, "output_error", "error", logarithmic=True)["data"][0]
