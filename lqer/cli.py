@@ -183,11 +183,13 @@ def _run_sweep(arguments: Sequence[str]) -> int:
 
         load_plugins(plugins)
         plan = plan_sweep(path, config, tag, overrides)
-        from lqer.report.sweep import record_of
+        from lqer.report.sweep import record_of, write_record
         from lqer.run import engine
         from lqer.run.sweep import conclude
 
     record = record_of(plan, config, tag, overrides)
+    # `recommend` reads what is finished of a sweep that is interrupted, or still runs.
+    write_record(record, plan.output_dir)
     outcome = engine.sweep(plan.part(parts[0]) if parts else plan.only(names), tag, plugins)
     conclude(record, plan.output_dir, outcome, print)
     return EXIT_FAILURE if outcome.failed else EXIT_OK

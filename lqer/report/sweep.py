@@ -90,10 +90,16 @@ def read_runs(record: SweepRecord, output_dir: Path) -> dict[str, Results]:
     return found
 
 
-def write_ranking(record: SweepRecord, output_dir: Path, failed: Mapping[str, str]) -> list[Path]:
-    """Write sweep.json, ranking.md, ranking.csv and one picture per text of the finished runs. Returns their paths."""
+def write_record(record: SweepRecord, output_dir: Path) -> Path:
+    """Write sweep.json, from which the finished runs are found. Returns its folder."""
     folder = output_dir / TABLE_FOLDER.format(tag=record.tag)
     write_json(folder / RECORD_FILE, asdict(record))
+    return folder
+
+
+def write_ranking(record: SweepRecord, output_dir: Path, failed: Mapping[str, str]) -> list[Path]:
+    """Write sweep.json, ranking.md, ranking.csv and one picture per text of the finished runs. Returns their paths."""
+    folder = write_record(record, output_dir)
     rankings = rank(read_runs(record, output_dir))
     if not rankings:
         return []

@@ -18,7 +18,7 @@ from lqer.config import Config
 from lqer.config.presets import METHODS_FOLDER, preset_path
 from lqer.config.sweep import SweepPlan, plan_sweep
 from lqer.report.environment import versions
-from lqer.report.sweep import SweepRecord
+from lqer.report.sweep import SweepRecord, read_record, read_runs
 from lqer.run.sweep import (
     SweepOutcome,
     conclude,
@@ -342,6 +342,7 @@ def test_an_interrupted_sweep_ends_at_once_and_resumes(experiment, small, tmp_pa
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 130, rest
     assert "Interrupted. Rerun the same command to resume." in rest
+    assert len(read_runs(read_record(experiment.output / "s-table"), experiment.output)) == 1
     resumed = run(experiment, small)
     assert resumed.returncode == 0, resumed.stderr
     assert "1 of 2 runs are finished" in resumed.stderr
