@@ -1,4 +1,4 @@
-"""Runs a sweep on this machine, one experiment after another, and only those that are missing.
+"""Runs a sweep on this machine, one experiment after another in the order of its file, and only those that are missing.
 
 Every run is a process of its own, forked from one that has imported everything: its memory is free when it ends, its
 peak is its own, and one that is killed takes no other with it. What runs have in common (statistics, the original's
@@ -61,7 +61,7 @@ def run_sweep(plan: SweepPlan, execute: Execute) -> SweepOutcome:
     durations = {name: seconds for name, seconds in found if seconds is not None}
     if durations:
         log.info("%d of %d runs are finished", len(durations), len(plan.runs))
-    waiting = [run for run in in_order(plan.runs) if run.name not in durations]
+    waiting = [run for run in plan.runs if run.name not in durations]
     failed: dict[str, str] = {}
     while waiting:
         run = waiting.pop(0)
@@ -84,17 +84,6 @@ def run_sweep(plan: SweepPlan, execute: Execute) -> SweepOutcome:
 
 def _is_of_all(failed: Mapping[str, str]) -> bool:
     return len(failed) >= MOST_ALIKE and len(set(failed.values())) == 1
-
-
-def in_order(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """Runs that share statistics of the original model first, next to each other; then those that gather their own."""
-
-    def group(run: SweepRun) -> tuple[bool, int]:
-        quantize = run.config.quantize
-        shared = [one for one in runs if one.config.calibration == run.config.calibration]
-        return quantize.propagates_error, runs.index(shared[0])
-
-    return sorted(runs, key=group)
 
 
 def finished_seconds(config: Config, code: Versions) -> float | None:
