@@ -14,8 +14,8 @@ from lqer.report.families import FAMILIES, Family
 INK, MUTED, PAPER = "#000000", "#555555", "#FFFFFF"
 FAINT = 0.55
 NAME_SIZE = 6
-# Of points that share a label, as a share of the axes.
-NEAR = 0.06
+# Of points that share a label, as shares of the axes; names are wide.
+NEAR = (0.12, 0.06)
 
 
 def draw_scheme(axis: Axes, x: float, y: float, family: Family, *, is_best: bool, is_filled: bool) -> None:
