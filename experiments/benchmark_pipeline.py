@@ -1,7 +1,7 @@
 """Where the time of whole runs goes: seconds of every phase, beside the floor of bytes and arithmetic.
 
     python experiments/benchmark_pipeline.py [--shape llama-2-7b] [--blocks N] [--presets lqer-act gptq ...]
-        [--whole N] [--folder DIR] [--windows 20] [--device auto] [--section.key=value ...]
+        [--whole N] [--folder DIR] [--model DIR] [--windows 20] [--device auto] [--section.key=value ...]
 
 Writes a random bfloat16 checkpoint of a shape and random texts under --folder, then runs each preset on them in a fresh
 process with an empty store, the model's files dropped from the system's cache before. Shapes: tiny, small, llama-2-7b,
@@ -13,7 +13,8 @@ every block did, so that it is rather too long. Settings of the form
 
 Phases of the main thread add up to the wall clock; those of reading and writing threads run beside them. Recording
 waits for the GPU between phases, so a run that is not recorded is somewhat faster. Rates are measured in the same call.
-Everything written is removed at the end. Exit status 1 if a run failed.
+Everything written is removed at the end, but for the checkpoint where --model says where it is: a later call finds it
+there, and beside it the rates. Exit status 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import tomli_w
@@ -55,20 +56,23 @@ def main(arguments: list[str]) -> int:
     device = pick_device(options.device)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="pipeline-") as name:
         folder = Path(name)
+        model = options.model or folder / "model"
         started = time.perf_counter()
-        model_bytes = write_model(folder / "model", shape, word_tokenizer(shape.vocabulary), device)
-        source = ModelSource("model", str(folder / "model"), None, "", "")
+        if not model.exists():
+            write_model(model, shape, word_tokenizer(shape.vocabulary), device)
         written = time.perf_counter() - started
-        rates = machine.measure(folder, model_bytes, device, pick_dtype("auto", source, device))
+        source = ModelSource("model", str(model), None, "", "")
+        model_bytes = sum(file.stat().st_size for file in weight_files(model))
+        rates = measured_rates(folder, model, model_bytes, device, pick_dtype("auto", source, device))
         print(f"{device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {options.shape}, "
               f"{shape.blocks} blocks, {model_bytes / 1e9:.2f} GB, written in {written:.1f} s")  # fmt: skip
         print(machine.describe(rates), flush=True)
         failed = 0
         for preset in options.presets:
-            path = write_experiment(folder, preset, options, overrides, shape)
+            path = write_experiment(folder, model, preset, options, overrides, shape)
             config = read_config(path, None, overrides)
             print(f"\n{preset}{''.join(f' {setting}' for setting in overrides)}\n", flush=True)
-            status, measured = run(folder, path, overrides)
+            status, measured = run(folder, model, path, overrides)
             if status:
                 failed = 1
                 continue
@@ -90,6 +94,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--windows", type=int, default=20, help="to evaluate on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", type=Path, default=Path())
+    parser.add_argument("--model", type=Path, help="folder of the checkpoint, which is kept there")
     options, rest = parser.parse_known_args(arguments)
     for argument in rest:
         if not argument.startswith("--") or "." not in argument.partition("=")[0] or "=" not in argument:
@@ -97,12 +102,28 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def write_experiment(folder: Path, preset: str, options: argparse.Namespace, overrides: list[str], shape: Shape) -> str:
+def weight_files(model: Path) -> list[Path]:
+    return sorted(model.glob("*.safetensors"))
+
+
+def measured_rates(folder: Path, model: Path, size: int, device: torch.device, dtype: torch.dtype) -> machine.Rates:
+    """Rates of the machine, read from beside a checkpoint that an earlier call has kept."""
+    kept = model.with_name(f"{model.name}.rates.json")
+    if kept.exists():
+        return machine.Rates(**json.loads(kept.read_text()))
+    rates = machine.measure(folder, size, device, dtype)
+    kept.write_text(json.dumps(asdict(rates)))
+    return rates
+
+
+def write_experiment(
+    folder: Path, model: Path, preset: str, options: argparse.Namespace, overrides: list[str], shape: Shape
+) -> str:
     """Write the configuration of a preset's run, and texts that are long enough for it. Returns its path."""
     texts = {part: folder / f"{part}.txt" for part in ("calibration", "evaluation")}
     experiment = {
         "extends": f"preset:{preset}",
-        "model": str(folder / "model"),
+        "model": str(model),
         "output_dir": str((folder / "runs" / preset).absolute()),
         "tag": preset,
         "device": options.device,
@@ -124,9 +145,9 @@ def write_experiment(folder: Path, preset: str, options: argparse.Namespace, ove
     return str(path)
 
 
-def run(folder: Path, config: str, overrides: list[str]) -> tuple[int, Measured]:
+def run(folder: Path, model: Path, config: str, overrides: list[str]) -> tuple[int, Measured]:
     """Exit status and seconds of a fresh process; its log goes to the terminal's stderr."""
-    for file in (folder / "model").glob("*.safetensors"):
+    for file in weight_files(model):
         machine.evict(file)
     seconds = folder / "seconds.json"
     command = [sys.executable, "-m", "pipeline_benchmark.child", str(seconds), config, *overrides]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import benchmark_pipeline as benchmark
 import pytest
+import tomli
 import torch
 from pipeline_benchmark import child
 from pipeline_benchmark.checkpoint import SHAPES, WEIGHT_SIZE, Shape, word_tokenizer, write_model, write_text
@@ -139,3 +141,16 @@ def test_a_whole_run_is_measured(tmp_path):
     assert expected <= rows.keys()
     assert sum(map(float, rows.values())) == pytest.approx(2 * float(rows["wall clock"]), rel=0.02)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_is_kept_is_used_again_with_the_rates(tmp_path):
+    model = tmp_path / "kept"
+    write_model(model, SHAPES["tiny"], word_tokenizer(SHAPES["tiny"].vocabulary))
+    rates = replace(RATES, imports=123.0)
+    assert benchmark.weight_files(model)
+    (tmp_path / "kept.rates.json").write_text(json.dumps(asdict(rates)))
+    cpu = torch.device("cpu")
+    assert benchmark.measured_rates(tmp_path, model, 1, cpu, torch.float32) == rates
+    options, overrides = benchmark.parse(["--model", str(model), "--shape", "tiny"])
+    path = benchmark.write_experiment(tmp_path, options.model, "gptq", options, overrides, SHAPES["tiny"])
+    assert tomli.loads(Path(path).read_text())["model"] == str(model)
