@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from lqer.models.structure import prepare_model
 from lqer.models.verify import check_tensors, quiet_loading, refuse_foreign_linears, refuse_mismatch
 from lqer.phases import in_phase
 from lqer.store.files import content_hash
-from lqer.store.fingerprints import Fingerprints
+from lqer.store.fingerprints import Fingerprints, State, state_of
 
 DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
 # Files of a model's folder that nothing reads: weights in other formats than safetensors, code, documents.
@@ -238,11 +239,24 @@ def load_processor(source: ModelSource) -> Any:
 def check_weights(source: ModelSource) -> None:
     """Refuse a checkpoint with missing, unexpected, mis-shaped or quantized tensors, by name: reads headers alone.
 
-    Of a GGUF file, only its loader knows which tensor becomes which parameter: `load_model` refuses what does not
-    match. Raises ModelError.
+    Files that passed are not looked at again as long as they are what they were: every stage opens the model. Of a GGUF
+    file, only its loader knows which tensor becomes which parameter: `load_model` refuses what does not match. Raises
+    ModelError.
     """
-    if source.load_args:
-        return
+    if not source.load_args:
+        _check_headers(source.name, source.path, source.revision, _states_of(Path(source.path)))
+
+
+def _states_of(folder: Path) -> tuple[tuple[str, State], ...]:
+    """Of the files in a local folder; those of the hub's commits never change."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return tuple((file.name, state_of(file)) for file in files if file.is_file())
+
+
+@lru_cache(maxsize=4)
+def _check_headers(name: str, path: str, revision: str | None, states: tuple[tuple[str, State], ...]) -> None:
+    """states: of the files; whenever they differ the model is checked anew."""
+    source = ModelSource(name, path, revision, "", "")
     config, headers = load_model_config(source), _headers(source)
     coded = coded_tensors(config, headers)
     headers = [plain_header(header, coded, config) for header in headers]

@@ -56,17 +56,18 @@ class Fingerprints:
             raise OSError(error.errno, error.strerror, str(file)) from error
 
     def _look_up(self, file: Path) -> str:
-        name, before = str(file.resolve()), _state_of(file)
+        name, before = str(file.resolve()), state_of(file)
         if name in self._known and self._known[name][0] == before:
             return self._known[name][1]
         digest = hash_file(file)
-        if _state_of(file) == before and time.time_ns() - before[1] > SETTLED_NS:
+        if state_of(file) == before and time.time_ns() - before[1] > SETTLED_NS:
             self._known[name] = (before, digest)
             self._has_news = True
         return digest
 
 
-def _state_of(file: Path) -> State:
+def state_of(file: Path) -> State:
+    """Whatever changes a file changes one of the three, but within the resolution of its time. Raises OSError."""
     found = file.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
 

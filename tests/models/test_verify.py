@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lqer.errors import ModelError
+from lqer.models import source as models_source
 from lqer.models.open import load_whole
 from lqer.models.source import check_weights, load_model, resolve_model
 from lqer.models.streaming import open_model
@@ -173,3 +174,16 @@ def test_a_linear_with_parameters_of_its_own_is_refused(random_model):
     model.model.layers[0].extra = ScaledLinear()
     with pytest.raises(ModelError, match=r"model\.layers\.0\.extra of tiny is a ScaledLinear, whose weight"):
         refuse_foreign_linears("tiny", model)
+
+
+def test_files_are_checked_once_until_one_of_them_changes(changed, monkeypatch):
+    folder = changed()
+    source = resolve_model(str(folder))
+    checked = []
+    monkeypatch.setattr(models_source, "check_tensors", lambda *arguments: checked.append(arguments))
+    check_weights(source)
+    check_weights(source)
+    assert len(checked) == 1
+    save_file(without(DOWN)(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+    check_weights(source)
+    assert len(checked) == 2
