@@ -1,25 +1,53 @@
 """Imports of torch, transformers and what stands on them: a million objects that stay for as long as the process.
 
-Python's garbage collector would walk through them again and again while they are made, a fifth of the time.
+Python's garbage collector would walk through them again and again while they are made, a fifth of the time, and once
+more, for a second, whenever it looks at all objects later.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from threading import Thread
 
 from lqer.run.outcome import INTERRUPTED, interrupted_at_once
 
 
 @contextmanager
 def heavy_imports(said: str = INTERRUPTED) -> Iterator[None]:
-    """Within, nothing is collected, and Ctrl-C ends the program on the spot, with these words on stderr."""
+    """Within, nothing is collected, and Ctrl-C ends the program on the spot, with these words on stderr.
+
+    What the first of them leaves is never looked at by the collector.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         with interrupted_at_once(said):
             yield
     finally:
+        # Once: a process that goes on has objects of its own by then.
+        if gc.get_freeze_count() == 0:
+            gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def open_gpu_beside(device: str) -> Thread | None:
+    """Let the driver open the GPU of a run in a thread: that takes a second, in which imports go on.
+
+    device: as in a configuration, where "auto" may name a GPU; None is returned for a CPU. What fails is not told here:
+    it fails again where the GPU is used.
+    """
+    if device != "auto" and not device.startswith("cuda"):
+        return None
+    import torch
+
+    def open_gpu() -> None:
+        with suppress(Exception):
+            if torch.cuda.is_available():
+                torch.empty(1, device="cuda" if device == "auto" else device)
+
+    thread = Thread(target=open_gpu, name="open-gpu", daemon=True)
+    thread.start()
+    return thread
