@@ -54,6 +54,7 @@ from lqer.resources.walk import (
 )
 from lqer.resources.workload import Need, StageMemory, Workload, total
 from lqer.stages.allocate_widths import WINDOWS
+from lqer.stages.block_work import bytes_of_later_spectra
 from lqer.stages.gather_experts import PASS_BYTES
 from lqer.stages.width_errors import EXPERT_ROWS, SAMPLED_ROWS
 from lqer.statistics import Hessian
@@ -186,6 +187,8 @@ def _quantize(work: Workload) -> StageMemory:
     idle += total(activation_needs(work, tokens_of_batch(settings), ""))
     idle *= work.on_gpu and not work.stores_statistics
     device.append(Need("work on a linear", max(work_bytes - idle, 0), certain=False))
+    later = bytes_of_later_spectra(summary.block_parameters) * work.on_gpu
+    device.append(Need("matrices until their spectra are found", later, certain=False))
     if len(work.config.evaluation.baselines) > ("original" in work.config.evaluation.baselines):
         disk.append(Need("quantized baseline", sum(packed) + outside, LARGER_DISK))
     if not work.stores_statistics:

@@ -6,8 +6,9 @@ checkpoint, and whoever writes the block takes them from there (lqer/stages/quan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ from lqer.store.workspace import Workspace
 
 # Before the names of tensors, since one file holds both.
 PACKED, SPECTRA = "packed:", "spectra:"
+
+# Per weight, of what spectra are found of: it and its rounded value, in float32; and for how much a GPU has room.
+SPECTRA_BYTES, MOST_SPECTRA_BYTES = 8, 1 << 32
+# Finds singular values, by the names that they are stored under.
+Spectra = Callable[[], Mapping[str, Tensor]]
 
 
 def weight_shapes(block: nn.Module) -> dict[str, torch.Size]:
@@ -57,6 +63,10 @@ class BlockWork:
     with_spectra: bool
     rounded: Mapping[str, QuantizedTensor] = field(default_factory=dict)
 
+    @property
+    def finds_spectra_later(self) -> bool:
+        return bytes_of_later_spectra(sum(shape.numel() for shape in self.linears.values())) > 0
+
     @classmethod
     def on(cls, opened: OpenedModel, index: int, tensors: Mapping[str, Tensor]) -> BlockWork:
         """A block of original weights."""
@@ -73,23 +83,29 @@ class BlockWork:
         return self.tensors.get(f"{full_name.removeprefix(f'{self.name}.')}.bias")
 
 
+def bytes_of_later_spectra(weights: int) -> int:
+    """What a GPU holds of a block of so many weights until its spectra are found; 0 where they are found at once."""
+    size = SPECTRA_BYTES * weights
+    return size if size <= MOST_SPECTRA_BYTES else 0
+
+
 @dataclass(frozen=True)
 class QuantizedLinears:
     """What is written of some linears of a block, by full names: packed tensors, the parameters that these replace, the
-    rows of layers-*.json, spectra.
+    rows of layers-*.json, spectra: each a function that finds those of one linear, in whatever thread writes them.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     replaced: set[str] = field(default_factory=set)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    spectra: dict[str, Tensor] = field(default_factory=dict)
+    spectra: list[Spectra] = field(default_factory=list)
 
     def add(self, other: QuantizedLinears) -> None:
         """Take in those of other linears of the same block."""
         self.tensors.update(other.tensors)
         self.replaced.update(other.replaced)
         self.rows.extend(other.rows)
-        self.spectra.update(other.spectra)
+        self.spectra.extend(other.spectra)
 
     def sort(self, full_names: Sequence[str]) -> None:
         """Put the rows into the order of the block, whatever the order in which they came."""
@@ -97,12 +113,21 @@ class QuantizedLinears:
         self.rows.sort(key=lambda row: place[row["name"]])
 
 
+def all_spectra(found: Iterable[Spectra]) -> dict[str, Tensor]:
+    return {name: values for find in found for name, values in find().items()}
+
+
+def found_already(spectra: Mapping[str, Tensor]) -> list[Spectra]:
+    return [lambda: spectra] if spectra else []
+
+
 def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) -> dict[str, Tensor]:
     """Write one block's files, and return the tensors, by full names: quantized linears packed, all else as it was."""
     kept = [name for name in work.tensors if f"{work.name}.{name}" not in found.replaced]
     tensors = {f"{work.name}.{name}": work.tensors[name] for name in kept} | found.tensors
     if found.spectra:
-        workspace.write_tensors(spectra_file(work.index), found.spectra)
+        # A GPU takes seconds for them, and can work on the next block beside them.
+        workspace.write_found(spectra_file(work.index), partial(all_spectra, found.spectra))
     workspace.write_json(layers_file(work.index), found.rows)
     # Last: its presence marks the block as done.
     workspace.write_tensors(block_file(work.index), tensors)
@@ -112,7 +137,7 @@ def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) 
 def write_linears(workspace: Workspace, index: int, unit: str, found: QuantizedLinears) -> None:
     """Leave some linears of block `index` to whoever writes the block; unit: what they are called."""
     packed = {f"{PACKED}{name}": tensor for name, tensor in found.tensors.items()}
-    spectra = {f"{SPECTRA}{name}": tensor for name, tensor in found.spectra.items()}
+    spectra = {f"{SPECTRA}{name}": tensor for name, tensor in all_spectra(found.spectra).items()}
     workspace.write_tensors(linears_file(index, unit), packed | spectra)
     # Last: its presence marks them as done.
     workspace.write_json(linears_rows_file(index, unit), {"replaced": sorted(found.replaced), "rows": found.rows})
@@ -132,7 +157,7 @@ def read_linears(workspace: Workspace, index: int, units: Iterable[str]) -> Quan
             {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
             for kind in (PACKED, SPECTRA)
         )
-        found.add(QuantizedLinears(packed, set(rows["replaced"]), rows["rows"], spectra))
+        found.add(QuantizedLinears(packed, set(rows["replaced"]), rows["rows"], found_already(spectra)))
     return found
 
 

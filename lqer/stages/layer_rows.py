@@ -5,7 +5,8 @@ Shapes: I in_features, O out_features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,10 +30,37 @@ def rounded_alone(
     return plan.without_low_rank().quantize(weight_OI, statistics).rounded_weight()
 
 
+def later_spectra(
+    name: str, weight_OI: Tensor, rounded_OI: Tensor, statistics: Mapping[str, Tensor], at_once: bool = False
+) -> Callable[[], dict[str, Tensor]]:
+    """A function that finds the singular values of the weight and of its rounding error, by the names in their file.
+
+    It may be called in another thread: a GPU works in a stream of its own, behind what was launched before now. On a
+    CPU, and with at_once, they are found now, and the matrices need not be held.
+    """
+    mean_abs_I = statistics["mean_abs"]
+    if at_once or not weight_OI.is_cuda:
+        found = spectra(name, weight_OI, rounded_OI, mean_abs_I)
+        return lambda: found
+    ready = torch.cuda.current_stream(weight_OI.device).record_event()
+
+    def find() -> dict[str, Tensor]:
+        with torch.cuda.stream(_side_stream(weight_OI.device)):
+            ready.wait()
+            return {key: values.cpu() for key, values in spectra(name, weight_OI, rounded_OI, mean_abs_I).items()}
+
+    return find
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 @in_phase("errors and spectra")
-def spectra(name: str, weight_OI: Tensor, rounded_OI: Tensor, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def spectra(name: str, weight_OI: Tensor, rounded_OI: Tensor, mean_abs_I: Tensor) -> dict[str, Tensor]:
     """Singular values of the weight and of its rounding error, by the names that they are stored under."""
-    error_OI, scale_I = weight_OI - rounded_OI, activation_scale(statistics["mean_abs"])
+    error_OI, scale_I = weight_OI - rounded_OI, activation_scale(mean_abs_I)
     return {
         f"{name}.weight": singular_values(weight_OI, Metric()),
         f"{name}.plain": singular_values(error_OI, Metric()),

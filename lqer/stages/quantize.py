@@ -36,6 +36,8 @@ from lqer.stages.base import no_effect
 from lqer.stages.block_work import (
     BlockWork,
     QuantizedLinears,
+    all_spectra,
+    found_already,
     read_linears,
     remove_linears,
     units_there,
@@ -45,7 +47,7 @@ from lqer.stages.block_work import (
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gang import GangStage
 from lqer.stages.gather import BlockStatistics, StatisticsOf
-from lqer.stages.layer_rows import layer_row, rounded_alone, spectra, with_numbers
+from lqer.stages.layer_rows import later_spectra, layer_row, rounded_alone, with_numbers
 from lqer.stages.observe import InputRoundings
 from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.rotate import source_of
@@ -275,8 +277,13 @@ def quantize_linears(
     batches = batches_of(planned, statistics, settings.plans, shapes, device)
     ours = gang.deal({batch[0]: sum(_length(shapes[name]) for name in batch) for batch in batches})
     of_ours = _quantize_ours(work, [batch for batch in batches if batch[0] in ours], statistics, settings, device)
-    for parts in gang.gathered((of_ours.tensors, of_ours.replaced, of_ours.rows, of_ours.spectra)):
-        found.add(QuantizedLinears(*parts))
+    if gang.size == 1:
+        found.add(of_ours)
+    else:
+        # Between processes values travel.
+        parts = (of_ours.tensors, of_ours.replaced, of_ours.rows, all_spectra(of_ours.spectra))
+        for tensors, replaced, rows, spectra in gang.gathered(parts):
+            found.add(QuantizedLinears(tensors, replaced, rows, found_already(spectra)))
     found.sort(full_names)
     return found
 
@@ -373,5 +380,6 @@ def _told(
     found.rows.append(layer_row(full_name, weight_OI, rounded_OI, weight, site) | of_expert | {"entry": entry})
     # Of a layer's experts, those of the first one.
     if work.with_spectra and (not of_expert or full_name.rsplit(".", 2)[1] == "0"):
-        found.spectra.update(spectra(full_name, weight_OI, rounded_OI, site))
+        at_once = not work.finds_spectra_later
+        found.spectra.append(later_spectra(full_name, weight_OI, rounded_OI, site, at_once))
     return found

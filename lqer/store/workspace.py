@@ -126,13 +126,24 @@ class Workspace:
 
         def save(temporary: Path) -> None:
             wait_for_copies()
-            try:
-                save_file(ready, temporary, metadata={"format": "pt"})
-            except SafetensorError as error:
-                # The library wraps the system's refusal of a write, such as that of a full disk.
-                raise OSError(errno.EIO, str(error), str(self.path / name)) from error
+            self._save(name, ready, temporary)
 
         self.write(name, save, sum(tensor.nbytes for tensor in ready.values()))
+
+    def write_found(self, name: str, find: Callable[[], Mapping[str, Tensor]]) -> None:
+        """The same of tensors that are found only when they are written, which may be in another thread."""
+
+        def save(temporary: Path) -> None:
+            self._save(name, find(), temporary)
+
+        self.write(name, save)
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor], temporary: Path) -> None:
+        try:
+            save_file({key: tensors[key] for key in sorted(tensors)}, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # The library wraps the system's refusal of a write, such as that of a full disk.
+            raise OSError(errno.EIO, str(error), str(self.path / name)) from error
 
     def write_json(self, name: str, value: Any) -> None:
         text = json_text(value)

@@ -19,9 +19,11 @@ from lqer.formats import Int, MXInt
 from lqer.methods import LinearPlan, QeraExact
 from lqer.rounding import Gptq
 from lqer.rounding.hessian import DampedHessian
-from lqer.stages import gather
+from lqer.stages import gather, layer_rows
+from lqer.stages.block_work import BlockWork, bytes_of_later_spectra
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
+from lqer.stages.layer_rows import later_spectra
 from lqer.statistics import Hessian
 from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Workspace
@@ -181,3 +183,18 @@ def test_linears_of_a_site_share_the_factor_of_their_hessian(
     assert len(widths) == 4 + 7
     for name in (block_file(0), layers_file(0)):
         assert (workspace.path / name).read_bytes() == (alone.path / name).read_bytes()
+
+
+def test_spectra_are_found_later_only_of_blocks_that_a_gpu_has_room_for():
+    assert bytes_of_later_spectra(32 * 4096 * 4096) == 2**32
+    assert bytes_of_later_spectra(32 * 4096 * 4096 + 1) == 0
+    seven, seventy = ({"q": torch.Size(shape)} for shape in ((4096, 4 * 4096 + 3 * 11008), (8192, 3 * 28672)))
+    assert BlockWork(0, "block", seven, {}, with_spectra=True).finds_spectra_later
+    assert not BlockWork(0, "block", seventy, {}, with_spectra=True).finds_spectra_later
+
+
+def test_spectra_that_are_found_later_are_those_of_the_matrices_given(monkeypatch):
+    weight_OI, rounded_OI = torch.randn(6, 4), torch.zeros(6, 4)
+    find = later_spectra("q", weight_OI, rounded_OI, {"mean_abs": torch.ones(4)})
+    monkeypatch.setattr(layer_rows, "singular_values", lambda *_: pytest.fail("found twice, or not at once on a CPU"))
+    torch.testing.assert_close(find()["q.plain"], torch.linalg.svdvals(weight_OI.double()))

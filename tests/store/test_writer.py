@@ -214,3 +214,19 @@ def test_a_write_that_another_process_finishes_the_artifact_under_is_left_to_it(
     assert list(folder.iterdir()) == []
     with pytest.raises(FileNotFoundError, match=r"a\.bin"):
         Workspace(folder).write("a.bin", swept_away)
+
+
+def test_a_file_of_tensors_that_are_found_when_it_is_written_is_that_of_the_same_tensors(tmp_path):
+    tensors = {"b": torch.arange(3), "a": torch.ones(2, dtype=torch.bfloat16)}
+    thread: list[threading.Thread] = []
+
+    def find() -> dict[str, torch.Tensor]:
+        thread.append(threading.current_thread())
+        return tensors
+
+    workspace = Workspace(tmp_path)
+    with workspace.writing_behind(1 << 20):
+        workspace.write_tensors("now", tensors)
+        workspace.write_found("found", find)
+    assert (tmp_path / "now").read_bytes() == (tmp_path / "found").read_bytes()
+    assert thread[0] is not threading.main_thread()
