@@ -12,9 +12,10 @@ every block did, so that it is rather too long. Settings of the form
 --windows windows like the quantized model.
 
 Phases of the main thread add up to the wall clock; those of reading and writing threads run beside them. Recording
-waits for the GPU between phases, so a run that is not recorded is somewhat faster. Rates are measured in the same call.
-Everything written is removed at the end, but for the checkpoint where --model says where it is: a later call finds it
-there, and beside it the rates. Exit status 1 if a run failed.
+waits for the GPU between phases, so a run that is not recorded is somewhat faster. Peak memory is what the process had
+allocated on a GPU at once, else its resident memory. Rates are measured in the same call. Everything written is removed
+at the end, but for the checkpoint where --model says where it is: a later call finds it there, and beside it the rates.
+Exit status 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from lqer.config.plan import plan_model
 from lqer.models.source import ModelSource, pick_device, pick_dtype
 from lqer.models.summary import summarize_model
 from lqer.report.environment import device_name
+from lqer.results import RESULTS_FILE
 from lqer.run.folder import CHECKPOINT_LINK
 from lqer.stages.allocate_widths import WINDOWS
 from lqer.stages.quantize import requested_statistics
@@ -76,9 +78,12 @@ def main(arguments: list[str]) -> int:
             if status:
                 failed = 1
                 continue
-            work = work_of(config, source, shape, model_bytes, Path(config.output_dir) / config.tag)
+            made = Path(config.output_dir) / config.tag
+            work = work_of(config, source, shape, model_bytes, made)
             whole = None if options.whole is None else floors(work.of_blocks(options.whole), rates)
-            print("\n".join(table(measured, floors(work, rates), whole, options.whole)), flush=True)
+            print("\n".join(table(measured, floors(work, rates), whole, options.whole)))
+            peak = json.loads((made / RESULTS_FILE).read_text())["peak_memory_bytes"]
+            print(f"\npeak memory {peak / 1e9:.1f} GB{' of the GPU' * (device.type == 'cuda')}", flush=True)
         return failed
 
 
@@ -166,7 +171,7 @@ def work_of(config: Config, source: ModelSource, shape: Shape, model_bytes: int,
     plans = plan_model(config, summarize_model(source))
     planned = [plan for plan in plans.values() if plan is not None]
     perplexity = config.evaluation.perplexity
-    results = json.loads((made / "results.json").read_text())
+    results = json.loads((made / RESULTS_FILE).read_text())
     # A window predicts all its tokens but the first.
     evaluated = sum(text["tokens"] for text in results["perplexity"])
     windows = min(WINDOWS, config.calibration.num_samples)

@@ -139,6 +139,7 @@ def test_a_whole_run_is_measured(tmp_path):
     expected = {"imports", "checks", "fingerprint", "read", "forward", "statistics", "factor", "round", "pack", "write",
                 "hash", "verify", "load", "evaluate", "errors and spectra", "report"}  # fmt: skip
     assert expected <= rows.keys()
+    assert 0.1 < float(re.search(r"^peak memory ([\d.]+) GB$", done.stdout, re.MULTILINE)[1]) < 8
     assert sum(map(float, rows.values())) == pytest.approx(2 * float(rows["wall clock"]), rel=0.02)
     assert not list(tmp_path.iterdir())
 
