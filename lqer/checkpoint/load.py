@@ -107,6 +107,7 @@ def _open(
         dtype = torch.float32 if device.type == "cpu" else (getattr(config, "dtype", None) or torch.bfloat16)
     resolved = choose_backend(backend, device, dtype, details["linears"])
     target: torch.dtype = dtype
+    on_gpu = device.type == "cuda"
 
     # Parameters stay on the meta device until their values are read; buffers (rotary tables) are computed for real.
     with reported_as(f"{path}: its config.json does not fit its tensors"), without_values():
@@ -118,7 +119,7 @@ def _open(
         prefix = f"{name}.{index}."
         file = files.file(block_file(index))
         with reported_as(f"{file} is damaged"):
-            stored = read_file(file, pinned=device.type == "cuda")
+            stored = read_file(file, pinned=on_gpu)
         return {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
 
     def fill(block: nn.Module, index: int, tensors: dict[str, Tensor], where: torch.device) -> None:
@@ -133,7 +134,7 @@ def _open(
     def fill_outer() -> None:
         file = files.file(OUTSIDE_FILE)
         with reported_as(f"{file} is damaged"):
-            tensors = read_file(file)
+            tensors = read_file(file, pinned=on_gpu)
         _refuse_unknown(file, "", model, tensors, {})
         fill_parameters(model, tensors, device, target)
         tie(model)
@@ -145,7 +146,7 @@ def _open(
     model.save_pretrained = _refuse_saving
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return model.eval(), name, blocks, Streamed(read, fill, fill_outer, ahead=device.type == "cuda", phase="load")
+    return model.eval(), name, blocks, Streamed(read, fill, fill_outer, ahead=on_gpu, phase="load")
 
 
 def _read_details(files: Files) -> tuple[dict[str, Any], str, int]:

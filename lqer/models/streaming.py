@@ -65,10 +65,10 @@ def _open_streamed(
     inside = f"{name}."
     outside = {key: stored for key, stored in index.items() if not key.startswith(inside)}
     # `dtype` may be "auto"; the skeleton has resolved it.
-    target = model.dtype
+    target, on_gpu = model.dtype, device.type == "cuda"
 
     def read(block: int) -> StoredTensors:
-        prefix, on_gpu = f"{inside}{block}.", device.type == "cuda"
+        prefix = f"{inside}{block}."
         wanted = {key.removeprefix(prefix): stored for key, stored in index.items() if key.startswith(prefix)}
         return StoredTensors(wanted, pinned=on_gpu, ahead=on_gpu)
 
@@ -79,10 +79,10 @@ def _open_streamed(
         return StoredBlock(block, tensors, device, target)
 
     def fill_outer() -> None:
-        fill_parameters(model, StoredTensors(outside), torch.device("cpu"), target)
+        fill_parameters(model, StoredTensors(outside, pinned=on_gpu), torch.device("cpu"), target)
         tie(model)
 
-    loader = Streamed(read, fill, fill_outer, ahead=device.type == "cuda", values=values)
+    loader = Streamed(read, fill, fill_outer, ahead=on_gpu, values=values)
     return OpenedModel(model, name, blocks, loader, device, offload, processor_files(source.find))
 
 
