@@ -15,7 +15,8 @@ Shapes: I in_features, O out_features, R rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,16 +73,33 @@ def load_quantized(
 
 
 def load_verified(
-    files: Files, device: torch.device, dtype: torch.dtype | None, backend: str, device_map: DevicePlacement
+    files: Files,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    backend: str,
+    device_map: DevicePlacement,
+    tokens: Sequence[int] = (),
 ) -> PreTrainedModel:
-    """The same model, from files that are verified as `files` does it."""
+    """The same model, from files that are verified as `files` does it.
+
+    tokens: of each call that it is loaded for; unless they are known, kernels of all regimes are compiled and compared.
+    """
     opened = open_verified(files, device, dtype, backend)
-    if spans_gpus(device, device_map):
-        model = dispatch_all(opened)
-    else:
-        model = opened.whole()
-    join_siblings(model, opened.blocks)
+    with _kernels_for(tokens, device):
+        if spans_gpus(device, device_map):
+            model = dispatch_all(opened)
+        else:
+            model = opened.whole()
+        join_siblings(model, opened.blocks)
     return model
+
+
+def _kernels_for(tokens: Sequence[int], device: torch.device) -> AbstractContextManager[None]:
+    if not tokens or device.type != "cuda":
+        return nullcontext()
+    from lqer.kernels import calls_of
+
+    return calls_of(tokens)
 
 
 def open_verified(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -24,18 +26,21 @@ PROBED_TOKENS = 4
 def join_siblings(model: PreTrainedModel, blocks: nn.Module) -> None:
     """Let linears of a decoder block that are called with the same tensor run together, where they are of one kind.
 
-    They are found as calibration finds its sites, by running a few tokens, so no architecture is named. Experts are
-    left as they are: which of them are called depends on the tokens. Names, and the tensors of the state_dict, stay.
-    Raises ModelError where kernels of linears side by side differ from plain torch.
+    They are found as calibration finds its sites, by running a few tokens, so no architecture is named; the linears
+    answer with zeros, as no kernel need be compiled for so few. Experts are left as they are: which of them are called
+    depends on the tokens. Names, and the tensors of the state_dict, stay. Raises ModelError where kernels of linears
+    side by side differ from plain torch.
     """
     from lqer.kernels import TritonLinear
     from lqer.kernels.joint import can_join, kind_of
 
-    if not any(isinstance(module, TritonLinear) for module in blocks.modules()):
+    found = [module for module in blocks.modules() if isinstance(module, TritonLinear)]
+    if not found:
         return
     device = cast(Tensor, model.get_input_embeddings().weight).device
     ids_BT = torch.arange(PROBED_TOKENS, device=device).unsqueeze(0)
-    watched = trace(blocks, lambda: model(input_ids=ids_BT, use_cache=False), TritonLinear)
+    with _answering_zeros(found):
+        watched = trace(blocks, lambda: model(input_ids=ids_BT, use_cache=False), TritonLinear)
     of_experts = tuple(f"{name}." for name in experts_of(blocks))
     for site in watched.sites():
         by_kind: dict[object, list[str]] = {}
@@ -50,6 +55,20 @@ def join_siblings(model: PreTrainedModel, blocks: nn.Module) -> None:
             for name, linear, sibling in zip(names, linears, _joined(names, linears), strict=True):
                 carry_over(linear, sibling)
                 blocks.set_submodule(name, sibling)
+
+
+@contextmanager
+def _answering_zeros(linears: Sequence[TritonLinear]) -> Iterator[None]:
+    def zeros(rows: int, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], rows)
+
+    try:
+        for linear in linears:
+            linear.forward = partial(zeros, linear.out_features)  # type: ignore[method-assign]
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
 
 
 def _joined(names: Sequence[str], linears: Sequence[TritonLinear]) -> Sequence[nn.Module]:

@@ -28,7 +28,7 @@ BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R of them at once. The suffix _C marks a consta
 
 from lqer.kernels.experts_module import GroupedExperts
 from lqer.kernels.experts_packed import PackedExperts
-from lqer.kernels.first_use import compare_experts_once, compare_once
+from lqer.kernels.first_use import calls_of, compare_experts_once, compare_once
 from lqer.kernels.layout import PackedWeight, pack_weight, unpack_codes
 from lqer.kernels.linear import packed_linear
 from lqer.kernels.module import TritonLinear
@@ -42,6 +42,7 @@ __all__ = [
     "PackedWeight",
     "TritonLinear",
     "activation_rounding",
+    "calls_of",
     "check_weight",
     "compare_experts_once",
     "compare_once",

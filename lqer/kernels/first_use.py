@@ -2,14 +2,16 @@
 
 Kernels hold PTX of their own and count on how Triton assigns elements to threads. Another version of Triton, or another
 card, can break that without an error: the first linear of every kind that a process loads is multiplied with random
-tokens both ways.
+tokens both ways. Every number of tokens that is tried may take seconds to compile, so who loads a model for calls of
+one size says so.
 
 Shapes: M tokens, I in_features, O out_features; P, H, F as in experts_module.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -29,6 +31,18 @@ EXPERTS_OF_TOKEN = 2
 # Relative to the norm of the outputs. Rounding to bfloat16 costs 2e-3; a wrong index costs 1.
 MOST_ERROR = 0.02
 _compared: set[Hashable] = set()
+_tokens: Sequence[int] = TOKENS
+
+
+@contextmanager
+def calls_of(tokens: Sequence[int]) -> Iterator[None]:
+    """Within, linears are compared with so many tokens: those of the calls that a model is loaded for."""
+    global _tokens
+    before, _tokens = _tokens, tokens
+    try:
+        yield
+    finally:
+        _tokens = before
 
 
 def compare_once(packed: PackedLinear) -> None:
@@ -37,15 +51,16 @@ def compare_once(packed: PackedLinear) -> None:
     A kind is all that decides which code runs, but sizes. Raises ArithmeticError if they disagree.
     """
     kind = _kind(packed)
-    if packed.workspace.is_cuda and kind not in _compared:
-        compare(packed)
-        _compared.add(kind)
+    missing = [tokens for tokens in _tokens if (kind, tokens) not in _compared]
+    if packed.workspace.is_cuda and missing:
+        compare(packed, missing)
+        _compared.update((kind, tokens) for tokens in missing)
 
 
-def compare(packed: PackedLinear) -> None:
-    """Raise ArithmeticError if the kernels of a linear and the reference disagree."""
+def compare(packed: PackedLinear, counts: Sequence[int]) -> None:
+    """Raise ArithmeticError if the kernels of a linear and the reference disagree on calls of so many tokens each."""
     generator = torch.Generator().manual_seed(0)
-    for tokens in TOKENS:
+    for tokens in counts:
         x_MI = torch.randn(tokens, packed.spec.layout.columns, generator=generator)
         x_MI = x_MI.to(packed.workspace.device, packed.dtype)
         expected_MO = _own_outputs(reference_linear(x_MI, packed), packed).float()

@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.checkpoint.load import load_verified, open_verified
-from lqer.config.schema import NOT_QUANTIZED
+from lqer.config.schema import NOT_QUANTIZED, EvaluationConfig
 from lqer.evaluation.downstream import task_fingerprint
+from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import load_whole
 from lqer.models.source import ModelSource
@@ -226,10 +227,19 @@ def _quantized(context: RunContext, role: str, stage: QuantizeStage | Finetune) 
         arguments = (stage.artifact(store), context.device, context.dtype, context.backend)
         if config.evaluation.blockwise:
             return open_verified(*arguments, context.offload())
-        return load_verified(*arguments, config.device_map)
+        return load_verified(*arguments, config.device_map, _tokens_of_calls(config.evaluation))
 
     made_from = {"checkpoint": stage, "backend": context.backend, **_arithmetic(context)}
     return Candidate(role, made_from, load)
+
+
+def _tokens_of_calls(evaluation: EvaluationConfig) -> tuple[int, ...]:
+    """Of a batch of windows, where nothing else is evaluated; () where calls differ."""
+    windows = evaluation.perplexity
+    if windows is None or windows.protocol not in WINDOWED_PROTOCOLS:
+        return ()
+    is_all = evaluation.downstream is None and not evaluation.decode_speed
+    return (windows.batch_size * windows.seq_len,) if is_all else ()
 
 
 def _original(context: RunContext) -> Candidate:

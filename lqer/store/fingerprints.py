@@ -17,7 +17,7 @@ from lqer.store.files import hash_file, write_json
 
 FINGERPRINTS = ".fingerprints.json"
 # Each file is hashed by all threads; others are read meanwhile.
-FILES_AT_ONCE = 4
+FILES_AT_ONCE = 8
 # Coarser than the times of any file system in use.
 SETTLED_NS = 2_000_000_000
 

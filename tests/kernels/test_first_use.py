@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,18 +20,16 @@ def packed(number_format=None, rows: int = 32) -> PackedLinear:
 
 
 @pytest.mark.parametrize("number_format", [MXInt(4), Int(4, 32, symmetric=False)], ids=["mxint", "int"])
-def test_right_numbers_pass(number_format, monkeypatch):
-    monkeypatch.setattr(first_use, "TOKENS", (1, 16))
-    first_use.compare(packed(number_format))
+def test_right_numbers_pass(number_format):
+    first_use.compare(packed(number_format), (1, 16))
 
 
 @pytest.mark.parametrize("factor", [1.05, float("nan"), 0.0])
 def test_wrong_numbers_are_refused_with_the_layout_and_the_error(factor, monkeypatch):
     right = first_use.packed_linear
     monkeypatch.setattr(first_use, "packed_linear", lambda x, layer: right(x, layer) * factor)
-    monkeypatch.setattr(first_use, "TOKENS", (1,))
     with pytest.raises(ArithmeticError, match=r"kernels of Layout\(.* with 1 tokens differ from plain torch by"):
-        first_use.compare(packed())
+        first_use.compare(packed(), (1,))
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -47,8 +46,7 @@ def test_what_lies_between_linears_side_by_side_does_not_count(tokens, monkeypat
         return y_MO
 
     monkeypatch.setattr(first_use, "packed_linear", poisoned)
-    monkeypatch.setattr(first_use, "TOKENS", (tokens,))
-    first_use.compare(joint)
+    first_use.compare(joint, (tokens,))
 
 
 def test_linears_that_differ_in_size_alone_are_of_one_kind():
@@ -58,13 +56,36 @@ def test_linears_that_differ_in_size_alone_are_of_one_kind():
     assert first_use._kind(one) != first_use._kind(replace(one, dtype=torch.float32))
 
 
-def test_each_kind_is_compared_once_and_only_on_a_gpu(monkeypatch):
-    compared: list[PackedLinear] = []
-    monkeypatch.setattr(first_use, "compare", compared.append)
+@pytest.fixture
+def compared(monkeypatch) -> list[tuple[int, ...]]:
+    """The numbers of tokens of each comparison."""
+    found: list[tuple[int, ...]] = []
+    monkeypatch.setattr(first_use, "compare", lambda packed, counts: found.append(tuple(counts)))
     monkeypatch.setattr(first_use, "_compared", set())
+    return found
+
+
+def test_each_kind_is_compared_once_and_only_on_a_gpu(compared):
     for _ in range(2):
         first_use.compare_once(packed())
-    assert len(compared) == (1 if ON_GPU else 0)
+    assert compared == ([first_use.TOKENS] if ON_GPU else [])
+
+
+def on_gpu(layer: PackedLinear) -> SimpleNamespace:
+    """The layer as `compare_once` sees it where it is on a GPU."""
+    workspace = SimpleNamespace(is_cuda=True, device=layer.workspace.device)
+    return SimpleNamespace(spec=layer.spec, dtype=layer.dtype, input_signs_I=None, workspace=workspace)
+
+
+def test_a_model_that_is_loaded_for_calls_of_one_size_is_compared_with_these_alone(compared):
+    with first_use.calls_of([4096]):
+        first_use.compare_once(on_gpu(packed()))
+        first_use.compare_once(on_gpu(packed(rows=64)))
+    assert compared == [(4096,)]
+    # What is loaded later for calls of any size is compared with the numbers that are missing.
+    first_use.compare_once(on_gpu(packed()))
+    first_use.compare_once(on_gpu(packed()))
+    assert compared == [(4096,), first_use.TOKENS]
 
 
 def grouped() -> GroupedExperts:
