@@ -85,7 +85,7 @@ def load_verified(
     tokens: of each call that it is loaded for; unless they are known, kernels of all regimes are compiled and compared.
     """
     opened = open_verified(files, device, dtype, backend)
-    with _kernels_for(tokens, device):
+    with kernels_for(tokens, device):
         if spans_gpus(device, device_map):
             model = dispatch_all(opened)
         else:
@@ -94,7 +94,8 @@ def load_verified(
     return model
 
 
-def _kernels_for(tokens: Sequence[int], device: torch.device) -> AbstractContextManager[None]:
+def kernels_for(tokens: Sequence[int], device: torch.device) -> AbstractContextManager[None]:
+    """Within, kernels are compiled for calls of so many tokens; () where these are not known."""
     if not tokens or device.type != "cuda":
         return nullcontext()
     from lqer.kernels import calls_of

@@ -227,13 +227,13 @@ def _quantized(context: RunContext, role: str, stage: QuantizeStage | Finetune) 
         arguments = (stage.artifact(store), context.device, context.dtype, context.backend)
         if config.evaluation.blockwise:
             return open_verified(*arguments, context.offload())
-        return load_verified(*arguments, config.device_map, _tokens_of_calls(config.evaluation))
+        return load_verified(*arguments, config.device_map, tokens_of_calls(config.evaluation))
 
     made_from = {"checkpoint": stage, "backend": context.backend, **_arithmetic(context)}
     return Candidate(role, made_from, load)
 
 
-def _tokens_of_calls(evaluation: EvaluationConfig) -> tuple[int, ...]:
+def tokens_of_calls(evaluation: EvaluationConfig) -> tuple[int, ...]:
     """Of a batch of windows, where nothing else is evaluated; () where calls differ."""
     windows = evaluation.perplexity
     if windows is None or windows.protocol not in WINDOWED_PROTOCOLS:

@@ -21,6 +21,7 @@ from lqer.run.folder import RunLog, begin_run, link_checkpoint, locked
 from lqer.run.jobs import jobs_of
 from lqer.run.outcome import headline, write_traceback
 from lqer.run.preflight import CheckedRun, check_run
+from lqer.run.rehearsal import rehearsed
 from lqer.run.texts import Texts
 from lqer.stages.allocate_ranks import Budget, BudgetedPlans
 from lqer.stages.allocate_widths import WidthPlans, Widths
@@ -102,7 +103,8 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
     jobs = jobs_of(experiment, summary.blocks, [] if chunk is None else [chunk])
     run_here(jobs.preparing, store)
     budget, widths = _log_budget(experiment, store), _log_widths(experiment, store)
-    run_here(jobs.quantizing, store)
+    with rehearsed(checked):
+        run_here(jobs.quantizing, store)
     if any(stage.find(store) is None for stage in experiment.quantizing()):
         log.info("chunk %s finished; waiting for the remaining chunks. The last one to finish evaluates.", chunk)
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lqer.config.schema import EvaluationConfig
-from lqer.run.experiment import _tokens_of_calls
+from lqer.run.experiment import tokens_of_calls
 
 WINDOWS = {"datasets": ["text.txt"], "seq_len": 512, "batch_size": 3}
 TASKS = {"tasks": ["arc_easy"]}
@@ -23,4 +23,4 @@ TASKS = {"tasks": ["arc_easy"]}
     ],
 )
 def test_calls_have_one_size_where_windows_alone_are_evaluated(settings, tokens):
-    assert _tokens_of_calls(EvaluationConfig(**settings)) == tokens
+    assert tokens_of_calls(EvaluationConfig(**settings)) == tokens

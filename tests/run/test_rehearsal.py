@@ -1,0 +1,83 @@
+"""Kernels of an evaluation are compiled on the first block, while the others are quantized."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_layers import DTYPE, ON_GPU
+
+import lqer
+from lqer.formats import MXInt
+from lqer.kernels.siblings import Siblings
+from lqer.methods import LinearPlan, LqerAct
+from lqer.models.source import ModelSource
+from lqer.run.rehearsal import Rehearsal
+from lqer.store.names import block_file, layers_file
+
+PLAN = LinearPlan(LqerAct(), MXInt(4), None, MXInt(8), 8, MXInt(8), "reduction")
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+NAMES = (block_file(0), layers_file(0))
+
+
+@pytest.fixture
+def rehearsal(random_model, run_stages, windows_WT, tmp_path) -> tuple[Rehearsal, Path]:
+    """Of a model of two blocks whose checkpoint is there; its folder is still empty."""
+    model = random_model("llama")
+    checkpoint = run_stages(model, PLAN).checkpoint.path
+    model.save_pretrained(tmp_path / "model")
+    source = ModelSource("model", str(tmp_path / "model"), None, "", "")
+    (tmp_path / "partial").mkdir()
+    return Rehearsal(source, tmp_path / "partial", None, DEVICE, DTYPE, windows_WT[:1, :6]), checkpoint
+
+
+def write_first_block(rehearsal: Rehearsal, checkpoint: Path) -> None:
+    for name in reversed(NAMES):
+        shutil.copyfile(checkpoint / name, rehearsal.checkpoint / name)
+
+
+@torch.no_grad()
+def test_the_first_block_runs_as_the_evaluation_will_run_it(rehearsal, monkeypatch):
+    run, checkpoint = rehearsal
+    write_first_block(run, checkpoint)
+    monkeypatch.setattr("lqer.checkpoint.load.resolve_backend", lambda wanted, *_: wanted)
+    evaluated = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "triton")
+    del evaluated.model.layers[1:]
+    expected = evaluated(run.ids_BT.to(DEVICE), use_cache=False).logits
+    joined: list[int] = []
+    before = Siblings.__init__
+    monkeypatch.setattr(
+        Siblings, "__init__", lambda self, linears: (joined.append(len(linears)), before(self, linears))[1]
+    )
+    torch.testing.assert_close(run.run(), expected)
+    assert joined == [3, 2]
+
+
+def test_a_thread_waits_for_the_first_block_and_is_done_before_the_evaluation(rehearsal, monkeypatch):
+    run, checkpoint = rehearsal
+    ran: list[threading.Thread] = []
+    monkeypatch.setattr(Rehearsal, "run", lambda self: ran.append(threading.current_thread()))
+    with run.beside():
+        assert not ran
+        write_first_block(run, checkpoint)
+        while not ran:
+            pass
+    assert ran != [threading.main_thread()]
+    assert not ran[0].is_alive()
+
+
+def test_nothing_waits_for_a_block_that_never_comes_and_what_fails_is_left_to_the_evaluation(rehearsal):
+    run, _ = rehearsal
+    with run.beside():
+        pass
+    (run.checkpoint / block_file(0)).write_bytes(b"broken")
+    with run.beside():
+        pass
+    with pytest.raises(KeyError), run.beside():
+        raise KeyError
+    for thread in [thread for thread in threading.enumerate() if thread.name == "rehearsal"]:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
