@@ -4,7 +4,7 @@ As soon as the first block is written, a thread loads it as the evaluation will 
 batch of windows through a model of that block alone. What Triton has compiled by then stays in this process, and in its
 cache on disk.
 
-Shapes: B windows of a batch, T tokens of a window.
+Shapes: W windows, B windows of a batch, T tokens of a window, V vocabulary.
 """
 
 from __future__ import annotations

@@ -116,7 +116,11 @@ class Quantize(GangStage):
     def build_together(self, workspace: Workspace, store: Store, gang: Gang) -> Callable[[], object]:
         opened, settings = open_stored(source_of(self.calibration.model, store), self.device), self._settings(store)
         statistics_of = self.calibration.of_blocks(store, gang)
-        quantize_blocks(workspace, range(len(opened.blocks)), opened, statistics_of, settings, gang)
+        blocks: Sequence[int] = range(len(opened.blocks))
+        # Statistics that are gathered on the way come in the order of the blocks.
+        if self.device.type == "cuda" and (self.calibration.is_kept or self.calibration.find(store) is not None):
+            blocks = last_in_between(len(blocks))
+        quantize_blocks(workspace, blocks, opened, statistics_of, settings, gang)
         return partial(finish_checkpoint, workspace, opened, self.tokenizer, settings)
 
     def contribute(self, store: Store, chunk: range, blocks: int) -> Artifact | None:
@@ -169,6 +173,12 @@ class Quantize(GangStage):
 
     def _settings(self, store: Store) -> QuantizeSettings:
         return QuantizeSettings(resolve_plans(self.plans, store), self.attention, self.seed)
+
+
+def last_in_between(blocks: int) -> list[int]:
+    """The blocks with the last one after the first quarter: at the end, nothing would be done beside its spectra."""
+    first = blocks // 4
+    return [*range(first), blocks - 1, *range(first, blocks - 1)]
 
 
 def checkpoint_summary(checkpoint: Artifact) -> str:

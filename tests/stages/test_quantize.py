@@ -24,6 +24,7 @@ from lqer.stages.block_work import BlockWork, bytes_of_later_spectra
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.layer_rows import later_spectra
+from lqer.stages.quantize import last_in_between, quantize_blocks
 from lqer.statistics import Hessian
 from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Workspace
@@ -198,3 +199,19 @@ def test_spectra_that_are_found_later_are_those_of_the_matrices_given(monkeypatc
     find = later_spectra("q", weight_OI, rounded_OI, {"mean_abs": torch.ones(4)})
     monkeypatch.setattr(layer_rows, "singular_values", lambda *_: pytest.fail("found twice, or not at once on a CPU"))
     torch.testing.assert_close(find()["q.plain"], torch.linalg.svdvals(weight_OI.double()))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 9, 32])
+def test_on_a_gpu_others_follow_the_last_block_and_its_spectra(blocks):
+    order = last_in_between(blocks)
+    assert sorted(order) == list(range(blocks))
+    assert blocks == 1 or order[-1] != blocks - 1
+
+
+def test_blocks_have_the_same_bytes_in_whatever_order_they_are_quantized(quantized, plan, tmp_path):
+    workspace, statistics_of = Workspace(tmp_path), stored_statistics(quantized.calibration)
+    settings = settings_for(quantized.model, plan)
+    quantize_blocks(workspace, last_in_between(4), resident(quantized.model), statistics_of, settings)
+    for index in range(4):
+        for file in (block_file(index), layers_file(index)):
+            assert (tmp_path / file).read_bytes() == (quantized.checkpoint.path / file).read_bytes()
