@@ -8,12 +8,13 @@
 So a model that is read from disk needs the memory of one block, its activations, and the hidden states of all blocks,
 which the model's offload allocates.
 
-Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, V vocabulary, N tokens of a call,
-I in_features, O out_features.
+Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, V vocabulary, N tokens of a window or
+a call, I in_features, O out_features.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.walker import BlockRun, HiddenStates, embed, logits_of_states, refuse_non_finite
 from lqer.phases import in_phase
 
-# Gets the input x (N, I) of a call of a linear and the gradient (N, O) with respect to its output.
+# Gets the input x (B, N, I) of a call of a linear and the gradient (B, N, O) with respect to its output, by window;
+# B = 1 for a call that gets a part of the tokens, as an expert does.
 Visit = Callable[[Tensor, Tensor], None]
 
 
@@ -49,6 +51,7 @@ class BackwardRun:
         """
         for batch, windows in enumerate(self.run.hidden.batches):
             inputs_BTD = self.run.hidden.load(batch, self.run.device).requires_grad_()
+            sizes = (inputs_BTD.shape[0], inputs_BTD.shape[1])
             calls: list[tuple[str, Tensor, Tensor]] = []
             with torch.enable_grad(), _recorded(self.run.block, visits, calls):
                 output_BTD = self.run.differentiable_output(batch, inputs_BTD)
@@ -62,7 +65,13 @@ class BackwardRun:
             self.gradients_WTD[windows].copy_(found[0].to(torch.float32), non_blocking=True)
             for (name, x, _), gradient in zip(calls, found[1:], strict=True):
                 if gradient is not None:
-                    visits[name](x.flatten(0, -2), gradient.flatten(0, -2))
+                    visits[name](_by_window(x, sizes), _by_window(gradient, sizes))
+
+
+def _by_window(tensor: Tensor, windows: tuple[int, int]) -> Tensor:
+    """Of (..., I) or (..., O), all leading dims tokens."""
+    tokens_NI = tensor.flatten(0, -2)
+    return tokens_NI.unflatten(0, windows if len(tokens_NI) == math.prod(windows) else (1, -1))
 
 
 def walk_backward(opened: OpenedModel, windows_WT: Tensor, batch_size: int, seed: int) -> Iterator[BackwardRun]:

@@ -1,19 +1,22 @@
 """Stage "widths" and the weight formats that follow from it: the width of every linear under a budget of average bits.
 
 What a format f in a linear l adds to the model's loss is measured on the original model, to second order. With an error
-E of the weight, inputs x_t and gradients g_t = ∂L/∂y_t of the original's loss with respect to the linear's outputs
+E of the weight, inputs x_t of a window w and gradients g_t = ∂L/∂y_t of the original's loss on it with respect to the
+linear's outputs
 
-    Δ_l(f) = ½ Σ_t Σ_o (g_to · (E x_t)_o)²  /  tokens         nats per token
+    Δ_l(f) = ½ Σ_w Σ_o ⟨E_o, (G_w)_o⟩²  /  tokens,      G_w = Σ_t g_t x_tᵀ = ∂L/∂W         nats per token
 
-the divergence from the original for errors that are small and independent of each other (lqer/models/backward.py says
-which loss). E is that of the plan's own rounding under its statistics, on a sample of the output rows, or
-drawn from the law of such errors (width_errors.py); a linear that is rotated is measured in its rotated basis. Experts
-are rounded in batches, as when they are quantized, and on fewer rows: a layer has hundreds of their linears. The stage
-stores, in a safetensors file per decoder block, `<linear>.losses` (F,) float64 in the order of the formats, and where A
-and B are a choice too, F more for the formats with them. The allocation itself (lqer/rounding/width_allocation.py)
-takes no time and has no artifact: the formats are part of the plans.
+the divergence from the original for errors that are small and, from row to row and linear to linear, independent of
+each other (lqer/models/backward.py says which loss). Those of a window's tokens are not: all come from the same E. E is
+that of the plan's own rounding under its statistics, on a sample of the output rows, or drawn from the law of such
+errors (width_errors.py); a linear that is rotated is measured in its rotated basis. Experts are rounded in batches, as
+when they are quantized, and on fewer rows: a layer has hundreds of their linears. The stage stores, in a safetensors
+file per decoder block, `<linear>.losses` (F,) float64 in the order of the formats, and where A and B are a choice too,
+F more for the formats with them. The allocation itself (lqer/rounding/width_allocation.py) takes no time and has no
+artifact: the formats are part of the plans.
 
-Shapes: O out_features, I in_features, S sampled rows, N tokens of a call, F formats, W windows, T tokens of a window.
+Shapes: O out_features, I in_features, S sampled rows, B windows of a call, N tokens of each, F formats, W windows, T
+tokens of a window.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ class MeasureWidths(Stage):
     """What every format adds to the loss in every linear that has a choice."""
 
     name: ClassVar[str] = "widths"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     model: ModelSource | Rotate
     calibration: Calibrate
@@ -201,18 +204,19 @@ def _add_losses(
     rows_S: Tensor,
     errors: Sequence[Tensor],
     scale: float,
-    x_NI: Tensor,
-    g_NO: Tensor,
+    x_BNI: Tensor,
+    g_BNO: Tensor,
 ) -> None:
-    x_NI, g_NO = x_NI.to(torch.float32), g_NO.to(torch.float32)
+    x_BNI, g_BNO = x_BNI.to(torch.float32), g_BNO.to(torch.float32)
     if rotation is not None:
-        x_NI, g_NO = rotation.input(x_NI), rotation.output_gradient(g_NO)
-    losses_F += scale * added_losses(x_NI, g_NO[:, rows_S], errors)
+        x_BNI, g_BNO = rotation.input(x_BNI), rotation.output_gradient(g_BNO)
+    losses_F += scale * added_losses(x_BNI, g_BNO[..., rows_S], errors)
 
 
-def added_losses(x_NI: Tensor, g_NS: Tensor, errors: Sequence[Tensor]) -> Tensor:
-    """½ Σ_t Σ_s (g_ts (E x_t)_s)² of each error E (S, I), float64 (F,)."""
-    products = [((x_NI @ error_SI.T) * g_NS).square().sum(dtype=torch.float64) for error_SI in errors]
+def added_losses(x_BNI: Tensor, g_BNS: Tensor, errors: Sequence[Tensor]) -> Tensor:
+    """½ Σ_b Σ_s ⟨E_s, G_bs⟩² of each error E (S, I), float64 (F,); G_b = Σ_n g_bn x_bnᵀ."""
+    gradient_BSI = g_BNS.mT @ x_BNI
+    products = [(gradient_BSI * error_SI).sum(2).square().sum(dtype=torch.float64) for error_SI in errors]
     return 0.5 * torch.stack(products)
 
 

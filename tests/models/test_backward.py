@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def block_by_block(opened, windows_WT):
-    """Inputs (T, I) and gradients (T, O) of every linear, by full name."""
+    """Inputs (W, T, I) and gradients (W, T, O) of every linear, by full name."""
     found = defaultdict(list)
     for run in walk_backward(opened, windows_WT, 2, seed=5):
         names = [f"{run.run.name}.{name}" for name in block_linears(run.run.block)]
@@ -48,7 +48,7 @@ def in_one_pass(model, windows_WT):
         drawn_T1 = torch.multinomial(log_p_TV.detach().exp(), 1, generator=generator)
         gradients = torch.autograd.grad(-log_p_TV.gather(1, drawn_T1).sum(), [y for _, y in calls.values()])
         for (key, (x, _)), gradient in zip(calls.items(), gradients, strict=True):
-            found[key].append((x.detach().flatten(0, -2), gradient.flatten(0, -2)))
+            found[key].append((x.detach().view(*ids_BT.shape, -1), gradient.view(*ids_BT.shape, -1)))
     for hook in hooks:
         hook.remove()
     return {name: tuple(map(torch.cat, zip(*pairs, strict=True))) for name, pairs in found.items()}

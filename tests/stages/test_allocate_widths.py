@@ -96,14 +96,15 @@ def test_losses_are_those_of_the_equation(model, calibration, plans, choices, wi
         prefix, names = run.run.name, block_linears(run.run.block)
         run.backward({one: partial(lambda key, *pair: seen.__setitem__(key, pair), f"{prefix}.{one}") for one in names})
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
-        weight_OI, (x_TI, g_TO) = model.get_submodule(name).weight.detach(), seen[name]
+        weight_OI, (x_WTI, g_WTO) = model.get_submodule(name).weight.detach(), seen[name]
         if transform is not None:
             rotation = transform.rotation(*weight_OI.shape, seed=0)
-            weight_OI, x_TI = rotation.weight(weight_OI), rotation.input(x_TI)
-            g_TO = rotation.output_gradient(g_TO)
+            weight_OI, x_WTI = rotation.weight(weight_OI), rotation.input(x_WTI)
+            g_WTO = rotation.output_gradient(g_WTO)
         for number_format, loss in zip(FORMATS, found[f"{name}.losses"], strict=True):
             error_OI = weight_OI - number_format.quantize(weight_OI).dequantize()
-            expected = 0.5 * (g_TO * (x_TI @ error_OI.T)).double().square().sum() / windows_WT.numel()
+            of_rows_WO = (g_WTO * (x_WTI @ error_OI.T)).double().sum(1)
+            expected = 0.5 * of_rows_WO.square().sum() / windows_WT.numel()
             assert loss == pytest.approx(float(expected), rel=1e-4)
 
 
