@@ -1,7 +1,7 @@
 """Where the harm of rounding to integers comes from: linears, single weights, tokens, and signs of errors.
 
     python experiments/locate_harm.py MODEL --calibration FILE[@ROWS] --texts [NAME=]FILE[@ROWS] ...
-        [--parts PART ...] [--bits 3] [--group-size 64] [--scales minmax] [--rotated]
+        [--parts PART ...] [--bits 3] [--group-size 64] [--scales minmax] [--trellis BITS] [--rotated]
         [--num-samples 32] [--seq-len 512] [--max-windows 10] [--batch-size 4] [--seconds N]
 
 Every linear of the decoder blocks is rounded by GPTQ. Perplexity (windows of the texts as in the protocol "concat") and
@@ -9,13 +9,14 @@ the mean divergence from the original are measured on every text. One table for 
 
     kinds      only one kind of linear rounded, or all but one; every linear once, on inputs of the original
     blocks     the same of single blocks
+    estimates  of each kind, the divergence that gradients foretell (harm/estimates.py), and that measured
     supers     the weights of early linears (--writer) that add most to the residual stream, kept or taken away
     tokens     which tokens own the second moments of the inputs
     schemes    token weights, orders, targets and more, one at a time (harm/schemes.py): bits, seconds, divergence by
                position, and signs of errors (harm/signs.py)
 
---rotated folds a rotation of the residual stream into the model first (docs/methods/scalar.md). --seconds begins no row
-after so many.
+--trellis rounds to codes of rotated weights instead (kinds, blocks, estimates). --rotated folds a rotation of the
+residual stream into the model first (docs/methods/scalar.md). --seconds begins no row after so many.
 
 Shapes: W windows, T tokens of a window.
 """
@@ -29,9 +30,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
+from harm.estimates import STRETCHES, estimates
 from harm.schemes import Scheme, quantize, schemes
 from harm.signs import error_signs
 from harm.subject import POSITIONS, Harm, Setting, Subject
@@ -40,7 +43,8 @@ from harm.tokens import Shares, token_shares
 from tqdm import tqdm
 
 from lqer.errors import ConfigError, LqerError
-from lqer.formats import Int
+from lqer.formats import Int, Trellis
+from lqer.transforms import Hadamard
 
 SUPER_WEIGHTS = 8
 Row = Sequence[str]
@@ -53,8 +57,11 @@ class Run:
         self.subject = subject
         self.number_format = Int(arguments.bits, arguments.group_size)
         self.scheme = Scheme(arguments.scales)
+        if arguments.trellis is not None:
+            self.scheme = replace(self.scheme, weight=Trellis(arguments.trellis), transform=Hadamard())
         self.writer: str = arguments.writer
         self.schemes: list[str] = arguments.schemes
+        self.windows: int = arguments.windows
         self._end = time.monotonic() + arguments.seconds
 
     def in_time(self, items: Iterable) -> Iterator:
@@ -96,8 +103,7 @@ def _groups(run: Run, key: Callable[[str], str]) -> dict[str, list[str]]:
 
 
 def _once(run: Run) -> dict[str, torch.Tensor]:
-    scheme = Scheme(run.scheme.scales, propagate=False)
-    return quantize(run.subject, scheme, run.number_format).parameters
+    return quantize(run.subject, replace(run.scheme, propagate=False), run.number_format).parameters
 
 
 def _alone_and_left_out(run: Run, groups: dict[str, list[str]]) -> Iterator[Row]:
@@ -115,6 +121,24 @@ def _alone(run: Run, groups: dict[str, list[str]]) -> Iterator[Row]:
     for group, names in run.in_time(groups.items()):
         these = {name: weights[name] for name in names}
         yield [group, _share(these, weights), *shown(run.subject.harms(these))]
+
+
+def compare_estimates(run: Run) -> None:
+    weights, own = _once(run), run.subject.weights()
+    errors = {name: own[name].float() - weight.float() for name, weight in weights.items()}
+    started = time.monotonic()
+    found = estimates(run.subject, errors, run.windows)
+    print(f"estimates: {time.monotonic() - started:.0f} s", file=sys.stderr)
+    by = ["a token" if one == 1 else "a window" if one is None else f"{one} tokens" for one in STRETCHES]
+    texts = [f"KL {text}" for text in run.subject.rulers]
+    print_table(["linears", *(f"estimate by {one}" for one in by), *texts], _estimated(run, weights, found))
+
+
+def _estimated(run: Run, weights: dict[str, torch.Tensor], found: dict[str, list[float]]) -> Iterator[Row]:
+    for group, names in run.in_time(_groups(run, lambda name: name.split(".")[-2]).items()):
+        sums = [f"{sum(values):.5f}" for values in zip(*(found[name] for name in names), strict=True)]
+        harms = run.subject.harms({name: weights[name] for name in names})
+        yield [group, *sums, *(f"{harm.kl:.5f}" for harm in harms)]
 
 
 def _share(these: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> str:
@@ -201,7 +225,8 @@ def _cell(value: float) -> str:
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
-    "kinds": kinds, "blocks": blocks, "supers": supers, "tokens": tokens, "schemes": compare_schemes,
+    "kinds": kinds, "blocks": blocks, "estimates": compare_estimates, "supers": supers, "tokens": tokens,
+    "schemes": compare_schemes,
 }  # fmt: skip
 
 
@@ -222,6 +247,8 @@ def main() -> int:
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--scales", choices=("minmax", "search", "least-squares"), default="minmax")
+    parser.add_argument("--trellis", type=int, metavar="BITS", help="codes of rotated weights instead of integers")
+    parser.add_argument("--windows", type=int, default=8, help="of the calibration text, for gradients")
     parser.add_argument("--rotated", action="store_true")
     parser.add_argument("--writer", default="*.down_proj", help="linears that may have super weights")
     parser.add_argument("--schemes", nargs="+", default=["*"], metavar="PATTERN", help="those of the part of that name")
