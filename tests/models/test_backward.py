@@ -11,11 +11,12 @@ from functools import partial
 import pytest
 import torch
 from helpers import resident
+from mixtures import random_mixture
 
 from lqer.models.backward import walk_backward
 from lqer.models.source import resolve_model
 from lqer.models.streaming import open_model
-from lqer.models.structure import block_linears, find_blocks
+from lqer.models.structure import block_linears, find_blocks, prepare_model
 from lqer.store.offload import Offload
 
 CPU = torch.device("cpu")
@@ -75,3 +76,22 @@ def test_a_model_that_is_read_block_by_block_has_the_same_gradients(
     for name, pair in whole.items():
         for ours, theirs in zip(streamed[name], pair, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_experts_see_a_part_of_the_tokens_and_other_linears_whole_windows(windows_WT):
+    model, shapes = random_mixture("mixtral", num_hidden_layers=1), {}
+    prepare_model(model)
+    opened = resident(model)
+    (run,) = walk_backward(opened, windows_WT[:4], 4, seed=5)
+    visits = {
+        name: partial(lambda key, x, g: shapes.setdefault(key, (x.shape[:2], g.shape[:2])), name)
+        for name in block_linears(run.run.block)
+    }
+    run.backward(visits)
+    of_experts = {name: shape for name, shape in shapes.items() if ".experts." in name}
+    assert {shape for name, shape in shapes.items() if name not in of_experts} == {(windows_WT[:4].shape,) * 2}
+    assert of_experts
+    for x, g in of_experts.values():
+        assert x == g
+        assert x[0] == 1
+        assert x[1] < windows_WT[:4].numel()
