@@ -19,7 +19,7 @@ from typing import Any
 import lqer.cli
 from lqer.phases import Recorder, in_phase, phase, recorded
 from lqer.run.imports import heavy_imports
-from lqer.run.outcome import leave
+from lqer.run.outcome import INTERRUPTED, leave
 
 # By phase, functions as module and name. Where other modules have imported one by its name, it is replaced there too.
 FUNCTIONS = {
@@ -47,8 +47,8 @@ def main(arguments: list[str]) -> int:
 
 
 @contextmanager
-def measured_imports() -> Iterator[None]:
-    with phase("imports"), heavy_imports():
+def measured_imports(said: str = INTERRUPTED) -> Iterator[None]:
+    with phase("imports"), heavy_imports(said):
         yield
         _wrap_mathematics()
 
