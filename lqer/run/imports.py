@@ -6,6 +6,7 @@ more, for a second, whenever it looks at all objects later.
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,9 +27,11 @@ def heavy_imports(said: str = INTERRUPTED) -> Iterator[None]:
         with interrupted_at_once(said):
             yield
     finally:
-        # Once: a process that goes on has objects of its own by then.
+        # Once: a process that goes on has objects of its own by then. At its end all are looked at again, without which
+        # libraries would report them as leaked.
         if gc.get_freeze_count() == 0:
             gc.freeze()
+            atexit.register(gc.unfreeze)
         if was_enabled:
             gc.enable()
 
