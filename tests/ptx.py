@@ -79,6 +79,10 @@ class Machine:
                 registers[target] = _float32(sources[0]).to(dtype).view(torch.int16).to(torch.int64) & 0xFFFF
             case "sub.f32":
                 registers[target] = _float32(sources[0]) - _float32(sources[1])
+            case "add.f32":
+                registers[target] = _float32(sources[0]) + _float32(sources[1])
+            case "ld.shared.f32":
+                registers[target] = _float32(_read(self.shared, address(names[1])))
             case "add.rn.f32":
                 registers[target] = _pattern(_float32(sources[0]) + _float32(sources[1]))
             case "setp.ne.s32":

@@ -51,7 +51,7 @@ def add_ranks(
             if turn > 0:
                 b_OR = load_ranks(b_values, rows_O, first, N, own_rank, BLOCK_R)
             ranks_R = own + first + tl.arange(0, BLOCK_R)
-            xa_MR = _projection(projection, ranks_R, M, rank, projection_splits, BLOCK_S, TOKENS)
+            xa_MR = sum_projection(projection, ranks_R, tl.arange(0, TOKENS), M, rank, projection_splits, BLOCK_S)
             xa_MR = xa_MR.to(b_values.dtype.element_ty).to(tl.float32)
             branch_OM = tl.sum(b_OR.to(tl.float32)[:, None, :] * xa_MR[None, :, :], axis=2)
             if TOKENS < BLOCK_M:
@@ -86,28 +86,31 @@ def multiply_ranks(
     for first in tl.range(split * BLOCK_R, own_rank, splits * BLOCK_R, num_stages=1):
         b_OR = load_ranks(b_values, rows_O, first, N, own_rank, BLOCK_R)
         ranks_R = own + first + tl.arange(0, BLOCK_R)
-        xa_MR = _projection(projection, ranks_R, M, rank, projection_splits, BLOCK_S, BLOCK_M).to(dtype)
+        rows_M = tl.arange(0, BLOCK_M)
+        xa_MR = sum_projection(projection, ranks_R, rows_M, M, rank, projection_splits, BLOCK_S).to(dtype)
         acc_OM = tl.dot(b_OR, tl.trans(xa_MR), acc_OM)
     return acc_OM
 
 
 @triton.jit
-def _projection(
+def sum_projection(
     projection,
     ranks_R,
+    rows_M,
     M,
     rank: tl.constexpr,
     projection_splits: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    TOKENS: tl.constexpr,
 ):
-    """x A, float32 [M, R]: the sum of its partial sums."""
+    """x A of some tokens and ranks, float32 [M, R]: the sum of its partial sums; zero for ranks beyond the last."""
+    tokens: tl.constexpr = rows_M.shape[0]
     width: tl.constexpr = ranks_R.shape[0]
-    at_once: tl.constexpr = min(BLOCK_S, max(1, PROJECTION_ELEMENTS // (TOKENS * width)))
-    tokens_M = tl.minimum(tl.arange(0, TOKENS), M - 1)
-    xa_MR = tl.zeros((TOKENS, width), tl.float32)
+    at_once: tl.constexpr = min(BLOCK_S, max(1, PROJECTION_ELEMENTS // (tokens * width)))
+    tokens_M = tl.minimum(rows_M, M - 1)
+    xa_MR = tl.zeros((tokens, width), tl.float32)
     for first in range(0, projection_splits, at_once):
         splits_S = first + tl.arange(0, at_once)
         place = projection + (splits_S[:, None, None] * M + tokens_M[None, :, None]) * rank + ranks_R[None, None, :]
-        xa_MR += tl.sum(tl.load(place, mask=(splits_S < projection_splits)[:, None, None], other=0.0), axis=0)
+        inside = (splits_S < projection_splits)[:, None, None] & (ranks_R < rank)[None, None, :]
+        xa_MR += tl.sum(tl.load(place, mask=inside, other=0.0), axis=0)
     return xa_MR

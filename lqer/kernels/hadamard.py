@@ -175,7 +175,7 @@ def output_place(places, block, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def hadamard_output_kernel(
-    y,  # float32 [M, O]
+    y,  # float32 [splits, M, O]
     signs,  # [O]
     outer,  # Oᵀ, float32 [A, A]; of several rotations, one after the other
     places,  # see output_place
@@ -183,13 +183,14 @@ def hadamard_output_kernel(
     y_out,  # [M, O]
     M,
     N,
+    splits: tl.constexpr,
     A: tl.constexpr,  # of the longest rotation
     BLOCK_A: tl.constexpr,
     B: tl.constexpr,
     factor: tl.constexpr,  # 1 / sqrt(B), and the headroom of float16
     pdl: tl.constexpr,
 ):
-    """One block of signs ⊙ Hᵀ y + bias."""
+    """One block of signs ⊙ Hᵀ y + bias, of the sum of all y."""
     block, m = tl.program_id(0), tl.program_id(1)
     start, blocks, row, column = output_place(places, block, A, B)
     columns_B = column + tl.arange(0, B)
@@ -203,6 +204,8 @@ def hadamard_output_kernel(
         gdc_launch_dependents()
     place_AB = m.to(tl.int64) * N + start + blocks_A[:, None] * B + tl.arange(0, B)[None, :]
     y_AB = tl.load(y + place_AB, mask=(blocks_A < blocks)[:, None], other=0.0)
+    for split in tl.static_range(1, splits):
+        y_AB += tl.load(y + split * M * N + place_AB, mask=(blocks_A < blocks)[:, None], other=0.0)
     y_B = _blocks(y_AB, row_A1).reshape(B) * signs_B
     if bias is not None:
         y_B += bias_B

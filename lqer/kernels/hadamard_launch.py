@@ -162,27 +162,32 @@ def run_rotated_product(
     empty: values and steps of Tokens, to be written. product(tokens, bias_O, dtype): W x' + B A x' + bias. late: with
     PDL, the product starts when the kernel before it ends; earlier, its programs land where that one has left room.
     """
-    signs_I, signs_O = packed.input_signs_I, packed.output_signs_O
-    if signs_I is None or signs_O is None:
-        return product(_prepare(x_MI, packed, None, empty, pdl, late), packed.bias_O, dtype)
-    y_MO = product(_prepare(x_MI, packed, signs_I, empty, pdl, late), None, torch.float32)
-    m, n = y_MO.shape
-    y_out = x_MI.new_empty(m, n, dtype=dtype)
+    tokens = rotate_few_inputs(x_MI, packed, empty, pdl, late)
+    if packed.input_signs_I is None:
+        return product(tokens, packed.bias_O, dtype)
+    return rotate_few_outputs(product(tokens, None, torch.float32).unsqueeze(0), packed, dtype, pdl)
+
+
+def rotate_few_outputs(y_SMO: Tensor, packed: PackedLinear, dtype: torch.dtype, pdl: bool) -> Tensor:
+    """signs ⊙ Hᵀ y + bias in `dtype` [M, O], of the sum of y_SMO, float32."""
+    splits, m, n = y_SMO.shape
+    y_out = y_SMO.new_empty(m, n, dtype=dtype)
     lengths = [segment.rows for segment in packed.spec.segments] or [n]
-    inverse = inverse_factors(packed.spec, x_MI.device)
+    inverse = inverse_factors(packed.spec, y_SMO.device)
     blocks = max(lengths) // inverse.block
-    arguments = (y_MO, signs_O, inverse.outer, inverse.places, packed.bias_O, y_out, m, n)
-    factor = inverse.factor * headroom(x_MI.dtype)
     hadamard_output_kernel[inverse.count, m](
-        *arguments, A=blocks, BLOCK_A=triton.next_power_of_2(blocks), B=inverse.block, factor=factor, pdl=pdl,
-        num_warps=HADAMARD_WARPS, **launch_options(pdl),
+        y_SMO, packed.output_signs_O, inverse.outer, inverse.places, packed.bias_O, y_out, m, n, splits=splits,
+        A=blocks, BLOCK_A=triton.next_power_of_2(blocks), B=inverse.block,
+        factor=inverse.factor * headroom(packed.dtype), pdl=pdl, num_warps=HADAMARD_WARPS, **launch_options(pdl),
     )  # fmt: skip
     return y_out
 
 
-def _prepare(
-    x_MI: Tensor, packed: PackedLinear, signs_I: Tensor | None, empty: tuple[Tensor, Tensor], pdl: bool, late: bool
+def rotate_few_inputs(
+    x_MI: Tensor, packed: PackedLinear, empty: tuple[Tensor, Tensor], pdl: bool, late: bool
 ) -> Tokens:
+    """x' = H (signs ⊙ x), or x if the layer has no rotation, and partial sums of x' A; empty: values and steps."""
+    signs_I = packed.input_signs_I
     (m, k), rank, tiles = x_MI.shape, packed.spec.rank, packed.spec.layout.padded_columns // TILE_K
     factors = None if signs_I is None else hadamard_factors(k, False, x_MI.device)
     blocks, block = (tiles, TILE_K) if factors is None else (k // factors.block, factors.block)

@@ -88,7 +88,7 @@ def run_halves(
     tokens, dtype = rotate_inputs(x_MI, packed, empty, pdl, launch.late), out_dtype or x_MI.dtype
     if packed.input_signs_I is None:
         return _product(tokens, packed, packed.bias_O, dtype, pdl, launch)
-    return rotate_outputs(_product(tokens, packed, None, torch.float32, pdl, launch), packed, dtype, pdl)
+    return rotate_outputs(_product(tokens, packed, None, torch.float32, pdl, launch).unsqueeze(0), packed, dtype, pdl)
 
 
 def block_of(tokens: int) -> int:

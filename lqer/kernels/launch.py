@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lqer.kernels import runtime
-from lqer.kernels.byte_sums_launch import run_byte_sums
 from lqer.kernels.codebook import CodebookLayout
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
@@ -23,7 +22,6 @@ from lqer.kernels.hadamard_launch import (
     rotates_in_kernels,
     run_between_rotations,
 )
-from lqer.kernels.halves_launch import LATTICE_AT_ONCE, run_halves
 from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.integer_launch import (
     fits_gemm,
@@ -38,6 +36,7 @@ from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
+from lqer.kernels.resident_launch import run_resident
 from lqer.kernels.rotations_launch import prepare_rotations
 from lqer.kernels.tall_launch import fits_tall, run_tall
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout
@@ -49,8 +48,8 @@ CODEBOOK_TOKENS = 16
 ROTATED_TOKENS = 64
 # Trellis codes that are looked up take up to so many at once.
 LOOKED_UP_AT_ONCE = 16
-# From so many on, lattice codes and byte sums are decoded to float16 for all tokens, instead of multiplied as integers.
-HALVES_FROM = 5
+# From so many on, lattice codes are decoded to float16 for all tokens, instead of multiplied as integers.
+RESIDENT_FROM = 5
 GROUP_TOKENS = 64
 # Integer groups of four bits, as operands of wgmma.
 WIDE_FROM, WIDE_TOKENS = 17, 128
@@ -79,12 +78,11 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, O] of x [M, I], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
     if isinstance(layout, LatticeLayout):
-        few = len(x_MI) < HALVES_FROM
-        return run_rotated_layer(x_MI, packed, run_lattice if few else run_halves, LATTICE_AT_ONCE)
+        return run_rotated_layer(x_MI, packed, run_lattice if len(x_MI) < RESIDENT_FROM else run_resident)
     if isinstance(layout, TrellisLayout):
         if not layout.sums_bytes:
             return run_rotated_layer(x_MI, packed, run_trellis, LOOKED_UP_AT_ONCE)
-        return run_rotated_layer(x_MI, packed, run_byte_sums if len(x_MI) < HALVES_FROM else run_halves)
+        return run_rotated_layer(x_MI, packed, run_resident)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
     tall_from = TALL_FROM_GROUPS if isinstance(layout, GroupLayout) else TALL_FROM_MXINT

@@ -28,10 +28,13 @@ def turns_of(blocks: int) -> int:
 
 
 @triton.jit
-def sum_blocks(values, signs, rows, blocks, A: tl.constexpr, B: tl.constexpr, P: tl.constexpr):
+def sum_blocks(
+    values, stride, signs, rows, blocks, splits: tl.constexpr, A: tl.constexpr, B: tl.constexpr, P: tl.constexpr
+):
     """P rows of O times the blocks of a token, float32 [P, B], and the largest of the token's values.
 
-    rows: float32 [blocks, P]. signs: multiplied with values, or None. A: blocks at most.
+    values: partial sums of the token, `stride` elements apart. rows: float32 [blocks, P]. signs: multiplied with
+    values, or None. A: blocks at most.
     """
     at_once: tl.constexpr = BLOCKS_AT_ONCE_C
     turns: tl.constexpr = turns_of(A)
@@ -43,6 +46,8 @@ def sum_blocks(values, signs, rows, blocks, A: tl.constexpr, B: tl.constexpr, P:
         inside_AP = (blocks_A < blocks)[:, None] & (ours_P >= 0)[None, :]
         place_AB = blocks_A[:, None] * B + own_B[None, :]
         x_AB = tl.load(values + place_AB, mask=inside_AB, other=0.0)
+        for split in tl.static_range(1, splits):
+            x_AB += tl.load(values + split * stride + place_AB, mask=inside_AB, other=0.0)
         if signs is not None:
             x_AB *= tl.load(signs + place_AB, mask=inside_AB, other=0.0)
         x_AB = x_AB.to(tl.float32)
@@ -115,7 +120,7 @@ def rotate_input_kernel(
         gdc_wait()
     row = x + m.to(tl.int64) * x_stride
     if signs is not None:
-        v_PB, largest = sum_blocks(row, signs, rows + program * (A * P), A, A, B, P)
+        v_PB, largest = sum_blocks(row, 0, signs, rows + program * (A * P), A, 1, A, B, P)
         x_T = rotate_blocks(v_PB * factor).to(dtype).to(tl.float32)
     else:
         x_T = tl.load(row + columns_T, mask=columns_T < K, other=0.0).to(tl.float32)
@@ -139,20 +144,22 @@ def rotate_input_kernel(
 
 @triton.jit
 def rotate_output_kernel(
-    y,  # float32 [M, O]
+    y,  # float32 [splits, M, O]
     signs,  # [O]
     rows,  # of the programs of a token, each float32 [A of its rotation, P], one after the other
     places,  # int32 [programs, 5], see rotations_launch.py
     bias,  # [O], or None
     y_out,  # [M, O]
+    M,
     N,
+    splits: tl.constexpr,
     A: tl.constexpr,  # of the longest rotation
     B: tl.constexpr,
     P: tl.constexpr,
     factor: tl.constexpr,  # the headroom of float16
     pdl: tl.constexpr,
 ):
-    """P blocks of signs ⊙ Hᵀ y + bias."""
+    """P blocks of signs ⊙ Hᵀ y + bias, of the sum of all y."""
     place, m = places + tl.program_id(0) * 5, tl.program_id(1).to(tl.int64)
     # Segments start at multiples of 128, so that a thread can load several values at once.
     start = tl.multiple_of(tl.load(place), 16)
@@ -166,7 +173,7 @@ def rotate_output_kernel(
     if pdl:
         gdc_wait()
         gdc_launch_dependents()
-    v_PB, _ = sum_blocks(y + m * N + start, None, rows + first_row * P, blocks, A, B, P)
+    v_PB, _ = sum_blocks(y + m * N + start, M * N, None, rows + first_row * P, blocks, splits, A, B, P)
     y_T = rotate_blocks(v_PB) * signs_T
     if bias is not None:
         y_T += bias_T

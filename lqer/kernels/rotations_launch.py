@@ -128,14 +128,14 @@ def rotate_inputs(x_MI: Tensor, packed: PackedLinear, empty: tuple[Tensor, Tenso
     return Tokens(*empty, partial)
 
 
-def rotate_outputs(y_MO: Tensor, packed: PackedLinear, dtype: torch.dtype, pdl: bool) -> Tensor:
-    """signs ⊙ Hᵀ y + bias in `dtype`, of y in float32."""
-    m, n = y_MO.shape
-    y_out = y_MO.new_empty(m, n, dtype=dtype)
-    inverse = output_rotations(packed.spec, values_of_program(n, m, y_MO.device), y_MO.device)
+def rotate_outputs(y_SMO: Tensor, packed: PackedLinear, dtype: torch.dtype, pdl: bool) -> Tensor:
+    """signs ⊙ Hᵀ y + bias in `dtype` [M, O], of the sum of y_SMO, float32."""
+    splits, m, n = y_SMO.shape
+    y_out = y_SMO.new_empty(m, n, dtype=dtype)
+    inverse = output_rotations(packed.spec, values_of_program(n, m, y_SMO.device), y_SMO.device)
     rotate_output_kernel[len(inverse.places), m](
-        y_MO, packed.output_signs_O, inverse.rows, inverse.places, packed.bias_O, y_out, n, A=inverse.longest,
-        B=inverse.block, P=inverse.together, factor=headroom(packed.dtype), pdl=pdl, num_warps=WARPS,
+        y_SMO, packed.output_signs_O, inverse.rows, inverse.places, packed.bias_O, y_out, m, n, splits=splits,
+        A=inverse.longest, B=inverse.block, P=inverse.together, factor=headroom(packed.dtype), pdl=pdl, num_warps=WARPS,
         **launch_options(pdl),
     )  # fmt: skip
     return y_out

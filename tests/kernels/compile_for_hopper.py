@@ -37,6 +37,7 @@ from lqer.kernels.groups import GroupLayout
 from lqer.kernels.halves import TOKENS_AT_ONCE as HALVES_AT_ONCE
 from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups, run_wide
 from lqer.kernels.joint import join
+from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.launch import run_layer
 from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.trellis import TrellisLayout
@@ -92,12 +93,8 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     if self.fn.__name__ == "trellis_product_kernel":
         check_that_nothing_is_computed_twice(kernel, constants["span"] * constants["BLOCK_M"])
         check_that_the_table_stays(kernel, constants["layout"])
-    if self.fn.__name__ == "byte_sums_product_kernel":
-        products = 16 * constants["groups"]
-        assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
-    if self.fn.__name__ == "halves_product_kernel":
-        products = 8 * constants["groups"] * constants["BLOCK_M"] // HALVES_AT_ONCE
-        assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
+    if self.fn.__name__ == "resident_product_kernel":
+        assert kernel.asm["ttir"].count("mma.sync") == products_of_resident(constants), "of one row group"
     wide = self.fn.__name__ == "gemm_kernel" and constants["ordered"] and isinstance(constants["layout"], GroupLayout)
     if wide and not constants["rank"]:
         check_that_weights_stay_in_registers(kernel)
@@ -114,6 +111,14 @@ def check_shared_memory(kernel: Any) -> None:
     reserved = sum(int(size) for size in re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", kernel.asm["ptx"]))
     assert reserved % 1024 == 0, reserved
     assert reserved == 0 or reserved + kernel.metadata.shared <= SHARED_MEMORY, (reserved, kernel.metadata.shared)
+
+
+def products_of_resident(constants: dict[str, Any]) -> int:
+    """Of a warp's tiles; and of trellis codes those that add bytes, and the sums of tokens."""
+    if constants["integers"]:
+        return 16 * constants["tiles"]
+    blocks, lattice = constants["BLOCK_M"] // HALVES_AT_ONCE, isinstance(constants["layout"], LatticeLayout)
+    return constants["tiles"] * (8 * blocks if lattice else 16 * blocks + 16)
 
 
 def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:
@@ -245,7 +250,7 @@ def main() -> None:
         packed = PackedLinear.pack(
             lattice.weight, lattice.a, lattice.b, None, None, dtype, random_hadamard(64, 2048, 0)
         )
-        for m in (1, 16, 64, 65):
+        for m in (1, 8, 16, 65):
             run_layer(random_input(m, 2048, dtype), packed)
             run_layer(random_input(m, 2048, dtype), lattice.packed)
     for n, k, rank, m in ((64, 256, 16, 3), (128, 1024, 256, 1), (128, 1024, 256, 4), (128, 1024, 256, 16)):

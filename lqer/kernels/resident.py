@@ -1,0 +1,339 @@
+"""Device functions that multiply trellis codes of table "bytes", and lattice codes, with tokens held in registers.
+
+A warp has a few tiles of 128 columns. It loads the tokens of these once, as operands of tensor cores, and then goes
+through rows: all that it waits for are codes, which it asks for one row group ahead. The warps of a program share out
+the columns, and leave their sums of each row group in shared memory, where they are added.
+
+Up to four tokens are integers 256 h + l, and weights the bytes of an operand of integer tensor cores (byte_sums.py). Of
+more, weights are decoded to float16 once for all tokens (halves.py). The four bytes of a state's product are then
+summed by an integer tensor core too: a product with a matrix of zeros and ones gives each lane the sums of the four
+registers that it had put in, added to the pattern of a float16, 1536. Two such patterns are a register of the other
+operand. 1536 is not subtracted from them: sums start at -1536 times those of the tokens.
+
+Shapes: T threads of a program. Codes, tokens and sums are tuples of tensors [T].
+"""
+
+import triton
+import triton.language as tl
+
+from lqer.kernels.byte_products import product_lines, registers_of_ring
+from lqer.kernels.byte_sums import load_tokens as load_bytes
+from lqer.kernels.halves import (
+    BLOCK_HALVES,
+    BLOCK_HALVES_C,
+    LOAD_BYTES,
+    LOADS,
+    code_operands,
+    is_lattice,
+    lattice_asm,
+)
+from lqer.kernels.lattice_decode import load_units
+from lqer.kernels.trellis import WEIGHTS
+from lqer.kernels.trellis_decode import load_constraints, load_words, types
+
+SPREAD = 32  # registers of a tile's tokens of four bytes each
+HALVES = 16  # of eight tokens in float16
+HALVES_C = tl.constexpr(HALVES)
+# Copies of the table of lattice codes: shared memory holds sums too.
+COPIES_OF_TABLE = tl.constexpr(8)
+
+
+@triton.constexpr_function
+def spread_asm() -> str:
+    """PTX: $(16 h + c) = byte c of the four words of ring h, four times; of eight words and a step, which is $32."""
+    first = SPREAD + 1
+    lines = [f"prmt.b32 ${c}, ${first + c // 4}, ${first + c // 4}, {0x1111 * (c % 4)};" for c in range(SPREAD)]
+    return "\n".join([*lines, f"mov.b32 ${SPREAD}, ${first + 8};"])
+
+
+@triton.constexpr_function
+def bytes_asm(layout, tiles: int) -> str:
+    """PTX: the products of a row group and four tokens over the tiles of a warp.
+
+    Outputs $0 and $1: the sums of rows 2 g and 2 g + 1 and token t, in lane 4 g + t. Inputs: the 2 k words of a lane
+    for each tile, then the outputs of `spread_asm` for each.
+    """
+    bits, count = layout.bits, registers_of_ring(layout, WEIGHTS)
+    lines = [
+        '.pragma "nounroll";', f".reg .b32 t, next, tail, a<4>, d<4>, codes<{count}>;", ".reg .f32 sum;",
+        "mov.u32 next, %laneid;", "add.u32 next, next, 4;", "mov.b32 $0, 0;", "mov.b32 $1, 0;",
+    ]  # fmt: skip
+    multiply = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+    for i in range(tiles):
+        tokens = 2 + 2 * bits * tiles + (SPREAD + 1) * i
+        lines += [f"mov.b32 d{n}, 0;" for n in range(4)]
+        for ring in range(2):
+            words = [f"${2 + (2 * i + ring) * bits + n}" for n in range(bits)]
+            # The lane number of a shuffle is taken modulo 32.
+            lines.append(f"shfl.sync.idx.b32 tail, {words[0]}, next, 31, 0xFFFFFFFF;")
+            made: set[int] = set()
+            for column in range(0, 16, 2):
+                # Rows 2 g and 2 g + 1 of this column, then of the next.
+                for n, weight in enumerate((column, column + 16, column + 1, column + 17)):
+                    lines += product_lines(layout, [*words, "tail"], weight, f"a{n}", "codes", made)
+                x = tokens + 16 * ring + column
+                lines.append(
+                    f"{multiply} {{d0, d1, d2, d3}}, {{a0, a1, a2, a3}}, {{${x}, ${x + 1}}}, {{d0, d1, d2, d3}};"
+                )
+        for n in range(2):
+            lines += [
+                f"mad.lo.s32 d{2 * n}, d{2 * n}, 256, d{2 * n + 1};", f"cvt.rn.f32.s32 sum, d{2 * n};",
+                f"fma.rn.f32 ${n}, sum, ${tokens + SPREAD}, ${n};",
+            ]  # fmt: skip
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def bytes_constraints(layout, tiles: int) -> str:
+    tokens = (["r"] * SPREAD + ["f"]) * tiles
+    return ",".join(["=&f"] * 2 + ["r"] * 2 * layout.bits * tiles + tokens)
+
+
+@triton.constexpr_function
+def halves_asm(layout, tiles: int, blocks: int) -> str:
+    """PTX: the products of a row group and 8 `blocks` tokens over the tiles of a warp.
+
+    Outputs $(4 i + 2 h + e): the sum of row h of a lane's two and token 2 t + e of block i. Inputs: the codes of each
+    tile, its tokens as `tokens_asm` loads them, and either the address of a lane's table of lattice codes, or of
+    trellis codes the two registers that choose sums, and the sums to begin with of two tokens for each block.
+    """
+    sums, lattice, count = 4 * blocks, is_lattice(layout), code_operands(layout)
+    first_x = sums + count * tiles
+    last = first_x + HALVES * blocks * tiles
+    lines = ['.pragma "nounroll";', ".reg .b32 t, w, s, next, unit, offset, part, away;", f".reg .b32 a<{8 * tiles}>;"]
+    if lattice:
+        for i in range(tiles):
+            for row in range(2):
+                lines.append(".reg .b32 " + ", ".join(f"{name}{i}_{row}" for name in ("low", "b", "z", "y")) + ";")
+        # Pairs of float16: 1, -1040, 1 / 16 and -80.
+        for name, value in zip(("unit", "offset", "part", "away"), (0x3C00, 0xE410, 0x2C00, 0xD500), strict=True):
+            lines.append(f"mov.b32 {name}, 0x{value * 0x10001:X};")
+    else:
+        lines += [f".reg .b32 tail, p<4>, d<4>, c<4>, codes<{registers_of_ring(layout, WEIGHTS)}>;"]
+        lines += [f"mov.b32 c{n}, 0x6600;" for n in range(4)]
+        lines += ["mov.u32 next, %laneid;", "add.u32 next, next, 4;"]
+    for n in range(sums):
+        lines.append(f"mov.b32 ${n}, 0;" if lattice else f"mov.b32 ${n}, ${last + 2 + n // 4 * 2 + n % 2};")
+    made: set[int] = set()
+    for i in range(tiles):
+        codes = [f"${sums + count * i + n}" for n in range(count)]
+        for j in range(LOADS):
+            if lattice:
+                lines += lattice_asm(i, j, codes, f"${last}", COPIES_OF_TABLE.value)
+            else:
+                lines += _trellis_lines(layout, i, j, codes, f"${last}", f"${last + 1}", made)
+            for step in range(2):
+                a = "{" + ", ".join(f"a{8 * i + 4 * step + n}" for n in range(4)) + "}"
+                for b in range(blocks):
+                    d = "{" + ", ".join(f"${4 * b + n}" for n in range(4)) + "}"
+                    x = first_x + HALVES * (blocks * i + b) + 4 * j + 2 * step
+                    lines.append(
+                        f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {d}, {a}, {{${x}, ${x + 1}}}, {d};"
+                    )
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def _trellis_lines(layout, i: int, j: int, codes: list[str], even: str, odd: str, made: set[int]) -> list[str]:
+    """PTX: a(8 i) to a(8 i + 7) = 1536 + the sums of bytes of load j. `made`: see `product_lines`; emptied by ring."""
+    ring, bits, lines = j // 2, layout.bits, []
+    words = [*codes[ring * bits : (ring + 1) * bits], "tail"]
+    if j % 2 == 0:
+        made.clear()
+        # The lane number of a shuffle is taken modulo 32.
+        lines.append(f"shfl.sync.idx.b32 tail, {words[0]}, next, 31, 0xFFFFFFFF;")
+    for pair in range(4):
+        first = 8 * (j % 2) + 2 * pair
+        # Rows 2 g and 2 g + 1 of a column, then of the next.
+        for n, weight in enumerate((first, first + 16, first + 1, first + 17)):
+            lines += product_lines(layout, words, weight, f"p{n}", "codes", made)
+        lines += [
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {d0, d1, d2, d3}, {p0, p1, p2, p3}, "
+            f"{{{even}, {odd}}}, {{c0, c1, c2, c3}};",
+            f"prmt.b32 a{8 * i + 2 * pair}, d0, d1, 0x5410;",
+            f"prmt.b32 a{8 * i + 2 * pair + 1}, d2, d3, 0x5410;",
+        ]
+    return lines
+
+
+@triton.constexpr_function
+def halves_constraints(layout, tiles: int, blocks: int) -> str:
+    lattice = is_lattice(layout)
+    codes = ["l" if lattice else "r"] * (code_operands(layout) * tiles)
+    others = ["r"] if lattice else ["r", "r"] + ["f"] * 2 * blocks
+    return ",".join(["=&f"] * 4 * blocks + codes + ["r"] * HALVES * blocks * tiles + others)
+
+
+@triton.constexpr_function
+def tokens_asm(layout, blocks: int) -> str:
+    """PTX: a lane's registers of a tile of tokens, block after block, from the address of the first; else zeros."""
+    count = HALVES * blocks
+    lines = [".reg .pred present;", f"setp.ne.s32 present, ${count + 1}, 0;"]
+    for first in range(0, count, 4):
+        outputs = ", ".join(f"${first + n}" for n in range(4))
+        place = f"${count}+{2 * BLOCK_HALVES * layout.tiles * (first // HALVES) + LOAD_BYTES * (first % HALVES // 4)}"
+        lines += [f"mov.b32 ${first + n}, 0;" for n in range(4)]
+        lines.append(f"@present ld.global.v4.b32 {{{outputs}}}, [{place}];")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def start_asm(tiles: int, blocks: int) -> str:
+    """PTX: $(2 i + e) = -1536 times the sum of token 2 t + e of block i over the tiles of a warp."""
+    lines = [".reg .b32 ones<4>;", f".reg .f32 d<{4 * blocks}>;"]
+    lines += [f"mov.b32 ones{n}, 0xE600E600;" for n in range(4)] + [f"mov.b32 d{n}, 0;" for n in range(4 * blocks)]
+    for i in range(tiles):
+        for b in range(blocks):
+            d = "{" + ", ".join(f"d{4 * b + n}" for n in range(4)) + "}"
+            for step in range(0, HALVES, 2):
+                x = 2 * blocks + HALVES * (blocks * i + b) + step
+                lines.append(
+                    f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {d}, {{ones0, ones1, ones2, ones3}}, "
+                    f"{{${x}, ${x + 1}}}, {d};"
+                )
+    lines += [f"mov.b32 ${n}, d{n // 2 * 4 + n % 2};" for n in range(2 * blocks)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def start_constraints(tiles: int, blocks: int) -> str:
+    return ",".join(["=&f"] * 2 * blocks + ["r"] * HALVES * blocks * tiles)
+
+
+@triton.jit
+def load_codes(words, group, lane_T, tile_T, layout: tl.constexpr, tiles: tl.constexpr):
+    """The codes of each thread, of a row group and `tiles` tiles from tile_T on."""
+    if is_lattice(layout):
+        return load_units(words, group, lane_T, tile_T, layout.tiles, tiles)
+    else:
+        return load_words(words, group, lane_T, tile_T, layout, tiles)
+
+
+@triton.jit
+def load_integers(x, steps, lane_T, tile_T, first_T, end, M, layout: tl.constexpr, tiles: tl.constexpr):
+    """Up to four tokens, of `tiles` tiles from tile_T on: 33 tensors of each; zero outside first_T to end."""
+    loaded = load_bytes(x, steps, lane_T, tile_T, M, layout.tiles)
+    step_T = tl.where((tile_T >= first_T) & (tile_T < end), loaded[8], 0)
+    tokens = tl.inline_asm_elementwise(
+        spread_asm(), load_constraints(33, 0) + ",r" * 9, loaded[:8] + (step_T,),  # noqa: RUF005
+        dtype=types(tl.int32, 33), is_pure=False, pack=1,
+    )  # fmt: skip
+    tokens = tokens[:32] + (tokens[32].to(tl.float32, bitcast=True),)  # noqa: RUF005
+    if tiles == 1:
+        return tokens
+    else:
+        return tokens + load_integers(x, steps, lane_T, tile_T + 1, first_T, end, M, layout, tiles - 1)
+
+
+@triton.jit
+def load_halves(
+    x, lane_T, block, tile_T, first_T, end, layout: tl.constexpr, tiles: tl.constexpr, blocks: tl.constexpr
+):
+    """8 `blocks` tokens from block `block` on, of `tiles` tiles from tile_T on; zero outside first_T to end."""
+    place_T = x + (block * layout.tiles + tile_T) * BLOCK_HALVES_C + lane_T * 8
+    present_T = ((tile_T >= first_T) & (tile_T < end)).to(tl.int32)
+    tokens = tl.inline_asm_elementwise(
+        tokens_asm(layout, blocks), load_constraints(HALVES_C * blocks, 1) + ",r", (place_T.to(tl.int64), present_T),
+        dtype=types(tl.int32, HALVES_C * blocks), is_pure=False, pack=1,
+    )  # fmt: skip
+    if tiles == 1:
+        return tokens
+    else:
+        return tokens + load_halves(x, lane_T, block, tile_T + 1, first_T, end, layout, tiles - 1, blocks)
+
+
+@triton.jit
+def what_follows(tokens, lane_T, table_T, layout: tl.constexpr, tiles: tl.constexpr, blocks: tl.constexpr):
+    """Operands of `multiply` after codes and tokens in float16, the same for all row groups."""
+    if is_lattice(layout):
+        return (table_T,)
+    else:
+        even_T = tl.where(lane_T // 4 == lane_T % 4 * 2, 0x01010101, 0)
+        odd_T = tl.where(lane_T // 4 == lane_T % 4 * 2 + 1, 0x01010101, 0)
+        starts = tl.inline_asm_elementwise(
+            start_asm(tiles, blocks), start_constraints(tiles, blocks), tokens,
+            dtype=types(tl.float32, 2 * blocks), is_pure=False, pack=1,
+        )  # fmt: skip
+        return (even_T, odd_T) + starts  # noqa: RUF005
+
+
+@triton.jit
+def multiply_integers(codes, tokens, layout: tl.constexpr, tiles: tl.constexpr):
+    """Sums of a row group, two of each thread. tokens: of `load_integers`."""
+    return tl.inline_asm_elementwise(
+        bytes_asm(layout, tiles), bytes_constraints(layout, tiles), codes + tokens,
+        dtype=types(tl.float32, 2), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def multiply_halves(codes, tokens, others, layout: tl.constexpr, tiles: tl.constexpr, blocks: tl.constexpr):
+    """Sums of a row group, 4 `blocks` of each thread. tokens: of `load_halves`; others: of `what_follows`."""
+    return tl.inline_asm_elementwise(
+        halves_asm(layout, tiles, blocks), halves_constraints(layout, tiles, blocks), codes + tokens + others,
+        dtype=types(tl.float32, 4 * blocks), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.constexpr_function
+def reserve_asm(size: int) -> str:
+    """PTX: $0 = the address of `size` bytes of shared memory."""
+    return f"{{\n.shared .align 16 .b8 sums_of_warps[{size}];\nmov.u32 $0, sums_of_warps;\n}}"
+
+
+@triton.constexpr_function
+def leave_asm(count: int) -> str:
+    """PTX: store a thread's sums at the address $(1 + count): two if $(2 + count), or more, four by four."""
+    place, lines = f"${1 + count}", ["mov.b32 $0, 0;"]
+    if count == 2:
+        lines += [".reg .pred stored;", "setp.ne.s32 stored, $4, 0;"]
+        lines.append(f"@stored st.shared.v2.f32 [{place}], {{$1, $2}};")
+    for first in range(0, count - 2, 4):
+        sums = ", ".join(f"${1 + first + n}" for n in range(4))
+        lines.append(f"st.shared.v4.f32 [{place}+{first * 128}], {{{sums}}};")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def add_asm(warps: int, stride: int) -> str:
+    """PTX: $0 = the sum of `warps` numbers in shared memory, `stride` bytes apart, from the address $1 on."""
+    lines = [f".reg .f32 v<{warps}>;"]
+    lines += [f"ld.shared.f32 v{n}, [$1+{stride * n}];" for n in range(warps)]
+    width = warps
+    while width > 1:
+        width //= 2
+        lines += [f"add.f32 v{n}, v{n}, v{n + width};" for n in range(width)]
+    return "{\n" + "\n".join([*lines, "mov.f32 $0, v0;"]) + "\n}"
+
+
+@triton.jit
+def reserve(size: tl.constexpr):
+    """The address of shared memory for the sums of warps."""
+    return tl.inline_asm_elementwise(reserve_asm(size), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def leave_integers(sums, place_T, stored_T):
+    """Store the two sums of a thread where stored_T is true."""
+    arguments = sums + (place_T, stored_T.to(tl.int32))  # noqa: RUF005
+    tl.inline_asm_elementwise(leave_asm(2), "=r,f,f,r,r", arguments, dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def leave_halves(sums, place_T, count: tl.constexpr):
+    """Store the sums of a thread, those of each eight tokens 512 bytes apart."""
+    arguments = sums + (place_T,)  # noqa: RUF005
+    tl.inline_asm_elementwise(
+        leave_asm(count), leave_constraints(count), arguments, dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.constexpr_function
+def leave_constraints(count: int) -> str:
+    return ",".join(["=r"] + ["f"] * count + ["r"])
+
+
+@triton.jit
+def add_warps(place, warps: tl.constexpr, stride: tl.constexpr):
+    """The sums of all warps; place: addresses of those of the first one."""
+    return tl.inline_asm_elementwise(add_asm(warps, stride), "=f,r", [place], dtype=tl.float32, is_pure=False, pack=1)
