@@ -81,6 +81,16 @@ class Machine:
                 registers[target] = _float32(sources[0]) - _float32(sources[1])
             case "add.f32":
                 registers[target] = _float32(sources[0]) + _float32(sources[1])
+            case "max.NaN.f32":
+                registers[target] = torch.maximum(_float32(sources[0]), _float32(sources[1]))
+            case "abs.f32":
+                registers[target] = _float32(sources[0]).abs()
+            case "cvt.f32.bf16":
+                registers[target] = _halves(sources[0], torch.bfloat16)[..., 0].to(torch.float32)
+            case "redux.sync.max.u32":
+                registers[target] = _word(sources[0]).max().expand(len(sources[0]))
+            case "shfl.sync.bfly.b32":
+                registers[target] = sources[0][torch.arange(len(sources[0])) ^ int(sources[1])]
             case "ld.shared.f32":
                 registers[target] = _float32(_read(self.shared, address(names[1])))
             case "add.rn.f32":
@@ -130,7 +140,9 @@ class Machine:
                     registers[register] = _read(self.shared, address(names[1]) + 4 * i)
             case "st.shared.v4.b32":
                 for i, register in enumerate(_parts(names[1])):
-                    self.shared[address(target) // 4 + i] = registers[register]
+                    self.shared[address(target) // 4 + i] = _word(registers[register])
+            case "st.shared.b32":
+                self.shared[address(target) // 4] = _word(value(names[1]))
             case "ld.shared.u16":
                 place = address(names[1])
                 registers[target] = _read(self.shared, place - place % 4) >> 8 * (place % 4) & 0xFFFF
@@ -207,6 +219,11 @@ def _multiply_halves(a: list[Tensor], b: list[Tensor], c: list[Tensor], dtype: t
 def _float32(bits: Tensor) -> Tensor:
     """Numbers of a register: itself, or those whose patterns it holds."""
     return _signed(bits, 32).to(torch.int32).view(torch.float32) if bits.dtype == torch.int64 else bits
+
+
+def _word(value: Tensor) -> Tensor:
+    """What a register holds, as bits."""
+    return value if value.dtype == torch.int64 else _pattern(value)
 
 
 def _pattern(numbers: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from ptx import WORD, Machine
 from torch import Tensor
 
 from lqer.kernels.lattice import rows_table
-from lqer.kernels.lattice_decode import COPIES, share_asm
+from lqer.kernels.lattice_decode import share_asm
 from lqer.kernels.trellis import PackedTrellis
 from lqer.kernels.trellis_decode import load_asm
 
@@ -26,11 +26,11 @@ def loaded_words(packed: PackedTrellis, group: int, tiles: int = 1) -> list[Tens
     return words
 
 
-def filled(warps: int, copies: int = COPIES) -> Machine:
+def filled(warps: int) -> Machine:
     """A machine after its threads have filled the table of lattice codes."""
     machine = Machine(symbols={"rows_of_a": BEGIN})
     machine.memory[256 : 256 + 512] = rows_table().to(torch.int64) & WORD
     threads = torch.arange(32 * warps)
-    registers = machine.run(share_asm(warps, copies), {"%tid.x": threads, "$1": torch.tensor(1024)})
+    registers = machine.run(share_asm(warps), {"%tid.x": threads, "$1": torch.tensor(1024)})
     assert int(registers["$0"]) == BEGIN
     return machine

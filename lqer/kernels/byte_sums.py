@@ -39,54 +39,6 @@ def token_asm() -> str:
 
 
 @triton.constexpr_function
-def tile_asm(layout: TrellisLayout, groups: int) -> str:
-    """PTX: add the products of `groups` row groups and four tokens to a warp's sums.
-
-    Outputs $(2 q + h): the sum of row 2 g + h of row group q and token t, in lane 4 g + t.
-    Inputs: the same sums before, the 2 k words of a lane for each row group, and the outputs of `token_asm` for each
-    block.
-    """
-    sums, bits, products = 2 * groups, layout.bits, 4 * groups
-    first_word = 2 * sums
-    first_token = first_word + 2 * bits * groups
-    lines = [
-        '.pragma "nounroll";', ".reg .b32 t, next, a<4>;", f".reg .b32 tail<{groups}>;", ".reg .b32 x<2>;",
-        *(f".reg .b32 codes{q}_<{registers_of_ring(layout, WEIGHTS)}>;" for q in range(groups)),
-        f".reg .b32 d<{products}>;", ".reg .f32 sum, step;", "mov.u32 next, %laneid;", "add.u32 next, next, 4;",
-        *(f"mov.b32 d{n}, 0;" for n in range(products)),
-    ]  # fmt: skip
-    multiply = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
-    for half in range(2):
-        first = [first_word + (2 * q + half) * bits for q in range(groups)]
-        # The lane number of a shuffle is taken modulo 32.
-        lines += [f"shfl.sync.idx.b32 tail{q}, ${first[q]}, next, 31, 0xFFFFFFFF;" for q in range(groups)]
-        words = [[*(f"${first[q] + n}" for n in range(bits)), f"tail{q}"] for q in range(groups)]
-        made: list[set[int]] = [set() for _ in range(groups)]
-        for column in range(0, 16, 2):
-            source = f"${first_token + 4 * half + column // 4}"
-            for n in range(2):
-                spread = 0x1111 * (column % 4 + n)
-                lines.append(f"prmt.b32 x{n}, {source}, {source}, {spread};")
-            for q in range(groups):
-                # Rows 2 g and 2 g + 1 of this column, then of the next.
-                for n, weight in enumerate((column, column + 16, column + 1, column + 17)):
-                    lines += product_lines(layout, words[q], weight, f"a{n}", f"codes{q}_", made[q])
-                d = "{" + ", ".join(f"d{4 * q + n}" for n in range(4)) + "}"
-                lines.append(f"{multiply} {d}, {{a0, a1, a2, a3}}, {{x0, x1}}, {d};")
-    for n in range(sums):
-        lines += [
-            f"mad.lo.s32 d{2 * n}, d{2 * n}, 256, d{2 * n + 1};", f"cvt.rn.f32.s32 sum, d{2 * n};",
-            f"mov.b32 step, ${first_token + 8};", f"fma.rn.f32 ${n}, sum, step, ${sums + n};",
-        ]  # fmt: skip
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-@triton.constexpr_function
-def tile_constraints(layout: TrellisLayout, groups: int) -> str:
-    return ",".join(["=&f"] * 2 * groups + ["f"] * 2 * groups + ["r"] * (2 * layout.bits * groups + 9))
-
-
-@triton.constexpr_function
 def values_asm(layout: TrellisLayout) -> str:
     """PTX: $0 to $63 = the sums of bytes of a lane's 64 weights, of either ring in their order, from its 2 k words."""
     count, bits = 2 * WEIGHTS, layout.bits
@@ -123,17 +75,6 @@ def uncounted_next(turn):
 
 
 @triton.jit
-def no_sums(lane_T, groups: tl.constexpr):
-    """Initial sums of `add_tile`: two zeros per thread for each row group."""
-    if groups == 1:
-        zero_T = tl.zeros(lane_T.shape, tl.float32)
-        return zero_T, zero_T
-    else:
-        half = no_sums(lane_T, groups // 2)
-        return half + half
-
-
-@triton.jit
 def load_groups(words, group_T, lane_T, tile, last, layout: tl.constexpr, groups: tl.constexpr):
     """The words of each thread, of a tile of `groups` row groups from group_T on; the last one instead of any after."""
     if groups == 1:
@@ -160,24 +101,6 @@ def load_tokens(x, steps, lane_T, tile_T, M, tiles: tl.constexpr):
         dtype=types(tl.int32, 9), is_pure=False, pack=1,
     )  # fmt: skip
     return loaded[:8] + (tl.where(tile_T < tiles, loaded[8], 0),)  # noqa: RUF005
-
-
-@triton.jit
-def add_tile(sums, words, tokens, layout: tl.constexpr, groups: tl.constexpr):
-    """`sums` + the products of a tile of row groups. words: of `load_groups`; tokens: of `load_tokens`."""
-    return tl.inline_asm_elementwise(
-        tile_asm(layout, groups), tile_constraints(layout, groups), sums + words + tokens,
-        dtype=types(tl.float32, 2 * groups), is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def sums_tile(sums, warps_k: tl.constexpr, warps_n: tl.constexpr, groups: tl.constexpr):
-    """[O, M] from the sums of threads, which hold rows 2 g and 2 g + 1 of row groups and one of four tokens."""
-    # Axes: warps along K, along rows, g, t, row group, h.
-    sums_T = joined(sums, 2 * groups).reshape(warps_k, warps_n, 8, 4, groups, 2)
-    sums_KOM = sums_T.permute(0, 1, 4, 2, 5, 3).reshape(warps_k, warps_n * groups * 16, TOKENS_AT_ONCE_C)
-    return tl.sum(sums_KOM, axis=0)
 
 
 @triton.jit

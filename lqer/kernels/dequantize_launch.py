@@ -14,7 +14,6 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.activations import project_kernel
-from lqer.kernels.byte_sums_launch import dequantize_byte_sums
 from lqer.kernels.codebook import PackedCodebook
 from lqer.kernels.codebook_launch import dequantize_codebook
 from lqer.kernels.dequantize import dequantize_kernel, group_dequantize_kernel, low_rank_kernel
@@ -27,7 +26,7 @@ from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PROJECTION_COUNTERS, AnyWeight, PackedLinear
 from lqer.kernels.runtime import INTERPRETED
 from lqer.kernels.trellis import PackedTrellis
-from lqer.kernels.trellis_launch import dequantize_trellis
+from lqer.kernels.trellis_launch import dequantize_byte_sums, dequantize_trellis
 
 PROJECTED_ROWS, PROJECTED_COLUMNS, PROJECTED_WARPS, PROJECTED_STAGES = 16, 256, 4, 1
 PROJECTING_PROGRAMS = 2 * PROJECTION_COUNTERS  # a split of K needs a counter; about four programs a multiprocessor

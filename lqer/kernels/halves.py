@@ -26,7 +26,7 @@ import triton.language as tl
 from lqer.kernels.byte_products import product_lines, registers_of_ring
 from lqer.kernels.byte_sums import joined, load_groups
 from lqer.kernels.lattice import LatticeLayout
-from lqer.kernels.lattice_decode import COPIES, index_asm, load_units, nibble_values, sign_asm, unit_places, unit_word
+from lqer.kernels.lattice_decode import index_asm, load_units, nibble_values, sign_asm, unit_places, unit_word
 from lqer.kernels.tiles import TILE_K
 from lqer.kernels.trellis import WEIGHTS
 from lqer.kernels.trellis_decode import TILE_C, plain_values, types
@@ -78,14 +78,14 @@ def trellis_asm(layout, q: int, j: int, codes: list[str], made: set[int]) -> lis
 
 
 @triton.constexpr_function
-def lattice_asm(q: int, j: int, units: list[str], table: str, copies: int = COPIES) -> list[str]:
+def lattice_asm(q: int, j: int, units: list[str], table: str) -> list[str]:
     """The same of code j of either row."""
     lines = []
     for row in range(2):
         names = [f"{name}{q}_{row}" for name in ("low", "b", "z", "y")]
         if j == 0:
             lines += sign_asm(units[row], *names)
-        lines += index_asm(j, table, *names, copies)
+        lines += index_asm(j, table, *names)
         # (w ^ s), all coordinates
         lines += ["xor.b32 w, w, s;", "shl.b32 t, w, 1;", "shr.u32 w, w, 7;"]
         for p in range(4):

@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lqer.kernels.branch import multiply_ranks
 from lqer.kernels.byte_sums import uncounted_next
 from lqer.kernels.decode import ROWS_C
+from lqer.kernels.fetch import fetch_tiles
 from lqer.kernels.halves import (
     TOKENS_AT_ONCE_C,
     add_tile,
@@ -32,6 +33,11 @@ from lqer.kernels.split_k import finish_tile
 
 # Registers of a thread for partial sums that it loads at once.
 PARTIAL_REGISTERS = tl.constexpr(64)
+
+
+@triton.constexpr_function
+def bits_of(layout) -> int:
+    return 2 if is_lattice(layout) else layout.bits
 
 
 @triton.constexpr_function
@@ -84,6 +90,11 @@ def halves_product_kernel(
         group_T, last = (pid_n * warps_n + warp_T % warps_n) * groups, (N - 1) // ROWS_C
         tile_T = (pid_s * warps_k + warp_T // warps_n) * span
         codes = load_codes(words, group_T, lane_T, tile_T, last, layout, groups)
+        for q in tl.static_range(groups * warps_n):
+            group, first_tile = pid_n * (groups * warps_n) + q, pid_s * (warps_k * span)
+            fetch_tiles(
+                words, group, group <= last, first_tile, first_tile + warps_k * span, layout.tiles, bits_of(layout)
+            )
         copy_T = lane_T
         if is_lattice(layout):
             copy_T = share_table(table, warps_n * warps_k) + lane_T % COPIES_C * 4

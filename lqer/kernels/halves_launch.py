@@ -13,16 +13,15 @@ import torch
 import triton
 from torch import Tensor
 
-from lqer.kernels.hadamard_launch import Tokens
 from lqer.kernels.halves import TOKENS_AT_ONCE
 from lqer.kernels.halves_gemm import halves_product_kernel
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout, PackedLattice
 from lqer.kernels.layout import ROWS
 from lqer.kernels.packed import PackedLinear
-from lqer.kernels.rotations_launch import rotate_inputs, rotate_outputs
+from lqer.kernels.rotations_launch import Tokens, rotate_inputs, rotate_outputs
 from lqer.kernels.runtime import launch_options, multiprocessors
-from lqer.kernels.tiles import TILE_K, TiledLayout
+from lqer.kernels.tiles import TiledLayout
 from lqer.kernels.trellis import PackedTrellis
 
 RANKS_AT_ONCE = 16  # as many as a tensor core multiplies
@@ -35,7 +34,6 @@ class HalvesLaunch:
     warps_k: int  # of a program, along the columns; a divisor of it that divides the tiles
     splits: int = 1  # programs along the columns, at most
     registers: int | None = None  # of a thread, at most
-    late: bool = True  # see run_rotated_product
 
 
 # Lattice codes have a table, which leaves shared memory for the outputs of so many tokens.
@@ -75,17 +73,12 @@ def run_halves(
 
     y [M, O] in `out_dtype`, by default that of x.
     """
-    m, tiles = len(x_MI), packed.spec.layout.padded_columns // TILE_K
-    layout = packed.spec.layout
+    m, layout = len(x_MI), packed.spec.layout
     assert isinstance(layout, TiledLayout)
     assert m <= (LATTICE_AT_ONCE if isinstance(layout, LatticeLayout) else 64)
     launch = launch or halves_launch(layout, m, multiprocessors(x_MI.device))
     # The last block may have fewer tokens than a tensor core multiplies: products of none are not stored.
-    empty = (
-        x_MI.new_empty((block_of(m), tiles * TILE_K), dtype=torch.float16),
-        x_MI.new_empty(m, dtype=torch.float32),
-    )
-    tokens, dtype = rotate_inputs(x_MI, packed, empty, pdl, launch.late), out_dtype or x_MI.dtype
+    tokens, dtype = rotate_inputs(x_MI, packed, "halves", pdl, block_of(m)), out_dtype or x_MI.dtype
     if packed.input_signs_I is None:
         return _product(tokens, packed, packed.bias_O, dtype, pdl, launch)
     return rotate_outputs(_product(tokens, packed, None, torch.float32, pdl, launch).unsqueeze(0), packed, dtype, pdl)

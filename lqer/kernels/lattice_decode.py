@@ -24,6 +24,7 @@ from lqer.kernels.tiles import TILE_K
 TILE_C, UNITS_C = tl.constexpr(TILE_K), tl.constexpr(UNITS)
 COPIES = 16
 COPIES_C = tl.constexpr(COPIES)
+TABLE_BYTES = 4 * ROWS_OF_A * COPIES
 TILE_BYTES = 8 * ROWS * UNITS  # of a warp's rows
 LARGEST_SPAN = 16
 # A tensor core multiplies eight columns: h and l of four tokens.
@@ -31,19 +32,16 @@ TOKENS_AT_ONCE = 4
 TOKENS_AT_ONCE_C = tl.constexpr(TOKENS_AT_ONCE)
 
 
-@triton.constexpr_function
-def share_asm(warps: int, copies: int = COPIES) -> str:
+def share_asm(warps: int) -> str:
     """PTX: $0 = the address of the table in shared memory, filled by all threads from the rows at $1."""
-    size = 4 * ROWS_OF_A * copies
-    quads = size // 16
+    quads = TABLE_BYTES // 16
     turns = quads // (32 * warps)
-    lines = [f".shared .align 16 .b8 rows_of_a[{size}];", f".reg .b32 i, base, address, v<{turns}>;"]
+    lines = [f".shared .align 16 .b8 rows_of_a[{TABLE_BYTES}];", f".reg .b32 i, base, address, v<{turns}>;"]
     lines += [".reg .b64 source, offset;", "mov.u32 i, %tid.x;", "mov.u32 base, rows_of_a;"]
-    # The 16 bytes number i are four of the copies of a row.
-    row_bits = (copies // 4).bit_length() - 1
-    lines += [f"shr.u32 address, i, {row_bits};", "mul.wide.u32 offset, address, 4;", "add.s64 source, $1, offset;"]
+    # The 16 bytes number i are copies of row i / 4.
+    lines += ["shr.u32 address, i, 2;", "mul.wide.u32 offset, address, 4;", "add.s64 source, $1, offset;"]
     lines += ["shl.b32 address, i, 4;", "add.u32 address, address, base;"]
-    lines += [f"ld.global.nc.b32 v{turn}, [source+{128 * warps * turn >> row_bits}];" for turn in range(turns)]
+    lines += [f"ld.global.nc.b32 v{turn}, [source+{32 * warps * turn}];" for turn in range(turns)]
     for turn in range(turns):
         value = f"v{turn}"
         lines.append(f"st.shared.v4.b32 [address+{512 * warps * turn}], {{{value}, {value}, {value}, {value}}};")
@@ -59,20 +57,19 @@ def sign_asm(unit: str, low: str, b: str, z: str, y: str) -> list[str]:
 
 
 @triton.constexpr_function
-def index_asm(c: int, table: str, low: str, b: str, z: str, y: str, copies: int = COPIES) -> list[str]:
+def index_asm(c: int, table: str, low: str, b: str, z: str, y: str) -> list[str]:
     """PTX: w = the nibbles of code c without signs, s = what to flip in them. table: address of this lane's copy."""
-    up = (4 * copies).bit_length() - 1
     index = (
-        f"shl.b32 t, {low}, {up};",
-        f"shr.u32 t, {low}, {9 - up};",
-        f"shr.u32 t, {low}, {18 - up};",
-        f"shf.r.clamp.b32 t, {low}, {b}, {27 - up};",
+        f"shl.b32 t, {low}, 6;",
+        f"shr.u32 t, {low}, 3;",
+        f"shr.u32 t, {low}, 12;",
+        f"shf.r.clamp.b32 t, {low}, {b}, 21;",
     )
     # Multiply a sign bit of each nibble to 14.
     mask, factor = ("0x11111111", 14) if c % 2 == 0 else ("0x22222222", 7)
     return [
-        index[c], f"and.b32 t, t, 0x{4 * copies * (ROWS_OF_A - 1):X};", f"add.u32 t, t, {table};",
-        "ld.shared.b32 w, [t];", f"and.b32 s, {z if c < 2 else y}, {mask};", f"mul.lo.u32 s, s, {factor};",
+        index[c], f"and.b32 t, t, 0x{TABLE_BYTES - 4 * COPIES:X};", f"add.u32 t, t, {table};", "ld.shared.b32 w, [t];",
+        f"and.b32 s, {z if c < 2 else y}, {mask};", f"mul.lo.u32 s, s, {factor};",
     ]  # fmt: skip
 
 
@@ -131,6 +128,7 @@ def load_asm(span: int) -> str:
     return "\n".join(loads)
 
 
+SHARE = tl.constexpr({warps: share_asm(warps) for warps in (1, 2, 4, 8, 16)})
 PRODUCT, PRODUCT_CONSTRAINTS = tl.constexpr(product_asm()), tl.constexpr("=&f,=&f,f,f,l,l,r,l,l")
 PRODUCT_TYPES = tl.constexpr((tl.float32, tl.float32))
 LOADS = tl.constexpr(tuple(load_asm(span) for span in range(LARGEST_SPAN + 1)))
@@ -139,11 +137,9 @@ LOAD_TYPES = tl.constexpr(tuple((tl.int64,) * 2 * span for span in range(LARGEST
 
 
 @triton.jit
-def share_table(table, warps: tl.constexpr, copies: tl.constexpr = COPIES_C):
+def share_table(table, warps: tl.constexpr):
     """Fill the table of `add_products`; its address in shared memory."""
-    return tl.inline_asm_elementwise(
-        share_asm(warps, copies), "=r,l", [table.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    return tl.inline_asm_elementwise(SHARE[warps], "=r,l", [table.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -12,15 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
-from lqer.kernels.hadamard_launch import Tokens, ranks_of_a_split, run_rotated_product
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout, PackedLattice
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
 from lqer.kernels.lattice_gemm import lattice_dequantize_kernel, lattice_product_kernel
 from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PackedLinear
+from lqer.kernels.rotations_launch import Tokens, ranks_of_a_split, run_rotated_product
 from lqer.kernels.runtime import launch_options
-from lqer.kernels.tiles import TILE_K
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,12 @@ def run_lattice(
 ) -> Tensor:
     """Up to four tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
     launch = launch or (LAUNCH if len(x_MI) <= FEW_TOKENS else LAUNCH_MORE)
-    m, layout = len(x_MI), packed.spec.layout
-    assert m <= TOKENS_AT_ONCE
-    tiles = layout.padded_columns // TILE_K
-    empty = (
-        x_MI.new_empty((m, 2, tiles * TILE_K), dtype=torch.int8),
-        x_MI.new_empty((m, tiles, 2), dtype=torch.int32),
-    )
+    assert len(x_MI) <= TOKENS_AT_ONCE
 
     def product(tokens: Tokens, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _product(tokens, packed, bias_O, dtype, pdl, launch)
 
-    return run_rotated_product(x_MI, packed, empty, product, out_dtype or x_MI.dtype, pdl)
+    return run_rotated_product(x_MI, packed, "integers", product, out_dtype or x_MI.dtype, pdl)
 
 
 def _product(

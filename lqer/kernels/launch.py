@@ -16,12 +16,7 @@ from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.groups_wide import BITS as WIDE_BITS
-from lqer.kernels.hadamard_launch import (
-    hadamard_factors,
-    inverse_factors,
-    rotates_in_kernels,
-    run_between_rotations,
-)
+from lqer.kernels.halves_launch import LATTICE_AT_ONCE, run_halves
 from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.integer_launch import (
     fits_gemm,
@@ -37,7 +32,7 @@ from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.resident_launch import run_resident
-from lqer.kernels.rotations_launch import prepare_rotations
+from lqer.kernels.rotations_launch import prepare_rotations, rotates_in_kernels, run_between_rotations
 from lqer.kernels.tall_launch import fits_tall, run_tall
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout
 from lqer.kernels.trellis_launch import run_trellis, table_of
@@ -49,7 +44,7 @@ ROTATED_TOKENS = 64
 # Trellis codes that are looked up take up to so many at once.
 LOOKED_UP_AT_ONCE = 16
 # From so many on, lattice codes are decoded to float16 for all tokens, instead of multiplied as integers.
-RESIDENT_FROM = 5
+HALVES_FROM = 5
 GROUP_TOKENS = 64
 # Integer groups of four bits, as operands of wgmma.
 WIDE_FROM, WIDE_TOKENS = 17, 128
@@ -69,8 +64,6 @@ def prepare_tables(packed: PackedLinear) -> None:
     if isinstance(packed.weight, PackedTrellis):
         table_of(packed.weight)
     if packed.input_signs_I is not None and rotates_in_kernels(packed):
-        hadamard_factors(spec.layout.columns, False, device)
-        inverse_factors(spec, device)
         prepare_rotations(spec, device)
 
 
@@ -78,7 +71,8 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     """y [M, O] of x [M, I], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
     if isinstance(layout, LatticeLayout):
-        return run_rotated_layer(x_MI, packed, run_lattice if len(x_MI) < RESIDENT_FROM else run_resident)
+        few = len(x_MI) < HALVES_FROM
+        return run_rotated_layer(x_MI, packed, run_lattice if few else run_halves, LATTICE_AT_ONCE)
     if isinstance(layout, TrellisLayout):
         if not layout.sums_bytes:
             return run_rotated_layer(x_MI, packed, run_trellis, LOOKED_UP_AT_ONCE)

@@ -1,8 +1,10 @@
-"""Device functions that multiply trellis codes of table "bytes", and lattice codes, with tokens held in registers.
+"""Device functions that multiply trellis codes of table "bytes" with tokens held in registers.
 
 A warp has a few tiles of 128 columns. It loads the tokens of these once, as operands of tensor cores, and then goes
-through rows: all that it waits for are codes, which it asks for one row group ahead. The warps of a program share out
-the columns, and leave their sums of each row group in shared memory, where they are added.
+through rows: all that it waits for are codes. It loads these one row group ahead; but ptxas moves loads down to where
+registers become free, in the middle of the row group before or later, so the program has them fetched to the L2 cache
+some row groups ahead. The warps of a program share out the columns, and leave their sums of each row group in shared
+memory, where they are added.
 
 Up to four tokens are integers 256 h + l, and weights the bytes of an operand of integer tensor cores (byte_sums.py). Of
 more, weights are decoded to float16 once for all tokens (halves.py). The four bytes of a state's product are then
@@ -18,24 +20,15 @@ import triton.language as tl
 
 from lqer.kernels.byte_products import product_lines, registers_of_ring
 from lqer.kernels.byte_sums import load_tokens as load_bytes
-from lqer.kernels.halves import (
-    BLOCK_HALVES,
-    BLOCK_HALVES_C,
-    LOAD_BYTES,
-    LOADS,
-    code_operands,
-    is_lattice,
-    lattice_asm,
-)
-from lqer.kernels.lattice_decode import load_units
-from lqer.kernels.trellis import WEIGHTS
-from lqer.kernels.trellis_decode import load_constraints, load_words, types
+from lqer.kernels.halves import BLOCK_HALVES, BLOCK_HALVES_C, LOAD_BYTES, LOADS
+from lqer.kernels.trellis import WEIGHTS, TrellisLayout
+from lqer.kernels.trellis_decode import load_constraints, types
 
 SPREAD = 32  # registers of a tile's tokens of four bytes each
 HALVES = 16  # of eight tokens in float16
 HALVES_C = tl.constexpr(HALVES)
-# Copies of the table of lattice codes: shared memory holds sums too.
-COPIES_OF_TABLE = tl.constexpr(8)
+MULTIPLY_BYTES = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+MULTIPLY_HALVES = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 
 
 @triton.constexpr_function
@@ -58,7 +51,6 @@ def bytes_asm(layout, tiles: int) -> str:
         '.pragma "nounroll";', f".reg .b32 t, next, tail, a<4>, d<4>, codes<{count}>;", ".reg .f32 sum;",
         "mov.u32 next, %laneid;", "add.u32 next, next, 4;", "mov.b32 $0, 0;", "mov.b32 $1, 0;",
     ]  # fmt: skip
-    multiply = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
     for i in range(tiles):
         tokens = 2 + 2 * bits * tiles + (SPREAD + 1) * i
         lines += [f"mov.b32 d{n}, 0;" for n in range(4)]
@@ -73,7 +65,7 @@ def bytes_asm(layout, tiles: int) -> str:
                     lines += product_lines(layout, [*words, "tail"], weight, f"a{n}", "codes", made)
                 x = tokens + 16 * ring + column
                 lines.append(
-                    f"{multiply} {{d0, d1, d2, d3}}, {{a0, a1, a2, a3}}, {{${x}, ${x + 1}}}, {{d0, d1, d2, d3}};"
+                    f"{MULTIPLY_BYTES} {{d0, d1, d2, d3}}, {{a0, a1, a2, a3}}, {{${x}, ${x + 1}}}, {{d0, d1, d2, d3}};"
                 )
         for n in range(2):
             lines += [
@@ -90,52 +82,39 @@ def bytes_constraints(layout, tiles: int) -> str:
 
 
 @triton.constexpr_function
-def halves_asm(layout, tiles: int, blocks: int) -> str:
+def halves_asm(layout: TrellisLayout, tiles: int, blocks: int) -> str:
     """PTX: the products of a row group and 8 `blocks` tokens over the tiles of a warp.
 
-    Outputs $(4 i + 2 h + e): the sum of row h of a lane's two and token 2 t + e of block i. Inputs: the codes of each
-    tile, its tokens as `tokens_asm` loads them, and either the address of a lane's table of lattice codes, or of
-    trellis codes the two registers that choose sums, and the sums to begin with of two tokens for each block.
+    Outputs $(4 i + 2 h + e): the sum of row 2 g + h and token 2 t + e of block i, in lane 4 g + t. Inputs: the 2 k
+    words of a lane for each tile, its tokens as `tokens_asm` loads them, the two registers that choose sums of bytes,
+    and the sums to begin with, of two tokens for each block.
     """
-    sums, lattice, count = 4 * blocks, is_lattice(layout), code_operands(layout)
+    sums, count = 4 * blocks, 2 * layout.bits
     first_x = sums + count * tiles
     last = first_x + HALVES * blocks * tiles
-    lines = ['.pragma "nounroll";', ".reg .b32 t, w, s, next, unit, offset, part, away;", f".reg .b32 a<{8 * tiles}>;"]
-    if lattice:
-        for i in range(tiles):
-            for row in range(2):
-                lines.append(".reg .b32 " + ", ".join(f"{name}{i}_{row}" for name in ("low", "b", "z", "y")) + ";")
-        # Pairs of float16: 1, -1040, 1 / 16 and -80.
-        for name, value in zip(("unit", "offset", "part", "away"), (0x3C00, 0xE410, 0x2C00, 0xD500), strict=True):
-            lines.append(f"mov.b32 {name}, 0x{value * 0x10001:X};")
-    else:
-        lines += [f".reg .b32 tail, p<4>, d<4>, c<4>, codes<{registers_of_ring(layout, WEIGHTS)}>;"]
-        lines += [f"mov.b32 c{n}, 0x6600;" for n in range(4)]
-        lines += ["mov.u32 next, %laneid;", "add.u32 next, next, 4;"]
-    for n in range(sums):
-        lines.append(f"mov.b32 ${n}, 0;" if lattice else f"mov.b32 ${n}, ${last + 2 + n // 4 * 2 + n % 2};")
+    lines = [
+        '.pragma "nounroll";', ".reg .b32 t, next, tail, a<8>, p<4>, d<4>, c<4>;",
+        f".reg .b32 codes<{registers_of_ring(layout, WEIGHTS)}>;", "mov.u32 next, %laneid;", "add.u32 next, next, 4;",
+    ]  # fmt: skip
+    lines += [f"mov.b32 c{n}, 0x6600;" for n in range(4)]
+    lines += [f"mov.b32 ${n}, ${last + 2 + n // 4 * 2 + n % 2};" for n in range(sums)]
     made: set[int] = set()
     for i in range(tiles):
         codes = [f"${sums + count * i + n}" for n in range(count)]
         for j in range(LOADS):
-            if lattice:
-                lines += lattice_asm(i, j, codes, f"${last}", COPIES_OF_TABLE.value)
-            else:
-                lines += _trellis_lines(layout, i, j, codes, f"${last}", f"${last + 1}", made)
+            lines += decode_lines(layout, j, codes, f"${last}", f"${last + 1}", made)
             for step in range(2):
-                a = "{" + ", ".join(f"a{8 * i + 4 * step + n}" for n in range(4)) + "}"
+                a = "{" + ", ".join(f"a{4 * step + n}" for n in range(4)) + "}"
                 for b in range(blocks):
                     d = "{" + ", ".join(f"${4 * b + n}" for n in range(4)) + "}"
                     x = first_x + HALVES * (blocks * i + b) + 4 * j + 2 * step
-                    lines.append(
-                        f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {d}, {a}, {{${x}, ${x + 1}}}, {d};"
-                    )
+                    lines.append(f"{MULTIPLY_HALVES} {d}, {a}, {{${x}, ${x + 1}}}, {d};")
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @triton.constexpr_function
-def _trellis_lines(layout, i: int, j: int, codes: list[str], even: str, odd: str, made: set[int]) -> list[str]:
-    """PTX: a(8 i) to a(8 i + 7) = 1536 + the sums of bytes of load j. `made`: see `product_lines`; emptied by ring."""
+def decode_lines(layout: TrellisLayout, j: int, codes: list[str], even: str, odd: str, made: set[int]) -> list[str]:
+    """PTX: a0 to a7 = 1536 + the sums of bytes of load j. `made`: see `product_lines`; emptied by ring."""
     ring, bits, lines = j // 2, layout.bits, []
     words = [*codes[ring * bits : (ring + 1) * bits], "tail"]
     if j % 2 == 0:
@@ -148,20 +127,17 @@ def _trellis_lines(layout, i: int, j: int, codes: list[str], even: str, odd: str
         for n, weight in enumerate((first, first + 16, first + 1, first + 17)):
             lines += product_lines(layout, words, weight, f"p{n}", "codes", made)
         lines += [
-            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {d0, d1, d2, d3}, {p0, p1, p2, p3}, "
-            f"{{{even}, {odd}}}, {{c0, c1, c2, c3}};",
-            f"prmt.b32 a{8 * i + 2 * pair}, d0, d1, 0x5410;",
-            f"prmt.b32 a{8 * i + 2 * pair + 1}, d2, d3, 0x5410;",
+            f"{MULTIPLY_BYTES} {{d0, d1, d2, d3}}, {{p0, p1, p2, p3}}, {{{even}, {odd}}}, {{c0, c1, c2, c3}};",
+            f"prmt.b32 a{2 * pair}, d0, d1, 0x5410;",
+            f"prmt.b32 a{2 * pair + 1}, d2, d3, 0x5410;",
         ]
     return lines
 
 
 @triton.constexpr_function
-def halves_constraints(layout, tiles: int, blocks: int) -> str:
-    lattice = is_lattice(layout)
-    codes = ["l" if lattice else "r"] * (code_operands(layout) * tiles)
-    others = ["r"] if lattice else ["r", "r"] + ["f"] * 2 * blocks
-    return ",".join(["=&f"] * 4 * blocks + codes + ["r"] * HALVES * blocks * tiles + others)
+def halves_constraints(layout: TrellisLayout, tiles: int, blocks: int) -> str:
+    inputs = ["r"] * (2 * layout.bits * tiles + HALVES * blocks * tiles + 2)
+    return ",".join(["=&f"] * 4 * blocks + inputs + ["f"] * 2 * blocks)
 
 
 @triton.constexpr_function
@@ -187,10 +163,7 @@ def start_asm(tiles: int, blocks: int) -> str:
             d = "{" + ", ".join(f"d{4 * b + n}" for n in range(4)) + "}"
             for step in range(0, HALVES, 2):
                 x = 2 * blocks + HALVES * (blocks * i + b) + step
-                lines.append(
-                    f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {d}, {{ones0, ones1, ones2, ones3}}, "
-                    f"{{${x}, ${x + 1}}}, {d};"
-                )
+                lines.append(f"{MULTIPLY_HALVES} {d}, {{ones0, ones1, ones2, ones3}}, {{${x}, ${x + 1}}}, {d};")
     lines += [f"mov.b32 ${n}, d{n // 2 * 4 + n % 2};" for n in range(2 * blocks)]
     return "{\n" + "\n".join(lines) + "\n}"
 
@@ -198,15 +171,6 @@ def start_asm(tiles: int, blocks: int) -> str:
 @triton.constexpr_function
 def start_constraints(tiles: int, blocks: int) -> str:
     return ",".join(["=&f"] * 2 * blocks + ["r"] * HALVES * blocks * tiles)
-
-
-@triton.jit
-def load_codes(words, group, lane_T, tile_T, layout: tl.constexpr, tiles: tl.constexpr):
-    """The codes of each thread, of a row group and `tiles` tiles from tile_T on."""
-    if is_lattice(layout):
-        return load_units(words, group, lane_T, tile_T, layout.tiles, tiles)
-    else:
-        return load_words(words, group, lane_T, tile_T, layout, tiles)
 
 
 @triton.jit
@@ -243,18 +207,15 @@ def load_halves(
 
 
 @triton.jit
-def what_follows(tokens, lane_T, table_T, layout: tl.constexpr, tiles: tl.constexpr, blocks: tl.constexpr):
-    """Operands of `multiply` after codes and tokens in float16, the same for all row groups."""
-    if is_lattice(layout):
-        return (table_T,)
-    else:
-        even_T = tl.where(lane_T // 4 == lane_T % 4 * 2, 0x01010101, 0)
-        odd_T = tl.where(lane_T // 4 == lane_T % 4 * 2 + 1, 0x01010101, 0)
-        starts = tl.inline_asm_elementwise(
-            start_asm(tiles, blocks), start_constraints(tiles, blocks), tokens,
-            dtype=types(tl.float32, 2 * blocks), is_pure=False, pack=1,
-        )  # fmt: skip
-        return (even_T, odd_T) + starts  # noqa: RUF005
+def what_follows(tokens, lane_T, tiles: tl.constexpr, blocks: tl.constexpr):
+    """Operands of `multiply_halves` after codes and tokens, the same for all row groups."""
+    even_T = tl.where(lane_T // 4 == lane_T % 4 * 2, 0x01010101, 0)
+    odd_T = tl.where(lane_T // 4 == lane_T % 4 * 2 + 1, 0x01010101, 0)
+    starts = tl.inline_asm_elementwise(
+        start_asm(tiles, blocks), start_constraints(tiles, blocks), tokens,
+        dtype=types(tl.float32, 2 * blocks), is_pure=False, pack=1,
+    )  # fmt: skip
+    return (even_T, odd_T) + starts  # noqa: RUF005
 
 
 @triton.jit
@@ -276,9 +237,9 @@ def multiply_halves(codes, tokens, others, layout: tl.constexpr, tiles: tl.const
 
 
 @triton.constexpr_function
-def reserve_asm(size: int) -> str:
+def reserve_asm(name: str, size: int) -> str:
     """PTX: $0 = the address of `size` bytes of shared memory."""
-    return f"{{\n.shared .align 16 .b8 sums_of_warps[{size}];\nmov.u32 $0, sums_of_warps;\n}}"
+    return f"{{\n.shared .align 16 .b8 {name}[{size}];\nmov.u32 $0, {name};\n}}"
 
 
 @triton.constexpr_function
@@ -309,7 +270,9 @@ def add_asm(warps: int, stride: int) -> str:
 @triton.jit
 def reserve(size: tl.constexpr):
     """The address of shared memory for the sums of warps."""
-    return tl.inline_asm_elementwise(reserve_asm(size), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    return tl.inline_asm_elementwise(
+        reserve_asm("sums_of_warps", size), "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Host side of the product of up to 64 tokens with trellis codes of table "bytes" and with lattice codes.
+"""Host side of the product of up to 64 tokens with trellis codes of table "bytes".
 
 Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
 """
@@ -13,24 +13,21 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.byte_sums import TOKENS_AT_ONCE as INTEGERS_AT_ONCE
-from lqer.kernels.hadamard_launch import Tokens, rotate_few_inputs, rotate_few_outputs
 from lqer.kernels.halves import TOKENS_AT_ONCE
 from lqer.kernels.joint import segment_numbers
-from lqer.kernels.lattice import LatticeLayout, PackedLattice
 from lqer.kernels.layout import ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.resident_gemm import resident_product_kernel
-from lqer.kernels.rotations_launch import rotate_inputs, rotate_outputs
+from lqer.kernels.rotations_launch import Kind, Tokens, rotate_inputs, rotate_outputs
 from lqer.kernels.runtime import launch_options, multiprocessors
-from lqer.kernels.tiles import TILE_K, TiledLayout
-from lqer.kernels.trellis import PackedTrellis
+from lqer.kernels.trellis import PackedTrellis, TrellisLayout
 
 # A program has a multiprocessor's registers for itself: 128 for each thread of these.
 WARPS, REGISTERS = 16, 128
 # Tiles of a warp, whose tokens its registers hold: two of up to 16 tokens, one of 32.
 TILES, TOKENS_OF_TILES, MOST_TOKENS = 2, 16, 32
-# Bytes of shared memory for the sums of warps; lattice codes have a table beside them.
-ROOM, ROOM_BESIDE_TABLE = 32 << 10, 16 << 10
+# Bytes of shared memory for the sums of warps.
+ROOM = 32 << 10
 # Row groups of a joint linear that are sure to belong to one segment.
 GROUPS_OF_SEGMENT = 4
 # What a program takes besides its row groups, in tiles of a warp.
@@ -45,10 +42,10 @@ class ResidentLaunch:
 
 
 @lru_cache
-def resident_launch(layout: TiledLayout, tokens: int, multiprocessors: int) -> ResidentLaunch:
+def resident_launch(layout: TrellisLayout, tokens: int, multiprocessors: int) -> ResidentLaunch:
     """The launch with which a multiprocessor has least to do."""
     groups = -(-layout.rows // ROWS)
-    most = TILES if block_of(layout, tokens) <= TOKENS_OF_TILES else 1
+    most = TILES if block_of(tokens) <= TOKENS_OF_TILES else 1
     launches = []
     for tiles in range(1, min(most, layout.tiles) + 1):
         splits = -(-layout.tiles // (tiles * WARPS))
@@ -59,10 +56,11 @@ def resident_launch(layout: TiledLayout, tokens: int, multiprocessors: int) -> R
     return min(launches, key=lambda launch: launch[0])[1]
 
 
-def block_of(layout: TiledLayout, tokens: int) -> int:
+def block_of(tokens: int) -> int:
     """Tokens of a program."""
-    most = TOKENS_OF_TILES if isinstance(layout, LatticeLayout) else MOST_TOKENS
-    return min(triton.next_power_of_2(tokens), most)
+    if tokens <= INTEGERS_AT_ONCE:
+        return triton.next_power_of_2(tokens)
+    return min(max(TOKENS_AT_ONCE, triton.next_power_of_2(tokens)), MOST_TOKENS)
 
 
 def run_resident(
@@ -77,43 +75,25 @@ def run_resident(
     y [M, O] in `out_dtype`, by default that of x.
     """
     m, layout, dtype = len(x_MI), packed.spec.layout, out_dtype or x_MI.dtype
-    assert isinstance(layout, TiledLayout)
+    assert isinstance(layout, TrellisLayout)
     launch = launch or resident_launch(layout, m, multiprocessors(x_MI.device))
-    integers = takes_integers(layout, m)
-    columns = layout.padded_columns
-    if integers:
-        empty = (
-            x_MI.new_empty((m, 2, columns), dtype=torch.int8),
-            x_MI.new_empty((m, columns // TILE_K), dtype=torch.float32),
-        )
-        tokens = rotate_few_inputs(x_MI, packed, empty, pdl, late=False)
-    else:
-        padded = -(-m // TOKENS_AT_ONCE) * TOKENS_AT_ONCE
-        padded = -(-padded // block_of(layout, m)) * block_of(layout, m)
-        empty = (
-            x_MI.new_empty((padded, columns), dtype=torch.float16),
-            x_MI.new_empty(m, dtype=torch.float32),
-        )
-        tokens = rotate_inputs(x_MI, packed, empty, pdl, late=False)
-    y_SMO = _product(tokens, packed, m, integers, pdl, launch)
+    kind: Kind = "bytes" if m <= INTEGERS_AT_ONCE else "halves"
+    tokens = rotate_inputs(x_MI, packed, kind, pdl, -(-m // block_of(m)) * block_of(m))
+    y_SMO = _product(tokens, packed, m, pdl, launch)
     if packed.input_signs_I is None:
         y_MO = y_SMO.sum(0)
         return (y_MO if packed.bias_O is None else y_MO + packed.bias_O).to(dtype)
-    return (rotate_few_outputs if integers else rotate_outputs)(y_SMO, packed, dtype, pdl)
+    return rotate_outputs(y_SMO, packed, dtype, pdl)
 
 
-def takes_integers(layout: TiledLayout, tokens: int) -> bool:
-    return tokens <= INTEGERS_AT_ONCE and not isinstance(layout, LatticeLayout)
-
-
-def _product(tokens: Tokens, packed: PackedLinear, m: int, integers: bool, pdl: bool, launch: ResidentLaunch) -> Tensor:
+def _product(tokens: Tokens, packed: PackedLinear, m: int, pdl: bool, launch: ResidentLaunch) -> Tensor:
     """Partial sums of y, float32 [splits, M, O]."""
-    weight, spec = packed.weight, packed.spec
-    assert isinstance(weight, PackedTrellis | PackedLattice)
+    weight, spec, block_m = packed.weight, packed.spec, block_of(m)
+    assert isinstance(weight, PackedTrellis)
     layout = weight.layout
-    block_m = block_of(layout, m) if integers else max(TOKENS_AT_ONCE, block_of(layout, m))
-    room = ROOM_BESIDE_TABLE if isinstance(weight, PackedLattice) else ROOM
-    at_once = room // (4 * WARPS * ROWS * block_m)
+    at_once = ROOM // (4 * WARPS * ROWS * block_m)
+    buffers = min(2, at_once)
+    at_once //= buffers
     groups = -(-layout.rows // ROWS)
     per_program = -(-groups // launch.programs)
     if spec.rank:
@@ -121,14 +101,13 @@ def _product(tokens: Tokens, packed: PackedLinear, m: int, integers: bool, pdl: 
         per_program = -(-per_program // at_once) * at_once
     programs = -(-groups // per_program)
     y_SMO = tokens.steps.new_empty((launch.splits, m, layout.rows), dtype=torch.float32)
-    table = weight.table if isinstance(weight, PackedLattice) else None
     resident_product_kernel[programs * launch.splits, -(-m // block_m)](
-        tokens.values, tokens.steps, weight.words, table, weight.scales, packed.b_codes, tokens.projection,
+        tokens.values, tokens.steps, weight.words, weight.scales, packed.b_codes, tokens.projection,
         segment_numbers(spec, y_SMO.device), y_SMO, m, layout.rows, programs, per_program,
         layout=layout.compiled, rank=spec.rank, own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
         BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)),
-        BLOCK_R=triton.next_power_of_2(max(spec.own_rank, 16)), integers=integers,
-        span=-(-layout.tiles // launch.splits), tiles=launch.tiles, at_once=at_once, warps=WARPS, BLOCK_M=block_m,
-        pdl=pdl, num_warps=WARPS, maxnreg=REGISTERS, **launch_options(pdl),
+        BLOCK_R=triton.next_power_of_2(max(spec.own_rank, 16)), integers=m <= INTEGERS_AT_ONCE,
+        span=-(-layout.tiles // launch.splits), tiles=launch.tiles, at_once=at_once, buffers=buffers, warps=WARPS,
+        BLOCK_M=block_m, pdl=pdl, num_warps=WARPS, maxnreg=REGISTERS, **launch_options(pdl),
     )  # fmt: skip
     return y_SMO

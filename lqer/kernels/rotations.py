@@ -1,25 +1,45 @@
-"""Randomized Hadamard rotations of many tokens, before and after a product with packed weights.
+"""Randomized Hadamard rotations of tokens, before and after a product with packed weights (lqer.transforms.hadamard).
 
-As in hadamard.py, H_n = O ⊗ H_B and a block of outputs is a row of O times the input, then H_B. That reads a token as a
-whole for every row of O. Of few tokens a program computes one block of up to 128, for there must be many programs; here
-it computes several of up to 256. Sums of blocks are float32; H_B = H_G ⊗ H_L is multiplied by tensor cores in parts of
-tf32, which together have about the precision of float32.
+H_n = O ⊗ H_B, with B a power of two and O an orthonormal matrix: the factor that is no power of two and the rest of the
+power of two. A block of B outputs is one row of O times the input, B sums, and one H_B. A program computes several
+blocks, independently of all others: it reads its token as a whole. Sums are float32 and normalised before they are
+added.
 
-Shapes: M tokens, A blocks, B values of a block, by G times L, P blocks of a program, T values of a program, S rows
-that H is multiplied with, R rank.
+Blocks of 128 and 256 are computed by lanes that each have some columns (rotations_ptx.py). Smaller ones, of lengths
+with a large odd factor, are multiplied by H_B = H_G ⊗ H_L on tensor cores in parts of tf32, which together have about
+the precision of float32; so are all of them in Triton's interpreter.
+
+Shapes: M tokens, A blocks, B values of a block, by G times L, P blocks of a program, T values of a program, N tiles of
+them, C columns of a tile, S rows that H is multiplied with, R rank. What lanes have are tuples of tensors, an element
+a thread.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lqer.kernels.hadamard import odd_overlap, scale_up
+from lqer.kernels.byte_sums import joined
 from lqer.kernels.halves import place_of_halves
 from lqer.kernels.lattice_decode import TILE_C
+from lqer.kernels.resident import reserve_asm
+from lqer.kernels.rotations_ptx import finish_asm, leave_asm, load_asm, rows_asm, sum_asm
+from lqer.kernels.token_stores import scale_up, store_bytes, store_integers, store_tiles
+from lqer.kernels.trellis_decode import types
 
 BLOCKS_AT_ONCE = 8  # that a program loads: one for each warp
 BLOCKS_AT_ONCE_C = tl.constexpr(BLOCKS_AT_ONCE)
 LEAST_SIDE = tl.constexpr(16)  # of a tensor core's product
+
+
+@triton.jit
+def odd_overlap(size: tl.constexpr):
+    """Where H_size is negative [size, size]: i & j has an odd number of bits."""
+    bits = tl.arange(0, size)[:, None] & tl.arange(0, size)[None, :]
+    bits ^= bits >> 8
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    return (bits & 1) != 0
 
 
 @triton.constexpr_function
@@ -83,13 +103,138 @@ def rotate_blocks(v_PB):
         return v_PLG.permute(0, 2, 1).reshape(P * B)
 
 
+@triton.constexpr_function
+def constraints(outputs: str, inputs: str) -> str:
+    """Of inline PTX, by a letter for each operand."""
+    return ",".join([f"=&{letter}" for letter in outputs] + list(inputs))
+
+
+@triton.constexpr_function
+def element_of(dtype: tl.dtype) -> str:
+    return {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[dtype.name]
+
+
+@triton.constexpr_function
+def registers(dtype: tl.dtype, halves: int) -> int:
+    """That a lane needs for its values of a block."""
+    return halves * (4 if dtype.name == "fp32" else 2)
+
+
+@triton.jit
+def places_of(place_T, stride, splits: tl.constexpr):
+    """Addresses of as many partial sums."""
+    if splits == 1:
+        return (place_T.to(tl.int64),)
+    else:
+        return (place_T.to(tl.int64),) + places_of(place_T + stride, stride, splits - 1)  # noqa: RUF005
+
+
+@triton.jit
+def load_values(
+    values, stride, first_T, blocks, B: tl.constexpr, splits: tl.constexpr, turns: tl.constexpr, by: tl.constexpr
+):
+    """A lane's values of block first_T and every `by`-th after it, of a token that is the sum of `splits` places."""
+    dtype: tl.constexpr = values.dtype.element_ty
+    count: tl.constexpr = registers(dtype, B // TILE_C)
+    lane_T = tl.arange(0, first_T.shape[0]) % 32
+    # Blocks beyond the last are the last again, and multiplied with zero.
+    place_T = values + tl.minimum(first_T, blocks - 1) * B + lane_T * 4
+    loaded = tl.inline_asm_elementwise(
+        load_asm(B // TILE_C, element_of(dtype), splits), constraints("r" * count, "l" * splits),
+        places_of(place_T, stride, splits), dtype=types(tl.int32, count), is_pure=False, pack=1,
+    )  # fmt: skip
+    if turns == 1:
+        return loaded
+    else:
+        return loaded + load_values(values, stride, first_T + by, blocks, B, splits, turns - 1, by)
+
+
+@triton.jit
+def load_rows(rows, first_T, P: tl.constexpr, turns: tl.constexpr, by: tl.constexpr):
+    """Elements of the program's rows of O for block first_T and every `by`-th after it."""
+    loaded = tl.inline_asm_elementwise(
+        rows_asm(P), constraints("f" * P, "l"), [(rows + first_T * P).to(tl.int64)],
+        dtype=types(tl.float32, P), is_pure=False, pack=1,
+    )  # fmt: skip
+    if turns == 1:
+        return loaded
+    else:
+        return loaded + load_rows(rows, first_T + by, P, turns - 1, by)
+
+
+@triton.jit
+def reserve_sums(warps: tl.constexpr):
+    """The address of shared memory for the sums of so many warps, and the largest magnitudes of each."""
+    return tl.inline_asm_elementwise(
+        reserve_asm("sums_of_lanes", 512 * warps * warps + 1024), "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def zeros(first_T, count: tl.constexpr):
+    """As many zeros of each thread."""
+    if count == 1:
+        return (tl.zeros(first_T.shape, tl.float32),)
+    else:
+        return zeros(first_T, count - 1) + zeros(first_T, 1)
+
+
+@triton.jit
+def add_blocks(x, signs, rows, dtype: tl.constexpr, B: tl.constexpr, P: tl.constexpr, turns: tl.constexpr):
+    """What a lane has of the program's sums, and of the largest magnitude if `signs` are not None."""
+    halves: tl.constexpr = B // TILE_C
+    count: tl.constexpr = registers(dtype, halves)
+    inputs: tl.constexpr = dtype != tl.float32
+    outputs: tl.constexpr = 4 * halves * P + (1 if inputs else 0)
+    sums = zeros(rows[0], outputs)
+    for turn in tl.static_range(turns):
+        operands = sums + x[turn * count : turn * count + count]
+        if inputs:
+            operands = operands + signs[turn * count : turn * count + count]
+        sums = tl.inline_asm_elementwise(
+            sum_asm(P, halves, element_of(dtype)),
+            constraints("f" * outputs, "f" * outputs + "r" * count * (2 if inputs else 1) + "f" * P),
+            operands + rows[turn * P : turn * P + P], dtype=types(tl.float32, outputs), is_pure=False, pack=1,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def finish_blocks(sums, B: tl.constexpr, P: tl.constexpr, inputs: tl.constexpr):
+    """Four of the program's values for each lane, from what all have, and the largest magnitude of the token."""
+    halves: tl.constexpr = B // TILE_C
+    warps: tl.constexpr = P * halves
+    count: tl.constexpr = 4 * halves * P
+    thread_T = tl.arange(0, 32 * warps)
+    lane_T, warp_T = thread_T % 32, thread_T // 32
+    room = reserve_sums(warps)
+    place_T = room + warp_T * (512 * warps) + lane_T * 16
+    largest = room + 512 * warps * warps
+    if inputs:
+        own = sums[count].to(tl.int32, bitcast=True)
+        operands = sums[:count] + (place_T, largest + warp_T * 4, own)  # noqa: RUF005
+    else:
+        operands = sums + (place_T,)  # noqa: RUF005
+    tl.inline_asm_elementwise(
+        leave_asm(count, inputs), constraints("r", "f" * count + ("rrr" if inputs else "r")), operands,
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    tl.debug_barrier()
+    block_T = room + warp_T // halves * (512 * halves) + lane_T * 16
+    sign_T = 1.0 - 2.0 * (warp_T % halves).to(tl.float32)
+    return tl.inline_asm_elementwise(
+        finish_asm(warps, halves, inputs), constraints("fffff" if inputs else "ffff", "rfr"),
+        (block_T, sign_T, largest + lane_T * 0), dtype=types(tl.float32, 5 if inputs else 4), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @triton.jit
 def rotate_input_kernel(
     x,  # [M, I]
     signs,  # [I], or None: no rotation
-    rows,  # float32 [programs of a token, A, P], see rotations_launch.py
+    rows,  # float32 [programs of a token, padded_A, P], see rotations_launch.py
     a_values,  # Aᵀ [RP, IP] in the dtype of x, or None
-    x_out,  # float16, these two as in halves.py
+    x_out,  # these two as `kind` says, see token_stores.py
     steps,
     partial,  # of x' A, float32 [programs of a token, M, RP], or None
     M,
@@ -97,15 +242,17 @@ def rotate_input_kernel(
     x_stride,
     rank: tl.constexpr,
     tiles: tl.constexpr,
+    kind: tl.constexpr,
     lattice: tl.constexpr,
+    lanes: tl.constexpr,  # compute blocks of 128 or 256
     A: tl.constexpr,
+    padded_A: tl.constexpr,
     B: tl.constexpr,
     P: tl.constexpr,
     BLOCK_I: tl.constexpr,  # I, as a power of two
     BLOCK_R: tl.constexpr,
     factor: tl.constexpr,  # the inverse of the headroom of float16
     reach: tl.constexpr,  # no element of x' is larger than so many times the largest of signs ⊙ x
-    late: tl.constexpr,  # the product starts when this kernel ends
     pdl: tl.constexpr,
 ):
     """P blocks of x' = H (signs ⊙ x), or of x itself, and their partial sum of x' A."""
@@ -114,23 +261,54 @@ def rotate_input_kernel(
     T: tl.constexpr = P * B
     columns_T = program * T + tl.arange(0, T)
     dtype: tl.constexpr = x.dtype.element_ty
+    warps: tl.constexpr = T // TILE_C
+    own_rows = rows
     if pdl:
-        if not late:
-            gdc_launch_dependents()
+        # The product may prefetch its codes while this kernel still waits for x.
+        gdc_launch_dependents()
+    if signs is not None:
+        own_rows = rows + program * (padded_A * P)
+    if lanes:
+        # All of this is independent of the previous kernel.
+        warp_T = tl.arange(0, 32 * warps) // 32
+        lane_signs = load_values(signs, 0, warp_T, A, B, 1, padded_A // warps, warps)
+        lane_rows = load_rows(own_rows, warp_T, P, padded_A // warps, warps)
+    if pdl:
         gdc_wait()
     row = x + m.to(tl.int64) * x_stride
-    if signs is not None:
-        v_PB, largest = sum_blocks(row, 0, signs, rows + program * (A * P), A, 1, A, B, P)
+    if lanes:
+        lane_x = load_values(row, 0, warp_T, A, B, 1, padded_A // warps, warps)
+        sums = add_blocks(lane_x, lane_signs, lane_rows, dtype, B, P, padded_A // warps)
+        values = finish_blocks(sums, B, P, True)
+        largest_T = joined((values[4], values[4], values[4], values[4]), 4).reshape(T)
+        x_T = (joined(values[:4], 4).reshape(T) * factor).to(dtype).to(tl.float32)
+    elif signs is not None:
+        v_PB, largest = sum_blocks(row, 0, signs, own_rows, A, 1, A, B, P)
         x_T = rotate_blocks(v_PB * factor).to(dtype).to(tl.float32)
+        largest_T = tl.zeros((T,), tl.float32) + largest
     else:
         x_T = tl.load(row + columns_T, mask=columns_T < K, other=0.0).to(tl.float32)
         whole_I = tl.arange(0, BLOCK_I)
         largest = tl.max(tl.abs(tl.load(row + whole_I, mask=whole_I < K, other=0.0).to(tl.float32)), axis=0)
-    exponent, up = scale_up(largest * reach)
-    place_T = place_of_halves(m.to(tl.int64), columns_T, tiles, lattice)
-    tl.store(x_out + place_T, (x_T * up).to(tl.float16), mask=columns_T < padded)
-    # Every program of a token stores the same; not finite where the token is not.
-    tl.store(steps + m, ((exponent - 14) << 23).to(tl.float32, bitcast=True) + (largest - largest))
+        largest_T = tl.zeros((T,), tl.float32) + largest
+    if kind == "halves":
+        exponent_T, up_T = scale_up(largest_T * reach)
+        place_T = place_of_halves(m.to(tl.int64), columns_T, tiles, lattice)
+        tl.store(x_out + place_T, (x_T * up_T).to(tl.float16), mask=columns_T < padded)
+        # All programs of a token have the same, and the first one stores it once: thousands of stores to a sector take
+        # longer than all else. Not finite where the token is not.
+        step_T = ((exponent_T - 14) << 23).to(tl.float32, bitcast=True) + (largest_T - largest_T)
+        tl.store(steps + m + tl.zeros((T,), tl.int32), step_T, mask=columns_T == 0)
+    else:
+        tiles_N = program * warps + tl.arange(0, warps)
+        columns_NC, x_NC = columns_T.reshape(warps, TILE_C), x_T.reshape(warps, TILE_C)
+        if kind == "tiles":
+            store_tiles(x_NC, x_out + m.to(tl.int64) * padded, steps + m * tiles, columns_NC, tiles_N, tiles)
+        elif kind == "bytes":
+            store_bytes(x_NC, x_out + m.to(tl.int64) * (2 * padded), steps + m * tiles, columns_NC, tiles_N, tiles)
+        else:
+            own_steps = steps + m * (2 * tiles)
+            store_integers(x_NC, x_out + m.to(tl.int64) * (2 * padded), own_steps, columns_NC, tiles_N, tiles)
     if rank > 0:
         for first in tl.static_range(0, rank, BLOCK_R):
             ranks_R = first + tl.arange(0, BLOCK_R)
@@ -138,22 +316,22 @@ def rotate_input_kernel(
             a_RT = tl.load(a_values + ranks_R[:, None] * padded + columns_T[None, :], mask=inside_RT, other=0.0)
             sum_R = tl.sum(a_RT.to(tl.float32) * x_T[None, :], axis=1)
             tl.store(partial + (program * M + m) * rank + ranks_R, sum_R)
-    if pdl and late:
-        gdc_launch_dependents()
 
 
 @triton.jit
 def rotate_output_kernel(
     y,  # float32 [splits, M, O]
     signs,  # [O]
-    rows,  # of the programs of a token, each float32 [A of its rotation, P], one after the other
+    rows,  # of the programs of a token, each float32 [padded A of its rotation, P], one after the other
     places,  # int32 [programs, 5], see rotations_launch.py
     bias,  # [O], or None
     y_out,  # [M, O]
     M,
     N,
     splits: tl.constexpr,
+    lanes: tl.constexpr,  # compute blocks of 128 or 256
     A: tl.constexpr,  # of the longest rotation
+    padded_A: tl.constexpr,
     B: tl.constexpr,
     P: tl.constexpr,
     factor: tl.constexpr,  # the headroom of float16
@@ -167,14 +345,25 @@ def rotate_output_kernel(
     column, present = tl.load(place + 3), tl.load(place + 4)
     columns_T = column + tl.arange(0, P * B)
     inside_T = tl.arange(0, P * B) < present * B
+    own_rows, own = rows + first_row * P, y + m * N + start
+    warps: tl.constexpr = P * B // TILE_C
     signs_T = tl.load(signs + columns_T, mask=inside_T, other=0.0).to(tl.float32) * factor
     if bias is not None:
         bias_T = tl.load(bias + columns_T, mask=inside_T, other=0.0).to(tl.float32)
+    if lanes:
+        warp_T = tl.arange(0, 32 * warps) // 32
+        lane_rows = load_rows(own_rows, warp_T, P, padded_A // warps, warps)
     if pdl:
         gdc_wait()
         gdc_launch_dependents()
-    v_PB, _ = sum_blocks(y + m * N + start, M * N, None, rows + first_row * P, blocks, splits, A, B, P)
-    y_T = rotate_blocks(v_PB) * signs_T
+    if lanes:
+        lane_y = load_values(own, M * N, warp_T, blocks, B, splits, padded_A // warps, warps)
+        sums = add_blocks(lane_y, None, lane_rows, tl.float32, B, P, padded_A // warps)
+        v_T = joined(finish_blocks(sums, B, P, False), 4).reshape(P * B)
+    else:
+        v_PB, _ = sum_blocks(own, M * N, None, own_rows, blocks, splits, A, B, P)
+        v_T = rotate_blocks(v_PB)
+    y_T = v_T * signs_T
     if bias is not None:
         y_T += bias_T
     tl.store(y_out + m * N + columns_T, y_T.to(y_out.dtype.element_ty), mask=inside_T)

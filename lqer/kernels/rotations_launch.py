@@ -1,39 +1,68 @@
-"""Host side of the rotations of many tokens (rotations.py).
+"""Host side of what surrounds a product with lattice or trellis codes: Hadamard rotations, x A, and the parts of B.
 
 Shapes: M tokens, I in_features, O out_features, R rank, A blocks of a Hadamard matrix; P marks padding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
-from lqer.kernels.hadamard_launch import Tokens, headroom
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations import rotate_input_kernel, rotate_output_kernel
-from lqer.kernels.runtime import launch_options, multiprocessors
+from lqer.kernels.runtime import INTERPRETED, launch_options, multiprocessors
 from lqer.kernels.spec import Spec
 from lqer.kernels.tiles import TILE_K, TiledLayout
+from lqer.transforms.hadamard import FLOAT16_HEADROOM, run_rotated
 from lqer.transforms.hadamard_factors import small_order, two_factors
 
 LARGEST_BLOCK = 256
-VALUES = (1024, 512, 256)  # of a program
-WARPS = 8
-RANKS_AT_ONCE = 16
+LARGEST_OUTER = 256  # rows of the outer factor: a program reads all blocks
+# Of a program: powers of two. With a branch each program reads its columns of A, which takes longer than the token.
+MOST_VALUES, FEWEST_VALUES_OF_BRANCH = 1024, 256
+# Blocks of a token for one warp, whose signs and rows of O its registers hold.
+MOST_TURNS = 16
+WARPS = 8  # of programs whose blocks are smaller than a tile, and at least of those that multiply x' with A
+RANKS_AT_ONCE = 16  # in the rotation of inputs
+# In the product: Triton's shared memory for B must fit into 48 KB together with the table of lattice codes.
+PRODUCT_RANKS_AT_ONCE = 32
+
+# What reads the tokens: lattice.py, byte_sums.py, trellis.py, halves.py.
+Kind = Literal["integers", "bytes", "tiles", "halves"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """x' as a product reads it.
+
+    values: int8 [M, 2, IP] ("integers" and "bytes") or float16 [M, IP]. steps: int32 [M, tiles, 2] ("integers"),
+    float32 [M, tiles] ("bytes" and "tiles") or [M]. projection: partial sums of x' A, float32 [splits, M, RP], or None.
+    """
+
+    values: Tensor
+    steps: Tensor
+    projection: Tensor | None
+
+    @property
+    def projection_splits(self) -> int:
+        return 0 if self.projection is None else len(self.projection)
 
 
 @dataclass(frozen=True)
 class Rotations:
     """Hᵀ of a layer's outputs, or of each of several segments, with blocks of one size.
 
-    rows: of the programs of a token, float32 [A of its rotation, together] each, one after the other. places: int32
-    [programs, 5]: first column of the rotation, its blocks A, those of all programs before, column of the first block
-    of the program, and the blocks from there on.
+    rows: of the programs of a token, float32 [padded A of its rotation, together] each, one after the other. places:
+    int32 [programs, 5]: first column of the rotation, its blocks A, those of all programs before (padded), column of
+    the first block of the program, and the blocks from there on.
     """
 
     rows: Tensor
@@ -44,16 +73,18 @@ class Rotations:
 
 
 @lru_cache
-def rows_of_programs(length: int, inverse: bool, block: int, together: int, device: torch.device) -> Tensor:
-    """Rows of O / sqrt(block), or Oᵀ, as a program reads them: float32 [programs, A, together], zero beyond the last.
+def rows_of_programs(
+    length: int, inverse: bool, block: int, together: int, padded: int, device: torch.device
+) -> Tensor:
+    """Rows of O / sqrt(block), or Oᵀ, as a program reads them: float32 [programs, padded A, together], zero beyond.
 
     Cached on the device, because a CUDA graph must not copy from the host.
     """
     outer_AA, inner = two_factors(length, block)
     assert len(inner) == block
     outer_AA = (outer_AA.T if inverse else outer_AA) * block**-0.5
-    padded = torch.nn.functional.pad(outer_AA, (0, 0, 0, -len(outer_AA) % together))
-    return padded.view(-1, together, len(outer_AA)).transpose(1, 2).to(torch.float32).contiguous().to(device)
+    whole = pad(outer_AA, (0, padded - len(outer_AA), 0, -len(outer_AA) % together))
+    return whole.view(-1, together, padded).transpose(1, 2).to(torch.float32).contiguous().to(device)
 
 
 def block_of(lengths: list[int]) -> int:
@@ -61,69 +92,140 @@ def block_of(lengths: list[int]) -> int:
     return min(LARGEST_BLOCK, *(length // small_order(length) for length in lengths))
 
 
-def values_of_program(length: int, tokens: int, device: torch.device) -> int:
-    """As many as leave a program for each multiprocessor, for a program reads its token as a whole."""
-    wanted = length * tokens // multiprocessors(device)
-    return next((values for values in VALUES if values <= wanted), VALUES[-1])
+def values_of_program(length: int, tokens: int, rank: int, device: torch.device) -> int:
+    """As many as can be, for a program reads its token as a whole; with a branch as many as leave enough programs."""
+    values, wanted = MOST_VALUES, length * tokens // multiprocessors(device)
+    while rank and values > wanted and values > FEWEST_VALUES_OF_BRANCH:
+        values //= 2
+    return values
+
+
+@dataclass(frozen=True)
+class Program:
+    """How a program computes blocks of rotations: see rotations.py."""
+
+    block: int
+    together: int  # blocks of a program
+    padded: int  # blocks of the longest rotation, padded
+    lanes: bool  # whether its lanes have columns of their own
+
+    @property
+    def warps(self) -> int:
+        return self.together * self.block // TILE_K if self.lanes else WARPS
+
+
+def program_of(lengths: list[int], values: int) -> Program:
+    block = block_of(lengths)
+    longest = max(lengths) // block
+    together = max(1, TILE_K // block, values // block)
+    warps = together * block // TILE_K
+    padded = -(-longest // warps) * warps
+    if INTERPRETED or block < TILE_K or padded // warps > MOST_TURNS:
+        return Program(block, together, longest, False)
+    return Program(block, together, padded, True)
 
 
 @lru_cache
-def output_rotations(spec: Spec, values: int, device: torch.device) -> Rotations:
+def output_rotations(spec: Spec, values: int, device: torch.device) -> tuple[Rotations, Program]:
     """The rotation of a layer's outputs; cached as those of `rows_of_programs`. values: of a program."""
     segments = [(segment.start, segment.rows) for segment in spec.segments] or [(0, spec.layout.rows)]
-    block = block_of([length for _, length in segments])
-    together = max(1, values // block)
+    program = program_of([length for _, length in segments], values)
+    block, together = program.block, program.together
     rows, places, before = [], [], 0
     for start, length in segments:
         blocks = length // block
-        rows.append(rows_of_programs(length, True, block, together, device).flatten())
+        rows.append(rows_of_programs(length, True, block, together, program.padded, device).flatten())
         for i in range(0, blocks, together):
             places.append((start, blocks, before, start + i * block, blocks - i))
-            before += blocks
+            before += program.padded
     longest = max(length for _, length in segments) // block
     table = torch.tensor(places, dtype=torch.int32, device=device)
-    return Rotations(torch.cat(rows), table, block, together, longest)
+    return Rotations(torch.cat(rows), table, block, together, longest), program
+
+
+@lru_cache
+def input_rotation(layout: TiledLayout, values: int, device: torch.device) -> tuple[Tensor, Program]:
+    """Of the rotation of inputs: `rows_of_programs` for all tiles, and the programs."""
+    program = program_of([layout.columns], min(values, triton.next_power_of_2(layout.columns)))
+    rows = rows_of_programs(layout.columns, False, program.block, program.together, program.padded, device)
+    programs = -(-layout.padded_columns // (program.block * program.together))
+    return pad(rows, (0, 0, 0, 0, 0, programs - len(rows))).contiguous(), program
 
 
 def prepare_rotations(spec: Spec, device: torch.device) -> None:
     """Compute what a call reads before it is made."""
     assert isinstance(spec.layout, TiledLayout)
-    for values in VALUES:
+    values = MOST_VALUES
+    while values >= FEWEST_VALUES_OF_BRANCH:
         input_rotation(spec.layout.compiled, values, device)
         output_rotations(spec, values, device)
+        values //= 2
 
 
 @lru_cache
-def input_rotation(layout: TiledLayout, values: int, device: torch.device) -> tuple[Tensor, int, int]:
-    """Of the rotation of inputs: `rows_of_programs` for all tiles, the size of a block, and blocks of a program."""
-    block = block_of([layout.columns])
-    # A program has whole tiles.
-    together = max(1, TILE_K // block, min(values, triton.next_power_of_2(layout.columns)) // block)
-    rows = rows_of_programs(layout.columns, False, block, together, device)
-    programs = -(-layout.padded_columns // (block * together))
-    return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, programs - len(rows))).contiguous(), block, together
+def fits_hadamard(length: int) -> bool:
+    """Whether the kernels rotate vectors of this length; torch rotates the others."""
+    return length // block_of([length]) <= LARGEST_OUTER
 
 
-def rotate_inputs(x_MI: Tensor, packed: PackedLinear, empty: tuple[Tensor, Tensor], pdl: bool, late: bool) -> Tokens:
-    """x' = H (signs ⊙ x), or x if the layer has no rotation, and partial sums of x' A.
+def rotates_in_kernels(packed: PackedLinear) -> bool:
+    """Whether the kernels can apply the layer's rotations (also true if it has none)."""
+    if packed.input_signs_I is None:
+        return True
+    spec = packed.spec
+    lengths = [segment.rows for segment in spec.segments] or [spec.layout.rows]
+    return fits_hadamard(spec.layout.columns) and max(lengths) // block_of(lengths) <= LARGEST_OUTER
 
-    empty: values and steps of halves.py, to be written. late: see run_rotated_product.
-    """
-    (m, k), rank, tiles = x_MI.shape, packed.spec.rank, packed.spec.layout.padded_columns // TILE_K
-    values = values_of_program(k, m, x_MI.device)
+
+def run_between_rotations(x_MI: Tensor, packed: PackedLinear, run: Callable[[Tensor, PackedLinear], Tensor]) -> Tensor:
+    """y = `run` between the layer's rotations, if it has any, by torch."""
+    rotation = packed.rotation
+    if rotation is None:
+        return run(x_MI, packed)
+    inner = replace(packed, bias_O=None, input_signs_I=None, output_signs_O=None)
+    return run_rotated(x_MI, rotation, packed.bias_O, lambda x: run(x, inner))
+
+
+def headroom(dtype: torch.dtype) -> float:
+    """x is divided by this before its rotation, and y multiplied by it after its own."""
+    return FLOAT16_HEADROOM if dtype == torch.float16 else 1.0
+
+
+def empty_tokens(x_MI: Tensor, kind: Kind, columns: int, padded: int) -> tuple[Tensor, Tensor]:
+    """Values of `padded` tokens ("halves", else of as many as there are), and steps, to be written."""
+    m, tiles = len(x_MI), columns // TILE_K
+    if kind == "integers":
+        return x_MI.new_empty((m, 2, columns), dtype=torch.int8), x_MI.new_empty((m, tiles, 2), dtype=torch.int32)
+    if kind == "bytes":
+        return x_MI.new_empty((m, 2, columns), dtype=torch.int8), x_MI.new_empty((m, tiles), dtype=torch.float32)
+    if kind == "tiles":
+        return x_MI.new_empty((m, columns), dtype=torch.float16), x_MI.new_empty((m, tiles), dtype=torch.float32)
+    return x_MI.new_empty((padded, columns), dtype=torch.float16), x_MI.new_empty(m, dtype=torch.float32)
+
+
+def rotate_inputs(x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, padded: int = 0) -> Tokens:
+    """x' = H (signs ⊙ x), or x if the layer has no rotation, and partial sums of x' A. padded: see `empty_tokens`."""
+    (m, k), rank, layout = x_MI.shape, packed.spec.rank, packed.spec.layout
+    assert isinstance(layout, TiledLayout)
+    values = values_of_program(k, m, rank, x_MI.device)
     room, signs_I = headroom(x_MI.dtype), packed.input_signs_I
     if signs_I is None:
-        rows, block, together = None, TILE_K, min(values // TILE_K, triton.next_power_of_2(tiles))
+        rows, program = None, Program(TILE_K, min(values // TILE_K, triton.next_power_of_2(layout.tiles)), 0, False)
     else:
-        rows, block, together = input_rotation(packed.spec.layout.compiled, values, x_MI.device)
+        rows, program = input_rotation(layout.compiled, values, x_MI.device)
+    # Lanes load four values at once.
+    lanes = program.lanes and x_MI.stride(0) % 4 == 0 and x_MI.storage_offset() % 4 == 0
     # Rotations end where the columns do; tiles beyond are zero.
-    programs = -(-tiles * TILE_K // (block * together))
+    programs = -(-layout.padded_columns // (program.block * program.together))
+    empty = empty_tokens(x_MI, kind, layout.padded_columns, padded)
     partial = x_MI.new_empty((programs, m, rank), dtype=torch.float32) if rank else None
     rotate_input_kernel[programs, m](
-        x_MI, signs_I, rows, packed.a_codes, *empty, partial, m, k, x_MI.stride(0), rank=rank, tiles=tiles,
-        lattice=isinstance(packed.spec.layout, LatticeLayout), A=k // block, B=block, P=together,
-        BLOCK_I=triton.next_power_of_2(k), BLOCK_R=RANKS_AT_ONCE, factor=1.0 if rows is None else 1 / room,
-        reach=1.0 if rows is None else k**0.5 / room, late=late, pdl=pdl, num_warps=WARPS, **launch_options(pdl),
+        x_MI, signs_I, rows, packed.a_codes, *empty, partial, m, k, x_MI.stride(0), rank=rank, tiles=layout.tiles,
+        kind=kind, lattice=isinstance(layout, LatticeLayout), lanes=lanes, A=k // program.block,
+        padded_A=program.padded, B=program.block, P=program.together, BLOCK_I=triton.next_power_of_2(k),
+        BLOCK_R=RANKS_AT_ONCE, factor=1.0 if rows is None else 1 / room,
+        reach=1.0 if rows is None else k**0.5 / room, pdl=pdl, num_warps=max(program.warps, WARPS if rank else 1),
+        **launch_options(pdl),
     )  # fmt: skip
     return Tokens(*empty, partial)
 
@@ -132,10 +234,32 @@ def rotate_outputs(y_SMO: Tensor, packed: PackedLinear, dtype: torch.dtype, pdl:
     """signs ⊙ Hᵀ y + bias in `dtype` [M, O], of the sum of y_SMO, float32."""
     splits, m, n = y_SMO.shape
     y_out = y_SMO.new_empty(m, n, dtype=dtype)
-    inverse = output_rotations(packed.spec, values_of_program(n, m, y_SMO.device), y_SMO.device)
+    values = values_of_program(n, m, 0, y_SMO.device)
+    inverse, program = output_rotations(packed.spec, values, y_SMO.device)
     rotate_output_kernel[len(inverse.places), m](
         y_SMO, packed.output_signs_O, inverse.rows, inverse.places, packed.bias_O, y_out, m, n, splits=splits,
-        A=inverse.longest, B=inverse.block, P=inverse.together, factor=headroom(packed.dtype), pdl=pdl, num_warps=WARPS,
-        **launch_options(pdl),
+        lanes=program.lanes, A=inverse.longest, padded_A=program.padded, B=inverse.block, P=inverse.together,
+        factor=headroom(packed.dtype), pdl=pdl, num_warps=program.warps, **launch_options(pdl),
     )  # fmt: skip
     return y_out
+
+
+Product = Callable[[Tokens, Tensor | None, torch.dtype], Tensor]
+
+
+def run_rotated_product(
+    x_MI: Tensor, packed: PackedLinear, kind: Kind, product: Product, dtype: torch.dtype, pdl: bool
+) -> Tensor:
+    """y [M, O] in `dtype` by three kernels, or two without rotations.
+
+    product(tokens, bias_O, dtype): W x' + B A x' + bias.
+    """
+    tokens = rotate_inputs(x_MI, packed, kind, pdl)
+    if packed.input_signs_I is None:
+        return product(tokens, packed.bias_O, dtype)
+    return rotate_outputs(product(tokens, None, torch.float32).unsqueeze(0), packed, dtype, pdl)
+
+
+def ranks_of_a_split(rank: int, splits: int) -> int:
+    """A power of two that divides a padded rank, so that all splits have about as many ranks."""
+    return min(PRODUCT_RANKS_AT_ONCE, max(8, 1 << (rank // splits).bit_length() >> 1))

@@ -13,12 +13,13 @@ import torch
 import triton
 from torch import Tensor
 
-from lqer.kernels.hadamard_launch import Tokens, ranks_of_a_split, run_rotated_product
+from lqer.kernels.byte_sums_dequantize import byte_sums_dequantize_kernel
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PackedLinear
+from lqer.kernels.rotations_launch import Tokens, ranks_of_a_split, run_rotated_product
 from lqer.kernels.runtime import launch_options, multiprocessors
-from lqer.kernels.tiles import SPANS, TILE_K
+from lqer.kernels.tiles import SPANS
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout, lookup_table
 from lqer.kernels.trellis_decode import TOKENS_AT_ONCE
 from lqer.kernels.trellis_gemm import trellis_dequantize_kernel, trellis_product_kernel
@@ -33,6 +34,7 @@ class TrellisLaunch:
 
 # Many warps share one table, and a thread holds little of it while it is copied.
 WARPS = 16
+DEQUANTIZE_WARPS = 4
 # What a program takes besides its tiles, in tiles: its table, its first codes and the end.
 OVERHEAD = 4
 
@@ -56,19 +58,14 @@ def run_trellis(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Up to 16 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
-    m, layout = len(x_MI), packed.spec.layout
+    layout = packed.spec.layout
     assert isinstance(layout, TrellisLayout)
     launch = launch or best_launch(layout, multiprocessors(x_MI.device))
-    tiles = layout.tiles
-    empty = (
-        x_MI.new_empty((m, tiles * TILE_K), dtype=torch.float16),
-        x_MI.new_empty((m, tiles), dtype=torch.float32),
-    )
 
     def product(tokens: Tokens, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _product(tokens, packed, bias_O, dtype, pdl, launch)
 
-    return run_rotated_product(x_MI, packed, empty, product, out_dtype or x_MI.dtype, pdl)
+    return run_rotated_product(x_MI, packed, "tiles", product, out_dtype or x_MI.dtype, pdl)
 
 
 def _product(
@@ -110,3 +107,12 @@ def dequantize_trellis(weight: PackedTrellis, w_OI: Tensor) -> None:
 def table_of(weight: PackedTrellis) -> Tensor | None:
     """The table of the weight's values, on its device; None if they are computed."""
     return None if weight.layout.sums_bytes else lookup_table(weight.layout.compiled, weight.words.device)
+
+
+def dequantize_byte_sums(weight: PackedTrellis, w_OI: Tensor) -> None:
+    """Write the values of a weight of table "bytes" to w_OI."""
+    layout = weight.layout
+    byte_sums_dequantize_kernel[-(-layout.rows // (ROWS * DEQUANTIZE_WARPS)), layout.tiles](
+        weight.words, weight.scales, w_OI, layout.rows, layout.columns, layout=layout.compiled, WARPS=DEQUANTIZE_WARPS,
+        num_warps=DEQUANTIZE_WARPS,
+    )  # fmt: skip

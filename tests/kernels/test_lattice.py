@@ -11,10 +11,10 @@ from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, random_input, relative_
 from lqer.formats import E8P, Int, MXInt, QuantizedTensor
 from lqer.kernels import PackedLinear, TritonLinear, launch, packed_linear
 from lqer.kernels.dequantize_launch import dequantize_weight
-from lqer.kernels.hadamard_launch import fits_hadamard
 from lqer.kernels.lattice import PackedLattice, pack_lattice
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.reference import reference_linear, reference_weight
+from lqer.kernels.rotations_launch import fits_hadamard
 from lqer.kernels.runtime import supports_pdl
 from lqer.kernels.spec import decode_spec, encode_spec
 from lqer.nn.linear import HadamardLinear, QuantizedLinear

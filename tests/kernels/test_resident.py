@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_layers import random_lattice, random_trellis
+from kernel_layers import random_trellis
 from ptx import WORD, Machine
-from ptx_codes import BEGIN, LANE, filled, loaded_words
+from ptx_codes import LANE, loaded_words
 
 from lqer.formats import Trellis
 from lqer.kernels.byte_sums import token_asm
 from lqer.kernels.halves import BLOCK_HALVES
-from lqer.kernels.lattice import pack_lattice, unpack_points
 from lqer.kernels.resident import (
-    COPIES_OF_TABLE,
     HALVES,
     SPREAD,
     add_asm,
@@ -66,27 +64,6 @@ def test_the_instructions_multiply_four_integer_tokens_exactly(bits, state_bits,
         torch.testing.assert_close(registers[f"${h}"], wanted.to(torch.float32), rtol=1e-6, atol=2.0**-22 * largest)
 
 
-def multiplied(machine, layout, codes, x_MI, columns_JTE, tiles, blocks, others, expected, row_of) -> None:
-    """Check the sums of a warp. columns_JTE: those of a tile that lane t of each four reads by load j."""
-    blocks_BTI = x_MI.view(blocks, 8, tiles, 128)[..., columns_JTE]  # block, token, tile, load, t, own
-    machine.memory[TOKENS // 4 :][: blocks * tiles * BLOCK_HALVES // 2] = words_of(blocks_BTI.permute(0, 2, 3, 1, 4, 5))
-    count, tokens = HALVES * blocks, []
-    for tile in range(tiles):
-        place = TOKENS + 2 * BLOCK_HALVES * tile + 16 * LANE
-        loaded = machine.run(tokens_asm(layout, blocks), {f"${count}": place, f"${count + 1}": torch.ones(32)})
-        tokens += [loaded[f"${n}"] for n in range(count)]
-    if not others:
-        begun = machine.run(start_asm(tiles, blocks), {f"${2 * blocks + n}": x for n, x in enumerate(tokens)})
-        chosen = [torch.where(LANE % 4 * 2 + odd == LANE // 4, 0x01010101, 0) for odd in range(2)]
-        others = chosen + [begun[f"${n}"] for n in range(2 * blocks)]
-    operands = {f"${4 * blocks + n}": value for n, value in enumerate([*codes, *tokens, *others])} | {"%laneid": LANE}
-    registers = machine.run(halves_asm(layout, tiles, blocks), operands)
-    for n in range(4 * blocks):
-        i, h, e = n // 4, n // 2 % 2, n % 2
-        wanted = expected[row_of(h), 8 * i + LANE % 4 * 2 + e]
-        torch.testing.assert_close(registers[f"${n}"].double(), wanted, rtol=1e-6, atol=1e-6)
-
-
 def random_tokens(tiles: int, blocks: int) -> torch.Tensor:
     return torch.randn(8 * blocks, 128 * tiles, generator=torch.Generator().manual_seed(blocks)).to(torch.float16)
 
@@ -94,33 +71,29 @@ def random_tokens(tiles: int, blocks: int) -> torch.Tensor:
 @BY_TILES
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 @pytest.mark.parametrize(("bits", "state_bits"), [(1, 12), (2, 12), (2, 16), (3, 12), (3, 14), (4, 12), (4, 16)])
-def test_the_instructions_multiply_trellis_codes_exactly(bits, state_bits, tiles, blocks):
+def test_the_instructions_multiply_tokens_in_float16_exactly(bits, state_bits, tiles, blocks):
     packed = pack_trellis(random_trellis(Trellis(bits, state_bits, "bytes"), 16, 128 * tiles))
+    machine, layout, count = Machine(1 << 14), packed.layout, HALVES * blocks
     x_MI = random_tokens(tiles, blocks)
     j, t, own = torch.arange(4)[:, None, None], torch.arange(4)[:, None], torch.arange(8)
     columns_JTE = 64 * (j // 2) + 16 * t + 8 * (j % 2) + own
+    blocks_BTI = x_MI.view(blocks, 8, tiles, 128)[..., columns_JTE]  # block, token, tile, load, t, own
+    machine.memory[TOKENS // 4 :][: blocks * tiles * BLOCK_HALVES // 2] = words_of(blocks_BTI.permute(0, 2, 3, 1, 4, 5))
+    tokens = []
+    for tile in range(tiles):
+        place = TOKENS + 2 * BLOCK_HALVES * tile + 16 * LANE
+        loaded = machine.run(tokens_asm(layout, blocks), {f"${count}": place, f"${count + 1}": torch.ones(32)})
+        tokens += [loaded[f"${n}"] for n in range(count)]
+    begun = machine.run(start_asm(tiles, blocks), {f"${2 * blocks + n}": x for n, x in enumerate(tokens)})
+    chosen = [torch.where(LANE % 4 * 2 + odd == LANE // 4, 0x01010101, 0) for odd in range(2)]
+    operands = [*loaded_words(packed, 0, tiles), *tokens, *chosen, *(begun[f"${n}"] for n in range(2 * blocks))]
+    named = {f"${4 * blocks + n}": value for n, value in enumerate(operands)} | {"%laneid": LANE}
+    registers = machine.run(halves_asm(layout, tiles, blocks), named)
     expected = 128 * unpack_values(packed).cpu().double() @ x_MI.double().T
-    multiplied(
-        Machine(1 << 14), packed.layout, loaded_words(packed, 0, tiles), x_MI, columns_JTE, tiles, blocks, [], expected,
-        lambda h: LANE // 4 * 2 + h,
-    )  # fmt: skip
-
-
-@BY_TILES
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_the_instructions_multiply_lattice_codes_exactly(tiles, blocks):
-    packed = pack_lattice(random_lattice(16, 128 * tiles))
-    x_MI, copies = random_tokens(tiles, blocks), COPIES_OF_TABLE.value
-    units = packed.units[0].cpu()[:, LANE // 4, LANE % 4]  # [tiles, lane, row]
-    codes = [units[tile, :, row] for tile in range(tiles) for row in range(2)]
-    j, t = torch.arange(4)[:, None, None], torch.arange(4)[:, None]
-    columns_JTE = 32 * t + 8 * j + torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
-    # Points are decoded as four times themselves.
-    expected = 4 * unpack_points(packed).cpu().double() @ x_MI.double().T
-    multiplied(
-        filled(16, copies), packed.layout, codes, x_MI, columns_JTE, tiles, blocks, [BEGIN + LANE % copies * 4],
-        expected, lambda h: LANE // 4 + 8 * h,
-    )  # fmt: skip
+    for n in range(4 * blocks):
+        i, h, e = n // 4, n // 2 % 2, n % 2
+        wanted = expected[LANE // 4 * 2 + h, 8 * i + LANE % 4 * 2 + e]
+        torch.testing.assert_close(registers[f"${n}"].double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_the_sums_of_all_warps_are_added():

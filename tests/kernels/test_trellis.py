@@ -12,9 +12,9 @@ from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, random_input, random_tr
 from lqer.formats import Int, MXInt, QuantizedTensor, Trellis
 from lqer.formats.trellis import TABLES
 from lqer.kernels import PackedLinear, TritonLinear, launch, packed_linear
-from lqer.kernels.byte_sums_launch import ByteSumsLaunch, run_byte_sums
 from lqer.kernels.dequantize_launch import dequantize_weight
 from lqer.kernels.reference import reference_linear, reference_weight
+from lqer.kernels.resident_launch import ResidentLaunch, run_resident
 from lqer.kernels.runtime import supports_pdl
 from lqer.kernels.spec import decode_spec, encode_spec
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout, pack_trellis
@@ -71,7 +71,7 @@ class Layer:
 
 def run_few(x_MI, packed, *launched, **options):
     """The product by the kernels for few tokens."""
-    run = run_byte_sums if packed.spec.layout.sums_bytes else run_trellis
+    run = run_resident if packed.spec.layout.sums_bytes else run_trellis
     return run(x_MI, packed, supports_pdl(x_MI), *launched, **options)
 
 
@@ -156,24 +156,16 @@ def test_layers_of_a_real_size_give_the_formula_reproducibly(n, k, rank, number_
     "launched",
     [
         TrellisLaunch(2, 1), TrellisLaunch(2, 4), TrellisLaunch(16, 16),
-        ByteSumsLaunch(1, 1, 1), ByteSumsLaunch(4, 1, 8), ByteSumsLaunch(1, 4, 2, 4), ByteSumsLaunch(2, 2, 1, 8),
+        ResidentLaunch(1, 1, 1), ResidentLaunch(1, 2, 4), ResidentLaunch(2, 3, 3),
     ],
     ids=str,
 )  # fmt: skip
 def test_every_launch_gives_the_same_layer(launched):
-    table = "bytes" if isinstance(launched, ByteSumsLaunch) else "gaussian"
+    table = "bytes" if isinstance(launched, ResidentLaunch) else "gaussian"
     layer = Layer(64, 1024, rank=32, bias=True, number_format=Trellis(2, table=table))
     x_MI = random_input(3, 1024)
     y_MO = run_few(x_MI, layer.packed, launched)
     assert relative_error(y_MO, layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
-
-
-@pytest.mark.parametrize("launched", [ByteSumsLaunch(2, 1, 8), ByteSumsLaunch(1, 1, 4, 2, early=True)], ids=str)
-def test_warps_take_as_many_tiles_but_for_the_last(launched):
-    layer = Layer(48, 11 * 128, number_format=Trellis(2, table="bytes"))
-    for m in (1, 4):
-        x_MI = random_input(m, 11 * 128)
-        assert relative_error(run_few(x_MI, layer.packed, launched), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
 
 def test_programs_fill_the_gpu_in_as_few_turns_as_possible():

@@ -1,0 +1,86 @@
+"""The PTX of Hadamard rotations, emulated instruction by instruction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ptx import WORD, Machine
+
+from lqer.kernels.rotations_ptx import finish_asm, leave_asm, load_asm, rows_asm, sum_asm
+from lqer.transforms.hadamard_factors import two_factors
+
+SIGNS, ROWS, ROOM, LARGEST = 1 << 18, 1 << 19, 1 << 14, 1 << 16  # in bytes
+ELEMENTS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def words_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int32).flatten().to(torch.int64) & WORD
+
+
+def emulated(x_I, signs_I, rows_AP, element: str, block: int, splits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The values of a program of rows_AP [A, P], and the largest magnitude. x_I: the sum of splits [splits, I]."""
+    together, halves = rows_AP.shape[1], block // 128
+    warps, blocks, size = together * halves, x_I.shape[-1] // block, ELEMENTS[element].itemsize
+    inputs = element != "f32"
+    machine, lane = Machine(1 << 18), torch.arange(32)
+    machine.memory[: x_I.numel() * size // 4] = words_of(x_I)
+    machine.memory[SIGNS // 4 :][: signs_I.numel() * size // 4] = words_of(signs_I)
+    machine.memory[ROWS // 4 :][: rows_AP.numel()] = words_of(rows_AP)
+    registers, sums = halves * (2 if inputs else 4), 4 * halves * together
+    outputs = sums + inputs
+    for warp in range(warps):
+        found = {f"${n}": torch.zeros(32) for n in range(outputs)}
+        for turn in range(len(rows_AP) // warps):
+            number = turn * warps + warp
+            first = (min(number, blocks - 1) * block + lane * 4) * size
+            places = {f"${registers + s}": first + s * x_I.shape[-1] * size for s in range(splits)}
+            x = machine.run(load_asm(halves, element, splits), places)
+            operands = [found[f"${n}"] for n in range(outputs)] + [x[f"${n}"] for n in range(registers)]
+            if inputs:
+                signs = machine.run(load_asm(halves, element, 1), {f"${registers}": SIGNS + first})
+                operands += [signs[f"${n}"] for n in range(registers)]
+            rows = machine.run(rows_asm(together), {f"${together}": ROWS + 4 * together * number + 0 * lane})
+            operands += [rows[f"${n}"] for n in range(together)]
+            found = machine.run(
+                sum_asm(together, halves, element), {f"${outputs + n}": value for n, value in enumerate(operands)}
+            )
+        left = {f"${1 + n}": found[f"${n}"] for n in range(sums)}
+        left |= {f"${1 + sums}": ROOM + warp * 512 * warps + lane * 16, f"${2 + sums}": LARGEST + 4 * warp + 0 * lane}
+        if inputs:
+            left[f"${3 + sums}"] = found[f"${sums}"]
+        machine.run(leave_asm(sums, inputs), left)
+    values, largest = [], None
+    for warp in range(warps):
+        first = 4 + inputs
+        operands = {f"${first}": ROOM + warp // halves * 512 * halves + lane * 16, "%laneid": lane}
+        operands |= {f"${first + 1}": torch.full((32,), 1.0 - 2 * (warp % halves))}
+        operands |= {f"${first + 2}": LARGEST + 0 * lane}
+        found = machine.run(finish_asm(warps, halves, inputs), operands)
+        values.append(torch.stack([found[f"${n}"] for n in range(4)], dim=1).flatten())
+        largest = found["$4"] if inputs else None
+    if largest is not None and not largest.is_floating_point():
+        largest = largest.to(torch.int32).view(torch.float32)  # loaded, and of one warp only
+    return torch.cat(values), largest
+
+
+@pytest.mark.parametrize(("element", "splits"), [("bf16", 1), ("f16", 1), ("f32", 1), ("f32", 3)])
+@pytest.mark.parametrize(
+    ("length", "block", "together"), [(1024, 256, 4), (11008, 256, 2), (1536, 128, 4), (1536, 128, 1)]
+)
+def test_the_instructions_rotate_blocks_as_the_matrix_does(length, block, together, element, splits):
+    """Also where O has fewer rows than the warps take turns at: zeros stand for the others."""
+    outer_AA, inner_BB = two_factors(length, block)
+    assert len(inner_BB) == block
+    generator = torch.Generator().manual_seed(length)
+    x_SI = torch.randn(splits, length, generator=generator).to(ELEMENTS[element])
+    signs_I = torch.randn(length, generator=generator).sign().to(ELEMENTS[element])
+    warps = together * block // 128
+    padded = torch.zeros(-(-len(outer_AA) // warps) * warps, together)
+    padded[: len(outer_AA)] = outer_AA[:together].T * block**-0.5
+    x_I = x_SI if splits > 1 else x_SI[0]
+    found_T, largest = emulated(x_I, signs_I, padded, element, block, splits)
+    signed_I = x_SI.double().sum(0) * (1 if element == "f32" else signs_I.double())
+    expected_T = (torch.kron(outer_AA, inner_BB) @ signed_I)[: together * block]
+    torch.testing.assert_close(found_T.double(), expected_T, rtol=1e-5, atol=1e-5)
+    if element != "f32":
+        assert torch.equal(largest, signed_I.abs().max().float().expand(32))
