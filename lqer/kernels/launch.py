@@ -16,7 +16,6 @@ from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.groups_wide import BITS as WIDE_BITS
-from lqer.kernels.halves_launch import LATTICE_AT_ONCE, run_halves
 from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.integer_launch import (
     fits_gemm,
@@ -29,6 +28,8 @@ from lqer.kernels.integer_launch import (
 )
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout
+from lqer.kernels.lattice_halves_launch import AT_ONCE as LATTICE_AT_ONCE
+from lqer.kernels.lattice_halves_launch import run_lattice_halves
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.resident_launch import run_resident
@@ -72,7 +73,7 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
     layout = packed.spec.layout
     if isinstance(layout, LatticeLayout):
         few = len(x_MI) < HALVES_FROM
-        return run_rotated_layer(x_MI, packed, run_lattice if few else run_halves, LATTICE_AT_ONCE)
+        return run_rotated_layer(x_MI, packed, run_lattice if few else run_lattice_halves, LATTICE_AT_ONCE)
     if isinstance(layout, TrellisLayout):
         if not layout.sums_bytes:
             return run_rotated_layer(x_MI, packed, run_trellis, LOOKED_UP_AT_ONCE)

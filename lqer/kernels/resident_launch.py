@@ -1,6 +1,6 @@
 """Host side of the product of up to 64 tokens with trellis codes of table "bytes".
 
-Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
+Shapes: M tokens, I in_features, O out_features, R rank, S partial sums; P marks padding.
 """
 
 from __future__ import annotations

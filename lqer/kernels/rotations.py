@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lqer.kernels.byte_sums import joined
 from lqer.kernels.halves import place_of_halves
 from lqer.kernels.lattice_decode import TILE_C
-from lqer.kernels.resident import reserve_asm
+from lqer.kernels.resident_ptx import reserve_asm
 from lqer.kernels.rotations_ptx import finish_asm, leave_asm, load_asm, rows_asm, sum_asm
 from lqer.kernels.token_stores import scale_up, store_bytes, store_integers, store_tiles
 from lqer.kernels.trellis_decode import types

@@ -1,6 +1,6 @@
 """Host side of what surrounds a product with lattice or trellis codes: Hadamard rotations, x A, and the parts of B.
 
-Shapes: M tokens, I in_features, O out_features, R rank, A blocks of a Hadamard matrix; P marks padding.
+Shapes: M tokens, I in_features, O out_features, R rank, S partial sums, A blocks of a Hadamard matrix; P marks padding.
 """
 
 from __future__ import annotations

@@ -37,7 +37,6 @@ from lqer.kernels.groups import GroupLayout
 from lqer.kernels.halves import TOKENS_AT_ONCE as HALVES_AT_ONCE
 from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups, run_wide
 from lqer.kernels.joint import join
-from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.launch import run_layer
 from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.trellis import TrellisLayout
@@ -93,6 +92,9 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     if self.fn.__name__ == "trellis_product_kernel":
         check_that_nothing_is_computed_twice(kernel, constants["span"] * constants["BLOCK_M"])
         check_that_the_table_stays(kernel, constants["layout"])
+    if self.fn.__name__ == "lattice_halves_kernel":
+        products = 8 * constants["groups"] * constants["BLOCK_M"] // HALVES_AT_ONCE
+        assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
     if self.fn.__name__ == "resident_product_kernel":
         assert kernel.asm["ttir"].count("mma.sync") == products_of_resident(constants), "of one row group"
     wide = self.fn.__name__ == "gemm_kernel" and constants["ordered"] and isinstance(constants["layout"], GroupLayout)
@@ -114,11 +116,8 @@ def check_shared_memory(kernel: Any) -> None:
 
 
 def products_of_resident(constants: dict[str, Any]) -> int:
-    """Of a warp's tiles; and of trellis codes those that add bytes, and the sums of tokens."""
-    if constants["integers"]:
-        return 16 * constants["tiles"]
-    blocks, lattice = constants["BLOCK_M"] // HALVES_AT_ONCE, isinstance(constants["layout"], LatticeLayout)
-    return constants["tiles"] * (8 * blocks if lattice else 16 * blocks + 16)
+    """Of a warp's tiles; in float16 also those that add bytes, and, before all row groups, tokens."""
+    return constants["tiles"] * (16 if constants["integers"] else 16 + 16 * constants["BLOCK_M"] // HALVES_AT_ONCE)
 
 
 def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:

@@ -1,79 +1,123 @@
-"""The PTX that multiplies decoded weights with many tokens, emulated instruction by instruction."""
+"""Products of tokens in float16 with trellis and lattice codes, and the rotations around them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from kernel_layers import random_lattice, random_trellis
-from ptx import WORD, Machine
-from ptx_codes import BEGIN, LANE, filled, loaded_words
+from kernel_layers import DEVICE, DTYPE, ON_GPU, random_input, random_lattice, random_trellis, relative_error
 
 from lqer.formats import Trellis
-from lqer.kernels.halves import BLOCK_HALVES, tile_asm
-from lqer.kernels.lattice import pack_lattice, unpack_points
-from lqer.kernels.lattice_decode import COPIES
-from lqer.kernels.trellis import pack_trellis, unpack_values
+from lqer.kernels import PackedLinear, rotations_launch
+from lqer.kernels.lattice import LatticeLayout
+from lqer.kernels.lattice_halves_launch import AT_ONCE, run_lattice_halves
+from lqer.kernels.resident_launch import run_resident
+from lqer.kernels.runtime import supports_pdl
+from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
 
-TOKENS = 16384  # of the emulated memory, in bytes
-
-
-def stored(x_MI: torch.Tensor, columns_JTE: torch.Tensor) -> torch.Tensor:
-    """Words of the tokens of a tile, as the documented order has them: [blocks, load, token of a block, t, own]."""
-    blocks_BMI = x_MI.view(-1, 8, 128)
-    halves = blocks_BMI[:, :, columns_JTE].permute(0, 2, 1, 3, 4).contiguous()
-    return halves.view(torch.int32).flatten().to(torch.int64) & WORD
+ROOM = 32.0 if torch.float16 == DTYPE else 1.0
 
 
-def tokens(blocks: int) -> torch.Tensor:
-    return torch.randn(8 * blocks, 128, generator=torch.Generator().manual_seed(blocks)).to(torch.float16)
+def trellis(bits: int, state_bits: int = 12):
+    return lambda n, k: random_trellis(Trellis(bits, state_bits, "bytes"), n, k)
 
 
-def check(machine, layout, operands, x_MI, columns_JTE, expected, row_of, groups, blocks) -> None:
-    sums = 4 * groups * blocks
-    words = stored(x_MI, columns_JTE)
-    assert len(words) == blocks * BLOCK_HALVES // 2
-    machine.memory[TOKENS // 4 :][: len(words)] = words
-    before = torch.arange(32.0 * sums).view(-1, 32)
-    operands |= {f"${sums + n}": before[n] for n in range(sums)} | {"%laneid": LANE}
-    registers = machine.run(tile_asm(layout, groups, blocks), operands)
-    for n in range(sums):
-        group, i, h, e = n // (4 * blocks), n // 4 % blocks, n // 2 % 2, n % 2
-        wanted = expected[16 * group + row_of(h), 8 * i + LANE % 4 * 2 + e] + before[n]
-        torch.testing.assert_close(registers[f"${n}"].double(), wanted, rtol=1e-6, atol=1e-6)
+CODES = {"trellis": trellis(2), "lattice": random_lattice}
+ALL_CODES = {
+    f"trellis {bits} {state_bits}": trellis(bits, state_bits) for bits in (1, 2, 3, 4) for state_bits in (12, 16)
+} | {"lattice": random_lattice}
+BY_CODES = pytest.mark.parametrize("codes", CODES)
 
 
-@pytest.mark.parametrize(("groups", "blocks"), [(1, 1), (2, 2), (1, 8)])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize("state_bits", [12, 14, 16])
-def test_the_instructions_multiply_every_trellis_code_exactly(bits, state_bits, groups, blocks):
-    packed = pack_trellis(random_trellis(Trellis(bits, state_bits, "bytes"), 16 * groups, 128))
-    # Tiles of one column of tiles: the distance of blocks of tokens.
-    layout, x_MI = packed.layout, tokens(blocks)
-    assert layout.tiles == 1
-    sums, operands = 4 * groups * blocks, {}
-    for group in range(groups):
-        first = 2 * sums + 2 * bits * group
-        operands |= {f"${first + n}": word for n, word in enumerate(loaded_words(packed, group))}
-    operands[f"${2 * sums + 2 * bits * groups}"] = TOKENS + 16 * LANE
-    j, t, own = torch.arange(4)[:, None, None], torch.arange(4)[:, None], torch.arange(8)
-    columns_JTE = 64 * (j // 2) + 16 * t + 8 * (j % 2) + own
-    expected = unpack_values(packed).cpu().double() @ x_MI.double().T
-    check(Machine(1 << 14), layout, operands, x_MI, columns_JTE, expected, lambda h: LANE // 4 * 2 + h, groups, blocks)
+def run(x_MI: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    run_codes = run_lattice_halves if isinstance(packed.spec.layout, LatticeLayout) else run_resident
+    return run_codes(x_MI, packed, supports_pdl(x_MI), out_dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("groups", "blocks"), [(1, 1), (2, 2), (1, 8)])
-def test_the_instructions_multiply_lattice_codes_exactly(groups, blocks):
-    packed = pack_lattice(random_lattice(16 * groups, 128))
-    layout, x_MI, machine = packed.layout, tokens(blocks), filled(1)
-    assert layout.tiles == 1
-    sums, operands = 4 * groups * blocks, {}
-    for group in range(groups):
-        units = packed.units[group, 0].cpu()[LANE // 4, LANE % 4]
-        operands |= {f"${2 * sums + 2 * group + row}": units[:, row] for row in range(2)}
-    operands[f"${2 * sums + 2 * groups}"] = TOKENS + 16 * LANE
-    operands[f"${2 * sums + 2 * groups + 1}"] = BEGIN + LANE % COPIES * 4
-    j, t = torch.arange(4)[:, None, None], torch.arange(4)[:, None]
-    columns_JTE = 32 * t + 8 * j + torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
-    # Points are decoded as four times themselves.
-    expected = 4 * unpack_points(packed).cpu().double() @ x_MI.double().T
-    check(machine, layout, operands, x_MI, columns_JTE, expected, lambda h: LANE // 4 + 8 * h, groups, blocks)
+def plain(codes: str, n: int, k: int) -> tuple[PackedLinear, torch.Tensor]:
+    weight = ALL_CODES.get(codes, CODES.get(codes))(n, k)
+    return PackedLinear.pack(weight, None, None, None, None, DTYPE), weight.dequantize().double()
+
+
+def rotated(codes: str, n: int, k: int) -> tuple[PackedLinear, torch.Tensor, RandomHadamard]:
+    weight, basis = CODES[codes](n, k), random_hadamard(n, k, seed=1).to(DTYPE)
+    bias_O = torch.linspace(-1, 1, n, device=DEVICE)
+    return PackedLinear.pack(weight, None, None, bias_O, None, DTYPE, basis), weight.dequantize().double(), basis
+
+
+def exact(x_MI: torch.Tensor, values_OI: torch.Tensor, basis: RandomHadamard, packed: PackedLinear) -> torch.Tensor:
+    """In float64, with x' rounded to the dtype of the layer, as it does."""
+    x = hadamard(x_MI.double() * basis.input_signs_I.to(x_MI).double() / ROOM).to(DTYPE).double()
+    y = inverse_hadamard(x @ values_OI.T) * basis.output_signs_O.to(x_MI).double() * ROOM
+    return y + packed.bias_O.double()
+
+
+@pytest.mark.parametrize("codes", ALL_CODES)
+def test_the_product_is_exact_for_every_format(codes):
+    """A token that is one in one column: y is that column of the weight, exactly."""
+    packed, values_OI = plain(codes, 64, 512)
+    columns = torch.arange(0, 512, 1 if ON_GPU else 29)
+    for some in columns.split(16):
+        x_MI = torch.zeros(len(some), 512, dtype=DTYPE, device=DEVICE)
+        x_MI[torch.arange(len(some)), some] = 1
+        assert torch.equal(run(x_MI, packed).double(), values_OI[:, some].T)
+
+
+@BY_CODES
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (80, 384), (48, 688), (112, 1152)])
+def test_sums_equal_float64_to_the_precision_of_float32(n, k, codes):
+    packed, values_OI = plain(codes, n, k)
+    for m in (5, 33 if codes == "trellis" else 32) if ON_GPU else (5,):
+        x_MI = random_input(m, k)
+        assert relative_error(run(x_MI, packed), x_MI.double() @ values_OI.T) < 2e-5
+
+
+@BY_CODES
+@pytest.mark.parametrize(
+    ("n", "k"), [(64, 256), (160, 688), (688, 160), (16, 96), (2048, 128), *[(11008, 4096), (4096, 11008)] * ON_GPU]
+)
+@pytest.mark.parametrize("values", [1024, 256])
+def test_rotations_of_every_length_give_the_formula(n, k, codes, values, monkeypatch):
+    """Powers of two, lengths with one odd factor, and blocks that do not fill the last program."""
+    monkeypatch.setattr(rotations_launch, "MOST_VALUES", values)
+    packed, values_OI, basis = rotated(codes, n, k)
+    for m in (5, 64 if codes == "trellis" else 32) if ON_GPU and n * k > 1 << 20 else (5,):
+        x_MI = random_input(m, k)
+        # x' is occasionally rounded to the dtype in the other direction.
+        error = relative_error(run(x_MI, packed), exact(x_MI, values_OI, basis, packed))
+        assert error < (6e-4 if torch.bfloat16 == DTYPE else 1e-4)
+
+
+@BY_CODES
+@pytest.mark.parametrize("m", range(1, 65) if ON_GPU else (1, 8, 11, 20))
+def test_every_number_of_tokens_gives_the_sums_of_each_alone(m, codes):
+    if codes == "lattice" and m > AT_ONCE:
+        pytest.skip("lattice codes have less shared memory")
+    packed, values_OI = plain(codes, 64, 384)
+    x_MI = random_input(m, 384)
+    assert relative_error(run(x_MI, packed), x_MI.double() @ values_OI.T) < 2e-5
+
+
+@BY_CODES
+def test_a_token_of_large_elements_does_not_overflow_float16(codes):
+    """One column of 60000, and a token whose rotation has a single element, the norm of the token."""
+    packed, values_OI = plain(codes, 32, 256)
+    x_MI = torch.zeros(5, 256, dtype=DTYPE, device=DEVICE)
+    x_MI[:, 3] = 60000.0
+    x_MI[2, 9] = 0.25
+    expected = x_MI.double() @ values_OI.T
+    assert relative_error(run(x_MI, packed), expected) < 1e-6
+    packed, values_OI, basis = rotated(codes, 32, 1024)
+    x_MI = (3000 * basis.input_signs_I.to(DEVICE, DTYPE)).expand(5, -1)
+    assert relative_error(run(x_MI, packed), exact(x_MI, values_OI, basis, packed)) < 6e-4
+
+
+@BY_CODES
+def test_a_token_that_is_not_finite_gives_no_finite_output_and_spoils_no_other(codes):
+    packed, values_OI = plain(codes, 32, 256)
+    for value in (float("inf"), float("nan")):
+        x_MI = random_input(7, 256)
+        x_MI[1, 7] = value
+        y_MO = run(x_MI, packed)
+        assert not torch.isfinite(y_MO[1]).any()
+        others = [0, *range(2, 7)]
+        assert relative_error(y_MO[others], (x_MI[others].double() @ values_OI.T)) < 2e-5

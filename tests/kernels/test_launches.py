@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_layers import ON_GPU, build_layer, random_input, random_lattice, rotated_layers
+from kernel_layers import ON_GPU, build_layer, random_input, random_lattice, random_trellis, rotated_layers
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
-from lqer.formats import Int, MXInt
+from lqer.formats import Int, MXInt, Trellis
 from lqer.kernels import TritonLinear
 from lqer.kernels.siblings import Siblings
 
@@ -44,7 +44,11 @@ SITES = {
     "W4A8 with a branch": (lambda: integers(MXInt(4), 16, MXInt(8)), ["prepare_vector_kernel", "gemv_kernel"]),
     "E8P, rotated, with a branch": (
         lambda: rotated_layers([random_lattice(rows, COLUMNS) for rows in ROWS], 16),
-        ["hadamard_input_kernel", "lattice_product_kernel", "hadamard_output_kernel"],
+        ["rotate_input_kernel", "lattice_product_kernel", "rotate_output_kernel"],
+    ),
+    "byte sums, rotated": (
+        lambda: rotated_layers([random_trellis(Trellis(2, table="bytes"), rows, COLUMNS) for rows in ROWS], 0),
+        ["rotate_input_kernel", "resident_product_kernel", "rotate_output_kernel"],
     ),
 }
 

@@ -1,4 +1,5 @@
-"""Products of tokens that stay in registers with trellis codes, and the rotations around them."""
+"""The launches and the branch of products of tokens that stay in registers; test_halves.py and test_trellis.py compare
+them with float64."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import torch
 from kernel_layers import (
     DEVICE,
     DTYPE,
-    ON_GPU,
     build_layer,
     random_input,
     random_trellis,
@@ -15,7 +15,7 @@ from kernel_layers import (
 )
 
 from lqer.formats import MXInt, QuantizedTensor, Trellis
-from lqer.kernels import PackedLinear, rotations_launch
+from lqer.kernels import PackedLinear
 from lqer.kernels.joint import join
 from lqer.kernels.reference import reference_linear
 from lqer.kernels.resident_launch import ResidentLaunch, resident_launch, run_resident
@@ -34,11 +34,6 @@ def run(x_MI: torch.Tensor, packed: PackedLinear, *launched: ResidentLaunch) -> 
     return run_resident(x_MI, packed, supports_pdl(x_MI), *launched, out_dtype=torch.float32)
 
 
-def plain(n: int, k: int, *widths: int) -> tuple[PackedLinear, torch.Tensor]:
-    weight = random_codes(n, k, *widths)
-    return PackedLinear.pack(weight, None, None, None, None, DTYPE), weight.dequantize().double()
-
-
 def rotated(n: int, k: int) -> tuple[PackedLinear, torch.Tensor, RandomHadamard]:
     weight, basis = random_codes(n, k), random_hadamard(n, k, seed=1).to(DTYPE)
     bias_O = torch.linspace(-1, 1, n, device=DEVICE)
@@ -52,48 +47,6 @@ def exact(x_MI: torch.Tensor, values_OI: torch.Tensor, basis: RandomHadamard, pa
     return y + packed.bias_O.double()
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize("state_bits", [12, 16])
-def test_the_product_is_exact_for_every_format(bits, state_bits):
-    """A token that is one in one column: y is that column of the weight, exactly."""
-    packed, values_OI = plain(64, 512, bits, state_bits)
-    columns = torch.arange(0, 512, 1 if ON_GPU else 29)
-    for some in columns.split(16):
-        x_MI = torch.zeros(len(some), 512, dtype=DTYPE, device=DEVICE)
-        x_MI[torch.arange(len(some)), some] = 1
-        assert torch.equal(run(x_MI, packed).double(), values_OI[:, some].T)
-
-
-@pytest.mark.parametrize(("n", "k"), [(16, 16), (80, 384), (48, 688), (112, 1152)])
-def test_sums_equal_float64_to_the_precision_of_float32(n, k):
-    packed, values_OI = plain(n, k)
-    for m in (1, 3, 5, 33) if ON_GPU else (3, 5):
-        x_MI = random_input(m, k)
-        assert relative_error(run(x_MI, packed), x_MI.double() @ values_OI.T) < 2e-5
-
-
-@pytest.mark.parametrize(
-    ("n", "k"), [(64, 256), (160, 688), (688, 160), (16, 96), (2048, 128), *[(11008, 4096), (4096, 11008)] * ON_GPU]
-)
-@pytest.mark.parametrize("values", [1024, 256])
-def test_rotations_of_every_length_give_the_formula(n, k, values, monkeypatch):
-    """Powers of two, lengths with one odd factor, and blocks that do not fill the last program."""
-    monkeypatch.setattr(rotations_launch, "MOST_VALUES", values)
-    packed, values_OI, basis = rotated(n, k)
-    for m in (1, 5, 64) if ON_GPU and n * k > 1 << 20 else (1, 5):
-        x_MI = random_input(m, k)
-        # x' is occasionally rounded to the dtype in the other direction.
-        error = relative_error(run(x_MI, packed), exact(x_MI, values_OI, basis, packed))
-        assert error < (6e-4 if torch.bfloat16 == DTYPE else 1e-4)
-
-
-@pytest.mark.parametrize("m", range(1, 65) if ON_GPU else (1, 8, 11, 20))
-def test_every_number_of_tokens_gives_the_sums_of_each_alone(m):
-    packed, values_OI = plain(64, 384)
-    x_MI = random_input(m, 384)
-    assert relative_error(run(x_MI, packed), x_MI.double() @ values_OI.T) < 2e-5
-
-
 @pytest.mark.parametrize("launched", [(1, 1, 1), (2, 1, 2), (1, 2, 6), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("m", [2, 6, 20])
 def test_every_launch_gives_the_same_layer(launched, m):
@@ -102,30 +55,6 @@ def test_every_launch_gives_the_same_layer(launched, m):
     x_MI = random_input(m, 11 * 128)
     y_MO = run(x_MI, packed, ResidentLaunch(*launched))
     assert relative_error(y_MO, exact(x_MI, values_OI, basis, packed)) < 6e-4
-
-
-def test_a_token_of_large_elements_does_not_overflow_float16():
-    """One column of 60000, and a token whose rotation has a single element, the norm of the token."""
-    packed, values_OI = plain(32, 256)
-    x_MI = torch.zeros(5, 256, dtype=DTYPE, device=DEVICE)
-    x_MI[:, 3] = 60000.0
-    x_MI[2, 9] = 0.25
-    expected = x_MI.double() @ values_OI.T
-    assert relative_error(run(x_MI, packed), expected) < 1e-6
-    packed, values_OI, basis = rotated(32, 1024)
-    x_MI = (3000 * basis.input_signs_I.to(DEVICE, DTYPE)).expand(5, -1)
-    assert relative_error(run(x_MI, packed), exact(x_MI, values_OI, basis, packed)) < 6e-4
-
-
-def test_a_token_that_is_not_finite_gives_no_finite_output_and_spoils_no_other():
-    packed, values_OI = plain(32, 256)
-    for value in (float("inf"), float("nan")):
-        x_MI = random_input(7, 256)
-        x_MI[1, 7] = value
-        y_MO = run(x_MI, packed)
-        assert not torch.isfinite(y_MO[1]).any()
-        others = [0, *range(2, 7)]
-        assert relative_error(y_MO[others], (x_MI[others].double() @ values_OI.T)) < 2e-5
 
 
 @pytest.mark.parametrize("m", [1, 9])

@@ -1,4 +1,4 @@
-"""Host side of the product of 5 to 64 tokens with trellis codes of table "bytes" and with lattice codes.
+"""Host side of the product of 5 to 32 tokens with lattice codes.
 
 Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
 """
@@ -14,21 +14,19 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.halves import TOKENS_AT_ONCE
-from lqer.kernels.halves_gemm import halves_product_kernel
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout, PackedLattice
+from lqer.kernels.lattice_halves_gemm import lattice_halves_kernel
 from lqer.kernels.layout import ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations_launch import Tokens, rotate_inputs, rotate_outputs
 from lqer.kernels.runtime import launch_options, multiprocessors
-from lqer.kernels.tiles import TiledLayout
-from lqer.kernels.trellis import PackedTrellis
 
 RANKS_AT_ONCE = 16  # as many as a tensor core multiplies
 
 
 @dataclass(frozen=True)
-class HalvesLaunch:
+class LatticeHalvesLaunch:
     groups: int  # of 16 rows, for one warp
     warps_n: int  # of a program, along the rows
     warps_k: int  # of a program, along the columns; a divisor of it that divides the tiles
@@ -36,21 +34,21 @@ class HalvesLaunch:
     registers: int | None = None  # of a thread, at most
 
 
-# Lattice codes have a table, which leaves shared memory for the outputs of so many tokens.
-LATTICE_AT_ONCE = 32
+# Beside the table there is shared memory for the outputs of so many tokens.
+AT_ONCE = 32
 # Programs that a multiprocessor has to hold until their number decides, and not latencies.
 BUSY = 2
 # What a program takes besides its tiles, in tiles: its first codes and the end, and for each so many tokens the sums of
 # a split, once by itself and once by the program that adds them. With these the rule gives the fastest splits measured.
 OVERHEAD, TOKENS_OF_OVERHEAD = 2, 32
-# Registers that let four programs of four warps share a multiprocessor, and three, whose sums are not spilled.
-FEW_REGISTERS, MANY_REGISTERS, MANY_TOKENS = 128, 168, 32
+# Registers that let four programs of four warps share a multiprocessor.
+REGISTERS = 128
 
 
 @lru_cache
-def halves_launch(layout: TiledLayout, tokens: int, multiprocessors: int) -> HalvesLaunch:
+def lattice_halves_launch(layout: LatticeLayout, tokens: int, multiprocessors: int) -> LatticeHalvesLaunch:
     """The launch for so many tokens, with the splits of K with which the multiprocessors have least to do."""
-    launch = HalvesLaunch(2, 4, 1, 1, FEW_REGISTERS if tokens <= MANY_TOKENS else MANY_REGISTERS)
+    launch = LatticeHalvesLaunch(2, 4, 1, 1, REGISTERS)
     rows = -(-layout.rows // (launch.groups * launch.warps_n * ROWS))
 
     def time(splits: int) -> float:
@@ -62,21 +60,18 @@ def halves_launch(layout: TiledLayout, tokens: int, multiprocessors: int) -> Hal
     return replace(launch, splits=min(fitting, key=time))
 
 
-def run_halves(
+def run_lattice_halves(
     x_MI: Tensor,
     packed: PackedLinear,
     pdl: bool,
-    launch: HalvesLaunch | None = None,
+    launch: LatticeHalvesLaunch | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Up to 64 tokens (32 of lattice codes) by three kernels, or two without rotations.
-
-    y [M, O] in `out_dtype`, by default that of x.
-    """
+    """Up to 32 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
     m, layout = len(x_MI), packed.spec.layout
-    assert isinstance(layout, TiledLayout)
-    assert m <= (LATTICE_AT_ONCE if isinstance(layout, LatticeLayout) else 64)
-    launch = launch or halves_launch(layout, m, multiprocessors(x_MI.device))
+    assert isinstance(layout, LatticeLayout)
+    assert m <= AT_ONCE
+    launch = launch or lattice_halves_launch(layout, m, multiprocessors(x_MI.device))
     # The last block may have fewer tokens than a tensor core multiplies: products of none are not stored.
     tokens, dtype = rotate_inputs(x_MI, packed, "halves", pdl, block_of(m)), out_dtype or x_MI.dtype
     if packed.input_signs_I is None:
@@ -95,11 +90,11 @@ def _product(
     bias_O: Tensor | None,
     dtype: torch.dtype,
     pdl: bool,
-    launch: HalvesLaunch,
+    launch: LatticeHalvesLaunch,
 ) -> Tensor:
     """y [M, O] in `dtype`."""
     weight, spec, m = packed.weight, packed.spec, len(tokens.steps)
-    assert isinstance(weight, PackedTrellis | PackedLattice)
+    assert isinstance(weight, PackedLattice)
     layout = weight.layout
     warps_k = math.gcd(launch.warps_k, layout.tiles)
     spans = layout.tiles // warps_k
@@ -107,10 +102,9 @@ def _product(
     tiles_n = -(-layout.rows // (launch.groups * launch.warps_n * ROWS))
     partial = tokens.steps.new_empty((splits, layout.rows, m)) if splits > 1 else None
     y_MO = tokens.steps.new_empty((m, layout.rows), dtype=dtype)
-    table = weight.table if isinstance(weight, PackedLattice) else None
-    halves_product_kernel[(tiles_n * splits,)](
-        tokens.values, tokens.steps, weight.words, table, weight.scales, packed.b_codes, tokens.projection, bias_O,
-        segment_numbers(spec, y_MO.device), partial, packed.workspace, y_MO, m, layout.rows, tiles_n,
+    lattice_halves_kernel[(tiles_n * splits,)](
+        tokens.values, tokens.steps, weight.units, weight.table, weight.scales, packed.b_codes, tokens.projection,
+        bias_O, segment_numbers(spec, y_MO.device), partial, packed.workspace, y_MO, m, layout.rows, tiles_n,
         layout=layout.compiled, rank=spec.rank, own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
         BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)), span=spans // splits, splits=splits,
         warps_n=launch.warps_n, warps_k=warps_k, groups=launch.groups, BLOCK_M=block_of(m),

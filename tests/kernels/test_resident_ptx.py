@@ -11,7 +11,7 @@ from ptx_codes import LANE, loaded_words
 from lqer.formats import Trellis
 from lqer.kernels.byte_sums import token_asm
 from lqer.kernels.halves import BLOCK_HALVES
-from lqer.kernels.resident import (
+from lqer.kernels.resident_ptx import (
     HALVES,
     SPREAD,
     add_asm,

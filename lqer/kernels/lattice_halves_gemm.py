@@ -1,10 +1,11 @@
-"""The kernel for 5 to 64 tokens on trellis codes of table "bytes" and on lattice codes.
+"""The kernel for 5 to 32 tokens on lattice codes.
 
 The product y = W x + b + B(A x) is computed as yᵀ = W xᵀ, with weights decoded in registers as operands of float16
-tensor cores (halves.py). A warp computes the rows of some row groups over a span of tiles, and loads the codes of the
-next tile while it computes; those of the first before it waits for the kernel that prepares x. Warps of a program along
-the rows read the same tokens at about the same time, so these come from the L1 cache. K is split over the warps of a
-program, and over programs (split_k.py), each of which adds some of the ranks of the branch.
+tensor cores (lattice_halves.py). A warp computes the rows of some row groups over a span of tiles, and loads the codes
+of the next tile while it computes; those of the first before it waits for the kernel that prepares x, and the program
+has all of them fetched to the L2 cache then. Warps of a program along the rows read the same tokens at about the same
+time, so these come from the L1 cache. K is split over the warps of a program, and over programs (split_k.py), each of
+which adds some of the ranks of the branch.
 
 Shapes: M tokens, I in_features, O out_features, R rank (padded), T threads of a program.
 """
@@ -17,17 +18,9 @@ from lqer.kernels.branch import multiply_ranks
 from lqer.kernels.byte_sums import uncounted_next
 from lqer.kernels.decode import ROWS_C
 from lqer.kernels.fetch import fetch_tiles
-from lqer.kernels.halves import (
-    TOKENS_AT_ONCE_C,
-    add_tile,
-    is_lattice,
-    load_codes,
-    no_sums,
-    plain_product,
-    sums_tile,
-    unit_of_values,
-)
+from lqer.kernels.halves import TOKENS_AT_ONCE_C, plain_product
 from lqer.kernels.lattice_decode import COPIES_C, share_table
+from lqer.kernels.lattice_halves import UNIT, add_tile, load_groups_of_units, no_sums, sums_tile
 from lqer.kernels.runtime import INTERPRETED
 from lqer.kernels.split_k import finish_tile
 
@@ -36,21 +29,16 @@ PARTIAL_REGISTERS = tl.constexpr(64)
 
 
 @triton.constexpr_function
-def bits_of(layout) -> int:
-    return 2 if is_lattice(layout) else layout.bits
-
-
-@triton.constexpr_function
 def partials_at_once(splits: int, most: int) -> int:
     return max(1, min(splits, most))
 
 
 @triton.jit(do_not_specialize=["M", "tiles_n"])
-def halves_product_kernel(
+def lattice_halves_kernel(
     x,  # float16, these two as in halves.py
     steps,
-    words,  # as in trellis.py, or units of lattice.py
-    table,  # of lattice.py, or None
+    units,  # these two as in lattice.py
+    table,
     scales,  # float32 [OP]
     b_values,  # [own rank, O] in the dtype of the layer, or None
     projection,  # partial sums of x A, float32 [projection_splits, M, RP], or None
@@ -89,16 +77,13 @@ def halves_product_kernel(
         # Groups beyond the last row are the last one again; their sums are not stored.
         group_T, last = (pid_n * warps_n + warp_T % warps_n) * groups, (N - 1) // ROWS_C
         tile_T = (pid_s * warps_k + warp_T // warps_n) * span
-        codes = load_codes(words, group_T, lane_T, tile_T, last, layout, groups)
+        codes = load_groups_of_units(units, group_T, lane_T, tile_T, last, layout.tiles, groups)
+        first, end = pid_s * (warps_k * span), (pid_s + 1) * (warps_k * span)
         for q in tl.static_range(groups * warps_n):
-            group, first_tile = pid_n * (groups * warps_n) + q, pid_s * (warps_k * span)
-            fetch_tiles(
-                words, group, group <= last, first_tile, first_tile + warps_k * span, layout.tiles, bits_of(layout)
-            )
-        copy_T = lane_T
-        if is_lattice(layout):
-            copy_T = share_table(table, warps_n * warps_k) + lane_T % COPIES_C * 4
-    scales_O = tl.load(scales + rows_O, mask=rows_O < N, other=0.0) * unit_of_values(layout)
+            group = pid_n * (groups * warps_n) + q
+            fetch_tiles(units, group, group <= last, first, end, layout.tiles, 2)
+        copy_T = share_table(table, warps_n * warps_k) + lane_T % COPIES_C * 4
+    scales_O = tl.load(scales + rows_O, mask=rows_O < N, other=0.0) * UNIT
     if pdl:
         gdc_wait()
         gdc_launch_dependents()
@@ -106,7 +91,7 @@ def halves_product_kernel(
         acc_OM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for tile in tl.static_range(warps_k * span):
             rows_in_O, now = tl.minimum(rows_O, N - 1), pid_s * warps_k * span + tile
-            acc_OM += plain_product(words, table, x, rows_in_O, rows_M, now, M, layout)
+            acc_OM += plain_product(units, table, x, rows_in_O, rows_M, now, M, layout)
     else:
         sums = no_sums(lane_T, groups * blocks)
         # The compiler cannot count the turns: unrolled, the loop does not fit the instruction cache.
@@ -114,11 +99,11 @@ def halves_product_kernel(
         while turn < span:
             # The last turn loads its own codes again.
             following_T = tile_T + tl.minimum(turn + 1, span - 1)
-            next_codes = load_codes(words, group_T, lane_T, following_T, last, layout, groups)
-            sums = add_tile(sums, codes, x, lane_T, tile_T + turn, copy_T, layout, groups, blocks)
+            next_codes = load_groups_of_units(units, group_T, lane_T, following_T, last, layout.tiles, groups)
+            sums = add_tile(sums, codes, x, lane_T, tile_T + turn, copy_T, layout.tiles, groups, blocks)
             codes = next_codes
             turn = uncounted_next(turn)
-        acc_OM = sums_tile(sums, layout, warps_k, warps_n, groups, blocks)
+        acc_OM = sums_tile(sums, warps_k, warps_n, groups, blocks)
     steps_M = tl.load(steps + tl.minimum(rows_M, M - 1))
     acc_OM *= scales_O[:, None] * steps_M[None, :]
     if rank > 0:
