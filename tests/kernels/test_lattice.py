@@ -242,7 +242,7 @@ def test_residual_codes_block_scales_and_vectors_along_axis_0_are_refused():
 
 def test_more_tokens_than_the_kernels_support_are_multiplied_by_a_library(monkeypatch):
     layer = Layer(64, 256, rank=16)
-    for name in ("run_lattice", "run_halves"):
+    for name in ("run_lattice", "run_lattice_halves"):
         monkeypatch.setattr(launch, name, lambda *args: pytest.fail("65 tokens are too many for the kernels"))
     x_MI = random_input(65, 256)
     assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
