@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 
 KERNELS = {
-    "assign_kernel", "byte_sums_dequantize_kernel", "byte_sums_product_kernel", "clipped_gradient_kernel",
-    "clipped_weight_kernel", "cluster_sums_kernel", "codebook_dequantize_kernel", "codebook_product_kernel",
-    "combine_kernel", "decode_attention_kernel", "dequantize_kernel", "descent_kernel", "draw_kernel", "experts_kernel",
-    "gemm_kernel", "gemv_kernel", "group_dequantize_kernel", "hadamard_input_kernel",
-    "hadamard_kernel", "hadamard_output_kernel", "halves_product_kernel", "lattice_dequantize_kernel",
+    "assign_kernel", "byte_sums_dequantize_kernel", "clipped_gradient_kernel", "clipped_weight_kernel",
+    "cluster_sums_kernel", "codebook_dequantize_kernel", "codebook_product_kernel", "combine_kernel",
+    "decode_attention_kernel", "dequantize_kernel", "descent_kernel", "draw_kernel", "experts_kernel", "gemm_kernel",
+    "gemv_kernel", "group_dequantize_kernel", "hadamard_kernel", "lattice_dequantize_kernel", "lattice_halves_kernel",
     "lattice_product_kernel", "lattice_sweep_kernel", "level_sweep_kernel", "low_rank_kernel", "move_kernel",
     "mxint_kernel", "nearest_e8p_kernel", "prepare_activations_kernel", "prepare_vector_kernel", "products_kernel",
-    "project_kernel", "rotate_input_kernel", "rotate_output_kernel", "round_kernel", "route_kernel",
-    "soft_gradient_kernel", "soft_weight_kernel", "sweep_kernel", "tall_kernel",
+    "project_kernel", "resident_product_kernel", "rotate_input_kernel", "rotate_output_kernel", "round_kernel",
+    "route_kernel", "soft_gradient_kernel", "soft_weight_kernel", "sweep_kernel", "tall_kernel",
     "trellis_dequantize_kernel", "trellis_product_kernel", "vector_sweep_kernel", "viterbi_backward_kernel",
     "viterbi_forward_kernel",
 }  # fmt: skip
