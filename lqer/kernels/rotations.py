@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lqer.kernels.byte_sums import joined
+from lqer.kernels.byte_sums import joined, uncounted_next
 from lqer.kernels.halves import place_of_halves
 from lqer.kernels.lattice_decode import TILE_C
 from lqer.kernels.resident_ptx import reserve_asm
@@ -222,10 +222,16 @@ def finish_blocks(sums, B: tl.constexpr, P: tl.constexpr, inputs: tl.constexpr):
     tl.debug_barrier()
     block_T = room + warp_T // halves * (512 * halves) + lane_T * 16
     sign_T = 1.0 - 2.0 * (warp_T % halves).to(tl.float32)
-    return tl.inline_asm_elementwise(
-        finish_asm(warps, halves, inputs), constraints("fffff" if inputs else "ffff", "rfr"),
-        (block_T, sign_T, largest + lane_T * 0), dtype=types(tl.float32, 5 if inputs else 4), is_pure=False, pack=1,
-    )  # fmt: skip
+    # In a loop of one turn, which the compiler cannot know: where another layout is wanted it would compute the results
+    # again in that one, in which lanes have other values.
+    values, turn = zeros(lane_T, 5 if inputs else 4), 0
+    while turn < 1:
+        values = tl.inline_asm_elementwise(
+            finish_asm(warps, halves, inputs), constraints("fffff" if inputs else "ffff", "rfr"),
+            (block_T, sign_T, largest + lane_T * 0), dtype=types(tl.float32, 5 if inputs else 4), is_pure=False, pack=1,
+        )  # fmt: skip
+        turn = uncounted_next(turn)
+    return values
 
 
 @triton.jit

@@ -95,6 +95,8 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     if self.fn.__name__ == "lattice_halves_kernel":
         products = 8 * constants["groups"] * constants["BLOCK_M"] // HALVES_AT_ONCE
         assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
+    if self.fn.__name__.startswith("rotate_"):
+        check_that_no_exchange_is_repeated(kernel)
     if self.fn.__name__ == "resident_product_kernel":
         assert kernel.asm["ttir"].count("mma.sync") == products_of_resident(constants), "of one row group"
     wide = self.fn.__name__ == "gemm_kernel" and constants["ordered"] and isinstance(constants["layout"], GroupLayout)
@@ -123,6 +125,11 @@ def products_of_resident(constants: dict[str, Any]) -> int:
 def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:
     """Each warp computes the products of a tile once (lattice_gemm.py)."""
     assert kernel.asm["ptx"].count("mma.sync") == products
+
+
+def check_that_no_exchange_is_repeated(kernel: Any) -> None:
+    """Lanes exchange values, which must not happen in a layout in which they have others (rotations.py)."""
+    assert kernel.asm["ttgir"].count("shfl.sync") == kernel.asm["ttir"].count("shfl.sync")
 
 
 def check_that_the_table_stays(kernel: Any, layout: TrellisLayout) -> None:
