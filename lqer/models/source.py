@@ -225,6 +225,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
         # tokenizer_config.json without the vocabulary's own file gives a tokenizer that maps every text to nothing.
         raise ModelError(f"model: {source.name} has a tokenizer without a vocabulary: are its files complete?")
+    # How this process found the files would be saved with the tokenizer, and differ between machines.
+    for found_by in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(found_by, None)
     return tokenizer
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from huggingface_hub import constants
 
 from lqer.errors import ModelError
 from lqer.models.source import load_model_config, load_tokenizer, resolve_model
@@ -56,3 +57,13 @@ def test_a_damaged_tokenizer_is_one_line(folder):
     with pytest.raises(ModelError, match="has no usable tokenizer") as refused:
         load_tokenizer(resolve_model(str(folder)))
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_tokenizer_is_saved_alike_with_a_network_and_without(folder, letter_tokenizer, tmp_path, monkeypatch):
+    letter_tokenizer.save_pretrained(folder)
+    for name, offline in (("with", False), ("without", True)):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        load_tokenizer(resolve_model(str(folder))).save_pretrained(tmp_path / name)
+    settings = (tmp_path / "with" / "tokenizer_config.json").read_text()
+    assert settings == (tmp_path / "without" / "tokenizer_config.json").read_text()
+    assert json.loads(settings) == json.loads((folder / "tokenizer_config.json").read_text())
