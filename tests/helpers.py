@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from lqer.errors import ConfigError
 from lqer.methods import LinearPlan
 from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks
-from lqer.stages.gather import StatisticsOf
-from lqer.stages.quantize import QuantizeSettings, finish_checkpoint, quantize_blocks
+from lqer.stages.gather import CalibrationText, StatisticsOf
+from lqer.stages.quantize import Order, QuantizeSettings, finish_checkpoint, quantize_blocks
+from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Workspace
 from lqer.transforms import BlockTransform
@@ -85,12 +88,13 @@ def settings_for(
     attention: Mapping[str, Any] | None = None,
     skip: Collection[str] = (),
     transforms: Collection[BlockTransform] = (),
+    order: Order = "block",
 ) -> QuantizeSettings:
     """The same plan for every linear, but none for those whose full names end in one of `skip`."""
     name, blocks = find_blocks(model)
     names = [f"{name}.{index}.{linear}" for index, block in enumerate(blocks) for linear in block_linears(block)]
     plans = {linear: None if any(map(linear.endswith, skip)) else plan for linear in names}
-    return QuantizeSettings(plans, attention, seed=0, transforms=tuple(transforms))
+    return QuantizeSettings(plans, attention, seed=0, transforms=tuple(transforms), order=order)
 
 
 def quantize(
@@ -103,6 +107,40 @@ def quantize(
     """Make the checkpoint in one process, as the stage "quantize" does."""
     quantize_blocks(workspace, range(len(opened.blocks)), opened, statistics_of, settings)
     finish_checkpoint(workspace, opened, tokenizer, settings)
+
+
+def quantize_in_memory(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    text: CalibrationText,
+    settings: QuantizeSettings,
+    make: Callable[[Path], Workspace] = Workspace,
+) -> Workspace:
+    """Make the checkpoint in one process with error propagation; the model is left as it is."""
+    workspace = make(folder)
+    quantize_in_order(workspace, resident(model), resident(copy.deepcopy(model)), text, settings)
+    finish_checkpoint(workspace, resident(model), tokenizer, settings)
+    return workspace
+
+
+@torch.no_grad()
+def inputs_of_linears(model: PreTrainedModel, windows_WT: Tensor, batch_size: int) -> dict[str, list[Tensor]]:
+    """Every batch's inputs, (tokens, in_features), of each linear of the decoder blocks by full name."""
+    name, blocks = find_blocks(model)
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
+    hooks = [
+        linear.register_forward_pre_hook(
+            lambda _, args, key=f"{name}.{i}.{key}": inputs[key].append(args[0].flatten(0, -2))
+        )
+        for i, block in enumerate(blocks)
+        for key, linear in block_linears(block).items()
+    ]
+    for ids_BT in windows_WT.split(batch_size):
+        model(ids_BT)
+    for hook in hooks:
+        hook.remove()
+    return inputs
 
 
 def first_block(model: PreTrainedModel, windows_WT: Tensor) -> tuple[nn.Module, BlockFunction, Tensor]:

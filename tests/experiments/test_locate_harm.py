@@ -18,16 +18,13 @@ from harm.signs import error_signs, error_sums, signs_of
 from harm.subject import Ruler, Subject, replaced
 from harm.super_weights import alone, early, super_weights
 from harm.tokens import RULES, HessianOfTokens, token_shares
-from helpers import resident, settings_for
+from helpers import quantize_in_memory, resident, settings_for
 
 from lqer.checkpoint.load import load_quantized
 from lqer.formats import Int
 from lqer.stages.gather import CalibrationText
-from lqer.stages.quantize import finish_checkpoint
-from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.statistics import Hessian
 from lqer.store.offload import Offload
-from lqer.store.store import Workspace
 
 ROOT = Path(__file__).parents[2]
 FORMAT = Int(bits=3, block_size=16)
@@ -43,12 +40,9 @@ def subject(random_model, windows_WT) -> Subject:
 @pytest.mark.parametrize("name", AS_STAGES)
 def test_a_scheme_gives_the_weights_of_the_stage(subject, letter_tokenizer, tmp_path, name):
     scheme, model = schemes("least-squares")[name], subject.opened.model
-    settings = settings_for(model, scheme.plan(FORMAT), None, transforms=scheme.transforms)
-    settings = replace(settings, order=scheme.order)
+    settings = settings_for(model, scheme.plan(FORMAT), transforms=scheme.transforms, order=scheme.order)
     text = replace(subject.text, token_weights=scheme.token_weights)
-    workspace = Workspace(tmp_path)
-    quantize_in_order(workspace, resident(model), resident(copy.deepcopy(model)), text, settings)
-    finish_checkpoint(workspace, resident(model), letter_tokenizer, settings)
+    quantize_in_memory(tmp_path, model, letter_tokenizer, text, settings)
     model = load_quantized(tmp_path, "cpu", torch.float32, verify=False)
     found = quantize(subject, scheme, FORMAT)
     (harm,) = subject.harms(found.parameters)

@@ -13,13 +13,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import all_sites, resident
+from helpers import all_sites, inputs_of_linears, resident
 from killing import KilledError, dying_workspace
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.models.structure import block_linears, find_blocks
+from lqer.models.structure import find_blocks
 from lqer.models.walker import walk_blocks
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, observe_block
@@ -63,25 +63,6 @@ def run_calibration(
     opened = resident(model)
     calibrate(workspace, opened, CalibrationText(windows_WT, batch_size, ERROR_TOKENS), requested)
     return workspace
-
-
-@torch.no_grad()
-def inputs_of_linears(model: PreTrainedModel, windows_WT: Tensor, batch_size: int) -> dict[str, list[Tensor]]:
-    """Every batch's inputs, (tokens, in_features), of each linear of the decoder blocks by full name."""
-    name, blocks = find_blocks(model)
-    inputs: dict[str, list[Tensor]] = defaultdict(list)
-    hooks = [
-        linear.register_forward_pre_hook(
-            lambda _, args, key=f"{name}.{i}.{key}": inputs[key].append(args[0].flatten(0, -2))
-        )
-        for i, block in enumerate(blocks)
-        for key, linear in block_linears(block).items()
-    ]
-    for ids_BT in windows_WT.split(batch_size):
-        model(ids_BT)
-    for hook in hooks:
-        hook.remove()
-    return inputs
 
 
 def test_linears_with_a_common_input_form_one_site(stages, architecture):

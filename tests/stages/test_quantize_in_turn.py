@@ -1,6 +1,6 @@
 """Linears quantized one input site after the other, against a whole model whose weights are replaced in that order.
 
-Shapes: I in_features, O out_features, T tokens of the whole text.
+Shapes: I in_features, T tokens of the whole text.
 """
 
 from __future__ import annotations
@@ -11,24 +11,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import resident, settings_for
+from helpers import inputs_of_linears, quantize_in_memory, resident, settings_for
 from mixtures import random_mixture
 
 from lqer.checkpoint.load import load_quantized
-from lqer.formats import Int, MXInt
-from lqer.methods import RoundingOnly
+from lqer.formats import MXInt
 from lqer.models.structure import block_linears, prepare_model
 from lqer.models.walker import walk_blocks
 from lqer.rounding import Gptq
 from lqer.rounding.gptq import gptq
 from lqer.stages import gather
 from lqer.stages.gather import CalibrationText
-from lqer.stages.quantize import finish_checkpoint
 from lqer.stages.quantize_in_turn import turns_of
-from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.statistics.site import SiteStatistics
 from lqer.store.names import block_file, layers_file
-from lqer.store.store import Workspace
 from lqer.transforms import Hadamard
 
 CPU = torch.device("cpu")
@@ -44,30 +40,6 @@ TURNS = {
     "phi3": [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]],
     "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
 }
-
-
-@pytest.fixture(scope="module")
-def gptq_plan(plan):
-    return replace(plan, method=RoundingOnly(), rank=0, weight=Int(bits=3, block_size=16), rounding=Gptq())
-
-
-def run(folder, model, tokenizer, text, plan, order="sequential", skip=()) -> Workspace:
-    workspace = Workspace(folder)
-    settings = replace(settings_for(model, plan, skip=skip), order=order)
-    quantize_in_order(workspace, resident(model), resident(copy.deepcopy(model)), text, settings)
-    finish_checkpoint(workspace, resident(model), tokenizer, settings)
-    return workspace
-
-
-@torch.no_grad()
-def inputs_of(linear, model, windows_WT) -> torch.Tensor:
-    """The inputs (T, I) of a linear of the model, in its own forward pass."""
-    batches = []
-    hook = linear.register_forward_pre_hook(lambda _, args: batches.append(args[0].flatten(0, -2)))
-    for ids_BT in windows_WT.split(2):
-        model(ids_BT)
-    hook.remove()
-    return torch.cat(batches).double()
 
 
 @pytest.mark.parametrize("architecture", TURNS)
@@ -97,15 +69,19 @@ def test_experts_take_their_turn_together_and_what_is_not_reached_comes_last(ran
 
 
 def test_codes_are_those_of_a_whole_model_whose_weights_are_replaced_turn_by_turn(
-    random_model, letter_tokenizer, windows_WT, gptq_plan, tmp_path
+    random_model, letter_tokenizer, text, gptq_plan, tmp_path
 ):
-    model, text = random_model("llama"), CalibrationText(windows_WT, 2, 24)
-    found = run(tmp_path / "turns", model, letter_tokenizer, text, gptq_plan)
+    model = random_model("llama")
+    usual, found = (
+        quantize_in_memory(tmp_path / order, model, letter_tokenizer, text, settings_for(model, gptq_plan, order=order))
+        for order in ("block", "sequential")
+    )
     moving = copy.deepcopy(model)
     agreeing = []
     for i, block in enumerate(moving.model.layers):
         for turn in LLAMA:
-            x_TI = inputs_of(block.get_submodule(turn[0]), moving, windows_WT)
+            inputs = inputs_of_linears(moving, text.windows_WT, text.batch_size)[f"model.layers.{i}.{turn[0]}"]
+            x_TI = torch.cat(inputs).double()
             for name in turn:
                 linear = block.get_submodule(name)
                 expected = gptq(linear.weight.detach(), x_TI.T @ x_TI / len(x_TI), gptq_plan.weight)
@@ -113,7 +89,6 @@ def test_codes_are_those_of_a_whole_model_whose_weights_are_replaced_turn_by_tur
                 agreeing.append((packed == expected.pack()["codes"]).double().mean())
                 linear.weight.data = expected.dequantize()
     assert torch.stack(agreeing).min() > 0.99
-    usual = run(tmp_path / "block", model, letter_tokenizer, text, gptq_plan, order="block")
     names = {key for key in usual.tensors(block_file(0)) if key.endswith("weight.codes")}
     first = {key for key in names if torch.equal(usual.tensors(block_file(0))[key], found.tensors(block_file(0))[key])}
     assert {key.split(".")[-3] for key in first} == {"q_proj", "k_proj", "v_proj"}
@@ -128,7 +103,8 @@ def test_all_parts_go_together(random_model, letter_tokenizer, windows_WT, gptq_
         gptq_plan, rounding=Gptq(scales="search"), asymmetric=0.25, activation=MXInt(8), bias=MXInt(8),
         transform=Hadamard() if rotated else None,
     )  # fmt: skip
-    made = run(tmp_path, model, letter_tokenizer, text, plan, skip=["0.mlp.up_proj"])
+    settings = settings_for(model, plan, skip=["0.mlp.up_proj"], order="sequential")
+    made = quantize_in_memory(tmp_path, model, letter_tokenizer, text, settings)
     linears = [f"model.layers.0.{name}" for name in block_linears(model.model.layers[0]) if name != "mlp.up_proj"]
     assert [row["name"] for row in made.json(layers_file(0))] == linears
     logits = load_quantized(tmp_path, CPU, verify=False)(windows_WT).logits
@@ -137,11 +113,12 @@ def test_all_parts_go_together(random_model, letter_tokenizer, windows_WT, gptq_
 
 @pytest.mark.parametrize(("order", "at_once", "of_a_pass"), [("block", 10, 2), ("sequential", 4, 1)])
 def test_experts_are_quantized_pass_by_pass_with_the_statistics_of_one_pass_in_memory(
-    order, at_once, of_a_pass, windows_WT, letter_tokenizer, gptq_plan, tmp_path, monkeypatch
+    order, at_once, of_a_pass, text, letter_tokenizer, gptq_plan, tmp_path, monkeypatch
 ):
     """By input site: those of attention, and two of each of four experts."""
-    model, text = random_mixture("qwen3_moe"), CalibrationText(windows_WT, 2, 24)
+    model = random_mixture("qwen3_moe")
     prepare_model(model)
+    settings = settings_for(model, gptq_plan, order=order)
     seen: list[weakref.ref] = []
     held: list[int] = []
 
@@ -152,11 +129,11 @@ def test_experts_are_quantized_pass_by_pass_with_the_statistics_of_one_pass_in_m
 
     made = SiteStatistics.__init__
     monkeypatch.setattr(SiteStatistics, "__init__", noted)
-    run(tmp_path / "once", model, letter_tokenizer, text, gptq_plan, order=order)
+    quantize_in_memory(tmp_path / "once", model, letter_tokenizer, text, settings)
     assert max(held) == at_once
     held.clear()
     monkeypatch.setattr(gather, "passes_of", one_module_at_a_time)
-    run(tmp_path / "in-passes", model, letter_tokenizer, text, gptq_plan, order=order)
+    quantize_in_memory(tmp_path / "in-passes", model, letter_tokenizer, text, settings)
     assert max(held) == of_a_pass
     for name in [*map(block_file, range(2)), *map(layers_file, range(2))]:
         assert (tmp_path / "in-passes" / name).read_bytes() == (tmp_path / "once" / name).read_bytes(), name

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from helpers import resident, settings_for
+from helpers import quantize_in_memory, settings_for
 from killing import KilledError, dying_workspace
 
 from lqer.checkpoint.load import load_quantized
@@ -20,9 +19,6 @@ from lqer.models.structure import find_blocks
 from lqer.rounding import Adaptive, Nearest
 from lqer.rounding.adaptive import block_loss
 from lqer.stages import reconstruct_block
-from lqer.stages.gather import CalibrationText
-from lqer.stages.quantize import finish_checkpoint
-from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.store.names import block_file, layers_file, tuning_file
 from lqer.store.store import Workspace
 from lqer.transforms import Awq, BlockTransform, Clip, Lwc
@@ -37,18 +33,6 @@ QUICK = Adaptive(steps=4, batch_size=2, learning_rate=3e-2, scale_learning_rate=
 @pytest.fixture(scope="module")
 def adaptive_plan(plan):
     return replace(plan, method=RoundingOnly(), rank=0, weight=W2, rounding=QUICK)
-
-
-@pytest.fixture(scope="module")
-def text(windows_WT) -> CalibrationText:
-    return CalibrationText(windows_WT, 2, 24)
-
-
-def run(folder, model, tokenizer, text, settings, make=Workspace):
-    workspace = make(folder)
-    quantize_in_order(workspace, resident(copy.deepcopy(model)), resident(copy.deepcopy(model)), text, settings)
-    finish_checkpoint(workspace, resident(model), tokenizer, settings)
-    return workspace
 
 
 @torch.no_grad()
@@ -69,7 +53,9 @@ def test_the_last_loss_of_a_block_is_that_of_the_checkpoint_as_it_runs(
 ):
     """What is evaluated is what was trained: loaded from its files, the block is as far from the original as noted."""
     model = random_model(family)
-    found = run(tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan, transforms=AWQ_CLIP))
+    found = quantize_in_memory(
+        tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan, transforms=AWQ_CLIP)
+    )
     outputs = block_outputs(load_quantized(tmp_path, CPU, verify=False), text.windows_WT)
     targets = block_outputs(model, text.windows_WT)
     for index, (output, target) in enumerate(zip(outputs, targets, strict=True)):
@@ -89,8 +75,12 @@ def test_a_low_rank_branch_reconstructs_what_rounding_left(
     plan = replace(adaptive_plan, weight=number_format)
     branch = replace(plan, method=QeraExact(), rank=4)
     model = random_model("llama", num_hidden_layers=1)
-    alone = run(tmp_path / "alone", model, letter_tokenizer, text, settings_for(model, plan, transforms=AWQ_CLIP))
-    found = run(tmp_path / "branch", model, letter_tokenizer, text, settings_for(model, branch, transforms=AWQ_CLIP))
+    alone = quantize_in_memory(
+        tmp_path / "alone", model, letter_tokenizer, text, settings_for(model, plan, transforms=AWQ_CLIP)
+    )
+    found = quantize_in_memory(
+        tmp_path / "branch", model, letter_tokenizer, text, settings_for(model, branch, transforms=AWQ_CLIP)
+    )
     for row, other in zip(found.json(layers_file(0)), alone.json(layers_file(0)), strict=True):
         assert row["output_error_before"] == other["output_error"]
         assert row["output_error"] < other["output_error"]
@@ -108,7 +98,7 @@ def test_activations_attention_and_skipped_linears_take_part(
     attention = {"format": MXInt(bits=8).to_dict(), "axis": "reduction"}
     model = random_model("qwen3", num_hidden_layers=2)
     settings = settings_for(model, plan, attention, ("down_proj",), AWQ_CLIP)
-    found = run(tmp_path, model, letter_tokenizer, text, settings)
+    found = quantize_in_memory(tmp_path, model, letter_tokenizer, text, settings)
     names = [row["name"] for row in found.json(layers_file(1))]
     assert len(names) == 6
     assert not any(name.endswith("down_proj") for name in names)
@@ -124,7 +114,7 @@ def test_a_block_that_is_skipped_whole_is_left_as_it_was(random_model, letter_to
     model = random_model("llama", num_hidden_layers=2)
     settings = settings_for(model, adaptive_plan, transforms=AWQ_CLIP)
     plans = {name: None if ".layers.0." in name else plan for name, plan in settings.plans.items()}
-    found = run(tmp_path, model, letter_tokenizer, text, replace(settings, plans=plans))
+    found = quantize_in_memory(tmp_path, model, letter_tokenizer, text, replace(settings, plans=plans))
     assert [tuning_file(index) in found for index in range(2)] == [False, True]
     stored = found.tensors(block_file(0))
     for name, tensor in model.model.layers[0].state_dict().items():
@@ -149,7 +139,8 @@ def whole_run(random_model, letter_tokenizer, text, adaptive_plan, tmp_path_fact
         settings = settings_for(model, replace(adaptive_plan, rounding=rounding), transforms=transforms)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
-            return model, settings, run(tmp_path_factory.mktemp("whole"), model, letter_tokenizer, text, settings)
+            folder = tmp_path_factory.mktemp("whole")
+            return model, settings, quantize_in_memory(folder, model, letter_tokenizer, text, settings)
 
     return of
 
@@ -171,8 +162,8 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bytes(
     monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
     model, settings, whole = whole_run(parts)
     with pytest.raises(KilledError):
-        run(tmp_path, model, letter_tokenizer, text, settings, dying_workspace(**killed))
-    run(tmp_path, model, letter_tokenizer, text, settings)
+        quantize_in_memory(tmp_path, model, letter_tokenizer, text, settings, dying_workspace(**killed))
+    quantize_in_memory(tmp_path, model, letter_tokenizer, text, settings)
     names = whole.names()
     assert not [name for name in names if name.startswith("state-")]
     assert Workspace(tmp_path).names() == names
@@ -191,10 +182,10 @@ def test_a_killed_block_resumes_after_its_last_epoch_or_round(
     model = random_model("llama", num_hidden_layers=1)
     settings = settings_for(model, adaptive_plan, transforms=(Awq(), LWC))
     with pytest.raises(KilledError):
-        run(tmp_path, model, letter_tokenizer, text, settings, dying_workspace(at_write=writes))
+        quantize_in_memory(tmp_path, model, letter_tokenizer, text, settings, dying_workspace(at_write=writes))
     assert Workspace(tmp_path).names() == [f"state-00000-{saved}.safetensors"]
     with caplog.at_level("INFO"):
-        run(tmp_path, model, letter_tokenizer, text, settings)
+        quantize_in_memory(tmp_path, model, letter_tokenizer, text, settings)
     done = f"transforms done: {transforms}/2, epochs or rounds of the next part done: {steps}"
     assert f"model.layers.0: resuming ({done})" in caplog.messages
 
@@ -215,9 +206,9 @@ def test_a_finished_transform_is_not_repeated(letter_tokenizer, text, tmp_path, 
     monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
     model, settings, whole = whole_run("awq, lwc, adaptive")
     with pytest.raises(KilledError):
-        run(tmp_path, model, letter_tokenizer, text, settings, dying_workspace(at_write=6))
+        quantize_in_memory(tmp_path, model, letter_tokenizer, text, settings, dying_workspace(at_write=6))
     counting = CountingLwc(LWC.epochs, LWC.batch_size)
-    run(tmp_path, model, letter_tokenizer, text, replace(settings, transforms=(Awq(), counting)))
+    quantize_in_memory(tmp_path, model, letter_tokenizer, text, replace(settings, transforms=(Awq(), counting)))
     assert len(counting.applied) == 1, "to the second block alone"
     assert (tmp_path / block_file(0)).read_bytes() == (whole.path / block_file(0)).read_bytes()
 
@@ -241,12 +232,12 @@ def test_a_killed_run_keeps_the_format_that_a_transform_rounded_in(
     monkeypatch.setattr(reconstruct_block, "SECONDS_BETWEEN_STATES", 0.0)
     model = random_model("llama", num_hidden_layers=1)
     settings = settings_for(model, replace(adaptive_plan, rounding=rounding), transforms=(RoundWider(),))
-    whole = run(tmp_path / "whole", model, letter_tokenizer, text, settings)
+    whole = quantize_in_memory(tmp_path / "whole", model, letter_tokenizer, text, settings)
     assert {row["entry"]["weight"]["format"]["bits"] for row in whole.json(layers_file(0))} == {W2.bits + 1}
     with pytest.raises(KilledError):
-        run(tmp_path / "killed", model, letter_tokenizer, text, settings, dying_workspace(at_write=1))
+        quantize_in_memory(tmp_path / "killed", model, letter_tokenizer, text, settings, dying_workspace(at_write=1))
     assert Workspace(tmp_path / "killed").names() == ["state-00000-01-0000.safetensors"]
-    resumed = run(tmp_path / "killed", model, letter_tokenizer, text, settings)
+    resumed = quantize_in_memory(tmp_path / "killed", model, letter_tokenizer, text, settings)
     for name in whole.names():
         assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes(), name
 
@@ -275,7 +266,9 @@ def test_a_block_that_diverges_is_named_and_its_last_sound_state_saved(
     transforms = (*AWQ_CLIP, PoisonTargets(at_pass=3 + 4))
     model = random_model("llama")
     with pytest.raises(ModelError, match=r"model\.layers\.0: round 2 of 3 diverged: its loss is nan; the state before"):
-        run(tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan, transforms=transforms))
+        quantize_in_memory(
+            tmp_path, model, letter_tokenizer, text, settings_for(model, adaptive_plan, transforms=transforms)
+        )
     saved = Workspace(tmp_path).tensors("state-00000-03-0001.safetensors")
     assert len(saved["part_state.losses"]) == 1
     assert not any(tensor.isnan().any() for name, tensor in saved.items() if name.startswith("part_state."))
@@ -283,5 +276,5 @@ def test_a_block_that_diverges_is_named_and_its_last_sound_state_saved(
 
 def test_without_block_transforms_no_block_is_reconstructed(random_model, letter_tokenizer, text, plan, tmp_path):
     model = random_model("llama")
-    found = run(tmp_path, model, letter_tokenizer, text, settings_for(model, plan))
+    found = quantize_in_memory(tmp_path, model, letter_tokenizer, text, settings_for(model, plan))
     assert tuning_file(0) not in found

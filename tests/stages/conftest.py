@@ -1,0 +1,25 @@
+"""What tests of stages quantize on, and by what plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from torch import Tensor
+
+from lqer.formats import Int
+from lqer.methods import LinearPlan, RoundingOnly
+from lqer.rounding import Gptq
+from lqer.stages.gather import CalibrationText
+
+
+@pytest.fixture(scope="session")
+def text(windows_WT: Tensor) -> CalibrationText:
+    """Batches of two windows; output errors on 24 tokens."""
+    return CalibrationText(windows_WT, 2, 24)
+
+
+@pytest.fixture(scope="session")
+def gptq_plan(plan: LinearPlan) -> LinearPlan:
+    """GPTQ to 3-bit integers, without factors."""
+    return replace(plan, method=RoundingOnly(), rank=0, weight=Int(bits=3, block_size=16), rounding=Gptq())
