@@ -24,14 +24,12 @@ G groups of a row, g channels of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from lqer.components import require_choice, require_positive
 from lqer.formats import NumberFormat
@@ -41,9 +39,11 @@ from lqer.statistics import ALONE, Gang
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
+from lqer.transforms.block_statistics import mean_magnitudes
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState
-from lqer.transforms.folding import NO_ROW, Site, find_sites, fold_scale
-from lqer.transforms.tracing import enough_to_probe, watched_inputs
+from lqer.transforms.folding import Site, find_sites, fold_scale, tied
+from lqer.transforms.site_output import SiteOutput
+from lqer.transforms.tracing import enough_to_probe
 
 # Without 1 itself, as in AWQ's grid.
 RATIOS = tuple(i / 20 for i in range(20))
@@ -158,21 +158,6 @@ def evenly_spaced(inputs_STD: Tensor, rows: int) -> Tensor:
     return inputs_STD[torch.arange(count, device=inputs_STD.device) * sequences // count]
 
 
-def tie(mean_abs_I: Tensor, rows_I: Tensor) -> Tensor:
-    """The mean of the channels that share a row, for each of them.
-
-    Channels without a row (NO_ROW) are zero and are not scaled; they get the mean of the others, so that they do not
-    widen the range of c.
-    """
-    fed_I = rows_I != NO_ROW
-    rows = int(rows_I.max()) + 1
-    sums = mean_abs_I.new_zeros(rows).index_add_(0, rows_I[fed_I], mean_abs_I[fed_I])
-    counts = mean_abs_I.new_zeros(rows).index_add_(0, rows_I[fed_I], torch.ones_like(mean_abs_I[fed_I]))
-    tied_I = torch.full_like(mean_abs_I, float(mean_abs_I[fed_I].mean()))
-    tied_I[fed_I] = (sums / counts)[rows_I[fed_I]]
-    return tied_I
-
-
 def round_scaled(
     weights: Mapping[str, Tensor], scale_I: Tensor, formats: Mapping[str, NumberFormat]
 ) -> dict[str, Tensor]:
@@ -212,13 +197,13 @@ def scale_block(
     # Probing shuffles the tokens: they may reach an expert that none reaches in their order.
     for site in (site for site in scaled if site.linears[0] in means):
         assert site.fold is not None
-        mean_abs_I = tie(means[site.linears[0]], site.fold.rows_I)
+        mean_abs_I = tied(means[site.linears[0]], site.fold.rows_I)
         weights = {f"{name}.weight": parameters[f"{name}.weight"] for name in site.linears}
         weight_formats = {f"{name}.weight": formats[name] for name in site.linears}
         scales = candidate_scales(mean_abs_I, ratios)
         if duo_scaling:
             block_sizes = [number_format.block_size for number_format in weight_formats.values()]
-            magnitude_I = tie(weight_magnitudes([*weights.values()], block_sizes), site.fold.rows_I)
+            magnitude_I = tied(weight_magnitudes([*weights.values()], block_sizes), site.fold.rows_I)
             scales = duo_candidate_scales(mean_abs_I, magnitude_I, ratios)
         search = partial(_errors, call, site, [*scales.values()], weights, weight_formats, autocast)
         errors = torch.zeros(len(scales), dtype=torch.float64, device=mean_abs_I.device)
@@ -242,77 +227,6 @@ def _errors(
     hidden_BTD: Tensor,
 ) -> Tensor:
     """The squared error of the site's output on one batch under each scale, float32."""
-    inspected = _Inspected(call, hidden_BTD, _closest_around(site.linears), autocast)
-    errors = [inspected.error(round_scaled(weights, scale_I, formats)) for scale_I in scales]
+    output = SiteOutput(call, hidden_BTD, site.linears, autocast)
+    errors = [output.error(round_scaled(weights, scale_I, formats)) for scale_I in scales]
     return torch.stack([error.to(scales[0].device) for error in errors])
-
-
-@torch.no_grad()
-def mean_magnitudes(
-    call: BlockFunction, batches: Sequence[Tensor], linears: Sequence[str], gang: Gang = ALONE
-) -> dict[str, Tensor]:
-    """Mean |x| of every input channel over all tokens, float32 (I,), of the linears of these names."""
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, sum_I: Tensor) -> None:
-        sums[name] = sums[name] + sum_I if name in sums else sum_I
-
-    def see(hidden_BTD: Tensor, found: Callable[[str, Tensor], None]) -> None:
-        def sum_up(name: str, x: Tensor) -> None:
-            found(name, x.detach().abs().flatten(0, -2).sum(0, dtype=torch.float64))
-
-        with watched_inputs(call.block, {name: partial(sum_up, name) for name in linears}):
-            call({}, hidden_BTD)
-
-    gang.collect(batches, see, add)
-    tokens = sum(hidden_BTD.shape[0] * hidden_BTD.shape[1] for hidden_BTD in batches)
-    return {name: (sum_I / tokens).to(torch.float32) for name, sum_I in sums.items()}
-
-
-def _closest_around(linears: tuple[str, ...]) -> str:
-    """The name of the innermost module around all of the linears; the linear itself if there is one."""
-    if len(linears) == 1:
-        return linears[0]
-    paths = [name.split(".")[:-1] for name in linears]
-    shared = 0
-    while all(len(path) > shared and path[shared] == paths[0][shared] for path in paths):
-        shared += 1
-    return ".".join(paths[0][:shared])
-
-
-class _Inspected:
-    """The module that a site's error is measured at, called as the block calls it on one batch, if it does."""
-
-    def __init__(self, call: BlockFunction, hidden_BTD: Tensor, name: str, autocast: torch.dtype | None):
-        self._module = call.block.get_submodule(name)
-        self._prefix = f"{name}." if name else ""
-        self._own = {name: parameter.detach() for name, parameter in self._module.named_parameters()}
-        self._autocast = autocast
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        handle = self._module.register_forward_pre_hook(
-            lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-        )
-        try:
-            with _in_autocast(self._module, autocast):
-                call({}, hidden_BTD)
-        finally:
-            handle.remove()
-        self._calls = calls
-        self._originals = self._outputs({})
-
-    def error(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """The squared error of the output under other weights, by their names in the block: a float32 scalar."""
-        inside = {name.removeprefix(self._prefix): weight for name, weight in weights.items()}
-        pairs = zip(self._outputs(inside), self._originals, strict=True)
-        return sum(((output - original).square().sum() for output, original in pairs), start=torch.zeros(()))
-
-    def _outputs(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        """Of the one call, or of none: an expert may not be sent anything."""
-        inside = {name: weight.to(self._own[name].dtype) for name, weight in weights.items()}
-        with _in_autocast(self._module, self._autocast):
-            outputs = [functional_call(self._module, {**self._own, **inside}, *call) for call in self._calls]
-        return [(output[0] if isinstance(output, tuple | list) else output).float() for output in outputs]
-
-
-def _in_autocast(module: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(next(module.parameters()).device.type, dtype, enabled=dtype is not None)

@@ -32,12 +32,11 @@ from lqer.formats.blocks import BlockSize
 from lqer.rounding.base import require_damping
 from lqer.rounding.factor import inverse_factor
 from lqer.rounding.hessian import DAMPING, DampedHessian
-from lqer.transforms.awq import tie
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
+from lqer.transforms.block_statistics import hessian_blocks
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState
-from lqer.transforms.clip import hessian_blocks
-from lqer.transforms.folding import NO_ROW, find_sites, fold_scale
+from lqer.transforms.folding import NO_ROW, find_sites, fold_scale, tied
 from lqer.transforms.tracing import enough_to_probe
 
 
@@ -75,10 +74,7 @@ class Balance(BlockTransform):
             and all(linear in problem.formats for linear in site.linears)
         ]
         whole: dict[str, BlockSize] = {site.linears[0]: "row" for site, _ in sites}
-        with problem.in_autocast():
-            squares = hessian_blocks(
-                call, result.parameters, problem.inputs_STD, problem.batch_size, whole, problem.gang
-            )
+        squares = hessian_blocks(problem, result.parameters, whole)
         parameters = {name: parameter.detach() for name, parameter in call.block.named_parameters()}
         changed, ranges = dict(result.parameters), {}
         for site, fold in sites:
@@ -106,7 +102,7 @@ def balanced_scale(
     energy_I = torch.stack([weight_OI.to(torch.float64).square().sum(0) for weight_OI in weights]).sum(0)
     damped = DampedHessian(hessian_II, damping)
     cost_I = inverse_factor(damped).diagonal().pow(-2)
-    tied_cost_I, tied_energy_I = tie(cost_I, rows_I), tie(energy_I, rows_I)
+    tied_cost_I, tied_energy_I = tied(cost_I, rows_I), tied(energy_I, rows_I)
     is_scaled_I = (rows_I != NO_ROW) & (tied_energy_I > 0) & ~damped.dead_I
     log_I = torch.where(is_scaled_I, tied_cost_I / tied_energy_I, 1.0).log() * (strength / 4)
     log_I = torch.where(is_scaled_I, log_I - log_I[is_scaled_I].mean(), 0.0)

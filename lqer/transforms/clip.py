@@ -6,18 +6,17 @@ saturate. With c = 1 the scales are those of round-to-nearest. `search_clipping`
 
     mean over tokens (x_g · w_g - x_g · Q_c(w_g))²  =  (w_g - Q_c(w_g)) E[x_g x_gᵀ] (w_g - Q_c(w_g))ᵀ
 
-which needs no tokens, only the diagonal blocks of the Hessian.
+which needs no tokens, only the diagonal blocks of the Hessian (block_statistics.py).
 
 Queries and keys keep their range, as in AWQ: the error of their partial products says little about the softmax.
 
-Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row, B within a group.
+Shapes: S sequences, T tokens, D hidden size, O out_features, I in_features, N groups of a row, B sequences of a batch,
+or values of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -25,15 +24,14 @@ from torch import Tensor
 
 from lqer.components import require_range
 from lqer.formats import NumberFormat, QuantizedTensor
-from lqer.formats.blocks import BlockSize, from_blocks, to_blocks
-from lqer.statistics import ALONE, Gang
+from lqer.formats.blocks import from_blocks, to_blocks
 from lqer.transforms.base import Scheme
-from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
+from lqer.transforms.block_statistics import hessian_blocks
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState, unsupported_scales
 from lqer.transforms.cancelling import cancelling_linears
-from lqer.transforms.tracing import enough_to_probe, trace, watched_inputs
+from lqer.transforms.tracing import enough_to_probe
 
 # AWQ's: 1, 0.95, ... 0.55.
 GRID = 20
@@ -75,66 +73,17 @@ class Clip(BlockTransform):
 @torch.no_grad()
 def search_block(problem: BlockProblem, result: BlockResult, factors: tuple[float, ...]) -> dict[str, Tensor]:
     """The best factor of every group of every linear, float32 (O, N); queries and keys get the first one."""
-    plain = problem.call.without_rounding()
-    kept = cancelling_linears(plain, enough_to_probe(problem.inputs_STD[: problem.batch_size]))
+    kept = cancelling_linears(
+        problem.call.without_rounding(), enough_to_probe(problem.inputs_STD[: problem.batch_size])
+    )
     block_sizes = {linear: number_format.block_size for linear, number_format in problem.formats.items()}
-    with problem.in_autocast():
-        squares = hessian_blocks(
-            plain, result.parameters, problem.inputs_STD, problem.batch_size, block_sizes, problem.gang
-        )
+    squares = hessian_blocks(problem, result.parameters, block_sizes)
     return {
         linear: search_clipping(
             result.weight(problem, linear), squares[linear], number_format, factors[:1] if linear in kept else factors
         )
         for linear, number_format in problem.formats.items()
     }
-
-
-def hessian_blocks(
-    call: BlockFunction,
-    changed: Mapping[str, Tensor],
-    inputs_STD: Tensor,
-    batch_size: int,
-    block_sizes: Mapping[str, BlockSize],
-    gang: Gang = ALONE,
-) -> dict[str, Tensor]:
-    """Per linear in `block_sizes` the diagonal blocks [N, B, B] of Σ x xᵀ over all tokens of its input, float32.
-
-    call, changed: a block and its replaced parameters. gang: shares out the batches. Linears called with one tensor and
-    of one block size share theirs. A linear that no token reaches, as of an expert, has those of independent channels.
-    """
-    seen = trace(call.block, lambda: call(changed, inputs_STD[:1]))
-    site_of = {linear: site[0] for site in seen.sites() for linear in site}
-    first = {linear: site_of.get(linear, linear) for linear in block_sizes}
-    del seen
-    keys = {linear: (site, block_sizes[linear]) for linear, site in first.items()}
-    one_of_each = {key: linear for linear, key in keys.items()}
-    sums: dict[tuple[str, BlockSize], Tensor] = {}
-
-    def add(linear: str, sum_NBB: Tensor) -> None:
-        key = keys[linear]
-        sums[key] = sums[key].add_(sum_NBB) if key in sums else sum_NBB
-
-    def see(hidden_BTD: Tensor, found: Callable[[str, Tensor], None]) -> None:
-        def multiply(linear: str, x: Tensor) -> None:
-            found(linear, block_products(x.flatten(0, -2), block_sizes[linear]))
-
-        with watched_inputs(call.block, {linear: partial(multiply, linear) for linear in one_of_each.values()}):
-            call(changed, hidden_BTD)
-
-    gang.collect(inputs_STD.split(batch_size), see, add)
-    for key, linear in one_of_each.items():
-        if key not in sums:
-            weight_OI = call.block.get_parameter(f"{linear}.weight")
-            sums[key] = block_products(torch.eye(weight_OI.shape[1], device=weight_OI.device), key[1])
-    return {linear: sums[key] for linear, key in keys.items()}
-
-
-def block_products(x_TI: Tensor, block_size: BlockSize) -> Tensor:
-    """The diagonal blocks [N, B, B] of Σ x xᵀ, float32; a ragged last one is padded with zeros."""
-    x_NBT = to_blocks(x_TI.to(torch.float32), block_size).permute(1, 2, 0)
-    with torch.autocast(x_TI.device.type, enabled=False):
-        return x_NBT @ x_NBT.transpose(1, 2)
 
 
 def group_range(weight_OI: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,21 @@ def fold_scale(parameters: Mapping[str, Tensor], site: Site, scale_I: Tensor) ->
     return {name: tensor.to(parameters[name].dtype) for name, tensor in changed.items()}
 
 
+def tied(x_I: Tensor, rows_I: Tensor) -> Tensor:
+    """The mean of the channels that share a row, for each of them: what a scale that can be folded is made from.
+
+    Channels without a row (NO_ROW) are zero and are not scaled; they get the mean of the others, so that they do not
+    widen the range of scales.
+    """
+    fed_I = rows_I != NO_ROW
+    rows = int(rows_I.max()) + 1
+    sums = x_I.new_zeros(rows).index_add_(0, rows_I[fed_I], x_I[fed_I])
+    counts = x_I.new_zeros(rows).index_add_(0, rows_I[fed_I], torch.ones_like(x_I[fed_I]))
+    tied_I = torch.full_like(x_I, float(x_I[fed_I].mean()))
+    tied_I[fed_I] = (sums / counts)[rows_I[fed_I]]
+    return tied_I
+
+
 def _along_rows(scale_O: Tensor, weight: Tensor) -> Tensor:
     return scale_O if weight.ndim == 1 else scale_O.unsqueeze(-1)
 

@@ -21,8 +21,8 @@ from lqer.rounding.scale_search import Scales, require_scales
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
+from lqer.transforms.block_statistics import hessian_blocks
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState, unsupported_scales
-from lqer.transforms.clip import hessian_blocks
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,7 @@ class GptqStart(BlockTransform):
         """Round every linear."""
         progress(self.kind, 0, 1, None)
         whole: dict[str, BlockSize] = dict.fromkeys(problem.formats, "row")
-        with problem.in_autocast():
-            squares = hessian_blocks(
-                problem.call.without_rounding(), result.parameters, problem.inputs_STD, problem.batch_size, whole,
-                problem.gang,
-            )  # fmt: skip
+        squares = hessian_blocks(problem, result.parameters, whole)
         # Linears that share an input share the very tensor, and so its factor.
         damped = {id(square): DampedHessian(square.squeeze(0), self.damping) for square in squares.values()}
         rounded = {

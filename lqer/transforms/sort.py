@@ -29,8 +29,8 @@ from lqer.formats.blocks import BlockSize
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
+from lqer.transforms.block_statistics import hessian_blocks
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState
-from lqer.transforms.clip import hessian_blocks
 from lqer.transforms.tracing import enough_to_probe, trace
 
 
@@ -55,10 +55,7 @@ class Sort(BlockTransform):
             if reader in problem.formats
         }
         each: dict[str, BlockSize] = dict.fromkeys(writers, 1)
-        with problem.in_autocast():
-            squares = hessian_blocks(
-                call, result.parameters, problem.inputs_STD, problem.batch_size, each, problem.gang
-            )
+        squares = hessian_blocks(problem, result.parameters, each)
         parameters = {name: parameter.detach() for name, parameter in call.block.named_parameters()}
         changed = dict(result.parameters)
         for reader, names in writers.items():

@@ -13,14 +13,12 @@ from lqer.transforms.awq import (
     RATIOS,
     duo_scale_of,
     evenly_spaced,
-    mean_magnitudes,
     scale_block,
     scale_of,
-    tie,
     weight_magnitudes,
 )
 from lqer.transforms.block_function import BlockFunction
-from lqer.transforms.folding import NO_ROW
+from lqer.transforms.block_statistics import mean_magnitudes
 
 W3 = Int(bits=3, block_size=16, scale_dtype="float32")
 
@@ -87,11 +85,6 @@ def test_the_grid_is_the_published_one():
     assert len(RATIOS) == 20
     assert RATIOS[0] == 0.0
     assert RATIOS[-1] == 0.95
-
-
-def test_channels_of_one_row_share_their_mean():
-    rows_I = torch.tensor([1, 0, 1, NO_ROW])
-    assert tie(torch.tensor([1.0, 5.0, 3.0, 0.0]), rows_I).tolist() == [2.0, 5.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("duo_scaling", [False, True])

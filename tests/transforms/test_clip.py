@@ -2,15 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from lqer.formats import MX, Int, MXInt
-from lqer.transforms.block_function import BlockFunction
+from lqer.transforms.block_statistics import block_products
 from lqer.transforms.clip import (
     SHRINK_FACTORS,
-    block_products,
     group_range,
-    hessian_blocks,
     quantize_clipped,
     search_clipping,
 )
@@ -88,23 +85,3 @@ def test_zeros_stay_zeros(weight_OI, x_TI):
     rounded = quantize_clipped(weight_OI, FORMATS[0], factors_ON, factors_ON)
     assert not rounded.dequantize()[3, 16:32].any()
     assert factors_ON[3, 1] == 1
-
-
-def test_products_of_a_site_are_summed_in_the_block_size_of_every_linear(x_TI):
-    class Twins(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.left, self.right = nn.Linear(72, 72), nn.Linear(72, 72)
-
-        def forward(self, x_BTI):
-            return self.left(x_BTI) + self.right(x_BTI)
-
-    inputs_STI = x_TI.reshape(20, 15, 72)
-    squares = hessian_blocks(BlockFunction(Twins()), {}, inputs_STI, 3, {"left": 16, "right": 36})
-    product_II = x_TI.T @ x_TI
-    for linear, size in (("left", 16), ("right", 36)):
-        for n, block_BB in enumerate(squares[linear]):
-            expected = product_II[n * size : (n + 1) * size, n * size : (n + 1) * size]
-            inside = len(expected)
-            torch.testing.assert_close(block_BB[:inside, :inside], expected, rtol=1e-4, atol=1e-2)
-            assert not block_BB[inside:].any()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lqer.transforms.block_function import BlockFunction
-from lqer.transforms.folding import NO_ROW, Fold, Site, find_sites, fold_scale
+from lqer.transforms.folding import NO_ROW, Fold, Site, find_sites, fold_scale, tied
 
 # What feeds each site, by the ends of the names; None: nothing can take the scale.
 SOURCES = {
@@ -121,3 +121,8 @@ def test_in_half_precision_rows_are_at_most_doubled_and_the_same_are_found(rando
     for site, other in zip(sites, expected, strict=True):
         assert site.fold.source == other.fold.source
         assert torch.equal(site.fold.rows_I, other.fold.rows_I)
+
+
+def test_channels_of_one_row_share_their_mean():
+    rows_I = torch.tensor([1, 0, 1, NO_ROW])
+    assert tied(torch.tensor([1.0, 5.0, 3.0, 0.0]), rows_I).tolist() == [2.0, 5.0, 2.0, 3.0]
