@@ -24,6 +24,7 @@ from lqer.models.source import pick_device
 from lqer.models.structure import block_linears
 from lqer.report.environment import device_name
 from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, round_block
+from lqer.rounding.batches import Goal
 from lqer.rounding.soft import Grid, _SoftWeight
 from lqer.transforms.block_function import BlockFunction
 
@@ -102,7 +103,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with in_torch() if arguments.soft_weight == "torch" else nullcontext():
-        round_block(weights, starts, run, hidden_STD, [targets_STD], settings, after_round=end_round)
+        round_block(weights, starts, Goal(run, hidden_STD, [targets_STD]), settings, after_round=end_round)
     seconds = (ends[-1] - ends[0]) / (arguments.rounds * arguments.steps)
     print(f"{device_name(device)}, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights, {vars(arguments)}")
     print(f"mean loss of each round: {', '.join(f'{loss:.5g}' for loss in losses)}")

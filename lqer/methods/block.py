@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lqer.formats import QuantizedTensor
 from lqer.rounding.adaptive import Adaptive, AdaptiveState, block_loss, round_block
+from lqer.rounding.batches import Goal
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState, no_progress, save_nothing
@@ -97,9 +98,7 @@ def _round_together(
     found = round_block(
         {f"{linear}.weight": weight_OI for linear, weight_OI in weights.items()},
         {f"{linear}.weight": start for linear, start in starts.items()},
-        problem.with_parameters(result.parameters),
-        problem.inputs_STD,
-        targets,
+        Goal(problem.with_parameters(result.parameters), problem.inputs_STD, targets),
         settings,
         state,
         after_round,

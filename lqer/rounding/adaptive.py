@@ -20,9 +20,8 @@ K steps of a round.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -33,13 +32,10 @@ from torch import Tensor
 from lqer.components import require_choice, require_number, require_positive
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.base import Rounding, Statistics
-from lqer.rounding.batches import Numbers, back_through, batch_of, numbers_of, trained_dtype
+from lqer.rounding.batches import Goal, Weights, back_through, numbers_of, trained_dtype
 from lqer.rounding.par_schedule import SOFT_FRACTIONS_20, draw_batches, soft_fractions
 from lqer.rounding.soft import Grid, harden
 from lqer.statistics import ALONE, Gang
-
-Weights = Mapping[str, Tensor]
-Block = Callable[[Weights, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -117,9 +113,7 @@ class DivergedError(ArithmeticError):
 def round_block(
     weights: Weights,
     starts: Mapping[str, QuantizedTensor],
-    block: Block,
-    inputs_STD: Tensor,
-    targets: Sequence[Tensor],
+    goal: Goal,
     settings: AdaptiveSettings,
     state: AdaptiveState | None = None,
     after_round: Callable[[AdaptiveState], None] = lambda state: None,
@@ -128,29 +122,24 @@ def round_block(
     """Round the weights (O, I) of a block together so that its output stays close to its targets.
 
     starts: per weight, a quantized tensor in `int` or `mxint` whose scales and zero points are used, and its codes with
-    `keep_codes`. block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which it gets in float32, or
-    on a GPU in the dtype of `autocast`. inputs_STD, targets (S, T, D): float, on any device; the losses against several
-    targets are added. state: of an earlier run, to resume; `after_round` gets the state after every round. gang: shares
-    out a step's micro-batches.
+    `keep_codes`. goal: its block gets weights in float32, or on a GPU in the dtype of `autocast`. state: of an earlier
+    run, to resume; `after_round` gets the state after every round. gang: shares out a step's micro-batches.
 
     Returns the weights to store. Their values are exactly those of the last training step with every rounding decided,
-    because scales are trained as `int` stores them. Raises DivergedError, and ValueError where weights, starts, inputs
-    and targets do not fit together.
+    because scales are trained as `int` stores them. Raises DivergedError, and ValueError where weights and starts do
+    not fit together.
     """
     if weights.keys() != starts.keys():
         raise ValueError(f"weights {sorted(weights)} and starts {sorted(starts)} are not of the same linears")
-    for targets_STD in targets:
-        if inputs_STD.shape[0] != targets_STD.shape[0]:
-            raise ValueError(f"{inputs_STD.shape[0]} sequences of inputs and {targets_STD.shape[0]} of targets")
     grids = {name: Grid.of(weights[name], starts[name], settings.keep_codes) for name in weights}
     open_weights = {name: int(grid.is_open_OI.sum()) for name, grid in grids.items()}
     state = state or start_state(grids, settings.tune_scales)
     rounds = len(settings.soft_fractions)
-    batches = draw_batches(len(inputs_STD), rounds, settings.steps, settings.batch_size, settings.seed)
+    batches = draw_batches(len(goal.inputs_STD), rounds, settings.steps, settings.batch_size, settings.seed)
     for t in range(state.rounds, rounds):
         fraction = settings.soft_fractions[t]
         v = {name: harden(v_OI, int(fraction * open_weights[name])) for name, v_OI in state.v.items()}
-        v, u, loss = _soften(grids, v, state.u, block, inputs_STD, targets, batches[t], settings, gang)
+        v, u, loss = _soften(grids, v, state.u, goal, batches[t], settings, gang)
         if not all(torch.isfinite(loss) & ~x.isnan().any() for x in (*v.values(), *u.values())):
             raise DivergedError(f"round {t + 1} of {rounds} diverged: its loss is {float(loss)}", state)
         state = AdaptiveState(v, u, torch.cat([state.losses, loss.reshape(1).cpu()]))
@@ -176,9 +165,7 @@ def _soften(
     grids: Mapping[str, Grid],
     v: dict[str, Tensor],
     u: dict[str, Tensor],
-    block: Block,
-    inputs_STD: Tensor,
-    targets: Sequence[Tensor],
+    goal: Goal,
     batches_KB: Tensor,
     settings: AdaptiveSettings,
     gang: Gang,
@@ -196,14 +183,13 @@ def _soften(
     total = torch.zeros((), device=device)
     batch_size = batches_KB.shape[1]
     micro_batches = [micro_B for batch_B in batches_KB for micro_B in batch_B.split(settings.micro_batch)]
-    states = [inputs_STD, *targets]
-    numbers = iter(numbers_of(states, micro_batches))
+    numbers = iter(numbers_of(goal.states, micro_batches))
     # The gradients of several micro-batches are added up in float32.
     dtype = trained_dtype(device, settings.autocast) if settings.micro_batch >= batch_size else torch.float32
     for _ in batches_KB:
         soft = {name: grid.weight(v[name], u.get(name), dtype) for name, grid in grids.items()}
         leaves = {name: weight_OI.detach().requires_grad_() for name, weight_OI in soft.items()}
-        backward = partial(_backward, block, leaves, states, settings, batch_size)
+        backward = partial(goal.add_gradients, block_loss, leaves, settings.autocast, batch_size)
         of_step = [next(numbers) for _ in range(0, batch_size, settings.micro_batch)]
         for loss in gang.add_gradients(of_step, backward, [*leaves.values()]):
             total += loss
@@ -213,29 +199,6 @@ def _soften(
         optimizer.step()
     trained = ({name: x.detach() for name, x in variables.items()} for variables in (v, u))
     return *trained, total / len(batches_KB)  # type: ignore[return-value]
-
-
-def _backward(
-    block: Block,
-    leaves: Weights,
-    states: Sequence[Tensor],
-    settings: AdaptiveSettings,
-    batch_size: int,
-    numbers: Numbers,
-) -> Tensor:
-    """Add the gradients of a micro-batch to those of the leaves. Returns its share of the batch's loss."""
-    device = next(iter(leaves.values())).device
-    inputs_BTD, *wanted = batch_of(states, numbers, device)
-    with _autocast(device, settings.autocast):
-        outputs_BTD = block(leaves, inputs_BTD)
-    losses = torch.stack([block_loss(outputs_BTD, targets_BTD) for targets_BTD in wanted])
-    loss = losses.sum() * (len(inputs_BTD) / batch_size)
-    loss.backward()
-    return loss.detach()
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @dataclass(frozen=True)
@@ -287,10 +250,18 @@ class Adaptive(Rounding):
     def settings(self, bits: int, autocast: torch.dtype | None, seed: int) -> AdaptiveSettings:
         """The settings for a block whose narrowest weights have that many bits."""
         return AdaptiveSettings(
-            self.soft_fractions or soft_fractions(bits), self.start == "codes", self.steps, self.batch_size,
-            self.micro_batch or self.batch_size, self.learning_rate, self.tune_scales, self.scale_learning_rate,
-            self.scale_decay, autocast, seed,
-        )  # fmt: skip
+            soft_fractions=self.soft_fractions or soft_fractions(bits),
+            keep_codes=self.start == "codes",
+            steps=self.steps,
+            batch_size=self.batch_size,
+            micro_batch=self.learning_batch,
+            learning_rate=self.learning_rate,
+            tune_scales=self.tune_scales,
+            scale_learning_rate=self.scale_learning_rate,
+            scale_decay=self.scale_decay,
+            autocast=autocast,
+            seed=seed,
+        )
 
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         """The start of the reconstruction: a weight without its block is rounded to nearest."""

@@ -1,17 +1,65 @@
-"""Batches of sequences to train a decoder block on, handed to a GPU without waiting for it.
+"""What weights of a decoder block are trained for, and the batches they see, handed to a GPU without waiting for it.
 
 Shapes: S sequences, T tokens, D hidden size, B sequences of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # Of the sequences of one batch, int64 (B,), one tensor for each of several states, on the device of that state.
 Numbers = tuple[Tensor, ...]
+Weights = Mapping[str, Tensor]
+Block = Callable[[Weights, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Outputs of a block that are close to its targets; the losses against several targets are added.
+
+    block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights. inputs_STD, targets (S, T, D): float, on
+    any device. Raises ValueError for targets of another number of sequences.
+    """
+
+    block: Block
+    inputs_STD: Tensor
+    targets: Sequence[Tensor]
+
+    def __post_init__(self) -> None:
+        for targets_STD in self.targets:
+            if len(targets_STD) != len(self.inputs_STD):
+                raise ValueError(f"{len(self.inputs_STD)} sequences of inputs and {len(targets_STD)} of targets")
+
+    @property
+    def states(self) -> list[Tensor]:
+        """Inputs and targets: what `batch_of` takes a batch of."""
+        return [self.inputs_STD, *self.targets]
+
+    def add_gradients(
+        self,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        leaves: Weights,
+        autocast: torch.dtype | None,
+        batch_size: int,
+        numbers: Numbers,
+    ) -> Tensor:
+        """Add the gradients of a micro-batch to those of the leaves. Returns its share of the batch's loss.
+
+        loss_of(outputs_BTD, targets_BTD) -> scalar, a mean over sequences. autocast: the dtype of the block's products,
+        None for its own.
+        """
+        device = next(iter(leaves.values())).device
+        inputs_BTD, *wanted = batch_of(self.states, numbers, device)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            outputs_BTD = self.block(leaves, inputs_BTD)
+        losses = torch.stack([loss_of(outputs_BTD, targets_BTD) for targets_BTD in wanted])
+        loss = losses.sum() * (len(inputs_BTD) / batch_size)
+        loss.backward()
+        return loss.detach()
 
 
 def numbers_of(states: Sequence[Tensor], chosen: Sequence[Tensor]) -> list[Numbers]:
@@ -35,7 +83,7 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def back_through(made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+def back_through(made: Weights, leaves: Weights) -> None:
     """Go on backward from weights that were made for a step, once, with the gradients that their leaves have."""
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     torch.autograd.backward([made[name] for name in gradients], [*gradients.values()])

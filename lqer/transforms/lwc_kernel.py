@@ -1,4 +1,4 @@
-"""A weight rounded under learnt ranges (`lwc.py`) and the gradient of its scales on a GPU, each in one kernel.
+"""A weight rounded under learnt ranges (learnt_ranges.py) and the gradient of its scales on a GPU, each in one kernel.
 
     c = clamp(round(w / s) + z, min_code, max_code)        w_q = (c - z) s
     ∂w_q / ∂s = c - z - w / s within the codes, else c - z        ∂w_q / ∂z = 0 within the codes, else -s

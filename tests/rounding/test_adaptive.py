@@ -19,6 +19,7 @@ from lqer.rounding.adaptive import (
     round_block,
     start_state,
 )
+from lqer.rounding.batches import Goal
 from lqer.rounding.par_schedule import SOFT_FRACTIONS_10
 from lqer.rounding.soft import Grid
 from lqer.transforms.block_function import BlockFunction
@@ -58,7 +59,7 @@ def values(rounded):
 def test_the_blocks_loss_falls_on_calibration_and_on_held_out_inputs(task, number_format):
     weights, inputs, held_out = task
     starts = starts_of(weights, number_format)
-    rounded = round_block(weights, starts, block, inputs, [block(weights, inputs)], QUICK)
+    rounded = round_block(weights, starts, Goal(block, inputs, [block(weights, inputs)]), QUICK)
     for x in (inputs, held_out):
         target = block(weights, x)
         assert block_loss(block(values(rounded), x), target) < 0.8 * block_loss(block(values(starts), x), target)
@@ -86,7 +87,9 @@ def test_every_round_decides_its_share_of_every_linear(task):
     def watch(state):
         fractions.append([float(v.isinf().float().mean()) for v in state.v.values()])
 
-    round_block(weights, starts_of(weights, W2), block, inputs, [block(weights, inputs)], QUICK, after_round=watch)
+    round_block(
+        weights, starts_of(weights, W2), Goal(block, inputs, [block(weights, inputs)]), QUICK, after_round=watch
+    )
     assert len(fractions) == len(SOFT_FRACTIONS_10)
     for soft_fraction, found in zip(SOFT_FRACTIONS_10, fractions, strict=True):
         assert all(1 - soft_fraction <= fraction < 1 for fraction in found)
@@ -95,7 +98,7 @@ def test_every_round_decides_its_share_of_every_linear(task):
 def test_codes_are_never_further_than_the_next_one(task):
     weights, inputs, _ = task
     starts = starts_of(weights, W2)
-    rounded = round_block(weights, starts, block, inputs, [block(weights, inputs)], QUICK)
+    rounded = round_block(weights, starts, Goal(block, inputs, [block(weights, inputs)]), QUICK)
     moved = set()
     for name, start in starts.items():
         assert torch.equal(rounded[name].parts["zeros"], start.parts["zeros"])
@@ -109,7 +112,7 @@ def test_scales_stay_as_they_are_unless_they_are_tuned(task):
     starts, targets = starts_of(weights, W2), block(weights, inputs)
     for tuned in (False, True):
         settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=4, tune_scales=tuned)
-        rounded = round_block(weights, starts, block, inputs, [targets], settings)
+        rounded = round_block(weights, starts, Goal(block, inputs, [targets]), settings)
         same = [torch.equal(rounded[name].parts["scales"], starts[name].parts["scales"]) for name in starts]
         assert same == [not tuned] * 3
 
@@ -125,9 +128,7 @@ def test_the_last_loss_is_that_of_what_is_returned_once_all_is_decided(task):
     rounded = round_block(
         weights,
         starts_of(weights, W2),
-        block,
-        inputs,
-        [targets],
+        Goal(block, inputs, [targets]),
         settings,
         after_round=lambda s: losses.append(s.losses),
     )
@@ -147,7 +148,7 @@ def test_the_micro_batch_bounds_what_passes_the_block_and_changes_nothing_else(t
 
         settings = AdaptiveSettings(SOFT_FRACTIONS_10[:3], steps=3, batch_size=4, micro_batch=micro_batch)
         states = []
-        round_block(weights, starts, watch, inputs, [targets], settings, after_round=states.append)
+        round_block(weights, starts, Goal(watch, inputs, [targets]), settings, after_round=states.append)
         results.append(states[-1])
         largest.append(max(sizes))
     assert largest == [4, 1, 3]
@@ -159,7 +160,7 @@ def test_the_micro_batch_bounds_what_passes_the_block_and_changes_nothing_else(t
 
 def test_resuming_between_rounds_gives_the_same_bytes(task):
     weights, inputs, _ = task
-    arguments = (weights, starts_of(weights, W2), block, inputs, [block(weights, inputs)], QUICK)
+    arguments = (weights, starts_of(weights, W2), Goal(block, inputs, [block(weights, inputs)]), QUICK)
     files = []
     whole = round_block(*arguments, after_round=lambda state: files.append(save(state.tensors())))
     for rounds in (1, 6, len(SOFT_FRACTIONS_10)):
@@ -181,9 +182,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_sound_state(task):
         round_block(
             weights,
             starts_of(weights, W2),
-            breaking,
-            inputs,
-            [block(weights, inputs)],
+            Goal(breaking, inputs, [block(weights, inputs)]),
             QUICK,
             after_round=states.append,
         )
@@ -208,9 +207,7 @@ def test_gradients_that_are_not_finite_are_noticed_even_in_the_last_step(task):
         round_block(
             weights,
             starts_of(weights, W2),
-            lambda soft, x: Poison.apply(block(soft, x)),
-            inputs,
-            [block(weights, inputs)],
+            Goal(lambda soft, x: Poison.apply(block(soft, x)), inputs, [block(weights, inputs)]),
             settings,
         )
     assert caught.value.state.rounds == 0
@@ -220,9 +217,9 @@ def test_what_does_not_fit_together_is_refused(task):
     weights, inputs, _ = task
     starts = starts_of(weights, W2)
     with pytest.raises(ValueError, match="are not of the same linears"):
-        round_block(weights, {"up": starts["up"]}, block, inputs, [inputs], QUICK)
+        round_block(weights, {"up": starts["up"]}, Goal(block, inputs, [inputs]), QUICK)
     with pytest.raises(ValueError, match="32 sequences of inputs and 3 of targets"):
-        round_block(weights, starts, block, inputs, [inputs[:3]], QUICK)
+        round_block(weights, starts, Goal(block, inputs, [inputs[:3]]), QUICK)
     with pytest.raises(ValueError, match="do not fall strictly between 1 and 0"):
         AdaptiveSettings(soft_fractions=(0.5, 0.5))
     with pytest.raises(ValueError, match="micro_batch 0 is not at least 1"):
@@ -239,7 +236,7 @@ def test_autocast_trains_in_bfloat16(task):
         return block(soft, x)
 
     settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2, autocast=torch.bfloat16)
-    rounded = round_block(weights, starts, watch, inputs, [block(weights, inputs)], settings)
+    rounded = round_block(weights, starts, Goal(watch, inputs, [block(weights, inputs)]), settings)
     assert dtypes == {torch.bfloat16}
     target = block(weights, held_out)
     assert block_loss(block(values(rounded), held_out), target) < block_loss(block(values(starts), held_out), target)
@@ -258,7 +255,7 @@ def test_a_decoder_block_is_reconstructed_and_left_as_it_was(random_model, windo
     with torch.no_grad():
         targets = BlockFunction(module, call.args, call.kwargs)({}, hidden)
     settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=10, batch_size=5, micro_batch=5, learning_rate=2e-2)
-    rounded = round_block(weights, starts, call, hidden, [targets], settings)
+    rounded = round_block(weights, starts, Goal(call, hidden, [targets]), settings)
     with torch.no_grad():
         before, after = (block_loss(call(values(r), hidden), targets) for r in (starts, rounded))
     assert after < 0.8 * before
@@ -278,7 +275,7 @@ def test_weights_beyond_the_codes_are_no_part_of_the_share_that_stays_soft(task)
     soft = []
     settings = AdaptiveSettings((0.6, 0.2), steps=1, learning_rate=0.0)
     round_block(
-        weights, narrow, block, inputs, [block(weights, inputs)], settings,
+        weights, narrow, Goal(block, inputs, [block(weights, inputs)]), settings,
         after_round=lambda state: soft.append({name: int((~v.isinf()).sum()) for name, v in state.v.items()}),
     )  # fmt: skip
     for fraction, found in zip((0.6, 0.2), soft, strict=True):
@@ -292,7 +289,7 @@ def test_losses_against_two_targets_are_added(task):
     losses = []
     for targets in ([target], [target + 1], [target, target + 1]):
         round_block(
-            weights, starts_of(weights, W2), block, inputs, targets, settings,
+            weights, starts_of(weights, W2), Goal(block, inputs, targets), settings,
             after_round=lambda state: losses.append(float(state.losses[0])),
         )  # fmt: skip
     assert losses[2] == pytest.approx(losses[0] + losses[1], rel=1e-5)

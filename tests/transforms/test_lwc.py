@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from lqer.formats import Int, MXInt
 from lqer.methods.block import reconstruct_block
 from lqer.models.structure import block_linears
+from lqer.rounding.batches import Goal
 from lqer.transforms import Lwc
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
 from lqer.transforms.clip import SHRINK_FACTORS, group_range, search_block
-from lqer.transforms.lwc import (
+from lqer.transforms.learnt_ranges import (
     START,
     ClippingSettings,
     ClippingState,
@@ -47,7 +48,7 @@ def test_learning_lowers_the_loss_also_on_inputs_it_has_not_seen(task, number_fo
     weights, block, inputs, targets = task
     formats = dict.fromkeys(weights, number_format)
     settings = ClippingSettings(epochs=10, batch_size=2)
-    factors = learn_clipping(weights, formats, block, inputs[:48], [targets[:48]], settings)
+    factors = learn_clipping(weights, formats, Goal(block, inputs[:48], [targets[:48]]), settings)
 
     def loss(rounded, part):
         values = {name: tensor.dequantize() for name, tensor in rounded.items()}
@@ -75,7 +76,7 @@ def test_every_group_starts_at_sigmoid_four(task):
     weights, block, inputs, targets = task
     settings = ClippingSettings(epochs=1, learning_rate=0.0)
     formats = dict.fromkeys(weights, FORMATS[0])
-    factors = learn_clipping(weights, formats, block, inputs[:2], [targets[:2]], settings)
+    factors = learn_clipping(weights, formats, Goal(block, inputs[:2], [targets[:2]]), settings)
     start = torch.tensor(START).sigmoid()
     assert all((f.low_ON == start).all() and (f.high_ON == start).all() for f in factors.values())
 
@@ -84,24 +85,15 @@ def test_several_targets_pull_together(task):
     weights, block, inputs, targets = task
     formats = dict.fromkeys(weights, FORMATS[0])
     settings = ClippingSettings(epochs=1, batch_size=2)
-    once = learn_clipping(weights, formats, block, inputs, [targets], settings)
-    other = learn_clipping(weights, formats, block, inputs, [targets, targets * 0.5], settings)
+    once = learn_clipping(weights, formats, Goal(block, inputs, [targets]), settings)
+    other = learn_clipping(weights, formats, Goal(block, inputs, [targets, targets * 0.5]), settings)
     assert not torch.equal(once["up"].high_ON, other["up"].high_ON)
-
-
-def test_weights_held_fixed_take_part_but_are_not_learnt(task):
-    weights, block, inputs, targets = task
-    fixed = {"gate": FORMATS[0].quantize(weights["gate"]).dequantize()}
-    learnt = learn_clipping(
-        {"up": weights["up"]}, {"up": FORMATS[0]}, block, inputs, [targets], ClippingSettings(epochs=1), fixed
-    )
-    assert learnt.keys() == {"up"}
 
 
 def test_going_on_after_any_epoch_learns_the_same_factors(task):
     weights, block, inputs, targets = task
     files = []
-    arguments = (weights, dict.fromkeys(weights, FORMATS[0]), block, inputs, [targets], ClippingSettings(4, 3))
+    arguments = (weights, dict.fromkeys(weights, FORMATS[0]), Goal(block, inputs, [targets]), ClippingSettings(4, 3))
     whole = learn_clipping(*arguments, after_epoch=lambda state: files.append(save(state.tensors())))
     assert len(files) == 4
     for epochs, file in enumerate(files, start=1):
@@ -119,14 +111,16 @@ def test_going_on_after_any_epoch_learns_the_same_factors(task):
 def test_a_power_of_two_scale_is_refused(task):
     weights, block, inputs, targets = task
     with pytest.raises(ValueError, match=r"up: clipping is learnt for the scales of int, found mxint"):
-        learn_clipping(weights, {"up": MXInt(4), "gate": FORMATS[0]}, block, inputs, [targets], ClippingSettings())
+        learn_clipping(
+            weights, {"up": MXInt(4), "gate": FORMATS[0]}, Goal(block, inputs, [targets]), ClippingSettings()
+        )
 
 
 def test_a_loss_that_is_not_finite_ends_it(task):
     weights, block, inputs, targets = task
     with pytest.raises(ArithmeticError, match=r"epoch 1 of 20 diverged: its loss is nan"):
         learn_clipping(
-            weights, dict.fromkeys(weights, FORMATS[0]), block, inputs, [targets * torch.nan], ClippingSettings()
+            weights, dict.fromkeys(weights, FORMATS[0]), Goal(block, inputs, [targets * torch.nan]), ClippingSettings()
         )
 
 
@@ -156,7 +150,7 @@ def test_a_weight_that_no_input_reaches_keeps_its_range_and_has_a_state_to_resum
     states = []
     settings = ClippingSettings(epochs=2, batch_size=8)
     factors = learn_clipping(
-        apart, dict.fromkeys(apart, FORMATS[0]), block, inputs, [targets], settings, after_epoch=states.append
+        apart, dict.fromkeys(apart, FORMATS[0]), Goal(block, inputs, [targets]), settings, after_epoch=states.append
     )
     assert torch.equal(factors["unreached"].low_ON, torch.full_like(factors["unreached"].low_ON, START).sigmoid())
     assert states[-1].means.keys() == apart.keys()

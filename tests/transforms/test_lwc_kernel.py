@@ -7,7 +7,7 @@ import torch
 
 from lqer.formats import Int
 from lqer.transforms import lwc_kernel
-from lqer.transforms.lwc import rounded_under
+from lqer.transforms.learnt_ranges import rounded_under
 from lqer.transforms.lwc_kernel import FusedRounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
