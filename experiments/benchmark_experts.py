@@ -38,7 +38,8 @@ from lqer.rounding.ldlq import Ldlq
 from lqer.stages.allocate_widths import WINDOWS, allocate, measure_widths, plans_to_measure
 from lqer.stages.calibrate import calibrate, gather_blocks
 from lqer.stages.gather import CalibrationText
-from lqer.stages.quantize import QuantizeSettings, quantize_blocks, requested_statistics
+from lqer.stages.quantize import quantize_blocks
+from lqer.stages.quantize_linears import QuantizeSettings, requested_statistics
 from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.store.names import block_file, layers_file, sites_file
 from lqer.store.offload import Offload

@@ -44,7 +44,7 @@ from lqer.methods import LinearPlan, LqerAct
 from lqer.models.structure import block_linears, find_blocks, prepare_model
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
-from lqer.stages.quantize import QuantizeSettings, requested_statistics
+from lqer.stages.quantize_linears import QuantizeSettings, requested_statistics
 from lqer.store.store import Artifact, Store, Workspace
 
 # Real models, texts and tasks that are too large for the repository.

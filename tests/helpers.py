@@ -27,7 +27,8 @@ from lqer.methods import LinearPlan
 from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks
 from lqer.stages.gather import CalibrationText, StatisticsOf
-from lqer.stages.quantize import Order, QuantizeSettings, finish_checkpoint, quantize_blocks
+from lqer.stages.quantize import finish_checkpoint, quantize_blocks
+from lqer.stages.quantize_linears import Order, QuantizeSettings
 from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.store.offload import Offload
 from lqer.store.store import Artifact, Workspace

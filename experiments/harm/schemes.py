@@ -28,8 +28,8 @@ from lqer.models.walker import BlockRun, embed
 from lqer.rounding import Gptq
 from lqer.rounding.scale_search import Scales
 from lqer.stages.gather import CalibrationText, TokenWeights, observe_block
-from lqer.stages.quantize import Order
 from lqer.stages.quantize_in_turn import turns_of
+from lqer.stages.quantize_linears import Order
 from lqer.stages.reconstruct_block import block_problem
 from lqer.statistics import Hessian, Mismatch, Statistic
 from lqer.statistics.site import SiteStatistics

@@ -12,7 +12,7 @@ from lqer.config import Config
 from lqer.methods import LinearPlan
 from lqer.models.summary import ModelSummary
 from lqer.stages.gather_experts import PASS_BYTES
-from lqer.stages.quantize import requested_statistics
+from lqer.stages.quantize_linears import requested_statistics
 from lqer.statistics import ALWAYS, Statistic
 
 # calibration.keep = "auto" stores statistics up to this size: a sweep then calibrates once. Magnitudes of any model and

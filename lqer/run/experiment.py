@@ -36,7 +36,8 @@ from lqer.stages.evaluate import (
 )
 from lqer.stages.finetune import Finetune
 from lqer.stages.plans import AnyPlans
-from lqer.stages.quantize import Quantize, input_roundings, requested_statistics
+from lqer.stages.quantize import Quantize
+from lqer.stages.quantize_linears import input_roundings, requested_statistics
 from lqer.stages.quantize_sequential import QuantizeSequentially
 from lqer.stages.rotate import Rotate
 from lqer.store.store import Artifact, Store

@@ -25,12 +25,7 @@ from lqer.models.walker import BlockRun
 from lqer.stages.block_work import BlockWork, QuantizedLinears
 from lqer.stages.gather import CalibrationText, observe_parts
 from lqer.stages.observe import NOT_ROUNDED
-from lqer.stages.quantize import (
-    QuantizeSettings,
-    input_roundings,
-    quantize_linears,
-    requested_statistics,
-)
+from lqer.stages.quantize_linears import QuantizeSettings, input_roundings, quantize_linears, requested_statistics
 from lqer.transforms.tracing import trace
 
 

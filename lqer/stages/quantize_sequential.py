@@ -41,15 +41,9 @@ from lqer.stages.block_work import BlockWork, weight_shapes, with_spectra, write
 from lqer.stages.gang import GangStage
 from lqer.stages.gather import CalibrationText
 from lqer.stages.plans import AnyPlans, resolve_plans
-from lqer.stages.quantize import (
-    QUANTIZE_VERSION,
-    Order,
-    QuantizeSettings,
-    checkpoint_summary,
-    finish_checkpoint,
-    requested_statistics,
-)
+from lqer.stages.quantize import QUANTIZE_VERSION, checkpoint_summary, finish_checkpoint
 from lqer.stages.quantize_in_turn import quantize_block
+from lqer.stages.quantize_linears import Order, QuantizeSettings, requested_statistics
 from lqer.stages.reconstruct_block import block_reconstruction, remove_states
 from lqer.stages.rotate import Rotate, source_of
 from lqer.statistics import Gang

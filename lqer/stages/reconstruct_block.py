@@ -31,7 +31,7 @@ from lqer.nn.attention import attention_as
 from lqer.phases import in_phase
 from lqer.rounding import Adaptive
 from lqer.rounding.adaptive import DivergedError
-from lqer.stages.quantize import QuantizeSettings
+from lqer.stages.quantize_linears import QuantizeSettings
 from lqer.store.names import tuning_file
 from lqer.store.store import Workspace
 from lqer.transforms import BlockTransform

@@ -26,7 +26,7 @@ from lqer.models.source import load_model, resolve_model
 from lqer.models.streaming import open_model
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
-from lqer.stages.quantize import QuantizeSettings
+from lqer.stages.quantize_linears import QuantizeSettings
 from lqer.store.names import block_file
 from lqer.store.store import Store
 

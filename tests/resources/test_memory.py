@@ -28,7 +28,7 @@ from lqer.resources.statistics import input_sites
 from lqer.resources.workload import Need, StageMemory, Workload, total
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
-from lqer.stages.quantize import QuantizeSettings
+from lqer.stages.quantize_linears import QuantizeSettings
 from lqer.stages.rotate import rotate
 from lqer.statistics import Hessian
 from lqer.store.names import block_file

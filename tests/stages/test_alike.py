@@ -18,7 +18,7 @@ from lqer.stages import alike
 from lqer.stages.alike import batches_of
 from lqer.stages.block_work import BlockWork, all_spectra, weight_shapes
 from lqer.stages.gather import CalibrationText, observe_block
-from lqer.stages.quantize import quantize_linears
+from lqer.stages.quantize_linears import quantize_linears
 from lqer.statistics import Hessian
 from lqer.transforms import Hadamard
 

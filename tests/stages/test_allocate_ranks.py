@@ -28,7 +28,7 @@ from lqer.stages.allocate_ranks import (
 )
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
-from lqer.stages.quantize import QuantizeSettings
+from lqer.stages.quantize_linears import QuantizeSettings
 from lqer.statistics import Hessian
 from lqer.store.names import block_file, layers_file
 from lqer.store.store import Store, Workspace
