@@ -16,7 +16,7 @@ Shapes: W windows, T tokens of a window, D hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -33,7 +33,7 @@ from lqer.models.open import open_stored
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
-from lqer.models.walker import BlockRun, embed, refuse_non_finite
+from lqer.models.walker import BlockRun, HiddenStates, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.phases import phase
 from lqer.stages.base import no_effect
@@ -83,13 +83,9 @@ class QuantizeSequentially(GangStage):
         self.build_by_ranks(workspace, store, self.device, self.text.batches)
 
     def build_together(self, workspace: Workspace, store: Store, gang: Gang) -> Callable[[], object]:
+        plans = resolve_plans(self.plans, store)
         settings = QuantizeSettings(
-            resolve_plans(self.plans, store),
-            self.attention,
-            self.seed,
-            self.transforms,
-            self.round_inputs,
-            self.order,
+            plans, self.attention, self.seed, self.transforms, round_inputs=self.round_inputs, order=self.order
         )
         source = source_of(self.model, store)
         stored = open_stored(source, self.device)
@@ -130,56 +126,81 @@ def _quantize_missing(
     settings: QuantizeSettings,
     missing: Sequence[int],
 ) -> None:
-    batches = text.windows_WT.split(text.batch_size)
     attention = running.model.config._attn_implementation
     reconstruction = block_reconstruction(workspace, settings, text.batch_size, attention)
-    # Statistics read the original model's inputs after its outputs are known: that takes two buffers.
-    requested = requested_statistics(settings.plans)
-    compared = text.needs_original or any(statistic.needs_original for statistic in requested)
-    original_states = embed(running, batches, text.beside) if reconstruction is not None or compared else None
-    next_states = original_states.empty_like() if original_states is not None and compared else original_states
+    compared = text.needs_original or any(one.needs_original for one in requested_statistics(settings.plans))
+    embedded = partial(embed, running, text.windows_WT.split(text.batch_size), text.beside)
+    original: _OriginalStates | None = None
+    if reconstruction is not None or compared:
+        original = _OriginalStates(embedded(), attention, compared)
     if settings.attention is not None:
         quantize_attention(running.model, quantized_attention(settings.attention))
-    hidden = embed(running, batches, text.beside)
+    hidden = embedded()
     # Where the run computes in the checkpoint's own dtype, a block is read once.
     weights = None if _dtypes(stored) == _dtypes(running) else _stored_values(stored, missing)
+    in_place = running.loader.gives_copies
     # Stop after the last missing block: later outputs are never used.
     indices = range(missing[-1] + 1)
     blocks = running.loader.load_each(running.blocks, indices, running.device)
     for index, block in tqdm(blocks, total=len(running.blocks), desc="quantize", unit="block"):
         run = BlockRun(index, f"{running.name}.{index}", block, hidden, running.device)
         refuse_non_finite(block.named_parameters(run.name))
-        original: BlockRun | None = None
-        if original_states is not None:
-            original = BlockRun(index, run.name, block, original_states, running.device, attention)
-            original.forward(to=next_states)
+        original_run = None if original is None else original.run(run)
         if index in missing:
-            tensors: Mapping[str, Tensor]
             tensors, result = RunTensors(block) if weights is None else next(weights), BlockResult()
-            plans = {name: settings.plans[f"{run.name}.{name}"] for name in block_linears(block)}
-            if reconstruction is not None and next_states is not None:
-                result = reconstruction.run(run, next_states.synchronized(running.device), plans, tensors)
-            block = _with_parameters(block, result.parameters)
-            work = BlockWork(
-                index=index,
-                name=run.name,
-                linears=weight_shapes(block),
-                tensors={**tensors, **result.parameters} if result.parameters else tensors,
-                with_spectra=index in with_spectra(len(running.blocks)),
-                rounded=result.rounded,
-            )
-            unrounded = run.with_block(block), original and original.with_block(block)
-            in_place = running.loader.gives_copies and original is None
-            found = quantize_block(*unrounded, text, work, settings, in_place)
+            if reconstruction is not None and original is not None:
+                plans = {name: settings.plans[f"{run.name}.{name}"] for name in block_linears(block)}
+                result = reconstruction.run(run, original.outputs.synchronized(running.device), plans, tensors)
+            unrounded, work = _transformed(run, tensors, result, with_spectra(len(running.blocks)))
+            beside = original_run and original_run.with_block(unrounded.block)
+            found = quantize_block(unrounded, beside, text, work, settings, in_place and original is None)
             packed, rows = write_block(workspace, work, found), found.rows
             # Or else one block's tensors would be held together with the next one's.
-            del tensors, result, block, work, unrounded, found
+            del tensors, result, block, unrounded, beside, work, found
         elif index != indices[-1]:
             packed, rows = workspace.tensors(block_file(index)), workspace.json(layers_file(index))
         if index != indices[-1]:
-            _run_quantized(run, packed, rows, in_place=running.loader.gives_copies)
+            _run_quantized(run, packed, rows, in_place)
         packed, rows = {}, []
-        original_states, next_states = next_states, original_states
+        if original is not None:
+            original.advance()
+
+
+class _OriginalStates:
+    """The original model's hidden states at one block: its inputs and, once it has been run, its outputs.
+
+    compared: whether statistics read the inputs after the outputs are known, which takes two buffers.
+    """
+
+    def __init__(self, embedded: HiddenStates, attention: str, compared: bool):
+        self._inputs, self._attention = embedded, attention
+        self.outputs = embedded.empty_like() if compared else embedded
+
+    def run(self, run: BlockRun) -> BlockRun:
+        """The block of `run` with these inputs, of which it has made `outputs`."""
+        original = BlockRun(run.index, run.name, run.block, self._inputs, run.device, self._attention)
+        original.forward(to=self.outputs)
+        return original
+
+    def advance(self) -> None:
+        """Take the outputs for the inputs of the next block."""
+        self._inputs, self.outputs = self.outputs, self._inputs
+
+
+def _transformed(
+    run: BlockRun, tensors: Mapping[str, Tensor], result: BlockResult, spectra_of: Collection[int]
+) -> tuple[BlockRun, BlockWork]:
+    """The block with the parameters that transforms have changed, on its inputs, and the work that is left on it."""
+    block = _with_parameters(run.block, result.parameters)
+    work = BlockWork(
+        index=run.index,
+        name=run.name,
+        linears=weight_shapes(block),
+        tensors={**tensors, **result.parameters} if result.parameters else tensors,
+        with_spectra=run.index in spectra_of,
+        rounded=result.rounded,
+    )
+    return run.with_block(block), work
 
 
 class RunTensors(Mapping[str, Tensor]):
