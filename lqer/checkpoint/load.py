@@ -17,12 +17,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
 from lqer.checkpoint.experts import group_experts
@@ -107,65 +108,82 @@ def open_verified(
     files: Files, device: torch.device, dtype: torch.dtype | None, backend: str, offload: Offload | None = None
 ) -> OpenedModel:
     """The same model with blocks that are read one at a time. Raises ModelError as `load_quantized` does."""
-    return OpenedModel(*_open(files, device, dtype, backend), device, offload or Offload())
-
-
-def _open(
-    files: Files, device: torch.device, dtype: torch.dtype | None, backend: str
-) -> tuple[PreTrainedModel, str, nn.ModuleList, Streamed]:
-    """The skeleton, the name of its ModuleList of blocks, that list, and its loader."""
-    path = files.path
     if backend not in BACKENDS:
         raise ModelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     details, name, count = _read_details(files)
     # Those are read, and verified, one at a time.
     files.verify(except_for=[*map(block_file, range(count)), OUTSIDE_FILE])
-    with reported_as(f"{path} has no usable config.json"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with reported_as(f"{files.path} has no usable config.json"):
+        config = AutoConfig.from_pretrained(files.path, trust_remote_code=False)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else (getattr(config, "dtype", None) or torch.bfloat16)
     resolved = choose_backend(backend, device, dtype, details["linears"])
-    target: torch.dtype = dtype
-    on_gpu = device.type == "cuda"
+    model, blocks = _skeleton(files.path, config, dtype, details)
+    contents = _Contents(files, model, name, details["linears"], device, dtype, resolved)
+    ahead = device.type == "cuda"
+    loader = Streamed(contents.read, contents.fill, contents.fill_outer, ahead=ahead, phase="load")
+    return OpenedModel(model, name, blocks, loader, device, offload or Offload())
 
+
+def _skeleton(
+    path: Path, config: PretrainedConfig, dtype: torch.dtype, details: Mapping[str, Any]
+) -> tuple[PreTrainedModel, nn.ModuleList]:
+    """The model without values, in evaluation mode, and its blocks."""
     # Parameters stay on the meta device until their values are read; buffers (rotary tables) are computed for real.
     with reported_as(f"{path}: its config.json does not fit its tensors"), without_values():
-        model = auto_class(config).from_config(config, dtype=target)
+        model = auto_class(config).from_config(config, dtype=dtype)
         prepare_model(model)
-        blocks = cast(nn.ModuleList, model.get_submodule(name))
-
-    def read(index: int) -> dict[str, Tensor]:
-        prefix = f"{name}.{index}."
-        file = files.file(block_file(index))
-        with reported_as(f"{file} is damaged"):
-            stored = read_file(file, pinned=on_gpu)
-        return {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
-
-    def fill(block: nn.Module, index: int, tensors: dict[str, Tensor], where: torch.device) -> None:
-        prefix = f"{name}.{index}."
-        linears = {key.removeprefix(prefix): e for key, e in details["linears"].items() if key.startswith(prefix)}
-        file = path / block_file(index)
-        _refuse_unknown(file, prefix, block, tensors, linears)
-        with reported_as(f"{file} does not hold what {DETAILS_FILE} says"):
-            fill_block(block, tensors, linears, where, target, resolved)
-        _refuse_unfilled(path, prefix, block)
-
-    def fill_outer() -> None:
-        file = files.file(OUTSIDE_FILE)
-        with reported_as(f"{file} is damaged"):
-            tensors = read_file(file, pinned=on_gpu)
-        _refuse_unknown(file, "", model, tensors, {})
-        fill_parameters(model, tensors, device, target)
-        tie(model)
-        _refuse_unfilled(path, "", model, except_below=f"{name}.")
-
+        blocks = cast(nn.ModuleList, model.get_submodule(details["blocks"]["name"]))
     if details["attention"] is not None:
         quantize_attention(model, quantized_attention(details["attention"]))
     # Quantized linears have no parameters: save_pretrained would silently write a folder without them.
     model.save_pretrained = _refuse_saving
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return model.eval(), name, blocks, Streamed(read, fill, fill_outer, ahead=on_gpu, phase="load")
+    return model.eval(), blocks
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What the tensor files put into a skeleton, in a dtype and for a backend.
+
+    name: of the ModuleList of blocks. linears: the entries of lqer.json. device: of everything outside the blocks.
+    """
+
+    files: Files
+    model: PreTrainedModel
+    name: str
+    linears: Mapping[str, Mapping[str, Any]]
+    device: torch.device
+    dtype: torch.dtype
+    backend: Backend
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a block as stored, by their names within it."""
+        prefix = f"{self.name}.{index}."
+        return {key.removeprefix(prefix): tensor for key, tensor in self._read_file(block_file(index)).items()}
+
+    def fill(self, block: nn.Module, index: int, tensors: dict[str, Tensor], where: torch.device) -> None:
+        """Make a block of them on a device; empties `tensors`."""
+        prefix, file = f"{self.name}.{index}.", self.files.path / block_file(index)
+        linears = {key.removeprefix(prefix): e for key, e in self.linears.items() if key.startswith(prefix)}
+        _refuse_unknown(file, prefix, block, tensors, linears)
+        with reported_as(f"{file} does not hold what {DETAILS_FILE} says"):
+            fill_block(block, tensors, linears, where, self.dtype, self.backend)
+        _refuse_unfilled(self.files.path, prefix, block)
+
+    def fill_outer(self) -> None:
+        """Fill everything outside the blocks."""
+        tensors = self._read_file(OUTSIDE_FILE)
+        _refuse_unknown(self.files.path / OUTSIDE_FILE, "", self.model, tensors, {})
+        fill_parameters(self.model, tensors, self.device, self.dtype)
+        tie(self.model)
+        _refuse_unfilled(self.files.path, "", self.model, except_below=f"{self.name}.")
+
+    def _read_file(self, name: str) -> dict[str, Tensor]:
+        file = self.files.file(name)
+        with reported_as(f"{file} is damaged"):
+            return read_file(file, pinned=self.device.type == "cuda")
 
 
 def _read_details(files: Files) -> tuple[dict[str, Any], str, int]:
