@@ -96,7 +96,7 @@ def time_sweeps(hidden: int, device: torch.device) -> None:
     damped = damp(site["hessian"])
     for number_format in (E8P(2), Int(4, 128)):
         in_kernels = least_seconds(partial(ldlq, weight_OI, damped, number_format))
-        with mock.patch.object(ldlq_module, "gpu_panel", return_value=block_by_block):
+        with mock.patch.object(ldlq_module, "panel_rounding", return_value=block_by_block):
             by_block = least_seconds(partial(ldlq, weight_OI, damped, number_format))
         print(
             f"LDLQ of {hidden}x{hidden} in {number_format.kind}: {1e3 * in_kernels:.1f} ms in kernels, "

@@ -36,7 +36,7 @@ from lqer.formats.base import check_finite
 from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
-from lqer.rounding.ldlq_panel import cpu_panel, gpu_panel
+from lqer.rounding.ldlq_panel import panel_rounding
 from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
 from lqer.rounding.stack import add_products, rows_of_all, side_by_side, stacked
 from lqer.statistics import Hessian, Statistic
@@ -114,7 +114,7 @@ def _sweep(
     codes: dict[int, Tensor] = {}
     error_IEO = torch.empty_like(weight_IEO)
     panel = -(-groups.panel // block) * block
-    round_panel = (gpu_panel if weight_IEO.is_cuda else cpu_panel)(groups, block)
+    round_panel = panel_rounding(groups, block, weight_IEO.is_cuda)
     for start in reversed(range(0, in_features, panel)):
         now, later = slice(start, min(start + panel, in_features)), slice(min(start + panel, in_features), None)
         target_PEO = weight_IEO[now].clone()

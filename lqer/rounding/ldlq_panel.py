@@ -18,15 +18,13 @@ from lqer.rounding.stack import add_products, rows_of_all
 RoundPanel = Callable[[Tensor, Tensor, Tensor, int, Groups, int], tuple[dict[int, Tensor], Tensor]]
 
 
-def cpu_panel(groups: Groups, block: int) -> RoundPanel:
-    return block_by_block
-
-
-def gpu_panel(groups: Groups, block: int) -> RoundPanel:
-    if block == E8P.vector_size and isinstance(groups.number_format, E8P):
+def panel_rounding(groups: Groups, block: int, on_gpu: bool) -> RoundPanel:
+    """How panels are rounded in blocks of so many columns: on a GPU by a kernel, where one knows the codes."""
+    if on_gpu and block == E8P.vector_size and isinstance(groups.number_format, E8P):
         return lattice_panel
-    is_scalar = block == 1 and (groups.evenly_spaced or groups.has_levels)
-    return scalar_panel if is_scalar else block_by_block
+    if on_gpu and block == 1 and (groups.evenly_spaced or groups.has_levels):
+        return scalar_panel
+    return block_by_block
 
 
 def block_by_block(
@@ -69,16 +67,10 @@ def lattice_panel(
     bits, rows = groups.number_format.bits, groups.matrices * groups.shape[0]
 
     def sweep(now: slice) -> tuple[dict[int, Tensor], Tensor]:
-        scale_EO = (
-            groups.scales(start + now.start)["scales"]
-            .to(torch.float32)
-            .flatten()
-            .expand(rows)
-            .view(groups.matrices, -1)
-        )
+        scale_N = groups.scales(start + now.start)["scales"].to(torch.float32).flatten().expand(rows)
         of_each = [
             sweep_lattice_panel(target_PEO[now, e], weight_PEO[now, e], lower_EPP[e, now, now], scale_O, bits)
-            for e, scale_O in enumerate(scale_EO)
+            for e, scale_O in enumerate(scale_N.view(groups.matrices, -1))
         ]
         codes = torch.cat([codes_KO.T for codes_KO, _ in of_each])
         return {start + now.start: codes}, torch.stack([error_PO for _, error_PO in of_each], dim=1)
@@ -98,8 +90,8 @@ def scalar_panel(
         columns = [*range(start + now.stop - 1, start + now.start - 1, -1)]
         upper_EPP = -lower_EPP[:, now, now].flip(1, 2)
         upper_EPP.diagonal(dim1=1, dim2=2).fill_(1)
-        reversed_PEO = (x_PEO[now].flip(0) for x_PEO in (target_PEO, weight_PEO))
-        codes_PN, error_PEO = sweep_scalars(next(reversed_PEO), upper_EPP, groups, columns, next(reversed_PEO))
+        moved_PEO, reference_PEO = target_PEO[now].flip(0), weight_PEO[now].flip(0)
+        codes_PN, error_PEO = sweep_scalars(moved_PEO, upper_EPP, groups, columns, reference_PEO)
         return {start + now.start: codes_PN.flip(0).T}, error_PEO.flip(0)
 
     if groups.is_fitted(start):

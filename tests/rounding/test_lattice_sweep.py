@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from lqer.rounding import lattice_sweep
 from lqer.rounding import ldlq as ldlq_module
 from lqer.rounding.groups import Groups
 from lqer.rounding.lattice_sweep import sweep_lattice_panel
-from lqer.rounding.ldlq_panel import block_by_block, gpu_panel, lattice_panel, scalar_panel
+from lqer.rounding.ldlq_panel import block_by_block, lattice_panel, panel_rounding, scalar_panel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
@@ -60,15 +62,19 @@ def test_the_kernel_walks_the_blocks_as_the_equations_say(columns, rows, bits):
     torch.testing.assert_close(error_PO[:, same_O], expected_error_PO[:, same_O], rtol=1e-4, atol=1e-4)
 
 
+def rounded_panel(in_kernels, groups, block, on_gpu):
+    """`panel_rounding` wherever the tensors are."""
+    return panel_rounding(groups, block, in_kernels)
+
+
 @pytest.mark.parametrize(("number_format", "static_groups"), CASES, ids=str)
 def test_ldlq_in_kernels_is_ldlq_block_by_block(monkeypatch, number_format, static_groups):
     monkeypatch.setattr("lqer.rounding.groups.PANEL", 16)
     weight_OI, x_TI = normal(24, 40), normal(200, 40, seed=1) @ (torch.eye(40) + 0.05 * normal(40, 40, seed=2))
     weight_OI, hessian_II = weight_OI.to(DEVICE), (x_TI.T @ x_TI / 200).to(DEVICE)
     found = []
-    for way in (lambda groups, block: block_by_block, gpu_panel):
-        for replaced in ("cpu_panel", "gpu_panel"):
-            monkeypatch.setattr(ldlq_module, replaced, way)
+    for in_kernels in (False, True):
+        monkeypatch.setattr(ldlq_module, "panel_rounding", partial(rounded_panel, in_kernels))
         found.append(ldlq_module.ldlq(weight_OI, hessian_II, number_format, static_groups=static_groups))
     errors = [weight_OI - quantized.dequantize() for quantized in found]
     losses = [(error_OI @ hessian_II * error_OI).sum() for error_OI in errors]
@@ -79,7 +85,7 @@ def test_ldlq_in_kernels_is_ldlq_block_by_block(monkeypatch, number_format, stat
 def test_codes_of_a_launch_are_tuned_block_by_block(monkeypatch):
     weight_OI, x_TI = normal(8, 32), normal(100, 32, seed=1)
     weight_OI, hessian_II = weight_OI.to(DEVICE), (x_TI.T @ x_TI / 100).to(DEVICE)
-    monkeypatch.setattr(ldlq_module, "cpu_panel", gpu_panel)
+    monkeypatch.setattr(ldlq_module, "panel_rounding", partial(rounded_panel, True))
     for number_format in (E8P(2), Int(3, 16)):
         losses = []
         for tune_iters in (0, 1):
@@ -91,7 +97,7 @@ def test_codes_of_a_launch_are_tuned_block_by_block(monkeypatch):
 
 def test_a_gpu_has_a_kernel_for_lattice_codes_and_single_values_of_known_places():
     def way(number_format, block):
-        return gpu_panel(Groups(number_format, 4, 32), block)
+        return panel_rounding(Groups(number_format, 4, 32), block, on_gpu=True)
 
     assert way(E8P(2), 8) is lattice_panel
     assert way(Int(4, 16), 1) is way(MX("mxfp4_e2m1", 16), 1) is way(NormalFloat(4, 16), 1) is scalar_panel

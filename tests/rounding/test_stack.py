@@ -10,7 +10,7 @@ from lqer.rounding import Gptq, Nearest
 from lqer.rounding import gptq as gptq_module
 from lqer.rounding import ldlq as ldlq_module
 from lqer.rounding.ldlq import Ldlq
-from lqer.rounding.ldlq_panel import gpu_panel
+from lqer.rounding.ldlq_panel import panel_rounding
 from lqer.rounding.stack import add_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,7 +76,9 @@ def test_kernels_walk_the_columns_of_all_matrices(monkeypatch, number_format):
         with monkeypatch.context() as patched:
             patched.setattr("lqer.rounding.groups.PANEL", 16)
             patched.setattr(gptq_module, "_panel_column_by_column", gptq_module._panel_in_one_kernel)
-            patched.setattr(ldlq_module, "cpu_panel", gpu_panel)
+            patched.setattr(
+                ldlq_module, "panel_rounding", lambda groups, block, on_gpu: panel_rounding(groups, block, True)
+            )
             found = rounding.round_together(weights, statistics, number_format)
         expected = [rounding.round(*given, number_format) for given in zip(weights, statistics, strict=True)]
         check_alike(found, expected, weights, statistics)
