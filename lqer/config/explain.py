@@ -95,19 +95,12 @@ def _keys_at(model: Any, loc: Loc, values: Any) -> tuple[str, ...] | None:
     """The keys that the schema knows in the table at `loc`."""
     for part in loc:
         values = _lookup(values, (part,))
-        if isinstance(part, int):
+        if isinstance(part, int):  # an entry of a list, whose class is known
             continue
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = _class_in(model.model_fields[part].annotation, values)
-        elif isinstance(model, dict):
-            model = next(iter(model.values()))
         if typing.get_origin(model) is dict:
-            model = {"*": model}
-            continue
-        if isinstance(model, dict):
-            continue
-    if isinstance(model, dict):
-        model = _class_in(typing.get_args(model["*"])[1], values)
+            model = _class_in(typing.get_args(model)[1], values)
+        elif isinstance(model, type) and issubclass(model, BaseModel):
+            model = _class_in(model.model_fields[part].annotation, values)
     if isinstance(model, type) and issubclass(model, BaseModel):
         return tuple(model.model_fields)
     if is_dataclass(model):
