@@ -21,20 +21,20 @@ from transformers import AwqConfig, PreTrainedModel
 from transformers.utils.quantization_config import AwqBackend
 
 from lqer.export.base import Target, Written, load_pretrained, unsupported_extras
-from lqer.export.gptq import VLLM_GROUPS, float16_scales
 from lqer.export.integers import (
+    VLLM_GROUPS,
     Integers,
     IntegerScheme,
+    float16_scales,
     integer_schemes,
     integers_of,
     unsupported_integers,
+    unsupported_scales,
     unsupported_uniform,
     words,
 )
-from lqer.export.shards import Shards
-from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Outline, Source
-from lqer.formats import Int
-from lqer.store.files import write_json
+from lqer.export.shards import write_linears
+from lqer.export.source import QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
 
 BITS = 4
 OUTPUTS_PER_WORD = 8
@@ -56,26 +56,19 @@ class Awq(Target):
             return f"its codes have {bits} bits, and the layout's have {BITS}"
         if spec.out_features % OUTPUTS_PER_WORD:
             return f"{spec.out_features} outputs are not whole words of {OUTPUTS_PER_WORD}"
-        if isinstance(spec.format, Int) and spec.format.scale_dtype == "float32":
-            return "its scales are float32, and the layout's are float16"
-        return None
+        return unsupported_scales(spec)
 
     def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
         return unsupported_uniform(model)
 
     def write(self, source: Source, folder: Path) -> Written:
         schemes = integer_schemes(source.specs.values())
-        shards = Shards(folder)
-        for linears, others in source.read():
-            for linear in linears:
-                integers = integers_of(linear.weight_OI).regrouped(schemes[linear.name].group)
-                tensors = awq_tensors(integers, linear.spec)
-                shards.add({f"{linear.name}.{part}": tensor for part, tensor in tensors.items()} | linear.biases)
-            shards.add(others)
-        shards.close()
+
+        def tensors_of(linear: Linear) -> dict[str, Tensor]:
+            return awq_tensors(integers_of(linear.weight_OI).regrouped(schemes[linear.name].group), linear.spec)
+
         config = self._config(source, next(iter(schemes.values())))
-        write_json(folder / CONFIG_FILE, {**source.config, QUANTIZATION_CONFIG: config})
-        source.copy_surroundings(folder)
+        write_linears(source, folder, tensors_of, {QUANTIZATION_CONFIG: config})
         return Written("rounded", ("Readers multiply by float16 scales in float16.",))
 
     def _config(self, source: Source, scheme: IntegerScheme) -> dict[str, Any]:

@@ -26,23 +26,25 @@ import lqer
 from lqer.components import require_choice
 from lqer.export.base import Target, Written, load_pretrained, refuse_value, unsupported_extras
 from lqer.export.integers import (
+    VLLM_GROUPS,
     Integers,
     IntegerScheme,
+    float16_scales,
     integer_schemes,
     integers_of,
     unsupported_integers,
+    unsupported_scales,
     unsupported_uniform,
     words,
 )
-from lqer.export.shards import Shards
-from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Outline, Source
-from lqer.formats import Int
+from lqer.export.shards import write_linears
+from lqer.export.source import QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
 from lqer.store.files import write_json
 
 BITS = (2, 3, 4, 8)
 WORD_BITS = 32
-# What vLLM's kernels for this layout, and for AWQ's, take. None: one scale a row.
-VLLM_BITS, VLLM_GROUPS = (4, 8), (None, 32, 64, 128)
+# What vLLM's kernels for this layout take.
+VLLM_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -66,27 +68,22 @@ class Gptq(Target):
             return f"{bits} bits are not one of {', '.join(map(str, BITS))}"
         if spec.in_features * bits % WORD_BITS or spec.out_features * bits % WORD_BITS:
             return f"{spec.out_features} x {spec.in_features} codes of {bits} bits do not fill words of {WORD_BITS}"
-        if isinstance(spec.format, Int) and spec.format.scale_dtype == "float32":
-            return "its scales are float32, and the layout's are float16"
-        return None
+        return unsupported_scales(spec)
 
     def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
         return unsupported_uniform(model)
 
     def write(self, source: Source, folder: Path) -> Written:
         schemes = integer_schemes(source.specs.values())
-        shards = Shards(folder)
-        for linears, others in source.read():
-            for linear in linears:
-                integers = integers_of(linear.weight_OI).regrouped(schemes[linear.name].group)
-                tensors = gptq_tensors(integers, linear.spec, zero_offset=1 if self.version == "1" else 0)
-                shards.add({f"{linear.name}.{part}": tensor for part, tensor in tensors.items()} | linear.biases)
-            shards.add(others)
-        shards.close()
+        zero_offset = 1 if self.version == "1" else 0
+
+        def tensors_of(linear: Linear) -> dict[str, Tensor]:
+            integers = integers_of(linear.weight_OI).regrouped(schemes[linear.name].group)
+            return gptq_tensors(integers, linear.spec, zero_offset)
+
         config = self._config(next(iter(schemes.values())))
-        write_json(folder / CONFIG_FILE, {**source.config, QUANTIZATION_CONFIG: config})
+        write_linears(source, folder, tensors_of, {QUANTIZATION_CONFIG: config})
         write_json(folder / "quantize_config.json", config)
-        source.copy_surroundings(folder)
         return Written("rounded", ("Readers multiply by float16 scales in float16.",))
 
     def _config(self, scheme: IntegerScheme) -> dict[str, Any]:
@@ -132,11 +129,3 @@ def gptq_tensors(integers: Integers, spec: LinearSpec, zero_offset: int) -> dict
         "scales": float16_scales(integers, spec).T,
         "g_idx": (torch.arange(in_features) // integers.group).to(torch.int32),
     }
-
-
-def float16_scales(integers: Integers, spec: LinearSpec) -> Tensor:
-    """Scales float16 (O, G). Raises ExportError, naming the linear, for a scale that is not one."""
-    scales_OG = integers.scales_OG.to(torch.float16)
-    if not torch.equal(scales_OG.to(torch.float32), integers.scales_OG):
-        raise refuse_value(spec, "a scale is not a float16")
-    return scales_OG

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lqer.export.base import refuse_value
 from lqer.export.source import LinearSpec, Outline
 from lqer.formats import MX, Int, MXInt, NumberFormat, QuantizedTensor, pack_bits
 from lqer.formats.blocks import block_width, e8m0_to_float
@@ -30,6 +31,8 @@ SCALE_OF_EMPTY_BLOCKS = 2.0**-14
 # A scale for fewer weights would cost as much as the weights.
 SMALLEST_GROUP = 16
 WORD_BYTES = 4
+# What vLLM's kernels for the layouts of GPTQ and AWQ take. None: one scale a row.
+VLLM_GROUPS = (None, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,21 @@ def unsupported_uniform(model: Outline) -> tuple[str, str] | None:
             return spec.name, "its bits, groups or zero points are not those of the first linear"
         if model.stores_transposed(spec.name):
             return spec.name, "its architecture stores weights transposed (Conv1D)"
+    return None
+
+
+def float16_scales(integers: Integers, spec: LinearSpec) -> Tensor:
+    """Scales float16 (O, G). Raises ExportError, naming the linear, for a scale that is not one."""
+    scales_OG = integers.scales_OG.to(torch.float16)
+    if not torch.equal(scales_OG.to(torch.float32), integers.scales_OG):
+        raise refuse_value(spec, "a scale is not a float16")
+    return scales_OG
+
+
+def unsupported_scales(spec: LinearSpec) -> str | None:
+    """Why the scales of a linear cannot be float16; None if they can, as far as its format tells."""
+    if isinstance(spec.format, Int) and spec.format.scale_dtype == "float32":
+        return "its scales are float32, and the layout's are float16"
     return None
 
 

@@ -29,13 +29,12 @@ from transformers import PreTrainedModel
 from lqer.components import require_choice
 from lqer.export.base import Target, Written, load_weights, unsupported_extras
 from lqer.export.integers import integers_of, unsupported_integers, words
-from lqer.export.shards import Shards
+from lqer.export.shards import write_linears
 from lqer.export.source import CONFIG_FILE, Linear, LinearSpec, Outline, Source
 from lqer.formats import MX
 from lqer.formats.blocks import block_width
 from lqer.models.reading import read_file
 from lqer.models.source import DTYPES
-from lqer.store.files import write_json
 
 BITS = (2, 3, 4, 5, 6, 8)
 # The fewest scales first.
@@ -82,17 +81,15 @@ class Mlx(Target):
         return None
 
     def write(self, source: Source, folder: Path) -> Written:
-        shards, is_exact = Shards(folder), True
-        for linears, others in source.read():
-            for linear in linears:
-                tensors, is_kept = mlx_tensors(linear, self.scale_dtype and DTYPES[self.scale_dtype])
-                is_exact &= is_kept
-                shards.add({f"{linear.name}.{part}": tensor for part, tensor in tensors.items()} | linear.biases)
-            shards.add(others)
-        shards.close()
-        write_json(folder / CONFIG_FILE, {**source.config, QUANTIZATION: quantization(source.specs)})
-        source.copy_surroundings(folder)
-        if is_exact:
+        are_exact: list[bool] = []
+
+        def tensors_of(linear: Linear) -> dict[str, Tensor]:
+            tensors, is_exact = mlx_tensors(linear, self.scale_dtype and DTYPES[self.scale_dtype])
+            are_exact.append(is_exact)
+            return tensors
+
+        write_linears(source, folder, tensors_of, {QUANTIZATION: quantization(source.specs)})
+        if all(are_exact):
             return Written("exact")
         return Written("rounded", (f"Scales and biases were rounded once more, to {self.scale_dtype or 'float32'}.",))
 

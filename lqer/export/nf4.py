@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lqer.export.shards import Shards
-from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
+from lqer.export.shards import write_linears
+from lqer.export.source import QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
 from lqer.formats import NormalFloat
 from lqer.formats.normalfloat import levels
-from lqer.store.files import write_json
 
 BITS, BLOCK, NEAREST = 4, 64, "value"
 
@@ -39,15 +38,7 @@ def unsupported_nf4(spec: LinearSpec) -> str | None:
 
 def write_nf4(source: Source, folder: Path) -> None:
     """Write the weights of every linear without its factors, and everything else of the model."""
-    shards = Shards(folder)
-    for linears, others in source.read():
-        for linear in linears:
-            shards.add({f"{linear.name}.{part}": tensor for part, tensor in nf4_tensors(linear).items()})
-            shards.add(linear.biases)
-        shards.add(others)
-    shards.close()
-    write_json(folder / CONFIG_FILE, {**source.config, QUANTIZATION_CONFIG: nf4_config(source)})
-    source.copy_surroundings(folder)
+    write_linears(source, folder, nf4_tensors, {QUANTIZATION_CONFIG: nf4_config(source)})
 
 
 def nf4_tensors(linear: Linear) -> dict[str, Tensor]:

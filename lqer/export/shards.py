@@ -1,10 +1,11 @@
-"""Writes the tensors of a model as safetensors in transformers' layout, one shard in memory at a time."""
+"""Writes a model as safetensors in transformers' layout, one shard in memory at a time."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lqer.errors import ExportError
+from lqer.export.source import CONFIG_FILE, Linear, Source
 from lqer.store.files import UMASK, fsync, write_json
 
 # That of transformers' own save_pretrained.
@@ -58,6 +60,25 @@ class Shards:
         weight_map = {name: file for file, names in zip(files, self._shards) for name in names}
         index_file = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self._folder / SAFE_WEIGHTS_INDEX_NAME, index_file)
+
+
+def write_linears(
+    source: Source, folder: Path, tensors_of: Callable[[Linear], Mapping[str, Tensor]], described: Mapping[str, Any]
+) -> None:
+    """Write a model whose quantized linears each have tensors of their own, and all else as the checkpoint has it.
+
+    tensors_of: those of a linear's weight, by what follows its name in theirs. described: the entry of config.json that
+    says what they are.
+    """
+    shards = Shards(folder)
+    for linears, others in source.read():
+        for linear in linears:
+            named = {f"{linear.name}.{part}": tensor for part, tensor in tensors_of(linear).items()}
+            shards.add(named | linear.biases)
+        shards.add(others)
+    shards.close()
+    write_json(folder / CONFIG_FILE, {**source.config, **described})
+    source.copy_surroundings(folder)
 
 
 def _part(index: int) -> str:
