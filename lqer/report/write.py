@@ -255,12 +255,7 @@ def render_report(
     quantize = results["config"]["quantize"]
     worst = layers.nlargest(5, "output_error")[["name", "rank", "bits", "output_error_before", "output_error"]]
     evaluations = "".join(f"- evaluated on {row['source']}\n" for row in results["perplexity"])
-    pictures = [PERPLEXITY_FIGURE] if _has_perplexity(results) else []
-    pictures += [ERROR_FIGURE, *([SPECTRA_FIGURE, WEIGHT_SPECTRA_FIGURE] if with_spectra else [])]
-    pictures += [STEPS_FIGURE] if with_steps else []
-    pictures += [RANKS_FIGURE] if results["allocation"] is not None else []
-    pictures += [ROUTING_FIGURE] if results.get("experts") is not None else []
-    pictures += [LOSSES_FIGURE] if any(_losses(note) for note in notes) else []
+    pictures = _pictures(results, with_spectra, with_steps, any(_losses(note) for note in notes))
     shown = "\n\n".join(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     paragraphs = [
@@ -291,6 +286,21 @@ def render_report(
         f"{results['peak_memory_bytes'] / 2**30:.2f} GiB.\nVersions: {versions}.",
     ]
     return "\n\n".join(paragraph.rstrip() for paragraph in paragraphs) + "\n"
+
+
+def _pictures(results: Results, with_spectra: bool, with_steps: bool, with_losses: bool) -> list[str]:
+    """The figures that there are of a run, in the order of the report."""
+    there = {
+        PERPLEXITY_FIGURE: _has_perplexity(results),
+        ERROR_FIGURE: True,
+        SPECTRA_FIGURE: with_spectra,
+        WEIGHT_SPECTRA_FIGURE: with_spectra,
+        STEPS_FIGURE: with_steps,
+        RANKS_FIGURE: results["allocation"] is not None,
+        ROUTING_FIGURE: results.get("experts") is not None,
+        LOSSES_FIGURE: with_losses,
+    }
+    return [picture for picture, is_there in there.items() if is_there]
 
 
 def _shown_transforms(quantize: Mapping[str, Any]) -> str:
