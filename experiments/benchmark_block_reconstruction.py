@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager, nullcontext
 from unittest import mock
 
 import torch
+from random_block import random_block
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lqer.formats import Int
 from lqer.models.source import pick_device
@@ -26,7 +26,6 @@ from lqer.report.environment import device_name
 from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, round_block
 from lqer.rounding.batches import Goal
 from lqer.rounding.soft import Grid, _SoftWeight
-from lqer.transforms.block_function import BlockFunction
 
 PUBLISHED_STEPS = 20 * 250
 SEQUENCES = 32
@@ -42,7 +41,7 @@ def in_torch() -> AbstractContextManager:
     return mock.patch.object(Grid, "weight", weight)
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
@@ -56,25 +55,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--soft-weight", choices=["kernels", "torch"], default="kernels")
     parser.add_argument("--autocast", choices=["bfloat16", "none"], default="bfloat16")
-    arguments = parser.parse_args()
-    device = pick_device("auto")
-    torch.manual_seed(0)
-    with device:
-        config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=arguments.hidden,
-            intermediate_size=arguments.intermediate,
-            num_hidden_layers=1,
-            num_attention_heads=arguments.heads,
-        )
-        model = LlamaForCausalLM(config).eval()
-    block = model.model.layers[0]
+    return parser.parse_args()
+
+
+def time_rounds(arguments: argparse.Namespace, device: torch.device) -> tuple[float, list[float]]:
+    """Seconds a step without the first round, and the mean loss of every round."""
+    call = random_block(arguments.hidden, arguments.intermediate, arguments.heads, arguments.seq_len, device)
     hidden_STD = torch.randn(SEQUENCES, arguments.seq_len, arguments.hidden, dtype=torch.bfloat16, device=device)
-    positions_1T = torch.arange(arguments.seq_len, device=device).unsqueeze(0)
-    call = BlockFunction(
-        block, kwargs={"position_embeddings": model.model.rotary_emb(block.mlp.up_proj.weight, positions_1T)}
-    )
-    weights = {f"{name}.weight": linear.weight.detach() for name, linear in block_linears(block).items()}
+    weights = {f"{name}.weight": linear.weight.detach() for name, linear in block_linears(call.block).items()}
     starts = {name: Int(bits=arguments.bits, block_size=arguments.group).quantize(w) for name, w in weights.items()}
     autocast = None if arguments.autocast == "none" else torch.bfloat16
 
@@ -92,9 +80,8 @@ def main() -> None:
         ends.append(time.perf_counter())
         losses[:] = state.losses.tolist()
 
-    fractions = tuple(0.8 - 0.7 * i / (arguments.rounds + 1) for i in range(arguments.rounds + 1))
     settings = AdaptiveSettings(
-        soft_fractions=fractions,
+        soft_fractions=tuple(0.8 - 0.7 * i / (arguments.rounds + 1) for i in range(arguments.rounds + 1)),
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         micro_batch=arguments.micro_batch,
@@ -104,8 +91,14 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
     with in_torch() if arguments.soft_weight == "torch" else nullcontext():
         round_block(weights, starts, Goal(run, hidden_STD, [targets_STD]), settings, after_round=end_round)
-    seconds = (ends[-1] - ends[0]) / (arguments.rounds * arguments.steps)
-    print(f"{device_name(device)}, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights, {vars(arguments)}")
+    return (ends[-1] - ends[0]) / (arguments.rounds * arguments.steps), losses
+
+
+def main() -> None:
+    arguments, device = _arguments(), pick_device("auto")
+    torch.manual_seed(0)
+    seconds, losses = time_rounds(arguments, device)
+    print(f"{device_name(device)}, {vars(arguments)}")
     print(f"mean loss of each round: {', '.join(f'{loss:.5g}' for loss in losses)}")
     print(f"{1e3 * seconds:.1f} ms a step; 20 rounds of 250 steps: {PUBLISHED_STEPS * seconds / 60:.1f} minutes")
     if device.type == "cuda":

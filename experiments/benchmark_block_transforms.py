@@ -13,14 +13,13 @@ import statistics
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_block import random_block
 
 from lqer.formats import Int
 from lqer.models.source import pick_device
 from lqer.models.structure import block_linears
 from lqer.report.environment import device_name
 from lqer.transforms import Awq, Clip
-from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
 from lqer.transforms.block_transform import no_progress, save_nothing
@@ -28,28 +27,17 @@ from lqer.transforms.block_transform import no_progress, save_nothing
 
 def random_problem(arguments: argparse.Namespace, device: torch.device) -> BlockProblem:
     torch.manual_seed(0)
+    call = random_block(arguments.hidden, arguments.intermediate, arguments.heads, arguments.seq_len, device)
+    dtype = torch.bfloat16 if arguments.autocast == "bfloat16" else torch.float32
     with device:
-        config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=arguments.hidden,
-            intermediate_size=arguments.intermediate,
-            num_hidden_layers=1,
-            num_attention_heads=arguments.heads,
-        )
-        model = LlamaForCausalLM(config).eval()
-        dtype = torch.bfloat16 if arguments.autocast == "bfloat16" else torch.float32
         channel_D = (0.5 * torch.randn(arguments.hidden)).exp()
         inputs_STD = torch.randn(arguments.sequences, arguments.seq_len, arguments.hidden, dtype=dtype)
         inputs_STD *= channel_D.to(dtype)
-        positions_1T = torch.arange(arguments.seq_len).unsqueeze(0)
-    block = model.model.layers[0]
-    rotary = model.model.rotary_emb(block.mlp.up_proj.weight, positions_1T)
-    formats = {name: Int(bits=arguments.bits, block_size=arguments.group) for name in block_linears(block)}
     return BlockProblem(
-        call=BlockFunction(block, kwargs={"position_embeddings": rotary}),
+        call=call,
         inputs_STD=inputs_STD,
         targets_STD=inputs_STD,
-        formats=formats,
+        formats={name: Int(bits=arguments.bits, block_size=arguments.group) for name in block_linears(call.block)},
         batch_size=arguments.batch_size,
         autocast=torch.bfloat16 if arguments.autocast == "bfloat16" else None,
     )

@@ -174,10 +174,11 @@ def observe_parts(
     original: the original block on the original model's hidden states, for statistics of pairs of inputs and token
     weights; None where `run` is that. Batch by batch it is run first, and its hidden states stay its inputs.
     use_output: gets what `run` outputs, in the last pass; a pass whose outputs nobody gets ends at the last linear's
-    input. roundings: of the inputs
-    before anything is gathered from them, by linear of the block; both blocks run on inputs as they are. linears: those
-    to gather from, by their names within the block; all by default. Raises ModelError, naming the linear, where an
-    input is NaN or infinite, and for a block whose tokens cannot be weighted.
+    input. roundings: of the inputs before anything is gathered from them, by linear of the block; both blocks run on
+    inputs as they are. linears: those to gather from, by their names within the block; all by default.
+
+    Raises ModelError, naming the linear, where an input is NaN or infinite, and for a block whose tokens cannot be
+    weighted.
     """
     gathered = gathered_statistics(statistics)
     if original is None and any(statistic.needs_original for statistic in gathered):
