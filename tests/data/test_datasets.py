@@ -73,15 +73,15 @@ class TestSpec:
         assert Section.model_validate({"dataset": "wikitext2"}).dataset == DatasetSpec(path="wikitext2")
 
     @pytest.mark.parametrize("rows", ["0:80", "50%:", ":10%", "10:90%", ":", "0%:100%"])
-    def test_row_ranges(self, rows):
+    def test_rows_are_named_by_numbers_or_percentages(self, rows):
         assert DatasetSpec(path="c4", rows=rows).rows == rows
 
     @pytest.mark.parametrize("rows", ["", "80", "-5:", "0:101%", "1:2:3", "0.5:", "a:b"])
-    def test_what_is_no_row_range(self, rows):
+    def test_what_is_no_row_range_is_refused(self, rows):
         with pytest.raises(ValidationError, match="start:stop"):
             DatasetSpec(path="c4", rows=rows)
 
-    def test_unknown_key(self):
+    def test_an_unknown_key_is_refused(self):
         with pytest.raises(ValidationError, match="column"):
             DatasetSpec.model_validate({"path": "c4", "column": "text"})
 
@@ -94,7 +94,7 @@ class TestSpec:
             ({"path": "c4", "split": "validation", "rows": ":9"}, "c4:validation[:9]"),
         ],
     )
-    def test_label(self, fields, label):
+    def test_a_label_tells_the_text_its_split_and_its_rows(self, fields, label):
         assert DatasetSpec(**fields).label == label
 
 
@@ -108,7 +108,7 @@ class TestFiles:
         assert read.source == "a.txt"
 
     @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-    def test_rows(self, tmp_path, suffix):
+    def test_rows_are_those_of_the_file_whatever_its_kind(self, tmp_path, suffix):
         texts = [f"row {i}" for i in range(7)]
         path = tmp_path / f"a{suffix}"
         if suffix == ".txt":
@@ -123,7 +123,7 @@ class TestFiles:
         assert rows_of(path, rows=":50%") + rows_of(path, rows="50%:") == texts
         assert rows_of(path, rows=":50%") == texts[:3]
 
-    def test_text_column(self, tmp_path):
+    def test_another_column_can_hold_the_text(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"content": "x"}')
         assert rows_of(tmp_path / "a.jsonl", text_column="content") == ["x"]
         message = failure(tmp_path / "a.jsonl", text_column="contents")
@@ -141,16 +141,16 @@ class TestFiles:
             ("a.csv", b"text\nx\n", "must be a .txt, .jsonl or .parquet file"),
         ],
     )
-    def test_what_cannot_be_read(self, tmp_path, name, content, message):
+    def test_what_cannot_be_read_is_refused_with_the_reason(self, tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
         assert message in failure(tmp_path / name)
 
-    def test_no_row_in_the_range(self, tmp_path):
+    def test_a_range_without_rows_is_refused(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", ["x", "y"])
         assert failure(path, rows="2:") == "dataset a.jsonl[2:] is empty"
         assert failure(path, rows="1:0") == "dataset a.jsonl[1:0] is empty"
 
-    def test_paths_that_are_no_dataset(self, tmp_path):
+    def test_paths_that_are_no_dataset_are_refused(self, tmp_path):
         assert failure(tmp_path / "none.txt") == f"dataset file {tmp_path}/none.txt does not exist"
         assert "does not exist" in failure("none.jsonl")
         assert "must be a .txt" in failure(tmp_path)
@@ -160,7 +160,7 @@ class TestFiles:
 
 
 class TestKnownNames:
-    def test_unknown_name(self):
+    def test_an_unknown_name_is_answered_with_the_nearest(self):
         message = failure("wikitext-2")
         assert message.startswith("unknown dataset 'wikitext-2'; known names are wikitext2, c4,")
         assert message.endswith("did you mean 'wikitext2'?")
@@ -169,7 +169,7 @@ class TestKnownNames:
     def test_revisions_are_pinned(self, name):
         assert re.fullmatch(r"[0-9a-f]{40}|refs/convert/parquet", HUB_TEXTS[name].revision)
 
-    def test_pydoc(self):
+    def test_the_splits_of_pydoc_share_no_topic(self):
         train, test = rows_of("pydoc", "calibration"), rows_of("pydoc", "evaluation")
         assert not set(train) & set(test)
         assert 0.35 < len("".join(train)) / len("".join(train + test)) <= 0.5
@@ -205,7 +205,7 @@ class TestHub:
         return folder
 
     @pytest.mark.parametrize("stream", [True, False])
-    def test_splits_rows_and_column(self, folder, monkeypatch, stream):
+    def test_split_rows_and_column_are_those_asked_for(self, folder, monkeypatch, stream):
         hub = HubText(str(folder), evaluation_rows=":2", text_column="sentence", joiner=" ", stream=stream)
         monkeypatch.setitem(HUB_TEXTS, "tiny", hub)
         assert rows_of("tiny", "calibration", rows="1:3") == ["train 1", "train 2"]
@@ -217,14 +217,14 @@ class TestHub:
         assert "no column 'text'; it has sentence" in failure("tiny", text_column="text")
         assert re.search(r"cannot be read: .*validation", failure("tiny", split="validation"))
 
-    def test_percentages(self, folder, monkeypatch):
+    def test_percentages_of_a_streamed_text_are_refused(self, folder, monkeypatch):
         hub = HubText(str(folder), text_column="sentence")
         monkeypatch.setitem(HUB_TEXTS, "tiny", hub)
         assert rows_of("tiny", rows="50%:") == ["test 2", "test 3"]
         monkeypatch.setitem(HUB_TEXTS, "tiny", HubText(str(folder), text_column="sentence", stream=True))
         assert "give rows as numbers" in failure("tiny", rows="50%:")
 
-    def test_without_a_network(self, tmp_path):
+    def test_without_a_network_texts_of_the_hub_are_refused_in_one_line(self, tmp_path):
         code = (
             "from lqer.data.datasets import DatasetSpec, load_rows\n"
             "for path in ('c4', 'wikitext2', 'nobody/nothing'):\n"
@@ -283,7 +283,7 @@ class TestWindows:
         with pytest.raises(DataError, match="cannot be read"):
             windows_of(tokenizer, DatasetSpec(path=str(path)), 4, 2)
 
-    def test_too_short(self, tmp_path, tokenizer):
+    def test_a_text_of_too_few_windows_is_refused(self, tmp_path, tokenizer):
         path = write_jsonl(tmp_path / "a.jsonl", ["w0 w1 w2"] * 5)
         message = "text a.jsonl[1:] yields 5 windows of 3 tokens; calibration.num_samples is 6"
         with pytest.raises(DataError, match=re.escape(message)):

@@ -73,12 +73,12 @@ class TestBesideTheCodes:
         assert check.perplexity == check.whole_perplexity
         assert "- Everything that the checkpoint computes." in (tmp_path / "out" / "README.md").read_text()
 
-    def test_rounded_biases_of_a_model_with_biases(self, checkpoint_of, tmp_path):
+    def test_rounded_biases_are_carried(self, checkpoint_of, tmp_path):
         check = export(checkpoint_of(MXInt(bits=4), "opt", bias=MXInt(bits=4)), Native(), tmp_path / "out")
         assert check.logit_difference == 0
 
     @torch.no_grad()
-    def test_rotations_of_inputs_at_run_time(self, checkpoint_of, edited, windows_WT, tmp_path):
+    def test_inputs_are_rotated_at_run_time(self, checkpoint_of, edited, windows_WT, tmp_path):
         rotated = {"model.layers.1.mlp.down_proj": None, "model.layers.0.self_attn.o_proj": 4}
         checkpoint = checkpoint_of(MXInt(bits=4))
         turned = edited(checkpoint, "config.json", lambda config: config.update({ONLINE_ROTATIONS: rotated}))
@@ -87,7 +87,7 @@ class TestBesideTheCodes:
         assert (logits - load_quantized(checkpoint, CPU)(windows_WT).logits).abs().max() > 1e-2
 
     @torch.no_grad()
-    def test_rounded_operands_of_attention(self, checkpoint_of, edited, windows_WT, tmp_path):
+    def test_operands_of_attention_are_rounded(self, checkpoint_of, edited, windows_WT, tmp_path):
         rounds = {"format": MXInt(bits=3).to_dict(), "axis": "reduction"}
         checkpoint = checkpoint_of(MXInt(bits=4))
         rounded = edited(checkpoint, "lqer.json", lambda details: details.update(attention=rounds))
@@ -98,7 +98,7 @@ class TestBesideTheCodes:
         model.save_pretrained(tmp_path / "saved")
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(windows_WT).logits, logits)
 
-    def test_trained_signs_and_factors(self, checkpoint_of, edited, tmp_path):
+    def test_trained_signs_and_factors_are_carried(self, checkpoint_of, edited, tmp_path):
         checkpoint = checkpoint_of(MXInt(bits=3), transform=Hadamard(), method=LqerAct(), rank=4)
         assert export(trained(checkpoint, edited), Native(), tmp_path / "out").logit_difference == 0
 

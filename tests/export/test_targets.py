@@ -240,16 +240,16 @@ class TestRefusals:
         )
         assert not (tmp_path / "out").exists()
 
-    def test_levels_without_a_zero(self, checkpoint_of):
+    def test_levels_without_a_zero_are_refused(self, checkpoint_of):
         mid_rise = checkpoint_of(MXInt(bits=4, levels="mid-rise"))
         assert "mid-rise levels have no zero" in refusal(mid_rise, CompressedTensors())
 
-    def test_rows_that_are_not_whole_groups(self, checkpoint_of):
+    def test_rows_that_are_not_whole_groups_are_refused(self, checkpoint_of):
         assert "32 inputs are not whole groups of 12" in refusal(
             checkpoint_of(Int(bits=4, block_size=12)), CompressedTensors()
         )
 
-    def test_zero_points_beside_another_layout(self, checkpoint_of, edited):
+    def test_zero_points_beside_another_layout_are_refused(self, checkpoint_of, edited):
         def other_width(details):
             described = details["linears"]["model.layers.1.mlp.down_proj"]["weight"]["format"]
             described["bits"] = 8
@@ -257,14 +257,14 @@ class TestRefusals:
         mixed = edited(checkpoint_of(Int(bits=4, block_size=32)), "lqer.json", other_width)
         assert "zero points and others another layout" in refusal(mixed, CompressedTensors())
 
-    def test_matrices_that_engines_fuse_in_different_layouts(self, checkpoint_of, edited):
+    def test_matrices_that_engines_fuse_must_have_one_layout(self, checkpoint_of, edited):
         def other_width(details):
             details["linears"]["model.layers.1.self_attn.v_proj"]["weight"]["format"]["bits"] = 8
 
         mixed = edited(checkpoint_of(MXInt(bits=4, block_size=32)), "lqer.json", other_width)
         assert "vLLM runs q_proj, k_proj, v_proj as one matrix" in refusal(mixed, CompressedTensors())
 
-    def test_transposed_weights(self, checkpoint_of):
+    def test_transposed_weights_are_refused(self, checkpoint_of):
         assert "Conv1D" in refusal(checkpoint_of(INT8_ROW, "gpt2"), CompressedTensors())
 
 

@@ -39,7 +39,7 @@ def greedy_tokens(folder: Path, has_lqer: bool) -> list[str]:
     return done.stdout.split()
 
 
-def test_stories15m_in_compressed_tensors(assets, run_stages, rounded, tmp_path):
+def test_stories15m_in_compressed_tensors_generates_the_same_without_lqer(assets, run_stages, rounded, tmp_path):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     model = AutoModelForCausalLM.from_pretrained(assets / "models" / "stories15M", dtype=torch.float32).eval()
     prepare_model(model)

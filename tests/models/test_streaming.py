@@ -136,7 +136,7 @@ class TestWhatIsLoadedWhole:
         assert opened.loader is RESIDENT
         return opened, caplog.text
 
-    def test_a_checkpoint_whose_tensors_transformers_renames(self, saved, caplog, monkeypatch):
+    def test_a_checkpoint_is_whose_tensors_transformers_renames(self, saved, caplog, monkeypatch):
         monkeypatch.setattr(
             "lqer.models.stored.get_model_conversion_mapping", lambda *arguments, **options: ["a renaming"]
         )
@@ -189,7 +189,7 @@ class TestBlockwisePerplexity:
         whole = concat_perplexity(load_quantized(path, CPU), windows_WT, 2)
         assert concat_perplexity(open_verified(CheckpointFiles(path), CPU, None, "auto"), windows_WT, 2) == whole
 
-    def test_of_a_checkpoint_with_quantized_attention_too(self, random_model, run_stages, plan, windows_WT):
+    def test_of_a_checkpoint_with_quantized_attention_is_so_too(self, random_model, run_stages, plan, windows_WT):
         attention = {"format": plan.weight.to_dict(), "axis": "reduction"}
         path = run_stages(random_model("llama"), plan, attention=attention).checkpoint.path
         whole = concat_perplexity(load_quantized(path, CPU), windows_WT, 2)

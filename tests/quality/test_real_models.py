@@ -110,7 +110,7 @@ def test_error_feedback_on_the_quantized_stream_beats_rounding_and_vectors_beat_
 
 
 @pytest.mark.network
-def test_at_the_outputs_of_a_135m_models_first_blocks_too(assets, tmp_path):
+def test_at_the_outputs_of_a_135m_models_first_blocks_it_is_so_too(assets, tmp_path):
     try:
         resolve_demo_model("demo:smollm2-135m")
     except ModelError as error:

@@ -165,7 +165,7 @@ def test_a_decided_rounding_has_no_gradient(weight_OI):
     assert torch.equal(v_OI.grad, torch.zeros_like(weight_OI))
 
 
-def test_the_rectified_sigmoid_and_its_inverse():
+def test_the_rectified_sigmoid_undoes_its_inverse():
     fractions = torch.linspace(0, 1, 1001)[:-1]
     torch.testing.assert_close(rectified_sigmoid(inverse_rectified_sigmoid(fractions)), fractions, atol=1e-6, rtol=0)
     assert rectified_sigmoid(torch.tensor([-torch.inf, -9.0, 0.0, 9.0, torch.inf])).tolist() == [0, 0, 0.5, 1, 1]

@@ -27,7 +27,7 @@ from lqer.run import experiment as experiment_module
 
 class TestWhatARunLeaves:
     @pytest.mark.figures
-    def test_the_files_of_the_contract(self, experiment, run):
+    def test_all_files_of_the_contract_are_there(self, experiment, run):
         results = run()
         folder = experiment.output / "tiny"
         assert json.loads((folder / "results.json").read_text()) == results
@@ -118,7 +118,7 @@ class TestWhatARunLeaves:
         saved = experiment.output / "tiny" / "config.toml"
         assert read_config(saved) == read_config(experiment.config, None, ["--quantize.low_rank.rank=4"])
 
-    def test_one_row_per_linear(self, experiment, run):
+    def test_layers_csv_has_a_row_for_each_linear(self, experiment, run):
         results = run()
         layers = pd.read_csv(experiment.output / "tiny" / "layers.csv")
         assert len(layers) == results["layers"]["count"] == 4 * 7

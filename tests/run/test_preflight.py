@@ -92,7 +92,7 @@ class TestPositions:
         byte_tokenizer().save_pretrained(tmp_path / "gpt2")
         return tmp_path / "gpt2"
 
-    def test_windows_beyond_a_table_of_positions(self, experiment, gpt2):
+    def test_windows_beyond_a_table_of_positions_are_refused(self, experiment, gpt2):
         # The experiment's windows have 64 tokens.
         both(
             experiment, f"--model={gpt2}", match=r"calibration\.seq_len 64 exceeds the 48 positions of GPT2LMHeadModel"
@@ -122,12 +122,12 @@ def with_fewer_ids(tiny_model: Path, folder: Path, ids: int) -> Path:
     return folder
 
 
-def test_a_tokenizer_with_more_ids_than_the_embedding(experiment, tiny_model, tmp_path):
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(experiment, tiny_model, tmp_path):
     model = with_fewer_ids(tiny_model, tmp_path / "small", 60)
     both(experiment, f"--model={model}", match=r"the tokenizer gives token id \d+, but the embedding has 60 rows")
 
 
-def test_a_tokenizer_without_its_vocabulary(experiment, tiny_model, tmp_path):
+def test_a_tokenizer_without_its_vocabulary_is_refused(experiment, tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "bare")
     (tmp_path / "bare/tokenizer.json").unlink()
     both(experiment, f"--model={tmp_path / 'bare'}", match="tokenizer")

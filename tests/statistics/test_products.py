@@ -62,7 +62,7 @@ def test_a_sum_of_squares_does_not_lose_with_its_length(tokens, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("features", [4096, 11008])
-def test_wide_inputs_on_a_gpu(features):
+def test_sums_of_wide_inputs_on_a_gpu_are_exact_to_a_millionth(features):
     x_NI, y_NI = inputs(5000, features, torch.bfloat16), inputs(5000, features, torch.bfloat16, seed=1)
     for other_NI in (None, y_NI):
         sum_II = torch.zeros(features, features, dtype=torch.float64, device=DEVICE)

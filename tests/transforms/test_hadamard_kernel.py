@@ -36,7 +36,7 @@ def test_it_is_the_transform_in_float32(length, dtype, inverse):
     assert ((y.float() - expected).abs() <= step).all()
 
 
-def test_programs_of_several_tokens_and_rows_apart(monkeypatch):
+def test_a_program_of_several_tokens_transforms_each_as_alone(monkeypatch):
     monkeypatch.setattr(hadamard_kernel, "FEW_TOKENS", 2)
     x = tokens(11, 128, torch.float16)[:, :64]
     signs = random_hadamard(64, 64, 0).input_signs_I.to(DEVICE)
