@@ -91,6 +91,8 @@ class LowRankConfig(Section):
 
 
 class LowRankOverride(Section):
+    """Keys of [quantize.low_rank] that linears have of their own; absent: those of all."""
+
     rank: Annotated[int, Field(ge=0)] | None = None
     format: FormatName | None = None
     format_b: FormatName | None = None
@@ -194,6 +196,8 @@ class QuantizeConfig(Section):
 
 
 class PerplexityConfig(Section):
+    """The texts that perplexity is measured on, and how they are cut into windows (lqer/evaluation/perplexity.py)."""
+
     datasets: tuple[DatasetSpec, ...] = Field(default=(DatasetSpec(path="wikitext2"),), min_length=1)
     protocol: Literal["concat", "row-batches", "lm-eval"] = "concat"
     seq_len: Positive = 2048
@@ -221,6 +225,8 @@ def _section_or_switch(value: Any) -> Any:
 
 
 class DownstreamConfig(Section):
+    """Tasks of lm-evaluation-harness, by their names there or in a folder of one's own."""
+
     tasks: tuple[str, ...]
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     limit: Positive | None = None
@@ -242,6 +248,8 @@ class DownstreamConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """What is measured, of which models, and by what they are run."""
+
     # "emulate": ordinary arithmetic; "triton": kernels on packed weights; "auto": kernels where they can run.
     backend: Literal["auto", "emulate", "triton"] = "auto"
     # Evaluated in addition to the quantized model: the original, and "rtn", the same formats without low-rank factors.
@@ -325,6 +333,8 @@ class PublishedConfig(Section):
 
 
 class TrackingConfig(Section):
+    """Where the numbers of a run are sent to as well."""
+
     backend: Literal["wandb", "trackio"]
     project: str = "lqer"
 

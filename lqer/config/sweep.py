@@ -48,6 +48,8 @@ MOST_RUNS = 10_000
 
 
 class SweepSection(BaseModel):
+    """A table of a sweep file: frozen, unknown keys refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 

@@ -95,6 +95,8 @@ class DatasetSpec(BaseModel):
 
 @dataclass(frozen=True)
 class TextRows:
+    """The rows of a text that a dataset names."""
+
     rows: Iterable[str]  # can be read once
     joiner: str  # between two rows that are read as one text
     documents: bool  # whether each row is tokenized by itself; see the head of this file

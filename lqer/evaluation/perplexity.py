@@ -40,6 +40,8 @@ LQER_JOINER = "\n\n"
 
 @dataclass(frozen=True)
 class PerplexityResult:
+    """A perplexity, and what it was taken over."""
+
     perplexity: float  # exp(nll); inf or nan if the model's losses are
     tokens: int  # predicted tokens
     windows: int
@@ -104,6 +106,8 @@ def lm_eval_perplexity(
 
 
 class WindowedProtocol(NamedTuple):
+    """windows: (tokenizer, rows, joiner, seq_len) -> token ids (W, T). result: (losses, windows) -> the perplexity."""
+
     windows: Callable[[PreTrainedTokenizerBase, Iterable[str], str, int], Tensor]
     result: Callable[[Sequence[Tensor], Tensor], PerplexityResult]
 

@@ -45,6 +45,7 @@ class Group:
     activations: bool
 
     def to_dict(self, targets: list[str]) -> dict[str, Any]:
+        """The entry of config.json. targets: how it names its linears."""
         return {
             "targets": targets,
             "format": self.layout,

@@ -34,6 +34,7 @@ INTEGER_TYPES = {
 
 
 def is_mxfp4(spec: LinearSpec) -> bool:
+    """Whether a weight's blocks are those of GGUF's type MXFP4."""
     return isinstance(spec.format, MX) and spec.format.element == "mxfp4_e2m1" and spec.format.block_size == BLOCK
 
 

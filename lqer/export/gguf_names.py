@@ -31,6 +31,7 @@ class GgufNames:
         self._config = config
 
     def of(self, name: str) -> str:
+        """The name there of a tensor of the model. Raises ExportError if it has none."""
         found = self._map.get_name(name, try_suffixes=SUFFIXES)
         if found is None:
             raise ExportError(f"{name} has no name in a GGUF file of the template's architecture")

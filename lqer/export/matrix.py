@@ -52,6 +52,7 @@ BESIDE = {
 
 
 def targets() -> list[Target]:
+    """One of each kind, with its defaults."""
     return [Target.registry[kind]() for kind in sorted(Target.registry)]
 
 

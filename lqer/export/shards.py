@@ -31,6 +31,7 @@ class Shards:
         self._names: set[str] = set()
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take in tensors, and write a shard when it is full. Raises ExportError for a name that was added before."""
         for name, tensor in tensors.items():
             if name in self._names:
                 raise ExportError(f"two tensors of this checkpoint would be called {name}")

@@ -51,6 +51,8 @@ BOUNDS: dict[Closeness, Bound] = {
 
 
 class Text(NamedTuple):
+    """What windows are taken from, and how the card calls it."""
+
     name: str
     content: str
 

@@ -84,6 +84,7 @@ class Comparison:
         self._known: dict[tuple[int, int], tuple[bool, Tensor, Tensor]] = {}
 
     def equal(self, a: Tensor, b: Tensor) -> bool:
+        """Whether they have the same shape, dtype and values."""
         if a is b:
             return True
         key = (id(a), id(b))

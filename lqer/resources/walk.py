@@ -66,6 +66,7 @@ def add_statistics(work: Workload, host: list[Need], device: list[Need], disk: l
 
 
 def activation_needs(work: Workload, batch_tokens: int, remedy: str) -> list[Need]:
+    """Activations of a block on so many tokens: the widest ones, and those beside them."""
     size = batch_tokens * work.widest * work.computed
     others = Need("other activations of a batch", LIVE_ACTIVATIONS * size, remedy, certain=False)
     return [Need("activations of a batch", size, remedy), others]
@@ -77,10 +78,12 @@ def tokens_of_batch(settings: CalibrationConfig | FinetuneConfig) -> int:
 
 
 def accumulated_bytes(work: Workload) -> int:
+    """Bytes of the accumulators of one block that are in memory together."""
     return accumulator_bytes(work.summary, work.plans, work.on_gpu)
 
 
 def observed_in_passes(work: Workload) -> bool:
+    """Whether a block is observed in several passes over the text."""
     return in_passes(work.summary, work.plans, work.on_gpu)
 
 

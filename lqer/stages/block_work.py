@@ -114,10 +114,12 @@ class QuantizedLinears:
 
 
 def all_spectra(found: Iterable[Spectra]) -> dict[str, Tensor]:
+    """What all of them find, by name: in here the work that was put off is done."""
     return {name: values for find in found for name, values in find().items()}
 
 
 def found_already(spectra: Mapping[str, Tensor]) -> list[Spectra]:
+    """Spectra that another process has found, as if they were to be found."""
     return [lambda: spectra] if spectra else []
 
 

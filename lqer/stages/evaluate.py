@@ -39,6 +39,7 @@ RESULT_FILE = "result.json"
 
 
 def shown_perplexity(artifact: Artifact) -> str:
+    """For the log."""
     value = artifact.json(RESULT_FILE)["perplexity"]
     return "perplexity not finite" if value is None else f"perplexity {value:.4f}"
 

@@ -193,6 +193,7 @@ class Workspace:
             (self.path / name).unlink(missing_ok=True)
 
     def finish(self, destination: Path, key: Any) -> None:
+        """Give the artifact its manifest and its final folder; files that are not in the journal are removed."""
         self._spend()
         manifest = {"key": key, "files": dict(sorted(self._files.items())), "seconds": round(self._seconds, 3)}
         write_json(self.path / MANIFEST, manifest)

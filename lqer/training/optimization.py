@@ -55,6 +55,7 @@ class Training:
         self.optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
+        """All of it under flat names, for a file of tensors."""
         kept = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         for name, parameter in self.parameters.items():
             kept |= {f"now.{name}": parameter, f"best.{name}": self.best[name]}
@@ -62,6 +63,7 @@ class Training:
         return kept
 
     def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave, on any device."""
         self.losses = kept["losses"].tolist()
         for name, parameter in self.parameters.items():
             parameter.data.copy_(kept[f"now.{name}"])

@@ -93,6 +93,7 @@ class UntilCalled:
         self._ends: bool | None = None
 
     def run(self, run: Callable[[], object]) -> None:
+        """Call `run`, which runs the module, as far as it takes."""
         calls = Counter[str]()
 
         def hook(name: str) -> Callable[..., None]:
