@@ -16,7 +16,7 @@ from typing import NoReturn
 from lqer.errors import ConfigError
 from lqer.run.chunks import Chunk, parse_chunk
 from lqer.run.console import log_on_console, quieten_libraries
-from lqer.run.imports import heavy_imports, open_gpu_beside
+from lqer.run.imports import hash_model_beside, heavy_imports, open_gpu_beside
 from lqer.run.outcome import (
     EXIT_FAILURE,
     EXIT_OK,
@@ -127,6 +127,7 @@ def _run(arguments: Sequence[str]) -> None:
 
         load_plugins(plugins)
         config = read_config(path, tag, overrides)
+        hash_model_beside(config)
         # Of several processes each opens its own.
         if not validate_only and config.cluster is None:
             open_gpu_beside(config.device)

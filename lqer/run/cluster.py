@@ -29,8 +29,7 @@ from lqer.errors import LqerError, RunFailedError
 from lqer.jobs.graph import Job, Schedule
 from lqer.jobs.on_ray import run_on_ray
 from lqer.report.environment import versions
-from lqer.run.context import store_path
-from lqer.run.folder import RunLog, begin_run, locked
+from lqer.run.folder import RunLog, begin_run, locked, store_path
 from lqer.run.outcome import explain_failure, one_line
 from lqer.run.preflight import CheckedRun, check_run
 from lqer.run.sweep import SweepOutcome, finished_seconds

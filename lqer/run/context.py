@@ -12,7 +12,6 @@ import torch
 from lqer.checkpoint.backend import Backend, resolve_backend
 from lqer.config import Config
 from lqer.config.plan import plan_model, plan_widths
-from lqer.config.rules import STORE_FOLDER
 from lqer.errors import ModelError
 from lqer.evaluation.downstream import check_tasks
 from lqer.formats import NumberFormat
@@ -21,6 +20,7 @@ from lqer.models.probe import check_walk
 from lqer.models.source import ModelSource, check_weights, pick_device, pick_dtype, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
 from lqer.resources.statistics import keeps_statistics
+from lqer.run.folder import store_path
 from lqer.stages.allocate_ranks import check_budget
 from lqer.stages.allocate_widths import check_widths
 from lqer.stages.evaluate import task_files
@@ -60,11 +60,6 @@ class RunContext:
     def offload(self) -> Offload:
         """Memory for hidden states and statistics, up to calibration.max_memory; beyond it, files in the store."""
         return Offload(self.config.calibration.max_bytes, self.store_path)
-
-
-def store_path(config: Config) -> Path:
-    """Where the artifacts of a configuration are."""
-    return Path(config.output_dir) / STORE_FOLDER
 
 
 def _kept(unreached: Sequence[str], plans: Mapping[str, LinearPlan | None]) -> dict[str, None]:

@@ -17,6 +17,7 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from lqer.config import Config
+from lqer.config.rules import STORE_FOLDER
 from lqer.errors import RunFolderError
 from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
 from lqer.store.files import content_hash, write_text
@@ -29,6 +30,11 @@ MARKER = ".lqer-run"
 LOCKS = ".lock-*"
 
 log = logging.getLogger(__name__)
+
+
+def store_path(config: Config) -> Path:
+    """Where the artifacts of a configuration are."""
+    return Path(config.output_dir) / STORE_FOLDER
 
 
 def run_folder(config: Config) -> Path:

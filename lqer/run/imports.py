@@ -2,6 +2,8 @@
 
 Python's garbage collector would walk through them again and again while they are made, a fifth of the time, and once
 more, for a second, whenever it looks at all objects later.
+
+They take ten seconds on some machines. What needs none of them begins beside them: a GPU is opened, a model hashed.
 """
 
 from __future__ import annotations
@@ -10,9 +12,17 @@ import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from lqer.run.outcome import INTERRUPTED, interrupted_at_once
+
+if TYPE_CHECKING:
+    from lqer.config import Config
+
+# In a folder of transformers' layout.
+WEIGHTS = "model*.safetensors"
 
 
 @contextmanager
@@ -54,3 +64,16 @@ def open_gpu_beside(device: str) -> Thread | None:
     thread = Thread(target=open_gpu, name="open-gpu", daemon=True)
     thread.start()
     return thread
+
+
+def hash_model_beside(config: Config) -> None:
+    """Begin to hash a local model's weights in threads, unless they are remembered. What fails is not told here."""
+    from lqer.run.folder import store_path
+    from lqer.store.fingerprints import FINGERPRINTS, Fingerprints
+
+    # A name may be no path at all.
+    with suppress(OSError, ValueError, RuntimeError):
+        path = Path(config.model).expanduser()
+        folder = path.parent if path.suffix == ".safetensors" else path
+        files = [path] if path.suffix == ".gguf" else sorted(folder.glob(WEIGHTS))
+        Fingerprints(store_path(config) / FINGERPRINTS).begin(files)

@@ -2,6 +2,8 @@
 
 What a file was is told by its path, size, time of last change and inode. A file that changed a moment before it was
 hashed is not remembered: within the resolution of its time it could change once more.
+
+Hashing needs none of the libraries that a run imports, so a command begins it beside them (`begin`).
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +25,8 @@ SETTLED_NS = 2_000_000_000
 
 # Size in bytes, time of the last change in nanoseconds, inode.
 State = tuple[int, int, int]
+# Hashes that this process began before they were asked for, by path and state of the file.
+_begun: dict[tuple[str, State], Future[str]] = {}
 
 
 class Fingerprints:
@@ -42,6 +46,16 @@ class Fingerprints:
         with ThreadPoolExecutor(max_workers=FILES_AT_ONCE) as threads:
             return list(threads.map(self._of, files))
 
+    def begin(self, files: Sequence[Path]) -> None:
+        """Hash in threads what is not remembered; `of`, of any instance, then waits for them. No error is told here."""
+        threads = ThreadPoolExecutor(max_workers=FILES_AT_ONCE, thread_name_prefix="hash")
+        for file in files:
+            with suppress(OSError):
+                name, state = str(file.resolve()), state_of(file)
+                if not self._remembers(name, state) and _is_settled(state):
+                    _begun[name, state] = threads.submit(hash_file, file)
+        threads.shutdown(wait=False)
+
     def save(self) -> None:
         """Write down what was hashed since."""
         if self._has_news and self._path is not None:
@@ -57,13 +71,22 @@ class Fingerprints:
 
     def _look_up(self, file: Path) -> str:
         name, before = str(file.resolve()), state_of(file)
-        if name in self._known and self._known[name][0] == before:
+        if self._remembers(name, before):
             return self._known[name][1]
-        digest = hash_file(file)
-        if state_of(file) == before and time.time_ns() - before[1] > SETTLED_NS:
+        begun = _begun.get((name, before))
+        digest = hash_file(file) if begun is None else begun.result()
+        if state_of(file) == before and _is_settled(before):
             self._known[name] = (before, digest)
             self._has_news = True
         return digest
+
+    def _remembers(self, name: str, state: State) -> bool:
+        return name in self._known and self._known[name][0] == state
+
+
+def _is_settled(state: State) -> bool:
+    """Whether another change of the file would show in its time."""
+    return time.time_ns() - state[1] > SETTLED_NS
 
 
 def state_of(file: Path) -> State:

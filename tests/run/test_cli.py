@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from lqer.cli import COMMANDS, console, main, split_arguments, take_option
 from lqer.errors import ConfigError
+from lqer.store import fingerprints
+from lqer.store.files import hash_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +78,19 @@ class TestConsoleScript:
         assert (status, out.splitlines()[-1]) == (0, "valid")
         status, out, _ = lqer("run", str(experiment.config), "tag")
         assert (status, out.splitlines()[-1]) == (0, f"page: {experiment.output / 'tag' / 'report.html'}")
+
+    def test_weights_are_hashed_once_beside_the_imports(self, lqer, experiment, tiny_model, tmp_path, monkeypatch):
+        hashed: list[tuple[str, str]] = []
+
+        def noted(file: Path) -> str:
+            hashed.append((file.name, threading.current_thread().name.partition("_")[0]))
+            return hash_file(file)
+
+        monkeypatch.setattr(fingerprints, "hash_file", noted)
+        model = shutil.copytree(tiny_model, tmp_path / "copy")
+        os.utime(model / "model.safetensors", ns=(10**18, 10**18))
+        assert lqer("validate", str(experiment.config), f"--model={model}")[0] == 0
+        assert [thread for name, thread in hashed if name == "model.safetensors"] == ["hash"]
 
     @pytest.mark.parametrize(
         ("what", "name", "line"),

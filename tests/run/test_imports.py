@@ -1,13 +1,17 @@
-"""Heavy imports: what they leave is no work for the collector, and a GPU is opened beside them."""
+"""Heavy imports: what they leave is no work for the collector; a GPU is opened and a model hashed beside them."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from lqer.run.imports import open_gpu_beside
+from lqer.config import Config
+from lqer.run.imports import hash_model_beside, open_gpu_beside
+from lqer.store import fingerprints
 
 # In a process of its own: objects of this one would never be collected again.
 COUNTS = """
@@ -47,3 +51,27 @@ def test_a_gpu_that_cannot_be_opened_is_left_to_whoever_uses_it():
     assert thread is not None
     thread.join(timeout=60)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (".", ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]),
+        ("model-2-of-2.safetensors", ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]),
+        ("model.gguf", ["model.gguf"]),
+        ("missing", []),
+        ("demo:stories260k", []),
+        ("a\0", []),
+    ],
+)
+def test_weights_of_a_local_model_are_hashed_beside_imports(model, names, tmp_path, monkeypatch):
+    hashed: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fingerprints, "hash_file", lambda file: hashed.append(file.name))
+    for name in ("model-1-of-2.safetensors", "model-2-of-2.safetensors", "model.gguf", "consolidated.safetensors"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, ns=(10**18, 10**18))
+    hash_model_beside(Config.model_construct(model=model, output_dir=str(tmp_path / "out")))
+    for future in [future for (path, _), future in fingerprints._begun.items() if Path(path).parent == tmp_path]:
+        future.result()
+    assert sorted(hashed) == names

@@ -93,3 +93,32 @@ def test_a_damaged_record_costs_the_time_to_hash(file, tmp_path, content):
 def test_a_file_that_cannot_be_read_is_named(file, tmp_path):
     with pytest.raises(OSError, match=r"missing\.bin"):
         Fingerprints().of([file, tmp_path / "missing.bin"])
+
+
+def test_what_was_begun_is_not_hashed_again(file, tmp_path, hashed):
+    Fingerprints().begin([file])
+    assert Fingerprints(tmp_path / "record.json").of([file]) == [blake3(b"weights").hexdigest()]
+    assert hashed == [file.name]
+
+
+def test_nothing_is_begun_that_is_remembered_or_that_has_just_changed(file, tmp_path, hashed):
+    remember(tmp_path / "record.json", file)
+    write(tmp_path / "new.safetensors", b"other weights", time.time_ns())
+    Fingerprints(tmp_path / "record.json").begin([file, tmp_path / "new.safetensors", tmp_path / "missing.safetensors"])
+    assert hashed == [file.name]
+
+
+def test_a_change_after_hashing_was_begun_is_seen(file):
+    Fingerprints().begin([file])
+    write(file, b"WEIGHTS", LONG_AGO + 1)
+    assert Fingerprints().of([file]) == [blake3(b"WEIGHTS").hexdigest()]
+
+
+def test_a_file_that_could_not_be_hashed_when_it_was_begun_is_named_by_who_asks(file, monkeypatch):
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(fingerprints, "hash_file", fail)
+    Fingerprints().begin([file])
+    with pytest.raises(OSError, match=f"Input/output error: .*{file.name}"):
+        Fingerprints().of([file])
