@@ -10,8 +10,6 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import set_seed
-
 from lqer.errors import ConfigError
 from lqer.evaluation import harness
 from lqer.evaluation.requests import Scores
@@ -123,6 +121,9 @@ def evaluate_tasks(
     Raises ConfigError as `check_tasks` does, and DataError if a dataset cannot be loaded.
     """
     check_tasks(tasks, settings.num_fewshot)
+    # Here, so that only tasks load it: it stands among the tools of transformers' trainer, which import peft.
+    from transformers import set_seed
+
     set_seed(settings.seed)
     loaded = tasks.load()
     for task in loaded["tasks"].values():
