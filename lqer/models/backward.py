@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from lqer.errors import ModelError
+from lqer.models.hidden import HiddenStates
 from lqer.models.loaders import OpenedModel
-from lqer.models.walker import BlockRun, HiddenStates, embed, logits_of_states, refuse_non_finite
+from lqer.models.walker import BlockRun, embed, logits_of_states, refuse_non_finite
 from lqer.phases import in_phase
 
 # Gets the input x (B, N, I) of a call of a linear and the gradient (B, N, O) with respect to its output, by window;

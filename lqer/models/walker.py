@@ -5,8 +5,8 @@ with every block replaced by a recorder that returns its input: masks, positions
 hidden states, so nothing else is needed, whatever the architecture. Arguments that differ between batches of one shape,
 such as embeddings of the tokens for each block, are stored per batch.
 
-Blocks come from a loader, which may read each one from disk; hidden states are allocated by an `Offload`, in memory or
-on disk. So memory grows with one block and one batch.
+Blocks come from a loader, which may read each one from disk; hidden states are in memory or on disk, or on a GPU that
+has much room for them (`hidden.py`). So memory grows with one block and one batch.
 
 Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, V vocabulary.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,73 +26,15 @@ from transformers import PreTrainedModel
 from lqer.errors import ModelError
 from lqer.models.calls import BlockCall, Comparison, Left, RecordedCalls
 from lqer.models.files import reported_as
+from lqer.models.hidden import HiddenStates, new_states
 from lqer.models.loaders import OpenedModel
 from lqer.nn.attention import attention_as
 from lqer.phases import in_phase
-from lqer.statistics import ALONE, Gang
-from lqer.store.offload import Offload
 
 # (batch, tokens, hidden size)
 HIDDEN_DIMENSIONS = 3
 # Of a block, such as hidden states, a recurrent state and attention weights; recorders return None for the others.
 MOST_RETURNED_VALUES = 3
-
-
-@dataclass
-class HiddenStates:
-    """The hidden states of all windows between two blocks, and the arguments that each block is called with.
-
-    states_WTD: in the model's dtype, on the CPU, from the offload; the windows of a batch are contiguous.
-    calls: per block, the call for each batch; batches with equal arguments share them.
-    calls_of_one: per block, the call for a single window, whose arguments broadcast over a batch of any size; None
-        where they depend on the windows of the batch or on their number.
-    left: by batch, what the blocks so far left for later ones.
-    gang, first_window: where several processes share out the windows, they, and which of the whole text is first here.
-    """
-
-    states_WTD: Tensor
-    batches: list[slice]
-    offload: Offload
-    calls: list[list[BlockCall]]
-    calls_of_one: list[BlockCall | None]
-    # How many values a block returns as a tuple, the first of which are its hidden states; 0 for a tensor alone.
-    returned_values: int
-    left: dict[int, Left] = field(default_factory=dict)
-    gang: Gang = ALONE
-    first_window: int = 0
-
-    def load(self, batch: int, device: torch.device) -> Tensor:
-        """The states (B, T, D) of one batch, on the device."""
-        return self.states_WTD[self.batches[batch]].to(device, non_blocking=True)
-
-    def store(self, batch: int, hidden_BTD: Tensor) -> None:
-        """Replace the states of one batch."""
-        # Ordered on the device's stream, on which `load` reads them too.
-        self.states_WTD[self.batches[batch]].copy_(hidden_BTD, non_blocking=True)
-        self.offload.release_pages()
-
-    def call_of_one(self, block: int) -> BlockCall:
-        """The call that suits a batch of any windows. Raises ModelError if there is none."""
-        call = self.calls_of_one[block]
-        if call is None or any(self.left.values()):
-            raise ModelError(
-                "model: its decoder blocks are called with arguments that depend on the batch (such as ALiBi biases, "
-                "embeddings of the tokens, or keys and values of other blocks), which transforms and roundings of "
-                "whole blocks do not support"
-            )
-        return call
-
-    def synchronized(self, device: torch.device) -> Tensor:
-        """All states (W, T, D), safe to read from any thread or stream: the device has finished writing them."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return self.states_WTD
-
-    def empty_like(self) -> HiddenStates:
-        """A second buffer of undefined states for the same windows and calls."""
-        pinned = self.states_WTD.is_pinned()
-        states_WTD = self.offload.empty(self.states_WTD.shape, self.states_WTD.dtype, pinned)
-        return replace(self, states_WTD=states_WTD, left={})
 
 
 class BlockRun:
@@ -166,10 +108,10 @@ def walk_blocks(
     blocks: how many, the first ones; all by default. beside: as in `embed`.
 
     The caller runs each block forward exactly once before it asks for the next one. Everything outside the blocks is
-    moved to the model's device for good, a block until the next one is asked for. Hidden states are stored on the CPU
-    in the model's dtype, on disk where the model's offload says so.
+    moved to the model's device for good, a block until the next one is asked for. Hidden states are kept in the model's
+    dtype, near the blocks.
     """
-    hidden = embed(opened, windows_WT.split(batch_size), beside)
+    hidden = embed(opened, windows_WT.split(batch_size), beside, near=True)
     yield from _block_runs(opened, hidden, blocks)
 
 
@@ -283,10 +225,13 @@ def run_one_block(opened: OpenedModel, index: int, ids_BT: Tensor, returned_valu
 
 @in_phase("forward")
 @torch.no_grad()
-def embed(opened: OpenedModel, batches: Sequence[Tensor], beside: Sequence[Mapping[str, Tensor]] = ()) -> HiddenStates:
+def embed(
+    opened: OpenedModel, batches: Sequence[Tensor], beside: Sequence[Mapping[str, Tensor]] = (), near: bool = False
+) -> HiddenStates:
     """Embed every batch (B, T) and record, per block and batch, how the model calls the block.
 
-    beside: by window, what the model is given beside token ids; tensors of a batch's windows are joined.
+    beside: by window, what the model is given beside token ids; tensors of a batch's windows are joined. near: as in
+    `new_states`, but for a gang, whose ranks exchange states on the CPU.
 
     Each rank of a gang embeds batches of its own. All windows have the same length. Raises ModelError for a model
     whose blocks cannot be run one at a time, and for parameters outside the blocks that are not finite.
@@ -311,7 +256,8 @@ def embed(opened: OpenedModel, batches: Sequence[Tensor], beside: Sequence[Mappi
             model.base_model(**_inputs(model, batches[batch], given, device), use_cache=False)
             hidden_BTD = recorders[0].hidden
             if hidden is None:
-                states_WTD = offload.empty((windows, *hidden_BTD.shape[1:]), hidden_BTD.dtype, hidden_BTD.is_cuda)
+                shape, here = (windows, *hidden_BTD.shape[1:]), hidden_BTD.device
+                states_WTD = new_states(shape, hidden_BTD.dtype, here, offload, near and gang.size == 1)
                 returned_values = recorders[0].returned_values
                 hidden = HiddenStates(
                     states_WTD, slices, offload, [], [], returned_values, gang=gang, first_window=first_window

@@ -31,8 +31,14 @@ class Machine:
 
 def read_machine(device: torch.device, folder: Path, card_share: float = 1.0) -> Machine:
     """The machine as this process sees it, and of a GPU that share; `folder` need not exist yet."""
-    gpu = int(card_share * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
-    return Machine(usable_ram(), gpu, free_disk(folder), resident_bytes(), card_share)
+    gpu = gpu_bytes(device)
+    share = None if gpu is None else int(card_share * gpu)
+    return Machine(usable_ram(), share, free_disk(folder), resident_bytes(), card_share)
+
+
+def gpu_bytes(device: torch.device) -> int | None:
+    """The memory of a GPU; None for another device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def resident_bytes() -> int:

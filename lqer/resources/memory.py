@@ -7,7 +7,8 @@ memory is estimated, and marked as not certain:
                  batch; if a GPU reads ahead, two blocks in RAM as they are stored, of large blocks a part. A model that
                  cannot be read block by block is in memory whole. Hidden states and statistics on a CPU beyond
                  calibration.max_memory are offloaded to disk; on a GPU sums of experts beyond 18 GB are gathered in
-                 further passes, whose results wait there, unless they are used at once (with error propagation)
+                 further passes, whose results wait there, unless they are used at once (with error propagation). Hidden
+                 states of the calibration text are on the GPU where they take little of it
     rotate       the whole model in float32
     calibrate    a walk, and the accumulators of a block's statistics
     widths       a calibration, then the inputs of all blocks and the gradients of a few windows, the errors of a block
@@ -48,6 +49,8 @@ from lqer.resources.walk import (
     add_statistics,
     as_read,
     observed_in_passes,
+    states_bytes,
+    states_stay_on_gpu,
     statistics_bytes,
     tokens_of_batch,
     walk_needs,
@@ -136,7 +139,8 @@ def _calibrate(work: Workload) -> StageMemory:
 def _calibration_walk(work: Workload, blocks: int = 1) -> tuple[list[Need], list[Need], list[Need]]:
     settings = work.config.calibration
     batch, fewer = tokens_of_batch(settings), _smaller("calibration.batch_size")
-    return walk_needs(work, settings.num_samples, settings.seq_len, batch, fewer, accumulated_bytes(work), blocks)
+    accumulated, windows = accumulated_bytes(work), settings.num_samples
+    return walk_needs(work, windows, settings.seq_len, batch, fewer, accumulated, blocks, near=True)
 
 
 def _widths(work: Workload) -> StageMemory:
@@ -195,7 +199,8 @@ def _quantize(work: Workload) -> StageMemory:
         walk = _calibration_walk(work, blocks)
         host, device, disk = ([*a, *b] for a, b in zip((host, device, disk), walk, strict=True))
     if quantize.propagates_error:
-        host += _original_stream(work)
+        in_ram, on_gpu = _original_stream(work)
+        host, device = host + in_ram, device + on_gpu
         learned, states = _whole_block(work)
         device, disk = device + learned, disk + states
     return _stage("quantize", work, host, device, disk)
@@ -229,11 +234,13 @@ def _original_buffers(work: Workload) -> int:
     return 2 if compared else int(bool(work.config.quantize.block_parts))
 
 
-def _original_stream(work: Workload) -> list[Need]:
-    """The original model's hidden states beside the quantized model's."""
-    calibration, buffers = work.config.calibration, _original_buffers(work)
-    states = calibration.num_samples * calibration.seq_len * work.summary.hidden_size * work.computed
-    return [Need("hidden states of the original model", buffers * states, LESS_IN_MEMORY)]
+def _original_stream(work: Workload) -> tuple[list[Need], list[Need]]:
+    """Host and device: the original model's hidden states beside the quantized model's."""
+    calibration, what = work.config.calibration, "hidden states of the original model"
+    states = states_bytes(work, calibration.num_samples, calibration.seq_len)
+    held = _original_buffers(work) * states
+    stay = states_stay_on_gpu(work, states)
+    return ([], [Need(what, held)]) if stay else ([Need(what, held, LESS_IN_MEMORY)], [])
 
 
 def _finetune(work: Workload) -> StageMemory:

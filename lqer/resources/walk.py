@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lqer.config.schema import CalibrationConfig, FinetuneConfig
+from lqer.models.hidden import stay_on_gpu
 from lqer.models.reading import READ_AT_ONCE_BYTES, READ_WHOLE_BYTES
 from lqer.resources.statistics import accumulator_bytes, block_bytes, in_passes
 from lqer.resources.workload import Need, Workload
@@ -15,16 +16,25 @@ LESS_IN_MEMORY = "Reduce calibration.max_memory"
 
 
 def walk_needs(
-    work: Workload, windows: int, seq_len: int, batch_tokens: int, remedy: str, accumulated: int = 0, blocks: int = 1
+    work: Workload,
+    windows: int,
+    seq_len: int,
+    batch_tokens: int,
+    remedy: str,
+    accumulated: int = 0,
+    blocks: int = 1,
+    near: bool = False,
 ) -> tuple[list[Need], list[Need], list[Need]]:
     """Host, device and disk of windows on their way through the blocks, `blocks` of which are in memory at once.
 
-    accumulated: bytes of the accumulators of a block's statistics.
+    accumulated: bytes of the accumulators of a block's statistics. near: whether hidden states may stay on a GPU.
     """
     summary, limit = work.summary, work.config.calibration.max_bytes
+    states = states_bytes(work, windows, seq_len)
+    stay = near and states_stay_on_gpu(work, states)
     # Only RAM is offloaded.
     offloadable = {
-        "hidden states": windows * seq_len * summary.hidden_size * work.computed,
+        "hidden states": 0 if stay else states,
         "accumulators": 0 if work.on_gpu else accumulated,
     }
     size = sum(offloadable.values())
@@ -43,7 +53,16 @@ def walk_needs(
         device.append(Need("block and weights outside the blocks", on_gpu if work.on_gpu else 0))
     if work.on_gpu:
         device.append(Need("accumulators", accumulated, 'Set device = "cpu"'))
+        device.append(Need("hidden states", states if stay else 0))
     return host, device, disk
+
+
+def states_bytes(work: Workload, windows: int, seq_len: int) -> int:
+    return windows * seq_len * work.summary.hidden_size * work.computed
+
+
+def states_stay_on_gpu(work: Workload, size: int) -> bool:
+    return work.on_gpu and stay_on_gpu(size, work.near_bytes)
 
 
 def as_read(work: Workload, purpose: str = "") -> list[Need]:

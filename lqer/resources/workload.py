@@ -36,7 +36,8 @@ class Workload:
     """The sizes of a run. stored, computed: bytes of a parameter on disk and in the run's dtype.
 
     streams: whether the model can be read block by block. stored_in_blocks: `stored` of the blocks, where it differs.
-    read_block: bytes of the largest block's files, which may hold codes; None for as many as of its values.
+    read_block: bytes of the largest block's files, which may hold codes; None for as many as of its values. near_bytes:
+    memory of the GPU whose small part hidden states may take (lqer/models/hidden.py); 0 where they are in RAM.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class Workload:
     streams: bool
     stored_in_blocks: int | None = None
     read_block: int | None = None
+    near_bytes: int = 0
 
     @property
     def stored_block(self) -> int:

@@ -23,7 +23,7 @@ from lqer.models.source import load_model_config, load_processor, load_tokenizer
 from lqer.models.summary import ModelSummary
 from lqer.phases import phase
 from lqer.resources.check import refuse_what_cannot_fit, table
-from lqer.resources.machine import read_machine
+from lqer.resources.machine import gpu_bytes, read_machine
 from lqer.resources.memory import estimate
 from lqer.resources.workload import StageMemory, Workload
 from lqer.run.context import RunContext, prepare
@@ -159,6 +159,8 @@ def estimate_stages(context: RunContext) -> list[StageMemory]:
             stored=stored.itemsize,
             computed=context.dtype.itemsize,
             on_gpu=context.device.type == "cuda",
+            # A gang's states are in RAM.
+            near_bytes=gpu_bytes(context.device) or 0 if context.ranks == 1 else 0,
             # A GGUF file is expanded in one piece. Others that are loaded whole are known once they are opened.
             streams=not context.source.load_args,
             read_block=stored_block_bytes(context.source),

@@ -129,7 +129,7 @@ def _quantize_missing(
     attention = running.model.config._attn_implementation
     reconstruction = block_reconstruction(workspace, settings, text.batch_size, attention)
     compared = text.needs_original or any(one.needs_original for one in requested_statistics(settings.plans))
-    embedded = partial(embed, running, text.windows_WT.split(text.batch_size), text.beside)
+    embedded = partial(embed, running, text.windows_WT.split(text.batch_size), text.beside, near=True)
     original: _OriginalStates | None = None
     if reconstruction is not None or compared:
         original = _OriginalStates(embedded(), attention, compared)

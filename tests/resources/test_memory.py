@@ -214,6 +214,37 @@ class TestGrowth:
         assert {"block", "accumulators", "activations of a batch"} <= {entry.what for entry in stage.device}
 
 
+def test_hidden_states_of_the_calibration_text_are_on_a_gpu_that_has_much_room_for_them(random_model, tmp_path):
+    """All streams of them, and neither there nor in RAM twice."""
+    model, what, originals = random_model("llama"), "hidden states", "hidden states of the original model"
+    states = WINDOWS * SEQ_LEN * model.config.hidden_size * 4
+    quantize = {"method": "none", "low_rank": {"rank": 0}, "propagate_error": True, "rounding": {"kind": "adaptive"}}
+    config = experiment(quantize=quantize, formats={"w4": {"kind": "int", "bits": 4}})
+
+    def held(near_bytes: int, on_gpu: bool = True) -> tuple[dict[str, int], dict[str, int]]:
+        work = workload(model, tmp_path, config, on_gpu=on_gpu, near_bytes=near_bytes)
+        stage = stages_of(work)["quantize"]
+        return tuple(
+            {n.what: n.bytes for n in needs if n.what in (what, originals)} for needs in (stage.ram, stage.device)
+        )
+
+    everything = {what: states, originals: states}
+    assert held(32 * states) == ({}, everything)
+    assert held(32 * states - 32) == (everything, {})
+    assert held(0) == (everything, {})
+    assert held(32 * states, on_gpu=False) == held(0, on_gpu=False)
+
+
+def test_hidden_states_of_other_walks_are_in_ram(random_model, tmp_path):
+    """Those of all blocks, from which gradients are taken, and of texts of any length."""
+    evaluation = {"blockwise": True}
+    stage = stages_of(
+        workload(random_model("llama"), tmp_path, experiment(evaluation=evaluation), on_gpu=True, near_bytes=10**12)
+    )
+    assert need(stage["evaluate"].ram, "hidden states") > 0
+    assert need(stage["calibrate"].device, "hidden states") > 0
+
+
 SHAPES = {
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
     "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128},
