@@ -20,25 +20,32 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 # Values of a tensor that is only a parameter: more than any table that a model computes for itself.
 LARGE = 1 << 26
+# Where functions are that fill a tensor with its first values; while it builds a model, transformers puts its own into
+# the place of torch's.
+INITIALIZERS = frozenset({"torch.nn.init", "transformers.initialization"})
 
 
 @contextmanager
 def without_values() -> Iterator[None]:
     """Models built within have parameters on the meta device, and buffers, such as rotary tables, computed for real.
 
-    accelerate's own context allocates each parameter for a moment: 30 GB for the experts of a layer of DeepSeek-V3.
+    accelerate's own context allocates each parameter for a moment: 30 GB for the experts of a layer of DeepSeek-V3. And
+    it lets transformers initialize parameters without values, which is most of the time that this takes.
     """
-    with init_empty_weights(include_buffers=False), _LargeOnMeta():
+    with init_empty_weights(include_buffers=False), _NoValues():
         yield
 
 
-class _LargeOnMeta(TorchFunctionMode):
-    """Gives large uninitialized tensors no memory."""
+class _NoValues(TorchFunctionMode):
+    """Gives large uninitialized tensors no memory, and initializes none without values."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        filled = kwargs.get("tensor")
+        if filled is not None and filled.is_meta and getattr(func, "__module__", None) in INITIALIZERS:
+            return filled
         if func is torch.empty and kwargs.get("device") is None and _values(*args) >= LARGE:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, initialization
 
 from lqer.models.auto import LARGE, auto_class, without_values
 
@@ -43,3 +44,40 @@ def test_a_stack_of_experts_is_built_without_memory_for_it():
     assert experts.gate_up_proj.is_meta
     assert experts.down_proj.is_meta
     assert torch.equal(experts.table, torch.tensor([0.0, 1.0, 2.0]))
+
+
+def test_parameters_without_values_are_not_initialized_and_buffers_are():
+    """By torch's functions and by those that transformers puts in their place."""
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(4, 2))
+            self.register_buffer("table", torch.empty(3))
+            for fill in (nn.init.zeros_, nn.init.normal_, initialization.normal_):
+                assert fill(self.weight) is self.weight
+            nn.init.constant_(self.table, 2.0)
+            initialization.copy_(self.table[:1], torch.tensor([1.0]))
+
+    with without_values(), NoNormalValues():
+        mixer = Mixer()
+    assert mixer.weight.is_meta
+    assert torch.equal(mixer.table, torch.tensor([1.0, 2.0, 2.0]))
+
+
+class NoNormalValues(TorchDispatchMode):
+    """Refuses the work of drawing values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "normal" not in func.name(), func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_model_built_without_values_has_the_buffers_of_one_with(random_model):
+    config = random_model("llama").config
+    with without_values():
+        built = AutoModelForCausalLM.from_config(config)
+    expected = dict(AutoModelForCausalLM.from_config(config).named_buffers())
+    assert expected
+    assert all(torch.equal(buffer, expected[name]) for name, buffer in built.named_buffers())
+    assert all(parameter.is_meta for parameter in built.parameters())
