@@ -19,8 +19,13 @@ def shared_tokens(seen: np.ndarray, other: np.ndarray) -> int:
 
     `seen` is cut every 64 tokens, `other` is searched at every offset.
     """
-    runs = _hashes(seen[: len(seen) // RUN_TOKENS * RUN_TOKENS])[::RUN_TOKENS]
-    return RUN_TOKENS * int(np.isin(runs, _hashes(other)).sum())
+    runs = np.sort(_hashes(seen[: len(seen) // RUN_TOKENS * RUN_TOKENS])[::RUN_TOKENS])
+    if not len(runs):
+        return 0
+    # Each of the many is looked up among the few: sorting all of them would take seconds for millions of tokens.
+    others = _hashes(other)
+    nearest = runs[np.searchsorted(runs, others).clip(max=len(runs) - 1)]
+    return RUN_TOKENS * int(np.isin(runs, others[nearest == others]).sum())
 
 
 def _hashes(tokens: np.ndarray) -> np.ndarray:
