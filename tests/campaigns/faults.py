@@ -8,8 +8,9 @@ Three kinds of event, all counted from 1 and none of them a matter of time:
             too; needs `faults.c` loaded before anything else (LD_PRELOAD)
 
 A fault is a JSON-able dict: {"events": "files", "root": "/folder", "at": 12} kills; with "errno" it is an error, and
-with "lasting" every later call fails as well. Without "at" events are only counted. A process tells what came of it
-in one line of JSON: {"events": how many, "where": the last one's description}.
+with "lasting" every later call fails as well. Without "at" events are only counted. With "pattern" only those files and
+calls count whose description the regular expression is found in. A process tells what came of it in one line of JSON:
+{"events": how many, "where": the last one's description}.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import ctypes
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,10 +35,13 @@ CHANGES = ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir", "symlink")
 class Recorder:
     """Counts events and kills the process at the chosen one, having said where that was."""
 
-    def __init__(self, report: int, at: int | None):
+    def __init__(self, report: int, at: int | None, pattern: str):
         self._report, self._at, self.events, self.where = report, at, 0, ""
+        self._pattern = re.compile(pattern)
 
     def meet(self, where: str) -> None:
+        if self._pattern.search(where) is None:
+            return
         self.events, self.where = self.events + 1, where
         if self.events == self._at:
             self.tell()
@@ -50,7 +55,7 @@ def arm(fault: dict[str, Any], report: int) -> Callable[[], None]:
     """Have the fault happen in this process. Returns what tells of it at the process's end."""
     if fault["events"] == "writes":
         return _arm_library(fault, report)
-    recorder = Recorder(report, fault.get("at"))
+    recorder = Recorder(report, fault.get("at"), fault.get("pattern", ""))
     if fault["events"] == "files":
         _watch_files(recorder, fault["root"])
     else:

@@ -35,7 +35,8 @@ def campaign(server: Server, folder: Path, count: int, seed: int, only: int | No
             break
         name = [*CONFIGURATIONS][number % len(CONFIGURATIONS)]
         kinds = ["files", "calls", *(["writes"] if server.has_library else [])]
-        kind = kinds[number % len(kinds)]
+        # Every configuration meets every kind, whatever their numbers have in common.
+        kind = kinds[(number + number // len(CONFIGURATIONS)) % len(kinds)]
         if (name, kind) not in totals:
             counted = Experiment(folder / "inputs", folder / ("counted" if name in whole else "whole") / name)
             done = run_whole(server, counted, name, fault=_fault(counted, kind, None), hasty=True)

@@ -49,9 +49,15 @@ CONFIGURATIONS: dict[str, list[str]] = {
         "--quantize.method=lqer-svd", "--quantize.low_rank.rank=4", "--evaluation.blockwise=true",
         "--calibration.max_memory=1",
     ],
+    # best-3 on experts: trellis codes of several widths, one linear after the other.
+    "mixture": [
+        "--model={mixture}", "--quantize.method=none", '--quantize.transforms=["hadamard"]',
+        "--quantize.weight=trellis3", "--quantize.rounding=ldlq", "--quantize.order=sequential",
+        '--quantize.widths=["trellis2", "trellis3", "trellis4"]', "--quantize.budget_bits=3.6",
+    ],
 }  # fmt: skip
 # Of results.json: what another run of the same experiment must find again.
-NUMBERS = ("bits", "baseline", "perplexity", "calibration", "layers", "finetune", "allocation")
+NUMBERS = ("bits", "baseline", "perplexity", "calibration", "layers", "finetune", "allocation", "experts")
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,16 @@ class Experiment:
     def arguments(self, name: str | None = None, *overrides: str) -> list[str]:
         """The command line of one of CONFIGURATIONS, or of the plain configuration."""
         chosen = [*CONFIGURATIONS.get(name or "", []), *overrides]
-        chosen = [text.replace("{calibration}", str(self.inputs / "calibration.txt")) for text in chosen]
+        for key, path in {"{calibration}": "calibration.txt", "{mixture}": "mixture"}.items():
+            chosen = [text.replace(key, str(self.inputs / path)) for text in chosen]
         return [str(self.config), name or "plain", f"--output_dir={self.output}", *chosen]
 
 
 def write_inputs(folder: Path, kind: str = "llama", windows: int = 4) -> Path:
-    """A folder with a tiny model, two texts and a configuration that uses them."""
+    """A folder with a tiny model, a mixture of experts, two texts and a configuration that uses model and texts."""
     folder.mkdir(parents=True, exist_ok=True)
     build(folder / "model", kind, num_hidden_layers=2)
+    build(folder / "mixture", "qwen3_moe", num_hidden_layers=2)
     write_texts(folder)
     write_config(folder, folder / "model", windows)
     return folder
@@ -92,7 +100,8 @@ def write_texts(folder: Path) -> None:
 
 
 def write_config(folder: Path, model: Path, windows: int = 4) -> None:
-    formats = ", ".join(f'"{ROOT}/configs/formats/{name}.toml"' for name in ("mxint", "int", "codebook", "e8p"))
+    names = ("mxint", "int", "codebook", "e8p", "trellis")
+    formats = ", ".join(f'"{ROOT}/configs/formats/{name}.toml"' for name in names)
     (folder / "tiny.toml").write_text(
         f"""
 extends = [{formats}]
