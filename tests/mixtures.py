@@ -30,8 +30,9 @@ LATENT = {
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 16),
 }
 # gpt_oss: transposed, interleaved, with biases and sinks. deepseek, glm: a first layer without experts, then shared
-# ones, as in qwen2. llama4: outside of transformers' registry, transposed, the router's weights on the inputs. longcat:
-# outside, too, and two of its six choices pass their tokens on.
+# ones, as in qwen2. gemma4: beside an MLP, and routed by other inputs than theirs. llama4: outside of transformers'
+# registry, transposed, the router's weights on the inputs. longcat: outside, too, and two of its six choices pass their
+# tokens on.
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 24, **SMALL},
@@ -43,6 +44,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4},
     "glm4_moe": {**GROUPS, "head_dim": 16},
     "minimax_m2": {"num_local_experts": 4, "head_dim": 16},
+    "gemma4_text": {
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "hidden_size_per_layer_input": 0,
+        "head_dim": 16, "global_head_dim": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], **SMALL,
+    },
     "llama4_text": {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
     "longcat_flash": {
         **LATENT, "head_dim": 16, "num_hidden_layers": 4, "num_layers": 2, "expert_ffn_hidden_size": 16,

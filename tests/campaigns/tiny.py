@@ -61,6 +61,8 @@ SIZES: dict[str, Any] = {
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 # Blocks of both kinds, the last two of which read the keys and values of the first two.
 _SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+# Beside an MLP: by default there are none.
+_EXPERTS = {"enable_moe_block": True, "top_k_experts": 2}
 # Ids that the code of some wrappers reads and their configurations do not have by default.
 _STARTS = {"vision_start_token_id": 1, "audio_start_token_id": 2}
 # What else an architecture needs to be small, or to be in proportion: little that is not a linear. By model_type.
@@ -73,7 +75,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "falcon_mamba": {"state_size": 4},
     **dict.fromkeys(["glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glmga_text", "qwen2_5_omni_text"], _SECTIONS),
     **dict.fromkeys(["qwen2_5_vl_text", "qwen2_vl_text", "paddleocr_vl_text"], _SECTIONS),
-    **dict.fromkeys(["gemma3n_text", "gemma4_text"], _SHARED),
+    "gemma3n_text": _SHARED,
+    "gemma4_text": _SHARED | _EXPERTS,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "hy_v4": {"hc_mult": 2},
