@@ -22,5 +22,7 @@ fi
 # SLURM copies the script and runs the copy elsewhere: the command of a task must be complete.
 printf -v task '%q ' "$python" "$root/experiments/pipeline.py" "$config" "$tag" --output_dir="$output_dir" ${extra[@]+"${extra[@]}"}
 mkdir -p "$output_dir/slurm"
-"${sbatch[@]}" --job-name="$tag" --array="1-$chunks" --output="$output_dir/slurm/$tag-%A_%a.log" \
+# A task that SLURM starts again, as after the loss of a node, goes on where it was.
+"${sbatch[@]}" --job-name="$tag" --requeue --open-mode=append --array="1-$chunks" \
+    --output="$output_dir/slurm/$tag-%A_%a.log" \
     --wrap="$task --chunk \$SLURM_ARRAY_TASK_ID/$chunks"

@@ -34,6 +34,7 @@ printf -v start '%q ' "$ray" symmetric-run --min-nodes "$nodes"
 printf -v path '%q' "$(dirname "$ray")"
 mkdir -p "$output_dir/slurm"
 # Nodes for this job alone: `ray stop` ends whatever Ray of the user runs on them.
-"${sbatch[@]}" --job-name="$tag" --nodes="$nodes" --ntasks-per-node=1 --exclusive \
+# A job that SLURM starts again, as after the loss of a node, goes on where it was.
+"${sbatch[@]}" --job-name="$tag" --requeue --open-mode=append --nodes="$nodes" --ntasks-per-node=1 --exclusive \
     --output="$output_dir/slurm/$tag-%j.log" \
     --wrap="head=\$(scontrol show hostnames \"\$SLURM_JOB_NODELIST\" | head -n 1); export PATH=$path:\$PATH; srun $start --address \"\$head:6379\" -- $task"

@@ -62,7 +62,9 @@ def test_the_tasks_of_the_array_end_with_what_one_process_makes(experiment, sbat
     done, options = submit(sbatch, str(experiment.config), "shared", CHUNKS="2", OUTPUT_DIR=str(experiment.output))
     logs = [path.read_text() for path in sorted((experiment.output / "slurm").glob("shared-1_*.log"))]
     assert done.returncode == 0, logs
-    assert options[:3] == ["--partition=gpu", "--job-name=shared", "--array=1-2"]
+    assert options[:5] == [
+        "--partition=gpu", "--job-name=shared", "--requeue", "--open-mode=append", "--array=1-2",
+    ]  # fmt: skip
     assert len(logs) == 2
     assert any("perplexity" in log for log in logs)
     found = json.loads((experiment.output / "shared/results.json").read_text())
@@ -130,8 +132,8 @@ def test_a_sweep_on_nodes_starts_ray_on_each_with_the_head_of_the_job(tmp_path):
     command = [str(ROOT / "sweeps/slurm_cluster.sh"), *arguments]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "calls").read_text().splitlines()[:4] == [
-        "--job-name=tag", "--nodes=2", "--ntasks-per-node=1", "--exclusive",
+    assert (tmp_path / "calls").read_text().splitlines()[:6] == [
+        "--job-name=tag", "--requeue", "--open-mode=append", "--nodes=2", "--ntasks-per-node=1", "--exclusive",
     ]  # fmt: skip
     words = (tmp_path / "notes").read_text().splitlines()
     assert (tmp_path / "notes.path").read_text() == "/opt/its venv/bin\n"
