@@ -48,7 +48,7 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
     """Raise ModelError, with the reason, for a model that cannot be run block by block.
 
     whole_blocks: whether blocks will be called with batches of any windows, as by transforms of whole blocks. Returns
-    the linears that no text reaches, such as those that would read an encoder's output.
+    the linears that no text reaches, such as those that would read an encoder's output, or of experts for images.
     """
     unreached: list[str] = []
     with reported_as(f"model: {source.name} cannot be run block by block"):
@@ -65,14 +65,18 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
         for index in range(len(opened.blocks)) if hands_on else kinds:
             run = BlockRun(index, f"{opened.name}.{index}", opened.blocks[index], hidden, CPU)
             linears = block_linears(run.block)
-            # Experts, in a list or split, may be for other tokens.
+            # Experts, in a list or split, may be for other tokens; a module of split ones is called with all tokens.
             lists = [name for name, part in run.block.named_modules() if isinstance(part, nn.ModuleList)]
-            mixtures = tuple(f"{name}." for name in (*lists, *experts_of(run.block)))
-            waiting = {name for name in linears if not name.startswith(mixtures)}
+            mixtures = {name: f"{name}." for name in (*lists, *experts_of(run.block))}
+            waiting = {name for name in linears if not name.startswith(tuple(mixtures.values()))}
+            waiting |= experts_of(run.block).keys()
             with watched_inputs(run.block, {name: partial(_reach, waiting, name) for name in waiting}):
                 outputs = [run.output(batch) for batch in range(len(batches))]
+            missed = tuple(f"{name}." for name in waiting & mixtures.keys())
             alike = (f"{opened.name}.{block}" for block in (index, *kinds.get(index, ())) if index in kinds)
-            unreached += [f"{block}.{name}" for block in alike for name in linears if name in waiting]
+            unreached += [
+                f"{block}.{name}" for block in alike for name in linears if name in waiting or name.startswith(missed)
+            ]
             if hands_on:
                 run.forward()
             elif index + 1 < len(opened.blocks):

@@ -122,7 +122,8 @@ class ExpertObserver:
         for layer in self._layers if self._settings.of == "routed" else ():
             lacking = (self._settings.minimum - layer.routed_E).clamp(min=0).tolist()
             starved = [index for index in layer.linears if lacking[index]]
-            if not starved:
+            # Of a layer that no text reaches nothing is known.
+            if not starved or not layer.kept:
                 continue
             kept = _joined(layer.kept)
             size = len(kept.x_ND)

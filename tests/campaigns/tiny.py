@@ -57,8 +57,14 @@ SIZES: dict[str, Any] = {
     # Large enough that logits differ visibly between tokens.
     **dict.fromkeys(["initializer_range", "init_std"], 0.1),
 }  # fmt: skip
-# Sections of rotary positions of wrappers: half of a head.
-_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+
+
+def _sections(*sizes: int, **more: float) -> dict[str, Any]:
+    """Sections of rotary positions of wrappers, which are half of what is rotated."""
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sizes), **more}
+
+
+_SECTIONS = {"rope_parameters": _sections(2, 3, 3)}
 # Blocks of both kinds, the last two of which read the keys and values of the first two.
 _SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
 # Beside an MLP: by default there are none.
@@ -71,9 +77,14 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "big_bird": {"num_hidden_layers": 8},
     "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dots1": {"n_shared_experts": 1},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32], "moe_num_experts": 4, "moe_k": 2,
+                             "rope_parameters": _sections(3, 3, 2)},
     "falcon_mamba": {"state_size": 4},
-    **dict.fromkeys(["glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glmga_text", "qwen2_5_omni_text"], _SECTIONS),
+    "glm4v_moe_text": {"rope_parameters": _sections(1, 1, 2, partial_rotary_factor=0.5)},
+    "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0},
+    **dict.fromkeys(["glm4v_text", "glm_ocr_text", "glmga_text", "qwen2_5_omni_text"], _SECTIONS),
     **dict.fromkeys(["qwen2_5_vl_text", "qwen2_vl_text", "paddleocr_vl_text"], _SECTIONS),
     "gemma3n_text": _SHARED,
     "gemma4_text": _SHARED | _EXPERTS,
@@ -87,6 +98,9 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
     "mamba": {"state_size": 4},
     "mamba2": {"head_dim": 32, "n_groups": 1},
+    "muse_spark": {"projector_hidden_size": 64},
+    "muse_spark_audio": {"hidden_sizes": [16, 16, 32, 32]},
+    "muse_spark_text": {"moe_hidden_size": 32},
     "phi4_multimodal": {"intermediate_size": 1024},
     "recurrent_gemma": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 192},
     **dict.fromkeys(["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"], _STARTS),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from campaigns.tiny import build
 from helpers import build_gemma4
 from mixtures import random_mixture
 from torch import nn
@@ -83,6 +84,16 @@ def test_linears_that_no_text_reaches_are_returned(tmp_path):
     unreached = check_walk(resolve_model(str(tmp_path)), whole_blocks=False)
     names = ("k_proj", "out_proj", "q_proj", "v_proj")
     assert sorted(unreached) == [f"model.decoder.layers.{i}.encoder_attn.{name}" for i in (0, 1) for name in names]
+
+
+def test_experts_for_images_alone_are_reached_by_no_text(tmp_path):
+    build(tmp_path, "ernie4_5_vl_moe", wrapper=True)
+    unreached = check_walk(resolve_model(str(tmp_path)), whole_blocks=False)
+    # The first block has no experts.
+    assert sorted(unreached) == [
+        f"model.language_model.layers.{block}.mlp.vision_moe.experts.{expert}.{name}"
+        for block in (1, 2, 3) for expert in range(4) for name in ("down_proj", "gate_proj", "up_proj")
+    ]  # fmt: skip
 
 
 def test_weights_are_not_read(source, monkeypatch):

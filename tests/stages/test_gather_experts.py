@@ -14,6 +14,7 @@ import torch
 from helpers import resident
 from mixtures import random_mixture
 
+from lqer.errors import ModelError
 from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, prepare_model
 from lqer.models.walker import walk_blocks
@@ -150,6 +151,19 @@ def test_an_expert_that_is_sent_nothing_has_statistics_of_tokens_of_its_layer(te
             statistics = found.of(f"{LAYER}.{index}.{name}")
             assert statistics["mean_abs"].max() > 0
             assert len(statistics["sample"]) > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of", ["routed", "all"])
+def test_nothing_is_known_of_experts_that_no_text_reaches(text, of):
+    model = random_mixture("mixtral")
+    prepare_model(model)
+    # As of those that are for images.
+    model.model.layers[0].mlp.forward = lambda x_BTD: x_BTD
+    found = observed(model, replace(text, experts=ExpertTokens(of)))
+    assert found.of("model.layers.0.self_attn.o_proj")["mean_abs"].max() > 0
+    with pytest.raises(ModelError, match=r"experts\.0\.up_proj was never reached by the calibration text"):
+        found.of(f"{LAYER}.0.up_proj")
 
 
 @torch.no_grad()
