@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.util import find_spec
 
 from lqer.config.schema import TrackingConfig
 from lqer.errors import ConfigError
 from lqer.results import Results
 
 
-def track(settings: TrackingConfig, results: Results) -> None:
-    """Log configuration and headline numbers as one run (wandb and trackio share this interface).
+def require_tracker(settings: TrackingConfig) -> None:
+    """Raise ConfigError if the tracker is not installed; it is not imported."""
+    name = settings.backend
+    if name not in sys.modules and find_spec(name) is None:
+        raise ConfigError(f"tracking.backend: {name!r} is not installed (pip install {name})")
 
-    Raises ConfigError if the tracker is not installed.
-    """
-    try:
-        backend = importlib.import_module(settings.backend)
-    except ImportError:
-        raise ConfigError(
-            f"tracking.backend: {settings.backend!r} is not installed (pip install {settings.backend})"
-        ) from None
+
+def track(settings: TrackingConfig, results: Results) -> None:
+    """Log configuration and headline numbers as one run (wandb and trackio share this interface)."""
+    backend = importlib.import_module(settings.backend)
     run = backend.init(project=settings.project, name=results["tag"], config=results["config"])
     numbers = {
         "bits/average": results["bits"]["average"],

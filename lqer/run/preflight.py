@@ -22,6 +22,7 @@ from lqer.export.planned import check_planned
 from lqer.models.source import load_model_config, load_processor, load_tokenizer, stored_block_bytes
 from lqer.models.summary import ModelSummary
 from lqer.phases import phase
+from lqer.report.tracking import require_tracker
 from lqer.resources.check import refuse_what_cannot_fit, table
 from lqer.resources.machine import gpu_bytes, read_machine
 from lqer.resources.memory import estimate
@@ -55,6 +56,8 @@ def check_run(config: Config, say: Callable[[str], None], card_share: float = 1.
     """
     folder = run_folder(config)
     _check_writable(folder)
+    if config.tracking is not None:
+        require_tracker(config.tracking)
     context = prepare(config)
     exports = check_planned(config, context.source, context.summary, context.plans, context.choices)
     check_export_folders(folder, exports)

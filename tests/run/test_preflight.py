@@ -77,6 +77,11 @@ def test_tasks_whose_data_are_missing(experiment, tmp_path):
     both(experiment, settings, match="nowhere.jsonl")
 
 
+def test_a_tracker_that_is_not_installed(experiment, monkeypatch):
+    monkeypatch.setattr("lqer.report.tracking.find_spec", lambda name: None)
+    both(experiment, "--tracking.backend=wandb", match=r"tracking\.backend: 'wandb' is not installed")
+
+
 def test_an_output_folder_that_cannot_be_written_to(experiment):
     both(experiment, "--output_dir=/proc/lqer", match="output_dir: /proc cannot be written to")
 
