@@ -155,7 +155,9 @@ class Source(Outline):
         self.run = run if (run / RESULTS_FILE).is_file() else None
         self.path = path / CHECKPOINT_LINK if (path / CHECKPOINT_LINK).is_dir() else path
         if not (self.path / DETAILS_FILE).is_file():
-            raise ExportError(f"{path} is neither a run's folder nor a quantized checkpoint: it has no {DETAILS_FILE}")
+            if not path.exists():
+                raise ExportError(f"{path}: no such folder")
+            raise ExportError(f"{path} has no {DETAILS_FILE}: neither a checkpoint nor a run that is finished")
         self._files = CheckpointFiles(self.path, verify=True)
         with reported_as(f"{self.path / DETAILS_FILE} is damaged"):
             self.details = self._json(DETAILS_FILE)

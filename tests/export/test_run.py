@@ -67,6 +67,13 @@ def test_the_card_names_the_original_on_the_hub_and_its_licence(checkpoint, tmp_
     assert data.license == ("apache-2.0" if is_reachable else None)
 
 
+def test_a_folder_without_a_checkpoint_says_what_is_missing(tmp_path):
+    with pytest.raises(ExportError, match=r"missing: no such folder$"):
+        Source(tmp_path / "missing")
+    with pytest.raises(ExportError, match=r"has no lqer\.json: .* nor a run that is finished$"):
+        Source(tmp_path)
+
+
 def test_files_that_compute_something_else_are_deleted(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("lqer.export.dense.effective_weight", lambda linear: linear.weight_OI.dequantize() * 1.001)
     with pytest.raises(ExportError, match="do not compute what the checkpoint does: logits differ by up to"):
