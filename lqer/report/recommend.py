@@ -21,7 +21,7 @@ from lqer.store.offload import parse_bytes
 
 ATLAS = "atlas"
 MOST_SHOWN = 8
-TIMES = "times"
+RATIO = "ratio"
 # Times the budget: what a reader may want to know of although it does not fit.
 A_LITTLE = 1.05
 # Below, a divergence is rounding noise; its logarithm must exist.
@@ -134,29 +134,31 @@ def lines(found: Recommendation, ranking: Ranking, record: SweepRecord, budget: 
     above = [row for _, row in found.above.head(1).iterrows()]
     yield markdown_table(pd.DataFrame([_original(ranking), *(_cells(row, found, ranking) for row in [*shown, *above])]))
     yield ""
-    decided = " and ".join(f"{measure.quantity} on {measure.text}" for measure in found.measures)
-    mean = " (geometric mean)" if len(found.measures) > 1 else ""
-    yield f"{TIMES}: {decided}, as a multiple of that of {best['run']}{mean}. A text alone: its perplexity."
+    decided = " and ".join(measure.text for measure in found.measures)
+    mean = ", geometric mean" if len(found.measures) > 1 else ""
+    yield f"{RATIO}: {found.measures[0].quantity} relative to {best['run']} ({decided}{mean})."
+    yield "Columns that name a text alone are perplexities."
     if above:
         yield f"{above[0]['run']} is better, and a little above the budget."
     if len(found.others) > MOST_SHOWN:
         yield f"Within the budget, {len(found.others) - MOST_SHOWN} more are behind."
     if missing := [name for name in record.runs if name not in set(ranking.table["run"])]:
         more = f" and {len(missing) - MOST_SHOWN} more" if len(missing) > MOST_SHOWN else ""
-        yield f"Not measured: {', '.join(missing[:MOST_SHOWN])}{more}; this adds them: {record.command}"
+        yield f"Not measured: {', '.join(missing[:MOST_SHOWN])}{more}. To add them:"
+        yield f"  {record.command}"
 
 
 def _original(ranking: Ranking) -> dict[str, Any]:
     known = {column: f"{value:.4g}" for column, value in ranking.originals.items()}
-    return {"run": "original", "bits": "16", "GB": "", TIMES: ""} | {
+    return {"run": "original", "bits": "16", "GB": "", RATIO: ""} | {
         measure.column: known.get(measure.column, "") for measure in ranking.measures
     }
 
 
 def _cells(row: pd.Series, found: Recommendation, ranking: Ranking) -> dict[str, Any]:
     """Of one scheme: its size, how much worse it is than the best by what decided, and all that was measured."""
-    times = math.exp(row["score"] - found.best["score"])
-    facts = {"run": row["run"], "bits": f"{row['bits']:.3f}", "GB": f"{row['GB']:.4g}", TIMES: f"{times:.2f}"}
+    ratio = math.exp(row["score"] - found.best["score"])
+    facts = {"run": row["run"], "bits": f"{row['bits']:.3f}", "GB": f"{row['GB']:.4g}", RATIO: f"{ratio:.2f}"}
     values = {measure.column: row[measure.column] for measure in ranking.measures}
     return facts | {column: "" if math.isnan(value) else f"{value:.4g}" for column, value in values.items()}
 

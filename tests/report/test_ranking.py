@@ -198,12 +198,12 @@ class TestRecommend:
         assert "preset:serve-3" in text
         assert "overrides  --quantize.weight=w3g64" in text
         assert "python experiments/sweep.py a --only three" in text
-        assert "| run | bits | GB | times | wiki |" in text
+        assert "| run | bits | GB | ratio | wiki |" in text
         assert "| original | 16 |  |  | 5 |" in text
         assert "| three | 3.000 | 3 | 1.00 | 8 |" in text
         assert "| wasteful | 3.500 | 3.5 | 1.13 | 9 |" in text
-        assert "times: perplexity on wiki, as a multiple of that of three." in text
-        assert "Not measured: slow; this adds them: python experiments/sweep.py a" in text
+        assert "ratio: perplexity relative to three (wiki).\n" in text
+        assert "Not measured: slow. To add them:\n  python experiments/sweep.py a" in text
 
     @pytest.mark.parametrize(
         ("given", "told"),

@@ -87,7 +87,7 @@ function columns(index) {
 
 function showMeasure(index) {
   document.getElementById("direction").textContent =
-    `${data.measures[index].lower ? "Lower" : "Higher"} is better. Open markers: activations are rounded too. Faint: another scheme that rounds activations as far is no larger and better.`;
+    `${data.measures[index].lower ? "Lower" : "Higher"} is better. Open markers: activations are quantized too. Faint: dominated by another scheme.`;
   const shown = columns(index);
   for (const cell of document.querySelectorAll("#runs .measure")) {
     cell.classList.toggle("chosen", cell.dataset.measure === String(index));
