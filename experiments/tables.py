@@ -62,8 +62,8 @@ OPTIONAL = {
     "accuracy": "accuracy", "minutes": "minutes", "GB": "gb", "peak GB": "peak_gb", "tokens/s": "tokens_per_second",
 }  # fmt: skip
 FILTERS = ("model", "scheme", "by", "activations")
-NOTE = """Bold: all other rows of the model with as many or fewer bits are worse. The link of a scheme leads to the
-command that repeats its row, with hardware and date."""
+NOTE = """Bold: the best of the model's rows with as many or fewer bits. A scheme links to the command that repeats
+its row, with hardware and date."""
 # From here on a perplexity is shown as a power of ten: the model is ruined, digits mean nothing.
 RUINED = 1e4
 

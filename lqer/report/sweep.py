@@ -24,7 +24,7 @@ from lqer.store.files import content_hash, write_atomically, write_json, write_t
 TABLE_FOLDER = "{tag}-table"
 RECORD_FILE, RANKING_FILE, RANKING_TABLE = "sweep.json", "ranking.md", "ranking.csv"
 COSTS = ("minutes", "peak GB", "tokens/s")
-NOTE = """Bold: no other run has at most as many bits, rounds activations to at most as many bits, and is better.
+NOTE = """Bold: on the Pareto front. No run with at most as many bits, of weights and of activations, is better.
 GB: the checkpoint, unquantized parameters included. Minutes: of quantization, without calibration that runs share.
 Tokens/s: one token at batch 1 without a cache, on kernels.
 """
