@@ -11,13 +11,13 @@ packed, spec, linear, module        a packed linear, what its kernels are compil
 joint, siblings     linears of one input side by side, and their modules
 experts_packed, experts_module     the same of all experts of a layer, stacked; experts_reference in torch
 launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table
-gemv, gemm, tall_gemm, codebook_kernels, lattice_gemm, lattice_halves_gemm, trellis_gemm, resident_gemm, dequantize,
-byte_sums_dequantize     the kernels of the regimes
+gemv, gemm, tall_gemm, stream_gemm with stream_sums, codebook_kernels, lattice_gemm, lattice_halves_gemm, trellis_gemm,
+resident_gemm, dequantize, byte_sums_dequantize     the kernels of the regimes
 experts, routing    the kernels for experts
 rotations           the kernels around products with lattice and trellis codes, with rotations_ptx and token_stores
 activations, low_rank, branch, split_k, rounding, fetch, decode, lattice_decode, lattice_halves, trellis_decode,
 byte_sums with byte_products, halves, resident with resident_ptx, groups_decode with groups_ptx, groups_wide,
-tall_decode         what they share
+tall_decode, stream_decode     what they share
 decode_attention    attention of one token over a static cache
 
 It imports on a machine without a GPU; kernels run on CUDA tensors, or on CPU tensors in Triton's interpreter

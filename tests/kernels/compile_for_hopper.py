@@ -38,6 +38,7 @@ from lqer.kernels.halves import TOKENS_AT_ONCE as HALVES_AT_ONCE
 from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups, run_wide
 from lqer.kernels.joint import join
 from lqer.kernels.launch import run_layer
+from lqer.kernels.stream_launch import StreamLaunch, run_stream
 from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.trellis import TrellisLayout
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch, tall_launch
@@ -102,7 +103,7 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     wide = self.fn.__name__ == "gemm_kernel" and constants["ordered"] and isinstance(constants["layout"], GroupLayout)
     if wide and not constants["rank"]:
         check_that_weights_stay_in_registers(kernel)
-    if self.fn.__name__ == "tall_kernel":
+    if self.fn.__name__ in ("tall_kernel", "stream_kernel"):
         check_that_products_overlap(kernel)
     compiled.add(self.fn.__name__)
 
@@ -225,6 +226,8 @@ def main() -> None:
     ):  # fmt: skip
         layer = build_layer(number_format, 256, 1024, dtype=dtype)
         run_tall(random_input(m, 1024, dtype), layer.packed, tall_launch(layer.packed.spec.layout, m, 132))
+        for blocks in (1, 2):
+            run_stream(random_input(m, 1024, dtype), layer.packed, StreamLaunch(min(m, 128), blocks, 132, 3))
     # What needs most of the shared memory.
     for number_format, rank, m in (
         (Int(3, 64), 32, 42),

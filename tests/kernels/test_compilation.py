@@ -15,7 +15,7 @@ KERNELS = {
     "lattice_product_kernel", "lattice_sweep_kernel", "level_sweep_kernel", "low_rank_kernel", "move_kernel",
     "mxint_kernel", "nearest_e8p_kernel", "prepare_activations_kernel", "prepare_vector_kernel", "products_kernel",
     "project_kernel", "resident_product_kernel", "rotate_input_kernel", "rotate_output_kernel", "round_kernel",
-    "route_kernel", "soft_gradient_kernel", "soft_weight_kernel", "sweep_kernel", "tall_kernel",
+    "route_kernel", "soft_gradient_kernel", "soft_weight_kernel", "stream_kernel", "sweep_kernel", "tall_kernel",
     "trellis_dequantize_kernel", "trellis_product_kernel", "vector_sweep_kernel", "viterbi_backward_kernel",
     "viterbi_forward_kernel",
 }  # fmt: skip

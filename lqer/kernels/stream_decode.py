@@ -1,0 +1,171 @@
+"""Device functions in Gluon that read four-bit codes, integer groups or MXINT, from shared memory and decode them.
+
+For stream_gemm.py, whose tensor cores take 128 rows and 128 columns, "a step", from the registers of eight warps. A
+warp has a row group of 16 rows, 1 KB of words in both layouts; lane 4 g + t has eight words of rows g and g + 8 of it.
+Integer groups (groups.py): words t of four steps of 32 columns, decoded as in groups_wide.py. MXINT (layout.py): word
+pairs t and t + 4, decoded as in decode.py. Columns come in the order that both have there, in which tokens are too.
+
+Shared memory holds of R row groups: words [R, 8, 32] in the order of memory; scales [R, 1, S] and zero points,
+those of a unit of the layout.
+
+Shapes: O rows, C columns of a step; J words of a row in it.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from lqer.kernels.decode import ASM_4, BF16_8, CONSTRAINTS_4, RISE_4
+from lqer.kernels.groups import GroupLayout
+from lqer.kernels.groups_wide import SPREAD_CONSTRAINTS, WORD_CONSTRAINTS, spread_asm, types, word_asm
+from lqer.kernels.layout import RowLayout
+
+ROWS, COLUMNS, WARPS = 128, 128, 8
+ROWS_G, COLUMNS_G, WARPS_G = gl.constexpr(ROWS), gl.constexpr(COLUMNS), gl.constexpr(WARPS)
+GROUPS_G = gl.constexpr(ROWS // 16)
+OF_WARPS = [[1, 0, 0], [2, 0, 0], [4, 0, 0]]
+
+
+@gluon.constexpr_function
+def is_grouped(layout: GroupLayout | RowLayout) -> bool:
+    return isinstance(layout, GroupLayout)
+
+
+@gluon.constexpr_function
+def has_zeros(layout: GroupLayout | RowLayout) -> bool:
+    return isinstance(layout, GroupLayout) and not layout.symmetric
+
+
+@gluon.constexpr_function
+def bytes_of(block) -> int:
+    """Of what a descriptor copies."""
+    size = block.dtype.primitive_bitwidth // 8
+    for length in block.block_shape:
+        size *= length
+    return size
+
+
+@gluon.constexpr_function
+def steps_of(layout: GroupLayout | RowLayout) -> int:
+    """Steps of a row, with codes or padding."""
+    return layout.padded_columns // COLUMNS
+
+
+@gluon.constexpr_function
+def steps_per_unit(layout: GroupLayout | RowLayout) -> int:
+    """Steps whose scales lie together."""
+    return 2 * layout.strips_per_unit if isinstance(layout, GroupLayout) else layout.tiles_per_unit
+
+
+@gluon.constexpr_function
+def scales_per_unit(layout: GroupLayout | RowLayout) -> int:
+    """Scales of 16 rows that lie together."""
+    return 16 * (layout.groups if isinstance(layout, GroupLayout) else layout.scales_per_tile)
+
+
+@gluon.constexpr_function
+def words_layout(grouped: bool) -> gl.DistributedLinearLayout:
+    """Of a row group's words in the order of memory: lane 4 g + t has eight of them."""
+    if grouped:
+        registers, lanes = [[0, 0, 1], [0, 0, 2]], [[0, 0, 4], [0, 0, 8]]
+    else:
+        registers, lanes = [[0, 0, 1], [0, 0, 8]], [[0, 0, 2], [0, 0, 4]]
+    rows = [[0, 0, 16], [0, 1, 0], [0, 2, 0]]
+    return gl.DistributedLinearLayout([*registers, [0, 4, 0]], [*lanes, *rows], OF_WARPS, [], [ROWS // 16, 8, 32])
+
+
+@gluon.constexpr_function
+def split_layout(layout: GroupLayout | RowLayout) -> gl.DistributedLinearLayout:
+    """The same of integer groups as [O, t, step of 32 columns, 1], of MXINT [O, block, pair of it, odd]."""
+    rows = [[1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    warps = [[16, 0, 0, 0], [32, 0, 0, 0], [64, 0, 0, 0]]
+    if isinstance(layout, GroupLayout):
+        registers, lanes, shape = [[0, 0, 1, 0], [0, 0, 2, 0]], [[0, 1, 0, 0], [0, 2, 0, 0]], [ROWS, 4, 4, 1]
+    else:
+        blocks = layout.scales_per_tile
+        of_block = 8 // blocks
+        pairs = [[0, 0, 1 << i, 0] if 1 << i < of_block else [0, (1 << i) // of_block, 0, 0] for i in range(3)]
+        registers, lanes, shape = [[0, 0, 0, 1], pairs[2]], pairs[:2], [ROWS, blocks, of_block, 2]
+    return gl.DistributedLinearLayout([*registers, [8, 0, 0, 0]], [*lanes, *rows], warps, [], shape)
+
+
+@gluon.constexpr_function
+def scales_layout(layout: GroupLayout | RowLayout) -> gl.DistributedLinearLayout:
+    """Of a unit's scales: those of a lane's rows, of integer groups all groups, of MXINT those of its word pairs."""
+    shape = [ROWS // 16, 1, scales_per_unit(layout)]
+    if isinstance(layout, GroupLayout):
+        groups = layout.groups
+        registers = [[0, 0, 1 << i] for i in range(groups.bit_length())]
+        rows = [[0, 0, 2 * groups << i] for i in range(3)]
+        return gl.DistributedLinearLayout(registers, [[0, 0, 0], [0, 0, 0], *rows], OF_WARPS, [], shape)
+    per_row = layout.scales_per_tile
+    # Bit i of a pair's number is bit i - shared of its scale's.
+    shared = 3 - (per_row.bit_length() - 1)
+    pairs = [[0, 0, 1 << i - shared if i >= shared else 0] for i in range(3)]
+    rows = [[0, 0, per_row << i] for i in range(4)]
+    registers = [pairs[2]] * (shared < 3) + [rows[3]]
+    return gl.DistributedLinearLayout(registers, [*pairs[:2], *rows[:3]], OF_WARPS, [], shape)
+
+
+@gluon.jit
+def load(words, scales, zeros, odd, layout: gl.constexpr):
+    """Of a step: words as in `split_layout`, bits of its scales [O, 1 or block, 1, 1], zero points like these.
+
+    odd: whether it is the second of a strip.
+    """
+    split: gl.constexpr = split_layout(layout)
+    words_OJ = words.load(words_layout(is_grouped(layout))).reshape(split.shape)
+    words_OJ = gl.convert_layout(words_OJ, split, assert_trivial=True)
+    if is_grouped(layout):
+        scales_O = _of_half(scales, odd, layout, split)
+        zeros_O = _of_half(zeros, odd, layout, split) if has_zeros(layout) else gl.full_like(scales_O, layout.offset)
+        return words_OJ, scales_O, zeros_O
+    else:
+        of_blocks: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, split))
+        exponents = scales.load(scales_layout(layout)).to(gl.int32).reshape(ROWS_G, layout.scales_per_tile)
+        exponents = gl.convert_layout(exponents, of_blocks, assert_trivial=True)
+        return words_OJ, gl.expand_dims(gl.expand_dims(exponents, 2), 3), 0
+
+
+@gluon.jit
+def _of_half(parts, odd, layout: gl.constexpr, split: gl.constexpr):
+    """int32 [O, 1, 1, 1]: the scales or zero points of the first or the second half of a strip."""
+    of_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, split)))
+    # g, group, h
+    found = parts.load(scales_layout(layout)).to(gl.int32).reshape(GROUPS_G, 8, layout.groups, 2)
+    if layout.groups == 2:
+        first, second = gl.split(found.permute(0, 1, 3, 2))
+        found = gl.where(odd > 0, second, first)
+    else:
+        found = found.reshape(GROUPS_G, 8, 2)
+    found_O = gl.convert_layout(found.permute(0, 2, 1).reshape(ROWS_G), of_rows, assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(found_O, 1), 2), 3)
+
+
+@gluon.jit
+def decode(words_OJ, scales, zeros, layout: gl.constexpr, dtype: gl.constexpr, operand: gl.constexpr):
+    """A step [O, C] in `dtype`, where the tensor cores take it from."""
+    if is_grouped(layout):
+        bfloat: gl.constexpr = dtype == gl.bfloat16
+        zero, high, low = gl.inline_asm_elementwise(
+            spread_asm(layout, bfloat), SPREAD_CONSTRAINTS, (scales, zeros), dtype=types(gl.int32, 3),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        v0, v1, v2, v3, v4, v5, v6, v7 = gl.inline_asm_elementwise(
+            word_asm(layout, bfloat), WORD_CONSTRAINTS, (words_OJ, zero, high, low), dtype=types(gl.int16, 8),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        even = gl.join(gl.join(v0, v4), gl.join(v2, v6))
+        odd = gl.join(gl.join(v1, v5), gl.join(v3, v7))
+        values_OC = gl.join(even, odd).reshape(ROWS_G, 4, 4, 2, 2, 2).permute(0, 2, 3, 4, 1, 5)
+        values_OC = values_OC.reshape(ROWS_G, COLUMNS_G).to(dtype, bitcast=True)
+    else:
+        steps = (scales << 23).to(gl.float32, bitcast=True).to(gl.bfloat16)
+        steps, words_OJ = gl.broadcast(steps, words_OJ)
+        v0, v1, v2, v3, v4, v5, v6, v7 = gl.inline_asm_elementwise(
+            RISE_4 if layout.mid_rise else ASM_4, CONSTRAINTS_4,
+            (words_OJ.reshape(ROWS_G, 16), steps.reshape(ROWS_G, 16)), dtype=BF16_8, is_pure=True, pack=2,
+        )  # fmt: skip
+        even = gl.join(gl.join(v0, v4), gl.join(v2, v6))
+        odd = gl.join(gl.join(v1, v5), gl.join(v3, v7))
+        values_OC = gl.join(even, odd).permute(0, 2, 3, 4, 1).reshape(ROWS_G, COLUMNS_G)
+    return gl.convert_layout(values_OC, operand, assert_trivial=True)

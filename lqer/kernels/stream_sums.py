@@ -1,0 +1,81 @@
+"""Device functions of stream_gemm.py for its output tiles: which programs have parts of one, their sum, and the store.
+
+Shapes: M tokens, O rows of W.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from lqer.kernels.stream_decode import ROWS_G, WARPS_G
+
+# Triton 3.6 has another name for this than later versions.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def piece(program, total):
+    """The first of the turns of a program."""
+    return program * total // gl.num_programs(0)
+
+
+@gluon.jit
+def _programs_of(tile, turns: gl.constexpr, total):
+    """The first and the last program with turns of a tile."""
+    programs = gl.num_programs(0)
+    start = tile * turns
+    return ((start + 1) * programs - 1) // total, ((start + turns) * programs - 1) // total
+
+
+@gluon.jit
+def _slot(program, tile, turns: gl.constexpr, total):
+    """Where a program stores its part of a tile: in its second place if it began with a tile before."""
+    return 2 * program + (piece(program, total) < tile * turns).to(gl.int32)
+
+
+@gluon.jit
+def add_parts(a_OM, b_OM, partial, finished, tile, turns: gl.constexpr, total, blocks: gl.constexpr):
+    """Whether this program ends a tile, and then the sums of all its parts; `blocks` of [128, M]."""
+    BLOCK_M: gl.constexpr = a_OM.shape[1]
+    mma: gl.constexpr = a_OM.type.layout
+    is_last = True
+    from_program, to_program = _programs_of(tile, turns, total)
+    if to_program > from_program:
+        size: gl.constexpr = ROWS_G * BLOCK_M
+        # Blocks of 8 x 8, one after the other: a warp's 256 bytes at once.
+        rows_O = gl.arange(0, ROWS_G, gl.SliceLayout(1, mma))
+        columns_M = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
+        row_place_O = rows_O // 8 * (8 * BLOCK_M) + rows_O % 8 * 8
+        place_OM = partial + gl.expand_dims(row_place_O, 1) + gl.expand_dims(columns_M // 8 * 64 + columns_M % 8, 0)
+        own = _slot(gl.program_id(0), tile, turns, total) * (blocks * size)
+        gl.store(place_OM + own, a_OM)
+        if blocks == 2:
+            gl.store(place_OM + (own + size), b_OM)
+        # All threads must have stored their elements before the counter is incremented.
+        barrier()
+        is_last = gl.atomic_add(finished + tile, 1, sem="acq_rel") == to_program - from_program
+        if is_last:
+            gl.store(finished + tile, 0)
+            a_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
+            b_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
+            for program in range(from_program, to_program + 1):
+                part = _slot(program, tile, turns, total) * (blocks * size)
+                a_OM += gl.load(place_OM + part)
+                if blocks == 2:
+                    b_OM += gl.load(place_OM + (part + size))
+    return is_last, a_OM, b_OM
+
+
+@gluon.jit
+def write(acc_OM, bias, y, first_row, first_token, M, N):
+    """Write y = sum + bias, 16 bytes of a token's outputs a thread."""
+    BLOCK_M: gl.constexpr = acc_OM.shape[1]
+    stored: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS_G], [0, 1])
+    if bias is not None:
+        rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, acc_OM.type.layout))
+        acc_OM += gl.expand_dims(gl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(gl.float32), 1)
+    rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, stored))
+    columns_M = first_token + gl.arange(0, BLOCK_M, gl.SliceLayout(0, stored))
+    inside_OM = gl.expand_dims(rows_O < N, 1) & gl.expand_dims(columns_M < M, 0)
+    place_OM = y + (gl.expand_dims(columns_M.to(gl.int64) * N, 0) + gl.expand_dims(rows_O, 1))
+    # Rounded before it goes through shared memory.
+    gl.store(place_OM, gl.convert_layout(acc_OM.to(y.dtype.element_ty), stored), mask=inside_OM)
