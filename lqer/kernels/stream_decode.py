@@ -1,6 +1,6 @@
 """Device functions in Gluon that read four-bit codes, integer groups or MXINT, from shared memory and decode them.
 
-For stream_gemm.py, whose tensor cores take 128 rows and 128 columns, "a step", from the registers of eight warps. A
+For stream_gemm.py, whose tensor cores take 64 rows and 128 columns, "a step", from the registers of four warps. A
 warp has a row group of 16 rows, 1 KB of words in both layouts; lane 4 g + t has eight words of rows g and g + 8 of it.
 Integer groups (groups.py): words t of four steps of 32 columns, decoded as in groups_wide.py. MXINT (layout.py): word
 pairs t and t + 4, decoded as in decode.py. Columns come in the order that both have there, in which tokens are too.
@@ -19,10 +19,10 @@ from lqer.kernels.groups import GroupLayout
 from lqer.kernels.groups_wide import SPREAD_CONSTRAINTS, WORD_CONSTRAINTS, spread_asm, types, word_asm
 from lqer.kernels.layout import RowLayout
 
-ROWS, COLUMNS, WARPS = 128, 128, 8
+ROWS, COLUMNS, WARPS = 64, 128, 4
 ROWS_G, COLUMNS_G, WARPS_G = gl.constexpr(ROWS), gl.constexpr(COLUMNS), gl.constexpr(WARPS)
 GROUPS_G = gl.constexpr(ROWS // 16)
-OF_WARPS = [[1, 0, 0], [2, 0, 0], [4, 0, 0]]
+OF_WARPS = [[1, 0, 0], [2, 0, 0]]
 
 
 @gluon.constexpr_function
@@ -77,7 +77,7 @@ def words_layout(grouped: bool) -> gl.DistributedLinearLayout:
 def split_layout(layout: GroupLayout | RowLayout) -> gl.DistributedLinearLayout:
     """The same of integer groups as [O, t, step of 32 columns, 1], of MXINT [O, block, pair of it, odd]."""
     rows = [[1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
-    warps = [[16, 0, 0, 0], [32, 0, 0, 0], [64, 0, 0, 0]]
+    warps = [[16, 0, 0, 0], [32, 0, 0, 0]]
     if isinstance(layout, GroupLayout):
         registers, lanes, shape = [[0, 0, 1, 0], [0, 0, 2, 0]], [[0, 1, 0, 0], [0, 2, 0, 0]], [ROWS, 4, 4, 1]
     else:
@@ -89,12 +89,14 @@ def split_layout(layout: GroupLayout | RowLayout) -> gl.DistributedLinearLayout:
 
 
 @gluon.constexpr_function
-def scales_layout(layout: GroupLayout | RowLayout) -> gl.DistributedLinearLayout:
+def scales_layout(layout: GroupLayout | RowLayout, held: int) -> gl.DistributedLinearLayout:
     """Of a unit's scales: those of a lane's rows, of integer groups all groups, of MXINT those of its word pairs."""
-    shape = [ROWS // 16, 1, scales_per_unit(layout)]
+    shape = [held, 1, scales_per_unit(layout)]
+    # Of row groups that follow, if they are held.
+    more = [[ROWS // 16, 0, 0]] * (held > ROWS // 16)
     if isinstance(layout, GroupLayout):
         groups = layout.groups
-        registers = [[0, 0, 1 << i] for i in range(groups.bit_length())]
+        registers = [[0, 0, 1 << i] for i in range(groups.bit_length())] + more
         rows = [[0, 0, 2 * groups << i] for i in range(3)]
         return gl.DistributedLinearLayout(registers, [[0, 0, 0], [0, 0, 0], *rows], OF_WARPS, [], shape)
     per_row = layout.scales_per_tile
@@ -102,8 +104,24 @@ def scales_layout(layout: GroupLayout | RowLayout) -> gl.DistributedLinearLayout
     shared = 3 - (per_row.bit_length() - 1)
     pairs = [[0, 0, 1 << i - shared if i >= shared else 0] for i in range(3)]
     rows = [[0, 0, per_row << i] for i in range(4)]
-    registers = [pairs[2]] * (shared < 3) + [rows[3]]
+    registers = [pairs[2]] * (shared < 3) + [rows[3]] + more
     return gl.DistributedLinearLayout(registers, [*pairs[:2], *rows[:3]], OF_WARPS, [], shape)
+
+
+@gluon.constexpr_function
+def groups_held(layout: GroupLayout | RowLayout, size: int) -> int:
+    """Row groups whose scales or zero points of `size` bytes are copied at once: 128 bytes, which copies need."""
+    return max(ROWS // 16, 128 // (size * scales_per_unit(layout)))
+
+
+@gluon.jit
+def _load_unit(parts, layout: gl.constexpr):
+    """[4, 1, S]: the scales or zero points of a block's row groups."""
+    held: gl.constexpr = parts.shape[0]
+    found = parts.load(scales_layout(layout, held))
+    if held > GROUPS_G:
+        found, _ = gl.split(found.reshape(2, GROUPS_G, 1, scales_per_unit(layout)).permute(1, 2, 3, 0))
+    return found
 
 
 @gluon.jit
@@ -121,7 +139,7 @@ def load(words, scales, zeros, odd, layout: gl.constexpr):
         return words_OJ, scales_O, zeros_O
     else:
         of_blocks: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, split))
-        exponents = scales.load(scales_layout(layout)).to(gl.int32).reshape(ROWS_G, layout.scales_per_tile)
+        exponents = _load_unit(scales, layout).to(gl.int32).reshape(ROWS_G, layout.scales_per_tile)
         exponents = gl.convert_layout(exponents, of_blocks, assert_trivial=True)
         return words_OJ, gl.expand_dims(gl.expand_dims(exponents, 2), 3), 0
 
@@ -131,7 +149,7 @@ def _of_half(parts, odd, layout: gl.constexpr, split: gl.constexpr):
     """int32 [O, 1, 1, 1]: the scales or zero points of the first or the second half of a strip."""
     of_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, split)))
     # g, group, h
-    found = parts.load(scales_layout(layout)).to(gl.int32).reshape(GROUPS_G, 8, layout.groups, 2)
+    found = _load_unit(parts, layout).to(gl.int32).reshape(GROUPS_G, 8, layout.groups, 2)
     if layout.groups == 2:
         first, second = gl.split(found.permute(0, 1, 3, 2))
         found = gl.where(odd > 0, second, first)

@@ -2,12 +2,12 @@
 
 Warps have roles. One copies: tokens, words and scales of a step of 128 columns by the tensor memory accelerator (TMA)
 to a stage of shared memory, as many steps ahead as there are stages; what lies beyond the last row, column or token is
-zero. Eight warps multiply: they decode 128 rows in registers, as the operand of wgmma, while tensor cores multiply what
-was decoded before.
+zero. Four warps multiply: they decode 64 rows in registers, as the operand of wgmma. Two programs share a
+multiprocessor: while the warps of one wait for tensor cores to take their operands, those of the other decode.
 
 PTX forbids to write registers that a product still reads, and the compiler waits for each product if a loop may do so:
-so a turn of the loop has two products, whose operands are two variables. They are two steps of the same 128 rows, or,
-if a program has two blocks of 128 rows, the same step of both, for which tokens are copied once.
+so a turn of the loop has two products, whose operands are two variables. They are two steps of the same 64 rows, or,
+if a program has two blocks of 64 rows, the same step of both, for which tokens are copied once.
 
 The turns of all output tiles are one line, which is cut into as many pieces as there are programs: each has the same
 work, to a turn, and a tile is multiplied by one program or by several, one after the other in the line. Sums of parts
@@ -135,7 +135,7 @@ def _take(
     tiles, ready, stage, phase, block, odd,
     layout: gl.constexpr, blocks: gl.constexpr, dtype: gl.constexpr, operand: gl.constexpr,
 ):  # fmt: skip
-    """Wait for a stage and decode 128 rows of it. odd: whether its step is the second of a strip."""
+    """Wait for a stage and decode 64 rows of it. odd: whether its step is the second of a strip."""
     mbarrier.wait(ready.index(stage), phase)
     place = stage * blocks + block
     _, word_tiles, scale_tiles, zero_tiles = tiles
@@ -235,7 +235,7 @@ def stream_kernel(
     tiles_m,  # tiles of tokens
     total,  # turns of all tiles
     layout: gl.constexpr,
-    blocks: gl.constexpr,  # of 128 rows of a program, 1 or 2
+    blocks: gl.constexpr,  # of 64 rows of a program, 1 or 2
     stages: gl.constexpr,
     pdl: gl.constexpr,
 ):

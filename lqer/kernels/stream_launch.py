@@ -17,7 +17,7 @@ from lqer.kernels.groups import GroupLayout
 from lqer.kernels.input_launch import dense_rows, round_activations
 from lqer.kernels.layout import Layout
 from lqer.kernels.packed import PROJECTION_COUNTERS, PackedLinear
-from lqer.kernels.stream_decode import COLUMNS, ROWS, WARPS, scales_per_unit
+from lqer.kernels.stream_decode import COLUMNS, ROWS, WARPS, groups_held, scales_per_unit
 from lqer.kernels.stream_gemm import stream_kernel, turns_of
 
 GLUON_DTYPES = {
@@ -25,14 +25,16 @@ GLUON_DTYPES = {
     torch.uint8: gl.uint8,
 }  # fmt: skip
 ROW_GROUP = 16
+REGISTERS, THREADS = 1 << 16, 256  # of a multiprocessor; of a program, the copier's warp counting as four
 
 
 @dataclass(frozen=True)
 class StreamLaunch:
     block_m: int
-    blocks: int  # of 128 rows of a program
+    blocks: int  # of 64 rows of a program
     programs: int
     stages: int
+    at_once: int = 2  # programs that share a multiprocessor
 
 
 def _descriptor(part: Tensor, block: list[int]) -> TensorDescriptor:
@@ -44,7 +46,7 @@ def _descriptor(part: Tensor, block: list[int]) -> TensorDescriptor:
 def _units(part: Tensor, layout: Layout | GroupLayout) -> TensorDescriptor:
     """Scales or zero points."""
     count = scales_per_unit(layout.compiled)
-    return _descriptor(part.view(len(part), -1, count), [ROWS // ROW_GROUP, 1, count])
+    return _descriptor(part.view(len(part), -1, count), [groups_held(layout.compiled, part.element_size()), 1, count])
 
 
 def run_stream(
@@ -74,6 +76,6 @@ def run_stream(
         _units(scales if zeros is None else zeros, layout),
         packed.bias_O, partial, packed.workspace[PROJECTION_COUNTERS:], y_MO, m, n, tiles_m, total,
         layout=layout.compiled, blocks=blocks, stages=launch.stages, pdl=pdl, num_warps=WARPS,
-        **runtime.launch_options(pdl),
+        maxnreg=REGISTERS // (launch.at_once * THREADS) // 8 * 8, **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_MO

@@ -34,7 +34,7 @@ def _slot(program, tile, turns: gl.constexpr, total):
 
 @gluon.jit
 def add_parts(a_OM, b_OM, partial, finished, tile, turns: gl.constexpr, total, blocks: gl.constexpr):
-    """Whether this program ends a tile, and then the sums of all its parts; `blocks` of [128, M]."""
+    """Whether this program ends a tile, and then the sums of all its parts; `blocks` of [64, M]."""
     BLOCK_M: gl.constexpr = a_OM.shape[1]
     mma: gl.constexpr = a_OM.type.layout
     is_last = True
@@ -69,7 +69,7 @@ def add_parts(a_OM, b_OM, partial, finished, tile, turns: gl.constexpr, total, b
 def write(acc_OM, bias, y, first_row, first_token, M, N):
     """Write y = sum + bias, 16 bytes of a token's outputs a thread."""
     BLOCK_M: gl.constexpr = acc_OM.shape[1]
-    stored: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS_G], [0, 1])
+    stored: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS_G], [0, 1])
     if bias is not None:
         rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, acc_OM.type.layout))
         acc_OM += gl.expand_dims(gl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(gl.float32), 1)

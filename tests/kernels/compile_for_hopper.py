@@ -227,7 +227,7 @@ def main() -> None:
         layer = build_layer(number_format, 256, 1024, dtype=dtype)
         run_tall(random_input(m, 1024, dtype), layer.packed, tall_launch(layer.packed.spec.layout, m, 132))
         for blocks in (1, 2):
-            run_stream(random_input(m, 1024, dtype), layer.packed, StreamLaunch(min(m, 128), blocks, 132, 3))
+            run_stream(random_input(m, 1024, dtype), layer.packed, StreamLaunch(min(m, 128), blocks, 264, 2))
     # What needs most of the shared memory.
     for number_format, rank, m in (
         (Int(3, 64), 32, 42),

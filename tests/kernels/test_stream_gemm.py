@@ -29,7 +29,7 @@ TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 2e-6}
 def test_products_are_those_of_rounded_weights(number_format, dtype):
     layer = build_layer(number_format, 200, 1040, bias=True, dtype=dtype)
     # Whole tiles, parts of tiles within and beyond a program, a turn each.
-    for block_m, blocks, programs in ((64, 1, 2), (64, 1, 3), (64, 2, 1), (64, 2, 7), (128, 1, 132)):
+    for block_m, blocks, programs in ((64, 1, 2), (64, 1, 3), (64, 2, 1), (64, 2, 7), (128, 1, 264)):
         for tokens in (1, block_m, block_m + 5):
             x_MI = random_input(tokens, 1040, dtype)
             y_MO = run_stream(x_MI, layer.packed, StreamLaunch(block_m, blocks, programs, 3), torch.float32)
@@ -41,7 +41,7 @@ def test_products_are_those_of_rounded_weights(number_format, dtype):
 def test_ten_runs_give_the_same_bits_and_every_output_is_written():
     layer = build_layer(Int(4, 128), 4000, 4096)
     for m in (17, 64, 100, 256, 300):
-        x_MI, launch = random_input(m, 4096), StreamLaunch(64, 2, 132, 5)
+        x_MI, launch = random_input(m, 4096), StreamLaunch(64, 2, 264, 4)
         first = run_stream(x_MI, layer.packed, launch)
         for _ in range(9):
             # The next output takes this memory.
