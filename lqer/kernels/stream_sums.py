@@ -33,6 +33,17 @@ def _slot(program, tile, turns: gl.constexpr, total):
 
 
 @gluon.jit
+def _load_part(place_OM, exists, blocks: gl.constexpr):
+    """Sums that a program stored, zeros if it does not exist."""
+    a_OM = gl.load(place_OM, mask=exists, other=0.0)
+    b_OM = a_OM
+    if blocks == 2:
+        size: gl.constexpr = place_OM.shape[0] * place_OM.shape[1]
+        b_OM = gl.load(place_OM + size, mask=exists, other=0.0)
+    return a_OM, b_OM
+
+
+@gluon.jit
 def add_parts(a_OM, b_OM, partial, finished, tile, turns: gl.constexpr, total, blocks: gl.constexpr):
     """Whether this program ends a tile, and then the sums of all its parts; `blocks` of [64, M]."""
     BLOCK_M: gl.constexpr = a_OM.shape[1]
@@ -57,11 +68,19 @@ def add_parts(a_OM, b_OM, partial, finished, tile, turns: gl.constexpr, total, b
             gl.store(finished + tile, 0)
             a_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
             b_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
-            for program in range(from_program, to_program + 1):
-                part = _slot(program, tile, turns, total) * (blocks * size)
-                a_OM += gl.load(place_OM + part)
-                if blocks == 2:
-                    b_OM += gl.load(place_OM + (part + size))
+            # Two parts are loaded before the first is added, where registers hold both.
+            ahead: gl.constexpr = 2 if BLOCK_M <= 64 else 1
+            for program in range(from_program, to_program + 1, ahead):
+                first_OM = place_OM + _slot(program, tile, turns, total) * (blocks * size)
+                second_OM = place_OM + _slot(program + 1, tile, turns, total) * (blocks * size)
+                a_first_OM, b_first_OM = _load_part(first_OM, True, blocks)
+                if ahead == 2:
+                    a_second_OM, b_second_OM = _load_part(second_OM, program < to_program, blocks)
+                a_OM += a_first_OM
+                b_OM += b_first_OM
+                if ahead == 2:
+                    a_OM += a_second_OM
+                    b_OM += b_second_OM
     return is_last, a_OM, b_OM
 
 
