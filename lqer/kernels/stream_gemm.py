@@ -13,7 +13,7 @@ The turns of all output tiles are one line, which is cut into as many pieces as 
 work, to a turn, and a tile is multiplied by one program or by several, one after the other in the line. Sums of parts
 of a tile are stored; the program that stores a tile's last part adds all in the order of the line (stream_sums.py).
 
-Shapes: M tokens, O rows of W, C columns of a step.
+Shapes: M tokens, O rows of W, C columns of a step; J words of a row in it.
 """
 
 from triton.experimental import gluon
