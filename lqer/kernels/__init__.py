@@ -11,7 +11,7 @@ packed, spec, linear, module        a packed linear, what its kernels are compil
 joint, siblings     linears of one input side by side, and their modules
 experts_packed, experts_module     the same of all experts of a layer, stacked; experts_reference in torch
 launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table
-gemv, gemm, tall_gemm, stream_gemm with stream_sums, codebook_kernels, lattice_gemm, lattice_halves_gemm, trellis_gemm,
+gemv, gemm, stream_gemm with stream_sums, tall_gemm, codebook_kernels, lattice_gemm, lattice_halves_gemm, trellis_gemm,
 resident_gemm, dequantize, byte_sums_dequantize     the kernels of the regimes
 experts, routing    the kernels for experts
 rotations           the kernels around products with lattice and trellis codes, with rotations_ptx and token_stores

@@ -14,6 +14,7 @@ from lqer.kernels import runtime
 from lqer.kernels.codebook import CodebookLayout
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
+from lqer.kernels.gluon_launch import fits_gluon
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.groups_wide import BITS as WIDE_BITS
 from lqer.kernels.input_launch import dense_rows
@@ -34,10 +35,19 @@ from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.resident_launch import run_resident
 from lqer.kernels.rotations_launch import prepare_rotations, rotates_in_kernels, run_between_rotations
-from lqer.kernels.tall_launch import fits_tall, run_tall
+from lqer.kernels.stream_launch import run_stream
+from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout
 from lqer.kernels.trellis_launch import run_trellis, table_of
-from lqer.kernels.tuning import bucket_of, gemm_launch, gemv_launch, group_launch, tall_launch, wide_launch
+from lqer.kernels.tuning import (
+    bucket_of,
+    gemm_launch,
+    gemv_launch,
+    group_launch,
+    stream_launch,
+    tall_launch,
+    wide_launch,
+)
 
 # With more tokens than these, dequantizing the weight and calling a library is faster.
 CODEBOOK_TOKENS = 16
@@ -49,8 +59,9 @@ HALVES_FROM = 5
 GROUP_TOKENS = 64
 # Integer groups of four bits, as operands of wgmma.
 WIDE_FROM, WIDE_TOKENS = 17, 128
-# Four-bit codes without a branch, by the kernel in Gluon where it runs.
-TALL_FROM_GROUPS, TALL_FROM_MXINT, TALL_TOKENS = 65, 33, 512
+# Four-bit codes without a branch, by the kernels in Gluon where they run: up to so many tokens by stream_gemm.py, above
+# that by tall_gemm.py.
+STREAM_FROM, STREAM_TOKENS, TALL_TOKENS = 33, 128, 512
 
 
 def prepare_tables(packed: PackedLinear) -> None:
@@ -80,9 +91,11 @@ def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
         return run_rotated_layer(x_MI, packed, run_resident)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
-    tall_from = TALL_FROM_GROUPS if isinstance(layout, GroupLayout) else TALL_FROM_MXINT
-    if tall_from <= len(x_MI) <= TALL_TOKENS and fits_tall(packed, x_MI):
-        return run_tall(x_MI, packed, tall_launch(layout, len(x_MI), runtime.multiprocessors(x_MI.device)))
+    if STREAM_FROM <= len(x_MI) <= TALL_TOKENS and fits_gluon(packed, x_MI):
+        m, processors = len(x_MI), runtime.multiprocessors(x_MI.device)
+        if m <= STREAM_TOKENS:
+            return run_stream(x_MI, packed, stream_launch(layout, m, processors))
+        return run_tall(x_MI, packed, tall_launch(layout, m, processors))
     if isinstance(layout, GroupLayout):
         return _run_integer_groups(x_MI, packed, layout)
     if len(x_MI) == 1 and fits_gemv(packed):

@@ -1,13 +1,12 @@
-"""Kernel that multiplies four-bit codes with more than 16 tokens, in Gluon, for compute capability 9.0.
+"""Kernel that multiplies four-bit codes with 33 to 128 tokens, in Gluon, for compute capability 9.0.
 
 Warps have roles. One copies: tokens, words and scales of a step of 128 columns by the tensor memory accelerator (TMA)
 to a stage of shared memory, as many steps ahead as there are stages; what lies beyond the last row, column or token is
-zero. Four warps multiply: they decode 64 rows in registers, as the operand of wgmma. Two programs share a
+zero. Four warps multiply: they decode 64 rows in registers, as the operand of wgmma. Programs share a
 multiprocessor: while the warps of one wait for tensor cores to take their operands, those of the other decode.
 
 PTX forbids to write registers that a product still reads, and the compiler waits for each product if a loop may do so:
-so a turn of the loop has two products, whose operands are two variables. They are two steps of the same 64 rows, or,
-if a program has two blocks of 64 rows, the same step of both, for which tokens are copied once.
+so a turn of the loop has two products, of two steps, whose operands are two variables.
 
 The turns of all output tiles are one line, which is cut into as many pieces as there are programs: each has the same
 work, to a turn, and a tile is multiplied by one program or by several, one after the other in the line. Sums of parts
@@ -46,9 +45,9 @@ COPIER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.constexpr_function
-def turns_of(layout, blocks: int) -> int:
-    """Turns of a tile."""
-    return (steps_of(layout) + 2 - blocks) // (3 - blocks)
+def turns_of(layout) -> int:
+    """Turns of a tile, two steps each."""
+    return (steps_of(layout) + 1) // 2
 
 
 @gluon.jit
@@ -64,62 +63,58 @@ def _previous(stage, stages: gl.constexpr):
 
 
 @gluon.jit
-def _place(first, number, tiles_m, layout: gl.constexpr, blocks: gl.constexpr):
+def _place(first, number, tiles_m, layout: gl.constexpr):
     """The tile of rows, the tile of tokens and the step of K of step `number` of the line from turn `first` on."""
-    steps: gl.constexpr = 3 - blocks  # of a turn
-    turns: gl.constexpr = turns_of(layout, blocks)
-    turn = first + number // steps
+    turns: gl.constexpr = turns_of(layout)
+    turn = first + number // 2
     tile = turn // turns
-    return tile // tiles_m, tile % tiles_m, turn % turns * steps + number % steps
+    return tile // tiles_m, tile % tiles_m, turn % turns * 2 + number % 2
 
 
 @gluon.jit
-def _copy_weights(weights, tiles, full, stage, row_tile, step, inside, layout: gl.constexpr, blocks: gl.constexpr):
+def _copy_weights(weights, tiles, full, stage, row_tile, step, inside, layout: gl.constexpr):
     """Copy the words, scales and zero points of a step to a stage."""
     words, scales, zeros = weights
     _, word_tiles, scale_tiles, zero_tiles = tiles
     unit = step // steps_per_unit(layout)
-    for block in gl.static_range(blocks):
-        group = (row_tile * blocks + block) * (ROWS_G // 16)
-        place = stage * blocks + block
-        async_load(words, [group, step * 8, 0], full, word_tiles.index(place), pred=inside)
-        async_load(scales, [group, unit, 0], full, scale_tiles.index(place), pred=inside)
-        if has_zeros(layout):
-            async_load(zeros, [group, unit, 0], full, zero_tiles.index(place), pred=inside)
+    group = row_tile * (ROWS_G // 16)
+    async_load(words, [group, step * 8, 0], full, word_tiles.index(stage), pred=inside)
+    async_load(scales, [group, unit, 0], full, scale_tiles.index(stage), pred=inside)
+    if has_zeros(layout):
+        async_load(zeros, [group, unit, 0], full, zero_tiles.index(stage), pred=inside)
 
 
 @gluon.jit
 def _copy(
-    x, weights, tiles, ready, free, first, end, tiles_m,
-    layout: gl.constexpr, blocks: gl.constexpr, stages: gl.constexpr, pdl: gl.constexpr,
+    x, weights, tiles, ready, free, first, end, tiles_m, layout: gl.constexpr, stages: gl.constexpr, pdl: gl.constexpr,
 ):  # fmt: skip
     """Copy all steps of the turns from `first` to `end`, and one more, which is decoded and not multiplied."""
-    steps = (end - first) * (3 - blocks) + 1
+    steps = 2 * (end - first) + 1
     words, scales, zeros = weights
     of_zeros: gl.constexpr = bytes_of(zeros) if has_zeros(layout) else 0
-    size: gl.constexpr = bytes_of(x) + blocks * (bytes_of(words) + bytes_of(scales) + of_zeros)
+    size: gl.constexpr = bytes_of(x) + bytes_of(words) + bytes_of(scales) + of_zeros
     BLOCK_M: gl.constexpr = x.block_shape[0]
     # Weights do not depend on the kernel before this one.
     for stage in gl.static_range(stages):
-        row_tile, _, step = _place(first, stage, tiles_m, layout, blocks)
+        row_tile, _, step = _place(first, stage, tiles_m, layout)
         inside = stage < steps
         mbarrier.expect(ready.index(stage), size, pred=inside)
-        _copy_weights(weights, tiles, ready.index(stage), stage, row_tile, step, inside, layout, blocks)
+        _copy_weights(weights, tiles, ready.index(stage), stage, row_tile, step, inside, layout)
     if pdl:
         gdc_wait()
     for stage in gl.static_range(stages):
-        _, token_tile, step = _place(first, stage, tiles_m, layout, blocks)
+        _, token_tile, step = _place(first, stage, tiles_m, layout)
         place = [token_tile * BLOCK_M, step * COLUMNS_G]
         async_load(x, place, ready.index(stage), tiles[0].index(stage), pred=stage < steps)
     stage = 0
     phase = 0
     for number in range(stages, steps):
-        row_tile, token_tile, step = _place(first, number, tiles_m, layout, blocks)
+        row_tile, token_tile, step = _place(first, number, tiles_m, layout)
         mbarrier.wait(free.index(stage), phase)
         full = ready.index(stage)
         mbarrier.expect(full, size)
         async_load(x, [token_tile * BLOCK_M, step * COLUMNS_G], full, tiles[0].index(stage))
-        _copy_weights(weights, tiles, full, stage, row_tile, step, True, layout, blocks)
+        _copy_weights(weights, tiles, full, stage, row_tile, step, True, layout)
         stage, phase = _next(stage, phase, stages)
 
 
@@ -132,15 +127,13 @@ def _release(free, stage, pred):
 
 @gluon.jit
 def _take(
-    tiles, ready, stage, phase, block, odd,
-    layout: gl.constexpr, blocks: gl.constexpr, dtype: gl.constexpr, operand: gl.constexpr,
+    tiles, ready, stage, phase, odd, layout: gl.constexpr, dtype: gl.constexpr, operand: gl.constexpr,
 ):  # fmt: skip
     """Wait for a stage and decode 64 rows of it. odd: whether its step is the second of a strip."""
     mbarrier.wait(ready.index(stage), phase)
-    place = stage * blocks + block
     _, word_tiles, scale_tiles, zero_tiles = tiles
     words_OJ, scales, zeros = load(
-        word_tiles.index(place), scale_tiles.index(place), zero_tiles.index(place), odd, layout
+        word_tiles.index(stage), scale_tiles.index(stage), zero_tiles.index(stage), odd, layout
     )
     return decode(words_OJ, scales, zeros, layout, dtype, operand)
 
@@ -148,7 +141,7 @@ def _take(
 @gluon.jit
 def _multiply(
     tiles, ready, free, bias, partial, finished, y, M, N, first, end, tiles_m, total,
-    layout: gl.constexpr, blocks: gl.constexpr, stages: gl.constexpr,
+    layout: gl.constexpr, stages: gl.constexpr,
 ):  # fmt: skip
     """Multiply the turns from `first` to `end` of the line, and write the tiles that end there."""
     x_tiles, _, _, _ = tiles
@@ -156,55 +149,34 @@ def _multiply(
     BLOCK_M: gl.constexpr = x_tiles.shape[1]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS_G, 1], [16, BLOCK_M, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    turns: gl.constexpr = turns_of(layout, blocks)
+    turns: gl.constexpr = turns_of(layout)
     stage = 0
     phase = 0
-    odd = first % turns % 2 if blocks == 2 else 0
-    a_OC = _take(tiles, ready, stage, phase, 0, odd, layout, blocks, dtype, operand)
+    even_OC = _take(tiles, ready, stage, phase, 0, layout, dtype, operand)
     turn = first
     while turn < end:
         tile = turn // turns
         last = gl.minimum(end, (tile + 1) * turns)
-        a_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
-        b_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
+        acc_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
         for at in range(turn, last):
-            x_tile = x_tiles.index(stage).permute((1, 0))
-            a_OM = warpgroup_mma(a_OC, x_tile, a_OM, is_async=True)
+            acc_OM = warpgroup_mma(even_OC, x_tiles.index(stage).permute((1, 0)), acc_OM, is_async=True)
             # The product before this one is done, of an earlier turn of this tile.
-            if blocks == 2:
-                a_OM, b_OM = warpgroup_mma_wait(1, deps=[a_OM, b_OM])
-                _release(free, _previous(stage, stages), at > turn)
-                step = at - tile * turns
-                b_OC = _take(tiles, ready, stage, phase, 1, step % 2, layout, blocks, dtype, operand)
-                b_OM = warpgroup_mma(b_OC, x_tile, b_OM, is_async=True)
-                a_OM, b_OM = warpgroup_mma_wait(1, deps=[a_OM, b_OM])
-                stage, phase = _next(stage, phase, stages)
-                odd = gl.where(step == turns - 1, 0, step + 1) % 2
-            else:
-                a_OM = warpgroup_mma_wait(1, deps=[a_OM])
-                _release(free, _previous(stage, stages), at > turn)
-                first_stage = stage
-                stage, phase = _next(stage, phase, stages)
-                b_OC = _take(tiles, ready, stage, phase, 0, 1, layout, blocks, dtype, operand)
-                a_OM = warpgroup_mma(b_OC, x_tiles.index(stage).permute((1, 0)), a_OM, is_async=True)
-                a_OM = warpgroup_mma_wait(1, deps=[a_OM])
-                _release(free, first_stage, True)
-                stage, phase = _next(stage, phase, stages)
-                odd = 0
+            acc_OM = warpgroup_mma_wait(1, deps=[acc_OM])
+            _release(free, _previous(stage, stages), at > turn)
+            even_stage = stage
+            stage, phase = _next(stage, phase, stages)
+            odd_OC = _take(tiles, ready, stage, phase, 1, layout, dtype, operand)
+            acc_OM = warpgroup_mma(odd_OC, x_tiles.index(stage).permute((1, 0)), acc_OM, is_async=True)
+            acc_OM = warpgroup_mma_wait(1, deps=[acc_OM])
+            _release(free, even_stage, True)
+            stage, phase = _next(stage, phase, stages)
             # Of the next turn, maybe of the next tile.
-            a_OC = _take(tiles, ready, stage, phase, 0, odd, layout, blocks, dtype, operand)
-        if blocks == 2:
-            a_OM, b_OM = warpgroup_mma_wait(0, deps=[a_OM, b_OM])
-        else:
-            a_OM = warpgroup_mma_wait(0, deps=[a_OM])
+            even_OC = _take(tiles, ready, stage, phase, 0, layout, dtype, operand)
+        acc_OM = warpgroup_mma_wait(0, deps=[acc_OM])
         _release(free, _previous(stage, stages), True)
-        is_last, a_OM, b_OM = add_parts(a_OM, b_OM, partial, finished, tile, turns, total, blocks)
+        is_last, acc_OM = add_parts(acc_OM, partial, finished, tile, turns, total)
         if is_last:
-            first_row = tile // tiles_m * (blocks * ROWS_G)
-            first_token = tile % tiles_m * BLOCK_M
-            write(a_OM, bias, y, first_row, first_token, M, N)
-            if blocks == 2:
-                write(b_OM, bias, y, first_row + ROWS_G, first_token, M, N)
+            write(acc_OM, bias, y, tile // tiles_m * ROWS_G, tile % tiles_m * BLOCK_M, M, N)
         turn = last
 
 
@@ -235,17 +207,16 @@ def stream_kernel(
     tiles_m,  # tiles of tokens
     total,  # turns of all tiles
     layout: gl.constexpr,
-    blocks: gl.constexpr,  # of 64 rows of a program, 1 or 2
     stages: gl.constexpr,
     pdl: gl.constexpr,
 ):
     """A program's piece of the line of turns."""
     first, end = piece(gl.program_id(0), total), piece(gl.program_id(0) + 1, total)
-    scale_tiles = _allocate(scales, stages * blocks)
+    scale_tiles = _allocate(scales, stages)
     zero_tiles = scale_tiles
     if has_zeros(layout):
-        zero_tiles = _allocate(zeros, stages * blocks)
-    tiles = (_allocate(x, stages), _allocate(words, stages * blocks), scale_tiles, zero_tiles)
+        zero_tiles = _allocate(zeros, stages)
+    tiles = (_allocate(x, stages), _allocate(words, stages), scale_tiles, zero_tiles)
     ready = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(stages):
@@ -258,12 +229,9 @@ def stream_kernel(
         [
             (
                 _multiply,
-                (
-                    tiles, ready, free, bias, partial, finished, y, M, N, first, end, tiles_m, total, layout, blocks,
-                    stages,
-                ),
+                (tiles, ready, free, bias, partial, finished, y, M, N, first, end, tiles_m, total, layout, stages),
             ),
-            (_copy, (x, weights, tiles, ready, free, first, end, tiles_m, layout, blocks, stages, pdl)),
+            (_copy, (x, weights, tiles, ready, free, first, end, tiles_m, layout, stages, pdl)),
         ],
         [1],
         [COPIER_REGISTERS],

@@ -1,52 +1,26 @@
-"""Host side of stream_gemm.py: four-bit codes and more than 16 tokens.
+"""Host side of stream_gemm.py: four-bit codes and 33 to 128 tokens.
 
 Shapes: M tokens, I in_features, O out_features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lqer.kernels import runtime
+from lqer.kernels.gluon_launch import descriptor
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.input_launch import dense_rows, round_activations
 from lqer.kernels.layout import Layout
 from lqer.kernels.packed import PROJECTION_COUNTERS, PackedLinear
 from lqer.kernels.stream_decode import COLUMNS, ROWS, WARPS, groups_held, scales_per_unit
 from lqer.kernels.stream_gemm import stream_kernel, turns_of
+from lqer.kernels.tuning import StreamLaunch
 
-GLUON_DTYPES = {
-    torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32, torch.int16: gl.int16,
-    torch.uint8: gl.uint8,
-}  # fmt: skip
 ROW_GROUP = 16
 REGISTERS, THREADS = 1 << 16, 256  # of a multiprocessor; of a program, the copier's warp counting as four
-
-
-@dataclass(frozen=True)
-class StreamLaunch:
-    block_m: int
-    blocks: int  # of 64 rows of a program
-    programs: int
-    stages: int
-    at_once: int = 2  # programs that share a multiprocessor
-
-
-def _descriptor(part: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(
-        part, block, gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[part.dtype])
-    )
-
-
-def _units(part: Tensor, layout: Layout | GroupLayout) -> TensorDescriptor:
-    """Scales or zero points."""
-    count = scales_per_unit(layout.compiled)
-    return _descriptor(part.view(len(part), -1, count), [groups_held(layout.compiled, part.element_size()), 1, count])
 
 
 def run_stream(
@@ -57,25 +31,30 @@ def run_stream(
     assert isinstance(layout, Layout | GroupLayout)
     given = dense_rows(x_MI)
     x_MI = round_activations(given, packed.spec, ordered=True)
-    (m, n), block_m, blocks = (len(given), layout.rows), launch.block_m, launch.blocks
+    (m, n), block_m = (len(given), layout.rows), launch.block_m
     y_MO = given.new_empty(m, n, dtype=out_dtype)
-    tile_rows = blocks * ROWS
-    tiles_m, tiles_n = -(-m // block_m), -(-n // tile_rows)
-    total = tiles_m * tiles_n * turns_of(layout.compiled, blocks)
+    tiles_m = -(-m // block_m)
+    total = tiles_m * -(-n // ROWS) * turns_of(layout.compiled)
     programs = min(launch.programs, total)
-    partial = given.new_empty((programs, 2, tile_rows * block_m), dtype=torch.float32)
+    partial = given.new_empty((programs, 2, ROWS * block_m), dtype=torch.float32)
     words, _, scales, zeros = packed.weight.parts
     row_groups, steps = words.shape[0], layout.padded_columns // COLUMNS
     if scales.element_size() == 2:
         scales = scales.view(torch.int16)
     pdl = runtime.supports_pdl(given)
     stream_kernel[(programs,)](
-        _descriptor(x_MI, [block_m, COLUMNS]),
-        _descriptor(words.view(row_groups, steps * 8, 32), [ROWS // ROW_GROUP, 8, 32]),
+        descriptor(x_MI, [block_m, COLUMNS]),
+        descriptor(words.view(row_groups, steps * 8, 32), [ROWS // ROW_GROUP, 8, 32]),
         _units(scales, layout),
         _units(scales if zeros is None else zeros, layout),
         packed.bias_O, partial, packed.workspace[PROJECTION_COUNTERS:], y_MO, m, n, tiles_m, total,
-        layout=layout.compiled, blocks=blocks, stages=launch.stages, pdl=pdl, num_warps=WARPS,
+        layout=layout.compiled, stages=launch.stages, pdl=pdl, num_warps=WARPS,
         maxnreg=REGISTERS // (launch.at_once * THREADS) // 8 * 8, **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_MO
+
+
+def _units(part: Tensor, layout: Layout | GroupLayout) -> TensorDescriptor:
+    """Scales or zero points."""
+    count = scales_per_unit(layout.compiled)
+    return descriptor(part.view(len(part), -1, count), [groups_held(layout.compiled, part.element_size()), 1, count])

@@ -33,21 +33,10 @@ def _slot(program, tile, turns: gl.constexpr, total):
 
 
 @gluon.jit
-def _load_part(place_OM, exists, blocks: gl.constexpr):
-    """Sums that a program stored, zeros if it does not exist."""
-    a_OM = gl.load(place_OM, mask=exists, other=0.0)
-    b_OM = a_OM
-    if blocks == 2:
-        size: gl.constexpr = place_OM.shape[0] * place_OM.shape[1]
-        b_OM = gl.load(place_OM + size, mask=exists, other=0.0)
-    return a_OM, b_OM
-
-
-@gluon.jit
-def add_parts(a_OM, b_OM, partial, finished, tile, turns: gl.constexpr, total, blocks: gl.constexpr):
-    """Whether this program ends a tile, and then the sums of all its parts; `blocks` of [64, M]."""
-    BLOCK_M: gl.constexpr = a_OM.shape[1]
-    mma: gl.constexpr = a_OM.type.layout
+def add_parts(acc_OM, partial, finished, tile, turns: gl.constexpr, total):
+    """Whether this program ends a tile, and then the sum of all its parts, [64, M]."""
+    BLOCK_M: gl.constexpr = acc_OM.shape[1]
+    mma: gl.constexpr = acc_OM.type.layout
     is_last = True
     from_program, to_program = _programs_of(tile, turns, total)
     if to_program > from_program:
@@ -57,31 +46,25 @@ def add_parts(a_OM, b_OM, partial, finished, tile, turns: gl.constexpr, total, b
         columns_M = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
         row_place_O = rows_O // 8 * (8 * BLOCK_M) + rows_O % 8 * 8
         place_OM = partial + gl.expand_dims(row_place_O, 1) + gl.expand_dims(columns_M // 8 * 64 + columns_M % 8, 0)
-        own = _slot(gl.program_id(0), tile, turns, total) * (blocks * size)
-        gl.store(place_OM + own, a_OM)
-        if blocks == 2:
-            gl.store(place_OM + (own + size), b_OM)
+        gl.store(place_OM + _slot(gl.program_id(0), tile, turns, total) * size, acc_OM)
         # All threads must have stored their elements before the counter is incremented.
         barrier()
         is_last = gl.atomic_add(finished + tile, 1, sem="acq_rel") == to_program - from_program
         if is_last:
             gl.store(finished + tile, 0)
-            a_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
-            b_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
+            acc_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
             # Two parts are loaded before the first is added, where registers hold both.
             ahead: gl.constexpr = 2 if BLOCK_M <= 64 else 1
             for program in range(from_program, to_program + 1, ahead):
-                first_OM = place_OM + _slot(program, tile, turns, total) * (blocks * size)
-                second_OM = place_OM + _slot(program + 1, tile, turns, total) * (blocks * size)
-                a_first_OM, b_first_OM = _load_part(first_OM, True, blocks)
+                first_place_OM = place_OM + _slot(program, tile, turns, total) * size
+                second_place_OM = place_OM + _slot(program + 1, tile, turns, total) * size
+                first_OM = gl.load(first_place_OM)
                 if ahead == 2:
-                    a_second_OM, b_second_OM = _load_part(second_OM, program < to_program, blocks)
-                a_OM += a_first_OM
-                b_OM += b_first_OM
+                    second_OM = gl.load(second_place_OM, mask=program < to_program, other=0.0)
+                acc_OM += first_OM
                 if ahead == 2:
-                    a_OM += a_second_OM
-                    b_OM += b_second_OM
-    return is_last, a_OM, b_OM
+                    acc_OM += second_OM
+    return is_last, acc_OM
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""Kernel that multiplies four-bit codes with more than 16 tokens, in Gluon, for compute capability 9.0.
+"""Kernel that multiplies four-bit codes with more than 128 tokens, in Gluon, for compute capability 9.0.
 
 A program has 128 rows of W, and multiplies 128 columns at a time. Triton waits for a product whose operand comes from
 registers before it decodes the next one; here the next step is decoded while tensor cores multiply the one before.
@@ -33,22 +33,12 @@ async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 AHEAD = gl.constexpr(8)  # steps whose words are fetched to the L2 cache
 
 
-@gluon.constexpr_function
-def steps_at_once(tokens: int) -> int:
-    """Steps of a stage: a whole turn of the loop, if shared memory holds two of these and more."""
-    return 2 if tokens <= 128 else 1
-
-
 @gluon.jit
 def _copy(x, x_tiles, ready, stage, first_token, step, end, BLOCK_M: gl.constexpr):
-    """Copy the tokens of the steps from `step` on to a stage, if the program multiplies them."""
+    """Copy the tokens of step `step` to a stage, if the program multiplies them."""
     inside = step < end
-    count: gl.constexpr = steps_at_once(BLOCK_M)
-    mbarrier.expect(ready.index(stage), count * BLOCK_M * COLUMNS_G * 2, pred=inside)
-    for i in gl.static_range(count):
-        async_load(
-            x, [first_token, (step + i) * COLUMNS_G], ready.index(stage), x_tiles.index(stage * count + i), pred=inside
-        )
+    mbarrier.expect(ready.index(stage), BLOCK_M * COLUMNS_G * 2, pred=inside)
+    async_load(x, [first_token, step * COLUMNS_G], ready.index(stage), x_tiles.index(stage), pred=inside)
 
 
 @gluon.jit
@@ -64,7 +54,7 @@ def _refill(x, x_tiles, ready, stage, first_token, step, end, BLOCK_M: gl.conste
     # All warps.
     barrier()
     freed = gl.where(stage == 0, stages - 1, stage - 1)
-    _copy(x, x_tiles, ready, freed, first_token, step + (stages - 1) * steps_at_once(BLOCK_M), end, BLOCK_M)
+    _copy(x, x_tiles, ready, freed, first_token, step + stages - 1, end, BLOCK_M)
 
 
 @gluon.jit
@@ -122,8 +112,7 @@ def tall_kernel(
     first_row = tile % tiles_n * ROWS_G
     first_token = tile // tiles_n * BLOCK_M
 
-    count: gl.constexpr = steps_at_once(BLOCK_M)
-    x_tiles = gl.allocate_shared_memory(dtype, [stages * count, BLOCK_M, COLUMNS_G], x.layout)
+    x_tiles = gl.allocate_shared_memory(dtype, [stages, BLOCK_M, COLUMNS_G], x.layout)
     ready = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(stages):
         mbarrier.init(ready.index(stage), count=1)
@@ -138,27 +127,24 @@ def tall_kernel(
     if pdl:
         gdc_wait()
     for stage in gl.static_range(stages - 1):
-        _copy(x, x_tiles, ready, stage, first_token, step + stage * count, end, BLOCK_M)
+        _copy(x, x_tiles, ready, stage, first_token, step + stage, end, BLOCK_M)
     even_OC = decode(even_words, even_scales, even_zeros, layout, dtype, operand)
     acc_OM = gl.zeros([ROWS_G, BLOCK_M], gl.float32, mma)
     stage = 0
     phase = 0
     for step in range(first * 2, end, 2):
         mbarrier.wait(ready.index(stage), phase)
-        acc_OM = warpgroup_mma(even_OC, x_tiles.index(stage * count).permute((1, 0)), acc_OM, is_async=True)
+        acc_OM = warpgroup_mma(even_OC, x_tiles.index(stage).permute((1, 0)), acc_OM, is_async=True)
         acc_OM = warpgroup_mma_wait(1, deps=[acc_OM])
         _refill(x, x_tiles, ready, stage, first_token, step, end, BLOCK_M, stages)
         prefetch(words, scales, zeros, first_row, step + AHEAD, N, layout)
         even_words, even_scales, even_zeros = load(words, scales, zeros, first_row, step + 2, N, layout)
         odd_OC = decode(odd_words, odd_scales, odd_zeros, layout, dtype, operand)
-        if count == 1:
-            stage, phase = _next(stage, phase, stages)
-            mbarrier.wait(ready.index(stage), phase)
-        odd_tile = x_tiles.index(stage * count + count - 1)
-        acc_OM = warpgroup_mma(odd_OC, odd_tile.permute((1, 0)), acc_OM, is_async=True)
+        stage, phase = _next(stage, phase, stages)
+        mbarrier.wait(ready.index(stage), phase)
+        acc_OM = warpgroup_mma(odd_OC, x_tiles.index(stage).permute((1, 0)), acc_OM, is_async=True)
         acc_OM = warpgroup_mma_wait(1, deps=[acc_OM])
-        if count == 1:
-            _refill(x, x_tiles, ready, stage, first_token, step + 1, end, BLOCK_M, stages)
+        _refill(x, x_tiles, ready, stage, first_token, step + 1, end, BLOCK_M, stages)
         prefetch(words, scales, zeros, first_row, step + 1 + AHEAD, N, layout)
         odd_words, odd_scales, odd_zeros = load(words, scales, zeros, first_row, step + 3, N, layout)
         even_OC = decode(even_words, even_scales, even_zeros, layout, dtype, operand)

@@ -1,12 +1,13 @@
 """Launch parameters for a layer and a number of tokens, from a table of measurements; nothing is tuned during a call.
 
-`experiments/tune_kernels.py` writes `table.json`, the fastest measured launches of one GPU. There are six regimes:
+`experiments/tune_kernels.py` writes `table.json`, the fastest measured launches of one GPU. There are seven regimes:
 
     gemv         one token, MXINT4 weights, rounded activations: integer products (gemv.py)
     gemm         few tokens: weights decoded in registers (gemm.py); a launch per code width, N, K and bucket of M
     groups       up to 64 tokens, integer groups: the gemm kernel with a launch from a model (`group_launch`)
     wide         from 17 tokens on, integer groups of four bits: the same by another rule (`wide_launch`)
-    tall         from 17 tokens on, four-bit codes on compute capability 9.0, by a third rule (`tall_launch`)
+    stream       33 to 128 tokens, four-bit codes on compute capability 9.0, by a third rule (`stream_launch`)
+    tall         129 to 512 tokens, the same codes and cards, by a fourth rule (`tall_launch`)
     dequantize   many tokens, for which the table has no launch: the weight is dequantized, and a library multiplies
 
 A shape that is not in the table uses the launch of the nearest shape, by log N and log K.
@@ -40,10 +41,18 @@ SLOWDOWN_OF_16 = (0.0, 1.6, 1.2, 1.0)
 WIDE_ROWS, WIDE_AT_ONCE = 128, 2
 WIDE = {32: (4, 4), 64: (4, 3)}
 START_OF_WIDE, COST_OF_WIDE_SUM = 2.0, 0.5  # of a program, and of each split, in strips
-# tall_gemm.py: by tokens of a program, how many fit a multiprocessor, and stages of shared memory.
-TALL = {32: (2, 4), 64: (2, 3), 128: (1, 3), 256: (1, 3)}
+# stream_gemm.py, whose programs have 64 rows: by tokens of a program, how many share a multiprocessor. Each has so many
+# stages of shared memory. Fastest of those timed on an H200.
+STREAM_ROWS, STREAM_STAGES = 64, 3
+STREAM = {64: 3, 128: 2}
+# What a part of a tile costs for each token of a program, in turns, and the parts whose cost is that of tiles cut
+# anywhere. By these the fastest launches of nine shapes and numbers of tokens are taken.
+COST_OF_PART, UNEVEN_PARTS = 1 / 128, 6
+# tall_gemm.py, whose programs have 128 rows and a multiprocessor each: tokens of one, and stages of shared memory.
+TALL_ROWS, TALL_TOKENS_OF_PROGRAM, TALL_STAGES = 128, 256, 3
 START_OF_TALL, COST_OF_TALL_SUM = 1.0, 6.0  # of a program, and of a partial sum of each multiprocessor, in turns
 MOST_TALL_SPLITS = 8
+COLUMNS_OF_TURN = 256  # of both kernels' loops
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,16 @@ class GemmLaunch:
     splits: int
     stages: int
     warps: int
+
+
+@dataclass(frozen=True)
+class StreamLaunch:
+    """Of stream_gemm.py, whose programs have 64 rows."""
+
+    block_m: int
+    programs: int
+    stages: int
+    at_once: int  # programs that share a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -162,22 +181,41 @@ def wide_launch(layout: GroupLayout, m: int, multiprocessors: int) -> GemmLaunch
 
 
 @lru_cache(maxsize=4096)
+def stream_launch(layout: Layout | GroupLayout, m: int, multiprocessors: int) -> StreamLaunch:
+    """The launch of stream_gemm.py: as many programs as give each tile the same number, or as fit, by a model.
+
+    Tiles are not cut at the same turns where their number and that of programs have no whole ratio: more parts then.
+    """
+    block_m = next((size for size in STREAM if m <= size), max(STREAM))
+    at_once = STREAM[block_m]
+    tiles = -(-layout.rows // STREAM_ROWS) * -(-m // block_m)
+    turns, fitting = -(-layout.padded_columns // COLUMNS_OF_TURN), at_once * multiprocessors
+
+    def time(programs: int) -> float:
+        each = tiles * turns / programs
+        uneven = UNEVEN_PARTS if programs % tiles else 0
+        return each + COST_OF_PART * block_m * (math.ceil(turns / each) - 1 + uneven)
+
+    even = range(tiles, min(fitting, tiles * turns) + 1, tiles)
+    programs = min([*even, min(fitting, tiles * turns)], key=time)
+    return StreamLaunch(block_m, programs, STREAM_STAGES, at_once)
+
+
+@lru_cache(maxsize=4096)
 def tall_launch(layout: Layout | GroupLayout, m: int, multiprocessors: int) -> TallLaunch:
     """The launch of tall_gemm.py: whole waves of tiles, and as many splits of the rest as make its waves shortest."""
-    block_m = next((size for size in TALL if m <= size), max(TALL))
-    at_once, stages = TALL[block_m]
-    tiles = -(-layout.rows // WIDE_ROWS) * -(-m // block_m)
-    # Of the kernel's loop, two steps of 128 columns each.
-    turns, programs = -(-layout.padded_columns // 256), at_once * multiprocessors
-    whole = tiles // programs * programs
+    tiles = -(-layout.rows // TALL_ROWS) * -(-m // TALL_TOKENS_OF_PROGRAM)
+    turns = -(-layout.padded_columns // COLUMNS_OF_TURN)
+    whole = tiles // multiprocessors * multiprocessors
     rest = tiles - whole
 
     def time(splits: int) -> float:
-        waves = -(-rest * splits // programs)
-        return waves * (-(-turns // splits) + START_OF_TALL) + COST_OF_TALL_SUM * (splits - 1) * rest / programs
+        waves = -(-rest * splits // multiprocessors)
+        return waves * (-(-turns // splits) + START_OF_TALL) + COST_OF_TALL_SUM * (splits - 1) * rest / multiprocessors
 
     splits = min(range(1, min(turns, MOST_TALL_SPLITS) + 1), key=time)
-    return TallLaunch(block_m, tiles, 1, stages) if splits == 1 else TallLaunch(block_m, whole, splits, stages)
+    whole = tiles if splits == 1 else whole
+    return TallLaunch(TALL_TOKENS_OF_PROGRAM, whole, splits, TALL_STAGES)
 
 
 @lru_cache(maxsize=4096)

@@ -38,10 +38,10 @@ from lqer.kernels.halves import TOKENS_AT_ONCE as HALVES_AT_ONCE
 from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups, run_wide
 from lqer.kernels.joint import join
 from lqer.kernels.launch import run_layer
-from lqer.kernels.stream_launch import StreamLaunch, run_stream
+from lqer.kernels.stream_launch import run_stream
 from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.trellis import TrellisLayout
-from lqer.kernels.tuning import GemmLaunch, GemvLaunch, tall_launch
+from lqer.kernels.tuning import GemmLaunch, GemvLaunch, stream_launch, tall_launch, wide_launch
 from lqer.rounding.lattice_sweep import sweep_lattice_panel
 from lqer.rounding.level_sweep import sweep_level_panel
 from lqer.rounding.soft import Grid
@@ -219,15 +219,15 @@ def main() -> None:
         dequantize_weight(layer.packed.weight, dtype)
     for number_format, m, dtype in ((Int(4, 128), 64, bf16), (Int(4, "row", symmetric=True), 32, torch.float16)):
         layer = build_layer(number_format, 256, 1024, dtype=dtype)
-        run_wide(random_input(m, 1024, dtype), layer.packed, GemmLaunch(128, m, 2, 2, 4))
-    for number_format, m, dtype in (
-        (Int(4, 128), 300, bf16), (Int(4, 128), 32, torch.float16), (Int(4, "row", symmetric=True), 128, bf16),
-        (MXInt(4), 300, bf16), (MXInt(4, 32, levels="mid-rise"), 64, bf16),
+        run_wide(random_input(m, 1024, dtype), layer.packed, wide_launch(layer.packed.spec.layout, m, 132))
+    for number_format, dtype in (
+        (Int(4, 128), torch.float16), (Int(4, "row", symmetric=True), bf16), (MXInt(4), bf16),
+        (MXInt(4, 32, levels="mid-rise"), bf16),
     ):  # fmt: skip
-        layer = build_layer(number_format, 256, 1024, dtype=dtype)
-        run_tall(random_input(m, 1024, dtype), layer.packed, tall_launch(layer.packed.spec.layout, m, 132))
-        for blocks in (1, 2):
-            run_stream(random_input(m, 1024, dtype), layer.packed, StreamLaunch(min(m, 128), blocks, 264, 2))
+        layer = build_layer(number_format, 256, 1024, dtype=dtype).packed
+        for m in (64, 128):
+            run_stream(random_input(m, 1024, dtype), layer, stream_launch(layer.spec.layout, m, 132))
+        run_tall(random_input(300, 1024, dtype), layer, tall_launch(layer.spec.layout, 300, 132))
     # What needs most of the shared memory.
     for number_format, rank, m in (
         (Int(3, 64), 32, 42),

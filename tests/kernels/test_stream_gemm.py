@@ -1,4 +1,4 @@
-"""Four-bit codes and more than 16 tokens by the kernel whose warps have roles, which only a GPU runs.
+"""Four-bit codes and 33 to 128 tokens by the kernel whose warps have roles, which a GPU runs; its launches anywhere.
 
 `compile_for_hopper.py` compiles it without a GPU, where Triton checks that decoded codes lie as the operand of tensor
 cores needs them. Decoding and the order of tokens are those of groups_wide.py and decode.py.
@@ -11,7 +11,9 @@ import torch
 from kernel_layers import ON_GPU, build_layer, random_input, relative_error
 
 from lqer.formats import Int, MXInt
-from lqer.kernels.stream_launch import StreamLaunch, run_stream
+from lqer.kernels.groups import GroupLayout
+from lqer.kernels.stream_launch import run_stream
+from lqer.kernels.tuning import STREAM, STREAM_ROWS, StreamLaunch, stream_launch
 
 on_hopper = pytest.mark.skipif(
     not ON_GPU or torch.cuda.get_device_capability() != (9, 0), reason="kernels in Gluon have no interpreter"
@@ -29,11 +31,12 @@ TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 2e-6}
 def test_products_are_those_of_rounded_weights(number_format, dtype):
     layer = build_layer(number_format, 200, 1040, bias=True, dtype=dtype)
     # Whole tiles, parts of tiles within and beyond a program, a turn each.
-    for block_m, blocks, programs in ((64, 1, 2), (64, 1, 3), (64, 2, 1), (64, 2, 7), (128, 1, 264)):
+    for block_m, programs in ((64, 2), (64, 3), (64, 7), (128, 1), (128, 264)):
         for tokens in (1, block_m, block_m + 5):
             x_MI = random_input(tokens, 1040, dtype)
-            y_MO = run_stream(x_MI, layer.packed, StreamLaunch(block_m, blocks, programs, 3), torch.float32)
-            assert relative_error(y_MO, layer.exact(x_MI)) < TOLERANCE[dtype], (block_m, blocks, programs, tokens)
+            launch = StreamLaunch(block_m, programs, 3, STREAM[block_m])
+            y_MO = run_stream(x_MI, layer.packed, launch, torch.float32)
+            assert relative_error(y_MO, layer.exact(x_MI)) < TOLERANCE[dtype], (launch, tokens)
     assert (layer.packed.workspace == 0).all()
 
 
@@ -41,7 +44,7 @@ def test_products_are_those_of_rounded_weights(number_format, dtype):
 def test_ten_runs_give_the_same_bits_and_every_output_is_written():
     layer = build_layer(Int(4, 128), 4000, 4096)
     for m in (17, 64, 100, 256, 300):
-        x_MI, launch = random_input(m, 4096), StreamLaunch(64, 2, 264, 4)
+        x_MI, launch = random_input(m, 4096), StreamLaunch(64, 264, 3, 3)
         first = run_stream(x_MI, layer.packed, launch)
         for _ in range(9):
             # The next output takes this memory.
@@ -49,3 +52,25 @@ def test_ten_runs_give_the_same_bits_and_every_output_is_written():
             del poison
             assert torch.equal(run_stream(x_MI, layer.packed, launch), first), m
         assert (layer.packed.workspace == 0).all()
+
+
+@pytest.mark.parametrize("m", [33, 64, 65, 128])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 256), (1024, 4096), (11008, 4096), (4096, 11008), (28672, 8192)])
+def test_programs_share_tiles_evenly_or_fill_the_card(rows, columns, m):
+    launch = stream_launch(GroupLayout(rows, columns, 4, 128, False, False), m, 132)
+    tiles, fitting = -(-rows // STREAM_ROWS), STREAM[launch.block_m] * 132
+    turns = tiles * -(-columns // 256)
+    assert m <= launch.block_m
+    assert launch.programs <= min(fitting, turns)
+    assert launch.programs % tiles == 0 or launch.programs == min(fitting, turns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "m", "programs"),
+    [
+        (4096, 11008, 64, 344), (4096, 22016, 64, 344), (11008, 4096, 64, 384), (4096, 12288, 64, 384),
+        (8192, 8192, 64, 384), (8192, 8192, 128, 256), (4096, 11008, 128, 172),
+    ],
+)  # fmt: skip
+def test_shapes_that_were_timed_have_the_fastest_number_of_programs(columns, rows, m, programs):
+    assert stream_launch(GroupLayout(rows, columns, 4, 128, False, False), m, 132).programs == programs

@@ -1,4 +1,4 @@
-"""Four-bit codes and more than 16 tokens by the kernel in Gluon, which only a GPU runs; its launches anywhere.
+"""Four-bit codes and more than 128 tokens by the kernel in Gluon, which only a GPU runs; its launches anywhere.
 
 `compile_for_hopper.py` compiles the kernel without a GPU, where Triton checks that decoded codes lie as the operand of
 tensor cores needs them. Decoding and the order of tokens are those of groups_wide.py and decode.py.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_layers import DEVICE, ON_GPU, build_layer, random_input, relative_error
+from kernel_layers import ON_GPU, build_layer, random_input, relative_error
 
 from lqer.formats import Int, MXInt
 from lqer.kernels import packed_linear
+from lqer.kernels.gluon_launch import fits_gluon
 from lqer.kernels.groups import GroupLayout
-from lqer.kernels.tall_launch import fits_tall, run_tall
-from lqer.kernels.tuning import MOST_TALL_SPLITS, TALL, WIDE_ROWS, TallLaunch, tall_launch
+from lqer.kernels.tall_launch import run_tall
+from lqer.kernels.tuning import MOST_TALL_SPLITS, TALL_ROWS, TALL_STAGES, TallLaunch, tall_launch
 
 on_hopper = pytest.mark.skipif(
     not ON_GPU or torch.cuda.get_device_capability() != (9, 0), reason="kernels in Gluon have no interpreter"
@@ -31,10 +32,10 @@ TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 2e-6}
 @pytest.mark.parametrize(("number_format", "dtype"), KINDS, ids=str)
 def test_products_are_those_of_rounded_weights(number_format, dtype):
     layer = build_layer(number_format, 200, 1040, bias=True, dtype=dtype)
-    for block_m, whole, splits in ((32, 0, 1), (64, 0, 3), (128, 1, 2), (256, 0, 1), (256, 0, 3)):
-        for tokens in (1, block_m, block_m + 5):
-            tiles = 2 * -(-tokens // block_m)
-            launch = TallLaunch(block_m, whole if splits > 1 else tiles, splits, TALL[block_m][1])
+    for whole, splits in ((0, 1), (1, 2), (0, 3)):
+        for tokens in (1, 256, 261):
+            tiles = 2 * -(-tokens // 256)
+            launch = TallLaunch(256, whole if splits > 1 else tiles, splits, TALL_STAGES)
             x_MI = random_input(tokens, 1040, dtype)
             y_MO = run_tall(x_MI, layer.packed, launch, torch.float32)
             assert relative_error(y_MO, layer.exact(x_MI)) < TOLERANCE[dtype], (launch, tokens)
@@ -46,8 +47,8 @@ def test_products_are_those_of_rounded_weights(number_format, dtype):
 @pytest.mark.parametrize("number_format", [Int(4, 128), MXInt(4)], ids=str)
 def test_rounded_tokens_give_the_formula(number_format, activation):
     layer = build_layer(number_format, 200, 528, activation=activation, bias=True, dtype=torch.bfloat16)
-    assert fits_tall(layer.packed, random_input(1, 528, torch.bfloat16))
-    for m in (17, 64, 65, 128, 129, 192, 256, 257, 511, 512):
+    assert fits_gluon(layer.packed, random_input(1, 528, torch.bfloat16))
+    for m in (17, 32, 33, 64, 65, 128, 129, 192, 256, 257, 511, 512):
         x_MI = random_input(m, 528, torch.bfloat16)
         assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 2.5e-3, m
 
@@ -76,22 +77,11 @@ def test_tokens_that_are_not_adjacent_or_aligned_give_the_same():
         assert torch.equal(packed_linear(wide[:, before : before + 272], layer.packed), expected)
 
 
-def test_other_groups_and_machines_use_other_kernels():
-    x_MI = torch.zeros(1, 512, device=DEVICE)
-    assert not fits_tall(build_layer(Int(4, 64), 64, 512).packed, x_MI)
-    assert not fits_tall(build_layer(Int(4, 128), 64, 512, rank=16).packed, x_MI)
-    assert not fits_tall(build_layer(MXInt(4), 64, 512, dtype=torch.float16).packed, x_MI)
-    assert not fits_tall(build_layer(MXInt(3), 64, 512).packed, x_MI)
-    assert not fits_tall(build_layer(Int(3, 128), 64, 512).packed, x_MI)
-    assert not fits_tall(build_layer(Int(4, 128), 64, 512).packed, x_MI.cpu())
-
-
-@pytest.mark.parametrize("m", [17, 32, 64, 128, 256, 512])
+@pytest.mark.parametrize("m", [129, 256, 300, 512])
 @pytest.mark.parametrize(("rows", "strips"), [(16, 1), (4096, 16), (11008, 16), (4096, 43), (28672, 32)])
 def test_a_launch_has_every_tile_and_whole_waves_of_programs(rows, strips, m):
     launch = tall_launch(GroupLayout(rows, 256 * strips, 4, 128, False, False), m, 132)
-    tiles = -(-rows // WIDE_ROWS) * -(-m // launch.block_m)
-    assert m <= launch.block_m or launch.block_m == max(TALL)
+    tiles = -(-rows // TALL_ROWS) * -(-m // launch.block_m)
     assert 1 <= launch.splits <= min(strips, MOST_TALL_SPLITS)
     assert launch.whole == tiles if launch.splits == 1 else launch.whole % 132 == 0 and launch.whole < tiles
 
