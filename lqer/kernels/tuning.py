@@ -39,7 +39,7 @@ SLOWDOWN_OF_16 = (0.0, 1.6, 1.2, 1.0)
 # Four-bit groups and more tokens than 16: by tokens of a program, how many warps and slots of shared memory one of 128
 # rows has. Two fit a multiprocessor. Fastest of those timed on an H200, at 32 and 64 tokens and two shapes.
 WIDE_ROWS, WIDE_AT_ONCE = 128, 2
-WIDE = {32: (4, 4), 64: (4, 3)}
+WIDE = {32: (4, 6), 64: (4, 3)}
 START_OF_WIDE, COST_OF_WIDE_SUM = 2.0, 0.5  # of a program, and of each split, in strips
 # stream_gemm.py, whose programs have 64 rows: by tokens of a program, how many share a multiprocessor. Each has so many
 # stages of shared memory. Fastest of those timed on an H200.

@@ -41,7 +41,7 @@ from lqer.kernels.launch import run_layer
 from lqer.kernels.stream_launch import run_stream
 from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.trellis import TrellisLayout
-from lqer.kernels.tuning import GemmLaunch, GemvLaunch, stream_launch, tall_launch, wide_launch
+from lqer.kernels.tuning import WIDE_AT_ONCE, GemmLaunch, GemvLaunch, stream_launch, tall_launch, wide_launch
 from lqer.rounding.lattice_sweep import sweep_lattice_panel
 from lqer.rounding.level_sweep import sweep_level_panel
 from lqer.rounding.soft import Grid
@@ -61,6 +61,8 @@ TYPES = {
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 SHARED_MEMORY = 48 << 10
+# Of a multiprocessor; of shared memory, what the driver has of a program's.
+REGISTERS, MULTIPROCESSOR_MEMORY, RESERVED_MEMORY = 1 << 16, 228 << 10, 1 << 10
 compiled: set[str] = set()
 
 
@@ -103,6 +105,7 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     wide = self.fn.__name__ == "gemm_kernel" and constants["ordered"] and isinstance(constants["layout"], GroupLayout)
     if wide and not constants["rank"]:
         check_that_weights_stay_in_registers(kernel)
+        check_how_many_share_a_multiprocessor(kernel, WIDE_AT_ONCE)
     if self.fn.__name__ in ("tall_kernel", "stream_kernel"):
         check_that_products_overlap(kernel)
     compiled.add(self.fn.__name__)
@@ -148,6 +151,14 @@ def check_that_weights_stay_in_registers(kernel: Any) -> None:
     """Decoded strips are operands of wgmma as they are: nothing is stored to shared memory between them."""
     first, *_, last = (place.start() for place in re.finditer(r"wgmma\.mma_async", kernel.asm["ptx"]))
     assert "st.shared" not in kernel.asm["ptx"][first:last]
+
+
+def check_how_many_share_a_multiprocessor(kernel: Any, programs: int) -> None:
+    """More would not be spread evenly over the multiprocessors, fewer would leave room (tuning.py)."""
+    registers = 1 + max(int(number) for number in re.findall(r"\bR(\d+)", kernel.asm["sass"]))
+    by_registers = REGISTERS // (32 * kernel.metadata.num_warps * 8 * -(-registers // 8))
+    by_memory = MULTIPROCESSOR_MEMORY // (kernel.metadata.shared + RESERVED_MEMORY)
+    assert min(by_registers, by_memory) == programs, (registers, kernel.metadata.shared)
 
 
 def check_that_products_overlap(kernel: Any) -> None:
