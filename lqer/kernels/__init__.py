@@ -14,7 +14,8 @@ launch              which kernels run how many tokens; *_launch is the host side
 gemv, gemm, stream_gemm with stream_sums, tall_gemm, codebook_kernels, lattice_gemm, lattice_halves_gemm, trellis_gemm,
 resident_gemm, dequantize, byte_sums_dequantize     the kernels of the regimes
 experts, routing    the kernels for experts
-rotations           the kernels around products with lattice and trellis codes, with rotations_ptx and token_stores
+rotations           the kernels around products with lattice and trellis codes, with rotations_lanes, rotations_ptx and
+                    token_stores
 activations, low_rank, branch, split_k, rounding, fetch, decode, lattice_decode, lattice_halves, trellis_decode,
 byte_sums with byte_products, halves, resident with resident_ptx, groups_decode with groups_ptx, groups_wide,
 tall_decode, stream_decode     what they share

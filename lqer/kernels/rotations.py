@@ -5,26 +5,31 @@ power of two. A block of B outputs is one row of O times the input, B sums, and 
 blocks, independently of all others: it reads its token as a whole. Sums are float32 and normalised before they are
 added.
 
-Blocks of 128 and 256 are computed by lanes that each have some columns (rotations_ptx.py). Smaller ones, of lengths
+Blocks of 128 and 256 are computed by lanes that each have some columns (rotations_lanes.py). Smaller ones, of lengths
 with a large odd factor, are multiplied by H_B = H_G ⊗ H_L on tensor cores in parts of tf32, which together have about
 the precision of float32; so are all of them in Triton's interpreter.
 
 Shapes: M tokens, A blocks, B values of a block, by G times L, P blocks of a program, T values of a program, N tiles of
-them, C columns of a tile, S rows that H is multiplied with, R rank. What lanes have are tuples of tensors, an element
-a thread.
+them, C columns of a tile, S rows that H is multiplied with, R rank.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lqer.kernels.byte_sums import joined, uncounted_next
-from lqer.kernels.halves import place_of_halves
+from lqer.kernels.byte_sums import joined
 from lqer.kernels.lattice_decode import TILE_C
-from lqer.kernels.resident_ptx import reserve_asm
-from lqer.kernels.rotations_ptx import finish_asm, leave_asm, load_asm, rows_asm, sum_asm
-from lqer.kernels.token_stores import scale_up, store_bytes, store_integers, store_tiles
-from lqer.kernels.trellis_decode import types
+from lqer.kernels.rotations_lanes import add_blocks, finish_blocks, load_rows, load_values, rounded, scaled
+from lqer.kernels.token_stores import (
+    load_four,
+    store_bytes,
+    store_bytes_of_lanes,
+    store_four,
+    store_halves,
+    store_halves_of_lanes,
+    store_integers,
+    store_tiles,
+)
 
 BLOCKS_AT_ONCE = 8  # that a program loads: one for each warp
 BLOCKS_AT_ONCE_C = tl.constexpr(BLOCKS_AT_ONCE)
@@ -103,137 +108,6 @@ def rotate_blocks(v_PB):
         return v_PLG.permute(0, 2, 1).reshape(P * B)
 
 
-@triton.constexpr_function
-def constraints(outputs: str, inputs: str) -> str:
-    """Of inline PTX, by a letter for each operand."""
-    return ",".join([f"=&{letter}" for letter in outputs] + list(inputs))
-
-
-@triton.constexpr_function
-def element_of(dtype: tl.dtype) -> str:
-    return {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[dtype.name]
-
-
-@triton.constexpr_function
-def registers(dtype: tl.dtype, halves: int) -> int:
-    """That a lane needs for its values of a block."""
-    return halves * (4 if dtype.name == "fp32" else 2)
-
-
-@triton.jit
-def places_of(place_T, stride, splits: tl.constexpr):
-    """Addresses of as many partial sums."""
-    if splits == 1:
-        return (place_T.to(tl.int64),)
-    else:
-        return (place_T.to(tl.int64),) + places_of(place_T + stride, stride, splits - 1)  # noqa: RUF005
-
-
-@triton.jit
-def load_values(
-    values, stride, first_T, blocks, B: tl.constexpr, splits: tl.constexpr, turns: tl.constexpr, by: tl.constexpr
-):
-    """A lane's values of block first_T and every `by`-th after it, of a token that is the sum of `splits` places."""
-    dtype: tl.constexpr = values.dtype.element_ty
-    count: tl.constexpr = registers(dtype, B // TILE_C)
-    lane_T = tl.arange(0, first_T.shape[0]) % 32
-    # Blocks beyond the last are the last again, and multiplied with zero.
-    place_T = values + tl.minimum(first_T, blocks - 1) * B + lane_T * 4
-    loaded = tl.inline_asm_elementwise(
-        load_asm(B // TILE_C, element_of(dtype), splits), constraints("r" * count, "l" * splits),
-        places_of(place_T, stride, splits), dtype=types(tl.int32, count), is_pure=False, pack=1,
-    )  # fmt: skip
-    if turns == 1:
-        return loaded
-    else:
-        return loaded + load_values(values, stride, first_T + by, blocks, B, splits, turns - 1, by)
-
-
-@triton.jit
-def load_rows(rows, first_T, P: tl.constexpr, turns: tl.constexpr, by: tl.constexpr):
-    """Elements of the program's rows of O for block first_T and every `by`-th after it."""
-    loaded = tl.inline_asm_elementwise(
-        rows_asm(P), constraints("f" * P, "l"), [(rows + first_T * P).to(tl.int64)],
-        dtype=types(tl.float32, P), is_pure=False, pack=1,
-    )  # fmt: skip
-    if turns == 1:
-        return loaded
-    else:
-        return loaded + load_rows(rows, first_T + by, P, turns - 1, by)
-
-
-@triton.jit
-def reserve_sums(warps: tl.constexpr):
-    """The address of shared memory for the sums of so many warps, and the largest magnitudes of each."""
-    return tl.inline_asm_elementwise(
-        reserve_asm("sums_of_lanes", 512 * warps * warps + 1024), "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def zeros(first_T, count: tl.constexpr):
-    """As many zeros of each thread."""
-    if count == 1:
-        return (tl.zeros(first_T.shape, tl.float32),)
-    else:
-        return zeros(first_T, count - 1) + zeros(first_T, 1)
-
-
-@triton.jit
-def add_blocks(x, signs, rows, dtype: tl.constexpr, B: tl.constexpr, P: tl.constexpr, turns: tl.constexpr):
-    """What a lane has of the program's sums, and of the largest magnitude if `signs` are not None."""
-    halves: tl.constexpr = B // TILE_C
-    count: tl.constexpr = registers(dtype, halves)
-    inputs: tl.constexpr = dtype != tl.float32
-    outputs: tl.constexpr = 4 * halves * P + (1 if inputs else 0)
-    sums = zeros(rows[0], outputs)
-    for turn in tl.static_range(turns):
-        operands = sums + x[turn * count : turn * count + count]
-        if inputs:
-            operands = operands + signs[turn * count : turn * count + count]
-        sums = tl.inline_asm_elementwise(
-            sum_asm(P, halves, element_of(dtype)),
-            constraints("f" * outputs, "f" * outputs + "r" * count * (2 if inputs else 1) + "f" * P),
-            operands + rows[turn * P : turn * P + P], dtype=types(tl.float32, outputs), is_pure=False, pack=1,
-        )  # fmt: skip
-    return sums
-
-
-@triton.jit
-def finish_blocks(sums, B: tl.constexpr, P: tl.constexpr, inputs: tl.constexpr):
-    """Four of the program's values for each lane, from what all have, and the largest magnitude of the token."""
-    halves: tl.constexpr = B // TILE_C
-    warps: tl.constexpr = P * halves
-    count: tl.constexpr = 4 * halves * P
-    thread_T = tl.arange(0, 32 * warps)
-    lane_T, warp_T = thread_T % 32, thread_T // 32
-    room = reserve_sums(warps)
-    place_T = room + warp_T * (512 * warps) + lane_T * 16
-    largest = room + 512 * warps * warps
-    if inputs:
-        own = sums[count].to(tl.int32, bitcast=True)
-        operands = sums[:count] + (place_T, largest + warp_T * 4, own)  # noqa: RUF005
-    else:
-        operands = sums + (place_T,)  # noqa: RUF005
-    tl.inline_asm_elementwise(
-        leave_asm(count, inputs), constraints("r", "f" * count + ("rrr" if inputs else "r")), operands,
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-    tl.debug_barrier()
-    block_T = room + warp_T // halves * (512 * halves) + lane_T * 16
-    sign_T = 1.0 - 2.0 * (warp_T % halves).to(tl.float32)
-    # In a loop of one turn, which the compiler cannot know: where another layout is wanted it would compute the results
-    # again in that one, in which lanes have other values.
-    values, turn = zeros(lane_T, 5 if inputs else 4), 0
-    while turn < 1:
-        values = tl.inline_asm_elementwise(
-            finish_asm(warps, halves, inputs), constraints("fffff" if inputs else "ffff", "rfr"),
-            (block_T, sign_T, largest + lane_T * 0), dtype=types(tl.float32, 5 if inputs else 4), is_pure=False, pack=1,
-        )  # fmt: skip
-        turn = uncounted_next(turn)
-    return values
-
-
 @triton.jit
 def rotate_input_kernel(
     x,  # [M, I]
@@ -284,10 +158,10 @@ def rotate_input_kernel(
     row = x + m.to(tl.int64) * x_stride
     if lanes:
         lane_x = load_values(row, 0, warp_T, A, B, 1, padded_A // warps, warps)
-        sums = add_blocks(lane_x, lane_signs, lane_rows, dtype, B, P, padded_A // warps)
-        values = finish_blocks(sums, B, P, True)
-        largest_T = joined((values[4], values[4], values[4], values[4]), 4).reshape(T)
-        x_T = (joined(values[:4], 4).reshape(T) * factor).to(dtype).to(tl.float32)
+        of_token: tl.constexpr = kind == "halves"
+        sums = add_blocks(lane_x, lane_signs, lane_rows, dtype, of_token, B, P, padded_A // warps)
+        values = rounded(finish_blocks(sums, B, P, "token" if of_token else "tile"), factor, dtype, 5)
+        x_T = joined(values[:4], 4).reshape(T)
     elif signs is not None:
         v_PB, largest = sum_blocks(row, 0, signs, own_rows, A, 1, A, B, P)
         x_T = rotate_blocks(v_PB * factor).to(dtype).to(tl.float32)
@@ -297,14 +171,13 @@ def rotate_input_kernel(
         whole_I = tl.arange(0, BLOCK_I)
         largest = tl.max(tl.abs(tl.load(row + whole_I, mask=whole_I < K, other=0.0).to(tl.float32)), axis=0)
         largest_T = tl.zeros((T,), tl.float32) + largest
-    if kind == "halves":
-        exponent_T, up_T = scale_up(largest_T * reach)
-        place_T = place_of_halves(m.to(tl.int64), columns_T, tiles, lattice)
-        tl.store(x_out + place_T, (x_T * up_T).to(tl.float16), mask=columns_T < padded)
-        # All programs of a token have the same, and the first one stores it once: thousands of stores to a sector take
-        # longer than all else. Not finite where the token is not.
-        step_T = ((exponent_T - 14) << 23).to(tl.float32, bitcast=True) + (largest_T - largest_T)
-        tl.store(steps + m + tl.zeros((T,), tl.int32), step_T, mask=columns_T == 0)
+    if lanes and kind == "bytes":
+        own_x = x_out + m.to(tl.int64) * (2 * padded)
+        store_bytes_of_lanes(values, own_x, steps + m * tiles, tl.arange(0, 32 * warps), program, tiles)
+    elif lanes and kind == "halves":
+        store_halves_of_lanes(values, reach, x_out, steps, m, tl.arange(0, 32 * warps), program, tiles, lattice)
+    elif kind == "halves":
+        store_halves(x_T, largest_T, reach, x_out, steps, m, columns_T, tiles, lattice)
     else:
         tiles_N = program * warps + tl.arange(0, warps)
         columns_NC, x_NC = columns_T.reshape(warps, TILE_C), x_T.reshape(warps, TILE_C)
@@ -349,27 +222,30 @@ def rotate_output_kernel(
     start = tl.multiple_of(tl.load(place), 16)
     blocks, first_row = tl.load(place + 1), tl.load(place + 2)
     column, present = tl.load(place + 3), tl.load(place + 4)
-    columns_T = column + tl.arange(0, P * B)
-    inside_T = tl.arange(0, P * B) < present * B
     own_rows, own = rows + first_row * P, y + m * N + start
     warps: tl.constexpr = P * B // TILE_C
-    signs_T = tl.load(signs + columns_T, mask=inside_T, other=0.0).to(tl.float32) * factor
-    if bias is not None:
-        bias_T = tl.load(bias + columns_T, mask=inside_T, other=0.0).to(tl.float32)
     if lanes:
-        warp_T = tl.arange(0, 32 * warps) // 32
+        # The first of a lane's four columns.
+        own_T = tl.arange(0, 32 * warps) * 4
+        warp_T = own_T // TILE_C
+        inside_T = own_T < present * B
+        signs_4, bias_4 = load_four(signs + column + own_T, inside_T), None
+        if bias is not None:
+            bias_4 = load_four(bias + column + own_T, inside_T)
         lane_rows = load_rows(own_rows, warp_T, P, padded_A // warps, warps)
     if pdl:
         gdc_wait()
         gdc_launch_dependents()
     if lanes:
         lane_y = load_values(own, M * N, warp_T, blocks, B, splits, padded_A // warps, warps)
-        sums = add_blocks(lane_y, None, lane_rows, tl.float32, B, P, padded_A // warps)
-        v_T = joined(finish_blocks(sums, B, P, False), 4).reshape(P * B)
+        sums = add_blocks(lane_y, None, lane_rows, tl.float32, False, B, P, padded_A // warps)
+        y_4 = scaled(finish_blocks(sums, B, P, ""), signs_4, bias_4, factor, 4)
+        store_four(y_out + m * N + column + own_T, y_4, inside_T)
     else:
+        columns_T = column + tl.arange(0, P * B)
+        inside_T = tl.arange(0, P * B) < present * B
         v_PB, _ = sum_blocks(own, M * N, None, own_rows, blocks, splits, A, B, P)
-        v_T = rotate_blocks(v_PB)
-    y_T = v_T * signs_T
-    if bias is not None:
-        y_T += bias_T
-    tl.store(y_out + m * N + columns_T, y_T.to(y_out.dtype.element_ty), mask=inside_T)
+        y_T = rotate_blocks(v_PB) * (tl.load(signs + columns_T, mask=inside_T, other=0.0).to(tl.float32) * factor)
+        if bias is not None:
+            y_T += tl.load(bias + columns_T, mask=inside_T, other=0.0).to(tl.float32)
+        tl.store(y_out + m * N + columns_T, y_T.to(y_out.dtype.element_ty), mask=inside_T)

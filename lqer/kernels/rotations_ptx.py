@@ -48,15 +48,15 @@ def rows_asm(blocks: int) -> str:
 
 
 @triton.constexpr_function
-def sum_asm(blocks: int, halves: int, element: str) -> str:
-    """PTX: add a block of x, times each row of O, to the sums of a lane, and the largest magnitude of x.
+def sum_asm(blocks: int, halves: int, element: str, largest: bool) -> str:
+    """PTX: add a block of x, times each row of O, to the sums of a lane, and keep the largest magnitude of x.
 
-    Outputs: the sums of column 128 c + 4 l + e for row p at 4 (h p + c) + e, and the largest, if x is not float32.
-    Inputs: these before, the outputs of `load_asm` of x and, if it is not float32, of signs, and those of `rows_asm`.
+    Outputs: the sums of column 128 c + 4 l + e for row p at 4 (h p + c) + e, and the `largest`. Inputs: these before,
+    the outputs of `load_asm` of x and, if it is not float32, of signs, and those of `rows_asm`.
     """
     sums, columns = 4 * halves * blocks, 4 * halves
     inputs = element != "f32"
-    outputs = sums + inputs
+    outputs = sums + largest
     first_x = 2 * outputs
     lines = [f".reg .f32 x<{columns}>, size;", ".reg .b32 pair;", ".reg .b16 low, high;"]
     lines += [f"mov.b32 ${n}, ${outputs + n};" for n in range(outputs)]
@@ -68,11 +68,12 @@ def sum_asm(blocks: int, halves: int, element: str) -> str:
                 f"mul.{element}x2 pair, ${first_x + n}, ${first_sign + n};", "mov.b32 {low, high}, pair;",
                 f"cvt.f32.{element} x{2 * n}, low;", f"cvt.f32.{element} x{2 * n + 1}, high;",
             ]  # fmt: skip
-        for n in range(columns):
-            lines += [f"abs.f32 size, x{n};", f"max.NaN.f32 ${sums}, ${sums}, size;"]
     else:
         first_row = first_x + columns
         lines += [f"mov.b32 x{n}, ${first_x + n};" for n in range(columns)]
+    if largest:
+        for n in range(columns):
+            lines += [f"abs.f32 size, x{n};", f"max.NaN.f32 ${sums}, ${sums}, size;"]
     for p in range(blocks):
         for n in range(columns):
             at = columns * p + n
@@ -94,13 +95,14 @@ def leave_asm(count: int, largest: bool) -> str:
 
 
 @triton.constexpr_function
-def finish_asm(warps: int, halves: int, largest: bool) -> str:
-    """PTX: $0 to $3 = a lane's four of the 128 values of its warp, $4 = the largest magnitude of the token.
+def finish_asm(warps: int, halves: int, largest: str) -> str:
+    """PTX: $0 to $3 = a lane's four of the 128 values of its warp.
 
+    largest: "token", $4 = the largest magnitude of the token; "tile", that of the 128 values; "", nothing.
     Inputs: the address of what lane l of the first warp left for the first half of this warp's block, 1 or -1 by which
     the second half is multiplied, and the address of the first warp's largest.
     """
-    outputs = 4 + largest
+    outputs = 4 + (largest != "")
     place, sign, most = f"${outputs}", f"${outputs + 1}", f"${outputs + 2}"
     lines = [f".reg .f32 v<{4 * halves}>, x<4>, y, own;", ".reg .b32 lane, bit, other, t<4>;"]
     for c in range(halves):
@@ -123,7 +125,13 @@ def finish_asm(warps: int, halves: int, largest: bool) -> str:
             lines.append(f"shfl.sync.bfly.b32 other, x{n}, {1 << step}, 31, 0xFFFFFFFF;")
             lines.append(f"fma.rn.f32 x{n}, x{n}, own, other;")
     lines += [f"mov.f32 ${n}, x{n};" for n in range(4)]
-    if largest:
+    if largest == "tile":
+        lines.append("abs.f32 own, x0;")
+        for n in range(1, 4):
+            lines += [f"abs.f32 y, x{n};", "max.NaN.f32 own, own, y;"]
+        # As in `leave_asm`.
+        lines += ["mov.b32 other, own;", "redux.sync.max.u32 other, other, 0xFFFFFFFF;", "mov.b32 $4, other;"]
+    if largest == "token":
         lines.append(f"ld.shared.b32 $4, [{most}];")
         for w in range(1, warps):
             lines += [f"ld.shared.b32 other, [{most}+{4 * w}];", "max.NaN.f32 $4, $4, other;"]

@@ -100,6 +100,9 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
         assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
     if self.fn.__name__.startswith("rotate_"):
         check_that_no_exchange_is_repeated(kernel)
+        stored_by_lanes = constants.get("kind") in (None, "bytes", "halves") and not constants.get("rank")
+        if constants["lanes"] and stored_by_lanes:
+            check_that_warps_meet_once(kernel)
     if self.fn.__name__ == "resident_product_kernel":
         assert kernel.asm["ttir"].count("mma.sync") == products_of_resident(constants), "of one row group"
     wide = self.fn.__name__ == "gemm_kernel" and constants["ordered"] and isinstance(constants["layout"], GroupLayout)
@@ -134,6 +137,11 @@ def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:
 def check_that_no_exchange_is_repeated(kernel: Any) -> None:
     """Lanes exchange values, which must not happen in a layout in which they have others (rotations.py)."""
     assert kernel.asm["ttgir"].count("shfl.sync") == kernel.asm["ttir"].count("shfl.sync")
+
+
+def check_that_warps_meet_once(kernel: Any) -> None:
+    """Where they leave their sums: nothing changes the layout of what lanes have, which would take a barrier each."""
+    assert kernel.asm["sass"].count("BAR.SYNC") == 1
 
 
 def check_that_the_table_stays(kernel: Any, layout: TrellisLayout) -> None:

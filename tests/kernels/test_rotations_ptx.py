@@ -17,8 +17,11 @@ def words_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int32).flatten().to(torch.int64) & WORD
 
 
-def emulated(x_I, signs_I, rows_AP, element: str, block: int, splits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The values of a program of rows_AP [A, P], and the largest magnitude. x_I: the sum of splits [splits, I]."""
+def emulated(x_I, signs_I, rows_AP, element: str, block: int, splits: int, largest: str):
+    """The values of a program of rows_AP [A, P], and each warp's `largest`, as in `finish_asm`.
+
+    x_I: the sum of splits [splits, I].
+    """
     together, halves = rows_AP.shape[1], block // 128
     warps, blocks, size = together * halves, x_I.shape[-1] // block, ELEMENTS[element].itemsize
     inputs = element != "f32"
@@ -27,7 +30,8 @@ def emulated(x_I, signs_I, rows_AP, element: str, block: int, splits: int) -> tu
     machine.memory[SIGNS // 4 :][: signs_I.numel() * size // 4] = words_of(signs_I)
     machine.memory[ROWS // 4 :][: rows_AP.numel()] = words_of(rows_AP)
     registers, sums = halves * (2 if inputs else 4), 4 * halves * together
-    outputs = sums + inputs
+    of_token = largest == "token"
+    outputs = sums + of_token
     for warp in range(warps):
         found = {f"${n}": torch.zeros(32) for n in range(outputs)}
         for turn in range(len(rows_AP) // warps):
@@ -42,32 +46,37 @@ def emulated(x_I, signs_I, rows_AP, element: str, block: int, splits: int) -> tu
             rows = machine.run(rows_asm(together), {f"${together}": ROWS + 4 * together * number + 0 * lane})
             operands += [rows[f"${n}"] for n in range(together)]
             found = machine.run(
-                sum_asm(together, halves, element), {f"${outputs + n}": value for n, value in enumerate(operands)}
+                sum_asm(together, halves, element, of_token),
+                {f"${outputs + n}": value for n, value in enumerate(operands)},
             )
         left = {f"${1 + n}": found[f"${n}"] for n in range(sums)}
         left |= {f"${1 + sums}": ROOM + warp * 512 * warps + lane * 16, f"${2 + sums}": LARGEST + 4 * warp + 0 * lane}
-        if inputs:
+        if of_token:
             left[f"${3 + sums}"] = found[f"${sums}"]
-        machine.run(leave_asm(sums, inputs), left)
-    values, largest = [], None
+        machine.run(leave_asm(sums, of_token), left)
+    values, magnitudes = [], []
     for warp in range(warps):
-        first = 4 + inputs
+        first = 4 + (largest != "")
         operands = {f"${first}": ROOM + warp // halves * 512 * halves + lane * 16, "%laneid": lane}
         operands |= {f"${first + 1}": torch.full((32,), 1.0 - 2 * (warp % halves))}
         operands |= {f"${first + 2}": LARGEST + 0 * lane}
-        found = machine.run(finish_asm(warps, halves, inputs), operands)
+        found = machine.run(finish_asm(warps, halves, largest), operands)
         values.append(torch.stack([found[f"${n}"] for n in range(4)], dim=1).flatten())
-        largest = found["$4"] if inputs else None
-    if largest is not None and not largest.is_floating_point():
-        largest = largest.to(torch.int32).view(torch.float32)  # loaded, and of one warp only
-    return torch.cat(values), largest
+        magnitudes += [found["$4"]] if largest else []
+    # Those that were moved as patterns are integers.
+    return torch.cat(values), [
+        m if m.is_floating_point() else m.to(torch.int32).view(torch.float32) for m in magnitudes
+    ]
 
 
-@pytest.mark.parametrize(("element", "splits"), [("bf16", 1), ("f16", 1), ("f32", 1), ("f32", 3)])
+@pytest.mark.parametrize(
+    ("element", "splits", "largest"),
+    [("bf16", 1, "token"), ("f16", 1, "token"), ("bf16", 1, "tile"), ("f32", 1, ""), ("f32", 3, "")],
+)
 @pytest.mark.parametrize(
     ("length", "block", "together"), [(1024, 256, 4), (11008, 256, 2), (1536, 128, 4), (1536, 128, 1)]
 )
-def test_the_instructions_rotate_blocks_as_the_matrix_does(length, block, together, element, splits):
+def test_the_instructions_rotate_blocks_as_the_matrix_does(length, block, together, element, splits, largest):
     """Also where O has fewer rows than the warps take turns at: zeros stand for the others."""
     outer_AA, inner_BB = two_factors(length, block)
     assert len(inner_BB) == block
@@ -78,9 +87,12 @@ def test_the_instructions_rotate_blocks_as_the_matrix_does(length, block, togeth
     padded = torch.zeros(-(-len(outer_AA) // warps) * warps, together)
     padded[: len(outer_AA)] = outer_AA[:together].T * block**-0.5
     x_I = x_SI if splits > 1 else x_SI[0]
-    found_T, largest = emulated(x_I, signs_I, padded, element, block, splits)
+    found_T, magnitudes = emulated(x_I, signs_I, padded, element, block, splits, largest)
     signed_I = x_SI.double().sum(0) * (1 if element == "f32" else signs_I.double())
     expected_T = (torch.kron(outer_AA, inner_BB) @ signed_I)[: together * block]
     torch.testing.assert_close(found_T.double(), expected_T, rtol=1e-5, atol=1e-5)
-    if element != "f32":
-        assert torch.equal(largest, signed_I.abs().max().float().expand(32))
+    tiles_NC = found_T.view(-1, 128)
+    expected_N = tiles_NC.abs().amax(1) if largest == "tile" else signed_I.abs().max().float().expand(len(tiles_NC))
+    assert len(magnitudes) == (len(tiles_NC) if largest else 0)
+    for magnitude, expected in zip(magnitudes, expected_N, strict=False):
+        assert torch.equal(magnitude, expected.expand(32))
