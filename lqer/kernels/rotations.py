@@ -109,6 +109,14 @@ def rotate_blocks(v_PB):
 
 
 @triton.jit
+def load_ranks(a_values, first, columns_T, rank: tl.constexpr, padded: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Columns of Aᵀ for BLOCK_R ranks from `first` on."""
+    ranks_R = first + tl.arange(0, BLOCK_R)
+    inside_RT = (columns_T < padded)[None, :] & (ranks_R < rank)[:, None]
+    return tl.load(a_values + ranks_R[:, None] * padded + columns_T[None, :], mask=inside_RT, other=0.0)
+
+
+@triton.jit
 def rotate_input_kernel(
     x,  # [M, I]
     signs,  # [I], or None: no rotation
@@ -148,8 +156,10 @@ def rotate_input_kernel(
         gdc_launch_dependents()
     if signs is not None:
         own_rows = rows + program * (padded_A * P)
+    # All of this is independent of the previous kernel.
+    if rank > 0:
+        a_RT = load_ranks(a_values, 0, columns_T, rank, padded, BLOCK_R)
     if lanes:
-        # All of this is independent of the previous kernel.
         warp_T = tl.arange(0, 32 * warps) // 32
         lane_signs = load_values(signs, 0, warp_T, A, B, 1, padded_A // warps, warps)
         lane_rows = load_rows(own_rows, warp_T, P, padded_A // warps, warps)
@@ -190,11 +200,11 @@ def rotate_input_kernel(
             store_integers(x_NC, x_out + m.to(tl.int64) * (2 * padded), own_steps, columns_NC, tiles_N, tiles)
     if rank > 0:
         for first in tl.static_range(0, rank, BLOCK_R):
-            ranks_R = first + tl.arange(0, BLOCK_R)
-            inside_RT = (columns_T < padded)[None, :] & (ranks_R < rank)[:, None]
-            a_RT = tl.load(a_values + ranks_R[:, None] * padded + columns_T[None, :], mask=inside_RT, other=0.0)
+            if first > 0:
+                a_RT = load_ranks(a_values, first, columns_T, rank, padded, BLOCK_R)
             sum_R = tl.sum(a_RT.to(tl.float32) * x_T[None, :], axis=1)
-            tl.store(partial + (program * M + m) * rank + ranks_R, sum_R)
+            ranks_R = first + tl.arange(0, BLOCK_R)
+            tl.store(partial + (program * M + m) * rank + ranks_R, sum_R, mask=ranks_R < rank)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ MOST_VALUES, FEWEST_VALUES_OF_BRANCH = 1024, 256
 # Blocks of a token for one warp, whose signs and rows of O its registers hold.
 MOST_TURNS = 16
 WARPS = 8  # of programs whose blocks are smaller than a tile, and at least of those that multiply x' with A
-RANKS_AT_ONCE = 16  # in the rotation of inputs
+PRODUCTS_AT_ONCE, FEWEST_RANKS = 1 << 14, 16  # of values with A, in the rotation of inputs, for ranks at once
 # In the product: Triton's shared memory for B must fit into 48 KB together with the table of lattice codes.
 PRODUCT_RANKS_AT_ONCE = 32
 
@@ -186,6 +186,12 @@ def run_between_rotations(x_MI: Tensor, packed: PackedLinear, run: Callable[[Ten
     return run_rotated(x_MI, rotation, packed.bias_O, lambda x: run(x, inner))
 
 
+def ranks_at_once(rank: int, program: Program) -> int:
+    """Ranks whose columns of A a program of the rotation of inputs has in registers: a power of two."""
+    held = max(FEWEST_RANKS, PRODUCTS_AT_ONCE // (program.block * program.together))
+    return min(held, triton.next_power_of_2(max(rank, FEWEST_RANKS)))
+
+
 def headroom(dtype: torch.dtype) -> float:
     """x is divided by this before its rotation, and y multiplied by it after its own."""
     return FLOAT16_HEADROOM if dtype == torch.float16 else 1.0
@@ -223,7 +229,7 @@ def rotate_inputs(x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, pad
         x_MI, signs_I, rows, packed.a_codes, *empty, partial, m, k, x_MI.stride(0), rank=rank, tiles=layout.tiles,
         kind=kind, lattice=isinstance(layout, LatticeLayout), lanes=lanes, A=k // program.block,
         padded_A=program.padded, B=program.block, P=program.together, BLOCK_I=triton.next_power_of_2(k),
-        BLOCK_R=RANKS_AT_ONCE, factor=1.0 if rows is None else 1 / room,
+        BLOCK_R=ranks_at_once(rank, program), factor=1.0 if rows is None else 1 / room,
         reach=1.0 if rows is None else k**0.5 / room, pdl=pdl, num_warps=max(program.warps, WARPS if rank else 1),
         **launch_options(pdl),
     )  # fmt: skip
