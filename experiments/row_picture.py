@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
 from PIL import Image
 from result_rows import ORIGINAL, ROWS, Row, merged, read_rows
 
@@ -57,14 +58,20 @@ def draw(path: Path, rows: Sequence[Row], texts: Sequence[str], names: bool = Fa
     with plt.rc_context(STYLE):
         size = (PAGE_INCHES, 2.9)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+        peers = []
         for axis, (model, text) in zip(axes[0], panels, strict=True):
-            _panel(axis, [row for row in shown if row.model == model and text in row.perplexity], text, name_room)
+            of_panel = [row for row in shown if row.model == model and text in row.perplexity]
+            peers.append(_panel(axis, of_panel, text, name_room))
             axis.set_title(model if len(texts) == 1 else f"{model}, {text}")
             axis.set_xlabel("bits per weight, everything stored")
         axes[0][0].set_ylabel(f"perplexity, {texts[0]}" if len(texts) == 1 else "perplexity")
         families = {family(row) for row in shown if row.by == "ours"}
         handles = legend_of(families, "other libraries" if any(row.by == "peer" for row in shown) else "")
         figure.legend(handles=handles, ncols=5, loc="outside lower center")
+        # Only then is it known where points lie.
+        figure.draw_without_rendering()
+        for axis, points in zip(axes[0], peers, strict=True):
+            _name_peers(axis, points)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI, metadata={"Software": None, HASH_KEY: fingerprint(rows, texts)})
         plt.close(figure)
@@ -91,8 +98,24 @@ def _method(row: Row) -> str:
     return re.sub(r" of .*| [\d.]+(post\d+)?$", "", row.scheme.split(",")[0])
 
 
-def _panel(axis: Axes, rows: Sequence[Row], text: str, name_room: float | None) -> None:
-    """name_room: left of the points, as a share of the axis, if those on the front are named."""
+def _name_peers(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names, bits and perplexities: each name right of its point, or as far below as others leave it no room."""
+    placed: list[Bbox] = []
+    for name, bits, value in sorted(points, key=lambda point: -point[2]):
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "left", "va": "center", "in_layout": False}
+        label = axis.annotate(name, (bits, value), (5, 0), fontsize=NAME_SIZE, color=MUTED, **place)
+        below = 0
+        while any(label.get_window_extent().overlaps(other) for other in placed):
+            below += 1
+            label.set_position((5, -below))
+        placed.append(label.get_window_extent())
+
+
+def _panel(axis: Axes, rows: Sequence[Row], text: str, name_room: float | None) -> list[tuple[str, float, float]]:
+    """Draw the points; the names, bits and perplexities of those of other libraries.
+
+    name_room: left of the points, as a share of the axis, if those on the front are named.
+    """
     original = next((row.perplexity[text] for row in rows if row.by == ORIGINAL), None)
     shown = [row for row in rows if row.by != ORIGINAL]
     limit = math.inf if original is None else MOST_TIMES_ORIGINAL * original
@@ -103,9 +126,6 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str, name_room: float | None) 
     draw_front(axis, [bits[i] for i in front], [values[i] for i in front])
     for i, row in enumerate(shown):
         draw_scheme(axis, row.bits, values[i], family(row), is_best=i in front, is_filled=row.by == "ours")
-        if row.by != "ours":
-            place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "ha": "left", "va": "center"}
-            axis.annotate(_method(row), (row.bits, values[i]), fontsize=NAME_SIZE, color=MUTED, **place)
     if original is not None:
         draw_original(axis, original)
     if hidden:
@@ -123,6 +143,7 @@ def _panel(axis: Axes, rows: Sequence[Row], text: str, name_room: float | None) 
         axis.set_xlim(low - name_room * (high - low), high)
         ours = [shown[i] for i in front if shown[i].by == "ours"]
         name_schemes(axis, [(row.scheme, row.bits, row.perplexity[text]) for row in ours])
+    return [(_method(row), row.bits, row.perplexity[text]) for row in shown if row.by != "ours"]
 
 
 def main() -> int:

@@ -82,6 +82,6 @@ def legend_of(families: Collection[Family], open_means: str = "") -> list[Line2D
         handles.append(Line2D([], [], color=MUTED, marker="o", markerfacecolor="none", linestyle="", label=label))
     return [
         *handles,
-        Line2D([], [], color=MUTED, linewidth=0.9, label="front"),
+        Line2D([], [], color=MUTED, linewidth=0.9, label="Pareto front"),
         Line2D([], [], color=INK, linewidth=0.8, linestyle="--", label="original"),
     ]

@@ -55,9 +55,24 @@ def test_colours_are_those_of_families():
     assert family(ROWS[1].model_copy(update={"family": LOW_RANK.name})) is LOW_RANK
 
 
+def test_names_of_other_libraries_leave_each_other_room(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("row_picture.plt.close", figures.append)
+    peers = [
+        row("GPTQ of llm-compressor 0.14", 4.0, 10.8, by="peer"),
+        row("AWQ of llm-compressor 0.14", 4.0, 10.9, by="peer"),
+    ]
+    draw(tmp_path / "picture.png", [*ROWS, *peers], ["wiki"])
+    # Places were last those of the saved file, which has more dots an inch.
+    figures[0].draw_without_rendering()
+    names = {one.get_text(): one.get_window_extent() for one in figures[0].axes[0].texts}
+    assert names["AWQ"].y0 > names["GPTQ"].y0
+    assert not names["AWQ"].overlaps(names["GPTQ"])
+
+
 def test_rows_that_round_activations_are_left_out(monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr("row_picture._panel", lambda axis, rows, text, names: drawn.append((text, len(rows))))
+    monkeypatch.setattr("row_picture._panel", lambda axis, rows, text, names: drawn.append((text, len(rows))) or [])
     rounded = ROWS[1].model_copy(update={"activations": "x8"})
     draw(tmp_path / "picture.png", [ROWS[0], rounded, *ROWS[2:4]], ["wiki"])
     assert drawn == [("wiki", 3)]

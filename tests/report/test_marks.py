@@ -55,6 +55,6 @@ def test_an_open_point_has_only_the_edge_of_its_family(axis):
 
 def test_the_legend_names_the_families_that_there_are_in_their_order():
     assert [handle.get_label() for handle in legend_of({LATTICE, RTN})] == [
-        "round to nearest", "lattice and trellis codes", "front", "original"
+        "round to nearest", "lattice and trellis codes", "Pareto front", "original"
     ]  # fmt: skip
     assert "open: other libraries" in [handle.get_label() for handle in legend_of(set(), "other libraries")]
