@@ -55,6 +55,9 @@ def widths_can_be_allocated(config: Config) -> Iterator[KeyedError]:
         for key in ("widths", "tie_widths"):
             if value := getattr(quantize, key):
                 yield KeyedError(("quantize", key), "must be unset without quantize.budget_bits", value)
+        if quantize.widths_text != "calibration":
+            rule = "must be unset without quantize.budget_bits, for which widths are measured"
+            yield KeyedError(("quantize", "widths_text"), rule, quantize.widths_text)
         if quantize.low_rank.optional:
             rule = "must be false without quantize.budget_bits, which decides between ranks and widths"
             yield KeyedError(("quantize", "low_rank", "optional"), rule, True)

@@ -121,6 +121,9 @@ class QuantizeConfig(Section):
     budget_bits: Annotated[float, Field(gt=0, le=64)] | None = None
     # Whether linears that share an input get the same one.
     tie_widths: bool = False
+    # Which windows the losses of formats are measured on: the first ones of the calibration text, to which the errors
+    # are fitted, or those behind it in its dataset, which they have not seen.
+    widths_text: Literal["calibration", "unseen"] = "calibration"
     # By default the method's own, or nearest.
     rounding: RoundingSpec | None = None
     # Applied in this order: of the whole model, then of a block, then of one linear.

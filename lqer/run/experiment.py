@@ -21,7 +21,7 @@ from lqer.report.environment import device_name
 from lqer.run.context import RunContext
 from lqer.run.texts import EvaluationText, Texts
 from lqer.stages.allocate_ranks import BudgetedPlans, MeasureSpectra
-from lqer.stages.allocate_widths import WINDOWS, MeasureWidths, WidthPlans, plans_to_measure
+from lqer.stages.allocate_widths import MeasureWidths, WidthPlans, plans_to_measure
 from lqer.stages.base import Stage
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.divergence import OriginalDistributions, WindowDivergence
@@ -200,7 +200,7 @@ def _width_plans(context: RunContext, model: ModelSource | Rotate, texts: Texts,
     )
     formats = tuple(config.formats[name] for name in config.quantize.widths)
     widths = MeasureWidths(
-        model, calibrate, measured, formats, texts.calibration.windows_WT[:WINDOWS], texts.calibration.batch_size,
+        model, calibrate, measured, formats, texts.widths_WT, texts.calibration.batch_size,
         config.seed, context.dtype, context.device, offload,
     )  # fmt: skip
     return WidthPlans(

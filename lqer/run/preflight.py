@@ -103,7 +103,7 @@ def _check_tokens(summary: ModelSummary, texts: Texts, say: Callable[[str], None
     """
     evaluation = [text.windows_WT for text in texts.evaluation if text.windows_WT is not None]
     by_key = {
-        "calibration.seq_len": [texts.calibration.windows_WT],
+        "calibration.seq_len": [texts.calibration.windows_WT, texts.widths_WT],
         "finetune.seq_len": [] if texts.training_WT is None else [texts.training_WT],
         "evaluation.perplexity.seq_len": evaluation,
     }

@@ -22,6 +22,7 @@ from lqer.data.pairs import holds_pairs, pair_windows
 from lqer.errors import DataError
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
 from lqer.results import CalibrationInfo
+from lqer.stages.allocate_widths import WINDOWS
 from lqer.stages.base import identity
 from lqer.stages.gather import CalibrationText
 from lqer.stages.gather_experts import ExpertTokens
@@ -58,13 +59,15 @@ class EvaluationText:
 
 @dataclass(frozen=True)
 class Texts:
-    """training_WT: the windows of fine-tuning, the last of them held out; None without fine-tuning.
+    """widths_WT: the windows that widths are measured on, of the calibration text or behind it (quantize.widths_text).
+    training_WT: the windows of fine-tuning, the last of them held out; None without fine-tuning.
 
     overlaps: a warning for each pair of a text that is learned from and one that is evaluated, if they share tokens.
     """
 
     calibration: CalibrationText
     calibration_info: CalibrationInfo
+    widths_WT: Tensor
     training_WT: Tensor | None
     evaluation: tuple[EvaluationText, ...]
     overlaps: tuple[str, ...]
@@ -76,18 +79,19 @@ def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase, processor: An
     Raises DataError, which names the key, for a text that cannot be read or is too short.
     """
     with _asked_by("calibration.dataset"):
-        calibration, info = _calibration(config, tokenizer, processor)
+        calibration, info, widths_WT = _calibration(config, tokenizer, processor)
     with _asked_by("finetune.dataset"):
         training_WT = _training(config, tokenizer)
     perplexity = config.evaluation.perplexity
     evaluation = () if perplexity is None else tuple(_evaluations(perplexity, tokenizer))
-    learned = {"calibration": calibration.windows_WT} | ({} if training_WT is None else {"fine-tuning": training_WT})
+    calibrated = [calibration.windows_WT, *([widths_WT] if config.quantize.widths_text == "unseen" else [])]
+    learned = {"calibration": torch.cat(calibrated)} | ({} if training_WT is None else {"fine-tuning": training_WT})
     overlaps = [
         _overlap(name, windows_WT.flatten(), text.spec.label, text.tokens(tokenizer))
         for name, windows_WT in learned.items()
         for text in evaluation
     ]
-    return Texts(calibration, info, training_WT, evaluation, tuple(filter(None, overlaps)))
+    return Texts(calibration, info, widths_WT, training_WT, evaluation, tuple(filter(None, overlaps)))
 
 
 @contextmanager
@@ -112,17 +116,23 @@ def _overlap(learned_as: str, learned_T: Tensor, label: str, evaluated_T: Tensor
 
 def _calibration(
     config: Config, tokenizer: PreTrainedTokenizerBase, processor: Any
-) -> tuple[CalibrationText, CalibrationInfo]:
-    settings = config.calibration
+) -> tuple[CalibrationText, CalibrationInfo, Tensor]:
+    """The text, its facts, and the windows that widths are measured on."""
+    settings, unseen = config.calibration, config.quantize.widths_text == "unseen"
     beside: tuple[Mapping[str, Tensor], ...] = ()
     if processor is not None and holds_pairs(settings.dataset):
         _refuse_pairs(config)
         pairs = pair_windows(processor, settings.dataset, settings.num_samples, settings.seq_len)
-        windows_WT, beside, source = pairs.windows_WT, pairs.beside, f"{settings.dataset.label}, with its images"
+        read_WT, beside, source = pairs.windows_WT, pairs.beside, f"{settings.dataset.label}, with its images"
     else:
         rows = load_rows(settings.dataset, "calibration")
         source = rows.source
-        windows_WT = calibration_windows(tokenizer, rows, settings.num_samples, settings.seq_len)
+        count, asked_by = settings.num_samples, "calibration.num_samples"
+        if unseen:
+            count, asked_by = count + WINDOWS, f'{asked_by} + {WINDOWS} (quantize.widths_text = "unseen")'
+        read_WT = calibration_windows(tokenizer, rows, count, settings.seq_len, asked_by)
+    windows_WT = read_WT[: settings.num_samples]
+    widths_WT = read_WT[settings.num_samples :] if unseen else windows_WT[:WINDOWS]
     tokens = tokens_sha256(windows_WT)
     info = CalibrationInfo(
         dataset=settings.dataset.label,
@@ -134,7 +144,7 @@ def _calibration(
     text = CalibrationText(
         windows_WT, settings.batch_size, settings.error_tokens, settings.token_weights, experts, beside
     )
-    return text, info
+    return text, info, widths_WT
 
 
 def _refuse_pairs(config: Config) -> None:

@@ -322,6 +322,10 @@ class TestMistakes:
             (["widths=['w4', 'x8']"], ["quantize.widths: must be unset without quantize.budget_bits"]),
             (["tie_widths=true"], ["quantize.tie_widths: must be unset without quantize.budget_bits"]),
             (
+                ["widths_text=unseen"],
+                ["quantize.widths_text: must be unset without quantize.budget_bits", "found 'unseen'"],
+            ),
+            (
                 ["low_rank.optional=true"],
                 ["quantize.low_rank.optional: must be false without quantize.budget_bits, which decides between ranks"],
             ),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pydoc_data.topics import topics
 
 import pytest
+import torch
 from helpers import byte_tokenizer
 
 from lqer.cli import main
 from lqer.config import read_config
+from lqer.errors import DataError
 from lqer.run import pipeline
 from lqer.run.texts import read_texts
 
@@ -64,3 +66,43 @@ def test_the_warning_stands_before_the_work_and_in_the_results(experiment, capsy
     assert [warning.split(":")[0] for warning in results["warnings"]] == [
         "512 of the 512 calibration tokens are also in the evaluated text calibration.txt"
     ]
+
+
+UNSEEN = [
+    "--quantize.widths=['w4', 'x8']", "--quantize.budget_bits=7", "--quantize.widths_text=unseen",
+    "--quantize.weight=w4", "--calibration.seq_len=32", "--calibration.num_samples=4",
+]  # fmt: skip
+
+
+def test_widths_are_measured_on_the_first_windows_of_the_calibration_text(experiment):
+    found = read_texts(read_config(experiment.config, None, ["--calibration.num_samples=12"]), byte_tokenizer())
+    assert len(found.calibration.windows_WT) == 12
+    assert torch.equal(found.widths_WT, found.calibration.windows_WT[:8])
+
+
+def test_widths_are_measured_on_the_windows_behind_the_calibration_text_where_asked(experiment):
+    (experiment.folder / "long.txt").write_text(text := "".join(topics[name] for name in sorted(topics))[:600])
+    dataset = f"--calibration.dataset={experiment.folder / 'long.txt'}"
+    found = read_texts(read_config(experiment.config, None, [*UNSEEN, dataset]), byte_tokenizer())
+    tokens_N = torch.tensor(byte_tokenizer()(text)["input_ids"][: 12 * 32])
+    assert torch.equal(found.calibration.windows_WT.flatten(), tokens_N[: 4 * 32])
+    assert torch.equal(found.widths_WT.flatten(), tokens_N[4 * 32 :])
+    assert found.calibration_info["tokens"] == 4 * 32
+
+
+def test_a_text_without_windows_behind_the_calibrated_ones_is_refused(experiment):
+    (experiment.folder / "short.txt").write_text("".join(topics[name] for name in sorted(topics))[:256])
+    dataset = f"--calibration.dataset={experiment.folder / 'short.txt'}"
+    rule = r'calibration.num_samples \+ 8 \(quantize.widths_text = "unseen"\) is 12'
+    with pytest.raises(DataError, match=rule):
+        read_texts(read_config(experiment.config, None, [*UNSEEN, dataset]), byte_tokenizer())
+
+
+def test_an_evaluated_text_that_widths_are_measured_on_is_warned_of(experiment):
+    text = "".join(topics[name] for name in sorted(topics))
+    (experiment.folder / "long.txt").write_text(text[:600])
+    (experiment.folder / "behind.txt").write_text(text[4 * 32 + 64 : 1200])
+    texts = [f"--calibration.dataset={experiment.folder / 'long.txt'}"]
+    texts.append(f"--evaluation.perplexity.datasets=['{experiment.folder / 'behind.txt'}']")
+    (found,) = overlaps(experiment, *UNSEEN, *texts)
+    assert "of the 384 calibration tokens are also in the evaluated text behind.txt" in found

@@ -62,6 +62,17 @@ def test_another_budget_measures_nothing_anew(experiment, caplog):
     assert first < second
 
 
+def test_unseen_windows_measure_losses_anew(experiment, caplog):
+    run(read_config(experiment.config, "first", WIDTHS))
+    caplog.clear()
+    few = ["--calibration.num_samples=4", "--quantize.widths_text=unseen"]
+    seen = run(read_config(experiment.config, "seen", [*WIDTHS, few[0]]))
+    unseen = run(read_config(experiment.config, "unseen", [*WIDTHS, *few]))
+    assert "widths: reused" not in caplog.text
+    assert seen["calibration"] == unseen["calibration"]
+    assert seen["widths"]["uniform_objective"] != unseen["widths"]["uniform_objective"]
+
+
 def test_a_format_of_an_override_is_kept(experiment):
     override = '--quantize.override=[{ match = "*.v_proj", weight = "x8" }]'
     run(read_config(experiment.config, "kept", [*WIDTHS, "--quantize.budget_bits=6", override]))

@@ -18,6 +18,7 @@ from lqer.models.backward import walk_backward
 from lqer.models.structure import block_linears, find_blocks
 from lqer.rounding import Gptq, Nearest
 from lqer.stages.allocate_widths import (
+    added_losses,
     allocate,
     check_widths,
     measure_widths,
@@ -106,6 +107,21 @@ def test_losses_are_those_of_the_equation(model, calibration, plans, choices, wi
             of_rows_WO = (g_WTO * (x_WTI @ error_OI.T)).double().sum(1)
             expected = 0.5 * of_rows_WO.square().sum() / windows_WT.numel()
             assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_errors_fitted_to_few_tokens_cost_more_on_others():
+    """Of normal inputs, two tokens to an input feature; rounding to nearest is fitted to none."""
+    generator = torch.Generator().manual_seed(0)
+    seen_BNI, unseen_BNI = torch.randn(2, 32, 4, 64, generator=generator)
+    weight_OI, g_BNO = torch.randn(64, 64, generator=generator), torch.randn(32, 4, 64, generator=generator)
+    tokens_NI = seen_BNI.flatten(0, 1)
+    statistics = {"hessian": tokens_NI.T @ tokens_NI / len(tokens_NI)}
+    errors = [
+        weight_OI - rounding.round(weight_OI, statistics, MXInt(3)).dequantize() for rounding in (Gptq(), Nearest())
+    ]
+    fitted, nearest = added_losses(seen_BNI, g_BNO, errors) / added_losses(unseen_BNI, g_BNO, errors)
+    assert fitted < 0.65
+    assert nearest == pytest.approx(1, abs=0.1)
 
 
 def test_every_further_bit_lowers_the_loss_about_fourfold(losses):
