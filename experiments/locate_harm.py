@@ -2,7 +2,7 @@
 
     python experiments/locate_harm.py MODEL --calibration FILE[@ROWS] --texts [NAME=]FILE[@ROWS] ...
         [--parts PART ...] [--bits 3] [--group-size 64] [--scales minmax] [--trellis BITS] [--rotated]
-        [--num-samples 32] [--seq-len 512] [--max-windows 10] [--batch-size 4] [--seconds N]
+        [--num-samples 32] [--unseen N] [--seq-len 512] [--max-windows 10] [--batch-size 4] [--seconds N]
 
 Every linear of the decoder blocks is rounded by GPTQ. Perplexity (windows of the texts as in the protocol "concat") and
 the mean divergence from the original are measured on every text. One table for each part:
@@ -127,11 +127,19 @@ def compare_estimates(run: Run) -> None:
     weights, own = _once(run), run.subject.weights()
     errors = {name: own[name].float() - weight.float() for name, weight in weights.items()}
     started = time.monotonic()
-    found = estimates(run.subject, errors, run.windows)
+    found = estimates(run.subject, errors, run.subject.text.windows_WT[: run.windows])
+    headings = [f"estimate by {_stretch(one)}" for one in STRETCHES]
+    if len(run.subject.unseen_WT):
+        unseen = estimates(run.subject, errors, run.subject.unseen_WT)
+        found = {name: [*values, *unseen[name]] for name, values in found.items()}
+        headings += [f"by unseen windows, {_stretch(one)}" for one in STRETCHES]
     print(f"estimates: {time.monotonic() - started:.0f} s", file=sys.stderr)
-    by = ["a token" if one == 1 else "a window" if one is None else f"{one} tokens" for one in STRETCHES]
     texts = [f"KL {text}" for text in run.subject.rulers]
-    print_table(["linears", *(f"estimate by {one}" for one in by), *texts], _estimated(run, weights, found))
+    print_table(["linears", *headings, *texts], _estimated(run, weights, found))
+
+
+def _stretch(tokens: int | None) -> str:
+    return "a token" if tokens == 1 else "a window" if tokens is None else f"{tokens} tokens"
 
 
 def _estimated(run: Run, weights: dict[str, torch.Tensor], found: dict[str, list[float]]) -> Iterator[Row]:
@@ -249,6 +257,7 @@ def main() -> int:
     parser.add_argument("--scales", choices=("minmax", "search", "least-squares"), default="minmax")
     parser.add_argument("--trellis", type=int, metavar="BITS", help="codes of rotated weights instead of integers")
     parser.add_argument("--windows", type=int, default=8, help="of the calibration text, for gradients")
+    parser.add_argument("--unseen", type=int, default=0, help="windows behind the calibration text, for gradients too")
     parser.add_argument("--rotated", action="store_true")
     parser.add_argument("--writer", default="*.down_proj", help="linears that may have super weights")
     parser.add_argument("--schemes", nargs="+", default=["*"], metavar="PATTERN", help="those of the part of that name")
@@ -261,7 +270,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    keys = ("model", "calibration", "texts", "num_samples", "seq_len", "max_windows", "batch_size", "rotated")
+    keys = ("model", "calibration", "texts", "num_samples", "seq_len", "max_windows", "batch_size", "rotated", "unseen")
     setting = Setting(**{key: getattr(arguments, key) for key in (*keys, "device", "dtype")})
     try:
         run = Run(setting.open(), arguments)

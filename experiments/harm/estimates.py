@@ -20,12 +20,11 @@ from lqer.models.backward import walk_backward
 STRETCHES = (1, 64, None)
 
 
-def estimates(subject: Subject, errors: Mapping[str, Tensor], windows: int) -> dict[str, list[float]]:
+def estimates(subject: Subject, errors: Mapping[str, Tensor], windows_WT: Tensor) -> dict[str, list[float]]:
     """½ Σ over stretches of tokens, Σ_o (Σ_t g_to (E x_t)_o)² / tokens, of each linear, in the order of STRETCHES.
 
-    errors: E (O, I) by the name of a weight. windows: of the calibration text.
+    errors: E (O, I) by the name of a weight.
     """
-    windows_WT = subject.text.windows_WT[:windows]
     found: dict[str, list[float]] = {}
     for run in walk_backward(subject.opened, windows_WT, subject.text.batch_size, SEED):
         prefix = f"{run.run.name}."

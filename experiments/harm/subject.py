@@ -69,10 +69,14 @@ class Ruler:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model on its device, the text that statistics are of, and the texts that it is judged on, by their names."""
+    """The model on its device, the text that statistics are of, and the texts that it is judged on, by their names.
+
+    unseen_WT: windows behind the calibration text in its file.
+    """
 
     opened: OpenedModel
     text: CalibrationText
+    unseen_WT: Tensor
     rulers: Mapping[str, Ruler]
 
     def weights(self) -> dict[str, Tensor]:
@@ -142,6 +146,7 @@ class Setting:
     max_windows: int | None
     batch_size: int
     rotated: bool = False
+    unseen: int = 0
     device: str = "auto"
     dtype: str = "auto"
 
@@ -150,7 +155,8 @@ class Setting:
         device, source = pick_device(self.device), resolve_model(self.model)
         dtype, tokenizer = pick_dtype(self.dtype, source, device), load_tokenizer(source)
         rows = load_rows(text_spec(self.calibration), "calibration")
-        windows_WT = calibration_windows(tokenizer, rows, self.num_samples, self.seq_len, "--num-samples")
+        count, asked_by = self.num_samples + self.unseen, "--num-samples + --unseen"
+        windows_WT = calibration_windows(tokenizer, rows, count, self.seq_len, asked_by)
         model = load_model(source, torch.float32 if self.rotated else dtype, device)
         if self.rotated:
             started = time.monotonic()
@@ -165,4 +171,5 @@ class Setting:
             of_text_WT = concat_windows(tokenizer, read.rows, read.joiner, self.seq_len)[: self.max_windows]
             rulers[name or spec.label] = Ruler(model, of_text_WT)
         opened = OpenedModel.resident(model, device, Offload())
-        return Subject(opened, CalibrationText(windows_WT, self.batch_size, ERROR_TOKENS), rulers)
+        calibration = CalibrationText(windows_WT[: self.num_samples], self.batch_size, ERROR_TOKENS)
+        return Subject(opened, calibration, windows_WT[self.num_samples :], rulers)

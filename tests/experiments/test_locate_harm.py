@@ -34,7 +34,8 @@ AS_STAGES = ("GPTQ", "B", "C(0.25)", "W", "E", "S", "D(2)", "Hadamard", "rank 32
 @pytest.fixture(scope="module")
 def subject(random_model, windows_WT) -> Subject:
     model = random_model("llama")
-    return Subject(resident(model), CalibrationText(windows_WT, 2, 24), {"text": Ruler(model, windows_WT)})
+    text, rulers = CalibrationText(windows_WT, 2, 24), {"text": Ruler(model, windows_WT)}
+    return Subject(resident(model), text, windows_WT[:0], rulers)
 
 
 @pytest.mark.parametrize("name", AS_STAGES)
@@ -130,7 +131,7 @@ def test_a_block_that_is_not_rounded_makes_no_error_and_a_shorter_update_shrinks
 def test_a_planted_weight_is_found_and_taken_out_alone(random_model, windows_WT):
     model = random_model("llama")
     model.model.layers[0].mlp.down_proj.weight.data[5, 7] = 50.0
-    subject = Subject(resident(model), CalibrationText(windows_WT, 2, 24), {})
+    subject = Subject(resident(model), CalibrationText(windows_WT, 2, 24), windows_WT[:0], {})
     linears = early(subject, "*.down_proj")
     assert linears == ["model.layers.0.mlp.down_proj"]
     (found,) = super_weights(subject, linears, 1)
