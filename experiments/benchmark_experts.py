@@ -35,9 +35,10 @@ from lqer.phases import Recorder, phase, recorded
 from lqer.report.environment import device_name
 from lqer.rounding import Gptq
 from lqer.rounding.ldlq import Ldlq
-from lqer.stages.allocate_widths import WINDOWS, allocate, measure_widths, plans_to_measure
+from lqer.stages.allocate_widths import allocate, options_of
 from lqer.stages.calibrate import calibrate, gather_blocks
 from lqer.stages.gather import CalibrationText
+from lqer.stages.measure_widths import WINDOWS, measure_widths, plans_to_measure
 from lqer.stages.quantize import quantize_blocks
 from lqer.stages.quantize_linears import QuantizeSettings, requested_statistics
 from lqer.stages.quantize_sequential import quantize_in_order
@@ -122,7 +123,8 @@ def best_3(folder: Path, opened: OpenedModel, text: CalibrationText) -> Workspac
     losses = {key: loss.tolist() for index in blocks for key, loss in of_widths.tensors(block_file(index)).items()}
     sites = {key: site for index in blocks for key, site in calibration.json(sites_file(index)).items()}
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears_of(opened.model)}
-    found = allocate(plans, choices, {name: losses[f"{name}.losses"] for name in plans}, sites, shapes, BUDGET_BITS)
+    options = options_of(plans, choices)
+    found = allocate(plans, options, {name: losses[f"{name}.losses"] for name in plans}, sites, shapes, BUDGET_BITS)
     workspace, settings = Workspace(folder), QuantizeSettings(found.plans, None, seed=0, order="sequential")
     quantize_in_order(workspace, opened, opened, text, settings)
     return workspace

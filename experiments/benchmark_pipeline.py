@@ -44,7 +44,7 @@ from lqer.models.summary import summarize_model
 from lqer.report.environment import device_name
 from lqer.results import RESULTS_FILE
 from lqer.run.folder import CHECKPOINT_LINK
-from lqer.stages.allocate_widths import WINDOWS
+from lqer.stages.measure_widths import WINDOWS
 from lqer.stages.quantize_linears import requested_statistics
 from lqer.statistics import Hessian
 

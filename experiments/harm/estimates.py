@@ -1,4 +1,4 @@
-"""What the divergence of given errors is by estimate, from gradients of the original (lqer/stages/allocate_widths.py).
+"""What the divergence of given errors is by estimate, from gradients of the original (lqer/stages/measure_widths.py).
 
 Shapes: W windows, T tokens of a window, B windows of a call, N tokens of each, S stretches, I in_features, O
 out_features.

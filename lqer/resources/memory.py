@@ -56,9 +56,9 @@ from lqer.resources.walk import (
     walk_needs,
 )
 from lqer.resources.workload import Need, StageMemory, Workload, total
-from lqer.stages.allocate_widths import WINDOWS
 from lqer.stages.block_work import bytes_of_later_spectra
 from lqer.stages.gather_experts import PASS_BYTES
+from lqer.stages.measure_widths import WINDOWS
 from lqer.stages.width_errors import EXPERT_ROWS, SAMPLED_ROWS
 from lqer.statistics import Hessian
 from lqer.store.writer import most_waiting

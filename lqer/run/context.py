@@ -22,7 +22,7 @@ from lqer.models.summary import ModelSummary, summarize_model
 from lqer.resources.statistics import keeps_statistics
 from lqer.run.folder import store_path
 from lqer.stages.allocate_ranks import check_budget
-from lqer.stages.allocate_widths import check_widths
+from lqer.stages.allocate_widths import check_widths, options_of
 from lqer.stages.evaluate import task_files
 from lqer.store.fingerprints import FINGERPRINTS, Fingerprints
 from lqer.store.offload import Offload
@@ -94,8 +94,8 @@ def prepare(config: Config) -> RunContext:
         check_budget(plans, summary.linears, budget_bits)
     choices = plan_widths(config, plans)
     if config.quantize.budget_bits is not None:
-        optional_rank = config.quantize.low_rank.optional
-        check_widths(plans, choices, summary.linears, config.quantize.budget_bits, optional_rank)
+        options = options_of(plans, choices, config.quantize.low_rank.optional)
+        check_widths(plans, options, summary.linears, config.quantize.budget_bits)
     if config.evaluation.downstream is not None:
         downstream = config.evaluation.downstream
         check_tasks(task_files(downstream), downstream.num_fewshot)

@@ -21,7 +21,7 @@ from lqer.report.environment import device_name
 from lqer.run.context import RunContext
 from lqer.run.texts import EvaluationText, Texts
 from lqer.stages.allocate_ranks import BudgetedPlans, MeasureSpectra
-from lqer.stages.allocate_widths import MeasureWidths, WidthPlans, plans_to_measure
+from lqer.stages.allocate_widths import WidthPlans
 from lqer.stages.base import Stage
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.divergence import OriginalDistributions, WindowDivergence
@@ -35,6 +35,7 @@ from lqer.stages.evaluate import (
     task_files,
 )
 from lqer.stages.finetune import Finetune
+from lqer.stages.measure_widths import MeasureWidths, plans_to_measure
 from lqer.stages.plans import AnyPlans
 from lqer.stages.quantize import Quantize
 from lqer.stages.quantize_linears import input_roundings, requested_statistics

@@ -22,10 +22,10 @@ from lqer.data.pairs import holds_pairs, pair_windows
 from lqer.errors import DataError
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
 from lqer.results import CalibrationInfo
-from lqer.stages.allocate_widths import WINDOWS
 from lqer.stages.base import identity
 from lqer.stages.gather import CalibrationText
 from lqer.stages.gather_experts import ExpertTokens
+from lqer.stages.measure_widths import WINDOWS
 from lqer.store.files import content_hash
 
 # Share of the smaller text from which two texts overlap: below, they have phrases in common.

@@ -1,223 +1,44 @@
-"""Stage "widths" and the weight formats that follow from it: the width of every linear under a budget of average bits.
+"""The width of every linear under a budget of average bits.
 
-What a format f in a linear l adds to the model's loss is measured on the original model, to second order. With an error
-E of the weight, inputs x_t of a window w and gradients g_t = ∂L/∂y_t of the original's loss on it with respect to the
-linear's outputs
+    minimise Σ_l Δ_l(p_l)    subject to    Σ_l b_l(p_l) ≤ budget · weights
 
-    Δ_l(f) = ½ Σ_w Σ_o ⟨E_o, (G_w)_o⟩²  /  tokens,      G_w = Σ_t g_t x_tᵀ = ∂L/∂W         nats per token
+over the options p_l of each linear l: its plan in every format it may have and, where A and B are a choice too, the
+same without them. Δ_l(p) is what an option adds to the loss (measure_widths.py); b_l(p) all the bits that it stores:
+codes and scales of the weight, signs of rotations, A and B.
 
-the divergence from the original for errors that are small and, from row to row and linear to linear, independent of
-each other (lqer/models/backward.py says which loss). Those of a window's tokens are not: all come from the same E. E is
-that of the plan's own rounding under its statistics, on a sample of the output rows, or drawn from the law of such
-errors (width_errors.py); a linear that is rotated is measured in its rotated basis. Experts are rounded in batches, as
-when they are quantized, and on fewer rows: a layer has hundreds of their linears. The stage stores, in a safetensors
-file per decoder block, `<linear>.losses` (F,) float64 in the order of the formats, and where A and B are a choice too,
-F more for the formats with them. The allocation itself (lqer/rounding/width_allocation.py) takes no time and has no
-artifact: the formats are part of the plans.
+    options     of each linear that has a choice; every other keeps its plan, whose bits come off the budget first
+    curves      (b_l, Δ_l) by option; linears that are tied, as they share an input, get one option: their curves add up
+    allocation  steps from the cheapest options, the largest gain per bit first (lqer/rounding/width_allocation.py)
 
-Shapes: O out_features, I in_features, S sampled rows, B windows of a call, N tokens of each, F formats, W windows, T
-tokens of a window.
+It takes no time and has no artifact: the formats are part of the plans.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import groupby
-from typing import ClassVar
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from lqer.components import ADDED
-from lqer.errors import ConfigError, ModelError
-from lqer.formats import NonFiniteError, NumberFormat
-from lqer.formats.base import check_finite
+from lqer.errors import ConfigError
+from lqer.formats import NumberFormat
 from lqer.lowrank.rank_allocation import factor_bits, row_bits
 from lqer.methods import LinearPlan
-from lqer.models.backward import BackwardRun, Visit, walk_backward
-from lqer.models.loaders import OpenedModel
-from lqer.models.source import ModelSource
-from lqer.models.streaming import open_model
-from lqer.models.structure import block_linears
-from lqer.phases import in_phase
-from lqer.rounding.hessian import HessianError
 from lqer.rounding.width_allocation import Allocation, Curve, allocate_widths, joined
-from lqer.stages.alike import batches_of, with_statistics
 from lqer.stages.allocate_ranks import Plans
-from lqer.stages.base import Stage, no_effect
-from lqer.stages.calibrate import Calibrate
-from lqer.stages.gather import BlockStatistics
-from lqer.stages.rotate import Rotate, source_of
-from lqer.stages.width_errors import EXPERT_ROWS, SAMPLED_ROWS, Sampled, errors_of
-from lqer.statistics.site import SiteStatistics
+from lqer.stages.base import no_effect
+from lqer.stages.measure_widths import Choices, MeasureWidths
 from lqer.store.names import block_file, sites_file
-from lqer.store.offload import Offload
-from lqer.store.store import Artifact, Store, Workspace
-from lqer.transforms import Rotation
+from lqer.store.store import Store
 from lqer.transforms.base import rotation_on
 
-WINDOWS = 8  # of the calibration text, that gradients are taken on
-
-# By linear, the formats to choose from; linears that are not in it keep the format of their plan.
-Choices = Mapping[str, tuple[NumberFormat, ...]]
-
-
-@dataclass(frozen=True)
-class MeasureWidths(Stage):
-    """What every format adds to the loss in every linear that has a choice."""
-
-    name: ClassVar[str] = "widths"
-    version: ClassVar[int] = 5
-
-    model: ModelSource | Rotate
-    calibration: Calibrate
-    plans: Plans
-    formats: tuple[NumberFormat, ...]
-    windows_WT: Tensor
-    batch_size: int
-    seed: int
-    dtype: torch.dtype
-    device: torch.device
-    offload: Offload = field(metadata=no_effect("it decides where numbers are stored, not their values"))
-
-    def build(self, workspace: Workspace, store: Store) -> None:
-        opened = open_model(source_of(self.model, store), self.dtype, self.device, self.offload)
-        measure_widths(
-            workspace, opened, self.calibration.artifact(store), self.plans, self.formats, self.windows_WT,
-            self.batch_size, self.seed,
-        )  # fmt: skip
-
-
-def plans_to_measure(plans: Plans, choices: Choices, optional_rank: bool = False) -> Plans:
-    """Only what decides the errors of rounding, and what A and B leave of them where these are a choice.
-
-    None for linears without a choice.
-    """
-    return {
-        name: None if plan is None or name not in choices else replace(
-            plan if optional_rank else plan.without_low_rank(),
-            weight=choices[name][0], activation=None, bias=None, asymmetric=0.0,
-        )
-        for name, plan in plans.items()
-    }  # fmt: skip
-
-
-@in_phase("widths")
-def measure_widths(
-    workspace: Workspace,
-    opened: OpenedModel,
-    calibration: Artifact,
-    plans: Plans,
-    formats: Sequence[NumberFormat],
-    windows_WT: Tensor,
-    batch_size: int,
-    seed: int,
-) -> None:
-    """Write the losses of every block that `workspace` does not hold yet.
-
-    Raises ModelError, naming the linear, where a weight is not finite or calibration never reached it.
-    """
-    runs = walk_backward(opened, windows_WT, batch_size, seed)
-    for run in tqdm(runs, total=len(opened.blocks), desc="widths", unit="block"):
-        if block_file(run.index) in workspace:
-            run.backward({})
-            continue
-        statistics = BlockStatistics.read(calibration, run.index)
-        tensors, visits = _block_visits(run, statistics, plans, formats, windows_WT.numel())
-        del statistics
-        run.backward(visits)
-        workspace.write_tensors(block_file(run.index), tensors)
-
-
-def _block_visits(
-    run: BackwardRun, statistics: BlockStatistics, plans: Plans, formats: Sequence[NumberFormat], tokens: int
-) -> tuple[dict[str, Tensor], dict[str, Visit]]:
-    """The losses of a block's linears, zero still, and the visits that add to them."""
-    tensors: dict[str, Tensor] = {}
-    visits: dict[str, Visit] = {}
-    for batch in _sampled(run, statistics, plans):
-        for one, errors_F in zip(batch, _errors(batch, formats), strict=True):
-            # On the device: each visit would otherwise wait for it.
-            losses_F = torch.zeros(len(errors_F), dtype=torch.float64, device=run.run.device)
-            tensors[f"{one.name}.losses"] = losses_F
-            scale = len(one.target.weight_OI) / len(one.rows_S) / tokens
-            visit = partial(_add_losses, losses_F, one.target.rotation, one.rows_S, errors_F, scale)
-            visits[one.name.removeprefix(f"{run.run.name}.")] = visit
-    return tensors, visits
-
-
-def _sampled(run: BackwardRun, statistics: BlockStatistics, plans: Plans) -> Iterator[list[Sampled]]:
-    """The planned linears of a block, in the batches that are rounded at once: those of a site, or experts alike."""
-    linears = {f"{run.run.name}.{name}": linear for name, linear in block_linears(run.run.block).items()}
-    planned = [name for name in linears if plans[name] is not None]
-    device, shapes = run.run.device, {name: linear.weight.shape for name, linear in linears.items()}
-    batches = with_statistics(batches_of(planned, statistics, plans, shapes, device), statistics, device)
-    for _, members in groupby(batches, key=lambda batch: id(batch[0][1])):
-        found = []
-        for batch in members:
-            name, _ = batch[0]
-            plan, most = plans[name], SAMPLED_ROWS if statistics.routed_tokens(name) is None else EXPERT_ROWS
-            assert plan is not None
-            weights = [linears[name].weight.detach().to(device, torch.float32) for name, _ in batch]
-            found += _sampled_rows(batch, weights, plan, most)
-        yield found
-
-
-def _sampled_rows(
-    batch: Sequence[tuple[str, SiteStatistics]], weights: Sequence[Tensor], plan: LinearPlan, most: int
-) -> list[Sampled]:
-    """Of linears of one shape and plan. Raises ModelError, naming the linear."""
-    try:
-        check_finite(*weights)
-        targets = plan.method.targets(weights, [site for _, site in batch], plan)
-    except (NonFiniteError, HessianError) as error:
-        if len(batch) == 1:
-            raise ModelError(f"{batch[0][0]}: {error}") from None
-        # One of them; alone it is named.
-        for one, weight_OI in zip(batch, weights, strict=True):
-            _sampled_rows([one], [weight_OI], plan, most)
-        raise
-    return [Sampled.of(name, plan, target, most) for (name, _), target in zip(batch, targets, strict=True)]
-
-
-@in_phase("round")
-def _errors(batch: Sequence[Sampled], formats: Sequence[NumberFormat]) -> list[list[Tensor]]:
-    """Of each linear, by format, the errors of its rows. Raises ModelError, naming the linear."""
-    try:
-        return errors_of(batch, formats)
-    except (NonFiniteError, HessianError) as error:
-        if len(batch) == 1:
-            raise ModelError(f"{batch[0].name}: {error}") from None
-        # One of them; alone it is named.
-        for one in batch:
-            _errors([one], formats)
-        raise
-
-
-def _add_losses(
-    losses_F: Tensor,
-    rotation: Rotation | None,
-    rows_S: Tensor,
-    errors: Sequence[Tensor],
-    scale: float,
-    x_BNI: Tensor,
-    g_BNO: Tensor,
-) -> None:
-    x_BNI, g_BNO = x_BNI.to(torch.float32), g_BNO.to(torch.float32)
-    if rotation is not None:
-        x_BNI, g_BNO = rotation.input(x_BNI), rotation.output_gradient(g_BNO)
-    losses_F += scale * added_losses(x_BNI, g_BNO[..., rows_S], errors)
-
-
-def added_losses(x_BNI: Tensor, g_BNS: Tensor, errors: Sequence[Tensor]) -> Tensor:
-    """½ Σ_b Σ_s ⟨E_s, G_bs⟩² of each error E (S, I), float64 (F,); G_b = Σ_n g_bn x_bnᵀ."""
-    gradient_BSI = g_BNS.mT @ x_BNI
-    products = [(gradient_BSI * error_SI).sum(2).square().sum(dtype=torch.float64) for error_SI in errors]
-    return 0.5 * torch.stack(products)
+# (out_features, in_features) by linear.
+Shapes = Mapping[str, tuple[int, int]]
+# By linear that has a choice, the plans that it can get.
+Options = Mapping[str, tuple[LinearPlan, ...]]
 
 
 @dataclass(frozen=True)
@@ -234,8 +55,7 @@ class WidthPlans:
     budget_bits: float
     tied: bool
     low_rank: bool
-    # (out_features, in_features) by linear.
-    shapes: Mapping[str, tuple[int, int]] = field(metadata=no_effect("the model decides them"))
+    shapes: Shapes = field(metadata=no_effect("the model decides them"))
     blocks: int = field(metadata=no_effect("the model decides it"))
     optional_rank: bool = field(default=False, metadata=ADDED)
 
@@ -246,15 +66,14 @@ class WidthPlans:
         return formats + [f"{name} with A and B" for name in formats if self.optional_rank]
 
     def allocate(self, store: Store) -> Widths:
-        """The plans with their formats. Raises ConfigError where the narrowest of all exceed the budget."""
+        """The plans with their formats. Raises ValueError where the narrowest of all exceed the budget."""
         losses, sites = self.widths.artifact(store), self.widths.calibration.artifact(store)
         tensors = {key: value for i in range(self.blocks) for key, value in losses.tensors(block_file(i)).items()}
         site_of = {name: site for i in range(self.blocks) for name, site in sites.json(sites_file(i)).items()}
         found = {name: tensors[f"{name}.losses"].tolist() for name in self.choices}
-        ties = site_of if self.tied else {}
-        widths = allocate(
-            self.plans, self.choices, found, ties, self.shapes, self.budget_bits, losses.seconds, self.optional_rank
-        )
+        options = options_of(self.plans, self.choices, self.optional_rank)
+        widths = allocate(self.plans, options, found, site_of if self.tied else {}, self.shapes, self.budget_bits)
+        widths = replace(widths, seconds=losses.seconds)
         if self.low_rank:
             return widths
         return replace(widths, plans={name: plan and plan.without_low_rank() for name, plan in widths.plans.items()})
@@ -262,90 +81,101 @@ class WidthPlans:
 
 @dataclass(frozen=True)
 class Widths:
-    """The plans with their formats, and how they compare with one format for all."""
+    """The plans with their formats, and how they compare with one format for all.
+
+    counts: of linears by option, in the order of the formats; where A and B are a choice too, formats without them and
+    then formats with them. seconds: that measuring the losses took.
+    """
 
     plans: Plans
     allocation: Allocation
     average_bits: float
     uniform_average_bits: float
-    counts: tuple[int, ...]  # of linears, by format; then of formats with A and B, where these are a choice
-    seconds: float
+    counts: tuple[int, ...]
+    seconds: float = 0.0
+
+
+def options_of(plans: Plans, choices: Choices, optional_rank: bool = False) -> Options:
+    """Each plan in every format and, with `optional_rank`, before these the same without A and B."""
+
+    def options(plan: LinearPlan | None, formats: Sequence[NumberFormat]) -> tuple[LinearPlan, ...]:
+        assert plan is not None, "a linear that has a choice"
+        each = tuple(replace(plan, weight=one) for one in formats)
+        return (*(replace(one, rank=0) for one in each), *each) if optional_rank else each
+
+    return {name: options(plans[name], formats) for name, formats in choices.items()}
 
 
 def allocate(
     plans: Plans,
-    choices: Choices,
+    options: Options,
     losses: Mapping[str, Sequence[float]],
     ties: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Shapes,
     budget_bits: float,
-    seconds: float = 0.0,
-    optional_rank: bool = False,
 ) -> Widths:
-    """Give every linear that has a choice one of its formats, so that all linears together stay within the budget.
+    """Give every linear that has a choice one of its options, so that all linears together stay within the budget.
 
-    losses: by linear and format; with `optional_rank` of the formats with A and B behind those without. ties: the group
-    of a linear, where groups share a format.
+    losses: nats per token, by linear and option. ties: the group of a linear, where the linears of a group get one
+    format. budget_bits: per weight. Raises ValueError where the cheapest options exceed the budget.
     """
-    weights = sum(math.prod(shapes[name]) for name, plan in plans.items() if plan is not None)
-    options = {name: options_of(plans[name], formats, optional_rank) for name, formats in choices.items()}
-
-    def bits_of(name: str) -> tuple[int, ...]:
-        return tuple(
-            weight_bits(one.weight, *shapes[name]) + (branch_bits(one, *shapes[name]) if optional_rank else 0)
-            for one in options[name]
-        )
-
-    fixed = fixed_bits(plans, choices, shapes, optional_rank)
+    weights, fixed = count_weights(plans, shapes), fixed_bits(plans, options, shapes)
     groups: dict[str, list[str]] = {}
-    for name in choices:
+    for name in options:
         groups.setdefault(ties.get(name, name), []).append(name)
     curves = {
-        group: joined([
-            # A rank of 0 was measured once, and changes nothing.
-            Curve(bits_of(name), tuple(losses[name]) * (len(options[name]) // len(losses[name])))
-            for name in names
-        ])
+        group: joined([curve_of(options[name], losses[name], shapes[name]) for name in names])
         for group, names in groups.items()
-    }  # fmt: skip
-    allocation = allocate_widths(curves, int(budget_bits * weights) - fixed)
-    # Of equal plans the first: one whose rank is 0 is without A and B.
-    chosen = {
-        name: options[name].index(options[name][allocation.chosen[group]])
-        for group, names in groups.items()
-        for name in names
     }
+    allocation = allocate_widths(curves, int(budget_bits * weights) - fixed)
+    chosen = {name: options[name][allocation.chosen[group]] for group, names in groups.items() for name in names}
     return Widths(
-        {**plans, **{name: options[name][i] for name, i in chosen.items()}},
-        allocation,
-        (fixed + allocation.bits) / weights,
-        (fixed + allocation.uniform_bits) / weights,
-        tuple(list(chosen.values()).count(i) for i in range(max(map(len, options.values()), default=0))),
-        seconds,
+        plans={**plans, **chosen},
+        allocation=allocation,
+        average_bits=(fixed + allocation.bits) / weights,
+        uniform_average_bits=(fixed + allocation.uniform_bits) / weights,
+        counts=_counts(options, chosen),
     )
 
 
-def options_of(plan: LinearPlan | None, formats: Sequence[NumberFormat], optional_rank: bool) -> tuple[LinearPlan, ...]:
-    """The plans that a linear can get: its own in every format, and before these the same without A and B."""
-    assert plan is not None, "a linear that has a choice"
-    each = [replace(plan, weight=one) for one in formats]
-    return (*(replace(one, rank=0) for one in each), *each) if optional_rank else tuple(each)
+def curve_of(options: Sequence[LinearPlan], losses: Sequence[float], shape: tuple[int, int]) -> Curve:
+    """Bits and losses by option. A rank of 0 was measured once: with A and B it is the same as without."""
+    bits = tuple(stored_bits(plan, *shape) for plan in options)
+    return Curve(bits, tuple(losses) * (len(options) // len(losses)))
 
 
-def check_widths(
-    plans: Plans,
-    choices: Choices,
-    shapes: Mapping[str, tuple[int, int]],
-    budget_bits: float,
-    optional_rank: bool = False,
-) -> None:
+def _counts(options: Options, chosen: Mapping[str, LinearPlan]) -> tuple[int, ...]:
+    """Of linears, by option. Of equal options the first: one whose rank is 0 is without A and B."""
+    counts = Counter(options[name].index(plan) for name, plan in chosen.items())
+    return tuple(counts[i] for i in range(max(map(len, options.values()), default=0)))
+
+
+def check_widths(plans: Plans, options: Options, shapes: Shapes, budget_bits: float) -> None:
     """Raise ConfigError where the narrowest formats take more than the budget, before any work is done."""
-    weights = sum(math.prod(shapes[name]) for name, plan in plans.items() if plan is not None)
-    narrowest = sum(min(weight_bits(one, *shapes[name]) for one in formats) for name, formats in choices.items())
-    least = (narrowest + fixed_bits(plans, choices, shapes, optional_rank)) / weights
+    narrowest = sum(min(stored_bits(plan, *shapes[name]) for plan in each) for name, each in options.items())
+    least = (narrowest + fixed_bits(plans, options, shapes)) / count_weights(plans, shapes)
     if least > budget_bits:
         rule = f"must be at least {least:.4g}, the bits of the narrowest formats and of all that is fixed"
         raise ConfigError(f"quantize.budget_bits: {rule}; found {budget_bits:g}")
+
+
+def count_weights(plans: Plans, shapes: Shapes) -> int:
+    return sum(math.prod(shapes[name]) for name, plan in plans.items() if plan is not None)
+
+
+def fixed_bits(plans: Plans, options: Options, shapes: Shapes) -> int:
+    """The bits of linears that have no choice."""
+    fixed = {name: plan for name, plan in plans.items() if plan is not None and name not in options}
+    return sum(stored_bits(plan, *shapes[name]) for name, plan in fixed.items())
+
+
+def stored_bits(plan: LinearPlan, out_features: int, in_features: int) -> int:
+    """The bits of a linear as stored: its weight, the signs of its rotations, A and B."""
+    bits = weight_bits(plan.weight, out_features, in_features)
+    if plan.transform is not None:
+        bits += rotation_on(plan.transform, out_features, in_features, plan.seed, torch.device("cpu")).bits
+    rank = min(plan.rank or 0, out_features, in_features)
+    return bits + factor_bits(plan.factor_formats, plan.factor_axes, in_features, out_features, rank)
 
 
 def weight_bits(number_format: NumberFormat, out_features: int, in_features: int) -> int:
@@ -353,27 +183,3 @@ def weight_bits(number_format: NumberFormat, out_features: int, in_features: int
     if number_format.block_size == "tensor":
         return math.ceil(number_format.bits_per_value(in_features) * out_features * in_features)
     return row_bits(number_format, in_features) * out_features
-
-
-def branch_bits(plan: LinearPlan, out_features: int, in_features: int) -> int:
-    """The bits of A and B."""
-    rank = min(plan.rank or 0, out_features, in_features)
-    return factor_bits(plan.factor_formats, plan.factor_axes, in_features, out_features, rank)
-
-
-def fixed_bits(
-    plans: Plans, choices: Choices, shapes: Mapping[str, tuple[int, int]], optional_rank: bool = False
-) -> int:
-    """The bits of everything but what linears have a choice of: other weights, signs of rotations, A and B."""
-    bits = 0
-    for name, plan in plans.items():
-        if plan is None:
-            continue
-        out_features, in_features = shapes[name]
-        if name not in choices:
-            bits += weight_bits(plan.weight, out_features, in_features)
-        if plan.transform is not None:
-            bits += rotation_on(plan.transform, out_features, in_features, plan.seed, torch.device("cpu")).bits
-        if not (optional_rank and name in choices):
-            bits += branch_bits(plan, out_features, in_features)
-    return bits
