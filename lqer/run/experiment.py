@@ -20,7 +20,7 @@ from lqer.models.streaming import open_model
 from lqer.report.environment import device_name
 from lqer.run.context import RunContext
 from lqer.run.texts import EvaluationText, Texts
-from lqer.stages.allocate_ranks import BudgetedPlans, MeasureSpectra
+from lqer.stages.allocate_ranks import BudgetedPlans, MeasureSpectra, Plans
 from lqer.stages.allocate_widths import WidthPlans
 from lqer.stages.base import Stage
 from lqer.stages.calibrate import Calibrate
@@ -122,22 +122,35 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
     if config.quantize.propagates_error:
         quantize = _sequentially(context, model, texts, plans, tokenizer)
     else:
-        gathered = _calibrate(context, model, texts)
+        gathered = _calibrate(context, model, texts, context.plans, context.keeps_statistics)
         calibrate = gathered if gathered.is_kept else None
         if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
             spectra = MeasureSpectra.of(gathered, context.plans)
             plans = BudgetedPlans(context.plans, spectra, budget_bits, context.summary.linears, context.summary.blocks)
         quantize = Quantize(
-            gathered, plans, _attention(context), config.seed, device, tokenizer, "quantize", ranks=context.ranks
+            calibration=gathered,
+            plans=plans,
+            attention=_attention(context),
+            seed=config.seed,
+            device=device,
+            tokenizer=tokenizer,
+            label="quantize",
+            ranks=context.ranks,
         )
     rtn = _without_low_rank(context, quantize) if "rtn" in config.evaluation.baselines else None
     finetune = None
     if config.finetune is not None:
         assert texts.training_WT is not None, "read_texts reads it where fine-tuning is asked for"
         finetune = Finetune(
-            context.source, quantize, texts.training_WT, config.finetune.training, config.seed, dtype, device,
-            config.device_map,
-        )  # fmt: skip
+            source=context.source,
+            checkpoint=quantize,
+            windows_WT=texts.training_WT,
+            settings=config.finetune.training,
+            seed=config.seed,
+            dtype=dtype,
+            device=device,
+            device_map=config.device_map,
+        )
     candidates = [_quantized(context, "quantized", finetune or quantize)]
     candidates += [_quantized(context, "rtn", rtn)] if rtn is not None else []
     if "original" in config.evaluation.baselines:
@@ -147,23 +160,38 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
         candidates = [original, *candidates] if first else [*candidates, original]
     perplexity = {candidate.role: _perplexity(context, candidate, tokenizer, texts) for candidate in candidates}
     distributions = _distributions(context, perplexity.get("original", []))
-    divergence = _divergence(distributions, perplexity)
-    downstream = _downstream(context, candidates, tokenizer)
-    rotate = model if isinstance(model, Rotate) else None
-    widths = plans.widths if isinstance(plans, WidthPlans) else None
     return Experiment(
-        rotate, calibrate, spectra, widths, quantize, rtn, finetune, tuple(candidates), perplexity, distributions,
-        divergence, downstream, _decode(context, candidates),
-    )  # fmt: skip
+        rotate=model if isinstance(model, Rotate) else None,
+        calibrate=calibrate,
+        spectra=spectra,
+        widths=plans.widths if isinstance(plans, WidthPlans) else None,
+        quantize=quantize,
+        rtn=rtn,
+        finetune=finetune,
+        candidates=tuple(candidates),
+        perplexity=perplexity,
+        distributions=distributions,
+        divergence=_divergence(distributions, perplexity),
+        downstream=_downstream(context, candidates, tokenizer),
+        decode=_decode(context, candidates),
+    )
 
 
-def _calibrate(context: RunContext, model: ModelSource | Rotate, texts: Texts) -> Calibrate:
-    config = context.config
+def _calibrate(
+    context: RunContext, model: ModelSource | Rotate, texts: Texts, plans: Plans, is_kept: bool
+) -> Calibrate:
+    """The statistics that `plans` need."""
     return Calibrate(
-        model, texts.calibration, requested_statistics(context.plans), context.dtype, context.device, context.offload(),
-        input_roundings(context.plans) if config.calibration.round_inputs else None, context.keeps_statistics,
+        model=model,
+        text=texts.calibration,
+        statistics=requested_statistics(plans),
+        dtype=context.dtype,
+        device=context.device,
+        offload=context.offload(),
+        roundings=input_roundings(context.plans) if context.config.calibration.round_inputs else None,
+        is_kept=is_kept,
         ranks=context.ranks,
-    )  # fmt: skip
+    )
 
 
 def _sequentially(
@@ -172,10 +200,21 @@ def _sequentially(
     config = context.config
     transforms = tuple(part for part in config.quantize.transforms if isinstance(part, BlockTransform))
     return QuantizeSequentially(
-        model, texts.calibration, plans, _attention(context), transforms, config.seed, context.dtype, context.device,
-        tokenizer, context.offload(), "quantize", config.calibration.round_inputs, config.quantize.order,
+        model=model,
+        text=texts.calibration,
+        plans=plans,
+        attention=_attention(context),
+        transforms=transforms,
+        seed=config.seed,
+        dtype=context.dtype,
+        device=context.device,
+        tokenizer=tokenizer,
+        offload=context.offload(),
+        label="quantize",
+        round_inputs=config.calibration.round_inputs,
+        order=config.quantize.order,
         ranks=context.ranks,
-    )  # fmt: skip
+    )
 
 
 def _without_low_rank(context: RunContext, quantize: QuantizeStage) -> QuantizeStage:
@@ -190,24 +229,35 @@ def _without_low_rank(context: RunContext, quantize: QuantizeStage) -> QuantizeS
 
 def _width_plans(context: RunContext, model: ModelSource | Rotate, texts: Texts, budget_bits: float) -> WidthPlans:
     """The plans under quantize.budget_bits; losses are measured on the original model, whatever propagates errors."""
-    config, choices, offload = context.config, context.choices, context.offload()
+    config, choices = context.config, context.choices
     optional_rank = config.quantize.low_rank.optional
     measured = plans_to_measure(context.plans, choices, optional_rank)
     # The same as for quantization where blocks are independent of each other.
-    requested = requested_statistics(measured if config.quantize.propagates_error else context.plans)
-    roundings = input_roundings(context.plans) if config.calibration.round_inputs else None
-    calibrate = Calibrate(
-        model, texts.calibration, requested, context.dtype, context.device, offload, roundings, ranks=context.ranks
-    )
-    formats = tuple(config.formats[name] for name in config.quantize.widths)
+    needed = measured if config.quantize.propagates_error else context.plans
+    calibrate = _calibrate(context, model, texts, needed, is_kept=True)
     widths = MeasureWidths(
-        model, calibrate, measured, formats, texts.widths_WT, texts.calibration.batch_size,
-        config.seed, context.dtype, context.device, offload,
-    )  # fmt: skip
+        model=model,
+        calibration=calibrate,
+        plans=measured,
+        formats=tuple(config.formats[name] for name in config.quantize.widths),
+        windows_WT=texts.widths_WT,
+        batch_size=texts.calibration.batch_size,
+        seed=config.seed,
+        dtype=context.dtype,
+        device=context.device,
+        offload=calibrate.offload,
+    )
     return WidthPlans(
-        context.plans, choices, widths, budget_bits, config.quantize.tie_widths, True, context.summary.linears,
-        context.summary.blocks, optional_rank,
-    )  # fmt: skip
+        plans=context.plans,
+        choices=choices,
+        widths=widths,
+        budget_bits=budget_bits,
+        tied=config.quantize.tie_widths,
+        low_rank=True,
+        shapes=context.summary.linears,
+        blocks=context.summary.blocks,
+        optional_rank=optional_rank,
+    )
 
 
 def _attention(context: RunContext) -> dict[str, Any] | None:
@@ -317,11 +367,19 @@ def _downstream(
     tasks = task_fingerprint(task_files(settings))
     return {
         candidate.role: TaskAccuracy(
-            candidate, ", ".join(settings.tasks), tasks, settings.num_fewshot, settings.limit, settings.batch_size,
-            settings.max_length, context.config.seed, settings, tokenizer,
+            candidate=candidate,
+            title=", ".join(settings.tasks),
+            tasks=tasks,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            seed=context.config.seed,
+            settings=settings,
+            tokenizer=tokenizer,
         )
         for candidate in candidates
-    }  # fmt: skip
+    }
 
 
 def _decode(context: RunContext, candidates: list[Candidate]) -> dict[str, DecodeSpeed]:
