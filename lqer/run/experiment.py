@@ -7,33 +7,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lqer.checkpoint.load import load_verified, open_verified
-from lqer.config.schema import NOT_QUANTIZED, EvaluationConfig
-from lqer.evaluation.downstream import task_fingerprint
-from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
-from lqer.models.loaders import OpenedModel
-from lqer.models.open import load_whole
+from lqer.config.schema import NOT_QUANTIZED
 from lqer.models.source import ModelSource
-from lqer.models.streaming import open_model
-from lqer.report.environment import device_name
 from lqer.run.context import RunContext
-from lqer.run.texts import EvaluationText, Texts
+from lqer.run.evaluations import (
+    decode_speeds,
+    divergences,
+    original_candidate,
+    original_distributions,
+    perplexities,
+    quantized_candidate,
+    task_accuracies,
+)
+from lqer.run.texts import Texts
 from lqer.stages.allocate_ranks import BudgetedPlans, MeasureSpectra, Plans
 from lqer.stages.allocate_widths import WidthPlans
 from lqer.stages.base import Stage
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.divergence import OriginalDistributions, WindowDivergence
-from lqer.stages.evaluate import (
-    Candidate,
-    DecodeSpeed,
-    DocumentPerplexity,
-    Evaluation,
-    TaskAccuracy,
-    WindowPerplexity,
-    task_files,
-)
+from lqer.stages.evaluate import Candidate, DecodeSpeed, Evaluation, TaskAccuracy
 from lqer.stages.finetune import Finetune
 from lqer.stages.measure_widths import MeasureWidths, plans_to_measure
 from lqer.stages.plans import AnyPlans
@@ -151,15 +145,15 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
             device=device,
             device_map=config.device_map,
         )
-    candidates = [_quantized(context, "quantized", finetune or quantize)]
-    candidates += [_quantized(context, "rtn", rtn)] if rtn is not None else []
+    candidates = [quantized_candidate(context, "quantized", finetune or quantize)]
+    candidates += [quantized_candidate(context, "rtn", rtn)] if rtn is not None else []
     if "original" in config.evaluation.baselines:
-        original = _original(context)
+        original = original_candidate(context)
         # First where the others are compared with its distributions, so that two models are never in memory at once.
         first = config.evaluation.divergence is not None
         candidates = [original, *candidates] if first else [*candidates, original]
-    perplexity = {candidate.role: _perplexity(context, candidate, tokenizer, texts) for candidate in candidates}
-    distributions = _distributions(context, perplexity.get("original", []))
+    perplexity = {candidate.role: perplexities(context, candidate, tokenizer, texts) for candidate in candidates}
+    distributions = original_distributions(context, perplexity.get("original", []))
     return Experiment(
         rotate=model if isinstance(model, Rotate) else None,
         calibrate=calibrate,
@@ -171,9 +165,9 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
         candidates=tuple(candidates),
         perplexity=perplexity,
         distributions=distributions,
-        divergence=_divergence(distributions, perplexity),
-        downstream=_downstream(context, candidates, tokenizer),
-        decode=_decode(context, candidates),
+        divergence=divergences(distributions, perplexity),
+        downstream=task_accuracies(context, candidates, tokenizer),
+        decode=decode_speeds(context, candidates),
     )
 
 
@@ -265,129 +259,3 @@ def _attention(context: RunContext) -> dict[str, Any] | None:
     if quantize.attention == NOT_QUANTIZED:
         return None
     return {"format": context.config.formats[quantize.attention].to_dict(), "axis": quantize.attention_axis}
-
-
-def _arithmetic(context: RunContext) -> dict[str, Any]:
-    """What decides a model's outputs besides its weights."""
-    return {"dtype": context.dtype, "device": context.device, "blockwise": context.config.evaluation.blockwise}
-
-
-def _quantized(context: RunContext, role: str, stage: QuantizeStage | Finetune) -> Candidate:
-    config = context.config
-
-    def load(store: Store) -> PreTrainedModel | OpenedModel:
-        arguments = (stage.artifact(store), context.device, context.dtype, context.backend)
-        if config.evaluation.blockwise:
-            return open_verified(*arguments, context.offload())
-        return load_verified(*arguments, config.device_map, tokens_of_calls(config.evaluation))
-
-    made_from = {"checkpoint": stage, "backend": context.backend, **_arithmetic(context)}
-    return Candidate(role, made_from, load)
-
-
-def tokens_of_calls(evaluation: EvaluationConfig) -> tuple[int, ...]:
-    """Of a batch of windows, where nothing else is evaluated; () where calls differ."""
-    windows = evaluation.perplexity
-    if windows is None or windows.protocol not in WINDOWED_PROTOCOLS:
-        return ()
-    is_all = evaluation.downstream is None and not evaluation.decode_speed
-    return (windows.batch_size * windows.seq_len,) if is_all else ()
-
-
-def _original(context: RunContext) -> Candidate:
-    config = context.config
-
-    def load(store: Store) -> PreTrainedModel | OpenedModel:
-        if config.evaluation.blockwise:
-            return open_model(context.source, context.dtype, context.device, context.offload())
-        return load_whole(context.source, context.dtype, context.device, config.device_map)
-
-    return Candidate("original", {"model": context.source, **_arithmetic(context)}, load)
-
-
-def _title(text: EvaluationText, protocol: str) -> str:
-    return f"{text.spec.label} (protocol {protocol})"
-
-
-def _perplexity(
-    context: RunContext, candidate: Candidate, tokenizer: PreTrainedTokenizerBase, texts: Texts
-) -> list[Evaluation]:
-    settings = context.config.evaluation.perplexity
-    if settings is None:
-        return []
-    stages: list[Evaluation] = []
-    for text in texts.evaluation:
-        title = _title(text, settings.protocol)
-        if text.windows_WT is None:
-            stages.append(
-                DocumentPerplexity(candidate, title, text.documents, settings.seq_len, settings.batch_size, tokenizer)
-            )
-        else:
-            stages.append(WindowPerplexity(candidate, title, settings.protocol, text.windows_WT, settings.batch_size))
-    return stages
-
-
-def _distributions(context: RunContext, original: list[Evaluation]) -> list[OriginalDistributions]:
-    """Those of the original, on the windows of its perplexities."""
-    if (settings := context.config.evaluation.divergence) is None:
-        return []
-    windowed = [one for one in original if isinstance(one, WindowPerplexity)]
-    return [
-        OriginalDistributions(one.candidate, one.windows_WT, one.batch_size, settings.top_k, one, one.title)
-        for one in windowed
-    ]
-
-
-def _divergence(
-    distributions: list[OriginalDistributions], perplexity: dict[str, list[Evaluation]]
-) -> dict[str, list[WindowDivergence]]:
-    """Of the others, in the same order of texts."""
-    if not distributions:
-        return {}
-    windowed = {
-        role: [one for one in stages if isinstance(one, WindowPerplexity)]
-        for role, stages in perplexity.items()
-        if role != "original"
-    }
-    return {
-        role: [
-            WindowDivergence(own.candidate, stage.title, stage, own.protocol, own)
-            for stage, own in zip(distributions, stages, strict=True)
-        ]
-        for role, stages in windowed.items()
-    }
-
-
-def _downstream(
-    context: RunContext, candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, TaskAccuracy]:
-    settings = context.config.evaluation.downstream
-    if settings is None:
-        return {}
-    tasks = task_fingerprint(task_files(settings))
-    return {
-        candidate.role: TaskAccuracy(
-            candidate=candidate,
-            title=", ".join(settings.tasks),
-            tasks=tasks,
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            max_length=settings.max_length,
-            seed=context.config.seed,
-            settings=settings,
-            tokenizer=tokenizer,
-        )
-        for candidate in candidates
-    }
-
-
-def _decode(context: RunContext, candidates: list[Candidate]) -> dict[str, DecodeSpeed]:
-    """Of the original and, on kernels, of the checkpoint: emulation decodes weights anew for every token."""
-    config = context.config
-    on_one_gpu = context.device.type == "cuda" and config.device_map == "single" and not config.evaluation.blockwise
-    if not config.evaluation.decode_speed or not on_one_gpu:
-        return {}
-    roles = {"original", "quantized"} if context.backend == "triton" else {"original"}
-    hardware = device_name(context.device)
-    return {one.role: DecodeSpeed(one, hardware, hardware) for one in candidates if one.role in roles}

@@ -27,7 +27,7 @@ from lqer.models.reading import read_file
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.nn.attention import quantize_attention, quantized_attention
-from lqer.run.experiment import tokens_of_calls
+from lqer.run.evaluations import tokens_of_calls
 from lqer.run.preflight import CheckedRun
 from lqer.store.names import block_file, layers_file
 from lqer.store.store import partial_path

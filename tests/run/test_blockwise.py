@@ -16,9 +16,9 @@ def refuse_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("a model was loaded whole")
 
     for place in (
-        "lqer.run.experiment.load_whole",
+        "lqer.run.evaluations.load_whole",
         "lqer.models.streaming.load_model",
-        "lqer.run.experiment.load_verified",
+        "lqer.run.evaluations.load_verified",
     ):
         monkeypatch.setattr(place, refuse)
     monkeypatch.setattr(Streamed, "materialize", refuse)

@@ -16,8 +16,7 @@ from lqer.errors import ConfigError, ModelError
 from lqer.evaluation.perplexity import concat_windows
 from lqer.models.source import load_tokenizer, resolve_model
 from lqer.report.collect import collect
-from lqer.run import experiment as experiment_module
-from lqer.run import pipeline
+from lqer.run import evaluations, pipeline
 from lqer.stages import divergence as stages
 from lqer.stages import evaluate
 from lqer.store import store
@@ -85,7 +84,7 @@ def test_without_it_nothing_is_measured_and_collections_have_empty_columns(exper
 def test_the_original_is_measured_once_for_all_schemes(experiment, run, monkeypatch):
     run()
     (stored,) = experiment.output.glob("store/distribution-*")
-    monkeypatch.setattr(experiment_module, "load_whole", lambda *arguments: pytest.fail("the original was loaded"))
+    monkeypatch.setattr(evaluations, "load_whole", lambda *arguments: pytest.fail("the original was loaded"))
     other = run("--quantize.low_rank.rank=4", tag="other")
     assert list(experiment.output.glob("store/distribution-*")) == [stored]
     assert other["perplexity"][0]["divergence"]["quantized"]["kl_mean"] > 0

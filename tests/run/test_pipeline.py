@@ -22,7 +22,7 @@ from lqer.data.datasets import DatasetSpec, load_rows
 from lqer.errors import ConfigError, DataError, LqerError, ModelError, StoreError
 from lqer.evaluation.perplexity import concat_perplexity, concat_windows
 from lqer.results import PerplexityRow, Results
-from lqer.run import experiment as experiment_module
+from lqer.run import evaluations
 
 
 class TestWhatARunLeaves:
@@ -153,8 +153,8 @@ class TestWhatARunLeaves:
 class TestWhatIsNotDoneTwice:
     def test_a_second_run_makes_no_artifact_and_gives_the_same_results(self, run, monkeypatch):
         first = run()
-        monkeypatch.setattr(experiment_module, "load_whole", lambda *args: pytest.fail("a model was loaded"))
-        monkeypatch.setattr(experiment_module, "load_verified", lambda *args: pytest.fail("a checkpoint was loaded"))
+        monkeypatch.setattr(evaluations, "load_whole", lambda *args: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(evaluations, "load_verified", lambda *args: pytest.fail("a checkpoint was loaded"))
         second = run()
         for key in ("bits", "perplexity", "calibration", "layers", "baseline", "model"):
             assert second[key] == first[key]

@@ -1,11 +1,11 @@
-"""What a run does is decided by its configuration."""
+"""What a run evaluates is decided by its configuration."""
 
 from __future__ import annotations
 
 import pytest
 
 from lqer.config.schema import EvaluationConfig
-from lqer.run.experiment import tokens_of_calls
+from lqer.run.evaluations import tokens_of_calls
 
 WINDOWS = {"datasets": ["text.txt"], "seq_len": 512, "batch_size": 3}
 TASKS = {"tasks": ["arc_easy"]}
