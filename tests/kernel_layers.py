@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
-from lqer.formats import E8P, MXInt, NumberFormat, QuantizedTensor, Trellis
+from lqer.formats import E8P, Int, MXInt, NumberFormat, QuantizedTensor, Trellis
 from lqer.kernels import PackedLinear
 from lqer.transforms.hadamard import RandomHadamard, random_hadamard
 
@@ -20,6 +21,17 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16,)
 DTYPE = DTYPES[0]
+
+# Of the kernels in Gluon: where their tests run, formats and dtypes that they take, how far products may be off.
+on_hopper = pytest.mark.skipif(
+    not ON_GPU or torch.cuda.get_device_capability() != (9, 0), reason="kernels in Gluon have no interpreter"
+)
+GLUON_INTEGERS = [Int(4, 128), Int(4, 128, symmetric=True, scale_dtype="bfloat16"), Int(4, 256), Int(4, "row")]
+GLUON_BLOCKS = [MXInt(4), MXInt(4, 32), MXInt(4, 64), MXInt(4, 256), MXInt(4, levels="mid-rise")]
+GLUON_KINDS = [(kind, dtype) for kind in GLUON_INTEGERS for dtype in (torch.bfloat16, torch.float16)]
+GLUON_KINDS += [(kind, torch.bfloat16) for kind in GLUON_BLOCKS]
+# Of weights that are rounded to bfloat16 through two scales: next to ties they are rounded the other way.
+GLUON_TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 2e-6}
 
 
 @dataclass(frozen=True)

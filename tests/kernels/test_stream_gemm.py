@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_layers import ON_GPU, build_layer, random_input, relative_error
+from kernel_layers import GLUON_KINDS, GLUON_TOLERANCE, build_layer, on_hopper, random_input, relative_error
 
-from lqer.formats import Int, MXInt
+from lqer.formats import Int
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.stream_launch import run_stream
 from lqer.kernels.tuning import STREAM, STREAM_ROWS, StreamLaunch, stream_launch
 
-on_hopper = pytest.mark.skipif(
-    not ON_GPU or torch.cuda.get_device_capability() != (9, 0), reason="kernels in Gluon have no interpreter"
-)
-INTEGERS = [Int(4, 128), Int(4, 128, symmetric=True, scale_dtype="bfloat16"), Int(4, 256), Int(4, "row")]
-BLOCKS = [MXInt(4), MXInt(4, 32), MXInt(4, 64), MXInt(4, 256), MXInt(4, levels="mid-rise")]
-KINDS = [(kind, dtype) for kind in INTEGERS for dtype in (torch.bfloat16, torch.float16)]
-KINDS += [(kind, torch.bfloat16) for kind in BLOCKS]
-# Of weights that are rounded to bfloat16 through two scales: next to ties they are rounded the other way.
-TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 2e-6}
-
 
 @on_hopper
-@pytest.mark.parametrize(("number_format", "dtype"), KINDS, ids=str)
+@pytest.mark.parametrize(("number_format", "dtype"), GLUON_KINDS, ids=str)
 def test_products_are_those_of_rounded_weights(number_format, dtype):
     layer = build_layer(number_format, 200, 1040, bias=True, dtype=dtype)
     # Whole tiles, parts of tiles within and beyond a program, a turn each.
@@ -36,7 +26,7 @@ def test_products_are_those_of_rounded_weights(number_format, dtype):
             x_MI = random_input(tokens, 1040, dtype)
             launch = StreamLaunch(block_m, programs, 3, STREAM[block_m])
             y_MO = run_stream(x_MI, layer.packed, launch, torch.float32)
-            assert relative_error(y_MO, layer.exact(x_MI)) < TOLERANCE[dtype], (launch, tokens)
+            assert relative_error(y_MO, layer.exact(x_MI)) < GLUON_TOLERANCE[dtype], (launch, tokens)
     assert (layer.packed.workspace == 0).all()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_layers import ON_GPU, build_layer, random_input, relative_error
+from kernel_layers import GLUON_KINDS, GLUON_TOLERANCE, build_layer, on_hopper, random_input, relative_error
 
 from lqer.formats import Int, MXInt
 from lqer.kernels import packed_linear
@@ -17,19 +17,9 @@ from lqer.kernels.groups import GroupLayout
 from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.tuning import MOST_TALL_SPLITS, TALL_ROWS, TALL_STAGES, TallLaunch, tall_launch
 
-on_hopper = pytest.mark.skipif(
-    not ON_GPU or torch.cuda.get_device_capability() != (9, 0), reason="kernels in Gluon have no interpreter"
-)
-INTEGERS = [Int(4, 128), Int(4, 128, symmetric=True, scale_dtype="bfloat16"), Int(4, 256), Int(4, "row")]
-BLOCKS = [MXInt(4), MXInt(4, 32), MXInt(4, 64), MXInt(4, 256), MXInt(4, levels="mid-rise")]
-KINDS = [(kind, dtype) for kind in INTEGERS for dtype in (torch.bfloat16, torch.float16)]
-KINDS += [(kind, torch.bfloat16) for kind in BLOCKS]
-# Of weights that are rounded to bfloat16 through two scales: next to ties they are rounded the other way.
-TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 2e-6}
-
 
 @on_hopper
-@pytest.mark.parametrize(("number_format", "dtype"), KINDS, ids=str)
+@pytest.mark.parametrize(("number_format", "dtype"), GLUON_KINDS, ids=str)
 def test_products_are_those_of_rounded_weights(number_format, dtype):
     layer = build_layer(number_format, 200, 1040, bias=True, dtype=dtype)
     for whole, splits in ((0, 1), (1, 2), (0, 3)):
@@ -38,7 +28,7 @@ def test_products_are_those_of_rounded_weights(number_format, dtype):
             launch = TallLaunch(256, whole if splits > 1 else tiles, splits, TALL_STAGES)
             x_MI = random_input(tokens, 1040, dtype)
             y_MO = run_tall(x_MI, layer.packed, launch, torch.float32)
-            assert relative_error(y_MO, layer.exact(x_MI)) < TOLERANCE[dtype], (launch, tokens)
+            assert relative_error(y_MO, layer.exact(x_MI)) < GLUON_TOLERANCE[dtype], (launch, tokens)
     assert (layer.packed.workspace == 0).all()
 
 
