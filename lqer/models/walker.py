@@ -15,26 +15,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.models.calls import BlockCall, Comparison, Left, RecordedCalls
+from lqer.models.calls import Comparison, Left, RecordedCalls
 from lqer.models.files import reported_as
 from lqer.models.hidden import HiddenStates, new_states
 from lqer.models.loaders import OpenedModel
+from lqer.models.recorder import Recorder, replaced, set_return_type
 from lqer.nn.attention import attention_as
 from lqer.phases import in_phase
-
-# (batch, tokens, hidden size)
-HIDDEN_DIMENSIONS = 3
-# Of a block, such as hidden states, a recurrent state and attention weights; recorders return None for the others.
-MOST_RETURNED_VALUES = 3
 
 
 class BlockRun:
@@ -152,11 +147,11 @@ def logits_of_states(opened: OpenedModel, ids_BT: Tensor, states_BTD: Tensor, re
 
     returned_values: by each of the model's blocks, as in HiddenStates.
     """
-    recorders = [_Recorder(block) for block in opened.blocks]
+    recorders = [Recorder(block) for block in opened.blocks]
     for recorder in recorders:
         recorder.returned_values = returned_values
     recorders[-1].answer = states_BTD
-    with _replaced(opened.blocks, recorders):
+    with replaced(opened.blocks, recorders):
         return opened.model(input_ids=ids_BT.to(opened.device), use_cache=False).logits
 
 
@@ -167,58 +162,15 @@ def _block_runs(opened: OpenedModel, hidden: HiddenStates, blocks: int | None = 
         yield BlockRun(index, f"{opened.name}.{index}", block, hidden, opened.device)
 
 
-class _Recorder(nn.Module):
-    """Replaces a block: records how it is called and returns the hidden states it is given."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        # Models read attributes such as `attention_type` off their blocks; a tuple keeps the block from being a child.
-        self._block = (block,)
-        self.returned_values = 0
-        self.times_called = 0
-        # Returned instead of the given states, for a block that has been run already.
-        self.answer: Tensor | None = None
-        self.hidden: Tensor
-        self.call: BlockCall
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"][0], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args:
-            raise ModelError(
-                f"{type(self._block[0]).__name__} must receive hidden_states as its first positional argument"
-            )
-        self.times_called += 1
-        self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
-        output = args[0] if self.answer is None else self.answer
-        return (output, *(None,) * (self.returned_values - 1)) if self.returned_values else output
-
-
-@contextmanager
-def _replaced(blocks: nn.ModuleList, recorders: Sequence[nn.Module]) -> Iterator[None]:
-    originals = list(blocks)
-    try:
-        for index, recorder in enumerate(recorders):
-            blocks[index] = recorder
-        yield
-    finally:
-        for index, block in enumerate(originals):
-            blocks[index] = block
-
-
 @torch.no_grad()
 def run_one_block(opened: OpenedModel, index: int, ids_BT: Tensor, returned_values: int) -> Tensor:
     """What the model itself passes to the block after `index` when that block alone is run, the others skipped."""
-    recorders = [_Recorder(block) for block in opened.blocks]
+    recorders = [Recorder(block) for block in opened.blocks]
     for recorder in recorders:
         recorder.returned_values = returned_values
     modules: list[nn.Module] = [*recorders]
     modules[index] = opened.blocks[index]
-    with _replaced(opened.blocks, modules):
+    with replaced(opened.blocks, modules):
         opened.model.base_model(input_ids=ids_BT, use_cache=False)
     return recorders[index + 1].hidden
 
@@ -240,16 +192,16 @@ def embed(
     inside = f"{opened.name}."
     refuse_non_finite((name, tensor) for name, tensor in opened.model.named_parameters() if not name.startswith(inside))
     model, blocks, device, offload = opened.model, opened.blocks, opened.device, opened.offload
-    recorders = [_Recorder(block) for block in blocks]
+    recorders = [Recorder(block) for block in blocks]
     recorded = [RecordedCalls(offload) for _ in blocks]
     starts = list(itertools.accumulate((len(ids_BT) for ids_BT in batches), initial=0))
     gang, ours = opened.gang, opened.gang.share(range(len(batches)))
     first_window, windows = starts[ours[0]], starts[ours[-1] + 1] - starts[ours[0]]
     slices = [slice(starts[batch] - first_window, starts[batch + 1] - first_window) for batch in ours]
     hidden: HiddenStates | None = None
-    with _replaced(blocks, recorders), reported_as(f"model: {type(model).__name__} cannot be run block by block"):
+    with replaced(blocks, recorders), reported_as(f"model: {type(model).__name__} cannot be run block by block"):
         nn.Module.to(model, device)
-        _set_return_type(model, recorders, _inputs(model, batches[0][:1], beside[:1], device))
+        set_return_type(model, recorders, _inputs(model, batches[0][:1], beside[:1], device))
         of_one = [recorder.call for recorder in recorders]
         for place, batch in enumerate(ours):
             given = beside[starts[batch] : starts[batch + 1]]
@@ -301,45 +253,3 @@ def _inputs(
     for key, values in joined.items():
         joined[key] = values.to(device, model.dtype if values.is_floating_point() else None)
     return {"input_ids": ids_BT.to(device), **joined}
-
-
-def _set_return_type(model: PreTrainedModel, recorders: list[_Recorder], inputs: Mapping[str, Tensor]) -> None:
-    """Let recorders return a tensor or a tuple, whichever the model expects of its blocks.
-
-    Raises ModelError if the model changes the output of one block before it calls the next, or does not call each block
-    once: running the blocks one after another would then not be what the model computes.
-    """
-    name = type(model).__name__
-    changed, failure = False, Exception()
-    for returned_values in range(MOST_RETURNED_VALUES + 1):
-        for recorder in recorders:
-            recorder.returned_values, recorder.times_called = returned_values, 0
-        try:
-            model.base_model(**inputs, use_cache=False)
-        except ModelError:
-            raise
-        except Exception as error:  # whatever a model does with a tuple where it expects a tensor
-            if recorders[0].times_called == 0:
-                raise  # in the embedding, before any block was called
-            failure = error
-            continue
-        for index, recorder in enumerate(recorders):
-            if recorder.times_called != 1:
-                raise ModelError(
-                    f"model: {name} calls decoder block {index} {recorder.times_called} times in one pass, which is "
-                    "not supported"
-                )
-        if all(_same(recorder.hidden, recorders[0].hidden) for recorder in recorders):
-            if recorders[0].hidden.ndim != HIDDEN_DIMENSIONS:
-                shape = list(recorders[0].hidden.shape)
-                raise ModelError(f"model: the hidden states of {name} have shape {shape}, not (batch, tokens, size)")
-            return
-        changed = True
-    if not changed:
-        raise failure
-    raise ModelError(f"{name} changes the hidden states between its decoder blocks, which is not supported")
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal, where NaN equals NaN: broken weights are reported elsewhere, with the name of the linear."""
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

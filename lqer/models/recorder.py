@@ -1,0 +1,107 @@
+"""Recorders in the place of decoder blocks: how a model calls its blocks, without running them.
+
+A recorder returns the hidden states that it is given, alone or in a tuple, whichever the model expects of its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lqer.errors import ModelError
+from lqer.models.calls import BlockCall
+
+# (batch, tokens, hidden size)
+HIDDEN_DIMENSIONS = 3
+# Of a block, such as hidden states, a recurrent state and attention weights; recorders return None for the others.
+MOST_RETURNED_VALUES = 3
+
+
+class Recorder(nn.Module):
+    """Replaces a block: records how it is called and returns the hidden states it is given."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        # Models read attributes such as `attention_type` off their blocks; a tuple keeps the block from being a child.
+        self._block = (block,)
+        self.returned_values = 0
+        self.times_called = 0
+        # Returned instead of the given states, for a block that has been run already.
+        self.answer: Tensor | None = None
+        self.hidden: Tensor
+        self.call: BlockCall
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args:
+            raise ModelError(
+                f"{type(self._block[0]).__name__} must receive hidden_states as its first positional argument"
+            )
+        self.times_called += 1
+        self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
+        output = args[0] if self.answer is None else self.answer
+        return (output, *(None,) * (self.returned_values - 1)) if self.returned_values else output
+
+
+@contextmanager
+def replaced(blocks: nn.ModuleList, recorders: Sequence[nn.Module]) -> Iterator[None]:
+    originals = list(blocks)
+    try:
+        for index, recorder in enumerate(recorders):
+            blocks[index] = recorder
+        yield
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+
+
+def set_return_type(model: PreTrainedModel, recorders: list[Recorder], inputs: Mapping[str, Tensor]) -> None:
+    """Let recorders return a tensor or a tuple, whichever the model expects of its blocks.
+
+    Raises ModelError if the model changes the output of one block before it calls the next, or does not call each block
+    once: running the blocks one after another would then not be what the model computes.
+    """
+    name = type(model).__name__
+    changed, failure = False, Exception()
+    for returned_values in range(MOST_RETURNED_VALUES + 1):
+        for recorder in recorders:
+            recorder.returned_values, recorder.times_called = returned_values, 0
+        try:
+            model.base_model(**inputs, use_cache=False)
+        except ModelError:
+            raise
+        except Exception as error:  # whatever a model does with a tuple where it expects a tensor
+            if recorders[0].times_called == 0:
+                raise  # in the embedding, before any block was called
+            failure = error
+            continue
+        for index, recorder in enumerate(recorders):
+            if recorder.times_called != 1:
+                raise ModelError(
+                    f"model: {name} calls decoder block {index} {recorder.times_called} times in one pass, which is "
+                    "not supported"
+                )
+        if all(_same(recorder.hidden, recorders[0].hidden) for recorder in recorders):
+            if recorders[0].hidden.ndim != HIDDEN_DIMENSIONS:
+                shape = list(recorders[0].hidden.shape)
+                raise ModelError(f"model: the hidden states of {name} have shape {shape}, not (batch, tokens, size)")
+            return
+        changed = True
+    if not changed:
+        raise failure
+    raise ModelError(f"{name} changes the hidden states between its decoder blocks, which is not supported")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal, where NaN equals NaN: broken weights are reported elsewhere, with the name of the linear."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
