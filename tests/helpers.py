@@ -26,6 +26,7 @@ from lqer.errors import ConfigError
 from lqer.methods import LinearPlan
 from lqer.models.loaders import OpenedModel
 from lqer.models.structure import block_linears, find_blocks
+from lqer.models.walker import walk_blocks
 from lqer.stages.gather import CalibrationText, StatisticsOf
 from lqer.stages.quantize import finish_checkpoint, quantize_blocks
 from lqer.stages.quantize_linears import Order, QuantizeSettings
@@ -81,6 +82,17 @@ def build_gemma4(shared: int) -> Gemma4ForCausalLM:
 def resident(model: PreTrainedModel, device: str = "cpu") -> OpenedModel:
     """A model in memory as the stages take it."""
     return OpenedModel.resident(model, torch.device(device), Offload())
+
+
+def walk(model: nn.Module, windows_WT: Tensor, batch_size: int = 2) -> list[Tensor]:
+    """The outputs of the last block for every batch."""
+    opened = resident(model)
+    outputs: list[Tensor] = []
+    hook = opened.blocks[-1].register_forward_hook(lambda block, args, output: outputs.append(output))
+    for run in walk_blocks(opened, windows_WT, batch_size):
+        run.forward()
+    hook.remove()
+    return outputs
 
 
 def settings_for(
