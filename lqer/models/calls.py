@@ -1,14 +1,15 @@
 """The arguments that a model calls its decoder blocks with, recorded batch by batch.
 
 Most arguments are the same for all batches of one shape and are stored once. Those that differ are stored per batch, in
-memory or on disk. What blocks leave for later ones in lists and mappings among their arguments, such as the keys and
-values that several of them share, is handed on batch by batch.
+memory or on disk. What blocks leave for later ones is handed on batch by batch: in lists and mappings among their
+arguments, such as the keys and values that several of them share, and in what they return beside the hidden states,
+such as the tokens that an indexer has chosen for the attention of the next blocks.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping, MutableSequence
+from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +21,18 @@ from lqer.store.offload import Offload
 
 CPU = torch.device("cpu")
 
-# What blocks left for later ones, such as shared keys and values: content by the position or name of the argument.
-Left = dict[int | str, Any]
+
+@dataclass(frozen=True)
+class Returned:
+    """Stands, among the arguments of a block, for what another block returns at that place of a tuple."""
+
+    block: int
+    place: int
+
+
+# What blocks left for later ones: content of a list or mapping by the position or name of the argument, and what a
+# block returned.
+Left = dict[int | str | Returned, Any]
 
 
 @dataclass
@@ -48,32 +59,60 @@ class BlockCall:
         return BlockCall(args, kwargs, self.per_window)
 
     @property
-    def is_writable(self) -> bool:
-        """Whether a block could leave something for others in a list or mapping among its arguments."""
-        return bool(self._writable())
+    def may_hand_on(self) -> bool:
+        """Whether blocks could leave something for this one, or this one for others."""
+        return bool(self._writable() or self.returned)
+
+    @property
+    def returned(self) -> list[Returned]:
+        """The arguments that other blocks have returned."""
+        return [one for one in (*self.args, *self.kwargs.values()) if isinstance(one, Returned)]
 
     def put(self, left: Left, device: torch.device) -> None:
-        """Put what earlier blocks left into the lists and mappings among the arguments, tensors on the device."""
+        """Put what earlier blocks left into the arguments, tensors on the device."""
+        found = {one: _on(left[one], device) for one in self.returned}
+        self.args = tuple(found[one] if isinstance(one, Returned) else one for one in self.args)
+        self.kwargs |= {key: found[one] for key, one in self.kwargs.items() if isinstance(one, Returned)}
         for key, container in self._writable().items():
-            content = _moved(left.get(key, ()), device)
+            content = _on(_plain(left.get(key, ())), device)
             if isinstance(container, MutableMapping):
                 container.update(content)
             else:
                 container[:] = content or container
 
-    def left(self) -> Left:
-        """What this block and earlier ones left there, tensors on the CPU."""
-        return {key: _moved(container, CPU) for key, container in self._writable().items() if len(container)}
+    def left(self, recorded: BlockCall) -> Left:
+        """What this block and earlier ones left in lists and mappings of the recorded call, tensors on the CPU."""
+        given = recorded._writable()
+        return {
+            key: _on(_plain(container), CPU)
+            for key, container in self._writable().items()
+            if not _identical(_plain(container), _plain(given[key]))
+        }
 
     def _writable(self) -> dict[int | str, Any]:
         arguments: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         return {key: one for key, one in arguments if isinstance(one, MutableMapping | MutableSequence)}
 
 
-def _moved(container: Any, device: torch.device) -> Any:
-    """The content as a dictionary or list, its tensors on the device."""
-    plain = dict(container) if isinstance(container, Mapping) else list(container)
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, plain)
+def returned_by(values: Sequence[Any], next_call: BlockCall) -> Left:
+    """Of the values that a block has returned, those that the next one is called with, tensors on the CPU."""
+    return {one: _on(values[one.place], CPU) for one in next_call.returned}
+
+
+def _plain(container: Any) -> Any:
+    """The content as a dictionary or list."""
+    return dict(container) if isinstance(container, Mapping) else list(container)
+
+
+def _on(content: Any, device: torch.device) -> Any:
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, content)
+
+
+def _identical(content: Any, other: Any) -> bool:
+    """Whether both hold the very same objects."""
+    leaves, structure = tree_flatten(content)
+    others, other_structure = tree_flatten(other)
+    return structure == other_structure and all(a is b for a, b in zip(leaves, others, strict=True))
 
 
 class Comparison:

@@ -60,7 +60,7 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
         batches = windows_WT.split(BATCH_SIZE)
         hidden = embed(opened, batches)
         # Where blocks may hand something to later ones, which one block alone does not show, all are run.
-        hands_on = any(call.is_writable for calls in hidden.calls for call in calls)
+        hands_on = any(call.may_hand_on for calls in hidden.calls for call in calls)
         kinds = {index: others for index, *others in _by_kind(opened.blocks)}
         for index in range(len(opened.blocks)) if hands_on else kinds:
             run = BlockRun(index, f"{opened.name}.{index}", opened.blocks[index], hidden, CPU)

@@ -1,6 +1,7 @@
 """Recorders in the place of decoder blocks: how a model calls its blocks, without running them.
 
 A recorder returns the hidden states that it is given, alone or in a tuple, whichever the model expects of its blocks.
+What stands beside them in the tuple for other values tells which of these the model gives to later blocks.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.models.calls import BlockCall
+from lqer.models.calls import BlockCall, Returned
 
-# (batch, tokens, hidden size)
-HIDDEN_DIMENSIONS = 3
-# Of a block, such as hidden states, a recurrent state and attention weights; recorders return None for the others.
+# (batch, tokens, hidden size), or (batch, tokens, streams, hidden size) of hyper-connections
+HIDDEN_DIMENSIONS = (3, 4)
+# Of a block, such as hidden states, a recurrent state and attention weights.
 MOST_RETURNED_VALUES = 3
 
 
@@ -30,6 +31,8 @@ class Recorder(nn.Module):
         # Models read attributes such as `attention_type` off their blocks; a tuple keeps the block from being a child.
         self._block = (block,)
         self.returned_values = 0
+        # Its number, where `Returned` stands for values beside the hidden states; else None does.
+        self.number: int | None = None
         self.times_called = 0
         # Returned instead of the given states, for a block that has been run already.
         self.answer: Tensor | None = None
@@ -50,7 +53,10 @@ class Recorder(nn.Module):
         self.times_called += 1
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
         output = args[0] if self.answer is None else self.answer
-        return (output, *(None,) * (self.returned_values - 1)) if self.returned_values else output
+        if not self.returned_values:
+            return output
+        places = range(1, self.returned_values)
+        return (output, *(None if self.number is None else Returned(self.number, place) for place in places))
 
 
 @contextmanager
@@ -92,14 +98,44 @@ def set_return_type(model: PreTrainedModel, recorders: list[Recorder], inputs: M
                     "not supported"
                 )
         if all(_same(recorder.hidden, recorders[0].hidden) for recorder in recorders):
-            if recorders[0].hidden.ndim != HIDDEN_DIMENSIONS:
+            if recorders[0].hidden.ndim not in HIDDEN_DIMENSIONS:
                 shape = list(recorders[0].hidden.shape)
-                raise ModelError(f"model: the hidden states of {name} have shape {shape}, not (batch, tokens, size)")
+                raise ModelError(
+                    f"model: the hidden states of {name} have shape {shape}, not (batch, tokens, size) or (batch, "
+                    "tokens, streams, size)"
+                )
+            _find_returned(model, recorders, inputs)
             return
         changed = True
     if not changed:
         raise failure
     raise ModelError(f"{name} changes the hidden states between its decoder blocks, which is not supported")
+
+
+def _find_returned(model: PreTrainedModel, recorders: list[Recorder], inputs: Mapping[str, Tensor]) -> None:
+    """Let recorders return what stands for their other values, where the model gives some of these to later blocks.
+
+    Raises ModelError if it gives one to another block than the next.
+    """
+    if recorders[0].returned_values <= 1:
+        return
+    calls = [recorder.call for recorder in recorders]
+    for number, recorder in enumerate(recorders):
+        recorder.number = number
+    try:
+        model.base_model(**inputs, use_cache=False)
+        taken = [(number, one) for number, recorder in enumerate(recorders) for one in recorder.call.returned]
+    except Exception:  # whatever a model does with them where it expects None or a tensor
+        taken = []
+    if not taken:
+        for recorder, call in zip(recorders, calls, strict=True):
+            recorder.number, recorder.call = None, call
+    for number, one in taken:
+        if one.block != number - 1:
+            raise ModelError(
+                f"model: {type(model).__name__} calls decoder block {number} with what block {one.block} returns, "
+                "which is supported of the block before it alone"
+            )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -13,6 +13,8 @@ from lqer.models.files import reported_as
 from lqer.models.source import ModelSource, load_model_config
 from lqer.models.structure import block_linears, find_blocks, prepare_model
 
+# A key of config.json: how many hidden states a token has between two blocks.
+STREAMS = "hc_mult"
 # OPT's table has two rows that no position uses.
 MOST_EXTRA_POSITIONS = 8
 
@@ -33,7 +35,8 @@ class ModelSummary:
     outside: tuple[str, ...]
     # Whether attention goes through transformers' registry, where its operands can be quantized.
     attention_is_registered: bool
-    # Parameters of the largest block and of everything outside the blocks; size of a hidden state; vocabulary size.
+    # Parameters of the largest block and of everything outside the blocks; values of a token between two blocks, in all
+    # streams of hyper-connections; vocabulary size.
     block_parameters: int
     outside_parameters: int
     hidden_size: int
@@ -75,7 +78,7 @@ def summarize_model(source: ModelSource) -> ModelSummary:
         attention_is_registered=type(model)._can_set_attn_implementation(),
         block_parameters=max(map(_count, blocks)),
         outside_parameters=parameters - _count(blocks),
-        hidden_size=text_config.hidden_size,
+        hidden_size=text_config.hidden_size * getattr(text_config, STREAMS, 1),
         vocabulary=text_config.vocab_size,
         embedded_ids=cast(nn.Embedding, model.get_input_embeddings()).num_embeddings,
         max_positions=max_positions,

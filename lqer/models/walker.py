@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.models.calls import Comparison, Left, RecordedCalls
+from lqer.models.calls import Comparison, Left, RecordedCalls, returned_by
 from lqer.models.files import reported_as
 from lqer.models.hidden import HiddenStates, new_states
 from lqer.models.loaders import OpenedModel
@@ -64,14 +64,18 @@ class BlockRun:
 
     def differentiable_output(self, batch: int, hidden_BTD: Tensor) -> Tensor:
         """The output on hidden states in place of the batch's own, with a gradient where the caller enables it."""
-        call = self.hidden.calls[self.index][batch].to(self.device)
+        recorded = self.hidden.calls[self.index][batch]
+        call = recorded.to(self.device)
         call.put(self.hidden.left.get(batch, {}), self.device)
         with nullcontext() if self._attention is None else attention_as(self.block, self._attention):
             output = self.block(hidden_BTD, *call.args, **call.kwargs)
-        output_BTD = output[0] if isinstance(output, tuple | list) else output
+        values = output if isinstance(output, tuple | list) else (output,)
+        output_BTD = values[0]
         if not isinstance(output_BTD, Tensor) or output_BTD.shape != hidden_BTD.shape:
             raise ModelError(f"model: {self.name} does not return hidden states of the shape it receives")
-        self._left[batch] = call.left()
+        self._left[batch] = call.left(recorded)
+        if self.index + 1 < len(self.hidden.calls):
+            self._left[batch] |= returned_by(values, self.hidden.calls[self.index + 1][batch])
         return output_BTD
 
     def keep(self, batch: int, output_BTD: Tensor, to: HiddenStates | None = None) -> None:

@@ -75,6 +75,20 @@ def test_blocks_that_read_keys_and_values_of_others_are_walked_but_not_transform
             check_walk(source, whole_blocks=True)
 
 
+@pytest.mark.parametrize(("kind", "wrapper"), [("hy_v4", False), ("glm5_next", True)])
+def test_blocks_between_which_a_token_has_several_streams_are_walked(tmp_path, kind, wrapper):
+    build(tmp_path, kind, wrapper=wrapper)
+    assert check_walk(resolve_model(str(tmp_path)), whole_blocks=False) == []
+
+
+def test_blocks_that_attend_to_tokens_which_another_has_chosen_are_walked_but_not_transformed_as_a_whole(tmp_path):
+    build(tmp_path, "hy_v4", indexer_types=["full", "shared", "shared", "full"], index_topk=3)
+    source = resolve_model(str(tmp_path))
+    check_walk(source, whole_blocks=False)
+    with pytest.raises(ModelError, match="arguments that depend on the batch"):
+        check_walk(source, whole_blocks=True)
+
+
 def test_linears_that_no_text_reaches_are_returned(tmp_path):
     config = BartConfig(
         vocab_size=80, d_model=32, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=64, encoder_layers=1,

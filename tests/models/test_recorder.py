@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import UserDict
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lqer.errors import ModelError
 from lqer.models.loaders import OpenedModel
-from lqer.models.walker import embed
+from lqer.models.walker import embed, walk_blocks
 
 
 class Block(nn.Module):
@@ -134,6 +135,16 @@ class TestArgumentsOfBlocks:
         assert not shared
         assert torch.equal(torch.cat(walked), torch.cat([model(ids).logits for ids in windows_WT.split(2)]))
 
+    @pytest.mark.parametrize("mapping", [dict, UserDict])
+    def test_a_mapping_that_blocks_only_read_suits_any_windows(self, windows_WT, mapping):
+        tables = mapping(tables=(torch.ones(1, 4, 1), torch.zeros(1, 4, 1)))
+        opened = self.opened(lambda ids_BT: {"read": tables})
+        for block in opened.blocks:
+            block.forward = lambda hidden_BTD, read, block=block: block.linear(hidden_BTD) * read["tables"][0]
+        run = next(walk_blocks(opened, windows_WT, 2))
+        run.forward()
+        assert torch.equal(run.hidden.call_of_one(1).kwargs["read"]["tables"][0], torch.ones(1, 4, 1))
+
     def opened(self, arguments: Callable[[Tensor], dict]) -> OpenedModel:
         return resident(self.model(arguments))
 
@@ -151,11 +162,98 @@ def test_a_block_that_is_not_called_is_refused():
         walk(model, torch.ones(1, 3, dtype=torch.long))
 
 
-def test_hidden_states_of_four_dimensions_are_refused():
+def with_streams(*sizes: int) -> Model:
+    """A model whose blocks get hidden states (B, T, *sizes, 4), copies of the embedding."""
+    torch.manual_seed(0)
     model = Model(False, lambda block, hidden: block(hidden))
-    model.embedding = nn.Sequential(model.embedding, nn.Unflatten(-1, (1, 4)))
-    with pytest.raises(ModelError, match=r"hidden states of Model have shape \[1, 3, 1, 4\]"):
-        walk(model, torch.ones(1, 3, dtype=torch.long))
+    model.embedding = nn.Sequential(model.embedding, Streams(sizes))
+    return model
+
+
+class Streams(nn.Module):
+    def __init__(self, sizes: tuple[int, ...]):
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        streams = hidden_BTD[:, :, None] * torch.arange(1.0, 1 + math.prod(self.sizes))[:, None]
+        return streams.unflatten(2, self.sizes)
+
+
+def test_every_stream_of_a_token_is_handed_from_block_to_block():
+    model, ids_BT = with_streams(3), torch.randint(10, (5, 6), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(torch.cat(walk(model, ids_BT)), model(ids_BT).logits)
+
+
+def test_hidden_states_of_five_dimensions_are_refused():
+    with pytest.raises(ModelError, match=r"hidden states of Model have shape \[1, 3, 2, 2, 4\], not \(batch, tokens"):
+        walk(with_streams(2, 2), torch.ones(1, 3, dtype=torch.long))
+
+
+class TestWhatBlocksReturn:
+    """Blocks that return the ids of the tokens seen so far beside hidden states, and take those of the block before."""
+
+    @pytest.fixture
+    def windows_WT(self) -> Tensor:
+        return torch.randint(10, (5, 4), generator=torch.Generator().manual_seed(2))
+
+    def model(self, takes: Callable[[list[Any]], Any]) -> Model:
+        """takes: of what all blocks so far have returned, what the next one is called with."""
+        torch.manual_seed(0)
+        model = Model(True, lambda block, hidden: self.step(takes, block, hidden))
+        for block in model.blocks:
+            block.forward = partial(self.forward, block)
+        model.register_forward_pre_hook(lambda module, args: self.returned.clear())
+        return model
+
+    def step(self, takes: Callable[[list[Any]], Any], block: nn.Module, hidden_BTD: Tensor) -> Tensor:
+        hidden_BTD, returned = block(hidden_BTD, chosen=takes(self.returned))
+        self.returned.append(returned)
+        return hidden_BTD
+
+    def setup_method(self) -> None:
+        self.returned: list[Any] = []
+
+    @staticmethod
+    def forward(block: nn.Module, hidden_BTD: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
+        if chosen is None:
+            chosen = hidden_BTD.argmax(-1)
+        return hidden_BTD + block.linear(hidden_BTD) + chosen[..., None], chosen + 1
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("batch_size", [1, 2, 5])
+    def test_it_reaches_the_next_block_with_its_own_batch(self, windows_WT, batch_size):
+        model = self.model(lambda returned: returned[-1] if returned else None)
+        walked = [output[0] for output in walk(model, windows_WT, batch_size)]
+        assert torch.equal(torch.cat(walked), torch.cat([model(ids).logits for ids in windows_WT.split(batch_size)]))
+
+    def test_blocks_of_such_models_have_no_call_for_any_windows(self, windows_WT):
+        opened = resident(self.model(lambda returned: returned[-1] if returned else None))
+        run = next(walk_blocks(opened, windows_WT, 2))
+        run.forward()
+        with pytest.raises(ModelError, match="arguments that depend on the batch"):
+            run.hidden.call_of_one(1)
+
+    def test_what_no_block_is_called_with_is_not_kept(self, windows_WT):
+        run = next(walk_blocks(resident(self.model(lambda returned: None)), windows_WT, 2))
+        run.forward()
+        assert not any(run.hidden.left.values())
+        assert run.hidden.call_of_one(1).kwargs == {"chosen": None}
+
+    def test_a_model_that_gives_it_to_another_block_than_the_next_is_refused(self, windows_WT):
+        model = self.model(lambda returned: returned[0] if returned else None)
+        with pytest.raises(ModelError, match="Model calls decoder block 2 with what block 0 returns"):
+            walk(model, windows_WT)
+
+
+def test_a_model_that_computes_with_what_blocks_return_where_they_return_anything_is_walked():
+    model = Model(True, lambda block, hidden: added(*block(hidden)))
+    ids_BT = torch.randint(10, (2, 5))
+    assert torch.equal(walk(model, ids_BT)[0][0], model(ids_BT).logits)
+
+
+def added(hidden: Tensor, other: Tensor | None) -> Tensor:
+    return hidden if other is None else hidden + other.mean()
 
 
 @pytest.mark.parametrize("output", [None, {}, torch.zeros(1, 3, 2)])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from campaigns.tiny import build
 from transformers import AutoModelForCausalLM, JetMoeConfig
 
 from lqer.config import Config
@@ -57,6 +58,11 @@ def test_the_outline_is_that_of_the_model(architecture, random_model, tmp_path):
     }
     projections = ("model.decoder.project_out", "model.decoder.project_in") if architecture == "opt-350m" else ()
     assert summary.outside == (*projections, "lm_head")
+
+
+def test_a_token_has_the_values_of_all_its_streams_between_blocks(tmp_path):
+    build(tmp_path, "hy_v4", hc_mult=2)
+    assert summarize_model(resolve_model(str(tmp_path))).hidden_size == 2 * 64
 
 
 def test_what_cannot_be_quantized_is_refused_before_any_weight_is_read(tmp_path):
