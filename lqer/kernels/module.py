@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lqer.kernels.launch import prepare_tables
@@ -42,6 +43,11 @@ class TritonLinear(nn.Module):
             self._spec, self._dtype, weight, get("bias"), get("a_codes"), get("a_exponents"), get("b_codes"),
             get("b_exponents"), self.workspace, get("input_signs"), get("output_signs"),
         )  # fmt: skip
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the weight's shape and dtype, without values: some models read the dtype off their linears."""
+        return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) in the packed dtype -> (..., out_features)."""

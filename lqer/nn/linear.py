@@ -93,6 +93,11 @@ class HadamardLinear(nn.Module):
     def rotation(self) -> RandomHadamard:
         return RandomHadamard(self.input_signs, self.output_signs)
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the weight's shape and dtype, without values: some models read the dtype off their linears."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.input_signs.dtype, device="meta")
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) in the layer's dtype -> (..., out_features)."""
         return run_rotated(x, self.rotation, self.bias, self.inner)

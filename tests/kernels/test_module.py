@@ -130,3 +130,8 @@ def test_the_module_equals_the_function_and_its_state_dict_holds_every_tensor():
     assert torch.equal(module(x_MI), packed_linear(x_MI, layer.packed))
     assert module.state_dict().keys() == dict(module.named_buffers()).keys() != set()
     assert "rank=16" in repr(module)
+
+
+def test_the_module_tells_the_dtype_of_its_weight():
+    weight_OI = TritonLinear(build_layer(MXInt(4), 80, 128).packed).weight
+    assert (weight_OI.shape, weight_OI.dtype, weight_OI.is_meta) == ((80, 128), DTYPE, True)

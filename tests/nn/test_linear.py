@@ -87,6 +87,14 @@ def test_in_another_basis_all_that_is_rounded_is_rounded_there(parts, x, basis, 
     torch.testing.assert_close(layer(x).double(), basis.output(y_there) + b, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotated_linear_tells_the_dtype_of_its_weight(parts, basis, dtype):
+    w, b, *_ = parts.values()
+    layer = HadamardLinear(QuantizedLinear(w, None, None, None, None), basis, b).to(dtype)
+    assert (layer.weight.shape, layer.weight.dtype) == (w.shape, dtype)
+    assert layer.weight.is_meta
+
+
 def test_what_gathers_in_one_element_does_not_overflow_float16(basis):
     # V x of the first row of V is one element of length ‖x‖.
     x_I = 20000.0 * IN**0.5 * basis.input(torch.eye(IN))[:, 0]
