@@ -80,9 +80,12 @@ def turns_of(run: BlockRun) -> list[list[str]]:
     """The linears of a block by turn, found by running one batch; what that does not reach comes last, but experts."""
     turns: dict[str, list[str]] = {}
     turn_of: dict[str, str] = {}
-    reached = trace(run.block, lambda: run.output(0)).sites()
+    linears = block_linears(run.block)
+    # Routers, and what else is kept, are traced too.
+    traced = ([name for name in site if name in linears] for site in trace(run.block, lambda: run.output(0)).sites())
+    reached = [site for site in traced if site]
     seen = {name for site in reached for name in site}
-    for site in [*reached, *((name,) for name in block_linears(run.block) if name not in seen)]:
+    for site in [*reached, *([name] for name in linears if name not in seen)]:
         kinds = [re.sub(r"\d+", "#", name) for name in site]
         turn = turn_of.setdefault(kinds[0], kinds[0])
         turn_of |= dict.fromkeys(kinds, turn)
