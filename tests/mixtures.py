@@ -32,7 +32,7 @@ LATENT = {
 # gpt_oss: transposed, interleaved, with biases and sinks. deepseek, glm: a first layer without experts, then shared
 # ones, as in qwen2. gemma4: beside an MLP, and routed by other inputs than theirs. llama4: outside of transformers'
 # registry, transposed, the router's weights on the inputs. longcat: outside, too, and two of its six choices pass their
-# tokens on.
+# tokens on. hy_v4: two streams between blocks, the second of which attends to tokens that the first has chosen.
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 24, **SMALL},
@@ -48,6 +48,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "hidden_size_per_layer_input": 0,
         "head_dim": 16, "global_head_dim": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
         "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], **SMALL,
+    },
+    "hy_v4": {
+        **LATENT, "head_dim": 16, "hc_mult": 2, "n_shared_experts": 1, "index_n_heads": 8, "index_head_dim": 16,
+        "index_topk": 6, "num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"],
     },
     "llama4_text": {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
     "longcat_flash": {

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lqer.errors import ModelError
 from lqer.models.hidden import HiddenStates
@@ -88,7 +89,7 @@ def walk_backward(opened: OpenedModel, windows_WT: Tensor, batch_size: int, seed
         refuse_non_finite(block.named_parameters(f"{opened.name}.{index}"))
         states.append(states[0].empty_like())
         _run(opened, index, block, states).forward(to=states[-1])
-        if any(states[-1].left.values()):
+        if any(isinstance(one, Tensor) and one.is_floating_point() for one in tree_leaves(states[-1].left)):
             raise ModelError("model: gradients do not flow through what its decoder blocks leave for later ones")
     pinned = states[0].states_WTD.is_pinned()
     gradients_WTD = opened.offload.empty(states[0].states_WTD.shape, torch.float32, pinned)
@@ -119,10 +120,17 @@ def _loss_gradient(
 
 @contextmanager
 def _recorded(block: nn.Module, names: Iterable[str], calls: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
-    """While active, append the name, input and output of every call of the named linears to `calls`."""
+    """While active, append the name, input and output of every call of the named linears to `calls`.
+
+    Not of those whose output no gradient reaches, as in an indexer, which chooses tokens.
+    """
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, args, output: calls.append((name, args[0].detach(), output))
+        def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                calls.append((name, args[0].detach(), output))
+
+        return see
 
     hooks = [block.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:

@@ -1,14 +1,16 @@
 """Finds the parts of a model that are quantized: its decoder blocks and their linears.
 
 No architecture is named here. Decoder blocks are the largest ModuleList whose members the model declares as not to be
-split; the linears of a block are its nn.Linear modules, those of experts among them, but for routers.
+split; the linears of a block are its nn.Linear modules, those of experts among them, but for routers and what
+transformers keeps in float32.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +27,9 @@ from lqer.transforms.quarot import OnlineRotation, attach
 ONLINE_ROTATIONS = "online_rotations"
 # An attribute of modules: the names of their parameters and buffers that stay in float32, such as a router's.
 KEPT_IN_FLOAT32 = "kept_in_float32"
+# An attribute of linears that transformers' own quantizers leave as they are, too: those that it keeps in float32
+# beside some dtype of half precision, such as the one that weights an indexer's heads.
+KEPT_LINEAR = "kept_linear"
 
 
 # A parameter's full name, its values, and the class of its module.
@@ -53,6 +58,7 @@ def prepare_model(model: PreTrainedModel) -> None:
             linear.bias = module.bias
             model.set_submodule(name, linear)
     _mark_float32(model)
+    _mark_kept(model)
     split_experts(model)
     for name, heads in getattr(model.config, ONLINE_ROTATIONS, {}).items():
         attach(model.get_submodule(name), OnlineRotation(hadamard, heads))
@@ -60,12 +66,26 @@ def prepare_model(model: PreTrainedModel) -> None:
 
 def _mark_float32(model: PreTrainedModel) -> None:
     """Name to each module those of its tensors that transformers keeps in float32 beside a model of half precision."""
-    plan = model._get_dtype_plan(model.dtype)
-    pattern = re.compile("|".join(plan).replace("*", ".*"))
-    for name, module in model.named_modules() if plan else ():
+    is_kept = _kept_in_float32(model, model.dtype)
+    for name, module in model.named_modules():
         own = [key for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-        if kept := frozenset(key for key in own if pattern.search(f"{name}.{key}")):
+        if kept := frozenset(key for key in own if is_kept(f"{name}.{key}")):
             setattr(module, KEPT_IN_FLOAT32, kept)
+
+
+def _mark_kept(model: PreTrainedModel) -> None:
+    # What is quantized must not depend on the dtype, and beside float16 transformers keeps the most.
+    is_kept = _kept_in_float32(model, torch.float16)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_kept(f"{name}.weight"):
+            setattr(module, KEPT_LINEAR, True)
+
+
+def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether transformers keeps a tensor in float32, by its name, in a model of that dtype."""
+    plan = model._get_dtype_plan(dtype)
+    pattern = re.compile("|".join(plan).replace("*", ".*"))
+    return lambda name: bool(plan) and pattern.search(name) is not None
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -92,12 +112,16 @@ def largest_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of one block by their name within it, in the order of registration; not its routers."""
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """The linears of one block by their name within it, in the order of registration; not routers, nor kept ones."""
+    linears = {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and not hasattr(module, KEPT_LINEAR)
+    }
     for name, experts in experts_of(block).items():
         beside = name.rpartition(".")[0]
         for router in _routers(block.get_submodule(beside), choices(experts)):
-            del linears[f"{beside}.{router}".lstrip(".")]
+            linears.pop(f"{beside}.{router}".lstrip("."), None)
     return linears
 
 

@@ -10,9 +10,10 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import resident
+from helpers import build_gemma4, resident
 from mixtures import random_mixture
 
+from lqer.errors import ModelError
 from lqer.models.backward import walk_backward
 from lqer.models.source import resolve_model
 from lqer.models.streaming import open_model
@@ -47,9 +48,12 @@ def in_one_pass(model, windows_WT):
         log_p_TV = model(ids_BT, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
         generator = torch.Generator().manual_seed(5 + batch)
         drawn_T1 = torch.multinomial(log_p_TV.detach().exp(), 1, generator=generator)
-        gradients = torch.autograd.grad(-log_p_TV.gather(1, drawn_T1).sum(), [y for _, y in calls.values()])
-        for (key, (x, _)), gradient in zip(calls.items(), gradients, strict=True):
-            found[key].append((x.detach().view(*ids_BT.shape, -1), gradient.view(*ids_BT.shape, -1)))
+        # Not those of an indexer, nor of experts, which see a part of the tokens.
+        differentiable = {key: call for key, call in calls.items() if call[1].requires_grad and ".experts." not in key}
+        outputs = [y for _, y in differentiable.values()]
+        gradients = torch.autograd.grad(-log_p_TV.gather(1, drawn_T1).sum(), outputs)
+        for (key, (x, _)), gradient in zip(differentiable.items(), gradients, strict=True):
+            found[key].append((x.detach().view(*ids_BT.shape, -1), gradient.reshape(*ids_BT.shape, -1)))
     for hook in hooks:
         hook.remove()
     return {name: tuple(map(torch.cat, zip(*pairs, strict=True))) for name, pairs in found.items()}
@@ -63,6 +67,22 @@ def test_gradients_of_every_linear_are_those_of_the_whole_model(random_model, wi
     for name, pair in expected.items():
         for ours, theirs in zip(found[name], pair, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_gradients_pass_blocks_that_attend_to_tokens_which_another_has_chosen(windows_WT):
+    model = random_mixture("hy_v4")
+    prepare_model(model)
+    expected, found = in_one_pass(model, windows_WT[:2]), block_by_block(resident(model), windows_WT[:2])
+    attention = [name for name in expected if "self_attn" in name]
+    assert len(attention) == 3 * 6
+    for name in attention:
+        for ours, theirs in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_a_model_whose_blocks_share_keys_and_values_is_refused(windows_WT):
+    with pytest.raises(ModelError, match="gradients do not flow through what its decoder blocks leave"):
+        block_by_block(resident(build_gemma4(shared=3)), windows_WT)
 
 
 def test_a_model_that_is_read_block_by_block_has_the_same_gradients(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,18 @@ def test_the_outline_is_that_of_the_model(architecture, random_model, tmp_path):
 def test_a_token_has_the_values_of_all_its_streams_between_blocks(tmp_path):
     build(tmp_path, "hy_v4", hc_mult=2)
     assert summarize_model(resolve_model(str(tmp_path))).hidden_size == 2 * 64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_linears_that_transformers_keeps_in_float32_are_not_quantized_whatever_the_dtype(tmp_path, dtype):
+    """Those of bfloat16 (HY-V4), and of float16 alone (GLM-5)."""
+    for kind in ("hy_v4", "glm_moe_dsa"):
+        build(tmp_path / kind, kind)
+        config = json.loads((tmp_path / kind / "config.json").read_text())
+        (tmp_path / kind / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+        summary = summarize_model(resolve_model(str(tmp_path / kind)))
+        assert "model.layers.0.self_attn.indexer.weights_proj" in summary.outside
+        assert "model.layers.0.self_attn.indexer.wk" in summary.linears
 
 
 def test_what_cannot_be_quantized_is_refused_before_any_weight_is_read(tmp_path):

@@ -48,6 +48,17 @@ def test_turns_are_input_sites_in_the_order_of_their_calls(architecture, random_
     assert [sorted(turn) for turn in turns_of(block_run)] == [sorted(turn) for turn in TURNS[architecture]]
 
 
+@pytest.mark.parametrize("kind", ["qwen2_moe", "hy_v4"])
+def test_every_linear_that_is_quantized_has_a_turn_and_no_other(kind, windows_WT):
+    """Not the gate of a shared expert, nor what weights the heads of an indexer."""
+    model = random_mixture(kind)
+    prepare_model(model)
+    for run in walk_blocks(resident(model), windows_WT, 2):
+        turns = turns_of(run)
+        assert sorted(name for turn in turns for name in turn) == sorted(block_linears(run.block))
+        run.forward()
+
+
 def test_experts_take_their_turn_together_and_what_is_not_reached_comes_last(random_model, windows_WT):
     class Experts(torch.nn.Module):
         def __init__(self):
