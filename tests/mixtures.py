@@ -33,6 +33,7 @@ LATENT = {
 # ones, as in qwen2. gemma4: beside an MLP, and routed by other inputs than theirs. llama4: outside of transformers'
 # registry, transposed, the router's weights on the inputs. longcat: outside, too, and two of its six choices pass their
 # tokens on. hy_v4: two streams between blocks, the second of which attends to tokens that the first has chosen.
+# deepseek_v4: two streams, too, tokens whose experts a table names, and a projection of two groups of heads.
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 24, **SMALL},
@@ -48,6 +49,14 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "hidden_size_per_layer_input": 0,
         "head_dim": 16, "global_head_dim": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
         "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], **SMALL,
+    },
+    "deepseek_v4": {
+        "hc_mult": 2, "o_groups": 2, "o_lora_rank": 16, "n_routed_experts": 4, "q_lora_rank": 16, "head_dim": 16,
+        "intermediate_size": 160, "num_hidden_layers": 3, "num_key_value_heads": 1, "sliding_window": 6,
+        "index_n_heads": 8, "index_head_dim": 16, "index_topk": 64,
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "compressed_sparse", "heavily_compressed")],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
     },
     "hy_v4": {
         **LATENT, "head_dim": 16, "hc_mult": 2, "n_shared_experts": 1, "index_n_heads": 8, "index_head_dim": 16,

@@ -61,6 +61,8 @@ class Fp8:
         return codes
 
     def decode(self, codes: Tensor, scales: Tensor, piece: Piece | None) -> Tensor:
+        if piece is not None and piece.groups:
+            return piece.of(self.decode(codes, scales, None))
         if piece is not None:
             expert_scales = scales[piece.expert] if scales.ndim == codes.ndim else scales
             values = self.decode(codes[piece.expert], expert_scales, None)

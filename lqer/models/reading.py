@@ -52,7 +52,8 @@ class Place:
 class StoredTensor:
     """The place of a parameter's values: transposed in GPT-2's Conv1D, a piece of an expert's.
 
-    piece: of a stack, of which its expert alone is read. nbytes: as stored. scales: the place of the scales of codes.
+    piece: of a stack, of which its expert alone is read, or of a matrix, which is read whole. nbytes: as stored.
+    scales: the place of the scales of codes.
     """
 
     place: Place
@@ -63,7 +64,9 @@ class StoredTensor:
     scales: Place | None = None
 
     def values(self, stored: Tensor, scales: Tensor | None) -> Tensor | Encoded:
-        piece = self.piece and replace(self.piece, expert=0)
+        piece = self.piece
+        if piece is not None and self.place.expert is not None:
+            piece = replace(piece, expert=0)
         if self.scheme is not None and scales is not None:
             return Encoded(self.scheme, stored, scales, piece)
         if piece is not None:

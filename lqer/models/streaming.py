@@ -148,8 +148,8 @@ def _match(
 def _stored(file: Path, header: Header, name: str, piece: Piece | None, transposed: bool = False) -> StoredTensor:
     """piece: of the stack of that name, of which one expert is read."""
     size = tensor_bytes(header, name)
-    if piece is None:
-        return StoredTensor(Place(file, name), size, transposed)
+    if piece is None or piece.groups:
+        return StoredTensor(Place(file, name), size, transposed, piece)
     experts = header.shapes[name][0]
     return StoredTensor(Place(file, name, piece.expert), size // experts, transposed, piece)
 

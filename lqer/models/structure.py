@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lqer.errors import ModelError
 from lqer.models.wrappers import beside_the_language_model
 from lqer.nn.experts import choices, experts_of
+from lqer.nn.grouped import split_groups
 from lqer.nn.stacked import split_experts
 from lqer.transforms.hadamard import hadamard
 from lqer.transforms.quarot import OnlineRotation, attach
@@ -43,8 +44,9 @@ KEPT = nn.Conv1d
 def prepare_model(model: PreTrainedModel) -> None:
     """Replace other linear modules by nn.Linear, split experts, have all linears called, attach online rotations.
 
-    GPT-2's Conv1D is a linear whose weight is stored transposed; experts are stacked (lqer/nn/stacked.py). In a rotated
-    model (lqer/stages/rotate.py) the inputs of the linears that its config.json names are rotated at run time.
+    GPT-2's Conv1D is a linear whose weight is stored transposed; experts are stacked (lqer/nn/stacked.py), and the
+    projections of groups in one matrix (lqer/nn/grouped.py). In a rotated model (lqer/stages/rotate.py) the inputs of
+    the linears that its config.json names are rotated at run time.
     """
     for module in model.modules():
         if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
@@ -60,6 +62,7 @@ def prepare_model(model: PreTrainedModel) -> None:
     _mark_float32(model)
     _mark_kept(model)
     split_experts(model)
+    split_groups(model)
     for name, heads in getattr(model.config, ONLINE_ROTATIONS, {}).items():
         attach(model.get_submodule(name), OnlineRotation(hadamard, heads))
 

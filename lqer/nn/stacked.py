@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lqer.nn.experts import IMPLEMENTATION, Expert, Experts
+from lqer.nn.grouped import grouped
 from lqer.nn.unregistered import adopt, registered_class
 
 # Attributes that transformers gives every module of its experts registry.
@@ -42,15 +43,22 @@ def unregistered(model: nn.Module) -> Iterator[tuple[str, Experts]]:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where the weight or bias of one expert's linear is in a stacked parameter. half: 0 the gate's, 1 up's, or all."""
+    """Where the weight or bias of one expert's linear is in a stacked parameter. half: 0 the gate's, 1 up's, or all.
+
+    groups: 0 of a stack; else the parameter is a matrix that holds so many below each other, and `expert` is the number
+    of a group.
+    """
 
     expert: int
     half: int | None
     is_transposed: bool
     is_concatenated: bool
+    groups: int = 0
 
     def of(self, stacked: Tensor) -> Tensor:
         """A view of the weight (O, I) or bias (O,)."""
+        if self.groups:
+            return stacked.chunk(self.groups)[self.expert]
         part = stacked[self.expert].T if self.is_transposed else stacked[self.expert]
         if self.half is None:
             return part
@@ -72,8 +80,15 @@ def pieces(experts: Experts, parameter: str) -> dict[str, Piece]:
 
 
 def stacks(model: nn.Module) -> dict[str, dict[str, Piece]]:
-    """The pieces of every stacked parameter of a model that is not split yet, both by full names."""
-    return {
+    """The pieces of every stacked parameter of a model that is not split yet, both by full names.
+
+    Those of projections of groups are among them (lqer/nn/grouped.py).
+    """
+    of_groups = {
+        f"{name}.weight": {f"{name}.{i}.weight": Piece(i, None, False, True, groups) for i in range(groups)}
+        for name, _, groups in grouped(model)
+    }
+    return of_groups | {
         f"{name}.{parameter}": {f"{name}.{key}": piece for key, piece in pieces(experts, parameter).items()}
         for name, experts in _stacked(model)
         for parameter in _parameters(experts)

@@ -71,6 +71,7 @@ _SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_s
 _EXPERTS = {"enable_moe_block": True, "top_k_experts": 2}
 # Ids that the code of some wrappers reads and their configurations do not have by default.
 _STARTS = {"vision_start_token_id": 1, "audio_start_token_id": 2}
+_ATTENTIONS = ["sliding", "compressed_sparse", "heavily_compressed", "compressed_sparse"]
 # What else an architecture needs to be small, or to be in proportion: little that is not a linear. By model_type.
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
@@ -78,6 +79,10 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "big_bird": {"num_hidden_layers": 8},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "deepseek_v4": {"hc_mult": 2, "o_groups": 2, "o_lora_rank": 32, "n_routed_experts": 8, "moe_intermediate_size": 96,
+                    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+                    "layer_types": [f"{kind}_attention" for kind in _ATTENTIONS],
+                    "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]},
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32], "moe_num_experts": 4, "moe_k": 2,
                              "rope_parameters": _sections(3, 3, 2)},

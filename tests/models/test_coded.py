@@ -115,6 +115,16 @@ def test_codes_are_read_block_by_block_as_transformers_dequantizes_them(way, dty
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_codes_of_a_projection_of_groups_are_read_for_each_group(tmp_path):
+    """In bfloat16 alone: of DeepSeek-V4, transformers decodes experts to no other dtype."""
+    folder = write(tmp_path, "deepseek_v4", to_fp8(8, 16), fp8((8, 16)))
+    expected = dict(of_transformers(folder, torch.bfloat16).named_parameters())
+    read = dict(parameters_block_by_block(folder, torch.bfloat16))
+    assert read.keys() == expected.keys()
+    assert {"model.layers.0.self_attn.o_a_proj.0.weight", "model.layers.0.self_attn.o_a_proj.1.weight"} < read.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in read.items())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_gpu_decodes_to_the_same_values(way, tmp_path):

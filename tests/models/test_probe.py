@@ -75,7 +75,7 @@ def test_blocks_that_read_keys_and_values_of_others_are_walked_but_not_transform
             check_walk(source, whole_blocks=True)
 
 
-@pytest.mark.parametrize(("kind", "wrapper"), [("hy_v4", False), ("glm5_next", True)])
+@pytest.mark.parametrize(("kind", "wrapper"), [("deepseek_v4", False), ("hy_v4", False), ("glm5_next", True)])
 def test_blocks_between_which_a_token_has_several_streams_are_walked(tmp_path, kind, wrapper):
     build(tmp_path, kind, wrapper=wrapper)
     assert check_walk(resolve_model(str(tmp_path)), whole_blocks=False) == []

@@ -19,9 +19,12 @@ from lqer.nn.experts import count, experts_of, routes
 CPU = torch.device("cpu")
 TRANSPOSED = ("gpt_oss", "llama4_text")
 # Products, or what is passed on, are summed in another order.
-REORDERED = (*TRANSPOSED, "longcat_flash", "hy_v4")
-# Of hyper-connections, and of an indexer.
-BESIDE_EXPERTS = ("_hc.fn", "indexer.weights_proj.weight")
+REORDERED = (*TRANSPOSED, "longcat_flash", "deepseek_v4", "hy_v4")
+# Of hyper-connections, of an indexer, and of what compresses keys and values.
+BESIDE_EXPERTS = (
+    "_hc.fn", "indexer.weights_proj.weight", "scorer.weights_proj.weight", "position_bias",
+    *(f"{part}.{name}_proj.weight" for part in ("compressor", "indexer") for name in ("kv", "gate")),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
@@ -118,6 +121,10 @@ def put_into(model: nn.Module, loaded: nn.Module) -> None:
         if not hasattr(module, "low_rank_a"):
             continue
         weight_OI = module.weight + (module.low_rank_a @ module.low_rank_b).T
+        owner, _, group = name.rpartition(".")
+        if group.isdigit():
+            model.get_submodule(owner).weight.chunk(model.config.o_groups)[int(group)].copy_(weight_OI)
+            continue
         before, _, rest = name.partition(".experts.")
         index, _, leaf = rest.partition(".")
         if not index.isdigit():
