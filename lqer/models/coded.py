@@ -2,12 +2,14 @@
 
     quant_method   stored                                            stands for
     fp8            X float8 (.., O, I), X_scale_inv (.., G, H)       X = code times the scale of its block
+                   X int8 (.., O, I / 2), X_scale_inv (.., G, H)     the same of E2M1, two codes a byte, as in mxfp4
     mxfp4          X_blocks uint8 (E, O, G, 16), X_scales (E, O, G)  X (E, I, O), I = 32 G, two codes a byte, the first
                                                                      in its low half, times 2^(scale - 127)
 
-Scales of one byte are exponents there too. Blocks of FP8 are as config.json says (`weight_block_size`), the last ones
-cut off where the matrix ends. Where the scales are not of such blocks, they divide the matrix evenly: one for all of
-it, or one for every 32 values of a row. transformers knows only blocks that divide evenly.
+Mistral and DeepSeek-V4 have names of their own for scales. Scales of one byte are exponents there too. Blocks of FP8
+are as config.json says (`weight_block_size`), the last ones cut off where the matrix ends. Where the scales are not of
+such blocks, they divide the matrix evenly: one for all of it, or one for every 32 values of a row. transformers knows
+only blocks that divide evenly.
 
 Shapes: E experts, O out_features, I in_features, G and H rows and columns of the grid of scales.
 """
@@ -28,8 +30,9 @@ from lqer.nn.stacked import Piece
 
 QUANTIZATION_CONFIG = "quantization_config"
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
-# Of FP8, after the name of the codes; Mistral's spelling, which stands before "weight", is another.
-SCALE_SUFFIX, MISTRAL_SCALE = "_scale_inv", ".qscale_weight"
+FP4_DTYPE = "I8"
+# Of FP8, after the name of the codes; others stand in the place of "weight", Mistral's and DeepSeek-V4's.
+SCALE_SUFFIX, OTHER_SCALES = "_scale_inv", (".qscale_weight", ".scale")
 # Of inputs that would be rounded by fixed scales. Here inputs are not rounded.
 INPUT_SCALES = "activation_scale"
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -67,12 +70,26 @@ class Fp8:
             expert_scales = scales[piece.expert] if scales.ndim == codes.ndim else scales
             values = self.decode(codes[piece.expert], expert_scales, None)
             return replace(piece, expert=0).of(values[None])
-        scales = _scale_values(scales)
+        scales, shape = _scale_values(scales), self.shape(tuple(codes.shape))
         if scales.numel() > 1:
-            rows, columns = blocks_of(codes.shape, scales.shape, self.block)
-            scales = scales.repeat_interleave(rows, -2)[..., : codes.shape[-2], :]
-            scales = scales.repeat_interleave(columns, -1)[..., : codes.shape[-1]]
-        return codes.to(torch.float32) * scales
+            rows, columns = blocks_of(shape, scales.shape, self.block)
+            scales = scales.repeat_interleave(rows, -2)[..., : shape[-2], :]
+            scales = scales.repeat_interleave(columns, -1)[..., : shape[-1]]
+        return self.unscaled(codes) * scales
+
+    def unscaled(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Fp4(Fp8):
+    """Values of E2M1, with scales as FP8 has them."""
+
+    def shape(self, codes: tuple[int, ...]) -> tuple[int, ...]:
+        return (*codes[:-1], VALUES_OF_A_BYTE * codes[-1])
+
+    def unscaled(self, codes: Tensor) -> Tensor:
+        return _e2m1(codes.view(torch.uint8))
 
 
 @dataclass(frozen=True)
@@ -88,10 +105,14 @@ class Mxfp4:
             # Codes are stored by outputs, while the stack that they stand for is transposed.
             rows = replace(piece, is_transposed=False)
             codes, scales = rows.of(codes), rows.of(scales)
-        table = torch.tensor(E2M1, device=codes.device)
-        halves = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2)
-        values = (table[halves.int()] * _scale_values(scales).unsqueeze(-1)).flatten(-2)
+        values = (_e2m1(codes) * _scale_values(scales).unsqueeze(-1)).flatten(-2)
         return values if piece is not None else values.transpose(-1, -2)
+
+
+def _e2m1(codes: Tensor) -> Tensor:
+    """The values (.., 2 n) of bytes (.., n), uint8, the first in the low half of each."""
+    table = torch.tensor(E2M1, device=codes.device)
+    return table[torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2).int()]
 
 
 def _scale_values(scales: Tensor) -> Tensor:
@@ -154,7 +175,7 @@ def coded_tensors(config: PreTrainedConfig, headers: Collection[Header]) -> dict
     if quantization["quant_method"] == "mxfp4":
         return dict(_mxfp4(shapes))
     block = quantization.get("weight_block_size")
-    return dict(_fp8(shapes, dtypes, Fp8(tuple(block) if block else None)))
+    return dict(_fp8(shapes, dtypes, tuple(block) if block else None))
 
 
 def _mxfp4(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Coded]]:
@@ -168,13 +189,17 @@ def _mxfp4(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Coded]]
             yield name, Coded(codes, scales, scheme, scheme.shape(shape))
 
 
-def _fp8(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], scheme: Fp8) -> Iterator[tuple[str, Coded]]:
-    for codes, shape in shapes.items():
-        if dtypes[codes] not in FP8_DTYPES:
+def _fp8(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], block: tuple[int, int] | None
+) -> Iterator[tuple[str, Coded]]:
+    for codes, stored in shapes.items():
+        if dtypes[codes] not in (*FP8_DTYPES, FP4_DTYPE):
             continue
-        names = (f"{codes}{SCALE_SUFFIX}", f"{codes.removesuffix('.weight')}{MISTRAL_SCALE}")
+        names = (f"{codes}{SCALE_SUFFIX}", *(f"{codes.removesuffix('.weight')}{scale}" for scale in OTHER_SCALES))
         if (scales := next((name for name in names if name in shapes), None)) is None:
             continue
+        scheme = Fp4(block) if dtypes[codes] == FP4_DTYPE else Fp8(block)
+        shape = scheme.shape(stored)
         if any(size > 1 for size in shapes[scales]):
             try:
                 blocks_of(shape, shapes[scales], scheme.block)

@@ -68,6 +68,25 @@ def to_mxfp4(tensors: Tensors) -> Tensors:
     return found
 
 
+def to_deepseek_v4(tensors: Tensors) -> Tensors:
+    """Encodes as DeepSeek-V4 is published: experts in FP4, a scale for 32 values, and linears of attention in FP8."""
+    generator, found = torch.Generator().manual_seed(0), dict(tensors)
+    for name, weight in tensors.items():
+        linear, _, leaf = name.rpartition(".")
+        kind = linear.rpartition(".")[2]
+        if leaf != "weight" or kind not in ("wq_a", "wq_b", "wo_a", "wo_b", "w1", "w2", "w3"):
+            continue
+        rows, columns = weight.shape
+        grid = (rows, columns // 32) if ".experts." in name else (rows // 8, columns // 16)
+        exponents = torch.randint(118, 122, grid, generator=generator).to(torch.uint8)
+        found[f"{linear}.scale"] = exponents.view(torch.float8_e8m0fnu)
+        if ".experts." in name:
+            found[name] = torch.randint(-128, 128, (rows, columns // 2), generator=generator, dtype=torch.int8)
+        else:
+            found[name] = (weight / 2**-8).to(torch.float8_e4m3fn)
+    return found
+
+
 def of_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model that transformers dequantizes, its experts split as ours are."""
     quantization = AutoConfig.from_pretrained(folder).quantization_config
@@ -115,14 +134,17 @@ def test_codes_are_read_block_by_block_as_transformers_dequantizes_them(way, dty
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_codes_of_a_projection_of_groups_are_read_for_each_group(tmp_path):
-    """In bfloat16 alone: of DeepSeek-V4, transformers decodes experts to no other dtype."""
-    folder = write(tmp_path, "deepseek_v4", to_fp8(8, 16), fp8((8, 16)))
+def test_deepseek_v4_is_read_as_it_is_published(tmp_path):
+    """In bfloat16 alone, since transformers decodes its experts to no other dtype."""
+    folder = write(tmp_path, "deepseek_v4", to_deepseek_v4, fp8((8, 16)) | {"scale_fmt": "ue8m0"})
+    stored = {str(tensor.dtype) for tensor in load_file(folder / FILE).values()}
+    assert stored >= {"torch.int8", "torch.float8_e4m3fn", "torch.float8_e8m0fnu"}
     expected = dict(of_transformers(folder, torch.bfloat16).named_parameters())
     read = dict(parameters_block_by_block(folder, torch.bfloat16))
     assert read.keys() == expected.keys()
     assert {"model.layers.0.self_attn.o_a_proj.0.weight", "model.layers.0.self_attn.o_a_proj.1.weight"} < read.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in read.items())
+    for name, tensor in read.items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
