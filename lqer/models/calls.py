@@ -68,6 +68,14 @@ class BlockCall:
         """The arguments that other blocks have returned."""
         return [one for one in (*self.args, *self.kwargs.values()) if isinstance(one, Returned)]
 
+    def without_returned(self) -> BlockCall:
+        """With None in the place of what other blocks return."""
+
+        def kept(one: Any) -> Any:
+            return None if isinstance(one, Returned) else one
+
+        return replace(self, args=tuple(map(kept, self.args)), kwargs={key: kept(x) for key, x in self.kwargs.items()})
+
     def put(self, left: Left, device: torch.device) -> None:
         """Put what earlier blocks left into the arguments, tensors on the device."""
         found = {one: _on(left[one], device) for one in self.returned}

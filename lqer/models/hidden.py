@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from lqer.errors import ModelError
-from lqer.models.calls import BlockCall, Left
+from lqer.models.calls import BlockCall, Left, Returned
 from lqer.statistics import ALONE, Gang
 from lqer.store.offload import Offload
 
+DEPENDS_ON_BATCH = (
+    "model: its decoder blocks are called with arguments that depend on the batch (such as ALiBi biases, embeddings of "
+    "the tokens, or keys and values of other blocks), which transforms and roundings of whole blocks do not support"
+)
 # Of a GPU's memory, that hidden states of all windows may take to stay there. Up to three such streams go beside each
 # other, and several runs may share a GPU.
 SHARE_OF_GPU = 1 / 32
@@ -78,15 +82,14 @@ class HiddenStates:
         self.offload.release_pages()
 
     def call_of_one(self, block: int) -> BlockCall:
-        """The call that suits a batch of any windows. Raises ModelError if there is none."""
+        """The call that suits a batch of any windows, without what other blocks return. Raises ModelError if none does.
+
+        Whether the block needs what is left out, the probe has found out (probe.py).
+        """
         call = self.calls_of_one[block]
-        if call is None or any(self.left.values()):
-            raise ModelError(
-                "model: its decoder blocks are called with arguments that depend on the batch (such as ALiBi biases, "
-                "embeddings of the tokens, or keys and values of other blocks), which transforms and roundings of "
-                "whole blocks do not support"
-            )
-        return call
+        if call is None or any(not isinstance(key, Returned) for left in self.left.values() for key in left):
+            raise ModelError(DEPENDS_ON_BATCH)
+        return call.without_returned()
 
     def synchronized(self, device: torch.device) -> Tensor:
         """All states (W, T, D), safe to read from any thread or stream: the device has finished writing them."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from lqer.errors import ModelError
 from lqer.models.auto import auto_class, without_values
 from lqer.models.files import reported_as
+from lqer.models.hidden import DEPENDS_ON_BATCH
 from lqer.models.loaders import OpenedModel
 from lqer.models.reading import fill_parameters
 from lqer.models.source import ModelSource, load_model_config
@@ -64,7 +65,7 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
         kinds = {index: others for index, *others in _by_kind(opened.blocks)}
         for index in range(len(opened.blocks)) if hands_on else kinds:
             run = BlockRun(index, f"{opened.name}.{index}", opened.blocks[index], hidden, CPU)
-            linears = block_linears(run.block)
+            linears, given_BTD = block_linears(run.block), hidden.load(0, CPU).clone()
             # Experts, in a list or split, may be for other tokens; a module of split ones is called with all tokens.
             lists = [name for name, part in run.block.named_modules() if isinstance(part, nn.ModuleList)]
             mixtures = {name: f"{name}." for name in (*lists, *experts_of(run.block))}
@@ -83,7 +84,7 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
                 own_BTD = run_one_block(opened, index, batches[0], hidden.returned_values)
                 _refuse_difference(outputs[0], own_BTD, f"{run.name} of {type(model).__name__}")
             if whole_blocks:
-                hidden.call_of_one(index)
+                _refuse_needed(run, given_BTD, outputs[0])
         if hands_on:
             _refuse_difference(hidden.load(0, CPU), _last_output(opened, batches[0]), type(model).__name__)
     return unreached
@@ -91,6 +92,19 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
 
 def _reach(waiting: set[str], name: str, _: Tensor) -> None:
     waiting.discard(name)
+
+
+def _refuse_needed(run: BlockRun, given_BTD: Tensor, output_BTD: Tensor) -> None:
+    """Raise ModelError for a block that is called with what suits the windows of a batch alone, and needs it."""
+    call = run.hidden.call_of_one(run.index)
+    if run.hidden.calls[run.index][0].returned:
+        try:
+            alone = run.block(given_BTD[:1], *call.args, **call.kwargs)
+        except Exception as error:  # whatever a block does without what another one returns
+            raise ModelError(DEPENDS_ON_BATCH) from error
+        alone_BTD = alone[0] if isinstance(alone, tuple | list) else alone
+        if not torch.allclose(alone_BTD, output_BTD[:1], rtol=1e-4, atol=1e-5):
+            raise ModelError(DEPENDS_ON_BATCH)
 
 
 def _refuse_difference(walked_BTD: Tensor, own_BTD: Tensor, what: str) -> None:

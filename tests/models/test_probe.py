@@ -89,6 +89,11 @@ def test_blocks_that_attend_to_tokens_which_another_has_chosen_are_walked_but_no
         check_walk(source, whole_blocks=True)
 
 
+def test_blocks_that_choose_their_own_tokens_are_transformed_as_a_whole(tmp_path):
+    build(tmp_path, "glm_moe_dsa", index_topk=3)
+    check_walk(resolve_model(str(tmp_path)), whole_blocks=True)
+
+
 def test_linears_that_no_text_reaches_are_returned(tmp_path):
     config = BartConfig(
         vocab_size=80, d_model=32, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=64, encoder_layers=1,

@@ -227,12 +227,12 @@ class TestWhatBlocksReturn:
         walked = [output[0] for output in walk(model, windows_WT, batch_size)]
         assert torch.equal(torch.cat(walked), torch.cat([model(ids).logits for ids in windows_WT.split(batch_size)]))
 
-    def test_blocks_of_such_models_have_no_call_for_any_windows(self, windows_WT):
+    def test_the_call_for_any_windows_is_without_it(self, windows_WT):
         opened = resident(self.model(lambda returned: returned[-1] if returned else None))
         run = next(walk_blocks(opened, windows_WT, 2))
         run.forward()
-        with pytest.raises(ModelError, match="arguments that depend on the batch"):
-            run.hidden.call_of_one(1)
+        assert all(len(left) == 1 for left in run.hidden.left.values())
+        assert run.hidden.call_of_one(1).kwargs == {"chosen": None}
 
     def test_what_no_block_is_called_with_is_not_kept(self, windows_WT):
         run = next(walk_blocks(resident(self.model(lambda returned: None)), windows_WT, 2))
