@@ -89,8 +89,7 @@ def walk_backward(opened: OpenedModel, windows_WT: Tensor, batch_size: int, seed
         refuse_non_finite(block.named_parameters(f"{opened.name}.{index}"))
         states.append(states[0].empty_like())
         _run(opened, index, block, states).forward(to=states[-1])
-        if any(isinstance(one, Tensor) and one.is_floating_point() for one in tree_leaves(states[-1].left)):
-            raise ModelError("model: gradients do not flow through what its decoder blocks leave for later ones")
+        refuse_lost_gradients(states[-1])
     pinned = states[0].states_WTD.is_pinned()
     gradients_WTD = opened.offload.empty(states[0].states_WTD.shape, torch.float32, pinned)
     for batch in range(len(batches)):
@@ -98,6 +97,18 @@ def walk_backward(opened: OpenedModel, windows_WT: Tensor, batch_size: int, seed
         gradients_WTD[states[0].batches[batch]].copy_(gradient_BTD, non_blocking=True)
     for index, block in opened.loader.load_each(opened.blocks, indices[::-1], opened.device):
         yield BackwardRun(_run(opened, index, block, states), gradients_WTD)
+
+
+def refuse_lost_gradients(states: HiddenStates) -> None:
+    """Raise ModelError where blocks so far have left values for later ones that gradients would have to pass.
+
+    What they have chosen, integers, is none.
+    """
+    if any(isinstance(one, Tensor) and one.is_floating_point() for one in tree_leaves(states.left)):
+        raise ModelError(
+            "model: its decoder blocks leave values for later ones, through which no gradients flow, and widths are "
+            "measured by gradients"
+        )
 
 
 def _run(opened: OpenedModel, index: int, block: nn.Module, states: Sequence[HiddenStates]) -> BlockRun:

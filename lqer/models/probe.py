@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
 from lqer.models.auto import auto_class, without_values
+from lqer.models.backward import refuse_lost_gradients
 from lqer.models.files import reported_as
 from lqer.models.hidden import DEPENDS_ON_BATCH
 from lqer.models.loaders import OpenedModel
@@ -45,11 +46,12 @@ PROBED_EXPERTS = 2
 
 
 @torch.no_grad()
-def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
+def check_walk(source: ModelSource, whole_blocks: bool, gradients: bool = False) -> list[str]:
     """Raise ModelError, with the reason, for a model that cannot be run block by block.
 
-    whole_blocks: whether blocks will be called with batches of any windows, as by transforms of whole blocks. Returns
-    the linears that no text reaches, such as those that would read an encoder's output, or of experts for images.
+    whole_blocks: whether blocks will be called with batches of any windows, as by transforms of whole blocks.
+    gradients: whether the loss will be differentiated block by block. Returns the linears that no text reaches, such as
+    those that would read an encoder's output, or of experts for images.
     """
     unreached: list[str] = []
     with reported_as(f"model: {source.name} cannot be run block by block"):
@@ -80,6 +82,8 @@ def check_walk(source: ModelSource, whole_blocks: bool) -> list[str]:
             ]
             if hands_on:
                 run.forward()
+                if gradients:
+                    refuse_lost_gradients(hidden)
             elif index + 1 < len(opened.blocks):
                 own_BTD = run_one_block(opened, index, batches[0], hidden.returned_values)
                 _refuse_difference(outputs[0], own_BTD, f"{run.name} of {type(model).__name__}")

@@ -87,7 +87,8 @@ def prepare(config: Config) -> RunContext:
     source = resolve_model(config.model, config.revision, fingerprints)
     summary = summarize_model(source)
     check_weights(source)
-    unreached = check_walk(source, whole_blocks=bool(config.quantize.block_parts))
+    quantize = config.quantize
+    unreached = check_walk(source, bool(quantize.block_parts), gradients=quantize.budget_bits is not None)
     plans = plan_model(config, summary)
     plans |= _kept(unreached, plans)
     if (budget_bits := config.quantize.low_rank.budget_bits) is not None:

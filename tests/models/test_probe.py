@@ -73,6 +73,8 @@ def test_blocks_that_read_keys_and_values_of_others_are_walked_but_not_transform
     if shared:
         with pytest.raises(ModelError, match="or keys and values of other blocks"):
             check_walk(source, whole_blocks=True)
+        with pytest.raises(ModelError, match="leave values for later ones, through which no gradients flow"):
+            check_walk(source, whole_blocks=False, gradients=True)
 
 
 @pytest.mark.parametrize(("kind", "wrapper"), [("deepseek_v4", False), ("hy_v4", False), ("glm5_next", True)])
@@ -84,7 +86,7 @@ def test_blocks_between_which_a_token_has_several_streams_are_walked(tmp_path, k
 def test_blocks_that_attend_to_tokens_which_another_has_chosen_are_walked_but_not_transformed_as_a_whole(tmp_path):
     build(tmp_path, "hy_v4", indexer_types=["full", "shared", "shared", "full"], index_topk=3)
     source = resolve_model(str(tmp_path))
-    check_walk(source, whole_blocks=False)
+    check_walk(source, whole_blocks=False, gradients=True)
     with pytest.raises(ModelError, match="arguments that depend on the batch"):
         check_walk(source, whole_blocks=True)
 
