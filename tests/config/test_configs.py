@@ -35,6 +35,7 @@ MIXTURE_OF = {
     "gpt-oss-20b": "gpt_oss",
     "qwen3-30b-a3b": "qwen3_moe",
     "deepseek-v2-lite": "deepseek_v2",
+    "deepseek-v4-flash": "deepseek_v4",
     "glm-4.5-air": "glm4_moe",
 }
 NEWER = ["llama-3.1-8b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "gemma-3-1b"]

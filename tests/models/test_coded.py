@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def to_mxfp4(tensors: Tensors) -> Tensors:
 
 
 def to_deepseek_v4(tensors: Tensors) -> Tensors:
-    """Encodes as DeepSeek-V4 is published: experts in FP4, a scale for 32 values, and linears of attention in FP8."""
+    """As DeepSeek-V4 is published, names too: experts in FP4, a scale for 32 values, linears of attention in FP8."""
     generator, found = torch.Generator().manual_seed(0), dict(tensors)
     for name, weight in tensors.items():
         linear, _, leaf = name.rpartition(".")
@@ -84,7 +85,8 @@ def to_deepseek_v4(tensors: Tensors) -> Tensors:
             found[name] = torch.randint(-128, 128, (rows, columns // 2), generator=generator, dtype=torch.int8)
         else:
             found[name] = (weight / 2**-8).to(torch.float8_e4m3fn)
-    return found
+    renamed = {"model.": "", "embed_tokens.": "embed.", "hc_head.hc_": "hc_head_"}
+    return {reduce(lambda name, pair: name.replace(*pair), renamed.items(), name): one for name, one in found.items()}
 
 
 def of_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
