@@ -98,8 +98,8 @@ def set_return_type(model: PreTrainedModel, recorders: list[Recorder], inputs: M
                     "not supported"
                 )
         if all(_same(recorder.hidden, recorders[0].hidden) for recorder in recorders):
-            if recorders[0].hidden.ndim not in HIDDEN_DIMENSIONS:
-                shape = list(recorders[0].hidden.shape)
+            shape = list(recorders[0].hidden.shape)
+            if len(shape) not in HIDDEN_DIMENSIONS or shape[0] != len(inputs["input_ids"]):
                 raise ModelError(
                     f"model: the hidden states of {name} have shape {shape}, not (batch, tokens, size) or (batch, "
                     "tokens, streams, size)"

@@ -185,6 +185,23 @@ def test_every_stream_of_a_token_is_handed_from_block_to_block():
     assert torch.equal(torch.cat(walk(model, ids_BT)), model(ids_BT).logits)
 
 
+def test_streams_that_stand_before_the_windows_of_a_batch_are_refused():
+    """As in Gemma 3n."""
+    model = Model(False, lambda block, hidden: block(hidden))
+    model.embedding = nn.Sequential(model.embedding, nn.Unflatten(0, (1, -1)), Repeated(2))
+    with pytest.raises(ModelError, match=r"hidden states of Model have shape \[2, 1, 3, 4\], not \(batch, tokens"):
+        walk(model, torch.ones(1, 3, dtype=torch.long))
+
+
+class Repeated(nn.Module):
+    def __init__(self, times: int):
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(self.times, *(1,) * (x.ndim - 1))
+
+
 def test_hidden_states_of_five_dimensions_are_refused():
     with pytest.raises(ModelError, match=r"hidden states of Model have shape \[1, 3, 2, 2, 4\], not \(batch, tokens"):
         walk(with_streams(2, 2), torch.ones(1, 3, dtype=torch.long))
