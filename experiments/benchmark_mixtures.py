@@ -34,7 +34,7 @@ import tomli_w
 import torch
 from benchmark_memory import byte_tokenizer, current_stage, watched
 from estimate_mixtures import SHAPES
-from pipeline_benchmark.mixture import write_mixture
+from pipeline_benchmark.mixture import QUANTIZATION, write_mixture
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -176,7 +176,8 @@ def header(device: torch.device) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="deepseek-v3")
+    written = [name for name, (kind, *_) in SHAPES.items() if kind in QUANTIZATION]
+    parser.add_argument("--shape", choices=written, default="deepseek-v3")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--divide", type=int, default=1)
     parser.add_argument("--experts", type=int)

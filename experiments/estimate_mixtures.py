@@ -1,7 +1,7 @@
 """Memory that a run needs for the decoder blocks of large mixtures of experts on a GPU, from their shapes alone.
 
-    python experiments/estimate_mixtures.py [--shapes deepseek-v3 kimi-k2 gpt-oss-120b] [--methods lqer-act gptq best-3]
-        [--windows 32] [--seq-len 2048] [--max-memory 4GB]
+    python experiments/estimate_mixtures.py [--shapes deepseek-v3 kimi-k2 gpt-oss-120b deepseek-v4-flash]
+        [--methods lqer-act gptq best-3] [--windows 32] [--seq-len 2048] [--max-memory 4GB]
 
 Nothing is read or run: the numbers are those that `--validate` prints and refuses by, of the stage up to the finished
 checkpoint that needs most, for the published files (FP8 in blocks of 128, MXFP4) with two decoder blocks, one of them
@@ -38,6 +38,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[float, float]]] = {
          "num_key_value_heads": 64, "vocab_size": 163840},
         (8 + 32 / 128**2, 8 + 32 / 128**2),
     ),
+    "deepseek-v4-flash": (
+        "deepseek_v4",
+        {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "compressed_sparse_attention"],
+         "mlp_layer_types": ["hash_moe", "moe"]},
+        (4 + 8 / 32, 8 + 8 / 128**2),
+    ),
     "gpt-oss-120b": ("gpt_oss", {"num_hidden_layers": 2, "num_local_experts": 128}, (4 + 8 / 32, 16)),
     "tiny": (
         "mixtral",
@@ -46,6 +52,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[float, float]]] = {
         (8, 16),
     ),
 }  # fmt: skip
+PUBLISHED = ["gpt-oss-120b", "deepseek-v3", "kimi-k2", "deepseek-v4-flash"]
 HALF = 2  # bytes
 STAGES = ("calibrate", "widths", "quantize")
 
@@ -91,7 +98,7 @@ def _cell(needs: Sequence[Need]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["gpt-oss-120b", "deepseek-v3", "kimi-k2"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=PUBLISHED)
     parser.add_argument("--methods", nargs="+", default=["lqer-act", "gptq", "best-3"])
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=2048)

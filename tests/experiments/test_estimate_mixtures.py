@@ -29,7 +29,7 @@ def test_a_row_names_shape_method_and_what_is_held_in_ram_and_on_the_gpu():
     assert all(float(cell) > 0 for cell in cells[2:3])
 
 
-@pytest.mark.parametrize("shape", ["deepseek-v3", "kimi-k2", "gpt-oss-120b"])
+@pytest.mark.parametrize("shape", ["deepseek-v3", "kimi-k2", "gpt-oss-120b", "deepseek-v4-flash"])
 @pytest.mark.parametrize("method", ["lqer-act", "gptq", "best-3"])
 def test_blocks_of_the_largest_mixtures_fit_24_gb_beside_a_gpu_of_80_gb(shape, method):
     for stage in stages_of(shape, method, windows=32, seq_len=2048, max_memory="4GB"):
