@@ -72,7 +72,8 @@ class WidthPlans:
         site_of = {name: site for i in range(self.blocks) for name, site in sites.json(sites_file(i)).items()}
         found = {name: tensors[f"{name}.losses"].tolist() for name in self.choices}
         options = options_of(self.plans, self.choices, self.optional_rank)
-        widths = allocate(self.plans, options, found, site_of if self.tied else {}, self.shapes, self.budget_bits)
+        ties = site_of if self.tied else followed(options, found, site_of)
+        widths = allocate(self.plans, options, found, ties, self.shapes, self.budget_bits)
         widths = replace(widths, seconds=losses.seconds)
         if self.low_rank:
             return widths
@@ -104,6 +105,18 @@ def options_of(plans: Plans, choices: Choices, optional_rank: bool = False) -> O
         return (*(replace(one, rank=0) for one in each), *each) if optional_rank else each
 
     return {name: options(plans[name], formats) for name, formats in choices.items()}
+
+
+def followed(options: Options, losses: Mapping[str, Sequence[float]], sites: Mapping[str, str]) -> dict[str, str]:
+    """By linear that no gradient reaches, the one whose option it gets: of those with its input, what loses most.
+
+    An indexer chooses tokens, so its linears lose nothing by any format, and would get the narrowest. sites: by linear,
+    the input that it shares with others.
+    """
+    leaders = {sites.get(name, name): name for name in sorted(losses, key=lambda name: max(losses[name]))}
+    unreached = [name for name, of_options in losses.items() if not any(of_options)]
+    found = {name: leaders[sites.get(name, name)] for name in unreached}
+    return {name: leader for name, leader in found.items() if len(options[name]) == len(options[leader])}
 
 
 def allocate(

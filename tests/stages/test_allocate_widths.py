@@ -10,7 +10,7 @@ from width_choices import BLOCKS, FORMATS, OWN_FORMAT, SIZES, SKIPPED, calibrate
 
 from lqer.checkpoint.bits import average_bits
 from lqer.errors import ConfigError
-from lqer.stages.allocate_widths import allocate, check_widths, options_of
+from lqer.stages.allocate_widths import allocate, check_widths, followed, options_of
 from lqer.stages.gather import stored_statistics
 from lqer.stages.measure_widths import plans_to_measure
 from lqer.stages.quantize_linears import QuantizeSettings
@@ -143,3 +143,25 @@ def test_a_budget_below_the_narrowest_formats_is_refused_before_any_work(plans, 
     with pytest.raises(ConfigError, match=r"quantize.budget_bits: must be at least 4\.768, the bits of .*; found 4\.7"):
         check_widths(plans, options, shapes, 4.7)
     check_widths(plans, options, shapes, 4.8)
+
+
+def test_a_linear_that_no_gradient_reaches_gets_the_format_of_the_one_with_its_input_that_loses_most(
+    plans, options, losses, shapes
+):
+    indexer, *others = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    unreached = {**losses, indexer: [0.0] * len(FORMATS)}
+    sites = {name: name for name in losses} | dict.fromkeys([indexer, *others], "input")
+    ties = followed(options, unreached, sites)
+    assert ties == {indexer: max(others, key=lambda name: losses[name])}
+    widths = [allocate(plans, options, unreached, one, shapes, 5.3).plans for one in ({}, ties)]
+    assert widths[0][indexer].weight == FORMATS[0]
+    assert widths[1][indexer].weight == widths[1][ties[indexer]].weight != FORMATS[0]
+
+
+def test_linears_without_losses_that_share_an_input_with_no_other_get_the_narrowest_format(options, losses):
+    """As of experts that the measured windows send no token to."""
+    gate, up = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up"))
+    unreached = losses | dict.fromkeys([gate, up], [0.0] * len(FORMATS))
+    sites = {name: name for name in losses} | dict.fromkeys([gate, up], "input")
+    assert set(followed(options, unreached, sites)) == {gate, up}
+    assert len(set(followed(options, unreached, sites).values())) == 1
