@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lqer.errors import ModelError
+from lqer.models.recorder import HIDDEN_DIMENSIONS
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
 from lqer.nn.experts import experts_of
@@ -52,6 +53,8 @@ def find_writers(run: BlockRun) -> dict[str, str]:
     Raises ModelError, with the reason, for a block without writers or one that is built otherwise.
     """
     start, calls, output = _watched(run)
+    if start.ndim != HIDDEN_DIMENSIONS[0]:
+        raise _refused(run, "a token has several hidden states there, and its linears write to all")
     width = start.shape[-1]
     normed = [call.y for call in calls if not call.is_linear]
     points: dict[str, str] = {}

@@ -72,6 +72,13 @@ def test_a_block_without_writers_is_refused(random_model, windows_WT):
         find_writers(run.with_block(Bottleneck()))
 
 
+def test_a_block_between_which_tokens_have_several_streams_is_refused(windows_WT):
+    model = random_mixture("hy_v4")
+    prepare_model(model)
+    with pytest.raises(ModelError, match="a token has several hidden states there"):
+        find_writers(first_run(model, windows_WT))
+
+
 def test_weights_are_inverse_squares_of_the_stream_and_zero_for_an_empty_token():
     stream = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 2.0]]])
     assert inverse_squares(stream).tolist() == [pytest.approx(1 / 25), 0.0, 1.0, 0.25]
