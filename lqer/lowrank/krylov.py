@@ -19,8 +19,9 @@ its last percent is a two-thousandth of the loss.
 
 On a GPU launches and eigenproblems of the small projected matrix take longer than the products. So only every second
 space is looked at: its extrapolated limit rests on as many blocks as two limits of neighbouring spaces do, and is
-trusted alone. The values of a small projected matrix are computed on the CPU, which is faster; from EIGENVECTORS_ON_GPU
-rows on, the GPU finds the vectors too in about that time, and the last space has no second eigenproblem.
+trusted alone. The values of a small projected matrix are computed on the CPU, which is faster, while the GPU works on
+the blocks of the next space, which may turn out not to be needed; from EIGENVECTORS_ON_GPU rows on, the GPU finds the
+vectors too in little more time, and the last space has no second eigenproblem.
 
 Shapes: I in_features, O out_features, R rank, L block width, D dimension of the space so far.
 """
@@ -30,11 +31,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
 
+from lqer.lowrank.krylov_space import grow, looked_at, projected, start_vectors
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.precision import full_float32
 
@@ -52,12 +53,8 @@ LOSS_TOLERANCE = 6e-4
 FULL_METRIC_LOSS_TOLERANCE = 1e-6
 # The extrapolated gains shrink at least by this factor per step; unbounded, the sum of a stalled series is infinite.
 SLOWEST_CONVERGENCE = 0.9
-# Random vectors of about length 1 are added to every new vector of the space, scaled by this fraction of the longest
-# one, and at least by the second number: they complete a block that has fewer independent vectors than rows. Well above
-# the square root of float64's precision, which a Gram matrix can resolve.
-FILLING, LEAST_FILLING = 1e-4, 1e-30
 # On a GPU: blocks from one space that is looked at to the next, and the rows of a projected matrix (module docstring).
-BLOCKS_AT_ONCE, EIGENVECTORS_ON_GPU = 2, 160
+BLOCKS_AT_ONCE, EIGENVECTORS_ON_GPU = 2, 200
 
 
 @dataclass(frozen=True)
@@ -148,14 +145,9 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int,
     convergence = _Convergence(trusted=1 if at_once > 1 else 2)
     basis_DO = error_OI.new_empty(largest, out_features, dtype=torch.float64)
     images_DI = error_OI.new_empty(largest, in_features)
-    projected_DD, new_rows = torch.empty(0, 0, dtype=torch.float64), []
-    for rows_LD in _grow(error_OI, metric, width, seed, basis_DO, images_DI):
-        new_rows.append(rows_LD)
-        size = rows_LD.shape[1]
-        if size < rank or (len(new_rows) < at_once and size < largest):
-            continue
-        projected_DD = reduce(_bordered, [rows.cpu() for rows in new_rows], projected_DD)
-        new_rows.clear()
+    rows = grow(error_OI, metric, start_vectors(width, out_features, seed, error_OI.device), basis_DO, images_DI)
+    sizes = looked_at(width, largest, rank, at_once)
+    for projected_DD in projected(rows, sizes, ahead=EIGENVECTORS_ON_GPU if error_OI.is_cuda else 0):
         ritz_D, vectors_DD = _ritz(projected_DD, error_OI.device)
         convergence.add(float(ritz_D[-rank:].sum()))
         # A random orthonormal block is an unbiased sample of M's trace.
@@ -163,51 +155,36 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int,
         if convergence.is_enough(energy, tolerance):
             break
     if vectors_DD is None:
-        ritz_D, vectors_DD = torch.linalg.eigh(projected_DD.to(error_OI.device))
+        ritz_D, vectors_DD = _ritz_vectors(projected_DD, error_OI.device)
     ritz_R, vectors_DR = ritz_D.flip(0)[:rank].clamp(min=0), vectors_DD.flip(1)[:, :rank]
     if _may_lack_copies(ritz_R, width):
         return None
+    size = len(projected_DD)
     return KrylovSolution(*_factors(ritz_R, vectors_DR, basis_DO[:size], images_DI[:size]), convergence.gap)
 
 
 def _ritz(projected_DD: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Ritz values, ascending, and their vectors where these take no longer than the values on a CPU."""
+    """Ritz values, ascending, on the CPU, and their vectors where a GPU finds both about as fast as a CPU the values."""
     if device.type == "cuda" and len(projected_DD) >= EIGENVECTORS_ON_GPU:
-        ritz_D, vectors_DD = torch.linalg.eigh(projected_DD.to(device))
-        return ritz_D, vectors_DD
+        return _ritz_vectors(projected_DD, device)
     return torch.linalg.eigvalsh(projected_DD), None
 
 
-def _grow(
-    error_OI: Tensor, metric: Metric, width: int, seed: int, basis_DO: Tensor, images_DI: Tensor
-) -> Iterator[Tensor]:
-    """Fill an orthonormal basis of the space and its images Eᵀ v block by block; yields the projected matrix's rows."""
-    out_features = error_OI.shape[0]
-    start_LO = _start(width, out_features, seed, error_OI.device)
-    filling_LO, target_LO = start_LO.to(torch.float64) / out_features**0.5, start_LO
-    for size in range(width, len(basis_DO) + 1, width):
-        here = slice(size - width, size)
-        basis_DO[here] = _orthonormal(target_LO, filling_LO.roll(size, dims=1), basis_DO[: size - width])
-        torch.mm(basis_DO[here].to(torch.float32), error_OI, out=images_DI[here])
-        weighted_LI = metric.times(images_DI[here].T).T
-        yield weighted_LI @ images_DI[:size].T
-        target_LO = weighted_LI @ error_OI.T
-
-
-@lru_cache(maxsize=4)
-def _start(width: int, out_features: int, seed: int, device: torch.device) -> Tensor:
-    """Random vectors (L, O), the same on every device; drawn once for linears of equal shape."""
-    return torch.randn(width, out_features, generator=torch.Generator().manual_seed(seed)).to(device)
+def _ritz_vectors(projected_DD: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ritz values, ascending, on the CPU, and their vectors on the device."""
+    ritz_D, vectors_DD = torch.linalg.eigh(projected_DD.to(device))
+    return ritz_D.cpu(), vectors_DD
 
 
 def _factors(ritz_R: Tensor, vectors_DR: Tensor, basis_DO: Tensor, images_DI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """a_IR, b_RO and the singular values."""
-    sigma_R = ritz_R.sqrt()
     noise = torch.finfo(torch.float32).eps * ritz_R[0]
-    inverse_R = torch.where(ritz_R > noise, 1 / sigma_R, 0.0)
+    roots_R = ritz_R.sqrt()
+    inverse_R = torch.where(ritz_R > noise, 1 / roots_R, 0.0)
+    sigma_R, inverse_R = torch.stack([roots_R, inverse_R]).to(vectors_DR.device)
     a_IR = images_DI.T @ (vectors_DR * inverse_R).to(images_DI)
     b_RO = (vectors_DR * sigma_R).T.to(basis_DO) @ basis_DO
-    return a_IR, b_RO.to(torch.float32), sigma_R.to(basis_DO.device)
+    return a_IR, b_RO.to(torch.float32), sigma_R
 
 
 def _may_lack_copies(ritz_R: Tensor, width: int) -> bool:
@@ -215,34 +192,6 @@ def _may_lack_copies(ritz_R: Tensor, width: int) -> bool:
     noise = torch.finfo(torch.float32).eps * ritz_R[0]
     first, last = ritz_R[:-width], ritz_R[width - 1 : -1]
     return bool(((first - last <= COPIES_DIFFER * first) & (first > noise)).any())
-
-
-def _bordered(projected_DD: Tensor, rows_LD: Tensor) -> Tensor:
-    """The projected matrix of a space that has grown by the last L columns of `rows_LD`, symmetric."""
-    rows_LD = rows_LD.to(torch.float64)
-    size, width = len(projected_DD), len(rows_LD)
-    grown_DD = torch.empty(size + width, size + width, dtype=torch.float64)
-    grown_DD[:size, :size] = projected_DD
-    grown_DD[size:] = rows_LD
-    grown_DD[:size, size:] = rows_LD[:, :size].T
-    corner_LL = rows_LD[:, size:]
-    grown_DD[size:, size:] = (corner_LL + corner_LL.T) / 2
-    return grown_DD
-
-
-def _orthonormal(block_LO: Tensor, filling_LO: Tensor, basis_DO: Tensor) -> Tensor:
-    """Orthonormal rows, float64, that span the part of `block_LO` orthogonal to the basis.
-
-    Where that part has fewer dimensions than rows, `filling_LO` completes them. In float64 one projection is enough: it
-    leaves far less of the basis than the filling adds. Then the Gram matrix is factored (Cholesky QR): a QR of long
-    rows is slow on a GPU. The success of Cholesky is not checked, because that would synchronize with the GPU.
-    """
-    rows = torch.cat([block_LO, filling_LO]).to(torch.float64)
-    new_LO, filling_LO = rows.addmm_(rows @ basis_DO.T, basis_DO, alpha=-1).split(len(block_LO))
-    largest = new_LO.norm(dim=1).max()
-    filled_LO = torch.addcmul(new_LO, FILLING * largest + LEAST_FILLING, filling_LO)
-    lower_LL, _ = torch.linalg.cholesky_ex(filled_LO @ filled_LO.T)
-    return torch.linalg.solve_triangular(lower_LL, filled_LO, upper=False)
 
 
 def _limit(before: float, last: float, now: float) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqer.lowrank import krylov
+from lqer.lowrank import krylov, krylov_space
 from lqer.lowrank.exact import singular_values
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import Factors, reconstruct, uses_krylov
@@ -186,7 +186,7 @@ class TestKrylov:
             "equal": random(1, 480).float().repeat(24, 1),
             "tiny": 1e-25 * random(24, 480).float(),
         }[kind]
-        found_LO = krylov._orthonormal(block_LO, random(24, 480).float() / 480**0.5, basis_DO)
+        found_LO = krylov_space.orthonormal(block_LO, random(24, 480).float() / 480**0.5, basis_DO)
         rows = torch.cat([basis_DO, found_LO])
         torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)).double(), rtol=0.0, atol=1e-6)
 
