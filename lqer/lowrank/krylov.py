@@ -21,7 +21,8 @@ On a GPU launches and eigenproblems of the small projected matrix take longer th
 space is looked at: its extrapolated limit rests on as many blocks as two limits of neighbouring spaces do, and is
 trusted alone. The values of a small projected matrix are computed on the CPU, which is faster, while the GPU works on
 the blocks of the next space, which may turn out not to be needed; from EIGENVECTORS_ON_GPU rows on, the GPU finds the
-vectors too in little more time, and the last space has no second eigenproblem.
+vectors too in little more time, and the last space has no second eigenproblem. Launches are recorded
+(`lqer/lowrank/krylov_graphs.py`).
 
 Shapes: I in_features, O out_features, R rank, L block width, D dimension of the space so far.
 """
@@ -35,7 +36,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lqer.lowrank.krylov_space import grow, looked_at, projected, start_vectors
+from lqer.lowrank.krylov_graphs import growing_space
+from lqer.lowrank.krylov_space import BLOCKS_AT_ONCE, looked_at, projected
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.precision import full_float32
 
@@ -53,8 +55,8 @@ LOSS_TOLERANCE = 6e-4
 FULL_METRIC_LOSS_TOLERANCE = 1e-6
 # The extrapolated gains shrink at least by this factor per step; unbounded, the sum of a stalled series is infinite.
 SLOWEST_CONVERGENCE = 0.9
-# On a GPU: blocks from one space that is looked at to the next, and the rows of a projected matrix (module docstring).
-BLOCKS_AT_ONCE, EIGENVECTORS_ON_GPU = 2, 200
+# Rows of a projected matrix (module docstring).
+EIGENVECTORS_ON_GPU = 200
 
 
 @dataclass(frozen=True)
@@ -139,15 +141,13 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int,
 
     at_once: blocks from one space that is looked at to the next.
     """
-    out_features, in_features = error_OI.shape
+    out_features = error_OI.shape[0]
     tolerance = LOSS_TOLERANCE if metric.hessian_II is None else FULL_METRIC_LOSS_TOLERANCE
     largest = min(MOST_BLOCKS, out_features // width) * width
     convergence = _Convergence(trusted=1 if at_once > 1 else 2)
-    basis_DO = error_OI.new_empty(largest, out_features, dtype=torch.float64)
-    images_DI = error_OI.new_empty(largest, in_features)
-    rows = grow(error_OI, metric, start_vectors(width, out_features, seed, error_OI.device), basis_DO, images_DI)
+    space = growing_space(error_OI, metric, width, largest, seed)
     sizes = looked_at(width, largest, rank, at_once)
-    for projected_DD in projected(rows, sizes, ahead=EIGENVECTORS_ON_GPU if error_OI.is_cuda else 0):
+    for projected_DD in projected(space.rows, sizes, ahead=EIGENVECTORS_ON_GPU if error_OI.is_cuda else 0):
         ritz_D, vectors_DD = _ritz(projected_DD, error_OI.device)
         convergence.add(float(ritz_D[-rank:].sum()))
         # A random orthonormal block is an unbiased sample of M's trace.
@@ -160,11 +160,12 @@ def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int,
     if _may_lack_copies(ritz_R, width):
         return None
     size = len(projected_DD)
-    return KrylovSolution(*_factors(ritz_R, vectors_DR, basis_DO[:size], images_DI[:size]), convergence.gap)
+    factors = _factors(ritz_R, vectors_DR, space.basis_DO[:size], space.images_DI[:size])
+    return KrylovSolution(*factors, convergence.gap)
 
 
 def _ritz(projected_DD: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Ritz values, ascending, on the CPU, and their vectors where a GPU finds both about as fast as a CPU the values."""
+    """Ritz values, ascending, on the CPU, and their vectors where a GPU finds both as fast as a CPU the values."""
     if device.type == "cuda" and len(projected_DD) >= EIGENVECTORS_ON_GPU:
         return _ritz_vectors(projected_DD, device)
     return torch.linalg.eigvalsh(projected_DD), None

@@ -18,6 +18,8 @@ from lqer.lowrank.metric import Metric
 # one, and at least by the second number: they complete a block that has fewer independent vectors than rows. Well above
 # the square root of float64's precision, which a Gram matrix can resolve.
 FILLING, LEAST_FILLING = 1e-4, 1e-30
+# On a GPU: blocks from one space that is looked at to the next.
+BLOCKS_AT_ONCE = 2
 
 
 @lru_cache(maxsize=4)
@@ -26,9 +28,7 @@ def start_vectors(width: int, out_features: int, seed: int, device: torch.device
     return torch.randn(width, out_features, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def grow(
-    error_OI: Tensor, metric: Metric, start_LO: Tensor, basis_DO: Tensor, images_DI: Tensor
-) -> Iterator[Tensor]:
+def grow(error_OI: Tensor, metric: Metric, start_LO: Tensor, basis_DO: Tensor, images_DI: Tensor) -> Iterator[Tensor]:
     """Fill an orthonormal basis of the space and its images Eᵀ v block by block; yields the projected matrix's rows.
 
     start_LO: the first block before it is made orthonormal. basis_DO: float64. images_DI: float32, as the error.

@@ -5,10 +5,14 @@ experts at once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+import torch
 
 from lqer.formats import Codebook
-from lqer.lowrank.solver import SMALL_SIDE
+from lqer.lowrank.krylov import largest_space
+from lqer.lowrank.krylov_graphs import LARGEST_RECORDED, MOST_RECORDINGS
+from lqer.lowrank.solver import SMALL_SIDE, uses_krylov
 from lqer.methods import LinearPlan
 from lqer.stages.alike import BATCH_BYTES, HESSIAN_BYTES, WEIGHT_BYTES
 
@@ -26,6 +30,17 @@ def linear_bytes(out_features: int, in_features: int, plan: LinearPlan, has_hess
     # Of the Hessian: the factor or metric that is kept in float32, or all that is held while it is made.
     kept, factored = (size * in_features**2 if has_hessian else 0 for size in (4, plan.hessian_bytes))
     return max(copies + kept, factored + 8 * weights) + plan.weight.encoding_bytes
+
+
+def recorded_bytes(planned: Iterable[tuple[int, int, LinearPlan]], has_hessian: bool) -> int:
+    """Of errors, metrics and Krylov spaces that are recorded on a GPU; planned: (out_features, in_features, plan)."""
+    kinds = {}
+    for out_features, in_features, plan in planned:
+        read = 4 * in_features * (out_features + (in_features if has_hessian else 1))
+        if plan.rank and uses_krylov(plan.solver, min(out_features, in_features), plan.rank, torch.device("cuda")):
+            space = largest_space(plan.rank) * (8 * out_features + 4 * in_features)
+            kinds[out_features, in_features, plan.rank] = read + space if read <= LARGEST_RECORDED else 0
+    return sum(sorted(kinds.values(), reverse=True)[:MOST_RECORDINGS])
 
 
 def batch_bytes(linears: Mapping[str, tuple[int, int]], blocks_name: str, device: str) -> int:

@@ -37,7 +37,7 @@ from lqer.export.verify import WINDOW_TOKENS, WINDOWS_OF_LOGITS
 from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
-from lqer.resources.linear import FACTORIZATION_COPIES, batch_bytes, is_of_expert, linear_bytes
+from lqer.resources.linear import FACTORIZATION_COPIES, batch_bytes, is_of_expert, linear_bytes, recorded_bytes
 from lqer.resources.statistics import gathered, input_sites
 from lqer.resources.walk import (
     LARGER_DISK,
@@ -357,7 +357,8 @@ def _linear_work(work: Workload) -> int:
     has_hessian = Hessian() in gathered(work.plans)
     sizes = (linear_bytes(rows, columns, plan, has_hessian) for _, rows, columns, plan in _planned(work))
     of_experts = batch_bytes(work.summary.linears, work.summary.blocks_name, "cuda" if work.on_gpu else "cpu")
-    return max(*sizes, of_experts, 0)
+    recorded = recorded_bytes((planned[1:] for planned in _planned(work)), has_hessian) if work.on_gpu else 0
+    return max(*sizes, of_experts, 0) + recorded
 
 
 def _planned(work: Workload) -> Iterator[tuple[int, int, int, LinearPlan]]:

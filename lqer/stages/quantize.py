@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lqer.checkpoint.bits import average_bits
 from lqer.checkpoint.pack import DETAILS_FILE, write_outer
+from lqer.lowrank.krylov_graphs import recorded_growth
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.structure import block_linears
@@ -184,6 +185,7 @@ def quantize_blocks(
     }
     found = statistics_of([index for index in missing if left[index]])
     with (
+        recorded_growth(),
         workspace.writing_behind(most_waiting(opened.device.type == "cuda")),
         tqdm(initial=len(chunk) - len(missing), total=len(chunk), desc="quantize", unit="block") as bar,
     ):

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lqer.checkpoint.load import fill_block
 from lqer.components import ADDED
+from lqer.lowrank.krylov_graphs import recorded_growth
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.source import ModelSource
@@ -113,7 +114,7 @@ def quantize_in_order(
     """
     missing = [index for index in range(len(running.blocks)) if block_file(index) not in workspace]
     if missing:
-        with workspace.writing_behind(most_waiting(running.device.type == "cuda")):
+        with recorded_growth(), workspace.writing_behind(most_waiting(running.device.type == "cuda")):
             _quantize_missing(workspace, stored, running, text, settings, missing)
     remove_states(workspace)
 

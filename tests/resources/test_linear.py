@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lqer.resources.linear import batch_bytes
+from lqer.formats import MXInt
+from lqer.lowrank.krylov_graphs import MOST_RECORDINGS
+from lqer.methods import LinearPlan, RoundingOnly
+from lqer.resources.linear import batch_bytes, recorded_bytes
 from lqer.stages.alike import BATCH_BYTES, HESSIAN_BYTES, WEIGHT_BYTES
 
 
@@ -23,3 +26,22 @@ def test_a_batch_is_bounded_by_what_batches_may_hold():
 
 def test_a_block_is_no_expert():
     assert batch_bytes({"model.layers.0.fc1": (64, 16), "model.layers.1.fc1": (64, 16)}, "model.layers", "cpu") == 0
+
+
+def test_errors_of_the_same_shape_are_recorded_once_and_no_more_kinds_than_may_be():
+    plan, space = LinearPlan(RoundingOnly(), weight=MXInt(bits=4), rank=32), 14 * 24
+    of_one = 4 * 4096 * (4096 + 1) + space * (8 + 4) * 4096
+    assert recorded_bytes([(4096, 4096, plan)] * 3, has_hessian=False) == of_one
+    with_hessian = of_one + 4 * 4096 * (4096 - 1)
+    assert recorded_bytes([(4096, 4096, plan)], has_hessian=True) == with_hessian
+    shapes = [(4096 - 8 * step, 4096, plan) for step in range(MOST_RECORDINGS + 1)]
+    assert recorded_bytes(shapes, has_hessian=False) == recorded_bytes(shapes[:-1], has_hessian=False)
+
+
+def test_large_errors_small_ones_and_linears_without_factors_are_not_recorded():
+    plan, alone = (
+        LinearPlan(RoundingOnly(), weight=MXInt(bits=4), rank=32),
+        LinearPlan(RoundingOnly(), weight=MXInt(bits=4), rank=0),
+    )
+    unrecorded = [(28672, 8192, plan), (512, 512, plan), (4096, 4096, alone)]
+    assert recorded_bytes(unrecorded, has_hessian=False) == 0
