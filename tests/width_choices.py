@@ -13,10 +13,10 @@ from lqer.formats import MXInt, NumberFormat
 from lqer.methods import LinearPlan, QeraExact
 from lqer.models.structure import block_linears, find_blocks
 from lqer.rounding import Gptq
-from lqer.stages.allocate_ranks import Plans
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText
 from lqer.stages.measure_widths import Choices, measure_widths
+from lqer.stages.plans import Plans
 from lqer.statistics import Hessian
 from lqer.store.names import block_file
 from lqer.store.store import Artifact, Store, Workspace

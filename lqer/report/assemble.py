@@ -37,7 +37,7 @@ from lqer.results import (
     Seconds,
     WidthsInfo,
 )
-from lqer.stages.allocate_ranks import Budget
+from lqer.stages.allocate_ranks import Ranks
 from lqer.stages.allocate_widths import Widths
 from lqer.stages.finetune import HISTORY_FILE
 from lqer.store.store import Artifact
@@ -68,7 +68,7 @@ class Made:
     """
 
     calibration: Artifact | None
-    budget: Budget | None
+    ranks: Ranks | None
     widths: Widths | None
     quantized: Artifact
     rtn: Artifact | None
@@ -110,7 +110,7 @@ def assemble(
         model=_model_info(config, source, summary, rows),
         bits=average_bits(rows),
         checkpoint_bytes=checkpoint_bytes(made.checkpoint.path, summary.blocks),
-        allocation=None if made.budget is None else _allocation_info(made.budget),
+        allocation=None if made.ranks is None else _allocation_info(made.ranks),
         widths=None if made.widths is None else _widths_info(config, made.widths),
         baseline=rtn,
         experts=experts,
@@ -123,7 +123,7 @@ def assemble(
         layers=Layers(file=LAYERS_FILE, count=len(rows)),
         seconds=Seconds(
             calibrate=0.0 if made.calibration is None else made.calibration.seconds,
-            quantize=made.quantized.seconds + sum(chosen.seconds for chosen in (made.budget, made.widths) if chosen),
+            quantize=made.quantized.seconds + sum(chosen.seconds for chosen in (made.ranks, made.widths) if chosen),
             finetune=0.0 if made.finetuned is None else made.finetuned.seconds,
             evaluate=round(made.evaluate_seconds, 3),
             total=round(time.monotonic() - started, 3),
@@ -147,12 +147,12 @@ def _model_info(
     )
 
 
-def _allocation_info(budget: Budget) -> AllocationInfo:
+def _allocation_info(ranks: Ranks) -> AllocationInfo:
     return AllocationInfo(
-        objective=budget.allocation.objective,
-        uniform_rank=budget.allocation.uniform_rank,
-        uniform_bits=budget.uniform_average_bits,
-        uniform_objective=budget.allocation.uniform_objective,
+        objective=ranks.allocation.objective,
+        uniform_rank=ranks.allocation.uniform_rank,
+        uniform_bits=ranks.uniform_average_bits,
+        uniform_objective=ranks.allocation.uniform_objective,
     )
 
 

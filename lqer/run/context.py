@@ -21,7 +21,7 @@ from lqer.models.source import ModelSource, check_weights, pick_device, pick_dty
 from lqer.models.summary import ModelSummary, summarize_model
 from lqer.resources.statistics import keeps_statistics
 from lqer.run.folder import store_path
-from lqer.stages.allocate_ranks import check_budget
+from lqer.stages.allocate_ranks import check_ranks
 from lqer.stages.allocate_widths import check_widths, options_of
 from lqer.stages.evaluate import task_files
 from lqer.store.fingerprints import FINGERPRINTS, Fingerprints
@@ -92,7 +92,7 @@ def prepare(config: Config) -> RunContext:
     plans = plan_model(config, summary)
     plans |= _kept(unreached, plans)
     if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
-        check_budget(plans, summary.linears, budget_bits)
+        check_ranks(plans, summary.linears, budget_bits)
     choices = plan_widths(config, plans)
     if config.quantize.budget_bits is not None:
         options = options_of(plans, choices, config.quantize.low_rank.optional)

@@ -22,15 +22,16 @@ from lqer.run.evaluations import (
     task_accuracies,
 )
 from lqer.run.texts import Texts
-from lqer.stages.allocate_ranks import BudgetedPlans, MeasureSpectra, Plans
+from lqer.stages.allocate_ranks import RankPlans
 from lqer.stages.allocate_widths import WidthPlans
 from lqer.stages.base import Stage
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.divergence import OriginalDistributions, WindowDivergence
 from lqer.stages.evaluate import Candidate, DecodeSpeed, Evaluation, TaskAccuracy
 from lqer.stages.finetune import Finetune
+from lqer.stages.measure_spectra import MeasureSpectra
 from lqer.stages.measure_widths import MeasureWidths, plans_to_measure
-from lqer.stages.plans import AnyPlans
+from lqer.stages.plans import AnyPlans, Plans
 from lqer.stages.quantize import Quantize
 from lqer.stages.quantize_linears import input_roundings, requested_statistics
 from lqer.stages.quantize_sequential import QuantizeSequentially
@@ -120,7 +121,7 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
         calibrate = gathered if gathered.is_kept else None
         if (budget_bits := config.quantize.low_rank.budget_bits) is not None:
             spectra = MeasureSpectra.of(gathered, context.plans)
-            plans = BudgetedPlans(context.plans, spectra, budget_bits, context.summary.linears, context.summary.blocks)
+            plans = RankPlans(context.plans, spectra, budget_bits, context.summary.linears, context.summary.blocks)
         quantize = Quantize(
             calibration=gathered,
             plans=plans,

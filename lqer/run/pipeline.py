@@ -23,7 +23,7 @@ from lqer.run.outcome import headline, write_traceback
 from lqer.run.preflight import CheckedRun, check_run
 from lqer.run.rehearsal import rehearsed
 from lqer.run.texts import Texts
-from lqer.stages.allocate_ranks import Budget, BudgetedPlans
+from lqer.stages.allocate_ranks import RankPlans, Ranks
 from lqer.stages.allocate_widths import WidthPlans, Widths
 from lqer.stages.base import Stage
 from lqer.stages.gang import expect_gang
@@ -102,7 +102,7 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
     )  # fmt: skip
     jobs = jobs_of(experiment, summary.blocks, [] if chunk is None else [chunk])
     run_here(jobs.preparing, store)
-    budget, widths = _log_budget(experiment, store), _log_widths(experiment, store)
+    ranks, widths = _log_ranks(experiment, store), _log_widths(experiment, store)
     with rehearsed(checked):
         run_here(jobs.quantizing, store)
     if any(stage.find(store) is None for stage in experiment.quantizing()):
@@ -114,7 +114,7 @@ def _run_stages(checked: CheckedRun, started: float, chunk: Chunk | None) -> Res
     experiment.verify_unread(checkpoint, store)
     link_checkpoint(checked.folder, checkpoint.path)
     run_here(jobs.measuring, store)
-    made = _collect(experiment, store, checked.texts, budget, widths)
+    made = _collect(experiment, store, checked.texts, ranks, widths)
     return _report(checked, checkpoint, made, started)
 
 
@@ -136,18 +136,18 @@ def _report(checked: CheckedRun, checkpoint: Artifact, made: Made, started: floa
     return results
 
 
-def _log_budget(experiment: Experiment, store: Store) -> Budget | None:
+def _log_ranks(experiment: Experiment, store: Store) -> Ranks | None:
     """The ranks that quantize.low_rank.budget_bits leads to; None without a budget."""
     plans = experiment.quantize.plans
-    if not isinstance(plans, BudgetedPlans):
+    if not isinstance(plans, RankPlans):
         return None
-    budget = plans.allocate(store)
+    ranks = plans.allocate(store)
     log.info(
         "budget: %.4f of %g bits, ranks %d to %d; summed relative error %.5g, at uniform rank %d (%.4f bits) %.5g",
-        budget.average_bits, plans.budget_bits, *budget.range, budget.allocation.objective,
-        budget.allocation.uniform_rank, budget.uniform_average_bits, budget.allocation.uniform_objective,
+        ranks.average_bits, plans.budget_bits, *ranks.range, ranks.allocation.objective,
+        ranks.allocation.uniform_rank, ranks.uniform_average_bits, ranks.allocation.uniform_objective,
     )  # fmt: skip
-    return budget
+    return ranks
 
 
 def _log_widths(experiment: Experiment, store: Store) -> Widths | None:
@@ -167,7 +167,7 @@ def _log_widths(experiment: Experiment, store: Store) -> Widths | None:
     return widths
 
 
-def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget | None, widths: Widths | None) -> Made:
+def _collect(experiment: Experiment, store: Store, texts: Texts, ranks: Ranks | None, widths: Widths | None) -> Made:
     """All artifacts and measurements of a finished run."""
 
     def found(stage: Stage | None) -> Artifact | None:
@@ -186,7 +186,7 @@ def _collect(experiment: Experiment, store: Store, texts: Texts, budget: Budget 
     ]
     return Made(
         calibration=found(experiment.calibrate),
-        budget=budget,
+        ranks=ranks,
         widths=widths,
         quantized=experiment.quantize.artifact(store),
         rtn=found(experiment.rtn),

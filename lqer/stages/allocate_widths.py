@@ -28,21 +28,19 @@ from lqer.formats import NumberFormat
 from lqer.lowrank.rank_allocation import factor_bits, row_bits
 from lqer.methods import LinearPlan
 from lqer.rounding.width_allocation import Allocation, Curve, allocate_widths, joined
-from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import no_effect
 from lqer.stages.measure_widths import Choices, MeasureWidths
+from lqer.stages.plans import BudgetedPlans, Plans, Shapes
 from lqer.store.names import block_file, sites_file
 from lqer.store.store import Store
 from lqer.transforms.base import rotation_on
 
-# (out_features, in_features) by linear.
-Shapes = Mapping[str, tuple[int, int]]
 # By linear that has a choice, the plans that it can get.
 Options = Mapping[str, tuple[LinearPlan, ...]]
 
 
 @dataclass(frozen=True)
-class WidthPlans:
+class WidthPlans(BudgetedPlans):
     """Plans whose weight formats follow from a budget of average bits, once the losses are known.
 
     tied: whether linears that share an input get one format. low_rank: whether the plans keep A and B, whose bits are

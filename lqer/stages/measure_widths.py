@@ -42,10 +42,10 @@ from lqer.models.structure import block_linears
 from lqer.phases import in_phase
 from lqer.rounding.hessian import HessianError
 from lqer.stages.alike import batches_of, with_statistics
-from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gather import BlockStatistics
+from lqer.stages.plans import Plans
 from lqer.stages.rotate import Rotate, source_of
 from lqer.stages.width_errors import EXPERT_ROWS, SAMPLED_ROWS, Sampled, errors_of
 from lqer.statistics.site import SiteStatistics

@@ -24,7 +24,6 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.structure import block_linears
 from lqer.stages.alike import units_of
-from lqer.stages.allocate_ranks import Plans
 from lqer.stages.base import no_effect
 from lqer.stages.block_work import (
     BlockWork,
@@ -37,7 +36,7 @@ from lqer.stages.block_work import (
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gang import GangStage
 from lqer.stages.gather import StatisticsOf
-from lqer.stages.plans import AnyPlans, resolve_plans
+from lqer.stages.plans import AnyPlans, Plans, resolve_plans
 from lqer.stages.quantize_linears import QuantizeSettings, quantize_linears
 from lqer.stages.rotate import source_of
 from lqer.statistics import ALONE, Gang

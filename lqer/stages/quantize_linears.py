@@ -21,11 +21,11 @@ from lqer.methods import LinearPlan, QuantizedWeight
 from lqer.phases import in_phase, phase
 from lqer.rounding.hessian import HessianError
 from lqer.stages.alike import batches_of, with_statistics
-from lqer.stages.allocate_ranks import Plans
 from lqer.stages.block_work import BlockWork, QuantizedLinears, all_spectra, found_already
 from lqer.stages.gather import BlockStatistics
 from lqer.stages.layer_rows import later_spectra, layer_row, rounded_alone, with_numbers
 from lqer.stages.observe import InputRoundings
+from lqer.stages.plans import Plans
 from lqer.statistics import ALONE, ALWAYS, Gang, Statistic
 from lqer.statistics.site import SiteStatistics
 from lqer.transforms import BlockTransform

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from measured_spectra import SIZES as SPECTRA_SIZES
+from measured_spectra import MeasuredSpectra
 from torch import Tensor
 
 from lqer.formats import Int
@@ -23,3 +25,8 @@ def text(windows_WT: Tensor) -> CalibrationText:
 def gptq_plan(plan: LinearPlan) -> LinearPlan:
     """GPTQ to 3-bit integers, without factors."""
     return replace(plan, method=RoundingOnly(), rank=0, weight=Int(bits=3, block_size=16), rounding=Gptq())
+
+
+@pytest.fixture(scope="session")
+def measured_spectra(random_model, windows_WT, tmp_path_factory) -> MeasuredSpectra:
+    return MeasuredSpectra.of(random_model("llama", **SPECTRA_SIZES), windows_WT, tmp_path_factory.mktemp("spectra"))
