@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 from measured_spectra import SIZES as SPECTRA_SIZES
 from measured_spectra import MeasuredSpectra
+from measured_widths import SIZES as WIDTHS_SIZES
+from measured_widths import MeasuredWidths
 from torch import Tensor
 
 from lqer.formats import Int
@@ -30,3 +32,8 @@ def gptq_plan(plan: LinearPlan) -> LinearPlan:
 @pytest.fixture(scope="session")
 def measured_spectra(random_model, windows_WT, tmp_path_factory) -> MeasuredSpectra:
     return MeasuredSpectra.of(random_model("llama", **SPECTRA_SIZES), windows_WT, tmp_path_factory.mktemp("spectra"))
+
+
+@pytest.fixture(scope="session")
+def measured_widths(random_model, windows_WT, tmp_path_factory) -> MeasuredWidths:
+    return MeasuredWidths.of(random_model("llama", **WIDTHS_SIZES), windows_WT, tmp_path_factory.mktemp("widths"))

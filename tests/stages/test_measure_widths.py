@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import resident
 from killing import KilledError, dying_workspace
-from width_choices import FORMATS, SEED, SIZES, calibrated, choices_of, measured, plans_of
+from measured_widths import FORMATS, SEED
 
 from lqer.errors import ModelError
 from lqer.formats import Int, MXInt
@@ -21,43 +21,21 @@ from lqer.store.names import block_file
 from lqer.transforms import Hadamard
 
 
-@pytest.fixture(scope="module")
-def model(random_model):
-    return random_model("llama", **SIZES)
-
-
-@pytest.fixture(scope="module")
-def calibration(model, windows_WT, tmp_path_factory):
-    return calibrated(model, windows_WT, tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
-def plans(model):
-    return plans_of(model)
-
-
-@pytest.fixture(scope="module")
-def choices(plans):
-    return choices_of(plans)
-
-
-@pytest.fixture(scope="module")
-def losses(model, calibration, plans, choices, windows_WT, tmp_path_factory):
-    return measured(tmp_path_factory.mktemp("widths"), model, calibration, plans_to_measure(plans, choices), windows_WT)
-
-
 @pytest.mark.parametrize("transform", [None, Hadamard()], ids=["plain", "rotated"])
-def test_losses_are_those_of_the_equation(model, calibration, plans, choices, windows_WT, tmp_path, transform):
+def test_losses_are_those_of_the_equation(measured_widths, windows_WT, tmp_path, transform):
     """With rounding to nearest, written down once more; a rotated linear in its rotated basis."""
-    nearest = {name: plan and replace(plan, rounding=Nearest(), transform=transform) for name, plan in plans.items()}
-    windows = len(windows_WT)
-    found = measured(tmp_path, model, calibration, plans_to_measure(nearest, choices), windows_WT, windows)
+    nearest = {
+        name: plan and replace(plan, rounding=Nearest(), transform=transform)
+        for name, plan in measured_widths.plans.items()
+    }
+    measurable, windows = plans_to_measure(nearest, measured_widths.choices), len(windows_WT)
+    found = measured_widths.measure(tmp_path, measurable, batch_size=windows)
     seen = {}
-    for run in walk_backward(resident(model), windows_WT, windows, SEED):
+    for run in walk_backward(resident(measured_widths.model), windows_WT, windows, SEED):
         prefix, names = run.run.name, block_linears(run.run.block)
         run.backward({one: partial(lambda key, *pair: seen.__setitem__(key, pair), f"{prefix}.{one}") for one in names})
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
-        weight_OI, (x_WTI, g_WTO) = model.get_submodule(name).weight.detach(), seen[name]
+        weight_OI, (x_WTI, g_WTO) = measured_widths.model.get_submodule(name).weight.detach(), seen[name]
         if transform is not None:
             rotation = transform.rotation(*weight_OI.shape, seed=0)
             weight_OI, x_WTI = rotation.weight(weight_OI), rotation.input(x_WTI)
@@ -84,12 +62,12 @@ def test_errors_fitted_to_few_tokens_cost_more_on_others():
     assert nearest == pytest.approx(1, abs=0.1)
 
 
-def test_linears_that_have_a_choice_are_measured_and_no_others(losses, choices):
-    assert set(losses) == set(choices)
+def test_linears_that_have_a_choice_are_measured_and_no_others(measured_widths):
+    assert set(measured_widths.losses) == set(measured_widths.choices)
 
 
-def test_every_further_bit_lowers_the_loss_about_fourfold(losses):
-    ratios = [values[i] / values[i + 1] for values in losses.values() for i in range(2)]
+def test_every_further_bit_lowers_the_loss_about_fourfold(measured_widths):
+    ratios = [values[i] / values[i + 1] for values in measured_widths.losses.values() for i in range(2)]
     assert min(ratios) > 1.5
     assert 3 < torch.tensor(ratios).median() < 9
 
@@ -100,37 +78,29 @@ def test_rotating_gradients_is_the_transpose_of_rotating_outputs_back():
     torch.testing.assert_close((rotation.output(y_TO) * g_TO).sum(), (y_TO * rotation.output_gradient(g_TO)).sum())
 
 
-def test_a_killed_pass_resumes_after_the_last_block(model, calibration, plans, choices, losses, windows_WT, tmp_path):
-    measurable = plans_to_measure(plans, choices)
+def test_a_killed_pass_resumes_after_the_last_block(measured_widths, tmp_path):
     with pytest.raises(KilledError):
-        measured(tmp_path, model, calibration, measurable, windows_WT, make=dying_workspace(block_file(1)))
-    assert measured(tmp_path, model, calibration, measurable, windows_WT) == losses
+        measured_widths.measure(tmp_path, measured_widths.measurable, make=dying_workspace(block_file(1)))
+    assert measured_widths.measure(tmp_path, measured_widths.measurable) == measured_widths.losses
 
 
-@pytest.fixture(scope="module")
-def both_losses(model, calibration, plans, choices, windows_WT, tmp_path_factory):
-    """Of every format without A and B, and then with them."""
-    measurable = plans_to_measure(plans, choices, optional_rank=True)
-    return measured(tmp_path_factory.mktemp("both"), model, calibration, measurable, windows_WT)
-
-
-def test_a_rank_is_measured_beside_every_format(losses, both_losses):
-    for name, values in both_losses.items():
+def test_a_rank_is_measured_beside_every_format(measured_widths):
+    for name, values in measured_widths.both_losses.items():
         without, with_rank = values[: len(FORMATS)], values[len(FORMATS) :]
-        assert without == pytest.approx(losses[name], rel=1e-6)
+        assert without == pytest.approx(measured_widths.losses[name], rel=1e-6)
         assert all(0 < less < more for less, more in zip(with_rank, without, strict=True))
 
 
-def test_what_decides_no_error_of_rounding_decides_no_loss(plans, choices):
-    name = "model.layers.0.self_attn.q_proj"
+def test_what_decides_no_error_of_rounding_decides_no_loss(measured_widths):
+    name, plans = "model.layers.0.self_attn.q_proj", measured_widths.plans
     other = {**plans, name: replace(plans[name], rank=16, activation=MXInt(8), weight=Int(4), asymmetric=0.5)}
-    assert plans_to_measure(other, choices)[name] == plans_to_measure(plans, choices)[name]
+    assert plans_to_measure(other, measured_widths.choices)[name] == measured_widths.measurable[name]
 
 
-def test_a_linear_that_calibration_never_reached_is_named(model, calibration, plans, choices, windows_WT, tmp_path):
+def test_a_linear_that_calibration_never_reached_is_named(measured_widths, tmp_path):
     class Empty:
         def __getattr__(self, name):
             return lambda index: {}
 
     with pytest.raises(ModelError, match=r"model.layers.2.* was never reached by the calibration text"):
-        measured(tmp_path, model, Empty(), plans_to_measure(plans, choices), windows_WT)
+        measured_widths.measure(tmp_path, measured_widths.measurable, calibration=Empty())
