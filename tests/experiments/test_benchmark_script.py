@@ -24,6 +24,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (["benchmark_kernels.py", "--only", "a,z"], "'z' is not one of a, b, c, d, e, f, h, i, j, k, l, m, extra"),
         (["benchmark_decoder.py"], "needs an NVIDIA GPU"),
         (["benchmark_decoder.py", "int5"], "'int5' is not one of bf16, "),
+        (["benchmark_evaluation.py"], "needs an NVIDIA GPU"),
+        (["benchmark_evaluation.py", "int5"], "'int5' is not one of bf16, "),
+        (["benchmark_rotations.py"], "needs an NVIDIA GPU"),
     ],
 )
 def test_no_gpu_and_unknown_names_exit_with_2_and_one_line(command, said):
