@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,6 +18,16 @@ from lqer.errors import ConfigError
 PREFIX = "preset:"
 # Named without their folder.
 METHODS_FOLDER = "methods"
+# The advice of docs/choosing.md.
+RECOMMENDED = ("best-2", "best-3", "best-4", "best-w4a8", "serve-2", "serve-3", "serve-4")
+# What the other folders hold.
+FOLDERS = {
+    "paper": "experiments with the models, texts and settings of their papers",
+    "template": "a model each, with L2QER in W4A8 MXINT and rank 32",
+    "formats": "number formats by name, to extend",
+    "protocols": "texts of calibration and evaluation, to extend",
+    "finetune": "training after quantization, to extend",
+}
 
 
 def preset_path(name: str) -> Path:
@@ -33,6 +44,18 @@ def preset_names() -> list[str]:
     """Every preset: those of methods by their name alone, the others by their path."""
     names = [path.relative_to(_root()).with_suffix("").as_posix() for path in _root().rglob("*.toml")]
     return sorted(name.removeprefix(f"{METHODS_FOLDER}/") for name in names)
+
+
+def presets_like(pattern: str) -> list[str]:
+    """The presets with `pattern`, which may have shell wildcards, in their names, in either case.
+
+    Raises ConfigError if there is none.
+    """
+    names = preset_names()
+    found = [name for name in names if fnmatchcase(name.lower(), f"*{pattern.lower()}*")]
+    if not found:
+        raise ConfigError(f"ls presets: none has {pattern!r} in its name{did_you_mean(pattern, names)}")
+    return found
 
 
 def read_summary(name: str) -> str:

@@ -1,14 +1,15 @@
-"""`lqer ls`: what a configuration can name, and finished runs; one line each."""
+"""`lqer ls`: what a configuration can name, and finished runs; one line each, but for folders of many presets."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lqer.components import Component, did_you_mean
-from lqer.config.presets import preset_names, read_summary
+from lqer.config.presets import FOLDERS, RECOMMENDED, preset_names, presets_like, read_summary
 from lqer.data.datasets import HUB_TEXTS
 from lqer.data.python_texts import PYTHON_TEXTS
 from lqer.errors import ConfigError
@@ -24,17 +25,23 @@ Row = tuple[str, str]
 
 def list_items(words: Sequence[str]) -> list[str]:
     """The lines for the words after `lqer ls`. Raises ConfigError for other words."""
-    what = words[0] if words else ""
-    if what == "runs" and len(words) <= 2:
-        rows = list(_runs(Path(words[1] if len(words) == 2 else "checkpoints")))
-    elif what in LISTS and len(words) == 1:
-        rows = list(LISTS[what]())
-    else:
-        allowed = (*LISTS, "runs")
-        raise ConfigError(
-            f"ls: unknown list {' '.join(words)!r}; allowed: {', '.join(allowed)}{did_you_mean(what, allowed)}"
-        )
-    width = max((len(name) for name, _ in rows), default=0)
+    what, *rest = words or [""]
+    if what in LISTS and not rest:
+        return _aligned(LISTS[what]())
+    if what == "presets" and len(rest) <= 1:
+        return _aligned(map(_preset, presets_like(rest[0]))) if rest else _preset_sections()
+    if what == "runs" and len(rest) <= 1:
+        return _aligned(_runs(Path(rest[0] if rest else "checkpoints")))
+    allowed = (*LISTS, "presets", "runs")
+    raise ConfigError(
+        f"ls: unknown list {' '.join(words)!r}; allowed: {', '.join(allowed)}{did_you_mean(what, allowed)}"
+    )
+
+
+def _aligned(rows: Iterable[Row], width: int = 0) -> list[str]:
+    """width: at least so much for the names."""
+    rows = list(rows)
+    width = max((width, *(len(name) for name, _ in rows)))
     return [f"{name:{width}}  {line}".rstrip() for name, line in rows]
 
 
@@ -59,9 +66,24 @@ def _datasets() -> Iterator[Row]:
         yield name, python_text.summary
 
 
-def _presets() -> Iterator[Row]:
-    for name in preset_names():
-        yield name, read_summary(name)
+def _preset(name: str) -> Row:
+    return name, read_summary(name)
+
+
+def _preset_sections() -> list[str]:
+    """Those that are recommended, those of methods, and the folders of all others, in a line each."""
+    names = preset_names()
+    counts = Counter(name.partition("/")[0] for name in names)
+    sections = {
+        "Recommended:": [_preset(name) for name in RECOMMENDED],
+        "Methods:": [_preset(name) for name in names if "/" not in name and name not in RECOMMENDED],
+        "Folders, each listed by `lqer ls presets FOLDER/`:": [
+            (f"{folder}/", f"{line} ({counts[folder]})") for folder, line in FOLDERS.items()
+        ],
+    }
+    width = max(len(name) for rows in sections.values() for name, _ in rows)
+    lines = [line for title, rows in sections.items() for line in ("", title, *_aligned(rows, width))]
+    return lines[1:]
 
 
 def _targets() -> Iterator[Row]:
@@ -89,5 +111,4 @@ LISTS: dict[str, Callable[[], Iterator[Row]]] = {
     "statistics": _components(Statistic),
     "targets": _targets,
     "datasets": _datasets,
-    "presets": _presets,
 }

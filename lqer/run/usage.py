@@ -76,7 +76,9 @@ CHECKPOINT is a run's folder or its checkpoint, TARGET one of `lqer ls targets`,
 """,
     "ls": """List what a configuration can name, or finished runs; one line each.
 
-    lqer ls methods | roundings | transforms | formats | statistics | datasets | presets | targets [--plugin FILE.py]
+    lqer ls methods | roundings | transforms | formats | statistics | datasets | targets [--plugin FILE.py]
+    lqer ls presets [NAME]   configurations that come with lqer: those with NAME, which may have shell wildcards, in
+                             their names (default: the recommended ones, those of methods, and folders of others)
     lqer ls runs [FOLDER]    finished runs under FOLDER (default: checkpoints)
 """,
 }

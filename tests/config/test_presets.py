@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from lqer.config import read_config
-from lqer.config.presets import preset_names, preset_path, read_summary
+from lqer.config.presets import RECOMMENDED, preset_names, preset_path, read_summary
 from lqer.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,11 @@ def test_every_configuration_of_the_repository_is_one():
 
 def test_every_one_says_what_it_is():
     assert all(read_summary(name).endswith(".") for name in preset_names())
+
+
+def test_those_that_the_page_on_choosing_advises_are_the_recommended_ones():
+    advice = (ROOT / "docs/choosing.md").read_text().partition("<!-- table")[0]
+    assert set(re.findall(r"`((?:best|serve)-\w+)`", advice)) == set(RECOMMENDED)
 
 
 def test_a_sentence_over_several_lines_is_told_to_its_end():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lqer.cli import COMMANDS, console, main, split_arguments, take_option
+from lqer.config.presets import RECOMMENDED, preset_names
 from lqer.errors import ConfigError
 from lqer.store import fingerprints
 from lqer.store.files import hash_file
@@ -103,7 +104,6 @@ class TestConsoleScript:
             ("targets", "dense", "safetensors"),
             ("datasets", "pydoc", "without a download"),
             ("datasets", "stdlib", "code"),
-            ("presets", "lqer-act", "W4A8 MXINT"),
         ],
     )
     def test_everything_a_configuration_can_name_is_listed_with_a_line(self, lqer, what, name, line):
@@ -111,6 +111,31 @@ class TestConsoleScript:
         rows = dict(row.split(maxsplit=1) for row in out.splitlines())
         assert status == 0
         assert line in rows[name]
+
+    def test_a_preset_is_listed_with_the_first_sentence_of_its_file(self, lqer):
+        line = "L2QER (arXiv 2402.02446): W4A8 MXINT, rank 32, rounding error scaled by activation magnitudes."
+        assert lqer("ls", "presets", "lqer-act")[1] == f"lqer-act  {line}\n"
+
+    def test_presets_are_listed_with_the_recommended_ones_first_and_folders_of_many_in_a_line(self, lqer):
+        sections = [section.splitlines() for section in lqer("ls", "presets")[1].split("\n\n")]
+        assert [section[0].split()[0] for section in sections] == ["Recommended:", "Methods:", "Folders,"]
+        names = [[line.split()[0] for line in lines] for _, *lines in sections]
+        folders = set(names[2])
+        assert names[0] == [*RECOMMENDED]
+        assert sorted(names[0] + names[1]) == [name for name in preset_names() if "/" not in name]
+        assert folders == {f"{name.partition('/')[0]}/" for name in preset_names() if "/" in name}
+        assert f"({sum(name.startswith('paper/') for name in preset_names())})" in sections[2][1]
+
+    @pytest.mark.parametrize(
+        ("pattern", "shown"),
+        [
+            ("gptq", ["gptq", "gptq-qera", "tesseraq-gptq"]),
+            ("TESSERAQ-W4A4", ["paper/tesseraq-w4a4"]),
+            ("trellis-[23]", ["trellis-2", "trellis-3"]),
+        ],
+    )
+    def test_presets_are_found_by_a_part_of_their_names_or_by_wildcards(self, lqer, pattern, shown):
+        assert [line.split()[0] for line in lqer("ls", "presets", pattern)[1].splitlines()] == shown
 
     def test_runs_are_listed_with_their_numbers(self, lqer, tmp_path):
         (tmp_path / "a-run").mkdir()
@@ -125,6 +150,7 @@ class TestConsoleScript:
             (["ls", "methds"], "did you mean 'methods'?"),
             (["run", "a", "b", "c"], "expected one config file and at most one tag; found a b c"),
             (["ls", "runs", "/nowhere"], "no such folder: /nowhere"),
+            (["ls", "presets", "lqre-act"], "ls presets: none has 'lqre-act' in its name; did you mean 'lqer-act'?"),
             (["quantize"], "expected run, validate, sweep, recommend, export, ls or lm-eval"),
             (["recomend", "preset:demo"], "did you mean 'recommend'?"),
             (["sweep", "a.toml"], "expected a sweep file, a config file and a tag; found a.toml"),
