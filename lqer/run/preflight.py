@@ -28,9 +28,10 @@ from lqer.resources.machine import gpu_bytes, read_machine
 from lqer.resources.memory import estimate
 from lqer.resources.workload import StageMemory, Workload
 from lqer.run.context import RunContext, prepare
-from lqer.run.experiment import Experiment, plan_experiment
+from lqer.run.experiment import Experiment
 from lqer.run.exports import check_export_folders
 from lqer.run.folder import run_folder
+from lqer.run.plan import plan_experiment
 from lqer.run.texts import Texts, read_texts
 from lqer.stages.evaluate import task_files
 from lqer.store.store import Store, stored_bytes
