@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lqer.formats import Int, MXInt, Trellis
 from lqer.methods import METHODS, LinearPlan
+from lqer.models.backward import walk_backward
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import pick_device
 from lqer.models.structure import block_linears, find_blocks, prepare_model
@@ -111,14 +112,10 @@ def best_3(folder: Path, opened: OpenedModel, text: CalibrationText) -> Workspac
     plans, store = plans_for(opened.model, BEST_3), Store(folder / "store")
     choices, requested = dict.fromkeys(plans, WIDTHS), requested_statistics(plans)
     calibration = store.obtain("calibrate", 0, lambda ws: calibrate(ws, opened, text, requested))
-    windows_WT = text.windows_WT[:WINDOWS]
+    measurable = plans_to_measure(plans, choices)
+    runs = walk_backward(opened, text.windows_WT[:WINDOWS], text.batch_size, seed=0)
     with phase("widths"):
-        of_widths = store.obtain(
-            "widths", 0,
-            lambda ws: measure_widths(
-                ws, opened, calibration, plans_to_measure(plans, choices), WIDTHS, windows_WT, text.batch_size, seed=0
-            ),
-        )  # fmt: skip
+        of_widths = store.obtain("widths", 0, lambda ws: measure_widths(ws, runs, calibration, measurable, WIDTHS))
     blocks = range(len(opened.blocks))
     losses = {key: loss.tolist() for index in blocks for key, loss in of_widths.tensors(block_file(index)).items()}
     sites = {key: site for index in blocks for key, site in calibration.json(sites_file(index)).items()}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lqer.formats import MXInt, NumberFormat
 from lqer.methods import LinearPlan, QeraExact
+from lqer.models.backward import walk_backward
 from lqer.models.structure import block_linears, find_blocks
 from lqer.rounding import Gptq
 from lqer.stages.calibrate import calibrate
@@ -86,8 +87,8 @@ class MeasuredWidths:
     ) -> Losses:
         """The losses of every linear that has a plan, by linear and format."""
         workspace, statistics = make(folder), calibration or self.calibration
-        opened = resident(self.model)
-        measure_widths(workspace, opened, statistics, plans, FORMATS, self.windows_WT, batch_size, SEED)
+        runs = walk_backward(resident(self.model), self.windows_WT, batch_size, SEED)
+        measure_widths(workspace, runs, statistics, plans, FORMATS)
         tensors = {name: x for i in range(BLOCKS) for name, x in workspace.tensors(block_file(i)).items()}
         assert all(name.endswith(".losses") for name in tensors)
         return {name.removesuffix(".losses"): losses_F.tolist() for name, losses_F in tensors.items()}

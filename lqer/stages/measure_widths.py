@@ -20,7 +20,7 @@ tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -35,7 +35,6 @@ from lqer.formats import NonFiniteError, NumberFormat
 from lqer.formats.base import check_finite
 from lqer.methods import LinearPlan
 from lqer.models.backward import BackwardRun, Visit, walk_backward
-from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
@@ -80,10 +79,9 @@ class MeasureWidths(Stage):
 
     def build(self, workspace: Workspace, store: Store) -> None:
         opened = open_model(source_of(self.model, store), self.dtype, self.device, self.offload)
-        measure_widths(
-            workspace, opened, self.calibration.artifact(store), self.plans, self.formats, self.windows_WT,
-            self.batch_size, self.seed,
-        )  # fmt: skip
+        runs = walk_backward(opened, self.windows_WT, self.batch_size, self.seed)
+        shown = tqdm(runs, total=len(opened.blocks), desc="widths", unit="block")
+        measure_widths(workspace, shown, self.calibration.artifact(store), self.plans, self.formats)
 
 
 def plans_to_measure(plans: Plans, choices: Choices, optional_rank: bool = False) -> Plans:
@@ -103,36 +101,34 @@ def plans_to_measure(plans: Plans, choices: Choices, optional_rank: bool = False
 @in_phase("widths")
 def measure_widths(
     workspace: Workspace,
-    opened: OpenedModel,
+    runs: Iterable[BackwardRun],
     calibration: Artifact,
     plans: Plans,
     formats: Sequence[NumberFormat],
-    windows_WT: Tensor,
-    batch_size: int,
-    seed: int,
 ) -> None:
     """Write the losses of every block that `workspace` does not hold yet.
 
+    runs: of all blocks, last to first (`walk_backward`).
     Raises ModelError, naming the linear, where a weight is not finite or calibration never reached it.
     """
-    runs = walk_backward(opened, windows_WT, batch_size, seed)
-    for run in tqdm(runs, total=len(opened.blocks), desc="widths", unit="block"):
+    for run in runs:
         if block_file(run.index) in workspace:
             run.backward({})
             continue
         statistics = BlockStatistics.read(calibration, run.index)
-        tensors, visits = _block_visits(run, statistics, plans, formats, windows_WT.numel())
+        tensors, visits = _block_visits(run, statistics, plans, formats)
         del statistics
         run.backward(visits)
         workspace.write_tensors(block_file(run.index), tensors)
 
 
 def _block_visits(
-    run: BackwardRun, statistics: BlockStatistics, plans: Plans, formats: Sequence[NumberFormat], tokens: int
+    run: BackwardRun, statistics: BlockStatistics, plans: Plans, formats: Sequence[NumberFormat]
 ) -> tuple[dict[str, Tensor], dict[str, Visit]]:
     """The losses of a block's linears, zero still, and the visits that add to them."""
     tensors: dict[str, Tensor] = {}
     visits: dict[str, Visit] = {}
+    tokens = run.gradients_WTD.shape[:2].numel()
     for batch in _sampled(run, statistics, plans):
         for one, errors_F in zip(batch, _errors(batch, formats), strict=True):
             # On the device: each visit would otherwise wait for it.
