@@ -189,7 +189,7 @@ def _run_sweep(arguments: Sequence[str]) -> int:
         plan = plan_sweep(path, config, tag, overrides)
         from lqer.report.sweep import record_of, write_record
         from lqer.run import engine
-        from lqer.run.sweep import conclude
+        from lqer.run.conclude import conclude
 
     record = record_of(plan, config, tag, overrides)
     # `recommend` reads what is finished of a sweep that is interrupted, or still runs.

@@ -14,7 +14,8 @@ from lqer.report.sweep import TABLE_FOLDER
 from lqer.results import Results
 from lqer.run import pipeline
 from lqer.run.chunks import Chunk
-from lqer.run.sweep import InAProcess, SweepOutcome, run_sweep
+from lqer.run.sweep import SweepOutcome, run_sweep
+from lqer.run.sweep_process import InAProcess
 
 
 def run(config: Config, plugins: Sequence[str] = (), chunk: Chunk | None = None) -> Results | None:

@@ -12,7 +12,8 @@ from lqer.models.source import pick_device, resolve_model
 from lqer.report.ranking import Ranking
 from lqer.report.recommend import ATLAS, find_atlas
 from lqer.report.sweep import SweepRecord, record_of
-from lqer.run.sweep import SweepOutcome, conclude
+from lqer.run.conclude import conclude
+from lqer.run.sweep import SweepOutcome
 
 log = logging.getLogger(__name__)
 

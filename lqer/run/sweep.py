@@ -1,42 +1,27 @@
 """Runs a sweep on this machine, one experiment after another in the order of its file, and only those that are missing.
 
-Every run is a process of its own, forked from one that has imported everything: its memory is free when it ends, its
-peak is its own, and one that is killed takes no other with it. What runs have in common (statistics, the original's
-evaluation) they find in the store.
+What runs have in common (statistics, the original's evaluation) they find in the store.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lqer.config.plugins import load_plugins
 from lqer.config.schema import Config
 from lqer.config.sweep import SweepPlan, SweepRun
-from lqer.report.collect import collect, write_collection
 from lqer.report.environment import versions
-from lqer.report.page.write import PAGE_FILE, write_collection_page
-from lqer.report.ranking import rank
-from lqer.report.sweep import COSTS, TABLE_FOLDER, SweepRecord, read_runs, shown_table, write_ranking
-from lqer.report.write import markdown_table
 from lqer.results import CHECKPOINT_LINK, RESULTS_FILE, SCHEMA_VERSION, Versions
-from lqer.run.console import log_on_console, quieten_libraries
-from lqer.run.outcome import EXIT_FAILURE, EXIT_INTERRUPTED, explain_failure, one_line
-from lqer.stages.processes import death, held_back_interrupts, processes
 
 log = logging.getLogger(__name__)
 
 # So many first runs that fail with one line: the others would too.
 MOST_ALIKE = 3
-# How long a run that was interrupted may take to end by itself.
-CLEANING_SECONDS = 3.0
 # Runs a configuration; None, or the line that says why it failed.
 Execute = Callable[[Config], str | None]
 
@@ -144,86 +129,3 @@ def shown_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def conclude(record: SweepRecord, output_dir: Path, outcome: SweepOutcome, say: Callable[[str], None]) -> None:
-    """Write the tables and pictures of all finished runs, print the ranking, and what failed with its line."""
-    folder = output_dir / TABLE_FOLDER.format(tag=record.tag)
-    paths = write_ranking(record, output_dir, outcome.failed)
-    if paths:
-        runs = read_runs(record, output_dir)
-        tags = [results["tag"] for results in runs.values()]
-        merged = collect(output_dir, f"{record.tag}-*")
-        paths += write_collection(merged[merged["tag"].isin(tags)].reset_index(drop=True), folder)
-        pages = {tag: os.path.relpath(output_dir / tag / PAGE_FILE, folder) for tag in tags}
-        write_collection_page(folder / PAGE_FILE, list(runs.values()), record.tag, pages)
-        for ranking in rank(runs):
-            # The files say what a run cost; a terminal is narrow.
-            shown = shown_table(ranking).drop(columns=list(COSTS), errors="ignore")
-            say(f"\n{ranking.model}\n\n{markdown_table(shown)}\n")
-    for path in paths:
-        say(str(path))
-    if paths:
-        say(f"page: {folder / PAGE_FILE}")
-    by_line: dict[str, list[str]] = {}
-    for name, line in outcome.failed.items():
-        by_line.setdefault(line, []).append(name)
-    for line, names in by_line.items():
-        log.error("failed: %s: %s", ", ".join(names), line)
-    if outcome.not_started:
-        log.error("not started: %s", ", ".join(run.name for run in outcome.not_started))
-
-
-class InAProcess:
-    """Executes each configuration in a process of its own."""
-
-    def __init__(self, plugins: Sequence[str] = ()) -> None:
-        self.plugins = tuple(plugins)
-        # Forked from a server that has imported torch and never computed; not from this process.
-        quieten_libraries()
-        self.processes = processes(["lqer.run.preloaded"])
-
-    def __call__(self, config: Config) -> str | None:
-        ours, theirs = self.processes.Pipe(duplex=False)
-        with held_back_interrupts():
-            # pydantic would report an interrupt while it serializes as its own error.
-            arguments = (config.model_dump_json(), self.plugins, theirs)
-        process = self.processes.Process(target=_execute, args=arguments)  # type: ignore[attr-defined]
-        try:
-            with held_back_interrupts():
-                process.start()
-                theirs.close()
-            process.join()
-        except KeyboardInterrupt:
-            # A terminal interrupts both processes, and the other one cleans up. A signal may have come to this one
-            # alone: the store takes it that the other is ended.
-            process.join(CLEANING_SECONDS)
-            process.terminate()
-            process.join()
-            raise
-        if process.exitcode == 0:
-            return None
-        if process.exitcode == EXIT_INTERRUPTED:
-            raise KeyboardInterrupt
-        try:
-            return str(ours.recv())
-        except EOFError:
-            return f"the process {death(process.exitcode)}"
-
-
-def _execute(config_json: str, plugins: Sequence[str], connection: Connection) -> None:
-    """In the process of a run: its log and bars on the terminal, its problem as a line through the connection."""
-    from transformers.utils import logging as transformers_logging
-
-    from lqer.run import pipeline
-
-    transformers_logging.disable_progress_bar()
-    try:
-        with log_on_console():
-            load_plugins(plugins)
-            pipeline.run(Config.model_validate_json(config_json, strict=True))
-    except KeyboardInterrupt:
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    except Exception as error:
-        connection.send(one_line(explain_failure(error)))
-        raise SystemExit(EXIT_FAILURE) from None

@@ -18,10 +18,8 @@ from lqer.config import Config
 from lqer.config.presets import METHODS_FOLDER, preset_path
 from lqer.config.sweep import SweepPlan, plan_sweep
 from lqer.report.environment import versions
-from lqer.report.sweep import SweepRecord, read_record, read_runs
+from lqer.report.sweep import read_record, read_runs
 from lqer.run.sweep import (
-    SweepOutcome,
-    conclude,
     finished_seconds,
     run_sweep,
     shown_duration,
@@ -361,27 +359,6 @@ def test_an_interrupt_at_the_terminal_ends_with_its_line(experiment, small):
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 130, rest
     assert rest.endswith("Interrupted. Rerun the same command to resume.\n")
-
-
-def test_an_interrupt_while_the_first_run_is_started_leaves_that_line_to_the_sweep():
-    """The server of its processes is in the middle of its imports then, and says nothing."""
-    code = (
-        "import signal, sys\n"
-        "class Interrupts:\n"
-        "    def find_spec(self, name, *rest):\n"
-        "        if name == 'lqer.run.pipeline':\n"
-        "            signal.raise_signal(signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Interrupts())\n"
-        "import lqer.run.preloaded\n"
-    )
-    server = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (server.returncode, server.stderr) == (130, "")
-
-
-def test_runs_that_fail_alike_share_a_line(caplog, tmp_path):
-    record = SweepRecord("a.toml", "c.toml", "t", "x", {})
-    conclude(record, tmp_path, SweepOutcome((), {"one": "no text", "two": "no text", "three": "no model"}, ()), print)
-    assert [found.message for found in caplog.records] == ["failed: one, two: no text", "failed: three: no model"]
 
 
 def test_a_run_that_is_killed_leaves_a_line(small, experiment, tmp_path):
