@@ -21,7 +21,7 @@ from lqer.config.rules import STORE_FOLDER
 from lqer.errors import RunFolderError
 from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
 from lqer.store.files import content_hash, write_text
-from lqer.store.locks import check_locks
+from lqer.store.locks import check_locks, is_held
 
 CONFIG_FILE = "config.toml"
 LOG_FILE = "run.log"
@@ -70,21 +70,11 @@ def locked(folder: Path, config: Config, part: str = "") -> Iterator[None]:
         lock.acquire()
     try:
         for other in sorted(folder.glob(LOCKS)):
-            if not other.name.startswith(f".lock-{settings}") and _is_held(other):
+            if not other.name.startswith(f".lock-{settings}") and is_held(other):
                 raise RunFolderError(f"tag {config.tag!r}: another process runs it with other settings under {folder}")
         yield
     finally:
         lock.release()
-
-
-def _is_held(path: Path) -> bool:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
 
 
 def begin_run(folder: Path, config: Config) -> None:

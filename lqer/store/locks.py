@@ -1,4 +1,4 @@
-"""Whether locks of a folder exclude anybody: processes that share a store rely on it."""
+"""Whether a lock is held, and whether locks of a folder exclude anybody: processes that share a store rely on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_locks(folder: Path, key: str) -> None:
     lock_file = beside(folder / "locks")
     try:
         with _locks_of(folder, key), FileLock(lock_file):
-            keeps_out = _keeps_out(lock_file)
+            keeps_out = is_held(lock_file)
     finally:
         with suppress(OSError):
             lock_file.unlink(missing_ok=True)
@@ -40,7 +40,7 @@ def check_held(lock_file: Path, key: str) -> None:
     key: of the configuration, that names the folder of the lock.
     """
     with _locks_of(lock_file.parent, key):
-        keeps_out = _keeps_out(lock_file)
+        keeps_out = is_held(lock_file)
     if not keeps_out:
         where = f"{lock_file.parent} is on a file system whose locks do not exclude other nodes"
         raise StoreError(f'{where}: {_remedy(key)} for all of them, or cluster.store to "driver"')
@@ -50,14 +50,14 @@ def _remedy(key: str) -> str:
     return f"set {key} to a folder on a file system with locks (flock)"
 
 
-def _keeps_out(lock_file: Path) -> bool:
-    """Whether a lock that is held excludes whoever asks for it."""
-    second = FileLock(lock_file)
+def is_held(lock_file: Path) -> bool:
+    """Whether a lock on the file keeps out whoever asks for one now, as this process does."""
+    lock = FileLock(lock_file)
     try:
-        second.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         return True
-    second.release()
+    lock.release()
     return False
 
 
