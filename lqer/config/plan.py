@@ -52,6 +52,10 @@ def plan_linear(config: Config, name: str) -> LinearPlan | None:
     )
 
 
+def _given(section: Any, *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(section, name)) is not None}
+
+
 def plan_widths(config: Config, plans: Mapping[str, LinearPlan | None]) -> dict[str, tuple[NumberFormat, ...]]:
     """The formats of quantize.widths for every linear that is quantized and has no weight format of its own."""
     quantize = config.quantize
@@ -67,16 +71,25 @@ def plan_widths(config: Config, plans: Mapping[str, LinearPlan | None]) -> dict[
     return {name: formats for name, plan in plans.items() if plan is not None and not is_fixed(name)}
 
 
-def _given(section: Any, *names: str) -> dict[str, Any]:
-    return {name: value for name in names if (value := getattr(section, name)) is not None}
-
-
 def plan_model(config: Config, summary: ModelSummary) -> dict[str, LinearPlan | None]:
     """Every linear's plan, None where it is skipped.
 
-    Raises ConfigError for a pattern that matches no linear: a misspelt one would be ignored silently. Also for a weight
-    of a shape that its number format has no codes for.
+    Raises ConfigError for what does not suit the model: a pattern that matches no linear, a weight of a shape that its
+    number format has no codes for, attention that cannot be rounded.
     """
+    _check_patterns(config, summary)
+    plans = {name: plan_linear(config, name) for name in summary.linears}
+    if not any(plans.values()):
+        raise ConfigError("quantize.skip: all linears are skipped; there is nothing to quantize")
+    _check_shapes(config, summary, plans)
+    if config.quantize.attention != NOT_QUANTIZED and not summary.attention_is_registered:
+        rule = f"must be 'none' for {summary.architecture}, which does not use transformers' attention interface"
+        raise ConfigError(f"quantize.attention: {rule}; found {config.quantize.attention!r}")
+    return plans
+
+
+def _check_patterns(config: Config, summary: ModelSummary) -> None:
+    """Raise ConfigError for a pattern that matches no linear: a misspelt one would be ignored silently."""
     # Linears outside the blocks may be named in skip, although they are never quantized; an override of them would
     # have no effect. Presets skip lm_head, which not every model has as an nn.Linear.
     skippable = [*summary.linears, *summary.outside, "lm_head"]
@@ -93,16 +106,15 @@ def plan_model(config: Config, summary: ModelSummary) -> dict[str, LinearPlan | 
                 f"{key}: {pattern!r} matches no linear of {summary.architecture}; "
                 f"their names end in {', '.join(ends)}{hint}"
             )
-    plans = {name: plan_linear(config, name) for name in summary.linears}
+
+
+def _check_shapes(config: Config, summary: ModelSummary, plans: Mapping[str, LinearPlan | None]) -> None:
+    """Raise ConfigError for a weight of a shape that a format it may get has no codes for."""
     widths = plan_widths(config, plans)
     for name, plan in plans.items():
         used = () if plan is None else widths.get(name, (plan.weight,))
         reason = next((why for one in used if (why := one.unsupported_shape(*summary.linears[name]))), None)
         if reason is not None:
-            raise ConfigError(f"quantize.weight: {name} has no such codes: {reason}; put it into quantize.skip")
-    if config.quantize.attention != NOT_QUANTIZED and not summary.attention_is_registered:
-        rule = f"must be 'none' for {summary.architecture}, which does not use transformers' attention interface"
-        raise ConfigError(f"quantize.attention: {rule}; found {config.quantize.attention!r}")
-    if not any(plans.values()):
-        raise ConfigError("quantize.skip: all linears are skipped; there is nothing to quantize")
-    return plans
+            raise ConfigError(
+                f"quantize.weight: {name} does not fit its number format: {reason}; add it to quantize.skip"
+            )
