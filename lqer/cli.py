@@ -174,7 +174,7 @@ def _run_sweep(arguments: Sequence[str]) -> int:
     names, arguments = take_option("--only", arguments)
     parts, arguments = take_option("--part", arguments)
     if len(parts) > 1 or (parts and names):
-        raise ConfigError("--part: expected one, and no --only beside it")
+        raise ConfigError("--part: give it once, and without --only")
     overrides = [argument for argument in arguments if argument.startswith("--")]
     words = [argument for argument in arguments if not argument.startswith("-")]
     if len(words) != 3 or len(words) + len(overrides) != len(arguments):

@@ -32,7 +32,7 @@ def group_experts(module: nn.Module) -> None:
         try:
             up, down = _packed(experts)
         except ValueError as reason:
-            log.info("%s: experts are multiplied one after the other: %s", name, reason)
+            log.info("%s: experts run one after another: %s", name, reason)
             continue
         grouped = GroupedExperts(up, down, gate_of(experts))
         try:

@@ -282,7 +282,7 @@ def published_figures_are_measured(config: Config) -> Iterator[KeyedError]:
     if published is None:
         return
     if not published.perplexity and not published.accuracy:
-        yield KeyedError(("published",), "must state perplexity or accuracy of some model")
+        yield KeyedError(("published",), "must give a perplexity or an accuracy of some model")
     texts = () if evaluation.perplexity is None else tuple(spec.label for spec in evaluation.perplexity.datasets)
     if published.perplexity and published.text not in texts:
         rule = "must be a text of evaluation.perplexity.datasets"

@@ -142,9 +142,9 @@ def _record(
 def _report(source: Source, target: Target, written: Written, check: Check | None, unverified: str | None) -> None:
     dropped = sum(not target.keeps_activation(spec) for spec in source.specs.values())
     if dropped:
-        log.warning("export: the rounding of the inputs of %d linears is not carried", dropped)
+        log.warning("export: activation quantization of %d linears is not exported", dropped)
     if target.drops_attention(source):
-        log.warning("export: the rounding of attention's operands is not carried")
+        log.warning("export: quantization of attention operands is not exported")
     for note in written.notes:
         log.info("export: %s", note)
     if check is None:
@@ -162,9 +162,9 @@ def _report(source: Source, target: Target, written: Written, check: Check | Non
 def _new_folder(out: Path, checkpoint: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when the block ends, and is deleted if that fails."""
     if not out.name or out.name == "..":
-        raise ExportError(f"{out} is not the name of a new folder")
+        raise ExportError(f"{out} cannot name a new folder")
     if os.path.lexists(out):
-        raise ExportError(f"{out} exists: name a new folder")
+        raise ExportError(f"{out} already exists: choose a new name")
     if out.absolute().resolve().is_relative_to(checkpoint.resolve()):
         raise ExportError(f"{out} lies in the checkpoint's own folder, which must stay as it is")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def _new_folder(out: Path, checkpoint: Path) -> Iterator[Path]:
             fsync(file)
         fsync(partial)
         if os.path.lexists(out):
-            raise ExportError(f"{out} has appeared meanwhile: name a new folder")
+            raise ExportError(f"{out} was created meanwhile: choose a new name")
         partial.rename(out)
         fsync(out.parent)
     finally:

@@ -29,7 +29,7 @@ def cut(tensor: QuantizedTensor, dim: int, start: int, count: int) -> QuantizedT
     """
     size = tensor.shape[dim]
     if start < 0 or not 0 < count <= size - start:
-        raise ValueError(f"{count} of {size} from {start} on are no piece of them")
+        raise ValueError(f"{start}:{start + count} is not a part of 0:{size}")
     if count == size:
         return tensor
     unit, name = _unit(tensor, dim)
@@ -48,7 +48,7 @@ def cut(tensor: QuantizedTensor, dim: int, start: int, count: int) -> QuantizedT
     shape = tuple(count if one == dim else length for one, length in enumerate(tensor.shape))
     piece = QuantizedTensor(tensor.format, shape, tensor.axis, pieces)
     if isinstance(tensor.format, Codebook) and _groups(piece) != _groups(tensor):
-        raise ValueError(f"its codebooks serve {_groups(tensor)} weights, those of a piece {_groups(piece)}")
+        raise ValueError(f"its codebooks are shared by {_groups(tensor)} weights, those of a piece by {_groups(piece)}")
     return piece
 
 

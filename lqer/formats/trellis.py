@@ -151,7 +151,7 @@ class Trellis(NumberFormat):
 
     def quantize_parts(self, x_L: Tensor) -> dict[str, Tensor]:
         if x_L.dim() != 2:
-            raise ValueError(f"a tensor of shape {tuple(x_L.shape)} is no matrix (trellis)")
+            raise ValueError(f"a tensor of shape {tuple(x_L.shape)} is not a matrix (trellis)")
         x_R1C = x_L.unsqueeze(1)
         scales = self.fit(x_R1C)
         return {"codes": self.encode(x_R1C, scales).squeeze(1), **scales}

@@ -77,7 +77,7 @@ def alternate(weight_OI: Tensor, metric: Metric, steps: Sequence[Step], iteratio
             if state.rounded is not None and state.low_rank is not None and errors[-1] < least:
                 best, least = state, errors[-1]
     if best.rounded is None:
-        raise NonFiniteError(f"no error of {iterations} iterations is finite")
+        raise NonFiniteError(f"none of {iterations} iterations ended with a finite error")
     return best, errors
 
 

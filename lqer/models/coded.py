@@ -128,7 +128,7 @@ def blocks_of(codes: tuple[int, ...], scales: tuple[int, ...], configured: tuple
     if configured is not None and all(-(-n // b) == g for n, b, g in zip(matrix, configured, grid, strict=True)):
         return configured
     if len(grid) < 2 or any(n % g for n, g in zip(matrix, grid, strict=True)):
-        raise ValueError(f"scales of shape {list(scales)} are not of blocks of {list(codes)}")
+        raise ValueError(f"scales of shape {list(scales)} do not match codes of shape {list(codes)}")
     rows, columns = (n // g for n, g in zip(matrix, grid, strict=True))
     return rows, columns
 

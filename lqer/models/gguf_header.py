@@ -58,7 +58,7 @@ class _Header:
             raise ValueError(f"version {version} is not one of {VERSIONS}")
         tensors, entries = self._integer(8), self._integer(8)
         if tensors * TENSOR_BYTES + entries * ENTRY_BYTES > len(self._data):
-            raise ValueError(f"its header announces {tensors} tensors and {entries} entries, more than it has room for")
+            raise ValueError(f"its header declares {tensors} tensors and {entries} entries, more than the file holds")
         for _ in range(entries):
             self._entry()
         extents = [self._tensor() for _ in range(tensors)]
@@ -66,7 +66,7 @@ class _Header:
         for name, offset, size in extents:
             block = BLOCK_NAME.match(name)
             if block and self._blocks is not None and int(block[1]) >= self._blocks:
-                raise ValueError(f"it announces {self._blocks} blocks, and its model does not use {name}")
+                raise ValueError(f"it declares {self._blocks} blocks, and its model does not use {name}")
             if start + offset + size > len(self._data):
                 raise ValueError(f"tensor {name} ends at byte {start + offset + size} of {len(self._data)}")
 

@@ -191,7 +191,7 @@ def load_model_config(source: ModelSource) -> Any:
         if config._attn_implementation not in ATTENTION:
             config._attn_implementation = None
     if getattr(config, "transformers_weights", None) is not None:
-        raise ModelError(f"model: the config.json of {source.name} names a weights file (transformers_weights)")
+        raise ModelError(f"model: the config.json of {source.name} sets transformers_weights, which is not supported")
     if not source.load_args:
         _dequantize_or_refuse(source, config)
     return config

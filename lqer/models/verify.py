@@ -104,8 +104,8 @@ def _refuse_codes(name: str, model: PreTrainedModel, dtypes: Mapping[str, str]) 
         is_parameter = any(key in parameters for key in (tensor, f"{prefix}{tensor}", tensor.removeprefix(prefix)))
         if is_parameter or dtype.startswith(("F4", "F6", "F8")):
             raise ModelError(
-                f"model: {tensor} of {name} is stored as {dtype}: it is quantized already, and nothing says how; "
-                "use the original model"
+                f"model: {tensor} of {name} is stored as {dtype}: it is quantized already, and its config does "
+                "not say how; use the original model"
             )
 
 

@@ -107,7 +107,7 @@ def recommend(ranking: Ranking, budget: Budget) -> Recommendation:
     within = scored[budget.admits(scored)]
     if within.empty:
         least = ", ".join(f"{scored[column].min():.4g} {column}" for column in ("bits", "GB", "activation bits"))
-        raise DataError(f"no measured scheme is within {budget}; the least that there is: {least}")
+        raise DataError(f"no measured scheme is within {budget}; the smallest measured: {least}")
     within = within.sort_values(["score", "bits"], kind="stable")
     better = scored[budget.wider(A_LITTLE).admits(scored) & (scored["score"] < within["score"].iloc[0])]
     return Recommendation(within.iloc[0], within.iloc[1:], measures, better.sort_values("score", kind="stable"))

@@ -66,9 +66,9 @@ def _kept(unreached: Sequence[str], plans: Mapping[str, LinearPlan | None]) -> d
     """Plans that leave out the linears that no text reaches. Raises ModelError if nothing else would be quantized."""
     left_out = [name for name in unreached if plans[name] is not None]
     if not any(plan is not None for name, plan in plans.items() if name not in left_out):
-        raise ModelError(f"model: no text reaches {left_out[0]} or any other linear that would be quantized")
+        raise ModelError(f"model: text reaches neither {left_out[0]} nor any other linear to be quantized")
     if left_out:
-        log.warning("%d linears stay as they are, since no text reaches them, as %s", len(left_out), left_out[0])
+        log.warning("%d linears stay unquantized, as no text reaches them, such as %s", len(left_out), left_out[0])
     return dict.fromkeys(left_out)
 
 

@@ -50,7 +50,7 @@ class LayerShard:
             whole = (linear.out_features, linear.in_features)
             fits = linear.out_features % count == 0 and linear.in_features % inputs == 0
             if not fits or (self.splits_inputs and count != linear.out_features):
-                raise ModelError(f"{linear.name}: a rank cannot hold {count} x {inputs} of {whole[0]} x {whole[1]}")
+                raise ModelError(f"{linear.name}: a rank cannot hold {count} x {inputs} out of {whole[0]} x {whole[1]}")
 
     @property
     def splits_inputs(self) -> bool:

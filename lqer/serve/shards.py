@@ -71,9 +71,9 @@ def join_outputs(linears: Sequence[LinearTensors]) -> LinearTensors:
     if any(linear.activation != first.activation for linear in linears):
         raise ValueError("their inputs are rounded differently")
     if any(linear.rotation is not None for linear in linears):
-        raise ValueError('a "hadamard" basis belongs to each of them')
+        raise ValueError('each has a "hadamard" basis of its own')
     if len({tuple(sorted(linear.factors)) for linear in linears}) > 1:
-        raise ValueError("some have factors that others have not")
+        raise ValueError("some have low-rank factors and others have none")
     factors: dict[str, QuantizedTensor] = {}
     for role in first.factors:
         stored = [linear.factors[role] for linear in linears]
@@ -106,7 +106,7 @@ def _require_whole_blocks(activation: NumberFormat | None, of: str, edges: Seque
         if isinstance(block, str):
             raise ValueError(f'all {of} are rounded under one scale (block_size "{block}")')
         if edge % block and edge != size:
-            raise ValueError(f"{of} are rounded in blocks of {block}, and {edge} is no multiple of that")
+            raise ValueError(f"{of} are rounded in blocks of {block}, and {edge} is not a multiple of that")
 
 
 def _block_diagonal(factors: Sequence[QuantizedTensor]) -> QuantizedTensor:

@@ -158,7 +158,7 @@ def _reason(stage: GangStage, others: list[_Rank]) -> Exception:
             if exitcode != EXIT_LOST:
                 kind = LostProcessError if exitcode is not None and exitcode < 0 else RunFailedError
                 return kind(f"{name} {death(exitcode)}; the same command goes on from there")
-    return LostProcessError(f"{stage.log_name}: the {len(others) + 1} processes lost each other")
+    return LostProcessError(f"{stage.log_name}: the {len(others) + 1} processes lost their connection to each other")
 
 
 def _told(connection: Connection) -> LqerError | str | None:

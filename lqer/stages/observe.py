@@ -48,7 +48,7 @@ class OriginalBatch:
             return None
         original = self.inputs.get(linear)
         if original is None or original.shape != x.shape:
-            raise ModelError(f"{linear} receives other tokens in the original model: their inputs cannot be paired")
+            raise ModelError(f"{linear} gets different tokens in the original model: its inputs cannot be paired")
         return original.flatten(0, -2)
 
 

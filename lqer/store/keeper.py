@@ -60,7 +60,7 @@ class Keeper:
         recorded: its hash where it was made.
         """
         if blake3(content.data, max_threads=HASHING_THREADS).hexdigest() != recorded:
-            raise StoreError(f"{self._store.root / artifact / file} was damaged on its way here; run it again")
+            raise StoreError(f"{self._store.root / artifact / file} was damaged in transfer; run again")
         if self._store.named(artifact) is None:
             self._kept(artifact).take(file, content, seconds)
 

@@ -131,9 +131,7 @@ def rotate_model(
     after = model(input_ids=ids_BT, use_cache=False).logits
     change = float(torch.linalg.vector_norm((after - before).double()) / torch.linalg.vector_norm(before.double()))
     if not change <= max(LOGIT_TOLERANCE, 10 * torch.finfo(before.dtype).eps):
-        raise RotationError(
-            f"rotation changed the logits of {type(model).__name__} by {change:.1%}: the model is not understood"
-        )
+        raise RotationError(f"the rotation changes the logits of {type(model).__name__} by {change:.1%}")
     return at_run_time
 
 

@@ -100,7 +100,7 @@ def test_what_exists_is_left_alone(checkpoint, tmp_path, kind):
     out = tmp_path / "out"
     make = {"folder": out.mkdir, "file": out.touch, "dangling link": lambda: out.symlink_to(tmp_path / "nowhere")}
     make[kind]()
-    with pytest.raises(ExportError, match="exists: name a new folder"):
+    with pytest.raises(ExportError, match="already exists: choose a new name"):
         export(checkpoint, Dense(), out)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 

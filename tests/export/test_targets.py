@@ -57,7 +57,7 @@ class TestDense:
         check = export(checkpoint, Dense(), tmp_path / "out")
         assert check.logit_difference == 0
         assert check.whole_perplexity != check.perplexity
-        assert "the rounding of the inputs of 14 linears is not carried" in caplog.text
+        assert "activation quantization of 14 linears is not exported" in caplog.text
         assert "Inputs are not rounded here" in (tmp_path / "out" / "README.md").read_text()
 
     def test_other_tensors_keep_their_dtype(self, checkpoint_of, tmp_path):

@@ -151,7 +151,7 @@ class TestBadInput:
             Trellis(2).quantize(torch.ones(shape))
 
     def test_what_is_no_matrix_is_refused(self):
-        with pytest.raises(ValueError, match=r"a tensor of shape \(16,\) is no matrix \(trellis\)"):
+        with pytest.raises(ValueError, match=r"a tensor of shape \(16,\) is not a matrix \(trellis\)"):
             Trellis(2).quantize(torch.ones(16))
 
     @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_state_counts_once_both_parts_are_there():
 
 def test_errors_that_are_never_finite_are_said_so():
     broken = State(rounded=Passthrough().quantize(torch.ones(8, 8)))
-    with pytest.raises(NonFiniteError, match="no error of 2 iterations is finite"):
+    with pytest.raises(NonFiniteError, match="none of 2 iterations ended with a finite error"):
         alternate(torch.full((8, 8), torch.nan), Metric(), [lambda state: broken], 2)
 
 

@@ -195,7 +195,7 @@ class TestBlocksOfFp8:
 
     def test_are_refused_where_they_do_not_fit(self, tmp_path):
         folder = write(tmp_path, "qwen3_moe", to_fp8(7, 16), fp8((16, 16)))
-        with pytest.raises(ModelError, match=r"down_proj\.weight: scales of shape .* are not of blocks of"):
+        with pytest.raises(ModelError, match=r"down_proj\.weight: scales of shape .* do not match codes of shape"):
             check_weights(resolve_model(str(folder)))
 
     def test_without_scales_are_refused_by_name(self, tmp_path):

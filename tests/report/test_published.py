@@ -95,7 +95,7 @@ def test_a_row_of_a_paper_states_its_figure(name, model, perplexity):
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ("", "must state perplexity or accuracy"),
+        ("", "must give a perplexity or an accuracy"),
         ('text = "c4"\nperplexity = { a = 5.0 }', "published.text: must be a text of evaluation.perplexity.datasets"),
         ("accuracy = { a = 0.5 }", "published.accuracy: requires evaluation.downstream"),
         ("accuracy = { a = 50.0 }", "published.accuracy.a"),

@@ -158,7 +158,7 @@ class TestConsoleScript:
             (["sweep", "atlas", "preset:demo", "t", "--part=cheap-cpv"], "did you mean 'cheap-cpu'?"),
             (
                 ["sweep", "atlas", "preset:demo", "t", "--part=cheap-cpu", "--only=rtn-*"],
-                "--part: expected one, and no",
+                "--part: give it once, and without",
             ),
             (["recommend", "preset:demo"], "expected --bits 3.2 or --size 4GB"),
             (["recommend", "preset:demo", "--bits", "3", "--bits=4"], "--bits: given twice"),

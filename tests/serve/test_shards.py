@@ -158,7 +158,7 @@ def test_a_layer_says_which_linear_it_cannot_split():
     tensors, entry = stored_linear("l0", Int(bits=4, block_size=128), 64, 288)
     with pytest.raises(ModelError, match=r"^l0 cannot be split over 2 ranks: weight: 144 is not a multiple of"):
         layer_of([(tensors, entry)], 144, [64], 0, 2)
-    with pytest.raises(ModelError, match="l0: a rank cannot hold 48 x 288 of 64 x 288"):
+    with pytest.raises(ModelError, match="l0: a rank cannot hold 48 x 288 out of 64 x 288"):
         layer_of([(tensors, entry)], 288, [48], 0, 2)
     with pytest.raises(ModelError, match="l0 is one matrix for 3 linears"):
         layer_of([(tensors, entry)], 288, [16, 8, 8], 0, 2)

@@ -253,6 +253,6 @@ class TestDamage:
             RemoteStore(tmp_path / "own", keeper).obtain("stage", KEY, build)
 
     def test_on_the_way_to_the_keeper_is_refused(self, keeper, kept):
-        with pytest.raises(StoreError, match=r"stage-1/0\.json was damaged on its way here"):
+        with pytest.raises(StoreError, match=r"stage-1/0\.json was damaged in transfer"):
             keeper.write("stage-1", "0.json", CONTENT + 1, HASH, 1.0)
         assert keeper.journal("stage-1") == {}

@@ -123,7 +123,7 @@ def test_a_model_that_adds_to_the_stream_elsewhere_is_refused(random_model, wind
     model = random_model("llama")
     bias = torch.randn(WIDTH)
     model.model.layers[0].register_forward_hook(lambda _, args, output: output + bias)
-    with pytest.raises(RotationError, match=r"rotation changed the logits of LlamaForCausalLM by"):
+    with pytest.raises(RotationError, match=r"the rotation changes the logits of LlamaForCausalLM by"):
         rotate(model, windows_WT)
 
 
