@@ -30,7 +30,7 @@ class ClusterConfig(Section):
     gpus_per_job: Annotated[float, Field(ge=1 / SHARES_OF_A_GPU), AfterValidator(_whole_above_one)] = 1
     # Of a worker: its threads; without GPUs in the cluster, also what Ray reserves for it.
     cpus_per_job: Positive = 4
-    # "shared": output_dir is one folder that all nodes see. "driver": only the process that was started sees it, files
+    # "shared": output_dir is one folder that all nodes see. "driver": only the driver sees it, files
     # travel. Absent: "shared" on this machine alone, else "driver".
     store: Literal["driver", "shared"] | None = None
     # Processes of one machine that do a job together; "node": as many as it sees GPUs.

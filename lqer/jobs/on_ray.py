@@ -2,9 +2,9 @@
 
 A worker is told the name of a job and a text that says what the job belongs to; it answers with one line if the job
 failed. Workers read the model themselves. Where all nodes share a folder, they write artifacts there and nothing else
-travels; where they do not, files go to a keeper on the node of the process that was started, and come from it. A worker
-keeps what it has imported and read for the next job. If it is lost, its job is done again by another, up to `retries`
-times, and so is one whose gang lost a process; a job that failed is not.
+travels; where they do not, files go to a keeper on the driver's node, and come from it. A worker keeps what it has
+imported and read for the next job. If it is lost, its job is done again by another, up to `retries` times, and so is
+one whose gang lost a process; a job that failed is not.
 """
 
 from __future__ import annotations

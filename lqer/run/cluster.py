@@ -1,11 +1,11 @@
 """Runs and sweeps whose jobs are done by the workers of a cluster.
 
-The process that was started checks every run, names its jobs and gives them to the cluster's workers. What they make is
-then in the store of the run's output_dir, and the run itself finds everything there. So a run on a cluster is the same
-run, and one that was killed resumes as any other.
+The driver checks every run, names its jobs and gives them to the cluster's workers. What they make is then in the store
+of the run's output_dir, and the run itself finds everything there. So a run on a cluster is the same run, and one that
+was killed resumes as any other.
 
 Workers write to that store themselves if all nodes share its folder; else each has a folder of its own with what passes
-through it, and a keeper beside the process that was started does all the writing (lqer/store/remote.py).
+through it, and a keeper beside the driver does all the writing (lqer/store/remote.py).
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class _KnownRuns:
 
     def _learn(self, text: str, keeper: Keeper | None) -> _KnownRun:
         told = json.loads(text)
-        # Relative paths are those of the process that was started, on nodes that have its folder.
+        # Relative paths are those of the driver, on nodes that have its folder.
         with suppress(OSError):
             os.chdir(told["started_in"])
         load_plugins(told["plugins"])
@@ -168,8 +168,8 @@ class _KnownRuns:
         if (kind := checked.context.device.type) != told["device"]:
             # Names depend on it.
             raise ConfigError(
-                f"device: the process that was started computes on {told['device']}, this node on {kind}; start it "
-                "where there is the same kind, or set device"
+                f"device: the driver computes on {told['device']}, this node on {kind}; start the driver on the same "
+                "kind of device, or set device"
             )
         jobs = tuple(all_jobs_of(checked, Parts(*told["parts"])))
         store = checked.store if keeper is None else RemoteStore(checked.store.root, keeper, log.info)
@@ -186,11 +186,11 @@ class _KnownRuns:
 
 
 def _check_folder(folder: Path, token: str) -> None:
-    """Raise StoreError unless it is that of the process that was started, and its lock keeps this process out."""
+    """Raise StoreError unless it is that of the driver, and its lock keeps this process out."""
     mark = folder / MARK.format(token=token)
     if not mark.exists():
         raise StoreError(
-            f"output_dir {folder.absolute()}: this node does not see the folder of the process that was started; with "
+            f"output_dir {folder.absolute()}: this node does not see the driver's folder; with "
             'cluster.store = "shared" it must be the same folder on every node'
         )
     check_held(mark, "output_dir")

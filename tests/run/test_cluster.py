@@ -220,7 +220,7 @@ def test_a_mistake_that_only_workers_see_ends_the_run_with_its_line_and_is_not_t
     tasks, downstream = experiment.task()
 
     def without_the_task(*arguments) -> None:
-        # A node that lacks what the process that was started has.
+        # A node that lacks what the driver has.
         shutil.rmtree(tasks)
         run_on_ray(*arguments)
 
@@ -335,8 +335,8 @@ def test_a_sweep_refuses_a_folder_whose_locks_exclude_nobody(experiment, monkeyp
 def test_a_worker_with_another_kind_of_device_says_so(experiment):
     text = told(config_of(experiment, "there", None), device="cuda")
     assert perform("quantize-1", text, Keeper(experiment.folder / "kept")).problem == (
-        "device: the process that was started computes on cuda, this node on cpu; start it where there is the same "
-        "kind, or set device"
+        "device: the driver computes on cuda, this node on cpu; start the driver on the same kind of device, "
+        "or set device"
     )
 
 
