@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lqer.formats import MXInt
-from lqer.methods import LinearPlan, QeraExact
+from lqer.methods import LinearPlan, Plans, QeraExact
 from lqer.models.structure import block_linears, find_blocks
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.measure_spectra import measure_spectra
-from lqer.stages.plans import Plans, Shapes
+from lqer.stages.plans import Shapes
 from lqer.statistics import Hessian
 from lqer.store.names import block_file
 from lqer.store.store import Artifact, Store, Workspace

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lqer.formats import MXInt, NumberFormat
-from lqer.methods import LinearPlan, QeraExact
+from lqer.methods import LinearPlan, Plans, QeraExact
 from lqer.models.backward import walk_backward
 from lqer.models.structure import block_linears, find_blocks
 from lqer.rounding import Gptq
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText
 from lqer.stages.measure_widths import Choices, measure_widths, plans_to_measure
-from lqer.stages.plans import Plans, Shapes
+from lqer.stages.plans import Shapes
 from lqer.statistics import Hessian
 from lqer.store.names import block_file
 from lqer.store.store import Artifact, Store, Workspace

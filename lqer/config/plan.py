@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from lqer.components import did_you_mean
 from lqer.config.schema import NOT_QUANTIZED, Config
 from lqer.errors import ConfigError
 from lqer.formats import NumberFormat
-from lqer.methods import LinearPlan
+from lqer.methods import LinearPlan, Plans
 from lqer.methods.base import DEFAULT_FACTOR
 from lqer.transforms import LinearTransform
 
@@ -56,7 +55,7 @@ def _given(section: Any, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(section, name)) is not None}
 
 
-def plan_widths(config: Config, plans: Mapping[str, LinearPlan | None]) -> dict[str, tuple[NumberFormat, ...]]:
+def plan_widths(config: Config, plans: Plans) -> dict[str, tuple[NumberFormat, ...]]:
     """The formats of quantize.widths for every linear that is quantized and has no weight format of its own."""
     quantize = config.quantize
     if quantize.budget_bits is None:
@@ -108,7 +107,7 @@ def _check_patterns(config: Config, summary: ModelSummary) -> None:
             )
 
 
-def _check_shapes(config: Config, summary: ModelSummary, plans: Mapping[str, LinearPlan | None]) -> None:
+def _check_shapes(config: Config, summary: ModelSummary, plans: Plans) -> None:
     """Raise ConfigError for a weight of a shape that a format it may get has no codes for."""
     widths = plan_widths(config, plans)
     for name, plan in plans.items():

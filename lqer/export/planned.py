@@ -12,7 +12,7 @@ from lqer.export.base import Target
 from lqer.export.run import make_target, refuse_unsupported
 from lqer.export.source import LinearSpec, Outline, modules_of
 from lqer.formats import NumberFormat
-from lqer.methods import LinearPlan
+from lqer.methods import Plans
 from lqer.models.source import ModelSource, load_model_config
 from lqer.models.summary import ModelSummary
 from lqer.transforms.hadamard import hadamard
@@ -35,7 +35,7 @@ def check_planned(
     config: Config,
     source: ModelSource,
     summary: ModelSummary,
-    plans: Mapping[str, LinearPlan | None],
+    plans: Plans,
     choices: Mapping[str, Sequence[NumberFormat]],
 ) -> list[Target]:
     """The targets of [export], each of which can hold the checkpoint as far as plans tell.
@@ -60,9 +60,7 @@ def check_planned(
     return targets
 
 
-def _planned_specs(
-    config: Config, summary: ModelSummary, plans: Mapping[str, LinearPlan | None]
-) -> dict[str, LinearSpec]:
+def _planned_specs(config: Config, summary: ModelSummary, plans: Plans) -> dict[str, LinearSpec]:
     rotation = config.quantize.model_transform
     # Which linears QuaRot rotates at run time is found by running the model; the last of each block is one of them.
     last = {name.removeprefix(f"{summary.blocks_name}.").split(".")[0]: name for name in summary.linears}

@@ -17,7 +17,7 @@ lqer-act   0.11
 qera-exact 0.10
 """
 
-from lqer.methods.base import LinearPlan, LowRank, Method, QuantizedWeight, RoundingOnly
+from lqer.methods.base import LinearPlan, LowRank, Method, Plans, QuantizedWeight, RoundingOnly
 from lqer.methods.caldera import Caldera
 from lqer.methods.gptq import GptqMethod
 from lqer.methods.gptvq import GptvqMethod
@@ -40,6 +40,7 @@ __all__ = [
     "LqerAct",
     "LqerSvd",
     "Method",
+    "Plans",
     "QeraApprox",
     "QeraExact",
     "QuantizedWeight",

@@ -110,6 +110,10 @@ class LinearPlan:
         return self.factor, self.factor_b or self.factor
 
 
+# Of a model's linears, by full name; None for one that is skipped.
+Plans = Mapping[str, LinearPlan | None]
+
+
 @dataclass(frozen=True)
 class LowRank:
     """The branch x·A·B: a_IR and b_RO as they are stored, and the solver's measures of them.

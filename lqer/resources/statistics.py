@@ -6,10 +6,8 @@ produce.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from lqer.config import Config
-from lqer.methods import LinearPlan
+from lqer.methods import Plans
 from lqer.models.summary import ModelSummary
 from lqer.stages.gather_experts import PASS_BYTES
 from lqer.stages.quantize_linears import requested_statistics
@@ -18,8 +16,6 @@ from lqer.statistics import ALWAYS, Statistic
 # calibration.keep = "auto" stores statistics up to this size: a sweep then calibrates once. Magnitudes of any model and
 # E[x xᵀ] of one with a billion parameters take less; E[x xᵀ] of 7 billion take 22 GB, more than gathering takes time.
 KEPT_BYTES = 4_000_000_000
-
-Plans = Mapping[str, LinearPlan | None]
 
 
 def input_sites(summary: ModelSummary) -> list[int]:

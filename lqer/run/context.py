@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from lqer.config.plan import plan_model, plan_widths
 from lqer.errors import ModelError
 from lqer.evaluation.downstream import check_tasks
 from lqer.formats import NumberFormat
-from lqer.methods import LinearPlan
+from lqer.methods import LinearPlan, Plans
 from lqer.models.probe import check_walk
 from lqer.models.source import ModelSource, check_weights, pick_device, pick_dtype, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
@@ -62,7 +62,7 @@ class RunContext:
         return Offload(self.config.calibration.max_bytes, self.store_path)
 
 
-def _kept(unreached: Sequence[str], plans: Mapping[str, LinearPlan | None]) -> dict[str, None]:
+def _kept(unreached: Sequence[str], plans: Plans) -> dict[str, None]:
     """Plans that leave out the linears that no text reaches. Raises ModelError if nothing else would be quantized."""
     left_out = [name for name in unreached if plans[name] is not None]
     if not any(plan is not None for name, plan in plans.items() if name not in left_out):

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lqer.config.schema import NOT_QUANTIZED
+from lqer.methods import Plans
 from lqer.models.source import ModelSource
 from lqer.run.context import RunContext
 from lqer.run.evaluations import (
@@ -28,7 +29,7 @@ from lqer.stages.evaluate import Candidate
 from lqer.stages.finetune import Finetune
 from lqer.stages.measure_spectra import MeasureSpectra
 from lqer.stages.measure_widths import MeasureWidths, plans_to_measure
-from lqer.stages.plans import AnyPlans, Plans
+from lqer.stages.plans import AnyPlans
 from lqer.stages.quantize import Quantize
 from lqer.stages.quantize_linears import input_roundings, requested_statistics
 from lqer.stages.quantize_sequential import QuantizeSequentially

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 
-from lqer.methods import LinearPlan
+from lqer.methods import Plans
 from lqer.nn.experts import expert_of_linear
 from lqer.stages.gather import BlockStatistics
 from lqer.statistics.site import SiteStatistics
@@ -21,8 +21,6 @@ BATCH_BYTES = {"cuda": 8_000_000_000, "cpu": 1_000_000_000}
 HESSIAN_BYTES = 4 + 8 + 8 + 2 * 4
 # Of each weight, in float32: itself, rotated, beside the others, its errors and values, and int64 states of a trellis.
 WEIGHT_BYTES = 5 * 4 + 8
-
-Shapes = Mapping[str, torch.Size]
 
 
 def units_of(linears: Iterable[str]) -> dict[str, list[str]]:
@@ -41,8 +39,8 @@ def units_of(linears: Iterable[str]) -> dict[str, list[str]]:
 def batches_of(
     full_names: Collection[str],
     statistics: BlockStatistics,
-    plans: Mapping[str, LinearPlan | None],
-    shapes: Shapes,
+    plans: Plans,
+    shapes: Mapping[str, torch.Size],
     device: torch.device,
 ) -> list[list[str]]:
     """The linears in the batches that they are quantized in; those that share inputs follow each other.
@@ -69,7 +67,9 @@ def with_statistics(
             yield list(statistics.by_site(batch, device))
 
 
-def _cut(names: list[str], statistics: BlockStatistics, shapes: Shapes, most: int) -> Iterator[list[str]]:
+def _cut(
+    names: list[str], statistics: BlockStatistics, shapes: Mapping[str, torch.Size], most: int
+) -> Iterator[list[str]]:
     """Batches of at most so many bytes, linears of one site together; a site that needs more is a batch."""
     batch: list[str] = []
     held = 0

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from lqer.errors import ConfigError
 from lqer.lowrank.rank_allocation import Allocation, Candidate, allocate, factor_bits, rank_step
+from lqer.methods import Plans
 from lqer.stages.base import no_effect
 from lqer.stages.measure_spectra import MeasureSpectra
-from lqer.stages.plans import BudgetedPlans, Plans, Shapes
+from lqer.stages.plans import BudgetedPlans, Shapes
 from lqer.store.names import block_file
 from lqer.store.store import Store
 

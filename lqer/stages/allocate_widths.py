@@ -26,11 +26,11 @@ from lqer.components import ADDED
 from lqer.errors import ConfigError
 from lqer.formats import NumberFormat
 from lqer.lowrank.rank_allocation import factor_bits, row_bits
-from lqer.methods import LinearPlan
+from lqer.methods import LinearPlan, Plans
 from lqer.rounding.width_allocation import Allocation, Curve, allocate_widths, joined
 from lqer.stages.base import no_effect
 from lqer.stages.measure_widths import Choices, MeasureWidths
-from lqer.stages.plans import BudgetedPlans, Plans, Shapes
+from lqer.stages.plans import BudgetedPlans, Shapes
 from lqer.store.names import block_file, sites_file
 from lqer.store.store import Store
 from lqer.transforms.base import rotation_on

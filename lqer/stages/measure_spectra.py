@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError
 from lqer.lowrank.exact import singular_values
-from lqer.methods import LinearPlan, QuantizedWeight
+from lqer.methods import LinearPlan, Plans, QuantizedWeight
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.source import ModelSource
@@ -31,7 +31,6 @@ from lqer.models.structure import block_linears
 from lqer.stages.base import Stage
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gather import BlockStatistics, StatisticsOf
-from lqer.stages.plans import Plans
 from lqer.stages.rotate import Rotate, source_of
 from lqer.store.names import block_file
 from lqer.store.store import Store, Workspace

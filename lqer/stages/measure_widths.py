@@ -33,7 +33,7 @@ from tqdm import tqdm
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError, NumberFormat
 from lqer.formats.base import check_finite
-from lqer.methods import LinearPlan
+from lqer.methods import LinearPlan, Plans
 from lqer.models.backward import BackwardRun, Visit, walk_backward
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
@@ -44,7 +44,6 @@ from lqer.stages.alike import batches_of, with_statistics
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gather import BlockStatistics
-from lqer.stages.plans import Plans
 from lqer.stages.rotate import Rotate, source_of
 from lqer.stages.width_errors import EXPERT_ROWS, SAMPLED_ROWS, Sampled, errors_of
 from lqer.statistics.site import SiteStatistics

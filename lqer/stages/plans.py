@@ -6,11 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Protocol
 
-from lqer.methods import LinearPlan
+from lqer.methods import Plans
 from lqer.store.store import Store
 
-# By linear; None for one that is skipped.
-Plans = Mapping[str, LinearPlan | None]
 # (out_features, in_features) by linear.
 Shapes = Mapping[str, tuple[int, int]]
 

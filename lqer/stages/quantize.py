@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lqer.checkpoint.bits import average_bits
 from lqer.checkpoint.pack import DETAILS_FILE, write_outer
 from lqer.lowrank.krylov_graphs import recorded_growth
+from lqer.methods import Plans
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.structure import block_linears
@@ -36,7 +37,7 @@ from lqer.stages.block_work import (
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gang import GangStage
 from lqer.stages.gather import StatisticsOf
-from lqer.stages.plans import AnyPlans, Plans, resolve_plans
+from lqer.stages.plans import AnyPlans, resolve_plans
 from lqer.stages.quantize_linears import QuantizeSettings, quantize_linears
 from lqer.stages.rotate import source_of
 from lqer.statistics import ALONE, Gang

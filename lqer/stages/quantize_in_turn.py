@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
 
 from lqer.checkpoint.load import fill_block
-from lqer.methods import LinearPlan
+from lqer.methods import Plans
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
 from lqer.stages.block_work import BlockWork, QuantizedLinears
@@ -60,7 +59,7 @@ def _quantize_in_turn(
     text: CalibrationText,
     work: BlockWork,
     settings: QuantizeSettings,
-    plans: Mapping[str, LinearPlan | None],
+    plans: Plans,
 ) -> QuantizedLinears:
     """The linears of `run` are replaced, all but those of the last turn."""
     # Which experts a batch reaches depends on the rank.
@@ -99,7 +98,7 @@ def _quantize(
     text: CalibrationText,
     work: BlockWork,
     settings: QuantizeSettings,
-    plans: Mapping[str, LinearPlan | None],
+    plans: Plans,
 ) -> QuantizedLinears:
     """Quantize the linears of `plans` on statistics of their inputs, those of experts as soon as they are gathered."""
     roundings = input_roundings(plans) if settings.round_inputs else NOT_ROUNDED

@@ -17,7 +17,7 @@ from torch import Tensor
 from lqer.checkpoint.pack import describe_linear, pack_linears
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError, QuantizedTensor
-from lqer.methods import LinearPlan, QuantizedWeight
+from lqer.methods import LinearPlan, Plans, QuantizedWeight
 from lqer.phases import in_phase, phase
 from lqer.rounding.hessian import HessianError
 from lqer.stages.alike import batches_of, with_statistics
@@ -25,7 +25,6 @@ from lqer.stages.block_work import BlockWork, QuantizedLinears, all_spectra, fou
 from lqer.stages.gather import BlockStatistics
 from lqer.stages.layer_rows import later_spectra, layer_row, rounded_alone, with_numbers
 from lqer.stages.observe import InputRoundings
-from lqer.stages.plans import Plans
 from lqer.statistics import ALONE, ALWAYS, Gang, Statistic
 from lqer.statistics.site import SiteStatistics
 from lqer.transforms import BlockTransform

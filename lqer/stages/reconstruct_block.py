@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lqer.errors import ModelError
 from lqer.formats import NonFiniteError
-from lqer.methods import LinearPlan
+from lqer.methods import Plans
 from lqer.methods.block import reconstruct_block
 from lqer.models.walker import BlockRun
 from lqer.nn.attention import attention_as
@@ -68,7 +68,7 @@ class BlockReconstruction:
         self,
         run: BlockRun,
         targets_STD: Tensor,
-        plans: Mapping[str, LinearPlan | None],
+        plans: Plans,
         stored: Mapping[str, Tensor],
     ) -> BlockResult:
         """The reconstructed block, its parameters in the dtypes of the checkpoint; unchanged if no linear has a plan.
@@ -116,7 +116,7 @@ class BlockReconstruction:
 def block_problem(
     run: BlockRun,
     targets_STD: Tensor,
-    plans: Mapping[str, LinearPlan | None],
+    plans: Plans,
     stored: Mapping[str, Tensor],
     batch_size: int,
     seed: int,
