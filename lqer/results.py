@@ -80,9 +80,8 @@ class ExpertsInfo(TypedDict):
     active_bits: float  # bits stored for those weights, everything counted as in `bits`
     active_average: float  # their quotient: bits per active weight
     fewest_tokens: int  # calibration tokens that the router sent to the expert that got fewest
-    topped_up: list[
-        str
-    ]  # experts that got fewer than calibration.min_expert_tokens, and others of their layer's beside
+    # Experts that got fewer than calibration.min_expert_tokens, and so tokens that the router sent to others.
+    topped_up: list[str]
     unseen: list[str]  # experts that got none
 
 
