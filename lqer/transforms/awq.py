@@ -196,17 +196,11 @@ def scale_block(
         means = mean_magnitudes(call, batches, [site.linears[0] for site in scaled], gang)
     # Probing shuffles the tokens: they may reach an expert that none reaches in their order.
     for site in (site for site in scaled if site.linears[0] in means):
-        assert site.fold is not None
-        mean_abs_I = tied(means[site.linears[0]], site.fold.rows_I)
         weights = {f"{name}.weight": parameters[f"{name}.weight"] for name in site.linears}
         weight_formats = {f"{name}.weight": formats[name] for name in site.linears}
-        scales = candidate_scales(mean_abs_I, ratios)
-        if duo_scaling:
-            block_sizes = [number_format.block_size for number_format in weight_formats.values()]
-            magnitude_I = tied(weight_magnitudes([*weights.values()], block_sizes), site.fold.rows_I)
-            scales = duo_candidate_scales(mean_abs_I, magnitude_I, ratios)
+        scales = _candidates(site, means[site.linears[0]], weights, weight_formats, ratios, duo_scaling)
         search = partial(_errors, call, site, [*scales.values()], weights, weight_formats, autocast)
-        errors = torch.zeros(len(scales), dtype=torch.float64, device=mean_abs_I.device)
+        errors = torch.zeros(len(scales), dtype=torch.float64, device=means[site.linears[0]].device)
         for of_batch in gang.each(searched, search):
             errors += of_batch
         by_ratio = dict(zip(scales, errors.tolist(), strict=True))
@@ -215,6 +209,23 @@ def scale_block(
         changed |= fold_scale(parameters | changed, site, scales[ratio])
         found.append(ScaledSite(site, scales[ratio], ratio, by_ratio))
     return changed, found
+
+
+def _candidates(
+    site: Site,
+    mean_abs_I: Tensor,
+    weights: Mapping[str, Tensor],
+    formats: Mapping[str, NumberFormat],
+    ratios: Sequence[float],
+    duo_scaling: bool,
+) -> dict[float | None, Tensor]:
+    """The scales that are tried at a site, by ratio; channels that its fold ties share one."""
+    assert site.fold is not None, "a site without a fold is not scaled"
+    mean_abs_I = tied(mean_abs_I, site.fold.rows_I)
+    if not duo_scaling:
+        return candidate_scales(mean_abs_I, ratios)
+    magnitude_I = weight_magnitudes([*weights.values()], [formats[name].block_size for name in weights])
+    return duo_candidate_scales(mean_abs_I, tied(magnitude_I, site.fold.rows_I), ratios)
 
 
 def _errors(
