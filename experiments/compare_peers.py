@@ -37,7 +37,7 @@ from peer_methods import AUTO_ROUND_ITERATIONS, PEERS, PeerTask
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lqer.config.schema import DivergenceConfig
+from lqer.config.evaluation import DivergenceConfig
 from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows, tokens_sha256
 from lqer.errors import ConfigError, LqerError, ModelError
 from lqer.evaluation.divergence import divergence, original_distributions

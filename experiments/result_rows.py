@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lqer.config.schema import NOT_QUANTIZED
+from lqer.config.quantize import NOT_QUANTIZED
 from lqer.errors import DataError
 from lqer.report.families import family_of
 from lqer.report.naming import scheme_name

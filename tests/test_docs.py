@@ -16,7 +16,8 @@ import torch
 from pydantic import BaseModel
 
 from lqer.config import read_config
-from lqer.config.schema import Config, OverrideConfig, TrackingConfig
+from lqer.config.quantize import OverrideConfig
+from lqer.config.schema import Config, TrackingConfig
 from lqer.data.datasets import DatasetSpec
 from lqer.export import make_target, matrix
 from lqer.formats import NumberFormat, format_from_dict

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lqer.config.schema import DivergenceConfig
+from lqer.config.evaluation import DivergenceConfig
 from lqer.data.datasets import calibration_windows, load_rows
 from lqer.evaluation.divergence import divergences, original_distributions
 from lqer.evaluation.perplexity import batch_nlls, concat_windows

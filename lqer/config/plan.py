@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from lqer.components import did_you_mean
-from lqer.config.schema import NOT_QUANTIZED, Config
+from lqer.config.quantize import NOT_QUANTIZED
+from lqer.config.schema import Config
 from lqer.errors import ConfigError
 from lqer.formats import NumberFormat
 from lqer.methods import LinearPlan, Plans

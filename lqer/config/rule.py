@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from lqer.config.schema import Config, Loc
+from lqer.config.quantize import Loc
+from lqer.config.schema import Config
 
 
 class KeyedError(ValueError):

@@ -1,7 +1,7 @@
 """Rules that tie several sections of a configuration together: each a function that yields the keys that break it.
 
-The sections themselves (lqer/config/schema.py) only know what a key may hold. The reader reports the first broken rule;
-a rule may rely on those before it in `RULES`, in particular on every named number format to exist.
+The sections themselves (schema.py, quantize.py, evaluation.py) only know what a key may hold. The reader reports the
+first broken rule; a rule may rely on those before it in `RULES`, in particular on every named number format to exist.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from lqer.components import Component
 from lqer.config.files import shortened
+from lqer.config.quantize import NOT_QUANTIZED, Loc, LowRankConfig
 from lqer.config.rank_rules import budget_can_be_allocated, ranks_are_reconstructed, widths_can_be_allocated
 from lqer.config.rule import KeyedError, Rule
-from lqer.config.schema import NOT_QUANTIZED, Config, Loc, LowRankConfig
+from lqer.config.schema import Config
 from lqer.formats import unsupported_cut
 from lqer.methods.base import FACTOR_AXES
 from lqer.rounding import ROUNDINGS, Rounding

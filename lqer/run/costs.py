@@ -7,7 +7,7 @@ those of a model of 7B parameters on one H200, for single blocks of which some w
 
 from __future__ import annotations
 
-from lqer.config.schema import QuantizeConfig
+from lqer.config.quantize import QuantizeConfig
 
 # Of the first that a configuration has.
 MINUTES = {"adaptive": 64.0, "caldera": 5.0, "ldlq": 5.0, "vector": 3.0, "gptq": 2.0}

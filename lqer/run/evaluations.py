@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lqer.checkpoint.load import load_verified, open_verified
-from lqer.config.schema import EvaluationConfig
+from lqer.config.evaluation import EvaluationConfig
 from lqer.evaluation.downstream import task_fingerprint
 from lqer.evaluation.perplexity import WINDOWED_PROTOCOLS
 from lqer.models.loaders import OpenedModel

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lqer.config.schema import NOT_QUANTIZED
+from lqer.config.quantize import NOT_QUANTIZED
 from lqer.methods import Plans
 from lqer.models.source import ModelSource
 from lqer.run.context import RunContext

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lqer.config import Config
-from lqer.config.schema import NOT_QUANTIZED, LowRankConfig
+from lqer.config.quantize import NOT_QUANTIZED, LowRankConfig
 from lqer.data.pairs import holds_pairs
 from lqer.errors import HubError, HubTextError, ModelError, RunFolderError
 from lqer.evaluation.downstream import check_task_data

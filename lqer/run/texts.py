@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lqer.config import Config
-from lqer.config.schema import PerplexityConfig
+from lqer.config.evaluation import PerplexityConfig
 from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows, tokens_sha256
 from lqer.data.overlap import shared_tokens
 from lqer.data.pairs import holds_pairs, pair_windows

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lqer.config.schema import DownstreamConfig
+from lqer.config.evaluation import DownstreamConfig
 from lqer.errors import ModelError
 from lqer.evaluation.decode_speed import seconds_per_token
 from lqer.evaluation.downstream import TaskFiles, TaskResult, TaskSettings, evaluate_tasks

@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from reference.codebook_bits import codebook_storage_bits
 
-from lqer.config.schema import FormatSpec
+from lqer.config.specs import FormatSpec
 from lqer.formats import Codebook, NonFiniteError, format_from_dict
 from lqer.formats.codebook import factorize
 from lqer.formats.logscale import decode_log_scales, fit_log_scales

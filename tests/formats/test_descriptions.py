@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from lqer.config.schema import FormatSpec
+from lqer.config.specs import FormatSpec
 from lqer.formats import format_from_dict
 
 REFUSED = [

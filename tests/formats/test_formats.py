@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from lqer.config.schema import FormatSpec
+from lqer.config.specs import FormatSpec
 from lqer.formats import (
     E8P,
     MX,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lqer.config.schema import EvaluationConfig
+from lqer.config.evaluation import EvaluationConfig
 from lqer.run.evaluations import tokens_of_calls
 
 WINDOWS = {"datasets": ["text.txt"], "seq_len": 512, "batch_size": 3}
