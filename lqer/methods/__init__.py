@@ -17,13 +17,14 @@ lqer-act   0.11
 qera-exact 0.10
 """
 
-from lqer.methods.base import LinearPlan, LowRank, Method, Plans, QuantizedWeight, RoundingOnly
+from lqer.methods.base import LinearPlan, Method, Plans, RoundingOnly
 from lqer.methods.caldera import Caldera
 from lqer.methods.gptq import GptqMethod
 from lqer.methods.gptvq import GptvqMethod
 from lqer.methods.loftq import LoftQ
 from lqer.methods.lqer import LqerAct, LqerSvd, ZeroQuantV2
 from lqer.methods.qera import EoRA, QeraApprox, QeraExact
+from lqer.methods.result import LowRank, QuantizedWeight
 from lqer.methods.svdquant import SvdQuant
 
 METHODS: dict[str, type[Method]] = Method.registry

@@ -1,4 +1,4 @@
-"""Methods: the plan of one linear, the steps of quantizing it, and the result.
+"""Methods: the plan of one linear, and the steps of quantizing it (lqer/methods/result.py: what comes of them).
 
 Every method alternates two steps on W ≈ W_q + (A·B)ᵀ, starting from W_q = 0 and A·B = 0:
 
@@ -29,6 +29,7 @@ from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import Solver, reconstruct
 from lqer.methods.asymmetric import asymmetric_target
 from lqer.methods.inputs import InputRounding
+from lqer.methods.result import LowRank, QuantizedWeight
 from lqer.rounding import Nearest, Rounding
 from lqer.statistics import Hessian, Mismatch, Statistic
 from lqer.statistics.site import SiteStatistics, derive
@@ -50,11 +51,11 @@ NO_FACTORS: dict[str, Any] = {
 class LinearPlan:
     """How one linear is quantized; None stands for "stays in the model's dtype".
 
-    `rank` is capped at min(out_features, in_features). It is None until a
-    budget of bits is allocated (lqer/stages/allocate_ranks.py). `factor` is the format of A, and of B unless
-    `factor_b` is another. `factor_axis` is the axis of their blocks: "reduction", the summed dimension of each
-    product (A along in_features, B along the rank), "lqer", as in the sweeps of LQER's paper (A along the rank, B along
-    out_features), or "outer", never the rank (A along in_features, B along out_features).
+    rank: capped at min(out_features, in_features); None until a budget of bits is allocated
+    (lqer/stages/allocate_ranks.py). factor: the format of A, and of B unless factor_b is another. factor_axis: the axis
+    of their blocks: "reduction", the summed dimension of each product (A along in_features, B along the rank); "lqer",
+    as in the sweeps of LQER's paper (A along the rank, B along out_features); "outer", never the rank (A along
+    in_features, B along out_features).
     """
 
     method: Method
@@ -112,72 +113,6 @@ class LinearPlan:
 
 # Of a model's linears, by full name; None for one that is skipped.
 Plans = Mapping[str, LinearPlan | None]
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The branch x·A·B: a_IR and b_RO as they are stored, and the solver's measures of them.
-
-    captured_energy: the captured fraction of the energy of the target (the rounding error, or the weight where the
-    method starts with the low-rank part), under the method's metric, before A and B were rounded; after, where they
-    were fitted rounded. gap: the estimated fraction that the optimum captures in addition; None where the solver is
-    exact.
-    """
-
-    a_IR: QuantizedTensor
-    b_RO: QuantizedTensor
-    captured_energy: float
-    gap: float | None
-
-    @property
-    def rank(self) -> int:
-        return self.a_IR.shape[1]
-
-    @property
-    def bits(self) -> int:
-        return sum(factor.code_bits + factor.metadata_bits for factor in (self.a_IR, self.b_RO))
-
-    def product(self) -> Tensor:
-        """(A·B)ᵀ in float32, (out, in)."""
-        return (self.a_IR.dequantize() @ self.b_RO.dequantize()).T
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """W ≈ W_q + (A·B)ᵀ: weight_OI in its number format, and the low-rank branch or None.
-
-    rotation: the one that all of them are rotated by, or None. errors: of an alternation, the relative error
-    sqrt(tr(F H Fᵀ) / tr(W H Wᵀ)) after every step. damping_raises: how often H was not positive definite, and was
-    damped more, in an alternation.
-    """
-
-    weight_OI: QuantizedTensor
-    low_rank: LowRank | None
-    rotation: Rotation | None = None
-    errors: tuple[float, ...] = ()
-    damping_raises: int = 0
-
-    def rounded_weight(self) -> Tensor:
-        """W_q in float32, rotated back, (out, in)."""
-        return self._rotated_back(self.weight_OI.dequantize())
-
-    def effective_weight(self) -> Tensor:
-        """W_q + (A·B)ᵀ in float32, rotated back, (out, in)."""
-        weight_OI = self.weight_OI.dequantize()
-        return self._rotated_back(weight_OI if self.low_rank is None else weight_OI + self.low_rank.product())
-
-    def _rotated_back(self, weight_OI: Tensor) -> Tensor:
-        return weight_OI if self.rotation is None else self.rotation.inverse_weight(weight_OI)
-
-    @property
-    def metadata_bits(self) -> int:
-        """Bits of everything stored apart from the weight's codes and the low-rank factors."""
-        return self.weight_OI.metadata_bits + self.sign_bits
-
-    @property
-    def sign_bits(self) -> int:
-        """The part of them that is the signs of a rotation."""
-        return 0 if self.rotation is None else self.rotation.bits
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from lqer.formats import NonFiniteError, NumberFormat, Passthrough, QuantizedTen
 from lqer.lowrank.lplr import lplr
 from lqer.lowrank.metric import Metric
 from lqer.lowrank.solver import reconstruct
-from lqer.methods.base import LinearPlan, LowRank, QuantizedWeight, Statistics, reconstruct_rounded
+from lqer.methods.base import LinearPlan, Statistics, reconstruct_rounded
 from lqer.methods.qera import QeraExact
+from lqer.methods.result import LowRank, QuantizedWeight
 from lqer.rounding import Rounding
 from lqer.rounding.base import require_damping, unsupported_feedback
 from lqer.rounding.hessian import DAMPING, DampedHessian, damped_hessian, down_date
