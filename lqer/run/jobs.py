@@ -47,10 +47,12 @@ class _Makers:
         read = [one.identity for stage in produces for one in stages_in(stage) if one is not stage]
         return tuple(dict.fromkeys([*after, *(self.job_of[one] for one in read if one in self.job_of)]))
 
-    def stage_job(self, stage: Stage, minutes: float, after: Sequence[str] = (), unit: Progress | None = None) -> Job:
-        progress = unit or Progress(stage.name)
-        needs = self.needs([stage], after)
-        job = Job(stage.identity, (stage,), needs, stage.obtain, SECONDS * minutes, progress)
+    def stage_job(
+        self, stage: Stage, minutes: float, after: Sequence[str] = (), progress: Progress | None = None
+    ) -> Job:
+        """The job that makes a stage as a whole, which takes about so many minutes."""
+        needs, shown = self.needs([stage], after), progress or Progress(stage.name)
+        job = Job(stage.identity, (stage,), needs, stage.obtain, SECONDS * minutes, shown)
         self.job_of[stage.identity] = job.name
         return job
 
@@ -73,7 +75,7 @@ def jobs_of(
     """
     makers = _Makers()
     preparing = tuple(
-        makers.stage_job(stage, costs.CALIBRATION, unit=_by_blocks(stage, blocks))
+        makers.stage_job(stage, costs.CALIBRATION, progress=_by_blocks(stage, blocks))
         for stage in experiment.before_quantize()
     )
     if chunks and len(chunks) < chunks[0].count:
@@ -87,7 +89,7 @@ def jobs_of(
             quantizing += [job for of_chunk in of_chunks for job in of_chunk]
             shares = [of_chunk[-1] for of_chunk in of_chunks]
         if not shares:
-            quantizing.append(makers.stage_job(stage, minutes, unit=_by_blocks(stage, blocks)))
+            quantizing.append(makers.stage_job(stage, minutes, progress=_by_blocks(stage, blocks)))
         elif len(shares) == chunks[0].count:
             # Its blocks are there: what is outside them remains.
             quantizing.append(
