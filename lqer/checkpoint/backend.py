@@ -7,12 +7,13 @@ float16, and need a GPU; emulation runs everything everywhere. Both give the sam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from lqer.checkpoint.pack import FACTOR_ROLES
 from lqer.errors import ModelError
-from lqer.formats import NumberFormat
+from lqer.formats import NumberFormat, format_from_dict
 
 Backend = Literal["emulate", "triton"]
 BACKENDS = ("auto", "emulate", "triton")
@@ -34,6 +35,21 @@ def resolve_backend(wanted: str, device: torch.device, dtype: torch.dtype, forma
     if wanted == "triton":
         raise ModelError(f'evaluation.backend: "triton" cannot run here: {reason}')
     return "emulate"
+
+
+def choose_backend(
+    wanted: str, device: torch.device, dtype: torch.dtype, linears: Mapping[str, Mapping[str, Any]]
+) -> Backend:
+    """The backend that runs these linears, by their entries of lqer.json. Raises ModelError as `resolve_backend`."""
+    if wanted == "auto" and any(FACTOR_ROLES[0] in entry for entry in linears.values()):
+        return "emulate"  # kernels do not support fine-tuned factors
+    return resolve_backend(wanted, device, dtype, {name: formats_of(entry) for name, entry in linears.items()})
+
+
+def formats_of(entry: Mapping[str, Any]) -> tuple[NumberFormat, NumberFormat | None]:
+    """The number formats of a linear's weight and of its input."""
+    activation = format_from_dict(entry["activation"]) if "activation" in entry else None
+    return format_from_dict(entry["weight"]["format"]), activation
 
 
 def kernels_unsupported_reason(device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> str | None:

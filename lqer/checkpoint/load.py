@@ -25,15 +25,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from lqer.checkpoint.backend import BACKENDS, Backend, resolve_backend
+from lqer.checkpoint.backend import BACKENDS, Backend, choose_backend, formats_of
 from lqer.checkpoint.experts import group_experts
 from lqer.checkpoint.linear import build_linear
 from lqer.checkpoint.native import is_native, load_native
-from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE
+from lqer.checkpoint.pack import DETAILS_FILE, FORMAT_VERSION, OUTSIDE_FILE
 from lqer.checkpoint.siblings import join_siblings
 from lqer.checkpoint.verify import CheckpointFiles, Files
 from lqer.errors import ModelError
-from lqer.formats import NumberFormat, format_from_dict
 from lqer.models.auto import auto_class, without_values
 from lqer.models.dispatch import dispatch_all
 from lqer.models.files import reported_as
@@ -197,23 +196,8 @@ def _read_details(files: Files) -> tuple[dict[str, Any], str, int]:
             raise ModelError(f"{file}: format_version {version} is not supported, only {FORMAT_VERSION}")
         name, count = details["blocks"]["name"], details["blocks"]["count"]
         for entry in details["linears"].values():
-            _formats(entry)  # so that one that is none is this file's fault
+            formats_of(entry)  # so that one that is none is this file's fault
     return details, name, count
-
-
-def choose_backend(
-    wanted: str, device: torch.device, dtype: torch.dtype, linears: Mapping[str, Mapping[str, Any]]
-) -> Backend:
-    """The backend that runs these linears, by their entries of lqer.json. Raises ModelError as `resolve_backend`."""
-    if wanted == "auto" and any(FACTOR_ROLES[0] in entry for entry in linears.values()):
-        return "emulate"  # kernels do not support fine-tuned factors
-    return resolve_backend(wanted, device, dtype, {name: _formats(entry) for name, entry in linears.items()})
-
-
-def _formats(entry: Mapping[str, Any]) -> tuple[NumberFormat, NumberFormat | None]:
-    """The number formats of a linear's weight and of its input."""
-    activation = format_from_dict(entry["activation"]) if "activation" in entry else None
-    return format_from_dict(entry["weight"]["format"]), activation
 
 
 def _refuse_saving(*arguments: Any, **options: Any) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from lqer.checkpoint.pack import FORMAT_VERSION
@@ -48,14 +47,6 @@ def native_config(details: Mapping[str, Any]) -> dict[str, Any]:
         "schemes": schemes,
         "linears": {name: schemes.index(entry) for name, entry in details["linears"].items()},
     }
-
-
-def guard(linears: Iterable[str]) -> dict[str, Tensor]:
-    """The tensor without which transformers would load random weights where lqer is not imported.
-
-    Of the first name in the order of letters: config.json is sorted when a model is saved.
-    """
-    return {f"{min(linears)}.weight": torch.empty(0, dtype=torch.uint8)}
 
 
 def weight_index(files: Iterable[Path]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANT_METHOD = "lqer"
+
+
+def guard(linears: Iterable[str]) -> dict[str, Tensor]:
+    """The tensor without which transformers would load random weights where lqer is not imported (native.py).
+
+    Of the first name in the order of letters: config.json is sorted when a model is saved.
+    """
+    return {f"{min(linears)}.weight": torch.empty(0, dtype=torch.uint8)}
 
 
 class LqerConfig(QuantizationConfigMixin):
@@ -150,9 +158,9 @@ class LqerQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         """Put the module that runs in the place of every holder."""
+        from lqer.checkpoint.backend import choose_backend
         from lqer.checkpoint.experts import group_experts
         from lqer.checkpoint.linear import build_linear
-        from lqer.checkpoint.load import choose_backend
         from lqer.checkpoint.siblings import join_siblings
         from lqer.models.dispatch import launch_on
         from lqer.nn.attention import quantize_attention, quantized_attention
@@ -184,8 +192,6 @@ class LqerQuantizer(HfQuantizer):
             join_siblings(model, blocks)
 
     def _guard(self) -> dict[str, Tensor]:
-        from lqer.checkpoint.native import guard
-
         return guard(self.quantization_config.entries)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lqer.checkpoint.native import GUARD_FILE, guard, native_config, weight_index
+from lqer.checkpoint.native import GUARD_FILE, native_config, weight_index
+from lqer.checkpoint.quantizer import guard
 from lqer.export.base import Target, Written, load_pretrained
 from lqer.export.shards import write_tensors
 from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Outline, Source

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lqer.checkpoint.backend import choose_backend
 from lqer.checkpoint.linear import LinearTensors
-from lqer.checkpoint.load import choose_backend
 from lqer.errors import ModelError
 from lqer.serve.modules import Reduce, inputs_module, outputs_module
 from lqer.serve.shards import input_shard, output_shard

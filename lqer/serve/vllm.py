@@ -25,9 +25,8 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
-from lqer.checkpoint.native import guard
 from lqer.checkpoint.pack import FORMAT_VERSION
-from lqer.checkpoint.quantizer import QUANT_METHOD
+from lqer.checkpoint.quantizer import QUANT_METHOD, guard
 from lqer.errors import ModelError
 from lqer.models.structure import ONLINE_ROTATIONS
 from lqer.serve.layer import LayerShard

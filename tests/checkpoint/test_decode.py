@@ -48,7 +48,7 @@ def test_linears_of_one_input_run_as_one_in_a_loaded_model(
 ):
     checkpoint = run_stages(random_model(architecture), PLAN).checkpoint.path
     # Without a GPU the interpreter runs the backend that is refused otherwise.
-    monkeypatch.setattr("lqer.checkpoint.load.resolve_backend", lambda wanted, *_: wanted)
+    monkeypatch.setattr("lqer.checkpoint.backend.resolve_backend", lambda wanted, *_: wanted)
     device = "cuda" if ON_GPU else "cpu"
     exact, emulation, kernels = (
         lqer.load_quantized(checkpoint, device, dtype, backend)

@@ -97,7 +97,7 @@ def test_a_caldera_checkpoint_on_packed_codes_agrees_with_emulation(
     )  # fmt: skip
     checkpoint = run_stages(random_model("llama"), plan).checkpoint.path
     # Without a GPU the interpreter runs the backend that is refused otherwise.
-    monkeypatch.setattr("lqer.checkpoint.load.resolve_backend", lambda wanted, *_: wanted)
+    monkeypatch.setattr("lqer.checkpoint.backend.resolve_backend", lambda wanted, *_: wanted)
     exact, emulation, kernels = (
         lqer.load_quantized(checkpoint, DEVICE, dtype, backend)
         for dtype, backend in ((torch.float32, "emulate"), (DTYPE, "emulate"), (DTYPE, "triton"))

@@ -41,7 +41,7 @@ def loaded(split, plan, run_stages, monkeypatch):
 
     def load(plan):
         checkpoint = run_stages(split, plan).checkpoint.path
-        monkeypatch.setattr("lqer.checkpoint.load.resolve_backend", lambda wanted, *_: wanted)
+        monkeypatch.setattr("lqer.checkpoint.backend.resolve_backend", lambda wanted, *_: wanted)
         backends = ((torch.float32, "emulate"), (DTYPE, "emulate"), (DTYPE, "triton"))
         return [lqer.load_quantized(checkpoint, DEVICE, dtype, backend) for dtype, backend in backends]
 
@@ -71,7 +71,7 @@ def test_experts_of_other_formats_are_multiplied_one_after_the_other(kind, split
     if kind != "mixtral":
         pytest.skip("the same for all")
     checkpoint = run_stages(split, plan, skip=("model.layers.0.mlp.experts.1.up_proj",)).checkpoint.path
-    monkeypatch.setattr("lqer.checkpoint.load.resolve_backend", lambda wanted, *_: wanted)
+    monkeypatch.setattr("lqer.checkpoint.backend.resolve_backend", lambda wanted, *_: wanted)
     model = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "triton")
     (experts,) = experts_of(model.model.layers[0]).values()
     assert isinstance(experts.get_submodule("0.up_proj"), TritonLinear)

@@ -43,7 +43,7 @@ def write_first_block(rehearsal: Rehearsal, checkpoint: Path) -> None:
 def test_the_first_block_runs_as_the_evaluation_will_run_it(rehearsal, monkeypatch):
     run, checkpoint = rehearsal
     write_first_block(run, checkpoint)
-    monkeypatch.setattr("lqer.checkpoint.load.resolve_backend", lambda wanted, *_: wanted)
+    monkeypatch.setattr("lqer.checkpoint.backend.resolve_backend", lambda wanted, *_: wanted)
     evaluated = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "triton")
     del evaluated.model.layers[1:]
     expected = evaluated(run.ids_BT.to(DEVICE), use_cache=False).logits
