@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lqer.formats import E8P, MX, Int, NormalFloat
-from lqer.formats.e8 import nearest_e8p
+from lqer.formats.e8_search import nearest_e8p
 from lqer.methods import Caldera, LinearPlan
 from lqer.models.source import pick_device
 from lqer.report.environment import device_name

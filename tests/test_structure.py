@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,23 @@ def imported(path: Path) -> Iterator[str]:
             yield node.module or ""
 
 
+def imported_modules(path: Path) -> Iterator[Path]:
+    """The files of this package that a file imports, wherever in it, when a program runs: not for type checkers."""
+    tree = tree_of(path)
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    left_out = {id(inner) for node in typing for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and id(node) not in left_out
+            and (node.module or "").split(".")[0] == "lqer"
+        ):
+            folder = PACKAGE.parent.joinpath(*str(node.module).split("."))
+            inside = [(folder / alias.name).with_suffix(".py") for alias in node.names]
+            found = [file for file in inside if file in FILES]
+            yield from found or [folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")]
+
+
 def edges() -> dict[str, set[str]]:
     """Of each room, the other rooms that it imports."""
     found: dict[str, set[str]] = {}
@@ -86,6 +104,13 @@ def test_every_room_has_its_place():
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_rooms_below_it(room):
     assert edges()[room] <= set(ROOMS[: ROOMS.index(room)])
+
+
+def test_no_two_modules_import_each_other_not_even_by_way_of_others():
+    graph = {path: set(imported_modules(path)) - {path} for path in FILES}
+    assert set().union(*graph.values()) <= set(FILES)
+    # Raises CycleError, with the modules of a circle.
+    assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
 
 
 def test_rooms_stand_on_few_levels():

@@ -1,8 +1,8 @@
-"""The search of `e8.py` on a GPU: nearest E8P points without a matrix of distances to all of them.
+"""The search of `e8_search.py` on a GPU: nearest E8P points without a matrix of distances to all of them.
 
 Comparing with all 65536 points moves half a megabyte for every vector. Here a program holds some vectors in registers
-and finds the best member of each class of rows as `e8.py` describes it, in a few hundred operations. It imports triton:
-only for tensors on a GPU, or in Triton's interpreter.
+and finds the best member of each class of rows as `e8_search.py` describes it, in a few hundred operations. It imports
+triton: only for tensors on a GPU, or in Triton's interpreter.
 
 Shapes: N vectors of a program, 8 coordinates, K rows, V vectors, P points.
 """

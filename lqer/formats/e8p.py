@@ -26,14 +26,8 @@ from torch.nn.functional import pad
 from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat, require_block_size
 from lqer.formats.blocks import BlockSize, scale_groups
-from lqer.formats.e8 import (
-    DIMENSION,
-    LARGEST_COORDINATE,
-    e8_one_bit_points,
-    e8p_points,
-    nearest_e8_one_bit,
-    nearest_e8p,
-)
+from lqer.formats.e8 import DIMENSION, LARGEST_COORDINATE, e8_one_bit_points, e8p_points
+from lqer.formats.e8_search import nearest_e8_one_bit, nearest_e8p
 from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, root_mean_square, storable
 
 FIRST_BITS = 16

@@ -185,7 +185,7 @@ def drawn_seeds(x_GND: Tensor, weight_GND: Tensor, draws_GK: Tensor) -> Tensor:
         from lqer.formats import kmeans_kernel
 
         if x_GND.shape[1] <= kmeans_kernel.MOST_DRAWN_FROM:
-            return kmeans_kernel.drawn_seeds(x_GND, weight_GND, draws_GK)
+            return kmeans_kernel.drawn_seeds(x_GND, weight_GND, draws_GK, DRAW_RESOLUTION)
     chosen = []
     error_GN = weight_GND.sum(-1)  # the first is drawn in proportion to its weight
     for draw_G in draws_GK.unbind(1):

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lqer.formats.kmeans import DRAW_RESOLUTION
-
 # Of a tile of K x N: four warps hold it in 32 registers a thread.
 TILE = 4096
 # Of a tile of centroids and vectors whose features are added up.
@@ -148,7 +146,7 @@ def move_kernel(
         tl.store(factor + DIMENSION, new_K * new_K, mask=present_K)
 
 
-def drawn_seeds(x_GND: Tensor, weight_GND: Tensor, draws_GK: Tensor) -> Tensor:
+def drawn_seeds(x_GND: Tensor, weight_GND: Tensor, draws_GK: Tensor, resolution: float) -> Tensor:
     """`kmeans.drawn_seeds`, of at most MOST_DRAWN_FROM vectors a group."""
     groups, vectors, dimension = x_GND.shape
     x_GND, weight_GND, draws_GK = x_GND.contiguous(), weight_GND.contiguous(), draws_GK.contiguous()
@@ -157,7 +155,7 @@ def drawn_seeds(x_GND: Tensor, weight_GND: Tensor, draws_GK: Tensor) -> Tensor:
     block = triton.next_power_of_2(vectors)
     draw_kernel[(groups,)](
         x_GND, weight_GND, draws_GK, seeds_GKD, vectors, centroids,
-        RESOLUTION=DRAW_RESOLUTION, DIMENSION=dimension, BLOCK=block, num_warps=max(4, block // VECTORS_OF_A_WARP),
+        RESOLUTION=resolution, DIMENSION=dimension, BLOCK=block, num_warps=max(4, block // VECTORS_OF_A_WARP),
     )  # fmt: skip
     return seeds_GKD
 

@@ -51,8 +51,9 @@ from torch import Tensor
 
 from lqer.components import require_choice, require_range
 from lqer.formats.base import NumberFormat
+from lqer.formats.rings import best_rings
 from lqer.formats.scales import root_mean_square, storable
-from lqer.formats.viterbi import SEARCH_BYTES, best_rings
+from lqer.formats.viterbi import SEARCH_BYTES
 
 TILE = 16
 POSITIONS = TILE * TILE

@@ -13,10 +13,6 @@ search minimises the sum of (x_p - table[s_p])² over all paths, x_p² left out:
 Seen as a matrix [2^k, 2^(L - k)], costs are minimised over the rows; seen as [2^(L - k), 2^k], a row gets one addend.
 Only best_p is kept: on the way back, the 2^k costs of the predecessors of one state are computed again.
 
-Tail-biting: a sequence is a ring, s_0 follows s_(P-1), so that its k P bits are all there is to store. The search for
-the best ring would take 2^(L - k) searches. Two come close (QTIP, arXiv 2406.11235): one without ends on the
-sequence rolled by half gives the overlap at the seam, the second one starts and ends with that overlap.
-
 On a GPU `viterbi_kernel.py` does the same.
 
 Shapes: N sequences, P positions of a sequence, S states, J predecessors of a state, M overlaps, S = J M.
@@ -36,20 +32,6 @@ CHUNK_COSTS = 1 << 19
 SMALLEST_CHUNK = 16
 # The most that a search keeps for the way back, here or on a GPU.
 SEARCH_BYTES = 1 << 30
-
-
-def best_rings(x_NP: Tensor, table_S: Tensor, bits: int) -> Tensor:
-    """Codes of paths that close to a ring, near to the best: uint8 [N, P], the low `bits` bits of each state.
-
-    x_NP: float32. table_S: float32 or float16, the value of each state, S = 2^L. State p is made of the codes p, p - 1,
-    .. around the ring.
-    """
-    search = best_paths
-    if x_NP.is_cuda:
-        from lqer.formats.viterbi_kernel import best_paths as search
-    half = x_NP.shape[1] // 2
-    states_NP = search(x_NP.roll(half, dims=1), table_S, bits, None)
-    return (search(x_NP, table_S, bits, states_NP[:, half] >> bits) & (1 << bits) - 1).to(torch.uint8)
 
 
 def best_paths(x_NP: Tensor, table_S: Tensor, bits: int, overlap_N: Tensor | None = None) -> Tensor:

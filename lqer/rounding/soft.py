@@ -5,7 +5,7 @@ f = w / s + z - floor(w / s + z); z is an integer, or -1/2 for mid-rise levels. 
 the lower code and the next one, and a scale variable u stretches the step with which its group is read back
 (dequantization-scale tuning, DST):
 
-    h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)                    rectified sigmoid (AdaRound, arXiv 2004.10568, eq. 23)
+    h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)                    rectified sigmoid (rectified.py)
     w'   = (clamp(lower + h(v), min_code, max_code) - z) s 2 h(u)
 
 v starts where h(v) = f and u at 0, so w' = w within the range of the grid. v = +inf or -inf stands for a decision: h
@@ -27,25 +27,16 @@ from torch import Tensor
 from lqer.formats import Int, QuantizedTensor
 from lqer.formats.blocks import from_blocks, to_blocks
 from lqer.formats.spacing import Spacing
+from lqer.rounding.rectified import (
+    STRETCH_HIGH,
+    STRETCH_LOW,
+    dequantization_scale,
+    inverse_rectified_sigmoid,
+    rectified_sigmoid,
+)
 
-STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 NEAREST = 0.49  # steps from a code within which it is the nearest one
 SMALLEST_STEP = torch.finfo(torch.float32).smallest_normal  # the step of MXINT's zero blocks is too small to divide by
-
-
-def rectified_sigmoid(v: Tensor) -> Tensor:
-    """h(v) in [0, 1]: the fraction of a step above the lower code. Carries no gradient, unlike `Grid.weight`."""
-    return torch.sigmoid(v).mul_(STRETCH_HIGH - STRETCH_LOW).add_(STRETCH_LOW).clamp_(0, 1)
-
-
-def inverse_rectified_sigmoid(fraction: Tensor) -> Tensor:
-    """The v with h(v) = fraction, for fractions in [0, 1)."""
-    return torch.logit((fraction - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW))
-
-
-def dequantization_scale(u: Tensor) -> Tensor:
-    """2 h(u) in [0, 2], the factor of a group's step; its slope at u = 0 is 0.6."""
-    return 2 * (torch.sigmoid(u) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
 
 
 def harden(v: Tensor, most_soft: int) -> Tensor:

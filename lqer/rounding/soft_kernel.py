@@ -8,7 +8,7 @@ Shapes: O out_features, I in_features, N groups of a row.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -16,7 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lqer.formats.blocks import block_count, block_width
-from lqer.rounding.soft import STRETCH_HIGH, STRETCH_LOW, Grid
+from lqer.rounding.rectified import STRETCH_HIGH, STRETCH_LOW
+
+if TYPE_CHECKING:
+    from lqer.rounding.soft import Grid
 
 # Weights of a program; a group that is wider is walked by one.
 TILE = 2048

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lqer.formats import e8_kernel
-from lqer.formats.e8 import _nearest_e8p, e8p_points
+from lqer.formats.e8 import e8p_points
 from lqer.formats.e8_kernel import nearest
+from lqer.formats.e8_search import _nearest_e8p
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -12,16 +12,8 @@ import pytest
 import torch
 
 from lqer.formats import E8P
-from lqer.formats.e8 import (
-    CHUNK,
-    LARGEST_COORDINATE,
-    absolute_rows,
-    decode_e8p,
-    e8_one_bit_points,
-    e8p_points,
-    nearest_e8_one_bit,
-    nearest_e8p,
-)
+from lqer.formats.e8 import LARGEST_COORDINATE, absolute_rows, decode_e8p, e8_one_bit_points, e8p_points
+from lqer.formats.e8_search import CHUNK, nearest_e8_one_bit, nearest_e8p
 
 CPU = torch.device("cpu")
 VECTORS = json.loads((Path(__file__).parent / "e8p_vectors.json").read_text())

@@ -84,6 +84,6 @@ def test_the_same_seeds_are_drawn(groups, vectors, centroids, dimension):
     weight_GND[0, 5:] = 0
     draws_GK = torch.rand(groups, centroids, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected_GKD = kmeans.drawn_seeds(x_GND, weight_GND, draws_GK)
-    found_GKD = drawn_seeds(x_GND.to(DEVICE), weight_GND.to(DEVICE), draws_GK.to(DEVICE))
+    found_GKD = drawn_seeds(x_GND.to(DEVICE), weight_GND.to(DEVICE), draws_GK.to(DEVICE), kmeans.DRAW_RESOLUTION)
     # Where a running sum differs in the last bit, a draw may end one vector further.
     assert (found_GKD.cpu() != expected_GKD).float().mean() <= 0.02

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from lqer.formats.viterbi import best_paths, best_rings
+from lqer.formats.rings import best_rings
+from lqer.formats.viterbi import best_paths
 
 
 def normal(*shape, seed=0):

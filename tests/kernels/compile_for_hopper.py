@@ -308,7 +308,7 @@ def main() -> None:
     for centroids, dimension in ((4, 1), (16, 2), (256, 4)):
         features_GFN, codes_GN = torch.zeros(3, 2 * dimension, 1024), torch.zeros(3, 1024, dtype=torch.uint8)
         x_GND, centroids_GKD = torch.zeros(3, 1024, dimension), torch.zeros(3, centroids, dimension)
-        improve(x_GND, features_GFN, drawn_seeds(x_GND, x_GND, centroids_GKD[..., 0].double()), 1)
+        improve(x_GND, features_GFN, drawn_seeds(x_GND, x_GND, centroids_GKD[..., 0].double(), 1.0), 1)
         cluster_sums(features_GFN, codes_GN, centroids)
         panel_PO, feedback_PP = torch.zeros(128, 24), torch.zeros(256, 256)[128:, 128:]
         sweep_panel(panel_PO, panel_PO, panel_PO[:, :1], feedback_PP, centroids_GKD)

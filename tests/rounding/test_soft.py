@@ -7,13 +7,8 @@ import torch
 
 from lqer.formats import MX, Int, MXInt
 from lqer.formats.blocks import from_blocks, to_blocks
-from lqer.rounding.soft import (
-    Grid,
-    dequantization_scale,
-    harden,
-    inverse_rectified_sigmoid,
-    rectified_sigmoid,
-)
+from lqer.rounding.rectified import dequantization_scale, inverse_rectified_sigmoid, rectified_sigmoid
+from lqer.rounding.soft import Grid, harden
 from lqer.transforms.clip import quantize_clipped
 
 # 72 is no multiple of 16: the last group is ragged.
