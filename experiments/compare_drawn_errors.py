@@ -7,7 +7,7 @@
 on so many rows of every linear of the blocks, by LDLQ after Hadamard transforms, under statistics of the first windows;
 gradients are taken on the windows after them. Prints three tables as markdown: by bits, Δ of drawn errors over that of
 searched ones, over the linears; by block, the same of the mean squares of the errors themselves; by budget, how many
-linears get another width by drawn errors, and the searched Δ of that choice over the best one's.
+linears get another width by drawn errors, and the searched Δ of that choice over that of the choice by searched ones.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def by_block(found: Sequence[Found]) -> Iterator[str]:
 
 
 def by_budget(found: Sequence[Found]) -> Iterator[str]:
-    yield "| bits of a weight | linears of another width | searched Δ over the best |\n|---|---|---|"
+    yield "| bits of a weight | linears of another width | searched Δ over that by the search |\n|---|---|---|"
     curves = {way: {one.name: one.curve(way) for one in found} for way in WAYS}
     weights = sum(one.weights for one in found)
     for budget in BUDGETS:

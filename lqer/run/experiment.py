@@ -57,11 +57,13 @@ class Experiment:
             checkpoint.verify()
 
     def before_quantize(self) -> Iterator[Stage]:
+        """The stages whose artifacts quantization reads."""
         # Its statistics are those of `calibrate` where there are any.
         measured = self.widths.calibration if self.widths is not None and self.calibrate is None else None
         yield from filter(None, (self.rotate, self.calibrate, self.spectra, measured, self.widths))
 
     def quantizing(self) -> Iterator[QuantizeStage]:
+        """The stages that make checkpoints."""
         yield from filter(None, (self.quantize, self.rtn))
 
     def evaluations(self, candidate: Candidate) -> Iterator[Stage]:
