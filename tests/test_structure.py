@@ -27,8 +27,8 @@ ROOMS = [
 # Kernels of algorithms, not of linears; imported only where a tensor is on a GPU.
 KERNELS_ELSEWHERE = {
     "formats/e8_kernel.py", "formats/kmeans_kernel.py", "formats/mxint_kernel.py", "formats/viterbi_kernel.py",
-    "rounding/lattice_sweep.py", "rounding/level_sweep.py", "rounding/soft_kernel.py", "rounding/sweep.py",
-    "rounding/vector_sweep.py",
+    "rounding/lattice_sweep.py", "rounding/lattice_tuning.py", "rounding/level_sweep.py", "rounding/soft_kernel.py",
+    "rounding/sweep.py", "rounding/vector_sweep.py",
     "statistics/products_kernel.py", "transforms/hadamard_kernel.py", "transforms/lwc_kernel.py",
 }  # fmt: skip
 MOST_ROOMS, MOST_LEVELS = 28, 12

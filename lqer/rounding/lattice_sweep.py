@@ -69,16 +69,7 @@ def lattice_sweep_kernel(
         k = blocks - 1 - i
         now_8N = tl.sum(tl.where((b == k)[:, None, None], target_B8N, 0.0), axis=0)
         x_8N = tl.math.div_rn(now_8N, tl.broadcast_to(divisor_N[None, :], now_8N.shape))
-        code_N, value_8N = nearest_e8p(x_8N, table)
-        code_N = code_N.to(tl.int64)
-        if BITS > 2:
-            residual_8N = (x_8N - value_8N) * residual_scale
-            if BITS == 3:
-                residual_code_N, point_8N = nearest_e8_one_bit(residual_8N, one_bit_points)
-            else:
-                residual_code_N, point_8N = nearest_e8p(residual_8N, table)
-            code_N = code_N | (residual_code_N.to(tl.int64) << FIRST_BITS_C)
-            value_8N += tl.math.div_rn(point_8N, tl.zeros_like(point_8N) + residual_scale)
+        code_N, value_8N = nearest_lattice(x_8N, table, one_bit_points, residual_scale, BITS)
         tl.store(codes + k * rows + o, code_N, mask=inside)
         p_8 = k * DIMENSION_C + d
         present_8N = (p_8 < columns)[:, None] & inside[None, :]
@@ -86,9 +77,36 @@ def lattice_sweep_kernel(
         # A ragged last block has no columns beyond the panel.
         error_8N = tl.where(present_8N, weight_8N - value_8N * scale_N[None, :], 0.0)
         tl.store(error + p_8[:, None] * rows + o[None, :], error_8N, mask=present_8N)
-        for j in range(DIMENSION_C):
-            error_N = tl.sum(tl.where((d == j)[:, None], error_8N, 0.0), axis=0)
-            row = tl.minimum(k * DIMENSION_C + j, columns - 1)
-            earlier_B8 = p_B8 < k * DIMENSION_C
-            lower_B8 = tl.load(lower + row * lower_row_stride + p_B8 * lower_column_stride, mask=earlier_B8, other=0.0)
-            target_B8N += lower_B8[:, :, None] * error_N[None, None, :]
+        target_B8N = spread(target_B8N, error_8N, lower, k, columns, lower_row_stride, lower_column_stride, BLOCKS)
+
+
+@triton.jit
+def nearest_lattice(x_8N, table, one_bit_points, residual_scale, BITS: tl.constexpr):
+    """Codes, int64 [N], and points [8, N], in units of the scale, of lattice codes nearest to vectors [8, N]."""
+    code_N, value_8N = nearest_e8p(x_8N, table)
+    code_N = code_N.to(tl.int64)
+    if BITS > 2:
+        residual_8N = (x_8N - value_8N) * residual_scale
+        if BITS == 3:
+            residual_code_N, point_8N = nearest_e8_one_bit(residual_8N, one_bit_points)
+        else:
+            residual_code_N, point_8N = nearest_e8p(residual_8N, table)
+        code_N = code_N | (residual_code_N.to(tl.int64) << FIRST_BITS_C)
+        value_8N += tl.math.div_rn(point_8N, tl.zeros_like(point_8N) + residual_scale)
+    return code_N, value_8N
+
+
+@triton.jit
+def spread(
+    target_B8N, error_8N, lower, k, columns, lower_row_stride, lower_column_stride, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """The targets [B, 8, N] of a panel with the errors [8, N] of its block k added to those of the blocks before it."""
+    d = tl.arange(0, DIMENSION_C)
+    p_B8 = tl.arange(0, BLOCKS)[:, None] * DIMENSION_C + d[None, :]
+    earlier_B8 = p_B8 < k * DIMENSION_C
+    for j in range(DIMENSION_C):
+        error_N = tl.sum(tl.where((d == j)[:, None], error_8N, 0.0), axis=0)
+        row = tl.minimum(k * DIMENSION_C + j, columns - 1)
+        lower_B8 = tl.load(lower + row * lower_row_stride + p_B8 * lower_column_stride, mask=earlier_B8, other=0.0)
+        target_B8N += lower_B8[:, :, None] * error_N[None, None, :]
+    return target_B8N

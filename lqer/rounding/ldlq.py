@@ -10,15 +10,11 @@ and single values of known places (ldlq_panel.py). A group's scale is fitted whe
 column, to the values its columns would take if the group were not rounded: T with T = Z + (Z - T) (𝓛 - 1) within the
 group, plus the feedback of later columns. If it is searched, errors are weighted by the diagonal of D in blocks of one.
 
-Sweeps of coordinate descent may follow, again over the blocks from last to first, under fixed scales:
-
-        Ẑ_k = round( Ẑ_k + (Z - Ẑ) H_:k H_kk⁻¹ )      for the rows whose loss tr((Z - Ẑ) H (Z - Ẑ)ᵀ) falls
-
-A trellis code is rounded in blocks of 16 columns, and its rows stay or change 16 at a time. Matrices of one shape, as
-those of a layer's experts, are swept together.
+Sweeps of coordinate descent may follow (ldlq_tuning.py). A trellis code is rounded in blocks of 16 columns. Matrices of
+one shape, as those of a layer's experts, are swept together.
 
 Shapes: E matrices, O out_features, I in_features, N rows of all matrices, L codes of a row, P columns of a panel,
-D columns of a block, K blocks, Q columns of whole blocks, M vectors of rows.
+D columns of a block, K blocks, Q columns of whole blocks.
 """
 
 from __future__ import annotations
@@ -37,6 +33,7 @@ from lqer.rounding.base import Rounding, Statistics, require_damping, unsupporte
 from lqer.rounding.groups import Groups
 from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
 from lqer.rounding.ldlq_panel import panel_rounding
+from lqer.rounding.ldlq_tuning import tuned
 from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
 from lqer.rounding.stack import add_products, rows_of_all, side_by_side, stacked
 from lqer.statistics import Hessian, Statistic
@@ -73,9 +70,7 @@ def ldlq(
     weight_IEO = side_by_side([weight_OI.to(torch.float32)])
     groups, codes, error_IEO = _sweep(weight_IEO, [damped], number_format, block, static_groups, scales)
     if tune_iters:
-        codes = _by_block(codes, block, len(weight_IEO))
-    for _ in range(tune_iters):
-        _tune(weight_IEO[:, 0], error_IEO[:, 0], codes, damped.matrix(torch.float32), groups, block)
+        codes = tuned(weight_IEO[:, 0], error_IEO[:, 0], codes, damped.matrix(torch.float32), groups, block, tune_iters)
     return groups.finish(_in_order(codes))[0]
 
 
@@ -152,35 +147,6 @@ def block_lower(cholesky_II: Tensor, block: int, dtype: torch.dtype = torch.floa
         lower_KPD = torch.linalg.solve_triangular(diagonal_KDD, columns_KPD, upper=False, left=False)
         lower_II[below, now] = lower_KPD.transpose(0, 1).flatten(1)[: size - first, : now.stop - first].to(dtype)
     return lower_II
-
-
-def _by_block(codes: dict[int, Tensor], block: int, in_features: int) -> dict[int, Tensor]:
-    """Codes by first column of a block, of those by first column of one or several blocks."""
-    starts = sorted(codes)
-    return {
-        start + i * block: codes_OV
-        for start, stop in zip(starts, [*starts[1:], in_features], strict=True)
-        for i, codes_OV in enumerate(codes[start].chunk(-(-(stop - start) // block), dim=1))
-    }
-
-
-def _tune(
-    weight_IO: Tensor, error_IO: Tensor, codes: dict[int, Tensor], hessian_II: Tensor, groups: Groups, block: int
-) -> None:
-    """One sweep of coordinate descent over the blocks, in place."""
-    rows = groups.number_format.vector_rows
-    for k in sorted(codes, reverse=True):
-        now = slice(k, min(k + block, len(weight_IO)))
-        hessian_DD = hessian_II[now, now]
-        gradient_DO = hessian_II[now] @ error_IO
-        values_DO = weight_IO[now] - error_IO[now]
-        new_codes_OV, new_values_OD = groups.round(k, (values_DO + torch.linalg.solve(hessian_DD, gradient_DO)).T)
-        change_DO = new_values_OD.T - values_DO
-        loss_change_O = (change_DO * (hessian_DD @ change_DO - 2 * gradient_DO)).sum(0)
-        # Rows that share codes change together.
-        better_M = loss_change_O.unflatten(0, (-1, rows)).sum(1) < 0
-        error_IO[now] -= change_DO * better_M.repeat_interleave(rows)
-        codes[k] = torch.where(better_M[:, None], new_codes_OV, codes[k])
 
 
 @dataclass(frozen=True)

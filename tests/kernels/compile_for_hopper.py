@@ -43,6 +43,7 @@ from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.trellis import TrellisLayout
 from lqer.kernels.tuning import WIDE_AT_ONCE, GemmLaunch, GemvLaunch, stream_launch, tall_launch, wide_launch
 from lqer.rounding.lattice_sweep import sweep_lattice_panel
+from lqer.rounding.lattice_tuning import tune_lattice_panel
 from lqer.rounding.level_sweep import sweep_level_panel
 from lqer.rounding.soft import Grid
 from lqer.rounding.soft_kernel import FusedSoftWeight
@@ -331,6 +332,8 @@ def compile_rounding() -> None:
     panel_PO, square_PP, step_PO = torch.zeros(128, 64), torch.zeros(256, 256)[128:, 128:], torch.ones(128, 64)
     for bits in (2, 3, 4):
         sweep_lattice_panel(panel_PO, panel_PO, square_PP, torch.ones(1).expand(64), bits)
+        scale_KO, codes_KO = torch.ones(16, 64), torch.zeros(16, 64, dtype=torch.int64)
+        tune_lattice_panel(panel_PO, panel_PO, square_PP, square_PP, scale_KO, codes_KO, bits)
     for limits in ((0, 15), (-4, 3)):
         spacing = Spacing(step_PO[:1].expand(128, -1), step_PO, *limits)
         sweep_columns(panel_PO[:, None], square_PP[None], spacing)
