@@ -23,15 +23,24 @@ from lqer.kernels.rotations_launch import Tokens, rotate_inputs, rotate_outputs
 from lqer.kernels.runtime import launch_options, multiprocessors
 
 RANKS_AT_ONCE = 16  # as many as a tensor core multiplies
+# Of a program: outputs of more would not fit into 48 KB of shared memory beside the table.
+MOST_ROWS = 128
 
 
 @dataclass(frozen=True)
 class LatticeHalvesLaunch:
+    """Raises ValueError for more than 128 rows a program."""
+
     groups: int  # of 16 rows, for one warp
     warps_n: int  # of a program, along the rows
     warps_k: int  # of a program, along the columns; a divisor of it that divides the tiles
     splits: int = 1  # programs along the columns, at most
     registers: int | None = None  # of a thread, at most
+
+    def __post_init__(self) -> None:
+        rows = self.groups * self.warps_n * ROWS
+        if rows > MOST_ROWS:
+            raise ValueError(f"a program has at most {MOST_ROWS} rows, found {rows}")
 
 
 # Beside the table there is shared memory for the outputs of so many tokens.

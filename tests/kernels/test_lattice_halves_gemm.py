@@ -24,13 +24,18 @@ def run(x_MI: torch.Tensor, packed: PackedLinear, *launched: LatticeHalvesLaunch
 
 
 @pytest.mark.parametrize(
-    "launched", [(1, 1, 1), (2, 1, 4, 2), (1, 4, 2, 4, 128), (4, 2, 1, 8), (2, 8, 1, 3, 128)], ids=str
+    "launched", [(1, 1, 1), (2, 1, 4, 2), (1, 4, 2, 4, 128), (4, 2, 1, 8), (1, 8, 1, 3, 128)], ids=str
 )
 def test_every_launch_gives_the_same_layer(launched):
     """Of 8 tiles, and of 11, which no launch here divides."""
     for m, k in ((6, 1024), (20, 11 * 128)) if ON_GPU else ((6, 1024),):
         packed, x_MI = rotated(96, k), random_input(m, k)
         assert relative_error(run(x_MI, packed, LatticeHalvesLaunch(*launched)), run(x_MI, packed).double()) < 1e-5
+
+
+def test_a_launch_whose_outputs_do_not_fit_beside_the_table_is_refused():
+    with pytest.raises(ValueError, match="at most 128 rows, found 256"):
+        LatticeHalvesLaunch(2, 8, 1)
 
 
 def test_the_workspace_is_zero_after_a_call_and_runs_agree_bit_for_bit():
