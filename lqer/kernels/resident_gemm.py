@@ -51,6 +51,16 @@ def in_rows(sums_E, at_once: tl.constexpr, BLOCK_M: tl.constexpr, integers: tl.c
     return sums_OM.reshape(at_once * ROWS_C, BLOCK_M)
 
 
+@triton.jit
+def add_branch(acc_OM, b_OR, xa_MR, integers: tl.constexpr):
+    """acc_OM + (x A B)ᵀ over some ranks."""
+    rounded_MR = xa_MR.to(b_OR.dtype)
+    if integers:
+        return acc_OM + tl.sum(b_OR.to(tl.float32)[:, None, :] * rounded_MR.to(tl.float32)[None, :, :], axis=2)
+    else:
+        return tl.dot(b_OR, tl.trans(rounded_MR), acc_OM)
+
+
 @triton.jit(do_not_specialize=["M", "N", "tiles_n", "per_program"])
 def resident_product_kernel(
     x,  # as in byte_sums.py for integers, else as in halves.py, and so
@@ -70,7 +80,7 @@ def resident_product_kernel(
     own_rank: tl.constexpr,  # of one
     projection_splits: tl.constexpr,
     BLOCK_S: tl.constexpr,  # projection_splits, as a power of two
-    BLOCK_R: tl.constexpr,  # own_rank, as a power of two
+    BLOCK_R: tl.constexpr,  # ranks that are added at once
     integers: tl.constexpr,  # tokens are 16-bit integers instead of float16
     span: tl.constexpr,  # tiles of a program
     tiles: tl.constexpr,  # of a warp
@@ -175,11 +185,12 @@ def resident_product_kernel(
                     ranks_R = own + tl.arange(0, BLOCK_R)
                     xa_MR = sum_projection(projection, ranks_R, rows_M, M, rank, projection_splits, BLOCK_S)
                     held = own
-                rounded_MR = xa_MR.to(b_values.dtype.element_ty)
-                if integers:
-                    acc_OM += tl.sum(b_OR.to(tl.float32)[:, None, :] * rounded_MR.to(tl.float32)[None, :, :], axis=2)
-                else:
-                    acc_OM = tl.dot(b_OR, tl.trans(rounded_MR), acc_OM)
+                acc_OM = add_branch(acc_OM, b_OR, xa_MR, integers)
+                for first in tl.range(BLOCK_R, own_rank, BLOCK_R, num_stages=1):
+                    ranks_R = own + first + tl.arange(0, BLOCK_R)
+                    more_MR = sum_projection(projection, ranks_R, rows_M, M, rank, projection_splits, BLOCK_S)
+                    more_OR = load_ranks(b_values, rows_O, first, N, own_rank, BLOCK_R)
+                    acc_OM = add_branch(acc_OM, more_OR, more_MR, integers)
         place_OM = (split * M + rows_M)[None, :].to(tl.int64) * N + rows_O[:, None]
         tl.store(y + place_OM, acc_OM, mask=inside_O[:, None] & (rows_M < M)[None, :])
         group += at_once

@@ -30,6 +30,8 @@ TILES, TOKENS_OF_TILES, MOST_TOKENS = 2, 16, 32
 ROOM = 32 << 10
 # Row groups of a joint linear that are sure to belong to one segment.
 GROUPS_OF_SEGMENT = 4
+# Ranks that a program adds at once: with more, Triton's shared memory and ours would exceed 48 KB.
+MOST_RANKS = 64
 # What a program takes besides its row groups, in tiles of a warp.
 OVERHEAD = 4
 
@@ -106,7 +108,7 @@ def _product(tokens: Tokens, packed: PackedLinear, m: int, pdl: bool, launch: Re
         segment_numbers(spec, y_SMO.device), y_SMO, m, layout.rows, programs, per_program,
         layout=layout.compiled, rank=spec.rank, own_rank=spec.own_rank, projection_splits=tokens.projection_splits,
         BLOCK_S=triton.next_power_of_2(max(tokens.projection_splits, 1)),
-        BLOCK_R=triton.next_power_of_2(max(spec.own_rank, 16)), integers=m <= INTEGERS_AT_ONCE,
+        BLOCK_R=min(triton.next_power_of_2(max(spec.own_rank, 16)), MOST_RANKS), integers=m <= INTEGERS_AT_ONCE,
         span=-(-layout.tiles // launch.splits), tiles=launch.tiles, at_once=at_once, buffers=buffers, warps=WARPS,
         BLOCK_M=block_m, pdl=pdl, num_warps=WARPS, maxnreg=REGISTERS, **launch_options(pdl),
     )  # fmt: skip

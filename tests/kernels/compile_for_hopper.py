@@ -287,7 +287,7 @@ def main() -> None:
     for bits, state_bits, table, m, rank in (
         (1, 12, "gaussian", 1, 0), (2, 12, "gaussian", 1, 64), (3, 13, "gaussian", 16, 16), (3, 12, "gaussian", 4, 0),
         (4, 16, "gaussian", 9, 0), (1, 12, "bytes", 1, 0), (2, 12, "bytes", 16, 64), (3, 16, "bytes", 4, 16),
-        (3, 12, "bytes", 64, 16), (4, 14, "bytes", 1, 64),
+        (3, 12, "bytes", 64, 16), (4, 14, "bytes", 1, 64), (2, 12, "bytes", 2, 192), (2, 12, "bytes", 17, 192),
     ):  # fmt: skip
         weight = random_trellis(Trellis(bits, state_bits, table), 256, 2048)
         other = build_layer(MXInt(4), 256, 2048, rank=rank)
