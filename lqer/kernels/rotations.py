@@ -28,6 +28,7 @@ from lqer.kernels.token_stores import (
     store_halves,
     store_halves_of_lanes,
     store_integers,
+    store_integers_of_lanes,
     store_tiles,
 )
 
@@ -186,6 +187,9 @@ def rotate_input_kernel(
         store_bytes_of_lanes(values, own_x, steps + m * tiles, tl.arange(0, 32 * warps), program, tiles)
     elif lanes and kind == "halves":
         store_halves_of_lanes(values, reach, x_out, steps, m, tl.arange(0, 32 * warps), program, tiles, lattice)
+    elif lanes and kind == "integers":
+        own_x = x_out + m.to(tl.int64) * (2 * padded)
+        store_integers_of_lanes(values, own_x, steps + m * (2 * tiles), tl.arange(0, 32 * warps), program, tiles)
     elif kind == "halves":
         store_halves(x_T, largest_T, reach, x_out, steps, m, columns_T, tiles, lattice)
     else:

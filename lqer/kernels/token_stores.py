@@ -19,6 +19,8 @@ LARGEST_ROOM = tl.constexpr(32768 / 32639)
 LEAST_EXPONENT = tl.constexpr(32)  # keeps the step and its inverse normal
 LEAST_EXPONENT_UP = tl.constexpr(2 * 127 + 14)
 BYTES_EXPONENT = tl.constexpr(14 + 7)
+# 2^(exponent - 127 - 14), times the 1 / 32 of sums of lattice codes.
+INTEGERS_EXPONENT = tl.constexpr(14 + 5)
 
 
 @triton.jit
@@ -156,6 +158,42 @@ def store_integers(x_NC, x_out, steps, columns_NC, tiles_N, tiles: tl.constexpr)
     place_NC = x_out + token_order(columns_NC)
     tl.store(place_NC, high_NC.to(tl.int8), mask=inside_NC)
     tl.store(place_NC + padded, low_NC.to(tl.int8), mask=inside_NC)
-    # 2^(exponent - 127 - 14), times the 1 / 32 of sums.
-    tl.store(steps + 2 * tiles_N, (exponent_N - 19) << 23, mask=tiles_N < tiles)
+    tl.store(steps + 2 * tiles_N, (exponent_N - INTEGERS_EXPONENT) << 23, mask=tiles_N < tiles)
     tl.store(steps + 2 * tiles_N + 1, -120 * tl.sum(integers_NC, axis=1), mask=tiles_N < tiles)
+
+
+@triton.jit
+def store_integers_of_lanes(values, x_out, steps, thread_T, program, tiles: tl.constexpr):
+    """The same for a tile a warp. values: four of each lane, and the largest magnitude of their tile."""
+    largest_T = values[4]
+    lane_T, tile_T = thread_T % 32, program * (thread_T.shape[0] // 32) + thread_T // 32
+    exponent_T, up_T = scale_up(largest_T * LARGEST_ROOM)
+    inside_T = tile_T < tiles
+    place_T = x_out.to(tl.pointer_type(tl.int16)) + (tile_T * TILE_C + token_order(lane_T * 4)) // 2
+    first_high, first_low, first = _halves_of(values[0] * up_T)
+    second_high, second_low, second = _halves_of(values[1] * up_T)
+    third_high, third_low, third = _halves_of(values[2] * up_T)
+    fourth_high, fourth_low, fourth = _halves_of(values[3] * up_T)
+    # Columns 4 l and 4 l + 2 are adjacent, and so are the two others, 8 further on (lattice.py).
+    low_place_T = place_T + tiles * (TILE_C // 2)
+    tl.store(place_T, _bytes_of(first_high, third_high), mask=inside_T)
+    tl.store(place_T + 4, _bytes_of(second_high, fourth_high), mask=inside_T)
+    tl.store(low_place_T, _bytes_of(first_low, third_low), mask=inside_T)
+    tl.store(low_place_T + 4, _bytes_of(second_low, fourth_low), mask=inside_T)
+    sum_T = sum_of_warp(first + second + third + fourth)
+    of_tile_T = inside_T & (lane_T == 0)
+    tl.store(steps + 2 * tile_T, (exponent_T - INTEGERS_EXPONENT) << 23, mask=of_tile_T)
+    tl.store(steps + 2 * tile_T + 1, -120 * sum_T, mask=of_tile_T)
+
+
+@triton.jit
+def _bytes_of(low, high):
+    return ((low & 255) | (high << 8)).to(tl.int16)
+
+
+@triton.jit
+def sum_of_warp(values_T):
+    """The sum over its warp for each thread."""
+    warps: tl.constexpr = values_T.shape[0] // 32
+    sum_N = tl.sum(values_T.reshape(warps, 32), axis=1)
+    return sum_N[:, None].broadcast_to(warps, 32).reshape(warps * 32)

@@ -101,7 +101,7 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
         assert kernel.asm["ttir"].count("mma.sync") == products, "of one turn"
     if self.fn.__name__.startswith("rotate_"):
         check_that_no_exchange_is_repeated(kernel)
-        stored_by_lanes = constants.get("kind") in (None, "bytes", "halves") and not constants.get("rank")
+        stored_by_lanes = constants.get("kind") in (None, "bytes", "integers", "halves") and not constants.get("rank")
         if constants["lanes"] and stored_by_lanes:
             check_that_warps_meet_once(kernel)
     if self.fn.__name__ == "resident_product_kernel":

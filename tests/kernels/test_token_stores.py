@@ -15,10 +15,14 @@ from lqer.kernels.token_stores import (
     store_four,
     store_halves,
     store_halves_of_lanes,
+    store_integers,
+    store_integers_of_lanes,
 )
 
 TILES, REACH = 3, 64.0
-DTYPES = {"bytes": torch.int8, "halves": torch.float16}
+DTYPES = {"bytes": torch.int8, "integers": torch.int8, "halves": torch.float16}
+# That are stored: of a tile, or of a token.
+STEPS = {"bytes": TILES, "integers": 2 * TILES, "halves": 1}
 WARPS_C, REACH_C = tl.constexpr(4), tl.constexpr(REACH)
 
 
@@ -26,9 +30,11 @@ WARPS_C, REACH_C = tl.constexpr(4), tl.constexpr(REACH)
 def _by_tensors(x, largest, x_out, steps, token, tiles: tl.constexpr, kind: tl.constexpr, lattice: tl.constexpr):
     columns_T = tl.arange(0, WARPS_C * 128)
     x_T = tl.load(x + columns_T)
+    tiles_N = tl.arange(0, WARPS_C)
     if kind == "bytes":
-        tiles_N = tl.arange(0, WARPS_C)
         store_bytes(x_T.reshape(WARPS_C, 128), x_out, steps, columns_T.reshape(WARPS_C, 128), tiles_N, tiles)
+    elif kind == "integers":
+        store_integers(x_T.reshape(WARPS_C, 128), x_out, steps, columns_T.reshape(WARPS_C, 128), tiles_N, tiles)
     else:
         largest_T = tl.zeros_like(x_T) + tl.load(largest)
         store_halves(x_T, largest_T, REACH_C, x_out, steps, token, columns_T, tiles, lattice)
@@ -41,6 +47,9 @@ def _by_lanes(x, largest, x_out, steps, token, tiles: tl.constexpr, kind: tl.con
     if kind == "bytes":
         values = values + (tl.load(largest + thread_T // 32),)  # noqa: RUF005
         store_bytes_of_lanes(values, x_out, steps, thread_T, 0, tiles)
+    elif kind == "integers":
+        values = values + (tl.load(largest + thread_T // 32),)  # noqa: RUF005
+        store_integers_of_lanes(values, x_out, steps, thread_T, 0, tiles)
     else:
         values = values + (tl.zeros_like(values[0]) + tl.load(largest),)  # noqa: RUF005
         store_halves_of_lanes(values, REACH_C, x_out, steps, token, thread_T, 0, tiles, lattice)
@@ -60,21 +69,23 @@ def random_values() -> torch.Tensor:
     return x_NC.to(torch.bfloat16).float().to(DEVICE)
 
 
-@pytest.mark.parametrize(("kind", "lattice"), [("bytes", False), ("halves", False), ("halves", True)])
+@pytest.mark.parametrize(
+    ("kind", "lattice"), [("bytes", False), ("integers", True), ("halves", False), ("halves", True)]
+)
 def test_lanes_store_the_same_tokens(kind, lattice):
     x_NC = random_values()
-    largest = x_NC.abs().amax(1) if kind == "bytes" else x_NC.abs().max().expand(4).contiguous()
+    largest = x_NC.abs().max().expand(4).contiguous() if kind == "halves" else x_NC.abs().amax(1)
     found = []
     for kernel in (_by_tensors, _by_lanes):
         x_out = torch.full((16 * TILES * 128,), 77, dtype=DTYPES[kind], device=DEVICE)
-        steps = torch.full((8,), 77.0, device=DEVICE)
+        steps = torch.full((8,), 77, dtype=torch.int32 if kind == "integers" else torch.float32, device=DEVICE)
         kernel[(1,)](x_NC, largest, x_out, steps, 5, tiles=TILES, kind=kind, lattice=lattice, num_warps=4)
         found.append((x_out, steps))
     (x_out, steps), (by_lanes, steps_by_lanes) = found
     assert torch.equal(x_out, by_lanes)
     assert torch.equal(steps, steps_by_lanes)
     assert (x_out != 77).sum() >= TILES * 128 * 0.9
-    assert (steps != 77).sum() == (TILES if kind == "bytes" else 1)
+    assert (steps != 77).sum() == STEPS[kind]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
