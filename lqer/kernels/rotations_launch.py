@@ -93,9 +93,13 @@ def block_of(lengths: list[int]) -> int:
 
 
 def values_of_program(length: int, tokens: int, rank: int, device: torch.device) -> int:
-    """As many as can be, for a program reads its token as a whole; with a branch as many as leave enough programs."""
+    """As many as can be, for a program reads its token as a whole; with a branch as many as leave enough programs.
+
+    But no fewer than that lanes compute the blocks, where they can.
+    """
     values, wanted = MOST_VALUES, length * tokens // multiprocessors(device)
-    while rank and values > wanted and values > FEWEST_VALUES_OF_BRANCH:
+    fewest = max(FEWEST_VALUES_OF_BRANCH, TILE_K * -(-length // (LARGEST_BLOCK * MOST_TURNS)))
+    while rank and values > wanted and values // 2 >= fewest:
         values //= 2
     return values
 
@@ -186,9 +190,12 @@ def run_between_rotations(x_MI: Tensor, packed: PackedLinear, run: Callable[[Ten
     return run_rotated(x_MI, rotation, packed.bias_O, lambda x: run(x, inner))
 
 
-def ranks_at_once(rank: int, program: Program) -> int:
-    """Ranks whose columns of A a program of the rotation of inputs has in registers: a power of two."""
-    held = max(FEWEST_RANKS, PRODUCTS_AT_ONCE // (program.block * program.together))
+def ranks_at_once(rank: int, program: Program, alone: bool) -> int:
+    """Ranks whose columns of A a program of the rotation of inputs has in registers: a power of two.
+
+    alone: on its multiprocessor, of which it may take twice as many then.
+    """
+    held = max(FEWEST_RANKS, PRODUCTS_AT_ONCE * (1 + alone) // (program.block * program.together))
     return min(held, triton.next_power_of_2(max(rank, FEWEST_RANKS)))
 
 
@@ -229,9 +236,9 @@ def rotate_inputs(x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, pad
         x_MI, signs_I, rows, packed.a_codes, *empty, partial, m, k, x_MI.stride(0), rank=rank, tiles=layout.tiles,
         kind=kind, lattice=isinstance(layout, LatticeLayout), lanes=lanes, A=k // program.block,
         padded_A=program.padded, B=program.block, P=program.together, BLOCK_I=triton.next_power_of_2(k),
-        BLOCK_R=ranks_at_once(rank, program), factor=1.0 if rows is None else 1 / room,
-        reach=1.0 if rows is None else k**0.5 / room, pdl=pdl, num_warps=max(program.warps, WARPS if rank else 1),
-        **launch_options(pdl),
+        BLOCK_R=ranks_at_once(rank, program, programs * m <= multiprocessors(x_MI.device)),
+        factor=1.0 if rows is None else 1 / room, reach=1.0 if rows is None else k**0.5 / room, pdl=pdl,
+        num_warps=max(program.warps, WARPS if rank else 1), **launch_options(pdl),
     )  # fmt: skip
     return Tokens(*empty, partial)
 
