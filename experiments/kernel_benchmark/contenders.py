@@ -205,8 +205,9 @@ def _own(label: str, weight: NumberFormat, activation: NumberFormat | None = Non
     return Variant(label, packed, weight, activation, rank)
 
 
-def _rotated(label: str, weight: NumberFormat) -> Variant:
-    return Variant(f"{label} + rank 64, rotated", packed, weight, rank=64, rotated=True)
+def _rotated(label: str, weight: NumberFormat, rank: int = 64) -> Variant:
+    branch = f" + rank {rank}" if rank else ""
+    return Variant(f"{label}{branch}, rotated", packed, weight, rank=rank, rotated=True)
 
 
 _LAYER = "W4A8 + rank 32"
@@ -236,8 +237,9 @@ VARIANTS = {
     "e8p-r64": _rotated("2-bit E8P", E8P(2)),
     **{f"trellis{bits}-r64": _rotated(f"{bits}-bit trellis", Trellis(bits)) for bits in (2, 3, 4)},
     **{
-        f"bytes{bits}-r64": _rotated(f"{bits}-bit trellis, byte sums", Trellis(bits, 14, "bytes"))
+        f"bytes{bits}{suffix}": _rotated(f"{bits}-bit trellis, byte sums", Trellis(bits, table="bytes"), rank)
         for bits in (2, 3, 4)
+        for suffix, rank in (("", 0), ("-r64", 64))
     },
     "w4a8-r32-eager": Variant(f"{_LAYER}, from Python", packed, W4, X8, 32, eager=True),
     "emulation-w4a8-r32": Variant(

@@ -27,7 +27,7 @@ GROUPS = {
     "i": "lattice codes of 2 bits a weight with a rank-64 branch, between Hadamard rotations, one token",
     "j": "trellis codes of 2, 3 and 4 bits a weight as in i, against lattice codes and cuBLAS bf16, up to 16 tokens",
     "k": "integers in groups with 16-bit scales and zero points, of 4, 3 and 2 bits, 1 and 16 tokens",
-    "l": "trellis codes whose values are sums of bytes, as in i, against cuBLAS bf16, five shapes",
+    "l": "trellis codes whose values are sums of bytes, between rotations, against cuBLAS bf16, five shapes; a branch",
     "m": "INT4 in groups of 128 and W4A16, 32 to 512 tokens, against cuBLAS bf16, two shapes",
     "extra": "other formats, ranks and numbers of tokens",
 }
@@ -74,8 +74,13 @@ def _integers(bits: int, m: int, against: str, at_least: float | None = None, ai
 
 
 def _byte_sums(bits: int, m: int, at_least: float, aim: float) -> Bar:
-    label = f"{bits}-bit trellis of byte sums + rank 64, both Hadamards, M={m}"
-    return Bar("l", label, f"bytes{bits}-r64", _everywhere(m, "bf16"), at_least, aim)
+    label = f"{bits}-bit trellis of byte sums, both Hadamards, M={m}"
+    return Bar("l", label, f"bytes{bits}", _everywhere(m, "bf16"), at_least, aim)
+
+
+def _byte_sums_with_branch(m: int) -> Bar:
+    label = f"2-bit trellis of byte sums + rank 64, both Hadamards, M={m}"
+    return Bar("l", label, "bytes2-r64", _everywhere(m, "bytes2"))
 
 
 def _many(ours: str, m: int, at_least: float, aim: float) -> Bar:
@@ -121,6 +126,7 @@ BARS = (
     *(_integers(4, m, against) for m in (1, 16) for against in ("w4a16", "bf16")),
     *(_byte_sums(bits, 1, 0.45, 0.30) for bits in (2, 3, 4)),
     *(_byte_sums(bits, 16, 0.80, 0.60) for bits in (2, 3, 4)),
+    *(_byte_sums_with_branch(m) for m in (1, 16)),
     *(_many(ours, *bar) for bar in MANY_TOKENS for ours in ("int4-g128-a16", "w4a16")),
 )
 
