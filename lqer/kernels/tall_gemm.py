@@ -6,7 +6,8 @@ Tokens come by the tensor memory accelerator (TMA), which also fills up the last
 registers two steps ahead, and fetched to the L2 cache earlier.
 
 The first `whole` output tiles have a program each. K of the others, which would leave multiprocessors without work, is
-split over `splits` programs.
+split over `splits` programs: a first part of `long` turns, and equal parts of the rest. All first parts come before all
+others, so that short parts of two tiles, one after the other, can take a multiprocessor as long as one first part.
 
 PTX forbids to write registers that a product still reads, and the compiler waits for each product if a loop may do so:
 so a turn of the loop has two steps, whose operands are two variables.
@@ -58,6 +59,12 @@ def _refill(x, x_tiles, ready, stage, first_token, step, end, BLOCK_M: gl.conste
 
 
 @gluon.jit
+def _start_of_part(part, turns: gl.constexpr, splits: gl.constexpr, long: gl.constexpr):
+    """The first turn of a part of a split tile."""
+    return gl.where(part == 0, 0, long + (part - 1) * (turns - long) // (splits - 1))
+
+
+@gluon.jit
 def _finish(acc_OM, bias, y, first_row, first_token, M, N):
     """Write y = sum + bias, 16 bytes of a token's outputs a thread."""
     BLOCK_M: gl.constexpr = acc_OM.shape[1]
@@ -91,6 +98,7 @@ def tall_kernel(
     layout: gl.constexpr,
     BLOCK_M: gl.constexpr,
     splits: gl.constexpr,
+    long: gl.constexpr,  # turns of the first part of a split tile
     stages: gl.constexpr,
     pdl: gl.constexpr,
 ):
@@ -99,16 +107,19 @@ def tall_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     pid = gl.program_id(0)
-    rest = gl.maximum(pid - whole, 0)
-    is_split = pid >= whole
-    tile = gl.minimum(pid, whole + rest // splits)
-    pid_s = rest % splits
     turns: gl.constexpr = (steps_of(layout) + 1) // 2
+    tile = pid
+    pid_s = 0
     first = 0
     end = turns
-    if is_split:
-        first = pid_s * turns // splits
-        end = (pid_s + 1) * turns // splits
+    is_split = pid >= whole
+    if splits > 1:
+        split_tiles = (gl.num_programs(0) - whole) // splits
+        if is_split:
+            pid_s = (pid - whole) // split_tiles
+            tile = whole + (pid - whole) % split_tiles
+            first = _start_of_part(pid_s, turns, splits, long)
+            end = _start_of_part(pid_s + 1, turns, splits, long)
     first_row = tile % tiles_n * ROWS_G
     first_token = tile // tiles_n * BLOCK_M
 

@@ -37,7 +37,7 @@ def run_tall(x_MI: Tensor, packed: PackedLinear, launch: TallLaunch, out_dtype: 
     tall_kernel[(launch.whole + rest * launch.splits,)](
         descriptor(x_MI, [block_m, COLUMNS]), words, scales, zeros, packed.bias_O, partial,
         packed.workspace[PROJECTION_COUNTERS:], y_MO, m, n, tiles_n, launch.whole, layout=layout.compiled,
-        BLOCK_M=block_m, splits=launch.splits, stages=launch.stages, pdl=pdl, num_warps=WARPS,
+        BLOCK_M=block_m, splits=launch.splits, long=launch.long, stages=launch.stages, pdl=pdl, num_warps=WARPS,
         **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_MO

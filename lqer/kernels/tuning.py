@@ -81,6 +81,7 @@ class TallLaunch:
     block_m: int
     whole: int  # the output tiles, the first ones, that have one program
     splits: int  # programs of each other tile
+    long: int  # turns of the first of them, each 256 columns
     stages: int
 
 
@@ -215,7 +216,7 @@ def tall_launch(layout: Layout | GroupLayout, m: int, multiprocessors: int) -> T
 
     splits = min(range(1, min(turns, MOST_TALL_SPLITS) + 1), key=time)
     whole = tiles if splits == 1 else whole
-    return TallLaunch(TALL_TOKENS_OF_PROGRAM, whole, splits, TALL_STAGES)
+    return TallLaunch(TALL_TOKENS_OF_PROGRAM, whole, splits, turns // splits, TALL_STAGES)
 
 
 @lru_cache(maxsize=4096)

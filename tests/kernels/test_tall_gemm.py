@@ -22,10 +22,10 @@ from lqer.kernels.tuning import MOST_TALL_SPLITS, TALL_ROWS, TALL_STAGES, TallLa
 @pytest.mark.parametrize(("number_format", "dtype"), GLUON_KINDS, ids=str)
 def test_products_are_those_of_rounded_weights(number_format, dtype):
     layer = build_layer(number_format, 200, 1040, bias=True, dtype=dtype)
-    for whole, splits in ((0, 1), (1, 2), (0, 3)):
+    for whole, splits, long in ((0, 1, 5), (1, 2, 2), (1, 2, 4), (0, 3, 1), (0, 3, 3)):
         for tokens in (1, 256, 261):
             tiles = 2 * -(-tokens // 256)
-            launch = TallLaunch(256, whole if splits > 1 else tiles, splits, TALL_STAGES)
+            launch = TallLaunch(256, whole if splits > 1 else tiles, splits, long, TALL_STAGES)
             x_MI = random_input(tokens, 1040, dtype)
             y_MO = run_tall(x_MI, layer.packed, launch, torch.float32)
             assert relative_error(y_MO, layer.exact(x_MI)) < GLUON_TOLERANCE[dtype], (launch, tokens)
