@@ -204,19 +204,30 @@ def stream_launch(layout: Layout | GroupLayout, m: int, multiprocessors: int) ->
 
 @lru_cache(maxsize=4096)
 def tall_launch(layout: Layout | GroupLayout, m: int, multiprocessors: int) -> TallLaunch:
-    """The launch of tall_gemm.py: whole waves of tiles, and as many splits of the rest as make its waves shortest."""
+    """The launch of tall_gemm.py: whole waves of tiles, and the rest in the parts that take least time by a model.
+
+    A first part has at least as many turns as the others of its tile, and begins before them.
+    """
     tiles = -(-layout.rows // TALL_ROWS) * -(-m // TALL_TOKENS_OF_PROGRAM)
     turns = -(-layout.padded_columns // COLUMNS_OF_TURN)
     whole = tiles // multiprocessors * multiprocessors
     rest = tiles - whole
 
-    def time(splits: int) -> float:
-        waves = -(-rest * splits // multiprocessors)
-        return waves * (-(-turns // splits) + START_OF_TALL) + COST_OF_TALL_SUM * (splits - 1) * rest / multiprocessors
+    def time(parts: tuple[int, int]) -> float:
+        splits, long = parts
+        first = long + START_OF_TALL
+        if splits == 1:
+            return first
+        other = -(-(turns - long) // (splits - 1)) + START_OF_TALL
+        # Multiprocessors without a first part take others meanwhile.
+        meanwhile = (multiprocessors - rest) * int(first / other)
+        waves = -(-max(0, rest * (splits - 1) - meanwhile) // multiprocessors)
+        return first + waves * other + COST_OF_TALL_SUM * (splits - 1) * rest / multiprocessors
 
-    splits = min(range(1, min(turns, MOST_TALL_SPLITS) + 1), key=time)
-    whole = tiles if splits == 1 else whole
-    return TallLaunch(TALL_TOKENS_OF_PROGRAM, whole, splits, turns // splits, TALL_STAGES)
+    every = range(2, min(turns, MOST_TALL_SPLITS) + 1)
+    cut = [(splits, long) for splits in every for long in range(-(-turns // splits), turns - splits + 2)]
+    splits, long = min([(1, turns), *cut], key=time)
+    return TallLaunch(TALL_TOKENS_OF_PROGRAM, tiles if splits == 1 else whole, splits, long, TALL_STAGES)
 
 
 @lru_cache(maxsize=4096)

@@ -73,9 +73,18 @@ def test_a_launch_has_every_tile_and_whole_waves_of_programs(rows, strips, m):
     launch = tall_launch(GroupLayout(rows, 256 * strips, 4, 128, False, False), m, 132)
     tiles = -(-rows // TALL_ROWS) * -(-m // launch.block_m)
     assert 1 <= launch.splits <= min(strips, MOST_TALL_SPLITS)
+    others = strips - launch.long
+    assert others == 0 if launch.splits == 1 else launch.splits - 1 <= others <= (launch.splits - 1) * launch.long
     assert launch.whole == tiles if launch.splits == 1 else launch.whole % 132 == 0 and launch.whole < tiles
 
 
 def test_one_wave_and_a_third_is_one_wave_of_whole_tiles_and_the_rest_in_thirds():
     launch = tall_launch(GroupLayout(11008, 4096, 4, 128, False, False), 512, 132)
     assert (launch.block_m, launch.whole, launch.splits) == (256, 132, 3)
+
+
+def test_where_a_wave_leaves_a_third_of_the_multiprocessors_these_take_short_parts_of_its_tiles():
+    launch = tall_launch(GroupLayout(11008, 4096, 4, 128, False, False), 256, 132)
+    assert (launch.whole, launch.splits) == (0, 2)
+    # 86 long parts leave 46 multiprocessors; each takes two short ones in the time of a long one.
+    assert 2 * (16 - launch.long + 1) <= launch.long + 1
