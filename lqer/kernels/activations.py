@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lqer.kernels.decode import permute_columns
-from lqer.kernels.groups_wide import order_steps
 from lqer.kernels.low_rank import finish_projection, project_rank, project_split, write_projection
+from lqer.kernels.ordered_tokens import store_tokens
 from lqer.kernels.rounding import round_columns
 
 
@@ -39,11 +38,7 @@ def round_kernel(
     x_MT = tl.load(x + rows_M * x_stride + columns_T, mask=inside, other=0.0)
     if rounding.bits > 0:
         x_MT = round_columns(x_MT.to(tl.float32), rounding).to(x.dtype.element_ty)
-    if tile_k > 0 or steps:
-        x_MT = order_steps(x_MT) if steps else permute_columns(x_MT, tile_k)
-        tl.store(x_out + rows_M * padded + columns_T, x_MT, mask=(rows_M < M) & (columns_T < padded))
-    else:
-        tl.store(x_out + rows_M * K + columns_T, x_MT, mask=inside)
+    store_tokens(x_MT, x_out, rows_M, columns_T, M, K, padded, tile_k, steps)
 
 
 # M changes from call to call: do not compile anew for 1 and for multiples of 16.
@@ -52,7 +47,7 @@ def project_kernel(
     x,  # [M, I]
     a_codes,  # Aᵀ [RP, IP] int8 or plain
     a_exponents,  # [RP, IP / a_block] uint8, or None
-    x_out,  # [M, I], rounded; written only if activations are rounded
+    x_out,  # rounded: [M, I], or [M, IP] in the order of decoded columns; written only if activations are rounded
     partial,  # [splits, M, RP] float32, or None for one split
     projection,  # Q(x A), [M, RP]
     counters,  # int32, one per tile of tokens and block of ranks, zero before and after
@@ -69,14 +64,20 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     stages: tl.constexpr,
+    tile_k: tl.constexpr,  # these two as in `round_kernel`
+    steps: tl.constexpr,
+    pdl: tl.constexpr,
 ):
     """Q(x_q A) for BLOCK_M tokens and BLOCK_R ranks, over one split of K; the programs of the first ranks write x_q."""
+    if pdl:
+        gdc_wait()
+        gdc_launch_dependents()
     split, pid_m, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows_M = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks_R = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     acc_MR = project_split(
         x, a_codes, a_exponents, x_out, pid_r == 0, split, rows_M, rows_M, ranks_R, M, K, x_stride,
-        rank, padded_columns, SPLIT_K, BLOCK_K, rounding, a_block, stages,
+        rank, padded_columns, SPLIT_K, BLOCK_K, rounding, a_block, stages, tile_k, steps,
     )  # fmt: skip
     if splits == 1:
         write_projection(acc_MR, projection, rows_M, ranks_R, M, rank, rounding)

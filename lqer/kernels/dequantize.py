@@ -1,10 +1,11 @@
-"""Kernels for many tokens: the weight written to memory, and the low-rank branch, to which a library adds W x.
+"""Kernels for many tokens: the weight written to memory, and the low-rank branch, to which a product W x is added.
 
 Shapes: M tokens, I in_features, O out_features, R rank (padded), T columns of a tile, C of a strip.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lqer.kernels.decode import decode_tile, dot, restore_columns
 from lqer.kernels.groups_decode import STRIP_C, plain_values
@@ -76,8 +77,12 @@ def low_rank_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    pdl: tl.constexpr,
 ):
-    """y = Q(Q(x A) B) + b. A library then adds W x in its epilogue, without another pass over y."""
+    """y = Q(Q(x A) B) + b. A product then adds W x in its epilogue, without another pass over y."""
+    if pdl:
+        gdc_wait()
+        gdc_launch_dependents()
     columns_O = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = (rows_M < M)[:, None]

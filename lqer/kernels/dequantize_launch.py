@@ -18,13 +18,13 @@ from lqer.kernels.codebook import PackedCodebook
 from lqer.kernels.codebook_launch import dequantize_codebook
 from lqer.kernels.dequantize import dequantize_kernel, group_dequantize_kernel, low_rank_kernel
 from lqer.kernels.groups import PackedGroups
-from lqer.kernels.input_launch import dense_rows, rank_block, round_activations
+from lqer.kernels.input_launch import NATURAL_ORDER, dense_rows, order_of, rank_block, round_activations
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import PackedLattice
 from lqer.kernels.lattice_launch import dequantize_lattice
 from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PROJECTION_COUNTERS, AnyWeight, PackedLinear
-from lqer.kernels.runtime import INTERPRETED
+from lqer.kernels.runtime import INTERPRETED, launch_options
 from lqer.kernels.trellis import PackedTrellis
 from lqer.kernels.trellis_launch import dequantize_byte_sums, dequantize_trellis
 
@@ -102,8 +102,18 @@ def low_rank_buffers(x_MI: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor
     return rounded_MI, x_MI.new_empty(m, spec.rank), x_MI.new_empty(m, spec.layout.rows)
 
 
-def project(x_MI: Tensor, packed: PackedLinear, rounded_MI: Tensor, projection_MR: Tensor) -> None:
-    """Round x to the layer's activation format, if it has one, into rounded_MI; Q(x_q A) into projection_MR."""
+def project(
+    x_MI: Tensor,
+    packed: PackedLinear,
+    rounded_MI: Tensor,
+    projection_MR: Tensor,
+    ordered: bool = False,
+    pdl: bool = False,
+) -> None:
+    """Round x to the layer's activation format, if it has one, into rounded_MI; Q(x_q A) into projection_MR.
+
+    ordered: rounded_MI is [M, IP], in the order of decoded columns.
+    """
     spec, block_r, (m, k) = packed.spec, rank_block(packed.spec.own_rank), x_MI.shape
     tiles_m, rank_blocks = -(-m // PROJECTED_ROWS), spec.rank // block_r
     steps, wanted = -(-k // PROJECTED_COLUMNS), PROJECTING_PROGRAMS // (tiles_m * rank_blocks)
@@ -116,18 +126,18 @@ def project(x_MI: Tensor, packed: PackedLinear, rounded_MI: Tensor, projection_M
         x_MI.stride(0), rank=spec.rank, padded_columns=spec.layout.padded_columns, splits=splits,
         SPLIT_K=steps_of_split * PROJECTED_COLUMNS, rounding=spec.rounding, a_block=spec.a_block,
         BLOCK_M=PROJECTED_ROWS, BLOCK_K=PROJECTED_COLUMNS, BLOCK_R=block_r, stages=PROJECTED_STAGES,
-        num_warps=PROJECTED_WARPS,
+        **(order_of(spec) if ordered else NATURAL_ORDER), pdl=pdl, num_warps=PROJECTED_WARPS, **launch_options(pdl),
     )  # fmt: skip
 
 
-def write_low_rank(projection_MR: Tensor, packed: PackedLinear, y_MO: Tensor) -> None:
+def write_low_rank(projection_MR: Tensor, packed: PackedLinear, y_MO: Tensor, pdl: bool = False) -> None:
     """y = Q(Q(x A) B) + b; projection_MR: Q(x A)."""
     spec, (m, n) = packed.spec, y_MO.shape
     low_rank_kernel[-(-n // LOW_RANK_COLUMNS), -(-m // LOW_RANK_ROWS)](
         y_MO, projection_MR, packed.b_codes, packed.b_exponents, packed.bias_O,
         segment_numbers(spec, y_MO.device), m, n, rank=spec.rank, own_rank=spec.own_rank, b_block=spec.b_block,
         rounding=spec.rounding, BLOCK_N=LOW_RANK_COLUMNS, BLOCK_M=LOW_RANK_ROWS,
-        BLOCK_R=rank_block(spec.own_rank), num_warps=LOW_RANK_WARPS,
+        BLOCK_R=rank_block(spec.own_rank), pdl=pdl, num_warps=LOW_RANK_WARPS, **launch_options(pdl),
     )  # fmt: skip
 
 

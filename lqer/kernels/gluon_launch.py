@@ -1,6 +1,6 @@
-"""What the host sides of the kernels in Gluon share: which linears they take, and descriptors of what they copy.
+"""What the host sides of the kernels in Gluon share: the linears they take, what runs before, and descriptors.
 
-Shapes: M tokens, I in_features.
+Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lqer.kernels import runtime
+from lqer.kernels.dequantize_launch import project, write_low_rank
 from lqer.kernels.groups import GroupLayout
+from lqer.kernels.input_launch import round_activations
 from lqer.kernels.layout import Layout
 from lqer.kernels.packed import PackedLinear
 
@@ -24,7 +26,10 @@ DTYPES = {
 
 
 def fits_gluon(packed: PackedLinear, x_MI: Tensor) -> bool:
-    """Whether they take this linear, MXINT or groups of at least 128 of four bits and no branch, on x's GPU."""
+    """Whether they take this linear, MXINT or groups of at least 128 of four bits, on x's GPU.
+
+    A branch is written before the product by the kernel that also rounds x, so x must be rounded.
+    """
     layout = packed.spec.layout
     if isinstance(layout, GroupLayout):
         fits = layout.bits == BITS and layout.groups <= GROUPS
@@ -32,7 +37,20 @@ def fits_gluon(packed: PackedLinear, x_MI: Tensor) -> bool:
         # MXINT is decoded to bfloat16.
         four_bits = isinstance(layout, Layout) and layout.exponents and layout.bits == BITS
         fits = four_bits and packed.dtype == torch.bfloat16
-    return fits and not packed.spec.rank and runtime.is_hopper(x_MI)
+    return fits and (not packed.spec.rank or packed.spec.rounding.bits > 0) and runtime.is_hopper(x_MI)
+
+
+def prepare(given_MI: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """x, rounded if it is to be, in the order of decoded columns [M, IP]; y [M, O], which holds the branch, if any."""
+    spec, m = packed.spec, len(given_MI)
+    y_MO = given_MI.new_empty(m, spec.layout.rows, dtype=out_dtype)
+    if not spec.rank:
+        return round_activations(given_MI, spec, ordered=True), y_MO
+    x_MI = given_MI.new_empty(m, spec.layout.padded_columns)
+    projection_MR, pdl = given_MI.new_empty(m, spec.rank), runtime.supports_pdl(given_MI)
+    project(given_MI, packed, x_MI, projection_MR, ordered=True, pdl=pdl)
+    write_low_rank(projection_MR, packed, y_MO, pdl)
+    return x_MI, y_MO
 
 
 def descriptor(part: Tensor, block: list[int]) -> TensorDescriptor:

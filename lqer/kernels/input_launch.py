@@ -15,6 +15,8 @@ from lqer.kernels.spec import Spec
 
 ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
 MAX_RANK_BLOCK = 64
+# Arguments of kernels that write tokens (ordered_tokens.py).
+NATURAL_ORDER = {"tile_k": 0, "steps": False}
 
 
 def dense_rows(x_MI: Tensor) -> Tensor:
@@ -27,22 +29,26 @@ def rank_block(rank: int) -> int:
     return min(max(rank, 16), MAX_RANK_BLOCK)
 
 
+def order_of(spec: Spec) -> dict[str, int | bool]:
+    """The order of decoded columns (decode.py, groups_wide.py), as arguments of kernels that write tokens."""
+    layout = spec.layout
+    return {"tile_k": layout.tile_k if isinstance(layout, Layout) else 0, "steps": isinstance(layout, GroupLayout)}
+
+
 def round_activations(x_MI: Tensor, spec: Spec, ordered: bool) -> Tensor:
     """x rounded to a layer's activation format; x itself if activations are neither rounded nor ordered.
 
-    ordered: write columns in the order of decoded ones (decode.py, groups_wide.py), padded to whole tiles.
+    ordered: write columns in the order of decoded ones, padded to whole tiles.
     """
-    layout = spec.layout
     if not spec.rounding.bits and not ordered:
         return x_MI
     m, k = x_MI.shape
-    padded = layout.padded_columns
-    tile_k = layout.tile_k if ordered and isinstance(layout, Layout) else 0
+    padded = spec.layout.padded_columns
     x_out = x_MI.new_empty(m, padded if ordered else k)
     pdl = runtime.supports_pdl(x_MI)
     round_kernel[-(-m // ROUNDED_ROWS), -(-padded // ROUNDED_COLUMNS)](
-        x_MI, x_out, m, k, x_MI.stride(0), padded=padded, tile_k=tile_k,
-        steps=ordered and isinstance(layout, GroupLayout), BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS,
-        rounding=spec.rounding, pdl=pdl, num_warps=ROUNDING_WARPS, **runtime.launch_options(pdl),
+        x_MI, x_out, m, k, x_MI.stride(0), padded=padded, **(order_of(spec) if ordered else NATURAL_ORDER),
+        BLOCK_K=ROUNDED_COLUMNS, BLOCK_M=ROUNDED_ROWS, rounding=spec.rounding, pdl=pdl,
+        num_warps=ROUNDING_WARPS, **runtime.launch_options(pdl),
     )  # fmt: skip
     return x_out

@@ -59,8 +59,8 @@ HALVES_FROM = 5
 GROUP_TOKENS = 64
 # Integer groups of four bits, as operands of wgmma.
 WIDE_FROM, WIDE_TOKENS = 17, 128
-# Four-bit codes without a branch, by the kernels in Gluon where they run: up to so many tokens by stream_gemm.py, above
-# that by tall_gemm.py.
+# Four-bit codes without a branch or of rounded tokens, by the kernels in Gluon where they run: up to so many tokens by
+# stream_gemm.py, above that by tall_gemm.py.
 STREAM_FROM, STREAM_TOKENS, TALL_TOKENS = 33, 128, 512
 
 

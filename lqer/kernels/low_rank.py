@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lqer.kernels.decode import dot, exponent_to_scale
 from lqer.kernels.layout import ROW_PADDING
+from lqer.kernels.ordered_tokens import store_tokens
 from lqer.kernels.rounding import round_columns
 from lqer.kernels.split_k import store_partial, sum_partials
 
@@ -139,7 +140,7 @@ def project_split(
     x,  # [M, I], not rounded
     a_codes,  # Aᵀ [RP, IP] int8 or plain
     a_exponents,  # [RP, IP / a_block] uint8, or None
-    x_out,  # [M, I], for the rounded x, or None
+    x_out,  # for the rounded x, or None
     writes_x,  # whether this program writes it
     split,
     rows_M,
@@ -155,6 +156,8 @@ def project_split(
     rounding: tl.constexpr,
     a_block: tl.constexpr,
     stages: tl.constexpr,
+    tile_k: tl.constexpr = 0,  # these two: the order of the rounded x (`store_tokens`)
+    steps: tl.constexpr = False,
 ):
     """x_q A over the columns of one split, float32 [M, R]."""
     row_inside = (rows_M < M)[:, None]
@@ -168,7 +171,8 @@ def project_split(
             x_MI = round_columns(x_MI.to(tl.float32), rounding).to(dtype)
             if x_out is not None:
                 if writes_x:
-                    tl.store(x_out + rows_M.to(tl.int64)[:, None] * K + columns_I[None, :], x_MI, mask=inside)
+                    rows_M1 = rows_M.to(tl.int64)[:, None]
+                    store_tokens(x_MI, x_out, rows_M1, columns_I[None, :], M, K, padded_columns, tile_k, steps)
         a_RI = load_transposed(a_codes, a_exponents, ranks_R, first, rank, padded_columns, BLOCK_K, a_block, dtype)
         acc_MR = dot(x_MI, tl.trans(a_RI), acc_MR)
     return acc_MR

@@ -141,7 +141,7 @@ def _take(
 @gluon.jit
 def _multiply(
     tiles, ready, free, bias, partial, finished, y, M, N, first, end, tiles_m, total,
-    layout: gl.constexpr, stages: gl.constexpr,
+    layout: gl.constexpr, stages: gl.constexpr, adds: gl.constexpr,
 ):  # fmt: skip
     """Multiply the turns from `first` to `end` of the line, and write the tiles that end there."""
     x_tiles, _, _, _ = tiles
@@ -176,7 +176,7 @@ def _multiply(
         _release(free, _previous(stage, stages), True)
         is_last, acc_OM = add_parts(acc_OM, partial, finished, tile, turns, total)
         if is_last:
-            write(acc_OM, bias, y, tile // tiles_m * ROWS_G, tile % tiles_m * BLOCK_M, M, N)
+            write(acc_OM, bias, y, tile // tiles_m * ROWS_G, tile % tiles_m * BLOCK_M, M, N, adds)
         turn = last
 
 
@@ -201,13 +201,14 @@ def stream_kernel(
     bias,  # [O], or None
     partial,  # [programs, 2, tile] float32
     finished,  # int32, a counter per output tile, zero before and after
-    y,  # [M, O]
+    y,  # [M, O]; with a branch, it holds that before
     M,
     N,
     tiles_m,  # tiles of tokens
     total,  # turns of all tiles
     layout: gl.constexpr,
     stages: gl.constexpr,
+    adds: gl.constexpr,  # to what y holds
     pdl: gl.constexpr,
 ):
     """A program's piece of the line of turns."""
@@ -229,7 +230,10 @@ def stream_kernel(
         [
             (
                 _multiply,
-                (tiles, ready, free, bias, partial, finished, y, M, N, first, end, tiles_m, total, layout, stages),
+                (
+                    tiles, ready, free, bias, partial, finished, y, M, N, first, end, tiles_m, total,
+                    layout, stages, adds,
+                ),
             ),
             (_copy, (x, weights, tiles, ready, free, first, end, tiles_m, layout, stages, pdl)),
         ],

@@ -10,9 +10,9 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lqer.kernels import runtime
-from lqer.kernels.gluon_launch import descriptor
+from lqer.kernels.gluon_launch import descriptor, prepare
 from lqer.kernels.groups import GroupLayout
-from lqer.kernels.input_launch import dense_rows, round_activations
+from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.layout import Layout
 from lqer.kernels.packed import PROJECTION_COUNTERS, PackedLinear
 from lqer.kernels.stream_decode import COLUMNS, ROWS, WARPS, groups_held, scales_per_unit
@@ -30,9 +30,8 @@ def run_stream(
     layout = packed.spec.layout
     assert isinstance(layout, Layout | GroupLayout)
     given = dense_rows(x_MI)
-    x_MI = round_activations(given, packed.spec, ordered=True)
-    (m, n), block_m = (len(given), layout.rows), launch.block_m
-    y_MO = given.new_empty(m, n, dtype=out_dtype)
+    x_MI, y_MO = prepare(given, packed, out_dtype)
+    (m, n), block_m = y_MO.shape, launch.block_m
     tiles_m = -(-m // block_m)
     total = tiles_m * -(-n // ROWS) * turns_of(layout.compiled)
     programs = min(launch.programs, total)
@@ -41,14 +40,17 @@ def run_stream(
     row_groups, steps = words.shape[0], layout.padded_columns // COLUMNS
     if scales.element_size() == 2:
         scales = scales.view(torch.int16)
+    # What writes the branch adds the bias.
+    adds = packed.spec.rank > 0
+    bias_O = None if adds else packed.bias_O
     pdl = runtime.supports_pdl(given)
     stream_kernel[(programs,)](
         descriptor(x_MI, [block_m, COLUMNS]),
         descriptor(words.view(row_groups, steps * 8, 32), [ROWS // ROW_GROUP, 8, 32]),
         _units(scales, layout),
         _units(scales if zeros is None else zeros, layout),
-        packed.bias_O, partial, packed.workspace[PROJECTION_COUNTERS:], y_MO, m, n, tiles_m, total,
-        layout=layout.compiled, stages=launch.stages, pdl=pdl, num_warps=WARPS,
+        bias_O, partial, packed.workspace[PROJECTION_COUNTERS:], y_MO, m, n, tiles_m, total,
+        layout=layout.compiled, stages=launch.stages, adds=adds, pdl=pdl, num_warps=WARPS,
         maxnreg=REGISTERS // (launch.at_once * THREADS) // 8 * 8, **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_MO

@@ -68,9 +68,21 @@ def add_parts(acc_OM, partial, finished, tile, turns: gl.constexpr, total):
 
 
 @gluon.jit
-def write(acc_OM, bias, y, first_row, first_token, M, N):
-    """Write y = sum + bias, 16 bytes of a token's outputs a thread."""
+def add_written(acc_OM, y, first_row, first_token, M, N):
+    """The sum of a tile and what y holds there."""
+    rows_O = first_row + gl.arange(0, acc_OM.shape[0], gl.SliceLayout(1, acc_OM.type.layout))
+    columns_M = first_token + gl.arange(0, acc_OM.shape[1], gl.SliceLayout(0, acc_OM.type.layout))
+    inside_OM = gl.expand_dims(rows_O < N, 1) & gl.expand_dims(columns_M < M, 0)
+    place_OM = y + (gl.expand_dims(columns_M.to(gl.int64) * N, 0) + gl.expand_dims(rows_O, 1))
+    return acc_OM + gl.load(place_OM, mask=inside_OM, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def write(acc_OM, bias, y, first_row, first_token, M, N, adds: gl.constexpr):
+    """Write y = sum + bias, or y + sum if `adds`, 16 bytes of a token's outputs a thread."""
     BLOCK_M: gl.constexpr = acc_OM.shape[1]
+    if adds:
+        acc_OM = add_written(acc_OM, y, first_row, first_token, M, N)
     stored: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS_G], [0, 1])
     if bias is not None:
         rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, acc_OM.type.layout))

@@ -26,10 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
+from lqer.kernels.stream_sums import add_written, barrier
 from lqer.kernels.tall_decode import COLUMNS_G, ROWS_G, decode, load, prefetch, steps_of
 
-# Triton 3.6 has other names for these than later versions.
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+# Triton 3.6 has another name for this than later versions.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 AHEAD = gl.constexpr(8)  # steps whose words are fetched to the L2 cache
 
@@ -65,9 +65,11 @@ def _start_of_part(part, turns: gl.constexpr, splits: gl.constexpr, long: gl.con
 
 
 @gluon.jit
-def _finish(acc_OM, bias, y, first_row, first_token, M, N):
-    """Write y = sum + bias, 16 bytes of a token's outputs a thread."""
+def _finish(acc_OM, bias, y, first_row, first_token, M, N, adds: gl.constexpr):
+    """Write y = sum + bias, or y + sum if `adds`, 16 bytes of a token's outputs a thread."""
     BLOCK_M: gl.constexpr = acc_OM.shape[1]
+    if adds:
+        acc_OM = add_written(acc_OM, y, first_row, first_token, M, N)
     stored: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, gl.num_warps()], [0, 1])
     if bias is not None:
         rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, acc_OM.type.layout))
@@ -90,7 +92,7 @@ def tall_kernel(
     bias,  # [O], or None
     partial,  # [tiles - whole, splits, 128 BLOCK_M] float32, or None
     finished,  # int32, a counter per output tile, zero before and after
-    y,  # [M, O]
+    y,  # [M, O]; with a branch, it holds that before
     M,
     N,
     tiles_n,
@@ -100,6 +102,7 @@ def tall_kernel(
     splits: gl.constexpr,
     long: gl.constexpr,  # turns of the first part of a split tile
     stages: gl.constexpr,
+    adds: gl.constexpr,  # to what y holds
     pdl: gl.constexpr,
 ):
     """An output tile of 128 rows and BLOCK_M tokens, or a split of one."""
@@ -187,4 +190,4 @@ def tall_kernel(
                 for part in gl.static_range(1, splits):
                     acc_OM += gl.load(place_OM + part * size, mask=pid_s != part, other=own_OM)
     if is_last:
-        _finish(acc_OM, bias, y, first_row, first_token, M, N)
+        _finish(acc_OM, bias, y, first_row, first_token, M, N, adds)

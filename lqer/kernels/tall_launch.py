@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lqer.kernels import runtime
-from lqer.kernels.gluon_launch import descriptor
+from lqer.kernels.gluon_launch import descriptor, prepare
 from lqer.kernels.groups import GroupLayout
-from lqer.kernels.input_launch import dense_rows, round_activations
+from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.layout import Layout
 from lqer.kernels.packed import PROJECTION_COUNTERS, PackedLinear
 from lqer.kernels.tall_decode import COLUMNS, ROWS, WARPS
@@ -24,20 +24,22 @@ def run_tall(x_MI: Tensor, packed: PackedLinear, launch: TallLaunch, out_dtype: 
     layout = packed.spec.layout
     assert isinstance(layout, Layout | GroupLayout)
     given = dense_rows(x_MI)
-    x_MI = round_activations(given, packed.spec, ordered=True)
-    (m, n), block_m = (len(given), layout.rows), launch.block_m
-    y_MO = given.new_empty(m, n, dtype=out_dtype)
+    x_MI, y_MO = prepare(given, packed, out_dtype)
+    (m, n), block_m = y_MO.shape, launch.block_m
     tiles_n = -(-n // ROWS)
     rest = tiles_n * -(-m // block_m) - launch.whole
     partial = None
     if launch.splits > 1:
         partial = given.new_empty((rest, launch.splits, ROWS * block_m), dtype=torch.float32)
     words, _, scales, zeros = packed.weight.parts
+    # What writes the branch adds the bias.
+    adds = packed.spec.rank > 0
+    bias_O = None if adds else packed.bias_O
     pdl = runtime.supports_pdl(given)
     tall_kernel[(launch.whole + rest * launch.splits,)](
-        descriptor(x_MI, [block_m, COLUMNS]), words, scales, zeros, packed.bias_O, partial,
+        descriptor(x_MI, [block_m, COLUMNS]), words, scales, zeros, bias_O, partial,
         packed.workspace[PROJECTION_COUNTERS:], y_MO, m, n, tiles_n, launch.whole, layout=layout.compiled,
-        BLOCK_M=block_m, splits=launch.splits, long=launch.long, stages=launch.stages, pdl=pdl, num_warps=WARPS,
-        **runtime.launch_options(pdl),
+        BLOCK_M=block_m, splits=launch.splits, long=launch.long, stages=launch.stages, adds=adds, pdl=pdl,
+        num_warps=WARPS, **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_MO

@@ -248,6 +248,9 @@ def main() -> None:
         for m in (64, 128):
             run_stream(random_input(m, 1024, dtype), layer, stream_launch(layer.spec.layout, m, 132))
         run_tall(random_input(300, 1024, dtype), layer, tall_launch(layer.spec.layout, 300, 132))
+    layer = build_layer(MXInt(4), 200, 1024, 32, x8, bias=True, dtype=bf16).packed
+    run_stream(random_input(128, 1024, bf16), layer, stream_launch(layer.spec.layout, 128, 132))
+    run_tall(random_input(300, 1024, bf16), layer, tall_launch(layer.spec.layout, 300, 132))
     # What needs most of the shared memory.
     for number_format, rank, m in (
         (Int(3, 64), 32, 42),

@@ -33,10 +33,10 @@ def test_products_are_those_of_rounded_weights(number_format, dtype):
 
 
 @on_hopper
-@pytest.mark.parametrize("activation", [None, MXInt(8)], ids=str)
+@pytest.mark.parametrize(("activation", "rank"), [(None, 0), (MXInt(8), 0), (MXInt(8), 32)], ids=str)
 @pytest.mark.parametrize("number_format", [Int(4, 128), MXInt(4)], ids=str)
-def test_rounded_tokens_give_the_formula(number_format, activation):
-    layer = build_layer(number_format, 200, 528, activation=activation, bias=True, dtype=torch.bfloat16)
+def test_rounded_tokens_give_the_formula(number_format, activation, rank):
+    layer = build_layer(number_format, 200, 528, rank, activation, bias=True, dtype=torch.bfloat16)
     assert fits_gluon(layer.packed, random_input(1, 528, torch.bfloat16))
     for m in (17, 32, 33, 64, 65, 128, 129, 192, 256, 257, 511, 512):
         x_MI = random_input(m, 528, torch.bfloat16)
