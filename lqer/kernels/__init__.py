@@ -18,7 +18,7 @@ rotations           the kernels around products with lattice and trellis codes, 
                     token_stores
 activations, low_rank, branch, split_k, rounding, fetch, decode, lattice_decode, lattice_halves, trellis_decode,
 byte_sums with byte_products, halves, resident with resident_ptx, groups_decode with groups_ptx, groups_wide,
-tall_decode, stream_decode     what they share
+gluon_decode with tall_decode and stream_decode, ordered_tokens     what they share
 decode_attention    attention of one token over a static cache
 
 It imports on a machine without a GPU; kernels run on CUDA tensors, or on CPU tensors in Triton's interpreter

@@ -1,33 +1,23 @@
-"""Device functions in Gluon that read four-bit codes, integer groups or MXINT, from shared memory and decode them.
+"""Device functions in Gluon that read four-bit codes, integer groups or MXINT, from shared memory.
 
-For stream_gemm.py, whose tensor cores take 64 rows and 128 columns, "a step", from the registers of four warps. A
-warp has a row group of 16 rows, 1 KB of words in both layouts; lane 4 g + t has eight words of rows g and g + 8 of it.
-Integer groups (groups.py): words t of four steps of 32 columns, decoded as in groups_wide.py. MXINT (layout.py): word
-pairs t and t + 4, decoded as in decode.py. Columns come in the order that both have there, in which tokens are too.
+For stream_gemm.py, whose tensor cores take 64 rows of a step from the registers of four warps (gluon_decode.py). Shared
+memory holds of R row groups: words [R, 8, 32] in the order of memory; scales [R, 1, S] and zero points, those of a unit
+of the layout.
 
-Shared memory holds of R row groups: words [R, 8, 32] in the order of memory; scales [R, 1, S] and zero points,
-those of a unit of the layout.
-
-Shapes: O rows, C columns of a step; J words of a row in it.
+Shapes: O rows, J words of a row in a step.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lqer.kernels.decode import ASM_4, BF16_8, CONSTRAINTS_4, RISE_4
+from lqer.kernels.gluon_decode import is_grouped
 from lqer.kernels.groups import GroupLayout
-from lqer.kernels.groups_wide import SPREAD_CONSTRAINTS, WORD_CONSTRAINTS, spread_asm, types, word_asm
 from lqer.kernels.layout import RowLayout
 
-ROWS, COLUMNS, WARPS = 64, 128, 4
-ROWS_G, COLUMNS_G, WARPS_G = gl.constexpr(ROWS), gl.constexpr(COLUMNS), gl.constexpr(WARPS)
+ROWS, WARPS = 64, 4
+ROWS_G, WARPS_G = gl.constexpr(ROWS), gl.constexpr(WARPS)
 GROUPS_G = gl.constexpr(ROWS // 16)
 OF_WARPS = [[1, 0, 0], [2, 0, 0]]
-
-
-@gluon.constexpr_function
-def is_grouped(layout: GroupLayout | RowLayout) -> bool:
-    return isinstance(layout, GroupLayout)
 
 
 @gluon.constexpr_function
@@ -42,12 +32,6 @@ def bytes_of(block) -> int:
     for length in block.block_shape:
         size *= length
     return size
-
-
-@gluon.constexpr_function
-def steps_of(layout: GroupLayout | RowLayout) -> int:
-    """Steps of a row, with codes or padding."""
-    return layout.padded_columns // COLUMNS
 
 
 @gluon.constexpr_function
@@ -157,33 +141,3 @@ def _of_half(parts, odd, layout: gl.constexpr, split: gl.constexpr):
         found = found.reshape(GROUPS_G, 8, 2)
     found_O = gl.convert_layout(found.permute(0, 2, 1).reshape(ROWS_G), of_rows, assert_trivial=True)
     return gl.expand_dims(gl.expand_dims(gl.expand_dims(found_O, 1), 2), 3)
-
-
-@gluon.jit
-def decode(words_OJ, scales, zeros, layout: gl.constexpr, dtype: gl.constexpr, operand: gl.constexpr):
-    """A step [O, C] in `dtype`, where the tensor cores take it from."""
-    if is_grouped(layout):
-        bfloat: gl.constexpr = dtype == gl.bfloat16
-        zero, high, low = gl.inline_asm_elementwise(
-            spread_asm(layout, bfloat), SPREAD_CONSTRAINTS, (scales, zeros), dtype=types(gl.int32, 3),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-        v0, v1, v2, v3, v4, v5, v6, v7 = gl.inline_asm_elementwise(
-            word_asm(layout, bfloat), WORD_CONSTRAINTS, (words_OJ, zero, high, low), dtype=types(gl.int16, 8),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-        even = gl.join(gl.join(v0, v4), gl.join(v2, v6))
-        odd = gl.join(gl.join(v1, v5), gl.join(v3, v7))
-        values_OC = gl.join(even, odd).reshape(ROWS_G, 4, 4, 2, 2, 2).permute(0, 2, 3, 4, 1, 5)
-        values_OC = values_OC.reshape(ROWS_G, COLUMNS_G).to(dtype, bitcast=True)
-    else:
-        steps = (scales << 23).to(gl.float32, bitcast=True).to(gl.bfloat16)
-        steps, words_OJ = gl.broadcast(steps, words_OJ)
-        v0, v1, v2, v3, v4, v5, v6, v7 = gl.inline_asm_elementwise(
-            RISE_4 if layout.mid_rise else ASM_4, CONSTRAINTS_4,
-            (words_OJ.reshape(ROWS_G, 16), steps.reshape(ROWS_G, 16)), dtype=BF16_8, is_pure=True, pack=2,
-        )  # fmt: skip
-        even = gl.join(gl.join(v0, v4), gl.join(v2, v6))
-        odd = gl.join(gl.join(v1, v5), gl.join(v3, v7))
-        values_OC = gl.join(even, odd).permute(0, 2, 3, 4, 1).reshape(ROWS_G, COLUMNS_G)
-    return gl.convert_layout(values_OC, operand, assert_trivial=True)

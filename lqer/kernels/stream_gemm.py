@@ -26,18 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from lqer.kernels.stream_decode import (
-    COLUMNS_G,
-    ROWS_G,
-    WARPS_G,
-    bytes_of,
-    decode,
-    has_zeros,
-    load,
-    steps_of,
-    steps_per_unit,
-)
-from lqer.kernels.stream_sums import add_parts, barrier, piece, write
+from lqer.kernels.gluon_decode import COLUMNS_G, decode, steps_of, write
+from lqer.kernels.stream_decode import ROWS_G, WARPS_G, bytes_of, has_zeros, load, steps_per_unit
+from lqer.kernels.stream_sums import add_parts, barrier, piece
 
 # Triton 3.6 has another name for this than later versions.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared

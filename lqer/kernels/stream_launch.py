@@ -10,12 +10,13 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lqer.kernels import runtime
+from lqer.kernels.gluon_decode import COLUMNS
 from lqer.kernels.gluon_launch import descriptor, prepare
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.layout import Layout
 from lqer.kernels.packed import PROJECTION_COUNTERS, PackedLinear
-from lqer.kernels.stream_decode import COLUMNS, ROWS, WARPS, groups_held, scales_per_unit
+from lqer.kernels.stream_decode import ROWS, WARPS, groups_held, scales_per_unit
 from lqer.kernels.stream_gemm import stream_kernel, turns_of
 from lqer.kernels.tuning import StreamLaunch
 

@@ -1,4 +1,4 @@
-"""Device functions of stream_gemm.py for its output tiles: which programs have parts of one, their sum, and the store.
+"""Device functions of stream_gemm.py for its output tiles: which programs have parts of one, and their sum.
 
 Shapes: M tokens, O rows of W.
 """
@@ -6,7 +6,7 @@ Shapes: M tokens, O rows of W.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lqer.kernels.stream_decode import ROWS_G, WARPS_G
+from lqer.kernels.stream_decode import ROWS_G
 
 # Triton 3.6 has another name for this than later versions.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -65,31 +65,3 @@ def add_parts(acc_OM, partial, finished, tile, turns: gl.constexpr, total):
                 if ahead == 2:
                     acc_OM += second_OM
     return is_last, acc_OM
-
-
-@gluon.jit
-def add_written(acc_OM, y, first_row, first_token, M, N):
-    """The sum of a tile and what y holds there."""
-    rows_O = first_row + gl.arange(0, acc_OM.shape[0], gl.SliceLayout(1, acc_OM.type.layout))
-    columns_M = first_token + gl.arange(0, acc_OM.shape[1], gl.SliceLayout(0, acc_OM.type.layout))
-    inside_OM = gl.expand_dims(rows_O < N, 1) & gl.expand_dims(columns_M < M, 0)
-    place_OM = y + (gl.expand_dims(columns_M.to(gl.int64) * N, 0) + gl.expand_dims(rows_O, 1))
-    return acc_OM + gl.load(place_OM, mask=inside_OM, other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def write(acc_OM, bias, y, first_row, first_token, M, N, adds: gl.constexpr):
-    """Write y = sum + bias, or y + sum if `adds`, 16 bytes of a token's outputs a thread."""
-    BLOCK_M: gl.constexpr = acc_OM.shape[1]
-    if adds:
-        acc_OM = add_written(acc_OM, y, first_row, first_token, M, N)
-    stored: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS_G], [0, 1])
-    if bias is not None:
-        rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, acc_OM.type.layout))
-        acc_OM += gl.expand_dims(gl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(gl.float32), 1)
-    rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, stored))
-    columns_M = first_token + gl.arange(0, BLOCK_M, gl.SliceLayout(0, stored))
-    inside_OM = gl.expand_dims(rows_O < N, 1) & gl.expand_dims(columns_M < M, 0)
-    place_OM = y + (gl.expand_dims(columns_M.to(gl.int64) * N, 0) + gl.expand_dims(rows_O, 1))
-    # Rounded before it goes through shared memory.
-    gl.store(place_OM, gl.convert_layout(acc_OM.to(y.dtype.element_ty), stored), mask=inside_OM)

@@ -26,8 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from lqer.kernels.stream_sums import add_written, barrier
-from lqer.kernels.tall_decode import COLUMNS_G, ROWS_G, decode, load, prefetch, steps_of
+from lqer.kernels.gluon_decode import COLUMNS_G, decode, steps_of, write
+from lqer.kernels.stream_sums import barrier
+from lqer.kernels.tall_decode import ROWS_G, load, prefetch
 
 # Triton 3.6 has another name for this than later versions.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -62,24 +63,6 @@ def _refill(x, x_tiles, ready, stage, first_token, step, end, BLOCK_M: gl.conste
 def _start_of_part(part, turns: gl.constexpr, splits: gl.constexpr, long: gl.constexpr):
     """The first turn of a part of a split tile."""
     return gl.where(part == 0, 0, long + (part - 1) * (turns - long) // (splits - 1))
-
-
-@gluon.jit
-def _finish(acc_OM, bias, y, first_row, first_token, M, N, adds: gl.constexpr):
-    """Write y = sum + bias, or y + sum if `adds`, 16 bytes of a token's outputs a thread."""
-    BLOCK_M: gl.constexpr = acc_OM.shape[1]
-    if adds:
-        acc_OM = add_written(acc_OM, y, first_row, first_token, M, N)
-    stored: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, gl.num_warps()], [0, 1])
-    if bias is not None:
-        rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, acc_OM.type.layout))
-        acc_OM += gl.expand_dims(gl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(gl.float32), 1)
-    rows_O = first_row + gl.arange(0, ROWS_G, gl.SliceLayout(1, stored))
-    columns_M = first_token + gl.arange(0, BLOCK_M, gl.SliceLayout(0, stored))
-    inside_OM = gl.expand_dims(rows_O < N, 1) & gl.expand_dims(columns_M < M, 0)
-    place_OM = y + (gl.expand_dims(columns_M.to(gl.int64) * N, 0) + gl.expand_dims(rows_O, 1))
-    # Rounded before it goes through shared memory.
-    gl.store(place_OM, gl.convert_layout(acc_OM.to(y.dtype.element_ty), stored), mask=inside_OM)
 
 
 # M changes from call to call: do not compile anew for 1 and for multiples of 16.
@@ -190,4 +173,4 @@ def tall_kernel(
                 for part in gl.static_range(1, splits):
                     acc_OM += gl.load(place_OM + part * size, mask=pid_s != part, other=own_OM)
     if is_last:
-        _finish(acc_OM, bias, y, first_row, first_token, M, N, adds)
+        write(acc_OM, bias, y, first_row, first_token, M, N, adds)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lqer.kernels import runtime
+from lqer.kernels.gluon_decode import COLUMNS
 from lqer.kernels.gluon_launch import descriptor, prepare
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.layout import Layout
 from lqer.kernels.packed import PROJECTION_COUNTERS, PackedLinear
-from lqer.kernels.tall_decode import COLUMNS, ROWS, WARPS
+from lqer.kernels.tall_decode import ROWS, WARPS
 from lqer.kernels.tall_gemm import tall_kernel
 from lqer.kernels.tuning import TallLaunch
 
