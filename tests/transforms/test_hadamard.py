@@ -181,7 +181,8 @@ def test_gradients_on_a_gpu_are_those_of_a_cpu(length):
     signs, x = random_hadamard(length, length, seed=3).input_signs_I, normal(5, length)
     found = []
     for device in ("cpu", "cuda"):
-        given = signs.to(device).requires_grad_(), x.to(device)
+        # A copy, also on the CPU: marking the shared tensor would make its copy on the GPU no leaf.
+        given = signs.clone().to(device).requires_grad_(), x.to(device)
         rotated = RandomHadamard(given[0], given[0]).input(given[1])
         (rotated * normal(5, length, seed=4).to(device)).sum().backward()
         found.append((rotated.detach().cpu(), given[0].grad.cpu()))
