@@ -38,7 +38,7 @@ def draw_front(axis: Axes, x: Collection[float], y: Collection[float]) -> None:
 
 
 def draw_original(axis: Axes, y: float) -> None:
-    axis.axhline(y, color=INK, linewidth=0.8, linestyle="--")
+    axis.axhline(y, color=INK, linewidth=0.8, linestyle="--", zorder=1)
 
 
 def name_schemes(
