@@ -20,7 +20,7 @@ from torch import Tensor
 from lqer.phases import phase
 from lqer.store.files import fsync, hash_file, json_text, move_into_place, write_json, written_beside
 from lqer.store.records import JOURNAL, MANIFEST, check_file, read_record
-from lqer.store.writer import Writer, short_turns
+from lqer.store.writer import Writer
 
 
 class Workspace:
@@ -66,9 +66,8 @@ class Workspace:
         """
         self._writer = Writer(most_waiting)
         try:
-            with short_turns():
-                yield
-                self.flush()
+            yield
+            self.flush()
         finally:
             self._writer.close()
             self._writer = None

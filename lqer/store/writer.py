@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 
 from lqer.phases import phase
-
-# How long a thread that computes in Python keeps the interpreter's lock from another one that asks for it, in seconds.
-TURN = 1e-4
 
 
 def most_waiting(on_gpu: bool) -> int:
     """Bytes of the host's memory that may wait to be written; a GPU's work holds little of it."""
     return 1 << 32 if on_gpu else 1 << 28
-
-
-@contextmanager
-def short_turns() -> Iterator[None]:
-    """Within, threads that compute in Python give way after TURN instead of Python's 5 ms.
-
-    A thread that waits for a GPU gives the lock away each time, and would wait 5 ms more for it: a hundred waits of
-    0.2 ms beside another thread that computes took 0.61 s on a CPU, 0.05 s within, and 0.06 s alone.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, TURN))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 class Writer:

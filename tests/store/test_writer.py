@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 from lqer.store import workspace as workspace_module
 from lqer.store.records import JOURNAL
 from lqer.store.store import Store, Workspace
-from lqer.store.writer import TURN, Writer, short_turns
+from lqer.store.writer import Writer
 
 PLENTY = 1 << 30
 
@@ -39,29 +38,6 @@ def test_jobs_run_one_after_another_in_another_thread():
     writer.close()
     assert [number for number, _ in done] == [*range(5)]
     assert {name for _, name in done} == {"write-behind_0"}
-
-
-def test_turns_are_short_while_files_are_written_behind_the_work(workspace):
-    def fail_within() -> None:
-        with workspace.writing_behind(1 << 20):
-            assert sys.getswitchinterval() == pytest.approx(TURN)
-            raise KeyError
-
-    before = sys.getswitchinterval()
-    with pytest.raises(KeyError):
-        fail_within()
-    assert sys.getswitchinterval() == before
-
-
-def test_turns_that_are_short_already_stay_as_they_are():
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(TURN / 2)
-    try:
-        with short_turns():
-            # Python counts whole microseconds, rounded down.
-            assert sys.getswitchinterval() == pytest.approx(TURN / 2, abs=2e-6)
-    finally:
-        sys.setswitchinterval(before)
 
 
 def test_the_bytes_that_wait_are_bounded():
