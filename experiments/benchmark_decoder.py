@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from decoder_benchmark.models import BF16, CONFIG, LABELS, SCHEMES
+from decoder_benchmark.models import BF16, CONFIG, LABELS, SCHEMES, known_scheme
 
 # Against bf16, by scheme and batch: at least, and aim.
 BARS = {
@@ -145,23 +145,26 @@ def _table(results: dict[tuple[str, int], dict[str, Any]], batch: int) -> list[s
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("schemes", nargs="*", metavar="SCHEME", help=f"by default all: {', '.join(SCHEMES)}")
+    every = list(SCHEMES)
+    parser.add_argument(
+        "schemes",
+        nargs="*",
+        type=known_scheme,
+        default=every,
+        metavar="SCHEME",
+        help=f"by default all: {', '.join(every)}",
+    )
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 16, 64])
     parser.add_argument("--compile", choices=["blocks", "model"], default="blocks", help="what is compiled as a whole")
     parser.add_argument("--inductor", nargs="*", default=[], help="settings of Inductor to switch on, for all models")
     parser.add_argument("--separate", action="store_true", help="linears of one input run one by one")
     parser.add_argument("--blocks", type=int, default=CONFIG["num_hidden_layers"])
     parser.add_argument("--cache", type=int, default=CACHE_TOKENS, help="tokens that every token attends to")
-    parser.add_argument("--profile", choices=list(SCHEMES), help="prints the kernels of a step of this scheme")
+    parser.add_argument("--profile", choices=every, help="prints the kernels of a step of this scheme")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds after which no step is waited for")
     parser.add_argument("--json", type=Path, default=Path("checkpoints/benchmark_decoder.json"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    unknown = [scheme for scheme in arguments.schemes if scheme not in SCHEMES]
-    if unknown:
-        parser.error(f"{unknown[0]!r} is not one of {', '.join(SCHEMES)}")
-    arguments.schemes = arguments.schemes or list(SCHEMES)
-    return arguments
+    return parser.parse_args()
 
 
 def _say(text: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoder_benchmark.models import BF16, CONFIG, LABELS, SCHEMES, X8, build
+from decoder_benchmark.models import BF16, CONFIG, LABELS, X8, build, known_scheme
 
 from lqer.evaluation.perplexity import window_nlls
 from lqer.nn.attention import QuantizedAttention, quantize_attention
@@ -52,17 +52,14 @@ def time_windows(
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("schemes", nargs="*", metavar="SCHEME", help=f"by default {', '.join(TIMED)}")
+    parser.add_argument(
+        "schemes", nargs="*", type=known_scheme, default=TIMED, metavar="SCHEME", help=f"by default {', '.join(TIMED)}"
+    )
     parser.add_argument("--windows", type=int, default=148)
     parser.add_argument("--timed", type=int, default=20)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
-    arguments = parser.parse_args()
-    unknown = [scheme for scheme in arguments.schemes if scheme not in SCHEMES]
-    if unknown:
-        parser.error(f"{unknown[0]!r} is not one of {', '.join(SCHEMES)}")
-    arguments.schemes = arguments.schemes or list(TIMED)
-    return arguments
+    return parser.parse_args()
 
 
 def main() -> int:

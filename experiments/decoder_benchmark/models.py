@@ -11,6 +11,7 @@ Shapes: I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,15 @@ SCHEMES: dict[str, Scheme | None] = {
     "trellis2": Scheme(_random_trellis(2), rotated=True),
     "trellis3": Scheme(_random_trellis(3), rotated=True),
 }
+
+
+def known_scheme(name: str) -> str:
+    """The type of a command line's argument: a key of SCHEMES."""
+    if name not in SCHEMES:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SCHEMES)}")
+    return name
+
+
 LABELS = {
     BF16: "bf16",
     BF16_ATTENTION: "bf16, attention and compilation of the packed models",
