@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lqer.errors import ModelError
-from lqer.formats import NonFiniteError
 from lqer.lowrank.exact import singular_values
 from lqer.methods import LinearPlan, Plans, QuantizedWeight
 from lqer.models.loaders import OpenedModel
 from lqer.models.open import open_stored
 from lqer.models.source import ModelSource
 from lqer.models.structure import block_linears
+from lqer.stages.at_fault import named
 from lqer.stages.base import Stage
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gather import BlockStatistics, StatisticsOf
@@ -66,7 +65,8 @@ class MeasureSpectra(Stage):
 def measure_spectra(workspace: Workspace, opened: OpenedModel, statistics_of: StatisticsOf, plans: Plans) -> None:
     """Write the spectra of every block that `workspace` does not hold yet.
 
-    Raises ModelError, naming the linear, where a weight is NaN or infinite or calibration never reached it.
+    Raises ModelError, naming the linear, where a weight or its statistics cannot be used, or calibration never reached
+    it.
     """
     total, device = len(opened.blocks), opened.device
     missing = [index for index in range(total) if block_file(index) not in workspace]
@@ -93,10 +93,8 @@ def _block_spectra(
         plan = plans[full_name]
         assert plan is not None
         weight_OI = values[weight_of[full_name]].to(device, torch.float32)
-        try:
+        with named(full_name):
             spectrum = error_spectrum(weight_OI, site, plan)
-        except NonFiniteError as error:
-            raise ModelError(f"{full_name}: {error}") from None
         tensors |= {f"{full_name}.{key}": tensor for key, tensor in spectrum.items()}
     return tensors
 

@@ -30,17 +30,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lqer.errors import ModelError
-from lqer.formats import NonFiniteError, NumberFormat
+from lqer.formats import NumberFormat
 from lqer.formats.base import check_finite
 from lqer.methods import LinearPlan, Plans
 from lqer.models.backward import BackwardRun, Visit, walk_backward
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
-from lqer.phases import in_phase
-from lqer.rounding.hessian import HessianError
+from lqer.phases import in_phase, phase
 from lqer.stages.alike import batches_of, with_statistics
+from lqer.stages.at_fault import one_named
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.gather import BlockStatistics
@@ -108,7 +107,8 @@ def measure_widths(
     """Write the losses of every block that `workspace` does not hold yet.
 
     runs: of all blocks, last to first (`walk_backward`).
-    Raises ModelError, naming the linear, where a weight is not finite or calibration never reached it.
+    Raises ModelError, naming the linear, where a weight or its statistics cannot be used, or calibration never reached
+    it.
     """
     for run in runs:
         if block_file(run.index) in workspace:
@@ -129,7 +129,9 @@ def _block_visits(
     visits: dict[str, Visit] = {}
     tokens = run.gradients_WTD.shape[:2].numel()
     for batch in _sampled(run, statistics, plans):
-        for one, errors_F in zip(batch, _errors(batch, formats), strict=True):
+        with phase("round"):
+            errors = one_named(partial(errors_of, formats=formats), batch, lambda linear: linear.name)
+        for one, errors_F in zip(batch, errors, strict=True):
             # On the device: each visit would otherwise wait for it.
             losses_F = torch.zeros(len(errors_F), dtype=torch.float64, device=run.run.device)
             tensors[f"{one.name}.losses"] = losses_F
@@ -151,40 +153,17 @@ def _sampled(run: BackwardRun, statistics: BlockStatistics, plans: Plans) -> Ite
             name, _ = batch[0]
             plan, most = plans[name], SAMPLED_ROWS if statistics.routed_tokens(name) is None else EXPERT_ROWS
             assert plan is not None
-            weights = [linears[name].weight.detach().to(device, torch.float32) for name, _ in batch]
-            found += _sampled_rows(batch, weights, plan, most)
+            of_batch = [(name, linears[name].weight.detach().to(device, torch.float32), site) for name, site in batch]
+            found += one_named(partial(_sampled_rows, plan=plan, most=most), of_batch, lambda linear: linear[0])
         yield found
 
 
-def _sampled_rows(
-    batch: Sequence[tuple[str, SiteStatistics]], weights: Sequence[Tensor], plan: LinearPlan, most: int
-) -> list[Sampled]:
-    """Of linears of one shape and plan. Raises ModelError, naming the linear."""
-    try:
-        check_finite(*weights)
-        targets = plan.method.targets(weights, [site for _, site in batch], plan)
-    except (NonFiniteError, HessianError) as error:
-        if len(batch) == 1:
-            raise ModelError(f"{batch[0][0]}: {error}") from None
-        # One of them; alone it is named.
-        for one, weight_OI in zip(batch, weights, strict=True):
-            _sampled_rows([one], [weight_OI], plan, most)
-        raise
-    return [Sampled.of(name, plan, target, most) for (name, _), target in zip(batch, targets, strict=True)]
-
-
-@in_phase("round")
-def _errors(batch: Sequence[Sampled], formats: Sequence[NumberFormat]) -> list[list[Tensor]]:
-    """Of each linear, by format, the errors of its rows. Raises ModelError, naming the linear."""
-    try:
-        return errors_of(batch, formats)
-    except (NonFiniteError, HessianError) as error:
-        if len(batch) == 1:
-            raise ModelError(f"{batch[0].name}: {error}") from None
-        # One of them; alone it is named.
-        for one in batch:
-            _errors([one], formats)
-        raise
+def _sampled_rows(linears: Sequence[tuple[str, Tensor, SiteStatistics]], plan: LinearPlan, most: int) -> list[Sampled]:
+    """Of linears of one shape and plan: name, weight (O, I), statistics."""
+    names, weights, sites = zip(*linears, strict=True)
+    check_finite(*weights)
+    targets = plan.method.targets(weights, sites, plan)
+    return [Sampled.of(name, plan, target, most) for name, target in zip(names, targets, strict=True)]
 
 
 def _add_losses(

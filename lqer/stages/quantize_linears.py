@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from lqer.checkpoint.pack import describe_linear, pack_linears
-from lqer.errors import ModelError
-from lqer.formats import NonFiniteError, QuantizedTensor
+from lqer.formats import QuantizedTensor
 from lqer.methods import LinearPlan, Plans, QuantizedWeight
 from lqer.phases import in_phase, phase
-from lqer.rounding.hessian import HessianError
 from lqer.stages.alike import batches_of, with_statistics
+from lqer.stages.at_fault import AT_FAULT, named
 from lqer.stages.block_work import BlockWork, QuantizedLinears, all_spectra, found_already
 from lqer.stages.gather import BlockStatistics
 from lqer.stages.layer_rows import later_spectra, layer_row, rounded_alone, with_numbers
@@ -133,7 +132,7 @@ def _quantize_batch(
     if len(batch) > 1 and not any(rounded):
         try:
             return plan.quantize_together(weights, [site for _, site in batch])
-        except (NonFiniteError, HessianError):
+        except AT_FAULT:
             # One of them; alone it is named.
             pass
     return [
@@ -145,12 +144,10 @@ def _quantize_batch(
 def _quantize_weight(
     full_name: str, weight_OI: Tensor, site: SiteStatistics, plan: LinearPlan, rounded: QuantizedTensor | None
 ) -> QuantizedWeight:
-    try:
+    with named(full_name):
         if rounded is None:
             return plan.quantize(weight_OI, site)
         return plan.method.reconstruct_error(weight_OI, rounded, site, plan)
-    except (NonFiniteError, HessianError) as error:
-        raise ModelError(f"{full_name}: {error}") from None
 
 
 def _bias(work: BlockWork, full_name: str, plan: LinearPlan) -> QuantizedTensor | None:
@@ -158,10 +155,8 @@ def _bias(work: BlockWork, full_name: str, plan: LinearPlan) -> QuantizedTensor 
     bias_O = work.bias(full_name)
     if bias_O is None or plan.bias is None:
         return None
-    try:
+    with named(full_name):
         return plan.bias.quantize(bias_O.detach())
-    except NonFiniteError as error:
-        raise ModelError(f"{full_name}: {error}") from None
 
 
 def _told(

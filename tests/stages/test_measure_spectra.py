@@ -17,10 +17,10 @@ from measured_spectra import BLOCKS, SIZES, SKIPPED, MeasuredSpectra
 from lqer.errors import ModelError
 from lqer.formats import E8P, MXInt
 from lqer.methods import LinearPlan, LqerAct, QeraExact
-from lqer.rounding import Ldlq
+from lqer.rounding import Gptq, Ldlq
 from lqer.stages.measure_spectra import MeasureSpectra, error_spectrum
 from lqer.store.names import block_file
-from lqer.store.store import Workspace
+from lqer.store.store import Artifact, Workspace
 from lqer.transforms import Hadamard
 
 CPU = torch.device("cpu")
@@ -92,3 +92,18 @@ def test_a_broken_weight_is_named(random_model, windows_WT, tmp_path):
     model.model.layers[1].mlp.gate_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.gate_proj: 1 NaN"):
         broken.measure(Workspace(tmp_path / "spectra"))
+
+
+class Indefinite(Artifact):
+    """A calibration with a Hessian that no rounding can factor."""
+
+    def tensors(self, name):
+        return {key: -value if key.endswith(".hessian") else value for key, value in super().tensors(name).items()}
+
+
+def test_a_linear_whose_hessian_is_broken_is_named(measured_spectra, tmp_path):
+    calibration = Indefinite(measured_spectra.calibration.path)
+    plans = {name: plan and replace(plan, rounding=Gptq()) for name, plan in measured_spectra.plans.items()}
+    broken = replace(measured_spectra, calibration=calibration, plans=plans)
+    with pytest.raises(ModelError, match=r"^model\.layers\.0\.self_attn\.[qkv]_proj: the hessian has the negative"):
+        broken.measure(Workspace(tmp_path))
