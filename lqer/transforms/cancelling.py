@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lqer.transforms.block_function import BlockFunction
-from lqer.transforms.tracing import trace
+from lqer.transforms.tracing import output_stays, trace
 
 
 @torch.no_grad()
@@ -31,11 +31,9 @@ def cancelling_linears(call: BlockFunction, hidden_BTD: Tensor) -> frozenset[str
         return {name: parameters[name].detach() * factor for name in names if name in parameters}
 
     found: set[str] = set()
-    branches = torch.linalg.vector_norm((seen.result - hidden_BTD.to(seen.result)).float())
     for site in seen.sites():
         for one, other in itertools.combinations(site, 2):
             changed = call(scaled(one, 2) | scaled(other, 0.5), hidden_BTD)
-            difference = torch.linalg.vector_norm((changed - seen.result).float())
-            if difference <= torch.finfo(changed.dtype).eps ** 0.5 * branches:
+            if output_stays(changed, seen.result, hidden_BTD):
                 found |= {one, other}
     return frozenset(found)

@@ -36,7 +36,7 @@ from lqer.components import ADDED
 from lqer.transforms.base import Level, Transform
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.folding import GAIN_OFFSETS, NO_ROW, Site, find_sites
-from lqer.transforms.tracing import trace
+from lqer.transforms.tracing import output_stays, trace
 
 RotationFunction = Callable[[Tensor], Tensor]
 
@@ -235,8 +235,7 @@ def _value_rows(
     parameters = dict(call.block.named_parameters())
     changed = _head_wise(parameters, site.fold.source, site.linears[0], rows_Kd, rotation)
     plain, rotated = call({}, hidden_BTD), call(changed, hidden_BTD)
-    difference, branches = (torch.linalg.vector_norm((plain - x).float()) for x in (rotated, hidden_BTD))
-    return rows_Kd if difference <= torch.finfo(plain.dtype).eps ** 0.5 * branches else None
+    return rows_Kd if output_stays(rotated, plain, hidden_BTD) else None
 
 
 def _head_wise(

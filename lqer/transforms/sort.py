@@ -31,7 +31,7 @@ from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
 from lqer.transforms.block_statistics import hessian_blocks
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState
-from lqer.transforms.tracing import enough_to_probe, trace
+from lqer.transforms.tracing import enough_to_probe, output_stays, trace
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def moved(
 
 
 @torch.no_grad()
-def movable(call: BlockFunction, hidden_BTD: Tensor, seed: int = 0) -> dict[str, tuple[str, ...]]:
+def movable(call: BlockFunction, hidden_BTD: Tensor) -> dict[str, tuple[str, ...]]:
     """By linear whose input channels may be in any order: the linears that write them.
 
     hidden_BTD: hidden states of real text.
@@ -88,9 +88,8 @@ def movable(call: BlockFunction, hidden_BTD: Tensor, seed: int = 0) -> dict[str,
     hidden_BTD = hidden_BTD.to(first.device, first.dtype)
     parameters = {name: parameter.detach() for name, parameter in call.block.named_parameters()}
     seen = trace(call.block, lambda: call({}, hidden_BTD))
-    sites, output = seen.sites(), seen.result
-    tolerance = torch.finfo(first.dtype).eps ** 0.5 * torch.linalg.vector_norm((output - hidden_BTD).float())
-    generator = torch.Generator().manual_seed(seed)
+    sites = seen.sites()
+    generator = torch.Generator().manual_seed(0)
     found = {}
     for i, (reader, *others) in enumerate(sites):
         channels = parameters[f"{reader}.weight"].shape[1]
@@ -100,8 +99,7 @@ def movable(call: BlockFunction, hidden_BTD: Tensor, seed: int = 0) -> dict[str,
             if not writers:
                 continue
             changed = call(moved(parameters, reader, writers, order_I), hidden_BTD)
-            # Wrong rows change the block's branches by about their own size.
-            if torch.linalg.vector_norm((changed - output).float()) <= tolerance:
+            if output_stays(changed, seen.result, hidden_BTD):
                 found[reader] = writers
                 break
     return found

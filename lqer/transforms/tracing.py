@@ -62,6 +62,18 @@ def enough_to_probe(hidden_BTD: Tensor) -> Tensor:
     return hidden_BTD[: -(-PROBED_TOKENS // hidden_BTD.shape[1])]
 
 
+def output_stays(changed_BTD: Tensor, output_BTD: Tensor, hidden_BTD: Tensor) -> bool:
+    """Whether a block that turned hidden states into `output_BTD` still does, up to the rounding of its dtype.
+
+    The block adds its branches to the hidden states: a change that is none alters them by rounding alone, any other by
+    about their own size.
+    """
+    difference, branches = (
+        torch.linalg.vector_norm((output_BTD - x.to(output_BTD)).float()) for x in (changed_BTD, hidden_BTD)
+    )
+    return bool(difference <= torch.finfo(output_BTD.dtype).eps ** 0.5 * branches)
+
+
 @contextmanager
 def watched_inputs(module: nn.Module, watch: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """While active, pass the input of every call of a linear that `watch` names to its function."""

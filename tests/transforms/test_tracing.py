@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lqer.transforms.tracing import UntilCalled, enough_to_probe, trace, watched_inputs
+from lqer.transforms.tracing import UntilCalled, enough_to_probe, output_stays, trace, watched_inputs
 
 
 class Attention(nn.Module):
@@ -100,3 +100,13 @@ def test_a_block_is_probed_with_the_fewest_sequences_that_hold_enough_tokens():
     lengths = {(8, 100): 6, (3, 100): 3, (4, 512): 1, (4, 2048): 1, (9, 64): 8}
     found = {shape: len(enough_to_probe(torch.zeros(*shape, 1))) for shape in lengths}
     assert found == lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_leaves_a_blocks_output_as_it_was_and_another_function_does_not(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden_BTD, branches_BTD = (torch.randn(2, 8, 16, generator=generator) for _ in range(2))
+    # Far smaller than the hidden states, as in a deep model: the branches are what counts.
+    output_BTD = (hidden_BTD + 0.1 * branches_BTD).to(dtype)
+    assert output_stays(output_BTD * (1 + torch.finfo(dtype).eps), output_BTD, hidden_BTD)
+    assert not output_stays((hidden_BTD + 0.1 * branches_BTD.flip(0)).to(dtype), output_BTD, hidden_BTD)
