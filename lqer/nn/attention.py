@@ -2,7 +2,7 @@
 
 The operands of both products, S = Q·Kᵀ and O = P·V, are rounded. The blocks of their number format run
     "reduction"  along the dimension that the product sums over: head_dim for Q and K, keys for P and V
-    "reference"  along the last dimension of each operand as LQER's code presents it: head_dim for Q, keys for Kᵀ,
+    "lqer"       along the last dimension of each operand as LQER's code presents it: head_dim for Q, keys for Kᵀ,
                  keys for P, head_dim for V
 Blocks along keys share a scale between neighbouring tokens, so a token's result depends, within rounding, on later
 tokens: see docs/footguns.md. Gradients pass straight through the rounding.
