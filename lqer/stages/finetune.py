@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -66,9 +66,9 @@ class Finetune(Stage):
 
     def build(self, workspace: Workspace, store: Store) -> None:
         checkpoint = self.checkpoint.artifact(store)
-        student = load_verified(checkpoint, self.device, self.dtype, "emulate", self.device_map)
+        quantized = load_verified(checkpoint, self.device, self.dtype, "emulate", self.device_map)
         original = load_whole(self.source, self.dtype, self.device, self.device_map)
-        finetune(workspace, checkpoint, student, original, self.windows_WT, self.settings, self.seed)
+        finetune(workspace, checkpoint, quantized, original, self.windows_WT, self.settings, self.seed)
 
 
 class Student:
@@ -90,26 +90,32 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a pupil learns from: the text, or the distributions of the original model."""
+class Objective:
+    """The loss of a student: against the text, or against the distributions of the original model."""
 
-    pupil: Student
+    student: Student
     original: PreTrainedModel
     settings: TrainingConfig
 
     def loss(self, ids_BT: Tensor) -> Tensor:
         """Of a batch, with gradients to the trained parameters."""
-        return self._loss_of(self.pupil.logits(ids_BT, as_stored=False), ids_BT)
+        return self._loss_of(self.student.logits(ids_BT, as_stored=False), ids_BT)
+
+    def validate(self, windows_WT: Tensor) -> float:
+        """The mean loss over windows of the student as it would be stored."""
+        return self._mean_loss(windows_WT, partial(self.student.logits, as_stored=True))
+
+    def of_original(self, windows_WT: Tensor) -> float:
+        """The mean loss over windows of the original model."""
+        return self._mean_loss(windows_WT, self._original_logits)
 
     @torch.no_grad()
-    def validate(self, windows_WT: Tensor, of_original: bool = False) -> float:
-        """The mean loss over windows, of the pupil as it would be stored or of the original model."""
-        losses = []
+    def _mean_loss(self, windows_WT: Tensor, logits_of: Callable[[Tensor], Tensor]) -> float:
+        total = 0.0
         for ids_BT in windows_WT.split(self.settings.batch_size):
-            ids_BT = ids_BT.to(self.pupil.model.device)
-            logits_BTV = self._original_logits(ids_BT) if of_original else self.pupil.logits(ids_BT, as_stored=True)
-            losses.append(float(self._loss_of(logits_BTV, ids_BT)) * len(ids_BT))
-        return sum(losses) / len(windows_WT)
+            ids_BT = ids_BT.to(self.student.model.device)
+            total += float(self._loss_of(logits_of(ids_BT), ids_BT)) * len(ids_BT)
+        return total / len(windows_WT)
 
     def _loss_of(self, logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
         if self.settings.loss == "text":
@@ -129,7 +135,7 @@ def _run_again_for_gradients(block: nn.Module) -> None:
 def finetune(
     workspace: Workspace,
     checkpoint: Artifact,
-    student: PreTrainedModel,
+    quantized: PreTrainedModel,
     original: PreTrainedModel,
     windows_WT: Tensor,
     settings: TrainingConfig,
@@ -137,42 +143,42 @@ def finetune(
 ) -> None:
     """Train, and write the checkpoint with the best tensors found.
 
-    student: of `load_quantized`, emulated; it is changed. original: the model it was made from, on the same device.
+    quantized: of `load_quantized`, emulated; it is changed. original: the model it was made from, on the same device.
     windows_WT: token ids, the last `settings.validation_samples` windows held out.
     """
     if DETAILS_FILE in workspace:  # written last: an earlier process was killed after it
         _remove_training(workspace)
         return
     details = checkpoint.json(DETAILS_FILE)
-    pupil = Student(student, details, _all_tensors(checkpoint, details), settings)
-    if not pupil.trained:
+    student = Student(quantized, details, _all_tensors(checkpoint, details), settings)
+    if not student.trained:
         raise ModelError(f"finetune.parts {list(settings.parts)}: no linear that is quantized has such a part")
     train_WT, held_out_WT = windows_WT.split([settings.num_samples, settings.validation_samples])
     steps_per_epoch = -(-settings.num_samples // settings.batch_size)
-    training = Training(pupil.trained, settings, steps_per_epoch)
-    lesson = Lesson(pupil, original, settings)
+    training = Training(student.trained, settings, steps_per_epoch)
+    objective = Objective(student, original, settings)
     saved = [name for name in workspace.names() if fnmatchcase(name, TRAINING_FILES)]
     if saved:
         training.restore(workspace.tensors(saved[-1]))
     else:
-        training.record(lesson.validate(held_out_WT))
-    log.info("finetune: %d tensors, validation loss %.5f before", len(pupil.trained), training.losses[0])
+        training.record(objective.validate(held_out_WT))
+    log.info("finetune: %d tensors, validation loss %.5f before", len(student.trained), training.losses[0])
     for epoch in range(len(training.losses), settings.epochs + 1):
         order_W = torch.randperm(len(train_WT), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         batches = train_WT[order_W].split(settings.batch_size)
         for step, ids_BT in enumerate(tqdm(batches, desc="finetune", unit="step"), (epoch - 1) * steps_per_epoch):
-            training.step(lesson.loss(ids_BT.to(student.device)), step)
-        training.record(lesson.validate(held_out_WT))
+            training.step(objective.loss(ids_BT.to(quantized.device)), step)
+        training.record(objective.validate(held_out_WT))
         log.info("finetune: epoch %d of %d, validation loss %.5f", epoch, settings.epochs, training.losses[-1])
         # Under a name of its own, then without the older one: after a kill one of them is whole.
         workspace.write_tensors(f"training-{epoch:05d}.safetensors", training.tensors())
         _remove_training(workspace, keep=epoch)
     history = {
         "validation_loss": training.losses,
-        "original_loss": lesson.validate(held_out_WT, of_original=True),
+        "original_loss": objective.of_original(held_out_WT),
         "best_epoch": training.best_epoch,
     }
-    best = {name: one.stored(training.best[name]).cpu() for name, one in pupil.trained.items()}
+    best = {name: one.stored(training.best[name]).cpu() for name, one in student.trained.items()}
     _write(workspace, checkpoint, details, best, history)
 
 
