@@ -119,6 +119,12 @@ def unsupported_extras(spec: LinearSpec) -> str | None:
     return unsupported_basis(spec) or factors
 
 
+def unsupported_transposed(model: Outline) -> tuple[str, str] | None:
+    """A linear whose weight the architecture keeps as (I, O), and that as the reason; None if there is none."""
+    name = next((name for name in model.specs if model.stores_transposed(name)), None)
+    return None if name is None else (name, "its architecture stores weights transposed (Conv1D)")
+
+
 def load_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """What transformers makes of a folder. Raises ModelError if a tensor is missing or left over."""
     options |= {"output_loading_info": True, "trust_remote_code": False}

@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from lqer.export.base import unsupported_transposed
 from lqer.export.integers import IntegerScheme, integer_schemes, unsupported_group, unsupported_integers
 from lqer.export.source import LinearSpec, Outline
 from lqer.formats import MX, Int
@@ -87,10 +88,10 @@ def _group(spec: LinearSpec, scheme: IntegerScheme) -> Group:
 
 def unsupported_together(model: Outline) -> tuple[str, str] | None:
     """A linear that cannot be stored together with the others, and why; None if all can."""
+    if (transposed := unsupported_transposed(model)) is not None:
+        return transposed
     schemes = integer_schemes(model.specs.values())
     for spec in model.specs.values():
-        if model.stores_transposed(spec.name):
-            return spec.name, "its architecture stores weights transposed (Conv1D)"
         is_integer = unsupported_integers(spec.format) is None
         if is_integer and (ragged := unsupported_group(spec, schemes[spec.name])) is not None:
             return spec.name, ragged

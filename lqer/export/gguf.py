@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from lqer.components import require_choice
 from lqer.errors import ConfigError, ModelError
-from lqer.export.base import Target, Written, load_pretrained, unsupported_basis
+from lqer.export.base import Target, Written, load_pretrained, unsupported_basis, unsupported_transposed
 from lqer.export.dense import dense_closeness, effective_weight
 from lqer.export.gguf_adapter import ADAPTER_FILE, merge_adapter, write_adapter
 from lqer.export.gguf_blocks import blocks_of, unsupported_blocks
@@ -76,10 +76,7 @@ class Gguf(Target):
         return 8.0 * DTYPES[self.dtype].itemsize if self.dtype else super().most_bits
 
     def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
-        for spec in model.specs.values():
-            if model.stores_transposed(spec.name):
-                return spec.name, "its architecture stores weights transposed (Conv1D)"
-        return None
+        return unsupported_transposed(model)
 
     def check_inputs(self) -> None:
         self._reader()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqer.export.base import refuse_value
+from lqer.export.base import refuse_value, unsupported_transposed
 from lqer.export.source import LinearSpec, Outline
 from lqer.formats import MX, Int, MXInt, NumberFormat, QuantizedTensor, pack_bits
 from lqer.formats.blocks import block_width, e8m0_to_float
@@ -147,9 +147,7 @@ def unsupported_uniform(model: Outline) -> tuple[str, str] | None:
             return spec.name, ragged
         if schemes[spec.name] != first:
             return spec.name, "its bits, groups or zero points are not those of the first linear"
-        if model.stores_transposed(spec.name):
-            return spec.name, "its architecture stores weights transposed (Conv1D)"
-    return None
+    return unsupported_transposed(model)
 
 
 def float16_scales(integers: Integers, spec: LinearSpec) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lqer.components import require_choice
-from lqer.export.base import Target, Written, load_weights, unsupported_extras
+from lqer.export.base import Target, Written, load_weights, unsupported_extras, unsupported_transposed
 from lqer.export.integers import integers_of, unsupported_integers, words
 from lqer.export.shards import write_linears
 from lqer.export.source import CONFIG_FILE, Linear, LinearSpec, Outline, Source
@@ -75,10 +75,7 @@ class Mlx(Target):
         return None
 
     def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
-        for name in model.specs:
-            if model.stores_transposed(name):
-                return name, "its architecture stores weights transposed (Conv1D)"
-        return None
+        return unsupported_transposed(model)
 
     def write(self, source: Source, folder: Path) -> Written:
         are_exact: list[bool] = []

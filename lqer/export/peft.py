@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.components import require_choice
-from lqer.export.base import Target, Written, first_missing, load_pretrained, unsupported_basis
+from lqer.export.base import Target, Written, first_missing, load_pretrained, unsupported_basis, unsupported_transposed
 from lqer.export.compressed_tensors import unsupported_weight, write_packed
 from lqer.export.config_groups import is_float, unsupported_in_transformers, unsupported_together
 from lqer.export.dense import effective_weight, write_dense
@@ -61,12 +61,9 @@ class Peft(Target):
     def unsupported_model(self, model: Outline) -> tuple[str, str] | None:
         if not any(spec.rank for spec in model.specs.values()):
             return next(iter(model.specs)), "neither it nor any other linear has low-rank factors"
-        transposed = next((name for name in model.specs if model.stores_transposed(name)), None)
-        if transposed is not None:
-            return transposed, "its architecture stores weights transposed (Conv1D)"
         if self.base != "compressed-tensors":
-            return None
-        return unsupported_in_transformers(model) or unsupported_together(model)
+            return unsupported_transposed(model)
+        return unsupported_transposed(model) or unsupported_in_transformers(model) or unsupported_together(model)
 
     @property
     def most_bits(self) -> float:
