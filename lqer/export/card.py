@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 import lqer
-from lqer.export.base import Target, Written
+from lqer.export.base import Target
 from lqer.export.source import Source
-from lqer.export.verify import Check
+from lqer.export.verify import Outcome
 from lqer.store.files import without_nonfinite
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,13 +28,11 @@ CONFIGURATION_SHOWN = ("calibration", "quantize", "formats")
 def render_card(
     source: Source,
     target: Target,
-    written: Written,
-    check: Check | None,
-    unverified: str | None,
+    outcome: Outcome,
     out: str,
     weight_bytes: int,
 ) -> str:
-    """README.md of the folder `out`. check: None where its files were not read back, for the reason `unverified`."""
+    """README.md of the folder `out`."""
     commands = target.commands(out, source)
     parts = [
         f"---\n{_front_matter(source, target).to_yaml()}\n---\n",
@@ -44,9 +42,9 @@ def render_card(
         "## Use",
         *(f"{program}:\n\n```{_language(command)}\n{command}\n```" for program, command in commands.items()),
         "## What this export keeps",
-        "\n".join(f"- {line}" for line in [*_kept(source, target), *written.notes]),
+        "\n".join(f"- {line}" for line in [*_kept(source, target), *outcome.written.notes]),
         "## Verification",
-        _verified(check, written) if check is not None else f"Not verified: {unverified}.",
+        _verification(outcome),
     ]
     return "\n\n".join(parts) + _configuration(source.results) + "\n"
 
@@ -143,7 +141,10 @@ def _kept(source: Source, target: Target) -> list[str]:
     return lines or ["Everything that the checkpoint computes."]
 
 
-def _verified(check: Check, written: Written) -> str:
+def _verification(outcome: Outcome) -> str:
+    check = outcome.check
+    if check is None:
+        return f"Not verified: {outcome.unverified}."
     lines = [
         f"The files were read back and compared in {check.dtype} with the checkpoint, on windows of "
         f"{check.tokens_per_window} tokens ({check.text}):",
@@ -151,7 +152,7 @@ def _verified(check: Check, written: Written) -> str:
         f"- largest difference of a logit: {check.logit_difference:.3g}, of logits up to {check.largest_logit:.3g}",
         f"- perplexity over {check.windows} windows: {check.exported_perplexity:.6g}; the checkpoint, as far as it is "
         f"carried, {check.perplexity:.6g}; the whole checkpoint {check.whole_perplexity:.6g}",
-        f"- expected of these files: {written.closeness}",
+        f"- expected of these files: {outcome.written.closeness}",
     ]
     return "\n".join(lines)
 

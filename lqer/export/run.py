@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 
 from lqer.components import component_from_dict
 from lqer.errors import ConfigError, ExportError
-from lqer.export.base import Target, Written
+from lqer.export.base import Target
 from lqer.export.card import CARD_FILE, render_card
 from lqer.export.source import Outline, Source
-from lqer.export.verify import Check, check_export, read_text
+from lqer.export.verify import Check, Outcome, check_export, read_text
 from lqer.store.files import fsync, hash_file, write_json, write_text
 
 RECORD_FILE = "lqer_export.json"
@@ -69,10 +69,11 @@ def export(
         unverified, measured = _reason_not_to_check(target, check), None
         if unverified is None:
             measured = check_export(target, written, source, folder, words, device or torch.device("cpu"))
-        record = _record(source, target, written, measured, unverified)
+        outcome = Outcome(written, measured, unverified)
+        record = {"version": VERSION, "checkpoint": source.key, "target": target.to_dict(), **outcome.record()}
         write_json(folder / RECORD_FILE, record | {"files": hashes(folder)})
         write_card(source, target, record, folder, out.name)
-    _report(source, target, written, measured, unverified)
+    _report(source, target, outcome)
     return measured
 
 
@@ -112,9 +113,7 @@ def weight_bytes(folder: Path) -> int:
 
 def write_card(source: Source, target: Target, record: Mapping[str, Any], folder: Path, out: str) -> None:
     """Write README.md of an export that will be called `out`. record: its lqer_export.json."""
-    written = Written(record["closeness"], tuple(record["notes"]))
-    check = None if record["check"] is None else Check(**record["check"])
-    card = render_card(source, target, written, check, record["not_verified"], out, weight_bytes(folder))
+    card = render_card(source, target, Outcome.from_record(record), out, weight_bytes(folder))
     write_text(folder / CARD_FILE, card)
 
 
@@ -125,30 +124,17 @@ def _reason_not_to_check(target: Target, check: bool) -> str | None:
     return None if missing is None else f"{missing}, which reads such files, was not installed"
 
 
-def _record(
-    source: Source, target: Target, written: Written, check: Check | None, unverified: str | None
-) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "checkpoint": source.key,
-        "target": target.to_dict(),
-        "closeness": written.closeness,
-        "notes": list(written.notes),
-        "check": None if check is None else check.to_dict(),
-        "not_verified": unverified,
-    }
-
-
-def _report(source: Source, target: Target, written: Written, check: Check | None, unverified: str | None) -> None:
+def _report(source: Source, target: Target, outcome: Outcome) -> None:
+    check = outcome.check
     dropped = sum(not target.keeps_activation(spec) for spec in source.specs.values())
     if dropped:
         log.warning("export: activation quantization of %d linears is not exported", dropped)
     if target.drops_attention(source):
         log.warning("export: quantization of attention operands is not exported")
-    for note in written.notes:
+    for note in outcome.written.notes:
         log.info("export: %s", note)
     if check is None:
-        log.warning("export: not verified: %s", unverified)
+        log.warning("export: not verified: %s", outcome.unverified)
         return
     log.info(
         "export: verified: logits differ by up to %.3g (of up to %.3g), perplexity %.6g, the checkpoint's %.6g, on %d "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,8 +80,27 @@ class Check:
     exported_perplexity: float
     whole_perplexity: float  # of the checkpoint as it is
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a target made of a checkpoint, and what was measured of it: None if nothing was, for the reason given."""
+
+    written: Written
+    check: Check | None
+    unverified: str | None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Outcome:
+        check = None if record["check"] is None else Check(**record["check"])
+        return cls(Written(record["closeness"], tuple(record["notes"])), check, record["not_verified"])
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "closeness": self.written.closeness,
+            "notes": list(self.written.notes),
+            "check": None if self.check is None else asdict(self.check),
+            "not_verified": self.unverified,
+        }
 
 
 def check_export(

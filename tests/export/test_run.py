@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_the_folder_holds_the_model_a_card_and_a_record(checkpoint, tmp_path):
     assert {file.name for file in out.iterdir()} == {*names, "tokenizer.json", "tokenizer_config.json"}
     assert [file.name for file in out.parent.iterdir()] == ["out"]
     record = json.loads((out / RECORD_FILE).read_text())
-    assert record["check"] == check.to_dict()
+    assert record["check"] == asdict(check)
     assert record["checkpoint"] == Source(checkpoint).key
     card = (out / CARD_FILE).read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
