@@ -31,6 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lqer.config import Config
+from lqer.evaluation.logits import LOSS_POSITIONS
 from lqer.export import Target
 from lqer.export.planned import planned_targets
 from lqer.export.verify import WINDOW_TOKENS, WINDOWS_OF_LOGITS
@@ -71,7 +72,6 @@ TRAINED_COPIES = 5  # float32 values per trained one: itself, gradient, Adam's t
 LOGIT_COPIES = 3  # logits: of both models, gradient
 LOSS_COPIES = 6  # float32 values for the loss of a position: both models' logits, softmax, products, gradients
 DECODED_BYTES = 12  # per weight of a block whose scales are trained: the values, a copy and their gradient in float32
-LOSS_POSITIONS = 256  # positions whose losses are computed at once, in float32 (lqer/evaluation/logits.py)
 ASSUMED_RANK = 32  # of linears whose rank is chosen under a budget
 ASSUMED_TOKENS = 300_000  # of a text that is not local: about the test split of WikiText-2
 BYTES_PER_TOKEN = 4  # of a local text
