@@ -23,10 +23,10 @@ from transformers import AutoConfig, PreTrainedModel
 from lqer.checkpoint.pack import FORMAT_VERSION
 from lqer.checkpoint.quantizer import QUANT_METHOD
 from lqer.models.auto import auto_class
+from lqer.models.coded import QUANTIZATION_CONFIG
 from lqer.models.files import read_header, reported_as
 from lqer.models.open import DevicePlacement, spans_gpus
 
-QUANTIZATION_CONFIG = "quantization_config"
 GUARD_FILE = "guard.safetensors"
 
 

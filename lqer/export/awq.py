@@ -34,7 +34,8 @@ from lqer.export.integers import (
     words,
 )
 from lqer.export.shards import write_linears
-from lqer.export.source import QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
+from lqer.export.source import Linear, LinearSpec, Outline, Source
+from lqer.models.coded import QUANTIZATION_CONFIG
 
 BITS = 4
 OUTPUTS_PER_WORD = 8

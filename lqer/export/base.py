@@ -18,8 +18,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lqer.components import Component
 from lqer.errors import ExportError
-from lqer.export.source import QUANTIZATION_CONFIG, LinearSpec, Outline, Source
+from lqer.export.source import LinearSpec, Outline, Source
 from lqer.models.auto import auto_class, without_values
+from lqer.models.coded import QUANTIZATION_CONFIG
 from lqer.models.verify import quiet_loading, refuse_mismatch
 
 # How near the written model is to the checkpoint: bit for bit; but for the order of sums in float32; with weights that

@@ -49,8 +49,9 @@ from lqer.export.config_groups import (
 from lqer.export.integers import IntegerScheme, integer_schemes, integers_of, unsupported_integers, words
 from lqer.export.packed_readers import decompressed, is_served, loads_in_transformers
 from lqer.export.shards import Shards
-from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
+from lqer.export.source import CONFIG_FILE, Linear, LinearSpec, Outline, Source
 from lqer.formats import pack_bits
+from lqer.models.coded import QUANTIZATION_CONFIG
 from lqer.nn.stacked import stacks
 from lqer.store.files import write_json
 

@@ -38,7 +38,8 @@ from lqer.export.integers import (
     words,
 )
 from lqer.export.shards import write_linears
-from lqer.export.source import QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
+from lqer.export.source import Linear, LinearSpec, Outline, Source
+from lqer.models.coded import QUANTIZATION_CONFIG
 from lqer.store.files import write_json
 
 BITS = (2, 3, 4, 8)

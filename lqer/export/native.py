@@ -18,7 +18,8 @@ from lqer.checkpoint.native import GUARD_FILE, native_config, weight_index
 from lqer.checkpoint.quantizer import guard
 from lqer.export.base import Target, Written, load_pretrained
 from lqer.export.shards import write_tensors
-from lqer.export.source import CONFIG_FILE, QUANTIZATION_CONFIG, LinearSpec, Outline, Source
+from lqer.export.source import CONFIG_FILE, LinearSpec, Outline, Source
+from lqer.models.coded import QUANTIZATION_CONFIG
 from lqer.store.files import write_json
 
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from lqer.export.shards import write_linears
-from lqer.export.source import QUANTIZATION_CONFIG, Linear, LinearSpec, Outline, Source
+from lqer.export.source import Linear, LinearSpec, Outline, Source
 from lqer.formats import NormalFloat
 from lqer.formats.normalfloat import levels
+from lqer.models.coded import QUANTIZATION_CONFIG
 
 BITS, BLOCK, NEAREST = 4, 64, "value"
 

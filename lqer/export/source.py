@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lqer.checkpoint.native import QUANTIZATION_CONFIG
 from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, packed_parts, unpack_role
 from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ExportError
 from lqer.formats import NumberFormat, QuantizedTensor, format_from_dict
 from lqer.models.auto import auto_class, without_values
+from lqer.models.coded import QUANTIZATION_CONFIG
 from lqer.models.files import reported_as
 from lqer.models.reading import read_file
 from lqer.models.stored import NotStreamableError, saved_names
