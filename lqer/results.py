@@ -5,9 +5,12 @@ A number that does not apply is null or its row is missing; it is never a string
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, TypedDict
 
 from lqer.checkpoint.bits import Bits
+from lqer.errors import DataError
 
 SCHEMA_VERSION = 1
 # Names within the folder of a run: the file of this contract, and the link to the checkpoint.
@@ -201,3 +204,11 @@ class Results(TypedDict):
     seconds: Seconds
     peak_memory_bytes: int  # of this process: resident on a CPU, allocated on the GPU if there is one
     device: str  # processor or GPU by name
+
+
+def read_results(path: Path) -> Results:
+    """The results in a file. Raises DataError for those of another version of this contract."""
+    results: Results = json.loads(path.read_text(encoding="utf-8"))
+    if (version := results.get("schema_version")) != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version {version} is not {SCHEMA_VERSION}; run it again")
+    return results

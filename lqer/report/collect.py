@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from fnmatch import fnmatchcase
@@ -14,14 +13,12 @@ import pandas as pd
 from lqer.errors import DataError
 from lqer.report import figures
 from lqer.report.families import family_of, rtn_family
-from lqer.report.naming import rtn_name, scheme_name
+from lqer.report.naming import TEXT_DIGITS, rtn_name, scheme_name
 from lqer.report.page.write import PAGE_FILE, write_collection_page
 from lqer.report.write import markdown_table
-from lqer.results import RESULTS_FILE, SCHEMA_VERSION, PerplexityRow, Results
+from lqer.results import RESULTS_FILE, PerplexityRow, Results, read_results
 from lqer.store.files import write_atomically, write_text
 
-# Of the hash that tells two texts of one name apart.
-TEXT_DIGITS = 8
 # Perplexities are compared only between rows that agree on all of these.
 SAME_MEASUREMENT = ["model", "dataset", "protocol", "seq_len", "tokens", "text"]
 
@@ -31,7 +28,7 @@ def collect(folder: Path, match: str = "*") -> pd.DataFrame:
 
     Raises DataError if no run below `folder` matches.
     """
-    table = pd.DataFrame([row for path in _found(folder, match) for row in _rows(_read(path))])
+    table = pd.DataFrame([row for path in _found(folder, match) for row in _rows(read_results(path))])
     return table.sort_values([*SAME_MEASUREMENT, "bits", "tag"], kind="stable").reset_index(drop=True)
 
 
@@ -51,7 +48,7 @@ def write_collection(table: pd.DataFrame, out: Path) -> list[Path]:
 
 def write_page(folder: Path, match: str, out: Path) -> Path:
     """Write the page of the same runs to `out`, linked to their own pages. Returns its path."""
-    runs = {path.parent: _read(path) for path in _found(folder, match)}
+    runs = {path.parent: read_results(path) for path in _found(folder, match)}
     links = {
         run["tag"]: os.path.relpath(place / PAGE_FILE, out)
         for place, run in runs.items()
@@ -68,13 +65,6 @@ def _found(folder: Path, match: str) -> list[Path]:
     if not paths:
         raise DataError(f"no {RESULTS_FILE} under {folder}/{match}")
     return paths
-
-
-def _read(path: Path) -> Results:
-    results: Results = json.loads(path.read_text(encoding="utf-8"))
-    if results.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(f"{path}: schema_version {results.get('schema_version')} is not {SCHEMA_VERSION}; run it again")
-    return results
 
 
 def _rows(results: Results) -> list[dict]:

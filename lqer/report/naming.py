@@ -1,4 +1,4 @@
-"""Names of schemes in tables and figures: the parts they are composed of."""
+"""Names of schemes in tables and figures: the parts they are composed of. And of texts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from lqer.methods import Method
 
 RTN = "RTN"
 NEAREST = "nearest"
+# Of the hash that tells two texts of one name apart.
+TEXT_DIGITS = 8
 
 
 def scheme_name(quantize: Mapping[str, Any]) -> str:

@@ -16,14 +16,13 @@ import pandas as pd
 
 from lqer.formats import format_from_dict
 from lqer.report.families import family_of
-from lqer.report.naming import scheme_name
+from lqer.report.naming import TEXT_DIGITS, scheme_name
 from lqer.results import DownstreamRow, PerplexityRow, Results
 
 # Of activations that are not rounded: those of a model in half precision.
 HALF_PRECISION_BITS = 16.0
 # Of a format's bits per value, scales included, on a row of that many values.
 ROW = 4096
-TEXT_DIGITS = 8
 # The first that a task has counts; tasks that have none are left out of the mean.
 ACCURACIES = ("acc_norm", "acc")
 ACCURACY, ACCURACY_ERROR = "mean accuracy", "± accuracy"

@@ -18,7 +18,7 @@ from lqer.errors import DataError
 from lqer.report.ranking import ACCURACY, ACCURACY_ERROR, Ranking, rank
 from lqer.report.ranking_figure import save_ranking
 from lqer.report.write import markdown_table
-from lqer.results import RESULTS_FILE, SCHEMA_VERSION, Results
+from lqer.results import RESULTS_FILE, Results, read_results
 from lqer.store.files import content_hash, write_atomically, write_json, write_text
 
 TABLE_FOLDER = "{tag}-table"
@@ -83,9 +83,7 @@ def read_runs(record: SweepRecord, output_dir: Path) -> dict[str, Results]:
     for name, run in record.runs.items():
         path = output_dir / run["tag"] / RESULTS_FILE
         if path.exists():
-            results = json.loads(path.read_text(encoding="utf-8"))
-            if results.get("schema_version") != SCHEMA_VERSION:
-                raise DataError(f"{path}: schema_version is not {SCHEMA_VERSION}; run it again")
+            results = read_results(path)
             if content_hash(results["config"]) == run["config"]:
                 found[name] = results
     return found

@@ -10,12 +10,10 @@ from typing import Any, Literal
 
 from lqer.checkpoint.bits import named_parts
 from lqer.report.families import Family, family_of, rtn_family
-from lqer.report.naming import rtn_name, scheme_name
+from lqer.report.naming import TEXT_DIGITS, rtn_name, scheme_name
 from lqer.report.ranking import activation_bits
 from lqer.results import Divergence, DivergenceInfo, DownstreamRow, PerplexityRow, Results
 
-# Of the hash that tells two texts of one name apart.
-TEXT_DIGITS = 8
 KL, TOP1 = "KL from the original", "top-1 agreement"
 FINE_TUNED = " + fine-tuning"
 SHORT = {KL: "KL", TOP1: "top-1"}
