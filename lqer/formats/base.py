@@ -24,6 +24,9 @@ from lqer.formats.blocks import BlockSize, block_count, from_blocks, to_blocks
 from lqer.formats.packing import pack_bits, packed_length, unpack_bits
 from lqer.formats.spacing import Levels, Spacing
 
+# Values of a row that a format's bits are stated for: hidden sizes are about that long.
+NOMINAL_ROW = 4096
+
 
 class NonFiniteError(ValueError):
     """A tensor to be quantized holds NaN or infinities; the message says how many of each."""
@@ -66,6 +69,11 @@ class NumberFormat(Component, ABC, family="number format"):
     @abstractmethod
     def bits_per_value(self, length: int) -> float:
         """Nominal bits per element, metadata included, for an axis of `length` (a ragged last block is a block)."""
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits per value, metadata included, in a row of NOMINAL_ROW: what a format is known by."""
+        return self.bits_per_value(NOMINAL_ROW)
 
     def scale_bits(self, bits: int, length: int) -> int:
         """Bits of the scales of an axis of `length`, of `bits` each; the one scale of a tensor is left out."""

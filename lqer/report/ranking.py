@@ -21,8 +21,6 @@ from lqer.results import DownstreamRow, PerplexityRow, Results
 
 # Of activations that are not rounded: those of a model in half precision.
 HALF_PRECISION_BITS = 16.0
-# Of a format's bits per value, scales included, on a row of that many values.
-ROW = 4096
 # The first that a task has counts; tasks that have none are left out of the mean.
 ACCURACIES = ("acc_norm", "acc")
 ACCURACY, ACCURACY_ERROR = "mean accuracy", "± accuracy"
@@ -142,7 +140,7 @@ def _facts(name: str, results: Results) -> dict[str, Any]:
 def activation_bits(config: Mapping[str, Any]) -> float:
     """Bits per value of the inputs of linears, scales included."""
     found = config.get("formats", {}).get(config["quantize"]["activation"])
-    return HALF_PRECISION_BITS if found is None else format_from_dict(found).bits_per_value(ROW)
+    return HALF_PRECISION_BITS if found is None else format_from_dict(found).nominal_bits
 
 
 def mean_accuracy(tasks: Sequence[DownstreamRow], role: str) -> tuple[float, float] | None:

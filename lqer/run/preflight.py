@@ -202,4 +202,4 @@ def _shown(config: Config, format_name: str) -> str:
     if format_name == NOT_QUANTIZED:
         return "not quantized"
     number_format = config.formats[format_name]
-    return f"{format_name} ({number_format.kind}, {number_format.bits_per_value(4096):g} bits)"
+    return f"{format_name} ({number_format.kind}, {number_format.nominal_bits:g} bits)"

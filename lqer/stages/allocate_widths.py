@@ -60,7 +60,7 @@ class WidthPlans(BudgetedPlans):
     @property
     def names(self) -> list[str]:
         """Of all that a linear can get, in the order of `Widths.counts`."""
-        formats = [f"{one.kind} {one.bits_per_value(4096):g} bits" for one in self.widths.formats]
+        formats = [f"{one.kind} {one.nominal_bits:g} bits" for one in self.widths.formats]
         return formats + [f"{name} with A and B" for name in formats if self.optional_rank]
 
     def allocate(self, store: Store) -> Widths:
