@@ -60,7 +60,8 @@ def presets_like(pattern: str) -> list[str]:
 
 def read_summary(name: str) -> str:
     """The first sentence of the comment at the head of a preset."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), preset_path(name).open(encoding="utf-8"))
+    lines = preset_path(name).read_text(encoding="utf-8").splitlines()
+    lines = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     comment = " ".join(line.removeprefix("#").strip() for line in lines)
     return re.split(r"(?<=\.) ", comment)[0]
 
