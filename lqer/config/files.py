@@ -13,6 +13,8 @@ from lqer.errors import ConfigError
 MAX_BYTES = 1_000_000
 # Tables and arrays inside one another. The schema has four levels.
 MAX_DEPTH = 16
+# Characters of what a message quotes.
+MOST_QUOTED = 80
 
 
 def read_toml(path: Path, asked_by: str = "") -> dict[str, Any]:
@@ -60,6 +62,6 @@ def reason_of(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
 
 
-def shortened(text: str, length: int = 80) -> str:
+def shortened(text: str) -> str:
     """A text that a message can quote."""
-    return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
+    return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}… ({len(text)} characters)"

@@ -200,11 +200,10 @@ def _read_places(places: Collection[Place], pinned: bool) -> dict[Place, Tensor]
     return {place: tensor for file, here in files.items() for place, tensor in _read_some(file, here, pinned).items()}
 
 
-def read_file(file: Path, names: Iterable[str] | None = None, pinned: bool = False) -> dict[str, Tensor]:
-    """Tensors of one safetensors file by name (None: all), on the CPU; the file does not stay open or mapped."""
-    if names is None:
-        with safe_open(file, framework="pt", **READ_OPTIONS) as opened:
-            names = list(opened.keys())
+def read_file(file: Path, pinned: bool = False) -> dict[str, Tensor]:
+    """The tensors of one safetensors file by name, on the CPU; the file does not stay open or mapped."""
+    with safe_open(file, framework="pt", **READ_OPTIONS) as opened:
+        names = list(opened.keys())
     found = _read_some(file, [Place(file, name) for name in names], pinned)
     return {place.name: tensor for place, tensor in found.items()}
 
