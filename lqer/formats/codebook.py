@@ -139,11 +139,8 @@ class Codebook(NumberFormat):
 
     def fit(self, x_Gg: Tensor, weight_Gg: Tensor | None = None) -> dict[str, Tensor]:
         """Codebooks of float32 groups [G, g] by k-means, each weight counting `weight_Gg` times (0: not there)."""
-        x_GVD, weight_GVD = (
-            self._vectors(x_Gg),
-            self._vectors(torch.ones_like(x_Gg) if weight_Gg is None else weight_Gg),
-        )
-        return self.encode_centroids(fit_centroids(x_GVD, weight_GVD, self.centroids))
+        weight_Gg = torch.ones_like(x_Gg) if weight_Gg is None else weight_Gg
+        return self.encode_centroids(fit_centroids(self._vectors(x_Gg), self._vectors(weight_Gg), self.centroids))
 
     def encode(self, x_Gg: Tensor, scales: dict[str, Tensor]) -> Tensor:
         """uint8 codes [G, g / D] of the nearest centroids."""

@@ -41,10 +41,8 @@ def smoothing_scale(max_abs_I: Tensor, weight_OI: Tensor) -> Tensor:
     the weight get 1e-6 of the largest factor.
     """
     weight_I = weight_OI.abs().amax(0)
-    ratio_I = max_abs_I**MIGRATION_STRENGTH / weight_I.clamp(min=weight_I.max() * RELATIVE_FLOOR).clamp(min=1e-30) ** (
-        1 - MIGRATION_STRENGTH
-    )
-    return _floored(ratio_I)
+    weight_I = weight_I.clamp(min=weight_I.max() * RELATIVE_FLOOR).clamp(min=1e-30)
+    return _floored(max_abs_I**MIGRATION_STRENGTH / weight_I ** (1 - MIGRATION_STRENGTH))
 
 
 def _floored(scale_I: Tensor) -> Tensor:

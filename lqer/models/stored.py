@@ -6,7 +6,6 @@ which transformers merges as it loads them. Here both become the linears of spli
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +72,7 @@ class StoredNames:
         if pattern is None:
             return dict(self.stacks[name]) if name in self.stacks else {name: None}
         converter = next(one for one in self.converters if pattern in one.source_patterns)
-        expert = next(part for part in reversed(re.split(r"\.", stored)) if part.isdigit())
+        expert = next(part for part in reversed(stored.split(".")) if part.isdigit())
         places = [key for key in self.stacks.get(name, {}) if key.split(".")[-3] == expert]
         if not places and name in self.stacks:
             # Of an expert that passes its tokens on, which transformers stacks and nothing reads.

@@ -53,7 +53,7 @@ def open_model(
 
 def _open_streamed(
     source: ModelSource, dtype: torch.dtype | str, device: torch.device, offload: Offload
-) -> OpenedModel:  # fmt: skip
+) -> OpenedModel:
     _refuse_conversion(source)
     headers = {file: read_header(file) for file in weight_files(source.find, source.name)}
     config = load_model_config(source)
@@ -104,9 +104,7 @@ def _skeleton(
     with reported_as(f"model: {source.name} cannot be built"), without_values():
         model = auto_class(config).from_config(config, dtype=dtype)
     names = StoredNames.of(model)
-    transposed = frozenset(
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
-    )  # fmt: skip
+    transposed = frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
     prepare_model(model)
     if model.can_generate():
         _load_generation_config(model, source)

@@ -7,7 +7,6 @@ both are errors, except for tensors that transformers itself ignores, such as ro
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -111,7 +110,7 @@ def _refuse_codes(name: str, model: PreTrainedModel, dtypes: Mapping[str, str]) 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
     """Block 10 after block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", name)]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 @contextmanager

@@ -77,10 +77,10 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "output_error": table["output_error"],
         }
     )
+    if "routed_tokens" not in table:
+        return layers
     # Of experts alone.
-    return (
-        layers if "routed_tokens" not in table else layers.assign(routed_tokens=table["routed_tokens"].astype("Int64"))
-    )
+    return layers.assign(routed_tokens=table["routed_tokens"].astype("Int64"))
 
 
 def draw_figures(

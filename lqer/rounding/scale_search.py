@@ -34,14 +34,12 @@ def searched_scales(number_format: NumberFormat, x_Gg: Tensor, importance_Gg: Te
     candidates = number_format.scale_candidates(x_Gg)
     count = len(next(iter(candidates.values())))
     rows = max(MOST_VALUES // max(count * x_Gg[:1].numel(), 1), 1)
-    index_G = torch.cat(
-        [
-            _error(
-                number_format, x_Gg[now], importance_Gg, {name: part[:, now] for name, part in candidates.items()}
-            ).argmin(0)
-            for now in (slice(first, first + rows) for first in range(0, max(len(x_Gg), 1), rows))
-        ]
-    )
+    best = []
+    for first in range(0, max(len(x_Gg), 1), rows):
+        now = slice(first, first + rows)
+        scales = {name: part[:, now] for name, part in candidates.items()}
+        best.append(_error(number_format, x_Gg[now], importance_Gg, scales).argmin(0))
+    index_G = torch.cat(best)
     return {name: part.gather(0, index_G.unsqueeze(0)).squeeze(0) for name, part in candidates.items()}
 
 
