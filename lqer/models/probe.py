@@ -57,41 +57,42 @@ def check_walk(source: ModelSource, whole_blocks: bool, gradients: bool = False)
     with reported_as(f"model: {source.name} cannot be run block by block"):
         model = _made_up(source)
         opened = OpenedModel.resident(model, CPU, Offload())
-        generator = torch.Generator().manual_seed(0)
-        rows = len(cast(Tensor, model.get_input_embeddings().weight))
-        windows_WT = torch.randint(rows, (WINDOWS, TOKENS), generator=generator)
-        batches = windows_WT.split(BATCH_SIZE)
+        batches = _made_up_windows(model).split(BATCH_SIZE)
         hidden = embed(opened, batches)
         # Where blocks may hand something to later ones, which one block alone does not show, all are run.
         hands_on = any(call.may_hand_on for calls in hidden.calls for call in calls)
         kinds = {index: others for index, *others in _by_kind(opened.blocks)}
         for index in range(len(opened.blocks)) if hands_on else kinds:
             run = BlockRun(index, f"{opened.name}.{index}", opened.blocks[index], hidden, CPU)
-            linears, given_BTD = block_linears(run.block), hidden.load(0, CPU).clone()
-            # Experts, in a list or split, may be for other tokens; a module of split ones is called with all tokens.
-            lists = [name for name, part in run.block.named_modules() if isinstance(part, nn.ModuleList)]
-            mixtures = {name: f"{name}." for name in (*lists, *experts_of(run.block))}
-            waiting = {name for name in linears if not name.startswith(tuple(mixtures.values()))}
-            waiting |= experts_of(run.block).keys()
-            with watched_inputs(run.block, {name: partial(_reach, waiting, name) for name in waiting}):
-                outputs = [run.output(batch) for batch in range(len(batches))]
-            missed = tuple(f"{name}." for name in waiting & mixtures.keys())
-            alike = (f"{opened.name}.{block}" for block in (index, *kinds.get(index, ())) if index in kinds)
-            unreached += [
-                f"{block}.{name}" for block in alike for name in linears if name in waiting or name.startswith(missed)
-            ]
+            given_BTD = hidden.load(0, CPU).clone()
+            output_BTD, missed = _run_watched(run, len(batches))
+            alike = (index, *kinds[index]) if index in kinds else ()
+            unreached += [f"{opened.name}.{block}.{name}" for block in alike for name in missed]
             if hands_on:
                 run.forward()
                 if gradients:
                     refuse_lost_gradients(hidden)
             elif index + 1 < len(opened.blocks):
                 own_BTD = run_one_block(opened, index, batches[0], hidden.returned_values)
-                _refuse_difference(outputs[0], own_BTD, f"{run.name} of {type(model).__name__}")
+                _refuse_difference(output_BTD, own_BTD, f"{run.name} of {type(model).__name__}")
             if whole_blocks:
-                _refuse_needed(run, given_BTD, outputs[0])
+                _refuse_needed(run, given_BTD, output_BTD)
         if hands_on:
             _refuse_difference(hidden.load(0, CPU), _last_output(opened, batches[0]), type(model).__name__)
     return unreached
+
+
+def _run_watched(run: BlockRun, batches: int) -> tuple[Tensor, list[str]]:
+    """The block's output for the first batch of windows, and its linears, by name, that none of all batches reached."""
+    linears, experts = block_linears(run.block), experts_of(run.block)
+    # Experts, in a list or split, may be for other tokens; a module of split ones is called with all tokens.
+    lists = [name for name, part in run.block.named_modules() if isinstance(part, nn.ModuleList)]
+    mixtures = {name: f"{name}." for name in (*lists, *experts)}
+    waiting = {name for name in linears if not name.startswith(tuple(mixtures.values()))} | experts.keys()
+    with watched_inputs(run.block, {name: partial(_reach, waiting, name) for name in waiting}):
+        outputs = [run.output(batch) for batch in range(batches)]
+    missed = tuple(mixtures[name] for name in waiting & mixtures.keys())
+    return outputs[0], [name for name in linears if name in waiting or name.startswith(missed)]
 
 
 def _reach(waiting: set[str], name: str, _: Tensor) -> None:
@@ -144,6 +145,11 @@ def _made_up(source: ModelSource) -> PreTrainedModel:
     fill_parameters(model, values, CPU, torch.float32)
     tie(model)
     return model.eval()
+
+
+def _made_up_windows(model: PreTrainedModel) -> Tensor:
+    rows = len(cast(Tensor, model.get_input_embeddings().weight))
+    return torch.randint(rows, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
 def _refuse_other_experts(name: str, experts: Experts, generator: torch.Generator) -> None:
