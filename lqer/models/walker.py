@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqer.errors import ModelError
-from lqer.models.calls import Comparison, Left, RecordedCalls, returned_by
+from lqer.models.calls import BlockCall, Comparison, Left, RecordedCalls, returned_by
 from lqer.models.files import reported_as
 from lqer.models.hidden import HiddenStates, new_states
 from lqer.models.loaders import OpenedModel
 from lqer.models.recorder import Recorder, replaced, set_return_type
 from lqer.nn.attention import attention_as
 from lqer.phases import in_phase
+from lqer.statistics import Gang
 
 
 class BlockRun:
@@ -225,13 +226,20 @@ def embed(
     assert hidden is not None, "there is at least one batch"
     hidden.calls = [record.calls for record in recorded]
     general = [record.general(call) for record, call in zip(recorded, of_one, strict=True)]
-    # A rank may have no batch but the last, of a single window.
-    per_window = gang.of_first([None if call is None else call.per_window for call in general])
-    hidden.calls_of_one = [
-        None if call is None or found is None else replace(call, per_window=found)
-        for call, found in zip(general, per_window, strict=True)
-    ]
+    hidden.calls_of_one = _alike_on_all_ranks(general, gang)
     return hidden
+
+
+def _alike_on_all_ranks(calls: Sequence[BlockCall | None], gang: Gang) -> list[BlockCall | None]:
+    """The calls of one window with the first rank's word on what differs between windows.
+
+    Another rank may have no batch but the last, of a single window.
+    """
+    per_window = gang.of_first([None if call is None else call.per_window for call in calls])
+    return [
+        None if call is None or found is None else replace(call, per_window=found)
+        for call, found in zip(calls, per_window, strict=True)
+    ]
 
 
 def refuse_non_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
