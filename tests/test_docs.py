@@ -16,11 +16,14 @@ import torch
 from pydantic import BaseModel
 
 from lqer.config import read_config
+from lqer.config.plan import plan_model
 from lqer.config.quantize import OverrideConfig
 from lqer.config.schema import Config, TrackingConfig
 from lqer.data.datasets import DatasetSpec
 from lqer.export import make_target, matrix
 from lqer.formats import NumberFormat, format_from_dict
+from lqer.models.source import resolve_model
+from lqer.models.summary import summarize_model
 from lqer.report import contract
 
 ROOT = Path(__file__).parents[1]
@@ -76,13 +79,20 @@ def test_a_sweep_of_the_readme_exists_and_its_config_too(command):
     assert (ROOT / command[1]).exists()
 
 
-def test_the_config_of_the_readme_is_an_experiment(tmp_path):
+def test_the_config_of_the_readme_fits_its_model_and_rounds_weights_alone(tmp_path, random_model):
     (text,) = blocks("toml")
     path = tmp_path / "example.toml"
-    path.write_text(text.replace("../methods", str(ROOT / "configs" / "methods")))
+    path.write_text(text)
+    random_model("llama").save_pretrained(tmp_path / "model")  # the architecture of the example's
     config = read_config(path)
-    assert config.formats["w3"].kind == "int"
-    assert config.quantize.override[0].low_rank.rank == 64
+    plans = plan_model(config, summarize_model(resolve_model(str(tmp_path / "model"))))
+    assert {name.rpartition(".")[2]: plan.rank for name, plan in plans.items()} == {
+        **dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"], 32),
+        "down_proj": 64,
+    }
+    for plan in plans.values():
+        assert (plan.weight.kind, plan.weight.bits, plan.activation, plan.bias) == ("int", 3, None, None)
+    assert config.quantize.attention == "none"
 
 
 def test_the_mistake_of_the_readme_is_answered_as_shown():
