@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from lqer import __version__
 from lqer.errors import ConfigError
 from lqer.run.chunks import Chunk, parse_chunk
 from lqer.run.console import log_on_console, quieten_libraries
@@ -39,6 +40,9 @@ def console() -> int:
     if _asks_for_help([command]):
         print(OVERVIEW.strip())
         return EXIT_OK if sys.argv[1:] else EXIT_USER_ERROR
+    if command == "--version":
+        print(f"lqer {__version__}")
+        return EXIT_OK
     if command == "lm-eval":
         return _answered(lambda: _lm_eval(arguments))
     if command in COMMANDS:

@@ -115,6 +115,8 @@ def resolve_model(name: str, revision: str | None = None, fingerprints: Fingerpr
         if not (path / "config.json").is_file():
             raise ModelError(f"model: {path} has no config.json")
         return ModelSource(name, str(path), None, _fingerprint_folder(path, fingerprints), f"local folder {path.name}")
+    if path.is_file():
+        raise ModelError(f"model: {name} is neither a folder nor a .safetensors or .gguf file")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model: no such file or folder: {name}")
     return _resolve_hub(name, revision)

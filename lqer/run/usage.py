@@ -12,8 +12,8 @@ OVERVIEW = """Post-training quantization of language models.
     lqer ls WHAT                        what a configuration can name; finished runs
     lqer lm-eval run ...                lm-eval's own command line, with the model "lqer"
 
-`lqer COMMAND --help` explains a command. CONFIG is a TOML file or preset:NAME (`lqer ls presets`). Any key of it can be
-set on the command line: --section.key=value.
+`lqer COMMAND --help` explains a command; `lqer --version`. CONFIG is a TOML file or preset:NAME (`lqer ls presets`).
+Any key of it can be set on the command line: --section.key=value.
 
 Exit status: 0 done, 1 a run failed, 2 a mistake in the input (one line on stderr says which), 130 interrupted.
 """
@@ -67,7 +67,7 @@ Reads the newest atlas of CONFIG's model under its output_dir; `lqer sweep atlas
 
     lqer export CHECKPOINT TARGET OUT [--key=value ...]
 
-CHECKPOINT is a run's folder or its checkpoint, TARGET one of `lqer ls targets`, OUT a new folder or file.
+CHECKPOINT is a run's folder or its checkpoint, TARGET one of `lqer ls targets`, OUT a new folder.
 
     --key=value          a setting of the target, such as --dtype=bfloat16
     --text FILE          the text to compare on (default: text sampled from the checkpoint)

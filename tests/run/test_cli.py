@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,12 @@ class TestConsoleScript:
         assert status == 0
         assert line in rows[name]
 
+    def test_a_component_is_listed_with_its_settings_and_defaults_as_a_configuration_writes_them(self, lqer):
+        rows = dict(row.split(maxsplit=1) for row in lqer("ls", "formats")[1].splitlines())
+        settings = "bits, block_size = 128, symmetric = false, scale_dtype = \"float16\""
+        assert rows["int"].endswith(f" Settings: {settings}.")
+        assert "Settings" not in lqer("ls", "statistics")[1]
+
     def test_a_preset_is_listed_with_the_first_sentence_of_its_file(self, lqer):
         line = "L2QER (arXiv 2402.02446): W4A8 MXINT, rank 32, rounding error scaled by activation magnitudes."
         assert lqer("ls", "presets", "lqer-act")[1] == f"lqer-act  {line}\n"
@@ -175,6 +182,9 @@ class TestConsoleScript:
         assert status == 0
         assert re.findall(r"^    lqer ([a-z-]+)", out, re.MULTILINE) == [*COMMANDS, "lm-eval"]
         assert lqer() == (2, out, "")
+
+    def test_the_version_is_that_of_the_package(self, lqer):
+        assert lqer("--version") == (0, f"lqer {version('lqer')}\n", "")
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_a_command_explains_itself_when_asked_and_where_it_lacks_arguments(self, lqer, command):

@@ -290,6 +290,7 @@ class TestWhatIsRefused:
         ("override", "error", "part"),
         [
             ("--model=/nowhere/model", ModelError, "no such file or folder: /nowhere/model"),
+            (f"--model={__file__}", ModelError, "is neither a folder nor a .safetensors or .gguf file"),
             ("--model=demo:smollm3", ModelError, "demo:smollm2-135m"),
             ("--device=cuda:99", LqerError, "device"),
             ("--calibration.dataset=wikitext-2", DataError, "did you mean 'wikitext2'?"),
