@@ -52,8 +52,9 @@ ROPE_PREFIX = "rope_"
 
 @dataclass(frozen=True)
 class Gguf(Target):
-    """GGUF, for llama.cpp. template: a GGUF file of the original model, for its metadata and tokenizer.
+    """GGUF, for llama.cpp.
 
+    template: a GGUF file of the original model, for its metadata and tokenizer.
     dtype: of dequantized weights, with factors merged and rotations folded; by default they stay quantized.
     """
 

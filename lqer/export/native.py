@@ -25,7 +25,7 @@ from lqer.store.files import write_json
 
 @dataclass(frozen=True)
 class Native(Target):
-    """`quant_method: "lqer"`, for transformers, vLLM, lm-eval and whatever loads models with them, beside lqer."""
+    """The checkpoint itself, with everything, for transformers, vLLM and lm-eval where lqer is installed."""
 
     kind = "native"
     readers = ("transformers",)

@@ -84,7 +84,7 @@ def alternate(weight_OI: Tensor, metric: Metric, steps: Sequence[Step], iteratio
 
 @dataclass(frozen=True)
 class Caldera(QeraExact):
-    """CALDERA: rounding and low-rank factors fitted alternately, all three quantized.
+    """CALDERA (arXiv 2405.18886): rounding and low-rank factors in turn, all three quantized.
 
     starts_with: which step comes first. lplr_iterations: alternating least-squares steps where A or B is rounded.
     down_date: the fraction of the directions that A corrects to remove from H for error feedback: 1 as published, 0 for

@@ -16,7 +16,7 @@ from lqer.rounding import Gptq
 
 
 class GptqMethod(QeraExact):
-    """GPTQ's rounding with error propagation, then QERA's step."""
+    """GPTQ's rounding with error propagation; at a rank above 0, QERA-exact's A·B for what is left."""
 
     kind = "gptq"
     rounding = Gptq()

@@ -15,7 +15,7 @@ from lqer.rounding import Vector
 
 
 class GptvqMethod(QeraExact):
-    """GPTVQ's rounding with error propagation, then QERA's step."""
+    """GPTVQ's rounding with error propagation; at a rank above 0, QERA-exact's A·B for what is left."""
 
     kind = "gptvq"
     rounding = Vector()

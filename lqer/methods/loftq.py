@@ -17,7 +17,7 @@ ITERATIONS = 5
 
 
 class LoftQ(Method):
-    """LoftQ: alternating rounding and SVD."""
+    """LoftQ (arXiv 2310.08659): rounding and truncated SVD in turn."""
 
     kind = "loftq"
     iterations = ITERATIONS

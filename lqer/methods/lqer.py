@@ -21,13 +21,13 @@ from lqer.statistics import MeanAbs
 
 
 class LqerSvd(Method):
-    """LQER: S = I."""
+    """LQER: truncated SVD of the rounding error, S = I."""
 
     kind = "lqer-svd"
 
 
 class LqerAct(Method):
-    """L²QER: S = diag(activation scale)."""
+    """L²QER: truncated SVD of the rounding error scaled by activation magnitudes, S = diag(s)."""
 
     kind = "lqer-act"
     statistics = frozenset({MeanAbs()})
@@ -37,6 +37,6 @@ class LqerAct(Method):
 
 
 class ZeroQuantV2(LqerSvd):
-    """ZeroQuant-V2: LQER with S = I, by another name."""
+    """ZeroQuant-V2's low-rank compensation (arXiv 2303.08302): `lqer-svd` by another name."""
 
     kind = "zeroquant-v2"

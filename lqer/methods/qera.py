@@ -23,7 +23,7 @@ from lqer.statistics.site import derive
 
 
 class QeraApprox(Method):
-    """QERA-approx: H taken as diagonal."""
+    """QERA-approx: least error of the outputs if input channels were uncorrelated, H = diag(E[x²])."""
 
     kind = "qera-approx"
     statistics = frozenset({MeanSquare()})
@@ -33,7 +33,7 @@ class QeraApprox(Method):
 
 
 class QeraExact(Method):
-    """QERA-exact: the full H, over its mean diagonal: A·B does not depend on the unit, the magnitudes of A and B do."""
+    """QERA-exact: least error of the outputs, under the full H = E[x xᵀ]."""
 
     kind = "qera-exact"
     statistics = frozenset({Hessian()})
@@ -43,13 +43,16 @@ class QeraExact(Method):
 
 
 def _hessian_metric(statistics: Statistics) -> Metric:
-    """The metric and its root are those of all linears of a site."""
+    """The metric and its root are those of all linears of a site.
+
+    H is divided by its mean diagonal: A·B does not depend on its unit, the magnitudes of A and B do.
+    """
     hessian_II = statistics["hessian"]
     mean = hessian_II.diagonal().mean()
     return Metric(hessian_II=hessian_II / mean if mean > 0 else hessian_II)
 
 
 class EoRA(QeraExact):
-    """EoRA: QERA-exact's product A·B by another root of H."""
+    """EoRA (arXiv 2410.21271): the A·B of QERA-exact, by another root of H."""
 
     kind = "eora"

@@ -21,7 +21,7 @@ from lqer.statistics import MaxAbs
 
 
 class SvdQuant(Method):
-    """SVDQuant: low-rank factors of the smoothed weight first, then rounding."""
+    """SVDQuant (arXiv 2411.05007): low-rank factors of the smoothed weight, then rounding of the rest."""
 
     kind = "svdquant"
     statistics = frozenset({MaxAbs()})

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from lqer.components import Component, did_you_mean
@@ -50,9 +51,18 @@ def _components(family: type[Component], of_module: bool = False) -> Callable[[]
 
     def rows() -> Iterator[Row]:
         for kind, cls in sorted(family.registry.items()):
-            yield kind, _first_line((of_module and sys.modules[cls.__module__].__doc__) or cls.__doc__)
+            yield kind, _first_line((of_module and sys.modules[cls.__module__].__doc__) or cls.__doc__) + _settings(cls)
 
     return rows
+
+
+def _settings(cls: type[Component]) -> str:
+    """The fields that a configuration may set, with their defaults as TOML; without one where it is not a value."""
+    settings = [
+        field.name if field.default in (MISSING, None) else f"{field.name} = {json.dumps(field.default)}"
+        for field in fields(cls)
+    ]
+    return f" Settings: {', '.join(settings)}." if settings else ""
 
 
 def _first_line(docstring: str | None) -> str:

@@ -115,7 +115,7 @@ class TestConsoleScript:
 
     def test_a_component_is_listed_with_its_settings_and_defaults_as_a_configuration_writes_them(self, lqer):
         rows = dict(row.split(maxsplit=1) for row in lqer("ls", "formats")[1].splitlines())
-        settings = "bits, block_size = 128, symmetric = false, scale_dtype = \"float16\""
+        settings = 'bits, block_size = 128, symmetric = false, scale_dtype = "float16"'
         assert rows["int"].endswith(f" Settings: {settings}.")
         assert "Settings" not in lqer("ls", "statistics")[1]
 
