@@ -13,7 +13,7 @@ from lqer.checkpoint.bits import Bits, named_parts
 from lqer.report import figures, layer_figures
 from lqer.report.experts import experts_paragraphs
 from lqer.report.families import family_of, rtn_family
-from lqer.report.naming import rtn_name, scheme_name
+from lqer.report.naming import own_rounding, rtn_name, scheme_name
 from lqer.report.page.write import PAGE_FILE, Details, write_run_page
 from lqer.report.paragraphs import (
     allocation_paragraphs,
@@ -252,8 +252,9 @@ def render_report(
 ) -> str:
     """report.md: the comparison, its protocol, and the errors of single layers."""
     model, calibration, bits, seconds = results["model"], results["calibration"], results["bits"], results["seconds"]
-    quantize = results["config"]["quantize"]
     worst = layers.nlargest(5, "output_error")[["name", "rank", "bits", "output_error_before", "output_error"]]
+    if not layers["rank"].any():
+        worst = worst.drop(columns=["rank", "output_error_before"])
     evaluations = "".join(f"- evaluated on {row['source']}\n" for row in results["perplexity"])
     pictures = _pictures(results, with_spectra, with_steps, any(_losses(note) for note in notes))
     shown = "\n\n".join(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures)
@@ -266,9 +267,7 @@ def render_report(
         *map(str, figures_of(results)),
         *divergence_paragraphs(results),
         f"Bits per quantized weight, everything stored included: {_shown_bits(bits)}.\n"
-        f"Method `{quantize['method']['kind']}`, weights `{quantize['weight']}`, "
-        f"activations `{quantize['activation']}`, "
-        f"attention operands `{quantize['attention']}`{_shown_transforms(quantize)}.",
+        f"{shown_scheme(results['config']['quantize'])}.",
         *experts_paragraphs(results),
         *allocation_paragraphs(results),
         *widths_paragraphs(results),
@@ -303,9 +302,14 @@ def _pictures(results: Results, with_spectra: bool, with_steps: bool, with_losse
     return [picture for picture, is_there in there.items() if is_there]
 
 
-def _shown_transforms(quantize: Mapping[str, Any]) -> str:
-    kinds = [transform["kind"] for transform in quantize["transforms"]]
-    return f", transforms {', '.join(f'`{kind}`' for kind in kinds)}" if kinds else ""
+def shown_scheme(quantize: Mapping[str, Any]) -> str:
+    """The parts of a resolved [quantize] table, by the names that a configuration gives them."""
+    transforms = ", ".join(f"`{transform['kind']}`" for transform in quantize["transforms"])
+    return (
+        f"Method `{quantize['method']['kind']}`, rounding `{own_rounding(quantize)}`, weights `{quantize['weight']}`, "
+        f"activations `{quantize['activation']}`, attention operands `{quantize['attention']}`"
+        f"{f', transforms {transforms}' if transforms else ''}"
+    )
 
 
 def _shown_bits(bits: Bits) -> str:

@@ -138,11 +138,12 @@ def last_in_between(blocks: int) -> list[int]:
 
 
 def checkpoint_summary(checkpoint: Artifact) -> str:
-    """Bits and the change of the mean output error, for the log."""
+    """Bits and the mean output error, of rounding alone too where there are factors, for the log."""
     details = checkpoint.json(DETAILS_FILE)
     rows = [row for index in range(details["blocks"]["count"]) for row in checkpoint.json(layers_file(index))]
     before, after = (sum(row[key] for row in rows) / len(rows) for key in ("output_error_before", "output_error"))
-    return f"{details['bits']['average']:.4g} bits, mean relative output error {before:.4g} -> {after:.4g}"
+    error = f"{before:.4g} rounded, {after:.4g} with A·B" if any(row["rank"] for row in rows) else f"{after:.4g}"
+    return f"{details['bits']['average']:.4g} bits, mean relative output error {error}"
 
 
 def finish_checkpoint(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lqer.report.environment import device_name
-from lqer.report.write import shown_model
+from lqer.report.write import shown_model, shown_scheme
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,17 @@ def test_what_a_name_does_not_tell_is_said_beside_it():
     model = {"architecture": "OPT", "parameters": 4_000_000, "quantized_parameters": 3_000_000}
     told = shown_model(model | {"name": "demo:opt", "description": "Expanded from a 4-bit file."})
     assert told == "demo:opt (OPT, 4.0M parameters; 75% of them quantized).\nExpanded from a 4-bit file."
+
+
+@pytest.mark.parametrize(
+    ("method", "named", "rounding"),
+    [("none", {"rounding": {"kind": "ldlq"}}, "ldlq"), ("gptq", {}, "gptq"), ("lqer-act", {}, "nearest")],
+)
+def test_a_scheme_is_told_with_its_rounding_also_where_the_method_brings_it(method, named, rounding):
+    formats = {"weight": "w4", "activation": "x8", "attention": "none"}
+    told = shown_scheme({"method": {"kind": method}, "transforms": [{"kind": "hadamard"}], **formats, **named})
+    assert told.startswith(f"Method `{method}`, rounding `{rounding}`, weights `w4`, activations `x8`")
+    assert told.endswith("attention operands `none`, transforms `hadamard`")
 
 
 @pytest.mark.parametrize(("threads", "shown"), [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
