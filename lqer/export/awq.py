@@ -70,7 +70,9 @@ class Awq(Target):
 
         config = self._config(source, next(iter(schemes.values())))
         write_linears(source, folder, tensors_of, {QUANTIZATION_CONFIG: config})
-        return Written("rounded", ("Readers multiply by float16 scales in float16.",))
+        return Written(
+            "rounded", ("GPTQModel multiplies in float16: its logits differ a little from the checkpoint's.",)
+        )
 
     def _config(self, source: Source, scheme: IntegerScheme) -> dict[str, Any]:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,8 @@ def _verification(outcome: Outcome) -> str:
         f"{check.tokens_per_window} tokens ({check.text}):",
         "",
         f"- largest difference of a logit: {check.logit_difference:.3g}, of logits up to {check.largest_logit:.3g}",
-        f"- perplexity over {check.windows} windows: {check.exported_perplexity:.6g}; the checkpoint, as far as it is "
-        f"carried, {check.perplexity:.6g}; the whole checkpoint {check.whole_perplexity:.6g}",
+        f"- perplexity over {check.windows} windows: {check.exported_perplexity:.6g}; the checkpoint, without "
+        f"what is not kept, {check.perplexity:.6g}; the whole checkpoint {check.whole_perplexity:.6g}",
         f"- expected of these files: {outcome.written.closeness}",
     ]
     return "\n".join(lines)
@@ -160,8 +160,20 @@ def _verification(outcome: Outcome) -> str:
 def _configuration(results: Mapping[str, Any] | None) -> str:
     if results is None:
         return ""
-    shown = {key: results["config"][key] for key in CONFIGURATION_SHOWN if key in results["config"]}
+    config = results["config"]
+    shown = {key: config[key] for key in CONFIGURATION_SHOWN if key in config}
+    named = set(_words(config["quantize"]))
+    shown["formats"] = {name: described for name, described in config["formats"].items() if name in named}
     return f"\n\n## Configuration\n\n```toml\n{tomli_w.dumps(_without_none(without_nonfinite(shown)))}```"
+
+
+def _words(value: Any) -> Iterator[str]:
+    """The strings in a table, at any depth: names of formats are among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _words(entry)
 
 
 def _without_none(value: Any) -> Any:

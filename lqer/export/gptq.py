@@ -85,7 +85,9 @@ class Gptq(Target):
         config = self._config(next(iter(schemes.values())))
         write_linears(source, folder, tensors_of, {QUANTIZATION_CONFIG: config})
         write_json(folder / "quantize_config.json", config)
-        return Written("rounded", ("Readers multiply by float16 scales in float16.",))
+        return Written(
+            "rounded", ("GPTQModel multiplies in float16: its logits differ a little from the checkpoint's.",)
+        )
 
     def _config(self, scheme: IntegerScheme) -> dict[str, Any]:
         layout = "gptq" if self.version == "1" else "gptq_v2"

@@ -183,7 +183,7 @@ def _windows(model: PreTrainedModel, source: Source, text: Text | None) -> tuple
     """windows_WT int64, and what they are of."""
     longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW_TOKENS))
     if text is None:
-        return _sampled(model, min(SAMPLED_TOKENS, longest)), "sampled from the checkpoint (seed 0)"
+        return _sampled(model, min(SAMPLED_TOKENS, longest)), "sampled from the checkpoint, seed 0"
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     windows_WT = concat_windows(tokenizer, [text.content], "", min(WINDOW_TOKENS, longest))
     return windows_WT[:WINDOWS_OF_PERPLEXITY], text.name
