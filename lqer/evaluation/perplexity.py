@@ -127,7 +127,9 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _cut(tokens: list[int], seq_len: int) -> Tensor:
     """windows_WT int64: the tokens cut into windows of seq_len, the tail dropped."""
     if seq_len < 2:
-        raise ConfigError(f"seq_len must be at least 2, so that a window predicts a token: found {seq_len}")
+        raise ConfigError(
+            f"evaluation.perplexity.seq_len must be at least 2, so that a window predicts a token: found {seq_len}"
+        )
     n_windows = len(tokens) // seq_len
     if not n_windows:
         raise DataError(
