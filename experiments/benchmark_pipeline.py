@@ -43,10 +43,10 @@ from lqer.models.source import ModelSource, pick_device, pick_dtype
 from lqer.models.summary import summarize_model
 from lqer.report.environment import device_name
 from lqer.results import RESULTS_FILE
-from lqer.run.folder import CHECKPOINT_LINK
 from lqer.stages.measure_widths import WINDOWS
 from lqer.stages.quantize_linears import requested_statistics
 from lqer.statistics import Hessian
+from lqer.store.names import CHECKPOINT_LINK
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,9 +13,8 @@ from lqer.checkpoint.bits import Bits
 from lqer.errors import DataError
 
 SCHEMA_VERSION = 1
-# Names within the folder of a run: the file of this contract, and the link to the checkpoint.
+# The file of this contract, within the folder of a run.
 RESULTS_FILE = "results.json"
-CHECKPOINT_LINK = "checkpoint"
 
 
 class Versions(TypedDict):

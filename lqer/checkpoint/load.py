@@ -43,7 +43,7 @@ from lqer.models.source import pick_device
 from lqer.models.streaming import tie
 from lqer.models.structure import prepare_model
 from lqer.nn.attention import quantize_attention, quantized_attention
-from lqer.store.names import block_file
+from lqer.store.names import block_file, checkpoint_in
 from lqer.store.offload import Offload
 from lqer.transforms.quarot import carry_over
 
@@ -56,8 +56,9 @@ def load_quantized(
     device_map: DevicePlacement = "single",
     verify: bool = True,
 ) -> PreTrainedModel:
-    """A transformers model, ready for `generate` and lm-eval's HFLM, from a quantized checkpoint or its native form.
+    """A transformers model, ready for `generate` and lm-eval's HFLM.
 
+    path: a run's folder, its checkpoint, or the native form of one.
     dtype: of activations and of everything that is not quantized; by default float32 on a CPU, else the original's.
     backend: "emulate" for torch operations on dequantized weights, "triton" for kernels on packed weights (GPU only),
     "auto" for kernels where they can run. device_map: "auto" distributes the model over all GPUs. verify: compare every
@@ -66,10 +67,10 @@ def load_quantized(
     Raises ModelError if the folder is not a quantized checkpoint, a file is missing, damaged or unknown, the requested
     backend cannot run it, or it does not fit on the GPUs.
     """
-    device = pick_device(str(device))
-    if not (Path(path) / DETAILS_FILE).exists() and is_native(Path(path)):
-        return load_native(Path(path), device, dtype, backend, device_map)
-    return load_verified(CheckpointFiles(Path(path), verify), device, dtype, backend, device_map)
+    device, folder = pick_device(str(device)), checkpoint_in(Path(path))
+    if not (folder / DETAILS_FILE).exists() and is_native(folder):
+        return load_native(folder, device, dtype, backend, device_map)
+    return load_verified(CheckpointFiles(folder, verify), device, dtype, backend, device_map)
 
 
 def load_verified(

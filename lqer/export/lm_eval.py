@@ -17,7 +17,7 @@ from lqer.errors import ModelError
 from lqer.evaluation.adapter import without_quantization
 from lqer.models.open import DevicePlacement
 from lqer.models.source import DTYPES
-from lqer.results import CHECKPOINT_LINK
+from lqer.store.names import checkpoint_in
 
 
 class LqerLM(HFLM):
@@ -36,8 +36,7 @@ class LqerLM(HFLM):
         tokenizer: str | None = None,
         **options: Any,
     ):
-        folder = Path(pretrained)
-        folder = folder / CHECKPOINT_LINK if (folder / CHECKPOINT_LINK).is_dir() else folder
+        folder = checkpoint_in(Path(pretrained))
         if dtype not in (None, "auto", *DTYPES):
             raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
         if device_map not in get_args(DevicePlacement):

@@ -33,8 +33,8 @@ from lqer.models.reading import read_file
 from lqer.models.stored import NotStreamableError, saved_names
 from lqer.models.structure import ONLINE_ROTATIONS
 from lqer.nn.stacked import Piece, stacked, stacks
-from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
-from lqer.store.names import block_file
+from lqer.results import RESULTS_FILE
+from lqer.store.names import CHECKPOINT_LINK, block_file, checkpoint_in
 from lqer.store.records import JOURNAL, MANIFEST
 from lqer.transforms import LinearTransform, Rotation, transform_from_dict
 from lqer.transforms.hadamard import hadamard
@@ -153,7 +153,7 @@ class Source(Outline):
     def __init__(self, path: Path, results: Mapping[str, Any] | None = None):
         run = path.parent if path.name == CHECKPOINT_LINK else path
         self.run = run if (run / RESULTS_FILE).is_file() else None
-        self.path = path / CHECKPOINT_LINK if (path / CHECKPOINT_LINK).is_dir() else path
+        self.path = checkpoint_in(path)
         if not (self.path / DETAILS_FILE).is_file():
             if not path.exists():
                 raise ExportError(f"{path}: no such folder")

@@ -19,9 +19,10 @@ from filelock import FileLock, Timeout
 from lqer.config import Config
 from lqer.config.rules import STORE_FOLDER
 from lqer.errors import RunFolderError
-from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
+from lqer.results import RESULTS_FILE
 from lqer.store.files import content_hash, write_text
 from lqer.store.locks import check_locks, is_held
+from lqer.store.names import CHECKPOINT_LINK
 
 CONFIG_FILE = "config.toml"
 LOG_FILE = "run.log"

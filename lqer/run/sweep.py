@@ -16,7 +16,8 @@ from typing import Any
 from lqer.config.schema import Config
 from lqer.config.sweep import SweepPlan, SweepRun
 from lqer.report.environment import versions
-from lqer.results import CHECKPOINT_LINK, RESULTS_FILE, SCHEMA_VERSION, Versions
+from lqer.results import RESULTS_FILE, SCHEMA_VERSION, Versions
+from lqer.store.names import CHECKPOINT_LINK
 
 log = logging.getLogger(__name__)
 

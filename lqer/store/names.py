@@ -1,9 +1,18 @@
-"""Names of the files of an artifact that has one file per decoder block, or per batch of windows."""
+"""Names of the files of an artifact that has one per decoder block, or per batch of windows, and of the link to it."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+# Within the folder of a run.
+CHECKPOINT_LINK = "checkpoint"
 # Begins the names of the files of decoder blocks, each of which is written when the rest of its block is.
 BLOCK = "block-"
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint of the run whose folder that is; else the folder itself."""
+    return folder / CHECKPOINT_LINK if (folder / CHECKPOINT_LINK).is_dir() else folder
 
 
 def block_file(index: int) -> str:

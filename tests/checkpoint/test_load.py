@@ -24,7 +24,7 @@ from lqer.models.source import load_model, resolve_model
 from lqer.nn.attention import QuantizedAttention, quantize_attention
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.rounding import Ldlq
-from lqer.store.names import block_file
+from lqer.store.names import CHECKPOINT_LINK, block_file
 from lqer.transforms import Hadamard
 
 CPU = torch.device("cpu")
@@ -237,6 +237,14 @@ def test_several_chat_templates_are_kept(random_model, run_stages, plan, letter_
 def damaged(random_model, run_stages, plan, tmp_path) -> Path:
     """A copy of a checkpoint, for tests to break."""
     return Path(shutil.copytree(run_stages(random_model("llama"), plan).checkpoint.path, tmp_path / "copy"))
+
+
+def test_the_folder_of_a_run_is_as_good_as_its_checkpoint(damaged, tmp_path, windows_WT):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CHECKPOINT_LINK).symlink_to(damaged)
+    of_run, of_checkpoint = (load_quantized(folder, CPU) for folder in (tmp_path / "run", damaged))
+    with torch.no_grad():
+        assert torch.equal(of_run(windows_WT).logits, of_checkpoint(windows_WT).logits)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):

@@ -9,10 +9,11 @@ import pytest
 
 from lqer.config import read_config
 from lqer.errors import LqerError, RunFolderError, StoreError
-from lqer.results import CHECKPOINT_LINK, RESULTS_FILE
+from lqer.results import RESULTS_FILE
 from lqer.run import pipeline
 from lqer.run.folder import LOG_FILE, begin_run, locked, run_folder
 from lqer.store import locks
+from lqer.store.names import CHECKPOINT_LINK
 
 
 def config_of(experiment, *overrides: str, tag: str = "tiny"):
