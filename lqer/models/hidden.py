@@ -92,9 +92,10 @@ class HiddenStates:
         return call.without_returned()
 
     def synchronized(self, device: torch.device) -> Tensor:
-        """All states (W, T, D), safe to read from any thread or stream: the device has finished writing them."""
+        """All states (W, T, D), safe to read from any thread or stream: this one's stream has finished writing them."""
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            # Not for the whole device: beside this stream, spectra of an earlier block may take seconds.
+            torch.cuda.current_stream(device).synchronize()
         return self.states_WTD
 
     def empty_like(self) -> HiddenStates:
