@@ -57,7 +57,8 @@ def _synchronize() -> None:
     torch: Any = sys.modules.get("torch")
     # Before the library is whole there is nothing to wait for.
     if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        # This thread's work alone: waiting for that of others, as spectra of a block before, would end their overlap.
+        torch.cuda.current_stream().synchronize()
 
 
 def _wrap_mathematics() -> None:
