@@ -1,7 +1,8 @@
 """Where the time of whole runs goes: seconds of every phase, beside the floor of bytes and arithmetic.
 
     python experiments/benchmark_pipeline.py [--shape llama-2-7b] [--blocks N] [--presets lqer-act gptq ...]
-        [--whole N] [--folder DIR] [--model DIR] [--windows 20] [--device auto] [--section.key=value ...]
+        [--whole N] [--process recorded | unrecorded | this] [--folder DIR] [--model DIR] [--windows 20]
+        [--device auto] [--section.key=value ...]
 
 Writes a random bfloat16 checkpoint of a shape and random texts under --folder, then runs each preset on them in a fresh
 process with an empty store, the model's files dropped from the system's cache before. Shapes: tiny, small, llama-2-7b,
@@ -12,26 +13,35 @@ every block did, so that it is rather too long. Settings of the form
 --windows windows like the quantized model.
 
 Phases of the main thread add up to the wall clock; those of reading and writing threads run beside them. Recording
-waits for the GPU between phases, so a run that is not recorded is somewhat faster. Peak memory is what the process had
-allocated on a GPU at once, else its resident memory. Rates are measured in the same call. Everything written is removed
-at the end, but for the checkpoint where --model says where it is: a later call finds it there, and beside it the rates.
-Exit status 1 if a run failed.
+waits between phases for what the main thread has given the GPU, so a run that is not recorded is somewhat faster:
+--process unrecorded measures the wall clock of one, as experiments/pipeline.py has it. --process this runs the presets
+in this process one after another, which import nothing more and find the kernels that earlier ones have compiled.
+
+Seconds of stages are those of the report; from block to block is the median of what lies between two blocks' files of
+the checkpoint. Peak memory is what the process had allocated on a GPU at once, else its resident memory. Rates are
+measured in the same call. Everything written is removed at the end, but for the checkpoint where --model says where it
+is: a later call finds it there, and beside it the rates. Exit status 1 if a run failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import tomli_w
 import torch
+from pipeline_benchmark import child
 from pipeline_benchmark import rates as machine
 from pipeline_benchmark.checkpoint import SHAPES, Shape, word_tokenizer, write_model, write_text
 from pipeline_benchmark.floors import Work, floors
@@ -46,7 +56,7 @@ from lqer.results import RESULTS_FILE
 from lqer.stages.measure_widths import WINDOWS
 from lqer.stages.quantize_linears import requested_statistics
 from lqer.statistics import Hessian
-from lqer.store.names import CHECKPOINT_LINK
+from lqer.store.names import BLOCK, CHECKPOINT_LINK
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,12 +79,14 @@ def main(arguments: list[str]) -> int:
         print(f"{device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {options.shape}, "
               f"{shape.blocks} blocks, {model_bytes / 1e9:.2f} GB, written in {written:.1f} s")  # fmt: skip
         print(machine.describe(rates), flush=True)
+        if options.process == "this":
+            rates = replace(rates, imports=0.0)
         failed = 0
         for preset in options.presets:
             path = write_experiment(folder, model, preset, options, overrides, shape)
             config = read_config(path, None, overrides)
             print(f"\n{preset}{''.join(f' {setting}' for setting in overrides)}\n", flush=True)
-            status, measured = run(folder, model, path, overrides)
+            status, measured = run(options.process, folder, model, path, overrides)
             if status:
                 failed = 1
                 continue
@@ -82,8 +94,7 @@ def main(arguments: list[str]) -> int:
             work = work_of(config, source, shape, model_bytes, made)
             whole = None if options.whole is None else floors(work.of_blocks(options.whole), rates)
             print("\n".join(table(measured, floors(work, rates), whole, options.whole)))
-            peak = json.loads((made / RESULTS_FILE).read_text())["peak_memory_bytes"]
-            print(f"\npeak memory {peak / 1e9:.1f} GB{' of the GPU' * (device.type == 'cuda')}", flush=True)
+            print(f"\n{described(made, device)}", flush=True)
         return failed
 
 
@@ -96,6 +107,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--whole", type=int, help="blocks of the model that a column is for")
     parser.add_argument("--presets", nargs="+", default=["lqer-act"])
+    parser.add_argument("--process", choices=["recorded", "unrecorded", "this"], default="recorded")
     parser.add_argument("--windows", type=int, default=20, help="to evaluate on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", type=Path, default=Path())
@@ -150,20 +162,50 @@ def write_experiment(
     return str(path)
 
 
-def run(folder: Path, model: Path, config: str, overrides: list[str]) -> tuple[int, Measured]:
-    """Exit status and seconds of a fresh process; its log goes to the terminal's stderr."""
+def run(process: str, folder: Path, model: Path, config: str, overrides: list[str]) -> tuple[int, Measured]:
+    """Exit status and seconds of a run in a process of that kind; its log goes to the terminal's stderr."""
     for file in weight_files(model):
         machine.evict(file)
     seconds = folder / "seconds.json"
-    command = [sys.executable, "-m", "pipeline_benchmark.child", str(seconds), config, *overrides]
-    paths = [str(ROOT / "experiments"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    recording = [str(seconds), config, *overrides]
     started = time.perf_counter()
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, stdout=subprocess.DEVNULL, check=False
-    )
+    if process == "this":
+        status = in_this_process(recording)
+    elif process == "unrecorded":
+        status = in_a_process([str(ROOT / "experiments/pipeline.py"), config, *overrides])
+    else:
+        status = in_a_process(["-m", "pipeline_benchmark.child", *recording])
     wall = time.perf_counter() - started
-    found = json.loads(seconds.read_text())
-    return done.returncode, Measured(found["main"], found["background"], wall)
+    found = {"main": {}, "background": {}} if process == "unrecorded" else json.loads(seconds.read_text())
+    return status, Measured(found["main"], found["background"], wall)
+
+
+def in_a_process(command: list[str]) -> int:
+    """The exit status of Python with that command line."""
+    paths = [str(ROOT / "experiments"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, check=False)
+    return done.returncode
+
+
+def in_this_process(recording: list[str]) -> int:
+    """The exit status of a run that is recorded here, with no memory of earlier ones on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with redirect_stdout(io.StringIO()):
+        return child.main(recording)
+
+
+def described(made: Path, device: torch.device) -> str:
+    """What the run whose folder is `made` says of itself: seconds of stages and between blocks, peak memory."""
+    results = json.loads((made / RESULTS_FILE).read_text())
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in results["seconds"].items())
+    written = sorted(file.stat().st_mtime for file in (made / CHECKPOINT_LINK).glob(f"{BLOCK}*"))
+    between = [after - before for before, after in itertools.pairwise(written)]
+    blocks = f"from block to block {statistics.median(between):.2f} s\n" if between else ""
+    peak = f"peak memory {results['peak_memory_bytes'] / 1e9:.1f} GB{' of the GPU' * (device.type == 'cuda')}"
+    return f"{stages}\n{blocks}{peak}"
 
 
 def work_of(config: Config, source: ModelSource, shape: Shape, model_bytes: int, made: Path) -> Work:

@@ -1,4 +1,4 @@
-"""One run of the pipeline, in this process, that records its phases.
+"""Runs of the pipeline, in this process, that record their phases.
 
     python -m pipeline_benchmark.child SECONDS.json CONFIG [--section.key=value ...]
 
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def _synchronize() -> None:
         torch.cuda.current_stream().synchronize()
 
 
+@cache
 def _wrap_mathematics() -> None:
+    """Once: the runs of one process share what is wrapped."""
     for name, functions in FUNCTIONS.items():
         for module, function in functions:
             original = getattr(import_module(module), function)

@@ -129,19 +129,47 @@ def test_a_setting_of_another_form_is_refused(capsys):
     assert (options.blocks, settings) == (3, ["--calibration.num_samples=2"])
 
 
-def test_a_whole_run_is_measured(tmp_path):
-    command = [sys.executable, "experiments/benchmark_pipeline.py", "--shape", "tiny", "--presets", "gptq", "--device",
-               "cpu", "--windows", "2", "--folder", str(tmp_path), "--calibration.num_samples=4",
-               "--calibration.seq_len=32", "--evaluation.perplexity.seq_len=32"]  # fmt: skip
+def measured(folder: Path, *options: str) -> str:
+    """What the benchmark prints of tiny runs on the CPU, whose files it must have removed."""
+    command = [sys.executable, "experiments/benchmark_pipeline.py", "--shape", "tiny", "--device", "cpu", "--windows",
+               "2", "--folder", str(folder), *options, "--calibration.num_samples=4", "--calibration.seq_len=32",
+               "--evaluation.perplexity.seq_len=32"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = dict(re.findall(r"^\| ([a-z, ]+?) \| ([\d.]+) \|", done.stdout, re.MULTILINE))
+    assert not list(folder.iterdir())
+    return done.stdout
+
+
+def seconds_of(printed: str) -> dict[str, float]:
+    """Seconds of the main thread, by the rows of one table."""
+    rows = re.findall(r"^\| ([a-z, ]+?) \| ([\d.]+) \|", printed, re.MULTILINE)
+    return {name: float(seconds) for name, seconds in rows}
+
+
+def test_a_whole_run_is_measured(tmp_path):
+    printed = measured(tmp_path, "--presets", "gptq")
+    seconds = seconds_of(printed)
     expected = {"imports", "checks", "fingerprint", "read", "forward", "statistics", "factor", "round", "pack", "write",
                 "hash", "verify", "load", "evaluate", "errors and spectra", "report"}  # fmt: skip
-    assert expected <= rows.keys()
-    assert 0.1 < float(re.search(r"^peak memory ([\d.]+) GB$", done.stdout, re.MULTILINE)[1]) < 8
-    assert sum(map(float, rows.values())) == pytest.approx(2 * float(rows["wall clock"]), rel=0.02)
-    assert not list(tmp_path.iterdir())
+    assert expected <= seconds.keys()
+    assert 0.1 < float(re.search(r"^peak memory ([\d.]+) GB$", printed, re.MULTILINE)[1]) < 8
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["wall clock"], rel=0.02)
+    stages = dict(re.findall(r"(\w+) ([\d.]+) s\b", printed[printed.index("calibrate ") :]))
+    assert 0 < float(stages["quantize"]) <= float(stages["total"]) <= seconds["wall clock"]
+    # Of two blocks, whose files are written within the stage.
+    assert 0 < float(stages["block"]) <= float(stages["quantize"]) + 0.1
+
+
+def test_a_run_that_is_not_recorded_has_its_wall_clock_alone(tmp_path):
+    seconds = seconds_of(measured(tmp_path, "--presets", "rtn", "--process", "unrecorded"))
+    assert seconds.keys() == {"in no phase", "wall clock"}
+    assert seconds["wall clock"] > 0.5
+
+
+def test_later_runs_of_one_process_import_nothing_more(tmp_path):
+    _, first, second = measured(tmp_path, "--presets", "rtn", "gptq", "--process", "this").split("| phase |")
+    assert seconds_of(first)["imports"] > 3 * seconds_of(second)["imports"]
+    assert "factor" in seconds_of(second)
 
 
 def test_a_checkpoint_that_is_kept_is_used_again_with_the_rates(tmp_path):
