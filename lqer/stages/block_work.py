@@ -80,9 +80,25 @@ class BlockWork:
             with_spectra=index in with_spectra(len(opened.blocks)),
         )
 
+    def full_names(self, linears: Iterable[str]) -> list[str]:
+        """The linears' names within the model."""
+        return [f"{self.name}.{linear}" for linear in linears]
+
+    def weight(self, full_name: str) -> Tensor:
+        """The weight (O, I) of a linear as it is stored."""
+        return self.tensors[f"{self._within(full_name)}.weight"].detach()
+
     def bias(self, full_name: str) -> Tensor | None:
-        """The bias of a linear; None where it has none."""
-        return self.tensors.get(f"{full_name.removeprefix(f'{self.name}.')}.bias")
+        """The bias (O,) of a linear; None where it has none."""
+        bias_O = self.tensors.get(f"{self._within(full_name)}.bias")
+        return None if bias_O is None else bias_O.detach()
+
+    def rounded_weight(self, full_name: str) -> QuantizedTensor | None:
+        """The weight of a linear that has been rounded already."""
+        return self.rounded.get(self._within(full_name))
+
+    def _within(self, full_name: str) -> str:
+        return full_name.removeprefix(f"{self.name}.")
 
 
 def bytes_of_later_spectra(weights: int) -> int:

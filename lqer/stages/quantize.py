@@ -197,7 +197,7 @@ def quantize_blocks(
                 statistics = next(found)
                 quantized.add(quantize_linears(work, left[index], statistics, settings, opened.device, gang))
                 del statistics
-            quantized.sort([f"{work.name}.{name}" for name in work.linears])
+            quantized.sort(work.full_names(work.linears))
             write_block(workspace, work, quantized)
             # Or else one block's tensors would be held together with the next one's.
             del work, values, quantized

@@ -49,7 +49,7 @@ def quantize_block(
         turned = run if in_place else run.with_block(copy.deepcopy(run.block))
         found = _quantize_in_turn(turned, original, text, work, settings, plans)
     # Whatever the order of turns, and of passes over the text.
-    found.sort([f"{work.name}.{name}" for name in work.linears])
+    found.sort(work.full_names(work.linears))
     return found
 
 

@@ -73,8 +73,8 @@ def quantize_linears(
     Experts are quantized in batches (lqer/stages/alike.py). The ranks of a gang deal the batches out, and all get all
     linears.
     """
-    found, full_names = QuantizedLinears(), [f"{work.name}.{name}" for name in linears]
-    shapes = {f"{work.name}.{name}": work.linears[name] for name in linears}
+    found, full_names = QuantizedLinears(), work.full_names(linears)
+    shapes = dict(zip(full_names, (work.linears[name] for name in linears), strict=True))
     planned = [name for name in full_names if settings.plans[name] is not None]
     batches = batches_of(planned, statistics, settings.plans, shapes, device)
     ours = gang.deal({batch[0]: sum(_length(shapes[name]) for name in batch) for batch in batches})
@@ -113,22 +113,22 @@ def _quantize_ours(
         with phase("pack"):
             found.tensors.update(pack_linears(names, quantized, [_bias(work, name, plan) for name in names]))
         for (full_name, site), weight_OI, weight in zip(batch, weights, quantized, strict=True):
-            found.add(_told(work, full_name, site, weight_OI, weight, plan, statistics.routed_tokens(full_name)))
+            routed_tokens = statistics.routed_tokens(full_name)
+            found.add(_described(work, full_name, site, weight_OI, weight, plan, routed_tokens))
     return replace(found, rows=with_numbers(found.rows))
 
 
 @in_phase("read")
 def _stored_weight(work: BlockWork, full_name: str, device: torch.device) -> Tensor:
-    weight_OI = work.tensors[f"{full_name.removeprefix(f'{work.name}.')}.weight"].detach()
     # In two steps: in one, the CPU would widen the values, and the GPU wait for twice as many bytes.
-    return weight_OI.to(device, non_blocking=True).to(torch.float32)
+    return work.weight(full_name).to(device, non_blocking=True).to(torch.float32)
 
 
 @in_phase("round")
 def _quantize_batch(
     work: BlockWork, batch: Sequence[tuple[str, SiteStatistics]], weights: Sequence[Tensor], plan: LinearPlan
 ) -> list[QuantizedWeight]:
-    rounded = [work.rounded.get(full_name.removeprefix(f"{work.name}.")) for full_name, _ in batch]
+    rounded = [work.rounded_weight(full_name) for full_name, _ in batch]
     if len(batch) > 1 and not any(rounded):
         try:
             return plan.quantize_together(weights, [site for _, site in batch])
@@ -156,10 +156,10 @@ def _bias(work: BlockWork, full_name: str, plan: LinearPlan) -> QuantizedTensor 
     if bias_O is None or plan.bias is None:
         return None
     with named(full_name):
-        return plan.bias.quantize(bias_O.detach())
+        return plan.bias.quantize(bias_O)
 
 
-def _told(
+def _described(
     work: BlockWork,
     full_name: str,
     site: SiteStatistics,
@@ -168,7 +168,7 @@ def _told(
     plan: LinearPlan,
     routed_tokens: int | None,
 ) -> QuantizedLinears:
-    """What is written of one linear beside its packed tensors."""
+    """What is written of one linear beside its packed tensors. routed_tokens: to its expert; None for other linears."""
     has_bias = work.bias(full_name) is not None
     replaced = {f"{full_name}.weight"} | ({f"{full_name}.bias"} if has_bias and plan.bias is not None else set())
     found = QuantizedLinears(replaced=replaced)
