@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -26,9 +27,13 @@ from torch import Tensor, nn
 from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows
 from lqer.errors import LqerError
 from lqer.formats import Codebook, Int, QuantizedTensor
+from lqer.formats.kmeans import DEFAULT_ITERATIONS, Seeds, fit_centroids
 from lqer.models.source import load_model, load_tokenizer, pick_device, resolve_model
 from lqer.report.environment import device_name
-from lqer.rounding.vector import round_vector
+from lqer.rounding import Vector
+from lqer.rounding.codebook_update import Update, update_codebooks
+from lqer.rounding.hessian import DampedHessian
+from lqer.rounding.vector import sweep_vectors
 
 Layer = tuple[Tensor, Tensor]  # weight_OI, hessian_II
 Method = Callable[[Tensor, Tensor], QuantizedTensor | tuple[Tensor, float]]
@@ -100,8 +105,21 @@ def gptq(bits: int) -> Method:
         levels_K = torch.arange(grid.centroids, dtype=torch.int16)
         codes_GCK1 = (levels_K - parts["zeros"].unsqueeze(-1)).to(torch.int8).unsqueeze(-1)
         codebooks = {"codebooks": codes_GCK1, "codebook_scales": parts["scales"]}
-        rounded = round_vector(weight_OI, hessian_II, grid, codebooks=codebooks)
+        rounded = sweep_vectors(weight_OI, DampedHessian(hessian_II), grid, codebooks)
         return rounded.dequantize(), uniform.bits_per_value(weight_OI.shape[1])
+
+    return quantize
+
+
+def gptvq(
+    number_format: Codebook, seeds: Seeds | None = None, iterations: int = DEFAULT_ITERATIONS, update: Update = "cg"
+) -> Method:
+    """Vector quantization with error feedback."""
+    fit = partial(fit_centroids, centroids=number_format.centroids, seeds=seeds, iterations=iterations)
+
+    def quantize(weight_OI: Tensor, hessian_II: Tensor) -> QuantizedTensor:
+        swept = sweep_vectors(weight_OI, DampedHessian(hessian_II), number_format, fit)
+        return update_codebooks(weight_OI, hessian_II, swept, update)
 
     return quantize
 
@@ -115,9 +133,7 @@ def methods(settings: str) -> dict[str, Method]:
     for dimension, group_size in group_sizes.items():
         number_format = Codebook(bits, dimension, group_size)
         rows[f"k-means {dimension}D l={group_size}"] = lambda weight, hessian, f=number_format: f.quantize(weight)  # type: ignore[misc]
-        rows[f"GPTVQ {dimension}D l={group_size}"] = lambda weight, hessian, f=number_format: round_vector(  # type: ignore[misc]
-            weight, hessian, f
-        )
+        rows[f"GPTVQ {dimension}D l={group_size}"] = gptvq(number_format)
     return rows
 
 
@@ -128,20 +144,17 @@ def choices() -> dict[str, Method]:
         plain = Codebook(2, dimension, group_size)
         scaled = Codebook(2, dimension, 2 * group_size, scale_block_size=64)
         variants = {
-            "default": (plain, {}),
-            "no update": (plain, {"update": "none"}),
-            "adam": (plain, {"update": "adam"}),
-            "mahalanobis seeds": (plain, {"seeds": "mahalanobis"}),
-            "kmeans++ seeds": (plain, {"seeds": "kmeans++"}),
-            "100 iterations": (plain, {"iterations": 100}),
-            "block scales 64, l doubled": (scaled, {}),
+            "default": gptvq(plain),
+            "no update": gptvq(plain, update="none"),
+            "adam": gptvq(plain, update="adam"),
+            "mahalanobis seeds": gptvq(plain, seeds="mahalanobis"),
+            "kmeans++ seeds": gptvq(plain, seeds="kmeans++"),
+            "100 iterations": gptvq(plain, iterations=100),
+            "block scales 64, l doubled": gptvq(scaled),
         }
         if dimension == 1:
-            variants["rank 2, l halved"] = (Codebook(2, 1, group_size // 2, codebook_rank=2), {})
-        for label, (number_format, options) in variants.items():
-            rows[f"{dimension}D {label}"] = lambda weight, hessian, f=number_format, o=options: round_vector(  # type: ignore[misc]
-                weight, hessian, f, **o
-            )
+            variants["rank 2, l halved"] = gptvq(Codebook(2, 1, group_size // 2, codebook_rank=2))
+        rows |= {f"{dimension}D {label}": method for label, method in variants.items()}
     return rows
 
 
@@ -172,7 +185,7 @@ def time_one(arguments: argparse.Namespace) -> None:
     number_format = Codebook(arguments.bits, arguments.dimension, arguments.group_size)
     for _ in range(2):  # the first run loads libraries
         started = time.perf_counter()
-        result = round_vector(weight_OI, hessian_II, number_format)
+        result = Vector().round(weight_OI, {"hessian": hessian_II}, number_format)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lqer.formats import Codebook, QuantizedTensor
+from lqer.rounding import Vector
+
 
 def student_layer(out_features: int = 64, in_features: int = 256, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A weight of student-t values (5 degrees of freedom) and the Hessian of correlated inputs."""
@@ -25,3 +28,8 @@ def loss(weight_OI: Tensor, hessian_II: Tensor, quantized_OI: Tensor) -> float:
     weight_OI, hessian_II = weight_OI.double(), hessian_II.double()
     error_OI = weight_OI - quantized_OI.double()
     return float((error_OI @ hessian_II * error_OI).sum() / (weight_OI @ hessian_II * weight_OI).sum())
+
+
+def round_vector(weight_OI: Tensor, hessian_II: Tensor, number_format: Codebook, **settings) -> QuantizedTensor:
+    """GPTVQ with these settings, on a layer of that Hessian."""
+    return Vector(**settings).round(weight_OI, {"hessian": hessian_II}, number_format)

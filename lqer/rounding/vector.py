@@ -23,8 +23,9 @@ D elements of a vector, P columns of a panel, V vectors, N vectors of a group, C
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, get_args
 
 import torch
@@ -34,72 +35,37 @@ from torch.nn.functional import pad
 from lqer.components import require_choice, require_range
 from lqer.formats import Codebook, NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
-from lqer.formats.kmeans import DEFAULT_ITERATIONS, Seeds, fit_centroids, lowest_index
+from lqer.formats.kmeans import DEFAULT_ITERATIONS, fit_centroids, lowest_index
 from lqer.rounding.base import Rounding, Statistics, require_damping
 from lqer.rounding.codebook_update import Update, update_codebooks
 from lqer.rounding.factor import vector_feedback
-from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
+from lqer.rounding.hessian import DAMPING, DampedHessian, damped_hessian
 from lqer.statistics import Hessian, Statistic
 
 PANEL_COLUMNS = 128
 PER_GROUP = ("codebooks", "codebook_scales")
+# From vectors and what an error of each element costs, both float32 [G, N, D], to centroids [G, K, D].
+Fit = Callable[[Tensor, Tensor], Tensor]
 
 
-def round_vector(
-    weight_OI: Tensor,
-    hessian: Tensor | DampedHessian | None,
-    number_format: Codebook,
-    *,
-    seeds: Seeds | None = None,
-    iterations: int = DEFAULT_ITERATIONS,
-    damping: float = DAMPING,
-    update: Update = "cg",
-    codebooks: dict[str, Tensor] | None = None,
-    seed: int = 0,
-    damped: DampedHessian | None = None,
+def sweep_vectors(
+    weight_OI: Tensor, damped: DampedHessian, number_format: Codebook, codebooks: Fit | Mapping[str, Tensor]
 ) -> QuantizedTensor:
-    """Quantize a weight to learned codebooks with error feedback.
+    """Algorithm 1 without the update at its end: a weight (O, I), float32, in codebooks, with error feedback.
 
-    weight_OI: finite, any float dtype, computed on in float32. hessian: E[x xᵀ] up to scale, float32 or float64,
-    damped here by `damping` of its mean diagonal, or a DampedHessian; None stands for the identity, where there is no
-    feedback. An input that calibration never saw counts like an average one in the sweep. seeds, iterations, seed: of
-    k-means, see `fit_centroids`. update: how centroids are refitted after the sweep, on the Hessian as it is given, see
-    `update_codebooks`. codebooks: fixed ones instead of fitted ones, under the names that the parts of a
-    QuantizedTensor have. damped: of `hessian`, where it has been damped already.
+    damped: of the weight's inputs; an input that calibration never saw counts like an average one. codebooks: how each
+    group of columns gets its own when the sweep reaches it, or fixed ones under the names of a QuantizedTensor's parts.
 
-    Raises NonFiniteError for a weight or Hessian that is not finite, HessianError for one that is not positive
+    Raises NonFiniteError for a weight that is not finite, HessianError for a Hessian that is not positive
     semi-definite, ValueError for one of another size and for in_features that `dimension` does not divide.
     """
     check_finite(weight_OI)
-    weight_OI = weight_OI.detach().to(torch.float32)
-    in_features = weight_OI.shape[1]
-    if hessian is None:
-        hessian = torch.eye(in_features, device=weight_OI.device)
-    hessian_II = hessian.hessian_II if isinstance(hessian, DampedHessian) else hessian
-    if hessian_II.shape != (in_features, in_features):
-        raise ValueError(f"a Hessian of shape {tuple(hessian_II.shape)} does not fit {in_features} in_features")
-    number_format.layout(*weight_OI.shape)  # refuses a width that its vectors do not divide
-    damped = as_damped(hessian, damping) if damped is None else damped
-    feedback_II, diagonal_I = damped.derived(vector_feedback, number_format.dimension)
-
-    def fit(x_GND: Tensor, importance_GND: Tensor) -> Tensor:
-        return fit_centroids(x_GND, importance_GND, number_format.centroids, seeds, iterations, seed)
-
-    swept = _sweep(weight_OI, feedback_II, diagonal_I, number_format, fit, codebooks)
-    return swept if codebooks else update_codebooks(weight_OI, hessian_II, swept, update)
-
-
-def _sweep(
-    weight_OI: Tensor,
-    feedback_II: Tensor,
-    diagonal_I: Tensor,
-    number_format: Codebook,
-    fit: Callable[[Tensor, Tensor], Tensor],
-    codebooks: dict[str, Tensor] | None,
-) -> QuantizedTensor:
-    """The loop over groups of columns; fit(x_GND, importance_GND) -> centroids_GKD."""
     out_features, in_features = weight_OI.shape
+    if (inputs := len(damped.dead_I)) != in_features:
+        raise ValueError(f"a Hessian of shape {(inputs, inputs)} does not fit {in_features} in_features")
+    # Refuses a width that its vectors do not divide.
     layout = number_format.layout(out_features, in_features)
+    feedback_II, diagonal_I = damped.derived(vector_feedback, number_format.dimension)
     diagonal_I1 = (diagonal_I / diagonal_I.mean()).to(torch.float32).unsqueeze(1)
     importance_I1 = diagonal_I1.pow(-2)
 
@@ -114,14 +80,14 @@ def _sweep(
         group_OI = moving_IO[group, :out_features].T
         scales.append(number_format.fit_scales(group_OI))
         scale_IO = pad(number_format.decode_scales(scales[-1], group_OI).T, (0, padded_rows), value=1.0).contiguous()
-        if codebooks is None:
+        if isinstance(codebooks, Mapping):
+            stored.append({name: codebooks[name][:, index] for name in PER_GROUP})
+        else:
             importance_IO = importance_I1[group] * (scale_IO / scale_IO.amax()).square() * counted_O
             x_GND = _vectors(moving_IO[group] / scale_IO, layout.row_groups, number_format.dimension)
             importance_GND = _vectors(importance_IO, layout.row_groups, number_format.dimension)
-            centroids_GKD = fit(x_GND, importance_GND)
+            centroids_GKD = codebooks(x_GND, importance_GND)
             stored.append(number_format.encode_centroids(centroids_GKD, basis.get("codebook_basis")))
-        else:
-            stored.append({name: codebooks[name][:, index] for name in PER_GROUP})
         centroids_GKD = number_format.decode_centroids(basis | stored[-1])
         for panel in columns[::PANEL_COLUMNS]:
             stop = min(panel + PANEL_COLUMNS, columns.stop)
@@ -141,11 +107,11 @@ def _sweep(
     return QuantizedTensor(number_format, (out_features, in_features), 1, parts | basis)
 
 
-def _basis(weight_OI: Tensor, number_format: Codebook, codebooks: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def _basis(weight_OI: Tensor, number_format: Codebook, codebooks: Fit | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The basis that all codebooks of low rank share, known before the first column: that of a fit without feedback."""
     if not number_format.codebook_rank:
         return {}
-    parts = number_format.quantize(weight_OI).parts if codebooks is None else codebooks
+    parts = codebooks if isinstance(codebooks, Mapping) else number_format.quantize(weight_OI).parts
     return {"codebook_basis": parts["codebook_basis"]}
 
 
@@ -205,7 +171,11 @@ def _vectors(x_IO: Tensor, groups: int, dimension: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Vector(Rounding):
-    """`round_vector` as a configuration names it."""
+    """`vector` as a configuration names it.
+
+    iterations, seed: of k-means, see `fit_centroids`. damping: of the Hessian in the sweep, as a fraction of its mean
+    diagonal. update: how the centroids are refitted after it, on the Hessian as it is given, see `update_codebooks`.
+    """
 
     kind = "vector"
     statistics: ClassVar[frozenset[Statistic]] = frozenset({Hessian()})
@@ -222,10 +192,12 @@ class Vector(Rounding):
 
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         assert isinstance(number_format, Codebook), "the configuration lets no other format through"
-        return round_vector(
-            weight_OI, statistics["hessian"], number_format, iterations=self.iterations, damping=self.damping,
-            update=self.update, seed=self.seed, damped=damped_hessian(statistics, self.damping),
-        )  # fmt: skip
+        weight_OI = weight_OI.detach().to(torch.float32)
+        fit = partial(fit_centroids, centroids=number_format.centroids, iterations=self.iterations, seed=self.seed)
+        swept = sweep_vectors(weight_OI, damped_hessian(statistics, self.damping), number_format, fit)
+        given = statistics["hessian"]
+        hessian_II = given.hessian_II if isinstance(given, DampedHessian) else given
+        return update_codebooks(weight_OI, hessian_II, swept, self.update)
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         if isinstance(number_format, Codebook):

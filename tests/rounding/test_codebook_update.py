@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from vq_layers import loss, student_layer
+from vq_layers import loss, round_vector, student_layer
 
 from lqer.formats import Codebook
 from lqer.rounding import codebook_update
@@ -15,7 +15,6 @@ from lqer.rounding.codebook_update import (
     factor_problem,
     update_codebooks,
 )
-from lqer.rounding.vector import round_vector
 
 FORMATS = [
     Codebook(2, 1, 256),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import tomli
 import tomli_w
@@ -9,10 +11,13 @@ import torch
 
 from lqer.components import component_from_dict
 from lqer.formats import E8P, Codebook, Int, MXInt, Passthrough
+from lqer.formats.kmeans import fit_centroids
 from lqer.rounding import ROUNDINGS, Gptq, Ldlq, Nearest, Rounding, Vector
+from lqer.rounding.codebook_update import update_codebooks
 from lqer.rounding.gptq import gptq
+from lqer.rounding.hessian import DampedHessian
 from lqer.rounding.ldlq import ldlq
-from lqer.rounding.vector import round_vector
+from lqer.rounding.vector import sweep_vectors
 from lqer.statistics import Hessian
 
 
@@ -38,7 +43,9 @@ def test_a_named_rounding_is_its_function_with_its_settings(weight_OI, hessian_I
         assert torch.equal(rounding.round(weight_OI, {"hessian": hessian_II}, w3).dequantize(), expected.dequantize())
     codebook = Codebook(bits=2, dimension=2, group_size=512)
     found = Vector(iterations=5).round(weight_OI, {"hessian": hessian_II}, codebook)
-    assert torch.equal(found.dequantize(), round_vector(weight_OI, hessian_II, codebook, iterations=5).dequantize())
+    fit = partial(fit_centroids, centroids=codebook.centroids, iterations=5)
+    swept = sweep_vectors(weight_OI, DampedHessian(hessian_II), codebook, fit)
+    assert torch.equal(found.dequantize(), update_codebooks(weight_OI, hessian_II, swept).dequantize())
 
 
 @pytest.mark.parametrize("kind", ROUNDINGS)

@@ -1,16 +1,19 @@
 """GPTVQ's sweep: GPTQ where it must be, exact where GPTVQ's code is not, better with every dimension."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from reference.codebook_bits import codebook_storage_bits
 from reference.gptvq import gptvq_values
-from vq_layers import loss, student_layer
+from vq_layers import loss, round_vector, student_layer
 
 from lqer.formats import Codebook, Int, NonFiniteError
-from lqer.rounding.hessian import damp
-from lqer.rounding.vector import round_vector
+from lqer.formats.kmeans import fit_centroids
+from lqer.rounding.codebook_update import update_codebooks
+from lqer.rounding.hessian import DampedHessian, damp
+from lqer.rounding.vector import sweep_vectors
 
 
 def uniform_codebooks(weight_OI, bits, columns):
@@ -44,7 +47,7 @@ def test_a_fixed_uniform_codebook_reproduces_gptq_bit_for_bit(bits, seed):
     weight_OI, hessian_II = student_layer(48, 320, seed)
     columns = Codebook(bits, 1, 64, 64).layout(*weight_OI.shape).group_columns
     grid, codebooks = uniform_codebooks(weight_OI, bits, columns)
-    found = round_vector(weight_OI, hessian_II, Codebook(bits, 1, 64, 64), codebooks=codebooks)
+    found = sweep_vectors(weight_OI, DampedHessian(hessian_II), Codebook(bits, 1, 64, 64), codebooks)
     codes_OI = plain_gptq(weight_OI, hessian_II, grid, columns)
     assert torch.equal(found.parts["codes"], codes_OI)
     expected = dataclasses.replace(grid, parts=grid.parts | {"codes": codes_OI})
@@ -59,8 +62,8 @@ def test_white_inputs_mean_no_feedback(number_format):
     weight_OI, _ = student_layer()
     codebooks = number_format.quantize(weight_OI)
     fixed = {name: part for name, part in codebooks.parts.items() if name.startswith("codebook")}
-    for hessian_II in (None, torch.eye(256), 7.5 * torch.eye(256, dtype=torch.float64)):
-        found = round_vector(weight_OI, hessian_II, number_format, codebooks=fixed)
+    for hessian_II in (torch.eye(256), 7.5 * torch.eye(256, dtype=torch.float64)):
+        found = sweep_vectors(weight_OI, DampedHessian(hessian_II), number_format, fixed)
         assert torch.equal(found.parts["codes"], codebooks.parts["codes"])
         assert torch.equal(found.dequantize(), codebooks.dequantize())
 
@@ -72,9 +75,15 @@ def test_feedback_lowers_the_loss_below_that_of_k_means(number_format):
     assert loss(weight_OI, hessian_II, round_vector(weight_OI, hessian_II, number_format).dequantize()) < 0.75 * blind
 
 
-def mean_loss(number_format, count=3, **settings):
+def sweep_from_seeds(weight_OI, hessian_II, number_format):
+    """The sweep alone, its k-means begun like the published one."""
+    fit = partial(fit_centroids, centroids=number_format.centroids, seeds="mahalanobis")
+    return sweep_vectors(weight_OI, DampedHessian(hessian_II), number_format, fit)
+
+
+def mean_loss(number_format, count=3, quantize=round_vector):
     layers = [student_layer(64, 512, seed) for seed in range(count)]
-    return sum(loss(*layer, round_vector(*layer, number_format, **settings).dequantize()) for layer in layers) / count
+    return sum(loss(*layer, quantize(*layer, number_format).dequantize()) for layer in layers) / count
 
 
 def test_learned_values_beat_gptq_at_the_same_index_bits():
@@ -83,7 +92,7 @@ def test_learned_values_beat_gptq_at_the_same_index_bits():
         weight_OI, hessian_II = student_layer(64, 512, seed)
         _, codebooks = uniform_codebooks(weight_OI, 2, 256)
         number_format = Codebook(2, 1, 256)
-        found = round_vector(weight_OI, hessian_II, number_format, codebooks=codebooks)
+        found = sweep_vectors(weight_OI, DampedHessian(hessian_II), number_format, codebooks)
         gptq += loss(weight_OI, hessian_II, found.dequantize()) / 3
     assert mean_loss(Codebook(2, 1, 256)) < 0.6 * gptq
 
@@ -101,7 +110,7 @@ def test_the_consistent_choices_beat_the_published_ones(number_format):
         loss(*layer, gptvq_values(*layer, number_format)) / 3
         for layer in (student_layer(64, 512, seed) for seed in range(3))
     )
-    assert mean_loss(number_format, seeds="mahalanobis", update="none") < 0.95 * published
+    assert mean_loss(number_format, quantize=sweep_from_seeds) < 0.95 * published
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(24, 288), (20, 172), (7, 576), (1, 64), (65, 96)])
@@ -123,7 +132,8 @@ def test_groups_of_rows_do_not_see_each_other():
     number_format = Codebook(2, 2, 2048)
     assert number_format.layout(21, 256).group_rows == number_format.layout(14, 256).group_rows == 7
     whole, part = (
-        round_vector(rows_OI, hessian_II, number_format, seeds="mahalanobis") for rows_OI in (weight_OI, weight_OI[:14])
+        update_codebooks(rows_OI, hessian_II, sweep_from_seeds(rows_OI, hessian_II, number_format))
+        for rows_OI in (weight_OI, weight_OI[:14])
     )
     torch.testing.assert_close(whole.dequantize()[:14], part.dequantize())
 
@@ -165,7 +175,7 @@ def test_the_sweep_knows_the_codebooks_as_they_are_stored():
     for number_format in (Codebook(2, 2, 2048), Codebook(2, 1, 128, codebook_rank=2)):
         fitted = round_vector(weight_OI, hessian_II, number_format, update="none")
         fixed = {name: part for name, part in fitted.parts.items() if name.startswith("codebook")}
-        again = round_vector(weight_OI, hessian_II, number_format, codebooks=fixed)
+        again = sweep_vectors(weight_OI, DampedHessian(hessian_II), number_format, fixed)
         assert torch.equal(again.parts["codes"], fitted.parts["codes"])
 
 

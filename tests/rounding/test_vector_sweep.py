@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vq_layers import loss, student_layer
+from vq_layers import loss, round_vector, student_layer
 
 from lqer.formats import Codebook
 from lqer.rounding import vector
@@ -46,7 +46,7 @@ def test_gptvq_in_the_kernel_is_gptvq_vector_by_vector(monkeypatch, number_forma
     for way, panel in ways.items():
         for replaced in ways:
             monkeypatch.setattr(vector, replaced, panel)
-        found[way] = vector.round_vector(weight_OI, hessian_II, number_format).dequantize()
+        found[way] = round_vector(weight_OI, hessian_II, number_format).dequantize()
     a_OI, b_OI = found.values()
     assert (a_OI != b_OI).float().mean() < 0.02
     assert loss(weight_OI, hessian_II, a_OI) == pytest.approx(loss(weight_OI, hessian_II, b_OI), rel=1e-2)
