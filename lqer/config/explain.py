@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ValidationError
 
 from lqer.components import Component, did_you_mean
-from lqer.config.quantize import Loc
 from lqer.config.rule import KeyedError
 from lqer.config.schema import Config
+from lqer.config.section import Loc
 
 # pydantic's error types for a key that a model, or a dataclass, does not have.
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lqer.config.section import Positive, Section
+from lqer.config.section import Loc, Positive, Section
 from lqer.config.specs import MethodSpec, RoundingSpec, TransformSpec
 from lqer.lowrank.solver import Solver
 from lqer.methods import LqerAct
@@ -22,7 +22,6 @@ NOT_QUANTIZED = "none"
 
 Strength = Annotated[float, Field(ge=0, le=1)]
 FormatName = str
-Loc = tuple[str | int, ...]
 
 
 class LowRankConfig(Section):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lqer.config.quantize import Loc
 from lqer.config.rule import KeyedError
 from lqer.config.schema import Config
+from lqer.config.section import Loc
 
 
 def ranks_are_reconstructed(config: Config) -> Iterator[KeyedError]:

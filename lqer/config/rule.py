@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from lqer.config.quantize import Loc
 from lqer.config.schema import Config
+from lqer.config.section import Loc
 
 
 class KeyedError(ValueError):

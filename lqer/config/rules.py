@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from lqer.components import Component
 from lqer.config.files import shortened
-from lqer.config.quantize import NOT_QUANTIZED, Loc, LowRankConfig
+from lqer.config.quantize import NOT_QUANTIZED, LowRankConfig
 from lqer.config.rank_rules import budget_can_be_allocated, ranks_are_reconstructed, widths_can_be_allocated
 from lqer.config.rule import KeyedError, Rule
 from lqer.config.schema import Config
+from lqer.config.section import Loc
 from lqer.formats import unsupported_cut
 from lqer.methods.base import FACTOR_AXES
 from lqer.rounding import ROUNDINGS, Rounding

@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
+# A place in a configuration: the keys, and indices of lists, that lead to it.
+Loc = tuple[str | int, ...]
 
 
 class Section(BaseModel):
