@@ -31,8 +31,6 @@ KEPT_IN_FLOAT32 = "kept_in_float32"
 # An attribute of linears that transformers' own quantizers leave as they are, too: those that it keeps in float32
 # beside some dtype of half precision, such as the one that weights an indexer's heads.
 KEPT_LINEAR = "kept_linear"
-
-
 # A parameter's full name, its values, and the class of its module.
 Weight = tuple[str, Tensor, str]
 # Of the matrix elements outside embedding and head; routers and the like are small.
@@ -54,17 +52,21 @@ def prepare_model(model: PreTrainedModel) -> None:
             config._is_quantized = True
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
-            in_features, out_features = module.weight.shape
-            linear = nn.Linear(in_features, out_features, device=module.weight.device, dtype=module.weight.dtype)
-            linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)
-            linear.bias = module.bias
-            model.set_submodule(name, linear)
+            model.set_submodule(name, _as_linear(module))
     _mark_float32(model)
     _mark_kept(model)
     split_experts(model)
     split_groups(model)
     for name, heads in getattr(model.config, ONLINE_ROTATIONS, {}).items():
         attach(model.get_submodule(name), OnlineRotation(hadamard, heads))
+
+
+def _as_linear(conv: Conv1D) -> nn.Linear:
+    in_features, out_features = conv.weight.shape
+    linear = nn.Linear(in_features, out_features, device=conv.weight.device, dtype=conv.weight.dtype)
+    linear.weight = nn.Parameter(conv.weight.detach().T.contiguous(), requires_grad=False)
+    linear.bias = conv.bias
+    return linear
 
 
 def _mark_float32(model: PreTrainedModel) -> None:
