@@ -44,7 +44,7 @@ def weight_shapes(block: nn.Module) -> dict[str, torch.Size]:
     return {name: linear.weight.shape for name, linear in block_linears(block).items()}
 
 
-def with_spectra(blocks: int) -> set[int]:
+def blocks_with_spectra(blocks: int) -> set[int]:
     """The blocks whose error spectra the report shows."""
     return {0, blocks // 2, blocks - 1}
 
@@ -77,7 +77,7 @@ class BlockWork:
             name=f"{opened.name}.{index}",
             linears=weight_shapes(opened.blocks[index]),
             tensors=tensors,
-            with_spectra=index in with_spectra(len(opened.blocks)),
+            with_spectra=index in blocks_with_spectra(len(opened.blocks)),
         )
 
     def full_names(self, linears: Iterable[str]) -> list[str]:

@@ -38,7 +38,7 @@ from lqer.models.walker import BlockRun, HiddenStates, embed, refuse_non_finite
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.phases import phase
 from lqer.stages.base import no_effect
-from lqer.stages.block_work import BlockWork, weight_shapes, with_spectra, write_block
+from lqer.stages.block_work import BlockWork, blocks_with_spectra, weight_shapes, write_block
 from lqer.stages.gang import GangStage
 from lqer.stages.gather import CalibrationText
 from lqer.stages.plans import AnyPlans, resolve_plans
@@ -152,7 +152,7 @@ def _quantize_missing(
             if reconstruction is not None and original is not None:
                 plans = {name: settings.plans[f"{run.name}.{name}"] for name in block_linears(block)}
                 result = reconstruction.run(run, original.outputs.synchronized(running.device), plans, tensors)
-            unrounded, work = _transformed(run, tensors, result, with_spectra(len(running.blocks)))
+            unrounded, work = _transformed(run, tensors, result, blocks_with_spectra(len(running.blocks)))
             beside = original_run and original_run.with_block(unrounded.block)
             found = quantize_block(unrounded, beside, text, work, settings, in_place and original is None)
             packed, rows = write_block(workspace, work, found), found.rows
