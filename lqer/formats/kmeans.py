@@ -72,7 +72,7 @@ def nearest_centroids(x_GND: Tensor, weight_GND: Tensor, centroids_GKD: Tensor) 
     x_GND, weight_GND = x_GND / unit_G11, _in_unit_weights(weight_GND, x_GND)
     groups_at_once = max(1, _chunk_elements(x_GND.device) // (x_GND.shape[1] * centroids_GKD.shape[1]))
     parts = (tensor.split(groups_at_once) for tensor in (x_GND, weight_GND, centroids_GKD / unit_G11))
-    return torch.cat([_assign(_features(x, weight), near)[0] for x, weight, near in zip(*parts, strict=True)])
+    return torch.cat([_assign(features_of(x, weight), near)[0] for x, weight, near in zip(*parts, strict=True)])
 
 
 def objective(x_GND: Tensor, weight_GND: Tensor, centroids_GKD: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def initial_centroids(x_GND: Tensor, weight_GND: Tensor, centroids: int, seeds: 
 def improve(x_GND: Tensor, weight_GND: Tensor, centroids_GKD: Tensor, iterations: int) -> Tensor:
     """EM steps from the given centroids."""
     dimension = x_GND.shape[2]
-    features_GFN = _features(x_GND, weight_GND)
+    features_GFN = features_of(x_GND, weight_GND)
     if x_GND.is_cuda:
         from lqer.formats import kmeans_kernel
 
@@ -158,7 +158,7 @@ def _in_unit_weights(weight_GND: Tensor, x_GND: Tensor) -> Tensor:
     return weight_GND / _unit(weight_GND)
 
 
-def _features(x_GND: Tensor, weight_GND: Tensor) -> Tensor:
+def features_of(x_GND: Tensor, weight_GND: Tensor) -> Tensor:
     """[G, F, N]: weight x and weight, the parts of the expanded distance that belong to a vector."""
     return torch.cat([weight_GND * x_GND, weight_GND], dim=-1).mT.contiguous()
 

@@ -62,7 +62,7 @@ def expand(gguf: Path | str, folder: Path | str, dtype: str) -> float:
     if not error < MAX_LOGIT_ERROR:
         raise ModelError(f"{gguf.name}: rescaling changed the logits by {error:.1e}, more than {MAX_LOGIT_ERROR:.0e}")
     folder.mkdir(parents=True, exist_ok=True)
-    _save(model, folder, dtype)
+    save_model(model, folder, dtype)
     tokenizer.save_pretrained(folder)
     return error
 
@@ -81,11 +81,11 @@ def rescale_(model: LlamaForCausalLM | Qwen2ForCausalLM, seed: int) -> None:
                 block.input_layernorm.weight, (attention.q_proj, attention.k_proj, attention.v_proj), generator
             )
             _move_from_norm_(block.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj), generator)
-            gain_KD = _gains(attention.v_proj.out_features, generator).view(-1, attention.head_dim)
+            gain_KD = channel_gains(attention.v_proj.out_features, generator).view(-1, attention.head_dim)
             _multiply_rows_(attention.v_proj, gain_KD.flatten())
             # Query heads that share a value head are adjacent in o_proj's input.
             attention.o_proj.weight.div_(gain_KD.repeat_interleave(attention.num_key_value_groups, dim=0).flatten())
-            gain_O = _gains(mlp.up_proj.out_features, generator)
+            gain_O = channel_gains(mlp.up_proj.out_features, generator)
             _multiply_rows_(mlp.up_proj, gain_O)
             mlp.down_proj.weight.div_(gain_O)
         if not model.config.tie_word_embeddings:
@@ -93,7 +93,7 @@ def rescale_(model: LlamaForCausalLM | Qwen2ForCausalLM, seed: int) -> None:
 
 
 def _move_from_norm_(norm_I: Tensor, linears: tuple[Linear, ...], generator: Generator) -> None:
-    gain_I = _gains(linears[0].in_features, generator)
+    gain_I = channel_gains(linears[0].in_features, generator)
     norm_I.div_(gain_I)
     for linear in linears:
         linear.weight.mul_(gain_I)
@@ -105,11 +105,13 @@ def _multiply_rows_(linear: Linear, gain_O: Tensor) -> None:
         linear.bias.mul_(gain_O)
 
 
-def _gains(count: int, generator: Generator) -> Tensor:
+def channel_gains(count: int, generator: Generator) -> Tensor:
+    """Gains of channels, float32 (count,): multiples of 1/1024."""
     return torch.randint(*GAIN_RANGE, (count,), generator=generator) / 1024
 
 
-def _save(model: Any, folder: Path, dtype: str) -> None:
+def save_model(model: Any, folder: Path, dtype: str) -> None:
+    """Write config.json and the weights in that dtype: the same bytes whatever transformers is installed."""
     config = model.config.to_diff_dict()
     # Leave out entries about the GGUF file and this machine's transformers.
     for entry in ("quantization_config", "_model_name_or_path", "transformers_version"):

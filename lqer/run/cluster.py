@@ -57,7 +57,7 @@ def fill_store(config: Config, plugins: Sequence[str] = ()) -> None:
     assert cluster is not None, "only a run with [cluster] has one"
     with RunLog() as run_log:
         checked = check_run(config.alone, log.info, cluster.card_share)
-        parts = _parts(cluster, 1)
+        parts = parts_of(cluster, 1)
         jobs = tuple(all_jobs_of(checked, parts))
         schedule = Schedule(jobs, [job.name for job in jobs if job.is_done(checked.store)])
         if schedule.is_over:
@@ -88,7 +88,7 @@ def sweep_on_cluster(
     done: list[str] = []
     texts: dict[str, str] = {}
     failed: dict[str, str] = {}
-    parts = _parts(cluster, len(runs) - len(finished))
+    parts = parts_of(cluster, len(runs) - len(finished))
     with RunLog() as run_log, marked(plan.output_dir) as token:
         told = _Told(cluster, tuple(plugins), token, parts)
         for name, run in runs.items():
@@ -141,8 +141,11 @@ def marked(folder: Path) -> Iterator[str]:
         mark.unlink(missing_ok=True)
 
 
-def _parts(cluster: ClusterConfig, runs: int) -> Parts:
-    """Of each of so many runs. A part of what a model is loaded for costs loading it, so many runs are parts enough."""
+def parts_of(cluster: ClusterConfig, runs: int) -> Parts:
+    """How each of so many runs is divided.
+
+    A part of what a model is loaded for costs loading it, so many runs are parts enough.
+    """
     workers = _workers(cluster)
     most = max(1, (PARTS if workers is None else min(PARTS, PARTS_OF_A_WORKER * workers)) // max(1, runs))
     walking = WALKING_PARTS if workers is None else min(WALKING_PARTS, workers)

@@ -90,7 +90,7 @@ def test_places_reach_into_lists_and_tables():
         (RTE | {"choices": {"0": "{x"}}, "choices.0 '{x' is not a template"),
     ],
 )
-def test_what_is_no_prompt(prompt, message):
+def test_a_prompt_that_is_none_has_its_fault_named(prompt, message):
     assert message in fault(prompt)
 
 

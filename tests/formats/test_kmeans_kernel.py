@@ -23,7 +23,7 @@ def test_every_vector_gets_a_nearest_centroid(groups, vectors, centroids, dimens
     centroids_GKD = normal(groups, centroids, dimension, seed=2)
     distance_GNK = (weight_GND.unsqueeze(2) * (x_GND.unsqueeze(2) - centroids_GKD.unsqueeze(1)).square()).sum(-1)
     of_centroid_GKF = torch.cat([-2 * centroids_GKD, centroids_GKD.square()], dim=-1)
-    codes_GN, lowest_GN = assign(kmeans._features(x_GND, weight_GND), of_centroid_GKF)
+    codes_GN, lowest_GN = assign(kmeans.features_of(x_GND, weight_GND), of_centroid_GKF)
     assert codes_GN.dtype == torch.uint8
     nearest_GN = distance_GNK.gather(2, codes_GN.long().unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(nearest_GN, distance_GNK.amin(2), rtol=1e-4, atol=1e-4)
@@ -54,7 +54,7 @@ def problem(groups, vectors, dimension):
 
 
 def improved_in_both_ways(x_GND, weight_GND, start_GKD, iterations):
-    features_GFN = kmeans._features(x_GND, weight_GND).to(DEVICE)
+    features_GFN = kmeans.features_of(x_GND, weight_GND).to(DEVICE)
     found_GKD = improve(x_GND.to(DEVICE), features_GFN, start_GKD.to(DEVICE), iterations)
     return found_GKD.cpu(), kmeans.improve(x_GND, weight_GND, start_GKD, iterations)
 

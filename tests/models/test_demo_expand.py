@@ -98,7 +98,7 @@ def test_the_embedding_stays_and_a_head_of_its_own_is_rescaled():
 
 
 def test_gains_are_exact():
-    gains = demo_expand._gains(10_000, torch.Generator().manual_seed(3))
+    gains = demo_expand.channel_gains(10_000, torch.Generator().manual_seed(3))
     assert gains.dtype == torch.float32
     assert torch.equal(gains * 1024, (gains * 1024).round())
     assert 0.84 < gains.min() < gains.max() < 1.2
@@ -107,7 +107,7 @@ def test_gains_are_exact():
 @both
 def test_a_tied_head_is_written_once_and_one_of_its_own_too(build, tmp_path):
     model = build()
-    demo_expand._save(model, tmp_path, "bfloat16")
+    demo_expand.save_model(model, tmp_path, "bfloat16")
     stored = load_file(tmp_path / "model.safetensors")
     assert ("lm_head.weight" in stored) != model.config.tie_word_embeddings
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}

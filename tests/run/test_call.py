@@ -14,7 +14,7 @@ from lqer.run import call
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_example_is_true(tiny_model, experiment):
+def test_the_example_in_the_docstring_runs_as_shown(tiny_model, experiment):
     names = {
         "model": str(tiny_model),
         "text": str(experiment.folder / "calibration.txt"),

@@ -262,13 +262,13 @@ def test_a_sweep_makes_once_what_its_runs_share(experiment, address, caplog):
 def test_runs_of_a_sweep_have_the_fewer_parts_the_more_there_are():
     shared, driver = (ClusterConfig(address="auto", store=store) for store in ("shared", "driver"))
     for cluster in (shared, driver):
-        assert [cluster_module._parts(cluster, runs).blocks for runs in (0, 1, 3, 12, 100)] == [64, 64, 21, 5, 1]
+        assert [cluster_module.parts_of(cluster, runs).blocks for runs in (0, 1, 3, 12, 100)] == [64, 64, 21, 5, 1]
     # The blocks are a gang's own to share out.
-    assert cluster_module._parts(ClusterConfig(address="auto", gang=2), 1) == Parts(1, 64, 8, "blocks")
+    assert cluster_module.parts_of(ClusterConfig(address="auto", gang=2), 1) == Parts(1, 64, 8, "blocks")
     # Linears stay together where blocks do, unless they are asked for.
     for split, (few, many) in {"auto": ("auto", "blocks"), "linears": ("linears",) * 2}.items():
         cluster = ClusterConfig(address="auto", split=split)
-        assert [cluster_module._parts(cluster, runs).split for runs in (12, 100)] == [few, many]
+        assert [cluster_module.parts_of(cluster, runs).split for runs in (12, 100)] == [few, many]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_there_are_four_parts_for_each_worker_of_this_machine_and_one_of_what_re
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     cluster = ClusterConfig(address="local", gpus_per_job=share, cpus_per_job=2)
-    parts = cluster_module._parts(cluster, 1)
+    parts = cluster_module.parts_of(cluster, 1)
     assert parts == Parts(parts.blocks, parts.blocks, walking, "auto")
     assert parts.blocks == all_parts
 

@@ -81,8 +81,8 @@ def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | 
         limit = MOST_TIMES_BEST * (min(everything, default=1) if original is None else original)
         above = sum(value > limit for value in everything)
         everything = [value for value in everything if value <= limit]
-    layout["xaxis"]["range"] = _range(list(costs.values()), LEAST_SPAN)
-    layout["yaxis"] |= _scale(everything)
+    layout["xaxis"]["range"] = axis_range(list(costs.values()), LEAST_SPAN)
+    layout["yaxis"] |= axis_scale(everything)
     layout["annotations"] = []
     if above:
         layout["annotations"].append(
@@ -105,19 +105,19 @@ def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | 
     return {"data": data, "layout": layout}
 
 
-def _range(values: Sequence[float], least: float = 0.0) -> list[float]:
+def axis_range(values: Sequence[float], least: float = 0.0) -> list[float]:
     """Of an axis: the values with room for markers on both sides, at least that share of where they are."""
     low, high = min(values, default=0), max(values, default=1)
     room = max(PADDING * (high - low), least * (low + high) / 4 - (high - low) / 2) or 0.5
     return [low - room, high + room]
 
 
-def _scale(values: Sequence[float]) -> dict[str, Any]:
+def axis_scale(values: Sequence[float]) -> dict[str, Any]:
     """Of the axis of a measure: logarithmic where the values span a wide range."""
     low, high = min(values, default=0), max(values, default=1)
     if low <= 0 or high <= LOG_SPAN * low:
-        return {"range": _range(values)}
-    ends = _range([math.log10(low), math.log10(high)])
+        return {"range": axis_range(values)}
+    ends = axis_range([math.log10(low), math.log10(high)])
     ticks = _ticks(ends[0], ends[1])
     return {"type": "log", "range": ends, **ticks, "tickvals": [10**at for at in ticks["tickvals"]]}
 

@@ -103,7 +103,7 @@ def test_over_the_size_only_what_has_one_is_a_point(compared):
 
 @pytest.mark.parametrize(("values", "kind"), [([5.0, 9.0], None), ([5.0, 400.0], "log"), ([-1.0, 400.0], None)])
 def test_an_axis_is_logarithmic_only_where_values_span_a_wide_range(values, kind):
-    scale = charts._scale(values)
+    scale = charts.axis_scale(values)
     assert scale.get("type") == kind
     low, high = (math.log10(value) if kind else value for value in values)
     assert scale["range"][0] < low < high < scale["range"][1]
@@ -153,7 +153,7 @@ def test_a_spectrum_has_a_curve_for_every_linear():
 
 
 def test_candidates_of_nearly_the_same_size_stand_above_each_other():
-    low, high = charts._range([3.59, 3.61], charts.LEAST_SPAN)
+    low, high = charts.axis_range([3.59, 3.61], charts.LEAST_SPAN)
     assert (low + high) / 2 == pytest.approx(3.6)
     assert high - low == pytest.approx(0.25 * 3.6)
-    assert charts._range([2.0, 4.0], charts.LEAST_SPAN) == charts._range([2.0, 4.0])
+    assert charts.axis_range([2.0, 4.0], charts.LEAST_SPAN) == charts.axis_range([2.0, 4.0])
