@@ -114,7 +114,7 @@ class LqerQuantizer(HfQuantizer):
         return True
 
     def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> list[Any]:
-        """None: the files have the names of the skeleton, and transformers would stack the codes of experts."""
+        """No conversions: files have the names of the skeleton, and transformers would stack the codes of experts."""
         return []
 
     @property

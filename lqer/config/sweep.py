@@ -102,7 +102,7 @@ class SweepPlan:
 
     @property
     def output_dir(self) -> Path:
-        """Of all runs, since they share a store. Raises ConfigError if they name several."""
+        """The output_dir of all runs, since they share a store. Raises ConfigError if they name several."""
         found = sorted({run.config.output_dir for run in self.runs})
         if len(found) > 1:
             raise ConfigError(f"{self.path}: output_dir: must be the same for all runs; found {', '.join(found)}")

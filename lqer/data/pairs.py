@@ -94,7 +94,7 @@ class _Window:
     images: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, ids_N: Tensor, pair: dict[str, Tensor]) -> None:
-        """As much of a pair as there is room for."""
+        """Take as much of a pair as there is room for."""
         start = sum(len(ids) for ids in self.ids)
         for key, values in pair.items():
             if values.shape == (1, len(ids_N)):

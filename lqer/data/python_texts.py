@@ -25,7 +25,7 @@ class PythonText:
 
     @property
     def source(self) -> str:
-        """For messages and reports: the text depends on the version of Python."""
+        """The name of the text in messages and reports: it depends on the version of Python."""
         return f"{self.what} of Python {platform.python_version()}"
 
 

@@ -91,7 +91,7 @@ class Adapter(HFLM):
 
 
 class BlockwiseAdapter(Adapter):
-    """Of a model that is run block by block, which needs all batches at once.
+    """The adapter of a model that is run block by block, which needs all batches at once.
 
     The library calls a model batch by batch. So it goes through the requests twice: the first time it gets zeros and
     its batches are noted, which then go through the blocks together; the second time it gets their logits.

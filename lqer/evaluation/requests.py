@@ -24,7 +24,7 @@ Score = tuple[float, bool]
 
 
 def unit_name(call: int, unit: int) -> str:
-    """Of a unit of the `call`-th list of requests that an evaluation scores."""
+    """The name of a unit of the `call`-th list of requests that an evaluation scores."""
     return f"{call}-{unit:05d}"
 
 
@@ -65,10 +65,10 @@ class Scores:
         return name not in self.found and (self.share is None or unit in self.share)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By unit, float64 (N, 2): the log-likelihood, and 1 where the continuation is the most likely one."""
+        """The scores by unit, float64 (N, 2): the log-likelihood, and 1 where the continuation is the likeliest."""
         return {name: torch.tensor(scores, dtype=torch.float64) for name, scores in self.found.items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Scores:
-        """Those that `tensors` gave."""
+        """The scores that `tensors` gave."""
         return cls(None, {name: [(x, bool(y)) for x, y in scores_N2.tolist()] for name, scores_N2 in tensors.items()})

@@ -76,11 +76,11 @@ class Target(Component, ABC, family="export target"):
 
     @property
     def most_bits(self) -> float:
-        """Of a quantized weight in the files, with its scales and without factors: an upper bound."""
+        """An upper bound of the bits of a quantized weight in the files, with its scales and without factors."""
         return 11.0
 
     def dtype_of_check(self, source: Source) -> torch.dtype:
-        """In which the files are compared with the checkpoint."""
+        """The dtype in which the files are compared with the checkpoint."""
         return torch.float32
 
     @abstractmethod

@@ -185,7 +185,7 @@ def _targets(model: Outline, linears: list[str]) -> list[str]:
 
 
 def _spellings(model: Outline, linears: list[str]) -> list[str]:
-    """Their names, and those in files of a mixture of experts where they differ: not all readers rename modules."""
+    """The linears' names, and those in files of a mixture where they differ: not all readers rename modules."""
     if not model.expert_linears:
         return linears
     saved = [model.saved_names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in linears]

@@ -28,7 +28,7 @@ COMPARED_VECTORS = 512
 
 
 def assign(features_GFN: Tensor, of_centroid_GKF: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each vector, the k with the smallest Σ_f of_centroid_kf feature_f, the lowest among equals, and that sum.
+    """For each vector, the k with the smallest Σ_f of_centroid_kf feature_f, the lowest among equals, and that sum.
 
     Both float32; K at most 256. Returns uint8 [G, N] and float32 [G, N].
     """

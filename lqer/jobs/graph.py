@@ -112,7 +112,7 @@ class Schedule:
         self._started.add(name)
 
     def again(self, name: str) -> None:
-        """Its worker was lost."""
+        """Take back a job whose worker was lost."""
         self._started.remove(name)
 
     def finish(self, name: str) -> None:
@@ -133,7 +133,7 @@ class Schedule:
 
 
 def _seconds_left(jobs: dict[str, Job]) -> dict[str, float]:
-    """Of each job, its own seconds and those of the longest chain of jobs that wait for it."""
+    """By job, its own seconds and those of the longest chain of jobs that wait for it."""
     after: dict[str, float] = dict.fromkeys(jobs, 0.0)
     # A job stands after those it needs.
     for name in reversed(jobs):

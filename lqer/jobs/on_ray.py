@@ -69,7 +69,10 @@ Perform = Callable[[str, str, Keeper | None], Answer]
 
 
 class Worker:
-    """In a process of its own, with the GPUs that Ray gives it. keeper: the actor, where no folder is shared."""
+    """What does jobs in a process of its own, with the GPUs that Ray gives it.
+
+    keeper: the actor, where no folder is shared.
+    """
 
     def __init__(self, perform: Perform, keeper: Any = None):
         import ray
@@ -330,7 +333,7 @@ class _Workers:
         return self._ray.remote(Keeper).options(**options).remote(kept)
 
     def _here(self) -> dict[str, Any]:
-        """Of a worker on the node of this process."""
+        """The options of a worker on the node of this process."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         node = self._ray.get_runtime_context().get_node_id()

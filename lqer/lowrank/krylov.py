@@ -137,7 +137,7 @@ class _Convergence:
 
 
 def _iterate(error_OI: Tensor, metric: Metric, rank: int, width: int, seed: int, at_once: int) -> KrylovSolution | None:
-    """None where a block of that width may have missed copies of a repeated eigenvalue.
+    """The solution, or None where a block of that width may have missed copies of a repeated eigenvalue.
 
     at_once: blocks from one space that is looked at to the next.
     """

@@ -69,7 +69,7 @@ def _space(error_OI: Tensor, metric: Metric, largest: int, start_LO: Tensor) -> 
 
 
 def _recording(error_OI: Tensor, metric: Metric, largest: int, start_LO: Tensor, seed: int) -> _Recording | None:
-    """Of errors like this one; None where none are recorded, and for the first of them."""
+    """The recording for errors like this one; None where none are recorded, and for the first of them."""
     recordings = _recordings.get()
     read = [tensor for tensor in (error_OI, metric.scale_I, metric.hessian_II) if tensor is not None]
     if recordings is None or not error_OI.is_cuda or sum(tensor.nbytes for tensor in read) > LARGEST_RECORDED:

@@ -97,7 +97,7 @@ class LinearPlan:
         return replace(self, method=RoundingOnly(), rank=0, **NO_FACTORS)
 
     def without_factors(self) -> LinearPlan:
-        """Only the fields that determine the rounding of W and the metric of its error."""
+        """The plan with only the fields that determine the rounding of W and the metric of its error."""
         return replace(self, rank=None, activation=None, bias=None, **NO_FACTORS)
 
     @property

@@ -71,7 +71,7 @@ class BackwardRun:
 
 
 def _by_window(tensor: Tensor, windows: tuple[int, int]) -> Tensor:
-    """Of (..., I) or (..., O), all leading dims tokens."""
+    """A tensor (..., I) or (..., O), all leading dims tokens, with its windows as the first dim (B, N, ...)."""
     tokens_NI = tensor.flatten(0, -2)
     return tokens_NI.unflatten(0, windows if len(tokens_NI) == math.prod(windows) else (1, -1))
 

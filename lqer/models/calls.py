@@ -48,7 +48,7 @@ class BlockCall:
     per_window: frozenset[int] = frozenset()
 
     def to(self, device: torch.device) -> BlockCall:
-        """With tensors on the device, and lists and mappings of its own: what is written there reaches no others."""
+        """The call with tensors on the device, and lists and mappings of its own, which nobody else sees written to."""
 
         def moved(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
@@ -69,7 +69,7 @@ class BlockCall:
         return [one for one in (*self.args, *self.kwargs.values()) if isinstance(one, Returned)]
 
     def without_returned(self) -> BlockCall:
-        """With None in the place of what other blocks return."""
+        """The call with None in the place of what other blocks return."""
 
         def kept(one: Any) -> Any:
             return None if isinstance(one, Returned) else one
@@ -103,7 +103,7 @@ class BlockCall:
 
 
 def returned_by(values: Sequence[Any], next_call: BlockCall) -> Left:
-    """Of the values that a block has returned, those that the next one is called with, tensors on the CPU."""
+    """Those values that a block has returned which the next one is called with, tensors on the CPU."""
     return {one: _on(values[one.place], CPU) for one in next_call.returned}
 
 

@@ -48,7 +48,7 @@ class Scheme(Protocol):
     """How codes and scales become values."""
 
     def shape(self, codes: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the values."""
+        """The shape of the values, given that of the codes."""
 
     def decode(self, codes: Tensor, scales: Tensor, piece: Piece | None) -> Tensor:
         """The values, in float32. piece: one expert's linear of a stack; then (O, I)."""
@@ -116,7 +116,7 @@ def _e2m1(codes: Tensor) -> Tensor:
 
 
 def _scale_values(scales: Tensor) -> Tensor:
-    """In float32, of scales that may be exponents."""
+    """The float32 values of scales, which may be stored as exponents."""
     if scales.dtype == torch.uint8:
         return torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - EXPONENT_BIAS)
     return scales.to(torch.float32)

@@ -166,7 +166,7 @@ def largest_block(headers: Iterable[Header]) -> int:
 
 
 def tensor_bytes(header: Header, name: str) -> int:
-    """Of a tensor as it is stored."""
+    """The bytes of a tensor as it is stored."""
     bits = BITS.search(header.dtypes[name])
     return math.prod(header.shapes[name]) * (int(bits[0]) if bits else 8) // 8
 

@@ -253,7 +253,7 @@ def check_weights(source: ModelSource) -> None:
 
 
 def _states_of(folder: Path) -> tuple[tuple[str, State], ...]:
-    """Of the files in a local folder; those of the hub's commits never change."""
+    """The states of the files in a local folder; those of the hub's commits never change."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return tuple((file.name, state_of(file)) for file in files if file.is_file())
 

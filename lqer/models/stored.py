@@ -45,7 +45,7 @@ class StoredNames:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> StoredNames:
-        """Of a model that is not split yet. Raises NotStreamableError where transformers computes tensors."""
+        """The names of a model that is not split yet. Raises NotStreamableError where transformers computes tensors."""
         transforms = get_model_conversion_mapping(model, add_legacy=False)
         renamings = [one for one in transforms if type(one) in RENAMINGS]
         converters = [

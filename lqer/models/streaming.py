@@ -112,7 +112,7 @@ def _skeleton(
 
 
 def _load_generation_config(model: PreTrainedModel, source: ModelSource) -> None:
-    """As from_pretrained does: from its own file, else from the generation options in config.json."""
+    """Load it as from_pretrained does: from its own file, else from the generation options in config.json."""
     options: dict[str, Any] = {} if source.revision is None else {"revision": source.revision}
     try:
         model.generation_config = GenerationConfig.from_pretrained(source.path, **options)

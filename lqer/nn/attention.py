@@ -79,7 +79,7 @@ class QuantizedAttention:
 
 
 def quantized_attention(described: Mapping[str, Any]) -> QuantizedAttention:
-    """From its description in a checkpoint: the operands' "format", and "axis"."""
+    """The attention of a description in a checkpoint: the operands' "format", and "axis"."""
     return QuantizedAttention(format_from_dict(described["format"]), described["axis"])
 
 

@@ -95,7 +95,7 @@ class HadamardLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the weight's shape and dtype, without values: some models read the dtype off their linears."""
+        """A tensor of the weight's shape and dtype, without values: some models read the dtype off their linears."""
         return torch.empty(self.out_features, self.in_features, dtype=self.input_signs.dtype, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:

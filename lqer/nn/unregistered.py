@@ -59,7 +59,7 @@ def takes_rows(experts: nn.Module) -> bool:
 
 
 class _Routed(nn.Module):
-    """With the attributes of modules of the registry."""
+    """Experts with the attributes of modules of the registry."""
 
     is_concatenated, has_bias, has_gate = True, False, True
     held: int

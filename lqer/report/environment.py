@@ -16,7 +16,7 @@ from lqer.results import Versions
 
 
 def versions() -> Versions:
-    """Those of the interpreter and the libraries that numbers depend on, and the commit of lqer."""
+    """The versions of the interpreter and the libraries that numbers depend on, and the commit of lqer."""
     return Versions(
         python=platform.python_version(),
         torch=torch.__version__,

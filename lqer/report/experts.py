@@ -16,7 +16,7 @@ WITHIN_METADATA = ("codebook", "zero", "sign")
 
 
 def experts_info(rows: Sequence[Mapping[str, Any]], calibration: CalibrationConfig, tokens: int) -> ExpertsInfo | None:
-    """From the rows of a checkpoint's linears; None for a model without experts.
+    """What the rows of a checkpoint's linears say of its experts; None for a model without experts.
 
     tokens: of the calibration text. A token reads all linears but those of experts that it is not sent to.
     """

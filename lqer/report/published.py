@@ -37,7 +37,7 @@ class Figure:
 
     @property
     def is_met(self) -> bool | None:
-        """None where the run cannot be compared."""
+        """Whether the run is as good as the figure, within its tolerance; None where it cannot be compared."""
         return None if self.cut or self.excess is None else self.excess <= self.tolerance
 
     def __str__(self) -> str:

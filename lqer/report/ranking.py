@@ -50,7 +50,7 @@ class Ranking:
     originals: Mapping[str, float]
 
     def front(self, measure: Measure, size: str = "bits") -> pd.Series:
-        """Of each row, whether no other one has at most its size and activation bits and a better value."""
+        """Which rows no other one beats: by a better value at no more than their size and activation bits."""
         values, sizes = self.table[measure.column] * measure.sign, self.table[size]
         inputs = self.table["activation bits"]
         on_front = []
@@ -61,12 +61,12 @@ class Ranking:
 
     @property
     def undominated(self) -> pd.Series:
-        """Of each row, whether it is on the front of any measure over bits."""
+        """Which rows are on the front of any measure over bits."""
         fronts = [self.front(measure) for measure in self.measures]
         return pd.concat(fronts, axis="columns").any(axis="columns") if fronts else self.table["bits"].isna()
 
     def beaten_by(self) -> pd.Series:
-        """Of each row that is on no front, the run with at most its bits that has the best first measure; else ""."""
+        """For each row that is on no front, the run with at most its bits that has the best first measure; else ""."""
         if not self.measures:
             # A sweep may time models alone.
             return pd.Series("", index=self.table.index)

@@ -42,7 +42,7 @@ class Budget:
         return ", ".join(text.format(value) for text, value in limits.items() if value is not None)
 
     def wider(self, factor: float) -> Budget:
-        """With so many times the bits and bytes."""
+        """The budget with so many times the bits and bytes."""
         return Budget(
             None if self.bits is None else factor * self.bits,
             None if self.size is None else int(factor * self.size),
@@ -50,7 +50,7 @@ class Budget:
         )
 
     def admits(self, table: pd.DataFrame) -> pd.Series:
-        """Of each row, whether it is within every limit."""
+        """Which rows are within every limit."""
         limits = {"bits": self.bits, "GB": self.size and self.size / 1e9, "activation bits": self.activation_bits}
         within = [table[column] <= limit for column, limit in limits.items() if limit is not None]
         return pd.concat(within, axis="columns").all(axis="columns")
@@ -156,7 +156,7 @@ def _original(ranking: Ranking) -> dict[str, Any]:
 
 
 def _cells(row: pd.Series, found: Recommendation, ranking: Ranking) -> dict[str, Any]:
-    """Of one scheme: its size, how much worse it is than the best by what decided, and all that was measured."""
+    """The cells of one scheme: its size, how much worse it is than the best by what decided, all that was measured."""
     ratio = math.exp(row["score"] - found.best["score"])
     facts = {"run": row["run"], "bits": f"{row['bits']:.3f}", "GB": f"{row['GB']:.4g}", RATIO: f"{ratio:.2f}"}
     values = {measure.column: row[measure.column] for measure in ranking.measures}

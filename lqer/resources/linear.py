@@ -33,7 +33,7 @@ def linear_bytes(out_features: int, in_features: int, plan: LinearPlan, has_hess
 
 
 def recorded_bytes(planned: Iterable[tuple[int, int, LinearPlan]], has_hessian: bool) -> int:
-    """Of errors, metrics and Krylov spaces that are recorded on a GPU; planned: (out_features, in_features, plan)."""
+    """Bytes of all that is recorded on a GPU for Krylov spaces; planned: (out_features, in_features, plan)."""
     kinds = {}
     for out_features, in_features, plan in planned:
         read = 4 * in_features * (out_features + (in_features if has_hessian else 1))
@@ -44,7 +44,7 @@ def recorded_bytes(planned: Iterable[tuple[int, int, LinearPlan]], has_hessian: 
 
 
 def batch_bytes(linears: Mapping[str, tuple[int, int]], blocks_name: str, device: str) -> int:
-    """Of experts that are quantized at once, at most; 0 without experts.
+    """The most bytes of experts that are quantized at once; 0 without experts.
 
     linears: (out_features, in_features) by full names, those of an expert `<layer>.<number>.<linear>`.
     """

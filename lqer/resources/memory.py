@@ -113,7 +113,7 @@ def _stage(
 
 
 def _rotate(work: Workload) -> StageMemory:
-    """It uses a GPU only if that has room."""
+    """The memory of rotating the model, which uses a GPU only if that has room."""
     summary = work.summary
     inside = summary.parameters - summary.outside_parameters
     largest = max(rows * columns for rows, columns in summary.linears.values())
@@ -248,7 +248,7 @@ def _original_stream(work: Workload) -> tuple[list[Need], list[Need]]:
 
 
 def _finetune(work: Workload) -> StageMemory:
-    """Both models are on one device, the quantized one in emulation."""
+    """The memory of fine-tuning. Both models are on one device, the quantized one in emulation."""
     settings, summary = work.config.finetune, work.summary
     assert settings is not None
     tokens = tokens_of_batch(settings)

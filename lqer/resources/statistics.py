@@ -39,7 +39,7 @@ def gathered(plans: Plans) -> list[Statistic]:
 
 
 def accumulator_bytes(summary: ModelSummary, plans: Plans, on_gpu: bool) -> int:
-    """Of the sites of a block whose statistics are gathered together: on a GPU not of all experts."""
+    """Bytes for the sites of a block whose statistics are gathered together: on a GPU not those of all experts."""
     experts, others = _accumulated(summary, plans)
     held = min(sum(experts), max(PASS_BYTES, *experts)) if on_gpu and experts else sum(experts)
     return others + held
@@ -51,7 +51,7 @@ def in_passes(summary: ModelSummary, plans: Plans, on_gpu: bool) -> bool:
 
 
 def _accumulated(summary: ModelSummary, plans: Plans) -> tuple[list[int], int]:
-    """Of each expert, and of everything else."""
+    """The bytes of each expert's accumulators, and of all others."""
     sizes = {
         name: sum(statistic.nbytes(width) for width in widths for statistic in gathered(plans))
         for name, widths in _modules(summary).items()
@@ -61,7 +61,7 @@ def _accumulated(summary: ModelSummary, plans: Plans) -> tuple[list[int], int]:
 
 
 def block_bytes(config: Config, summary: ModelSummary, plans: Plans, computed: int) -> int:
-    """Of the statistics of one block. computed: bytes of a value in the run's dtype."""
+    """The bytes of one block's statistics. computed: bytes of a value in the run's dtype."""
     calibration = config.calibration
     sample = min(calibration.error_tokens, calibration.num_samples * calibration.seq_len) * computed
     return sum(

@@ -74,7 +74,7 @@ def as_read(work: Workload, purpose: str = "") -> list[Need]:
 
 
 def add_statistics(work: Workload, host: list[Need], device: list[Need], disk: list[Need]) -> None:
-    """Those of a block: on a GPU there, unless they are gathered in several passes."""
+    """Add the statistics of a block: on a GPU there, unless they are gathered in several passes."""
     size, limit = statistics_bytes(work), work.config.calibration.max_bytes
     if work.on_gpu and not observed_in_passes(work):
         device.append(Need("statistics of a block", size))

@@ -69,5 +69,5 @@ class Workload:
 
 
 def total(needs: Sequence[Need], certain: bool = False) -> int:
-    """Their bytes; if `certain`, without estimates."""
+    """The bytes of needs; if `certain`, without estimates."""
     return sum(need.bytes for need in needs if need.certain or not certain)

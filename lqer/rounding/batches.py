@@ -90,5 +90,5 @@ def back_through(made: Weights, leaves: Weights) -> None:
 
 
 def trained_dtype(device: torch.device, autocast: torch.dtype | None) -> torch.dtype:
-    """Of a weight that is made anew for every step: on a GPU what autocast would convert it to, else float32."""
+    """The dtype of a weight that is made anew for every step: on a GPU that of autocast, else float32."""
     return autocast if autocast is not None and device.type == "cuda" else torch.float32

@@ -217,5 +217,5 @@ def _dot(a_T: Tensor, b_T: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """In float32; 0 where the denominator is 0, because that problem is solved."""
+    """The quotient in float32; 0 where the denominator is 0, because that problem is solved."""
     return torch.where(denominator > 0, numerator / denominator, 0.0).to(torch.float32)

@@ -65,7 +65,7 @@ class DampedHessian(Source):
 
     @property
     def damping(self) -> float:
-        """As asked for or as raised."""
+        """The damping as it was asked for or raised."""
         self._require_factor()
         return self._damping
 
@@ -77,7 +77,7 @@ class DampedHessian(Source):
 
     @property
     def diagonal_I(self) -> Tensor:
-        """That of H, float64."""
+        """The diagonal of H, float64."""
         return self._given_II.diagonal().to(torch.float64) / self.mean + self._zero_I + self._damping
 
     @property
@@ -125,7 +125,7 @@ class DampedHessian(Source):
             )
 
     def _require_factor(self) -> None:
-        """Only a factorization tells the damping."""
+        """Factor H if that has not been done: only a factorization tells the damping."""
         if not self._is_factored:
             _ = self.cholesky_II
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Curve:
-    """Of one linear, or of several that share a format: bits and added loss by format, in the order of the formats."""
+    """Bits and added losses of one linear, or of several that share a format, in the order of the formats."""
 
     bits: tuple[int, ...]
     losses: tuple[float, ...]

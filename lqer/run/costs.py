@@ -28,6 +28,6 @@ def takes_long(weights: int, minutes: float) -> bool:
 
 
 def quantization_minutes(quantize: QuantizeConfig) -> float:
-    """Of one checkpoint."""
+    """About how many minutes a checkpoint of WEIGHTS weights takes."""
     parts = {quantize.method.kind, quantize.chosen_rounding.kind, *(part.kind for part in quantize.transforms)}
     return next((minutes for kind, minutes in MINUTES.items() if kind in parts), OTHERWISE)

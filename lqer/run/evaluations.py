@@ -55,7 +55,7 @@ def quantized_candidate(context: RunContext, role: str, stage: Quantize | Quanti
 
 
 def tokens_of_calls(evaluation: EvaluationConfig) -> tuple[int, ...]:
-    """Of a batch of windows, where nothing else is evaluated; () where calls differ."""
+    """The tokens of each call, a batch of windows where nothing else is evaluated; () where calls differ."""
     windows = evaluation.perplexity
     if windows is None or windows.protocol not in WINDOWED_PROTOCOLS:
         return ()
@@ -82,7 +82,7 @@ def _title(text: EvaluationText, protocol: str) -> str:
 def perplexities(
     context: RunContext, candidate: Candidate, tokenizer: PreTrainedTokenizerBase, texts: Texts
 ) -> list[Evaluation]:
-    """Of a candidate, in the order of the configuration's texts."""
+    """The perplexities of a candidate, in the order of the configuration's texts."""
     settings = context.config.evaluation.perplexity
     if settings is None:
         return []
@@ -99,7 +99,7 @@ def perplexities(
 
 
 def original_distributions(context: RunContext, original: list[Evaluation]) -> list[OriginalDistributions]:
-    """Those of the original, on the windows of its perplexities."""
+    """The distributions of the original, on the windows of its perplexities."""
     if (settings := context.config.evaluation.divergence) is None:
         return []
     windowed = [one for one in original if isinstance(one, WindowPerplexity)]
@@ -112,7 +112,7 @@ def original_distributions(context: RunContext, original: list[Evaluation]) -> l
 def divergences(
     distributions: list[OriginalDistributions], perplexity: dict[str, list[Evaluation]]
 ) -> dict[str, list[WindowDivergence]]:
-    """Of the others, in the same order of texts."""
+    """The divergences of the other candidates from the original, by role, in the same order of texts."""
     if not distributions:
         return {}
     windowed = {
@@ -132,7 +132,7 @@ def divergences(
 def task_accuracies(
     context: RunContext, candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, TaskAccuracy]:
-    """By role of the candidate, of all tasks together."""
+    """The accuracies by role of the candidate, of all tasks together."""
     settings = context.config.evaluation.downstream
     if settings is None:
         return {}
@@ -155,7 +155,7 @@ def task_accuracies(
 
 
 def decode_speeds(context: RunContext, candidates: list[Candidate]) -> dict[str, DecodeSpeed]:
-    """Of the original and, on kernels, of the checkpoint: emulation decodes weights anew for every token."""
+    """The speeds of the original and, on kernels, of the checkpoint: emulation decodes weights anew for every token."""
     config = context.config
     on_one_gpu = context.device.type == "cuda" and config.device_map == "single" and not config.evaluation.blockwise
     if not config.evaluation.decode_speed or not on_one_gpu:

@@ -25,7 +25,10 @@ SECONDS = 60.0
 
 @dataclass(frozen=True)
 class RunJobs:
-    """In the order of a run. preparing: what quantization reads; training: fine-tuning; measuring: the evaluations."""
+    """The jobs of a run in their order.
+
+    preparing: what quantization reads. training: fine-tuning. measuring: the evaluations.
+    """
 
     preparing: tuple[Job, ...]
     quantizing: tuple[Job, ...]
@@ -108,7 +111,7 @@ def jobs_of(
 
 
 def _by_blocks(stage: Stage, blocks: int) -> Progress | None:
-    """Of a stage as a whole that leaves a file for each block."""
+    """The progress of a stage as a whole that leaves a file for each block."""
     return Progress(stage.name, "block", blocks, BLOCK) if isinstance(stage, GangStage) else None
 
 

@@ -47,7 +47,7 @@ def _aligned(rows: Iterable[Row], width: int = 0) -> list[str]:
 
 
 def _components(family: type[Component], of_module: bool = False) -> Callable[[], Iterator[Row]]:
-    """By the first line of each class, or of its module for families with one component in a file."""
+    """The components with the first line of each class, or of its module for families with one component in a file."""
 
     def rows() -> Iterator[Row]:
         for kind, cls in sorted(family.registry.items()):
@@ -81,7 +81,7 @@ def _preset(name: str) -> Row:
 
 
 def _preset_sections() -> list[str]:
-    """Those that are recommended, those of methods, and the folders of all others, in a line each."""
+    """The presets that are recommended, those of methods, and the folders of all others, in a line each."""
     names = preset_names()
     counts = Counter(name.partition("/")[0] for name in names)
     sections = {

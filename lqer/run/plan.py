@@ -81,7 +81,7 @@ def _model(context: RunContext) -> ModelSource | Rotate:
 
 
 def _plans(context: RunContext, texts: Texts) -> AnyPlans:
-    """Under quantize.budget_bits, those whose formats follow from it."""
+    """The plans; under quantize.budget_bits, those whose formats follow from it."""
     budget_bits = context.config.quantize.budget_bits
     return context.plans if budget_bits is None else _width_plans(context, texts, budget_bits)
 

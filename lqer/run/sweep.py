@@ -126,7 +126,7 @@ def _kind(config: Config) -> tuple[Any, ...]:
 
 
 def shown_duration(seconds: float) -> str:
-    """In the unit that leaves one to three digits."""
+    """A duration in the unit that leaves one to three digits."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

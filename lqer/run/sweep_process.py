@@ -56,7 +56,7 @@ class InAProcess:
 
 
 def _execute(config_json: str, plugins: Sequence[str], connection: Connection) -> None:
-    """In the process of a run: its log and bars on the terminal, its problem as a line through the connection."""
+    """Do the run of this process: its log and bars on the terminal, its problem as a line through the connection."""
     from transformers.utils import logging as transformers_logging
 
     from lqer.run import pipeline

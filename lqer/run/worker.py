@@ -104,7 +104,7 @@ def last_job(config: Config, jobs: Sequence[Job]) -> Job:
 
 
 def perform(name: str, text: str, keeper: Keeper | None) -> Answer:
-    """In a worker: do the job of this name."""
+    """Do the job of this name."""
     with _collected_log() as lines:
         try:
             _KNOWN.run_of(text, keeper).do(name)

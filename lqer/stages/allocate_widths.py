@@ -59,7 +59,7 @@ class WidthPlans(BudgetedPlans):
 
     @property
     def names(self) -> list[str]:
-        """Of all that a linear can get, in the order of `Widths.counts`."""
+        """The names of all that a linear can get, in the order of `Widths.counts`."""
         formats = [f"{one.kind} {one.nominal_bits:g} bits" for one in self.widths.formats]
         return formats + [f"{name} with A and B" for name in formats if self.optional_rank]
 
@@ -156,7 +156,7 @@ def curve_of(options: Sequence[LinearPlan], losses: Sequence[float], shape: tupl
 
 
 def _counts(options: Options, chosen: Mapping[str, LinearPlan]) -> tuple[int, ...]:
-    """Of linears, by option. Of equal options the first: one whose rank is 0 is without A and B."""
+    """How many linears got each option. Of equal ones the first counts: one whose rank is 0 is without A and B."""
     counts = Counter(options[name].index(plan) for name, plan in chosen.items())
     return tuple(counts[i] for i in range(max(map(len, options.values()), default=0)))
 

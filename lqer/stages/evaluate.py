@@ -39,7 +39,7 @@ RESULT_FILE = "result.json"
 
 
 def shown_perplexity(artifact: Artifact) -> str:
-    """For the log."""
+    """The perplexity as the log shows it."""
     value = artifact.json(RESULT_FILE)["perplexity"]
     return "perplexity not finite" if value is None else f"perplexity {value:.4f}"
 
@@ -105,7 +105,7 @@ class Divisible(Evaluation):
 
     @abstractmethod
     def part_file(self, index: int, count: int) -> str:
-        """Of the part `index` of `count`, counted from 0."""
+        """The name of the file of part `index` of `count`, counted from 0."""
 
     @abstractmethod
     def measure(self, store: Store, index: int, count: int) -> dict[str, Tensor]:

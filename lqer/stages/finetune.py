@@ -98,7 +98,7 @@ class Objective:
     settings: TrainingConfig
 
     def loss(self, ids_BT: Tensor) -> Tensor:
-        """Of a batch, with gradients to the trained parameters."""
+        """The student's loss on a batch, with gradients to the trained parameters."""
         return self._loss_of(self.student.logits(ids_BT, as_stored=False), ids_BT)
 
     def validate(self, windows_WT: Tensor) -> float:

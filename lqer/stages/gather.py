@@ -127,7 +127,7 @@ StatisticsOf = Callable[[Sequence[int]], Iterator[BlockStatistics]]
 
 
 def stored_statistics(calibration: Artifact) -> StatisticsOf:
-    """Those that a stage "calibrate" has stored."""
+    """The statistics that a stage "calibrate" has stored."""
     return lambda indices: (BlockStatistics.read(calibration, index) for index in indices)
 
 

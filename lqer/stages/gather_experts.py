@@ -92,12 +92,12 @@ class ExpertObserver:
 
     @property
     def modules(self) -> list[str]:
-        """Those whose inputs the experts that are observed here read, by their names within the block."""
+        """The modules whose inputs the experts that are observed here read, by their names within the block."""
         return [layer.name for layer in self._layers]
 
     @property
     def linears(self) -> set[str]:
-        """Those that are observed here, by their names within the block."""
+        """The linears that are observed here, by their names within the block."""
         return {name for layer in self._layers for names in layer.linears.values() for name in names}
 
     @contextmanager
@@ -184,7 +184,7 @@ def passes_of(run: BlockRun, names: Collection[str], statistics: Sequence[Statis
 
 
 def _by_expert(layer: str, names: Collection[str]) -> dict[int, list[str]]:
-    """Those of the linears that belong to an expert of that module, by expert, in ascending order."""
+    """The linears that belong to an expert of that module, by expert, in ascending order."""
     prefix, found = f"{layer}.", defaultdict[int, list[str]](list)
     for name in names:
         index = name.removeprefix(prefix).partition(".")[0]

@@ -83,7 +83,7 @@ class MeasureWidths(Stage):
 
 
 def plans_to_measure(plans: Plans, choices: Choices, optional_rank: bool = False) -> Plans:
-    """Only what decides the errors of rounding, and what A and B leave of them where these are a choice.
+    """The plans with only what decides the errors of rounding, and what A and B leave of them where these are a choice.
 
     None for linears without a choice.
     """
@@ -159,7 +159,7 @@ def _sampled(run: BackwardRun, statistics: BlockStatistics, plans: Plans) -> Ite
 
 
 def _sampled_rows(linears: Sequence[tuple[str, Tensor, SiteStatistics]], plan: LinearPlan, most: int) -> list[Sampled]:
-    """Of linears of one shape and plan: name, weight (O, I), statistics."""
+    """The sampled rows of linears of one shape and plan, each given by its name, weight (O, I) and statistics."""
     names, weights, sites = zip(*linears, strict=True)
     check_finite(*weights)
     targets = plan.method.targets(weights, sites, plan)

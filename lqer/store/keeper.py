@@ -34,7 +34,7 @@ class Keeper:
         self._opening = threading.Lock()
 
     def manifest(self, artifact: str) -> dict[str, Any] | None:
-        """Of a finished artifact, else None."""
+        """The manifest of a finished artifact, else None."""
         found = self._store.named(artifact)
         return None if found is None else found.manifest
 

@@ -32,7 +32,7 @@ def tuning_file(index: int) -> str:
 
 
 def distribution_file(batch: int) -> str:
-    """Of a batch of windows, not of a block."""
+    """The file of a batch of windows, not of a block."""
     return f"distribution-{batch:05d}.safetensors"
 
 

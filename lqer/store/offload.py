@@ -47,7 +47,7 @@ class Offload:
         self._mapped: dict[int, mmap.mmap] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process: the same budget, none of it used."""
+        """What another process gets: the same budget, none of it used."""
         return Offload, (self._max_bytes, self._folder)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:

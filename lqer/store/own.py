@@ -16,7 +16,7 @@ LOCK = ".lock"
 
 
 class OwnFolder:
-    """Under TMPDIR. What processes that are gone have left there is removed first."""
+    """A folder under TMPDIR. What processes that are gone have left there is removed first."""
 
     def __init__(self) -> None:
         under = Path(tempfile.gettempdir())

@@ -39,7 +39,7 @@ class Writer:
                 self.wait()
 
     def wait(self) -> None:
-        """Until every job is done. Raises the exception of one that failed."""
+        """Wait until every job is done. Raises the exception of one that failed."""
         with phase("write"):
             self._wait_until(lambda: False)
 

@@ -131,7 +131,7 @@ class _Probe:
             yield from (Fold(name, rows_I, offset) for offset in GAIN_OFFSETS)
 
     def _linear_folds(self, reader: str) -> Iterator[Fold]:
-        """From the linears called before, the latest first: all rows of one, or either half of a fused one.
+        """The folds into linears called before, the latest first: all rows of one, or either half of a fused one.
 
         An expert, whose linears see tokens of its own, is fed by itself alone.
         """

@@ -49,7 +49,7 @@ class SiteOutput:
         return sum(((output - original).square().sum() for output, original in pairs), start=torch.zeros(()))
 
     def _outputs(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        """Of the one call, or of none: an expert may not be sent anything."""
+        """The output of the one call, or none: an expert may not be sent anything."""
         inside = {name: weight.to(self._own[name].dtype) for name, weight in weights.items()}
         with _in_autocast(self._module, self._autocast):
             outputs = [functional_call(self._module, {**self._own, **inside}, *call) for call in self._calls]

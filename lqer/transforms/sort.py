@@ -80,7 +80,7 @@ def moved(
 
 @torch.no_grad()
 def movable(call: BlockFunction, hidden_BTD: Tensor) -> dict[str, tuple[str, ...]]:
-    """By linear whose input channels may be in any order: the linears that write them.
+    """For each linear whose input channels may be in any order, the linears that write them.
 
     hidden_BTD: hidden states of real text.
     """

@@ -106,14 +106,14 @@ def pareto(candidates: Sequence[Candidate], measure: Measure, original: float | 
 
 
 def axis_range(values: Sequence[float], least: float = 0.0) -> list[float]:
-    """Of an axis: the values with room for markers on both sides, at least that share of where they are."""
+    """The ends of an axis: the values with room for markers on both sides, at least that share of where they are."""
     low, high = min(values, default=0), max(values, default=1)
     room = max(PADDING * (high - low), least * (low + high) / 4 - (high - low) / 2) or 0.5
     return [low - room, high + room]
 
 
 def axis_scale(values: Sequence[float]) -> dict[str, Any]:
-    """Of the axis of a measure: logarithmic where the values span a wide range."""
+    """The layout of a measure's axis: logarithmic where the values span a wide range."""
     low, high = min(values, default=0), max(values, default=1)
     if low <= 0 or high <= LOG_SPAN * low:
         return {"range": axis_range(values)}
@@ -123,7 +123,7 @@ def axis_scale(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _ticks(low: float, high: float, most: int = MOST_TICKS) -> dict[str, Any]:
-    """Of an axis over logarithms: powers of ten and, the fewer there are, the more numbers between them."""
+    """The ticks of an axis over logarithms: powers of ten and, the fewer there are, the more numbers between them."""
     for steps in STEPS:
         ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
         ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
@@ -329,7 +329,7 @@ def _curve(name: str, colour: str, x: Any, y: Any) -> dict[str, Any]:
 
 
 def _shade(index: int, count: int) -> str:
-    """Of a line per decoder block, from blue in the first to yellow-green in the last."""
+    """The color of a decoder block's line, from blue in the first to yellow-green in the last."""
     share = index / max(count - 1, 1)
     return f"hsl({250 - 170 * share:.0f}, 65%, {45 + 8 * share:.0f}%)"
 

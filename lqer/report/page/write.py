@@ -107,7 +107,7 @@ def write_collection_page(
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Without those that are the same in everything but their run as one before them."""
+    """The candidates without those that are the same in everything but their run as one before them."""
     seen, kept = set(), []
     for one in candidates:
         what = (one.model, one.scheme, one.weight, one.activation, one.rank, one.bits, frozenset(one.values.items()))
