@@ -32,7 +32,7 @@ from lqer.rounding.base import Rounding, Statistics, require_damping, unsupporte
 from lqer.rounding.descent import descend, require_descent, unsupported_descent
 from lqer.rounding.factor import feedback_factor
 from lqer.rounding.groups import Groups
-from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
+from lqer.rounding.hessian import DAMPING, DampedHessian, damped_hessian
 from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
 from lqer.rounding.stack import add_products, rows_of_all, side_by_side, stacked
 from lqer.statistics import Hessian, Statistic
@@ -40,10 +40,9 @@ from lqer.statistics import Hessian, Statistic
 
 def gptq(
     weight_OI: Tensor,
-    hessian: Tensor | DampedHessian | None,
+    damped: DampedHessian,
     number_format: NumberFormat,
     *,
-    damping: float = DAMPING,
     activation_order: bool = False,
     static_groups: bool = False,
     scales: Scales = "minmax",
@@ -51,21 +50,17 @@ def gptq(
 ) -> QuantizedTensor:
     """Round a float32 weight with error feedback.
 
-    hessian: E[x xᵀ] (I, I) up to scale, float32 or float64, damped here by `damping` of its mean diagonal; or a
-    DampedHessian; None stands for the identity, where there is no feedback. Weights of inputs that are always zero
-    (H_ii = 0) become 0.
+    damped: E[x xᵀ] of the weight's inputs. Weights of inputs that are always zero (H_ii = 0) become 0.
 
     static_groups: all scales are fitted to the weight before any feedback. activation_order: columns with the largest
     H_ii first; a group's columns are then not adjacent in the sweep, so that groups are static. scales: how a group's
     scale is fitted, as the format does or by search (rounding/scale_search.py). descent: turns of refitting the scales
     and of coordinate descent afterwards (rounding/descent.py), which never raise the loss under the damped Hessian.
 
-    Raises NonFiniteError for a weight or Hessian that is not finite, ValueError for settings that exclude each other.
+    Raises NonFiniteError for a weight that is not finite, HessianError as a factorization of `damped` does, ValueError
+    for settings that exclude each other.
     """
     check_finite(weight_OI)
-    if hessian is None:
-        return number_format.quantize(weight_OI)
-    damped = as_damped(hessian, damping)
     step = number_format.vector_size
     if activation_order and step > 1:
         raise ValueError(f"activation_order would separate the columns of vectors of {step} ({number_format.kind})")

@@ -153,11 +153,6 @@ def _damped(statistics: Mapping[str, Tensor], damping: float) -> DampedHessian:
     return DampedHessian(statistics["hessian"], damping)
 
 
-def as_damped(hessian: Tensor | DampedHessian, damping: float) -> DampedHessian:
-    """The Hessian damped by `damping`; a DampedHessian is returned as it is."""
-    return hessian if isinstance(hessian, DampedHessian) else DampedHessian(hessian, damping)
-
-
 def down_date(damped: DampedHessian, a_IR: Tensor, fraction: float = 1.0) -> DampedHessian:
     """H without the directions that a low-rank branch x·A can still correct, damped again (CALDERA, arXiv 2405.18886).
 

@@ -31,7 +31,7 @@ from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.formats.base import check_finite
 from lqer.rounding.base import Rounding, Statistics, require_damping, unsupported_feedback
 from lqer.rounding.groups import Groups
-from lqer.rounding.hessian import DAMPING, DampedHessian, as_damped, damped_hessian
+from lqer.rounding.hessian import DAMPING, DampedHessian, damped_hessian
 from lqer.rounding.ldlq_panel import panel_rounding
 from lqer.rounding.ldlq_tuning import tuned
 from lqer.rounding.scale_search import Scales, importance, require_scales, unsupported_search
@@ -42,10 +42,9 @@ from lqer.statistics.symmetric import PANEL_ROWS
 
 def ldlq(
     weight_OI: Tensor,
-    hessian: Tensor | DampedHessian | None,
+    damped: DampedHessian,
     number_format: NumberFormat,
     *,
-    damping: float = DAMPING,
     block: int | None = None,
     static_groups: bool = False,
     tune_iters: int = 0,
@@ -53,17 +52,14 @@ def ldlq(
 ) -> QuantizedTensor:
     """Round a float32 weight with block error feedback.
 
-    hessian: as for `gptq`. block: columns rounded together, a multiple of the format's vector size and that size by
-    default. tune_iters: sweeps of coordinate descent afterwards; they never raise the loss under the damped Hessian.
-    static_groups, scales: as for `gptq`.
+    damped: E[x xᵀ] of the weight's inputs. block: columns rounded together, a multiple of the format's vector size and
+    that size by default. tune_iters: sweeps of coordinate descent afterwards; they never raise the loss under the
+    damped Hessian. static_groups, scales: as for `gptq`.
 
-    Raises NonFiniteError for a weight or Hessian that is not finite, ValueError for a block that does not match the
-    format.
+    Raises NonFiniteError for a weight that is not finite, HessianError as a factorization of `damped` does, ValueError
+    for a block that does not match the format.
     """
     check_finite(weight_OI)
-    if hessian is None:
-        return number_format.quantize(weight_OI)
-    damped = as_damped(hessian, damping)
     block = number_format.vector_size if block is None else block
     if block < 1 or block % number_format.vector_size:
         raise ValueError(f"block {block} is not a multiple of {number_format.vector_size} ({number_format.kind})")

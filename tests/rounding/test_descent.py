@@ -39,7 +39,7 @@ def layer(make_layer):
 @pytest.mark.parametrize("start", ["gptq", "nearest"])
 def test_no_row_ever_loses(number_format, start, layer):
     weight_OI, hessian_II = layer
-    first = gptq(weight_OI, hessian_II, number_format) if start == "gptq" else number_format.quantize(weight_OI)
+    first = gptq(weight_OI, damp(hessian_II), number_format) if start == "gptq" else number_format.quantize(weight_OI)
     losses = [row_losses(weight_OI, hessian_II, descend(weight_OI, hessian_II, first, turns)) for turns in range(4)]
     for earlier_O, later_O in itertools.pairwise(losses):
         assert (later_O <= earlier_O).all()

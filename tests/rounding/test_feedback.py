@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lqer.formats import E8P, Int, MXInt, NonFiniteError, NormalFloat, QuantizedTensor, Trellis
+from lqer.rounding import Gptq, Ldlq
 from lqer.rounding.gptq import gptq
 from lqer.rounding.hessian import damp
 from lqer.rounding.ldlq import block_lower, ldlq
@@ -62,8 +63,8 @@ def feedback_by_definition(weight_OI, hessian_II, number_format) -> torch.Tensor
 @each_scalar
 def test_gptq_is_ldlq_with_blocks_of_one_from_the_other_end(number_format, make_layer):
     weight_OI, hessian_II = make_layer(40, 320)
-    forward = gptq(weight_OI, hessian_II, number_format)
-    backward = ldlq(weight_OI.flip(1), hessian_II.flip(0, 1), number_format, block=1)
+    forward = gptq(weight_OI, damp(hessian_II), number_format)
+    backward = ldlq(weight_OI.flip(1), damp(hessian_II.flip(0, 1)), number_format, block=1)
     assert same_but_for_near_ties(forward.dequantize(), backward.dequantize().flip(1))
 
 
@@ -105,10 +106,10 @@ def test_the_block_decomposition_gives_the_hessian_back(block, make_layer):
 
 @each_rounding
 @each_format
-@pytest.mark.parametrize("hessian", [None, torch.eye(320), torch.diag(DIAGONAL)], ids=["none", "identity", "diagonal"])
+@pytest.mark.parametrize("hessian", [torch.eye(320), torch.diag(DIAGONAL)], ids=["identity", "diagonal"])
 def test_uncorrelated_inputs_mean_direct_rounding(rounding, number_format, hessian, make_layer):
     weight_OI = make_layer(12, 320)[0]
-    assert same(rounding(weight_OI, hessian, number_format), number_format.quantize(weight_OI))
+    assert same(rounding(weight_OI, damp(hessian), number_format), number_format.quantize(weight_OI))
 
 
 @each_rounding
@@ -117,14 +118,14 @@ def test_feedback_lowers_the_loss_for_correlated_inputs(rounding, number_format,
     for seed in range(3):
         weight_OI, hessian_II = make_layer(32, 320, seed)
         direct = loss(number_format.quantize(weight_OI), weight_OI, hessian_II)
-        assert loss(rounding(weight_OI, hessian_II, number_format), weight_OI, hessian_II) < 0.75 * direct
+        assert loss(rounding(weight_OI, damp(hessian_II), number_format), weight_OI, hessian_II) < 0.75 * direct
 
 
 @each_rounding
 @each_format
 def test_a_result_packs_and_unpacks_like_any_other(rounding, number_format, make_layer):
     weight_OI, hessian_II = make_layer(12, 172)
-    quantized = rounding(weight_OI, hessian_II, number_format)
+    quantized = rounding(weight_OI, damp(hessian_II), number_format)
     direct = number_format.quantize(weight_OI)
     assert {name: part.shape for name, part in quantized.parts.items()} == {
         name: part.shape for name, part in direct.parts.items()
@@ -141,7 +142,7 @@ def test_a_result_packs_and_unpacks_like_any_other(rounding, number_format, make
 @each_format
 def test_static_groups_have_the_scales_of_direct_rounding(rounding, number_format, make_layer):
     weight_OI, hessian_II = make_layer(12, 320)
-    quantized = rounding(weight_OI, hessian_II, number_format, static_groups=True)
+    quantized = rounding(weight_OI, damp(hessian_II), number_format, static_groups=True)
     direct = number_format.quantize(weight_OI)
     for name in direct.parts.keys() - {"codes"}:
         assert torch.equal(quantized.parts[name], direct.parts[name])
@@ -152,7 +153,7 @@ def test_static_groups_have_the_scales_of_direct_rounding(rounding, number_forma
 def test_a_group_is_fitted_to_what_feedback_has_made_of_it(rounding, make_layer):
     weight_OI, hessian_II = make_layer(12, 320)
     number_format = Int(3, block_size=64)
-    scales = rounding(weight_OI, hessian_II, number_format).parts["scales"]
+    scales = rounding(weight_OI, damp(hessian_II), number_format).parts["scales"]
     direct = number_format.quantize(weight_OI).parts["scales"]
     first = 0 if rounding is gptq else -1
     assert torch.equal(scales[:, first], direct[:, first])
@@ -163,16 +164,16 @@ def test_a_group_is_fitted_to_what_feedback_has_made_of_it(rounding, make_layer)
 @pytest.mark.parametrize("number_format", [MXInt(3), Int(3, block_size=48), Int(3, block_size=160)], ids=describe)
 def test_panels_change_nothing_but_the_order_of_summation(rounding, number_format, make_layer, monkeypatch):
     weight_OI, hessian_II = make_layer(24, 320)
-    usual = rounding(weight_OI, hessian_II, number_format).dequantize()
+    usual = rounding(weight_OI, damp(hessian_II), number_format).dequantize()
     monkeypatch.setattr("lqer.rounding.groups.PANEL", 10_000)
-    assert same_but_for_near_ties(rounding(weight_OI, hessian_II, number_format).dequantize(), usual)
+    assert same_but_for_near_ties(rounding(weight_OI, damp(hessian_II), number_format).dequantize(), usual)
 
 
-@each_rounding
+@pytest.mark.parametrize("rounding", [Gptq(damping=0.1), Ldlq(damping=0.1)], ids=["gptq", "ldlq"])
 def test_a_damped_hessian_gives_what_the_hessian_gives(rounding, make_layer):
     weight_OI, hessian_II = make_layer(12, 320)
-    damped = damp(hessian_II, 0.1)
-    assert same(rounding(weight_OI, damped, MXInt(4)), rounding(weight_OI, hessian_II, MXInt(4), damping=0.1))
+    found = [rounding.round(weight_OI, {"hessian": one}, MXInt(4)) for one in (hessian_II, damp(hessian_II, 0.1))]
+    assert same(*found)
 
 
 @each_rounding
@@ -180,7 +181,7 @@ def test_a_singular_hessian_is_rounded_under(rounding, make_layer, loss):
     weight_OI, _ = make_layer(32, 320)
     x_TI = torch.randn(20, 320, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     hessian_II = x_TI.T @ x_TI
-    quantized = rounding(weight_OI, hessian_II, MXInt(4))
+    quantized = rounding(weight_OI, damp(hessian_II), MXInt(4))
     assert loss(quantized, weight_OI, hessian_II) < 0.2 * loss(MXInt(4).quantize(weight_OI), weight_OI, hessian_II)
 
 
@@ -192,29 +193,29 @@ class TestGPTQ:
             torch.randperm(320, generator=torch.Generator().manual_seed(0))
         ]
         hessian_II = scale_I[:, None] * hessian_II * scale_I
-        ordered = gptq(weight_OI, hessian_II, number_format, activation_order=True)
-        in_place = gptq(weight_OI, hessian_II, number_format, static_groups=True)
+        ordered = gptq(weight_OI, damp(hessian_II), number_format, activation_order=True)
+        in_place = gptq(weight_OI, damp(hessian_II), number_format, static_groups=True)
         assert loss(ordered, weight_OI, hessian_II) < loss(in_place, weight_OI, hessian_II)
 
     def test_activation_order_is_gptq_on_permuted_columns(self, make_layer):
         weight_OI, hessian_II = make_layer(12, 100)
         number_format = Int(3, block_size="row")
         order_I = damp(hessian_II).hessian_II.diagonal().argsort(descending=True, stable=True)
-        permuted = gptq(weight_OI[:, order_I], hessian_II[order_I][:, order_I], number_format)
-        ordered = gptq(weight_OI, hessian_II, number_format, activation_order=True)
+        permuted = gptq(weight_OI[:, order_I], damp(hessian_II[order_I][:, order_I]), number_format)
+        ordered = gptq(weight_OI, damp(hessian_II), number_format, activation_order=True)
         assert torch.equal(ordered.dequantize()[:, order_I], permuted.dequantize())
 
     def test_inputs_that_were_never_seen_get_no_weight(self, make_layer):
         weight_OI, hessian_II = make_layer(12, 64)
         hessian_II[5] = hessian_II[:, 5] = 0
-        values_OI = gptq(weight_OI, hessian_II, Int(4, block_size="row")).dequantize()
+        values_OI = gptq(weight_OI, damp(hessian_II), Int(4, block_size="row")).dequantize()
         assert not values_OI[:, 5].any()
         assert values_OI[:, 6].any()
 
     def test_an_order_that_would_separate_the_columns_of_vectors_is_refused(self, make_layer):
         weight_OI, hessian_II = make_layer(8, 64)
         with pytest.raises(ValueError, match=r"activation_order would separate the columns of vectors of 8 \(e8p\)"):
-            gptq(weight_OI, hessian_II, E8P(2), activation_order=True)
+            gptq(weight_OI, damp(hessian_II), E8P(2), activation_order=True)
 
 
 class TestLDLQ:
@@ -242,23 +243,23 @@ class TestLDLQ:
     def test_scalar_formats_can_be_swept_in_blocks(self, number_format, make_layer, loss):
         weight_OI, hessian_II = make_layer(32, 320)
         direct = loss(number_format.quantize(weight_OI), weight_OI, hessian_II)
-        assert loss(ldlq(weight_OI, hessian_II, number_format, block=8), weight_OI, hessian_II) < 0.75 * direct
+        assert loss(ldlq(weight_OI, damp(hessian_II), number_format, block=8), weight_OI, hessian_II) < 0.75 * direct
 
     def test_a_block_that_does_not_fit_is_refused(self, make_layer):
         weight_OI, hessian_II = make_layer(8, 64)
         with pytest.raises(ValueError, match=r"block 4 is not a multiple of 8 \(e8p\)"):
-            ldlq(weight_OI, hessian_II, E8P(2), block=4)
+            ldlq(weight_OI, damp(hessian_II), E8P(2), block=4)
         with pytest.raises(ValueError, match=r"block 24 does not divide groups of 16 columns \(mxint\)"):
-            ldlq(weight_OI, hessian_II, MXInt(4), block=24)
+            ldlq(weight_OI, damp(hessian_II), MXInt(4), block=24)
 
 
 @each_rounding
 def test_a_trellis_is_rounded_in_blocks_of_tiles(rounding, make_layer, loss):
     weight_OI, hessian_II = make_layer(32, 96)
     number_format = Trellis(2)
-    direct, quantized = number_format.quantize(weight_OI), rounding(weight_OI, hessian_II, number_format)
+    direct, quantized = number_format.quantize(weight_OI), rounding(weight_OI, damp(hessian_II), number_format)
     assert loss(quantized, weight_OI, hessian_II) < 0.75 * loss(direct, weight_OI, hessian_II)
-    assert same(rounding(weight_OI, torch.eye(96), number_format), direct)
+    assert same(rounding(weight_OI, damp(torch.eye(96)), number_format), direct)
     restored = number_format.unpack(quantized.pack(), weight_OI.shape, 1)
     assert torch.equal(restored.dequantize(), quantized.dequantize())
 
@@ -268,13 +269,13 @@ def test_what_cannot_be_rounded_is_refused(rounding, make_layer):
     weight_OI, hessian_II = make_layer(8, 64)
     weight_OI[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="1 NaN and 0 infinite"):
-        rounding(weight_OI, hessian_II, MXInt(4))
+        rounding(weight_OI, damp(hessian_II), MXInt(4))
 
 
 @each_rounding
 def test_the_weight_and_the_hessian_are_left_alone(rounding, make_layer):
     weight_OI, hessian_II = make_layer(8, 64)
     before = weight_OI.clone(), hessian_II.clone()
-    rounding(weight_OI, hessian_II, E8P(2))
+    rounding(weight_OI, damp(hessian_II), E8P(2))
     assert torch.equal(weight_OI, before[0])
     assert torch.equal(hessian_II, before[1])

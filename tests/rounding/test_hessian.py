@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lqer.formats import NonFiniteError
-from lqer.rounding.hessian import as_damped, damp, down_date
+from lqer.rounding.hessian import damp, damped_hessian, down_date
 
 
 def test_the_mean_diagonal_becomes_one_and_damping_is_added(make_layer):
@@ -44,7 +44,7 @@ def test_inputs_that_were_never_seen_are_told_and_get_a_diagonal(make_layer):
 
 def test_a_damped_hessian_is_taken_as_it_is(make_layer):
     damped = damp(make_layer(8, 24)[1])
-    assert as_damped(damped, 0.5) is damped
+    assert damped_hessian({"hessian": damped}, 0.5) is damped
 
 
 def test_what_is_no_second_moment_is_refused():

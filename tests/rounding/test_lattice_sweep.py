@@ -11,6 +11,7 @@ from lqer.formats import E8P, MX, Int, MXInt, NormalFloat
 from lqer.rounding import lattice_sweep
 from lqer.rounding import ldlq as ldlq_module
 from lqer.rounding.groups import Groups
+from lqer.rounding.hessian import damp
 from lqer.rounding.lattice_sweep import sweep_lattice_panel
 from lqer.rounding.ldlq_panel import block_by_block, lattice_panel, panel_rounding, scalar_panel
 
@@ -75,7 +76,7 @@ def test_ldlq_in_kernels_is_ldlq_block_by_block(monkeypatch, number_format, stat
     found = []
     for in_kernels in (False, True):
         monkeypatch.setattr(ldlq_module, "panel_rounding", partial(rounded_panel, in_kernels))
-        found.append(ldlq_module.ldlq(weight_OI, hessian_II, number_format, static_groups=static_groups))
+        found.append(ldlq_module.ldlq(weight_OI, damp(hessian_II), number_format, static_groups=static_groups))
     errors = [weight_OI - quantized.dequantize() for quantized in found]
     losses = [(error_OI @ hessian_II * error_OI).sum() for error_OI in errors]
     assert torch.ne(*(quantized.parts["codes"] for quantized in found)).float().mean() < 0.05
@@ -89,7 +90,7 @@ def test_codes_of_a_launch_are_tuned_block_by_block(monkeypatch):
     for number_format in (E8P(2), Int(3, 16)):
         losses = []
         for tune_iters in (0, 1):
-            quantized = ldlq_module.ldlq(weight_OI, hessian_II, number_format, tune_iters=tune_iters)
+            quantized = ldlq_module.ldlq(weight_OI, damp(hessian_II), number_format, tune_iters=tune_iters)
             error_OI = weight_OI - quantized.dequantize()
             losses.append((error_OI @ hessian_II * error_OI).sum())
         assert losses[1] < losses[0]

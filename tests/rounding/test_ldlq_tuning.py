@@ -9,7 +9,7 @@ from lqer.formats import E8P, Int
 from lqer.rounding import lattice_sweep, ldlq_tuning
 from lqer.rounding import ldlq as ldlq_module
 from lqer.rounding.groups import Groups
-from lqer.rounding.hessian import DAMPING, as_damped
+from lqer.rounding.hessian import DampedHessian
 from lqer.rounding.ldlq_tuning import block_shares, has_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,7 +27,7 @@ def layer(rows, columns):
     weight_OI = torch.randn(rows, columns, generator=normal)
     mixing_II = torch.eye(columns) + 0.3 * torch.randn(columns, columns, generator=normal)
     x_TI = torch.randn(300, columns, generator=normal) @ mixing_II
-    return weight_OI.to(DEVICE), as_damped((x_TI.T @ x_TI / 300).to(DEVICE), DAMPING)
+    return weight_OI.to(DEVICE), DampedHessian((x_TI.T @ x_TI / 300).to(DEVICE))
 
 
 def losses(weight_OI, damped, quantized):

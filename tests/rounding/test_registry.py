@@ -36,8 +36,8 @@ def hessian_II():
 def test_a_named_rounding_is_its_function_with_its_settings(weight_OI, hessian_II):
     w3 = Int(3, 32)
     pairs = [
-        (Gptq(damping=0.02), gptq(weight_OI, hessian_II, w3, damping=0.02)),
-        (Ldlq(tune_iters=1), ldlq(weight_OI, hessian_II, w3, tune_iters=1)),
+        (Gptq(damping=0.02), gptq(weight_OI, DampedHessian(hessian_II, 0.02), w3)),
+        (Ldlq(tune_iters=1), ldlq(weight_OI, DampedHessian(hessian_II), w3, tune_iters=1)),
     ]
     for rounding, expected in pairs:
         assert torch.equal(rounding.round(weight_OI, {"hessian": hessian_II}, w3).dequantize(), expected.dequantize())

@@ -105,7 +105,7 @@ def test_least_squares_asks_for_nothing_and_has_the_least_plain_error(number_for
 def test_under_least_squares_only_the_weights_of_a_group_decide_its_first_scale(rounding, make_layer):
     weight_OI, hessian_II = make_layer(16, 64)
     number_format = Int(3, "row")
-    found = rounding(weight_OI, hessian_II, number_format, scales="least-squares")
+    found = rounding(weight_OI, damp(hessian_II), number_format, scales="least-squares")
     expected = Nearest(scales="least-squares").round(weight_OI, {}, number_format)
     assert torch.equal(found.parts["scales"], expected.parts["scales"])
 
@@ -145,7 +145,7 @@ def test_static_groups_are_searched_with_the_weights_of_their_place_in_the_order
     importance_I = torch.empty(64)
     importance_I[order_I] = inverse_factor(damped, order_I).diagonal().pow(-2).float()
     expected = nearest(weight_OI, importance_I, Int(3, 32))
-    found = gptq(weight_OI, hessian_II, Int(3, 32), activation_order=True, scales="search")
+    found = gptq(weight_OI, damped, Int(3, 32), activation_order=True, scales="search")
     assert torch.equal(found.parts["scales"], expected.parts["scales"])
 
 
@@ -154,8 +154,8 @@ def test_static_groups_are_searched_with_the_weights_of_their_place_in_the_order
 def test_a_search_lowers_the_loss_of_error_feedback(rounding, number_format, make_layer, loss):
     for seed in range(3):
         weight_OI, hessian_II = make_layer(32, 320, seed)
-        fitted = loss(rounding(weight_OI, hessian_II, number_format), weight_OI, hessian_II)
-        searched = loss(rounding(weight_OI, hessian_II, number_format, scales="search"), weight_OI, hessian_II)
+        fitted = loss(rounding(weight_OI, damp(hessian_II), number_format), weight_OI, hessian_II)
+        searched = loss(rounding(weight_OI, damp(hessian_II), number_format, scales="search"), weight_OI, hessian_II)
         assert searched < fitted
 
 
@@ -164,5 +164,5 @@ def test_ldlq_weights_the_last_group_by_the_diagonal_of_its_decomposition(make_l
     weight_OI = make_layer(16, 64)[0]
     diagonal_I = torch.linspace(0.1, 3, 64)
     expected = nearest(weight_OI, diagonal_I + 0.01 * diagonal_I.mean(), Int(2, 16))
-    found = ldlq(weight_OI, torch.diag(diagonal_I), Int(2, 16), scales="search")
+    found = ldlq(weight_OI, damp(torch.diag(diagonal_I)), Int(2, 16), scales="search")
     assert torch.equal(found.dequantize(), expected.dequantize())

@@ -20,6 +20,7 @@ from lqer.models.structure import block_linears, prepare_model
 from lqer.models.walker import walk_blocks
 from lqer.rounding import Gptq
 from lqer.rounding.gptq import gptq
+from lqer.rounding.hessian import damp
 from lqer.stages import gather
 from lqer.stages.gather import CalibrationText
 from lqer.stages.quantize_in_turn import turns_of
@@ -95,7 +96,7 @@ def test_codes_are_those_of_a_whole_model_whose_weights_are_replaced_turn_by_tur
             x_TI = torch.cat(inputs).double()
             for name in turn:
                 linear = block.get_submodule(name)
-                expected = gptq(linear.weight.detach(), x_TI.T @ x_TI / len(x_TI), gptq_plan.weight)
+                expected = gptq(linear.weight.detach(), damp(x_TI.T @ x_TI / len(x_TI)), gptq_plan.weight)
                 packed = found.tensors(block_file(i))[f"model.layers.{i}.{name}.weight.codes"]
                 agreeing.append((packed == expected.pack()["codes"]).double().mean())
                 linear.weight.data = expected.dequantize()

@@ -23,6 +23,7 @@ from lqer.models.structure import block_linears, find_blocks
 from lqer.models.walker import BlockRun
 from lqer.rounding import Gptq, Vector
 from lqer.rounding.gptq import gptq
+from lqer.rounding.hessian import damp
 from lqer.stages import quantize_in_turn, quantize_sequential
 from lqer.stages.quantize_sequential import quantize_in_order
 from lqer.store.names import block_file, layers_file
@@ -47,7 +48,7 @@ def test_codes_are_those_of_a_whole_model_whose_weights_are_replaced_block_by_bl
         inputs = inputs_of_linears(moving, text.windows_WT, BATCH_SIZE)
         for linear_name, linear in block_linears(block).items():
             x_TI = torch.cat(inputs[f"{name}.{i}.{linear_name}"]).double()
-            expected = gptq(linear.weight.detach(), x_TI.T @ x_TI / len(x_TI), gptq_plan.weight)
+            expected = gptq(linear.weight.detach(), damp(x_TI.T @ x_TI / len(x_TI)), gptq_plan.weight)
             packed = found.tensors(block_file(i))[f"{name}.{i}.{linear_name}.weight.codes"]
             agreeing.append((packed == expected.pack()["codes"]).double().mean())
             linear.weight.data = expected.dequantize()
@@ -75,7 +76,8 @@ def test_codes_of_rounded_inputs_are_those_of_the_inputs_that_the_layer_multipli
     for name, linear in block_linears(block).items():
         codes, exact_TI = [], torch.cat(inputs[f"model.layers.0.{name}"])
         for x_TI in (activation.fake_quantize(exact_TI).double(), exact_TI.double()):
-            codes.append(gptq(linear.weight.detach(), x_TI.T @ x_TI / len(x_TI), gptq_plan.weight).pack()["codes"])
+            damped = damp(x_TI.T @ x_TI / len(x_TI))
+            codes.append(gptq(linear.weight.detach(), damped, gptq_plan.weight).pack()["codes"])
         of_rounded, of_exact = (
             (stored[f"model.layers.0.{name}.weight.codes"] == expected).double().mean() for expected in codes
         )

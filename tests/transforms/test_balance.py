@@ -7,6 +7,7 @@ from helpers import first_block
 from lqer.formats import Int
 from lqer.models.structure import block_linears
 from lqer.rounding.gptq import gptq
+from lqer.rounding.hessian import damp
 from lqer.transforms import Balance
 from lqer.transforms.balance import balanced_scale
 from lqer.transforms.block_problem import BlockProblem
@@ -66,7 +67,7 @@ def test_rounding_under_the_scale_loses_less():
     weight_OI, hessian_II, rows_I = problem_of()
 
     def loss(scale_I):
-        rounded = gptq(weight_OI * scale_I, hessian_II / scale_I / scale_I[:, None], W3, scales="least-squares")
+        rounded = gptq(weight_OI * scale_I, damp(hessian_II / scale_I / scale_I[:, None]), W3, scales="least-squares")
         error_OI = rounded.dequantize() / scale_I - weight_OI
         return float(((error_OI @ hessian_II) * error_OI).sum())
 
