@@ -160,7 +160,11 @@ class LqerLinearMethod(LinearMethodBase):
 
 
 def _load(
-    shard: LayerShard, part: str, parameter: nn.Parameter, tensor: Tensor, place: str | int | None = None
+    shard: LayerShard,
+    part: str,
+    parameter: nn.Parameter,
+    tensor: Tensor,
+    place: str | int | tuple[int, ...] | None = None,
 ) -> None:
     """A weight loader as vLLM calls it. place: which of the layer's linears, if it joins several."""
     if isinstance(place, tuple):
