@@ -209,20 +209,28 @@ def _run(
         substituted(path, f"run {name!r}: set", {} if row is None else row.set, sweep.parameters),
         *(choice.values for choice in cell.values()),
     ]
-    layers = list(base)
-    if presets:
-        schemes = [layer for preset in presets for layer in read_layers(preset, Path(path).parent)]
-        layers = [(origin, _without_scheme(values)) for origin, values in base]
-        layers += [(origin, _scheme_of(values)) for origin, values in schemes]
-        if any("finetune" in values for _, values in schemes):
-            text = _calibration_text([*base, *((where, values) for values in own), *overrides])
-            layers.append((where, {"finetune": {"dataset": text}}))
-    layers += [*((where, values) for values in own), *overrides]
-    config = config_of([*layers, ("the command line", {"tag": f"{tag}-{name}"})])
+    later = [*((where, values) for values in own), *overrides]
+    first = _with_schemes(presets, Path(path).parent, base, later, where) if presets else base
+    config = config_of([*first, *later, ("the command line", {"tag": f"{tag}-{name}"})])
     set_here = Layers()
     for values in own:
         set_here.merge(values, where)
     return SweepRun(name, config, presets, _scheme_of(set_here.values))
+
+
+def _with_schemes(
+    presets: Sequence[str], folder: Path, base: Sequence[Layer], later: Sequence[Layer], where: str
+) -> Sequence[Layer]:
+    """`base` with the schemes of presets in the place of its own; what they train, they train on the calibration text.
+
+    later: the layers behind them, which may name another text. where: what a message calls the run.
+    """
+    schemes = [layer for preset in presets for layer in read_layers(preset, folder)]
+    layers = [(origin, _without_scheme(values)) for origin, values in base]
+    layers += [(origin, _scheme_of(values)) for origin, values in schemes]
+    if any("finetune" in values for _, values in schemes):
+        layers.append((where, {"finetune": {"dataset": _calibration_text([*base, *later])}}))
+    return layers
 
 
 def _without_scheme(values: Mapping[str, Any]) -> dict[str, Any]:
