@@ -61,6 +61,7 @@ class Recorder(nn.Module):
 
 @contextmanager
 def replaced(blocks: nn.ModuleList, recorders: Sequence[nn.Module]) -> Iterator[None]:
+    """While active, recorders are in the place of the blocks."""
     originals = list(blocks)
     try:
         for index, recorder in enumerate(recorders):
@@ -91,25 +92,33 @@ def set_return_type(model: PreTrainedModel, recorders: list[Recorder], inputs: M
                 raise  # in the embedding, before any block was called
             failure = error
             continue
-        for index, recorder in enumerate(recorders):
-            if recorder.times_called != 1:
-                raise ModelError(
-                    f"model: {name} calls decoder block {index} {recorder.times_called} times in one pass, which is "
-                    "not supported"
-                )
+        _require_one_call_each(name, recorders)
         if all(_same(recorder.hidden, recorders[0].hidden) for recorder in recorders):
-            shape = list(recorders[0].hidden.shape)
-            if len(shape) not in HIDDEN_DIMENSIONS or shape[0] != len(inputs["input_ids"]):
-                raise ModelError(
-                    f"model: the hidden states of {name} have shape {shape}, not (batch, tokens, size) or (batch, "
-                    "tokens, streams, size)"
-                )
+            _require_hidden_states(name, recorders[0].hidden, len(inputs["input_ids"]))
             _find_returned(model, recorders, inputs)
             return
         changed = True
     if not changed:
         raise failure
     raise ModelError(f"{name} changes the hidden states between its decoder blocks, which is not supported")
+
+
+def _require_one_call_each(name: str, recorders: Sequence[Recorder]) -> None:
+    for index, recorder in enumerate(recorders):
+        if recorder.times_called != 1:
+            raise ModelError(
+                f"model: {name} calls decoder block {index} {recorder.times_called} times in one pass, which is not "
+                "supported"
+            )
+
+
+def _require_hidden_states(name: str, hidden: Tensor, batch_size: int) -> None:
+    shape = list(hidden.shape)
+    if len(shape) not in HIDDEN_DIMENSIONS or shape[0] != batch_size:
+        raise ModelError(
+            f"model: the hidden states of {name} have shape {shape}, not (batch, tokens, size) or (batch, tokens, "
+            "streams, size)"
+        )
 
 
 def _find_returned(model: PreTrainedModel, recorders: list[Recorder], inputs: Mapping[str, Tensor]) -> None:
