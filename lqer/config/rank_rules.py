@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lqer.config.quantize import QuantizeConfig
 from lqer.config.rule import KeyedError
 from lqer.config.schema import Config
 from lqer.config.section import Loc
@@ -51,18 +52,26 @@ def budget_can_be_allocated(config: Config) -> Iterator[KeyedError]:
 
 def widths_can_be_allocated(config: Config) -> Iterator[KeyedError]:
     """A choice of formats goes with a budget, and nothing else is allocated."""
-    quantize, budget = config.quantize, config.quantize.budget_bits
-    if budget is None:
-        for key in ("widths", "tie_widths"):
-            if value := getattr(quantize, key):
-                yield KeyedError(("quantize", key), "must be unset without quantize.budget_bits", value)
-        if quantize.widths_text != "calibration":
-            rule = "must be unset without quantize.budget_bits, for which widths are measured"
-            yield KeyedError(("quantize", "widths_text"), rule, quantize.widths_text)
-        if quantize.low_rank.optional:
-            rule = "must be false without quantize.budget_bits, which decides between ranks and widths"
-            yield KeyedError(("quantize", "low_rank", "optional"), rule, True)
-        return
+    if config.quantize.budget_bits is None:
+        yield from _nothing_to_allocate(config.quantize)
+    else:
+        yield from _formats_to_allocate(config, config.quantize.budget_bits)
+
+
+def _nothing_to_allocate(quantize: QuantizeConfig) -> Iterator[KeyedError]:
+    for key in ("widths", "tie_widths"):
+        if value := getattr(quantize, key):
+            yield KeyedError(("quantize", key), "must be unset without quantize.budget_bits", value)
+    if quantize.widths_text != "calibration":
+        rule = "must be unset without quantize.budget_bits, for which widths are measured"
+        yield KeyedError(("quantize", "widths_text"), rule, quantize.widths_text)
+    if quantize.low_rank.optional:
+        rule = "must be false without quantize.budget_bits, which decides between ranks and widths"
+        yield KeyedError(("quantize", "low_rank", "optional"), rule, True)
+
+
+def _formats_to_allocate(config: Config, budget: float) -> Iterator[KeyedError]:
+    quantize = config.quantize
     if len(set(quantize.widths)) < 2:
         rule = "requires two or more formats to choose from in quantize.widths"
         yield KeyedError(("quantize", "budget_bits"), rule, budget)
