@@ -36,7 +36,7 @@ from lqer.components import ADDED
 from lqer.transforms.base import Level, Transform
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.folding import GAIN_OFFSETS, NO_ROW, Site, find_sites
-from lqer.transforms.tracing import output_stays, trace
+from lqer.transforms.tracing import Trace, output_stays, trace
 
 RotationFunction = Callable[[Tensor], Tensor]
 
@@ -149,18 +149,51 @@ def _examine(
     model: Any, blocks: nn.ModuleList, ids_BT: Tensor, residual: RotationFunction, rotation: RotationFunction
 ) -> _Parts:
     """Find the parts without changing them. Raises RotationError for a part that cannot be rotated."""
-    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    hooks = [
-        block.register_forward_pre_hook(
-            lambda _, args, kwargs, i=i: calls.__setitem__(i, (args, kwargs)), with_kwargs=True
-        )
-        for i, block in enumerate(blocks)
-    ]
+    seen, calls = _watched_pass(model, blocks, ids_BT)
+    readers, offsets = _norms_of_stream(model, seen, residual)
+    reading = {linear for linears in readers.values() for linear in linears}
+    names = {module: name for name, module in model.named_modules()}
+    if names[model.get_output_embeddings()] not in reading:
+        raise RotationError(f"{names[model.get_output_embeddings()]} does not read the output of a norm")
+    width = model.get_input_embeddings().weight.shape[1]
+    writers, values = [], {}
+    for block, (call, hidden_BTD) in zip(blocks, calls, strict=True):
+        for site in find_sites(call, hidden_BTD):
+            full = [f"{names[block]}.{name}" for name in site.linears]
+            if reading.isdisjoint(full):
+                writers += [name for name in full if model.get_submodule(name).out_features == width]
+                rows_Kd = _value_rows(call, hidden_BTD, site, _head_dim(model), rotation)
+                if rows_Kd is not None and site.fold is not None:
+                    values[full[0]] = (f"{names[block]}.{site.fold.source}", rows_Kd)
+    return _Parts(readers, offsets, writers, values)
+
+
+def _watched_pass(
+    model: Any, blocks: nn.ModuleList, ids_BT: Tensor
+) -> tuple[Trace, list[tuple[BlockFunction, Tensor]]]:
+    """What the linears and norms of the model see, and by block, how it is called and on which hidden states."""
+    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[block] = args, kwargs
+
+    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
         seen = trace(model, lambda: model(input_ids=ids_BT, use_cache=False))
     finally:
         for hook in hooks:
             hook.remove()
+    recorded = []
+    for block in blocks:
+        (hidden_BTD, *args), kwargs = calls[block]
+        recorded.append((BlockFunction(block, tuple(args), kwargs), hidden_BTD))
+    return seen, recorded
+
+
+def _norms_of_stream(
+    model: Any, seen: Trace, residual: RotationFunction
+) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """The linears that read each norm of the residual stream, and what the norm adds to its weight."""
     width = model.get_input_embeddings().weight.shape[1]
     readers: dict[str, list[str]] = {}
     for name in seen.inputs:
@@ -172,22 +205,7 @@ def _examine(
             offsets[norm] = _check_norm(norm, model.get_submodule(norm), width, residual)
             if norm not in readers:
                 raise RotationError(f"{norm} scales channels that no linear reads: its gain cannot be folded away")
-    names = {module: name for name, module in model.named_modules()}
-    reading = {linear for norm in offsets for linear in readers[norm]}
-    if names[model.get_output_embeddings()] not in reading:
-        raise RotationError(f"{names[model.get_output_embeddings()]} does not read the output of a norm")
-    writers, values = [], {}
-    for i, block in enumerate(blocks):
-        (hidden_BTD, *args), kwargs = calls[i]
-        call = BlockFunction(block, tuple(args), kwargs)
-        for site in find_sites(call, hidden_BTD):
-            full = [f"{names[block]}.{name}" for name in site.linears]
-            if reading.isdisjoint(full):
-                writers += [name for name in full if model.get_submodule(name).out_features == width]
-                rows_Kd = _value_rows(call, hidden_BTD, site, _head_dim(model), rotation)
-                if rows_Kd is not None and site.fold is not None:
-                    values[full[0]] = (f"{names[block]}.{site.fold.source}", rows_Kd)
-    return _Parts({norm: readers[norm] for norm in offsets}, offsets, writers, values)
+    return {norm: readers[norm] for norm in offsets}, offsets
 
 
 def _check_norm(name: str, norm: nn.Module, width: int, residual: RotationFunction) -> float:
