@@ -35,7 +35,7 @@ def render_card(
     """README.md of the folder `out`."""
     commands = target.commands(out, source)
     parts = [
-        f"---\n{_front_matter(source, target).to_yaml()}\n---\n",
+        f"---\n{front_matter(source, target).to_yaml()}\n---\n",
         f"# {_title(source)}, {target.kind}",
         _made(source, target, weight_bytes),
         *_scores(source.results),
@@ -46,7 +46,7 @@ def render_card(
         "## Verification",
         _verification(outcome),
     ]
-    return "\n\n".join(parts) + _configuration(source.results) + "\n"
+    return "\n\n".join(parts) + configuration(source.results) + "\n"
 
 
 def _language(command: str) -> str:
@@ -64,7 +64,8 @@ def _title(source: Source) -> str:
     return Path(str(name)).name
 
 
-def _front_matter(source: Source, target: Target) -> ModelCardData:
+def front_matter(source: Source, target: Target) -> ModelCardData:
+    """What a hub reads: the original, its licence, the library, and the formats of the weights as tags."""
     formats = sorted({str(getattr(spec.format, "element", spec.format.kind)) for spec in source.specs.values()})
     base = _base(source)
     extra: dict[str, Any] = {} if base is None else {"base_model_relation": "quantized"}
@@ -157,7 +158,8 @@ def _verification(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _configuration(results: Mapping[str, Any] | None) -> str:
+def configuration(results: Mapping[str, Any] | None) -> str:
+    """The sections of the configuration that made the checkpoint, as TOML; nothing without the results of a run."""
     if results is None:
         return ""
     config = results["config"]

@@ -11,7 +11,7 @@ import tomli
 
 from lqer.export import Awq, CompressedTensors, Dense, Gptq, Native, Peft, Source, export
 from lqer.export.base import Target
-from lqer.export.card import _configuration
+from lqer.export.card import configuration
 from lqer.export.config_groups import quantization_config
 from lqer.formats import MX, Int, MXInt, NumberFormat
 from lqer.methods import LqerAct
@@ -164,6 +164,6 @@ def test_of_a_checkpoint_only_weights_are_copied(checkpoint_of, tmp_path):
 def test_the_configuration_on_the_card_has_the_formats_in_use_alone():
     quantize = {"weight": "w4", "low_rank": {"format": "x8"}, "override": [{"match": "*.q_proj", "weight": "w3"}]}
     formats = {name: {"kind": "mxint", "bits": int(name[1])} for name in ("w2", "w3", "w4", "x8")}
-    shown = _configuration({"config": {"model": "m", "quantize": quantize, "formats": formats}})
+    shown = configuration({"config": {"model": "m", "quantize": quantize, "formats": formats}})
     found = tomli.loads(shown.partition("```toml\n")[2].removesuffix("```"))
     assert found == {"quantize": quantize, "formats": {name: formats[name] for name in ("w3", "w4", "x8")}}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lqer.cli import console
 from lqer.errors import ExportError, ModelError
 from lqer.export import Dense, Gptq, Source, export
-from lqer.export.card import CARD_FILE, _front_matter
+from lqer.export.card import CARD_FILE, front_matter
 from lqer.export.run import RECORD_FILE
 from lqer.export.shards import Shards
 from lqer.formats import Int, MXInt
@@ -60,7 +60,7 @@ def test_the_card_names_the_original_on_the_hub_and_its_licence(checkpoint, tmp_
     written = tmp_path / "card.md"
     source = Source(checkpoint)
     source.results = {"model": {"name": "some/model"}}
-    written.write_text(f"---\n{_front_matter(source, Dense()).to_yaml()}\n---\n")
+    written.write_text(f"---\n{front_matter(source, Dense()).to_yaml()}\n---\n")
     data = ModelCard.load(written).data
     assert (data.base_model, data.base_model_relation, data.quantized_by) == ("some/model", "quantized", "lqer")
     assert data.library_name == "transformers"
