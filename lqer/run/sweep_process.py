@@ -40,10 +40,11 @@ class InAProcess:
             process.join()
         except KeyboardInterrupt:
             # A terminal interrupts both processes, and the other one cleans up. A signal may have come to this one
-            # alone: the store takes it that the other is ended.
-            process.join(CLEANING_SECONDS)
-            process.terminate()
-            process.join()
+            # alone: the store takes it that the other is ended. The server may have ended before it forked one.
+            if process.pid is not None:
+                process.join(CLEANING_SECONDS)
+                process.terminate()
+                process.join()
             raise
         if process.exitcode == 0:
             return None
