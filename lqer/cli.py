@@ -238,7 +238,8 @@ def _list(arguments: Sequence[str]) -> None:
 
 
 def _export(arguments: Sequence[str]) -> None:
-    texts, rest = take_option("--text", arguments)
+    plugins, rest = take_option("--plugin", arguments)
+    texts, rest = take_option("--text", rest)
     devices, rest = take_option("--device", rest)
     words = [argument for argument in rest if not argument.startswith("-")]
     if len(words) != 3 or len(texts) > 1 or len(devices) > 1:
@@ -248,8 +249,11 @@ def _export(arguments: Sequence[str]) -> None:
     with heavy_imports():
         from transformers.utils import logging as transformers_logging
 
+        from lqer.config.plugins import load_plugins
         from lqer.export import export, make_target
         from lqer.models.source import pick_device
+
+        load_plugins(plugins)
 
     transformers_logging.disable_progress_bar()
     target = make_target(words[1], settings)

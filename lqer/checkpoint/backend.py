@@ -47,9 +47,13 @@ def choose_backend(
 
 
 def formats_of(entry: Mapping[str, Any]) -> tuple[NumberFormat, NumberFormat | None]:
-    """The number formats of a linear's weight and of its input."""
-    activation = format_from_dict(entry["activation"]) if "activation" in entry else None
-    return format_from_dict(entry["weight"]["format"]), activation
+    """The number formats of a linear's weight and of its input. Raises ModelError where a plug-in's are not loaded."""
+    described = [entry["weight"]["format"], *([entry["activation"]] if "activation" in entry else [])]
+    for kind in (one["kind"] for one in described):
+        if kind not in NumberFormat.registry:
+            raise ModelError(f"number format {kind!r} is unknown: load its plug-in first (--plugin, load_plugin)")
+    weight, *activation = map(format_from_dict, described)
+    return weight, activation[0] if activation else None
 
 
 def kernels_unsupported_reason(device: torch.device, dtype: torch.dtype, formats: Mapping[str, Formats]) -> str | None:

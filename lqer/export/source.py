@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lqer.checkpoint.backend import formats_of
 from lqer.checkpoint.pack import DETAILS_FILE, FACTOR_ROLES, FORMAT_VERSION, OUTSIDE_FILE, packed_parts, unpack_role
 from lqer.checkpoint.verify import CheckpointFiles
 from lqer.errors import ExportError
-from lqer.formats import NumberFormat, QuantizedTensor, format_from_dict
+from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.models.auto import auto_class, without_values
 from lqer.models.coded import QUANTIZATION_CONFIG
 from lqer.models.files import reported_as
@@ -193,14 +194,15 @@ class Source(Outline):
 
     def _spec(self, name: str, entry: Mapping[str, Any]) -> LinearSpec:
         online = self.stored_config.get(ONLINE_ROTATIONS, {})
-        weight = entry["weight"]
+        weight, activation = formats_of(entry)
+        out_features, in_features = entry["weight"]["shape"]
         return LinearSpec(
             name=name,
-            format=format_from_dict(weight["format"]),
-            out_features=weight["shape"][0],
-            in_features=weight["shape"][1],
+            format=weight,
+            out_features=out_features,
+            in_features=in_features,
             rank=sum(entry[role]["shape"][1] for role in ("first_a", "low_rank_a") if role in entry),
-            activation=format_from_dict(entry["activation"]) if "activation" in entry else None,
+            activation=activation,
             is_rotated="transform" in entry,
             online=OnlineRotation(hadamard, online[name]) if name in online else None,
         )

@@ -73,6 +73,7 @@ CHECKPOINT is a run's folder or its checkpoint, TARGET one of `lqer ls targets`,
     --text FILE          the text to compare on (default: text sampled from the checkpoint)
     --device NAME        where to compare
     --no-check           writes without reading back
+    --plugin FILE.py     where the checkpoint has a number format of your own
 """,
     "ls": """List what a configuration can name, or finished runs; one line each.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from lqer.results import RESULTS_FILE
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/developer/adding-a-method.md"
+PAGE, FORMAT_PAGE = (ROOT / "docs/developer" / name for name in ("adding-a-method.md", "adding-a-format.md"))
 FILES = {
     "mean_inputs.py": """
 import torch
@@ -138,3 +139,17 @@ def test_the_method_of_the_documentation_runs(experiment, tmp_path):
     )
     assert refused.returncode == 2
     assert "must be true (or unset): drift compares the quantized model's inputs" in refused.stderr
+
+
+def test_the_format_of_the_documentation_runs_and_its_checkpoint_is_exported_with_the_plugin(experiment, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", FORMAT_PAGE.read_text(), flags=re.DOTALL)
+    (tmp_path / "power.py").write_text(code)
+    weight = ["--formats.p={ kind = 'power-of-two', block_size = 16 }", "--quantize.weight=p"]
+    run(experiment.command("--plugin", "power.py", *weight), tmp_path)
+
+    export = [sys.executable, "-c", "from lqer.cli import script; script()", "export", str(experiment.output / "tiny")]
+    refused = subprocess.run([*export, "dense", "out"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "number format 'power-of-two' is unknown: load its plug-in first" in refused.stderr
+    run([*export, "dense", "out", "--plugin", "power.py"], tmp_path)
+    assert json.loads((tmp_path / "out" / "lqer_export.json").read_text())["check"]["logit_difference"] < 1e-4
