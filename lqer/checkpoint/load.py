@@ -190,7 +190,8 @@ def _read_details(files: Files) -> tuple[dict[str, Any], str, int]:
     """What lqer.json says, the name of the blocks and their number. Raises ModelError where it cannot be read."""
     file = files.path / DETAILS_FILE
     if not file.exists():
-        raise ModelError(f"{files.path} is not a quantized checkpoint: it has no {DETAILS_FILE}")
+        missing = f"it has no {DETAILS_FILE}" if files.path.is_dir() else "no such folder"
+        raise ModelError(f"{files.path} is not a quantized checkpoint: {missing}")
     with reported_as(f"{file} is damaged"):
         details = json.loads(files.file(DETAILS_FILE).read_text(encoding="utf-8"))
         if (version := details["format_version"]) != FORMAT_VERSION:
