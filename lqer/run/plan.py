@@ -156,9 +156,11 @@ def _independently(
 
 
 def _without_low_rank(context: RunContext, quantize: QuantizeStage) -> QuantizeStage:
-    """The same formats without A and B: the baseline `rtn`."""
+    """The same formats without A and B: the baseline `rtn`. A scheme without them is its own."""
     plans: AnyPlans
-    if isinstance(quantize.plans, WidthPlans):
+    if all(plan is None or plan.rank == 0 for plan in context.plans.values()):
+        plans = quantize.plans
+    elif isinstance(quantize.plans, WidthPlans):
         plans = replace(quantize.plans, low_rank=False)
     else:
         plans = {name: plan and plan.without_low_rank() for name, plan in context.plans.items()}

@@ -273,6 +273,11 @@ class TestOtherSettings:
         assert row["samples"] == 4
         assert all(0 <= row[kind] <= 1 for kind in ("original", "rtn", "quantized"))
 
+    def test_a_scheme_without_factors_is_quantized_once_although_it_is_its_own_baseline(self, experiment, run):
+        results = run("--quantize.method=gptq", "--quantize.weight=w4", "--quantize.low_rank.rank=0")
+        assert experiment.stages().count("quantize") == 1
+        assert results["perplexity"][0]["rtn"] == results["perplexity"][0]["quantized"]
+
     def test_the_quantized_stream_needs_no_calibration_of_its_own(self, experiment, run):
         results = run("--quantize.propagate_error=true")
         assert experiment.stages().count("quantize") == 2
