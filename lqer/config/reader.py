@@ -109,7 +109,7 @@ def config_of(layers: Sequence[Layer]) -> Config:
 
     def origin_of(key: Sequence[str | int]) -> str:
         # A key that no layer has is missing from the file that was asked for.
-        return merged.origin(key) or layers[0][0]
+        return (merged.origin(key) if key else "") or layers[0][0]
 
     try:
         # JSON mode is strict about types (no "4" for 4) while lists may still become tuples and tables classes.

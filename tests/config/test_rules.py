@@ -382,6 +382,12 @@ class TestMistakes:
         path.write_text("")
         assert mistake(path) in (f"{path}: model: is missing", f"{path}: quantize: is missing")
 
+    def test_a_missing_key_is_missing_from_the_file_not_from_what_was_set_beside_it(self, tmp_path):
+        path = tmp_path / "empty.toml"
+        path.write_text("")
+        with pytest.raises(ConfigError, match=f"^{path}: "):
+            read_config(path, "tag", ["--seed=1"])
+
 
 @pytest.mark.parametrize(
     "key", ["quantize.activation", "quantize.attention", "quantize.bias", "quantize.low_rank.format"]
