@@ -195,7 +195,7 @@ def _run_sweep(arguments: Sequence[str]) -> int:
         from lqer.run import engine
         from lqer.run.conclude import conclude
 
-    record = record_of(plan, config, tag, overrides)
+    record = record_of(plan, config, tag, [*overrides, *(f"--plugin={plugin}" for plugin in plugins)])
     # `recommend` reads what is finished of a sweep that is interrupted, or still runs.
     write_record(record, plan.output_dir)
     outcome = engine.sweep(plan.part(parts[0]) if parts else plan.only(names), tag, plugins)

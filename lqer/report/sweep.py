@@ -26,8 +26,8 @@ RECORD_FILE, RANKING_FILE, RANKING_TABLE = "sweep.json", "ranking.md", "ranking.
 COSTS = ("minutes", "peak GB", "tokens/s")
 NOTE = """Bold: on the Pareto front. No run with at most as many bits, of weights and of activations, is better.
 GB: the checkpoint, unquantized parameters included. Minutes: of quantization, without calibration that runs share.
-Tokens/s: one token at batch 1 without a cache, on kernels.
 """
+NOTE_ON_SPEED = "Tokens/s: one token at batch 1 without a cache, on kernels.\n"
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ def record_of(plan: SweepPlan, config: str, tag: str, overrides: Sequence[str]) 
         }
         for run in plan.runs
     }
-    # A sweep of the package is named alike from any folder; the script is one of the checkout.
-    program = ["python", "experiments/sweep.py"] if plan.path.endswith(".toml") else ["lqer", "sweep"]
-    command = shlex.join([*program, plan.path, config, tag, *overrides])
+    command = shlex.join(["lqer", "sweep", plan.path, config, tag, *overrides])
     return SweepRecord(plan.path, config, tag, command, runs)
 
 
@@ -120,9 +118,11 @@ def write_ranking(record: SweepRecord, output_dir: Path, failed: Mapping[str, st
 def _page(
     record: SweepRecord, rankings: Sequence[Ranking], pictures: Mapping[Path, str], failed: Mapping[str, str]
 ) -> str:
-    parts = [f"# {record.tag}", f"`{record.command}`", NOTE.strip()]
-    for ranking in rankings:
-        parts += [f"## {ranking.model}", markdown_table(shown_table(ranking))]
+    shown = {ranking.model: shown_table(ranking) for ranking in rankings}
+    note = NOTE + (NOTE_ON_SPEED if any("tokens/s" in table for table in shown.values()) else "")
+    parts = [f"# {record.tag}", f"`{record.command}`", note.strip()]
+    for model, table in shown.items():
+        parts += [f"## {model}", markdown_table(table)]
     parts += [f"![{title}]({path.name})" for path, title in pictures.items()]
     if failed:
         parts += ["## Failed", "\n".join(f"- `{name}`: {line}" for name, line in failed.items())]

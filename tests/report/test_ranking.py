@@ -193,17 +193,17 @@ class TestRecommend:
         scheme = {"quantize": {"weight": "w3g64"}}
         run = {"tag": "t-three", "extends": ["preset:serve-3"], "scheme": scheme}
         runs = {"three": run, "slow": run}
-        record = SweepRecord("sweeps/atlas.toml", "c.toml", "t", "python experiments/sweep.py a", runs)
+        record = SweepRecord("sweeps/atlas.toml", "c.toml", "t", "lqer sweep a", runs)
         text = "\n".join(lines(recommend(ranking, budget), ranking, record, budget))
         assert "preset:serve-3" in text
         assert "overrides  --quantize.weight=w3g64" in text
-        assert "python experiments/sweep.py a --only three" in text
+        assert "lqer sweep a --only three" in text
         assert "| run | bits | GB | ratio | wiki |" in text
         assert "| original | 16 |  |  | 5 |" in text
         assert "| three | 3.000 | 3 | 1.00 | 8 |" in text
         assert "| wasteful | 3.500 | 3.5 | 1.13 | 9 |" in text
         assert "ratio: perplexity relative to three (wiki).\n" in text
-        assert "Not measured: slow. To add them:\n  python experiments/sweep.py a" in text
+        assert "Not measured: slow. To add them:\n  lqer sweep a" in text
 
     @pytest.mark.parametrize(
         ("given", "told"),

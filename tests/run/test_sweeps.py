@@ -304,9 +304,10 @@ class TestEndToEnd:
 
     def test_every_row_has_the_command_that_repeats_it(self, whole):
         page = (whole[0].output / "s-table/ranking.md").read_text()
-        (line,) = re.findall(r"^    (python .*--only w3)$", page, flags=re.MULTILINE)
-        assert shlex.split(line)[1:3] == ["experiments/sweep.py", str(whole[1])]
+        (line,) = re.findall(r"^    (lqer .*--only w3)$", page, flags=re.MULTILINE)
+        assert shlex.split(line)[1:3] == ["sweep", str(whole[1])]
         assert "--quantize.low_rank.rank=4" in shlex.split(line)
+        assert "Tokens/s" not in page  # of which no run on a CPU has any
 
     def test_a_second_time_nothing_that_is_finished_runs(self, whole):
         experiment, path, first = whole
@@ -371,3 +372,6 @@ def test_a_run_that_is_killed_leaves_a_line(small, experiment, tmp_path):
     done = run(experiment, small, "--only=w4", f"--plugin={plugin}")
     assert done.returncode == 1
     assert "failed: w4: the process was killed by SIGKILL, as the system does when memory runs out" in done.stderr
+    # What repeats the runs is recorded before the first one, with the plug-ins that they need.
+    record = json.loads((experiment.output / "s-table/sweep.json").read_text())
+    assert shlex.split(record["command"])[-1] == f"--plugin={plugin}"
