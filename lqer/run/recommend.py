@@ -11,7 +11,7 @@ from lqer.errors import DataError
 from lqer.models.source import pick_device, resolve_model
 from lqer.report.ranking import Ranking
 from lqer.report.recommend import ATLAS, find_atlas
-from lqer.report.sweep import SweepRecord, record_of
+from lqer.report.sweep import SweepRecord, record_of, write_record
 from lqer.run.conclude import conclude
 from lqer.run.sweep import SweepOutcome
 
@@ -51,8 +51,11 @@ def atlas_of(
             return record, ranking
     except DataError:
         log.info("no atlas of %s yet: running its cheap part", subject.model)
+    record = record_of(plan, config, tag or ATLAS, overrides)
+    # What is finished can be read of a sweep that is interrupted, or still runs.
+    write_record(record, plan.output_dir)
     outcome = sweep(cheap, tag or ATLAS)
-    conclude(record_of(plan, config, tag or ATLAS, overrides), plan.output_dir, outcome, say)
+    conclude(record, plan.output_dir, outcome, say)
     if not outcome.finished:
         name, line = next(iter(outcome.failed.items()))
         raise DataError(f"no run of the atlas succeeded; {name}: {line}")

@@ -65,6 +65,20 @@ def test_without_an_atlas_its_cheap_part_is_run_once(experiment, tiny_model, che
     assert len(runner.tags) == len(cheap)
 
 
+def test_of_an_interrupted_atlas_what_is_finished_is_read(experiment, tiny_model, cheap):
+    runner = Runner(tiny_model)
+
+    def interrupted(config: Config) -> str | None:
+        if len(runner.tags) == 2:
+            raise KeyboardInterrupt
+        return runner(config)
+
+    with pytest.raises(KeyboardInterrupt):
+        atlas_of(str(experiment.config), [], None, by(interrupted), quiet)
+    _, ranking = atlas_of(str(experiment.config), [], None, None, quiet)
+    assert set(ranking.table["run"]) == {tag.removeprefix("atlas-") for tag in cheap[:2]}
+
+
 def test_where_every_run_fails_the_first_line_is_told(experiment, cheap):
     told = rf"no run of the atlas succeeded; {cheap[0].removeprefix('atlas-')}: it broke"
     with pytest.raises(DataError, match=told):
