@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Between two looks whether the first block is there.
 SECONDS = 0.1
+# How long a thread that computes in Python keeps the interpreter's lock from another one that asks for it, in seconds.
+TURN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Rehearsal:
             if over.wait(SECONDS):
                 return
         try:
-            self.run()
+            with short_turns():
+                self.run()
         except Exception as error:  # whatever libraries raise
             log.debug("kernels were not compiled ahead of the evaluation: %s", error)
 
@@ -93,6 +97,21 @@ class Rehearsal:
             join_siblings(opened.model, opened.blocks)
         with torch.inference_mode():
             return opened.model(input_ids=self.ids_BT.to(self.device), use_cache=False).logits
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Within, threads that compute in Python give way after TURN instead of Python's 5 ms.
+
+    Each operation that the main thread gives a GPU gives the lock away, and would wait so long for it beside a compiler
+    in Python: a hundred waits of 0.2 ms beside another thread took 0.77 s on a CPU, 0.10 s within, 0.03 s alone.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, TURN))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def rehearsed(checked: CheckedRun) -> AbstractContextManager[None]:

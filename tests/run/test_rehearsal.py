@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lqer.formats import MXInt
 from lqer.kernels.siblings import Siblings
 from lqer.methods import LinearPlan, LqerAct
 from lqer.models.source import ModelSource
-from lqer.run.rehearsal import Rehearsal
+from lqer.run.rehearsal import TURN, Rehearsal, short_turns
 from lqer.store.names import block_file, layers_file
 
 PLAN = LinearPlan(LqerAct(), MXInt(4), None, MXInt(8), 8, MXInt(8), "reduction")
@@ -67,6 +68,30 @@ def test_a_thread_waits_for_the_first_block_and_is_done_before_the_evaluation(re
             pass
     assert ran != [threading.main_thread()]
     assert not ran[0].is_alive()
+
+
+def test_turns_are_short_while_it_runs_and_no_longer(rehearsal, monkeypatch):
+    run, checkpoint = rehearsal
+    turns: list[float] = []
+
+    def fail(self: Rehearsal) -> None:
+        turns.append(sys.getswitchinterval())
+        raise RuntimeError
+
+    monkeypatch.setattr(Rehearsal, "run", fail)
+    before = sys.getswitchinterval()
+    write_first_block(run, checkpoint)
+    with run.beside():
+        assert before > 10 * TURN
+    assert turns == [pytest.approx(TURN)]
+    assert sys.getswitchinterval() == before
+    sys.setswitchinterval(TURN / 2)
+    try:
+        with short_turns():
+            # Python counts whole microseconds, rounded down.
+            assert sys.getswitchinterval() == pytest.approx(TURN / 2, abs=2e-6)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_nothing_waits_for_a_block_that_never_comes_and_what_fails_is_left_to_the_evaluation(rehearsal):
