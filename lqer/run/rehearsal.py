@@ -1,7 +1,7 @@
 """Compiles the kernels of an evaluation while the model is quantized, which for a new format or shape takes seconds.
 
-As soon as the first block is written, a thread loads it as the evaluation will load all of them, and runs the first
-batch of windows through a model of that block alone. What Triton has compiled by then stays in this process, and in its
+As soon as one block is written, a thread loads it as the evaluation will load all of them, and runs the first batch of
+windows through a model of that block alone. What Triton has compiled by then stays in this process, and in its
 cache on disk.
 
 Shapes: W windows, B windows of a batch, T tokens of a window, V vocabulary.
@@ -30,12 +30,12 @@ from lqer.models.streaming import open_model
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.run.evaluations import tokens_of_calls
 from lqer.run.preflight import CheckedRun
-from lqer.store.names import block_file, layers_file
+from lqer.store.names import BLOCK, block_file, layers_file
 from lqer.store.store import partial_path
 
 log = logging.getLogger(__name__)
 
-# Between two looks whether the first block is there.
+# Between two looks whether a block is there.
 SECONDS = 0.1
 # How long a thread that computes in Python keeps the interpreter's lock from another one that asks for it, in seconds.
 TURN = 1e-4
@@ -45,7 +45,7 @@ TURN = 1e-4
 class Rehearsal:
     """An evaluation by kernels: the original model, what the checkpoint says of attention, and the first batch (B, T).
 
-    checkpoint: the folder where its first block will be.
+    checkpoint: the folder where its blocks will be.
     """
 
     source: ModelSource
@@ -70,25 +70,30 @@ class Rehearsal:
         thread.join()
 
     def _wait_and_run(self, over: Event) -> None:
-        while not (self.checkpoint / block_file(0)).exists():
+        while (index := self._written()) is None:
             if over.wait(SECONDS):
                 return
         try:
             with short_turns():
-                self.run()
+                self.run(index)
         except Exception as error:  # whatever libraries raise
             log.debug("kernels were not compiled ahead of the evaluation: %s", error)
 
-    def run(self) -> Tensor:
-        """The logits (B, T, V) of the model with its first block alone."""
+    def _written(self) -> int | None:
+        """A block that is there; None as long as there is none."""
+        numbers = sorted(int(file.stem.removeprefix(BLOCK)) for file in self.checkpoint.glob(f"{BLOCK}*"))
+        return numbers[0] if numbers else None
+
+    def run(self, index: int) -> Tensor:
+        """The logits (B, T, V) of the model with that block alone."""
         opened = open_model(self.source, self.dtype, self.device)
         if self.attention is not None:
             quantize_attention(opened.model, quantized_attention(self.attention))
-        del opened.blocks[1:]
+        del opened.blocks[index + 1 :], opened.blocks[:index]
         opened.loader.load_outer()
-        prefix = f"{opened.name}.0."
-        stored = read_file(self.checkpoint / block_file(0), pinned=self.device.type == "cuda")
-        rows = json.loads((self.checkpoint / layers_file(0)).read_text(encoding="utf-8"))
+        prefix = f"{opened.name}.{index}."
+        stored = read_file(self.checkpoint / block_file(index), pinned=self.device.type == "cuda")
+        rows = json.loads((self.checkpoint / layers_file(index)).read_text(encoding="utf-8"))
         tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
         entries = {row["name"].removeprefix(prefix): row["entry"] for row in rows}
         with kernels_for((self.ids_BT.numel(),), self.device):

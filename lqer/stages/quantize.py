@@ -75,7 +75,7 @@ class Quantize(GangStage):
         blocks: Sequence[int] = range(len(opened.blocks))
         # Statistics that are gathered on the way come in the order of the blocks.
         if self.device.type == "cuda" and (self.calibration.is_kept or self.calibration.find(store) is not None):
-            blocks = last_in_between(len(blocks))
+            blocks = ends_in_between(len(blocks))
         quantize_blocks(workspace, blocks, opened, statistics_of, settings, gang)
         return partial(finish_checkpoint, workspace, opened, self.tokenizer, settings)
 
@@ -131,10 +131,15 @@ class Quantize(GangStage):
         return QuantizeSettings(resolve_plans(self.plans, store), self.attention, self.seed)
 
 
-def last_in_between(blocks: int) -> list[int]:
-    """The blocks with the last one after the first quarter: at the end, nothing would be done beside its spectra."""
+def ends_in_between(blocks: int) -> list[int]:
+    """The blocks with the first one after the second and the last one after the first quarter.
+
+    At the end nothing would be done beside a block's spectra; at the beginning a rehearsal of the evaluation would wait
+    for them (lqer/run/rehearsal.py), behind which a block is written.
+    """
     first = blocks // 4
-    return [*range(first), blocks - 1, *range(first, blocks - 1)]
+    order = [*range(first), blocks - 1, *range(first, blocks - 1)]
+    return order if first < 2 else [1, 0, *order[2:]]
 
 
 def checkpoint_summary(checkpoint: Artifact) -> str:

@@ -1,4 +1,4 @@
-"""Kernels of an evaluation are compiled on the first block, while the others are quantized."""
+"""Kernels of an evaluation are compiled on one block, while the others are quantized."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from lqer.store.names import block_file, layers_file
 
 PLAN = LinearPlan(LqerAct(), MXInt(4), None, MXInt(8), 8, MXInt(8), "reduction")
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-NAMES = (block_file(0), layers_file(0))
 
 
 @pytest.fixture
@@ -35,37 +34,43 @@ def rehearsal(random_model, run_stages, windows_WT, tmp_path) -> tuple[Rehearsal
     return Rehearsal(source, tmp_path / "partial", None, DEVICE, DTYPE, windows_WT[:1, :6]), checkpoint
 
 
-def write_first_block(rehearsal: Rehearsal, checkpoint: Path) -> None:
-    for name in reversed(NAMES):
+def write_block(rehearsal: Rehearsal, checkpoint: Path, index: int) -> None:
+    for name in (layers_file(index), block_file(index)):
         shutil.copyfile(checkpoint / name, rehearsal.checkpoint / name)
 
 
 @torch.no_grad()
-def test_the_first_block_runs_as_the_evaluation_will_run_it(rehearsal, monkeypatch):
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_block_runs_as_the_evaluation_will_run_it(rehearsal, monkeypatch, index):
     run, checkpoint = rehearsal
-    write_first_block(run, checkpoint)
+    write_block(run, checkpoint, index)
     monkeypatch.setattr("lqer.checkpoint.backend.resolve_backend", lambda wanted, *_: wanted)
     evaluated = lqer.load_quantized(checkpoint, DEVICE, DTYPE, "triton")
-    del evaluated.model.layers[1:]
+    del evaluated.model.layers[1 - index]
     expected = evaluated(run.ids_BT.to(DEVICE), use_cache=False).logits
     joined: list[int] = []
     before = Siblings.__init__
     monkeypatch.setattr(
         Siblings, "__init__", lambda self, linears: (joined.append(len(linears)), before(self, linears))[1]
     )
-    torch.testing.assert_close(run.run(), expected)
+    torch.testing.assert_close(run.run(index), expected)
     assert joined == [3, 2]
 
 
-def test_a_thread_waits_for_the_first_block_and_is_done_before_the_evaluation(rehearsal, monkeypatch):
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_thread_waits_for_a_block_and_is_done_before_the_evaluation(rehearsal, monkeypatch, index):
     run, checkpoint = rehearsal
     ran: list[threading.Thread] = []
-    monkeypatch.setattr(Rehearsal, "run", lambda self: ran.append(threading.current_thread()))
+    blocks: list[int] = []
+    monkeypatch.setattr(
+        Rehearsal, "run", lambda self, found: (blocks.append(found), ran.append(threading.current_thread()))
+    )
     with run.beside():
         assert not ran
-        write_first_block(run, checkpoint)
+        write_block(run, checkpoint, index)
         while not ran:
             pass
+    assert blocks == [index]
     assert ran != [threading.main_thread()]
     assert not ran[0].is_alive()
 
@@ -74,13 +79,13 @@ def test_turns_are_short_while_it_runs_and_no_longer(rehearsal, monkeypatch):
     run, checkpoint = rehearsal
     turns: list[float] = []
 
-    def fail(self: Rehearsal) -> None:
+    def fail(self: Rehearsal, index: int) -> None:
         turns.append(sys.getswitchinterval())
         raise RuntimeError
 
     monkeypatch.setattr(Rehearsal, "run", fail)
     before = sys.getswitchinterval()
-    write_first_block(run, checkpoint)
+    write_block(run, checkpoint, 0)
     with run.beside():
         assert before > 10 * TURN
     assert turns == [pytest.approx(TURN)]

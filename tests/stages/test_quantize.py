@@ -20,11 +20,11 @@ from lqer.methods import LinearPlan, QeraExact
 from lqer.rounding import Gptq
 from lqer.rounding.hessian import DampedHessian
 from lqer.stages import gather, layer_rows
-from lqer.stages.block_work import SPECTRA_OF_A_LINEAR, BlockWork, bytes_of_later_spectra
+from lqer.stages.block_work import SPECTRA_OF_A_LINEAR, BlockWork, bytes_of_later_spectra, with_spectra
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.layer_rows import later_spectra
-from lqer.stages.quantize import last_in_between, quantize_blocks
+from lqer.stages.quantize import ends_in_between, quantize_blocks
 from lqer.statistics import Hessian
 from lqer.store.names import block_file, layers_file, spectra_file
 from lqer.store.store import Artifact, Workspace
@@ -212,16 +212,17 @@ def test_spectra_that_a_gpu_finds_beside_each_other_are_those_that_it_finds_one_
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 9, 32])
-def test_on_a_gpu_others_follow_the_last_block_and_its_spectra(blocks):
-    order = last_in_between(blocks)
+def test_on_a_gpu_others_follow_the_last_block_and_its_spectra_and_one_without_is_ahead_of_the_first(blocks):
+    order = ends_in_between(blocks)
     assert sorted(order) == list(range(blocks))
     assert blocks == 1 or order[-1] != blocks - 1
+    assert blocks < 8 or order[0] not in with_spectra(blocks)
 
 
 def test_blocks_have_the_same_bytes_in_whatever_order_they_are_quantized(quantized, plan, tmp_path):
     workspace, statistics_of = Workspace(tmp_path), stored_statistics(quantized.calibration)
     settings = settings_for(quantized.model, plan)
-    quantize_blocks(workspace, last_in_between(4), resident(quantized.model), statistics_of, settings)
+    quantize_blocks(workspace, ends_in_between(4), resident(quantized.model), statistics_of, settings)
     for index in range(4):
         for file in (block_file(index), layers_file(index)):
             assert (tmp_path / file).read_bytes() == (quantized.checkpoint.path / file).read_bytes()
