@@ -142,7 +142,7 @@ class ExpertObserver:
             for index in layer.linears:
                 self._observe(layer, index, batch, first_token=first_token)
             return
-        kept_M = spread_indices(first_token, len(x_TD), self._tokens, self._settings.minimum).to(x_TD.device)
+        kept_M = spread_indices(first_token, len(x_TD), self._tokens, self._settings.minimum, x_TD.device)
         layer.kept.append(batch.at(kept_M))
         for index in sorted(layer.linears.keys() & sent):
             self._observe(layer, index, batch.at(sent[index]), part_of=len(x_TD))

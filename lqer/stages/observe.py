@@ -157,6 +157,6 @@ class SiteObserver:
     def _sampled_among(self, rows: int, device: torch.device) -> Tensor:
         """Which of a batch's tokens are in the sample; of some of its tokens as many as of the whole, at least one."""
         if self._part_of is None:
-            return spread_indices(self._first_token, rows, self._tokens, self._sampled).to(device)
+            return spread_indices(self._first_token, rows, self._tokens, self._sampled, device)
         share = -(-self._sampled * self._part_of // self._tokens)
         return evenly_spread(min(share, rows), rows, device)

@@ -43,15 +43,20 @@ class Sample(Statistic):
         return 0
 
 
-def spread_indices(first_token: int, count: int, tokens: int, sampled: int) -> Tensor:
+def spread_indices(
+    first_token: int, count: int, tokens: int, sampled: int, device: torch.device | None = None
+) -> Tensor:
     """Which of the `count` tokens from first_token on are among the `sampled` ones spread evenly over all `tokens`.
 
-    The choice depends only on a token's position in the whole text, so it is the same for every batch size.
+    The choice depends only on a token's position in the whole text, so it is the same for every batch size. Made where
+    it is needed, since a copy would wait for a GPU.
     """
-    indices = evenly_spread(min(sampled, tokens), tokens) - first_token
-    return indices[(indices >= 0) & (indices < count)]
+    sampled = min(sampled, tokens)
+    # The sampled token i, at floor(i tokens / sampled), is at p or behind it from i = ceil(p sampled / tokens) on.
+    begin, end = (-(-position * sampled // tokens) for position in (first_token, first_token + count))
+    return torch.arange(begin, end, device=device) * tokens // sampled - first_token
 
 
 def evenly_spread(sampled: int, tokens: int, device: torch.device | None = None) -> Tensor:
-    """So many of the tokens, spread evenly; made where it is needed, since a copy would wait for a GPU."""
+    """So many of the tokens, spread evenly; made where it is needed, as `spread_indices`."""
     return torch.arange(sampled, device=device) * tokens // sampled

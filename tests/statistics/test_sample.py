@@ -14,6 +14,7 @@ def test_sampled_tokens_are_spread_evenly_whatever_the_batches():
     for _ in range(300):
         tokens, sampled, batch = rng.randint(1, 500), rng.randint(1, 600), rng.randint(1, 60)
         whole = spread_indices(0, tokens, tokens, sampled)
+        assert whole.tolist() == [i * tokens // min(sampled, tokens) for i in range(min(sampled, tokens))]
         parts = [
             spread_indices(first, min(batch, tokens - first), tokens, sampled) + first
             for first in range(0, tokens, batch)
