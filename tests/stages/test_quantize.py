@@ -20,7 +20,7 @@ from lqer.methods import LinearPlan, QeraExact
 from lqer.rounding import Gptq
 from lqer.rounding.hessian import DampedHessian
 from lqer.stages import gather, layer_rows
-from lqer.stages.block_work import SPECTRA_OF_A_LINEAR, BlockWork, bytes_of_later_spectra, with_spectra
+from lqer.stages.block_work import SPECTRA_OF_A_LINEAR, BlockWork, blocks_with_spectra, bytes_of_later_spectra
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.layer_rows import later_spectra
@@ -216,7 +216,7 @@ def test_on_a_gpu_others_follow_the_last_block_and_its_spectra_and_one_without_i
     order = ends_in_between(blocks)
     assert sorted(order) == list(range(blocks))
     assert blocks == 1 or order[-1] != blocks - 1
-    assert blocks < 8 or order[0] not in with_spectra(blocks)
+    assert blocks < 8 or order[0] not in blocks_with_spectra(blocks)
 
 
 def test_blocks_have_the_same_bytes_in_whatever_order_they_are_quantized(quantized, plan, tmp_path):
