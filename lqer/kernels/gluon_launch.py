@@ -5,6 +5,8 @@ Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -40,17 +42,31 @@ def fits_gluon(packed: PackedLinear, x_MI: Tensor) -> bool:
     return fits and (not packed.spec.rank or packed.spec.rounding.bits > 0) and runtime.is_hopper(x_MI)
 
 
-def prepare(given_MI: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """x, rounded if it is to be, in the order of decoded columns [M, IP]; y [M, O], which holds the branch, if any."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a product begins with.
+
+    x_MI: rounded if it is to be, in the order of decoded columns [M, IP]. y_MO: to be written, or, if the product
+    `adds` to it, what holds the branch and the bias. bias_O: what the product has to add, or None.
+    """
+
+    x_MI: Tensor
+    y_MO: Tensor
+    adds: bool
+    bias_O: Tensor | None
+
+
+def prepare(given_MI: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None) -> Prepared:
+    """Round and order x; write the branch, if any, to y [M, O] in `out_dtype`, by default that of x."""
     spec, m = packed.spec, len(given_MI)
     y_MO = given_MI.new_empty(m, spec.layout.rows, dtype=out_dtype)
     if not spec.rank:
-        return round_activations(given_MI, spec, ordered=True), y_MO
+        return Prepared(round_activations(given_MI, spec, ordered=True), y_MO, False, packed.bias_O)
     x_MI = given_MI.new_empty(m, spec.layout.padded_columns)
     projection_MR, pdl = given_MI.new_empty(m, spec.rank), runtime.supports_pdl(given_MI)
     project(given_MI, packed, x_MI, projection_MR, ordered=True, pdl=pdl)
     write_low_rank(projection_MR, packed, y_MO, pdl)
-    return x_MI, y_MO
+    return Prepared(x_MI, y_MO, True, None)
 
 
 def descriptor(part: Tensor, block: list[int]) -> TensorDescriptor:

@@ -31,8 +31,8 @@ def run_stream(
     layout = packed.spec.layout
     assert isinstance(layout, Layout | GroupLayout)
     given = dense_rows(x_MI)
-    x_MI, y_MO = prepare(given, packed, out_dtype)
-    (m, n), block_m = y_MO.shape, launch.block_m
+    prepared = prepare(given, packed, out_dtype)
+    (m, n), block_m = prepared.y_MO.shape, launch.block_m
     tiles_m = -(-m // block_m)
     total = tiles_m * -(-n // ROWS) * turns_of(layout.compiled)
     programs = min(launch.programs, total)
@@ -41,20 +41,17 @@ def run_stream(
     row_groups, steps = words.shape[0], layout.padded_columns // COLUMNS
     if scales.element_size() == 2:
         scales = scales.view(torch.int16)
-    # What writes the branch adds the bias.
-    adds = packed.spec.rank > 0
-    bias_O = None if adds else packed.bias_O
     pdl = runtime.supports_pdl(given)
     stream_kernel[(programs,)](
-        descriptor(x_MI, [block_m, COLUMNS]),
+        descriptor(prepared.x_MI, [block_m, COLUMNS]),
         descriptor(words.view(row_groups, steps * 8, 32), [ROWS // ROW_GROUP, 8, 32]),
         _units(scales, layout),
         _units(scales if zeros is None else zeros, layout),
-        bias_O, partial, packed.workspace[PROJECTION_COUNTERS:], y_MO, m, n, tiles_m, total,
-        layout=layout.compiled, stages=launch.stages, adds=adds, pdl=pdl, num_warps=WARPS,
+        prepared.bias_O, partial, packed.workspace[PROJECTION_COUNTERS:], prepared.y_MO, m, n, tiles_m, total,
+        layout=layout.compiled, stages=launch.stages, adds=prepared.adds, pdl=pdl, num_warps=WARPS,
         maxnreg=REGISTERS // (launch.at_once * THREADS) // 8 * 8, **runtime.launch_options(pdl),
     )  # fmt: skip
-    return y_MO
+    return prepared.y_MO
 
 
 def _units(part: Tensor, layout: Layout | GroupLayout) -> TensorDescriptor:

@@ -25,22 +25,19 @@ def run_tall(x_MI: Tensor, packed: PackedLinear, launch: TallLaunch, out_dtype: 
     layout = packed.spec.layout
     assert isinstance(layout, Layout | GroupLayout)
     given = dense_rows(x_MI)
-    x_MI, y_MO = prepare(given, packed, out_dtype)
-    (m, n), block_m = y_MO.shape, launch.block_m
+    prepared = prepare(given, packed, out_dtype)
+    (m, n), block_m = prepared.y_MO.shape, launch.block_m
     tiles_n = -(-n // ROWS)
     rest = tiles_n * -(-m // block_m) - launch.whole
     partial = None
     if launch.splits > 1:
         partial = given.new_empty((rest, launch.splits, ROWS * block_m), dtype=torch.float32)
     words, _, scales, zeros = packed.weight.parts
-    # What writes the branch adds the bias.
-    adds = packed.spec.rank > 0
-    bias_O = None if adds else packed.bias_O
     pdl = runtime.supports_pdl(given)
     tall_kernel[(launch.whole + rest * launch.splits,)](
-        descriptor(x_MI, [block_m, COLUMNS]), words, scales, zeros, bias_O, partial,
-        packed.workspace[PROJECTION_COUNTERS:], y_MO, m, n, tiles_n, launch.whole, layout=layout.compiled,
-        BLOCK_M=block_m, splits=launch.splits, long=launch.long, stages=launch.stages, adds=adds, pdl=pdl,
+        descriptor(prepared.x_MI, [block_m, COLUMNS]), words, scales, zeros, prepared.bias_O, partial,
+        packed.workspace[PROJECTION_COUNTERS:], prepared.y_MO, m, n, tiles_n, launch.whole, layout=layout.compiled,
+        BLOCK_M=block_m, splits=launch.splits, long=launch.long, stages=launch.stages, adds=prepared.adds, pdl=pdl,
         num_warps=WARPS, **runtime.launch_options(pdl),
     )  # fmt: skip
-    return y_MO
+    return prepared.y_MO

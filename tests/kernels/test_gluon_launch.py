@@ -50,11 +50,20 @@ def test_tokens_are_rounded_and_in_order_and_outputs_hold_the_branch(number_form
     packed = build_layer(number_format, 100, 560, rank=32, activation=MXInt(8), bias=True).packed
     for m in (3, 40):
         x_MI = random_input(m, 560, DTYPE)
-        tokens_MI, y_MO = prepare(x_MI, packed, None)
-        assert torch.equal(tokens_MI, round_activations(x_MI, packed.spec, ordered=True))
+        prepared = prepare(x_MI, packed, None)
+        assert torch.equal(prepared.x_MI, round_activations(x_MI, packed.spec, ordered=True))
         rounded_MI, projection_MR, branch_MO = low_rank_buffers(x_MI, packed)
         project(x_MI, packed, rounded_MI, projection_MR)
         write_low_rank(projection_MR, packed, branch_MO)
         assert branch_MO.any()
-        assert torch.equal(y_MO, branch_MO)
+        assert torch.equal(prepared.y_MO, branch_MO)
+        assert prepared.adds
+        assert prepared.bias_O is None
         assert (packed.workspace == 0).all()
+
+
+def test_without_a_branch_the_product_adds_the_bias():
+    packed = build_layer(MXInt(4), 100, 560, bias=True).packed
+    prepared = prepare(random_input(3, 560, DTYPE), packed, None)
+    assert not prepared.adds
+    assert prepared.bias_O is packed.bias_O
