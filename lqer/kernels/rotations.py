@@ -141,7 +141,7 @@ def rotate_input_kernel(
     BLOCK_I: tl.constexpr,  # I, as a power of two
     BLOCK_R: tl.constexpr,
     factor: tl.constexpr,  # the inverse of the headroom of float16
-    reach: tl.constexpr,  # no element of x' is larger than so many times the largest of signs ⊙ x
+    reach: tl.constexpr,  # no element of x' is larger than so many times the largest of x, with factor, before H
     pdl: tl.constexpr,
 ):
     """P blocks of x' = H (signs ⊙ x), or of x itself, and their partial sum of x' A."""
@@ -176,7 +176,7 @@ def rotate_input_kernel(
     elif signs is not None:
         v_PB, largest = sum_blocks(row, 0, signs, own_rows, A, 1, A, B, P)
         x_T = rotate_blocks(v_PB * factor).to(dtype).to(tl.float32)
-        largest_T = tl.zeros((T,), tl.float32) + largest
+        largest_T = tl.zeros((T,), tl.float32) + largest * factor
     else:
         x_T = tl.load(row + columns_T, mask=columns_T < K, other=0.0).to(tl.float32)
         whole_I = tl.arange(0, BLOCK_I)

@@ -237,7 +237,7 @@ def rotate_inputs(x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, pad
         kind=kind, lattice=isinstance(layout, LatticeLayout), lanes=lanes, A=k // program.block,
         padded_A=program.padded, B=program.block, P=program.together, BLOCK_I=triton.next_power_of_2(k),
         BLOCK_R=ranks_at_once(rank, program, programs * m <= multiprocessors(x_MI.device)),
-        factor=1.0 if rows is None else 1 / room, reach=1.0 if rows is None else k**0.5 / room, pdl=pdl,
+        factor=1.0 if rows is None else 1 / room, reach=1.0 if rows is None else k**0.5, pdl=pdl,
         num_warps=max(program.warps, WARPS if rank else 1), **launch_options(pdl),
     )  # fmt: skip
     return Tokens(*empty, partial)

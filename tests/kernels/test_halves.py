@@ -11,10 +11,9 @@ from lqer.kernels import PackedLinear, rotations_launch
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.lattice_halves_launch import AT_ONCE, run_lattice_halves
 from lqer.kernels.resident_launch import run_resident
+from lqer.kernels.rotations_launch import headroom
 from lqer.kernels.runtime import supports_pdl
 from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
-
-ROOM = 32.0 if torch.float16 == DTYPE else 1.0
 
 
 def trellis(bits: int, state_bits: int = 12):
@@ -38,16 +37,17 @@ def plain(codes: str, n: int, k: int) -> tuple[PackedLinear, torch.Tensor]:
     return PackedLinear.pack(weight, None, None, None, None, DTYPE), weight.dequantize().double()
 
 
-def rotated(codes: str, n: int, k: int) -> tuple[PackedLinear, torch.Tensor, RandomHadamard]:
-    weight, basis = CODES[codes](n, k), random_hadamard(n, k, seed=1).to(DTYPE)
+def rotated(codes: str, n: int, k: int, dtype=DTYPE) -> tuple[PackedLinear, torch.Tensor, RandomHadamard]:
+    weight, basis = CODES[codes](n, k), random_hadamard(n, k, seed=1).to(dtype)
     bias_O = torch.linspace(-1, 1, n, device=DEVICE)
-    return PackedLinear.pack(weight, None, None, bias_O, None, DTYPE, basis), weight.dequantize().double(), basis
+    return PackedLinear.pack(weight, None, None, bias_O, None, dtype, basis), weight.dequantize().double(), basis
 
 
 def exact(x_MI: torch.Tensor, values_OI: torch.Tensor, basis: RandomHadamard, packed: PackedLinear) -> torch.Tensor:
     """In float64, with x' rounded to the dtype of the layer, as it does."""
-    x = hadamard(x_MI.double() * basis.input_signs_I.to(x_MI).double() / ROOM).to(DTYPE).double()
-    y = inverse_hadamard(x @ values_OI.T) * basis.output_signs_O.to(x_MI).double() * ROOM
+    room = headroom(packed.dtype)
+    x = hadamard(x_MI.double() * basis.input_signs_I.to(x_MI).double() / room).to(packed.dtype).double()
+    y = inverse_hadamard(x @ values_OI.T) * basis.output_signs_O.to(x_MI).double() * room
     return y + packed.bias_O.double()
 
 
@@ -106,8 +106,8 @@ def test_a_token_of_large_elements_does_not_overflow_float16(codes):
     x_MI[2, 9] = 0.25
     expected = x_MI.double() @ values_OI.T
     assert relative_error(run(x_MI, packed), expected) < 1e-6
-    packed, values_OI, basis = rotated(codes, 32, 1024)
-    x_MI = (3000 * basis.input_signs_I.to(DEVICE, DTYPE)).expand(5, -1)
+    packed, values_OI, basis = rotated(codes, 32, 1024, torch.float16)
+    x_MI = (3000 * basis.input_signs_I.to(DEVICE)).expand(5, -1)
     assert relative_error(run(x_MI, packed), exact(x_MI, values_OI, basis, packed)) < 6e-4
 
 
