@@ -81,6 +81,8 @@ class Machine:
                 registers[target] = _float32(sources[0]) - _float32(sources[1])
             case "add.f32":
                 registers[target] = _float32(sources[0]) + _float32(sources[1])
+            case "mul.f32":
+                registers[target] = _float32(sources[0]) * _float32(sources[1])
             case "max.NaN.f32":
                 registers[target] = torch.maximum(_float32(sources[0]), _float32(sources[1]))
             case "abs.f32":

@@ -7,7 +7,8 @@ runtime             interpreter or GPU, programmatic dependent launch
 layout, groups, codebook, lattice, trellis     packed weights: integer codes, integers in groups with float scales,
                     learned codebooks, E8P lattice codes, trellis codes; tiles is what the last two have in common
 packed, spec, linear, module        a packed linear, what its kernels are compiled for, its operator, its module;
-                    reference is the same in torch, and first_use compares them
+                    reference is the same in torch, and first_use compares them; surroundings is what a block computes
+                    before and after a linear
 joint, siblings     linears of one input side by side, and their modules
 experts_packed, experts_module     the same of all experts of a layer, stacked; experts_reference in torch
 launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table

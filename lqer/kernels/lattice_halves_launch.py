@@ -1,6 +1,6 @@
 """Host side of the product of 5 to 32 tokens with lattice codes.
 
-Shapes: M tokens, I in_features, O out_features, R rank; P marks padding.
+Shapes: M tokens, I in_features, O out_features, R rank, S partial sums; P marks padding.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lqer.kernels.layout import ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations_launch import Tokens, rotate_inputs, rotate_outputs
 from lqer.kernels.runtime import launch_options, multiprocessors
+from lqer.kernels.surroundings import NOTHING, Surroundings
 
 RANKS_AT_ONCE = 16  # as many as a tensor core multiplies
 # Of a program: outputs of more would not fit into 48 KB of shared memory beside the table.
@@ -75,6 +76,7 @@ def run_lattice_halves(
     pdl: bool,
     launch: LatticeHalvesLaunch | None = None,
     out_dtype: torch.dtype | None = None,
+    around: Surroundings = NOTHING,
 ) -> Tensor:
     """Up to 32 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
     m, layout = len(x_MI), packed.spec.layout
@@ -82,10 +84,12 @@ def run_lattice_halves(
     assert m <= AT_ONCE
     launch = launch or lattice_halves_launch(layout, m, multiprocessors(x_MI.device))
     # The last block may have fewer tokens than a tensor core multiplies: products of none are not stored.
-    tokens, dtype = rotate_inputs(x_MI, packed, "halves", pdl, block_of(m)), out_dtype or x_MI.dtype
+    tokens = rotate_inputs(x_MI, packed, "halves", pdl, block_of(m), around.norm)
+    dtype = out_dtype or x_MI.dtype
     if packed.input_signs_I is None:
         return _product(tokens, packed, packed.bias_O, dtype, pdl, launch)
-    return rotate_outputs(_product(tokens, packed, None, torch.float32, pdl, launch).unsqueeze(0), packed, dtype, pdl)
+    y_SMO = _product(tokens, packed, None, torch.float32, pdl, launch).unsqueeze(0)
+    return rotate_outputs(y_SMO, packed, dtype, pdl, around.residual_MO)
 
 
 def block_of(tokens: int) -> int:

@@ -20,6 +20,7 @@ from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations_launch import Tokens, ranks_of_a_split, run_rotated_product
 from lqer.kernels.runtime import launch_options
+from lqer.kernels.surroundings import NOTHING, Surroundings
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def run_lattice(
     pdl: bool,
     launch: LatticeLaunch | None = None,
     out_dtype: torch.dtype | None = None,
+    around: Surroundings = NOTHING,
 ) -> Tensor:
     """Up to four tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
     launch = launch or (LAUNCH if len(x_MI) <= FEW_TOKENS else LAUNCH_MORE)
@@ -48,7 +50,7 @@ def run_lattice(
     def product(tokens: Tokens, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _product(tokens, packed, bias_O, dtype, pdl, launch)
 
-    return run_rotated_product(x_MI, packed, "integers", product, out_dtype or x_MI.dtype, pdl)
+    return run_rotated_product(x_MI, packed, "integers", product, out_dtype or x_MI.dtype, pdl, around)
 
 
 def _product(

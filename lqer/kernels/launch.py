@@ -34,9 +34,12 @@ from lqer.kernels.lattice_halves_launch import run_lattice_halves
 from lqer.kernels.lattice_launch import run_lattice
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.resident_launch import run_resident
-from lqer.kernels.rotations_launch import prepare_rotations, rotates_in_kernels, run_between_rotations
+from lqer.kernels.rotations_launch import kernels_rotate, prepare_rotations, run_between_rotations
+from lqer.kernels.spec import Spec
 from lqer.kernels.stream_launch import run_stream
+from lqer.kernels.surroundings import NOTHING, Surroundings
 from lqer.kernels.tall_launch import run_tall
+from lqer.kernels.tiles import TiledLayout
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout
 from lqer.kernels.trellis_launch import run_trellis, table_of
 from lqer.kernels.tuning import (
@@ -75,20 +78,37 @@ def prepare_tables(packed: PackedLinear) -> None:
     segment_numbers(spec, device)
     if isinstance(packed.weight, PackedTrellis):
         table_of(packed.weight)
-    if packed.input_signs_I is not None and rotates_in_kernels(packed):
+    if packed.input_signs_I is not None and kernels_rotate(spec):
         prepare_rotations(spec, device)
 
 
-def run_layer(x_MI: Tensor, packed: PackedLinear) -> Tensor:
+def takes_norm(spec: Spec, rotated: bool, tokens: int) -> bool:
+    """Whether the launches of a linear norm so many tokens, and add a residual to their outputs."""
+    few = tokens <= ROTATED_TOKENS and not spec.rounding.bits
+    return rotated and few and isinstance(spec.layout, TiledLayout) and kernels_rotate(spec)
+
+
+def takes_residual(spec: Spec, rotated: bool, tokens: int) -> bool:
+    """Whether the launches of a linear add a residual to its outputs for so many tokens."""
+    return takes_norm(spec, rotated, tokens)
+
+
+def run_layer(x_MI: Tensor, packed: PackedLinear, around: Surroundings = NOTHING) -> Tensor:
     """y [M, O] of x [M, I], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
     if isinstance(layout, LatticeLayout):
         few = len(x_MI) < HALVES_FROM
-        return run_rotated_layer(x_MI, packed, run_lattice if few else run_lattice_halves, LATTICE_AT_ONCE)
+        return run_rotated_layer(x_MI, packed, run_lattice if few else run_lattice_halves, LATTICE_AT_ONCE, around)
     if isinstance(layout, TrellisLayout):
         if not layout.sums_bytes:
-            return run_rotated_layer(x_MI, packed, run_trellis, LOOKED_UP_AT_ONCE)
-        return run_rotated_layer(x_MI, packed, run_resident)
+            return run_rotated_layer(x_MI, packed, run_trellis, LOOKED_UP_AT_ONCE, around)
+        return run_rotated_layer(x_MI, packed, run_resident, ROTATED_TOKENS, around)
+    return around.after(_run_without_rotation(around.before(x_MI), packed))
+
+
+def _run_without_rotation(x_MI: Tensor, packed: PackedLinear) -> Tensor:
+    layout = packed.spec.layout
+    assert not isinstance(layout, TiledLayout)
     if isinstance(layout, CodebookLayout):
         return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
     if STREAM_FROM <= len(x_MI) <= TALL_TOKENS and fits_gluon(packed, x_MI):
@@ -122,16 +142,28 @@ def _run_integer_groups(x_MI: Tensor, packed: PackedLinear, layout: GroupLayout)
 def run_rotated_layer(
     x_MI: Tensor,
     packed: PackedLinear,
-    run_codes: Callable[[Tensor, PackedLinear, bool], Tensor],
-    at_once: int = ROTATED_TOKENS,
+    run_codes: Callable[..., Tensor],
+    at_once: int,
+    around: Surroundings = NOTHING,
 ) -> Tensor:
-    """A layer that may have rotations: few tokens on the codes; many, and rounded ones, on the decoded weight."""
+    """A layer that may have rotations: few tokens on the codes; many, and rounded ones, on the decoded weight.
 
-    def run(x: Tensor, packed: PackedLinear) -> Tensor:
-        pdl = runtime.supports_pdl(x)
-        parts = [run_codes(part, packed, pdl) for part in dense_rows(x).split(at_once)]
+    run_codes(x, packed, pdl, around=..): up to `at_once` tokens.
+    """
+
+    def run(x: Tensor, packed: PackedLinear, around: Surroundings = NOTHING) -> Tensor:
+        pdl, split = runtime.supports_pdl(x), zip(dense_rows(x).split(at_once), around.split(len(x), at_once))
+        parts = [run_codes(part, packed, pdl, around=own) for part, own in split]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    if len(x_MI) > ROTATED_TOKENS or packed.spec.rounding.bits:
-        return run_between_rotations(x_MI, packed, run_dequantized)
-    return run(x_MI, packed) if rotates_in_kernels(packed) else run_between_rotations(x_MI, packed, run)
+    rotated, m = packed.input_signs_I is not None, len(x_MI)
+    if takes_norm(packed.spec, rotated, m):
+        return run(x_MI, packed, around)
+    x_MI = around.before(x_MI)
+    if m > ROTATED_TOKENS or packed.spec.rounding.bits:
+        y_MO = run_between_rotations(x_MI, packed, run_dequantized)
+    elif rotated:
+        y_MO = run_between_rotations(x_MI, packed, run)
+    else:
+        y_MO = run(x_MI, packed)
+    return around.after(y_MO)

@@ -21,6 +21,7 @@ from lqer.kernels.packed import PackedLinear, weight_of
 from lqer.kernels.reference import reference_linear
 from lqer.kernels.runtime import INTERPRETED
 from lqer.kernels.spec import decode_spec
+from lqer.kernels.surroundings import Norm, Surroundings
 
 
 def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
@@ -32,7 +33,7 @@ def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     layout = packed.spec.layout
     if x.dtype != packed.dtype or x.shape[-1] != layout.columns:
         raise ValueError(f"x must be (..., {layout.columns}) in {packed.dtype}, found {tuple(x.shape)} in {x.dtype}")
-    return torch.ops.lqer.packed_linear(
+    return OPERATOR(
         x, *packed.weight.parts, packed.bias_O, packed.a_codes, packed.a_exponents, packed.b_codes, packed.b_exponents,
         packed.workspace, packed.input_signs_I, packed.output_signs_O, packed.spec.text,
     )  # fmt: skip
@@ -56,6 +57,10 @@ def _packed_linear(
     input_signs: Tensor | None,
     output_signs: Tensor | None,
     spec: str,
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """y (..., O) of x; shapes are those of PackedLinear, dtype is that of x, all tensors contiguous except x.
 
@@ -73,23 +78,33 @@ def _packed_linear(
     input_signs   [I] in dtype, or None
     output_signs  [O] in dtype, or None
     spec          encode_spec of the Spec that all of this is laid out by
+    norm          [I] in dtype, or None: weight of an RMSNorm of x before the linear, with its norm_eps and norm_offset
+    residual      (..., O) in dtype, or None: added to y
     """
     decoded = decode_spec(spec)
     packed = PackedLinear(
         decoded, x.dtype, weight_of(decoded.layout, words, high, scales, zeros), bias, a_codes, a_exponents,
         b_codes, b_exponents, workspace, input_signs, output_signs,
     )  # fmt: skip
-    x_MI = x.reshape(-1, x.shape[-1])
+    rows, columns = decoded.layout.rows, x.shape[-1]
+    around = Surroundings(
+        None if norm is None else Norm(norm, norm_eps, norm_offset),
+        None if residual is None else residual.reshape(-1, rows).contiguous(),
+    )
+    x_MI = x.reshape(-1, columns)
     if x.is_cuda or INTERPRETED:
-        y_MO = run_layer(x_MI, packed)
+        y_MO = run_layer(x_MI, packed, around)
     else:
-        y_MO = reference_linear(x_MI, packed)
-    return y_MO.reshape(*x.shape[:-1], decoded.layout.rows)
+        y_MO = around.after(reference_linear(around.before(x_MI), packed))
+    return y_MO.reshape(*x.shape[:-1], rows)
 
 
 @_packed_linear.register_fake
 def _(
     x, words, high, scales, zeros, bias, a_codes, a_exponents, b_codes, b_exponents, workspace, input_signs,
-    output_signs, spec,
+    output_signs, spec, norm=None, norm_eps=0.0, norm_offset=0.0, residual=None,
 ):  # fmt: skip
     return x.new_empty((*x.shape[:-1], decode_spec(spec).layout.rows))
+
+
+OPERATOR = torch.ops.lqer.packed_linear.default

@@ -19,7 +19,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lqer.kernels.byte_sums import joined
 from lqer.kernels.lattice_decode import TILE_C
-from lqer.kernels.rotations_lanes import add_blocks, finish_blocks, load_rows, load_values, rounded, scaled
+from lqer.kernels.rotations_lanes import (
+    add_blocks,
+    finish_blocks,
+    load_rows,
+    load_values,
+    norm_weights,
+    rounded,
+    scaled,
+    sum_squares,
+)
 from lqer.kernels.token_stores import (
     load_four,
     store_bytes,
@@ -55,17 +64,27 @@ def turns_of(blocks: int) -> int:
 
 @triton.jit
 def sum_blocks(
-    values, stride, signs, rows, blocks, splits: tl.constexpr, A: tl.constexpr, B: tl.constexpr, P: tl.constexpr
+    values,  # partial sums of the token, `stride` elements apart
+    stride,
+    signs,  # multiplied with values, or None
+    norm,  # whose sum with `offset` is multiplied with values, too, or None
+    rows,  # float32 [blocks, P]
+    blocks,
+    offset: tl.constexpr,
+    splits: tl.constexpr,
+    A: tl.constexpr,  # blocks at most
+    B: tl.constexpr,
+    P: tl.constexpr,
 ):
-    """P rows of O times the blocks of a token, float32 [P, B], and the largest of the token's values.
+    """P rows of O times the blocks of a token, float32 [P, B].
 
-    values: partial sums of the token, `stride` elements apart. rows: float32 [blocks, P]. signs: multiplied with
-    values, or None. A: blocks at most.
+    Also the largest of what they are multiplied with, and the sum of the squares of the token's values.
     """
     at_once: tl.constexpr = BLOCKS_AT_ONCE_C
     turns: tl.constexpr = turns_of(A)
     ours_P, own_B = tl.arange(0, P), tl.arange(0, B)
     sums_APB, largest_AB = tl.zeros((at_once, P, B), tl.float32), tl.zeros((at_once, B), tl.float32)
+    squares_AB = tl.zeros((at_once, B), tl.float32)
     for turn in tl.static_range(turns):
         blocks_A = turn * at_once + tl.arange(0, at_once)
         inside_AB = (blocks_A < blocks)[:, None] & (own_B >= 0)[None, :]
@@ -74,13 +93,17 @@ def sum_blocks(
         x_AB = tl.load(values + place_AB, mask=inside_AB, other=0.0)
         for split in tl.static_range(1, splits):
             x_AB += tl.load(values + split * stride + place_AB, mask=inside_AB, other=0.0)
+        squares_AB += x_AB.to(tl.float32) * x_AB.to(tl.float32)
         if signs is not None:
             x_AB *= tl.load(signs + place_AB, mask=inside_AB, other=0.0)
         x_AB = x_AB.to(tl.float32)
+        if norm is not None:
+            x_AB *= tl.load(norm + place_AB, mask=inside_AB, other=0.0).to(tl.float32) + offset
         rows_AP = tl.load(rows + blocks_A[:, None] * P + ours_P[None, :], mask=inside_AP, other=0.0)
         sums_APB += x_AB[:, None, :] * rows_AP[:, :, None]
         largest_AB = tl.maximum(largest_AB, tl.abs(x_AB))
-    return tl.sum(sums_APB, axis=0), tl.max(tl.max(largest_AB, axis=0), axis=0)
+    largest = tl.max(tl.max(largest_AB, axis=0), axis=0)
+    return tl.sum(sums_APB, axis=0), largest, tl.sum(tl.sum(squares_AB, axis=0), axis=0)
 
 
 @triton.jit
@@ -121,6 +144,7 @@ def load_ranks(a_values, first, columns_T, rank: tl.constexpr, padded: tl.conste
 def rotate_input_kernel(
     x,  # [M, I]
     signs,  # [I], or None: no rotation
+    norm,  # weights [I] of a norm of x before its rotation, or None
     rows,  # float32 [programs of a token, padded_A, P], see rotations_launch.py
     a_values,  # Aᵀ [RP, IP] in the dtype of x, or None
     x_out,  # these two as `kind` says, see token_stores.py
@@ -140,17 +164,20 @@ def rotate_input_kernel(
     P: tl.constexpr,
     BLOCK_I: tl.constexpr,  # I, as a power of two
     BLOCK_R: tl.constexpr,
+    offset: tl.constexpr,  # of the weights of the norm
+    eps: tl.constexpr,
     factor: tl.constexpr,  # the inverse of the headroom of float16
     reach: tl.constexpr,  # no element of x' is larger than so many times the largest of x, with factor, before H
     pdl: tl.constexpr,
 ):
-    """P blocks of x' = H (signs ⊙ x), or of x itself, and their partial sum of x' A."""
+    """P blocks of x' = H (signs ⊙ x), of a normed x or of x itself, and their partial sum of x' A."""
     program, m = tl.program_id(0), tl.program_id(1)
     padded: tl.constexpr = tiles * TILE_C
     T: tl.constexpr = P * B
     columns_T = program * T + tl.arange(0, T)
     dtype: tl.constexpr = x.dtype.element_ty
     warps: tl.constexpr = T // TILE_C
+    normed: tl.constexpr = norm is not None
     own_rows = rows
     if pdl:
         # The product may prefetch its codes while this kernel still waits for x.
@@ -163,6 +190,10 @@ def rotate_input_kernel(
     if lanes:
         warp_T = tl.arange(0, 32 * warps) // 32
         lane_signs = load_values(signs, 0, warp_T, A, B, 1, padded_A // warps, warps)
+        if norm is not None:
+            lane_norm = load_values(norm, 0, warp_T, A, B, 1, padded_A // warps, warps)
+            offset_T = tl.zeros(warp_T.shape, tl.float32) + offset
+            lane_signs = norm_weights(lane_signs, lane_norm, offset_T, dtype, B, padded_A // warps)
         lane_rows = load_rows(own_rows, warp_T, P, padded_A // warps, warps)
     if pdl:
         gdc_wait()
@@ -170,13 +201,23 @@ def rotate_input_kernel(
     if lanes:
         lane_x = load_values(row, 0, warp_T, A, B, 1, padded_A // warps, warps)
         of_token: tl.constexpr = kind == "halves"
-        sums = add_blocks(lane_x, lane_signs, lane_rows, dtype, of_token, B, P, padded_A // warps)
-        values = rounded(finish_blocks(sums, B, P, "token" if of_token else "tile"), factor, dtype, 5)
+        sums = add_blocks(lane_x, lane_signs, lane_rows, dtype, normed, of_token, B, P, padded_A // warps)
+        squares_T = None
+        if normed:
+            squares_T = sum_squares(lane_x, warp_T, A, dtype, B, padded_A // warps, warps)
+        values = finish_blocks(sums, squares_T, B, P, "token" if of_token else "tile")
+        scale = factor
+        if normed:
+            scale = tl.rsqrt(values[5] * (1 / (A * B)) + eps) * factor
+        values = rounded(values, scale, dtype, 5)
         x_T = joined(values[:4], 4).reshape(T)
     elif signs is not None:
-        v_PB, largest = sum_blocks(row, 0, signs, own_rows, A, 1, A, B, P)
-        x_T = rotate_blocks(v_PB * factor).to(dtype).to(tl.float32)
-        largest_T = tl.zeros((T,), tl.float32) + largest * factor
+        v_PB, largest, squares = sum_blocks(row, 0, signs, norm, own_rows, A, offset, 1, A, B, P)
+        scale = factor
+        if normed:
+            scale = tl.rsqrt(squares * (1 / (A * B)) + eps) * factor
+        x_T = rotate_blocks(v_PB * scale).to(dtype).to(tl.float32)
+        largest_T = tl.zeros((T,), tl.float32) + largest * scale
     else:
         x_T = tl.load(row + columns_T, mask=columns_T < K, other=0.0).to(tl.float32)
         whole_I = tl.arange(0, BLOCK_I)
@@ -218,6 +259,7 @@ def rotate_output_kernel(
     rows,  # of the programs of a token, each float32 [padded A of its rotation, P], one after the other
     places,  # int32 [programs, 5], see rotations_launch.py
     bias,  # [O], or None
+    residual,  # [M, O] in the dtype of y_out, or None
     y_out,  # [M, O]
     M,
     N,
@@ -230,7 +272,7 @@ def rotate_output_kernel(
     factor: tl.constexpr,  # the headroom of float16
     pdl: tl.constexpr,
 ):
-    """P blocks of signs ⊙ Hᵀ y + bias, of the sum of all y."""
+    """P blocks of signs ⊙ Hᵀ y + bias + residual, of the sum of all y."""
     place, m = places + tl.program_id(0) * 5, tl.program_id(1).to(tl.int64)
     # Segments start at multiples of 128, so that a thread can load several values at once.
     start = tl.multiple_of(tl.load(place), 16)
@@ -251,15 +293,20 @@ def rotate_output_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if lanes:
+        residual_4 = None
+        if residual is not None:
+            residual_4 = load_four(residual + m * N + column + own_T, inside_T)
         lane_y = load_values(own, M * N, warp_T, blocks, B, splits, padded_A // warps, warps)
-        sums = add_blocks(lane_y, None, lane_rows, tl.float32, False, B, P, padded_A // warps)
-        y_4 = scaled(finish_blocks(sums, B, P, ""), signs_4, bias_4, factor, 4)
+        sums = add_blocks(lane_y, None, lane_rows, tl.float32, False, False, B, P, padded_A // warps)
+        y_4 = scaled(finish_blocks(sums, None, B, P, ""), signs_4, bias_4, residual_4, factor, 4)
         store_four(y_out + m * N + column + own_T, y_4, inside_T)
     else:
         columns_T = column + tl.arange(0, P * B)
         inside_T = tl.arange(0, P * B) < present * B
-        v_PB, _ = sum_blocks(own, M * N, None, own_rows, blocks, splits, A, B, P)
+        v_PB, _, _ = sum_blocks(own, M * N, None, None, own_rows, blocks, 0.0, splits, A, B, P)
         y_T = rotate_blocks(v_PB) * (tl.load(signs + columns_T, mask=inside_T, other=0.0).to(tl.float32) * factor)
         if bias is not None:
             y_T += tl.load(bias + columns_T, mask=inside_T, other=0.0).to(tl.float32)
+        if residual is not None:
+            y_T += tl.load(residual + m * N + columns_T, mask=inside_T, other=0.0).to(tl.float32)
         tl.store(y_out + m * N + columns_T, y_T.to(y_out.dtype.element_ty), mask=inside_T)

@@ -12,7 +12,7 @@ import triton.language as tl
 from lqer.kernels.byte_sums import uncounted_next
 from lqer.kernels.lattice_decode import TILE_C
 from lqer.kernels.resident_ptx import reserve_asm
-from lqer.kernels.rotations_ptx import finish_asm, leave_asm, load_asm, rows_asm, sum_asm
+from lqer.kernels.rotations_ptx import finish_asm, leave_asm, load_asm, rows_asm, squares_asm, sum_asm, weights_asm
 from lqer.kernels.trellis_decode import types
 
 
@@ -93,30 +93,73 @@ def zeros(first_T, count: tl.constexpr):
 
 
 @triton.jit
-def add_blocks(
-    x, signs, rows, dtype: tl.constexpr, largest: tl.constexpr, B: tl.constexpr, P: tl.constexpr, turns: tl.constexpr
-):
-    """What a lane has of the program's sums, and of the token's `largest` magnitude. signs: None if x is float32."""
+def norm_weights(signs, weights, offset, dtype: tl.constexpr, B: tl.constexpr, turns: tl.constexpr):
+    """A lane's signs times (offset + weights), float32, from what `load_values` gives of both."""
     halves: tl.constexpr = B // TILE_C
     count: tl.constexpr = registers(dtype, halves)
-    inputs: tl.constexpr = dtype != tl.float32
+    own = tl.inline_asm_elementwise(
+        weights_asm(halves, element_of(dtype)), constraints("f" * 2 * count, "r" * 2 * count + "f"),
+        signs[:count] + weights[:count] + (offset,), dtype=types(tl.float32, 2 * count), is_pure=False, pack=1,
+    )  # fmt: skip
+    if turns == 1:
+        return own
+    else:
+        return own + norm_weights(signs[count:], weights[count:], offset, dtype, B, turns - 1)
+
+
+@triton.jit
+def sum_squares(x, first_T, blocks, dtype: tl.constexpr, B: tl.constexpr, turns: tl.constexpr, by: tl.constexpr):
+    """The sum of the squares of what a lane has of a token, from `load_values` of as many turns."""
+    halves: tl.constexpr = B // TILE_C
+    count: tl.constexpr = registers(dtype, halves)
+    squares_T = tl.zeros(first_T.shape, tl.float32)
+    for turn in tl.static_range(turns):
+        present_T = tl.where(first_T + turn * by < blocks, 1.0, 0.0)
+        squares_T = tl.inline_asm_elementwise(
+            squares_asm(halves, element_of(dtype)), constraints("f", "f" + "r" * count + "f"),
+            (squares_T,) + x[turn * count : turn * count + count] + (present_T,),  # noqa: RUF005
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return squares_T
+
+
+@triton.jit
+def add_blocks(
+    x,
+    signs,  # or `norm_weights`; None if x is float32
+    rows,
+    dtype: tl.constexpr,
+    weighted: tl.constexpr,
+    largest: tl.constexpr,
+    B: tl.constexpr,
+    P: tl.constexpr,
+    turns: tl.constexpr,
+):
+    """What a lane has of the program's sums, and of the token's `largest` magnitude."""
+    halves: tl.constexpr = B // TILE_C
+    count: tl.constexpr = registers(dtype, halves)
+    signs_count: tl.constexpr = 0 if dtype == tl.float32 else count * (2 if weighted else 1)
+    signs_letter: tl.constexpr = "f" if weighted else "r"
     outputs: tl.constexpr = 4 * halves * P + (1 if largest else 0)
     sums = zeros(rows[0], outputs)
     for turn in tl.static_range(turns):
         operands = sums + x[turn * count : turn * count + count]
-        if inputs:
-            operands = operands + signs[turn * count : turn * count + count]
+        if signs_count > 0:
+            operands = operands + signs[turn * signs_count : turn * signs_count + signs_count]
         sums = tl.inline_asm_elementwise(
-            sum_asm(P, halves, element_of(dtype), largest),
-            constraints("f" * outputs, "f" * outputs + "r" * count * (2 if inputs else 1) + "f" * P),
+            sum_asm(P, halves, element_of(dtype), weighted, largest),
+            constraints("f" * outputs, "f" * outputs + "r" * count + signs_letter * signs_count + "f" * P),
             operands + rows[turn * P : turn * P + P], dtype=types(tl.float32, outputs), is_pure=False, pack=1,
         )  # fmt: skip
     return sums
 
 
 @triton.jit
-def finish_blocks(sums, B: tl.constexpr, P: tl.constexpr, largest: tl.constexpr):
-    """Four of the program's values for each lane, from what all have, and the largest magnitude: see `finish_asm`."""
+def finish_blocks(sums, squares_T, B: tl.constexpr, P: tl.constexpr, largest: tl.constexpr):
+    """Four of the program's values for each lane, from what all have, and the largest magnitude: see `finish_asm`.
+
+    squares_T: as of `sum_squares`, or None; then their sum over the token is the last result.
+    """
     halves: tl.constexpr = B // TILE_C
     warps: tl.constexpr = P * halves
     count: tl.constexpr = 4 * halves * P
@@ -126,25 +169,29 @@ def finish_blocks(sums, B: tl.constexpr, P: tl.constexpr, largest: tl.constexpr)
     place_T = room + warp_T * (512 * warps) + lane_T * 16
     place = room + 512 * warps * warps
     of_token: tl.constexpr = largest == "token"
+    normed: tl.constexpr = squares_T is not None
+    operands = sums[:count] + (place_T,)  # noqa: RUF005
+    if of_token or normed:
+        operands = operands + (place + warp_T * 4,)  # noqa: RUF005
     if of_token:
-        own = sums[count].to(tl.int32, bitcast=True)
-        operands = sums[:count] + (place_T, place + warp_T * 4, own)  # noqa: RUF005
-    else:
-        operands = sums + (place_T,)  # noqa: RUF005
+        operands = operands + (sums[count].to(tl.int32, bitcast=True),)  # noqa: RUF005
+    if normed:
+        operands = operands + (squares_T,)  # noqa: RUF005
     tl.inline_asm_elementwise(
-        leave_asm(count, of_token), constraints("r", "f" * count + ("rrr" if of_token else "r")), operands,
-        dtype=tl.int32, is_pure=False, pack=1,
+        leave_asm(count, of_token, normed),
+        constraints("r", "f" * count + "r" + ("r" if of_token or normed else "") + "r" * of_token + "f" * normed),
+        operands, dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
     tl.debug_barrier()
     block_T = room + warp_T // halves * (512 * halves) + lane_T * 16
     sign_T = 1.0 - 2.0 * (warp_T % halves).to(tl.float32)
     # In a loop of one turn, which the compiler cannot know: where another layout is wanted it would compute the results
     # again in that one, in which lanes have other values.
-    outputs: tl.constexpr = 4 if largest == "" else 5
+    outputs: tl.constexpr = 4 + (0 if largest == "" else 1) + (1 if normed else 0)
     values, turn = zeros(lane_T, outputs), 0
     while turn < 1:
         values = tl.inline_asm_elementwise(
-            finish_asm(warps, halves, largest), constraints("f" * outputs, "rfr"),
+            finish_asm(warps, halves, largest, normed), constraints("f" * outputs, "rfr"),
             (block_T, sign_T, place + lane_T * 0), dtype=types(tl.float32, outputs), is_pure=False, pack=1,
         )  # fmt: skip
         turn = uncounted_next(turn)
@@ -152,7 +199,7 @@ def finish_blocks(sums, B: tl.constexpr, P: tl.constexpr, largest: tl.constexpr)
 
 
 @triton.jit
-def rounded(values, factor: tl.constexpr, dtype: tl.constexpr, count: tl.constexpr):
+def rounded(values, factor, dtype: tl.constexpr, count: tl.constexpr):
     """As many values of lanes times a factor, of the precision of `dtype`; the largest of some stays the largest."""
     own = ((values[count - 1] * factor).to(dtype).to(tl.float32),)
     if count == 1:
@@ -162,12 +209,14 @@ def rounded(values, factor: tl.constexpr, dtype: tl.constexpr, count: tl.constex
 
 
 @triton.jit
-def scaled(values, signs, bias, factor: tl.constexpr, count: tl.constexpr):
-    """As many outputs of lanes: values times signs and factor, and bias if it is not None."""
+def scaled(values, signs, bias, residual, factor: tl.constexpr, count: tl.constexpr):
+    """As many outputs of lanes: values times signs and factor, and bias and residual if they are not None."""
     y_T = values[count - 1] * (signs[count - 1] * factor)
     if bias is not None:
         y_T += bias[count - 1]
+    if residual is not None:
+        y_T += residual[count - 1]
     if count == 1:
         return (y_T,)
     else:
-        return scaled(values, signs, bias, factor, count - 1) + (y_T,)  # noqa: RUF005
+        return scaled(values, signs, bias, residual, factor, count - 1) + (y_T,)  # noqa: RUF005

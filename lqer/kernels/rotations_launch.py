@@ -20,6 +20,7 @@ from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations import rotate_input_kernel, rotate_output_kernel
 from lqer.kernels.runtime import INTERPRETED, launch_options, multiprocessors
 from lqer.kernels.spec import Spec
+from lqer.kernels.surroundings import NOTHING, Norm, Surroundings
 from lqer.kernels.tiles import TILE_K, TiledLayout
 from lqer.transforms.hadamard import FLOAT16_HEADROOM, run_rotated
 from lqer.transforms.hadamard_factors import small_order, two_factors
@@ -172,11 +173,8 @@ def fits_hadamard(length: int) -> bool:
     return length // block_of([length]) <= LARGEST_OUTER
 
 
-def rotates_in_kernels(packed: PackedLinear) -> bool:
-    """Whether the kernels can apply the layer's rotations (also true if it has none)."""
-    if packed.input_signs_I is None:
-        return True
-    spec = packed.spec
+def kernels_rotate(spec: Spec) -> bool:
+    """Whether the kernels can rotate the inputs and outputs of such a layer."""
     lengths = [segment.rows for segment in spec.segments] or [spec.layout.rows]
     return fits_hadamard(spec.layout.columns) and max(lengths) // block_of(lengths) <= LARGEST_OUTER
 
@@ -216,13 +214,19 @@ def empty_tokens(x_MI: Tensor, kind: Kind, columns: int, padded: int) -> tuple[T
     return x_MI.new_empty((padded, columns), dtype=torch.float16), x_MI.new_empty(m, dtype=torch.float32)
 
 
-def rotate_inputs(x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, padded: int = 0) -> Tokens:
-    """x' = H (signs ⊙ x), or x if the layer has no rotation, and partial sums of x' A. padded: see `empty_tokens`."""
+def rotate_inputs(
+    x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, padded: int = 0, norm: Norm | None = None
+) -> Tokens:
+    """x' = H (signs ⊙ x), or x if the layer has no rotation, and partial sums of x' A. padded: see `empty_tokens`.
+
+    norm: of x before its rotation, of a layer that has one.
+    """
     (m, k), rank, layout = x_MI.shape, packed.spec.rank, packed.spec.layout
     assert isinstance(layout, TiledLayout)
     values = values_of_program(k, m, rank, x_MI.device)
     room, signs_I = headroom(x_MI.dtype), packed.input_signs_I
     if signs_I is None:
+        assert norm is None
         rows, program = None, Program(TILE_K, min(values // TILE_K, triton.next_power_of_2(layout.tiles)), 0, False)
     else:
         rows, program = input_rotation(layout.compiled, values, x_MI.device)
@@ -233,26 +237,30 @@ def rotate_inputs(x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, pad
     empty = empty_tokens(x_MI, kind, layout.padded_columns, padded)
     partial = x_MI.new_empty((programs, m, rank), dtype=torch.float32) if rank else None
     rotate_input_kernel[programs, m](
-        x_MI, signs_I, rows, packed.a_codes, *empty, partial, m, k, x_MI.stride(0), rank=rank, tiles=layout.tiles,
-        kind=kind, lattice=isinstance(layout, LatticeLayout), lanes=lanes, A=k // program.block,
-        padded_A=program.padded, B=program.block, P=program.together, BLOCK_I=triton.next_power_of_2(k),
+        x_MI, signs_I, norm.weight_I if norm else None, rows, packed.a_codes, *empty, partial, m, k, x_MI.stride(0),
+        rank=rank, tiles=layout.tiles, kind=kind, lattice=isinstance(layout, LatticeLayout), lanes=lanes,
+        A=k // program.block, padded_A=program.padded, B=program.block, P=program.together,
+        BLOCK_I=triton.next_power_of_2(k),
         BLOCK_R=ranks_at_once(rank, program, programs * m <= multiprocessors(x_MI.device)),
-        factor=1.0 if rows is None else 1 / room, reach=1.0 if rows is None else k**0.5, pdl=pdl,
+        offset=norm.offset if norm else 0.0, eps=norm.eps if norm else 0.0, factor=1.0 if rows is None else 1 / room,
+        reach=1.0 if rows is None else k**0.5, pdl=pdl,
         num_warps=max(program.warps, WARPS if rank else 1), **launch_options(pdl),
     )  # fmt: skip
     return Tokens(*empty, partial)
 
 
-def rotate_outputs(y_SMO: Tensor, packed: PackedLinear, dtype: torch.dtype, pdl: bool) -> Tensor:
-    """signs ⊙ Hᵀ y + bias in `dtype` [M, O], of the sum of y_SMO, float32."""
+def rotate_outputs(
+    y_SMO: Tensor, packed: PackedLinear, dtype: torch.dtype, pdl: bool, residual_MO: Tensor | None = None
+) -> Tensor:
+    """signs ⊙ Hᵀ y + bias + residual in `dtype` [M, O], of the sum of y_SMO, float32. residual_MO: contiguous."""
     splits, m, n = y_SMO.shape
     y_out = y_SMO.new_empty(m, n, dtype=dtype)
     values = values_of_program(n, m, 0, y_SMO.device)
     inverse, program = output_rotations(packed.spec, values, y_SMO.device)
     rotate_output_kernel[len(inverse.places), m](
-        y_SMO, packed.output_signs_O, inverse.rows, inverse.places, packed.bias_O, y_out, m, n, splits=splits,
-        lanes=program.lanes, A=inverse.longest, padded_A=program.padded, B=inverse.block, P=inverse.together,
-        factor=headroom(packed.dtype), pdl=pdl, num_warps=program.warps, **launch_options(pdl),
+        y_SMO, packed.output_signs_O, inverse.rows, inverse.places, packed.bias_O, residual_MO, y_out, m, n,
+        splits=splits, lanes=program.lanes, A=inverse.longest, padded_A=program.padded, B=inverse.block,
+        P=inverse.together, factor=headroom(packed.dtype), pdl=pdl, num_warps=program.warps, **launch_options(pdl),
     )  # fmt: skip
     return y_out
 
@@ -261,16 +269,23 @@ Product = Callable[[Tokens, Tensor | None, torch.dtype], Tensor]
 
 
 def run_rotated_product(
-    x_MI: Tensor, packed: PackedLinear, kind: Kind, product: Product, dtype: torch.dtype, pdl: bool
+    x_MI: Tensor,
+    packed: PackedLinear,
+    kind: Kind,
+    product: Product,
+    dtype: torch.dtype,
+    pdl: bool,
+    around: Surroundings = NOTHING,
 ) -> Tensor:
     """y [M, O] in `dtype` by three kernels, or two without rotations.
 
     product(tokens, bias_O, dtype): W x' + B A x' + bias.
     """
-    tokens = rotate_inputs(x_MI, packed, kind, pdl)
+    tokens = rotate_inputs(x_MI, packed, kind, pdl, norm=around.norm)
     if packed.input_signs_I is None:
         return product(tokens, packed.bias_O, dtype)
-    return rotate_outputs(product(tokens, None, torch.float32).unsqueeze(0), packed, dtype, pdl)
+    y_SMO = product(tokens, None, torch.float32).unsqueeze(0)
+    return rotate_outputs(y_SMO, packed, dtype, pdl, around.residual_MO)
 
 
 def ranks_of_a_split(rank: int, splits: int) -> int:

@@ -4,7 +4,8 @@ A program of W warps computes 128 W values of (O ⊗ H_B) x, blocks of B. Warp w
 times its element of the program's rows of O, for all of these at once; lane l has columns 4 l to 4 l + 3 of every 128.
 The sums of all warps meet in shared memory. Then each warp has 128 values of its own: it adds what the warps left, for
 B = 256 both halves of the block as the last step of H_256 wants them, and takes the other seven steps of H_128 in
-registers, five of them by exchanging values between lanes.
+registers, five of them by exchanging values between lanes. Where x is to be normed, warps also leave the sums of the
+squares of what they have read.
 
 Letters: W warps, P blocks of a program, h halves of 128 of a block: W = P h.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import triton
 
 STEPS = 5  # of H_128 between lanes
+SQUARES = 512  # bytes from the warps' largest magnitudes to the sums of their squares
 
 
 @triton.constexpr_function
@@ -48,11 +50,43 @@ def rows_asm(blocks: int) -> str:
 
 
 @triton.constexpr_function
-def sum_asm(blocks: int, halves: int, element: str, largest: bool) -> str:
+def weights_asm(halves: int, element: str) -> str:
+    """PTX: signs ⊙ (offset + w) of a lane in float32, from the outputs of `load_asm` of signs and of w, and offset."""
+    pairs = 2 * halves
+    lines = [".reg .b16 low, high, low_w, high_w;", ".reg .f32 sign, w;"]
+    for n in range(pairs):
+        lines += [f"mov.b32 {{low, high}}, ${2 * pairs + n};", f"mov.b32 {{low_w, high_w}}, ${3 * pairs + n};"]
+        for place, half in ((2 * n, "low"), (2 * n + 1, "high")):
+            lines += [
+                f"cvt.f32.{element} sign, {half};", f"cvt.f32.{element} w, {half}_w;", f"add.f32 w, w, ${4 * pairs};",
+                f"mul.f32 ${place}, sign, w;",
+            ]  # fmt: skip
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def squares_asm(halves: int, element: str) -> str:
+    """PTX: $0 = the sum before, and the squares of a block's values times `present`.
+
+    Inputs: the sum before, the outputs of `load_asm`, and `present`: 0 where the block is one that was read before.
+    """
+    pairs = 2 * halves
+    lines = [".reg .f32 x, own;", ".reg .b16 low, high;", "mov.f32 own, 0f00000000;"]
+    for n in range(pairs):
+        lines.append(f"mov.b32 {{low, high}}, ${2 + n};")
+        for half in ("low", "high"):
+            lines += [f"cvt.f32.{element} x, {half};", "fma.rn.f32 own, x, x, own;"]
+    lines.append(f"fma.rn.f32 $0, own, ${2 + pairs}, $1;")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def sum_asm(blocks: int, halves: int, element: str, weighted: bool, largest: bool) -> str:
     """PTX: add a block of x, times each row of O, to the sums of a lane, and keep the largest magnitude of x.
 
     Outputs: the sums of column 128 c + 4 l + e for row p at 4 (h p + c) + e, and the `largest`. Inputs: these before,
-    the outputs of `load_asm` of x and, if it is not float32, of signs, and those of `rows_asm`.
+    the outputs of `load_asm` of x and, if it is not float32, of signs, and those of `rows_asm`. weighted: the outputs
+    of `weights_asm` instead of signs.
     """
     sums, columns = 4 * halves * blocks, 4 * halves
     inputs = element != "f32"
@@ -62,12 +96,17 @@ def sum_asm(blocks: int, halves: int, element: str, largest: bool) -> str:
     lines += [f"mov.b32 ${n}, ${outputs + n};" for n in range(outputs)]
     if inputs:
         first_sign = first_x + columns // 2
-        first_row = first_sign + columns // 2
+        first_row = first_sign + (columns if weighted else columns // 2)
         for n in range(columns // 2):
+            signed = f"${first_x + n}" if weighted else "pair"
+            if not weighted:
+                lines.append(f"mul.{element}x2 pair, ${first_x + n}, ${first_sign + n};")
             lines += [
-                f"mul.{element}x2 pair, ${first_x + n}, ${first_sign + n};", "mov.b32 {low, high}, pair;",
-                f"cvt.f32.{element} x{2 * n}, low;", f"cvt.f32.{element} x{2 * n + 1}, high;",
+                f"mov.b32 {{low, high}}, {signed};", f"cvt.f32.{element} x{2 * n}, low;",
+                f"cvt.f32.{element} x{2 * n + 1}, high;",
             ]  # fmt: skip
+        if weighted:
+            lines += [f"mul.f32 x{n}, x{n}, ${first_sign + n};" for n in range(columns)]
     else:
         first_row = first_x + columns
         lines += [f"mov.b32 x{n}, ${first_x + n};" for n in range(columns)]
@@ -82,27 +121,37 @@ def sum_asm(blocks: int, halves: int, element: str, largest: bool) -> str:
 
 
 @triton.constexpr_function
-def leave_asm(count: int, largest: bool) -> str:
-    """PTX: leave the sums of a lane at $(1 + count), 512 bytes apart, and the warp's `largest` at $(2 + count)."""
-    lines = [".reg .b32 most;", "mov.u32 $0, 0;"]
+def leave_asm(count: int, largest: bool, squares: bool) -> str:
+    """PTX: leave the sums of a lane at $(1 + count), 512 bytes apart, and what the warp has for its token.
+
+    Its `largest`, an input after the address $(2 + count) where it is left, and the sum of its `squares`, the last
+    input, further on.
+    """
+    lines = [".reg .b32 most;", ".reg .f32 sum, other;", "mov.u32 $0, 0;"]
     for first in range(0, count, 4):
         names = ", ".join(f"${1 + first + n}" for n in range(4))
         lines.append(f"st.shared.v4.b32 [${1 + count}+{128 * first}], {{{names}}};")
     if largest:
         # Magnitudes, and NaN above them, are in the order of their patterns.
         lines += [f"redux.sync.max.u32 most, ${3 + count}, 0xFFFFFFFF;", f"st.shared.b32 [${2 + count}], most;"]
+    if squares:
+        lines.append(f"mov.f32 sum, ${3 + count + largest};")
+        for step in range(STEPS):
+            lines += [f"shfl.sync.bfly.b32 other, sum, {1 << step}, 31, 0xFFFFFFFF;", "add.f32 sum, sum, other;"]
+        lines.append(f"st.shared.b32 [${2 + count}+{SQUARES}], sum;")
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @triton.constexpr_function
-def finish_asm(warps: int, halves: int, largest: str) -> str:
+def finish_asm(warps: int, halves: int, largest: str, squares: bool) -> str:
     """PTX: $0 to $3 = a lane's four of the 128 values of its warp.
 
-    largest: "token", $4 = the largest magnitude of the token; "tile", that of the 128 values; "", nothing.
+    largest: "token", $4 = the largest magnitude of the token; "tile", that of the 128 values; "", nothing. squares: the
+    last output is the sum of the token's.
     Inputs: the address of what lane l of the first warp left for the first half of this warp's block, 1 or -1 by which
     the second half is multiplied, and the address of the first warp's largest.
     """
-    outputs = 4 + (largest != "")
+    outputs = 4 + (largest != "") + squares
     place, sign, most = f"${outputs}", f"${outputs + 1}", f"${outputs + 2}"
     lines = [f".reg .f32 v<{4 * halves}>, x<4>, y, own;", ".reg .b32 lane, bit, other, t<4>;"]
     for c in range(halves):
@@ -135,4 +184,11 @@ def finish_asm(warps: int, halves: int, largest: str) -> str:
         lines.append(f"ld.shared.b32 $4, [{most}];")
         for w in range(1, warps):
             lines += [f"ld.shared.b32 other, [{most}+{4 * w}];", "max.NaN.f32 $4, $4, other;"]
+    if squares:
+        lines.append(f"ld.shared.b32 ${outputs - 1}, [{most}+{SQUARES}];")
+        for w in range(1, warps):
+            lines += [
+                f"ld.shared.b32 other, [{most}+{SQUARES + 4 * w}];",
+                f"add.f32 ${outputs - 1}, ${outputs - 1}, other;",
+            ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"

@@ -1,0 +1,97 @@
+"""Norms before packed linears and residuals after them, in the launches of their kernels and by torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_layers import DEVICE, DTYPE, ON_GPU, build_layer, random_lattice, random_trellis, relative_error
+
+from lqer.formats import Int, MXInt, Trellis
+from lqer.kernels import PackedLinear
+from lqer.kernels.launch import run_layer, takes_norm, takes_residual
+from lqer.kernels.linear import OPERATOR
+from lqer.kernels.reference import reference_linear
+from lqer.kernels.surroundings import Norm, Surroundings
+from lqer.transforms.hadamard import random_hadamard
+
+CODES = {
+    "E8P": random_lattice,
+    "trellis, computed": lambda n, k: random_trellis(Trellis(2, table="bytes"), n, k),
+    "trellis, looked up": lambda n, k: random_trellis(Trellis(2), n, k),
+}
+
+
+def rotated(codes: str, n: int, k: int, rank: int = 0) -> PackedLinear:
+    factors = build_layer(MXInt(4), n, k, rank, bias=True)
+    rotation = random_hadamard(n, k, seed=2)
+    return PackedLinear.pack(CODES[codes](n, k), factors.a, factors.b, factors.bias_O, None, DTYPE, rotation)
+
+
+def surrounded(m: int, n: int, k: int, offset: float = 0.0) -> tuple[torch.Tensor, Surroundings]:
+    """Tokens of unequal size, a norm with weights that differ, and a residual."""
+    generator = torch.Generator().manual_seed(m + n + k)
+    h_MI = torch.randn(m, k, generator=generator) * torch.logspace(-2, 2, m)[:, None]
+    weight_I = torch.rand(k, generator=generator) + 0.5 - offset
+    residual_MO = torch.randn(m, n, generator=generator)
+    norm = Norm(weight_I.to(DEVICE, DTYPE), 1e-5, offset)
+    return h_MI.to(DEVICE, DTYPE), Surroundings(norm, residual_MO.to(DEVICE, DTYPE))
+
+
+def expected(h_MI: torch.Tensor, packed: PackedLinear, around: Surroundings) -> torch.Tensor:
+    y_MO = reference_linear(around.before(h_MI), replace(packed))
+    return y_MO if around.residual_MO is None else around.residual_MO.double() + y_MO.double()
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize(("n", "k", "rank"), [(64, 256, 0), (96, 1536, 16), *[(4096, 5120, 64)] * ON_GPU])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rotated_linears_norm_tokens_and_add_residuals_in_their_launches(codes, n, k, rank, offset):
+    packed = rotated(codes, n, k, rank)
+    for m in (1, 3, 5, 17) if ON_GPU else (1, 5):
+        assert takes_norm(packed.spec, True, m)
+        h_MI, around = surrounded(m, n, k, offset)
+        # Tokens are rounded to the dtype before and after the norm by torch, and not by kernels.
+        assert relative_error(run_layer(h_MI, packed, around), expected(h_MI, packed, around)) < (
+            8e-3 if torch.bfloat16 == DTYPE else 1e-3
+        )
+
+
+def test_each_part_of_many_tokens_has_its_own_residual():
+    packed = rotated("trellis, looked up", 64, 256)
+    h_MI, around = surrounded(20, 64, 256)
+    assert relative_error(run_layer(h_MI, packed, around), expected(h_MI, packed, around)) < 8e-3
+
+
+@pytest.mark.parametrize("number_format", [Int(4, 32), MXInt(4)], ids=str)
+@pytest.mark.parametrize("m", [1, 9])
+def test_other_linears_do_the_same(number_format, m):
+    packed = build_layer(number_format, 80, 160, bias=True).packed
+    assert not takes_norm(packed.spec, False, m)
+    h_MI, around = surrounded(m, 80, 160)
+    assert relative_error(run_layer(h_MI, packed, around), expected(h_MI, packed, around)) < 8e-3
+
+
+def test_the_operator_takes_any_leading_dimensions_and_leaves_the_residual():
+    packed = rotated("trellis, computed", 64, 256)
+    h_MI, around = surrounded(6, 64, 256)
+    residual = around.residual_MO.view(2, 3, 64)
+    before = residual.clone()
+    y = OPERATOR(
+        h_MI.view(2, 3, 256), *packed.weight.parts, packed.bias_O, None, None, None, None, packed.workspace,
+        packed.input_signs_I, packed.output_signs_O, packed.spec.text, around.norm.weight_I, around.norm.eps,
+        around.norm.offset, residual,
+    )  # fmt: skip
+    assert y.shape == residual.shape
+    assert torch.equal(y.view(6, 64), run_layer(h_MI, packed, around))
+    assert torch.equal(residual, before)
+
+
+def test_rounded_tokens_and_many_of_them_are_normed_by_torch():
+    packed = rotated("E8P", 64, 256)
+    assert not takes_norm(packed.spec, True, 65)
+    assert not takes_norm(packed.spec, False, 1)
+    assert not takes_residual(packed.spec, True, 65)
+    h_MI, around = surrounded(65, 64, 256)
+    assert relative_error(run_layer(h_MI, packed, around), expected(h_MI, packed, around)) < 8e-3
