@@ -37,10 +37,10 @@ def main() -> int:
     if arguments.worker:
         from decoder_benchmark.worker import run
 
-        from lqer.checkpoint.decode import early_starts
+        from lqer.checkpoint.decode import inductor_options
 
         config = {**CONFIG, "num_hidden_layers": arguments.blocks}
-        settings = {} if arguments.worker == BF16 else early_starts()
+        settings = {} if arguments.worker == BF16 else inductor_options()
         run(
             arguments.worker,
             arguments.batches,

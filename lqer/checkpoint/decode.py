@@ -13,9 +13,12 @@ from lqer.checkpoint.one_token import attend_by_kernel
 EARLY_STARTS = "triton.enable_pdl"
 
 
-def early_starts() -> dict[str, Any]:
-    """Options of Inductor for programmatic dependent launch; none where this version of torch has no such option."""
-    return {EARLY_STARTS: True} if EARLY_STARTS in torch._inductor.list_options() else {}
+def inductor_options() -> dict[str, Any]:
+    """Options of Inductor for a model with packed linears; none that this version of torch does not have."""
+    from lqer.checkpoint.fold import FOLD_SURROUNDINGS
+
+    wanted = {EARLY_STARTS: True, "post_grad_custom_pre_pass": FOLD_SURROUNDINGS}
+    return {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
 
 
 def compile_decode(model: PreTrainedModel, max_cache_len: int | None = None) -> PreTrainedModel:
@@ -37,7 +40,7 @@ def compile_decode(model: PreTrainedModel, max_cache_len: int | None = None) -> 
     settings.max_cache_len = max_cache_len
     if model.device.type == "cuda":
         attend_by_kernel(model)
-        options = torch._inductor.list_mode_options("reduce-overhead") | early_starts()
+        options = torch._inductor.list_mode_options("reduce-overhead") | inductor_options()
         # Options exclude a mode, which transformers declares as a string.
         settings.compile_config = CompileConfig(mode=None, options=options, dynamic=False)  # type: ignore[arg-type]
     return model

@@ -1,0 +1,170 @@
+"""Folds norms and residual additions of a compiled model into the launches of its packed linears.
+
+A pass over the graph that torch.compile hands to Inductor. It changes
+
+    x = RMSNorm(h); y = packed_linear(x)    to    y = packed_linear(h, norm=..)
+    z = residual + packed_linear(x)         to    z = packed_linear(x, residual=..)
+
+where kernels take that (lqer/kernels/surroundings.py) and nothing else needs x or y. It looks at arithmetic and at no
+module, so no architecture is named; what has another form stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from lqer.kernels.launch import takes_norm, takes_residual
+from lqer.kernels.linear import OPERATOR
+from lqer.kernels.spec import decode_spec
+
+aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
+ARGUMENTS = [argument.name for argument in OPERATOR._schema.arguments]
+
+
+class FoldSurroundings(str, CustomGraphPass):
+    """The pass. A string, because transformers copies, compares and prints as JSON the settings that hold it."""
+
+    def __call__(self, graph: Graph) -> None:
+        for linear in graph.find_nodes(op="call_function", target=OPERATOR):
+            fold_norm(linear)
+            fold_residual(linear)
+
+    def uuid(self) -> Any:
+        """Of this file: what Inductor has compiled with another version of it is not used."""
+        return get_hash_for_files((__file__,))
+
+
+FOLD_SURROUNDINGS = FoldSurroundings("fold_surroundings")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x = h / sqrt(mean(h²) + eps) ⊙ (offset + weight), of nodes h and weight."""
+
+    h: Node
+    weight: Node
+    eps: float
+    offset: float
+
+
+def fold_norm(linear: Node) -> None:
+    """Let a linear, and all others that read the same normed tensor, norm it themselves."""
+    x: Any = linear.args[0]
+    norm = norm_of(x)
+    if norm is None or not all(user.target == OPERATOR and _takes(takes_norm, user) for user in x.users):
+        return
+    for user in list(x.users):
+        _set(user, x=norm.h, norm=norm.weight, norm_eps=norm.eps, norm_offset=norm.offset)
+    _erase_unused(x)
+
+
+def fold_residual(linear: Node) -> None:
+    """Let a linear add to its output what the graph adds, if that is all that the output is used for."""
+    if len(linear.users) != 1 or not _takes(takes_residual, linear):
+        return
+    (addition,) = linear.users
+    residual = _other(_operands(addition, aten.add.Tensor), linear)
+    if not isinstance(residual, Node) or not _alike(residual, linear):
+        return
+    # To where the sum was: the residual may come after what the linear reads.
+    addition.prepend(linear)
+    addition.replace_all_uses_with(linear)
+    addition.graph.erase_node(addition)
+    _set(linear, residual=residual)
+
+
+def norm_of(x: Node) -> Norm | None:
+    """The RMSNorm that a node is the result of, in the order of operations of Llama or of Gemma; None if it is none."""
+    for normed in (factors := _operands(_uncast(x), aten.mul.Tensor)):
+        found, weight = _normed(_uncast(normed)), _other(factors, normed)
+        if found is None or not isinstance(weight, Node):
+            continue
+        (h, eps), (weight, offset) = found, _with_offset(_uncast(weight))
+        if _alike(h, x) and _value(weight).shape == _value(x).shape[-1:] and _value(weight).dtype == _value(x).dtype:
+            return Norm(h, weight, eps, offset)
+    return None
+
+
+def _normed(node: Any) -> tuple[Node, float] | None:
+    """The node h, and eps, where a node is h / sqrt(mean(h²) + eps) in float32."""
+    for inverse in (factors := _operands(node, aten.mul.Tensor)):
+        # What is no such node has no operands.
+        h32, (total,) = _other(factors, inverse), _operands(inverse, aten.rsqrt.default) or (None,)
+        mean, eps = _operands(total, aten.add.Tensor, aten.add.Scalar) or (None, None)
+        squares, *over = _operands(mean, aten.mean.dim) or (None,)
+        h, *dtype = _operands(h32, cast) or (None,)
+        squared = _operands(squares, aten.pow.Tensor_Scalar) == (h32, 2) and over in (
+            [[-1], True],
+            [[_value(h32).ndim - 1], True],
+        )
+        if squared and isinstance(eps, float) and isinstance(h, Node) and dtype == [torch.float32]:
+            return h, eps
+    return None
+
+
+def _with_offset(weight: Node) -> tuple[Node, float]:
+    """A weight and the number that is added to it; 0 if a node is no such sum."""
+    for offset in (terms := _operands(weight, aten.add.Tensor)):
+        if isinstance(offset, int | float) and isinstance(own := _other(terms, offset), Node):
+            return _uncast(own), float(offset)
+    return weight, 0.0
+
+
+def _operands(node: Any, *operations: Any) -> tuple[Any, ...]:
+    """The arguments of a node that is one of these operations, else none."""
+    return node.args if isinstance(node, Node) and node.target in operations and not node.kwargs else ()
+
+
+def _other(pair: Sequence[Any], one: Any) -> Any:
+    """Of two operands that which is not `one`; None if there are not two, or both are it."""
+    others = [operand for operand in pair if operand is not one]
+    return others[0] if len(pair) == 2 and len(others) == 1 else None
+
+
+def _uncast(node: Any) -> Any:
+    """What a node is a value of in another dtype."""
+    while arguments := _operands(node, cast):
+        node = arguments[0]
+    return node
+
+
+def _value(node: Node) -> torch.Tensor:
+    return node.meta["val"]
+
+
+def _alike(one: Node, other: Node) -> bool:
+    return _value(one).shape == _value(other).shape and _value(one).dtype == _value(other).dtype
+
+
+def _takes(what: Any, linear: Node) -> bool:
+    given: dict[str, Any] = dict(zip(ARGUMENTS, linear.args, strict=False))
+    tokens = _value(linear).numel() // _value(linear).shape[-1]
+    if not isinstance(tokens, int):
+        return False
+    return what(decode_spec(given["spec"]), given["input_signs"] is not None, tokens)
+
+
+def _set(linear: Node, **changed: Any) -> None:
+    """Change arguments of a linear."""
+    defaults = {argument.name: argument.default_value for argument in OPERATOR._schema.arguments}
+    given = defaults | dict(zip(ARGUMENTS, linear.args, strict=False)) | changed
+    linear.args = tuple(given[name] for name in ARGUMENTS)
+    # Inductor gives an operator tensors of these strides.
+    linear.meta["eager_input_vals"] = map_arg(linear.args, _value), {}
+
+
+def _erase_unused(node: Node) -> None:
+    """Erase what only served a node that nothing uses any more."""
+    if node.users or node.op != "call_function":
+        return
+    inputs = node.all_input_nodes
+    node.graph.erase_node(node)
+    for before in inputs:
+        _erase_unused(before)
