@@ -46,6 +46,7 @@ def gemm_kernel(
     projection,  # Q(x A) [M, RP], or None
     counters,  # int32, of the branch (low_rank.py), zero before and after
     segments,  # int32 [O / 64], see joint.py, or None
+    residual,  # [M, O], or None
     y,  # [M, O]
     M,
     N,
@@ -104,8 +105,8 @@ def gemm_kernel(
     # So many loads at once that they take about as many registers as the accumulators did.
     tile = pid_m * tiles_n + pid_n
     finish_tile_of_blocks(
-        acc_OM, partial, tile, tiles_n * tl.cdiv(M, BLOCK_M), finished + tile, pid_s, bias, y, rows_O, rows_M, M, N,
-        parts, max(1, 64 // BLOCK_M),
+        acc_OM, partial, tile, tiles_n * tl.cdiv(M, BLOCK_M), finished + tile, pid_s, bias, residual, y, rows_O, rows_M,
+        M, N, parts, max(1, 64 // BLOCK_M),
     )  # fmt: skip
 
 

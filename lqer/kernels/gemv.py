@@ -152,6 +152,7 @@ def gemv_kernel(
     b_codes,  # [own rank, O] int8 or values, or None
     b_exponents,  # [own rank / b_block, O] uint8, or None
     segments,  # int32 [O / 64], see joint.py, or None
+    residual,  # [1, O], or None
     y,  # [1, O]
     N,
     rank: tl.constexpr,  # of one segment
@@ -178,8 +179,10 @@ def gemv_kernel(
         gdc_wait()
         # The next kernel may start now and prefetch its weights.
         gdc_launch_dependents()
+    # Loaded here to hide their latency behind the product.
+    if residual is not None:
+        residual_O = tl.load(residual + rows_O, mask=rows_O < N, other=0.0)
     if rank > 0:
-        # Loaded here to hide its latency behind the product.
         xa_MR = tl.load(_as_floats(vector + padded // 2) + first_rank + tl.arange(0, rank)).reshape(1, rank)
     acc = tl.zeros(shape, tl.float32)
     for first in range(0, tiles, BLOCK_T):
@@ -207,4 +210,6 @@ def gemv_kernel(
         y_O += round_columns(product_O.reshape(1, BLOCK_N), rounding).reshape(BLOCK_N)
     if bias is not None:
         y_O += tl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(tl.float32)
+    if residual is not None:
+        y_O += residual_O.to(tl.float32)
     tl.store(y + rows_O, y_O.to(y.dtype.element_ty), mask=rows_O < N)

@@ -57,8 +57,14 @@ def low_rank_counters(spec: Spec) -> int:
     return 1 + spec.rank // rank_block(spec.own_rank) if spec.rank else 0
 
 
-def run_gemv(x_1I: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
-    """One token, in integers; y [1, O] in `out_dtype`, by default that of x."""
+def run_gemv(
+    x_1I: Tensor,
+    packed: PackedLinear,
+    launch: GemvLaunch,
+    out_dtype: torch.dtype | None = None,
+    residual_1O: Tensor | None = None,
+) -> Tensor:
+    """One token, in integers; y [1, O], with the residual, in `out_dtype`, by default that of x."""
     spec, weight = packed.spec, packed.weight
     assert isinstance(weight, PackedWeight)
     layout = weight.layout
@@ -76,15 +82,21 @@ def run_gemv(x_1I: Tensor, packed: PackedLinear, launch: GemvLaunch, out_dtype: 
     y_1O = x_1I.new_empty(1, layout.rows, dtype=out_dtype)
     gemv_kernel[(-(-layout.rows // launch.block_n),)](
         weight.words, weight.scales, packed.bias_O, vector, packed.b_codes, packed.b_exponents,
-        segment_numbers(spec, x_1I.device), y_1O, layout.rows, rank=spec.own_rank, tiles=layout.tiles,
+        segment_numbers(spec, x_1I.device), residual_1O, y_1O, layout.rows, rank=spec.own_rank, tiles=layout.tiles,
         per_tile=layout.scales_per_tile, mid_rise=layout.mid_rise, rounding=spec.rounding, b_block=spec.b_block,
         BLOCK_N=launch.block_n, BLOCK_T=launch.block_t, pdl=pdl, num_warps=launch.warps, **runtime.launch_options(pdl),
     )  # fmt: skip
     return y_1O
 
 
-def run_gemm(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
-    """A few tokens, weights decoded in registers; y [M, O] in `out_dtype`, by default that of x."""
+def run_gemm(
+    x_MI: Tensor,
+    packed: PackedLinear,
+    launch: GemmLaunch,
+    out_dtype: torch.dtype | None = None,
+    residual_MO: Tensor | None = None,
+) -> Tensor:
+    """A few tokens, weights decoded in registers; y [M, O], with the residual, in `out_dtype`, by default that of x."""
     spec, layout = packed.spec, packed.spec.layout
     assert isinstance(layout, Layout)
     given = dense_rows(x_MI)
@@ -93,27 +105,45 @@ def run_gemm(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: 
     if layout.padded_rows % launch.block_n:
         launch = replace(launch, block_n=ROW_PADDING)
     x_MI = round_activations(given, packed.spec, ordered)
-    return _product(x_MI, given, packed, layout, launch, min(launch.splits, layout.tiles), ordered, out_dtype)
+    return _product(
+        x_MI, given, packed, layout, launch, min(launch.splits, layout.tiles), ordered, out_dtype, residual_MO
+    )
 
 
-def run_groups(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
+def run_groups(
+    x_MI: Tensor,
+    packed: PackedLinear,
+    launch: GemmLaunch,
+    out_dtype: torch.dtype | None = None,
+    residual_MO: Tensor | None = None,
+) -> Tensor:
     """The same for integer groups; a warp computes 16, 32 or 64 rows, or several share 16 rows and split the strips."""
     layout = packed.spec.layout
     assert isinstance(layout, GroupLayout)
     assert launch.block_n % ROWS == 0
     given = whole_strips(dense_rows(x_MI), layout)
     x_MI = whole_strips(round_activations(given, packed.spec, ordered=False), layout)
-    return _product(x_MI, given, packed, layout, launch, min(launch.splits, layout.strips), False, out_dtype)
+    return _product(
+        x_MI, given, packed, layout, launch, min(launch.splits, layout.strips), False, out_dtype, residual_MO
+    )
 
 
-def run_wide(x_MI: Tensor, packed: PackedLinear, launch: GemmLaunch, out_dtype: torch.dtype | None = None) -> Tensor:
+def run_wide(
+    x_MI: Tensor,
+    packed: PackedLinear,
+    launch: GemmLaunch,
+    out_dtype: torch.dtype | None = None,
+    residual_MO: Tensor | None = None,
+) -> Tensor:
     """17 tokens and more with four-bit groups, decoded as the tensor cores' operand; like `run_gemm`."""
     layout = packed.spec.layout
     assert isinstance(layout, GroupLayout)
     assert layout.bits == BITS
     given = dense_rows(x_MI)
     x_MI = round_activations(given, packed.spec, ordered=True)
-    return _product(x_MI, given, packed, layout, launch, min(launch.splits, layout.strips), True, out_dtype)
+    return _product(
+        x_MI, given, packed, layout, launch, min(launch.splits, layout.strips), True, out_dtype, residual_MO
+    )
 
 
 def whole_strips(x_MI: Tensor, layout: GroupLayout) -> Tensor:
@@ -132,6 +162,7 @@ def _product(
     splits: int,
     ordered: bool,
     out_dtype: torch.dtype | None,
+    residual_MO: Tensor | None,
 ) -> Tensor:
     """y [M, O] of x as the kernel reads it, and of x before it was rounded."""
     spec, m, n = packed.spec, len(given), layout.rows
@@ -147,8 +178,8 @@ def _product(
     gemm_kernel[(producers + tiles_n * parts * tiles_m,)](
         x_MI, given, *packed.weight.parts, packed.bias_O, packed.a_codes, packed.a_exponents,
         packed.b_codes, packed.b_exponents, partial, packed.workspace[PROJECTION_COUNTERS:], projection.partial,
-        projection.result, packed.workspace, segment_numbers(spec, given.device), y_MO, m, n, layout.columns,
-        x_MI.stride(0), given.stride(0), rank=spec.rank, own_rank=spec.own_rank, layout=layout.compiled,
+        projection.result, packed.workspace, segment_numbers(spec, given.device), residual_MO, y_MO, m, n,
+        layout.columns, x_MI.stride(0), given.stride(0), rank=spec.rank, own_rank=spec.own_rank, layout=layout.compiled,
         ordered=ordered, rounding=spec.rounding, a_block=spec.a_block, b_block=spec.b_block,
         padded_columns=layout.padded_columns, projection_splits=projection.splits, SPLIT_K=PROJECTION_COLUMNS,
         tiles_n=tiles_n, BLOCK_N=launch.block_n, BLOCK_M=launch.block_m, BLOCK_R=rank_block(spec.own_rank),

@@ -112,4 +112,4 @@ def lattice_halves_kernel(
             projection_splits, BLOCK_S, BLOCK_R,
         )  # fmt: skip
     at_once: tl.constexpr = partials_at_once(splits, warps_k * 32 * PARTIAL_REGISTERS // (groups * ROWS_C * BLOCK_M))
-    finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, at_once)
+    finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, None, y, rows_O, rows_M, M, N, splits, at_once)

@@ -32,6 +32,7 @@ from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.lattice_halves_launch import AT_ONCE as LATTICE_AT_ONCE
 from lqer.kernels.lattice_halves_launch import run_lattice_halves
 from lqer.kernels.lattice_launch import run_lattice
+from lqer.kernels.layout import Layout
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.resident_launch import run_resident
 from lqer.kernels.rotations_launch import kernels_rotate, prepare_rotations, run_between_rotations
@@ -90,7 +91,8 @@ def takes_norm(spec: Spec, rotated: bool, tokens: int) -> bool:
 
 def takes_residual(spec: Spec, rotated: bool, tokens: int) -> bool:
     """Whether the launches of a linear add a residual to its outputs for so many tokens."""
-    return takes_norm(spec, rotated, tokens)
+    few_integers = isinstance(spec.layout, Layout | GroupLayout) and tokens < STREAM_FROM
+    return few_integers or takes_norm(spec, rotated, tokens)
 
 
 def run_layer(x_MI: Tensor, packed: PackedLinear, around: Surroundings = NOTHING) -> Tensor:
@@ -103,40 +105,42 @@ def run_layer(x_MI: Tensor, packed: PackedLinear, around: Surroundings = NOTHING
         if not layout.sums_bytes:
             return run_rotated_layer(x_MI, packed, run_trellis, LOOKED_UP_AT_ONCE, around)
         return run_rotated_layer(x_MI, packed, run_resident, ROTATED_TOKENS, around)
-    return around.after(_run_without_rotation(around.before(x_MI), packed))
-
-
-def _run_without_rotation(x_MI: Tensor, packed: PackedLinear) -> Tensor:
-    layout = packed.spec.layout
-    assert not isinstance(layout, TiledLayout)
+    x_MI = around.before(x_MI)
     if isinstance(layout, CodebookLayout):
-        return run_codebook(x_MI, packed) if len(x_MI) <= CODEBOOK_TOKENS else run_dequantized(x_MI, packed)
+        few = len(x_MI) <= CODEBOOK_TOKENS
+        return around.after(run_codebook(x_MI, packed) if few else run_dequantized(x_MI, packed))
+    return _run_integers(x_MI, packed, layout, around)
+
+
+def _run_integers(x_MI: Tensor, packed: PackedLinear, layout: Layout | GroupLayout, around: Surroundings) -> Tensor:
+    """Outputs with the residual, of inputs that are normed."""
     if STREAM_FROM <= len(x_MI) <= TALL_TOKENS and fits_gluon(packed, x_MI):
         m, processors = len(x_MI), runtime.multiprocessors(x_MI.device)
         if m <= STREAM_TOKENS:
-            return run_stream(x_MI, packed, stream_launch(layout, m, processors))
-        return run_tall(x_MI, packed, tall_launch(layout, m, processors))
+            return around.after(run_stream(x_MI, packed, stream_launch(layout, m, processors)))
+        return around.after(run_tall(x_MI, packed, tall_launch(layout, m, processors)))
     if isinstance(layout, GroupLayout):
-        return _run_integer_groups(x_MI, packed, layout)
+        return _run_integer_groups(x_MI, packed, layout, around)
     if len(x_MI) == 1 and fits_gemv(packed):
-        return run_gemv(x_MI, packed, gemv_launch(layout.rows, layout.columns))
+        gemv = gemv_launch(layout.rows, layout.columns)
+        return run_gemv(x_MI, packed, gemv, residual_1O=around.residual_MO)
     bucket = bucket_of(len(x_MI))
     launch = bucket and gemm_launch(layout.width, layout.rows, layout.columns, bucket)
     if launch and fits_gemm(packed, len(x_MI), launch):
-        return run_gemm(x_MI, packed, launch)
-    return run_dequantized(x_MI, packed)
+        return run_gemm(x_MI, packed, launch, residual_MO=around.residual_MO)
+    return around.after(run_dequantized(x_MI, packed))
 
 
-def _run_integer_groups(x_MI: Tensor, packed: PackedLinear, layout: GroupLayout) -> Tensor:
+def _run_integer_groups(x_MI: Tensor, packed: PackedLinear, layout: GroupLayout, around: Surroundings) -> Tensor:
     m, processors = len(x_MI), runtime.multiprocessors(x_MI.device)
     if layout.bits == WIDE_BITS and WIDE_FROM <= m <= WIDE_TOKENS:
         wide = wide_launch(layout, m, processors)
         if fits_gemm(packed, m, wide):
-            return run_wide(x_MI, packed, wide)
+            return run_wide(x_MI, packed, wide, residual_MO=around.residual_MO)
     grouped = group_launch(layout, m, processors, rows_together(packed))
     if m <= GROUP_TOKENS and fits_gemm(packed, m, grouped):
-        return run_groups(x_MI, packed, grouped)
-    return run_dequantized(x_MI, packed)
+        return run_groups(x_MI, packed, grouped, residual_MO=around.residual_MO)
+    return around.after(run_dequantized(x_MI, packed))
 
 
 def run_rotated_layer(

@@ -56,6 +56,7 @@ def finish_tile(
     counter,  # int32, of this tile, zero before and after
     split,
     bias,  # [O], or None
+    residual,  # [M, O], or None
     y,  # [M, O]
     rows_O,
     rows_M,
@@ -64,11 +65,26 @@ def finish_tile(
     splits: tl.constexpr,
     at_once: tl.constexpr,  # partial sums that are loaded before any is added
 ):
-    """Write y = sum over all splits + bias of an output tile, in the program that finishes last."""
+    """Write y = sum over all splits + bias + residual of an output tile, in the program that finishes last."""
     offset_OM = rows_O[:, None] * M + rows_M[None, :]
     inside_OM = (rows_O < N)[:, None] & (rows_M < M)[None, :]
     _finish(
-        acc_OM, partial, offset_OM, inside_OM, N * M, counter, split, bias, y, rows_O, rows_M, M, N, splits, at_once
+        acc_OM,
+        partial,
+        offset_OM,
+        inside_OM,
+        N * M,
+        counter,
+        split,
+        bias,
+        residual,
+        y,
+        rows_O,
+        rows_M,
+        M,
+        N,
+        splits,
+        at_once,
     )
 
 
@@ -81,6 +97,7 @@ def finish_tile_of_blocks(
     counter,
     split,
     bias,
+    residual,
     y,
     rows_O,
     rows_M,
@@ -98,7 +115,24 @@ def finish_tile_of_blocks(
     # All of the tile, so that two elements are stored at once whatever M is.
     whole_OM = tl.full(acc_OM.shape, True, tl.int1)
     size = tiles * (rows * columns)
-    _finish(acc_OM, partial, offset_OM, whole_OM, size, counter, split, bias, y, rows_O, rows_M, M, N, splits, at_once)
+    _finish(
+        acc_OM,
+        partial,
+        offset_OM,
+        whole_OM,
+        size,
+        counter,
+        split,
+        bias,
+        residual,
+        y,
+        rows_O,
+        rows_M,
+        M,
+        N,
+        splits,
+        at_once,
+    )
 
 
 @triton.jit
@@ -111,6 +145,7 @@ def _finish(
     counter,
     split,
     bias,
+    residual,
     y,
     rows_O,
     rows_M,
@@ -120,12 +155,18 @@ def _finish(
     at_once: tl.constexpr,
 ):
     inside_OM = (rows_O < N)[:, None] & (rows_M < M)[None, :]
+    place_OM = rows_M[None, :] * N + rows_O[:, None]
     last = True
     if splits > 1:
         last = store_partial(acc_OM, partial, offset_OM, stored_OM, size, counter, split, splits)
-        if last:
-            acc_OM = sum_partials(acc_OM, partial, offset_OM, stored_OM, size, counter, splits, at_once)
     if last:
+        if residual is not None:
+            # Loaded here to hide its latency behind the partial sums.
+            residual_OM = tl.load(residual + place_OM, mask=inside_OM, other=0.0)
+        if splits > 1:
+            acc_OM = sum_partials(acc_OM, partial, offset_OM, stored_OM, size, counter, splits, at_once)
         if bias is not None:
             acc_OM += tl.load(bias + rows_O, mask=rows_O < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(y + rows_M[None, :] * N + rows_O[:, None], acc_OM.to(y.dtype.element_ty), mask=inside_OM)
+        if residual is not None:
+            acc_OM += residual_OM.to(tl.float32)
+        tl.store(y + place_OM, acc_OM.to(y.dtype.element_ty), mask=inside_OM)

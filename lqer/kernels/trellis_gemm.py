@@ -116,7 +116,7 @@ def trellis_product_kernel(
             acc_OM, b_OR, b_values, projection, rows_O, pid_n * BLOCK_N, first_rank, segments, M, N, rank, own_rank,
             splits, projection_splits, BLOCK_S, TOKENS, BLOCK_R,
         )  # fmt: skip
-    finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, y, rows_O, rows_M, M, N, splits, splits)
+    finish_tile(acc_OM, partial, finished + pid_n, pid_s, bias, None, y, rows_O, rows_M, M, N, splits, splits)
 
 
 @triton.jit

@@ -126,10 +126,11 @@ def test_other_arithmetic_stays():
         assert given.get("residual") is None
 
 
-def test_integer_weights_are_not_normed():
-    before, one = norm(), TritonLinear(build_layer(Int(4, 32), 64, COLUMNS).packed)
-    (given,) = folded(lambda h: one(before(h)), tokens())
-    assert given.get("norm") is None
+def test_integer_weights_take_residuals_but_no_norms():
+    before, one = norm(), TritonLinear(build_layer(Int(4, 32), COLUMNS, COLUMNS).packed)
+    (given,) = folded(lambda h: h + one(before(h)), tokens())
+    assert given["norm"] is None
+    assert given["residual"] is not None
 
 
 def test_settings_that_hold_the_pass_are_copied_compared_and_printed():

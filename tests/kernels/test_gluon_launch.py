@@ -31,7 +31,7 @@ def test_numbers_of_tokens_have_kernels_of_their_own(number_format, dtype, monke
     monkeypatch.setattr(runtime, "is_hopper", lambda x: True)
     monkeypatch.setattr(runtime, "multiprocessors", lambda device: 132)
     for name in ("run_stream", "run_tall", "run_wide", "run_groups", "run_gemm", "run_dequantized"):
-        monkeypatch.setattr(launch, name, lambda *_, name=name: name)
+        monkeypatch.setattr(launch, name, lambda *_, name=name, **__: name)
     few = "run_gemm" if isinstance(number_format, MXInt) else "run_wide"
     taken = [launch.run_layer(torch.zeros(m, 512, dtype=dtype), layer.packed) for m in (32, 33, 128, 129, 512, 513)]
     assert taken == [few, "run_stream", "run_stream", "run_tall", "run_tall", "run_dequantized"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_layers import DEVICE, DTYPE, ON_GPU, build_layer, random_lattice, random_trellis, relative_error
 
-from lqer.formats import Int, MXInt, Trellis
+from lqer.formats import Codebook, Int, MXInt, Trellis
 from lqer.kernels import PackedLinear
 from lqer.kernels.launch import run_layer, takes_norm, takes_residual
 from lqer.kernels.linear import OPERATOR
@@ -64,13 +64,29 @@ def test_each_part_of_many_tokens_has_its_own_residual():
     assert relative_error(run_layer(h_MI, packed, around), expected(h_MI, packed, around)) < 8e-3
 
 
-@pytest.mark.parametrize("number_format", [Int(4, 32), MXInt(4)], ids=str)
-@pytest.mark.parametrize("m", [1, 9])
-def test_other_linears_do_the_same(number_format, m):
-    packed = build_layer(number_format, 80, 160, bias=True).packed
+@pytest.mark.parametrize(
+    ("number_format", "rank", "activation"),
+    [(Int(4, 32), 0, None), (Int(3, 64), 16, MXInt(8)), (MXInt(4), 0, None), (MXInt(4), 32, MXInt(8))],
+    ids=str,
+)
+@pytest.mark.parametrize("m", [1, 9, 20])
+def test_integers_add_residuals_in_their_launches_and_torch_norms_their_tokens(number_format, rank, activation, m):
+    packed = build_layer(number_format, 80, 320, rank, activation, bias=True).packed
+    assert takes_residual(packed.spec, False, m)
     assert not takes_norm(packed.spec, False, m)
-    h_MI, around = surrounded(m, 80, 160)
-    assert relative_error(run_layer(h_MI, packed, around), expected(h_MI, packed, around)) < 8e-3
+    h_MI, around = surrounded(m, 80, 320)
+    alone_MO = run_layer(around.before(h_MI), packed)
+    assert relative_error(run_layer(h_MI, packed, around), around.after(alone_MO.double())) < (
+        4e-3 if torch.bfloat16 == DTYPE else 1e-3
+    )
+
+
+@pytest.mark.parametrize("number_format", [MXInt(4), Codebook(2, 2, 2048)], ids=str)
+def test_torch_surrounds_other_linears(number_format):
+    packed = build_layer(number_format, 64, 512).packed
+    h_MI, around = surrounded(300, 64, 512)
+    assert not takes_residual(packed.spec, False, 300)
+    assert torch.equal(run_layer(h_MI, packed, around), around.after(run_layer(around.before(h_MI), packed)))
 
 
 def test_the_operator_takes_any_leading_dimensions_and_leaves_the_residual():
