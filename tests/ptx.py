@@ -81,6 +81,10 @@ class Machine:
                 registers[target] = _float32(sources[0]) - _float32(sources[1])
             case "add.f32":
                 registers[target] = _float32(sources[0]) + _float32(sources[1])
+            case "ex2.approx.ftz.f32":
+                registers[target] = _float32(sources[0]).exp2()
+            case "rcp.approx.ftz.f32":
+                registers[target] = 1 / _float32(sources[0])
             case "mul.f32":
                 registers[target] = _float32(sources[0]) * _float32(sources[1])
             case "max.NaN.f32":

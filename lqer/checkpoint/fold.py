@@ -1,11 +1,12 @@
-"""Folds norms and residual additions of a compiled model into the launches of its packed linears.
+"""Folds norms, gates and residual additions of a compiled model into the launches of its packed linears.
 
 A pass over the graph that torch.compile hands to Inductor. It changes
 
-    x = RMSNorm(h); y = packed_linear(x)    to    y = packed_linear(h, norm=..)
-    z = residual + packed_linear(x)         to    z = packed_linear(x, residual=..)
+    y = packed_linear(RMSNorm(h))          to    y = packed_linear(h, norm=..)
+    y = packed_linear(silu(gate) * up)     to    y = packed_linear(gate, up=up)
+    z = residual + packed_linear(x)        to    z = packed_linear(x, residual=..)
 
-where kernels take that (lqer/kernels/surroundings.py) and nothing else needs x or y. It looks at arithmetic and at no
+where kernels take that (lqer/kernels/surroundings.py) and nothing else needs x, y. It looks at arithmetic and at no
 module, so no architecture is named; what has another form stays as it is.
 """
 
@@ -20,7 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from lqer.kernels.launch import takes_norm, takes_residual
+from lqer.kernels.launch import adds_residual, makes_inputs
 from lqer.kernels.linear import OPERATOR
 from lqer.kernels.spec import decode_spec
 
@@ -33,7 +34,7 @@ class FoldSurroundings(str, CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         for linear in graph.find_nodes(op="call_function", target=OPERATOR):
-            fold_norm(linear)
+            fold_input(linear)
             fold_residual(linear)
 
     def uuid(self) -> Any:
@@ -54,20 +55,25 @@ class Norm:
     offset: float
 
 
-def fold_norm(linear: Node) -> None:
-    """Let a linear, and all others that read the same normed tensor, norm it themselves."""
+def fold_input(linear: Node) -> None:
+    """Let a linear, and all others that read the same normed or gated tensor, make it themselves."""
     x: Any = linear.args[0]
-    norm = norm_of(x)
-    if norm is None or not all(user.target == OPERATOR and _takes(takes_norm, user) for user in x.users):
+    if not all(user.target == OPERATOR and _takes(makes_inputs, user) for user in x.users):
+        return
+    if norm := norm_of(x):
+        changed = {"x": norm.h, "norm": norm.weight, "norm_eps": norm.eps, "norm_offset": norm.offset}
+    elif gate := gate_of(x):
+        changed = {"x": gate[0], "up": gate[1]}
+    else:
         return
     for user in list(x.users):
-        _set(user, x=norm.h, norm=norm.weight, norm_eps=norm.eps, norm_offset=norm.offset)
+        _set(user, **changed)
     _erase_unused(x)
 
 
 def fold_residual(linear: Node) -> None:
     """Let a linear add to its output what the graph adds, if that is all that the output is used for."""
-    if len(linear.users) != 1 or not _takes(takes_residual, linear):
+    if len(linear.users) != 1 or not _takes(adds_residual, linear):
         return
     (addition,) = linear.users
     residual = _other(_operands(addition, aten.add.Tensor), linear)
@@ -89,6 +95,18 @@ def norm_of(x: Node) -> Norm | None:
         (h, eps), (weight, offset) = found, _with_offset(_uncast(weight))
         if _alike(h, x) and _value(weight).shape == _value(x).shape[-1:] and _value(weight).dtype == _value(x).dtype:
             return Norm(h, weight, eps, offset)
+    return None
+
+
+def gate_of(x: Node) -> tuple[Node, Node] | None:
+    """The nodes gate and up where a node is silu(gate) * up; None if it is none."""
+    for silu in (factors := _operands(_uncast(x), aten.mul.Tensor)):
+        gate32, below = _operands(_uncast(silu), aten.div.Tensor) or (None, None)
+        exponential = _other(_operands(below, aten.add.Tensor), 1)
+        (minus,) = _operands(exponential, aten.exp.default) or (None,)
+        gate, up = _uncast(gate32), _other(factors, silu)
+        if _operands(minus, aten.neg.default) == (gate32,) and isinstance(up, Node) and _alike(gate, up):
+            return (gate, up) if _alike(gate, x) else None
     return None
 
 

@@ -84,7 +84,7 @@ def run_lattice_halves(
     assert m <= AT_ONCE
     launch = launch or lattice_halves_launch(layout, m, multiprocessors(x_MI.device))
     # The last block may have fewer tokens than a tensor core multiplies: products of none are not stored.
-    tokens = rotate_inputs(x_MI, packed, "halves", pdl, block_of(m), around.norm)
+    tokens = rotate_inputs(x_MI, packed, "halves", pdl, block_of(m), around)
     dtype = out_dtype or x_MI.dtype
     if packed.input_signs_I is None:
         return _product(tokens, packed, packed.bias_O, dtype, pdl, launch)

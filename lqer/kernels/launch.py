@@ -83,16 +83,16 @@ def prepare_tables(packed: PackedLinear) -> None:
         prepare_rotations(spec, device)
 
 
-def takes_norm(spec: Spec, rotated: bool, tokens: int) -> bool:
-    """Whether the launches of a linear norm so many tokens, and add a residual to their outputs."""
+def makes_inputs(spec: Spec, rotated: bool, tokens: int) -> bool:
+    """Whether the launches of a linear make its inputs, by a norm or a gate, for so many tokens."""
     few = tokens <= ROTATED_TOKENS and not spec.rounding.bits
     return rotated and few and isinstance(spec.layout, TiledLayout) and kernels_rotate(spec)
 
 
-def takes_residual(spec: Spec, rotated: bool, tokens: int) -> bool:
+def adds_residual(spec: Spec, rotated: bool, tokens: int) -> bool:
     """Whether the launches of a linear add a residual to its outputs for so many tokens."""
     few_integers = isinstance(spec.layout, Layout | GroupLayout) and tokens < STREAM_FROM
-    return few_integers or takes_norm(spec, rotated, tokens)
+    return few_integers or makes_inputs(spec, rotated, tokens)
 
 
 def run_layer(x_MI: Tensor, packed: PackedLinear, around: Surroundings = NOTHING) -> Tensor:
@@ -161,7 +161,7 @@ def run_rotated_layer(
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     rotated, m = packed.input_signs_I is not None, len(x_MI)
-    if takes_norm(packed.spec, rotated, m):
+    if makes_inputs(packed.spec, rotated, m):
         return run(x_MI, packed, around)
     x_MI = around.before(x_MI)
     if m > ROTATED_TOKENS or packed.spec.rounding.bits:

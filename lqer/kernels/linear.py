@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.launch import run_layer
 from lqer.kernels.packed import PackedLinear, weight_of
 from lqer.kernels.reference import reference_linear
@@ -61,6 +62,7 @@ def _packed_linear(
     norm_eps: float = 0.0,
     norm_offset: float = 0.0,
     residual: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """y (..., O) of x; shapes are those of PackedLinear, dtype is that of x, all tensors contiguous except x.
 
@@ -80,6 +82,7 @@ def _packed_linear(
     spec          encode_spec of the Spec that all of this is laid out by
     norm          [I] in dtype, or None: weight of an RMSNorm of x before the linear, with its norm_eps and norm_offset
     residual      (..., O) in dtype, or None: added to y
+    up            (..., I) in dtype, or None: silu(x) ⊙ up is what the linear multiplies, without a norm
     """
     decoded = decode_spec(spec)
     packed = PackedLinear(
@@ -90,6 +93,7 @@ def _packed_linear(
     around = Surroundings(
         None if norm is None else Norm(norm, norm_eps, norm_offset),
         None if residual is None else residual.reshape(-1, rows).contiguous(),
+        None if up is None else dense_rows(up.reshape(-1, columns)),
     )
     x_MI = x.reshape(-1, columns)
     if x.is_cuda or INTERPRETED:
@@ -103,6 +107,7 @@ def _packed_linear(
 def _(
     x, words, high, scales, zeros, bias, a_codes, a_exponents, b_codes, b_exponents, workspace, input_signs,
     output_signs, spec, norm=None, norm_eps=0.0, norm_offset=0.0, residual=None,
+    up=None,
 ):  # fmt: skip
     return x.new_empty((*x.shape[:-1], decode_spec(spec).layout.rows))
 

@@ -82,7 +82,7 @@ def run_resident(
     assert isinstance(layout, TrellisLayout)
     launch = launch or resident_launch(layout, m, multiprocessors(x_MI.device))
     kind: Kind = "bytes" if m <= INTEGERS_AT_ONCE else "halves"
-    tokens = rotate_inputs(x_MI, packed, kind, pdl, -(-m // block_of(m)) * block_of(m), around.norm)
+    tokens = rotate_inputs(x_MI, packed, kind, pdl, -(-m // block_of(m)) * block_of(m), around)
     y_SMO = _product(tokens, packed, m, pdl, launch)
     if packed.input_signs_I is None:
         y_MO = y_SMO.sum(0)

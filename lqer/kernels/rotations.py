@@ -22,12 +22,13 @@ from lqer.kernels.lattice_decode import TILE_C
 from lqer.kernels.rotations_lanes import (
     add_blocks,
     finish_blocks,
+    gated,
     load_rows,
     load_values,
-    norm_weights,
     rounded,
     scaled,
     sum_squares,
+    weighted,
 )
 from lqer.kernels.token_stores import (
     load_four,
@@ -57,6 +58,11 @@ def odd_overlap(size: tl.constexpr):
     return (bits & 1) != 0
 
 
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
 @triton.constexpr_function
 def turns_of(blocks: int) -> int:
     return -(-blocks // BLOCKS_AT_ONCE)
@@ -68,6 +74,7 @@ def sum_blocks(
     stride,
     signs,  # multiplied with values, or None
     norm,  # whose sum with `offset` is multiplied with values, too, or None
+    up,  # multiplied with silu(values), of which all is made then, or None
     rows,  # float32 [blocks, P]
     blocks,
     offset: tl.constexpr,
@@ -94,6 +101,8 @@ def sum_blocks(
         for split in tl.static_range(1, splits):
             x_AB += tl.load(values + split * stride + place_AB, mask=inside_AB, other=0.0)
         squares_AB += x_AB.to(tl.float32) * x_AB.to(tl.float32)
+        if up is not None:
+            x_AB = silu(x_AB.to(tl.float32)) * tl.load(up + place_AB, mask=inside_AB, other=0.0).to(tl.float32)
         if signs is not None:
             x_AB *= tl.load(signs + place_AB, mask=inside_AB, other=0.0)
         x_AB = x_AB.to(tl.float32)
@@ -145,6 +154,7 @@ def rotate_input_kernel(
     x,  # [M, I]
     signs,  # [I], or None: no rotation
     norm,  # weights [I] of a norm of x before its rotation, or None
+    up,  # [M, I]: silu(x) ⊙ up is rotated, or None
     rows,  # float32 [programs of a token, padded_A, P], see rotations_launch.py
     a_values,  # Aᵀ [RP, IP] in the dtype of x, or None
     x_out,  # these two as `kind` says, see token_stores.py
@@ -153,6 +163,7 @@ def rotate_input_kernel(
     M,
     K,
     x_stride,
+    up_stride,
     rank: tl.constexpr,
     tiles: tl.constexpr,
     kind: tl.constexpr,
@@ -170,7 +181,7 @@ def rotate_input_kernel(
     reach: tl.constexpr,  # no element of x' is larger than so many times the largest of x, with factor, before H
     pdl: tl.constexpr,
 ):
-    """P blocks of x' = H (signs ⊙ x), of a normed x or of x itself, and their partial sum of x' A."""
+    """P blocks of x' = H (signs ⊙ x), of x normed or gated, or of x itself, and their partial sum of x' A."""
     program, m = tl.program_id(0), tl.program_id(1)
     padded: tl.constexpr = tiles * TILE_C
     T: tl.constexpr = P * B
@@ -192,19 +203,29 @@ def rotate_input_kernel(
         lane_signs = load_values(signs, 0, warp_T, A, B, 1, padded_A // warps, warps)
         if norm is not None:
             lane_norm = load_values(norm, 0, warp_T, A, B, 1, padded_A // warps, warps)
-            offset_T = tl.zeros(warp_T.shape, tl.float32) + offset
-            lane_signs = norm_weights(lane_signs, lane_norm, offset_T, dtype, B, padded_A // warps)
         lane_rows = load_rows(own_rows, warp_T, P, padded_A // warps, warps)
     if pdl:
         gdc_wait()
     row = x + m.to(tl.int64) * x_stride
+    row_up = None
+    if up is not None:
+        row_up = up + m.to(tl.int64) * up_stride
     if lanes:
-        lane_x = load_values(row, 0, warp_T, A, B, 1, padded_A // warps, warps)
+        turns: tl.constexpr = padded_A // warps
         of_token: tl.constexpr = kind == "halves"
-        sums = add_blocks(lane_x, lane_signs, lane_rows, dtype, normed, of_token, B, P, padded_A // warps)
+        lane_x = load_values(row, 0, warp_T, A, B, 1, turns, warps)
         squares_T = None
-        if normed:
-            squares_T = sum_squares(lane_x, warp_T, A, dtype, B, padded_A // warps, warps)
+        if up is not None:
+            lane_up = load_values(row_up, 0, warp_T, A, B, 1, turns, warps)
+            own_x = gated(lane_x, lane_signs, lane_up, dtype, B, turns)
+            sums = add_blocks(own_x, None, lane_rows, tl.float32, of_token, B, P, turns)
+        elif normed:
+            squares_T = sum_squares(lane_x, warp_T, A, dtype, B, turns, warps)
+            offset_T = tl.zeros(warp_T.shape, tl.float32) + offset
+            own_x = weighted(lane_x, lane_signs, lane_norm, offset_T, dtype, B, turns)
+            sums = add_blocks(own_x, None, lane_rows, tl.float32, of_token, B, P, turns)
+        else:
+            sums = add_blocks(lane_x, lane_signs, lane_rows, dtype, of_token, B, P, turns)
         values = finish_blocks(sums, squares_T, B, P, "token" if of_token else "tile")
         scale = factor
         if normed:
@@ -212,7 +233,7 @@ def rotate_input_kernel(
         values = rounded(values, scale, dtype, 5)
         x_T = joined(values[:4], 4).reshape(T)
     elif signs is not None:
-        v_PB, largest, squares = sum_blocks(row, 0, signs, norm, own_rows, A, offset, 1, A, B, P)
+        v_PB, largest, squares = sum_blocks(row, 0, signs, norm, row_up, own_rows, A, offset, 1, A, B, P)
         scale = factor
         if normed:
             scale = tl.rsqrt(squares * (1 / (A * B)) + eps) * factor
@@ -297,13 +318,13 @@ def rotate_output_kernel(
         if residual is not None:
             residual_4 = load_four(residual + m * N + column + own_T, inside_T)
         lane_y = load_values(own, M * N, warp_T, blocks, B, splits, padded_A // warps, warps)
-        sums = add_blocks(lane_y, None, lane_rows, tl.float32, False, False, B, P, padded_A // warps)
+        sums = add_blocks(lane_y, None, lane_rows, tl.float32, False, B, P, padded_A // warps)
         y_4 = scaled(finish_blocks(sums, None, B, P, ""), signs_4, bias_4, residual_4, factor, 4)
         store_four(y_out + m * N + column + own_T, y_4, inside_T)
     else:
         columns_T = column + tl.arange(0, P * B)
         inside_T = tl.arange(0, P * B) < present * B
-        v_PB, _, _ = sum_blocks(own, M * N, None, None, own_rows, blocks, 0.0, splits, A, B, P)
+        v_PB, _, _ = sum_blocks(own, M * N, None, None, None, own_rows, blocks, 0.0, splits, A, B, P)
         y_T = rotate_blocks(v_PB) * (tl.load(signs + columns_T, mask=inside_T, other=0.0).to(tl.float32) * factor)
         if bias is not None:
             y_T += tl.load(bias + columns_T, mask=inside_T, other=0.0).to(tl.float32)

@@ -12,7 +12,16 @@ import triton.language as tl
 from lqer.kernels.byte_sums import uncounted_next
 from lqer.kernels.lattice_decode import TILE_C
 from lqer.kernels.resident_ptx import reserve_asm
-from lqer.kernels.rotations_ptx import finish_asm, leave_asm, load_asm, rows_asm, squares_asm, sum_asm, weights_asm
+from lqer.kernels.rotations_ptx import (
+    finish_asm,
+    gated_asm,
+    leave_asm,
+    load_asm,
+    rows_asm,
+    squares_asm,
+    sum_asm,
+    weighted_asm,
+)
 from lqer.kernels.trellis_decode import types
 
 
@@ -93,18 +102,34 @@ def zeros(first_T, count: tl.constexpr):
 
 
 @triton.jit
-def norm_weights(signs, weights, offset, dtype: tl.constexpr, B: tl.constexpr, turns: tl.constexpr):
-    """A lane's signs times (offset + weights), float32, from what `load_values` gives of both."""
+def weighted(x, signs, weights, offset, dtype: tl.constexpr, B: tl.constexpr, turns: tl.constexpr):
+    """x ⊙ signs ⊙ (offset + weights) of a lane in float32, as `load_values` gives it, from what it gives of all."""
     halves: tl.constexpr = B // TILE_C
     count: tl.constexpr = registers(dtype, halves)
     own = tl.inline_asm_elementwise(
-        weights_asm(halves, element_of(dtype)), constraints("f" * 2 * count, "r" * 2 * count + "f"),
-        signs[:count] + weights[:count] + (offset,), dtype=types(tl.float32, 2 * count), is_pure=False, pack=1,
+        weighted_asm(halves, element_of(dtype)), constraints("r" * 2 * count, "r" * 3 * count + "f"),
+        x[:count] + signs[:count] + weights[:count] + (offset,), dtype=types(tl.int32, 2 * count), is_pure=True,
+        pack=1,
     )  # fmt: skip
     if turns == 1:
         return own
     else:
-        return own + norm_weights(signs[count:], weights[count:], offset, dtype, B, turns - 1)
+        return own + weighted(x[count:], signs[count:], weights[count:], offset, dtype, B, turns - 1)
+
+
+@triton.jit
+def gated(x, signs, up, dtype: tl.constexpr, B: tl.constexpr, turns: tl.constexpr):
+    """The same of silu(x) ⊙ signs ⊙ up."""
+    halves: tl.constexpr = B // TILE_C
+    count: tl.constexpr = registers(dtype, halves)
+    own = tl.inline_asm_elementwise(
+        gated_asm(halves, element_of(dtype)), constraints("r" * 2 * count, "r" * 3 * count),
+        x[:count] + signs[:count] + up[:count], dtype=types(tl.int32, 2 * count), is_pure=True, pack=1,
+    )  # fmt: skip
+    if turns == 1:
+        return own
+    else:
+        return own + gated(x[count:], signs[count:], up[count:], dtype, B, turns - 1)
 
 
 @triton.jit
@@ -125,30 +150,21 @@ def sum_squares(x, first_T, blocks, dtype: tl.constexpr, B: tl.constexpr, turns:
 
 @triton.jit
 def add_blocks(
-    x,
-    signs,  # or `norm_weights`; None if x is float32
-    rows,
-    dtype: tl.constexpr,
-    weighted: tl.constexpr,
-    largest: tl.constexpr,
-    B: tl.constexpr,
-    P: tl.constexpr,
-    turns: tl.constexpr,
+    x, signs, rows, dtype: tl.constexpr, largest: tl.constexpr, B: tl.constexpr, P: tl.constexpr, turns: tl.constexpr
 ):
-    """What a lane has of the program's sums, and of the token's `largest` magnitude."""
+    """What a lane has of the program's sums, and of the token's `largest` magnitude. signs: None if x is float32."""
     halves: tl.constexpr = B // TILE_C
     count: tl.constexpr = registers(dtype, halves)
-    signs_count: tl.constexpr = 0 if dtype == tl.float32 else count * (2 if weighted else 1)
-    signs_letter: tl.constexpr = "f" if weighted else "r"
+    inputs: tl.constexpr = dtype != tl.float32
     outputs: tl.constexpr = 4 * halves * P + (1 if largest else 0)
     sums = zeros(rows[0], outputs)
     for turn in tl.static_range(turns):
         operands = sums + x[turn * count : turn * count + count]
-        if signs_count > 0:
-            operands = operands + signs[turn * signs_count : turn * signs_count + signs_count]
+        if inputs:
+            operands = operands + signs[turn * count : turn * count + count]
         sums = tl.inline_asm_elementwise(
-            sum_asm(P, halves, element_of(dtype), weighted, largest),
-            constraints("f" * outputs, "f" * outputs + "r" * count + signs_letter * signs_count + "f" * P),
+            sum_asm(P, halves, element_of(dtype), largest),
+            constraints("f" * outputs, "f" * outputs + "r" * count * (2 if inputs else 1) + "f" * P),
             operands + rows[turn * P : turn * P + P], dtype=types(tl.float32, outputs), is_pure=False, pack=1,
         )  # fmt: skip
     return sums

@@ -20,7 +20,7 @@ from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations import rotate_input_kernel, rotate_output_kernel
 from lqer.kernels.runtime import INTERPRETED, launch_options, multiprocessors
 from lqer.kernels.spec import Spec
-from lqer.kernels.surroundings import NOTHING, Norm, Surroundings
+from lqer.kernels.surroundings import NOTHING, Surroundings
 from lqer.kernels.tiles import TILE_K, TiledLayout
 from lqer.transforms.hadamard import FLOAT16_HEADROOM, run_rotated
 from lqer.transforms.hadamard_factors import small_order, two_factors
@@ -215,35 +215,38 @@ def empty_tokens(x_MI: Tensor, kind: Kind, columns: int, padded: int) -> tuple[T
 
 
 def rotate_inputs(
-    x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, padded: int = 0, norm: Norm | None = None
+    x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, padded: int = 0, around: Surroundings = NOTHING
 ) -> Tokens:
     """x' = H (signs ⊙ x), or x if the layer has no rotation, and partial sums of x' A. padded: see `empty_tokens`.
 
-    norm: of x before its rotation, of a layer that has one.
+    around: what makes x of the given tensor, of a layer that has a rotation.
     """
     (m, k), rank, layout = x_MI.shape, packed.spec.rank, packed.spec.layout
     assert isinstance(layout, TiledLayout)
     values = values_of_program(k, m, rank, x_MI.device)
     room, signs_I = headroom(x_MI.dtype), packed.input_signs_I
     if signs_I is None:
-        assert norm is None
+        assert around.norm is None
+        assert around.up_MI is None
         rows, program = None, Program(TILE_K, min(values // TILE_K, triton.next_power_of_2(layout.tiles)), 0, False)
     else:
         rows, program = input_rotation(layout.compiled, values, x_MI.device)
+    norm, up_MI = around.norm, around.up_MI
+    weight_I, offset, eps = (norm.weight_I, norm.offset, norm.eps) if norm else (None, 0.0, 0.0)
     # Lanes load four values at once.
-    lanes = program.lanes and x_MI.stride(0) % 4 == 0 and x_MI.storage_offset() % 4 == 0
+    read = [x_MI] if up_MI is None else [x_MI, up_MI]
+    lanes = program.lanes and all(part.stride(0) % 4 == 0 and part.storage_offset() % 4 == 0 for part in read)
     # Rotations end where the columns do; tiles beyond are zero.
     programs = -(-layout.padded_columns // (program.block * program.together))
     empty = empty_tokens(x_MI, kind, layout.padded_columns, padded)
     partial = x_MI.new_empty((programs, m, rank), dtype=torch.float32) if rank else None
     rotate_input_kernel[programs, m](
-        x_MI, signs_I, norm.weight_I if norm else None, rows, packed.a_codes, *empty, partial, m, k, x_MI.stride(0),
+        x_MI, signs_I, weight_I, up_MI, rows, packed.a_codes, *empty, partial, m, k, x_MI.stride(0), read[-1].stride(0),
         rank=rank, tiles=layout.tiles, kind=kind, lattice=isinstance(layout, LatticeLayout), lanes=lanes,
         A=k // program.block, padded_A=program.padded, B=program.block, P=program.together,
         BLOCK_I=triton.next_power_of_2(k),
-        BLOCK_R=ranks_at_once(rank, program, programs * m <= multiprocessors(x_MI.device)),
-        offset=norm.offset if norm else 0.0, eps=norm.eps if norm else 0.0, factor=1.0 if rows is None else 1 / room,
-        reach=1.0 if rows is None else k**0.5, pdl=pdl,
+        BLOCK_R=ranks_at_once(rank, program, programs * m <= multiprocessors(x_MI.device)), offset=offset, eps=eps,
+        factor=1.0 if rows is None else 1 / room, reach=1.0 if rows is None else k**0.5, pdl=pdl,
         num_warps=max(program.warps, WARPS if rank else 1), **launch_options(pdl),
     )  # fmt: skip
     return Tokens(*empty, partial)
@@ -281,7 +284,7 @@ def run_rotated_product(
 
     product(tokens, bias_O, dtype): W x' + B A x' + bias.
     """
-    tokens = rotate_inputs(x_MI, packed, kind, pdl, norm=around.norm)
+    tokens = rotate_inputs(x_MI, packed, kind, pdl, around=around)
     if packed.input_signs_I is None:
         return product(tokens, packed.bias_O, dtype)
     y_SMO = product(tokens, None, torch.float32).unsqueeze(0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 
 STEPS = 5  # of H_128 between lanes
+MINUS_LOG2_E = "0fBFB8AA3B"
 SQUARES = 512  # bytes from the warps' largest magnitudes to the sums of their squares
 
 
@@ -50,17 +51,31 @@ def rows_asm(blocks: int) -> str:
 
 
 @triton.constexpr_function
-def weights_asm(halves: int, element: str) -> str:
-    """PTX: signs ⊙ (offset + w) of a lane in float32, from the outputs of `load_asm` of signs and of w, and offset."""
+def weighted_asm(halves: int, element: str) -> str:
+    """PTX: x ⊙ signs ⊙ (offset + w) of a lane in float32, from the outputs of `load_asm` of the three, and offset."""
+    return _of_three(halves, element, [f"add.f32 c, c, ${10 * halves};", "mul.f32 b, b, c;", "mul.f32 a, a, b;"])
+
+
+@triton.constexpr_function
+def gated_asm(halves: int, element: str) -> str:
+    """PTX: silu(x) ⊙ signs ⊙ up of a lane in float32, from the outputs of `load_asm` of the three."""
+    steps = [
+        "mul.f32 b, b, c;", "mul.f32 b, b, a;", f"mul.f32 a, a, {MINUS_LOG2_E};", "ex2.approx.ftz.f32 a, a;",
+        "add.f32 a, a, 0f3F800000;", "rcp.approx.ftz.f32 a, a;", "mul.f32 a, a, b;",
+    ]  # fmt: skip
+    return _of_three(halves, element, steps)
+
+
+@triton.constexpr_function
+def _of_three(halves: int, element: str, steps: list[str]) -> str:
+    """PTX: steps that leave in a what they make of elements a, b and c of three vectors."""
     pairs = 2 * halves
-    lines = [".reg .b16 low, high, low_w, high_w;", ".reg .f32 sign, w;"]
+    lines = [".reg .b16 low<3>, high<3>;", ".reg .f32 a, b, c;"]
     for n in range(pairs):
-        lines += [f"mov.b32 {{low, high}}, ${2 * pairs + n};", f"mov.b32 {{low_w, high_w}}, ${3 * pairs + n};"]
+        lines += [f"mov.b32 {{low{i}, high{i}}}, ${(2 + i) * pairs + n};" for i in range(3)]
         for place, half in ((2 * n, "low"), (2 * n + 1, "high")):
-            lines += [
-                f"cvt.f32.{element} sign, {half};", f"cvt.f32.{element} w, {half}_w;", f"add.f32 w, w, ${4 * pairs};",
-                f"mul.f32 ${place}, sign, w;",
-            ]  # fmt: skip
+            lines += [f"cvt.f32.{element} {name}, {half}{i};" for i, name in enumerate("abc")]
+            lines += [*steps, f"mov.b32 ${place}, a;"]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -81,12 +96,11 @@ def squares_asm(halves: int, element: str) -> str:
 
 
 @triton.constexpr_function
-def sum_asm(blocks: int, halves: int, element: str, weighted: bool, largest: bool) -> str:
+def sum_asm(blocks: int, halves: int, element: str, largest: bool) -> str:
     """PTX: add a block of x, times each row of O, to the sums of a lane, and keep the largest magnitude of x.
 
     Outputs: the sums of column 128 c + 4 l + e for row p at 4 (h p + c) + e, and the `largest`. Inputs: these before,
-    the outputs of `load_asm` of x and, if it is not float32, of signs, and those of `rows_asm`. weighted: the outputs
-    of `weights_asm` instead of signs.
+    the outputs of `load_asm` of x and, if it is not float32, of signs, and those of `rows_asm`.
     """
     sums, columns = 4 * halves * blocks, 4 * halves
     inputs = element != "f32"
@@ -96,17 +110,12 @@ def sum_asm(blocks: int, halves: int, element: str, weighted: bool, largest: boo
     lines += [f"mov.b32 ${n}, ${outputs + n};" for n in range(outputs)]
     if inputs:
         first_sign = first_x + columns // 2
-        first_row = first_sign + (columns if weighted else columns // 2)
+        first_row = first_sign + columns // 2
         for n in range(columns // 2):
-            signed = f"${first_x + n}" if weighted else "pair"
-            if not weighted:
-                lines.append(f"mul.{element}x2 pair, ${first_x + n}, ${first_sign + n};")
             lines += [
-                f"mov.b32 {{low, high}}, {signed};", f"cvt.f32.{element} x{2 * n}, low;",
-                f"cvt.f32.{element} x{2 * n + 1}, high;",
+                f"mul.{element}x2 pair, ${first_x + n}, ${first_sign + n};", "mov.b32 {low, high}, pair;",
+                f"cvt.f32.{element} x{2 * n}, low;", f"cvt.f32.{element} x{2 * n + 1}, high;",
             ]  # fmt: skip
-        if weighted:
-            lines += [f"mul.f32 x{n}, x{n}, ${first_sign + n};" for n in range(columns)]
     else:
         first_row = first_x + columns
         lines += [f"mov.b32 x{n}, ${first_x + n};" for n in range(columns)]

@@ -1,9 +1,10 @@
 """What a decoder block computes around a linear, in the launches of its kernels where these can.
 
-    y = residual + (W x + b), x = RMSNorm(h) = h / sqrt(mean(h²) + eps) ⊙ (offset + w)
+    y = residual + (W x + b), where x may be
+    RMSNorm(h) = h / sqrt(mean(h²) + eps) ⊙ (offset + w), or silu(h) ⊙ up
 
-The rotation of inputs reads its token as a whole, and H (g ⊙ h / rms) = H (g ⊙ h) / rms, so a norm before it takes no
-launch of its own; the rotation of outputs adds a residual to what it stores. Elsewhere torch computes both.
+The rotation of inputs reads its token as a whole, and H (g ⊙ h / rms) = H (g ⊙ h) / rms, so neither takes a launch of
+its own; kernels that store outputs add a residual to them. Elsewhere torch computes all this.
 
 Shapes: M tokens, I in_features, O out_features.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,16 @@ class Norm:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """norm: of the inputs, or None. residual_MO: added to the outputs, in their dtype, or None."""
+    """Tensors have the linear's dtype. norm: of the inputs. residual_MO: added to the outputs. up_MI: see above."""
 
     norm: Norm | None = None
     residual_MO: Tensor | None = None
+    up_MI: Tensor | None = None
 
     def before(self, h_MI: Tensor) -> Tensor:
         """The inputs of the linear."""
+        if self.up_MI is not None:
+            return silu(h_MI) * self.up_MI
         return h_MI if self.norm is None else self.norm.apply(h_MI)
 
     def after(self, y_MO: Tensor) -> Tensor:
@@ -50,8 +55,10 @@ class Surroundings:
     def split(self, tokens: int, at_once: int) -> Iterator[Surroundings]:
         """Those of each `at_once` of all tokens."""
         for first in range(0, tokens, at_once):
-            of_part = None if self.residual_MO is None else self.residual_MO[first : first + at_once]
-            yield replace(self, residual_MO=of_part)
+            up_MI, residual_MO = (
+                whole if whole is None else whole[first : first + at_once] for whole in (self.up_MI, self.residual_MO)
+            )
+            yield replace(self, up_MI=up_MI, residual_MO=residual_MO)
 
 
 NOTHING = Surroundings()

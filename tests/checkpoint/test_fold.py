@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
+from torch.nn.functional import gelu, silu
 from transformers import CompileConfig, GenerationConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -91,6 +92,26 @@ def test_the_residual_and_the_next_norm_of_a_block_are_folded():
     assert attention["x"] == attention["residual"]
     assert mlp["x"] == mlp["residual"] == "packed_linear"
     assert mlp["additions"] == 0
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_gate_of_an_mlp_is_folded(joined):
+    gate, up, down = linear(), linear(seed=2), linear(seed=3)
+    if joined:
+        both = torch.cat([torch.eye(COLUMNS), -torch.eye(COLUMNS)]).to(DEVICE, DTYPE)
+        (given,) = folded(lambda h: down(silu((y := h @ both.T)[..., :COLUMNS]) * y[..., COLUMNS:]), 50 * tokens())
+        assert given["x"] != given["up"]
+        return
+    *_, given = folded(lambda h: down(silu(gate(h)) * up(h)), tokens())
+    assert {given["x"], given["up"]} == {"packed_linear", "packed_linear_1"}
+    assert given["norm"] is None
+
+
+def test_other_gates_stay():
+    down = linear()
+    for activate in (gelu, torch.sigmoid, lambda x: silu(2 * x) / 2):
+        (given,) = folded(lambda h, activate=activate: down(activate(h) * h), 50 * tokens())
+        assert given.get("up") is None
 
 
 def test_a_norm_that_something_else_reads_stays():

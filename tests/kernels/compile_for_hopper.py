@@ -236,7 +236,8 @@ def main() -> None:
         run_groups(random_input(m, 2048, bf16), layer.packed, GemmLaunch(block_n, block_m, 3, 3, 4))
     for m, dtype in ((1, bf16), (16, torch.float16)):
         layer = build_layer(Int(4, 128), 200, 1000, rank=64, activation=x8, bias=True, dtype=dtype)
-        run_groups(random_input(m, 1000, dtype), layer.packed, GemmLaunch(64, max(8, m), 2, 3, 4))
+        launch, residual_MO = GemmLaunch(64, max(8, m), 2, 3, 4), random_input(m, 200, dtype)
+        run_groups(random_input(m, 1000, dtype), layer.packed, launch, residual_MO=residual_MO)
         dequantize_weight(layer.packed.weight, dtype)
     for number_format, m, dtype in ((Int(4, 128), 64, bf16), (Int(4, "row", symmetric=True), 32, torch.float16)):
         layer = build_layer(number_format, 256, 1024, dtype=dtype)
@@ -287,6 +288,7 @@ def main() -> None:
         for m in (1, 8, 16, 65):
             run_layer(random_input(m, 2048, dtype), packed)
             run_layer(random_input(m, 2048, dtype), packed, Surroundings(norm, random_input(m, 64, dtype)))
+            run_layer(random_input(m, 2048, dtype), packed, Surroundings(up_MI=random_input(m, 2048, dtype)))
             run_layer(random_input(m, 2048, dtype), lattice.packed)
     for n, k, rank, m in ((64, 256, 16, 3), (128, 1024, 256, 1), (128, 1024, 256, 4), (128, 1024, 256, 16)):
         run_layer(random_input(m, k, bf16), build_layer(E8P(2), n, k, rank=rank, dtype=bf16).packed)
@@ -301,6 +303,7 @@ def main() -> None:
         run_layer(random_input(m, 2048, bf16), packed)
         norm = Norm(torch.ones(2048, dtype=bf16), 1e-6, 1.0)
         run_layer(random_input(m, 2048, bf16), packed, Surroundings(norm, random_input(m, 256, bf16)))
+        run_layer(random_input(m, 2048, bf16), packed, Surroundings(up_MI=random_input(m, 2048, bf16)))
         if state_bits in (14, 16):
             run_layer(random_input(65, 2048, bf16), packed)
     compile_joint()

@@ -6,10 +6,19 @@ import pytest
 import torch
 from ptx import WORD, Machine
 
-from lqer.kernels.rotations_ptx import finish_asm, leave_asm, load_asm, rows_asm, squares_asm, sum_asm, weights_asm
+from lqer.kernels.rotations_ptx import (
+    finish_asm,
+    gated_asm,
+    leave_asm,
+    load_asm,
+    rows_asm,
+    squares_asm,
+    sum_asm,
+    weighted_asm,
+)
 from lqer.transforms.hadamard_factors import two_factors
 
-SIGNS, WEIGHTS, ROWS, ROOM, LARGEST = 1 << 18, 3 << 17, 1 << 19, 1 << 14, 1 << 16  # in bytes
+SIGNS, OTHER, ROWS, ROOM, LARGEST = 1 << 18, 3 << 17, 1 << 19, 1 << 14, 1 << 16  # in bytes
 ELEMENTS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -17,10 +26,10 @@ def words_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int32).flatten().to(torch.int64) & WORD
 
 
-def emulated(x_I, signs_I, rows_AP, element: str, block: int, splits: int, largest: str, norm=None):
+def emulated(x_I, signs_I, rows_AP, element: str, block: int, splits: int, largest: str, norm=None, up_I=None):
     """The values of a program of rows_AP [A, P], each warp's `largest`, as in `finish_asm`, and the sums of squares.
 
-    x_I: the sum of splits [splits, I]. norm: weights [I] and their offset, or None.
+    x_I: the sum of splits [splits, I]. norm: weights [I] and their offset, or None; up_I: what gates x_I, or None.
     """
     together, halves = rows_AP.shape[1], block // 128
     warps, blocks, size = together * halves, x_I.shape[-1] // block, ELEMENTS[element].itemsize
@@ -28,8 +37,8 @@ def emulated(x_I, signs_I, rows_AP, element: str, block: int, splits: int, large
     machine, lane = Machine(1 << 18), torch.arange(32)
     machine.memory[: x_I.numel() * size // 4] = words_of(x_I)
     machine.memory[SIGNS // 4 :][: signs_I.numel() * size // 4] = words_of(signs_I)
-    if norm is not None:
-        machine.memory[WEIGHTS // 4 :][: signs_I.numel() * size // 4] = words_of(norm[0])
+    if norm is not None or up_I is not None:
+        machine.memory[OTHER // 4 :][: signs_I.numel() * size // 4] = words_of(up_I if norm is None else norm[0])
     machine.memory[ROWS // 4 :][: rows_AP.numel()] = words_of(rows_AP)
     registers, sums = halves * (2 if inputs else 4), 4 * halves * together
     of_token, normed = largest == "token", norm is not None
@@ -42,24 +51,26 @@ def emulated(x_I, signs_I, rows_AP, element: str, block: int, splits: int, large
             first = (min(number, blocks - 1) * block + lane * 4) * size
             places = {f"${registers + s}": first + s * x_I.shape[-1] * size for s in range(splits)}
             x = machine.run(load_asm(halves, element, splits), places)
-            operands = [found[f"${n}"] for n in range(outputs)] + [x[f"${n}"] for n in range(registers)]
+            operands, summed = [x[f"${n}"] for n in range(registers)], element
             if inputs:
                 signs = machine.run(load_asm(halves, element, 1), {f"${registers}": SIGNS + first})
-                signs = [signs[f"${n}"] for n in range(registers)]
-                if norm is not None:
-                    weights = machine.run(load_asm(halves, element, 1), {f"${registers}": WEIGHTS + first})
-                    given = signs + [weights[f"${n}"] for n in range(registers)] + [torch.full((32,), norm[1])]
-                    given = {f"${2 * registers + n}": value for n, value in enumerate(given)}
-                    product = machine.run(weights_asm(halves, element), given)
-                    signs = [product[f"${n}"] for n in range(2 * registers)]
-                    given = [squares, *operands[outputs:], torch.full((32,), float(number < blocks))]
-                    given = {f"${1 + n}": value for n, value in enumerate(given)}
-                    squares = machine.run(squares_asm(halves, element), given)["$0"]
-                operands += signs
+                operands += [signs[f"${n}"] for n in range(registers)]
+            if normed:
+                given = [squares, *operands[:registers], torch.full((32,), float(number < blocks))]
+                given = {f"${1 + n}": value for n, value in enumerate(given)}
+                squares = machine.run(squares_asm(halves, element), given)["$0"]
+            if normed or up_I is not None:
+                other = machine.run(load_asm(halves, element, 1), {f"${registers}": OTHER + first})
+                operands += [other[f"${n}"] for n in range(registers)]
+                operands += [torch.full((32,), norm[1])] if normed else []
+                text = weighted_asm(halves, element) if normed else gated_asm(halves, element)
+                made = machine.run(text, {f"${2 * registers + n}": value for n, value in enumerate(operands)})
+                operands, summed = [made[f"${n}"] for n in range(2 * registers)], "f32"
+            operands = [found[f"${n}"] for n in range(outputs)] + operands
             rows = machine.run(rows_asm(together), {f"${together}": ROWS + 4 * together * number + 0 * lane})
             operands += [rows[f"${n}"] for n in range(together)]
             found = machine.run(
-                sum_asm(together, halves, element, normed, of_token),
+                sum_asm(together, halves, summed, of_token),
                 {f"${outputs + n}": value for n, value in enumerate(operands)},
             )
         left = {f"${1 + n}": found[f"${n}"] for n in range(sums)}
@@ -114,6 +125,24 @@ def test_the_instructions_rotate_blocks_as_the_matrix_does(length, block, togeth
     assert len(magnitudes) == (len(tiles_NC) if largest else 0)
     for magnitude, expected in zip(magnitudes, expected_N, strict=False):
         assert torch.equal(magnitude, expected.expand(32))
+
+
+@pytest.mark.parametrize(("element", "largest"), [("bf16", "token"), ("f16", "tile")])
+@pytest.mark.parametrize(("length", "block", "together"), [(1024, 256, 4), (11008, 256, 2), (1536, 128, 1)])
+def test_the_instructions_gate_a_token(length, block, together, element, largest):
+    outer_AA, inner_BB = two_factors(length, block)
+    generator = torch.Generator().manual_seed(length)
+    x_I, up_I = (torch.randn(length, generator=generator).to(ELEMENTS[element]) for _ in range(2))
+    signs_I = torch.randn(length, generator=generator).sign().to(ELEMENTS[element])
+    warps = together * block // 128
+    padded = torch.zeros(-(-len(outer_AA) // warps) * warps, together)
+    padded[: len(outer_AA)] = outer_AA[:together].T * block**-0.5
+    found_T, magnitudes, _ = emulated(x_I, signs_I, padded, element, block, 1, largest, up_I=up_I)
+    gated_I = torch.nn.functional.silu(x_I.double()) * signs_I.double() * up_I.double()
+    expected_T = (torch.kron(outer_AA, inner_BB) @ gated_I)[: together * block]
+    torch.testing.assert_close(found_T.double(), expected_T, rtol=1e-5, atol=2e-5)
+    if largest == "token":
+        torch.testing.assert_close(magnitudes[0], gated_I.abs().max().float().expand(32))
 
 
 @pytest.mark.parametrize(("element", "largest"), [("bf16", "token"), ("f16", "tile")])

@@ -1,4 +1,4 @@
-"""Norms before packed linears and residuals after them, in the launches of their kernels and by torch."""
+"""Norms and gates before packed linears and residuals after them, in the launches of their kernels and by torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kernel_layers import DEVICE, DTYPE, ON_GPU, build_layer, random_lattice, ra
 
 from lqer.formats import Codebook, Int, MXInt, Trellis
 from lqer.kernels import PackedLinear
-from lqer.kernels.launch import run_layer, takes_norm, takes_residual
+from lqer.kernels.launch import adds_residual, makes_inputs, run_layer
 from lqer.kernels.linear import OPERATOR
 from lqer.kernels.reference import reference_linear
 from lqer.kernels.surroundings import Norm, Surroundings
@@ -50,7 +50,7 @@ def expected(h_MI: torch.Tensor, packed: PackedLinear, around: Surroundings) -> 
 def test_rotated_linears_norm_tokens_and_add_residuals_in_their_launches(codes, n, k, rank, offset):
     packed = rotated(codes, n, k, rank)
     for m in (1, 3, 5, 17) if ON_GPU else (1, 5):
-        assert takes_norm(packed.spec, True, m)
+        assert makes_inputs(packed.spec, True, m)
         h_MI, around = surrounded(m, n, k, offset)
         # Tokens are rounded to the dtype before and after the norm by torch, and not by kernels.
         assert relative_error(run_layer(h_MI, packed, around), expected(h_MI, packed, around)) < (
@@ -58,9 +58,25 @@ def test_rotated_linears_norm_tokens_and_add_residuals_in_their_launches(codes, 
         )
 
 
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize(("n", "k", "rank"), [(64, 256, 0), (96, 688, 16), *[(4096, 11008, 64)] * ON_GPU])
+def test_rotated_linears_gate_tokens_in_their_launches(codes, n, k, rank):
+    """Of a tensor that holds both parts side by side, as linears of one input leave them."""
+    packed = rotated(codes, n, k, rank)
+    for m in (1, 3, 5, 17) if ON_GPU else (1, 5):
+        both_MI, around = surrounded(m, n, 2 * k)
+        gate_MI, up_MI = 0.1 * both_MI[:, :k], both_MI[:, k:]
+        around = Surroundings(residual_MO=around.residual_MO, up_MI=up_MI)
+        assert relative_error(run_layer(gate_MI, packed, around), expected(gate_MI, packed, around)) < (
+            8e-3 if torch.bfloat16 == DTYPE else 1e-3
+        )
+
+
 def test_each_part_of_many_tokens_has_its_own_residual():
     packed = rotated("trellis, looked up", 64, 256)
     h_MI, around = surrounded(20, 64, 256)
+    assert relative_error(run_layer(h_MI, packed, around), expected(h_MI, packed, around)) < 8e-3
+    around = Surroundings(residual_MO=around.residual_MO, up_MI=h_MI.flip(0))
     assert relative_error(run_layer(h_MI, packed, around), expected(h_MI, packed, around)) < 8e-3
 
 
@@ -72,8 +88,8 @@ def test_each_part_of_many_tokens_has_its_own_residual():
 @pytest.mark.parametrize("m", [1, 9, 20])
 def test_integers_add_residuals_in_their_launches_and_torch_norms_their_tokens(number_format, rank, activation, m):
     packed = build_layer(number_format, 80, 320, rank, activation, bias=True).packed
-    assert takes_residual(packed.spec, False, m)
-    assert not takes_norm(packed.spec, False, m)
+    assert adds_residual(packed.spec, False, m)
+    assert not makes_inputs(packed.spec, False, m)
     h_MI, around = surrounded(m, 80, 320)
     alone_MO = run_layer(around.before(h_MI), packed)
     assert relative_error(run_layer(h_MI, packed, around), around.after(alone_MO.double())) < (
@@ -85,7 +101,7 @@ def test_integers_add_residuals_in_their_launches_and_torch_norms_their_tokens(n
 def test_torch_surrounds_other_linears(number_format):
     packed = build_layer(number_format, 64, 512).packed
     h_MI, around = surrounded(300, 64, 512)
-    assert not takes_residual(packed.spec, False, 300)
+    assert not adds_residual(packed.spec, False, 300)
     assert torch.equal(run_layer(h_MI, packed, around), around.after(run_layer(around.before(h_MI), packed)))
 
 
@@ -106,8 +122,8 @@ def test_the_operator_takes_any_leading_dimensions_and_leaves_the_residual():
 
 def test_rounded_tokens_and_many_of_them_are_normed_by_torch():
     packed = rotated("E8P", 64, 256)
-    assert not takes_norm(packed.spec, True, 65)
-    assert not takes_norm(packed.spec, False, 1)
-    assert not takes_residual(packed.spec, True, 65)
+    assert not makes_inputs(packed.spec, True, 65)
+    assert not makes_inputs(packed.spec, False, 1)
+    assert not adds_residual(packed.spec, True, 65)
     h_MI, around = surrounded(65, 64, 256)
     assert relative_error(run_layer(h_MI, packed, around), expected(h_MI, packed, around)) < 8e-3
