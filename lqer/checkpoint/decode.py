@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch._inductor
@@ -13,12 +14,29 @@ from lqer.checkpoint.one_token import attend_by_kernel
 EARLY_STARTS = "triton.enable_pdl"
 
 
-def inductor_options() -> dict[str, Any]:
-    """Options of Inductor for a model with packed linears; none that this version of torch does not have."""
+def inductor_options(fold: bool = True) -> dict[str, Any]:
+    """Options of Inductor for a model with packed linears; none that this version of torch does not have.
+
+    fold: norms, gates and additions are folded into their launches (lqer/checkpoint/fold.py).
+    """
     from lqer.checkpoint.fold import FOLD_SURROUNDINGS
 
-    wanted = {EARLY_STARTS: True, "post_grad_custom_pre_pass": FOLD_SURROUNDINGS}
+    wanted = {EARLY_STARTS: True} | ({"post_grad_custom_pre_pass": FOLD_SURROUNDINGS} if fold else {})
     return {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
+
+
+def folds_right(model: PreTrainedModel) -> bool:
+    """Whether kernels that fold agree with torch for each kind of packed linear of a model; warns where they do not."""
+    from lqer.kernels import TritonLinear, compare_surrounded_once
+
+    try:
+        for module in model.modules():
+            if isinstance(module, TritonLinear):
+                compare_surrounded_once(module.packed)
+    except ArithmeticError as error:
+        warnings.warn(f"norms, gates and additions have launches of their own: {error}", stacklevel=3)
+        return False
+    return True
 
 
 def compile_decode(model: PreTrainedModel, max_cache_len: int | None = None) -> PreTrainedModel:
@@ -26,7 +44,8 @@ def compile_decode(model: PreTrainedModel, max_cache_len: int | None = None) -> 
 
     transformers compiles the forward call of one token once for each batch size and length of the cache, when
     `generate` first needs it, and runs prompts as they are. On a GPU, attention that would run as "sdpa" gets a kernel
-    for one token (lqer/checkpoint/one_token.py). Tokens are those that the model generates without all that, but where
+    for one token (lqer/checkpoint/one_token.py), and norms, gates and additions go into the launches of packed linears
+    where these take them. Tokens are those that the model generates without all that, but where
     two logits differ by less than the dtype's rounding. Cache and compilation are settings of
     `model.generation_config`, which arguments of `generate` override.
 
@@ -40,7 +59,7 @@ def compile_decode(model: PreTrainedModel, max_cache_len: int | None = None) -> 
     settings.max_cache_len = max_cache_len
     if model.device.type == "cuda":
         attend_by_kernel(model)
-        options = torch._inductor.list_mode_options("reduce-overhead") | inductor_options()
+        options = torch._inductor.list_mode_options("reduce-overhead") | inductor_options(folds_right(model))
         # Options exclude a mode, which transformers declares as a string.
         settings.compile_config = CompileConfig(mode=None, options=options, dynamic=False)  # type: ignore[arg-type]
     return model

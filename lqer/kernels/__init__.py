@@ -32,7 +32,7 @@ BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R of them at once. The suffix _C marks a consta
 
 from lqer.kernels.experts_module import GroupedExperts
 from lqer.kernels.experts_packed import PackedExperts
-from lqer.kernels.first_use import calls_of, compare_experts_once, compare_once
+from lqer.kernels.first_use import calls_of, compare_experts_once, compare_once, compare_surrounded_once
 from lqer.kernels.layout import PackedWeight, pack_weight, unpack_codes
 from lqer.kernels.linear import packed_linear
 from lqer.kernels.module import TritonLinear
@@ -50,6 +50,7 @@ __all__ = [
     "check_weight",
     "compare_experts_once",
     "compare_once",
+    "compare_surrounded_once",
     "pack_weight",
     "packed_linear",
     "unpack_codes",

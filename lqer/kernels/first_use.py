@@ -19,9 +19,11 @@ from torch import Tensor
 
 from lqer.kernels.experts_module import GroupedExperts
 from lqer.kernels.experts_reference import ACTIVATIONS, reference_down, reference_up
+from lqer.kernels.launch import makes_inputs, run_layer
 from lqer.kernels.linear import packed_linear
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.reference import reference_linear
+from lqer.kernels.surroundings import Norm, Surroundings
 
 # One token, a whole tile of a tensor core, and what is dequantized first.
 TOKENS = (1, 16, 256)
@@ -66,13 +68,42 @@ def compare(packed: PackedLinear, counts: Sequence[int]) -> None:
         expected_MO = _own_outputs(reference_linear(x_MI, packed), packed).float()
         if not expected_MO.isfinite().all():
             continue  # float16 may not hold them, whoever computes
-        difference_MO = _own_outputs(packed_linear(x_MI, packed), packed).float() - expected_MO
-        error = (difference_MO.norm() / expected_MO.norm().clamp_min(1e-30)).item()
-        if not error <= MOST_ERROR:
-            raise ArithmeticError(
-                f"kernels of {packed.spec.layout} with {tokens} tokens differ from plain torch by {error:.2g} of the "
-                f"outputs, more than {MOST_ERROR}"
-            )
+        found_MO = _own_outputs(packed_linear(x_MI, packed), packed)
+        _check(found_MO, expected_MO, f"{packed.spec.layout} with {tokens} tokens")
+
+
+def compare_surrounded_once(packed: PackedLinear) -> None:
+    """The same, for one token, of a linear whose launches make its inputs and add a residual (surroundings.py)."""
+    kind, rotated = ("surrounded", _kind(packed)), packed.input_signs_I is not None
+    if packed.workspace.is_cuda and makes_inputs(packed.spec, rotated, 1) and kind not in _compared:
+        compare_surrounded(packed)
+        _compared.add(kind)
+
+
+def compare_surrounded(packed: PackedLinear) -> None:
+    """Raise ArithmeticError if kernels and torch disagree on a token that is normed, or gated, before a linear."""
+    generator, layout = torch.Generator().manual_seed(0), packed.spec.layout
+
+    def random(length: int) -> Tensor:
+        return torch.randn(1, length, generator=generator).to(packed.workspace.device, packed.dtype)
+
+    h_1I, up_1I, residual_1O = random(layout.columns), random(layout.columns), random(layout.rows)
+    norm = Norm(random(layout.columns)[0], 1e-5, 1.0)
+    for name, around in (
+        ("a norm", Surroundings(norm, residual_1O)),
+        ("a gate", Surroundings(None, residual_1O, up_1I)),
+    ):
+        expected_1O = around.after(reference_linear(around.before(h_1I), packed)).float()
+        if expected_1O.isfinite().all():
+            _check(run_layer(h_1I, packed, around), expected_1O, f"{layout} behind {name}")
+
+
+def _check(found: Tensor, expected: Tensor, what: str) -> None:
+    error = ((found.float() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+    if not error <= MOST_ERROR:
+        raise ArithmeticError(
+            f"kernels of {what} differ from plain torch by {error:.2g} of the outputs, more than {MOST_ERROR}"
+        )
 
 
 def _own_outputs(y_MO: Tensor, packed: PackedLinear) -> Tensor:
@@ -110,13 +141,8 @@ def compare_experts(grouped: GroupedExperts) -> None:
         expected_MO = reference_down(hidden, order_P, tiles_3P, chosen, weights, down, up.spec, True).float()
         if not expected_MO.isfinite().all():
             continue
-        difference_MO = grouped(x_MI, chosen, weights, activate).float() - expected_MO
-        error = (difference_MO.norm() / expected_MO.norm().clamp_min(1e-30)).item()
-        if not error <= MOST_ERROR:
-            raise ArithmeticError(
-                f"kernels of experts of {up.spec.layout} with {tokens} tokens differ from plain torch by {error:.2g} "
-                f"of the outputs, more than {MOST_ERROR}"
-            )
+        found_MO = grouped(x_MI, chosen, weights, activate)
+        _check(found_MO, expected_MO, f"experts of {up.spec.layout} with {tokens} tokens")
 
 
 def _kind(packed: PackedLinear) -> Hashable:

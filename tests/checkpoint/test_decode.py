@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_layers import DTYPE, ON_GPU
+from kernel_layers import DTYPE, ON_GPU, build_layer
 
 import lqer
+from lqer.checkpoint.decode import folds_right, inductor_options
+from lqer.checkpoint.fold import FOLD_SURROUNDINGS
 from lqer.formats import Int, MXInt
+from lqer.kernels import TritonLinear
 from lqer.kernels.siblings import SiblingLinear
 from lqer.methods import LinearPlan, LqerAct
 
@@ -60,6 +63,19 @@ def test_linears_of_one_input_run_as_one_in_a_loaded_model(
     ids_BT = windows_WT[:1, :4].to(device)
     expected, emulated, found = (model(ids_BT).logits.double() for model in (exact, emulation, kernels))
     assert (found - expected).norm() < 1.5 * (emulated - expected).norm()
+
+
+def test_kernels_that_fold_wrongly_leave_norms_to_the_compiler(monkeypatch):
+    def differ(_) -> None:
+        raise ArithmeticError("kernels of this linear differ")
+
+    layer = TritonLinear(build_layer(MXInt(4), 32, 128).packed)
+    assert folds_right(layer)
+    monkeypatch.setattr("lqer.kernels.compare_surrounded_once", differ)
+    with pytest.warns(UserWarning, match=r"launches of their own: kernels of this linear differ"):
+        assert not folds_right(layer)
+    assert FOLD_SURROUNDINGS in inductor_options().values()
+    assert FOLD_SURROUNDINGS not in inductor_options(fold=False).values()
 
 
 @pytest.mark.skipif(not ON_GPU, reason="compiles CUDA graphs")

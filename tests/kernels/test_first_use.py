@@ -32,6 +32,15 @@ def test_wrong_numbers_are_refused_with_the_layout_and_the_error(factor, monkeyp
         first_use.compare(packed(), (1,))
 
 
+def test_what_surrounds_a_linear_is_compared_too(monkeypatch):
+    (layer,) = rotated_layers([random_lattice(64, 128)], 16)
+    first_use.compare_surrounded(layer)
+    right = first_use.run_layer
+    monkeypatch.setattr(first_use, "run_layer", lambda x, layer, around: right(x, layer, around) - around.residual_MO)
+    with pytest.raises(ArithmeticError, match=r"kernels of LatticeLayout\(.* behind a norm differ from plain torch by"):
+        first_use.compare_surrounded(layer)
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_what_lies_between_linears_side_by_side_does_not_count(tokens, monkeypatch):
     """Outputs end before the next linear's begin; their rotations write only their own columns."""
