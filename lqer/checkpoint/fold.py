@@ -6,8 +6,8 @@ A pass over the graph that torch.compile hands to Inductor. It changes
     y = packed_linear(silu(gate) * up)     to    y = packed_linear(gate, up=up)
     z = residual + packed_linear(x)        to    z = packed_linear(x, residual=..)
 
-where kernels take that (lqer/kernels/surroundings.py) and nothing else needs x, y. It looks at arithmetic and at no
-module, so no architecture is named; what has another form stays as it is.
+where kernels take that (lqer/kernels/surroundings.py) and nothing else needs what they take in. It looks at arithmetic
+and at no module, so no architecture is named; what has another form stays as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from lqer.kernels import launch
 from lqer.kernels.launch import adds_residual, makes_inputs
 from lqer.kernels.linear import OPERATOR
 from lqer.kernels.spec import decode_spec
@@ -38,8 +39,8 @@ class FoldSurroundings(str, CustomGraphPass):
             fold_residual(linear)
 
     def uuid(self) -> Any:
-        """Of this file: what Inductor has compiled with another version of it is not used."""
-        return get_hash_for_files((__file__,))
+        """Of what decides: graphs that Inductor has compiled with another version of it are not used."""
+        return get_hash_for_files((__file__, launch.__file__))
 
 
 FOLD_SURROUNDINGS = FoldSurroundings("fold_surroundings")
@@ -58,7 +59,7 @@ class Norm:
 def fold_input(linear: Node) -> None:
     """Let a linear, and all others that read the same normed or gated tensor, make it themselves."""
     x: Any = linear.args[0]
-    if not all(user.target == OPERATOR and _takes(makes_inputs, user) for user in x.users):
+    if not all(_only_multiplies(user, x) and _takes(makes_inputs, user) for user in x.users):
         return
     if norm := norm_of(x):
         changed = {"x": norm.h, "norm": norm.weight, "norm_eps": norm.eps, "norm_offset": norm.offset}
@@ -118,12 +119,9 @@ def _normed(node: Any) -> tuple[Node, float] | None:
         mean, eps = _operands(total, aten.add.Tensor, aten.add.Scalar) or (None, None)
         squares, *over = _operands(mean, aten.mean.dim) or (None,)
         h, *dtype = _operands(h32, cast) or (None,)
-        squared = _operands(squares, aten.pow.Tensor_Scalar) == (h32, 2) and over in (
-            [[-1], True],
-            [[_value(h32).ndim - 1], True],
-        )
+        squared = _operands(squares, aten.pow.Tensor_Scalar) == (h32, 2)
         if squared and isinstance(eps, float) and isinstance(h, Node) and dtype == [torch.float32]:
-            return h, eps
+            return (h, eps) if over in ([[-1], True], [[_value(h).ndim - 1], True]) else None
     return None
 
 
@@ -161,8 +159,21 @@ def _alike(one: Node, other: Node) -> bool:
     return _value(one).shape == _value(other).shape and _value(one).dtype == _value(other).dtype
 
 
+def _given(linear: Node) -> dict[str, Any]:
+    """All arguments of a linear by name."""
+    defaults = {argument.name: argument.default_value for argument in OPERATOR._schema.arguments}
+    return defaults | dict(zip(ARGUMENTS, linear.args, strict=False))
+
+
+def _only_multiplies(node: Node, x: Node) -> bool:
+    """Whether a node is a linear that multiplies x as it is, and does nothing else with it."""
+    if node.target != OPERATOR or node.args[0] is not x or node.args.count(x) > 1:
+        return False
+    return _given(node)["norm"] is None and _given(node)["up"] is None
+
+
 def _takes(what: Any, linear: Node) -> bool:
-    given: dict[str, Any] = dict(zip(ARGUMENTS, linear.args, strict=False))
+    given = _given(linear)
     tokens = _value(linear).numel() // _value(linear).shape[-1]
     if not isinstance(tokens, int):
         return False
@@ -171,8 +182,7 @@ def _takes(what: Any, linear: Node) -> bool:
 
 def _set(linear: Node, **changed: Any) -> None:
     """Change arguments of a linear."""
-    defaults = {argument.name: argument.default_value for argument in OPERATOR._schema.arguments}
-    given = defaults | dict(zip(ARGUMENTS, linear.args, strict=False)) | changed
+    given = _given(linear) | changed
     linear.args = tuple(given[name] for name in ARGUMENTS)
     # Inductor gives an operator tensors of these strides.
     linear.meta["eager_input_vals"] = map_arg(linear.args, _value), {}

@@ -120,6 +120,19 @@ def test_a_norm_that_something_else_reads_stays():
     assert given.get("norm") is None
 
 
+def test_a_norm_of_a_norm_and_one_that_is_a_residual_too_are_not_mistaken():
+    """Two linears that read a normed tensor which one of them adds, and one behind two norms."""
+    outer, inner, one, other = norm(), norm("Gemma"), linear(), linear(seed=2)
+    first, second = folded(lambda h: ((x := inner(h)) + one(x)) * other(x), tokens())
+    assert first["residual"] == first["x"] == second["x"]
+    assert first["norm"] is second.get("norm") is None
+    first, second = folded(lambda h: one(x := outer(inner(h))) * other(x), tokens())
+    assert first["x"] == second["x"]
+    assert first["norm_offset"] == second["norm_offset"] == 0.0
+    first, second = folded(lambda h: one(outer(x := inner(h))) * other(x), tokens())
+    assert (first["norm_offset"], second.get("norm")) == (0.0, None)
+
+
 def test_an_output_that_something_else_reads_is_not_added_to():
     one = linear()
     (given,) = folded(lambda h: (y := one(h)) * (h + y), tokens())
