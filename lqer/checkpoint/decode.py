@@ -12,6 +12,9 @@ from lqer.checkpoint.one_token import attend_by_kernel
 
 # Inductor's kernels, like ours, start while the kernel before them ends (capability 9.0).
 EARLY_STARTS = "triton.enable_pdl"
+# Bytes that two kernels must both read to become one. They are small here, and a launch costs more than what they read:
+# keys and values are written by one, which share the number of a token.
+SHARED_BYTES = "score_fusion_memory_threshold"
 
 
 def inductor_options(fold: bool = True) -> dict[str, Any]:
@@ -21,7 +24,7 @@ def inductor_options(fold: bool = True) -> dict[str, Any]:
     """
     from lqer.checkpoint.fold import FOLD_SURROUNDINGS
 
-    wanted = {EARLY_STARTS: True} | ({"post_grad_custom_pre_pass": FOLD_SURROUNDINGS} if fold else {})
+    wanted = {EARLY_STARTS: True, SHARED_BYTES: 1} | ({"post_grad_custom_pre_pass": FOLD_SURROUNDINGS} if fold else {})
     return {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
 
 
