@@ -17,25 +17,25 @@ EARLY_STARTS = "triton.enable_pdl"
 SHARED_BYTES = "score_fusion_memory_threshold"
 
 
-def inductor_options(fold: bool = True) -> dict[str, Any]:
+def inductor_options(fuse: bool = True) -> dict[str, Any]:
     """Options of Inductor for a model with packed linears; none that this version of torch does not have.
 
-    fold: norms, gates and additions are folded into their launches (lqer/checkpoint/fold.py).
+    fuse: norms, gates and additions are fused into their launches (lqer/checkpoint/fuse.py).
     """
-    from lqer.checkpoint.fold import FOLD_SURROUNDINGS
+    from lqer.checkpoint.fuse import FUSE_INTO_LINEARS
 
-    wanted = {EARLY_STARTS: True, SHARED_BYTES: 1} | ({"post_grad_custom_pre_pass": FOLD_SURROUNDINGS} if fold else {})
+    wanted = {EARLY_STARTS: True, SHARED_BYTES: 1} | ({"post_grad_custom_pre_pass": FUSE_INTO_LINEARS} if fuse else {})
     return {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
 
 
-def folds_right(model: PreTrainedModel) -> bool:
-    """Whether kernels that fold agree with torch for each kind of packed linear of a model; warns where they do not."""
-    from lqer.kernels import TritonLinear, compare_surrounded_once
+def fuses_right(model: PreTrainedModel) -> bool:
+    """Whether kernels that fuse agree with torch for each kind of packed linear of a model; warns where they do not."""
+    from lqer.kernels import TritonLinear, compare_fused_once
 
     try:
         for module in model.modules():
             if isinstance(module, TritonLinear):
-                compare_surrounded_once(module.packed)
+                compare_fused_once(module.packed)
     except ArithmeticError as error:
         warnings.warn(f"norms, gates and additions have launches of their own: {error}", stacklevel=3)
         return False
@@ -48,9 +48,9 @@ def compile_decode(model: PreTrainedModel, max_cache_len: int | None = None) -> 
     transformers compiles the forward call of one token once for each batch size and length of the cache, when
     `generate` first needs it, and runs prompts as they are. On a GPU, attention that would run as "sdpa" gets a kernel
     for one token (lqer/checkpoint/one_token.py), and norms, gates and additions go into the launches of packed linears
-    where these take them. Tokens are those that the model generates without all that, but where
-    two logits differ by less than the dtype's rounding. Cache and compilation are settings of
-    `model.generation_config`, which arguments of `generate` override.
+    where these take them. Tokens are those that the model generates without all that, but where two logits differ by
+    less than the dtype's rounding. Cache and compilation are settings of `model.generation_config`, which arguments of
+    `generate` override.
 
     max_cache_len: tokens that the cache holds at least, so that later calls with longer texts, up to that length,
     neither allocate nor compile again. By default the length of the text that is asked for.
@@ -62,7 +62,7 @@ def compile_decode(model: PreTrainedModel, max_cache_len: int | None = None) -> 
     settings.max_cache_len = max_cache_len
     if model.device.type == "cuda":
         attend_by_kernel(model)
-        options = torch._inductor.list_mode_options("reduce-overhead") | inductor_options(folds_right(model))
+        options = torch._inductor.list_mode_options("reduce-overhead") | inductor_options(fuses_right(model))
         # Options exclude a mode, which transformers declares as a string.
         settings.compile_config = CompileConfig(mode=None, options=options, dynamic=False)  # type: ignore[arg-type]
     return model

@@ -7,7 +7,7 @@ runtime             interpreter or GPU, programmatic dependent launch
 layout, groups, codebook, lattice, trellis     packed weights: integer codes, integers in groups with float scales,
                     learned codebooks, E8P lattice codes, trellis codes; tiles is what the last two have in common
 packed, spec, linear, module        a packed linear, what its kernels are compiled for, its operator, its module;
-                    reference is the same in torch, and first_use compares them; surroundings is what a block computes
+                    reference is the same in torch, and first_use compares them; fusion is what a block computes
                     before and after a linear
 joint, siblings     linears of one input side by side, and their modules
 experts_packed, experts_module     the same of all experts of a layer, stacked; experts_reference in torch
@@ -32,7 +32,7 @@ BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R of them at once. The suffix _C marks a consta
 
 from lqer.kernels.experts_module import GroupedExperts
 from lqer.kernels.experts_packed import PackedExperts
-from lqer.kernels.first_use import calls_of, compare_experts_once, compare_once, compare_surrounded_once
+from lqer.kernels.first_use import calls_of, compare_experts_once, compare_fused_once, compare_once
 from lqer.kernels.layout import PackedWeight, pack_weight, unpack_codes
 from lqer.kernels.linear import packed_linear
 from lqer.kernels.module import TritonLinear
@@ -49,8 +49,8 @@ __all__ = [
     "calls_of",
     "check_weight",
     "compare_experts_once",
+    "compare_fused_once",
     "compare_once",
-    "compare_surrounded_once",
     "pack_weight",
     "packed_linear",
     "unpack_codes",

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lqer.kernels.experts_module import GroupedExperts
 from lqer.kernels.experts_reference import ACTIVATIONS, reference_down, reference_up
+from lqer.kernels.fusion import Fused, Norm
 from lqer.kernels.launch import makes_inputs, run_layer
 from lqer.kernels.linear import packed_linear
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.reference import reference_linear
-from lqer.kernels.surroundings import Norm, Surroundings
 
 # One token, a whole tile of a tensor core, and what is dequantized first.
 TOKENS = (1, 16, 256)
@@ -72,15 +72,15 @@ def compare(packed: PackedLinear, counts: Sequence[int]) -> None:
         _check(found_MO, expected_MO, f"{packed.spec.layout} with {tokens} tokens")
 
 
-def compare_surrounded_once(packed: PackedLinear) -> None:
-    """The same, for one token, of a linear whose launches make its inputs and add a residual (surroundings.py)."""
-    kind, rotated = ("surrounded", _kind(packed)), packed.input_signs_I is not None
+def compare_fused_once(packed: PackedLinear) -> None:
+    """The same, for one token, of a linear whose launches make its inputs and add a residual (fusion.py)."""
+    kind, rotated = ("fused", _kind(packed)), packed.input_signs_I is not None
     if packed.workspace.is_cuda and makes_inputs(packed.spec, rotated, 1) and kind not in _compared:
-        compare_surrounded(packed)
+        compare_fused(packed)
         _compared.add(kind)
 
 
-def compare_surrounded(packed: PackedLinear) -> None:
+def compare_fused(packed: PackedLinear) -> None:
     """Raise ArithmeticError if kernels and torch disagree on a token that is normed, or gated, before a linear."""
     generator, layout = torch.Generator().manual_seed(0), packed.spec.layout
 
@@ -89,13 +89,13 @@ def compare_surrounded(packed: PackedLinear) -> None:
 
     h_1I, up_1I, residual_1O = random(layout.columns), random(layout.columns), random(layout.rows)
     norm = Norm(random(layout.columns)[0], 1e-5, 1.0)
-    for name, around in (
-        ("a norm", Surroundings(norm, residual_1O)),
-        ("a gate", Surroundings(None, residual_1O, up_1I)),
+    for name, fused in (
+        ("a norm", Fused(norm, residual_1O)),
+        ("a gate", Fused(None, residual_1O, up_1I)),
     ):
-        expected_1O = around.after(reference_linear(around.before(h_1I), packed)).float()
+        expected_1O = fused.after(reference_linear(fused.before(h_1I), packed)).float()
         if expected_1O.isfinite().all():
-            _check(run_layer(h_1I, packed, around), expected_1O, f"{layout} behind {name}")
+            _check(run_layer(h_1I, packed, fused), expected_1O, f"{layout} behind {name}")
 
 
 def _check(found: Tensor, expected: Tensor, what: str) -> None:

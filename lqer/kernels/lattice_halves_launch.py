@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lqer.kernels.fusion import UNFUSED, Fused
 from lqer.kernels.halves import TOKENS_AT_ONCE
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout, PackedLattice
@@ -21,7 +22,6 @@ from lqer.kernels.layout import ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations_launch import Tokens, rotate_inputs, rotate_outputs
 from lqer.kernels.runtime import launch_options, multiprocessors
-from lqer.kernels.surroundings import NOTHING, Surroundings
 
 RANKS_AT_ONCE = 16  # as many as a tensor core multiplies
 # Of a program: outputs of more would not fit into 48 KB of shared memory beside the table.
@@ -76,7 +76,7 @@ def run_lattice_halves(
     pdl: bool,
     launch: LatticeHalvesLaunch | None = None,
     out_dtype: torch.dtype | None = None,
-    around: Surroundings = NOTHING,
+    fused: Fused = UNFUSED,
 ) -> Tensor:
     """Up to 32 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
     m, layout = len(x_MI), packed.spec.layout
@@ -84,12 +84,12 @@ def run_lattice_halves(
     assert m <= AT_ONCE
     launch = launch or lattice_halves_launch(layout, m, multiprocessors(x_MI.device))
     # The last block may have fewer tokens than a tensor core multiplies: products of none are not stored.
-    tokens = rotate_inputs(x_MI, packed, "halves", pdl, block_of(m), around)
+    tokens = rotate_inputs(x_MI, packed, "halves", pdl, block_of(m), fused)
     dtype = out_dtype or x_MI.dtype
     if packed.input_signs_I is None:
         return _product(tokens, packed, packed.bias_O, dtype, pdl, launch)
     y_SMO = _product(tokens, packed, None, torch.float32, pdl, launch).unsqueeze(0)
-    return rotate_outputs(y_SMO, packed, dtype, pdl, around.residual_MO)
+    return rotate_outputs(y_SMO, packed, dtype, pdl, fused.residual_MO)
 
 
 def block_of(tokens: int) -> int:

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lqer.kernels.fusion import UNFUSED, Fused
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.lattice import LatticeLayout, PackedLattice
 from lqer.kernels.lattice_decode import TOKENS_AT_ONCE
@@ -20,7 +21,6 @@ from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations_launch import Tokens, ranks_of_a_split, run_rotated_product
 from lqer.kernels.runtime import launch_options
-from lqer.kernels.surroundings import NOTHING, Surroundings
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def run_lattice(
     pdl: bool,
     launch: LatticeLaunch | None = None,
     out_dtype: torch.dtype | None = None,
-    around: Surroundings = NOTHING,
+    fused: Fused = UNFUSED,
 ) -> Tensor:
     """Up to four tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
     launch = launch or (LAUNCH if len(x_MI) <= FEW_TOKENS else LAUNCH_MORE)
@@ -50,7 +50,7 @@ def run_lattice(
     def product(tokens: Tokens, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _product(tokens, packed, bias_O, dtype, pdl, launch)
 
-    return run_rotated_product(x_MI, packed, "integers", product, out_dtype or x_MI.dtype, pdl, around)
+    return run_rotated_product(x_MI, packed, "integers", product, out_dtype or x_MI.dtype, pdl, fused)
 
 
 def _product(

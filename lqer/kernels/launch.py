@@ -14,6 +14,7 @@ from lqer.kernels import runtime
 from lqer.kernels.codebook import CodebookLayout
 from lqer.kernels.codebook_launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
+from lqer.kernels.fusion import UNFUSED, Fused
 from lqer.kernels.gluon_launch import fits_gluon
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.groups_wide import BITS as WIDE_BITS
@@ -38,7 +39,6 @@ from lqer.kernels.resident_launch import run_resident
 from lqer.kernels.rotations_launch import kernels_rotate, prepare_rotations, run_between_rotations
 from lqer.kernels.spec import Spec
 from lqer.kernels.stream_launch import run_stream
-from lqer.kernels.surroundings import NOTHING, Surroundings
 from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.tiles import TiledLayout
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout
@@ -95,52 +95,52 @@ def adds_residual(spec: Spec, rotated: bool, tokens: int) -> bool:
     return few_integers or makes_inputs(spec, rotated, tokens)
 
 
-def run_layer(x_MI: Tensor, packed: PackedLinear, around: Surroundings = NOTHING) -> Tensor:
+def run_layer(x_MI: Tensor, packed: PackedLinear, fused: Fused = UNFUSED) -> Tensor:
     """y [M, O] of x [M, I], both in packed.dtype, by the kernels that the table names."""
     layout = packed.spec.layout
     if isinstance(layout, LatticeLayout):
         few = len(x_MI) < HALVES_FROM
-        return run_rotated_layer(x_MI, packed, run_lattice if few else run_lattice_halves, LATTICE_AT_ONCE, around)
+        return run_rotated_layer(x_MI, packed, run_lattice if few else run_lattice_halves, LATTICE_AT_ONCE, fused)
     if isinstance(layout, TrellisLayout):
         if not layout.sums_bytes:
-            return run_rotated_layer(x_MI, packed, run_trellis, LOOKED_UP_AT_ONCE, around)
-        return run_rotated_layer(x_MI, packed, run_resident, ROTATED_TOKENS, around)
-    x_MI = around.before(x_MI)
+            return run_rotated_layer(x_MI, packed, run_trellis, LOOKED_UP_AT_ONCE, fused)
+        return run_rotated_layer(x_MI, packed, run_resident, ROTATED_TOKENS, fused)
+    x_MI = fused.before(x_MI)
     if isinstance(layout, CodebookLayout):
         few = len(x_MI) <= CODEBOOK_TOKENS
-        return around.after(run_codebook(x_MI, packed) if few else run_dequantized(x_MI, packed))
-    return _run_integers(x_MI, packed, layout, around)
+        return fused.after(run_codebook(x_MI, packed) if few else run_dequantized(x_MI, packed))
+    return _run_integers(x_MI, packed, layout, fused)
 
 
-def _run_integers(x_MI: Tensor, packed: PackedLinear, layout: Layout | GroupLayout, around: Surroundings) -> Tensor:
+def _run_integers(x_MI: Tensor, packed: PackedLinear, layout: Layout | GroupLayout, fused: Fused) -> Tensor:
     """Outputs with the residual, of inputs that are normed."""
     if STREAM_FROM <= len(x_MI) <= TALL_TOKENS and fits_gluon(packed, x_MI):
         m, processors = len(x_MI), runtime.multiprocessors(x_MI.device)
         if m <= STREAM_TOKENS:
-            return around.after(run_stream(x_MI, packed, stream_launch(layout, m, processors)))
-        return around.after(run_tall(x_MI, packed, tall_launch(layout, m, processors)))
+            return fused.after(run_stream(x_MI, packed, stream_launch(layout, m, processors)))
+        return fused.after(run_tall(x_MI, packed, tall_launch(layout, m, processors)))
     if isinstance(layout, GroupLayout):
-        return _run_integer_groups(x_MI, packed, layout, around)
+        return _run_integer_groups(x_MI, packed, layout, fused)
     if len(x_MI) == 1 and fits_gemv(packed):
         gemv = gemv_launch(layout.rows, layout.columns)
-        return run_gemv(x_MI, packed, gemv, residual_1O=around.residual_MO)
+        return run_gemv(x_MI, packed, gemv, residual_1O=fused.residual_MO)
     bucket = bucket_of(len(x_MI))
     launch = bucket and gemm_launch(layout.width, layout.rows, layout.columns, bucket)
     if launch and fits_gemm(packed, len(x_MI), launch):
-        return run_gemm(x_MI, packed, launch, residual_MO=around.residual_MO)
-    return around.after(run_dequantized(x_MI, packed))
+        return run_gemm(x_MI, packed, launch, residual_MO=fused.residual_MO)
+    return fused.after(run_dequantized(x_MI, packed))
 
 
-def _run_integer_groups(x_MI: Tensor, packed: PackedLinear, layout: GroupLayout, around: Surroundings) -> Tensor:
+def _run_integer_groups(x_MI: Tensor, packed: PackedLinear, layout: GroupLayout, fused: Fused) -> Tensor:
     m, processors = len(x_MI), runtime.multiprocessors(x_MI.device)
     if layout.bits == WIDE_BITS and WIDE_FROM <= m <= WIDE_TOKENS:
         wide = wide_launch(layout, m, processors)
         if fits_gemm(packed, m, wide):
-            return run_wide(x_MI, packed, wide, residual_MO=around.residual_MO)
+            return run_wide(x_MI, packed, wide, residual_MO=fused.residual_MO)
     grouped = group_launch(layout, m, processors, rows_together(packed))
     if m <= GROUP_TOKENS and fits_gemm(packed, m, grouped):
-        return run_groups(x_MI, packed, grouped, residual_MO=around.residual_MO)
-    return around.after(run_dequantized(x_MI, packed))
+        return run_groups(x_MI, packed, grouped, residual_MO=fused.residual_MO)
+    return fused.after(run_dequantized(x_MI, packed))
 
 
 def run_rotated_layer(
@@ -148,26 +148,26 @@ def run_rotated_layer(
     packed: PackedLinear,
     run_codes: Callable[..., Tensor],
     at_once: int,
-    around: Surroundings = NOTHING,
+    fused: Fused = UNFUSED,
 ) -> Tensor:
     """A layer that may have rotations: few tokens on the codes; many, and rounded ones, on the decoded weight.
 
-    run_codes(x, packed, pdl, around=..): up to `at_once` tokens.
+    run_codes(x, packed, pdl, fused=..): up to `at_once` tokens.
     """
 
-    def run(x: Tensor, packed: PackedLinear, around: Surroundings = NOTHING) -> Tensor:
-        pdl, split = runtime.supports_pdl(x), zip(dense_rows(x).split(at_once), around.split(len(x), at_once))
-        parts = [run_codes(part, packed, pdl, around=own) for part, own in split]
+    def run(x: Tensor, packed: PackedLinear, fused: Fused = UNFUSED) -> Tensor:
+        pdl, split = runtime.supports_pdl(x), zip(dense_rows(x).split(at_once), fused.split(len(x), at_once))
+        parts = [run_codes(part, packed, pdl, fused=own) for part, own in split]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     rotated, m = packed.input_signs_I is not None, len(x_MI)
     if makes_inputs(packed.spec, rotated, m):
-        return run(x_MI, packed, around)
-    x_MI = around.before(x_MI)
+        return run(x_MI, packed, fused)
+    x_MI = fused.before(x_MI)
     if m > ROTATED_TOKENS or packed.spec.rounding.bits:
         y_MO = run_between_rotations(x_MI, packed, run_dequantized)
     elif rotated:
         y_MO = run_between_rotations(x_MI, packed, run)
     else:
         y_MO = run(x_MI, packed)
-    return around.after(y_MO)
+    return fused.after(y_MO)

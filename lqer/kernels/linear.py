@@ -16,13 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lqer.kernels.fusion import Fused, Norm
 from lqer.kernels.input_launch import dense_rows
 from lqer.kernels.launch import run_layer
 from lqer.kernels.packed import PackedLinear, weight_of
 from lqer.kernels.reference import reference_linear
 from lqer.kernels.runtime import INTERPRETED
 from lqer.kernels.spec import decode_spec
-from lqer.kernels.surroundings import Norm, Surroundings
 
 
 def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
@@ -90,16 +90,16 @@ def _packed_linear(
         b_codes, b_exponents, workspace, input_signs, output_signs,
     )  # fmt: skip
     rows, columns = decoded.layout.rows, x.shape[-1]
-    around = Surroundings(
+    fused = Fused(
         None if norm is None else Norm(norm, norm_eps, norm_offset),
         None if residual is None else residual.reshape(-1, rows).contiguous(),
         None if up is None else dense_rows(up.reshape(-1, columns)),
     )
     x_MI = x.reshape(-1, columns)
     if x.is_cuda or INTERPRETED:
-        y_MO = run_layer(x_MI, packed, around)
+        y_MO = run_layer(x_MI, packed, fused)
     else:
-        y_MO = around.after(reference_linear(around.before(x_MI), packed))
+        y_MO = fused.after(reference_linear(fused.before(x_MI), packed))
     return y_MO.reshape(*x.shape[:-1], rows)
 
 

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.byte_sums import TOKENS_AT_ONCE as INTEGERS_AT_ONCE
+from lqer.kernels.fusion import UNFUSED, Fused
 from lqer.kernels.halves import TOKENS_AT_ONCE
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.layout import ROWS
@@ -20,7 +21,6 @@ from lqer.kernels.packed import PackedLinear
 from lqer.kernels.resident_gemm import resident_product_kernel
 from lqer.kernels.rotations_launch import Kind, Tokens, rotate_inputs, rotate_outputs
 from lqer.kernels.runtime import launch_options, multiprocessors
-from lqer.kernels.surroundings import NOTHING, Surroundings
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout
 
 # A program has a multiprocessor's registers for itself: 128 for each thread of these.
@@ -72,7 +72,7 @@ def run_resident(
     pdl: bool,
     launch: ResidentLaunch | None = None,
     out_dtype: torch.dtype | None = None,
-    around: Surroundings = NOTHING,
+    fused: Fused = UNFUSED,
 ) -> Tensor:
     """Up to 64 tokens by three kernels, or two and what adds their sums without rotations.
 
@@ -82,12 +82,12 @@ def run_resident(
     assert isinstance(layout, TrellisLayout)
     launch = launch or resident_launch(layout, m, multiprocessors(x_MI.device))
     kind: Kind = "bytes" if m <= INTEGERS_AT_ONCE else "halves"
-    tokens = rotate_inputs(x_MI, packed, kind, pdl, -(-m // block_of(m)) * block_of(m), around)
+    tokens = rotate_inputs(x_MI, packed, kind, pdl, -(-m // block_of(m)) * block_of(m), fused)
     y_SMO = _product(tokens, packed, m, pdl, launch)
     if packed.input_signs_I is None:
         y_MO = y_SMO.sum(0)
         return (y_MO if packed.bias_O is None else y_MO + packed.bias_O).to(dtype)
-    return rotate_outputs(y_SMO, packed, dtype, pdl, around.residual_MO)
+    return rotate_outputs(y_SMO, packed, dtype, pdl, fused.residual_MO)
 
 
 def _product(tokens: Tokens, packed: PackedLinear, m: int, pdl: bool, launch: ResidentLaunch) -> Tensor:

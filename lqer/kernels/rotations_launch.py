@@ -15,12 +15,12 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lqer.kernels.fusion import UNFUSED, Fused
 from lqer.kernels.lattice import LatticeLayout
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations import rotate_input_kernel, rotate_output_kernel
 from lqer.kernels.runtime import INTERPRETED, launch_options, multiprocessors
 from lqer.kernels.spec import Spec
-from lqer.kernels.surroundings import NOTHING, Surroundings
 from lqer.kernels.tiles import TILE_K, TiledLayout
 from lqer.transforms.hadamard import FLOAT16_HEADROOM, run_rotated
 from lqer.transforms.hadamard_factors import small_order, two_factors
@@ -215,23 +215,23 @@ def empty_tokens(x_MI: Tensor, kind: Kind, columns: int, padded: int) -> tuple[T
 
 
 def rotate_inputs(
-    x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, padded: int = 0, around: Surroundings = NOTHING
+    x_MI: Tensor, packed: PackedLinear, kind: Kind, pdl: bool, padded: int = 0, fused: Fused = UNFUSED
 ) -> Tokens:
     """x' = H (signs ⊙ x), or x if the layer has no rotation, and partial sums of x' A. padded: see `empty_tokens`.
 
-    around: what makes x of the given tensor, of a layer that has a rotation.
+    fused: what makes x of the given tensor, of a layer that has a rotation.
     """
     (m, k), rank, layout = x_MI.shape, packed.spec.rank, packed.spec.layout
     assert isinstance(layout, TiledLayout)
     values = values_of_program(k, m, rank, x_MI.device)
     room, signs_I = headroom(x_MI.dtype), packed.input_signs_I
     if signs_I is None:
-        assert around.norm is None
-        assert around.up_MI is None
+        assert fused.norm is None
+        assert fused.up_MI is None
         rows, program = None, Program(TILE_K, min(values // TILE_K, triton.next_power_of_2(layout.tiles)), 0, False)
     else:
         rows, program = input_rotation(layout.compiled, values, x_MI.device)
-    norm, up_MI = around.norm, around.up_MI
+    norm, up_MI = fused.norm, fused.up_MI
     weight_I, offset, eps = (norm.weight_I, norm.offset, norm.eps) if norm else (None, 0.0, 0.0)
     # Lanes load four values at once.
     read = [x_MI] if up_MI is None else [x_MI, up_MI]
@@ -278,17 +278,17 @@ def run_rotated_product(
     product: Product,
     dtype: torch.dtype,
     pdl: bool,
-    around: Surroundings = NOTHING,
+    fused: Fused = UNFUSED,
 ) -> Tensor:
     """y [M, O] in `dtype` by three kernels, or two without rotations.
 
     product(tokens, bias_O, dtype): W x' + B A x' + bias.
     """
-    tokens = rotate_inputs(x_MI, packed, kind, pdl, around=around)
+    tokens = rotate_inputs(x_MI, packed, kind, pdl, fused=fused)
     if packed.input_signs_I is None:
         return product(tokens, packed.bias_O, dtype)
     y_SMO = product(tokens, None, torch.float32).unsqueeze(0)
-    return rotate_outputs(y_SMO, packed, dtype, pdl, around.residual_MO)
+    return rotate_outputs(y_SMO, packed, dtype, pdl, fused.residual_MO)
 
 
 def ranks_of_a_split(rank: int, splits: int) -> int:

@@ -14,12 +14,12 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.byte_sums_dequantize import byte_sums_dequantize_kernel
+from lqer.kernels.fusion import UNFUSED, Fused
 from lqer.kernels.joint import segment_numbers
 from lqer.kernels.layout import ROW_PADDING, ROWS
 from lqer.kernels.packed import PackedLinear
 from lqer.kernels.rotations_launch import Tokens, ranks_of_a_split, run_rotated_product
 from lqer.kernels.runtime import launch_options, multiprocessors
-from lqer.kernels.surroundings import NOTHING, Surroundings
 from lqer.kernels.tiles import SPANS
 from lqer.kernels.trellis import PackedTrellis, TrellisLayout, lookup_table
 from lqer.kernels.trellis_decode import TOKENS_AT_ONCE
@@ -57,7 +57,7 @@ def run_trellis(
     pdl: bool,
     launch: TrellisLaunch | None = None,
     out_dtype: torch.dtype | None = None,
-    around: Surroundings = NOTHING,
+    fused: Fused = UNFUSED,
 ) -> Tensor:
     """Up to 16 tokens by three kernels, or two without rotations; y [M, O] in `out_dtype`, by default that of x."""
     layout = packed.spec.layout
@@ -67,7 +67,7 @@ def run_trellis(
     def product(tokens: Tokens, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _product(tokens, packed, bias_O, dtype, pdl, launch)
 
-    return run_rotated_product(x_MI, packed, "tiles", product, out_dtype or x_MI.dtype, pdl, around)
+    return run_rotated_product(x_MI, packed, "tiles", product, out_dtype or x_MI.dtype, pdl, fused)
 
 
 def _product(

@@ -7,8 +7,8 @@ import torch
 from kernel_layers import DTYPE, ON_GPU, build_layer
 
 import lqer
-from lqer.checkpoint.decode import folds_right, inductor_options
-from lqer.checkpoint.fold import FOLD_SURROUNDINGS
+from lqer.checkpoint.decode import fuses_right, inductor_options
+from lqer.checkpoint.fuse import FUSE_INTO_LINEARS
 from lqer.formats import Int, MXInt
 from lqer.kernels import TritonLinear
 from lqer.kernels.siblings import SiblingLinear
@@ -65,17 +65,17 @@ def test_linears_of_one_input_run_as_one_in_a_loaded_model(
     assert (found - expected).norm() < 1.5 * (emulated - expected).norm()
 
 
-def test_kernels_that_fold_wrongly_leave_norms_to_the_compiler(monkeypatch):
+def test_kernels_that_fuse_wrongly_leave_norms_to_the_compiler(monkeypatch):
     def differ(_) -> None:
         raise ArithmeticError("kernels of this linear differ")
 
     layer = TritonLinear(build_layer(MXInt(4), 32, 128).packed)
-    assert folds_right(layer)
-    monkeypatch.setattr("lqer.kernels.compare_surrounded_once", differ)
+    assert fuses_right(layer)
+    monkeypatch.setattr("lqer.kernels.compare_fused_once", differ)
     with pytest.warns(UserWarning, match=r"launches of their own: kernels of this linear differ"):
-        assert not folds_right(layer)
-    assert FOLD_SURROUNDINGS in inductor_options().values()
-    assert FOLD_SURROUNDINGS not in inductor_options(fold=False).values()
+        assert not fuses_right(layer)
+    assert FUSE_INTO_LINEARS in inductor_options().values()
+    assert FUSE_INTO_LINEARS not in inductor_options(fuse=False).values()
 
 
 @pytest.mark.skipif(not ON_GPU, reason="compiles CUDA graphs")

@@ -33,13 +33,13 @@ from lqer.kernels.decode_attention import decode_attention
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
 from lqer.kernels.experts_launch import run_down, run_up
 from lqer.kernels.experts_packed import PackedExperts
+from lqer.kernels.fusion import Fused, Norm
 from lqer.kernels.groups import GroupLayout
 from lqer.kernels.halves import TOKENS_AT_ONCE as HALVES_AT_ONCE
 from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups, run_wide
 from lqer.kernels.joint import join
 from lqer.kernels.launch import run_layer
 from lqer.kernels.stream_launch import run_stream
-from lqer.kernels.surroundings import Norm, Surroundings
 from lqer.kernels.tall_launch import run_tall
 from lqer.kernels.trellis import TrellisLayout
 from lqer.kernels.tuning import WIDE_AT_ONCE, GemmLaunch, GemvLaunch, stream_launch, tall_launch, wide_launch
@@ -287,8 +287,8 @@ def main() -> None:
         norm = Norm(torch.ones(2048, dtype=dtype), 1e-5, 0.0)
         for m in (1, 8, 16, 65):
             run_layer(random_input(m, 2048, dtype), packed)
-            run_layer(random_input(m, 2048, dtype), packed, Surroundings(norm, random_input(m, 64, dtype)))
-            run_layer(random_input(m, 2048, dtype), packed, Surroundings(up_MI=random_input(m, 2048, dtype)))
+            run_layer(random_input(m, 2048, dtype), packed, Fused(norm, random_input(m, 64, dtype)))
+            run_layer(random_input(m, 2048, dtype), packed, Fused(up_MI=random_input(m, 2048, dtype)))
             run_layer(random_input(m, 2048, dtype), lattice.packed)
     for n, k, rank, m in ((64, 256, 16, 3), (128, 1024, 256, 1), (128, 1024, 256, 4), (128, 1024, 256, 16)):
         run_layer(random_input(m, k, bf16), build_layer(E8P(2), n, k, rank=rank, dtype=bf16).packed)
@@ -302,8 +302,8 @@ def main() -> None:
         packed = PackedLinear.pack(weight, other.a, other.b, None, None, bf16, random_hadamard(256, 2048, 0))
         run_layer(random_input(m, 2048, bf16), packed)
         norm = Norm(torch.ones(2048, dtype=bf16), 1e-6, 1.0)
-        run_layer(random_input(m, 2048, bf16), packed, Surroundings(norm, random_input(m, 256, bf16)))
-        run_layer(random_input(m, 2048, bf16), packed, Surroundings(up_MI=random_input(m, 2048, bf16)))
+        run_layer(random_input(m, 2048, bf16), packed, Fused(norm, random_input(m, 256, bf16)))
+        run_layer(random_input(m, 2048, bf16), packed, Fused(up_MI=random_input(m, 2048, bf16)))
         if state_bits in (14, 16):
             run_layer(random_input(65, 2048, bf16), packed)
     compile_joint()

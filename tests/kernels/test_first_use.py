@@ -32,13 +32,13 @@ def test_wrong_numbers_are_refused_with_the_layout_and_the_error(factor, monkeyp
         first_use.compare(packed(), (1,))
 
 
-def test_what_surrounds_a_linear_is_compared_too(monkeypatch):
+def test_what_is_fused_into_a_linear_is_compared_too(monkeypatch):
     (layer,) = rotated_layers([random_lattice(64, 128)], 16)
-    first_use.compare_surrounded(layer)
+    first_use.compare_fused(layer)
     right = first_use.run_layer
-    monkeypatch.setattr(first_use, "run_layer", lambda x, layer, around: right(x, layer, around) - around.residual_MO)
+    monkeypatch.setattr(first_use, "run_layer", lambda x, layer, fused: right(x, layer, fused) - fused.residual_MO)
     with pytest.raises(ArithmeticError, match=r"kernels of LatticeLayout\(.* behind a norm differ from plain torch by"):
-        first_use.compare_surrounded(layer)
+        first_use.compare_fused(layer)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

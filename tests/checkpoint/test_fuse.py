@@ -18,7 +18,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lqer.checkpoint.decode import inductor_options
-from lqer.checkpoint.fold import ARGUMENTS, FOLD_SURROUNDINGS, FoldSurroundings
+from lqer.checkpoint.fuse import ARGUMENTS, FUSE_INTO_LINEARS, FuseIntoLinears
 from lqer.formats import Int, Trellis
 from lqer.kernels import PackedLinear, TritonLinear
 from lqer.kernels.linear import OPERATOR
@@ -43,12 +43,12 @@ def norm(kind: str = "Llama") -> nn.Module:
 
 
 @torch.no_grad()
-def folded(run, x: torch.Tensor) -> list[dict]:
-    """The arguments of the linears in the folded graph of `run`, whose outputs are compared with those of `run`."""
+def fused(run, x: torch.Tensor) -> list[dict]:
+    """The arguments of the linears in the fused graph of `run`, whose outputs are compared with those of `run`."""
     found: list[dict] = []
 
-    def fold(module: GraphModule, _: list[torch.Tensor]):
-        FOLD_SURROUNDINGS(module.graph)
+    def fuse(module: GraphModule, _: list[torch.Tensor]):
+        FUSE_INTO_LINEARS(module.graph)
         module.graph.lint()
         module.recompile()
         additions = len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor))
@@ -59,7 +59,7 @@ def folded(run, x: torch.Tensor) -> list[dict]:
         return make_boxed_func(module.forward)
 
     torch.compiler.reset()
-    backend = aot_autograd(fw_compiler=fold, decompositions=select_decomp_table())
+    backend = aot_autograd(fw_compiler=fuse, decompositions=select_decomp_table())
     outputs = torch.compile(run, backend=backend, fullgraph=True, dynamic=False)(x)
     assert relative_error(outputs, run(x).double()) < TOLERANCE
     return found
@@ -73,7 +73,7 @@ def tokens(m: int = 2) -> torch.Tensor:
 def test_a_norm_goes_into_all_linears_that_read_it(kind):
     before, one, other = norm(kind), linear(), linear(seed=2)
     h = tokens()
-    arguments = folded(lambda h: one(x := before(h)) + other(x), h)
+    arguments = fused(lambda h: one(x := before(h)) + other(x), h)
     assert len({given["x"] for given in arguments}) == 1
     assert [given["norm_eps"] for given in arguments] == pytest.approx([1e-3] * 2)
     assert [given["norm_offset"] for given in arguments] == [float(kind == "Gemma")] * 2
@@ -88,7 +88,7 @@ def test_the_residual_and_the_next_norm_of_a_block_are_folded():
         h = h + first(before(h))
         return h + second(after(h))
 
-    attention, mlp = folded(block, tokens())
+    attention, mlp = fused(block, tokens())
     assert attention["x"] == attention["residual"]
     assert mlp["x"] == mlp["residual"] == "packed_linear"
     assert mlp["additions"] == 0
@@ -99,10 +99,10 @@ def test_the_gate_of_an_mlp_is_folded(joined):
     gate, up, down = linear(), linear(seed=2), linear(seed=3)
     if joined:
         both = torch.cat([torch.eye(COLUMNS), -torch.eye(COLUMNS)]).to(DEVICE, DTYPE)
-        (given,) = folded(lambda h: down(silu((y := h @ both.T)[..., :COLUMNS]) * y[..., COLUMNS:]), 50 * tokens())
+        (given,) = fused(lambda h: down(silu((y := h @ both.T)[..., :COLUMNS]) * y[..., COLUMNS:]), 50 * tokens())
         assert given["x"] != given["up"]
         return
-    *_, given = folded(lambda h: down(silu(gate(h)) * up(h)), tokens())
+    *_, given = fused(lambda h: down(silu(gate(h)) * up(h)), tokens())
     assert {given["x"], given["up"]} == {"packed_linear", "packed_linear_1"}
     assert given["norm"] is None
 
@@ -110,32 +110,32 @@ def test_the_gate_of_an_mlp_is_folded(joined):
 def test_other_gates_stay():
     down = linear()
     for activate in (gelu, torch.sigmoid, lambda x: silu(2 * x) / 2):
-        (given,) = folded(lambda h, activate=activate: down(activate(h) * h), 50 * tokens())
+        (given,) = fused(lambda h, activate=activate: down(activate(h) * h), 50 * tokens())
         assert given.get("up") is None
 
 
 def test_a_norm_that_something_else_reads_stays():
     before, one = norm(), linear()
-    (given,) = folded(lambda h: one(x := before(h)) * x, tokens())
+    (given,) = fused(lambda h: one(x := before(h)) * x, tokens())
     assert given.get("norm") is None
 
 
 def test_a_norm_of_a_norm_and_one_that_is_a_residual_too_are_not_mistaken():
     """Two linears that read a normed tensor which one of them adds, and one behind two norms."""
     outer, inner, one, other = norm(), norm("Gemma"), linear(), linear(seed=2)
-    first, second = folded(lambda h: ((x := inner(h)) + one(x)) * other(x), tokens())
+    first, second = fused(lambda h: ((x := inner(h)) + one(x)) * other(x), tokens())
     assert first["residual"] == first["x"] == second["x"]
     assert first["norm"] is second.get("norm") is None
-    first, second = folded(lambda h: one(x := outer(inner(h))) * other(x), tokens())
+    first, second = fused(lambda h: one(x := outer(inner(h))) * other(x), tokens())
     assert first["x"] == second["x"]
     assert first["norm_offset"] == second["norm_offset"] == 0.0
-    first, second = folded(lambda h: one(outer(x := inner(h))) * other(x), tokens())
+    first, second = fused(lambda h: one(outer(x := inner(h))) * other(x), tokens())
     assert (first["norm_offset"], second.get("norm")) == (0.0, None)
 
 
 def test_an_output_that_something_else_reads_is_not_added_to():
     one = linear()
-    (given,) = folded(lambda h: (y := one(h)) * (h + y), tokens())
+    (given,) = fused(lambda h: (y := one(h)) * (h + y), tokens())
     assert given.get("residual") is None
 
 
@@ -155,14 +155,14 @@ def test_other_arithmetic_stays():
         (lambda h: (y := one(h)) + y, 2),
         (lambda h: one(before(h)) + h, 65),
     ):
-        (given,) = folded(run, tokens(m))
+        (given,) = fused(run, tokens(m))
         assert given.get("norm") is None
         assert given.get("residual") is None
 
 
 def test_integer_weights_take_residuals_but_no_norms():
     before, one = norm(), TritonLinear(build_layer(Int(4, 32), COLUMNS, COLUMNS).packed)
-    (given,) = folded(lambda h: h + one(before(h)), tokens())
+    (given,) = fused(lambda h: h + one(before(h)), tokens())
     assert given["norm"] is None
     assert given["residual"] is not None
 
@@ -172,7 +172,7 @@ def test_settings_that_hold_the_pass_are_copied_compared_and_printed():
     settings.compile_config = CompileConfig(mode=None, options=inductor_options())
     copied = copy.deepcopy(settings)
     assert copied.compile_config == settings.compile_config
-    assert FOLD_SURROUNDINGS in repr(settings)
-    (fold,) = (value for value in copied.compile_config.to_dict()["options"].values() if value == FOLD_SURROUNDINGS)
-    assert isinstance(fold, FoldSurroundings)
-    assert fold.uuid() == FOLD_SURROUNDINGS.uuid()
+    assert FUSE_INTO_LINEARS in repr(settings)
+    (fuse,) = (value for value in copied.compile_config.to_dict()["options"].values() if value == FUSE_INTO_LINEARS)
+    assert isinstance(fuse, FuseIntoLinears)
+    assert fuse.uuid() == FUSE_INTO_LINEARS.uuid()

@@ -1,4 +1,4 @@
-"""What a decoder block computes around a linear, in the launches of its kernels where these can.
+"""What a decoder block computes before and after a linear, fused into the launches of its kernels where these can.
 
     y = residual + (W x + b), where x may be
     RMSNorm(h) = h / sqrt(mean(h²) + eps) ⊙ (offset + w), or silu(h) ⊙ up
@@ -35,7 +35,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Fused:
     """Tensors have the linear's dtype. norm: of the inputs. residual_MO: added to the outputs. up_MI: see above."""
 
     norm: Norm | None = None
@@ -52,7 +52,7 @@ class Surroundings:
         """The outputs of the linear, with the residual."""
         return y_MO if self.residual_MO is None else self.residual_MO + y_MO
 
-    def split(self, tokens: int, at_once: int) -> Iterator[Surroundings]:
+    def split(self, tokens: int, at_once: int) -> Iterator[Fused]:
         """Those of each `at_once` of all tokens."""
         for first in range(0, tokens, at_once):
             up_MI, residual_MO = (
@@ -61,4 +61,4 @@ class Surroundings:
             yield replace(self, up_MI=up_MI, residual_MO=residual_MO)
 
 
-NOTHING = Surroundings()
+UNFUSED = Fused()

@@ -1,4 +1,4 @@
-"""Folds norms, gates and residual additions of a compiled model into the launches of its packed linears.
+"""Fuses norms, gates and residual additions of a compiled model into the launches of its packed linears.
 
 A pass over the graph that torch.compile hands to Inductor. It changes
 
@@ -6,7 +6,7 @@ A pass over the graph that torch.compile hands to Inductor. It changes
     y = packed_linear(silu(gate) * up)     to    y = packed_linear(gate, up=up)
     z = residual + packed_linear(x)        to    z = packed_linear(x, residual=..)
 
-where kernels take that (lqer/kernels/surroundings.py) and nothing else needs what they take in. It looks at arithmetic
+where kernels take that (lqer/kernels/fusion.py) and nothing else needs what they take in. It looks at arithmetic
 and at no module, so no architecture is named; what has another form stays as it is.
 """
 
@@ -30,20 +30,20 @@ aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
 ARGUMENTS = [argument.name for argument in OPERATOR._schema.arguments]
 
 
-class FoldSurroundings(str, CustomGraphPass):
+class FuseIntoLinears(str, CustomGraphPass):
     """The pass. A string, because transformers copies, compares and prints as JSON the settings that hold it."""
 
     def __call__(self, graph: Graph) -> None:
         for linear in graph.find_nodes(op="call_function", target=OPERATOR):
-            fold_input(linear)
-            fold_residual(linear)
+            fuse_input(linear)
+            fuse_residual(linear)
 
     def uuid(self) -> Any:
         """Of what decides: graphs that Inductor has compiled with another version of it are not used."""
         return get_hash_for_files((__file__, launch.__file__))
 
 
-FOLD_SURROUNDINGS = FoldSurroundings("fold_surroundings")
+FUSE_INTO_LINEARS = FuseIntoLinears("fuse_into_linears")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Norm:
     offset: float
 
 
-def fold_input(linear: Node) -> None:
+def fuse_input(linear: Node) -> None:
     """Let a linear, and all others that read the same normed or gated tensor, make it themselves."""
     x: Any = linear.args[0]
     if not all(_only_multiplies(user, x) and _takes(makes_inputs, user) for user in x.users):
@@ -72,7 +72,7 @@ def fold_input(linear: Node) -> None:
     _erase_unused(x)
 
 
-def fold_residual(linear: Node) -> None:
+def fuse_residual(linear: Node) -> None:
     """Let a linear add to its output what the graph adds, if that is all that the output is used for."""
     if len(linear.users) != 1 or not _takes(adds_residual, linear):
         return
