@@ -29,8 +29,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lqer.formats import Int, MXInt, NumberFormat
 from lqer.kernels import GroupedExperts, PackedExperts, PackedLinear
-from lqer.kernels.experts_launch import run_down, run_up
-from lqer.kernels.experts_reference import reference_down, reference_up
+from lqer.kernels.experts.launch import run_down, run_up
+from lqer.kernels.experts.reference import reference_down, reference_up
 from lqer.kernels.tuning import GemmLaunch
 from lqer.report.environment import device_name
 

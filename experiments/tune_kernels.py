@@ -30,7 +30,7 @@ from torch import Tensor
 from lqer.formats import MXInt
 from lqer.kernels import PackedLinear
 from lqer.kernels.dequantize_launch import run_dequantized
-from lqer.kernels.integer_launch import run_gemm, run_gemv
+from lqer.kernels.integers.launch import run_gemm, run_gemv
 from lqer.kernels.tuning import BUCKETS, TABLE, GemmLaunch, GemvLaunch
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672))

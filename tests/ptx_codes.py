@@ -6,10 +6,10 @@ import torch
 from ptx import WORD, Machine
 from torch import Tensor
 
-from lqer.kernels.lattice import rows_table
-from lqer.kernels.lattice_decode import share_asm
-from lqer.kernels.trellis import PackedTrellis
-from lqer.kernels.trellis_decode import load_asm
+from lqer.kernels.lattice.decode import share_asm
+from lqer.kernels.layout.lattice import rows_table
+from lqer.kernels.layout.trellis import PackedTrellis
+from lqer.kernels.trellis.decode import load_asm
 
 LANE = torch.arange(32)
 BEGIN = 0x410  # of the table, in shared memory

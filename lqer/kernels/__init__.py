@@ -3,24 +3,22 @@
     packed = PackedLinear.pack(weight, a, b, bias, activation, torch.bfloat16)
     y = packed_linear(x, packed)
 
-runtime             interpreter or GPU, programmatic dependent launch
-layout, groups, codebook, lattice, trellis     packed weights: integer codes, integers in groups with float scales,
-                    learned codebooks, E8P lattice codes, trellis codes; tiles is what the last two have in common
 packed, spec, linear, module        a packed linear, what its kernels are compiled for, its operator, its module;
-                    reference is the same in torch, and first_use compares them; fusion is what a block computes
-                    before and after a linear
+                    reference is the same in torch, and first_use compares them
+fusion              what a decoder block computes before and after a linear, where kernels take it in
 joint, siblings     linears of one input side by side, and their modules
-experts_packed, experts_module     the same of all experts of a layer, stacked; experts_reference in torch
-launch              which kernels run how many tokens; *_launch is the host side of each regime, tuning its table
-gemv, gemm, stream_gemm with stream_sums, tall_gemm, codebook_kernels, lattice_gemm, lattice_halves_gemm, trellis_gemm,
-resident_gemm, dequantize, byte_sums_dequantize     the kernels of the regimes
-experts, routing    the kernels for experts
-rotations           the kernels around products with lattice and trellis codes, with rotations_lanes, rotations_ptx and
-                    token_stores
-activations, low_rank, branch, split_k, rounding, fetch, decode, lattice_decode, lattice_halves, trellis_decode,
-byte_sums with byte_products, halves, resident with resident_ptx, groups_decode with groups_ptx, groups_wide,
-gluon_decode with tall_decode and stream_decode, ordered_tokens     what they share
+layout/             memory of packed weights: integer codes, integers in groups with float scales, learned codebooks,
+                    E8P lattice codes, trellis codes
+launch              which kernels run how many tokens; the launch.py of a folder is the host side of its kernels,
+                    tuning its table of measured launches, input_launch what all of them do with tokens
+integers/           integer codes and groups: one token, and a few
+gluon/              four-bit codes, 33 tokens and more
+codebooks/, lattice/, trellis/      codebooks, lattice codes, trellis codes
+rotations/          Hadamard rotations around products with lattice and trellis codes
+dequantize          many tokens: the weight is written to memory for a library's product
+experts/            all experts of a layer, stacked
 decode_attention    attention of one token over a static cache
+activations, low_rank, branch, split_k, rounding, fetch, decode, halves, ordered_tokens, runtime     what they share
 
 It imports on a machine without a GPU; kernels run on CUDA tensors, or on CPU tensors in Triton's interpreter
 (TRITON_INTERPRET=1).
@@ -30,10 +28,10 @@ means padded (RP, IP). Size arguments of kernels keep BLAS's names: M tokens, N 
 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R of them at once. The suffix _C marks a constant as compile-time (tl.constexpr).
 """
 
-from lqer.kernels.experts_module import GroupedExperts
-from lqer.kernels.experts_packed import PackedExperts
+from lqer.kernels.experts.module import GroupedExperts
+from lqer.kernels.experts.packed import PackedExperts
 from lqer.kernels.first_use import calls_of, compare_experts_once, compare_fused_once, compare_once
-from lqer.kernels.layout import PackedWeight, pack_weight, unpack_codes
+from lqer.kernels.layout.codes import PackedWeight, pack_weight, unpack_codes
 from lqer.kernels.linear import packed_linear
 from lqer.kernels.module import TritonLinear
 from lqer.kernels.packed import DTYPES, PackedLinear, activation_rounding, check_weight

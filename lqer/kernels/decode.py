@@ -1,4 +1,4 @@
-"""Device functions that decode packed integer codes to values, tile by tile (layout.py).
+"""Device functions that decode packed integer codes to values, tile by tile (layout/codes.py).
 
 A decoded tile [O, tile_k] has its columns in kernel order: code j of word w is column j * 16 + w. `permute_columns`
 permutes a tile of activations accordingly.
@@ -15,7 +15,7 @@ row. layout: a layout.RowLayout, passed as a compile-time constant.
 import triton
 import triton.language as tl
 
-from lqer.kernels.layout import PAIRS, ROWS, WORDS
+from lqer.kernels.layout.codes import PAIRS, ROWS, WORDS
 from lqer.kernels.runtime import INTERPRETED
 
 WORDS_C = tl.constexpr(WORDS)

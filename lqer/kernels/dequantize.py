@@ -8,14 +8,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lqer.kernels.decode import decode_tile, dot, restore_columns
-from lqer.kernels.groups_decode import STRIP_C, plain_values
+from lqer.kernels.integers.groups_decode import STRIP_C, plain_values
 from lqer.kernels.low_rank import first_rank_of, load_factor
 from lqer.kernels.rounding import round_columns
 
 
 @triton.jit
 def dequantize_kernel(
-    words,  # these four as in layout.py
+    words,  # these four as in layout/codes.py
     high,
     scales,
     zeros,
@@ -40,7 +40,7 @@ def dequantize_kernel(
 
 @triton.jit
 def group_dequantize_kernel(
-    words,  # these three as in groups.py
+    words,  # these three as in layout/groups.py
     scales,
     zeros,
     w_out,  # [O, I]

@@ -14,19 +14,19 @@ import triton
 from torch import Tensor
 
 from lqer.kernels.activations import project_kernel
-from lqer.kernels.codebook import PackedCodebook
-from lqer.kernels.codebook_launch import dequantize_codebook
+from lqer.kernels.codebooks.launch import dequantize_codebook
 from lqer.kernels.dequantize import dequantize_kernel, group_dequantize_kernel, low_rank_kernel
-from lqer.kernels.groups import PackedGroups
 from lqer.kernels.input_launch import NATURAL_ORDER, dense_rows, order_of, rank_block, round_activations
 from lqer.kernels.joint import segment_numbers
-from lqer.kernels.lattice import PackedLattice
-from lqer.kernels.lattice_launch import dequantize_lattice
-from lqer.kernels.layout import ROW_PADDING, ROWS
+from lqer.kernels.lattice.launch import dequantize_lattice
+from lqer.kernels.layout.codebook import PackedCodebook
+from lqer.kernels.layout.codes import ROW_PADDING, ROWS
+from lqer.kernels.layout.groups import PackedGroups
+from lqer.kernels.layout.lattice import PackedLattice
+from lqer.kernels.layout.trellis import PackedTrellis
 from lqer.kernels.packed import PROJECTION_COUNTERS, AnyWeight, PackedLinear
 from lqer.kernels.runtime import INTERPRETED, launch_options
-from lqer.kernels.trellis import PackedTrellis
-from lqer.kernels.trellis_launch import dequantize_byte_sums, dequantize_trellis
+from lqer.kernels.trellis.launch import dequantize_byte_sums, dequantize_trellis
 
 PROJECTED_ROWS, PROJECTED_COLUMNS, PROJECTED_WARPS, PROJECTED_STAGES = 16, 256, 4, 1
 PROJECTING_PROGRAMS = 2 * PROJECTION_COUNTERS  # a split of K needs a counter; about four programs a multiprocessor

@@ -5,7 +5,7 @@ card, can break that without an error: the first linear of every kind that a pro
 tokens both ways. Every number of tokens that is tried may take seconds to compile, so who loads a model for calls of
 one size says so.
 
-Shapes: M tokens, I in_features, O out_features; P, H, F as in experts_module.py.
+Shapes: M tokens, I in_features, O out_features; P, H, F as in experts/module.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lqer.kernels.experts_module import GroupedExperts
-from lqer.kernels.experts_reference import ACTIVATIONS, reference_down, reference_up
+from lqer.kernels.experts.module import GroupedExperts
+from lqer.kernels.experts.reference import ACTIVATIONS, reference_down, reference_up
 from lqer.kernels.fusion import Fused, Norm
 from lqer.kernels.launch import makes_inputs, run_layer
 from lqer.kernels.linear import packed_linear

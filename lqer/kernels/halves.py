@@ -8,8 +8,8 @@ The eight columns [j, t, :] of a tile are those of the weights that a lane decod
     trellis     columns 64 (j / 2) + 16 t + 8 (j % 2) .. + 7, of rows 2 g and 2 g + 1
     lattice     columns 32 t + 8 j .. + 7, in the order 0, 4, 1, 5, 2, 6, 3, 7, of rows g and g + 8
 
-so a load gives the operand of two products, of adjacent bytes for all lanes (resident_ptx.py, lattice_halves.py). In
-Triton's interpreter the same is computed in plain operations.
+so a load gives the operand of two products, of adjacent bytes for all lanes (trellis/resident_ptx.py,
+lattice/halves.py). In Triton's interpreter the same is computed in plain operations.
 
 Shapes: M tokens, O rows of W, C columns of a tile, U units of a row in it.
 """
@@ -17,10 +17,10 @@ Shapes: M tokens, O rows of W, C columns of a tile, U units of a row in it.
 import triton
 import triton.language as tl
 
-from lqer.kernels.lattice import LatticeLayout
-from lqer.kernels.lattice_decode import nibble_values, unit_places, unit_word
-from lqer.kernels.tiles import TILE_K
-from lqer.kernels.trellis_decode import TILE_C, plain_values
+from lqer.kernels.lattice.decode import nibble_values, unit_places, unit_word
+from lqer.kernels.layout.lattice import LatticeLayout
+from lqer.kernels.layout.tiles import TILE_K
+from lqer.kernels.trellis.decode import TILE_C, plain_values
 
 # Products of a tensor core have eight tokens; a tile has four loads of eight columns for each lane.
 TOKENS_AT_ONCE, LOADS = 8, 4

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lqer.kernels import runtime
 from lqer.kernels.activations import round_kernel
-from lqer.kernels.groups import GroupLayout
-from lqer.kernels.layout import Layout
+from lqer.kernels.layout.codes import Layout
+from lqer.kernels.layout.groups import GroupLayout
 from lqer.kernels.spec import Spec
 
 ROUNDED_ROWS, ROUNDED_COLUMNS, ROUNDING_WARPS = 16, 256, 4
@@ -30,7 +30,7 @@ def rank_block(rank: int) -> int:
 
 
 def order_of(spec: Spec) -> dict[str, int | bool]:
-    """The order of decoded columns (decode.py, groups_wide.py), as arguments of kernels that write tokens."""
+    """The order of decoded columns (decode.py, integers/groups_wide.py), as arguments of kernels that write tokens."""
     layout = spec.layout
     return {"tile_k": layout.tile_k if isinstance(layout, Layout) else 0, "steps": isinstance(layout, GroupLayout)}
 

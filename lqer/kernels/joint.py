@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqer.kernels.codebook import CodebookLayout
-from lqer.kernels.lattice import LatticeLayout
-from lqer.kernels.layout import ROW_PADDING
+from lqer.kernels.layout.codebook import CodebookLayout
+from lqer.kernels.layout.codes import ROW_PADDING
+from lqer.kernels.layout.lattice import LatticeLayout
+from lqer.kernels.layout.trellis import TrellisLayout
 from lqer.kernels.packed import PackedLinear, weight_of, workspace_of
 from lqer.kernels.spec import AnyLayout, Segment, Spec
-from lqer.kernels.trellis import TrellisLayout
 
 # No program of a kernel has more rows.
 LARGEST_TILE = 128

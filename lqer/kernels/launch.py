@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from lqer.kernels import runtime
-from lqer.kernels.codebook import CodebookLayout
-from lqer.kernels.codebook_launch import run_codebook
+from lqer.kernels.codebooks.launch import run_codebook
 from lqer.kernels.dequantize_launch import run_dequantized
 from lqer.kernels.fusion import UNFUSED, Fused
-from lqer.kernels.gluon_launch import fits_gluon
-from lqer.kernels.groups import GroupLayout
-from lqer.kernels.groups_wide import BITS as WIDE_BITS
+from lqer.kernels.gluon.launch import fits_gluon
+from lqer.kernels.gluon.stream_launch import run_stream
+from lqer.kernels.gluon.tall_launch import run_tall
 from lqer.kernels.input_launch import dense_rows
-from lqer.kernels.integer_launch import (
+from lqer.kernels.integers.groups_wide import BITS as WIDE_BITS
+from lqer.kernels.integers.launch import (
     fits_gemm,
     fits_gemv,
     rows_together,
@@ -29,20 +29,20 @@ from lqer.kernels.integer_launch import (
     run_wide,
 )
 from lqer.kernels.joint import segment_numbers
-from lqer.kernels.lattice import LatticeLayout
-from lqer.kernels.lattice_halves_launch import AT_ONCE as LATTICE_AT_ONCE
-from lqer.kernels.lattice_halves_launch import run_lattice_halves
-from lqer.kernels.lattice_launch import run_lattice
-from lqer.kernels.layout import Layout
+from lqer.kernels.lattice.halves_launch import AT_ONCE as LATTICE_AT_ONCE
+from lqer.kernels.lattice.halves_launch import run_lattice_halves
+from lqer.kernels.lattice.launch import run_lattice
+from lqer.kernels.layout.codebook import CodebookLayout
+from lqer.kernels.layout.codes import Layout
+from lqer.kernels.layout.groups import GroupLayout
+from lqer.kernels.layout.lattice import LatticeLayout
+from lqer.kernels.layout.tiles import TiledLayout
+from lqer.kernels.layout.trellis import PackedTrellis, TrellisLayout
 from lqer.kernels.packed import PackedLinear
-from lqer.kernels.resident_launch import run_resident
-from lqer.kernels.rotations_launch import kernels_rotate, prepare_rotations, run_between_rotations
+from lqer.kernels.rotations.launch import kernels_rotate, prepare_rotations, run_between_rotations
 from lqer.kernels.spec import Spec
-from lqer.kernels.stream_launch import run_stream
-from lqer.kernels.tall_launch import run_tall
-from lqer.kernels.tiles import TiledLayout
-from lqer.kernels.trellis import PackedTrellis, TrellisLayout
-from lqer.kernels.trellis_launch import run_trellis, table_of
+from lqer.kernels.trellis.launch import run_trellis, table_of
+from lqer.kernels.trellis.resident_launch import run_resident
 from lqer.kernels.tuning import (
     bucket_of,
     gemm_launch,
@@ -64,7 +64,7 @@ GROUP_TOKENS = 64
 # Integer groups of four bits, as operands of wgmma.
 WIDE_FROM, WIDE_TOKENS = 17, 128
 # Four-bit codes without a branch or of rounded tokens, by the kernels in Gluon where they run: up to so many tokens by
-# stream_gemm.py, above that by tall_gemm.py.
+# gluon/stream_gemm.py, above that by gluon/tall_gemm.py.
 STREAM_FROM, STREAM_TOKENS, TALL_TOKENS = 33, 128, 512
 
 

@@ -67,7 +67,7 @@ def _packed_linear(
     """y (..., O) of x; shapes are those of PackedLinear, dtype is that of x, all tensors contiguous except x.
 
     x             (..., I) bfloat16 or float16
-    words         int32: codes of layout.py or indices of codebook.py; int64 units of lattice.py
+    words         int32: codes of layout/codes.py or indices of layout/codebook.py; int64 units of layout/lattice.py
     high          int32: high bits of three-bit codes; the table of lattice codes; else None
     scales        uint8 step exponents of MXINT, float scales of int, the table of a codebook, float32 [OP] of lattices
     zeros         uint8 zero points of asymmetric int, like scales; else None

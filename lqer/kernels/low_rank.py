@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lqer.kernels.decode import dot, exponent_to_scale
-from lqer.kernels.layout import ROW_PADDING
+from lqer.kernels.layout.codes import ROW_PADDING
 from lqer.kernels.ordered_tokens import store_tokens
 from lqer.kernels.rounding import round_columns
 from lqer.kernels.split_k import store_partial, sum_partials

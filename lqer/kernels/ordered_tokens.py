@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lqer.kernels.decode import permute_columns
-from lqer.kernels.groups_wide import order_steps
+from lqer.kernels.integers.groups_wide import order_steps
 
 
 @triton.jit

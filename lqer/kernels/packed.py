@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lqer.formats import E8P, Codebook, MXInt, NumberFormat, Passthrough, QuantizedTensor, Trellis
-from lqer.kernels.codebook import CodebookLayout, PackedCodebook, check_codebook, pack_codebook
-from lqer.kernels.groups import GroupLayout, PackedGroups, fits_groups, pack_groups
-from lqer.kernels.lattice import LatticeLayout, PackedLattice, check_lattice, pack_lattice
-from lqer.kernels.layout import ROW_PADDING, PackedWeight, check_weight_format, pack_weight
+from lqer.kernels.layout.codebook import CodebookLayout, PackedCodebook, check_codebook, pack_codebook
+from lqer.kernels.layout.codes import ROW_PADDING, PackedWeight, check_weight_format, pack_weight
+from lqer.kernels.layout.groups import GroupLayout, PackedGroups, fits_groups, pack_groups
+from lqer.kernels.layout.lattice import LatticeLayout, PackedLattice, check_lattice, pack_lattice
+from lqer.kernels.layout.trellis import PackedTrellis, TrellisLayout, pack_trellis
 from lqer.kernels.spec import ActivationRounding, AnyLayout, Segment, Spec
-from lqer.kernels.trellis import PackedTrellis, TrellisLayout, pack_trellis
 from lqer.transforms.hadamard import RandomHadamard
 
 FACTOR_BLOCKS = (16, 32, 64)
@@ -35,8 +35,8 @@ ROTATED = (E8P, Trellis)
 class PackedLinear:
     """A quantized linear as the kernels read it; all tensors contiguous, on one device.
 
-    weight          PackedWeight (layout.py), PackedGroups (groups.py), PackedCodebook (codebook.py), PackedLattice
-                    (lattice.py) or PackedTrellis (trellis.py)
+    weight          PackedWeight (layout/codes.py), PackedGroups (layout/groups.py), PackedCodebook
+                    (layout/codebook.py), PackedLattice (layout/lattice.py) or PackedTrellis (layout/trellis.py)
     bias_O          [O] in dtype, or None
     a_codes         A transposed [RP, IP]: int8 codes of an MXINT factor, else values in dtype; None at rank 0. Of
                     linears side by side, one below the other

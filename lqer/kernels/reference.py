@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from lqer.formats import MXInt
-from lqer.kernels.codebook import PackedCodebook
-from lqer.kernels.groups import PackedGroups, unpack_groups
-from lqer.kernels.lattice import PackedLattice, unpack_points
-from lqer.kernels.layout import PackedWeight, unpack_codes
+from lqer.kernels.layout.codebook import PackedCodebook
+from lqer.kernels.layout.codes import PackedWeight, unpack_codes
+from lqer.kernels.layout.groups import PackedGroups, unpack_groups
+from lqer.kernels.layout.lattice import PackedLattice, unpack_points
+from lqer.kernels.layout.trellis import PackedTrellis, unpack_values
 from lqer.kernels.packed import AnyWeight, PackedLinear
 from lqer.kernels.spec import Segment
-from lqer.kernels.trellis import PackedTrellis, unpack_values
 from lqer.transforms.hadamard import run_rotated
 
 

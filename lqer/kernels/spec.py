@@ -9,11 +9,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from functools import cache
 
-from lqer.kernels.codebook import CodebookLayout
-from lqer.kernels.groups import GroupLayout
-from lqer.kernels.lattice import LatticeLayout
-from lqer.kernels.layout import Layout
-from lqer.kernels.trellis import TrellisLayout
+from lqer.kernels.layout.codebook import CodebookLayout
+from lqer.kernels.layout.codes import Layout
+from lqer.kernels.layout.groups import GroupLayout
+from lqer.kernels.layout.lattice import LatticeLayout
+from lqer.kernels.layout.trellis import TrellisLayout
 
 AnyLayout = Layout | GroupLayout | CodebookLayout | LatticeLayout | TrellisLayout
 

@@ -2,8 +2,8 @@
 
 `experiments/tune_kernels.py` writes `table.json`, the fastest measured launches of one GPU. There are seven regimes:
 
-    gemv         one token, MXINT4 weights, rounded activations: integer products (gemv.py)
-    gemm         few tokens: weights decoded in registers (gemm.py); a launch per code width, N, K and bucket of M
+    gemv         one token, MXINT4 weights, rounded activations: integer products (integers/gemv.py)
+    gemm         few tokens: weights decoded in registers (integers/gemm.py); by code width, N, K and bucket of M
     groups       up to 64 tokens, integer groups: the gemm kernel with a launch from a model (`group_launch`)
     wide         from 17 tokens on, integer groups of four bits: the same by another rule (`wide_launch`)
     stream       33 to 128 tokens, four-bit codes on compute capability 9.0, by a third rule (`stream_launch`)
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from lqer.kernels.groups import GroupLayout
-from lqer.kernels.groups_ptx import slots
-from lqer.kernels.layout import ROWS, Layout
+from lqer.kernels.integers.groups_ptx import slots
+from lqer.kernels.layout.codes import ROWS, Layout
+from lqer.kernels.layout.groups import GroupLayout
 
 TABLE = Path(__file__).with_name("table.json")
 # A bucket holds up to so many tokens; more tokens than in the last one are the dequantize regime.
@@ -41,14 +41,15 @@ SLOWDOWN_OF_16 = (0.0, 1.6, 1.2, 1.0)
 WIDE_ROWS, WIDE_AT_ONCE = 128, 2
 WIDE = {32: (4, 6), 64: (4, 3)}
 START_OF_WIDE, COST_OF_WIDE_SUM = 2.0, 0.5  # of a program, and of each split, in strips
-# stream_gemm.py, whose programs have 64 rows: by tokens of a program, how many share a multiprocessor. Each has so many
-# stages of shared memory. Fastest of those timed on an H200.
+# gluon/stream_gemm.py, whose programs have 64 rows: by tokens of a program, how many share a multiprocessor. Each has
+# so many stages of shared memory. Fastest of those timed on an H200.
 STREAM_ROWS, STREAM_STAGES = 64, 3
 STREAM = {64: 3, 128: 2}
 # What a part of a tile costs for each token of a program, in turns, and the parts whose cost is that of tiles cut
 # anywhere. By these the fastest launches of nine shapes and numbers of tokens are taken.
 COST_OF_PART, UNEVEN_PARTS = 1 / 128, 6
-# tall_gemm.py, whose programs have 128 rows and a multiprocessor each: tokens of one, and stages of shared memory.
+# gluon/tall_gemm.py, whose programs have 128 rows and a multiprocessor each: tokens of one, and stages of shared
+# memory.
 TALL_ROWS, TALL_TOKENS_OF_PROGRAM, TALL_STAGES = 128, 256, 3
 START_OF_TALL, COST_OF_TALL_SUM = 1.0, 6.0  # of a program, and of a partial sum of each multiprocessor, in turns
 MOST_TALL_SPLITS = 8
@@ -66,7 +67,7 @@ class GemmLaunch:
 
 @dataclass(frozen=True)
 class StreamLaunch:
-    """Of stream_gemm.py, whose programs have 64 rows."""
+    """Of gluon/stream_gemm.py, whose programs have 64 rows."""
 
     block_m: int
     programs: int
@@ -76,7 +77,7 @@ class StreamLaunch:
 
 @dataclass(frozen=True)
 class TallLaunch:
-    """Of tall_gemm.py, whose programs have 128 rows."""
+    """Of gluon/tall_gemm.py, whose programs have 128 rows."""
 
     block_m: int
     whole: int  # the output tiles, the first ones, that have one program
@@ -183,7 +184,7 @@ def wide_launch(layout: GroupLayout, m: int, multiprocessors: int) -> GemmLaunch
 
 @lru_cache(maxsize=4096)
 def stream_launch(layout: Layout | GroupLayout, m: int, multiprocessors: int) -> StreamLaunch:
-    """The launch of stream_gemm.py: as many programs as give each tile the same number, or as fit, by a model.
+    """The launch of gluon/stream_gemm.py: as many programs as give each tile the same number, or as fit, by a model.
 
     Tiles are not cut at the same turns where their number and that of programs have no whole ratio: more parts then.
     """
@@ -204,7 +205,7 @@ def stream_launch(layout: Layout | GroupLayout, m: int, multiprocessors: int) ->
 
 @lru_cache(maxsize=4096)
 def tall_launch(layout: Layout | GroupLayout, m: int, multiprocessors: int) -> TallLaunch:
-    """The launch of tall_gemm.py: whole waves of tiles, and the rest in the parts that take least time by a model.
+    """The launch of gluon/tall_gemm.py: whole waves of tiles, and the rest in parts that take least time by a model.
 
     A first part has at least as many turns as the others of its tile, and begins before them.
     """

@@ -28,20 +28,20 @@ from lqer.formats.mxint_kernel import round_values
 from lqer.formats.spacing import Spacing
 from lqer.formats.viterbi_kernel import best_paths
 from lqer.kernels import PackedLinear, runtime
-from lqer.kernels.codebook_launch import run_codebook
+from lqer.kernels.codebooks.launch import run_codebook
 from lqer.kernels.decode_attention import decode_attention
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
-from lqer.kernels.experts_launch import run_down, run_up
-from lqer.kernels.experts_packed import PackedExperts
+from lqer.kernels.experts.launch import run_down, run_up
+from lqer.kernels.experts.packed import PackedExperts
 from lqer.kernels.fusion import Fused, Norm
-from lqer.kernels.groups import GroupLayout
+from lqer.kernels.gluon.stream_launch import run_stream
+from lqer.kernels.gluon.tall_launch import run_tall
 from lqer.kernels.halves import TOKENS_AT_ONCE as HALVES_AT_ONCE
-from lqer.kernels.integer_launch import run_gemm, run_gemv, run_groups, run_wide
+from lqer.kernels.integers.launch import run_gemm, run_gemv, run_groups, run_wide
 from lqer.kernels.joint import join
 from lqer.kernels.launch import run_layer
-from lqer.kernels.stream_launch import run_stream
-from lqer.kernels.tall_launch import run_tall
-from lqer.kernels.trellis import TrellisLayout
+from lqer.kernels.layout.groups import GroupLayout
+from lqer.kernels.layout.trellis import TrellisLayout
 from lqer.kernels.tuning import WIDE_AT_ONCE, GemmLaunch, GemvLaunch, stream_launch, tall_launch, wide_launch
 from lqer.rounding.lattice_sweep import sweep_lattice_panel
 from lqer.rounding.lattice_tuning import tune_lattice_panel
@@ -132,12 +132,12 @@ def products_of_resident(constants: dict[str, Any]) -> int:
 
 
 def check_that_nothing_is_computed_twice(kernel: Any, products: int) -> None:
-    """Each warp computes the products of a tile once (lattice_gemm.py)."""
+    """Each warp computes the products of a tile once (lattice/gemm.py)."""
     assert kernel.asm["ptx"].count("mma.sync") == products
 
 
 def check_that_no_exchange_is_repeated(kernel: Any) -> None:
-    """Lanes exchange values, which must not happen in a layout in which they have others (rotations.py)."""
+    """Lanes exchange values, which must not happen in a layout in which they have others (rotations/kernels.py)."""
     assert kernel.asm["ttgir"].count("shfl.sync") == kernel.asm["ttir"].count("shfl.sync")
 
 

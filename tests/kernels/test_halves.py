@@ -7,12 +7,13 @@ import torch
 from kernel_layers import DEVICE, DTYPE, ON_GPU, random_input, random_lattice, random_trellis, relative_error
 
 from lqer.formats import Trellis
-from lqer.kernels import PackedLinear, rotations_launch
-from lqer.kernels.lattice import LatticeLayout
-from lqer.kernels.lattice_halves_launch import AT_ONCE, run_lattice_halves
-from lqer.kernels.resident_launch import run_resident
-from lqer.kernels.rotations_launch import headroom
+from lqer.kernels import PackedLinear
+from lqer.kernels.lattice.halves_launch import AT_ONCE, run_lattice_halves
+from lqer.kernels.layout.lattice import LatticeLayout
+from lqer.kernels.rotations import launch as rotations_launch
+from lqer.kernels.rotations.launch import headroom
 from lqer.kernels.runtime import supports_pdl
+from lqer.kernels.trellis.resident_launch import run_resident
 from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
 
 

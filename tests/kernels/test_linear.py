@@ -14,7 +14,7 @@ from lqer.formats import Int, MXInt, Passthrough
 from lqer.kernels import packed_linear
 from lqer.kernels.decode import pairs_asm
 from lqer.kernels.dequantize_launch import dequantize_weight, run_dequantized
-from lqer.kernels.integer_launch import fits_gemv, run_gemm, run_gemv
+from lqer.kernels.integers.launch import fits_gemv, run_gemm, run_gemv
 from lqer.kernels.reference import reference_linear
 from lqer.kernels.spec import decode_spec, encode_spec
 from lqer.kernels.tuning import GemmLaunch, GemvLaunch

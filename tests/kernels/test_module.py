@@ -13,8 +13,8 @@ import lqer
 from lqer.checkpoint.pack import DETAILS_FILE
 from lqer.formats import E8P, Int, MXInt, QuantizedTensor, Trellis, format_from_dict
 from lqer.kernels import PackedLinear, TritonLinear, packed_linear
-from lqer.kernels.lattice import PackedLattice
-from lqer.kernels.trellis import PackedTrellis
+from lqer.kernels.layout.lattice import PackedLattice
+from lqer.kernels.layout.trellis import PackedTrellis
 from lqer.methods import Caldera, LinearPlan, LqerAct
 from lqer.nn.linear import HadamardLinear, QuantizedLinear
 from lqer.rounding.ldlq import Ldlq

@@ -1,0 +1,1 @@
+"""Kernels on learned codebooks, and their launch."""

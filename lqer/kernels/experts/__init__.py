@@ -1,0 +1,1 @@
+"""Kernels and modules for all experts of a layer."""

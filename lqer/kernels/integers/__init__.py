@@ -1,0 +1,1 @@
+"""Kernels for one token and for a few on integer codes, and their launches."""

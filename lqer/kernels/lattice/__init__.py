@@ -1,0 +1,1 @@
+"""Kernels on E8P lattice codes, and their launches."""

@@ -1,0 +1,1 @@
+"""Kernels on trellis codes, and their launches."""
