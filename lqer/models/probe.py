@@ -137,10 +137,11 @@ def _made_up(source: ModelSource) -> PreTrainedModel:
     for name, experts in by_class.values():
         _refuse_other_experts(name, experts, generator)
     prepare_model(model)
+    # Of weights that are tied one gets values; two different ones would stay apart, with a warning of transformers.
     values = {
         name: _view(tuple(parameter.shape), generator)
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point()
+        if parameter.is_floating_point() and name not in model.all_tied_weights_keys
     }
     fill_parameters(model, values, CPU, torch.float32)
     tie(model)

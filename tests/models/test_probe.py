@@ -10,7 +10,7 @@ from campaigns.tiny import build
 from helpers import build_gemma4
 from mixtures import random_mixture
 from torch import nn
-from transformers import BartConfig, BartForCausalLM
+from transformers import BartConfig, BartForCausalLM, modeling_utils
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lqer.errors import ModelError
@@ -120,6 +120,14 @@ def test_experts_for_images_alone_are_reached_by_no_text(tmp_path):
 def test_weights_are_not_read(source, monkeypatch):
     (Path(source.path) / "model.safetensors").unlink()
     check_walk(source, whole_blocks=True)
+
+
+def test_tied_weights_are_one_so_that_transformers_warns_of_nothing(random_model, tmp_path, monkeypatch):
+    random_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    warnings: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", lambda message, *_: warnings.append(message))
+    check_walk(resolve_model(str(tmp_path)), whole_blocks=False)
+    assert warnings == []
 
 
 def test_a_matrix_takes_the_memory_of_a_vector(source, monkeypatch):
