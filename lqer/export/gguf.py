@@ -128,7 +128,10 @@ class Gguf(Target):
 
     def _reader(self) -> gguf.GGUFReader:
         if self.template is None:
-            raise ConfigError("export: gguf needs --template=FILE.gguf, a GGUF file of the original model")
+            raise ConfigError(
+                "export: gguf needs a GGUF file of the original model: --template=FILE.gguf, or in export.targets "
+                '{ kind = "gguf", template = "FILE.gguf" }'
+            )
         path = Path(self.template).expanduser()
         if not path.is_file():
             raise ConfigError(f"export: template: no such file: {path}")

@@ -317,7 +317,7 @@ class TestGguf:
         broken = tmp_path / "broken.gguf"
         broken.write_bytes(b"GGUF and nothing else")
         for target, words in (
-            (Gguf(), "needs --template"),
+            (Gguf(), "needs a GGUF file of the original model: --template"),
             (Gguf(template=str(tmp_path / "absent.gguf")), "no such file"),
             (Gguf(template=str(broken)), "template"),
         ):

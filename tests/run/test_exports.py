@@ -92,7 +92,7 @@ def test_a_target_that_refuses_a_value_leaves_its_reason_in_the_report(experimen
         (['--export.targets=["desne"]'], r"export\.targets\.0: unknown export target 'desne'.*did you mean 'dense'"),
         (['--export.targets=[{ dtype = "float16" }]'], r"export\.targets\.0: unknown export target ''"),
         (['--export.targets=[{ kind = "dense", dtyp = "x" }]'], "unknown key 'dtyp'"),
-        (['--export.targets=["gguf"]', *PLAIN], "gguf needs --template"),
+        (['--export.targets=["gguf"]', *PLAIN], 'in export.targets { kind = "gguf", template = "FILE.gguf" }'),
         (['--export.targets=["compressed-tensors"]'], r"q_proj: it has low-rank factors \(rank 8\); targets that can"),
         (['--export.targets=["peft"]', *PLAIN], "neither it nor any other linear has low-rank factors"),
         (['--export.targets=["awq"]', *PLAIN, "--formats.w4.bits=3"], "its codes have 3 bits"),
