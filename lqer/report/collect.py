@@ -13,7 +13,7 @@ import pandas as pd
 from lqer.errors import DataError
 from lqer.report import figures
 from lqer.report.families import family_of, rtn_family
-from lqer.report.naming import TEXT_DIGITS, rtn_name, scheme_name
+from lqer.report.naming import TEXT_DIGITS, rtn_name, scheme_name, weights_name
 from lqer.report.page.write import PAGE_FILE, write_collection_page
 from lqer.report.write import markdown_table
 from lqer.results import RESULTS_FILE, PerplexityRow, Results, read_results
@@ -74,7 +74,7 @@ def _rows(results: Results) -> list[dict]:
         "model": Path(results["model"]["name"]).name,
         "method": scheme_name(quantize),
         "family": family_of(results["config"]).name,
-        "weight": quantize["weight"],
+        "weight": weights_name(quantize),
         "activation": quantize["activation"],
         "rank": quantize["low_rank"]["rank"],
         "bits": results["bits"]["average"],

@@ -37,6 +37,11 @@ def own_rounding(quantize: Mapping[str, Any]) -> str:
     return NEAREST if own is None else own.kind
 
 
+def weights_name(quantize: Mapping[str, Any]) -> str:
+    """The format of the weights of a resolved [quantize] table; under a budget those that it is spent on."""
+    return quantize["weight"] if quantize.get("budget_bits") is None else ", ".join(quantize["widths"])
+
+
 def _shown(quantize: Mapping[str, Any], rounding: str) -> list[str]:
     kinds = [*(part["kind"] for part in quantize.get("transforms", ())), rounding]
     return [kind for kind in kinds if kind != NEAREST]

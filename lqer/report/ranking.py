@@ -16,7 +16,7 @@ import pandas as pd
 
 from lqer.formats import format_from_dict
 from lqer.report.families import family_of
-from lqer.report.naming import TEXT_DIGITS, scheme_name
+from lqer.report.naming import TEXT_DIGITS, scheme_name, weights_name
 from lqer.results import DownstreamRow, PerplexityRow, Results
 
 # Of activations that are not rounded: those of a model in half precision.
@@ -126,7 +126,7 @@ def _facts(name: str, results: Results) -> dict[str, Any]:
         "run": name,
         "scheme": scheme_name(config["quantize"]),
         "family": family_of(config).name,
-        "weights": config["quantize"]["weight"],
+        "weights": weights_name(config["quantize"]),
         "activations": config["quantize"]["activation"],
         "activation bits": activation_bits(config),
         "bits": results["bits"]["average"],

@@ -13,7 +13,7 @@ from lqer.checkpoint.bits import Bits, named_parts
 from lqer.report import figures, layer_figures
 from lqer.report.experts import experts_paragraphs
 from lqer.report.families import family_of, rtn_family
-from lqer.report.naming import own_rounding, rtn_name, scheme_name
+from lqer.report.naming import own_rounding, rtn_name, scheme_name, weights_name
 from lqer.report.page.write import PAGE_FILE, Details, write_run_page
 from lqer.report.paragraphs import (
     allocation_paragraphs,
@@ -306,9 +306,9 @@ def shown_scheme(quantize: Mapping[str, Any]) -> str:
     """The parts of a resolved [quantize] table, by the names that a configuration gives them."""
     transforms = ", ".join(f"`{transform['kind']}`" for transform in quantize["transforms"])
     return (
-        f"Method `{quantize['method']['kind']}`, rounding `{own_rounding(quantize)}`, weights `{quantize['weight']}`, "
-        f"activations `{quantize['activation']}`, attention operands `{quantize['attention']}`"
-        f"{f', transforms {transforms}' if transforms else ''}"
+        f"Method `{quantize['method']['kind']}`, rounding `{own_rounding(quantize)}`, "
+        f"weights `{weights_name(quantize)}`, activations `{quantize['activation']}`, "
+        f"attention operands `{quantize['attention']}`{f', transforms {transforms}' if transforms else ''}"
     )
 
 

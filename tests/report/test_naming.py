@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lqer.report.naming import rtn_name, scheme_name
+from lqer.report.naming import rtn_name, scheme_name, weights_name
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,9 @@ from lqer.report.naming import rtn_name, scheme_name
 )
 def test_a_scheme_is_named_by_its_parts(quantize, name, rtn):
     assert (scheme_name(quantize), rtn_name(quantize)) == (name, rtn)
+
+
+def test_under_a_budget_weights_are_named_by_the_formats_that_it_is_spent_on():
+    quantize = {"weight": "w4", "widths": ["w2", "w3"]}
+    assert weights_name(quantize) == "w4"
+    assert weights_name(quantize | {"budget_bits": 2.5}) == "w2, w3"

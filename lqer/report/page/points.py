@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lqer.checkpoint.bits import named_parts
 from lqer.report.families import Family, family_of, rtn_family
-from lqer.report.naming import TEXT_DIGITS, rtn_name, scheme_name
+from lqer.report.naming import TEXT_DIGITS, rtn_name, scheme_name, weights_name
 from lqer.report.ranking import activation_bits
 from lqer.results import Divergence, DivergenceInfo, DownstreamRow, PerplexityRow, Results
 
@@ -83,7 +83,7 @@ def candidates_of(results: Results, href: str = "") -> list[Candidate]:
     shared = {
         "tag": results["tag"],
         "model": model_name(results),
-        "weight": quantize["weight"] if quantize.get("budget_bits") is None else "a budget of widths",
+        "weight": weights_name(quantize),
         "activation": quantize["activation"],
         "activation_bits": activation_bits(config),
         "command": repeat_command(config),
