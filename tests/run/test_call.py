@@ -34,3 +34,8 @@ def test_a_configuration_file_is_a_preset_of_ones_own(experiment):
 def test_an_unknown_name_of_the_package_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = lqer.quantise
+
+
+def test_everything_public_can_be_completed_and_found():
+    assert {"load_quantized", "quantize"} <= set(dir(lqer))
+    assert all(getattr(lqer, name) is not None for name in dir(lqer))
