@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gguf
 import torch
@@ -48,6 +48,12 @@ PLAIN_TYPES = {
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
 }
 ROPE_PREFIX = "rope_"
+# Metadata of a template, without the architecture, and what config.json calls it.
+SIZES = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Gguf(Target):
     def write(self, source: Source, folder: Path) -> Written:
         reader = self._reader()
         architecture = str(reader.fields[ARCHITECTURE].contents())
+        _refuse_other_model(reader, architecture, source.config)
         names = GgufNames(architecture, source.blocks, source.config)
         # Tensors wait in a file: their descriptions come before them all.
         writer = gguf.GGUFWriter(folder / MODEL_FILE, architecture, use_temp_file=True)
@@ -153,6 +160,15 @@ class Gguf(Target):
         has_adapter = self.dtype is None and any(spec.rank for spec in source.specs.values())
         adapter = f" --lora {folder}/{ADAPTER_FILE}" if has_adapter else ""
         return {"llama.cpp": f'llama-cli -m {folder}/{MODEL_FILE}{adapter} -p "Once upon a time"'}
+
+
+def _refuse_other_model(reader: gguf.GGUFReader, architecture: str, config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a template whose sizes are not the checkpoint's."""
+    for key, name in SIZES.items():
+        field = reader.fields.get(f"{architecture}.{key}")
+        if field is not None and name in config and field.contents() != config[name]:
+            found, wanted = field.contents(), config[name]
+            raise ConfigError(f"export: template is of another model: its {key} is {found}, the checkpoint's {wanted}")
 
 
 def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:

@@ -325,6 +325,12 @@ class TestGguf:
                 export(checkpoint, target, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    def test_a_template_of_another_model_is_refused(self, checkpoint_of, template, tmp_path):
+        checkpoint = checkpoint_of(INT8_ROW, sizes={"num_hidden_layers": 3})
+        with pytest.raises(ConfigError, match="of another model: its block_count is 2, the checkpoint's 3"):
+            export(checkpoint, Gguf(template=str(template)), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
 
 class TestMlx:
     @pytest.fixture(autouse=True)
