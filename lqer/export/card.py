@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 import lqer
-from lqer.export.base import Target
+from lqer.export.base import Closeness, Target
 from lqer.export.source import Source
 from lqer.export.verify import Outcome
 from lqer.store.files import without_nonfinite
@@ -22,6 +22,12 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CARD_FILE = "README.md"
 # To wait for the original's card.
 HUB_SECONDS = 5
+EXPECTED: dict[Closeness, str] = {
+    "exact": "the checkpoint's logits to the last bit",
+    "reordered": "the checkpoint's logits, but for the order of sums in float32",
+    "rounded": "logits that differ a little, as weights or products are rounded once more",
+    "other inputs": "logits that differ a little, as inputs are rounded by a slightly other rule",
+}
 CONFIGURATION_SHOWN = ("calibration", "quantize", "formats")
 
 
@@ -153,7 +159,7 @@ def _verification(outcome: Outcome) -> str:
         f"- largest difference of a logit: {check.logit_difference:.3g}, of logits up to {check.largest_logit:.3g}",
         f"- perplexity over {check.windows} windows: {check.exported_perplexity:.6g}; the checkpoint, without "
         f"what is not kept, {check.perplexity:.6g}; the whole checkpoint {check.whole_perplexity:.6g}",
-        f"- expected of these files: {outcome.written.closeness}",
+        f"- expected of these files: {EXPECTED[outcome.written.closeness]}",
     ]
     return "\n".join(lines)
 

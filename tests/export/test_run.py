@@ -44,6 +44,7 @@ def test_the_folder_holds_the_model_a_card_and_a_record(checkpoint, tmp_path):
     card = (out / CARD_FILE).read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "- largest difference of a logit: 0, of" in card
+    assert "- expected of these files: the checkpoint's logits to the last bit" in card
     assert str(tmp_path) not in card
 
 
