@@ -162,7 +162,7 @@ def perturbed(file: Path, checkpoint: Path, windows_WT: Tensor, runs: int) -> tu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--text", type=Path, required=True)

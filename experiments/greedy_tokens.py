@@ -12,7 +12,7 @@ Both run in float32 on the CPU.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,12 @@ def greedy_ids(folder: Path, prompt: str) -> list[int]:
 
 
 def main() -> None:
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: greedy_tokens.py FOLDER [PROMPT]")
-    folder = Path(sys.argv[1])
-    folder = folder / "checkpoint" if (folder / "checkpoint" / "lqer.json").exists() else folder
-    print(*greedy_ids(folder, sys.argv[2] if len(sys.argv) == 3 else PROMPT), sep="\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("prompt", nargs="?", default=PROMPT)
+    arguments = parser.parse_args()
+    run = arguments.folder / "checkpoint"
+    print(*greedy_ids(run if (run / "lqer.json").exists() else arguments.folder, arguments.prompt), sep="\n")
 
 
 if __name__ == "__main__":
