@@ -31,7 +31,7 @@ README, TUTORIAL, SERVING = ((ROOT / name).read_text() for name in ("README.md",
 PIPELINE = "python experiments/pipeline.py"
 # Tables with a paragraph or a row of their own.
 EXPLAINED_ELSEWHERE = (DatasetSpec, OverrideConfig)
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "experiments/README.md", *(ROOT / "docs").rglob("*.md")])
 # Backticked text that looks like a path of the repository.
 REPOSITORY_PATH = re.compile(r"`((?:lqer|tests|configs|docs|experiments|sweeps)/[\w./*-]*)`")
 
