@@ -3,55 +3,64 @@
 from __future__ import annotations
 
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 
 from lqer import phases
 from lqer.phases import Recorder, in_phase, phase, recorded
 
-TICK = 0.02
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of phases, which stands still until a test sets `now`, in seconds."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
 
 
-def test_a_phase_inside_another_interrupts_it():
+def test_a_phase_inside_another_interrupts_it(clock):
     with recorded(recorder := Recorder()):
         with phase("outer"):
-            time.sleep(TICK)
+            clock.now += 1
             with phase("inner"):
-                time.sleep(3 * TICK)
-            time.sleep(TICK)
-        started = time.perf_counter()
+                clock.now += 30
+            clock.now += 2
+        clock.now += 400  # between two phases: nobody's
         with phase("inner"):
-            pass
-    assert 2 * TICK <= recorder.main["outer"] < 3 * TICK
-    assert 3 * TICK <= recorder.main["inner"] < 5 * TICK
-    assert time.perf_counter() - started < TICK
+            clock.now += 5
+    assert recorder.main == {"outer": 3, "inner": 35}
     assert not recorder.background
 
 
-def test_other_threads_are_counted_apart_and_do_not_wait_for_the_gpu():
+def test_other_threads_are_counted_apart_and_do_not_wait_for_the_gpu(clock):
     waited: list[str] = []
 
     @in_phase("write")
     def write() -> None:
-        time.sleep(TICK)
+        clock.now += 7
 
     with recorded(recorder := Recorder(lambda: waited.append(threading.current_thread().name))):
         thread = threading.Thread(target=write)
-        thread.start()
         with phase("round"):
+            thread.start()
             thread.join()
-    assert recorder.background["write"] >= TICK
-    assert recorder.main.keys() == {"round"}
+    assert recorder.background == {"write": 7}
+    assert recorder.main == {"round": 7}
     assert waited == ["MainThread"] * 2
 
 
-def test_a_phase_that_fails_is_closed():
+def test_a_phase_that_fails_is_closed(clock):
+    @in_phase("inner")
+    def fail() -> None:
+        clock.now += 1
+        raise ValueError("broken")
+
     with recorded(recorder := Recorder()), phase("outer"):
-        with pytest.raises(ValueError, match="broken"), phase("inner"):
-            raise ValueError("broken")
-        time.sleep(TICK)
-    assert recorder.main["outer"] >= TICK > recorder.main["inner"]
+        with pytest.raises(ValueError, match="broken"):
+            fail()
+        clock.now += 2
+    assert recorder.main == {"inner": 1, "outer": 2}
 
 
 def test_without_a_recorder_nothing_is_made():
