@@ -117,10 +117,8 @@ class _Window:
 
 def _pairs(spec: DatasetSpec) -> Iterator[tuple[int, str, Any]]:
     """Number, text and image of every row."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError(f"dataset {spec.label} names images, which Pillow reads: pip install pillow") from None
+    from PIL import Image
+
     if spec.rows is not None:
         raise DataError(f"dataset {spec.path}: pairs are read from the first on; rows is {spec.rows!r}")
     path = Path(spec.path).expanduser()
