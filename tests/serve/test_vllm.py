@@ -1,4 +1,4 @@
-"""The plug-in of vLLM, with a stand-in of vLLM (tests/vllm_standin.py); test_vllm_itself.py has vLLM's own code.
+"""The plug-in of vLLM, with a stand-in of vLLM (tests/common/vllm_standin.py); test_vllm_itself.py has vLLM's own code.
 
 Shapes: T tokens, O out_features.
 """

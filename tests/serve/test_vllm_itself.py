@@ -17,7 +17,8 @@ from lqer.formats import E8P, Int, MXInt
 from lqer.methods import LqerAct
 from lqer.transforms import Hadamard
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+COMMON = ROOT / "tests/common"
 TOKENS = [5, 9, 3, 40, 22, 17, 61, 8, 30, 12]
 X8 = MXInt(bits=8, block_size=16)
 
@@ -40,8 +41,8 @@ if importlib.util.find_spec("vllm") is None:
 )
 def test_a_native_export_has_the_checkpoints_logits_in_vllm(native, made, ranks, tmp_path):
     folder, out = native(**made), tmp_path / "logits.safetensors"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
-    script = [sys.executable, str(TESTS / "vllm_model.py"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{COMMON}"}
+    script = [sys.executable, str(COMMON / "vllm_model.py"), str(folder)]
     processes = [
         subprocess.Popen([*script, str(rank), str(ranks), str(tmp_path / "store"), str(out)], env=environment,
                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

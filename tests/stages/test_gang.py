@@ -18,6 +18,9 @@ from lqer.errors import ModelError
 from lqer.stages.gang import RankFailedError
 from lqer.store.store import Store
 
+# Where the program of a test finds gang_stages.
+COMMON = Path(__file__).parents[1] / "common"
+
 
 @pytest.fixture(scope="module")
 def values() -> Tensor:
@@ -66,7 +69,7 @@ def test_ranks_end_with_the_first_one_whatever_they_are_at(tmp_path):
     )
     pids = tmp_path / "pids"
     pids.mkdir()
-    first = subprocess.run([sys.executable, "-c", program, str(pids)], cwd=Path(__file__).parents[1], check=False)
+    first = subprocess.run([sys.executable, "-c", program, str(pids)], cwd=COMMON, check=False)
     assert first.returncode == -signal.SIGKILL
     left = [int(path.name) for path in pids.iterdir() if path.name.isdigit()]
     assert len(left) == 3
