@@ -22,8 +22,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
+from page_tables.rows import ORIGINAL, ROWS, Row, merged, read_rows
 from PIL import Image
-from result_rows import ORIGINAL, ROWS, Row, merged, read_rows
 
 from lqer.errors import DataError, LqerError
 from lqer.report.families import FAMILIES, FEEDBACK, LATTICE, OTHER, Family

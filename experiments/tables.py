@@ -25,7 +25,7 @@ has a higher one; a scheme links to the line of its command.
 `add` takes results.json of runs and lines that experiments/compare_peers.py wrote (as "theirs"), replaces the rows of
 the same model and scheme, and adds the row of the original model. `{tag}` in COMMAND is the tag of the run. `add-sweep`
 takes every finished run of a sweep, under its name in the sweep, with the command that repeats it. Tables of benchmarks
-are no rows of runs: experiments/printed_tables.py keeps what was printed; step_tables.py: what a part gives,
+are no rows of runs: page_tables/printed.py keeps what was printed; page_tables/steps.py: what a part gives,
 from two rows that differ in it.
 """
 
@@ -42,9 +42,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import printed_tables
-import step_tables
-from result_rows import ORIGINAL, ROWS, Row, merged, numbered_rows, read_rows, rows_of, rows_of_sweep
+from page_tables import printed, steps
+from page_tables.rows import ORIGINAL, ROWS, Row, merged, numbered_rows, read_rows, rows_of, rows_of_sweep
 
 from lqer.config.presets import preset_path
 from lqer.errors import ConfigError, DataError, LqerError
@@ -70,7 +69,7 @@ RUINED = 1e4
 
 def filled(page: Path) -> str:
     """The text of a page with every table written anew."""
-    text = step_tables.filled(page, printed_tables.filled(page, page.read_text()))
+    text = steps.filled(page, printed.filled(page, page.read_text()))
     return TABLE.sub(lambda found: f"{found[1]}\n{_region(page, found['arguments'])}\n{found[4]}", text)
 
 
@@ -235,7 +234,7 @@ def _write(file: Path, new: Sequence[Row]) -> None:
 
 
 def take(arguments: argparse.Namespace) -> None:
-    printed_tables.take(sys.stdin.read(), arguments.table, arguments.file)
+    printed.take(sys.stdin.read(), arguments.table, arguments.file)
     print(arguments.file)
 
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from printed_tables import PRINTED as MARKED
-from printed_tables import markdown, read, tables, take
+from page_tables.printed import PRINTED as MARKED
+from page_tables.printed import markdown, read, tables, take
 from tables import filled
 
 from lqer.errors import DataError

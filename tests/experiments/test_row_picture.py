@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from result_rows import ROWS as ADAPTER
-from result_rows import Row
+from page_tables.rows import ROWS as ADAPTER
+from page_tables.rows import Row
 from row_picture import draw, drawn_from, family, fingerprint
 
 from lqer.errors import DataError

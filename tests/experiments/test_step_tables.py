@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from step_tables import read
+from page_tables.steps import read
 from tables import filled
 
 from lqer.errors import DataError

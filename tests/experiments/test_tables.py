@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from page_tables.rows import Row, merged, read_rows
 from report_runs import quantize_table, run_results
-from result_rows import Row, merged, read_rows
 from tables import filled, front, markdown
 
 from lqer.errors import LqerError

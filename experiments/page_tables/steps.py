@@ -17,9 +17,9 @@ from functools import cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from result_rows import Row, numbered_rows
 
 from lqer.errors import DataError
+from page_tables.rows import Row, numbered_rows
 
 TEXTS = ("WikiText-2", "C4")
 STEPS = re.compile(r"(<!-- steps (?P<file>\S+) -->\n)(?P<body>.*?)(<!-- end of table -->)", re.DOTALL)

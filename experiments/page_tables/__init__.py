@@ -1,0 +1,1 @@
+"""The parts of tables.py and row_picture.py."""
