@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from unittest import mock
 
 import torch
-from random_block import random_block
+from measures.random_block import random_block
 from torch import Tensor
 
 from lqer.formats import Int

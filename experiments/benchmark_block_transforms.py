@@ -13,7 +13,7 @@ import statistics
 import time
 
 import torch
-from random_block import random_block
+from measures.random_block import random_block
 
 from lqer.formats import Int
 from lqer.models.source import pick_device

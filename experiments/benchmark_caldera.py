@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from unittest import mock
 
 import torch
+from measures.seconds import least_seconds
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -39,6 +39,7 @@ from lqer.rounding.ldlq_panel import block_by_block
 from lqer.statistics.site import SiteStatistics
 from lqer.transforms import Hadamard
 
+SWEEPS = 3  # of which the fastest counts
 PLAN = LinearPlan(
     method=Caldera(down_date=0.97),
     weight=E8P(2),
@@ -91,37 +92,26 @@ def main() -> int:
 
 def time_sweeps(hidden: int, device: torch.device) -> None:
     points_V8 = torch.randn(1 << 21, 8, device=device)
-    print(f"2^21 vectors to the nearest E8P points: {1e3 * least_seconds(lambda: nearest_e8p(points_V8)):.2f} ms")
+    seconds, _ = least_seconds(lambda: nearest_e8p(points_V8), SWEEPS, device)
+    print(f"2^21 vectors to the nearest E8P points: {1e3 * seconds:.2f} ms")
     (weight_OI,), site = random_weights([hidden], hidden, device), random_site(hidden, device)
     damped = damp(site["hessian"])
     for number_format in (E8P(2), Int(4, 128)):
-        in_kernels = least_seconds(partial(ldlq, weight_OI, damped, number_format))
+        in_kernels, _ = least_seconds(partial(ldlq, weight_OI, damped, number_format), SWEEPS, device)
         with mock.patch.object(ldlq_module, "panel_rounding", return_value=block_by_block):
-            by_block = least_seconds(partial(ldlq, weight_OI, damped, number_format))
+            by_block, _ = least_seconds(partial(ldlq, weight_OI, damped, number_format), SWEEPS, device)
         print(
             f"LDLQ of {hidden}x{hidden} in {number_format.kind}: {1e3 * in_kernels:.1f} ms in kernels, "
             f"{1e3 * by_block:.1f} ms block by block"
         )
     for scalar in (Int(4, 128), NormalFloat(4, 64), MX("mxfp4_e2m1")):
-        in_kernels = least_seconds(partial(gptq, weight_OI, damped, scalar))
+        in_kernels, _ = least_seconds(partial(gptq, weight_OI, damped, scalar), SWEEPS, device)
         with mock.patch.object(gptq_module, "_panel_in_one_kernel", gptq_module._panel_column_by_column):
-            by_column = least_seconds(partial(gptq, weight_OI, damped, scalar), repeats=1)
+            by_column, _ = least_seconds(partial(gptq, weight_OI, damped, scalar), 1, device)
         print(
             f"GPTQ of {hidden}x{hidden} in {scalar.kind}: {1e3 * in_kernels:.1f} ms in kernels, "
             f"{1e3 * by_column:.1f} ms column by column"
         )
-
-
-def least_seconds(run: Callable[[], object], repeats: int = 3) -> float:
-    """Of some runs, after one that compiles."""
-    seconds = []
-    for _ in range(repeats + 1):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
 
 
 def random_weights(outputs: list[int], in_features: int, device: torch.device) -> list[Tensor]:

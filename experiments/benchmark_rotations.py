@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measures.seconds import least_seconds
 from torch import Tensor
 
 from lqer.report.environment import device_name
@@ -37,27 +37,19 @@ def time_rotation(tokens: int, length: int, device: torch.device) -> dict[str, f
     def by_products() -> Tensor:
         return hadamard(x_TI * rotation.input_signs_I)
 
-    found = {"products": _microseconds(by_products)}
+    found = {"products": _microseconds(by_products, device)}
     if not fits(length):
         return found
     expected_TI, y_TI = by_products().float(), rotation.input(x_TI).float()
     return found | {
-        "kernel": _microseconds(lambda: rotation.input(x_TI)),
-        "back": _microseconds(lambda: rotation.output(x_TI)),
+        "kernel": _microseconds(lambda: rotation.input(x_TI), device),
+        "back": _microseconds(lambda: rotation.output(x_TI), device),
         "difference": float((y_TI - expected_TI).norm() / expected_TI.norm()),
     }
 
 
-def _microseconds(work: Callable[[], object]) -> float:
-    """The fastest of REPEATS, after a first call that compiles."""
-    times = []
-    for _ in range(1 + REPEATS):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(1e6 * (time.perf_counter() - started))
-    return min(times[1:])
+def _microseconds(work: Callable[[], object], device: torch.device) -> float:
+    return 1e6 * least_seconds(work, REPEATS, device)[0]
 
 
 def main() -> int:

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 
 import torch
+from measures.seconds import least_seconds
 from torch import Tensor
 
 from lqer.rounding.factor import feedback_factor
@@ -127,20 +126,6 @@ def plainly_factored(hessian_II: Tensor) -> Tensor:
     torch.linalg.cholesky_ex(damped_II)
     upper_II = torch.linalg.cholesky(damped_II.flip(0, 1)).flip(0, 1)
     return torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float()
-
-
-def least_seconds(way: Callable[[], Tensor | None], repeats: int, device: torch.device) -> tuple[float, Tensor]:
-    """The least time of the repeats, and the last result."""
-    times = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        result = way()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times[1:]), torch.empty(0) if result is None else result
 
 
 if __name__ == "__main__":

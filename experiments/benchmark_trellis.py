@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
+from measures.seconds import least_seconds
 from torch import Tensor
 
-from lqer.formats import QuantizedTensor, Trellis, viterbi_kernel
+from lqer.formats import Trellis, viterbi_kernel
 from lqer.rounding.hessian import DampedHessian, damp
 from lqer.rounding.ldlq import ldlq
 
@@ -65,20 +64,9 @@ def row(number_format: Trellis, weight_OI: Tensor, damped: DampedHessian, repeat
     part_OI = weight_OI[:512, :512].contiguous()
     error_OI = number_format.quantize(part_OI).dequantize() - part_OI
     ways = (partial(number_format.quantize, weight_OI), partial(ldlq, weight_OI, damped, number_format))
-    seconds = [fastest(run, repeats) for run in ways]
+    seconds = [least_seconds(run, repeats, weight_OI.device)[0] for run in ways]
     cells = [cell for time_s in seconds for cell in (f"{time_s:.3f}", f"{weight_OI.numel() / time_s / 1e6:.2f}")]
     return [*cells, f"{float(error_OI.square().mean() / part_OI.square().mean()):.5f}"]
-
-
-def fastest(run: Callable[[], QuantizedTensor], repeats: int) -> float:
-    """Seconds of the fastest of `repeats` runs, after one that is not counted."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        if run().parts["codes"].is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from measures.errors import relative_error
 from torch import Tensor, nn
 
 from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows
@@ -86,12 +87,6 @@ def model_layers(arguments: argparse.Namespace) -> dict[str, Layer]:
         hook.remove()
     tokens = windows_WT.numel()
     return {name: (linear.weight.detach(), sums[name] / tokens) for name, linear in linears.items()}
-
-
-def relative_error(layer: Layer, quantized_OI: Tensor) -> float:
-    weight_OI, hessian_II = (tensor.double() for tensor in layer)
-    error_OI = quantized_OI.double() - weight_OI
-    return float((error_OI @ hessian_II * error_OI).sum() / (weight_OI @ hessian_II * weight_OI).sum())
 
 
 def gptq(bits: int) -> Method:
@@ -167,7 +162,7 @@ def print_table(layers: dict[str, Layer], rows: dict[str, Method]) -> None:
             result = quantize(*layer)
             if isinstance(result, QuantizedTensor):
                 result = result.dequantize(), (result.code_bits + result.metadata_bits) / layer[0].numel()
-            errors.append(relative_error(layer, result[0]))
+            errors.append(relative_error(layer[0], result[0], layer[1]))
             bits.append(result[1])
         seconds = time.process_time() - started
         cells = " | ".join(f"{error:.4f}" for error in errors)
@@ -189,7 +184,7 @@ def time_one(arguments: argparse.Namespace) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    error = relative_error((weight_OI, hessian_II), result.dequantize())
+    error = relative_error(weight_OI, result.dequantize(), hessian_II)
     memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
     print(f"{out_features} x {in_features}, {number_format}: {seconds:.1f} s, error {error:.4f}{memory}")
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from measures.errors import relative_error
 from torch import Tensor
 
 from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows
@@ -40,11 +41,6 @@ RECONSTRUCTIONS = [name for name, method in METHODS.items() if method.rounding i
 BATCH_SIZE, ERROR_TOKENS = 2, 1
 # Float32 factors and a float32 R leave this much of a tie undecided.
 TOLERANCE = 1e-6
-
-
-def relative_error(weight_OI: Tensor, effective_OI: Tensor, r_II: Tensor) -> float:
-    weight_OI, error_OI = weight_OI.double(), weight_OI.double() - effective_OI.double()
-    return float((error_OI @ r_II * error_OI).sum() / (weight_OI @ r_II * weight_OI).sum())
 
 
 def errors_by_linear(arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:

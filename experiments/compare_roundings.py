@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from measures.errors import relative_error
 from torch import Tensor
 
 from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows
@@ -79,11 +80,6 @@ INNER: dict[str, Scheme] = {
     "sort, descent": partial(sorted_first, descent=TURNS),
     "balance, descent": partial(balanced_first, descent=TURNS),
 }
-
-
-def relative_error(weight_OI: Tensor, effective_OI: Tensor, hessian_II: Tensor) -> float:
-    weight_OI, error_OI = weight_OI.double(), weight_OI.double() - effective_OI.double()
-    return float((error_OI @ hessian_II * error_OI).sum() / (weight_OI @ hessian_II * weight_OI).sum())
 
 
 def errors_by_linear(arguments: argparse.Namespace) -> dict[str, dict[str, tuple[float, float]]]:

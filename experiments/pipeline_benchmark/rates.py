@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from blake3 import blake3
+from measures.seconds import least_seconds
 from torch import Tensor
 
 REPEATS = 3
@@ -121,14 +122,7 @@ def _product_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The shortest of REPEATS, after one that warms up."""
-    times = []
-    for _ in range(1 + REPEATS):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return least_seconds(work, REPEATS, device)[0]
 
 
 def _import_seconds() -> float:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare_roundings import ANY, INNER, print_table, relative_error
+from compare_roundings import ANY, INNER, print_table
+from measures.errors import relative_error
 
 from lqer.formats import Int
 

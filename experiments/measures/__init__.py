@@ -1,0 +1,1 @@
+"""What several scripts measure on and with: blocks, seconds, errors."""
