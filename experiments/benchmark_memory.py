@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,9 +30,8 @@ from pathlib import Path
 import psutil
 import tomli_w
 import torch
-from pipeline_benchmark.checkpoint import Shape, write_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from measures.watching import STAGES, current_stage, watched
+from pipeline_benchmark.checkpoint import Shape, byte_tokenizer, write_model
 
 from lqer.config import read_config
 from lqer.report.environment import device_name
@@ -44,12 +42,7 @@ from lqer.run.preflight import estimate_stages
 from lqer.store.offload import parse_bytes
 
 ROOT = Path(__file__).parents[1]
-LOOKS_A_SECOND = 100
 TAG, CONFIG = "memory", "memory.toml"
-# In the order that they come in; what the process holds before the first one is that one's too.
-STAGES = ("calibrate", "quantize", "evaluate")
-# How each one's artifacts are named in the store.
-ARTIFACTS = {"calibrate": "calibrate-*", "quantize": "quantize-*", "evaluate": "perplexity-*"}
 
 
 @dataclass(frozen=True)
@@ -63,15 +56,6 @@ class Peak:
     status: int
     seconds: float
     errors: str
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per byte, from 1 on."""
-    vocabulary = {token: index for index, token in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
 
 
 def write_experiment(folder: Path, arguments: argparse.Namespace) -> Path:
@@ -103,29 +87,6 @@ def write_experiment(folder: Path, arguments: argparse.Namespace) -> Path:
     path = folder / CONFIG
     path.write_text(tomli_w.dumps(experiment))
     return path
-
-
-def current_stage(store: Path) -> str:
-    """The last stage that the store holds an artifact of, finished or in the making."""
-    return next((stage for stage in reversed(STAGES) if any(store.glob(ARTIFACTS[stage]))), STAGES[0])
-
-
-def watched(command: list[str], errors: Path, look: Callable[[psutil.Process], bool]) -> tuple[int, float]:
-    """Run a command, look at its process again and again, and kill it once `look` says so: exit status and seconds."""
-    started = time.monotonic()
-    with errors.open("w", encoding="utf-8") as stream:
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, cwd=ROOT)
-        process = psutil.Process(child.pid)
-        while child.poll() is None:
-            try:
-                if look(process):
-                    child.kill()
-                    break
-            except psutil.NoSuchProcess:
-                break
-            time.sleep(1 / LOOKS_A_SECOND)
-        status = child.wait()
-    return status, time.monotonic() - started
 
 
 def watch(command: list[str], limit: int, errors: Path, stage: Callable[[], str]) -> Peak:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -129,6 +129,15 @@ def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
     values = torch.empty(size, dtype=torch.bfloat16, device=generator.device)
     return values.normal_(0.0, WEIGHT_SIZE, generator=generator).cpu()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per byte, from 1 on."""
+    vocabulary = {token: index for index, token in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

@@ -6,7 +6,8 @@ import sys
 
 import benchmark_memory as benchmark
 import pytest
-from pipeline_benchmark.checkpoint import Shape, write_model
+from measures.watching import current_stage
+from pipeline_benchmark.checkpoint import Shape, byte_tokenizer, write_model
 
 MB = 10**6
 
@@ -41,7 +42,7 @@ held = bytearray(b"x") * (50 * 10**6)
 time.sleep(0.2)
 """
     command, limit = [sys.executable, "-c", grow], 400 * MB
-    peak = benchmark.watch(command, limit, tmp_path / "errors.txt", lambda: benchmark.current_stage(store))
+    peak = benchmark.watch(command, limit, tmp_path / "errors.txt", lambda: current_stage(store))
     assert peak.status == 0, peak.errors
     assert set(peak.by_stage) == {"calibrate", "quantize"}
     assert 150 * MB < peak.by_stage["calibrate"] == peak.resident
@@ -55,7 +56,7 @@ def test_a_model_of_fourteen_times_the_blocks_is_worked_on_in_the_same_memory(tm
     for blocks in (3, 42):
         folder = tmp_path / str(blocks)
         folder.mkdir()
-        stored[blocks] = write_model(folder / "model", Shape(512, 1408, blocks, 300), benchmark.byte_tokenizer())
+        stored[blocks] = write_model(folder / "model", Shape(512, 1408, blocks, 300), byte_tokenizer())
         arguments = benchmark.parse([*options, "--limit", limit])
         peaks[blocks], results = benchmark.measure(folder, arguments)
         assert peaks[blocks].status == 0, peaks[blocks].errors

@@ -7,7 +7,7 @@ import sys
 import benchmark_mixtures as benchmark
 import pytest
 import torch
-from benchmark_memory import byte_tokenizer
+from pipeline_benchmark.checkpoint import byte_tokenizer
 from pipeline_benchmark.mixture import write_mixture
 from transformers import PreTrainedConfig
 
