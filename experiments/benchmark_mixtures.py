@@ -32,10 +32,9 @@ from typing import Any
 import psutil
 import tomli_w
 import torch
-from estimate_mixtures import SHAPES
 from measures.watching import current_stage, watched
 from pipeline_benchmark.checkpoint import byte_tokenizer
-from pipeline_benchmark.mixture import QUANTIZATION, write_mixture
+from pipeline_benchmark.mixture import QUANTIZATION, SHAPES, write_mixture
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -33,6 +33,7 @@ import time
 from pathlib import Path
 
 import torch
+from measures.texts import text_spec
 from peer_methods import AUTO_ROUND_ITERATIONS, PEERS, PeerTask
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,16 +46,6 @@ from lqer.evaluation.perplexity import concat_perplexity, concat_windows
 from lqer.models.source import load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
 from lqer.models.structure import block_linears, find_blocks
 from lqer.report.environment import device_name, versions
-
-
-def text_spec(text: str) -> DatasetSpec:
-    """The dataset of PATH or PATH@ROWS."""
-    path, _, rows = text.partition("@")
-    try:
-        return DatasetSpec(path=path, rows=rows or None)
-    except ValueError as error:
-        reason = str(error).splitlines()[2].strip()
-        raise ConfigError(f"text {text!r}: {reason}") from None
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

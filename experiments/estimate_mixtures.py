@@ -14,8 +14,8 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from pipeline_benchmark.mixture import SHAPES
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -27,31 +27,6 @@ from lqer.resources.memory import estimate
 from lqer.resources.workload import Need, StageMemory, Workload, total
 
 ROOT = Path(__file__).parents[1]
-DEEPSEEK = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
-# By name: the architecture, and where it differs from its configuration's default; bits of a stored value of an expert
-# and of another linear, with scales.
-SHAPES: dict[str, tuple[str, dict[str, Any], tuple[float, float]]] = {
-    "deepseek-v3": ("deepseek_v3", DEEPSEEK, (8 + 32 / 128**2, 8 + 32 / 128**2)),
-    "kimi-k2": (
-        "deepseek_v3",
-        {**DEEPSEEK, "n_routed_experts": 384, "n_group": 1, "topk_group": 1, "num_attention_heads": 64,
-         "num_key_value_heads": 64, "vocab_size": 163840},
-        (8 + 32 / 128**2, 8 + 32 / 128**2),
-    ),
-    "deepseek-v4-flash": (
-        "deepseek_v4",
-        {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "compressed_sparse_attention"],
-         "mlp_layer_types": ["hash_moe", "moe"]},
-        (4 + 8 / 32, 8 + 8 / 128**2),
-    ),
-    "gpt-oss-120b": ("gpt_oss", {"num_hidden_layers": 2, "num_local_experts": 128}, (4 + 8 / 32, 16)),
-    "tiny": (
-        "mixtral",
-        {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 256},
-        (8, 16),
-    ),
-}  # fmt: skip
 PUBLISHED = ["gpt-oss-120b", "deepseek-v3", "kimi-k2", "deepseek-v4-flash"]
 HALF = 2  # bytes
 STAGES = ("calibrate", "widths", "quantize")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from compare_peers import text_spec
+from measures.texts import text_spec
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel

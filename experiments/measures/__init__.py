@@ -1,1 +1,1 @@
-"""What several scripts measure on and with: blocks, seconds, errors, watched processes."""
+"""What several scripts measure on and with: blocks, texts, seconds, errors, watched processes."""

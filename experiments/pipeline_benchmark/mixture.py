@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +26,31 @@ QUANTIZATION = {
     "deepseek_v3": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
                     "weight_block_size": [BLOCK, BLOCK]},
     "gpt_oss": {"quant_method": "mxfp4"},
+}  # fmt: skip
+DEEPSEEK = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+# By name: the architecture, and where it differs from its configuration's default; bits of a stored value of an expert
+# and of another linear, with scales.
+SHAPES: dict[str, tuple[str, dict[str, Any], tuple[float, float]]] = {
+    "deepseek-v3": ("deepseek_v3", DEEPSEEK, (8 + 32 / 128**2, 8 + 32 / 128**2)),
+    "kimi-k2": (
+        "deepseek_v3",
+        {**DEEPSEEK, "n_routed_experts": 384, "n_group": 1, "topk_group": 1, "num_attention_heads": 64,
+         "num_key_value_heads": 64, "vocab_size": 163840},
+        (8 + 32 / 128**2, 8 + 32 / 128**2),
+    ),
+    "deepseek-v4-flash": (
+        "deepseek_v4",
+        {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "compressed_sparse_attention"],
+         "mlp_layer_types": ["hash_moe", "moe"]},
+        (4 + 8 / 32, 8 + 8 / 128**2),
+    ),
+    "gpt-oss-120b": ("gpt_oss", {"num_hidden_layers": 2, "num_local_experts": 128}, (4 + 8 / 32, 16)),
+    "tiny": (
+        "mixtral",
+        {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 256},
+        (8, 16),
+    ),
 }  # fmt: skip
 
 

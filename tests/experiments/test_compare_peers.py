@@ -45,13 +45,6 @@ def test_settings_that_no_peer_can_meet_are_refused(changed, said):
         comparison.check_arguments(Namespace(**{**ARGUMENTS, **changed}))
 
 
-def test_a_text_is_a_path_with_rows_behind_an_at():
-    assert comparison.text_spec("c4.jsonl@:90%").label == "c4.jsonl[:90%]"
-    assert comparison.text_spec("c4.jsonl").rows is None
-    with pytest.raises(ConfigError, match="rows is '90'"):
-        comparison.text_spec("c4.jsonl@90")
-
-
 def test_a_library_that_is_not_installed_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(PEERS, "hqq", Peer("no_such_library", ("no-such-library==1.0",), PEERS["hqq"].quantize))
     command = [

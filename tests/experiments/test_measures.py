@@ -1,4 +1,4 @@
-"""What several scripts measure with: seconds and errors."""
+"""What several scripts measure on and with: texts, seconds, errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pytest
 import torch
 from measures.errors import relative_error
 from measures.seconds import least_seconds
+from measures.texts import text_spec
+
+from lqer.errors import ConfigError
 
 
 def test_seconds_are_the_least_of_the_repeats_and_the_first_run_is_left_out(monkeypatch):
@@ -29,3 +32,10 @@ def test_an_error_is_that_of_the_outputs_over_the_outputs():
     of_outputs = (x_TI @ error_OI.T).square().sum() / (x_TI @ weight_OI.T).square().sum()
     assert relative_error(weight_OI, weight_OI + error_OI, hessian_II) == pytest.approx(float(of_outputs), rel=1e-5)
     assert relative_error(weight_OI, weight_OI, hessian_II) == 0
+
+
+def test_a_text_is_a_path_with_rows_behind_an_at():
+    assert text_spec("c4.jsonl@:90%").label == "c4.jsonl[:90%]"
+    assert text_spec("c4.jsonl").rows is None
+    with pytest.raises(ConfigError, match="rows is '90'"):
+        text_spec("c4.jsonl@90")

@@ -44,3 +44,9 @@ def test_the_help_of_a_script_has_its_docstring_and_every_option_that_it_shows(s
 def test_a_script_of_the_list_is_there_and_every_one_is_listed_once():
     listed = re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "experiments/README.md").read_text(), flags=re.MULTILINE)
     assert sorted(listed) == [path.name for path in SCRIPTS]
+
+
+def test_a_script_is_imported_by_no_other_file_of_the_experiments():
+    names = "|".join(path.stem for path in SCRIPTS)
+    imports = re.compile(rf"^\s*(?:import|from) (?:{names})\b", flags=re.MULTILINE)
+    assert not [path for path in (ROOT / "experiments").rglob("*.py") if imports.search(path.read_text())]
