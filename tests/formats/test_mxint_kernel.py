@@ -34,7 +34,7 @@ def test_numbers_are_those_in_pytorch(number_format, shape, axis, dtype):
 
 
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
-def test_zeros_extremes_and_what_is_not_finite(number_format):
+def test_zeros_extremes_and_what_is_not_finite_are_rounded_as_in_pytorch(number_format):
     x = torch.zeros(8, 32)
     x[1, 3], x[2, 3], x[2, 4] = 1e-42, 3e38, -3.4e38
     x[3, 3], x[4, 3], x[5, 3] = torch.inf, torch.nan, -torch.inf

@@ -37,7 +37,7 @@ def both(experiment, *overrides: str, match: str) -> None:
         ("{folder}/utf16.txt", "cannot be read: 'utf-8' codec"),
     ],
 )
-def test_an_evaluation_text_that_cannot_be_used(experiment, tmp_path, dataset, match):
+def test_an_evaluation_text_that_cannot_be_used_is_refused(experiment, tmp_path, dataset, match):
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "other.jsonl").write_text('{"body": "a"}')
     (tmp_path / "utf16.txt").write_bytes("text".encode("utf-16"))
@@ -48,18 +48,18 @@ def test_an_evaluation_text_that_cannot_be_used(experiment, tmp_path, dataset, m
     )  # fmt: skip
 
 
-def test_a_calibration_text_that_is_missing_or_too_short(experiment, tmp_path):
+def test_a_calibration_text_that_is_missing_or_too_short_is_refused(experiment, tmp_path):
     both(experiment, "--calibration.dataset=none.txt", match=r"^calibration\.dataset: dataset file none\.txt does not")
     (tmp_path / "short.txt").write_text("short")
     short = f"--calibration.dataset={tmp_path}/short.txt"
     both(experiment, short, match=r"^calibration\.dataset: text short\.txt yields 0 windows of .*num_samples is ")
 
 
-def test_a_window_too_short_to_predict_a_token(experiment):
+def test_a_window_too_short_to_predict_a_token_is_refused(experiment):
     both(experiment, "--evaluation.perplexity.seq_len=1", match="seq_len must be at least 2")
 
 
-def test_a_text_for_fine_tuning_that_is_missing(experiment):
+def test_a_text_for_fine_tuning_that_is_missing_is_refused(experiment):
     both(
         experiment, "--quantize.activation=none", "--quantize.attention=none",
         '--finetune={ parts = ["low_rank"], dataset = "missing.txt" }',
@@ -67,7 +67,7 @@ def test_a_text_for_fine_tuning_that_is_missing(experiment):
     )  # fmt: skip
 
 
-def test_tasks_whose_data_are_missing(experiment, tmp_path):
+def test_tasks_whose_data_are_missing_are_refused(experiment, tmp_path):
     (tmp_path / "own.yaml").write_text(
         "task: own\ndataset_path: json\ndataset_kwargs: {data_files: {validation: nowhere.jsonl}}\n"
         "validation_split: validation\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['a', 'b']\n"
@@ -77,12 +77,12 @@ def test_tasks_whose_data_are_missing(experiment, tmp_path):
     both(experiment, settings, match="nowhere.jsonl")
 
 
-def test_a_tracker_that_is_not_installed(experiment, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_refused(experiment, monkeypatch):
     monkeypatch.setattr("lqer.report.tracking.find_spec", lambda name: None)
     both(experiment, "--tracking.backend=wandb", match=r"tracking\.backend: 'wandb' is not installed")
 
 
-def test_an_output_folder_that_cannot_be_written_to(experiment):
+def test_an_output_folder_that_cannot_be_written_to_is_refused(experiment):
     both(experiment, "--output_dir=/proc/lqer", match="output_dir: /proc cannot be written to")
 
 
