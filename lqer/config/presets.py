@@ -19,7 +19,7 @@ PREFIX = "preset:"
 # Named without their folder.
 METHODS_FOLDER = "methods"
 # The advice of docs/choosing.md.
-RECOMMENDED = ("best-2", "best-3", "best-4", "best-w4a8", "serve-2", "serve-3", "serve-4")
+RECOMMENDED = ("best-2", "best-3", "best-4", "best-w4a8", "serve-3", "serve-4")
 # What the other folders hold.
 FOLDERS = {
     "paper": "experiments with the models, texts and settings of their papers",

@@ -117,7 +117,8 @@ class TestConsoleScript:
         rows = dict(row.split(maxsplit=1) for row in lqer("ls", "formats")[1].splitlines())
         settings = 'bits, block_size = 128, symmetric = false, scale_dtype = "float16"'
         assert rows["int"].endswith(f" Settings: {settings}.")
-        assert "Settings" not in lqer("ls", "statistics")[1]
+        rows = dict(row.split(maxsplit=1) for row in lqer("ls", "statistics")[1].splitlines())
+        assert "Settings" not in rows["hessian"]
 
     def test_a_preset_is_listed_with_the_first_sentence_of_its_file(self, lqer):
         line = "L2QER (arXiv 2402.02446): W4A8 MXINT, rank 32, rounding error scaled by activation magnitudes."
