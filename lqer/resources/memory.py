@@ -57,7 +57,7 @@ from lqer.resources.walk import (
     walk_needs,
 )
 from lqer.resources.workload import Need, StageMemory, Workload, total
-from lqer.stages.block_work import SPECTRA_OF_A_LINEAR, bytes_of_later_spectra
+from lqer.stages.block_work import bytes_of_later_spectra
 from lqer.stages.gather_experts import PASS_BYTES
 from lqer.stages.measure_widths import WINDOWS
 from lqer.stages.width_errors import EXPERT_ROWS, SAMPLED_ROWS
@@ -194,9 +194,9 @@ def _quantize(work: Workload) -> StageMemory:
     later = bytes_of_later_spectra(summary.block_parameters) * work.on_gpu
     if later:
         largest = max(rows * columns for rows, columns in summary.linears.values())
-        searched = SPECTRA_OF_A_LINEAR * FACTORIZATION_COPIES * 8 * largest
+        searched = FACTORIZATION_COPIES * 8 * largest
         device.append(Need("matrices until their spectra are found", later, certain=False))
-        device.append(Need("matrices whose spectra are found", searched, certain=False))
+        device.append(Need("the matrix whose spectrum is found", searched, certain=False))
     if len(work.config.evaluation.baselines) > ("original" in work.config.evaluation.baselines):
         disk.append(Need("quantized baseline", sum(packed) + outside, LARGER_DISK))
     if not work.stores_statistics:

@@ -33,8 +33,6 @@ PACKED, SPECTRA = "packed:", "spectra:"
 
 # Per weight, of what spectra are found of: it and its rounded value, in float32; and for how much a GPU has room.
 SPECTRA_BYTES, MOST_SPECTRA_BYTES = 8, 1 << 32
-# Spectra of one linear, which a GPU then finds side by side.
-SPECTRA_OF_A_LINEAR = 3
 # Finds singular values, by the names that they are stored under.
 Spectra = Callable[[], Mapping[str, Tensor]]
 

@@ -6,8 +6,7 @@ Shapes: I in_features, O out_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,50 +35,44 @@ def later_spectra(
 ) -> Callable[[], dict[str, Tensor]]:
     """A function that finds the singular values of the weight and of its rounding error, by the names in their file.
 
-    It may be called in another thread: a GPU works in streams of its own, behind what was launched before now. On a
+    It may be called in another thread: a GPU works in a stream of its own, behind what was launched before now. On a
     CPU, and with at_once, they are found now, and the matrices need not be held.
     """
-    searches = _searches(name, weight_OI, rounded_OI, statistics["mean_abs"])
+    mean_abs_I = statistics["mean_abs"]
     if at_once or not weight_OI.is_cuda:
-        found = _one_after_another(searches)
+        found = spectra(name, weight_OI, rounded_OI, mean_abs_I)
         return lambda: found
+    _load_solvers(weight_OI.device)
     ready = torch.cuda.current_stream(weight_OI.device).record_event()
-    return partial(_side_by_side, searches, ready, weight_OI.device)
 
-
-def _searches(name: str, weight_OI: Tensor, rounded_OI: Tensor, mean_abs_I: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """What finds singular values of the weight and of its rounding error, by the names that these are stored under."""
-    scaled = Metric(scale_I=activation_scale(mean_abs_I))
-    return {
-        f"{name}.weight": lambda: singular_values(weight_OI, Metric()),
-        f"{name}.plain": lambda: singular_values(weight_OI - rounded_OI, Metric()),
-        f"{name}.scaled": lambda: singular_values(weight_OI - rounded_OI, scaled),
-    }
-
-
-@in_phase("errors and spectra")
-def _one_after_another(searches: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
-    return {key: find() for key, find in searches.items()}
-
-
-@in_phase("errors and spectra")
-def _side_by_side(
-    searches: Mapping[str, Callable[[], Tensor]], ready: torch.cuda.Event, device: torch.device
-) -> dict[str, Tensor]:
-    """Each in a thread and a stream: the kernels of one, several for each column, leave most of a GPU without work."""
-
-    def found(place: int, find: Callable[[], Tensor]) -> Tensor:
-        with torch.cuda.stream(_side_stream(device, place)):
+    def find() -> dict[str, Tensor]:
+        with torch.cuda.stream(_side_stream(weight_OI.device)):
             ready.wait()
-            return find().cpu()
+            return {key: values.cpu() for key, values in spectra(name, weight_OI, rounded_OI, mean_abs_I).items()}
 
-    with ThreadPoolExecutor(len(searches), "spectra") as threads:
-        return dict(zip(searches, threads.map(found, range(len(searches)), searches.values()), strict=True))
+    return find
 
 
 @cache
-def _side_stream(device: torch.device, place: int) -> torch.cuda.Stream:
+def _load_solvers(device: torch.device) -> None:
+    """Have PyTorch load its solvers, which it does at their first use: it fails where two threads are the first."""
+    torch.linalg.eigvalsh(torch.ones(1, 1, dtype=torch.float64, device=device))
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+@in_phase("errors and spectra")
+def spectra(name: str, weight_OI: Tensor, rounded_OI: Tensor, mean_abs_I: Tensor) -> dict[str, Tensor]:
+    """Singular values of the weight and of its rounding error, by the names that they are stored under."""
+    error_OI, scale_I = weight_OI - rounded_OI, activation_scale(mean_abs_I)
+    return {
+        f"{name}.weight": singular_values(weight_OI, Metric()),
+        f"{name}.plain": singular_values(error_OI, Metric()),
+        f"{name}.scaled": singular_values(error_OI, Metric(scale_I=scale_I)),
+    }
 
 
 @in_phase("errors and spectra")
