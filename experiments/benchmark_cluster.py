@@ -24,6 +24,9 @@ worker is killed once something is quantized.
 
 sweep: twelve runs by such a cluster. The perfect time is that of all jobs, shared out evenly over the workers.
 
+Each job that a worker has ended is told on stderr, with the seconds since the call of the cluster; the blocks of gangs
+are counted by a bar there.
+
 Where there are fewer GPUs than --gpus says, processes or workers share cards. Without a GPU, a worker has one thread,
 and each process of a gang as many as OMP_NUM_THREADS says: files of unequal numbers of threads may differ.
 """

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,17 +66,19 @@ class _Records(logging.Handler):
 
     def __init__(self, message: str) -> None:
         super().__init__(logging.INFO)
-        self._message = message
+        self._message, self._started = message, time.time()
         self.found: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg == self._message:
             self.found.append(record)
+            # A call that is cut off prints no row; this much is known then.
+            print(f"{record.created - self._started:.1f} s: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def said(message: str) -> Iterator[list[logging.LogRecord]]:
-    """What the driver logs within in the form of `message`."""
+    """What the driver logs within in the form of `message`; each line is shown on stderr at once."""
     handler, logger = _Records(message), logging.getLogger("lqer")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -41,7 +41,7 @@ def test_a_gang_is_timed_killed_and_compared_with_one_process(tmp_path):
     assert any(line.startswith("the same command, with 1 of 2 blocks") and two[-3] in line for line in lines)
 
 
-def test_jobs_that_ended_and_workers_that_were_lost_are_what_the_driver_says():
+def test_jobs_that_ended_and_workers_that_were_lost_are_what_the_driver_says(capsys):
     schedule = Schedule([Job("quantize-1 1/2", (), (), lambda store: None)])
     schedule.start("quantize-1 1/2")
     with said(DONE) as done, said(LOST) as lost:
@@ -50,6 +50,10 @@ def test_jobs_that_ended_and_workers_that_were_lost_are_what_the_driver_says():
     (job,) = jobs_in(done)
     assert (job.worker, job.name, job.seconds, job.kind) == ("vm/7", "quantize-1 1/2", 2.5, "quantize")
     assert len(lost) == 1
+    # Also of a call that is cut off.
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.partition(" s: ")[2] for line in shown] == [record.getMessage() for record in (*lost, *done)]
+    assert shown[1].endswith(" s: vm/7, quantize-1 1/2: done in 2.5 s")
 
 
 def test_seconds_of_each_worker_are_shown_the_busiest_first():
