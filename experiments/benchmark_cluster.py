@@ -39,9 +39,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from cluster_benchmark.gangs import time_gangs
-from cluster_benchmark.setup import Setup
-from cluster_benchmark.workers import time_parts, time_sweep
 from pipeline_benchmark.checkpoint import SHAPES
 
 
@@ -67,6 +64,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def measure(folder: Path, options: argparse.Namespace, overrides: list[str]) -> None:
+    # Not at the top: the processes of a gang import this file too, and would be timed with a second of imports that
+    # those of a run do not have.
+    from cluster_benchmark.gangs import time_gangs
+    from cluster_benchmark.setup import Setup
+    from cluster_benchmark.workers import time_parts, time_sweep
+
     shape = SHAPES[options.shape]
     given = None if options.model is None else options.model.absolute()
     setup = Setup(folder, replace(shape, blocks=options.blocks or shape.blocks), options.windows, overrides, given)
