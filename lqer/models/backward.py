@@ -106,8 +106,8 @@ def refuse_lost_gradients(states: HiddenStates) -> None:
     """
     if any(isinstance(one, Tensor) and one.is_floating_point() for one in tree_leaves(states.left)):
         raise ModelError(
-            "model: its decoder blocks leave values for later ones, through which no gradients flow, and widths are "
-            "measured by gradients"
+            "model: its decoder blocks leave values for later ones, through which no gradients flow; "
+            'quantize.budget_bits and calibration.token_weights = "gradient" need gradients'
         )
 
 

@@ -36,6 +36,11 @@ def distribution_file(batch: int) -> str:
     return f"distribution-{batch:05d}.safetensors"
 
 
+def token_weights_file(batch: int) -> str:
+    """The file of a batch of windows, not of a block."""
+    return f"tokens-{batch:05d}.safetensors"
+
+
 def sites_file(index: int) -> str:
     return f"sites-{index:05d}.json"
 
