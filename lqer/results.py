@@ -169,8 +169,9 @@ class Layers(TypedDict):
 class Seconds(TypedDict):
     """Seconds spent on each artifact, in whichever run made it; total is the wall clock of this run.
 
-    quantize includes the error spectra for rank allocation, the losses for widths and, with error propagation or where
-    statistics are not kept (calibration.keep), the gathering of statistics; calibrate is then 0.
+    calibrate includes the weights of tokens by gradients; quantize the error spectra for rank allocation, the losses
+    for widths and, with error propagation or where statistics are not kept (calibration.keep), the gathering of
+    statistics.
     """
 
     calibrate: float

@@ -104,7 +104,7 @@ def token_shares(subject: Subject) -> dict[str, Shares]:
     text = replace(subject.text, token_weights="residual")
     found: dict[str, Shares] = {}
     for run in walk_blocks(subject.opened, text.windows_WT, text.batch_size):
-        original = OriginalBlock(run, paired=True, weighted=True)
+        original = OriginalBlock(run, paired=True, by_stream=True, weights={})
         sums: dict[str, list[Tensor]] = {}
         for batch in range(len(run.hidden.batches)):
             seen = original.batch(batch)

@@ -37,9 +37,9 @@ class CalibrationConfig(Section):
     batch_size: Positive = 2
     # Tokens kept per input site to report each layer's output error on.
     error_tokens: Positive = 256
-    # What a token counts in E[x xᵀ] and E[x²] of linears that write to the residual stream: 1, or the inverse square of
-    # the stream behind them.
-    token_weights: Literal["none", "residual"] = "none"
+    # What a token counts in E[x xᵀ] and E[x²]: 1; for linears that write to the residual stream, the inverse square of
+    # the stream behind them; for all, the mean square of the loss's gradient with respect to their outputs.
+    token_weights: Literal["none", "residual", "gradient"] = "none"
     # Which tokens the experts of a mixture are calibrated on: those that the router sends to each, or all. Of its own
     # tokens one needs so many; what is missing are other tokens of its layer, spread over the text.
     experts: Literal["routed", "all"] = "routed"

@@ -67,6 +67,7 @@ class Made:
     quantized: before fine-tuning. overlaps: warnings about texts that were both learned from and evaluated.
     """
 
+    token_weights: Artifact | None
     calibration: Artifact | None
     ranks: Ranks | None
     widths: Widths | None
@@ -122,7 +123,7 @@ def assemble(
         tokens_per_second=Decode(original=made.decode.get("original"), quantized=made.decode.get("quantized")),
         layers=Layers(file=LAYERS_FILE, count=len(rows)),
         seconds=Seconds(
-            calibrate=0.0 if made.calibration is None else made.calibration.seconds,
+            calibrate=sum((one.seconds for one in (made.token_weights, made.calibration) if one is not None), 0.0),
             quantize=made.quantized.seconds + sum(chosen.seconds for chosen in (made.ranks, made.widths) if chosen),
             finetune=0.0 if made.finetuned is None else made.finetuned.seconds,
             evaluate=round(made.evaluate_seconds, 3),

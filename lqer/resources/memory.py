@@ -10,6 +10,7 @@ memory is estimated, and marked as not certain:
                  further passes, whose results wait there, unless they are used at once (with error propagation). Hidden
                  states of the calibration text are on the GPU where they take little of it
     rotate       the whole model in float32
+    token_weights  the inputs of all blocks and the gradients of the windows of a pass
     calibrate    a walk, and the accumulators of a block's statistics
     widths       a calibration, then the inputs of all blocks and the gradients of a few windows, the errors of a block
     quantize     weights as they are read, the statistics of a block, packed blocks, and copies of the linear in work.
@@ -38,6 +39,7 @@ from lqer.export.verify import WINDOW_TOKENS, WINDOWS_OF_LOGITS
 from lqer.formats import Passthrough
 from lqer.lowrank.rank_allocation import factor_bits
 from lqer.methods import LinearPlan
+from lqer.resources.backward import LOGIT_COPIES, backward_needs, bytes_of_token_weights, token_weights_needs
 from lqer.resources.linear import FACTORIZATION_COPIES, batch_bytes, is_of_expert, linear_bytes, recorded_bytes
 from lqer.resources.statistics import gathered, input_sites
 from lqer.resources.walk import (
@@ -69,7 +71,6 @@ HALF = 2  # bytes of a value in half precision
 LATER_IMPORTS = 200_000_000  # bytes of libraries that a stage imports (pandas, matplotlib, lm-eval)
 STATE_BYTES = 2 * (4 + 4 + 1)  # per weight, of the states of a block under reconstruction: the last one and the next
 TRAINED_COPIES = 5  # float32 values per trained one: itself, gradient, Adam's two moments, best so far
-LOGIT_COPIES = 3  # logits: of both models, gradient
 LOSS_COPIES = 6  # float32 values for the loss of a position: both models' logits, softmax, products, gradients
 DECODED_BYTES = 12  # per weight of a block whose scales are trained: the values, a copy and their gradient in float32
 ASSUMED_RANK = 32  # of linears whose rank is chosen under a budget
@@ -87,6 +88,8 @@ def estimate(work: Workload) -> list[StageMemory]:
     stages = []
     if config.quantize.model_transform:
         stages.append(_rotate(work))
+    if config.calibration.token_weights == "gradient":
+        stages.append(_stage("token_weights", source, *token_weights_needs(source)))
     if source.stores_statistics:
         stages.append(_calibrate(source))
     if config.quantize.widths:
@@ -140,17 +143,14 @@ def _calibration_walk(work: Workload, blocks: int = 1) -> tuple[list[Need], list
     settings = work.config.calibration
     batch, fewer = tokens_of_batch(settings), _smaller("calibration.batch_size")
     accumulated, windows = accumulated_bytes(work), settings.num_samples
-    return walk_needs(work, windows, settings.seq_len, batch, fewer, accumulated, blocks, near=True)
+    host, device, disk = walk_needs(work, windows, settings.seq_len, batch, fewer, accumulated, blocks, near=True)
+    return [*host, Need("weights of the tokens", bytes_of_token_weights(work))], device, disk
 
 
 def _widths(work: Workload) -> StageMemory:
-    """Gradients are taken with the block's activations in memory, for the rounding errors of all of its formats."""
-    settings, summary = work.config.calibration, work.summary
-    windows = min(settings.num_samples, WINDOWS)
-    tokens = windows * settings.seq_len * summary.hidden_size
-    batch, fewer = tokens_of_batch(settings), _smaller("calibration.batch_size")
-    host, device, disk = walk_needs(work, windows * (summary.blocks + 1), settings.seq_len, batch, fewer)
-    host.append(Need("gradients of the windows", 4 * tokens, LESS_IN_MEMORY))
+    """Gradients are taken beside the rounding errors of all formats of a block."""
+    summary = work.summary
+    host, device, disk = backward_needs(work, min(work.config.calibration.num_samples, WINDOWS))
     errors, optional_rank = [0] * summary.blocks, work.config.quantize.low_rank.optional
     for name, (rows, columns) in summary.linears.items():
         most = EXPERT_ROWS if is_of_expert(name, summary.blocks_name) else SAMPLED_ROWS
@@ -160,8 +160,6 @@ def _widths(work: Workload) -> StageMemory:
     device += [
         Need("errors of a block", 4 * max(errors) * len(work.config.quantize.widths)),
         Need("work on a linear", _linear_work(work), certain=False),
-        Need("activations for gradients", LIVE_ACTIVATIONS * batch * work.widest * 4, certain=False),
-        Need("logits of a batch", 4 * LOGIT_COPIES * batch * summary.vocabulary, fewer),
     ]
     return _stage("widths", work, host, device, disk)
 
@@ -233,7 +231,7 @@ def _original_buffers(work: Workload) -> int:
     Statistics of pairs of inputs and token weights need those before and after a block, parts that work on whole blocks
     one of both.
     """
-    compared = work.config.calibration.token_weights != "none"
+    compared = work.config.calibration.token_weights == "residual"
     compared = compared or any(statistic.needs_original for statistic in gathered(work.plans))
     return 2 if compared else int(bool(work.config.quantize.block_parts))
 

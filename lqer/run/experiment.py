@@ -16,6 +16,7 @@ from lqer.stages.measure_widths import MeasureWidths
 from lqer.stages.quantize import Quantize
 from lqer.stages.quantize_sequential import QuantizeSequentially
 from lqer.stages.rotate import Rotate
+from lqer.stages.weigh_tokens import WeighTokens
 from lqer.store.store import Artifact, Store
 
 QuantizeStage = Quantize | QuantizeSequentially
@@ -25,13 +26,15 @@ QuantizeStage = Quantize | QuantizeSequentially
 class Experiment:
     """What a run does, in this order; None where the configuration does not ask for a stage.
 
-    calibrate: None also where statistics are gathered by the stages that read them.
+    token_weights: of tokens by the gradient. calibrate: None also where statistics are gathered by the stages that read
+    them.
     rtn: the checkpoint without low-rank reconstruction. perplexity and downstream: by role of the candidate, in the
     order of the configuration's texts and tasks. distributions: the original's, by text; divergence: that of the other
     candidates from them. Both are empty unless asked for.
     """
 
     rotate: Rotate | None
+    token_weights: WeighTokens | None
     calibrate: Calibrate | None
     spectra: MeasureSpectra | None
     widths: MeasureWidths | None
@@ -60,7 +63,7 @@ class Experiment:
         """The stages whose artifacts quantization reads."""
         # Its statistics are those of `calibrate` where there are any.
         measured = self.widths.calibration if self.widths is not None and self.calibrate is None else None
-        yield from filter(None, (self.rotate, self.calibrate, self.spectra, measured, self.widths))
+        yield from filter(None, (self.rotate, self.token_weights, self.calibrate, self.spectra, measured, self.widths))
 
     def quantizing(self) -> Iterator[QuantizeStage]:
         """The stages that make checkpoints."""

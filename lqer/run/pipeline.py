@@ -185,6 +185,7 @@ def _collect(experiment: Experiment, store: Store, texts: Texts, ranks: Ranks | 
         for i, text in enumerate(texts.evaluation)
     ]
     return Made(
+        token_weights=found(experiment.token_weights),
         calibration=found(experiment.calibrate),
         ranks=ranks,
         widths=widths,

@@ -27,6 +27,7 @@ from lqer.stages.allocate_widths import WidthPlans
 from lqer.stages.calibrate import Calibrate
 from lqer.stages.evaluate import Candidate
 from lqer.stages.finetune import Finetune
+from lqer.stages.gather import CalibrationText
 from lqer.stages.measure_spectra import MeasureSpectra
 from lqer.stages.measure_widths import MeasureWidths, plans_to_measure
 from lqer.stages.plans import AnyPlans
@@ -34,12 +35,16 @@ from lqer.stages.quantize import Quantize
 from lqer.stages.quantize_linears import input_roundings, requested_statistics
 from lqer.stages.quantize_sequential import QuantizeSequentially
 from lqer.stages.rotate import Rotate
+from lqer.stages.weigh_tokens import WeighTokens, batches_of_a_pass
 from lqer.transforms import BlockTransform
 
 
 def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Experiment:
     """The stages of a run. Nothing is built or loaded. Raises ConfigError for tasks that cannot be evaluated."""
-    config, model, plans = context.config, _model(context), _plans(context, texts)
+    config, model = context.config, _model(context)
+    token_weights = _token_weights(context, model, texts.calibration)
+    texts = replace(texts, calibration=replace(texts.calibration, gradient_weights=token_weights))
+    plans = _plans(context, texts)
     calibrate = spectra = None
     quantize: QuantizeStage
     if config.quantize.propagates_error:
@@ -58,6 +63,7 @@ def plan_experiment(context: RunContext, tokenizer: PreTrainedTokenizerBase, tex
     distributions = original_distributions(context, perplexity.get("original", []))
     return Experiment(
         rotate=model if isinstance(model, Rotate) else None,
+        token_weights=token_weights,
         calibrate=calibrate,
         spectra=spectra,
         widths=plans.widths if isinstance(plans, WidthPlans) else None,
@@ -78,6 +84,23 @@ def _model(context: RunContext) -> ModelSource | Rotate:
     if (rotation := context.config.quantize.model_transform) is None:
         return context.source
     return Rotate(context.source, context.config.seed, context.device, rotation)
+
+
+def _token_weights(context: RunContext, model: ModelSource | Rotate, text: CalibrationText) -> WeighTokens | None:
+    """The weights of the tokens by the gradient, where these are asked for."""
+    if text.token_weights != "gradient":
+        return None
+    summary, batch_tokens = context.summary, text.batch_size * text.windows_WT.shape[1]
+    return WeighTokens(
+        model=model,
+        windows_WT=text.windows_WT,
+        batch_size=text.batch_size,
+        seed=context.config.seed,
+        dtype=context.dtype,
+        device=context.device,
+        offload=context.offload(),
+        at_once=batches_of_a_pass(summary.blocks, summary.hidden_size, batch_tokens, context.dtype.itemsize),
+    )
 
 
 def _plans(context: RunContext, texts: Texts) -> AnyPlans:

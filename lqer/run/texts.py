@@ -149,11 +149,15 @@ def _calibration(
 
 def _refuse_pairs(config: Config) -> None:
     """Raise DataError for what is learned on token ids alone, or on blocks whose positions differ between windows."""
-    learned = {"quantize.widths": config.quantize.widths, "quantize": config.quantize.block_parts}
+    learned = {
+        "quantize.widths": config.quantize.widths,
+        "quantize": config.quantize.block_parts,
+        "calibration.token_weights": config.calibration.token_weights == "gradient",
+    }
     if (key := next((key for key, parts in learned.items() if parts), None)) is not None:
         raise DataError(
-            f"{config.calibration.dataset.label} holds images; {key}: widths by a gradient, and transforms and "
-            "roundings of whole blocks, are learned on text"
+            f"{config.calibration.dataset.label} holds images; {key}: widths and weights of tokens by a gradient, and "
+            "transforms and roundings of whole blocks, are learned on text"
         )
 
 

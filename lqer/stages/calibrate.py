@@ -66,7 +66,8 @@ class Calibrate(GangStage):
         self.build_by_ranks(workspace, store, self.device, self.text.batches)
 
     def build_together(self, workspace: Workspace, store: Store, gang: Gang) -> Callable[[], object]:
-        calibrate(workspace, self._opened(store, gang), self.text, self.statistics, self.roundings or NOT_ROUNDED)
+        text, roundings = self.text.with_weights(store), self.roundings or NOT_ROUNDED
+        calibrate(workspace, self._opened(store, gang), text, self.statistics, roundings)
         return lambda: None
 
     def provide_blocks(self, store: Store, indices: Iterable[int]) -> None:
@@ -91,8 +92,8 @@ class Calibrate(GangStage):
 
         def gathered(indices: Sequence[int]) -> Iterator[BlockStatistics]:
             if indices:
-                opened = self._opened(store, gang)
-                yield from gather_blocks(opened, self.text, self.statistics, self.roundings or NOT_ROUNDED, indices)
+                opened, text = self._opened(store, gang), self.text.with_weights(store)
+                yield from gather_blocks(opened, text, self.statistics, self.roundings or NOT_ROUNDED, indices)
 
         return gathered
 

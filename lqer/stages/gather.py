@@ -10,9 +10,9 @@ Shapes: W windows, T tokens of a window, B windows of a batch, D hidden size, E 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,13 +25,15 @@ from lqer.nn.experts import expert_of_linear
 from lqer.phases import in_phase, phase
 from lqer.stages.gather_experts import ROUTED_TOKENS, ExpertObserver, ExpertTokens, passes_of
 from lqer.stages.observe import NOT_ROUNDED, InputRoundings, OriginalBlock, SiteObserver
+from lqer.stages.weigh_tokens import WeighTokens
 from lqer.statistics import ALWAYS, Sample, Statistic
 from lqer.statistics.site import SiteStatistics
 from lqer.store.names import block_file, sites_file
-from lqer.store.store import Artifact
+from lqer.store.store import Artifact, Store
 from lqer.transforms.tracing import UntilCalled, watched_inputs
 
-TokenWeights = Literal["none", "residual"]
+Found = TypeVar("Found")
+TokenWeights = Literal["none", "residual", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class CalibrationText:
     """The windows that statistics are gathered on: int64 token ids, and how many windows make a micro-batch.
 
     error_tokens: how many of the tokens a sample keeps the inputs of. token_weights: what a token counts in E[x xᵀ] and
-    E[x²] of linears that write to the residual stream: 1, or with "residual" the inverse square of the original model's
-    stream behind the linear (lqer/models/residual.py). experts: which tokens an expert is calibrated on. beside: by
-    window, what a wrapper is given beside token ids, such as images; () for text.
+    E[x²]: 1, with "residual" for linears that write to the residual stream the inverse square of the original model's
+    stream behind the linear (lqer/models/residual.py), with "gradient" what `gradient_weights` say: the stage that
+    finds them or, once it has (`with_weights`), what they are. experts: which tokens an expert is calibrated on.
+    beside: by window, what a wrapper is given beside token ids, such as images; () for text.
     """
 
     windows_WT: Tensor
@@ -50,6 +53,7 @@ class CalibrationText:
     token_weights: TokenWeights = field(default="none", metadata=ADDED)
     experts: ExpertTokens = field(default=ExpertTokens(), metadata=ADDED)
     beside: tuple[Mapping[str, Tensor], ...] = field(default=(), metadata=ADDED)
+    gradient_weights: WeighTokens | Mapping[str, Tensor] | None = field(default=None, metadata=ADDED)
 
     @property
     def batches(self) -> int:
@@ -60,6 +64,19 @@ class CalibrationText:
     def needs_original(self) -> bool:
         """Whether the weights of the tokens are those of the original model's residual stream."""
         return self.token_weights == "residual"
+
+    def with_weights(self, store: Store) -> CalibrationText:
+        """The text with the weights of its tokens by the gradient, where it asks for them."""
+        weights = self.gradient_weights
+        return replace(self, gradient_weights=weights.weights(store)) if isinstance(weights, WeighTokens) else self
+
+    def weights_within(self, block: str) -> dict[str, Tensor]:
+        """Weights by the gradient, float32 (W, T), of the linears of a block, by their names within it."""
+        weights = self.gradient_weights
+        if weights is None:
+            return {}
+        assert not isinstance(weights, WeighTokens), "a stage that gathers statistics takes `with_weights` first"
+        return within_block(weights, block)
 
 
 @dataclass(frozen=True)
@@ -200,7 +217,7 @@ def _observe(
 ) -> BlockStatistics:
     """The statistics of the named linears, in one pass over the text."""
     paired, tokens = any(statistic.needs_original for statistic in gathered), text.windows_WT.numel()
-    reference = OriginalBlock(original or run, paired, text.needs_original)
+    reference = OriginalBlock(original or run, paired, text.needs_original, text.weights_within(run.name))
     observers = [
         SiteObserver(gathered, tokens, text.error_tokens, run.device, run.hidden.offload, roundings) for _ in range(2)
     ]
@@ -260,10 +277,10 @@ def _require_finite(run: BlockRun, are_finite: Mapping[str, Sequence[Tensor]]) -
             )
 
 
-def within_block(roundings: InputRoundings, block: str) -> InputRoundings:
-    """The roundings of the linears of one block, by their names within it."""
+def within_block(by_linear: Mapping[str, Found], block: str) -> dict[str, Found]:
+    """What belongs to the linears of one block, by their names within it."""
     prefix = f"{block}."
-    return {name.removeprefix(prefix): found for name, found in roundings.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): found for name, found in by_linear.items() if name.startswith(prefix)}
 
 
 def gathered_statistics(requested: Collection[Statistic]) -> list[Statistic]:

@@ -3,7 +3,7 @@
 Statistics of pairs of inputs, and token weights, need the block as the original model runs it: on every batch it runs
 first, on the original model's hidden states.
 
-Shapes: B windows of a batch, T tokens of a window, D hidden size, N tokens of a batch, I in_features.
+Shapes: W windows, T tokens of a window, N tokens of a batch, I in_features.
 """
 
 from __future__ import annotations
@@ -53,16 +53,23 @@ class OriginalBatch:
 
 
 class OriginalBlock:
-    """The block as the original model runs it. paired, weighted: what is wanted of its batches."""
+    """The block as the original model runs it. paired, by_stream: what is wanted of its batches. weights: of all tokens
+    of the text, float32 (W, T), for linears whose tokens are weighted by something else than the stream.
+    """
 
-    def __init__(self, run: BlockRun, paired: bool, weighted: bool):
+    def __init__(self, run: BlockRun, paired: bool, by_stream: bool, weights: Mapping[str, Tensor]):
         self._run, self._paired = run, paired
-        self._writers = find_writers(run) if weighted else {}
+        self._writers = find_writers(run) if by_stream else {}
+        self._weights = {name: weights_WT.to(run.device) for name, weights_WT in weights.items()}
 
     def batch(self, index: int) -> OriginalBatch:
-        """Run one batch; the hidden states stay the block's inputs."""
+        """Run one batch, if anything of it is wanted; the hidden states stay the block's inputs."""
+        hidden = self._run.hidden
+        first = hidden.first_window + hidden.batches[index].start
+        ours = slice(first, hidden.first_window + hidden.batches[index].stop)
+        given = {name: weights_WT[ours].flatten() for name, weights_WT in self._weights.items()}
         if not (self._paired or self._writers):
-            return OriginalBatch()
+            return OriginalBatch(weights=given)
         block = self._run.block
         inputs: dict[str, Tensor] = {}
         # Of experts the inputs of all, from which those of each follow.
@@ -71,7 +78,7 @@ class OriginalBlock:
         with watched_inputs(block, watch), watched_points(block, self._writers) as weights:
             weights[OUTPUT] = inverse_squares(self._run.output(index))
         by_writer = {writer: weights[point] for writer, point in self._writers.items()}
-        return OriginalBatch(inputs if self._paired else None, by_writer)
+        return OriginalBatch(inputs if self._paired else None, by_writer | given)
 
 
 class SiteObserver:

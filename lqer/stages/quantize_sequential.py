@@ -91,7 +91,7 @@ class QuantizeSequentially(GangStage):
         source = source_of(self.model, store)
         stored = open_stored(source, self.device)
         running = replace(open_model(source, self.dtype, self.device, self.offload), gang=gang)
-        quantize_in_order(workspace, stored, running, self.text, settings)
+        quantize_in_order(workspace, stored, running, self.text.with_weights(store), settings)
         return partial(finish_checkpoint, workspace, stored, self.tokenizer, settings)
 
     @property

@@ -169,3 +169,11 @@ def test_what_is_learned_on_text_alone_is_refused_before_any_work(wrapper, pairs
             calibration={"dataset": str(pairs), "num_samples": 4, "seq_len": 24},
             output_dir=str(tmp_path), device="cpu",
         )  # fmt: skip
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl holds images; calibration\.token_weights: .* weights of tokens by"
+    ):
+        lqer.quantize(
+            wrapper, FORMATS, tag="weights", quantize={"method": "lqer-act", "weight": "w4"},
+            calibration={"dataset": str(pairs), "num_samples": 4, "seq_len": 24, "token_weights": "gradient"},
+            output_dir=str(tmp_path), device="cpu",
+        )  # fmt: skip

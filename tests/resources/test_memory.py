@@ -20,6 +20,7 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.source import resolve_model
 from lqer.resources.statistics import input_sites
 from lqer.resources.workload import Need, StageMemory, total
+from lqer.stages import weigh_tokens
 from lqer.stages.calibrate import calibrate
 from lqer.stages.gather import CalibrationText, stored_statistics
 from lqer.stages.quantize_linears import QuantizeSettings
@@ -275,3 +276,18 @@ def test_widths_count_the_inputs_of_all_blocks_and_the_errors_of_every_format(mo
     assert need(found["widths"].ram, "gradients of the windows") == states
     weights = sum(rows * columns for rows, columns in work.summary.linears.values()) // work.summary.blocks
     assert need(found["widths"].ram, "errors of a block") == 3 * 4 * weights
+
+
+def test_weights_of_tokens_are_found_pass_by_pass_and_read_with_the_statistics(model, tmp_path, monkeypatch):
+    config = experiment(calibration={"token_weights": "gradient"})
+    work = workload(model, tmp_path, config)
+    found, summary = stages_of(work), work.summary
+    assert list(found) == ["token_weights", "calibrate", "quantize", "evaluate"]
+    states = WINDOWS * SEQ_LEN * summary.hidden_size * 4
+    assert need(found["token_weights"].ram, "hidden states") == (summary.blocks + 1) * states
+    weights = 4 * WINDOWS * SEQ_LEN * 4 * summary.blocks
+    assert need(found["token_weights"].disk, "weights of the tokens") == weights
+    assert need(found["calibrate"].ram, "weights of the tokens") == weights
+    monkeypatch.setattr(weigh_tokens, "PASS_BYTES", 0)
+    of_a_batch = (summary.blocks + 1) * states * config.calibration.batch_size // WINDOWS
+    assert need(stages_of(work)["token_weights"].ram, "hidden states") == of_a_batch

@@ -53,6 +53,9 @@ SCHEMES = {
     "gptq of whole blocks": [*LEARNED, "--quantize.transforms=['gptq']"],
     "sort, balance": [*GPTQ, "--quantize.transforms=['sort','balance']"],
     "asymmetric": [*GPTQ, "--quantize.asymmetric=1.0", "--calibration.token_weights=residual"],
+    "weighted by gradient": [
+        *GPTQ, "--quantize.order=sequential", "--quantize.asymmetric=1.0", "--calibration.token_weights=gradient",
+    ],
 }  # fmt: skip
 
 

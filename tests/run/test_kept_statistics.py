@@ -25,6 +25,7 @@ SETTINGS = {
     ],
     "rounded-inputs": [*EXACT, "--calibration.round_inputs=true"],
     "weighted": [*EXACT, "--calibration.token_weights=residual"],
+    "weighted by gradient": [*EXACT, "--calibration.token_weights=gradient"],
     "baseline": ["--quantize.method=qera-exact", '--evaluation.baselines=["rtn"]'],
     "rank-budget": [*EXACT, "--quantize.low_rank={ budget_bits = 7, format = 'x8' }"],
 }  # fmt: skip

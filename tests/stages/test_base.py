@@ -48,7 +48,7 @@ def with_zeros(stage: type[Stage], **fields: Any) -> Stage:
 def test_the_stages_of_a_run_are_all_here():
     assert {stage.name for stage in STAGES} == {
         "rotate", "calibrate", "spectra", "widths", "quantize", "finetune", "perplexity", "downstream", "distribution",
-        "divergence", "decode",
+        "divergence", "decode", "token_weights",
     }  # fmt: skip
 
 

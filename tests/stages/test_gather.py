@@ -88,9 +88,28 @@ def test_the_stream_is_that_of_the_original_model_whatever_the_inputs(random_mod
         torch.testing.assert_close(hessian_II.double(), expected_II, rtol=1e-5, atol=1e-6)
 
 
+def test_tokens_count_by_the_weights_of_their_site(random_model, windows_WT):
+    """Those that "gradient" has found: of every linear, whatever it writes to, and of each window of the whole text."""
+    model, generator = random_model("llama"), torch.Generator().manual_seed(0)
+    inputs, _ = forward_pass(model, 0, windows_WT)
+    shared, own = torch.rand(2, *windows_WT.shape, generator=generator)
+    weights = {
+        f"model.layers.0.{name}": shared if "down" not in name else own for name in inputs if "o_proj" not in name
+    }
+    text = CalibrationText(windows_WT, 2, 24, "gradient", gradient_weights=weights)
+    found = observe_block(next(walk_blocks(resident(model), windows_WT, 2)), None, text, {Hessian()})
+    for name, x_TI in inputs.items():
+        weights_WT = weights.get(f"model.layers.0.{name}", torch.ones_like(own))
+        # 1 / ‖h‖² is the weight.
+        expected_II = expected_hessian(x_TI, weights_WT.rsqrt().reshape(-1, 1))
+        statistics = found.of(f"model.layers.0.{name}")
+        torch.testing.assert_close(statistics["hessian"].double(), expected_II, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(statistics["mean_square"].double(), expected_II.diagonal(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_text_without_weights_has_the_key_it_always_had(windows_WT):
     plain = identity(CalibrationText(windows_WT, 2, 24))
-    assert "token_weights" not in plain
+    assert plain.keys().isdisjoint({"token_weights", "gradient_weights"})
     assert identity(CalibrationText(windows_WT, 2, 24, "residual")) == {**plain, "token_weights": "residual"}
 
 
