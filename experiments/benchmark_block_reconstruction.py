@@ -85,12 +85,12 @@ def time_rounds(arguments: argparse.Namespace, device: torch.device) -> tuple[fl
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         micro_batch=arguments.micro_batch,
-        autocast=autocast,
     )
+    goal = Goal(run, hidden_STD, [targets_STD], autocast)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with in_torch() if arguments.soft_weight == "torch" else nullcontext():
-        round_block(weights, starts, Goal(run, hidden_STD, [targets_STD]), settings, after_round=end_round)
+        round_block(weights, starts, goal, settings, after_round=end_round)
     return (ends[-1] - ends[0]) / (arguments.rounds * arguments.steps), losses
 
 

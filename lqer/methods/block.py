@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lqer.formats import QuantizedTensor
 from lqer.rounding.adaptive import Adaptive, AdaptiveState, block_loss, round_block
-from lqer.rounding.batches import Goal
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
 from lqer.transforms.block_transform import BlockTransform, Progress, SaveState, no_progress, save_nothing
@@ -83,7 +82,7 @@ def _round_together(
         result = result.with_note("loss", {"start": output_loss(problem, result.parameters, starts)})
     losses = [] if state is None else state.losses.tolist()
     bits = min(start.format.stream_widths["codes"] for start in starts.values())
-    settings = rounding.settings(bits, problem.autocast, problem.seed)
+    settings = rounding.settings(bits, problem.seed)
 
     progress("rounding", len(losses), len(settings.soft_fractions), losses[-1] if losses else None)
 
@@ -92,17 +91,13 @@ def _round_together(
         progress("rounding", state.rounds, len(settings.soft_fractions), losses[-1])
         save_state(replace(result, part_state=state.tensors()))
 
-    targets = [problem.targets_STD]
-    if rounding.both_targets:
-        targets.append(problem.outputs(result.parameters))
     found = round_block(
         {f"{linear}.weight": weight_OI for linear, weight_OI in weights.items()},
         {f"{linear}.weight": start for linear, start in starts.items()},
-        Goal(problem.with_parameters(result.parameters), problem.inputs_STD, targets),
+        problem.goal(result.parameters, rounding.both_targets),
         settings,
         state,
         after_round,
-        problem.gang,
     )
     rounded = {linear: found[f"{linear}.weight"] for linear in starts}
     start, end = result.notes["loss"]["start"], output_loss(problem, result.parameters, rounded)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,10 +31,9 @@ from torch import Tensor
 from lqer.components import require_choice, require_number, require_positive
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.base import Rounding, Statistics
-from lqer.rounding.batches import Goal, Weights, back_through, numbers_of, trained_dtype
+from lqer.rounding.batches import Goal, Weights
 from lqer.rounding.par_schedule import SOFT_FRACTIONS_20, draw_batches, soft_fractions
 from lqer.rounding.soft import Grid, harden
-from lqer.statistics import ALONE, Gang
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,7 @@ class AdaptiveSettings:
     soft_fractions: per round, the fraction that stays soft of every layer's weights within the codes. keep_codes:
     whether the start's codes are the nearest ones, or the weights' own (`Grid.of`). steps: of Adam in a round.
     batch_size: sequences of a step. micro_batch: sequences in one forward pass; it bounds the memory and changes the
-    result only by the order of summation. scale_decay: L2 decay of u. autocast: the dtype of the block's products, None
-    for the block's own. `Adaptive` is what a configuration names.
+    result only by the order of summation. scale_decay: L2 decay of u. `Adaptive` is what a configuration names.
     """
 
     soft_fractions: tuple[float, ...] = SOFT_FRACTIONS_20
@@ -58,7 +55,6 @@ class AdaptiveSettings:
     tune_scales: bool = True
     scale_learning_rate: float = 1e-3
     scale_decay: float = 1e-4
-    autocast: torch.dtype | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -117,13 +113,11 @@ def round_block(
     settings: AdaptiveSettings,
     state: AdaptiveState | None = None,
     after_round: Callable[[AdaptiveState], None] = lambda state: None,
-    gang: Gang = ALONE,
 ) -> dict[str, QuantizedTensor]:
     """Round the weights (O, I) of a block together so that its output stays close to its targets.
 
     starts: per weight, a quantized tensor in `int` or `mxint` whose scales and zero points are used, and its codes with
-    `keep_codes`. goal: its block gets weights in float32, or on a GPU in the dtype of `autocast`. state: of an earlier
-    run, to resume; `after_round` gets the state after every round. gang: shares out a step's micro-batches.
+    `keep_codes`. state: of an earlier run, to resume; `after_round` gets the state after every round.
 
     Returns the weights to store. Their values are exactly those of the last training step with every rounding decided,
     because scales are trained as `int` stores them. Raises DivergedError, and ValueError where weights and starts do
@@ -139,7 +133,7 @@ def round_block(
     for t in range(state.rounds, rounds):
         fraction = settings.soft_fractions[t]
         v = {name: harden(v_OI, int(fraction * open_weights[name])) for name, v_OI in state.v.items()}
-        v, u, loss = _soften(grids, v, state.u, goal, batches[t], settings, gang)
+        v, u, loss = _soften(grids, v, state.u, goal, batches[t], settings)
         if not all(torch.isfinite(loss) & ~x.isnan().any() for x in (*v.values(), *u.values())):
             raise DivergedError(f"round {t + 1} of {rounds} diverged: its loss is {float(loss)}", state)
         state = AdaptiveState(v, u, torch.cat([state.losses, loss.reshape(1).cpu()]))
@@ -168,7 +162,6 @@ def _soften(
     goal: Goal,
     batches_KB: Tensor,
     settings: AdaptiveSettings,
-    gang: Gang,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """One round of Adam without synchronizing a GPU: the final variables and the mean loss, NaN if any step has one."""
     v = {name: v_OI.clone().requires_grad_() for name, v_OI in v.items()}
@@ -181,22 +174,15 @@ def _soften(
         )
     optimizer = torch.optim.Adam(groups, fused=True)
     total = torch.zeros((), device=device)
-    batch_size = batches_KB.shape[1]
-    micro_batches = [micro_B for batch_B in batches_KB for micro_B in batch_B.split(settings.micro_batch)]
-    numbers = iter(numbers_of(goal.states, micro_batches))
-    # The gradients of several micro-batches are added up in float32.
-    dtype = trained_dtype(device, settings.autocast) if settings.micro_batch >= batch_size else torch.float32
-    for _ in batches_KB:
-        soft = {name: grid.weight(v[name], u.get(name), dtype) for name, grid in grids.items()}
-        leaves = {name: weight_OI.detach().requires_grad_() for name, weight_OI in soft.items()}
-        backward = partial(goal.add_gradients, block_loss, leaves, settings.autocast, batch_size)
-        of_step = [next(numbers) for _ in range(0, batch_size, settings.micro_batch)]
-        for loss in gang.add_gradients(of_step, backward, [*leaves.values()]):
-            total += loss
-        optimizer.zero_grad()
-        # With the gradients of all micro-batches.
-        back_through(soft, leaves)
+
+    def soft(dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: grid.weight(v[name], u.get(name), dtype) for name, grid in grids.items()}
+
+    for losses in goal.gradients(soft, device, block_loss, [*batches_KB], settings.micro_batch):
         optimizer.step()
+        optimizer.zero_grad()
+        for loss in losses:
+            total += loss
     trained = ({name: x.detach() for name, x in variables.items()} for variables in (v, u))
     return *trained, total / len(batches_KB)  # type: ignore[return-value]
 
@@ -241,13 +227,13 @@ class Adaptive(Rounding):
             if not isinstance(fractions, list | tuple) or not all(isinstance(one, int | float) for one in fractions):
                 raise ValueError(f"soft_fractions {fractions!r} is not a list of numbers (adaptive)")
             object.__setattr__(self, "soft_fractions", tuple(fractions))
-            self.settings(bits=2, autocast=None, seed=0)  # Raises for a schedule that does not fall.
+            self.settings(bits=2, seed=0)  # Raises for a schedule that does not fall.
 
     @property
     def learning_batch(self) -> int:
         return self.micro_batch or self.batch_size
 
-    def settings(self, bits: int, autocast: torch.dtype | None, seed: int) -> AdaptiveSettings:
+    def settings(self, bits: int, seed: int) -> AdaptiveSettings:
         """The settings for a block whose narrowest weights have that many bits."""
         return AdaptiveSettings(
             soft_fractions=self.soft_fractions or soft_fractions(bits),
@@ -259,7 +245,6 @@ class Adaptive(Rounding):
             tune_scales=self.tune_scales,
             scale_learning_rate=self.scale_learning_rate,
             scale_decay=self.scale_decay,
-            autocast=autocast,
             seed=seed,
         )
 

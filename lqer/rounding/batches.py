@@ -5,56 +5,78 @@ Shapes: S sequences, T tokens, D hidden size, B sequences of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from lqer.statistics import ALONE, Gang
 
 # Of the sequences of one batch, int64 (B,), one tensor for each of several states, on the device of that state.
 Numbers = tuple[Tensor, ...]
 Weights = Mapping[str, Tensor]
 Block = Callable[[Weights, Tensor], Tensor]
+# loss_of(outputs_BTD, targets_BTD): a scalar, a mean over sequences.
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Goal:
     """Outputs of a block that are close to its targets; the losses against several targets are added.
 
-    block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights. inputs_STD, targets (S, T, D): float, on
-    any device. Raises ValueError for targets of another number of sequences.
+    block(weights, inputs_BTD) -> outputs_BTD, differentiable in the weights, which it gets in float32, or on a GPU in
+    the dtype of `autocast`. inputs_STD, targets (S, T, D): float, on any device. autocast: the dtype of the block's
+    products, None for its own. gang: shares out the micro-batches of a step. Raises ValueError for targets of another
+    number of sequences.
     """
 
     block: Block
     inputs_STD: Tensor
     targets: Sequence[Tensor]
+    autocast: torch.dtype | None = None
+    gang: Gang = ALONE
 
     def __post_init__(self) -> None:
         for targets_STD in self.targets:
             if len(targets_STD) != len(self.inputs_STD):
                 raise ValueError(f"{len(self.inputs_STD)} sequences of inputs and {len(targets_STD)} of targets")
 
-    @property
-    def states(self) -> list[Tensor]:
-        """Inputs and targets: what `batch_of` takes a batch of."""
-        return [self.inputs_STD, *self.targets]
-
-    def add_gradients(
+    def gradients(
         self,
-        loss_of: Callable[[Tensor, Tensor], Tensor],
-        leaves: Weights,
-        autocast: torch.dtype | None,
-        batch_size: int,
-        numbers: Numbers,
-    ) -> Tensor:
-        """Add the gradients of a micro-batch to those of the leaves. Returns its share of the batch's loss.
+        make: Callable[[torch.dtype], Weights],
+        device: torch.device,
+        loss_of: Loss,
+        batches: Sequence[Tensor],
+        micro_batch: int,
+    ) -> Iterator[list[Tensor]]:
+        """For every batch, add the gradients of its loss to those of the variables that the weights are made of.
 
-        loss_of(outputs_BTD, targets_BTD) -> scalar, a mean over sequences. autocast: the dtype of the block's products,
-        None for its own.
+        make(dtype) -> weights on the device, differentiable; they are made anew for every batch. batches: sequence
+        numbers, int64 (B,). micro_batch: sequences in one forward pass. Yields what each pass adds to the loss of the
+        batch, without waiting for a GPU; the caller takes the optimizer's step and clears the gradients.
         """
+        micro_batches = [micro_B for batch_B in batches for micro_B in batch_B.split(micro_batch)]
+        numbers = iter(numbers_of([self.inputs_STD, *self.targets], micro_batches))
+        # The gradients of several micro-batches are added up in float32.
+        in_one_pass = all(len(batch_B) <= micro_batch for batch_B in batches)
+        dtype = trained_dtype(device, self.autocast) if in_one_pass else torch.float32
+        for batch_B in batches:
+            made = make(dtype)
+            leaves = {name: weight_OI.detach().requires_grad_() for name, weight_OI in made.items()}
+            of_batch = [next(numbers) for _ in range(0, len(batch_B), micro_batch)]
+            backward = partial(self._add_gradients, loss_of, leaves, len(batch_B))
+            losses = self.gang.add_gradients(of_batch, backward, [*leaves.values()])
+            # Once, with the gradients of all micro-batches.
+            _back_through(made, leaves)
+            yield losses
+
+    def _add_gradients(self, loss_of: Loss, leaves: Weights, batch_size: int, numbers: Numbers) -> Tensor:
+        """Add the gradients of a micro-batch to those of the leaves. Returns its share of the batch's loss."""
         device = next(iter(leaves.values())).device
-        inputs_BTD, *wanted = batch_of(self.states, numbers, device)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        inputs_BTD, *wanted = batch_of([self.inputs_STD, *self.targets], numbers, device)
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             outputs_BTD = self.block(leaves, inputs_BTD)
         losses = torch.stack([loss_of(outputs_BTD, targets_BTD) for targets_BTD in wanted])
         loss = losses.sum() * (len(inputs_BTD) / batch_size)
@@ -83,8 +105,8 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def back_through(made: Weights, leaves: Weights) -> None:
-    """Go on backward from weights that were made for a step, once, with the gradients that their leaves have."""
+def _back_through(made: Weights, leaves: Weights) -> None:
+    """Go on backward from the weights with the gradients that their leaves have."""
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     torch.autograd.backward([made[name] for name in gradients], [*gradients.values()])
 

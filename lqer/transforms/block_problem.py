@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lqer.formats import NumberFormat
+from lqer.rounding.batches import Goal
 from lqer.statistics import ALONE, Gang
 from lqer.transforms.block_function import BlockFunction
 
@@ -69,6 +70,14 @@ class BlockProblem:
         for output_BTD, found_BTD in zip(outputs_STD.split(self.batch_size), found, strict=True):
             output_BTD.copy_(found_BTD)
         return outputs_STD
+
+    def goal(self, changed: Mapping[str, Tensor], both_targets: bool) -> Goal:
+        """What weights are trained for with `changed` parameters around them: outputs close to `targets_STD`.
+
+        both_targets: adds the loss against `outputs`, those of the original block on the same inputs.
+        """
+        targets = [self.targets_STD, self.outputs(changed)] if both_targets else [self.targets_STD]
+        return Goal(self.with_parameters(changed), self.inputs_STD, targets, self.autocast, self.gang)
 
     def in_autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)

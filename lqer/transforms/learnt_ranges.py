@@ -16,15 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from lqer.formats import Int, NumberFormat, QuantizedTensor
 from lqer.formats.blocks import from_blocks, to_blocks
-from lqer.rounding.batches import Goal, back_through, numbers_of, trained_dtype
-from lqer.statistics import ALONE, Gang
+from lqer.rounding.batches import Goal
 from lqer.statistics.gang import add_up
 from lqer.transforms.block_transform import save_nothing
 from lqer.transforms.clip import group_range, quantize_clipped
@@ -36,14 +34,12 @@ START = 4.0
 class ClippingSettings:
     """Settings of learning; epochs: 20 for three and four bits, 40 for two (OmniQuant), 5 after AWQ.
 
-    autocast: the dtype of the block's products, None for its own. micro_batch: sequences in one pass, None for all of a
-    batch; it changes the result only by the order of summation.
+    micro_batch: sequences in one pass, None for all of a batch; it changes the result only by the order of summation.
     """
 
     epochs: int = 20
     batch_size: int = 1
     learning_rate: float = 1e-2
-    autocast: torch.dtype | None = None
     seed: int = 0
     micro_batch: int | None = None
 
@@ -97,14 +93,12 @@ def learn_clipping(
     settings: ClippingSettings,
     state: ClippingState | None = None,
     after_epoch: Callable[[ClippingState], None] = save_nothing,
-    gang: Gang = ALONE,
 ) -> dict[str, RangeFactors]:
     """The factors of every weight (O, I) in `weights`; `quantize_clipped` with them gives the trained values.
 
-    goal: its block gets weights in float32, or on a GPU in the dtype of `autocast`; its targets are the original
-    block's output on the original inputs and, for two bits, on these inputs too. state: that of an earlier run, on any
-    device, to resume with the same result; `after_epoch` gets the state after every epoch. gang: shares out the
-    micro-batches of a step.
+    goal: its targets are the original block's output on the original inputs and, for two bits, on these inputs too.
+    state: that of an earlier run, on any device, to resume with the same result; `after_epoch` gets the state after
+    every epoch.
 
     Raises ValueError for a format other than `int`, ArithmeticError where the loss stops being finite.
     """
@@ -128,7 +122,7 @@ def learn_clipping(
         }
 
     for epoch in range(state.epochs, settings.epochs):
-        loss = _epoch(clipped, logits, goal, orders[epoch].split(settings.batch_size), optimizer, settings, gang)
+        loss = _epoch(clipped, logits, goal, orders[epoch].split(settings.batch_size), optimizer, settings)
         # Once an epoch: looking at every loss would have a GPU waited for at every step.
         if not torch.isfinite(loss):
             raise ArithmeticError(f"epoch {epoch + 1} of {settings.epochs} diverged: its loss is {float(loss)}")
@@ -144,32 +138,21 @@ def _epoch(
     batches: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     settings: ClippingSettings,
-    gang: Gang,
 ) -> Tensor:
     """One step on each of the batches, of sequence numbers (B,). Returns the mean loss without waiting for a GPU.
 
     clipped: the weights under the current logits, in a dtype.
     """
     device = next(iter(logits.values())).device
-    micro_batch = min(settings.micro_batch or settings.batch_size, settings.batch_size)
-    # The gradients of several micro-batches are added up in float32.
-    dtype = trained_dtype(device, settings.autocast) if micro_batch == settings.batch_size else torch.float32
-    numbers = iter(numbers_of(goal.states, [micro_B for batch_B in batches for micro_B in batch_B.split(micro_batch)]))
     total = torch.zeros((), device=device)
-    for batch_B in batches:
-        made = clipped(dtype)
-        leaves = {name: weight_OI.detach().requires_grad_() for name, weight_OI in made.items()}
-        backward = partial(goal.add_gradients, _mean_square, leaves, settings.autocast, len(batch_B))
-        of_step = [next(numbers) for _ in range(0, len(batch_B), micro_batch)]
-        losses_of_step = gang.add_gradients(of_step, backward, [*leaves.values()])
-        optimizer.zero_grad()
-        # With the gradients of all micro-batches.
-        back_through(made, leaves)
+    micro_batch = settings.micro_batch or settings.batch_size
+    for losses in goal.gradients(clipped, device, _mean_square, batches, micro_batch):
         for logits_2ON in logits.values():
             if logits_2ON.grad is None:  # of an expert that no token of the batch reaches
                 logits_2ON.grad = torch.zeros_like(logits_2ON)
         optimizer.step()
-        total += add_up(losses_of_step) / len(batches)
+        optimizer.zero_grad()
+        total += add_up(losses) / len(batches)
     return total
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from lqer.components import ADDED, require_choice, require_number, require_positive
-from lqer.rounding.batches import Goal
 from lqer.transforms.base import Scheme
 from lqer.transforms.block_problem import BlockProblem
 from lqer.transforms.block_result import BlockResult
@@ -67,12 +66,8 @@ class Lwc(BlockTransform):
         """
         weights = {f"{linear}.weight": result.weight(problem, linear) for linear in problem.formats}
         formats = {f"{linear}.weight": number_format for linear, number_format in problem.formats.items()}
-        targets = [problem.targets_STD]
-        if self.both_targets:
-            targets.append(problem.outputs(result.parameters))
-        settings = ClippingSettings(
-            self.epochs, self.batch_size, self.learning_rate, problem.autocast, problem.seed, self.learning_batch
-        )
+        goal = problem.goal(result.parameters, self.both_targets)
+        settings = ClippingSettings(self.epochs, self.batch_size, self.learning_rate, problem.seed, self.learning_batch)
         state = ClippingState.from_tensors(result.part_state) if result.part_state else None
         losses = [] if state is None else state.losses.tolist()
         progress(self.kind, len(losses), self.epochs, losses[-1] if losses else None)
@@ -85,15 +80,7 @@ class Lwc(BlockTransform):
             progress(self.kind, state.epochs, self.epochs, losses[-1])
             save_state(replace(result, part_state=state.tensors()))
 
-        factors = learn_clipping(
-            weights,
-            formats,
-            Goal(problem.with_parameters(result.parameters), problem.inputs_STD, targets),
-            settings,
-            state,
-            after_epoch,
-            problem.gang,
-        )
+        factors = learn_clipping(weights, formats, goal, settings, state, after_epoch)
         rounded = {
             linear: quantize_learnt(weights[f"{linear}.weight"], problem.formats[linear], factors[f"{linear}.weight"])
             for linear in problem.formats

@@ -235,8 +235,9 @@ def test_autocast_trains_in_bfloat16(task):
         dtypes.add(y.dtype)
         return block(soft, x)
 
-    settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2, autocast=torch.bfloat16)
-    rounded = round_block(weights, starts, Goal(watch, inputs, [block(weights, inputs)]), settings)
+    settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2)
+    goal = Goal(watch, inputs, [block(weights, inputs)], autocast=torch.bfloat16)
+    rounded = round_block(weights, starts, goal, settings)
     assert dtypes == {torch.bfloat16}
     target = block(weights, held_out)
     assert block_loss(block(values(rounded), held_out), target) < block_loss(block(values(starts), held_out), target)
