@@ -23,7 +23,7 @@ from lqer.formats import Int
 from lqer.models.source import pick_device
 from lqer.models.structure import block_linears
 from lqer.report.environment import device_name
-from lqer.rounding.adaptive import AdaptiveSettings, AdaptiveState, round_block
+from lqer.rounding.adaptive import Adaptive, AdaptiveState, round_block
 from lqer.rounding.batches import Goal
 from lqer.rounding.soft import Grid, _SoftWeight
 
@@ -80,7 +80,7 @@ def time_rounds(arguments: argparse.Namespace, device: torch.device) -> tuple[fl
         ends.append(time.perf_counter())
         losses[:] = state.losses.tolist()
 
-    settings = AdaptiveSettings(
+    settings = Adaptive(
         soft_fractions=tuple(0.8 - 0.7 * i / (arguments.rounds + 1) for i in range(arguments.rounds + 1)),
         steps=arguments.steps,
         batch_size=arguments.batch_size,

@@ -81,21 +81,20 @@ def _round_together(
     else:
         result = result.with_note("loss", {"start": output_loss(problem, result.parameters, starts)})
     losses = [] if state is None else state.losses.tolist()
-    bits = min(start.format.stream_widths["codes"] for start in starts.values())
-    settings = rounding.settings(bits, problem.seed)
-
-    progress("rounding", len(losses), len(settings.soft_fractions), losses[-1] if losses else None)
+    rounds = len(rounding.schedule(starts))
+    progress("rounding", len(losses), rounds, losses[-1] if losses else None)
 
     def after_round(state: AdaptiveState) -> None:
         losses.append(float(state.losses[-1]))
-        progress("rounding", state.rounds, len(settings.soft_fractions), losses[-1])
+        progress("rounding", state.rounds, rounds, losses[-1])
         save_state(replace(result, part_state=state.tensors()))
 
     found = round_block(
         {f"{linear}.weight": weight_OI for linear, weight_OI in weights.items()},
         {f"{linear}.weight": start for linear, start in starts.items()},
         problem.goal(result.parameters, rounding.both_targets),
-        settings,
+        rounding,
+        problem.seed,
         state,
         after_round,
     )

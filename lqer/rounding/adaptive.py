@@ -32,38 +32,8 @@ from lqer.components import require_choice, require_number, require_positive
 from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.base import Rounding, Statistics
 from lqer.rounding.batches import Goal, Weights
-from lqer.rounding.par_schedule import SOFT_FRACTIONS_20, draw_batches, soft_fractions
+from lqer.rounding.par_schedule import draw_batches, soft_fractions
 from lqer.rounding.soft import Grid, harden
-
-
-@dataclass(frozen=True)
-class AdaptiveSettings:
-    """How a block is reconstructed; the defaults are the published ones.
-
-    soft_fractions: per round, the fraction that stays soft of every layer's weights within the codes. keep_codes:
-    whether the start's codes are the nearest ones, or the weights' own (`Grid.of`). steps: of Adam in a round.
-    batch_size: sequences of a step. micro_batch: sequences in one forward pass; it bounds the memory and changes the
-    result only by the order of summation. scale_decay: L2 decay of u. `Adaptive` is what a configuration names.
-    """
-
-    soft_fractions: tuple[float, ...] = SOFT_FRACTIONS_20
-    keep_codes: bool = False
-    steps: int = 250
-    batch_size: int = 4
-    micro_batch: int = 4
-    learning_rate: float = 1e-3
-    tune_scales: bool = True
-    scale_learning_rate: float = 1e-3
-    scale_decay: float = 1e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        fractions = [1.0, *self.soft_fractions, 0.0]
-        if not self.soft_fractions or any(later >= earlier for earlier, later in itertools.pairwise(fractions)):
-            raise ValueError(f"soft_fractions {self.soft_fractions} do not fall strictly between 1 and 0")
-        for field in ("steps", "batch_size", "micro_batch"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} {getattr(self, field)} is not at least 1")
 
 
 @dataclass(frozen=True)
@@ -110,14 +80,16 @@ def round_block(
     weights: Weights,
     starts: Mapping[str, QuantizedTensor],
     goal: Goal,
-    settings: AdaptiveSettings,
+    settings: Adaptive,
+    seed: int = 0,
     state: AdaptiveState | None = None,
     after_round: Callable[[AdaptiveState], None] = lambda state: None,
 ) -> dict[str, QuantizedTensor]:
     """Round the weights (O, I) of a block together so that its output stays close to its targets.
 
-    starts: per weight, a quantized tensor in `int` or `mxint` whose scales and zero points are used, and its codes with
-    `keep_codes`. state: of an earlier run, to resume; `after_round` gets the state after every round.
+    starts: per weight, a quantized tensor in `int` or `mxint` whose scales and zero points are used, and its codes if
+    `settings.start` is "codes". seed: of the order of the batches. state: of an earlier run, to resume; `after_round`
+    gets the state after every round.
 
     Returns the weights to store. Their values are exactly those of the last training step with every rounding decided,
     because scales are trained as `int` stores them. Raises DivergedError, and ValueError where weights and starts do
@@ -125,14 +97,14 @@ def round_block(
     """
     if weights.keys() != starts.keys():
         raise ValueError(f"weights {sorted(weights)} and starts {sorted(starts)} are not of the same linears")
-    grids = {name: Grid.of(weights[name], starts[name], settings.keep_codes) for name in weights}
+    grids = {name: Grid.of(weights[name], starts[name], settings.start == "codes") for name in weights}
     open_weights = {name: int(grid.is_open_OI.sum()) for name, grid in grids.items()}
     state = state or start_state(grids, settings.tune_scales)
-    rounds = len(settings.soft_fractions)
-    batches = draw_batches(len(goal.inputs_STD), rounds, settings.steps, settings.batch_size, settings.seed)
+    fractions = settings.schedule(starts)
+    rounds = len(fractions)
+    batches = draw_batches(len(goal.inputs_STD), rounds, settings.steps, settings.batch_size, seed)
     for t in range(state.rounds, rounds):
-        fraction = settings.soft_fractions[t]
-        v = {name: harden(v_OI, int(fraction * open_weights[name])) for name, v_OI in state.v.items()}
+        v = {name: harden(v_OI, int(fractions[t] * open_weights[name])) for name, v_OI in state.v.items()}
         v, u, loss = _soften(grids, v, state.u, goal, batches[t], settings)
         if not all(torch.isfinite(loss) & ~x.isnan().any() for x in (*v.values(), *u.values())):
             raise DivergedError(f"round {t + 1} of {rounds} diverged: its loss is {float(loss)}", state)
@@ -161,7 +133,7 @@ def _soften(
     u: dict[str, Tensor],
     goal: Goal,
     batches_KB: Tensor,
-    settings: AdaptiveSettings,
+    settings: Adaptive,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """One round of Adam without synchronizing a GPU: the final variables and the mean loss, NaN if any step has one."""
     v = {name: v_OI.clone().requires_grad_() for name, v_OI in v.items()}
@@ -178,7 +150,7 @@ def _soften(
     def soft(dtype: torch.dtype) -> dict[str, Tensor]:
         return {name: grid.weight(v[name], u.get(name), dtype) for name, grid in grids.items()}
 
-    for losses in goal.gradients(soft, device, block_loss, [*batches_KB], settings.micro_batch):
+    for losses in goal.gradients(soft, device, block_loss, [*batches_KB], settings.learning_batch):
         optimizer.step()
         optimizer.zero_grad()
         for loss in losses:
@@ -191,11 +163,12 @@ def _soften(
 class Adaptive(Rounding):
     """`adaptive` as a configuration names it: the linears of a block are rounded together.
 
-    soft_fractions: per round, the fraction that stays soft of every layer's weights within the codes; by default the
-    published schedule for the weights' bits. start: "weights" begins at the weights themselves under the scales that
+    The defaults are the published ones. start: "weights" begins at the weights themselves under the scales that
     transforms have found, "codes" as near to them as the codes that transforms have found allow. both_targets: adds the
-    loss against the original block's output on the same inputs. micro_batch: batch_size by default. The other settings
-    are those of `AdaptiveSettings`.
+    loss against the original block's output on the same inputs. steps: of Adam in a round. batch_size: sequences of a
+    step. micro_batch: sequences in one forward pass, by default all of a step; it bounds the memory and changes the
+    result only by the order of summation. scale_decay: L2 decay of u. soft_fractions: per round, the fraction that
+    stays soft of every layer's weights within the codes; by default the published schedule for the weights' bits.
     """
 
     kind = "adaptive"
@@ -205,13 +178,13 @@ class Adaptive(Rounding):
 
     start: Literal["weights", "codes"] = "weights"
     both_targets: bool = False
-    steps: int = AdaptiveSettings.steps
-    batch_size: int = AdaptiveSettings.batch_size
+    steps: int = 250
+    batch_size: int = 4
     micro_batch: int | None = None
-    learning_rate: float = AdaptiveSettings.learning_rate
-    tune_scales: bool = AdaptiveSettings.tune_scales
-    scale_learning_rate: float = AdaptiveSettings.scale_learning_rate
-    scale_decay: float = AdaptiveSettings.scale_decay
+    learning_rate: float = 1e-3
+    tune_scales: bool = True
+    scale_learning_rate: float = 1e-3
+    scale_decay: float = 1e-4
     soft_fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -226,27 +199,17 @@ class Adaptive(Rounding):
             fractions = self.soft_fractions
             if not isinstance(fractions, list | tuple) or not all(isinstance(one, int | float) for one in fractions):
                 raise ValueError(f"soft_fractions {fractions!r} is not a list of numbers (adaptive)")
+            if not fractions or any(later >= earlier for earlier, later in itertools.pairwise([1, *fractions, 0])):
+                raise ValueError(f"soft_fractions {fractions} do not fall strictly between 1 and 0 (adaptive)")
             object.__setattr__(self, "soft_fractions", tuple(fractions))
-            self.settings(bits=2, seed=0)  # Raises for a schedule that does not fall.
 
     @property
     def learning_batch(self) -> int:
         return self.micro_batch or self.batch_size
 
-    def settings(self, bits: int, seed: int) -> AdaptiveSettings:
-        """The settings for a block whose narrowest weights have that many bits."""
-        return AdaptiveSettings(
-            soft_fractions=self.soft_fractions or soft_fractions(bits),
-            keep_codes=self.start == "codes",
-            steps=self.steps,
-            batch_size=self.batch_size,
-            micro_batch=self.learning_batch,
-            learning_rate=self.learning_rate,
-            tune_scales=self.tune_scales,
-            scale_learning_rate=self.scale_learning_rate,
-            scale_decay=self.scale_decay,
-            seed=seed,
-        )
+    def schedule(self, starts: Mapping[str, QuantizedTensor]) -> tuple[float, ...]:
+        """The soft fractions of a block that starts at these quantized weights; the narrowest ones decide."""
+        return self.soft_fractions or soft_fractions(min(one.format.stream_widths["codes"] for one in starts.values()))
 
     def round(self, weight_OI: Tensor, statistics: Statistics, number_format: NumberFormat) -> QuantizedTensor:
         """The start of the reconstruction: a weight without its block is rounded to nearest."""

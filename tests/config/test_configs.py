@@ -156,8 +156,9 @@ def test_a_row_of_tesseraq_is_the_published_recipe(name, bits, group):
     config = read_config(CONFIGS / f"paper/tesseraq-{name}.toml")
     plan = plan_linear(config, "model.layers.0.self_attn.q_proj")
     assert (plan.weight.bits, plan.weight.block_size, plan.activation) == (bits, group, None)
-    settings = plan.rounding.settings(bits, 0)
-    assert (len(settings.soft_fractions), settings.steps, settings.batch_size) == (20, 250, 4)
+    settings = plan.rounding
+    rounds = len(settings.schedule({"q_proj": plan.weight.quantize(torch.zeros(2, 128))}))
+    assert (rounds, settings.steps, settings.batch_size) == (20, 250, 4)
     assert settings.learning_rate == settings.scale_learning_rate == 1e-3
     assert (config.calibration.num_samples, config.calibration.seq_len) == (512, 2048)
     assert config.quantize.propagates_error
@@ -175,7 +176,7 @@ def test_two_texts_are_evaluated_with_divergence_under_any_method(tmp_path):
 
 def test_the_largest_row_of_tesseraq_has_half_the_rates_batch_and_windows():
     config = read_config(CONFIGS / "paper/tesseraq-w2g128-70b.toml")
-    settings = config.quantize.chosen_rounding.settings(2, 0)
+    settings = config.quantize.chosen_rounding
     assert (settings.steps, settings.batch_size, config.calibration.num_samples) == (250, 2, 256)
     assert settings.learning_rate == settings.scale_learning_rate == 5e-4
 
@@ -183,9 +184,9 @@ def test_the_largest_row_of_tesseraq_has_half_the_rates_batch_and_windows():
 @pytest.mark.parametrize("name", ["tesseraq-fast", "tesseraq-gptq"])
 def test_a_small_budget_has_few_steps_at_large_rates(name):
     config = read_config(CONFIGS / f"methods/{name}.toml", None, ["--model=some/model"])
-    settings = config.quantize.chosen_rounding.settings(2, 0)
+    settings = config.quantize.chosen_rounding
     assert (settings.steps, settings.learning_rate, settings.scale_learning_rate) == (50, 2e-2, 1e-2)
-    assert settings.keep_codes == (name == "tesseraq-gptq")
+    assert settings.start == ("codes" if name == "tesseraq-gptq" else "weights")
 
 
 def test_the_demo_needs_no_hub():

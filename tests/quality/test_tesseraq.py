@@ -10,7 +10,7 @@ from lqer.data.datasets import DatasetSpec, calibration_windows, load_rows
 from lqer.formats import Int, MXInt
 from lqer.models.source import load_model, load_tokenizer, resolve_model
 from lqer.models.structure import block_linears
-from lqer.rounding.adaptive import AdaptiveSettings, block_loss, round_block
+from lqer.rounding.adaptive import Adaptive, block_loss, round_block
 from lqer.rounding.batches import Goal
 from lqer.transforms.awq import scale_block
 
@@ -55,6 +55,6 @@ def test_a_trained_block_ends_below_its_awq_start_on_held_out_text(stories, numb
         with torch.no_grad():
             return float(block_loss(scaled_block(values, hidden[CALIBRATION:]), targets[CALIBRATION:]))
 
-    settings = AdaptiveSettings(steps=5, batch_size=BATCH, micro_batch=BATCH, learning_rate=2e-2)
+    settings = Adaptive(steps=5, batch_size=BATCH, micro_batch=BATCH, learning_rate=2e-2)
     rounded = round_block(weights, starts, Goal(scaled_block, hidden[:CALIBRATION], [targets[:CALIBRATION]]), settings)
     assert held_out_loss(rounded) < 0.75 * held_out_loss(starts)

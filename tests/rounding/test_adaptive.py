@@ -12,7 +12,6 @@ from lqer.formats import Int, MXInt
 from lqer.models.structure import block_linears
 from lqer.rounding.adaptive import (
     Adaptive,
-    AdaptiveSettings,
     AdaptiveState,
     DivergedError,
     block_loss,
@@ -26,7 +25,7 @@ from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.clip import quantize_clipped
 
 W2 = Int(bits=2, block_size=16)
-QUICK = AdaptiveSettings(soft_fractions=SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2)
+QUICK = Adaptive(soft_fractions=SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2)
 
 
 def block(weights, x):
@@ -111,7 +110,7 @@ def test_scales_stay_as_they_are_unless_they_are_tuned(task):
     weights, inputs, _ = task
     starts, targets = starts_of(weights, W2), block(weights, inputs)
     for tuned in (False, True):
-        settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=4, tune_scales=tuned)
+        settings = Adaptive(soft_fractions=SOFT_FRACTIONS_10, steps=4, tune_scales=tuned)
         rounded = round_block(weights, starts, Goal(block, inputs, [targets]), settings)
         same = [torch.equal(rounded[name].parts["scales"], starts[name].parts["scales"]) for name in starts]
         assert same == [not tuned] * 3
@@ -122,8 +121,8 @@ def test_the_last_loss_is_that_of_what_is_returned_once_all_is_decided(task):
     weights, inputs, _ = task
     targets = block(weights, inputs)
     losses = []
-    settings = AdaptiveSettings(
-        (1e-9,), steps=1, batch_size=32, micro_batch=32, learning_rate=0.0, scale_learning_rate=0.0
+    settings = Adaptive(
+        soft_fractions=(1e-9,), steps=1, batch_size=32, micro_batch=32, learning_rate=0.0, scale_learning_rate=0.0
     )
     rounded = round_block(
         weights,
@@ -146,7 +145,7 @@ def test_the_micro_batch_bounds_what_passes_the_block_and_changes_nothing_else(t
             sizes.append(len(x))
             return block(soft, x)
 
-        settings = AdaptiveSettings(SOFT_FRACTIONS_10[:3], steps=3, batch_size=4, micro_batch=micro_batch)
+        settings = Adaptive(soft_fractions=SOFT_FRACTIONS_10[:3], steps=3, batch_size=4, micro_batch=micro_batch)
         states = []
         round_block(weights, starts, Goal(watch, inputs, [targets]), settings, after_round=states.append)
         results.append(states[-1])
@@ -202,7 +201,7 @@ def test_gradients_that_are_not_finite_are_noticed_even_in_the_last_step(task):
         def backward(ctx, gradient):
             return gradient * torch.nan
 
-    settings = AdaptiveSettings((0.5,), steps=1)
+    settings = Adaptive(soft_fractions=(0.5,), steps=1)
     with pytest.raises(DivergedError, match="round 1 of 1 diverged") as caught:
         round_block(
             weights,
@@ -221,9 +220,9 @@ def test_what_does_not_fit_together_is_refused(task):
     with pytest.raises(ValueError, match="32 sequences of inputs and 3 of targets"):
         round_block(weights, starts, Goal(block, inputs, [inputs[:3]]), QUICK)
     with pytest.raises(ValueError, match="do not fall strictly between 1 and 0"):
-        AdaptiveSettings(soft_fractions=(0.5, 0.5))
-    with pytest.raises(ValueError, match="micro_batch 0 is not at least 1"):
-        AdaptiveSettings(micro_batch=0)
+        Adaptive(soft_fractions=(0.5, 0.5))
+    with pytest.raises(ValueError, match="micro_batch 0 is not an integer of at least 1"):
+        Adaptive(micro_batch=0)
 
 
 def test_autocast_trains_in_bfloat16(task):
@@ -235,7 +234,7 @@ def test_autocast_trains_in_bfloat16(task):
         dtypes.add(y.dtype)
         return block(soft, x)
 
-    settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2)
+    settings = Adaptive(soft_fractions=SOFT_FRACTIONS_10, steps=12, learning_rate=2e-2)
     goal = Goal(watch, inputs, [block(weights, inputs)], autocast=torch.bfloat16)
     rounded = round_block(weights, starts, goal, settings)
     assert dtypes == {torch.bfloat16}
@@ -255,7 +254,7 @@ def test_a_decoder_block_is_reconstructed_and_left_as_it_was(random_model, windo
     starts = starts_of(weights, W2)
     with torch.no_grad():
         targets = BlockFunction(module, call.args, call.kwargs)({}, hidden)
-    settings = AdaptiveSettings(SOFT_FRACTIONS_10, steps=10, batch_size=5, micro_batch=5, learning_rate=2e-2)
+    settings = Adaptive(soft_fractions=SOFT_FRACTIONS_10, steps=10, batch_size=5, micro_batch=5, learning_rate=2e-2)
     rounded = round_block(weights, starts, Goal(call, hidden, [targets]), settings)
     with torch.no_grad():
         before, after = (block_loss(call(values(r), hidden), targets) for r in (starts, rounded))
@@ -274,7 +273,7 @@ def test_weights_beyond_the_codes_are_no_part_of_the_share_that_stays_soft(task)
     open_weights = {name: int(Grid.of(weights[name], start).is_open_OI.sum()) for name, start in narrow.items()}
     assert all(count < 0.9 * weights[name].numel() for name, count in open_weights.items())
     soft = []
-    settings = AdaptiveSettings((0.6, 0.2), steps=1, learning_rate=0.0)
+    settings = Adaptive(soft_fractions=(0.6, 0.2), steps=1, learning_rate=0.0)
     round_block(
         weights, narrow, Goal(block, inputs, [block(weights, inputs)]), settings,
         after_round=lambda state: soft.append({name: int((~v.isinf()).sum()) for name, v in state.v.items()}),
@@ -286,7 +285,7 @@ def test_weights_beyond_the_codes_are_no_part_of_the_share_that_stays_soft(task)
 def test_losses_against_two_targets_are_added(task):
     weights, inputs, _ = task
     target = block(weights, inputs)
-    settings = AdaptiveSettings((1e-9,), steps=1, batch_size=32, learning_rate=0.0, scale_learning_rate=0.0)
+    settings = Adaptive(soft_fractions=(1e-9,), steps=1, batch_size=32, learning_rate=0.0, scale_learning_rate=0.0)
     losses = []
     for targets in ([target], [target + 1], [target, target + 1]):
         round_block(
