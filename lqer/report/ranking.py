@@ -27,8 +27,8 @@ ACCURACY, ACCURACY_ERROR = "mean accuracy", "± accuracy"
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A column that runs are compared by. quantity: perplexity, KL or accuracy; text: empty for accuracy."""
+class Criterion:
+    """What runs are ranked by, in a column. quantity: perplexity, KL or accuracy; text: empty for accuracy."""
 
     column: str
     quantity: str
@@ -46,12 +46,12 @@ class Ranking:
 
     model: str
     table: pd.DataFrame
-    measures: tuple[Measure, ...]
+    criteria: tuple[Criterion, ...]
     originals: Mapping[str, float]
 
-    def front(self, measure: Measure, size: str = "bits") -> pd.Series:
+    def front(self, criterion: Criterion, size: str = "bits") -> pd.Series:
         """Which rows no other one beats: by a better value at no more than their size and activation bits."""
-        values, sizes = self.table[measure.column] * measure.sign, self.table[size]
+        values, sizes = self.table[criterion.column] * criterion.sign, self.table[size]
         inputs = self.table["activation bits"]
         on_front = []
         for value, own, bits in zip(values, sizes, inputs):
@@ -61,16 +61,16 @@ class Ranking:
 
     @property
     def undominated(self) -> pd.Series:
-        """Which rows are on the front of any measure over bits."""
-        fronts = [self.front(measure) for measure in self.measures]
+        """Which rows are on the front of any criterion over bits."""
+        fronts = [self.front(criterion) for criterion in self.criteria]
         return pd.concat(fronts, axis="columns").any(axis="columns") if fronts else self.table["bits"].isna()
 
     def beaten_by(self) -> pd.Series:
-        """For each row that is on no front, the run with at most its bits that has the best first measure; else ""."""
-        if not self.measures:
+        """For each row on no front, the best run by the first criterion that has at most its bits; else ""."""
+        if not self.criteria:
             # A sweep may time models alone.
             return pd.Series("", index=self.table.index)
-        first, names = self.measures[0], []
+        first, names = self.criteria[0], []
         for row, free in zip(self.table.to_dict("records"), self.undominated):
             rivals = self.table[
                 (self.table["bits"] <= row["bits"])
@@ -92,7 +92,7 @@ def rank(runs: Mapping[str, Results]) -> list[Ranking]:
 
 def _rank_one(runs: Mapping[str, Results]) -> Ranking:
     texts = _text_columns(list(runs.values()))
-    measures: dict[str, Measure] = {}
+    criteria: dict[str, Criterion] = {}
     originals: dict[str, float] = {}
     rows = []
     for name, results in runs.items():
@@ -100,23 +100,23 @@ def _rank_one(runs: Mapping[str, Results]) -> Ranking:
         for text in results["perplexity"]:
             column = texts[_measurement(text)]
             row[column] = text["quantized"]
-            measures[column] = Measure(column, "perplexity", column)
+            criteria[column] = Criterion(column, "perplexity", column)
             if text["original"] is not None:
                 originals[column] = text["original"]
             divergence = text.get("divergence")
             if divergence is not None:
                 row[f"KL {column}"] = divergence["quantized"]["kl_mean"]
-                measures[f"KL {column}"] = Measure(f"KL {column}", "KL", column)
+                criteria[f"KL {column}"] = Criterion(f"KL {column}", "KL", column)
         if accuracy := mean_accuracy(results["downstream"], "quantized"):
             row[ACCURACY], row[ACCURACY_ERROR] = accuracy
-            measures[ACCURACY] = Measure(ACCURACY, "accuracy")
+            criteria[ACCURACY] = Criterion(ACCURACY, "accuracy")
         if plain := mean_accuracy(results["downstream"], "original"):
             originals[ACCURACY] = plain[0]
         rows.append(row)
     table = pd.DataFrame(rows).sort_values(["bits", "run"], kind="stable").reset_index(drop=True)
-    table[list(measures)] = table[list(measures)].astype(float)
+    table[list(criteria)] = table[list(criteria)].astype(float)
     model = Path(next(iter(runs.values()))["model"]["name"]).name
-    return Ranking(model, table, tuple(measures.values()), originals)
+    return Ranking(model, table, tuple(criteria.values()), originals)
 
 
 def _facts(name: str, results: Results) -> dict[str, Any]:

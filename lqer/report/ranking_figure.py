@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from lqer.report.families import FAMILIES
 from lqer.report.front import MOST_TIMES_BEST
 from lqer.report.marks import INK, MUTED, NAME_SIZE, draw_front, draw_original, draw_scheme, legend_of, name_schemes
-from lqer.report.ranking import HALF_PRECISION_BITS, Measure, Ranking
+from lqer.report.ranking import HALF_PRECISION_BITS, Criterion, Ranking
 from lqer.report.style import PAGE_INCHES, STYLE, save
 
 # Of the x axis, as a share of its middle.
@@ -32,20 +32,20 @@ BY_NAME = {family.name: family for family in FAMILIES}
 Y_LABELS = {"perplexity": "perplexity", "KL": "KL from the original, nats per token", "accuracy": "mean accuracy"}
 
 
-def save_ranking(path: Path, ranking: Ranking, measures: Sequence[Measure], title: str) -> None:
-    """One row of panels for each measure, over bits and over size, in the colours of the families.
+def save_ranking(path: Path, ranking: Ranking, criteria: Sequence[Criterion], title: str) -> None:
+    """One row of panels for each criterion, over bits and over size, in the colours of the families.
 
     Open: activations are rounded too. Joined: on the front, among runs that round them to at most as many bits. Faint:
     dominated.
     """
     with plt.rc_context(STYLE):
-        inches = (PAGE_INCHES, PANEL_HEIGHT * len(measures))
-        figure, axes = plt.subplots(len(measures), len(SIZES), figsize=inches, squeeze=False)
-        for line, measure in zip(axes, measures, strict=True):
+        inches = (PAGE_INCHES, PANEL_HEIGHT * len(criteria))
+        figure, axes = plt.subplots(len(criteria), len(SIZES), figsize=inches, squeeze=False)
+        for line, criterion in zip(axes, criteria, strict=True):
             for axis, (size, label) in zip(line, SIZES, strict=True):
-                _draw(axis, ranking, measure, size)
+                _draw(axis, ranking, criterion, size)
                 axis.set_xlabel(label)
-            line[0].set_ylabel(Y_LABELS[measure.quantity])
+            line[0].set_ylabel(Y_LABELS[criterion.quantity])
         families = {BY_NAME[name] for name in ranking.table["family"]}
         handles = legend_of(families, "" if _weight_only(ranking.table).all() else "activations rounded too")
         figure.legend(handles=handles, ncols=4, loc="outside lower center")
@@ -53,20 +53,20 @@ def save_ranking(path: Path, ranking: Ranking, measures: Sequence[Measure], titl
         save(figure, path)
 
 
-def _draw(axis: Axes, ranking: Ranking, measure: Measure, size: str) -> None:
-    table = ranking.table.assign(front=ranking.front(measure, size)).dropna(subset=[measure.column, size])
-    original = ranking.originals.get(measure.column)
+def _draw(axis: Axes, ranking: Ranking, criterion: Criterion, size: str) -> None:
+    table = ranking.table.assign(front=ranking.front(criterion, size)).dropna(subset=[criterion.column, size])
+    original = ranking.originals.get(criterion.column)
     if original is not None:
         draw_original(axis, original)
-    if measure.quantity != "accuracy" and len(table):
-        limit = MOST_TIMES_BEST * (original or table[measure.column].min())
-        if measure.quantity == "perplexity":
-            hidden = table[table[measure.column] > limit]
+    if criterion.quantity != "accuracy" and len(table):
+        limit = MOST_TIMES_BEST * (original or table[criterion.column].min())
+        if criterion.quantity == "perplexity":
+            hidden = table[table[criterion.column] > limit]
             if len(hidden):
                 which = ", ".join(hidden["run"]) if len(hidden) <= MOST_HIDDEN_NAMES else f"{len(hidden)} runs"
                 note = textwrap.fill(f"not shown, above {limit:.3g}: {which}", NOTE_WIDTH)
                 axis.set_title(note, fontsize=NAME_SIZE, loc="left", color=MUTED)
-            table = table[table[measure.column] <= limit]
+            table = table[table[criterion.column] <= limit]
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axis.yaxis.set_major_formatter("{x:g}")
@@ -76,11 +76,11 @@ def _draw(axis: Axes, ranking: Ranking, measure: Measure, size: str) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(6))
     for row, is_filled in zip(table.to_dict("records"), _weight_only(table)):
         family = BY_NAME[row["family"]]
-        draw_scheme(axis, row[size], row[measure.column], family, is_best=row["front"], is_filled=is_filled)
+        draw_scheme(axis, row[size], row[criterion.column], family, is_best=row["front"], is_filled=is_filled)
     best = table[table["front"]].sort_values(size)
     # One line for each width of activations: fronts of different widths are different questions.
     for _, same in best.groupby("activation bits"):
-        draw_front(axis, same[size], same[measure.column])
+        draw_front(axis, same[size], same[criterion.column])
     _widen(axis, LEAST_SPAN)
     if not _weight_only(best).all():
         low, high = axis.get_xlim()
@@ -90,7 +90,7 @@ def _draw(axis: Axes, ranking: Ranking, measure: Measure, size: str) -> None:
     for is_best, colour in ((True, INK), (False, MUTED)):
         for is_filled in (True, False):
             rows = named[(named["front"] == is_best) & (_weight_only(named) == is_filled)]
-            places = list(zip(rows["run"], rows[size], rows[measure.column]))
+            places = list(zip(rows["run"], rows[size], rows[criterion.column]))
             name_schemes(axis, places, colour=colour, below=is_filled)
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from lqer.components import did_you_mean
 from lqer.config.reader import parse_override
 from lqer.errors import ConfigError, DataError
-from lqer.report.ranking import Measure, Ranking, rank
+from lqer.report.ranking import Criterion, Ranking, rank
 from lqer.report.sweep import RECORD_FILE, TABLE_FOLDER, SweepRecord, read_record, read_runs
 from lqer.report.write import markdown_table
 from lqer.store.offload import parse_bytes
@@ -58,14 +58,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The best row within the budget; measures: what decided, the mean logarithm of them; others: the rest by score.
+    """The best row within the budget; criteria: what decided, the mean logarithm of them; others: the rest by score.
 
     above: better rows that miss the budget by little, the best first.
     """
 
     best: pd.Series
     others: pd.DataFrame
-    measures: tuple[Measure, ...]
+    criteria: tuple[Criterion, ...]
     above: pd.DataFrame
 
 
@@ -101,8 +101,8 @@ def _age(path: Path) -> float:
 def recommend(ranking: Ranking, budget: Budget) -> Recommendation:
     """Raises DataError where nothing is within the budget."""
     table = ranking.table
-    measures = _deciding(ranking)
-    measured = table[[measure.column for measure in measures]].clip(lower=LEAST_DIVERGENCE).map(math.log)
+    criteria = _deciding(ranking)
+    measured = table[[criterion.column for criterion in criteria]].clip(lower=LEAST_DIVERGENCE).map(math.log)
     scored = table.assign(score=measured.mean(axis="columns", skipna=False)).dropna(subset=["score"])
     within = scored[budget.admits(scored)]
     if within.empty:
@@ -110,13 +110,13 @@ def recommend(ranking: Ranking, budget: Budget) -> Recommendation:
         raise DataError(f"no measured scheme is within {budget}; the smallest measured: {least}")
     within = within.sort_values(["score", "bits"], kind="stable")
     better = scored[budget.wider(A_LITTLE).admits(scored) & (scored["score"] < within["score"].iloc[0])]
-    return Recommendation(within.iloc[0], within.iloc[1:], measures, better.sort_values("score", kind="stable"))
+    return Recommendation(within.iloc[0], within.iloc[1:], criteria, better.sort_values("score", kind="stable"))
 
 
-def _deciding(ranking: Ranking) -> tuple[Measure, ...]:
+def _deciding(ranking: Ranking) -> tuple[Criterion, ...]:
     """Divergences from the original where they were measured, else perplexities."""
     for quantity in ("KL", "perplexity"):
-        found = tuple(measure for measure in ranking.measures if measure.quantity == quantity)
+        found = tuple(criterion for criterion in ranking.criteria if criterion.quantity == quantity)
         if found:
             return found
     raise DataError("the atlas has neither perplexities nor divergences: set evaluation.perplexity")
@@ -134,9 +134,9 @@ def lines(found: Recommendation, ranking: Ranking, record: SweepRecord, budget: 
     above = [row for _, row in found.above.head(1).iterrows()]
     yield markdown_table(pd.DataFrame([_original(ranking), *(_cells(row, found, ranking) for row in [*shown, *above])]))
     yield ""
-    decided = " and ".join(measure.text for measure in found.measures)
-    mean = ", geometric mean" if len(found.measures) > 1 else ""
-    yield f"{RATIO}: {found.measures[0].quantity} relative to {best['run']} ({decided}{mean})."
+    decided = " and ".join(criterion.text for criterion in found.criteria)
+    mean = ", geometric mean" if len(found.criteria) > 1 else ""
+    yield f"{RATIO}: {found.criteria[0].quantity} relative to {best['run']} ({decided}{mean})."
     yield "Columns that name a text alone are perplexities."
     if above:
         yield f"{above[0]['run']} is better, and a little above the budget."
@@ -151,7 +151,7 @@ def lines(found: Recommendation, ranking: Ranking, record: SweepRecord, budget: 
 def _original(ranking: Ranking) -> dict[str, Any]:
     known = {column: f"{value:.4g}" for column, value in ranking.originals.items()}
     return {"run": "original", "bits": "16", "GB": "", RATIO: ""} | {
-        measure.column: known.get(measure.column, "") for measure in ranking.measures
+        criterion.column: known.get(criterion.column, "") for criterion in ranking.criteria
     }
 
 
@@ -159,7 +159,7 @@ def _cells(row: pd.Series, found: Recommendation, ranking: Ranking) -> dict[str,
     """The cells of one scheme: its size, how much worse it is than the best by what decided, all that was measured."""
     ratio = math.exp(row["score"] - found.best["score"])
     facts = {"run": row["run"], "bits": f"{row['bits']:.3f}", "GB": f"{row['GB']:.4g}", RATIO: f"{ratio:.2f}"}
-    values = {measure.column: row[measure.column] for measure in ranking.measures}
+    values = {criterion.column: row[criterion.column] for criterion in ranking.criteria}
     return facts | {column: "" if math.isnan(value) else f"{value:.4g}" for column, value in values.items()}
 
 

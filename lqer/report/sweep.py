@@ -102,11 +102,11 @@ def write_ranking(record: SweepRecord, output_dir: Path, failed: Mapping[str, st
         return []
     pictures: dict[Path, str] = {}
     for ranking in rankings:
-        for text in dict.fromkeys(measure.text for measure in ranking.measures):
+        for text in dict.fromkeys(criterion.text for criterion in ranking.criteria):
             name = re.sub(r"[^A-Za-z0-9.]+", "-", f"ranking-{ranking.model}-{text or 'accuracy'}").strip("-")
-            measures = [measure for measure in ranking.measures if measure.text == text]
+            criteria = [criterion for criterion in ranking.criteria if criterion.text == text]
             title = f"{ranking.model}, {text or 'tasks'}"
-            save_ranking(folder / f"{name}.png", ranking, measures, title)
+            save_ranking(folder / f"{name}.png", ranking, criteria, title)
             pictures[folder / f"{name}.png"] = title
     tables = [ranking.table.assign(model=ranking.model, front=ranking.undominated) for ranking in rankings]
     table = pd.concat(tables, ignore_index=True)
@@ -133,19 +133,19 @@ def _page(
 def shown_table(ranking: Ranking) -> pd.DataFrame:
     """The ranking as text: the original, the runs on a front by rising bits, then the dominated and what beats them."""
     table = ranking.table
-    fronts = {measure.column: ranking.front(measure) for measure in ranking.measures}
+    fronts = {criterion.column: ranking.front(criterion) for criterion in ranking.criteria}
     beaten, free = ranking.beaten_by(), ranking.undominated
     lines = []
     for index in [*table.index[free], *table.index[~free]]:
         row = table.loc[index]
         cells = {"run": row["run"], "bits": f"{row['bits']:.3f}", "GB": _digits(row["GB"])}
         cells["activations"] = "" if row["activations"] == "none" else row["activations"]
-        for measure in ranking.measures:
-            shown = _shown(row, measure.column)
-            cells[measure.column] = f"**{shown}**" if fronts[measure.column][index] else shown
+        for criterion in ranking.criteria:
+            shown = _shown(row, criterion.column)
+            cells[criterion.column] = f"**{shown}**" if fronts[criterion.column][index] else shown
         cells |= {column: _digits(row[column]) for column in COSTS}
         lines.append(cells | {"beaten by": beaten[index]})
-    original = {measure.column: _digits(ranking.originals.get(measure.column)) for measure in ranking.measures}
+    original = {criterion.column: _digits(ranking.originals.get(criterion.column)) for criterion in ranking.criteria}
     found = pd.DataFrame([{"run": "original", "bits": "16", **original}, *lines]).fillna("")[list(lines[0])]
     unused = [column for column in ("activations", "tokens/s") if not found[column].any()]
     return found.drop(columns=unused)

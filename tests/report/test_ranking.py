@@ -56,8 +56,8 @@ RUNS = {
 
 def test_a_front_holds_what_no_run_with_as_few_bits_beats():
     (ranking,) = rank(RUNS)
-    (measure,) = ranking.measures
-    assert list(ranking.table["run"][ranking.front(measure)]) == ["two", "three", "three-x8", "four"]
+    (criterion,) = ranking.criteria
+    assert list(ranking.table["run"][ranking.front(criterion)]) == ["two", "three", "three-x8", "four"]
 
 
 def test_a_scheme_with_rounded_activations_is_not_beaten_by_a_weight_only_one():
@@ -89,7 +89,7 @@ def test_models_and_measurements_are_not_mixed():
     longer["perplexity"][0] |= {"seq_len": 128}
     first, second = rank({"a": RUNS["two"], "b": other, "c": longer})
     assert [ranking.model for ranking in (first, second)] == ["model", "other"]
-    assert [measure.column for measure in first.measures] == [
+    assert [criterion.column for criterion in first.criteria] == [
         "wiki (concat 64, 630 tokens, 0f0f0f0f)", "wiki (concat 128, 630 tokens, 0f0f0f0f)"
     ]  # fmt: skip
 
@@ -112,7 +112,7 @@ def test_more_accuracy_is_better():
     for (name, run), value in zip(runs.items(), (0.6, 0.5), strict=True):
         runs[name] = run | {"downstream": [task("t", "acc", value, 0.01)]}
     (ranking,) = rank(runs)
-    accuracy = ranking.measures[-1]
+    accuracy = ranking.criteria[-1]
     assert list(ranking.front(accuracy)) == [True, False]
     assert list(shown_table(ranking)["mean accuracy"]) == ["", "**0.6 ± 0.01**", "0.5 ± 0.01"]
 
@@ -141,7 +141,7 @@ def test_every_run_has_the_colour_of_its_family(tmp_path, monkeypatch):
         lambda axis, x, y, family, **marks: drawn.append((x, family.name, marks["is_best"], marks["is_filled"])),
     )
     (ranking,) = rank({name: RUNS[name] for name in ("two", "wasteful", "three", "three-x8")})
-    save_ranking(tmp_path / "picture.png", ranking, ranking.measures, "title")
+    save_ranking(tmp_path / "picture.png", ranking, ranking.criteria, "title")
     assert drawn[:4] == [
         (2.0, "error feedback", True, True), (3.0, "error feedback", True, True),
         (3.2, "error feedback", True, False), (3.5, "error feedback", False, True),
@@ -151,7 +151,7 @@ def test_every_run_has_the_colour_of_its_family(tmp_path, monkeypatch):
 def test_the_picture_is_drawn_where_values_are_missing_or_ruined(tmp_path):
     runs = {**RUNS, "ruined": results(2.1, 1e6, kl=9.0)}
     (ranking,) = rank(runs)
-    save_ranking(tmp_path / "picture.png", ranking, ranking.measures, "title")
+    save_ranking(tmp_path / "picture.png", ranking, ranking.criteria, "title")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
