@@ -132,7 +132,7 @@ def _run(arguments: Sequence[str]) -> None:
         load_plugins(plugins)
         config = read_config(path, tag, overrides)
         hash_model_beside(config)
-        # Of several processes each opens its own.
+        # With several processes, each one opens its own.
         if not validate_only and config.cluster is None:
             open_gpu_beside(config.device)
         from transformers.utils import logging as transformers_logging

@@ -111,7 +111,7 @@ def open_verified(
     if backend not in BACKENDS:
         raise ModelError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     details, name, count = _read_details(files)
-    # Those are read, and verified, one at a time.
+    # Blocks are read, and verified, one at a time.
     files.verify(except_for=[*map(block_file, range(count)), OUTSIDE_FILE])
     with reported_as(f"{files.path} has no usable config.json"):
         config = AutoConfig.from_pretrained(files.path, trust_remote_code=False)

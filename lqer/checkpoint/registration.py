@@ -35,7 +35,7 @@ def _tell_lm_eval() -> None:
         model_registry.register("lqer", target="lqer.export.lm_eval:LqerLM")
 
 
-# By the module that must have been imported before.
+# Keys are the modules that must have been imported before.
 LISTENERS = {"transformers.quantizers.auto": _tell_transformers, "lm_eval.models": _tell_lm_eval}
 
 

@@ -26,9 +26,9 @@ class ClusterConfig(Section):
     # "off": this process, without Ray. "local": the GPUs of this machine. "auto": the running Ray cluster.
     # "host:port": the cluster of that head.
     address: Annotated[str, Field(min_length=1)] = "off"
-    # Of a worker; a fraction shares a card. Without GPUs in the cluster, a worker has CPUs alone.
+    # GPUs of a worker; a fraction shares a card. Without GPUs in the cluster, a worker has CPUs alone.
     gpus_per_job: Annotated[float, Field(ge=1 / SHARES_OF_A_GPU), AfterValidator(_whole_above_one)] = 1
-    # Of a worker: its threads; without GPUs in the cluster, also what Ray reserves for it.
+    # Threads of a worker; without GPUs in the cluster, also what Ray reserves for it.
     cpus_per_job: Positive = 4
     # "shared": output_dir is one folder that all nodes see. "driver": only the driver sees it, files
     # travel. Absent: "shared" on this machine alone, else "driver".

@@ -28,7 +28,7 @@ class LowRankConfig(Section):
     """The low-rank factors A and B: y = x·Wᵀ + x·A·B."""
 
     rank: Annotated[int, Field(ge=0)] = 0
-    # Of A and B, unless B has its own.
+    # The format of A and B, unless B has its own.
     format: FormatName = NOT_QUANTIZED
     format_b: FormatName | None = None
     # The axis along which A and B are quantized in blocks: "reduction", the summed dimension of each product (A along
@@ -78,7 +78,7 @@ class QuantizeConfig(Section):
     # Which windows the losses of formats are measured on: the first ones of the calibration text, to which the errors
     # are fitted, or those behind it in its dataset, which they have not seen.
     widths_text: Literal["calibration", "unseen"] = "calibration"
-    # By default the method's own, or nearest.
+    # None: the method's own, or nearest.
     rounding: RoundingSpec | None = None
     # Applied in this order: of the whole model, then of a block, then of one linear.
     transforms: tuple[TransformSpec, ...] = ()

@@ -20,7 +20,7 @@ from lqer.methods.base import FACTOR_AXES
 from lqer.rounding import ROUNDINGS, Rounding
 from lqer.transforms import Scheme, Transform, unsupported_order
 
-# Of a file or folder on every file system in use.
+# The name of a file or folder may have this many bytes on every file system in use.
 MAX_NAME_BYTES = 200
 # Holds the artifacts of all runs, next to their folders.
 STORE_FOLDER = "store"

@@ -62,7 +62,7 @@ class TrainingConfig(Section):
     """Which parts of the quantized checkpoint are trained, and how; see lqer/training/parts.py."""
 
     parts: Annotated[tuple[TrainedPart, ...], Field(min_length=1)]
-    # Of A (and rows of B), which are trained and stored in bfloat16; the others stay rounded.
+    # Columns of A (and rows of B) that are trained and stored in bfloat16; the others stay rounded.
     columns: Positive = 64
     num_samples: Positive = 192
     # Held-out windows after those: the epoch with the lowest loss on them is stored.
@@ -120,7 +120,7 @@ class PublishedConfig(Section):
     tolerance: Annotated[float, Field(gt=0, lt=1)]
     # The text of the perplexities, by its label.
     text: str = "wikitext2"
-    # By the model's name, without its owner or folder: the figures of models of one recipe stand together.
+    # Keys are names of models, without owner or folder: the figures of all models of one recipe stand together.
     perplexity: dict[str, Annotated[float, Field(gt=1)]] = Field(default_factory=dict)
     # The mean over evaluation.downstream.tasks, between 0 and 1.
     accuracy: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
@@ -140,7 +140,7 @@ class Config(Section):
     revision: str | None = None
     output_dir: str = "checkpoints"
     tag: str
-    # Of 64 bits, as torch takes them.
+    # torch takes seeds of 64 bits.
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -10,7 +10,7 @@ import numpy as np
 
 # Long enough that only copies share it: two or three sentences.
 RUN_TOKENS = 64
-# Of a polynomial hash modulo 2^64: odd, so that every token counts.
+# The base of a polynomial hash modulo 2^64: odd, so that every token counts.
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 

@@ -24,7 +24,7 @@ MX_LAYOUTS = {
 MX_GROUP = 32
 WORD_BITS = 32
 DEQUANTIZE = "dequantize"
-# By the name of their class.
+# Linears are named by their class.
 ALL_LINEARS = ["Linear"]
 W8A8_WEIGHT = ("row", 8, True)
 W8A8_ACTIVATION = Int(bits=8, block_size="row", symmetric=True, scale_dtype="float32")

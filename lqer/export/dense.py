@@ -100,7 +100,7 @@ def effective_weight(linear: Linear) -> Tensor:
     if linear.a_IR is not None and linear.b_RO is not None:
         weight_OI = weight_OI + (linear.a_IR @ linear.b_RO).T
     if linear.rotation is not None:
-        # By the two maps that a layer applies, which fine-tuned signs leave well-defined, in double precision.
+        # In double precision, by the two maps that a layer applies, which are defined for fine-tuned signs too.
         identity_II = torch.eye(weight_OI.shape[1], dtype=torch.float64)
         weight_OI = linear.rotation.output(linear.rotation.input(identity_II) @ weight_OI.double().T).T.float()
     if linear.spec.online is not None:

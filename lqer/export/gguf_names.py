@@ -13,7 +13,7 @@ from lqer.errors import ExportError
 
 # Others change the values of norms, or the order of fused rows, in ways of their own.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# Those of them whose rotary embedding turns neighbouring rows, by the keys of their numbers of heads.
+# Those whose rotary embedding turns neighbouring rows, with the keys of their numbers of heads.
 INTERLEAVED = {"llama": {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}}
 SUFFIXES = (".weight", ".bias")
 

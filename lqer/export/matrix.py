@@ -22,7 +22,7 @@ WIDTHS = range(2, 9)
 INT8_ROW = Int(bits=8, block_size="row", symmetric=True)
 INT8_TOKEN = Int(bits=8, block_size="row", symmetric=True, scale_dtype="float32")
 
-# By width.
+# Each makes the format of a width in bits.
 FAMILIES: dict[str, Callable[[int], NumberFormat]] = {
     "`mxint`, blocks of 16": lambda bits: MXInt(bits=bits, block_size=16),
     "`mxint`, blocks of 32": lambda bits: MXInt(bits=bits, block_size=32),

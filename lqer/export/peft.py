@@ -95,7 +95,7 @@ class Peft(Target):
         from peft import PeftModel
 
         if self.base == "nf4":
-            # By bitsandbytes itself, whose kernels for a CPU multiply in less than float32.
+            # Dequantized by bitsandbytes itself, whose kernels for a CPU multiply in less than float32.
             base = load_pretrained(folder / BASE_FOLDER, dtype, device_map={"": "cpu"}).dequantize()
         else:
             base = load_pretrained(folder / BASE_FOLDER, dtype)

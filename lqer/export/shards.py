@@ -16,7 +16,7 @@ from lqer.errors import ExportError
 from lqer.export.source import CONFIG_FILE, Linear, Source
 from lqer.store.files import UMASK, fsync, write_json
 
-# That of transformers' own save_pretrained.
+# The size of a shard that transformers' save_pretrained writes.
 SHARD_BYTES = 5 * 10**9
 
 

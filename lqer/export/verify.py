@@ -156,7 +156,7 @@ def _refuse_difference(check: Check, closeness: Closeness) -> None:
 def _loaded(target: Target, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
-            # Of libraries to each other.
+            # These are warnings of one library to another.
             warnings.simplefilter("ignore", FutureWarning)
             return target.load(folder, dtype)
     except MemoryError:

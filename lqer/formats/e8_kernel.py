@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lqer.formats.e8 import DIMENSION, ROWS, absolute_rows, e8_one_bit_points
 
-# Of a program of one warp: a lane holds a vector.
+# Vectors of a program, which is one warp: a lane holds a vector.
 VECTORS = 32
 DIMENSION_C = tl.constexpr(DIMENSION)
 ONE_BIT_POINTS_C = tl.constexpr(256)

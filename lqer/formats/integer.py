@@ -28,7 +28,8 @@ from lqer.formats.blocks import FLOAT32_INF_PATTERN, BlockSize, max_magnitude_pa
 from lqer.formats.scales import SCALE_DTYPES, ScaleDtype, positive
 from lqer.formats.spacing import Spacing
 
-# By bits: how many factors shrink a group's range, and the smallest. Wider codes lose more by clipping than they gain.
+# For each width: how many factors shrink a group's range, and the smallest. Wider codes lose more by clipping than they
+# gain.
 SHRINK_GRIDS = {2: (15, 0.3), 3: (15, 0.5), 4: (13, 0.7), 5: (9, 0.8), 6: (5, 0.9), 7: (3, 0.95), 8: (3, 0.95)}
 
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Of a tile of K x N: four warps hold it in 32 registers a thread.
+# Elements of a tile of K x N: four warps hold it in 32 registers a thread.
 TILE = 4096
-# Of a tile of centroids and vectors whose features are added up.
+# The sides of a tile of centroids and vectors whose features are added up.
 SUMMED_CENTROIDS, SUMMED_VECTORS = 16, 128
 # A program that draws seeds holds all vectors of a group: sixteen warps, 32 vectors a thread.
 MOST_DRAWN_FROM = 1 << 14

@@ -163,7 +163,7 @@ def _tables(number_format: MX, device: torch.device) -> tuple[Tensor, Tensor, Te
     one = {"exponents": torch.tensor([FLOAT32_BIAS], dtype=torch.uint8)}
     values_C = torch.tensor(_element_values(number_format.element), dtype=torch.float32)
     values_C = values_C[values_C.isfinite()]
-    # Those that a value is rounded to, with one zero.
+    # The levels that a value can be rounded to, with one zero.
     levels_K = number_format.decode(number_format.encode(values_C.unsqueeze(0), one), one)[0].unique() + 0.0
     codes_K = number_format.encode(levels_K.unsqueeze(0), one)[0]
     middles_K = (levels_K[:-1] + levels_K[1:]) / 2

@@ -57,7 +57,7 @@ from lqer.formats.viterbi import SEARCH_BYTES
 
 TILE = 16
 POSITIONS = TILE * TILE
-# By (L, k).
+# Keys are (L, k).
 MULTIPLIERS: dict[tuple[int, int], int] = {
     (12, 1): 0x8FCD7F41, (12, 2): 0xB98C67C3, (12, 3): 0xA0B55865, (12, 4): 0x774B15D7,
     (13, 1): 0x754A09CD, (13, 2): 0x42594053, (13, 3): 0x2188287F, (13, 4): 0x301850C5,

@@ -30,7 +30,7 @@ from lqer.store.store import Store
 
 log = logging.getLogger(__name__)
 
-# Of a cluster that is started for one run on one machine: files travel through it only where someone asks for that.
+# Object store of a cluster started for one run on one machine: files travel through it only if a user asks for that.
 LOCAL_STORE_BYTES = 100_000_000
 # What the log says of a job: the worker, its name, and seconds.
 DONE = "%s, %s: done in %.1f s"
@@ -149,7 +149,7 @@ def _connected(cluster: ClusterConfig) -> Any:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    # Of the last two are other versions of Ray or Python than the cluster's, and another token.
+    # The last two are raised for a version of Ray or Python that is not the cluster's, and for a wrong token.
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise ConfigError(f"cluster.address {cluster.address!r}: {' '.join(str(error).split())}") from None
     return ray

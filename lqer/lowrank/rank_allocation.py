@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lqer.formats import NumberFormat
 
-# Of A and of B.
+# The formats of A and of B.
 Formats = tuple[NumberFormat, NumberFormat]
 
 # The step of ranks whose factors have no groups along the rank: the width of a tensor core's operand.

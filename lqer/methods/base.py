@@ -36,7 +36,7 @@ from lqer.statistics.site import SiteStatistics, derive
 from lqer.transforms import LinearTransform, Rotation
 from lqer.transforms.base import rotation_on
 
-# Of one input site, by kind.
+# The statistics of one input site, by kind.
 Statistics = Mapping[str, Tensor]
 FactorAxis = Literal["reduction", "lqer", "outer"]
 FACTOR_AXES: dict[FactorAxis, tuple[int, int]] = {"reduction": (0, 0), "lqer": (1, 1), "outer": (0, 1)}
@@ -111,7 +111,7 @@ class LinearPlan:
         return self.factor, self.factor_b or self.factor
 
 
-# Of a model's linears, by full name; None for one that is skipped.
+# The plans of a model's linears, by full name; None for one that is skipped.
 Plans = Mapping[str, LinearPlan | None]
 
 

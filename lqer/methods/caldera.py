@@ -36,7 +36,7 @@ from lqer.rounding.base import require_damping, unsupported_feedback
 from lqer.rounding.hessian import DAMPING, DampedHessian, damped_hessian, down_date
 from lqer.rounding.ldlq import Ldlq, ldlq
 
-# Of the published experiments.
+# As in the published experiments.
 ITERATIONS = 20
 # The published experiments take 50, of which the first few do nearly all (docs/methods/caldera.md).
 LPLR_ITERATIONS = 10

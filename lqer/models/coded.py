@@ -31,9 +31,9 @@ from lqer.nn.stacked import Piece
 QUANTIZATION_CONFIG = "quantization_config"
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 FP4_DTYPE = "I8"
-# Of FP8, after the name of the codes; others stand in the place of "weight", Mistral's and DeepSeek-V4's.
+# The scales of FP8 are named after the codes; Mistral's and DeepSeek-V4's have another name in the place of "weight".
 SCALE_SUFFIX, OTHER_SCALES = "_scale_inv", (".qscale_weight", ".scale")
-# Of inputs that would be rounded by fixed scales. Here inputs are not rounded.
+# Fixed scales, by which inputs would be rounded. Here inputs are not rounded.
 INPUT_SCALES = "activation_scale"
 BLOCKS, SCALES = "_blocks", "_scales"
 VALUES_OF_A_BYTE = 2

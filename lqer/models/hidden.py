@@ -25,8 +25,8 @@ DEPENDS_ON_BATCH = (
     "model: its decoder blocks are called with arguments that depend on the batch (such as ALiBi biases, embeddings of "
     "the tokens, or keys and values of other blocks), which transforms and roundings of whole blocks do not support"
 )
-# Of a GPU's memory, that hidden states of all windows may take to stay there. Up to three such streams go beside each
-# other, and several runs may share a GPU.
+# Hidden states of all windows stay on a GPU if they take at most this share of its memory. Up to three such streams go
+# beside each other, and several runs may share a GPU.
 SHARE_OF_GPU = 1 / 32
 
 

@@ -37,11 +37,11 @@ from lqer.transforms.tracing import watched_inputs
 
 CPU = torch.device("cpu")
 WINDOWS, TOKENS, BATCH_SIZE = 3, 8, 2
-# Of made-up matrices; norms are around 1.
+# The standard deviation of made-up matrices; norms are around 1.
 SCALE = 0.05
 # Intermediate size of experts that are compared with their own code.
 PROBED_WIDTH = 2
-# Of those that are called with rows of all.
+# The number of experts in a module that is called with the rows of all of them (`takes_rows`).
 PROBED_EXPERTS = 2
 
 
@@ -137,7 +137,7 @@ def _made_up(source: ModelSource) -> PreTrainedModel:
     for name, experts in by_class.values():
         _refuse_other_experts(name, experts, generator)
     prepare_model(model)
-    # Of weights that are tied one gets values; two different ones would stay apart, with a warning of transformers.
+    # One of several tied weights gets values; two different ones would stay apart, with a warning of transformers.
     values = {
         name: _view(tuple(parameter.shape), generator)
         for name, parameter in model.named_parameters()

@@ -23,7 +23,7 @@ from lqer.models.files import READ_OPTIONS
 from lqer.models.structure import KEPT_IN_FLOAT32
 from lqer.nn.stacked import Piece
 
-# That fill page-locked memory.
+# Threads that fill page-locked memory.
 READING_THREADS = 4
 # A safetensors file begins with the length of its header, JSON, behind which the tensors lie.
 LENGTH_BYTES = 8

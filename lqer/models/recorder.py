@@ -19,7 +19,7 @@ from lqer.models.calls import BlockCall, Returned
 
 # (batch, tokens, hidden size), or (batch, tokens, streams, hidden size) of hyper-connections
 HIDDEN_DIMENSIONS = (3, 4)
-# Of a block, such as hidden states, a recurrent state and attention weights.
+# Values that a block returns, such as hidden states, a recurrent state and attention weights.
 MOST_RETURNED_VALUES = 3
 
 

@@ -75,7 +75,7 @@ class StoredNames:
         expert = next(part for part in reversed(stored.split(".")) if part.isdigit())
         places = [key for key in self.stacks.get(name, {}) if key.split(".")[-3] == expert]
         if not places and name in self.stacks:
-            # Of an expert that passes its tokens on, which transformers stacks and nothing reads.
+            # It belongs to an expert that passes its tokens on: transformers stacks it, and nothing reads it.
             return {}
         if len(places) != len(converter.source_patterns):
             raise NotStreamableError(f"transformers converts {stored} into {name}")

@@ -33,7 +33,7 @@ KEPT_IN_FLOAT32 = "kept_in_float32"
 KEPT_LINEAR = "kept_linear"
 # A parameter's full name, its values, and the class of its module.
 Weight = tuple[str, Tensor, str]
-# Of the matrix elements outside embedding and head; routers and the like are small.
+# A share of the matrix elements outside embedding and head; routers and the like are small.
 MAX_UNQUANTIZED_FRACTION = 0.05
 # Convolutions over neighbouring tokens (Mamba, gated delta rules, LFM2): kept, and few in every model that has them.
 KEPT = nn.Conv1d
@@ -48,7 +48,7 @@ def prepare_model(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
-            # Or else some models (Jamba, Falcon Mamba) multiply by the weight of a linear without calling it.
+            # Otherwise some models (Jamba, Falcon Mamba) multiply by the weight of a linear without calling it.
             config._is_quantized = True
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):

@@ -51,7 +51,7 @@ class BlockRun:
     ):
         self.index, self.name, self.block, self.hidden, self.device = index, name, block, hidden, device
         self._attention = attention
-        # By batch, what the block and those before it left for later ones when it was run last.
+        # For each batch, what the block and those before it left for later ones when it was run last.
         self._left: dict[int, Left] = {}
 
     @in_phase("forward")

@@ -29,7 +29,7 @@ def split_experts(model: nn.Module) -> None:
     """Replace the stacked weights of all experts of a model by linears, in place, layer by layer."""
     for _, experts in list(_stacked(model)):
         if _is_registered(experts):
-            # Of this configuration alone: the setter would reach those of other towers.
+            # Set on this configuration alone: the setter would also change those of other towers.
             experts.config._experts_implementation_internal = IMPLEMENTATION
         elif (registered := registered_class(experts)) is not None:
             adopt(experts, registered)
@@ -73,7 +73,7 @@ def pieces(experts: Experts, parameter: str) -> dict[str, Piece]:
     is_transposed = layout.is_transposed and leaf == "weight"
     return {
         f"{index}.{name}.{leaf}": Piece(index, half, is_transposed, layout.is_concatenated)
-        # Of gate_up_proj there may be more, for experts that pass their tokens on, which nothing reads.
+        # gate_up_proj may have more entries, for experts that pass their tokens on; nothing reads those.
         for index in range(len(experts.down_proj))
         for name, half in halves.items()
     }

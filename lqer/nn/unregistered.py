@@ -78,7 +78,7 @@ class _Rows(_Routed):
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         x_ETD = hidden_states.view(self.held, -1, hidden_states.shape[-1])
-        # By token, so that rows stay in the order of the text.
+        # Sorted by token, so that rows stay in the order of the text.
         tokens_P, experts_P = x_ETD.any(-1).T.nonzero(as_tuple=True)
         x_PD = x_ETD[experts_P, tokens_P]
         y_ETD = torch.zeros_like(x_ETD)

@@ -21,7 +21,7 @@ ORIGINAL_COLOUR = "#555555"
 ROLES = ("original", "rtn", "quantized")
 LOG_SPAN = 3
 LABEL_WIDTH = 28
-# Of a point among names, in pixels of the figure before it is saved.
+# The size of a point among names, in pixels of the figure before it is saved.
 MARKER = 5
 # Where the name of a point may stand: offsets in points, and how the text is aligned.
 PLACES = ((4, 4, "left", "bottom"), (-4, -4, "right", "top"), (4, -4, "left", "top"), (-4, 4, "right", "bottom"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-# Of curves that are drawn by kind in one figure: Okabe and Ito's palette, then darker shades.
+# The colours of curves that are drawn by kind in one figure: Okabe and Ito's palette, then darker shades.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#7A7A7A", "#5B3FA0", "#8C5A2B", "#B00020")
 
 

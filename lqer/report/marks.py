@@ -14,7 +14,7 @@ from lqer.report.families import FAMILIES, Family
 INK, MUTED, PAPER = "#000000", "#555555", "#FFFFFF"
 FAINT = 0.55
 NAME_SIZE = 6
-# Of points that share a label, as shares of the axes; names are wide.
+# Points closer than this, in shares of the axes, share a label; names are wide.
 NEAR = (0.12, 0.06)
 
 

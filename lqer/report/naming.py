@@ -9,7 +9,7 @@ from lqer.methods import Method
 
 RTN = "RTN"
 NEAREST = "nearest"
-# Of the hash that tells two texts of one name apart.
+# Digits of the hash that tells two texts of one name apart.
 TEXT_DIGITS = 8
 
 

@@ -19,7 +19,7 @@ from lqer.report.families import family_of
 from lqer.report.naming import TEXT_DIGITS, scheme_name, weights_name
 from lqer.results import DownstreamRow, PerplexityRow, Results
 
-# Of activations that are not rounded: those of a model in half precision.
+# What activations count that are not rounded: those of a model in half precision.
 HALF_PRECISION_BITS = 16.0
 # The first that a task has counts; tasks that have none are left out of the mean.
 ACCURACIES = ("acc_norm", "acc")

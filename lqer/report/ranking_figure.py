@@ -17,10 +17,10 @@ from lqer.report.marks import INK, MUTED, NAME_SIZE, draw_front, draw_original, 
 from lqer.report.ranking import HALF_PRECISION_BITS, Criterion, Ranking
 from lqer.report.style import PAGE_INCHES, STYLE, save
 
-# Of the x axis, as a share of its middle.
+# The shortest x axis, as a share of its middle.
 LEAST_SPAN = 0.25
 PANEL_HEIGHT = 3.0
-# So many runs have room for the names of those that are dominated too.
+# Up to this many runs, there is room for the names of dominated ones too.
 MOST_NAMED = 8
 MOST_HIDDEN_NAMES = 4
 # For the name at the right of the last point, as a share of the x axis.

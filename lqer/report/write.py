@@ -79,7 +79,7 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     )
     if "routed_tokens" not in table:
         return layers
-    # Of experts alone.
+    # Only experts have them.
     return layers.assign(routed_tokens=table["routed_tokens"].astype("Int64"))
 
 

@@ -27,7 +27,7 @@ def linear_bytes(out_features: int, in_features: int, plan: LinearPlan, has_hess
     is_exact = plan.rank != 0 and (plan.solver == "exact" or shorter <= SMALL_SIDE)
     copies = (WIDE_COPIES if is_exact or isinstance(plan.weight, Codebook) else LINEAR_COPIES) * weights
     copies += FACTORIZATION_COPIES * 8 * shorter**2 if is_exact else 0
-    # Of the Hessian: the factor or metric that is kept in float32, or all that is held while it is made.
+    # What the Hessian takes: the factor or metric that is kept in float32, or all that is held while it is made.
     kept, factored = (size * in_features**2 if has_hessian else 0 for size in (4, plan.hessian_bytes))
     return max(copies + kept, factored + 8 * weights) + plan.weight.encoding_bytes
 

@@ -20,7 +20,7 @@ from lqer.formats import NumberFormat, QuantizedTensor
 from lqer.rounding.hessian import DampedHessian
 from lqer.statistics import Statistic
 
-# Of one input site, by kind. A method that has damped the Hessian already passes it on as it is.
+# The statistics of one input site, by kind. A method that has damped the Hessian already passes it on as it is.
 Statistics = Mapping[str, Tensor | DampedHessian]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lqer.statistics import ALONE, Gang
 
-# Of the sequences of one batch, int64 (B,), one tensor for each of several states, on the device of that state.
+# The numbers of a batch's sequences, int64 (B,): one tensor for each of several states, on the device of that state.
 Numbers = tuple[Tensor, ...]
 Weights = Mapping[str, Tensor]
 Block = Callable[[Weights, Tensor], Tensor]

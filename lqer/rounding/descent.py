@@ -145,7 +145,7 @@ def _panel_column_by_column(
     for p in range(len(codes_PO)):
         moved_O = torch.addcdiv(codes_PO[p], gradient_PO[p], divisor_PO[p]).round_().clamp_(*limits)
         change_O = (moved_O - codes_PO[p]) * step_PO[p]
-        # By how much half the loss falls; a tie, or float32's error in g, must not move a code.
+        # The product is the fall of half the loss: neither a tie nor float32's error in g may move a code.
         change_O *= change_O * (gradient_PO[p] - 0.5 * diagonal_P[p] * change_O) > 0
         codes_PO[p] = torch.where(change_O == 0, codes_PO[p], moved_O)
         error_PO[p] -= change_O

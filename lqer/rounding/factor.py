@@ -14,9 +14,9 @@ from torch import Tensor
 from lqer.rounding.hessian import DampedHessian
 from lqer.statistics.symmetric import panels
 
-# Of a triangle that is inverted by one solution, not by halves.
+# Up to this side a triangle is inverted by one solution, not by halves.
 SMALL_TRIANGLE = 1024
-# Right-hand sides of a larger one.
+# Right-hand sides that are solved for at once.
 SOLVED_AT_ONCE = 4096
 
 

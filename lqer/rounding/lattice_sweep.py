@@ -22,7 +22,7 @@ from torch import Tensor
 from lqer.formats.e8_kernel import DIMENSION_C, nearest_e8_one_bit, nearest_e8p, one_bit_tables, tables
 from lqer.formats.e8p import FIRST_BITS, RESIDUAL_SCALE
 
-# Of a program of one warp. Blocks come one after the other, so that many programs with few rows hide each other's
+# Rows of a program, which is one warp. Blocks come one after the other: many programs with few rows hide each other's
 # latency.
 ROWS = 8
 FIRST_BITS_C = tl.constexpr(FIRST_BITS)

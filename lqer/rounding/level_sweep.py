@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lqer.formats.spacing import Levels
 
-# Of one program: a warp whose registers hold 128 columns of its rows.
+# Rows of a program: one warp, whose registers hold 128 columns of them.
 ROWS = 32
-# Boundaries that are compared with at once.
+# Boundaries that a value is compared with at once.
 COMPARED = 16
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lqer.formats.spacing import Spacing
 
-# Of one program: a warp whose registers hold 128 columns of its rows.
+# Rows of a program: one warp, whose registers hold 128 columns of them.
 ROWS = 32
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, ties to even.
 ROUNDER = tl.constexpr(12582912.0)

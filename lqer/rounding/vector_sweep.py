@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Of one program. Vectors come one after the other, so that many programs with few rows hide each other's latency.
+# Rows of a program. Vectors come one after the other: many programs with few rows hide each other's latency.
 ROWS = 8
 # A warp holds the distances of 8 rows to 64 centroids in 16 registers a thread.
 CENTROIDS_OF_A_WARP = 64

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from lqer.config.quantize import QuantizeConfig
 
-# Of the first that a configuration has.
+# Of quantization, by the first of these parts that a configuration has; OTHERWISE without any.
 MINUTES = {"adaptive": 64.0, "caldera": 5.0, "ldlq": 5.0, "vector": 3.0, "gptq": 2.0}
 OTHERWISE = 1.5
 EVALUATION = 10.0
 CALIBRATION = 1.0
 FINETUNING = 60.0
-# Of the decoder blocks of that model.
+# Weights in the decoder blocks of that model.
 WEIGHTS = 6.5e9
 # A linear that takes longer is a job of its own. It reads its whole block, and is written twice: seconds, even of 405B
 # parameters.

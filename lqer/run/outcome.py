@@ -66,7 +66,7 @@ def explain_failure(error: BaseException) -> str:
     if isinstance(error, LqerError | RunFailedError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        # Of a rename or a link the second is the one that was to be made.
+        # For a rename or a link, the second name is the one that was to be made.
         return f"{error.filename2 or error.filename or 'the operating system'}: {error.strerror}"
     return f"{headline(error)} (traceback in {write_traceback(error)})"
 

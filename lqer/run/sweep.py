@@ -21,7 +21,7 @@ from lqer.store.names import CHECKPOINT_LINK
 
 log = logging.getLogger(__name__)
 
-# So many first runs that fail with one line: the others would too.
+# If this many first runs fail with the same line, the others would too.
 MOST_ALIKE = 3
 # Runs a configuration; None, or the line that says why it failed.
 Execute = Callable[[Config], str | None]

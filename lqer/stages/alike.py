@@ -17,9 +17,9 @@ from lqer.statistics.site import SiteStatistics
 
 # What linears that are quantized at once may hold on the device.
 BATCH_BYTES = {"cuda": 8_000_000_000, "cpu": 1_000_000_000}
-# Of each entry of a Hessian: E[x xᵀ], rotated, its factor, both in float64, and the float32 matrix made of that, twice.
+# For each entry of a Hessian: E[x xᵀ]; rotated, and its factor, both in float64; twice the float32 matrix made of that.
 HESSIAN_BYTES = 4 + 8 + 8 + 2 * 4
-# Of each weight, in float32: itself, rotated, beside the others, its errors and values, and int64 states of a trellis.
+# For each weight, in float32: itself, rotated, beside the others, its errors and values; int64 states of a trellis.
 WEIGHT_BYTES = 5 * 4 + 8
 
 

@@ -35,7 +35,7 @@ from lqer.store.names import block_file, sites_file
 from lqer.store.store import Store
 from lqer.transforms.base import rotation_on
 
-# By linear that has a choice, the plans that it can get.
+# The plans that each linear with a choice can get.
 Options = Mapping[str, tuple[LinearPlan, ...]]
 
 

@@ -56,7 +56,7 @@ class Calibrate(GangStage):
     dtype: torch.dtype
     device: torch.device
     offload: Offload = field(metadata=no_effect("it decides where numbers are stored, not their values"))
-    # By full name, of linears whose statistics are of rounded inputs.
+    # Keys are full names, of the linears whose statistics are of rounded inputs.
     roundings: InputRoundings | None = field(default=None, metadata=ADDED)
 
     # What no other stage reads, or is too large for the disk, is gathered where it is used (`calibration.keep`).
@@ -129,7 +129,7 @@ def calibrate(
             workspace.write_json(sites_file(index), of_block.sites)
             # Last: its presence marks the block as done.
             workspace.write_tensors(block_file(index), of_block.tensors)
-            # Or else one block's statistics would be held together with the next one's.
+            # Otherwise one block's statistics would be held together with the next one's.
             del of_block
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 SECONDS_TO_END = 30.0
 # What every rank imports, which takes seconds.
 PRELOADED = ("lqer.stages.quantize_sequential",)
-# Of a rank that ended because another had.
+# Exit status of a rank that ended because another had.
 EXIT_LOST = 3
 
 

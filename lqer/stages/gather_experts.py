@@ -32,7 +32,7 @@ from lqer.statistics.sample import evenly_spread, spread_indices
 
 # After the name of a module of experts: int64 (E,), how many tokens of the text were sent to each.
 ROUTED_TOKENS = "routed_tokens"
-# Of sums on a GPU; experts beyond that are observed in another pass. A layer of gpt-oss-120b has 17 GB of E[x xᵀ].
+# Bytes of sums on a GPU; experts beyond that are observed in another pass. A layer of gpt-oss-120b needs 17 GB.
 PASS_BYTES = 18_000_000_000
 
 
@@ -122,7 +122,7 @@ class ExpertObserver:
         for layer in self._layers if self._settings.of == "routed" else ():
             lacking = (self._settings.minimum - layer.routed_E).clamp(min=0).tolist()
             starved = [index for index in layer.linears if lacking[index]]
-            # Of a layer that no text reaches nothing is known.
+            # Nothing is known of a layer that no text reaches.
             if not starved or not layer.kept:
                 continue
             kept = _joined(layer.kept)

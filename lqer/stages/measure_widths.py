@@ -53,7 +53,7 @@ from lqer.transforms import Rotation
 
 WINDOWS = 8  # of the calibration text, that gradients are taken on
 
-# By linear, the formats to choose from; linears that are not in it keep the format of their plan.
+# The formats that a linear chooses from; linears that are not in it keep the format of their plan.
 Choices = Mapping[str, tuple[NumberFormat, ...]]
 
 

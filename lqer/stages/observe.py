@@ -28,7 +28,7 @@ from lqer.statistics.sample import evenly_spread, spread_indices
 from lqer.store.offload import Offload
 from lqer.transforms.tracing import watched_inputs
 
-# By linear, of those whose statistics are of inputs as the quantized linear rounds them.
+# Keys are the linears whose statistics are of inputs as the quantized linear rounds them.
 InputRoundings = Mapping[str, InputRounding]
 NOT_ROUNDED: InputRoundings = {}
 
@@ -72,7 +72,7 @@ class OriginalBlock:
             return OriginalBatch(weights=given)
         block = self._run.block
         inputs: dict[str, Tensor] = {}
-        # Of experts the inputs of all, from which those of each follow.
+        # For experts, the inputs of all of them, from which those of each follow.
         linears = [*block_linears(block), *experts_of(block)] if self._paired else []
         watch = {name: partial(inputs.__setitem__, name) for name in linears}
         with watched_inputs(block, watch), watched_points(block, self._writers) as weights:
@@ -103,7 +103,7 @@ class SiteObserver:
         self._original = OriginalBatch()
         self._last_input: Tensor | None = None
         self._last_version = 0
-        # Of that input, by how it is rounded.
+        # The sites of that input, by how it is rounded.
         self._last_sites: dict[InputRounding | None, str] = {}
         # Sites with as many tokens sample the same ones.
         self._sampled_of: dict[int, Tensor] = {}

@@ -37,7 +37,7 @@ def held_back_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        # Also in place of an error: a process that Ctrl-C ended at its start is no failure of ours.
+        # This replaces an error too: a process that Ctrl-C ended at its start is no failure of ours.
         if signals:
             raise KeyboardInterrupt
 

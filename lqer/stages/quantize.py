@@ -45,7 +45,7 @@ from lqer.store.names import block_file, layers_file, linears_rows_file
 from lqer.store.store import Artifact, Store, Workspace
 from lqer.store.writer import most_waiting
 
-# Of both orders of quantizing blocks: raised whenever the same inputs would give other bytes than before.
+# The version of both orders of quantizing blocks: raised whenever the same inputs would give other bytes than before.
 QUANTIZE_VERSION = 11
 
 
@@ -204,7 +204,7 @@ def quantize_blocks(
                 del statistics
             quantized.sort(work.full_names(work.linears))
             write_block(workspace, work, quantized)
-            # Or else one block's tensors would be held together with the next one's.
+            # Otherwise one block's tensors would be held together with the next one's.
             del work, values, quantized
             bar.update()
 

@@ -176,7 +176,7 @@ def _described(
     rounded_OI = rounded_alone(weight_OI, weight, site, plan)
     of_expert = {} if routed_tokens is None else {"routed_tokens": routed_tokens}
     found.rows.append(layer_row(full_name, weight_OI, rounded_OI, weight, site) | of_expert | {"entry": entry})
-    # Of a layer's experts, those of the first one.
+    # Among a layer's experts, only the first one has spectra.
     if work.with_spectra and (not of_expert or full_name.rsplit(".", 2)[1] == "0"):
         at_once = not work.finds_spectra_later
         found.spectra.append(later_spectra(full_name, weight_OI, rounded_OI, site, at_once))

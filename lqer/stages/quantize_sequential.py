@@ -156,7 +156,7 @@ def _quantize_missing(
             beside = original_run and original_run.with_block(unrounded.block)
             found = quantize_block(unrounded, beside, text, work, settings, in_place and original is None)
             packed, rows = write_block(workspace, work, found), found.rows
-            # Or else one block's tensors would be held together with the next one's.
+            # Otherwise one block's tensors would be held together with the next one's.
             del tensors, result, block, unrounded, beside, work, found
         elif index != indices[-1]:
             packed, rows = workspace.tensors(block_file(index)), workspace.json(layers_file(index))

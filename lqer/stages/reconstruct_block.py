@@ -85,7 +85,7 @@ class BlockReconstruction:
         problem = block_problem(run, targets_STD, plans, stored, self.batch_size, self.seed)
         with attention_as(problem.call.block, self.attention):
             result = self._resume(run.name, problem, saver)
-        # Of several GPUs, each may have come to a last bit of its own.
+        # Several GPUs may differ in the last bit.
         result = BlockResult.from_tensors(problem.gang.of_first(result.tensors()), problem)
         self.workspace.write_json(tuning_file(run.index), result.notes)
         _log(run.name, result)

@@ -30,7 +30,7 @@ def add_products(sum_II: Tensor, x_NI: Tensor, y_NI: Tensor | None = None) -> No
     for first in range(0, len(x_NI), CHUNK_TOKENS):
         chunk = slice(first, first + CHUNK_TOKENS)
         products_II = x_NI[chunk].to(torch.float32).T @ other_NI[chunk].to(torch.float32)
-        # By panels, because a CPU first widens the whole operand.
+        # In panels, because a CPU first widens the whole operand.
         for rows in panels(len(sum_II)):
             sum_II[rows] += products_II[rows]
 

@@ -204,7 +204,7 @@ def scale_block(
         for of_batch in gang.each(searched, search):
             errors += of_batch
         by_ratio = dict(zip(scales, errors.tolist(), strict=True))
-        # Of equal errors the first wins.
+        # Among equal errors the first wins.
         ratio = min(by_ratio, key=by_ratio.__getitem__)
         changed |= fold_scale(parameters | changed, site, scales[ratio])
         found.append(ScaledSite(site, scales[ratio], ratio, by_ratio))

@@ -109,7 +109,7 @@ def learn_clipping(
     state = state or _start(ranges)
     device = next(iter(weights.values())).device
     logits = {name: state.logits[name].to(device, copy=True).requires_grad_() for name in weights}
-    # Of all epochs at once, so that a resumed run sees the orders that it would have seen.
+    # Drawn for all epochs at once, so that a resumed run sees the orders that it would have seen.
     generator = torch.Generator().manual_seed(settings.seed)
     orders = [torch.randperm(len(goal.inputs_STD), generator=generator) for _ in range(settings.epochs)]
     optimizer = _optimizer(logits, state, len(orders[0].split(settings.batch_size)), settings.learning_rate)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Of hidden states that a block is probed with: enough for every channel that is ever used to be seen in use.
+# Tokens that a block is probed with: enough for every channel that is ever used to be seen in use.
 PROBED_TOKENS = 512
 
 

@@ -27,19 +27,19 @@ Chart = dict[str, Any]
 INK, MUTED, GRID = "var(--ink)", "var(--muted)", "var(--grid)"
 # Values that span more than this factor are shown on a logarithmic axis.
 LOG_SPAN = 3
-# Of a curve: more points than a screen has columns are not seen.
+# Points of a curve: more than a screen has columns are not seen.
 MOST_POINTS = 300
 HOVER_WIDTH = 58
 # Room at the ends of an axis.
 PADDING = 0.07
-# Of an axis of costs, as a share of its middle: candidates of the same size stand above each other.
+# The shortest axis of costs, as a share of its middle: candidates of the same size stand above each other.
 LEAST_SPAN = 0.25
 # Numbers on a logarithmic axis, as multiples of powers of ten: the first choice that is not too many.
 STEPS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 MOST_TICKS, MOST_BAR_TICKS, MOST_BLOCK_TICKS = 9, 6, 12
 SMALLEST_SHOWN = 1e-4
 SIZE_OF_MARKER, SIZE_ON_FRONT = 9, 12
-# Of points whose names would lie above each other, as a share of the span of costs.
+# Below this distance, a share of the span of costs, the names of two points would overlap.
 NEIGHBOUR = 0.05
 # Right of a point, for its name.
 NAME_ROOM = 0.15
