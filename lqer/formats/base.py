@@ -24,7 +24,7 @@ from lqer.formats.blocks import BlockSize, block_count, from_blocks, to_blocks
 from lqer.formats.packing import pack_bits, packed_length, unpack_bits
 from lqer.formats.spacing import Levels, Spacing
 
-# Values of a row that a format's bits are stated for: hidden sizes are about that long.
+# The length of the row that a format's bits are stated for: a typical hidden size.
 NOMINAL_ROW = 4096
 
 
@@ -72,24 +72,24 @@ class NumberFormat(Component, ABC, family="number format"):
 
     @property
     def nominal_bits(self) -> float:
-        """Bits per value, metadata included, in a row of NOMINAL_ROW: what a format is known by."""
+        """Bits per value, metadata included, in a row of NOMINAL_ROW: the number that a format is named with."""
         return self.bits_per_value(NOMINAL_ROW)
 
     def scale_bits(self, bits: int, length: int) -> int:
-        """Bits of the scales of an axis of `length`, of `bits` each; the one scale of a tensor is left out."""
+        """Bits of the scales of an axis of `length`, at `bits` each; a scale of the whole tensor is not counted."""
         return 0 if self.block_size == "tensor" else bits * block_count(length, self.block_size)
 
     @abstractmethod
     def fit(self, x_Gg: Tensor) -> dict[str, Tensor]:
         """Scales of float32 blocks [G, g]: [G], or [1, .., 1] where `block_size` is "tensor".
 
-        A scale of values among which is NaN or infinity decodes to NaN.
+        The scale of a block that holds NaN or infinity decodes to NaN.
         """
 
     def scale_candidates(self, x_Gg: Tensor) -> dict[str, Tensor]:
         """Scales [C, G] of finite float32 blocks [G, g] that a search chooses from; `fit(x_Gg)` is the first of them.
 
-        `encode` and `decode` take them with x_Gg.unsqueeze(0). By default there are no others.
+        `encode` and `decode` take them with x_Gg.unsqueeze(0). By default it is the only one.
         """
         return {name: part.unsqueeze(0) for name, part in self.fit(x_Gg).items()}
 

@@ -6,8 +6,8 @@ x_o are the inputs of a linear in the original model, x those of the same tokens
     W* = argmin E‖W x_o - W* x‖² = W (H + M) H⁻¹
     damped:  W* = W + α W M (H + λ mean(diag H) 1)⁻¹,   λ = 0.02
 
-GPTAQ (arXiv 2504.02692), QEP (2504.09629) and Qronos (2505.11695) are of this kind. W* then takes W's place in rounding
-and reconstruction, under H. At α = 0 or M = 0 it is W. A large α follows the few tokens that have drifted most.
+GPTAQ (arXiv 2504.02692), QEP (2504.09629) and Qronos (2505.11695) have targets of this kind. W* then takes W's place in
+rounding and reconstruction, under H. At α = 0 or M = 0 it is W. A large α follows the few tokens that drifted most.
 
 Shapes: O out_features, I in_features.
 """
@@ -31,8 +31,8 @@ def asymmetric_target(weight_OI: Tensor, hessian_II: Tensor, mismatch_II: Tensor
     """
     damped = damp(hessian_II, DAMPING)
     wide_OI = weight_OI.to(torch.float64)
-    drawn_OI = torch.empty_like(wide_OI)
+    drift_OI = torch.empty_like(wide_OI)
     for columns in panels(len(mismatch_II)):
         # `damp` divides H by its mean diagonal.
-        drawn_OI[:, columns] = wide_OI @ (mismatch_II[:, columns].to(torch.float64) / damped.mean)
-    return weight_OI + strength * torch.cholesky_solve(drawn_OI.T, damped.cholesky_II).T.to(torch.float32)
+        drift_OI[:, columns] = wide_OI @ (mismatch_II[:, columns].to(torch.float64) / damped.mean)
+    return weight_OI + strength * torch.cholesky_solve(drift_OI.T, damped.cholesky_II).T.to(torch.float32)

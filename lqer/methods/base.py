@@ -1,14 +1,14 @@
-"""Methods: the plan of one linear, and the steps of quantizing it (lqer/methods/result.py: what comes of them).
+"""Methods: the plan of one linear, and the steps that turn its weight into a `QuantizedWeight` (result.py).
 
 Every method alternates two steps on W ≈ W_q + (A·B)ᵀ, starting from W_q = 0 and A·B = 0:
 
     round          W_q = round(W − (A·B)ᵀ)                       by the plan's rounding, in its number format
     reconstruct    A·B = argmin_{rank r} tr(F H Fᵀ), F = W − W_q − (A·B)ᵀ;  A, B = round(A), round(B)
 
-and differs from the others by the metric H, by which step comes first, and by how often they are repeated; a subclass
-of `Method`, in a file of its own, says where. With an asymmetric target W stands for that (lqer/methods/asymmetric.py).
-Each step sees what the other one stores. Where the plan has a rotation, W and H are those of the rotated linear, and so
-are W_q, A and B. A method never sees a path, a configuration, a device map or another layer.
+Methods differ in the metric H, in which step comes first, and in how often the steps are repeated; each is a subclass
+of `Method` in a file of its own that states these. If the plan has an asymmetric target (lqer/methods/asymmetric.py),
+W is that target. Each step sees what the other one stores. Where the plan has a rotation, W and H are those of the
+rotated linear, and so are W_q, A and B. A method never sees a path, a configuration, a device map or another layer.
 
 Shapes: I in_features, O out_features, R rank.
 """
@@ -186,8 +186,8 @@ class Method(Component, family="method"):
             rotation = rotation_on(plan.transform, out_features, in_features, plan.seed, device)
             weights = [rotation.weight(weight_OI) for weight_OI in weights]
             of_inputs = rotation_on(plan.transform, 1, in_features, plan.seed, device)
-            statistics = [derive(its, _rotated, of_inputs, self._needed(plan)) for its in statistics]
-        found = [Target(weight_OI, its, rotation) for weight_OI, its in zip(weights, statistics, strict=True)]
+            statistics = [derive(of_one, _rotated, of_inputs, self._needed(plan)) for of_one in statistics]
+        found = [Target(weight_OI, of_one, rotation) for weight_OI, of_one in zip(weights, statistics, strict=True)]
         return found if not plan.asymmetric else [_asymmetric(target, plan.asymmetric) for target in found]
 
     def quantize_linear(self, weight_OI: Tensor, statistics: Statistics, plan: LinearPlan) -> QuantizedWeight:
@@ -206,13 +206,13 @@ class Method(Component, family="method"):
     def quantize_together(
         self, weights: Sequence[Tensor], statistics: Sequence[Statistics], plan: LinearPlan
     ) -> list[QuantizedWeight]:
-        """`quantize_linear` of several weights of one shape, each under its own statistics: up to rounding the same.
+        """`quantize_linear` of several weights of one shape, each under its own statistics.
 
-        Only of a plan that `takes_several`.
+        Equal up to floating-point error. Only for a plan that it `takes_several` of.
         """
         targets = self.targets(weights, statistics, plan)
-        its = [target.statistics for target in targets]
-        rounded = plan.rounding.round_together([target.weight_OI for target in targets], its, plan.weight)
+        weights, statistics = [one.weight_OI for one in targets], [one.statistics for one in targets]
+        rounded = plan.rounding.round_together(weights, statistics, plan.weight)
         return [
             QuantizedWeight(
                 rounded_OI, self._low_rank(target.weight_OI, rounded_OI, target.statistics, plan), target.rotation

@@ -231,9 +231,9 @@ def embed(
 
 
 def _alike_on_all_ranks(calls: Sequence[BlockCall | None], gang: Gang) -> list[BlockCall | None]:
-    """The calls of one window with the first rank's word on what differs between windows.
+    """The calls of one window; which of their arguments differ between windows is what the first rank has found.
 
-    Another rank may have no batch but the last, of a single window.
+    Another rank may have the last batch alone, of a single window, and could not tell.
     """
     per_window = gang.of_first([None if call is None else call.per_window for call in calls])
     return [

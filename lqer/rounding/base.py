@@ -58,11 +58,12 @@ class Rounding(Component, ABC, family="rounding"):
     def round_together(
         self, weights: Sequence[Tensor], statistics: Sequence[Statistics], number_format: NumberFormat
     ) -> list[QuantizedTensor]:
-        """`round` of several weights of one shape, each under its own statistics: up to rounding the same values.
+        """`round` of several weights of one shape, each under its own statistics; equal up to floating-point error.
 
         One after the other by default; a rounding whose steps are too short to fill a GPU takes them for all at once.
         """
-        return [self.round(one_OI, its, number_format) for one_OI, its in zip(weights, statistics, strict=True)]
+        pairs = zip(weights, statistics, strict=True)
+        return [self.round(weight_OI, of_one, number_format) for weight_OI, of_one in pairs]
 
     def unsupported_reason(self, number_format: NumberFormat) -> str | None:
         """Why weights of that format cannot be rounded this way, as a rule to show to a user; None if they can."""

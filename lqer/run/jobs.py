@@ -20,7 +20,7 @@ from lqer.store.files import content_hash
 from lqer.store.names import BLOCK
 from lqer.store.store import Store
 
-SECONDS = 60.0
+SECONDS_PER_MINUTE = 60.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RunJobs:
 
 @dataclass
 class _Makers:
-    """The job that makes each artifact, by its name."""
+    """Which job makes which artifact. job_of: names of jobs by names of artifacts."""
 
     job_of: dict[str, str] = field(default_factory=dict)
 
@@ -53,9 +53,9 @@ class _Makers:
     def stage_job(
         self, stage: Stage, minutes: float, after: Sequence[str] = (), progress: Progress | None = None
     ) -> Job:
-        """The job that makes a stage as a whole, which takes about so many minutes."""
+        """The job that makes a stage as a whole, in about so many minutes."""
         needs, shown = self.needs([stage], after), progress or Progress(stage.name)
-        job = Job(stage.identity, (stage,), needs, stage.obtain, SECONDS * minutes, shown)
+        job = Job(stage.identity, (stage,), needs, stage.obtain, SECONDS_PER_MINUTE * minutes, shown)
         self.job_of[stage.identity] = job.name
         return job
 
@@ -70,11 +70,11 @@ def jobs_of(
 ) -> RunJobs:
     """The jobs of one run of a model with `blocks` decoder blocks.
 
-    chunks: the parts in which a checkpoint of independent blocks is made, each by a job of its own, which can start
-    once the statistics of its blocks are stored; of a checkpoint whose chunks are not all there, only those are made,
-    and statistics are waited for no longer than these need. parts: in how many an evaluation is made, where it can be.
-    minutes: about how long quantization takes. units: of each block, if jobs quantize less than a block, what each of
-    them does (lqer/stages/alike.py), with its weights.
+    chunks: the parts in which a checkpoint of independent blocks is made. Each has a job of its own, which can start
+    once the statistics of its blocks are stored. If some chunks of the checkpoint are missing from the list, only those
+    listed are made, and no other statistics are waited for. parts: how many parts an evaluation is made in, where it
+    can be divided. minutes: about how long quantization takes. units: where jobs quantize less than a block, what they
+    quantize (lqer/stages/alike.py) and how many weights that has, for each block.
     """
     makers = _Makers()
     preparing = tuple(
@@ -94,7 +94,7 @@ def jobs_of(
         if not shares:
             quantizing.append(makers.stage_job(stage, minutes, progress=_by_blocks(stage, blocks)))
         elif len(shares) == chunks[0].count:
-            # Its blocks are there: what is outside them remains.
+            # Its blocks are made by then; what lies outside them remains.
             quantizing.append(
                 makers.stage_job(stage, 0.0, [one.name for one in shares], Progress(stage.name, "block", 0))
             )
@@ -116,7 +116,7 @@ def _by_blocks(stage: Stage, blocks: int) -> Progress | None:
 
 
 def _of_chunks(job: Job, blocks: Sequence[int]) -> Job:
-    """A job before quantization, for who quantizes these blocks alone."""
+    """A job before quantization; where only these blocks are quantized, it waits for their statistics alone."""
     (stage,) = job.produces
     return replace(job, work=partial(stage.provide_blocks, indices=blocks)) if isinstance(stage, Calibrate) else job
 
@@ -129,8 +129,8 @@ def _chunk(
     minutes: float,
     units: Sequence[Mapping[str, int]],
 ) -> list[Job]:
-    """The job that writes the blocks of a chunk, after those of their linears, if they have some."""
-    of_chunk, seconds = chunk.blocks(blocks), SECONDS * minutes / blocks
+    """The job that writes the blocks of a chunk, last; before it the jobs of their linears, if `units` has any."""
+    of_chunk, seconds = chunk.blocks(blocks), SECONDS_PER_MINUTE * minutes / blocks
     linears = [
         job for index in of_chunk if units for job in _linears(makers, stage, index, blocks, seconds, units[index])
     ]
@@ -143,14 +143,14 @@ def _chunk(
 
 
 def _enough(stage: Quantize, blocks: Iterable[int]) -> dict[str, tuple[str, ...]]:
-    """What these blocks need of the statistics, if they are stored."""
+    """The files of the statistics that these blocks need, if statistics are stored."""
     return {stage.calibration.identity: files_of(blocks)} if stage.calibration.is_kept else {}
 
 
 def _linears(
     makers: _Makers, stage: Quantize, index: int, blocks: int, seconds: float, units: Mapping[str, int]
 ) -> Iterator[Job]:
-    """seconds: of the block."""
+    """A job for each unit of the linears of block `index`. seconds: what the whole block takes."""
     for unit, weights in units.items():
         work = partial(stage.contribute_linears, index=index, unit=unit, blocks=blocks)
         name = f"{stage.identity} {index + 1}/{blocks} {unit}"
@@ -162,10 +162,10 @@ def _linears(
 def _evaluation(
     makers: _Makers, candidate: Candidate, stages: tuple[Stage, ...], model: Stage | None, parts: int
 ) -> Iterator[Job]:
-    """All that a model is loaded for: parts of it, each with the model in memory for the next one, then the rest."""
-    # Nothing makes a checkpoint of which this process has one chunk.
+    """The evaluations of one model: jobs for parts of them, which leave the model in memory, then one for the rest."""
+    # No job makes the checkpoint where this process has only one chunk of it.
     made = [] if model is None or model.identity not in makers.job_of else [makers.job_of[model.identity]]
-    seconds = SECONDS * costs.EVALUATION / len(stages)
+    seconds = SECONDS_PER_MINUTE * costs.EVALUATION / len(stages)
     shares: list[Job] = []
     for stage in stages:
         count = min(parts, stage.most_parts) if isinstance(stage, Divisible) else 1

@@ -1,4 +1,4 @@
-"""Errors of weights and statistics with the name of the linear that they belong to: what rounds does not know it."""
+"""Errors of weights and statistics, with the name of the linear at fault, which a rounding does not know."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def one_named(
     try:
         return work(batch)
     except AT_FAULT:
-        # Which of them, the error does not say: it is the one that fails alone.
+        # The error does not say which of them: it is the one that fails alone.
         for linear in batch:
             with named(name_of(linear)):
                 work([linear])

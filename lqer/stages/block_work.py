@@ -1,4 +1,4 @@
-"""One decoder block to be quantized, and the files of what comes of it.
+"""One decoder block to be quantized, and the files of its results.
 
 Where one linear takes long, several processes share a block: each leaves its linears in files of the unfinished
 checkpoint, and whoever writes the block takes them from there (lqer/stages/quantize.py).
@@ -28,10 +28,10 @@ from lqer.store.names import (
 )
 from lqer.store.workspace import Workspace
 
-# Before the names of tensors, since one file holds both.
+# Prefixes of the names of tensors, since one file holds both kinds.
 PACKED, SPECTRA = "packed:", "spectra:"
 
-# Per weight, of what spectra are found of: it and its rounded value, in float32; and for how much a GPU has room.
+# Bytes per weight whose spectra are to be found: it and its rounded value, in float32. The most that a GPU holds.
 SPECTRA_BYTES, MOST_SPECTRA_BYTES = 8, 1 << 32
 # Finds singular values, by the names that they are stored under.
 Spectra = Callable[[], Mapping[str, Tensor]]
@@ -130,12 +130,12 @@ class QuantizedLinears:
 
 
 def all_spectra(found: Iterable[Spectra]) -> dict[str, Tensor]:
-    """What all of them find, by name: in here the work that was put off is done."""
+    """What all of them find, by name: this does the work that was put off."""
     return {name: values for find in found for name, values in find().items()}
 
 
 def found_already(spectra: Mapping[str, Tensor]) -> list[Spectra]:
-    """Spectra that another process has found, as if they were to be found."""
+    """Spectra that another process has found, in the form of ones still to be found."""
     return [lambda: spectra] if spectra else []
 
 
@@ -153,7 +153,7 @@ def write_block(workspace: Workspace, work: BlockWork, found: QuantizedLinears) 
 
 
 def write_linears(workspace: Workspace, index: int, unit: str, found: QuantizedLinears) -> None:
-    """Leave some linears of block `index` to whoever writes the block; unit: what they are called."""
+    """Leave the linears of one unit of block `index` to whoever writes the block."""
     packed = {f"{PACKED}{name}": tensor for name, tensor in found.tensors.items()}
     spectra = {f"{SPECTRA}{name}": tensor for name, tensor in all_spectra(found.spectra).items()}
     workspace.write_tensors(linears_file(index, unit), packed | spectra)

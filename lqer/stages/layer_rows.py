@@ -1,4 +1,4 @@
-"""What is told of one quantized linear: its row of layers-*.json, and the singular values of its error.
+"""What is reported of one quantized linear: its row of layers-*.json, and the singular values of its error.
 
 Shapes: I in_features, O out_features.
 """
@@ -81,7 +81,7 @@ def layer_row(
 ) -> dict[str, Any]:
     """One row of layers.csv; bits are totals here, of everything that is stored for the linear's weight.
 
-    Errors are scalars on the device still (`with_numbers`).
+    Errors are still scalar tensors on the device (`with_numbers`).
     """
     sample = statistics["sample"]
     before = after = weight_error(weight_OI, rounded_OI), output_error(weight_OI, rounded_OI, sample)
@@ -111,7 +111,7 @@ def layer_row(
 
 
 def with_numbers(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with numbers in the place of scalars, asked for at once: each question waits for a GPU."""
+    """The rows with Python numbers in place of scalar tensors, all read at once: every read waits for a GPU."""
     found = [dict(row) for row in rows]
     places = [(row, key) for row in found for key, value in row.items() if isinstance(value, Tensor)]
     numbers = torch.stack([row[key] for row, key in places]).tolist() if places else []

@@ -1,4 +1,4 @@
-"""Processes of this machine that do a part of the work: how they are started, and how one that died is told of."""
+"""Processes of this machine that do a part of the work: how they are started, and how a death is reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def expect_processes(preload: Sequence[str]) -> None:
 
 @contextmanager
 def held_back_interrupts() -> Iterator[None]:
-    """Raise the KeyboardInterrupt of a SIGINT at the end only: a process is not lost between its start and our hold."""
+    """Put off the KeyboardInterrupt of a SIGINT to the end, so that a process that is being started is not lost."""
     signals: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
     try:
