@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lqer.formats import E8P, Int, MXInt, NumberFormat, QuantizedTensor, Trellis
-from lqer.kernels import PackedLinear
+from lqer.kernels import PackedLinear, packed_linear
 from lqer.transforms.hadamard import RandomHadamard, random_hadamard
 
 ON_GPU = torch.cuda.is_available()
@@ -94,6 +94,18 @@ def random_input(m: int, k: int, dtype: torch.dtype = DTYPE) -> Tensor:
 
 def relative_error(y: Tensor, exact: Tensor) -> float:
     return float((y.to(torch.float64) - exact).norm() / exact.norm())
+
+
+def replayed(packed: PackedLinear, fresh_MI: Tensor) -> Tensor:
+    """The product of inputs that come after a CUDA graph of the linear was captured on others."""
+    static_MI = torch.randn_like(fresh_MI)
+    packed_linear(static_MI, packed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y_MO = packed_linear(static_MI, packed)
+    static_MI.copy_(fresh_MI)
+    graph.replay()
+    return y_MO
 
 
 def random_trellis(number_format: Trellis, n: int, k: int, scale: float = 0.05) -> QuantizedTensor:

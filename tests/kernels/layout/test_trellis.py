@@ -8,19 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_layers import DEVICE, DTYPE, DTYPES, ON_GPU, random_input, random_trellis, relative_error
+from rotated_layer import trellis_layer
 
-from lqer.formats import Int, MXInt, QuantizedTensor, Trellis
+from lqer.formats import QuantizedTensor, Trellis
 from lqer.formats.trellis import TABLES
 from lqer.kernels import PackedLinear, TritonLinear, launch, packed_linear
 from lqer.kernels.dequantize_launch import dequantize_weight
 from lqer.kernels.layout.trellis import PackedTrellis, TrellisLayout, pack_trellis
-from lqer.kernels.reference import reference_linear, reference_weight
+from lqer.kernels.reference import reference_weight
 from lqer.kernels.runtime import supports_pdl
 from lqer.kernels.spec import decode_spec, encode_spec
 from lqer.kernels.trellis.launch import TrellisLaunch, best_launch, run_trellis
 from lqer.kernels.trellis.resident_launch import ResidentLaunch, run_resident
-from lqer.nn.linear import HadamardLinear, QuantizedLinear
-from lqer.transforms.hadamard import RandomHadamard, hadamard, inverse_hadamard, random_hadamard
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 FORMATS = [
@@ -34,39 +33,6 @@ REAL_FORMATS = [
 ]  # fmt: skip
 BY_TABLE = pytest.mark.parametrize("table", ["gaussian", "bytes"])
 BY_NAME = pytest.mark.parametrize("number_format", FORMATS, ids=lambda f: f"{f.bits}-{f.state_bits}-{f.table}")
-
-
-class Layer:
-    """A linear with random trellis codes, unpacked and packed."""
-
-    def __init__(self, n, k, rank=0, rotated=True, bias=False, dtype=DTYPE, number_format=None, factor=None):
-        generator = torch.Generator().manual_seed(n + 3 * k + rank)
-
-        def random(*shape: int, scale: float) -> torch.Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to(DEVICE)
-
-        factor = factor or Int(4, 32)
-        self.weight = random_trellis(number_format or Trellis(2), n, k)
-        self.a = factor.quantize(random(k, rank, scale=k**-0.5), axis=0) if rank else None
-        self.b = factor.quantize(random(rank, n, scale=0.05), axis=0) if rank else None
-        self.bias_O = random(n, scale=1.0).to(dtype) if bias else None
-        self.basis = random_hadamard(n, k, seed=1).to(dtype) if rotated else None
-        self.dtype = dtype
-        self.packed = PackedLinear.pack(self.weight, self.a, self.b, self.bias_O, None, dtype, self.basis)
-
-    def exact(self, x_MI: torch.Tensor) -> torch.Tensor:
-        """The formula in float64, with x' and x' A rounded to the dtype of the layer, as it does."""
-        x = x_MI.double()
-        room = 32.0 if self.dtype == torch.float16 else 1.0
-        if self.basis:
-            x = hadamard(x * self.basis.input_signs_I.to(x) / room).to(self.dtype).double()
-        y = x @ self.weight.dequantize().double().T
-        if self.a is not None and self.b is not None:
-            a, b = (part.dequantize(self.dtype).double() for part in (self.a, self.b))
-            y = y + (x @ a).to(self.dtype).double() @ b
-        if self.basis:
-            y = inverse_hadamard(y) * self.basis.output_signs_O.to(y) * room
-        return y if self.bias_O is None else y + self.bias_O.double()
 
 
 def run_few(x_MI, packed, *launched, **options):
@@ -103,7 +69,7 @@ def test_the_product_is_exact_for_every_format(number_format):
 @BY_TABLE
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (80, 384), (32, 160)])
 def test_sums_equal_float64_to_the_precision_of_float32(n, k, table, rotated):
-    layer = Layer(n, k, rotated=rotated, bias=True, number_format=Trellis(2, table=table))
+    layer = trellis_layer(n, k, rotated=rotated, bias=True, number_format=Trellis(2, table=table))
     for m in (1, 3) if table == "bytes" else (1, 3, 9):
         x_MI = random_input(m, k)
         y_MO = run_few(x_MI, layer.packed, out_dtype=torch.float32)
@@ -111,22 +77,10 @@ def test_sums_equal_float64_to_the_precision_of_float32(n, k, table, rotated):
         assert relative_error(y_MO, layer.exact(x_MI)) < (TOLERANCE[DTYPE] / 4 if rotated else 2e-5)
 
 
-@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
-@BY_TABLE
-@pytest.mark.parametrize("rank", [0, 10, 64, 192])
-def test_every_rank_gives_the_formula_with_and_without_rotations(rank, table, rotated):
-    layer = Layer(96, 320, rank, rotated, bias=True, number_format=Trellis(2, table=table))
-    for m in (2, 17):
-        x_MI = random_input(m, 320)
-        exact = layer.exact(x_MI)
-        assert relative_error(packed_linear(x_MI, layer.packed), exact) < 1.8 * TOLERANCE[DTYPE]
-        assert relative_error(reference_linear(x_MI, layer.packed), exact) < 1.8 * TOLERANCE[DTYPE]
-
-
 @BY_TABLE
 @pytest.mark.parametrize("m", (*range(1, 41), 63, 64, 65) if ON_GPU else (1, 2, 7, 8, 9, 16, 17))
 def test_every_number_of_tokens_gives_the_formula(m, table):
-    layer = Layer(64, 256, rank=16, number_format=Trellis(2, table=table))
+    layer = trellis_layer(64, 256, rank=16, number_format=Trellis(2, table=table))
     x_MI = random_input(m, 256)
     assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
@@ -135,7 +89,7 @@ def test_every_number_of_tokens_gives_the_formula(m, table):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (112, 1152), (48, 688)])
 def test_shapes_are_multiples_of_16_and_need_not_be_multiples_of_a_tile(n, k, bits, table):
-    layer = Layer(n, k, rank=16, number_format=Trellis(bits, table=table))
+    layer = trellis_layer(n, k, rank=16, number_format=Trellis(bits, table=table))
     x_MI = random_input(3, k)
     assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
 
@@ -144,7 +98,7 @@ def test_shapes_are_multiples_of_16_and_need_not_be_multiples_of_a_tile(n, k, bi
 @pytest.mark.parametrize("number_format", REAL_FORMATS)
 @pytest.mark.parametrize(("n", "k", "rank"), [(8192, 8192, 64), (4096, 11008, 128), (11008, 4096, 0)])
 def test_layers_of_a_real_size_give_the_formula_reproducibly(n, k, rank, number_format):
-    layer = Layer(n, k, rank, number_format=number_format)
+    layer = trellis_layer(n, k, rank, number_format=number_format)
     for m in (1, 4, 16):
         x_MI = random_input(m, k)
         y_MO = packed_linear(x_MI, layer.packed)
@@ -162,7 +116,7 @@ def test_layers_of_a_real_size_give_the_formula_reproducibly(n, k, rank, number_
 )  # fmt: skip
 def test_every_launch_gives_the_same_layer(launched):
     table = "bytes" if isinstance(launched, ResidentLaunch) else "gaussian"
-    layer = Layer(64, 1024, rank=32, bias=True, number_format=Trellis(2, table=table))
+    layer = trellis_layer(64, 1024, rank=32, bias=True, number_format=Trellis(2, table=table))
     x_MI = random_input(3, 1024)
     y_MO = run_few(x_MI, layer.packed, launched)
     assert relative_error(y_MO, layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
@@ -192,7 +146,7 @@ def test_a_token_with_large_and_small_elements_keeps_both(table):
 
 @BY_TABLE
 def test_a_token_that_is_not_finite_gives_no_finite_output(table):
-    layer = Layer(32, 256, rotated=False, number_format=Trellis(2, table=table))
+    layer = trellis_layer(32, 256, rotated=False, number_format=Trellis(2, table=table))
     for value in (float("inf"), float("nan")):
         x_MI = random_input(2, 256)
         x_MI[1, 7] = value
@@ -203,7 +157,7 @@ def test_a_token_that_is_not_finite_gives_no_finite_output(table):
 
 @BY_TABLE
 def test_the_workspace_is_zero_after_a_call_and_runs_agree_bit_for_bit(table):
-    layer = Layer(64, 2048, rank=64, number_format=Trellis(2, table=table))
+    layer = trellis_layer(64, 2048, rank=64, number_format=Trellis(2, table=table))
     x_MI = random_input(2, 2048)
     first = packed_linear(x_MI, layer.packed)
     for _ in range(3):
@@ -211,31 +165,9 @@ def test_the_workspace_is_zero_after_a_call_and_runs_agree_bit_for_bit(table):
         assert not layer.packed.workspace.any()
 
 
-def test_activations_are_rounded_after_the_rotation():
-    layer = Layer(64, 256, rank=16, factor=MXInt(8))
-    packed = PackedLinear.pack(layer.weight, layer.a, layer.b, None, MXInt(8), DTYPE, layer.basis)
-    parts = (part.dequantize(DTYPE) for part in (layer.a, layer.b))
-    emulated = HadamardLinear(
-        QuantizedLinear(layer.weight.dequantize(DTYPE), None, *parts, MXInt(8)), layer.basis, None
-    )
-    x_MI = random_input(3, 256)
-    torch.testing.assert_close(packed_linear(x_MI, packed), emulated.to(DEVICE)(x_MI), rtol=2e-2, atol=2e-2)
-
-
-def test_trained_signs_need_not_be_plus_or_minus_one():
-    layer = Layer(64, 256)
-    scale = torch.linspace(0.5, 1.5, 256)
-    basis = RandomHadamard(layer.basis.input_signs_I * scale, layer.basis.output_signs_O * 2).to(DTYPE)
-    packed = PackedLinear.pack(layer.weight, None, None, None, None, DTYPE, basis)
-    emulated = HadamardLinear(QuantizedLinear(layer.weight.dequantize(DTYPE), None, None, None, None), basis, None)
-    x_MI = random_input(3, 256)
-    y_MO, expected = packed_linear(x_MI, packed), emulated.to(DEVICE)(x_MI)
-    assert relative_error(y_MO, expected.double()) < 3 * TOLERANCE[DTYPE]
-
-
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_the_module_rotates_and_holds_the_bits_of_the_codes(bits):
-    layer = Layer(128, 512, rank=16, bias=True, number_format=Trellis(bits))
+    layer = trellis_layer(128, 512, rank=16, bias=True, number_format=Trellis(bits))
     module = TritonLinear(layer.packed)
     x_MI = random_input(2, 512)
     assert torch.equal(module(x_MI), packed_linear(x_MI, layer.packed))
@@ -245,31 +177,9 @@ def test_the_module_rotates_and_holds_the_bits_of_the_codes(bits):
     assert module.state_dict().keys() == dict(module.named_buffers()).keys() != set()
 
 
-def test_the_operator_compiles_and_its_fake_has_the_shape():
-    layer = Layer(64, 256, rank=16)
-    compiled = torch.compile(lambda x: packed_linear(x * 2, layer.packed), fullgraph=True, backend="aot_eager")
-    x_MI = random_input(2, 256)
-    assert torch.equal(compiled(x_MI), packed_linear(x_MI * 2, layer.packed))
-
-
-@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
-@BY_TABLE
-def test_a_cuda_graph_replays_the_layer(table):
-    layer = Layer(256, 1024, rank=64, number_format=Trellis(2, table=table))
-    static = random_input(1, 1024)
-    packed_linear(static, layer.packed)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y_MO = packed_linear(static, layer.packed)
-    fresh = torch.randn_like(static)
-    static.copy_(fresh)
-    graph.replay()
-    assert torch.equal(y_MO, packed_linear(fresh, layer.packed))
-
-
 @BY_NAME
 def test_decoding_inverts_encoding_of_a_spec(number_format):
-    spec = Layer(64, 256, rank=16, number_format=number_format).packed.spec
+    spec = trellis_layer(64, 256, rank=16, number_format=number_format).packed.spec
     assert decode_spec(encode_spec(spec)) == spec
 
 
@@ -281,7 +191,7 @@ def test_a_weight_along_axis_0_is_refused():
 
 
 def test_more_tokens_than_the_kernels_support_are_multiplied_by_a_library(monkeypatch):
-    layer = Layer(64, 256, rank=16)
+    layer = trellis_layer(64, 256, rank=16)
     monkeypatch.setattr(launch, "run_trellis", lambda *args: pytest.fail("65 tokens are too many for the kernels"))
     x_MI = random_input(65, 256)
     assert relative_error(packed_linear(x_MI, layer.packed), layer.exact(x_MI)) < 1.8 * TOLERANCE[DTYPE]
@@ -290,7 +200,7 @@ def test_more_tokens_than_the_kernels_support_are_multiplied_by_a_library(monkey
 @BY_TABLE
 def test_padded_columns_do_not_contribute(table):
     """x' is zero beyond the last column, whatever the codes there decode to."""
-    layer = Layer(16, 112, rotated=False, number_format=Trellis(2, table=table))
+    layer = trellis_layer(16, 112, rotated=False, number_format=Trellis(2, table=table))
     words = torch.randint(-(2**31), 2**31, layer.packed.weight.words.shape, dtype=torch.int32, device=DEVICE)
     poisoned = replace(layer.packed, weight=replace(layer.packed.weight, words=words))
     x_MI = random_input(2, 112)
