@@ -16,7 +16,7 @@ Shapes: D hidden size, N tokens of a batch; hidden states are of any shape with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,33 +55,44 @@ def find_writers(run: BlockRun) -> dict[str, str]:
     start, calls, output = _watched(run)
     if start.ndim != HIDDEN_DIMENSIONS[0]:
         raise _refused(run, "a token has several hidden states there, and its linears write to all")
-    width = start.shape[-1]
     normed = [call.y for call in calls if not call.is_linear]
     points: dict[str, str] = {}
     stream = start
-    pending: dict[str, Seen] = {}
+    # What was put out since the last point, by writer.
+    written: dict[str, Seen] = {}
     for call in [*calls, _Call(OUTPUT, False, Seen.now(output), Seen.now(output))]:
         if call.is_linear:
-            y = call.y.tensor
-            if y.shape[-1] != width or any(call.x.same(norm) for norm in normed):
-                continue
-            if y.numel() != start.numel():
-                raise _refused(run, f"{call.name} does not see every token")
-            pending[call.name] = call.y
-        elif writer := next((name for name, y in pending.items() if y.same(call.x)), None):
+            if _writes(run, call, start, normed):
+                written[call.name] = call.y
+            continue
+        if writer := next((name for name, y in written.items() if y.same(call.x)), None):
             raise _refused(run, f"the output of {writer} passes a norm before it is added to the residual stream")
-        elif call.x.tensor.shape[-1] == width and call.x.tensor.numel() == start.numel():
-            after = call.x.tensor.reshape(start.shape)
-            if torch.equal(after, stream):
-                continue
-            if pending and _cosine(after - stream, [y.tensor for y in pending.values()]) < SURELY_ADDED:
-                names = ", ".join(pending)
-                raise _refused(run, f"the residual stream does not change by the outputs of {names}")
-            points |= dict.fromkeys(pending, call.name)
-            stream, pending = after, {}
+        after = _as_stream(call.x.tensor, start)
+        if after is None or torch.equal(after, stream):
+            continue
+        if written and _cosine(after - stream, [y.tensor for y in written.values()]) < SURELY_ADDED:
+            names = ", ".join(written)
+            raise _refused(run, f"the residual stream does not change by the outputs of {names}")
+        points |= dict.fromkeys(written, call.name)
+        stream, written = after, {}
     if not points:
         raise _refused(run, "none of its linears writes to the residual stream")
     return points
+
+
+def _writes(run: BlockRun, call: _Call, start: Tensor, normed: Sequence[Seen]) -> bool:
+    """Whether a linear is a writer. Raises ModelError for one that does not see every token."""
+    y = call.y.tensor
+    if y.shape[-1] != start.shape[-1] or any(call.x.same(norm) for norm in normed):
+        return False
+    if y.numel() != start.numel():
+        raise _refused(run, f"{call.name} does not see every token")
+    return True
+
+
+def _as_stream(x: Tensor, start: Tensor) -> Tensor | None:
+    """What a norm reads, in the shape of the stream; None where that is something else, such as heads."""
+    return x.reshape(start.shape) if x.shape[-1] == start.shape[-1] and x.numel() == start.numel() else None
 
 
 def inverse_squares(stream: Tensor) -> Tensor:
