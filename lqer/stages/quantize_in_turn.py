@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import dataclass
 
 from lqer.checkpoint.load import fill_block
 from lqer.methods import Plans
@@ -44,35 +45,49 @@ def quantize_block(
     """
     plans = {name: settings.plans[f"{work.name}.{name}"] for name in work.linears}
     if settings.order == "block":
-        found = _quantize(run, original, text, work, settings, plans)
+        found = _Linears(run, original, text, work, settings).quantized(plans)
     else:
         turned = run if in_place else run.with_block(copy.deepcopy(run.block))
-        found = _quantize_in_turn(turned, original, text, work, settings, plans)
+        found = _Linears(turned, original, text, work, settings).quantized_in_turn(plans)
     # Whatever the order of turns, and of passes over the text.
     found.sort(work.full_names(work.linears))
     return found
 
 
-def _quantize_in_turn(
-    run: BlockRun,
-    original: BlockRun | None,
-    text: CalibrationText,
-    work: BlockWork,
-    settings: QuantizeSettings,
-    plans: Plans,
-) -> QuantizedLinears:
-    """The linears of `run` are replaced, all but those of the last turn."""
-    # Which experts a batch reaches depends on the rank.
-    found, turns = QuantizedLinears(), run.hidden.gang.of_first(turns_of(run))
-    for turn in turns:
-        planned = {name: plans[name] for name in turn if plans[name] is not None}
-        if not planned:
-            continue
-        of_turn = _quantize(run, original, text, work, settings, planned)
-        if turn != turns[-1]:
-            _put_in_place(run, of_turn, work)
-        found.add(of_turn)
-    return found
+@dataclass(frozen=True)
+class _Linears:
+    """The linears of a block, and what they are quantized on; arguments as of `quantize_block`."""
+
+    run: BlockRun
+    original: BlockRun | None
+    text: CalibrationText
+    work: BlockWork
+    settings: QuantizeSettings
+
+    def quantized(self, plans: Plans) -> QuantizedLinears:
+        """Those of `plans`, on statistics of their inputs; experts as soon as their statistics are gathered."""
+        run, settings = self.run, self.settings
+        roundings = input_roundings(plans) if settings.round_inputs else NOT_ROUNDED
+        found, requested = QuantizedLinears(), requested_statistics(plans)
+        passes = observe_parts(run, self.original, self.text, requested, roundings=roundings, linears=list(plans))
+        for names, statistics in passes:
+            found.add(quantize_linears(self.work, names, statistics, settings, run.device, run.hidden.gang))
+            del statistics
+        return found
+
+    def quantized_in_turn(self, plans: Plans) -> QuantizedLinears:
+        """Those of `plans`, turn by turn. In the block of `run` they are replaced, all but those of the last turn."""
+        # Which experts a batch reaches depends on the rank.
+        found, turns = QuantizedLinears(), self.run.hidden.gang.of_first(turns_of(self.run))
+        for turn in turns:
+            planned = {name: plans[name] for name in turn if plans[name] is not None}
+            if not planned:
+                continue
+            of_turn = self.quantized(planned)
+            if turn != turns[-1]:
+                _put_in_place(self.run, of_turn, self.work)
+            found.add(of_turn)
+        return found
 
 
 def turns_of(run: BlockRun) -> list[list[str]]:
@@ -90,23 +105,6 @@ def turns_of(run: BlockRun) -> list[list[str]]:
         turn_of |= dict.fromkeys(kinds, turn)
         turns.setdefault(turn, []).extend(site)
     return list(turns.values())
-
-
-def _quantize(
-    run: BlockRun,
-    original: BlockRun | None,
-    text: CalibrationText,
-    work: BlockWork,
-    settings: QuantizeSettings,
-    plans: Plans,
-) -> QuantizedLinears:
-    """Quantize the linears of `plans` on statistics of their inputs, those of experts as soon as they are gathered."""
-    roundings = input_roundings(plans) if settings.round_inputs else NOT_ROUNDED
-    found, requested = QuantizedLinears(), requested_statistics(plans)
-    for names, statistics in observe_parts(run, original, text, requested, roundings=roundings, linears=list(plans)):
-        found.add(quantize_linears(work, names, statistics, settings, run.device, run.hidden.gang))
-        del statistics
-    return found
 
 
 def _put_in_place(run: BlockRun, found: QuantizedLinears, work: BlockWork) -> None:
