@@ -70,6 +70,7 @@ class KrylovSolution:
 
 
 def block_width(rank: int) -> int:
+    """The vectors of a block: half the rank, at least NARROWEST, in units of WIDTH_UNIT."""
     return max(NARROWEST, -(-rank // (2 * WIDTH_UNIT)) * WIDTH_UNIT)
 
 

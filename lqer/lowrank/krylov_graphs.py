@@ -25,13 +25,14 @@ from torch import Tensor
 from lqer.lowrank.krylov_space import BLOCKS_AT_ONCE, grow, start_vectors
 from lqer.lowrank.metric import Metric
 
-# Bytes of an error with its metric, from which on products take longer than launches, and how many kinds are recorded.
+# The most bytes of a recorded error with its metric (of larger ones, products take longer than launches), and the most
+# kinds of errors that are recorded.
 LARGEST_RECORDED, MOST_RECORDINGS = 1 << 28, 4
 
 
 @dataclass(frozen=True)
 class GrowingSpace:
-    """rows: of the projected matrix, block by block. They, the basis and the images hold until another space grows."""
+    """rows: those of the projected matrix, block by block. All of it is valid until another space grows."""
 
     rows: Iterator[Tensor]
     basis_DO: Tensor
@@ -92,7 +93,7 @@ class _Recording:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: list[tuple[torch.cuda.CUDAGraph, list[Tensor]]] = []
         self._count = -(-largest // (len(start_LO) * BLOCKS_AT_ONCE))
-        # Libraries load and allocate what blocks need that no error has needed yet: not while they are recorded.
+        # Once without recording: libraries load and allocate at their first use, which a recording does not allow.
         with _on_recording_stream(error_OI.device):
             for _ in _space(error_OI, metric, largest, start_LO).rows:
                 pass
@@ -116,11 +117,11 @@ class _Recording:
     def _record(self) -> None:
         """Record the next blocks, without running them.
 
-        `torch.cuda.graph` would first wait for the GPU and give back memory that the work around asks for again.
+        `torch.cuda.graph` would first wait for the GPU and release memory that the surrounding work asks for again.
         """
         graph = torch.cuda.CUDAGraph()
         with _on_recording_stream(self._error_OI.device):
-            # What other threads do on the GPU is none of this thread's business.
+            # Other threads may work on the GPU meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 rows = list(islice(self._space.rows, BLOCKS_AT_ONCE))
@@ -131,7 +132,7 @@ class _Recording:
 
 @contextmanager
 def _on_recording_stream(device: torch.device) -> Iterator[None]:
-    """Within, work goes to another stream, behind and before that of the current one."""
+    """Within it, work goes to another stream: after the earlier work of the current one, before its later work."""
     current, stream = torch.cuda.current_stream(device), _recording_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):

@@ -51,7 +51,7 @@ class RankPlans(BudgetedPlans):
 class Ranks:
     """The plans with their ranks, and how they compare with a uniform rank.
 
-    seconds: that measuring the spectra took.
+    seconds: how long measuring the spectra took.
     """
 
     plans: Plans

@@ -82,8 +82,8 @@ class WidthPlans(BudgetedPlans):
 class Widths:
     """The plans with their formats, and how they compare with one format for all.
 
-    counts: of linears by option, in the order of the formats; where A and B are a choice too, formats without them and
-    then formats with them. seconds: that measuring the losses took.
+    counts: how many linears got each option, in the order of the formats; where A and B are a choice too, formats
+    without them and then formats with them. seconds: how long measuring the losses took.
     """
 
     plans: Plans
@@ -95,7 +95,7 @@ class Widths:
 
 
 def options_of(plans: Plans, choices: Choices, optional_rank: bool = False) -> Options:
-    """Each plan in every format and, with `optional_rank`, before these the same without A and B."""
+    """Each plan in every format; with `optional_rank`, the same plans without A and B come first."""
 
     def options(plan: LinearPlan | None, formats: Sequence[NumberFormat]) -> tuple[LinearPlan, ...]:
         assert plan is not None, "a linear that has a choice"
@@ -106,7 +106,7 @@ def options_of(plans: Plans, choices: Choices, optional_rank: bool = False) -> O
 
 
 def followed(options: Options, losses: Mapping[str, Sequence[float]], sites: Mapping[str, str]) -> dict[str, str]:
-    """By linear that no gradient reaches, the one whose option it gets: of those with its input, what loses most.
+    """For each linear that no gradient reaches, the one whose option it takes: the costliest of those with its input.
 
     An indexer chooses tokens, so its linears lose nothing by any format, and would get the narrowest. sites: by linear,
     the input that it shares with others.
@@ -156,7 +156,7 @@ def curve_of(options: Sequence[LinearPlan], losses: Sequence[float], shape: tupl
 
 
 def _counts(options: Options, chosen: Mapping[str, LinearPlan]) -> tuple[int, ...]:
-    """How many linears got each option. Of equal ones the first counts: one whose rank is 0 is without A and B."""
+    """How many linears got each option. Of equal options the first counts: a plan of rank 0 is one without A and B."""
     counts = Counter(options[name].index(plan) for name, plan in chosen.items())
     return tuple(counts[i] for i in range(max(map(len, options.values()), default=0)))
 

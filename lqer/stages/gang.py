@@ -149,11 +149,11 @@ def _reason(stage: GangStage, others: list[_Rank]) -> Exception:
         for number, rank in [item for item in waiting.items() if item[1].process.sentinel in ended]:
             del waiting[number]
             rank.process.join()
-            name, told = f"{stage.log_name}: process {number} of {len(others) + 1}", _told(rank.connection)
-            if isinstance(told, LqerError):
-                return told
-            if told is not None:
-                return RankFailedError(f"{name}: {told}")
+            name, failure = f"{stage.log_name}: process {number} of {len(others) + 1}", _failure(rank.connection)
+            if isinstance(failure, LqerError):
+                return failure
+            if failure is not None:
+                return RankFailedError(f"{name}: {failure}")
             exitcode = rank.process.exitcode
             if exitcode != EXIT_LOST:
                 kind = LostProcessError if exitcode is not None and exitcode < 0 else RunFailedError
@@ -161,14 +161,15 @@ def _reason(stage: GangStage, others: list[_Rank]) -> Exception:
     return LostProcessError(f"{stage.log_name}: the {len(others) + 1} processes lost their connection to each other")
 
 
-def _told(connection: Connection) -> LqerError | str | None:
-    told: LqerError | str | None = None
+def _failure(connection: Connection) -> LqerError | str | None:
+    """What a rank has sent of its failure; None if nothing."""
+    failure: LqerError | str | None = None
     try:
         while connection.poll():
-            told = connection.recv() or told
+            failure = connection.recv() or failure
     except EOFError:
         pass
-    return told
+    return failure
 
 
 def _end_with_the_first() -> None:

@@ -49,7 +49,7 @@ class MeasureSpectra(Stage):
 
     @classmethod
     def of(cls, calibration: Calibrate, plans: Plans) -> MeasureSpectra:
-        """The spectra that `plans` need; what they say of A and B does not matter to them."""
+        """The spectra that `plans` need, whatever they say of A and B."""
         return cls(
             calibration.model,
             calibration,
@@ -86,7 +86,7 @@ def _block_spectra(
     plans: Plans,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """weight_of: the name of its weight among the block's values by the full name of a linear."""
+    """The tensors of one block. weight_of: by full name of a linear, its weight's name among the block's values."""
     tensors: dict[str, Tensor] = {}
     planned = [name for name in weight_of if plans[name] is not None]
     for full_name, site in statistics.by_site(planned, device):

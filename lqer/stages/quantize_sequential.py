@@ -205,7 +205,7 @@ def _transformed(
 
 
 class RunTensors(Mapping[str, Tensor]):
-    """Parameters and buffers of a block that is run, by name. Of linears that others have replaced there are none."""
+    """Parameters and buffers of a block that is run, by name. A linear that has been replaced has none."""
 
     def __init__(self, block: nn.Module):
         self._linears = {f"{name}.weight": name for name in block_linears(block)}

@@ -1,8 +1,8 @@
 """The exchange between the ranks of a gang: torch.distributed, with gloo for the CPU and NCCL between GPUs.
 
-Whatever a rank gives to the others goes from it to all of them, and each adds up what it has got in the same order. An
-`all_reduce` would add in an order that depends on the number of ranks. Ranks that share a GPU exchange through the CPU,
-since NCCL refuses them.
+What a rank gives to the others is broadcast to all of them, and every rank adds up what it has received in the same
+order. An `all_reduce` would add in an order that depends on the number of ranks. Ranks that share a GPU exchange
+through the CPU, since NCCL refuses them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Described:
     is_cuda: bool
 
 
-class Ranks(Gang):
+class DistributedGang(Gang):
     """One rank of several. between_gpus: the group of NCCL, if every rank has a GPU of its own."""
 
     def __init__(self, rank: int, size: int, between_gpus: dist.ProcessGroup | None):
@@ -153,8 +153,8 @@ def _lost_ranks_reported() -> Iterator[None]:
 
 
 @contextmanager
-def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterator[Ranks]:
-    """Be one rank of `size`, all on this machine. meeting: a file that does not exist yet, of this gang alone.
+def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterator[DistributedGang]:
+    """Be one of `size` ranks on this machine. meeting: a file for this gang alone, which does not exist yet.
 
     Raises LostRankError, here or within, if another rank ends.
     """
@@ -166,6 +166,6 @@ def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Iterato
         between_gpus = None
         if device.type == "cuda" and torch.cuda.device_count() >= size:
             between_gpus = dist.new_group(backend="nccl", timeout=LONGEST_WAIT_NCCL)
-        yield Ranks(rank, size, between_gpus)
+        yield DistributedGang(rank, size, between_gpus)
     finally:
         dist.destroy_process_group()

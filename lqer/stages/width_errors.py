@@ -1,11 +1,11 @@
 """The errors that rounding in each of several formats makes in a sample of the rows of some linears.
 
-Where A and B are to be chosen too, the plan has its rank: the errors that they leave follow, of all rows, since A·B of
-a part of them is another one.
+Where A and B are a choice too, the plan has a rank. The errors that A and B leave then follow, for all rows: A·B fitted
+to some of the rows would be another product.
 
-They are those of the plan's rounding, but for trellis codes of rotated weights: a search over such codes goes through a
-row of tiles one after the other, which a GPU spends waiting, and its errors have a law from which they can be drawn
-(lqer/rounding/trellis_law.py).
+Errors are those of the plan's own rounding, except for trellis codes of rotated weights. A search over such codes goes
+through a row of tiles one after the other, which a GPU spends waiting; its errors have a law from which they can be
+drawn (lqer/rounding/trellis_law.py).
 
 Shapes: O out_features, I in_features, S sampled rows, F formats.
 """
