@@ -39,7 +39,7 @@ class FuseIntoLinears(str, CustomGraphPass):
             fuse_residual(linear)
 
     def uuid(self) -> Any:
-        """Of what decides: graphs that Inductor has compiled with another version of it are not used."""
+        """A hash of the code that decides: graphs that Inductor compiled with another version of it are not used."""
         return get_hash_for_files((__file__, launch.__file__))
 
 
@@ -139,7 +139,7 @@ def _operands(node: Any, *operations: Any) -> tuple[Any, ...]:
 
 
 def _other(pair: Sequence[Any], one: Any) -> Any:
-    """Of two operands that which is not `one`; None if there are not two, or both are it."""
+    """The one of two operands that is not `one`; None if there are not two, or both are `one`."""
     others = [operand for operand in pair if operand is not one]
     return others[0] if len(pair) == 2 and len(others) == 1 else None
 

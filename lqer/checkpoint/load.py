@@ -96,7 +96,7 @@ def load_verified(
 
 
 def kernels_for(tokens: Sequence[int], device: torch.device) -> AbstractContextManager[None]:
-    """Within, kernels are compiled for calls of so many tokens; () where these are not known."""
+    """Within it, kernels are compiled for calls of these numbers of tokens; () where they are not known."""
     if not tokens or device.type != "cuda":
         return nullcontext()
     from lqer.kernels import calls_of

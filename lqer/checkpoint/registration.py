@@ -1,7 +1,7 @@
 """Makes lqer known to the libraries that load models by name, in a program that imports both.
 
-Importing those libraries takes seconds, so nothing is imported here: what has been imported is told at once, the rest
-as soon as somebody imports it.
+Importing those libraries takes seconds, so nothing is imported here: lqer registers at once with those that have been
+imported, with the others as soon as somebody imports them.
 
     transformers   quant_method "lqer": `from_pretrained` loads the native form of a checkpoint (native.py)
     lm-eval        the model "lqer": `simple_evaluate(model="lqer", model_args={"pretrained": FOLDER})`

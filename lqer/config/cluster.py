@@ -42,7 +42,7 @@ class ClusterConfig(Section):
     retries: Annotated[int, Field(ge=0)] = 3
 
     def workers_on(self, gpus: int) -> int:
-        """How many workers a machine with so many GPUs has room for; a fraction is one of a single card."""
+        """How many workers a machine with that many GPUs has room for; a fraction is a share of a single card."""
         if self.gpus_per_job >= 1:
             return gpus // int(self.gpus_per_job)
         return gpus * (SHARES_OF_A_GPU // round(SHARES_OF_A_GPU * self.gpus_per_job))

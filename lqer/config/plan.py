@@ -15,7 +15,7 @@ from lqer.methods.base import DEFAULT_FACTOR
 from lqer.transforms import LinearTransform
 
 if TYPE_CHECKING:
-    # A configuration is read, and its mistakes are told, without waiting for transformers.
+    # A configuration is read, and its mistakes are reported, without waiting for transformers.
     from lqer.models.summary import ModelSummary
 
 

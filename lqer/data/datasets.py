@@ -47,8 +47,8 @@ ROW_RANGE = re.compile(r"(\d+|(100|\d\d?)%)?:(\d+|(100|\d\d?)%)?")
 # The first ids of a running text come from a prefix of it; ids this close to the end of the prefix may still change.
 CUT_MARGIN = 64
 FIRST_PREFIX_ROWS = 256
-# More rows than those so far foretell, in case the next ones are shorter; and at most so many times as many at once, in
-# case they are longer.
+# ROOM: more rows than those so far foretell, in case the next ones are shorter. MOST_GROWTH: at most this many times as
+# many rows at once, in case they are longer.
 ROOM, MOST_GROWTH = 1.05, 16
 
 

@@ -140,7 +140,7 @@ def _cut(tokens: list[int], seq_len: int) -> Tensor:
 
 @torch.inference_mode()
 def window_nlls(model: PreTrainedModel | OpenedModel, windows: Sequence[Tensor], progress: bool = True) -> list[Tensor]:
-    """By batch of windows (B, T), nll_B float64 on the CPU: in nats, the mean of a window's T - 1 predictions.
+    """For each batch of windows (B, T), nll_B float64 on the CPU: in nats, the mean of a window's T - 1 predictions.
 
     A batch's losses do not depend on the other batches. Sets the model to eval mode. The progress bar synchronizes with
     the device once per batch to print the running perplexity; without it nothing waits until the end.

@@ -35,7 +35,7 @@ from lqer.store.files import write_json
 BASE_FOLDER = "base"
 # What reads each kind of base, besides transformers and PEFT.
 BASE_READERS = {"compressed-tensors": ("compressed_tensors",), "dense": (), "nf4": ("bitsandbytes",)}
-# What vLLM can be told of the largest rank.
+# What vLLM accepts as the largest rank.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 

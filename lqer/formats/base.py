@@ -181,7 +181,7 @@ class NumberFormat(Component, ABC, family="number format"):
         return self.code_count(length) if name == "codes" else block_count(length, self.block_size)
 
     def trainable_values(self, rows: int, length: int) -> int:
-        """Elements of `trainable_parts` of a matrix of so many rows, whose block axis has `length`."""
+        """Elements of the `trainable_parts` of a matrix with `rows` rows and a block axis of `length`."""
         if not self.trainable_parts:
             return 0
         return 1 if self.block_size == "tensor" else rows * block_count(length, self.block_size)

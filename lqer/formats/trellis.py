@@ -79,7 +79,7 @@ POLYNOMIAL = (2.824, -20.286, 437.888, -2941.542, 6754.387)
 # The scale of normal values with root mean square 1 that has the least error, by k, for values of mean square 1.
 FACTOR = {1: 0.93, 2: 1.02, 3: 1.06, 4: 1.09}
 LARGEST_VALUE = 4.5
-# Beyond so many bits of a state the search reads the table in float16, which then still fits into a GPU's L1 cache.
+# With more bits of a state than this, the search reads the table in float16, which still fits into a GPU's L1 cache.
 LARGEST_FLOAT_TABLE = 13
 
 

@@ -133,7 +133,7 @@ class Schedule:
 
 
 def _seconds_left(jobs: dict[str, Job]) -> dict[str, float]:
-    """By job, its own seconds and those of the longest chain of jobs that wait for it."""
+    """For each job, its own seconds and those of the longest chain of jobs that wait for it."""
     after: dict[str, float] = dict.fromkeys(jobs, 0.0)
     # A job stands after those it needs.
     for name in reversed(jobs):

@@ -38,7 +38,7 @@ DONE = "%s, %s: done in %.1f s"
 LOST = "warning: %s: its worker was lost; done again (%d of %d): %s"
 # Files that workers read and write at the same time.
 KEEPER_THREADS = 8
-# How often it is looked whether nodes have come or gone, and what there is of an artifact that jobs wait for.
+# Between two looks at which nodes have come or gone, and at which files there are of an artifact that jobs wait for.
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_FILES = 2.0, 0.5
 # For workers to remove what they have left on their nodes.
 SECONDS_TO_END = 20.0
@@ -165,7 +165,7 @@ def _reach(address: str) -> None:
 
 
 class _Share(NamedTuple):
-    """What Ray reserves for a worker: so many of its resource "GPU", else "CPU"."""
+    """What Ray reserves for a worker: an amount of its resource "GPU", else "CPU"."""
 
     kind: str
     amount: float
@@ -281,7 +281,7 @@ class _Workers:
         exceptions = self._ray.exceptions
         try:
             answer, node, where, seconds = self._ray.get(reference)
-        # Ray's own watch over a node's memory tells of what it has killed by another name.
+        # Ray's own watch over a node's memory reports what it has killed by another error.
         except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
             self._lose(job, _reason(error, isinstance(error, exceptions.OutOfMemoryError)), bars)
             return

@@ -56,8 +56,8 @@ def looked_at(width: int, largest: int, rank: int, at_once: int) -> list[int]:
 def projected(rows: Iterator[Tensor], sizes: Sequence[int], ahead: int) -> Iterator[Tensor]:
     """The projected matrix, float64 on the CPU, of each space of these dimensions, from the rows that each block adds.
 
-    ahead: below so many dimensions the blocks of the next space are asked for before a space is given, so that a GPU
-    works on them meanwhile.
+    ahead: below this dimension the blocks of the next space are asked for before a space is given, so that a GPU works
+    on them meanwhile.
     """
     projected_DD, size = torch.empty(0, 0, dtype=torch.float64), 0
     arriving = deque[Callable[[], Tensor]]()

@@ -103,7 +103,7 @@ class BlockCall:
 
 
 def returned_by(values: Sequence[Any], next_call: BlockCall) -> Left:
-    """Those values that a block has returned which the next one is called with, tensors on the CPU."""
+    """The values that a block has returned and the next one is called with; tensors are on the CPU."""
     return {one: _on(values[one.place], CPU) for one in next_call.returned}
 
 

@@ -33,8 +33,8 @@ TORCH_DTYPES = {
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-# A block of at most so many bytes is read whole, while another is used; of larger ones so much is read at once. A dense
-# model of 70 billion parameters has blocks of 1.7 GB, DeepSeek-V3 of 11.6 GB in FP8.
+# A block of at most READ_WHOLE_BYTES is read whole, while another is used; a larger one is read READ_AT_ONCE_BYTES at a
+# time. A dense model of 70 billion parameters has blocks of 1.7 GB, DeepSeek-V3 of 11.6 GB in FP8.
 READ_WHOLE_BYTES = 1 << 32
 READ_AT_ONCE_BYTES = 1 << 29
 

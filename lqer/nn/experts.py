@@ -46,7 +46,7 @@ def experts_of(module: nn.Module) -> dict[str, Experts]:
 
 
 def expert_of_linear(name: str) -> tuple[str, int] | None:
-    """The module that holds a layer's experts, and the one of them that a linear of that name is of; None of others."""
+    """The module of experts and the number of the expert that a linear of that name belongs to; None for others."""
     module, expert, _ = (*name.rsplit(".", 2), "", "")[:3]
     return (module, int(expert)) if expert.isdigit() else None
 

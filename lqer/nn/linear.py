@@ -118,5 +118,5 @@ def weight_error(weight_OI: Tensor, quantized_OI: Tensor) -> Tensor:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """0 where the whole is 0, which is told apart on the device: a question would wait for a GPU."""
+    """0 where the whole is 0; decided on the device, because reading it would wait for a GPU."""
     return (part / whole).where(whole > 0, 0.0)

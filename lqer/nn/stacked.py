@@ -45,8 +45,8 @@ def unregistered(model: nn.Module) -> Iterator[tuple[str, Experts]]:
 class Piece:
     """Where the weight or bias of one expert's linear is in a stacked parameter. half: 0 the gate's, 1 up's, or all.
 
-    groups: 0 of a stack; else the parameter is a matrix that holds so many below each other, and `expert` is the number
-    of a group.
+    groups: 0 for a stack; else the parameter is a matrix that holds this many linears below each other, and `expert` is
+    the number of one of them.
     """
 
     expert: int

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# Ruined models, whose perplexity says nothing, would squeeze all others together: shown up to so many times the best.
+# Values are shown up to this many times the best: those of ruined models say nothing, and would squeeze all others
+# together.
 MOST_TIMES_BEST = 30.0
 
 

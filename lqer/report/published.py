@@ -29,7 +29,7 @@ class Figure:
 
     @property
     def excess(self) -> float | None:
-        """By what share of the figure the run is worse than it; below 0: better."""
+        """How much worse the run is than the figure, as a share of it; negative where it is better."""
         if self.measured is None:
             return None
         relative = self.measured / self.value - 1

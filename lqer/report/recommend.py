@@ -42,7 +42,7 @@ class Budget:
         return ", ".join(text.format(value) for text, value in limits.items() if value is not None)
 
     def wider(self, factor: float) -> Budget:
-        """The budget with so many times the bits and bytes."""
+        """The budget with its bits and bytes multiplied by `factor`."""
         return Budget(
             None if self.bits is None else factor * self.bits,
             None if self.size is None else int(factor * self.size),

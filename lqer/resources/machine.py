@@ -19,7 +19,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 class Machine:
     """Bytes of RAM, of GPU memory (None if the run is on the CPU), and free on the disk of the store.
 
-    resident: bytes of RAM that this process holds already. card_share: what `device` is of the GPU's memory.
+    resident: bytes of RAM that this process holds already. card_share: the share of the GPU's memory that `device` is.
     """
 
     ram: int

@@ -85,7 +85,7 @@ def add_statistics(work: Workload, host: list[Need], device: list[Need], disk: l
 
 
 def activation_needs(work: Workload, batch_tokens: int, remedy: str) -> list[Need]:
-    """Activations of a block on so many tokens: the widest ones, and those beside them."""
+    """Activations of a block on `batch_tokens` tokens: the widest ones, and those beside them."""
     size = batch_tokens * work.widest * work.computed
     others = Need("other activations of a batch", LIVE_ACTIVATIONS * size, remedy, certain=False)
     return [Need("activations of a batch", size, remedy), others]

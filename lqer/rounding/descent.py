@@ -110,7 +110,7 @@ def _loss(left_RNN: Tensor, right_RN: Tensor, scales_RN: Tensor) -> Tensor:
 
 
 def sweep(weight_OI: Tensor, hessian_II: Tensor, quantized: QuantizedTensor, sweeps: int = SWEEPS) -> QuantizedTensor:
-    """The best code of every column in turn, first to last, the others fixed; so many times."""
+    """Choose the best code of every column in turn, first to last, with the others fixed; `sweeps` times."""
     step_ON, zero_ON, limits = _spacing(quantized)
     width = block_width(weight_OI.shape[1], quantized.format.block_size)
     codes_IO = from_blocks(_steps(quantized), weight_OI.shape[1]).T.contiguous()

@@ -121,7 +121,7 @@ def _in_order(codes: dict[int, Tensor]) -> Tensor:
 
 
 def feedback(damped: DampedHessian, block: int) -> Tensor:
-    """𝓛 of the damped H in blocks of so many columns, float32: for `DampedHessian.derived`."""
+    """𝓛 of the damped H in blocks of `block` columns, float32: for `DampedHessian.derived`."""
     return block_lower(damped.cholesky_II, block, torch.float32)
 
 

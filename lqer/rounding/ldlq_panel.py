@@ -19,7 +19,7 @@ RoundPanel = Callable[[Tensor, Tensor, Tensor, int, Groups, int], tuple[dict[int
 
 
 def panel_rounding(groups: Groups, block: int, on_gpu: bool) -> RoundPanel:
-    """How panels are rounded in blocks of so many columns: on a GPU by a kernel, where one knows the codes."""
+    """How panels are rounded in blocks of `block` columns: on a GPU by a kernel, if there is one for the codes."""
     if on_gpu and block == E8P.vector_size and isinstance(groups.number_format, E8P):
         return lattice_panel
     if on_gpu and block == 1 and (groups.evenly_spaced or groups.has_levels):

@@ -39,8 +39,8 @@ from lqer.store.store import Store
 
 log = logging.getLogger(__name__)
 
-# In how many parts at most blocks that do not depend on each other are quantized, and models evaluated; all runs of a
-# sweep together. On this machine, so many for each worker that they end at about the same time.
+# The most parts in which independent blocks are quantized, and models evaluated, for all runs of a sweep together. On
+# this machine there are several parts for each worker, so that workers end at about the same time.
 PARTS, PARTS_OF_A_WORKER = 64, 4
 # The same where each part reads all blocks of the model, and it is not known how many workers there will be.
 WALKING_PARTS = 8
@@ -142,9 +142,9 @@ def marked(folder: Path) -> Iterator[str]:
 
 
 def parts_of(cluster: ClusterConfig, runs: int) -> Parts:
-    """How each of so many runs is divided.
+    """How each of `runs` runs is divided.
 
-    A part of what a model is loaded for costs loading it, so many runs are parts enough.
+    Every part of an evaluation has to load the model, so where there are many runs, these are parts enough.
     """
     workers = _workers(cluster)
     most = max(1, (PARTS if workers is None else min(PARTS, PARTS_OF_A_WORKER * workers)) // max(1, runs))

@@ -23,7 +23,7 @@ LONG_SECONDS = 30.0
 
 
 def takes_long(weights: int, minutes: float) -> bool:
-    """Whether a linear of so many weights does, by a method that takes so many minutes for a whole model."""
+    """Whether a linear does that has `weights` weights. minutes: what its method takes for a whole model."""
     return 60 * minutes * weights / WEIGHTS > LONG_SECONDS
 
 

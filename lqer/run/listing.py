@@ -40,7 +40,7 @@ def list_items(words: Sequence[str]) -> list[str]:
 
 
 def _aligned(rows: Iterable[Row], width: int = 0) -> list[str]:
-    """width: at least so much for the names."""
+    """The rows, one a line, with names padded to one width, at least `width`."""
     rows = list(rows)
     width = max((width, *(len(name) for name, _ in rows)))
     return [f"{name:{width}}  {line}".rstrip() for name, line in rows]

@@ -44,7 +44,7 @@ RUN = Progress("runs", "run")
 
 
 class Parts(NamedTuple):
-    """In how many parts at most a run quantizes its blocks, and makes an evaluation.
+    """The most parts in which a run quantizes its blocks, and makes an evaluation.
 
     walking: the same for both, where each part reads all blocks. split: whether a part is a linear.
     """

@@ -70,7 +70,7 @@ def with_statistics(
 def _cut(
     names: list[str], statistics: BlockStatistics, shapes: Mapping[str, torch.Size], most: int
 ) -> Iterator[list[str]]:
-    """Batches of at most so many bytes, linears of one site together; a site that needs more is a batch."""
+    """Batches of at most `most` bytes, with linears of one site together; a site that needs more is a batch."""
     batch: list[str] = []
     held = 0
     for members in statistics.members(names).values():

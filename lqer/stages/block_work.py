@@ -100,7 +100,7 @@ class BlockWork:
 
 
 def bytes_of_later_spectra(weights: int) -> int:
-    """What a GPU holds of a block of so many weights until its spectra are found; 0 where they are found at once."""
+    """What a GPU holds of a block with that many weights until its spectra are found; 0 where that is at once."""
     size = SPECTRA_BYTES * weights
     return size if size <= MOST_SPECTRA_BYTES else 0
 

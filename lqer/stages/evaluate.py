@@ -101,7 +101,7 @@ class Divisible(Evaluation):
     @property
     @abstractmethod
     def most_parts(self) -> int:
-        """In how many parts it can be made."""
+        """The most parts it can be made in."""
 
     @abstractmethod
     def part_file(self, index: int, count: int) -> str:

@@ -25,7 +25,7 @@ from lqer.transforms.hadamard_factors import is_hadamard, small_order, two_facto
 
 # Sides of X that a program holds in registers; tensor cores take no fewer than 16.
 LEAST_SIDE, LARGEST_SIDE = 16, 128
-# Where there are more tokens than processors, a program reads its matrices once for so many.
+# With more than FEW_TOKENS tokens, a program reads its matrices once for TOKENS_OF_A_PROGRAM of them.
 TOKENS_OF_A_PROGRAM, FEW_TOKENS = 8, 256
 SPLIT_C = tl.constexpr(3)  # bfloat16 numbers whose sum is a float32
 
