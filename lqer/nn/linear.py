@@ -26,10 +26,8 @@ from lqer.transforms.hadamard import RandomHadamard, run_rotated
 class QuantizedLinear(nn.Module):
     """A linear on dequantized values, in the dtype of the model around it.
 
-    Gradients pass straight through the rounding of activations.
-
-    weight_OI, bias_O, a_IR, b_RO: any float dtype; bias_O and both factors may be None. They are
-    buffers, so that a state_dict is complete.
+    Gradients pass straight through the rounding of activations. weight_OI, bias_O, a_IR, b_RO: any float dtype; bias_O
+    and both factors may be None. They are buffers, so that a state_dict is complete.
     """
 
     weight: Tensor

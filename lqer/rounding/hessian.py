@@ -49,7 +49,7 @@ class DampedHessian(Source):
         if damping < 0:
             raise ValueError(f"damping {damping!r} is negative")
         diagonal_I = given_II.diagonal().to(torch.float64)
-        # Asked for at once: each question waits for a GPU.
+        # Read together: each read waits for a GPU.
         infinite, least = torch.stack((_infinite(given_II), diagonal_I.min())).tolist()
         if infinite:
             raise NonFiniteError(f"the hessian holds {int(infinite)} values that are not finite")
@@ -65,7 +65,7 @@ class DampedHessian(Source):
 
     @property
     def damping(self) -> float:
-        """The damping as it was asked for or raised."""
+        """The damping that was asked for, or to which it was raised."""
         self._require_factor()
         return self._damping
 
@@ -125,7 +125,7 @@ class DampedHessian(Source):
             )
 
     def _require_factor(self) -> None:
-        """Factor H if that has not been done: only a factorization tells the damping."""
+        """Factor H unless that has been done: the damping is known only after a factorization."""
         if not self._is_factored:
             _ = self.cholesky_II
 

@@ -1,8 +1,8 @@
 """Magnitudes of a linear's inputs, channel by channel.
 
-Of rotated inputs x' = V x the Hessian V H Vᵀ is known, and E[x_i'²] is its diagonal. E|x_i'| is taken as sqrt(2/π) of
-the root of that: every x_i' is a weighted sum over all channels of x, and so nearly normal. The largest |x_i'| does not
-follow.
+For rotated inputs x' = V x the Hessian V H Vᵀ is known, and E[x_i'²] is its diagonal. E|x_i'| is taken as sqrt(2/π)
+times the root of that: every x_i' is a weighted sum over all channels of x, and so nearly normal. The largest |x_i'|
+does not follow.
 
 Shapes: I in_features, N tokens of a batch.
 """

@@ -48,8 +48,8 @@ def spread_indices(
 ) -> Tensor:
     """Which of the `count` tokens from first_token on are among the `sampled` ones spread evenly over all `tokens`.
 
-    The choice depends only on a token's position in the whole text, so it is the same for every batch size. Made where
-    it is needed, since a copy would wait for a GPU.
+    The choice depends only on a token's position in the whole text, so it is the same for every batch size. Indices are
+    made on the device, since a copy would wait for a GPU.
     """
     sampled = min(sampled, tokens)
     # The sampled token i, at floor(i tokens / sampled), is at p or behind it from i = ceil(p sampled / tokens) on.
@@ -58,5 +58,5 @@ def spread_indices(
 
 
 def evenly_spread(sampled: int, tokens: int, device: torch.device | None = None) -> Tensor:
-    """So many of the tokens, spread evenly; made where it is needed, as `spread_indices`."""
+    """The indices of `sampled` tokens spread evenly over all `tokens`; made on the device, as by `spread_indices`."""
     return torch.arange(sampled, device=device) * tokens // sampled
