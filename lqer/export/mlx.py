@@ -48,7 +48,7 @@ SCALES, BIASES = "scales", "biases"
 
 @dataclass(frozen=True)
 class Mlx(Target):
-    """MLX's layout, for mlx_lm. scale_dtype: of scales and biases; by default one that holds them without loss."""
+    """MLX's layout, for mlx_lm. scale_dtype: dtype of scales and biases, by default one that holds them exactly."""
 
     kind = "mlx"
     readers = ("mlx",)

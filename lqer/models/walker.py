@@ -244,7 +244,7 @@ def _alike_on_all_ranks(calls: Sequence[BlockCall | None], gang: Gang) -> list[B
 
 def refuse_non_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ModelError, naming the parameter and its dtype, if one holds NaN or infinities."""
-    # Asked for at once: each answer waits for a GPU, and a block of experts has many parameters.
+    # Read together: each read waits for a GPU, and a block of experts has many parameters.
     dtypes, are_finite = dict[str, torch.dtype](), list[Tensor]()
     for name, parameter in parameters:
         if not parameter.is_meta and parameter.is_floating_point():

@@ -1,4 +1,4 @@
-"""Balanced columns: a scale per input channel that shares a group's step out by what errors of its columns cost.
+"""Balanced columns: a scale per input channel, so that columns share their group's step by what errors cost.
 
 A group of columns has one step, about proportional to the root of the group's energy. With scales c_j > 0 that are
 folded out of the inputs (`folding`), column j of W diag(c) has the energy c_j² σ_j², and an error of it costs

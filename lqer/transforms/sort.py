@@ -1,4 +1,4 @@
-"""Sorted channels: inputs of a linear that are largest come first, those of one size share groups.
+"""Sorted channels: the largest inputs of a linear come first, so that inputs of one size share groups.
 
 Between linears that write channels one by one and the linear that reads them (gate and up before down, fc1 before
 fc2), channels may be in any order: rows of the writers and columns of the reader move together, and the block's
