@@ -28,6 +28,7 @@ from lqer.models.hidden import HiddenStates
 from lqer.models.loaders import OpenedModel
 from lqer.models.walker import BlockRun, embed, logits_of_states, refuse_non_finite
 from lqer.phases import in_phase
+from lqer.transforms.tracing import hooked
 
 # Gets the input x (B, N, I) of a call of a linear and the gradient (B, N, O) with respect to its output, by window;
 # B = 1 for a call that gets a part of the tokens, as an expert does.
@@ -143,9 +144,5 @@ def _recorded(block: nn.Module, names: Iterable[str], calls: list[tuple[str, Ten
 
         return see
 
-    hooks = [block.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    try:
+    with hooked(block.get_submodule(name).register_forward_hook(hook(name)) for name in names):
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()

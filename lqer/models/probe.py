@@ -120,11 +120,8 @@ def _refuse_difference(walked_BTD: Tensor, own_BTD: Tensor, what: str) -> None:
 def _last_output(opened: OpenedModel, ids_BT: Tensor) -> Tensor:
     """What the last block outputs in the model's own forward pass."""
     outputs: list[Any] = []
-    hook = opened.blocks[-1].register_forward_hook(lambda block, args, output: outputs.append(output))
-    try:
+    with opened.blocks[-1].register_forward_hook(lambda block, args, output: outputs.append(output)):
         opened.model.base_model(input_ids=ids_BT, use_cache=False)
-    finally:
-        hook.remove()
     return outputs[0][0] if isinstance(outputs[0], tuple | list) else outputs[0]
 
 

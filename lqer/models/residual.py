@@ -22,13 +22,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lqer.errors import ModelError
 from lqer.models.recorder import HIDDEN_DIMENSIONS
 from lqer.models.structure import block_linears
 from lqer.models.walker import BlockRun
 from lqer.nn.experts import experts_of
-from lqer.transforms.tracing import Seen
+from lqer.transforms.tracing import Seen, hooked
 
 # The point after the last norm; a norm of the block goes by its name.
 OUTPUT = ""
@@ -110,12 +111,8 @@ def watched_points(block: nn.Module, writers: Mapping[str, str]) -> Iterator[dic
         return lambda module, args: weights.__setitem__(point, inverse_squares(args[0]))
 
     points = {point for point in writers.values() if point != OUTPUT}
-    hooks = [block.get_submodule(point).register_forward_pre_hook(hook(point)) for point in points]
-    try:
+    with hooked(block.get_submodule(point).register_forward_pre_hook(hook(point)) for point in points):
         yield weights
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def _watched(run: BlockRun) -> tuple[Tensor, list[_Call], Tensor]:
@@ -126,20 +123,20 @@ def _watched(run: BlockRun) -> tuple[Tensor, list[_Call], Tensor]:
     def see(name: str, is_linear: bool) -> Callable[..., None]:
         return lambda module, args, output: calls.append(_Call(name, is_linear, Seen.now(args[0]), Seen.now(output)))
 
-    hooks = [run.block.register_forward_pre_hook(lambda module, args: starts.append(args[0].clone()))]
     layers = experts_of(run.block)
     # Not routers, which may return more than a tensor.
     linears = {*block_linears(run.block), *layers}
     inside = tuple(f"{name}." for name in layers)
-    for name, module in run.block.named_modules():
-        weight, is_linear = getattr(module, "weight", None), name in linears
-        if not name.startswith(inside) and (is_linear or (isinstance(weight, Tensor) and weight.ndim == 1)):
-            hooks.append(module.register_forward_hook(see(name, is_linear)))
-    try:
+
+    def hooks() -> Iterator[RemovableHandle]:
+        yield run.block.register_forward_pre_hook(lambda module, args: starts.append(args[0].clone()))
+        for name, module in run.block.named_modules():
+            weight, is_linear = getattr(module, "weight", None), name in linears
+            if not name.startswith(inside) and (is_linear or (isinstance(weight, Tensor) and weight.ndim == 1)):
+                yield module.register_forward_hook(see(name, is_linear))
+
+    with hooked(hooks()):
         output = run.output(0)
-    finally:
-        for handle in hooks:
-            handle.remove()
     return starts[0], calls, output
 
 

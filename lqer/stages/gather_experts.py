@@ -13,10 +13,9 @@ Shapes: T tokens of a batch, D hidden size, E experts, N tokens of an expert, M 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -29,6 +28,7 @@ from lqer.stages.observe import OriginalBatch, SiteObserver
 from lqer.statistics import Gang, Statistic
 from lqer.statistics.gang import add_up
 from lqer.statistics.sample import evenly_spread, spread_indices
+from lqer.transforms.tracing import hooked
 
 # After the name of a module of experts: int64 (E,), how many tokens of the text were sent to each.
 ROUTED_TOKENS = "routed_tokens"
@@ -103,10 +103,11 @@ class ExpertObserver:
     @contextmanager
     def watching(self, first_token: int, original: OriginalBatch) -> Iterator[None]:
         """While active, a batch whose first token has that index in the whole text is run through the block."""
-        with ExitStack() as hooks:
-            for layer in self._layers:
-                see = partial(self._see, layer, first_token, original)
-                hooks.callback(layer.experts.register_forward_pre_hook(lambda _, args, see=see: see(*args[:2])).remove)
+
+        def hook(layer: _Layer) -> Callable[..., None]:
+            return lambda module, args: self._see(layer, first_token, original, *args[:2])
+
+        with hooked(layer.experts.register_forward_pre_hook(hook(layer)) for layer in self._layers):
             yield
 
     def join(self, gang: Gang) -> None:

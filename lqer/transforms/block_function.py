@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lqer.formats import NumberFormat
+from lqer.transforms.tracing import hooked
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -70,15 +71,12 @@ class BlockFunction:
         first = next(iter(self._parameters.values()))
         hidden_BTD = hidden_BTD.to(first.device, first.dtype, non_blocking=True)
         replaced = {name: _in_place_of(self._parameters[name], tensor) for name, tensor in parameters.items()}
-        hooks = []
-        try:
-            for name, activation in self.activations.items():
-                hooks.append(self.block.get_submodule(name).register_forward_pre_hook(_rounded_input(activation)))
-            args, kwargs = self._arguments(len(hidden_BTD))
+        args, kwargs = self._arguments(len(hidden_BTD))
+        with hooked(
+            self.block.get_submodule(name).register_forward_pre_hook(_rounded_input(activation))
+            for name, activation in self.activations.items()
+        ):
             output = functional_call(self.block, {**self._parameters, **replaced}, (hidden_BTD, *args), kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return output[0] if isinstance(output, tuple | list) else output
 
     def _arguments(self, sequences: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -36,7 +36,7 @@ from lqer.components import ADDED
 from lqer.transforms.base import Level, Transform
 from lqer.transforms.block_function import BlockFunction
 from lqer.transforms.folding import GAIN_OFFSETS, NO_ROW, Site, find_sites
-from lqer.transforms.tracing import Trace, output_stays, trace
+from lqer.transforms.tracing import Trace, hooked, output_stays, trace
 
 RotationFunction = Callable[[Tensor], Tensor]
 
@@ -177,12 +177,8 @@ def _watched_pass(
     def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls[block] = args, kwargs
 
-    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-    try:
+    with hooked(block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks):
         seen = trace(model, lambda: model(input_ids=ids_BT, use_cache=False))
-    finally:
-        for hook in hooks:
-            hook.remove()
     recorded = []
     for block in blocks:
         (hidden_BTD, *args), kwargs = calls[block]

@@ -31,14 +31,11 @@ class SiteOutput:
         self._own = {name: parameter.detach() for name, parameter in self._module.named_parameters()}
         self._autocast = autocast
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        handle = self._module.register_forward_pre_hook(
+        record = self._module.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
         )
-        try:
-            with _in_autocast(self._module, autocast):
-                call({}, hidden_BTD)
-        finally:
-            handle.remove()
+        with record, _in_autocast(self._module, autocast):
+            call({}, hidden_BTD)
         self._calls = calls
         self._originals = self._outputs({})
 

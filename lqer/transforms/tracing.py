@@ -6,13 +6,14 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # Tokens that a block is probed with: enough for every channel that is ever used to be seen in use.
 PROBED_TOKENS = 512
@@ -75,18 +76,23 @@ def output_stays(changed_BTD: Tensor, output_BTD: Tensor, hidden_BTD: Tensor) ->
 
 
 @contextmanager
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keep the hooks that the iterable registers while active; then all of them are removed."""
+    with ExitStack() as registered:
+        for hook in hooks:
+            registered.enter_context(hook)
+        yield
+
+
+@contextmanager
 def watched_inputs(module: nn.Module, watch: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """While active, pass the input of every call of a linear that `watch` names to its function."""
 
     def hook(see: Callable[[Tensor], None]) -> Callable[..., None]:
         return lambda module, args: see(args[0])
 
-    hooks = [module.get_submodule(name).register_forward_pre_hook(hook(see)) for name, see in watch.items()]
-    try:
+    with hooked(module.get_submodule(name).register_forward_pre_hook(hook(see)) for name, see in watch.items()):
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 class AllCalledError(Exception):
@@ -116,14 +122,11 @@ class UntilCalled:
 
             return count
 
-        hooks = [self._module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in self._names]
-        try:
-            run()
-        except AllCalledError:
-            return
-        finally:
-            for handle in hooks:
-                handle.remove()
+        with hooked(self._module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in self._names):
+            try:
+                run()
+            except AllCalledError:
+                return
         if self._ends is None:
             self._ends = all(calls[name] == 1 for name in self._names)
 
@@ -142,15 +145,13 @@ def trace(
     def see_output(name: str) -> Callable[..., None]:
         return lambda module, args, output: outputs.__setitem__(name, Seen.now(output))
 
-    hooks = []
-    for name, child in module.named_modules():
-        weight = getattr(child, "weight", None)
-        if isinstance(child, linears):
-            hooks.append(child.register_forward_pre_hook(see_input(name)))
-        elif isinstance(weight, Tensor) and weight.ndim == 1:
-            hooks.append(child.register_forward_hook(see_output(name)))
-    try:
+    def hooks() -> Iterator[RemovableHandle]:
+        for name, child in module.named_modules():
+            weight = getattr(child, "weight", None)
+            if isinstance(child, linears):
+                yield child.register_forward_pre_hook(see_input(name))
+            elif isinstance(weight, Tensor) and weight.ndim == 1:
+                yield child.register_forward_hook(see_output(name))
+
+    with hooked(hooks()):
         return Trace(inputs, outputs, run())
-    finally:
-        for hook in hooks:
-            hook.remove()
