@@ -31,7 +31,7 @@ from lqer.nn.stacked import Piece
 QUANTIZATION_CONFIG = "quantization_config"
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 FP4_DTYPE = "I8"
-# The scales of FP8 are named after the codes; Mistral's and DeepSeek-V4's have another name in the place of "weight".
+# Scales of FP8 have the name of the codes and this suffix; Mistral's and DeepSeek-V4's end in these, not in "weight".
 SCALE_SUFFIX, OTHER_SCALES = "_scale_inv", (".qscale_weight", ".scale")
 # Fixed scales, by which inputs would be rounded. Here inputs are not rounded.
 INPUT_SCALES = "activation_scale"
