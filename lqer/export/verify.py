@@ -180,7 +180,7 @@ def _without_run_time_rounding(model: PreTrainedModel, target: Target, source: S
 
 
 def _windows(model: PreTrainedModel, source: Source, text: Text | None) -> tuple[Tensor, str]:
-    """windows_WT, int64, and the name of the text that they were cut from."""
+    """windows_WT, int64, and a description of their text."""
     longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW_TOKENS))
     if text is None:
         return _sampled(model, min(SAMPLED_TOKENS, longest)), "sampled from the checkpoint, seed 0"

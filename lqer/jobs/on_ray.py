@@ -281,7 +281,7 @@ class _Workers:
         exceptions = self._ray.exceptions
         try:
             answer, node, where, seconds = self._ray.get(reference)
-        # Ray's own watch over a node's memory reports what it has killed by another error.
+        # Ray's own watch over a node's memory reports what it has killed by another exception.
         except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
             self._lose(job, _reason(error, isinstance(error, exceptions.OutOfMemoryError)), bars)
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lqer.config.quantize import QuantizeConfig
 
-# Of quantization, by the first of these parts that a configuration has; OTHERWISE without any.
+# Minutes of quantization, by the first of these parts that a configuration has; OTHERWISE without any.
 MINUTES = {"adaptive": 64.0, "caldera": 5.0, "ldlq": 5.0, "vector": 3.0, "gptq": 2.0}
 OTHERWISE = 1.5
 EVALUATION = 10.0
@@ -23,7 +23,7 @@ LONG_SECONDS = 30.0
 
 
 def takes_long(weights: int, minutes: float) -> bool:
-    """Whether a linear does that has `weights` weights. minutes: what its method takes for a whole model."""
+    """Whether a linear with that many weights takes long. minutes: what its method takes for a whole model."""
     return 60 * minutes * weights / WEIGHTS > LONG_SECONDS
 
 

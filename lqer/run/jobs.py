@@ -53,7 +53,7 @@ class _Makers:
     def stage_job(
         self, stage: Stage, minutes: float, after: Sequence[str] = (), progress: Progress | None = None
     ) -> Job:
-        """The job that makes a stage as a whole, in about so many minutes."""
+        """The job that makes a stage as a whole. minutes: about how long that takes."""
         needs, shown = self.needs([stage], after), progress or Progress(stage.name)
         job = Job(stage.identity, (stage,), needs, stage.obtain, SECONDS_PER_MINUTE * minutes, shown)
         self.job_of[stage.identity] = job.name
