@@ -40,8 +40,8 @@ class CalibrationConfig(Section):
     # What a token counts in E[x xᵀ] and E[x²]: 1; for linears that write to the residual stream, the inverse square of
     # the stream behind them; for all, the mean square of the loss's gradient with respect to their outputs.
     token_weights: Literal["none", "residual", "gradient"] = "none"
-    # Which tokens the experts of a mixture are calibrated on: those that the router sends to each, or all. An expert
-    # that is sent fewer than the minimum also gets other tokens of its layer, spread over the text.
+    # Which tokens the experts of a mixture are calibrated on: those that the router sends to each, or all. Of its own
+    # tokens each needs min_expert_tokens; others of its layer, spread over the text, make up for those that it lacks.
     experts: Literal["routed", "all"] = "routed"
     min_expert_tokens: Positive = 512
     # Whether statistics are of inputs as the quantized linears round them (quantize.activation).
