@@ -44,16 +44,17 @@ def open_model(
     """
     check_weights(source)
     try:
-        return _open_streamed(source, dtype, device, offload or Offload())
+        return open_streamed(source, dtype, device, offload or Offload())
     except NotStreamableError as reason:
         log.info("%s: loading the whole model, not block by block: %s", source.name, reason)
     opened = OpenedModel.resident(load_model(source, dtype, torch.device("cpu")), device, offload or Offload())
     return replace(opened, processor=processor_files(source.find))
 
 
-def _open_streamed(
+def open_streamed(
     source: ModelSource, dtype: torch.dtype | str, device: torch.device, offload: Offload
 ) -> OpenedModel:
+    """The model with blocks that are read one at a time. Raises NotStreamableError where that is not possible."""
     _refuse_conversion(source)
     headers = {file: read_header(file) for file in weight_files(source.find, source.name)}
     config = load_model_config(source)

@@ -24,17 +24,20 @@ from torch import Tensor, nn
 
 from lqer.checkpoint.load import fill_block, kernels_for
 from lqer.checkpoint.siblings import join_siblings
+from lqer.models.loaders import OpenedModel
 from lqer.models.reading import read_file
 from lqer.models.source import ModelSource
-from lqer.models.streaming import open_model
+from lqer.models.streaming import open_streamed
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.run.evaluations import tokens_of_calls
 from lqer.run.preflight import CheckedRun
 from lqer.store.names import BLOCK, block_file, layers_file
+from lqer.store.offload import Offload
 from lqer.store.store import partial_path
 
 log = logging.getLogger(__name__)
 
+NOT_REHEARSED = "kernels were not compiled ahead of the evaluation: %s"
 # Between two looks whether a block is there.
 SECONDS = 0.1
 # How long a thread that computes in Python keeps the interpreter's lock from another one that asks for it, in seconds.
@@ -58,8 +61,11 @@ class Rehearsal:
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Run it in a thread while the body runs. Whatever fails in it is left to the evaluation, which says so."""
-        over = Event()
-        thread = Thread(target=self._wait_and_run, args=(over,), name="rehearsal", daemon=True)
+        over, opened = Event(), self.opened()
+        if opened is None:
+            yield
+            return
+        thread = Thread(target=self._wait_and_run, args=(opened, over), name="rehearsal", daemon=True)
         thread.start()
         try:
             yield
@@ -69,24 +75,35 @@ class Rehearsal:
         over.set()
         thread.join()
 
-    def _wait_and_run(self, over: Event) -> None:
+    def opened(self) -> OpenedModel | None:
+        """The model without values; None where it cannot be read block by block.
+
+        To be called before the thread begins: transformers builds a model under its dtype as torch's default, which all
+        threads share.
+        """
+        try:
+            return open_streamed(self.source, self.dtype, self.device, Offload())
+        except Exception as error:  # whatever libraries raise
+            log.debug(NOT_REHEARSED, error)
+            return None
+
+    def _wait_and_run(self, opened: OpenedModel, over: Event) -> None:
         while (index := self._written()) is None:
             if over.wait(SECONDS):
                 return
         try:
             with short_turns():
-                self.run(index)
+                self.run(opened, index)
         except Exception as error:  # whatever libraries raise
-            log.debug("kernels were not compiled ahead of the evaluation: %s", error)
+            log.debug(NOT_REHEARSED, error)
 
     def _written(self) -> int | None:
         """A block that is there; None as long as there is none."""
         numbers = sorted(int(file.stem.removeprefix(BLOCK)) for file in self.checkpoint.glob(f"{BLOCK}*"))
         return numbers[0] if numbers else None
 
-    def run(self, index: int) -> Tensor:
+    def run(self, opened: OpenedModel, index: int) -> Tensor:
         """The logits (B, T, V) of the model with that block alone."""
-        opened = open_model(self.source, self.dtype, self.device)
         if self.attention is not None:
             quantize_attention(opened.model, quantized_attention(self.attention))
         del opened.blocks[index + 1 :], opened.blocks[:index]

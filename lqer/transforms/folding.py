@@ -81,7 +81,7 @@ def fold_scale(parameters: Mapping[str, Tensor], site: Site, scale_I: Tensor) ->
     scale_I = torch.where(fed_I, scale_I.to(torch.float32), 1.0)
     changed = {f"{name}.weight": parameters[f"{name}.weight"].float() * scale_I for name in site.linears}
     weight = parameters[f"{fold.source}.weight"].float()
-    scale_O = torch.ones(len(weight), device=weight.device)
+    scale_O = weight.new_ones(len(weight))
     scale_O[fold.rows_I[fed_I]] = scale_I[fed_I]
     if not torch.equal(scale_O[fold.rows_I[fed_I]], scale_I[fed_I]):
         raise ValueError(f"the scale of {', '.join(site.linears)} differs between channels that share a row")

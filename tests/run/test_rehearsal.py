@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import lqer
 from lqer.formats import MXInt
 from lqer.kernels.siblings import Siblings
 from lqer.methods import LinearPlan, LqerAct
+from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
 from lqer.run.rehearsal import TURN, Rehearsal, short_turns
 from lqer.store.names import block_file, layers_file
@@ -53,7 +55,7 @@ def test_a_block_runs_as_the_evaluation_will_run_it(rehearsal, monkeypatch, inde
     monkeypatch.setattr(
         Siblings, "__init__", lambda self, linears: (joined.append(len(linears)), before(self, linears))[1]
     )
-    torch.testing.assert_close(run.run(index), expected)
+    torch.testing.assert_close(run.run(run.opened(), index), expected)
     assert joined == [3, 2]
 
 
@@ -63,7 +65,7 @@ def test_a_thread_waits_for_a_block_and_is_done_before_the_evaluation(rehearsal,
     ran: list[threading.Thread] = []
     blocks: list[int] = []
     monkeypatch.setattr(
-        Rehearsal, "run", lambda self, found: (blocks.append(found), ran.append(threading.current_thread()))
+        Rehearsal, "run", lambda self, _, found: (blocks.append(found), ran.append(threading.current_thread()))
     )
     with run.beside():
         assert not ran
@@ -75,11 +77,34 @@ def test_a_thread_waits_for_a_block_and_is_done_before_the_evaluation(rehearsal,
     assert not ran[0].is_alive()
 
 
+def test_the_thread_leaves_torchs_default_dtype_alone_which_all_threads_share(rehearsal, monkeypatch):
+    run, checkpoint = rehearsal
+    setters: list[threading.Thread] = []
+    before, ran = torch.set_default_dtype, Rehearsal.run
+    done = threading.Event()
+    monkeypatch.setattr(
+        torch, "set_default_dtype", lambda dtype: (setters.append(threading.current_thread()), before(dtype))
+    )
+    monkeypatch.setattr(Rehearsal, "run", lambda *given: (ran(*given), done.set()))
+    with run.beside():
+        write_block(run, checkpoint, 0)
+        assert done.wait(120)
+    assert set(setters) == {threading.main_thread()}
+
+
+def test_a_model_that_cannot_be_read_block_by_block_is_not_rehearsed(rehearsal, monkeypatch):
+    run, checkpoint = rehearsal
+    monkeypatch.setattr(Rehearsal, "run", lambda *_: pytest.fail("loads the whole model beside the work"))
+    write_block(run, checkpoint, 0)
+    with replace(run, source=replace(run.source, load_args={"gguf_file": "model.gguf"})).beside():
+        assert "rehearsal" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_turns_are_short_while_it_runs_and_no_longer(rehearsal, monkeypatch):
     run, checkpoint = rehearsal
     turns: list[float] = []
 
-    def fail(self: Rehearsal, index: int) -> None:
+    def fail(self: Rehearsal, opened: OpenedModel, index: int) -> None:
         turns.append(sys.getswitchinterval())
         raise RuntimeError
 
