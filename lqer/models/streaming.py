@@ -51,9 +51,7 @@ def open_model(
     return replace(opened, processor=processor_files(source.find))
 
 
-def open_streamed(
-    source: ModelSource, dtype: torch.dtype | str, device: torch.device, offload: Offload
-) -> OpenedModel:
+def open_streamed(source: ModelSource, dtype: torch.dtype | str, device: torch.device, offload: Offload) -> OpenedModel:
     """The model with blocks that are read one at a time. Raises NotStreamableError where that is not possible."""
     _refuse_conversion(source)
     headers = {file: read_header(file) for file in weight_files(source.find, source.name)}
