@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lqer.resources.statistics import input_sites
+from lqer.resources.machine import usable_ram
+from lqer.resources.statistics import weighted_sites
 from lqer.resources.walk import LARGER_DISK, LESS_IN_MEMORY, LIVE_ACTIVATIONS, tokens_of_batch, walk_needs
 from lqer.resources.workload import Need, Workload
 from lqer.stages.weigh_tokens import batches_of_a_pass
@@ -26,14 +27,16 @@ def backward_needs(work: Workload, windows: int) -> tuple[list[Need], list[Need]
 def token_weights_needs(work: Workload) -> tuple[list[Need], list[Need], list[Need]]:
     """Host, device and disk of weighting the tokens of the calibration text, a pass at a time."""
     settings, summary = work.config.calibration, work.summary
-    at_once = batches_of_a_pass(summary.blocks, summary.hidden_size, tokens_of_batch(settings), work.computed)
+    at_once = batches_of_a_pass(
+        summary.blocks, summary.hidden_size, tokens_of_batch(settings), work.computed, usable_ram()
+    )
     host, device, disk = backward_needs(work, min(settings.num_samples, at_once * settings.batch_size))
     return host, device, [*disk, Need("weights of the tokens", bytes_of_token_weights(work), LARGER_DISK)]
 
 
 def bytes_of_token_weights(work: Workload) -> int:
-    """Of all tokens in all sites, by the gradient; none where these are not asked for."""
+    """Of all tokens in all sites but those of experts, by the gradient; none where these are not asked for."""
     settings, summary = work.config.calibration, work.summary
     if settings.token_weights != "gradient":
         return 0
-    return 4 * settings.num_samples * settings.seq_len * len(input_sites(summary)) * summary.blocks
+    return 4 * settings.num_samples * settings.seq_len * weighted_sites(summary) * summary.blocks

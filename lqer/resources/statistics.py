@@ -9,6 +9,7 @@ from __future__ import annotations
 from lqer.config import Config
 from lqer.methods import Plans
 from lqer.models.summary import ModelSummary
+from lqer.resources.linear import is_of_expert
 from lqer.stages.gather_experts import PASS_BYTES
 from lqer.stages.quantize_linears import requested_statistics
 from lqer.statistics import ALWAYS, Statistic
@@ -21,6 +22,12 @@ KEPT_BYTES = 4_000_000_000
 def input_sites(summary: ModelSummary) -> list[int]:
     """in_features of every input site of one block: the one with most linears, since not all may have experts."""
     return [width for widths in _modules(summary).values() for width in widths]
+
+
+def weighted_sites(summary: ModelSummary) -> int:
+    """How many input sites of one block see all tokens, as those of experts do not."""
+    modules = _modules(summary).items()
+    return sum(len(widths) for name, widths in modules if not is_of_expert(f"{name}.", summary.blocks_name))
 
 
 def _modules(summary: ModelSummary) -> dict[str, list[int]]:

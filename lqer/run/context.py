@@ -12,14 +12,13 @@ import torch
 from lqer.checkpoint.backend import Backend, resolve_backend
 from lqer.config import Config
 from lqer.config.plan import plan_model, plan_widths
-from lqer.errors import ConfigError, ModelError
+from lqer.errors import ModelError
 from lqer.evaluation.downstream import check_tasks
 from lqer.formats import NumberFormat
 from lqer.methods import LinearPlan, Plans
 from lqer.models.probe import check_walk
 from lqer.models.source import ModelSource, check_weights, pick_device, pick_dtype, resolve_model
 from lqer.models.summary import ModelSummary, summarize_model
-from lqer.resources.linear import is_of_expert
 from lqer.resources.statistics import keeps_statistics
 from lqer.run.folder import store_path
 from lqer.stages.allocate_ranks import check_ranks
@@ -80,15 +79,6 @@ def _ranks(config: Config, device: torch.device) -> int:
     return torch.cuda.device_count() if device.type == "cuda" else 1
 
 
-def _refuse_experts(summary: ModelSummary) -> None:
-    """Raise ConfigError for a mixture, whose tokens cannot be weighted by gradients."""
-    found = next((name for name in summary.linears if is_of_expert(name, summary.blocks_name)), None)
-    if found is not None:
-        raise ConfigError(
-            f'calibration.token_weights: must not be "gradient" with experts, which see some tokens each; found {found}'
-        )
-
-
 def prepare(config: Config) -> RunContext:
     """Resolve and check everything that can be checked before any work. Raises LqerError."""
     device = pick_device(config.device)
@@ -98,10 +88,7 @@ def prepare(config: Config) -> RunContext:
     summary = summarize_model(source)
     check_weights(source)
     quantize = config.quantize
-    by_gradient = config.calibration.token_weights == "gradient"
-    if by_gradient:
-        _refuse_experts(summary)
-    gradients = by_gradient or quantize.budget_bits is not None
+    gradients = config.calibration.token_weights == "gradient" or quantize.budget_bits is not None
     unreached = check_walk(source, bool(quantize.block_parts), gradients)
     plans = plan_model(config, summary)
     plans |= _kept(unreached, plans)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lqer.config.quantize import NOT_QUANTIZED
 from lqer.methods import Plans
 from lqer.models.source import ModelSource
+from lqer.resources.machine import usable_ram
 from lqer.run.context import RunContext
 from lqer.run.evaluations import (
     decode_speeds,
@@ -99,7 +100,9 @@ def _token_weights(context: RunContext, model: ModelSource | Rotate, text: Calib
         dtype=context.dtype,
         device=context.device,
         offload=context.offload(),
-        at_once=batches_of_a_pass(summary.blocks, summary.hidden_size, batch_tokens, context.dtype.itemsize),
+        at_once=batches_of_a_pass(
+            summary.blocks, summary.hidden_size, batch_tokens, context.dtype.itemsize, usable_ram()
+        ),
     )
 
 

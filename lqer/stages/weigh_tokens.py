@@ -12,7 +12,8 @@ orthogonal map of a linear's outputs keeps Σ_o g_o², so a rotated model's toke
 
 Windows go forward and backward in passes of bounded memory. For each batch of windows a safetensors file holds
 `<site>` (B, T) float32, w of its tokens, each site named after its first linear; `sites.json` says which site each
-linear belongs to. Linears that no gradient reaches are in neither.
+linear belongs to. Linears that no gradient reaches are in neither. Nor are those of experts, which see some of the
+tokens: for them all count the same.
 
 Shapes: W windows, T tokens of a window, B windows of a batch, N tokens of a window or call, I in_features, O
 out_features.
@@ -35,6 +36,7 @@ from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
 from lqer.models.structure import block_linears
+from lqer.nn.experts import expert_of_linear
 from lqer.stages.base import Stage, no_effect
 from lqer.stages.rotate import Rotate, source_of
 from lqer.store.names import token_weights_file
@@ -43,8 +45,8 @@ from lqer.store.store import Store, Workspace
 from lqer.transforms.tracing import trace
 
 SITES = "sites.json"
-# Of the hidden states of a pass before all blocks.
-PASS_BYTES = 8_000_000_000
+# Bytes of the hidden states of a pass, or that part of the RAM where it is more: each pass reads the model twice.
+PASS_BYTES, SHARE_OF_RAM = 8_000_000_000, 4
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,14 @@ class WeighTokens(Stage):
         return {linear: of_site[site] for linear, site in artifact.json(SITES).items()}
 
 
-def batches_of_a_pass(blocks: int, hidden_size: int, batch_tokens: int, value_bytes: int) -> int:
-    """How many batches have hidden states of no more than PASS_BYTES before all blocks and after the last; at least 1.
+def batches_of_a_pass(blocks: int, hidden_size: int, batch_tokens: int, value_bytes: int, ram: int) -> int:
+    """How many batches have hidden states, before all blocks and after the last, that fit the memory of a pass; at
+    least 1.
 
-    batch_tokens: tokens of a batch. value_bytes: of a value of a hidden state.
+    batch_tokens: tokens of a batch. value_bytes: of a value of a hidden state. ram: of this machine, in bytes.
     """
-    return max(1, PASS_BYTES // ((blocks + 1) * hidden_size * batch_tokens * value_bytes))
+    batch_bytes = (blocks + 1) * hidden_size * batch_tokens * value_bytes
+    return max(1, max(PASS_BYTES, ram // SHARE_OF_RAM) // batch_bytes)
 
 
 def mean_squares(squares: Sequence[Tensor], outputs: int) -> Tensor:
@@ -131,7 +135,8 @@ def weigh_tokens(
 
 def _site_weights(run: BackwardRun) -> Iterator[tuple[list[str], list[Tensor]]]:
     """The full names of the linears of each site of a block, and w (B, T) of each batch, on the CPU."""
-    linears, prefix = block_linears(run.run.block), run.run.name
+    prefix = run.run.name
+    linears = {name: found for name, found in block_linears(run.run.block).items() if expert_of_linear(name) is None}
     squares: dict[str, list[Tensor]] = {name: [] for name in linears}
     traced = trace(run.run.block, lambda: run.run.output(0)).sites()
     run.backward({name: partial(_add_squares, found) for name, found in squares.items()})

@@ -289,5 +289,6 @@ def test_weights_of_tokens_are_found_pass_by_pass_and_read_with_the_statistics(m
     assert need(found["token_weights"].disk, "weights of the tokens") == weights
     assert need(found["calibrate"].ram, "weights of the tokens") == weights
     monkeypatch.setattr(weigh_tokens, "PASS_BYTES", 0)
+    monkeypatch.setattr("lqer.resources.backward.usable_ram", lambda: 0)
     of_a_batch = (summary.blocks + 1) * states * config.calibration.batch_size // WINDOWS
     assert need(stages_of(work)["token_weights"].ram, "hidden states") == of_a_batch

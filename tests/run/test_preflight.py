@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import byte_tokenizer
-from mixtures import random_mixture
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -81,17 +80,6 @@ def test_tasks_whose_data_are_missing_are_refused(experiment, tmp_path):
 def test_a_tracker_that_is_not_installed_is_refused(experiment, monkeypatch):
     monkeypatch.setattr("lqer.report.tracking.find_spec", lambda name: None)
     both(experiment, "--tracking.backend=wandb", match=r"tracking\.backend: 'wandb' is not installed")
-
-
-def test_tokens_of_a_mixture_are_not_weighted_by_gradients(experiment, tmp_path):
-    random_mixture("qwen3_moe", vocab_size=256).save_pretrained(tmp_path / "mixture")
-    byte_tokenizer().save_pretrained(tmp_path / "mixture")
-    overrides = [f"--model={tmp_path / 'mixture'}", "--calibration.token_weights=gradient"]
-    both(
-        experiment,
-        *overrides,
-        match=r'^calibration\.token_weights: must not be "gradient" with experts.*; found model\.',
-    )
 
 
 def test_an_output_folder_that_cannot_be_written_to_is_refused(experiment):
