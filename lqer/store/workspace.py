@@ -28,7 +28,7 @@ class Workspace:
 
     Several processes may write to one folder. Each writes and hashes a file beside its place, then moves it there and
     enters it into the journal under `guard`, the artifact's lock. Once `is_finished` says that another process has
-    finished the artifact, writes do nothing.
+    finished the artifact, writes and removals do nothing.
 
     What is there already is compared with its hashes at once. Of several processes, each would compare what all others
     have made: there each compares what it reads, and who ends the artifact compares all (`check`).
@@ -183,14 +183,18 @@ class Workspace:
         self._write_journal()
 
     def remove(self, name: str) -> None:
-        """Remove a file from the journal, then delete it; a kill in between leaves a stray, which `finish` deletes."""
+        """Remove a file from the journal, then delete it; a kill in between leaves a stray, which `finish` deletes.
+
+        Another process may have removed it already, or have finished the artifact.
+        """
         self.flush()
         with self._guard:
             self._read_journal()
-            del self._files[name]
+            self._files.pop(name, None)
             self._coming.discard(name)
-            self._write_journal()
-            (self.path / name).unlink(missing_ok=True)
+            if not self._is_finished():
+                self._write_journal()
+                (self.path / name).unlink(missing_ok=True)
 
     def finish(self, destination: Path, key: Any) -> None:
         """Give the artifact its manifest and its final folder; files that are not in the journal are removed."""

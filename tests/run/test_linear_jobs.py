@@ -137,6 +137,25 @@ def test_a_kill_costs_the_linear_in_hand(experiment, monkeypatch, at):
     assert stored(experiment.folder / "shared") == alone(experiment)
 
 
+def test_the_checkpoint_may_end_before_the_linears_of_a_written_block_are_removed(experiment, monkeypatch):
+    run = checked(experiment, "shared")
+    jobs = all_jobs_of(run, BY_LINEAR)
+    linears = of_linears(jobs)
+    first, second, third, fourth, _ = [job for job in jobs.quantizing if job not in linears]
+    run_here([*jobs.preparing, *linears, first, second], run.store)
+    remove_linears = quantize_module.remove_linears
+
+    def remove_late(*arguments) -> None:
+        # Another worker finds all blocks.
+        monkeypatch.undo()
+        run_here([fourth], run.store)
+        remove_linears(*arguments)
+
+    monkeypatch.setattr(quantize_module, "remove_linears", remove_late)
+    run_here([third], run.store)
+    assert stored(experiment.folder / "shared") == alone(experiment)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_one_process_or_gang_takes_the_linears_that_a_cluster_has_left(experiment, monkeypatch, ranks):
     run = checked(experiment, "shared")

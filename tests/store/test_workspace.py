@@ -1,0 +1,90 @@
+"""An artifact that another process finishes while this one is at a part of it: what comes late leaves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lqer.store.records import MANIFEST
+from lqer.store.store import Artifact, Store, Workspace
+
+KEY = {"model": "m"}
+FIRST, SECOND, PASSING = "first.json", "second.json", "passing.json"
+
+
+class KilledError(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def remove_passing(workspace: Workspace) -> None:
+    for name in workspace.names():
+        if name == PASSING:
+            workspace.remove(name)
+
+
+def contribute(
+    root: Path, write_part: Callable[[Workspace], None], finish: Callable[[Workspace], None] = remove_passing
+) -> Artifact | None:
+    """Another process each time; the artifact is whole with its two files."""
+    return Store(root).contribute(
+        "stage", KEY, write_part, lambda workspace: FIRST in workspace and SECOND in workspace, finish
+    )
+
+
+def end(root: Path) -> None:
+    """The process that has the second file finds the first, and finishes the artifact."""
+    assert contribute(root, lambda workspace: workspace.write_json(SECOND, 2)) is not None
+
+
+def assert_untouched(store: Store) -> None:
+    """The artifact is what `end` made, and nothing is beside it but its lock."""
+    artifact = store.find("stage", KEY)
+    assert sorted(path.name for path in artifact.path.iterdir()) == [FIRST, MANIFEST, SECOND]
+    assert [artifact.json(FIRST), artifact.json(SECOND)] == [1, 2]
+    assert [path for path in store.root.iterdir() if path.is_dir()] == [artifact.path]
+
+
+def begin(workspace: Workspace) -> None:
+    workspace.write_json(PASSING, 0)
+    workspace.write_json(FIRST, 1)
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        remove_passing,
+        lambda workspace: workspace.write_json(FIRST, "late"),
+    ],
+    ids=["removes a file", "writes json"],
+)
+def test_who_comes_after_its_end_gets_it_and_leaves_nothing(store, late):
+    def write_part(workspace: Workspace) -> None:
+        begin(workspace)
+        end(store.root)
+        late(workspace)
+
+    assert contribute(store.root, write_part).path == store.path("stage", KEY)
+    assert_untouched(store)
+
+
+def test_a_file_that_another_process_has_removed_before_it_was_killed_is_removed(store):
+    def killed(workspace: Workspace) -> None:
+        remove_passing(workspace)
+        raise KilledError
+
+    def write_part(workspace: Workspace) -> None:
+        begin(workspace)
+        with pytest.raises(KilledError):
+            contribute(store.root, lambda other: other.write_json(SECOND, 2), killed)
+        remove_passing(workspace)
+        assert workspace.names() == [FIRST, SECOND]
+
+    assert contribute(store.root, write_part) is not None
+    assert_untouched(store)
