@@ -166,8 +166,9 @@ class Workspace:
                 with self._guard:
                     if not self._is_finished():
                         self._enter(name, temporary, recorded)
-        except FileNotFoundError:
-            # Whoever finishes the artifact removes what is unfinished and renames the folder, under its lock.
+        except OSError:
+            # Whoever finishes the artifact removes what is unfinished and renames the folder, under its lock. Not every
+            # library says of a file that it was not found.
             with self._guard:
                 if not self._is_finished():
                     raise
@@ -201,13 +202,19 @@ class Workspace:
         self._spend()
         manifest = {"key": key, "files": dict(sorted(self._files.items())), "seconds": round(self._seconds, 3)}
         write_json(self.path / MANIFEST, manifest)
-        for stray in self.path.iterdir():
-            if stray.name not in (MANIFEST, JOURNAL) and stray.name not in self._files:
-                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+        self._remove_strays(self.path)
         self.path.rename(destination)
         fsync(destination.parent)
+        # What other processes have begun to write meanwhile; from now on they do not find the folder.
+        self._remove_strays(destination)
         # After the rename, so that a kill before it can still resume.
         (destination / JOURNAL).unlink(missing_ok=True)
+
+    def _remove_strays(self, folder: Path) -> None:
+        for stray in folder.iterdir():
+            if stray.name not in (MANIFEST, JOURNAL) and stray.name not in self._files:
+                # Its own writer may remove it at the same time.
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
 
     def _read_journal(self) -> None:
         if (self.path / JOURNAL).exists():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lqer.store.records import MANIFEST
 from lqer.store.store import Artifact, Store, Workspace
@@ -61,8 +62,9 @@ def begin(workspace: Workspace) -> None:
     [
         remove_passing,
         lambda workspace: workspace.write_json(FIRST, "late"),
+        lambda workspace: workspace.write_tensors("late.safetensors", {"x": torch.zeros(2)}),
     ],
-    ids=["removes a file", "writes json"],
+    ids=["removes a file", "writes json", "writes tensors"],
 )
 def test_who_comes_after_its_end_gets_it_and_leaves_nothing(store, late):
     def write_part(workspace: Workspace) -> None:
@@ -71,6 +73,43 @@ def test_who_comes_after_its_end_gets_it_and_leaves_nothing(store, late):
         late(workspace)
 
     assert contribute(store.root, write_part).path == store.path("stage", KEY)
+    assert_untouched(store)
+
+
+def test_what_is_written_while_the_folder_gets_its_name_is_not_in_it(store, monkeypatch):
+    """A file comes between the look for strays and the new name, which its writer does not know."""
+    rename, temporary = Path.rename, ".late.safetensors.tmp"
+
+    def come_late(self: Path, target: Path) -> Path:
+        if target == store.path("stage", KEY):
+            (self / temporary).write_bytes(b"half")
+        return rename(self, target)
+
+    contribute(store.root, begin)
+    monkeypatch.setattr(Path, "rename", come_late)
+    end(store.root)
+    store.find("stage", KEY).verify()
+    assert_untouched(store)
+
+
+def test_strays_that_their_writers_remove_meanwhile_are_no_failure(store, monkeypatch):
+    names, iterdir = [".one.tmp", ".two.tmp"], Path.iterdir
+
+    def look(self: Path):
+        found = list(iterdir(self))
+        for name in names:
+            (self / name).unlink(missing_ok=True)
+        return iter(found)
+
+    def write_part(workspace: Workspace) -> None:
+        begin(workspace)
+        for name in names:
+            (workspace.path / name).write_bytes(b"half")
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "iterdir", look)
+            end(store.root)
+
+    contribute(store.root, write_part)
     assert_untouched(store)
 
 
@@ -88,3 +127,12 @@ def test_a_file_that_another_process_has_removed_before_it_was_killed_is_removed
 
     assert contribute(store.root, write_part) is not None
     assert_untouched(store)
+
+
+def test_a_write_that_the_system_refuses_is_told_where_nobody_has_finished_it(store):
+    def write_part(workspace: Workspace) -> None:
+        begin(workspace)
+        workspace.write("third.json", lambda temporary: (temporary.parent / "nowhere" / "third").touch())
+
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        contribute(store.root, write_part)
