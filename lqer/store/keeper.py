@@ -42,17 +42,23 @@ class Keeper:
         """The hashes of the files that an artifact has, finished or not."""
         if (manifest := self.manifest(artifact)) is not None:
             return manifest["files"]
-        kept = self._kept(artifact)
+        if (kept := self._kept(artifact)) is None:
+            # It was finished meanwhile.
+            return self.journal(artifact)
         with self._store.locked(self._store.root / artifact):
             kept.refresh()
             return kept.hashes
 
     def read(self, artifact: str, file: str) -> Bytes:
-        """A file of an artifact, finished or not; it is compared with its hash here, and again where it arrives."""
+        """A file of an artifact, finished or not; it is compared with its hash here, and again where it arrives.
+
+        Raises FileNotFoundError for one that it does not have, such as a part that was removed before its end.
+        """
         found = self._finished.get(artifact) or self._store.named(artifact)
         if found is None:
             return np.fromfile(partial_path(self._store.root / artifact) / file, dtype=np.uint8)
-        return np.fromfile(self._finished.setdefault(artifact, found).file(file), dtype=np.uint8)
+        self._finished.setdefault(artifact, found)
+        return np.fromfile(found.file(file) if file in found else found.path / file, dtype=np.uint8)
 
     def write(self, artifact: str, file: str, content: Bytes, recorded: str, seconds: float) -> None:
         """Enter a file into an artifact, and the seconds of work that it took, unless it is finished.
@@ -61,20 +67,19 @@ class Keeper:
         """
         if blake3(content.data, max_threads=HASHING_THREADS).hexdigest() != recorded:
             raise StoreError(f"{self._store.root / artifact / file} was damaged in transfer; run again")
-        if self._store.named(artifact) is None:
-            self._kept(artifact).take(file, content, seconds)
+        if (kept := self._kept(artifact)) is not None:
+            kept.take(file, content, seconds)
 
     def remove(self, artifact: str, file: str) -> None:
-        """Remove a file of an artifact that is not finished. Raises KeyError if another process has removed it."""
-        if self._store.named(artifact) is None:
-            self._kept(artifact).remove(file)
+        """Remove a file of an artifact, unless it is finished."""
+        if (kept := self._kept(artifact)) is not None:
+            kept.remove(file)
 
     def finish(self, artifact: str, key: Any, seconds: float) -> None:
         """Name the artifact after its key, unless another process has done so."""
         path = self._store.root / artifact
-        if self._store.named(artifact) is not None:
+        if (kept := self._kept(artifact)) is None:
             return
-        kept = self._kept(artifact)
         with self._store.locked(path):
             if self._store.named(artifact) is None:
                 kept.refresh()
@@ -83,11 +88,14 @@ class Keeper:
         with self._opening:
             self._unfinished.pop(artifact, None)
 
-    def _kept(self, artifact: str) -> _Kept:
+    def _kept(self, artifact: str) -> _Kept | None:
+        """An artifact in the making; None of a finished one, whose folder for that must not come back."""
         with self._opening:
             if artifact not in self._unfinished:
                 path = self._store.root / artifact
                 with self._store.locked(path) as lock:
+                    if self._store.named(artifact) is not None:
+                        return None
                     self._unfinished[artifact] = _Kept(
                         partial_path(path), lock, lambda: self._store.named(artifact) is not None
                     )

@@ -57,11 +57,11 @@ class RemoteStore(Store):
     ) -> Artifact | None:
         """As in a folder, but no lock keeps two processes from ending an artifact together.
 
-        One of them then misses parts that the other has removed, and takes what the other makes.
+        One of them may then miss parts that the other has removed, and takes what the other makes.
         """
         try:
             return super().contribute(stage, key, write_part, is_whole, finish)
-        except (KeyError, FileNotFoundError):
+        except FileNotFoundError:
             if (artifact := self._finished_elsewhere(self.path(stage, key).name)) is None:
                 raise
             return artifact

@@ -142,6 +142,49 @@ def test_two_machines_that_end_an_artifact_together_get_the_same_one(tmp_path, k
     assert list(made.manifest["files"]) == ["about.json"]
 
 
+def test_a_machine_that_reads_parts_after_the_end_of_the_artifact_gets_it(tmp_path, keeper, kept):
+    """Both have found every part; the other one is done before this one begins."""
+
+    def finish(workspace: Workspace) -> None:
+        workspace.write_json("about.json", {name: workspace.tensors(name)["x"].tolist() for name in NAMES})
+        for name in NAMES:
+            workspace.remove(name)
+
+    def finish_late(workspace: Workspace) -> None:
+        contribute(1, finish)
+        finish(workspace)
+
+    def contribute(part: int, finish):
+        return RemoteStore(tmp_path / f"own-{part}", keeper).contribute(
+            "stage",
+            KEY,
+            write_part=lambda workspace: write(workspace, NAMES[part::2]),
+            is_whole=lambda workspace: all(name in workspace for name in NAMES),
+            finish=finish,
+        )
+
+    assert contribute(1, finish) is None
+    found = contribute(0, finish_late)
+    made = Store(kept).find("stage", KEY)
+    made.verify()
+    assert found.manifest == made.manifest
+    assert list(made.manifest["files"]) == ["about.json"]
+
+
+def test_an_artifact_that_is_finished_after_the_look_for_it_gets_no_other_folder(tmp_path, keeper, kept, monkeypatch):
+    named = Store.named
+
+    def finished_after_the_look(store: Store, name: str):
+        found = named(store, name)
+        monkeypatch.undo()
+        RemoteStore(tmp_path / "other", keeper).obtain("stage", KEY, build)
+        return found
+
+    monkeypatch.setattr(Store, "named", finished_after_the_look)
+    assert set(keeper.journal(Store.name_of("stage", KEY))) == {*NAMES, "about.json"}
+    assert not list(kept.glob("*.partial"))
+
+
 def test_a_removed_file_is_gone_on_both_sides(tmp_path, keeper, kept):
     def with_a_passing_file(workspace: Workspace) -> None:
         workspace.write_json("passing.json", {})
@@ -161,10 +204,19 @@ def test_build_times_of_all_machines_are_summed(tmp_path, keeper, kept):
     assert json.loads((kept / "stage-1" / MANIFEST).read_text())["seconds"] == 7.5
 
 
-def test_a_file_that_arrives_after_the_end_changes_nothing(tmp_path, keeper, kept):
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda keeper, name: keeper.write(name, NAMES[0], CONTENT, HASH, 1.0),
+        lambda keeper, name: keeper.remove(name, NAMES[0]),
+        lambda keeper, name: keeper.finish(name, KEY, 1.0),
+    ],
+    ids=["write", "remove", "finish"],
+)
+def test_what_arrives_after_the_end_changes_nothing(tmp_path, keeper, kept, call):
     made = RemoteStore(tmp_path / "own", keeper).obtain("stage", KEY, build)
     before = files(kept / made.path.name)
-    keeper.write(made.path.name, NAMES[0], CONTENT, HASH, 1.0)
+    call(keeper, made.path.name)
     assert files(kept / made.path.name) == before
     assert not partial_path(kept / made.path.name).exists()
 
