@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
+# What a server imports beside that.
+SERVED = "lqer.stages.served"
+
 
 def processes(preload: Sequence[str]) -> BaseContext:
     """Starts processes that have imported these modules, where the system can: from a server that never computed.
@@ -18,7 +21,7 @@ def processes(preload: Sequence[str]) -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload([*preload])
+    found.set_forkserver_preload([*preload, SERVED])
     return found
 
 
