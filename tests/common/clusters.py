@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from holding import is_held, let_go
 
 from lqer.config import Config, read_config
 
@@ -67,25 +68,25 @@ def ranks_of(worker: psutil.Process) -> list[psutil.Process]:
 
 
 def kill_workers(
-    output: Path, *stages: str, victims: Callable[[psutil.Process], list[psutil.Process]] = the_worker
+    folder: Path, *stages: str, victims: Callable[[psutil.Process], list[psutil.Process]] = the_worker
 ) -> threading.Thread:
-    """Kill every worker that is busy once each stage has stored a file since the last time; at first the keeper too.
+    """Kill every worker that is busy each time that one is held in a stage (`holding`); at first the keeper too.
 
-    victims: of a worker, who is killed. Between two jobs nobody is busy: then it waits until somebody is.
+    victims: of a worker, who is killed.
     """
 
-    def parts(stage: str) -> set[Path]:
-        return set(output.glob(f"store/{stage}-*.partial/*"))
-
     def work() -> None:
-        for stage in stages:
-            before = parts(stage)
-            while not parts(stage) - before:
-                time.sleep(0.02)
-            while not _kill("ray::Worker.work", victims):
-                time.sleep(0.005)
-            if stage is stages[0]:
-                _kill("ray::Keeper", the_worker)
+        left = list(stages)
+        while left:
+            for stage in [stage for stage in left if is_held(folder, stage)]:
+                # Who was held may have been killed for another stage: then nobody is busy between two jobs.
+                while not _kill("ray::Worker.work", victims):
+                    time.sleep(0.005)
+                if len(left) == len(stages):
+                    _kill("ray::Keeper", the_worker)
+                let_go(folder, stage)
+                left.remove(stage)
+            time.sleep(0.02)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

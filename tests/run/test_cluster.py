@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from clusters import ENVIRONMENT, config_of, kill_workers, needs_ray, ranks_of, the_worker
+from holding import holding, is_held, let_go, wait_until_held
 from stored_files import stored
 
 from lqer.cli import main
@@ -82,18 +83,13 @@ def test_a_run_on_a_cluster_stores_the_bytes_of_one_process(experiment, address,
     assert re.search(rf"{re.escape(platform.node())}/\d+, quantize-\w+{linear}: done in", logged)
 
 
-def begun(output: Path, stage: str) -> Callable[[], bool]:
-    return lambda: any(output.glob(f"store/{stage}-*.partial/*"))
-
-
 def test_killed_workers_cost_the_jobs_in_hand(experiment, address, caplog):
     """Whatever they are at: statistics, blocks, windows, requests."""
     caplog.set_level("INFO", logger="lqer")
-    # In the order in which the last jobs of each come to their turn.
     stages = ("calibrate", "quantize", "downstream", "perplexity")
     _, task = experiment.task()
-    killer = kill_workers(experiment.folder / "there", *stages)
-    fill_store(config_of(experiment, "there", address, *task))
+    killer = kill_workers(experiment.folder, *stages)
+    fill_store(config_of(experiment, "there", address, *task), [holding(experiment.folder, *stages)])
     killer.join(1)
     assert not killer.is_alive()
     for stage in stages:
@@ -105,8 +101,9 @@ def test_killed_workers_cost_the_jobs_in_hand(experiment, address, caplog):
 def test_a_killed_worker_costs_the_linear_in_hand(experiment, address, caplog):
     caplog.set_level("INFO", logger="lqer")
     overrides = ["--quantize.method=qera-exact", "--evaluation.baselines=[]"]
-    killer = kill_workers(experiment.folder / "there", "quantize")
-    fill_store(config_of(experiment, "there", address, "--cluster.split=linears", *overrides))
+    killer = kill_workers(experiment.folder, "quantize")
+    config = config_of(experiment, "there", address, "--cluster.split=linears", *overrides)
+    fill_store(config, [holding(experiment.folder, "quantize")])
     killer.join(1)
     assert not killer.is_alive()
     lost = re.findall(r"quantize-\w+ (\d/4 \S+): its worker was lost; done again \(1 of 3\)", caplog.text)
@@ -121,9 +118,9 @@ def test_a_killed_worker_costs_the_linear_in_hand(experiment, address, caplog):
 def test_a_killed_process_of_a_gang_costs_the_block_in_hand(experiment, address, caplog, victims, reason):
     caplog.set_level("INFO", logger="lqer")
     overrides = ["--quantize.method=gptq", "--quantize.low_rank.rank=0", "--evaluation.baselines=[]"]
-    killer = kill_workers(experiment.folder / "there", "quantize", victims=victims)
-    together = ["--cluster.gang=2", "--cluster.store=shared"]
-    fill_store(config_of(experiment, "there", address, *together, *overrides))
+    killer = kill_workers(experiment.folder, "quantize", victims=victims)
+    config = config_of(experiment, "there", address, "--cluster.gang=2", "--cluster.store=shared", *overrides)
+    fill_store(config, [holding(experiment.folder, "quantize")])
     killer.join(1)
     assert not killer.is_alive()
     assert re.search(rf"quantize-\w+: its worker was lost; done again \(1 of 3\): .*{reason}", caplog.text)
@@ -167,15 +164,17 @@ def test_two_nodes_without_a_common_folder_of_which_one_is_lost_store_the_bytes_
 
     monkeypatch.setattr("lqer.run.cluster.run_on_ray", heard)
 
+    # What the two nodes are at first: one gathers statistics, the other finds the original's losses.
+    stages = ("calibrate", "perplexity")
+
     def lose_a_node() -> None:
-        # Both work by then: one on statistics, the other on the original's losses.
-        while not (begun(output, "calibrate")() and any((tmp_path / "second").iterdir())):
-            time.sleep(0.02)
+        wait_until_held(experiment.folder, *stages)
         cluster.remove_node(nodes[1], allow_graceful=False)
+        let_go(experiment.folder, *stages)
 
     loser = threading.Thread(target=lose_a_node, daemon=True)
     loser.start()
-    fill_store(config_of(experiment, "there", cluster.address))
+    fill_store(config_of(experiment, "there", cluster.address), [holding(experiment.folder, *stages)])
     loser.join(1)
     assert not loser.is_alive()
     assert "its worker was lost; done again" in caplog.text
@@ -189,9 +188,10 @@ def test_two_nodes_without_a_common_folder_of_which_one_is_lost_store_the_bytes_
 
 def test_a_killed_run_goes_on_where_it_was(experiment, address):
     output = experiment.folder / "there"
+    plugin = holding(experiment.folder, "quantize")
     command = experiment.command("run", f"--output_dir={output}", f"--cluster.address={address}", "--device=cpu")
-    process = subprocess.Popen([*command, "--cluster.cpus_per_job=1"], stdout=subprocess.DEVNULL)
-    while not begun(output, "quantize")():
+    process = subprocess.Popen([*command, "--cluster.cpus_per_job=1", "--plugin", plugin], stdout=subprocess.DEVNULL)
+    while not is_held(experiment.folder, "quantize"):
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
@@ -238,8 +238,9 @@ def test_a_sweep_makes_once_what_its_runs_share(experiment, address, caplog):
     # As many parts as batches: two.
     overrides.append("--evaluation.perplexity.batch_size=64")
     plan = plan_sweep(sweep, experiment.config, "tag", overrides)
-    killer = kill_workers(experiment.output, "quantize")
-    outcome = sweep_on_cluster(plan, plan.runs[0].config.cluster, experiment.folder / "log")
+    killer = kill_workers(experiment.folder, "quantize")
+    plugins = [holding(experiment.folder, "quantize")]
+    outcome = sweep_on_cluster(plan, plan.runs[0].config.cluster, experiment.folder / "log", plugins)
     assert not outcome.failed
     assert [run.name for run in outcome.finished] == ["w4", "w3", "w2"]
     assert not outcome.not_started
