@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +32,9 @@ def join_siblings(model: PreTrainedModel, blocks: nn.Module) -> None:
     depends on the tokens. Names, and the tensors of the state_dict, stay. Raises ModelError where kernels of linears
     side by side differ from plain torch.
     """
+    # Where nobody has imported the package, nothing of it can be in a model; importing it takes half a second.
+    if "lqer.kernels" not in sys.modules:
+        return
     from lqer.kernels import TritonLinear
     from lqer.kernels.joint import can_join, kind_of
 

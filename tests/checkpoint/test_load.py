@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +133,15 @@ def test_blocks_hold_packed_codes_and_no_second_copy_of_a_weight(stages):
                 packed = {f".{role}{part}" for role, parts in roles.items() for part in parts}
                 assert stored.keys() - {".bias"} == packed
                 assert {stored[key].dtype for key in packed} == {torch.uint8}
+
+
+def test_a_process_that_loads_it_for_plain_torch_imports_no_kernels(stages):
+    code = (
+        "import sys; from lqer.checkpoint.load import load_quantized; "
+        f"load_quantized({str(stages.checkpoint.path)!r}, 'cpu'); print('lqer.kernels' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stderr
 
 
 @torch.no_grad()
