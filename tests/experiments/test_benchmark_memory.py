@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import benchmark_memory as benchmark
 import pytest
@@ -12,37 +14,71 @@ from pipeline_benchmark.checkpoint import Shape, byte_tokenizer, write_model
 MB = 10**6
 
 
+class Looks:
+    """The stage that a benchmark asks for at each look, by which a process goes on once it has been looked at."""
+
+    # For the process; its steps are counted from 0.
+    WAIT = """
+import time
+from pathlib import Path
+
+
+def be_seen(step):
+    Path({folder!r}, f"{{step}} begins").touch()
+    while not Path({folder!r}, f"{{step}} is seen").exists():
+        time.sleep(0.005)
+"""
+
+    def __init__(self, folder: Path, stage: Callable[[], str]):
+        self.code = self.WAIT.format(folder=str(folder))
+        self._folder, self._stage, self._step, self._looks = folder, stage, 0, 0
+
+    def __call__(self) -> str:
+        stage = self._stage()
+        # Within the first look the memory may have been read before the step.
+        self._looks += (self._folder / f"{self._step} begins").exists()
+        if self._looks == 3:
+            (self._folder / f"{self._step} is seen").touch()
+            self._step, self._looks = self._step + 1, 0
+        return stage
+
+
 def test_a_process_beyond_the_limit_is_killed_and_one_within_it_is_not(tmp_path):
-    hold = "import time; held = bytearray({} * 10**6); held[::4096] = b'x' * len(held[::4096]); time.sleep({})"
+    looks = Looks(tmp_path, lambda: "quantize")
+    hold = "held = bytearray({} * 10**6); held[::4096] = b'x' * len(held[::4096])\n"
     errors = tmp_path / "errors.txt"
-    killed = benchmark.watch([sys.executable, "-c", hold.format(300, 60)], 200 * MB, errors, lambda: "quantize")
+    sleeping = f"import time\n{hold.format(300)}time.sleep(600)"
+    killed = benchmark.watch([sys.executable, "-c", sleeping], 200 * MB, errors, looks)
     assert killed.exceeded
     assert killed.status != 0
     assert killed.resident > 200 * MB
     assert killed.by_stage == {"quantize": killed.resident}
-    assert killed.seconds < 50
-    spared = benchmark.watch([sys.executable, "-c", hold.format(100, 0.3)], 200 * MB, errors, lambda: "quantize")
+    assert killed.seconds < 300
+    seen = f"{looks.code}\n{hold.format(100)}be_seen(0)"
+    spared = benchmark.watch([sys.executable, "-c", seen], 200 * MB, errors, looks)
     assert not spared.exceeded
-    assert spared.status == 0
+    assert spared.status == 0, spared.errors
     assert 100 * MB < spared.anonymous <= spared.resident < 200 * MB
 
 
 def test_peaks_belong_to_the_stage_that_the_store_has_come_to(tmp_path):
     store = tmp_path / "store"
-    grow = f"""
-import os, time
-time.sleep(0.2)
+    looks = Looks(tmp_path, lambda: current_stage(store))
+    grow = f"""{looks.code}
+import os
+be_seen(0)
 os.makedirs({str(store / "calibrate-1")!r})
 held = bytearray(b"x") * (150 * 10**6)
-time.sleep(0.2)
+be_seen(1)
 del held
+be_seen(2)
 os.rename({str(store / "calibrate-1")!r}, {str(store / "calibrate-2")!r})
 os.makedirs({str(store / "quantize-1.partial")!r})
 held = bytearray(b"x") * (50 * 10**6)
-time.sleep(0.2)
+be_seen(3)
 """
     command, limit = [sys.executable, "-c", grow], 400 * MB
-    peak = benchmark.watch(command, limit, tmp_path / "errors.txt", lambda: current_stage(store))
+    peak = benchmark.watch(command, limit, tmp_path / "errors.txt", looks)
     assert peak.status == 0, peak.errors
     assert set(peak.by_stage) == {"calibrate", "quantize"}
     assert 150 * MB < peak.by_stage["calibrate"] == peak.resident
