@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -73,6 +74,10 @@ def test_ranks_end_with_the_first_one_whatever_they_are_at(tmp_path):
     assert first.returncode == -signal.SIGKILL
     left = [int(path.name) for path in pids.iterdir() if path.name.isdigit()]
     assert len(left) == 3
-    ranks = [psutil.Process(pid) for pid in left if psutil.pid_exists(pid)]
+    ranks = []
+    for pid in left:
+        # It may have ended by now.
+        with suppress(psutil.NoSuchProcess):
+            ranks.append(psutil.Process(pid))
     _, alive = psutil.wait_procs(ranks, timeout=30)
     assert not alive

@@ -340,8 +340,12 @@ class TestUnfinished:
 
     def test_is_waited_for_until_the_files_are_there(self, store, building):
         said = []
-        waiting = Store(store.root, said.append)
-        threading.Timer(0.3, building.set).start()
+
+        def say(line: str) -> None:
+            said.append(line)
+            building.set()
+
+        waiting = Store(store.root, say)
         assert waiting.provide("stage", KEY, [self.THIRD], make) is None
         assert building.is_set()
         assert len(said) == 1
