@@ -200,8 +200,9 @@ class Store:
     ) -> Artifact | None:
         """Build a part of an artifact, alongside other processes that build the other parts.
 
-        `write_part` writes this process's files. If `is_whole` then finds every part, `finish` writes the rest and the
-        artifact is returned; else None. Raises StoreError as `obtain` does.
+        `write_part` writes this process's files; it is called again where another process has removed what it reads,
+        once that is no longer needed. If `is_whole` then finds every part, `finish` writes the rest and the artifact is
+        returned; else None. Raises StoreError as `obtain` does.
         """
         path = self.path(stage, key)
         with self.locked(path) as lock:
@@ -209,7 +210,12 @@ class Store:
             if artifact is not None:
                 return artifact
             workspace = self._workspace(path, lock)
-        write_part(workspace)
+        try:
+            write_part(workspace)
+        except (FileNotFoundError, StoreError):
+            if self.find(stage, key) is None and not workspace.has_lost_files():
+                raise
+            return self.contribute(stage, key, write_part, is_whole, finish)
         with self.locked(path, lock):
             artifact = self.find(stage, key)
             if artifact is not None:

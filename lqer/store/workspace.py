@@ -83,6 +83,12 @@ class Workspace:
         self.flush()
         self._read_journal()
 
+    def has_lost_files(self) -> bool:
+        """Read the journal again. Returns whether another process has removed files meanwhile."""
+        before = set(self.names())
+        self.refresh()
+        return not before <= self._files.keys()
+
     def __contains__(self, name: str) -> bool:
         return name in self._coming or name in self._files
 

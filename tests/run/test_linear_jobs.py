@@ -20,6 +20,8 @@ from lqer.run.preflight import CheckedRun, check_run
 from lqer.run.worker import Parts, all_jobs_of, units_of_blocks
 from lqer.stages import quantize as quantize_module
 from lqer.store import store
+from lqer.store.keeper import Keeper
+from lqer.store.remote import RemoteStore
 
 TRELLIS = [
     "--formats.t={kind='trellis',bits=2}", "--quantize.method=none", "--quantize.transforms=['hadamard']",
@@ -153,6 +155,27 @@ def test_the_checkpoint_may_end_before_the_linears_of_a_written_block_are_remove
 
     monkeypatch.setattr(quantize_module, "remove_linears", remove_late)
     run_here([third], run.store)
+    assert stored(experiment.folder / "shared") == alone(experiment)
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_block_that_another_worker_has_written_meanwhile_is_not_missed(experiment, tmp_path, monkeypatch, is_remote):
+    """As where two runs make one checkpoint: its linears are gone when this one comes to read them."""
+    run = checked(experiment, "shared")
+    jobs = all_jobs_of(run, BY_LINEAR)
+    linears = of_linears(jobs)
+    first, *others = [job for job in jobs.quantizing if job not in linears]
+    run_here([*jobs.preparing, *linears], run.store)
+    read_linears = quantize_module.read_linears
+
+    def read_late(*arguments):
+        monkeypatch.undo()
+        run_here([first], run.store)
+        return read_linears(*arguments)
+
+    monkeypatch.setattr(quantize_module, "read_linears", read_late)
+    run_here([first], RemoteStore(tmp_path / "own", Keeper(run.store.root)) if is_remote else run.store)
+    run_here(others, run.store)
     assert stored(experiment.folder / "shared") == alone(experiment)
 
 

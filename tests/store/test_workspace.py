@@ -129,6 +129,48 @@ def test_a_file_that_another_process_has_removed_before_it_was_killed_is_removed
     assert_untouched(store)
 
 
+def test_who_reads_what_another_process_has_removed_begins_again_with_what_that_has_made(store):
+    calls: list[list[str]] = []
+
+    def write_part(workspace: Workspace) -> None:
+        calls.append(workspace.names())
+        if FIRST not in workspace:
+            if len(calls) == 1:
+                contribute(store.root, make_first)
+            make_first(workspace)
+
+    def make_first(workspace: Workspace) -> None:
+        assert workspace.json(PASSING) == 0
+        workspace.write_json(FIRST, 1)
+        workspace.remove(PASSING)
+
+    contribute(store.root, lambda workspace: workspace.write_json(PASSING, 0))
+    assert contribute(store.root, write_part) is None
+    assert calls == [[PASSING], [FIRST]]
+    end(store.root)
+    assert_untouched(store)
+
+
+def test_who_reads_it_after_the_end_gets_the_artifact(store):
+    def write_part(workspace: Workspace) -> None:
+        begin(workspace)
+        end(store.root)
+        workspace.json(PASSING)
+
+    assert contribute(store.root, write_part).path == store.path("stage", KEY)
+    assert_untouched(store)
+
+
+def test_a_file_that_is_gone_though_nobody_has_removed_it_is_missed_by_name(store):
+    def write_part(workspace: Workspace) -> None:
+        begin(workspace)
+        (workspace.path / PASSING).unlink()
+        workspace.json(PASSING)
+
+    with pytest.raises(FileNotFoundError, match=PASSING):
+        contribute(store.root, write_part)
+
+
 def test_a_write_that_the_system_refuses_is_told_where_nobody_has_finished_it(store):
     def write_part(workspace: Workspace) -> None:
         begin(workspace)
