@@ -35,7 +35,12 @@ def expect_processes(preload: Sequence[str]) -> None:
 def held_back_interrupts() -> Iterator[None]:
     """Put off the KeyboardInterrupt of a SIGINT to the end, so that a process that is being started is not lost."""
     signals: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+    handler = signal.getsignal(signal.SIGINT)
+    # Who starts a program in the background may have told it to ignore Ctrl-C.
+    if handler == signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
     try:
         yield
     finally:

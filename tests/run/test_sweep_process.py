@@ -12,6 +12,8 @@ import pytest
 
 from lqer.run.sweep_process import InAProcess
 
+pytestmark = pytest.mark.usefixtures("heard_interrupts")
+
 
 def test_an_interrupt_while_the_first_run_is_started_leaves_that_line_to_the_sweep():
     """The server of its processes is in the middle of its imports then, and says nothing."""

@@ -325,6 +325,7 @@ def test_a_mistake_is_answered_before_any_run_with_status_2(experiment, small):
     assert not experiment.output.exists()
 
 
+@pytest.mark.usefixtures("heard_interrupts")
 def test_an_interrupted_sweep_ends_at_once_and_resumes(experiment, small, tmp_path):
     # The second run waits before its first line, or else it might be finished before the signal comes.
     plugin = tmp_path / "waits.py"
@@ -348,6 +349,7 @@ def test_an_interrupted_sweep_ends_at_once_and_resumes(experiment, small, tmp_pa
     assert "1 of 2 runs are finished" in resumed.stderr
 
 
+@pytest.mark.usefixtures("heard_interrupts")
 def test_an_interrupt_at_the_terminal_ends_with_its_line(experiment, small):
     begun = command(experiment, small)
     process = subprocess.Popen(begun, stderr=subprocess.PIPE, text=True, start_new_session=True)

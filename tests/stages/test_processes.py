@@ -12,6 +12,8 @@ import pytest
 
 from lqer.stages.processes import held_back_interrupts
 
+pytestmark = pytest.mark.usefixtures("heard_interrupts")
+
 SHOWS_A_BAR_AND_IS_KILLED = """
 import os
 import time
@@ -59,6 +61,14 @@ def test_an_interrupt_that_broke_the_start_is_an_interrupt_and_no_error():
     """Ctrl-C at a terminal ends the process in the middle of its imports too, and the start fails by that."""
     with pytest.raises(KeyboardInterrupt):
         started(is_interrupted=True, breaks=True, reached=[])
+
+
+def test_an_interrupt_that_a_process_in_the_background_ignores_is_ignored_there_too():
+    reached: list[str] = []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    started(is_interrupted=True, breaks=False, reached=reached)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert reached == ["the end"]
 
 
 def test_a_start_that_fails_by_itself_is_an_error():
