@@ -216,7 +216,6 @@ def work_of(config: Config, source: ModelSource, shape: Shape, model_bytes: int,
     results = json.loads((made / RESULTS_FILE).read_text())
     # A window predicts all its tokens but the first.
     evaluated = sum(text["tokens"] for text in results["perplexity"])
-    windows = min(WINDOWS, config.calibration.num_samples)
     return Work(
         shape=shape,
         model_bytes=model_bytes,
@@ -230,8 +229,18 @@ def work_of(config: Config, source: ModelSource, shape: Shape, model_bytes: int,
         stored=_size(Path(config.output_dir) / "store"),
         checkpoint=_size((made / CHECKPOINT_LINK).resolve()),
         models=0 if perplexity is None else 1 + len(config.evaluation.baselines),
-        gradient_tokens=0 if config.quantize.budget_bits is None else windows * config.calibration.seq_len,
+        gradient_tokens=gradient_tokens(config),
     )
+
+
+def gradient_tokens(config: Config) -> int:
+    """Tokens that the loss is differentiated on: those of widths, and all of them again for token weights."""
+    calibration, windows = config.calibration, 0
+    if config.quantize.budget_bits is not None:
+        windows += min(WINDOWS, calibration.num_samples)
+    if calibration.token_weights == "gradient":
+        windows += calibration.num_samples
+    return windows * calibration.seq_len
 
 
 def _size(folder: Path) -> int:

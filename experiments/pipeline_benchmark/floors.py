@@ -21,7 +21,7 @@ BLOCKS_WITH_SPECTRA, SPECTRA = 3, 3
 class Work:
     """What a run did. evaluation_tokens: of one of the evaluated `models`. sampled: tokens that output errors are
     measured on. hessian: whether E[x xᵀ] is gathered; feedback: whether rounding uses it. stored: bytes of its
-    artifacts; checkpoint: of the quantized one alone. gradient_tokens: those that losses of widths are measured on.
+    artifacts; checkpoint: of the quantized one alone. gradient_tokens: those that the loss is differentiated on.
     """
 
     shape: Shape
@@ -68,7 +68,7 @@ def floors(work: Work, rates: Rates) -> dict[str, Floor]:
         "fingerprint": Floor(work.model_bytes / min(rates.read, rates.hash), "the model read from disk and hashed"),
         "read": Floor(work.model_bytes / rates.reread + work.model_bytes / rates.to_device, "the model, cached"),
         "forward": Floor(
-            2 * multiplied * tokens / rates.product,
+            2 * (multiplied * tokens + weights * work.gradient_tokens) / rates.product,
             f"{'2 x ' * work.propagates}2 FLOP a weight and token{', without down in one' * work.propagates}",
         ),
         "statistics": Floor(sum(sites) * tokens * 2 / rates.copy, "inputs read once"),
@@ -90,8 +90,8 @@ def floors(work: Work, rates: Rates) -> dict[str, Floor]:
         found["factor"] = Floor(sum(2 / 3 * n**3 for n in sites) / rates.product64, "2/3 n³ in float64 a site")
         found["round"] = Floor(sum(out * n * n for out, n in linears) / rates.product32, "out n² FLOP of feedback")
     if work.gradient_tokens:
-        found["widths"] = Floor(
-            3 * 2 * weights * work.gradient_tokens / rates.product, "forward twice and backward, 3 x 2 FLOP"
+        found["backward"] = Floor(
+            2 * 2 * weights * work.gradient_tokens / rates.product, "forward again and backward, 2 x 2 FLOP"
         )
     if work.rank:
         each = [2 * out * n + (2 * n * n if work.hessian else 0) for out, n in linears]

@@ -9,8 +9,9 @@ from pipeline_benchmark.floors import Floor
 
 # In the order of the work; whatever else a run has opened comes after them.
 PHASES = (
-    "imports", "checks", "fingerprint", "texts", "read", "forward", "statistics", "exchange", "widths", "factor",
-    "round", "reconstruct", "errors and spectra", "pack", "write", "hash", "verify", "load", "evaluate", "report",
+    "imports", "checks", "fingerprint", "texts", "read", "forward", "statistics", "exchange", "backward", "widths",
+    "factor", "round", "reconstruct", "errors and spectra", "pack", "write", "hash", "verify", "load", "evaluate",
+    "report",
 )  # fmt: skip
 HEADER = ("phase", "seconds", "in other threads", "floor", "times the floor", "the floor is")
 

@@ -20,6 +20,7 @@ from pipeline_benchmark.rates import Rates
 from pipeline_benchmark.report import Measured, table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lqer.config import read_config
 from lqer.formats import format_from_dict
 from lqer.methods import caldera
 from lqer.phases import Recorder, recorded
@@ -70,9 +71,21 @@ def test_floors_are_bytes_and_operations_over_rates():
     assert exact["statistics"].seconds == pytest.approx(2 * squares * 65536 / 1e14)
     assert exact["factor"].seconds == pytest.approx(2 / 3 * 32 * (3 * 4096**3 + 11008**3) / 1e12)
     # Gradients are those of activations, not of weights.
-    assert "widths" not in found
-    measured = floors(replace(WORK, gradient_tokens=16384), RATES)["widths"].seconds
-    assert measured == pytest.approx(6 * weights * 16384 / 1e14)
+    assert "backward" not in found
+    measured = floors(replace(WORK, gradient_tokens=16384), RATES)
+    assert measured["backward"].seconds == pytest.approx(4 * weights * 16384 / 1e14)
+    assert measured["forward"].seconds == pytest.approx(2 * weights * (65536 + 16384) / 1e14)
+
+
+def test_the_loss_is_differentiated_for_widths_and_for_token_weights():
+    def tokens(preset: str, weights: str) -> int:
+        settings = ["--model=stories15M", f"--calibration.token_weights={weights}"]
+        return benchmark.gradient_tokens(read_config(f"preset:{preset}", None, settings))
+
+    assert tokens("gptq", "none") == 0
+    assert tokens("gptq", "gradient") == 128 * 2048
+    assert tokens("best-3", "none") == 8 * 2048
+    assert tokens("best-3", "gradient") == (128 + 8) * 2048
 
 
 def test_the_rows_of_the_table_add_up_to_the_wall_clock():
