@@ -59,11 +59,16 @@ class Experiment:
         if all(stage.find(store) is not None for candidate in quantized for stage in self.evaluations(candidate)):
             checkpoint.verify()
 
+    @property
+    def calibration(self) -> Calibrate | None:
+        """The stage whose statistics are stored: for quantization, or with error propagation for widths alone."""
+        if self.calibrate is None and self.widths is not None:
+            return self.widths.calibration
+        return self.calibrate
+
     def before_quantize(self) -> Iterator[Stage]:
         """The stages whose artifacts quantization reads."""
-        # Its statistics are those of `calibrate` where there are any.
-        measured = self.widths.calibration if self.widths is not None and self.calibrate is None else None
-        yield from filter(None, (self.rotate, self.token_weights, self.calibrate, self.spectra, measured, self.widths))
+        yield from filter(None, (self.rotate, self.token_weights, self.calibration, self.spectra, self.widths))
 
     def quantizing(self) -> Iterator[QuantizeStage]:
         """The stages that make checkpoints."""

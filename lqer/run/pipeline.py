@@ -186,7 +186,7 @@ def _collect(experiment: Experiment, store: Store, texts: Texts, ranks: Ranks | 
     ]
     return Made(
         token_weights=found(experiment.token_weights),
-        calibration=found(experiment.calibrate),
+        calibration=found(experiment.calibration),
         ranks=ranks,
         widths=widths,
         quantized=experiment.quantize.artifact(store),

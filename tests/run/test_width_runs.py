@@ -62,6 +62,12 @@ def test_another_budget_measures_nothing_anew(experiment, caplog):
     assert first < second
 
 
+def test_statistics_that_widths_alone_read_count_as_seconds_of_calibration(experiment):
+    results = run(read_config(experiment.config, "sequential", [*WIDTHS, "--quantize.order=sequential"]))
+    (manifest,) = experiment.output.glob("store/calibrate-*/manifest.json")
+    assert results["seconds"]["calibrate"] == json.loads(manifest.read_text())["seconds"] > 0
+
+
 def test_unseen_windows_measure_losses_anew(experiment, caplog):
     run(read_config(experiment.config, "first", WIDTHS))
     caplog.clear()
