@@ -1,4 +1,4 @@
-"""The paragraphs of report.md that only some runs have: none where there is nothing to say."""
+"""Paragraphs of report.md, most of them of some runs only: none where there is nothing to say."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ import pandas as pd
 
 from lqer.methods.block import CHANGED_CODES
 from lqer.results import FinetuneInfo, Results
+
+# What a token of the calibration text counts, by calibration.token_weights.
+COUNTED = {
+    "none": "",
+    "residual": ", weighted by the inverse square of the residual stream where linears write to it",
+    "gradient": ", weighted by squared gradients of the loss",
+}
+
+
+def shown_calibration(results: Results) -> str:
+    """The calibration text, its size and what its tokens count; the same for all in a run before they had weights."""
+    calibration = results["calibration"]
+    counted = COUNTED[results["config"]["calibration"].get("token_weights", "none")]
+    return f"{calibration['source']}: {calibration['tokens']} tokens{counted}"
 
 
 def divergence_paragraphs(results: Results) -> list[str]:

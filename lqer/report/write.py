@@ -23,6 +23,7 @@ from lqer.report.paragraphs import (
     divergence_paragraphs,
     export_paragraphs,
     finetune_paragraphs,
+    shown_calibration,
     widths_paragraphs,
 )
 from lqer.report.published import figures_of
@@ -251,7 +252,7 @@ def render_report(
     notes: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """report.md: the comparison, its protocol, and the errors of single layers."""
-    model, calibration, bits, seconds = results["model"], results["calibration"], results["bits"], results["seconds"]
+    model, bits, seconds = results["model"], results["bits"], results["seconds"]
     worst = layers.nlargest(5, "output_error")[["name", "rank", "bits", "output_error_before", "output_error"]]
     if not layers["rank"].any():
         worst = worst.drop(columns=["rank", "output_error_before"])
@@ -275,7 +276,7 @@ def render_report(
         *block_paragraphs(notes),
         *finetune_paragraphs(results),
         *export_paragraphs(results),
-        f"- calibrated on {calibration['source']}: {calibration['tokens']} tokens\n{evaluations}",
+        f"- calibrated on {shown_calibration(results)}\n{evaluations}",
         shown,
         f"The five linears with the largest output error (all linears: `{results['layers']['file']}`):",
         markdown_table(worst),

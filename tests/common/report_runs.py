@@ -60,7 +60,10 @@ def run_results(
         "schema_version": SCHEMA_VERSION,
         "tag": tag,
         "warnings": [],
-        "config": {"tag": tag, "output_dir": "checkpoints", "formats": FORMATS, "quantize": quantize},
+        "config": {
+            "tag": tag, "output_dir": "checkpoints", "formats": FORMATS, "calibration": {"dataset": "c4"},
+            "quantize": quantize,
+        },
         "versions": {"python": "3.11", "lqer": "0.1.0", "triton": None},
         "model": {
             "name": model, "revision": None, "fingerprint": "ab", "architecture": "LlamaForCausalLM",

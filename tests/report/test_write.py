@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
+from report_runs import run_results
 
+from lqer.config.schema import CalibrationConfig
 from lqer.report.environment import device_name
+from lqer.report.paragraphs import COUNTED, shown_calibration
 from lqer.report.write import shown_model, shown_scheme
 
 
@@ -44,3 +49,21 @@ def test_a_scheme_is_told_with_its_rounding_also_where_the_method_brings_it(meth
 def test_a_cpu_is_named_with_its_threads(monkeypatch, threads, shown):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert device_name(torch.device("cpu")).endswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "c4: 4096 tokens"),
+        ({"token_weights": "none"}, "c4: 4096 tokens"),
+        ({"token_weights": "gradient"}, "c4: 4096 tokens, weighted by squared gradients of the loss"),
+    ],
+)
+def test_the_calibration_text_is_told_with_what_its_tokens_count(settings, told):
+    results = run_results("a", 4.0, {})
+    results["config"]["calibration"] = settings
+    assert shown_calibration(results) == told
+
+
+def test_all_weights_of_tokens_have_words():
+    assert COUNTED.keys() == set(get_args(CalibrationConfig.model_fields["token_weights"].annotation))

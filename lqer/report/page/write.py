@@ -26,6 +26,7 @@ from lqer.report.page.points import (
     originals_of,
     repeat_command,
 )
+from lqer.report.paragraphs import shown_calibration
 from lqer.results import Results
 from lqer.store.files import write_text
 
@@ -70,6 +71,7 @@ def write_run_page(path: Path, results: Results, details: Details) -> None:
             "subtitle": f"{model_name(results)}, {results['model']['architecture']}",
             "results": results,
             "command": repeat_command(results["config"]),
+            "calibrated_on": shown_calibration(results),
             "charts": _run_charts(results, details),
             "layers": [
                 {"name": row["name"], "cells": [row[column] for column in LAYER_COLUMNS]}
@@ -100,6 +102,7 @@ def write_collection_page(
             "subtitle": f"{len(runs)} runs of {models}",
             "results": None,
             "command": None,
+            "calibrated_on": None,
             "charts": [],
             "layers": [],
         },
