@@ -41,7 +41,7 @@ from lqer.stages.base import Stage, no_effect
 from lqer.stages.rotate import Rotate, source_of
 from lqer.store.names import token_weights_file
 from lqer.store.offload import Offload
-from lqer.store.store import Store, Workspace
+from lqer.store.store import Artifact, Store, Workspace
 from lqer.transforms.tracing import trace
 
 SITES = "sites.json"
@@ -74,10 +74,26 @@ class WeighTokens(Stage):
 
         Built if the store does not have it.
         """
-        artifact, batches = self.artifact(store), range(-(-len(self.windows_WT) // self.batch_size))
-        of_batches = [artifact.tensors(token_weights_file(batch)) for batch in batches]
-        of_site = {site: relative(torch.cat([one[site] for one in of_batches])) for site in of_batches[0]}
+        artifact = self.artifact(store)
+        of_site = {site: relative(weights_WT) for site, weights_WT in self._of_sites(artifact).items()}
         return {linear: of_site[site] for linear, site in artifact.json(SITES).items()}
+
+    def summary(self, artifact: Artifact) -> str:
+        """How few tokens decide: of the sites with the most uneven and the most even weights, for the log."""
+        found = {site: effective_tokens(weights_WT) for site, weights_WT in self._of_sites(artifact).items()}
+        if not found:
+            return "no gradient reaches a linear"
+        fewest = min(found, key=found.__getitem__)
+        return (
+            f"weights worth {found[fewest]:.0f} ({fewest}) to {max(found.values()):.0f} equally weighted tokens of "
+            f"{self.windows_WT.numel()}"
+        )
+
+    def _of_sites(self, artifact: Artifact) -> dict[str, Tensor]:
+        """What every token counts, float32 (W, T), by site."""
+        batches = range(-(-len(self.windows_WT) // self.batch_size))
+        of_batches = [artifact.tensors(token_weights_file(batch)) for batch in batches]
+        return {site: torch.cat([one[site] for one in of_batches]) for site in of_batches[0]}
 
 
 def batches_of_a_pass(blocks: int, hidden_size: int, batch_tokens: int, value_bytes: int, ram: int) -> int:
@@ -104,6 +120,16 @@ def relative(weights_WT: Tensor) -> Tensor:
     return (weights_WT / mean).to(torch.float32) if mean > 0 else torch.ones_like(weights_WT)
 
 
+def effective_tokens(weights_WT: Tensor) -> float:
+    """Kish's effective sample size (Σ w)² / Σ w²: how many tokens of equal weight vary a weighted mean as much.
+
+    0 where no gradient reaches any.
+    """
+    weights_WT = weights_WT.double()
+    squares = weights_WT.square().sum().item()
+    return weights_WT.sum().item() ** 2 / squares if squares > 0 else 0.0
+
+
 def weigh_tokens(
     workspace: Workspace, opened: OpenedModel, windows_WT: Tensor, batch_size: int, seed: int, at_once: int
 ) -> None:
@@ -114,23 +140,27 @@ def weigh_tokens(
     """
     batches = windows_WT.split(batch_size)
     passes = [range(len(batches))[first : first + at_once] for first in range(0, len(batches), at_once)]
-    for ours in tqdm(passes, desc="token weights", unit="pass"):
-        if all(token_weights_file(batch) in workspace for batch in ours):
-            continue
-        sites: dict[str, str] = {}
-        of_batches: list[dict[str, Tensor]] = [{} for _ in ours]
-        # Tokens are drawn by the seed and the place of a batch, here as in one pass over all.
-        taken_WT = torch.cat(batches[ours.start : ours.stop])
-        for run in walk_backward(opened, taken_WT, batch_size, seed + ours.start):
-            for names, weights in _site_weights(run):
-                sites |= dict.fromkeys(names, names[0])
-                for of_batch, weights_BT in zip(of_batches, weights, strict=True):
-                    of_batch[names[0]] = weights_BT
-        if SITES not in workspace:
-            workspace.write_json(SITES, dict(sorted(sites.items())))
-        for batch, of_batch in zip(ours, of_batches, strict=True):
-            if token_weights_file(batch) not in workspace:
-                workspace.write_tensors(token_weights_file(batch), of_batch)
+    missing = [ours for ours in passes if not all(token_weights_file(batch) in workspace for batch in ours)]
+    blocks = len(opened.blocks)
+    there = (len(passes) - len(missing)) * blocks
+    # By the block, backward: a pass alone may take most of an hour.
+    with tqdm(initial=there, total=len(passes) * blocks, desc="token weights", unit="block") as bar:
+        for ours in missing:
+            sites: dict[str, str] = {}
+            of_batches: list[dict[str, Tensor]] = [{} for _ in ours]
+            # Tokens are drawn by the seed and the place of a batch, here as in one pass over all.
+            taken_WT = torch.cat(batches[ours.start : ours.stop])
+            for run in walk_backward(opened, taken_WT, batch_size, seed + ours.start):
+                for names, weights in _site_weights(run):
+                    sites |= dict.fromkeys(names, names[0])
+                    for of_batch, weights_BT in zip(of_batches, weights, strict=True):
+                        of_batch[names[0]] = weights_BT
+                bar.update()
+            if SITES not in workspace:
+                workspace.write_json(SITES, dict(sorted(sites.items())))
+            for batch, of_batch in zip(ours, of_batches, strict=True):
+                if token_weights_file(batch) not in workspace:
+                    workspace.write_tensors(token_weights_file(batch), of_batch)
 
 
 def _site_weights(run: BackwardRun) -> Iterator[tuple[list[str], list[Tensor]]]:

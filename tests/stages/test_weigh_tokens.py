@@ -5,17 +5,30 @@ Shapes: W windows, T tokens of a window, B windows of a batch, O out_features, V
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import resident
 from killing import KilledError, dying_workspace
 from mixtures import random_mixture
+from tqdm import tqdm
 
 from lqer.errors import ModelError
 from lqer.models.structure import block_linears, find_blocks, prepare_model
+from lqer.stages import weigh_tokens as stage
 from lqer.stages.rotate import rotate_in_place
-from lqer.stages.weigh_tokens import PASS_BYTES, batches_of_a_pass, mean_squares, relative, weigh_tokens
+from lqer.stages.weigh_tokens import (
+    PASS_BYTES,
+    WeighTokens,
+    batches_of_a_pass,
+    effective_tokens,
+    mean_squares,
+    relative,
+    weigh_tokens,
+)
 from lqer.store.names import token_weights_file
+from lqer.store.offload import Offload
 from lqer.store.workspace import Workspace
 
 SEED, BATCH_SIZE = 5, 2
@@ -80,6 +93,26 @@ def test_weights_are_relative_to_their_mean_and_equal_where_there_are_none():
     assert torch.equal(relative(torch.zeros(2, 3)), torch.ones(2, 3))
 
 
+def test_equal_weights_are_worth_all_tokens_and_uneven_ones_fewer():
+    assert effective_tokens(torch.full((3, 4), 0.2)) == pytest.approx(12)
+    assert effective_tokens(torch.tensor([[1.0, 0.0], [0.0, 0.0]])) == 1
+    assert effective_tokens(torch.tensor([[3.0, 1.0]])) == pytest.approx(1.6)
+    assert effective_tokens(torch.zeros(1, 2)) == 0
+
+
+def test_the_log_names_the_site_whose_weights_are_worth_the_fewest_tokens(random_model, windows_WT, tmp_path):
+    weights, *_ = weighed(random_model("llama"), windows_WT, tmp_path)
+    settings = (BATCH_SIZE, SEED, torch.float32, torch.device("cpu"), Offload(), BATCHES)
+    told = WeighTokens(None, windows_WT, *settings).summary(Workspace(tmp_path))
+    worth = {site: effective_tokens(one) for site, one in weights.items()}
+    fewest = min(worth, key=worth.get)
+    assert told == (
+        f"weights worth {worth[fewest]:.0f} ({fewest}) to {max(worth.values()):.0f} equally weighted tokens of "
+        f"{windows_WT.numel()}"
+    )
+    assert 0 < worth[fewest] < max(worth.values()) < windows_WT.numel()
+
+
 def test_a_rotated_model_has_the_weights_of_the_original(random_model, windows_WT, tmp_path):
     model, rotated = random_model("llama").float(), random_model("llama").float()
     rotate_in_place(rotated, torch.device("cpu"), seed=0)
@@ -103,6 +136,20 @@ def test_a_killed_pass_resumes_with_the_same_bytes(random_model, windows_WT, tmp
         weighed(model, windows_WT, tmp_path / "killed", 2, dying_workspace(killed_at))
     *_, resumed = weighed(model, windows_WT, tmp_path / "killed", 2)
     assert resumed == weighed(model, windows_WT, tmp_path / "whole")[2]
+
+
+def test_progress_is_shown_by_the_block_and_counts_the_passes_that_are_there(
+    random_model, windows_WT, tmp_path, monkeypatch, capsys
+):
+    model = random_model("llama", num_hidden_layers=3)
+    monkeypatch.setattr(stage, "tqdm", partial(tqdm, disable=False, mininterval=0, miniters=1))
+    with pytest.raises(KilledError):
+        weighed(model, windows_WT, tmp_path, 2, dying_workspace(token_weights_file(2)))
+    assert " 1/6 " in capsys.readouterr().err
+    weighed(model, windows_WT, tmp_path, 2)
+    shown = capsys.readouterr().err
+    assert " 2/6 " not in shown
+    assert shown.index(" 3/6 ") < shown.index(" 6/6 ")
 
 
 def test_a_pass_holds_at_least_one_batch_and_no_more_hidden_states_than_its_memory():
