@@ -29,7 +29,7 @@ from lqer.resources.workload import Need, StageMemory, Workload, total
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ["gpt-oss-120b", "deepseek-v3", "kimi-k2", "deepseek-v4-flash"]
 HALF = 2  # bytes
-STAGES = ("calibrate", "widths", "quantize")
+STAGES = ("token_weights", "calibrate", "widths", "quantize")
 
 
 def stages_of(name: str, method: str, windows: int, seq_len: int, max_memory: str) -> list[StageMemory]:
