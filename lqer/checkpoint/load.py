@@ -41,7 +41,7 @@ from lqer.models.open import DevicePlacement, spans_gpus
 from lqer.models.reading import fill_parameters, read_file
 from lqer.models.source import pick_device
 from lqer.models.streaming import tie
-from lqer.models.structure import prepare_model
+from lqer.models.structure import prepare_model, within_block
 from lqer.nn.attention import quantize_attention, quantized_attention
 from lqer.store.names import block_file, checkpoint_in
 from lqer.store.offload import Offload
@@ -166,7 +166,7 @@ class _Contents:
     def fill(self, block: nn.Module, index: int, tensors: dict[str, Tensor], where: torch.device) -> None:
         """Make a block of them on a device; empties `tensors`."""
         prefix, file = f"{self.name}.{index}.", self.files.path / block_file(index)
-        linears = {key.removeprefix(prefix): e for key, e in self.linears.items() if key.startswith(prefix)}
+        linears = within_block(self.linears, f"{self.name}.{index}")
         _refuse_unknown(file, prefix, block, tensors, linears)
         with reported_as(f"{file} does not hold what {DETAILS_FILE} says"):
             fill_block(block, tensors, linears, where, self.dtype, self.backend)

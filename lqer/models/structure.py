@@ -8,7 +8,8 @@ transformers keeps in float32.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from lqer.nn.grouped import split_groups
 from lqer.nn.stacked import split_experts
 from lqer.transforms.hadamard import hadamard
 from lqer.transforms.quarot import OnlineRotation, attach
+
+Found = TypeVar("Found")
 
 # A key of config.json: linears by full name, with the number of heads their inputs are rotated across (null: the whole
 # input is rotated).
@@ -114,6 +117,12 @@ def largest_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not candidates:
         raise ModelError(f"{type(model).__name__} has no ModuleList of decoder blocks")
     return max(candidates, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+
+
+def within_block(by_linear: Mapping[str, Found], block: str) -> dict[str, Found]:
+    """What belongs to the linears of one block, by their names within it."""
+    prefix = f"{block}."
+    return {name.removeprefix(prefix): found for name, found in by_linear.items() if name.startswith(prefix)}
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:

@@ -21,6 +21,7 @@ from lqer.config.plugins import load_plugins
 from lqer.errors import ConfigError, LostProcessError, StoreError
 from lqer.jobs.graph import Job, Loaded, Progress
 from lqer.jobs.on_ray import Answer
+from lqer.models.structure import within_block
 from lqer.run import pipeline
 from lqer.run.chunks import Chunk
 from lqer.run.context import RunContext
@@ -84,10 +85,8 @@ def units_of_blocks(context: RunContext, minutes: float) -> list[dict[str, int]]
         return []
     found: list[dict[str, int]] = []
     for index in range(summary.blocks):
-        prefix = f"{summary.blocks_name}.{index}."
-        weights = {
-            name.removeprefix(prefix): math.prod(shape) for name, shape in planned.items() if name.startswith(prefix)
-        }
+        shapes = within_block(planned, f"{summary.blocks_name}.{index}")
+        weights = {name: math.prod(shape) for name, shape in shapes.items()}
         found.append({unit: sum(weights[name] for name in names) for unit, names in units_of(weights).items()})
     return found
 

@@ -23,6 +23,7 @@ from lqer.components import ADDED
 from lqer.models.loaders import OpenedModel
 from lqer.models.source import ModelSource
 from lqer.models.streaming import open_model
+from lqer.models.structure import within_block
 from lqer.models.walker import walk_blocks
 from lqer.stages.base import no_effect
 from lqer.stages.gang import GangStage
@@ -32,7 +33,6 @@ from lqer.stages.gather import (
     StatisticsOf,
     observe_block,
     stored_statistics,
-    within_block,
 )
 from lqer.stages.observe import NOT_ROUNDED, InputRoundings
 from lqer.stages.rotate import Rotate, source_of

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lqer.components import ADDED
 from lqer.errors import ModelError
-from lqer.models.structure import block_linears
+from lqer.models.structure import block_linears, within_block
 from lqer.models.walker import BlockRun
 from lqer.nn.experts import expert_of_linear
 from lqer.phases import in_phase, phase
@@ -32,7 +32,6 @@ from lqer.store.names import block_file, sites_file
 from lqer.store.store import Artifact, Store
 from lqer.transforms.tracing import UntilCalled, watched_inputs
 
-Found = TypeVar("Found")
 TokenWeights = Literal["none", "residual", "gradient"]
 
 
@@ -275,12 +274,6 @@ def _require_finite(run: BlockRun, are_finite: Mapping[str, Sequence[Tensor]]) -
                 f"the calibration inputs of {site} hold NaN or infinities, although the weights are finite: "
                 f"activations in {dtype} overflow; use another dtype"
             )
-
-
-def within_block(by_linear: Mapping[str, Found], block: str) -> dict[str, Found]:
-    """What belongs to the linears of one block, by their names within it."""
-    prefix = f"{block}."
-    return {name.removeprefix(prefix): found for name, found in by_linear.items() if name.startswith(prefix)}
 
 
 def gathered_statistics(requested: Collection[Statistic]) -> list[Statistic]:

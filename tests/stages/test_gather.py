@@ -13,10 +13,10 @@ from helpers import resident
 
 from lqer.formats import MXInt
 from lqer.methods.inputs import InputRounding
-from lqer.models.structure import block_linears
+from lqer.models.structure import block_linears, within_block
 from lqer.models.walker import walk_blocks
 from lqer.stages.base import identity
-from lqer.stages.gather import CalibrationText, observe_block, within_block
+from lqer.stages.gather import CalibrationText, observe_block
 from lqer.statistics import Hessian
 
 
